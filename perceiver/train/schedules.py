@@ -1,0 +1,100 @@
+"""Learning-rate schedules: pure functions from the step to a multiplier of the learning rate.
+
+Steps are counted from 0: step s is the (s+1)-th update of the run. A schedule keeps no state, so a resumed run continues
+exactly where it stopped.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+
+from perceiver.config import Config
+
+Schedule = Callable[[int], float]
+
+
+class _WarmUp(Config):
+    """Linear warm-up, which every kind of schedule may begin with: step s of W is multiplied by (s + 1) / W."""
+
+    warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up.")
+    warmup_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="Warm-up as a share of all steps, instead of warmup_steps."
+    )
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "_WarmUp":
+        if self.warmup_steps and self.warmup_fraction:
+            raise ValueError("both warmup_steps and warmup_fraction are given; wanted one of them")
+        return self
+
+
+class ConstantSchedule(_WarmUp):
+    """The learning rate as it is (ModelNet40: Perceiver §4.3)."""
+
+    kind: Literal["constant"] = Field(default="constant", description="Selects this schedule.")
+
+
+class StepSchedule(_WarmUp):
+    """Multiply by gamma at each milestone (ImageNet: 0.1 at epochs 84, 102, 114, Perceiver §4.1)."""
+
+    kind: Literal["step"] = Field(default="step", description="Selects this schedule.")
+    milestones: tuple[PositiveFloat, ...] = Field(description="Epochs at whose start the rate is multiplied by gamma.")
+    gamma: PositiveFloat = Field(default=0.1, description="Factor at each milestone.")
+
+
+class CosineSchedule(_WarmUp):
+    """Half a cosine from the end of the warm-up to the end of the run."""
+
+    kind: Literal["cosine"] = Field(default="cosine", description="Selects this schedule.")
+    final: float = Field(default=0.0, ge=0, le=1, description="Multiplier at the end of the run.")
+
+
+class FlatCosineSchedule(_WarmUp):
+    """Constant, then half a cosine to the end (ImageNet: half and half, Perceiver IO appendix A.1)."""
+
+    kind: Literal["flat_cosine"] = Field(default="flat_cosine", description="Selects this schedule.")
+    flat_fraction: float = Field(default=0.5, ge=0, lt=1, description="Share of all steps before the decay begins.")
+    final: float = Field(default=0.0, ge=0, le=1, description="Multiplier at the end of the run.")
+
+
+ScheduleConfig = Annotated[
+    ConstantSchedule | StepSchedule | CosineSchedule | FlatCosineSchedule, Field(discriminator="kind")
+]
+
+
+def build_schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """The schedule of a run as a function: step, counted from 0 -> multiplier of the learning rate.
+
+    total_steps: optimizer steps of the whole run. steps_per_epoch: optimizer steps of one epoch (for milestones).
+    The multiplier stays at its final value when asked beyond total_steps.
+    """
+    assert total_steps > 0 and steps_per_epoch > 0, (total_steps, steps_per_epoch)
+    warmup = config.warmup_steps or round(config.warmup_fraction * total_steps)
+    shape = _shape(config, warmup, total_steps, steps_per_epoch)
+
+    def multiplier(step: int) -> float:
+        ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        return ramp * shape(step)
+
+    return multiplier
+
+
+def _shape(config: ScheduleConfig, warmup: int, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """The multiplier without the warm-up's ramp."""
+    if isinstance(config, StepSchedule):
+        starts = [milestone * steps_per_epoch for milestone in config.milestones]
+        return lambda step: config.gamma ** sum(step >= start for start in starts)
+    if isinstance(config, CosineSchedule):
+        return lambda step: _half_cosine(step, warmup, total_steps, config.final)
+    if isinstance(config, FlatCosineSchedule):
+        start = round(config.flat_fraction * total_steps)
+        return lambda step: _half_cosine(step, start, total_steps, config.final)
+    return lambda step: 1.0
+
+
+def _half_cosine(step: int, start: int, end: int, final: float) -> float:
+    """1 up to `start`, then down half a cosine to `final` at `end`."""
+    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
