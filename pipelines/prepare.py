@@ -11,8 +11,17 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
-from pipelines.shards import (FORMAT_VERSION, MANIFEST, Manifest, ShardInfo, ShardWriter, Split, arrow_schema,
-                              load_manifest, save_manifest)
+from pipelines.shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    ShardWriter,
+    Split,
+    arrow_schema,
+    load_manifest,
+    save_manifest,
+)
 from pipelines.sources import Listing, Sample, Source, Unit, load_source
 from pipelines.storage import Folder, open_folder
 

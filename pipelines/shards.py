@@ -81,7 +81,7 @@ class Manifest(Config):
     splits: dict[str, Split] = Field(description="the parts, by name")
     licence: str = Field(description="under which terms the data may be used")
     source: str = Field(description="where the data came from")
-    fingerprint: str = Field("", description="identifies source and options of `prepare`, so that a rerun is recognised")
+    fingerprint: str = Field("", description="of source and options of `prepare`: recognises a rerun")
 
     def split(self, name: str) -> Split:
         """The part of that name.
@@ -114,7 +114,8 @@ def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifes
         raise UserError(f"data folder {url} {what}: make it with"
                         f" `perceiver prepare NAME [SRC] {url}`, for example NAME = digits") from None
     except NotADirectoryError:
-        raise UserError(f"data folder {url} is a file: data.url wants the folder that `perceiver prepare` wrote") from None
+        raise UserError(f"data folder {url} is a file: data.url wants the folder that `perceiver prepare` wrote"
+                        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {url}/{MANIFEST}: {_first_line(error)}; check access, or prepare the data again"
                         ) from error

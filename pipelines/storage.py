@@ -29,7 +29,7 @@ def resolve_options(options: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder on a file system: `fs` does the work, `path` is the folder without its protocol, `url` what was given."""
+    """A folder on a file system: `fs` does the work, `path` is without the protocol, `url` is what was given."""
 
     fs: Any
     path: str

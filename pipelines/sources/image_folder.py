@@ -25,7 +25,7 @@ Labelled = tuple[str, int]
 
 
 class ImageFolder:
-    """The source: one class a folder. Options: `held_out` (share, default 0.2), `channels` (1 or 3, default: as found)."""
+    """The source: one class a folder. Options: `held_out` (share, default 0.2), `channels` (1 or 3, else as found)."""
 
     title = "folders of images, one folder a class (SRC/CLASS/*.jpg or SRC/train/CLASS/*.jpg beside SRC/test)"
 
