@@ -1,0 +1,55 @@
+"""The positions that a modality attaches to its elements: a Fourier grid, a learned table, or none."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from perceiver.config import UserError
+from perceiver.positions import FourierConfig, Grid, Inputs, LearnedConfig, PositionConfig, grid_tables
+
+
+class Positions(nn.Module):
+    """Attaches positions of a grid to data; see the config for the kinds.
+
+    Args:
+        config: kind of encoding.
+        grid: shape of the grid that the model is built for, one to three axes.
+    """
+
+    def __init__(self, config: PositionConfig, grid: tuple[int, ...]) -> None:
+        super().__init__()
+        self.config, self.grid = config, grid
+        self.channels = 0
+        if isinstance(config, FourierConfig):
+            self.channels = config.channels(len(grid))
+            self.max_resolution = tuple(float(r) for r in config.max_resolution or grid)
+            if len(self.max_resolution) != len(grid):
+                raise UserError(
+                    f"positions.max_resolution: got {len(self.max_resolution)} values for a grid of {len(grid)} axes; "
+                    "wanted one an axis"
+                )
+        elif isinstance(config, LearnedConfig):
+            std = config.init_std
+            table = torch.empty(math.prod(grid), config.channels)
+            self.table = nn.Parameter(nn.init.trunc_normal_(table, std=std, a=-2 * std, b=2 * std))
+            self.projection = nn.Linear(config.channels, config.projection) if config.projection else None
+            self.channels = config.projection or config.channels
+
+    def forward(self, data: Tensor, grid: tuple[int, ...], order: Tensor | None = None) -> Inputs:
+        """Attach positions to data (B, M, C_data) of a grid, which may differ in size from the configured one."""
+        if isinstance(self.config, FourierConfig):
+            table = grid_tables(grid, self.config.bands, self.max_resolution, data.dtype, data.device)
+            return Inputs(data, Grid(grid, table), order=order)
+        if isinstance(self.config, LearnedConfig):
+            data = torch.cat([data, self.learned(grid).to(data.dtype).expand(data.shape[0], -1, -1)], dim=-1)
+        return Inputs(data, order=order)
+
+    def learned(self, grid: tuple[int, ...]) -> Tensor:
+        """Return the learned positions (M, channels), interpolated linearly if the grid is not the configured one."""
+        table = self.table
+        if grid != self.grid:
+            mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(grid)]
+            image = table.t().reshape(1, -1, *self.grid)
+            table = nn.functional.interpolate(image, grid, mode=mode, align_corners=True).flatten(2)[0].t()
+        return table if self.projection is None else self.projection(table)

@@ -1,0 +1,138 @@
+"""Images: pixels (B, C, H, W) -> inputs, by raw pixels, patches or a convolution, with Fourier or learned positions.
+
+Sources: Perceiver §4.1 and App. B (raw pixels, learned positions); Perceiver IO App. A (conv and 1x1 front ends).
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from perceiver.config import Config, UserError
+from perceiver.modalities._positions import Positions
+from perceiver.positions import FourierConfig, Inputs, PositionConfig
+
+
+class ImageConfig(Config):
+    """Images under the batch key `image`: uint8 is normalised on the device, floats are taken as normalised."""
+
+    kind: Literal["image"] = "image"
+    channels: int = Field(3, ge=1, description="Channels of the image.")
+    size: tuple[int, int] = Field((224, 224), description="Height and width that the model is built for.")
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="Mean per channel, of pixels in [0, 1].")
+    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), description="Deviation per channel, of pixels in [0, 1].")
+    front_end: Literal["none", "patch", "conv", "1x1"] = Field(
+        "none",
+        description="Before the positions: raw pixels, patches, 7x7 stride 2 conv with batch norm and max-pool, or 1x1.",
+    )
+    patch: int = Field(1, ge=1, description="Side of a patch (front_end: patch).")
+    front_end_channels: int | None = Field(
+        None, description="Channels after the front end: patch raw by default, conv 64, 1x1 256."
+    )
+    positions: PositionConfig = Field(default_factory=FourierConfig, discriminator="kind", description="Positions.")
+    permute: int | None = Field(
+        None, description="Seed of one fixed permutation of the inputs, applied after the positions (Perceiver §4.1)."
+    )
+
+    def build(self) -> nn.Module:
+        """Make the module."""
+        return Image(self)
+
+
+class ConvFrontEnd(nn.Module):
+    """7x7 stride 2 convolution without bias, batch norm, ReLU, 3x3 stride 2 max-pool, all with TensorFlow's SAME padding.
+
+    A quarter of the side is left. Source: Perceiver IO App. A; the released Conv2DDownsample.
+    """  # noqa: E501
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, outputs, 7, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, outputs, H/4, W/4)."""
+        x = self.norm(self.conv(_pad_same(x, 7, 2))).relu()
+        return nn.functional.max_pool2d(_pad_same(x, 3, 2), 3, stride=2)
+
+
+def _pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Pad with zeros so that a window of `kernel` at `stride` gives ceil(side / stride) positions."""
+    pads = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:]]
+    (top, left) = (p // 2 for p in pads)
+    return nn.functional.pad(x, (left, pads[1] - left, top, pads[0] - top))
+
+
+class Image(nn.Module):
+    """Turns images into inputs.
+
+    Attributes: `keys`, `channels` (C of an input), `elements` (M at the configured size), `grid` (its shape).
+    """
+
+    keys = ("image",)
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        _check(config)
+        self.config = config
+        (height, width), c = config.size, config.channels
+        step = {"none": 1, "patch": config.patch, "conv": 4, "1x1": 1}[config.front_end]
+        self.grid = (-(-height // step), -(-width // step))
+        self.front_end, data = _front_end(config, c)
+        self.positions = Positions(config.positions, self.grid)
+        self.channels = data + self.positions.channels
+        self.elements = self.grid[0] * self.grid[1]
+
+    def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
+        """Map pixels (B, C, H, W), uint8 or float, to inputs."""
+        x = normalise_pixels(raw["image"], self.config.mean, self.config.std, dtype)
+        if self.config.front_end == "patch":
+            x = nn.functional.pixel_unshuffle(x, self.config.patch)
+        if self.front_end is not None:
+            x = self.front_end(x.to(next(self.front_end.parameters()).dtype)).to(dtype)
+        grid = (x.shape[2], x.shape[3])
+        return self.positions(x.flatten(2).transpose(1, 2), grid, order=self._order(grid, x.device))
+
+    def _order(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        if self.config.permute is None:
+            return None
+        generator = torch.Generator().manual_seed(self.config.permute)
+        return torch.randperm(grid[0] * grid[1], generator=generator).to(device)
+
+
+def _check(config: ImageConfig) -> None:
+    for name in ("mean", "std"):
+        if len(getattr(config, name)) != config.channels:
+            raise UserError(
+                f"inputs.{name}: got {len(getattr(config, name))} values for {config.channels} channels; wanted one a "
+                f"channel: give inputs.{name} a list of {config.channels}"
+            )
+    if config.front_end == "patch" and any(side % config.patch for side in config.size):
+        raise UserError(f"inputs.patch: got {config.patch} for size {config.size}; wanted a divisor of both sides")
+    if config.permute is not None and config.front_end == "conv":
+        raise UserError("inputs.permute: got a permutation with a conv front end; wanted raw pixels: front_end none")
+
+
+def _front_end(config: ImageConfig, channels: int) -> tuple[nn.Module | None, int]:
+    """Return the front end's module, if it has parameters, and the data channels after it."""
+    if config.front_end == "conv":
+        outputs = config.front_end_channels or 64
+        return ConvFrontEnd(channels, outputs), outputs
+    if config.front_end == "1x1":
+        outputs = config.front_end_channels or 256
+        return nn.Conv2d(channels, outputs, 1), outputs
+    data = channels * config.patch**2 if config.front_end == "patch" else channels
+    if config.front_end == "patch" and config.front_end_channels:
+        return nn.Conv2d(data, config.front_end_channels, 1), config.front_end_channels
+    return None, data
+
+
+def normalise_pixels(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """Map uint8 pixels (B, ..., C, H, W) to (x/255 - mean)/std; floats only change their type."""
+    if x.is_floating_point():
+        return x.to(dtype)
+    gain = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=x.device)[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=x.device)[:, None, None]
+    return torch.addcmul(shift, x.to(dtype), gain)

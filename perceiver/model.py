@@ -1,0 +1,266 @@
+"""Perceiver and Perceiver IO: read the inputs into latents, process the latents, decode an answer.
+
+Sources: Perceiver (arXiv 2103.03206v2) §3, §4.1, App. C; Perceiver IO (arXiv 2107.14795) §3, App. E; weight sharing as
+Perceiver Table 7 counts it: the first cross-attend has its own weights, the others share one set, and all latent
+Transformers share theirs.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from perceiver.attention import Activation, AttentionKind, CrossAttend, SelfAttend
+from perceiver.config import Config
+from perceiver.positions import Inputs
+
+Raw = Tensor | Mapping[str, Tensor]
+
+
+class EncoderConfig(Config):
+    """What Perceiver and Perceiver IO have in common: latents, and how they read and process."""
+
+    latents: int = Field(512, ge=1, description="Number of latents N.")
+    latent_channels: int = Field(1024, ge=1, description="Width of a latent D.")
+    latent_init_std: float = Field(
+        0.02, gt=0, description="Scale of the truncated normal (cut at 2 sigma) that the latents start from."
+    )
+    self_attends_per_block: int = Field(6, ge=0, description="Self-attention layers in a latent Transformer.")
+    heads: int = Field(8, ge=1, description="Heads of a self-attention.")
+    cross_heads: int = Field(1, ge=1, description="Heads of a cross-attention that reads inputs.")
+    qk_channels: int | None = Field(None, description="Query/key width of self-attention; D by default.")
+    v_channels: int | None = Field(None, description="Value width of self-attention; qk_channels by default.")
+    cross_qk_channels: int | None = Field(None, description="Query/key width of reading; input width by default.")
+    cross_v_channels: int | None = Field(None, description="Value width of reading; cross_qk_channels by default.")
+    widening: float = Field(1, gt=0, description="Inner width of a self-attention layer's MLP over D.")
+    cross_widening: float = Field(1, gt=0, description="Inner width of a cross-attention layer's MLP over D.")
+    activation: Activation = Field("gelu_tanh", description="MLP activation; gelu_tanh is the papers'.")
+    attention: AttentionKind = Field("auto", description="Path of the cross-attentions; 'plain' is the reference.")
+    checkpoint_activations: bool = Field(
+        False, description="Recompute each layer in the backward pass: less memory, a third more time."
+    )
+
+
+class PerceiverConfig(EncoderConfig):
+    """Perceiver: several cross-attends, each followed by a latent Transformer; the latents' mean is classified."""
+
+    cross_attends: int = Field(8, ge=1, description="How often the inputs are read.")
+    blocks: int | None = Field(None, ge=0, description="Latent Transformers; one for each cross-attend by default.")
+    placement: Literal["interleaved", "start"] = Field(
+        "interleaved", description="Cross-attends spread between the blocks, or all before the first block."
+    )
+    share: Literal["paper", "none", "all"] = Field(
+        "paper", description="Weights: 'paper' (first cross-attend apart, the rest shared), 'none', or 'all' shared."
+    )
+
+
+class PerceiverIOConfig(EncoderConfig):
+    """Perceiver IO: one cross-attend, blocks of self-attends, and a cross-attention decoder with output queries."""
+
+    blocks: int = Field(8, ge=1, description="How often the block of self-attends is applied.")
+    share_blocks: bool = Field(True, description="Whether the blocks share one set of weights.")
+    query_residual: bool = Field(True, description="Whether the decoder adds the output query to its answer.")
+    encoder_query_residual: bool = Field(True, description="Whether the encoder adds the latents to what it reads.")
+    decoder_heads: int = Field(1, ge=1, description="Heads of the decoder's cross-attention.")
+    decoder_qk_channels: int | None = Field(None, description="Decoder query/key width; D by default.")
+    decoder_v_channels: int | None = Field(None, description="Decoder value width; decoder_qk_channels by default.")
+    decoder_widening: float = Field(1, gt=0, description="Inner width of the decoder's MLP.")
+
+
+class Modality(Protocol):
+    """Turns raw tensors into inputs; an nn.Module of `perceiver.modalities`."""
+
+    keys: tuple[str, ...]
+    channels: int
+
+    def __call__(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
+        """Map the raw tensors under `keys` to inputs of `channels` channels."""
+        ...
+
+
+class Decoder(Protocol):
+    """Makes output queries and turns the decoder's answers into outputs; an nn.Module of `perceiver.decoders`."""
+
+    channels: int
+    output_channels: int
+
+    def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
+        """Return the queries: their `dense` array is (B, O, channels)."""
+        ...
+
+    def outputs(self, answers: Tensor, asked: Mapping[str, Tensor] | None) -> Any:
+        """Map the answers (B, O, output_channels) to the model's output."""
+        ...
+
+
+def latent_array(latents: int, channels: int, std: float) -> nn.Parameter:
+    """Make an (N, D) learned array, truncated normal cut at two sigma (Perceiver App. C; Haiku's bounds)."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(latents, channels), std=std, a=-2 * std, b=2 * std))
+
+
+class Encoder(nn.Module):
+    """Inputs and latents, and running layers with or without activation checkpointing."""
+
+    def __init__(self, config: EncoderConfig, inputs: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.inputs = inputs
+        self.latents = latent_array(config.latents, config.latent_channels, config.latent_init_std)
+
+    @property
+    def input_keys(self) -> tuple[str, ...]:
+        """Names of the raw tensors that the model reads."""
+        return cast(Modality, self.inputs).keys
+
+    def read(self, raw: Raw) -> tuple[Tensor, Inputs]:
+        """Return the latents for a batch (B, N, D) and its inputs."""
+        tensors = raw if isinstance(raw, Mapping) else {self.input_keys[0]: raw}
+        dtype = torch.float64 if self.latents.dtype == torch.float64 else torch.float32
+        inputs = self.inputs(tensors, dtype)
+        return self.latents.expand(inputs.data.shape[0], -1, -1), inputs
+
+    def run(self, layer: nn.Module, *args: Any) -> Tensor:
+        """Apply a layer, keeping its activations only if the config says so."""
+        if self.config.checkpoint_activations and torch.is_grad_enabled():
+            for inputs in args:
+                if isinstance(inputs, Inputs):
+                    # Made here, once: a value cached inside a checkpointed layer would be missing when it is run again.
+                    _ = inputs.dense, inputs.normalised
+            return cast(Tensor, checkpoint(layer, *args, use_reentrant=False))
+        return layer(*args)
+
+    def self_attends(self) -> nn.ModuleList:
+        """Make one block of self-attention layers."""
+        c = self.config
+        return nn.ModuleList(
+            SelfAttend(
+                c.latent_channels, c.heads, widening=c.widening, activation=c.activation,
+                qk_channels=c.qk_channels, v_channels=c.v_channels,
+            )
+            for _ in range(c.self_attends_per_block)
+        )
+
+    def cross_attend(self, *, residual: bool = True) -> CrossAttend:
+        """Make one layer that reads the inputs into the latents."""
+        c = self.config
+        return CrossAttend(
+            c.latent_channels, cast(Modality, self.inputs).channels, heads=c.cross_heads,
+            qk_channels=c.cross_qk_channels, v_channels=c.cross_v_channels, widening=c.cross_widening,
+            activation=c.activation, kind=c.attention, residual=residual,
+        )
+
+
+class Perceiver(Encoder):
+    """Perceiver classifier.
+
+    Args:
+        config: depth, widths and sharing.
+        inputs: a modality module.
+        classes: number of outputs K.
+    """
+
+    config: PerceiverConfig
+
+    def __init__(self, config: PerceiverConfig, inputs: nn.Module, classes: int) -> None:
+        super().__init__(config, inputs)
+        self.schedule = perceiver_schedule(config)
+        crosses = 1 + max(i for kind, i in self.schedule if kind == "cross")
+        blocks = 1 + max((i for kind, i in self.schedule if kind == "block"), default=-1)
+        self.cross_attends = nn.ModuleList(self.cross_attend() for _ in range(crosses))
+        self.blocks = nn.ModuleList(self.self_attends() for _ in range(blocks))
+        self.head = nn.Linear(config.latent_channels, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def encode(self, raw: Raw) -> Tensor:
+        """Return the final latents (B, N, D)."""
+        x, inputs = self.read(raw)
+        for kind, index in self.schedule:
+            if kind == "cross":
+                x = self.run(self.cross_attends[index], x, inputs)
+            else:
+                for layer in cast(nn.ModuleList, self.blocks[index]):
+                    x = self.run(layer, x)
+        return x
+
+    def forward(self, raw: Raw) -> Tensor:
+        """Return logits (B, K): the latents' mean, then one linear layer (Perceiver App. F)."""
+        return self.head(self.encode(raw).mean(1))
+
+    @torch.no_grad()
+    def attention_maps(self, raw: Raw) -> list[Tensor]:
+        """Return the weights (B, heads, N, M) of each cross-attend in order, by the plain path."""
+        x, inputs = self.read(raw)
+        maps = []
+        for kind, index in self.schedule:
+            if kind == "cross":
+                layer = cast(CrossAttend, self.cross_attends[index])
+                maps.append(layer.attention.weights(layer.query_norm(x), inputs))
+                x = layer(x, inputs)
+            else:
+                for layer in cast(nn.ModuleList, self.blocks[index]):
+                    x = layer(x)
+        return maps
+
+
+def perceiver_schedule(config: PerceiverConfig) -> list[tuple[Literal["cross", "block"], int]]:
+    """Return the order of application: (kind, index of the set of weights) per cross-attend and block."""
+    blocks = config.cross_attends if config.blocks is None else config.blocks
+    order: list[tuple[Literal["cross", "block"], int]] = []
+    due = [0 if config.placement == "start" else i * blocks // config.cross_attends for i in range(config.cross_attends)]
+    for block in range(blocks + 1):
+        order += [("cross", i) for i, at in enumerate(due) if at == block]
+        if block < blocks:
+            order.append(("block", block))
+    cross_set = {"paper": lambda i: min(i, 1), "none": lambda i: i, "all": lambda i: 0}[config.share]
+    return [(kind, cross_set(i) if kind == "cross" else (i if config.share == "none" else 0)) for kind, i in order]
+
+
+class PerceiverIO(Encoder):
+    """Perceiver IO: encode, process, decode.
+
+    Args:
+        config: depth and widths.
+        inputs: a modality module.
+        decoder: makes the output queries and the outputs (`perceiver.decoders`).
+    """
+
+    config: PerceiverIOConfig
+
+    def __init__(self, config: PerceiverIOConfig, inputs: nn.Module, decoder: nn.Module) -> None:
+        super().__init__(config, inputs)
+        self.encoder = self.cross_attend(residual=config.encoder_query_residual)
+        self.blocks = nn.ModuleList(self.self_attends() for _ in range(1 if config.share_blocks else config.blocks))
+        self.decoder = decoder
+        sizes = cast(Decoder, decoder)
+        self.answer = CrossAttend(
+            sizes.channels, config.latent_channels, heads=config.decoder_heads,
+            qk_channels=config.decoder_qk_channels, v_channels=config.decoder_v_channels,
+            output_channels=sizes.output_channels, widening=config.decoder_widening, activation=config.activation,
+            residual=config.query_residual, kind="plain" if config.attention == "plain" else "auto",
+        )
+
+    def encode(self, raw: Raw) -> tuple[Tensor, Inputs]:
+        """Return the final latents (B, N, D) and the inputs they were read from."""
+        x, inputs = self.read(raw)
+        x = self.run(self.encoder, x, inputs)
+        for i in range(self.config.blocks):
+            for layer in cast(nn.ModuleList, self.blocks[i % len(self.blocks)]):
+                x = self.run(layer, x)
+        return x, inputs
+
+    def forward(self, raw: Raw, asked: Mapping[str, Tensor] | None = None) -> Any:
+        """Return the decoder's outputs; `asked` holds per-sample query indices for decoders that subsample."""
+        x, inputs = self.encode(raw)
+        decoder = cast(Decoder, self.decoder)
+        queries = decoder.queries(inputs, asked).dense.to(x.dtype)
+        return decoder.outputs(self.run(self.answer, queries, Inputs(x)), asked)
+
+    @torch.no_grad()
+    def attention_maps(self, raw: Raw) -> list[Tensor]:
+        """Return the weights (B, heads, N, M) of the one cross-attend that reads, by the plain path."""
+        x, inputs = self.read(raw)
+        return [self.encoder.attention.weights(self.encoder.query_norm(x), inputs)]

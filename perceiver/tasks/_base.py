@@ -1,0 +1,91 @@
+"""What every task offers to the training loop, and what it gives back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from perceiver.config import UserError
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A micro-batch's loss and metric sums, all over valid targets and additive over micro-batches and ranks.
+
+    Args:
+        loss_sum: 0-d, with gradient.
+        sums: 0-d each, without gradient; includes `loss`.
+    """
+
+    loss_sum: Tensor
+    sums: dict[str, Tensor]
+
+
+class Task(Protocol):
+    """Targets, loss and metrics of a batch."""
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return the number of valid targets (0-d float) of a micro-batch, without a forward pass."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """Run the model and sum the loss over the valid targets."""
+        ...
+
+    def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
+        """Turn sums over all ranks and micro-batches into metrics."""
+        ...
+
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return per-sample results."""
+        ...
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
+    """Return what the model is called with: the tensor of its one key, or a dict of several that are there.
+
+    Raises:
+        UserError: if the batch lacks a key that the model reads.
+    """
+    net = cast(Any, _unwrap(model))
+    keys: tuple[str, ...] = tuple(net.input_keys)
+    optional: tuple[str, ...] = tuple(getattr(net, "optional_keys", ()))
+    for key in keys:
+        if key not in batch:
+            raise UserError(f"batch: got keys {sorted(batch)}; wanted '{key}' for this model: check model.inputs.kind")
+    present = {key: batch[key] for key in keys + optional if key in batch}
+    return batch[keys[0]] if len(present) == 1 else present
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while not hasattr(model, "input_keys") and isinstance(getattr(model, "module", None), nn.Module):
+        model = cast(nn.Module, model.module)
+    return model
+
+
+def valid_rows(batch: Batch, rows: int, device: torch.device) -> Tensor:
+    """Return which rows count, (B,) bool: all if the batch does not say."""
+    valid = batch.get("valid")
+    return torch.ones(rows, dtype=torch.bool, device=device) if valid is None else valid
+
+
+class RandomTask:
+    """A task that draws random numbers while training.
+
+    The draws depend on `seed`, `step` and the first sample's id alone, so that a resumed run repeats them. The engine
+    sets `step` before each optimizer step where it can; `training` follows the model.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.step = 0
+
+    def generator(self, batch: Batch) -> torch.Generator:
+        """Return a CPU generator for this micro-batch."""
+        first = int(batch["sample_id"][0]) if "sample_id" in batch else 0
+        mixed = (self.seed * 0x9E3779B1 + self.step * 0x85EBCA77 + first * 0xC2B2AE3D + 1) % (1 << 63)
+        return torch.Generator().manual_seed(mixed)

@@ -1,0 +1,170 @@
+"""The fast cross-attentions are the plain one: same outputs, same gradients of every parameter."""
+
+import pytest
+import torch
+from torch import nn
+
+from perceiver.attention import CrossAttend, choose_path
+from perceiver.config import UserError
+from perceiver.factory import attention_maps, build_model, model_config
+from perceiver.positions import Grid, Inputs, grid_tables
+
+
+def inputs_of(shape: tuple[int, ...], data: int, *, trained: bool = False, dtype=torch.float64) -> Inputs:
+    elements = torch.Size(shape).numel()
+    values = torch.randn(2, elements, data, dtype=dtype, requires_grad=trained)
+    table = grid_tables(shape, 3, tuple(float(s) for s in shape), dtype, torch.device("cpu"))
+    return Inputs(values, Grid(shape, table))
+
+
+def layer_for(inputs: Inputs, **options) -> CrossAttend:
+    torch.manual_seed(1)
+    layer = CrossAttend(10, inputs.channels, **options).to(inputs.data.dtype)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return layer
+
+
+def outputs_and_gradients(layer: CrossAttend, query: torch.Tensor, inputs: Inputs, kind: str):
+    layer.attention.kind = kind  # type: ignore[assignment]
+    layer.zero_grad()
+    query = query.clone().requires_grad_()
+    leaves = [query, *layer.parameters()]
+    if inputs.data.requires_grad:
+        leaves.append(inputs.data)
+    fresh = Inputs(inputs.data, inputs.grid, inputs.mask, inputs.order)
+    out = layer(query, fresh)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return out, torch.autograd.grad((out * weight).sum(), leaves)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5), (11,), (1, 9)])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("kind", ["absorbed", "separable"])
+def test_fast_path_equals_plain_path(shape, heads, kind):
+    inputs = inputs_of(shape, 3)
+    layer = layer_for(inputs, heads=heads, qk_channels=12, v_channels=8)
+    query = torch.randn(2, 6, 10, dtype=torch.float64)
+    expected, gradients = outputs_and_gradients(layer, query, inputs, "plain")
+    got, fast = outputs_and_gradients(layer, query, inputs, kind)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    for a, b in zip(fast, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_absorbed_path_with_trained_inputs(masked):
+    inputs = inputs_of((4, 6), 5, trained=True)
+    if masked:
+        inputs.mask = torch.rand(2, 24) > 0.4
+        inputs.mask[1] = False
+    layer = layer_for(inputs)
+    query = torch.randn(2, 6, 10, dtype=torch.float64)
+    expected, gradients = outputs_and_gradients(layer, query, inputs, "plain")
+    got, fast = outputs_and_gradients(layer, query, inputs, "absorbed")
+    rows = slice(0, 1) if masked else slice(None)
+    torch.testing.assert_close(got[rows], expected[rows], rtol=1e-10, atol=1e-10)
+    if not masked:
+        for a, b in zip(fast, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert got.isfinite().all()
+
+
+def test_float32_within_1e_4_of_float64():
+    inputs = inputs_of((28, 28), 1)
+    layer = layer_for(inputs)
+    query = torch.randn(2, 6, 10, dtype=torch.float64)
+    expected, gradients = outputs_and_gradients(layer, query, inputs, "plain")
+    layer.float()
+    assert inputs.grid is not None
+    single = Inputs(inputs.data.float(), Grid(inputs.grid.shape, inputs.grid.table.float()))
+    got, fast = outputs_and_gradients(layer, query.float(), single, "separable")
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(fast, gradients, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max().clamp(min=1)))
+
+
+def test_tiles_do_not_change_the_result(monkeypatch):
+    inputs = inputs_of((7, 5), 3)
+    layer = layer_for(inputs)
+    query = torch.randn(2, 6, 10, dtype=torch.float64)
+    for kind in ("absorbed", "separable"):
+        expected, gradients = outputs_and_gradients(layer, query, inputs, kind)
+        monkeypatch.setattr("perceiver.shared_kv.CPU_SCORES", 35 * 4)
+        got, fast = outputs_and_gradients(layer, query, inputs, kind)
+        monkeypatch.undo()
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(fast, gradients)
+
+
+def test_choice_of_path():
+    sizes = dict(queries=512, qk_channels=261, v_channels=261)
+    grid = Grid((224, 224), torch.zeros(448, 258))
+    data = torch.zeros(1, 224 * 224, 3)
+    assert choose_path("auto", Inputs(data, grid), heads=1, **sizes) == "separable"
+    assert choose_path("plain", Inputs(data, grid), heads=1, **sizes) == "plain"
+    assert choose_path("auto", Inputs(torch.zeros(1, 2048, 387)), heads=1, **sizes) == "absorbed"
+    assert choose_path("auto", Inputs(torch.zeros(1, 2048, 768)), heads=8, queries=256, qk_channels=256,
+                       v_channels=1280) == "plain"
+    trained = Inputs(data.requires_grad_(), grid)
+    assert choose_path("auto", trained, heads=1, **sizes) == "absorbed"
+    with pytest.raises(UserError, match="separable"):
+        choose_path("separable", trained, heads=1, **sizes)
+
+
+def small(**changes) -> dict:
+    inputs = {"kind": "image", "channels": 1, "size": [8, 6], "mean": [0.1], "std": [0.3],
+              "positions": {"kind": "fourier", "bands": 3}}
+    values = {"kind": "perceiver", "inputs": inputs, "latents": 5, "latent_channels": 8, "cross_attends": 3,
+              "self_attends_per_block": 2, "heads": 2}
+    return {**values, **changes}
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"share": "none"}, {"share": "all"}, {"placement": "start"}, {"blocks": 5}, {"cross_heads": 2, "cross_qk_channels": 4},
+    {"checkpoint_activations": True},
+])  # fmt: skip
+def test_whole_model_plain_and_fast_agree(change):
+    pixels = torch.randint(0, 256, (3, 1, 8, 6), dtype=torch.uint8)
+    results = []
+    for kind in ("plain", "auto"):
+        torch.manual_seed(0)
+        model = build_model(model_config(small(attention=kind, latent_init_std=1.0, **change)), classes=4).double()
+        nn.init.normal_(model.head.weight)  # type: ignore[arg-type]
+        out = model(pixels)
+        out.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        assert all(g is not None for g in gradients.values())
+        results.append((out, gradients))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
+def test_attention_maps_sum_to_one_in_order():
+    model = build_model(model_config(small()), classes=4)
+    maps = attention_maps(model, torch.randint(0, 256, (3, 1, 8, 6), dtype=torch.uint8))
+    assert [tuple(m.shape) for m in maps] == [(3, 1, 5, 48)] * 3
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(3, 1, 5))
+
+
+def test_permuted_pixels_leave_the_perceiver_unchanged():
+    pixels = torch.randint(0, 256, (2, 1, 8, 6), dtype=torch.uint8)
+    outs = []
+    for permute in (None, 3):
+        for kind in ("plain", "absorbed", "auto"):
+            torch.manual_seed(0)
+            values = small(attention=kind, latent_init_std=1.0)
+            values["inputs"] = {**values["inputs"], "permute": permute}
+            model = build_model(model_config(values), classes=4).double()
+            outs.append(model.encode(pixels))  # type: ignore[operator]
+    for other in outs[1:]:
+        torch.testing.assert_close(other, outs[0], rtol=1e-9, atol=1e-9)
+
+
+def test_permutation_moves_the_elements():
+    values = small()
+    values["inputs"] = {**values["inputs"], "permute": 3}
+    model = build_model(model_config(values), classes=4)
+    _, inputs = model.read(torch.randint(0, 256, (2, 1, 8, 6), dtype=torch.uint8))  # type: ignore[operator]
+    straight = Inputs(inputs.data, inputs.grid).dense
+    assert not torch.equal(inputs.dense, straight)
+    assert torch.equal(inputs.dense[:, inputs.order.argsort()], straight)
