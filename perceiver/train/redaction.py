@@ -13,16 +13,19 @@ MASK = "***"
 _WORDS = re.compile(r"[^a-z0-9]+")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_WORDS = frozenset(
-    "password passwd passphrase pwd secret secrets token credential credentials apikey accesskey secretkey "
-    "privatekey authorization bearer sas".split()
+    ["password", "passwd", "passphrase", "pwd", "secret", "secrets", "token", "credential", "credentials"]
+    + ["apikey", "accesskey", "secretkey", "privatekey", "authorization", "bearer", "sas"]
 )
-_KEY_KINDS = frozenset("api access secret private account signing encryption ssh master".split())
+_KEY_KINDS = frozenset(["api", "access", "secret", "private", "account", "signing", "encryption", "ssh", "master"])
 _URL_USER = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/?#\s]*@", re.IGNORECASE)
-_QUERY = re.compile(r"(?P<name>[?&;][^=&;#\s]*(?:sig|signature|token|secret|key|password|credential)[^=&;#\s]*=)[^&;#\s]+", re.I)
+_QUERY = re.compile(
+    r"(?P<name>[?&;][^=&;#\s]*(?:sig|signature|token|secret|key|password|credential)[^=&;#\s]*=)[^&;#\s]+",
+    re.IGNORECASE,
+)
 _KNOWN = re.compile(
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bhf_[A-Za-z0-9]{20,}"
-    r"|\bsk-[A-Za-z0-9_-]{20,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|(?<=Bearer )\S+|(?<=Basic )\S+"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
+    r"|\bsk-[A-Za-z0-9_-]{20,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
+    r"|(?<=Bearer )\S+|(?<=Basic )\S+|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
 )
 
 

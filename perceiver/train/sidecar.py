@@ -4,6 +4,7 @@ A library that is slow to import, retries for minutes or prints to the terminal 
 its interpreter lock, its deadline and its terminal.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -115,10 +116,8 @@ class Sidecar:
 def _reap(process: subprocess.Popen[bytes], timeout_s: float) -> None:
     """Close the pipes and wait for the end, which comes by force if it does not come in time."""
     assert process.stdin is not None and process.stdout is not None
-    try:
+    with contextlib.suppress(OSError):
         process.stdin.close()
-    except OSError:
-        pass
     try:
         process.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -130,8 +129,8 @@ def _reap(process: subprocess.Popen[bytes], timeout_s: float) -> None:
 def serve(handle: Callable[[dict[str, Any]], Reply], nice: int = 10) -> None:
     """The helper's side: answer requests from standard input until it is closed or the parent is gone.
 
-    Whatever prints to standard output is sent to standard error. An exception in `handle` becomes the answer
-    `{"error": message, "kind": class name}`.
+    Whatever prints to standard output is sent to standard error. `handle` answers a failure with
+    `{"error": message, "kind": class name}`; an exception ends the helper.
     """
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -148,11 +147,7 @@ def serve(handle: Callable[[dict[str, Any]], Reply], nice: int = 10) -> None:
             continue
         if line is None:
             return
-        try:
-            reply = handle(json.loads(line))
-        except Exception as error:  # every failure must become an answer
-            reply = {"error": " ".join(str(error).split()) or repr(error), "kind": type(error).__name__}
-        answers.write(json.dumps(reply).encode() + b"\n")
+        answers.write(json.dumps(handle(json.loads(line))).encode() + b"\n")
         answers.flush()
 
 

@@ -146,7 +146,7 @@ class SpoolReader:
         receipt = chunk.segment.with_suffix(".offset")
         partial = receipt.with_suffix(".offset.tmp")
         partial.write_text(str(chunk.end))
-        os.replace(partial, receipt)
+        partial.replace(receipt)
 
     def reject(self, event: Event, reason: str) -> None:
         """Keep an event that the receiver will never take, with its reason."""

@@ -1,6 +1,6 @@
 """Tracking a run: the protocol the training code sees, a tracker that does nothing, and one that spools to disk.
 
-Nothing here knows MLflow (see `perceiver.train.mlflow`), and nothing here can stop or slow a training run: an event is
+Nothing here knows MLflow (see `perceiver.train.runs`), and nothing here can stop or slow a training run: an event is
 one appended line; a daemon thread hands the lines to a `Sender` and, when that fails, tries again later.
 """
 
@@ -8,8 +8,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +16,8 @@ from perceiver.train.redaction import redact, redact_value
 from perceiver.train.spool import Event, SpoolReader, SpoolWriter, encode_number, unsent
 
 log = logging.getLogger(__name__)
+
+DOWN_CLOSE_S = 5.0
 
 Status = Literal["finished", "failed", "stopped"]
 
@@ -104,7 +105,10 @@ class SpoolTracker:
         sender: where the events go.
         interval_s: pause between two batches, so that batches are large.
         backoff_s: first and longest pause after a failure; doubled each time, with jitter of ±50 %.
-        close_timeout_s: how long `close` waits for the last events.
+        close_timeout_s: how long `close` waits for the last events (5 s at most if the receiver is known to be down).
+
+    Attributes:
+        before_close: called at the beginning of `close` and `detach`, to end what logs into this tracker.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class SpoolTracker:
         self.interval_s = interval_s
         self.backoff_s = backoff_s
         self.close_timeout_s = close_timeout_s
+        self.before_close: list[Callable[[], None]] = []
         self._writer = SpoolWriter(folder)
         self._reader = SpoolReader(folder, self._writer)
         self._state = threading.Condition()
@@ -167,18 +172,20 @@ class SpoolTracker:
 
     def close(self, status: Status) -> None:
         """See `Tracker`. Waits up to `close_timeout_s`; what is left then stays in the folder for the next tracker."""
-        if self._closed:
-            return
-        self._append({"kind": "status", "value": status})
-        self._finish()
+        self._finish(status)
 
     def detach(self) -> None:
         """Stop as `close` does, but leave the run's status to another process."""
-        if not self._closed:
-            self._finish()
+        self._finish(None)
 
-    def _finish(self) -> None:
-        self.flush(self.close_timeout_s)
+    def _finish(self, status: Status | None) -> None:
+        if self._closed:
+            return
+        for stop in self.before_close:
+            stop()
+        if status is not None:
+            self._append({"kind": "status", "value": status})
+        self.flush(min(self.close_timeout_s, DOWN_CLOSE_S) if self._failures else self.close_timeout_s)
         with self._state:
             self._closed = True
             self._state.notify_all()
