@@ -1,0 +1,36 @@
+# The two commands: `make train` and `make test`. Everything is made in .venv; nothing else on the machine is touched.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+.PHONY: help setup train test check bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(READY)  ## make .venv with the pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+train: $(READY)  ## prepare the quickstart data, train, evaluate, report
+	@$(BIN)/perceiver prepare digits data/digits
+	@$(BIN)/perceiver train recipes/train/quickstart.yaml
+
+check: $(READY)  ## lint, types, import contract
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: check  ## check, then the whole test suite
+	$(BIN)/python -m pytest
+
+clean:  ## remove what was made here, .venv too
+	rm -rf $(VENV) data runs build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,22 @@
+"""What the Ray Train controller tells the user through the monitor."""
+
+from typing import Any
+
+from ray.train import UserCallback
+
+
+class FailureReporter(UserCallback):
+    """Sends an event for each worker failure that Ray Train recovers from."""
+
+    def __init__(self, monitor: Any) -> None:
+        self.monitor = monitor
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Name the first worker that failed and why. Called by Ray, by keyword, in the controller's process."""
+        from cluster.launch import failure_reason
+
+        error = Exception()
+        error.worker_failures = worker_exceptions  # type: ignore[attr-defined]
+        rank, _ = sorted(worker_exceptions.items())[0]
+        reason = failure_reason(error).split(": ", 1)[-1]
+        self.monitor.push.remote({"kind": "failure", "rank": 0, "failed": rank, "reason": reason})

@@ -1,0 +1,133 @@
+"""Where a run happens: an address to connect to, or a Ray of its own on this machine."""
+
+import contextlib
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from perceiver.config import Config, UserError
+
+log = logging.getLogger(__name__)
+
+# What Ray and the libraries read from the environment; set before they are imported, unless the user set them.
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class ClusterConfig(Config):
+    """Workers and what each of them holds (recipe key ``cluster``)."""
+
+    address: str | None = Field(
+        None, description="address of a running Ray; default: RAY_ADDRESS, else a Ray of its own on this machine"
+    )
+    workers: PositiveInt = Field(1, description="training workers, one process each")
+    cpus_per_worker: PositiveFloat | None = Field(
+        None, description="logical CPUs of a worker; default: on this machine an equal share, less what data tasks need"
+    )
+    gpus_per_worker: NonNegativeFloat = Field(0, description="GPUs of a worker")
+    max_failures: NonNegativeInt = Field(3, description="worker failures after which the run gives up")
+    object_store_mb: PositiveInt = Field(300, description="size of the object store of a Ray of its own, in MB")
+
+    def resolved_address(self) -> str | None:
+        """Return the address to connect to, or None for a Ray of its own."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def machine_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def worker_cpus(config: ClusterConfig, cpus: float, data_cpus: float) -> float:
+    """Return the logical CPUs of one worker so that data tasks keep ``data_cpus`` of a machine's ``cpus``.
+
+    Ray places a worker only where its share is free, and the data tasks start only with what the workers leave: if the
+    workers took all, training would wait for data for ever.
+
+    Raises:
+        UserError: there are more workers than CPUs, or nothing is left for the data tasks.
+    """
+    if config.workers > cpus:
+        raise UserError(
+            f"cluster.workers = {config.workers}, but there are {cpus:g} CPUs: set cluster.workers to at most {cpus:g}"
+        )
+    if config.cpus_per_worker is None:
+        share = (cpus - data_cpus) / config.workers
+        return max(0.25, int(share * 4) / 4)
+    taken = config.cpus_per_worker * config.workers
+    if taken + data_cpus > cpus:
+        raise UserError(
+            f"cluster.workers x cluster.cpus_per_worker = {taken:g} of {cpus:g} CPUs leaves less than the {data_cpus:g} "
+            f"that data tasks need: set cluster.cpus_per_worker to at most {(cpus - data_cpus) / config.workers:g}"
+        )
+    return config.cpus_per_worker
+
+
+def set_quiet_environment() -> None:
+    """Turn telemetry off and chatter down, unless the user's environment says otherwise."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def start_ray(config: ClusterConfig) -> dict[str, Any]:
+    """Connect to the cluster, or start a Ray of its own on this machine; return facts about it for the log.
+
+    Raises:
+        UserError: the address does not answer.
+    """
+    import ray
+
+    address = config.resolved_address()
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address is None:
+        _use_token()
+        context = ray.init(
+            address="local",
+            num_cpus=machine_cpus(),
+            object_store_memory=config.object_store_mb * 1_000_000,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            **quiet,
+        )
+    else:
+        try:
+            context = ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"no Ray cluster answers at {address} ({reason}): check cluster.address or RAY_ADDRESS") from None
+    import ray._private.worker as worker
+
+    session = worker.global_worker.node.get_session_dir_path() if worker.global_worker.node else ""
+    return {"dashboard": context.dashboard_url, "session": session}
+
+
+def _use_token() -> None:
+    """Have the Ray that we start ask for a token, kept in a file that only this user can read."""
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+    path.chmod(0o600)
+
+
+def cluster_cpus() -> float:
+    """Return the logical CPUs of the connected cluster."""
+    import ray
+
+    return float(ray.cluster_resources().get("CPU", 0))

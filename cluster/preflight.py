@@ -1,0 +1,89 @@
+"""Whatever can be refused is refused here, before a worker starts, in one line that names the fix."""
+
+from dataclasses import dataclass
+
+import torch
+
+from cluster.local import machine_cpus, worker_cpus
+from cluster.recipe import Recipe
+from cluster.run_folder import RunFolder
+from perceiver.config import UserError
+from perceiver.factory import build_model
+from perceiver.train.checkpoint import CheckpointManifest, parameter_difference
+from pipelines.ingest import steps_per_epoch
+from pipelines.shards import Manifest, load_manifest
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks found out, for the header and the launch."""
+
+    manifest: Manifest
+    parameters: int
+    epoch_steps: float
+    total_steps: int
+    checkpoint: CheckpointManifest | None
+
+
+def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
+    """Check a recipe against its data, this machine, its output folder and the checkpoint to resume from.
+
+    Raises:
+        UserError: the first thing that would stop the run, with what to change.
+    """
+    check_batch(recipe)
+    manifest = load_manifest(recipe.data.url)
+    check_data(recipe, manifest)
+    if recipe.cluster.resolved_address() is None:
+        worker_cpus(recipe.cluster, machine_cpus(), recipe.data.cpus_per_task)
+    with torch.device("meta"):
+        model = build_model(recipe.model, classes=len(manifest.classes))
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    checkpoint = folder.checkpoints.newest() if resume else None
+    if checkpoint is not None:
+        check_resume(recipe, folder, checkpoint, shapes)
+    elif not resume and folder.facts():
+        raise UserError(f"run {folder.name!r} exists below {folder.output}: add --resume to go on, or choose another --run")
+    folder.note(recipe=recipe.name)
+    epoch_steps = steps_per_epoch(manifest, recipe.data, recipe.train.global_batch)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Preflight(manifest, parameters, epoch_steps, recipe.train.total_steps(epoch_steps), checkpoint)
+
+
+def check_batch(recipe: Recipe) -> None:
+    """Refuse a global batch that the workers cannot share out in whole micro-batches."""
+    batch, workers, micro = recipe.train.global_batch, recipe.cluster.workers, recipe.train.micro_batch
+    portion = workers * (micro or 1)
+    if batch % portion:
+        factors = f"cluster.workers {workers}" + (f" x train.micro_batch {micro}" if micro else "")
+        below, above = batch // portion * portion, (batch // portion + 1) * portion
+        choice = f"{below} or {above}" if below else str(above)
+        raise UserError(f"train.global_batch {batch} is not divisible by {factors} = {portion}: set it to {choice}")
+
+
+def check_data(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuse data that the recipe's model or splits do not fit."""
+    for key in ("train_split", "eval_split"):
+        split = getattr(recipe.data, key)
+        if split not in manifest.splits:
+            raise UserError(f"data.{key} = {split!r}, but {recipe.data.url} has the splits {', '.join(manifest.splits)}")
+
+
+def check_resume(
+    recipe: Recipe, folder: RunFolder, checkpoint: CheckpointManifest, shapes: dict[str, list[int]]
+) -> None:
+    """Refuse to go on from a checkpoint of another model, batch or seed."""
+    where = folder.checkpoints.location(checkpoint.step)
+    difference = parameter_difference(checkpoint.parameters, shapes)
+    if difference:
+        raise UserError(
+            f"{where} is from another model: {difference}; resume with that run's recipe ({folder.location('recipe.yaml')}) "
+            "or start a new run without --resume"
+        )
+    saved = checkpoint.recipe
+    for key, old, new in (
+        ("train.global_batch", saved["train"]["global_batch"], recipe.train.global_batch),
+        ("seed", saved["seed"], recipe.seed),
+    ):
+        if old != new:
+            raise UserError(f"{where} was trained with {key} = {old}, the recipe says {new}: its place in the data would be lost")

@@ -1,0 +1,279 @@
+"""What each Ray Train worker runs: build model, engine, data and hooks from the recipe, then the training loop."""
+
+import contextlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.monitor import MonitorClient
+from cluster.recipe import Recipe, build_recipe
+from cluster.run_folder import RunFolder, redacted_recipe
+from perceiver.config import UserError
+from perceiver.factory import build_model
+from perceiver.tasks import build_task
+from perceiver.train.checkpoint import CheckpointManifest, Snapshot
+from perceiver.train.deepspeed import BatchPlan, DeepSpeedEngine
+from perceiver.train.engine import Engine, Task
+from perceiver.train.hooks import CheckpointHook, EvalHook, History, MetricsHook, finite_loss_hook
+from perceiver.train.loop import Batch, Hook, Span, StepInfo, train
+from perceiver.train.mlflow import RunHandle, open_tracker
+from perceiver.train.schedules import build_schedule
+from perceiver.train.tracking import NullTracker, Tracker
+from pipelines.ingest import eval_batches, steps_per_epoch, train_batches
+from pipelines.shards import Manifest, load_manifest
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "ray", "deepspeed", "mlflow", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this worker stands in the group."""
+
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+
+
+@dataclass
+class Job:
+    """All that a worker builds once and uses throughout."""
+
+    recipe: Recipe
+    folder: RunFolder
+    manifest: Manifest
+    place: Place
+    engine: Engine
+    history: History
+    monitor: MonitorClient
+    tracker: Tracker
+
+    @property
+    def epoch_steps(self) -> float:
+        """Return the optimizer steps of one pass over the training data."""
+        return steps_per_epoch(self.manifest, self.recipe.data, self.recipe.train.global_batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Return the optimizer steps of the whole run."""
+        return self.recipe.train.total_steps(self.epoch_steps)
+
+    def evaluation(self) -> Iterator[Batch]:
+        """Return the batches of the evaluation split that fall to this worker."""
+        return eval_batches(
+            self.recipe.data,
+            self.manifest,
+            split=self.recipe.data.eval_split,
+            rank=self.place.rank,
+            world=self.place.world,
+            batch=self.recipe.train.global_batch // self.place.world,
+            device=self.place.device,
+        )
+
+
+def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Train until the recipe's end or a stop; the same function starts, resumes and recovers a run.
+
+    Returns:
+        ``{"status": "finished" | "stopped" | "refused", ...}``; a mistake of the user's is returned, not raised, because
+        Ray would restart the workers to meet it again.
+    """
+    began = time.perf_counter()
+    try:
+        with contextlib.closing(_Resources()) as resources:
+            job, done = _build(config, resources)
+            job.monitor.send("ready", {"seconds": time.perf_counter() - began, "step": done}, urgent=True)
+            return _run(job, done)
+    except UserError as error:
+        return {"status": "refused", "error": str(error)}
+
+
+class _Resources(contextlib.ExitStack):
+    """What must be closed when the worker ends, however it ends."""
+
+
+def _build(config: Mapping[str, Any], resources: contextlib.ExitStack) -> tuple[Job, int]:
+    """Build everything and restore the newest checkpoint; return it with the number of steps done."""
+    recipe = build_recipe(config["recipe"])
+    folder = RunFolder(recipe.output, config["run"])
+    place = _place()
+    manifest = load_manifest(recipe.data.url)
+    torch.manual_seed(recipe.seed)
+    classes = len(manifest.classes)
+    model = build_model(recipe.model, classes=classes)
+    engine = _engine(recipe, model, build_task(recipe.task, classes=classes), manifest, place)
+    monitor = MonitorClient(config["monitor"], place.rank)
+    done, history = _restore(engine, folder, monitor)
+    tracker: Tracker = NullTracker()
+    if place.rank == 0:
+        tracker = _tracker(config)
+        resources.callback(tracker.detach)
+        history.sinks.append(tracker.log_metrics)
+        history.sinks.append(lambda step, metrics: monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=True))
+    return Job(recipe, folder, manifest, place, engine, history, monitor, tracker), done
+
+
+def _place() -> Place:
+    import ray.train
+
+    context = ray.train.get_context()
+    device = torch.device("cuda", context.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    local_world = context.get_local_world_size()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    return Place(context.get_world_rank(), context.get_world_size(), local_world, device)
+
+
+def _engine(recipe: Recipe, model: torch.nn.Module, task: Task, manifest: Manifest, place: Place) -> Engine:
+    epoch_steps = steps_per_epoch(manifest, recipe.data, recipe.train.global_batch)
+    schedule = build_schedule(recipe.optim.schedule, recipe.train.total_steps(epoch_steps), epoch_steps)
+    batch = BatchPlan(recipe.train.micro(place.world), recipe.train.accumulation(place.world), place.world)
+    return DeepSpeedEngine(
+        model, task, recipe.optim, schedule, recipe.deepspeed, batch, device=place.device, precision=recipe.train.precision
+    )
+
+
+def _tracker(config: Mapping[str, Any]) -> Tracker:
+    """Return rank 0's tracker; it spools to the run's local folder, or here if that lies on another machine."""
+    handle = config["mlflow"]
+    if handle is None:
+        return NullTracker()
+    return open_tracker(RunHandle.from_json(handle), Path(config["spool"]), system_metrics_node="")
+
+
+def _restore(engine: Engine, folder: RunFolder, monitor: MonitorClient) -> tuple[int, History]:
+    """Load the newest checkpoint that verifies; rank 0 chooses, so that all ranks load the same one."""
+    store = folder.checkpoints
+    manifest: CheckpointManifest | None = store.newest() if engine.rank == 0 else None
+    step = int(engine.sum([float(manifest.step) if manifest else 0.0])[0])
+    if step == 0:
+        return 0, History()
+    with store.fetch(step) as local:
+        engine.load(local)
+    monitor.send("resumed", {"step": step, "checkpoint": store.location(step)}, urgent=engine.rank == 0)
+    return step, History(store.history(step))
+
+
+def _run(job: Job, done: int) -> dict[str, Any]:
+    """Run the loop with its hooks, then leave behind predictions and weights."""
+    evaluation = EvalHook(job.history, job.engine, job.evaluation, max(1, round(job.recipe.train.eval_every * job.epoch_steps)))
+    place, training = job.place, job.recipe.train
+    batches = train_batches(
+        job.recipe.data,
+        job.manifest,
+        seed=job.recipe.seed,
+        rank=place.rank,
+        world=place.world,
+        global_batch=training.global_batch,
+        micro_batch=training.micro(place.world),
+        start_step=done,
+        stop_step=job.total_steps,
+        device=place.device,
+    )
+    span = Span(
+        start_step=done,
+        total_steps=job.total_steps,
+        global_batch=training.global_batch,
+        accumulation=training.accumulation(place.world),
+        steps_per_epoch=job.epoch_steps,
+        seed=job.recipe.seed,
+    )
+    step = train(job.engine, batches, _hooks(job, evaluation), span, job.monitor.stop_requested)
+    if step < job.total_steps:
+        job.monitor.flush()
+        return {"status": "stopped", "step": step, "total_steps": job.total_steps}
+    figures = evaluation.latest or job.engine.evaluate(job.evaluation())
+    _leave_behind(job)
+    job.monitor.flush()
+    return {"status": "finished", "step": step, "total_steps": job.total_steps, "evaluation": figures}
+
+
+def _hooks(job: Job, evaluation: EvalHook) -> list[Hook]:
+    hooks: list[Hook] = [finite_loss_hook, evaluation]
+    if job.place.rank == 0:
+        hooks = [finite_loss_hook, partial(_progress, job.monitor), MetricsHook(job.history, job.recipe.train.log_every), evaluation]
+    saved = lambda step, url: _saved(job, step, url)  # noqa: E731
+    steps = max(1, round(job.recipe.train.checkpoint_every * job.epoch_steps))
+    snapshot = partial(_snapshot, job)
+    hooks.append(CheckpointHook(job.folder.checkpoints, job.engine, snapshot, steps, job.recipe.train.keep_checkpoints, saved))
+    return hooks
+
+
+def _progress(monitor: MonitorClient, info: StepInfo) -> None:
+    payload = {
+        "step": info.step,
+        "total_steps": info.total_steps,
+        "epoch": info.epoch,
+        "loss": info.result.loss,
+        "metrics": info.result.metrics,
+        "seconds": info.seconds,
+        "wait_seconds": info.wait_seconds,
+        "samples": info.samples,
+    }
+    monitor.send("progress", payload, urgent=info.last)
+
+
+def _saved(job: Job, step: int, url: str) -> None:
+    job.monitor.send("checkpoint", {"step": step, "url": url}, urgent=True)
+    job.tracker.set_tag("checkpoint_uri", url)
+
+
+def _snapshot(job: Job, info: StepInfo) -> Snapshot:
+    return Snapshot(
+        step=info.step,
+        samples=info.step * job.recipe.train.global_batch,
+        engine={"kind": type(job.engine).__name__, "zero_stage": job.recipe.deepspeed.zero_stage},
+        parameters=parameter_shapes(job.engine.module),
+        recipe=redacted_recipe(job.recipe.model_dump(mode="json")),
+        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        history=job.history.text(),
+    )
+
+
+def parameter_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
+    """Return each parameter's name and full shape, also where ZeRO-3 has partitioned it."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+
+
+def _leave_behind(job: Job) -> None:
+    """Write this worker's predictions on the evaluation split, and the weights (rank 0) as safetensors."""
+    import safetensors.torch
+
+    _write_predictions(job)
+    weights = job.engine.weights()
+    if weights is not None:
+        metadata = {"format": "pt", "recipe": job.recipe.name}
+        blob = safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}, metadata)
+        job.folder.write("model.safetensors", blob)
+
+
+def _write_predictions(job: Job) -> None:
+    """Write ``predictions/part-<rank>.parquet``: one row a valid sample with id, label and the task's outputs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    task = build_task(job.recipe.task, classes=len(job.manifest.classes))
+    columns: dict[str, list[Any]] = {}
+    job.engine.module.eval()
+    with torch.inference_mode():
+        for batch in job.evaluation():
+            keep = batch["valid"]
+            outputs = task.predict(job.engine.module, batch)
+            rows = {"sample_id": batch["sample_id"], **({"label": batch["label"]} if "label" in batch else {}), **outputs}
+            for name, values in rows.items():
+                columns.setdefault(name, []).extend(values[keep].cpu().tolist())
+    sink = BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    job.folder.write(f"predictions/part-{job.place.rank:05d}.parquet", sink.getvalue())

@@ -1,0 +1,61 @@
+"""The command ``perceiver``: one verb a file, each loaded only when it is called."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import click
+
+from perceiver.config import UserError
+
+
+class Verbs(click.Group):
+    """Finds a verb ``name`` as the function ``command`` of ``perceiver/cli/name.py``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs, which are the modules of this package."""
+        return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one verb."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return importlib.import_module(f"perceiver.cli.{cmd_name}").command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb, and name the nearest one if there is none of that name."""
+        import difflib
+
+        near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1) if args else []
+        if args and near and near[0] != args[0] and not args[0].startswith("-"):
+            raise UserError(f"no verb {args[0]!r}; did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: perceiver train recipes/train/quickstart.yaml optim.lr=2e-3",
+)
+@click.version_option(package_name="perceiver-train")
+def cli() -> None:
+    """Train Perceiver and Perceiver IO models on Ray.
+
+    Exit codes: 0 done, 1 failed while running, 2 a mistake in the input, 130 stopped by Ctrl-C.
+    """
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        code = cli(standalone_mode=False)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        code = 130
+    sys.exit(code or 0)

@@ -1,0 +1,122 @@
+"""What happens after a step: metrics, evaluation, checkpoints. Each hook takes one ``StepInfo``."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from perceiver.config import UserError
+from perceiver.train.checkpoint import CheckpointStore, Snapshot
+from perceiver.train.engine import Engine
+from perceiver.train.loop import Batch, StepInfo
+
+Sink = Callable[[int, Mapping[str, float]], None]
+
+
+class History:
+    """The recorded metrics of a run: rows kept in memory, handed to sinks, saved with each checkpoint."""
+
+    def __init__(self, text: str = "") -> None:
+        self.rows: list[dict[str, float]] = [json.loads(line) for line in text.splitlines() if line]
+        self.sinks: list[Sink] = []
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one row, ``{"step": step, "time": now, **metrics}``, and pass it to every sink."""
+        self.rows.append({"step": step, "time": time.time(), **metrics})
+        for sink in self.sinks:
+            sink(step, metrics)
+
+    def text(self) -> str:
+        """Return all rows as JSON lines."""
+        return "".join(json.dumps(row) + "\n" for row in self.rows)
+
+
+def every(info: StepInfo, steps: int) -> bool:
+    """Whether a thing that is done each ``steps`` steps, and at the end, is due."""
+    return info.step % steps == 0 or info.last
+
+
+class MetricsHook:
+    """Records the mean of the training metrics over each window of ``steps`` steps."""
+
+    def __init__(self, history: History, steps: int) -> None:
+        self.history, self.steps = history, steps
+        self.window: list[StepInfo] = []
+
+    def __call__(self, info: StepInfo) -> None:
+        self.window.append(info)
+        if every(info, self.steps):
+            self.history.record(info.step, window_metrics(self.window))
+            self.window = []
+
+
+def window_metrics(window: list[StepInfo]) -> dict[str, float]:
+    """Summarise some consecutive steps: means of the task's metrics, throughput, share of time waiting for data."""
+    seconds = sum(info.seconds for info in window)
+    last = window[-1].result
+    metrics = {f"train/{key}": _mean([i.result.metrics[key] for i in window]) for key in last.metrics}
+    metrics["train/loss"] = _mean([info.result.loss for info in window])
+    metrics["train/lr"] = last.lr
+    if last.grad_norm is not None:
+        metrics["train/grad_norm"] = last.grad_norm
+    metrics["train/epoch"] = window[-1].epoch
+    metrics["train/samples_per_s"] = sum(info.samples for info in window) / seconds
+    metrics["train/data_wait"] = sum(info.wait_seconds for info in window) / seconds
+    metrics["train/skipped_steps"] = float(sum(info.result.skipped for info in window))
+    return metrics
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def finite_loss_hook(info: StepInfo) -> None:
+    """Stop the run when the loss is no longer a number.
+
+    Raises:
+        UserError: the loss of this step is NaN or infinite.
+    """
+    if not math.isfinite(info.result.loss):
+        raise UserError(
+            f"the loss is {info.result.loss} at step {info.step}: lower optim.lr or set optim.clip, then run again "
+            "with --resume to go on from the last checkpoint"
+        )
+
+
+class EvalHook:
+    """Evaluates each ``steps`` steps and at the end; ``latest`` holds the last figures."""
+
+    def __init__(
+        self, history: History, engine: Engine, batches: Callable[[], Iterable[Batch]], steps: int
+    ) -> None:
+        self.history, self.engine, self.batches, self.steps = history, engine, batches, steps
+        self.latest: dict[str, float] = {}
+
+    def __call__(self, info: StepInfo) -> None:
+        if info.step % self.steps == 0 or info.step == info.total_steps:
+            self.latest = self.engine.evaluate(self.batches())
+            self.history.record(info.step, {f"eval/{key}": value for key, value in self.latest.items()})
+
+
+class CheckpointHook:
+    """Saves each ``steps`` steps, at the end and when the run is asked to stop; keeps the newest ``keep``."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        engine: Engine,
+        snapshot: Callable[[StepInfo], Snapshot],
+        steps: int,
+        keep: int,
+        saved: Callable[[int, str], None],
+    ) -> None:
+        self.store, self.engine, self.snapshot = store, engine, snapshot
+        self.steps, self.keep, self.saved = steps, keep, saved
+
+    def __call__(self, info: StepInfo) -> None:
+        if not every(info, self.steps):
+            return
+        self.store.save(self.engine, self.snapshot(info))
+        if self.engine.rank == 0:
+            self.store.prune(self.keep)
+            self.saved(info.step, self.store.location(info.step))

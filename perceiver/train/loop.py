@@ -1,0 +1,125 @@
+"""The training loop: batch, step, hooks. It knows neither Ray, DeepSpeed nor MLflow."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from perceiver.config import Config
+from perceiver.train.engine import Engine, Precision, StepResult
+
+Batch = dict[str, torch.Tensor]
+
+
+class TrainConfig(Config):
+    """How long and in what portions to train (recipe key ``train``)."""
+
+    epochs: PositiveFloat | None = Field(None, description="passes over the training data; give this or steps")
+    steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
+    global_batch: PositiveInt = Field(128, description="samples of one optimizer step, over all workers")
+    micro_batch: PositiveInt | None = Field(
+        None, description="samples of one forward pass on one worker; the rest is accumulated; default: no accumulation"
+    )
+    precision: Precision = Field("auto", description="fp32, bf16, or auto: bf16 on GPUs that have it, fp32 on CPUs")
+    log_every: PositiveInt = Field(10, description="steps between two recorded points of the training metrics")
+    eval_every: PositiveFloat = Field(1.0, description="epochs between two evaluations")
+    checkpoint_every: PositiveFloat = Field(1.0, description="epochs between two checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints to keep, the newest")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+    def total_steps(self, steps_per_epoch: float) -> int:
+        """Return the number of optimizer steps of the whole run."""
+        return self.steps if self.steps is not None else max(1, round((self.epochs or 1) * steps_per_epoch))
+
+    def accumulation(self, world: int) -> int:
+        """Return the number of micro-batches that one worker accumulates in a step."""
+        return self.global_batch // (world * self.micro(world))
+
+    def micro(self, world: int) -> int:
+        """Return the samples of one forward pass on one worker."""
+        return self.micro_batch or self.global_batch // world
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a hook is told after each optimizer step."""
+
+    step: int  # optimizer steps done, this one included
+    total_steps: int
+    epoch: float  # passes over the data so far
+    samples: int  # samples of this step over all workers
+    seconds: float  # wall time of this step, waiting included
+    wait_seconds: float  # part of it spent waiting for data
+    result: StepResult
+    stopping: bool  # the user asked to stop: this is the last step
+
+    @property
+    def last(self) -> bool:
+        """Whether no step follows in this process."""
+        return self.stopping or self.step == self.total_steps
+
+
+Hook = Callable[[StepInfo], None]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which steps to run, and how they relate to samples and epochs."""
+
+    start_step: int
+    total_steps: int
+    global_batch: int
+    accumulation: int
+    steps_per_epoch: float
+    seed: int
+
+
+def train(
+    engine: Engine,
+    batches: Iterator[Batch],
+    hooks: Sequence[Hook],
+    span: Span,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run the steps of ``span`` and return the number of optimizer steps done.
+
+    The random state of each step is a function of (seed, step, rank): a resumed run draws what an unbroken one would.
+    A stop that any rank asks for ends the loop on all ranks after the same step.
+    """
+    for step in range(span.start_step, span.total_steps):
+        began = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(span.accumulation)]
+        waited = time.perf_counter() - began
+        torch.manual_seed(_step_seed(span.seed, step, engine.rank))
+        result = engine.step(micro_batches, step)
+        stopping = engine.sum([float(stop_requested())])[0] > 0
+        info = StepInfo(
+            step=step + 1,
+            total_steps=span.total_steps,
+            epoch=(step + 1) / span.steps_per_epoch,
+            samples=span.global_batch,
+            seconds=time.perf_counter() - began,
+            wait_seconds=waited,
+            result=result,
+            stopping=stopping,
+        )
+        for hook in hooks:
+            hook(info)
+        if stopping:
+            return step + 1
+    return span.total_steps
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Mix the three numbers into one 63-bit seed (a splitmix64 round), so that neighbours do not correlate."""
+    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**64 - 1)
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (x ^ (x >> 31)) >> 1

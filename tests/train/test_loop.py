@@ -1,0 +1,89 @@
+"""The loop and its hooks with the plain engine: no Ray, no DeepSpeed."""
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from perceiver.config import UserError
+from perceiver.train.engine import StepResult
+from perceiver.train.hooks import EvalHook, History, MetricsHook, finite_loss_hook, window_metrics
+from perceiver.train.loop import Span, StepInfo, TrainConfig, train
+from tests.train.toy import toy_batches, toy_engine
+
+
+def span(start: int, total: int, accumulation: int = 1) -> Span:
+    return Span(start, total, global_batch=8, accumulation=accumulation, steps_per_epoch=5.0, seed=3)
+
+
+def info(step: int = 1, loss: float = 1.0, seconds: float = 0.5, wait: float = 0.1) -> StepInfo:
+    result = StepResult(step - 1, loss, {"accuracy": 0.25}, 2.0, 0.1, False)
+    return StepInfo(step, 10, step / 5, 8, seconds, wait, result, False)
+
+
+def test_hooks_see_every_step_in_order() -> None:
+    seen: list[tuple[int, float, bool]] = []
+    done = train(toy_engine(), toy_batches(0, 10), [lambda i: seen.append((i.step, i.epoch, i.last))], span(0, 10))
+    assert done == 10
+    assert [s for s, _, _ in seen] == list(range(1, 11))
+    assert seen[4][1] == pytest.approx(1.0)
+    assert [last for _, _, last in seen] == [False] * 9 + [True]
+
+
+def test_a_stop_ends_after_the_step_and_is_told_to_the_hooks() -> None:
+    seen: list[StepInfo] = []
+    done = train(toy_engine(), toy_batches(0, 10), [seen.append], span(0, 10), lambda: len(seen) == 3)
+    assert done == 4
+    assert [i.stopping for i in seen] == [False, False, False, True]
+
+
+def test_two_halves_with_dropout_equal_one_run() -> None:
+    """The random state is a function of the step, so going on draws what an unbroken run would."""
+    whole, halves = toy_engine(dropout=0.5), toy_engine(dropout=0.5)
+    losses: list[float] = []
+    train(whole, toy_batches(0, 6), [lambda i: losses.append(i.result.loss)], span(0, 6))
+    again: list[float] = []
+    train(halves, toy_batches(0, 3), [lambda i: again.append(i.result.loss)], span(0, 3))
+    train(halves, toy_batches(3, 6), [lambda i: again.append(i.result.loss)], span(3, 6))
+    assert again == losses
+
+
+def test_metrics_are_means_over_a_window() -> None:
+    metrics = window_metrics([info(1, loss=1.0, seconds=0.5, wait=0.1), info(2, loss=3.0, seconds=1.5, wait=0.1)])
+    assert metrics["train/loss"] == 2.0
+    assert metrics["train/samples_per_s"] == pytest.approx(16 / 2.0)
+    assert metrics["train/data_wait"] == pytest.approx(0.1)
+
+
+def test_history_rows_come_each_window_and_survive_as_text() -> None:
+    history, sunk = History(), []
+    history.sinks.append(lambda step, metrics: sunk.append(step))
+    train(toy_engine(), toy_batches(0, 5), [MetricsHook(history, 2)], span(0, 5))
+    assert [row["step"] for row in history.rows] == [2, 4, 5] == sunk
+    assert History(history.text()).rows == history.rows
+
+
+def test_evaluation_is_due_each_n_steps_and_at_the_end() -> None:
+    history, engine = History(), toy_engine()
+    hook = EvalHook(history, engine, lambda: toy_batches(100, 102), 2)
+    train(engine, toy_batches(0, 5), [hook], span(0, 5))
+    assert [row["step"] for row in history.rows] == [2, 4, 5]
+    assert hook.latest["loss"] == history.rows[-1]["eval/loss"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice() -> None:
+    with pytest.raises(UserError, match=r"the loss is nan at step 1: lower optim.lr"):
+        finite_loss_hook(info(loss=math.nan))
+
+
+@pytest.mark.parametrize("settings", [{}, {"epochs": 1, "steps": 2}])
+def test_length_is_given_once(settings: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="exactly one of train.epochs and train.steps"):
+        TrainConfig(**settings)
+
+
+def test_steps_and_accumulation() -> None:
+    config = TrainConfig(epochs=2, global_batch=96, micro_batch=16)
+    assert config.total_steps(31.25) == 62
+    assert config.accumulation(2) == 3
+    assert TrainConfig(steps=7).accumulation(2) == 1
