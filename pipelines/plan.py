@@ -132,6 +132,11 @@ class SamplePlan:
                              " the lanes dividing the batch")
         return cls(groups, seed, global_batch, lanes, window)
 
+    @staticmethod
+    def window_for(groups: RowGroups, stored_bytes: int) -> int:
+        """A window of four row groups, or of what 8 MiB hold if that is more: small samples are shuffled thoroughly."""
+        return max(WINDOW_GROUPS * groups.size, WINDOW_BYTES * groups.samples // max(1, stored_bytes))
+
     @property
     def samples(self) -> int:
         """Samples of an epoch (N)."""
@@ -274,8 +279,14 @@ class EvalPlan:
     def _range(self, world: int) -> int:
         return -(-self.samples // world)
 
-    def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> I64:
-        """Sample ids of one rank's batches [start, stop), shape (stop - start, batch); -1 is padding."""
+    def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+        """Cut the batches [start, stop) into runs of at most `most`."""
+        for first in range(start, stop, most):
+            yield first, min(stop, first + most)
+
+    def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
+        """One rank's batches [start, stop), arrays (stop - start, batch): id -1 is padding, the epoch is 0."""
         offset = np.arange(start * self.batch, stop * self.batch, dtype=np.int64)
         ids = rank * self._range(world) + offset
-        return np.where((offset < self._range(world)) & (ids < self.samples), ids, -1).reshape(-1, self.batch)
+        ids = np.where((offset < self._range(world)) & (ids < self.samples), ids, -1).reshape(-1, self.batch)
+        return Planned(ids, np.zeros_like(ids))

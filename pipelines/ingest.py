@@ -1,0 +1,214 @@
+"""Batches for training and evaluation: the recipe's `data:` section, and the iterators that a worker consumes.
+
+Each worker owns its pipeline: it makes a Ray Dataset whose items are short runs of its steps, data tasks turn them into
+rows (`pipelines.samples`), and the worker collates them. Ranks do not wait for each other here; their order comes from
+the plan alone.
+"""
+
+import math
+import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from perceiver.config import Config, UserError
+from pipelines.plan import EvalPlan, RowGroups, SamplePlan
+from pipelines.quarantine import Problem, Quarantine
+from pipelines.reader import Reader
+from pipelines.samples import PROBLEM, SampleSpec, Work
+from pipelines.shards import ImageFeature, Manifest
+from pipelines.transforms.image import MAX_PIXELS, AugmentConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    Batch = dict[str, torch.Tensor]
+
+KEEP_DECODED_BYTES = 64 << 10
+"""Decoded samples up to this size stay in the cache of the data task's process."""
+KEEP_DATA_BYTES = 256 << 20
+"""... if all of the split's decoded samples together are not larger than this."""
+BLOCK_BYTES = 4 << 20
+
+
+class DataConfig(Config):
+    """What to train on and how it is read (recipe key `data:`)."""
+
+    url: str = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
+    train_split: str = Field("train", description="split to train on")
+    eval_split: str = Field("test", description="split to evaluate on")
+    image_size: tuple[int, int] | None = Field(None, description="(height, width) of a batch's images; null: as stored")
+    augment: AugmentConfig = Field(AugmentConfig(), description="random changes to training samples")
+    eval_crop: float = Field(0.875, gt=0, le=1, description="share of a larger image that the evaluation crop covers")
+    executor: Literal["ray", "inline"] = Field("ray", description="Ray Data, or in the calling process (debugging)")
+    cpus_per_task: float = Field(0.25, gt=0, description="CPUs a data task reserves; below 1 it shares a core")
+    tasks: int = Field(2, gt=0, description="data tasks at a time for each worker")
+    run_samples: int = Field(2048, gt=0, description="samples a data task produces, about, at most")
+    run_bytes: int = Field(128 << 20, gt=0, description="stored bytes a data task reads, about, at most")
+    prefetch_batches: int = Field(4, ge=0, description="batches collated ahead of the training step")
+    prefetch_bytes: int = Field(256 << 20, gt=0, description="decoded bytes waiting for each worker, about, at most")
+    cache_bytes: int = Field(256 << 20, gt=0, description="row groups kept in each data task's process")
+    window: int | None = Field(None, gt=0, description="samples shuffled among each other; null: chosen by their size")
+    lanes: int | None = Field(None, gt=0, description="places read from at a time; null: chosen by the global batch")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable samples above which a run stops")
+    max_pixels: int = Field(MAX_PIXELS, gt=0, description="larger images are unusable samples")
+    storage_options: dict[str, str] = Field({}, description="of the file system; `$NAME` is taken from the environment")
+
+
+def batch_shapes(data: DataConfig, manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Shape of one sample of each feature in a batch, such as {"image": (1, 28, 28), "label": ()}.
+
+    Raises:
+        UserError: see `sample_spec`.
+    """
+    return {name: shape for name, (shape, _) in sample_spec(data, manifest, training=False).shapes().items()}
+
+
+def sample_spec(data: DataConfig, manifest: Manifest, *, training: bool) -> SampleSpec:
+    """How samples become rows.
+
+    Raises:
+        UserError: the images differ in size and neither `data.image_size` nor a crop fixes one.
+    """
+    sizes = [feature.size for feature in manifest.features.values() if isinstance(feature, ImageFeature)]
+    size = data.image_size or next((size for size in sizes if size), None)
+    if sizes and size is None:
+        raise UserError(f"the images of data set {manifest.name} differ in size: set data.image_size, for example"
+                        " [224, 224]")
+    split = manifest.splits.get(data.train_split if training else data.eval_split)
+    pixels = sum(f.channels * math.prod(f.size) for f in manifest.features.values()
+                 if isinstance(f, ImageFeature) and f.size)
+    small = 0 < pixels <= KEEP_DECODED_BYTES and (split.samples if split else 0) * pixels <= KEEP_DATA_BYTES
+    return SampleSpec(manifest.features, size or (0, 0), data.augment if training else None, data.eval_crop,
+                      data.max_pixels, len(manifest.classes), keep_decoded=small)
+
+
+def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> SamplePlan:
+    """The order of the training samples.
+
+    The window is at least four row groups, and for small samples as many as 8 MiB hold: such a data set is shuffled
+    thoroughly at no cost.
+    """
+    split = manifest.split(data.train_split)
+    groups = RowGroups.of(split)
+    window = data.window or SamplePlan.window_for(groups, split.bytes)
+    if data.lanes and global_batch % data.lanes:
+        raise UserError(f"data.lanes = {data.lanes} does not divide the global batch {global_batch}:"
+                        " leave data.lanes out, or give a divisor")
+    return SamplePlan.build(groups, seed=seed, global_batch=global_batch, lanes=data.lanes, window=window)
+
+
+def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> int:
+    """Steps after which each training sample was seen at least once: samples / global batch, rounded up.
+
+    An epoch need not end with a step, so a run of many epochs takes fewer steps than so many times this number: see
+    `total_steps`.
+    """
+    return total_steps(manifest, data, global_batch, 1)
+
+
+def total_steps(manifest: Manifest, data: DataConfig, global_batch: int, epochs: float) -> int:
+    """Steps of a run of so many epochs: samples x epochs / global batch, rounded up once for the whole run."""
+    return sample_plan(data, manifest, seed=0, global_batch=global_batch).total_steps(epochs)
+
+
+def train_batches(data: DataConfig, manifest: Manifest, *, seed: int, rank: int, world: int, global_batch: int,
+                  micro_batch: int, start_step: int, stop_step: int, device: "torch.device | str",
+                  quarantine: Quarantine | None = None) -> "Iterator[Batch]":
+    """One rank's micro-batches of the steps [start_step, stop_step), global_batch / world / micro_batch for each step.
+
+    Step s holds the same samples, augmented alike, at any world size and after any restart. Epochs follow each other
+    without a boundary.
+
+    Args:
+        data: the recipe's data section.
+        manifest: of `data.url`.
+        seed: of order and augmentation.
+        rank, world: whose share.
+        global_batch: samples of a step over all ranks.
+        micro_batch: samples of a batch.
+        start_step, stop_step: the steps to produce.
+        device: where the tensors go.
+        quarantine: gets the bad samples met; a new one with the recipe's budget if None.
+
+    Raises:
+        UserError: sizes do not divide, or more bad samples than `data.max_bad_fraction` allows.
+    """
+    if global_batch % (world * micro_batch):
+        raise UserError(f"global batch {global_batch} is not divisible by {world} workers x micro-batch {micro_batch}:"
+                        f" give a multiple of {world * micro_batch}")
+    plan = sample_plan(data, manifest, seed=seed, global_batch=global_batch)
+    work = _work(data, manifest, plan, rank=rank, world=world, seed=seed, batch=micro_batch)
+    share = math.ceil(plan.samples / world)
+    runs = plan.runs(start_step, stop_step, _run_steps(data, manifest, data.train_split, global_batch // world))
+    yield from _checked(_execute(data, work, runs, micro_batch, device), work.split, share,
+                        quarantine or Quarantine(data.max_bad_fraction))
+
+
+def eval_batches(data: DataConfig, manifest: Manifest, *, split: str, rank: int, world: int, batch: int,
+                 device: "torch.device | str", quarantine: Quarantine | None = None) -> "Iterator[Batch]":
+    """One rank's batches of a split, once, in order, unaugmented; the same number on each rank.
+
+    The ragged end is padded with rows whose `valid` is False and whose `sample_id` is -1. A bad sample is such a row
+    too, with its own id, since a replacement would be counted twice.
+    """
+    plan = EvalPlan(manifest.split(split).samples, batch)
+    work = _work(data, manifest, plan, rank=rank, world=world, seed=0, batch=batch, split=split)
+    runs = plan.runs(0, plan.batches(world), _run_steps(data, manifest, split, batch))
+    yield from _checked(_execute(data, work, runs, batch, device), split, math.ceil(plan.samples / world),
+                        quarantine or Quarantine(data.max_bad_fraction))
+
+
+def _run_steps(data: DataConfig, manifest: Manifest, split: str, rows_per_step: int) -> int:
+    """Steps of a run: as many as the limits on samples and stored bytes of a task allow, at least one."""
+    found = manifest.split(split)
+    samples = min(data.run_samples, int(data.run_bytes * found.samples / found.bytes))
+    return max(1, samples // rows_per_step)
+
+
+def _work(data: DataConfig, manifest: Manifest, plan: SamplePlan | EvalPlan, *, rank: int, world: int, seed: int,
+          batch: int, split: str | None = None) -> Work:
+    name = split or data.train_split
+    found = manifest.split(name)
+    spec = sample_spec(data, manifest, training=split is None)
+    row_bytes = sum(math.prod(shape) for shape, _ in spec.shapes().values())
+    reader = Reader(data.url, tuple(shard.name for shard in found.shards), RowGroups.of(found),
+                    ("key", *manifest.features), data.storage_options, data.cache_bytes,
+                    row_bytes if spec.keep_decoded else 0)
+    chunk = batch * max(1, BLOCK_BYTES // (batch * max(1, row_bytes)))
+    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
+
+
+def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
+             ) -> "Iterator[tuple[Batch, list[str]]]":
+    if data.executor == "inline":
+        return _inline(work, runs, batch, device)
+    from pipelines.stream import RayBatches, RayOptions
+
+    options = RayOptions(data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes, BLOCK_BYTES)
+    return iter(RayBatches(work, runs, batch, device, options))
+
+
+def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
+            ) -> "Iterator[tuple[Batch, list[str]]]":
+    """The same rows without Ray, in this process, one run after the other."""
+    import torch
+
+    for start, stop in runs:
+        for rows in work.rows(start, stop):
+            lines = rows.pop(PROBLEM)
+            for first in range(0, len(lines), batch):
+                part = slice(first, first + batch)
+                yield ({name: torch.from_numpy(values[part].copy()).to(device) for name, values in rows.items()},
+                       [line for line in lines[part] if line])
+
+
+def _checked(batches: "Iterator[tuple[Batch, list[str]]]", split: str, epoch_share: int, quarantine: Quarantine
+             ) -> "Iterator[Batch]":
+    """Pass batches on while bad samples are counted."""
+    for batch, lines in batches:
+        problems = [Problem(split, int(number), key, reason) for line in lines
+                    for number, key, reason in (entry.split("\t", 2) for entry in line.split("\n"))]
+        quarantine.add(problems, len(batch["sample_id"]), epoch_share)
+        yield batch

@@ -1,0 +1,70 @@
+"""Quarantine: samples that could not be used, by key and reason, counted against a budget."""
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from perceiver.config import UserError
+from pipelines.storage import open_folder
+
+
+class Problem(NamedTuple):
+    """A sample that could not be used."""
+
+    split: str
+    sample_id: int
+    key: str
+    reason: str
+
+
+class Quarantine:
+    """What one rank has met; it needs no actor and no other rank.
+
+    Args:
+        max_fraction: share of bad samples above which `add` raises; see `data.max_bad_fraction`.
+    """
+
+    def __init__(self, max_fraction: float = 1.0) -> None:
+        self.max_fraction = max_fraction
+        self.problems: dict[tuple[str, int], Problem] = {}
+        self.met = 0
+        self.seen = 0
+
+    def add(self, problems: list[Problem], seen: int, epoch_share: int) -> None:
+        """Count a batch.
+
+        Args:
+            problems: those of the batch.
+            seen: samples of the batch.
+            epoch_share: this rank's samples of an epoch; the budget is a share of at least so many.
+
+        Raises:
+            UserError: the budget is exceeded; the message counts the reasons.
+        """
+        self.seen += seen
+        self.met += len(problems)
+        self.problems.update({(problem.split, problem.sample_id): problem for problem in problems})
+        if problems and self.met > math.ceil(self.max_fraction * max(self.seen, epoch_share)):
+            raise UserError(f"{self.met} bad samples in {self.seen} read, more than data.max_bad_fraction"
+                            f" = {self.max_fraction:g} allows: {self.summary()}; repair the data or raise the budget")
+
+    def summary(self) -> str:
+        """The reasons with their counts, commonest first, and an example."""
+        counts = Counter(problem.reason for problem in self.problems.values())
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(8))
+        return f"{reasons} (for example {next(iter(self.problems.values())).key})" if counts else "none"
+
+    def write(self, url: str, name: str = "quarantine.parquet") -> None:
+        """Write the samples as a Parquet table (split, sample_id, key, reason) into a folder."""
+        folder = open_folder(url)
+        folder.fs.makedirs(folder.path, exist_ok=True)
+        rows = sorted(self.problems.values())
+        table = pa.table({"split": [row.split for row in rows], "sample_id": [row.sample_id for row in rows],
+                          "key": [row.key for row in rows], "reason": [row.reason for row in rows]},
+                         schema=pa.schema([("split", pa.string()), ("sample_id", pa.int64()), ("key", pa.string()),
+                                           ("reason", pa.string())]))
+        with folder.fs.open(folder.file(name), "wb") as stream:
+            pq.write_table(table, stream)

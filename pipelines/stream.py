@@ -1,0 +1,137 @@
+"""Executing work on Ray Data: runs of steps become batches of tensors, in order, without a stall at any boundary.
+
+Imported only where batches are consumed; the data tasks themselves need neither torch nor this module.
+"""
+
+import itertools
+import logging
+import queue
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray.data
+import torch
+from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.data.util.torch_utils import arrow_batch_to_tensors
+
+from pipelines.samples import PROBLEM, Work, produce
+
+SEGMENT = 64
+"""Runs that one Ray Dataset covers. The next one is started before the last ends, so the list stays short for ever."""
+
+Run = tuple[int, int]
+"""Steps [start, stop)."""
+Tensors = dict[str, torch.Tensor]
+Lines = queue.SimpleQueue[str]
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """What the executor may use for one worker.
+
+    Attributes:
+        cpus_per_task: share of a CPU that a data task reserves.
+        tasks: data tasks at a time.
+        prefetch_batches: batches collated ahead of the consumer.
+        bytes_in_flight: limit of decoded bytes that wait in the object store.
+        block_bytes: size of the blocks a task hands over.
+    """
+
+    cpus_per_task: float
+    tasks: int
+    prefetch_batches: int
+    bytes_in_flight: int
+    block_bytes: int
+
+
+class Collate(ArrowBatchCollateFn):
+    """Arrow rows to contiguous tensors. Problem lines go to a queue, since tensors cannot carry them."""
+
+    def __init__(self, problems: Lines) -> None:
+        self.problems = problems
+
+    def __call__(self, batch: pa.Table) -> Tensors:
+        for line in batch.column(PROBLEM).to_pylist():
+            if line:
+                self.problems.put(line)
+        return arrow_batch_to_tensors(batch.drop_columns([PROBLEM]), combine_chunks=True)
+
+
+@dataclass
+class _Segment:
+    """A Dataset that has started: its batches, the first one fetched, and how many there are."""
+
+    batches: Iterator[Tensors]
+    count: int
+
+
+class RayBatches:
+    """One worker's batches: an iterator over (tensors, problem lines met on the way).
+
+    Args:
+        work: what to produce; the rows of a step must be a multiple of `batch_size`.
+        runs: consecutive steps, taken as needed.
+        batch_size: rows of a batch.
+        device: where the tensors go.
+        options: limits.
+    """
+
+    def __init__(self, work: Work, runs: Iterator[Run], batch_size: int, device: torch.device | str,
+                 options: RayOptions) -> None:
+        self.work, self.runs, self.batch_size, self.device, self.options = work, runs, batch_size, device, options
+        self.problems: Lines = queue.SimpleQueue()
+
+    def __iter__(self) -> Iterator[tuple[Tensors, list[str]]]:
+        with ThreadPoolExecutor(1, thread_name_prefix="next-segment") as starter:
+            ahead = self._start(starter)
+            while ahead is not None:
+                segment = ahead.result()
+                ahead = None
+                for number, batch in enumerate(segment.batches):
+                    # Half a segment is time enough to start the next one, however long a run takes.
+                    if number == segment.count // 2:
+                        ahead = self._start(starter)
+                    yield batch, self._met()
+
+    def _met(self) -> list[str]:
+        lines = []
+        while not self.problems.empty():
+            lines.append(self.problems.get())
+        return lines
+
+    def _start(self, starter: ThreadPoolExecutor) -> "Future[_Segment] | None":
+        """Build the Dataset of the next runs and have its first batch fetched in the background; None at the end."""
+        runs = list(itertools.islice(self.runs, SEGMENT))
+        if not runs:
+            return None
+        dataset = make_dataset(self.work, runs, self.options)
+        batches = iter(dataset.iter_torch_batches(batch_size=self.batch_size, device=str(self.device),
+                                                  prefetch_batches=self.options.prefetch_batches,
+                                                  collate_fn=Collate(self.problems)))
+        rows = sum(stop - start for start, stop in runs) * self.work.rows_per_step
+        return starter.submit(lambda: _Segment(itertools.chain([next(batches)], batches), rows // self.batch_size))
+
+
+def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
+    """The lazy Ray Dataset of some runs: one small input block and one task each, outputs in order."""
+    _quiet()
+    dataset = ray.data.from_items([{"start": start, "stop": stop} for start, stop in runs],
+                                  override_num_blocks=len(runs))
+    dataset = dataset.map_batches(produce, fn_kwargs={"work": work}, batch_size=None, num_cpus=options.cpus_per_task,
+                                  compute=ray.data.TaskPoolStrategy(size=options.tasks))
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = options.block_bytes
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        cpu=options.tasks * options.cpus_per_task, object_store_memory=options.bytes_in_flight)
+    return dataset
+
+
+def _quiet() -> None:
+    """Keep Ray Data's notes on each Dataset off the terminal; its warnings stay."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
