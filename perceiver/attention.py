@@ -122,8 +122,14 @@ class SelfAttend(nn.Module):
     """A self-attention layer: x += attention(LN(x)); x += MLP(LN(x))."""
 
     def __init__(
-        self, channels: int, heads: int, *, widening: float = 1, activation: Activation = "gelu_tanh",
-        qk_channels: int | None = None, v_channels: int | None = None,
+        self,
+        channels: int,
+        heads: int,
+        *,
+        widening: float = 1,
+        activation: Activation = "gelu_tanh",
+        qk_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
@@ -180,8 +186,15 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-        self, query_channels: int, input_channels: int, *, heads: int = 1, qk_channels: int | None = None,
-        v_channels: int | None = None, output_channels: int | None = None, kind: AttentionKind = "auto",
+        self,
+        query_channels: int,
+        input_channels: int,
+        *,
+        heads: int = 1,
+        qk_channels: int | None = None,
+        v_channels: int | None = None,
+        output_channels: int | None = None,
+        kind: AttentionKind = "auto",
     ) -> None:
         super().__init__()
         qk = qk_channels or input_channels
@@ -194,10 +207,14 @@ class CrossAttention(nn.Module):
         self.output = linear(v, output_channels or query_channels)
 
     def forward(self, query: Tensor, inputs: Inputs) -> Tensor:
-        """Return (B, N, output_channels)."""
+        """Return (B, N, output_channels); queries of batch 1 serve every item of the inputs' batch."""
         path = choose_path(
-            self.kind, inputs, queries=query.shape[1], heads=self.heads,
-            qk_channels=self.key.out_features, v_channels=self.value.out_features,
+            self.kind,
+            inputs,
+            queries=query.shape[1],
+            heads=self.heads,
+            qk_channels=self.key.out_features,
+            v_channels=self.value.out_features,
         )
         q = _heads(self.query(query), self.heads)
         context = self._plain(q, inputs) if path == "plain" else self._absorbed(q, inputs, path)
@@ -206,6 +223,7 @@ class CrossAttention(nn.Module):
     def _plain(self, q: Tensor, inputs: Inputs) -> Tensor:
         x = self.input_norm(inputs.dense.to(self.input_norm.weight.dtype))
         k, v = _heads(self.key(x), self.heads), _heads(self.value(x), self.heads)
+        q = q.expand(len(k), -1, -1, -1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_key_mask(inputs.mask))
 
     def _absorbed(self, q: Tensor, inputs: Inputs, path: Path) -> Tensor:
@@ -218,13 +236,13 @@ class CrossAttention(nn.Module):
         # The key's bias has no effect on the weights; its (zero) gradient is kept so that every parameter has one.
         q = (q + 0 * self.key.bias.sum()) * (1 / math.sqrt(q.shape[-1]))
         key = self.key.weight.unflatten(0, (heads, -1))
-        absorbed = ((q @ key) * norm.weight).flatten(1, 2)
+        absorbed = (_per_head(q, key) * norm.weight).flatten(1, 2)
         with torch.autocast(q.device.type, enabled=False):
             attend = _separable if path == "separable" else _dense
             context = attend(absorbed.to(inputs.data.dtype), inputs).to(q.dtype)
         context = context.unflatten(1, (heads, -1)) * norm.weight + norm.bias
         value = self.value.weight.unflatten(0, (heads, -1)).transpose(1, 2)
-        return context @ value + self.value.bias.unflatten(0, (heads, 1, -1))
+        return _per_head(context, value) + self.value.bias.unflatten(0, (heads, 1, -1))
 
     def weights(self, query: Tensor, inputs: Inputs) -> Tensor:
         """Return the attention weights (B, heads, N, M) by the plain path."""
@@ -236,8 +254,13 @@ class CrossAttention(nn.Module):
         return scores.softmax(-1)
 
 
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply (B, h, N, i) by a matrix for each head (h, i, o); one head as one product over the batch."""
+    return (x[:, 0] @ weight[0])[:, None] if len(weight) == 1 else x @ weight
+
+
 def _dense(q: Tensor, inputs: Inputs) -> Tensor:
-    return shared_kv(q, inputs.normalised, inputs.mask)
+    return shared_kv(q.expand(inputs.data.shape[0], -1, -1), inputs.normalised, inputs.mask)
 
 
 def _separable(q: Tensor, inputs: Inputs) -> Tensor:
@@ -245,6 +268,7 @@ def _separable(q: Tensor, inputs: Inputs) -> Tensor:
     grid = inputs.grid
     assert grid is not None
     features, scale = inputs.separable_factors
+    batch = features.shape[0]
     table = grid.table.to(q.dtype)
     data = inputs.data.shape[2]
     on_features = torch.cat([q[..., :data], -q.sum(-1, keepdim=True)], dim=-1)
@@ -252,7 +276,9 @@ def _separable(q: Tensor, inputs: Inputs) -> Tensor:
     lead, width = sum(grid.shape[:-1]), grid.shape[-1]
     columns = per_axis[..., lead:]
     rows = _spread_rows(per_axis[..., :lead], grid.shape[:-1])
-    moments, by_row, by_column = separable_moments(on_features, rows, columns, features, scale)
+    moments, by_row, by_column = separable_moments(
+        *(part.expand(batch, -1, -1) for part in (on_features, rows, columns)), features, scale
+    )
     assert by_column.shape[-1] == width
     marginals = torch.cat([*_fold_rows(by_row, grid.shape[:-1]), by_column], dim=-1)
     return torch.cat([moments[..., :data], marginals @ table], dim=-1) - moments[..., data:]
@@ -290,9 +316,18 @@ class CrossAttend(nn.Module):
     """
 
     def __init__(
-        self, query_channels: int, input_channels: int, *, heads: int = 1, qk_channels: int | None = None,
-        v_channels: int | None = None, output_channels: int | None = None, widening: float = 1,
-        activation: Activation = "gelu_tanh", residual: bool = True, kind: AttentionKind = "auto",
+        self,
+        query_channels: int,
+        input_channels: int,
+        *,
+        heads: int = 1,
+        qk_channels: int | None = None,
+        v_channels: int | None = None,
+        output_channels: int | None = None,
+        widening: float = 1,
+        activation: Activation = "gelu_tanh",
+        residual: bool = True,
+        kind: AttentionKind = "auto",
     ) -> None:
         super().__init__()
         width = output_channels or query_channels
@@ -304,8 +339,13 @@ class CrossAttend(nn.Module):
         self.residual = residual
         self.query_norm = nn.LayerNorm(query_channels, eps=LAYER_NORM_EPS)
         self.attention = CrossAttention(
-            query_channels, input_channels, heads=heads, qk_channels=qk_channels, v_channels=v_channels,
-            output_channels=width, kind=kind,
+            query_channels,
+            input_channels,
+            heads=heads,
+            qk_channels=qk_channels,
+            v_channels=v_channels,
+            output_channels=width,
+            kind=kind,
         )
         self.mlp_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = MLP(width, widening, activation)

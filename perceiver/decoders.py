@@ -15,8 +15,8 @@ class ClassDecoderConfig(Config):
     """One learned query whose answer is a label (Perceiver IO §A; the released ClassificationDecoder)."""
 
     kind: Literal["class"] = "class"
-    channels: int | None = Field(None, description="Width of the query; the latents' by default.")
-    init_std: float = Field(0.02, gt=0, description="Scale of the query's truncated normal.")
+    channels: int | None = Field(default=None, description="Width of the query; the latents' by default.")
+    init_std: float = Field(default=0.02, gt=0, description="Scale of the query's truncated normal.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Make the decoder; `classes` is required."""

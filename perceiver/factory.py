@@ -33,7 +33,7 @@ class PerceiverIOModel(PerceiverIOConfig):
 
     kind: Literal["perceiver_io"] = "perceiver_io"
     inputs: InputsConfig = Field(description="The modality.")
-    decoder: DecoderConfig = Field(default_factory=ClassDecoderConfig, description="Output queries.")
+    decoder: DecoderConfig = Field(default=ClassDecoderConfig(), description="Output queries.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
         """Make the module; `classes` is required where the decoder classifies."""

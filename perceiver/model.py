@@ -23,51 +23,64 @@ Raw = Tensor | Mapping[str, Tensor]
 class EncoderConfig(Config):
     """What Perceiver and Perceiver IO have in common: latents, and how they read and process."""
 
-    latents: int = Field(512, ge=1, description="Number of latents N.")
-    latent_channels: int = Field(1024, ge=1, description="Width of a latent D.")
+    latents: int = Field(default=512, ge=1, description="Number of latents N.")
+    latent_channels: int = Field(default=1024, ge=1, description="Width of a latent D.")
     latent_init_std: float = Field(
-        0.02, gt=0, description="Scale of the truncated normal (cut at 2 sigma) that the latents start from."
+        default=0.02, gt=0, description="Scale of the truncated normal (cut at 2 sigma) that the latents start from."
     )
-    self_attends_per_block: int = Field(6, ge=0, description="Self-attention layers in a latent Transformer.")
-    heads: int = Field(8, ge=1, description="Heads of a self-attention.")
-    cross_heads: int = Field(1, ge=1, description="Heads of a cross-attention that reads inputs.")
-    qk_channels: int | None = Field(None, description="Query/key width of self-attention; D by default.")
-    v_channels: int | None = Field(None, description="Value width of self-attention; qk_channels by default.")
-    cross_qk_channels: int | None = Field(None, description="Query/key width of reading; input width by default.")
-    cross_v_channels: int | None = Field(None, description="Value width of reading; cross_qk_channels by default.")
-    widening: float = Field(1, gt=0, description="Inner width of a self-attention layer's MLP over D.")
-    cross_widening: float = Field(1, gt=0, description="Inner width of a cross-attention layer's MLP over D.")
-    activation: Activation = Field("gelu_tanh", description="MLP activation; gelu_tanh is the papers'.")
-    attention: AttentionKind = Field("auto", description="Path of the cross-attentions; 'plain' is the reference.")
+    self_attends_per_block: int = Field(default=6, ge=0, description="Self-attention layers in a latent Transformer.")
+    heads: int = Field(default=8, ge=1, description="Heads of a self-attention.")
+    cross_heads: int = Field(default=1, ge=1, description="Heads of a cross-attention that reads inputs.")
+    qk_channels: int | None = Field(default=None, description="Query/key width of self-attention; D by default.")
+    v_channels: int | None = Field(default=None, description="Value width of self-attention; qk_channels by default.")
+    cross_qk_channels: int | None = Field(
+        default=None, description="Query/key width of reading; input width by default."
+    )
+    cross_v_channels: int | None = Field(
+        default=None, description="Value width of reading; cross_qk_channels by default."
+    )
+    widening: float = Field(default=1, gt=0, description="Inner width of a self-attention layer's MLP over D.")
+    cross_widening: float = Field(default=1, gt=0, description="Inner width of a cross-attention layer's MLP over D.")
+    activation: Activation = Field(default="gelu_tanh", description="MLP activation; gelu_tanh is the papers'.")
+    attention: AttentionKind = Field(
+        default="auto", description="Path of the cross-attentions; 'plain' is the reference."
+    )
     checkpoint_activations: bool = Field(
-        False, description="Recompute each layer in the backward pass: less memory, a third more time."
+        default=False, description="Recompute each layer in the backward pass: less memory, a third more time."
     )
 
 
 class PerceiverConfig(EncoderConfig):
     """Perceiver: several cross-attends, each followed by a latent Transformer; the latents' mean is classified."""
 
-    cross_attends: int = Field(8, ge=1, description="How often the inputs are read.")
-    blocks: int | None = Field(None, ge=0, description="Latent Transformers; one for each cross-attend by default.")
+    cross_attends: int = Field(default=8, ge=1, description="How often the inputs are read.")
+    blocks: int | None = Field(
+        default=None, ge=0, description="Latent Transformers; one for each cross-attend by default."
+    )
     placement: Literal["interleaved", "start"] = Field(
-        "interleaved", description="Cross-attends spread between the blocks, or all before the first block."
+        default="interleaved", description="Cross-attends spread between the blocks, or all before the first block."
     )
     share: Literal["paper", "none", "all"] = Field(
-        "paper", description="Weights: 'paper' (first cross-attend apart, the rest shared), 'none', or 'all' shared."
+        default="paper",
+        description="Weights: 'paper' (first cross-attend apart, the rest shared), 'none', or 'all' shared.",
     )
 
 
 class PerceiverIOConfig(EncoderConfig):
     """Perceiver IO: one cross-attend, blocks of self-attends, and a cross-attention decoder with output queries."""
 
-    blocks: int = Field(8, ge=1, description="How often the block of self-attends is applied.")
-    share_blocks: bool = Field(True, description="Whether the blocks share one set of weights.")
-    query_residual: bool = Field(True, description="Whether the decoder adds the output query to its answer.")
-    encoder_query_residual: bool = Field(True, description="Whether the encoder adds the latents to what it reads.")
-    decoder_heads: int = Field(1, ge=1, description="Heads of the decoder's cross-attention.")
-    decoder_qk_channels: int | None = Field(None, description="Decoder query/key width; D by default.")
-    decoder_v_channels: int | None = Field(None, description="Decoder value width; decoder_qk_channels by default.")
-    decoder_widening: float = Field(1, gt=0, description="Inner width of the decoder's MLP.")
+    blocks: int = Field(default=8, ge=1, description="How often the block of self-attends is applied.")
+    share_blocks: bool = Field(default=True, description="Whether the blocks share one set of weights.")
+    query_residual: bool = Field(default=True, description="Whether the decoder adds the output query to its answer.")
+    encoder_query_residual: bool = Field(
+        default=True, description="Whether the encoder adds the latents to what it reads."
+    )
+    decoder_heads: int = Field(default=1, ge=1, description="Heads of the decoder's cross-attention.")
+    decoder_qk_channels: int | None = Field(default=None, description="Decoder query/key width; D by default.")
+    decoder_v_channels: int | None = Field(
+        default=None, description="Decoder value width; decoder_qk_channels by default."
+    )
+    decoder_widening: float = Field(default=1, gt=0, description="Inner width of the decoder's MLP.")
 
 
 class Modality(Protocol):
@@ -116,11 +129,11 @@ class Encoder(nn.Module):
         return cast(Modality, self.inputs).keys
 
     def read(self, raw: Raw) -> tuple[Tensor, Inputs]:
-        """Return the latents for a batch (B, N, D) and its inputs."""
+        """Return the latents (1, N, D), the same for every sample until they have read, and the batch's inputs."""
         tensors = raw if isinstance(raw, Mapping) else {self.input_keys[0]: raw}
         dtype = torch.float64 if self.latents.dtype == torch.float64 else torch.float32
         inputs = self.inputs(tensors, dtype)
-        return self.latents.expand(inputs.data.shape[0], -1, -1), inputs
+        return self.latents[None], inputs
 
     def run(self, layer: nn.Module, *args: Any) -> Tensor:
         """Apply a layer, keeping its activations only if the config says so."""
@@ -137,8 +150,12 @@ class Encoder(nn.Module):
         c = self.config
         return nn.ModuleList(
             SelfAttend(
-                c.latent_channels, c.heads, widening=c.widening, activation=c.activation,
-                qk_channels=c.qk_channels, v_channels=c.v_channels,
+                c.latent_channels,
+                c.heads,
+                widening=c.widening,
+                activation=c.activation,
+                qk_channels=c.qk_channels,
+                v_channels=c.v_channels,
             )
             for _ in range(c.self_attends_per_block)
         )
@@ -147,9 +164,15 @@ class Encoder(nn.Module):
         """Make one layer that reads the inputs into the latents."""
         c = self.config
         return CrossAttend(
-            c.latent_channels, cast(Modality, self.inputs).channels, heads=c.cross_heads,
-            qk_channels=c.cross_qk_channels, v_channels=c.cross_v_channels, widening=c.cross_widening,
-            activation=c.activation, kind=c.attention, residual=residual,
+            c.latent_channels,
+            cast(Modality, self.inputs).channels,
+            heads=c.cross_heads,
+            qk_channels=c.cross_qk_channels,
+            v_channels=c.cross_v_channels,
+            widening=c.cross_widening,
+            activation=c.activation,
+            kind=c.attention,
+            residual=residual,
         )
 
 
@@ -210,9 +233,10 @@ def perceiver_schedule(config: PerceiverConfig) -> list[tuple[Literal["cross", "
     """Return the order of application: (kind, index of the set of weights) per cross-attend and block."""
     blocks = config.cross_attends if config.blocks is None else config.blocks
     order: list[tuple[Literal["cross", "block"], int]] = []
-    due = [0 if config.placement == "start" else i * blocks // config.cross_attends for i in range(config.cross_attends)]
+    crosses = config.cross_attends
+    due = [0 if config.placement == "start" else i * blocks // crosses for i in range(crosses)]
     for block in range(blocks + 1):
-        order += [("cross", i) for i, at in enumerate(due) if at == block]
+        order.extend(("cross", i) for i, at in enumerate(due) if at == block)
         if block < blocks:
             order.append(("block", block))
     cross_set = {"paper": lambda i: min(i, 1), "none": lambda i: i, "all": lambda i: 0}[config.share]
@@ -237,10 +261,16 @@ class PerceiverIO(Encoder):
         self.decoder = decoder
         sizes = cast(Decoder, decoder)
         self.answer = CrossAttend(
-            sizes.channels, config.latent_channels, heads=config.decoder_heads,
-            qk_channels=config.decoder_qk_channels, v_channels=config.decoder_v_channels,
-            output_channels=sizes.output_channels, widening=config.decoder_widening, activation=config.activation,
-            residual=config.query_residual, kind="plain" if config.attention == "plain" else "auto",
+            sizes.channels,
+            config.latent_channels,
+            heads=config.decoder_heads,
+            qk_channels=config.decoder_qk_channels,
+            v_channels=config.decoder_v_channels,
+            output_channels=sizes.output_channels,
+            widening=config.decoder_widening,
+            activation=config.activation,
+            residual=config.query_residual,
+            kind="plain" if config.attention == "plain" else "auto",
         )
 
     def encode(self, raw: Raw) -> tuple[Tensor, Inputs]:

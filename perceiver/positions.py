@@ -23,9 +23,10 @@ class FourierConfig(Config):
     """Fourier features: for each axis the coordinate in [-1, 1] and sin, cos at linearly spaced frequencies."""
 
     kind: Literal["fourier"] = "fourier"
-    bands: int = Field(64, ge=1, description="Frequencies per axis (K).")
+    bands: int = Field(default=64, ge=1, description="Frequencies per axis (K).")
     max_resolution: tuple[float, ...] | None = Field(
-        None, description="Sampling rate per axis (mu); the highest frequency is mu/2. Default: the grid's size."
+        default=None,
+        description="Sampling rate per axis (mu); the highest frequency is mu/2. Default: the grid's size.",
     )
 
     def channels(self, axes: int) -> int:
@@ -37,9 +38,11 @@ class LearnedConfig(Config):
     """A learned vector for each index, concatenated to the data."""
 
     kind: Literal["learned"] = "learned"
-    channels: int = Field(128, ge=1, description="Width of the learned table.")
-    init_std: float = Field(1.0, gt=0, description="Scale of the truncated normal it starts from.")
-    projection: int | None = Field(None, description="Width of a linear layer after the table; none by default.")
+    channels: int = Field(default=128, ge=1, description="Width of the learned table.")
+    init_std: float = Field(default=1.0, gt=0, description="Scale of the truncated normal it starts from.")
+    projection: int | None = Field(
+        default=None, description="Width of a linear layer after the table; none by default."
+    )
 
 
 class NoPositionConfig(Config):

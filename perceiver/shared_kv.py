@@ -129,7 +129,7 @@ def _gather(weights: Tensor, features: Tensor, scale: Tensor, height: int) -> tu
 def _moments_forward(
     q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = tuple(torch.empty_like(t) for t in (q, rows, columns))
+    out = torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
     lse = q.new_empty(q.shape[:2])
     for a, b, n in _tiles(q, scale.shape[1]):
         scores = _scores(q[a:b, n], rows[a:b, n], columns[a:b, n], features[a:b], scale[a:b])
@@ -143,14 +143,21 @@ def _moments_forward(
 
 
 def _moments_backward(
-    q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor, lse: Tensor,
-    slopes: list[Tensor], delta: Tensor,
+    q: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    features: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    slopes: list[Tensor],
+    delta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = tuple(torch.empty_like(t) for t in (q, rows, columns))
+    out = torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
     for a, b, n in _tiles(q, scale.shape[1]):
         weights = _scores(q[a:b, n], rows[a:b, n], columns[a:b, n], features[a:b], scale[a:b])
         weights.sub_(lse[a:b, n, None]).exp_()
-        slope = _scores(*(s[a:b, n] for s in slopes), features[a:b], scale[a:b])
+        slope_q, slope_rows, slope_columns = (s[a:b, n] for s in slopes)
+        slope = _scores(slope_q, slope_rows, slope_columns, features[a:b], scale[a:b])
         weights.mul_(slope.sub_(delta[a:b, n, None]))
         for whole, part in zip(out, _gather(weights, features[a:b], scale[a:b], rows.shape[2]), strict=True):
             whole[a:b, n] = part

@@ -19,21 +19,24 @@ class ImageConfig(Config):
     """Images under the batch key `image`: uint8 is normalised on the device, floats are taken as normalised."""
 
     kind: Literal["image"] = "image"
-    channels: int = Field(3, ge=1, description="Channels of the image.")
-    size: tuple[int, int] = Field((224, 224), description="Height and width that the model is built for.")
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="Mean per channel, of pixels in [0, 1].")
-    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), description="Deviation per channel, of pixels in [0, 1].")
+    channels: int = Field(default=3, ge=1, description="Channels of the image.")
+    size: tuple[int, int] = Field(default=(224, 224), description="Height and width that the model is built for.")
+    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, of pixels in [0, 1].")
+    std: tuple[float, ...] = Field(
+        default=(0.229, 0.224, 0.225), description="Deviation per channel, of pixels in [0, 1]."
+    )
     front_end: Literal["none", "patch", "conv", "1x1"] = Field(
-        "none",
-        description="Before the positions: raw pixels, patches, 7x7 stride 2 conv with batch norm and max-pool, or 1x1.",
+        default="none",
+        description="Before the positions: raw pixels, patches, 7x7 stride 2 conv with max-pool, or 1x1 conv.",
     )
-    patch: int = Field(1, ge=1, description="Side of a patch (front_end: patch).")
+    patch: int = Field(default=1, ge=1, description="Side of a patch (front_end: patch).")
     front_end_channels: int | None = Field(
-        None, description="Channels after the front end: patch raw by default, conv 64, 1x1 256."
+        default=None, description="Channels after the front end: patch raw by default, conv 64, 1x1 256."
     )
-    positions: PositionConfig = Field(default_factory=FourierConfig, discriminator="kind", description="Positions.")
+    positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
     permute: int | None = Field(
-        None, description="Seed of one fixed permutation of the inputs, applied after the positions (Perceiver §4.1)."
+        default=None,
+        description="Seed of one fixed permutation of the inputs, applied after the positions (Perceiver §4.1).",
     )
 
     def build(self) -> nn.Module:

@@ -19,10 +19,12 @@ class ClassificationConfig(Config):
     """Each sample has one class under the batch key `label`."""
 
     kind: Literal["classification"] = "classification"
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Probability spread evenly over all classes.")
-    mixup_alpha: float = Field(0.0, ge=0, description="Beta parameter of MixUp; 0 is off (Perceiver IO: 0.2).")
-    cutmix: bool = Field(False, description="CutMix with a uniform area; with MixUp, each on half of the batch.")
-    seed: int = Field(0, description="Seed of MixUp and CutMix.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Probability spread evenly over all classes.")
+    mixup_alpha: float = Field(default=0.0, ge=0, description="Beta parameter of MixUp; 0 is off (Perceiver IO: 0.2).")
+    cutmix: bool = Field(
+        default=False, description="CutMix with a uniform area; with MixUp, each on half of the batch."
+    )
+    seed: int = Field(default=0, description="Seed of MixUp and CutMix.")
 
     def build(self, *, classes: int) -> Task:
         """Make the task."""

@@ -6,8 +6,11 @@ import torch
 from perceiver.factory import build_model, model_config
 
 IO = {"kind": "perceiver_io"}
-LEARNED = {"kind": "image", "front_end": "1x1",
-           "positions": {"kind": "learned", "channels": 256, "init_std": 0.02, "projection": 256}}
+LEARNED = {
+    "kind": "image",
+    "front_end": "1x1",
+    "positions": {"kind": "learned", "channels": 256, "init_std": 0.02, "projection": 256},
+}
 
 
 def count(**values) -> int:

@@ -98,14 +98,16 @@ def test_tiles_do_not_change_the_result(monkeypatch):
 
 
 def test_choice_of_path():
-    sizes = dict(queries=512, qk_channels=261, v_channels=261)
+    sizes = {"queries": 512, "qk_channels": 261, "v_channels": 261}
     grid = Grid((224, 224), torch.zeros(448, 258))
     data = torch.zeros(1, 224 * 224, 3)
     assert choose_path("auto", Inputs(data, grid), heads=1, **sizes) == "separable"
     assert choose_path("plain", Inputs(data, grid), heads=1, **sizes) == "plain"
     assert choose_path("auto", Inputs(torch.zeros(1, 2048, 387)), heads=1, **sizes) == "absorbed"
-    assert choose_path("auto", Inputs(torch.zeros(1, 2048, 768)), heads=8, queries=256, qk_channels=256,
-                       v_channels=1280) == "plain"
+    assert (
+        choose_path("auto", Inputs(torch.zeros(1, 2048, 768)), heads=8, queries=256, qk_channels=256, v_channels=1280)
+        == "plain"
+    )
     trained = Inputs(data.requires_grad_(), grid)
     assert choose_path("auto", trained, heads=1, **sizes) == "absorbed"
     with pytest.raises(UserError, match="separable"):
@@ -113,16 +115,29 @@ def test_choice_of_path():
 
 
 def small(**changes) -> dict:
-    inputs = {"kind": "image", "channels": 1, "size": [8, 6], "mean": [0.1], "std": [0.3],
-              "positions": {"kind": "fourier", "bands": 3}}
-    values = {"kind": "perceiver", "inputs": inputs, "latents": 5, "latent_channels": 8, "cross_attends": 3,
-              "self_attends_per_block": 2, "heads": 2}
+    inputs = {
+        "kind": "image",
+        "channels": 1,
+        "size": [8, 6],
+        "mean": [0.1],
+        "std": [0.3],
+        "positions": {"kind": "fourier", "bands": 3},
+    }
+    values = {
+        "kind": "perceiver",
+        "inputs": inputs,
+        "latents": 5,
+        "latent_channels": 8,
+        "cross_attends": 3,
+        "self_attends_per_block": 2,
+        "heads": 2,
+    }
     return {**values, **changes}
 
 
 @pytest.mark.parametrize("change", [
-    {}, {"share": "none"}, {"share": "all"}, {"placement": "start"}, {"blocks": 5}, {"cross_heads": 2, "cross_qk_channels": 4},
-    {"checkpoint_activations": True},
+    {}, {"share": "none"}, {"share": "all"}, {"placement": "start"}, {"blocks": 5},
+    {"cross_heads": 2, "cross_qk_channels": 4}, {"checkpoint_activations": True},
 ])  # fmt: skip
 def test_whole_model_plain_and_fast_agree(change):
     pixels = torch.randint(0, 256, (3, 1, 8, 6), dtype=torch.uint8)

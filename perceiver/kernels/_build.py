@@ -1,0 +1,104 @@
+"""Builds a C++ file to a shared library once per user and machine type, and loads it."""
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("separable.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=fast")  # fmt: skip
+BUILD_SECONDS = 60
+WAIT_SECONDS = 20
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """Return the library, built if it is not in the cache; None where that does not work, for whatever reason."""
+    if os.environ.get("PERCEIVER_KERNELS", "1") == "0":
+        return None
+    try:
+        path = library()
+        return None if path is None else ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.debug("the separable kernel is not used: %s", error)
+        return None
+
+
+def library() -> Path | None:
+    """Return the built library's path, None if there is no compiler or another process holds the build too long.
+
+    Raises:
+        OSError, subprocess.SubprocessError: if the build fails.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++") or shutil.which("clang++")
+    if compiler is None or platform.system() != "Linux":
+        return None
+    flags = (*FLAGS, f"-DLANES={_lanes()}")
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *flags, _cpu()]).encode()).hexdigest()[:20]
+    folder = _cache_folder()
+    path = folder / f"separable-{key}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _lock(folder / f"{key}.lock") as held:
+        if path.exists():
+            return path
+        if not held:
+            return None
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / path.name
+            command = [compiler, *flags, str(SOURCE), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
+            built.rename(path)
+    return path
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "perceiver-train" / "kernels"
+
+
+def _cpu_lines() -> list[str]:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return []
+
+
+def _cpu() -> str:
+    return platform.machine() + "".join(_cpu_lines())
+
+
+def _lanes() -> int:
+    """Floats in a vector register: 16 with AVX-512, else 8."""
+    return 16 if any("avx512f" in line for line in _cpu_lines()) else 8
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold a lock file between processes; gives False if it was not had within WAIT_SECONDS."""
+    import fcntl
+
+    with path.open("w") as file:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    yield False
+                    return
+                time.sleep(0.1)
+        yield True

@@ -1,0 +1,93 @@
+"""The compiled kernel against float64, its cache, and what happens without it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from perceiver import kernels
+from perceiver.kernels import _build
+from perceiver.shared_kv import _moments_backward, _moments_forward, separable_moments
+
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+def problem(batch: int, queries: int, features: int, height: int, width: int, strength: float = 2.0) -> tuple[Any, Any]:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(batch, queries, features), (batch, queries, height), (batch, queries, width)]
+    parameters = [strength * torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+    fixed = [torch.randn(batch, features, height * width, generator=g, dtype=torch.float64),
+             torch.rand(batch, height * width, generator=g, dtype=torch.float64) + 0.5]  # fmt: skip
+    return parameters, fixed
+
+
+@compiler
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("sizes", [(3, 5, 2, 7, 9), (2, 8, 4, 3, 32), (1, 1, 5, 1, 50), (2, 6, 3, 20, 1)])
+@pytest.mark.parametrize("strength", [0.5, 20.0])
+def test_kernel_against_float64(sizes, strength, threads):
+    parameters, fixed = problem(*sizes, strength)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        single: Any = [t.float() for t in (*parameters, *fixed)]
+        assert kernels.usable(single[0])
+        got: Any = kernels.forward(*single)
+        expected: Any = _moments_forward(*parameters, *fixed)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+        slopes = [torch.randn_like(t) for t in expected[:3]]
+        delta = torch.randn_like(expected[3])
+        got = kernels.backward(*single, got[3], [s.float() for s in slopes], delta.float())
+        expected = _moments_backward(*parameters, *fixed, expected[3], slopes, delta)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=2e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pure_torch_when_turned_off(monkeypatch):
+    parameters, fixed = problem(2, 3, 4, 5, 6)
+    single: Any = [t.float() for t in (*parameters, *fixed)]
+    expected = separable_moments(*single)
+    monkeypatch.setenv("PERCEIVER_KERNELS", "0")
+    _build.load.cache_clear()
+    try:
+        assert not kernels.usable(single[0])
+        torch.testing.assert_close(separable_moments(*single), expected, rtol=1e-4, atol=1e-5)
+    finally:
+        _build.load.cache_clear()
+
+
+def test_silent_without_a_compiler_or_with_a_broken_one(monkeypatch, tmp_path, capfd):
+    broken = tmp_path / "broken-cxx"
+    broken.write_text("#!/bin/sh\necho no >&2; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler_path in (str(broken), None):
+        monkeypatch.setenv("CXX", compiler_path or "g++")
+        if compiler_path is None:
+            monkeypatch.setattr(_build.shutil, "which", lambda _: None)
+        _build.load.cache_clear()
+        assert _build.load() is None
+    _build.load.cache_clear()
+    assert capfd.readouterr() == ("", "")
+
+
+@compiler
+def test_two_processes_build_once(tmp_path):
+    """Both end with the same library, built by one compiler run each at most, and no scratch is left."""
+    counter = tmp_path / "g++"
+    counter.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/runs"\nexec {shutil.which("g++")} "$@"\n')
+    counter.chmod(0o755)
+    code = "from perceiver.kernels._build import load; import sys; sys.exit(load() is None)"
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(counter)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
+    assert [p.wait(60) for p in processes] == [0, 0]
+    assert (tmp_path / "runs").read_text().count("x") == 1
+    left = sorted(p.suffix for p in (tmp_path / "cache" / "perceiver-train" / "kernels").iterdir())
+    assert left == [".lock", ".so"]
