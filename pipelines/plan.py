@@ -218,14 +218,14 @@ class SamplePlan:
 
         A run is a unit of reading: one that covers a window reads each of its row groups once.
         """
-        lane = np.int64(0)
+        lane = np.zeros(1, np.int64)
         while start < stop:
-            position = start * self.global_batch
+            position = np.array([start * self.global_batch])
             begin = position // self.samples * self.samples
-            before = self._drawn(np.int64(begin), lane)
-            size = self._drawn(np.int64(begin + self.samples), lane) - before
-            _, first, width = self._window(self._drawn(np.int64(position), lane) - before, size)
-            end = min(stop, max(start + 1, -(-int(before + first + width) // self.draw)))
+            before = self._drawn(begin, lane)
+            size = self._drawn(begin + self.samples, lane) - before
+            _, first, width = self._window(self._drawn(position, lane) - before, size)
+            end = min(stop, max(start + 1, -(-int((before + first + width)[0]) // self.draw)))
             parts = -(-(end - start) // most)
             end = start + -(-(end - start) // parts)
             yield start, end

@@ -35,14 +35,14 @@ Progress = Callable[[int, str], None]
 class PrepareConfig(Config):
     """How shards are written."""
 
-    seed: int = Field(0, description="of splits and order")
-    shard_rows: int = Field(8192, gt=0, description="samples a shard at most; one shard is one unit of parallel work")
-    group_rows: int = Field(128, gt=0, description="rows of a row group at most")
-    group_bytes: int = Field(8 << 20, gt=0, description="bytes of a row group, about, at most")
-    parallel: Literal["auto", "ray", "off"] = Field("auto", description="Ray tasks if asked for or already running")
-    in_flight: int = Field(64, gt=0, description="units handed to Ray at a time")
-    options: dict[str, str] = Field({}, description="options of the source")
-    storage_options: dict[str, str] = Field({}, description="of the destination; `$NAME` is taken from the environment")
+    seed: int = Field(default=0, description="of splits and order")
+    shard_rows: int = Field(default=8192, gt=0, description="samples of a shard, the unit of parallel work")
+    group_rows: int = Field(default=128, gt=0, description="rows of a row group at most")
+    group_bytes: int = Field(default=8 << 20, gt=0, description="bytes of a row group, about, at most")
+    parallel: Literal["auto", "ray", "off"] = Field(default="auto", description="Ray tasks if asked for or running")
+    in_flight: int = Field(default=64, gt=0, description="units handed to Ray at a time")
+    options: dict[str, str] = Field(default={}, description="options of the source")
+    storage_options: dict[str, str] = Field(default={}, description="of the destination; `$NAME`: environment")
 
 
 class Receipt(Config):

@@ -131,7 +131,7 @@ _WORK: dict[str, Work] = {}
 """The work this process has seen: each task gets a new copy, and the plan keeps tables by identity."""
 
 
-def produce(batch: Mapping[str, Any], work: Work) -> Iterator[Arrays]:
+def produce(batch: Any, work: Work) -> Iterator[Arrays]:
     """The function of a data task: runs of steps in (columns `start` and `stop`), their rows out, a chunk at a time."""
     work = _WORK.setdefault(work.token, work)
     for start, stop in zip(batch["start"], batch["stop"], strict=True):

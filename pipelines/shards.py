@@ -27,7 +27,7 @@ class ImageFeature(Config):
 
     kind: Literal["image"] = "image"
     channels: int = Field(description="channels after decoding: 1 (grey) or 3 (RGB)")
-    size: tuple[int, int] | None = Field(None, description="(height, width) of every image; null if they differ")
+    size: tuple[int, int] | None = Field(default=None, description="(height, width) of all images; null if they differ")
 
 
 class LabelFeature(Config):
@@ -74,14 +74,14 @@ class Split(Config):
 class Manifest(Config):
     """What a prepared folder holds."""
 
-    format_version: int = Field(FORMAT_VERSION, description="version of this layout")
+    format_version: int = Field(default=FORMAT_VERSION, description="version of this layout")
     name: str = Field(description="name of the data set")
     features: dict[str, Feature] = Field(description="what a sample consists of, by batch key")
-    classes: tuple[str, ...] = Field((), description="class names; a label is an index into them")
+    classes: tuple[str, ...] = Field(default=(), description="class names; a label is an index into them")
     splits: dict[str, Split] = Field(description="the parts, by name")
     licence: str = Field(description="under which terms the data may be used")
     source: str = Field(description="where the data came from")
-    fingerprint: str = Field("", description="of source and options of `prepare`: recognises a rerun")
+    fingerprint: str = Field(default="", description="of source and options of `prepare`: recognises a rerun")
 
     def split(self, name: str) -> Split:
         """The part of that name.
@@ -189,9 +189,9 @@ class ShardWriter:
         self._stream = folder.fs.open(self._path, "wb")
         self._sink = _HashingSink(self._stream)
         binary = [field.name for field in schema if pa.types.is_binary(field.type)]
+        compression: Any = {name: "none" if name in binary else "zstd" for name in schema.names}
         self._writer = pq.ParquetWriter(self._sink, schema, use_dictionary=False, store_schema=True, version="2.6",
-                                        compression={f.name: "none" if f.name in binary else "zstd" for f in schema},
-                                        write_statistics=False)
+                                        compression=compression, write_statistics=False)
 
     def __enter__(self) -> "ShardWriter":
         return self

@@ -9,6 +9,7 @@ import queue
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -56,7 +57,8 @@ class Collate(ArrowBatchCollateFn):
         for line in batch.column(PROBLEM).to_pylist():
             if line:
                 self.problems.put(line)
-        return arrow_batch_to_tensors(batch.drop_columns([PROBLEM]), combine_chunks=True)
+        tensors = arrow_batch_to_tensors(batch.drop_columns([PROBLEM]), combine_chunks=True)
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
 @dataclass
@@ -119,7 +121,8 @@ def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.D
     _quiet()
     dataset = ray.data.from_items([{"start": start, "stop": stop} for start, stop in runs],
                                   override_num_blocks=len(runs))
-    dataset = dataset.map_batches(produce, fn_kwargs={"work": work}, batch_size=None, num_cpus=options.cpus_per_task,
+    function: Any = produce
+    dataset = dataset.map_batches(function, fn_kwargs={"work": work}, batch_size=None, num_cpus=options.cpus_per_task,
                                   compute=ray.data.TaskPoolStrategy(size=options.tasks))
     context = dataset.context
     context.enable_progress_bars = False

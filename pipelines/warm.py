@@ -29,7 +29,7 @@ def _run_small_dataset(tasks: int, cpus_per_task: float) -> int:
     return dataset.count()
 
 
-def _import_tasks_needs(batch: dict[str, Any]) -> dict[str, Any]:
+def _import_tasks_needs(batch: Any) -> Any:
     import pipelines.samples  # noqa: F401
 
     return batch

@@ -26,19 +26,19 @@ class BadSample(Exception):
 class CropConfig(Config):
     """Random resized crop, as Inception and the Perceiver's ImageNet pipeline use it."""
 
-    area: tuple[float, float] = Field((0.08, 1.0), description="share of the image's area, uniform")
-    aspect: tuple[float, float] = Field((3 / 4, 4 / 3), description="width / height, log-uniform")
+    area: tuple[float, float] = Field(default=(0.08, 1.0), description="share of the image's area, uniform")
+    aspect: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="width / height, log-uniform")
 
 
 class AugmentConfig(Config):
     """Random changes to training images; the defaults change nothing."""
 
-    crop: CropConfig | None = Field(None, description="random crop, resized to the image size")
-    flip: bool = Field(False, description="mirror left and right, half of the time")
-    shift: int = Field(0, ge=0, description="move by up to so many pixels in x and y, uniform; black moves in")
-    rotate: float = Field(0.0, ge=0, le=180, description="turn by up to so many degrees either way, uniform")
-    scale: tuple[float, float] = Field((1.0, 1.0), description="zoom by a factor in this range, uniform")
-    shear: float = Field(0.0, ge=0, lt=90, description="slant by up to so many degrees either way, uniform")
+    crop: CropConfig | None = Field(default=None, description="random crop, resized to the image size")
+    flip: bool = Field(default=False, description="mirror left and right, half of the time")
+    shift: int = Field(default=0, ge=0, description="move by up to so many pixels in x and y, uniform; black moves in")
+    rotate: float = Field(default=0.0, ge=0, le=180, description="turn by up to so many degrees either way, uniform")
+    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="zoom by a factor in this range, uniform")
+    shear: float = Field(default=0.0, ge=0, lt=90, description="slant by up to so many degrees either way, uniform")
 
     @model_validator(mode="after")
     def _ordered(self) -> "AugmentConfig":
