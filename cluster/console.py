@@ -38,6 +38,11 @@ class RunConsole:
         """Print one line, above the bar if there is one."""
         (self._bar.console if self._bar is not None else self.console).print(line, markup=False)
 
+    def error(self, text: str) -> None:
+        """Print one line about what went wrong to stderr."""
+        self.close()
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
+
     def show(self, event: Mapping[str, Any]) -> None:
         """Show one event; kinds that have no handler are not for the user."""
         handler = getattr(self, f"_on_{event['kind']}", None)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
 import threading
@@ -20,10 +21,11 @@ import yaml
 from cluster import local
 from cluster.console import RunConsole
 from cluster.preflight import Preflight, check
-from cluster.recipe import Recipe, load_recipe
+from cluster.recipe import Recipe, absolute, for_workers, load_recipe, zero_stage
 from cluster.run_folder import RunFolder, find_run, new_run, redacted_recipe
 from perceiver.config import UserError
 from perceiver.train.mlflow import RunHandle, TrackingConfig, create_run, load_handle, open_tracker, prewarm, spool_folder
+from perceiver.train.redaction import redact_text
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Launch:
     console: RunConsole
     resume: bool
     began: float
+    path: str
 
 
 def launch_training(
@@ -58,13 +61,14 @@ def launch_training(
         folder = RunFolder(recipe.output, run) if run else new_run(recipe.output, recipe.name)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
-        launch = Launch(recipe, folder, preflight, console, resume, began)
+        launch = Launch(recipe, folder, preflight, console, resume, began, path)
         stack.enter_context(_log_file(folder))
+        folder.write("recipe.yaml", yaml.safe_dump(redacted_recipe(recipe.model_dump(mode="json")), sort_keys=False))
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
             return 0
         outcome = _train(launch)
-        return _conclude(launch, outcome, as_json, path)
+        return _conclude(launch, outcome, as_json)
 
 
 def _train(launch: Launch) -> dict[str, Any]:
@@ -87,11 +91,11 @@ def _train(launch: Launch) -> dict[str, Any]:
 def _say_header(launch: Launch) -> None:
     recipe, preflight, console = launch.recipe, launch.preflight, launch.console
     splits = preflight.manifest.splits
-    rows = {name: sum(shard.rows for shard in shards) for name, shards in splits.items()}
+    rows = {name: split.samples for name, split in splits.items()}
     console.say(f"{launch.folder.url}: {recipe.model.kind}, {preflight.parameters:,} parameters")
     console.say(
         f"data {recipe.data.url} ({', '.join(f'{n:,} {name}' for name, n in rows.items())}) · "
-        f"{recipe.cluster.workers} workers, ZeRO stage {recipe.deepspeed.zero_stage} · "
+        f"{recipe.cluster.workers} workers, ZeRO stage {zero_stage(recipe)} · "
         f"{preflight.total_steps:,} steps of {recipe.train.global_batch} ({preflight.total_steps / preflight.epoch_steps:g} epochs)"
     )
     if launch.resume:
@@ -164,7 +168,7 @@ def _trainer(launch: Launch, monitor: Any, handle: RunHandle | None) -> Any:
     return TorchTrainer(
         train_worker,
         train_loop_config={
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": for_workers(recipe),
             "run": folder.name,
             "monitor": monitor,
             "mlflow": handle.to_json() if handle else None,
@@ -177,15 +181,11 @@ def _trainer(launch: Launch, monitor: Any, handle: RunHandle | None) -> Any:
         run_config=ray.train.RunConfig(
             # A name of its own for each start: our checkpoints say where to go on, not Ray's snapshot of the last time.
             name=f"start-{time.time_ns()}",
-            storage_path=_absolute(folder.location("ray")),
+            storage_path=absolute(folder.location("ray")),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             callbacks=[FailureReporter(monitor)],
         ),
     )
-
-
-def _absolute(url: str) -> str:
-    return url if "://" in url else str(Path(url).resolve())
 
 
 def failure_reason(error: BaseException) -> str:
@@ -250,6 +250,88 @@ def _stop_ray(folder: RunFolder, session: str) -> None:
         shutil.copytree(logs, kept, ignore_dangling_symlinks=True, ignore=shutil.ignore_patterns("old"))
 
 
-def _conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool, path: str) -> int:
+def _conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     """Say how it ended and what to do next; write report and MLflow's last entries. Return the exit code."""
-    raise NotImplementedError
+    status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
+    folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
+    go_on = f"go on with: perceiver train {launch.path} --resume --run {folder.name}"
+    code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
+    report = _report(launch, outcome) if status == "finished" else None
+    _finish_run(launch, outcome, report)
+    if status == "finished":
+        _say_results(launch, outcome, report)
+    elif status == "stopped":
+        say(f"stopped after step {outcome['step']} of {outcome['total_steps']}, checkpoint saved; {go_on}")
+    else:
+        launch.console.error(f"{outcome.get('error', 'the workers ended without a word')}")
+        say(f"logs {folder.local / 'logs'}" + ("" if status == "refused" else f"; {go_on}"))
+    if as_json:
+        facts = {"status": status, "run": folder.url, **{k: v for k, v in outcome.items() if k not in ("handle", "status")}}
+        print(json.dumps(facts))
+    return code
+
+
+def _report(launch: Launch, outcome: Mapping[str, Any]) -> str | None:
+    """Write the report; a failure costs the report, not the run."""
+    from cluster.report import build_report
+
+    try:
+        manifest = launch.preflight.manifest
+        return build_report(launch.recipe, launch.folder, manifest, _facts(launch, outcome), _commands(launch, outcome))
+    except Exception:  # noqa: BLE001  a plot that fails must not make a finished run look failed
+        log.exception("no report")
+        launch.console.say(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
+        return None
+
+
+def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
+    """Return the report's table of facts."""
+    recipe, preflight = launch.recipe, launch.preflight
+    return {
+        "model": f"{recipe.model.kind}, {preflight.parameters:,} parameters",
+        "data": f"{recipe.data.url} ({preflight.manifest.name})",
+        "workers": f"{recipe.cluster.workers}, ZeRO stage {zero_stage(recipe)}",
+        "steps": f"{outcome['step']:,} of {recipe.train.global_batch} samples",
+        "wall time": f"{time.monotonic() - launch.began:.0f} s, start-up included",
+        "machine": f"{local.machine_cpus()} CPUs ({platform.machine()}), {platform.system()}",
+        "checkpoint": launch.folder.checkpoints.location(outcome["step"]),
+    }
+
+
+def _finish_run(launch: Launch, outcome: Mapping[str, Any], report: str | None) -> None:
+    """Send what is left to MLflow: recipe, report, and how the run ended."""
+    handle = outcome.get("handle")
+    if handle is None:
+        return
+    tracker = open_tracker(handle, spool_folder(launch.folder.local))
+    recipe = launch.folder.local / "recipe.yaml"
+    if recipe.exists():
+        tracker.log_artifact(recipe)
+    if report and "://" not in report:
+        tracker.log_artifact(Path(report).parent, "report")
+    status = outcome.get("status")
+    tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
+
+
+def _say_results(launch: Launch, outcome: Mapping[str, Any], report: str | None) -> None:
+    """Print the figures, where everything is, and the commands for the next step."""
+    say, folder, recipe = launch.console.say, launch.folder, launch.recipe
+    say("")
+    figures = dict(outcome["evaluation"])
+    if "accuracy" in figures:
+        say(f"{recipe.data.eval_split} accuracy {100 * figures.pop('accuracy'):.1f} %")
+    say("  ".join(f"{recipe.data.eval_split} {name} {value:.4g}" for name, value in figures.items()))
+    say(f"checkpoint  {folder.checkpoints.location(outcome['step'])}")
+    say(f"weights     {folder.location('model.safetensors')}")
+    if report:
+        say(f"report      {report}")
+    for caption, line in _commands(launch, outcome).items():
+        say(f"{caption:<12}{line}")
+
+
+def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
+    """Return the commands that a user would want next, by caption."""
+    recipe, handle = launch.recipe, outcome.get("handle")
+    more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
+    commands = {"mlflow": f"mlflow ui --backend-store-uri {redact_text(handle.uri)}"} if handle else {}
+    return {**commands, "train on": f"perceiver train {launch.path} --resume --run {launch.folder.name} {more}"}

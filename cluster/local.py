@@ -113,8 +113,8 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
 
 
 def _use_token() -> None:
-    """Have the Ray that we start ask for a token, kept in a file that only this user can read."""
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+    """Make the token that a Ray of our own asks for (Ray turns that on itself), in a file only this user can read."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled" or "RAY_AUTH_TOKEN" in os.environ:
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.exists():

@@ -1,6 +1,7 @@
 """Whatever can be refused is refused here, before a worker starts, in one line that names the fix."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from cluster.run_folder import RunFolder
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.train.checkpoint import CheckpointManifest, parameter_difference
-from pipelines.ingest import steps_per_epoch
+from pipelines.ingest import DataConfig, batch_shapes
 from pipelines.shards import Manifest, load_manifest
 
 
@@ -32,7 +33,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         UserError: the first thing that would stop the run, with what to change.
     """
     check_batch(recipe)
-    manifest = load_manifest(recipe.data.url)
+    manifest = load_manifest(recipe.data.url, recipe.data.storage_options)
     check_data(recipe, manifest)
     if recipe.cluster.resolved_address() is None:
         worker_cpus(recipe.cluster, machine_cpus(), recipe.data.cpus_per_task)
@@ -45,9 +46,14 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     elif not resume and folder.facts():
         raise UserError(f"run {folder.name!r} exists below {folder.output}: add --resume to go on, or choose another --run")
     folder.note(recipe=recipe.name)
-    epoch_steps = steps_per_epoch(manifest, recipe.data, recipe.train.global_batch)
+    epoch_steps = epoch_steps_of(recipe, manifest)
     parameters = sum(p.numel() for p in model.parameters())
     return Preflight(manifest, parameters, epoch_steps, recipe.train.total_steps(epoch_steps), checkpoint)
+
+
+def epoch_steps_of(recipe: Recipe, manifest: Manifest) -> float:
+    """Return the optimizer steps of one pass over the training data, not necessarily whole."""
+    return manifest.split(recipe.data.train_split).samples / recipe.train.global_batch
 
 
 def check_batch(recipe: Recipe) -> None:
@@ -62,11 +68,34 @@ def check_batch(recipe: Recipe) -> None:
 
 
 def check_data(recipe: Recipe, manifest: Manifest) -> None:
-    """Refuse data that the recipe's model or splits do not fit."""
-    for key in ("train_split", "eval_split"):
-        split = getattr(recipe.data, key)
-        if split not in manifest.splits:
-            raise UserError(f"data.{key} = {split!r}, but {recipe.data.url} has the splits {', '.join(manifest.splits)}")
+    """Refuse data that the recipe's splits, model or task do not fit."""
+    manifest.split(recipe.data.train_split)
+    manifest.split(recipe.data.eval_split)
+    shapes = batch_shapes(recipe.data, manifest)
+    for key, inputs in input_sections(recipe.model):
+        if inputs.kind not in shapes:
+            has = ", ".join(manifest.features)
+            raise UserError(f"{key}.kind = {inputs.kind!r}, but {recipe.data.url} has the features {has}")
+        if inputs.kind == "image":
+            check_image(key, inputs, shapes["image"], recipe.data)
+
+
+def input_sections(model: Any) -> list[tuple[str, Any]]:
+    """Return the model's input sections, each with its dotted key."""
+    inputs = getattr(model, "inputs", None)
+    return [("model.inputs", inputs)] if inputs is not None and hasattr(inputs, "kind") else []
+
+
+def check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
+    """Refuse images whose channels or size are not the model's."""
+    channels, height, width = shape
+    if inputs.channels != channels:
+        raise UserError(f"{key}.channels = {inputs.channels}, but the images of {data.url} have {channels}: set it to that")
+    if tuple(inputs.size) != (height, width):
+        raise UserError(
+            f"{key}.size = {list(inputs.size)}, but the images of {data.url} come as {height} x {width}: set {key}.size to "
+            f"[{height}, {width}], or data.image_size to {list(inputs.size)}"
+        )
 
 
 def check_resume(

@@ -14,7 +14,7 @@ from cluster.local import ClusterConfig
 from perceiver.config import Config, UserError
 from perceiver.factory import ModelConfig
 from perceiver.tasks import TaskConfig
-from perceiver.train.deepspeed import DeepSpeedConfig
+from perceiver.train.deepspeed_plan import DeepSpeedConfig, read_config
 from perceiver.train.loop import TrainConfig
 from perceiver.train.mlflow import TrackingConfig
 from perceiver.train.optim import OptimConfig
@@ -59,6 +59,28 @@ def build_recipe(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def for_workers(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's tree that means the same in any folder: local paths made absolute, the DeepSpeed JSON inlined."""
+    tree = recipe.model_dump(mode="json")
+    tree["output"] = absolute(recipe.output)
+    tree["data"]["url"] = absolute(recipe.data.url)
+    tree["deepspeed"]["config"] = read_config(recipe.deepspeed) or None
+    return tree
+
+
+def absolute(url: str) -> str:
+    """Return a local path as an absolute one, a URL as it is."""
+    return url if "://" in url else str(Path(url).resolve())
+
+
+def zero_stage(recipe: Recipe) -> int:
+    """Return the ZeRO stage that a recipe comes to: its own key, else its DeepSpeed JSON's, else 1."""
+    given = read_config(recipe.deepspeed).get("zero_optimization", {}).get("stage", "auto")
+    if recipe.deepspeed.zero_stage is not None:
+        return recipe.deepspeed.zero_stage
+    return 1 if given == "auto" else int(given)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

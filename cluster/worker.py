@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from cluster.monitor import MonitorClient
-from cluster.recipe import Recipe, build_recipe
+from cluster.preflight import epoch_steps_of
+from cluster.recipe import Recipe, build_recipe, zero_stage
 from cluster.run_folder import RunFolder, redacted_recipe
 from perceiver.config import UserError
 from perceiver.factory import build_model
@@ -29,7 +30,7 @@ from perceiver.train.loop import Batch, Hook, Span, StepInfo, train
 from perceiver.train.mlflow import RunHandle, open_tracker
 from perceiver.train.schedules import build_schedule
 from perceiver.train.tracking import NullTracker, Tracker
-from pipelines.ingest import eval_batches, steps_per_epoch, train_batches
+from pipelines.ingest import eval_batches, train_batches
 from pipelines.shards import Manifest, load_manifest
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Job:
     @property
     def epoch_steps(self) -> float:
         """Return the optimizer steps of one pass over the training data."""
-        return steps_per_epoch(self.manifest, self.recipe.data, self.recipe.train.global_batch)
+        return epoch_steps_of(self.recipe, self.manifest)
 
     @property
     def total_steps(self) -> int:
@@ -109,7 +110,7 @@ def _build(config: Mapping[str, Any], resources: contextlib.ExitStack) -> tuple[
     recipe = build_recipe(config["recipe"])
     folder = RunFolder(recipe.output, config["run"])
     place = _place()
-    manifest = load_manifest(recipe.data.url)
+    manifest = load_manifest(recipe.data.url, recipe.data.storage_options)
     torch.manual_seed(recipe.seed)
     classes = len(manifest.classes)
     model = build_model(recipe.model, classes=classes)
@@ -137,7 +138,7 @@ def _place() -> Place:
 
 
 def _engine(recipe: Recipe, model: torch.nn.Module, task: Task, manifest: Manifest, place: Place) -> Engine:
-    epoch_steps = steps_per_epoch(manifest, recipe.data, recipe.train.global_batch)
+    epoch_steps = epoch_steps_of(recipe, manifest)
     schedule = build_schedule(recipe.optim.schedule, recipe.train.total_steps(epoch_steps), epoch_steps)
     batch = BatchPlan(recipe.train.micro(place.world), recipe.train.accumulation(place.world), place.world)
     return DeepSpeedEngine(
@@ -168,7 +169,7 @@ def _restore(engine: Engine, folder: RunFolder, monitor: MonitorClient) -> tuple
 
 def _run(job: Job, done: int) -> dict[str, Any]:
     """Run the loop with its hooks, then leave behind predictions and weights."""
-    evaluation = EvalHook(job.history, job.engine, job.evaluation, max(1, round(job.recipe.train.eval_every * job.epoch_steps)))
+    evaluation = EvalHook(job.history, job.engine, job.evaluation, job.recipe.train.eval_every)
     place, training = job.place, job.recipe.train
     batches = train_batches(
         job.recipe.data,
@@ -204,10 +205,17 @@ def _hooks(job: Job, evaluation: EvalHook) -> list[Hook]:
     hooks: list[Hook] = [finite_loss_hook, evaluation]
     if job.place.rank == 0:
         hooks = [finite_loss_hook, partial(_progress, job.monitor), MetricsHook(job.history, job.recipe.train.log_every), evaluation]
-    saved = lambda step, url: _saved(job, step, url)  # noqa: E731
-    steps = max(1, round(job.recipe.train.checkpoint_every * job.epoch_steps))
-    snapshot = partial(_snapshot, job)
-    hooks.append(CheckpointHook(job.folder.checkpoints, job.engine, snapshot, steps, job.recipe.train.keep_checkpoints, saved))
+    training = job.recipe.train
+    hooks.append(
+        CheckpointHook(
+            job.folder.checkpoints,
+            job.engine,
+            partial(_snapshot, job),
+            training.checkpoint_every,
+            training.keep_checkpoints,
+            partial(_saved, job),
+        )
+    )
     return hooks
 
 
@@ -234,7 +242,7 @@ def _snapshot(job: Job, info: StepInfo) -> Snapshot:
     return Snapshot(
         step=info.step,
         samples=info.step * job.recipe.train.global_batch,
-        engine={"kind": type(job.engine).__name__, "zero_stage": job.recipe.deepspeed.zero_stage},
+        engine={"kind": type(job.engine).__name__, "zero_stage": zero_stage(job.recipe)},
         parameters=parameter_shapes(job.engine.module),
         recipe=redacted_recipe(job.recipe.model_dump(mode="json")),
         versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

@@ -31,11 +31,6 @@ class History:
         return "".join(json.dumps(row) + "\n" for row in self.rows)
 
 
-def every(info: StepInfo, steps: int) -> bool:
-    """Whether a thing that is done each ``steps`` steps, and at the end, is due."""
-    return info.step % steps == 0 or info.last
-
-
 class MetricsHook:
     """Records the mean of the training metrics over each window of ``steps`` steps."""
 
@@ -45,7 +40,7 @@ class MetricsHook:
 
     def __call__(self, info: StepInfo) -> None:
         self.window.append(info)
-        if every(info, self.steps):
+        if info.step % self.steps == 0 or info.last:
             self.history.record(info.step, window_metrics(self.window))
             self.window = []
 
@@ -84,37 +79,37 @@ def finite_loss_hook(info: StepInfo) -> None:
 
 
 class EvalHook:
-    """Evaluates each ``steps`` steps and at the end; ``latest`` holds the last figures."""
+    """Evaluates after each ``epochs`` epochs and at the end; ``latest`` holds the last figures."""
 
     def __init__(
-        self, history: History, engine: Engine, batches: Callable[[], Iterable[Batch]], steps: int
+        self, history: History, engine: Engine, batches: Callable[[], Iterable[Batch]], epochs: float
     ) -> None:
-        self.history, self.engine, self.batches, self.steps = history, engine, batches, steps
+        self.history, self.engine, self.batches, self.epochs = history, engine, batches, epochs
         self.latest: dict[str, float] = {}
 
     def __call__(self, info: StepInfo) -> None:
-        if info.step % self.steps == 0 or info.step == info.total_steps:
+        if info.completes(self.epochs) or info.step == info.total_steps:
             self.latest = self.engine.evaluate(self.batches())
             self.history.record(info.step, {f"eval/{key}": value for key, value in self.latest.items()})
 
 
 class CheckpointHook:
-    """Saves each ``steps`` steps, at the end and when the run is asked to stop; keeps the newest ``keep``."""
+    """Saves after each ``epochs`` epochs, at the end and when the run is asked to stop; keeps the newest ``keep``."""
 
     def __init__(
         self,
         store: CheckpointStore,
         engine: Engine,
         snapshot: Callable[[StepInfo], Snapshot],
-        steps: int,
+        epochs: float,
         keep: int,
         saved: Callable[[int, str], None],
     ) -> None:
         self.store, self.engine, self.snapshot = store, engine, snapshot
-        self.steps, self.keep, self.saved = steps, keep, saved
+        self.epochs, self.keep, self.saved = epochs, keep, saved
 
     def __call__(self, info: StepInfo) -> None:
-        if not every(info, self.steps):
+        if not (info.completes(self.epochs) or info.last):
             return
         self.store.save(self.engine, self.snapshot(info))
         if self.engine.rank == 0:

@@ -1,5 +1,6 @@
 """The training loop: batch, step, hooks. It knows neither Ray, DeepSpeed nor MLflow."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class TrainConfig(Config):
 
     def total_steps(self, steps_per_epoch: float) -> int:
         """Return the number of optimizer steps of the whole run."""
-        return self.steps if self.steps is not None else max(1, round((self.epochs or 1) * steps_per_epoch))
+        return self.steps if self.steps is not None else math.ceil((self.epochs or 1) * steps_per_epoch)
 
     def accumulation(self, world: int) -> int:
         """Return the number of micro-batches that one worker accumulates in a step."""
@@ -59,6 +60,12 @@ class StepInfo:
     wait_seconds: float  # part of it spent waiting for data
     result: StepResult
     stopping: bool  # the user asked to stop: this is the last step
+
+    def completes(self, epochs: float) -> bool:
+        """Whether this step completes another ``epochs`` passes over the data."""
+        before = self.epoch * (self.step - 1) / self.step
+        # The tolerance keeps a boundary that falls on a step from being missed by rounding.
+        return math.floor(self.epoch / epochs + 1e-9) > math.floor(before / epochs + 1e-9)
 
     @property
     def last(self) -> bool:

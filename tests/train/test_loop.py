@@ -63,9 +63,9 @@ def test_history_rows_come_each_window_and_survive_as_text() -> None:
     assert History(history.text()).rows == history.rows
 
 
-def test_evaluation_is_due_each_n_steps_and_at_the_end() -> None:
+def test_evaluation_is_due_after_each_epoch_and_at_the_end() -> None:
     history, engine = History(), toy_engine()
-    hook = EvalHook(history, engine, lambda: toy_batches(100, 102), 2)
+    hook = EvalHook(history, engine, lambda: toy_batches(100, 102), 0.4)
     train(engine, toy_batches(0, 5), [hook], span(0, 5))
     assert [row["step"] for row in history.rows] == [2, 4, 5]
     assert hook.latest["loss"] == history.rows[-1]["eval/loss"]
@@ -82,8 +82,16 @@ def test_length_is_given_once(settings: dict[str, int]) -> None:
         TrainConfig(**settings)
 
 
+@pytest.mark.parametrize(("per_epoch", "wanted"), [(5.0, [5, 10]), (31.25, [32, 63, 94, 125]), (0.4, list(range(1, 11)))])
+def test_a_step_completes_an_epoch_once(per_epoch: float, wanted: list[int]) -> None:
+    result = StepResult(0, 1.0, {}, None, 0.1, False)
+    steps = range(1, wanted[-1] + 1)
+    infos = [StepInfo(s, 999, s / per_epoch, 8, 1.0, 0.0, result, False) for s in steps]
+    assert [i.step for i in infos if i.completes(1.0)] == wanted
+
+
 def test_steps_and_accumulation() -> None:
     config = TrainConfig(epochs=2, global_batch=96, micro_batch=16)
-    assert config.total_steps(31.25) == 62
+    assert config.total_steps(31.25) == 63
     assert config.accumulation(2) == 3
     assert TrainConfig(steps=7).accumulation(2) == 1

@@ -1,0 +1,65 @@
+"""``perceiver prepare``: raw data to shards."""
+
+import time
+
+import click
+
+
+def _sources() -> str:
+    from pipelines.sources import load_source, source_names
+
+    return "\n".join(f"  {name:<14}{load_source(name).title}" for name in source_names())
+
+
+class _WithSources(click.Command):
+    """A command whose help ends with the list of sources."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sources, then the examples."""
+        formatter.write(f"\nSources:\n{_sources()}\n")
+        super().format_epilog(ctx, formatter)
+
+
+@click.command(
+    cls=_WithSources,
+    epilog="""\b
+Examples:
+  perceiver prepare digits data/digits
+  perceiver prepare image_folder photos/ s3://bucket/photos""",
+)
+@click.argument("name")
+@click.argument("places", nargs=-1, required=True, metavar="[SRC] DST")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the source.")
+@click.option("--seed", default=0, show_default=True, help="Seed of splits and order.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was prepared as one JSON line.")
+def command(name: str, places: tuple[str, ...], options: tuple[str, ...], seed: int, as_json: bool) -> int:
+    """Turn the raw data of source NAME at SRC into shards and a manifest in DST.
+
+    SRC and DST are paths or fsspec URLs; a source that fetches its data needs no SRC. A destination that is complete is
+    left as it is; a run that was stopped goes on with the shards that are missing.
+    """
+    from perceiver.config import UserError
+    from pipelines.prepare import PrepareConfig, prepare
+
+    if len(places) > 2:
+        raise UserError(f"got {len(places)} places ({', '.join(places)}), wanted [SRC] DST")
+    src, dst = (places[0], places[1]) if len(places) == 2 else (None, places[0])
+    pairs = dict(_pair(option) for option in options)
+    began = time.monotonic()
+    config = PrepareConfig(seed=seed, options=pairs)
+    manifest = prepare(name, src, dst, config, progress=lambda rows, shard: click.echo(f"  {rows:,} samples, {shard}"))
+    if as_json:
+        click.echo(manifest.model_dump_json())
+        return 0
+    rows = ", ".join(f"{split.samples:,} {key}" for key, split in manifest.splits.items())
+    click.echo(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")
+    return 0
+
+
+def _pair(option: str) -> tuple[str, str]:
+    from perceiver.config import UserError
+
+    key, equals, value = option.partition("=")
+    if not equals or not key:
+        raise UserError(f"--option {option!r} is not of the form KEY=VALUE")
+    return key, value
