@@ -1,7 +1,7 @@
 """The engine: what takes an optimizer step on this rank's share of a global batch, and what evaluates.
 
-`Engine` is the protocol that the training loop is given. `TorchEngine` keeps it with torch alone, in one process or over
-`torch.distributed`; it is the reference that the DeepSpeed engine is compared with.
+`Engine` is the protocol that the training loop is given. `TorchEngine` keeps it with torch alone, in one process or
+over `torch.distributed`; it is the reference that the DeepSpeed engine is compared with.
 
 The loss is the mean over the valid targets of the whole global batch: every micro-batch's summed loss is divided by the
 count over all ranks and micro-batches before its backward pass, so accumulation and ragged ranks are exact.
@@ -204,8 +204,8 @@ def cpu_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class TorchEngine:
     """The engine protocol with torch alone.
 
-    Parameters and optimizer state are whole on every rank; gradients are summed over the ranks in one all-reduce a step.
-    Parameters without a gradient have gradient zero, as under ZeRO. At the start rank 0's weights are given to all ranks.
+    Parameters and optimizer state are whole on every rank; gradients are summed over the ranks in one all-reduce a
+    step. Parameters without a gradient have gradient zero, as under ZeRO. At the start all ranks take rank 0's weights.
     """
 
     def __init__(
@@ -312,7 +312,7 @@ class TorchEngine:
 
 
 def check_same_model(ours: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
-    """UserError naming the first difference if the two state dicts (name -> tensor or shape) are of different models."""
+    """UserError naming the first difference between two state dicts (name -> tensor or shape), if there is one."""
     for name in sorted(ours.keys() | saved.keys()):
         mine, theirs = _shape_of(ours.get(name)), _shape_of(saved.get(name))
         if mine != theirs:

@@ -1,5 +1,5 @@
 # pyright: reportPrivateImportUsage=false
-"""LAMB (arXiv 1904.00962) in the order of operations of the Perceiver papers, correct also on flattened ZeRO partitions.
+"""LAMB (arXiv 1904.00962) in the order of operations of the Perceiver papers, correct also on ZeRO's flat partitions.
 
 Per parameter tensor, with the gradient clipped before (by the engine):
 

@@ -49,13 +49,18 @@ def build_param_groups(module: nn.Module, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
+def default_eps(config: OptimConfig) -> float:
+    """The eps in use: the configured one, else the kind's default."""
+    return config.eps or _DEFAULT_EPS[config.kind]
+
+
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """The configured optimizer over the module's trainable parameters, at the peak learning rate.
 
     Clipping and the schedule are the engine's: it clips before the step and sets each group's `lr`.
     """
     groups = build_param_groups(module, config.weight_decay)
-    eps = config.eps or _DEFAULT_EPS[config.kind]
+    eps = default_eps(config)
     if config.kind == "lamb":
         return Lamb(groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay)
     return torch.optim.AdamW(

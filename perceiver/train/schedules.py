@@ -1,6 +1,6 @@
 """Learning-rate schedules: pure functions from the step to a multiplier of the learning rate.
 
-Steps are counted from 0: step s is the (s+1)-th update of the run. A schedule keeps no state, so a resumed run continues
+Steps are counted from 0: step s is the (s+1)-th update of the run. A schedule keeps no state, so a resumed run goes on
 exactly where it stopped.
 """
 
@@ -64,10 +64,11 @@ ScheduleConfig = Annotated[
 ]
 
 
-def build_schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
+def build_schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: float) -> Schedule:
     """The schedule of a run as a function: step, counted from 0 -> multiplier of the learning rate.
 
-    total_steps: optimizer steps of the whole run. steps_per_epoch: optimizer steps of one epoch (for milestones).
+    total_steps: optimizer steps of the whole run. steps_per_epoch: optimizer steps of one epoch (for milestones), not
+    necessarily whole.
     The multiplier stays at its final value when asked beyond total_steps.
     """
     assert total_steps > 0 and steps_per_epoch > 0, (total_steps, steps_per_epoch)
@@ -81,7 +82,7 @@ def build_schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: in
     return multiplier
 
 
-def _shape(config: ScheduleConfig, warmup: int, total_steps: int, steps_per_epoch: int) -> Schedule:
+def _shape(config: ScheduleConfig, warmup: int, total_steps: int, steps_per_epoch: float) -> Schedule:
     """The multiplier without the warm-up's ramp."""
     if isinstance(config, StepSchedule):
         starts = [milestone * steps_per_epoch for milestone in config.milestones]

@@ -1,0 +1,314 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 behind the engine protocol. The only module that imports deepspeed.
+
+DeepSpeed is imported when an engine is built, not with this module. Nothing is compiled: the optimizer is a client
+optimizer, and the one operator that DeepSpeed would build by itself on CPUs is switched off before it looks.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from perceiver.config import UserError
+from perceiver.train.deepspeed_plan import BatchPlan, DeepSpeedConfig, plan_config
+from perceiver.train.engine import (
+    Batch,
+    MetricSums,
+    PendingSums,
+    Precision,
+    StepResult,
+    Task,
+    check_same_model,
+    count_targets,
+    cpu_float32,
+    default_device,
+    evaluate,
+    set_learning_rate,
+)
+from perceiver.train.lamb import FlatLayout, Lamb, Piece
+from perceiver.train.optim import OptimConfig, build_optimizer
+from perceiver.train.ranks import Ranks, random_state, set_random_state
+from perceiver.train.schedules import Schedule
+
+__all__ = ["BatchPlan", "DeepSpeedConfig", "DeepSpeedEngine", "init_distributed", "plan_config"]
+
+_TAG = "zero"
+_META = "engine.json"
+
+
+def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Make DeepSpeed's communication ready, over the process group that exists or over a new one.
+
+    Without a process group: one is made from the RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT variables if RANK is
+    set, else this process is alone. Safe to call again. Nothing is compiled, and DeepSpeed's log is cut to errors.
+    """
+    device = default_device()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its calls, each step
+    _compile_nothing(deepspeed.ops)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _compile_nothing(ops: Any) -> None:
+    """Tell DeepSpeed that its shared-memory all-reduce cannot be built here.
+
+    `init_distributed` would build it with a compiler at the first start on a machine (minutes), and looks it up in this
+    internal table, which it would fill by probing all operators. Only set where DeepSpeed still has that table.
+    """
+    if hasattr(type(ops), "__compatible_ops__") or "_probe_compatible_ops" in vars(ops):
+        ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    elif "__compatible_ops__" in vars(ops):
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class DeepSpeedEngine:
+    """The engine protocol on DeepSpeed, with ZeRO by one key.
+
+    Each micro-batch's summed loss is divided by the global count of valid targets before its backward pass; DeepSpeed
+    averages gradients over the ranks, so the loss is multiplied by their number.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task: Task,
+        optim: OptimConfig,
+        schedule: Schedule,
+        config: DeepSpeedConfig,
+        batch: BatchPlan,
+        *,
+        device: torch.device | None = None,
+        precision: Precision = "auto",
+    ) -> None:
+        """Build it on every rank.
+
+        batch: micro-batch size, accumulation and world size, for DeepSpeed's own bookkeeping.
+        Raises UserError where the DeepSpeed JSON contradicts the recipe.
+        """
+        self.device = device or default_device()
+        trainable = sum(param.numel() for param in module.parameters() if param.requires_grad)
+        plan = plan_config(
+            config, optim, batch, precision=precision, device_type=self.device.type, parameters=trainable
+        )
+        init_distributed()
+        self.ranks = Ranks(self.device)
+        self.rank, self.world = self.ranks.rank, self.ranks.world
+        assert self.world == batch.world, (self.world, batch.world)
+        self.zero_stage: int = plan["zero_optimization"]["stage"]
+        self._task, self._optim, self._schedule = task, optim, schedule
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        self._params = [param for param in module.parameters() if param.requires_grad]
+        optimizer = build_optimizer(optim, module.to(self.device))
+        groups: list[list[Any]] = [list(group["params"]) for group in optimizer.param_groups]
+        self._engine = _initialize(module, optimizer, plan)
+        self.module: nn.Module = self._engine.module
+        if isinstance(optimizer, Lamb) and self.zero_stage > 0:
+            optimizer.shard(_flat_layouts(groups, optimizer, self.zero_stage, self.rank), self._sum_norms)
+
+    def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        """One optimizer step, number `step` counted from 0."""
+        lr = self._optim.lr * self._schedule(step)
+        set_learning_rate(self._engine.optimizer, lr)
+        pending = self._accumulate(micro_batches)
+        norm = self._update()
+        loss, metrics = pending.summarise(self._task)
+        return StepResult(step, loss, metrics, norm, lr, skipped=not math.isfinite(norm))
+
+    def _accumulate(self, micro_batches: Sequence[Batch]) -> PendingSums:
+        """Gradients of the global mean loss, reduced over the ranks as the ZeRO stage has it."""
+        counts, total = count_targets(self._task, micro_batches)
+        counting = self.ranks.start_sum(total)
+        sums = MetricSums(self.ranks)
+        pending: PendingSums | None = None
+        self._engine.train()
+        for index, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
+            last = index == len(micro_batches) - 1
+            self._engine.set_gradient_accumulation_boundary(last)
+            output = self._task.loss(self._engine, batch)
+            sums.add(output, count)
+            if index == 0:
+                counting.wait()
+            if last:
+                pending = sums.start()
+            scale = self.world / total.clamp(min=1)
+            self._engine.backward(output.loss_sum * scale.to(output.loss_sum.dtype), scale_wrt_gas=False)
+        assert pending is not None, "a step needs at least one micro-batch"
+        return pending
+
+    def _update(self) -> float:
+        """Clip, step, clear the gradients; returns their norm before clipping, not finite if the step was skipped."""
+        if self.zero_stage > 0:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            return norm if self._engine.was_step_applied() else math.inf
+        norm = float(torch.nn.utils.get_total_norm([param.grad for param in self._params if param.grad is not None]))
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The task's metrics over all ranks' valid samples."""
+        return evaluate(self._engine, self._task, batches, self.ranks)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The values summed over the ranks."""
+        return self.ranks.sum(values)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shard and generators below the folder, which may be another one on each rank.
+
+        Rank 0 adds `engine.json`: ZeRO stage, world size, optimizer and shapes.
+        """
+        (folder / _TAG).mkdir(parents=True, exist_ok=True)
+        with _quiet():
+            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        torch.save(random_state(self.device), folder / f"rng-{self.rank}.pt")
+        if self.rank == 0:
+            meta = {
+                "zero_stage": self.zero_stage,
+                "world": self.world,
+                "optim": self._optim.kind,
+                "shapes": self._shapes,
+            }
+            (folder / _META).write_text(json.dumps(meta, indent=1))
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote into the same folder by all ranks.
+
+        Raises UserError if nothing was saved there, or it was saved from another model, optimizer, ZeRO stage, or (at
+        stages 1 to 3) by another number of workers.
+        """
+        self._check_loadable(folder)
+        with _quiet():
+            path, _ = self._engine.load_checkpoint(
+                str(folder), tag=_TAG, load_lr_scheduler_states=False, load_module_strict=True
+            )
+        if path is None:
+            raise UserError(f"DeepSpeed found no checkpoint in {folder}; wanted a folder written by this engine's save")
+        generators = folder / f"rng-{self.rank}.pt"
+        if generators.is_file():
+            set_random_state(torch.load(generators, weights_only=True), self.device)
+
+    def _check_loadable(self, folder: Path) -> None:
+        path = folder / _META
+        if not path.is_file():
+            raise UserError(f"no training state {path}; wanted a folder written by this engine's save")
+        meta = json.loads(path.read_text())
+        check_same_model(self._shapes, {name: tuple(shape) for name, shape in meta["shapes"].items()}, path)
+        ours = {"optim.kind": self._optim.kind, "deepspeed.zero_stage": self.zero_stage}
+        theirs = {"optim.kind": meta["optim"], "deepspeed.zero_stage": meta["zero_stage"]}
+        for key, value in ours.items():
+            if theirs[key] != value:
+                raise UserError(
+                    f"{path} was saved with {key} = {theirs[key]!r}, this run has {value!r}; make them agree"
+                )
+        if meta["world"] != self.world and self.zero_stage > 0:
+            raise UserError(
+                f"{path} was saved by {meta['world']} workers, this run has {self.world}; "
+                f"ZeRO stage {self.zero_stage} restores at the same number: set cluster.workers={meta['world']}"
+            )
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The full float32 CPU state dict on rank 0, None elsewhere; gathers what ZeRO has sharded."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full: dict[str, Tensor] = {}
+        tensor: Any
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            sharded = self.zero_stage > 0 and isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            if sharded and (self.zero_stage == 3 or tensor.dtype != torch.float32):
+                tensor = safe_get_full_fp32_param(tensor)
+            if self.rank == 0:
+                full |= cpu_float32({name: tensor})
+        return full if self.rank == 0 else None
+
+    def _sum_norms(self, squares: Tensor) -> None:
+        """Sum LAMB's squared norms over the ranks; they may lie on the CPU when the optimizer is offloaded."""
+        if self.world > 1:
+            there = squares.to(self.device)
+            dist.all_reduce(there)
+            squares.copy_(there)
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, plan: dict[str, Any]) -> Any:
+    import deepspeed
+
+    with _quiet():
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan, dist_init_required=False)
+    return engine
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Keep DeepSpeed's prints off the user's screen while it sets up, saves or loads."""
+    with contextlib.redirect_stdout(_Sink()):
+        yield
+
+
+class _Sink:
+    """A stream that drops what is written to it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        return None
+
+
+def _flat_layouts(groups: list[list[Any]], optimizer: Lamb, zero_stage: int, rank: int) -> dict[Tensor, FlatLayout]:
+    """Which slice of each flat tensor that ZeRO has made belongs to which parameter.
+
+    groups: the parameters of each group as they were before DeepSpeed replaced them.
+    """
+    if zero_stage == 3:
+        return _stage3_layouts(groups, rank)
+    layouts = {}
+    for params, group in zip(groups, optimizer.param_groups, strict=True):
+        (flat,) = group["params"]
+        fragments = [(number, param._hp_mapping) for number, param in enumerate(params)]
+        pieces = tuple(
+            Piece(number, fragment.hp_fragment_address.start, fragment.hp_fragment_address.numel)
+            for number, fragment in fragments
+            if fragment is not None and fragment.hp_fragment_address.numel > 0
+        )
+        layouts[flat] = FlatLayout(pieces, len(params))
+    return layouts
+
+
+def _stage3_layouts(groups: list[list[Any]], rank: int) -> dict[Tensor, FlatLayout]:
+    """Stage 3 cuts every parameter over the ranks and lays the cuts one after another, in sub-groups."""
+    zero: Any = groups[0][0]._z3_optimizer
+    layouts = {}
+    for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        pieces, offset = [], 0
+        for number, param in enumerate(params):
+            share = param.partition_numel()
+            length = min(share, max(0, param.ds_numel - rank * share))
+            if length:
+                pieces.append(Piece(number, offset, length))
+            offset += share
+        layouts[flat] = FlatLayout(tuple(pieces), len(params))
+    return layouts
