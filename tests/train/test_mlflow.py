@@ -1,0 +1,377 @@
+"""Runs in real MLflow stores: created, reopened, logged into across crashes and outages."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from perceiver.config import UserError
+from perceiver.train.mlflow import clean_key
+from perceiver.train.runs import (
+    RunHandle,
+    TrackingConfig,
+    create_run,
+    load_handle,
+    open_tracker,
+    prewarm,
+    spool_folder,
+)
+from perceiver.train.tracking import NullTracker
+
+
+@pytest.fixture(autouse=True)
+def no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("DO_NOT_TRACK", "true")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SQLite store shared by the tests of this file, since making one takes a second."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+def client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def steps(uri: str, handle: RunHandle, key: str) -> list[int]:
+    return [metric.step for metric in client(uri).get_metric_history(handle.run_id, key)]
+
+
+def open_run(uri: str, output: Path, **options: Any) -> RunHandle:
+    config = TrackingConfig(uri=uri, system_metrics=False)
+    handle = create_run(config, options.pop("name", "a run"), output=output, params=options.pop("params", {}), **options)
+    assert handle is not None
+    return handle
+
+
+def test_a_run_from_beginning_to_end_on_a_fresh_store(tmp_path: Path) -> None:
+    config = TrackingConfig(tags={"team": "x"}, system_metrics_interval=0.2)
+    sidecar = prewarm(config, tmp_path)
+    params = {"optim": {"lr": 1e-3, "betas": [0.9, 0.99]}, "data": {"password": "hunter2"}, "long": "x" * 9000}
+    handle = create_run(config, "digits", output=tmp_path, params=params, prewarmed=sidecar)
+    assert handle is not None and handle.run_id and load_handle(tmp_path) == handle
+    tracker = open_tracker(handle, spool_folder(tmp_path), system_metrics_node="")
+    for step in range(1, 301):
+        tracker.log_metrics(step, {"train/loss": 1 / step, "odd key (%)!": step})
+    tracker.log_metrics(300, {"eval/nan": math.nan, "eval/inf": math.inf})
+    tracker.set_tag("checkpoint_uri", "s3://bucket/step-200")
+    tracker.set_tag("checkpoint_uri", "s3://bucket/step-300")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").write_text("<p>hi")
+    tracker.log_artifact(tmp_path / "report", "report")
+    time.sleep(0.5)
+    tracker.close("finished")
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = client(uri).get_run(handle.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "digits")
+    assert run.data.params["optim.lr"] == "0.001"
+    assert run.data.params["data.password"] == "***"
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.tags["team"] == "x"
+    assert steps(uri, handle, "train/loss") == list(range(1, 301))
+    assert run.data.metrics["odd key ____"] == 300
+    assert math.isnan(run.data.metrics["eval/nan"])
+    assert run.data.metrics["eval/inf"] > 1e300
+    assert run.data.metrics["system/system_memory_usage_percentage"] > 0
+    artifact = tmp_path / "mlartifacts" / handle.run_id / "artifacts" / "report" / "index.html"
+    assert artifact.read_text() == "<p>hi"
+    assert run.data.tags["checkpoint_uri"] == "s3://bucket/step-300"
+    models = client(uri).search_logged_models([handle.experiment_id])
+    assert [model.tags["checkpoint_uri"] for model in models] == ["s3://bucket/step-300"]
+    assert "hunter2" not in "".join(path.read_text() for path in spool_folder(tmp_path).iterdir())
+
+
+def test_a_resumed_run_goes_on_in_the_same_run(store: str, tmp_path: Path) -> None:
+    first = open_run(store, tmp_path, params={"lr": 1, "epochs": 2})
+    tracker = open_tracker(first, spool_folder(tmp_path))
+    tracker.log_metrics(1, {"loss": 1.0})
+    tracker.close("stopped")
+    assert client(store).get_run(first.run_id).info.status == "KILLED"
+    second = open_run(store, tmp_path, params={"lr": 1, "epochs": 5, "new": 1}, resume=load_handle(tmp_path))
+    assert (second.run_id, second.key) == (first.run_id, first.key)
+    run = client(store).get_run(first.run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.params == {"lr": "1", "epochs": "2", "new": "1"}
+    assert run.data.tags["param.epochs"] == "5"
+    tracker = open_tracker(second, spool_folder(tmp_path))
+    tracker.log_metrics(2, {"loss": 0.5})
+    tracker.close("finished")
+    assert steps(store, second, "loss") == [1, 2]
+
+
+def test_resuming_by_run_id_and_a_run_that_is_gone(store: str, tmp_path: Path) -> None:
+    first = open_run(store, tmp_path / "a")
+    assert open_run(store, tmp_path / "b", resume=first.run_id).key == first.key
+    client(store).delete_run(first.run_id)
+    second = open_run(store, tmp_path / "c", resume=first)
+    assert second.run_id != first.run_id
+    assert client(store).get_run(second.run_id).data.tags["resumed_from"] == first.run_id
+
+
+CRASH = """
+import json, sys
+from pathlib import Path
+from perceiver.train.runs import RunHandle, open_tracker
+tracker = open_tracker(RunHandle.from_json(json.loads(sys.argv[1])), Path(sys.argv[2]), interval_s=0.01)
+tracker.log_metrics(0, {"loss": 1.0})
+tracker.flush(60)
+step = 1
+while True:
+    tracker.log_metrics(step, {"loss": 1.0, "same": 0.5})
+    print(step, flush=True)
+    step += 1
+"""
+
+
+def test_sigkill_in_the_middle_of_sending_loses_and_doubles_nothing(store: str, tmp_path: Path) -> None:
+    import json
+
+    handle = open_run(store, tmp_path)
+    command = [sys.executable, "-c", CRASH, json.dumps(handle.to_json()), str(spool_folder(tmp_path))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    logged = [int(process.stdout.readline()) for _ in range(3000)][-1]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    tracker = open_tracker(handle, spool_folder(tmp_path))
+    tracker.log_metrics(10**6, {"loss": 1.0})
+    tracker.close("finished")
+    seen = steps(store, handle, "loss")
+    assert seen == [*range(len(seen) - 1), 10**6]
+    assert len(seen) - 2 >= logged
+    assert steps(store, handle, "same") == seen[1:-1]
+
+
+def test_the_same_event_sent_twice_counts_once(store: str, tmp_path: Path) -> None:
+    handle = open_run(store, tmp_path)
+    folder = spool_folder(tmp_path)
+    for _ in range(2):
+        tracker = open_tracker(handle, folder)
+        tracker.detach()
+        (folder / "000001.jsonl").write_text(
+            '{"time":1,"kind":"metrics","step":1,"values":{"a":1.0,"b":"nan"}}\n'
+            '{"time":1,"kind":"params","values":{"p":"1"}}\n{"time":1,"kind":"tag","key":"t","value":"v"}\n'
+        )
+        tracker = open_tracker(handle, folder)
+        tracker.close("finished")
+    assert steps(store, handle, "a") == [1]
+    assert steps(store, handle, "b") == [1]
+
+
+def test_what_mlflow_refuses_is_set_aside(store: str, tmp_path: Path) -> None:
+    handle = open_run(store, tmp_path)
+    tracker = open_tracker(handle, spool_folder(tmp_path))
+    tracker.log_metrics(1, {"loss": 1.0})
+    tracker.log_artifact(tmp_path / "absent.txt")
+    tracker.log_metrics(2, {"loss": 1.0})
+    tracker.close("finished")
+    assert steps(store, handle, "loss") == [1, 2]
+    assert "absent.txt" in (spool_folder(tmp_path) / "rejected.jsonl").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_a_server_that_is_down_costs_one_line_and_the_run_is_created_later(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STORE", f"http://127.0.0.1:{free_port()}")
+    began = time.monotonic()
+    handle = open_run("env:STORE", tmp_path, params={"lr": 1})
+    assert time.monotonic() - began < 10
+    assert handle.run_id is None
+    assert len([record for record in caplog.records if "does not answer" in record.message]) == 1
+    tracker = open_tracker(handle, spool_folder(tmp_path), close_timeout_s=0.1)
+    tracker.log_metrics(1, {"loss": 1.0})
+    tracker.close("stopped")
+
+    monkeypatch.setenv("STORE", store)
+    restored = load_handle(tmp_path)
+    assert restored is not None and restored.uri == "env:STORE"
+    tracker = open_tracker(restored, spool_folder(tmp_path))
+    tracker.log_metrics(2, {"loss": 0.5})
+    tracker.close("finished")
+    created = load_handle(tmp_path)
+    assert created is not None and created.run_id and created.key == handle.key
+    assert steps(store, created, "loss") == [1, 2]
+    run = client(store).get_run(created.run_id)
+    assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "1"})
+    assert run.info.start_time == handle.created_ms
+    again = open_run(store, tmp_path, resume=handle)
+    assert again.run_id == created.run_id
+
+
+def test_a_required_server_that_is_down_is_an_error(tmp_path: Path) -> None:
+    config = TrackingConfig(uri=f"http://u:hunter2@127.0.0.1:{free_port()}", required=True)
+    with pytest.raises(UserError, match=r"does not answer .*tracking.required=false") as caught:
+        create_run(config, "x", output=tmp_path, params={})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up_in_time(tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        config = TrackingConfig(uri=f"http://127.0.0.1:{silent.getsockname()[1]}", required=True)
+        sidecar = prewarm(config, tmp_path)
+        assert sidecar is not None
+        sidecar.call({"op": "load"}, 60)
+        began = time.monotonic()
+        with pytest.raises(UserError, match="does not answer"):
+            create_run(config, "x", output=tmp_path, params={}, prewarmed=sidecar)
+        assert time.monotonic() - began < 13
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "ftp://x", "env:NOT_SET_ANYWHERE"])
+def test_a_place_that_mlflow_has_no_store_for_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        create_run(TrackingConfig(uri=uri), "x", output=tmp_path, params={})
+
+
+def test_a_deleted_experiment_is_refused_with_the_fix(store: str, tmp_path: Path) -> None:
+    handle = open_run(store, tmp_path, name="gone")
+    client(store).delete_experiment(handle.experiment_id)
+    with pytest.raises(UserError, match=r"tracking\.experiment"):
+        open_run(store, tmp_path, name="gone")
+
+
+def test_off_means_off(tmp_path: Path) -> None:
+    config = TrackingConfig(enabled=False)
+    assert prewarm(config, tmp_path) is None
+    assert create_run(config, "x", output=tmp_path, params={}) is None
+    assert isinstance(open_tracker(None, tmp_path), NullTracker)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environment_variables_mean_what_they_mean_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
+    assert TrackingConfig().store_uri(tmp_path) == "http://there"
+    assert TrackingConfig(uri="http://here").store_uri(tmp_path) == "http://here"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert TrackingConfig().store_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(ValidationError):
+        TrackingConfig.model_validate({"url": "x"})
+
+
+def test_the_driver_never_imports_mlflow() -> None:
+    code = "import sys, perceiver.train.runs, perceiver.train.mlflow; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_helper_does_not_outlive_its_parent(store: str, tmp_path: Path) -> None:
+    import json
+
+    import psutil
+
+    handle = open_run(store, tmp_path)
+    command = [sys.executable, "-c", CRASH, json.dumps(handle.to_json()), str(spool_folder(tmp_path))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    helpers = psutil.Process(process.pid).children()
+    assert len(helpers) == 1
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(helpers, timeout=15)
+    assert alive == []
+
+
+@pytest.mark.parametrize(
+    ("key", "clean"),
+    [("train/loss", "train/loss"), ("a//b/../c", "a/c"), ("/x/", "x"), ("..", "_"), ("ä%", "ä_"), ("k" * 300, "k" * 250)],
+)
+def test_keys_become_what_mlflow_accepts(key: str, clean: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert clean_key(key) == clean
+    _validate_metric_name(clean_key(key))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator["Server"]:
+    server = Server(tmp_path / "server", free_port())
+    yield server
+    server.stop()
+
+
+class Server:
+    """A real MLflow server on loopback that can be stopped and started again on the same port."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
+        self.uri = f"http://127.0.0.1:{port}"
+        self.process: subprocess.Popen[bytes] | None = None
+        folder.mkdir()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        pytest.fail((self.folder / "log").read_text())
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.mark.slow
+def test_a_server_that_is_down_for_a_part_of_the_run_loses_nothing(server: Server, tmp_path: Path) -> None:
+    handle = open_run(server.uri, tmp_path)
+    assert handle.run_id is None
+    tracker = open_tracker(handle, spool_folder(tmp_path), interval_s=0.1)
+    tracker.log_metrics(0, {"loss": 1.0})
+    server.start()
+    assert tracker.flush(120)
+    for step in range(1, 100):
+        tracker.log_metrics(step, {"loss": 1.0, "nan": math.nan, "inf": -math.inf})
+    assert tracker.flush(60)
+    server.stop()
+    for step in range(100, 200):
+        tracker.log_metrics(step, {"loss": 1.0})
+    assert not tracker.flush(1)
+    server.start()
+    for step in range(200, 300):
+        tracker.log_metrics(step, {"loss": 1.0})
+    (tmp_path / "note.txt").write_text("hi")
+    tracker.log_artifact(tmp_path / "note.txt")
+    assert tracker.flush(120)
+    tracker.close("finished")
+    created = load_handle(tmp_path)
+    assert created is not None and created.run_id
+    assert [m.step for m in _history(server, created)] == list(range(300))
+    assert client(server.uri).get_run(created.run_id).info.status == "FINISHED"
+    assert [file.path for file in client(server.uri).list_artifacts(created.run_id)] == ["note.txt"]
+
+
+def _history(server: Server, handle: RunHandle) -> list[Any]:
+    return client(server.uri).get_metric_history(handle.run_id, "loss")
