@@ -40,7 +40,7 @@ class DataConfig(Config):
     eval_split: str = Field(default="test", description="split to evaluate on")
     image_size: tuple[int, int] | None = Field(default=None, description="(height, width) in a batch; null: as stored")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training samples")
-    eval_crop: float = Field(default=0.875, gt=0, le=1, description="share of a larger image the evaluation view covers")
+    eval_crop: float = Field(default=0.875, gt=0, le=1, description="share of a larger image that evaluation covers")
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
     cpus_per_task: float = Field(default=0.25, gt=0, description="CPUs a data task reserves; below 1 it shares a core")
     tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
@@ -51,7 +51,7 @@ class DataConfig(Config):
     cache_bytes: int = Field(default=256 << 20, gt=0, description="row groups kept in each data task's process")
     window: int | None = Field(default=None, gt=0, description="samples shuffled among each other; null: by size")
     lanes: int | None = Field(default=None, gt=0, description="places read from at a time; null: by batch size")
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of bad samples above which a run stops")
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of bad samples that stops the run")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="larger images are unusable samples")
     storage_options: dict[str, str] = Field(default={}, description="of the file system; `$NAME`: environment")
 

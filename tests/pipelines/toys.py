@@ -1,0 +1,75 @@
+"""Small data sets for the tests of the data pipeline: made in a moment, nothing downloaded."""
+
+import gzip
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipelines.shards import (
+    ImageFeature,
+    LabelFeature,
+    Manifest,
+    ShardInfo,
+    ShardWriter,
+    Split,
+    arrow_schema,
+    save_manifest,
+)
+from pipelines.sources.digits import MEMBER
+from pipelines.storage import open_folder
+
+CLASSES = 4
+
+
+def png(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    """Encode pixels (H, W) or (H, W, 3)."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def numbered_image(number: int, side: int = 8) -> np.ndarray:
+    """A picture that tells its number: the first two pixels are its bytes."""
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side), dtype=np.uint8)
+    pixels[0, :2] = number % 256, number // 256
+    return pixels
+
+
+def write_images(folder: Path, splits: dict[str, list[int]], *, rows_per_group: int = 5,
+                 bad: tuple[int, ...] = (), side: int = 8) -> Manifest:
+    """A prepared data set of numbered images; `splits` gives the rows of each shard, `bad` the ids to damage."""
+    features = {"image": ImageFeature(channels=1, size=(side, side)), "label": LabelFeature()}
+    target = open_folder(str(folder))
+    found = {}
+    for split, sizes in splits.items():
+        infos: list[ShardInfo] = []
+        number = 0
+        for shard, size in enumerate(sizes):
+            with ShardWriter(target, f"{split}-{shard}.parquet", arrow_schema(features), rows_per_group) as writer:
+                for _ in range(size):
+                    image = png(numbered_image(number, side))
+                    writer.write([{"key": f"{split}/{number}", "label": number % CLASSES,
+                                   "image": image[:40] if number in bad else image}])
+                    number += 1
+                info = writer.close()
+            assert info is not None
+            infos.append(info)
+        found[split] = Split(shards=tuple(infos))
+    manifest = Manifest(name="toy", features=features, classes=tuple("abcd"), splits=found, licence="none",
+                        source="made up")
+    save_manifest(manifest, target)
+    return manifest
+
+
+def digits_archive(path: Path, per_class: int = 20) -> np.ndarray:
+    """A file laid out like the package that carries the digits; returns its table (n, 785)."""
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 256, (10 * per_class, 785))
+    table[:, -1] = np.repeat(np.arange(10), per_class)
+    text = "\n".join(",".join(map(str, row)) for row in table) + "\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(MEMBER, gzip.compress(text.encode()))
+    return table
