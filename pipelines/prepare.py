@@ -92,14 +92,15 @@ def prepare(source_name: str, src: str | None, dst: str, config: PrepareConfig |
     source = load_source(source_name)
     listing = source.listing(src, seed=config.seed, shard_rows=config.shard_rows, options=config.options)
     try:
-        jobs = _jobs(source, source_name, listing, dst, config, fingerprint)
-        runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
-        splits = _collect(runner, progress)
-        manifest = Manifest(name=listing.name, features=dict(listing.features), classes=listing.classes, splits=splits,
-                            licence=listing.licence, source=listing.origin, fingerprint=fingerprint)
-        save_manifest(manifest, folder)
-    except PermissionError as error:
+        folder.write_text(f"{RECEIPTS}/fingerprint", fingerprint)
+    except OSError as error:
         raise UserError(f"cannot write to {dst}: {error}; give a folder you may write to") from error
+    jobs = _jobs(source, source_name, listing, dst, config, fingerprint)
+    runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
+    splits = _collect(runner, progress)
+    manifest = Manifest(name=listing.name, features=dict(listing.features), classes=listing.classes, splits=splits,
+                        licence=listing.licence, source=listing.origin, fingerprint=fingerprint)
+    save_manifest(manifest, folder)
     folder.fs.rm(folder.file(RECEIPTS), recursive=True)
     return manifest
 

@@ -60,7 +60,7 @@ class Quarantine:
     def write(self, url: str, name: str = "quarantine.parquet") -> None:
         """Write the samples as a Parquet table (split, sample_id, key, reason) into a folder."""
         folder = open_folder(url)
-        folder.fs.makedirs(folder.path, exist_ok=True)
+        folder.make_room(folder.file(name))
         rows = sorted(self.problems.values())
         table = pa.table({"split": [row.split for row in rows], "sample_id": [row.sample_id for row in rows],
                           "key": [row.key for row in rows], "reason": [row.reason for row in rows]},

@@ -185,7 +185,7 @@ class ShardWriter:
         self.rows = 0
         self._pending: list[Mapping[str, Any]] = []
         self._path = folder.file(f"{name}.{os.getpid()}.partial" if folder.local else name)
-        folder.fs.makedirs(self._path.rsplit("/", 1)[0], exist_ok=True)
+        folder.make_room(self._path)
         self._stream = folder.fs.open(self._path, "wb")
         self._sink = _HashingSink(self._stream)
         binary = [field.name for field in schema if pa.types.is_binary(field.type)]

@@ -9,6 +9,8 @@ import fsspec
 
 from perceiver.config import UserError
 
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
+
 
 def resolve_options(options: Mapping[str, str]) -> dict[str, str]:
     """Replace each value of the form `$NAME` by the environment variable NAME, so that no secret stands in a recipe.
@@ -40,9 +42,19 @@ class Folder:
         return f"{self.path.rstrip('/')}/{name}"
 
     @property
+    def protocols(self) -> set[str]:
+        """The names the file system goes by, such as {"s3", "s3a"}."""
+        return {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+
+    @property
     def local(self) -> bool:
         """Whether the folder lies on this machine's file system, where half-written files can be seen."""
-        return "file" in ([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol)
+        return "file" in self.protocols
+
+    def make_room(self, path: str) -> None:
+        """Make the folder of a file that is about to be written; object stores have none, and would make a bucket."""
+        if not self.protocols & OBJECT_STORES:
+            self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
 
     def exists(self, name: str) -> bool:
         """Whether the file is there (never answered from a cached listing)."""
@@ -56,7 +68,7 @@ class Folder:
     def write_text(self, name: str, text: str) -> None:
         """Write a small UTF-8 file so that a reader sees the whole of it or none."""
         target = self.file(name)
-        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+        self.make_room(target)
         scratch = f"{target}.{os.getpid()}.partial" if self.local else target
         self.fs.pipe_file(scratch, text.encode("utf-8"))
         if scratch != target:

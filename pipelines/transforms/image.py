@@ -71,6 +71,8 @@ def decode(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> Image
             image.load()
     except BadSample:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"more than {max_pixels} pixels") from error
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files (struct, Value, Syntax, ...).
         raise BadSample(f"undecodable image: {_reason(error)}") from error
     return _mode(_upright(image), "L" if channels == 1 else "RGB")

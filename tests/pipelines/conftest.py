@@ -1,0 +1,19 @@
+"""One small Ray for all tests of this folder that need it."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def small_ray() -> Iterator[None]:
+    """A local Ray of two CPUs; the variables keep idle processes and spare the network."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False,
+             logging_level="ERROR")
+    yield
+    ray.shutdown()

