@@ -222,7 +222,7 @@ def _attention(data: ReportData, folder: Path) -> list[dict[str, Any]]:
         rows, pixels = [], []
         for attend in attends:
             weights = [maps[attend].mean(axis=0), *(maps[attend, latent] for latent in latents)]
-            cells = [figures.map_pixels(weight) for weight in weights]
+            cells = [figures.map_pixels(weight, picture) for weight in weights]
             pixels.append(([picture] if picture is not None else []) + cells)
             peaks = [float(np.nanmax(weight)) * weight.size for weight in weights]
             uris = [figures.data_uri(figures.image_png(cell)) for cell in cells]

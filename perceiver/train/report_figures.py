@@ -70,12 +70,14 @@ def draw_curve(curve: Curve, rows: Rows) -> Drawing | None:
     points = {key: series(rows, key) for key, _ in curve.series}
     if not any(np.isfinite(values).any() for _, values in points.values()):
         return None
-    figure, axes = _chart(curve.percent, curve.from_zero)
+    figure, axes = _chart(curve.percent)
     colours = [FIRST, SECOND] if len(curve.series) > 1 else [FIRST]
     for (key, label), colour in zip(curve.series, colours, strict=True):
         steps, values = points[key]
         if len(steps):
             _line(axes, steps, values, label, colour, dotted=key.startswith("eval/"))
+    if curve.from_zero:
+        axes.set_ylim(bottom=0)
     axes.set_xlabel("optimizer step", loc="right")
     if sum(len(steps) > 0 for steps, _ in points.values()) > 1:
         axes.legend(frameon=False, loc="best", labelcolor=TEXT, handlelength=1.4)
@@ -113,10 +115,10 @@ def draw_calibration(confidence: NDArray[np.floating], right: NDArray[np.bool_])
     accuracy = np.bincount(bins, weights=right, minlength=10)[used] / counts[used]
     mean = np.bincount(bins, weights=confidence, minlength=10)[used] / counts[used]
     error = float(np.sum(counts[used] * np.abs(accuracy - mean)) / counts.sum())
-    figure, axes = _chart(percent=True, from_zero=True)
+    figure, axes = _chart(percent=True)
     axes.plot([0, 1], [0, 1], color=RULE, linewidth=1.2, dashes=(4, 3))
     area = 12 + 180 * np.sqrt(counts[used] / counts.sum())
-    axes.scatter(mean, accuracy, s=area, color=FIRST, alpha=0.85, linewidth=0)
+    axes.scatter(mean, accuracy, s=area, color=FIRST, linewidth=0, zorder=3)
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.06)
     axes.xaxis.set_major_formatter(_percent())
@@ -151,11 +153,12 @@ def draw_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> bytes:
     return _png(figure)
 
 
-def _chart(percent: bool, from_zero: bool) -> tuple["Figure", "Axes"]:
+def _chart(percent: bool) -> tuple["Figure", "Axes"]:
     """An empty chart in the report's manner: a light grid, no box."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+    figure = Figure(figsize=(5.2, 2.7))
+    figure.subplots_adjust(left=0.11, right=0.97, top=0.96, bottom=0.17)
     axes = figure.add_subplot()
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -168,8 +171,6 @@ def _chart(percent: bool, from_zero: bool) -> tuple["Figure", "Axes"]:
     axes.margins(x=0.01)
     if percent:
         axes.yaxis.set_major_formatter(_percent())
-    if from_zero:
-        axes.set_ylim(bottom=0)
     return figure, axes
 
 
@@ -224,7 +225,7 @@ def _render(figure: "Figure") -> tuple[str, bytes]:
 
 def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=144, facecolor="white")
     return buffer.getvalue()
 
 
@@ -235,7 +236,7 @@ def image_png(pixels: NDArray[np.uint8]) -> bytes:
     if pixels.ndim == 3 and pixels.shape[2] not in (3, 4):
         pixels = pixels[:, :, 0]
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -249,13 +250,29 @@ def shrink(array: NDArray[Any], limit: int = MAP_PIXELS) -> NDArray[Any]:
     return blocks.mean(axis=(1, 3)).astype(array.dtype)
 
 
-def map_pixels(weights: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """An attention map (H, W) as colours (H, W, 3), from 0 to its own largest weight."""
+def map_pixels(weights: NDArray[np.floating], picture: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """An attention map as colours, from 0 to its own largest weight; the colour follows the square root.
+
+    Args:
+        weights: (H, W), of one latent or a mean.
+        picture: what was attended to, (h, w, C), shown dark beneath the weights; None: black.
+
+    Returns:
+        (H, W, 3), or the picture's size if that is larger; at most `MAP_PIXELS` a side.
+    """
     from matplotlib import colormaps
 
     weights = shrink(np.nan_to_num(weights.astype(np.float64)))
-    scaled = weights / max(float(weights.max(initial=0.0)), 1e-12)
-    return (colormaps["magma"](scaled)[:, :, :3] * 255).astype(np.uint8)
+    scaled = np.sqrt(np.clip(weights / max(float(weights.max(initial=0.0)), 1e-12), 0, 1))
+    if picture is None:
+        return (colormaps["inferno"](scaled)[:, :, :3] * 255).astype(np.uint8)
+    under = shrink(picture)
+    size = (max(under.shape[0], weights.shape[0]), max(under.shape[1], weights.shape[1]))
+    grey = resize(under, size).astype(np.float64).reshape(*size, -1)[:, :, :3].mean(axis=2, keepdims=True) * 0.42
+    scaled = resize(scaled, size)
+    colour = colormaps["inferno"](0.35 + 0.65 * scaled)[:, :, :3] * 255
+    share = scaled[:, :, None]
+    return (share * colour + (1 - share) * grey).astype(np.uint8)
 
 
 def data_uri(png: bytes) -> str:
@@ -271,7 +288,7 @@ def montage(rows: Sequence[Sequence[NDArray[np.uint8]]], cell: int = 112, gap: i
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             colour = picture if picture.ndim == 3 and picture.shape[2] >= 3 else np.repeat(_grey(picture), 3, axis=2)
-            big = _enlarge(colour[:, :, :3], cell)
+            big = resize(colour[:, :, :3], (cell, cell))
             top, left = gap + y * (cell + gap), gap + x * (cell + gap)
             canvas[top : top + cell, left : left + cell] = big
     return canvas
@@ -281,7 +298,8 @@ def _grey(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return picture[:, :, :1] if picture.ndim == 3 else picture[:, :, None]
 
 
-def _enlarge(picture: NDArray[np.uint8], cell: int) -> NDArray[np.uint8]:
-    ys = np.arange(cell) * picture.shape[0] // cell
-    xs = np.arange(cell) * picture.shape[1] // cell
-    return picture[ys][:, xs]
+def resize(array: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """The nearest value for each of (height, width) positions, over the first two axes."""
+    ys = np.arange(size[0]) * array.shape[0] // size[0]
+    xs = np.arange(size[1]) * array.shape[1] // size[1]
+    return array[ys][:, xs]

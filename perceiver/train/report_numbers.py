@@ -53,7 +53,7 @@ def class_table(matrix: NDArray[np.int64], names: Sequence[str]) -> list[dict[st
         hit, count, guessed = int(matrix[index, index]), int(matrix[index].sum()), int(matrix[:, index].sum())
         precision, recall = ratio(hit, guessed), ratio(hit, count)
         f1 = ratio(2 * hit, count + guessed)
-        rows.append({"name": str(name), "precision": precision, "recall": recall, "f1": f1, "count": count})
+        rows.append({"name": str(name), "precision": precision, "recall": recall, "F1": f1, "count": count})
     return rows
 
 

@@ -177,7 +177,7 @@ def create_run(
         handle = replace(handle, key=resume.key, run_id=resume.run_id, created_ms=resume.created_ms)
     elif resume:
         handle = replace(handle, run_id=resume)
-    sidecar = prewarmed or _sidecar(spool_folder(output), "")
+    sidecar = prewarmed or _sidecar(spool_folder(output))
     try:
         handle = RunHandle.from_json(_open(sidecar, handle)["handle"])
     except SidecarError as error:
@@ -234,7 +234,7 @@ class SidecarSender:
         self.handle = handle
         self.spool_dir = spool_dir
         self.owner = owner
-        self._sidecar = _sidecar(spool_dir, "")
+        self._sidecar = _sidecar(spool_dir, nice=10)
         self._sidecar.start()
 
     def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
@@ -302,10 +302,10 @@ def _probe(uri: str) -> None:
         raise SidecarError(f"{parts.hostname}:{port}: {error.strerror or error}") from error
 
 
-def _sidecar(folder: Path, store: str) -> Sidecar:
+def _sidecar(folder: Path, store: str = "", nice: int = 0) -> Sidecar:
     """The helper process; `store` is a URI to be opened, and created if missing, while it starts."""
     code = "from perceiver.train.mlflow import main; main()"
-    return Sidecar(code, folder / "mlflow.log", {**ENVIRONMENT, "PERCEIVER_PREWARM": store})
+    return Sidecar(code, folder / "mlflow.log", {**ENVIRONMENT, "PERCEIVER_PREWARM": store}, nice)
 
 
 def _save_handle(folder: Path, handle: RunHandle) -> None:

@@ -36,12 +36,14 @@ class Sidecar:
         code: Python source that the helper runs; it should end in `serve`.
         log: file that takes the helper's standard output and error.
         env: variables set for the helper beside the parent's.
+        nice: added to its niceness, so that it takes only what the parent's computation leaves.
     """
 
-    def __init__(self, code: str, log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, code: str, log: Path, env: Mapping[str, str] | None = None, nice: int = 0) -> None:
         self.code = code
         self.log = log
         self.env = dict(env or {})
+        self.nice = nice
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
 
@@ -54,7 +56,7 @@ class Sidecar:
         path = os.pathsep.join(entry for entry in sys.path if entry)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", self.code],
+                [sys.executable, "-c", f"import os; os.nice({self.nice})\n{self.code}"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -126,7 +128,7 @@ def _reap(process: subprocess.Popen[bytes], timeout_s: float) -> None:
     process.stdout.close()
 
 
-def serve(handle: Callable[[dict[str, Any]], Reply], nice: int = 10) -> None:
+def serve(handle: Callable[[dict[str, Any]], Reply]) -> None:
     """The helper's side: answer requests from standard input until it is closed or the parent is gone.
 
     Whatever prints to standard output is sent to standard error. `handle` answers a failure with
@@ -134,7 +136,6 @@ def serve(handle: Callable[[dict[str, Any]], Reply], nice: int = 10) -> None:
     """
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    os.nice(nice)
     parent = os.getppid()
     requests: queue.Queue[bytes | None] = queue.Queue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
