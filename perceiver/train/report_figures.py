@@ -6,6 +6,8 @@ Matplotlib is imported inside functions: whoever only needs the data classes doe
 import base64
 import io
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,7 +85,7 @@ def draw_curve(curve: Curve, rows: Rows) -> Drawing | None:
         axes.legend(frameon=False, loc="best", labelcolor=TEXT, handlelength=1.4)
     lost = sum(int((~np.isfinite(values)).sum()) for _, values in points.values())
     text = f"{lost} of the recorded values are not finite and are left out." if lost else ""
-    return Drawing(curve.slug, curve.title, *_render(figure), text)
+    return Drawing(curve.slug, curve.title, *_render(figure, curve.slug), text)
 
 
 def series(rows: Rows, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -123,7 +125,7 @@ def draw_calibration(confidence: NDArray[np.floating], right: NDArray[np.bool_])
     axes.set_ylim(0, 1.06)
     axes.xaxis.set_major_formatter(_percent())
     axes.set_xlabel("confidence", loc="right")
-    return Drawing("calibration", "Accuracy over confidence", *_render(figure), ""), error
+    return Drawing("calibration", "Accuracy over confidence", *_render(figure, "calibration"), ""), error
 
 
 def draw_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> bytes:
@@ -144,12 +146,13 @@ def draw_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> bytes:
     if classes <= 30:
         size = 9 if classes <= 12 else 6
         short = [name if len(name) <= 14 else name[:13] + "…" for name in names]
-        axes.set_xticks(range(classes), short, rotation=0 if max(map(len, short)) <= 3 else 90, fontsize=size)
-        axes.set_yticks(range(classes), short, fontsize=size)
+        rotation = 0 if max(map(len, short)) <= 3 else 90
+        axes.set_xticks(range(classes), short, rotation=rotation, fontsize=size, parse_math=False)
+        axes.set_yticks(range(classes), short, fontsize=size, parse_math=False)
         for row, column in zip(*np.nonzero(matrix), strict=True):
             colour = "white" if share[row, column] > 0.35 else TEXT
             text = str(matrix[row, column])
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour, parse_math=False)
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     return _png(figure)
 
 
@@ -208,16 +211,19 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _render(figure: "Figure") -> tuple[str, bytes]:
-    """The figure as SVG with the page's CSS colours and font, and as PNG on white."""
+def _render(figure: "Figure", salt: str) -> tuple[str, bytes]:
+    """The figure as SVG with the page's CSS colours and font, and as PNG on white.
+
+    `salt` keeps the names of clip paths and markers apart between the figures of a page, and the same in every report.
+    """
     import matplotlib as mpl
 
     png = _png(figure)
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": None}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     for colour, variable in CSS_COLOURS.items():
         svg = svg.replace(colour, variable)
     return svg, png
@@ -225,7 +231,9 @@ def _render(figure: "Figure") -> tuple[str, bytes]:
 
 def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, format="png", dpi=144, facecolor="white")
     return buffer.getvalue()
 
 
