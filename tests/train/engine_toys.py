@@ -13,6 +13,8 @@ FEATURES, CLASSES = 6, 5
 class ToyModel(nn.Module):
     """(B, FEATURES) -> (B, CLASSES): latents, a norm, odd parameter sizes, a buffer, and a parameter that is zero."""
 
+    scale: Tensor
+
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
 from torch import nn
 
 from perceiver.config import UserError
 from perceiver.train.engine import TorchEngine, resolve_precision
 from perceiver.train.optim import OptimConfig
 from perceiver.train.schedules import ConstantSchedule, CosineSchedule, build_schedule
+from tests.train.engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
 
 CPU = torch.device("cpu")
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from engine_toys import ToyModel
 from pydantic import ValidationError
 from torch import nn
 
 from perceiver.train.lamb import FlatLayout, Lamb, Piece
 from perceiver.train.optim import OptimConfig, build_optimizer, build_param_groups
+from tests.train.engine_toys import ToyModel
 
 LR, BETA1, BETA2, EPS, DECAY = 0.01, 0.9, 0.99, 1e-6, 0.1
 

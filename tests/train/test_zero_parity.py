@@ -1,0 +1,148 @@
+"""ZeRO stages 0-3, 1 and 2 real processes, AdamW and LAMB: the same run as the torch engine's in one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.zero_worker import ENGINES, KINDS, STEPS
+
+REPOSITORY = Path(__file__).parents[2]
+WORLDS = (1, 2)
+TIGHT = 2e-6  # relative: float32 sums in another order
+
+Seen = dict[int, list[dict[str, Any]]]
+
+
+def launch(world: int, folder: Path) -> list[subprocess.Popen[str]]:
+    """Start the scenarios in `world` processes over gloo on loopback."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    environment = {**os.environ, **common, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.train.zero_worker", str(folder)],
+            cwd=REPOSITORY,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, str]:
+    """What each rank saw at each world size, and all that the processes printed."""
+    base = tmp_path_factory.mktemp("zero")
+    started = {world: launch(world, base / str(world)) for world in WORLDS}
+    processes = [process for group in started.values() for process in group]
+    try:
+        printed = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(printed)
+    seen = {
+        world: [json.loads((base / str(world) / f"seen-{rank}.json").read_text()) for rank in range(world)]
+        for world in WORLDS
+    }
+    return seen, "".join(printed)
+
+
+@pytest.fixture(scope="module")
+def seen(runs: tuple[Seen, str]) -> Seen:
+    return runs[0]
+
+
+every_run = pytest.mark.parametrize(
+    ("world", "engine", "kind"), [(world, engine, kind) for world in WORLDS for engine in ENGINES for kind in KINDS]
+)
+
+
+@every_run
+def test_same_losses_norms_and_weights_as_torch_alone(seen: Seen, world: int, engine: str, kind: str) -> None:
+    """Over six steps of three micro-batches with clipping, decay and a schedule."""
+    reference, ours = seen[1][0][f"torch {kind}"], seen[world][0][f"{engine} {kind}"]
+    for part in ("first", "second"):
+        assert ours[part]["loss"] == pytest.approx(reference[part]["loss"], rel=TIGHT)
+        assert ours[part]["norm"] == pytest.approx(reference[part]["norm"], rel=5 * TIGHT)
+        assert ours[part]["accuracy"] == reference[part]["accuracy"]
+        assert ours[part]["lr"] == reference[part]["lr"]
+        assert not any(ours[part]["skipped"])
+    assert ours["weights"].keys() == reference["weights"].keys()
+    for name, values in reference["weights"].items():
+        assert ours["weights"][name] == pytest.approx(values, rel=1e-4, abs=2e-6), name
+
+
+@every_run
+def test_loaded_run_repeats_the_steps_exactly(seen: Seen, world: int, engine: str, kind: str) -> None:
+    ours = seen[world][0][f"{engine} {kind}"]
+    assert ours["resumed"] == ours["second"]
+    assert len(ours["resumed"]["loss"]) == STEPS - 3
+
+
+@every_run
+def test_ragged_ranks_give_the_exact_mean(seen: Seen, world: int, engine: str, kind: str) -> None:
+    """Rank 0 has three valid rows, rank 1 twelve; training and evaluation."""
+    reference, ours = seen[1][0][f"torch {kind}"], seen[world][0][f"{engine} {kind}"]
+    assert ours["ragged"] == pytest.approx(reference["ragged"], rel=TIGHT)
+    assert ours["evaluation"]["loss"] == pytest.approx(reference["evaluation"]["loss"], rel=TIGHT)
+    assert ours["evaluation"]["accuracy"] == reference["evaluation"]["accuracy"]
+
+
+def test_training_moves_and_optimizers_differ(seen: Seen) -> None:
+    """Guards the comparisons above against runs in which nothing happens."""
+    losses = [seen[1][0][f"torch {kind}"]["first"]["loss"] for kind in KINDS]
+    assert losses[0][0] == losses[1][0]
+    assert abs(losses[0][2] - losses[1][2]) > 1e-2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_agree_and_only_rank_0_has_the_weights(seen: Seen, engine: str) -> None:
+    left, right = (rank[f"{engine} lamb"] for rank in seen[2])
+    for key in ("first", "second", "resumed", "evaluation", "sum"):
+        assert left[key] == right[key]
+    assert left["sum"] == [2.0, 1.0]
+    assert left["dtypes"] == ["torch.float32"]
+    assert right["weights"] is None
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_that_is_not_finite_is_skipped_and_said(seen: Seen, world: int, engine: str) -> None:
+    ours, reference = seen[world][0]["skip"][engine], seen[1][0]["skip"]["torch"]
+    assert ours["skipped"] and ours["same"]
+    assert not any(ours["next"]["skipped"])
+    assert ours["next"]["loss"] == pytest.approx(reference["next"]["loss"], rel=TIGHT)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_stays_near_fp32(seen: Seen, world: int, engine: str) -> None:
+    ours = seen[world][0]["bf16"][engine]
+    reference = seen[1][0]["torch lamb"]
+    wanted = reference["first"]["loss"] + reference["second"]["loss"]
+    assert ours["loss"] == pytest.approx(wanted, rel=1e-2)
+    assert ours["loss"] != pytest.approx(wanted, rel=1e-6)
+
+
+def test_foreign_states_are_refused_in_one_line(seen: Seen) -> None:
+    said = seen[1][0]["refused"]
+    assert "was saved with deepspeed.zero_stage = 1, this run has 3" in said["stage"]
+    assert "was saved with optim.kind = 'adamw', this run has 'lamb'" in said["optim"]
+    assert "no training state" in said["nothing"]
+    assert not any("\n" in message for message in said.values())
+
+
+def test_nothing_is_compiled_and_nothing_printed(runs: tuple[Seen, str]) -> None:
+    assert runs[1].strip() == ""

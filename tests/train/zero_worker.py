@@ -1,0 +1,143 @@
+"""One process of the ZeRO tests: runs every scenario in turn and writes what it saw as JSON.
+
+`python -m tests.train.zero_worker FOLDER`, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+"""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from perceiver.config import UserError
+from perceiver.train.deepspeed import BatchPlan, DeepSpeedConfig, DeepSpeedEngine, init_distributed
+from perceiver.train.engine import Engine, Precision, TorchEngine
+from perceiver.train.optim import OptimConfig
+from perceiver.train.schedules import build_schedule
+from tests.train.engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
+
+KINDS = ("adamw", "lamb")
+ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
+ROWS, MICRO_BATCHES, STEPS = 24, 3, 6
+
+
+def build(engine: str, kind: str, seed: int = 0, precision: Precision = "fp32", **config: Any) -> Engine:
+    """The named engine over the toy model, with clipping, decay and a schedule."""
+    optim = OptimConfig.model_validate(
+        {"kind": kind, "lr": 2e-2, "weight_decay": 0.1, "clip": 0.5, "schedule": {"kind": "cosine", "warmup_steps": 2}}
+    )
+    schedule = build_schedule(optim.schedule, 2 * STEPS, 5)
+    if engine == "torch":
+        return TorchEngine(ToyModel(seed), ToyTask(), optim, schedule, precision=precision)
+    world = dist.get_world_size()
+    batch = BatchPlan(ROWS // world // MICRO_BATCHES, MICRO_BATCHES, world)
+    section = DeepSpeedConfig.model_validate({"zero_stage": int(engine[-1]), "config": config or None})
+    return DeepSpeedEngine(ToyModel(seed), ToyTask(), optim, schedule, section, batch, precision=precision)
+
+
+def mine(batch: Batch) -> list[Batch]:
+    return share(batch, dist.get_rank(), dist.get_world_size(), MICRO_BATCHES)
+
+
+def ragged(step: int) -> Batch:
+    """A global batch whose valid rows are all but one in the last two thirds: rank 0 of 2 has few of them."""
+    batch = toy_rows(step, ROWS)
+    return {**batch, "valid": (torch.arange(ROWS) >= 10) | (torch.arange(ROWS) == 3)}
+
+
+def poisoned(step: int) -> Batch:
+    """A global batch with an infinite input in its last row, which the last rank has."""
+    batch = toy_rows(step, ROWS)
+    batch["inputs"][-1] = torch.inf
+    return batch
+
+
+def run(engine: Engine, steps: range) -> dict[str, list[Any]]:
+    results = [engine.step(mine(toy_rows(step, ROWS)), step) for step in steps]
+    return {
+        "loss": [result.loss for result in results],
+        "accuracy": [result.metrics["accuracy"] for result in results],
+        "norm": [result.grad_norm for result in results],
+        "lr": [result.lr for result in results],
+        "skipped": [result.skipped for result in results],
+    }
+
+
+def train_save_resume(engine: str, kind: str, folder: Path) -> dict[str, Any]:
+    """Six steps with a save in the middle; a fresh engine with other weights loads it and repeats the last three."""
+    first = build(engine, kind)
+    seen: dict[str, Any] = {"first": run(first, range(3))}
+    save(first, folder)
+    seen["second"] = run(first, range(3, STEPS))
+    seen["evaluation"] = first.evaluate(mine(ragged(50)))
+    weights = first.weights()
+    seen["weights"] = weights and {name: tensor.flatten().tolist() for name, tensor in weights.items()}
+    seen["dtypes"] = weights and sorted({str(tensor.dtype) for tensor in weights.values()})
+    seen["sum"] = first.sum([1.0, first.rank])
+    again = build(engine, kind, seed=1)
+    again.load(folder)
+    seen["resumed"] = run(again, range(3, STEPS))
+    seen["ragged"] = again.step(mine(ragged(90)), STEPS).loss
+    return seen
+
+
+def save(engine: Engine, folder: Path) -> None:
+    """Save as workers on several machines do: each into a folder of its own, merged afterwards."""
+    own = folder.with_name(f"{folder.name}-rank{engine.rank}")
+    engine.save(own)
+    dist.barrier()
+    if engine.rank == 0:
+        for rank in range(engine.world):
+            shutil.copytree(folder.with_name(f"{folder.name}-rank{rank}"), folder, dirs_exist_ok=True)
+    dist.barrier()
+
+
+def skip(engine: str, kind: str) -> dict[str, Any]:
+    """A step whose gradient is not finite leaves the weights alone and is reported; the next one is as usual."""
+    run_ = build(engine, kind)
+    run_.step(mine(toy_rows(0, ROWS)), 0)
+    before = run_.weights()
+    result = run_.step(mine(poisoned(1)), 1)
+    after = run_.weights()
+    same = before is None or after is None or all(torch.equal(before[name], after[name]) for name in before)
+    return {"skipped": result.skipped, "same": same, "next": run(run_, range(2, 4))}
+
+
+def refused_loads(folder: Path) -> dict[str, str]:
+    """The messages when a state saved by ZeRO-1 with AdamW is loaded by something else."""
+    said = {}
+    for name, (engine, kind, where) in {
+        "stage": ("zero3", "adamw", folder),
+        "optim": ("zero1", "lamb", folder),
+        "nothing": ("zero1", "adamw", folder / "nothing"),
+    }.items():
+        try:
+            build(engine, kind).load(where)
+        except UserError as error:
+            said[name] = str(error)
+    return said
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    init_distributed()
+    seen: dict[str, Any] = {}
+    for kind in KINDS:
+        for engine in ENGINES:
+            seen[f"{engine} {kind}"] = train_save_resume(engine, kind, folder / f"{engine}-{kind}")
+    seen["skip"] = {engine: skip(engine, "lamb") for engine in ENGINES}
+    seen["refused"] = refused_loads(folder / "zero1-adamw")
+    # DeepSpeed keeps its autocast setting in the process, so bf16 comes last.
+    seen["bf16"] = {engine: run(build(engine, "lamb", precision="bf16"), range(STEPS)) for engine in ENGINES}
+    (folder / f"seen-{dist.get_rank()}.json").write_text(json.dumps(seen))
+    dist.barrier()
+    dist.destroy_process_group()
+    time.sleep(0.2)  # gloo's threads let go of their last tensors before the interpreter ends
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
