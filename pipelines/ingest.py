@@ -5,9 +5,10 @@ rows (`pipelines.samples`), and the worker collates them. Ranks do not wait for 
 the plan alone.
 """
 
+import contextlib
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     Batch = dict[str, torch.Tensor]
+    Checkable = Generator[tuple[Batch, list[str]], None, None]
 
 KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
@@ -115,7 +117,7 @@ def total_steps(manifest: Manifest, data: DataConfig, global_batch: int, epochs:
 
 def train_batches(data: DataConfig, manifest: Manifest, *, seed: int, rank: int, world: int, global_batch: int,
                   micro_batch: int, start_step: int, stop_step: int, device: "torch.device | str",
-                  quarantine: Quarantine | None = None) -> "Iterator[Batch]":
+                  quarantine: Quarantine | None = None) -> "Generator[Batch, None, None]":
     """One rank's micro-batches of the steps [start_step, stop_step), global_batch / world / micro_batch for each step.
 
     Step s holds the same samples, augmented alike, at any world size and after any restart. Epochs follow each other
@@ -147,7 +149,7 @@ def train_batches(data: DataConfig, manifest: Manifest, *, seed: int, rank: int,
 
 
 def eval_batches(data: DataConfig, manifest: Manifest, *, split: str, rank: int, world: int, batch: int,
-                 device: "torch.device | str", quarantine: Quarantine | None = None) -> "Iterator[Batch]":
+                 device: "torch.device | str", quarantine: Quarantine | None = None) -> "Generator[Batch, None, None]":
     """One rank's batches of a split, once, in order, unaugmented; the same number on each rank.
 
     The ragged end is padded with rows whose `valid` is False and whose `sample_id` is -1. A bad sample is such a row
@@ -181,7 +183,7 @@ def _work(data: DataConfig, manifest: Manifest, plan: SamplePlan | EvalPlan, *, 
 
 
 def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
-             ) -> "Iterator[tuple[Batch, list[str]]]":
+             ) -> "Checkable":
     if data.executor == "inline":
         return _inline(work, runs, batch, device)
     from pipelines.stream import RayBatches, RayOptions
@@ -191,7 +193,7 @@ def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batc
 
 
 def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
-            ) -> "Iterator[tuple[Batch, list[str]]]":
+            ) -> "Checkable":
     """The same rows without Ray, in this process, one run after the other."""
     import torch
 
@@ -204,11 +206,12 @@ def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "to
                        [line for line in lines[part] if line])
 
 
-def _checked(batches: "Iterator[tuple[Batch, list[str]]]", split: str, epoch_share: int, quarantine: Quarantine
-             ) -> "Iterator[Batch]":
+def _checked(batches: "Checkable", split: str, epoch_share: int, quarantine: Quarantine
+             ) -> "Generator[Batch, None, None]":
     """Pass batches on while bad samples are counted."""
-    for batch, lines in batches:
-        problems = [Problem(split, int(number), key, reason) for line in lines
-                    for number, key, reason in (entry.split("\t", 2) for entry in line.split("\n"))]
-        quarantine.add(problems, len(batch["sample_id"]), epoch_share)
-        yield batch
+    with contextlib.closing(batches):
+        for batch, lines in batches:
+            problems = [Problem(split, int(number), key, reason) for line in lines
+                        for number, key, reason in (entry.split("\t", 2) for entry in line.split("\n"))]
+            quarantine.add(problems, met=len(lines), seen=len(batch["sample_id"]), epoch_share=epoch_share)
+            yield batch

@@ -33,19 +33,20 @@ class Quarantine:
         self.met = 0
         self.seen = 0
 
-    def add(self, problems: list[Problem], seen: int, epoch_share: int) -> None:
+    def add(self, problems: list[Problem], *, met: int, seen: int, epoch_share: int) -> None:
         """Count a batch.
 
         Args:
-            problems: those of the batch.
-            seen: samples of the batch.
+            problems: those of the batch, also of bad samples that were met while looking for a replacement.
+            met: rows of the batch whose own sample was bad.
+            seen: rows of the batch.
             epoch_share: this rank's samples of an epoch; the budget is a share of at least so many.
 
         Raises:
             UserError: the budget is exceeded; the message counts the reasons.
         """
         self.seen += seen
-        self.met += len(problems)
+        self.met += met
         self.problems.update({(problem.split, problem.sample_id): problem for problem in problems})
         if problems and self.met > math.ceil(self.max_fraction * max(self.seen, epoch_share)):
             raise UserError(f"{self.met} bad samples in {self.seen} read, more than data.max_bad_fraction"

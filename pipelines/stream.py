@@ -6,8 +6,8 @@ Imported only where batches are consumed; the data tasks themselves need neither
 import itertools
 import logging
 import queue
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +61,25 @@ class Collate(ArrowBatchCollateFn):
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
-@dataclass
 class _Segment:
-    """A Dataset that has started: its batches, the first one fetched, and how many there are."""
+    """The batches of one Dataset, which has begun: the first one is there.
 
-    batches: Iterator[Tensors]
-    count: int
+    Args:
+        batches: what Ray iterates; `close` ends the Dataset's execution.
+        count: how many there are.
+    """
+
+    def __init__(self, batches: Generator[Tensors, None, None], count: int) -> None:
+        self.batches, self.count = batches, count
+        self._first = next(batches)
+
+    def __iter__(self) -> Iterator[Tensors]:
+        yield self._first
+        yield from self.batches
+
+    def close(self) -> None:
+        """End the execution, wherever it is."""
+        self.batches.close()
 
 
 class RayBatches:
@@ -85,17 +98,21 @@ class RayBatches:
         self.work, self.runs, self.batch_size, self.device, self.options = work, runs, batch_size, device, options
         self.problems: Lines = queue.SimpleQueue()
 
-    def __iter__(self) -> Iterator[tuple[Tensors, list[str]]]:
+    def __iter__(self) -> Generator[tuple[Tensors, list[str]], None, None]:
+        segment = None
         with ThreadPoolExecutor(1, thread_name_prefix="next-segment") as starter:
-            ahead = self._start(starter)
-            while ahead is not None:
-                segment = ahead.result()
-                ahead = None
-                for number, batch in enumerate(segment.batches):
-                    # Half a segment is time enough to start the next one, however long a run takes.
-                    if number == segment.count // 2:
-                        ahead = self._start(starter)
-                    yield batch, self._met()
+            ahead = starter.submit(self._begin)
+            try:
+                while (segment := ahead.result()) is not None:
+                    for number, batch in enumerate(segment):
+                        # Half a segment is time enough to start the next one, however long a run takes.
+                        if number == segment.count // 2:
+                            ahead = starter.submit(self._begin)
+                        yield batch, self._met()
+            finally:
+                for begun in (segment, None if ahead.exception() else ahead.result()):
+                    if begun is not None:
+                        begun.close()
 
     def _met(self) -> list[str]:
         lines = []
@@ -103,17 +120,17 @@ class RayBatches:
             lines.append(self.problems.get())
         return lines
 
-    def _start(self, starter: ThreadPoolExecutor) -> "Future[_Segment] | None":
-        """Build the Dataset of the next runs and have its first batch fetched in the background; None at the end."""
+    def _begin(self) -> _Segment | None:
+        """Start the Dataset of the next runs and wait for its first batch; None if no runs are left."""
         runs = list(itertools.islice(self.runs, SEGMENT))
         if not runs:
             return None
         dataset = make_dataset(self.work, runs, self.options)
-        batches = iter(dataset.iter_torch_batches(batch_size=self.batch_size, device=str(self.device),
-                                                  prefetch_batches=self.options.prefetch_batches,
-                                                  collate_fn=Collate(self.problems)))
+        batches: Any = iter(dataset.iter_torch_batches(batch_size=self.batch_size, device=str(self.device),
+                                                       prefetch_batches=self.options.prefetch_batches,
+                                                       collate_fn=Collate(self.problems)))
         rows = sum(stop - start for start, stop in runs) * self.work.rows_per_step
-        return starter.submit(lambda: _Segment(itertools.chain([next(batches)], batches), rows // self.batch_size))
+        return _Segment(batches, rows // self.batch_size)
 
 
 def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
@@ -123,7 +140,7 @@ def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.D
                                   override_num_blocks=len(runs))
     function: Any = produce
     dataset = dataset.map_batches(function, fn_kwargs={"work": work}, batch_size=None, num_cpus=options.cpus_per_task,
-                                  compute=ray.data.TaskPoolStrategy(size=options.tasks))
+                                  compute=ray.data.TaskPoolStrategy(size=min(options.tasks, len(runs))))
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def small_ray() -> Iterator[None]:
     """A local Ray of two CPUs; the variables keep idle processes and spare the network."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -70,7 +70,7 @@ def test_a_finished_destination_is_left_alone_and_another_one_refused(tmp_path: 
 
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path, archive: tuple[str, np.ndarray],
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    dst, config = tmp_path / "out", PrepareConfig(shard_rows=40)
+    dst, config = tmp_path / "out", PrepareConfig(shard_rows=40, parallel="off")
     done: list[str] = []
 
     def stop_after_two(rows: int, name: str) -> None:

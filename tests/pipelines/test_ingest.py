@@ -1,0 +1,241 @@
+"""Ingest: the same global batches at every world size, after a restart, with and without Ray; nothing bad or lost."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from perceiver.config import UserError
+from pipelines import ingest
+from pipelines.ingest import DataConfig, batch_shapes, eval_batches, steps_per_epoch, total_steps, train_batches
+from pipelines.quarantine import Problem, Quarantine
+from pipelines.shards import Manifest, load_manifest
+from pipelines.transforms.image import AugmentConfig
+from tests.pipelines.toys import CLASSES, numbered_image, png, write_images
+
+AUGMENT = AugmentConfig(shift=1, rotate=10, flip=True)
+Batches = list[dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """103 training images in two ragged shards, 21 to evaluate on."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_images(folder, {"train": [60, 43], "test": [21]})
+    return DataConfig(url=str(folder), executor="inline", augment=AUGMENT, run_samples=40, window=10)
+
+
+def take(data: DataConfig, start: int, stop: int, *, rank: int = 0, world: int = 1, micro: int = 6, batch: int = 24,
+         **options: Any) -> Batches:
+    """One rank's micro-batches."""
+    return list(train_batches(data, load_manifest(data.url), seed=3, rank=rank, world=world, global_batch=batch,
+                              micro_batch=micro, start_step=start, stop_step=stop, device="cpu", **options))
+
+
+def joined(batches: Batches) -> dict[str, torch.Tensor]:
+    """All rows in order."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two batches are equal in every bit."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def global_batches(data: DataConfig, start: int, stop: int, world: int, micro: int) -> list[dict[str, torch.Tensor]]:
+    """The global batch of each step, put together from all ranks."""
+    per_step = 24 // world // micro
+    ranks = [take(data, start, stop, rank=rank, world=world, micro=micro) for rank in range(world)]
+    return [joined([batch for rank in ranks for batch in rank[step * per_step:(step + 1) * per_step]])
+            for step in range(stop - start)]
+
+
+def test_batches_have_the_contract_s_keys_shapes_and_types(toy: DataConfig) -> None:
+    batches = take(toy, 0, 3)
+    assert len(batches) == 12
+    assert {name: (tuple(value.shape), value.dtype) for name, value in batches[0].items()} == {
+        "image": ((6, 1, 8, 8), torch.uint8), "label": ((6,), torch.int64), "sample_id": ((6,), torch.int64),
+        "valid": ((6,), torch.bool)}
+    assert batch_shapes(toy, load_manifest(toy.url)) == {"image": (1, 8, 8), "label": ()}
+    assert all(batch["valid"].all() for batch in batches)
+
+
+def test_rows_are_the_stored_samples(toy: DataConfig) -> None:
+    rows = joined(take(toy.model_copy(update={"augment": AugmentConfig()}), 0, 9))
+    for image, label, number in zip(rows["image"], rows["label"], rows["sample_id"], strict=True):
+        assert (image[0].numpy() == numbered_image(int(number))).all()
+        assert int(label) == int(number) % CLASSES
+
+
+def test_each_sample_comes_once_an_epoch_across_batch_ends(toy: DataConfig) -> None:
+    ids = joined(take(toy, 0, 43))["sample_id"].numpy()
+    for epoch in range(10):
+        assert (np.sort(ids[103 * epoch:103 * (epoch + 1)]) == np.arange(103)).all()
+
+
+@pytest.mark.parametrize("world, micro", [(1, 24), (2, 6), (4, 6), (8, 3), (3, 4)])
+def test_global_batches_do_not_depend_on_the_world_size(toy: DataConfig, world: int, micro: int) -> None:
+    wanted = global_batches(toy, 0, 11, 1, 6)
+    assert all(same(a, b) for a, b in zip(global_batches(toy, 0, 11, world, micro), wanted, strict=True))
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 9])
+def test_a_restart_goes_on_with_the_same_batches(toy: DataConfig, start: int) -> None:
+    assert all(same(a, b) for a, b in zip(take(toy, start, 11), take(toy, 0, 11)[4 * start:], strict=True))
+
+
+def test_limits_of_memory_and_speed_do_not_change_batches(toy: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = joined(take(toy, 0, 9))
+    for change in ({"run_samples": 1}, {"run_samples": 10_000}, {"cache_bytes": 1}, {"run_bytes": 1}):
+        assert same(joined(take(toy.model_copy(update=change), 0, 9)), wanted)
+    monkeypatch.setattr(ingest, "KEEP_DECODED_BYTES", 0)
+    assert same(joined(take(toy, 0, 9)), wanted)
+
+
+def test_augmentation_varies_with_the_epoch_alone(toy: DataConfig) -> None:
+    rows = joined(take(toy, 0, 43))
+    views: dict[int, set[bytes]] = {}
+    for image, number in zip(rows["image"], rows["sample_id"], strict=True):
+        views.setdefault(int(number), set()).add(image.numpy().tobytes())
+    assert np.mean([len(found) for found in views.values()]) > 9
+
+
+def test_ray_gives_the_inline_batches_across_segments(toy: DataConfig, small_ray: None, monkeypatch: pytest.MonkeyPatch
+                                                      ) -> None:
+    from pipelines import stream
+
+    monkeypatch.setattr(stream, "SEGMENT", 3)
+    data = toy.model_copy(update={"executor": "ray"})
+    for world, rank, start in ((1, 0, 0), (2, 1, 7)):
+        wanted = take(toy, start, 24, rank=rank, world=world)
+        got = take(data, start, 24, rank=rank, world=world)
+        assert len(got) == len(wanted) and all(same(a, b) for a, b in zip(got, wanted, strict=True))
+        assert all(value.is_contiguous() for value in got[0].values())
+
+
+def test_a_consumer_may_stop_early(toy: DataConfig, small_ray: None) -> None:
+    data = toy.model_copy(update={"executor": "ray"})
+    batches = train_batches(data, load_manifest(toy.url), seed=3, rank=0, world=1, global_batch=24, micro_batch=24,
+                            start_step=0, stop_step=100_000, device="cpu")
+    next(batches)
+    batches.close()
+    assert len(take(data, 0, 2)) == 8
+
+
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_evaluation_covers_the_split_once_padded(toy: DataConfig, small_ray: None, executor: str, world: int) -> None:
+    data = toy.model_copy(update={"executor": executor})
+    manifest = load_manifest(toy.url)
+    parts = [list(eval_batches(data, manifest, split="test", rank=rank, world=world, batch=4, device="cpu"))
+             for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    rows = joined([batch for part in parts for batch in part])
+    valid = rows["valid"]
+    assert sorted(rows["sample_id"][valid].tolist()) == list(range(21))
+    assert (rows["sample_id"][~valid] == -1).all() and (rows["image"][~valid] == 0).all()
+    for image, number in zip(rows["image"][valid], rows["sample_id"][valid], strict=True):
+        assert (image[0].numpy() == numbered_image(int(number))).all()
+
+
+def test_steps_of_an_epoch_and_of_a_run_are_rounded_up(toy: DataConfig) -> None:
+    manifest = load_manifest(toy.url)
+    assert steps_per_epoch(manifest, toy, 24) == 5
+    assert total_steps(manifest, toy, 24, 10) == 43
+
+
+BAD = (3, 4, 50, 99)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """The toy with four truncated images in train and two in test (3 and 4 are neighbours in a row group)."""
+    folder = tmp_path_factory.mktemp("damaged")
+    write_images(folder, {"train": [60, 43], "test": [21]}, bad=BAD)
+    return DataConfig(url=str(folder), executor="inline", max_bad_fraction=0.2, run_samples=40, window=10)
+
+
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_bad_samples_are_replaced_alike_everywhere_and_reported(damaged: DataConfig, small_ray: None, executor: str
+                                                                ) -> None:
+    data = damaged.model_copy(update={"executor": executor})
+    wanted = global_batches(damaged, 0, 9, 1, 24)
+    quarantine = Quarantine()
+    halves = [take(data, 0, 9, rank=rank, world=2, micro=12, quarantine=quarantine) for rank in range(2)]
+    for step, whole in enumerate(wanted):
+        assert same(joined([halves[0][step], halves[1][step]]), whole)
+    assert sorted(number for _, number in quarantine.problems) == list(BAD)
+    assert {problem.key for problem in quarantine.problems.values()} == {f"train/{number}" for number in BAD}
+    rows = joined(wanted)
+    assert rows["valid"].all() and not np.isin(rows["sample_id"].numpy(), BAD).any()
+    first_epoch = rows["sample_id"][:103].tolist()
+    assert set(first_epoch) == set(range(103)) - set(BAD)
+    for image, number in zip(rows["image"], rows["sample_id"], strict=True):
+        assert (image[0].numpy() == numbered_image(int(number))).all()
+
+
+def test_a_bad_sample_is_left_out_of_the_evaluation(damaged: DataConfig) -> None:
+    quarantine = Quarantine()
+    rows = joined(list(eval_batches(damaged, load_manifest(damaged.url), split="test", rank=0, world=1, batch=8,
+                                    device="cpu", quarantine=quarantine)))
+    assert sorted(rows["sample_id"][rows["valid"]].tolist()) == [n for n in range(21) if n not in BAD]
+    assert sorted(number for _, number in quarantine.problems) == [3, 4]
+
+
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_too_many_bad_samples_stop_the_run_with_their_reasons(damaged: DataConfig, small_ray: None, executor: str
+                                                              ) -> None:
+    data = damaged.model_copy(update={"executor": executor, "max_bad_fraction": 0.005})
+    with pytest.raises(UserError, match=r"bad samples in .* data.max_bad_fraction = 0.005 .* x undecodable image: .*"
+                                        r"example train/\d+") as caught:
+        take(data, 0, 40)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_group_without_a_good_sample_gives_invalid_rows(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path, {"train": [10]}, rows_per_group=5, bad=(0, 1, 2, 3, 4))
+    data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1)
+    batch = next(train_batches(data, manifest, seed=0, rank=0, world=1, global_batch=10, micro_batch=10, start_step=0,
+                               stop_step=1, device="cpu"))
+    assert int(batch["valid"].sum()) == 5
+
+
+def test_labels_outside_the_classes_are_bad_samples(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path, {"train": [8]}).model_copy(update={"classes": ("a", "b", "c")})
+    quarantine = Quarantine()
+    list(train_batches(DataConfig(url=str(tmp_path), executor="inline"), manifest, seed=0, rank=0, world=1,
+                       global_batch=8, micro_batch=8, start_step=0, stop_step=1, device="cpu", quarantine=quarantine))
+    assert {p.reason for p in quarantine.problems.values()} == {"label 3 is not one of 3 classes"}
+
+
+def test_the_quarantine_is_written_as_a_table(tmp_path: Path) -> None:
+    quarantine = Quarantine(1.0)
+    quarantine.add([Problem("train", 7, "b", "torn"), Problem("train", 2, "a", "empty")], met=2, seen=10, epoch_share=9)
+    quarantine.add([Problem("train", 7, "b", "torn")], met=1, seen=10, epoch_share=9)
+    quarantine.write(str(tmp_path / "run"))
+    assert pq.read_table(tmp_path / "run" / "quarantine.parquet").to_pylist() == [
+        {"split": "train", "sample_id": 2, "key": "a", "reason": "empty"},
+        {"split": "train", "sample_id": 7, "key": "b", "reason": "torn"}]
+    assert (quarantine.met, quarantine.seen) == (3, 20)
+
+
+def test_sizes_that_do_not_fit_are_refused_in_one_line(toy: DataConfig) -> None:
+    with pytest.raises(UserError, match="24 is not divisible by 5 workers x micro-batch 2: give a multiple of 10"):
+        take(toy, 0, 1, world=5, micro=2)
+    with pytest.raises(UserError, match="data.lanes = 7 does not divide"):
+        take(toy.model_copy(update={"lanes": 7}), 0, 1)
+
+
+def test_images_of_different_sizes_need_a_size(tmp_path: Path, toy: DataConfig) -> None:
+    manifest = load_manifest(toy.url)
+    feature = manifest.features["image"].model_copy(update={"size": None})
+    open_sized: Manifest = manifest.model_copy(update={"features": {**manifest.features, "image": feature}})
+    with pytest.raises(UserError, match="set data.image_size"):
+        batch_shapes(toy, open_sized)
+    data = toy.model_copy(update={"image_size": (5, 4)})
+    assert batch_shapes(data, open_sized)["image"] == (1, 5, 4)
+    assert take(data, 0, 1)[0]["image"].shape == (6, 1, 5, 4)
+    assert len(png(numbered_image(1))) > 0
