@@ -48,24 +48,24 @@ ARTIFACT_BYTES_PER_S = 1e6
 class TrackingConfig(Config):
     """Where the figures of a run go (recipe key `tracking`)."""
 
-    enabled: bool = Field(True, description="log to MLflow; the report and the checkpoints do not need it")
+    enabled: bool = Field(default=True, description="log to MLflow; the report and the checkpoints do not need it")
     uri: str | None = Field(
-        None,
+        default=None,
         description="MLflow server or store: http(s)://..., sqlite:///FILE, postgresql://...; or env:NAME, file:PATH; "
         "default: MLFLOW_TRACKING_URI, else a SQLite file mlflow.db in the run's output folder",
     )
     experiment: str | None = Field(
-        None, description="MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, else the recipe's name"
+        default=None, description="MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, else the recipe's name"
     )
     artifact_root: str | None = Field(
-        None,
+        default=None,
         description="folder or URL for artifacts of a new experiment; by default beside a SQLite file or the server's",
     )
     tags: dict[str, str] = Field(default_factory=dict, description="tags of the run")
-    system_metrics: bool = Field(True, description="log CPU, memory, network and GPU load of each node")
-    system_metrics_interval: PositiveFloat = Field(10.0, description="seconds between two samples of that load")
+    system_metrics: bool = Field(default=True, description="log CPU, memory, network and GPU load of each node")
+    system_metrics_interval: PositiveFloat = Field(default=10.0, description="seconds between two samples of that load")
     required: bool = Field(
-        False,
+        default=False,
         description="refuse to start when the server does not answer; otherwise train, keep everything in the spool, "
         "and create the run when it answers",
     )

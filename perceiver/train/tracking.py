@@ -72,6 +72,9 @@ class NullTracker:
     def close(self, status: Status) -> None:
         """Do nothing."""
 
+    def detach(self) -> None:
+        """Do nothing."""
+
 
 class SendError(Exception):
     """The receiver cannot be reached or is not able to take events now: try again later."""

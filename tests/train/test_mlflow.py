@@ -1,5 +1,6 @@
 """Runs in real MLflow stores: created, reopened, logged into across crashes and outages."""
 
+import json
 import math
 import os
 import signal
@@ -7,15 +8,19 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydantic import ValidationError
 
 from perceiver.config import UserError
-from perceiver.train.mlflow import clean_key
+from perceiver.train import mlflow as helper
+from perceiver.train.mlflow import RefusedError, clean_key, deliver
 from perceiver.train.runs import (
     RunHandle,
     TrackingConfig,
@@ -54,7 +59,8 @@ def steps(uri: str, handle: RunHandle, key: str) -> list[int]:
 
 def open_run(uri: str, output: Path, **options: Any) -> RunHandle:
     config = TrackingConfig(uri=uri, system_metrics=False)
-    handle = create_run(config, options.pop("name", "a run"), output=output, params=options.pop("params", {}), **options)
+    options = {"name": "a run", "params": {}, **options}
+    handle = create_run(config, options.pop("name"), output=output, **options)
     assert handle is not None
     return handle
 
@@ -97,31 +103,51 @@ def test_a_run_from_beginning_to_end_on_a_fresh_store(tmp_path: Path) -> None:
     assert "hunter2" not in "".join(path.read_text() for path in spool_folder(tmp_path).iterdir())
 
 
+def direct(uri: str, **fields: Any) -> RunHandle:
+    """A run opened without the helper process."""
+    fields = {"experiment": "direct", "name": "a run", "key": uuid.uuid4().hex, "created_ms": 1, **fields}
+    handle = helper.open_run(client(uri), RunHandle(uri=uri, **fields))
+    assert handle is not None
+    return replace(handle, params={})
+
+
 def test_a_resumed_run_goes_on_in_the_same_run(store: str, tmp_path: Path) -> None:
-    first = open_run(store, tmp_path, params={"lr": 1, "epochs": 2})
-    tracker = open_tracker(first, spool_folder(tmp_path))
-    tracker.log_metrics(1, {"loss": 1.0})
-    tracker.close("stopped")
+    first = direct(store, params={"lr": "1"})
+    events: list[dict[str, Any]] = [
+        {"time": 1, "kind": "metrics", "step": 1, "values": {"loss": 1.0}},
+        {"time": 2, "kind": "status", "value": "stopped"},
+    ]
+    assert deliver(client(store), first, events) == []
     assert client(store).get_run(first.run_id).info.status == "KILLED"
-    second = open_run(store, tmp_path, params={"lr": 1, "epochs": 5, "new": 1}, resume=load_handle(tmp_path))
+    second = open_run(store, tmp_path, params={"lr": 1, "new": 1}, resume=first)
     assert (second.run_id, second.key) == (first.run_id, first.key)
+    assert load_handle(tmp_path) == second
     run = client(store).get_run(first.run_id)
     assert run.info.status == "RUNNING"
-    assert run.data.params == {"lr": "1", "epochs": "2", "new": "1"}
-    assert run.data.tags["param.epochs"] == "5"
+    assert run.data.params == {"lr": "1", "new": "1"}
     tracker = open_tracker(second, spool_folder(tmp_path))
     tracker.log_metrics(2, {"loss": 0.5})
     tracker.close("finished")
     assert steps(store, second, "loss") == [1, 2]
 
 
-def test_resuming_by_run_id_and_a_run_that_is_gone(store: str, tmp_path: Path) -> None:
-    first = open_run(store, tmp_path / "a")
-    assert open_run(store, tmp_path / "b", resume=first.run_id).key == first.key
+def test_a_run_is_found_by_id_or_key_and_replaced_when_it_is_gone(store: str) -> None:
+    first = direct(store)
+    assert direct(store, key="other", run_id=first.run_id) == first
+    assert direct(store, key=first.key) == first
+    assert helper.open_run(client(store), replace(first, key="x", run_id=None), create=False) is None
     client(store).delete_run(first.run_id)
-    second = open_run(store, tmp_path / "c", resume=first)
+    second = direct(store, key=first.key, run_id=first.run_id)
     assert second.run_id != first.run_id
     assert client(store).get_run(second.run_id).data.tags["resumed_from"] == first.run_id
+
+
+def test_a_parameter_that_changes_becomes_a_tag(store: str) -> None:
+    first = direct(store, params={f"p{index}": "1" for index in range(250)})
+    direct(store, key=first.key, params={"p0": "1", "p1": "2", "new": "3"})
+    data = client(store).get_run(first.run_id).data
+    assert (len(data.params), data.params["p1"], data.params["new"]) == (251, "1", "3")
+    assert {key: value for key, value in data.tags.items() if key.startswith("param.")} == {"param.p1": "2"}
 
 
 CRASH = """
@@ -139,16 +165,18 @@ while True:
 """
 
 
-def test_sigkill_in_the_middle_of_sending_loses_and_doubles_nothing(store: str, tmp_path: Path) -> None:
-    import json
-
+def test_sigkill_in_the_middle_of_sending_loses_and_doubles_nothing_and_ends_the_helper(store: str, tmp_path: Path) -> None:
     handle = open_run(store, tmp_path)
     command = [sys.executable, "-c", CRASH, json.dumps(handle.to_json()), str(spool_folder(tmp_path))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     logged = [int(process.stdout.readline()) for _ in range(3000)][-1]
+    helpers = psutil.Process(process.pid).children()
+    assert len(helpers) == 1
     process.send_signal(signal.SIGKILL)
     process.wait()
+    _, alive = psutil.wait_procs(helpers, timeout=15)
+    assert alive == []
     tracker = open_tracker(handle, spool_folder(tmp_path))
     tracker.log_metrics(10**6, {"loss": 1.0})
     tracker.close("finished")
@@ -158,31 +186,45 @@ def test_sigkill_in_the_middle_of_sending_loses_and_doubles_nothing(store: str, 
     assert steps(store, handle, "same") == seen[1:-1]
 
 
-def test_the_same_event_sent_twice_counts_once(store: str, tmp_path: Path) -> None:
-    handle = open_run(store, tmp_path)
-    folder = spool_folder(tmp_path)
-    for _ in range(2):
-        tracker = open_tracker(handle, folder)
-        tracker.detach()
-        (folder / "000001.jsonl").write_text(
-            '{"time":1,"kind":"metrics","step":1,"values":{"a":1.0,"b":"nan"}}\n'
-            '{"time":1,"kind":"params","values":{"p":"1"}}\n{"time":1,"kind":"tag","key":"t","value":"v"}\n'
-        )
-        tracker = open_tracker(handle, folder)
-        tracker.close("finished")
-    assert steps(store, handle, "a") == [1]
-    assert steps(store, handle, "b") == [1]
+def test_events_that_are_sent_twice_count_once(store: str, tmp_path: Path) -> None:
+    handle = direct(store)
+    (tmp_path / "a.txt").write_text("a")
+    events = [
+        {"time": 1, "kind": "metrics", "step": 1, "values": {"a": 1.0, "b": "nan", "c": "inf"}},
+        {"time": 1, "kind": "params", "values": {"p": "1"}},
+        {"time": 1, "kind": "tag", "key": "checkpoint_uri", "value": "x"},
+        {"time": 1, "kind": "artifact", "path": str(tmp_path / "a.txt"), "folder": ""},
+        {"time": 2, "kind": "metrics", "step": 2, "values": {"a": 1.0, "b": "nan", "c": "inf"}},
+    ]
+    for part in (events[:3], events, events[2:], events):
+        assert deliver(client(store), handle, part) == []
+    for key in "abc":
+        assert steps(store, handle, key) == [1, 2]
+    assert len(client(store).search_logged_models([handle.experiment_id], f"source_run_id = '{handle.run_id}'")) == 1
 
 
-def test_what_mlflow_refuses_is_set_aside(store: str, tmp_path: Path) -> None:
-    handle = open_run(store, tmp_path)
-    tracker = open_tracker(handle, spool_folder(tmp_path))
-    tracker.log_metrics(1, {"loss": 1.0})
-    tracker.log_artifact(tmp_path / "absent.txt")
-    tracker.log_metrics(2, {"loss": 1.0})
-    tracker.close("finished")
-    assert steps(store, handle, "loss") == [1, 2]
-    assert "absent.txt" in (spool_folder(tmp_path) / "rejected.jsonl").read_text()
+def test_more_values_than_a_batch_takes(store: str) -> None:
+    handle = direct(store)
+    wide = {"time": 1, "kind": "metrics", "step": 1, "values": {f"k{index}": 1.0 for index in range(1500)}}
+    narrow = [{"time": 1, "kind": "metrics", "step": step, "values": {"a": 1.0, "b": 2.0}} for step in range(700)]
+    assert deliver(client(store), handle, [wide, *narrow]) == []
+    assert steps(store, handle, "a") == list(range(700))
+    assert len(client(store).get_run(handle.run_id).data.metrics) == 1502
+
+
+def test_what_mlflow_refuses_is_told_apart_from_the_rest(store: str, tmp_path: Path) -> None:
+    handle = direct(store)
+    events: list[dict[str, Any]] = [
+        {"time": 1, "kind": "metrics", "step": 1, "values": {"a": 1.0}},
+        {"time": -5, "kind": "metrics", "step": 2, "values": {"a": 1.0}},
+        {"time": 1, "kind": "metrics", "step": 3, "values": {"a": 1.0}},
+        {"time": 1, "kind": "artifact", "path": str(tmp_path / "absent.txt"), "folder": ""},
+        {"time": 1, "kind": "metrics", "step": 4, "values": {"a": 1.0}},
+    ]
+    rejected = deliver(client(store), handle, events)
+    assert [index for index, _ in rejected] == [1, 3]
+    assert "absent.txt" in rejected[1][1]
+    assert steps(store, handle, "a") == [1, 3, 4]
 
 
 def free_port() -> int:
@@ -216,8 +258,7 @@ def test_a_server_that_is_down_costs_one_line_and_the_run_is_created_later(
     run = client(store).get_run(created.run_id)
     assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "1"})
     assert run.info.start_time == handle.created_ms
-    again = open_run(store, tmp_path, resume=handle)
-    assert again.run_id == created.run_id
+    assert direct(store, experiment=handle.experiment, key=handle.key).run_id == created.run_id
 
 
 def test_a_required_server_that_is_down_is_an_error(tmp_path: Path) -> None:
@@ -248,9 +289,11 @@ def test_a_place_that_mlflow_has_no_store_for_is_refused(uri: str, tmp_path: Pat
 
 
 def test_a_deleted_experiment_is_refused_with_the_fix(store: str, tmp_path: Path) -> None:
-    handle = open_run(store, tmp_path, name="gone")
+    handle = direct(store, experiment="gone")
     client(store).delete_experiment(handle.experiment_id)
-    with pytest.raises(UserError, match=r"tracking\.experiment"):
+    with pytest.raises(RefusedError, match=r"tracking\.experiment"):
+        direct(store, experiment="gone")
+    with pytest.raises(UserError, match=r"refuses the run: .*tracking\.experiment"):
         open_run(store, tmp_path, name="gone")
 
 
@@ -277,27 +320,9 @@ def test_the_driver_never_imports_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_helper_does_not_outlive_its_parent(store: str, tmp_path: Path) -> None:
-    import json
-
-    import psutil
-
-    handle = open_run(store, tmp_path)
-    command = [sys.executable, "-c", CRASH, json.dumps(handle.to_json()), str(spool_folder(tmp_path))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    helpers = psutil.Process(process.pid).children()
-    assert len(helpers) == 1
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(helpers, timeout=15)
-    assert alive == []
-
-
 @pytest.mark.parametrize(
     ("key", "clean"),
-    [("train/loss", "train/loss"), ("a//b/../c", "a/c"), ("/x/", "x"), ("..", "_"), ("ä%", "ä_"), ("k" * 300, "k" * 250)],
+    [("a b/c-d.e", "a b/c-d.e"), ("a//b/../c", "a/c"), ("/x/", "x"), ("..", "_"), ("ä%", "ä_"), ("k" * 300, "k" * 250)],
 )
 def test_keys_become_what_mlflow_accepts(key: str, clean: str) -> None:
     from mlflow.utils.validation import _validate_metric_name
