@@ -4,6 +4,7 @@ Layers are pre-normalised: x += attention(LN(x)); x += MLP(LN(x)). Sources: Perc
 the released code. `choose_path` is the one place that decides how a cross-attention is computed.
 """
 
+import contextlib
 import math
 from typing import Literal
 
@@ -21,6 +22,10 @@ Activation = Literal["gelu_tanh", "gelu", "relu"]
 
 SEPARABLE_MAX_DATA = 16
 """Data channels up to which the separable form's work per score stays small beside the matmul it replaces."""
+
+
+FUSE_TOKENS = 4
+"""Tokens per channel from which a self-attention's three projections are joined to one product."""
 
 
 def lecun_normal_(weight: Tensor, fan_in: int | None = None) -> Tensor:
@@ -63,6 +68,13 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Turn autocast off within, on devices that have it."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -103,10 +115,13 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend (B, N, D) to itself; `mask` (B, N) is True for tokens that exist."""
         layers = (self.query, self.key, self.value)
-        # One product instead of three: the copy of the weights costs less than the two extra passes over x.
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers])
-        parts = F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+        if x.shape[0] * x.shape[1] >= FUSE_TOKENS * x.shape[2]:
+            # One product instead of three; the joined weights are small beside the activations then.
+            weight = torch.cat([layer.weight for layer in layers])
+            bias = torch.cat([layer.bias for layer in layers])
+            parts = F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+        else:
+            parts = [layer(x) for layer in layers]
         q, k, v = (_heads(part, self.heads) for part in parts)
         return self.output(_merge(F.scaled_dot_product_attention(q, k, v, attn_mask=_key_mask(mask))))
 
@@ -237,7 +252,7 @@ class CrossAttention(nn.Module):
         q = (q + 0 * self.key.bias.sum()) * (1 / math.sqrt(q.shape[-1]))
         key = self.key.weight.unflatten(0, (heads, -1))
         absorbed = (_per_head(q, key) * norm.weight).flatten(1, 2)
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q.device.type):
             attend = _separable if path == "separable" else _dense
             context = attend(absorbed.to(inputs.data.dtype), inputs).to(q.dtype)
         context = context.unflatten(1, (heads, -1)) * norm.weight + norm.bias

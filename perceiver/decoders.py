@@ -1,18 +1,42 @@
-"""Perceiver IO's decoders: output queries, and what the answers to them become."""
+"""Perceiver IO's decoders: output queries, and what the answers to them become.
 
+Sources: Perceiver IO §3.2, App. E (query construction), F (language), H (flow), I (Kinetics).
+"""
+
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Protocol, cast
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from perceiver.attention import linear
 from perceiver.config import Config, UserError
 from perceiver.model import latent_array
-from perceiver.positions import Inputs
+from perceiver.positions import Inputs, fourier_features
+
+
+class _Sized(Protocol):
+    elements: int
+    channels: int
+
+
+def _need_classes(classes: int | None) -> int:
+    if classes is None:
+        raise UserError("classes: got none for a classifier; wanted the number of classes: give classes=")
+    return classes
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ClassDecoderConfig(Config):
-    """One learned query whose answer is a label (Perceiver IO §A; the released ClassificationDecoder)."""
+    """One learned query whose answer is a label (Perceiver IO App. A; the released ClassificationDecoder)."""
 
     kind: Literal["class"] = "class"
     channels: int | None = Field(default=None, description="Width of the query; the latents' by default.")
@@ -20,26 +44,209 @@ class ClassDecoderConfig(Config):
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Make the decoder; `classes` is required."""
-        if classes is None:
-            raise UserError("classes: got none for a classifier; wanted the number of classes: give classes=")
-        return ClassDecoder(self.channels or latent_channels, classes, self.init_std)
+        tasks = {"": _need_classes(classes)}
+        return MultitaskDecoder(self.channels or latent_channels, tasks, self.init_std)
 
 
-class ClassDecoder(nn.Module):
-    """Learned query (1, channels) -> logits (B, K)."""
+class MultitaskDecoderConfig(Config):
+    """One learned query for each classification task (Perceiver IO §4.1, multitask queries)."""
 
-    def __init__(self, channels: int, classes: int, init_std: float) -> None:
+    kind: Literal["multitask"] = "multitask"
+    tasks: dict[str, int] = Field(description="Number of classes by task name.")
+    channels: int | None = Field(default=None, description="Width of the queries; the latents' by default.")
+    init_std: float = Field(default=0.02, gt=0, description="Scale of the queries' truncated normal.")
+
+    def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
+        """Make the decoder."""
+        return MultitaskDecoder(self.channels or latent_channels, self.tasks, self.init_std)
+
+
+class MultitaskDecoder(nn.Module):
+    """A learned query and a linear layer for each task; with one unnamed task, a plain classifier."""
+
+    def __init__(self, channels: int, tasks: Mapping[str, int], init_std: float) -> None:
         super().__init__()
+        if not tasks:
+            raise UserError("decoder.tasks: got none; wanted at least one task with its number of classes")
+        self.tasks = tuple(tasks)
         self.channels = self.output_channels = channels
-        self.query = latent_array(1, channels, init_std)
-        self.head = nn.Linear(channels, classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.query = latent_array(len(tasks), channels, init_std)
+        self.heads = nn.ModuleList(_zero_linear(channels, classes) for classes in tasks.values())
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
-        """Return the one query for each sample, (B, 1, channels)."""
+        """Return the queries for each sample, (B, tasks, channels)."""
         return Inputs(self.query.expand(inputs.data.shape[0], -1, -1))
 
     def outputs(self, answers: Tensor, asked: Mapping[str, Tensor] | None) -> Any:
-        """Map answers (B, 1, channels) to logits (B, K)."""
-        return self.head(answers[:, 0])
+        """Map answers (B, tasks, channels) to logits (B, K) of the unnamed task, or to logits by task name."""
+        logits = {name: head(answers[:, i]) for i, (name, head) in enumerate(zip(self.tasks, self.heads, strict=True))}
+        return logits[""] if self.tasks == ("",) else logits
+
+
+class TokenDecoderConfig(Config):
+    """A learned query for each position; logits over the vocabulary by the inputs' embedding (Perceiver IO App. F)."""
+
+    kind: Literal["tokens"] = "tokens"
+    init_std: float = Field(default=0.02, gt=0, description="Scale of the queries' truncated normal.")
+
+    def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
+        """Make the decoder for text inputs."""
+        tokens = getattr(inputs, "tokens", None)
+        if not isinstance(tokens, nn.Embedding):
+            raise UserError("decoder.kind: got 'tokens' for inputs without tokens; wanted model.inputs.kind text")
+        return TokenDecoder(tokens, cast(_Sized, inputs).elements, self.init_std)
+
+
+class TokenDecoder(nn.Module):
+    """Learned queries (M, channels) -> logits (B, M, vocabulary), tied to the embedding."""
+
+    def __init__(self, tokens: nn.Embedding, length: int, init_std: float) -> None:
+        super().__init__()
+        self.channels = self.output_channels = tokens.embedding_dim
+        self.query = latent_array(length, self.channels, init_std)
+        self.bias = nn.Parameter(torch.zeros(tokens.num_embeddings))
+        self._tied = (tokens,)  # in a tuple: it belongs to the inputs and must not be registered twice
+
+    def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
+        """Return a query for each input position, (B, M, channels)."""
+        return Inputs(self.query[: inputs.elements].expand(inputs.data.shape[0], -1, -1))
+
+    def outputs(self, answers: Tensor, asked: Mapping[str, Tensor] | None) -> Any:
+        """Map answers (B, M, channels) to logits (B, M, vocabulary)."""
+        return answers @ self._tied[0].weight.t() + self.bias
+
+
+class FlowDecoderConfig(Config):
+    """The encoder's inputs as queries; two numbers for each pixel (Perceiver IO App. H)."""
+
+    kind: Literal["flow"] = "flow"
+    scale: float = Field(default=0.01, description="What the linear layer's output is multiplied by to give pixels.")
+
+    def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
+        """Make the decoder for inputs on an image grid."""
+        return FlowDecoder(cast(_Sized, inputs).channels, tuple(cast(Any, inputs).grid), self.scale)
+
+
+class FlowDecoder(nn.Module):
+    """Inputs (B, H*W, C) as queries -> flow (B, 2, H, W) in pixels, horizontal first; zero at the start."""
+
+    def __init__(self, channels: int, grid: tuple[int, int], scale: float) -> None:
+        super().__init__()
+        self.channels = self.output_channels = channels
+        self.grid, self.scale = grid, scale
+        self.head = _zero_linear(channels, 2)
+
+    def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
+        """Return the inputs themselves."""
+        return inputs
+
+    def outputs(self, answers: Tensor, asked: Mapping[str, Tensor] | None) -> Any:
+        """Map answers (B, H*W, C) to flow (B, 2, H, W)."""
+        return (self.head(answers) * self.scale).transpose(1, 2).unflatten(2, self.grid)
+
+
+class GridOutput(Config):
+    """An output at the points of a grid, queried by Fourier positions."""
+
+    grid: tuple[int, ...] = Field(description="Shape of the grid of output elements.")
+    values: int = Field(ge=1, description="Numbers at each element.")
+    bands: int = Field(ge=1, description="Frequencies per axis.")
+    max_resolution: tuple[float, ...] = Field(description="Sampling rate per axis.")
+
+
+class LabelOutput(Config):
+    """One class label, queried by a learned vector."""
+
+    classes: int = Field(ge=1, description="Number of classes.")
+    channels: int = Field(default=1024, ge=1, description="Width of the query.")
+
+
+class MultimodalDecoderConfig(Config):
+    """Outputs of several modalities from one cross-attention; grids may be asked at some points only (App. I)."""
+
+    kind: Literal["multimodal"] = "multimodal"
+    modalities: dict[str, GridOutput | LabelOutput] = Field(description="What is decoded, by name.")
+    min_padding: int = Field(default=2, ge=1, description="Least width of the learned modality vectors.")
+    answer_channels: int = Field(default=512, ge=1, description="Width between the decoder and the outputs.")
+
+    def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
+        """Make the decoder."""
+        return MultimodalDecoder(self)
+
+
+class MultimodalDecoder(nn.Module):
+    """Queries of all modalities, padded with learned vectors to one width, in alphabetical order.
+
+    `asked[name]`, (B, q) or (q,) int64, holds row-major indices of a grid's elements; all elements if it is missing.
+    """
+
+    def __init__(self, config: MultimodalDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.specs = {name: config.modalities[name] for name in sorted(config.modalities)}
+        widths = {
+            n: s.channels if isinstance(s, LabelOutput) else len(s.grid) * (2 * s.bands + 1)
+            for n, s in self.specs.items()
+        }
+        self.channels = self.output_channels = max(widths.values()) + config.min_padding
+        self.padding = nn.ParameterDict({n: latent_array(1, self.channels - w, 0.02) for n, w in widths.items()})
+        self.labels = nn.ParameterDict(
+            {n: latent_array(1, s.channels, 0.02) for n, s in self.specs.items() if isinstance(s, LabelOutput)}
+        )
+        self.project = linear(self.channels, config.answer_channels)
+        self.heads = nn.ModuleDict(
+            {
+                n: linear(config.answer_channels, s.classes if isinstance(s, LabelOutput) else s.values)
+                for n, s in self.specs.items()
+            }
+        )
+
+    def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
+        """Return the queries of all modalities, (B, O, channels)."""
+        batch, device = inputs.data.shape[0], inputs.data.device
+        dtype = torch.promote_types(inputs.data.dtype, torch.float32)
+        parts = []
+        for name, spec in self.specs.items():
+            if isinstance(spec, LabelOutput):
+                query = self.labels[name].to(dtype)[None]
+            else:
+                query = grid_queries(spec, None if asked is None else asked.get(name), dtype, device)
+            query = query.expand(batch, -1, -1)
+            padding = self.padding[name].to(dtype).expand(*query.shape[:2], -1)
+            parts.append(torch.cat([query, padding], dim=-1))
+        return Inputs(torch.cat(parts, dim=1))
+
+    def outputs(self, answers: Tensor, asked: Mapping[str, Tensor] | None) -> Any:
+        """Map answers (B, O, channels) to {name: (B, q, values) or (B, classes)}."""
+        sizes = []
+        for name, spec in self.specs.items():
+            points = None if asked is None or isinstance(spec, LabelOutput) else asked.get(name)
+            whole = 1 if isinstance(spec, LabelOutput) else math.prod(spec.grid)
+            sizes.append(whole if points is None else points.shape[-1])
+        result = {}
+        for (name, spec), part in zip(self.specs.items(), self.project(answers).split(sizes, dim=1), strict=True):
+            values = self.heads[name](part)
+            result[name] = values[:, 0] if isinstance(spec, LabelOutput) else values
+        return result
+
+
+def grid_queries(spec: GridOutput, points: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return Fourier positions of a grid's elements: (B or 1, q, P).
+
+    Coordinates are -1 + 2 i / n, as the released code has them for subsampled queries, so that training on some points
+    and decoding all of them agree.
+    """
+    if points is None:
+        points = torch.arange(math.prod(spec.grid), device=device)
+    points = points[None] if points.dim() == 1 else points
+    coordinates = torch.stack(
+        [-1 + 2 * i.to(dtype) / n for i, n in zip(torch.unravel_index(points, spec.grid), spec.grid, strict=True)], -1
+    )
+    return fourier_features(coordinates, spec.bands, spec.max_resolution)
+
+
+DecoderConfig = Annotated[
+    ClassDecoderConfig | MultitaskDecoderConfig | TokenDecoderConfig | FlowDecoderConfig | MultimodalDecoderConfig,
+    Field(discriminator="kind"),
+]
+

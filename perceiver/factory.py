@@ -8,12 +8,9 @@ from torch import Tensor, nn
 
 from perceiver import registry
 from perceiver.config import Config, UserError
-from perceiver.decoders import ClassDecoderConfig
+from perceiver.decoders import ClassDecoderConfig, DecoderConfig
 from perceiver.modalities import InputsConfig
 from perceiver.model import Encoder, Perceiver, PerceiverConfig, PerceiverIO, PerceiverIOConfig, Raw
-
-DecoderConfig = ClassDecoderConfig
-
 
 class PerceiverModel(PerceiverConfig):
     """A Perceiver classifier of one modality or several."""
@@ -38,7 +35,7 @@ class PerceiverIOModel(PerceiverIOConfig):
     def build(self, *, classes: int | None = None) -> nn.Module:
         """Make the module; `classes` is required where the decoder classifies."""
         inputs = cast(Any, self.inputs).build()
-        decoder = self.decoder.build(latent_channels=self.latent_channels, inputs=inputs, classes=classes)
+        decoder = cast(Any, self.decoder).build(latent_channels=self.latent_channels, inputs=inputs, classes=classes)
         return PerceiverIO(self, inputs, decoder)
 
 

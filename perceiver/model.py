@@ -128,6 +128,15 @@ class Encoder(nn.Module):
         """Names of the raw tensors that the model reads."""
         return cast(Modality, self.inputs).keys
 
+    @property
+    def optional_keys(self) -> tuple[str, ...]:
+        """Names of raw tensors, such as masks, that the model reads if they are given."""
+        return tuple(getattr(self.inputs, "optional_keys", ()))
+
+    def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
+        """Return raw zeros of the configured size for each input key."""
+        return cast(Any, self.inputs).example(batch, device)
+
     def read(self, raw: Raw) -> tuple[Tensor, Inputs]:
         """Return the latents (1, N, D), the same for every sample until they have read, and the batch's inputs."""
         tensors = raw if isinstance(raw, Mapping) else {self.input_keys[0]: raw}

@@ -24,7 +24,7 @@ GPU_SCORES = 1 << 28
 
 def _tiles(q: Tensor, inputs: int) -> Iterator[tuple[int, int, slice]]:
     """Yield (first batch item, last, slice of queries) such that a tile's scores stay within the limit."""
-    limit = GPU_SCORES if q.is_cuda else CPU_SCORES
+    limit = CPU_SCORES if q.device.type == "cpu" else GPU_SCORES
     batch, queries = q.shape[:2]
     rows = max(1, min(queries, limit // inputs))
     items = max(1, limit // (rows * inputs))

@@ -21,6 +21,7 @@ class ImageConfig(Config):
     kind: Literal["image"] = "image"
     channels: int = Field(default=3, ge=1, description="Channels of the image.")
     size: tuple[int, int] = Field(default=(224, 224), description="Height and width that the model is built for.")
+    resize: bool = Field(default=False, description="Average or spread what comes to `size` on the device.")
     mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, of pixels in [0, 1].")
     std: tuple[float, ...] = Field(
         default=(0.229, 0.224, 0.225), description="Deviation per channel, of pixels in [0, 1]."
@@ -32,6 +33,9 @@ class ImageConfig(Config):
     patch: int = Field(default=1, ge=1, description="Side of a patch (front_end: patch).")
     front_end_channels: int | None = Field(
         default=None, description="Channels after the front end: patch raw by default, conv 64, 1x1 256."
+    )
+    conv_padding: Literal["same", "symmetric"] = Field(
+        default="same", description="TensorFlow's padding (56 of 224), or the transformers library's (55 of 224)."
     )
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
     permute: int | None = Field(
@@ -45,18 +49,23 @@ class ImageConfig(Config):
 
 
 class ConvFrontEnd(nn.Module):
-    """7x7 stride 2 convolution without bias, batch norm, ReLU, 3x3 stride 2 max-pool, all with TensorFlow's SAME padding.
+    """7x7 stride 2 convolution without bias, batch norm, ReLU, 3x3 stride 2 max-pool: a quarter of the side is left.
 
-    A quarter of the side is left. Source: Perceiver IO App. A; the released Conv2DDownsample.
-    """  # noqa: E501
+    Padding is TensorFlow's SAME (Perceiver IO App. A; the released Conv2DDownsample) or `symmetric`, 3 pixels around
+    the image and none in the pool, as in the transformers library, which leaves one row and column less.
+    """
 
-    def __init__(self, channels: int, outputs: int) -> None:
+    def __init__(self, channels: int, outputs: int, padding: Literal["same", "symmetric"]) -> None:
         super().__init__()
+        self.padding = padding
         self.conv = nn.Conv2d(channels, outputs, 7, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, outputs, H/4, W/4)."""
+        if self.padding == "symmetric":
+            x = self.norm(self.conv(nn.functional.pad(x, (3, 3, 3, 3)))).relu()
+            return nn.functional.max_pool2d(x, 3, stride=2)
         x = self.norm(self.conv(_pad_same(x, 7, 2))).relu()
         return nn.functional.max_pool2d(_pad_same(x, 3, 2), 3, stride=2)
 
@@ -81,8 +90,7 @@ class Image(nn.Module):
         _check(config)
         self.config = config
         (height, width), c = config.size, config.channels
-        step = {"none": 1, "patch": config.patch, "conv": 4, "1x1": 1}[config.front_end]
-        self.grid = (-(-height // step), -(-width // step))
+        self.grid = (_elements(height, config), _elements(width, config))
         self.front_end, data = _front_end(config, c)
         self.positions = Positions(config.positions, self.grid)
         self.channels = data + self.positions.channels
@@ -91,6 +99,8 @@ class Image(nn.Module):
     def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
         """Map pixels (B, C, H, W), uint8 or float, to inputs."""
         x = normalise_pixels(raw["image"], self.config.mean, self.config.std, dtype)
+        if self.config.resize and x.shape[2:] != self.config.size:
+            x = nn.functional.interpolate(x, self.config.size, mode="area")
         if self.config.front_end == "patch":
             x = nn.functional.pixel_unshuffle(x, self.config.patch)
         if self.front_end is not None:
@@ -98,11 +108,24 @@ class Image(nn.Module):
         grid = (x.shape[2], x.shape[3])
         return self.positions(x.flatten(2).transpose(1, 2), grid, order=self._order(grid, x.device))
 
+    def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
+        """Return raw zeros of the configured size, for counting and warming up."""
+        c = self.config
+        return {"image": torch.zeros(batch, c.channels, *c.size, dtype=torch.uint8, device=device)}
+
     def _order(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
         if self.config.permute is None:
             return None
         generator = torch.Generator().manual_seed(self.config.permute)
         return torch.randperm(grid[0] * grid[1], generator=generator).to(device)
+
+
+def _elements(side: int, config: ImageConfig) -> int:
+    """Grid points along a side of the image."""
+    if config.front_end == "conv" and config.conv_padding == "symmetric":
+        return ((side - 1) // 2 + 1 - 3) // 2 + 1
+    step = {"none": 1, "patch": config.patch, "conv": 4, "1x1": 1}[config.front_end]
+    return -(-side // step)
 
 
 def _check(config: ImageConfig) -> None:
@@ -122,7 +145,7 @@ def _front_end(config: ImageConfig, channels: int) -> tuple[nn.Module | None, in
     """Return the front end's module, if it has parameters, and the data channels after it."""
     if config.front_end == "conv":
         outputs = config.front_end_channels or 64
-        return ConvFrontEnd(channels, outputs), outputs
+        return ConvFrontEnd(channels, outputs, config.conv_padding), outputs
     if config.front_end == "1x1":
         outputs = config.front_end_channels or 256
         return nn.Conv2d(channels, outputs, 1), outputs

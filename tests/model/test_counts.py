@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+import perceiver
+from perceiver.accounting import Account, account, count_flops, count_parameters
+from perceiver.config import UserError
 from perceiver.factory import build_model, model_config
+from perceiver.presets import preset_config
 
 IO = {"kind": "perceiver_io"}
 LEARNED = {
@@ -34,3 +38,84 @@ def count(**values) -> int:
 def test_parameter_counts(changes, expected):
     """Published: 44.9, 42.1, 326.2, 12.7, 23.8, 34.9, 48.4, 48.6, 62.3 million."""
     assert count(**changes) == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("perceiver_imagenet", 44_912_254),
+    ("perceiver_imagenet_1cross", 42_135_859),
+    ("perceiver_imagenet_unshared", 326_241_856),
+    ("perceiver_io_imagenet_fourier", 48_440_627),
+    ("perceiver_io_imagenet_conv", 48_646_522),
+    ("perceiver_io_imagenet_learned", 62_255_848),
+    ("perceiver_io_flow", 41_057_134),
+    ("perceiver_io_kinetics", 19_858_855),
+    ("resnet50", 25_557_032),
+    ("vit_b16", 86_567_656),
+    ("cnn14_audioset", 80_753_615),
+])  # fmt: skip
+def test_preset_counts(name, expected):
+    """The baselines' published counts are torchvision's, timm's and PANNs'."""
+    assert count_parameters(perceiver.create_model(name, device="meta")) == expected
+
+
+@pytest.mark.parametrize(("name", "millions"), [
+    ("perceiver_io_mlm_bytes", 201.1), ("perceiver_io_mlm_bytes_plus", 425.6), ("perceiver_io_mlm_sentencepiece", 223.2),
+    ("perceiver_io_audioset", 24.9), ("perceiver_io_imagenet_fourier_b", 212.2), ("perceiver_modelnet40", 44.8),
+    ("perceiver_audioset_av_raw_12", 21.0), ("perceiver_audioset_av_mel_12", 21.0),
+])  # fmt: skip
+def test_preset_counts_in_millions(name, millions):
+    assert round(count_parameters(perceiver.create_model(name, device="meta")) / 1e6, 1) == millions
+
+
+def test_audioset_count_to_the_unit():
+    """20,972,126 is the count with one channel of audio's own (a mel scalar without position) beside video's 483."""
+    mel = {"modalities": {"audio": {"positions": {"kind": "none"}}}}
+    model = perceiver.create_model("perceiver_audioset_av_mel_12", device="meta", inputs=mel)
+    assert count_parameters(model) == 20_972_126
+
+
+@pytest.mark.parametrize(("name", "published"), [
+    ("perceiver_imagenet", 707.2), ("perceiver_imagenet_1cross", 404.3), ("perceiver_imagenet_2cross", 447.6),
+    ("perceiver_imagenet_4cross", 534.1), ("perceiver_imagenet_4cross_only", 173.1),
+    ("perceiver_imagenet_8cross_only", 346.1), ("perceiver_io_imagenet_fourier", 407.0),
+    ("perceiver_io_imagenet_conv", 369.0), ("perceiver_io_mlm_bytes", 113.0),
+])  # fmt: skip
+def test_flops_within_one_percent(name, published):
+    """Perceiver Tables 5 and 6, Perceiver IO Tables 1 and 7: billions, multiply and add counted apart."""
+    model = perceiver.create_model(name, device="meta", attention="plain")
+    assert abs(count_flops(model) / 1e9 / published - 1) < 0.01
+
+
+def test_fast_path_saves_flops_and_activations():
+    config, classes = preset_config("perceiver_imagenet_4cross_only")
+    fast = account(config, classes=classes)
+    plain = account(config.model_copy(update={"attention": "plain"}), classes=classes)
+    assert plain.executed_flops == plain.forward_flops == fast.forward_flops
+    assert fast.executed_flops < 0.1 * plain.forward_flops
+    assert fast.activation_bytes < 0.2 * plain.activation_bytes
+
+
+def test_activation_bytes_by_hand():
+    """A transformer layer at width 1 keeps a known list of (B, N, D) arrays; here at least 8 and at most 16."""
+    config = model_config({"kind": "perceiver", "inputs": {"kind": "image", "size": (8, 8)}, "cross_attends": 1,
+                           "latents": 64, "latent_channels": 128, "heads": 2})  # fmt: skip
+    layers = [account(config.model_copy(update={"self_attends_per_block": n}), classes=2) for n in (1, 2)]
+    one = (layers[1].activation_bytes - layers[0].activation_bytes) / (64 * 128 * 4)
+    assert 8 <= one <= 16
+
+
+def test_training_bytes_by_zero_stage():
+    costs = Account(parameters=100, forward_flops=0, executed_flops=0, activation_bytes=10)
+    sizes = [costs.training_bytes(micro_batch=3, world=4, zero_stage=stage) for stage in range(4)]
+    assert sizes == [1600 + 30, 800 + 200 + 30, 400 + 200 + 100 + 30, 400 + 30]
+
+
+def test_every_preset_is_made_on_meta_in_a_second_and_overrides_work():
+    for name in perceiver.list_models():
+        perceiver.create_model(name, device="meta", **({"classes": 3} if "imagenet" in name else {}))
+    model = perceiver.create_model("perceiver_imagenet", classes=7, latents=4, latent_channels=16, cross_attends=1,
+                                   inputs={"size": (8, 8)})  # fmt: skip
+    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
+    with pytest.raises(UserError, match="perceiver_imagenet_learned"):
+        perceiver.create_model("perceiver_imagenet_learnt")
+    assert "vit_b16_ff" in perceiver.list_models("vit_*")

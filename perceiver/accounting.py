@@ -1,0 +1,110 @@
+"""Parameters, FLOPs and memory of any model, before it is built on a device.
+
+Everything is measured on the meta device, where a forward pass costs nothing: FLOPs by counting each matrix product and
+convolution, multiply and add apart (as Perceiver App. B does), activations by adding up what autograd keeps.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from perceiver.config import Config
+from perceiver.factory import build_model
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a model costs.
+
+    Args:
+        parameters: number of trained values, shared ones once.
+        forward_flops: FLOPs of a forward pass of one sample as the papers count them, by the plain path.
+        executed_flops: FLOPs of the matrix products that remain by the chosen path, one sample, forward.
+        activation_bytes: what a forward pass of one sample keeps for the backward pass, float32, by the chosen path.
+    """
+
+    parameters: int
+    forward_flops: int
+    executed_flops: int
+    activation_bytes: int
+
+    def training_bytes(
+        self, *, micro_batch: int, world: int = 1, zero_stage: int = 0, bytes_per_value: int = 4,
+        optimizer_values: int = 2,
+    ) -> int:  # fmt: skip
+        """Return the bytes one rank needs for weights, gradients, optimizer state and activations.
+
+        Args:
+            micro_batch: samples a rank holds at once.
+            world: number of ranks.
+            zero_stage: 0 keeps all on each rank; 1 divides optimizer state, 2 also gradients, 3 also weights.
+            bytes_per_value: 4 in float32; 2 in bfloat16, which adds float32 master weights to the optimizer state.
+            optimizer_values: float32 values of state a parameter (2 for AdamW and LAMB).
+        """
+        state = 4 * (optimizer_values + (1 if bytes_per_value < 4 else 0))
+        shares = [world if zero_stage >= stage else 1 for stage in (1, 2, 3)]
+        each = state / shares[0] + bytes_per_value / shares[1] + bytes_per_value / shares[2]
+        return int(self.parameters * each + micro_batch * self.activation_bytes * bytes_per_value / 4)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trained values, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _meta(config: Config, classes: int | None) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(config, classes=classes)
+
+
+def _run(model: nn.Module, batch: int) -> Any:
+    raw: dict[str, Tensor] = cast(Any, model).example(batch, "meta")
+    return model(next(iter(raw.values())) if len(raw) == 1 else raw)
+
+
+def count_flops(model: nn.Module, batch: int = 1) -> int:
+    """Return the FLOPs of matrix products and convolutions in a forward pass of a model on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        _run(model.eval(), batch)
+    return counter.get_total_flops()
+
+
+def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
+    """Return the bytes that autograd keeps for the backward pass of a model on the meta device, parameters left out."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            # The tensor is kept too, so that no other storage takes its identity.
+            kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = _run(model.train(), batch)
+    del output
+    return sum(size for size, _ in kept.values())
+
+
+def account(config: Config, *, classes: int | None = None) -> Account:
+    """Return what the model of a config costs; takes a second or two, no memory for weights.
+
+    Args:
+        config: a member of the `ModelConfig` union.
+        classes: number of classes, for classifiers.
+    """
+    chosen = _meta(config, classes)
+    plain = chosen
+    if "attention" in type(config).model_fields:
+        plain = _meta(config.model_copy(update={"attention": "plain"}), classes)
+    return Account(
+        parameters=count_parameters(chosen),
+        forward_flops=count_flops(plain),
+        executed_flops=count_flops(chosen),
+        # Two samples, halved: batch norm refuses one.
+        activation_bytes=count_activation_bytes(chosen, batch=2) // 2,
+    )

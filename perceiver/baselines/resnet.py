@@ -1,0 +1,39 @@
+"""ResNet-50 on raw or Fourier-featured inputs (Perceiver Tables 1, 2 and 4; He et al., arXiv 1512.03385)."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from perceiver.baselines._grid import Baseline, BaselineConfig, need_classes, transformers_library
+from perceiver.model import Raw
+
+
+class ResNetConfig(BaselineConfig):
+    """A bottleneck ResNet from the transformers library; 50 layers by default."""
+
+    kind: Literal["resnet"] = "resnet"
+    depths: tuple[int, ...] = Field(default=(3, 4, 6, 3), description="Blocks of each stage.")
+    widths: tuple[int, ...] = Field(default=(256, 512, 1024, 2048), description="Channels of each stage.")
+    stem: int = Field(default=64, ge=1, description="Channels of the first convolution.")
+
+    def build(self, *, classes: int | None = None) -> nn.Module:
+        """Make the module; `classes` is required."""
+        return ResNet(self, need_classes(classes))
+
+
+class ResNet(Baseline):
+    """See `ResNetConfig`."""
+
+    def __init__(self, config: ResNetConfig, classes: int) -> None:
+        super().__init__(config)
+        library = transformers_library()
+        values = library.ResNetConfig(
+            num_channels=self.channels, depths=list(config.depths), hidden_sizes=list(config.widths),
+            embedding_size=config.stem, num_labels=classes,
+        )  # fmt: skip
+        self.net = library.ResNetForImageClassification(values)
+
+    def forward(self, raw: Raw) -> Tensor:
+        """Return logits (B, K)."""
+        return self.net(self.image(raw)).logits

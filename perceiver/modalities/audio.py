@@ -1,0 +1,59 @@
+"""Raw audio: samples (B, T) -> patches of samples with 1-D positions.
+
+Sources: Perceiver §4.2 (48 kHz, 61,440 samples as 480 vectors of 128); Perceiver IO App. I (1,920 vectors of 16).
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from perceiver.config import Config, UserError
+from perceiver.modalities._positions import Positions
+from perceiver.positions import FourierConfig, Inputs, PositionConfig
+
+
+class AudioConfig(Config):
+    """Mono audio under the batch key `audio`: int16 is scaled to [-1, 1), floats are taken as they are."""
+
+    kind: Literal["audio"] = "audio"
+    samples: int = Field(default=61_440, ge=1, description="Length of a clip in samples (1.28 s at 48 kHz).")
+    patch: int = Field(default=128, ge=1, description="Samples in one input.")
+    positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions in time.")
+
+    def build(self) -> nn.Module:
+        """Make the module."""
+        return Audio(self)
+
+
+class Audio(nn.Module):
+    """Turns audio into inputs of `patch` samples beside their position; a ragged end is padded with silence."""
+
+    keys = ("audio",)
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        if config.patch > config.samples:
+            raise UserError(f"inputs.patch: got {config.patch} for {config.samples} samples; wanted at most the clip")
+        self.config = config
+        self.elements = -(-config.samples // config.patch)
+        self.grid = (self.elements,)
+        self.positions = Positions(config.positions, self.grid)
+        self.channels = config.patch + self.positions.channels
+
+    def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
+        """Return raw zeros of the configured size, for counting and warming up."""
+        return {"audio": torch.zeros(batch, self.config.samples, dtype=torch.int16, device=device)}
+
+    def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
+        """Map samples (B, T), int16 or float, to inputs."""
+        x = normalise_audio(raw["audio"], dtype)
+        x = nn.functional.pad(x, (0, -x.shape[1] % self.config.patch)).unflatten(1, (-1, self.config.patch))
+        return self.positions(x, (x.shape[1],))
+
+
+def normalise_audio(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map int16 samples to [-1, 1); floats only change their type."""
+    return x.to(dtype) if x.is_floating_point() else x.to(dtype) / 32768

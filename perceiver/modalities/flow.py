@@ -1,0 +1,69 @@
+"""Two frames for optical flow: 3x3 neighbourhoods of both, stacked, through a linear layer, with 2-D positions.
+
+Source: Perceiver IO §4.2 and App. H: images in [-1, 1], 54 values a pixel -> 64, Fourier 64 bands at (368, 496).
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from perceiver.attention import linear
+from perceiver.config import Config, UserError
+from perceiver.modalities._positions import Positions
+from perceiver.positions import FourierConfig, Inputs, PositionConfig
+
+
+class FlowFramesConfig(Config):
+    """Two frames under the batch key `video` (B, 2, C, H, W): uint8 is mapped to [-1, 1], floats are taken as such."""
+
+    kind: Literal["flow_frames"] = "flow_frames"
+    channels: int = Field(default=3, ge=1, description="Channels of a frame.")
+    size: tuple[int, int] = Field(default=(368, 496), description="Height and width.")
+    window: int = Field(default=3, ge=1, description="Side of the neighbourhood of a pixel; odd.")
+    front_end_channels: int = Field(default=64, ge=1, description="Width after the linear layer.")
+    positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
+
+    def build(self) -> nn.Module:
+        """Make the module."""
+        return FlowFrames(self)
+
+
+class FlowFrames(nn.Module):
+    """Turns two frames into inputs, one a pixel: [64 of both frames' neighbourhood | position]."""
+
+    keys = ("video",)
+
+    def __init__(self, config: FlowFramesConfig) -> None:
+        super().__init__()
+        if config.window % 2 == 0:
+            raise UserError(f"inputs.window: got {config.window}; wanted an odd side such as 3")
+        self.config = config
+        self.grid = config.size
+        self.elements = config.size[0] * config.size[1]
+        self.front_end = linear(2 * config.channels * config.window**2, config.front_end_channels)
+        self.positions = Positions(config.positions, self.grid)
+        self.channels = config.front_end_channels + self.positions.channels
+
+    def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
+        """Return raw zeros of the configured size, for counting and warming up."""
+        c = self.config
+        return {"video": torch.zeros(batch, 2, c.channels, *c.size, dtype=torch.uint8, device=device)}
+
+    def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
+        """Map frames (B, 2, C, H, W) to inputs."""
+        frames = raw["video"]
+        x = frames.to(dtype) if frames.is_floating_point() else frames.to(dtype) / 127.5 - 1
+        patches = neighbourhoods(x, self.config.window)
+        data = self.front_end(patches.to(self.front_end.weight.dtype)).to(dtype)
+        return self.positions(data, (x.shape[3], x.shape[4]))
+
+
+def neighbourhoods(frames: Tensor, window: int) -> Tensor:
+    """Map (B, F, C, H, W) to (B, H*W, F*window*window*C): frame, row, column, channel; zeros beyond the border."""
+    b, f, c, h, w = frames.shape
+    patches = nn.functional.unfold(frames.flatten(0, 1), window, padding=window // 2)
+    patches = patches.view(b, f, c, window * window, h * w)
+    return patches.permute(0, 4, 1, 3, 2).reshape(b, h * w, f * window * window * c)

@@ -1,0 +1,250 @@
+"""Named models: every row of the papers' tables that the sources give, and small ones to start from.
+
+A preset is a recipe's `model:` section, the number of classes and where it comes from. What the papers leave open is
+marked OPEN in the note. Sources: P = Perceiver (arXiv 2103.03206v2), IO = Perceiver IO (arXiv 2107.14795).
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from perceiver.config import Config, UserError
+from perceiver.factory import build_model, model_config
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model: values of its `model:` section, number of classes (None without labels), and its source."""
+
+    model: Values
+    classes: int | None
+    note: str
+
+
+def _fourier(bands: int, *rates: float) -> Values:
+    return {"kind": "fourier", "bands": bands, **({"max_resolution": rates} if rates else {})}
+
+
+_NONE = {"kind": "none"}
+_IMAGE: Values = {"kind": "image", "positions": _fourier(64, 224, 224)}
+_PIXELS: Values = {"kind": "image", "positions": _NONE}
+_LEARNED: Values = {"kind": "image", "positions": {"kind": "learned", "channels": 128, "init_std": 1.0}}
+_IO_LEARNED: Values = {
+    "kind": "image", "front_end": "1x1", "front_end_channels": 256,
+    "positions": {"kind": "learned", "channels": 256, "init_std": 0.02, "projection": 256},
+}  # fmt: skip
+_CONV: Values = {"kind": "image", "front_end": "conv", "positions": _fourier(64, 56, 56)}
+_RAW: Values = {"kind": "audio", "samples": 61_440, "patch": 128, "positions": _fourier(64, 480)}
+_MEL: Values = {"kind": "mel", "samples": 61_440, "positions": _fourier(64, 4800)}
+_VIDEO: Values = {"kind": "video", "frames": 32, "patch": (2, 8, 8), "positions": _fourier(16, 16, 28, 28)}
+_POINTS: Values = {"kind": "points", "points": 2048, "bands": 64, "max_resolution": 2240.0}
+
+
+def _audio_video(sound: Values, /, **dropout: float) -> Values:
+    return {
+        "kind": "multimodal", "modalities": {"audio": sound, "video": _VIDEO},
+        "dropout": {"video": 0.3, **dropout},
+    }  # fmt: skip
+
+
+def _perceiver(inputs: Values, **changes: Any) -> Values:
+    return {"kind": "perceiver", "inputs": inputs, **changes}
+
+
+def _io(inputs: Values, **changes: Any) -> Values:
+    return {"kind": "perceiver_io", "inputs": inputs, **changes}
+
+
+def _audioset(inputs: Values) -> Values:
+    return _perceiver(inputs, cross_attends=2, self_attends_per_block=8, share="none")
+
+
+def _language(vocabulary: int, length: int, latent_channels: int, layers: int) -> Values:
+    return _io(
+        {"kind": "text", "vocabulary": vocabulary, "length": length, "channels": 768},
+        latents=256, latent_channels=latent_channels, blocks=1, self_attends_per_block=layers, heads=8, cross_heads=8,
+        qk_channels=256, v_channels=latent_channels, cross_qk_channels=256, cross_v_channels=latent_channels,
+        decoder={"kind": "tokens"}, query_residual=False, decoder_heads=8, decoder_qk_channels=256,
+        decoder_v_channels=768,
+    )  # fmt: skip
+
+
+def _kinetics(latents: int) -> Values:
+    video = {
+        "kind": "video", "frames": 16, "patch": (1, 4, 4), "positions": _fourier(32, 16, 224, 224),
+        "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
+    }  # fmt: skip
+    audio = {"kind": "audio", "samples": 30_720, "patch": 16, "positions": _fourier(192, 30_720)}
+    outputs = {
+        "audio": {"grid": (1920,), "values": 16, "bands": 192, "max_resolution": (30_720,)},
+        "video": {"grid": (16, 224, 224), "values": 3, "bands": 32, "max_resolution": (16, 224, 224)},
+        "label": {"classes": 700, "channels": 1024},
+    }
+    inputs = {
+        "kind": "multimodal", "modalities": {"audio": audio, "video": video, "label": {"kind": "label"}},
+        "mask": {"audio": 0.0, "video": 0.0, "label": 0.5}, "hide": ("label",),
+    }  # fmt: skip
+    return _io(
+        inputs, latents=latents, latent_channels=512, blocks=1, self_attends_per_block=8, query_residual=False,
+        decoder={"kind": "multimodal", "modalities": outputs},
+    )  # fmt: skip
+
+
+def _imagenet() -> dict[str, Preset]:
+    one = {"cross_attends": 1, "blocks": 8}
+    rows = {
+        "perceiver_imagenet": (_perceiver(_IMAGE), "P §4.1: 78.0 top-1, 44.9M, 707G"),
+        "perceiver_imagenet_1cross": (_perceiver(_IMAGE, **one), "P Table 6: 76.7, 404G; IO Table 7: 78.6, 42.1M"),
+        "perceiver_imagenet_unshared": (_perceiver(_IMAGE, share="none"), "P Table 7: 72.9, 326.2M"),
+        "perceiver_imagenet_learned": (_perceiver(_LEARNED, **one), "P Table 2: 70.9; one cross-attend"),
+        "perceiver_imagenet_permuted": (_perceiver({**_IMAGE, "permute": 0}), "P Table 2: 78.0 permuted"),
+        "perceiver_io_imagenet_fourier": (_io(_IMAGE), "IO Table 7, config A: 79.0, 48.4M, 407G"),
+        "perceiver_io_imagenet_learned": (_io(_IO_LEARNED, query_residual=False), "IO Table 7: 72.7, 62.3M"),
+        "perceiver_io_imagenet_conv": (_io(_CONV), "IO Table 7: 82.1, 48.6M, 369G"),
+        "resnet50": ({"kind": "resnet", "inputs": _PIXELS}, "P Table 1: 77.6 (Cubuk et al.)"),
+        "resnet50_ff": ({"kind": "resnet", "inputs": _IMAGE}, "P Table 1: 73.5; 39.4 permuted"),
+        "vit_b16": ({"kind": "vit", "inputs": _PIXELS}, "P Table 1: 77.9 (Dosovitskiy et al.)"),
+        "vit_b16_ff": ({"kind": "vit", "inputs": _IMAGE}, "P Table 1: 76.7; 61.7 permuted"),
+        "transformer_64x64": (
+            {"kind": "transformer", "inputs": {"kind": "image", "size": (64, 64), "resize": True,
+                                               "positions": _fourier(64, 64, 64)}},
+            "P Table 1: 57.0; OPEN: depth and width",
+        ),
+    }  # fmt: skip
+    for crosses in (4, 8, 12):
+        values = _perceiver(_IMAGE, cross_attends=crosses, blocks=0, share="none")
+        rows[f"perceiver_imagenet_{crosses}cross_only"] = (values, "P Table 5: cross-attends only")
+    for crosses in (2, 4):
+        values = _perceiver(_IMAGE, cross_attends=crosses, blocks=8)
+        rows[f"perceiver_imagenet_{crosses}cross"] = (values, "P Table 6: interleaved")
+    for crosses in (2, 4, 8):
+        values = _perceiver(_IMAGE, cross_attends=crosses, blocks=8, placement="start")
+        rows[f"perceiver_imagenet_{crosses}cross_start"] = (values, "P Table 6: all at the start")
+    large = {"blocks": 1, "self_attends_per_block": 16, "widening": 4}
+    rows["perceiver_io_imagenet_fourier_b"] = (_io(_IMAGE, **large), "IO Table 7, config B (JFT): 84.5, 212M, 213G")
+    rows["perceiver_io_imagenet_conv_b"] = (_io(_CONV, **large), "IO Table 7, config B (JFT): 86.4, 212M, 176G")
+    return {name: Preset(values, 1000, note) for name, (values, note) in rows.items()}
+
+
+def _audio() -> dict[str, Preset]:
+    tuned = {"audio": 0.1}
+    twelve = {"latent_channels": 512, "cross_attends": 1, "self_attends_per_block": 12}
+    io_twelve: Values = {"latent_channels": 512, "blocks": 1, "self_attends_per_block": 12, "query_residual": False}
+    io_twelve["decoder"] = {"kind": "class", "channels": 1024}
+    bins = {**_MEL, "bins": 64, "layout": "grid", "positions": _NONE}
+    open_size = "OPEN: N, D and audio bands"
+    rows = {
+        "perceiver_audioset_raw": (_audioset(_RAW), f"P Table 3: 38.3 mAP; {open_size}"),
+        "perceiver_audioset_mel": (_audioset(_MEL), f"P Table 3: 38.4 mAP; {open_size}"),
+        "perceiver_audioset_video": (_audioset(_VIDEO), f"P Table 3: 25.8 mAP; {open_size}"),
+        "perceiver_audioset_av_raw": (_audioset(_audio_video(_RAW)), f"P Table 3: 43.5 mAP; {open_size}"),
+        "perceiver_audioset_av_mel": (_audioset(_audio_video(_MEL)), f"P Table 3: 43.2 mAP; {open_size}"),
+        "perceiver_audioset_av_mel_tuned": (_audioset(_audio_video(_MEL, **tuned)), f"P Table 3: 44.2; {open_size}"),
+        "perceiver_audioset_av_raw_12": (_perceiver(_audio_video(_RAW), **twelve), "IO Table 10: 42.4, 21.0M"),
+        "perceiver_audioset_av_mel_12": (_perceiver(_audio_video(_MEL), **twelve), "IO Table 10: 43.6, 21.0M"),
+        "perceiver_io_audioset": (_io(_audio_video(_RAW), **io_twelve), "IO Table 10: 43.3, raw audio, 25.0M"),
+        "perceiver_io_audioset_mel": (
+            _io(_audio_video(_MEL), **{**io_twelve, "latent_channels": 1024}), "IO Table 10: 44.9, 88.2M",
+        ),
+        "cnn14_audioset": ({"kind": "cnn14", "inputs": bins}, "P Table 3: 43.1 (Kong et al.)"),
+    }  # fmt: skip
+    return {name: Preset(values, 527, note) for name, (values, note) in rows.items()}
+
+
+def _modelnet() -> dict[str, Preset]:
+    grid = {"inputs": _POINTS, "grid": (44, 44)}
+    rows: dict[str, tuple[Values, str]] = {
+        "perceiver_modelnet40": (_perceiver(_POINTS, cross_attends=2), "P Table 4: 85.7; OPEN: sharing"),
+        "transformer_44x44": ({"kind": "transformer", **grid}, "P Table 4: 82.1; OPEN: depth and width"),
+        "resnet50_modelnet40": ({"kind": "resnet", **grid}, "P Table 4: 66.3"),
+        "pointnet2_modelnet40": ({"kind": "pointnet2", "inputs": {"kind": "points"}}, "P Table 4: 91.9 (Qi et al.)"),
+    }
+    for patch, accuracy in ((2, 78.9), (4, 73.4), (8, 65.3), (16, 59.6)):
+        values = {"kind": "vit", "patch": patch, **grid}
+        rows[f"vit_b{patch}_modelnet40"] = (values, f"P Table 4: {accuracy}; OPEN: padding of 44 to patches")
+    return {name: Preset(values, 40, note) for name, (values, note) in rows.items()}
+
+
+def _others() -> dict[str, Preset]:
+    flow = _io(
+        {"kind": "flow_frames", "positions": _fourier(64, 368, 496)}, latents=2048, latent_channels=512, blocks=1,
+        self_attends_per_block=24, heads=16, query_residual=False, decoder={"kind": "flow", "scale": 0.2},
+    )  # fmt: skip
+    small = {
+        "kind": "image", "channels": 1, "size": (28, 28), "mean": (0.1307,), "std": (0.3081,),
+        "positions": _fourier(16, 28, 28),
+    }  # fmt: skip
+    return {
+        "perceiver_io_mlm_bytes": Preset(_language(262, 2048, 1280, 26), None, "IO Table 1: 81.0 GLUE, 201M"),
+        "perceiver_io_mlm_bytes_plus": Preset(_language(262, 2048, 1536, 40), None, "IO Table 1: 81.8 GLUE, 425M"),
+        "perceiver_io_mlm_sentencepiece": Preset(_language(32_000, 512, 1280, 26), None, "IO Table 1: 81.2, 223M"),
+        "perceiver_io_flow": Preset(flow, None, "IO §4.2, App. H: Sintel 1.81 / 2.42, KITTI 4.98"),
+        "perceiver_io_kinetics": Preset(_kinetics(784), None, "IO §4.3, App. I: 88x compression, 20.0M"),
+        "perceiver_io_kinetics_176x": Preset(_kinetics(392), None, "IO §4.3: 176x compression"),
+        "perceiver_io_kinetics_352x": Preset(_kinetics(196), None, "IO §4.3: 352x compression"),
+        "perceiver_digits": Preset(
+            _perceiver(small, latents=32, latent_channels=64, cross_attends=3, self_attends_per_block=2, heads=4),
+            10, "A small one for 28 x 28 digits on a CPU",
+        ),
+    }  # fmt: skip
+
+
+PRESETS: dict[str, Preset] = {**_imagenet(), **_audio(), **_modelnet(), **_others()}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the presets' names that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter(PRESETS, pattern))
+
+
+def preset_config(name: str, **overrides: Any) -> tuple[Config, int | None]:
+    """Return a preset's model config and number of classes.
+
+    Args:
+        name: one of `list_models()`.
+        overrides: keys of the model section; mappings are merged into the preset's, other values replace them.
+            `classes` replaces the number of classes.
+
+    Raises:
+        UserError: if there is no such preset.
+        pydantic.ValidationError: if an override does not fit the config.
+    """
+    preset = PRESETS.get(name)
+    if preset is None:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean '{near[0]}'" if near else "see perceiver.list_models()"
+        raise UserError(f"model: got '{name}'; wanted the name of a preset: {hint}")
+    classes = overrides.pop("classes", preset.classes)
+    return model_config(_merged(preset.model, overrides)), classes
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
+    """Merge mappings key by key; one of another `kind` replaces the whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        mergeable = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if mergeable and value.get("kind", old.get("kind")) == old.get("kind"):
+            value = _merged(old, value)
+        result[key] = value
+    return result
+
+
+def create_model(name: str, *, device: torch.device | str = "cpu", **overrides: Any) -> nn.Module:
+    """Make a preset's model with fresh weights.
+
+    Args:
+        name: one of `list_models()`.
+        device: where to make it; `meta` costs neither time nor memory.
+        overrides: see `preset_config`; for example `classes=10, latents=128, inputs={"size": (64, 64)}`.
+    """
+    config, classes = preset_config(name, **overrides)
+    with torch.device(device):
+        return build_model(config, classes=classes)

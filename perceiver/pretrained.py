@@ -1,0 +1,347 @@
+"""Weights to and from the `transformers` library's Perceiver: the three image heads, masked language, sequence
+classification, optical flow and multimodal autoencoding.
+
+Both directions rename tensors only, so nothing is lost. That library uses the exact GELU and symmetric padding in its
+convolution where the official JAX code has the tanh form and TensorFlow's SAME: the imported configs say so.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from perceiver.config import UserError
+from perceiver.factory import PerceiverIOModel, build_model
+from perceiver.modalities.image import ImageConfig
+from perceiver.modalities.multimodal import MultimodalConfig
+from perceiver.model import PerceiverIO
+
+Names = Iterator[tuple[str, str]]
+_ATTENTION = {"query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value"}
+_HEADS = {
+    ("image", "class"): "PerceiverForImageClassification",
+    ("text", "tokens"): "PerceiverForMaskedLM",
+    ("text", "class"): "PerceiverForSequenceClassification",
+    ("flow_frames", "flow"): "PerceiverForOpticalFlow",
+    ("multimodal", "multimodal"): "PerceiverForMultimodalAutoencoding",
+}
+_FRONT_ENDS = {"none": "Fourier", "1x1": "Learned", "conv": "ConvProcessing"}
+_MODALITIES = {"audio": "audio", "video": "image", "label": "label"}
+
+
+def from_transformers(model: Any) -> PerceiverIO:
+    """Build our Perceiver IO with the weights of a `transformers` Perceiver head.
+
+    Args:
+        model: an instance of one of the seven head classes.
+
+    Returns:
+        A model in evaluation mode that gives the same outputs. Its inputs are ours: raw frames for flow, `audio`,
+        `video` and `label` for autoencoding (flow comes as (B, 2, H, W), signals as (B, elements, values)).
+
+    Raises:
+        UserError: for another class.
+    """
+    head = type(model).__name__
+    values = _READERS.get(head)
+    if values is None:
+        raise UserError(f"model: got {head}; wanted one of {', '.join(_READERS)}")
+    config = PerceiverIOModel.model_validate({**_common(model.config), **values(model.config)})
+    ours = build_model(config, classes=model.config.num_labels)
+    state = model.state_dict()
+    taken = {mine: _shaped(state[theirs], target) for mine, theirs, target in _pairs(config, ours)}
+    ours.load_state_dict(taken)
+    return cast(PerceiverIO, ours.eval())
+
+
+def to_transformers(model: PerceiverIO) -> Any:
+    """Build the `transformers` head that matches a Perceiver IO of ours, with its weights.
+
+    Raises:
+        UserError: if the library has no head for this model or a setting differs from what that head fixes.
+    """
+    config = cast(PerceiverIOModel, model.config)
+    inputs, decoder = cast(Any, config.inputs), cast(Any, config.decoder)
+    head = _HEADS.get((inputs.kind, decoder.kind))
+    if head is None:
+        raise UserError(f"model: got inputs {inputs.kind} with decoder {decoder.kind}; wanted a pair of {list(_HEADS)}")
+    if head == "PerceiverForImageClassification":
+        head += _FRONT_ENDS.get(inputs.front_end, "Fourier")
+    theirs = _their_model(head, config, model)
+    again = PerceiverIOModel.model_validate({**_common(theirs.config), **_READERS[head](theirs.config)})
+    _refuse_differences(config, again, head)
+    state = model.state_dict()
+    target = theirs.state_dict()
+    target.update({name: _shaped(state[mine], target[name]) for mine, name, _ in _pairs(config, model)})
+    theirs.load_state_dict(target)
+    return theirs.eval()
+
+
+def _shaped(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.reshape(like.shape)
+
+
+def _refuse_differences(ours: PerceiverIOModel, theirs: PerceiverIOModel, head: str) -> None:
+    """Raise if the head would compute something else: everything but how it is computed must agree."""
+    how = {"attention", "checkpoint_activations", "latent_init_std"}
+    mine, other = (c.model_dump(exclude=how) for c in (ours, theirs))
+    for values in (mine, other):
+        values["decoder"].pop("init_std", None)
+        inputs = values["inputs"]
+        for key in ("mean", "std", "dropout", "mask", "hide", "modalities"):
+            inputs.pop(key, None)
+        if isinstance(inputs.get("positions"), dict):
+            inputs["positions"].pop("init_std", None)
+    for key in mine:
+        if _filled(key, mine) != _filled(key, other):
+            raise UserError(
+                f"model.{key}: got {mine[key]}; wanted {other[key]} for transformers' {head}: this model cannot be "
+                "expressed there"
+            )
+
+
+def _filled(key: str, values: dict[str, Any]) -> Any:
+    """A setting with its default written out, so that None and the default's value compare equal."""
+    if key in ("qk_channels", "v_channels", "decoder_qk_channels", "decoder_v_channels"):
+        qk = key.replace("v_channels", "qk_channels")
+        return values[key] or values[qk] or values["latent_channels"]
+    if key == "cross_v_channels":
+        return values[key] or values["cross_qk_channels"]
+    if key == "decoder":
+        return {**values[key], "channels": values[key].get("channels") or values["latent_channels"]}
+    return values[key]
+
+
+def _common(c: Any) -> dict[str, Any]:
+    """The settings that every head has in common, from the library's config."""
+    cross = c.qk_channels
+    if cross is None and c.cross_attention_shape_for_attention == "q":
+        cross = c.d_latents
+    return {
+        "latents": c.num_latents,
+        "latent_channels": c.d_latents,
+        "blocks": c.num_blocks,
+        "self_attends_per_block": c.num_self_attends_per_block,
+        "heads": c.num_self_attention_heads,
+        "cross_heads": c.num_cross_attention_heads,
+        "qk_channels": c.qk_channels,
+        "v_channels": c.v_channels,
+        "cross_qk_channels": cross,
+        "cross_v_channels": c.v_channels,
+        "widening": c.self_attention_widening_factor,
+        "cross_widening": c.cross_attention_widening_factor,
+        "activation": "gelu" if c.hidden_act == "gelu" else "gelu_tanh",
+        "encoder_query_residual": c.use_query_residual,
+    }
+
+
+def _side(c: Any) -> tuple[int, int]:
+    return (c.image_size, c.image_size) if isinstance(c.image_size, int) else tuple(c.image_size)
+
+
+def _image(c: Any, **changes: Any) -> dict[str, Any]:
+    return {"inputs": {"kind": "image", "size": _side(c), **changes}, "decoder": {"kind": "class"}}
+
+
+def _fourier(*rates: float, bands: int = 64) -> dict[str, Any]:
+    return {"kind": "fourier", "bands": bands, "max_resolution": rates}
+
+
+def _learned(c: Any) -> dict[str, Any]:
+    positions = {"kind": "learned", "channels": 256, "init_std": 0.02, "projection": 256}
+    return _image(c, front_end="1x1", front_end_channels=256, positions=positions)
+
+
+def _text(c: Any) -> dict[str, Any]:
+    return {
+        "kind": "text", "vocabulary": c.vocab_size, "length": c.max_position_embeddings, "channels": c.d_model,
+    }  # fmt: skip
+
+
+def _masked_language(c: Any) -> dict[str, Any]:
+    return {
+        "inputs": _text(c),
+        "decoder": {"kind": "tokens"},
+        "query_residual": False,
+        "decoder_heads": 8,
+        "decoder_qk_channels": 256,
+        "decoder_v_channels": c.d_model,
+    }
+
+
+def _flow(c: Any) -> dict[str, Any]:
+    size = tuple(c.train_size)
+    inputs = {"kind": "flow_frames", "size": size, "positions": _fourier(*size)}
+    return {"inputs": inputs, "decoder": {"kind": "flow", "scale": 0.01}, "query_residual": False}
+
+
+def _multimodal(c: Any) -> dict[str, Any]:
+    samples, (height, width) = c.num_frames * c.audio_samples_per_frame, _side(c)
+    rates = (c.num_frames, height, width)
+    video = {
+        "kind": "video", "frames": c.num_frames, "size": (height, width), "patch": (1, 4, 4),
+        "positions": _fourier(*rates, bands=32),
+    }  # fmt: skip
+    audio = {
+        "kind": "audio", "samples": samples, "patch": c.samples_per_patch, "positions": _fourier(samples, bands=192),
+    }  # fmt: skip
+    label = {"kind": "label", "classes": c.num_labels}
+    outputs = {
+        "audio": {
+            "grid": (samples // c.samples_per_patch,), "values": c.samples_per_patch, "bands": 192,
+            "max_resolution": (samples,),
+        },
+        "video": {"grid": tuple(c.output_shape[1:]), "values": 3, "bands": 32, "max_resolution": rates},
+        "label": {"classes": c.num_labels, "channels": c._label_trainable_num_channels},
+    }  # fmt: skip
+    inputs = {
+        "kind": "multimodal", "modalities": {"audio": audio, "video": video, "label": label},
+        "mask": {"audio": 0.0, "video": 0.0, "label": 0.5}, "hide": ("label",),
+    }  # fmt: skip
+    decoder = {"kind": "multimodal", "modalities": outputs, "answer_channels": c.output_num_channels}
+    return {"inputs": inputs, "decoder": decoder, "query_residual": False}
+
+
+_READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "PerceiverForImageClassificationFourier": lambda c: _image(c, positions=_fourier(224, 224)),
+    "PerceiverForImageClassificationLearned": _learned,
+    "PerceiverForImageClassificationConvProcessing": lambda c: _image(
+        c, front_end="conv", conv_padding="symmetric", positions=_fourier(56, 56)
+    ),
+    "PerceiverForMaskedLM": _masked_language,
+    "PerceiverForSequenceClassification": lambda c: {"inputs": _text(c), "decoder": {"kind": "class"}},
+    "PerceiverForOpticalFlow": _flow,
+    "PerceiverForMultimodalAutoencoding": _multimodal,
+}
+
+
+def _their_model(head: str, c: PerceiverIOModel, model: PerceiverIO) -> Any:
+    """Make the library's head with the settings of ours."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "transformers: not installed; wanted for this conversion: pip install 'perceiver-train[models]'"
+        ) from error
+    inputs = cast(Any, c.inputs)
+    values: dict[str, Any] = {
+        "num_latents": c.latents,
+        "d_latents": c.latent_channels,
+        "num_blocks": c.blocks,
+        "num_self_attends_per_block": c.self_attends_per_block,
+        "num_self_attention_heads": c.heads,
+        "num_cross_attention_heads": c.cross_heads,
+        "qk_channels": c.qk_channels,
+        "v_channels": c.v_channels,
+        "self_attention_widening_factor": int(c.widening),
+        "cross_attention_widening_factor": int(c.cross_widening),
+        "hidden_act": "gelu" if c.activation == "gelu" else "gelu_pytorch_tanh",
+        "use_query_residual": c.encoder_query_residual,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    if c.qk_channels is None and c.cross_qk_channels == c.latent_channels:
+        values["cross_attention_shape_for_attention"] = "q"
+    if inputs.kind == "image":
+        values |= {"image_size": inputs.size[0], "num_labels": _classes(model)}
+    elif inputs.kind == "text":
+        values |= {
+            "vocab_size": inputs.vocabulary, "max_position_embeddings": inputs.length, "d_model": inputs.channels,
+        }  # fmt: skip
+        if head.endswith("SequenceClassification"):
+            values["num_labels"] = _classes(model)
+    elif inputs.kind == "flow_frames":
+        values["train_size"] = list(inputs.size)
+    else:
+        values |= _their_multimodal(inputs, cast(Any, c.decoder))
+    return getattr(transformers, head)(transformers.PerceiverConfig(**values))
+
+
+def _classes(model: PerceiverIO) -> int:
+    return cast(Any, model.decoder).heads[0].out_features
+
+
+def _their_multimodal(inputs: MultimodalConfig, decoder: Any) -> dict[str, Any]:
+    if set(inputs.modalities) != set(_MODALITIES) or set(decoder.modalities) != set(_MODALITIES):
+        raise UserError(f"model.inputs.modalities: got {sorted(inputs.modalities)}; wanted {sorted(_MODALITIES)}")
+    audio, video, label = (cast(Any, inputs.modalities[n]) for n in ("audio", "video", "label"))
+    return {
+        "num_frames": video.frames,
+        "image_size": video.size[0],
+        "audio_samples_per_frame": audio.samples // video.frames,
+        "samples_per_patch": audio.patch,
+        "num_labels": label.classes,
+        "output_shape": [1, *decoder.modalities["video"].grid],
+        "output_num_channels": decoder.answer_channels,
+        "_label_trainable_num_channels": decoder.modalities["label"].channels,
+    }
+
+
+def _layer(mine: str, theirs: str, *, cross: bool) -> Names:
+    """Pairs of module names of an attention layer."""
+    yield f"{mine}.query_norm" if cross else f"{mine}.norm", f"{theirs}.attention.self.layernorm1"
+    if cross:
+        yield f"{mine}.attention.input_norm", f"{theirs}.attention.self.layernorm2"
+    for name, other in _ATTENTION.items():
+        yield f"{mine}.attention.{name}", f"{theirs}.{other}"
+    yield f"{mine}.attention.output", f"{theirs}.attention.output.dense"
+    yield f"{mine}.mlp_norm", f"{theirs}.layernorm"
+    yield f"{mine}.mlp.expand", f"{theirs}.mlp.dense1"
+    yield f"{mine}.mlp.contract", f"{theirs}.mlp.dense2"
+
+
+def _modules(config: PerceiverIOModel) -> Names:
+    """Pairs of names of modules and lone parameters: ours, theirs."""
+    inputs, kind = cast(Any, config.inputs), cast(Any, config.decoder).kind
+    decoder = "perceiver.decoder" if kind == "tokens" else "perceiver.decoder.decoder"
+    yield "latents", "perceiver.embeddings.latents"
+    yield from _layer("encoder", "perceiver.encoder.cross_attention", cross=True)
+    for i in range(config.self_attends_per_block):
+        yield from _layer(f"blocks.0.{i}", f"perceiver.encoder.self_attends.{i}", cross=False)
+    yield from _layer("answer", f"{decoder}.decoding_cross_attention", cross=True)
+    yield from _input_modules(inputs)
+    if kind in ("class", "tokens"):
+        yield "decoder.query", f"{decoder}.output_position_encodings.position_embeddings"
+    if kind == "tokens":
+        yield "decoder.bias", "embedding_decoder.bias"
+    elif kind == "class":
+        yield "decoder.heads.0", f"{decoder}.final_layer"
+    elif kind == "flow":
+        yield "decoder.head", f"{decoder}.final_layer"
+    else:
+        yield "decoder.project", f"{decoder}.final_layer"
+        label = "perceiver.decoder.modalities.label.decoder.output_position_encodings.position_embeddings"
+        yield "decoder.labels.label", label
+        for mine, theirs in _MODALITIES.items():
+            yield f"decoder.padding.{mine}", f"perceiver.decoder.padding.{theirs}"
+            yield f"decoder.heads.{mine}", f"perceiver.output_postprocessor.modalities.{theirs}.classifier"
+
+
+def _input_modules(inputs: Any) -> Names:
+    pre = "perceiver.input_preprocessor"
+    if isinstance(inputs, ImageConfig) and inputs.front_end == "conv":
+        yield "inputs.front_end.conv", f"{pre}.convnet.conv"
+        yield "inputs.front_end.norm", f"{pre}.convnet.batchnorm"
+    elif isinstance(inputs, ImageConfig) and inputs.front_end == "1x1":
+        yield "inputs.front_end", f"{pre}.convnet_1x1"
+        yield "inputs.positions.table", f"{pre}.position_embeddings.position_embeddings"
+        yield "inputs.positions.projection", f"{pre}.positions_projection"
+    elif inputs.kind == "text":
+        yield "inputs.tokens", f"{pre}.embeddings"
+        yield "inputs.positions", f"{pre}.position_embeddings.weight"
+    elif inputs.kind == "flow_frames":
+        yield "inputs.front_end", f"{pre}.conv_after_patches"
+    elif inputs.kind == "multimodal":
+        for mine, theirs in _MODALITIES.items():
+            yield f"inputs.padding.{mine}", f"{pre}.padding.{theirs}"
+            yield f"inputs.masks.{mine}", f"{pre}.mask.{theirs}"
+
+
+def _pairs(config: PerceiverIOModel, ours: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield (our tensor's name, theirs, our tensor) for each tensor of our state."""
+    names = dict(_modules(config))
+    for name, tensor in ours.state_dict().items():
+        if name in names:
+            yield name, names[name], tensor
+        else:
+            module, _, leaf = name.rpartition(".")
+            yield name, f"{names[module]}.{leaf}", tensor

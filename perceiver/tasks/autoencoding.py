@@ -1,0 +1,129 @@
+"""Multimodal autoencoding: video, audio and label from one set of latents, with subsampled queries in training.
+
+Source: Perceiver IO §4.3 and App. I: L1 on video (weight 0.03) and audio (1), cross-entropy on the label (1e-4); 512
+audio patches and 512 pixels of each example are decoded in training.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from perceiver.config import Config
+from perceiver.modalities.audio import normalise_audio
+from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
+
+
+class AutoencodingConfig(Config):
+    """Reconstructs the batch keys `video` (B, F, C, H, W), `audio` (B, T) and predicts `label` (B,), as weighted."""
+
+    kind: Literal["autoencoding"] = "autoencoding"
+    weights: dict[Literal["video", "audio", "label"], float] = Field(
+        default={"video": 0.03, "audio": 1.0, "label": 1e-4}, description="Loss weight by modality; 0 or none is off."
+    )
+    audio_patch: int = Field(default=16, ge=1, description="Samples in one audio output.")
+    queries: dict[Literal["video", "audio"], int] = Field(
+        default={"video": 512, "audio": 512}, description="Elements decoded per sample in training."
+    )
+    evaluation_queries: dict[Literal["video", "audio"], int] = Field(
+        default={"video": 8192, "audio": 1920}, description="Elements decoded per sample in evaluation."
+    )
+    seed: int = Field(default=0, description="Seed of the subsampling.")
+
+    def build(self, *, classes: int) -> Task:
+        """Make the task."""
+        return Autoencoding(self)
+
+
+class Autoencoding(RandomTask):
+    """See `AutoencodingConfig`; losses are means over a sample's decoded numbers, summed over the valid samples."""
+
+    def __init__(self, config: AutoencodingConfig) -> None:
+        super().__init__(config.seed)
+        self.config = config
+        self.grids = [name for name in ("video", "audio") if config.weights.get(name)]
+        self.label = bool(config.weights.get("label"))
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return the number of valid samples."""
+        return self._valid(batch).sum().float()
+
+    def _valid(self, batch: Batch) -> Tensor:
+        first = batch[self.grids[0] if self.grids else "label"]
+        return valid_rows(batch, len(first), first.device)
+
+    def targets(self, batch: Batch, name: str) -> Tensor:
+        """Return what is reconstructed, (B, elements, values) in [-1, 1]: pixels, or patches of samples."""
+        x = batch[name]
+        if name == "audio":
+            return normalise_audio(x, torch.float32).unflatten(1, (-1, self.config.audio_patch))
+        x = x.float() if x.is_floating_point() else x.float() / 127.5 - 1
+        return x.transpose(2, 3).transpose(3, 4).flatten(1, 3)
+
+    def asked(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
+        """Draw the elements to decode for each sample, without repetition: {name: (B, q) int64}."""
+        generator = self.generator(batch)
+        sizes = self.config.queries if training else self.config.evaluation_queries
+        result = {}
+        for name in self.grids:
+            x = batch[name]
+            elements = x.shape[1] // self.config.audio_patch if name == "audio" else x[0, :, 0].numel()
+            count = min(elements, sizes.get(name, elements))
+            draws = [torch.randperm(elements, generator=generator)[:count] for _ in range(len(x))]
+            result[name] = torch.stack(draws).to(x.device)
+        return result
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """Sum the weighted losses over the valid samples; sums squared errors for the PSNR."""
+        valid = self._valid(batch)
+        asked = self.asked(batch, training=model.training)
+        outputs = model(model_inputs(model, batch), asked)
+        losses, sums = [], {}
+        for name in self.grids:
+            index = asked[name][..., None]
+            target = self.targets(batch, name)
+            target = target.gather(1, index.expand(-1, -1, target.shape[2]))
+            error = outputs[name].float() - target
+            losses.append(self.config.weights[name] * (error.abs().mean((1, 2)) * valid).sum())
+            sums[f"square/{name}"] = (error.detach().square().mean((1, 2)) * valid).sum()
+        if self.label:
+            label = batch["label"].where(valid, torch.zeros_like(batch["label"]))
+            scores = outputs["label"].float()
+            each = nn.functional.cross_entropy(scores, label, reduction="none")
+            losses.append(self.config.weights["label"] * (each * valid).sum())
+            sums["correct"] = ((scores.argmax(1) == label) & valid).sum().float()
+        loss_sum = torch.stack(losses).sum()
+        return LossOutput(loss_sum, {"loss": loss_sum.detach(), **sums})
+
+    def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
+        """Return loss, PSNR in dB of each signal (range 2, as values lie in [-1, 1]) and the label's accuracy."""
+        count = max(count, 1.0)
+        metrics = {"loss": sums["loss"] / count}
+        for name in self.grids:
+            metrics[f"psnr_{name}"] = 10 * math.log10(4 / max(sums[f"square/{name}"] / count, 1e-12))
+        if self.label:
+            metrics["accuracy"] = sums["correct"] / count
+        return metrics
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the whole reconstructions `video` and `audio` (B, elements, values), decoded piece by piece, and the
+        label's `prediction` and `probability`."""
+        inputs, pieces = model_inputs(model, batch), 8192
+        result: dict[str, Tensor] = {}
+        for name in self.grids:
+            elements = self.targets(batch, name).shape[1]
+            parts = []
+            for start in range(0, elements, pieces):
+                index = torch.arange(start, min(elements, start + pieces), device=batch[name].device)
+                others = {other: index[:1] * 0 for other in self.grids if other != name}
+                outputs = model(inputs, {name: index, **others})
+                parts.append(outputs[name].float())
+                if self.label and "probability" not in result:
+                    result["probability"] = outputs["label"].float().softmax(1)
+                    result["prediction"] = result["probability"].argmax(1)
+            result[name] = torch.cat(parts, dim=1)
+        return result
