@@ -5,12 +5,14 @@ optimizer, and the one operator that DeepSpeed would build by itself on CPUs is 
 """
 
 import contextlib
+import importlib
 import json
 import logging
 import math
 import os
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,12 +64,45 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    import deepspeed
-
+    deepspeed = _import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its calls, each step
     _compile_nothing(deepspeed.ops)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed without what it imports for features that are not used here.
+
+    Its autotuner tries to import MLflow, and its check for the Muon optimizer has torch's compiler wrap Muon's kernels:
+    together 2 s of processor time in every worker.
+    """
+    if "deepspeed" in sys.modules:
+        return sys.modules["deepspeed"]
+    with _absent("mlflow"):
+        import deepspeed
+    with contextlib.suppress(ImportError, AttributeError):
+        from deepspeed.runtime import compiler
+
+        kept, compiler.compile = compiler.compile, lambda: lambda kernel: kernel
+        try:
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        finally:
+            compiler.compile = kept
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Make `import module` fail inside, unless it is imported already."""
+    hidden = module not in sys.modules
+    if hidden:
+        sys.modules[module] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[module]
 
 
 def _compile_nothing(ops: Any) -> None:

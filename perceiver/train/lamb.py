@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perceiver.train.adamw import LightOptimizer
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -41,7 +43,7 @@ class FlatLayout:
     parameters: int
 
 
-class Lamb(torch.optim.Optimizer):
+class Lamb(LightOptimizer):
     """LAMB with a trust ratio per parameter tensor.
 
     Used alone, each tensor in `params` is one parameter. Where a sharding engine replaces the parameters by flat
@@ -72,29 +74,17 @@ class Lamb(torch.optim.Optimizer):
         self._layouts = {id(flat): layout for flat, layout in layouts.items()}
         self._all_reduce = all_reduce
 
-    @torch.no_grad()
-    def step(  # pyright: ignore[reportIncompatibleMethodOverride] the base class declares it by overloads
-        self, closure: Callable[[], float] | None = None
-    ) -> float | None:
-        """One update of every tensor that has a gradient; a closure is evaluated first, as torch optimizers do."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if params:
-                updates = self._adam_updates(params, group)
-                self._scale_by_trust(params, updates)
-                torch._foreach_add_(params, updates, alpha=-group["lr"])
-        return loss
+    def update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the tensors of one group in place."""
+        updates = self._adam_updates(params, grads, group)
+        self._scale_by_trust(params, updates)
+        torch._foreach_add_(params, updates, alpha=-group["lr"])
 
-    def _adam_updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    def _adam_updates(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Bias-corrected Adam directions plus weight decay, one per tensor; moves the moments on."""
         beta1, beta2 = group["betas"]
         states = [self._state_of(param) for param in params]
         steps = [int(state["step"]) + 1 for state in states]
-        grads = [param.grad for param in params if param.grad is not None]
         first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]
         for state in states:
@@ -114,7 +104,7 @@ class Lamb(torch.optim.Optimizer):
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU: it is read each step
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         return state

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from perceiver.config import Config
+from perceiver.train.adamw import AdamW
 from perceiver.train.lamb import Lamb
 from perceiver.train.schedules import ConstantSchedule, ScheduleConfig
 
@@ -63,6 +64,4 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
     eps = default_eps(config)
     if config.kind == "lamb":
         return Lamb(groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay, fused=True
-    )
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay)

@@ -1,11 +1,17 @@
 """LAMB against the papers' formulas written out in numpy, and which parameters are decayed."""
 
+import subprocess
+import sys
+from copy import deepcopy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from perceiver.train.adamw import AdamW
 from perceiver.train.lamb import FlatLayout, Lamb, Piece
 from perceiver.train.optim import OptimConfig, build_optimizer, build_param_groups
 from tests.train.engine_toys import ToyModel
@@ -107,6 +113,41 @@ def _step_both(
                 optimizer.state[half] = before[1]
 
 
+def test_adamw_is_torch_fused_adamw() -> None:
+    ours, theirs = ToyModel(), ToyModel()
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
+    pairs = [
+        (ours, AdamW(build_param_groups(ours, 0.2), **options)),
+        (theirs, torch.optim.AdamW(build_param_groups(theirs, 0.2), **options, fused=True)),
+    ]
+    for step in range(4):
+        for model, optimizer in pairs:
+            generator = torch.Generator().manual_seed(step)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        if step == 1:  # a state dict goes over from one to the other
+            pairs[0][1].load_state_dict(deepcopy(pairs[1][1].state_dict()))
+    for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_building_and_stepping_does_not_import_the_compiler() -> None:
+    script = """
+import sys, torch
+from perceiver.train.optim import OptimConfig, build_optimizer
+for kind in ("adamw", "lamb"):
+    model = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(OptimConfig(kind=kind), model)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
 def test_biases_and_norms_are_not_decayed_but_latents_are() -> None:
     model = ToyModel()
     model.leave.weight.requires_grad_(False)
@@ -126,7 +167,7 @@ def test_optimizer_is_built_as_configured() -> None:
         (0.5, 1e-6, 0.2),
         (0.5, 1e-6, 0.0),
     ]
-    assert isinstance(build_optimizer(OptimConfig(), ToyModel()), torch.optim.AdamW)
+    assert isinstance(build_optimizer(OptimConfig(), ToyModel()), AdamW)
 
 
 def test_bad_optim_is_refused() -> None:
