@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -54,7 +55,7 @@ class RunConsole:
     def _on_resumed(self, event: Mapping[str, Any]) -> None:
         if event["rank"] == 0:
             self._began = None
-            self.say(f"resumed from {event['checkpoint']} at step {event['step']}")
+            self.say(f"resumed at step {event['step']} from {_short(event['checkpoint'])}")
 
     def _on_failure(self, event: Mapping[str, Any]) -> None:
         self.say(f"worker {event['failed']} failed ({event['reason']}); the workers start again")
@@ -87,7 +88,11 @@ class RunConsole:
     def _advance(self, event: Mapping[str, Any]) -> None:
         if self._bar is None:
             columns: tuple[ProgressColumn, ...] = (
-                BarColumn(bar_width=24), TextColumn("{task.description}"), TextColumn("ETA"), TimeRemainingColumn(), _Elapsed()
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                _Elapsed(),
             )
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=event["total_steps"], completed=event["step"])
@@ -103,6 +108,12 @@ class _Elapsed(ProgressColumn):
         return Text(f"({_duration(task.elapsed)})")
 
 
+def _short(url: str) -> str:
+    """Return a local path as seen from this folder, if it lies below it."""
+    here = f"{Path.cwd()}/"
+    return url.removeprefix(here)
+
+
 def _status(event: Mapping[str, Any]) -> str:
     """Return epoch, step, loss, metrics, samples/s and the share of time spent waiting for data."""
     seconds = max(event["seconds"], 1e-9)
@@ -116,7 +127,9 @@ def _status(event: Mapping[str, Any]) -> str:
 
 def _pairs(metrics: Mapping[str, float]) -> str:
     """Return ``name value`` pairs; shares such as accuracy in per cent."""
-    return "  ".join(f"{k} {v:.1%}" if k.startswith(("accuracy", "top")) else f"{k} {v:.4g}" for k, v in metrics.items())
+    return "  ".join(
+        f"{k} {v:.1%}" if k.startswith(("accuracy", "top")) else f"{k} {v:.4g}" for k, v in metrics.items()
+    )
 
 
 def _duration(seconds: float | None) -> str:

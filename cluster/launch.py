@@ -8,10 +8,10 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,10 +21,17 @@ import yaml
 from cluster import local
 from cluster.console import RunConsole
 from cluster.preflight import Preflight, check
-from cluster.recipe import Recipe, absolute, for_workers, load_recipe, zero_stage
+from cluster.recipe import Recipe, absolute, build_recipe, for_workers, kind_of, zero_stage
 from cluster.run_folder import RunFolder, find_run, new_run, redacted_recipe
-from perceiver.config import UserError
-from perceiver.train.mlflow import RunHandle, TrackingConfig, create_run, load_handle, open_tracker, prewarm, spool_folder
+from perceiver.train.mlflow import (
+    RunHandle,
+    TrackingConfig,
+    create_run,
+    load_handle,
+    open_tracker,
+    prewarm,
+    spool_folder,
+)
 from perceiver.train.redaction import redact_text
 
 log = logging.getLogger(__name__)
@@ -46,15 +53,29 @@ class Launch:
 
 
 def launch_training(
-    path: str, overrides: Sequence[str], *, resume: bool = False, run: str | None = None, as_json: bool = False
+    path: str,
+    tree: Mapping[str, Any],
+    ray_start: local.EarlyRay,
+    *,
+    resume: bool = False,
+    run: str | None = None,
+    as_json: bool = False,
 ) -> int:
     """Train a recipe to its end; return the exit code (0 done, 1 failed, 130 stopped).
+
+    Args:
+        path: the recipe's file, for messages.
+        tree: what ``read_tree`` made of it and the overrides.
+        ray_start: Ray, on its way up.
+        resume: go on with the newest run of the recipe, or with ``run``.
+        run: name of the run's folder.
+        as_json: print the outcome as one JSON line at the end.
 
     Raises:
         UserError: a mistake in the recipe, the data or the resources, before any worker starts.
     """
     began = time.monotonic()
-    recipe = load_recipe(path, overrides)
+    recipe = build_recipe(tree, source=path)
     if resume:
         folder = find_run(recipe.output, recipe.name, run)
     else:
@@ -67,21 +88,22 @@ def launch_training(
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
             return 0
-        outcome = _train(launch)
+        outcome = _train(launch, ray_start)
         return _conclude(launch, outcome, as_json)
 
 
-def _train(launch: Launch) -> dict[str, Any]:
+def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
     """Run the workers to their end; return what they say, with ``status`` finished, stopped, refused or failed."""
     console, folder = launch.console, launch.folder
     sidecar = prewarm(_tracking(launch), folder.local)
     _say_header(launch)
     with ThreadPoolExecutor(1) as pool:
         tracking = pool.submit(_create_run, launch, sidecar)
-        facts = local.start_ray(launch.recipe.cluster)
+        facts = ray_start.facts()
         handle = tracking.result()
     try:
         folder.note(ray_session=facts["session"])
+        _say_tracking(launch, handle)
         console.say(f"logs {folder.local / 'logs' / 'driver.log'} and {facts['session']}/logs")
         return {**_fit(launch, handle), "handle": handle}
     finally:
@@ -92,15 +114,33 @@ def _say_header(launch: Launch) -> None:
     recipe, preflight, console = launch.recipe, launch.preflight, launch.console
     splits = preflight.manifest.splits
     rows = {name: split.samples for name, split in splits.items()}
-    console.say(f"{launch.folder.url}: {recipe.model.kind}, {preflight.parameters:,} parameters")
+    epochs = preflight.total_steps / preflight.epoch_steps
+    console.say(f"{launch.folder.url}: {kind_of(recipe.model)}, {preflight.parameters:,} parameters")
     console.say(
         f"data {recipe.data.url} ({', '.join(f'{n:,} {name}' for name, n in rows.items())}) · "
         f"{recipe.cluster.workers} workers, ZeRO stage {zero_stage(recipe)} · "
-        f"{preflight.total_steps:,} steps of {recipe.train.global_batch} ({preflight.total_steps / preflight.epoch_steps:g} epochs)"
+        f"{preflight.total_steps:,} steps of {recipe.train.global_batch} ({epochs:.4g} epochs)"
     )
     if launch.resume:
-        place = f"the checkpoint at step {preflight.checkpoint.step}" if preflight.checkpoint else "the start: no checkpoint yet"
+        place = (
+            f"the checkpoint at step {preflight.checkpoint.step}"
+            if preflight.checkpoint
+            else "the start: no checkpoint yet"
+        )
         console.say(f"resuming {launch.folder.name} from {place}")
+
+
+def _say_tracking(launch: Launch, handle: RunHandle | None) -> None:
+    if handle is None:
+        return
+    if handle.run_id is None:
+        launch.console.say(
+            f"mlflow does not answer at {redact_text(handle.uri)}: figures wait in {spool_folder(launch.folder.local)}"
+        )
+        return
+    before = launch.folder.facts().get("mlflow_run") == handle.run_id
+    launch.console.say(f"mlflow run {handle.run_id}{' goes on' if before else ''}, experiment {handle.experiment}")
+    launch.folder.note(mlflow_run=handle.run_id)
 
 
 def _tracking(launch: Launch) -> TrackingConfig:
@@ -135,6 +175,11 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     trainer = _trainer(launch, monitor, handle)
     outcome: dict[str, Any] = {}
 
+    def show(event: dict[str, Any]) -> None:
+        if event["kind"] == "ready":
+            _note_worker(launch.folder, event)
+        launch.console.show(event)
+
     def fit() -> None:
         try:
             outcome.update(trainer.fit().return_value or {})
@@ -146,12 +191,18 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     with _stop_on_signal(monitor, launch.console):
         thread.start()
         while thread.is_alive():
-            pump(monitor, launch.console.show)
+            pump(monitor, show)
             thread.join(0.1)
-        pump(monitor, launch.console.show)
+        pump(monitor, show)
     launch.console.close()
     ray.kill(monitor)
     return outcome
+
+
+def _note_worker(folder: RunFolder, event: Mapping[str, Any]) -> None:
+    """Keep in run.json which process on which node is which rank."""
+    workers = {**folder.facts().get("workers", {}), str(event["rank"]): {"pid": event["pid"], "node": event["node"]}}
+    folder.note(workers=workers)
 
 
 def _trainer(launch: Launch, monitor: Any, handle: RunHandle | None) -> Any:
@@ -206,12 +257,19 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def _stop_on_signal(monitor: Any, console: RunConsole) -> Any:
-    """First Ctrl-C or SIGTERM: have the workers save and end. Second: leave at once."""
+    """First Ctrl-C or SIGTERM: have the workers save and end. Again, a second later or more: leave at once.
+
+    The second is there because some wrappers pass one Ctrl-C on twice.
+    """
+    asked: list[float] = []
 
     def handler(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signum, signal.default_int_handler)
-        console.say("stopping: the workers save a checkpoint first (again to leave at once)")
-        monitor.request_stop.remote()
+        if not asked:
+            asked.append(time.monotonic())
+            console.say("stopping: the workers save a checkpoint first (again to leave at once)")
+            monitor.request_stop.remote()
+        elif time.monotonic() - asked[0] > 1.0:
+            raise KeyboardInterrupt
 
     previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -266,7 +324,11 @@ def _conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
         launch.console.error(f"{outcome.get('error', 'the workers ended without a word')}")
         say(f"logs {folder.local / 'logs'}" + ("" if status == "refused" else f"; {go_on}"))
     if as_json:
-        facts = {"status": status, "run": folder.url, **{k: v for k, v in outcome.items() if k not in ("handle", "status")}}
+        facts = {
+            "status": status,
+            "run": folder.url,
+            **{k: v for k, v in outcome.items() if k not in ("handle", "status")},
+        }
         print(json.dumps(facts))
     return code
 
@@ -288,7 +350,7 @@ def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     """Return the report's table of facts."""
     recipe, preflight = launch.recipe, launch.preflight
     return {
-        "model": f"{recipe.model.kind}, {preflight.parameters:,} parameters",
+        "model": f"{kind_of(recipe.model)}, {preflight.parameters:,} parameters",
         "data": f"{recipe.data.url} ({preflight.manifest.name})",
         "workers": f"{recipe.cluster.workers}, ZeRO stage {zero_stage(recipe)}",
         "steps": f"{outcome['step']:,} of {recipe.train.global_batch} samples",

@@ -4,10 +4,11 @@ import contextlib
 import logging
 import os
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from perceiver.config import Config, UserError
 
@@ -29,15 +30,17 @@ class ClusterConfig(Config):
     """Workers and what each of them holds (recipe key ``cluster``)."""
 
     address: str | None = Field(
-        None, description="address of a running Ray; default: RAY_ADDRESS, else a Ray of its own on this machine"
+        default=None,
+        description="address of a running Ray; default: RAY_ADDRESS, else a Ray of its own on this machine",
     )
-    workers: PositiveInt = Field(1, description="training workers, one process each")
+    workers: PositiveInt = Field(default=1, description="training workers, one process each")
     cpus_per_worker: PositiveFloat | None = Field(
-        None, description="logical CPUs of a worker; default: on this machine an equal share, less what data tasks need"
+        default=None,
+        description="logical CPUs of a worker; default: on this machine an equal share, less what data tasks need",
     )
-    gpus_per_worker: NonNegativeFloat = Field(0, description="GPUs of a worker")
-    max_failures: NonNegativeInt = Field(3, description="worker failures after which the run gives up")
-    object_store_mb: PositiveInt = Field(300, description="size of the object store of a Ray of its own, in MB")
+    gpus_per_worker: NonNegativeFloat = Field(default=0, description="GPUs of a worker")
+    max_failures: NonNegativeInt = Field(default=3, description="worker failures after which the run gives up")
+    object_store_mb: PositiveInt = Field(default=300, description="size of the object store of a Ray of its own, in MB")
 
     def resolved_address(self) -> str | None:
         """Return the address to connect to, or None for a Ray of its own."""
@@ -65,11 +68,11 @@ def worker_cpus(config: ClusterConfig, cpus: float, data_cpus: float) -> float:
     if config.cpus_per_worker is None:
         share = (cpus - data_cpus) / config.workers
         return max(0.25, int(share * 4) / 4)
-    taken = config.cpus_per_worker * config.workers
+    taken, most = config.cpus_per_worker * config.workers, (cpus - data_cpus) / config.workers
     if taken + data_cpus > cpus:
         raise UserError(
-            f"cluster.workers x cluster.cpus_per_worker = {taken:g} of {cpus:g} CPUs leaves less than the {data_cpus:g} "
-            f"that data tasks need: set cluster.cpus_per_worker to at most {(cpus - data_cpus) / config.workers:g}"
+            f"cluster.workers x cluster.cpus_per_worker = {taken:g} of {cpus:g} CPUs leaves less than "
+            f"the {data_cpus:g} that data tasks need: set cluster.cpus_per_worker to at most {most:g}"
         )
     return config.cpus_per_worker
 
@@ -105,11 +108,36 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
             context = ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"no Ray cluster answers at {address} ({reason}): check cluster.address or RAY_ADDRESS") from None
+            raise UserError(
+                f"no Ray cluster answers at {address} ({reason}): check cluster.address or RAY_ADDRESS"
+            ) from None
     import ray._private.worker as worker
 
     session = worker.global_worker.node.get_session_dir_path() if worker.global_worker.node else ""
     return {"dashboard": context.dashboard_url, "session": session}
+
+
+class EarlyRay:
+    """Starts Ray in a thread, so that it comes up while this process imports what it needs and checks the recipe."""
+
+    def __init__(self, section: Any) -> None:
+        """Begin, if the recipe's ``cluster`` section (a plain tree) is in order; a mistake in it is reported later."""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="start-ray")
+        try:
+            config = ClusterConfig.model_validate(section or {})
+        except ValidationError:
+            self._future = None
+        else:
+            self._future = self._pool.submit(start_ray, config)
+
+    def facts(self) -> dict[str, Any]:
+        """Wait for Ray; return what ``start_ray`` does.
+
+        Raises:
+            UserError: the address does not answer.
+        """
+        assert self._future is not None, "the recipe was not checked"
+        return self._future.result()
 
 
 def _use_token() -> None:

@@ -44,7 +44,9 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     if checkpoint is not None:
         check_resume(recipe, folder, checkpoint, shapes)
     elif not resume and folder.facts():
-        raise UserError(f"run {folder.name!r} exists below {folder.output}: add --resume to go on, or choose another --run")
+        raise UserError(
+            f"run {folder.name!r} exists below {folder.output}: add --resume to go on, or choose another --run"
+        )
     folder.note(recipe=recipe.name)
     epoch_steps = epoch_steps_of(recipe, manifest)
     parameters = sum(p.numel() for p in model.parameters())
@@ -90,11 +92,13 @@ def check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig)
     """Refuse images whose channels or size are not the model's."""
     channels, height, width = shape
     if inputs.channels != channels:
-        raise UserError(f"{key}.channels = {inputs.channels}, but the images of {data.url} have {channels}: set it to that")
+        raise UserError(
+            f"{key}.channels = {inputs.channels}, but the images of {data.url} have {channels}: set it to that"
+        )
     if tuple(inputs.size) != (height, width):
         raise UserError(
-            f"{key}.size = {list(inputs.size)}, but the images of {data.url} come as {height} x {width}: set {key}.size to "
-            f"[{height}, {width}], or data.image_size to {list(inputs.size)}"
+            f"{key}.size = {list(inputs.size)}, but the images of {data.url} come as {height} x {width}: "
+            f"set {key}.size to [{height}, {width}], or data.image_size to {list(inputs.size)}"
         )
 
 
@@ -106,8 +110,8 @@ def check_resume(
     difference = parameter_difference(checkpoint.parameters, shapes)
     if difference:
         raise UserError(
-            f"{where} is from another model: {difference}; resume with that run's recipe ({folder.location('recipe.yaml')}) "
-            "or start a new run without --resume"
+            f"{where} is from another model: {difference}; resume with that run's recipe "
+            f"({folder.location('recipe.yaml')}) or start a new run without --resume"
         )
     saved = checkpoint.recipe
     for key, old, new in (
@@ -115,4 +119,6 @@ def check_resume(
         ("seed", saved["seed"], recipe.seed),
     ):
         if old != new:
-            raise UserError(f"{where} was trained with {key} = {old}, the recipe says {new}: its place in the data would be lost")
+            raise UserError(
+                f"{where} was trained with {key} = {old}, the recipe says {new}: its place in the data would be lost"
+            )

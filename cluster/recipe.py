@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from cluster.local import ClusterConfig
+from cluster.recipe_file import read_tree
 from perceiver.config import Config, UserError
 from perceiver.factory import ModelConfig
 from perceiver.tasks import TaskConfig
@@ -25,16 +25,18 @@ class Recipe(Config):
     """Everything that a run depends on. Each section stands beside the code that it configures."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run folders are named after it")
-    seed: int = Field(0, ge=0, description="seed of the initial weights, the sample order and the augmentations")
-    output: str = Field("runs", description="folder or fsspec URL below which each run gets a folder")
+    seed: int = Field(
+        default=0, ge=0, description="seed of the initial weights, the sample order and the augmentations"
+    )
+    output: str = Field(default="runs", description="folder or fsspec URL below which each run gets a folder")
     data: DataConfig = Field(description="the prepared data and its augmentation")
     model: ModelConfig = Field(description="the model")
     task: TaskConfig = Field(description="targets, loss and metrics")
     optim: OptimConfig = Field(description="optimizer and learning-rate schedule")
     train: TrainConfig = Field(description="length, batch, evaluation and checkpoints")
-    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="ZeRO stage and other settings")
-    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="workers and their resources")
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
+    deepspeed: DeepSpeedConfig = Field(default=DeepSpeedConfig(), description="ZeRO stage and other settings")
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="workers and their resources")
+    tracking: TrackingConfig = Field(default=TrackingConfig(), description="MLflow")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -43,10 +45,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: no such file, broken YAML, an unknown key (with the nearest name), a wrong type or value.
     """
-    tree = _read_yaml(Path(path))
-    for override in overrides:
-        _apply(tree, override)
-    return build_recipe(tree, source=str(path))
+    return build_recipe(read_tree(path, overrides), source=str(path))
 
 
 def build_recipe(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -62,7 +61,7 @@ def build_recipe(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def for_workers(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's tree that means the same in any folder: local paths made absolute, the DeepSpeed JSON inlined."""
+    """Return a recipe's tree that means the same in any folder: absolute paths, the DeepSpeed JSON inlined."""
     tree = recipe.model_dump(mode="json")
     tree["output"] = absolute(recipe.output)
     tree["data"]["url"] = absolute(recipe.data.url)
@@ -75,43 +74,17 @@ def absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).resolve())
 
 
+def kind_of(section: Config) -> str:
+    """Return the ``kind`` of a section that is one of several."""
+    return str(getattr(section, "kind", ""))
+
+
 def zero_stage(recipe: Recipe) -> int:
     """Return the ZeRO stage that a recipe comes to: its own key, else its DeepSpeed JSON's, else 1."""
     given = read_config(recipe.deepspeed).get("zero_optimization", {}).get("stage", "auto")
     if recipe.deepspeed.zero_stage is not None:
         return recipe.deepspeed.zero_stage
     return 1 if given == "auto" else int(given)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in Path("recipes").rglob("*.yaml")], 1)
-        hint = f"; did you mean {next(Path('recipes').rglob(near[0]))}?" if near else "; see recipes/train/"
-        raise UserError(f"no recipe file {path}{hint}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {type(tree).__name__}, wanted a mapping of sections such as data: and model:")
-    return tree
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key in the tree."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form key=value, for example optim.lr=2e-3")
-    node: Any = tree
-    *parents, leaf = key.split(".")
-    for depth, name in enumerate(parents):
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it for the shell") from None
 
 
 def _explain(error: ValidationError) -> str:
@@ -127,7 +100,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "union_tag_not_found":
         return f"the key {key}.kind is missing{more}"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"]) + (f" (at {key})" if key else "") + more
+        reason = first["msg"].removeprefix("Value error, ")
+        return reason + (f" (at {key})" if key else "") + more
     return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
 
 
@@ -167,8 +141,6 @@ def _known_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _variants(node: Any) -> list[type[BaseModel]]:
     """Return the configuration classes that an annotation admits."""
-    if isinstance(node, typing.TypeAliasType) if hasattr(typing, "TypeAliasType") else False:
-        return _variants(node.__value__)
     if isinstance(node, type) and issubclass(node, BaseModel):
         return [node]
     if typing.get_origin(node) in (typing.Union, types.UnionType, typing.Annotated):

@@ -10,7 +10,7 @@ import fsspec
 import numpy as np
 import torch
 
-from cluster.recipe import Recipe
+from cluster.recipe import Recipe, kind_of
 from cluster.run_folder import RunFolder, redacted_recipe
 from perceiver.factory import attention_maps, build_model
 from perceiver.train.hooks import History
@@ -35,7 +35,7 @@ def build_report(
     data = ReportData(
         name=folder.name,
         history=history,
-        task=recipe.task.kind,
+        task=kind_of(recipe.task),
         class_names=manifest.classes,
         sample_ids=predictions.get("sample_id"),
         labels=predictions.get("label"),

@@ -58,7 +58,8 @@ class RunFolder:
                 fs.pipe_file(path, blob)
         except OSError as error:
             raise UserError(
-                f"cannot write {self.location(part)} ({error.strerror or error}): set output= to a folder that you may write to"
+                f"cannot write {self.location(part)} ({error.strerror or error}): set output= to a folder that you may "
+                "write to"
             ) from None
 
     def read(self, part: str) -> str | None:
@@ -88,7 +89,9 @@ def run_names(output: str, name: str) -> list[str]:
     if not fs.exists(root):
         return []
     names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(root, detail=False)]
-    return sorted((n for n in names if re.fullmatch(re.escape(name) + r"-\d+", n)), key=lambda n: int(n.rsplit("-", 1)[1]))
+    return sorted(
+        (n for n in names if re.fullmatch(re.escape(name) + r"-\d+", n)), key=lambda n: int(n.rsplit("-", 1)[1])
+    )
 
 
 def find_run(output: str, recipe_name: str, run: str | None = None) -> RunFolder:
@@ -114,4 +117,7 @@ def redacted_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's tree fit for files and logs: values under secret-looking keys and in URLs are masked."""
     from perceiver.train.tracking import redact
 
-    return {key: redacted_recipe(value) if isinstance(value, Mapping) else redact({key: value})[key] for key, value in tree.items()}
+    return {
+        key: redacted_recipe(value) if isinstance(value, Mapping) else redact({key: value})[key]
+        for key, value in tree.items()
+    }

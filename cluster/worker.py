@@ -1,11 +1,13 @@
 """What each Ray Train worker runs: build model, engine, data and hooks from the recipe, then the training loop."""
 
 import contextlib
+import itertools
 import logging
 import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +24,7 @@ from cluster.run_folder import RunFolder, redacted_recipe
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.tasks import build_task
-from perceiver.train.checkpoint import CheckpointManifest, Snapshot
+from perceiver.train.checkpoint import Snapshot
 from perceiver.train.deepspeed import BatchPlan, DeepSpeedEngine
 from perceiver.train.engine import Engine, Task
 from perceiver.train.hooks import CheckpointHook, EvalHook, History, MetricsHook, finite_loss_hook
@@ -60,6 +62,8 @@ class Job:
     history: History
     monitor: MonitorClient
     tracker: Tracker
+    batches: Iterator[Batch]
+    start_step: int
 
     @property
     def epoch_steps(self) -> float:
@@ -88,42 +92,75 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
     """Train until the recipe's end or a stop; the same function starts, resumes and recovers a run.
 
     Returns:
-        ``{"status": "finished" | "stopped" | "refused", ...}``; a mistake of the user's is returned, not raised, because
-        Ray would restart the workers to meet it again.
+        ``{"status": "finished" | "stopped" | "refused", ...}``; a mistake of the user's is returned, not raised,
+        because Ray would restart the workers to meet it again.
     """
     began = time.perf_counter()
     try:
-        with contextlib.closing(_Resources()) as resources:
-            job, done = _build(config, resources)
-            job.monitor.send("ready", {"seconds": time.perf_counter() - began, "step": done}, urgent=True)
-            return _run(job, done)
+        with contextlib.ExitStack() as resources:
+            job = _build(config, resources)
+            ready = {"seconds": time.perf_counter() - began, "pid": os.getpid(), "node": platform.node()}
+            job.monitor.send("ready", ready, urgent=True)
+            return _run(job)
     except UserError as error:
         return {"status": "refused", "error": str(error)}
 
 
-class _Resources(contextlib.ExitStack):
-    """What must be closed when the worker ends, however it ends."""
+def _build(config: Mapping[str, Any], resources: contextlib.ExitStack) -> Job:
+    """Build everything and restore the newest checkpoint.
 
-
-def _build(config: Mapping[str, Any], resources: contextlib.ExitStack) -> tuple[Job, int]:
-    """Build everything and restore the newest checkpoint; return it with the number of steps done."""
+    The data pipeline starts first: its tasks come up while DeepSpeed is imported and the engine is built.
+    """
     recipe = build_recipe(config["recipe"])
     folder = RunFolder(recipe.output, config["run"])
     place = _place()
     manifest = load_manifest(recipe.data.url, recipe.data.storage_options)
+    monitor = MonitorClient(config["monitor"], place.rank)
+    done = _newest_step(folder, place)
+    total = recipe.train.total_steps(epoch_steps_of(recipe, manifest))
+    batches = started(_training(recipe, manifest, place, done, total))
     torch.manual_seed(recipe.seed)
     classes = len(manifest.classes)
     model = build_model(recipe.model, classes=classes)
     engine = _engine(recipe, model, build_task(recipe.task, classes=classes), manifest, place)
-    monitor = MonitorClient(config["monitor"], place.rank)
-    done, history = _restore(engine, folder, monitor)
+    history = _restore(engine, folder, done, monitor)
     tracker: Tracker = NullTracker()
     if place.rank == 0:
         tracker = _tracker(config)
         resources.callback(tracker.detach)
         history.sinks.append(tracker.log_metrics)
-        history.sinks.append(lambda step, metrics: monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=True))
-    return Job(recipe, folder, manifest, place, engine, history, monitor, tracker), done
+        history.sinks.append(
+            lambda step, metrics: monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=True)
+        )
+    return Job(recipe, folder, manifest, place, engine, history, monitor, tracker, batches, done)
+
+
+def started(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Have the first batch made from now on, in a thread; return an iterator over all."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
+    first = pool.submit(lambda: list(itertools.islice(batches, 1)))
+    pool.shutdown(wait=False)
+
+    def iterate() -> Iterator[Batch]:
+        yield from first.result()
+        yield from batches
+
+    return iterate()
+
+
+def _training(recipe: Recipe, manifest: Manifest, place: Place, start_step: int, stop_step: int) -> Iterator[Batch]:
+    return train_batches(
+        recipe.data,
+        manifest,
+        seed=recipe.seed,
+        rank=place.rank,
+        world=place.world,
+        global_batch=recipe.train.global_batch,
+        micro_batch=recipe.train.micro(place.world),
+        start_step=start_step,
+        stop_step=stop_step,
+        device=place.device,
+    )
 
 
 def _place() -> Place:
@@ -142,7 +179,14 @@ def _engine(recipe: Recipe, model: torch.nn.Module, task: Task, manifest: Manife
     schedule = build_schedule(recipe.optim.schedule, recipe.train.total_steps(epoch_steps), epoch_steps)
     batch = BatchPlan(recipe.train.micro(place.world), recipe.train.accumulation(place.world), place.world)
     return DeepSpeedEngine(
-        model, task, recipe.optim, schedule, recipe.deepspeed, batch, device=place.device, precision=recipe.train.precision
+        model,
+        task,
+        recipe.optim,
+        schedule,
+        recipe.deepspeed,
+        batch,
+        device=place.device,
+        precision=recipe.train.precision,
     )
 
 
@@ -154,44 +198,40 @@ def _tracker(config: Mapping[str, Any]) -> Tracker:
     return open_tracker(RunHandle.from_json(handle), Path(config["spool"]), system_metrics_node="")
 
 
-def _restore(engine: Engine, folder: RunFolder, monitor: MonitorClient) -> tuple[int, History]:
-    """Load the newest checkpoint that verifies; rank 0 chooses, so that all ranks load the same one."""
-    store = folder.checkpoints
-    manifest: CheckpointManifest | None = store.newest() if engine.rank == 0 else None
-    step = int(engine.sum([float(manifest.step) if manifest else 0.0])[0])
+def _newest_step(folder: RunFolder, place: Place) -> int:
+    """Return the step of the newest checkpoint that verifies, 0 for none; rank 0 chooses for all."""
+    chosen = torch.zeros(1, dtype=torch.int64, device=place.device)
+    if place.rank == 0 and (manifest := folder.checkpoints.newest()) is not None:
+        chosen.fill_(manifest.step)
+    torch.distributed.broadcast(chosen, 0)
+    return int(chosen)
+
+
+def _restore(engine: Engine, folder: RunFolder, step: int, monitor: MonitorClient) -> History:
+    """Load the checkpoint of a step, if there is one; return the metrics recorded up to it."""
     if step == 0:
-        return 0, History()
+        return History()
+    store = folder.checkpoints
     with store.fetch(step) as local:
         engine.load(local)
-    monitor.send("resumed", {"step": step, "checkpoint": store.location(step)}, urgent=engine.rank == 0)
-    return step, History(store.history(step))
+    if engine.rank == 0:
+        monitor.send("resumed", {"step": step, "checkpoint": store.location(step)}, urgent=True)
+    return History(store.history(step))
 
 
-def _run(job: Job, done: int) -> dict[str, Any]:
+def _run(job: Job) -> dict[str, Any]:
     """Run the loop with its hooks, then leave behind predictions and weights."""
-    evaluation = EvalHook(job.history, job.engine, job.evaluation, job.recipe.train.eval_every)
-    place, training = job.place, job.recipe.train
-    batches = train_batches(
-        job.recipe.data,
-        job.manifest,
-        seed=job.recipe.seed,
-        rank=place.rank,
-        world=place.world,
-        global_batch=training.global_batch,
-        micro_batch=training.micro(place.world),
-        start_step=done,
-        stop_step=job.total_steps,
-        device=place.device,
-    )
+    training = job.recipe.train
+    evaluation = EvalHook(job.history, job.engine, job.evaluation, training.eval_every)
     span = Span(
-        start_step=done,
+        start_step=job.start_step,
         total_steps=job.total_steps,
         global_batch=training.global_batch,
-        accumulation=training.accumulation(place.world),
+        accumulation=training.accumulation(job.place.world),
         steps_per_epoch=job.epoch_steps,
         seed=job.recipe.seed,
     )
-    step = train(job.engine, batches, _hooks(job, evaluation), span, job.monitor.stop_requested)
+    step = train(job.engine, job.batches, _hooks(job, evaluation), span, job.monitor.stop_requested)
     if step < job.total_steps:
         job.monitor.flush()
         return {"status": "stopped", "step": step, "total_steps": job.total_steps}
@@ -204,7 +244,12 @@ def _run(job: Job, done: int) -> dict[str, Any]:
 def _hooks(job: Job, evaluation: EvalHook) -> list[Hook]:
     hooks: list[Hook] = [finite_loss_hook, evaluation]
     if job.place.rank == 0:
-        hooks = [finite_loss_hook, partial(_progress, job.monitor), MetricsHook(job.history, job.recipe.train.log_every), evaluation]
+        hooks = [
+            finite_loss_hook,
+            partial(_progress, job.monitor),
+            MetricsHook(job.history, job.recipe.train.log_every),
+            evaluation,
+        ]
     training = job.recipe.train
     hooks.append(
         CheckpointHook(
@@ -279,7 +324,11 @@ def _write_predictions(job: Job) -> None:
         for batch in job.evaluation():
             keep = batch["valid"]
             outputs = task.predict(job.engine.module, batch)
-            rows = {"sample_id": batch["sample_id"], **({"label": batch["label"]} if "label" in batch else {}), **outputs}
+            rows = {
+                "sample_id": batch["sample_id"],
+                **({"label": batch["label"]} if "label" in batch else {}),
+                **outputs,
+            }
             for name, values in rows.items():
                 columns.setdefault(name, []).extend(values[keep].cpu().tolist())
     sink = BytesIO()

@@ -22,7 +22,9 @@ class Verbs(click.Group):
             return None
         return importlib.import_module(f"perceiver.cli.{cmd_name}").command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the verb, and name the nearest one if there is none of that name."""
         import difflib
 

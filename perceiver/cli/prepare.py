@@ -41,9 +41,10 @@ def command(name: str, places: tuple[str, ...], options: tuple[str, ...], seed: 
     from perceiver.config import UserError
     from pipelines.prepare import PrepareConfig, prepare
 
-    if len(places) > 2:
+    if not 1 <= len(places) <= 2:
         raise UserError(f"got {len(places)} places ({', '.join(places)}), wanted [SRC] DST")
-    src, dst = (places[0], places[1]) if len(places) == 2 else (None, places[0])
+    *source, dst = places
+    src = source[0] if source else None
     pairs = dict(_pair(option) for option in options)
     began = time.monotonic()
     config = PrepareConfig(seed=seed, options=pairs)

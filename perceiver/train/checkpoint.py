@@ -45,7 +45,7 @@ class FileEntry(Config):
 class CheckpointManifest(Config):
     """What a checkpoint holds and what made it."""
 
-    format: int = Field(FORMAT, description="version of this layout")
+    format: int = Field(default=FORMAT, description="version of this layout")
     step: int = Field(description="optimizer steps done")
     samples: int = Field(description="training samples consumed: the position in the sample plan")
     world: int = Field(description="number of workers that wrote it")
@@ -124,6 +124,7 @@ class CheckpointStore:
             receipt = json.loads(self.fs.cat_file(f"{target}/receipt-{rank:05d}.json"))
             files.update({name: FileEntry(**entry) for name, entry in receipt.items()})
         manifest = CheckpointManifest(
+            format=FORMAT,
             step=snapshot.step,
             samples=snapshot.samples,
             world=world,

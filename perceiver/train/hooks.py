@@ -81,9 +81,7 @@ def finite_loss_hook(info: StepInfo) -> None:
 class EvalHook:
     """Evaluates after each ``epochs`` epochs and at the end; ``latest`` holds the last figures."""
 
-    def __init__(
-        self, history: History, engine: Engine, batches: Callable[[], Iterable[Batch]], epochs: float
-    ) -> None:
+    def __init__(self, history: History, engine: Engine, batches: Callable[[], Iterable[Batch]], epochs: float) -> None:
         self.history, self.engine, self.batches, self.epochs = history, engine, batches, epochs
         self.latest: dict[str, float] = {}
 

@@ -17,17 +17,17 @@ Batch = dict[str, torch.Tensor]
 class TrainConfig(Config):
     """How long and in what portions to train (recipe key ``train``)."""
 
-    epochs: PositiveFloat | None = Field(None, description="passes over the training data; give this or steps")
-    steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
-    global_batch: PositiveInt = Field(128, description="samples of one optimizer step, over all workers")
+    epochs: PositiveFloat | None = Field(default=None, description="passes over the training data; give this or steps")
+    steps: PositiveInt | None = Field(default=None, description="optimizer steps; give this or epochs")
+    global_batch: PositiveInt = Field(default=128, description="samples of one optimizer step, over all workers")
     micro_batch: PositiveInt | None = Field(
-        None, description="samples of one forward pass on one worker; the rest is accumulated; default: no accumulation"
+        default=None, description="samples of one forward pass on one worker; default: a worker's whole share"
     )
-    precision: Precision = Field("auto", description="fp32, bf16, or auto: bf16 on GPUs that have it, fp32 on CPUs")
-    log_every: PositiveInt = Field(10, description="steps between two recorded points of the training metrics")
-    eval_every: PositiveFloat = Field(1.0, description="epochs between two evaluations")
-    checkpoint_every: PositiveFloat = Field(1.0, description="epochs between two checkpoints")
-    keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints to keep, the newest")
+    precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
+    log_every: PositiveInt = Field(default=10, description="steps between two recorded points of the training metrics")
+    eval_every: PositiveFloat = Field(default=1.0, description="epochs between two evaluations")
+    checkpoint_every: PositiveFloat = Field(default=1.0, description="epochs between two checkpoints")
+    keep_checkpoints: PositiveInt = Field(default=2, description="how many checkpoints to keep, the newest")
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
