@@ -42,6 +42,7 @@ KEY_CHARACTERS = 250
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page for training, not for agents
 REFUSED = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_STATE")
 
 
@@ -117,7 +118,7 @@ def _experiment(client: "MlflowClient", handle: RunHandle) -> str:
         if experiment is not None:
             return experiment.experiment_id
         try:
-            return client.create_experiment(handle.experiment, artifact_location=handle.artifact_root)
+            return client.create_experiment(handle.experiment, handle.artifact_root, tags=EXPERIMENT_TAGS)
         except mlflow.exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -243,15 +244,18 @@ def _log_artifact(client: "MlflowClient", run_id: str, path: Path, folder: str |
 
 def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
     """Keep one external model per run that names the newest checkpoint."""
-    from mlflow.entities import LoggedModelStatus
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-    assert handle.experiment_id is not None
+    assert handle.experiment_id is not None and handle.run_id is not None
     models = client.search_logged_models([handle.experiment_id], f"source_run_id = '{handle.run_id}'", max_results=1)
     if models:
         model = models[0]
     else:
         model = client.create_logged_model(handle.experiment_id, name="checkpoint", source_run_id=handle.run_id)
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    outputs = client.get_run(handle.run_id).outputs
+    if outputs is None or model.model_id not in [output.model_id for output in outputs.model_outputs]:
+        client.log_outputs(handle.run_id, [LoggedModelOutput(model.model_id, step=0)])
     client.set_logged_model_tags(model.model_id, {"checkpoint_uri": uri[:TAG_CHARACTERS]})
 
 

@@ -165,7 +165,7 @@ while True:
 """
 
 
-def test_sigkill_in_the_middle_of_sending_loses_and_doubles_nothing_and_ends_the_helper(store: str, tmp_path: Path) -> None:
+def test_sigkill_while_sending_loses_and_doubles_nothing_and_ends_the_helper(store: str, tmp_path: Path) -> None:
     handle = open_run(store, tmp_path)
     command = [sys.executable, "-c", CRASH, json.dumps(handle.to_json()), str(spool_folder(tmp_path))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -201,6 +201,7 @@ def test_events_that_are_sent_twice_count_once(store: str, tmp_path: Path) -> No
     for key in "abc":
         assert steps(store, handle, key) == [1, 2]
     assert len(client(store).search_logged_models([handle.experiment_id], f"source_run_id = '{handle.run_id}'")) == 1
+    assert len(client(store).get_run(handle.run_id).outputs.model_outputs) == 1
 
 
 def test_more_values_than_a_batch_takes(store: str) -> None:
