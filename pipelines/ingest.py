@@ -17,6 +17,7 @@ from perceiver.config import Config, UserError
 from pipelines.plan import EvalPlan, RowGroups, SamplePlan
 from pipelines.quarantine import Problem, Quarantine
 from pipelines.reader import Reader
+from pipelines.remote import ReadPolicy
 from pipelines.samples import PROBLEM, SampleSpec, Work
 from pipelines.shards import ImageFeature, Manifest
 from pipelines.transforms.image import MAX_PIXELS, AugmentConfig
@@ -50,6 +51,7 @@ class DataConfig(Config):
     run_bytes: int = Field(default=128 << 20, gt=0, description="stored bytes a data task reads, about")
     prefetch_batches: int = Field(default=4, ge=0, description="batches collated ahead of the training step")
     prefetch_bytes: int = Field(default=256 << 20, gt=0, description="decoded bytes waiting for each worker")
+    read: ReadPolicy = Field(default=ReadPolicy(), description="patience with a remote file system")
     cache_bytes: int = Field(default=256 << 20, gt=0, description="row groups kept in each data task's process")
     window: int | None = Field(default=None, gt=0, description="samples shuffled among each other; null: by size")
     lanes: int | None = Field(default=None, gt=0, description="places read from at a time; null: by batch size")
@@ -175,9 +177,9 @@ def _work(data: DataConfig, manifest: Manifest, plan: SamplePlan | EvalPlan, *, 
     found = manifest.split(name)
     spec = sample_spec(data, manifest, training=split is None)
     row_bytes = sum(math.prod(shape) for shape, _ in spec.shapes().values())
-    reader = Reader(data.url, tuple(shard.name for shard in found.shards), RowGroups.of(found),
-                    ("key", *manifest.features), data.storage_options, data.cache_bytes,
-                    row_bytes if spec.keep_decoded else 0)
+    reader = Reader(data.url, tuple(shard.name for shard in found.shards), tuple(s.bytes for s in found.shards),
+                    RowGroups.of(found), ("key", *manifest.features), data.storage_options, data.read,
+                    data.cache_bytes, row_bytes if spec.keep_decoded else 0)
     chunk = batch * max(1, BLOCK_BYTES // (batch * max(1, row_bytes)))
     return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
 

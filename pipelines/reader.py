@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.plan import RowGroups
+from pipelines.remote import ReadPolicy, read_row_group
 from pipelines.storage import Folder, open_folder
 
 READ_THREADS = 8
@@ -69,18 +70,22 @@ class Reader:
     Attributes:
         url: the prepared folder.
         shards: file names, in the order of the ids.
+        sizes: their bytes.
         groups: the row groups of these files.
         columns: the columns to read.
         storage_options: of the folder; `$NAME` is taken from the environment of the reading process.
+        policy: patience with a remote file system.
         cache_bytes: size of the process's cache.
         decoded_bytes: what a decoded sample will add to the cache; 0 if decoded samples are not kept.
     """
 
     url: str
     shards: tuple[str, ...]
+    sizes: tuple[int, ...]
     groups: RowGroups
     columns: tuple[str, ...]
     storage_options: Mapping[str, str]
+    policy: ReadPolicy
     cache_bytes: int
     decoded_bytes: int
 
@@ -102,9 +107,11 @@ class Reader:
         return {place: group for place, group in found.items() if group is not None}
 
     def _read(self, folder: Folder, shard: int, group: int) -> RowGroup:
-        path = folder.file(self.shards[shard])
-        source = path if folder.local else folder.fs.open(path, "rb", cache_type="none")
-        with pq.ParquetFile(source, pre_buffer=not folder.local) as file:
-            table = file.read_row_group(group, columns=list(self.columns), use_threads=False)
+        name, size, columns = self.shards[shard], self.sizes[shard], list(self.columns)
+        if folder.local:
+            with pq.ParquetFile(folder.file(name), page_checksum_verification=True) as file:
+                table = file.read_row_group(group, columns=columns, use_threads=False)
+        else:
+            table = read_row_group(folder, name, size, group, columns, self.policy)
         columns = {name: table.column(name).combine_chunks() for name in self.columns}
         return RowGroup(columns, table.num_rows, table.nbytes + table.num_rows * self.decoded_bytes)

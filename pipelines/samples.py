@@ -1,5 +1,6 @@
 """From planned sample ids to decoded, augmented arrays: the work of one data task, without Ray and torch."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +148,12 @@ class _Found:
 
 def sample_rng(seed: int, epoch: int, sample_id: int) -> Generator:
     """The generator of all randomness of one sample in one epoch."""
-    return Generator(Philox(key=np.array([keys(seed, 5, epoch), sample_id], np.uint64)))
+    return Generator(Philox(key=np.array([_epoch_key(seed, epoch), sample_id], np.uint64)))
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_key(seed: int, epoch: int) -> int:
+    return int(keys(seed, 5, epoch))
 
 
 def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: Any) -> dict[str, Any]:

@@ -191,7 +191,8 @@ class ShardWriter:
         binary = [field.name for field in schema if pa.types.is_binary(field.type)]
         compression: Any = {name: "none" if name in binary else "zstd" for name in schema.names}
         self._writer = pq.ParquetWriter(self._sink, schema, use_dictionary=False, store_schema=True, version="2.6",
-                                        compression=compression, write_statistics=False)
+                                        compression=compression, write_statistics=False,
+                                        write_page_checksum=True)
 
     def __enter__(self) -> "ShardWriter":
         return self

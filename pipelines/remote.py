@@ -1,0 +1,178 @@
+"""Reading row groups of Parquet files over the network: one range request each, with time-out, retries and backoff."""
+
+import io
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import fsspec.asyn
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from perceiver.config import Config
+from pipelines.storage import Folder
+
+FOOTER_BYTES = 64 << 10
+"""Read first from a file's end; a longer footer costs one more request."""
+FOOTERS_KEPT = 256
+FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+T = TypeVar("T")
+
+
+class ReadPolicy(Config):
+    """How patient a reader is with a remote file system. It does not concern local files."""
+
+    timeout: float = Field(default=30.0, gt=0, description="seconds a single request may take")
+    attempts: int = Field(default=8, ge=1, description="requests before a read fails")
+    backoff: float = Field(default=0.1, ge=0, description="seconds before the second attempt, doubled for each further")
+    longest: float = Field(default=10.0, ge=0, description="seconds between attempts at most")
+
+
+class ReadError(OSError):
+    """A read that failed for good, after all attempts."""
+
+
+def with_retries(request: Callable[[], T], what: str, policy: ReadPolicy) -> T:
+    """Make a request until it succeeds.
+
+    Waits grow exponentially, each a random share of its limit, so that many readers do not come back at once.
+
+    Raises:
+        FileNotFoundError, PermissionError: at once, since trying again does not help.
+        ReadError: the last attempt failed.
+    """
+    for attempt in range(policy.attempts):
+        try:
+            return request()
+        except FINAL_ERRORS:
+            raise
+        except Exception as error:  # Drivers raise their own types for resets, stalls, throttling and short bodies.
+            if attempt == policy.attempts - 1:
+                first = (str(error).splitlines() or [""])[0]
+                raise ReadError(f"cannot read {what} after {policy.attempts} attempts: {type(error).__name__} {first}"
+                                ) from error
+            time.sleep(random.random() * min(policy.longest, policy.backoff * 2 ** attempt))
+    raise AssertionError("unreachable: at least one attempt is made")
+
+
+def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPolicy) -> bytes:
+    """The bytes [start, stop) of a file.
+
+    Raises:
+        ReadError: see `with_retries`.
+    """
+    path, fs = folder.file(name), folder.fs
+
+    def request() -> bytes:
+        data: Any
+        if getattr(fs, "async_impl", False):
+            data = fsspec.asyn.sync(fs.loop, fs._cat_file, path, start=start, end=stop, timeout=policy.timeout)
+        else:
+            data = fs.cat_file(path, start=start, end=stop)
+        if len(data) != stop - start:
+            raise OSError(f"got {len(data)} of {stop - start} bytes")
+        return data
+
+    return with_retries(request, f"{folder.url}/{name}", policy)
+
+
+class _Parts(io.RawIOBase):
+    """A read-only file of which only some ranges are at hand."""
+
+    def __init__(self, size: int, parts: list[tuple[int, bytes]]) -> None:
+        self.size, self.parts, self.place = size, parts, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        return self.place
+
+    def read(self, size: int = -1, /) -> bytes:
+        stop = self.size if size < 0 else min(self.size, self.place + size)
+        for start, data in self.parts:
+            if start <= self.place and stop <= start + len(data):
+                found = data[self.place - start:stop - start]
+                self.place = stop
+                return found
+        raise OSError(f"bytes {self.place} to {stop} were not fetched")
+
+
+class _Footers:
+    """The footers read last in this process; threads that want the same one wait for one request."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, str], Future[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, folder: Folder, name: str, size: int, policy: ReadPolicy) -> pq.FileMetaData:
+        """The footer of a file of `size` bytes."""
+        key = (folder.url, name)
+        with self._lock:
+            mine = key not in self._kept
+            future = self._kept.setdefault(key, Future())
+            while len(self._kept) > FOOTERS_KEPT:
+                self._kept.popitem(last=False)
+        if mine:
+            try:
+                future.set_result(_read_footer(folder, name, size, policy))
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop(key, None)
+                future.set_exception(error)
+                raise
+        return future.result()
+
+
+_FOOTERS = _Footers()
+
+
+def _read_footer(folder: Folder, name: str, size: int, policy: ReadPolicy) -> pq.FileMetaData:
+    start = max(0, size - FOOTER_BYTES)
+    tail = read_range(folder, name, start, size, policy)
+    wanted = int.from_bytes(tail[-8:-4], "little") + 8
+    if wanted > len(tail):
+        start = max(0, size - wanted)
+        tail = read_range(folder, name, start, size, policy)
+    with pq.ParquetFile(_Parts(size, [(start, tail)])) as file:
+        return file.metadata
+
+
+def read_row_group(folder: Folder, name: str, size: int, group: int, columns: list[str], policy: ReadPolicy
+                   ) -> pa.Table:
+    """Read one row group.
+
+    Args:
+        folder: where the file lies.
+        name: the file.
+        size: its bytes, as the manifest says; saves asking for it.
+        group: which row group.
+        columns: which columns.
+        policy: of the requests.
+
+    Raises:
+        ReadError: a request failed for good.
+        pyarrow.ArrowException: the bytes are no Parquet file.
+    """
+    footer = _FOOTERS.get(folder, name, size, policy)
+    chunks = [footer.row_group(group).column(i) for i in range(footer.num_columns)]
+    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    start = min(min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset) for chunk in wanted)
+    stop = max(min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+               + chunk.total_compressed_size for chunk in wanted)
+    data = read_range(folder, name, start, stop, policy)
+    with pq.ParquetFile(_Parts(size, [(start, data)]), metadata=footer, page_checksum_verification=True) as file:
+        return file.read_row_group(group, columns=columns, use_threads=False)
