@@ -1,0 +1,207 @@
+"""Looking into a prepared folder: what it holds, whether it is whole, which samples are damaged or doubled."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from perceiver.config import Config
+from pipelines.shards import ImageFeature, LabelFeature, Manifest, ShardInfo, arrow_schema, load_manifest
+from pipelines.storage import Folder, open_folder
+from pipelines.transforms.image import BadSample, decode
+
+LISTED = 20
+"""Damaged samples and doubles that are named; all are counted."""
+BLOCK = 8 << 20
+
+Progress = Callable[[str], None]
+
+
+class Spread(Config):
+    """How a quantity is spread over the samples."""
+
+    least: float = Field(description="smallest")
+    median: float = Field(description="half are below")
+    most: float = Field(description="largest")
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread | None":
+        """The spread of these values; None if there are none."""
+        found = np.fromiter(values, np.float64)
+        return cls(least=found.min(), median=float(np.median(found)), most=found.max()) if found.size else None
+
+
+class SplitReport(Config):
+    """What is known of one split. Lists of samples hold the first ones only; the counts are complete."""
+
+    samples: int = Field(description="rows")
+    shards: int = Field(description="files")
+    bytes: int = Field(description="size of the files")
+    classes: dict[str, int] = Field(description="samples of each class, all classes of the manifest")
+    sample_bytes: Spread | None = Field(description="stored bytes of a sample")
+    height: Spread | None = Field(description="of the images, in pixels")
+    width: Spread | None = Field(description="of the images, in pixels")
+    unreadable: int = Field(description="samples that training would quarantine")
+    unreadable_samples: list[str] = Field(description="their keys and the reasons")
+    doubles: int = Field(description="samples with the same content as one before them, in this split or another")
+    double_samples: list[str] = Field(description="their keys, and the keys they repeat")
+
+
+class Inspection(Config):
+    """What `inspect` found."""
+
+    url: str = Field(description="the folder")
+    name: str = Field(description="of the data set")
+    features: dict[str, Any] = Field(description="what a sample consists of")
+    licence: str = Field(description="terms of use")
+    source: str = Field(description="origin")
+    splits: dict[str, SplitReport] = Field(description="the parts")
+    faults: list[str] = Field(description="what is wrong with the files: missing, changed, of another schema")
+
+    @property
+    def sound(self) -> bool:
+        """Whether all files are as the manifest says and all samples can be read."""
+        return not self.faults and not any(split.unreadable for split in self.splits.values())
+
+
+def inspect(url: str, *, verify: bool = False, samples: bool = True, options: Mapping[str, str] | None = None,
+            progress: Progress | None = None) -> Inspection:
+    """Report on a prepared folder.
+
+    Args:
+        url: path or fsspec URL.
+        verify: read every file and compare its checksum, rows and schema with the manifest.
+        samples: decode every sample, which gives class balance, sizes, doubles and unreadable ones.
+        options: storage options.
+        progress: called with the name of each shard before it is read.
+
+    Memory: some 300 bytes a sample while looking for doubles, plus one row group.
+
+    Raises:
+        UserError: the folder has no manifest that can be read.
+    """
+    manifest = load_manifest(url, options)
+    folder = open_folder(url, options)
+    faults: list[str] = []
+    seen: dict[bytes, str] = {}
+    splits = {}
+    for name, split in manifest.splits.items():
+        tally = _Tally()
+        for shard in split.shards:
+            if progress:
+                progress(shard.name)
+            fault = shard_fault(folder, shard, manifest, whole=verify)
+            faults += [fault] if fault else []
+            if samples and not fault:
+                for row in _rows(folder, shard):
+                    tally.add(row, manifest, name, seen)
+        splits[name] = tally.report(manifest, split.samples, len(split.shards), split.bytes)
+    return Inspection(url=url, name=manifest.name, licence=manifest.licence, source=manifest.source, splits=splits,
+                      features={key: value.model_dump() for key, value in manifest.features.items()}, faults=faults)
+
+
+def shard_fault(folder: Folder, shard: ShardInfo, manifest: Manifest, *, whole: bool) -> str | None:
+    """What is wrong with a shard, or None: missing, other size, rows or columns; with `whole` also other bytes."""
+    path = folder.file(shard.name)
+    try:
+        size = folder.fs.size(path)
+        if size != shard.bytes:
+            return f"{shard.name}: {size} bytes, the manifest says {shard.bytes}"
+        if whole and (found := checksum(folder, shard.name)) != shard.sha256:
+            return f"{shard.name}: checksum {found[:12]}, the manifest says {shard.sha256[:12]}"
+        with folder.fs.open(path, "rb") as stream, pq.ParquetFile(stream) as file:
+            rows, schema = file.metadata.num_rows, file.schema_arrow
+    except FileNotFoundError:
+        return f"{shard.name}: missing"
+    except (pa.ArrowException, OSError) as error:
+        return f"{shard.name}: {(str(error).splitlines() or ['unreadable'])[0]}"
+    if rows != shard.rows:
+        return f"{shard.name}: {rows} rows, the manifest says {shard.rows}"
+    wanted = arrow_schema(manifest.features)
+    if not schema.equals(wanted):
+        return f"{shard.name}: columns {schema.names}, wanted {wanted.names} with their types"
+    return None
+
+
+def checksum(folder: Folder, name: str) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with folder.fs.open(folder.file(name), "rb", block_size=BLOCK) as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _rows(folder: Folder, shard: ShardInfo) -> Iterator[dict[str, Any]]:
+    with folder.fs.open(folder.file(shard.name), "rb") as stream, pq.ParquetFile(stream) as file:
+        for group in range(file.num_row_groups):
+            yield from file.read_row_group(group, use_threads=False).to_pylist()
+
+
+@dataclass
+class _Tally:
+    """Counts of one split while its samples pass by."""
+
+    labels: Counter[int] = field(default_factory=Counter)
+    sizes: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    doubles: list[str] = field(default_factory=list)
+
+    def add(self, row: Mapping[str, Any], manifest: Manifest, split: str, seen: dict[bytes, str]) -> None:
+        """Count one sample; `seen` maps content hashes of all splits to places."""
+        here = f"{split}: {row['key']}"
+        content = b"".join(value for value in row.values() if isinstance(value, bytes))
+        self.sizes.append(len(content))
+        before = seen.setdefault(hashlib.blake2b(content, digest_size=8).digest(), here)
+        if before != here:
+            self.doubles.append(f"{here} = {before}")
+        try:
+            for name, feature in manifest.features.items():
+                if isinstance(feature, LabelFeature):
+                    self.labels[row[name]] += 1
+                    if row[name] is None or not 0 <= row[name] < len(manifest.classes):
+                        raise BadSample(f"label {row[name]} is not one of {len(manifest.classes)} classes")
+                elif isinstance(feature, ImageFeature):
+                    image = decode(row[name] or b"", feature.channels)
+                    self.heights.append(image.height)
+                    self.widths.append(image.width)
+        except BadSample as error:
+            self.unreadable.append(f"{here}: {error}")
+
+    def report(self, manifest: Manifest, samples: int, shards: int, size: int) -> SplitReport:
+        """The counts as a report."""
+        return SplitReport(
+            samples=samples, shards=shards, bytes=size, sample_bytes=Spread.of(self.sizes),
+            classes={name: self.labels[number] for number, name in enumerate(manifest.classes)} if self.sizes else {},
+            height=Spread.of(self.heights), width=Spread.of(self.widths),
+            unreadable=len(self.unreadable), unreadable_samples=self.unreadable[:LISTED],
+            doubles=len(self.doubles), double_samples=self.doubles[:LISTED])
+
+
+def describe(found: Inspection) -> list[str]:
+    """The report as lines for a terminal."""
+    lines = [f"{found.url}: {found.name}", f"  licence  {found.licence}", f"  source   {found.source}"]
+    lines += [f"  {key:<8} " + ", ".join(f"{name} {value}" for name, value in facts.items())
+              for key, facts in found.features.items()]
+    for name, split in found.splits.items():
+        lines.append(f"  {name}: {split.samples:,} samples in {split.shards} shards, {split.bytes / 1e6:,.1f} MB")
+        if split.classes:
+            counts = sorted(split.classes.values())
+            lines.append(f"    {len(counts)} classes of {counts[0]:,} to {counts[-1]:,} samples")
+        for label, spread in (("bytes a sample", split.sample_bytes), ("height", split.height), ("width", split.width)):
+            if spread:
+                lines.append(f"    {label}: {spread.least:,.0f}" + (
+                    f" to {spread.most:,.0f}, median {spread.median:,.0f}" if spread.least < spread.most else ""))
+        for count, what, rows in ((split.unreadable, "cannot be used", split.unreadable_samples),
+                                  (split.doubles, "repeat another one's content", split.double_samples)):
+            if count:
+                lines += [f"    {count} samples {what}:"] + [f"      {row}" for row in rows]
+    return lines + [f"  FAULT {fault}" for fault in found.faults]
