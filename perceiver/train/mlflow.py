@@ -26,6 +26,7 @@ from perceiver.train.runs import (
     load_handle,
     open_tracker,
     prewarm,
+    replay,
     spool_folder,
 )
 from perceiver.train.sidecar import Reply, serve
@@ -34,7 +35,16 @@ from perceiver.train.spool import Event, decode_number
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["RunHandle", "TrackingConfig", "create_run", "load_handle", "open_tracker", "prewarm", "spool_folder"]
+__all__ = [
+    "RunHandle",
+    "TrackingConfig",
+    "create_run",
+    "load_handle",
+    "open_tracker",
+    "prewarm",
+    "replay",
+    "spool_folder",
+]
 
 METRICS_PER_BATCH = 1000
 TEXTS_PER_BATCH = 100

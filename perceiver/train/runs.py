@@ -22,7 +22,7 @@ from pydantic import Field, PositiveFloat
 from perceiver.config import Config, UserError
 from perceiver.train.redaction import flatten, redact, redact_text, resolve
 from perceiver.train.sidecar import Reply, Sidecar, SidecarError
-from perceiver.train.spool import Event
+from perceiver.train.spool import Event, unsent
 from perceiver.train.system_metrics import SystemMetrics
 from perceiver.train.tracking import NullTracker, SendError, SpoolTracker
 
@@ -225,6 +225,23 @@ def open_tracker(
         )
         tracker.before_close.append(system.close)
     return tracker
+
+
+def replay(config: TrackingConfig, output: Path, timeout_s: float = 60.0) -> int:
+    """Send what the runs in an output folder could not, the last status included; return how many events are left.
+
+    Raises:
+        UserError: no run was tracked there.
+    """
+    handle = load_handle(output)
+    if handle is None:
+        raise UserError(f"{output}: no tracked run there; give the output folder of a run")
+    folder = spool_folder(output)
+    sender = SidecarSender(replace(handle, uri=config.store_uri(output)), folder)
+    tracker = SpoolTracker(folder, sender, interval_s=0.05, close_timeout_s=5.0, replay_status=True)
+    tracker.drain(timeout_s)
+    tracker.detach()
+    return unsent(folder)
 
 
 class SidecarSender:

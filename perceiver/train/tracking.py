@@ -100,8 +100,7 @@ class Sender(Protocol):
 class SpoolTracker:
     """Spools events to `folder` and sends them from a daemon thread.
 
-    A tracker that is opened on a folder first sends what earlier processes left there. The status that an earlier
-    process reported is not replayed: this process is the one that decides how the run ends.
+    A tracker that is opened on a folder first sends what earlier processes left there.
 
     Args:
         folder: spool folder, on a disk that outlives the process.
@@ -109,6 +108,8 @@ class SpoolTracker:
         interval_s: pause between two batches, so that batches are large.
         backoff_s: first and longest pause after a failure; doubled each time, with jitter of ±50 %.
         close_timeout_s: how long `close` waits for the last events (5 s at most if the receiver is known to be down).
+        replay_status: also send how an earlier process said that the run ended. Off where this process goes on with the
+            run, and decides that itself.
 
     Attributes:
         before_close: called at the beginning of `close` and `detach`, to end what logs into this tracker.
@@ -122,12 +123,14 @@ class SpoolTracker:
         interval_s: float = 2.0,
         backoff_s: tuple[float, float] = (1.0, 60.0),
         close_timeout_s: float = 30.0,
+        replay_status: bool = False,
     ) -> None:
         self.folder = folder
         self.sender = sender
         self.interval_s = interval_s
         self.backoff_s = backoff_s
         self.close_timeout_s = close_timeout_s
+        self.replay_status = replay_status
         self.before_close: list[Callable[[], None]] = []
         self._writer = SpoolWriter(folder)
         self._reader = SpoolReader(folder, self._writer)
@@ -176,6 +179,15 @@ class SpoolTracker:
     def close(self, status: Status) -> None:
         """See `Tracker`. Waits up to `close_timeout_s`; what is left then stays in the folder for the next tracker."""
         self._finish(status)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until also what earlier processes left has arrived; False if it has not within `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        while unsent(self.folder):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def detach(self) -> None:
         """Stop as `close` does, but leave the run's status to another process."""
@@ -228,7 +240,8 @@ class SpoolTracker:
         if chunk is None:
             return False
         own = self._reader.is_own(chunk.segment)
-        events = chunk.events if own else [event for event in chunk.events if event.get("kind") != "status"]
+        keep_status = own or self.replay_status
+        events = [event for event in chunk.events if keep_status or event.get("kind") != "status"]
         for event, reason in self.sender.send(events):
             log.warning("tracking refused an event (%s); it is kept in %s", reason, self.folder / "rejected.jsonl")
             self._reader.reject(event, reason)

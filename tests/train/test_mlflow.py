@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from perceiver.train.runs import (
     load_handle,
     open_tracker,
     prewarm,
+    replay,
     spool_folder,
 )
 from perceiver.train.tracking import NullTracker
@@ -250,14 +249,12 @@ def test_a_server_that_is_down_costs_one_line_and_the_run_is_created_later(
     monkeypatch.setenv("STORE", store)
     restored = load_handle(tmp_path)
     assert restored is not None and restored.uri == "env:STORE"
-    tracker = open_tracker(restored, spool_folder(tmp_path))
-    tracker.log_metrics(2, {"loss": 0.5})
-    tracker.close("finished")
+    assert replay(TrackingConfig(uri="env:STORE"), tmp_path) == 0
     created = load_handle(tmp_path)
     assert created is not None and created.run_id and created.key == handle.key
-    assert steps(store, created, "loss") == [1, 2]
+    assert steps(store, created, "loss") == [1]
     run = client(store).get_run(created.run_id)
-    assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "1"})
+    assert (run.info.status, run.data.params) == ("KILLED", {"lr": "1"})
     assert run.info.start_time == handle.created_ms
     assert direct(store, experiment=handle.experiment, key=handle.key).run_id == created.run_id
 
@@ -298,6 +295,11 @@ def test_a_deleted_experiment_is_refused_with_the_fix(store: str, tmp_path: Path
         open_run(store, tmp_path, name="gone")
 
 
+def test_nothing_to_replay_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tracked run"):
+        replay(TrackingConfig(), tmp_path)
+
+
 def test_off_means_off(tmp_path: Path) -> None:
     config = TrackingConfig(enabled=False)
     assert prewarm(config, tmp_path) is None
@@ -330,74 +332,3 @@ def test_keys_become_what_mlflow_accepts(key: str, clean: str) -> None:
 
     assert clean_key(key) == clean
     _validate_metric_name(clean_key(key))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator["Server"]:
-    server = Server(tmp_path / "server", free_port())
-    yield server
-    server.stop()
-
-
-class Server:
-    """A real MLflow server on loopback that can be stopped and started again on the same port."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
-        self.uri = f"http://127.0.0.1:{port}"
-        self.process: subprocess.Popen[bytes] | None = None
-        folder.mkdir()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.2)
-        pytest.fail((self.folder / "log").read_text())
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-@pytest.mark.slow
-def test_a_server_that_is_down_for_a_part_of_the_run_loses_nothing(server: Server, tmp_path: Path) -> None:
-    handle = open_run(server.uri, tmp_path)
-    assert handle.run_id is None
-    tracker = open_tracker(handle, spool_folder(tmp_path), interval_s=0.1)
-    tracker.log_metrics(0, {"loss": 1.0})
-    server.start()
-    assert tracker.flush(120)
-    for step in range(1, 100):
-        tracker.log_metrics(step, {"loss": 1.0, "nan": math.nan, "inf": -math.inf})
-    assert tracker.flush(60)
-    server.stop()
-    for step in range(100, 200):
-        tracker.log_metrics(step, {"loss": 1.0})
-    assert not tracker.flush(1)
-    server.start()
-    for step in range(200, 300):
-        tracker.log_metrics(step, {"loss": 1.0})
-    (tmp_path / "note.txt").write_text("hi")
-    tracker.log_artifact(tmp_path / "note.txt")
-    assert tracker.flush(120)
-    tracker.close("finished")
-    created = load_handle(tmp_path)
-    assert created is not None and created.run_id
-    assert [m.step for m in _history(server, created)] == list(range(300))
-    assert client(server.uri).get_run(created.run_id).info.status == "FINISHED"
-    assert [file.path for file in client(server.uri).list_artifacts(created.run_id)] == ["note.txt"]
-
-
-def _history(server: Server, handle: RunHandle) -> list[Any]:
-    return client(server.uri).get_metric_history(handle.run_id, "loss")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -49,7 +50,7 @@ class Receiver:
         return [event["step"] for event in self.events if event["kind"] == "metrics"]
 
 
-def make(folder: Path, receiver: Receiver, **options: float) -> SpoolTracker:
+def make(folder: Path, receiver: Receiver, **options: Any) -> SpoolTracker:
     return SpoolTracker(folder, receiver, interval_s=0.01, backoff_s=(0.01, 0.05), **options)
 
 
@@ -117,6 +118,20 @@ def test_the_next_tracker_sends_what_the_last_one_left_and_ignores_how_it_ended(
     second.close("finished")
     assert receiver.steps() == list(range(11))
     assert [event["value"] for event in receiver.events if event["kind"] == "status"] == ["finished"]
+
+
+def test_a_replay_keeps_how_the_run_ended(tmp_path: Path) -> None:
+    receiver = Receiver()
+    receiver.up = False
+    first = make(tmp_path, receiver, close_timeout_s=0.05)
+    first.log_metrics(1, {"loss": 1.0})
+    first.close("failed")
+    receiver.up = True
+    second = make(tmp_path, receiver, replay_status=True)
+    assert second.drain(10)
+    second.detach()
+    assert [event["kind"] for event in receiver.events] == ["metrics", "status"]
+    assert unsent(tmp_path) == 0
 
 
 def test_a_batch_whose_receipt_was_lost_comes_again_and_counts_once(tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""A real MLflow server that goes away and comes back during a run."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perceiver.train.runs import TrackingConfig, create_run, load_handle, open_tracker, spool_folder
+
+
+def client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator["Server"]:
+    server = Server(tmp_path / "server", free_port())
+    yield server
+    server.stop()
+
+
+class Server:
+    """A real MLflow server on loopback that can be stopped and started again on the same port."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
+        self.uri = f"http://127.0.0.1:{port}"
+        self.process: subprocess.Popen[bytes] | None = None
+        folder.mkdir()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        pytest.fail((self.folder / "log").read_text())
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.mark.slow
+def test_a_server_that_is_down_for_a_part_of_the_run_loses_nothing(server: Server, tmp_path: Path) -> None:
+    handle = create_run(TrackingConfig(uri=server.uri, system_metrics=False), "a run", output=tmp_path, params={})
+    assert handle is not None and handle.run_id is None
+    tracker = open_tracker(handle, spool_folder(tmp_path), interval_s=0.1)
+    tracker.log_metrics(0, {"loss": 1.0})
+    server.start()
+    assert tracker.flush(120)
+    for step in range(1, 100):
+        tracker.log_metrics(step, {"loss": 1.0, "nan": math.nan, "inf": -math.inf})
+    assert tracker.flush(60)
+    server.stop()
+    for step in range(100, 200):
+        tracker.log_metrics(step, {"loss": 1.0})
+    assert not tracker.flush(1)
+    server.start()
+    for step in range(200, 300):
+        tracker.log_metrics(step, {"loss": 1.0})
+    (tmp_path / "note.txt").write_text("hi")
+    tracker.log_artifact(tmp_path / "note.txt")
+    assert tracker.flush(120)
+    tracker.close("finished")
+    created = load_handle(tmp_path)
+    assert created is not None and created.run_id
+    assert [m.step for m in client(server.uri).get_metric_history(created.run_id, "loss")] == list(range(300))
+    assert client(server.uri).get_run(created.run_id).info.status == "FINISHED"
+    assert [file.path for file in client(server.uri).list_artifacts(created.run_id)] == ["note.txt"]
