@@ -136,6 +136,14 @@ def test_bf16_stays_near_fp32(seen: Seen, world: int, engine: str) -> None:
     assert ours["loss"] != pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_settings_of_gpus_give_the_same(seen: Seen, world: int) -> None:
+    """On CPUs the plan switches some of DeepSpeed's buffering off; with it the result is the same."""
+    reference = seen[1][0]["torch lamb"]
+    wanted = reference["first"]["loss"] + reference["second"]["loss"]
+    assert seen[world][0]["as on GPUs"]["loss"] == pytest.approx(wanted, rel=TIGHT)
+
+
 def test_foreign_states_are_refused_in_one_line(seen: Seen) -> None:
     said = seen[1][0]["refused"]
     assert "was saved with deepspeed.zero_stage = 1, this run has 3" in said["stage"]
@@ -146,3 +154,7 @@ def test_foreign_states_are_refused_in_one_line(seen: Seen) -> None:
 
 def test_nothing_is_compiled_and_nothing_printed(runs: tuple[Seen, str]) -> None:
     assert runs[1].strip() == ""
+
+
+def test_the_default_engine_imports_nothing_heavy_that_it_does_not_use(seen: Seen) -> None:
+    assert seen[1][0]["imported"] == []

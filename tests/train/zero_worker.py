@@ -23,6 +23,8 @@ from tests.train.engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
 KINDS = ("adamw", "lamb")
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 ROWS, MICRO_BATCHES, STEPS = 24, 3, 6
+HEAVY = ("torch._dynamo", "torch._inductor", "mlflow", "sympy", "pandas")
+GPU_DEFAULTS = {"contiguous_gradients": True, "reduce_scatter": True, "overlap_comm": True}
 
 
 def build(engine: str, kind: str, seed: int = 0, precision: Precision = "fp32", **config: Any) -> Engine:
@@ -126,11 +128,14 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     init_distributed()
     seen: dict[str, Any] = {}
+    build("zero1", "adamw").step(mine(toy_rows(0, ROWS)), 0)
+    seen["imported"] = [name for name in HEAVY if name in sys.modules]
     for kind in KINDS:
         for engine in ENGINES:
             seen[f"{engine} {kind}"] = train_save_resume(engine, kind, folder / f"{engine}-{kind}")
     seen["skip"] = {engine: skip(engine, "lamb") for engine in ENGINES}
     seen["refused"] = refused_loads(folder / "zero1-adamw")
+    seen["as on GPUs"] = run(build("zero1", "lamb", zero_optimization=GPU_DEFAULTS), range(STEPS))
     # DeepSpeed keeps its autocast setting in the process, so bf16 comes last.
     seen["bf16"] = {engine: run(build(engine, "lamb", precision="bf16"), range(STEPS)) for engine in ENGINES}
     (folder / f"seen-{dist.get_rank()}.json").write_text(json.dumps(seen))
