@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from perceiver.config import UserError
 from pipelines.plan import RowGroups
 from pipelines.remote import ReadPolicy, read_row_group
 from pipelines.storage import Folder, open_folder
@@ -107,11 +108,16 @@ class Reader:
         return {place: group for place, group in found.items() if group is not None}
 
     def _read(self, folder: Folder, shard: int, group: int) -> RowGroup:
-        name, size, columns = self.shards[shard], self.sizes[shard], list(self.columns)
-        if folder.local:
-            with pq.ParquetFile(folder.file(name), page_checksum_verification=True) as file:
-                table = file.read_row_group(group, columns=columns, use_threads=False)
-        else:
-            table = read_row_group(folder, name, size, group, columns, self.policy)
+        name, columns = self.shards[shard], list(self.columns)
+        try:
+            if folder.local:
+                with pq.ParquetFile(folder.file(name), page_checksum_verification=True) as file:
+                    table = file.read_row_group(group, columns=columns, use_threads=False)
+            else:
+                table = read_row_group(folder, name, self.sizes[shard], group, columns, self.policy)
+        except (OSError, pa.ArrowException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"cannot read row group {group} of {folder.url}/{name}: {reason}; check the data with"
+                            f" `perceiver inspect {folder.url} --verify`") from error
         columns = {name: table.column(name).combine_chunks() for name in self.columns}
         return RowGroup(columns, table.num_rows, table.nbytes + table.num_rows * self.decoded_bytes)

@@ -16,7 +16,9 @@ import ray.data
 import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.util.torch_utils import arrow_batch_to_tensors
+from ray.exceptions import RayTaskError
 
+from perceiver.config import UserError
 from pipelines.samples import PROBLEM, Work, produce
 
 SEGMENT = 64
@@ -109,6 +111,11 @@ class RayBatches:
                         if number == segment.count // 2:
                             ahead = starter.submit(self._begin)
                         yield batch, self._met()
+            except RayTaskError as error:
+                # The user's line, without the trace of the task and the advice that Ray adds below it.
+                if isinstance(cause := error.cause, UserError):
+                    raise UserError(str(cause).splitlines()[0]) from None
+                raise
             finally:
                 for begun in (segment, None if ahead.exception() else ahead.result()):
                     if begun is not None:

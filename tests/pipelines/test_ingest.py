@@ -195,6 +195,22 @@ def test_too_many_bad_samples_stop_the_run_with_their_reasons(damaged: DataConfi
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_a_shard_that_cannot_be_read_is_one_clear_line(tmp_path: Path, small_ray: None, executor: str) -> None:
+    manifest = write_images(tmp_path, {"train": [20, 20]})
+    data = DataConfig(url=str(tmp_path), executor=executor)
+    wanted = r"train-1.parquet: .*; check the data with `perceiver inspect .* --verify`$"
+    path = tmp_path / "train-1.parquet"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 3] ^= 255
+    for change in (lambda: path.write_bytes(raw), lambda: path.write_bytes(raw[:300]), path.unlink):
+        change()
+        with pytest.raises(UserError, match=wanted) as caught:
+            list(train_batches(data, manifest, seed=0, rank=0, world=1, global_batch=8, micro_batch=8, start_step=0,
+                               stop_step=5, device="cpu"))
+        assert "\n" not in str(caught.value)
+
+
 def test_a_row_group_without_a_good_sample_gives_invalid_rows(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [10]}, rows_per_group=5, bad=(0, 1, 2, 3, 4))
     data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1)
