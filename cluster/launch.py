@@ -76,6 +76,8 @@ def launch_training(
     """
     began = time.monotonic()
     recipe = build_recipe(tree, source=path)
+    if recipe.cluster.resolved_address():
+        ray_start.facts()  # a cluster that does not answer is said before a run folder is made
     if resume:
         folder = find_run(recipe.output, recipe.name, run)
     else:

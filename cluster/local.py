@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
             **quiet,
         )
     else:
+        _check_reachable(address)
         try:
             context = ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -138,6 +140,20 @@ class EarlyRay:
         """
         assert self._future is not None, "the recipe was not checked"
         return self._future.result()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address at which nothing listens; Ray itself would try for a minute."""
+    host, _, port = address.rsplit("/", 1)[-1].rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"nothing answers at {address} ({error.strerror or error}): check cluster.address or RAY_ADDRESS, or unset "
+            "them to run on this machine"
+        ) from None
 
 
 def _use_token() -> None:

@@ -1,6 +1,7 @@
 """The command ``perceiver``: one verb a file, each loaded only when it is called."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def main() -> None:
         code = cli(standalone_mode=False)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
-        code = 2
+        sys.stdout.flush()
+        # At once: Ray may be on its way up in a thread; its processes end with this one.
+        os._exit(2)
     except click.ClickException as error:
         error.show()
         code = error.exit_code

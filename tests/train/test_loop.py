@@ -82,7 +82,9 @@ def test_length_is_given_once(settings: dict[str, int]) -> None:
         TrainConfig(**settings)
 
 
-@pytest.mark.parametrize(("per_epoch", "wanted"), [(5.0, [5, 10]), (31.25, [32, 63, 94, 125]), (0.4, list(range(1, 11)))])
+@pytest.mark.parametrize(
+    ("per_epoch", "wanted"), [(5.0, [5, 10]), (31.25, [32, 63, 94, 125]), (0.4, list(range(1, 11)))]
+)
 def test_a_step_completes_an_epoch_once(per_epoch: float, wanted: list[int]) -> None:
     result = StepResult(0, 1.0, {}, None, 0.1, False)
     steps = range(1, wanted[-1] + 1)

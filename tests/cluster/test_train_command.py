@@ -1,0 +1,138 @@
+"""`perceiver train` as a user runs it: real Ray, real DeepSpeed workers, real MLflow, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.recipes import write_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+PERCEIVER = [str(Path(sys.executable).with_name("perceiver")), "train"]
+
+
+def start(tmp_path: Path, tree: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
+    """Start the command in a folder of its own, with a home of its own."""
+    environment = {**os.environ, "HOME": str(tmp_path), "COLUMNS": "200"}
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        environment.pop(name, None)
+    command = [*PERCEIVER, str(write_recipe(tmp_path, tree)), *arguments]
+    return subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run(tmp_path: Path, tree: dict[str, Any], *arguments: str) -> tuple[int, str]:
+    process = start(tmp_path, tree, *arguments)
+    output, _ = process.communicate(timeout=400)
+    return process.returncode, output
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    """Wait until a condition holds; the process must not end before."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    newest = sorted((folder / "checkpoints").glob("step-*/manifest.json"))[-1].parent
+    return [json.loads(line) for line in (newest / "history.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {int(row["step"]): row["train/loss"] for row in history(folder) if "train/loss" in row}
+
+
+def mlflow_runs(folder: Path) -> list[Any]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+
+
+def test_the_whole_job(tmp_path: Path, tree: dict[str, Any]) -> None:
+    """Raw images to a trained, evaluated, tracked model with a report; then a finished run is not trained again."""
+    code, output = run(tmp_path, tree, "--json")
+    assert code == 0, output
+    folder = tmp_path / "runs" / "small-001"
+    outcome = json.loads(output.splitlines()[-1])
+    assert outcome["status"] == "finished" and outcome["step"] == 10
+    assert outcome["evaluation"]["accuracy"] > 0.9, output
+    assert f"test accuracy {100 * outcome['evaluation']['accuracy']:.1f} %" in output
+    assert "perceiver train" in output and "mlflow ui --backend-store-uri sqlite:///" in output
+    for part in ("report/index.html", "model.safetensors", "recipe.yaml", "logs/driver.log", "predictions"):
+        assert (folder / part).exists(), part
+    assert list(losses(folder)) == list(range(1, 11))
+    (tracked,) = mlflow_runs(tmp_path / "runs")
+    assert tracked.info.status == "FINISHED" and tracked.info.run_name == "small-001"
+    assert tracked.data.params["optim.lr"] == "0.01"
+    assert tracked.data.tags["checkpoint_uri"].endswith("step-00000010")
+    assert tracked.data.metrics["eval/accuracy"] == pytest.approx(outcome["evaluation"]["accuracy"])
+    assert "Traceback" not in output
+
+    code, output = run(tmp_path, tree, "--resume")
+    assert code == 0 and "small-001 is finished (step 10); raise train.epochs to go on" in output
+
+
+def test_a_killed_worker_is_replaced_and_the_losses_do_not_change(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["train"] |= {"epochs": 12, "checkpoint_every": 0.4, "keep_checkpoints": 3}
+    process = start(tmp_path, tree)
+    folder = tmp_path / "runs" / "small-001"
+    wait_for(lambda: list(folder.glob("checkpoints/step-*/manifest.json")), process)
+    worker = json.loads((folder / "run.json").read_text())["workers"]["1"]["pid"]
+    os.kill(worker, signal.SIGKILL)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert "worker 1 failed" in output and "the workers start again" in output
+    assert "resumed at step" in output
+    assert [run.info.status for run in mlflow_runs(tmp_path / "runs")] == ["FINISHED"]
+    broken = losses(folder)
+    assert list(broken) == list(range(1, 61))
+
+    code, output = run(tmp_path, tree)
+    assert code == 0, output
+    assert losses(tmp_path / "runs" / "small-002") == broken
+
+
+def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["train"] |= {"epochs": 60, "checkpoint_every": 0.4}
+    folder = tmp_path / "runs" / "small-001"
+
+    process = start(tmp_path, tree)
+    wait_for(lambda: list(folder.glob("checkpoints/step-*/manifest.json")), process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 130, output
+    assert "checkpoint saved; go on with: perceiver train" in output
+    stopped = json.loads((folder / "run.json").read_text())["step"]
+    assert 0 < stopped < 300
+    assert history(folder)[-1]["step"] == stopped
+
+    process = start(tmp_path, tree, "--resume")
+    wait_for(lambda: [p for p in folder.glob("checkpoints/step-*/manifest.json") if step_of(p) > stopped], process)
+    process.kill()
+    process.communicate(timeout=400)
+
+    code, output = run(tmp_path, tree, "--resume", "train.epochs=14")
+    assert code == 0, output
+    assert "resuming small-001 from the checkpoint at step" in output and "goes on, experiment small" in output
+    assert list(losses(folder)) == list(range(1, max(71, step_of_last(folder) + 1)))
+    (tracked,) = mlflow_runs(tmp_path / "runs")
+    assert tracked.info.status == "FINISHED"
+
+
+def step_of(manifest: Path) -> int:
+    return int(manifest.parent.name.removeprefix("step-"))
+
+
+def step_of_last(folder: Path) -> int:
+    return max(step_of(path) for path in folder.glob("checkpoints/step-*/manifest.json"))
