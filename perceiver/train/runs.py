@@ -181,15 +181,7 @@ def create_run(
     try:
         handle = RunHandle.from_json(_open(sidecar, handle)["handle"])
     except SidecarError as error:
-        place = redact_text(config.store_uri(output))
-        if error.kind == "refused":
-            raise UserError(f"MLflow at {place} refuses the run: {error}") from None
-        if config.required:
-            raise UserError(
-                f"MLflow at {place} does not answer ({error}); start it, or set tracking.required=false"
-            ) from None
-        waiting = spool_folder(output)
-        log.warning("MLflow at %s does not answer (%s): training goes on, figures wait in %s", place, error, waiting)
+        _say_no_answer(error, config, output)
     finally:
         sidecar.close()
     _save_handle(spool_folder(output), handle)
@@ -296,6 +288,16 @@ def _new_handle(
         params={key: str(value) for key, value in redact(flatten(params)).items()},
         system_metrics_interval=config.system_metrics_interval if config.system_metrics else None,
     )
+
+
+def _say_no_answer(error: SidecarError, config: TrackingConfig, output: Path) -> None:
+    """Raise where the run must not start without its store; otherwise say what happens now."""
+    place, waiting = redact_text(config.store_uri(output)), spool_folder(output)
+    if error.kind == "refused":
+        raise UserError(f"MLflow at {place} refuses the run: {error}") from None
+    if config.required:
+        raise UserError(f"MLflow at {place} does not answer ({error}); start it, or set tracking.required=false") from None
+    log.warning("MLflow at %s does not answer (%s): training goes on, figures wait in %s", place, error, waiting)
 
 
 def _open(sidecar: Sidecar, handle: RunHandle) -> Reply:
