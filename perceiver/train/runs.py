@@ -296,7 +296,8 @@ def _say_no_answer(error: SidecarError, config: TrackingConfig, output: Path) ->
     if error.kind == "refused":
         raise UserError(f"MLflow at {place} refuses the run: {error}") from None
     if config.required:
-        raise UserError(f"MLflow at {place} does not answer ({error}); start it, or set tracking.required=false") from None
+        fix = "start it, or set tracking.required=false"
+        raise UserError(f"MLflow at {place} does not answer ({error}); {fix}") from None
     log.warning("MLflow at %s does not answer (%s): training goes on, figures wait in %s", place, error, waiting)
 
 
