@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from perceiver.config import Config, UserError
+from perceiver.config import UserError
+from pipelines.features.base import ViewConfig
 from pipelines.plan import EvalPlan, RowGroups, SamplePlan
 from pipelines.quarantine import Problem, Quarantine
 from pipelines.reader import Reader
 from pipelines.remote import ReadPolicy
 from pipelines.samples import PROBLEM, SampleSpec, Work
-from pipelines.shards import ImageFeature, Manifest
-from pipelines.transforms.image import MAX_PIXELS, AugmentConfig
+from pipelines.shards import Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -30,20 +30,15 @@ if TYPE_CHECKING:
 
 KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
-KEEP_DATA_BYTES = 256 << 20
-"""... if all of the split's decoded samples together are not larger than this."""
 BLOCK_BYTES = 4 << 20
 
 
-class DataConfig(Config):
+class DataConfig(ViewConfig):
     """What to train on and how it is read (recipe key `data:`)."""
 
     url: str = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
     train_split: str = Field(default="train", description="split to train on")
     eval_split: str = Field(default="test", description="split to evaluate on")
-    image_size: tuple[int, int] | None = Field(default=None, description="(height, width) in a batch; null: as stored")
-    augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training samples")
-    eval_crop: float = Field(default=0.875, gt=0, le=1, description="share of a larger image that evaluation covers")
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
     cpus_per_task: float = Field(default=0.25, gt=0, description="CPUs a data task reserves; below 1 it shares a core")
     tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
@@ -56,7 +51,6 @@ class DataConfig(Config):
     window: int | None = Field(default=None, gt=0, description="samples shuffled among each other; null: by size")
     lanes: int | None = Field(default=None, gt=0, description="places read from at a time; null: by batch size")
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of bad samples that stops the run")
-    max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="larger images are unusable samples")
     storage_options: dict[str, str] = Field(default={}, description="of the file system; `$NAME`: environment")
 
 
@@ -66,26 +60,21 @@ def batch_shapes(data: DataConfig, manifest: Manifest) -> dict[str, tuple[int, .
     Raises:
         UserError: see `sample_spec`.
     """
-    return {name: shape for name, (shape, _) in sample_spec(data, manifest, training=False).shapes().items()}
+    spec = sample_spec(data, manifest, split=data.train_split, training=True)
+    return {name: shape for name, (shape, _) in spec.shapes().items()}
 
 
-def sample_spec(data: DataConfig, manifest: Manifest, *, training: bool) -> SampleSpec:
-    """How samples become rows.
+def sample_spec(data: DataConfig, manifest: Manifest, *, split: str, training: bool) -> SampleSpec:
+    """How samples become rows. Small samples of a split that fits into the cache are kept decoded.
 
     Raises:
-        UserError: the images differ in size and neither `data.image_size` nor a crop fixes one.
+        UserError: the view leaves something open, such as the size of images that differ.
     """
-    sizes = [feature.size for feature in manifest.features.values() if isinstance(feature, ImageFeature)]
-    size = data.image_size or next((size for size in sizes if size), None)
-    if sizes and size is None:
-        raise UserError(f"the images of data set {manifest.name} differ in size: set data.image_size, for example"
-                        " [224, 224]")
-    split = manifest.splits.get(data.train_split if training else data.eval_split)
-    pixels = sum(f.channels * math.prod(f.size) for f in manifest.features.values()
-                 if isinstance(f, ImageFeature) and f.size)
-    small = 0 < pixels <= KEEP_DECODED_BYTES and (split.samples if split else 0) * pixels <= KEEP_DATA_BYTES
-    return SampleSpec(manifest.features, size or (0, 0), data.augment if training else None, data.eval_crop,
-                      data.max_pixels, len(manifest.classes), keep_decoded=small)
+    size = sum(feature.decoded_bytes() for feature in manifest.features.values())
+    small = 0 < size <= KEEP_DECODED_BYTES and manifest.split(split).samples * size <= data.cache_bytes
+    spec = SampleSpec(manifest.features, data, len(manifest.classes), training, small)
+    spec.shapes()
+    return spec
 
 
 def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> SamplePlan:
@@ -175,12 +164,11 @@ def _work(data: DataConfig, manifest: Manifest, plan: SamplePlan | EvalPlan, *, 
           batch: int, split: str | None = None) -> Work:
     name = split or data.train_split
     found = manifest.split(name)
-    spec = sample_spec(data, manifest, training=split is None)
-    row_bytes = sum(math.prod(shape) for shape, _ in spec.shapes().values())
+    spec = sample_spec(data, manifest, split=name, training=split is None)
     reader = Reader(data.url, tuple(shard.name for shard in found.shards), tuple(s.bytes for s in found.shards),
                     RowGroups.of(found), ("key", *manifest.features), data.storage_options, data.read,
-                    data.cache_bytes, row_bytes if spec.keep_decoded else 0)
-    chunk = batch * max(1, BLOCK_BYTES // (batch * max(1, row_bytes)))
+                    data.cache_bytes, spec.row_bytes if spec.keep_decoded else 0)
+    chunk = batch * max(1, BLOCK_BYTES // (batch * spec.row_bytes))
     return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
 
 

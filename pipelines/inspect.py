@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from perceiver.config import Config
-from pipelines.shards import ImageFeature, LabelFeature, Manifest, ShardInfo, arrow_schema, load_manifest
+from pipelines.features import ImageFeature, LabelFeature, LabelsFeature
+from pipelines.features.base import ViewConfig
+from pipelines.shards import Manifest, ShardInfo, arrow_schema, load_manifest
 from pipelines.storage import Folder, open_folder
-from pipelines.transforms.image import BadSample, decode
+from pipelines.transforms import BadSample
 
 LISTED = 20
 """Damaged samples and doubles that are named; all are counted."""
@@ -158,21 +160,22 @@ class _Tally:
     def add(self, row: Mapping[str, Any], manifest: Manifest, split: str, seen: dict[bytes, str]) -> None:
         """Count one sample; `seen` maps content hashes of all splits to places."""
         here = f"{split}: {row['key']}"
-        content = b"".join(value for value in row.values() if isinstance(value, bytes))
+        content = b"".join(value if isinstance(value, bytes) else value.encode() for name, value in row.items()
+                           if name != "key" and isinstance(value, bytes | str))
         self.sizes.append(len(content))
         before = seen.setdefault(hashlib.blake2b(content, digest_size=8).digest(), here)
         if before != here:
             self.doubles.append(f"{here} = {before}")
         try:
             for name, feature in manifest.features.items():
+                decoded = feature.decode(row[name], ViewConfig(), len(manifest.classes))
                 if isinstance(feature, LabelFeature):
-                    self.labels[row[name]] += 1
-                    if row[name] is None or not 0 <= row[name] < len(manifest.classes):
-                        raise BadSample(f"label {row[name]} is not one of {len(manifest.classes)} classes")
+                    self.labels[decoded] += 1
+                elif isinstance(feature, LabelsFeature):
+                    self.labels.update(row[name])
                 elif isinstance(feature, ImageFeature):
-                    image = decode(row[name] or b"", feature.channels)
-                    self.heights.append(image.height)
-                    self.widths.append(image.width)
+                    self.heights.append(decoded.height)
+                    self.widths.append(decoded.width)
         except BadSample as error:
             self.unreadable.append(f"{here}: {error}")
 

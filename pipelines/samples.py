@@ -1,6 +1,7 @@
 """From planned sample ids to decoded, augmented arrays: the work of one data task, without Ray and torch."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,12 @@ import numpy as np
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
+from pipelines.features import Feature
+from pipelines.features.base import Random, Shapes, ViewConfig
 from pipelines.permute import keys
 from pipelines.plan import EvalPlan, SamplePlan
 from pipelines.reader import Reader, RowGroup
-from pipelines.shards import Feature, ImageFeature
-from pipelines.transforms import image as images
-from pipelines.transforms.image import AugmentConfig, BadSample
+from pipelines.transforms import BadSample
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -27,27 +28,32 @@ class SampleSpec:
     """How stored samples become rows of a batch.
 
     Attributes:
-        features: what a sample consists of, by batch key.
-        image_size: (height, width) of the images of a batch.
-        augment: random changes; None in evaluation.
-        eval_crop: share of the image that the evaluation crop covers.
-        max_pixels: larger images are bad samples.
-        classes: number of classes; labels outside are bad samples.
-        keep_decoded: whether decoded images stay in the process's cache.
+        features: what a sample consists of, by name.
+        view: how it is shown.
+        classes: number of classes.
+        training: random views and replacements of bad samples, or neither.
+        keep_decoded: whether decoded samples stay in the process's cache.
     """
 
     features: Mapping[str, Feature]
-    image_size: tuple[int, int]
-    augment: AugmentConfig | None
-    eval_crop: float
-    max_pixels: int
+    view: ViewConfig
     classes: int
+    training: bool
     keep_decoded: bool
 
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape (without the batch) and type of each feature in a batch."""
-        return {name: ((f.channels, *self.image_size), np.uint8) if isinstance(f, ImageFeature) else ((), np.int64)
-                for name, f in self.features.items()}
+    def shapes(self) -> Shapes:
+        """Shape (without the batch) and type of each key of a batch.
+
+        Raises:
+            UserError: the view leaves something open.
+        """
+        return {key: shape for name, feature in self.features.items()
+                for key, shape in feature.shapes(name, self.view, self.classes).items()}
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row of a batch."""
+        return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.shapes().values())
 
 
 @dataclass(frozen=True)
@@ -116,11 +122,12 @@ class Work:
         In evaluation a bad sample is left out, since another one would be counted twice.
         """
         problems = []
-        for offset in range(group.rows if self.spec.augment is not None else 1):
+        for offset in range(group.rows if self.spec.training else 1):
             place = (row + offset) % group.rows
             number = sample_id - row + place
             try:
-                values = make_sample(self.spec, group, place, lambda n=number: sample_rng(self.seed, epoch, n))
+                rng = functools.cache(functools.partial(sample_rng, self.seed, epoch, number))
+                values = make_sample(self.spec, group, place, rng)
                 return _Found(values, number, "\n".join(problems))
             except BadSample as error:
                 key = str(group.columns["key"][place].as_py())
@@ -156,36 +163,24 @@ def _epoch_key(seed: int, epoch: int) -> int:
     return int(keys(seed, 5, epoch))
 
 
-def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: Any) -> dict[str, Any]:
+def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: Random) -> dict[str, Any]:
     """Decode one row and take its view.
 
     Args:
         spec: how.
         group: the row group.
         row: which row of it.
-        rng: makes the sample's generator; called only if something is random.
+        rng: gives the sample's generator.
 
     Raises:
-        BadSample: it cannot be decoded, or its label is not a class.
+        BadSample: it is damaged.
     """
     values: dict[str, Any] = {}
     for name, feature in spec.features.items():
-        if isinstance(feature, ImageFeature):
-            image = _decoded(spec, group, name, row, feature)
-            values[name] = (images.evaluation_view(image, spec.image_size, spec.eval_crop) if spec.augment is None else
-                            images.training_view(image, spec.image_size, spec.augment, rng()))
-        else:
-            label = group.columns[name][row].as_py()
-            if label is None or not 0 <= label < spec.classes:
-                raise BadSample(f"label {label} is not one of {spec.classes} classes")
-            values[name] = label
+        decoded = group.decoded.get((name, row))
+        if decoded is None:
+            decoded = feature.decode(group.columns[name][row].as_py(), spec.view, spec.classes)
+            if spec.keep_decoded:
+                group.decoded[name, row] = decoded
+        values.update(feature.show(name, decoded, spec.view, spec.training, rng))
     return values
-
-
-def _decoded(spec: SampleSpec, group: RowGroup, name: str, row: int, feature: ImageFeature) -> Any:
-    if (image := group.decoded.get((name, row))) is None:
-        encoded = group.columns[name][row].as_py()
-        image = images.decode(encoded or b"", feature.channels, spec.max_pixels)
-        if spec.keep_decoded:
-            group.decoded[name, row] = image
-    return image

@@ -9,40 +9,23 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
+from pipelines.features import Feature
 from pipelines.storage import Folder, open_folder
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
-class ImageFeature(Config):
-    """An encoded image a sample."""
-
-    kind: Literal["image"] = "image"
-    channels: int = Field(description="channels after decoding: 1 (grey) or 3 (RGB)")
-    size: tuple[int, int] | None = Field(default=None, description="(height, width) of all images; null if they differ")
-
-
-class LabelFeature(Config):
-    """One class index a sample."""
-
-    kind: Literal["label"] = "label"
-
-
-Feature = Annotated[ImageFeature | LabelFeature, Field(discriminator="kind")]
-ARROW_TYPES: dict[str, pa.DataType] = {"image": pa.binary(), "label": pa.int64()}
-
-
 def arrow_schema(features: Mapping[str, Feature]) -> pa.Schema:
     """The columns of a shard: `key` (where the sample came from) and one column a feature, under the batch's key."""
-    return pa.schema([("key", pa.string())] + [(name, ARROW_TYPES[f.kind]) for name, f in features.items()])
+    return pa.schema([("key", pa.string())] + [(name, f.arrow) for name, f in features.items()])
 
 
 class ShardInfo(Config):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from perceiver.config import UserError
-from pipelines.shards import Feature
+from pipelines.features import Feature
 
 Sample = Mapping[str, Any]
 """A row of a shard: `key` and a value for each feature."""

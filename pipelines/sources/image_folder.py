@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from PIL import Image
 
 from perceiver.config import UserError
-from pipelines.shards import ImageFeature, LabelFeature
+from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 from pipelines.storage import Folder, open_folder
 

@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from numpy.random import Generator
@@ -11,16 +12,13 @@ from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 
 from perceiver.config import Config
+from pipelines.transforms import BadSample
 
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused by their header, before memory is spent on them."""
 CROP_ATTEMPTS = 10
-
-
-class BadSample(Exception):
-    """A sample that cannot be used; the message is a short reason without the sample's name."""
 
 
 class CropConfig(Config):
@@ -50,6 +48,9 @@ class AugmentConfig(Config):
     def affine(self) -> bool:
         """Whether pixels must be interpolated."""
         return bool(self.rotate or self.shear or self.scale != (1.0, 1.0))
+
+
+UNCHANGED = AugmentConfig()
 
 
 def decode(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -107,16 +108,19 @@ def to_pixels(image: Image.Image) -> Pixels:
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConfig, rng: Generator) -> Pixels:
+def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
+                  ) -> Pixels:
     """A random view of a training image, (C, height, width) uint8.
 
     Args:
         image: decoded image, mode L or RGB.
         size: (height, width) wanted. Without a crop, an image of another size is fitted as in evaluation.
         config: what to vary.
-        rng: the only source of randomness.
+        random: gives the only source of randomness; called if the configuration changes anything.
     """
-    height, width = size
+    if config == UNCHANGED:
+        return evaluation_view(image, size, 1.0)
+    rng, (height, width) = random(), size
     if config.crop:
         box = crop_box(image.height, image.width, config.crop, rng)
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)

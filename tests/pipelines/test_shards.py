@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from perceiver.config import UserError
-from pipelines.shards import ImageFeature, LabelFeature, ShardWriter, arrow_schema, load_manifest
+from pipelines.features import ImageFeature, LabelFeature
+from pipelines.shards import ShardWriter, arrow_schema, load_manifest
 from pipelines.storage import open_folder
 from tests.pipelines.toys import write_images
 

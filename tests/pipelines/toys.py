@@ -8,16 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.shards import (
-    ImageFeature,
-    LabelFeature,
-    Manifest,
-    ShardInfo,
-    ShardWriter,
-    Split,
-    arrow_schema,
-    save_manifest,
-)
+from pipelines.features import ImageFeature, LabelFeature
+from pipelines.shards import Manifest, ShardInfo, ShardWriter, Split, arrow_schema, save_manifest
 from pipelines.sources.digits import MEMBER
 from pipelines.storage import open_folder
 

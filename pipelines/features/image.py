@@ -1,0 +1,45 @@
+"""Encoded images (PNG, JPEG, WebP, ...)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from perceiver.config import UserError
+from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.transforms.image import decode, evaluation_view, training_view
+
+
+class ImageFeature(BaseFeature):
+    """One encoded image a sample; uint8 (C, H, W) in a batch."""
+
+    arrow: ClassVar[pa.DataType] = pa.binary()
+    kind: Literal["image"] = "image"
+    channels: int = Field(description="channels after decoding: 1 (grey) or 3 (RGB)")
+    size: tuple[int, int] | None = Field(default=None, description="(height, width) of all images; null if they differ")
+
+    def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
+        """(C, height, width) uint8."""
+        size = view.image_size or self.size
+        if size is None:
+            raise UserError(f"the images of feature '{name}' differ in size: set data.image_size, such as [224, 224]")
+        return {name: ((self.channels, *size), np.uint8)}
+
+    def decoded_bytes(self) -> int:
+        """Known if all images have the same size."""
+        return self.channels * math.prod(self.size) if self.size else 0
+
+    def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
+        """A Pillow image."""
+        return decode(stored or b"", self.channels, view.max_pixels)
+
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+        """Pixels."""
+        size = view.image_size or self.size
+        assert size is not None, "shapes() was asked first"
+        if training:
+            return {name: training_view(decoded, size, view.augment, rng)}
+        return {name: evaluation_view(decoded, size, view.eval_crop)}

@@ -1,0 +1,56 @@
+"""Class labels: one a sample, or any number."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.transforms import BadSample
+
+
+class LabelFeature(BaseFeature):
+    """One class index a sample; int64 () in a batch."""
+
+    arrow: ClassVar[pa.DataType] = pa.int64()
+    kind: Literal["label"] = "label"
+
+    def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
+        """() int64."""
+        return {name: ((), np.int64)}
+
+    def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
+        """The index."""
+        return _checked(stored, classes)
+
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+        """The index."""
+        return {name: decoded}
+
+
+class LabelsFeature(BaseFeature):
+    """Any number of class indices a sample; float32 (classes,) of zeros and ones in a batch."""
+
+    arrow: ClassVar[pa.DataType] = pa.list_(pa.int64())
+    kind: Literal["labels"] = "labels"
+
+    def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
+        """(classes,) float32."""
+        return {name: ((classes,), np.float32)}
+
+    def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
+        """The vector of zeros and ones."""
+        vector = np.zeros(classes, np.float32)
+        vector[[_checked(label, classes) for label in stored or []]] = 1
+        return vector
+
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+        """The vector."""
+        return {name: decoded}
+
+
+def _checked(label: Any, classes: int) -> int:
+    if label is None or not 0 <= label < classes:
+        raise BadSample(f"label {label} is not one of {classes} classes")
+    return label

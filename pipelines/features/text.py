@@ -1,0 +1,33 @@
+"""Texts, given to the model as UTF-8 bytes."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.transforms import BadSample
+from pipelines.transforms.text import byte_tokens
+
+
+class TextFeature(BaseFeature):
+    """One text a sample; in a batch int64 (M,) ids and, under `<name>_mask`, bool (M,), True where there is a token."""
+
+    arrow: ClassVar[pa.DataType] = pa.string()
+    kind: Literal["text"] = "text"
+
+    def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
+        """(M,) int64 and (M,) bool, M = data.text_length."""
+        return {name: ((view.text_length,), np.int64), f"{name}_mask": ((view.text_length,), np.bool_)}
+
+    def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
+        """The text."""
+        if not stored:
+            raise BadSample("empty text")
+        return stored
+
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+        """Ids and mask; masking words for masked language modelling is the task's, on the device."""
+        ids, count = byte_tokens(decoded, view.text_length)
+        return {name: ids, f"{name}_mask": np.arange(view.text_length) < count}

@@ -1,0 +1,52 @@
+"""Point clouds: from stored bytes to a normalised choice of points, as for ModelNet40 in the Perceiver paper (4.3)."""
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from pydantic import Field
+
+from perceiver.config import Config
+from pipelines.transforms import BadSample
+
+Points = NDArray[np.float32]
+
+
+class PointsConfig(Config):
+    """How many points, and what is random about them in training."""
+
+    count: int = Field(default=2048, ge=1, description="points in a batch; repeated if fewer are stored")
+    scale: tuple[float, float] = Field(default=(0.99, 1.01), description="factors of each point's coordinates")
+
+
+def decode(stored: bytes) -> Points:
+    """Points (n, 3) from little-endian float32 bytes.
+
+    Raises:
+        BadSample: no points, a broken row, NaN or infinity.
+    """
+    if not stored:
+        raise BadSample("no points")
+    if len(stored) % 12:
+        raise BadSample(f"{len(stored)} bytes are no rows of three float32")
+    points = np.frombuffer(stored, "<f4").reshape(-1, 3)
+    if not np.isfinite(points).all():
+        raise BadSample("points that are not finite")
+    return points
+
+
+def normalised(points: Points) -> Points:
+    """Points with zero mean, in a cube from -1 to 1."""
+    centred = points - points.mean(axis=0)
+    return (centred / max(float(np.abs(centred).max()), 1e-12)).astype(np.float32)
+
+
+def training_view(points: Points, config: PointsConfig, rng: Generator) -> Points:
+    """A random choice of points, centred, each scaled at random, normalised: (count, 3)."""
+    chosen = points[rng.choice(len(points), config.count, replace=len(points) < config.count)]
+    centred = chosen - chosen.mean(axis=0)
+    return normalised(centred * rng.uniform(*config.scale, (config.count, 1)))
+
+
+def evaluation_view(points: Points, config: PointsConfig) -> Points:
+    """Points spread evenly over the stored order, normalised: (count, 3)."""
+    return normalised(points[np.arange(config.count) * len(points) // config.count % len(points)])
