@@ -1,0 +1,93 @@
+"""Kinds of features: stored form, decoding, what the model gets."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from perceiver.modalities.text import encode_bytes
+from pipelines.features import Feature, LabelsFeature, PointsFeature, TextFeature
+from pipelines.features.base import ViewConfig
+from pipelines.ingest import DataConfig, batch_shapes, eval_batches, train_batches
+from pipelines.shards import Manifest, ShardWriter, Split, arrow_schema, load_manifest, save_manifest
+from pipelines.storage import open_folder
+from pipelines.transforms import BadSample
+from pipelines.transforms.points import PointsConfig, evaluation_view, training_view
+
+TEXTS = ["Grüße", "a", "x" * 100, "γειά σου κόσμε", "tab\tand\nline"]
+
+
+def no_rng() -> np.random.Generator:
+    """For views without randomness."""
+    raise AssertionError("nothing here is random")
+
+
+def test_texts_become_the_ids_that_the_model_side_makes() -> None:
+    view = ViewConfig(text_length=24)
+    ids, mask = encode_bytes(TEXTS, 24)
+    for text, wanted_ids, wanted_mask in zip(TEXTS, ids, mask, strict=True):
+        got = TextFeature().show("text", text, view, True, no_rng)
+        assert torch.equal(torch.from_numpy(got["text"]), wanted_ids)
+        assert torch.equal(torch.from_numpy(got["text_mask"]), wanted_mask)
+
+
+def test_training_points_are_a_random_normalised_choice() -> None:
+    cloud = np.random.default_rng(0).normal(5, 3, (500, 3)).astype(np.float32)
+    view = training_view(cloud, PointsConfig(count=200), np.random.default_rng(1))
+    assert view.shape == (200, 3) and view.dtype == np.float32
+    assert abs(view.mean(axis=0)).max() < 1e-5 and np.abs(view).max() == pytest.approx(1, abs=1e-6)
+    other = training_view(cloud, PointsConfig(count=200), np.random.default_rng(2))
+    assert (view != other).any()
+    assert training_view(cloud[:50], PointsConfig(count=200), np.random.default_rng(1)).shape == (200, 3)
+
+
+def test_evaluation_points_are_spread_over_the_stored_ones() -> None:
+    line = np.stack([np.arange(100), np.zeros(100), np.zeros(100)], axis=1).astype(np.float32)
+    view = evaluation_view(line, PointsConfig(count=10))
+    assert np.allclose(np.diff(view[:, 0]), np.diff(view[:, 0])[0]) and view[0, 0] == -1
+    assert evaluation_view(line[:3], PointsConfig(count=10)).shape == (10, 3)
+
+
+@pytest.mark.parametrize("feature, stored, reason", [
+    (PointsFeature(), b"", "no points"),
+    (PointsFeature(), b"1234567", "no rows of three"),
+    (PointsFeature(), np.array([0, np.nan, 1], "<f4").tobytes(), "not finite"),
+    (PointsFeature(), np.array([0, np.inf, 1], "<f4").tobytes(), "not finite"),
+    (TextFeature(), "", "empty text"),
+    (TextFeature(), None, "empty text"),
+    (LabelsFeature(), [1, 9], "label 9 is not one of 4"),
+])
+def test_damage_is_a_bad_sample(feature: Any, stored: Any, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        feature.decode(stored, ViewConfig(), 4)
+
+
+def test_all_kinds_go_through_shards_and_batches_together(tmp_path: Path) -> None:
+    features: dict[str, Feature] = {"text": TextFeature(), "points": PointsFeature(), "label": LabelsFeature()}
+    rng = np.random.default_rng(0)
+    samples = [{"key": str(i), "text": TEXTS[i % 5], "label": [i % 4, 3],
+                "points": rng.normal(size=(30, 3)).astype("<f4").tobytes()} for i in range(20)]
+    folder = open_folder(str(tmp_path))
+    with ShardWriter(folder, "a.parquet", arrow_schema(features), 6) as writer:
+        writer.write(samples)
+        shard = writer.close()
+    assert shard is not None
+    save_manifest(Manifest(name="all", features=features, classes=tuple("abcd"), licence="", source="",
+                           splits={"train": Split(shards=(shard,)), "test": Split(shards=(shard,))}), folder)
+    manifest = load_manifest(str(tmp_path))
+    data = DataConfig(url=str(tmp_path), executor="inline", text_length=16, points=PointsConfig(count=8))
+    shapes = {"text": (16,), "text_mask": (16,), "points": (8, 3), "label": (4,)}
+    assert batch_shapes(data, manifest) == shapes
+    batch = next(train_batches(data, manifest, seed=0, rank=0, world=1, global_batch=20, micro_batch=20, start_step=0,
+                               stop_step=1, device="cpu"))
+    assert {name: tuple(batch[name].shape[1:]) for name in shapes} == shapes
+    assert {name: batch[name].dtype for name in shapes} == {
+        "text": torch.int64, "text_mask": torch.bool, "points": torch.float32, "label": torch.float32}
+    rows = next(eval_batches(data, manifest, split="test", rank=0, world=1, batch=20, device="cpu"))
+    for number in range(20):
+        assert rows["label"][number].nonzero().ravel().tolist() == sorted({number % 4, 3})
+        ids = rows["text"][number][rows["text_mask"][number]] - 6
+        assert bytes(ids[1:-1].tolist()).decode(errors="ignore") == TEXTS[number % 5][:14].encode()[:14].decode(
+            errors="ignore")
