@@ -15,7 +15,13 @@ from torch.optim import Optimizer
 
 
 class LightOptimizer(Optimizer):
-    """A torch optimizer whose methods are not guarded against torch.compile, so that nothing imports it."""
+    """A torch optimizer with two moments, whose methods are not guarded against torch.compile, so nothing imports it.
+
+    State per tensor as in torch's AdamW: `step` (0-d), `exp_avg` and `exp_avg_sq` (like the tensor).
+    """
+
+    steps_on_device: bool
+    """Whether `step` lies on the tensor's device, as fused kernels want, or on the CPU, where reading it is cheap."""
 
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
@@ -41,9 +47,20 @@ class LightOptimizer(Optimizer):
         """Update the tensors of one group in place."""
         raise NotImplementedError
 
+    def state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """The state of one tensor, made on first use."""
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), device=param.device if self.steps_on_device else "cpu")
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state
+
 
 class AdamW(LightOptimizer):
     """AdamW (arXiv 1711.05101): the update and the state of `torch.optim.AdamW(fused=True)`, bit for bit."""
+
+    steps_on_device = True
 
     def __init__(
         self,
@@ -57,7 +74,7 @@ class AdamW(LightOptimizer):
 
     def update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         """Update the tensors of one group in place, in one kernel."""
-        states = [self._state_of(param) for param in params]
+        states = [self.state_of(param) for param in params]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
@@ -75,11 +92,3 @@ class AdamW(LightOptimizer):
             amsgrad=False,
             maximize=False,
         )
-
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
-        return state

@@ -6,7 +6,6 @@ optimizer, and the one operator that DeepSpeed would build by itself on CPUs is 
 
 import contextlib
 import importlib
-import json
 import logging
 import math
 import os
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from perceiver.config import UserError
 from perceiver.train.deepspeed_plan import BatchPlan, DeepSpeedConfig, plan_config
 from perceiver.train.engine import (
     Batch,
@@ -30,22 +28,31 @@ from perceiver.train.engine import (
     Precision,
     StepResult,
     Task,
-    check_same_model,
     count_targets,
     cpu_float32,
     default_device,
     evaluate,
     set_learning_rate,
+    untrained,
 )
-from perceiver.train.lamb import FlatLayout, Lamb, Piece
+from perceiver.train.lamb import Lamb
 from perceiver.train.optim import OptimConfig, build_optimizer
 from perceiver.train.ranks import Ranks, random_state, set_random_state
 from perceiver.train.schedules import Schedule
+from perceiver.train.state import (
+    FlatLayout,
+    Layouts,
+    Piece,
+    check_header,
+    load_shards,
+    load_tensors,
+    save_header,
+    save_shard,
+    save_tensors,
+    whole_layouts,
+)
 
 __all__ = ["BatchPlan", "DeepSpeedConfig", "DeepSpeedEngine", "init_distributed", "plan_config"]
-
-_TAG = "zero"
-_META = "engine.json"
 
 
 def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -154,12 +161,14 @@ class DeepSpeedEngine:
         self._task, self._optim, self._schedule = task, optim, schedule
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self._params = [param for param in module.parameters() if param.requires_grad]
-        optimizer = build_optimizer(optim, module.to(self.device))
-        groups: list[list[Any]] = [list(group["params"]) for group in optimizer.param_groups]
-        self._engine = _initialize(module, optimizer, plan)
+        names = {id(param): name for name, param in module.named_parameters()}
+        self._optimizer = build_optimizer(optim, module.to(self.device))
+        groups: list[list[Any]] = [list(group["params"]) for group in self._optimizer.param_groups]
+        self._engine = _initialize(module, self._optimizer, plan)
         self.module: nn.Module = self._engine.module
-        if isinstance(optimizer, Lamb) and self.zero_stage > 0:
-            optimizer.shard(_flat_layouts(groups, optimizer, self.zero_stage, self.rank), self._sum_norms)
+        self._layouts = _layouts(groups, self._optimizer, names, self.zero_stage, self.rank)
+        if isinstance(self._optimizer, Lamb) and self.zero_stage > 0:
+            self._optimizer.shard(self._layouts, self._sum_norms)
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """One optimizer step, number `step` counted from 0."""
@@ -215,56 +224,33 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         """Write this rank's shard and generators below the folder, which may be another one on each rank.
 
-        Rank 0 adds `engine.json`: ZeRO stage, world size, optimizer and shapes.
+        At stages 1 to 3 each rank writes what it holds, at stage 0 rank 0 writes all; rank 0 adds buffers and a header.
         """
-        (folder / _TAG).mkdir(parents=True, exist_ok=True)
-        with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        torch.save(random_state(self.device), folder / f"rng-{self.rank}.pt")
+        folder.mkdir(parents=True, exist_ok=True)
+        writers = self.world if self.zero_stage > 0 else 1
+        if self.rank < writers:
+            save_shard(folder, self.rank, self._layouts, self._optimizer)
+        save_tensors(folder, f"rng-{self.rank:05d}", random_state(self.device))
+        rest = {name: _gathered(tensor) for name, tensor in untrained(self.module).items()}
         if self.rank == 0:
-            meta = {
-                "zero_stage": self.zero_stage,
-                "world": self.world,
-                "optim": self._optim.kind,
-                "shapes": self._shapes,
-            }
-            (folder / _META).write_text(json.dumps(meta, indent=1))
+            save_tensors(folder, "rest", rest)
+            facts = {"optim": self._optim.kind, "world": self.world, "zero_stage": self.zero_stage}
+            save_header(folder, self._shapes, writers, **facts)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote into the same folder by all ranks.
+        """Restore what an engine's `save` wrote, merged into one folder: from any ZeRO stage and number of workers.
 
-        Raises UserError if nothing was saved there, or it was saved from another model, optimizer, ZeRO stage, or (at
-        stages 1 to 3) by another number of workers.
+        Raises UserError if nothing is there, it is incomplete, or it was saved from another model or optimizer.
         """
-        self._check_loadable(folder)
-        with _quiet():
-            path, _ = self._engine.load_checkpoint(
-                str(folder), tag=_TAG, load_lr_scheduler_states=False, load_module_strict=True
-            )
-        if path is None:
-            raise UserError(f"DeepSpeed found no checkpoint in {folder}; wanted a folder written by this engine's save")
-        generators = folder / f"rng-{self.rank}.pt"
-        if generators.is_file():
-            set_random_state(torch.load(generators, weights_only=True), self.device)
-
-    def _check_loadable(self, folder: Path) -> None:
-        path = folder / _META
-        if not path.is_file():
-            raise UserError(f"no training state {path}; wanted a folder written by this engine's save")
-        meta = json.loads(path.read_text())
-        check_same_model(self._shapes, {name: tuple(shape) for name, shape in meta["shapes"].items()}, path)
-        ours = {"optim.kind": self._optim.kind, "deepspeed.zero_stage": self.zero_stage}
-        theirs = {"optim.kind": meta["optim"], "deepspeed.zero_stage": meta["zero_stage"]}
-        for key, value in ours.items():
-            if theirs[key] != value:
-                raise UserError(
-                    f"{path} was saved with {key} = {theirs[key]!r}, this run has {value!r}; make them agree"
-                )
-        if meta["world"] != self.world and self.zero_stage > 0:
-            raise UserError(
-                f"{path} was saved by {meta['world']} workers, this run has {self.world}; "
-                f"ZeRO stage {self.zero_stage} restores at the same number: set cluster.workers={meta['world']}"
-            )
+        header = check_header(folder, self._shapes, self._optim.kind)
+        self._engine.global_steps = load_shards(folder, header["writers"], self._layouts, self._optimizer)
+        _refresh_weights(self._engine.optimizer, self.zero_stage)
+        rest = load_tensors(folder, "rest") or {}
+        for name, tensor in untrained(self.module).items():
+            _assign(tensor, rest[name])
+        generators = load_tensors(folder, f"rng-{self.rank:05d}")
+        if generators is not None:
+            set_random_state(generators, self.device)
 
     def weights(self) -> dict[str, Tensor] | None:
         """The full float32 CPU state dict on rank 0, None elsewhere; gathers what ZeRO has sharded."""
@@ -273,9 +259,10 @@ class DeepSpeedEngine:
         full: dict[str, Tensor] = {}
         tensor: Any
         for name, tensor in self.module.state_dict(keep_vars=True).items():
-            sharded = self.zero_stage > 0 and isinstance(tensor, nn.Parameter) and tensor.requires_grad
-            if sharded and (self.zero_stage == 3 or tensor.dtype != torch.float32):
+            trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            if trained and (self.zero_stage == 3 or (self.zero_stage > 0 and tensor.dtype != torch.float32)):
                 tensor = safe_get_full_fp32_param(tensor)
+            tensor = _gathered(tensor)
             if self.rank == 0:
                 full |= cpu_float32({name: tensor})
         return full if self.rank == 0 else None
@@ -313,29 +300,62 @@ class _Sink:
         return None
 
 
-def _flat_layouts(groups: list[list[Any]], optimizer: Lamb, zero_stage: int, rank: int) -> dict[Tensor, FlatLayout]:
-    """Which slice of each flat tensor that ZeRO has made belongs to which parameter.
+def _gathered(tensor: Any) -> Tensor:
+    """The tensor in full, also if it is a frozen parameter that ZeRO-3 has cut; every rank must call it."""
+    if not hasattr(tensor, "ds_id"):
+        return tensor
+    import deepspeed
 
-    groups: the parameters of each group as they were before DeepSpeed replaced them.
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+def _assign(tensor: Any, value: Tensor) -> None:
+    """Overwrite a buffer or a frozen parameter, also one that ZeRO-3 has cut."""
+    if not hasattr(tensor, "ds_id"):
+        tensor.detach().copy_(value)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+        tensor.data.copy_(value)
+
+
+def _refresh_weights(zero: Any, zero_stage: int) -> None:
+    """Make the model's weights what the optimizer's flat tensors say."""
+    if zero_stage in (1, 2):
+        zero.update_lp_params()
+    elif zero_stage == 3:
+        zero._partition_all_parameters()
+        for number in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        zero._post_step(set())
+
+
+def _layouts(groups: list[list[Any]], optimizer: Any, names: dict[int, str], stage: int, rank: int) -> Layouts:
+    """Which elements of which parameters the optimizer's tensors hold on this rank.
+
+    groups: the parameters of each group as they were before DeepSpeed replaced them. names: by id of the parameter.
     """
-    if zero_stage == 3:
-        return _stage3_layouts(groups, rank)
+    if stage == 0:
+        return whole_layouts((names[id(param)], param) for params in groups for param in params)
+    if stage == 3:
+        return _stage3_layouts(groups[0][0]._z3_optimizer, names, rank)
     layouts = {}
     for params, group in zip(groups, optimizer.param_groups, strict=True):
         (flat,) = group["params"]
-        fragments = [(number, param._hp_mapping) for number, param in enumerate(params)]
-        pieces = tuple(
-            Piece(number, fragment.hp_fragment_address.start, fragment.hp_fragment_address.numel)
-            for number, fragment in fragments
-            if fragment is not None and fragment.hp_fragment_address.numel > 0
-        )
-        layouts[flat] = FlatLayout(pieces, len(params))
+        pieces = []
+        for number, param in enumerate(params):
+            held = param._hp_mapping
+            if held is not None and held.hp_fragment_address.numel > 0:
+                here, there = held.hp_fragment_address, held.lp_fragment_address
+                pieces.append(Piece(number, there.start, here.start, here.numel))
+        layouts[flat] = FlatLayout(tuple(names[id(param)] for param in params), tuple(pieces))
     return layouts
 
 
-def _stage3_layouts(groups: list[list[Any]], rank: int) -> dict[Tensor, FlatLayout]:
+def _stage3_layouts(zero: Any, names: dict[int, str], rank: int) -> Layouts:
     """Stage 3 cuts every parameter over the ranks and lays the cuts one after another, in sub-groups."""
-    zero: Any = groups[0][0]._z3_optimizer
     layouts = {}
     for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         pieces, offset = [], 0
@@ -343,7 +363,7 @@ def _stage3_layouts(groups: list[list[Any]], rank: int) -> dict[Tensor, FlatLayo
             share = param.partition_numel()
             length = min(share, max(0, param.ds_numel - rank * share))
             if length:
-                pieces.append(Piece(number, offset, length))
+                pieces.append(Piece(number, rank * share, offset, length))
             offset += share
-        layouts[flat] = FlatLayout(tuple(pieces), len(params))
+        layouts[flat] = FlatLayout(tuple(names[id(param)] for param in params), tuple(pieces))
     return layouts

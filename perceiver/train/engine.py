@@ -21,6 +21,15 @@ from perceiver.config import UserError
 from perceiver.train.optim import OptimConfig, build_optimizer
 from perceiver.train.ranks import Pending, Ranks, random_state, set_random_state
 from perceiver.train.schedules import Schedule
+from perceiver.train.state import (
+    check_header,
+    load_shards,
+    load_tensors,
+    save_header,
+    save_shard,
+    save_tensors,
+    whole_layouts,
+)
 
 Batch = dict[str, Tensor]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -201,6 +210,15 @@ def cpu_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def untrained(module: nn.Module) -> dict[str, Tensor]:
+    """What of the state dict the optimizer does not hold: buffers and frozen parameters, the tensors themselves."""
+    return {
+        name: tensor
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad)
+    }
+
+
 class TorchEngine:
     """The engine protocol with torch alone.
 
@@ -226,6 +244,9 @@ class TorchEngine:
         self._task, self._optim, self._schedule = task, optim, schedule
         self._params = [param for param in module.parameters() if param.requires_grad]
         self._optimizer = build_optimizer(optim, module)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        named = ((name, param) for name, param in module.named_parameters() if param.requires_grad)
+        self._layouts = whole_layouts(named)
         self.ranks.broadcast([*(param.data for param in module.parameters()), *module.buffers()])
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
@@ -278,28 +299,27 @@ class TorchEngine:
         return self.ranks.sum(values)
 
     def save(self, folder: Path) -> None:
-        """Write `state.pt` (rank 0: weights and optimizer) and `rng-RANK.pt` below the folder."""
+        """Write this rank's generators, and on rank 0 weights, moments and buffers, below the folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(random_state(self.device), folder / f"rng-{self.rank}.pt")
+        save_tensors(folder, f"rng-{self.rank:05d}", random_state(self.device))
         if self.rank == 0:
-            state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
-            torch.save(state, folder / "state.pt")
+            save_shard(folder, 0, self._layouts, self._optimizer)
+            save_tensors(folder, "rest", untrained(self.module))
+            save_header(folder, self._shapes, writers=1, optim=self._optim.kind, world=self.world, zero_stage=None)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, at any world size; the generators too if this rank saved them.
+        """Restore what an engine's `save` wrote, at any world size; the generators too if this rank saved them.
 
-        Raises UserError if `state.pt` is missing or was saved from another model.
+        Raises UserError if nothing is there, or it was saved from another model or optimizer.
         """
-        path = folder / "state.pt"
-        if not path.is_file():
-            raise UserError(f"no training state {path}; wanted a folder written by this engine's save")
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        check_same_model(self.module.state_dict(), state["module"], path)
-        self.module.load_state_dict(state["module"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        generators = folder / f"rng-{self.rank}.pt"
-        if generators.is_file():
-            set_random_state(torch.load(generators, weights_only=True), self.device)
+        header = check_header(folder, self._shapes, self._optim.kind)
+        load_shards(folder, header["writers"], self._layouts, self._optimizer)
+        rest = load_tensors(folder, "rest") or {}
+        for name, tensor in untrained(self.module).items():
+            tensor.detach().copy_(rest[name])
+        generators = load_tensors(folder, f"rng-{self.rank:05d}")
+        if generators is not None:
+            set_random_state(generators, self.device)
 
     def weights(self) -> dict[str, Tensor] | None:
         """The full float32 CPU state dict on rank 0, None elsewhere."""
@@ -309,18 +329,3 @@ class TorchEngine:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
-
-
-def check_same_model(ours: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
-    """UserError naming the first difference between two state dicts (name -> tensor or shape), if there is one."""
-    for name in sorted(ours.keys() | saved.keys()):
-        mine, theirs = _shape_of(ours.get(name)), _shape_of(saved.get(name))
-        if mine != theirs:
-            raise UserError(
-                f"{path} is from another model: {name} has shape {theirs} there, {mine} in the recipe's model; "
-                "use the recipe of that checkpoint, or start a new run"
-            )
-
-
-def _shape_of(tensor: Any) -> str:
-    return "(absent)" if tensor is None else str(tuple(getattr(tensor, "shape", tensor)))

@@ -11,36 +11,13 @@ as optax composes it: scale_by_adam, add_decayed_weights, scale_by_trust_ratio, 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perceiver.train.adamw import LightOptimizer
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The slice [start, start + length) of a flat tensor that belongs to the parameter with this number.
-
-    Parameters are numbered within one flat tensor's group, alike on every rank.
-    """
-
-    parameter: int
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class FlatLayout:
-    """How parameters lie in one flat tensor: this rank's pieces, and the number of parameters over all ranks.
-
-    What no piece covers is padding: it is updated with a trust ratio of 1 and counts in no norm.
-    """
-
-    pieces: tuple[Piece, ...]
-    parameters: int
+from perceiver.train.state import FlatLayout
 
 
 class Lamb(LightOptimizer):
@@ -50,7 +27,7 @@ class Lamb(LightOptimizer):
     partitions, it calls `shard` to say which slice belongs to which parameter; squared norms are then summed over the
     ranks (one small all-reduce for each flat tensor and step), so that the update is the unsharded one.
 
-    State per tensor as in torch's AdamW: `step`, `exp_avg`, `exp_avg_sq`. Parameters are expected in float32.
+    Parameters are expected in float32.
     """
 
     def __init__(
@@ -74,6 +51,8 @@ class Lamb(LightOptimizer):
         self._layouts = {id(flat): layout for flat, layout in layouts.items()}
         self._all_reduce = all_reduce
 
+    steps_on_device = False
+
     def update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         """Update the tensors of one group in place."""
         updates = self._adam_updates(params, grads, group)
@@ -83,7 +62,7 @@ class Lamb(LightOptimizer):
     def _adam_updates(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Bias-corrected Adam directions plus weight decay, one per tensor; moves the moments on."""
         beta1, beta2 = group["betas"]
-        states = [self._state_of(param) for param in params]
+        states = [self.state_of(param) for param in params]
         steps = [int(state["step"]) + 1 for state in states]
         first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]
@@ -101,14 +80,6 @@ class Lamb(LightOptimizer):
             torch._foreach_add_(updates, params, alpha=group["weight_decay"])
         return list(updates)
 
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU: it is read each step
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
-        return state
-
     def _scale_by_trust(self, params: list[Tensor], updates: list[Tensor]) -> None:
         """Multiply each parameter's part of the updates by its trust ratio, in place."""
         if self._all_reduce is None:
@@ -120,11 +91,11 @@ class Lamb(LightOptimizer):
 
     def _scale_flat_by_trust(self, param: Tensor, update: Tensor) -> None:
         layout = self._layouts[id(param)]
-        squares = torch.zeros(2, layout.parameters, dtype=torch.float32, device=param.device)
-        parts = [update.narrow(0, piece.start, piece.length) for piece in layout.pieces]
+        squares = torch.zeros(2, len(layout.names), dtype=torch.float32, device=param.device)
+        parts = [update.narrow(0, piece.offset, piece.length) for piece in layout.pieces]
         numbers = torch.tensor([piece.parameter for piece in layout.pieces], dtype=torch.int64, device=param.device)
         if parts:
-            mine = [param.narrow(0, piece.start, piece.length) for piece in layout.pieces]
+            mine = [param.narrow(0, piece.offset, piece.length) for piece in layout.pieces]
             squares[0].index_add_(0, numbers, _squared_norms(mine))
             squares[1].index_add_(0, numbers, _squared_norms(parts))
         assert self._all_reduce is not None

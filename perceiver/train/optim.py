@@ -2,13 +2,12 @@
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from perceiver.config import Config
-from perceiver.train.adamw import AdamW
+from perceiver.train.adamw import AdamW, LightOptimizer
 from perceiver.train.lamb import Lamb
 from perceiver.train.schedules import ConstantSchedule, ScheduleConfig
 
@@ -55,7 +54,7 @@ def default_eps(config: OptimConfig) -> float:
     return config.eps or _DEFAULT_EPS[config.kind]
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimConfig, module: nn.Module) -> LightOptimizer:
     """The configured optimizer over the module's trainable parameters, at the peak learning rate.
 
     Clipping and the schedule are the engine's: it clips before the step and sets each group's `lr`.

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from perceiver.train.adamw import AdamW
-from perceiver.train.lamb import FlatLayout, Lamb, Piece
+from perceiver.train.lamb import Lamb
 from perceiver.train.optim import OptimConfig, build_optimizer, build_param_groups
+from perceiver.train.state import FlatLayout, Piece
 from tests.train.engine_toys import ToyModel
 
 LR, BETA1, BETA2, EPS, DECAY = 0.01, 0.9, 0.99, 1e-6, 0.1
@@ -73,8 +74,8 @@ def test_lamb_on_flat_partitions_equals_lamb_on_parameters() -> None:
     starts = [drawn(shape, seed) for seed, shape in enumerate(SHAPES)]  # 12 + 5 + 8 = 25 elements, halves of 13
     flat = np.concatenate([start.ravel() for start in starts] + [np.zeros(1)])
     pieces = [
-        (Piece(0, 0, 12), Piece(1, 12, 1)),
-        (Piece(1, 0, 4), Piece(2, 4, 8)),
+        (Piece(0, 0, 0, 12), Piece(1, 0, 12, 1)),
+        (Piece(1, 1, 0, 4), Piece(2, 0, 4, 8)),
     ]
     halves = [nn.Parameter(torch.tensor(flat[13 * rank : 13 * rank + 13], dtype=torch.float32)) for rank in (0, 1)]
     optimizers = [Lamb([half], lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY) for half in halves]
@@ -106,7 +107,7 @@ def _step_both(
             def all_reduce(tensor: torch.Tensor, other: int = 1 - rank, dry: bool = dry) -> None:
                 squares.append(tensor.clone()) if dry else tensor.add_(squares[other])
 
-            optimizer.shard({half: FlatLayout(pieces[rank], parameters=3)}, all_reduce)
+            optimizer.shard({half: FlatLayout(("a", "b", "c"), pieces[rank])}, all_reduce)
             optimizer.step()
             if dry:
                 half.data.copy_(before[0])

@@ -1,6 +1,7 @@
 """One process of the ZeRO tests: runs every scenario in turn and writes what it saw as JSON.
 
-`python -m tests.train.zero_worker FOLDER`, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+`python -m tests.train.zero_worker train BASE`, then `restore BASE`, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+set. BASE/WORLD holds what a group of that size saves and sees; the second call restores the states of all sizes.
 """
 
 import json
@@ -24,6 +25,18 @@ KINDS = ("adamw", "lamb")
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 ROWS, MICRO_BATCHES, STEPS = 24, 3, 6
 HEAVY = ("torch._dynamo", "torch._inductor", "mlflow", "sympy", "pandas")
+SAVED = {
+    "adamw": [("2", "zero1"), ("1", "zero3")],
+    "lamb": [
+        ("1", "torch"),
+        ("2", "zero0"),
+        ("1", "zero1"),
+        ("2", "zero1"),
+        ("2", "zero2"),
+        ("1", "zero3"),
+        ("2", "zero3"),
+    ],
+}
 GPU_DEFAULTS = {"contiguous_gradients": True, "reduce_scatter": True, "overlap_comm": True}
 
 
@@ -80,6 +93,7 @@ def train_save_resume(engine: str, kind: str, folder: Path) -> dict[str, Any]:
     seen["weights"] = weights and {name: tensor.flatten().tolist() for name, tensor in weights.items()}
     seen["dtypes"] = weights and sorted({str(tensor.dtype) for tensor in weights.values()})
     seen["sum"] = first.sum([1.0, first.rank])
+    torch.manual_seed(first.rank)
     again = build(engine, kind, seed=1)
     again.load(folder)
     seen["resumed"] = run(again, range(3, STEPS))
@@ -110,23 +124,39 @@ def skip(engine: str, kind: str) -> dict[str, Any]:
 
 
 def refused_loads(folder: Path) -> dict[str, str]:
-    """The messages when a state saved by ZeRO-1 with AdamW is loaded by something else."""
+    """The messages when a state saved with AdamW is loaded by something else, or is not whole."""
     said = {}
-    for name, (engine, kind, where) in {
-        "stage": ("zero3", "adamw", folder),
-        "optim": ("zero1", "lamb", folder),
-        "nothing": ("zero1", "adamw", folder / "nothing"),
+    (torn := folder.with_name(f"torn-{dist.get_rank()}")).mkdir()
+    shutil.copy(folder / "engine.json", torn)
+    for name, (kind, where) in {
+        "optim": ("lamb", folder),
+        "nothing": ("adamw", folder / "nothing"),
+        "torn": ("adamw", torn),
     }.items():
         try:
-            build(engine, kind).load(where)
+            build("zero1", kind).load(where)
         except UserError as error:
             said[name] = str(error)
     return said
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    init_distributed()
+def restore_all(base: Path) -> dict[str, list[float]]:
+    """Two steps after loading each saved state into each engine of this world size: "WORLD/ENGINE-KIND > ENGINE"."""
+    return {
+        f"{world}/{source}-{kind} > {engine}": restored_losses(engine, kind, base / world / f"{source}-{kind}")
+        for kind, sources in SAVED.items()
+        for world, source in sources
+        for engine in ENGINES
+    }
+
+
+def restored_losses(engine: str, kind: str, folder: Path) -> list[float]:
+    again = build(engine, kind, seed=2)
+    again.load(folder)
+    return run(again, range(3, 5))["loss"]
+
+
+def train_all(folder: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     build("zero1", "adamw").step(mine(toy_rows(0, ROWS)), 0)
     seen["imported"] = [name for name in HEAVY if name in sys.modules]
@@ -138,11 +168,19 @@ def main(folder: Path) -> None:
     seen["as on GPUs"] = run(build("zero1", "lamb", zero_optimization=GPU_DEFAULTS), range(STEPS))
     # DeepSpeed keeps its autocast setting in the process, so bf16 comes last.
     seen["bf16"] = {engine: run(build(engine, "lamb", precision="bf16"), range(STEPS)) for engine in ENGINES}
-    (folder / f"seen-{dist.get_rank()}.json").write_text(json.dumps(seen))
+    return seen
+
+
+def main(phase: str, base: Path) -> None:
+    torch.set_num_threads(1)
+    init_distributed()
+    folder = base / str(dist.get_world_size())
+    seen = train_all(folder) if phase == "train" else restore_all(base)
+    (folder / f"{phase}-{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()
     time.sleep(0.2)  # gloo's threads let go of their last tensors before the interpreter ends
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))
