@@ -52,6 +52,11 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
     return rng.permutation(np.concatenate(kept)), rng.permutation(np.concatenate(held))
 
 
+def unit_archive(unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+    """All pixels and digits of the file that a unit refers to."""
+    return read_archive(unit.content["path"] or str(fetch(PACKAGE)))
+
+
 class Digits:
     """The source: 4,000 digits to train on, 1,000 held out, stratified and seeded."""
 
@@ -72,7 +77,7 @@ class Digits:
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Encode the unit's digits as PNG."""
-        images, labels = read_archive(unit.content["path"] or str(fetch(PACKAGE)))
+        images, labels = unit_archive(unit)
         for row in unit.content["rows"]:
             encoded = io.BytesIO()
             Image.fromarray(images[row]).save(encoded, "PNG")

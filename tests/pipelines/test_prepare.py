@@ -104,6 +104,66 @@ def test_row_groups_hold_a_bounded_number_of_rows_and_bytes() -> None:
     assert group_rows(samples, 64, 10) == 1
 
 
+def test_digits_are_lifted_to_points_on_their_ink(tmp_path: Path, archive: tuple[str, np.ndarray]) -> None:
+    path, table = archive
+    manifest = prepare("digit_points", path, str(tmp_path / "out"), PrepareConfig(parallel="off"))
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 160, "test": 40}
+    row = rows_of(tmp_path / "out", manifest, "test")[0]
+    image = table[int(row["key"].split("/")[1]), :-1].reshape(28, 28)
+    points = np.frombuffer(row["points"], "<f4").reshape(512, 3)
+    columns, lines = ((points[:, 0] + 1) * 14).astype(int), ((1 - points[:, 1]) * 14).astype(int)
+    on_ink = np.isclose(image[lines.clip(0, 27), columns.clip(0, 27)] / 255, points[:, 2], atol=1e-6)
+    assert on_ink.mean() > 0.99
+    assert np.corrcoef(np.bincount(lines * 28 + columns, minlength=784)[:784], image.ravel())[0, 1] > 0.3
+
+
+CATALOGUE = '''# comment
+msgid ""
+msgstr "Content-Type: text/plain\\n"
+
+#: a.py
+msgid "Good morning, everybody"
+msgstr "Guten Morgen "
+"zusammen"
+
+#, fuzzy
+msgid "Something uncertain here"
+msgstr "Etwas Ungewisses hier"
+
+msgid "one thing of many things"
+msgid_plural "%d things of many things"
+msgstr[0] "ein Ding von vielen Dingen"
+msgstr[1] "%d Dinge von vielen Dingen"
+
+msgid "short"
+msgstr "kurz"
+
+msgid "The same everywhere"
+msgstr "The same everywhere"
+
+msgid "Another good morning"
+msgstr "Guten Morgen zusammen"
+'''
+
+
+def test_languages_are_read_from_catalogues(tmp_path: Path) -> None:
+    path = tmp_path / "texts.whl"
+    with zipfile.ZipFile(path, "w") as package:
+        for language in ("en", "de", "ja"):
+            package.writestr(f"django/conf/locale/{language}/LC_MESSAGES/django.po", CATALOGUE)
+    manifest = prepare("languages", str(path), str(tmp_path / "out"), PrepareConfig(parallel="off"))
+    rows = [row for split in manifest.splits for row in rows_of(tmp_path / "out", manifest, split)]
+    assert sorted((manifest.classes[row["label"]], row["text"]) for row in rows) == [
+        ("de", "Guten Morgen zusammen"), ("de", "ein Ding von vielen Dingen"),
+        ("en", "Another good morning"), ("en", "Good morning, everybody"), ("en", "The same everywhere"),
+        ("en", "one thing of many things")]
+    assert all(row["key"].startswith("django/conf/locale/") for row in rows)
+    with zipfile.ZipFile(tmp_path / "empty.whl", "w") as package:
+        package.writestr("x", "y")
+    with pytest.raises(UserError, match="holds no translations"):
+        prepare("languages", str(tmp_path / "empty.whl"), str(tmp_path / "other"))
+
+
 def image_tree(root: Path, folders: list[str], count: int = 5, size: tuple[int, int] = (9, 7)) -> None:
     """Folders with `count` images each."""
     for number, folder in enumerate(folders):
