@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from cluster.console import RunConsole
 from cluster.preflight import Preflight, check
 from cluster.recipe import Recipe, absolute, build_recipe, for_workers, kind_of, zero_stage
 from cluster.run_folder import RunFolder, find_run, new_run, redacted_recipe
+from perceiver.config import UserError
 from perceiver.train.mlflow import (
     RunHandle,
     TrackingConfig,
@@ -90,8 +91,19 @@ def launch_training(
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
             return 0
-        outcome = _train(launch, ray_start)
+        outcome = _logged(lambda: _train(launch, ray_start))
         return _conclude(launch, outcome, as_json)
+
+
+def _logged(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do the work; what goes wrong in it stands in full in the log, and becomes one line for the user."""
+    try:
+        return work()
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  anything else is our mistake or the machine's
+        log.exception("the run could not be started")
+        return {"status": "failed", "error": one_line(error)}
 
 
 def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:

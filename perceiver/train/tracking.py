@@ -49,6 +49,10 @@ class Tracker(Protocol):
         """Record how the run ended, and stop. Nothing may be logged afterwards."""
         ...
 
+    def detach(self) -> None:
+        """Stop as `close` does, but leave the run's status to another process."""
+        ...
+
 
 class NullTracker:
     """Tracks nothing."""
