@@ -13,8 +13,11 @@ from pydantic import Field, model_validator
 
 from perceiver.config import Config
 from pipelines.transforms import BadSample
+from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
 
 Pixels = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused by their header, before memory is spent on them."""
@@ -36,6 +39,7 @@ class AugmentConfig(Config):
     shift: int = Field(default=0, ge=0, description="move by up to so many pixels in x and y, uniform; black moves in")
     rotate: float = Field(default=0.0, ge=0, le=180, description="turn by up to so many degrees either way, uniform")
     scale: tuple[float, float] = Field(default=(1.0, 1.0), description="zoom by a factor in this range, uniform")
+    rand_augment: RandAugmentConfig | None = Field(default=None, description="random operations, before any resizing")
     shear: float = Field(default=0.0, ge=0, lt=90, description="slant by up to so many degrees either way, uniform")
 
     @model_validator(mode="after")
@@ -121,12 +125,15 @@ def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConf
     if config == UNCHANGED:
         return evaluation_view(image, size, 1.0)
     rng, (height, width) = random(), size
-    if config.crop:
-        box = crop_box(image.height, image.width, config.crop, rng)
+    flip = config.flip and rng.random() < 0.5
+    box = crop_box(image.height, image.width, config.crop, rng) if config.crop else centred_box(image, size, 1.0)
+    if config.rand_augment:
+        left, top, right, bottom = map(round, box)
+        image = rand_augment(image.crop((left, top, right, bottom)), config.rand_augment, rng)
+        box = (0, 0, *image.size)
+    if (image.size, box) != ((width, height), (0, 0, width, height)):
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    elif image.size != (width, height):
-        image = fit(image, size, 1.0)
-    if config.flip and rng.random() < 0.5:
+    if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if config.affine:
         coefficients = affine_coefficients(size, config, rng)
@@ -142,24 +149,23 @@ def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConf
 def evaluation_view(image: Image.Image, size: tuple[int, int], crop: float) -> Pixels:
     """The fixed view of an evaluation image: unchanged if it has the size wanted, else fitted."""
     if image.size != (size[1], size[0]):
-        image = fit(image, size, crop)
+        box = centred_box(image, size, crop)
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
     return to_pixels(image)
 
 
-def fit(image: Image.Image, size: tuple[int, int], crop: float) -> Image.Image:
-    """Cut the largest centred box of the wanted shape, times `crop`, and resize it bicubically.
+def centred_box(image: Image.Image, size: tuple[int, int], crop: float) -> Box:
+    """The largest centred box of the shape of `size`, times `crop`.
 
     With crop 224/256 and a square size this is the papers' evaluation crop.
     """
-    height, width = size
-    ratio = crop * min(image.height / height, image.width / width)
-    box_height, box_width = height * ratio, width * ratio
-    top, left = (image.height - box_height) / 2, (image.width - box_width) / 2
-    return image.resize((width, height), Image.Resampling.BICUBIC,
-                        box=(left, top, left + box_width, top + box_height))
+    ratio = crop * min(image.height / size[0], image.width / size[1])
+    height, width = size[0] * ratio, size[1] * ratio
+    top, left = (image.height - height) / 2, (image.width - width) / 2
+    return left, top, left + width, top + height
 
 
-def crop_box(height: int, width: int, config: CropConfig, rng: Generator) -> tuple[float, float, float, float]:
+def crop_box(height: int, width: int, config: CropConfig, rng: Generator) -> Box:
     """A random box (left, top, right, bottom) of the wanted area and aspect; the centre square if ten tries miss."""
     for _ in range(CROP_ATTEMPTS):
         area = height * width * rng.uniform(*config.area)
