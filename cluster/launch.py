@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import threading
@@ -264,9 +265,12 @@ def failure_reason(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's kind and the last line of its text, which says what happened."""
+    """Return the line of an exception's text that says what happened: of a trace the last exception, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Killed)\w*\b", line)]
+    if named:
+        return named[-1][:300]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 @contextmanager
@@ -396,7 +400,8 @@ def _say_results(launch: Launch, outcome: Mapping[str, Any], report: str | None)
     figures = dict(outcome["evaluation"])
     if "accuracy" in figures:
         say(f"{recipe.data.eval_split} accuracy {100 * figures.pop('accuracy'):.1f} %")
-    say("  ".join(f"{recipe.data.eval_split} {name} {value:.4g}" for name, value in figures.items()))
+    for name, value in figures.items():
+        say(f"{recipe.data.eval_split} {name.replace('_', ' ')} {value:.4g}")
     say(f"checkpoint  {folder.checkpoints.location(outcome['step'])}")
     say(f"weights     {folder.location('model.safetensors')}")
     if report:
