@@ -6,7 +6,7 @@ the released code. `choose_path` is the one place that decides how a cross-atten
 
 import contextlib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Turn autocast off within, on devices that have it."""
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()
@@ -215,7 +215,8 @@ class CrossAttention(nn.Module):
         qk = qk_channels or input_channels
         v = v_channels or qk
         _check_heads(heads, qk, v)
-        self.heads, self.kind = heads, kind
+        self.heads = heads
+        self.kind: AttentionKind = kind
         self.input_norm = nn.LayerNorm(input_channels, eps=LAYER_NORM_EPS)
         self.query, self.key = linear(query_channels, qk), linear(input_channels, qk)
         self.value = linear(input_channels, v)
@@ -291,9 +292,8 @@ def _separable(q: Tensor, inputs: Inputs) -> Tensor:
     lead, width = sum(grid.shape[:-1]), grid.shape[-1]
     columns = per_axis[..., lead:]
     rows = _spread_rows(per_axis[..., :lead], grid.shape[:-1])
-    moments, by_row, by_column = separable_moments(
-        *(part.expand(batch, -1, -1) for part in (on_features, rows, columns)), features, scale
-    )
+    on_features, rows, columns = (part.expand(batch, -1, -1) for part in (on_features, rows, columns))
+    moments, by_row, by_column = separable_moments(on_features, rows, columns, features, scale)
     assert by_column.shape[-1] == width
     marginals = torch.cat([*_fold_rows(by_row, grid.shape[:-1]), by_column], dim=-1)
     return torch.cat([moments[..., :data], marginals @ table], dim=-1) - moments[..., data:]

@@ -249,4 +249,3 @@ DecoderConfig = Annotated[
     ClassDecoderConfig | MultitaskDecoderConfig | TokenDecoderConfig | FlowDecoderConfig | MultimodalDecoderConfig,
     Field(discriminator="kind"),
 ]
-

@@ -12,6 +12,7 @@ from perceiver.decoders import ClassDecoderConfig, DecoderConfig
 from perceiver.modalities import InputsConfig
 from perceiver.model import Encoder, Perceiver, PerceiverConfig, PerceiverIO, PerceiverIOConfig, Raw
 
+
 class PerceiverModel(PerceiverConfig):
     """A Perceiver classifier of one modality or several."""
 

@@ -229,9 +229,9 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
     """Merge mappings key by key; one of another `kind` replaces the whole."""
     result = dict(base)
     for key, value in changes.items():
-        old = result.get(key)
-        mergeable = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if mergeable and value.get("kind", old.get("kind")) == old.get("kind"):
+        old: Any = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if both and value.get("kind", old.get("kind")) == old.get("kind"):
             value = _merged(old, value)
         result[key] = value
     return result

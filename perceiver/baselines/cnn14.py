@@ -1,4 +1,4 @@
-"""CNN-14 on a log-mel spectrogram (Perceiver Table 3; Kong et al., PANNs, arXiv 1912.10211, and their released code)."""
+"""CNN-14 on a log-mel spectrogram (Perceiver Table 3; Kong et al., PANNs, arXiv 1912.10211, and its code)."""
 
 from typing import Literal, cast
 

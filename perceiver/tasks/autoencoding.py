@@ -16,6 +16,9 @@ from perceiver.config import Config
 from perceiver.modalities.audio import normalise_audio
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
 
+Signal = Literal["video", "audio"]
+_SIGNALS: tuple[Signal, ...] = ("video", "audio")
+
 
 class AutoencodingConfig(Config):
     """Reconstructs the batch keys `video` (B, F, C, H, W), `audio` (B, T) and predicts `label` (B,), as weighted."""
@@ -44,7 +47,7 @@ class Autoencoding(RandomTask):
     def __init__(self, config: AutoencodingConfig) -> None:
         super().__init__(config.seed)
         self.config = config
-        self.grids = [name for name in ("video", "audio") if config.weights.get(name)]
+        self.grids: list[Signal] = [name for name in _SIGNALS if config.weights.get(name)]
         self.label = bool(config.weights.get("label"))
 
     def count(self, batch: Batch) -> Tensor:

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -34,13 +34,13 @@ def test_kernel_against_float64(sizes, strength, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        single: Any = [t.float() for t in (*parameters, *fixed)]
+        single = cast(Any, [t.float() for t in (*parameters, *fixed)])
         assert kernels.usable(single[0])
         got: Any = kernels.forward(*single)
         expected: Any = _moments_forward(*parameters, *fixed)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
-        slopes = [torch.randn_like(t) for t in expected[:3]]
+        slopes = cast(Any, [torch.randn_like(t) for t in expected[:3]])
         delta = torch.randn_like(expected[3])
         got = kernels.backward(*single, got[3], [s.float() for s in slopes], delta.float())
         expected = _moments_backward(*parameters, *fixed, expected[3], slopes, delta)
@@ -52,7 +52,7 @@ def test_kernel_against_float64(sizes, strength, threads):
 
 def test_pure_torch_when_turned_off(monkeypatch):
     parameters, fixed = problem(2, 3, 4, 5, 6)
-    single: Any = [t.float() for t in (*parameters, *fixed)]
+    single = cast(Any, [t.float() for t in (*parameters, *fixed)])
     expected = separable_moments(*single)
     monkeypatch.setenv("PERCEIVER_KERNELS", "0")
     _build.load.cache_clear()

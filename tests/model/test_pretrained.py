@@ -18,8 +18,16 @@ TEXT = {"num_latents": 9, "d_latents": 32, "num_self_attends_per_block": 3, "num
         "num_cross_attention_heads": 4, "qk_channels": 16, "v_channels": 32, "d_model": 24,
         "max_position_embeddings": 20, "vocab_size": 50, "num_labels": 6}  # fmt: skip
 FULL_TEXT = {"qk_channels": 256, "v_channels": 1280}
-FULL_IMAGE = {"num_latents": 512, "d_latents": 1024, "num_blocks": 8, "num_self_attends_per_block": 6,
-              "num_self_attention_heads": 8, "num_cross_attention_heads": 1, "num_labels": 1000, "image_size": 224}
+FULL_IMAGE = {
+    "num_latents": 512,
+    "d_latents": 1024,
+    "num_blocks": 8,
+    "num_self_attends_per_block": 6,
+    "num_self_attention_heads": 8,
+    "num_cross_attention_heads": 1,
+    "num_labels": 1000,
+    "image_size": 224,
+}
 
 
 def theirs_of(head: str, **values: Any) -> Any:
@@ -47,7 +55,8 @@ def check_there_and_back(theirs: Any, raw: Any, expected: Any, *asked: Any) -> N
     with torch.no_grad():
         got = ours(raw, *asked)
     for name in expected if isinstance(expected, dict) else [None]:
-        a, b = (got, expected) if name is None else (got[name], expected[name])
+        a: Any = got if name is None else got[name]
+        b: Any = expected if name is None else expected[name]
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
     back = to_transformers(ours)
     assert type(back) is type(theirs)
@@ -131,8 +140,8 @@ def test_what_the_library_cannot_express_is_refused():
     points = build_model(model_config({**base, "inputs": {"kind": "points"}}), classes=3)
     with pytest.raises(UserError, match="points"):
         to_transformers(points)  # type: ignore[arg-type]
-    bands = build_model(model_config({**base, "inputs": {"kind": "image", "positions": {"bands": 3, "kind": "fourier"}}}),
-                        classes=3)  # fmt: skip
+    inputs = {"kind": "image", "positions": {"bands": 3, "kind": "fourier"}}
+    bands = build_model(model_config({**base, "inputs": inputs}), classes=3)
     with pytest.raises(UserError, match=r"model\.inputs"):
         to_transformers(bands)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="Linear"):
@@ -160,6 +169,14 @@ def test_optical_flow_head_at_full_width():
 
 @pytest.mark.slow
 def test_multimodal_autoencoding_head_at_full_size():
-    values = {"num_latents": 784, "d_latents": 512, "num_blocks": 1, "num_self_attends_per_block": 8,
-              "num_self_attention_heads": 8, "num_cross_attention_heads": 1, "num_labels": 700, "image_size": 224}
+    values = {
+        "num_latents": 784,
+        "d_latents": 512,
+        "num_blocks": 1,
+        "num_self_attends_per_block": 8,
+        "num_self_attention_heads": 8,
+        "num_cross_attention_heads": 1,
+        "num_labels": 700,
+        "image_size": 224,
+    }
     autoencoding_case(6272, 15, **values)
