@@ -164,6 +164,9 @@ class DeepSpeedEngine:
         names = {id(param): name for name, param in module.named_parameters()}
         self._optimizer = build_optimizer(optim, module.to(self.device))
         groups: list[list[Any]] = [list(group["params"]) for group in self._optimizer.param_groups]
+        if plan["bf16"]["enabled"]:
+            # The weights will be bf16, the tokens that the model computes are float32: autocast brings them together.
+            module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)
         self._engine = _initialize(module, self._optimizer, plan)
         self.module: nn.Module = self._engine.module
         self._layouts = _layouts(groups, self._optimizer, names, self.zero_stage, self.rank)

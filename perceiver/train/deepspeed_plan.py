@@ -95,6 +95,7 @@ def plan_config(
     for path, key, value in _decided_by_recipe(config, section, optim, batch):
         _settle(config, path, key, value)
     _set_precision(config, half)
+    _refuse_unsupported(config)
     _drop_autos(config)
     _set_defaults(config, device_type, parameters)
     return config
@@ -203,6 +204,21 @@ def _set_precision(config: dict[str, Any], half: bool) -> None:
     _set(config, "torch_autocast.enabled", autocast)
     if autocast and _get(config, "torch_autocast.dtype") in (None, AUTO):
         _set(config, "torch_autocast.dtype", "bfloat16")
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Refuse what would run, but not rightly."""
+    if config["bf16"]["enabled"] and _get(config, "zero_optimization.stage") == 0:
+        raise UserError(
+            "deepspeed.config has bf16.enabled = True, which needs ZeRO here: set deepspeed.zero_stage=1, "
+            'or set it to "auto" there and train.precision=bf16'
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if _get(config, f"zero_optimization.{part}.device") == "nvme":
+            raise UserError(
+                f"deepspeed.config has zero_optimization.{part}.device = 'nvme', which checkpoints do not cover; "
+                "wanted 'cpu' or 'none'"
+            )
 
 
 def _drop_autos(config: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ FEATURES, CLASSES = 6, 5
 
 
 class ToyModel(nn.Module):
-    """(B, FEATURES) -> (B, CLASSES): latents, a norm, odd parameter sizes, a buffer, and a parameter that is zero."""
+    """(B, FEATURES) -> (B, CLASSES): latents, a norm, odd sizes, a buffer, a frozen parameter, one that is zero."""
 
     scale: Tensor
 
@@ -23,6 +23,7 @@ class ToyModel(nn.Module):
         self.latents = nn.Parameter(torch.zeros(3, 7))
         self.leave = nn.Linear(7, CLASSES)
         self.shift = nn.Parameter(torch.zeros(CLASSES))
+        self.frozen = nn.Parameter(torch.zeros(9), requires_grad=False)
         self.register_buffer("scale", torch.tensor([0.5]))
         with torch.no_grad():
             for name, param in self.named_parameters():
@@ -32,7 +33,7 @@ class ToyModel(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = torch.tanh(self.norm(self.enter(inputs * self.scale)))
         attended = torch.softmax(hidden @ self.latents.T, -1) @ self.latents
-        return self.leave(hidden + attended) + self.shift
+        return self.leave(hidden + attended) + self.shift + self.frozen[:CLASSES]
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,18 @@ def test_contradictions_name_both_sides(given: dict[str, Any], message: str) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "which needs ZeRO here"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device = 'nvme'"),
+    ],
+)
+def test_what_would_not_run_rightly_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan(given)
+
+
 def test_a_stage_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match=re.escape("zero_optimization.stage = 4; wanted 0, 1, 2 or 3")):
         plan({"zero_optimization": {"stage": 4}})

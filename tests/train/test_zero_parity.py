@@ -159,6 +159,15 @@ def test_bf16_stays_near_fp32(seen: Seen, world: int, engine: str) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_the_bf16_of_a_deepspeed_json_stays_near_fp32(seen: Seen, world: int, engine: str) -> None:
+    """bf16 weights over float32 masters, with LAMB's trust ratios from the masters."""
+    ours = seen[world][0]["native bf16"][engine]
+    reference = seen[1][0]["torch lamb"]
+    assert ours["loss"] == pytest.approx(reference["first"]["loss"] + reference["second"]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_settings_of_gpus_give_the_same(seen: Seen, world: int) -> None:
     """On CPUs the plan switches some of DeepSpeed's buffering off; with it the result is the same."""
     reference = seen[1][0]["torch lamb"]

@@ -166,6 +166,10 @@ def train_all(folder: Path) -> dict[str, Any]:
     seen["skip"] = {engine: skip(engine, "lamb") for engine in ENGINES}
     seen["refused"] = refused_loads(folder / "zero1-adamw")
     seen["as on GPUs"] = run(build("zero1", "lamb", zero_optimization=GPU_DEFAULTS), range(STEPS))
+    native: dict[str, Any] = {"bf16": {"enabled": True}}
+    seen["native bf16"] = {
+        engine: run(build(engine, "lamb", precision="auto", **native), range(STEPS)) for engine in ENGINES[2:]
+    }
     # DeepSpeed keeps its autocast setting in the process, so bf16 comes last.
     seen["bf16"] = {engine: run(build(engine, "lamb", precision="bf16"), range(STEPS)) for engine in ENGINES}
     return seen
