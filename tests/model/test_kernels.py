@@ -30,7 +30,7 @@ def problem(batch: int, queries: int, features: int, height: int, width: int, st
 @pytest.mark.parametrize("sizes", [(3, 5, 2, 7, 9), (2, 8, 4, 3, 32), (1, 1, 5, 1, 50), (2, 6, 3, 20, 1)])
 @pytest.mark.parametrize("strength", [0.5, 20.0])
 def test_kernel_against_float64(sizes, strength, threads):
-    parameters, fixed = problem(*sizes, strength)
+    parameters, fixed = cast(Any, problem)(*sizes, strength)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -183,3 +183,22 @@ def test_permutation_moves_the_elements():
     straight = Inputs(inputs.data, inputs.grid).dense
     assert not torch.equal(inputs.dense, straight)
     assert torch.equal(inputs.dense[:, inputs.order.argsort()], straight)
+
+
+@pytest.mark.parametrize("kind", ["plain", "absorbed", "separable"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_close_to_float32(kind, autocast):
+    """Weights in bfloat16, or float32 weights under autocast: within bfloat16's rounding, gradients of its type."""
+    pixels = torch.randint(0, 256, (3, 1, 8, 6), dtype=torch.uint8)
+    torch.manual_seed(0)
+    model = build_model(model_config(small(attention=kind, latent_init_std=1.0)), classes=4)
+    nn.init.normal_(model.head.weight)  # type: ignore[arg-type]
+    expected = model(pixels)
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = model(pixels)
+    got.float().square().sum().backward()
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1 * float(expected.detach().abs().max()))
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
