@@ -177,9 +177,11 @@ class SamplePlan:
         epoch = positions // self.samples
         lane = positions % self.global_batch // self.draw
         begin = epoch * self.samples
+        window, start, stop = self._window(epoch, positions // self.global_batch)
         before = self._drawn(begin, lane)
         size = self._drawn(begin + self.samples, lane) - before
-        window, first, width = self._window(self._drawn(positions, lane) - before, size)
+        first = np.clip(self._drawn(start * self.global_batch, lane) - before, 0, size)
+        width = np.clip(self._drawn(stop * self.global_batch, lane) - before, 0, size) - first
         offset = self._drawn(positions, lane) - before - first
         shuffled = permute(offset, width, keys(self.seed, 1, epoch, lane, window))
         in_epoch = self._lanes_before(begin + self.samples, lane) - self._lanes_before(begin, lane) + first + shuffled
@@ -195,15 +197,17 @@ class SamplePlan:
         step, rest = np.divmod(position, self.global_batch)
         return step * lane * self.draw + np.minimum(rest, lane * self.draw)
 
-    def _window(self, index: I64, size: I64) -> tuple[I64, I64, I64]:
-        """Number, first sample and width of the window that holds the index-th of a lane's `size` samples.
+    def _window(self, epoch: I64, step: I64) -> tuple[I64, I64, I64]:
+        """Number, first step and last step (exclusive) of the window of the epoch that holds this step.
 
-        Windows of an epoch differ by at most one sample in width, so that none is a remainder too small to shuffle.
+        All lanes share these steps, so that a run of steps can hold whole windows of all of them. Windows of an epoch
+        differ by at most one step in length: none is a remainder too small to shuffle.
         """
-        count = -(-size // self.window)
-        window = ((index + 1) * count - 1) // size
-        first = window * size // count
-        return window, first, (window + 1) * size // count - first
+        begin = epoch * self.samples // self.global_batch
+        length = -(-(epoch + 1) * self.samples // self.global_batch) - begin
+        count = -(-length // max(1, self.window // self.draw))
+        window = ((step - begin + 1) * count - 1) // length
+        return window, begin + window * length // count, begin + (window + 1) * length // count
 
     def _ordered(self, epochs: I64, index: I64) -> I64:
         """The index-th sample of each epoch when row groups, but not the samples in them, are shuffled."""
@@ -218,14 +222,9 @@ class SamplePlan:
 
         A run is a unit of reading: one that covers a window reads each of its row groups once.
         """
-        lane = np.zeros(1, np.int64)
         while start < stop:
-            position = np.array([start * self.global_batch])
-            begin = position // self.samples * self.samples
-            before = self._drawn(begin, lane)
-            size = self._drawn(begin + self.samples, lane) - before
-            _, first, width = self._window(self._drawn(position, lane) - before, size)
-            end = min(stop, max(start + 1, -(-int((before + first + width)[0]) // self.draw)))
+            step = np.array([start])
+            end = min(stop, int(self._window(step * self.global_batch // self.samples, step)[2][0]))
             parts = -(-(end - start) // most)
             end = start + -(-(end - start) // parts)
             yield start, end
