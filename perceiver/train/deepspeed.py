@@ -188,7 +188,8 @@ class DeepSpeedEngine:
         counting = self.ranks.start_sum(total)
         sums = MetricSums(self.ranks)
         pending: PendingSums | None = None
-        self._engine.train()
+        if not self.module.training:
+            self._engine.train()
         for index, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
             last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(last)

@@ -267,7 +267,8 @@ class TorchEngine:
         counts, total = count_targets(self._task, micro_batches)
         counting = self.ranks.start_sum(total)
         sums = MetricSums(self.ranks)
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         for index, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
             with self._autocast():
                 output = self._task.loss(self.module, batch)
