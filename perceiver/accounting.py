@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver.config import Config
@@ -72,6 +73,30 @@ def count_flops(model: nn.Module, batch: int = 1) -> int:
     return counter.get_total_flops()
 
 
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what a fused attention kernel keeps; its numbers are never read."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, queries = q.shape[:3]
+        out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("only counts what is kept")
+
+
+class _CountFused(TorchFunctionMode):
+    """Puts `_FusedAttention` in the place of the unfused attention that the meta device would choose."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
 def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
     """Return the bytes that autograd keeps for the backward pass of a model on the meta device, parameters left out."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -84,7 +109,7 @@ def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
             kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with _CountFused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = _run(model.train(), batch)
     del output
     return sum(size for size, _ in kept.values())
