@@ -326,42 +326,29 @@ class CrossAttend(nn.Module):
     """A cross-attention layer: x = query + attention(LN(query), LN(inputs)); x += MLP(LN(x)).
 
     Args:
+        attention: the attention, whose widths the layer takes over.
         residual: whether the query is added (Perceiver IO's decoders for language, flow and Kinetics leave it out).
-        Others as for `CrossAttention`; `widening` and `activation` as for `MLP`.
+        widening, activation: as for `MLP`.
     """
 
     def __init__(
         self,
-        query_channels: int,
-        input_channels: int,
+        attention: CrossAttention,
         *,
-        heads: int = 1,
-        qk_channels: int | None = None,
-        v_channels: int | None = None,
-        output_channels: int | None = None,
+        residual: bool = True,
         widening: float = 1,
         activation: Activation = "gelu_tanh",
-        residual: bool = True,
-        kind: AttentionKind = "auto",
     ) -> None:
         super().__init__()
-        width = output_channels or query_channels
-        if residual and width != query_channels:
+        channels, width = attention.query.in_features, attention.output.out_features
+        if residual and width != channels:
             raise UserError(
-                f"output channels: got {width} with a query residual of {query_channels} channels; wanted the same "
-                "width: set query_residual to false"
+                f"output channels: got {width} with a query residual of {channels} channels; wanted the same width: "
+                "set query_residual to false"
             )
         self.residual = residual
-        self.query_norm = nn.LayerNorm(query_channels, eps=LAYER_NORM_EPS)
-        self.attention = CrossAttention(
-            query_channels,
-            input_channels,
-            heads=heads,
-            qk_channels=qk_channels,
-            v_channels=v_channels,
-            output_channels=width,
-            kind=kind,
-        )
+        self.query_norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
+        self.attention = attention
         self.mlp_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = MLP(width, widening, activation)
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from perceiver.attention import Activation, AttentionKind, CrossAttend, SelfAttend
+from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend
 from perceiver.config import Config
 from perceiver.positions import Inputs
 
@@ -172,17 +172,15 @@ class Encoder(nn.Module):
     def cross_attend(self, *, residual: bool = True) -> CrossAttend:
         """Make one layer that reads the inputs into the latents."""
         c = self.config
-        return CrossAttend(
+        attention = CrossAttention(
             c.latent_channels,
             cast(Modality, self.inputs).channels,
             heads=c.cross_heads,
             qk_channels=c.cross_qk_channels,
             v_channels=c.cross_v_channels,
-            widening=c.cross_widening,
-            activation=c.activation,
             kind=c.attention,
-            residual=residual,
         )
+        return CrossAttend(attention, residual=residual, widening=c.cross_widening, activation=c.activation)
 
 
 class Perceiver(Encoder):
@@ -269,17 +267,20 @@ class PerceiverIO(Encoder):
         self.blocks = nn.ModuleList(self.self_attends() for _ in range(1 if config.share_blocks else config.blocks))
         self.decoder = decoder
         sizes = cast(Decoder, decoder)
-        self.answer = CrossAttend(
+        attention = CrossAttention(
             sizes.channels,
             config.latent_channels,
             heads=config.decoder_heads,
             qk_channels=config.decoder_qk_channels,
             v_channels=config.decoder_v_channels,
             output_channels=sizes.output_channels,
+            kind="plain" if config.attention == "plain" else "auto",
+        )
+        self.answer = CrossAttend(
+            attention,
+            residual=config.query_residual,
             widening=config.decoder_widening,
             activation=config.activation,
-            residual=config.query_residual,
-            kind="plain" if config.attention == "plain" else "auto",
         )
 
     def encode(self, raw: Raw) -> tuple[Tensor, Inputs]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from perceiver.attention import CrossAttend, choose_path
+from perceiver.attention import CrossAttend, CrossAttention, choose_path
 from perceiver.config import UserError
 from perceiver.factory import attention_maps, build_model, model_config
 from perceiver.positions import Grid, Inputs, grid_tables
@@ -19,7 +19,7 @@ def inputs_of(shape: tuple[int, ...], data: int, *, trained: bool = False, dtype
 
 def layer_for(inputs: Inputs, **options) -> CrossAttend:
     torch.manual_seed(1)
-    layer = CrossAttend(10, inputs.channels, **options).to(inputs.data.dtype)
+    layer = CrossAttend(CrossAttention(10, inputs.channels, **options)).to(inputs.data.dtype)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.4)
     return layer
