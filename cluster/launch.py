@@ -21,7 +21,7 @@ import yaml
 
 from cluster import local
 from cluster.console import RunConsole
-from cluster.preflight import Preflight, check
+from cluster.preflight import Preflight, check, data_cpus
 from cluster.recipe import Recipe, absolute, build_recipe, for_workers, kind_of, zero_stage
 from cluster.run_folder import RunFolder, find_run, new_run, redacted_recipe
 from perceiver.config import UserError
@@ -35,10 +35,12 @@ from perceiver.train.mlflow import (
     spool_folder,
 )
 from perceiver.train.redaction import redact_text
+from pipelines.warm import warm_up
 
 log = logging.getLogger(__name__)
 
 EXIT_STOPPED = 130
+REFUSED_GRACE_S = 3.0
 
 
 @dataclass
@@ -117,6 +119,7 @@ def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
         facts = ray_start.facts()
         handle = tracking.result()
     try:
+        warm_up(launch.recipe.cluster.workers * launch.recipe.data.tasks, launch.recipe.data.cpus_per_task)
         folder.note(ray_session=facts["session"])
         _say_tracking(launch, handle)
         console.say(f"logs {folder.local / 'logs' / 'driver.log'} and {facts['session']}/logs")
@@ -189,10 +192,14 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     monitor = start_monitor()
     trainer = _trainer(launch, monitor, handle)
     outcome: dict[str, Any] = {}
+    refused: list[float] = []
 
     def show(event: dict[str, Any]) -> None:
         if event["kind"] == "ready":
             _note_worker(launch.folder, event)
+        if event["kind"] == "refused":
+            outcome.update(status="refused", error=event["error"])
+            refused.append(time.monotonic())
         launch.console.show(event)
 
     def fit() -> None:
@@ -205,7 +212,8 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     thread = threading.Thread(target=fit, daemon=True)
     with _stop_on_signal(monitor, launch.console):
         thread.start()
-        while thread.is_alive():
+        # A worker that refuses to go on leaves the others waiting for it: they end with Ray, a moment later.
+        while thread.is_alive() and not (refused and time.monotonic() - refused[0] > REFUSED_GRACE_S):
             pump(monitor, show)
             thread.join(0.1)
         pump(monitor, show)
@@ -229,7 +237,7 @@ def _trainer(launch: Launch, monitor: Any, handle: RunHandle | None) -> Any:
 
     recipe, folder = launch.recipe, launch.folder
     cluster = recipe.cluster
-    cpus = local.worker_cpus(cluster, local.cluster_cpus(), recipe.data.cpus_per_task)
+    cpus = local.worker_cpus(cluster, local.cluster_cpus(), data_cpus(recipe))
     resources = {"CPU": cpus} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     return TorchTrainer(
         train_worker,

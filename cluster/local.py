@@ -23,8 +23,14 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Else Ray ends idle data processes after a second and starts them again: stalls of seconds on few CPUs.
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+
+SMALLEST_SHARE = 0.05
+"""The least part of a CPU that a worker is placed with, and the step of default shares."""
 
 
 class ClusterConfig(Config):
@@ -54,26 +60,31 @@ def machine_cpus() -> int:
 
 
 def worker_cpus(config: ClusterConfig, cpus: float, data_cpus: float) -> float:
-    """Return the logical CPUs of one worker so that data tasks keep ``data_cpus`` of a machine's ``cpus``.
+    """Return the logical CPUs of one worker so that data tasks keep ``data_cpus`` of the ``cpus``.
 
     Ray places a worker only where its share is free, and the data tasks start only with what the workers leave: if the
-    workers took all, training would wait for data for ever.
+    workers took all, training would wait for data for ever. These are shares for placement; the threads of a worker are
+    the machine's cores divided by its workers, whatever the share.
 
     Raises:
-        UserError: there are more workers than CPUs, or nothing is left for the data tasks.
+        UserError: there are more workers than CPUs, or too little is left for the data tasks.
     """
     if config.workers > cpus:
         raise UserError(
             f"cluster.workers = {config.workers}, but there are {cpus:g} CPUs: set cluster.workers to at most {cpus:g}"
         )
-    if config.cpus_per_worker is None:
-        share = (cpus - data_cpus) / config.workers
-        return max(0.25, int(share * 4) / 4)
-    taken, most = config.cpus_per_worker * config.workers, (cpus - data_cpus) / config.workers
-    if taken + data_cpus > cpus:
+    most = (cpus - data_cpus) / config.workers
+    if most < SMALLEST_SHARE:
         raise UserError(
-            f"cluster.workers x cluster.cpus_per_worker = {taken:g} of {cpus:g} CPUs leaves less than "
-            f"the {data_cpus:g} that data tasks need: set cluster.cpus_per_worker to at most {most:g}"
+            f"data tasks need {data_cpus:g} of {cpus:g} CPUs, which leaves too little for cluster.workers = "
+            f"{config.workers}: lower data.tasks or data.cpus_per_task"
+        )
+    if config.cpus_per_worker is None:
+        return max(SMALLEST_SHARE, most // SMALLEST_SHARE * SMALLEST_SHARE)
+    if config.cpus_per_worker > most:
+        raise UserError(
+            f"cluster.cpus_per_worker = {config.cpus_per_worker:g} for {config.workers} workers leaves less of "
+            f"{cpus:g} CPUs than the {data_cpus:g} that data tasks need: set it to at most {most:g}"
         )
     return config.cpus_per_worker
 

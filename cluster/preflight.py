@@ -36,7 +36,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     manifest = load_manifest(recipe.data.url, recipe.data.storage_options)
     check_data(recipe, manifest)
     if recipe.cluster.resolved_address() is None:
-        worker_cpus(recipe.cluster, machine_cpus(), recipe.data.cpus_per_task)
+        worker_cpus(recipe.cluster, machine_cpus(), data_cpus(recipe))
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
@@ -56,6 +56,15 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
 def epoch_steps_of(recipe: Recipe, manifest: Manifest) -> float:
     """Return the optimizer steps of one pass over the training data, not necessarily whole."""
     return manifest.split(recipe.data.train_split).samples / recipe.train.global_batch
+
+
+def data_cpus(recipe: Recipe) -> float:
+    """Return the CPUs that data tasks may hold at a time: each worker's training tasks, and one for its evaluation.
+
+    A training task that waits for the worker to take its rows keeps its CPU, so without room beside it an evaluation
+    could wait for ever.
+    """
+    return recipe.cluster.workers * (recipe.data.tasks + 1) * recipe.data.cpus_per_task
 
 
 def check_batch(recipe: Recipe) -> None:

@@ -33,6 +33,7 @@ from perceiver.train.mlflow import RunHandle, open_tracker
 from perceiver.train.schedules import build_schedule
 from perceiver.train.tracking import NullTracker, Tracker
 from pipelines.ingest import eval_batches, train_batches
+from pipelines.quarantine import Quarantine
 from pipelines.shards import Manifest, load_manifest
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Job:
     tracker: Tracker
     batches: Iterator[Batch]
     start_step: int
+    quarantine: Quarantine
 
     @property
     def epoch_steps(self) -> float:
@@ -85,6 +87,7 @@ class Job:
             world=self.place.world,
             batch=self.recipe.train.global_batch // self.place.world,
             device=self.place.device,
+            quarantine=self.quarantine,
         )
 
 
@@ -96,29 +99,33 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         because Ray would restart the workers to meet it again.
     """
     began = time.perf_counter()
+    place = _place()
+    monitor = MonitorClient(config["monitor"], place.rank)
     try:
         with contextlib.ExitStack() as resources:
-            job = _build(config, resources)
+            job = _build(config, place, monitor, resources)
             ready = {"seconds": time.perf_counter() - began, "pid": os.getpid(), "node": platform.node()}
-            job.monitor.send("ready", ready, urgent=True)
+            monitor.send("ready", ready, urgent=True)
             return _run(job)
     except UserError as error:
+        monitor.send("refused", {"error": str(error)}, urgent=True)
+        monitor.flush()
         return {"status": "refused", "error": str(error)}
 
 
-def _build(config: Mapping[str, Any], resources: contextlib.ExitStack) -> Job:
+def _build(config: Mapping[str, Any], place: Place, monitor: MonitorClient, resources: contextlib.ExitStack) -> Job:
     """Build everything and restore the newest checkpoint.
 
     The data pipeline starts first: its tasks come up while DeepSpeed is imported and the engine is built.
     """
     recipe = build_recipe(config["recipe"])
     folder = RunFolder(recipe.output, config["run"])
-    place = _place()
     manifest = load_manifest(recipe.data.url, recipe.data.storage_options)
-    monitor = MonitorClient(config["monitor"], place.rank)
+    quarantine = Quarantine(recipe.data.max_bad_fraction)
+    resources.callback(_write_quarantine, quarantine, folder, place.rank)
     done = _newest_step(folder, place)
     total = recipe.train.total_steps(epoch_steps_of(recipe, manifest))
-    batches = started(_training(recipe, manifest, place, done, total))
+    batches = started(_training(recipe, manifest, place, (done, total), quarantine))
     torch.manual_seed(recipe.seed)
     classes = len(manifest.classes)
     model = build_model(recipe.model, classes=classes)
@@ -132,7 +139,7 @@ def _build(config: Mapping[str, Any], resources: contextlib.ExitStack) -> Job:
         history.sinks.append(
             lambda step, metrics: monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=True)
         )
-    return Job(recipe, folder, manifest, place, engine, history, monitor, tracker, batches, done)
+    return Job(recipe, folder, manifest, place, engine, history, monitor, tracker, batches, done, quarantine)
 
 
 def started(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -148,7 +155,9 @@ def started(batches: Iterator[Batch]) -> Iterator[Batch]:
     return iterate()
 
 
-def _training(recipe: Recipe, manifest: Manifest, place: Place, start_step: int, stop_step: int) -> Iterator[Batch]:
+def _training(
+    recipe: Recipe, manifest: Manifest, place: Place, steps: tuple[int, int], quarantine: Quarantine
+) -> Iterator[Batch]:
     return train_batches(
         recipe.data,
         manifest,
@@ -157,10 +166,17 @@ def _training(recipe: Recipe, manifest: Manifest, place: Place, start_step: int,
         world=place.world,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro(place.world),
-        start_step=start_step,
-        stop_step=stop_step,
+        start_step=steps[0],
+        stop_step=steps[1],
         device=place.device,
+        quarantine=quarantine,
     )
+
+
+def _write_quarantine(quarantine: Quarantine, folder: RunFolder, rank: int) -> None:
+    """Leave the bad samples that this worker met, with their reasons, below ``quarantine/``."""
+    if quarantine.problems:
+        quarantine.write(folder.location("quarantine", f"part-{rank:05d}"))
 
 
 def _place() -> Place:

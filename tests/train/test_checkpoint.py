@@ -58,7 +58,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     engine = toy_engine()
     store.save(engine, snapshot(1))
     store.save(engine, snapshot(2))
-    victim = f"{store.folder(2)}/{MANIFEST if harm == 'manifest' else 'state.pt'}"
+    largest = max(store.manifest(2).files.items(), key=lambda item: item[1].bytes)[0]
+    victim = f"{store.folder(2)}/{MANIFEST if harm == 'manifest' else largest}"
     blob = store.fs.cat_file(victim)
     if harm == "missing":
         store.fs.rm_file(victim)
