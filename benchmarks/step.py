@@ -207,6 +207,7 @@ def timed(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
 def measure(row_name: str, implementation: str, threads: int, repeats: int) -> list[dict[str, Any]]:
     """Measure one implementation at one row in this process."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
@@ -238,7 +239,9 @@ def measure(row_name: str, implementation: str, threads: int, repeats: int) -> l
         peak = resident_mb("VmHWM") - base
         wall, cpu = timed(run, repeats)
         if not flops:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            # Fused attention is not counted by torch: its unfused form is, with the same products.
+            unfused = sdpa_kernel(SDPBackend.MATH)
+            with torch.no_grad(), unfused, FlopCounterMode(display=False) as counter:
                 for parameter in model.parameters():
                     parameter.requires_grad_(False)
                 model(x)
