@@ -35,6 +35,7 @@ from perceiver.train.mlflow import (
     spool_folder,
 )
 from perceiver.train.redaction import redact_text
+from perceiver.train.tracking import NullTracker, Tracker
 from pipelines.warm import warm_up
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Launch:
     resume: bool
     began: float
     path: str
+    background: ThreadPoolExecutor
 
 
 def launch_training(
@@ -88,8 +90,9 @@ def launch_training(
         folder = RunFolder(recipe.output, run) if run else new_run(recipe.output, recipe.name)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
-        launch = Launch(recipe, folder, preflight, console, resume, began, path)
         stack.enter_context(_log_file(folder))
+        background = stack.enter_context(ThreadPoolExecutor(2))
+        launch = Launch(recipe, folder, preflight, console, resume, began, path, background)
         folder.write("recipe.yaml", yaml.safe_dump(redacted_recipe(recipe.model_dump(mode="json")), sort_keys=False))
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
@@ -114,10 +117,9 @@ def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
     console, folder = launch.console, launch.folder
     sidecar = prewarm(_tracking(launch), folder.local)
     _say_header(launch)
-    with ThreadPoolExecutor(1) as pool:
-        tracking = pool.submit(_create_run, launch, sidecar)
-        facts = ray_start.facts()
-        handle = tracking.result()
+    tracking = launch.background.submit(_create_run, launch, sidecar)
+    facts = ray_start.facts()
+    handle = tracking.result()
     try:
         warm_up(launch.recipe.cluster.workers * launch.recipe.data.tasks, launch.recipe.data.cpus_per_task)
         folder.note(ray_session=facts["session"])
@@ -125,7 +127,8 @@ def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
         console.say(f"logs {folder.local / 'logs' / 'driver.log'} and {facts['session']}/logs")
         return {**_fit(launch, handle), "handle": handle}
     finally:
-        _stop_ray(folder, facts["session"])
+        # Ray goes down while the report is written.
+        launch.background.submit(_stop_ray, folder, facts["session"])
 
 
 def _say_header(launch: Launch) -> None:
@@ -340,8 +343,10 @@ def _conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
     go_on = f"go on with: perceiver train {launch.path} --resume --run {folder.name}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
+    handle = outcome.get("handle")
+    tracker = open_tracker(handle, spool_folder(folder.local)) if handle else NullTracker()
     report = _report(launch, outcome) if status == "finished" else None
-    _finish_run(launch, outcome, report)
+    _finish_run(launch, tracker, status, report)
     if status == "finished":
         _say_results(launch, outcome, report)
     elif status == "stopped":
@@ -386,18 +391,13 @@ def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _finish_run(launch: Launch, outcome: Mapping[str, Any], report: str | None) -> None:
+def _finish_run(launch: Launch, tracker: Tracker, status: str, report: str | None) -> None:
     """Send what is left to MLflow: recipe, report, and how the run ended."""
-    handle = outcome.get("handle")
-    if handle is None:
-        return
-    tracker = open_tracker(handle, spool_folder(launch.folder.local))
     recipe = launch.folder.local / "recipe.yaml"
     if recipe.exists():
         tracker.log_artifact(recipe)
     if report and "://" not in report:
         tracker.log_artifact(Path(report).parent, "report")
-    status = outcome.get("status")
     tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -25,6 +26,8 @@ QUIET_ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Else Ray ends idle data processes after a second and starts them again: stalls of seconds on few CPUs.
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    # A start brings up a dozen processes that mostly wait for each other; Ray's default is one a CPU at a time.
+    "RAY_worker_maximum_startup_concurrency": "8",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -80,7 +83,7 @@ def worker_cpus(config: ClusterConfig, cpus: float, data_cpus: float) -> float:
             f"{config.workers}: lower data.tasks or data.cpus_per_task"
         )
     if config.cpus_per_worker is None:
-        return max(SMALLEST_SHARE, most // SMALLEST_SHARE * SMALLEST_SHARE)
+        return math.floor(most / SMALLEST_SHARE + 1e-9) * SMALLEST_SHARE
     if config.cpus_per_worker > most:
         raise UserError(
             f"cluster.cpus_per_worker = {config.cpus_per_worker:g} for {config.workers} workers leaves less of "
@@ -107,6 +110,8 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         _use_token()
+        # One machine of our own is not taken away: without the watcher there is one process less to start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         context = ray.init(
             address="local",
             num_cpus=machine_cpus(),

@@ -18,8 +18,8 @@ from pipelines.storage import Folder, open_folder
 
 READ_THREADS = 8
 
-Key = tuple[str, int, int]
-"""Folder, shard, row group."""
+Key = tuple[str, str, tuple[str, ...], int]
+"""Folder, file, columns, row group: all that decides what is read, since one process serves every split."""
 
 
 @dataclass
@@ -96,16 +96,19 @@ class Reader:
 
     def row_groups(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], RowGroup]:
         """Read row groups (shard, group), those not in the cache at the same time."""
-        found = {place: _CACHE.get((self.url, *place)) for place in wanted}
+        found = {place: _CACHE.get(self._key(*place)) for place in wanted}
         missing = sorted(place for place, group in found.items() if group is None)
         if missing:
             folder = open_folder(self.url, self.storage_options)
             with ThreadPoolExecutor(min(READ_THREADS, len(missing))) as pool:
                 for place, group in zip(missing, pool.map(lambda place: self._read(folder, *place), missing),
                                         strict=True):
-                    _CACHE.put((self.url, *place), group, self.cache_bytes)
+                    _CACHE.put(self._key(*place), group, self.cache_bytes)
                     found[place] = group
         return {place: group for place, group in found.items() if group is not None}
+
+    def _key(self, shard: int, group: int) -> Key:
+        return self.url, self.shards[shard], self.columns, group
 
     def _read(self, folder: Folder, shard: int, group: int) -> RowGroup:
         name, columns = self.shards[shard], list(self.columns)

@@ -11,7 +11,7 @@ Examples:
 )
 @click.argument("url")
 @click.option("--verify", is_flag=True, help="Read every file and compare checksums, rows and schema.")
-@click.option("--samples/--no-samples", default=True, help="Decode every sample: class balance, doubles, unreadable ones.")
+@click.option("--samples/--no-samples", default=True, help="Decode every sample: balance, doubles, unreadables.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON line.")
 def command(url: str, verify: bool, samples: bool, as_json: bool) -> int:
     """Report on the prepared data at URL: schema, counts, class balance, sizes, doubles, unreadable samples.

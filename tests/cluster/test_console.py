@@ -67,7 +67,7 @@ def test_durations() -> None:
 
 def test_a_failure_is_one_line_without_rays_frames() -> None:
     class Group(Exception):
-        worker_failures = {1: RuntimeError("Traceback ...\n  File x\nRuntimeError: out of memory"), 3: ValueError("late")}
+        worker_failures = {1: RuntimeError("Traceback\n  File x\nRuntimeError: out of memory"), 3: ValueError("late")}
 
     assert failure_reason(Group("long\ntext")) == "worker 1: RuntimeError: out of memory"
     assert one_line(AttributeError("no attribute 'x'\n\nTo change retry attempts, configure ...")) == (

@@ -72,11 +72,11 @@ def test_more_workers_than_cpus(tree: dict[str, Any]) -> None:
 
 
 def test_workers_that_leave_too_little_for_the_data_tasks() -> None:
-    with pytest.raises(UserError, match=r"cpus_per_worker = 1 for 2 workers leaves less of 2 CPUs than the 1.5 .* 0.25"):
+    with pytest.raises(UserError, match=r"cpus_per_worker = 1 for 2 workers leaves less of 2 CPUs .* 0.25"):
         worker_cpus(ClusterConfig(workers=2, cpus_per_worker=1), cpus=2, data_cpus=1.5)
     with pytest.raises(UserError, match=r"leaves too little for cluster.workers = 2: lower data.tasks"):
         worker_cpus(ClusterConfig(workers=2), cpus=2, data_cpus=2)
-    assert worker_cpus(ClusterConfig(workers=2), cpus=2, data_cpus=1.5) == pytest.approx(0.25)
+    assert worker_cpus(ClusterConfig(workers=2), cpus=2, data_cpus=1.4) == pytest.approx(0.3)
     assert worker_cpus(ClusterConfig(workers=1), cpus=2, data_cpus=0.75) == pytest.approx(1.25)
 
 

