@@ -206,7 +206,10 @@ def test_half_precision_is_close_to_float32(kind, autocast):
 
 @pytest.mark.slow
 def test_full_size_separable_within_1e_4_of_plain():
-    """The paper's ImageNet cross-attend, float32: outputs and every gradient, relative to the largest value."""
+    """The paper's ImageNet cross-attend, float32: outputs and every gradient, relative to the largest value.
+
+    The key bias, whose true gradient is zero, is compared by absolute size.
+    """
     table = grid_tables((224, 224), 64, (224.0, 224.0), torch.float32, torch.device("cpu"))
     inputs = Inputs(torch.randn(1, 224 * 224, 3), Grid((224, 224), table))
     torch.manual_seed(0)
@@ -215,4 +218,4 @@ def test_full_size_separable_within_1e_4_of_plain():
     expected, gradients = outputs_and_gradients(layer, query, inputs, "plain")
     got, fast = outputs_and_gradients(layer, query, inputs, "separable")
     for a, b in zip((got, *fast), (expected, *gradients), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * max(float(b.detach().abs().max()), 1e-2))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * max(float(b.detach().abs().max()), 0.1))
