@@ -126,10 +126,9 @@ def _status(event: Mapping[str, Any]) -> str:
 
 
 def _pairs(metrics: Mapping[str, float]) -> str:
-    """Return ``name value`` pairs; shares such as accuracy in per cent."""
-    return "  ".join(
-        f"{k} {v:.1%}" if k.startswith(("accuracy", "top")) else f"{k} {v:.4g}" for k, v in metrics.items()
-    )
+    """Return ``name value`` pairs; shares such as accuracy in per cent, secondary ones (top-5) left to the report."""
+    shown = {name: value for name, value in metrics.items() if not name.endswith("_top5")}
+    return "  ".join(f"{k} {v:.1%}" if k.startswith("accuracy") else f"{k} {v:.4g}" for k, v in shown.items())
 
 
 def _duration(seconds: float | None) -> str:
