@@ -33,6 +33,7 @@ from perceiver.train.engine import (
     default_device,
     evaluate,
     set_learning_rate,
+    tell_step,
     untrained,
 )
 from perceiver.train.lamb import Lamb
@@ -175,6 +176,7 @@ class DeepSpeedEngine:
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """One optimizer step, number `step` counted from 0."""
+        tell_step(self._task, step)
         lr = self._optim.lr * self._schedule(step)
         set_learning_rate(self._engine.optimizer, lr)
         pending = self._accumulate(micro_batches)

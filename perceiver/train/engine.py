@@ -168,6 +168,7 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Rank
     Raises UserError if there is no batch or no valid target.
     """
     sums = MetricSums(ranks)
+    tell_step(task, 0)
     training = model.training
     model.eval()
     try:
@@ -182,6 +183,12 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Rank
     if math.isnan(loss) and not metrics:
         raise UserError("the evaluation set has no valid target: check the data's split and labels")
     return metrics
+
+
+def tell_step(task: Task, step: int) -> None:
+    """Tell a task that draws at random (MixUp, word masks) which step it draws for, so that a resume repeats it."""
+    if hasattr(task, "step"):
+        task.step = step  # pyright: ignore[reportAttributeAccessIssue] only some tasks draw
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
@@ -251,6 +258,7 @@ class TorchEngine:
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """One optimizer step, number `step` counted from 0."""
+        tell_step(self._task, step)
         lr = self._optim.lr * self._schedule(step)
         set_learning_rate(self._optimizer, lr)
         pending = self._accumulate(micro_batches)

@@ -159,6 +159,22 @@ def test_weights_are_whole_and_float32() -> None:
     assert not torch.equal(weights["latents"], run.module.state_dict()["latents"])
 
 
+def test_a_task_that_draws_is_told_the_step() -> None:
+    class Drawing(ToyTask):
+        step = -1
+
+        def count(self, batch: Batch) -> torch.Tensor:
+            steps.append(self.step)
+            return super().count(batch)
+
+    steps: list[int] = []
+    schedule = build_schedule(ConstantSchedule(), total_steps=10, steps_per_epoch=5)
+    drawing = TorchEngine(ToyModel(), Drawing(), OptimConfig(), schedule, device=CPU)
+    drawing.step(share(toy_rows(7, 20), 0, 1, 1), 7)
+    drawing.evaluate(share(toy_rows(0, 20), 0, 1, 1))
+    assert steps == [7, 0]
+
+
 def test_sum_over_one_rank_is_the_value() -> None:
     assert engine().sum([1.5, -2.0]) == [1.5, -2.0]
 
