@@ -422,5 +422,6 @@ def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     """Return the commands that a user would want next, by caption."""
     recipe, handle = launch.recipe, outcome.get("handle")
     more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
-    commands = {"mlflow": f"mlflow ui --backend-store-uri {redact_text(handle.uri)}"} if handle else {}
+    store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
+    commands = {"mlflow": f"mlflow ui --backend-store-uri {store}"} if handle else {}
     return {**commands, "train on": f"perceiver train {launch.path} --resume --run {launch.folder.name} {more}"}
