@@ -11,6 +11,7 @@ from cluster.run_folder import RunFolder
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.train.checkpoint import CheckpointManifest, parameter_difference
+from perceiver.train.deepspeed_plan import BatchPlan, plan_config
 from pipelines.ingest import DataConfig, batch_shapes
 from pipelines.shards import Manifest, load_manifest
 
@@ -40,6 +41,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    check_deepspeed(recipe, sum(p.numel() for p in model.parameters()))
     checkpoint = folder.checkpoints.newest() if resume else None
     if checkpoint is not None:
         check_resume(recipe, folder, checkpoint, shapes)
@@ -76,6 +78,21 @@ def check_batch(recipe: Recipe) -> None:
         below, above = batch // portion * portion, (batch // portion + 1) * portion
         choice = f"{below} or {above}" if below else str(above)
         raise UserError(f"train.global_batch {batch} is not divisible by {factors} = {portion}: set it to {choice}")
+
+
+def check_deepspeed(recipe: Recipe, parameters: int) -> None:
+    """Refuse DeepSpeed settings that contradict the recipe, and a DeepSpeed JSON that is not there."""
+    workers = recipe.cluster.workers
+    batch = BatchPlan(recipe.train.micro(workers), recipe.train.accumulation(workers), workers)
+    device = "cuda" if recipe.cluster.gpus_per_worker else "cpu"
+    plan_config(
+        recipe.deepspeed,
+        recipe.optim,
+        batch,
+        precision=recipe.train.precision,
+        device_type=device,
+        parameters=parameters,
+    )
 
 
 def check_data(recipe: Recipe, manifest: Manifest) -> None:

@@ -65,6 +65,19 @@ def test_a_batch_that_cannot_be_shared_out(tree: dict[str, Any]) -> None:
     assert "set it to 6" in refused(tree)
 
 
+def test_deepspeed_settings_that_contradict_the_recipe(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["deepspeed"] = {"config": {"train_batch_size": 99}}
+    message = refused(tree)
+    assert "99" in message and "train.global_batch" in message
+    tree["deepspeed"] = {"config": str(tmp_path / "missing.json")}
+    assert "missing.json: no such file" in refused(tree)
+
+
+def test_heads_that_do_not_divide_the_width(tree: dict[str, Any]) -> None:
+    tree["model"]["heads"] = 5
+    assert "heads" in refused(tree)
+
+
 def test_more_workers_than_cpus(tree: dict[str, Any]) -> None:
     tree["cluster"] = {"workers": 64}
     tree["train"]["global_batch"] = 64
