@@ -23,7 +23,7 @@ from cluster import local
 from cluster.console import RunConsole
 from cluster.preflight import Preflight, check, data_cpus
 from cluster.recipe import Recipe, absolute, build_recipe, for_workers, kind_of, zero_stage
-from cluster.run_folder import RunFolder, find_run, new_run, redacted_recipe
+from cluster.run_folder import RunFolder, find_run, named_run, new_run, redacted_recipe
 from perceiver.config import UserError
 from perceiver.train.mlflow import (
     RunHandle,
@@ -87,7 +87,7 @@ def launch_training(
     if resume:
         folder = find_run(recipe.output, recipe.name, run)
     else:
-        folder = RunFolder(recipe.output, run) if run else new_run(recipe.output, recipe.name)
+        folder = named_run(recipe.output, run) if run else new_run(recipe.output, recipe.name)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
         stack.enter_context(_log_file(folder))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from cluster.local import machine_cpus, worker_cpus
-from cluster.recipe import Recipe
+from cluster.recipe import Recipe, kind_of
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
 from perceiver.factory import build_model
@@ -14,6 +14,9 @@ from perceiver.train.checkpoint import CheckpointManifest, parameter_difference
 from perceiver.train.deepspeed_plan import BatchPlan, plan_config
 from pipelines.ingest import DataConfig, batch_shapes
 from pipelines.shards import Manifest, load_manifest
+
+TARGETS = {"classification": "label", "tagging": "labels"}
+"""The kind of the feature ``label`` that a task learns from."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,26 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
     manifest.split(recipe.data.train_split)
     manifest.split(recipe.data.eval_split)
     shapes = batch_shapes(recipe.data, manifest)
+    check_targets(recipe, manifest)
     for key, inputs in input_sections(recipe.model):
         if inputs.kind not in shapes:
             has = ", ".join(manifest.features)
             raise UserError(f"{key}.kind = {inputs.kind!r}, but {recipe.data.url} has the features {has}")
         if inputs.kind == "image":
             check_image(key, inputs, shapes["image"], recipe.data)
+
+
+def check_targets(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuse a task whose targets the data does not have."""
+    wanted = TARGETS.get(kind_of(recipe.task))
+    feature = manifest.features.get("label")
+    if wanted and kind_of(feature) != wanted:
+        has = f"the kind {kind_of(feature)!r}" if feature else "no feature 'label'"
+        fits = next((task for task, kind in TARGETS.items() if feature and kind == kind_of(feature)), None)
+        raise UserError(
+            f"task.kind = {kind_of(recipe.task)!r} wants a feature 'label' of the kind {wanted!r}, "
+            f"{recipe.data.url} has {has}: " + (f"set task.kind={fits}" if fits else "prepare the data with labels")
+        )
 
 
 def input_sections(model: Any) -> list[tuple[str, Any]]:

@@ -74,7 +74,7 @@ def absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).resolve())
 
 
-def kind_of(section: Config) -> str:
+def kind_of(section: Config | None) -> str:
     """Return the ``kind`` of a section that is one of several."""
     return str(getattr(section, "kind", ""))
 

@@ -77,6 +77,17 @@ class RunFolder:
         self.write("run.json", json.dumps(merged, indent=1) + "\n")
 
 
+def named_run(output: str, name: str) -> RunFolder:
+    """Return the folder for a run that the user names.
+
+    Raises:
+        UserError: the name is no plain folder name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"--run {name!r} is no plain name: use letters, digits, dot, dash and underscore")
+    return RunFolder(output, name)
+
+
 def new_run(output: str, name: str) -> RunFolder:
     """Return the folder for a fresh run, ``<name>-001`` or the next number that is free."""
     taken = [int(n[len(name) + 1 :]) for n in run_names(output, name)]
@@ -105,7 +116,7 @@ def find_run(output: str, recipe_name: str, run: str | None = None) -> RunFolder
         if not names:
             raise UserError(f"--resume: no run of {recipe_name!r} below {output}: start one without --resume")
         return RunFolder(output, names[-1])
-    folder = RunFolder(output, run)
+    folder = named_run(output, run)
     if not folder.facts():
         near = difflib.get_close_matches(run, names, 1)
         hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(names[-5:]) or 'none'}"

@@ -99,7 +99,7 @@ def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifes
     except NotADirectoryError:
         raise UserError(f"data folder {url} is a file: data.url wants the folder that `perceiver prepare` wrote"
                         ) from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  each file system has exceptions of its own, of missing credentials for one
         raise UserError(f"cannot read {url}/{MANIFEST}: {_first_line(error)}; check access, or prepare the data again"
                         ) from error
     return _parse_manifest(raw, f"{url}/{MANIFEST}")

@@ -60,6 +60,12 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
+    except Exception as error:  # noqa: BLE001  a mistake of ours: no trace unless it is asked for
+        if os.environ.get("PERCEIVER_TRACEBACK"):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        click.echo(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
+        code = 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         code = 130

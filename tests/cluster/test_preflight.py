@@ -9,7 +9,7 @@ import pytest
 from cluster.local import ClusterConfig, machine_cpus, worker_cpus
 from cluster.preflight import check
 from cluster.recipe import build_recipe
-from cluster.run_folder import RunFolder, find_run, new_run
+from cluster.run_folder import RunFolder, find_run, named_run, new_run
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.train.checkpoint import Snapshot
@@ -71,6 +71,17 @@ def test_deepspeed_settings_that_contradict_the_recipe(tree: dict[str, Any], tmp
     assert "99" in message and "train.global_batch" in message
     tree["deepspeed"] = {"config": str(tmp_path / "missing.json")}
     assert "missing.json: no such file" in refused(tree)
+
+
+def test_a_task_that_the_labels_do_not_fit(tree: dict[str, Any]) -> None:
+    tree["task"] = {"kind": "tagging"}
+    assert "has the kind 'label': set task.kind=classification" in refused(tree)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", ""])
+def test_a_run_name_stays_in_the_output_folder(name: str) -> None:
+    with pytest.raises(UserError, match="is no plain name"):
+        named_run("runs", name)
 
 
 def test_heads_that_do_not_divide_the_width(tree: dict[str, Any]) -> None:
