@@ -5,11 +5,12 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Launch:
     console: RunConsole
     resume: bool
     began: float
-    path: str
+    command: str
     background: ThreadPoolExecutor
 
 
@@ -63,6 +64,7 @@ def launch_training(
     tree: Mapping[str, Any],
     ray_start: local.EarlyRay,
     *,
+    overrides: Sequence[str] = (),
     resume: bool = False,
     run: str | None = None,
     as_json: bool = False,
@@ -73,6 +75,7 @@ def launch_training(
         path: the recipe's file, for messages.
         tree: what ``read_tree`` made of it and the overrides.
         ray_start: Ray, on its way up.
+        overrides: those already in the tree, for the commands that are shown.
         resume: go on with the newest run of the recipe, or with ``run``.
         run: name of the run's folder.
         as_json: print the outcome as one JSON line at the end.
@@ -92,7 +95,8 @@ def launch_training(
     with RunConsole() as console, ExitStack() as stack:
         stack.enter_context(_log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
-        launch = Launch(recipe, folder, preflight, console, resume, began, path, background)
+        command = " ".join(["perceiver train", path, *map(shlex.quote, overrides)])
+        launch = Launch(recipe, folder, preflight, console, resume, began, command, background)
         folder.write("recipe.yaml", yaml.safe_dump(redacted_recipe(recipe.model_dump(mode="json")), sort_keys=False))
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
@@ -139,7 +143,7 @@ def _say_header(launch: Launch) -> None:
     console.say(f"{launch.folder.url}: {kind_of(recipe.model)}, {preflight.parameters:,} parameters")
     console.say(
         f"data {recipe.data.url} ({', '.join(f'{n:,} {name}' for name, n in rows.items())}) · "
-        f"{recipe.cluster.workers} workers, ZeRO stage {zero_stage(recipe)} · "
+        f"{recipe.cluster.workers} worker{'s' * (recipe.cluster.workers > 1)}, ZeRO stage {zero_stage(recipe)} · "
         f"{preflight.total_steps:,} steps of {recipe.train.global_batch} ({epochs:.4g} epochs)"
     )
     if launch.resume:
@@ -341,7 +345,7 @@ def _conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     """Say how it ended and what to do next; write report and MLflow's last entries. Return the exit code."""
     status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
     folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
-    go_on = f"go on with: perceiver train {launch.path} --resume --run {folder.name}"
+    go_on = f"go on with: {launch.command} --resume --run {folder.name}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
     handle = outcome.get("handle")
     tracker = open_tracker(handle, spool_folder(folder.local)) if handle else NullTracker()
@@ -424,4 +428,4 @@ def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
     store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
     commands = {"mlflow": f"mlflow ui --backend-store-uri {store}"} if handle else {}
-    return {**commands, "train on": f"perceiver train {launch.path} --resume --run {launch.folder.name} {more}"}
+    return {**commands, "train on": f"{launch.command} --resume --run {launch.folder.name} {more}"}

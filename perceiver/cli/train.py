@@ -28,4 +28,4 @@ def command(recipe: str, overrides: tuple[str, ...], resume: bool, run: str | No
     ray_start = EarlyRay(tree.get("cluster"))
     from cluster.launch import launch_training
 
-    return launch_training(recipe, tree, ray_start, resume=resume, run=run, as_json=as_json)
+    return launch_training(recipe, tree, ray_start, overrides=overrides, resume=resume, run=run, as_json=as_json)

@@ -66,7 +66,7 @@ def library() -> Path | None:
 
 def _cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "perceiver-train" / "kernels"
+    return Path(root) / "perceiver" / "kernels"
 
 
 def _cpu_lines() -> list[str]:

@@ -136,3 +136,34 @@ def step_of(manifest: Path) -> int:
 
 def step_of_last(folder: Path) -> int:
     return max(step_of(path) for path in folder.glob("checkpoints/step-*/manifest.json"))
+
+
+def test_data_and_run_in_an_object_store(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command with URLs: shards read from S3, the run written to S3 and resumed from there."""
+    import boto3
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        settings = {"ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing", "DEFAULT_REGION": "us-east-1"}
+        for name, value in {**settings, "ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        fs = fsspec.filesystem("s3")
+        fs.put(f"{tree['data']['url']}/", "bucket/shards/", recursive=True)
+        tree["data"]["url"], tree["output"] = "s3://bucket/shards", "s3://bucket/runs"
+        code, output = run(tmp_path, tree)
+        assert code == 0, output
+        assert fs.exists("bucket/runs/small-001/report/index.html")
+        assert fs.exists("bucket/runs/small-001/checkpoints/step-00000010/manifest.json")
+        code, output = run(tmp_path, tree, "--resume", "train.epochs=3", "cluster.workers=1")
+        assert code == 0, output
+        assert "resumed at step 10 from s3://bucket/runs/small-001/checkpoints/step-00000010" in output
+        assert "goes on, experiment small" in output
+    finally:
+        server.stop()
