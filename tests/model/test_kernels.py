@@ -93,5 +93,5 @@ def test_two_processes_build_once(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
     assert [p.wait(60) for p in processes] == [0, 0]
     assert (tmp_path / "runs").read_text().count("x") == 1
-    left = sorted(p.suffix for p in (tmp_path / "cache" / "perceiver-train" / "kernels").iterdir())
+    left = sorted(p.suffix for p in (tmp_path / "cache" / "perceiver" / "kernels").iterdir())
     assert left == [".lock", ".so"]
