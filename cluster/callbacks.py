@@ -4,6 +4,8 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from cluster.failures import failure_reason
+
 
 class FailureReporter(UserCallback):
     """Sends an event for each worker failure that Ray Train recovers from."""
@@ -13,8 +15,6 @@ class FailureReporter(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Name the first worker that failed and why. Called by Ray, by keyword, in the controller's process."""
-        from cluster.launch import failure_reason
-
         error = Exception()
         error.worker_failures = worker_exceptions  # type: ignore[attr-defined]
         rank, _ = sorted(worker_exceptions.items())[0]

@@ -1,10 +1,7 @@
 """The driver of a training run: check, start Ray and MLflow side by side, train, report."""
 
-import json
 import logging
 import os
-import platform
-import re
 import shlex
 import shutil
 import signal
@@ -21,7 +18,9 @@ from typing import Any
 import yaml
 
 from cluster import local
+from cluster.conclude import conclude
 from cluster.console import RunConsole
+from cluster.failures import failure_reason, one_line
 from cluster.preflight import Preflight, check, data_cpus
 from cluster.recipe import Recipe, absolute, build_recipe, for_workers, kind_of, zero_stage
 from cluster.run_folder import RunFolder, find_run, named_run, new_run, redacted_recipe
@@ -31,17 +30,14 @@ from perceiver.train.mlflow import (
     TrackingConfig,
     create_run,
     load_handle,
-    open_tracker,
     prewarm,
     spool_folder,
 )
 from perceiver.train.redaction import redact_text
-from perceiver.train.tracking import NullTracker, Tracker
 from pipelines.warm import warm_up
 
 log = logging.getLogger(__name__)
 
-EXIT_STOPPED = 130
 REFUSED_GRACE_S = 3.0
 
 
@@ -102,7 +98,7 @@ def launch_training(
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
             return 0
         outcome = _logged(lambda: _train(launch, ray_start))
-        return _conclude(launch, outcome, as_json)
+        return conclude(launch, outcome, as_json)
 
 
 def _logged(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -269,25 +265,6 @@ def _trainer(launch: Launch, monitor: Any, handle: RunHandle | None) -> Any:
     )
 
 
-def failure_reason(error: BaseException) -> str:
-    """Return one line for what ended the workers: the first worker's own exception, without Ray's frames."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, cause = sorted(failures.items())[0]
-        cause = getattr(cause, "cause", None) or cause
-        return f"worker {rank}: {one_line(cause)}"
-    return one_line(getattr(error, "controller_failure", None) or error)
-
-
-def one_line(error: BaseException) -> str:
-    """Return the line of an exception's text that says what happened: of a trace the last exception, else the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Killed)\w*\b", line)]
-    if named:
-        return named[-1][:300]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
 @contextmanager
 def _stop_on_signal(monitor: Any, console: RunConsole) -> Any:
     """First Ctrl-C or SIGTERM: have the workers save and end. Again, a second later or more: leave at once.
@@ -339,93 +316,3 @@ def _stop_ray(folder: RunFolder, session: str) -> None:
         kept = folder.local / "logs" / "ray"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(logs, kept, ignore_dangling_symlinks=True, ignore=shutil.ignore_patterns("old"))
-
-
-def _conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
-    """Say how it ended and what to do next; write report and MLflow's last entries. Return the exit code."""
-    status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
-    folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
-    go_on = f"go on with: {launch.command} --resume --run {folder.name}"
-    code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
-    handle = outcome.get("handle")
-    tracker = open_tracker(handle, spool_folder(folder.local)) if handle else NullTracker()
-    report = _report(launch, outcome) if status == "finished" else None
-    _finish_run(launch, tracker, status, report)
-    if status == "finished":
-        _say_results(launch, outcome, report)
-    elif status == "stopped":
-        say(f"stopped after step {outcome['step']} of {outcome['total_steps']}, checkpoint saved; {go_on}")
-    else:
-        launch.console.error(f"{outcome.get('error', 'the workers ended without a word')}")
-        say(f"logs {folder.local / 'logs'}" + ("" if status == "refused" else f"; {go_on}"))
-    if as_json:
-        facts = {
-            "status": status,
-            "run": folder.url,
-            **{k: v for k, v in outcome.items() if k not in ("handle", "status")},
-        }
-        print(json.dumps(facts))
-    return code
-
-
-def _report(launch: Launch, outcome: Mapping[str, Any]) -> str | None:
-    """Write the report; a failure costs the report, not the run."""
-    from cluster.report import build_report
-
-    try:
-        manifest = launch.preflight.manifest
-        return build_report(launch.recipe, launch.folder, manifest, _facts(launch, outcome), _commands(launch, outcome))
-    except Exception:  # noqa: BLE001  a plot that fails must not make a finished run look failed
-        log.exception("no report")
-        launch.console.say(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
-        return None
-
-
-def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
-    """Return the report's table of facts."""
-    recipe, preflight = launch.recipe, launch.preflight
-    return {
-        "model": f"{kind_of(recipe.model)}, {preflight.parameters:,} parameters",
-        "data": f"{recipe.data.url} ({preflight.manifest.name})",
-        "workers": f"{recipe.cluster.workers}, ZeRO stage {zero_stage(recipe)}",
-        "steps": f"{outcome['step']:,} of {recipe.train.global_batch} samples",
-        "wall time": f"{time.monotonic() - launch.began:.0f} s, start-up included",
-        "machine": f"{local.machine_cpus()} CPUs ({platform.machine()}), {platform.system()}",
-        "checkpoint": launch.folder.checkpoints.location(outcome["step"]),
-    }
-
-
-def _finish_run(launch: Launch, tracker: Tracker, status: str, report: str | None) -> None:
-    """Send what is left to MLflow: recipe, report, and how the run ended."""
-    recipe = launch.folder.local / "recipe.yaml"
-    if recipe.exists():
-        tracker.log_artifact(recipe)
-    if report and "://" not in report:
-        tracker.log_artifact(Path(report).parent, "report")
-    tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
-
-
-def _say_results(launch: Launch, outcome: Mapping[str, Any], report: str | None) -> None:
-    """Print the figures, where everything is, and the commands for the next step."""
-    say, folder, recipe = launch.console.say, launch.folder, launch.recipe
-    say("")
-    figures = dict(outcome["evaluation"])
-    if "accuracy" in figures:
-        say(f"{recipe.data.eval_split} accuracy {100 * figures.pop('accuracy'):.1f} %")
-    for name, value in figures.items():
-        say(f"{recipe.data.eval_split} {name.replace('_', ' ')} {value:.4g}")
-    say(f"checkpoint  {folder.checkpoints.location(outcome['step'])}")
-    say(f"weights     {folder.location('model.safetensors')}")
-    if report:
-        say(f"report      {report}")
-    for caption, line in _commands(launch, outcome).items():
-        say(f"{caption:<12}{line}")
-
-
-def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
-    """Return the commands that a user would want next, by caption."""
-    recipe, handle = launch.recipe, outcome.get("handle")
-    more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
-    store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
-    commands = {"mlflow": f"mlflow ui --backend-store-uri {store}"} if handle else {}
-    return {**commands, "train on": f"{launch.command} --resume --run {launch.folder.name} {more}"}

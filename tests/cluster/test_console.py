@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.console import RunConsole, _duration
-from cluster.launch import failure_reason, one_line
+from cluster.failures import failure_reason, one_line
 
 
 def progress(step: int, total: int = 100) -> dict[str, Any]:
