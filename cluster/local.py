@@ -140,6 +140,7 @@ class EarlyRay:
 
     def __init__(self, section: Any) -> None:
         """Begin, if the recipe's ``cluster`` section (a plain tree) is in order; a mistake in it is reported later."""
+        self.used = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="start-ray")
         try:
             config = ClusterConfig.model_validate(section or {})
@@ -155,6 +156,7 @@ class EarlyRay:
             UserError: the address does not answer.
         """
         assert self._future is not None, "the recipe was not checked"
+        self.used = True
         return self._future.result()
 
 

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -48,15 +49,20 @@ def cli() -> None:
     """
 
 
+def leave(code: int) -> NoReturn:
+    """End this process at once: Ray may be on its way up in a thread, and its processes end with this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
         code = cli(standalone_mode=False)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
-        sys.stdout.flush()
-        # At once: Ray may be on its way up in a thread; its processes end with this one.
-        os._exit(2)
+        leave(2)
     except click.ClickException as error:
         error.show()
         code = error.exit_code

@@ -2,6 +2,8 @@
 
 import click
 
+from perceiver.cli import leave
+
 
 @click.command(
     epilog="""\b
@@ -28,4 +30,7 @@ def command(recipe: str, overrides: tuple[str, ...], resume: bool, run: str | No
     ray_start = EarlyRay(tree.get("cluster"))
     from cluster.launch import launch_training
 
-    return launch_training(recipe, tree, ray_start, overrides=overrides, resume=resume, run=run, as_json=as_json)
+    code = launch_training(recipe, tree, ray_start, overrides=overrides, resume=resume, run=run, as_json=as_json)
+    if not ray_start.used:
+        leave(code)
+    return code
