@@ -60,9 +60,6 @@ class RunConsole:
     def _on_failure(self, event: Mapping[str, Any]) -> None:
         self.say(f"worker {event['failed']} failed ({event['reason']}); the workers start again")
 
-    def _on_notice(self, event: Mapping[str, Any]) -> None:
-        self.say(event["text"])
-
     def _on_metrics(self, event: Mapping[str, Any]) -> None:
         metrics = {k.removeprefix("eval/"): v for k, v in event["metrics"].items() if k.startswith("eval/")}
         if metrics:

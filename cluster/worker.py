@@ -274,7 +274,7 @@ def _hooks(job: Job, evaluation: EvalHook) -> list[Hook]:
             partial(_snapshot, job),
             training.checkpoint_every,
             training.keep_checkpoints,
-            partial(_saved, job),
+            lambda step, url: job.tracker.set_tag("checkpoint_uri", url),
         )
     )
     return hooks
@@ -292,11 +292,6 @@ def _progress(monitor: MonitorClient, info: StepInfo) -> None:
         "samples": info.samples,
     }
     monitor.send("progress", payload, urgent=info.last)
-
-
-def _saved(job: Job, step: int, url: str) -> None:
-    job.monitor.send("checkpoint", {"step": step, "url": url}, urgent=True)
-    job.tracker.set_tag("checkpoint_uri", url)
 
 
 def _snapshot(job: Job, info: StepInfo) -> Snapshot:
@@ -324,7 +319,7 @@ def _leave_behind(job: Job) -> None:
     weights = job.engine.weights()
     if weights is not None:
         metadata = {"format": "pt", "recipe": job.recipe.name}
-        blob = safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}, metadata)
+        blob = safetensors.torch.save(weights, metadata)
         job.folder.write("model.safetensors", blob)
 
 
