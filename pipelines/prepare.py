@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
+from pipelines.quarantine import QUARANTINE, Problem, count_reasons, write_problems
 from pipelines.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -22,7 +24,7 @@ from pipelines.shards import (
     load_manifest,
     save_manifest,
 )
-from pipelines.sources import Listing, Sample, Source, Unit, load_source
+from pipelines.sources import Listing, Rejected, Sample, Source, Unit, load_source
 from pipelines.storage import Folder, open_folder
 
 RECEIPTS = "_receipts"
@@ -41,6 +43,7 @@ class PrepareConfig(Config):
     group_bytes: int = Field(default=8 << 20, gt=0, description="bytes of a row group, about, at most")
     parallel: Literal["auto", "ray", "off"] = Field(default="auto", description="Ray tasks if asked for or running")
     in_flight: int = Field(default=64, gt=0, description="units handed to Ray at a time")
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of unreadable raw items allowed")
     options: dict[str, str] = Field(default={}, description="options of the source")
     storage_options: dict[str, str] = Field(default={}, description="of the destination; `$NAME`: environment")
 
@@ -51,6 +54,7 @@ class Receipt(Config):
     fingerprint: str
     split: str
     shard: ShardInfo | None
+    rejected: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def prepare(source_name: str, src: str | None, dst: str, config: PrepareConfig |
         progress: called after each shard.
 
     Raises:
-        UserError: unknown source or option, source data missing, destination holds another data set or is not writable.
+        UserError: unknown source or option, source data missing, destination holds another data set or is not writable,
+            or more raw items are unreadable than the budget allows (they are listed all the same).
     """
     config = config or PrepareConfig()
     folder = open_folder(dst, config.storage_options)
@@ -97,9 +102,10 @@ def prepare(source_name: str, src: str | None, dst: str, config: PrepareConfig |
         raise UserError(f"cannot write to {dst}: {error}; give a folder you may write to") from error
     jobs = _jobs(source, source_name, listing, dst, config, fingerprint)
     runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
-    splits = _collect(runner, progress)
+    splits, rejected = _collect(runner, progress)
+    _check_rejected(folder, rejected, sum(split.samples for split in splits.values()), config.max_bad_fraction)
     manifest = Manifest(name=listing.name, features=dict(listing.features), classes=listing.classes, splits=splits,
-                        licence=listing.licence, source=listing.origin, fingerprint=fingerprint)
+                        rejected=len(rejected), licence=listing.licence, source=listing.origin, fingerprint=fingerprint)
     save_manifest(manifest, folder)
     folder.fs.rm(folder.file(RECEIPTS), recursive=True)
     return manifest
@@ -126,7 +132,8 @@ def _jobs(source: Source, source_name: str, listing: Listing, dst: str, config: 
     first = next(units, None)
     if first is None:
         raise UserError(f"source {source_name} found no samples: check its path")
-    rows_per_group = group_rows(list(islice(source.samples(first), PROBE)), config.group_rows, config.group_bytes)
+    probe = [sample for sample in islice(source.samples(first), PROBE) if not isinstance(sample, Rejected)]
+    rows_per_group = group_rows(probe, config.group_rows, config.group_bytes)
     counts: dict[str, int] = {}
     for unit in chain([first], units):
         number = counts[unit.split] = counts.get(unit.split, -1) + 1
@@ -142,18 +149,32 @@ def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:
 
 
 def write_shard(job: _Job) -> Receipt:
-    """Write one unit as one shard and leave a receipt; return the receipt at once if a run before this one did."""
+    """Write one unit as one shard and leave a receipt; return the receipt at once if a run before this one did.
+
+    A shard that left items out is written again, since they may have been repaired.
+    """
     folder = open_folder(job.url, job.storage_options)
     name = f"{RECEIPTS}/{job.name}.json"
     finished = _read_receipt(folder, name)
-    if finished and finished.fingerprint == job.fingerprint and (not finished.shard or folder.exists(job.name)):
+    kept = finished and finished.fingerprint == job.fingerprint and not finished.rejected
+    if finished and kept and (not finished.shard or folder.exists(job.name)):
         return finished
+    rejected: list[tuple[str, str]] = []
     with ShardWriter(folder, job.name, arrow_schema(job.features), job.rows_per_group) as writer:
-        writer.write(load_source(job.source_name).samples(job.unit))
+        writer.write(_accepted(load_source(job.source_name).samples(job.unit), rejected))
         shard = writer.close()
-    receipt = Receipt(fingerprint=job.fingerprint, split=job.unit.split, shard=shard)
+    receipt = Receipt(fingerprint=job.fingerprint, split=job.unit.split, shard=shard, rejected=tuple(rejected))
     folder.write_text(name, receipt.model_dump_json())
     return receipt
+
+
+def _accepted(samples: Iterable[Sample | Rejected], rejected: list[tuple[str, str]]) -> Iterator[Sample]:
+    """The samples; what was rejected is added to the list."""
+    for sample in samples:
+        if isinstance(sample, Rejected):
+            rejected.append((sample.key, sample.reason))
+        else:
+            yield sample
 
 
 def _read_receipt(folder: Folder, name: str) -> Receipt | None:
@@ -179,13 +200,28 @@ def _run_on_ray(jobs: Iterator[_Job], in_flight: int) -> Iterator[Receipt]:
         running += [task.remote(job) for job in islice(jobs, 1)]
 
 
-def _collect(receipts: Iterable[Receipt], progress: Progress | None) -> dict[str, Split]:
+def _collect(receipts: Iterable[Receipt], progress: Progress | None) -> tuple[dict[str, Split], list[Problem]]:
     shards: dict[str, list[ShardInfo]] = {}
+    rejected: list[Problem] = []
     done = 0
     for receipt in receipts:
+        rejected += [Problem(receipt.split, -1, key, reason) for key, reason in receipt.rejected]
         if receipt.shard:
             shards.setdefault(receipt.split, []).append(receipt.shard)
             done += receipt.shard.rows
             if progress:
                 progress(done, receipt.shard.name)
-    return {split: Split(shards=tuple(infos)) for split, infos in shards.items()}
+    return {split: Split(shards=tuple(infos)) for split, infos in shards.items()}, rejected
+
+
+def _check_rejected(folder: Folder, rejected: list[Problem], samples: int, budget: float) -> None:
+    """List the rejected items beside the manifest; refuse too many. Finished shards stay for another try."""
+    if rejected:
+        write_problems(folder, rejected)
+    elif folder.exists(QUARANTINE):
+        folder.fs.rm_file(folder.file(QUARANTINE))
+    tried = samples + len(rejected)
+    if not samples or len(rejected) > math.ceil(budget * tried):
+        raise UserError(f"{len(rejected)} of {tried} raw items could not be read, more than the budget of {budget:g}"
+                        f" allows: {count_reasons(rejected)}; {folder.file(QUARANTINE)} lists them: repair the data,"
+                        " or give a larger --max-bad-fraction")

@@ -2,17 +2,23 @@
 
 import math
 from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
-from pipelines.storage import open_folder
+from pipelines.storage import Folder, open_folder
+
+QUARANTINE = "quarantine.parquet"
+SCHEMA = pa.schema([("split", pa.string()), ("sample_id", pa.int64()), ("key", pa.string()), ("reason", pa.string())])
+REASONS = 8
+"""Reasons that a message names, the commonest ones."""
 
 
 class Problem(NamedTuple):
-    """A sample that could not be used."""
+    """A sample that could not be used; -1 stands for one that `prepare` left out, so that it has no id."""
 
     split: str
     sample_id: int
@@ -54,18 +60,23 @@ class Quarantine:
 
     def summary(self) -> str:
         """The reasons with their counts, commonest first, and an example."""
-        counts = Counter(problem.reason for problem in self.problems.values())
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(8))
-        return f"{reasons} (for example {next(iter(self.problems.values())).key})" if counts else "none"
+        return count_reasons(self.problems.values())
 
-    def write(self, url: str, name: str = "quarantine.parquet") -> None:
+    def write(self, url: str, name: str = QUARANTINE) -> None:
         """Write the samples as a Parquet table (split, sample_id, key, reason) into a folder."""
-        folder = open_folder(url)
-        folder.make_room(folder.file(name))
-        rows = sorted(self.problems.values())
-        table = pa.table({"split": [row.split for row in rows], "sample_id": [row.sample_id for row in rows],
-                          "key": [row.key for row in rows], "reason": [row.reason for row in rows]},
-                         schema=pa.schema([("split", pa.string()), ("sample_id", pa.int64()), ("key", pa.string()),
-                                           ("reason", pa.string())]))
-        with folder.fs.open(folder.file(name), "wb") as stream:
-            pq.write_table(table, stream)
+        write_problems(open_folder(url), sorted(self.problems.values()), name)
+
+
+def write_problems(folder: Folder, problems: Sequence[Problem], name: str = QUARANTINE) -> None:
+    """Write problems as a Parquet table (split, sample_id, key, reason)."""
+    folder.make_room(folder.file(name))
+    table = pa.table({field: [getattr(problem, field) for problem in problems] for field in SCHEMA.names}, SCHEMA)
+    with folder.fs.open(folder.file(name), "wb") as stream:
+        pq.write_table(table, stream)
+
+
+def count_reasons(problems: Collection[Problem]) -> str:
+    """The reasons with their counts, commonest first, and an example."""
+    counts = Counter(problem.reason for problem in problems)
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(REASONS))
+    return f"{reasons} (for example {next(iter(problems)).key})" if counts else "none"

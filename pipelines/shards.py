@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from perceiver.config import Config, UserError
 from pipelines.features import Feature
@@ -65,6 +65,22 @@ class Manifest(Config):
     licence: str = Field(description="under which terms the data may be used")
     source: str = Field(description="where the data came from")
     fingerprint: str = Field(default="", description="of source and options of `prepare`: recognises a rerun")
+    rejected: int = Field(default=0, ge=0, description="raw items left out, listed in quarantine.parquet beside this")
+
+    @model_validator(mode="after")
+    def _each_shard_once(self) -> "Manifest":
+        """A shard that counts twice would weigh its samples double, or show test samples in training."""
+        names: dict[str, str] = {}
+        contents: dict[str, str] = {}
+        for split, part in self.splits.items():
+            for shard in part.shards:
+                place = f"{split}: {shard.name}"
+                if shard.name in names:
+                    raise ValueError(f"shard {place} is listed twice, also as {names[shard.name]}")
+                if shard.sha256 in contents:
+                    raise ValueError(f"shard {place} has the same content as {contents[shard.sha256]}")
+                names[shard.name] = contents[shard.sha256] = place
+        return self
 
     def split(self, name: str) -> Split:
         """The part of that name.

@@ -31,12 +31,16 @@ Examples:
 @click.argument("places", nargs=-1, required=True, metavar="[SRC] DST")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the source.")
 @click.option("--seed", default=0, show_default=True, help="Seed of splits and order.")
+@click.option("--max-bad-fraction", default=0.01, show_default=True, type=click.FloatRange(0, 1),
+              help="Share of unreadable raw items above which nothing is prepared.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was prepared as one JSON line.")
-def command(name: str, places: tuple[str, ...], options: tuple[str, ...], seed: int, as_json: bool) -> int:
+def command(name: str, places: tuple[str, ...], options: tuple[str, ...], seed: int, max_bad_fraction: float,
+            as_json: bool) -> int:
     """Turn the raw data of source NAME at SRC into shards and a manifest in DST.
 
     SRC and DST are paths or fsspec URLs; a source that fetches its data needs no SRC. A destination that is complete is
-    left as it is; a run that was stopped goes on with the shards that are missing.
+    left as it is; a run that was stopped goes on with the shards that are missing. Raw items that cannot be read are
+    left out and listed with their reasons in DST/quarantine.parquet.
     """
     from perceiver.config import UserError
     from pipelines.prepare import PrepareConfig, prepare
@@ -47,13 +51,15 @@ def command(name: str, places: tuple[str, ...], options: tuple[str, ...], seed: 
     src = source[0] if source else None
     pairs = dict(_pair(option) for option in options)
     began = time.monotonic()
-    config = PrepareConfig(seed=seed, options=pairs)
+    config = PrepareConfig(seed=seed, options=pairs, max_bad_fraction=max_bad_fraction)
     manifest = prepare(name, src, dst, config, progress=lambda rows, shard: click.echo(f"  {rows:,} samples, {shard}"))
     if as_json:
         click.echo(manifest.model_dump_json())
         return 0
     rows = ", ".join(f"{split.samples:,} {key}" for key, split in manifest.splits.items())
     click.echo(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")
+    if manifest.rejected:
+        click.echo(f"{manifest.rejected:,} raw items could not be read: see {dst.rstrip('/')}/quarantine.parquet")
     return 0
 
 

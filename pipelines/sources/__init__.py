@@ -1,4 +1,11 @@
-"""Sources: what `perceiver prepare` can read. A source is one module here with an object named `source`."""
+"""Sources: what `perceiver prepare` can read. A source is one module here with an object named `source`.
+
+Damage shows in one of two places. What is stored as it came (encoded images, audio, video, texts) is not looked into
+here: if it cannot be decoded, training quarantines and replaces it, and `perceiver inspect` names it. What has to be
+read to make a sample (a mesh, a line of JSON, a member of an archive) and cannot be is yielded as `Rejected`: it is
+left out, listed with key and reason in `quarantine.parquet` beside the manifest, and counted against the budget of
+`prepare`. A source raises only for what concerns all of the data, such as a folder that is not there.
+"""
 
 import difflib
 import importlib
@@ -12,6 +19,19 @@ from pipelines.features import Feature
 
 Sample = Mapping[str, Any]
 """A row of a shard: `key` and a value for each feature."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A raw item that no sample can be made of; yielded in place of the sample.
+
+    Attributes:
+        key: where it lies, as precisely as for a sample.
+        reason: short and without the item's name, so that reasons can be counted.
+    """
+
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -49,8 +69,8 @@ class Source(Protocol):
         """List the samples, shuffled by the seed, in units of at most `shard_rows`."""
         ...
 
-    def samples(self, unit: Unit) -> Iterator[Sample]:
-        """Read the samples of one unit, one after the other."""
+    def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
+        """Read the samples of one unit, one after the other, at each call in the same order."""
         ...
 
 
