@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from perceiver.config import Config
-from pipelines.features import ImageFeature, LabelFeature, LabelsFeature
+from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.features.base import ViewConfig
+from pipelines.inspect_views import VIEWS
 from pipelines.shards import Manifest, ShardInfo, arrow_schema, load_manifest
 from pipelines.storage import Folder, open_folder
 from pipelines.transforms import BadSample
@@ -21,6 +22,7 @@ from pipelines.transforms import BadSample
 LISTED = 20
 """Damaged samples and doubles that are named; all are counted."""
 BLOCK = 8 << 20
+BINS = 24
 
 Progress = Callable[[str], None]
 
@@ -31,12 +33,16 @@ class Spread(Config):
     least: float = Field(description="smallest")
     median: float = Field(description="half are below")
     most: float = Field(description="largest")
+    bins: list[int] = Field(description="how many lie in each of up to 24 equal parts of that range")
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread | None":
         """The spread of these values; None if there are none."""
         found = np.fromiter(values, np.float64)
-        return cls(least=found.min(), median=float(np.median(found)), most=found.max()) if found.size else None
+        if not found.size:
+            return None
+        bins = np.histogram(found, BINS)[0] if found.min() < found.max() else [found.size]
+        return cls(least=found.min(), median=float(np.median(found)), most=found.max(), bins=[int(n) for n in bins])
 
 
 class SplitReport(Config):
@@ -46,10 +52,9 @@ class SplitReport(Config):
     shards: int = Field(description="files")
     bytes: int = Field(description="size of the files")
     classes: dict[str, int] = Field(description="samples of each class, all classes of the manifest")
-    sample_bytes: Spread | None = Field(description="stored bytes of a sample")
-    height: Spread | None = Field(description="of the images, in pixels")
-    width: Spread | None = Field(description="of the images, in pixels")
+    sizes: dict[str, Spread] = Field(description="stored bytes, pixels, seconds, points, characters, ... of a sample")
     unreadable: int = Field(description="samples that training would quarantine")
+    reasons: dict[str, int] = Field(description="why, with the number of samples, commonest first")
     unreadable_samples: list[str] = Field(description="their keys and the reasons")
     doubles: int = Field(description="samples with the same content as one before them, in this split or another")
     double_samples: list[str] = Field(description="their keys, and the keys they repeat")
@@ -151,9 +156,8 @@ class _Tally:
     """Counts of one split while its samples pass by."""
 
     labels: Counter[int] = field(default_factory=Counter)
-    sizes: list[int] = field(default_factory=list)
-    heights: list[int] = field(default_factory=list)
-    widths: list[int] = field(default_factory=list)
+    sizes: dict[str, list[float]] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
     doubles: list[str] = field(default_factory=list)
 
@@ -162,31 +166,42 @@ class _Tally:
         here = f"{split}: {row['key']}"
         content = b"".join(value if isinstance(value, bytes) else value.encode() for name, value in row.items()
                            if name != "key" and isinstance(value, bytes | str))
-        self.sizes.append(len(content))
+        self.sizes.setdefault("stored bytes", []).append(len(content))
         before = seen.setdefault(hashlib.blake2b(content, digest_size=8).digest(), here)
         if before != here:
             self.doubles.append(f"{here} = {before}")
         try:
             for name, feature in manifest.features.items():
-                decoded = feature.decode(row[name], ViewConfig(), len(manifest.classes))
-                if isinstance(feature, LabelFeature):
-                    self.labels[decoded] += 1
-                elif isinstance(feature, LabelsFeature):
-                    self.labels.update(row[name])
-                elif isinstance(feature, ImageFeature):
-                    self.heights.append(decoded.height)
-                    self.widths.append(decoded.width)
+                self._look(name, feature, feature.decode(row[name], ViewConfig(), len(manifest.classes)), row[name])
         except BadSample as error:
             self.unreadable.append(f"{here}: {error}")
+            self.reasons[str(error)] += 1
+
+    def _look(self, name: str, feature: Feature, decoded: Any, stored: Any) -> None:
+        if isinstance(feature, LabelFeature):
+            self.labels[decoded] += 1
+        elif isinstance(feature, LabelsFeature):
+            self.labels.update(stored)
+        elif feature.kind in VIEWS:
+            for quantity, value in VIEWS[feature.kind].measure(decoded).items():
+                title = quantity if quantity == name else f"{name} {quantity}"
+                self.sizes.setdefault(title, []).append(value)
 
     def report(self, manifest: Manifest, samples: int, shards: int, size: int) -> SplitReport:
         """The counts as a report."""
+        spreads = {name: Spread.of(values) for name, values in self.sizes.items()}
         return SplitReport(
-            samples=samples, shards=shards, bytes=size, sample_bytes=Spread.of(self.sizes),
+            samples=samples, shards=shards, bytes=size,
             classes={name: self.labels[number] for number, name in enumerate(manifest.classes)} if self.sizes else {},
-            height=Spread.of(self.heights), width=Spread.of(self.widths),
+            sizes={name: spread for name, spread in spreads.items() if spread},
             unreadable=len(self.unreadable), unreadable_samples=self.unreadable[:LISTED],
+            reasons=dict(self.reasons.most_common(LISTED)),
             doubles=len(self.doubles), double_samples=self.doubles[:LISTED])
+
+
+def figure(value: float) -> str:
+    """A quantity as text: whole ones with thousands separated, others with three digits."""
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def describe(found: Inspection) -> list[str]:
@@ -199,10 +214,9 @@ def describe(found: Inspection) -> list[str]:
         if split.classes:
             counts = sorted(split.classes.values())
             lines.append(f"    {len(counts)} classes of {counts[0]:,} to {counts[-1]:,} samples")
-        for label, spread in (("bytes a sample", split.sample_bytes), ("height", split.height), ("width", split.width)):
-            if spread:
-                lines.append(f"    {label}: {spread.least:,.0f}" + (
-                    f" to {spread.most:,.0f}, median {spread.median:,.0f}" if spread.least < spread.most else ""))
+        for label, spread in split.sizes.items():
+            lines.append(f"    {label}: {figure(spread.least)}" + (
+                f" to {figure(spread.most)}, median {figure(spread.median)}" if spread.least < spread.most else ""))
         for count, what, rows in ((split.unreadable, "cannot be used", split.unreadable_samples),
                                   (split.doubles, "repeat another one's content", split.double_samples)):
             if count:

@@ -1,5 +1,7 @@
 """``perceiver inspect``: what a prepared folder holds, and whether it is sound."""
 
+from pathlib import Path
+
 import click
 
 
@@ -7,13 +9,18 @@ import click
     epilog="""\b
 Examples:
   perceiver inspect data/digits
+  perceiver inspect data/digits --html digits.html
   perceiver inspect s3://bucket/photos --verify --json"""
 )
 @click.argument("url")
 @click.option("--verify", is_flag=True, help="Read every file and compare checksums, rows and schema.")
 @click.option("--samples/--no-samples", default=True, help="Decode every sample: balance, doubles, unreadables.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON line.")
-def command(url: str, verify: bool, samples: bool, as_json: bool) -> int:
+@click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), metavar="PAGE",
+              help="Write a page of samples to look at and listen to: one file, opens in any browser.")
+@click.option("--show", default=24, show_default=True, type=click.IntRange(1, 1000),
+              help="Samples of each split on that page.")
+def command(url: str, verify: bool, samples: bool, as_json: bool, page: Path | None, show: int) -> int:
     """Report on the prepared data at URL: schema, counts, class balance, sizes, doubles, unreadable samples.
 
     Exit code 1 if something is wrong with it.
@@ -22,4 +29,9 @@ def command(url: str, verify: bool, samples: bool, as_json: bool) -> int:
 
     found = inspect(url, verify=verify, samples=samples)
     click.echo(found.model_dump_json() if as_json else "\n".join(describe(found)))
+    if page is not None:
+        from pipelines.inspect_page import write_page
+
+        write_page(found, page, samples=show)
+        click.echo(f"page {page}", err=as_json)
     return 0 if found.sound else 1

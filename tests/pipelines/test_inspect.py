@@ -18,7 +18,8 @@ def test_a_sound_folder_is_described(tmp_path: Path) -> None:
     split = found.splits["train"]
     assert (split.samples, split.shards, split.unreadable, split.doubles) == (20, 2, 0, 0)
     assert split.classes == {"a": 5, "b": 5, "c": 5, "d": 5}
-    assert split.height is not None and split.height.least == split.height.most == 8
+    assert split.sizes["image height"].least == split.sizes["image height"].most == 8
+    assert split.sizes["image height"].bins == [20] and sum(split.sizes["stored bytes"].bins) == 20
     assert any("20 samples in 2 shards" in line for line in describe(found))
 
 
@@ -28,6 +29,7 @@ def test_damaged_and_doubled_samples_are_named(tmp_path: Path) -> None:
     found = inspect(str(tmp_path))
     assert not found.sound and not found.faults
     assert found.splits["train"].unreadable_samples == ["train: train/4: undecodable image: cannot identify image file"]
+    assert found.splits["train"].reasons == {"undecodable image: cannot identify image file": 1}
     assert found.splits["test"].double_samples == [f"test: test/{i} = train: train/{i}" for i in range(3)]
     assert any("1 samples cannot be used" in line for line in describe(found))
 
