@@ -15,6 +15,7 @@ from perceiver.config import Config
 from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.features.base import ViewConfig
 from pipelines.inspect_views import VIEWS
+from pipelines.quarantine import QUARANTINE
 from pipelines.shards import Manifest, ShardInfo, arrow_schema, load_manifest
 from pipelines.storage import Folder, open_folder
 from pipelines.transforms import BadSample
@@ -69,6 +70,8 @@ class Inspection(Config):
     licence: str = Field(description="terms of use")
     source: str = Field(description="origin")
     splits: dict[str, SplitReport] = Field(description="the parts")
+    rejected: int = Field(description="raw items that `prepare` left out")
+    rejected_items: list[str] = Field(description="where the first of them came from, and why")
     faults: list[str] = Field(description="what is wrong with the files: missing, changed, of another schema")
 
     @property
@@ -110,7 +113,15 @@ def inspect(url: str, *, verify: bool = False, samples: bool = True, options: Ma
                     tally.add(row, manifest, name, seen)
         splits[name] = tally.report(manifest, split.samples, len(split.shards), split.bytes)
     return Inspection(url=url, name=manifest.name, licence=manifest.licence, source=manifest.source, splits=splits,
-                      features={key: value.model_dump() for key, value in manifest.features.items()}, faults=faults)
+                      features={key: value.model_dump() for key, value in manifest.features.items()}, faults=faults,
+                      rejected=manifest.rejected, rejected_items=_rejected(folder) if manifest.rejected else [])
+
+
+def _rejected(folder: Folder) -> list[str]:
+    """The first raw items that `prepare` listed as unreadable."""
+    with folder.fs.open(folder.file(QUARANTINE), "rb") as stream:
+        rows = pq.read_table(stream).slice(0, LISTED).to_pylist()
+    return [f"{row['split']}: {row['key']}: {row['reason']}" for row in rows]
 
 
 def shard_fault(folder: Folder, shard: ShardInfo, manifest: Manifest, *, whole: bool) -> str | None:
@@ -221,4 +232,6 @@ def describe(found: Inspection) -> list[str]:
                                   (split.doubles, "repeat another one's content", split.double_samples)):
             if count:
                 lines += [f"    {count} samples {what}:"] + [f"      {row}" for row in rows]
+    if found.rejected:
+        lines += [f"  {found.rejected} raw items were left out:"] + [f"      {row}" for row in found.rejected_items]
     return lines + [f"  FAULT {fault}" for fault in found.faults]

@@ -15,8 +15,9 @@ from PIL import Image
 from perceiver.cli.inspect import command
 from perceiver.config import UserError
 from pipelines.features import Feature, LabelFeature, PointsFeature, TextFeature
-from pipelines.inspect import inspect
+from pipelines.inspect import describe, inspect
 from pipelines.inspect_page import spread_places, write_page
+from pipelines.quarantine import Problem, write_problems
 from pipelines.shards import Manifest, ShardWriter, Split, arrow_schema, save_manifest
 from pipelines.storage import open_folder
 from tests.pipelines.toys import numbered_image, write_images
@@ -106,6 +107,15 @@ def test_points_are_drawn_from_all_over_the_cloud(tmp_path: Path) -> None:
     wanted = cloud[np.linspace(0, 4999, 2048).astype(int)]
     assert np.corrcoef(drawn[:, 0], wanted[:, 0])[0, 1] > 0.999
     assert "5,000 points" in page.text
+
+
+def test_raw_items_that_were_left_out_are_listed(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path, {"train": [2]})
+    write_problems(open_folder(str(tmp_path)), [Problem("train", -1, "raw/<b>.png", "0 bytes")])
+    save_manifest(manifest.model_copy(update={"rejected": 1}), open_folder(str(tmp_path)))
+    _, page = page_of(tmp_path)
+    assert "train: raw/<b>.png: 0 bytes" in page.text
+    assert "  1 raw items were left out:" in describe(inspect(str(tmp_path)))
 
 
 def test_many_classes_are_an_outline(tmp_path: Path) -> None:
