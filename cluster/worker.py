@@ -32,7 +32,7 @@ from perceiver.train.loop import Batch, Hook, Span, StepInfo, train
 from perceiver.train.mlflow import RunHandle, open_tracker
 from perceiver.train.schedules import build_schedule
 from perceiver.train.tracking import NullTracker, Tracker
-from pipelines.ingest import eval_batches, train_batches
+from pipelines.ingest import TrainShare, eval_batches, train_batches
 from pipelines.quarantine import Quarantine
 from pipelines.shards import Manifest, load_manifest
 
@@ -158,19 +158,16 @@ def started(batches: Iterator[Batch]) -> Iterator[Batch]:
 def _training(
     recipe: Recipe, manifest: Manifest, place: Place, steps: tuple[int, int], quarantine: Quarantine
 ) -> Iterator[Batch]:
-    return train_batches(
-        recipe.data,
-        manifest,
+    share = TrainShare(
         seed=recipe.seed,
-        rank=place.rank,
-        world=place.world,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro(place.world),
         start_step=steps[0],
         stop_step=steps[1],
-        device=place.device,
-        quarantine=quarantine,
+        rank=place.rank,
+        world=place.world,
     )
+    return train_batches(recipe.data, manifest, share, place.device, quarantine)
 
 
 def _write_quarantine(quarantine: Quarantine, folder: RunFolder, rank: int) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import math
 import uuid
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -106,10 +107,36 @@ def total_steps(manifest: Manifest, data: DataConfig, global_batch: int, epochs:
     return sample_plan(data, manifest, seed=0, global_batch=global_batch).total_steps(epochs)
 
 
-def train_batches(data: DataConfig, manifest: Manifest, *, seed: int, rank: int, world: int, global_batch: int,
-                  micro_batch: int, start_step: int, stop_step: int, device: "torch.device | str",
+@dataclass(frozen=True)
+class TrainShare:
+    """What one rank trains on: its part of each global batch, from one step to another.
+
+    Attributes:
+        seed: of order and augmentation.
+        global_batch: samples of a step over all ranks.
+        micro_batch: samples of a batch on one rank; divides global_batch / world.
+        start_step, stop_step: the steps [start_step, stop_step).
+        rank, world: whose part, of how many.
+    """
+
+    seed: int
+    global_batch: int
+    micro_batch: int
+    start_step: int
+    stop_step: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        portion = self.world * self.micro_batch
+        if self.global_batch % portion:
+            raise UserError(f"global batch {self.global_batch} is not divisible by {self.world} workers x micro-batch"
+                            f" {self.micro_batch}: give a multiple of {portion}")
+
+
+def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, device: "torch.device | str",
                   quarantine: Quarantine | None = None) -> "Generator[Batch, None, None]":
-    """One rank's micro-batches of the steps [start_step, stop_step), global_batch / world / micro_batch for each step.
+    """One rank's micro-batches, global_batch / world / micro_batch for each step.
 
     Step s holds the same samples, augmented alike, at any world size and after any restart. Epochs follow each other
     without a boundary.
@@ -117,26 +144,19 @@ def train_batches(data: DataConfig, manifest: Manifest, *, seed: int, rank: int,
     Args:
         data: the recipe's data section.
         manifest: of `data.url`.
-        seed: of order and augmentation.
-        rank, world: whose share.
-        global_batch: samples of a step over all ranks.
-        micro_batch: samples of a batch.
-        start_step, stop_step: the steps to produce.
+        share: which steps, and whose part of them.
         device: where the tensors go.
         quarantine: gets the bad samples met; a new one with the recipe's budget if None.
 
     Raises:
-        UserError: sizes do not divide, or more bad samples than `data.max_bad_fraction` allows.
+        UserError: more bad samples than `data.max_bad_fraction` allows.
     """
-    if global_batch % (world * micro_batch):
-        raise UserError(f"global batch {global_batch} is not divisible by {world} workers x micro-batch {micro_batch}:"
-                        f" give a multiple of {world * micro_batch}")
-    plan = sample_plan(data, manifest, seed=seed, global_batch=global_batch)
-    work = _work(data, manifest, plan, rank=rank, world=world, seed=seed, batch=micro_batch)
-    share = math.ceil(plan.samples / world)
-    runs = plan.runs(start_step, stop_step, _run_steps(data, manifest, data.train_split, global_batch // world))
-    yield from _checked(_execute(data, work, runs, micro_batch, device), work.split, share,
-                        quarantine or Quarantine(data.max_bad_fraction))
+    plan = sample_plan(data, manifest, seed=share.seed, global_batch=share.global_batch)
+    work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=share.seed, batch=share.micro_batch)
+    most = _run_steps(data, manifest, data.train_split, share.global_batch // share.world)
+    runs = plan.runs(share.start_step, share.stop_step, most)
+    yield from _checked(_execute(data, work, runs, share.micro_batch, device), work.split,
+                        math.ceil(plan.samples / share.world), quarantine or Quarantine(data.max_bad_fraction))
 
 
 def eval_batches(data: DataConfig, manifest: Manifest, *, split: str, rank: int, world: int, batch: int,

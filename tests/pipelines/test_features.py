@@ -10,7 +10,7 @@ import torch
 from perceiver.modalities.text import encode_bytes
 from pipelines.features import Feature, LabelsFeature, PointsFeature, TextFeature
 from pipelines.features.base import ViewConfig
-from pipelines.ingest import DataConfig, batch_shapes, eval_batches, train_batches
+from pipelines.ingest import DataConfig, TrainShare, batch_shapes, eval_batches, train_batches
 from pipelines.shards import Manifest, ShardWriter, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.storage import open_folder
 from pipelines.transforms import BadSample
@@ -80,8 +80,7 @@ def test_all_kinds_go_through_shards_and_batches_together(tmp_path: Path) -> Non
     data = DataConfig(url=str(tmp_path), executor="inline", text_length=16, points=PointsConfig(count=8))
     shapes = {"text": (16,), "text_mask": (16,), "points": (8, 3), "label": (4,)}
     assert batch_shapes(data, manifest) == shapes
-    batch = next(train_batches(data, manifest, seed=0, rank=0, world=1, global_batch=20, micro_batch=20, start_step=0,
-                               stop_step=1, device="cpu"))
+    batch = next(train_batches(data, manifest, TrainShare(0, 20, 20, 0, 1), "cpu"))
     assert {name: tuple(batch[name].shape[1:]) for name in shapes} == shapes
     assert {name: batch[name].dtype for name in shapes} == {
         "text": torch.int64, "text_mask": torch.bool, "points": torch.float32, "label": torch.float32}

@@ -10,7 +10,15 @@ import torch
 
 from perceiver.config import UserError
 from pipelines import ingest
-from pipelines.ingest import DataConfig, batch_shapes, eval_batches, steps_per_epoch, total_steps, train_batches
+from pipelines.ingest import (
+    DataConfig,
+    TrainShare,
+    batch_shapes,
+    eval_batches,
+    steps_per_epoch,
+    total_steps,
+    train_batches,
+)
 from pipelines.quarantine import Problem, Quarantine
 from pipelines.shards import Manifest, load_manifest
 from pipelines.transforms.image import AugmentConfig
@@ -31,8 +39,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def take(data: DataConfig, start: int, stop: int, *, rank: int = 0, world: int = 1, micro: int = 6, batch: int = 24,
          **options: Any) -> Batches:
     """One rank's micro-batches."""
-    return list(train_batches(data, load_manifest(data.url), seed=3, rank=rank, world=world, global_batch=batch,
-                              micro_batch=micro, start_step=start, stop_step=stop, device="cpu", **options))
+    share = TrainShare(3, batch, micro, start, stop, rank, world)
+    return list(train_batches(data, load_manifest(data.url), share, "cpu", **options))
 
 
 def joined(batches: Batches) -> dict[str, torch.Tensor]:
@@ -129,8 +137,7 @@ def test_ray_gives_the_inline_batches_across_segments(toy: DataConfig, small_ray
 
 def test_a_consumer_may_stop_early(toy: DataConfig, small_ray: None) -> None:
     data = toy.model_copy(update={"executor": "ray"})
-    batches = train_batches(data, load_manifest(toy.url), seed=3, rank=0, world=1, global_batch=24, micro_batch=24,
-                            start_step=0, stop_step=100_000, device="cpu")
+    batches = train_batches(data, load_manifest(toy.url), TrainShare(3, 24, 24, 0, 100_000), "cpu")
     next(batches)
     batches.close()
     assert len(take(data, 0, 2)) == 8
@@ -217,24 +224,22 @@ def test_a_shard_that_cannot_be_read_is_one_clear_line(tmp_path: Path, small_ray
     for change in (lambda: path.write_bytes(raw), lambda: path.write_bytes(raw[:300]), path.unlink):
         change()
         with pytest.raises(UserError, match=wanted) as caught:
-            list(train_batches(data, manifest, seed=0, rank=0, world=1, global_batch=8, micro_batch=8, start_step=0,
-                               stop_step=5, device="cpu"))
+            list(train_batches(data, manifest, TrainShare(0, 8, 8, 0, 5), "cpu"))
         assert "\n" not in str(caught.value)
 
 
 def test_a_row_group_without_a_good_sample_gives_invalid_rows(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [10]}, rows_per_group=5, bad=(0, 1, 2, 3, 4))
     data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1)
-    batch = next(train_batches(data, manifest, seed=0, rank=0, world=1, global_batch=10, micro_batch=10, start_step=0,
-                               stop_step=1, device="cpu"))
+    batch = next(train_batches(data, manifest, TrainShare(0, 10, 10, 0, 1), "cpu"))
     assert int(batch["valid"].sum()) == 5
 
 
 def test_labels_outside_the_classes_are_bad_samples(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [8]}).model_copy(update={"classes": ("a", "b", "c")})
     quarantine = Quarantine()
-    list(train_batches(DataConfig(url=str(tmp_path), executor="inline"), manifest, seed=0, rank=0, world=1,
-                       global_batch=8, micro_batch=8, start_step=0, stop_step=1, device="cpu", quarantine=quarantine))
+    list(train_batches(DataConfig(url=str(tmp_path), executor="inline"), manifest, TrainShare(0, 8, 8, 0, 1), "cpu",
+                       quarantine))
     assert {p.reason for p in quarantine.problems.values()} == {"label 3 is not one of 3 classes"}
 
 

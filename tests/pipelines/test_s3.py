@@ -9,7 +9,7 @@ import pytest
 
 from perceiver.config import UserError
 from pipelines import reader, remote
-from pipelines.ingest import DataConfig, eval_batches, train_batches
+from pipelines.ingest import DataConfig, TrainShare, eval_batches, train_batches
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.remote import ReadError, ReadPolicy, read_range, with_retries
 from pipelines.shards import load_manifest
@@ -59,8 +59,8 @@ def cold(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batches(data: DataConfig) -> dict:
     """A little more than an epoch of training rows."""
-    return joined(list(train_batches(data, load_manifest(data.url, data.storage_options), seed=1, rank=0, world=1,
-                                     global_batch=32, micro_batch=16, start_step=0, stop_step=16, device="cpu")))
+    return joined(list(train_batches(data, load_manifest(data.url, data.storage_options), TrainShare(1, 32, 16, 0, 16),
+                                     "cpu")))
 
 
 def test_one_request_a_row_group(both: tuple[DataConfig, DataConfig], s3: FaultyS3) -> None:
