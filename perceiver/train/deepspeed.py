@@ -286,7 +286,28 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, plan: dict[
 
     with _quiet():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan, dist_init_required=False)
+    if plan["zero_optimization"]["stage"] == 3:
+        _gather_for_backward(engine.module)
     return engine
+
+
+def _gather_for_backward(root: Any) -> None:
+    """Have ZeRO-3 gather, before the backward pass, what modules use whose outputs are no plain tensors.
+
+    DeepSpeed hooks itself to a module's output tensors; a modality returns an `Inputs`, which it does not look into, so
+    its learned positions and modality vectors would be missing. The whole model gathers them instead.
+    """
+    import deepspeed
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor | tuple | list | dict):
+            used = [*module.parameters(recurse=False), *dict(getattr(module, "_external_params", {})).values()]
+            for param in used:
+                deepspeed.zero.register_external_parameter(root, param)
+
+    for module in root.modules():
+        if module is not root:
+            module.register_forward_hook(hook)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.train.zero_models import MODELS
 from tests.train.zero_worker import ENGINES, KINDS, SAVED, STEPS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -146,6 +147,16 @@ def test_a_step_that_is_not_finite_is_skipped_and_said(seen: Seen, world: int, e
     assert ours["skipped"] and ours["same"]
     assert not any(ours["next"]["skipped"])
     assert ours["next"]["loss"] == pytest.approx(reference["next"]["loss"], rel=TIGHT)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_perceivers_under_zero_3_train_as_on_torch_alone(seen: Seen, world: int, model: str) -> None:
+    """Weights read outside their layer's forward pass: absorbed attention, joined projections, tied embedding."""
+    reference, ours = (seen[world][0]["models"][model][engine] for engine in ("torch", "zero3"))
+    assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+    assert ours["norm"] == pytest.approx(reference["norm"], rel=1e-4)
+    assert ours["weights"] == pytest.approx(reference["weights"], rel=1e-4)
 
 
 @pytest.mark.parametrize("world", WORLDS)

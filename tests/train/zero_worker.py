@@ -20,6 +20,7 @@ from perceiver.train.engine import Engine, Precision, TorchEngine
 from perceiver.train.optim import OptimConfig
 from perceiver.train.schedules import build_schedule
 from tests.train.engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
+from tests.train.zero_models import MODELS, train_model
 
 KINDS = ("adamw", "lamb")
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
@@ -170,6 +171,7 @@ def train_all(folder: Path) -> dict[str, Any]:
     seen["native bf16"] = {
         engine: run(build(engine, "lamb", precision="auto", **native), range(STEPS)) for engine in ENGINES[2:]
     }
+    seen["models"] = {name: {engine: train_model(name, engine) for engine in ("torch", "zero3")} for name in MODELS}
     # DeepSpeed keeps its autocast setting in the process, so bf16 comes last.
     seen["bf16"] = {engine: run(build(engine, "lamb", precision="bf16"), range(STEPS)) for engine in ENGINES}
     return seen
