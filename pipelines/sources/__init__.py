@@ -76,7 +76,7 @@ class Source(Protocol):
 
 def source_names() -> list[str]:
     """Names of all sources, found by being there."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def load_source(name: str) -> Source:

@@ -1,0 +1,125 @@
+"""Optical flow: FlyingChairs, MPI Sintel and KITTI 2012/2015 as their archives unpack, or any folder like them.
+
+FlyingChairs: `*_img1.ppm`, `*_img2.ppm`, `*_flow.flo` (also .png, .jpg), with `FlyingChairs_train_val.txt` for the
+splits. Sintel: `training/clean/SCENE/frame_0001.png` with `training/flow/SCENE/frame_0001.flo`; option `pass=final`.
+KITTI: `training/image_2/000000_10.png` and `_11.png` with `training/flow_occ/000000_10.png` (2012: `colored_0`).
+"""
+
+import random
+import re
+from collections.abc import Iterator, Mapping
+
+from perceiver.config import UserError
+from pipelines.features.flow import FlowFeature
+from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
+from pipelines.sources._common import base_name, choice, find_files, hold_out, share, shuffled_units, source_folder
+from pipelines.storage import Folder, open_folder
+from pipelines.transforms.flow import pack
+
+FRAMES = ("ppm", "png", "jpg", "jpeg")
+CHAIRS = re.compile(r"(.*)_flow\.flo$")
+SINTEL = re.compile(r"(.*?)flow/([^/]+)/frame_(\d+)\.flo$")
+KITTI = re.compile(r"(.*?)flow_occ/(\d+)_10\.png$")
+KITTI_FRAMES = ("image_2", "colored_0", "image_0")
+OPTIONS = ("split", "pass", "held_out")
+
+Pair = tuple[str, str, str]
+"""Files of the first frame, the second frame and the flow."""
+
+
+class FlowPairs:
+    """The source.
+
+    Options: `split` (`train`: put all pairs into it; `test`: likewise; `auto`: by the data set's list, else whole
+    scenes are held out), `held_out` (their share, 0.2), `pass` (of Sintel: clean or final).
+    """
+
+    title = "image pairs with optical flow: FlyingChairs, MPI Sintel, KITTI"
+
+    def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
+        """List the pairs below `src`.
+
+        Raises:
+            UserError: no such folder, or none of the layouts.
+        """
+        refuse_options(options, OPTIONS)
+        folder = source_folder("flow", src, "a flow data set (FlyingChairs, Sintel or KITTI as unpacked)")
+        scenes = find_pairs(folder, choice(options, "pass", ("clean", "final"), "clean"))
+        split, rng = choice(options, "split", ("auto", "train", "test"), "auto"), random.Random(seed)
+        if split == "auto":
+            part = share(options, "held_out", "0.2")
+            splits = _listed(folder, scenes) or _hold_out_scenes(scenes, part, rng)
+        else:
+            splits = {split: [pair for pairs in scenes.values() for pair in pairs]}
+        units = shuffled_units(splits, rng, shard_rows, src=folder.url)
+        return Listing(base_name(folder.url), {"flow": FlowFeature()}, (),
+                       "not stated: see the data set (all three are for research)", folder.url, units)
+
+    def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
+        """Read the unit's files as they are."""
+        folder = open_folder(unit.content["src"])
+        for first, second, flow in unit.content["items"]:
+            try:
+                parts = [folder.fs.cat_file(folder.file(name)) for name in (first, second, flow)]
+            except OSError as error:
+                yield Rejected(flow, f"unreadable file: {type(error).__name__}")
+                continue
+            yield {"key": flow, "flow": pack(*parts, "flo" if flow.endswith(".flo") else "png")}
+
+
+def find_pairs(folder: Folder, passes: str) -> dict[str, list[Pair]]:
+    """The pairs by scene; a pair whose frames are not there is left out.
+
+    Raises:
+        UserError: none found.
+    """
+    names = find_files(folder, (".flo", *(f".{suffix}" for suffix in FRAMES)))
+    there = set(names)
+    scenes: dict[str, list[Pair]] = {}
+    for name in names:
+        scene, stems = _frames_of(name, passes)
+        frames = [next((f"{stem}.{suffix}" for suffix in FRAMES if f"{stem}.{suffix}" in there), None)
+                  for stem in stems]
+        pairs = [(frames[at], frames[at + 1]) for at in range(0, len(frames), 2)]
+        found = next(((first, second) for first, second in pairs if first and second), None)
+        if found:
+            scenes.setdefault(scene, []).append((*found, name))
+    if not scenes:
+        raise UserError(f"no pairs with flow below {folder.url}: wanted *_img1.ppm, *_img2.ppm and *_flow.flo"
+                        " (FlyingChairs), clean/ beside flow/ (Sintel), or image_2/ beside flow_occ/ (KITTI)")
+    return scenes
+
+
+def _frames_of(name: str, passes: str) -> tuple[str, list[str]]:
+    """The scene of a flow file, and where its frames may lie, without endings: first, second, first, second, ..."""
+    if found := CHAIRS.match(name):
+        return found[1], [f"{found[1]}_img1", f"{found[1]}_img2"]
+    if found := SINTEL.match(name):
+        base = f"{found[1]}{passes}/{found[2]}/frame_"
+        return found[2], [f"{base}{found[3]}", f"{base}{int(found[3]) + 1:0{len(found[3])}d}"]
+    if found := KITTI.match(name):
+        return found[2], [f"{found[1]}{place}/{found[2]}_{number}" for place in KITTI_FRAMES for number in (10, 11)]
+    return "", []
+
+
+def _listed(folder: Folder, scenes: Mapping[str, list[Pair]]) -> dict[str, list[Pair]]:
+    """FlyingChairs' split: a line a pair in order, 1 to train on, 2 to test."""
+    lists = find_files(folder, ("train_val.txt",))
+    if not lists:
+        return {}
+    marks = folder.read_text(lists[0]).split()
+    pairs = [pair for scene in sorted(scenes) for pair in scenes[scene]]
+    if len(marks) != len(pairs):
+        raise UserError(f"{folder.url}/{lists[0]} has {len(marks)} lines for {len(pairs)} pairs: fetch what is missing,"
+                        " or remove the list to hold out a share")
+    parts = {"train": "1", "test": "2"}
+    return {split: [pair for pair, found in zip(pairs, marks, strict=True) if found == mark]
+            for split, mark in parts.items() if mark in marks}
+
+
+def _hold_out_scenes(scenes: Mapping[str, list[Pair]], part: float, rng: random.Random) -> dict[str, list[Pair]]:
+    return {split: [pair for scene in members for pair in scenes[scene]]
+            for split, members in hold_out(sorted(scenes), part, rng).items()}
+
+
+source = FlowPairs()

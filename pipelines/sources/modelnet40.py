@@ -1,0 +1,116 @@
+"""ModelNet40 (Wu et al. 2015) or any data set in its layouts: objects as meshes or as ready points.
+
+Meshes: `SRC/CLASS/train/*.off` beside `SRC/CLASS/test/*.off`, as the Princeton archive unpacks; points are drawn from
+the surface by area. Ready points: `SRC/CLASS/NAME.txt` (x, y, z and maybe normals, with commas) and lists
+`*_train.txt` and `*_test.txt` of names, as in `modelnet40_normal_resampled`; or `.npy` arrays (n, 3 or more) in either
+layout.
+"""
+
+import io
+import random
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from perceiver.config import UserError
+from pipelines.features import LabelFeature, PointsFeature
+from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
+from pipelines.sources._common import base_name, find_files, item_seed, number, shuffled_units, source_folder
+from pipelines.storage import Folder, open_folder
+from pipelines.transforms import BadSample
+from pipelines.transforms.mesh import load_mesh, surface_points
+from pipelines.transforms.points import Points, decode
+
+LISTS = {"train": "_train.txt", "test": "_test.txt"}
+WANTED = "CLASS/train/*.off beside CLASS/test/*.off, or CLASS/*.txt with lists *_train.txt and *_test.txt"
+
+Labelled = tuple[str, int]
+"""A file relative to the source folder and its class."""
+
+
+class ModelNet40:
+    """The source. Option `points`: how many are drawn from each mesh (default 2,048)."""
+
+    title = "ModelNet40 and its like: OFF meshes (SRC/CLASS/train/*.off) or ready points (.txt, .npy)"
+
+    def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
+        """List the objects below `src`.
+
+        Raises:
+            UserError: no such folder, or none of the layouts.
+        """
+        refuse_options(options, ("points",))
+        folder = source_folder("modelnet40", src, WANTED)
+        classes, splits = find_objects(folder)
+        units = shuffled_units(splits, random.Random(seed), shard_rows, src=folder.url, seed=seed,
+                               points=number(options, "points", 2048))
+        return Listing(base_name(folder.url), {"points": PointsFeature(), "label": LabelFeature()}, tuple(classes),
+                       "ModelNet: for academic research, copyright of the models with their authors", folder.url, units)
+
+    def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
+        """Draw or read the points of each object."""
+        content = unit.content
+        folder = open_folder(content["src"])
+        for name, label in content["items"]:
+            try:
+                encoded = folder.fs.cat_file(folder.file(name))
+                points = read_points(name, encoded, content["points"], item_seed(content["seed"], name))
+                yield {"key": name, "points": points.tobytes(), "label": label}
+            except (BadSample, OSError) as error:
+                yield Rejected(name, str(error))
+
+
+def read_points(name: str, encoded: bytes, count: int, seed: int) -> Points:
+    """Points (n, 3) of one file: drawn from a mesh, or all that are stored.
+
+    Raises:
+        BadSample: it is damaged.
+    """
+    suffix = name.rsplit(".", 1)[-1].lower()
+    if suffix == "off":
+        return surface_points(load_mesh(encoded, "off"), count, seed)
+    if not encoded:
+        raise BadSample("0 bytes")
+    try:
+        if suffix == "npy":
+            values = np.load(io.BytesIO(encoded), allow_pickle=False)
+        else:
+            values = np.loadtxt(io.BytesIO(encoded), delimiter="," if b"," in encoded[:256] else None, ndmin=2)
+        points = np.ascontiguousarray(values[:, :3], "<f4")
+    except (ValueError, IndexError, TypeError) as error:
+        raise BadSample(f"no rows of x, y, z: {(str(error).splitlines() or ['?'])[0][:80]}") from error
+    return decode(points.tobytes())
+
+
+def find_objects(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:
+    """Class names in order, and the files of each split.
+
+    Raises:
+        UserError: no layout fits.
+    """
+    names = find_files(folder, (".off", ".npy", ".txt"))
+    inner = [name.split("/") for name in names if name.count("/") >= 1]
+    by_folder = [parts for parts in inner if len(parts) >= 3 and parts[-2] in LISTS]
+    if by_folder:
+        found = [(parts[-2], parts[-3], "/".join(parts)) for parts in by_folder]
+    else:
+        found = list(_listed(folder, names))
+    classes = sorted({label for _, label, _ in found})
+    splits = {split: [(name, classes.index(label)) for part, label, name in found if part == split] for split in LISTS}
+    if not splits["train"]:
+        raise UserError(f"no objects below {folder.url}: wanted {WANTED}")
+    return classes, {split: members for split, members in splits.items() if members}
+
+
+def _listed(folder: Folder, names: list[str]) -> Iterator[tuple[str, str, str]]:
+    """(split, class, file) by the lists of names at the top; a name that has no file is left out."""
+    files = {name.rsplit("/", 1)[-1].rsplit(".", 1)[0]: name for name in names if "/" in name}
+    for split, ending in LISTS.items():
+        # Folders of this kind hold lists for ModelNet10 too: the longest one is of all classes.
+        lists = [folder.read_text(name).split() for name in names if "/" not in name and name.endswith(ending)]
+        for entry in max(lists, key=len, default=[]):
+            if entry in files:
+                yield split, files[entry].split("/")[-2], files[entry]
+
+
+source = ModelNet40()

@@ -1,0 +1,219 @@
+"""Plain text (`.txt`) and JSON lines (`.jsonl`) for masked language modelling: documents, cut to a length in bytes.
+
+Perceiver IO (appendix F) trains on documents concatenated by tens and cut to 2,048 tokens. A file is read in ranges of
+bytes, so that a large one is prepared in parallel. Files whose name or folder says train, test or validation keep that
+split; if none does, documents are held out by a hash of their content, so that equal ones stay on one side.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from perceiver.config import UserError
+from pipelines.features import TextFeature
+from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
+from pipelines.sources._common import (
+    base_name,
+    choice,
+    find_files,
+    number,
+    share,
+    shuffled_units,
+    source_folder,
+    split_of,
+)
+from pipelines.storage import Folder, open_folder
+
+SUFFIXES = (".txt", ".jsonl")
+OPTIONS = ("length", "join", "document", "column", "held_out")
+LENGTH = 2046
+"""With the two special ids around it a piece fills 2,048 tokens."""
+LONGEST = 64 << 20
+"""A longer document is refused, not held in memory."""
+
+Range = tuple[str, int, int]
+"""A file, and the bytes [start, stop): it owns the documents that begin there."""
+Document = tuple[str, bytes]
+"""Where it begins, and its bytes."""
+
+
+class Text:
+    """The source.
+
+    Options: `length` (bytes of a sample at most, 2,046), `join` (documents put into one sequence before it is cut, 1;
+    the paper 10), `document` (what ends one in a .txt: `blank` line, `line`, or `file`), `column` (of JSON lines,
+    `text`), `held_out` (share, 0.05).
+    """
+
+    title = "plain text and JSON lines, cut to a length (SRC/**/*.txt, *.jsonl), without labels"
+
+    def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
+        """List ranges of the files below `src`.
+
+        Raises:
+            UserError: no such folder, no files, or a wrong option.
+        """
+        refuse_options(options, OPTIONS)
+        folder = source_folder("text", src, "*.txt or *.jsonl")
+        names = find_files(folder, SUFFIXES)
+        if not names:
+            raise UserError(f"no .txt or .jsonl files below {folder.url}")
+        content = {"src": folder.url, "length": number(options, "length", LENGTH, least=8),
+                   "join": number(options, "join", 1), "column": options.get("column", "text"),
+                   "document": choice(options, "document", ("blank", "line", "file"), "blank")}
+        splits = {name: split_of(name) for name in names}
+        rng, whole = random.Random(seed), content["document"] == "file"
+        size = shard_rows * content["length"]
+        units: list[Unit] = []
+        if set(splits.values()) == {"train"}:
+            ranges = list(_ranges(folder, names, size, whole))
+            held_out = share(options, "held_out", "0.05")
+            units += _range_units({"train": ranges}, rng, size, content, held_out=held_out)
+            units += _range_units({"test": ranges}, rng, size, content, held_out=held_out)
+        else:
+            parts = {split: list(_ranges(folder, [name for name in names if splits[name] == split], size, whole))
+                     for split in ("train", "val", "test") if split in splits.values()}
+            units += _range_units(parts, rng, size, content, held_out=0.0)
+        return Listing(base_name(folder.url), {"text": TextFeature()}, (), "not stated: the user's own data",
+                       folder.url, units)
+
+    def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
+        """Join and cut the unit's documents."""
+        content = unit.content
+        texts: list[tuple[str, str]] = []
+        for key, raw in unit_documents(content):
+            try:
+                text = decode(key, raw, content["column"])
+            except ValueError as error:
+                # Documents that are held out by their content are read for both splits, and counted for one.
+                if not content["held_out"] or unit.split == "train":
+                    yield Rejected(key, str(error))
+                continue
+            if text and _belongs(text, unit.split, content["held_out"]):
+                texts.append((key, text))
+            if len(texts) == content["join"]:
+                yield from _cut(texts, content["length"])
+                texts = []
+        yield from _cut(texts, content["length"])
+
+
+def _ranges(folder: Folder, names: Iterable[str], size: int, whole: bool) -> Iterator[Range]:
+    for name in names:
+        total = folder.fs.size(folder.file(name))
+        step = total if whole else size
+        yield from ((name, start, min(start + step, total)) for start in range(0, total, max(1, step)))
+
+
+def _range_units(splits: Mapping[str, list[Range]], rng: random.Random, size: int, content: Mapping[str, Any], *,
+                 held_out: float) -> list[Unit]:
+    """Units of about `size` bytes of their split: small files together, and more of them where few texts are taken."""
+    units: list[Unit] = []
+    for split, ranges in splits.items():
+        taken = held_out if split == "test" and held_out else 1 - held_out
+        mean = max(1.0, sum(stop - start for _, start, stop in ranges) / max(1, len(ranges)) * taken)
+        units += shuffled_units({split: ranges}, rng, max(1, int(size / mean)), held_out=held_out, **content)
+    return units
+
+
+def unit_documents(content: Mapping[str, Any]) -> Iterator[Document]:
+    """The documents of a unit's ranges, as stored."""
+    folder = open_folder(content["src"])
+    for name, start, stop in content["items"]:
+        by = "line" if name.lower().endswith(".jsonl") else content["document"]
+        with folder.fs.open(folder.file(name), "rb") as stream:
+            for place, raw in documents(stream, start, stop, by):
+                yield f"{name}@{place}", raw
+
+
+def documents(stream: BinaryIO, start: int, stop: int, by: str) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of the documents that begin in [start, stop).
+
+    Args:
+        stream: the file.
+        start, stop: bytes; ranges that cover a file give each of its documents once.
+        by: what ends a document: `line`, a `blank` line, or the `file`.
+    """
+    if by == "file":
+        yield 0, stream.read(LONGEST + 1)
+        return
+    stream.seek(max(0, start - 3))
+    before = stream.read(start - stream.tell())
+    fresh = not start or before.endswith(b"\n" if by == "line" else (b"\n\n", b"\n\r\n"))
+    begin, lines, kept = start, [], 0
+    while line := stream.readline(LONGEST + 1):
+        here = stream.tell() - len(line)
+        empty = not line.strip(b"\r\n")
+        if not lines and here >= stop:
+            return
+        if fresh and not empty:
+            begin = here if not lines else begin
+            lines += [line] if kept <= LONGEST else []
+            kept += len(line)
+        # Within a range that begins inside a document, everything up to the next border is another range's.
+        if empty or (by == "line" and line.endswith(b"\n")):
+            if lines:
+                yield begin, b"".join(lines)
+            lines, kept, fresh = [], 0, True
+    if lines:
+        yield begin, b"".join(lines)
+
+
+def decode(key: str, raw: bytes, column: str) -> str:
+    """The text of a document.
+
+    Raises:
+        ValueError: not UTF-8, too long, or (JSON lines) no object with that text; the message is the reason.
+    """
+    if len(raw) > LONGEST:
+        raise ValueError(f"a document of more than {LONGEST >> 20} MiB")
+    try:
+        text = raw.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8: {error.reason}") from error
+    if not key.rsplit("@", 1)[0].lower().endswith(".jsonl") or not text:
+        return text
+    try:
+        value = json.loads(text)[column]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no JSON object with '{column}'") from error
+    if not isinstance(value, str):
+        raise ValueError(f"'{column}' is no string")
+    return value.strip()
+
+
+def _belongs(text: str, split: str, held_out: float) -> bool:
+    if not held_out:
+        return True
+    part = int.from_bytes(hashlib.md5(text.encode("utf-8", "replace"), usedforsecurity=False).digest()[:4], "big")
+    return (part < held_out * 2**32) == (split == "test")
+
+
+def _cut(texts: list[tuple[str, str]], length: int) -> Iterator[Sample | Rejected]:
+    """Pieces of at most `length` bytes of the joined texts, cut before a word if one is near, never in a character."""
+    if not texts:
+        return
+    raw = "\n".join(text for _, text in texts).encode("utf-8", "replace")
+    start = 0
+    while start < len(raw):
+        stop = min(start + length, len(raw))
+        if stop < len(raw):
+            stop = _border(raw, start, stop)
+        piece = raw[start:stop].decode("utf-8").strip()
+        if piece:
+            yield {"key": f"{texts[0][0]}+{start}", "text": piece}
+        start = stop
+
+
+def _border(raw: bytes, start: int, stop: int) -> int:
+    """The last space in the second half of [start, stop), else the last beginning of a character."""
+    space = max(raw.rfind(sign, start + (stop - start) // 2, stop) for sign in (b" ", b"\n"))
+    if space > start:
+        return space + 1
+    while raw[stop] & 0xC0 == 0x80:
+        stop -= 1
+    return stop
+
+
+source = Text()

@@ -1,0 +1,174 @@
+"""Optical flow: two frames and the motion of each pixel of the first; files of the public data sets, views of them."""
+
+import io
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, model_validator
+
+from perceiver.config import Config
+from pipelines.transforms import BadSample
+from pipelines.transforms.image import Pixels, to_pixels
+from pipelines.transforms.image import decode as decode_image
+
+FLO_MAGIC = b"PIEH"
+"""202021.25 as little-endian float32, which begins a .flo file."""
+UNKNOWN = 1e9
+"""Middlebury's convention: a longer flow is unknown."""
+
+Flow = NDArray[np.float32]
+Valid = NDArray[np.bool_]
+
+
+class FlowViewConfig(Config):
+    """Random changes to training pairs: both frames alike, the flow with them. The crop is `data.image_size`."""
+
+    flip: bool = Field(default=False, description="mirror left and right, half of the time")
+    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="zoom by a factor in this range, uniform")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FlowViewConfig":
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)}: wanted [low, high] with 0 < low <= high")
+        return self
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two frames of one size, flow (2, H, W) from the first to the second in pixels, x first, and where it is known."""
+
+    first: Image.Image
+    second: Image.Image
+    flow: Flow
+    valid: Valid
+
+
+def pack(first: bytes, second: bytes, flow: bytes, kind: str) -> bytes:
+    """The three files as they are, in one archive without compression; `kind` of the flow is `flo` or `png`."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in (("first", first), ("second", second), (f"flow.{kind}", flow)):
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return stream.getvalue()
+
+
+def decode(stored: bytes, channels: int, max_pixels: int) -> Pair:
+    """Decode what `pack` made.
+
+    Raises:
+        BadSample: a frame or the flow is damaged, too large, or of another size.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+            entries = archive.infolist()
+            if [entry.filename for entry in entries[:2]] != ["first", "second"] or len(entries) != 3 or any(
+                    entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise BadSample("not two frames and a flow")
+            first, second, flow = (archive.read(entry) for entry in entries)
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise BadSample(f"not two frames and a flow: {error}") from error
+    frames = [decode_image(part, channels, max_pixels) for part in (first, second)]
+    field, valid = read_flo(flow, max_pixels) if entries[2].filename == "flow.flo" else read_kitti(flow, max_pixels)
+    if not frames[0].size == frames[1].size == field.shape[:0:-1]:
+        sizes = [f"{image.width}x{image.height}" for image in frames] + [f"{field.shape[2]}x{field.shape[1]}"]
+        raise BadSample(f"frames and flow of different sizes: {', '.join(sizes)}")
+    return Pair(frames[0], frames[1], field, valid)
+
+
+def read_flo(encoded: bytes, max_pixels: int) -> tuple[Flow, Valid]:
+    """Flow (2, H, W) and validity (H, W) of a Middlebury .flo file.
+
+    Raises:
+        BadSample: another file, truncated, or too large by its header.
+    """
+    if len(encoded) < 12 or encoded[:4] != FLO_MAGIC:
+        raise BadSample("no .flo file")
+    width, height = np.frombuffer(encoded, "<i4", 2, 4).tolist()
+    if width < 1 or height < 1 or width * height > max_pixels:
+        raise BadSample(f"a flow of {width}x{height}: wanted up to {max_pixels} pixels")
+    if len(encoded) < 12 + 8 * width * height:
+        raise BadSample("truncated .flo file")
+    values = np.frombuffer(encoded, "<f4", 2 * width * height, 12).reshape(height, width, 2).transpose(2, 0, 1)
+    valid = (np.isfinite(values) & (np.abs(values) < UNKNOWN)).all(axis=0)
+    return np.where(valid, values, 0).astype(np.float32), valid
+
+
+def read_kitti(encoded: bytes, max_pixels: int) -> tuple[Flow, Valid]:
+    """Flow (2, H, W) and validity (H, W) of KITTI's 16-bit PNG: 2**15 + 64 times x and y, and whether it is known.
+
+    Raises:
+        BadSample: another file, truncated, of other channels, or too large by its header.
+    """
+    if encoded[:8] != b"\x89PNG\r\n\x1a\n" or len(encoded) < 33:
+        raise BadSample("no PNG file for the flow")
+    width, height = np.frombuffer(encoded, ">u4", 2, 16).tolist()
+    if width * height > max_pixels:
+        raise BadSample(f"a flow of {width}x{height}: wanted up to {max_pixels} pixels")
+    if encoded[24:26] != b"\x10\x02":
+        raise BadSample("a flow that is no 16-bit RGB image")
+    values = _decode_rgb48(encoded).astype(np.float32)
+    valid = values[..., 2] > 0
+    flow = (values[..., :2].transpose(2, 0, 1) - 2**15) / 64
+    return np.where(valid, flow, 0).astype(np.float32), valid
+
+
+def _decode_rgb48(encoded: bytes) -> NDArray[np.uint16]:
+    """16-bit RGB (H, W, 3), which Pillow would cut to 8 bits."""
+    import av
+
+    try:
+        frames = av.VideoCodecContext.create("png", "r").decode(av.Packet(encoded))
+        return frames[0].to_ndarray(format="rgb48le")
+    except (av.FFmpegError, IndexError) as error:
+        raise BadSample("a damaged PNG file for the flow") from error
+
+
+def training_view(pair: Pair, size: tuple[int, int], config: FlowViewConfig, rng: Generator
+                  ) -> tuple[Pixels, Flow, Valid]:
+    """A random crop of (height, width), zoomed and mirrored: frames (2, C, H, W), flow (2, H, W), valid (H, W)."""
+    factor = rng.uniform(*config.scale)
+    if factor != 1:
+        pair = _zoomed(pair, factor)
+    top = int(rng.integers(max(0, pair.first.height - size[0]) + 1))
+    left = int(rng.integers(max(0, pair.first.width - size[1]) + 1))
+    frames, flow, valid = _cut(pair, size, top, left)
+    if config.flip and rng.random() < 0.5:
+        flow = flow[..., ::-1] * np.array([-1, 1], np.float32)[:, None, None]
+        return frames[..., ::-1].copy(), flow, valid[..., ::-1].copy()
+    return frames, flow, valid
+
+
+def evaluation_view(pair: Pair, size: tuple[int, int]) -> tuple[Pixels, Flow, Valid]:
+    """The centre crop of (height, width)."""
+    top, left = max(0, pair.first.height - size[0]) // 2, max(0, pair.first.width - size[1]) // 2
+    return _cut(pair, size, top, left)
+
+
+def _cut(pair: Pair, size: tuple[int, int], top: int, left: int) -> tuple[Pixels, Flow, Valid]:
+    """A window; where it reaches beyond the frames, black without a known flow."""
+    part = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+    frames = np.stack([to_pixels(image) for image in (pair.first, pair.second)])[part]
+    found = (frames, pair.flow[part], pair.valid[part])
+    missing = [(0, wanted - got) for wanted, got in zip(size, frames.shape[-2:], strict=True)]
+    frames, flow, valid = (np.pad(array, [(0, 0)] * (array.ndim - 2) + missing) for array in found)
+    return frames, flow, valid
+
+
+def _zoomed(pair: Pair, factor: float) -> Pair:
+    """The pair in another size; a flow with gaps is taken from the nearest pixel, so that gaps do not leak into it."""
+    width, height = max(1, round(pair.first.width * factor)), max(1, round(pair.first.height * factor))
+    rows = (np.arange(height) + 0.5) * pair.first.height // height
+    columns = (np.arange(width) + 0.5) * pair.first.width // width
+    nearest = np.ix_(rows.astype(int), columns.astype(int))
+    ratio = np.array([width / pair.first.width, height / pair.first.height], np.float32)
+    if pair.valid.all():
+        parts = [np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR))
+                 for part in pair.flow]
+    else:
+        parts = [part[nearest] for part in pair.flow]
+    first, second = (image.resize((width, height), Image.Resampling.BICUBIC) for image in (pair.first, pair.second))
+    return Pair(first, second, np.stack(parts) * ratio[:, None, None], pair.valid[nearest])
