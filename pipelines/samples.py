@@ -47,8 +47,9 @@ class SampleSpec:
         Raises:
             UserError: the view leaves something open.
         """
-        return {key: shape for name, feature in self.features.items()
-                for key, shape in feature.shapes(name, self.view, self.classes).items()}
+        axes = self.view.clip.axes(self.training)
+        return {key: ((*axes, *shape) if feature.clips else shape, kind) for name, feature in self.features.items()
+                for key, (shape, kind) in feature.shapes(name, self.view, self.classes).items()}
 
     @property
     def row_bytes(self) -> int:

@@ -4,12 +4,16 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipelines.features.audio import AudioFeature
+from pipelines.features.flow import FlowFeature
 from pipelines.features.image import ImageFeature
 from pipelines.features.label import LabelFeature, LabelsFeature
 from pipelines.features.points import PointsFeature
 from pipelines.features.text import TextFeature
+from pipelines.features.video import MediaFeature, VideoFeature
 
-Feature = Annotated[ImageFeature | LabelFeature | LabelsFeature | TextFeature | PointsFeature,
-                    Field(discriminator="kind")]
+Feature = Annotated[ImageFeature | LabelFeature | LabelsFeature | TextFeature | PointsFeature | AudioFeature
+                    | VideoFeature | MediaFeature | FlowFeature, Field(discriminator="kind")]
 
-__all__ = ["Feature", "ImageFeature", "LabelFeature", "LabelsFeature", "PointsFeature", "TextFeature"]
+__all__ = ["AudioFeature", "Feature", "FlowFeature", "ImageFeature", "LabelFeature", "LabelsFeature", "MediaFeature",
+           "PointsFeature", "TextFeature", "VideoFeature"]

@@ -9,8 +9,12 @@ from numpy.random import Generator
 from pydantic import Field
 
 from perceiver.config import Config
+from pipelines.transforms.audio import AudioConfig
+from pipelines.transforms.clip import ClipConfig
+from pipelines.transforms.flow import FlowViewConfig
 from pipelines.transforms.image import MAX_PIXELS, AugmentConfig
 from pipelines.transforms.points import PointsConfig
+from pipelines.transforms.video import VideoConfig
 
 Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]
 """Shape of one sample and type, by batch key."""
@@ -27,6 +31,10 @@ class ViewConfig(Config):
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="larger images are bad samples")
     text_length: int = Field(default=2048, ge=2, description="tokens of a text, cut or padded to it")
     points: PointsConfig = Field(default=PointsConfig(), description="number of points and their random changes")
+    audio: AudioConfig = Field(default=AudioConfig(), description="rate and length of sound")
+    video: VideoConfig = Field(default=VideoConfig(), description="frames, their size and random changes")
+    flow: FlowViewConfig = Field(default=FlowViewConfig(), description="random changes to frames and their flow")
+    clip: ClipConfig = Field(default=ClipConfig(), description="which parts of recordings are shown")
 
 
 class BaseFeature(Config):
@@ -34,9 +42,11 @@ class BaseFeature(Config):
 
     arrow: ClassVar[pa.DataType]
     """Type of its column in a shard."""
+    clips: ClassVar[bool] = False
+    """Whether an evaluation sample may come as several clips; its arrays then have an axis of clips in front."""
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """What it puts into a batch.
+        """What it puts into a batch: of recordings, one clip.
 
         Raises:
             UserError: the view leaves something open that the data do not fix.

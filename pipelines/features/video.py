@@ -1,0 +1,94 @@
+"""Encoded video, with or without its sound."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from perceiver.config import UserError
+from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.transforms.clip import clip_starts
+from pipelines.transforms.media import Media, media_sound, open_media
+from pipelines.transforms.video import RandomView, View, video_clips
+
+
+class VideoFeature(BaseFeature):
+    """One encoded video a sample (MP4, Matroska, WebM, AVI, ...); uint8 (F, C, H, W) in a batch.
+
+    Frames are taken by their time stamps, so the frame rate may vary. Bad samples: no bytes, no pictures, damaged or
+    cut off where it is shown, frames above data.video.max_pixels, longer than data.clip.max_seconds.
+    """
+
+    arrow: ClassVar[pa.DataType] = pa.binary()
+    clips: ClassVar[bool] = True
+    kind: Literal["video"] = "video"
+    channels: int = Field(default=3, description="channels after decoding: 1 (grey) or 3 (RGB)")
+    size: tuple[int, int] | None = Field(default=None, description="(height, width) of all frames; null if they differ")
+
+    def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
+        """(F, C, height, width) uint8."""
+        return {name: _frames_shape(name, self.channels, self.size, view)}
+
+    def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
+        """The header, as a `Media`."""
+        return open_media(stored or b"", video=True, audio=False, max_seconds=view.clip.max_seconds,
+                          max_pixels=view.video.max_pixels)
+
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+        """Pixels of a clip; of all evaluation clips (K, F, C, H, W)."""
+        starts = clip_starts(decoded.seconds, view.video.seconds, view.clip, training, rng)
+        clips = _pixels(decoded, starts, (self.channels, self.size), view, training, rng)
+        return {name: clips if view.clip.axes(training) else clips[0]}
+
+
+class MediaFeature(BaseFeature):
+    """One encoded video with sound a sample; in a batch uint8 `video` (F, C, H, W) and int16 `audio` (T,).
+
+    Both show the same stretch of the recording, also at random (time jitter in sync, Perceiver 4.2). Bad samples: as
+    for `video` and `audio`, and files that lack one of the two.
+    """
+
+    arrow: ClassVar[pa.DataType] = pa.binary()
+    clips: ClassVar[bool] = True
+    kind: Literal["media"] = "media"
+    channels: int = Field(default=3, description="channels of a frame after decoding: 1 (grey) or 3 (RGB)")
+    size: tuple[int, int] | None = Field(default=None, description="(height, width) of all frames; null if they differ")
+
+    def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
+        """(F, C, height, width) uint8 and (T,) int16."""
+        return {"video": _frames_shape(name, self.channels, self.size, view),
+                "audio": ((view.audio.samples,), np.int16)}
+
+    def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
+        """The header, as a `Media`."""
+        return open_media(stored or b"", video=True, audio=True, max_seconds=view.clip.max_seconds,
+                          max_pixels=view.video.max_pixels)
+
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+        """Pixels and samples of a clip; with a leading axis of all evaluation clips."""
+        length = max(view.video.seconds, view.audio.seconds)
+        starts = clip_starts(decoded.seconds, length, view.clip, training, rng)
+        pixels = _pixels(decoded, starts, (self.channels, self.size), view, training, rng)
+        sound = np.stack([media_sound(decoded, float(start), view.audio) for start in starts])
+        shown = {"video": pixels, "audio": sound}
+        return shown if view.clip.axes(training) else {key: clips[0] for key, clips in shown.items()}
+
+
+def _frames_shape(name: str, channels: int, stored: tuple[int, int] | None, view: ViewConfig
+                  ) -> tuple[tuple[int, ...], type[np.generic]]:
+    size = view.video.size or stored
+    if size is None:
+        raise UserError(f"the videos of feature '{name}' differ in size: set data.video.size, such as [224, 224]")
+    return (view.video.frames, channels, *size), np.uint8
+
+
+def _pixels(media: Media, starts: NDArray[np.float64], stored: tuple[int, tuple[int, int] | None], view: ViewConfig,
+            training: bool, rng: Random) -> NDArray[np.uint8]:
+    channels, size = stored
+    size = view.video.size or size
+    assert size is not None, "shapes() was asked first"
+    chosen = RandomView(view.video.augment, rng) if training else View(view.eval_crop)
+    return video_clips(media, starts, size, channels, view.video, chosen)

@@ -1,0 +1,249 @@
+"""Media containers (MP4, Matroska, WebM, AVI, ...) through FFmpeg: header, frames at given times, a stretch of sound.
+
+Only known containers are opened, and only from memory: a playlist in a sample's place cannot make FFmpeg fetch a file
+or an address.
+"""
+
+import contextlib
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.transforms import BadSample
+from pipelines.transforms.audio import MARGIN_S, MOST_RATE, AudioConfig, Samples, check_length, finish, source_span
+
+FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,wav,flac,mp3,aac,ac3,eac3,aiff,"
+           "au,amr,caf,gif,m4v,h264,hevc,dv,rm,swf,w64,wv,ape,nut")
+SHORT_S = 0.25
+"""A stream may end so much, and a fiftieth, before the end that the header gives."""
+SETTLE_S = 0.1
+
+TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+
+@dataclass(frozen=True)
+class Media:
+    """A media file whose header was read.
+
+    Attributes:
+        container: the open file; one reader at a time.
+        seconds: length of the shorter of its streams that are wanted.
+        origin: time of its first stream's beginning, which counts as 0.
+        height, width, fps: of the pictures; 0 if they are not wanted.
+        rate, channels: of the sound; 0 if it is not wanted.
+    """
+
+    container: Any
+    seconds: float
+    origin: float
+    height: int = 0
+    width: int = 0
+    fps: float = 0.0
+    rate: int = 0
+    channels: int = 0
+
+
+def open_media(encoded: bytes, *, video: bool, audio: bool, max_seconds: float, max_pixels: int = 0) -> Media:
+    """Read the header, and of the streams no more than that.
+
+    Args:
+        encoded: the file.
+        video, audio: which streams are wanted.
+        max_seconds: longer files are refused.
+        max_pixels: larger frames are refused.
+
+    Raises:
+        BadSample: empty, no media file, a stream is missing, or too long, large or fast.
+    """
+    if not encoded:
+        raise BadSample("0 bytes")
+    with _damage():
+        container = _open(encoded)
+        streams = [_stream(container, kind) for kind, wanted in (("video", video), ("audio", audio)) if wanted]
+        starts = [float(stream.start_time * stream.time_base) for stream in streams if stream.start_time is not None]
+        seconds = min(_seconds(container, stream, encoded) for stream in streams)
+        check_length(seconds, max_seconds)
+        facts: dict[str, Any] = {}
+        for stream in streams:
+            stream.codec_context.thread_count = 1
+            facts |= _pictures(stream, max_pixels) if stream.type == "video" else _sounds(stream)
+        return Media(container, seconds, min(starts, default=0.0), **facts)
+
+
+def _open(encoded: bytes) -> Any:
+    return av.open(io.BytesIO(encoded), metadata_errors="ignore", options={"format_whitelist": FORMATS})
+
+
+def _pictures(stream: Any, max_pixels: int) -> dict[str, Any]:
+    height, width = stream.codec_context.height, stream.codec_context.width
+    if not 0 < height * width <= max_pixels:
+        raise BadSample(f"frames of {width}x{height} are not 1 to {max_pixels} pixels")
+    return {"height": height, "width": width, "fps": float(stream.average_rate or 0)}
+
+
+def _sounds(stream: Any) -> dict[str, Any]:
+    rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+    if not 0 < rate <= MOST_RATE or channels < 1:
+        raise BadSample(f"{channels} channels at {rate} samples a second")
+    return {"rate": rate, "channels": channels}
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Whatever FFmpeg makes of damage becomes a BadSample."""
+    try:
+        yield
+    except BadSample:
+        raise
+    except Exception as error:  # FFmpeg's demuxers and decoders fail in a dozen ways on damaged files.
+        raise BadSample(f"undecodable media: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What FFmpeg said, without the number and the name of the file."""
+    text = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return text.split(": '")[0][:80]
+
+
+def _stream(container: Any, kind: str) -> Any:
+    for stream in container.streams:
+        picture = "ATTACHED_PIC" in str(getattr(stream, "disposition", "")).upper()
+        if stream.type == kind and not picture:
+            return stream
+    raise BadSample(f"no {kind} stream")
+
+
+def _seconds(container: Any, stream: Any, encoded: bytes) -> float:
+    """Length of a stream by its header, else the container's, else by its packets."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if container.duration:
+        return container.duration / av.time_base - float((stream.start_time or 0) * stream.time_base)
+    with _open(encoded) as again:
+        ends = [float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                for packet in again.demux(_stream(again, stream.type)) if packet.pts is not None]
+    return max(ends, default=0.0)
+
+
+def frames_at(media: Media, times: NDArray[np.float64], take: Callable[[Image.Image], Image.Image],
+              mode: Literal["RGB", "L"]) -> tuple[list[Image.Image], NDArray[np.int64]]:
+    """The frames that are on screen at given times: of variable frame rates too, by the frames' time stamps.
+
+    Before the first frame and after the last one, that frame stands.
+
+    Args:
+        media: the file.
+        times: (n,) seconds from the beginning, in any order.
+        take: applied to each frame that is needed, once.
+        mode: grey or colour.
+
+    Returns:
+        The frames, each once, and for each time the index of its frame.
+
+    Raises:
+        BadSample: damaged before the last of the times.
+    """
+    order = np.argsort(times, kind="stable")
+    ascending = times[order]
+    index = np.zeros(len(times), np.int64)
+    images: list[Image.Image] = []
+    served = 0
+    with _damage():
+        for frame, until in _shown(_decoded(media, ascending[0]), media, ascending[-1]):
+            upto = int(np.searchsorted(ascending, until - 1e-3))
+            if upto > served:
+                images.append(take(_picture(frame, mode)))
+                index[order[served:upto]] = len(images) - 1
+                served = upto
+            if served == len(times):
+                break
+    return images, index
+
+
+def _shown(frames: Iterable[tuple[Any, float, float]], media: Media, last: float) -> Iterator[tuple[Any, float]]:
+    """(frame, the time at which the next one replaces it); the last frame stands for ever."""
+    shown: Any = None
+    end = 0.0
+    for frame, time, until in frames:
+        if shown is not None:
+            yield shown, time
+        shown, end = frame, until
+    if shown is None:
+        raise BadSample("no frame can be decoded")
+    if end < min(last, media.seconds) - _slack(media):
+        raise BadSample("cut off: the pictures end before the time in the header")
+    yield shown, math.inf
+
+
+def _slack(media: Media) -> float:
+    return SHORT_S + media.seconds / 50
+
+
+def _decoded(media: Media, first: float) -> Iterator[tuple[Any, float, float]]:
+    """(frame, its time, the time it ends), from the key frame before a time on."""
+    stream = _stream(media.container, "video")
+    _seek(media, stream, first)
+    step = 1 / media.fps if media.fps else 0.0
+    for frame in media.container.decode(stream):
+        if frame.pts is not None:
+            time = float(frame.pts * frame.time_base) - media.origin
+            yield frame, time, time + (float(frame.duration * frame.time_base) if frame.duration else step)
+
+
+def _seek(media: Media, stream: Any, time: float) -> None:
+    """To the key frame before a time."""
+    media.container.seek(int((max(time, 0.0) + media.origin) / stream.time_base), stream=stream)
+
+
+def _picture(frame: Any, mode: str) -> Image.Image:
+    image = Image.fromarray(frame.to_ndarray(format="gray" if mode == "L" else "rgb24"))
+    turn = TURNS.get(round(getattr(frame, "rotation", 0)) % 360)
+    return image.transpose(turn) if turn is not None else image
+
+
+def media_sound(media: Media, start: float, config: AudioConfig) -> Samples:
+    """Samples (T,) int16 from `start` seconds on; silence wherever the file has none.
+
+    Raises:
+        BadSample: damaged within the clip, samples that are not finite, or a missing channel.
+    """
+    first, count = source_span(start, config, media.rate)
+    span = np.zeros((count, media.channels), np.float32)
+    end = 0.0
+    with _damage():
+        for time, samples in _sound(media, first / media.rate):
+            offset = round(time * media.rate) - first
+            end = time + len(samples) / media.rate
+            part = slice(max(offset, 0), min(offset + len(samples), count))
+            if part.start < part.stop:
+                span[part] = samples[part.start - offset:part.stop - offset]
+            if offset + len(samples) >= count:
+                break
+        needed = min(start + config.seconds, media.seconds)
+        if end < needed - _slack(media) and end < (first + count) / media.rate - MARGIN_S:
+            raise BadSample("cut off: the sound ends before the time in the header")
+    return finish(span, 0, count, start - first / media.rate, media.rate, config)
+
+
+def _sound(media: Media, first: float) -> Iterator[tuple[float, NDArray[np.float32]]]:
+    """(time, samples (n, channels)) of each decoded frame from a time on, or a little earlier, all at the file's rate.
+
+    Decoders need a few packets to settle, hence the earlier start.
+    """
+    stream = _stream(media.container, "audio")
+    _seek(media, stream, first - SETTLE_S)
+    resampler = av.AudioResampler(format="fltp", layout=stream.codec_context.layout, rate=media.rate)
+    for frame in media.container.decode(stream):
+        if frame.pts is None:
+            continue
+        time = float(frame.pts * frame.time_base) - media.origin
+        for same in resampler.resample(frame):
+            yield time, np.asarray(same.to_ndarray().T, np.float32)
+            time += same.samples / media.rate
