@@ -21,9 +21,10 @@ from cluster import local
 from cluster.conclude import conclude
 from cluster.console import RunConsole
 from cluster.failures import failure_reason, one_line
-from cluster.preflight import Preflight, check, data_cpus
-from cluster.recipe import Recipe, absolute, build_recipe, for_workers, kind_of, zero_stage
+from cluster.preflight import Preflight, check
+from cluster.recipe import Recipe, build_recipe, kind_of, zero_stage
 from cluster.run_folder import RunFolder, find_run, named_run, new_run, redacted_recipe
+from cluster.trainer import Share, build_trainer
 from perceiver.config import UserError
 from perceiver.train.mlflow import (
     RunHandle,
@@ -193,7 +194,8 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     from cluster.monitor import pump, start_monitor
 
     monitor = start_monitor()
-    trainer = _trainer(launch, monitor, handle)
+    share = Share(local.cluster_cpus())
+    trainer = build_trainer(launch.recipe, launch.folder, monitor, handle, share)
     outcome: dict[str, Any] = {}
     refused: list[float] = []
 
@@ -229,40 +231,6 @@ def _note_worker(folder: RunFolder, event: Mapping[str, Any]) -> None:
     """Keep in run.json which process on which node is which rank."""
     workers = {**folder.facts().get("workers", {}), str(event["rank"]): {"pid": event["pid"], "node": event["node"]}}
     folder.note(workers=workers)
-
-
-def _trainer(launch: Launch, monitor: Any, handle: RunHandle | None) -> Any:
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from cluster.callbacks import FailureReporter
-    from cluster.worker import train_worker
-
-    recipe, folder = launch.recipe, launch.folder
-    cluster = recipe.cluster
-    cpus = local.worker_cpus(cluster, local.cluster_cpus(), data_cpus(recipe))
-    resources = {"CPU": cpus} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "recipe": for_workers(recipe),
-            "run": folder.name,
-            "monitor": monitor,
-            "mlflow": handle.to_json() if handle else None,
-            "spool": str(spool_folder(folder.local).resolve()),
-        },
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, resources_per_worker=resources, use_gpu=cluster.gpus_per_worker > 0
-        ),
-        run_config=ray.train.RunConfig(
-            # A name of its own for each start: our checkpoints say where to go on, not Ray's snapshot of the last time.
-            name=f"start-{time.time_ns()}",
-            storage_path=absolute(folder.location("ray")),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[FailureReporter(monitor)],
-        ),
-    )
 
 
 @contextmanager

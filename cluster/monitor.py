@@ -1,5 +1,6 @@
 """The small actor through which workers tell the driver how they are, and the driver asks them to stop."""
 
+import queue
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,14 @@ class MonitorState:
     def request_stop(self) -> None:
         """Ask the workers to save a checkpoint and end."""
         self._stop = True
+
+
+class LocalMonitor:
+    """The same for a worker that runs in a thread of the driver's process: events wait here, without an actor."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.stop = False
 
 
 def start_monitor() -> Any:
@@ -70,6 +79,33 @@ class MonitorClient:
             return
         done, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
         self._stop = self._stop or any(ray.get(done))
+
+
+@dataclass
+class LocalClient:
+    """What `MonitorClient` is, for a `LocalMonitor`."""
+
+    monitor: LocalMonitor
+    rank: int
+
+    def send(self, kind: str, payload: Mapping[str, Any], urgent: bool = False) -> None:
+        """Leave an event for the driver's thread."""
+        self.monitor.events.put({"kind": kind, "rank": self.rank, **payload})
+
+    def stop_requested(self) -> bool:
+        """Whether the driver asked to stop."""
+        return self.monitor.stop
+
+    def flush(self) -> None:
+        """Do nothing: an event has arrived when it is sent."""
+
+
+Client = MonitorClient | LocalClient
+
+
+def connect(monitor: Any, rank: int) -> Client:
+    """Return a worker's end of a monitor actor, or of a `LocalMonitor`."""
+    return LocalClient(monitor, rank) if isinstance(monitor, LocalMonitor) else MonitorClient(monitor, rank)
 
 
 def pump(handle: Any, show: Callable[[dict[str, Any]], None]) -> None:

@@ -18,7 +18,7 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """
     tree = _read_yaml(Path(path))
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return tree
 
 
@@ -36,7 +36,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one dotted key in the tree."""
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cluster.monitor import MonitorClient
+from cluster.monitor import Client, connect
 from cluster.preflight import epoch_steps_of
 from cluster.recipe import Recipe, build_recipe, zero_stage
 from cluster.run_folder import RunFolder, redacted_recipe
@@ -61,7 +61,7 @@ class Job:
     place: Place
     engine: Engine
     history: History
-    monitor: MonitorClient
+    monitor: Client
     tracker: Tracker
     batches: Iterator[Batch]
     start_step: int
@@ -99,8 +99,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         because Ray would restart the workers to meet it again.
     """
     began = time.perf_counter()
-    place = _place()
-    monitor = MonitorClient(config["monitor"], place.rank)
+    place = _place(config["runs"])
+    monitor = connect(config["monitor"], place.rank)
     try:
         with contextlib.ExitStack() as resources:
             job = _build(config, place, monitor, resources)
@@ -113,7 +113,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"status": "refused", "error": str(error)}
 
 
-def _build(config: Mapping[str, Any], place: Place, monitor: MonitorClient, resources: contextlib.ExitStack) -> Job:
+def _build(config: Mapping[str, Any], place: Place, monitor: Client, resources: contextlib.ExitStack) -> Job:
     """Build everything and restore the newest checkpoint.
 
     The data pipeline starts first: its tasks come up while DeepSpeed is imported and the engine is built.
@@ -126,6 +126,7 @@ def _build(config: Mapping[str, Any], place: Place, monitor: MonitorClient, reso
     done = _newest_step(folder, place)
     total = recipe.train.total_steps(epoch_steps_of(recipe, manifest))
     batches = started(_training(recipe, manifest, place, (done, total), quarantine))
+    resources.callback(batches.close)
     torch.manual_seed(recipe.seed)
     classes = len(manifest.classes)
     model = build_model(recipe.model, classes=classes)
@@ -142,13 +143,13 @@ def _build(config: Mapping[str, Any], place: Place, monitor: MonitorClient, reso
     return Job(recipe, folder, manifest, place, engine, history, monitor, tracker, batches, done, quarantine)
 
 
-def started(batches: Iterator[Batch]) -> Iterator[Batch]:
+def started(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
     """Have the first batch made from now on, in a thread; return an iterator over all."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
     first = pool.submit(lambda: list(itertools.islice(batches, 1)))
     pool.shutdown(wait=False)
 
-    def iterate() -> Iterator[Batch]:
+    def iterate() -> Generator[Batch, None, None]:
         yield from first.result()
         yield from batches
 
@@ -176,14 +177,15 @@ def _write_quarantine(quarantine: Quarantine, folder: RunFolder, rank: int) -> N
         quarantine.write(folder.location("quarantine", f"part-{rank:05d}"))
 
 
-def _place() -> Place:
+def _place(runs: int) -> Place:
+    """Find this worker's place; ``runs`` that share the machine share its cores."""
     import ray.train
 
     context = ray.train.get_context()
     device = torch.device("cuda", context.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     local_world = context.get_local_world_size()
     if device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_world * runs)))
     return Place(context.get_world_rank(), context.get_world_size(), local_world, device)
 
 
@@ -220,7 +222,7 @@ def _newest_step(folder: RunFolder, place: Place) -> int:
     return int(chosen)
 
 
-def _restore(engine: Engine, folder: RunFolder, step: int, monitor: MonitorClient) -> History:
+def _restore(engine: Engine, folder: RunFolder, step: int, monitor: Client) -> History:
     """Load the checkpoint of a step, if there is one; return the metrics recorded up to it."""
     if step == 0:
         return History()
@@ -271,13 +273,13 @@ def _hooks(job: Job, evaluation: EvalHook) -> list[Hook]:
             partial(_snapshot, job),
             training.checkpoint_every,
             training.keep_checkpoints,
-            lambda step, url: job.tracker.set_tag("checkpoint_uri", url),
+            partial(_saved, job),
         )
     )
     return hooks
 
 
-def _progress(monitor: MonitorClient, info: StepInfo) -> None:
+def _progress(monitor: Client, info: StepInfo) -> None:
     payload = {
         "step": info.step,
         "total_steps": info.total_steps,
@@ -289,6 +291,12 @@ def _progress(monitor: MonitorClient, info: StepInfo) -> None:
         "samples": info.samples,
     }
     monitor.send("progress", payload, urgent=info.last)
+
+
+def _saved(job: Job, step: int, url: str) -> None:
+    """Tell the driver and MLflow of a new checkpoint."""
+    job.monitor.send("checkpoint", {"step": step, "url": url}, urgent=True)
+    job.tracker.set_tag("checkpoint_uri", url)
 
 
 def _snapshot(job: Job, info: StepInfo) -> Snapshot:

@@ -1,0 +1,101 @@
+"""The Ray Train trainer of a recipe: one place for `perceiver train` and for the trials of a search."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cluster import local
+from cluster.preflight import data_cpus
+from cluster.recipe import Recipe, absolute, for_workers
+from cluster.run_folder import RunFolder
+from perceiver.train.mlflow import RunHandle, spool_folder
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of the cluster a run may use.
+
+    Attributes:
+        cpus: logical CPUs for its workers and data tasks.
+        runs: how many runs share the machines at a time, so that the threads of all their workers fit the cores.
+    """
+
+    cpus: float
+    runs: int = 1
+
+
+def build_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share) -> Any:
+    """Return the trainer whose ``fit`` starts or resumes the run of a folder on Ray Train workers.
+
+    Args:
+        recipe: what to train.
+        folder: the run's place; its newest checkpoint is where the workers go on.
+        monitor: the actor that takes their events (`cluster.monitor.start_monitor`).
+        handle: the MLflow run, or None.
+        share: the part of the cluster that is the run's.
+
+    Raises:
+        UserError: the workers and data tasks do not fit into the share.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.callbacks import FailureReporter
+    from cluster.worker import train_worker
+
+    cluster = recipe.cluster
+    resources = {"CPU": local.worker_cpus(cluster, share.cpus, data_cpus(recipe))}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=worker_config(recipe, folder, monitor, handle, share),
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers, resources_per_worker=resources, use_gpu=cluster.gpus_per_worker > 0
+        ),
+        run_config=ray.train.RunConfig(
+            # A name of its own for each start: our checkpoints say where to go on, not Ray's snapshot of the last time.
+            name=f"start-{time.time_ns()}",
+            storage_path=absolute(folder.location("ray")),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[FailureReporter(monitor)],
+        ),
+    )
+
+
+def build_local_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share) -> Any:
+    """Return a trainer whose ``fit`` runs the same worker function in this process, which is then the only worker.
+
+    For many short runs in one process: nothing is started but the data tasks. ``monitor`` is a
+    `cluster.monitor.LocalMonitor`. A failure is raised as it is, and nobody starts the worker again.
+    """
+    import ray.train
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from cluster.worker import train_worker
+
+    # TorchTrainer would end the process group after each run, and DeepSpeed keeps the first one it met.
+    configs: Any = {
+        "scaling_config": ray.train.ScalingConfig(num_workers=0),
+        "run_config": ray.train.RunConfig(name=folder.name),
+    }
+    return DataParallelTrainer(
+        train_worker,
+        train_loop_config=worker_config(recipe, folder, monitor, handle, share),
+        **configs,
+    )
+
+
+def worker_config(
+    recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share
+) -> dict[str, Any]:
+    """Return what `cluster.worker.train_worker` is called with."""
+    return {
+        "recipe": for_workers(recipe),
+        "run": folder.name,
+        "monitor": monitor,
+        "mlflow": handle.to_json() if handle else None,
+        "spool": str(spool_folder(folder.local).resolve()),
+        "runs": share.runs,
+    }
