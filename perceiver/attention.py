@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver.config import UserError
+from perceiver.kernels import dense
 from perceiver.positions import LAYER_NORM_EPS, Inputs
 from perceiver.shared_kv import separable_moments, shared_kv
 
@@ -39,7 +40,7 @@ def lecun_normal_(weight: Tensor, fan_in: int | None = None) -> Tensor:
 
 def linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     """Make a linear layer with LeCun-normal weights and zero bias."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer = dense.Linear(inputs, outputs, bias=bias)
     lecun_normal_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -119,7 +120,7 @@ class SelfAttention(nn.Module):
             # One product instead of three; the joined weights are small beside the activations then.
             weight = torch.cat([layer.weight for layer in layers])
             bias = torch.cat([layer.bias for layer in layers])
-            parts = F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+            parts = dense.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
         else:
             parts = [layer(x) for layer in layers]
         q, k, v = (_heads(part, self.heads) for part in parts)
@@ -272,7 +273,7 @@ class CrossAttention(nn.Module):
 
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply (B, h, N, i) by a matrix for each head (h, i, o); one head as one product over the batch."""
-    return (x[:, 0] @ weight[0])[:, None] if len(weight) == 1 else x @ weight
+    return dense.linear(x[:, 0], weight[0].t())[:, None] if len(weight) == 1 else x @ weight
 
 
 def _dense(q: Tensor, inputs: Inputs) -> Tensor:

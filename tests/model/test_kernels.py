@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from perceiver import kernels
-from perceiver.kernels import _build
+from perceiver.kernels import _build, dense
 from perceiver.shared_kv import _moments_backward, _moments_forward, separable_moments
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -95,3 +95,33 @@ def test_two_processes_build_once(tmp_path):
     assert (tmp_path / "runs").read_text().count("x") == 1
     left = sorted(p.suffix for p in (tmp_path / "cache" / "perceiver" / "kernels").iterdir())
     assert left == [".lock", ".so"]
+
+
+@pytest.mark.skipif(not dense.faster(), reason="needs an AVX-512 CPU that is not Intel's")
+@pytest.mark.parametrize("shape", [(64, 48), (3, 33, 48), (5, 1, 7, 48)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_by_onednn_against_float64(shape, bias, monkeypatch):
+    monkeypatch.setattr(dense, "MIN_PRODUCT", 1)
+    torch.manual_seed(0)
+    exact = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, (21, 48), (21,))[: 2 + bias]]
+    single = [t.detach().float().requires_grad_() for t in exact]
+    assert dense.usable(single[0], single[1]) and not dense.usable(exact[0], exact[1])
+    results = []
+    for tensors in (single, exact):
+        out = dense.linear(*tensors)
+        slope = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append((out, *torch.autograd.grad((out * slope).sum(), tensors)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_is_torchs_own_where_onednn_is_not_faster(monkeypatch):
+    x, weight = torch.randn(64, 48), torch.randn(21, 48)
+    monkeypatch.setattr(dense, "MIN_PRODUCT", 1)
+    monkeypatch.setattr(dense, "faster", lambda: False)
+    assert torch.equal(dense.linear(x, weight), torch.nn.functional.linear(x, weight))
+    monkeypatch.setattr(dense, "faster", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dense.linear(x, weight).dtype == torch.bfloat16
+    assert not dense.usable(x.double(), weight.double())
+    assert not dense.usable(x.to("meta"), weight.to("meta"))
