@@ -60,11 +60,11 @@ class FlowPairs:
         folder = open_folder(unit.content["src"])
         for first, second, flow in unit.content["items"]:
             try:
-                parts = [folder.fs.cat_file(folder.file(name)) for name in (first, second, flow)]
+                files = [folder.fs.cat_file(folder.file(name)) for name in (first, second, flow)]
             except OSError as error:
                 yield Rejected(flow, f"unreadable file: {type(error).__name__}")
                 continue
-            yield {"key": flow, "flow": pack(*parts, "flo" if flow.endswith(".flo") else "png")}
+            yield {"key": flow, "flow": pack(files, "flo" if flow.endswith(".flo") else "png")}
 
 
 def find_pairs(folder: Folder, passes: str) -> dict[str, list[Pair]]:

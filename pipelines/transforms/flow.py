@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +48,16 @@ class Pair:
     valid: Valid
 
 
-def pack(first: bytes, second: bytes, flow: bytes, kind: str) -> bytes:
-    """The three files as they are, in one archive without compression; `kind` of the flow is `flo` or `png`."""
+def pack(files: Sequence[bytes], kind: str) -> bytes:
+    """First frame, second frame and flow as they are, in one archive without compression.
+
+    Args:
+        files: the three.
+        kind: of the flow, `flo` or `png`.
+    """
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in (("first", first), ("second", second), (f"flow.{kind}", flow)):
+        for name, content in zip(("first", "second", f"flow.{kind}"), files, strict=True):
             archive.writestr(zipfile.ZipInfo(name), content)
     return stream.getvalue()
 
@@ -93,7 +99,7 @@ def read_flo(encoded: bytes, max_pixels: int) -> tuple[Flow, Valid]:
     if len(encoded) < 12 + 8 * width * height:
         raise BadSample("truncated .flo file")
     values = np.frombuffer(encoded, "<f4", 2 * width * height, 12).reshape(height, width, 2).transpose(2, 0, 1)
-    valid = (np.isfinite(values) & (np.abs(values) < UNKNOWN)).all(axis=0)
+    valid: Valid = np.all(np.isfinite(values) & (np.abs(values) < UNKNOWN), axis=0, keepdims=False)
     return np.where(valid, values, 0).astype(np.float32), valid
 
 
@@ -119,11 +125,12 @@ def read_kitti(encoded: bytes, max_pixels: int) -> tuple[Flow, Valid]:
 def _decode_rgb48(encoded: bytes) -> NDArray[np.uint16]:
     """16-bit RGB (H, W, 3), which Pillow would cut to 8 bits."""
     import av
+    from av.error import FFmpegError
 
     try:
         frames = av.VideoCodecContext.create("png", "r").decode(av.Packet(encoded))
-        return frames[0].to_ndarray(format="rgb48le")
-    except (av.FFmpegError, IndexError) as error:
+        return np.asarray(frames[0].to_ndarray(format="rgb48le"), np.uint16)
+    except (FFmpegError, IndexError) as error:
         raise BadSample("a damaged PNG file for the flow") from error
 
 
@@ -152,10 +159,9 @@ def _cut(pair: Pair, size: tuple[int, int], top: int, left: int) -> tuple[Pixels
     """A window; where it reaches beyond the frames, black without a known flow."""
     part = (..., slice(top, top + size[0]), slice(left, left + size[1]))
     frames = np.stack([to_pixels(image) for image in (pair.first, pair.second)])[part]
-    found = (frames, pair.flow[part], pair.valid[part])
     missing = [(0, wanted - got) for wanted, got in zip(size, frames.shape[-2:], strict=True)]
-    frames, flow, valid = (np.pad(array, [(0, 0)] * (array.ndim - 2) + missing) for array in found)
-    return frames, flow, valid
+    return (np.pad(frames, [(0, 0), (0, 0), *missing]), np.pad(pair.flow[part], [(0, 0), *missing]),
+            np.pad(pair.valid[part], missing))
 
 
 def _zoomed(pair: Pair, factor: float) -> Pair:
