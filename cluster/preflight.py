@@ -1,5 +1,6 @@
 """Whatever can be refused is refused here, before a worker starts, in one line that names the fix."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,32 +31,55 @@ class Preflight:
     checkpoint: CheckpointManifest | None
 
 
+@dataclass(frozen=True)
+class CheckedModel:
+    """The data and the model that a recipe comes to: the number of parameters, and the shape of each."""
+
+    manifest: Manifest
+    parameters: int
+    shapes: dict[str, list[int]]
+
+
 def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     """Check a recipe against its data, this machine, its output folder and the checkpoint to resume from.
 
     Raises:
         UserError: the first thing that would stop the run, with what to change.
     """
-    check_batch(recipe)
-    manifest = load_manifest(recipe.data.url, recipe.data.storage_options)
-    check_data(recipe, manifest)
+    model = check_recipe(recipe)
     if recipe.cluster.resolved_address() is None:
         worker_cpus(recipe.cluster, machine_cpus(), data_cpus(recipe))
-    with torch.device("meta"):
-        model = build_model(recipe.model, classes=len(manifest.classes))
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    check_deepspeed(recipe, sum(p.numel() for p in model.parameters()))
     checkpoint = folder.checkpoints.newest() if resume else None
     if checkpoint is not None:
-        check_resume(recipe, folder, checkpoint, shapes)
+        check_resume(recipe, folder, checkpoint, model.shapes)
     elif not resume and folder.facts():
         raise UserError(
             f"run {folder.name!r} exists below {folder.output}: add --resume to go on, or choose another --run"
         )
     folder.note(recipe=recipe.name)
-    epoch_steps = epoch_steps_of(recipe, manifest)
+    epoch_steps = epoch_steps_of(recipe, model.manifest)
+    total_steps = recipe.train.total_steps(epoch_steps)
+    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint)
+
+
+def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest] = load_manifest) -> CheckedModel:
+    """Check a recipe against itself and its data, without a look at machines and folders.
+
+    Args:
+        recipe: the recipe.
+        load: reads a prepared folder's manifest, given its URL and storage options.
+
+    Raises:
+        UserError: the first thing that would stop the run, with what to change.
+    """
+    check_batch(recipe)
+    manifest = load(recipe.data.url, recipe.data.storage_options)
+    check_data(recipe, manifest)
+    with torch.device("meta"):
+        model = build_model(recipe.model, classes=len(manifest.classes))
     parameters = sum(p.numel() for p in model.parameters())
-    return Preflight(manifest, parameters, epoch_steps, recipe.train.total_steps(epoch_steps), checkpoint)
+    check_deepspeed(recipe, parameters)
+    return CheckedModel(manifest, parameters, {name: list(p.shape) for name, p in model.named_parameters()})
 
 
 def epoch_steps_of(recipe: Recipe, manifest: Manifest) -> float:
