@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from cluster.inputs import check_inputs
 from cluster.local import machine_cpus, worker_cpus
 from cluster.recipe import Recipe, kind_of
 from cluster.run_folder import RunFolder
@@ -13,7 +13,7 @@ from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.train.checkpoint import CheckpointManifest, parameter_difference
 from perceiver.train.deepspeed_plan import BatchPlan, plan_config
-from pipelines.ingest import DataConfig, batch_shapes
+from pipelines.ingest import batch_shapes
 from pipelines.shards import Manifest, load_manifest
 
 TARGETS = {"classification": "label", "tagging": "labels"}
@@ -128,12 +128,7 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
     manifest.split(recipe.data.eval_split)
     shapes = batch_shapes(recipe.data, manifest)
     check_targets(recipe, manifest)
-    for key, inputs in input_sections(recipe.model):
-        if inputs.kind not in shapes:
-            has = ", ".join(manifest.features)
-            raise UserError(f"{key}.kind = {inputs.kind!r}, but {recipe.data.url} has the features {has}")
-        if inputs.kind == "image":
-            check_image(key, inputs, shapes["image"], recipe.data)
+    check_inputs(recipe.model, shapes, recipe.data, manifest)
 
 
 def check_targets(recipe: Recipe, manifest: Manifest) -> None:
@@ -146,26 +141,6 @@ def check_targets(recipe: Recipe, manifest: Manifest) -> None:
         raise UserError(
             f"task.kind = {kind_of(recipe.task)!r} wants a feature 'label' of the kind {wanted!r}, "
             f"{recipe.data.url} has {has}: " + (f"set task.kind={fits}" if fits else "prepare the data with labels")
-        )
-
-
-def input_sections(model: Any) -> list[tuple[str, Any]]:
-    """Return the model's input sections, each with its dotted key."""
-    inputs = getattr(model, "inputs", None)
-    return [("model.inputs", inputs)] if inputs is not None and hasattr(inputs, "kind") else []
-
-
-def check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
-    """Refuse images whose channels or size are not the model's."""
-    channels, height, width = shape
-    if inputs.channels != channels:
-        raise UserError(
-            f"{key}.channels = {inputs.channels}, but the images of {data.url} have {channels}: set it to that"
-        )
-    if tuple(inputs.size) != (height, width):
-        raise UserError(
-            f"{key}.size = {list(inputs.size)}, but the images of {data.url} come as {height} x {width}: "
-            f"set {key}.size to [{height}, {width}], or data.image_size to {list(inputs.size)}"
         )
 
 

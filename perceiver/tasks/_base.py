@@ -18,7 +18,7 @@ class LossOutput:
 
     Args:
         loss_sum: 0-d, with gradient.
-        sums: 0-d each, without gradient; includes `loss`.
+        sums: without gradient; includes `loss`. Those of 0-d are given to `summarise` as floats, others as tensors.
     """
 
     loss_sum: Tensor
@@ -36,7 +36,7 @@ class Task(Protocol):
         """Run the model and sum the loss over the valid targets."""
         ...
 
-    def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
+    def summarise(self, sums: Mapping[str, Any], count: float) -> dict[str, float]:
         """Turn sums over all ranks and micro-batches into metrics."""
         ...
 
@@ -51,7 +51,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
     Raises:
         UserError: if the batch lacks a key that the model reads.
     """
-    net = cast(Any, _unwrap(model))
+    net = network(model)
     keys: tuple[str, ...] = tuple(net.input_keys)
     optional: tuple[str, ...] = tuple(getattr(net, "optional_keys", ()))
     for key in keys:
@@ -61,7 +61,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
     return batch[keys[0]] if len(present) == 1 else present
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def network(model: nn.Module) -> Any:
+    """Return the model itself, out of what wraps it for training."""
     while not hasattr(model, "input_keys") and isinstance(getattr(model, "module", None), nn.Module):
         model = cast(nn.Module, model.module)
     return model

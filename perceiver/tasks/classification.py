@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.config import Config, UserError
-from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
+from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, valid_rows
+from perceiver.tasks._clips import clip_logits, mean_softmax
 from perceiver.tasks._mixing import mix_images
 
 
@@ -59,7 +60,7 @@ class Classification(RandomTask):
                 batch["image"], valid, self.config.mixup_alpha, self.config.cutmix, self.generator(batch)
             )
             batch, other = {**batch, "image": images}, labels[partner]
-        logits = model(model_inputs(model, batch)).float()
+        logits = clip_logits(model, batch, mean_softmax)
         loss = self._cross_entropy(logits, labels)
         if share is not None:
             loss = share * loss + (1 - share) * self._cross_entropy(logits, other)
@@ -88,5 +89,5 @@ class Classification(RandomTask):
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return `prediction` (B,) and `probability` (B, K)."""
-        probability = model(model_inputs(model, batch)).float().softmax(1)
+        probability = clip_logits(model, batch, mean_softmax).softmax(1)
         return {"prediction": probability.argmax(1), "probability": probability}

@@ -45,7 +45,7 @@ class LossOutput(Protocol):
 
     @property
     def sums(self) -> Mapping[str, Tensor]:
-        """Further sums by name, 0-d, without gradient: the same names for every batch."""
+        """Further sums by name, of any shape, without gradient: the same names for every batch."""
         ...
 
 
@@ -60,8 +60,8 @@ class Task(Protocol):
         """Forward pass and loss of one micro-batch."""
         ...
 
-    def summarise(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Metrics from sums over `count` valid targets; `sums` holds the loss as "loss"."""
+    def summarise(self, sums: dict[str, Any], count: float) -> dict[str, float]:
+        """Metrics from sums over `count` valid targets: floats, tensors where a sum has axes; the loss is "loss"."""
         ...
 
 
@@ -132,23 +132,25 @@ class MetricSums:
 
     def start(self) -> "PendingSums":
         """Begin the one all-reduce; the sums can be read from what is returned."""
-        names = sorted(self.totals)
-        vector = torch.stack([self.totals[name] for name in names])
-        return PendingSums(names, vector, self.ranks.start_sum(vector))
+        shapes = {name: self.totals[name].shape for name in sorted(self.totals)}
+        vector = torch.cat([self.totals[name].flatten() for name in shapes])
+        return PendingSums(shapes, vector, self.ranks.start_sum(vector))
 
 
 @dataclass(frozen=True)
 class PendingSums:
     """Sums over ranks that may still be under way."""
 
-    names: list[str]
+    shapes: dict[str, torch.Size]
     vector: Tensor
     work: Pending
 
     def summarise(self, task: Task) -> tuple[float, dict[str, float]]:
         """Mean loss and metrics; (NaN, {}) if no target was valid."""
         self.work.wait()
-        sums = dict(zip(self.names, self.vector.tolist(), strict=True))
+        parts = self.vector.cpu().split([shape.numel() for shape in self.shapes.values()])
+        named = zip(self.shapes.items(), parts, strict=True)
+        sums: dict[str, Any] = {name: part.view(shape) if shape else float(part) for (name, shape), part in named}
         count = sums.pop("")
         if not count:
             return math.nan, {}
