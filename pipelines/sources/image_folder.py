@@ -12,7 +12,8 @@ from PIL import Image
 
 from perceiver.config import UserError
 from pipelines.features import ImageFeature, LabelFeature
-from pipelines.sources import Listing, Sample, Unit, refuse_options
+from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
+from pipelines.sources._common import base_name, channels, share, shuffled_units
 from pipelines.storage import Folder, open_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -42,21 +43,19 @@ class ImageFolder:
         classes, splits = find_images(folder)
         rng = random.Random(seed)
         if set(splits) == {""}:
-            splits = _hold_out(splits[""], _share(options), rng)
-        units = []
-        for split, members in splits.items():
-            rng.shuffle(members)
-            units += [Unit(split, {"src": src, "files": members[start:start + shard_rows]})
-                      for start in range(0, len(members), shard_rows)]
+            splits = _hold_out(splits[""], share(options, "held_out", "0.2"), rng)
         feature = _probe(folder, next(iter(splits.values()))[:PROBE], options)
-        return Listing(src.rstrip("/").rsplit("/", 1)[-1], {"image": feature, "label": LabelFeature()}, tuple(classes),
-                       "not stated: the user's own data", src, units)
+        return Listing(base_name(src), {"image": feature, "label": LabelFeature()}, tuple(classes),
+                       "not stated: the user's own data", src, shuffled_units(splits, rng, shard_rows, src=src))
 
-    def samples(self, unit: Unit) -> Iterator[Sample]:
+    def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's files as they are."""
         folder = open_folder(unit.content["src"])
-        for name, label in unit.content["files"]:
-            yield {"key": name, "image": folder.fs.cat_file(folder.file(name)), "label": label}
+        for name, label in unit.content["items"]:
+            try:
+                yield {"key": name, "image": folder.fs.cat_file(folder.file(name)), "label": label}
+            except OSError as error:
+                yield Rejected(name, f"unreadable file: {type(error).__name__}")
 
 
 def find_images(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:
@@ -84,25 +83,14 @@ def find_images(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:
     return classes, dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
 
 
-def _share(options: Mapping[str, str]) -> float:
-    text = options.get("held_out", "0.2")
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
-        raise UserError(f"option held_out={text}: wanted a share between 0 and 1, such as 0.2")
-    return share
-
-
-def _hold_out(members: list[Labelled], share: float, rng: random.Random) -> dict[str, list[Labelled]]:
+def _hold_out(members: list[Labelled], part: float, rng: random.Random) -> dict[str, list[Labelled]]:
     by_class: dict[int, list[Labelled]] = {}
     for member in members:
         by_class.setdefault(member[1], []).append(member)
     splits: dict[str, list[Labelled]] = {"train": [], "test": []}
     for label in sorted(by_class):
         rng.shuffle(by_class[label])
-        cut = round(len(by_class[label]) * share)
+        cut = round(len(by_class[label]) * part)
         splits["test"] += by_class[label][:cut]
         splits["train"] += by_class[label][cut:]
     return {split: found for split, found in splits.items() if found}
@@ -118,10 +106,8 @@ def _probe(folder: Folder, members: list[Labelled], options: Mapping[str, str]) 
                 modes.add(image.mode)
         except (OSError, Image.DecompressionBombError):
             continue
-    channels = options.get("channels", "1" if modes <= {"L", "1"} and modes else "3")
-    if channels not in ("1", "3"):
-        raise UserError(f"option channels={channels}: wanted 1 (grey) or 3 (RGB)")
-    return ImageFeature(channels=int(channels), size=sizes.pop() if len(sizes) == 1 else None)
+    found = channels(options, "1" if modes <= {"L", "1"} and modes else "3")
+    return ImageFeature(channels=found, size=sizes.pop() if len(sizes) == 1 else None)
 
 
 source = ImageFolder()

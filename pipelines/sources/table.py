@@ -15,15 +15,14 @@ import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from pipelines.features import Feature, ImageFeature, LabelFeature, TextFeature
-from pipelines.sources import Listing, Sample, Unit, refuse_options
+from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
+from pipelines.sources._common import base_name, channels, find_files, split_of
 from pipelines.storage import Folder, open_folder
 
 OPTIONS = ("image", "text", "label", "classes", "channels")
-SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "val", "valid": "val", "val": "val",
-          "dev": "val"}
 
-Place = tuple[str, int]
-"""A file relative to the source folder, and a row group."""
+Place = tuple[str, int, int]
+"""A file relative to the source folder, a row group, and its rows."""
 
 
 class Table:
@@ -50,27 +49,50 @@ class Table:
                  for places in _units(folder, [name for found, name in files if found == split], seed, shard_rows)]
         features: dict[str, Feature] = {}
         if "image" in columns:
-            features["image"] = ImageFeature(channels=_channels(options))
+            features["image"] = ImageFeature(channels=channels(options))
         if "text" in columns:
             features["text"] = TextFeature()
         if "label" in columns:
             features["label"] = LabelFeature()
-        return Listing(src.rstrip("/").rsplit("/", 1)[-1], features, tuple(classes), "not stated: see the source", src,
+        return Listing(base_name(src), features, tuple(classes), "not stated: see the source", src,
                        units)
 
-    def samples(self, unit: Unit) -> Iterator[Sample]:
+    def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's row groups, one at a time."""
         content = unit.content
         folder, columns = open_folder(content["src"]), content["columns"]
         index = {name: number for number, name in enumerate(content["classes"])}
-        for name, group in content["places"]:
-            with folder.fs.open(folder.file(name), "rb") as stream, pq.ParquetFile(stream) as file:
-                table = file.read_row_group(group, columns=list(columns.values()), use_threads=False)
-            for row, values in enumerate(table.to_pylist()):
-                sample = {feature: _value(values[column]) for feature, column in columns.items()}
+        for name, group, rows in content["places"]:
+            try:
+                table = _read(folder, name, group, columns)
+            except (OSError, pa.ArrowException) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+                yield from (Rejected(f"{name}#{group}.{row}", f"unreadable row group: {reason}") for row in range(rows))
+                continue
+            for row in range(table.num_rows):
+                key = f"{name}#{group}.{row}"
+                try:
+                    sample = {feature: _value(table.column(feature)[row].as_py()) for feature in columns}
+                except UnicodeDecodeError as error:
+                    yield Rejected(key, f"invalid UTF-8: {error.reason}")
+                    continue
                 if isinstance(sample.get("label"), str):
                     sample["label"] = index.get(sample["label"], -1)
-                yield {"key": f"{name}#{group}.{row}", **sample}
+                yield {"key": key, **sample}
+
+
+def _read(folder: Folder, name: str, group: int, columns: Mapping[str, str]) -> pa.Table:
+    """The columns of a row group under the features' names.
+
+    Raises:
+        pyarrow.ArrowException: it is damaged, or its file lacks a column of a fitting type.
+    """
+    with folder.fs.open(folder.file(name), "rb") as stream, pq.ParquetFile(stream) as file:
+        for feature, column in columns.items():
+            if column not in file.schema_arrow.names or not KINDS[feature](file.schema_arrow.field(column).type):
+                raise pa.ArrowTypeError(f"no column {column} for {feature}")
+        table = file.read_row_group(group, columns=list(columns.values()), use_threads=False)
+    return table.select(list(columns.values())).rename_columns(list(columns))
 
 
 def find_tables(folder: Folder) -> list[tuple[str, str]]:
@@ -79,23 +101,30 @@ def find_tables(folder: Folder) -> list[tuple[str, str]]:
     Raises:
         UserError: there are none.
     """
-    root = folder.path.rstrip("/") + "/"
-    names = sorted(path[len(root):] for path in folder.fs.find(folder.path) if path.endswith(".parquet"))
+    names = find_files(folder, (".parquet",))
     if not names:
         raise UserError(f"no .parquet files below {folder.url}: wanted train-*.parquet, test-*.parquet, ...")
-    splits = [(_split_of(name), name) for name in names]
+    splits = [(split_of(name), name) for name in names]
     return sorted(splits, key=lambda item: (item[0] != "train", item))
 
 
-def _split_of(name: str) -> str:
-    """By the beginning of the file's name, else by the name of a folder above it."""
-    words = [name.rsplit("/", 1)[-1].split(".")[0].split("-")[0].split("_")[0], *reversed(name.split("/")[:-1])]
-    return next((SPLITS[word] for word in words if word in SPLITS), "train")
-
-
 def _schema(folder: Folder, name: str) -> pa.Schema:
-    with folder.fs.open(folder.file(name), "rb") as stream:
-        return pq.read_schema(stream)
+    return _metadata(folder, name).schema.to_arrow_schema()
+
+
+def _metadata(folder: Folder, name: str) -> pq.FileMetaData:
+    """The footer of a file.
+
+    Raises:
+        UserError: it is no Parquet file, or was cut off.
+    """
+    try:
+        with folder.fs.open(folder.file(name), "rb") as stream:
+            return pq.read_metadata(stream)
+    except pa.ArrowException as error:
+        reason = (str(error).splitlines() or ["?"])[0][:120]
+        raise UserError(f"{folder.url}/{name} is no whole Parquet file ({reason}): fetch it again, or move it away"
+                        ) from error
 
 
 def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str]:
@@ -105,7 +134,7 @@ def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str
         UserError: a column named by an option is missing, or nothing is found to learn from.
     """
     columns = {}
-    for feature, kinds in (("image", _is_image), ("text", _is_text), ("label", _is_label)):
+    for feature, kinds in KINDS.items():
         name = options.get(feature, feature)
         if name in schema.names and kinds(schema.field(name).type):
             columns[feature] = name
@@ -132,6 +161,9 @@ def _is_label(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or _is_text(kind)
 
 
+KINDS = {"image": _is_image, "text": _is_text, "label": _is_label}
+
+
 def class_names(folder: Folder, schema: pa.Schema, columns: Mapping[str, str], files: list[str],
                 options: Mapping[str, str]) -> list[str]:
     """Names of the classes, by label.
@@ -149,8 +181,10 @@ def class_names(folder: Folder, schema: pa.Schema, columns: Mapping[str, str], f
         return list(names)
     found: set[Any] = set()
     for name in files:
-        with folder.fs.open(folder.file(name), "rb") as stream:
-            found |= set(pq.read_table(stream, columns=[columns["label"]]).column(0).unique().to_pylist())
+        with folder.fs.open(folder.file(name), "rb") as stream, pq.ParquetFile(stream) as file:
+            if columns["label"] in file.schema_arrow.names:
+                for batch in file.iter_batches(columns=[columns["label"]]):
+                    found |= set(batch.column(0).unique().to_pylist())
     found.discard(None)
     if not all(isinstance(label, str) for label in found):
         if min(found) < 0:
@@ -160,29 +194,21 @@ def class_names(folder: Folder, schema: pa.Schema, columns: Mapping[str, str], f
     return sorted(found)
 
 
-def _channels(options: Mapping[str, str]) -> int:
-    channels = options.get("channels", "3")
-    if channels not in ("1", "3"):
-        raise UserError(f"option channels={channels}: wanted 1 (grey) or 3 (RGB)")
-    return int(channels)
-
-
 def _units(folder: Folder, files: list[str], seed: int, shard_rows: int) -> Iterator[list[Place]]:
     """Row groups in a random order, gathered up to `shard_rows` rows (a larger group is a unit of its own)."""
-    places: list[tuple[Place, int]] = []
+    places: list[Place] = []
     for name in files:
-        with folder.fs.open(folder.file(name), "rb") as stream:
-            facts = pq.read_metadata(stream)
-        places += [((name, group), facts.row_group(group).num_rows) for group in range(facts.num_row_groups)]
+        facts = _metadata(folder, name)
+        places += [(name, group, facts.row_group(group).num_rows) for group in range(facts.num_row_groups)]
     random.Random(seed).shuffle(places)
     unit: list[Place] = []
     rows = 0
-    for place, count in places:
-        if unit and rows + count > shard_rows:
+    for place in places:
+        if unit and rows + place[2] > shard_rows:
             yield unit
             unit, rows = [], 0
         unit.append(place)
-        rows += count
+        rows += place[2]
     if unit:
         yield unit
 
