@@ -8,7 +8,7 @@ import secrets
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
@@ -49,6 +49,21 @@ class ClusterConfig(Config):
         description="logical CPUs of a worker; default: on this machine an equal share, less what data tasks need",
     )
     gpus_per_worker: NonNegativeFloat = Field(default=0, description="GPUs of a worker")
+    worker_resources: dict[str, PositiveFloat] = Field(
+        default={}, description="custom resources that a worker holds beside CPUs and GPUs"
+    )
+    worker_labels: dict[str, str] = Field(
+        default={}, description="labels that a worker's node must have, such as role: train"
+    )
+    placement: Literal["pack", "spread"] = Field(
+        default="pack", description="workers on as few nodes as hold them, or on as many as there are"
+    )
+    autoscaling: bool = Field(
+        default=False, description="the cluster adds nodes on demand: do not refuse what no node has yet"
+    )
+    stop_wait_s: PositiveInt = Field(
+        default=600, description="seconds that a stopped job has to save its checkpoint before it is killed"
+    )
     max_failures: NonNegativeInt = Field(default=3, description="worker failures after which the run gives up")
     object_store_mb: PositiveInt = Field(default=300, description="size of the object store of a Ray of its own, in MB")
 
@@ -109,7 +124,7 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
     address = config.resolved_address()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
-        _use_token()
+        use_token()
         # One machine of our own is not taken away: without the watcher there is one process less to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         context = ray.init(
@@ -121,7 +136,7 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
             **quiet,
         )
     else:
-        _check_reachable(address)
+        check_reachable(address)
         try:
             context = ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -160,7 +175,7 @@ class EarlyRay:
         return self._future.result()
 
 
-def _check_reachable(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Refuse an address at which nothing listens; Ray itself would try for a minute."""
     host, _, port = address.rsplit("/", 1)[-1].rpartition(":")
     if not host or not port.isdigit():
@@ -174,7 +189,7 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _use_token() -> None:
+def use_token() -> None:
     """Make the token that a Ray of our own asks for (Ray turns that on itself), in a file only this user can read."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled" or "RAY_AUTH_TOKEN" in os.environ:
         return

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster import local
+from cluster.placement import DataNeed, connected_nodes, place, worker_need
 from cluster.preflight import data_cpus
 from cluster.recipe import Recipe, absolute, for_workers
 from cluster.run_folder import RunFolder
@@ -44,15 +45,16 @@ def build_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHa
     from cluster.worker import train_worker
 
     cluster = recipe.cluster
-    resources = {"CPU": local.worker_cpus(cluster, share.cpus, data_cpus(recipe))}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
     return TorchTrainer(
         train_worker,
         train_loop_config=worker_config(recipe, folder, monitor, handle, share),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, resources_per_worker=resources, use_gpu=cluster.gpus_per_worker > 0
+            num_workers=cluster.workers,
+            resources_per_worker=worker_resources(recipe, share),
+            use_gpu=cluster.gpus_per_worker > 0,
+            label_selector=cluster.worker_labels or None,
+            placement_strategy=cluster.placement.upper(),
         ),
         run_config=ray.train.RunConfig(
             # A name of its own for each start: our checkpoints say where to go on, not Ray's snapshot of the last time.
@@ -62,6 +64,20 @@ def build_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHa
             callbacks=[FailureReporter(monitor)],
         ),
     )
+
+
+def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:
+    """Return what each worker holds: on a machine of our own or in a search from the share, else by the nodes.
+
+    Raises:
+        UserError: the workers and data tasks do not fit into the share, or onto the nodes of the cluster.
+    """
+    cluster, data = recipe.cluster, recipe.data
+    if cluster.resolved_address() is None or share.runs > 1:
+        cpus = local.worker_cpus(cluster, share.cpus, data_cpus(recipe))
+    else:
+        cpus = place(cluster, connected_nodes(), DataNeed(data_cpus(recipe), data.cpus_per_task, data.task_labels))
+    return {name: amount for name, amount in worker_need(cluster, cpus).items() if amount}
 
 
 def build_local_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share) -> Any:

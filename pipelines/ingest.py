@@ -43,6 +43,7 @@ class DataConfig(ViewConfig):
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
     cpus_per_task: float = Field(default=0.25, gt=0, description="CPUs a data task reserves; below 1 it shares a core")
     tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
+    task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
     run_samples: int = Field(default=2048, gt=0, description="samples a data task produces, about, at most")
     run_bytes: int = Field(default=128 << 20, gt=0, description="stored bytes a data task reads, about")
     prefetch_batches: int = Field(default=4, ge=0, description="batches collated ahead of the training step")
@@ -198,7 +199,8 @@ def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batc
         return _inline(work, runs, batch, device)
     from pipelines.stream import RayBatches, RayOptions
 
-    options = RayOptions(data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes, BLOCK_BYTES)
+    options = RayOptions(data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes, BLOCK_BYTES,
+                         data.task_labels)
     return iter(RayBatches(work, runs, batch, device, options))
 
 

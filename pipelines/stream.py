@@ -7,9 +7,9 @@ import itertools
 import logging
 import queue
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -45,6 +45,7 @@ class RayOptions:
         prefetch_batches: batches collated ahead of the consumer.
         bytes_in_flight: limit of decoded bytes that wait in the object store.
         block_bytes: size of the blocks a task hands over.
+        labels: of the nodes that data tasks may run on; empty for any.
     """
 
     cpus_per_task: float
@@ -52,6 +53,7 @@ class RayOptions:
     prefetch_batches: int
     bytes_in_flight: int
     block_bytes: int
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 class Collate(ArrowBatchCollateFn):
@@ -170,6 +172,7 @@ def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.D
     context.print_on_execution_start = False
     context.target_max_block_size = options.block_bytes
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = dict(options.labels) or None
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Rest]
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         cpu=options.tasks * options.cpus_per_task, object_store_memory=options.bytes_in_flight)
