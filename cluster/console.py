@@ -60,6 +60,9 @@ class RunConsole:
     def _on_failure(self, event: Mapping[str, Any]) -> None:
         self.say(f"worker {event['failed']} failed ({event['reason']}); the workers start again")
 
+    def _on_missed(self, event: Mapping[str, Any]) -> None:
+        self.say(f"{event['reason']}; training goes on")
+
     def _on_metrics(self, event: Mapping[str, Any]) -> None:
         metrics = {k.removeprefix("eval/"): v for k, v in event["metrics"].items() if k.startswith("eval/")}
         if metrics:

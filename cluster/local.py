@@ -65,6 +65,9 @@ class ClusterConfig(Config):
         default=600, description="seconds that a stopped job has to save its checkpoint before it is killed"
     )
     max_failures: NonNegativeInt = Field(default=3, description="worker failures after which the run gives up")
+    mtbf_hours: PositiveFloat = Field(
+        default=24, description="mean hours between two failures of a run: how often checkpoints pay (train: auto)"
+    )
     object_store_mb: PositiveInt = Field(default=300, description="size of the object store of a Ray of its own, in MB")
 
     def resolved_address(self) -> str | None:

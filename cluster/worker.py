@@ -21,13 +21,14 @@ from cluster.monitor import Client, connect
 from cluster.preflight import epoch_steps_of
 from cluster.recipe import Recipe, build_recipe, zero_stage
 from cluster.run_folder import RunFolder, redacted_recipe
+from cluster.saving import checkpoint_hook
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.tasks import build_task
 from perceiver.train.checkpoint import Snapshot
 from perceiver.train.deepspeed import BatchPlan, DeepSpeedEngine
 from perceiver.train.engine import Engine, Task
-from perceiver.train.hooks import CheckpointHook, EvalHook, History, MetricsHook, finite_loss_hook
+from perceiver.train.hooks import EvalHook, History, MetricsHook, finite_loss_hook
 from perceiver.train.loop import Batch, Hook, Span, StepInfo, train
 from perceiver.train.mlflow import RunHandle, open_tracker
 from perceiver.train.schedules import build_schedule
@@ -265,17 +266,7 @@ def _hooks(job: Job, evaluation: EvalHook) -> list[Hook]:
             MetricsHook(job.history, job.recipe.train.log_every),
             evaluation,
         ]
-    training = job.recipe.train
-    hooks.append(
-        CheckpointHook(
-            job.folder.checkpoints,
-            job.engine,
-            partial(_snapshot, job),
-            training.checkpoint_every,
-            training.keep_checkpoints,
-            partial(_saved, job),
-        )
-    )
+    hooks.append(checkpoint_hook(job, evaluation, partial(_snapshot, job), partial(_saved, job)))
     return hooks
 
 
@@ -299,7 +290,7 @@ def _saved(job: Job, step: int, url: str) -> None:
     job.tracker.set_tag("checkpoint_uri", url)
 
 
-def _snapshot(job: Job, info: StepInfo) -> Snapshot:
+def _snapshot(job: Job, info: StepInfo, metrics: Mapping[str, float], number: int) -> Snapshot:
     return Snapshot(
         step=info.step,
         samples=info.step * job.recipe.train.global_batch,
@@ -308,6 +299,8 @@ def _snapshot(job: Job, info: StepInfo) -> Snapshot:
         recipe=redacted_recipe(job.recipe.model_dump(mode="json")),
         versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         history=job.history.text(),
+        metrics=metrics,
+        number=number,
     )
 
 

@@ -5,20 +5,22 @@ Layout below the store's URL (any fsspec URL)::
     step-00000120/
         ...                     what the engine wrote, one set of files a rank
         history.jsonl           the metrics recorded so far (rank 0)
-        receipt-00000.json      size and SHA-256 of each file of one rank
+        receipt-00000-TOKEN.json  size and SHA-256 of each file of one rank, of one attempt to save
         manifest.json           written last; without it the folder is not a checkpoint
 """
 
 import hashlib
 import json
 import logging
+import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,8 @@ class CheckpointManifest(Config):
     parameters: dict[str, list[int]] = Field(description="name and shape of each parameter")
     recipe: dict[str, Any] = Field(description="the resolved recipe, secrets redacted")
     versions: dict[str, str] = Field(description="versions of the libraries")
+    metrics: dict[str, float] = Field(default={}, description="figures of this step and, if it had one, its evaluation")
+    number: int = Field(default=0, description="how many checkpoints the run had made before it")
     created: float = Field(description="seconds since the epoch")
     files: dict[str, FileEntry] = Field(description="each file below the folder")
 
@@ -68,6 +72,25 @@ class Snapshot:
     recipe: Mapping[str, Any]
     versions: Mapping[str, str]
     history: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Staged:
+    """One rank's part of a checkpoint on its way from the local disk to the store."""
+
+    target: str
+    folder: Path
+    rank: int
+    world: int
+    token: int
+    snapshot: Snapshot
+    published: dict[str, Any] = field(default_factory=dict)
+
+
+def _receipt(rank: int, token: int) -> str:
+    return f"receipt-{rank:05d}-{token:013x}.json"
 
 
 def sha256(path: Path) -> str:
@@ -94,67 +117,97 @@ class CheckpointStore:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def save(self, engine: Engine, snapshot: Snapshot) -> CheckpointManifest | None:
-        """Write one checkpoint; every rank calls this. Return the manifest on rank 0, None elsewhere.
+    def stage(self, engine: Engine, snapshot: Snapshot) -> "Staged":
+        """Write this rank's state to a folder on the local disk; every rank calls this, and may train on afterwards.
 
-        The manifest is written after a collective that every rank enters only once its own files are in place, so a
-        crash at any moment leaves either a whole checkpoint or a folder without manifest, which is never read.
+        Rank 0 removes what lies at the target. The token, the same on all ranks, tells this save's receipts from those
+        that one before it left behind.
         """
         target = self.folder(snapshot.step)
-        if engine.rank == 0 and self.fs.exists(target):
-            self._delete(target)
-        engine.sum([0.0])
-        with self._staging(target, engine.rank) as staging:
-            engine.save(staging)
-            if engine.rank == 0:
-                (staging / HISTORY).write_text(snapshot.history)
-            entries = {str(p.relative_to(staging)): p for p in sorted(staging.rglob("*")) if p.is_file()}
-            receipt = {name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for name, p in entries.items()}
-            for name, path in entries.items():
-                self._put(path, f"{target}/{name}")
-            self._write_text(f"{target}/receipt-{engine.rank:05d}.json", json.dumps(receipt))
-        engine.sum([0.0])
-        manifest = self._commit(target, snapshot, engine.world) if engine.rank == 0 else None
-        engine.sum([0.0])
-        return manifest
+        token = 0.0
+        if engine.rank == 0:
+            token = float(secrets.randbits(52))
+            if self.fs.exists(target):
+                self._delete(target)
+        token = engine.sum([token])[0]
+        staged = Staged(target, self._staging(target, engine.rank), engine.rank, engine.world, int(token), snapshot)
+        shutil.rmtree(staged.folder, ignore_errors=True)
+        staged.folder.mkdir(parents=True, mode=0o700)
+        engine.save(staged.folder)
+        if engine.rank == 0:
+            (staged.folder / HISTORY).write_text(snapshot.history)
+        return staged
 
-    def _commit(self, target: str, snapshot: Snapshot, world: int) -> CheckpointManifest:
-        files: dict[str, FileEntry] = {}
-        for rank in range(world):
-            receipt = json.loads(self.fs.cat_file(f"{target}/receipt-{rank:05d}.json"))
-            files.update({name: FileEntry(**entry) for name, entry in receipt.items()})
+    def publish(self, staged: "Staged") -> None:
+        """Move what a rank staged to its place, then leave a receipt; may be called again after a failure."""
+        for path in sorted(p for p in staged.folder.rglob("*") if p.is_file()):
+            name = str(path.relative_to(staged.folder))
+            if name not in staged.published:
+                entry = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                self._put(path, f"{staged.target}/{name}")
+                staged.published[name] = entry
+        self._write_text(f"{staged.target}/{_receipt(staged.rank, staged.token)}", json.dumps(staged.published))
+        shutil.rmtree(staged.folder, ignore_errors=True)
+
+    def commit(self, staged: "Staged", abandoned: Callable[[], bool] = lambda: False) -> CheckpointManifest | None:
+        """Wait for the receipts of all ranks, then write the manifest (rank 0); None if it was abandoned meanwhile."""
+        snapshot, files = staged.snapshot, {}
+        for rank in range(staged.world):
+            path = f"{staged.target}/{_receipt(rank, staged.token)}"
+            while not self._there(path):
+                if abandoned():
+                    return None
+                time.sleep(0.02 if self.local else 0.5)
+            files.update({n: FileEntry(**entry) for n, entry in json.loads(self.fs.cat_file(path)).items()})
         manifest = CheckpointManifest(
             format=FORMAT,
             step=snapshot.step,
             samples=snapshot.samples,
-            world=world,
+            world=staged.world,
             engine=dict(snapshot.engine),
             parameters=dict(snapshot.parameters),
             recipe=dict(snapshot.recipe),
             versions=dict(snapshot.versions),
+            metrics=dict(snapshot.metrics),
+            number=snapshot.number,
             created=time.time(),
             files=files,
         )
-        self._write_text(f"{target}/{MANIFEST}", manifest.model_dump_json(indent=1))
+        self._write_text(f"{staged.target}/{MANIFEST}", manifest.model_dump_json(indent=1))
         return manifest
 
-    @contextmanager
-    def _staging(self, target: str, rank: int) -> Iterator[Path]:
-        """Yield an empty local folder; on a local store it lies on the same disk, so that files move by rename."""
-        if self.local:
-            folder = Path(f"{target}/.staging-{rank:05d}")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        else:
-            folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    def save(self, engine: Engine, snapshot: Snapshot) -> CheckpointManifest | None:
+        """Write one checkpoint and wait for it; every rank calls this. Return the manifest on rank 0, None elsewhere.
+
+        The manifest is written once the receipts of all ranks are there, so a crash at any moment leaves either a whole
+        checkpoint or a folder without manifest, which is never read.
+        """
+        staged = self.stage(engine, snapshot)
         try:
-            yield folder
+            self.publish(staged)
+            manifest = self.commit(staged) if engine.rank == 0 else None
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(staged.folder, ignore_errors=True)
+        engine.sum([0.0])
+        return manifest
+
+    def _there(self, path: str) -> bool:
+        if not self.local:
+            self.fs.invalidate_cache()
+        return self.fs.exists(path)
+
+    def _staging(self, target: str, rank: int) -> Path:
+        """Where a rank stages; for a local store on the same disk, so that files move by rename."""
+        if self.local:
+            return Path(f"{target}/.staging-{rank:05d}")
+        place = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        return Path.home() / ".cache" / "perceiver" / "staging" / place / f"{rank:05d}"
 
     def _put(self, path: Path, target: str) -> None:
         if self.local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
             path.replace(target)
         else:
             self.fs.put_file(str(path), target)
@@ -164,8 +217,11 @@ class CheckpointStore:
         if not self.local:
             self.fs.pipe_file(target, text.encode())
             return
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=Path(target).parent, delete=False) as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         Path(file.name).replace(target)
 
     def _delete(self, target: str) -> None:
@@ -174,21 +230,27 @@ class CheckpointStore:
             self.fs.rm_file(f"{target}/{MANIFEST}")
         self.fs.rm(target, recursive=True)
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the newest ``keep`` complete checkpoints (one rank calls this)."""
-        for step in self.steps()[:-keep]:
-            self._delete(self.folder(step))
+    def prune(self, keep: Collection[int]) -> None:
+        """Remove all checkpoints but those of the steps ``keep``, and what crashes left before the newest of them."""
+        newest = max(keep, default=-1)
+        complete = set(self.steps())
+        for step in self._folders():
+            if step not in keep and (step in complete or step < newest):
+                self._delete(self.folder(step))
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first; folders without manifest are left out."""
+        return [step for step in self._folders() if self.fs.exists(f"{self.folder(step)}/{MANIFEST}")]
+
+    def _folders(self) -> list[int]:
+        """Return the steps of all folders, complete or not, oldest first."""
         if not self.fs.exists(self.root):
             return []
         self.fs.invalidate_cache()
         names = [str(name).rstrip("/").rsplit("/", 1)[-1] for name in self.fs.ls(self.root, detail=False)]
-        steps = sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name)))
-        return [step for step in steps if self.fs.exists(f"{self.folder(step)}/{MANIFEST}")]
+        return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name)))
 
     def manifest(self, step: int) -> CheckpointManifest:
         """Read a step's manifest.

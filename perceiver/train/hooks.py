@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from perceiver.config import UserError
-from perceiver.train.checkpoint import CheckpointStore, Snapshot
 from perceiver.train.engine import Engine
 from perceiver.train.loop import Batch, StepInfo
 
@@ -79,37 +78,19 @@ def finite_loss_hook(info: StepInfo) -> None:
 
 
 class EvalHook:
-    """Evaluates after each ``epochs`` epochs and at the end; ``latest`` holds the last figures."""
+    """Evaluates after each ``epochs`` epochs and at the end; ``latest`` holds the last figures, of ``latest_step``."""
 
     def __init__(self, history: History, engine: Engine, batches: Callable[[], Iterable[Batch]], epochs: float) -> None:
         self.history, self.engine, self.batches, self.epochs = history, engine, batches, epochs
         self.latest: dict[str, float] = {}
+        self.latest_step = -1
 
     def __call__(self, info: StepInfo) -> None:
         if info.completes(self.epochs) or info.step == info.total_steps:
-            self.latest = self.engine.evaluate(self.batches())
+            self.latest, self.latest_step = self.engine.evaluate(self.batches()), info.step
             self.history.record(info.step, {f"eval/{key}": value for key, value in self.latest.items()})
 
-
-class CheckpointHook:
-    """Saves after each ``epochs`` epochs, at the end and when the run is asked to stop; keeps the newest ``keep``."""
-
-    def __init__(
-        self,
-        store: CheckpointStore,
-        engine: Engine,
-        snapshot: Callable[[StepInfo], Snapshot],
-        epochs: float,
-        keep: int,
-        saved: Callable[[int, str], None],
-    ) -> None:
-        self.store, self.engine, self.snapshot = store, engine, snapshot
-        self.epochs, self.keep, self.saved = epochs, keep, saved
-
-    def __call__(self, info: StepInfo) -> None:
-        if not (info.completes(self.epochs) or info.last):
-            return
-        self.store.save(self.engine, self.snapshot(info))
-        if self.engine.rank == 0:
-            self.store.prune(self.keep)
-            self.saved(info.step, self.store.location(info.step))
+    def figures(self, info: StepInfo) -> dict[str, float]:
+        """What is known of the model after this step: the loss, and the evaluation if there was one."""
+        found = self.latest if self.latest_step == info.step else {}
+        return {"train/loss": info.result.loss, **{f"eval/{key}": value for key, value in found.items()}}

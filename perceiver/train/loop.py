@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from perceiver.config import Config
 from perceiver.train.engine import Engine, Precision, StepResult
+from perceiver.train.saving import SavingConfig
 
 Batch = dict[str, torch.Tensor]
 
 
-class TrainConfig(Config):
+class TrainConfig(SavingConfig):
     """How long and in what portions to train (recipe key ``train``)."""
 
     epochs: PositiveFloat | None = Field(default=None, description="passes over the training data; give this or steps")
@@ -26,8 +26,6 @@ class TrainConfig(Config):
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     log_every: PositiveInt = Field(default=10, description="steps between two recorded points of the training metrics")
     eval_every: PositiveFloat = Field(default=1.0, description="epochs between two evaluations")
-    checkpoint_every: PositiveFloat = Field(default=1.0, description="epochs between two checkpoints")
-    keep_checkpoints: PositiveInt = Field(default=2, description="how many checkpoints to keep, the newest")
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

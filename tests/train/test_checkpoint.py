@@ -90,11 +90,44 @@ def test_a_save_that_dies_before_the_manifest_leaves_the_one_before(store: Check
     assert store.steps() == [1, 2]
 
 
-def test_prune_keeps_the_newest(store: CheckpointStore) -> None:
-    for step in (1, 2, 3):
+def test_prune_keeps_what_it_is_told_and_removes_what_crashes_left(store: CheckpointStore) -> None:
+    for step in (1, 2, 3, 4):
         store.save(toy_engine(), snapshot(step))
-    store.prune(2)
-    assert store.steps() == [2, 3]
+    store.fs.rm_file(f"{store.folder(2)}/{MANIFEST}")
+    store.fs.rm_file(f"{store.folder(4)}/{MANIFEST}")
+    store.prune({3})
+    assert store.steps() == [3]
+    assert not store.fs.exists(store.folder(2)) and store.fs.exists(store.folder(4))
+
+
+def test_an_upload_that_fails_halfway_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(f"memory://{tmp_path.name}/checkpoints")
+    staged = store.stage(toy_engine(), snapshot(1))
+    put, calls = store.fs.put_file, []
+
+    def flaky(source: str, target: str) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("reset")
+        put(source, target)
+
+    monkeypatch.setattr(store.fs, "put_file", flaky)
+    with pytest.raises(OSError, match="reset"):
+        store.publish(staged)
+    store.publish(staged)
+    assert store.commit(staged) is not None and store.problems(1) == []
+    assert len(calls) == len(store.manifest(1).files) + 1
+    assert not staged.folder.exists()
+
+
+def test_receipts_of_an_attempt_before_are_not_taken(store: CheckpointStore) -> None:
+    before = store.stage(toy_engine(), snapshot(1))
+    store.publish(before)
+    again = store.stage(toy_engine(), snapshot(1))
+    assert store.commit(again, abandoned=lambda: True) is None
+    assert store.steps() == []
 
 
 def test_a_newer_format_is_refused(store: CheckpointStore) -> None:
