@@ -32,10 +32,10 @@ class MonitorState:
 
 
 class LocalMonitor:
-    """The same for a worker that runs in a thread of the driver's process: events wait here, without an actor."""
+    """The same for a worker that runs in a thread of the driver's process: events go to a queue, without an actor."""
 
-    def __init__(self) -> None:
-        self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    def __init__(self, events: "queue.SimpleQueue[dict[str, Any]]") -> None:
+        self.events = events
         self.stop = False
 
 

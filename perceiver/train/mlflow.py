@@ -26,7 +26,9 @@ from perceiver.train.runs import (
     load_handle,
     open_tracker,
     prewarm,
+    promise_run,
     replay,
+    share_helper,
     spool_folder,
 )
 from perceiver.train.sidecar import Reply, serve
@@ -42,7 +44,9 @@ __all__ = [
     "load_handle",
     "open_tracker",
     "prewarm",
+    "promise_run",
     "replay",
+    "share_helper",
     "spool_folder",
 ]
 

@@ -21,7 +21,7 @@ from pydantic import Field, PositiveFloat
 
 from perceiver.config import Config, UserError
 from perceiver.train.redaction import flatten, redact, redact_text, resolve
-from perceiver.train.sidecar import Reply, Sidecar, SidecarError
+from perceiver.train.sidecar import Reply, SharedSidecar, Sidecar, SidecarError
 from perceiver.train.spool import Event, unsent
 from perceiver.train.system_metrics import SystemMetrics
 from perceiver.train.tracking import NullTracker, SendError, SpoolTracker
@@ -43,6 +43,9 @@ LOAD_S = 60.0
 SERVER_S = 10.0
 SEND_S = 60.0
 ARTIFACT_BYTES_PER_S = 1e6
+
+_share_helper = False
+_shared: SharedSidecar | None = None
 
 
 class TrackingConfig(Config):
@@ -188,6 +191,33 @@ def create_run(
     return handle
 
 
+def promise_run(
+    config: TrackingConfig,
+    name: str,
+    *,
+    output: Path,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str] | None = None,
+) -> RunHandle | None:
+    """A run that the first tracker opened on it creates, so that nobody waits for MLflow here; arguments as above.
+
+    The run that was promised in this output folder before is returned again. None if tracking is off.
+    """
+    if not config.enabled:
+        return None
+    handle = _new_handle(config, name, output, params, {**config.tags, **(tags or {})})
+    if before := load_handle(output):
+        handle = replace(
+            handle,
+            key=before.key,
+            run_id=before.run_id,
+            experiment_id=before.experiment_id,
+            created_ms=before.created_ms,
+        )
+    _save_handle(spool_folder(output), handle)
+    return handle
+
+
 def open_tracker(
     handle: RunHandle | None,
     spool_dir: Path,
@@ -322,9 +352,23 @@ def _probe(uri: str) -> None:
         raise SidecarError(f"{parts.hostname}:{port}: {error.strerror or error}") from error
 
 
+def share_helper() -> None:
+    """Have all trackers of this process use one helper process, which then ends with this process.
+
+    For a process that serves many runs one after the other: MLflow is imported once.
+    """
+    global _share_helper
+    _share_helper = True
+
+
 def _sidecar(folder: Path, store: str = "", nice: int = 0) -> Sidecar:
     """The helper process; `store` is a URI to be opened, and created if missing, while it starts."""
+    global _shared
     code = "from perceiver.train.mlflow import main; main()"
+    if _share_helper and _shared is None:
+        _shared = SharedSidecar(code, folder / "mlflow.log", {**ENVIRONMENT, "PERCEIVER_PREWARM": store}, nice)
+    if _shared is not None:
+        return _shared
     return Sidecar(code, folder / "mlflow.log", {**ENVIRONMENT, "PERCEIVER_PREWARM": store}, nice)
 
 

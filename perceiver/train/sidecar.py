@@ -115,6 +115,27 @@ class Sidecar:
             _reap(process, timeout_s)
 
 
+class SharedSidecar(Sidecar):
+    """A helper that several users of one process call by turns; it stays until the process ends."""
+
+    def __init__(self, code: str, log: Path, env: Mapping[str, str] | None = None, nice: int = 0) -> None:
+        super().__init__(code, log, env, nice)
+        self._turn = threading.RLock()
+
+    def start(self) -> None:
+        """See `Sidecar`."""
+        with self._turn:
+            super().start()
+
+    def call(self, request: Mapping[str, Any], timeout_s: float) -> Reply:
+        """See `Sidecar`; the deadline begins when it is this call's turn."""
+        with self._turn:
+            return super().call(request, timeout_s)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Do nothing: others may still call."""
+
+
 def _reap(process: subprocess.Popen[bytes], timeout_s: float) -> None:
     """Close the pipes and wait for the end, which comes by force if it does not come in time."""
     assert process.stdin is not None and process.stdout is not None

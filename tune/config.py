@@ -1,0 +1,259 @@
+"""A search file: the base recipe, the space, and how to search it; typed, with dotted overrides."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from cluster.recipe import Recipe, build_recipe
+from cluster.recipe_file import read_tree
+from perceiver.config import Config, UserError
+from tune.messages import explain
+from tune.space import Choice, Grid, Space, flatten_space, with_values
+
+Mode = Literal["max", "min"]
+
+
+class NoScheduler(Config):
+    """Every trial runs to its end (`kind: none`)."""
+
+    kind: Literal["none"] = "none"
+
+
+class Asha(Config):
+    """Asynchronous successive halving: at each rung only the best share of the trials goes on (`kind: asha`)."""
+
+    kind: Literal["asha"]
+    grace: PositiveFloat = Field(default=1.0, description="epochs before a trial may be stopped: the first rung")
+    reduction: float = Field(default=3.0, gt=1, description="one in so many goes on; each rung is so many times later")
+
+
+class Median(Config):
+    """Stops a trial whose best is worse than the median of the others' means (`kind: median`)."""
+
+    kind: Literal["median"]
+    grace: PositiveFloat = Field(default=1.0, description="epochs before a trial may be stopped")
+    min_trials: PositiveInt = Field(default=3, description="other trials that must have come as far")
+
+
+class Pbt(Config):
+    """Population based training: bad trials go on from good ones' weights with changed values (`kind: pbt`)."""
+
+    kind: Literal["pbt"]
+    interval: PositiveFloat = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
+    quantile: float = Field(default=0.25, gt=0, le=0.5, description="share of the trials that take over and are taken")
+    resample: float = Field(default=0.25, ge=0, le=1, description="chance of a fresh value instead of a changed one")
+
+
+class Pb2(Config):
+    """PBT whose changed values come from a Gaussian process; ranges only (`kind: pb2`)."""
+
+    kind: Literal["pb2"]
+    interval: PositiveFloat = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
+    quantile: float = Field(default=0.25, gt=0, le=0.5, description="share of the trials that take over and are taken")
+
+
+class RandomSearch(Config):
+    """Independent draws; trial i is the same whatever came before (`kind: random`)."""
+
+    kind: Literal["random"] = "random"
+
+
+class GridSearch(Config):
+    """Every combination of the space, which holds grids only (`kind: grid`)."""
+
+    kind: Literal["grid"]
+
+
+class OptunaSearch(Config):
+    """Optuna's tree-structured Parzen estimator; several metrics give a Pareto front (`kind: optuna`)."""
+
+    kind: Literal["optuna"]
+    startup: NonNegativeInt = Field(default=5, description="random trials before it learns")
+
+
+class SearchConfig(Config):
+    """Everything that a search depends on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="search folders are named after it")
+    recipe: str = Field(description="the base recipe: a path from here, or from the search file's folder")
+    overrides: dict[str, Any] = Field(default={}, description="keys of the base recipe to change, nested or dotted")
+    space: Space = Field(min_length=1, description="where the values of recipe keys come from, by dotted key")
+    metric: str | list[str] = Field(default="accuracy", description="metric of the evaluations, or `parameters`")
+    mode: Mode | list[Mode] = Field(default="max", description="whether it should be great or small")
+    trials: PositiveInt = Field(default=10, description="how many trials, the baseline included")
+    baseline: bool | None = Field(
+        default=None,
+        description="trial 0 is the base recipe and is never stopped; default: yes, except with pbt, pb2, grid",
+    )
+    scheduler: Annotated[NoScheduler | Asha | Median | Pbt | Pb2, Field(discriminator="kind")] = Field(
+        default=NoScheduler(), description="which trials are stopped early or take over others' weights"
+    )
+    search: Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="kind")] = Field(
+        default=RandomSearch(), description="how values are chosen"
+    )
+    seed: NonNegativeInt = Field(
+        default=0, description="seed of the draws; the recipe's own seed is a key of the recipe"
+    )
+    concurrency: PositiveInt | None = Field(
+        default=None, description="trials at a time; default: what the cluster holds"
+    )
+    max_failures: NonNegativeInt = Field(default=1, description="how often a trial that failed starts again")
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _flat(cls, tree: Any) -> Any:
+        return dict(flatten_space(tree)) if isinstance(tree, Mapping) else tree
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SearchConfig":
+        for problem in _problems(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def metrics(self) -> dict[str, Mode]:
+        """Return each metric with its mode, the first one first."""
+        names = [self.metric] if isinstance(self.metric, str) else self.metric
+        modes: list[Mode] = [self.mode] * len(names) if isinstance(self.mode, str) else self.mode
+        return dict(zip(names, modes, strict=True))
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether trials take over each other's weights."""
+        return isinstance(self.scheduler, Pbt | Pb2)
+
+    @property
+    def with_baseline(self) -> bool:
+        """Whether trial 0 is the base recipe."""
+        return self.baseline if self.baseline is not None else not (self.exchanges or self.search.kind == "grid")
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search as read: its settings and the tree of the base recipe with the overrides applied."""
+
+    config: SearchConfig
+    base: dict[str, Any]
+    recipe: Recipe
+    source: str
+
+
+def load_search(path: str, overrides: Sequence[str] = ()) -> Search:
+    """Read a search file, apply overrides such as ``trials=4`` or ``train.epochs=3``, and the recipe it names.
+
+    A key that only the recipe has changes the recipe.
+
+    Raises:
+        UserError: one line about the first mistake.
+    """
+    ours, theirs = split_overrides(overrides)
+    tree = read_tree(path, ours)
+    try:
+        config = SearchConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, SearchConfig)}") from None
+    where = recipe_path(config.recipe, path)
+    base = with_values(read_tree(where), flat(config.overrides))
+    base = with_values(base, flat(read_overrides(theirs)))
+    if isinstance(config.scheduler, Pbt | Pb2):
+        every = config.scheduler.interval
+        base = with_values(base, {"train.eval_every": every, "train.checkpoint_every": every})
+    recipe = build_recipe(base, source=where)
+    return Search(config, base, recipe, path)
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the overrides of the search file and those of the recipe, told apart by their first key."""
+    theirs = [o for o in overrides if _head(o) in Recipe.model_fields and _head(o) not in SearchConfig.model_fields]
+    return [o for o in overrides if o not in theirs], theirs
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``key=value`` overrides as a nested tree."""
+    from cluster.recipe_file import apply_override
+
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of overrides by dotted key; a mapping that names a ``kind`` replaces the whole section."""
+    found: dict[str, Any] = {}
+    for key, node in tree.items():
+        if isinstance(node, Mapping) and "kind" not in node:
+            found |= flat(node, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = node
+    return found
+
+
+def recipe_path(recipe: str, search_file: str) -> str:
+    """Return where the base recipe lies: as seen from here, else from the search file's folder."""
+    beside = Path(search_file).parent / recipe
+    return str(beside) if beside.is_file() and not Path(recipe).is_file() else recipe
+
+
+def _head(override: str) -> str:
+    return override.partition("=")[0].split(".")[0]
+
+
+def _problems(config: SearchConfig) -> list[str]:
+    """Return what in a search contradicts itself, the first thing first."""
+    names = [config.metric] if isinstance(config.metric, str) else config.metric
+    modes = 1 if isinstance(config.mode, str) else len(config.mode)
+    found = []
+    if not names or len(set(names)) != len(names):
+        found.append(f"metric = {names}: wanted one or several different names")
+    if modes not in (1, len(names)):
+        found.append(f"mode has {modes} entries for {len(names)} metrics: give one for each")
+    if len(names) > 1 and config.search.kind != "optuna":
+        found.append(f"metric names {len(names)} metrics, which only search.kind = optuna takes; give one")
+    if len(names) > 1 and config.scheduler.kind != "none":
+        found.append(
+            f"metric names {len(names)} metrics, by which scheduler.kind = {config.scheduler.kind} cannot rank trials: "
+            "set it to none"
+        )
+    return found + _space_problems(config)
+
+
+def _space_problems(config: SearchConfig) -> list[str]:
+    """Return which dimensions do not go with the kind of search or scheduler."""
+    found, kind = [], config.scheduler.kind
+    grids = [key for key, dimension in config.space.items() if isinstance(dimension, Grid)]
+    others = [key for key in config.space if key not in grids]
+    if config.search.kind == "grid" and others:
+        found.append(
+            f"space.{others[0]} is no grid, which search.kind = grid wants: set its kind to grid, or search.kind"
+        )
+    if config.search.kind != "grid" and grids:
+        found.append(
+            f"space.{grids[0]} is a grid, but search.kind = {config.search.kind}: set search.kind to grid, or its kind "
+            "to choice"
+        )
+    if not config.exchanges:
+        return found
+    if config.search.kind != "random":
+        found.append(
+            f"scheduler.kind = {kind} changes the values itself: set search.kind to random, not {config.search.kind}"
+        )
+    if config.baseline:
+        found.append(f"baseline = true, but scheduler.kind = {kind} changes every trial: leave baseline out")
+    for key, dimension in config.space.items():
+        if dimension.when:
+            found.append(f"space.{key} has a condition, which scheduler.kind = {kind} cannot keep: leave when out")
+        if kind == "pb2" and isinstance(dimension, Choice):
+            found.append(f"space.{key} is a choice; scheduler.kind = pb2 takes ranges only: use pbt, or a range")
+    return found

@@ -1,0 +1,158 @@
+"""What is known of a search: its trials and their results, kept in one JSON file, from which it goes on."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.run_folder import RunFolder
+from perceiver.config import UserError
+from tune.config import Mode
+from tune.space import Values
+
+Status = Literal["waiting", "running", "finished", "stopped", "failed", "unfinished"]
+DONE: tuple[Status, ...] = ("finished", "stopped", "failed")
+PARAMETERS = "parameters"
+"""The metric that is no evaluation's: the number of the model's parameters."""
+
+FORMAT = 1
+
+
+class Evaluation(BaseModel):
+    """The figures of a trial at one moment."""
+
+    step: int
+    epoch: float
+    metrics: dict[str, float]
+    at: float = Field(description="seconds since the epoch")
+
+
+class Exchange(BaseModel):
+    """A trial went on from another one's checkpoint, with other values."""
+
+    donor: int = Field(description="number of the trial that the weights came from")
+    step: int = Field(description="of the checkpoint")
+    values: Values = Field(description="the values from then on")
+
+
+class TrialRecord(BaseModel):
+    """One trial."""
+
+    model_config = ConfigDict(validate_assignment=True)
+
+    number: int
+    values: Values
+    status: Status = "waiting"
+    reason: str = Field(default="", description="why it failed")
+    parameters: int = Field(default=0, description="of the model")
+    total_steps: int = Field(default=0, description="optimizer steps to its end")
+    evaluations: list[Evaluation] = []
+    exchanges: list[Exchange] = []
+    attempts: int = Field(default=0, description="how often it was started")
+    seconds: float = Field(default=0, description="wall time of its training so far, over all attempts")
+    samples_per_s: float | None = Field(default=None, description="the latest throughput")
+    started: float | None = None
+
+    @property
+    def step(self) -> int:
+        """Return the optimizer steps of the last evaluation."""
+        return self.evaluations[-1].step if self.evaluations else 0
+
+    @property
+    def epoch(self) -> float:
+        """Return the epochs of the last evaluation."""
+        return self.evaluations[-1].epoch if self.evaluations else 0.0
+
+    def scores(self, metrics: Sequence[str]) -> dict[str, float]:
+        """Return the last figures of some metrics, as far as they are finite numbers."""
+        last = {**(self.evaluations[-1].metrics if self.evaluations else {}), PARAMETERS: float(self.parameters)}
+        return {name: last[name] for name in metrics if math.isfinite(last.get(name, math.nan))}
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Add an evaluation; those that a restart or an exchange takes back to before are dropped."""
+        self.evaluations = [e for e in self.evaluations if e.step < evaluation.step] + [evaluation]
+
+
+class SearchRecord(BaseModel):
+    """All trials of a search, in the order of their numbers."""
+
+    format: int = FORMAT
+    metrics: dict[str, Mode]
+    workers: int = Field(description="training workers of each trial")
+    trials: list[TrialRecord] = []
+    seconds: float = Field(default=0, description="wall time of the search, over all its starts")
+
+    def trial(self, number: int) -> TrialRecord:
+        """Return a trial by its number."""
+        return self.trials[number]
+
+    def ended(self) -> list[TrialRecord]:
+        """Return the trials that are over, whatever way."""
+        return [trial for trial in self.trials if trial.status in DONE]
+
+    def ranked(self) -> list[TrialRecord]:
+        """Return the trials with a result, best first: those that came to their end before those that did not."""
+        (metric, mode), *_ = self.metrics.items()
+        sign = -1 if mode == "max" else 1
+        scored = [trial for trial in self.trials if metric in trial.scores([metric]) and trial.evaluations]
+        return sorted(scored, key=lambda t: (t.status != "finished", sign * t.scores([metric])[metric], t.number))
+
+    def best(self) -> TrialRecord | None:
+        """Return the best trial by the first metric: of those that finished, else of all."""
+        return next(iter(self.ranked()), None)
+
+    def front(self) -> list[TrialRecord]:
+        """Return the finished trials that no other one beats in every metric (the Pareto front)."""
+        names = list(self.metrics)
+        rows = [t for t in self.ranked() if t.status == "finished" and len(t.scores(names)) == len(names)]
+        return [t for t in rows if not any(self._beats(other, t) for other in rows)]
+
+    def _beats(self, one: TrialRecord, other: TrialRecord) -> bool:
+        """Whether a trial is at least as good in every metric, and better in one."""
+        gains = []
+        for name, mode in self.metrics.items():
+            gain = one.scores([name])[name] - other.scores([name])[name]
+            gains.append(gain if mode == "max" else -gain)
+        return min(gains) >= 0 and max(gains) > 0
+
+    def worker_seconds(self) -> float:
+        """Return what the search cost: seconds of training times workers."""
+        return self.workers * sum(trial.seconds for trial in self.trials)
+
+
+def save_record(record: SearchRecord, folder: RunFolder) -> None:
+    """Write ``trials.json`` whole."""
+    folder.write("trials.json", record.model_dump_json(indent=1) + "\n")
+
+
+def load_record(folder: RunFolder) -> SearchRecord:
+    """Read ``trials.json``.
+
+    Raises:
+        UserError: there is none, or a newer version wrote it.
+    """
+    text = folder.read("trials.json")
+    if text is None:
+        raise UserError(f"{folder.url} holds no trials.json: it was never begun; start a search without --resume")
+    tree: Mapping[str, Any] = json.loads(text)
+    if tree.get("format", 0) > FORMAT:
+        raise UserError(
+            f"{folder.location('trials.json')} has format {tree['format']}, this program reads up to {FORMAT}"
+        )
+    return SearchRecord.model_validate(tree)
+
+
+def go_on(record: SearchRecord) -> list[int]:
+    """Mark the trials that are not over as unfinished; return their numbers."""
+    open_trials = [trial for trial in record.trials if trial.status not in DONE]
+    for trial in open_trials:
+        trial.status = "unfinished"
+    return [trial.number for trial in open_trials]
+
+
+def now() -> float:
+    """Return the time of day, for evaluations."""
+    return time.time()

@@ -1,0 +1,222 @@
+"""The space of a search: for each key of the recipe where its values come from."""
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from perceiver.config import Config, UserError
+
+Values = dict[str, Any]
+"""One trial's values by dotted key of the recipe."""
+
+
+class Draw(Protocol):
+    """Where values come from: a random generator, or a study that learns."""
+
+    def pick(self, key: str, values: Sequence[Any]) -> Any:
+        """Return one of the values."""
+        ...
+
+    def real(self, key: str, low: float, high: float, *, log: bool = False, step: float | None = None) -> float:
+        """Return a number of [low, high]; uniform in its logarithm with ``log``, a multiple of ``step`` above low."""
+        ...
+
+    def whole(self, key: str, low: int, high: int, *, log: bool = False, step: int = 1) -> int:
+        """Return an integer of [low, high]."""
+        ...
+
+
+class _Dimension(Config):
+    when: dict[str, Any] = Field(
+        default={}, description="other keys and the value (or list of values) that they must have for this key to count"
+    )
+
+
+class Choice(_Dimension):
+    """One of some values, which may be sections (`kind: choice`)."""
+
+    kind: Literal["choice"]
+    values: list[Any] = Field(min_length=1, description="what to choose from")
+
+    @field_validator("values")
+    @classmethod
+    def _numbers(cls, values: list[Any]) -> list[Any]:
+        return [as_number(value) for value in values]
+
+    def sample(self, key: str, draw: Draw) -> Any:
+        """Return a value."""
+        return draw.pick(key, self.values)
+
+    def extremes(self) -> list[Any]:
+        """Return the values that stand for all: here each one."""
+        return self.values
+
+
+class Grid(Choice):
+    """Each of some values, with each of every other grid (`kind: grid`)."""
+
+    kind: Literal["grid"]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class Uniform(_Dimension):
+    """A number between two (`kind: uniform`)."""
+
+    kind: Literal["uniform"]
+    low: float = Field(description="least value")
+    high: float = Field(description="greatest value")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Uniform":
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"low = {self.low:g} and high = {self.high:g}: wanted two finite numbers with low < high")
+        return self
+
+    def sample(self, key: str, draw: Draw) -> Any:
+        """Return a value."""
+        return draw.real(key, self.low, self.high)
+
+    def extremes(self) -> list[Any]:
+        """Return the values that stand for all: the ends."""
+        return [self.low, self.high]
+
+
+class LogUniform(Uniform):
+    """A positive number between two, uniform in its logarithm (`kind: loguniform`)."""
+
+    kind: Literal["loguniform"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    low: PositiveFloat = Field(description="least value")  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def sample(self, key: str, draw: Draw) -> Any:
+        """Return a value."""
+        return draw.real(key, self.low, self.high, log=True)
+
+
+class QUniform(Uniform):
+    """A number between two in steps (`kind: quniform`)."""
+
+    kind: Literal["quniform"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    step: PositiveFloat = Field(description="distance of two values, counted from low")
+
+    def sample(self, key: str, draw: Draw) -> Any:
+        """Return a value."""
+        return draw.real(key, self.low, self.high, step=self.step)
+
+
+class Int(_Dimension):
+    """A whole number between two, both included (`kind: int`)."""
+
+    kind: Literal["int"]
+    low: int = Field(description="least value")
+    high: int = Field(description="greatest value")
+    step: PositiveInt = Field(default=1, description="distance of two values, counted from low")
+    log: bool = Field(default=False, description="uniform in the logarithm")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Int":
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} and high = {self.high}: wanted low < high")
+        if self.log and (self.low < 1 or self.step != 1):
+            raise ValueError("log: true wants low >= 1 and no step")
+        return self
+
+    def sample(self, key: str, draw: Draw) -> Any:
+        """Return a value."""
+        return draw.whole(key, self.low, self.high, log=self.log, step=self.step)
+
+    def extremes(self) -> list[Any]:
+        """Return the values that stand for all: the ends."""
+        return [self.low, self.high - (self.high - self.low) % self.step]
+
+
+Dimension = Annotated[Choice | Grid | Uniform | LogUniform | QUniform | Int, Field(discriminator="kind")]
+Space = dict[str, Dimension]
+
+
+def as_number(value: Any) -> Any:
+    """Return 1e-3 for the text '1e-3', which YAML takes for a string, and anything else as it is."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def flatten_space(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys of a space that may be written nested: a mapping with ``kind`` is a dimension."""
+    for key, node in tree.items():
+        if isinstance(node, Mapping) and "kind" not in node:
+            yield from flatten_space(node, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", node
+
+
+def ordered(space: Space) -> list[str]:
+    """Return the keys so that each comes after those that its ``when`` asks for.
+
+    Raises:
+        UserError: two conditions wait for each other.
+    """
+    graph = {key: [other for other in dimension.when if other in space] for key, dimension in space.items()}
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise UserError(
+            f"space: the conditions of {' and '.join(dict.fromkeys(error.args[1]))} wait for each other"
+        ) from None
+
+
+def holds(when: Mapping[str, Any], values: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether a condition holds for the values drawn so far, on top of the base recipe's tree."""
+    for key, wanted in when.items():
+        value = values[key] if key in values else look_up(base, key)
+        if value not in (wanted if isinstance(wanted, list) else [wanted]):
+            return False
+    return True
+
+
+def sample(space: Space, base: Mapping[str, Any], draw: Draw) -> Values:
+    """Return one point of the space: a value for each key whose condition holds."""
+    values: Values = {}
+    for key in ordered(space):
+        if holds(space[key].when, values, base):
+            values[key] = space[key].sample(key, draw)
+    return {key: values[key] for key in space if key in values}
+
+
+def base_values(space: Space, base: Mapping[str, Any]) -> Values:
+    """Return the base recipe's own values of the keys of the space, as far as it has them."""
+    found = {key: look_up(base, key) for key in space}
+    return {key: value for key, value in found.items() if value is not None and holds(space[key].when, found, base)}
+
+
+def look_up(tree: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key of a tree, None if there is none."""
+    node: Any = tree
+    for name in key.split("."):
+        if not isinstance(node, Mapping) or name not in node:
+            return None
+        node = node[name]
+    return node
+
+
+def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a recipe's tree with the values of dotted keys set.
+
+    Raises:
+        UserError: a key leads through a plain value.
+    """
+    changed = copy.deepcopy(dict(tree))
+    for key, value in values.items():
+        node: Any = changed
+        *parents, leaf = key.split(".")
+        for depth, name in enumerate(parents):
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
+            if not isinstance(node, dict):
+                raise UserError(f"{key}: {'.'.join(parents[: depth + 1])} is a value of the recipe, not a section")
+        node[leaf] = copy.deepcopy(value)
+    return changed
