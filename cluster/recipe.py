@@ -107,6 +107,8 @@ def _explain(error: ValidationError) -> str:
 
 def _unknown_key(key: str) -> str:
     known = list(_known_keys(Recipe))
+    if key in known:
+        return f"the key {key} does not go with the chosen kind or preset: leave it out"
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     if not near:
         leaf = key.rsplit(".", 1)[-1]

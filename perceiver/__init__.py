@@ -3,15 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perceiver.presets import create_model, list_models
+    from perceiver.factory import create_model
+    from perceiver.presets import list_models
 
 __all__ = ["create_model", "list_models"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on use, so that `import perceiver` does not load torch.
-    if name in __all__:
-        from perceiver import presets
+    if name == "list_models":
+        from perceiver.presets import list_models
 
-        return getattr(presets, name)
+        return list_models
+    if name == "create_model":
+        from perceiver.factory import create_model
+
+        return create_model
     raise AttributeError(f"module 'perceiver' has no attribute {name!r}")

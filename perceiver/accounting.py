@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver.config import Config
-from perceiver.factory import build_model
+from perceiver.factory import build_model, preset_config
 
 
 @dataclass(frozen=True)
@@ -133,3 +133,12 @@ def account(config: Config, *, classes: int | None = None) -> Account:
         # Two samples, halved: batch norm refuses one.
         activation_bytes=count_activation_bytes(chosen, batch=2) // 2,
     )
+
+
+def preset_cost(name: str, *, flops: bool = True) -> tuple[int, int | None]:
+    """Return a preset's parameters and, unless left out, its forward FLOPs of one sample by the plain path."""
+    config, classes = preset_config(name)
+    if "attention" in type(config).model_fields:
+        config = config.model_copy(update={"attention": "plain"})
+    model = _meta(config, classes)
+    return count_parameters(model), count_flops(model) if flops else None

@@ -1,9 +1,10 @@
 """From a recipe's `model:` to a module: the union of model configs, and building one."""
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import Tensor, nn
 
 from perceiver import registry
@@ -11,6 +12,7 @@ from perceiver.config import Config, UserError
 from perceiver.decoders import ClassDecoderConfig, DecoderConfig
 from perceiver.modalities import InputsConfig
 from perceiver.model import Encoder, Perceiver, PerceiverConfig, PerceiverIO, PerceiverIOConfig, Raw
+from perceiver.presets import PRESETS, preset_values
 
 
 class PerceiverModel(PerceiverConfig):
@@ -42,16 +44,26 @@ class PerceiverIOModel(PerceiverIOConfig):
 
 _OWN: dict[str, type[Config]] = {"perceiver": PerceiverModel, "perceiver_io": PerceiverIOModel}
 
+def _with_preset(values: Any) -> Any:
+    """Write out `{preset: NAME, ...}` as the preset's section with the other keys merged in."""
+    if not isinstance(values, Mapping) or "preset" not in values:
+        return values
+    return preset_values(values["preset"], {key: value for key, value in values.items() if key != "preset"})
+
+
 if TYPE_CHECKING:
     ModelConfig = Config
 else:
-    ModelConfig = registry.union(_OWN, registry.members("perceiver.baselines"))
+    ModelConfig = Annotated[
+        registry.union(_OWN, registry.members("perceiver.baselines")), BeforeValidator(_with_preset)
+    ]
 
 
 def model_config(values: dict[str, Any]) -> Config:
-    """Validate a recipe's `model:` section.
+    """Validate a recipe's `model:` section, in which `preset: NAME` may stand for a preset's keys.
 
     Raises:
+        UserError: if there is no such preset.
         pydantic.ValidationError: with the path of each key that is wrong.
     """
     return TypeAdapter(ModelConfig).validate_python(values)
@@ -71,6 +83,36 @@ def build_model(config: Config, *, classes: int | None = None) -> nn.Module:
         UserError: on settings that do not fit each other.
     """
     return cast(Any, config).build(classes=classes)
+
+
+def preset_config(name: str, **overrides: Any) -> tuple[Config, int | None]:
+    """Return a preset's model config and number of classes.
+
+    Args:
+        name: one of `perceiver.list_models()`.
+        overrides: keys of the model section, merged as `perceiver.presets.preset_values` does; `classes` replaces the
+            number of classes.
+
+    Raises:
+        UserError: if there is no such preset.
+        pydantic.ValidationError: if an override does not fit the config.
+    """
+    classes = overrides.pop("classes", None)
+    config = model_config({"preset": name, **overrides})
+    return config, PRESETS[name].classes if classes is None else classes
+
+
+def create_model(name: str, *, device: torch.device | str = "cpu", **overrides: Any) -> nn.Module:
+    """Make a preset's model with fresh weights.
+
+    Args:
+        name: one of `perceiver.list_models()`.
+        device: where to make it; `meta` costs neither time nor memory.
+        overrides: see `preset_config`; for example `classes=10, latents=128, inputs={"size": (64, 64)}`.
+    """
+    config, classes = preset_config(name, **overrides)
+    with torch.device(device):
+        return build_model(config, classes=classes)
 
 
 def input_keys(model: nn.Module) -> tuple[str, ...]:

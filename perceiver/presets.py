@@ -1,7 +1,8 @@
 """Named models: every row of the papers' tables that the sources give, and small ones to start from.
 
-A preset is a recipe's `model:` section, the number of classes and where it comes from. What the papers leave open is
-marked OPEN in the note. Sources: P = Perceiver (arXiv 2103.03206v2), IO = Perceiver IO (arXiv 2107.14795).
+A preset is a recipe's `model:` section, the number of classes and where it comes from; a recipe may say
+`model: {preset: NAME}` and add keys of its own. What the papers leave open is marked OPEN in the note. Sources:
+P = Perceiver (arXiv 2103.03206v2), IO = Perceiver IO (arXiv 2107.14795).
 """
 
 import difflib
@@ -10,11 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
-from perceiver.config import Config, UserError
-from perceiver.factory import build_model, model_config
+from perceiver.config import UserError
 
 Values = dict[str, Any]
 
@@ -204,29 +201,27 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(PRESETS, pattern))
 
 
-def preset_config(name: str, **overrides: Any) -> tuple[Config, int | None]:
-    """Return a preset's model config and number of classes.
+def preset_values(name: str, changes: Mapping[str, Any]) -> Values:
+    """Return a preset's `model:` section with changes: mappings are merged into its own, other values replace them.
 
-    Args:
-        name: one of `list_models()`.
-        overrides: keys of the model section; mappings are merged into the preset's, other values replace them.
-            `classes` replaces the number of classes.
+    A mapping of another `kind` replaces the whole.
 
     Raises:
-        UserError: if there is no such preset.
-        pydantic.ValidationError: if an override does not fit the config.
+        UserError: if there is no such preset, or the changes name another kind of model.
     """
     preset = PRESETS.get(name)
     if preset is None:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean '{near[0]}'" if near else "see perceiver.list_models()"
-        raise UserError(f"model: got '{name}'; wanted the name of a preset: {hint}")
-    classes = overrides.pop("classes", preset.classes)
-    return model_config(_merged(preset.model, overrides)), classes
+        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "`perceiver models` lists them"
+        raise UserError(f"model.preset: got {name!r}; wanted the name of a preset: {hint}")
+    kind = preset.model["kind"]
+    if changes.get("kind", kind) != kind:
+        got = changes["kind"]
+        raise UserError(f"model.kind: got {got!r} with the preset {name!r}, which is {kind!r}: leave kind out")
+    return _merged(preset.model, changes)
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
-    """Merge mappings key by key; one of another `kind` replaces the whole."""
     result = dict(base)
     for key, value in changes.items():
         old: Any = result.get(key)
@@ -235,16 +230,3 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
             value = _merged(old, value)
         result[key] = value
     return result
-
-
-def create_model(name: str, *, device: torch.device | str = "cpu", **overrides: Any) -> nn.Module:
-    """Make a preset's model with fresh weights.
-
-    Args:
-        name: one of `list_models()`.
-        device: where to make it; `meta` costs neither time nor memory.
-        overrides: see `preset_config`; for example `classes=10, latents=128, inputs={"size": (64, 64)}`.
-    """
-    config, classes = preset_config(name, **overrides)
-    with torch.device(device):
-        return build_model(config, classes=classes)

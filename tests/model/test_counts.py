@@ -6,8 +6,7 @@ import torch
 import perceiver
 from perceiver.accounting import Account, account, count_activation_bytes, count_flops, count_parameters
 from perceiver.config import UserError
-from perceiver.factory import build_model, model_config
-from perceiver.presets import preset_config
+from perceiver.factory import build_model, model_config, preset_config
 
 IO = {"kind": "perceiver_io"}
 LEARNED = {

@@ -1,0 +1,40 @@
+"""``perceiver models``: the presets, and what each costs."""
+
+import json
+
+import click
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  perceiver models
+  perceiver models 'perceiver_io_*' --flops --json"""
+)
+@click.argument("pattern", default="*")
+@click.option("--flops", is_flag=True, help="Count the GFLOP of a forward pass too, about a quarter of a second each.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line a model.")
+def command(pattern: str, flops: bool, as_json: bool) -> int:
+    """List the presets whose names match PATTERN: parameters and the source's row.
+
+    A recipe uses one with `model: {preset: NAME}` and may add keys. GFLOP are those of one sample by the plain path,
+    multiply and add counted apart, as the papers count them.
+    """
+    from perceiver.accounting import preset_cost
+    from perceiver.config import UserError
+    from perceiver.presets import PRESETS, list_models
+
+    names = list_models(pattern)
+    if not names:
+        raise UserError(f"models: no preset matches {pattern!r}; `perceiver models` lists all")
+    for name in names:
+        preset = PRESETS[name]
+        parameters, count = preset_cost(name, flops=flops)
+        gflop = None if count is None else count / 1e9
+        if as_json:
+            facts = {"name": name, "parameters": parameters, "gflop": gflop, "classes": preset.classes}
+            click.echo(json.dumps({**facts, "source": preset.note}))
+        else:
+            cost = "" if gflop is None else f"{gflop:>9.1f} GFLOP"
+            click.echo(f"{name:<32}{parameters:>13,} parameters{cost}  {preset.note}")
+    return 0
