@@ -40,6 +40,7 @@ from pipelines.warm import warm_up
 log = logging.getLogger(__name__)
 
 REFUSED_GRACE_S = 3.0
+STOPPING = "stopping: the workers save a checkpoint first (again to leave at once)"
 
 
 @dataclass
@@ -90,7 +91,7 @@ def launch_training(
         folder = named_run(recipe.output, run) if run else new_run(recipe.output, recipe.name)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
-        stack.enter_context(_log_file(folder))
+        stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
         command = " ".join(["perceiver train", path, *map(shlex.quote, overrides)])
         launch = Launch(recipe, folder, preflight, console, resume, began, command, background)
@@ -98,11 +99,11 @@ def launch_training(
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
             return 0
-        outcome = _logged(lambda: _train(launch, ray_start))
+        outcome = logged(lambda: _train(launch, ray_start))
         return conclude(launch, outcome, as_json)
 
 
-def _logged(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def logged(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Do the work; what goes wrong in it stands in full in the log, and becomes one line for the user."""
     try:
         return work()
@@ -129,7 +130,7 @@ def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
         return {**_fit(launch, handle), "handle": handle}
     finally:
         # Ray goes down while the report is written.
-        launch.background.submit(_stop_ray, folder, facts["session"])
+        launch.background.submit(stop_ray, folder, facts["session"])
 
 
 def _say_header(launch: Launch) -> None:
@@ -215,7 +216,7 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
             outcome.update(status="failed", error=failure_reason(error))
 
     thread = threading.Thread(target=fit, daemon=True)
-    with _stop_on_signal(monitor, launch.console):
+    with stop_on_signal(monitor, launch.console.say, STOPPING):
         thread.start()
         # A worker that refuses to go on leaves the others waiting for it: they end with Ray, a moment later.
         while thread.is_alive() and not (refused and time.monotonic() - refused[0] > REFUSED_GRACE_S):
@@ -234,17 +235,17 @@ def _note_worker(folder: RunFolder, event: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _stop_on_signal(monitor: Any, console: RunConsole) -> Any:
-    """First Ctrl-C or SIGTERM: have the workers save and end. Again, a second later or more: leave at once.
+def stop_on_signal(monitor: Any, say: Callable[[str], None], line: str) -> Any:
+    """First Ctrl-C or SIGTERM: ask the workers, through their monitor, to save and end, and ``say`` the ``line``.
 
-    The second is there because some wrappers pass one Ctrl-C on twice.
+    Again, a second later or more: leave at once. The second is there because some wrappers pass one Ctrl-C on twice.
     """
     asked: list[float] = []
 
     def handler(signum: int, frame: FrameType | None) -> None:
         if not asked:
             asked.append(time.monotonic())
-            console.say("stopping: the workers save a checkpoint first (again to leave at once)")
+            say(line)
             monitor.request_stop.remote()
         elif time.monotonic() - asked[0] > 1.0:
             raise KeyboardInterrupt
@@ -258,7 +259,7 @@ def _stop_on_signal(monitor: Any, console: RunConsole) -> Any:
 
 
 @contextmanager
-def _log_file(folder: RunFolder) -> Any:
+def log_file(folder: RunFolder) -> Any:
     """Send all library chatter of this process to ``logs/driver.log`` instead of the terminal."""
     path = folder.local / "logs" / "driver.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +275,7 @@ def _log_file(folder: RunFolder) -> Any:
         handler.close()
 
 
-def _stop_ray(folder: RunFolder, session: str) -> None:
+def stop_ray(folder: RunFolder, session: str) -> None:
     """Stop a Ray of our own, keeping the workers' logs beside the run."""
     import ray
 
