@@ -21,6 +21,7 @@ from cluster import local
 from cluster.conclude import conclude
 from cluster.console import RunConsole
 from cluster.failures import failure_reason, one_line
+from cluster.lease import Lease, hold
 from cluster.preflight import Preflight, check
 from cluster.recipe import Recipe, build_recipe, kind_of, zero_stage
 from cluster.run_folder import RunFolder, find_run, named_run, new_run, redacted_recipe
@@ -55,6 +56,7 @@ class Launch:
     began: float
     command: str
     background: ThreadPoolExecutor
+    lease: Lease
 
 
 def launch_training(
@@ -91,10 +93,11 @@ def launch_training(
         folder = named_run(recipe.output, run) if run else new_run(recipe.output, recipe.name)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
+        lease = stack.enter_context(hold(folder.url))
         stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
         command = " ".join(["perceiver train", path, *map(shlex.quote, overrides)])
-        launch = Launch(recipe, folder, preflight, console, resume, began, command, background)
+        launch = Launch(recipe, folder, preflight, console, resume, began, command, background, lease)
         folder.write("recipe.yaml", yaml.safe_dump(redacted_recipe(recipe.model_dump(mode="json")), sort_keys=False))
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
@@ -221,6 +224,8 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
         # A worker that refuses to go on leaves the others waiting for it: they end with Ray, a moment later.
         while thread.is_alive() and not (refused and time.monotonic() - refused[0] > REFUSED_GRACE_S):
             pump(monitor, show)
+            if launch.lease.lost:
+                raise UserError(f"{launch.folder.url}: {launch.lease.lost}; this one stops, what it did since is void")
             thread.join(0.1)
         pump(monitor, show)
     launch.console.close()
