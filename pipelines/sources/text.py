@@ -139,8 +139,11 @@ def documents(stream: BinaryIO, start: int, stop: int, by: str) -> Iterator[tupl
         yield 0, stream.read(LONGEST + 1)
         return
     stream.seek(max(0, start - 3))
-    before = stream.read(start - stream.tell())
-    fresh = not start or before.endswith(b"\n" if by == "line" else (b"\n\n", b"\n\r\n"))
+    # What stands before the file counts as a line.
+    before = b"\n" * (start <= 3) + stream.read(start - stream.tell())
+    if not before.endswith(b"\n"):
+        stream.readline()
+    fresh = not start or by == "line" or before.endswith((b"\n\n", b"\n\r\n"))
     begin, lines, kept = start, [], 0
     while line := stream.readline(LONGEST + 1):
         here = stream.tell() - len(line)

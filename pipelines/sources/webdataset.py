@@ -101,6 +101,8 @@ def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
                 assert inside is not None, "a plain file"
                 place = member.name[:len(member.name) - len(suffix) - 1] if suffix else base
                 yield Member(place, suffix.lower().rsplit(".", 1)[-1], inside.read())
+            if name.endswith(".tar") and folder.fs.size(folder.file(name)) < archive.offset + tarfile.BLOCKSIZE:
+                raise EOFError("no end of the archive")
     except (tarfile.TarError, EOFError, OSError) as error:
         yield Rejected("", f"a damaged tar, read up to there: {(str(error).splitlines() or ['?'])[0][:80]}")
 
