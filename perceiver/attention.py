@@ -240,7 +240,7 @@ class CrossAttention(nn.Module):
     def _plain(self, q: Tensor, inputs: Inputs) -> Tensor:
         x = self.input_norm(inputs.dense.to(self.input_norm.weight.dtype))
         k, v = _heads(self.key(x), self.heads), _heads(self.value(x), self.heads)
-        q = q.expand(len(k), -1, -1, -1)
+        q = q.expand(k.shape[0], -1, -1, -1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_key_mask(inputs.mask))
 
     def _absorbed(self, q: Tensor, inputs: Inputs, path: Path) -> Tensor:
