@@ -1,0 +1,97 @@
+"""Measuring this machine with a recipe: a few optimizer steps in one process, then in as many as there are cores."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.capacity.calibration import Calibration, Timing, calibration_file
+from cluster.local import machine_cpus, set_quiet_environment
+from cluster.recipe import Recipe, for_workers
+from perceiver.config import UserError
+from pipelines.ingest import load_data
+
+TIMEOUT_S = 300
+
+
+def calibrate(recipe: Recipe) -> Calibration:
+    """Measure, keep the figures for `perceiver plan`, and return them; about half a minute on a quiet machine.
+
+    Raises:
+        UserError: the recipe's data is not there, the output is no local folder, or a process failed.
+    """
+    set_quiet_environment()
+    load_data(recipe.data)
+    if "://" in recipe.output:
+        raise UserError(f"--calibrate writes to a local folder to see how fast it is; output is {recipe.output}")
+    Path(recipe.output).mkdir(parents=True, exist_ok=True)
+    most = torch.cuda.device_count() if torch.cuda.is_available() else machine_cpus()
+    found = [_measure(recipe, processes) for processes in sorted({1, most})]
+    alone, together = found[0], found[-1]
+    latency, rate = together["exchange"]
+    result = Calibration(
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        cores=machine_cpus(),
+        timings=tuple(timing for figures in found for timing in _timings(figures)),
+        sample_cpu_seconds=alone["sample_cpu_seconds"],
+        exchange_latency=latency,
+        exchange_bytes_s=rate,
+        save_bytes_s=alone["save_bytes_s"],
+        base_bytes=alone["base_bytes"],
+    )
+    path = calibration_file(recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(result.model_dump_json(indent=1))
+    return result
+
+
+def _timings(figures: dict[str, Any]) -> list[Timing]:
+    """The measured steps without the exchange of gradients, which is counted by itself."""
+    latency = figures["exchange"][0]
+    return [Timing(processes=figures["processes"], micro_batch=micro, seconds=max(1e-6, seconds - latency))
+            for micro, seconds in figures["timings"]]
+
+
+def _measure(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """Run the processes side by side; return the figures of the first one."""
+    micro = max(2, recipe.train.global_batch // processes)
+    if recipe.train.micro_batch:
+        micro = recipe.train.micro_batch
+    task = {
+        "recipe": for_workers(recipe),
+        "threads": max(1, machine_cpus() // processes),
+        "micro": sorted({max(1, micro // 2), micro}),
+        "folder": str(Path(recipe.output).resolve()),
+    }
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "cluster.capacity.probe"]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port),
+                              "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"})
+        for rank in range(processes)
+    ]  # fmt: skip
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(task))
+        process.stdin.close()
+        process.stdin = None
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT_S) for process in running]
+    except subprocess.TimeoutExpired:
+        raise UserError(f"--calibrate took longer than {TIMEOUT_S} s: lower train.global_batch") from None
+    finally:
+        for process in running:
+            process.kill()
+    for process, (_, errors) in zip(running, outputs, strict=True):
+        if process.returncode:
+            reason = (errors.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"--calibrate: a step with this recipe failed on this machine: {reason}")
+    return {"processes": processes, **json.loads(outputs[0][0].strip().splitlines()[-1])}

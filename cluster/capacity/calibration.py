@@ -1,0 +1,63 @@
+"""What was measured on a machine for a recipe, kept in a file beside the compiled kernels."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+
+from cluster.recipe import Recipe
+from perceiver.config import Config
+
+
+class Timing(Config):
+    """Seconds of a training pass on each of some processes that run side by side."""
+
+    processes: PositiveInt = Field(description="workers on the machine")
+    micro_batch: PositiveInt = Field(description="samples of a pass")
+    seconds: PositiveFloat = Field(description="median of a step with the optimizer, without exchange of gradients")
+
+
+class Calibration(Config):
+    """Measured on one machine with one recipe."""
+
+    device: str = Field(description="name of the device, or cpu")
+    cores: PositiveInt = Field(description="CPU cores of the machine")
+    timings: tuple[Timing, ...] = Field(min_length=2, description="of the training pass")
+    sample_cpu_seconds: PositiveFloat = Field(description="CPU time to read, decode and augment a sample")
+    exchange_latency: float = Field(ge=0, description="seconds of an exchange of nothing between the processes")
+    exchange_bytes_s: PositiveFloat = Field(description="bytes a second a process sends in an exchange")
+    save_bytes_s: PositiveFloat = Field(description="bytes a second written to the output folder")
+    base_bytes: PositiveFloat = Field(description="memory of a worker before it builds a model")
+
+    def compute_seconds(self, micro: int, processes: int) -> float:
+        """Seconds of a training pass of `micro` samples on each of `processes` side by side.
+
+        Linear in the samples through the two measured sizes; other numbers of processes than the measured ones by
+        the cores that each would get.
+        """
+        counts = sorted({timing.processes for timing in self.timings})
+        nearest = min(counts, key=lambda count: abs(count - processes))
+        here = sorted((t for t in self.timings if t.processes == nearest), key=lambda t: t.micro_batch)
+        small, large = here[0], here[-1]
+        each = (large.seconds - small.seconds) / max(1, large.micro_batch - small.micro_batch)
+        seconds = max(large.seconds + each * (micro - large.micro_batch), 0.2 * small.seconds)
+        return seconds * (processes / nearest if processes > nearest else 1.0)
+
+
+def calibration_file(recipe: Recipe) -> Path:
+    """Where a recipe's calibration is kept: by what changes its speed, not by its length or name."""
+    facts = recipe.model_dump(mode="json", include={"model", "task", "optim", "data", "deepspeed"})
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PERCEIVER_CACHE") or Path(base) / "perceiver") / "calibrations" / f"{name}.json"
+
+
+def load_calibration(recipe: Recipe, device: str) -> Calibration | None:
+    """This machine's calibration for a recipe, if there is one for a device whose name contains `device`."""
+    try:
+        found = Calibration.model_validate_json(calibration_file(recipe).read_text())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return found if device.lower() in found.device.lower() else None

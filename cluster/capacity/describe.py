@@ -1,0 +1,92 @@
+"""A plan as lines for a terminal and as a tree for scripts."""
+
+from typing import Any
+
+from cluster.capacity.estimate import DEVICE_HOURS_A_FAILURE, RECOVERY_SECONDS, Estimate
+from cluster.capacity.workload import Workload
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that reads well, powers of ten."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that reads well."""
+    for unit, scale in (("days", 86400 * 2), ("h", 3600), ("min", 120), ("s", 1)):
+        if seconds >= scale:
+            return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60, 's': 1}[unit]:.3g} {unit}"
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def describe(plan: Estimate, workload: Workload) -> list[str]:
+    """The plan, a topic a line."""
+    place, step, reading, relied = plan.place, plan.step, plan.ingest, plan.reliability
+    account, data, used = workload.account, workload.data, plan.memory
+    stages = " · ".join(f"ZeRO {stage} {size(total)}" for stage, total in plan.memory_by_stage.items())
+    demand, spot = plan.cost
+    basis = "measured on this machine" if plan.calibrated else (
+        f"assumed: products at {place.device.efficiency:.0%} of the peak, all else at "
+        f"{place.device.memory_efficiency:.0%} of the memory's speed")  # fmt: skip
+    return [
+        f"on            {place.devices} x {place.device.title}, {place.nodes} node{'s' * (place.nodes > 1)}, "
+        f"{place.data_cpus:,.0f} CPUs for data",
+        f"model         {account.parameters:,} parameters, {account.forward_flops / 1e9:,.1f} GFLOP a sample forward "
+        f"({account.executed_flops / 1e9:,.1f} executed), {workload.trace.flops / 1e9:,.1f} forward and backward",
+        f"batch         {workload.recipe.train.global_batch} = {place.devices} devices x {plan.micro_batch} samples x "
+        f"{plan.accumulation} accumulated; largest micro-batch that fits {plan.largest_micro_batch}",
+        f"memory        {size(used.total)} of {place.device.memory_gb:g} GB a device: weights {size(used.weights)}, "
+        f"gradients {size(used.gradients)}, optimizer {size(used.optimizer)}, buffers {size(used.buffers)}, "
+        f"activations {size(used.activations)}, libraries {size(used.context)}",
+        f"  by stage    {stages}",
+        f"step          {duration(step.total)}: compute {duration(step.compute)}, optimizer "
+        f"{duration(step.optimizer)}, communication {duration(step.communication)} "
+        f"({size(step.communication_bytes)} sent by each device)",
+        f"  basis       {basis}",
+        f"  use         {plan.utilisation:.1%} of the peak; {reading.samples_s:,.0f} samples/s",
+        f"reading       {size(reading.bytes_s)}/s in {reading.requests_s:,.1f} requests/s, {reading.cores_wanted:,.1f} "
+        f"of {reading.cores_there:,.1f} CPU cores to decode"
+        + ("" if plan.calibrated else f" (assumed: {data.cpu_seconds * 1e3:.3g} ms a sample)"),
+        f"checkpoint    {size(relied.checkpoint_bytes)}, {duration(relied.save_seconds)} to write, every "
+        f"{duration(relied.interval_seconds)} (Young-Daly)",
+        f"failures      {relied.failures:.2g} expected (one in {DEVICE_HOURS_A_FAILURE:,} device hours), "
+        f"{RECOVERY_SECONDS:.0f} s to go on; goodput {relied.goodput:.1%}",
+        f"run           {plan.steps:,} steps, {duration(plan.hours * 3600)}, {plan.device_hours:,.1f} device hours",
+        f"cost          {demand:,.2f} on demand, {spot:,.2f} on devices that can be taken away (prices of the table)",
+        f"breaks first  {bottleneck(plan)}",
+    ]  # fmt: skip
+
+
+def bottleneck(plan: Estimate) -> str:
+    """What limits this plan first, or would at a larger size."""
+    step, reading = plan.step, plan.ingest
+    parts = {
+        "communication: fewer devices, or a larger global batch": step.communication / step.total,
+        "decoding: more CPU nodes, or smaller stored media": reading.cores_wanted / max(reading.cores_there, 1e-9),
+        "memory: ZeRO, a smaller micro-batch, activation checkpointing": plan.memory.total
+        / (plan.place.device.memory_gb * 1e9),
+        "the global batch: it leaves each device few samples": 1 / max(1, plan.micro_batch * plan.accumulation),
+    }
+    reason, share = max(parts.items(), key=lambda item: item[1])
+    return f"{reason} ({share:.0%} of its limit)"
+
+
+def tree(plan: Estimate, workload: Workload) -> dict[str, Any]:
+    """The plan for scripts; bytes and seconds, nothing rounded."""
+    demand, spot = plan.cost
+    return {
+        "gpu": plan.place.name, "devices": plan.place.devices, "nodes": plan.place.nodes,
+        "data_cpus": plan.place.data_cpus, "calibrated": plan.calibrated,
+        "parameters": workload.account.parameters, "flops_forward": workload.account.forward_flops,
+        "flops_executed": workload.account.executed_flops, "flops_step": workload.trace.flops
+        * workload.recipe.train.global_batch,
+        "micro_batch": plan.micro_batch, "accumulation": plan.accumulation,
+        "largest_micro_batch": plan.largest_micro_batch,
+        "memory": {**vars(plan.memory), "total": plan.memory.total}, "memory_by_zero_stage": plan.memory_by_stage,
+        "step_seconds": {**vars(plan.step), "total": plan.step.total}, "utilisation": plan.utilisation,
+        "ingest": vars(plan.ingest), "reliability": vars(plan.reliability), "steps": plan.steps, "hours": plan.hours,
+        "device_hours": plan.device_hours, "cost": {"on_demand": demand, "spot": spot},
+    }  # fmt: skip

@@ -1,0 +1,317 @@
+"""The plan itself: memory, time, communication, reading, checkpoints, failures and cost, from plain arithmetic.
+
+Every figure is a function of the workload (`workload`), the device (`hardware`) and, where this machine was measured,
+of the calibration (`calibrate`). Nothing here touches Ray or a device.
+"""
+
+import math
+from dataclasses import dataclass
+
+from cluster.capacity.calibration import Calibration
+from cluster.capacity.hardware import Device
+from cluster.capacity.workload import Workload
+from perceiver.config import UserError
+
+DEVICE_HOURS_A_FAILURE = 50_700
+"""Device hours between two failures that end a job: 419 unexpected interruptions in 54 days on 16,384 H100 (The Llama 3
+Herd of Models, arXiv 2407.21783, section 3.3.4)."""
+RECOVERY_SECONDS = 120.0
+"""Seconds from a failure to the next new step, the lost work not counted: an assumption; see docs/reliability.md."""
+STORE_BYTES_S = 0.5e9
+"""Bytes a second that one worker writes to the object store: an assumption."""
+MEMORY_MARGIN = 0.92
+"""Share of a device's memory that a plan may fill; the rest is for fragments."""
+BUCKET_ELEMENTS = 500_000_000
+"""Elements of DeepSpeed's buffer for gradients, at most (perceiver/train/deepspeed_plan.py)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the run would be.
+
+    Attributes:
+        device: one of the devices.
+        name: by which the table knows it.
+        devices: how many; one worker each.
+        nodes: how many machines they are on.
+        data_cpus: CPU cores beside the workers, of CPU-only nodes too.
+    """
+
+    device: Device
+    name: str
+    devices: int
+    nodes: int
+    data_cpus: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    context: float
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.context + self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one optimizer step, part by part; reading runs beside the rest."""
+
+    compute: float
+    optimizer: float
+    communication: float
+    communication_bytes: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        """Wall seconds."""
+        return max(self.compute + self.optimizer + self.communication, self.data)
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """What reading must deliver while training goes at full speed."""
+
+    samples_s: float
+    bytes_s: float
+    requests_s: float
+    cores_wanted: float
+    cores_there: float
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Checkpoints and failures."""
+
+    checkpoint_bytes: float
+    save_seconds: float
+    interval_seconds: float
+    failures: float
+    goodput: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan."""
+
+    place: Place
+    micro_batch: int
+    accumulation: int
+    memory: Memory
+    memory_by_stage: dict[int, float]
+    largest_micro_batch: int
+    step: Step
+    ingest: Ingest
+    reliability: Reliability
+    steps: int
+    hours: float
+    utilisation: float
+    calibrated: bool
+
+    @property
+    def device_hours(self) -> float:
+        """Devices times hours."""
+        return self.hours * self.place.devices
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """At the prices of the table: on demand, and on devices that can be taken away."""
+        device = self.place.device
+        return self.device_hours * device.price_hour, self.device_hours * device.price_hour_spot
+
+
+def estimate(workload: Workload, place: Place, calibration: Calibration | None = None) -> Estimate:
+    """Plan a run.
+
+    Raises:
+        UserError: the batch does not divide, or the run cannot fit.
+    """
+    train = workload.recipe.train
+    _check_batch(workload, place)
+    micro, accumulation = train.micro(place.devices), train.accumulation(place.devices)
+    used = memory(workload, place, micro, workload.zero_stage, calibration)
+    by_stage = {stage: memory(workload, place, micro, stage, calibration).total for stage in range(4)}
+    largest = largest_micro_batch(workload, place, calibration)
+    if largest < micro:
+        _refuse_memory(workload, place, micro, largest, by_stage)
+    times = step_time(workload, place, micro, accumulation, calibration)
+    reading = ingest(workload, place, times, calibration)
+    steps = workload.total_steps
+    relied = reliability(workload, place, steps * times.total, calibration)
+    hours = steps * times.total / relied.goodput / 3600
+    peak = _peak(workload, place.device) * place.devices
+    return Estimate(
+        place, micro, accumulation, used, by_stage, largest, times, reading, relied, steps, hours,
+        workload.trace.flops * train.global_batch / times.total / peak, calibration is not None,
+    )  # fmt: skip
+
+
+def check_starving(plan: Estimate, workload: Workload) -> None:
+    """Refuse a plan whose devices would wait for data.
+
+    Raises:
+        UserError: the cores beside the workers do not decode fast enough; says what to change.
+    """
+    reading, recipe = plan.ingest, workload.recipe
+    if reading.cores_wanted > reading.cores_there:
+        raise UserError(
+            f"the devices would wait for data: {reading.samples_s:,.0f} samples/s need {reading.cores_wanted:,.1f} CPU "
+            f"cores to decode, {reading.cores_there:,.1f} are there: add CPU nodes (--data-cpus "
+            f"{math.ceil(reading.cores_wanted - reading.cores_there)} more), or use fewer devices"
+        )
+    tasks = recipe.data.tasks * plan.place.devices
+    if reading.cores_wanted > tasks:
+        wanted = math.ceil(reading.cores_wanted / plan.place.devices)
+        raise UserError(
+            f"the devices would wait for data: data.tasks = {recipe.data.tasks} for each of {plan.place.devices} "
+            f"workers decodes on at most {tasks} cores, {reading.cores_wanted:,.1f} are needed: set data.tasks={wanted}"
+        )
+
+
+def _check_batch(workload: Workload, place: Place) -> None:
+    train = workload.recipe.train
+    portion = place.devices * (train.micro_batch or 1)
+    if train.global_batch % portion:
+        above = math.ceil(train.global_batch / portion) * portion
+        raise UserError(
+            f"train.global_batch {train.global_batch} is not divisible by {place.devices} devices x micro-batch "
+            f"{train.micro_batch or 1} = {portion}: set train.global_batch={above}"
+        )
+
+
+def _refuse_memory(workload: Workload, place: Place, micro: int, largest: int, by_stage: dict[int, float]) -> None:
+    limit = place.device.memory_gb * MEMORY_MARGIN
+    fits = [stage for stage, size in by_stage.items() if size <= limit * 1e9]
+    changes = []
+    if largest >= 1:
+        share = workload.recipe.train.global_batch // place.devices
+        changes.append(f"set train.micro_batch={_divisor(share, largest)}")
+    if fits and fits[0] != workload.zero_stage:
+        changes.append(f"set deepspeed.zero_stage={fits[0]}")
+    changes.append("take devices with more memory" if not changes else "or take devices with more memory")
+    raise UserError(
+        f"a micro-batch of {micro} needs {by_stage[workload.zero_stage] / 1e9:.1f} GB on each device, {limit:.1f} of "
+        f"{place.device.memory_gb:g} GB can be used: {', '.join(changes)}"
+    )
+
+
+def _divisor(share: int, most: int) -> int:
+    """The largest divisor of a worker's share up to `most`."""
+    return max(d for d in range(1, most + 1) if share % d == 0)
+
+
+def _half(workload: Workload, device: Device) -> bool:
+    """Whether products are in bfloat16: as the recipe says, else on devices that are faster at it."""
+    precision = workload.recipe.train.precision
+    return precision == "bf16" or (precision == "auto" and device.bf16_tflops > device.fp32_tflops)
+
+
+def _peak(workload: Workload, device: Device) -> float:
+    return 1e12 * (device.bf16_tflops if _half(workload, device) else device.fp32_tflops)
+
+
+def memory(workload: Workload, place: Place, micro: int, stage: int, calibration: Calibration | None) -> Memory:
+    """Bytes on one device under a ZeRO stage: float32 weights, gradients, AdamW or LAMB's two moments, activations.
+
+    Under ZeRO 1 and 2 DeepSpeed keeps a float32 copy of the rank's part of the weights beside the weights themselves;
+    under ZeRO 3 only that part.
+    """
+    values = 4.0 * workload.account.parameters
+    world = place.devices
+    activations = workload.account.activation_bytes * (0.6 if _half(workload, place.device) else 1.0)
+    return Memory(
+        context=calibration.base_bytes if calibration else place.device.context_gb * 1e9,
+        weights=values / (world if stage == 3 else 1),
+        gradients=values / (world if stage >= 2 else 1),
+        optimizer=2 * values / (world if stage else 1) + (values / world if stage in (1, 2) else 0),
+        buffers=min(values, 4.0 * BUCKET_ELEMENTS) if world > 1 or stage else 0,
+        activations=activations * micro,
+    )
+
+
+def largest_micro_batch(workload: Workload, place: Place, calibration: Calibration | None) -> int:
+    """The most samples of a forward pass that fit on a device, at most a worker's whole share."""
+    share = workload.recipe.train.global_batch // place.devices
+    fixed = memory(workload, place, 0, workload.zero_stage, calibration).total
+    each = memory(workload, place, 1, workload.zero_stage, calibration).activations
+    free = place.device.memory_gb * 1e9 * MEMORY_MARGIN - fixed
+    return max(0, min(share, int(free / each)))
+
+
+def step_time(workload: Workload, place: Place, micro: int, accumulation: int, calibration: Calibration | None) -> Step:
+    """Seconds of a step's parts: a roofline over the traced operations, or what was measured on this machine."""
+    wire_bytes, wire_seconds = communication(workload, place, calibration)
+    cores = place.data_cpus
+    reading = workload.recipe.train.global_batch * decode_cpu(workload, calibration) / max(cores, 1e-9)
+    if calibration:
+        compute = accumulation * calibration.compute_seconds(micro, place.devices // place.nodes)
+        # Where data tasks share the cores with the workers, each second of theirs is one that a worker does not get.
+        stolen = workload.recipe.train.global_batch * calibration.sample_cpu_seconds / calibration.cores / place.nodes
+        return Step(compute + stolen, 0.0, wire_seconds, wire_bytes, 0.0)
+    compute = accumulation * roofline(workload, place.device, micro)
+    moved = 7 * 4 * workload.account.parameters / (place.devices if workload.zero_stage else 1)
+    optimizer = moved / (place.device.memory_gbytes_s * 1e9 * place.device.memory_efficiency)
+    return Step(compute, optimizer, wire_seconds, wire_bytes, reading)
+
+
+def roofline(workload: Workload, device: Device, micro: int) -> float:
+    """Seconds of a forward and backward pass: products at the peak's share or at memory speed, all else at that."""
+    trace = workload.trace
+    half = _half(workload, device)
+    speed = device.memory_gbytes_s * 1e9 * device.memory_efficiency
+    products = max(trace.flops / (_peak(workload, device) * device.efficiency),
+                   trace.product_bytes * (0.5 if half else 1.0) / speed)
+    return max(micro * (products + trace.other_bytes / speed), trace.operations * device.launch_us * 1e-6)
+
+
+def communication(workload: Workload, place: Place, calibration: Calibration | None) -> tuple[float, float]:
+    """Bytes that a device sends in a step and the seconds it takes, not overlapped with computing.
+
+    A ring moves 2 (W - 1) / W of the gradients for an all-reduce (or reduce-scatter and gather); ZeRO 3 gathers the
+    weights twice and scatters the gradients: 3 (W - 1) / W. The slowest link of the ring counts.
+    """
+    world = place.devices
+    if world == 1:
+        return 0.0, 0.0
+    sent = (3 if workload.zero_stage == 3 else 2) * (world - 1) / world * 4.0 * workload.account.parameters
+    if calibration and place.nodes == 1:
+        return sent, calibration.exchange_latency + sent / calibration.exchange_bytes_s
+    gbytes = place.device.link_gbytes_s if place.nodes == 1 else place.device.network_gbytes_s
+    return sent, sent / (gbytes * 1e9 * 0.8) + 20e-6 * math.log2(world)
+
+
+def decode_cpu(workload: Workload, calibration: Calibration | None) -> float:
+    """CPU seconds to decode and augment one sample."""
+    return calibration.sample_cpu_seconds if calibration else workload.data.cpu_seconds
+
+
+def ingest(workload: Workload, place: Place, step: Step, calibration: Calibration | None) -> Ingest:
+    """What reading must deliver at the pace of the devices."""
+    pace = step.compute + step.optimizer + step.communication
+    samples = workload.recipe.train.global_batch / pace
+    size = samples * workload.data.sample_bytes
+    return Ingest(samples, size, size / workload.data.group_bytes, samples * decode_cpu(workload, calibration),
+                  place.data_cpus)
+
+
+def reliability(workload: Workload, place: Place, seconds: float, calibration: Calibration | None) -> Reliability:
+    """Checkpoints at Young and Daly's interval sqrt(2 x save time x time between failures), and what is left over.
+
+    A checkpoint holds weights and both moments in float32, each device's part written by it.
+    """
+    size = 12.0 * workload.account.parameters
+    rate = calibration.save_bytes_s if calibration else STORE_BYTES_S
+    save = size / (rate * (place.devices if workload.zero_stage else 1)) + 1.0
+    between = DEVICE_HOURS_A_FAILURE * 3600 / place.devices
+    interval = math.sqrt(2 * save * between)
+    lost = save / interval + interval / (2 * between) + RECOVERY_SECONDS / between
+    return Reliability(size, save, interval, seconds / between, max(0.05, 1 - lost))

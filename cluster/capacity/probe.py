@@ -1,0 +1,136 @@
+"""One process of a calibration: `python -m cluster.capacity.probe`, its task as JSON on stdin, its figures on stdout.
+
+It takes optimizer steps with the recipe's model, engine and data, without Ray Data, hooks and tracking.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.recipe import Recipe, build_recipe
+from perceiver.factory import build_model
+from perceiver.tasks import build_task
+from perceiver.train.deepspeed import BatchPlan, DeepSpeedEngine, init_distributed
+from perceiver.train.engine import Batch
+from perceiver.train.schedules import build_schedule
+from pipelines.ingest import TrainShare, load_data, train_batches
+
+SECONDS = 4.0
+"""Time to spend on each size, about."""
+WARM, LEAST, MOST = 2, 4, 60
+"""Steps before the timing begins, and how many are timed."""
+DATA_BATCHES = 64
+"""Batches at most of the run that fills the caches."""
+WRITE_BYTES = 64 << 20
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    """Measure, and print the figures as one line."""
+    task = json.load(sys.stdin)
+    torch.set_num_threads(task["threads"])
+    recipe = build_recipe(task["recipe"])
+    init_distributed()
+    import ray.data
+    import ray.train  # noqa: F401  a worker holds these in memory
+
+    figures: dict[str, Any] = {"base_bytes": resident_bytes()}
+    batch, figures["sample_cpu_seconds"] = _batch(recipe, max(task["micro"]))
+    engine = _engine(recipe, len(load_data(recipe.data).classes), max(task["micro"]))
+    figures["exchange"] = _exchange(engine) if dist.get_world_size() > 1 else (0.0, 1e12)
+    figures["timings"] = [(micro, _steps(engine, {k: v[:micro] for k, v in batch.items()})) for micro in task["micro"]]
+    figures["save_bytes_s"] = _write(Path(task["folder"]))
+    sys.stdout.write("\n" + json.dumps(figures) + "\n")
+
+
+def _batch(recipe: Recipe, micro: int) -> tuple[Batch, float]:
+    """A batch of real samples, and the CPU seconds to make one of them.
+
+    Samples are made a run at a time, so whole runs are timed, after one that fills the caches.
+    """
+    data = recipe.data.model_copy(update={"executor": "inline"})
+    batches = train_batches(data, load_data(data), TrainShare(recipe.seed, micro, micro, 0, 1_000_000), "cpu")
+    run = max(1, recipe.data.run_samples // micro)
+    batch = next(itertools.islice(batches, min(run, DATA_BATCHES), None))
+    began, clock, taken = time.process_time(), time.perf_counter(), 0
+    while taken < 2 * run and (taken < run or time.perf_counter() - clock < SECONDS):
+        batch = next(batches)
+        taken += 1
+    return batch, (time.process_time() - began) / (taken * micro)
+
+
+def _engine(recipe: Recipe, classes: int, micro: int) -> DeepSpeedEngine:
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model, classes=classes)
+    schedule = build_schedule(recipe.optim.schedule, 1_000_000, 1000.0)
+    plan = BatchPlan(micro, 1, dist.get_world_size())
+    return DeepSpeedEngine(model, build_task(recipe.task, classes=classes), recipe.optim, schedule, recipe.deepspeed,
+                           plan, precision=recipe.train.precision)
+
+
+def _steps(engine: DeepSpeedEngine, batch: Batch) -> float:
+    """Median seconds of an optimizer step on this batch."""
+    batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
+    seconds: list[float] = []
+    began = time.perf_counter()
+    for number in range(MOST + WARM):
+        dist.barrier()
+        start = time.perf_counter()
+        engine.step([batch], number)
+        if number >= WARM:
+            seconds.append(time.perf_counter() - start)
+        spent = torch.tensor(time.perf_counter() - began)
+        dist.broadcast(spent, 0)
+        if spent > SECONDS and len(seconds) >= LEAST:
+            break
+    return statistics.median(seconds)
+
+
+def _exchange(engine: DeepSpeedEngine) -> tuple[float, float]:
+    """Latency (s) and rate (bytes/s sent by a process) of an all-reduce, from a small and a large one."""
+    world = dist.get_world_size()
+    times = []
+    for elements in (1024, 4 << 20):
+        tensor = torch.zeros(elements, device=engine.device)
+        rounds = []
+        for _ in range(7):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(tensor)
+            rounds.append(time.perf_counter() - start)
+        times.append(statistics.median(rounds))
+    sent = 2 * (world - 1) / world * 4 * ((4 << 20) - 1024)
+    return times[0], sent / max(1e-6, times[1] - times[0])
+
+
+def _write(folder: Path) -> float:
+    """Bytes a second written to a folder, until they are on the disk."""
+    path = folder / f".calibration-{os.getpid()}"
+    block = os.urandom(1 << 20)
+    began = time.perf_counter()
+    try:
+        with path.open("wb") as file:
+            for _ in range(WRITE_BYTES >> 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+    return WRITE_BYTES / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()

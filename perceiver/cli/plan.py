@@ -1,0 +1,68 @@
+"""``perceiver plan``: what a run needs and costs, before anything is paid for."""
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from cluster.capacity.estimate import Place
+    from cluster.capacity.hardware import Device
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  perceiver plan recipes/train/quickstart.yaml --gpu cpu --gpus 2 --calibrate
+  perceiver plan recipes/train/imagenet_perceiver.yaml --gpu h100 --gpus 64 \\
+      --samples 1281167 --sample-bytes 110000 --classes 1000"""
+)
+@click.argument("recipe", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--gpu", default="h100", show_default=True, help="Device of the table; cpu for CPU cores.")
+@click.option("--gpus", type=click.IntRange(1), help="Devices, one worker each; default: cluster.workers.")
+@click.option("--nodes", type=click.IntRange(1), help="Machines; default: as few as hold the devices.")
+@click.option("--data-cpus", type=float, help="CPU cores for decoding; default: the nodes' cores less one a device.")
+@click.option("--samples", type=click.IntRange(1), help="Training samples, where the data is not prepared yet.")
+@click.option("--sample-bytes", type=click.FloatRange(1), help="Stored bytes of one of them.")
+@click.option("--classes", type=click.IntRange(1), help="Number of classes.")
+@click.option("--hardware", metavar="FILE", help="Your own table of devices and prices.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine with this recipe first.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON line.")
+def command(recipe: str, overrides: tuple[str, ...], gpu: str, hardware: str | None, calibrate: bool, as_json: bool,
+            **sizes: Any) -> int:
+    """Plan a run of RECIPE: memory, step time, communication, reading, checkpoints, failures, hours and cost.
+
+    Refuses (exit code 2) what cannot fit or would wait for data, and names the key to change.
+    """
+    from cluster.capacity.calibrate import calibrate as measure
+    from cluster.capacity.calibration import load_calibration
+    from cluster.capacity.describe import describe, tree
+    from cluster.capacity.estimate import check_starving, estimate
+    from cluster.capacity.hardware import load_hardware
+    from cluster.capacity.workload import build_workload
+    from cluster.recipe import load_recipe
+
+    plan_of = load_recipe(recipe, overrides)
+    place = _place(gpu, load_hardware(hardware).device(gpu), sizes.pop("gpus") or plan_of.cluster.workers,
+                   sizes.pop("nodes"), sizes.pop("data_cpus"))
+    if calibrate:
+        click.echo("measuring this machine ...", err=True)
+        measure(plan_of)
+    calibration = load_calibration(plan_of, place.device.match)
+    work = build_workload(plan_of, **sizes)
+    found = estimate(work, place, calibration)
+    if calibration is None:
+        check_starving(found, work)
+    click.echo(json.dumps(tree(found, work)) if as_json else "\n".join(describe(found, work)))
+    return 0
+
+
+def _place(name: str, device: "Device", devices: int, nodes: int | None, data_cpus: float | None) -> "Place":
+    """Where the run would be; on CPUs, workers and data tasks share the cores."""
+    from cluster.capacity.estimate import Place
+
+    machines = nodes or math.ceil(devices / device.devices_per_node)
+    beside = machines * device.node_cpus - (devices if name != "cpu" else 0)
+    return Place(device, name, devices, machines, max(0.0, beside) if data_cpus is None else data_cpus)

@@ -1,0 +1,172 @@
+"""The plan: its arithmetic against figures worked out by hand, its refusals, and the measuring of this machine."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from cluster.capacity.calibrate import calibrate
+from cluster.capacity.calibration import Calibration, Timing, load_calibration
+from cluster.capacity.estimate import Place, check_starving, communication, estimate, memory, reliability
+from cluster.capacity.hardware import BUILT_IN, Device, load_hardware
+from cluster.capacity.workload import DataFacts, Workload, build_workload
+from cluster.recipe import build_recipe
+from perceiver.accounting import Account
+from perceiver.cli.plan import command
+from perceiver.config import UserError
+from perceiver.factory import build_model, model_config
+from perceiver.step_trace import StepTrace, trace_step
+from tests.cluster.recipes import write_recipe
+
+H100 = load_hardware(None).device("h100")
+
+
+def place(devices: int = 8, nodes: int = 1, device: Device = H100, cpus: float = 100.0) -> Place:
+    return Place(device, "h100", devices, nodes, cpus)
+
+
+@pytest.fixture
+def workload(tree: dict[str, Any]) -> Workload:
+    """A made-up model of 10^9 parameters on the small recipe, 64 samples a step."""
+    tree["train"] = {"steps": 1000, "global_batch": 64, "precision": "bf16"}
+    account = Account(10**9, 2 * 10**12, 2 * 10**12, 10**9)
+    trace = StepTrace(6 * 10**12, 10**9, 10**9, 1000)
+    return Workload(build_recipe(tree), account, trace, DataFacts(10_000, 1e5, 10, 8e6, 3e-3))
+
+
+def staged(workload: Workload, stage: int) -> Workload:
+    recipe = workload.recipe
+    section = recipe.deepspeed.model_copy(update={"zero_stage": stage})
+    return replace(workload, recipe=recipe.model_copy(update={"deepspeed": section}))
+
+
+def test_memory_of_each_zero_stage_by_hand(workload: Workload) -> None:
+    """16 bytes a parameter unsharded; ZeRO 1, 2, 3 divide 8, 12 and 16 of them by 8 devices, as its paper says."""
+    gigabytes = {}
+    for stage in range(4):
+        used = memory(workload, place(), 0, stage, None)
+        gigabytes[stage] = (used.weights + used.gradients + used.optimizer) / 1e9
+    assert gigabytes[0] == pytest.approx(16)
+    assert gigabytes[1] == pytest.approx(4 + 4 + 8 / 8 + 4 / 8)
+    assert gigabytes[2] == pytest.approx(4 + 4 / 8 + 8 / 8 + 4 / 8)
+    assert gigabytes[3] == pytest.approx(16 / 8)
+
+
+def test_step_by_hand(workload: Workload) -> None:
+    """8 samples a device of 6 TFLOP at 45 % of 989 TFLOP/s, and 1 GB of other traffic each at 80 % of 3.35 TB/s."""
+    plan = estimate(workload, place())
+    assert plan.step.compute == pytest.approx(8 * (6e12 / (0.45 * 989e12) + 1e9 / (0.8 * 3350e9)))
+    assert plan.steps == 1000
+    assert plan.hours == pytest.approx(1000 * plan.step.total / plan.reliability.goodput / 3600)
+    assert plan.cost[0] == pytest.approx(8 * plan.hours * H100.price_hour)
+
+
+def test_a_ring_sends_twice_the_gradients_less_a_share(workload: Workload) -> None:
+    sent, seconds = communication(workload, place(8), None)
+    assert sent == pytest.approx(2 * 7 / 8 * 4e9)
+    assert communication(staged(workload, 3), place(8), None)[0] == pytest.approx(3 * 7 / 8 * 4e9)
+    assert communication(workload, place(16, nodes=2), None)[1] > 5 * seconds, "the network is slower than the links"
+    assert communication(workload, place(1), None) == (0, 0)
+
+
+def test_the_checkpoint_interval_is_young_and_dalys(workload: Workload) -> None:
+    found = reliability(workload, place(8), 3600.0, None)
+    between = 50_700 * 3600 / 8
+    assert found.checkpoint_bytes == pytest.approx(12e9)
+    assert found.interval_seconds == pytest.approx(math.sqrt(2 * found.save_seconds * between))
+    assert reliability(workload, place(1024), 3600.0, None).goodput < found.goodput
+
+
+def test_what_does_not_fit_names_the_key(workload: Workload) -> None:
+    large = replace(workload, account=replace(workload.account, activation_bytes=20 * 10**9))
+    with pytest.raises(UserError, match=r"micro-batch of 8 needs .* GB .*: set train.micro_batch=4"):
+        estimate(large, place())
+    huge = replace(workload, account=replace(workload.account, parameters=6 * 10**9))
+    with pytest.raises(UserError, match="set deepspeed.zero_stage=1"):
+        estimate(staged(huge, 0), place())
+
+
+def test_a_batch_that_does_not_divide_names_one_that_does(workload: Workload) -> None:
+    with pytest.raises(UserError, match=r"64 is not divisible by 24 .*set train.global_batch=72"):
+        estimate(workload, place(24, nodes=3))
+
+
+def test_starving_is_refused(workload: Workload) -> None:
+    plan = estimate(workload, place(cpus=0.5))
+    with pytest.raises(UserError, match="add CPU nodes"):
+        check_starving(plan, workload)
+    slow = replace(workload, data=replace(workload.data, cpu_seconds=0.05))
+    with pytest.raises(UserError, match=r"data.tasks = 2 .*set data.tasks=\d+"):
+        check_starving(estimate(slow, place(cpus=500)), slow)
+
+
+def test_the_traced_flops_are_three_forward_passes() -> None:
+    """A stack of linear layers over learned inputs costs two forward passes more in the backward pass."""
+    config = model_config({"kind": "perceiver", "latents": 8, "latent_channels": 32, "heads": 2, "attention": "plain",
+                           "inputs": {"kind": "image", "channels": 1, "size": [8, 8], "mean": [0.5], "std": [0.5]}})
+    with torch.device("meta"):
+        model = build_model(config, classes=3)
+    trace = trace_step(config, classes=3)
+    from perceiver.accounting import count_flops
+
+    forward = count_flops(model, batch=2) / 2
+    assert 2.2 * forward < trace.flops < 3.1 * forward
+    assert trace.operations > 100 and trace.other_bytes > 0
+
+
+def test_a_calibration_is_linear_in_the_samples() -> None:
+    timings = (Timing(processes=1, micro_batch=8, seconds=1.0), Timing(processes=1, micro_batch=16, seconds=1.5))
+    found = Calibration(device="cpu", cores=2, timings=timings, sample_cpu_seconds=1e-3, exchange_latency=0.0,
+                        exchange_bytes_s=1e9, save_bytes_s=1e9, base_bytes=1e9)
+    assert found.compute_seconds(32, 1) == pytest.approx(2.5)
+    assert found.compute_seconds(16, 2) == pytest.approx(3.0), "two processes share what was measured with one"
+
+
+def test_hardware_of_the_user(tmp_path: Path) -> None:
+    table = yaml.safe_load(BUILT_IN.read_text())
+    table["devices"]["mine"] = {**table["devices"]["h100"], "price_hour": 1.25}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(table))
+    assert load_hardware(str(path)).device("mine").price_hour == 1.25
+    table["devices"]["mine"]["memory_gb"] = -1
+    path.write_text(yaml.safe_dump(table))
+    with pytest.raises(UserError, match=r"devices.mine.memory_gb: input should be greater than 0"):
+        load_hardware(str(path))
+    with pytest.raises(UserError, match="did you mean h100"):
+        load_hardware(None).device("h10")
+
+
+def test_data_that_is_not_there_is_described_by_flags(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["data"]["url"] = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match="is not prepared.*--samples"):
+        build_workload(build_recipe(tree))
+    work = build_workload(build_recipe(tree), samples=1000, sample_bytes=5000.0, classes=7)
+    assert work.data.samples == 1000 and work.data.classes == 7
+
+
+def test_the_command(tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, tree))
+    runner = CliRunner()
+    lines = runner.invoke(command, [recipe, "--gpu", "a100", "--gpus", "4"], catch_exceptions=False).output
+    assert "4 x NVIDIA A100" in lines and "breaks first" in lines
+    found = json.loads(runner.invoke(command, [recipe, "--gpus", "4", "--json"], catch_exceptions=False).output)
+    assert found["devices"] == 4 and found["memory"]["total"] < 80e9
+
+
+@pytest.mark.slow
+def test_measuring_this_machine(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERCEIVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("cluster.capacity.calibrate.machine_cpus", lambda: 2)
+    recipe = build_recipe(tree)
+    found = calibrate(recipe)
+    assert load_calibration(recipe, "cpu") == found
+    assert {(t.processes, t.micro_batch) for t in found.timings} == {(1, 8), (1, 16), (2, 4), (2, 8)}
+    assert 1e8 < found.base_bytes < 5e9
+    longer = build_recipe({**tree, "train": {**tree["train"], "epochs": 9}})
+    assert load_calibration(longer, "cpu") == found, "the length of a run does not change its speed"
