@@ -8,7 +8,7 @@ the plan alone.
 import contextlib
 import math
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,12 +16,14 @@ from pydantic import Field
 
 from perceiver.config import UserError
 from pipelines.features.base import ViewConfig
+from pipelines.listing import check_listing
+from pipelines.mixture import MixturePart, MixturePlan, folders_of, mix
 from pipelines.plan import EvalPlan, RowGroups, SamplePlan
 from pipelines.quarantine import Problem, Quarantine
-from pipelines.reader import Reader
+from pipelines.reader import Files, Reader
 from pipelines.remote import ReadPolicy
-from pipelines.samples import PROBLEM, SampleSpec, Work
-from pipelines.shards import Manifest
+from pipelines.samples import PROBLEM, Plan, SampleSpec, Work
+from pipelines.shards import Manifest, arrow_schema, load_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,8 @@ class DataConfig(ViewConfig):
     """What to train on and how it is read (recipe key `data:`)."""
 
     url: str = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
+    mixture: tuple[MixturePart, ...] = Field(
+        default=(), description="data sets to train on by weight, in place of `url`, which is then only evaluated on")
     train_split: str = Field(default="train", description="split to train on")
     eval_split: str = Field(default="test", description="split to evaluate on")
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
@@ -54,6 +58,34 @@ class DataConfig(ViewConfig):
     lanes: int | None = Field(default=None, gt=0, description="places read from at a time; null: by batch size")
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of bad samples that stops the run")
     storage_options: dict[str, str] = Field(default={}, description="of the file system; `$NAME`: environment")
+
+
+def load_data(data: DataConfig, load: Callable[[str, dict[str, str]], Manifest] = load_manifest) -> Manifest:
+    """The manifest of `data.url`, with the training split of `data.mixture` if there is one.
+
+    Args:
+        data: the recipe's data section.
+        load: reads a prepared folder's manifest, given its URL and storage options.
+
+    Raises:
+        UserError: a folder is not a prepared data set, or the data sets of a mixture do not agree.
+    """
+    manifest = load(data.url, data.storage_options)
+    if not data.mixture:
+        return manifest
+    parts = [(part, load(part.url, data.storage_options)) for part in data.mixture]
+    return mix(manifest, data.train_split, parts)
+
+
+def check_files(data: DataConfig, manifest: Manifest) -> None:
+    """Hold the files of both splits against the store's listings, before anything is started.
+
+    Raises:
+        UserError: files are missing or have changed; the first are named.
+    """
+    for name in dict.fromkeys((data.train_split, data.eval_split)):
+        for folder in folders_of(data.url, manifest.split(name)):
+            check_listing(folder.url, folder.split, data.storage_options)
 
 
 def batch_shapes(data: DataConfig, manifest: Manifest) -> dict[str, tuple[int, ...]]:
@@ -79,19 +111,25 @@ def sample_spec(data: DataConfig, manifest: Manifest, *, split: str, training: b
     return spec
 
 
-def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> SamplePlan:
+def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> SamplePlan | MixturePlan:
     """The order of the training samples.
 
     The window is at least four row groups, and for small samples as many as 8 MiB hold: such a data set is shuffled
     thoroughly at no cost.
     """
-    split = manifest.split(data.train_split)
-    groups = RowGroups.of(split)
-    window = data.window or SamplePlan.window_for(groups, split.bytes)
+    folders = folders_of(data.url, manifest.split(data.train_split))
+    groups = [RowGroups.of(folder.split) for folder in folders]
+    windows = [data.window or SamplePlan.window_for(found, folder.split.bytes)
+               for found, folder in zip(groups, folders, strict=True)]
+    if data.mixture:
+        if data.lanes:
+            raise UserError("data.lanes cannot be chosen for a mixture: leave data.lanes out")
+        weights = [folder.weight for folder in folders]
+        return MixturePlan.build(groups, weights, windows, seed=seed, global_batch=global_batch)
     if data.lanes and global_batch % data.lanes:
         raise UserError(f"data.lanes = {data.lanes} does not divide the global batch {global_batch}:"
                         " leave data.lanes out, or give a divisor")
-    return SamplePlan.build(groups, seed=seed, global_batch=global_batch, lanes=data.lanes, window=window)
+    return SamplePlan.build(groups[0], seed=seed, global_batch=global_batch, lanes=data.lanes, window=windows[0])
 
 
 def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> int:
@@ -144,7 +182,7 @@ def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, devic
 
     Args:
         data: the recipe's data section.
-        manifest: of `data.url`.
+        manifest: see `load_data`.
         share: which steps, and whose part of them.
         device: where the tensors go.
         quarantine: gets the bad samples met; a new one with the recipe's budget if None.
@@ -156,7 +194,7 @@ def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, devic
     work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=share.seed, batch=share.micro_batch)
     most = _run_steps(data, manifest, data.train_split, share.global_batch // share.world)
     runs = plan.runs(share.start_step, share.stop_step, most)
-    yield from _checked(_execute(data, work, runs, share.micro_batch, device), work.split,
+    yield from _checked(_execute(data, work, runs, share.micro_batch, device), work,
                         math.ceil(plan.samples / share.world), quarantine or Quarantine(data.max_bad_fraction))
 
 
@@ -170,7 +208,7 @@ def eval_batches(data: DataConfig, manifest: Manifest, *, split: str, rank: int,
     plan = EvalPlan(manifest.split(split).samples, batch)
     work = _work(data, manifest, plan, rank=rank, world=world, seed=0, batch=batch, split=split)
     runs = plan.runs(0, plan.batches(world), _run_steps(data, manifest, split, batch))
-    yield from _checked(_execute(data, work, runs, batch, device), split, math.ceil(plan.samples / world),
+    yield from _checked(_execute(data, work, runs, batch, device), work, math.ceil(plan.samples / world),
                         quarantine or Quarantine(data.max_bad_fraction))
 
 
@@ -181,14 +219,14 @@ def _run_steps(data: DataConfig, manifest: Manifest, split: str, rows_per_step: 
     return max(1, samples // rows_per_step)
 
 
-def _work(data: DataConfig, manifest: Manifest, plan: SamplePlan | EvalPlan, *, rank: int, world: int, seed: int,
+def _work(data: DataConfig, manifest: Manifest, plan: Plan, *, rank: int, world: int, seed: int,
           batch: int, split: str | None = None) -> Work:
     name = split or data.train_split
     found = manifest.split(name)
     spec = sample_spec(data, manifest, split=name, training=split is None)
-    reader = Reader(data.url, tuple(shard.name for shard in found.shards), tuple(s.bytes for s in found.shards),
-                    RowGroups.of(found), ("key", *manifest.features), data.storage_options, data.read,
-                    data.cache_bytes, spec.row_bytes if spec.keep_decoded else 0)
+    files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(data.url, found))
+    reader = Reader(files, RowGroups.of(found), arrow_schema(manifest.features), manifest.classes, data.storage_options,
+                    data.read, data.cache_bytes, spec.row_bytes if spec.keep_decoded else 0)
     chunk = batch * max(1, BLOCK_BYTES // (batch * spec.row_bytes))
     return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
 
@@ -218,12 +256,12 @@ def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "to
                        [line for line in lines[part] if line])
 
 
-def _checked(batches: "Checkable", split: str, epoch_share: int, quarantine: Quarantine
+def _checked(batches: "Checkable", work: Work, epoch_share: int, quarantine: Quarantine
              ) -> "Generator[Batch, None, None]":
     """Pass batches on while bad samples are counted."""
     with contextlib.closing(batches):
         for batch, lines in batches:
-            problems = [Problem(split, int(number), key, reason) for line in lines
+            problems = [Problem(work.split_of(int(number)), int(number), key, reason) for line in lines
                         for number, key, reason in (entry.split("\t", 2) for entry in line.split("\n"))]
             quarantine.add(problems, met=len(lines), seen=len(batch["sample_id"]), epoch_share=epoch_share)
             yield batch

@@ -15,6 +15,7 @@ the state of a run is its step.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -43,10 +44,14 @@ class RowGroups:
     Args:
         rows: samples of each shard.
         rows_per_group: rows of each group of that shard but its last.
+        places: (shard, first group) of each entry of `rows`, where a shard whose groups differ in size is listed as
+            several runs of equal ones; None: entry i is shard i.
     """
 
-    def __init__(self, rows: Sequence[int] | I64, rows_per_group: Sequence[int] | I64) -> None:
+    def __init__(self, rows: Sequence[int] | I64, rows_per_group: Sequence[int] | I64,
+                 places: Sequence[tuple[int, int]] | None = None) -> None:
         self.rows = np.asarray(rows, np.int64)
+        self.places = None if places is None else np.asarray(places, np.int64).reshape(-1, 2)
         self.rows_per_group = np.asarray(rows_per_group, np.int64)
         if self.rows.ndim != 1 or self.rows.size == 0 or self.rows.min() < 1 or self.rows_per_group.min() < 1:
             raise ValueError("wanted at least one shard, with positive numbers of rows")
@@ -60,8 +65,18 @@ class RowGroups:
 
     @classmethod
     def of(cls, split: Split) -> "RowGroups":
-        """The row groups of a prepared split."""
-        return cls([shard.rows for shard in split.shards], [shard.rows_per_group for shard in split.shards])
+        """The row groups of a split."""
+        if not any(shard.groups for shard in split.shards):
+            return cls([shard.rows for shard in split.shards], [shard.rows_per_group for shard in split.shards])
+        runs, places = [], []
+        for number, shard in enumerate(split.shards):
+            first = 0
+            for rows, size in shard.groups or ((shard.rows, shard.rows_per_group),):
+                runs.append((rows, size))
+                places.append((number, first))
+                first += -(-rows // size)
+        rows_of, sizes = zip(*runs, strict=True)
+        return cls(rows_of, sizes, places)
 
     def _odd_groups(self, shard: int) -> tuple[I64, I64]:
         """First samples and sizes of the shard's groups that have another size than the regular one."""
@@ -86,10 +101,11 @@ class RowGroups:
 
     def locate(self, ids: I64) -> tuple[I64, I64, I64]:
         """Shard, row group within the shard and row within the group of each sample."""
-        shard = np.searchsorted(self.first, ids, side="right") - 1
-        row = ids - self.first[shard]
-        group = row // self.rows_per_group[shard]
-        return shard, group, row - group * self.rows_per_group[shard]
+        run = np.searchsorted(self.first, ids, side="right") - 1
+        row = ids - self.first[run]
+        group = row // self.rows_per_group[run]
+        row -= group * self.rows_per_group[run]
+        return (run, group, row) if self.places is None else (self.places[run, 0], self.places[run, 1] + group, row)
 
 
 class Planned(NamedTuple):
@@ -158,7 +174,11 @@ class SamplePlan:
         Rounded up, because a user who asks for ten epochs expects no sample to be seen only nine times; the excess is
         less than one batch for the whole run, not one an epoch.
         """
-        return -(-int(np.ceil(self.samples * epochs)) // self.global_batch)
+        return steps_for(self.samples, epochs, self.global_batch)
+
+    def peers(self, sample_id: int) -> tuple[int, int]:
+        """First id and number of the samples of the same data set: all of them."""
+        return 0, self.samples
 
     def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
         """The samples of one rank in the steps [start, stop), shape (stop - start, B / world).
@@ -166,11 +186,7 @@ class SamplePlan:
         Raises:
             ValueError: the world size does not divide the global batch.
         """
-        if self.global_batch % world:
-            raise ValueError(f"global batch {self.global_batch} is not divisible by {world} ranks")
-        count = self.global_batch // world
-        steps = np.arange(start, stop, dtype=np.int64)[:, None]
-        return self.at(steps * self.global_batch + rank * count + np.arange(count, dtype=np.int64))
+        return self.at(rank_positions(self.global_batch, start, stop, rank, world))
 
     def at(self, positions: I64) -> Planned:
         """The samples at these positions of the run."""
@@ -231,6 +247,24 @@ class SamplePlan:
             start = end
 
 
+def rank_positions(global_batch: int, start: int, stop: int, rank: int, world: int) -> I64:
+    """The positions of one rank in the steps [start, stop), shape (stop - start, global_batch / world).
+
+    Raises:
+        ValueError: the world size does not divide the global batch.
+    """
+    if global_batch % world:
+        raise ValueError(f"global batch {global_batch} is not divisible by {world} ranks")
+    count = global_batch // world
+    steps = np.arange(start, stop, dtype=np.int64)[:, None]
+    return steps * global_batch + rank * count + np.arange(count, dtype=np.int64)
+
+
+def steps_for(samples: int, epochs: float, global_batch: int) -> int:
+    """Steps of so many epochs of so many samples, rounded up."""
+    return -(-math.ceil(samples * epochs) // global_batch)
+
+
 def _in_group_order(groups: RowGroups, seed: int, epoch: int, index: I64) -> I64:
     """Sample ids at these places of the epoch's order of row groups."""
     starts, first, size = _odd_order(groups, seed, epoch)
@@ -277,6 +311,10 @@ class EvalPlan:
 
     def _range(self, world: int) -> int:
         return -(-self.samples // world)
+
+    def peers(self, sample_id: int) -> tuple[int, int]:
+        """First id and number of the samples of the same data set: all of them."""
+        return 0, self.samples
 
     def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
         """Cut the batches [start, stop) into runs of at most `most`."""

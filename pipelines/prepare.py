@@ -91,41 +91,47 @@ def prepare(source_name: str, src: str | None, dst: str, config: PrepareConfig |
     """
     config = config or PrepareConfig()
     folder = open_folder(dst, config.storage_options)
-    fingerprint = _fingerprint(source_name, src, config)
+    mark = fingerprint(source_name, src, config)
     if folder.exists(MANIFEST):
-        return _existing(dst, config, fingerprint)
+        return existing(dst, config, mark)
     source = load_source(source_name)
     listing = source.listing(src, seed=config.seed, shard_rows=config.shard_rows, options=config.options)
     try:
-        folder.write_text(f"{RECEIPTS}/fingerprint", fingerprint)
+        folder.write_text(f"{RECEIPTS}/fingerprint", mark)
     except OSError as error:
         raise UserError(f"cannot write to {dst}: {error}; give a folder you may write to") from error
-    jobs = _jobs(source, source_name, listing, dst, config, fingerprint)
+    jobs = _jobs(source, source_name, listing, dst, config, mark)
     runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
     splits, rejected = _collect(runner, progress)
     _check_rejected(folder, rejected, sum(split.samples for split in splits.values()), config.max_bad_fraction)
     manifest = Manifest(name=listing.name, features=dict(listing.features), classes=listing.classes, splits=splits,
-                        rejected=len(rejected), licence=listing.licence, source=listing.origin, fingerprint=fingerprint)
+                        rejected=len(rejected), licence=listing.licence, source=listing.origin, fingerprint=mark)
     save_manifest(manifest, folder)
     folder.fs.rm(folder.file(RECEIPTS), recursive=True)
     return manifest
 
 
-def _fingerprint(source_name: str, src: str | None, config: PrepareConfig) -> str:
+def fingerprint(source_name: str, src: str | None, config: PrepareConfig) -> str:
+    """What recognises a rerun: a hash of source and settings."""
     facts = config.model_dump(include={"seed", "shard_rows", "group_rows", "group_bytes", "options"})
     text = json.dumps([FORMAT_VERSION, source_name, src, facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _existing(dst: str, config: PrepareConfig, fingerprint: str) -> Manifest:
+def existing(dst: str, config: PrepareConfig, mark: str) -> Manifest:
+    """The manifest that is there.
+
+    Raises:
+        UserError: it was made from another source or with other settings.
+    """
     manifest = load_manifest(dst, config.storage_options)
-    if manifest.fingerprint != fingerprint:
+    if manifest.fingerprint != mark:
         raise UserError(f"{dst} already holds data set {manifest.name}, prepared from another source or with other"
                         " settings: give another folder, or delete this one first")
     return manifest
 
 
-def _jobs(source: Source, source_name: str, listing: Listing, dst: str, config: PrepareConfig, fingerprint: str
+def _jobs(source: Source, source_name: str, listing: Listing, dst: str, config: PrepareConfig, mark: str
           ) -> Iterator[_Job]:
     """One job a unit; the row group size is measured on the first samples and is then the same in all shards."""
     units = iter(listing.units)
@@ -138,7 +144,7 @@ def _jobs(source: Source, source_name: str, listing: Listing, dst: str, config: 
     for unit in chain([first], units):
         number = counts[unit.split] = counts.get(unit.split, -1) + 1
         yield _Job(source_name, unit, f"{unit.split}-{number:06d}.parquet", dst, dict(listing.features), rows_per_group,
-                   fingerprint, config.storage_options)
+                   mark, config.storage_options)
 
 
 def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:

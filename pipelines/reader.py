@@ -13,23 +13,31 @@ from numpy.typing import NDArray
 
 from perceiver.config import UserError
 from pipelines.plan import RowGroups
-from pipelines.remote import ReadPolicy, read_row_group
+from pipelines.remote import ReadError, ReadPolicy, read_row_group
+from pipelines.shards import Split
 from pipelines.storage import Folder, open_folder
 
 READ_THREADS = 8
+KEY = "key"
 
 Key = tuple[str, str, tuple[str, ...], int]
 """Folder, file, columns, row group: all that decides what is read, since one process serves every split."""
+Place = tuple[int, int, int]
+"""Shard, row group, row."""
 
 
 @dataclass
 class RowGroup:
-    """The rows of one row group: columns as stored, and what was decoded of them so far, if it is small."""
+    """The rows of one row group: columns as stored, and what was decoded of them so far, if it is small.
+
+    One that cannot be read has no rows and an `error`.
+    """
 
     columns: dict[str, pa.Array]
     rows: int
     nbytes: int
     decoded: dict[tuple[str, int], Any] = field(default_factory=dict)
+    error: str = ""
 
     def sample(self, row: int) -> dict[str, Any]:
         """One row as Python values."""
@@ -65,62 +73,191 @@ _CACHE = RowGroupCache()
 
 
 @dataclass(frozen=True)
+class Files:
+    """Shards of one folder, or indexed files.
+
+    Attributes:
+        url: the folder.
+        names: of the files, relative to the folder, or absolute where they were indexed.
+        sizes: their bytes.
+        columns: column of each feature, `a.b` for a field of a struct; those left out bear the feature's name. Files
+            with such a mapping have no column of keys.
+    """
+
+    url: str
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, url: str, split: Split) -> "Files":
+        """The files of a split."""
+        return cls(url, tuple(s.name for s in split.shards), tuple(s.bytes for s in split.shards), split.columns)
+
+
+@dataclass(frozen=True)
 class Reader:
     """Reads samples of a split by id.
 
     Attributes:
-        url: the prepared folder.
-        shards: file names, in the order of the ids.
-        sizes: their bytes.
-        groups: the row groups of these files.
-        columns: the columns to read.
-        storage_options: of the folder; `$NAME` is taken from the environment of the reading process.
+        files: the shards, folder by folder, in the order of the ids.
+        groups: the row groups of all of them.
+        schema: the columns wanted: `key` and the features.
+        classes: class names, for indexed files whose labels are strings.
+        storage_options: of the folders; `$NAME` is taken from the environment of the reading process.
         policy: patience with a remote file system.
         cache_bytes: size of the process's cache.
         decoded_bytes: what a decoded sample will add to the cache; 0 if decoded samples are not kept.
     """
 
-    url: str
-    shards: tuple[str, ...]
-    sizes: tuple[int, ...]
+    files: tuple[Files, ...]
     groups: RowGroups
-    columns: tuple[str, ...]
+    schema: pa.Schema
+    classes: tuple[str, ...]
     storage_options: Mapping[str, str]
     policy: ReadPolicy
     cache_bytes: int
     decoded_bytes: int
 
-    def locate(self, ids: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    def locate(self, ids: NDArray[np.int64]) -> list[Place]:
         """(shard, row group, row) of each sample."""
         return list(zip(*(part.tolist() for part in self.groups.locate(ids)), strict=True))
 
     def row_groups(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], RowGroup]:
-        """Read row groups (shard, group), those not in the cache at the same time."""
+        """Read row groups (shard, group), those not in the cache at the same time.
+
+        One that is damaged or gone has an `error` and no rows; it is not kept.
+
+        Raises:
+            UserError: the store does not answer or does not let us in, which says nothing about the data.
+        """
         found = {place: _CACHE.get(self._key(*place)) for place in wanted}
         missing = sorted(place for place, group in found.items() if group is None)
         if missing:
-            folder = open_folder(self.url, self.storage_options)
             with ThreadPoolExecutor(min(READ_THREADS, len(missing))) as pool:
-                for place, group in zip(missing, pool.map(lambda place: self._read(folder, *place), missing),
-                                        strict=True):
-                    _CACHE.put(self._key(*place), group, self.cache_bytes)
+                for place, group in zip(missing, pool.map(lambda place: self._read(*place), missing), strict=True):
+                    if not group.error:
+                        _CACHE.put(self._key(*place), group, self.cache_bytes)
                     found[place] = group
         return {place: group for place, group in found.items() if group is not None}
 
-    def _key(self, shard: int, group: int) -> Key:
-        return self.url, self.shards[shard], self.columns, group
+    def name(self, shard: int) -> str:
+        """The file's name, as the manifest gives it."""
+        files, number = self._files(shard)
+        return files.names[number]
 
-    def _read(self, folder: Folder, shard: int, group: int) -> RowGroup:
-        name, columns = self.shards[shard], list(self.columns)
+    def folder(self, shard: int) -> str:
+        """URL of the prepared folder that a shard belongs to."""
+        return self._files(shard)[0].url
+
+    def _files(self, shard: int) -> tuple[Files, int]:
+        for files in self.files:
+            if shard < len(files.names):
+                return files, shard
+            shard -= len(files.names)
+        raise IndexError(shard)
+
+    def _key(self, shard: int, group: int) -> Key:
+        files, number = self._files(shard)
+        return files.url, files.names[number], tuple(self.schema.names), group
+
+    def _read(self, shard: int, group: int) -> RowGroup:
+        files, number = self._files(shard)
+        url, name = split_url(files.url, files.names[number])
+        folder = open_folder(url, self.storage_options)
         try:
-            if folder.local:
-                with pq.ParquetFile(folder.file(name), page_checksum_verification=True) as file:
-                    table = file.read_row_group(group, columns=columns, use_threads=False)
-            else:
-                table = read_row_group(folder, name, self.sizes[shard], group, columns, self.policy)
-        except (OSError, pa.ArrowException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"cannot read row group {group} of {folder.url}/{name}: {reason}; check the data with"
-                            f" `perceiver inspect {folder.url} --verify`") from error
-        columns = {name: table.column(name).combine_chunks() for name in self.columns}
+            return self._fitted(self._table(folder, name, files, number, group), files, name, group)
+        except PermissionError as error:
+            raise UserError(f"may not read {folder.url}/{name}: {first_line(error)}; check the credentials") from error
+        except ReadError as error:
+            if self._changed(folder, name, files.sizes[number]):
+                return RowGroup({}, 0, 0, error=f"{name}: has another size than the manifest says")
+            raise UserError(f"{error}; check the network and {folder.url}, then go on with --resume") from error
+        except FileNotFoundError:
+            return RowGroup({}, 0, 0, error=f"{name}: missing")
+        except (OSError, pa.ArrowException, KeyError) as error:
+            return RowGroup({}, 0, 0, error=f"{name}: {first_line(error)[:120]}")
+
+    def _table(self, folder: Folder, name: str, files: Files, number: int, group: int) -> pa.Table:
+        columns = [files.columns.get(column, column) for column in self.schema.names
+                   if column != KEY or not files.columns]
+        if not folder.local:
+            return read_row_group(folder, name, files.sizes[number], group, columns, self.policy)
+        with pq.ParquetFile(folder.file(name), page_checksum_verification=True) as file:
+            return file.read_row_group(group, columns=columns, use_threads=False)
+
+    @staticmethod
+    def _changed(folder: Folder, name: str, size: int) -> bool:
+        """Whether the store still answers, with another size; asked only after a read has failed for good."""
+        try:
+            folder.fs.invalidate_cache()
+            return folder.fs.size(folder.file(name)) != size
+        except Exception:  # noqa: BLE001  each driver raises errors of its own when the store does not answer
+            return False
+
+    def _fitted(self, table: pa.Table, files: Files, name: str, group: int) -> RowGroup:
+        """The table's columns under the features' names and with their types."""
+        columns = {}
+        for wanted in self.schema:
+            if wanted.name == KEY and files.columns:
+                keys = [f"{name}#{group}.{row}" for row in range(table.num_rows)]
+                columns[KEY] = pa.array(keys, pa.string())
+                continue
+            path = files.columns.get(wanted.name, wanted.name)
+            columns[wanted.name] = fit(column_at(table, path), wanted, self.classes if files.columns else ())
         return RowGroup(columns, table.num_rows, table.nbytes + table.num_rows * self.decoded_bytes)
+
+
+def split_url(url: str, name: str) -> tuple[str, str]:
+    """Folder and file name of a shard: its name is relative to `url`, or itself a URL or an absolute path."""
+    if "://" not in name and not name.startswith("/"):
+        return url, name
+    folder, _, file = name.rpartition("/")
+    return folder, file
+
+
+def column_at(table: pa.Table, path: str) -> pa.Array:
+    """A column as one array; `a.b` is the field b of the struct a.
+
+    Raises:
+        KeyError: there is none.
+    """
+    first, *rest = path.split(".")
+    if first not in table.column_names:
+        raise KeyError(f"no column {first}")
+    array = table.column(first).combine_chunks()
+    for name in rest:
+        if not pa.types.is_struct(array.type) or array.type.get_field_index(name) < 0:
+            raise KeyError(f"no column {path}")
+        array = array.flatten()[array.type.get_field_index(name)]
+    return array
+
+
+def fit(array: pa.Array, wanted: pa.Field, classes: tuple[str, ...]) -> pa.Array:
+    """A column with the type that its feature wants, if nothing is lost by it.
+
+    Raises:
+        pyarrow.ArrowTypeError: another type, as in a shard whose schema has drifted.
+    """
+    kind = array.type
+    if kind.equals(wanted.type):
+        return array
+    if pa.types.is_dictionary(kind):
+        return fit(array.dictionary_decode(), wanted, classes)
+    if pa.types.is_integer(kind) and pa.types.is_int64(wanted.type):
+        return array.cast(wanted.type)
+    if kind in (pa.large_binary(), pa.large_string(), pa.binary_view(), pa.string_view()) and (
+            pa.types.is_binary(wanted.type) or pa.types.is_string(wanted.type)):
+        return array.cast(wanted.type)
+    if pa.types.is_list(wanted.type) and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return array.cast(wanted.type)
+    if pa.types.is_int64(wanted.type) and (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and classes:
+        numbers = {name: number for number, name in enumerate(classes)}
+        return pa.array([numbers.get(label, -1) for label in array.to_pylist()], wanted.type)
+    raise pa.ArrowTypeError(f"column {wanted.name} is {kind}, wanted {wanted.type}")
+
+
+def first_line(error: BaseException) -> str:
+    """The error's first line, or its type if it says nothing."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,8 @@ from pipelines.storage import Folder
 FOOTER_BYTES = 64 << 10
 """Read first from a file's end; a longer footer costs one more request."""
 FOOTERS_KEPT = 256
+GAP_BYTES = 256 << 10
+"""Columns with up to so much between them are fetched together."""
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 T = TypeVar("T")
@@ -128,7 +130,7 @@ class _Footers:
                 self._kept.popitem(last=False)
         if mine:
             try:
-                future.set_result(_read_footer(folder, name, size, policy))
+                future.set_result(read_footer(folder, name, size, policy))
             except BaseException as error:
                 with self._lock:
                     self._kept.pop(key, None)
@@ -140,7 +142,13 @@ class _Footers:
 _FOOTERS = _Footers()
 
 
-def _read_footer(folder: Folder, name: str, size: int, policy: ReadPolicy) -> pq.FileMetaData:
+def read_footer(folder: Folder, name: str, size: int, policy: ReadPolicy) -> pq.FileMetaData:
+    """The footer of a Parquet file of `size` bytes, mostly by one range request.
+
+    Raises:
+        ReadError: a request failed for good.
+        pyarrow.ArrowException: the bytes are no Parquet file.
+    """
     start = max(0, size - FOOTER_BYTES)
     tail = read_range(folder, name, start, size, policy)
     wanted = int.from_bytes(tail[-8:-4], "little") + 8
@@ -169,10 +177,20 @@ def read_row_group(folder: Folder, name: str, size: int, group: int, columns: li
     """
     footer = _FOOTERS.get(folder, name, size, policy)
     chunks = [footer.row_group(group).column(i) for i in range(footer.num_columns)]
-    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-    start = min(min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset) for chunk in wanted)
-    stop = max(min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
-               + chunk.total_compressed_size for chunk in wanted)
-    data = read_range(folder, name, start, stop, policy)
-    with pq.ParquetFile(_Parts(size, [(start, data)]), metadata=footer, page_checksum_verification=True) as file:
+    parts = [(start, read_range(folder, name, start, stop, policy)) for start, stop in _ranges(chunks, columns)]
+    with pq.ParquetFile(_Parts(size, parts), metadata=footer, page_checksum_verification=True) as file:
         return file.read_row_group(group, columns=columns, use_threads=False)
+
+
+def _ranges(chunks: list[Any], columns: list[str]) -> list[tuple[int, int]]:
+    """The byte ranges of these columns; those with little between them become one, since a request costs more."""
+    wanted = [chunk for chunk in chunks if any(
+        chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in columns)]
+    ranges: list[tuple[int, int]] = []
+    for start, size in sorted((min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset),
+                               chunk.total_compressed_size) for chunk in wanted):
+        if ranges and start - ranges[-1][1] <= GAP_BYTES:
+            ranges[-1] = ranges[-1][0], max(ranges[-1][1], start + size)
+        else:
+            ranges.append((start, start + size))
+    return ranges

@@ -12,13 +12,19 @@ from numpy.typing import NDArray
 
 from pipelines.features import Feature
 from pipelines.features.base import Random, Shapes, ViewConfig
+from pipelines.mixture import MixturePlan
 from pipelines.permute import keys
 from pipelines.plan import EvalPlan, SamplePlan
-from pipelines.reader import Reader, RowGroup
+from pipelines.reader import Place, Reader, RowGroup
 from pipelines.transforms import BadSample
 
 Arrays = dict[str, NDArray[Any]]
+Groups = dict[tuple[int, int], RowGroup]
+"""Row groups by (shard, group)."""
+Plan = SamplePlan | MixturePlan | EvalPlan
 
+SUBSTITUTES = 8
+"""Row groups that are tried in place of one without a usable sample."""
 PROBLEM = "problem"
 """The column that carries quarantined samples: empty, or `id<TAB>key<TAB>reason` lines, beside the row they concern."""
 
@@ -73,7 +79,7 @@ class Work:
     token: str
     split: str
     reader: Reader
-    plan: SamplePlan | EvalPlan
+    plan: Plan
     rank: int
     world: int
     seed: int
@@ -84,6 +90,13 @@ class Work:
     def rows_per_step(self) -> int:
         """Rows of this rank in each step."""
         return self.plan.share(0, 1, self.rank, self.world).ids.size
+
+    def split_of(self, sample_id: int) -> str:
+        """Name of the split for the quarantine; in a mixture also which data set the sample belongs to."""
+        if len(self.reader.files) == 1:
+            return self.split
+        shard = self.reader.locate(np.array([sample_id]))[0][0]
+        return f"{self.split} of {self.reader.folder(shard)}"
 
     def rows(self, start: int, stop: int) -> Iterator[Arrays]:
         """The rows of the steps [start, stop), in order, as arrays of up to `chunk` rows.
@@ -99,15 +112,14 @@ class Work:
             yield self._chunk(ids[part], epochs[part], places[part], groups)
 
     def _chunk(self, ids: NDArray[np.int64], epochs: NDArray[np.int64], places: list[tuple[int, int, int]],
-               groups: Mapping[tuple[int, int], RowGroup]) -> Arrays:
+               groups: Groups) -> Arrays:
         out: Arrays = {name: np.zeros((ids.size, *shape), kind) for name, (shape, kind) in self.spec.shapes().items()}
         out["sample_id"], out["valid"] = ids.copy(), ids >= 0
         problems = [""] * ids.size
         for number in range(ids.size):
             if ids[number] < 0:
                 continue
-            shard, group, row = places[number]
-            found = self._usable(groups[shard, group], row, int(ids[number]), int(epochs[number]))
+            found = self._usable(groups, places[number], int(ids[number]), int(epochs[number]))
             problems[number] = found.problems
             out["valid"][number] = found.values is not None
             if found.values is not None:
@@ -117,23 +129,51 @@ class Work:
         out[PROBLEM] = np.array(problems, dtype=object)
         return out
 
-    def _usable(self, group: RowGroup, row: int, sample_id: int, epoch: int) -> "_Found":
-        """The sample, or in training the next good one of its row group, whatever rank reads it.
+    def _usable(self, groups: Groups, place: Place, sample_id: int, epoch: int) -> "_Found":
+        """The sample, or in training another one that takes its place, the same on every rank and at every try.
 
         In evaluation a bad sample is left out, since another one would be counted twice.
         """
         problems = []
-        for offset in range(group.rows if self.spec.training else 1):
-            place = (row + offset) % group.rows
-            number = sample_id - row + place
+        for number, (shard, group, row) in self._candidates(groups, place, sample_id, epoch):
+            found = groups[shard, group]
             try:
+                if found.error:
+                    raise BadSample(found.error)
                 rng = functools.cache(functools.partial(sample_rng, self.seed, epoch, number))
-                values = make_sample(self.spec, group, place, rng)
-                return _Found(values, number, "\n".join(problems))
+                return _Found(make_sample(self.spec, found, row, rng), number, "\n".join(problems))
             except BadSample as error:
-                key = str(group.columns["key"][place].as_py())
+                key = f"{self.reader.name(shard)}#{group}.{row}" if found.error else found.columns["key"][row].as_py()
                 problems.append(f"{number}\t{key}\t{error}".replace("\n", " "))
         return _Found(None, sample_id, "\n".join(problems))
+
+    def _candidates(self, groups: Groups, place: Place, sample_id: int, epoch: int) -> Iterator[tuple[int, Place]]:
+        """The sample itself; in training then the others of its row group, and those of row groups drawn at random.
+
+        All samples of a lost row group are sent to the same other one, so that it costs one more read.
+        """
+        yield sample_id, place
+        if not self.spec.training:
+            return
+        shard, group, row = place
+        start = sample_id - row
+        tried = {(shard, group)}
+        yield from ((start + other, (shard, group, other)) for other in _after(row, groups[shard, group].rows))
+        first, count = self.plan.peers(sample_id)
+        for attempt in range(SUBSTITUTES):
+            drawn = first + int(keys(self.seed, 8, epoch, start, attempt) % np.uint64(count))
+            shard, group, drawn_row = self.reader.locate(np.array([drawn]))[0]
+            if (shard, group) not in tried:
+                tried.add((shard, group))
+                if (shard, group) not in groups:
+                    groups.update(self.reader.row_groups({(shard, group)}))
+                rows = groups[shard, group].rows
+                yield from ((drawn - drawn_row + other, (shard, group, other)) for other in _after(row - 1, rows))
+
+
+def _after(row: int, rows: int) -> Iterator[int]:
+    """The rows of a group after this one, round to the one before it."""
+    return ((row + offset) % rows for offset in range(1, rows))
 
 
 _WORK: dict[str, Work] = {}
@@ -164,6 +204,13 @@ def _epoch_key(seed: int, epoch: int) -> int:
     return int(keys(seed, 5, epoch))
 
 
+def _stored(group: RowGroup, name: str, row: int) -> Any:
+    try:
+        return group.columns[name][row].as_py()
+    except UnicodeDecodeError as error:  # Files that were indexed may hold anything in a column of strings.
+        raise BadSample(f"invalid UTF-8: {error.reason}") from error
+
+
 def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: Random) -> dict[str, Any]:
     """Decode one row and take its view.
 
@@ -180,7 +227,7 @@ def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: Random) -> dic
     for name, feature in spec.features.items():
         decoded = group.decoded.get((name, row))
         if decoded is None:
-            decoded = feature.decode(group.columns[name][row].as_py(), spec.view, spec.classes)
+            decoded = feature.decode(_stored(group, name, row), spec.view, spec.classes)
             if spec.keep_decoded:
                 group.decoded[name, row] = decoded
         values.update(feature.show(name, decoded, spec.view, spec.training, rng))

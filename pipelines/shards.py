@@ -31,17 +31,22 @@ def arrow_schema(features: Mapping[str, Feature]) -> pa.Schema:
 class ShardInfo(Config):
     """One Parquet file."""
 
-    name: str = Field(description="file name, relative to the manifest")
+    name: str = Field(description="file name, relative to the manifest, or the URL of a file that was indexed")
     rows: int = Field(gt=0, description="samples in it")
     rows_per_group: int = Field(gt=0, description="rows of each row group but the last, which holds the rest")
     bytes: int = Field(gt=0, description="size of the file")
-    sha256: str = Field(description="checksum of the file")
+    sha256: str = Field(default="", description="checksum of the file; empty: indexed without reading all of it")
+    tag: str = Field(default="", description="version of an indexed file: the store's ETag, or its time of change")
+    groups: tuple[tuple[int, int], ...] = Field(
+        default=(), description="uneven row groups, as runs of (rows, rows of each group but the last); else empty")
 
 
 class Split(Config):
     """One part of a data set, such as train or test."""
 
     shards: tuple[ShardInfo, ...] = Field(description="its files; sample ids count through them in this order")
+    columns: dict[str, str] = Field(
+        default={}, description="column of each feature in indexed files, `a.b` for a field of a struct; else empty")
 
     @property
     def samples(self) -> int:
@@ -77,7 +82,7 @@ class Manifest(Config):
                 place = f"{split}: {shard.name}"
                 if shard.name in names:
                     raise ValueError(f"shard {place} is listed twice, also as {names[shard.name]}")
-                if shard.sha256 in contents:
+                if shard.sha256 and shard.sha256 in contents:
                     raise ValueError(f"shard {place} has the same content as {contents[shard.sha256]}")
                 names[shard.name] = contents[shard.sha256] = place
         return self

@@ -25,7 +25,8 @@ class _WithSources(click.Command):
     epilog="""\b
 Examples:
   perceiver prepare digits data/digits
-  perceiver prepare image_folder photos/ s3://bucket/photos""",
+  perceiver prepare image_folder photos/ s3://bucket/photos
+  perceiver prepare table s3://hub/pets data/pets --index""",
 )
 @click.argument("name")
 @click.argument("places", nargs=-1, required=True, metavar="[SRC] DST")
@@ -33,16 +34,22 @@ Examples:
 @click.option("--seed", default=0, show_default=True, help="Seed of splits and order.")
 @click.option("--max-bad-fraction", default=0.01, show_default=True, type=click.FloatRange(0, 1),
               help="Share of unreadable raw items above which nothing is prepared.")
+@click.option("--index", "in_place", is_flag=True, help="Read Parquet files where they lie: write only a manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was prepared as one JSON line.")
 def command(name: str, places: tuple[str, ...], options: tuple[str, ...], seed: int, max_bad_fraction: float,
-            as_json: bool) -> int:
+            in_place: bool, as_json: bool) -> int:
     """Turn the raw data of source NAME at SRC into shards and a manifest in DST.
 
     SRC and DST are paths or fsspec URLs; a source that fetches its data needs no SRC. A destination that is complete is
     left as it is; a run that was stopped goes on with the shards that are missing. Raw items that cannot be read are
     left out and listed with their reasons in DST/quarantine.parquet.
+
+    With --index (source `table` only), Parquet files with a row a sample stay where they are and DST gets a manifest of
+    their row groups; files that change later are refused at the start of a run. Row groups much larger than 64 MB
+    train slowly that way: prepare such data without it.
     """
     from perceiver.config import UserError
+    from pipelines.index import HEAVY_BYTES, group_bytes, index
     from pipelines.prepare import PrepareConfig, prepare
 
     if not 1 <= len(places) <= 2:
@@ -52,12 +59,16 @@ def command(name: str, places: tuple[str, ...], options: tuple[str, ...], seed: 
     pairs = dict(_pair(option) for option in options)
     began = time.monotonic()
     config = PrepareConfig(seed=seed, options=pairs, max_bad_fraction=max_bad_fraction)
-    manifest = prepare(name, src, dst, config, progress=lambda rows, shard: click.echo(f"  {rows:,} samples, {shard}"))
+    work = index if in_place else prepare
+    manifest = work(name, src, dst, config, progress=lambda rows, shard: click.echo(f"  {rows:,} samples, {shard}"))
     if as_json:
         click.echo(manifest.model_dump_json())
         return 0
     rows = ", ".join(f"{split.samples:,} {key}" for key, split in manifest.splits.items())
     click.echo(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")
+    if in_place and (size := group_bytes(manifest)) > HEAVY_BYTES:
+        click.echo(f"row groups of up to {size / 1e6:,.0f} MB: training reads whole ones; prepare without --index if it"
+                   " has to wait for data")
     if manifest.rejected:
         click.echo(f"{manifest.rejected:,} raw items could not be read: see {dst.rstrip('/')}/quarantine.parquet")
     return 0

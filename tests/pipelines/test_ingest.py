@@ -1,15 +1,17 @@
 """Ingest: the same global batches at every world size, after a restart, with and without Ray; nothing bad or lost."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from perceiver.config import UserError
-from pipelines import ingest
+from pipelines import ingest, reader
 from pipelines.ingest import (
     DataConfig,
     TrainShare,
@@ -213,26 +215,87 @@ def test_too_many_bad_samples_stop_the_run_with_their_reasons(damaged: DataConfi
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_a_shard_that_cannot_be_read_is_one_clear_line(tmp_path: Path, small_ray: None, executor: str) -> None:
-    manifest = write_images(tmp_path, {"train": [20, 20]})
-    data = DataConfig(url=str(tmp_path), executor=executor)
-    wanted = r"train-1.parquet: .*; check the data with `perceiver inspect .* --verify`$"
-    path = tmp_path / "train-1.parquet"
+def rewritten(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Write a shard again with another table, in the same row groups."""
+    rows = pq.ParquetFile(path).metadata.row_group(0).num_rows
+    pq.write_table(change(pq.read_table(path)), path, row_group_size=rows)
+
+
+def flipped(path: Path) -> None:
+    """Change one byte in the first row group."""
     raw = bytearray(path.read_bytes())
-    raw[len(raw) // 3] ^= 255
-    for change in (lambda: path.write_bytes(raw), lambda: path.write_bytes(raw[:300]), path.unlink):
-        change()
-        with pytest.raises(UserError, match=wanted) as caught:
-            list(train_batches(data, manifest, TrainShare(0, 8, 8, 0, 5), "cpu"))
-        assert "\n" not in str(caught.value)
+    raw[200] ^= 255
+    path.write_bytes(raw)
 
 
-def test_a_row_group_without_a_good_sample_gives_invalid_rows(tmp_path: Path) -> None:
-    manifest = write_images(tmp_path, {"train": [10]}, rows_per_group=5, bad=(0, 1, 2, 3, 4))
+@pytest.mark.parametrize("damage, reason, lost", [
+    (Path.unlink, "train-1.parquet: missing", range(20, 40)),
+    (lambda path: path.write_bytes(path.read_bytes()[:300]), "train-1.parquet: Parquet magic bytes", range(20, 40)),
+    (flipped, "train-1.parquet: could not verify page integrity, CRC", range(20, 25)),
+    (lambda path: rewritten(path, lambda table: table.drop_columns(["label"])), "train-1.parquet: no column label",
+     range(20, 40)),
+    (lambda path: rewritten(path, lambda table: table.set_column(2, "label", table["label"].cast("float"))),
+     "train-1.parquet: column label is float, wanted int64", range(20, 40)),
+], ids=["gone", "cut", "flipped", "column lost", "column changed"])
+def test_a_shard_lost_in_mid_run_is_replaced_alike_everywhere(tmp_path: Path, damage: Callable[[Path], Any],
+                                                              reason: str, lost: range) -> None:
+    write_images(tmp_path, {"train": [20, 20, 8]})
+    damage(tmp_path / "train-1.parquet")
+    data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1, run_samples=16)
+    quarantine = Quarantine()
+    rows = joined(take(data, 0, 2, quarantine=quarantine))
+    halves = [take(data, 0, 2, rank=rank, world=2) for rank in range(2)]
+    assert same(joined(halves[0][:2] + halves[1][:2] + halves[0][2:] + halves[1][2:]), rows)
+    assert rows["valid"].all() and not set(rows["sample_id"].tolist()) & set(lost)
+    for image, number in zip(rows["image"], rows["sample_id"], strict=True):
+        assert (image[0].numpy() == numbered_image(int(number))).all()
+    assert sorted(number for _, number in quarantine.problems) == list(lost)
+    assert all(problem.reason.startswith(reason) for problem in quarantine.problems.values())
+    assert sorted(problem.key for problem in quarantine.problems.values())[0] == "train-1.parquet#0.0"
+    assert quarantine.met == len(lost)
+    with pytest.raises(UserError, match=rf"than data.max_bad_fraction = 0.01 allows: \d+ x {reason}"):
+        take(data.model_copy(update={"max_bad_fraction": 0.01}), 0, 2)
+
+
+def test_ray_replaces_a_lost_shard_as_this_process_does(tmp_path: Path, small_ray: None) -> None:
+    write_images(tmp_path, {"train": [20, 20, 8]})
+    (tmp_path / "train-1.parquet").unlink()
+    data = DataConfig(url=str(tmp_path), executor="ray", max_bad_fraction=1, run_samples=16)
+    quarantine = Quarantine()
+    assert same(joined(take(data, 0, 2, quarantine=quarantine)),
+                joined(take(data.model_copy(update={"executor": "inline"}), 0, 2)))
+    assert quarantine.met == 20
+
+
+def test_a_lost_shard_is_left_out_of_the_evaluation(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path, {"train": [2], "test": [10, 10]})
+    (tmp_path / "test-0.parquet").unlink()
     data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1)
-    batch = next(train_batches(data, manifest, TrainShare(0, 10, 10, 0, 1), "cpu"))
-    assert int(batch["valid"].sum()) == 5
+    rows = joined(list(eval_batches(data, manifest, split="test", rank=0, world=1, batch=20, device="cpu")))
+    assert rows["sample_id"].tolist() == list(range(20))
+    assert rows["valid"].tolist() == [False] * 10 + [True] * 10
+
+
+def test_a_shard_that_may_not_be_read_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, {"train": [20]})
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(reader.pq, "ParquetFile", refuse)
+    with pytest.raises(UserError, match="may not read .*/train-0.parquet: not yours; check the credentials"):
+        take(DataConfig(url=str(tmp_path), executor="inline"), 0, 1)
+
+
+def test_a_row_group_without_a_good_sample_is_replaced_and_a_data_set_without_one_gives_invalid_rows(tmp_path: Path
+                                                                                                     ) -> None:
+    write_images(tmp_path / "half", {"train": [10]}, rows_per_group=5, bad=(0, 1, 2, 3, 4))
+    data = DataConfig(url=str(tmp_path / "half"), executor="inline", max_bad_fraction=1)
+    rows = joined(take(data, 0, 1, batch=10, micro=10))
+    assert rows["valid"].all() and rows["sample_id"].min() >= 5
+    write_images(tmp_path / "none", {"train": [10]}, rows_per_group=5, bad=tuple(range(10)))
+    data = data.model_copy(update={"url": str(tmp_path / "none")})
+    assert not joined(take(data, 0, 1, batch=10, micro=10))["valid"].any()
 
 
 def test_labels_outside_the_classes_are_bad_samples(tmp_path: Path) -> None:

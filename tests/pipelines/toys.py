@@ -31,10 +31,11 @@ def numbered_image(number: int, side: int = 8) -> np.ndarray:
 
 
 def write_images(folder: Path, splits: dict[str, list[int]], *, rows_per_group: int = 5,
-                 bad: tuple[int, ...] = (), side: int = 8, apart: bool = False) -> Manifest:
+                 bad: tuple[int, ...] = (), side: int = 8, apart: bool = False,
+                 start: int = 0) -> Manifest:
     """A prepared data set of numbered images; `splits` gives the rows of each shard, `bad` the ids to damage.
 
-    With `apart`, the numbers of a split go on where the one before ended; else each split counts from 0.
+    With `apart`, the numbers of a split go on where the one before ended; else each split counts from `start`.
     """
     features = {"image": ImageFeature(channels=1, size=(side, side)), "label": LabelFeature()}
     target = open_folder(str(folder))
@@ -42,7 +43,7 @@ def write_images(folder: Path, splits: dict[str, list[int]], *, rows_per_group: 
     number = 0
     for split, sizes in splits.items():
         infos: list[ShardInfo] = []
-        number = number if apart else 0
+        number = number if apart else start
         for shard, size in enumerate(sizes):
             with ShardWriter(target, f"{split}-{shard}.parquet", arrow_schema(features), rows_per_group) as writer:
                 for _ in range(size):

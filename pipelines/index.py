@@ -1,0 +1,153 @@
+"""Indexing: Parquet tables with a sample a row are trained on where they lie; only a manifest is written.
+
+The manifest names the files by absolute URL, with their row groups, sizes, the columns of the features, and what tells
+their version (the store's ETag, or the time of change). Nothing is copied, shuffled or checked beyond the footers, so
+that reading is only as good as the files: rows are shuffled among a few row groups, and a row group is read as a whole.
+Files that change afterwards are refused at the start of a run.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from perceiver.config import UserError
+from pipelines.listing import file_tag, listed
+from pipelines.prepare import PrepareConfig, existing, fingerprint
+from pipelines.reader import column_at, first_line, fit, split_url
+from pipelines.remote import ReadPolicy, read_footer
+from pipelines.shards import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest
+from pipelines.sources import Listing, load_source
+from pipelines.storage import Folder, open_folder
+
+SOURCE = "table"
+THREADS = 16
+HEAVY_BYTES = 64 << 20
+
+Progress = Callable[[int, str], None]
+
+
+def index(source_name: str, src: str | None, dst: str, config: PrepareConfig | None = None, *,
+          progress: Progress | None = None) -> Manifest:
+    """Write a manifest of Parquet files that stay where they are.
+
+    Args:
+        source_name: `table`; other sources have to be prepared.
+        src: folder of the files, a path or fsspec URL; credentials from the environment.
+        dst: folder for the manifest.
+        config: its `options` name columns and classes as for the source; `storage_options` are those of `dst`.
+        progress: called after each file with the samples so far and the file's name.
+
+    Raises:
+        UserError: another source, no files, files that differ in their columns, or `dst` holds another data set.
+    """
+    config = config or PrepareConfig()
+    if source_name != SOURCE:
+        raise UserError(f"--index reads Parquet files where they lie (perceiver prepare {SOURCE} SRC DST --index);"
+                        f" source {source_name} has to be converted: leave --index out")
+    folder = open_folder(dst, config.storage_options)
+    mark = fingerprint(f"index {source_name}", src, config)
+    if folder.exists(MANIFEST):
+        return existing(dst, config, mark)
+    listing = load_source(source_name).listing(src, seed=0, shard_rows=config.shard_rows, options=config.options)
+    assert src is not None, "the source has refused that"
+    files: dict[str, dict[str, None]] = {}
+    columns: Mapping[str, str] = {}
+    for unit in listing.units:
+        columns = unit.content["columns"]
+        files.setdefault(unit.split, {}).update(dict.fromkeys(place[0] for place in unit.content["places"]))
+    splits = {split: _split(src, sorted(names), columns, listing, progress) for split, names in files.items()}
+    manifest = Manifest(name=listing.name, features=dict(listing.features), classes=listing.classes, splits=splits,
+                        licence=listing.licence, source=listing.origin, fingerprint=mark)
+    try:
+        save_manifest(manifest, folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {dst}: {first_line(error)}; give a folder you may write to") from error
+    return manifest
+
+
+def _split(src: str, names: Sequence[str], columns: Mapping[str, str], listing: Listing, progress: Progress | None
+           ) -> Split:
+    """The files of one split; footers are read several at a time."""
+    root = src.rstrip("/") if "://" in src else str(Path(src).resolve())
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        place, file = split_url("", f"{root}/{name}")
+        folders.setdefault(place, []).append(file)
+    shards: list[ShardInfo] = []
+    paths: dict[str, str] | None = None
+    done = 0
+    for place, found in folders.items():
+        folder = open_folder(place)
+        infos = listed(folder, found)
+        with ThreadPoolExecutor(THREADS) as pool:
+            work = pool.map(lambda name, folder=folder, infos=infos: _file(folder, name, infos[name], columns, listing),
+                            found)
+            for shard, where in work:
+                if shard is not None:
+                    if where != (paths := paths or where):
+                        raise UserError(f"{shard.name} keeps its features in {where}, other files in {paths}: move it"
+                                        " away, or convert the data: leave --index out")
+                    shards.append(shard)
+                    done += shard.rows
+                    if progress:
+                        progress(done, shard.name)
+    if not shards or paths is None:
+        raise UserError(f"{src} has no rows: nothing to index")
+    return Split(shards=tuple(shards), columns=paths)
+
+
+def _file(folder: Folder, name: str, info: Mapping[str, Any], columns: Mapping[str, str], listing: Listing
+          ) -> tuple[ShardInfo | None, dict[str, str]]:
+    """One file as a shard (None if it has no rows), and where its features lie."""
+    url = f"{folder.url}/{name}"
+    size = int(info["size"])
+    try:
+        footer = read_footer(folder, name, size, ReadPolicy())
+        empty = footer.schema.to_arrow_schema().empty_table()
+        paths = {feature: _path(empty, column) for feature, column in columns.items()}
+        for wanted in arrow_schema(listing.features):
+            if wanted.name in paths:
+                fit(column_at(empty, paths[wanted.name]), wanted, listing.classes)
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise UserError(f"{url}: {first_line(error)}; move the file away, or convert the data: leave --index out"
+                        ) from error
+    sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    if not sum(sizes):
+        return None, paths
+    if 0 in sizes:
+        raise UserError(f"{url} has a row group without rows, which cannot be indexed: convert the data: leave --index"
+                        " out")
+    runs = group_runs(sizes)
+    shard = ShardInfo(name=url, rows=sum(sizes), rows_per_group=max(sizes), bytes=size, tag=file_tag(info),
+                      groups=runs if len(runs) > 1 else ())
+    return shard, paths
+
+
+def _path(empty: pa.Table, column: str) -> str:
+    """The column itself, or the field `bytes` of a struct, as hubs store images."""
+    if column in empty.column_names and pa.types.is_struct(empty.schema.field(column).type):
+        return f"{column}.bytes"
+    return column
+
+
+def group_runs(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Row group sizes as runs of (rows, rows of each group but the last), as few as they fit into."""
+    runs: list[list[int]] = []
+    open_run = False
+    for size in sizes:
+        if open_run and size <= runs[-1][1]:
+            runs[-1][0] += size
+            open_run = size == runs[-1][1]
+        else:
+            runs.append([size, size])
+            open_run = True
+    return tuple((rows, size) for rows, size in runs)
+
+
+def group_bytes(manifest: Manifest) -> int:
+    """Bytes of the largest row group, about: reading one sample means reading so much."""
+    return max(shard.bytes * shard.rows_per_group // shard.rows
+               for split in manifest.splits.values() for shard in split.shards)
