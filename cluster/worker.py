@@ -21,15 +21,15 @@ from cluster.monitor import Client, connect
 from cluster.preflight import epoch_steps_of
 from cluster.recipe import Recipe, build_recipe, zero_stage
 from cluster.run_folder import RunFolder, redacted_recipe
-from cluster.saving import checkpoint_hook
+from cluster.saving import build_guard
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.tasks import build_task
 from perceiver.train.checkpoint import Snapshot
 from perceiver.train.deepspeed import BatchPlan, DeepSpeedEngine
 from perceiver.train.engine import Engine, Task
-from perceiver.train.hooks import EvalHook, History, MetricsHook, finite_loss_hook
-from perceiver.train.loop import Batch, Hook, Span, StepInfo, train
+from perceiver.train.hooks import EvalHook, History, MetricsHook
+from perceiver.train.loop import Batch, Hook, Span, StepInfo
 from perceiver.train.mlflow import RunHandle, open_tracker
 from perceiver.train.schedules import build_schedule
 from perceiver.train.tracking import NullTracker, Tracker
@@ -86,7 +86,7 @@ class Job:
             split=self.recipe.data.eval_split,
             rank=self.place.rank,
             world=self.place.world,
-            batch=self.recipe.train.global_batch // self.place.world,
+            batch=self.recipe.data.clip.eval_rows(self.recipe.train.micro(self.place.world)),
             device=self.place.device,
             quarantine=self.quarantine,
         )
@@ -247,7 +247,9 @@ def _run(job: Job) -> dict[str, Any]:
         steps_per_epoch=job.epoch_steps,
         seed=job.recipe.seed,
     )
-    step = train(job.engine, job.batches, _hooks(job, evaluation), span, job.monitor.stop_requested)
+    newest = partial(_newest_step, job.folder, job.place)
+    guard = build_guard(job, evaluation, partial(_snapshot, job), partial(_saved, job), newest)
+    step = guard.train(_hooks(job, evaluation), span)
     if step < job.total_steps:
         job.monitor.flush()
         return {"status": "stopped", "step": step, "total_steps": job.total_steps}
@@ -258,16 +260,10 @@ def _run(job: Job) -> dict[str, Any]:
 
 
 def _hooks(job: Job, evaluation: EvalHook) -> list[Hook]:
-    hooks: list[Hook] = [finite_loss_hook, evaluation]
-    if job.place.rank == 0:
-        hooks = [
-            finite_loss_hook,
-            partial(_progress, job.monitor),
-            MetricsHook(job.history, job.recipe.train.log_every),
-            evaluation,
-        ]
-    hooks.append(checkpoint_hook(job, evaluation, partial(_snapshot, job), partial(_saved, job)))
-    return hooks
+    """The hooks that report on a step."""
+    if job.place.rank > 0:
+        return [evaluation]
+    return [partial(_progress, job.monitor), MetricsHook(job.history, job.recipe.train.log_every), evaluation]
 
 
 def _progress(monitor: Client, info: StepInfo) -> None:

@@ -21,7 +21,11 @@ from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
 
 class MelConfig(Config):
-    """Mono audio under the batch key `audio`, turned into a log-mel spectrogram on the device."""
+    """Mono audio under the batch key `audio`, turned into a log-mel spectrogram on the device.
+
+    SpecAugment's sizes in the Perceiver paper are not known: it is off by default; 2 masks of each kind, as in its own
+    paper, are a start. Its draws follow the step's random state, a function of seed, step and rank.
+    """
 
     kind: Literal["mel"] = "mel"
     samples: int = Field(default=61_440, ge=1, description="Length of a clip in samples.")
@@ -34,6 +38,8 @@ class MelConfig(Config):
     layout: Literal["sequence", "grid"] = Field(
         default="sequence", description="1-D positions over all scalars (paper), or 2-D over frames and bins."
     )
+    mean: float = Field(default=0.0, description="Subtracted from the log-mel values.")
+    std: float = Field(default=1.0, gt=0, description="The values are divided by it, after the mean.")
     time_masks: int = Field(default=0, ge=0, description="SpecAugment: masked stretches of frames in training.")
     time_width: int = Field(default=10, ge=0, description="SpecAugment: most frames in a stretch.")
     frequency_masks: int = Field(default=0, ge=0, description="SpecAugment: masked bands in training.")
@@ -101,6 +107,7 @@ class Mel(nn.Module):
             mel = log_mel(normalise_audio(raw["audio"], dtype), self.config)
             if self.training:
                 mel = self._augment(mel)
+            mel = (mel - self.config.mean) / self.config.std
         grid = (mel.shape[1], mel.shape[2]) if self.config.layout == "grid" else (mel.shape[1] * mel.shape[2],)
         return self.positions(mel.flatten(1)[..., None], grid)
 

@@ -24,6 +24,10 @@ class ClipConfig(Config):
         """The axis in front of a sample's shape: (K,) in an evaluation of K > 1 clips."""
         return () if training or self.eval_clips == 1 else (self.eval_clips,)
 
+    def eval_rows(self, micro_batch: int) -> int:
+        """Samples of an evaluation batch that has about as many clips as a training batch has samples; at least 1."""
+        return max(1, micro_batch // self.eval_clips)
+
 
 def clip_starts(seconds: float, length: float, config: ClipConfig, training: bool, random: Callable[[], Generator]
                 ) -> NDArray[np.float64]:
