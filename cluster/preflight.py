@@ -13,7 +13,7 @@ from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.train.checkpoint import CheckpointManifest, parameter_difference
 from perceiver.train.deepspeed_plan import BatchPlan, plan_config
-from pipelines.ingest import batch_shapes
+from pipelines.ingest import batch_shapes, check_files, load_data, sample_plan
 from pipelines.shards import Manifest, load_manifest
 
 TARGETS = {"classification": "label", "tagging": "labels"}
@@ -47,6 +47,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         UserError: the first thing that would stop the run, with what to change.
     """
     model = check_recipe(recipe)
+    check_files(recipe.data, model.manifest)
     if recipe.cluster.resolved_address() is None:
         worker_cpus(recipe.cluster, machine_cpus(), data_cpus(recipe))
     checkpoint = folder.checkpoints.newest() if resume else None
@@ -73,7 +74,7 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
         UserError: the first thing that would stop the run, with what to change.
     """
     check_batch(recipe)
-    manifest = load(recipe.data.url, recipe.data.storage_options)
+    manifest = load_data(recipe.data, load)
     check_data(recipe, manifest)
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))
@@ -127,6 +128,7 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
     manifest.split(recipe.data.train_split)
     manifest.split(recipe.data.eval_split)
     shapes = batch_shapes(recipe.data, manifest)
+    sample_plan(recipe.data, manifest, seed=recipe.seed, global_batch=recipe.train.global_batch)
     check_targets(recipe, manifest)
     check_inputs(recipe.model, shapes, recipe.data, manifest)
 

@@ -64,7 +64,8 @@ def for_workers(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's tree that means the same in any folder: absolute paths, the DeepSpeed JSON inlined."""
     tree = recipe.model_dump(mode="json")
     tree["output"] = absolute(recipe.output)
-    tree["data"]["url"] = absolute(recipe.data.url)
+    for place in (tree["data"], *tree["data"]["mixture"]):
+        place["url"] = absolute(place["url"])
     tree["deepspeed"]["config"] = read_config(recipe.deepspeed) or None
     return tree
 

@@ -33,9 +33,9 @@ from perceiver.train.loop import Batch, Hook, Span, StepInfo
 from perceiver.train.mlflow import RunHandle, open_tracker
 from perceiver.train.schedules import build_schedule
 from perceiver.train.tracking import NullTracker, Tracker
-from pipelines.ingest import TrainShare, eval_batches, train_batches
+from pipelines.ingest import TrainShare, eval_batches, load_data, train_batches
 from pipelines.quarantine import Quarantine
-from pipelines.shards import Manifest, load_manifest
+from pipelines.shards import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _build(config: Mapping[str, Any], place: Place, monitor: Client, resources: 
     """
     recipe = build_recipe(config["recipe"])
     folder = RunFolder(recipe.output, config["run"])
-    manifest = load_manifest(recipe.data.url, recipe.data.storage_options)
+    manifest = load_data(recipe.data)
     quarantine = Quarantine(recipe.data.max_bad_fraction)
     resources.callback(_write_quarantine, quarantine, folder, place.rank)
     done = _newest_step(folder, place)

@@ -27,7 +27,7 @@ from cluster.trainer import Share, build_local_trainer, build_trainer
 from perceiver.config import UserError
 from perceiver.train.mlflow import RunHandle, TrackingConfig, open_tracker, promise_run, share_helper, spool_folder
 from perceiver.train.tracking import Status
-from pipelines.shards import load_manifest
+from pipelines.ingest import load_data
 from tune.exchange import Pointer, pointer_of, take_over
 from tune.space import Values, with_values
 
@@ -141,7 +141,7 @@ class Running:
         self._pumping = threading.Lock()
         self._asked = self._over = False
         self._since = time.monotonic()
-        manifest = load_manifest(self.recipe.data.url, self.recipe.data.storage_options)
+        manifest = load_data(self.recipe.data)
         self.samples = manifest.split(self.recipe.data.train_split).samples
         self._start()
 
