@@ -1,0 +1,293 @@
+"""A cluster of several real Ray nodes on this machine, for trying out what a large one would do."""
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from cluster.local import QUIET_ENVIRONMENT, machine_cpus, use_token
+from perceiver.config import Config, UserError
+
+MARK = "PERCEIVER_CLUSTER"
+"""Environment variable by which all processes of a cluster are found again."""
+
+START_TIMEOUT_S = 180
+TRIES = 3
+END_TIMEOUT_S = 15
+
+
+class NodeGroup(Config):
+    """Nodes that are alike. What they have is what the scheduler believes, not what the machine has."""
+
+    count: PositiveInt = Field(default=1, description="nodes of this kind")
+    cpus: NonNegativeFloat | None = Field(default=None, description="logical CPUs of each; default: the machine's")
+    gpus: NonNegativeInt = Field(default=0, description="GPUs of each, which need not exist")
+    resources: dict[str, PositiveFloat] = Field(default={}, description="custom resources of each")
+    labels: dict[str, str] = Field(default={}, description="labels of each, such as role: train")
+
+
+class NodesConfig(Config):
+    """A local cluster (`perceiver cluster up FILE`). The first node of the first group is the head."""
+
+    nodes: tuple[NodeGroup, ...] = Field(default=(NodeGroup(count=3),), min_length=1, description="groups of nodes")
+    object_store_mb: PositiveInt = Field(default=150, description="size of each node's object store, in MB")
+    port: PositiveInt = Field(default=6379, description="port of the head; a free one if it is taken")
+    dashboard_port: PositiveInt = Field(default=8265, description="port of dashboard and jobs; likewise")
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """A cluster that `up` started: what is kept about it in the state file.
+
+    Attributes:
+        name: value of the variable that marks its processes.
+        address: of the head, for RAY_ADDRESS.
+        dashboard: URL of dashboard and jobs.
+        folder: Ray's session folder.
+        nodes: address and `ray start` options of each node, head first.
+    """
+
+    name: str
+    address: str
+    dashboard: str
+    folder: str
+    nodes: list[dict[str, Any]]
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all processes of the cluster, those of its jobs too."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(MARK) == self.name:
+                    found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
+        return list(found.values())
+
+    def raylets(self) -> dict[str, int]:
+        """Return the process id of each node that lives, by the node's address."""
+        found = {}
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "raylet":
+                    option = next(a for a in process.cmdline() if a.startswith("--node_ip_address="))
+                    found[option.partition("=")[2]] = process.pid
+        return found
+
+
+def state_file() -> Path:
+    """Return the file that remembers the local cluster."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "perceiver" / "cluster.json"
+
+
+def running_cluster() -> LocalCluster | None:
+    """Return the local cluster, if there is one and its head lives."""
+    try:
+        cluster = LocalCluster(**json.loads(state_file().read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return cluster if cluster.nodes[0]["ip"] in cluster.raylets() else None
+
+
+def read_nodes(path: str | Path) -> NodesConfig:
+    """Read a file of node groups.
+
+    Raises:
+        UserError: no such file, or a key or value that does not fit.
+    """
+    try:
+        return NodesConfig.model_validate(yaml.safe_load(Path(path).read_text()) or {})
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); see recipes/cluster/") from None
+    except (yaml.YAMLError, ValidationError) as error:
+        reason = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(str(part) for part in reason["loc"])
+        raise UserError(f"{path}: {where} {' '.join(reason['msg'].split())}") from None
+
+
+def up(config: NodesConfig, say: Callable[[str], None] = print) -> LocalCluster:
+    """Start a cluster, or those of its nodes that have died; return when all nodes have joined.
+
+    Every node asks for the token. The dashboard and each node's address are on the loopback interface; Ray binds some
+    of its worker ports on all interfaces and offers no way round that.
+
+    Raises:
+        UserError: this is not Linux, or a node does not come up.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"several nodes on one machine need Linux's 127.0.0.0/8, this is {sys.platform}: use one node")
+    running = running_cluster()
+    if running is None:
+        down()
+        use_token()
+        running = _planned(config)
+        state_file().parent.mkdir(parents=True, exist_ok=True)
+        state_file().write_text(json.dumps(asdict(running), indent=1))
+        _start(running, running.nodes[:1], say)
+    alive = running.raylets()
+    _start(running, [node for node in running.nodes if node["ip"] not in alive], say)
+    return running
+
+
+def down() -> int:
+    """Stop the local cluster and all that runs on it; return how many processes ended. No cluster is no mistake."""
+    try:
+        cluster = LocalCluster(**json.loads(state_file().read_text()))
+    except (OSError, ValueError, TypeError):
+        return 0
+    ended = 0
+    while processes := cluster.processes():
+        ended += len(processes)
+        # The nodes first: they end their workers and remove their shared memory themselves.
+        _end([p for p in processes if _is_raylet(p)])
+        _end(processes)
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+    state_file().unlink(missing_ok=True)
+    return ended
+
+
+def _is_raylet(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.name() == "raylet"
+    return False
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, END_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, END_TIMEOUT_S)
+
+
+def _planned(config: NodesConfig) -> LocalCluster:
+    """Choose addresses, ports and options of the nodes."""
+    name = secrets.token_hex(4)
+    groups = [group for group in config.nodes for _ in range(group.count)]
+    nodes = [{"ip": f"127.0.0.{2 + number}", "options": _options(group, config)} for number, group in enumerate(groups)]
+    head = nodes[0]["ip"]
+    port = _free_port(head, config.port)
+    dashboard = _free_port("127.0.0.1", config.dashboard_port)
+    return LocalCluster(
+        name=name,
+        address=f"{head}:{port}",
+        dashboard=f"http://127.0.0.1:{dashboard}",
+        # Short, because the paths of Unix sockets below it have at most 107 characters.
+        folder=str(Path(tempfile.gettempdir()) / f"perceiver-{name}"),
+        nodes=nodes,
+    )
+
+
+def _options(group: NodeGroup, config: NodesConfig) -> list[str]:
+    cpus = machine_cpus() if group.cpus is None else group.cpus
+    options = [f"--num-cpus={cpus:g}", f"--object-store-memory={config.object_store_mb * 1_000_000}"]
+    if group.gpus:
+        options.append(f"--num-gpus={group.gpus}")
+    if group.resources:
+        options.append(f"--resources={json.dumps(group.resources)}")
+    if group.labels:
+        options.append("--labels=" + ",".join(f"{key}={value}" for key, value in group.labels.items()))
+    return options
+
+
+def _free_port(host: str, wanted: int = 0) -> int:
+    """Return the wanted port if it is free, else another that no worker process is given."""
+    for port in (wanted, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    raise UserError(f"no port is free on {host}")
+
+
+def _command(cluster: LocalCluster, node: dict[str, Any]) -> list[str]:
+    """Return the `ray start` that brings up one node."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={node['ip']}"]
+    ports = [f"--dashboard-agent-listen-port={_free_port(node['ip'])}", "--disable-usage-stats"]
+    if node is not cluster.nodes[0]:
+        # One log monitor a machine: a second would report every line again.
+        return [*ray, f"--address={cluster.address}", "--include-log-monitor=false", *ports, *node["options"]]
+    host, _, port = cluster.address.partition(":")
+    head = ["--head", f"--port={port}", f"--temp-dir={cluster.folder}", "--dashboard-host=127.0.0.1"]
+    head += [f"--dashboard-port={cluster.dashboard.rsplit(':', 1)[1]}", f"--ray-client-server-port={_free_port(host)}"]
+    return [*ray, *head, *ports, *node["options"]]
+
+
+def _environment(cluster: LocalCluster) -> dict[str, str]:
+    """Return what the nodes, and thereby the jobs, inherit: this Python first, the token asked for."""
+    environment = {**QUIET_ENVIRONMENT, **os.environ, MARK: cluster.name, "RAY_AUTH_MODE": "token"}
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        environment.pop(name, None)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return environment
+
+
+def _start(cluster: LocalCluster, nodes: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Start nodes one after the other; each gets a few tries, because Ray allows a slow machine 30 s and no more."""
+    Path(cluster.folder).mkdir(mode=0o700, exist_ok=True)
+    for node in nodes:
+        log = Path(cluster.folder) / f"start-{node['ip']}.log"
+        for _ in range(TRIES):
+            if _came_up(cluster, node, log):
+                break
+            raylet = cluster.raylets().get(node["ip"])
+            _end([psutil.Process(raylet)] if raylet else [])
+        else:
+            reason = _reason(log)
+            down()
+            raise UserError(f"node {node['ip']} did not come up ({reason}); nothing is left running: try fewer nodes")
+        say(f"node {node['ip']} is up ({' '.join(node['options'])})")
+
+
+def _came_up(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:
+    """Run `ray start` for one node; return whether it says that the node has joined."""
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            _command(cluster, node),
+            env=_environment(cluster),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        return process.wait(timeout=START_TIMEOUT_S) == 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return False
+
+
+def _reason(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no word of it")[:200]
+
+
+def equivalent(cluster: LocalCluster) -> Iterator[str]:
+    """Yield the commands that start the same cluster on real machines."""
+    plain = [
+        [option for option in node["options"] if not option.startswith("--object-store-memory")]
+        for node in cluster.nodes
+    ]
+    port = cluster.address.rpartition(":")[2]
+    head = f"ray start --head --port={port} --dashboard-host=127.0.0.1"
+    yield f"HEAD    RAY_AUTH_MODE=token {head} {' '.join(map(shlex.quote, plain[0]))}"
+    for options in sorted({tuple(options) for options in plain[1:]}):
+        quoted = " ".join(map(shlex.quote, options))
+        yield f"others  RAY_AUTH_MODE=token ray start --address=HEAD:{port} {quoted}"
+    yield "here    ssh -N -L 8265:127.0.0.1:8265 HEAD & perceiver submit RECIPE --address http://127.0.0.1:8265"

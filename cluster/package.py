@@ -1,0 +1,135 @@
+"""What a job takes along to the cluster: our source trees and the recipe, and nothing else."""
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from perceiver.config import UserError
+
+OURS = ("perceiver", "pipelines", "cluster", "tune")
+DISTRIBUTION = "perceiver-train"
+LIMIT_BYTES = 100 * 1024 * 1024
+"""What the dashboard takes; Ray's own limit for a working directory is the same."""
+
+LEFT_OUT = shutil.ignore_patterns(
+    "__pycache__", "*.py[co]", ".git", ".hg", ".venv", "venv", "node_modules", ".*_cache", "*.egg-info", ".DS_Store",
+    "data", "runs", "mlruns", "mlflow.db*",
+)  # fmt: skip
+"""Names that never travel: caches, environments, data, and what runs leave behind."""
+
+
+def build_package(target: Path, recipes: Iterable[str], folder: str | None = None) -> None:
+    """Fill a folder with what the job needs; it becomes the working directory of the job.
+
+    Args:
+        target: an empty folder.
+        recipes: the recipe and other files that it names; they keep their path below the current folder.
+        folder: a folder of the user's that travels too (``--working-dir``).
+
+    Raises:
+        UserError: a file is not there, or the whole is larger than the job server takes.
+    """
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise UserError(f"--working-dir {folder} is no folder: give a folder, or the URL of a .zip file")
+        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=LEFT_OUT)
+    for name in OURS:
+        shutil.copytree(_source(name), target / name, dirs_exist_ok=True, ignore=_no_code_but_ours)
+    for recipe in recipes:
+        place = target / path_in_package(recipe)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(recipe, place)
+    check_size(target)
+
+
+def path_in_package(recipe: str) -> str:
+    """Return where a recipe lies in the package: as below the current folder, else by its name alone."""
+    path = Path(recipe).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+def check_size(folder: Path, limit: int = LIMIT_BYTES) -> int:
+    """Return the bytes of a folder.
+
+    Raises:
+        UserError: more than the limit; the line names the largest files.
+    """
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    total = sum(sizes.values())
+    if total > limit:
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
+        named = ", ".join(f"{path.relative_to(folder)} ({sizes[path] / 2**20:.1f} MiB)" for path in largest)
+        raise UserError(
+            f"the package has {total / 2**20:.1f} MiB, the job server takes {limit / 2**20:.0f} MiB; largest: {named}: "
+            "leave --working-dir out or move what is large to where the cluster reads data"
+        )
+    return total
+
+
+def locked_requirements() -> list[str]:
+    """Return every distribution that ours needs, pinned to the version that is installed here; Ray is the cluster's."""
+    pinned: dict[str, str] = {}
+    waiting = [DISTRIBUTION]
+    while waiting:
+        for requirement in _requirements(waiting.pop()):
+            name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+            if name in pinned or name == "ray":
+                continue
+            version = importlib.metadata.version(name)
+            # A local version such as 2.13.0+cpu is a build for this machine, not for the cluster's.
+            pinned[name] = f"{name}=={version.partition('+')[0]}"
+            waiting.append(name)
+    return sorted(pinned.values())
+
+
+def _requirements(name: str) -> Iterator[Requirement]:
+    """Yield what an installed distribution needs on this platform, optional parts only of ours that are installed."""
+    for text in importlib.metadata.requires(name) or []:
+        requirement = Requirement(text)
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if name == DISTRIBUTION and requirement.marker is not None:
+            wanted = wanted or requirement.marker.evaluate({"extra": "s3"})
+        if wanted and _installed(requirement.name):
+            yield requirement
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _source(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.submodule_search_locations, name
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _no_code_but_ours(folder: str, names: list[str]) -> set[str]:
+    """Leave out caches and built libraries; folders of ours may well be called data or runs."""
+    return {name for name in names if name == "__pycache__" or name.endswith((".pyc", ".so", ".pyd", ".o"))}
+
+
+def named_files(tree: Mapping[str, Any]) -> list[str]:
+    """Return the files of this machine that a recipe names by relative path and reads when it starts."""
+    texts = [value for value in _texts(tree) if value.endswith((".json", ".yaml", ".yml"))]
+    return [text for text in texts if not Path(text).is_absolute() and "://" not in text and Path(text).is_file()]
+
+
+def _texts(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for value in node.values():
+            yield from _texts(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value)
+    elif isinstance(node, str):
+        yield node

@@ -1,0 +1,90 @@
+"""``perceiver cluster``: a local cluster of several nodes, and files that start real ones."""
+
+import json
+
+import click
+
+
+@click.group()
+def command() -> None:
+    """Start, stop and look at a local Ray cluster of several nodes; write the files that start a real one."""
+
+
+@command.command(
+    epilog="""\b
+Examples:
+  perceiver cluster up
+  perceiver cluster up --nodes 4 --cpus 1
+  perceiver cluster up recipes/cluster/mixed.yaml"""
+)
+@click.argument("file", required=False, type=click.Path())
+@click.option("--nodes", type=click.IntRange(1, 250), help="Number of nodes, all alike; default: 3.")
+@click.option("--cpus", type=click.FloatRange(0), help="Logical CPUs of each node; default: the machine's.")
+@click.option("--json", "as_json", is_flag=True, help="Print the cluster as one JSON line.")
+def up(file: str | None, nodes: int | None, cpus: float | None, as_json: bool) -> int:
+    """Start a local cluster, or those of its nodes that have died.
+
+    FILE describes nodes that differ: CPUs, GPUs and custom resources that need not exist, labels.
+    """
+    from cluster.nodes import NodeGroup, NodesConfig, equivalent, read_nodes
+    from cluster.nodes import up as start
+    from perceiver.config import UserError
+
+    if file and (nodes or cpus is not None):
+        raise UserError(f"{file} says which nodes there are: leave --nodes and --cpus out")
+    config = read_nodes(file) if file else NodesConfig(nodes=(NodeGroup(count=nodes or 3, cpus=cpus),))
+    cluster = start(config, (lambda line: None) if as_json else click.echo)
+    if as_json:
+        click.echo(json.dumps({"address": cluster.dashboard, "ray": cluster.address, "nodes": cluster.nodes}))
+        return 0
+    click.echo(f"dashboard and jobs  {cluster.dashboard}   (perceiver submit and the like find it by themselves)")
+    click.echo(f"ray                 RAY_AUTH_MODE=token RAY_ADDRESS={cluster.address}")
+    click.echo("the same on real machines, with one token in ~/.ray/auth_token (mode 0600) of each:")
+    for line in equivalent(cluster):
+        click.echo(f"  {line}")
+    return 0
+
+
+@command.command()
+def down() -> int:
+    """Stop the local cluster and everything that runs on it."""
+    from cluster.nodes import down as stop
+
+    ended = stop()
+    click.echo(f"{ended} processes ended" if ended else "no local cluster")
+    return 0
+
+
+@command.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the nodes as one JSON line.")
+def status(as_json: bool) -> int:
+    """Show the nodes of the local cluster: resources, labels and process."""
+    from cluster.job_server import Access, connect
+    from cluster.jobs import list_jobs
+    from cluster.nodes import running_cluster
+    from perceiver.config import UserError
+
+    cluster = running_cluster()
+    if cluster is None:
+        raise UserError("no local cluster: start one with perceiver cluster up")
+    server = connect(Access(cluster.dashboard))
+    raylets, alive = cluster.raylets(), {node.name: node for node in server.nodes()}
+    jobs = [job.name for job in list_jobs(server) if job.live]
+    rows = [
+        {
+            "node": node["ip"],
+            "pid": raylets.get(node["ip"]),
+            "alive": node["ip"] in raylets and node["ip"] in alive,
+            "options": node["options"],
+        }
+        for node in cluster.nodes
+    ]
+    if as_json:
+        click.echo(json.dumps({"address": cluster.dashboard, "ray": cluster.address, "nodes": rows, "jobs": jobs}))
+        return 0
+    click.echo(f"{cluster.dashboard}, {sum(row['alive'] for row in rows)} of {len(rows)} nodes")
+    for row in rows:
+        state = f"pid {row['pid']}" if row["alive"] else "dead"
+        click.echo(f"  {row['node']:<12} {state:<12} {' '.join(row['options'])}")
+    click.echo(f"live jobs: {', '.join(jobs) or 'none'}")
+    return 0

@@ -1,0 +1,33 @@
+"""``perceiver logs``: what a job prints."""
+
+import json
+
+import click
+
+from perceiver.cli._access import access_options, reach
+
+
+@click.command(epilog="Example: perceiver logs -f quickstart-1")
+@click.argument("job")
+@click.option("-f", "--follow", "follow_it", is_flag=True, help="Go on until the job ends, and exit as it did.")
+@access_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line with the job and its log.")
+def command(job: str, follow_it: bool, address: str | None, headers: str | None, verify: str, as_json: bool) -> int:
+    """Print the log of JOB: its name, or that of a run, which means the run's newest job."""
+    from cluster.jobs import find_job, follow, logs
+
+    server = reach(address, headers, verify)
+    found = find_job(server, job)
+    if as_json:
+        if follow_it:
+            found = follow(server, found, lambda text: None)
+        click.echo(json.dumps({**found.facts(), "log": logs(server, found)}))
+    elif follow_it:
+        try:
+            found = follow(server, found, lambda text: click.echo(text, nl=False))
+        except KeyboardInterrupt:
+            click.echo(f"\nthe job goes on: perceiver stop {found.name} stops it")
+            return 130
+    else:
+        click.echo(logs(server, found), nl=False)
+    return found.code() if follow_it else 0

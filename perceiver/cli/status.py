@@ -1,0 +1,29 @@
+"""``perceiver status``: how a job stands."""
+
+import json
+
+import click
+
+from perceiver.cli._access import access_options, reach
+
+
+@click.command(epilog="Example: perceiver status quickstart-1 --json")
+@click.argument("job")
+@access_options
+@click.option("--json", "as_json", is_flag=True, help="Print the job as one JSON line.")
+def command(job: str, address: str | None, headers: str | None, verify: str, as_json: bool) -> int:
+    """Print how JOB (or the newest job of a run) stands, and its last line.
+
+    Exit code: 0 while it runs or after it has succeeded, 1 or 2 if it failed, 130 if it was stopped.
+    """
+    from cluster.jobs import find_job, logs, table
+
+    server = reach(address, headers, verify)
+    found = find_job(server, job)
+    if as_json:
+        click.echo(json.dumps(found.facts()))
+    else:
+        click.echo("\n".join(table([found])))
+        last = [line for line in logs(server, found).splitlines() if line.strip()][-1:]
+        click.echo("\n".join(last or ([found.message] if found.message else [])))
+    return 0 if found.live else found.code()
