@@ -60,6 +60,12 @@ class RunConsole:
     def _on_failure(self, event: Mapping[str, Any]) -> None:
         self.say(f"worker {event['failed']} failed ({event['reason']}); the workers start again")
 
+    def _on_rolled_back(self, event: Mapping[str, Any]) -> None:
+        self.say(
+            f"the loss of step {event['step']} was no number: back to the weights of step {event['target']}; "
+            "the samples since then are passed over"
+        )
+
     def _on_missed(self, event: Mapping[str, Any]) -> None:
         self.say(f"{event['reason']}; training goes on")
 

@@ -39,7 +39,7 @@ class Owner(Config):
 
     id: str = Field(description="drawn at random by each driver")
     host: str = Field(description="its machine")
-    boot: str = Field(description="identifies the machine's last start, where the system tells")
+    boot: str = Field(description="identifies the machine's last start and its process table, where the system tells")
     pid: int = Field(description="its process")
     began: str = Field(description="start of that process in clock ticks: another one may get its number")
     beat: int = Field(default=0, description="counts the renewals")
@@ -63,8 +63,12 @@ class Owner(Config):
 
 
 def _boot() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
+    """Names this start of the machine and this container's process numbers; empty where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
 
 
 def _began(pid: int) -> str:

@@ -29,11 +29,13 @@ class News:
         saved: step and URL of a checkpoint that counts (rank 0).
         best: step and URL of the checkpoint that is the best now (rank 0).
         missed: why a checkpoint could not be saved (the rank that failed).
+        counts: step of a checkpoint that all ranks know to count (every rank).
     """
 
     saved: Callable[[int, str], None] = _no_news
     best: Callable[[int, str], None] = _no_news
     missed: Callable[[str], None] = lambda reason: None
+    counts: Callable[[int], None] = lambda step: None
 
 
 @dataclass
@@ -60,6 +62,7 @@ class CheckpointHook:
 
     def __post_init__(self) -> None:
         self._pending, self._reason = False, ""
+        self._flying: int | None = None
         self._missed = self._number = 0
         self._stalled = 0.0
         self._best: int | None = None
@@ -93,6 +96,7 @@ class CheckpointHook:
     def _save(self, info: StepInfo, began: float) -> None:
         self.saver.start(self.engine, self.snapshot(info, self.figures(info), self._number))
         self._number += 1
+        self._flying = info.step
         stall = time.perf_counter() - began
         self.cadence.saved(info.step, stall, statistics.median(self._steps))
         if self.engine.rank == 0:
@@ -114,7 +118,9 @@ class CheckpointHook:
             self._reason = self.saver.failure or "checkpoint was not saved by another worker, see its log"
             if self.saver.failure:
                 self.news.missed(self.saver.failure)
-        self.saver.failure = ""
+        elif self._flying is not None:
+            self.news.counts(self._flying)
+        self._flying, self.saver.failure = None, ""
         if flags.refused:
             raise UserError(self.saver.refused or f"{self.saver.store.url} refuses another worker, see its log")
         if self._missed >= self.saver.config.checkpoint_misses:

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from perceiver.config import UserError
 from perceiver.train.engine import Engine
 from perceiver.train.loop import Batch, StepInfo
 
@@ -61,20 +60,9 @@ def window_metrics(window: list[StepInfo]) -> dict[str, float]:
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def finite_loss_hook(info: StepInfo) -> None:
-    """Stop the run when the loss is no longer a number.
-
-    Raises:
-        UserError: the loss of this step is NaN or infinite.
-    """
-    if not math.isfinite(info.result.loss):
-        raise UserError(
-            f"the loss is {info.result.loss} at step {info.step}: lower optim.lr or set optim.clip, then run again "
-            "with --resume to go on from the last checkpoint"
-        )
+    """The mean of those that are numbers; NaN if none is."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 class EvalHook:

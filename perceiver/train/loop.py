@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -26,6 +27,14 @@ class TrainConfig(SavingConfig):
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     log_every: PositiveInt = Field(default=10, description="steps between two recorded points of the training metrics")
     eval_every: PositiveFloat = Field(default=1.0, description="epochs between two evaluations")
+
+    on_bad_loss: Literal["stop", "skip", "rollback"] = Field(
+        default="stop",
+        description="when the loss is no number: stop; skip the step; or go back to the last checkpoint's weights and "
+        "pass over the samples since",
+    )
+    bad_loss_limit: PositiveInt = Field(default=10, description="steps skipped or rolled back, after which to stop")
+    ledger: bool = Field(default=False, description="record the sample ids of each step, below ledger/ of the run")
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -58,6 +67,7 @@ class StepInfo:
     wait_seconds: float  # part of it spent waiting for data
     result: StepResult
     stopping: bool  # the user asked to stop: this is the last step
+    sample_ids: tuple[torch.Tensor, ...] = ()  # of this rank's micro-batches; -1 stands for no usable sample
 
     def completes(self, epochs: float) -> bool:
         """Whether this step completes another ``epochs`` passes over the data."""
@@ -114,12 +124,18 @@ def train(
             wait_seconds=waited,
             result=result,
             stopping=stopping,
+            sample_ids=tuple(_ids(batch) for batch in micro_batches if "sample_id" in batch),
         )
         for hook in hooks:
             hook(info)
         if stopping:
             return step + 1
     return span.total_steps
+
+
+def _ids(batch: Batch) -> torch.Tensor:
+    ids = batch["sample_id"]
+    return torch.where(batch["valid"], ids, -1) if "valid" in batch else ids
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -154,6 +154,7 @@ class BackgroundSaver:
         config: which to keep.
         attempts: how often an upload is tried.
         backoff_s: first and longest pause between two tries; doubled each time, with jitter.
+        before: done with the step, by each rank in the background, before its part is published.
 
     Attributes:
         failure: why this rank's last save failed; empty if it did not.
@@ -167,8 +168,10 @@ class BackgroundSaver:
         config: SavingConfig,
         attempts: int = ATTEMPTS,
         backoff_s: tuple[float, float] = BACKOFF_S,
+        before: Callable[[int], None] | None = None,
     ) -> None:
         self.store, self.config, self.attempts, self.backoff_s = store, config, attempts, backoff_s
+        self.before = before
         self.failure = self.refused = ""
         self.done: deque[tuple[int, int | None]] = deque()
         self.manifests: dict[int, CheckpointManifest] = {}
@@ -215,6 +218,8 @@ class BackgroundSaver:
     def _run(self, staged: Staged) -> None:
         step = staged.snapshot.step
         try:
+            if (before := self.before) is not None:
+                self._persist(lambda: before(step))
             self._persist(lambda: self.store.publish(staged))
             if staged.rank == 0:
                 self._persist(lambda: self._commit(staged))

@@ -1,13 +1,11 @@
 """The loop and its hooks with the plain engine: no Ray, no DeepSpeed."""
 
-import math
 
 import pytest
 from pydantic import ValidationError
 
-from perceiver.config import UserError
 from perceiver.train.engine import StepResult
-from perceiver.train.hooks import EvalHook, History, MetricsHook, finite_loss_hook, window_metrics
+from perceiver.train.hooks import EvalHook, History, MetricsHook, window_metrics
 from perceiver.train.loop import Span, StepInfo, TrainConfig, train
 from tests.train.toy import toy_batches, toy_engine
 
@@ -69,11 +67,6 @@ def test_evaluation_is_due_after_each_epoch_and_at_the_end() -> None:
     train(engine, toy_batches(0, 5), [hook], span(0, 5))
     assert [row["step"] for row in history.rows] == [2, 4, 5]
     assert hook.latest["loss"] == history.rows[-1]["eval/loss"]
-
-
-def test_a_loss_that_is_no_number_ends_the_run_with_advice() -> None:
-    with pytest.raises(UserError, match=r"the loss is nan at step 1: lower optim.lr"):
-        finite_loss_hook(info(loss=math.nan))
 
 
 @pytest.mark.parametrize("settings", [{}, {"epochs": 1, "steps": 2}])
