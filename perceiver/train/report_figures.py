@@ -72,7 +72,7 @@ def draw_curve(curve: Curve, rows: Rows) -> Drawing | None:
     points = {key: series(rows, key) for key, _ in curve.series}
     if not any(np.isfinite(values).any() for _, values in points.values()):
         return None
-    figure, axes = _chart(curve.percent)
+    figure, axes = chart(curve.percent)
     colours = [FIRST, SECOND] if len(curve.series) > 1 else [FIRST]
     for (key, label), colour in zip(curve.series, colours, strict=True):
         steps, values = points[key]
@@ -85,7 +85,7 @@ def draw_curve(curve: Curve, rows: Rows) -> Drawing | None:
         axes.legend(frameon=False, loc="best", labelcolor=TEXT, handlelength=1.4)
     lost = sum(int((~np.isfinite(values)).sum()) for _, values in points.values())
     text = f"{lost} of the recorded values are not finite and are left out." if lost else ""
-    return Drawing(curve.slug, curve.title, *_render(figure, curve.slug), text)
+    return Drawing(curve.slug, curve.title, *render(figure, curve.slug), text)
 
 
 def series(rows: Rows, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -117,15 +117,15 @@ def draw_calibration(confidence: NDArray[np.floating], right: NDArray[np.bool_])
     accuracy = np.bincount(bins, weights=right, minlength=10)[used] / counts[used]
     mean = np.bincount(bins, weights=confidence, minlength=10)[used] / counts[used]
     error = float(np.sum(counts[used] * np.abs(accuracy - mean)) / counts.sum())
-    figure, axes = _chart(percent=True)
+    figure, axes = chart(percent=True)
     axes.plot([0, 1], [0, 1], color=RULE, linewidth=1.2, dashes=(4, 3))
     area = 12 + 180 * np.sqrt(counts[used] / counts.sum())
     axes.scatter(mean, accuracy, s=area, color=FIRST, linewidth=0, zorder=3)
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.06)
-    axes.xaxis.set_major_formatter(_percent())
+    axes.xaxis.set_major_formatter(percent_axis())
     axes.set_xlabel("confidence", loc="right")
-    return Drawing("calibration", "Accuracy over confidence", *_render(figure, "calibration"), ""), error
+    return Drawing("calibration", "Accuracy over confidence", *render(figure, "calibration"), ""), error
 
 
 def draw_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> bytes:
@@ -156,12 +156,12 @@ def draw_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> bytes:
     return _png(figure)
 
 
-def _chart(percent: bool) -> tuple["Figure", "Axes"]:
-    """An empty chart in the report's manner: a light grid, no box."""
+def chart(percent: bool, size: tuple[float, float] = (5.2, 2.7)) -> tuple["Figure", "Axes"]:
+    """An empty chart in the report's manner: a light grid, no box. `size` is in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 2.7))
-    figure.subplots_adjust(left=0.11, right=0.97, top=0.96, bottom=0.17)
+    figure = Figure(figsize=size)
+    figure.subplots_adjust(left=0.57 / size[0], right=1 - 0.16 / size[0], top=0.96, bottom=0.46 / size[1])
     axes = figure.add_subplot()
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -173,11 +173,12 @@ def _chart(percent: bool) -> tuple["Figure", "Axes"]:
     axes.xaxis.label.set_fontsize(9)
     axes.margins(x=0.01)
     if percent:
-        axes.yaxis.set_major_formatter(_percent())
+        axes.yaxis.set_major_formatter(percent_axis())
     return figure, axes
 
 
-def _percent() -> Any:
+def percent_axis() -> Any:
+    """Return a formatter that writes shares as percentages."""
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
@@ -211,7 +212,7 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _render(figure: "Figure", salt: str) -> tuple[str, bytes]:
+def render(figure: "Figure", salt: str) -> tuple[str, bytes]:
     """The figure as SVG with the page's CSS colours and font, and as PNG on white.
 
     `salt` keeps the names of clip paths and markers apart between the figures of a page, and the same in every report.
