@@ -60,6 +60,9 @@ class RunConsole:
     def _on_failure(self, event: Mapping[str, Any]) -> None:
         self.say(f"worker {event['failed']} failed ({event['reason']}); the workers start again")
 
+    def _on_hang(self, event: Mapping[str, Any]) -> None:
+        self.say(f"worker {event['rank']} (process {event['pid']} on {event['host']}) {event['why']}: it is ended")
+
     def _on_rolled_back(self, event: Mapping[str, Any]) -> None:
         self.say(
             f"the loss of step {event['step']} was no number: back to the weights of step {event['target']}; "

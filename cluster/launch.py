@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +26,7 @@ from cluster.preflight import Preflight, check
 from cluster.recipe import Recipe, build_recipe, kind_of, zero_stage
 from cluster.run_folder import RunFolder, find_run, named_run, new_run, redacted_recipe
 from cluster.trainer import Share, build_trainer
+from cluster.watchdog import Watchdog, end
 from perceiver.config import UserError
 from perceiver.train.mlflow import (
     RunHandle,
@@ -202,8 +203,10 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     trainer = build_trainer(launch.recipe, launch.folder, monitor, handle, share)
     outcome: dict[str, Any] = {}
     refused: list[float] = []
+    dog = Watchdog(launch.recipe.cluster.hang_s)
 
     def show(event: dict[str, Any]) -> None:
+        dog.note(event, time.monotonic())
         if event["kind"] == "ready":
             _note_worker(launch.folder, event)
         if event["kind"] == "refused":
@@ -224,6 +227,9 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
         # A worker that refuses to go on leaves the others waiting for it: they end with Ray, a moment later.
         while thread.is_alive() and not (refused and time.monotonic() - refused[0] > REFUSED_GRACE_S):
             pump(monitor, show)
+            if (hanging := dog.suspect(time.monotonic())) is not None:
+                launch.console.show({"kind": "hang", **asdict(hanging)})
+                end(hanging)
             if launch.lease.lost:
                 raise UserError(f"{launch.folder.url}: {launch.lease.lost}; this one stops, what it did since is void")
             thread.join(0.1)

@@ -65,6 +65,9 @@ class ClusterConfig(Config):
         default=600, description="seconds that a stopped job has to save its checkpoint before it is killed"
     )
     max_failures: NonNegativeInt = Field(default=3, description="worker failures after which the run gives up")
+    hang_s: PositiveFloat = Field(
+        default=60, description="seconds without a sign of life, or without a batch that others got, that end a worker"
+    )
     mtbf_hours: PositiveFloat = Field(
         default=24, description="mean hours between two failures of a run: how often checkpoints pay (train: auto)"
     )

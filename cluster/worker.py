@@ -22,6 +22,7 @@ from cluster.preflight import epoch_steps_of
 from cluster.recipe import Recipe, build_recipe, zero_stage
 from cluster.run_folder import RunFolder, redacted_recipe
 from cluster.saving import build_guard
+from cluster.watchdog import Pulse
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.tasks import build_task
@@ -67,6 +68,7 @@ class Job:
     batches: Iterator[Batch]
     start_step: int
     quarantine: Quarantine
+    pulse: Pulse | None = None
 
     @property
     def epoch_steps(self) -> float:
@@ -80,7 +82,7 @@ class Job:
 
     def evaluation(self) -> Iterator[Batch]:
         """Return the batches of the evaluation split that fall to this worker."""
-        return eval_batches(
+        batches = eval_batches(
             self.recipe.data,
             self.manifest,
             split=self.recipe.data.eval_split,
@@ -90,6 +92,11 @@ class Job:
             device=self.place.device,
             quarantine=self.quarantine,
         )
+        return self.counted(batches)
+
+    def counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Have the worker's pulse count the batches that it gets."""
+        return batches if self.pulse is None else self.pulse.count(batches)
 
 
 def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,13 +112,23 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with contextlib.ExitStack() as resources:
             job = _build(config, place, monitor, resources)
-            ready = {"seconds": time.perf_counter() - began, "pid": os.getpid(), "node": platform.node()}
-            monitor.send("ready", ready, urgent=True)
+            monitor.send("ready", {"seconds": time.perf_counter() - began, **_whereabouts()}, urgent=True)
+            job.pulse = Pulse(connect(config["monitor"], place.rank))
+            resources.callback(job.pulse.stop)
+            job.batches = job.counted(job.batches)
             return _run(job)
     except UserError as error:
         monitor.send("refused", {"error": str(error)}, urgent=True)
         monitor.flush()
         return {"status": "refused", "error": str(error)}
+
+
+def _whereabouts() -> dict[str, Any]:
+    """Which process this is, on which machine, and how Ray calls that."""
+    import ray
+
+    node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id}
 
 
 def _build(config: Mapping[str, Any], place: Place, monitor: Client, resources: contextlib.ExitStack) -> Job:
