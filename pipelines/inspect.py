@@ -20,6 +20,9 @@ from pipelines.shards import Manifest, ShardInfo, arrow_schema, load_manifest
 from pipelines.storage import Folder, open_folder
 from pipelines.transforms import BadSample
 
+LOOK = ViewConfig.model_validate({"audio": {"rate": 8000, "samples": 8000}, "video": {"size": [64, 64]},
+                                  "clip": {"eval_clips": 4}})
+"""Recordings are decoded at four places, a second of sound each."""
 LISTED = 20
 """Damaged samples and doubles that are named; all are counted."""
 BLOCK = 8 << 20
@@ -159,7 +162,27 @@ def checksum(folder: Folder, name: str) -> str:
 def _rows(folder: Folder, shard: ShardInfo) -> Iterator[dict[str, Any]]:
     with folder.fs.open(folder.file(shard.name), "rb") as stream, pq.ParquetFile(stream) as file:
         for group in range(file.num_row_groups):
-            yield from file.read_row_group(group, use_threads=False).to_pylist()
+            yield from rows_of(file.read_row_group(group, use_threads=False))
+
+
+def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows as Python values; a string that is not UTF-8 as its bytes, which no text feature takes."""
+    columns = [_texts(column) if pa.types.is_string(column.type) else column.to_pylist() for column in table.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, values, strict=True))
+
+
+def _texts(column: pa.ChunkedArray) -> list[str | bytes | None]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        found: list[str | bytes | None] = []
+        for raw in column.cast(pa.binary()).to_pylist():
+            try:
+                found.append(raw if raw is None else raw.decode("utf-8"))
+            except UnicodeDecodeError:
+                found.append(raw)
+        return found
 
 
 @dataclass
@@ -183,7 +206,10 @@ class _Tally:
             self.doubles.append(f"{here} = {before}")
         try:
             for name, feature in manifest.features.items():
-                self._look(name, feature, feature.decode(row[name], ViewConfig(), len(manifest.classes)), row[name])
+                decoded = feature.decode(row[name], LOOK, len(manifest.classes))
+                if feature.clips:  # Only the header of a recording was read so far.
+                    feature.show(name, decoded, LOOK, False, np.random.default_rng)
+                self._look(name, feature, decoded, row[name])
         except BadSample as error:
             self.unreadable.append(f"{here}: {error}")
             self.reasons[str(error)] += 1

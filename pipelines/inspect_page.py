@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from pipelines.features.base import ViewConfig
-from pipelines.inspect import Inspection, Spread, figure
+from pipelines.inspect import Inspection, Spread, figure, rows_of
 from pipelines.inspect_views import SMALL, VIEWS, Piece
 from pipelines.shards import Manifest, Split, load_manifest
 from pipelines.storage import Folder, open_folder
@@ -97,7 +97,7 @@ def _shard_cards(path: str, folder: Folder, manifest: Manifest, rows: list[int],
         for number in sorted({row // group_rows for row in rows}):
             group = file.read_row_group(number, use_threads=False)
             for row in (row for row in rows if row // group_rows == number):
-                yield card(first + row, group.slice(row % group_rows, 1).to_pylist()[0], manifest)
+                yield card(first + row, next(rows_of(group.slice(row % group_rows, 1))), manifest)
 
 
 def card(place: int, row: Mapping[str, Any], manifest: Manifest) -> Card:

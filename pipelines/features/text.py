@@ -25,6 +25,8 @@ class TextFeature(BaseFeature):
         """The text."""
         if not stored:
             raise BadSample("empty text")
+        if not isinstance(stored, str):
+            raise BadSample("invalid UTF-8")
         return stored
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:

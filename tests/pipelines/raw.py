@@ -26,9 +26,9 @@ def flo(flow: np.ndarray) -> bytes:
     return struct.pack("<fii", 202021.25, width, height) + flow.astype("<f4").tobytes()
 
 
-def png16(pixels: np.ndarray) -> bytes:
-    """16-bit RGB (H, W, 3) as a PNG."""
-    height, width = pixels.shape[:2]
+def png16(pixels: np.ndarray, claimed: tuple[int, int] | None = None) -> bytes:
+    """16-bit RGB (H, W, 3) as a PNG, whose header may claim another (height, width)."""
+    height, width = claimed or pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
 
     def chunk(kind: bytes, content: bytes) -> bytes:
