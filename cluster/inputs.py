@@ -70,7 +70,27 @@ def _check_audio(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig
     raise UserError(f"{key}.samples = {inputs.samples}, but data.audio.samples = {shape[0]}: set both to the same")
 
 
+def _check_text(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
+    if shape[0] > inputs.length:
+        raise UserError(
+            f"{key}.length = {inputs.length}, but data.text_length = {shape[0]}: set both to the same, or the first "
+            "to more"
+        )
+
+
+def _check_frames(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
+    _, channels, height, width = shape
+    wanted, got = (inputs.channels, *inputs.size), (channels, height, width)
+    if wanted != got:
+        raise UserError(
+            f"{key} has channels = {inputs.channels} and size = {list(inputs.size)}, but the pairs of {data.url} come "
+            f"as {channels} x {height} x {width}: set {key} to that, or data.image_size to {list(inputs.size)}"
+        )
+
+
 def _check_video(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
+    if inputs.kind == "flow_frames":
+        _check_frames(key, inputs, shape, data)
     if not hasattr(inputs, "frames"):
         return
     frames, channels, height, width = shape
@@ -84,5 +104,5 @@ def _check_video(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig
     )
 
 
-CHECKS = {"image": _check_image, "audio": _check_audio, "video": _check_video}
+CHECKS = {"image": _check_image, "audio": _check_audio, "video": _check_video, "text": _check_text}
 """What to say of a batch key whose shape is not the model's; other inputs take any size."""

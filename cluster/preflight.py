@@ -18,6 +18,8 @@ from pipelines.shards import Manifest, load_manifest
 
 TARGETS = {"classification": "label", "tagging": "labels"}
 """The kind of the feature ``label`` that a task learns from."""
+NEEDS = {"flow": "flow", "masked_language": "text"}
+"""The batch key that a task without labels learns from."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,12 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
     shapes = batch_shapes(recipe.data, manifest)
     sample_plan(recipe.data, manifest, seed=recipe.seed, global_batch=recipe.train.global_batch)
     check_targets(recipe, manifest)
+    needed = NEEDS.get(kind_of(recipe.task))
+    if needed and needed not in shapes:
+        raise UserError(
+            f"task.kind = {kind_of(recipe.task)!r} learns from {needed!r}, but {recipe.data.url} has the features "
+            f"{', '.join(manifest.features)}: set data.url to data that have it"
+        )
     check_inputs(recipe.model, shapes, recipe.data, manifest)
 
 
