@@ -22,6 +22,7 @@ from cluster.conclude import conclude
 from cluster.console import RunConsole
 from cluster.failures import failure_reason, one_line
 from cluster.lease import Lease, hold
+from cluster.metrics import RunMetrics, find_peak, ray_export
 from cluster.preflight import Preflight, check
 from cluster.recipe import Recipe, build_recipe, kind_of, zero_stage
 from cluster.run_folder import RunFolder, find_run, named_run, new_run, redacted_recipe
@@ -148,6 +149,8 @@ def _say_header(launch: Launch) -> None:
         f"{recipe.cluster.workers} worker{'s' * (recipe.cluster.workers > 1)}, ZeRO stage {zero_stage(recipe)} · "
         f"{preflight.total_steps:,} steps of {recipe.train.global_batch} ({epochs:.4g} epochs)"
     )
+    if preflight.start:
+        console.say(preflight.start)
     if launch.resume:
         place = (
             f"the checkpoint at step {preflight.checkpoint.step}"
@@ -204,11 +207,15 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     refused: list[float] = []
     dog = Watchdog(launch.recipe.cluster.hang_s)
+    figures = RunMetrics(ray_export(launch.folder.name))
 
     def show(event: dict[str, Any]) -> None:
         dog.note(event, time.monotonic())
+        figures.note(event)
         if event["kind"] == "ready":
             _note_worker(launch.folder, event)
+            if event["rank"] == 0:
+                find_peak(figures, launch.recipe, len(launch.preflight.manifest.classes) or None, event["device"])
         if event["kind"] == "refused":
             outcome.update(status="refused", error=event["error"])
             refused.append(time.monotonic())

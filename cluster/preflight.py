@@ -13,6 +13,7 @@ from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.train.checkpoint import CheckpointManifest, parameter_difference
 from perceiver.train.deepspeed_plan import BatchPlan, plan_config
+from perceiver.weights import open_weights, plan_start
 from pipelines.ingest import batch_shapes, check_files, load_data, sample_plan
 from pipelines.shards import Manifest, load_manifest
 
@@ -31,6 +32,7 @@ class Preflight:
     epoch_steps: float
     total_steps: int
     checkpoint: CheckpointManifest | None
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         raise UserError(
             f"run {folder.name!r} exists below {folder.output}: add --resume to go on, or choose another --run"
         )
+    start = describe_start(recipe, model.manifest) if checkpoint is None else ""
     folder.note(recipe=recipe.name)
     epoch_steps = epoch_steps_of(recipe, model.manifest)
     total_steps = recipe.train.total_steps(epoch_steps)
-    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint)
+    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start)
 
 
 def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest] = load_manifest) -> CheckedModel:
@@ -83,6 +86,16 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
     parameters = sum(p.numel() for p in model.parameters())
     check_deepspeed(recipe, parameters)
     return CheckedModel(manifest, parameters, {name: list(p.shape) for name, p in model.named_parameters()})
+
+
+def describe_start(recipe: Recipe, manifest: Manifest) -> str:
+    """Say what ``train.init_from`` gives the model, empty without it; refuse weights of another model."""
+    place = recipe.train.init_from
+    if not place:
+        return ""
+    with torch.device("meta"):
+        model = build_model(recipe.model, classes=len(manifest.classes))
+    return plan_start(model, open_weights(place)).describe(place)
 
 
 def epoch_steps_of(recipe: Recipe, manifest: Manifest) -> float:

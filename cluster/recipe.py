@@ -66,6 +66,8 @@ def for_workers(recipe: Recipe) -> dict[str, Any]:
     tree["output"] = absolute(recipe.output)
     for place in (tree["data"], *tree["data"]["mixture"]):
         place["url"] = absolute(place["url"])
+    if recipe.train.init_from:
+        tree["train"]["init_from"] = absolute(recipe.train.init_from)
     tree["deepspeed"]["config"] = read_config(recipe.deepspeed) or None
     return tree
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import platform
@@ -34,6 +35,7 @@ from perceiver.train.loop import Batch, Hook, Span, StepInfo
 from perceiver.train.mlflow import RunHandle, open_tracker
 from perceiver.train.schedules import build_schedule
 from perceiver.train.tracking import NullTracker, Tracker
+from perceiver.weights import open_weights, start_from
 from pipelines.ingest import TrainShare, eval_batches, load_data, train_batches
 from pipelines.quarantine import Quarantine
 from pipelines.shards import Manifest
@@ -148,6 +150,8 @@ def _build(config: Mapping[str, Any], place: Place, monitor: Client, resources: 
     torch.manual_seed(recipe.seed)
     classes = len(manifest.classes)
     model = build_model(recipe.model, classes=classes)
+    if recipe.train.init_from and not done:
+        start_from(model, open_weights(recipe.train.init_from))
     engine = _engine(recipe, model, build_task(recipe.task, classes=classes), manifest, place)
     history = _restore(engine, folder, done, monitor)
     tracker: Tracker = NullTracker()
@@ -329,7 +333,8 @@ def _leave_behind(job: Job) -> None:
     _write_predictions(job)
     weights = job.engine.weights()
     if weights is not None:
-        metadata = {"format": "pt", "recipe": job.recipe.name}
+        model = json.dumps(job.recipe.model.model_dump(mode="json"))
+        metadata = {"format": "pt", "recipe": job.recipe.name, "model": model}
         blob = safetensors.torch.save(weights, metadata)
         job.folder.write("model.safetensors", blob)
 

@@ -1,22 +1,21 @@
-"""Perceiver and Perceiver IO: `perceiver.list_models()` names the models, `perceiver.create_model(name)` makes one."""
+"""Perceiver and Perceiver IO: `perceiver.list_models()` names the models, `perceiver.create_model(name)` makes one,
+`perceiver.load_model(place)` makes one with the weights of a run, a checkpoint or a file."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perceiver.factory import create_model
     from perceiver.presets import list_models
+    from perceiver.weights import load_model
 
-__all__ = ["create_model", "list_models"]
+__all__ = ["create_model", "list_models", "load_model"]
+
+_HOMES = {"create_model": "factory", "list_models": "presets", "load_model": "weights"}
 
 
 def __getattr__(name: str) -> Any:
     # Imported on use, so that `import perceiver` does not load torch.
-    if name == "list_models":
-        from perceiver.presets import list_models
-
-        return list_models
-    if name == "create_model":
-        from perceiver.factory import create_model
-
-        return create_model
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"perceiver.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'perceiver' has no attribute {name!r}")

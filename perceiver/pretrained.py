@@ -5,7 +5,9 @@ Both directions rename tensors only, so nothing is lost. That library uses the e
 convolution where the official JAX code has the tanh form and TensorFlow's SAME: the imported configs say so.
 """
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -54,13 +56,18 @@ def from_transformers(model: Any) -> PerceiverIO:
     return cast(PerceiverIO, ours.eval())
 
 
-def to_transformers(model: PerceiverIO) -> Any:
+def to_transformers(model: nn.Module) -> Any:
     """Build the `transformers` head that matches a Perceiver IO of ours, with its weights.
 
     Raises:
         UserError: if the library has no head for this model or a setting differs from what that head fixes.
     """
-    config = cast(PerceiverIOModel, model.config)
+    config = getattr(model, "config", None)
+    if not isinstance(config, PerceiverIOModel):
+        raise UserError(
+            f"model.kind: got {getattr(config, 'kind', '')}; wanted perceiver_io: the transformers library's "
+            "Perceiver reads its inputs once and has a decoder; --format safetensors and onnx take every model"
+        )
     inputs, decoder = cast(Any, config.inputs), cast(Any, config.decoder)
     head = _HEADS.get((inputs.kind, decoder.kind))
     if head is None:
@@ -215,14 +222,9 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
-def _their_model(head: str, c: PerceiverIOModel, model: PerceiverIO) -> Any:
+def _their_model(head: str, c: PerceiverIOModel, model: nn.Module) -> Any:
     """Make the library's head with the settings of ours."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "transformers: not installed; wanted for this conversion: pip install 'perceiver-train[models]'"
-        ) from error
+    transformers = transformers_library()
     inputs = cast(Any, c.inputs)
     values: dict[str, Any] = {
         "num_latents": c.latents,
@@ -256,7 +258,40 @@ def _their_model(head: str, c: PerceiverIOModel, model: PerceiverIO) -> Any:
     return getattr(transformers, head)(transformers.PerceiverConfig(**values))
 
 
-def _classes(model: PerceiverIO) -> int:
+def transformers_library() -> Any:
+    """Import the transformers library.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "transformers: not installed; wanted for this conversion: pip install '.[models]'"
+        ) from error
+    return transformers
+
+
+def read_transformers(folder: str) -> PerceiverIO:
+    """Build our model from a local folder as `save_pretrained` writes it: config.json and model.safetensors.
+
+    Raises:
+        UserError: if the folder holds another class, or its weights are not in safetensors.
+    """
+    heads = json.loads(Path(folder, "config.json").read_text()).get("architectures") or ["no class"]
+    if heads[0] not in _READERS:
+        raise UserError(f"{folder}/config.json: got {heads[0]}; wanted one of {', '.join(_READERS)}")
+    if not Path(folder, "model.safetensors").is_file():
+        raise UserError(
+            f"{folder}: got no model.safetensors; pickled weights are not read: convert them with transformers, "
+            f"{heads[0]}.from_pretrained({folder!r}).save_pretrained('NEW')"
+        )
+    head = getattr(transformers_library(), heads[0])
+    return from_transformers(head.from_pretrained(folder, local_files_only=True, use_safetensors=True))
+
+
+def _classes(model: nn.Module) -> int:
     return cast(Any, model.decoder).heads[0].out_features
 
 

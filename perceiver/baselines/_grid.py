@@ -84,6 +84,6 @@ def transformers_library() -> Any:
         import transformers
     except ImportError as error:
         raise UserError(
-            "transformers: not installed; wanted for this baseline: pip install 'perceiver-train[models]'"
+            "transformers: not installed; wanted for this baseline: pip install '.[models]'"
         ) from error
     return transformers

@@ -47,9 +47,12 @@ class Positions(nn.Module):
 
     def learned(self, grid: tuple[int, ...]) -> Tensor:
         """Return the learned positions (M, channels), interpolated linearly if the grid is not the configured one."""
-        table = self.table
-        if grid != self.grid:
-            mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(grid)]
-            image = table.t().reshape(1, -1, *self.grid)
-            table = nn.functional.interpolate(image, grid, mode=mode, align_corners=True).flatten(2)[0].t()
+        table = self.table if grid == self.grid else resize_table(self.table, self.grid, grid)
         return table if self.projection is None else self.projection(table)
+
+
+def resize_table(table: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Interpolate learned positions (prod(old), C) linearly to another grid, corner on corner: (prod(new), C)."""
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(new)]
+    image = table.t().reshape(1, -1, *old)
+    return nn.functional.interpolate(image, new, mode=mode, align_corners=True).flatten(2)[0].t()

@@ -88,7 +88,7 @@ class Multimodal(nn.Module):
 
     def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
         """Map the raw tensors to the joined inputs (B, M, channels)."""
-        batch = len(next(iter(raw.values())))
+        batch = next(iter(raw.values())).shape[0]
         parts = [self._part(name, raw, dtype, batch) for name in self.modalities]
         mask = None
         if any(part.mask is not None for part in parts):

@@ -24,6 +24,10 @@ class TrainConfig(SavingConfig):
     micro_batch: PositiveInt | None = Field(
         default=None, description="samples of one forward pass on one worker; default: a worker's whole share"
     )
+    init_from: str | None = Field(
+        default=None,
+        description="weights to start from: a run's folder, a checkpoint, a .safetensors file, a transformers folder",
+    )
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     log_every: PositiveInt = Field(default=10, description="steps between two recorded points of the training metrics")
     eval_every: PositiveFloat = Field(default=1.0, description="epochs between two evaluations")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -118,6 +119,24 @@ def load_shards(folder: Path, writers: int, layouts: Layouts, optimizer: Any) ->
                     tensor.copy_(line.view_as(tensor))
             state["step"].fill_(sources.step)
         return sources.step
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the whole state of a saved model in float32, buffers included, whatever engine and stage wrote it.
+
+    Raises UserError if something is missing.
+    """
+    header = json.loads((folder / _HEADER).read_text())
+    rest = load_tensors(folder, "rest") or {}
+    tensors: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_open(_shard_path(folder, number))) for number in range(header["writers"])]
+        sources = _Sources(files)
+        for name, shape in header["shapes"].items():
+            if name not in rest:
+                tensors[name] = torch.empty(shape, dtype=torch.float32)
+                sources.fill(tensors[name].view(-1), "param", name, 0)
+    return {name: rest[name] if name in rest else tensors[name] for name in header["shapes"]}
 
 
 class _Sources:

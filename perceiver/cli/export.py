@@ -1,0 +1,83 @@
+"""``perceiver export``: a trained model as safetensors, as a transformers folder or as ONNX."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+FORMATS = ("safetensors", "transformers", "onnx")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  perceiver export runs/quickstart-001 --format onnx --to exported/digits
+  perceiver export runs/quickstart-001/checkpoints/step-00001875 --format safetensors --to s3://bucket/digits"""
+)
+@click.argument("source")
+@click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="What to write.")
+@click.option("--to", "target", required=True, metavar="FOLDER", help="Where to write; a path or an fsspec URL.")
+@click.option("--tolerance", default=1e-4, show_default=True, help="ONNX: greatest difference, of the largest output.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON line.")
+def command(source: str, form: str, target: str, tolerance: float, as_json: bool) -> int:
+    """Write the model of SOURCE and a card (README.md) about it.
+
+    SOURCE is a run's folder, one of its checkpoints, a .safetensors file with its recipe.yaml beside it, or a folder
+    that transformers wrote; a path or an fsspec URL. The outputs of what was written are compared with the model's.
+    """
+    from perceiver import export
+    from perceiver.weights import open_weights
+
+    saved = open_weights(source)
+    with tempfile.TemporaryDirectory(prefix="export-") as staging:
+        folder = Path(staging)
+        if form == "onnx":
+            written = export.export_onnx(saved, folder, tolerance)
+        else:
+            written = {"safetensors": export.export_safetensors, "transformers": export.export_transformers}[form](
+                saved, folder
+            )
+        (folder / "README.md").write_text(export.model_card(saved, written, _data_facts(saved)))
+        _put(folder, target)
+    files = [*written.pop("files"), "README.md"]
+    if as_json:
+        click.echo(json.dumps({"to": target, "format": form, "files": files, **written}))
+        return 0
+    click.echo(f"{target}: {', '.join(files)}")
+    if "max_difference" in written:
+        click.echo(f"outputs differ by at most {written['max_difference']:.1e} of the largest (onnxruntime)")
+    return 0
+
+
+def _data_facts(saved: Any) -> Any:
+    """What the manifest of the training data says, if it can be reached."""
+    from perceiver.config import UserError
+    from perceiver.export import DataFacts
+    from pipelines.shards import load_manifest
+
+    section = saved.recipe.get("data", {})
+    if "url" not in section:
+        return None
+    try:
+        manifest = load_manifest(section["url"], section.get("storage_options"))
+    except UserError:
+        return None
+    return DataFacts(manifest.name, manifest.licence, manifest.source, manifest.classes)
+
+
+def _put(folder: Path, target: str) -> None:
+    """Copy the files of a folder to a path or URL."""
+    import fsspec
+
+    from perceiver.config import UserError
+
+    fs, path = fsspec.core.url_to_fs(target)
+    try:
+        fs.makedirs(path, exist_ok=True)
+        for file in sorted(folder.iterdir()):
+            fs.put_file(str(file), f"{path}/{file.name}")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--to {target}: cannot be written ({reason}); choose another folder") from None
