@@ -130,7 +130,8 @@ def _whereabouts() -> dict[str, Any]:
     import ray
 
     node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id, "device": device}
 
 
 def _build(config: Mapping[str, Any], place: Place, monitor: Client, resources: contextlib.ExitStack) -> Job:
@@ -284,10 +285,10 @@ def _hooks(job: Job, evaluation: EvalHook) -> list[Hook]:
     """The hooks that report on a step."""
     if job.place.rank > 0:
         return [evaluation]
-    return [partial(_progress, job.monitor), MetricsHook(job.history, job.recipe.train.log_every), evaluation]
+    return [partial(_progress, job), MetricsHook(job.history, job.recipe.train.log_every), evaluation]
 
 
-def _progress(monitor: Client, info: StepInfo) -> None:
+def _progress(job: Job, info: StepInfo) -> None:
     payload = {
         "step": info.step,
         "total_steps": info.total_steps,
@@ -297,8 +298,9 @@ def _progress(monitor: Client, info: StepInfo) -> None:
         "seconds": info.seconds,
         "wait_seconds": info.wait_seconds,
         "samples": info.samples,
+        "quarantined": len(job.quarantine.problems),
     }
-    monitor.send("progress", payload, urgent=info.last)
+    job.monitor.send("progress", payload, urgent=info.last)
 
 
 def _saved(job: Job, step: int, url: str) -> None:

@@ -1,0 +1,144 @@
+"""A run's figures on Ray's Prometheus endpoint, so that a cluster's own Grafana shows them beside its machines.
+
+The driver exports what the workers tell it: nothing is added to a training step. Every metric carries the label `run`;
+Ray prefixes the names with `ray_`. `perceiver cluster render grafana` writes a dashboard of them.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.capacity.hardware import load_hardware
+from cluster.recipe import Recipe
+from perceiver.step_trace import trace_step
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One exported figure.
+
+    Attributes:
+        name: of the metric, without Ray's prefix.
+        title: for people.
+        unit: as Grafana names it.
+    """
+
+    name: str
+    title: str
+    unit: str
+
+
+FIGURES = (
+    Figure("perceiver_samples_per_second", "Samples a second over all workers", "short"),
+    Figure("perceiver_step_seconds", "Wall time of an optimizer step", "s"),
+    Figure("perceiver_data_wait_share", "Share of the step spent waiting for data", "percentunit"),
+    Figure("perceiver_loss", "Training loss of the last step", "short"),
+    Figure("perceiver_step", "Optimizer steps done", "short"),
+    Figure("perceiver_skipped_steps", "Steps skipped since the start: the gradient was not finite", "short"),
+    Figure("perceiver_quarantined_samples", "Bad samples that the first worker met since the start", "short"),
+    Figure("perceiver_checkpoint_age_seconds", "Age of the newest checkpoint, or of the start", "s"),
+    Figure("perceiver_worker_failures", "Worker failures since the start", "short"),
+    Figure("perceiver_model_flops_utilisation", "Share of the GPUs' peak that the model's own FLOPs come to",
+           "percentunit"),
+)  # fmt: skip
+
+Export = Callable[[str, float], None]
+"""Takes a metric's name and its value."""
+
+
+class RunMetrics:
+    """Turns the events of a run into figures.
+
+    Args:
+        export: where they go; see `ray_export`.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, export: Export, clock: Callable[[], float] = time.monotonic) -> None:
+        self.export, self.clock = export, clock
+        self.peak_samples_s: float | None = None
+        self._saved_at = clock()
+        self._failures = 0
+        self._skipped = 0.0
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Take in one event of a worker; kinds that say nothing about a figure are passed over."""
+        handler = getattr(self, f"_on_{event['kind']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_progress(self, event: Mapping[str, Any]) -> None:
+        seconds = max(event["seconds"], 1e-9)
+        rate = event["samples"] / seconds
+        self.export("perceiver_samples_per_second", rate)
+        self.export("perceiver_step_seconds", event["seconds"])
+        self.export("perceiver_data_wait_share", event["wait_seconds"] / seconds)
+        self.export("perceiver_loss", event["loss"])
+        self.export("perceiver_step", event["step"])
+        self.export("perceiver_checkpoint_age_seconds", self.clock() - self._saved_at)
+        self.export("perceiver_quarantined_samples", event["quarantined"])
+        if self.peak_samples_s:
+            self.export("perceiver_model_flops_utilisation", rate / self.peak_samples_s)
+
+    def _on_metrics(self, event: Mapping[str, Any]) -> None:
+        self._skipped += event["metrics"].get("train/skipped_steps", 0.0)
+        self.export("perceiver_skipped_steps", self._skipped)
+
+    def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
+        self._saved_at = self.clock()
+        self.export("perceiver_checkpoint_age_seconds", 0.0)
+
+    def _on_failure(self, event: Mapping[str, Any]) -> None:
+        self._failures += 1
+        self.export("perceiver_worker_failures", self._failures)
+
+
+def ray_export(run: str) -> Export:
+    """Export to the Ray that this process is connected to, under a run's name."""
+    from ray.util.metrics import Gauge
+
+    gauges = {figure.name: Gauge(figure.name, description=figure.title, tag_keys=("run",)) for figure in FIGURES}
+    for gauge in gauges.values():
+        gauge.set_default_tags({"run": run})
+    return lambda name, value: gauges[name].set(value)
+
+
+def find_peak(metrics: RunMetrics, recipe: Recipe, classes: int | None, device: str) -> None:
+    """Work out in a thread, on GPUs that the hardware table knows, what the utilisation is relative to."""
+    known = [d for d in load_hardware(None).devices.values() if d.match != "cpu" and d.match in device]
+    if not known:
+        return
+    peak = 1e12 * (known[0].fp32_tflops if recipe.train.precision == "fp32" else known[0].bf16_tflops)
+
+    def work() -> None:
+        flops = trace_step(recipe.model, classes=classes).flops
+        metrics.peak_samples_s = peak * recipe.cluster.workers / flops
+
+    threading.Thread(target=work, name="model-flops", daemon=True).start()
+
+
+def dashboard() -> dict[str, Any]:
+    """A Grafana dashboard of the figures, for its import page; the data source is asked for there."""
+    source = {"type": "prometheus", "uid": "${DS_PROMETHEUS}"}
+    panels = [
+        {
+            "id": number + 1,
+            "type": "timeseries",
+            "title": figure.title,
+            "datasource": source,
+            "gridPos": {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)},
+            "fieldConfig": {"defaults": {"unit": figure.unit}, "overrides": []},
+            "targets": [{"refId": "A", "datasource": source, "legendFormat": "{{run}}",
+                         "expr": f'ray_{figure.name}{{run=~"$run"}}'}],
+        }
+        for number, figure in enumerate(FIGURES)
+    ]  # fmt: skip
+    variable = {"name": "run", "type": "query", "datasource": source, "multi": True, "includeAll": True, "refresh": 2,
+                "query": "label_values(ray_perceiver_step, run)", "current": {"text": "All", "value": "$__all"}}
+    return {
+        "__inputs": [{"name": "DS_PROMETHEUS", "label": "Prometheus", "type": "datasource", "pluginId": "prometheus"}],
+        "title": "Perceiver training", "uid": "perceiver-training", "schemaVersion": 39, "refresh": "30s",
+        "time": {"from": "now-6h", "to": "now"}, "templating": {"list": [variable]}, "panels": panels,
+    }  # fmt: skip
