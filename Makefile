@@ -7,7 +7,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help setup train test check bench clean
+.PHONY: help setup train test check bench faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +31,9 @@ check: $(READY)  ## lint, types, import contract
 
 test: check  ## check, then the whole test suite
 	$(BIN)/python -m pytest
+
+faults: $(READY)  ## put faults upon real runs and print the table (about 10 minutes)
+	@$(BIN)/python -m tests.faults
 
 clean:  ## remove what was made here, .venv too
 	rm -rf $(VENV) data runs build *.egg-info .pytest_cache .ruff_cache

@@ -1,8 +1,8 @@
 """Finding a worker that hangs: each sends a pulse with how many batches it has got; the driver names who is missing.
 
-Workers that wait in a collective operation for one that hangs do not move either, so steps tell nobody apart. Two things
-do. A process that is stopped, swapped out or cut off sends no pulse. One that is alive but stuck, in its data for
-example, has got fewer batches than those that wait for it.
+Workers that wait in a collective operation for one that hangs do not move either, so steps tell nobody apart. Two
+things do. A process that is stopped, swapped out or cut off sends no pulse. One that is alive but stuck, in its data
+for example, has got fewer batches than those that wait for it.
 """
 
 import logging

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pydantic import Field, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 
 from perceiver.config import Config, UserError
 from perceiver.train.checkpoint import CheckpointManifest, CheckpointStore, Snapshot, Staged
@@ -190,7 +191,7 @@ class BackgroundSaver:
         self.failure = ""
         try:
             staged = self.store.stage(engine, snapshot)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self._fail(snapshot.step, error)
             return
         self._thread = threading.Thread(target=self._run, args=(staged,), name="checkpoint", daemon=True)

@@ -1,0 +1,37 @@
+"""`python -m tests.faults [NAME ...]`: put the faults upon real runs and print one table; exit code 1 if one failed."""
+
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.cluster.recipes import prepare_images, small_tree
+from tests.faults.job import Outcome, row
+from tests.faults.scenarios import SCENARIOS
+
+HEAD = ("fault", "detected in s", "first new step in s", "steps lost", "samples lost or doubled", "passed")
+
+
+def main(names: list[str]) -> int:
+    """Run the scenarios whose name holds one of the given words, all if there is none."""
+    chosen = {name: run for name, run in SCENARIOS.items() if not names or any(word in name for word in names)}
+    outcomes: list[Outcome] = []
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, Python {platform.python_version()}\n")
+    print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
+    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+        url = prepare_images(Path(scratch))
+        for number, (name, run) in enumerate(chosen.items()):
+            folder = Path(scratch, str(number))
+            folder.mkdir()
+            try:
+                outcomes.append(run(folder, small_tree(folder, url)))
+            except Exception as error:  # noqa: BLE001  one that breaks must not hide the others
+                outcomes.append(Outcome(name, failures=[f"{type(error).__name__}: {error}"]))
+            cells = [cell.replace("\n", " / ").replace("|", "/") for cell in row(outcomes[-1])]
+            print("| " + " | ".join(cells) + " |", flush=True)
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,237 @@
+"""A real `perceiver train` in a process of its own, and what can be read off it while and after faults happen."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from perceiver.train.ledger import Audit, audit
+from pipelines.ingest import DataConfig, sample_plan
+from pipelines.shards import load_manifest
+from tests.cluster.recipes import write_recipe
+
+PERCEIVER = [str(Path(sys.executable).with_name("perceiver")), "train"]
+PATIENCE_S = 400.0
+
+
+@dataclass
+class Outcome:
+    """One row of the table. None: does not apply."""
+
+    fault: str
+    detected_s: float | None = None
+    first_step_s: float | None = None
+    steps_lost: int | None = None
+    samples_wrong: int | None = None
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all that was promised held."""
+        return not self.failures
+
+    def expect(self, holds: Any, promise: str) -> None:
+        """Note a promise that was not kept."""
+        if not holds:
+            self.failures.append(promise)
+
+
+class Job:
+    """A run of the small recipe below a folder; times are seconds since the epoch.
+
+    Args:
+        folder: of its own; also its home.
+        tree: the recipe; see `fault_tree`.
+        environment: variables to set.
+    """
+
+    def __init__(self, folder: Path, tree: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+        self.folder, self.tree, self.environment = folder, tree, environment or {}
+        self.run = folder / "runs" / "small-001"
+        self.lines: list[tuple[float, str]] = []
+        self.process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def start(self, *arguments: str) -> "Job":
+        """Start the command; its lines are read as they come."""
+        environment = {**os.environ, "HOME": str(self.folder), "COLUMNS": "200", **self.environment}
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+            environment.pop(name, None)
+        self.lines = []
+        self.process = subprocess.Popen(
+            [*PERCEIVER, str(write_recipe(self.folder, self.tree)), *arguments],
+            cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader.start()
+        return self
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.lines.append((time.time(), line.rstrip()))
+
+    @property
+    def output(self) -> str:
+        """All lines so far."""
+        return "\n".join(line for _, line in self.lines)
+
+    def wait(self, condition: Callable[[], Any], what: str) -> Any:
+        """Wait until something holds and return it; the command must not end before."""
+        assert self.process is not None
+        until = time.monotonic() + PATIENCE_S
+        while not (found := condition()):
+            assert self.process.poll() is None, f"ended before {what}:\n{self.output}"
+            assert time.monotonic() < until, f"no {what}:\n{self.output}"
+            time.sleep(0.02)
+        return found
+
+    def wait_line(self, text: str) -> float:
+        """Wait for a line with this text; return when it came."""
+        return self.wait(lambda: self.said(text), f"line {text!r}")
+
+    def said(self, text: str) -> float | None:
+        """When the first line with this text came."""
+        return next((when for when, line in self.lines if text in line), None)
+
+    def end(self) -> int:
+        """Wait for the command's end; return its exit code."""
+        assert self.process is not None and self._reader is not None
+        code = self.process.wait(PATIENCE_S)
+        self._reader.join()
+        return code
+
+    def kill(self) -> None:
+        """Make sure that nothing of the run is left."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for process in self.leftovers():
+            process.kill()
+
+    def leftovers(self) -> list[psutil.Process]:
+        """Processes of the run's Ray that are still there."""
+        session = Path(str(self.facts().get("ray_session", ""))).name
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if session and any(session in part for part in process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds."""
+        path = self.run / "run.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def worker(self, rank: int) -> psutil.Process:
+        """The process of a worker."""
+        return psutil.Process(self.facts()["workers"][str(rank)]["pid"])
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints."""
+        manifests = self.run.glob("checkpoints/step-*/manifest.json")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in manifests)
+
+    def wait_checkpoint(self, after: int = 0) -> int:
+        """Wait for a checkpoint behind a step; return the newest's step."""
+        return self.wait(lambda: max((step for step in self.steps() if step > after), default=0), "checkpoint")
+
+    def history(self) -> list[dict[str, float]]:
+        """The rows that the newest checkpoint records."""
+        newest = self.run / "checkpoints" / f"step-{self.steps()[-1]:08d}" / "history.jsonl"
+        return [json.loads(line) for line in newest.read_text().splitlines()]
+
+    def losses(self) -> dict[int, float]:
+        """The loss of each step."""
+        return {int(row["step"]): row["train/loss"] for row in self.history() if "train/loss" in row}
+
+    def data_tasks(self) -> list[psutil.Process]:
+        """The data tasks' processes that are at work."""
+        session = Path(str(self.facts()["ray_session"])).name
+        raylets = [p for p in psutil.process_iter(["name", "cmdline"])
+                   if p.info["name"] == "raylet" and any(session in part for part in p.info["cmdline"] or [])]
+        children = [child for raylet in raylets for child in raylet.children(recursive=True)]
+        return [child for child in children if "MapBatches" in _title(child)]
+
+    # -- judging -------------------------------------------------------------------------------------------------------
+
+    def judge(self, outcome: Outcome, fault: float, detected: float | None, last_step: int) -> Outcome:
+        """Fill a row from the finished run's records: when it was found, when steps came again, what was lost."""
+        outcome.detected_s = None if detected is None else detected - fault
+        rows = [row for row in self.history() if "train/loss" in row]
+        resumed = [int(line.split()[3]) for _, line in self.lines if line.startswith("resumed at step")]
+        if resumed:
+            first = next((row["time"] for row in rows if row["step"] == resumed[-1] + 1), None)
+            outcome.expect(first is not None, "a step after the resume")
+            outcome.first_step_s = first - (detected or fault) if first else None
+            outcome.steps_lost = max(0, self._last_step_before(fault) - resumed[-1])
+        found = self.audit(last_step)
+        outcome.samples_wrong = len(found.lost) + len(found.doubled)
+        outcome.expect(found.exact, f"samples: {found.lost[:3]} lost, {found.doubled[:3]} doubled")
+        outcome.expect([int(row["step"]) for row in rows] == list(range(1, last_step + 1)), "each step recorded once")
+        outcome.expect("Traceback" not in self.output, "no trace on the screen")
+        return outcome
+
+    def audit(self, last_step: int) -> Audit:
+        """Hold the ledger against the plan."""
+        data = DataConfig(**self.tree["data"])
+        batch = self.tree["train"]["global_batch"]
+        plan = sample_plan(data, load_manifest(data.url), seed=self.tree.get("seed", 0), global_batch=batch)
+        return audit(str(self.run / "ledger"), last_step, lambda step: plan.share(step - 1, step).ids.ravel().tolist())
+
+    def _last_step_before(self, fault: float) -> int:
+        """The last step that was recorded before the fault, from MLflow's store, which forgets nothing."""
+        query = "select max(step) from metrics where key = 'train/loss' and timestamp <= ?"
+        with sqlite3.connect(self.folder / "runs" / "mlflow.db") as store:
+            (step,) = store.execute(query, (int(fault * 1000),)).fetchone()
+        return int(step or 0)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def fault_tree(tree: dict[str, Any], steps: int, **train: Any) -> dict[str, Any]:
+    """The small recipe for faults: many short steps, a checkpoint every second one, each step recorded."""
+    settings = {"steps": steps, "global_batch": 16, "log_every": 1, "eval_every": 1000, "checkpoint_every": 0.4}
+    cluster = {"workers": 2, "hang_s": 10, "object_store_mb": 100}
+    return {**tree, "train": {**settings, "ledger": True, **train}, "cluster": cluster}
+
+
+def send(process: psutil.Process, number: signal.Signals) -> float:
+    """Send a signal; return when."""
+    now = time.time()
+    process.send_signal(number)
+    return now
+
+
+def row(outcome: Outcome) -> Iterable[str]:
+    """The cells of a row."""
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    def count(value: int | None) -> str:
+        return "-" if value is None else str(value)
+
+    return (outcome.fault, seconds(outcome.detected_s), seconds(outcome.first_step_s), count(outcome.steps_lost),
+            count(outcome.samples_wrong), "yes" if outcome.passed else "NO: " + "; ".join(outcome.failures))

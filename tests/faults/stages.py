@@ -1,0 +1,67 @@
+"""A process that saves checkpoints and is killed before one of its operations on the disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from perceiver.train.checkpoint import CheckpointStore, Snapshot
+from tests.train.toy import toy_engine
+
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate"}
+
+
+def killed_at_each_stage(folder: Path) -> tuple[int, list[int]]:
+    """Kill a save of step 2 before its first, second, ... operation on its files until it gets through.
+
+    Returns:
+        The number of operations, and those after which there was no whole checkpoint.
+    """
+    command = [sys.executable, "-m", "tests.faults.stages", str(folder)]
+    done = subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE)
+    found = json.loads(done.stdout)
+    return found["stages"], found["wrong"]
+
+
+def main(folder: Path) -> None:
+    """Fork a process for each stage, so that what they need is imported once."""
+    wrong = []
+    for stage in range(1, 200):
+        place = str(folder / f"stage-{stage:03d}")
+        child = os.fork()
+        if child == 0:
+            save_until_killed(place, stage)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        got_through = os.waitstatus_to_exitcode(status) == 0
+        newest = CheckpointStore(place).newest()
+        if newest is None or (got_through and newest.step != 2):
+            wrong.append(stage)
+        if got_through:
+            print(json.dumps({"stages": stage - 1, "wrong": wrong}))
+            return
+    raise AssertionError("the save never got through")
+
+
+def save_until_killed(place: str, stage: int) -> None:
+    """Save step 1 undisturbed, then step 2 with the kill on its way."""
+    engine, store = toy_engine(), CheckpointStore(place)
+    store.save(engine, Snapshot(1, 8, {}, {}, {}, {}, "{}\n"))
+    left = stage
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event in EVENTS and place in str(arguments[:2]):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    store.save(engine, Snapshot(2, 16, {}, {}, {}, {}, "{}\n"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,33 @@
+"""The part of the fault table that every test run can afford; `make faults` prints all of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.recipes import prepare_images, small_tree
+from tests.faults.scenarios import SCENARIOS
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URL of a small prepared set of images."""
+    return prepare_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["worker SIGSTOP (hang)", "disk full for a while (file size limit)"])
+def test_a_fault_costs_what_is_promised(
+    name: str, tmp_path: Path, images: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULT_HANG_S", "8")
+    tree: dict[str, Any] = small_tree(tmp_path, images)
+    outcome = SCENARIOS[name](tmp_path, tree)
+    assert outcome.passed, outcome
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    outcome = SCENARIOS["kill at each stage of a checkpoint write"](tmp_path, {})
+    assert outcome.passed, outcome
