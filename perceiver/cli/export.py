@@ -1,6 +1,7 @@
 """``perceiver export``: a trained model as safetensors, as a transformers folder or as ONNX."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ def command(source: str, form: str, target: str, tolerance: float, as_json: bool
     SOURCE is a run's folder, one of its checkpoints, a .safetensors file with its recipe.yaml beside it, or a folder
     that transformers wrote; a path or an fsspec URL. The outputs of what was written are compared with the model's.
     """
+    # Read when the transformers library is imported: its progress bars have no place on this screen.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from perceiver import export
     from perceiver.weights import open_weights
 
