@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,9 +15,9 @@ from pydantic import (
 )
 
 from cluster.recipe import Recipe, build_recipe
-from cluster.recipe_file import read_tree
 from perceiver.config import Config, UserError
 from tune.messages import explain
+from tune.search_file import read_search
 from tune.space import Choice, Grid, Space, flatten_space, with_values
 
 Mode = Literal["max", "min"]
@@ -36,6 +35,14 @@ class Asha(Config):
     kind: Literal["asha"]
     grace: PositiveFloat = Field(default=1.0, description="epochs before a trial may be stopped: the first rung")
     reduction: float = Field(default=3.0, gt=1, description="one in so many goes on; each rung is so many times later")
+
+    def rungs(self, epochs: float) -> list[float]:
+        """Return the epochs before the end at which it decides."""
+        found, rung = [], self.grace
+        while rung < epochs:
+            found.append(rung)
+            rung *= self.reduction
+        return found
 
 
 class Median(Config):
@@ -149,65 +156,36 @@ class Search:
     source: str
 
 
-def load_search(path: str, overrides: Sequence[str] = ()) -> Search:
-    """Read a search file, apply overrides such as ``trials=4`` or ``train.epochs=3``, and the recipe it names.
+def build_search(tree: Mapping[str, Any], base: Mapping[str, Any], where: str, source: str) -> Search:
+    """Validate what `tune.search_file.read_search` read.
 
-    A key that only the recipe has changes the recipe.
+    Args:
+        tree: the search file's.
+        base: the base recipe's, overrides applied.
+        where: the base recipe's file, for messages.
+        source: the search file, for messages.
 
     Raises:
         UserError: one line about the first mistake.
     """
-    ours, theirs = split_overrides(overrides)
-    tree = read_tree(path, ours)
     try:
         config = SearchConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, SearchConfig)}") from None
-    where = recipe_path(config.recipe, path)
-    base = with_values(read_tree(where), flat(config.overrides))
-    base = with_values(base, flat(read_overrides(theirs)))
+        raise UserError(f"{source}: {explain(error, SearchConfig)}") from None
     if isinstance(config.scheduler, Pbt | Pb2):
         every = config.scheduler.interval
         base = with_values(base, {"train.eval_every": every, "train.checkpoint_every": every})
-    recipe = build_recipe(base, source=where)
-    return Search(config, base, recipe, path)
+    return Search(config, dict(base), build_recipe(base, source=where), source)
 
 
-def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the overrides of the search file and those of the recipe, told apart by their first key."""
-    theirs = [o for o in overrides if _head(o) in Recipe.model_fields and _head(o) not in SearchConfig.model_fields]
-    return [o for o in overrides if o not in theirs], theirs
+def load_search(path: str, overrides: Sequence[str] = ()) -> Search:
+    """Read and validate a search file and its base recipe.
 
-
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return ``key=value`` overrides as a nested tree."""
-    from cluster.recipe_file import apply_override
-
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        apply_override(tree, override)
-    return tree
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree of overrides by dotted key; a mapping that names a ``kind`` replaces the whole section."""
-    found: dict[str, Any] = {}
-    for key, node in tree.items():
-        if isinstance(node, Mapping) and "kind" not in node:
-            found |= flat(node, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = node
-    return found
-
-
-def recipe_path(recipe: str, search_file: str) -> str:
-    """Return where the base recipe lies: as seen from here, else from the search file's folder."""
-    beside = Path(search_file).parent / recipe
-    return str(beside) if beside.is_file() and not Path(recipe).is_file() else recipe
-
-
-def _head(override: str) -> str:
-    return override.partition("=")[0].split(".")[0]
+    Raises:
+        UserError: as `read_search` and `build_search`.
+    """
+    tree, base, where = read_search(path, overrides)
+    return build_search(tree, base, where, path)
 
 
 def _problems(config: SearchConfig) -> list[str]:

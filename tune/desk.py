@@ -11,6 +11,7 @@ import ray.tune
 from ray.tune.search import Searcher
 
 from cluster.failures import one_line
+from cluster.recipe import absolute
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
 from tune.draws import Ending, Source
@@ -215,7 +216,8 @@ class Reporter(ray.tune.Callback):
 
 def configuration(trial: TrialRecord) -> dict[str, Any]:
     """Return what a trial's process is started with."""
-    return {"number": trial.number, "values": trial.values}
+    values = {key: absolute(value) if key == "data.url" else value for key, value in trial.values.items()}
+    return {"number": trial.number, "values": values}
 
 
 def failure(trial: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from tune.config import Mode, OptunaSearch, Search
-from tune.space import Grid, Values, holds, ordered, sample
+from tune.space import Grid, Space, Values, holds, ordered, sample
 
 Ending = Literal["finished", "stopped", "failed"]
 
@@ -149,6 +149,16 @@ class _Recorded:
         return value
 
 
+def recorded(values: Values, space: Space, base: Mapping[str, Any]) -> _Recorded | None:
+    """Return a trial's parameters and distributions in Optuna's terms; None if its values lie outside the space."""
+    draw = _Recorded(values)
+    try:
+        sample(space, base, draw)
+    except (KeyError, ValueError, TypeError):
+        return None
+    return draw
+
+
 class OptunaSource:
     """Trials from an Optuna study. Nothing of it is stored: it is told again what the record of the search says."""
 
@@ -193,18 +203,16 @@ class OptunaSource:
     def _add(self, values: Values, state: Any, figures: list[float], step: int) -> None:
         import optuna
 
-        recorded = _Recorded(values)
-        try:
-            sample(self.search.config.space, self.search.base, recorded)
-        except (KeyError, ValueError, TypeError):
+        draw = recorded(values, self.search.config.space, self.search.base)
+        if draw is None:
             return
         complete = state == optuna.trial.TrialState.COMPLETE
         pruned = state == optuna.trial.TrialState.PRUNED
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=state,
-                params=recorded.params,
-                distributions=recorded.distributions,
+                params=draw.params,
+                distributions=draw.distributions,
                 values=figures if complete else None,
                 intermediate_values={step: figures[0]} if pruned else None,
             )

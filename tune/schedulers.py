@@ -97,15 +97,6 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int) -> An
     return FIFOScheduler()
 
 
-def rungs(settings: Asha, epochs: float) -> list[float]:
-    """Return the epochs at which ASHA decides."""
-    found, rung = [], settings.grace
-    while rung < epochs:
-        found.append(rung)
-        rung *= settings.reduction
-    return found
-
-
 def replay(scheduler: Any, trials: Iterable[TrialRecord]) -> None:
     """Tell a scheduler the results of the trials that ended in an earlier start of the search."""
     if not isinstance(scheduler, SparingAsha | SparingMedian):

@@ -1,0 +1,363 @@
+"""The driver of a search: check everything, start Ray and MLflow, run Ray Tune, conclude."""
+
+import logging
+import os
+import shlex
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from cluster import local
+from cluster.failures import one_line
+from cluster.launch import log_file, logged, stop_on_signal, stop_ray
+from cluster.recipe import absolute
+from cluster.run_folder import RunFolder, find_run, named_run, new_run, redacted_recipe
+from perceiver.config import UserError
+from perceiver.train.mlflow import (
+    RunHandle,
+    TrackingConfig,
+    create_run,
+    load_handle,
+    open_tracker,
+    prewarm,
+    share_helper,
+    spool_folder,
+)
+from perceiver.train.tracking import NullTracker, Tracker
+from pipelines.warm import warm_up
+from tune.checks import Checker, baseline, check_search, check_trials
+from tune.conclude import conclude
+from tune.config import OptunaSearch, Search, SearchConfig, build_search
+from tune.console import SearchConsole
+from tune.draws import FixedSource, OptunaSource, Source, known_trials
+from tune.dry_run import say_plan
+from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_record
+from tune.resources import Slots, divide
+from tune.search_file import read_search
+from tune.space import Values
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+STOPPING = "stopping: the running trials save a checkpoint first (again to leave at once)"
+FREE_ON_RESUME = ("trials", "concurrency", "max_failures")
+
+
+@dataclass
+class SearchLaunch:
+    """One start of a search: what is searched, where it lies, what the checks found, and where its lines go."""
+
+    search: Search
+    folder: RunFolder
+    checker: Checker
+    slots: Slots
+    record: SearchRecord
+    waiting: list[int]
+    known: list[Values] | None
+    console: SearchConsole
+    background: ThreadPoolExecutor
+    command: str
+    resume: bool
+    began: float = field(default_factory=time.monotonic)
+    tracker: Tracker = field(default_factory=NullTracker)
+
+    @property
+    def total(self) -> int:
+        """Return how many trials the search comes to."""
+        return len(self.known) if self.known is not None else self.search.config.trials
+
+    @property
+    def trials_url(self) -> str:
+        """Return the folder that the trials' run folders lie in."""
+        return absolute(self.folder.location("trials"))
+
+
+def launch_search(
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    run: str | None = None,
+    as_json: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Run a search to its end; return the exit code (0 done, 1 failed, 130 stopped).
+
+    Args:
+        path: the search file.
+        overrides: ``key=value``, of the search or of its base recipe.
+        resume: go on with the newest search of the name, or with ``run``.
+        run: name of the search's folder.
+        as_json: print the outcome as one JSON line at the end.
+        dry_run: say what would be done, and end.
+
+    Raises:
+        UserError: a mistake in the search, the recipe, the data or the resources, before anything starts.
+    """
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    tree, base, where = read_search(path, overrides)
+    address = local.ClusterConfig.model_validate(base.get("cluster") or {}).resolved_address()
+    ray_start = None if dry_run and not address else local.EarlyRay(base.get("cluster"))
+    search = build_search(tree, base, where, path)
+    checker = check_search(search)
+    cpus, gpus = _cluster(ray_start if address else None)
+    known = known_trials(search, baseline(search))
+    slots = divide(search.recipe, search.config.concurrency, len(known or range(search.config.trials)), cpus, gpus)
+    check_trials(checker, known or [])
+    if dry_run:
+        say_plan(search, checker, slots, known)
+        return 0
+    folder = _folder(search, resume, run)
+    record = load_record(folder) if resume else SearchRecord(
+        metrics=search.config.metrics, workers=search.recipe.cluster.workers
+    )  # fmt: skip
+    waiting = go_on(record)
+    _keep_search(search, folder, resume)
+    with SearchConsole(record) as console, ExitStack() as stack:
+        stack.enter_context(log_file(folder))
+        background = stack.enter_context(ThreadPoolExecutor(2))
+        command = " ".join(["perceiver tune", path, *map(shlex.quote, overrides)])
+        launch = SearchLaunch(
+            search, folder, checker, slots, record, waiting, known, console, background, command, resume
+        )
+        if resume and not waiting and len(record.trials) >= launch.total:
+            console.say(f"{folder.url} is finished ({len(record.trials)} trials); raise trials to go on")
+            return 0
+        assert ray_start is not None
+        outcome = logged(lambda: _search(launch, ray_start))
+        return conclude(launch, outcome, as_json)
+
+
+def _cluster(ray_start: local.EarlyRay | None) -> tuple[float, float]:
+    """Return the CPUs and GPUs of the cluster to connect to, or of this machine, where Ray may still be on its way."""
+    if ray_start is None:
+        import torch
+
+        return float(local.machine_cpus()), float(torch.cuda.device_count())
+    ray_start.facts()
+    import ray
+
+    resources = ray.cluster_resources()
+    return float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+
+
+def _folder(search: Search, resume: bool, run: str | None) -> RunFolder:
+    output, name = search.recipe.output, search.config.name
+    if resume:
+        return find_run(output, name, run)
+    folder = named_run(output, run) if run else new_run(output, name)
+    if folder.facts():
+        raise UserError(f"search {folder.name!r} exists below {output}: add --resume to go on, or choose another --run")
+    return folder
+
+
+def _keep_search(search: Search, folder: RunFolder, resume: bool) -> None:
+    """Write ``search.yaml``; on a resume refuse one that asks for something else.
+
+    Raises:
+        UserError: a key differs that the finished trials depend on.
+    """
+    wanted = {
+        "search": search.config.model_dump(mode="json"),
+        "base": redacted_recipe(search.recipe.model_dump(mode="json")),
+    }
+    before = yaml.safe_load(folder.read("search.yaml") or "{}") if resume else {}
+    for part, free in (("search", FREE_ON_RESUME), ("base", ("cluster", "tracking", "output"))):
+        for key in before.get(part, {}):
+            old, new = before[part][key], wanted[part].get(key)
+            if key not in free and old != new:
+                what = key if part == "search" else f"{key} of the base recipe"
+                raise UserError(
+                    f"{folder.url} was begun with another {what} ({_short(old)}, now {_short(new)}): resume with what "
+                    f"{folder.location('search.yaml')} says, or start a new search without --resume"
+                )
+    folder.note(search=search.config.name, status="running")
+    folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _search(launch: SearchLaunch, ray_start: local.EarlyRay) -> dict[str, Any]:
+    """Run the trials to their end; return how that went, with ``status`` finished, stopped or failed."""
+    console, folder = launch.console, launch.folder
+    share_helper()
+    sidecar = prewarm(_tracking(launch), folder.local)
+    _say_header(launch)
+    tracking = launch.background.submit(_create_run, launch, sidecar)
+    facts = ray_start.facts()
+    handle = tracking.result()
+    try:
+        data, tasks = launch.search.recipe.data, launch.slots.concurrency * launch.search.recipe.cluster.workers
+        warm_up(tasks * data.tasks, data.cpus_per_task)
+        folder.note(ray_session=facts["session"], mlflow_run=handle.run_id if handle else None)
+        if handle is not None:
+            launch.tracker = open_tracker(handle, spool_folder(folder.local), system_metrics_node="")
+            console.say(f"mlflow run {handle.run_id}, experiment {handle.experiment}")
+        console.say(f"logs {folder.local / 'logs' / 'driver.log'} and {facts['session']}/logs")
+        return {**_tune(launch, handle), "handle": handle}
+    finally:
+        launch.background.submit(stop_ray, folder, facts["session"])
+
+
+def _say_header(launch: SearchLaunch) -> None:
+    config, slots, console = launch.search.config, launch.slots, launch.console
+    here = "in its own process" if slots.here else f"with {launch.search.recipe.cluster.workers} workers"
+    console.say(
+        f"{launch.folder.url}: {launch.total} trials of {launch.search.recipe.name} ({config.search.kind}, scheduler "
+        f"{config.scheduler.kind}), {slots.concurrency} at a time, each {here} on {slots.share.cpus:.4g} CPUs"
+    )
+    if launch.resume:
+        done = len(launch.record.ended())
+        console.say(f"resuming {launch.folder.name}: {done} trials are done, {len(launch.waiting)} go on")
+
+
+def _tracking(launch: SearchLaunch) -> TrackingConfig:
+    """Return the recipe's tracking section with store and experiment filled in."""
+    config = launch.search.recipe.tracking
+    experiment = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or launch.search.config.name
+    store = f"sqlite:///{launch.folder.local.parent.resolve() / 'mlflow.db'}"
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or store
+    return config.model_copy(update={"uri": uri, "experiment": experiment})
+
+
+def _create_run(launch: SearchLaunch, sidecar: Any) -> RunHandle | None:
+    """Create the MLflow run of the search, or reopen it."""
+    config: SearchConfig = launch.search.config
+    params = {"search": config.model_dump(mode="json"), "base": launch.search.recipe.model_dump(mode="json")}
+    return create_run(
+        _tracking(launch),
+        launch.folder.name,
+        output=launch.folder.local,
+        params=params,
+        tags={"mlflow.source.name": "perceiver tune"},
+        resume=load_handle(launch.folder.local),
+        prewarmed=sidecar,
+    )
+
+
+def _source(launch: SearchLaunch) -> Source:
+    settings = launch.search.config.search
+    if isinstance(settings, OptunaSearch):
+        told = len(launch.record.trials)
+        return OptunaSource(launch.search, settings, launch.search.config.metrics, told)
+    assert launch.known is not None
+    return FixedSource(launch.known)
+
+
+def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
+    """Run Ray Tune in a thread, so that this one shows progress and takes the user's signals."""
+    import ray
+
+    from cluster.monitor import pump, start_monitor
+    from tune.desk import Desk
+    from tune.tuner import build_tuner
+
+    control = start_monitor()
+    desk = Desk(launch.record, launch.folder, _source(launch), _prepare(launch), launch.waiting, launch.total)
+    desk.listeners += [launch.console.news, _Tracking(launch).news]
+    _add_baseline(launch, desk)
+    tuner = build_tuner(launch, desk, control, _trial_tracking(launch, handle))
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except Exception as error:  # noqa: BLE001  whatever Ray raises becomes one line for the user
+            log.exception("the search failed")
+            outcome.update(status="failed", error=one_line(error))
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "progress":
+            launch.console.progress(event)
+        if event["kind"] == "exchange":
+            desk.exchanged(event["trial"], event["donor"], event["step"], event["values"])
+
+    def stopping(line: str) -> None:
+        desk.stopping = True
+        launch.console.say(line)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    launch.console.open()
+    with stop_on_signal(control, stopping, STOPPING):
+        thread.start()
+        while thread.is_alive():
+            pump(control, on_event)
+            launch.console.refresh()
+            thread.join(0.2)
+        pump(control, on_event)
+    launch.console.close()
+    desk.close()
+    ray.kill(control)
+    return {"status": "stopped" if desk.stopping else "finished", **outcome}
+
+
+def _prepare(launch: SearchLaunch) -> Any:
+    def prepare(values: Values) -> tuple[int, int]:
+        _, model = launch.checker.recipe(values)
+        return model.parameters, launch.checker.total_steps(values)[0]
+
+    return prepare
+
+
+def _add_baseline(launch: SearchLaunch, desk: Any) -> None:
+    """Enter trials that need no drawing: the baseline of a study, and a whole population."""
+    if launch.known is None and launch.search.config.with_baseline and not launch.record.trials:
+        values = baseline(launch.search)
+        parameters, steps = desk.prepare(values)
+        launch.record.trials.append(TrialRecord(number=0, values=values, parameters=parameters, total_steps=steps))
+        desk.waiting.append(0)
+    if launch.search.config.exchanges:
+        while len(launch.record.trials) < launch.total:
+            desk.waiting.append(desk.draw().number)
+    save_record(launch.record, launch.folder)
+
+
+def _trial_tracking(launch: SearchLaunch, handle: RunHandle | None) -> tuple[TrackingConfig, dict[str, str]]:
+    """Return the settings and tags of the trials' MLflow runs: children of the search's."""
+    config = _tracking(launch).model_copy(update={"system_metrics": False})
+    tags = {"mlflow.source.name": "perceiver tune", "perceiver.search": launch.folder.name}
+    if handle is not None and handle.run_id is not None:
+        tags["mlflow.parentRunId"] = handle.run_id
+    return config, tags
+
+
+class _Tracking:
+    """Logs what becomes of trials into the search's MLflow run, and closes the runs of those that failed."""
+
+    def __init__(self, launch: SearchLaunch) -> None:
+        self.launch = launch
+
+    def news(self, what: str, trial: TrialRecord) -> None:
+        """Take note of a trial's end."""
+        if what not in ("finished", "stopped", "failed"):
+            return
+        record = self.launch.record
+        if what == "failed":
+            self.launch.background.submit(self._close_failed, trial.number)
+        if best := record.best():
+            ended = len(record.ended())
+            figures = {f"best/{name}": value for name, value in best.scores(list(record.metrics)).items()}
+            trials = {f"trial/{name}": value for name, value in trial.scores(list(record.metrics)).items()}
+            self.launch.tracker.log_metrics(ended, {**figures, **trials, "trials_ended": float(ended)})
+
+    def _close_failed(self, number: int) -> None:
+        from tune.trial import trial_name
+
+        folder = RunFolder(self.launch.trials_url, trial_name(number)).local
+        if handle := load_handle(folder):
+            open_tracker(handle, spool_folder(folder)).close("failed")

@@ -1,0 +1,55 @@
+"""The files of a search as plain trees: cheap to read, before anything heavy is imported."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.recipe_file import apply_override, read_tree
+from perceiver.config import UserError
+from tune.space import with_values
+
+RECIPE_KEYS = ("output", "data", "model", "task", "optim", "train", "deepspeed", "cluster", "tracking")
+"""First keys that only a recipe has: an override of one of them changes the base recipe."""
+
+
+def read_search(path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return the tree of a search file, that of its base recipe with all overrides, and the recipe's file.
+
+    An override such as ``trials=4`` changes the search, ``train.epochs=3`` the recipe.
+
+    Raises:
+        UserError: a file is missing or no YAML, or an override is not of the form key=value.
+    """
+    theirs = [override for override in overrides if _head(override) in RECIPE_KEYS]
+    tree = read_tree(path, [override for override in overrides if override not in theirs])
+    recipe, changes = tree.get("recipe"), tree.get("overrides") or {}
+    if not isinstance(recipe, str):
+        raise UserError(f"{path}: the key recipe is missing: name the base recipe's file")
+    if not isinstance(changes, Mapping):
+        raise UserError(f"{path}: overrides = {changes!r}: wanted keys of the recipe with their values")
+    where = recipe_path(recipe, path)
+    base = with_values(read_tree(where), flat(changes))
+    for override in theirs:
+        apply_override(base, override)
+    return tree, base, where
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of overrides by dotted key; a mapping that names a ``kind`` replaces the whole section."""
+    found: dict[str, Any] = {}
+    for key, node in tree.items():
+        if isinstance(node, Mapping) and "kind" not in node:
+            found |= flat(node, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = node
+    return found
+
+
+def recipe_path(recipe: str, search_file: str) -> str:
+    """Return where the base recipe lies: as seen from here, else from the search file's folder."""
+    beside = Path(search_file).parent / recipe
+    return str(beside) if beside.is_file() and not Path(recipe).is_file() else recipe
+
+
+def _head(override: str) -> str:
+    return override.partition("=")[0].split(".")[0]
