@@ -67,10 +67,14 @@ class Folder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small UTF-8 file so that a reader sees the whole of it or none."""
+        self.write_bytes(name, text.encode("utf-8"))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a small file so that a reader sees the whole of it or none."""
         target = self.file(name)
         self.make_room(target)
         scratch = f"{target}.{os.getpid()}.partial" if self.local else target
-        self.fs.pipe_file(scratch, text.encode("utf-8"))
+        self.fs.pipe_file(scratch, content)
         if scratch != target:
             self.fs.mv(scratch, target)
 

@@ -1,0 +1,51 @@
+"""``perceiver evaluate``: a trained model's figures on a data set."""
+
+import json
+from typing import Any
+
+import click
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  perceiver evaluate runs/quickstart-001
+  perceiver evaluate runs/quickstart-001 data/other-digits --split test
+  perceiver evaluate runs/audioset-001 s3://bucket/audioset data.video.eval_clips=16"""
+)
+@click.argument("run")
+@click.argument("data", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--split", help="Split of the data; default: the run's evaluation split.")
+@click.option("--batch", type=click.IntRange(1), help="Samples of a forward pass; default: as in training.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line.")
+def command(run: str, data: str | None, overrides: tuple[str, ...], split: str | None, batch: int | None,
+            as_json: bool) -> int:
+    """Evaluate RUN on DATA, which is the run's own data if left out.
+
+    RUN is a run's folder, one of its checkpoints, or an exported .safetensors file with its recipe.yaml beside it.
+    Samples are shown as in training's evaluations: one centre crop, the scores of all clips of a recording averaged.
+    """
+    from cluster.scoring import check_labels, open_scoring, ray_for
+
+    data, overrides = own_data(data, overrides)
+    scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
+    check_labels(scoring)
+    with ray_for(scoring):
+        figures = scoring.metrics()
+    facts: dict[str, Any] = {"run": run, "data": scoring.recipe.data.url, "split": scoring.split,
+                             "samples": scoring.samples, **figures}
+    if as_json:
+        click.echo(json.dumps(facts))
+        return 0
+    click.echo(f"{scoring.saved.place} on {scoring.recipe.data.url}, {scoring.samples:,} {scoring.split} samples")
+    for name, value in figures.items():
+        click.echo(f"  {name:<16} {value:.6g}")
+    return 0
+
+
+def own_data(data: str | None, overrides: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """Tell data from an override where the data was left out."""
+    if data is not None and "=" in data and "://" not in data:
+        return None, (data, *overrides)
+    return data, overrides
