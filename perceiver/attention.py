@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver.config import UserError
-from perceiver.kernels import dense
+from perceiver.kernels import attend, dense
 from perceiver.positions import LAYER_NORM_EPS, Inputs
 from perceiver.shared_kv import separable_moments, shared_kv
 
@@ -124,7 +124,7 @@ class SelfAttention(nn.Module):
         else:
             parts = [layer(x) for layer in layers]
         q, k, v = (_heads(part, self.heads) for part in parts)
-        return self.output(_merge(F.scaled_dot_product_attention(q, k, v, attn_mask=_key_mask(mask))))
+        return self.output(_merge(attend.attention(q, k, v, mask)))
 
 
 def _check_heads(heads: int, qk: int, v: int) -> None:
@@ -241,7 +241,9 @@ class CrossAttention(nn.Module):
         x = self.input_norm(inputs.dense.to(self.input_norm.weight.dtype))
         k, v = _heads(self.key(x), self.heads), _heads(self.value(x), self.heads)
         q = q.expand(k.shape[0], -1, -1, -1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_key_mask(inputs.mask))
+        if self.kind == "plain":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=_key_mask(inputs.mask))
+        return attend.attention(q, k, v, inputs.mask)
 
     def _absorbed(self, q: Tensor, inputs: Inputs, path: Path) -> Tensor:
         """Attend to the normalised inputs themselves: (B, h, N, d) -> (B, h, N, d_v).

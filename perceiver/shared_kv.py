@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from perceiver import kernels
+from perceiver.kernels import attend
 
 CPU_SCORES = 1 << 21
 """Scores held at once on a CPU: 8 MB in float32, about a core's share of the last-level cache."""
@@ -36,6 +37,11 @@ def _tiles(q: Tensor, inputs: int) -> Iterator[tuple[int, int, slice]]:
 class _SharedKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.compiled, ctx.mask = _compiled(q, x, learned=ctx.needs_input_grad[1]), mask
+        if ctx.compiled:
+            out, lse = (part[:, 0] for part in attend.forward(q[:, None], x[:, None], x[:, None], mask, 1.0))
+            ctx.save_for_backward(q, x, out, lse)
+            return out
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         for a, b, rows in _tiles(q, x.shape[1]):
@@ -46,13 +52,16 @@ class _SharedKV(torch.autograd.Function):
             out[a:b, rows] = torch.bmm(weights.to(x.dtype), x[a:b]).div_(total)
             lse[a:b, rows] = (top + total.log()).squeeze(-1)
         ctx.save_for_backward(q, x, out, lse)
-        ctx.mask = mask
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         q, x, out, lse = ctx.saved_tensors
+        if ctx.compiled:
+            rows = q[:, None], x[:, None], x[:, None]
+            dq, dx, _ = attend.backward(rows, ctx.mask, 1.0, out[:, None], lse, grad[:, None], ctx.needs_input_grad[1])
+            return dq[:, 0], None if dx is None else dx[:, 0], None
         grad = grad.contiguous()
         delta = (grad * out).sum(-1, keepdim=True)
         dq = torch.empty_like(q)
@@ -68,6 +77,11 @@ class _SharedKV(torch.autograd.Function):
             if dx is not None:
                 dx[a:b].baddbmm_(slopes.transpose(1, 2), q[a:b, rows])
         return dq, dx, None
+
+
+def _compiled(q: Tensor, x: Tensor, *, learned: bool) -> bool:
+    """Whether the compiled kernel serves; gradients of x are a task for each item, which must occupy all threads."""
+    return attend.usable(q[:, None], x[:, None]) and (not learned or len(x) >= torch.get_num_threads())
 
 
 def _masked_scores(q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Builds a C++ file to a shared library once per user and machine type, and loads it."""
+"""Builds the C++ files to a shared library once per user and machine type, and loads it."""
 
 import contextlib
 import ctypes
@@ -15,11 +15,12 @@ from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("separable.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("separable.cpp", "attention.cpp"))
+HEADER = Path(__file__).with_name("vector.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast")  # fmt: skip
-BUILD_SECONDS = 60
-WAIT_SECONDS = 20
+BUILD_SECONDS = 120
+WAIT_SECONDS = BUILD_SECONDS
 
 
 @cache
@@ -31,7 +32,7 @@ def load() -> ctypes.CDLL | None:
         path = library()
         return None if path is None else ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        log.debug("the separable kernel is not used: %s", error)
+        log.debug("the compiled kernels are not used: %s", error)
         return None
 
 
@@ -45,9 +46,10 @@ def library() -> Path | None:
     if compiler is None or platform.system() != "Linux":
         return None
     flags = (*FLAGS, f"-DLANES={_lanes()}")
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *flags, _cpu()]).encode()).hexdigest()[:20]
+    texts = [path.read_text() for path in (*SOURCES, HEADER)]
+    key = hashlib.sha256("\n".join([*texts, compiler, *flags, _cpu()]).encode()).hexdigest()[:20]
     folder = _cache_folder()
-    path = folder / f"separable-{key}.so"
+    path = folder / f"kernels-{key}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -58,7 +60,7 @@ def library() -> Path | None:
             return None
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / path.name
-            command = [compiler, *flags, str(SOURCE), "-o", str(built)]
+            command = [compiler, *flags, *map(str, SOURCES), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
             built.rename(path)
     return path

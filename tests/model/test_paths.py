@@ -154,6 +154,39 @@ def test_whole_model_plain_and_fast_agree(change):
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("inputs", [
+    small()["inputs"],
+    {**small()["inputs"], "positions": {"kind": "learned", "channels": 9}},
+    {"kind": "points", "points": 70, "bands": 5, "max_resolution": 20},
+    {"kind": "audio", "samples": 320, "patch": 4, "positions": {"kind": "fourier", "bands": 3}},
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["perceiver", "perceiver_io"])
+def test_whole_model_in_float32_by_kernels_is_the_plain_one_in_float64(inputs, kind, monkeypatch):
+    """Every kernel that this machine has, whatever the size: outputs and the gradient of every parameter."""
+    monkeypatch.setattr("perceiver.kernels.attend.MIN_SCORES", 1)
+    monkeypatch.setattr("perceiver.kernels.dense.MIN_PRODUCT", 1)
+    values = {"kind": kind, "inputs": inputs, "latents": 20, "latent_channels": 32, "heads": 2,
+              "self_attends_per_block": 2, "latent_init_std": 1.0}  # fmt: skip
+    results = []
+    for attention, dtype in (("plain", torch.float64), ("auto", torch.float32)):
+        torch.manual_seed(0)
+        model = build_model(model_config({**values, "attention": attention}), classes=4)
+        for name, parameter in model.named_parameters():
+            if "head" in name:
+                nn.init.normal_(parameter)
+        model.to(dtype)
+        raw = next(iter(model.example(3, "cpu").values()))  # type: ignore[operator]
+        torch.manual_seed(1)
+        out = model(torch.rand(raw.shape))
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in model.parameters())])
+    # The key biases' true gradient is zero: they are held against the largest gradient.
+    largest = max(float(t.abs().max()) for t in results[0][1:])
+    for expected, got in zip(*results, strict=True):
+        scale = max(1e-3 * largest, float(expected.detach().abs().max()))
+        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4 * scale)
+
+
 def test_attention_maps_sum_to_one_in_order():
     model = build_model(model_config(small()), classes=4)
     maps = attention_maps(model, torch.randint(0, 256, (3, 1, 8, 6), dtype=torch.uint8))
