@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from perceiver.config import UserError
 from pipelines.features.base import ViewConfig
 from pipelines.inspect import Inspection, Spread, figure, rows_of
-from pipelines.inspect_views import SMALL, VIEWS, Piece
+from pipelines.inspect_pieces import SMALL, Piece
+from pipelines.inspect_views import VIEWS
 from pipelines.shards import Manifest, Split, load_manifest
 from pipelines.storage import Folder, open_folder
 from pipelines.transforms import BadSample
@@ -22,7 +23,7 @@ from pipelines.transforms import BadSample
 BARS = 40
 """Classes that get a bar each; more are drawn as one outline, the largest first."""
 
-WIDE = {"text", "audio", "video"}
+WIDE = {"text", "audio", "video", "media", "flow"}
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,29 @@
 """What there is to see, to hear and to measure of a sample: one small function a kind of feature, found by its name."""
 
 import base64
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.inspect_media import (
+    measure_audio,
+    measure_flow,
+    measure_media,
+    measure_video,
+    show_audio,
+    show_flow,
+    show_media,
+    show_video,
+)
+from pipelines.inspect_pieces import Piece, picture
 from pipelines.transforms.points import normalised
 
-PICTURE = 256
-"""Longest side of a picture on the page, in pixels."""
-SMALL = 96
-"""Pictures of fewer pixels a side are enlarged without smoothing."""
 POINTS = 2048
 CHARACTERS = 600
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One thing to look at or to listen to.
-
-    Attributes:
-        kind: how the page shows it.
-        content: a data URI; the text itself; for points base64 of int8 x, y, z.
-        note: said below it.
-        pixelated: enlarge a picture without smoothing.
-    """
-
-    kind: Literal["picture", "strip", "audio", "video", "points", "text"]
-    content: str
-    note: str = ""
-    pixelated: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,23 +37,6 @@ class View:
 
     show: Callable[[Any, Any], list[Piece]]
     measure: Callable[[Any], Mapping[str, float]]
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    """Bytes as a `data:` URI of that media type."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def picture(image: Image.Image, note: str = "", kind: Literal["picture", "strip"] = "picture",
-            longest: int = PICTURE) -> Piece:
-    """A picture, made smaller if it is large: PNG where small or grey, JPEG where that is much smaller."""
-    small = max(image.size) < SMALL
-    image = image.copy()
-    image.thumbnail((longest, longest))
-    sink = io.BytesIO()
-    png = small or image.mode != "RGB"
-    image.save(sink, "PNG", optimize=True) if png else image.save(sink, "JPEG", quality=85)
-    return Piece(kind, data_uri(sink.getvalue(), "image/png" if png else "image/jpeg"), note, pixelated=small)
 
 
 def _show_image(stored: Any, decoded: Image.Image) -> list[Piece]:
@@ -100,5 +72,9 @@ VIEWS: Mapping[str, View] = {
     "image": View(_show_image, _measure_image),
     "text": View(_show_text, _measure_text),
     "points": View(_show_points, _measure_points),
+    "audio": View(show_audio, measure_audio),
+    "video": View(show_video, measure_video),
+    "media": View(show_media, measure_media),
+    "flow": View(show_flow, measure_flow),
 }
 """By the `kind` of a feature. A kind that is not here has nothing to see: labels are said, not shown."""

@@ -9,17 +9,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from click.testing import CliRunner
 from PIL import Image
 
 from perceiver.cli.inspect import command
 from perceiver.config import UserError
-from pipelines.features import Feature, LabelFeature, PointsFeature, TextFeature
+from pipelines.features import (
+    AudioFeature,
+    Feature,
+    LabelFeature,
+    MediaFeature,
+    PointsFeature,
+    TextFeature,
+    VideoFeature,
+)
 from pipelines.inspect import describe, inspect
+from pipelines.inspect_media import flow_colours
 from pipelines.inspect_page import spread_places, write_page
 from pipelines.quarantine import Problem, write_problems
 from pipelines.shards import Manifest, ShardWriter, Split, arrow_schema, save_manifest
 from pipelines.storage import open_folder
+from tests.pipelines.recordings import media_file, ramp, real_video, sound_file, tone
 from tests.pipelines.toys import numbered_image, write_images
 
 
@@ -144,3 +155,60 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="give --html a file in a folder"):
         write_page(inspect(str(tmp_path)), tmp_path / "file" / "page.html")
+
+
+def picture_of(uri: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")).astype(int)
+
+
+def test_sound_is_seen_and_heard(tmp_path: Path) -> None:
+    """A tone of 2 kHz at 16 kHz stands at a quarter of the spectrogram's height; the player holds its samples."""
+    samples = tone(2000, 6.0, 16_000)
+    write_samples(tmp_path, {"audio": AudioFeature(), "label": LabelFeature()},
+                  [{"key": "a", "audio": sound_file(samples, 16_000), "label": 0}])
+    _, page = page_of(tmp_path)
+    ((image,), (player,)) = page.all("img"), page.all("audio")
+    light = picture_of(image["src"]).sum(axis=(1, 2))
+    assert 1 - light.argmax() / len(light) == pytest.approx(0.25, abs=0.03)
+    heard, rate = soundfile.read(io.BytesIO(base64.b64decode(player["src"].removeprefix("data:audio/flac;base64,"))))
+    assert rate == 16_000 and np.abs(heard - samples[:len(heard)]).max() < 1e-3
+    assert "6 s at 16 kHz, 1 channel, the first 5 s of it here" in page.text
+    assert inspect(str(tmp_path)).splits["train"].sizes["audio seconds"].most == pytest.approx(6.0)
+
+
+def test_silence_and_shortest_sounds_are_drawn(tmp_path: Path) -> None:
+    rows = [{"key": str(n), "audio": sound_file(np.zeros(n, np.float32), 8000), "label": 0} for n in (1, 8000)]
+    write_samples(tmp_path, {"audio": AudioFeature(), "label": LabelFeature()}, rows)
+    assert len(page_of(tmp_path)[1].all("audio")) == 2
+
+
+def test_a_video_with_sound_is_shown_as_frames_in_order_and_heard(tmp_path: Path) -> None:
+    film = media_file([100 * i for i in range(10)], [20 * i for i in range(10)], sound=ramp(1.0, 16_000))
+    write_samples(tmp_path, {"media": MediaFeature(channels=1), "label": LabelFeature()},
+                  [{"key": "a", "media": film, "label": 0}])
+    _, page = page_of(tmp_path)
+    frames, _ = (picture_of(image["src"]) for image in page.all("img"))
+    greys = [int(frames[16, column, 0]) for column in range(16, frames.shape[1], 36)]
+    assert len(greys) == 6 and greys == sorted(greys) and greys[0] < 40 and greys[-1] > 140
+    assert len(page.all("audio")) == 1 and page.all("video") == []  # no browser plays this codec
+
+
+def test_a_small_video_that_browsers_know_can_be_played(tmp_path: Path) -> None:
+    film = real_video()
+    write_samples(tmp_path, {"video": VideoFeature(), "label": LabelFeature()},
+                  [{"key": "a", "video": film, "label": 0}])
+    _, page = page_of(tmp_path)
+    played = [video["src"] for video in page.all("video")]
+    assert played == ([f"data:video/mp4;base64,{base64.b64encode(film).decode()}"] if len(film) <= 1_000_000 else [])
+    assert len(page.all("img")) == 1
+
+
+def test_flow_is_coloured_by_its_direction() -> None:
+    flow = np.zeros((2, 2, 3), np.float32)
+    flow[:, 0, 0], flow[:, 0, 1], flow[:, 1, 0] = (4, 0), (-4, 0), (0, -4)
+    valid = np.ones((2, 3), bool)
+    valid[1, 2] = False
+    colours = np.asarray(flow_colours(flow, valid))
+    assert colours[0, 0].tolist() == [255, 0, 0] and colours[0, 1].tolist() == [0, 255, 255]
+    assert colours[0, 2].tolist() == [255, 255, 255] and colours[1, 2].tolist() == [127, 127, 127]
+    assert colours[1, 0].argmax() == 1  # upwards: a quarter of the circle of hues, green above all
