@@ -13,6 +13,8 @@ import psutil
 from tests.faults.job import Job, Outcome, fault_tree, send
 
 STEPS = 60
+PLANTED = "planted-7c1f9ab2e04d"
+"""A secret without a known form: it must be kept out by its place."""
 Scenario = Callable[[Path, dict[str, Any]], Outcome]
 SCENARIOS: dict[str, Scenario] = {}
 
@@ -177,7 +179,8 @@ def _flip(path: Path) -> None:
 def disk_full(folder: Path, tree: dict[str, Any]) -> Outcome:
     """No checkpoint can be written, then again: training goes on, the next ones count."""
     name = "disk full for a while (file size limit)"
-    job, outcome = Job(folder, fault_tree(tree, STEPS, checkpoint_misses=1000)).start(), Outcome(name)
+    tree = fault_tree(tree, STEPS, checkpoint_misses=1000)
+    job, outcome = planted_job(folder, tree).start(), Outcome(name)
     try:
         before = job.wait_checkpoint()
         workers = [job.worker(rank) for rank in (0, 1)]
@@ -190,9 +193,24 @@ def disk_full(folder: Path, tree: dict[str, Any]) -> Outcome:
         outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
         outcome.expect(job.steps()[-1] == STEPS > before, "the last checkpoint is there")
         outcome.expect(not job.said("the workers start again"), "training went on")
+        outcome.expect(not (found := places_of_the_secret(job)), f"the secret stands in {found[:5]}")
         return job.judge(outcome, fault, detected, STEPS)
     finally:
         job.kill()
+
+
+def planted_job(folder: Path, tree: dict[str, Any]) -> Job:
+    """A run that is given a secret in each way that a user might: by reference, in a tag, in the environment."""
+    tree["data"] = {**tree["data"], "storage_options": {"token": "$PLANTED_TOKEN"}}
+    tree["tracking"] = {"tags": {"api_key": PLANTED, "note": f"https://user:{PLANTED}@example.org/"}}
+    return Job(folder, tree, {"PLANTED_TOKEN": PLANTED, "AWS_SECRET_ACCESS_KEY": PLANTED})
+
+
+def places_of_the_secret(job: Job) -> list[str]:
+    """The files that the run left behind with the secret in them, and the screen if it was there."""
+    left = (path for path in (job.folder / "runs").rglob("*") if path.is_file())
+    files = [str(path.relative_to(job.folder)) for path in left if PLANTED.encode() in path.read_bytes()]
+    return files + (["the screen"] if PLANTED in job.output else [])
 
 
 @scenario("MLflow down for the whole run")
