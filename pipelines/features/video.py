@@ -58,22 +58,30 @@ class MediaFeature(BaseFeature):
     size: tuple[int, int] | None = Field(default=None, description="(height, width) of all frames; null if they differ")
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """(F, C, height, width) uint8 and (T,) int16."""
-        return {"video": _frames_shape(name, self.channels, self.size, view),
-                "audio": ((view.audio.samples,), np.int16)}
+        """(F, C, height, width) uint8 and (T,) int16, or what data.clip.show names of them."""
+        shapes: Shapes = {}
+        if view.clip.show != "audio":
+            shapes["video"] = _frames_shape(name, self.channels, self.size, view)
+        if view.clip.show != "video":
+            shapes["audio"] = ((view.audio.samples,), np.int16)
+        return shapes
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """The header, as a `Media`."""
-        return open_media(stored or b"", video=True, audio=True, max_seconds=view.clip.max_seconds,
-                          max_pixels=view.video.max_pixels)
+        show = view.clip.show
+        return open_media(stored or b"", video=show != "audio", audio=show != "video",
+                          max_seconds=view.clip.max_seconds, max_pixels=view.video.max_pixels)
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
         """Pixels and samples of a clip; with a leading axis of all evaluation clips."""
-        length = max(view.video.seconds, view.audio.seconds)
+        keys = self.shapes(name, view, 0)
+        length = max(view.video.seconds if "video" in keys else 0.0, view.audio.seconds if "audio" in keys else 0.0)
         starts = clip_starts(decoded.seconds, length, view.clip, training, rng)
-        pixels = _pixels(decoded, starts, (self.channels, self.size), view, training, rng)
-        sound = np.stack([media_sound(decoded, float(start), view.audio) for start in starts])
-        shown = {"video": pixels, "audio": sound}
+        shown: dict[str, NDArray[Any]] = {}
+        if "video" in keys:
+            shown["video"] = _pixels(decoded, starts, (self.channels, self.size), view, training, rng)
+        if "audio" in keys:
+            shown["audio"] = np.stack([media_sound(decoded, float(start), view.audio) for start in starts])
         return shown if view.clip.axes(training) else {key: clips[0] for key, clips in shown.items()}
 
 

@@ -1,6 +1,7 @@
 """Clips: which part of a recording is shown. Sound and pictures of one recording share it, so they stay in step."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from numpy.random import Generator
@@ -18,6 +19,8 @@ class ClipConfig(Config):
         " beyond the ends (silence, still frames); null: anywhere inside the recording")
     eval_clips: int = Field(default=1, ge=1, description="clips of an evaluation sample, spread from its start to its"
                             " end, their scores averaged (paper: 16); 1: the middle")
+    show: Literal["both", "audio", "video"] = Field(default="both", description="what to decode of a recording with"
+                                                    " sound and pictures")
     max_seconds: float = Field(default=600.0, gt=0, description="longer recordings are bad samples")
 
     def axes(self, training: bool) -> tuple[int, ...]:

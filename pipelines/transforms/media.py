@@ -239,11 +239,18 @@ def _sound(media: Media, first: float) -> Iterator[tuple[float, NDArray[np.float
     """
     stream = _stream(media.container, "audio")
     _seek(media, stream, first - SETTLE_S)
-    resampler = av.AudioResampler(format="fltp", layout=stream.codec_context.layout, rate=media.rate)
     for frame in media.container.decode(stream):
-        if frame.pts is None:
-            continue
-        time = float(frame.pts * frame.time_base) - media.origin
-        for same in resampler.resample(frame):
-            yield time, np.asarray(same.to_ndarray().T, np.float32)
-            time += same.samples / media.rate
+        if (frame.sample_rate, frame.layout.nb_channels) != (media.rate, media.channels):
+            raise BadSample("the sound's rate or channels change on the way")
+        if frame.pts is not None:
+            yield float(frame.pts * frame.time_base) - media.origin, _floats(frame)
+
+
+def _floats(frame: Any) -> NDArray[np.float32]:
+    """The samples of a decoded frame of any format, (n, channels) in -1 to 1."""
+    found = frame.to_ndarray()
+    found = found.T if frame.format.is_planar else found.reshape(-1, frame.layout.nb_channels)
+    if found.dtype.kind == "f":
+        return found.astype(np.float32)
+    middle = 128 if found.dtype == np.uint8 else 0
+    return (found.astype(np.float32) - middle) / 2 ** (8 * found.dtype.itemsize - 1)
