@@ -228,7 +228,7 @@ def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: Random) -> dic
         decoded = group.decoded.get((name, row))
         if decoded is None:
             decoded = feature.decode(_stored(group, name, row), spec.view, spec.classes)
-            if spec.keep_decoded:
+            if spec.keep_decoded and feature.decoded_bytes():
                 group.decoded[name, row] = decoded
         values.update(feature.show(name, decoded, spec.view, spec.training, rng))
     return values
