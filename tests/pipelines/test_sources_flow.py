@@ -15,6 +15,7 @@ from pipelines.features.flow import FlowFeature
 from pipelines.ingest import DataConfig, TrainShare, eval_batches, train_batches
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards import Manifest, load_manifest
+from pipelines.sources import moving_photos
 from pipelines.transforms import BadSample
 from pipelines.transforms.flow import FlowViewConfig, Pair, pack, read_flo, read_kitti, training_view
 from tests.pipelines.raw import flo, kitti, png16, write
@@ -166,3 +167,28 @@ def test_other_folders_and_wrong_lists_are_refused(tmp_path: Path) -> None:
     src = write(tmp_path / "b", chairs(2) | {"FlyingChairs_train_val.txt": b"1\n"})
     with pytest.raises(UserError, match="has 1 lines for 2 pairs"):
         prepared(src, tmp_path / "out")
+
+
+def test_synthetic_motion_of_photographs_is_exact(tmp_path: Path) -> None:
+    """On a photograph of straight ramps, which interpolation keeps, the second frame at pixel + flow is the first."""
+    ramp = np.stack(np.meshgrid(np.arange(320) * 0.7, np.arange(240) * 0.9), axis=2)
+    photo = np.concatenate([ramp, ramp[..., :1]], axis=2).astype(np.uint8)
+    (tmp_path / "src").mkdir()
+    for name in moving_photos.PHOTOS:
+        Image.fromarray(photo).save(tmp_path / "src" / f"{Path(name).stem}.png")
+        (tmp_path / "src" / f"{Path(name).stem}.png").rename(tmp_path / "src" / name)
+    options = {"pairs": "12", "held_out": "4"}
+    manifest = prepare("moving_photos", str(tmp_path / "src"), str(tmp_path / "out"),
+                       PrepareConfig(parallel="off", options=options))
+    assert {split: found.samples for split, found in manifest.splits.items()} == {"train": 12, "test": 4}
+    height, width = moving_photos.SIZE
+    for split in ("train", "test"):
+        for row in rows_of(tmp_path / "out", manifest, split):
+            pair = FlowFeature().decode(row["flow"], ViewConfig(), 0)
+            first, second = (np.asarray(image, float)[..., :2] for image in (pair.first, pair.second))
+            assert (first[..., 0].min() >= 0.75 * 320 * 0.7 - 1) == (split == "test")
+            y, x = np.mgrid[8:height - 8, 12:width - 12]
+            right, down = pair.flow[:, 8:height - 8, 12:width - 12]
+            seen = second[np.round(y + down).astype(int), np.round(x + right).astype(int)]
+            assert np.abs(seen - first[8:height - 8, 12:width - 12]).max() <= 3
+            assert 0 < np.abs(pair.flow).max() < 10 and pair.valid.all()

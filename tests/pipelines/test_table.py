@@ -89,3 +89,35 @@ def test_tables_without_samples_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1.5]}), tmp_path / "src" / "a.parquet")
     with pytest.raises(UserError, match="neither images nor texts in columns x"):
         prepare("table", str(tmp_path / "src"), str(tmp_path / "out"))
+
+
+def test_rows_that_cannot_be_read_are_named_and_the_others_kept(tmp_path: Path) -> None:
+    """A damaged row group, a file without the column, and a text that is not UTF-8."""
+    (tmp_path / "src").mkdir()
+    texts = pa.array([b"one", b"two", b"caf\xe9", b"four"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": texts, "label": [0, 1, 0, 1]}), tmp_path / "src" / "train-0.parquet")
+    pq.write_table(pa.table({"body": ["x"] * 3, "label": [0, 1, 0]}), tmp_path / "src" / "train-1.parquet")
+    damaged = tmp_path / "src" / "train-2.parquet"
+    pq.write_table(pa.table({"text": ["long enough " * 9] * 6, "label": [1] * 6}), damaged, row_group_size=3,
+                   compression="none", use_dictionary=False, write_page_checksum=True)
+    raw = bytearray(damaged.read_bytes())
+    raw[4:60] = b"\xff" * 56
+    damaged.write_bytes(raw)
+    manifest = prepare("table", str(tmp_path / "src"), str(tmp_path / "out"),
+                       OFF.model_copy(update={"max_bad_fraction": 0.9}))
+    rows = rows_of(tmp_path / "out", manifest, "train")
+    assert sorted(row["key"] for row in rows) == [
+        *(f"train-0.parquet#0.{i}" for i in (0, 1, 3)), *(f"train-2.parquet#1.{i}" for i in range(3))]
+    found = {row["key"]: row["reason"] for row in pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()}
+    assert len(found) == manifest.rejected == 7
+    assert found["train-0.parquet#0.2"].startswith("invalid UTF-8")
+    assert found["train-1.parquet#0.1"] == "unreadable row group: no column text for text"
+    assert found["train-2.parquet#0.0"].startswith("unreadable row group: ")
+
+
+def test_a_file_that_was_cut_off_is_refused_by_name(tmp_path: Path) -> None:
+    hub_table(tmp_path / "src" / "train.parquet", 0, 5, None)
+    whole = (tmp_path / "src" / "train.parquet").read_bytes()
+    (tmp_path / "src" / "train.parquet").write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"train.parquet is no whole Parquet file .*: fetch it again"):
+        prepare("table", str(tmp_path / "src"), str(tmp_path / "out"))
