@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def connect(access: Access) -> "JobServer":
     os.environ["RAY_API_SERVER_ADDRESS"] = url
     import ray
     from ray.exceptions import AuthenticationError
+
+    logging.getLogger("ray").setLevel(logging.WARNING)
 
     try:
         client = _client_class()(url, headers=headers, verify=verify)

@@ -88,3 +88,36 @@ def status(as_json: bool) -> int:
         click.echo(f"  {row['node']:<12} {state:<12} {' '.join(row['options'])}")
     click.echo(f"live jobs: {', '.join(jobs) or 'none'}")
     return 0
+
+
+@command.command(
+    epilog="""\b
+Examples:
+  perceiver cluster render kuberay recipes/train/quickstart.yaml -o deploy
+  perceiver cluster render slurm recipes/train/quickstart.yaml --machines recipes/cluster/gpu.yaml -o deploy"""
+)
+@click.argument("kind", metavar="KIND")
+@click.argument("recipe", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("-o", "--output", "folder", required=True, metavar="FOLDER", help="Where the files go.")
+@click.option(
+    "--machines",
+    default="recipes/cluster/gpu.yaml",
+    show_default=True,
+    metavar="FILE",
+    help="The machines that the cluster is made of.",
+)
+def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: str, machines: str) -> int:
+    """Write the files that start a real cluster for RECIPE.
+
+    KIND is kuberay, autoscaler-aws, autoscaler-gcp, slurm, docker or compose. Each file says in its first lines what to
+    do with it.
+    """
+    from cluster.recipe import load_recipe
+    from cluster.render import render as make
+    from cluster.render import write
+    from cluster.render.settings import read_settings
+
+    for path in write(make(kind, load_recipe(recipe, overrides), recipe, read_settings(machines)), folder):
+        click.echo(path)
+    return 0

@@ -1,0 +1,63 @@
+"""``perceiver doctor``: what would stop a run here."""
+
+import json
+from dataclasses import asdict
+
+import click
+
+from perceiver.cli._access import access_options
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  perceiver doctor
+  perceiver doctor recipes/train/quickstart.yaml output=s3://bucket/runs
+  perceiver doctor --address http://127.0.0.1:8265 --json"""
+)
+@click.argument("recipe", required=False, type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@access_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line a check.")
+def command(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    address: str | None,
+    headers: str | None,
+    verify: str,
+    as_json: bool,
+) -> int:
+    """Look at everything a run needs on this machine, for RECIPE if one is given, and at a cluster if --address is.
+
+    Exit code 1 if something would stop the run.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from cluster.doctor import FAIL, examine, patient_of
+    from cluster.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides) if recipe else None
+    nodes = (lambda: _nodes(address, headers, verify)) if address else None
+    findings = list(examine(patient_of(loaded, nodes)))
+    if as_json:
+        click.echo("\n".join(json.dumps(asdict(finding)) for finding in findings))
+    else:
+        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("check", "", "found", "what to do"):
+            table.add_column(column, overflow="fold")
+        for finding in findings:
+            state = f"[{colours[finding.state]}]{finding.state}[/]"
+            table.add_row(finding.check, state, finding.found.replace("[", "\\["), finding.fix.replace("[", "\\["))
+        Console(highlight=False).print(table)
+    return 1 if any(finding.state == FAIL for finding in findings) else 0
+
+
+def _nodes(address: str | None, headers: str | None, verify: str) -> str:
+    from perceiver.cli._access import reach
+
+    server = reach(address, headers, verify)
+    nodes = server.nodes()
+    cpus, gpus = (sum(node.resources.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+    return f"{server.url}: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
