@@ -77,7 +77,11 @@ class CheckpointHook:
         self._tell()
         if info.last:
             self._finish(info)
-        elif self._pending or self.cadence.due(info.step, info.completes) or self._improves(info):
+        elif self._improves(info):
+            # A later step would not have these figures, so the save in flight is waited for.
+            self.drain()
+            self._save(info, began)
+        elif self._pending or self.cadence.due(info.step, info.completes):
             flags = exchange(self.engine, self.saver)
             self._pending = flags.busy and not flags.failed
             if not self._pending:

@@ -262,3 +262,18 @@ def test_an_evaluation_among_the_best_is_saved_and_named(store: CheckpointStore)
     assert best == [1, 3, 7] and store.steps() == [7]
     hook(info(100))
     assert store.steps() == [7, 100] and best == [1, 3, 7]
+
+
+def test_an_evaluation_among_the_best_waits_for_the_save_in_flight(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(store, monkeypatch)
+    hook = hook_of(
+        Ranks(1), 0, store, keep_best=KeepBest(),
+        figures=lambda info: {"eval/accuracy": 0.5} if info.step == 2 else {},
+    )
+    hook(info(1))
+    threading.Timer(0.05, gate.open.set).start()
+    hook(info(2))
+    hook.drain()
+    assert store.manifest(2).metrics == {"eval/accuracy": 0.5}
