@@ -50,13 +50,13 @@ class Sound:
     """An audio file whose header was read.
 
     Attributes:
-        encoded: the file.
+        file: open; one reader at a time.
         rate: samples a second.
         frames: samples of each channel.
         channels: how many.
     """
 
-    encoded: bytes
+    file: soundfile.SoundFile
     rate: int
     frames: int
     channels: int
@@ -76,10 +76,10 @@ def open_sound(encoded: bytes, max_seconds: float) -> Sound | None:
     if not encoded:
         raise BadSample("0 bytes")
     try:
-        with soundfile.SoundFile(io.BytesIO(encoded)) as file:
-            sound = Sound(encoded, file.samplerate, file.frames, file.channels)
+        file = soundfile.SoundFile(io.BytesIO(encoded))
     except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError):
         return None
+    sound = Sound(file, file.samplerate, file.frames, file.channels)
     check_length(sound.seconds if sound.frames < 2**62 else math.inf, max_seconds)
     if sound.rate > MOST_RATE:
         raise BadSample(f"{sound.rate} samples a second is more than {MOST_RATE}")
@@ -110,10 +110,9 @@ def sound_clip(sound: Sound, start: float, config: AudioConfig) -> Samples:
     first, count = source_span(start, config, sound.rate)
     begin, end = min(max(first, 0), sound.frames), min(max(first + count, 0), sound.frames)
     try:
-        with soundfile.SoundFile(io.BytesIO(sound.encoded)) as file:
-            file.seek(begin)
-            exact = file.subtype == "PCM_16" and file.channels == 1
-            found = file.read(end - begin, dtype="int16" if exact else "float32", always_2d=True)
+        sound.file.seek(begin)
+        exact = sound.file.subtype == "PCM_16" and sound.channels == 1
+        found = sound.file.read(end - begin, dtype="int16" if exact else "float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise BadSample(f"undecodable audio: {str(error).splitlines()[0].split('>')[-1].strip(': ')[:80]}") from error
     if len(found) < end - begin:
@@ -154,7 +153,8 @@ def finish(found: Found, offset: int, count: int, lead: float, rate: int, config
         skip = round(lead * config.rate)
         mixed = mixed[skip:skip + config.samples]
     if mixed.dtype != np.int16:
-        mixed = np.clip(np.rint(mixed * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+        scaled = mixed * np.float32(FULL_SCALE)
+        mixed = np.clip(np.rint(scaled, out=scaled), -FULL_SCALE, FULL_SCALE - 1, out=scaled).astype(np.int16)
     if len(mixed) < config.samples:
         mixed = np.pad(mixed, (0, config.samples - len(mixed)))
     return mixed
@@ -163,8 +163,12 @@ def finish(found: Found, offset: int, count: int, lead: float, rate: int, config
 def _mono(found: Found, channel: int | None) -> Found:
     if channel is not None and channel >= found.shape[1]:
         raise BadSample(f"channel {channel} of {found.shape[1]} is missing")
-    if found.dtype == np.float32 and not np.isfinite(found).all():
-        raise BadSample("samples that are not finite")
     if found.shape[1] == 1:
-        return found[:, 0]
-    return found[:, channel] if channel is not None else found.mean(axis=1, dtype=np.float32)
+        mono = found[:, 0]
+    elif channel is not None:
+        mono = found[:, channel]
+    else:
+        mono = found @ np.full(found.shape[1], 1 / found.shape[1], np.float32)
+    if mono.dtype == np.float32 and not np.isfinite(mono).all():
+        raise BadSample("samples that are not finite")
+    return mono
