@@ -190,7 +190,8 @@ def _create_run(launch: Launch, sidecar: Any) -> RunHandle | None:
         launch.folder.name,
         output=launch.folder.local,
         params=recipe.model_dump(mode="json"),
-        resume=load_handle(launch.folder.local),
+        # A driver on another machine knows the run only from what lies at its output.
+        resume=load_handle(launch.folder.local) or launch.folder.facts().get("mlflow_run"),
         prewarmed=sidecar,
     )
 
@@ -294,12 +295,14 @@ def log_file(folder: RunFolder) -> Any:
 
 
 def stop_ray(folder: RunFolder, session: str) -> None:
-    """Stop a Ray of our own, keeping the workers' logs beside the run."""
+    """Stop a Ray of our own, keeping the workers' logs beside the run; leave a cluster that others use too."""
     import ray
+    import ray._private.worker as worker
 
+    own = worker.global_worker.node is not None and worker.global_worker.node.is_head()
     ray.shutdown()
     logs = Path(session, "logs")
-    if logs.is_dir():
+    if own and logs.is_dir():
         kept = folder.local / "logs" / "ray"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(logs, kept, ignore_dangling_symlinks=True, ignore=shutil.ignore_patterns("old"))
