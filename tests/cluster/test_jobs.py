@@ -1,0 +1,301 @@
+"""Jobs: what is refused before they are submitted, what travels, and one life of a run on a real cluster."""
+
+import http.server
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster import job, job_server, package, submit
+from cluster.job_server import Access, connect
+from cluster.jobs import Job, find_job, table
+from cluster.nodes import running_cluster
+from cluster.placement import Node
+from cluster.recipe import build_recipe
+from cluster.submit import Submission
+from perceiver.config import UserError
+from tests.cluster.recipes import write_recipe
+
+PERCEIVER = [sys.executable, "-m", "perceiver.cli"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own: no token, no local cluster, nothing in the environment that names one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_JOB_HEADERS", "{}")
+    return tmp_path
+
+
+@pytest.fixture
+def dashboard() -> Iterator[Any]:
+    """A server that answers as a dashboard does; ``answers`` maps a path to status and JSON."""
+    answers: dict[str, tuple[int, Any]] = {
+        "/api/authentication_mode": (200, {"authentication_mode": "disabled"}),
+        "/api/version": (200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "x"}),
+        "/api/jobs/": (200, []),
+    }
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers.get(self.path.split("?")[0], (404, {}))
+            blob = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(blob)))
+            self.end_headers()
+            self.wfile.write(blob)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.answers, server.url = answers, f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_address_where_nothing_listens_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"nothing answers at http://127.0.0.1:9 .*check --address"):
+        connect(Access("http://127.0.0.1:9"))
+    with pytest.raises(UserError, match="is no address: wanted http://HOST:8265"):
+        connect(Access("ftp://host"))
+    with pytest.raises(UserError, match="start one on this machine with: perceiver cluster up"):
+        connect(Access())
+
+
+def test_another_version_of_ray_is_refused(dashboard: Any) -> None:
+    dashboard.answers["/api/version"] = (200, {"version": "4", "ray_version": "2.9.9", "ray_commit": "x"})
+    with pytest.raises(UserError, match=rf"runs Ray 2.9.9, this machine has Ray {ray.__version__}: install ray==2.9.9"):
+        connect(Access(dashboard.url))
+
+
+def test_what_is_no_job_server_is_refused(dashboard: Any) -> None:
+    dashboard.answers["/api/version"] = (404, {})
+    with pytest.raises(UserError, match="no Ray job server answers"):
+        connect(Access(dashboard.url))
+
+
+def test_headers_and_tls_settings_are_checked() -> None:
+    with pytest.raises(UserError, match="--headers is not a JSON object of texts"):
+        Access(headers="[1]").json_headers()
+    assert Access(verify="False").trust() is False and Access(verify="ca.pem").trust() == "ca.pem"
+
+
+def test_a_cluster_without_token_is_sent_none(dashboard: Any) -> None:
+    server = connect(Access(dashboard.url))
+    assert server.url == dashboard.url and os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
+def test_a_cluster_that_asks_for_a_token_is_refused_when_there_is_none(dashboard: Any) -> None:
+    dashboard.answers["/api/authentication_mode"] = (200, {"authentication_mode": "token"})
+    with pytest.raises(UserError, match="asks for a token and there is none here"):
+        connect(Access(dashboard.url))
+
+
+def test_the_package_holds_our_sources_and_the_recipe_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("recipes/a.yaml", "data/big", "secret.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("name: a")
+    target = tmp_path / "package"
+    target.mkdir()
+    package.build_package(target, ["recipes/a.yaml"])
+    top = {path.name for path in target.iterdir()}
+    assert top == {"perceiver", "pipelines", "cluster", "tune", "recipes"}
+    assert (target / "perceiver/kernels/separable.cpp").is_file() and not list(target.rglob("__pycache__"))
+    done = subprocess.run([sys.executable, "-m", "cluster.job", "--help"], cwd=target, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path) -> None:
+    for name, size in (("small", 10), ("weights.bin", 3000), ("movie.mp4", 2000), ("b", 400)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    with pytest.raises(UserError, match=r"largest: weights.bin .*, movie.mp4 .*, b "):
+        package.check_size(tmp_path, limit=4000)
+
+
+def test_dependencies_are_pinned_to_what_is_installed_here() -> None:
+    lines = package.locked_requirements()
+    assert all("==" in line and "+" not in line for line in lines)
+    names = {line.split("==")[0] for line in lines}
+    assert {"torch", "deepspeed", "mlflow", "pydantic", "s3fs"} <= names and not {"ray", "pytest"} & names
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"secrets": ["A=hunter2"]}, "--secret A: wanted the name"),
+        ({"metadata_json": '{"api_token": "hunter2"}'}, "--metadata-json: api_token looks like a secret"),
+        ({"runtime_env_json": '{"env_vars": {"AWS_SECRET_ACCESS_KEY": "hunter2"}}'}, "looks like a secret"),
+        ({"runtime_env_json": "[]"}, "--runtime-env-json is not an object"),
+        ({"env": ["NOT_SET_ANYWHERE"]}, "no such environment variable"),
+    ],
+)
+def test_secrets_do_not_travel(options: dict[str, Any], line: str, tree: dict[str, Any]) -> None:
+    wanted = Submission(recipe="x.yaml", **options)
+    with pytest.raises(UserError, match=line) as caught:
+        submit.check_secrets(tree, wanted, submit._runtime_env(build_recipe(tree), wanted))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_secret_in_the_recipe_is_refused_and_a_reference_is_needed_on_the_cluster(tree: dict[str, Any]) -> None:
+    wanted = Submission(recipe="x.yaml", secrets=["OTHER"])
+    tree["tracking"] = {"uri": "https://user:hunter2@mlflow"}
+    with pytest.raises(UserError, match="tracking.uri holds a secret"):
+        submit.check_secrets(tree, wanted, {})
+    tree["tracking"] = {"uri": "env:MLFLOW_URI"}
+    tree["data"]["storage_options"] = {"secret": "$STORE_SECRET"}
+    submit.check_secrets(tree, wanted, {})
+    assert submit.needed(tree, wanted) == ["MLFLOW_URI", "OTHER", "STORE_SECRET"]
+
+
+def test_paths_that_other_machines_do_not_see_are_refused(tree: dict[str, Any]) -> None:
+    far = [Node("10.9.8.7", {"CPU": 8})]
+    assert not submit.is_here(far) and submit.is_here([Node("127.0.0.2", {})])
+    tree["data"]["url"], tree["output"] = "s3://bucket/data", "/mnt/shared/runs"
+    (note,) = submit.check_paths(build_recipe(tree), False, "http://head:8265")
+    assert note == "note: output = /mnt/shared/runs must be the same storage on every node"
+    tree["output"] = "runs"
+    with pytest.raises(
+        UserError, match="output = runs is a folder of this machine, which the nodes behind http://head"
+    ):
+        list(submit.check_paths(build_recipe(tree), False, "http://head:8265"))
+
+
+def test_a_run_that_exists_is_resumed_and_what_is_missing_there_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
+    recipe = str(write_recipe(tmp_path, tree))
+    given = job.arguments(["--run", "mine", "train", recipe, "optim.lr=0.1"])
+    assert job.command(given)[-3:] == ["optim.lr=0.1", "--run", "mine"]
+    (Path(tree["output"]) / "mine").mkdir(parents=True)
+    (Path(tree["output"]) / "mine" / "run.json").write_text('{"name": "mine"}')
+    assert job.command(given)[-1] == "--resume"
+    with pytest.raises(UserError, match="the cluster does not know NOT_SET_ANYWHERE"):
+        job.command(job.arguments(["--run", "mine", "--needs", "NOT_SET_ANYWHERE", "train", recipe]))
+
+
+def test_names_that_are_taken_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job("a-1", "STOPPED", run="a", output="runs"), Job("b-1", "RUNNING", run="b", output="runs")]
+    monkeypatch.setattr(submit, "list_jobs", lambda server: jobs)
+    server: Any = None
+    assert submit._free_name(server, Submission(recipe="x"), "a", "runs") == "a-2"
+    with pytest.raises(UserError, match=r"run 'b' is being trained by the job b-1 \(RUNNING\): follow it with"):
+        submit._free_name(server, Submission(recipe="x"), "b", "runs")
+    with pytest.raises(UserError, match="--submission-id a-1 is taken by a job that is STOPPED"):
+        submit._free_name(server, Submission(recipe="x", submission_id="a-1"), "a", "runs")
+
+
+def test_a_job_that_is_not_there_names_those_that_are(dashboard: Any) -> None:
+    with pytest.raises(UserError, match=r"no job or run 'x' at .*; jobs there: none"):
+        find_job(connect(Access(dashboard.url)), "x")
+    assert table([Job("a-1", "FAILED", run="a", began=1.0, ended=62.0)])[1].split()[-1] == "0:01:01"
+    assert [Job("a", s, exit_code=c).code() for s, c in (("SUCCEEDED", 0), ("FAILED", 2), ("STOPPED", None))] == [
+        0,
+        2,
+        130,
+    ]
+
+
+# -- a real cluster ----------------------------------------------------------------------------------------------------
+
+
+def perceiver(folder: Path, *words: str, code: int | None = 0, **env: str) -> str:
+    """Run a command as a user does; return what it prints."""
+    done = subprocess.run(
+        [*PERCEIVER, *words],
+        cwd=folder,
+        env={**os.environ, "HOME": str(folder), "COLUMNS": "200", **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert code is None or done.returncode == code, f"{shlex.join(words)}: {done.returncode}\n{done.stdout}"
+    assert "Traceback" not in done.stdout
+    return done.stdout
+
+
+NODES = """
+nodes:
+- {cpus: 0, labels: {role: head}}
+- {cpus: 1, resources: {slot: 1}, labels: {role: train}}
+- {cpus: 1, labels: {role: data}}
+object_store_mb: 100
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str, Any]) -> None:
+    """One run, two jobs, one MLflow run; workers and data tasks on the nodes that their labels name."""
+    from mlflow.tracking import MlflowClient
+
+    tree["cluster"] = {"workers": 1, "worker_labels": {"role": "train"}, "worker_resources": {"slot": 1}}
+    tree["data"]["task_labels"] = {"role": "data"}
+    tree["train"] |= {"epochs": 4000, "checkpoint_every": 100}
+    recipe = str(write_recipe(home, tree))
+    (home / "nodes.yaml").write_text(NODES)
+    try:
+        shown = perceiver(home, "cluster", "up", "nodes.yaml")
+        assert "ray start --address=HEAD" in shown and (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+        perceiver(home, "submit", recipe, "--run", "life", "--no-wait")
+        placed = wait_for_tasks(home)
+        assert placed["RayTrainWorker"] == {"127.0.0.3"} and placed["MapBatches(produce)"] == {"127.0.0.4"}
+        assert "slot" in perceiver(home, "submit", recipe, "cluster.worker_resources.slot=2", "--run", "b", code=2)
+        assert "being trained by the job life-1" in perceiver(home, "submit", recipe, "--run", "life", code=2)
+        assert "the token is not this cluster's" in perceiver(home, "jobs", code=2, RAY_AUTH_TOKEN="f" * 64)
+        stopped = perceiver(home, "stop", "life")
+        assert "checkpoint saved" in stopped and "job life-1 STOPPED" in stopped
+        step = json.loads((home / "runs/life/run.json").read_text())["step"]
+        followed = perceiver(home, "submit", recipe, "--run", "life", f"train.epochs={step / 5 + 4}")
+        assert f"resumed at step {step}" in followed and "goes on, experiment small" in followed
+        assert "job life-2 SUCCEEDED" in followed
+        assert [json.loads(line)["status"] for line in perceiver(home, "jobs", "--json").splitlines()] == [
+            "STOPPED",
+            "SUCCEEDED",
+        ]
+        assert "resumed at step" in perceiver(home, "logs", "life-2")
+        perceiver(home, "status", "life-1", code=130)
+        cluster = running_cluster()
+        assert cluster is not None
+        processes, folder = cluster.processes(), Path(cluster.folder)
+    finally:
+        down = perceiver(home, "cluster", "down")
+    assert "processes ended" in down and not folder.exists()
+    assert not [process for process in processes if process.is_running() and process.status() != "zombie"]
+    client = MlflowClient(f"sqlite:///{home / 'runs/mlflow.db'}")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.info.status == "FINISHED" and run.info.run_name == "life"
+
+
+def wait_for_tasks(home: Path) -> dict[str, set[str]]:
+    """Wait until the run trains; return on which nodes its workers (actors) and data tasks ran, by their name."""
+    server = connect(Access(job_server.running_cluster().dashboard))  # type: ignore[union-attr]
+    address = {row["node_id"]: row["node_ip"] for row in rows(server, "nodes")}
+    while not list((home / "runs/life/checkpoints").glob("step-*/manifest.json")):
+        assert find_job(server, "life").live, server.client.get_job_logs("life-1")
+        time.sleep(0.2)
+    found: dict[str, set[str]] = {}
+    for row in [*rows(server, "tasks"), *rows(server, "actors")]:
+        name = row.get("name") if row.get("type") == "NORMAL_TASK" else row.get("class_name")
+        if name and row.get("node_id") in address:
+            found.setdefault(str(name), set()).add(address[row["node_id"]])
+    return found
+
+
+def rows(server: job_server.JobServer, what: str) -> list[dict[str, Any]]:
+    return server.get(f"/api/v0/{what}?limit=10000&detail=1")["data"]["result"]["result"]

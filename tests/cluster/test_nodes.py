@@ -1,0 +1,104 @@
+"""Where workers and data tasks fit, and how a local cluster of several nodes is described."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from cluster import nodes as local_nodes
+from cluster.local import ClusterConfig
+from cluster.nodes import LocalCluster, NodeGroup, NodesConfig, equivalent, read_nodes
+from cluster.placement import DataNeed, Node, place
+from perceiver.config import UserError
+
+TRAIN, FEED = {"role": "train"}, {"role": "data"}
+SOME = DataNeed(cpus=1.5, cpus_per_task=0.25)
+
+
+def node(name: str, cpus: float, gpus: float = 0, **labels: str) -> Node:
+    return Node(name, {"CPU": cpus, "GPU": gpus}, labels)
+
+
+def test_a_worker_holds_one_cpu_where_there_is_room() -> None:
+    assert place(ClusterConfig(workers=2), [node("a", 8), node("b", 8)], SOME) == 1.0
+
+
+def test_a_share_fits_each_node_not_only_their_sum() -> None:
+    """Three nodes of one CPU: two workers of 0.75 leave 1.5 for data; a share of the sum (2.25) would fit nowhere."""
+    share = place(ClusterConfig(workers=2), [node("a", 1), node("b", 1), node("c", 1)], SOME)
+    assert share == pytest.approx(0.75)
+
+
+def test_data_nodes_of_their_own_leave_the_training_nodes_to_the_workers() -> None:
+    there = [node("a", 1, role="train"), node("b", 1, role="train"), node("c", 2, role="data")]
+    config = ClusterConfig(workers=2, worker_labels=TRAIN, cpus_per_worker=1)
+    assert place(config, there, DataNeed(1.5, 0.25, FEED)) == 1
+    with pytest.raises(UserError, match="the workers leave less"):
+        place(config, there[:2], DataNeed(1.5, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "line"),
+    [
+        (
+            ClusterConfig(workers=4, gpus_per_worker=1),
+            SOME,
+            r"with 1 GPU each need 4 GPU; there are 2 nodes with 2 GPU",
+        ),
+        (ClusterConfig(workers=1, cpus_per_worker=16), SOME, r"lower cluster.cpus_per_worker"),
+        (ClusterConfig(workers=1, worker_resources={"slot": 1}), SOME, r"cluster.worker_resources.slot"),
+        (ClusterConfig(worker_labels=TRAIN), SOME, r"labelled role=train, no node is; labels there: a none; b none"),
+        (ClusterConfig(), DataNeed(1.5, 0.25, FEED), r"data.task_labels asks for nodes labelled role=data"),
+        (ClusterConfig(), DataNeed(9, 9), r"data.cpus_per_task = 9, but the largest node for data tasks has 4"),
+        (ClusterConfig(), DataNeed(40, 0.25), r"data tasks need 40 CPUs"),
+    ],
+)
+def test_what_does_not_fit_is_named(config: ClusterConfig, data: DataNeed, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        place(config, [node("a", 4, 1), node("b", 4, 1)], data)
+
+
+def test_an_autoscaling_cluster_may_lack_everything() -> None:
+    config = ClusterConfig(workers=64, gpus_per_worker=1, autoscaling=True)
+    assert place(config, [node("head", 0)], DataNeed(96, 0.25)) == 1.0
+
+
+def test_groups_become_nodes_with_their_resources_and_labels(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.yaml"
+    path.write_text(
+        "nodes:\n- {cpus: 0}\n- {count: 2, cpus: 1, gpus: 1, resources: {slot: 1}, labels: {role: train}}\n"
+    )
+    planned = local_nodes._planned(read_nodes(path))
+    assert [n["ip"] for n in planned.nodes] == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+    assert planned.nodes[2]["options"][-3:] == ["--num-gpus=1", '--resources={"slot": 1.0}', "--labels=role=train"]
+    lines = list(equivalent(planned))
+    assert len(lines) == 3 and "--num-gpus=1" in lines[1] and "object-store" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("nodes: []", "nodes"), ("node: 3", "node"), ("nodes: [{cpus: x}]", "cpus")]
+)
+def test_a_wrong_file_of_nodes_is_one_line(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "nodes.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=line):
+        read_nodes(path)
+
+
+def test_a_port_that_is_taken_gives_way() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        planned = local_nodes._planned(NodesConfig(nodes=(NodeGroup(),), dashboard_port=port))
+        assert not planned.dashboard.endswith(f":{port}")
+
+
+def test_no_state_is_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert local_nodes.running_cluster() is None and local_nodes.down() == 0
+    state = local_nodes.state_file()
+    state.parent.mkdir()
+    state.write_text(
+        '{"name": "gone", "address": "127.0.0.2:1", "dashboard": "", "folder": "/nowhere", "nodes": [{"ip": "x"}]}'
+    )
+    assert LocalCluster("gone", "", "", "", []).processes() == []
+    assert local_nodes.running_cluster() is None and local_nodes.down() == 0 and not state.exists()
