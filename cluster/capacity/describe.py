@@ -42,7 +42,8 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         f"gradients {size(used.gradients)}, optimizer {size(used.optimizer)}, buffers {size(used.buffers)}, "
         f"activations {size(used.activations)}, libraries {size(used.context)}",
         f"  by stage    {stages}",
-        f"step          {duration(step.total)}: compute {duration(step.compute)}, optimizer "
+        f"step          {duration(step.total)}: compute {duration(step.compute)} ("
+        f"{duration(step.traffic)} of it not matrix products), optimizer "
         f"{duration(step.optimizer)}, communication {duration(step.communication)} "
         f"({size(step.communication_bytes)} sent by each device)",
         f"  basis       {basis}",
@@ -64,6 +65,7 @@ def bottleneck(plan: Estimate) -> str:
     """What limits this plan first, or would at a larger size."""
     step, reading = plan.step, plan.ingest
     parts = {
+        "the memory's speed: all that is no matrix product, such as softmax and norms": step.traffic / step.total,
         "communication: fewer devices, or a larger global batch": step.communication / step.total,
         "decoding: more CPU nodes, or smaller stored media": reading.cores_wanted / max(reading.cores_there, 1e-9),
         "memory: ZeRO, a smaller micro-batch, activation checkpointing": plan.memory.total

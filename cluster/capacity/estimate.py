@@ -63,9 +63,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one optimizer step, part by part; reading runs beside the rest."""
+    """Seconds of one optimizer step, part by part; reading runs beside the rest, traffic is a part of computing."""
 
     compute: float
+    traffic: float
     optimizer: float
     communication: float
     communication_bytes: float
@@ -256,11 +257,13 @@ def step_time(workload: Workload, place: Place, micro: int, accumulation: int, c
         compute = accumulation * calibration.compute_seconds(micro, place.devices // place.nodes)
         # Where data tasks share the cores with the workers, each second of theirs is one that a worker does not get.
         stolen = workload.recipe.train.global_batch * calibration.sample_cpu_seconds / calibration.cores / place.nodes
-        return Step(compute + stolen, 0.0, wire_seconds, wire_bytes, 0.0)
+        return Step(compute + stolen, 0.0, 0.0, wire_seconds, wire_bytes, 0.0)
     compute = accumulation * roofline(workload, place.device, micro)
+    speed = place.device.memory_gbytes_s * 1e9 * place.device.memory_efficiency
+    traffic = accumulation * micro * workload.trace.other_bytes / speed
     moved = 7 * 4 * workload.account.parameters / (place.devices if workload.zero_stage else 1)
-    optimizer = moved / (place.device.memory_gbytes_s * 1e9 * place.device.memory_efficiency)
-    return Step(compute, optimizer, wire_seconds, wire_bytes, reading)
+    optimizer = moved / speed
+    return Step(compute, traffic, optimizer, wire_seconds, wire_bytes, reading)
 
 
 def roofline(workload: Workload, device: Device, micro: int) -> float:
