@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -32,10 +33,9 @@ DATA_BATCHES = 64
 WRITE_BYTES = 64 << 20
 
 
-def resident_bytes() -> int:
-    """Memory of this process."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+def own_bytes() -> int:
+    """Memory of this process that it shares with no other."""
+    return psutil.Process().memory_full_info().uss
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     import ray.data
     import ray.train  # noqa: F401  a worker holds these in memory
 
-    figures: dict[str, Any] = {"base_bytes": resident_bytes()}
+    figures: dict[str, Any] = {"base_bytes": own_bytes()}
     batch, figures["sample_cpu_seconds"] = _batch(recipe, max(task["micro"]))
     engine = _engine(recipe, len(load_data(recipe.data).classes), max(task["micro"]))
     figures["exchange"] = _exchange(engine) if dist.get_world_size() > 1 else (0.0, 1e12)
