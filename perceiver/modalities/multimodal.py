@@ -21,7 +21,9 @@ class MultimodalConfig(Config):
     """Modalities by name, read from the batch keys that each one names."""
 
     kind: Literal["multimodal"] = "multimodal"
-    modalities: dict[str, SerializeAsAny[Config]] = Field(description="Modality configs (each with its kind) by name.")
+    modalities: dict[str, SerializeAsAny[Config]] = Field(
+        description="Modality configs (each with its kind) by name; null: left out."
+    )
     min_padding: int = Field(default=4, ge=1, description="Least width of the learned modality vectors.")
     dropout: dict[str, float] = Field(
         default={}, description="Chance per sample that a modality's data are zeroed in training (video 0.3 in §4.2)."
@@ -37,9 +39,9 @@ class MultimodalConfig(Config):
     @classmethod
     def _known_kinds(cls, value: Any) -> Any:
         kinds = registry.members("perceiver.modalities")
-        if not isinstance(value, Mapping) or not value:
+        if not isinstance(value, Mapping) or all(one is None for one in value.values()):
             raise ValueError("wanted a mapping of names to modalities, at least one")
-        return {name: _modality(name, one, kinds) for name, one in value.items()}
+        return {name: _modality(name, one, kinds) for name, one in value.items() if one is not None}
 
     def build(self) -> nn.Module:
         """Make the module."""

@@ -70,6 +70,12 @@ def test_inputs_without_clips_stand_beside_each_clip():
     torch.testing.assert_close(clip_logits(model, still, mean_softmax), clip_logits(model, repeated, mean_softmax))
 
 
+def test_a_modality_can_be_taken_out_by_null():
+    model = small({"kind": "multimodal", "modalities": {"audio": AUDIO, "video": None}})
+    assert model.input_keys == ("audio",)
+    assert clip_logits(model, recordings(), mean_softmax).shape == (3, 5)
+
+
 def test_averages_are_those_of_probabilities_also_where_they_are_extreme():
     logits = torch.tensor([[[-3.0, 40.0, 90.0], [2.0, -1.0, 90.0]]], dtype=torch.float64)
     got = mean_sigmoid(logits)
