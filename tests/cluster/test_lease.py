@@ -86,7 +86,7 @@ def test_a_clock_that_is_an_hour_off_neither_frees_nor_locks_a_run(tmp_path: Pat
         while not stopped.wait(LIFE / 8):
             owner = owner.model_copy(update={"beat": owner.beat + 1})
             file.write(owner)
-            os.utime(file.path, (time.time() + shift,) * 2)
+            os.utime(file.path, (time.time() + shift, time.time() + shift))
             beats.release()
 
     thread = threading.Thread(target=beat)

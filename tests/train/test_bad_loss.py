@@ -1,5 +1,10 @@
 """A loss that is no number: stopped, skipped or rolled back, always alike, with the samples named."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,3 +108,17 @@ def test_rollback_takes_the_saved_weights_and_passes_the_window_over(tmp_path: P
 def test_rollback_without_a_checkpoint_stops(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint to roll back to"):
         Run(tmp_path, "rollback").train(batches(0, LAST, bad=(2,)))
+
+
+@pytest.mark.slow
+def test_every_engine_goes_back_as_if_it_had_just_been_started(tmp_path: Path) -> None:
+    """Weights, moments and what ZeRO keeps of them: none of the passed steps leaves a trace."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "tests.train.roll_back_worker", str(tmp_path)]
+    environment = {**os.environ, **place, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=500)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 5 and all(state == {"skipped": True, "same": True} for state in found.values()), found
