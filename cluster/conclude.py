@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import local
 from cluster.recipe import kind_of, zero_stage
+from perceiver.config import UserError
 from perceiver.train.mlflow import open_tracker, spool_folder
 from perceiver.train.redaction import redact_text
 from perceiver.train.tracking import NullTracker, Tracker
@@ -25,7 +26,12 @@ EXIT_STOPPED = 130
 def conclude(launch: "Launch", outcome: Mapping[str, Any], as_json: bool) -> int:
     """Say how it ended and what to do next; write report and MLflow's last entries. Return the exit code."""
     status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
-    folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
+    try:
+        folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
+    except UserError as error:
+        if status == "finished":
+            raise
+        log.error("%s", error)  # the store that cannot be written may be what ended the run: that is said below
     go_on = f"go on with: {launch.command} --resume --run {folder.name}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
     handle = outcome.get("handle")

@@ -172,9 +172,12 @@ class Lease:
         """Stop renewing and take the lease away, if it is still ours."""
         self._over.set()
         self._thread.join()
-        found = self.file.read()
-        if found is not None and found.id == self.owner.id:
-            self.file.remove(self.owner)
+        try:
+            found = self.file.read()
+            if found is not None and found.id == self.owner.id:
+                self.file.remove(self.owner)
+        except Exception as error:  # noqa: BLE001  a store that is gone must not hide how the run ended; leases expire
+            log.warning("the lease %s could not be given back: %s", self.file.url, error)
 
     def _renew(self) -> None:
         while not self._over.wait(self.owner.life_s / BEATS):
