@@ -18,10 +18,12 @@ class Share:
 
     Attributes:
         cpus: logical CPUs for its workers and data tasks.
+        taken: what of the CPUs the run's own driver holds.
         runs: how many runs share the machines at a time, so that the threads of all their workers fit the cores.
     """
 
     cpus: float
+    taken: float = 0
     runs: int = 1
 
 
@@ -74,7 +76,7 @@ def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:
     """
     cluster, data = recipe.cluster, recipe.data
     if cluster.resolved_address() is None or share.runs > 1:
-        cpus = local.worker_cpus(cluster, share.cpus, data_cpus(recipe))
+        cpus = local.worker_cpus(cluster, share.cpus, data_cpus(recipe) + share.taken)
     else:
         cpus = place(cluster, connected_nodes(), DataNeed(data_cpus(recipe), data.cpus_per_task, data.task_labels))
     return {name: amount for name, amount in worker_need(cluster, cpus).items() if amount}

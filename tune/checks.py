@@ -9,7 +9,7 @@ from cluster.recipe import Recipe, build_recipe
 from perceiver.config import UserError
 from pipelines.shards import Manifest, load_manifest
 from tune.config import Search
-from tune.space import Values, as_number, base_values, with_values
+from tune.space import Values, as_number, base_values, ordered, with_values
 
 FIXED = {
     "name": "trials are named after the search",
@@ -60,7 +60,7 @@ def check_search(search: Search) -> Checker:
     """
     checker = Checker(search)
     _, base = checker.recipe({})
-    for key in search.config.space:
+    for key in ordered(search.config.space):
         _check_key(search, key)
         for value in search.config.space[key].extremes():
             _check_value(checker, base, key, value)

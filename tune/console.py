@@ -4,9 +4,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from tune.checks import number
 from tune.record import SearchRecord, TrialRecord
@@ -84,10 +85,10 @@ class SearchConsole:
         best = self.record.best()
         return text + (f"; best trial {best.number}: {figures(best, self.record)}" if best else "")
 
-    def table(self) -> Table:
-        """Return the trials as a table: those that run first, then by rank."""
+    def table(self) -> Group:
+        """Return a summary and the trials as a table: those that run first, then by rank."""
         keys = list(dict.fromkeys(key for trial in self.record.trials for key in trial.values))
-        table = Table(box=None, pad_edge=False, header_style="dim", title=self.summary(), title_justify="left")
+        table = Table(box=None, pad_edge=False, header_style="dim")
         for column in ("trial", "status", *short_keys(keys), "epoch", *self.record.metrics, "samples/s", "time"):
             table.add_column(column, justify="left" if column == "status" else "right", no_wrap=True)
         ranked = {trial.number: rank for rank, trial in enumerate(self.record.ranked())}
@@ -98,7 +99,7 @@ class SearchConsole:
             table.add_row(*self._cells(trial, keys), style=STYLES.get(trial.status))
         if len(trials) > ROWS_SHOWN:
             table.caption = f"and {len(trials) - ROWS_SHOWN} more"
-        return table
+        return Group(Text(self.summary()), table)
 
     def _cells(self, trial: TrialRecord, keys: list[str]) -> list[str]:
         event = self._progress.get(trial.number, {}) if trial.status == "running" else {}

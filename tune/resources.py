@@ -48,15 +48,15 @@ def divide(recipe: Recipe, wanted: int | None, trials: int, cpus: float, gpus: f
             f"{gpus:g}: lower concurrency, cluster.workers or cluster.gpus_per_worker"
         )
     here = cluster.workers == 1
-    share = cpus / concurrency - (0 if here else DRIVER_CPUS)
+    share = Share(cpus / concurrency, 0 if here else DRIVER_CPUS, concurrency)
     try:
-        portion = worker_cpus(cluster, share, data_cpus(recipe))
+        portion = worker_cpus(cluster, share.cpus, data_cpus(recipe) + share.taken)
     except UserError as error:
         if concurrency == 1:
             raise
-        raise UserError(f"concurrency = {concurrency} leaves each trial {share:.4g} CPUs, and {error}") from None
+        raise UserError(f"concurrency = {concurrency} leaves each trial {share.cpus:.4g} CPUs, and {error}") from None
     reserved = {"CPU": portion} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
-    return Slots(concurrency, Share(share, concurrency), here, reserved if here else {"CPU": DRIVER_CPUS})
+    return Slots(concurrency, share, here, reserved if here else {"CPU": DRIVER_CPUS})
 
 
 def _fitting(cluster: ClusterConfig, trials: int, cpus: float, gpus: float) -> int:

@@ -1,5 +1,6 @@
 """Ray Tune's schedulers as a search file asks for them."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from tune.space import Choice, Int, LogUniform, QUniform, Uniform, Values
 TIME = "epoch"
 """The key of a result by which schedulers measure how far a trial has come."""
 
-FOREVER = 1e12
+FOREVER = math.inf
 ALMOST = 1 - 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Past:
     """Stands for a trial of an earlier start where its results are told to a scheduler."""
 

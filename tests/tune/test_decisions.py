@@ -1,0 +1,199 @@
+"""Schedulers, ranking and the desk: decided without any process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.run_folder import RunFolder
+from perceiver.config import UserError
+from tests.tune.searches import load, record, trial
+from tune.conclude import verdict
+from tune.desk import Desk, reason
+from tune.draws import FixedSource
+from tune.importance import importance
+from tune.record import SearchRecord, go_on, load_record, save_record
+from tune.schedulers import Past, build_scheduler, clipped, replay
+
+
+def decide(scheduler: Any, number: int, epoch: float, score: float) -> str:
+    past = Past(f"trial-{number}", {"number": number})
+    if epoch == 1:
+        scheduler.on_trial_add(None, past)
+    return scheduler.on_trial_result(None, past, {"epoch": epoch, "accuracy": score})
+
+
+def test_asha_stops_what_is_not_among_the_best_share_but_never_the_baseline(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
+    search = load(tmp_path, tree, "scheduler={kind: asha, grace: 1, reduction: 2}")
+    scheduler = build_scheduler(search.config, 4.0, 2)
+    assert decide(scheduler, 1, 1, 0.5) == "CONTINUE"
+    assert decide(scheduler, 2, 1, 0.4) == "STOP"
+    assert decide(scheduler, 0, 1, 0.1) == "CONTINUE", "the baseline"
+    assert decide(scheduler, 3, 1, 0.6) == "CONTINUE"
+    assert decide(scheduler, 3, 2, 0.7) == "CONTINUE"
+    assert decide(scheduler, 1, 2, 0.6) == "STOP"
+    assert decide(scheduler, 3, 4, 0.1) == "CONTINUE", "a trial at its end comes to it by itself"
+    assert search.config.scheduler.rungs(4.0) == [1.0, 2.0]  # type: ignore[union-attr]
+
+
+def test_median_spares_the_baseline_and_never_pauses(tmp_path: Path, tree: dict[str, Any]) -> None:
+    search = load(tmp_path, tree, "scheduler={kind: median, grace: 1, min_trials: 2}")
+    scheduler = build_scheduler(search.config, 4.0, 2)
+    pasts = {number: Past(f"trial-{number}", {"number": number}) for number in range(4)}
+
+    class Busy:
+        def get_live_trials(self) -> list[Any]:
+            return [Past("waiting", {"number": 9}, status="PENDING")]
+
+    def tell(number: int, epoch: float, score: float) -> str:
+        return scheduler.on_trial_result(Busy(), pasts[number], {"epoch": epoch, "accuracy": score})
+
+    assert [tell(number, 1, score) for number, score in ((1, 0.5), (2, 0.6))] == ["CONTINUE", "CONTINUE"]
+    assert tell(3, 1, 0.1) == "STOP"
+    assert [tell(0, epoch, 0.1) for epoch in (1, 2)] == ["CONTINUE", "CONTINUE"]
+
+
+def test_a_resumed_search_holds_new_trials_against_the_old_ones(tmp_path: Path, tree: dict[str, Any]) -> None:
+    search = load(tmp_path, tree, "scheduler={kind: asha, grace: 1, reduction: 2}")
+    scheduler = build_scheduler(search.config, 4.0, 2)
+    replay(scheduler, [trial(1, "finished", 0.5, 0.6, 0.7, 0.8), trial(2, "stopped", 0.4), trial(3, "failed")])
+    assert decide(scheduler, 4, 1, 0.42) == "STOP"
+    assert decide(scheduler, 5, 1, 0.55) == "CONTINUE"
+
+
+def test_changed_values_stay_in_their_ranges(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["scheduler"] = {"kind": "pbt"}
+    search = load(tmp_path, tree)
+    assert clipped(search.config, {"optim.lr": 0.12}) == {"optim.lr": 0.1}
+    assert clipped(search.config, {"optim.lr": 1e-4}) == {"optim.lr": 1e-3}
+    scheduler = build_scheduler(search.config, 4.0, 2)
+    assert scheduler._synch, "4 trials, 2 at a time: they take turns"
+    assert search.recipe.train.eval_every == search.recipe.train.checkpoint_every == 1
+
+
+def test_the_best_is_the_best_of_those_that_finished(tmp_path: Path) -> None:
+    found = record(
+        trial(0, "finished", 0.5, 0.8),
+        trial(1, "stopped", 0.95),
+        trial(2, "finished", 0.9, 0.85),
+        trial(3, "failed", 0.99),
+        trial(4, "finished", 0.9, float("nan")),
+    )
+    assert [t.number for t in found.ranked()] == [2, 0, 3, 1]
+    low = record(trial(0, "finished", 0.5, metric="loss"), trial(1, "finished", 0.4, metric="loss"), loss="min")
+    best = low.best()
+    assert best is not None and best.number == 1
+
+
+def test_a_pareto_front_is_what_nothing_beats_in_both() -> None:
+    found = record(
+        trial(0, "finished", 0.9, parameters=100),
+        trial(1, "finished", 0.8, parameters=50),
+        trial(2, "finished", 0.7, parameters=60),
+        trial(3, "stopped", 0.99, parameters=1),
+        accuracy="max",
+        parameters="min",
+    )
+    assert [t.number for t in found.front()] == [0, 1]
+
+
+def test_the_verdict_is_honest() -> None:
+    worse = record(trial(0, "finished", 0.5, 0.9), trial(1, "finished", 0.5, 0.8))
+    assert verdict(worse, 0, 1000).endswith("no trial beat the base recipe (trial 0) at the same 2 epochs")
+    near = record(trial(0, "finished", 0.5, 0.955), trial(1, "finished", 0.5, 0.96))
+    assert "less than the 1.8 points by which two such figures differ by chance" in verdict(near, 0, 1000)
+    clear = record(trial(0, "finished", 0.5, 0.9), trial(1, "finished", 0.5, 0.96))
+    assert "the gain is more than" in verdict(clear, 0, 1000)
+    shorter = record(trial(0, "finished", 0.5), trial(1, "finished", 0.5, 0.96))
+    assert "after 1 instead of 2 epochs" in verdict(shorter, 0, 1000)
+
+
+def test_importance_finds_the_key_that_matters(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["space"]["model.latents"] = {"kind": "choice", "values": [2, 4]}
+    search = load(tmp_path, tree)
+    trials = [
+        trial(n, "finished", 0.5 + 0.05 * n, values={"optim.lr": 1e-3 * 1.6**n, "model.latents": 2 + 2 * (n % 2)})
+        for n in range(9)
+    ]
+    trials[4].evaluations += trial(4, "finished", 0.0, 0.0).evaluations[1:]  # later than what all have in common
+    found = importance(record(*trials), search.config.space, search.base)
+    assert found is not None and next(iter(found.shares)) == "optim.lr" and found.shares["optim.lr"] > 0.7
+    assert (found.trials, found.epoch) == (9, 1)
+    assert importance(record(*trials[:3]), search.config.space, search.base) is None
+
+
+def make_desk(tmp_path: Path, total: int = 3, waiting: tuple[int, ...] = ()) -> Desk:
+    def prepare(values: dict[str, Any]) -> tuple[int, int]:
+        if values["optim.lr"] == 2:
+            raise UserError("optim.lr = 2 is too much")
+        return 1000, 10
+
+    source = FixedSource([{"optim.lr": number + 1} for number in range(total)])
+    return Desk(record(), RunFolder(str(tmp_path), "hunt-001"), source, prepare, list(waiting), total)
+
+
+def test_the_desk_keeps_every_change_on_disk(tmp_path: Path) -> None:
+    desk = make_desk(tmp_path)
+    heard: list[tuple[str, int]] = []
+    desk.listeners.append(lambda what, t: heard.append((what, t.number)))
+    first = desk.next_trial()
+    assert first is not None and first.number == 0
+    desk.started(0)
+    desk.result(0, {"step": 5, "epoch": 1.0, "evaluation": {"accuracy": 0.5}, "seconds": 2.0, "throughput": 80.0})
+    desk.broke(0, "a worker died", again=True)
+    desk.result(0, {"step": 5, "epoch": 1.0, "evaluation": {"accuracy": 0.6}, "seconds": 1.0})
+    desk.result(0, {"step": 10, "epoch": 2.0, "evaluation": {"accuracy": 0.7}, "seconds": 2.0})
+    desk.result(0, {"ending": "finished", "seconds": 1.0})
+    desk.over(0)
+    second = desk.next_trial()
+    assert second is not None and second.number == 2, "trial 1 cannot be trained: recorded, and the next one drawn"
+    desk.started(2)
+    desk.result(2, {"step": 5, "epoch": 1.0, "evaluation": {"accuracy": 0.1}, "seconds": 2.0})
+    desk.over(2)
+    assert desk.next_trial() is None
+    desk.close()
+    kept = load_record(desk.folder)
+    assert [t.status for t in kept.trials] == ["finished", "failed", "stopped"]
+    assert kept.trials[1].reason == "optim.lr = 2 is too much"
+    assert [(e.step, e.metrics["accuracy"]) for e in kept.trials[0].evaluations] == [(5, 0.6), (10, 0.7)]
+    assert kept.trials[0].seconds == 6 and kept.worker_seconds() == 8
+    assert heard[0] == ("started", 0) and ("failed", 1) in heard and heard[-1] == ("stopped", 2)
+
+
+def test_a_stop_hands_out_no_more_and_what_was_open_goes_on(tmp_path: Path) -> None:
+    desk = make_desk(tmp_path)
+    desk.next_trial()
+    desk.started(0)
+    desk.stopping = True
+    assert desk.next_trial() is None
+    desk.result(0, {"ending": "stopped", "seconds": 1.0})
+    desk.over(0)
+    desk.close()
+    kept = load_record(desk.folder)
+    assert go_on(kept) == [0]
+    again = Desk(kept, desk.folder, desk.source, desk.prepare, [0], 3)
+    trials = [again.next_trial(), again.next_trial(), again.next_trial()]
+    assert [t.number if t else None for t in trials] == [0, 2, None]
+
+
+def test_a_record_of_a_newer_program_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "hunt-001")
+    with pytest.raises(UserError, match="it was never begun"):
+        load_record(folder)
+    save_record(SearchRecord(metrics={"accuracy": "max"}, workers=1, format=9), folder)
+    with pytest.raises(UserError, match="format 9"):
+        load_record(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Failure # 1 (x)\nValueError: old\nFailure # 2 (y)\nray...\nRuntimeError: worker 0: bad\n", "worker 0: bad"),
+        ("Failure # 1 (x)\nTask was killed due to the node running low on memory.\n", "out of memory: Ray ended"),
+        ("", "the trial's process died"),
+    ],
+)
+def test_the_reason_of_a_failure_is_one_line(text: str, wanted: str) -> None:
+    assert reason(text).startswith(wanted)
