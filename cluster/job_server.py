@@ -96,8 +96,6 @@ def connect(access: Access) -> "JobServer":
     import ray
     from ray.exceptions import AuthenticationError
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
-
     try:
         client = _client_class()(url, headers=headers, verify=verify)
     except AuthenticationError as error:
@@ -191,6 +189,9 @@ def _token_line(url: str, reason: str) -> str:
 def _client_class() -> Any:
     """Return Ray's client with a deadline for each request, which it lacks."""
     from ray.job_submission import JobSubmissionClient
+
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
 
     class Client(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:

@@ -290,12 +290,13 @@ def wait_for_tasks(home: Path) -> dict[str, set[str]]:
         assert find_job(server, "life").live, server.client.get_job_logs("life-1")
         time.sleep(0.2)
     found: dict[str, set[str]] = {}
-    for row in [*rows(server, "tasks"), *rows(server, "actors")]:
-        name = row.get("name") if row.get("type") == "NORMAL_TASK" else row.get("class_name")
-        if name and row.get("node_id") in address:
-            found.setdefault(str(name), set()).add(address[row["node_id"]])
+    tasks = rows(server, "tasks", "&filter_keys=type&filter_predicates=%3D&filter_values=NORMAL_TASK")
+    actors = [{**row, "name": row["class_name"]} for row in rows(server, "actors")]
+    for row in tasks + actors:
+        if row.get("node_id") in address:
+            found.setdefault(str(row["name"]), set()).add(address[row["node_id"]])
     return found
 
 
-def rows(server: job_server.JobServer, what: str) -> list[dict[str, Any]]:
-    return server.get(f"/api/v0/{what}?limit=10000&detail=1")["data"]["result"]["result"]
+def rows(server: job_server.JobServer, what: str, more: str = "") -> list[dict[str, Any]]:
+    return server.get(f"/api/v0/{what}?limit=10000&detail=1{more}")["data"]["result"]["result"]
