@@ -182,10 +182,13 @@ def _check_batch(workload: Workload, place: Place) -> None:
     train = workload.recipe.train
     portion = place.devices * (train.micro_batch or 1)
     if train.global_batch % portion:
-        above = math.ceil(train.global_batch / portion) * portion
+        share, rest = divmod(train.global_batch, place.devices)
+        change = f"train.global_batch={math.ceil(train.global_batch / portion) * portion}"
+        if not rest:
+            change = f"train.micro_batch={_divisor(share, train.micro_batch or 1)}"
         raise UserError(
             f"train.global_batch {train.global_batch} is not divisible by {place.devices} devices x micro-batch "
-            f"{train.micro_batch or 1} = {portion}: set train.global_batch={above}"
+            f"{train.micro_batch or 1} = {portion}: set {change}"
         )
 
 

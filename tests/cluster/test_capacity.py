@@ -95,6 +95,10 @@ def test_what_does_not_fit_names_the_key(workload: Workload) -> None:
 def test_a_batch_that_does_not_divide_names_one_that_does(workload: Workload) -> None:
     with pytest.raises(UserError, match=r"64 is not divisible by 24 .*set train.global_batch=72"):
         estimate(workload, place(24, nodes=3))
+    train = workload.recipe.train.model_copy(update={"micro_batch": 16})
+    small = replace(workload, recipe=workload.recipe.model_copy(update={"train": train}))
+    with pytest.raises(UserError, match="set train.micro_batch=8"):
+        estimate(small, place(8))
 
 
 def test_starving_is_refused(workload: Workload) -> None:
