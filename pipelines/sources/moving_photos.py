@@ -22,8 +22,8 @@ from pipelines.sources._common import item_seed, number, shuffled_units
 from pipelines.transforms.flow import FLO_MAGIC, pack
 
 PHOTOS = ("china.jpg", "flower.jpg")
-SIZE = (32, 48)
-SHIFT, TURN, ZOOM = 4.0, 4.0, 0.05
+SIZE = (24, 32)
+SHIFT, TURN, ZOOM = 2.0, 2.0, 0.03
 """Most pixels, degrees and share that the camera moves by, uniform."""
 MARGIN = 12
 """Pixels around a piece that the second frame may show."""
