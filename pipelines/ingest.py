@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
 BLOCK_BYTES = 4 << 20
+REREADS = 4
+"""How often what is shuffled together may be read by tasks that also decode; beyond, reading is a stage of its own."""
 
 
 class DataConfig(ViewConfig):
@@ -49,9 +51,11 @@ class DataConfig(ViewConfig):
     tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
     run_samples: int = Field(default=2048, gt=0, description="samples a data task produces, about, at most")
-    run_bytes: int = Field(default=128 << 20, gt=0, description="stored bytes a data task reads, about")
+    run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about")
+    read_apart: bool | None = Field(
+        default=False, description="tasks that only read, before those that decode; null: where samples are large")
     prefetch_batches: int = Field(default=4, ge=0, description="batches collated ahead of the training step")
-    prefetch_bytes: int = Field(default=64 << 20, gt=0, description="decoded bytes waiting for each worker")
+    prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
     read: ReadPolicy = Field(default=ReadPolicy(), description="patience with a remote file system")
     cache_bytes: int = Field(default=256 << 20, gt=0, description="row groups kept in each data task's process")
     window: int | None = Field(default=None, gt=0, description="samples shuffled among each other; null: by size")
@@ -192,31 +196,38 @@ def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, devic
     """
     plan = sample_plan(data, manifest, seed=share.seed, global_batch=share.global_batch)
     work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=share.seed, batch=share.micro_batch)
-    most = _run_steps(data, manifest, data.train_split, share.global_batch // share.world)
-    runs = plan.runs(share.start_step, share.stop_step, most)
+    runs = plan.runs(share.start_step, share.stop_step, _run_steps(data, work, manifest))
     yield from _checked(_execute(data, work, runs, share.micro_batch, device), work,
                         math.ceil(plan.samples / share.world), quarantine or Quarantine(data.max_bad_fraction))
 
 
 def eval_batches(data: DataConfig, manifest: Manifest, *, split: str, rank: int, world: int, batch: int,
-                 device: "torch.device | str", quarantine: Quarantine | None = None) -> "Generator[Batch, None, None]":
-    """One rank's batches of a split, once, in order, unaugmented; the same number on each rank.
+                 device: "torch.device | str", first: int = 0, quarantine: Quarantine | None = None
+                 ) -> "Generator[Batch, None, None]":
+    """One rank's batches of a split, from the `first` on, in order, unaugmented; the same number on each rank.
 
     The ragged end is padded with rows whose `valid` is False and whose `sample_id` is -1. A bad sample is such a row
     too, with its own id, since a replacement would be counted twice.
     """
     plan = EvalPlan(manifest.split(split).samples, batch)
     work = _work(data, manifest, plan, rank=rank, world=world, seed=0, batch=batch, split=split)
-    runs = plan.runs(0, plan.batches(world), _run_steps(data, manifest, split, batch))
+    runs = plan.runs(first, plan.batches(world), _run_steps(data, work, manifest))
     yield from _checked(_execute(data, work, runs, batch, device), work, math.ceil(plan.samples / world),
                         quarantine or Quarantine(data.max_bad_fraction))
 
 
-def _run_steps(data: DataConfig, manifest: Manifest, split: str, rows_per_step: int) -> int:
-    """Steps of a run: as many as the limits on samples and stored bytes of a task allow, at least one."""
-    found = manifest.split(split)
-    samples = min(data.run_samples, int(data.run_bytes * found.samples / found.bytes))
-    return max(1, samples // rows_per_step)
+def _run_steps(data: DataConfig, work: Work, manifest: Manifest) -> int:
+    """Steps of a run: as many as the limits on samples and bytes of a task allow, at least one."""
+    found = manifest.split(work.split)
+    samples = int(data.run_bytes * found.samples / found.bytes)
+    if not work.staged:
+        samples = min(samples, data.run_samples, _waiting_rows(data, work.spec))
+    return max(1, samples // work.rows_per_step)
+
+
+def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:
+    """Rows of a task, so that those of all tasks can wait decoded until it is their turn."""
+    return max(1, data.prefetch_bytes // (data.tasks + 1) // spec.row_bytes)
 
 
 def _work(data: DataConfig, manifest: Manifest, plan: Plan, *, rank: int, world: int, seed: int,
@@ -227,8 +238,10 @@ def _work(data: DataConfig, manifest: Manifest, plan: Plan, *, rank: int, world:
     files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(data.url, found))
     reader = Reader(files, RowGroups.of(found), arrow_schema(manifest.features), manifest.classes, data.storage_options,
                     data.read, data.cache_bytes, spec.row_bytes if spec.keep_decoded else 0)
-    chunk = batch * max(1, BLOCK_BYTES // (batch * spec.row_bytes))
-    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
+    waiting = _waiting_rows(data, spec)
+    staged = REREADS * waiting < plan.shuffled(world) if data.read_apart is None else data.read_apart
+    rows = waiting // 2 if staged else BLOCK_BYTES // spec.row_bytes
+    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, batch * max(1, rows // batch), staged)
 
 
 def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
@@ -248,7 +261,7 @@ def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "to
     import torch
 
     for start, stop in runs:
-        for rows in work.rows(start, stop):
+        for rows in map(work.decoded, work.encoded(start, stop)) if work.staged else work.rows(start, stop):
             lines = rows.pop(PROBLEM)
             for first in range(0, len(lines), batch):
                 part = slice(first, first + batch)

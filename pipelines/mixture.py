@@ -249,6 +249,10 @@ class MixturePlan:
         number = int(np.searchsorted(self.first, sample_id, side="right")) - 1
         return int(self.first[number]), self.plans[number].samples
 
+    def shuffled(self, world: int) -> int:
+        """Samples of one rank that are shuffled among each other, of all data sets."""
+        return sum(plan.shuffled(world) for plan in self.plans)
+
     def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
         """The samples of one rank in the steps [start, stop): see `SamplePlan.share`; epochs are each data set's own.
 

@@ -180,6 +180,10 @@ class SamplePlan:
         """First id and number of the samples of the same data set: all of them."""
         return 0, self.samples
 
+    def shuffled(self, world: int) -> int:
+        """Samples of one rank that are shuffled among each other: the row groups of so many are needed at a time."""
+        return min(self.window * self.lanes, self.samples) // world
+
     def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
         """The samples of one rank in the steps [start, stop), shape (stop - start, B / world).
 
@@ -315,6 +319,10 @@ class EvalPlan:
     def peers(self, sample_id: int) -> tuple[int, int]:
         """First id and number of the samples of the same data set: all of them."""
         return 0, self.samples
+
+    def shuffled(self, world: int) -> int:
+        """Samples that are shuffled among each other: none."""
+        return 0
 
     def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
         """Cut the batches [start, stop) into runs of at most `most`."""

@@ -2,11 +2,12 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
@@ -22,6 +23,10 @@ Arrays = dict[str, NDArray[Any]]
 Groups = dict[tuple[int, int], RowGroup]
 """Row groups by (shard, group)."""
 Plan = SamplePlan | MixturePlan | EvalPlan
+
+SAMPLE_ID, EPOCH = "sample_id", "epoch"
+"""Columns of the rows that tasks hand to each other, beside those of the shards."""
+_UNREADABLE = RowGroup({}, 0, 0, error="padding")
 
 SUBSTITUTES = 8
 """Row groups that are tried in place of one without a usable sample."""
@@ -74,6 +79,9 @@ class Work:
         rank, world: whose.
         seed: of the augmentation.
         chunk: rows to hand over at a time.
+        staged: whether tasks that read hand over to tasks that decode. Reading wants long runs, since what is shuffled
+            together has to be read together; decoding large samples wants short ones, since the tasks' rows wait for
+            each other in the order of the run.
     """
 
     token: str
@@ -85,11 +93,17 @@ class Work:
     seed: int
     spec: SampleSpec
     chunk: int
+    staged: bool = False
 
     @property
     def rows_per_step(self) -> int:
         """Rows of this rank in each step."""
         return self.plan.share(0, 1, self.rank, self.world).ids.size
+
+    @property
+    def stored_bytes(self) -> float:
+        """Mean size of a stored sample."""
+        return sum(sum(files.sizes) for files in self.reader.files) / self.reader.groups.samples
 
     def split_of(self, sample_id: int) -> str:
         """Name of the split for the quarantine; in a mixture also which data set the sample belongs to."""
@@ -103,23 +117,65 @@ class Work:
 
         Keys: the features, `sample_id` int64 (-1: padding), `valid` bool, `problem` str.
         """
+        ids, epochs, places, groups = self._read(start, stop)
+        for first in range(0, ids.size, self.chunk):
+            part = slice(first, first + self.chunk)
+            mine = places[part]
+            yield self._filled(ids[part], epochs[part], lambda i, sample_id, epoch, mine=mine: self._usable(
+                groups, mine[i], sample_id, epoch))
+
+    def encoded(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """The same rows as they are stored, as tables of up to `chunk` rows: what `decoded` takes.
+
+        Columns: `key` and the features, null where a row group cannot be read, `sample_id` and `epoch`.
+        """
+        ids, epochs, places, groups = self._read(start, stop)
+        for first in range(0, ids.size, self.chunk):
+            part = slice(first, first + self.chunk)
+            found = [(groups[shard, group], row) if number >= 0 else (_UNREADABLE, 0)
+                     for (shard, group, row), number in zip(places[part], ids[part].tolist(), strict=True)]
+            columns = {field.name: pa.concat_arrays([
+                pa.nulls(1, field.type) if group.error else group.columns[field.name].slice(row, 1)
+                for group, row in found]) for field in self.reader.schema}
+            yield pa.table({**columns, SAMPLE_ID: ids[part], EPOCH: epochs[part]})
+
+    def decoded(self, table: pa.Table) -> Arrays:
+        """The rows of a table of `encoded`, as those of `rows`."""
+        ids, epochs = table.column(SAMPLE_ID).to_numpy(), table.column(EPOCH).to_numpy()
+        names = [name for name in table.column_names if name not in (SAMPLE_ID, EPOCH)]
+        stored = RowGroup({name: table.column(name).combine_chunks() for name in names}, table.num_rows, 0)
+
+        def usable(number: int, sample_id: int, epoch: int) -> _Found:
+            try:
+                if not stored.columns["key"][number].is_valid:
+                    raise BadSample("not read")
+                rng = functools.cache(functools.partial(sample_rng, self.seed, epoch, sample_id))
+                return _Found(make_sample(self.spec, stored, number, rng), sample_id, "")
+            except BadSample:
+                # Rare: start again from the row group, which knows the reason and the neighbours.
+                place = self.reader.locate(np.array([sample_id]))[0]
+                return self._usable(self.reader.row_groups({place[:2]}), place, sample_id, epoch)
+
+        return self._filled(ids, epochs, usable)
+
+    def _read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64], list[Place], Groups]:
+        """Ids, epochs and places of the rows of the steps, and the row groups that hold them."""
         planned = self.plan.share(start, stop, self.rank, self.world)
         ids, epochs = planned.ids.ravel(), planned.epochs.ravel()
         places = self.reader.locate(np.maximum(ids, 0))
-        groups = self.reader.row_groups({place[:2] for place, number in zip(places, ids, strict=True) if number >= 0})
-        for first in range(0, ids.size, self.chunk):
-            part = slice(first, first + self.chunk)
-            yield self._chunk(ids[part], epochs[part], places[part], groups)
+        wanted = {place[:2] for place, number in zip(places, ids.tolist(), strict=True) if number >= 0}
+        return ids, epochs, places, self.reader.row_groups(wanted)
 
-    def _chunk(self, ids: NDArray[np.int64], epochs: NDArray[np.int64], places: list[tuple[int, int, int]],
-               groups: Groups) -> Arrays:
+    def _filled(self, ids: NDArray[np.int64], epochs: NDArray[np.int64], usable: "Callable[[int, int, int], _Found]"
+                ) -> Arrays:
+        """Arrays of the rows that `usable` finds, given number, sample id and epoch of each."""
         out: Arrays = {name: np.zeros((ids.size, *shape), kind) for name, (shape, kind) in self.spec.shapes().items()}
         out["sample_id"], out["valid"] = ids.copy(), ids >= 0
         problems = [""] * ids.size
-        for number in range(ids.size):
-            if ids[number] < 0:
+        for number, (sample_id, epoch) in enumerate(zip(ids.tolist(), epochs.tolist(), strict=True)):
+            if sample_id < 0:
                 continue
-            found = self._usable(groups, places[number], int(ids[number]), int(epochs[number]))
+            found = usable(number, sample_id, epoch)
             problems[number] = found.problems
             out["valid"][number] = found.values is not None
             if found.values is not None:
@@ -185,6 +241,18 @@ def produce(batch: Any, work: Work) -> Iterator[Arrays]:
     work = _WORK.setdefault(work.token, work)
     for start, stop in zip(batch["start"], batch["stop"], strict=True):
         yield from work.rows(int(start), int(stop))
+
+
+def fetch(batch: Any, work: Work) -> Iterator[pa.Table]:
+    """The first of two stages: runs of steps in, their rows as stored out."""
+    work = _WORK.setdefault(work.token, work)
+    for start, stop in zip(batch["start"], batch["stop"], strict=True):
+        yield from work.encoded(int(start), int(stop))
+
+
+def decode(table: pa.Table, work: Work) -> Arrays:
+    """The second of two stages: stored rows in, rows of a batch out."""
+    return _WORK.setdefault(work.token, work).decoded(table)
 
 
 @dataclass(frozen=True)

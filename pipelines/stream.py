@@ -21,10 +21,13 @@ from ray.data.util.torch_utils import arrow_batch_to_tensors
 from ray.exceptions import RayTaskError
 
 from perceiver.config import UserError
-from pipelines.samples import PROBLEM, Work, produce
+from pipelines.samples import PROBLEM, Work, decode, fetch, produce
 
 SEGMENT = 64
 """Runs that one Ray Dataset covers. The next one is started before the last ends, so the list stays short for ever."""
+
+READERS = 2
+"""Reading tasks at a time: the next run is read while the one before is handed over."""
 
 REST_S = 0.01
 """Pause after each turn of Ray Data's scheduling loop."""
@@ -160,13 +163,22 @@ class RayBatches:
 
 
 def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
-    """The lazy Ray Dataset of some runs: one small input block and one task each, outputs in order."""
+    """The lazy Ray Dataset of some runs: one small input block and one task each, outputs in order.
+
+    Staged work is read by `READERS` tasks at a time, which wait for the store and reserve no CPU, and decoded a block
+    at a time by the others.
+    """
     _quiet()
     dataset = ray.data.from_items([{"start": start, "stop": stop} for start, stop in runs],
                                   override_num_blocks=len(runs))
-    function: Any = produce
-    dataset = dataset.map_batches(function, fn_kwargs={"work": work}, batch_size=None, num_cpus=options.cpus_per_task,
-                                  compute=ray.data.TaskPoolStrategy(size=min(options.tasks, len(runs))))
+    functions: tuple[Any, Any, Any] = fetch, decode, produce
+    if work.staged:
+        dataset = dataset.map_batches(functions[0], fn_kwargs={"work": work}, batch_size=None, num_cpus=0,
+                                      compute=ray.data.TaskPoolStrategy(size=min(READERS, len(runs))))
+    tasks = options.tasks if work.staged else min(options.tasks, len(runs))
+    dataset = dataset.map_batches(functions[1 if work.staged else 2], fn_kwargs={"work": work}, batch_size=None,
+                                  batch_format="pyarrow" if work.staged else "default", num_cpus=options.cpus_per_task,
+                                  compute=ray.data.TaskPoolStrategy(size=tasks))
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -179,6 +179,16 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_reading_as_a_stage_of_its_own_changes_nothing(damaged: DataConfig, small_ray: None, executor: str) -> None:
+    wanted = take(damaged, 2, 9, rank=1, world=2)
+    quarantine = Quarantine()
+    data = damaged.model_copy(update={"executor": executor, "prefetch_bytes": 4000, "read_apart": True})
+    got = take(data, 2, 9, rank=1, world=2, quarantine=quarantine)
+    assert len(got) == len(wanted) and all(same(a, b) for a, b in zip(got, wanted, strict=True))
+    assert {problem.key for problem in quarantine.problems.values()} == {f"train/{number}" for number in BAD}
+
+
+@pytest.mark.parametrize("executor", ["inline", "ray"])
 def test_bad_samples_are_replaced_alike_everywhere_and_reported(damaged: DataConfig, small_ray: None, executor: str
                                                                 ) -> None:
     data = damaged.model_copy(update={"executor": executor})
@@ -244,6 +254,7 @@ def test_a_shard_lost_in_mid_run_is_replaced_alike_everywhere(tmp_path: Path, da
     data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1, run_samples=16)
     quarantine = Quarantine()
     rows = joined(take(data, 0, 2, quarantine=quarantine))
+    assert same(joined(take(data.model_copy(update={"read_apart": True}), 0, 2)), rows)
     halves = [take(data, 0, 2, rank=rank, world=2) for rank in range(2)]
     assert same(joined(halves[0][:2] + halves[1][:2] + halves[0][2:] + halves[1][2:]), rows)
     assert rows["valid"].all() and not set(rows["sample_id"].tolist()) & set(lost)
