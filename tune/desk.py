@@ -54,6 +54,10 @@ class Desk:
         for trial in record.ended():
             self._tell(trial)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Give Tune nothing to store: it pickles whatever it holds, and nothing reads that again."""
+        return {}
+
     def next_trial(self) -> TrialRecord | None:
         """Return the trial to run now; None if there is none left, or the search is being stopped.
 

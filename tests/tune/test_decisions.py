@@ -9,11 +9,12 @@ from cluster.run_folder import RunFolder
 from perceiver.config import UserError
 from tests.tune.searches import load, record, trial
 from tune.conclude import verdict
-from tune.desk import Desk, reason
+from tune.desk import Asker, Desk, Reporter, reason
 from tune.draws import FixedSource
 from tune.importance import importance
 from tune.record import SearchRecord, go_on, load_record, save_record
 from tune.schedulers import Past, build_scheduler, clipped, replay
+from tune.tuner import _Values
 
 
 def decide(scheduler: Any, number: int, epoch: float, score: float) -> str:
@@ -197,3 +198,12 @@ def test_a_record_of_a_newer_program_is_refused(tmp_path: Path) -> None:
 )
 def test_the_reason_of_a_failure_is_one_line(text: str, wanted: str) -> None:
     assert reason(text).startswith(wanted)
+
+
+def test_what_tune_holds_can_be_pickled_and_holds_no_record(tmp_path: Path) -> None:
+    """Tune writes it down at its start; a desk has locks and caches."""
+    from ray import cloudpickle
+
+    desk = make_desk(tmp_path)
+    for held in (Asker(desk), Reporter(desk), _Values(desk)):
+        assert b"optim.lr" not in cloudpickle.dumps(held)
