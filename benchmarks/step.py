@@ -5,12 +5,14 @@
     python benchmarks/step.py --peers peers                                   # all rows, as a table
     python benchmarks/step.py --peers peers --row small --json                # one line a measurement
 
-perceiver-io's package is called `perceiver` as ours is, and one process's memory would hide another's: each measurement
-is a process of its own. A step is forward, backward and AdamW. `seconds` is the median; `cpu_seconds` the median of
-the process's CPU time, which other work on the machine disturbs less; `memory_mb` the peak above the built model.
-`gflops` counts matrix products of one forward pass, multiply and add apart, as executed (the compiled kernel's work is
-not among them). The implementation `matmul` is the machine's rate at the latents' own sizes: what remains after the
-short cuts can at best run at it. Every peer is at its nearest equal configuration:
+perceiver-io's package is called `perceiver` as ours is, and one process's memory would hide another's: each
+implementation is a process of its own. All of a row's processes are built first and then take turns, one pass each, so
+that a disturbance of the machine hits all alike. A step is forward, backward and AdamW. `seconds` is the median;
+`cpu_seconds` the median of the process's CPU time, which other work on the machine disturbs less; `memory_mb` the peak
+above the built model. The first pass of each kind warms up, and counts only where it is the only one: perceiver-pytorch
+at the size of ImageNet. `gflops` counts matrix products of one forward pass, multiply and add apart, as executed (ours
+on the meta device). `matmul` is the rate of torch's linear layer at the latents' own sizes, `matmul-onednn` that of the
+product that ours takes where it is faster. Every peer is at its nearest equal configuration:
 
 - perceiver-io: the same depths and widths, weights shared as in ours, decoded by one query instead of a mean.
 - perceiver-pytorch: the same depths and widths, weights tied; its MLP is a GEGLU of four times the width.
@@ -26,14 +28,18 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 CLASSES = 1000
-IMPLEMENTATIONS = ("ours", "ours-io", "perceiver-io", "perceiver-pytorch", "transformers", "matmul")
+MODELS = ("ours", "ours-io", "perceiver-io", "perceiver-pytorch", "transformers")
+RATES = ("matmul", "matmul-onednn")
+PASSES = ("forward", "step")
+PEERS = ("perceiver-io", "perceiver-pytorch")
 
 
 class Row:
@@ -66,7 +72,8 @@ ROWS = {
     "points": Row(16, {"kind": "points", "points": 2048}, 256, 512, 2, 6),
     "audio": Row(8, {"kind": "audio", "samples": 61_440, "patch": 16}, 256, 512, 2, 4),
 }
-REPEATS = {"small": 7, "imagenet": 3, "points": 3, "audio": 5}
+REPEATS = {"small": 7, "imagenet": 1, "points": 2, "audio": 3}
+ONCE = {("imagenet", "perceiver-pytorch")}
 
 
 def ours(row: Row, kind: str) -> tuple[Any, Any]:
@@ -193,31 +200,25 @@ def resident_mb(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def timed(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Return the medians of wall and CPU seconds."""
-    walls, cpus = [], []
-    for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    return statistics.median(walls), statistics.median(cpus)
+def timed(run: Callable[[], Any]) -> dict[str, float]:
+    """Return the wall and CPU seconds of a run."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def measure(row_name: str, implementation: str, threads: int, repeats: int) -> list[dict[str, Any]]:
-    """Measure one implementation at one row in this process."""
+def peak_of(run: Callable[[], Any], base: float) -> dict[str, float]:
+    """Return the seconds of a run and its peak of resident memory above `base`, in MB."""
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    return {**timed(run), "memory_mb": round(resident_mb("VmHWM") - base)}
+
+
+def passes(model: Any, x: Any, batch: int) -> dict[str, Callable[[], None]]:
+    """Return what a forward pass and a training step of a model do."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
 
-    torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    row = ROWS[row_name]
-    if implementation == "matmul":
-        return [{"row": row_name, **matmul_rate(row)}]
-    model, x = BUILDERS[implementation](row)
     model.train()
-    target = torch.zeros(row.batch, dtype=torch.int64)
+    target = torch.zeros(batch, dtype=torch.int64)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def forward() -> None:
@@ -229,71 +230,131 @@ def measure(row_name: str, implementation: str, threads: int, repeats: int) -> l
         torch.nn.functional.cross_entropy(model(x), target).backward()
         optimizer.step()
 
-    results = []
-    gc.collect()
-    base = resident_mb("VmRSS")
-    flops = 0
-    for name, run in (("forward", forward), ("step", step)):
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-        run()
-        peak = resident_mb("VmHWM") - base
-        wall, cpu = timed(run, repeats)
-        if not flops:
-            # Fused attention is not counted by torch: its unfused form is, with the same products.
-            unfused = sdpa_kernel(SDPBackend.MATH)
-            with torch.no_grad(), unfused, FlopCounterMode(display=False) as counter:
-                for parameter in model.parameters():
-                    parameter.requires_grad_(False)
-                model(x)
-                for parameter in model.parameters():
-                    parameter.requires_grad_(True)
-            flops = counter.get_total_flops()
-        results.append({"row": row_name, "implementation": implementation, "pass": name, "seconds": round(wall, 4),
-                        "cpu_seconds": round(cpu, 4), "memory_mb": round(peak), "gflops": round(flops / 1e9, 2),
-                        "parameters": sum(p.numel() for p in model.parameters())})  # fmt: skip
-    return results
+    return {"forward": forward, "step": step}
 
 
-def matmul_rate(row: Row) -> dict[str, Any]:
-    """Time the product that most of the latents' work consists of: (B N) x D by D x D."""
+def count_flops(implementation: str, row: Row) -> float:
+    """Return the GFLOP of a forward pass; fused attention counts by its unfused form, of equal products."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # transformers reads numbers out of its tensors, which the meta device has none of; our compiled kernels need it.
+    with torch.device("meta" if implementation in ("ours", "ours-io") else "cpu"):
+        model, x = BUILDERS[implementation](row)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.requires_grad_(False)(x)
+    return counter.get_total_flops() / 1e9
+
+
+def products(implementation: str, row: Row) -> tuple[Callable[[], None], float]:
+    """Return a run of the product that most of the latents' work consists of, (B N) x D by D x D, and its GFLOP."""
     import torch
 
+    multiply = torch.nn.functional.linear
+    if implementation == "matmul-onednn":
+        from perceiver.kernels import dense
+
+        if not dense.faster():
+            raise RuntimeError("not used on this machine")
+        multiply = dense.product
     a, w = torch.randn(row.batch * row.n, row.d), torch.randn(row.d, row.d)
     count = max(1, int(2e10 / (2 * a.shape[0] * row.d**2)))
 
     def run() -> None:
         for _ in range(count):
-            torch.nn.functional.linear(a, w)
+            multiply(a, w)
 
-    run()
-    wall, cpu = timed(run, 5)
-    gflops = 2 * a.shape[0] * row.d**2 * count / 1e9
-    return {"implementation": "matmul", "pass": "forward", "seconds": round(wall, 4), "cpu_seconds": round(cpu, 4),
-            "memory_mb": 0, "gflops": round(gflops, 2), "parameters": 0}  # fmt: skip
+    return run, 2 * a.shape[0] * row.d**2 * count / 1e9
 
 
-def child(row: str, implementation: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure in a new process; a peer that fails is reported, not hidden."""
-    peer = implementation in ("perceiver-io", "perceiver-pytorch")
-    if peer and arguments.peers is None:
-        return [{"row": row, "implementation": implementation, "error": "give --peers FOLDER with it installed"}]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-    if peer:
-        environment["PYTHONPATH"] = str(Path(arguments.peers).resolve())
-    command = [sys.executable, __file__, "--one", row, implementation, "--threads", str(arguments.threads)]
-    command += ["--repeats", str(arguments.repeats or REPEATS[row])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return [{"row": row, "implementation": implementation, "error": last}]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def serve(row_name: str, implementation: str, threads: int) -> None:
+    """Build one implementation in this process, tell its facts, then run the passes that standard input names."""
+    import torch
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    row = ROWS[row_name]
+    facts: dict[str, Any] = {"parameters": 0}
+    if implementation in RATES:
+        run, facts["gflops"] = products(implementation, row)
+        runs = {"forward": run}
+    else:
+        model, x = BUILDERS[implementation](row)
+        facts["parameters"] = sum(p.numel() for p in model.parameters())
+        runs = passes(model, x, row.batch)
+    gc.collect()
+    base = resident_mb("VmRSS")
+    facts["first"] = {name: peak_of(run, base) for name, run in runs.items()}
+    if "gflops" not in facts:
+        facts["gflops"] = count_flops(implementation, row)
+    facts["gflops"] = round(facts["gflops"], 2)
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(timed(runs[line.strip()])), file=answers, flush=True)
+
+
+class Child:
+    """A process that holds one implementation, and what it measured; a peer that fails is reported, not hidden."""
+
+    def __init__(self, row: str, implementation: str, arguments: argparse.Namespace) -> None:
+        self.row, self.implementation = row, implementation
+        self.repeats = 0 if (row, implementation) in ONCE else arguments.repeats or REPEATS[row]
+        self.error, self.process, self.facts = "", None, {}
+        self.samples: dict[str, list[dict[str, float]]] = {}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+        if implementation in PEERS:
+            if arguments.peers is None:
+                self.error = "give --peers FOLDER with it installed"
+                return
+            environment["PYTHONPATH"] = str(Path(arguments.peers).resolve())
+        command = [sys.executable, __file__, "--one", row, implementation, "--threads", str(arguments.threads)]
+        self.log: Any = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
+        self.facts = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = cast(Any, self.process).stdout.readline()
+        if line:
+            return json.loads(line)
+        self.log.seek(0)
+        self.error = (self.log.read().strip().splitlines() or ["no output"])[-1]
+        return {}
+
+    def take_turn(self, turn: int) -> None:
+        """Run each pass once, unless this implementation has had its turns or failed."""
+        for name in self.facts.get("first", {}):
+            if not self.error and turn < self.repeats:
+                cast(Any, self.process).stdin.write(name + "\n")
+                cast(Any, self.process).stdin.flush()
+                self.samples.setdefault(name, []).append(self._answer())
+
+    def results(self) -> list[dict[str, Any]]:
+        """End the process and return a measurement for each pass."""
+        if self.process is not None:
+            self.process.communicate()
+        named = {"row": self.row, "implementation": self.implementation}
+        if self.error:
+            return [{**named, "error": self.error}]
+        results = []
+        for name, first in self.facts["first"].items():
+            samples = self.samples.get(name) or [first]
+            medians = {k: round(statistics.median(s[k] for s in samples), 4) for k in ("seconds", "cpu_seconds")}
+            memory = 0 if self.implementation in RATES else first["memory_mb"]
+            results.append({**named, "pass": name, **medians, "memory_mb": memory, "gflops": self.facts["gflops"],
+                            "parameters": self.facts["parameters"]})  # fmt: skip
+        return results
 
 
 def main() -> None:
     """Run the command line described at the top."""
+    implementations = (*MODELS, *RATES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=ROWS, action="append", help="row to run; all by default")
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, action="append", help="all by default")
+    parser.add_argument("--implementation", choices=implementations, action="append", help="all by default")
     parser.add_argument("--peers", help="folder that the peers were installed into (pip --target)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, help="timed runs; by row by default")
@@ -301,15 +362,18 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.one[0], arguments.one[1], arguments.threads, arguments.repeats)))
+        serve(arguments.one[0], arguments.one[1], arguments.threads)
         return
     if not arguments.json:
         print("| row | implementation | pass | seconds | CPU seconds | memory MB | GFLOP forward | parameters |")
         print("|---|---|---|---|---|---|---|---|")
     for row in arguments.row or ROWS:
-        for implementation in arguments.implementation or IMPLEMENTATIONS:
-            for result in child(row, implementation, arguments):
-                print(json.dumps(result) if arguments.json else as_line(result), flush=True)
+        children = [Child(row, name, arguments) for name in arguments.implementation or implementations]
+        for turn in range(max(child.repeats for child in children)):
+            for child in children:
+                child.take_turn(turn)
+        for result in (r for child in children for r in child.results()):
+            print(json.dumps(result) if arguments.json else as_line(result), flush=True)
 
 
 def as_line(r: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""The compiled separable kernel for CPUs: built once, cached, and left out silently where it cannot be built.
+"""The compiled kernels for CPUs: built once, cached, and left out silently where they cannot be built.
 
-The pure torch form in `perceiver.shared_kv` gives the same numbers. `PERCEIVER_KERNELS=0` turns the kernel off.
+The pure torch form in `perceiver.shared_kv` gives the same numbers. `PERCEIVER_KERNELS=0` turns them off.
 """
 
 import ctypes
