@@ -108,21 +108,17 @@ def launch_search(
     """
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     tree, base, where = read_search(path, overrides)
-    address = local.ClusterConfig.model_validate(base.get("cluster") or {}).resolved_address()
-    ray_start = None if dry_run and not address else local.EarlyRay(base.get("cluster"))
+    ray_start = None if dry_run else local.EarlyRay(base.get("cluster"))
     search = build_search(tree, base, where, path)
     checker = check_search(search)
-    cpus, gpus = _cluster(ray_start if address else None)
     known = known_trials(search, baseline(search))
-    slots = divide(search.recipe, search.config.concurrency, len(known or range(search.config.trials)), cpus, gpus)
+    slots = _slots(search, known, ray_start)
     check_trials(checker, known or [])
-    if dry_run:
+    if ray_start is None:
         say_plan(search, checker, slots, known)
         return 0
     folder = _folder(search, resume, run)
-    record = load_record(folder) if resume else SearchRecord(
-        metrics=search.config.metrics, workers=search.recipe.cluster.workers
-    )  # fmt: skip
+    record = load_record(folder) if resume else _new_record(search)
     waiting = go_on(record)
     _keep_search(search, folder, resume)
     with SearchConsole(record) as console, ExitStack() as stack:
@@ -135,22 +131,27 @@ def launch_search(
         if resume and not waiting and len(record.trials) >= launch.total:
             console.say(f"{folder.url} is finished ({len(record.trials)} trials); raise trials to go on")
             return 0
-        assert ray_start is not None
         outcome = logged(lambda: _search(launch, ray_start))
         return conclude(launch, outcome, as_json)
 
 
-def _cluster(ray_start: local.EarlyRay | None) -> tuple[float, float]:
-    """Return the CPUs and GPUs of the cluster to connect to, or of this machine, where Ray may still be on its way."""
-    if ray_start is None:
-        import torch
+def _slots(search: Search, known: list[Values] | None, ray_start: local.EarlyRay | None) -> Slots:
+    """Divide the cluster to connect to, or this machine, where Ray may still be on its way."""
+    import torch
 
-        return float(local.machine_cpus()), float(torch.cuda.device_count())
-    ray_start.facts()
-    import ray
+    cpus, gpus = float(local.machine_cpus()), float(torch.cuda.device_count())
+    if search.recipe.cluster.resolved_address():
+        import ray
 
-    resources = ray.cluster_resources()
-    return float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+        (ray_start or local.EarlyRay(search.recipe.cluster.model_dump())).facts()
+        resources = ray.cluster_resources()
+        cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+    trials = len(known) if known is not None else search.config.trials
+    return divide(search.recipe, search.config.concurrency, trials, cpus, gpus)
+
+
+def _new_record(search: Search) -> SearchRecord:
+    return SearchRecord(metrics=search.config.metrics, workers=search.recipe.cluster.workers)
 
 
 def _folder(search: Search, resume: bool, run: str | None) -> RunFolder:

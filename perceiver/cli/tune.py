@@ -21,7 +21,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line at the end.")
 def command(
     search: str, overrides: tuple[str, ...], resume: bool, run: str | None, dry_run: bool, as_json: bool
-) -> int:
+) -> None:
     """Search over the keys of a recipe as SEARCH says; leave behind trials, report and the best recipe.
 
     KEY=VALUE overrides a key of the search file, or of its base recipe (train.epochs=3), in dotted form. Stop with
@@ -32,7 +32,4 @@ def command(
     set_quiet_environment()
     from tune.launch import launch_search
 
-    code = launch_search(search, overrides, resume=resume, run=run, as_json=as_json, dry_run=dry_run)
-    if dry_run:
-        leave(code)
-    return code
+    leave(launch_search(search, overrides, resume=resume, run=run, as_json=as_json, dry_run=dry_run))
