@@ -24,8 +24,8 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in Path("recipes").rglob("*.yaml")], 1)
-        hint = f"; did you mean {next(Path('recipes').rglob(near[0]))}?" if near else "; see recipes/train/"
+        near = difflib.get_close_matches(str(path), [str(p) for p in Path("recipes").rglob("*.yaml")], 1)
+        hint = f"; did you mean {near[0]}?" if near else "; see recipes/train/"
         raise UserError(f"no recipe file {path}{hint}")
     try:
         tree = yaml.safe_load(path.read_text())

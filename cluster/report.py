@@ -16,7 +16,7 @@ from perceiver.factory import attention_maps, build_model
 from perceiver.train.hooks import History
 from perceiver.train.report import ReportData, write_report
 from perceiver.train.report_numbers import choose_examples
-from pipelines.ingest import eval_batches
+from pipelines.ingest import EvalShare, eval_batches
 from pipelines.shards import Manifest
 
 ATTENTION_EXAMPLES = 4
@@ -89,7 +89,7 @@ def read_images(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict[
     """Return evaluation images (H, W, C) uint8 by sample id, read as the evaluation reads them."""
     missing, found = set(ids), {}
     data = recipe.data.model_copy(update={"executor": "inline"})
-    for batch in eval_batches(data, manifest, split=data.eval_split, rank=0, world=1, batch=256, device="cpu"):
+    for batch in eval_batches(data, manifest, EvalShare(data.eval_split, 256), "cpu"):
         for index, number in enumerate(batch["sample_id"].tolist()):
             if number in missing:
                 found[number] = batch["image"][index].permute(1, 2, 0).numpy()

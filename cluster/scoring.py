@@ -26,7 +26,7 @@ from perceiver.tasks import build_task
 from perceiver.train.engine import Batch, evaluate
 from perceiver.train.ranks import Ranks
 from perceiver.weights import Saved, class_count, open_weights
-from pipelines.ingest import batch_shapes, eval_batches, load_data
+from pipelines.ingest import EvalShare, batch_shapes, eval_batches, load_data
 from pipelines.quarantine import Quarantine
 from pipelines.shards import Manifest
 from pipelines.storage import Folder, open_folder
@@ -79,8 +79,8 @@ class Scoring:
 
     def batches(self, first: int = 0, quarantine: Quarantine | None = None) -> Iterator[Batch]:
         """The split's batches in order, from the `first` one."""
-        return eval_batches(self.recipe.data, self.manifest, split=self.split, rank=0, world=1, batch=self.batch,
-                            device=self.device, first=first, quarantine=quarantine)
+        share = EvalShare(self.split, self.batch, first=first)
+        return eval_batches(self.recipe.data, self.manifest, share, self.device, quarantine)
 
     def metrics(self) -> dict[str, float]:
         """The task's figures on the split, each sample counted once."""

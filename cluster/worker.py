@@ -36,7 +36,7 @@ from perceiver.train.mlflow import RunHandle, open_tracker
 from perceiver.train.schedules import build_schedule
 from perceiver.train.tracking import NullTracker, Tracker
 from perceiver.weights import open_weights, start_from
-from pipelines.ingest import TrainShare, eval_batches, load_data, train_batches
+from pipelines.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
 from pipelines.quarantine import Quarantine
 from pipelines.shards import Manifest
 
@@ -84,16 +84,10 @@ class Job:
 
     def evaluation(self) -> Iterator[Batch]:
         """Return the batches of the evaluation split that fall to this worker."""
-        batches = eval_batches(
-            self.recipe.data,
-            self.manifest,
-            split=self.recipe.data.eval_split,
-            rank=self.place.rank,
-            world=self.place.world,
-            batch=self.recipe.data.clip.eval_rows(self.recipe.train.micro(self.place.world)),
-            device=self.place.device,
-            quarantine=self.quarantine,
-        )
+        data, place = self.recipe.data, self.place
+        rows = data.clip.eval_rows(self.recipe.train.micro(place.world))
+        share = EvalShare(data.eval_split, rows, place.rank, place.world)
+        batches = eval_batches(data, self.manifest, share, place.device, self.quarantine)
         return self.counted(batches)
 
     def counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:

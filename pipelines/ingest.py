@@ -201,18 +201,35 @@ def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, devic
                         math.ceil(plan.samples / share.world), quarantine or Quarantine(data.max_bad_fraction))
 
 
-def eval_batches(data: DataConfig, manifest: Manifest, *, split: str, rank: int, world: int, batch: int,
-                 device: "torch.device | str", first: int = 0, quarantine: Quarantine | None = None
-                 ) -> "Generator[Batch, None, None]":
-    """One rank's batches of a split, from the `first` on, in order, unaugmented; the same number on each rank.
+@dataclass(frozen=True)
+class EvalShare:
+    """What one rank evaluates on.
+
+    Attributes:
+        split: of the data.
+        batch: samples of a batch on one rank.
+        rank, world: whose part, of how many.
+        first: the batch to begin with; those before it are left out.
+    """
+
+    split: str
+    batch: int
+    rank: int = 0
+    world: int = 1
+    first: int = 0
+
+
+def eval_batches(data: DataConfig, manifest: Manifest, share: EvalShare, device: "torch.device | str",
+                 quarantine: Quarantine | None = None) -> "Generator[Batch, None, None]":
+    """One rank's batches of a split, once, in order, unaugmented; the same number on each rank.
 
     The ragged end is padded with rows whose `valid` is False and whose `sample_id` is -1. A bad sample is such a row
     too, with its own id, since a replacement would be counted twice.
     """
-    plan = EvalPlan(manifest.split(split).samples, batch)
-    work = _work(data, manifest, plan, rank=rank, world=world, seed=0, batch=batch, split=split)
-    runs = plan.runs(first, plan.batches(world), _run_steps(data, work, manifest))
-    yield from _checked(_execute(data, work, runs, batch, device), work, math.ceil(plan.samples / world),
+    plan = EvalPlan(manifest.split(share.split).samples, share.batch)
+    work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split)
+    runs = plan.runs(share.first, plan.batches(share.world), _run_steps(data, work, manifest))
+    yield from _checked(_execute(data, work, runs, share.batch, device), work, math.ceil(plan.samples / share.world),
                         quarantine or Quarantine(data.max_bad_fraction))
 
 

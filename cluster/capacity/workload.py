@@ -7,7 +7,8 @@ from cluster.recipe import Recipe, zero_stage
 from perceiver.accounting import Account, account
 from perceiver.config import UserError
 from perceiver.step_trace import StepTrace, trace_step
-from pipelines.shards import MANIFEST, Manifest, load_manifest
+from pipelines.ingest import load_data
+from pipelines.shards import MANIFEST, Manifest
 from pipelines.storage import open_folder
 
 CPU_NS_A_BYTE = {"image": 31.0, "audio": 10.0, "mel": 10.0, "video": 60.0, "clip": 60.0, "flow": 31.0}
@@ -98,7 +99,7 @@ def _manifest(recipe: Recipe) -> Manifest:
     if not there:
         raise UserError(f"data.url = {url} is not prepared: prepare it, or describe the data with --samples and "
                         "--sample-bytes (and --classes): --samples 1281167 --sample-bytes 110000 --classes 1000")
-    return load_manifest(url, recipe.data.storage_options)
+    return load_data(recipe.data)
 
 
 def _kinds(recipe: Recipe, manifest: Manifest | None) -> list[str]:

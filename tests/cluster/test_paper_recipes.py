@@ -8,7 +8,7 @@ import pytest
 from cluster.preflight import check_recipe
 from cluster.recipe import load_recipe
 from perceiver.config import UserError
-from pipelines.ingest import eval_batches, load_data
+from pipelines.ingest import EvalShare, eval_batches, load_data
 from pipelines.prepare import PrepareConfig, prepare
 from tests.pipelines.raw import flo, off, write
 from tests.pipelines.toys import png
@@ -43,7 +43,7 @@ def test_recipes_fit_the_data_of_their_source(tmp_path: Path, name: str) -> None
     recipe = load_recipe(f"recipes/train/{name}.yaml", [f"data.url={prepared(name, tmp_path)}"])
     assert check_recipe(recipe).parameters == RECIPES[name][2]
     data = recipe.data.model_copy(update={"executor": "inline"})
-    [batch] = eval_batches(data, load_data(data), split=data.eval_split, rank=0, world=1, batch=4, device="cpu")
+    [batch] = eval_batches(data, load_data(data), EvalShare(data.eval_split, 4), "cpu")
     assert batch["valid"].sum() == {"flow": 1, "mlm_bytes": 1}.get(name, 4)
 
 

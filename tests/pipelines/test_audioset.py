@@ -11,7 +11,7 @@ import yaml
 from cluster.preflight import check_data
 from cluster.recipe import Recipe, build_recipe
 from perceiver.config import UserError
-from pipelines.ingest import DataConfig, eval_batches
+from pipelines.ingest import DataConfig, EvalShare, eval_batches
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards import load_manifest
 from pipelines.transforms.audio import AudioConfig
@@ -64,7 +64,7 @@ def test_sound_clips_with_missing_files(sounds: Path, tmp_path: Path) -> None:
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 5, "test": 4}
     data = DataConfig(url=str(tmp_path / "out"), executor="inline", clip=ClipConfig(eval_clips=3),
                       audio=AudioConfig(rate=16_000, samples=16_000))
-    batch = next(eval_batches(data, manifest, split="train", rank=0, world=1, batch=5, device="cpu"))
+    batch = next(eval_batches(data, manifest, EvalShare("train", 5), "cpu"))
     assert batch["valid"].all() and batch["audio"].shape == (5, 3, 16_000)
     for labels, sound in zip(batch["label"], batch["audio"], strict=True):
         number = min(int(n) for n in labels.nonzero())
@@ -114,7 +114,7 @@ def test_the_recipes_fit_the_layout(tmp_path: Path) -> None:
         assert recipe.data.clip.eval_clips == 16 and recipe.data.video.seconds == recipe.data.audio.seconds == 1.28
     small = DataConfig(url=str(tmp_path / "out"), executor="inline", clip=ClipConfig(eval_clips=2),
                        video=VideoConfig(size=(16, 16)))
-    batch = next(eval_batches(small, manifest, split="test", rank=0, world=1, batch=2, device="cpu"))
+    batch = next(eval_batches(small, manifest, EvalShare("test", 2), "cpu"))
     assert batch["video"].shape == (2, 2, 32, 3, 16, 16) and batch["audio"].shape == (2, 2, 61_440)
     assert batch["label"].sum().item() == 4
     recipe = audioset_recipe("audioset_av", str(tmp_path / "out"))

@@ -18,7 +18,7 @@ import torch
 
 from perceiver.config import UserError
 from pipelines.features import AudioFeature, ImageFeature, LabelFeature, PointsFeature, TextFeature
-from pipelines.ingest import DataConfig, TrainShare, eval_batches, train_batches
+from pipelines.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.inspect import inspect
 from pipelines.quarantine import Quarantine
 from pipelines.shards import Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
@@ -120,7 +120,7 @@ def test_all_damage_is_caught_and_no_good_sample_is_lost(damaged: DataConfig, tm
 
 def test_what_is_only_odd_is_read_right(damaged: DataConfig) -> None:
     manifest = load_manifest(damaged.url)
-    batches = eval_batches(damaged, manifest, split="train", rank=0, world=1, batch=BATCH, device="cpu")
+    batches = eval_batches(damaged, manifest, EvalShare("train", BATCH), "cpu")
     rows = {int(number): {name: batch[name][row].numpy() for name in batch}
             for batch in batches for row, number in enumerate(batch["sample_id"])}
     assert sorted(rows) == list(range(TOTAL))

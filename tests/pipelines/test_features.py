@@ -10,7 +10,7 @@ import torch
 from perceiver.modalities.text import encode_bytes
 from pipelines.features import Feature, LabelsFeature, PointsFeature, TextFeature
 from pipelines.features.base import ViewConfig
-from pipelines.ingest import DataConfig, TrainShare, batch_shapes, eval_batches, train_batches
+from pipelines.ingest import DataConfig, EvalShare, TrainShare, batch_shapes, eval_batches, train_batches
 from pipelines.shards import Manifest, ShardWriter, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.storage import open_folder
 from pipelines.transforms import BadSample
@@ -84,7 +84,7 @@ def test_all_kinds_go_through_shards_and_batches_together(tmp_path: Path) -> Non
     assert {name: tuple(batch[name].shape[1:]) for name in shapes} == shapes
     assert {name: batch[name].dtype for name in shapes} == {
         "text": torch.int64, "text_mask": torch.bool, "points": torch.float32, "label": torch.float32}
-    rows = next(eval_batches(data, manifest, split="train", rank=0, world=1, batch=20, device="cpu"))
+    rows = next(eval_batches(data, manifest, EvalShare("train", 20), "cpu"))
     for number in range(20):
         assert rows["label"][number].nonzero().ravel().tolist() == sorted({number % 4, 3})
         ids = rows["text"][number][rows["text_mask"][number]] - 6

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from perceiver.cli.prepare import command
 from perceiver.config import UserError
 from pipelines.index import group_runs, index
-from pipelines.ingest import DataConfig, TrainShare, check_files, eval_batches, load_data, train_batches
+from pipelines.ingest import DataConfig, EvalShare, TrainShare, check_files, eval_batches, load_data, train_batches
 from pipelines.plan import RowGroups
 from pipelines.prepare import PrepareConfig
 from pipelines.quarantine import Quarantine
@@ -56,7 +56,7 @@ def test_files_are_trained_on_where_they_lie(tmp_path: Path, strings: bool) -> N
     assert sorted(rows["sample_id"].tolist()) == list(range(63))
     for image, label, number in zip(rows["image"], rows["label"], rows["sample_id"], strict=True):
         assert (image[0].numpy() == numbered_image(int(number))).all() and int(label) == int(number) % 3
-    found = joined(list(eval_batches(data, manifest, split="test", rank=0, world=1, batch=9, device="cpu")))
+    found = joined(list(eval_batches(data, manifest, EvalShare("test", 9), "cpu")))
     assert found["label"].tolist() == [n % 3 for n in range(9)]
 
 

@@ -14,6 +14,7 @@ from perceiver.config import UserError
 from pipelines import ingest, reader
 from pipelines.ingest import (
     DataConfig,
+    EvalShare,
     TrainShare,
     batch_shapes,
     eval_batches,
@@ -70,7 +71,7 @@ def test_splits_read_in_one_process_stay_apart(tmp_path: Path) -> None:
     manifest = load_manifest(data.url)
     take(data, 0, 2)
     for split, first in (("test", 20), ("train", 0), ("test", 20)):
-        batches = list(eval_batches(data, manifest, split=split, rank=0, world=1, batch=20, device="cpu"))
+        batches = list(eval_batches(data, manifest, EvalShare(split, 20), "cpu"))
         assert joined(batches)["image"][:, 0, 0, 0].tolist() == list(range(first, first + 20))
 
 
@@ -150,7 +151,7 @@ def test_a_consumer_may_stop_early(toy: DataConfig, small_ray: None) -> None:
 def test_evaluation_covers_the_split_once_padded(toy: DataConfig, small_ray: None, executor: str, world: int) -> None:
     data = toy.model_copy(update={"executor": executor})
     manifest = load_manifest(toy.url)
-    parts = [list(eval_batches(data, manifest, split="test", rank=rank, world=world, batch=4, device="cpu"))
+    parts = [list(eval_batches(data, manifest, EvalShare("test", 4, rank, world), "cpu"))
              for rank in range(world)]
     assert len({len(part) for part in parts}) == 1
     rows = joined([batch for part in parts for batch in part])
@@ -209,8 +210,8 @@ def test_bad_samples_are_replaced_alike_everywhere_and_reported(damaged: DataCon
 
 def test_a_bad_sample_is_left_out_of_the_evaluation(damaged: DataConfig) -> None:
     quarantine = Quarantine()
-    rows = joined(list(eval_batches(damaged, load_manifest(damaged.url), split="test", rank=0, world=1, batch=8,
-                                    device="cpu", quarantine=quarantine)))
+    manifest = load_manifest(damaged.url)
+    rows = joined(list(eval_batches(damaged, manifest, EvalShare("test", 8), "cpu", quarantine)))
     assert sorted(rows["sample_id"][rows["valid"]].tolist()) == [n for n in range(21) if n not in BAD]
     assert sorted(number for _, number in quarantine.problems) == [3, 4]
 
@@ -282,7 +283,7 @@ def test_a_lost_shard_is_left_out_of_the_evaluation(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [2], "test": [10, 10]})
     (tmp_path / "test-0.parquet").unlink()
     data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1)
-    rows = joined(list(eval_batches(data, manifest, split="test", rank=0, world=1, batch=20, device="cpu")))
+    rows = joined(list(eval_batches(data, manifest, EvalShare("test", 20), "cpu")))
     assert rows["sample_id"].tolist() == list(range(20))
     assert rows["valid"].tolist() == [False] * 10 + [True] * 10
 

@@ -9,7 +9,7 @@ import pytest
 
 from perceiver.config import UserError
 from pipelines import reader, remote
-from pipelines.ingest import DataConfig, TrainShare, eval_batches, train_batches
+from pipelines.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.remote import ReadError, ReadPolicy, read_range, with_retries
 from pipelines.shards import load_manifest
@@ -68,10 +68,9 @@ def test_one_request_a_row_group(both: tuple[DataConfig, DataConfig], s3: Faulty
     data = away.model_copy(update={"cache_bytes": 64 << 20})
     manifest = load_manifest(data.url, data.storage_options)
     s3.met.clear()
-    rows = joined(list(eval_batches(data, manifest, split="test", rank=0, world=1, batch=16, device="cpu")))
+    rows = joined(list(eval_batches(data, manifest, EvalShare("test", 16), "cpu")))
     assert s3.met.total() == 1 + 6, "one footer and six row groups of 20 rows"
-    assert same(rows, joined(list(eval_batches(local, manifest, split="test", rank=0, world=1, batch=16,
-                                               device="cpu"))))
+    assert same(rows, joined(list(eval_batches(local, manifest, EvalShare("test", 16), "cpu"))))
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])

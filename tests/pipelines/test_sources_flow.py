@@ -12,7 +12,7 @@ from perceiver.factory import build_model, model_config
 from perceiver.tasks.flow import FlowConfig
 from pipelines.features.base import ViewConfig
 from pipelines.features.flow import FlowFeature
-from pipelines.ingest import DataConfig, TrainShare, eval_batches, train_batches
+from pipelines.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards import Manifest, load_manifest
 from pipelines.sources import moving_photos
@@ -155,7 +155,7 @@ def test_kitti_is_evaluated_where_its_flow_is_known(tmp_path: Path) -> None:
     src = write(tmp_path / "kitti", files)
     manifest = prepared(src, tmp_path / "out", split="test")
     data = DataConfig(url=str(tmp_path / "out"), executor="inline", image_size=(64, 48))
-    [batch] = eval_batches(data, manifest, split="test", rank=0, world=1, batch=3, device="cpu")
+    [batch] = eval_batches(data, manifest, EvalShare("test", 3), "cpu")
     valid = batch["flow_valid"]
     assert valid[:, 40:].sum() == 0 and valid.sum() == 3 * known[:, 4:52].sum()
     assert batch["flow"][:, 0][valid].eq(MOTION[0]).all() and batch["flow"][:, 1][valid].eq(MOTION[1]).all()

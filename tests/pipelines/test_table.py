@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from perceiver.config import UserError
-from pipelines.ingest import DataConfig, eval_batches
+from pipelines.ingest import DataConfig, EvalShare, eval_batches
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards import Manifest
 from tests.pipelines.test_prepare import rows_of
@@ -49,7 +49,7 @@ def test_a_hub_s_image_table_is_read_with_its_class_names(tmp_path: Path) -> Non
     assert sorted(row["image"] for row in rows) == sorted(png(numbered_image(i)) for i in range(16))
     assert keys_of(out, manifest, "train") != sorted(keys_of(out, manifest, "train"))
     data = DataConfig(url=str(out), executor="inline", image_size=(8, 8))
-    batch = next(iter(eval_batches(data, manifest, split="val", rank=0, world=1, batch=5, device="cpu")))
+    batch = next(iter(eval_batches(data, manifest, EvalShare("val", 5), "cpu")))
     numbers = batch["image"][:, 0, 0, 0]
     assert sorted(numbers.tolist()) == [16, 17, 18, 19, 20]
     assert (batch["label"] == numbers % 3).all()

@@ -16,7 +16,7 @@ from PIL import Image
 from perceiver.config import UserError
 from pipelines.features import Feature, LabelFeature, MediaFeature, VideoFeature
 from pipelines.features.base import ViewConfig
-from pipelines.ingest import DataConfig, eval_batches
+from pipelines.ingest import DataConfig, EvalShare, eval_batches
 from pipelines.shards import Manifest, ShardWriter, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.storage import open_folder
 from pipelines.transforms import BadSample
@@ -220,8 +220,7 @@ def test_clips_go_through_shards_and_batches_and_count_once(tmp_path: Path) -> N
                       clip=ClipConfig(eval_clips=3), video=VideoConfig(frames=4), audio=AudioConfig(rate=16_000,
                                                                                                     samples=2560))
     assert data.clip.eval_rows(6) == 2 and data.clip.eval_rows(1) == 1
-    batches = list(eval_batches(data, load_manifest(str(tmp_path)), split="test", rank=0, world=1, batch=2,
-                                device="cpu"))
+    batches = list(eval_batches(data, load_manifest(str(tmp_path)), EvalShare("test", 2), "cpu"))
     assert [tuple(batch["video"].shape) for batch in batches] == [(2, 3, 4, 1, 32, 32)] * 3
     assert tuple(batches[0]["audio"].shape) == (2, 3, 2560) and batches[0]["audio"].dtype == torch.int16
     assert torch.cat([batch["valid"] for batch in batches]).tolist() == [True, True, True, False, True, False]
