@@ -8,6 +8,7 @@ rank 0 reports becomes a result for Tune. Checkpoints are the run's own; Tune is
 import gc
 import json
 import logging
+import math
 import os
 import queue
 import threading
@@ -194,9 +195,9 @@ class Running:
             if (result := self._take(event)) is not None:
                 return result
 
-    def _next_event(self) -> dict[str, Any]:
-        """Wait for an event of the workers, passing on a request to stop meanwhile."""
-        while True:
+    def _next_event(self, deadline: float = math.inf) -> dict[str, Any]:
+        """Wait for an event of the workers, passing on a request to stop meanwhile; the end if there is none in time."""
+        while time.monotonic() < deadline and not self._over:
             if not self._asked and self.link.stop_requested():
                 self.ask_to_stop()
             if self.refused_at is not None and time.monotonic() - self.refused_at > REFUSED_GRACE_S:
@@ -207,6 +208,7 @@ class Running:
                 return self._events.get(timeout=0.1)
             except queue.Empty:
                 continue
+        return {"kind": "end"}
 
     def _take(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
         """Take note of an event; return a result if it is an evaluation (with pointers: its checkpoint)."""
@@ -277,13 +279,15 @@ class Running:
         deadline = time.monotonic() + SAVE_WAIT_S
         waiting: list[dict[str, Any]] = []
         while (self.checkpoint or {}).get("step", -1) < wanted and time.monotonic() < deadline:
-            event = self._next_event()
+            event = self._next_event(deadline)
             if event["kind"] == "checkpoint":
                 self._take(event)
                 continue
-            waiting.append(event)
             if event["kind"] == "end":
+                if not self.thread.is_alive():
+                    waiting.append(event)
                 break
+            waiting.append(event)
         for event in waiting:
             self._events.put(event)
         if self.checkpoint is None:

@@ -52,6 +52,8 @@ def build_tuner(
             name=f"start-{time.time_ns()}",
             storage_path=absolute(launch.folder.location("ray")),
             failure_config=ray.tune.FailureConfig(max_failures=config.max_failures),
+            # The checkpoints are the runs' own; only a population asks for pointers to them.
+            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[Reporter(desk)],
             verbose=0,
         ),
