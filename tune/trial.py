@@ -196,7 +196,7 @@ class Running:
                 return result
 
     def _next_event(self, deadline: float = math.inf) -> dict[str, Any]:
-        """Wait for an event of the workers, passing on a request to stop meanwhile; the end if there is none in time."""
+        """Wait for an event of the workers, passing on a request to stop; the end if none comes in time."""
         while time.monotonic() < deadline and not self._over:
             if not self._asked and self.link.stop_requested():
                 self.ask_to_stop()
