@@ -5,7 +5,13 @@ import json
 import click
 
 
-@click.group()
+@click.group(
+    epilog="""\b
+Examples:
+  perceiver cluster up --nodes 3
+  perceiver cluster render kuberay recipes/train/quickstart.yaml -o files
+  perceiver cluster down"""
+)
 def command() -> None:
     """Start, stop and look at a local Ray cluster of several nodes; write the files that start a real one."""
 

@@ -142,7 +142,7 @@ def documents(stream: BinaryIO, start: int, stop: int, by: str) -> Iterator[tupl
     # What stands before the file counts as a line.
     before = b"\n" * (start <= 3) + stream.read(start - stream.tell())
     if not before.endswith(b"\n"):
-        stream.readline()
+        before += stream.readline()  # a range may begin within an empty line, between its \r and \n
     fresh = not start or by == "line" or before.endswith((b"\n\n", b"\n\r\n"))
     begin, lines, kept = start, [], 0
     while line := stream.readline(LONGEST + 1):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
@@ -27,6 +27,7 @@ def config(**options: str) -> PrepareConfig:
 
 @given(lines=LINES, cuts=st.lists(st.integers(0, 400), max_size=6), ending=st.sampled_from([b"\n", b"\r\n"]),
        last=st.booleans())
+@example(lines=[b"", b"a"], cuts=[1], ending=b"\r\n", last=False)
 @settings(max_examples=200, deadline=None)
 def test_ranges_give_each_document_once(lines: list[bytes], cuts: list[int], ending: bytes, last: bool) -> None:
     raw = ending.join(lines) + (ending if last else b"")
