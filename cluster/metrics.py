@@ -1,7 +1,7 @@
 """A run's figures on Ray's Prometheus endpoint, so that a cluster's own Grafana shows them beside its machines.
 
 The driver exports what the workers tell it: nothing is added to a training step. Every metric carries the label `run`;
-Ray prefixes the names with `ray_`. `perceiver cluster render grafana` writes a dashboard of them.
+Ray prefixes the names with `ray_`. `perceiver cluster render grafana RECIPE -o FOLDER` writes a dashboard of them.
 """
 
 import threading

@@ -15,6 +15,7 @@ KINDS = {
     "slurm": "slurm",
     "docker": "images",
     "compose": "images",
+    "grafana": "grafana",
 }
 """What can be rendered, and the module of this package that does it by a function ``render``."""
 

@@ -116,8 +116,8 @@ Examples:
 def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: str, machines: str) -> int:
     """Write the files that start a real cluster for RECIPE.
 
-    KIND is kuberay, autoscaler-aws, autoscaler-gcp, slurm, docker or compose. Each file says in its first lines what to
-    do with it.
+    KIND is kuberay, autoscaler-aws, autoscaler-gcp, slurm, docker, compose or grafana (a dashboard of the runs' figures
+    on Ray's Prometheus endpoint). Each file but the dashboard says in its first lines what to do with it.
     """
     from cluster.recipe import load_recipe
     from cluster.render import render as make

@@ -1,0 +1,12 @@
+"""A Grafana dashboard of a run's figures."""
+
+import json
+
+from cluster.metrics import dashboard
+from cluster.recipe import Recipe
+from cluster.render.settings import Settings
+
+
+def render(kind: str, recipe: Recipe, recipe_file: str, settings: Settings) -> dict[str, str]:
+    """Return the dashboard, for Grafana's import page; it shows every run, so recipe and machines do not matter."""
+    return {"grafana-perceiver.json": json.dumps(dashboard(), indent=1) + "\n"}
