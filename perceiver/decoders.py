@@ -128,7 +128,10 @@ class FlowDecoderConfig(Config):
 
 
 class FlowDecoder(nn.Module):
-    """Inputs (B, H*W, C) as queries -> flow (B, 2, H, W) in pixels, horizontal first; zero at the start."""
+    """Inputs (B, H*W, C) as queries -> flow (B, 2, H, W) in pixels, horizontal first; zero at the start.
+
+    Asked for `flow` at the pixels (B, q), numbered row by row: (B, 2, q).
+    """
 
     def __init__(self, channels: int, grid: tuple[int, int], scale: float) -> None:
         super().__init__()
@@ -137,12 +140,16 @@ class FlowDecoder(nn.Module):
         self.head = _zero_linear(channels, 2)
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
-        """Return the inputs themselves."""
-        return inputs
+        """Return the inputs themselves, or those of the pixels asked for."""
+        if not asked:
+            return inputs
+        index = asked["flow"][..., None].expand(-1, -1, self.channels)
+        return Inputs(inputs.dense.expand(len(index), -1, -1).gather(1, index))
 
     def outputs(self, answers: Tensor, asked: Mapping[str, Tensor] | None) -> Any:
-        """Map answers (B, H*W, C) to flow (B, 2, H, W)."""
-        return (self.head(answers) * self.scale).transpose(1, 2).unflatten(2, self.grid)
+        """Map answers (B, H*W, C) to flow (B, 2, H, W), or (B, q, C) to (B, 2, q)."""
+        flow = (self.head(answers) * self.scale).transpose(1, 2)
+        return flow if asked else flow.unflatten(2, self.grid)
 
 
 class GridOutput(Config):

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.config import Config
-from perceiver.tasks._base import Batch, LossOutput, Task, model_inputs, valid_rows
+from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
 
 
 class FlowConfig(Config):
@@ -16,16 +16,23 @@ class FlowConfig(Config):
 
     kind: Literal["flow"] = "flow"
     limit: float | None = Field(default=None, gt=0, description="Pixels whose true flow is longer do not count.")
+    queries: int | None = Field(default=None, ge=1, description="Pixels decoded for each sample in training; all.")
+    seed: int = Field(default=0, ge=0, description="Of the choice of these pixels.")
 
     def build(self, *, classes: int) -> Task:
         """Make the task."""
         return Flow(self)
 
 
-class Flow:
-    """See `FlowConfig`: the loss is the end-point error, averaged over the valid pixels of all samples."""
+class Flow(RandomTask):
+    """See `FlowConfig`: the loss is the end-point error, averaged over the valid pixels of all samples.
+
+    With `queries`, training decodes so many pixels of each sample, chosen anew at each step; a sample's sum is then the
+    mean over its chosen valid pixels times the number of its valid pixels, an unbiased estimate of the whole sum.
+    """
 
     def __init__(self, config: FlowConfig) -> None:
+        super().__init__(config.seed)
         self.config = config
 
     def _valid(self, batch: Batch) -> Tensor:
@@ -41,16 +48,31 @@ class Flow:
         """Return the number of valid pixels."""
         return self._valid(batch).sum().float()
 
+    def asked(self, batch: Batch) -> Tensor:
+        """Draw the pixels to decode for each sample, without repetition, (B, queries) int64."""
+        rows, pixels = len(batch["flow"]), batch["flow"][0, 0].numel()
+        generator = self.generator(batch)
+        draws = [torch.randperm(pixels, generator=generator)[: self.config.queries] for _ in range(rows)]
+        return torch.stack(draws).to(batch["flow"].device)
+
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Sum the end-point error over the valid pixels."""
-        valid = self._valid(batch)
+        valid = self._valid(batch).flatten(1)
         # Unknown flow may be stored as anything, infinity too: it must not reach the sum.
-        flow = batch["flow"].float().where(valid[:, None], torch.zeros((), device=valid.device))
-        difference = model(model_inputs(model, batch)).float() - flow
-        error = (difference.square().sum(1) + 1e-12).sqrt()
-        loss_sum = error[valid].sum()
+        flow = batch["flow"].float().flatten(2).where(valid[:, None], torch.zeros((), device=valid.device))
+        weight = torch.ones_like(valid, dtype=torch.float32)
+        if self.config.queries is not None and model.training:
+            index = self.asked(batch)
+            total, valid = valid.sum(1), valid.gather(1, index)
+            weight = (total / valid.sum(1).clamp(min=1))[:, None].expand(valid.shape)
+            flow = flow.gather(2, index[:, None].expand(-1, 2, -1))
+            found = model(model_inputs(model, batch), {"flow": index})
+        else:
+            found = model(model_inputs(model, batch)).flatten(2)
+        error = ((found.float() - flow).square().sum(1) + 1e-12).sqrt()
+        loss_sum = (error * weight)[valid].sum()
         far = (error > 3) & (error > 0.05 * flow.norm(dim=1)) & valid
-        return LossOutput(loss_sum, {"loss": loss_sum.detach(), "outliers": far.sum().float()})
+        return LossOutput(loss_sum, {"loss": loss_sum.detach(), "outliers": (far * weight).sum()})
 
     def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
         """Return loss and epe (both the end-point error in pixels), and KITTI's share of outliers."""

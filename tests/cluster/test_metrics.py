@@ -1,12 +1,14 @@
 """The figures on Ray's Prometheus endpoint, as a scraper sees them, and the dashboard that draws them."""
 
+import json
+import os
 import re
-import time
-import urllib.request
+import subprocess
+import sys
 
 import pytest
 
-from cluster.metrics import FIGURES, RunMetrics, dashboard, ray_export
+from cluster.metrics import FIGURES, RunMetrics, dashboard
 
 STEP = {"kind": "progress", "rank": 0, "step": 7, "total_steps": 10, "epoch": 1.0, "loss": 0.5, "metrics": {},
         "seconds": 0.5, "wait_seconds": 0.1, "samples": 64, "quarantined": 3}  # fmt: skip
@@ -38,31 +40,32 @@ def test_the_dashboard_shows_every_figure() -> None:
     assert len(set(places)) == len(places)
 
 
-@pytest.mark.slow
-def test_a_scraper_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
-    import ray
-
-    ray.init(address="local", num_cpus=1, object_store_memory=100 << 20, log_to_driver=False)
+SCRAPE = """
+import json, sys, time, urllib.request
+import ray
+from cluster.metrics import RunMetrics, ray_export
+ray.init(address="local", num_cpus=1, object_store_memory=100 << 20, log_to_driver=False)
+metrics = RunMetrics(ray_export("small-001"))
+url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+deadline, found = time.monotonic() + 60, []
+while not found and time.monotonic() < deadline:
+    metrics.note(json.loads(sys.argv[1]))
     try:
-        metrics = RunMetrics(ray_export("small-001"))
-        url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
-        deadline, value = time.monotonic() + 60, None
-        while value is None and time.monotonic() < deadline:
-            metrics.note(STEP)
-            value = _scrape(url)
-            time.sleep(0.2)
-    finally:
-        ray.shutdown()
-    assert value == 128.0
-
-
-def _scrape(url: str) -> float | None:
-    """The run's samples a second, if they are there yet."""
-    try:
-        with urllib.request.urlopen(url, timeout=10) as page:
-            text = page.read().decode()
+        page = urllib.request.urlopen(url, timeout=10).read().decode()
+        found = [line for line in page.splitlines() if line.startswith("ray_perceiver_samples_per_second{")]
     except OSError:
-        return None
-    found = re.search(r'^ray_perceiver_samples_per_second\{.*run="small-001".*\} ([\d.]+)', text, re.M)
-    return float(found[1]) if found else None
+        pass
+    time.sleep(0.2)
+print(*found)
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_scraper_sees_them() -> None:
+    """In a process of its own, whose Ray is told to report often."""
+    environment = {**os.environ, "RAY_metrics_report_interval_ms": "500"}
+    command = [sys.executable, "-c", SCRAPE, json.dumps(STEP)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    line = done.stdout.strip().splitlines()[-1]
+    assert 'run="small-001"' in line and line.endswith(" 128.0")

@@ -8,10 +8,12 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from sklearn.metrics import average_precision_score
+from torch import nn
 
 from perceiver import registry
 from perceiver.factory import build_model, model_config
 from perceiver.tasks import TaskConfig, build_task
+from perceiver.tasks.flow import Flow, FlowConfig
 from perceiver.tasks.tagging import TaggingConfig, average_precision, mean_average_precision
 
 FEW = {"kind": "fourier", "bands": 3}
@@ -184,3 +186,27 @@ def test_subsampled_decoding_agrees_with_decoding_all():
     torch.testing.assert_close(predicted["video"], every["video"], rtol=1e-4, atol=1e-5)
     pixels = batch["video"].float() / 127.5 - 1
     torch.testing.assert_close(task.targets(batch, "video")[1, 64 + 8 * 2 + 3], pixels[1, 1, :, 2, 3])
+
+
+def test_flow_of_some_pixels_estimates_the_whole_loss():
+    """All pixels in any order give the whole loss and gradient; a quarter of them gives it on average."""
+    _, model, batch = setting("flow")
+    nn.init.normal_(model.decoder.head.weight)
+    batch["flow_valid"] = torch.rand(6, 8, 8) > 0.3
+    batch["sample_id"] = torch.arange(6)
+    model.train()
+    whole = Flow(FlowConfig()).loss(model, batch).loss_sum
+    (wanted,) = torch.autograd.grad(whole, [model.decoder.head.weight])
+    task = Flow(FlowConfig(queries=64))
+    same = task.loss(model, batch).loss_sum
+    assert torch.allclose(same, whole, rtol=1e-5)
+    (got,) = torch.autograd.grad(same, [model.decoder.head.weight])
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    some, losses = Flow(FlowConfig(queries=16)), []
+    for some.step in range(200):
+        losses.append(some.loss(model, batch).loss_sum.item())
+    spread = torch.tensor(losses).std().item()
+    assert spread > 0, "other pixels at each step"
+    assert abs(sum(losses) / 200 - whole.item()) < 4 * spread / 200**0.5
+    model.eval()
+    assert torch.equal(some.loss(model, batch).loss_sum, Flow(FlowConfig()).loss(model, batch).loss_sum)
