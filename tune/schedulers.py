@@ -57,6 +57,18 @@ class SparingMedian(_SparesBaseline, MedianStoppingRule):
     """The median stopping rule that spares the baseline."""
 
 
+class _KeepsNumbers:
+    """Leaves a trial its own number where Ray hands it another trial's configuration."""
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        changed, operations = super()._get_new_config(trial, trial_to_clone)  # type: ignore[misc]
+        return {**changed, "number": trial.config["number"]}, operations
+
+
+class Population(_KeepsNumbers, PopulationBasedTraining):
+    """Population based training of numbered trials."""
+
+
 def build_scheduler(config: SearchConfig, epochs: float, concurrency: int) -> Any:
     """Return the Ray Tune scheduler of a search.
 
@@ -135,9 +147,12 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, metric: str, mode: Mo
     if isinstance(settings, Pb2):
         from ray.tune.schedulers.pb2 import PB2
 
+        class Bandit(_KeepsNumbers, PB2):
+            """Population based bandits of numbered trials."""
+
         bounds = {key: [d.low, d.high] for key, d in config.space.items() if isinstance(d, Uniform | Int)}
-        return PB2(hyperparam_bounds={"values": bounds}, **shared)
-    return PopulationBasedTraining(
+        return Bandit(hyperparam_bounds={"values": bounds}, **shared)
+    return Population(
         hyperparam_mutations={"values": {key: mutation(dimension) for key, dimension in config.space.items()}},
         resample_probability=settings.resample,
         custom_explore_fn=within(config),
