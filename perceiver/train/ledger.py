@@ -37,7 +37,8 @@ class SampleLog:
         self.steps: dict[int, tuple[Tensor, ...]] = {}
 
     def __call__(self, info: StepInfo) -> None:
-        self.steps[info.step] = info.sample_ids
+        # Copies: a batch's tensors may be views into the block of data that they came in, which would be kept alive.
+        self.steps[info.step] = tuple(ids.clone() for ids in info.sample_ids)
 
     def forget(self, last: int) -> None:
         """Drop the steps up to the last one."""

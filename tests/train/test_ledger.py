@@ -94,3 +94,12 @@ def test_a_void_file_is_json(tmp_path: Path) -> None:
     Ledger(str(tmp_path), 0, SampleLog(), 0).void(2, 5)
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text()) == {"first": 3, "last": 5}
+
+
+def test_remembered_ids_keep_no_block_of_data_alive() -> None:
+    seen, log = info(1, 0), SampleLog()
+    log(seen)
+    for kept, given in zip(log.steps[1], seen.sample_ids, strict=True):
+        assert torch.equal(kept, given)
+        assert kept.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()
+        assert kept.untyped_storage().nbytes() == kept.nbytes
