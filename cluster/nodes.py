@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster.local import QUIET_ENVIRONMENT, machine_cpus, use_token
+from cluster.recipe_file import read_config
 from perceiver.config import Config, UserError
 
 MARK = "PERCEIVER_CLUSTER"
@@ -108,14 +108,7 @@ def read_nodes(path: str | Path) -> NodesConfig:
     Raises:
         UserError: no such file, or a key or value that does not fit.
     """
-    try:
-        return NodesConfig.model_validate(yaml.safe_load(Path(path).read_text()) or {})
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); see recipes/cluster/") from None
-    except (yaml.YAMLError, ValidationError) as error:
-        reason = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(str(part) for part in reason["loc"])
-        raise UserError(f"{path}: {where} {' '.join(reason['msg'].split())}") from None
+    return read_config(path, NodesConfig, "see recipes/cluster/")
 
 
 def up(config: NodesConfig, say: Callable[[str], None] = print) -> LocalCluster:

@@ -1,13 +1,16 @@
-"""The file of a recipe and its dotted overrides, as a plain tree: cheap to read, before anything heavy is imported."""
+"""YAML files of the user: a recipe and its dotted overrides as a plain tree, before anything heavy is imported."""
 
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import ValidationError
 
-from perceiver.config import UserError
+from perceiver.config import Config, UserError
+
+Kind = TypeVar("Kind", bound=Config)
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -16,24 +19,50 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     Raises:
         UserError: no such file, broken YAML, or an override that is not of the form key=value.
     """
-    tree = _read_yaml(Path(path))
+    tree = _read_recipe(Path(path))
     for override in overrides:
         apply_override(tree, override)
     return tree
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in Path("recipes").rglob("*.yaml")], 1)
         hint = f"; did you mean {near[0]}?" if near else "; see recipes/train/"
         raise UserError(f"no recipe file {path}{hint}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds {type(tree).__name__}, wanted a mapping of sections such as data: and model:")
     return tree
+
+
+def read_yaml(path: str | Path, hint: str = "see recipes/") -> Any:
+    """Read a YAML file.
+
+    Raises:
+        UserError: it cannot be read (the line ends with the hint), or is no YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_config(path: str | Path, kind: type[Kind], hint: str = "see recipes/") -> Kind:
+    """Read a YAML file as a configuration; an empty file has every key at its default.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or a key or value does not fit.
+    """
+    try:
+        return kind.model_validate(read_yaml(path, hint) or {})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = "".join(f"{part}." for part in first["loc"])[:-1]
+        reason = " ".join(first["msg"].split())
+        raise UserError(f"{path}: {key}{': ' if key else ''}{reason[0].lower()}{reason[1:]}") from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -3,9 +3,9 @@
 import difflib
 from pathlib import Path
 
-import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt
 
+from cluster.recipe_file import read_config
 from perceiver.config import Config, UserError
 
 BUILT_IN = Path(__file__).with_name("hardware.yaml")
@@ -59,11 +59,4 @@ def load_hardware(path: str | None) -> Hardware:
     file = Path(path) if path else BUILT_IN
     if not file.is_file():
         raise UserError(f"--hardware {path}: no such file; wanted a copy of {BUILT_IN} with your own figures")
-    try:
-        return Hardware.model_validate(yaml.safe_load(file.read_text()))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    return read_config(file, Hardware)

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster.recipe import Recipe
+from cluster.recipe_file import read_config
 from perceiver.config import Config, UserError
 
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
@@ -102,15 +102,7 @@ def read_settings(path: str | Path) -> Settings:
     Raises:
         UserError: no such file, or a key or value that does not fit.
     """
-    try:
-        return Settings.model_validate(yaml.safe_load(Path(path).read_text()) or {})
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); see recipes/cluster/") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+    return read_config(path, Settings, "see recipes/cluster/")
 
 
 def workers_per_node(recipe: Recipe, machine: Machine) -> int:
