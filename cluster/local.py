@@ -23,6 +23,7 @@ QUIET_ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Else Ray ends idle data processes after a second and starts them again: stalls of seconds on few CPUs.
     "RAY_idle_worker_killing_time_threshold_ms": "600000",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cluster.drain import announced
 from perceiver.train.bad_loss import BadLossHook, RollBack
 from perceiver.train.checkpoint import Snapshot
 from perceiver.train.checkpoint_hook import CheckpointHook, News
@@ -54,8 +55,9 @@ class Guard:
                 span = replace(span, start_step=back.step)
 
     def _stop_requested(self) -> bool:
-        """A store that refuses ends the run at the next step, not at the next checkpoint."""
-        return self.job.monitor.stop_requested() or bool(self.checkpoints.saver.refused)
+        """A store that refuses or a node that is drained ends the loop at the next step, not at the next checkpoint."""
+        refused = bool(self.checkpoints.saver.refused)
+        return self.job.monitor.stop_requested() or refused or announced() is not None
 
     def _restore(self, step: int) -> None:
         """Take the weights of the newest checkpoint; the batches are already behind the step that went wrong."""

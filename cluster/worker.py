@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cluster.drain import leave
 from cluster.monitor import Client, connect
 from cluster.preflight import epoch_steps_of
 from cluster.recipe import Recipe, build_recipe, zero_stage
@@ -268,6 +269,8 @@ def _run(job: Job) -> dict[str, Any]:
     step = guard.train(_hooks(job, evaluation), span)
     if step < job.total_steps:
         job.monitor.flush()
+        if job.engine.sum([float(job.monitor.stop_requested())])[0] == 0:
+            leave(step)
         return {"status": "stopped", "step": step, "total_steps": job.total_steps}
     figures = evaluation.latest or job.engine.evaluate(job.evaluation())
     _leave_behind(job)
