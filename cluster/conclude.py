@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import local
+from cluster.failures import EXIT_STOPPED
 from cluster.recipe import kind_of, zero_stage
 from perceiver.config import UserError
 from perceiver.train.mlflow import open_tracker, spool_folder
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from cluster.launch import Launch
 
 log = logging.getLogger(__name__)
-
-EXIT_STOPPED = 130
 
 
 def conclude(launch: "Launch", outcome: Mapping[str, Any], as_json: bool) -> int:

@@ -2,6 +2,9 @@
 
 import re
 
+EXIT_STOPPED = 130
+"""Exit code of a run that was asked to stop, and of commands that waited for it."""
+
 
 def failure_reason(error: BaseException) -> str:
     """Return one line for what ended the workers: the first worker's own exception, without Ray's frames."""

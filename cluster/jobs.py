@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from cluster.conclude import EXIT_STOPPED
+from cluster.failures import EXIT_STOPPED
 from cluster.job_server import JobServer
 from perceiver.config import UserError
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cluster import local
-from cluster.conclude import EXIT_STOPPED
+from cluster.failures import EXIT_STOPPED
 from cluster.run_folder import redacted_recipe
 from perceiver.train.redaction import redact_text
 from tune.config import Search
