@@ -3,19 +3,61 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 
-class RunConsole:
+class Drawn(Protocol):
+    """What is drawn over and over below the lines on a terminal: a bar, a table."""
+
+    console: Console
+
+    def stop(self) -> None:
+        """Take it down."""
+        ...
+
+
+class LineConsole:
+    """Prints lines; on a terminal above what is drawn there, if anything is."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def drawn(self) -> Drawn | None:
+        """Return what is drawn at the moment."""
+        return None
+
+    def close(self) -> None:
+        """Take down what is drawn; the lines stay."""
+        if (drawn := self.drawn()) is not None:
+            drawn.stop()
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        drawn = self.drawn()
+        (drawn.console if drawn is not None else self.console).print(line, markup=False)
+
+    def error(self, text: str) -> None:
+        """Print one line about what went wrong to stderr."""
+        self.close()
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
+
+
+class RunConsole(LineConsole):
     """Shows the events that workers send. ``show`` takes one event; ``say`` prints a line of our own."""
 
     def __init__(self, console: Console | None = None, line_every: float = 10.0) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
-        self.live = self.console.is_terminal
+        super().__init__(console)
         self.line_every = line_every
         self._bar: Progress | None = None
         self._task: Any = None
@@ -23,26 +65,14 @@ class RunConsole:
         self._began: tuple[float, int] | None = None
         self.first_step_at: float | None = None
 
-    def __enter__(self) -> "RunConsole":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def drawn(self) -> Progress | None:
+        """Return the bar."""
+        return self._bar
 
     def close(self) -> None:
         """Take the bar down."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def say(self, line: str) -> None:
-        """Print one line, above the bar if there is one."""
-        (self._bar.console if self._bar is not None else self.console).print(line, markup=False)
-
-    def error(self, text: str) -> None:
-        """Print one line about what went wrong to stderr."""
-        self.close()
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
+        super().close()
+        self._bar = None
 
     def show(self, event: Mapping[str, Any]) -> None:
         """Show one event; kinds that have no handler are not for the user."""

@@ -1,18 +1,13 @@
 """The driver of a training run: check, start Ray and MLflow side by side, train, report."""
 
 import logging
-import os
 import shlex
-import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -20,24 +15,17 @@ import yaml
 from cluster import local
 from cluster.conclude import conclude
 from cluster.console import RunConsole
-from cluster.failures import failure_reason, one_line
+from cluster.failures import failure_reason
 from cluster.lease import Lease, hold
 from cluster.metrics import RunMetrics, find_peak, ray_export
 from cluster.preflight import Preflight, check
 from cluster.recipe import Recipe, build_recipe, kind_of, zero_stage
-from cluster.run_folder import RunFolder, find_run, named_run, new_run, redacted_recipe
+from cluster.run_folder import RunFolder, choose_run, redacted_recipe
+from cluster.session import Tracked, log_file, logged, ray_and_mlflow, stop_on_signal, tracking_of
 from cluster.trainer import Share, build_trainer
 from cluster.watchdog import Watchdog, end
 from perceiver.config import UserError
-from perceiver.train.mlflow import (
-    RunHandle,
-    TrackingConfig,
-    create_run,
-    load_handle,
-    prewarm,
-    spool_folder,
-)
-from perceiver.train.redaction import redact_text
+from perceiver.train.mlflow import RunHandle
 from pipelines.warm import warm_up
 
 log = logging.getLogger(__name__)
@@ -89,10 +77,7 @@ def launch_training(
     recipe = build_recipe(tree, source=path)
     if recipe.cluster.resolved_address():
         ray_start.facts()  # a cluster that does not answer is said before a run folder is made
-    if resume:
-        folder = find_run(recipe.output, recipe.name, run)
-    else:
-        folder = named_run(recipe.output, run) if run else new_run(recipe.output, recipe.name)
+    folder = choose_run(recipe.output, recipe.name, resume, run)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
         lease = stack.enter_context(hold(folder.url))
@@ -108,34 +93,14 @@ def launch_training(
         return conclude(launch, outcome, as_json)
 
 
-def logged(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do the work; what goes wrong in it stands in full in the log, and becomes one line for the user."""
-    try:
-        return work()
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001  anything else is our mistake or the machine's
-        log.exception("the run could not be started")
-        return {"status": "failed", "error": one_line(error)}
-
-
 def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
     """Run the workers to their end; return what they say, with ``status`` finished, stopped, refused or failed."""
-    console, folder = launch.console, launch.folder
-    sidecar = prewarm(_tracking(launch), folder.local)
+    recipe, folder = launch.recipe, launch.folder
     _say_header(launch)
-    tracking = launch.background.submit(_create_run, launch, sidecar)
-    facts = ray_start.facts()
-    handle = tracking.result()
-    try:
-        warm_up(launch.recipe.cluster.workers * launch.recipe.data.tasks, launch.recipe.data.cpus_per_task)
-        folder.note(ray_session=facts["session"])
-        _say_tracking(launch, handle)
-        console.say(f"logs {folder.local / 'logs' / 'driver.log'} and {facts['session']}/logs")
+    run = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
+    with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say) as handle:
+        warm_up(recipe.cluster.workers * recipe.data.tasks, recipe.data.cpus_per_task)
         return {**_fit(launch, handle), "handle": handle}
-    finally:
-        # Ray goes down while the report is written.
-        launch.background.submit(stop_ray, folder, facts["session"])
 
 
 def _say_header(launch: Launch) -> None:
@@ -158,42 +123,6 @@ def _say_header(launch: Launch) -> None:
             else "the start: no checkpoint yet"
         )
         console.say(f"resuming {launch.folder.name} from {place}")
-
-
-def _say_tracking(launch: Launch, handle: RunHandle | None) -> None:
-    if handle is None:
-        return
-    if handle.run_id is None:
-        launch.console.say(
-            f"mlflow does not answer at {redact_text(handle.uri)}: figures wait in {spool_folder(launch.folder.local)}"
-        )
-        return
-    before = launch.folder.facts().get("mlflow_run") == handle.run_id
-    launch.console.say(f"mlflow run {handle.run_id}{' goes on' if before else ''}, experiment {handle.experiment}")
-    launch.folder.note(mlflow_run=handle.run_id)
-
-
-def _tracking(launch: Launch) -> TrackingConfig:
-    """Return the recipe's tracking section; without a URI, one SQLite file for all runs of the output folder."""
-    config = launch.recipe.tracking
-    if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return config
-    return config.model_copy(update={"uri": f"sqlite:///{launch.folder.local.parent.resolve() / 'mlflow.db'}"})
-
-
-def _create_run(launch: Launch, sidecar: Any) -> RunHandle | None:
-    """Create the MLflow run, or reopen the one that this run folder belongs to."""
-    recipe, config = launch.recipe, _tracking(launch)
-    experiment = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or recipe.name
-    return create_run(
-        config.model_copy(update={"experiment": experiment}),
-        launch.folder.name,
-        output=launch.folder.local,
-        params=recipe.model_dump(mode="json"),
-        # A driver on another machine knows the run only from what lies at its output.
-        resume=load_handle(launch.folder.local) or launch.folder.facts().get("mlflow_run"),
-        prewarmed=sidecar,
-    )
 
 
 def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
@@ -251,58 +180,3 @@ def _note_worker(folder: RunFolder, event: Mapping[str, Any]) -> None:
     """Keep in run.json which process on which node is which rank."""
     workers = {**folder.facts().get("workers", {}), str(event["rank"]): {"pid": event["pid"], "node": event["node"]}}
     folder.note(workers=workers)
-
-
-@contextmanager
-def stop_on_signal(monitor: Any, say: Callable[[str], None], line: str) -> Any:
-    """First Ctrl-C or SIGTERM: ask the workers, through their monitor, to save and end, and ``say`` the ``line``.
-
-    Again, a second later or more: leave at once. The second is there because some wrappers pass one Ctrl-C on twice.
-    """
-    asked: list[float] = []
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        if not asked:
-            asked.append(time.monotonic())
-            say(line)
-            monitor.request_stop.remote()
-        elif time.monotonic() - asked[0] > 1.0:
-            raise KeyboardInterrupt
-
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-@contextmanager
-def log_file(folder: RunFolder) -> Any:
-    """Send all library chatter of this process to ``logs/driver.log`` instead of the terminal."""
-    path = folder.local / "logs" / "driver.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()
-
-
-def stop_ray(folder: RunFolder, session: str) -> None:
-    """Stop a Ray of our own, keeping the workers' logs beside the run; leave a cluster that others use too."""
-    import ray
-    import ray._private.worker as worker
-
-    own = worker.global_worker.node is not None and worker.global_worker.node.is_head()
-    ray.shutdown()
-    logs = Path(session, "logs")
-    if own and logs.is_dir():
-        kept = folder.local / "logs" / "ray"
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(logs, kept, ignore_dangling_symlinks=True, ignore=shutil.ignore_patterns("old"))

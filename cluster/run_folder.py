@@ -124,6 +124,17 @@ def find_run(output: str, recipe_name: str, run: str | None = None) -> RunFolder
     return folder
 
 
+def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> RunFolder:
+    """Return the folder that a command means: with ``resume`` one that is there, else a fresh one.
+
+    Raises:
+        UserError: there is none to go on with, or ``run`` is no plain name.
+    """
+    if resume:
+        return find_run(output, name, run)
+    return named_run(output, run) if run else new_run(output, name)
+
+
 def redacted_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's tree fit for files and logs: values under secret-looking keys and in URLs are masked."""
     from perceiver.train.tracking import redact

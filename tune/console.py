@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster.console import LineConsole
 from tune.checks import number
 from tune.record import SearchRecord, TrialRecord
 from tune.words import duration, figure, figures, short_keys
@@ -18,23 +19,16 @@ ROWS_SHOWN = 24
 STYLES = {"running": "bold", "failed": "red", "stopped": "dim", "waiting": "dim", "unfinished": "yellow"}
 
 
-class SearchConsole:
+class SearchConsole(LineConsole):
     """Shows a search: ``say`` prints a line, ``news`` takes what the desk reports, ``refresh`` redraws the table."""
 
     def __init__(self, record: SearchRecord, console: Console | None = None) -> None:
+        super().__init__(console)
         self.record = record
-        self.console = console or Console(highlight=False, soft_wrap=True)
-        self.live = self.console.is_terminal
         self._progress: dict[int, Mapping[str, Any]] = {}
         self._began = time.monotonic()
         self._last_line = self._began
         self._table: Live | None = None
-
-    def __enter__(self) -> "SearchConsole":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def open(self) -> None:
         """Put the table up, on a terminal."""
@@ -42,20 +36,14 @@ class SearchConsole:
             self._table = Live(self.table(), console=self.console, auto_refresh=False, transient=True)
             self._table.start()
 
+    def drawn(self) -> Live | None:
+        """Return the table."""
+        return self._table
+
     def close(self) -> None:
         """Take the table down; the lines stay."""
-        if self._table is not None:
-            self._table.stop()
-            self._table = None
-
-    def say(self, line: str) -> None:
-        """Print one line, above the table if there is one."""
-        (self._table.console if self._table is not None else self.console).print(line, markup=False)
-
-    def error(self, text: str) -> None:
-        """Print one line about what went wrong to stderr."""
-        self.close()
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
+        super().close()
+        self._table = None
 
     def progress(self, event: Mapping[str, Any]) -> None:
         """Take note of how far a trial is."""

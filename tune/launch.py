@@ -15,17 +15,15 @@ import yaml
 
 from cluster import local
 from cluster.failures import one_line
-from cluster.launch import log_file, logged, stop_on_signal, stop_ray
 from cluster.recipe import absolute
-from cluster.run_folder import RunFolder, find_run, named_run, new_run, redacted_recipe
+from cluster.run_folder import RunFolder, choose_run, redacted_recipe
+from cluster.session import Tracked, log_file, logged, ray_and_mlflow, stop_on_signal, tracking_of
 from perceiver.config import UserError
 from perceiver.train.mlflow import (
     RunHandle,
     TrackingConfig,
-    create_run,
     load_handle,
     open_tracker,
-    prewarm,
     share_helper,
     spool_folder,
 )
@@ -33,7 +31,7 @@ from perceiver.train.tracking import NullTracker, Tracker
 from pipelines.warm import warm_up
 from tune.checks import Checker, baseline, check_search, check_trials
 from tune.conclude import conclude
-from tune.config import OptunaSearch, Search, SearchConfig, build_search
+from tune.config import OptunaSearch, Search, build_search
 from tune.console import SearchConsole
 from tune.draws import FixedSource, OptunaSource, Source, known_trials
 from tune.dry_run import say_plan
@@ -77,6 +75,11 @@ class SearchLaunch:
     def total(self) -> int:
         """Return how many trials the search comes to."""
         return len(self.known) if self.known is not None else self.search.config.trials
+
+    @property
+    def tracking(self) -> TrackingConfig:
+        """Return where the search and its trials are tracked."""
+        return tracking_of(self.search.recipe.tracking, self.folder, self.search.config.name)
 
     @property
     def trials_url(self) -> str:
@@ -155,11 +158,9 @@ def _new_record(search: Search) -> SearchRecord:
 
 
 def _folder(search: Search, resume: bool, run: str | None) -> RunFolder:
-    output, name = search.recipe.output, search.config.name
-    if resume:
-        return find_run(output, name, run)
-    folder = named_run(output, run) if run else new_run(output, name)
-    if folder.facts():
+    output = search.recipe.output
+    folder = choose_run(output, search.config.name, resume, run)
+    if not resume and folder.facts():
         raise UserError(f"search {folder.name!r} exists below {output}: add --resume to go on, or choose another --run")
     return folder
 
@@ -195,24 +196,17 @@ def _short(value: Any) -> str:
 
 def _search(launch: SearchLaunch, ray_start: local.EarlyRay) -> dict[str, Any]:
     """Run the trials to their end; return how that went, with ``status`` finished, stopped or failed."""
-    console, folder = launch.console, launch.folder
+    folder, recipe = launch.folder, launch.search.recipe
     share_helper()
-    sidecar = prewarm(_tracking(launch), folder.local)
     _say_header(launch)
-    tracking = launch.background.submit(_create_run, launch, sidecar)
-    facts = ray_start.facts()
-    handle = tracking.result()
-    try:
-        data, tasks = launch.search.recipe.data, launch.slots.concurrency * launch.search.recipe.cluster.workers
-        warm_up(tasks * data.tasks, data.cpus_per_task)
-        folder.note(ray_session=facts["session"], mlflow_run=handle.run_id if handle else None)
+    params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
+    run = Tracked(launch.tracking, params, {"mlflow.source.name": "perceiver tune"})
+    with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say) as handle:
+        tasks = launch.slots.concurrency * recipe.cluster.workers
+        warm_up(tasks * recipe.data.tasks, recipe.data.cpus_per_task)
         if handle is not None:
             launch.tracker = open_tracker(handle, spool_folder(folder.local), system_metrics_node="")
-            console.say(f"mlflow run {handle.run_id}, experiment {handle.experiment}")
-        console.say(f"logs {folder.local / 'logs' / 'driver.log'} and {facts['session']}/logs")
         return {**_tune(launch, handle), "handle": handle}
-    finally:
-        launch.background.submit(stop_ray, folder, facts["session"])
 
 
 def _say_header(launch: SearchLaunch) -> None:
@@ -225,30 +219,6 @@ def _say_header(launch: SearchLaunch) -> None:
     if launch.resume:
         done = len(launch.record.ended())
         console.say(f"resuming {launch.folder.name}: {done} trials are done, {len(launch.waiting)} go on")
-
-
-def _tracking(launch: SearchLaunch) -> TrackingConfig:
-    """Return the recipe's tracking section with store and experiment filled in."""
-    config = launch.search.recipe.tracking
-    experiment = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or launch.search.config.name
-    store = f"sqlite:///{launch.folder.local.parent.resolve() / 'mlflow.db'}"
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or store
-    return config.model_copy(update={"uri": uri, "experiment": experiment})
-
-
-def _create_run(launch: SearchLaunch, sidecar: Any) -> RunHandle | None:
-    """Create the MLflow run of the search, or reopen it."""
-    config: SearchConfig = launch.search.config
-    params = {"search": config.model_dump(mode="json"), "base": launch.search.recipe.model_dump(mode="json")}
-    return create_run(
-        _tracking(launch),
-        launch.folder.name,
-        output=launch.folder.local,
-        params=params,
-        tags={"mlflow.source.name": "perceiver tune"},
-        resume=load_handle(launch.folder.local),
-        prewarmed=sidecar,
-    )
 
 
 def _source(launch: SearchLaunch) -> Source:
@@ -330,7 +300,7 @@ def _add_baseline(launch: SearchLaunch, desk: Any) -> None:
 
 def _trial_tracking(launch: SearchLaunch, handle: RunHandle | None) -> tuple[TrackingConfig, dict[str, str]]:
     """Return the settings and tags of the trials' MLflow runs: children of the search's."""
-    config = _tracking(launch).model_copy(update={"system_metrics": False})
+    config = launch.tracking.model_copy(update={"system_metrics": False})
     tags = {"mlflow.source.name": "perceiver tune", "perceiver.search": launch.folder.name}
     if handle is not None and handle.run_id is not None:
         tags["mlflow.parentRunId"] = handle.run_id
