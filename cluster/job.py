@@ -1,6 +1,6 @@
-"""What a job runs on the cluster: check what it needs there, then `perceiver train`, started or resumed.
+"""What a job runs on the cluster: check what it needs there, then `perceiver train` or `tune`, started or resumed.
 
-``python -m cluster.job --run NAME [--needs A,B] [--folder DIR] VERB RECIPE [key=value ...]``
+``python -m cluster.job --run NAME --output URL [--needs A,B] [--folder DIR] VERB FILE [key=value ...]``
 """
 
 import argparse
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.recipe_file import read_tree
 from cluster.run_folder import named_run
 from perceiver.config import UserError
 
@@ -20,10 +19,11 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m cluster.job", description=__doc__)
     parser.add_argument("--run", required=True, help="name of the run: continued if it exists, else started")
+    parser.add_argument("--output", required=True, help="folder or URL below which the run's folder lies")
     parser.add_argument("--needs", default="", help="environment variables that must be set on the cluster")
     parser.add_argument("--folder", help="folder that relative paths are meant from; default: the package")
     parser.add_argument("verb")
-    parser.add_argument("recipe")
+    parser.add_argument("file", help="a recipe, or a search")
     parser.add_argument("overrides", nargs="*")
     return parser.parse_args(words)
 
@@ -32,7 +32,7 @@ def command(given: argparse.Namespace) -> list[str]:
     """Return the `perceiver` command of this start: with ``--resume`` if the run exists.
 
     Raises:
-        UserError: a variable is not set here, or the recipe cannot be read.
+        UserError: a variable is not set here.
     """
     missing = [name for name in given.needs.split(",") if name and name not in os.environ]
     if missing:
@@ -40,9 +40,8 @@ def command(given: argparse.Namespace) -> list[str]:
             f"the cluster does not know {', '.join(missing)}: set it where the nodes start (a Kubernetes secret, the "
             "autoscaler's setup commands, the shell of `perceiver cluster up`)"
         )
-    tree = read_tree(given.recipe, given.overrides)
-    exists = bool(named_run(str(tree.get("output", "runs")), given.run).facts())
-    words = [sys.executable, "-m", "perceiver.cli", given.verb, given.recipe, *given.overrides, "--run", given.run]
+    exists = bool(named_run(given.output, given.run).facts())
+    words = [sys.executable, "-m", "perceiver.cli", given.verb, given.file, *given.overrides, "--run", given.run]
     return [*words, "--resume"] if exists else words
 
 

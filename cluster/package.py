@@ -41,11 +41,27 @@ def build_package(target: Path, recipes: Iterable[str], folder: str | None = Non
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=LEFT_OUT)
     for name in OURS:
         shutil.copytree(_source(name), target / name, dirs_exist_ok=True, ignore=_no_code_but_ours)
-    for recipe in recipes:
-        place = target / path_in_package(recipe)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(recipe, place)
+    for place, recipe in _places(recipes).items():
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(recipe, target / place)
     check_size(target)
+
+
+def _places(recipes: Iterable[str]) -> dict[str, Path]:
+    """Return where each file lies in the package.
+
+    Raises:
+        UserError: two of them in the same place.
+    """
+    places: dict[str, Path] = {}
+    for recipe in recipes:
+        file = Path(recipe).resolve()
+        if places.setdefault(path_in_package(recipe), file) != file:
+            raise UserError(
+                f"{places[path_in_package(recipe)]} and {file} would have one name in the package: submit from a "
+                "folder that both lie below"
+            )
+    return places
 
 
 def path_in_package(recipe: str) -> str:

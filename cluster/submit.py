@@ -1,4 +1,4 @@
-"""Submitting a recipe: everything that would stop the job on the cluster is refused here first."""
+"""Submitting a recipe or a search: everything that would stop the job on the cluster is refused here first."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ class Submission:
     """What the user asks for; the fields after ``run`` are the flags of ``ray job submit``.
 
     Attributes:
-        verb: the perceiver command that the job runs.
-        recipe: file of this machine.
+        recipe: file of this machine: a recipe, or a search.
         overrides: ``key=value``, as typed.
         run: name of the run, continued if it exists; default: the recipe's name.
         secrets: environment variables that the cluster must hold; only their names travel.
@@ -45,7 +45,6 @@ class Submission:
 
     recipe: str
     overrides: Sequence[str] = ()
-    verb: str = "train"
     run: str | None = None
     submission_id: str | None = None
     runtime_env_json: str | None = None
@@ -59,20 +58,55 @@ class Submission:
     install: bool = False
 
 
-def submit(server: JobServer, wanted: Submission, say: Callable[[str], None] = print) -> str:
+@dataclass(frozen=True)
+class Work:
+    """What a job does: a perceiver command, and all that it reads when it starts.
+
+    Attributes:
+        verb: the command.
+        recipe: what it trains, overrides applied.
+        name: of the run, unless the user gives one.
+        tree: every setting that travels, the recipe's first.
+        files: those of this machine that travel; the command's own is the first.
+        fits: refuses a cluster, given its nodes, that cannot hold it.
+        found_by: overrides by which the files find each other in the package.
+    """
+
+    verb: str
+    recipe: Recipe
+    name: str
+    tree: Mapping[str, Any]
+    files: Sequence[str]
+    fits: Callable[[Sequence[Node]], None]
+    found_by: Sequence[str] = ()
+
+
+def training(wanted: Submission) -> Work:
+    """Return the work of a job that trains a recipe.
+
+    Raises:
+        UserError: a mistake in the recipe.
+    """
+    tree = read_tree(wanted.recipe, wanted.overrides)
+    recipe = build_recipe(tree, source=wanted.recipe)
+    files = [wanted.recipe, *named_files(tree)]
+    return Work("train", recipe, recipe.name, tree, files, partial(check_places, recipe=recipe))
+
+
+def submit(server: JobServer, wanted: Submission, work: Work, say: Callable[[str], None] = print) -> str:
     """Check, pack and submit; return the job's name.
 
     Raises:
         UserError: the first thing that would stop the job.
     """
-    tree = read_tree(wanted.recipe, wanted.overrides)
-    recipe = build_recipe(tree, source=wanted.recipe)
-    run = named_run(recipe.output, wanted.run or recipe.name).name
+    recipe = work.recipe
+    run = named_run(recipe.output, wanted.run or work.name).name
     runtime_env = _runtime_env(recipe, wanted)
     nodes = server.nodes()
-    check_secrets(tree, wanted, runtime_env)
+    check_secrets(work.tree, wanted, runtime_env)
     check_batch(recipe)
-    check_places(nodes, recipe, wanted)
+    work.fits(nodes)
+    check_entrypoint(nodes, recipe, wanted)
     here = is_here(nodes)
     for line in check_paths(recipe, here, server.url):
         say(line)
@@ -81,11 +115,11 @@ def submit(server: JobServer, wanted: Submission, say: Callable[[str], None] = p
     given = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
     with tempfile.TemporaryDirectory(prefix="perceiver-job-") as folder:
         if not runtime_env.get("working_dir"):
-            build_package(Path(folder), [wanted.recipe, *named_files(tree)], wanted.working_dir)
+            build_package(Path(folder), work.files, wanted.working_dir)
             runtime_env["working_dir"] = folder
         with server.answers(f"the job {name}"):
             return server.client.submit_job(
-                entrypoint=entrypoint(wanted, run, needed(tree, wanted), str(Path.cwd()) if here else None),
+                entrypoint=entrypoint(wanted, work, run, str(Path.cwd()) if here else None),
                 submission_id=name,
                 runtime_env=runtime_env,
                 metadata={**given, **metadata},
@@ -95,12 +129,21 @@ def submit(server: JobServer, wanted: Submission, say: Callable[[str], None] = p
             )
 
 
-def entrypoint(wanted: Submission, run: str, needs: Sequence[str], folder: str | None) -> str:
-    """Return the shell command of the job: `cluster.job`, which becomes `perceiver train`."""
-    words = ["python", "-m", "cluster.job", "--run", run]
+def entrypoint(wanted: Submission, work: Work, run: str, folder: str | None) -> str:
+    """Return the shell command of the job: `cluster.job`, which becomes `perceiver train` or `perceiver tune`.
+
+    Args:
+        wanted: what the user asked for.
+        work: what that comes to.
+        run: name of the run.
+        folder: the current folder, if the cluster's nodes see it too; else the job finds all in its package.
+    """
+    needs = needed(work.tree, wanted)
+    words = ["python", "-m", "cluster.job", "--run", run, "--output", work.recipe.output]
     words += ["--needs", ",".join(needs)] if needs else []
     words += ["--folder", folder] if folder else []
-    words += [wanted.verb, wanted.recipe if folder else path_in_package(wanted.recipe), *wanted.overrides]
+    words += [work.verb, wanted.recipe if folder else path_in_package(wanted.recipe), *wanted.overrides]
+    words += [] if folder else work.found_by
     return "exec " + shlex.join(words)
 
 
@@ -138,13 +181,14 @@ def _hides(key: str, value: str) -> bool:
     return not is_reference(value) and MASK in str(redact_value(key, value)) and MASK not in value
 
 
-def check_places(nodes: Sequence[Node], recipe: Recipe, wanted: Submission) -> None:
-    """Refuse workers, data tasks or an entrypoint that fit on no node."""
-    place(
-        recipe.cluster,
-        nodes,
-        DataNeed(data_cpus(recipe), recipe.data.cpus_per_task, recipe.data.task_labels),
-    )
+def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
+    """Refuse workers or data tasks that fit on no node."""
+    data = recipe.data
+    place(recipe.cluster, nodes, DataNeed(data_cpus(recipe), data.cpus_per_task, data.task_labels))
+
+
+def check_entrypoint(nodes: Sequence[Node], recipe: Recipe, wanted: Submission) -> None:
+    """Refuse a driver that asks for more than any node has."""
     need = {
         "CPU": wanted.entrypoint_num_cpus or 0,
         "GPU": wanted.entrypoint_num_gpus or 0,

@@ -24,9 +24,8 @@ def command(job: str, address: str | None, headers: str | None, verify: str, as_
     if not found.live:
         raise UserError(f"{found.name} has ended ({found.status}): there is nothing to stop")
     ended, lines = stop(server, found)
-    saved = (
-        found.status == "PENDING" or any("checkpoint saved" in line for line in lines) or ended.status == "SUCCEEDED"
-    )
+    told = any(line.startswith("stopped ") and " saved" in line for line in lines)
+    saved = told or found.status == "PENDING" or ended.status == "SUCCEEDED"
     if as_json:
         click.echo(json.dumps({**ended.facts(), "saved": saved, "lines": lines}))
     else:

@@ -1,4 +1,4 @@
-"""``perceiver submit``: train a recipe as a job of a Ray cluster."""
+"""``perceiver submit``: train a recipe, or run a search, as a job of a Ray cluster."""
 
 import json
 from typing import Any
@@ -13,14 +13,15 @@ from perceiver.cli._access import access_options, reach
 Examples:
   perceiver submit recipes/train/quickstart.yaml
   perceiver submit recipes/train/imagenet.yaml --address http://127.0.0.1:8265 --no-wait
-  perceiver submit recipes/train/quickstart.yaml train.epochs=90      # goes on with the same run"""
+  perceiver submit recipes/train/quickstart.yaml train.epochs=90      # goes on with the same run
+  perceiver submit recipes/tune/quickstart.yaml trials=20             # a search"""
 )
-@click.argument("recipe", type=click.Path())
+@click.argument("recipe", type=click.Path(), metavar="RECIPE|SEARCH")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--run", metavar="NAME", help="The run: continued if it exists, else started; default: the recipe's name."
 )
-@click.option("--verb", default="train", show_default=True, hidden=True, help="The command that the job runs.")
+@click.option("--tune", is_flag=True, help="The file is a search; default: if it has the keys of one.")
 @access_options
 @click.option("--submission-id", metavar="ID", help="Name of the job; default: the run's name and a number.")
 @click.option("--runtime-env-json", metavar="JSON", help="Ray runtime environment of the job.")
@@ -38,6 +39,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the job as one JSON line at the end.")
 def command(
     recipe: str,
+    tune: bool,
     address: str | None,
     headers: str | None,
     verify: str,
@@ -46,21 +48,24 @@ def command(
     entrypoint_resources: str | None,
     **options: Any,
 ) -> int:
-    """Train RECIPE as a job of a Ray cluster, and follow its log.
+    """Train RECIPE, or run SEARCH (perceiver tune), as a job of a Ray cluster, and follow its log.
 
     The job takes along our sources and the recipe, no data. Submitting a run again continues it from its newest
-    checkpoint, in the same MLflow run. Ctrl-C leaves the job running. Exit code: the job's, 130 if it was stopped.
+    checkpoint, in the same MLflow run; a search, with the trials that are not done. Ctrl-C leaves the job running.
+    Exit code: the job's, 130 if it was stopped.
     """
     from cluster.jobs import find_job, follow
-    from cluster.submit import Submission, submit
+    from cluster.submit import Submission, submit, training
+    from tune.submission import is_search, searching
 
     resources = _resources(entrypoint_resources)
     wanted = Submission(recipe=recipe, entrypoint_resources=resources, **options)
+    work = searching(wanted) if tune or is_search(recipe) else training(wanted)
     server = reach(address, headers, verify)
-    name = submit(server, wanted, click.echo)
+    name = submit(server, wanted, work, click.echo)
     job = find_job(server, name)
     if not as_json or not no_wait:
-        click.echo(f"job {name} trains run {job.run} at {server.url}")
+        click.echo(f"job {name} {'runs search' if work.verb == 'tune' else 'trains run'} {job.run} at {server.url}")
     if not no_wait:
         try:
             job = follow(server, job, lambda text: click.echo(text, nl=False))

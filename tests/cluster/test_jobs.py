@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import ray
 import requests
+import yaml
 
 from cluster import job, package, submit
 from cluster.job_server import Access, connect
@@ -24,8 +26,11 @@ from cluster.recipe import build_recipe
 from cluster.submit import Submission
 from perceiver.config import UserError
 from tests.cluster.recipes import write_recipe
+from tune.config import load_search
+from tune.submission import is_search, searching
 
 PERCEIVER = [sys.executable, "-m", "perceiver.cli"]
+POLL_S = 0.2
 
 
 @pytest.fixture(autouse=True)
@@ -177,14 +182,90 @@ def test_paths_that_other_machines_do_not_see_are_refused(tree: dict[str, Any]) 
 
 
 def test_a_run_that_exists_is_resumed_and_what_is_missing_there_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
-    recipe = str(write_recipe(tmp_path, tree))
-    given = job.arguments(["--run", "mine", "train", recipe, "optim.lr=0.1"])
-    assert job.command(given)[-3:] == ["optim.lr=0.1", "--run", "mine"]
+    wanted = Submission(recipe=str(write_recipe(tmp_path, tree)), overrides=["optim.lr=0.1"])
+    words = job_words(submit.entrypoint(wanted, submit.training(wanted), "mine", str(tmp_path)))
+    assert words == ["--run", "mine", "--output", tree["output"], "--folder", str(tmp_path), "train", wanted.recipe,
+                     "optim.lr=0.1"]  # fmt: skip
+    assert job.command(job.arguments(words))[-3:] == ["optim.lr=0.1", "--run", "mine"]
     (Path(tree["output"]) / "mine").mkdir(parents=True)
     (Path(tree["output"]) / "mine" / "run.json").write_text('{"name": "mine"}')
-    assert job.command(given)[-1] == "--resume"
+    assert job.command(job.arguments(words))[-1] == "--resume"
     with pytest.raises(UserError, match="the cluster does not know NOT_SET_ANYWHERE"):
-        job.command(job.arguments(["--run", "mine", "--needs", "NOT_SET_ANYWHERE", "train", recipe]))
+        job.command(job.arguments(["--needs", "NOT_SET_ANYWHERE", *words]))
+
+
+def job_words(entrypoint: str) -> list[str]:
+    """What the job's command passes to `cluster.job`."""
+    exec_, python, module, name, *words = shlex.split(entrypoint)
+    assert (exec_, python, module, name) == ("exec", "python", "-m", "cluster.job")
+    return words
+
+
+# -- searches ----------------------------------------------------------------------------------------------------------
+
+
+def write_search(folder: Path, tree: dict[str, Any], name: str = "hunt.yaml") -> str:
+    """Write ``train/small.yaml`` and a search over it in ``tune/``; return the search file."""
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    (folder / "tune").mkdir(exist_ok=True)
+    write_recipe(folder / "train", tree)
+    space = {"optim.lr": {"kind": "uniform", "low": 0.01, "high": 0.1}}
+    search = {"name": "hunt", "recipe": "../train/small.yaml", "space": space, "trials": 2}
+    (folder / "tune" / name).write_text(yaml.safe_dump(search))
+    return str(folder / "tune" / name)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_search_and_its_recipe_find_each_other_in_the_package(
+    outside: bool, tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they lie elsewhere, so that the package keeps their names alone."""
+    here, there, target = tmp_path / "here", tmp_path / "there", tmp_path / "package"
+    here.mkdir()
+    target.mkdir()
+    monkeypatch.chdir(here)
+    path = write_search(there if outside else here, tree)
+    assert is_search(path) and not is_search(path.replace("tune/hunt", "train/small"))
+    wanted = Submission(recipe=path, overrides=["trials=3", "train.epochs=7", "tracking.uri=env:MLFLOW_URI"])
+    work = searching(wanted)
+    assert (work.verb, work.name, work.recipe.train.epochs) == ("tune", "hunt", 7)
+    words = job_words(submit.entrypoint(wanted, work, "hunt", None))
+    assert words[words.index("--needs") + 1] == "MLFLOW_URI"
+    package.build_package(target, work.files)
+    monkeypatch.chdir(target)
+    monkeypatch.setenv("MLFLOW_URI", "sqlite:///x")
+    command = job.command(job.arguments(words))
+    assert command[3] == "tune" and command[-2:] == ["--run", "hunt"]
+    search = load_search(command[4], command[5:-2])
+    assert search.config.trials == 3 and search.recipe == work.recipe
+
+
+def test_a_search_that_exists_goes_on(tmp_path: Path, tree: dict[str, Any]) -> None:
+    wanted = Submission(recipe=write_search(tmp_path, tree))
+    words = job_words(submit.entrypoint(wanted, searching(wanted), "hunt", str(tmp_path)))
+    (Path(tree["output"]) / "hunt").mkdir(parents=True)
+    (Path(tree["output"]) / "hunt" / "run.json").write_text('{"search": "hunt"}')
+    assert job.command(job.arguments(words))[3:] == ["tune", wanted.recipe, "--run", "hunt", "--resume"]
+
+
+def test_a_search_that_a_cluster_does_not_hold_is_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
+    path = write_search(tmp_path, tree)
+    with pytest.raises(UserError, match=r"cluster.workers = 2, but there are 1 CPUs"):
+        searching(Submission(recipe=path)).fits([Node("a", {"CPU": 1})])
+    with pytest.raises(UserError, match=r"concurrency = 2 leaves each trial 1.5 CPUs"):
+        searching(Submission(recipe=path, overrides=["concurrency=2"])).fits([Node("a", {"CPU": 3})])
+    searching(Submission(recipe=path)).fits([Node("a", {"CPU": 2}), Node("b", {"CPU": 2})])
+
+
+def test_files_that_would_have_one_name_in_the_package_are_refused(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = searching(Submission(recipe=write_search(tmp_path, tree, "small.yaml")))
+    for name in ("elsewhere", "package"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"train/small.yaml would have one name in the package: submit from a folder"):
+        package.build_package(tmp_path / "package", work.files)
 
 
 def test_names_that_are_taken_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +328,7 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
 
     tree["cluster"] = {"workers": 1, "worker_labels": {"role": "train"}, "worker_resources": {"slot": 1}}
     tree["data"]["task_labels"] = {"role": "data"}
-    tree["train"] |= {"epochs": 4000, "checkpoint_every": 100}
+    tree["train"] |= {"epochs": 4000, "checkpoint_every": 20, "eval_every": 1000}
     recipe = str(write_recipe(home, tree))
     (home / "nodes.yaml").write_text(NODES)
     try:
@@ -284,11 +365,12 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
 
 
 def wait_for_tasks(home: Path) -> dict[str, set[str]]:
-    """Wait until the run trains; return on which nodes its workers (actors) and data tasks ran, by their name."""
-    address = {row["node_id"]: row["node_ip"] for row in rows(home, "nodes")}
+    """Wait until the run has a checkpoint; return on which nodes its workers (actors) and data tasks ran, by name."""
     while not list((home / "runs/life/checkpoints").glob("step-*/manifest.json")):
-        (life,) = [json.loads(line) for line in perceiver(home, "jobs", "--json").splitlines()]
+        (life,) = ask(home, "/api/jobs/")
         assert life["status"] in ("PENDING", "RUNNING"), perceiver(home, "logs", "life-1")
+        time.sleep(POLL_S)
+    address = {row["node_id"]: row["node_ip"] for row in rows(home, "nodes")}
     found: dict[str, set[str]] = {}
     tasks = rows(home, "tasks", "&filter_keys=type&filter_predicates=%3D&filter_values=NORMAL_TASK")
     actors = [{**row, "name": row["class_name"]} for row in rows(home, "actors")]
@@ -299,11 +381,15 @@ def wait_for_tasks(home: Path) -> dict[str, set[str]]:
 
 
 def rows(home: Path, what: str, more: str = "") -> list[dict[str, Any]]:
-    """What Ray's state API lists; asked without Ray, which reads its token once a process."""
+    """What Ray's state API lists."""
+    return ask(home, f"/api/v0/{what}?limit=10000&detail=1{more}")["data"]["result"]["result"]
+
+
+def ask(home: Path, path: str) -> Any:
+    """What the dashboard answers; asked without Ray, which reads its token once a process, and without a command."""
     cluster = running_cluster()
     assert cluster is not None
     token = (home / ".ray/auth_token").read_text().strip()
-    answer = requests.get(f"{cluster.dashboard}/api/v0/{what}?limit=10000&detail=1{more}", timeout=30,
-                          headers={"Authorization": f"Bearer {token}"})  # fmt: skip
+    answer = requests.get(cluster.dashboard + path, timeout=30, headers={"Authorization": f"Bearer {token}"})
     answer.raise_for_status()
-    return answer.json()["data"]["result"]["result"]
+    return answer.json()
