@@ -8,20 +8,20 @@ from pathlib import Path
 
 from tests.cluster.recipes import prepare_images, small_tree
 from tests.faults.job import Outcome, row
-from tests.faults.scenarios import SCENARIOS
+from tests.faults.scenarios import chosen
 
 HEAD = ("fault", "detected in s", "first new step in s", "steps lost", "samples lost or doubled", "passed")
 
 
 def main(names: list[str]) -> int:
     """Run the scenarios whose name holds one of the given words, all if there is none."""
-    chosen = {name: run for name, run in SCENARIOS.items() if not names or any(word in name for word in names)}
+    rows = chosen(names)
     outcomes: list[Outcome] = []
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, Python {platform.python_version()}\n")
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         url = prepare_images(Path(scratch))
-        for number, (name, run) in enumerate(chosen.items()):
+        for number, (name, run) in enumerate(rows.items()):
             folder = Path(scratch, str(number))
             folder.mkdir()
             try:

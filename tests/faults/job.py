@@ -20,8 +20,10 @@ from pipelines.ingest import DataConfig, sample_plan
 from pipelines.shards import load_manifest
 from tests.cluster.recipes import write_recipe
 
-PERCEIVER = [str(Path(sys.executable).with_name("perceiver")), "train"]
+PERCEIVER = str(Path(sys.executable).with_name("perceiver"))
 PATIENCE_S = 400.0
+RUN = "small-001"
+INJECT = Path(__file__).with_name("inject")
 
 
 @dataclass
@@ -57,7 +59,9 @@ class Job:
 
     def __init__(self, folder: Path, tree: dict[str, Any], environment: dict[str, str] | None = None) -> None:
         self.folder, self.tree, self.environment = folder, tree, environment or {}
-        self.run = folder / "runs" / "small-001"
+        self.run = folder / "runs" / RUN
+        self.metrics_db = folder / "runs" / "mlflow.db"
+        self.words = ["train"]
         self.lines: list[tuple[float, str]] = []
         self.process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -66,16 +70,21 @@ class Job:
 
     def start(self, *arguments: str) -> "Job":
         """Start the command; its lines are read as they come."""
-        environment = {**os.environ, "HOME": str(self.folder), "COLUMNS": "200", **self.environment}
-        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-            environment.pop(name, None)
         self.lines = []
         self.process = subprocess.Popen(
-            [*PERCEIVER, str(write_recipe(self.folder, self.tree)), *arguments],
-            cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
+            [PERCEIVER, self.words[0], str(write_recipe(self.folder, self.tree)), *self.words[1:], *arguments],
+            cwd=self.folder, env=home(self.folder) | self.environment, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
+        return self
+
+    def inject(self, kind: str, step: int, rank: int = 0) -> "Job":
+        """Plan harm to one step of one rank (see `inject/sitecustomize.py`), before the run is started."""
+        plan = self.folder / "inject.json"
+        plan.write_text(json.dumps({"kind": kind, "step": step, "rank": rank}))
+        self.environment |= {"PYTHONPATH": str(INJECT), "FAULT_INJECT": str(plan)}
         return self
 
     def _read(self, process: subprocess.Popen[str]) -> None:
@@ -172,8 +181,14 @@ class Job:
 
     # -- judging -------------------------------------------------------------------------------------------------------
 
-    def judge(self, outcome: Outcome, fault: float, detected: float | None, last_step: int) -> Outcome:
-        """Fill a row from the finished run's records: when it was found, when steps came again, what was lost."""
+    def judge(
+        self, outcome: Outcome, fault: float, detected: float | None, last_step: int, until: float | None = None
+    ) -> Outcome:
+        """Fill a row from the finished run's records: when it was found, when steps came again, what was lost.
+
+        Lost are the steps between the one that the run went on from and the last that was done before ``until``, which
+        is the fault, or with a grace period the moment when the workers started again.
+        """
         outcome.detected_s = None if detected is None else detected - fault
         rows = [row for row in self.history() if "train/loss" in row]
         resumed = [int(line.split()[3]) for _, line in self.lines if line.startswith("resumed at step")]
@@ -181,7 +196,7 @@ class Job:
             first = next((row["time"] for row in rows if row["step"] == resumed[-1] + 1), None)
             outcome.expect(first is not None, "a step after the resume")
             outcome.first_step_s = first - (detected or fault) if first else None
-            outcome.steps_lost = max(0, self._last_step_before(fault) - resumed[-1])
+            outcome.steps_lost = max(0, self._last_step_before(until or fault) - resumed[-1])
         found = self.audit(last_step)
         outcome.samples_wrong = len(found.lost) + len(found.doubled)
         outcome.expect(found.exact, f"samples: {found.lost[:3]} lost, {found.doubled[:3]} doubled")
@@ -197,11 +212,18 @@ class Job:
         return audit(str(self.run / "ledger"), last_step, lambda step: plan.share(step - 1, step).ids.ravel().tolist())
 
     def _last_step_before(self, fault: float) -> int:
-        """The last step that was recorded before the fault, from MLflow's store, which forgets nothing."""
+        """The last step that was recorded before a moment, from MLflow's store, which forgets nothing."""
         query = "select max(step) from metrics where key = 'train/loss' and timestamp <= ?"
-        with sqlite3.connect(self.folder / "runs" / "mlflow.db") as store:
+        with sqlite3.connect(self.metrics_db) as store:
             (step,) = store.execute(query, (int(fault * 1000),)).fetchone()
         return int(step or 0)
+
+
+def home(folder: Path) -> dict[str, str]:
+    """The environment of a command whose home is a folder, without what names other places."""
+    named = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "XDG_CACHE_HOME")
+    kept = {name: value for name, value in os.environ.items() if name not in named}
+    return {**kept, "HOME": str(folder), "COLUMNS": "200"}
 
 
 def _title(process: psutil.Process) -> str:

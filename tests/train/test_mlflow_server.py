@@ -1,12 +1,6 @@
 """A real MLflow server that goes away and comes back during a run."""
 
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +8,7 @@ from typing import Any
 import pytest
 
 from perceiver.train.runs import TrackingConfig, create_run, load_handle, open_tracker, spool_folder
+from tests.train.mlflow_server import Server, free_port
 
 
 def client(uri: str) -> Any:
@@ -22,48 +17,11 @@ def client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator["Server"]:
+def server(tmp_path: Path) -> Iterator[Server]:
     server = Server(tmp_path / "server", free_port())
     yield server
     server.stop()
-
-
-class Server:
-    """A real MLflow server on loopback that can be stopped and started again on the same port."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
-        self.uri = f"http://127.0.0.1:{port}"
-        self.process: subprocess.Popen[bytes] | None = None
-        folder.mkdir()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.2)
-        pytest.fail((self.folder / "log").read_text())
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
 
 @pytest.mark.slow

@@ -1,0 +1,180 @@
+"""Faults of the driver and its run: killed, asked to end, damaged checkpoints, two at once, a clock that is off."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.faults.job import Job, Outcome, fault_tree
+from tests.faults.stages import killed_at_each_stage
+from tests.faults.table import STEPS, expect_finished, scenario
+
+GRACE_S = 30
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <time.h>
+#include <sys/time.h>
+#define OFF 3600
+int clock_gettime(clockid_t id, struct timespec *t) {
+  int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
+  int code = real(id, t);
+  if (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE) t->tv_sec += OFF;
+  return code;
+}
+int gettimeofday(struct timeval *restrict t, void *restrict zone) {
+  int (*real)(struct timeval *, void *) = dlsym(RTLD_NEXT, "gettimeofday");
+  int code = real(t, zone);
+  t->tv_sec += OFF;
+  return code;
+}
+time_t time(time_t *t) {
+  time_t (*real)(time_t *) = dlsym(RTLD_NEXT, "time");
+  time_t now = real(0) + OFF;
+  if (t) *t = now;
+  return now;
+}
+"""
+"""A library that, loaded first, sets the clock of a process an hour ahead."""
+
+
+def _kill_driver(job: Job, outcome: Outcome) -> float:
+    """Kill the driver; what it leaves behind must end by itself."""
+    assert job.process is not None
+    job.process.kill()
+    fault = time.time()
+    job.end()
+    until = time.monotonic() + 60
+    while (left := job.leftovers()) and time.monotonic() < until:
+        time.sleep(0.2)
+    outcome.expect(not left, f"processes left behind: {[p.name() for p in left]}")
+    return fault
+
+
+@scenario("driver SIGKILL, then --resume")
+def driver_killed(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The lease of the dead driver must not stand in the way; what it left behind must end by itself."""
+    job = Job(folder, fault_tree(tree, STEPS)).start()
+    try:
+        job.wait_checkpoint()
+        fault = _kill_driver(job, outcome)
+        again = time.time()
+        job.start("--resume")
+        expect_finished(job, outcome)
+        job.judge(outcome, fault, again, STEPS)
+        outcome.detected_s = None  # by the user
+    finally:
+        job.kill()
+
+
+@scenario("SIGTERM with 30 s grace, then --resume")
+def terminated(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """A checkpoint is committed before the deadline, so that no step is lost."""
+    job = Job(folder, fault_tree(tree, STEPS)).start()
+    try:
+        job.wait_checkpoint()
+        assert job.process is not None
+        job.process.send_signal(signal.SIGTERM)
+        fault = time.time()
+        detected = job.wait_line("stopping: the workers save")
+        outcome.expect(job.end() == 130, f"exit code 130\n{job.output}")
+        stopped = job.steps()[-1]
+        manifest = job.run / "checkpoints" / f"step-{stopped:08d}" / "manifest.json"
+        outcome.expect(manifest.stat().st_mtime - fault <= GRACE_S, "a checkpoint is committed within 30 s")
+        outcome.expect(time.time() - fault <= GRACE_S, "the command has ended within 30 s")
+        outcome.expect(job.facts().get("step") == stopped, "the last step is saved")
+        again = time.time()
+        job.start("--resume")
+        expect_finished(job, outcome)
+        outcome.expect(job.said(f"resumed at step {stopped} "), "went on from there")
+        job.judge(outcome, fault, detected, STEPS, until=again)
+        outcome.first_step_s = None  # it lies with the user
+    finally:
+        job.kill()
+
+
+@scenario("checkpoint truncated and flipped")
+def checkpoint_damaged(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The newest two checkpoints are harmed while the run stands; the one before them is used."""
+    job = Job(folder, fault_tree(tree, STEPS, keep_checkpoints=4)).start()
+    try:
+        job.wait(lambda: len(job.steps()) >= 3, "three checkpoints")
+        assert job.process is not None
+        job.process.send_signal(signal.SIGINT)
+        job.end()
+        steps = job.steps()
+        fault = time.time()
+        for step, harm in ((steps[-1], _truncate), (steps[-2], _flip)):
+            shards = (job.run / "checkpoints" / f"step-{step:08d}").glob("shard-*.safetensors")
+            harm(max(shards, key=lambda path: path.stat().st_size))
+        job.start("--resume")
+        expect_finished(job, outcome)
+        outcome.expect(job.said(f"resumed at step {steps[-3]} "), f"went on from step {steps[-3]}\n{job.output}")
+        logs = "".join(path.read_text(errors="replace") for path in (job.run / "logs").rglob("*") if path.is_file())
+        for step in steps[-2:]:
+            outcome.expect(f"step-{step:08d} is not used" in logs, f"step {step} named in the log")
+        job.judge(outcome, fault, None, STEPS)
+    finally:
+        job.kill()
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip(path: Path) -> None:
+    blob = bytearray(path.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    path.write_bytes(blob)
+
+
+@scenario("two drivers, one name")
+def two_drivers(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The second is refused at once and told who holds the run; the first does not notice."""
+    tree = fault_tree(tree, 400)
+    job, second = Job(folder, tree).start(), Job(folder, tree)
+    try:
+        job.wait_checkpoint()
+        assert job.process is not None
+        fault = time.time()
+        outcome.expect(second.start("--resume").end() == 2, f"exit code 2\n{second.output}")
+        found = second.said(f"is in use by process {job.process.pid} ")
+        outcome.expect(found, f"the owner is named\n{second.output}")
+        expect_finished(job, outcome)
+        job.judge(outcome, fault, found, 400)
+    finally:
+        job.kill()
+        second.kill()
+
+
+@scenario("clock an hour ahead")
+def clock_off(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """A driver with such a clock is refused while the run lives, and goes on with it once its driver was killed."""
+    tree, library = fault_tree(tree, 400), folder / "clock.so"
+    source = library.with_suffix(".c")
+    source.write_text(CLOCK)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    job, ahead = Job(folder, tree).start(), Job(folder, tree, {"LD_PRELOAD": str(library)})
+    try:
+        job.wait_checkpoint()
+        outcome.expect(ahead.start("--resume").end() == 2, f"exit code 2\n{ahead.output}")
+        assert job.process is not None
+        outcome.expect(ahead.said(f"is in use by process {job.process.pid} "), f"the owner is named\n{ahead.output}")
+        fault = _kill_driver(job, outcome)
+        ahead.start("--resume")
+        expect_finished(ahead, outcome)
+        ahead.judge(outcome, fault, None, 400)
+        outcome.first_step_s = None  # its times are of another clock
+    finally:
+        job.kill()
+        ahead.kill()
+
+
+@scenario("kill at each stage of a checkpoint write")
+def killed_while_saving(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """A process of its own saves and is killed before its n-th touch of the disk, for every n; nothing is ever half."""
+    stages, wrong = killed_at_each_stage(folder)
+    outcome.fault += f" ({stages})"
+    outcome.expect(stages > 5 and not wrong, f"after a kill at stage {wrong}: not whole")

@@ -1,0 +1,91 @@
+"""Python loads this module in each process of a run that is given an injection: one step of one rank is harmed, once.
+
+`FAULT_INJECT` names a JSON file ``{"kind": "nan" | "raise", "step": 12, "rank": 0}``; who takes it renames it.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+PLAN = os.environ.get("FAULT_INJECT", "")
+MODULE = "perceiver.train.deepspeed"
+
+
+class Patch(MetaPathFinder):
+    """Changes the engine when its module is loaded."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See the base class."""
+        if fullname != MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        assert spec is not None and spec.loader is not None
+        load = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            harm_steps(module.DeepSpeedEngine)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def harm_steps(engine: Any) -> None:
+    """Wrap the step of an engine class."""
+    undisturbed = engine.step
+
+    def step(self: Any, micro_batches: Any, number: int) -> Any:
+        kind = taken(self.rank, number + 1)
+        if kind == "raise":
+            raise RuntimeError("an exception planted by the fault tests")
+        if kind != "nan":
+            return undisturbed(self, micro_batches, number)
+        task, self._task = self._task, Poisoned(self._task)
+        try:
+            return undisturbed(self, micro_batches, number)
+        finally:
+            self._task = task
+
+    engine.step = step
+
+
+class Poisoned:
+    """A task whose loss is no number."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def loss(self, module: Any, batch: Any) -> Any:
+        """The task's output with its loss spoilt, and thereby the gradients."""
+        output = self._task.loss(module, batch)
+        return dataclasses.replace(output, loss_sum=output.loss_sum * float("nan"))
+
+
+def taken(rank: int, step: int) -> str | None:
+    """What is planned for this step of this rank; whoever asks first gets it."""
+    try:
+        with open(PLAN) as file:  # noqa: PTH123  pathlib would be imported in every process
+            plan = json.load(file)
+        if (plan["rank"], plan["step"]) != (rank, step):
+            return None
+        os.rename(PLAN, PLAN + ".taken")  # noqa: PTH104
+    except FileNotFoundError:
+        return None
+    return plan["kind"]
+
+
+if PLAN:
+    sys.meta_path.insert(0, Patch())

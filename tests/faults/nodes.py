@@ -1,0 +1,146 @@
+"""Faults of nodes: several real Ray nodes on this machine, of which one is killed, drained, or the head is lost."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from cluster.nodes import LocalCluster
+from tests.faults.job import PERCEIVER, RUN, Job, Outcome, fault_tree, home
+from tests.faults.table import expect_finished, scenario
+
+STEPS = 400
+GRACE_S = 30
+LOST_WITHIN_S = 15
+
+
+class Nodes:
+    """A local cluster below a folder: a head that no worker fits on, and nodes that take one worker each."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.file = folder, folder / "nodes.yaml"
+        nodes = [{"cpus": 1}, {"count": count, "cpus": 1, "resources": {"slot": 1}}]
+        self.file.write_text(yaml.safe_dump({"nodes": nodes, "object_store_mb": 100}))
+
+    def command(self, *words: str) -> str:
+        """Run a `perceiver` command with this folder as home."""
+        done = subprocess.run(
+            [PERCEIVER, *words], cwd=self.folder, env=home(self.folder), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def up(self) -> None:
+        """Start the cluster, or its nodes that have died."""
+        self.command("cluster", "up", str(self.file))
+
+    @property
+    def cluster(self) -> LocalCluster:
+        """What is kept of the cluster."""
+        return LocalCluster(**json.loads((self.folder / ".cache" / "perceiver" / "cluster.json").read_text()))
+
+    def raylet(self, ip: str) -> psutil.Process:
+        """The process of a node."""
+        return psutil.Process(self.cluster.raylets()[ip])
+
+    def drain(self, ip: str) -> None:
+        """Announce to Ray that a node is taken away in 30 s."""
+        option = next(part for part in self.raylet(ip).cmdline() if part.startswith("--node_id="))
+        words = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.cluster.address]
+        words += ["--node-id", option.partition("=")[2], "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        words += ["--reason-message", "fault test", "--deadline-remaining-seconds", str(GRACE_S)]
+        environment = home(self.folder) | {"RAY_AUTH_MODE": "token"}
+        subprocess.run(words, env=environment, check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def job_on_nodes(folder: Path, tree: dict[str, Any], count: int, outcome: Outcome) -> Iterator[tuple[Nodes, Job]]:
+    """Bring up a cluster, submit the run to it and wait for a checkpoint; in the end nothing of it may be left."""
+    nodes, job = Nodes(folder, count), Job(folder, fault_tree(tree, STEPS))
+    job.tree["cluster"] |= {"worker_resources": {"slot": 1}, "max_failures": 3}
+    job.words = ["submit", "--run", RUN]
+    nodes.up()
+    try:
+        job.start().wait_checkpoint()
+        yield nodes, job
+    finally:
+        job.kill()
+        processes = nodes.cluster.processes()
+        nodes.command("cluster", "down")
+        left = [process for process in processes if process.is_running() and process.status() != "zombie"]
+        outcome.expect(not left, f"processes left behind: {[process.pid for process in left]}")
+
+
+def place_of(worker: psutil.Process) -> str:
+    """The address of the node that a worker runs on."""
+    option = next(part for part in worker.parent().cmdline() if part.startswith("--node_ip_address="))  # type: ignore[union-attr]
+    return option.partition("=")[2]
+
+
+@scenario("node lost, another takes over")
+def node_lost(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The node of worker 1 is killed; a spare one takes its place."""
+    with job_on_nodes(folder, tree, 3, outcome) as (nodes, job):
+        raylet = nodes.raylet(place_of(job.worker(1)))
+        fault = time.time()
+        raylet.kill()
+        detected = job.wait_line("; the workers start again")
+        outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
+        job.judge(outcome, fault, detected, STEPS)
+        outcome.expect((outcome.detected_s or 0) <= LOST_WITHIN_S, "detected within 15 s")
+
+
+@scenario("node lost, none to spare; a node joins")
+def node_joins(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The run waits for room, and goes on when a node joins. The time to the first step has the node's start in it."""
+    with job_on_nodes(folder, tree, 2, outcome) as (nodes, job):
+        raylet = nodes.raylet(place_of(job.worker(1)))
+        fault = time.time()
+        raylet.kill()
+        detected = job.wait_line("; the workers start again")
+        nodes.up()
+        outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
+        job.judge(outcome, fault, detected, STEPS)
+
+
+@scenario("node drained with 30 s grace")
+def node_drained(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The workers save and leave before the deadline, at which the node is killed; no step is lost."""
+    with job_on_nodes(folder, tree, 3, outcome) as (nodes, job):
+        worker = job.worker(1)
+        ip = place_of(worker)
+        fault = time.time()
+        nodes.drain(ip)
+        detected = job.wait_line("is drained, step")
+        resumed = job.wait_line("resumed at step")
+        outcome.expect(place_of(job.worker(1)) != ip, "the worker is on another node")
+        outcome.expect(resumed - fault <= GRACE_S, "training again before the deadline")
+        nodes.raylet(ip).kill()
+        outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
+        job.judge(outcome, fault, detected, STEPS, until=resumed)
+        outcome.expect(outcome.steps_lost == 0, "no step lost")
+
+
+@scenario("head lost, cluster started again, job submitted again")
+def head_lost(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The job ends with the head; the same command on the new cluster goes on with the run."""
+    with job_on_nodes(folder, tree, 2, outcome) as (nodes, job):
+        fault = time.time()
+        for process in nodes.cluster.processes():
+            process.kill()
+        job.end()
+        nodes.command("cluster", "down")
+        nodes.up()
+        again = time.time()
+        job.start()
+        expect_finished(job, outcome)
+        job.judge(outcome, fault, again, STEPS)
+        outcome.detected_s = None  # by the user

@@ -1,0 +1,132 @@
+"""Faults of the store: a disk that is full, an object store that fails, stalls or refuses; and all at once."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.faults.faulty_s3 import BUCKET, IDENTITY, FaultyS3, S3Job
+from tests.faults.job import Job, Outcome, fault_tree
+from tests.faults.table import STEPS, expect_finished, scenario
+
+PLANTED = "planted-7c1f9ab2e04d"
+"""A secret without a known form: it must be kept out by its place."""
+REFUSED_WITHIN_S = 30
+STALL_S = 20.0
+
+
+def limit_files(job: Job, most: int) -> None:
+    """Let the workers write files of so many bytes and no more, as if the disk were full."""
+    for rank in (0, 1):
+        job.worker(rank).rlimit(psutil.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+
+@scenario("disk full for a while (file size limit)")
+def disk_full(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """No checkpoint can be written, then again: training goes on, the next ones count."""
+    job = planted_job(folder, fault_tree(tree, STEPS, checkpoint_misses=1000)).start()
+    try:
+        before = job.wait_checkpoint()
+        limit_files(job, 1024)
+        fault = time.time()
+        detected = job.wait_line("was not saved")
+        limit_files(job, resource.RLIM_INFINITY)
+        expect_finished(job, outcome)
+        outcome.expect(job.steps()[-1] == STEPS > before, "the last checkpoint is there")
+        outcome.expect(not job.said("the workers start again"), "training went on")
+        outcome.expect(not (found := places_of_the_secret(job)), f"the secret stands in {found[:5]}")
+        job.judge(outcome, fault, detected, STEPS)
+    finally:
+        job.kill()
+
+
+def planted_job(folder: Path, tree: dict[str, Any]) -> Job:
+    """A run that is given a secret in each way that a user might: by reference, in a tag, in the environment."""
+    tree["data"] = {**tree["data"], "storage_options": {"token": "$PLANTED_TOKEN"}}
+    tree["tracking"] = {"tags": {"api_key": PLANTED, "note": f"https://user:{PLANTED}@example.org/"}}
+    return Job(folder, tree, {"PLANTED_TOKEN": PLANTED, "AWS_SECRET_ACCESS_KEY": PLANTED})
+
+
+def places_of_the_secret(job: Job) -> list[str]:
+    """The files that the run left behind with the secret in them, and the screen if it was there."""
+    left = (path for path in (job.folder / "runs").rglob("*") if path.is_file())
+    files = [str(path.relative_to(job.folder)) for path in left if PLANTED.encode() in path.read_bytes()]
+    return files + (["the screen"] if PLANTED in job.output else [])
+
+
+def _failing(folder: Path, tree: dict[str, Any], outcome: Outcome, share: float) -> None:
+    """A share of all requests fails from the first checkpoint on; the run finishes and its records are whole."""
+    with FaultyS3() as server:
+        job = S3Job(folder, fault_tree(tree, STEPS), server).start()
+        try:
+            job.wait_checkpoint()
+            server.failing, fault = share, time.time()
+            outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
+            server.failing = 0.0
+            outcome.expect(server.harmed > 0, "requests failed")
+            outcome.fault += f" ({server.harmed} requests)"
+            outcome.expect(job.steps()[-1] == STEPS, "the last checkpoint is there")
+            job.judge(outcome, fault, None, STEPS)
+        finally:
+            job.kill()
+
+
+@scenario("object store fails at 1 %")
+def store_fails_rarely(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """See `_failing`."""
+    _failing(folder, tree, outcome, 0.01)
+
+
+@scenario("object store fails at 5 %")
+def store_fails(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """See `_failing`."""
+    _failing(folder, tree, outcome, 0.05)
+
+
+@scenario("object store fails at 20 %")
+def store_fails_often(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """See `_failing`."""
+    _failing(folder, tree, outcome, 0.2)
+
+
+@scenario("object store stalls for 20 s")
+def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """No request is answered for 20 s: steps go on meanwhile, and no worker starts again."""
+    steps = 1500
+    with FaultyS3() as server:
+        job = S3Job(folder, fault_tree(tree, steps), server).start()
+        try:
+            job.wait_checkpoint()
+            server.answering.clear()
+            fault = time.time()
+            job.wait(lambda: time.time() - fault > STALL_S, "end of the stall")
+            server.answering.set()
+            outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
+            outcome.expect(server.harmed > 0, "requests were held up")
+            times = [row["time"] - fault for row in job.history() if "train/loss" in row]
+            outcome.expect(done := sum(STALL_S / 2 < t < STALL_S for t in times), "steps went on while it stalled")
+            outcome.fault += f" ({done} steps in its second half)"
+            outcome.expect(not job.said("the workers start again"), "no worker started again")
+            job.judge(outcome, fault, None, steps)
+        finally:
+            job.kill()
+
+
+@scenario("store refuses credentials in mid-run")
+def credentials_refused(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The run stops within 30 s, names URL and identity, and does not try again."""
+    with FaultyS3() as server:
+        job = S3Job(folder, fault_tree(tree, 4000, ledger=False), server).start()
+        try:
+            job.wait_checkpoint()
+            server.refusing.set()
+            fault = time.time()
+            outcome.expect(job.end() == 2, f"exit code 2\n{job.output}")
+            found = job.said(f"refuses access key ...{IDENTITY[-4:]}")
+            outcome.detected_s = found - fault if found else None
+            outcome.expect(found and found - fault <= REFUSED_WITHIN_S, f"stopped within 30 s\n{job.output}")
+            outcome.expect(f"s3://{BUCKET}/runs/small-001/checkpoints" in job.output, "URL named")
+        finally:
+            job.kill()

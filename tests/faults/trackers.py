@@ -1,0 +1,103 @@
+"""Faults of the MLflow server, alone and together with those of store, disk and workers."""
+
+import resource
+import signal
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+from perceiver.train.mlflow import TrackingConfig, replay
+from tests.faults.faulty_s3 import FaultyS3, S3Job
+from tests.faults.job import Job, Outcome, fault_tree, send
+from tests.faults.stores import limit_files
+from tests.faults.table import STEPS, expect_finished, scenario
+from tests.train.mlflow_server import Server, free_port
+
+
+def logged(server: Server) -> dict[int, int]:
+    """How often the server has a loss of each step, counting equal points at different times apart."""
+    query = "select step, count(*) from metrics where key = 'train/loss' group by step"
+    with sqlite3.connect(server.store) as store:
+        return dict(store.execute(query).fetchall())
+
+
+def status(server: Server) -> list[str]:
+    """The states of the runs that the server knows."""
+    with sqlite3.connect(server.store) as store:
+        return [row[0] for row in store.execute("select status from runs").fetchall()]
+
+
+@scenario("MLflow down for the whole run")
+def down_throughout(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """Nothing listens: the run finishes; once there is a server, a replay of the spool brings it all figures."""
+    server = Server(folder / "server", free_port())
+    job = Job(folder, {**fault_tree(tree, STEPS), "tracking": {"uri": server.uri}}).start()
+    try:
+        expect_finished(job, outcome)
+        outcome.expect(job.said("mlflow does not answer"), "said so")
+        server.start()
+        left = replay(TrackingConfig(uri=server.uri), job.run)
+        outcome.expect(left == 0, f"{left} events are left in the spool")
+        outcome.expect(logged(server) == dict.fromkeys(range(1, STEPS + 1), 1), "each step is there once")
+        outcome.expect(status(server) == ["FINISHED"], f"one run, finished: {status(server)}")
+        job.metrics_db = server.store
+        job.judge(outcome, time.time(), None, STEPS)
+    finally:
+        job.kill()
+        server.stop()
+
+
+@scenario("MLflow down for a part of the run")
+def down_for_a_part(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The server is killed and started again while the run trains: it has all figures in the end."""
+    steps = 2000
+    server = Server(folder / "server", free_port())
+    server.start()
+    job = Job(folder, {**fault_tree(tree, steps), "tracking": {"uri": server.uri}})
+    try:
+        job.start().wait_checkpoint()
+        job.wait(lambda: logged(server), "figures at the server")
+        server.stop()
+        fault = time.time()
+        job.wait_checkpoint(after=job.steps()[-1] + 100)
+        outcome.expect(max(logged(server)) < steps, "the server missed steps")
+        server.start()
+        expect_finished(job, outcome)
+        outcome.expect(logged(server) == dict.fromkeys(range(1, steps + 1), 1), "each step is there once")
+        outcome.expect(status(server) == ["FINISHED"], f"one run, finished: {status(server)}")
+        job.metrics_db = server.store
+        job.judge(outcome, fault, None, steps)
+    finally:
+        job.kill()
+        server.stop()
+
+
+@scenario("tracker, store and disk at once, then a worker SIGKILL")
+def all_at_once(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """MLflow is gone, a fifth of the store's requests fail, the disk takes nothing for a while, a worker is killed."""
+    steps = 400
+    server = Server(folder / "server", free_port())
+    server.start()
+    with FaultyS3() as store:
+        tree = {**fault_tree(tree, steps, checkpoint_misses=1000), "tracking": {"uri": server.uri}}
+        job = S3Job(folder, tree, store).start()
+        try:
+            job.wait_checkpoint()
+            job.wait(lambda: logged(server), "figures at the server")
+            server.stop()
+            store.failing = 0.2
+            limit_files(job, 1024)
+            job.wait_line("was not saved")
+            limit_files(job, resource.RLIM_INFINITY)
+            job.wait_checkpoint(after=job.steps()[-1])
+            fault = send(job.worker(1), signal.SIGKILL)
+            detected = job.wait_line("worker 1 failed")
+            server.start()
+            outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
+            outcome.expect(set(logged(server)) == set(range(1, steps + 1)), "each step is at the server")
+            job.metrics_db = server.store
+            job.judge(outcome, fault, detected, steps)
+        finally:
+            job.kill()
+            server.stop()

@@ -1,0 +1,151 @@
+"""Faults of workers and data tasks: killed, stopped, out of memory, an exception, a loss that is no number."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.faults.job import Job, Outcome, fault_tree, send
+from tests.faults.table import STEPS, expect_finished, scenario
+
+KILLED_WITHIN_S = 15
+HUNG_WITHIN_S = 120
+
+
+def _start_again(job: Job, outcome: Outcome, harm: Callable[[Job], float], said: str) -> None:
+    """Harm a worker once there is a checkpoint; the group must start again and finish."""
+    try:
+        job.start().wait_checkpoint()
+        fault = harm(job)
+        detected = job.wait_line(said)
+        expect_finished(job, outcome)
+        outcome.expect(job.said("resumed at step"), "the workers went on from a checkpoint")
+        job.judge(outcome, fault, detected, STEPS)
+    finally:
+        job.kill()
+
+
+@scenario("worker SIGKILL")
+def worker_killed(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """A worker is gone without a word."""
+    job = Job(folder, fault_tree(tree, STEPS))
+    _start_again(job, outcome, lambda job: send(job.worker(1), signal.SIGKILL), "worker 1 failed")
+    outcome.expect((outcome.detected_s or 0) <= KILLED_WITHIN_S, "detected within 15 s")
+
+
+@scenario("worker SIGSTOP (hang)")
+def worker_stopped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """A worker stands still, so that the others wait for it in a collective operation."""
+    tree = fault_tree(tree, STEPS)
+    tree["cluster"]["hang_s"] = float(os.environ.get("FAULT_HANG_S", "60"))
+    job = Job(folder, tree)
+    _start_again(job, outcome, lambda job: send(job.worker(1), signal.SIGSTOP), "worker 1 (process")
+    outcome.expect((outcome.detected_s or 0) <= HUNG_WITHIN_S, "detected within 120 s")
+
+
+@scenario("worker out of memory (rlimit)")
+def worker_out_of_memory(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """A worker gets no more memory: an ordinary exception, or its end."""
+
+    def harm(job: Job) -> float:
+        process = job.worker(1)
+        used = process.memory_info().vms
+        process.rlimit(psutil.RLIMIT_AS, (used, used))
+        return time.time()
+
+    _start_again(Job(folder, fault_tree(tree, STEPS)), outcome, harm, "worker 1 failed")
+
+
+@scenario("exception in a worker")
+def worker_raises(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """An exception in step 30 of one worker, while the other waits for it."""
+    job = Job(folder, fault_tree(tree, STEPS)).inject("raise", 30, rank=1)
+
+    def harm(job: Job) -> float:
+        taken = job.folder / "inject.json.taken"
+        job.wait(taken.exists, "exception")
+        return taken.stat().st_ctime
+
+    _start_again(job, outcome, harm, "worker 1 failed (RuntimeError: an exception planted by the fault tests)")
+    outcome.expect((outcome.detected_s or 0) <= KILLED_WITHIN_S, "detected within 15 s")
+
+
+@scenario("data task killed")
+def data_task_killed(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """Ray runs the task again; training does not notice."""
+    tree = fault_tree(tree, STEPS)
+    tree["data"] = {**tree["data"], "run_samples": 32}
+    job = Job(folder, tree).start()
+    try:
+        job.wait_checkpoint()
+        fault = send(job.wait(job.data_tasks, "data task")[0], signal.SIGKILL)
+        expect_finished(job, outcome)
+        job.judge(outcome, fault, None, STEPS)
+        outcome.expect(not job.said("failed"), "no worker failed")
+    finally:
+        job.kill()
+
+
+@scenario("loss NaN: stop")
+def bad_loss_stops(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The run ends and says at which step; the sample ids are there; `--resume` goes on as if nothing had been."""
+    job = Job(folder, fault_tree(tree, STEPS)).inject("nan", 30).start()
+    try:
+        outcome.expect(job.end() == 2, f"exit code 2\n{job.output}")
+        fault, detected = _poisoned(job), job.said("the loss is nan at step 30")
+        outcome.expect(detected, f"the step is named\n{job.output}")
+        outcome.expect(len(_kept(job, 30)) == 16, "the ids of the step's 16 samples are kept")
+        outcome.expect(job.start("--resume").end() == 0, f"exit code 0\n{job.output}")
+        job.judge(outcome, fault, detected, STEPS)
+        outcome.first_step_s = None  # it lies with the user
+    finally:
+        job.kill()
+
+
+@scenario("loss NaN: skip")
+def bad_loss_is_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The step leaves the weights as they were, and the run goes on."""
+    job = Job(folder, fault_tree(tree, STEPS, on_bad_loss="skip")).inject("nan", 30).start()
+    try:
+        expect_finished(job, outcome)
+        job.judge(outcome, _poisoned(job), None, STEPS)
+        outcome.expect([row["step"] for row in job.history() if "train/bad_loss" in row] == [30], "recorded once")
+        outcome.expect(len(_kept(job, 30)) == 16, "the ids of the step's 16 samples are kept")
+    finally:
+        job.kill()
+
+
+@scenario("loss NaN: roll back")
+def bad_loss_is_rolled_back(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The weights of the last checkpoint are taken; the samples since then are passed over and kept by name."""
+    job = Job(folder, fault_tree(tree, STEPS, on_bad_loss="rollback")).inject("nan", 31).start()
+    try:
+        expect_finished(job, outcome)
+        found = job.said("the loss of step 31 was no number: back to the weights of step")
+        outcome.expect(found, f"the roll-back is told\n{job.output}")
+        job.judge(outcome, fault := _poisoned(job), found, STEPS)
+        (void,) = [json.loads(path.read_text()) for path in (job.run / "ledger").glob("void-*.json")]
+        outcome.steps_lost = passed = void["last"] - void["first"] + 1
+        rows = {int(row["step"]): row["time"] for row in job.history() if "train/loss" in row}
+        outcome.first_step_s = rows[32] - (found or fault)
+        outcome.expect(len(_kept(job, void["first"], 31)) == 16 * passed, "the ids of its samples are kept")
+    finally:
+        job.kill()
+
+
+def _poisoned(job: Job) -> float:
+    """When the injection was taken."""
+    return (job.folder / "inject.json.taken").stat().st_ctime
+
+
+def _kept(job: Job, first: int, last: int | None = None) -> list[int]:
+    """The sample ids that all ranks left behind for the steps from the first to the last."""
+    import pyarrow.parquet as pq
+
+    folder = job.run / "bad-loss" / f"steps-{first:08d}-{last or first:08d}"
+    return [sample for path in folder.glob("rank-*.parquet") for sample in pq.read_table(path)["sample_id"].to_pylist()]
