@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from cluster import local
-from cluster.conclude import conclude
+from cluster.conclude import conclude, send_waiting
 from cluster.console import RunConsole
 from cluster.failures import failure_reason
 from cluster.lease import Lease, hold
@@ -88,6 +88,7 @@ def launch_training(
         folder.write("recipe.yaml", yaml.safe_dump(redacted_recipe(recipe.model_dump(mode="json")), sort_keys=False))
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
+            send_waiting(launch, _tracking(launch))
             return 0
         outcome = logged(lambda: _train(launch, ray_start))
         return conclude(launch, outcome, as_json)
@@ -99,7 +100,8 @@ def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
     _say_header(launch)
     run = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
     with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say) as handle:
-        warm_up(recipe.cluster.workers * recipe.data.tasks, recipe.data.cpus_per_task)
+        if recipe.data.executor == "ray":
+            warm_up(recipe.cluster.workers * recipe.data.tasks, recipe.data.cpus_per_task)
         return {**_fit(launch, handle), "handle": handle}
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +54,10 @@ class Place:
     world: int
     local_world: int
     device: torch.device
+
+
+EngineMaker = Callable[[Recipe, torch.nn.Module, Task, Manifest, Place], Engine]
+"""Makes a worker's engine from recipe, model and task, for data of a manifest, at the worker's place."""
 
 
 @dataclass
@@ -103,12 +107,17 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         ``{"status": "finished" | "stopped" | "refused", ...}``; a mistake of the user's is returned, not raised,
         because Ray would restart the workers to meet it again.
     """
+    return work(config, build_engine)
+
+
+def work(config: Mapping[str, Any], make_engine: EngineMaker) -> dict[str, Any]:
+    """Do what `train_worker` does, with an engine of the caller's making."""
     began = time.perf_counter()
     place = _place(config["runs"])
     monitor = connect(config["monitor"], place.rank)
     try:
         with contextlib.ExitStack() as resources:
-            job = _build(config, place, monitor, resources)
+            job = _build(config, place, monitor, resources, make_engine)
             monitor.send("ready", {"seconds": time.perf_counter() - began, **_whereabouts()}, urgent=True)
             job.pulse = Pulse(connect(config["monitor"], place.rank))
             resources.callback(job.pulse.stop)
@@ -129,7 +138,9 @@ def _whereabouts() -> dict[str, Any]:
     return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id, "device": device}
 
 
-def _build(config: Mapping[str, Any], place: Place, monitor: Client, resources: contextlib.ExitStack) -> Job:
+def _build(
+    config: Mapping[str, Any], place: Place, monitor: Client, resources: contextlib.ExitStack, make_engine: EngineMaker
+) -> Job:
     """Build everything and restore the newest checkpoint.
 
     The data pipeline starts first: its tasks come up while DeepSpeed is imported and the engine is built.
@@ -148,7 +159,7 @@ def _build(config: Mapping[str, Any], place: Place, monitor: Client, resources: 
     model = build_model(recipe.model, classes=classes)
     if recipe.train.init_from and not done:
         start_from(model, open_weights(recipe.train.init_from))
-    engine = _engine(recipe, model, build_task(recipe.task, classes=classes), manifest, place)
+    engine = make_engine(recipe, model, build_task(recipe.task, classes=classes), manifest, place)
     history = _restore(engine, folder, done, monitor)
     tracker: Tracker = NullTracker()
     if place.rank == 0:
@@ -207,7 +218,8 @@ def _place(runs: int) -> Place:
     return Place(context.get_world_rank(), context.get_world_size(), local_world, device)
 
 
-def _engine(recipe: Recipe, model: torch.nn.Module, task: Task, manifest: Manifest, place: Place) -> Engine:
+def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, manifest: Manifest, place: Place) -> Engine:
+    """Return the DeepSpeed engine of a worker."""
     epoch_steps = epoch_steps_of(recipe, manifest)
     schedule = build_schedule(recipe.optim.schedule, recipe.train.total_steps(epoch_steps), epoch_steps)
     batch = BatchPlan(recipe.train.micro(place.world), recipe.train.accumulation(place.world), place.world)
