@@ -12,8 +12,9 @@ from cluster import local
 from cluster.failures import EXIT_STOPPED
 from cluster.recipe import kind_of, zero_stage
 from perceiver.config import UserError
-from perceiver.train.mlflow import open_tracker, spool_folder
+from perceiver.train.mlflow import TrackingConfig, load_handle, open_tracker, replay, spool_folder
 from perceiver.train.redaction import redact_text
+from perceiver.train.spool import unsent
 from perceiver.train.tracking import NullTracker, Tracker
 
 if TYPE_CHECKING:
@@ -52,6 +53,16 @@ def conclude(launch: "Launch", outcome: Mapping[str, Any], as_json: bool) -> int
         }
         print(json.dumps(facts))
     return code
+
+
+def send_waiting(launch: "Launch", config: TrackingConfig) -> None:
+    """Send MLflow what waits in the spool of a finished run whose server did not answer."""
+    folder = launch.folder.local
+    if not config.enabled or load_handle(folder) is None or not unsent(spool_folder(folder)):
+        return
+    left = replay(config, folder)
+    where = f"{left:,} figures and notes still wait in {spool_folder(folder)}" if left else "has all figures now"
+    launch.console.say(f"mlflow {'does not answer: ' if left else ''}{where}")
 
 
 def _report(launch: "Launch", outcome: Mapping[str, Any]) -> str | None:
