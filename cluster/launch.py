@@ -88,7 +88,7 @@ def launch_training(
         folder.write("recipe.yaml", yaml.safe_dump(redacted_recipe(recipe.model_dump(mode="json")), sort_keys=False))
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
-            send_waiting(launch, _tracking(launch))
+            send_waiting(launch, tracking_of(recipe.tracking, folder, recipe.name))
             return 0
         outcome = logged(lambda: _train(launch, ray_start))
         return conclude(launch, outcome, as_json)
