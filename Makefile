@@ -7,7 +7,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help setup train test check bench faults clean
+.PHONY: help setup train test check bench faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -32,8 +32,11 @@ check: $(READY)  ## lint, types, import contract
 test: check  ## check, then the whole test suite
 	$(BIN)/python -m pytest
 
-faults: $(READY)  ## put faults upon real runs and print the table (about 10 minutes)
+faults: $(READY)  ## put faults upon real runs and print the table (about an hour)
 	@$(BIN)/python -m tests.faults
+
+soak: $(READY)  ## train for an hour with a fault a minute and print what is left
+	@$(BIN)/python -m tests.faults.soak
 
 clean:  ## remove what was made here, .venv too
 	rm -rf $(VENV) data runs build *.egg-info .pytest_cache .ruff_cache

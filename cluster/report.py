@@ -45,7 +45,7 @@ def build_report(
         attention_ids=shown,
         attention=_attention(recipe, folder, manifest, [images[i] for i in shown]) if shown else None,
         recipe=redacted_recipe(recipe.model_dump(mode="json")),
-        facts={**facts, "samples/s": f"{_throughput(history):,.0f}"},
+        facts={**facts, "samples/s": f"{_throughput(history):,.0f}", **_stalls(history)},
         commands=commands,
         checkpoints=[{"step": s, "path": folder.checkpoints.location(s)} for s in folder.checkpoints.steps()],
     )
@@ -117,3 +117,9 @@ def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: li
 def _throughput(history: list[dict[str, float]]) -> float:
     rates = [row["train/samples_per_s"] for row in history if "train/samples_per_s" in row]
     return float(np.median(rates)) if rates else float("nan")
+
+
+def _stalls(history: list[dict[str, float]]) -> dict[str, str]:
+    """The share of the training time that steps waited for checkpoints, by the last save that tells."""
+    shares = [row["train/checkpoint_stall_share"] for row in history if "train/checkpoint_stall_share" in row]
+    return {"checkpoints": f"{shares[-1]:.2%} of the training time"} if shares else {}
