@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster.local import QUIET_ENVIRONMENT, machine_cpus, use_token
 from cluster.recipe_file import read_config
@@ -34,7 +34,7 @@ class NodeGroup(Config):
     """Nodes that are alike. What they have is what the scheduler believes, not what the machine has."""
 
     count: PositiveInt = Field(default=1, description="nodes of this kind")
-    cpus: NonNegativeFloat | None = Field(default=None, description="logical CPUs of each; default: the machine's")
+    cpus: NonNegativeInt | None = Field(default=None, description="logical CPUs of each; default: the machine's")
     gpus: NonNegativeInt = Field(default=0, description="GPUs of each, which need not exist")
     resources: dict[str, PositiveFloat] = Field(default={}, description="custom resources of each")
     labels: dict[str, str] = Field(default={}, description="labels of each, such as role: train")
@@ -144,8 +144,9 @@ def down() -> int:
     ended = 0
     while processes := cluster.processes():
         ended += len(processes)
-        # The nodes first: they end their workers and remove their shared memory themselves.
-        _end([p for p in processes if _is_raylet(p)])
+        # The nodes first: they end their workers and remove their shared memory themselves. Ray's autoscaler, too: it
+        # heeds no signal once the head's store is gone.
+        _end([p for p in processes if _is_raylet(p) or _is_autoscaler(p)])
         _end(processes)
     shutil.rmtree(cluster.folder, ignore_errors=True)
     state_file().unlink(missing_ok=True)
@@ -155,6 +156,12 @@ def down() -> int:
 def _is_raylet(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.name() == "raylet"
+    return False
+
+
+def _is_autoscaler(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(part.endswith("autoscaler/_private/monitor.py") for part in process.cmdline()[:3])
     return False
 
 

@@ -25,9 +25,9 @@ Examples:
 )
 @click.argument("file", required=False, type=click.Path())
 @click.option("--nodes", type=click.IntRange(1, 250), help="Number of nodes, all alike; default: 3.")
-@click.option("--cpus", type=click.FloatRange(0), help="Logical CPUs of each node; default: the machine's.")
+@click.option("--cpus", type=click.IntRange(0), help="Logical CPUs of each node; default: the machine's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the cluster as one JSON line.")
-def up(file: str | None, nodes: int | None, cpus: float | None, as_json: bool) -> int:
+def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> int:
     """Start a local cluster, or those of its nodes that have died.
 
     FILE describes nodes that differ: CPUs, GPUs and custom resources that need not exist, labels.
