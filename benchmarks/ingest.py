@@ -197,7 +197,7 @@ def bare_loop(kind: str, folder: str, samples: int, ready: Any, start: Any) -> N
     ready.release()
     start.wait()
     for number in range(samples // PROCESSES):
-        view(encoded[number % len(encoded)])
+        np.ascontiguousarray(view(encoded[number % len(encoded)]))
 
 
 def ceiling(kind: Kind, folder: Path, samples: int) -> dict[str, float]:

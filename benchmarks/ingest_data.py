@@ -19,6 +19,7 @@ from PIL import Image
 from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, PointsFeature
 from pipelines.ingest import DataConfig
 from pipelines.packages import Package, fetch
+from pipelines.prepare import PrepareConfig, group_rows
 from pipelines.shards import Manifest, ShardWriter, Split, arrow_schema, save_manifest
 from pipelines.storage import open_folder
 from pipelines.transforms.audio import AudioConfig
@@ -194,7 +195,8 @@ def shards(kind: Kind, folder: Path, target: Path) -> None:
     """Our prepared form."""
     features: dict[str, Feature] = {kind.key: kind.feature, "label": LabelFeature()}
     place = open_folder(str(target))
-    rows = max(1, min(128, (8 << 20) // max(1, next(kind.make()).__len__())))
+    config = PrepareConfig()
+    rows = group_rows([{kind.key: next(kind.make())}], config.group_rows, config.group_bytes)
     infos = []
     samples = list(_shuffled(kind, folder))
     for first in range(0, len(samples), 1000):

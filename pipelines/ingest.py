@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
 BLOCK_BYTES = 4 << 20
+"""Size of the blocks that data tasks hand over, about; one of whole batches at least."""
 REREADS = 4
 """How often what is shuffled together may be read by tasks that also decode; beyond, reading is a stage of its own."""
 
@@ -267,8 +268,9 @@ def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batc
         return _inline(work, runs, batch, device)
     from pipelines.stream import RayBatches, RayOptions
 
-    options = RayOptions(data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes, BLOCK_BYTES,
-                         data.task_labels)
+    # A block holds whole batches, so that a batch need not be put together from parts.
+    options = RayOptions(data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes,
+                         work.chunk * work.spec.row_bytes, data.task_labels)
     return iter(RayBatches(work, runs, batch, device, options))
 
 

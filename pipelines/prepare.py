@@ -40,7 +40,7 @@ class PrepareConfig(Config):
     seed: int = Field(default=0, description="of splits and order")
     shard_rows: int = Field(default=8192, gt=0, description="samples of a shard, the unit of parallel work")
     group_rows: int = Field(default=128, gt=0, description="rows of a row group at most")
-    group_bytes: int = Field(default=8 << 20, gt=0, description="bytes of a row group, about, at most")
+    group_bytes: int = Field(default=4 << 20, gt=0, description="bytes of a row group, about, at most")
     parallel: Literal["auto", "ray", "off"] = Field(default="auto", description="Ray tasks if asked for or running")
     in_flight: int = Field(default=64, gt=0, description="units handed to Ray at a time")
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of unreadable raw items allowed")

@@ -45,9 +45,10 @@ class RowGroup:
 
 
 class RowGroupCache:
-    """The row groups read last, up to a number of bytes (those of the current read always fit).
+    """The row groups read last, up to a number of bytes (those of the last read always fit).
 
-    A task leaves them to the next task in the same process, which often needs the same ones.
+    A task leaves them to the next task in the same process, which often needs the same ones: dropping some of them
+    would have all read again, since each task goes through them in the same order.
     """
 
     def __init__(self) -> None:
@@ -135,10 +136,12 @@ class Reader:
         missing = sorted(place for place, group in found.items() if group is None)
         if missing:
             with ThreadPoolExecutor(min(READ_THREADS, len(missing))) as pool:
-                for place, group in zip(missing, pool.map(lambda place: self._read(*place), missing), strict=True):
-                    if not group.error:
-                        _CACHE.put(self._key(*place), group, self.cache_bytes)
-                    found[place] = group
+                read = dict(zip(missing, pool.map(lambda place: self._read(*place), missing), strict=True))
+            found |= read
+            limit = max(self.cache_bytes, sum(group.nbytes for group in found.values() if group))
+            for place, group in read.items():
+                if not group.error:
+                    _CACHE.put(self._key(*place), group, limit)
         return {place: group for place, group in found.items() if group is not None}
 
     def name(self, shard: int) -> str:

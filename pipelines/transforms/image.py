@@ -107,9 +107,9 @@ def _mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def to_pixels(image: Image.Image) -> Pixels:
-    """Pixels of a Pillow image as (C, H, W) uint8."""
+    """Pixels of a Pillow image as (C, H, W) uint8: a view, since whoever puts a batch together copies them anyway."""
     pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
