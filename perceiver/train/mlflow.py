@@ -215,6 +215,8 @@ def _apply(client: "MlflowClient", handle: RunHandle, events: Sequence[Event]) -
             client.set_tag(handle.run_id, clean_key(event["key"]), event["value"][:TAG_CHARACTERS])
             if event["key"] == "checkpoint_uri":
                 _link_checkpoint(client, handle, event["value"])
+            if event["key"] == "best_checkpoint_uri":
+                _alias_best(client, handle, event["value"])
         case "artifact":
             _log_artifact(client, handle.run_id, Path(event["path"]), event["folder"] or None)
         case "status":
@@ -271,6 +273,28 @@ def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> Non
     if outputs is None or model.model_id not in [output.model_id for output in outputs.model_outputs]:
         client.log_outputs(handle.run_id, [LoggedModelOutput(model.model_id, step=0)])
     client.set_logged_model_tags(model.model_id, {"checkpoint_uri": uri[:TAG_CHARACTERS]})
+
+
+def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
+    """Let the alias `best` of the run's registered model name the best checkpoint.
+
+    A version is made for each best one, its tag `checkpoint_uri` says where it lies: the store wants a source of its
+    own, and nothing is copied there.
+    """
+    mlflow = import_mlflow()
+    assert handle.run_id is not None
+    name = re.sub(r"[^\w\-. ]", "_", f"{handle.experiment}.{handle.name}")
+    try:
+        client.create_registered_model(name, description="checkpoints that were the best of this run when saved")
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    found = client.search_model_versions(f"name = '{name}'")
+    version = next((each for each in found if each.tags.get("checkpoint_uri") == uri), None)
+    if version is None:
+        source = f"{client.get_run(handle.run_id).info.artifact_uri}/best-checkpoint"
+        version = client.create_model_version(name, source, handle.run_id, tags={"checkpoint_uri": uri})
+    client.set_registered_model_alias(name, "best", version.version)
 
 
 def _clean_tags(tags: dict[str, str]) -> dict[str, str]:

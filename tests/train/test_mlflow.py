@@ -76,6 +76,8 @@ def test_a_run_from_beginning_to_end_on_a_fresh_store(tmp_path: Path) -> None:
     tracker.log_metrics(300, {"eval/nan": math.nan, "eval/inf": math.inf})
     tracker.set_tag("checkpoint_uri", "s3://bucket/step-200")
     tracker.set_tag("checkpoint_uri", "s3://bucket/step-300")
+    for best in ("s3://bucket/step-100", "s3://bucket/step-300", "s3://bucket/step-300"):
+        tracker.set_tag("best_checkpoint_uri", best)
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "index.html").write_text("<p>hi")
     tracker.log_artifact(tmp_path / "report", "report")
@@ -99,6 +101,8 @@ def test_a_run_from_beginning_to_end_on_a_fresh_store(tmp_path: Path) -> None:
     assert run.data.tags["checkpoint_uri"] == "s3://bucket/step-300"
     models = client(uri).search_logged_models([handle.experiment_id])
     assert [model.tags["checkpoint_uri"] for model in models] == ["s3://bucket/step-300"]
+    best = client(uri).get_model_version_by_alias(f"{handle.experiment}.digits", "best")
+    assert (best.tags["checkpoint_uri"], best.version, best.run_id) == ("s3://bucket/step-300", 2, handle.run_id)
     assert "hunter2" not in "".join(path.read_text() for path in spool_folder(tmp_path).iterdir())
 
 

@@ -44,6 +44,7 @@ def test_a_server_that_is_down_for_a_part_of_the_run_loses_nothing(server: Serve
         tracker.log_metrics(step, {"loss": 1.0})
     (tmp_path / "note.txt").write_text("hi")
     tracker.log_artifact(tmp_path / "note.txt")
+    tracker.set_tag("best_checkpoint_uri", str(tmp_path / "step-100"))
     assert tracker.flush(120)
     tracker.close("finished")
     created = load_handle(tmp_path)
@@ -51,3 +52,5 @@ def test_a_server_that_is_down_for_a_part_of_the_run_loses_nothing(server: Serve
     assert [m.step for m in client(server.uri).get_metric_history(created.run_id, "loss")] == list(range(300))
     assert client(server.uri).get_run(created.run_id).info.status == "FINISHED"
     assert [file.path for file in client(server.uri).list_artifacts(created.run_id)] == ["note.txt"]
+    best = client(server.uri).get_model_version_by_alias("a run.a run", "best")
+    assert best.tags["checkpoint_uri"] == str(tmp_path / "step-100")
