@@ -17,6 +17,7 @@ from tests.faults.job import RUN, Job, Outcome, fault_tree, home
 from tests.faults.nodes import STEPS, Nodes, place_of
 from tests.faults.table import scenario
 from tests.faults.workers import HUNG_WITHIN_S
+from tests.train.mlflow_server import free_port
 
 NET = "10.77.0"
 HERE, AWAY, SPARE = f"{NET}.3", f"{NET}.2", f"{NET}.4"
@@ -57,7 +58,8 @@ def start(folder: Path, name: str) -> None:
     """Start a cluster of a head, a node here, one in the namespace and a spare one (in a process with its own home)."""
     local.use_token()
     group = local.NodeGroup(count=3, cpus=1, resources={"slot": 1})
-    plan = local._planned(local.NodesConfig(nodes=(local.NodeGroup(cpus=1), group), object_store_mb=100))
+    ports = {"port": free_port(), "dashboard_port": free_port()}
+    plan = local._planned(local.NodesConfig(nodes=(local.NodeGroup(cpus=1), group), object_store_mb=100, **ports))
     ips = [f"{NET}.1", HERE, AWAY, SPARE]
     planned = [{**node, "ip": ip} for node, ip in zip(plan.nodes, ips, strict=True)]
     cluster = replace(plan, nodes=planned, address=f"{NET}.1:{plan.address.rpartition(':')[2]}")

@@ -15,6 +15,7 @@ import yaml
 from cluster.nodes import LocalCluster
 from tests.faults.job import PERCEIVER, RUN, Job, Outcome, fault_tree, home
 from tests.faults.table import expect_finished, scenario
+from tests.train.mlflow_server import free_port
 
 STEPS = 400
 GRACE_S = 30
@@ -27,7 +28,9 @@ class Nodes:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.file = folder, folder / "nodes.yaml"
         nodes = [{"cpus": 1}, {"count": count, "cpus": 1, "resources": {"slot": 1}}]
-        self.file.write_text(yaml.safe_dump({"nodes": nodes, "object_store_mb": 100}))
+        # Ports of its own: the usual ones may be those of another cluster that starts at the same moment.
+        ports = {"port": free_port(), "dashboard_port": free_port()}
+        self.file.write_text(yaml.safe_dump({"nodes": nodes, "object_store_mb": 100, **ports}))
 
     def command(self, *words: str) -> str:
         """Run a `perceiver` command with this folder as home."""
