@@ -38,11 +38,24 @@ class Node:
 
 @dataclass(frozen=True)
 class DataNeed:
-    """What the data tasks of a run need at a time: CPUs in total, in tasks of so many, on nodes with these labels."""
+    """What the data tasks of a run need at a time.
+
+    Attributes:
+        cpus: CPUs in total.
+        cpus_per_task: of one task.
+        labels: of the nodes that they run on.
+        memory_per_task: bytes of one task; 0 if none are reserved.
+    """
 
     cpus: float
     cpus_per_task: float
     labels: Mapping[str, str] = field(default_factory=dict)
+    memory_per_task: int = 0
+
+    @property
+    def tasks(self) -> int:
+        """Tasks at a time."""
+        return round(self.cpus / self.cpus_per_task)
 
 
 def connected_nodes() -> list[Node]:
@@ -64,6 +77,25 @@ def connected_nodes() -> list[Node]:
 def worker_need(config: ClusterConfig, cpus: float) -> dict[str, float]:
     """Return what one worker holds."""
     return {"CPU": cpus, "GPU": config.gpus_per_worker, **config.worker_resources}
+
+
+def check_memory(nodes: Sequence[Node], data: DataNeed) -> None:
+    """Refuse data tasks that reserve more memory than their nodes have: they would wait for ever.
+
+    Raises:
+        UserError: they do.
+    """
+    if not data.memory_per_task:
+        return
+    feeding = _labelled(nodes, data.labels, "data.task_labels")
+    room = sum(node.room({"memory": data.memory_per_task}) for node in feeding)
+    if room < data.tasks:
+        total = sum(node.resources.get("memory", 0) for node in feeding) / 1e9
+        raise UserError(
+            f"{data.tasks} data tasks of data.task_memory = {data.memory_per_task} bytes each do not fit into the "
+            f"{total:.1f} GB of their {len(feeding)} node{'s' * (len(feeding) > 1)} (room for {room}): lower "
+            "data.task_memory or data.tasks"
+        )
 
 
 def place(config: ClusterConfig, nodes: Sequence[Node], data: DataNeed) -> float:

@@ -7,6 +7,7 @@ import torch
 
 from cluster.inputs import check_inputs
 from cluster.local import machine_cpus, worker_cpus
+from cluster.placement import DataNeed
 from cluster.recipe import Recipe, kind_of
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
@@ -110,6 +111,12 @@ def data_cpus(recipe: Recipe) -> float:
     could wait for ever.
     """
     return recipe.cluster.workers * (recipe.data.tasks + 1) * recipe.data.cpus_per_task
+
+
+def data_need(recipe: Recipe) -> DataNeed:
+    """Return what the data tasks of a run need of the nodes."""
+    data = recipe.data
+    return DataNeed(data_cpus(recipe), data.cpus_per_task, data.task_labels, data.task_memory)
 
 
 def check_batch(recipe: Recipe) -> None:

@@ -18,8 +18,8 @@ from cluster.job_server import JobServer, text_object
 from cluster.jobs import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
 from cluster.local import QUIET_ENVIRONMENT
 from cluster.package import build_package, locked_requirements, named_files, path_in_package
-from cluster.placement import DataNeed, Node, place
-from cluster.preflight import check_batch, data_cpus
+from cluster.placement import Node, check_memory, place
+from cluster.preflight import check_batch, data_need
 from cluster.recipe import Recipe, build_recipe
 from cluster.recipe_file import read_tree
 from cluster.run_folder import named_run
@@ -183,8 +183,9 @@ def _hides(key: str, value: str) -> bool:
 
 def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
     """Refuse workers or data tasks that fit on no node."""
-    data = recipe.data
-    place(recipe.cluster, nodes, DataNeed(data_cpus(recipe), data.cpus_per_task, data.task_labels))
+    if not recipe.cluster.autoscaling:
+        check_memory(nodes, data_need(recipe))
+    place(recipe.cluster, nodes, data_need(recipe))
 
 
 def check_entrypoint(nodes: Sequence[Node], recipe: Recipe, wanted: Submission) -> None:

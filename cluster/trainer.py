@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster import local
-from cluster.placement import DataNeed, connected_nodes, place, worker_need
-from cluster.preflight import data_cpus
+from cluster.placement import check_memory, connected_nodes, place, worker_need
+from cluster.preflight import data_cpus, data_need
 from cluster.recipe import Recipe, absolute, for_workers
 from cluster.run_folder import RunFolder
 from perceiver.train.mlflow import RunHandle, spool_folder
@@ -74,11 +74,13 @@ def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:
     Raises:
         UserError: the workers and data tasks do not fit into the share, or onto the nodes of the cluster.
     """
-    cluster, data = recipe.cluster, recipe.data
+    cluster, nodes, need = recipe.cluster, connected_nodes(), data_need(recipe)
+    if not cluster.autoscaling:
+        check_memory(nodes, need)
     if cluster.resolved_address() is None or share.runs > 1:
         cpus = local.worker_cpus(cluster, share.cpus, data_cpus(recipe) + share.taken)
     else:
-        cpus = place(cluster, connected_nodes(), DataNeed(data_cpus(recipe), data.cpus_per_task, data.task_labels))
+        cpus = place(cluster, nodes, need)
     return {name: amount for name, amount in worker_need(cluster, cpus).items() if amount}
 
 

@@ -50,6 +50,7 @@ class DataConfig(ViewConfig):
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
     cpus_per_task: float = Field(default=0.25, gt=0, description="CPUs a data task reserves; below 1 it shares a core")
     tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
+    task_memory: int = Field(default=0, ge=0, description="bytes of memory a data task reserves; 0: none")
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
     run_samples: int = Field(default=2048, gt=0, description="samples a data task produces, about, at most")
     run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about")
@@ -270,7 +271,7 @@ def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batc
 
     # A block holds whole batches, so that a batch need not be put together from parts.
     options = RayOptions(data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes,
-                         work.chunk * work.spec.row_bytes, data.task_labels)
+                         work.chunk * work.spec.row_bytes, data.task_memory, data.task_labels)
     return iter(RayBatches(work, runs, batch, device, options))
 
 

@@ -48,6 +48,7 @@ class RayOptions:
         prefetch_batches: batches collated ahead of the consumer.
         bytes_in_flight: limit of decoded bytes that wait in the object store.
         block_bytes: size of the blocks a task hands over.
+        task_memory: bytes of memory that a data task reserves; 0 for none.
         labels: of the nodes that data tasks may run on; empty for any.
     """
 
@@ -56,6 +57,7 @@ class RayOptions:
     prefetch_batches: int
     bytes_in_flight: int
     block_bytes: int
+    task_memory: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -178,10 +180,11 @@ def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.D
     tasks = options.tasks if work.staged else min(options.tasks, len(runs))
     dataset = dataset.map_batches(functions[1 if work.staged else 2], fn_kwargs={"work": work}, batch_size=None,
                                   batch_format="pyarrow" if work.staged else "default", num_cpus=options.cpus_per_task,
-                                  compute=ray.data.TaskPoolStrategy(size=tasks))
+                                  memory=options.task_memory or None, compute=ray.data.TaskPoolStrategy(size=tasks))
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     context.target_max_block_size = options.block_bytes
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = dict(options.labels) or None

@@ -8,7 +8,7 @@ import pytest
 from cluster import nodes as local_nodes
 from cluster.local import ClusterConfig
 from cluster.nodes import LocalCluster, NodeGroup, NodesConfig, equivalent, read_nodes
-from cluster.placement import DataNeed, Node, place
+from cluster.placement import DataNeed, Node, check_memory, place
 from perceiver.config import UserError
 
 TRAIN, FEED = {"role": "train"}, {"role": "data"}
@@ -56,6 +56,15 @@ def test_data_nodes_of_their_own_leave_the_training_nodes_to_the_workers() -> No
 def test_what_does_not_fit_is_named(config: ClusterConfig, data: DataNeed, line: str) -> None:
     with pytest.raises(UserError, match=line):
         place(config, [node("a", 4, 1), node("b", 4, 1)], data)
+
+
+def test_data_tasks_that_reserve_more_memory_than_there_is_are_refused() -> None:
+    nodes = [Node("a", {"CPU": 4, "memory": 2e9}, FEED), Node("b", {"CPU": 4, "memory": 2e9}, FEED)]
+    check_memory(nodes, DataNeed(1.5, 0.25, FEED, memory_per_task=600_000_000))
+    check_memory(nodes, SOME)
+    line = r"6 data tasks of data.task_memory = 900000000 bytes .* 4.0 GB of their 2 nodes \(room for 4\)"
+    with pytest.raises(UserError, match=line):
+        check_memory(nodes, DataNeed(1.5, 0.25, FEED, memory_per_task=900_000_000))
 
 
 def test_an_autoscaling_cluster_may_lack_everything() -> None:
