@@ -21,8 +21,9 @@ def free_port() -> int:
 class Server:
     """A real MLflow server on loopback that can be stopped and started again on the same port."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, database: str = "", **environment: str) -> None:
         self.folder, self.port, self.store = folder, port, folder / "mlflow.db"
+        self.database, self.environment = database or f"sqlite:///{self.store}", environment
         self.uri = f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes] | None = None
         folder.mkdir()
@@ -30,10 +31,11 @@ class Server:
     def start(self) -> None:
         """Start it and wait until it listens."""
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.store}"]
+        command += ["--port", str(self.port), "--backend-store-uri", self.database]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            environment = {**os.environ, **self.environment}
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             try:
