@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class MonitorState:
@@ -40,8 +41,9 @@ class LocalMonitor:
 
 
 def start_monitor() -> Any:
-    """Start the actor beside the driver and return its handle."""
-    return ray.remote(MonitorState).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    """Start the actor on the driver's node, so that the loss of another does not take it; return its handle."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(MonitorState).options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 @dataclass

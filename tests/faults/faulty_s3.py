@@ -1,6 +1,7 @@
 """An S3 server (moto) that fails, stalls or takes back the right to write, and runs whose store it is."""
 
 import json
+import logging
 import random
 import threading
 from collections.abc import Iterable
@@ -34,6 +35,7 @@ class FaultyS3:
         self.refusing, self.answering = threading.Event(), threading.Event()
         self.answering.set()
         self.failing, self.harmed = 0.0, 0
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._random = random.Random(0)
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._application, threaded=True)
@@ -78,6 +80,7 @@ class S3Job(Job):
         self.fs = fsspec.filesystem("s3", **options, skip_instance_cache=True)
         self.fs.mkdir(BUCKET)
         self.remote = f"{BUCKET}/runs/{RUN}"
+        self.poll_s = 0.5
         self.metrics_db = folder / ".cache" / "perceiver" / "runs" / "mlflow.db"
 
     def facts(self) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Job:
         self.run = folder / "runs" / RUN
         self.metrics_db = folder / "runs" / "mlflow.db"
         self.words = ["train"]
+        self.poll_s = 0.02
         self.lines: list[tuple[float, str]] = []
         self.process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -104,7 +105,7 @@ class Job:
         while not (found := condition()):
             assert self.process.poll() is None, f"ended before {what}:\n{self.output}"
             assert time.monotonic() < until, f"no {what}:\n{self.output}"
-            time.sleep(0.02)
+            time.sleep(self.poll_s)
         return found
 
     def wait_line(self, text: str) -> float:
