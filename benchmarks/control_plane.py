@@ -38,8 +38,8 @@ STEPS = 40
 SAVE_EVERY = 10
 SLEEP_S = 0.05
 SAVE_BYTES = 1 << 20
-WORKER_BYTES = 320 << 20
-"""Guess of a worker's own memory, by which a size is refused."""
+WORKER_BYTES = 290 << 20
+"""About a worker's own memory, by which a size is refused."""
 BASE_BYTES = 2 << 30
 NOTES = "CONTROL_PLANE_NOTES"
 ENVIRONMENT = {
@@ -161,7 +161,8 @@ def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
     set_quiet_environment()
     notes = folder / "notes"
     notes.mkdir()
-    os.environ.update({NOTES: str(notes), **ENVIRONMENT, "XDG_CACHE_HOME": str(folder / "cache"), "RAY_AUTH_MODE": "token"})
+    os.environ.update({**ENVIRONMENT, NOTES: str(notes), "XDG_CACHE_HOME": str(folder / "cache")})
+    os.environ["RAY_AUTH_MODE"] = "token"
     tree = recipe_tree(folder, url, workers)
     try:
         # Logical CPUs for the shares of the workers, and some for what Ray starts beside them.
