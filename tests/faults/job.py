@@ -23,6 +23,8 @@ from tests.cluster.recipes import write_recipe
 PERCEIVER = str(Path(sys.executable).with_name("perceiver"))
 PATIENCE_S = 400.0
 RUN = "small-001"
+SHOWN = 2000
+"""Characters of a promise that was not kept; it may have the command's output in it."""
 INJECT = Path(__file__).with_name("inject")
 
 
@@ -45,7 +47,7 @@ class Outcome:
     def expect(self, holds: Any, promise: str) -> None:
         """Note a promise that was not kept."""
         if not holds:
-            self.failures.append(promise)
+            self.failures.append(promise if len(promise) < SHOWN else f"{promise[:200]} ... {promise[-SHOWN:]}")
 
 
 class Job:
