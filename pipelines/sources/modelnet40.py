@@ -3,18 +3,19 @@
 Meshes: `SRC/CLASS/train/*.off` beside `SRC/CLASS/test/*.off`, as the Princeton archive unpacks; points are drawn from
 the surface by area. Ready points: `SRC/CLASS/NAME.txt` (x, y, z and maybe normals, with commas) and lists
 `*_train.txt` and `*_test.txt` of names, as in `modelnet40_normal_resampled`; or `.npy` arrays (n, 3 or more) in either
-layout.
+layout; or HDF5 files `*train*.h5` and `*test*.h5`, as in `modelnet40_ply_hdf5_2048` (`_hdf5`).
 """
 
 import io
 import random
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from perceiver.config import UserError
 from pipelines.features import LabelFeature, PointsFeature
-from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
+from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
 from pipelines.sources._common import base_name, find_files, item_seed, number, shuffled_units, source_folder
 from pipelines.storage import Folder, open_folder
 from pipelines.transforms import BadSample
@@ -22,7 +23,8 @@ from pipelines.transforms.mesh import load_mesh, surface_points
 from pipelines.transforms.points import Points, decode
 
 LISTS = {"train": "_train.txt", "test": "_test.txt"}
-WANTED = "CLASS/train/*.off beside CLASS/test/*.off, or CLASS/*.txt with lists *_train.txt and *_test.txt"
+WANTED = ("CLASS/train/*.off beside CLASS/test/*.off, or CLASS/*.txt with lists *_train.txt and *_test.txt;"
+          " or *train*.h5")
 
 Labelled = tuple[str, int]
 """A file relative to the source folder and its class."""
@@ -31,7 +33,7 @@ Labelled = tuple[str, int]
 class ModelNet40:
     """The source. Option `points`: how many are drawn from each mesh (default 2,048)."""
 
-    title = "ModelNet40 and its like: OFF meshes (SRC/CLASS/train/*.off) or ready points (.txt, .npy)"
+    title = "ModelNet40 and its like: OFF meshes (SRC/CLASS/train/*.off) or ready points (.txt, .npy, .h5)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the objects below `src`.
@@ -41,7 +43,7 @@ class ModelNet40:
         """
         refuse_options(options, ("points",))
         folder = source_folder("modelnet40", src, WANTED)
-        classes, splits = find_objects(folder)
+        classes, splits = _hdf5.find_rows(folder) or find_objects(folder)
         units = shuffled_units(splits, random.Random(seed), shard_rows, src=folder.url, seed=seed,
                                points=number(options, "points", 2048))
         return Listing(base_name(folder.url), {"points": PointsFeature(), "label": LabelFeature()}, tuple(classes),
@@ -51,13 +53,18 @@ class ModelNet40:
         """Draw or read the points of each object."""
         content = unit.content
         folder = open_folder(content["src"])
-        for name, label in content["items"]:
-            try:
-                encoded = folder.fs.cat_file(folder.file(name))
-                points = read_points(name, encoded, content["points"], item_seed(content["seed"], name))
-                yield {"key": name, "points": points.tobytes(), "label": label}
-            except (BadSample, OSError) as error:
-                yield Rejected(name, str(error))
+        with _hdf5.Rows(folder) as rows:
+            for name, label in content["items"]:
+                try:
+                    points = rows.read(name) if _hdf5.is_row(name) else self._points(folder, name, content)
+                    yield {"key": name, "points": points.tobytes(), "label": label}
+                except (BadSample, OSError) as error:
+                    yield Rejected(name, str(error))
+
+    @staticmethod
+    def _points(folder: Folder, name: str, content: Mapping[str, Any]) -> Points:
+        encoded = folder.fs.cat_file(folder.file(name))
+        return read_points(name, encoded, content["points"], item_seed(content["seed"], name))
 
 
 def read_points(name: str, encoded: bytes, count: int, seed: int) -> Points:

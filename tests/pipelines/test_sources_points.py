@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -43,6 +44,46 @@ def test_points_are_spread_by_area_on_the_surface() -> None:
     assert np.allclose(points[on_side[0]].mean(axis=0), [0, 0.5, 4], atol=0.1)
 
 
+def hdf5(path: Path, **arrays: np.ndarray) -> Path:
+    """An HDF5 file."""
+    path.parent.mkdir(exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            file[name] = values
+    return path
+
+
+def test_modelnet_in_hdf5_keeps_each_row_and_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    src, rng = tmp_path / "hdf5", np.random.default_rng(0)
+    clouds = rng.normal(size=(7, 16, 3)).astype(np.float32)
+    clouds[6, 2, 1] = np.nan
+    labels = np.array([[0], [2], [1], [1], [0], [2], [1]], np.uint8)
+    for name, part in (("ply_data_train0.h5", slice(0, 3)), ("ply_data_train1.h5", slice(3, 5)),
+                       ("ply_data_test0.h5", slice(5, 7))):
+        hdf5(src / name, data=clouds[part], label=labels[part])
+    (src / "shape_names.txt").write_text("airplane\nbathtub\nbed\n")
+    manifest = prepare("modelnet40", str(src), str(tmp_path / "out"), OFF)
+    assert manifest.classes == ("airplane", "bathtub", "bed")
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 5, "test": 1}
+    rows = {row["key"]: row for split in manifest.splits for row in rows_of(tmp_path / "out", manifest, split)}
+    assert (cloud(rows["ply_data_train1.h5#1"]) == clouds[4]).all() and rows["ply_data_train1.h5#1"]["label"] == 0
+    assert {key: row["label"] for key, row in rows.items()} == {
+        "ply_data_train0.h5#0": 0, "ply_data_train0.h5#1": 2, "ply_data_train0.h5#2": 1, "ply_data_train1.h5#0": 1,
+        "ply_data_train1.h5#1": 0, "ply_data_test0.h5#0": 2}
+
+
+@pytest.mark.parametrize(("arrays", "line"), [
+    ({"data": np.zeros((2, 4, 3))}, "has the arrays data: wanted data and label"),
+    ({"data": np.zeros((2, 4, 3)), "label": np.zeros(3, int)}, "data is .2, 4, 3., label 3 x int64"),
+    ({"data": np.zeros((2, 4, 3)), "label": np.array([0, 7])}, "names 1 classes, the files hold labels 0 to 7"),
+])
+def test_hdf5_of_another_make_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], line: str) -> None:
+    src = hdf5(tmp_path / "src" / "train.h5", **arrays).parent
+    (src / "shape_names.txt").write_text("airplane\n")
+    with pytest.raises(UserError, match=line):
+        prepare("modelnet40", str(src), str(tmp_path / "out"), OFF)
+
+
 def test_modelnet_meshes_become_points_that_depend_on_seed_and_name_alone(tmp_path: Path) -> None:
     src = write(tmp_path / "ModelNet40", {
         f"{name}/{split}/{name}_{i:04d}.off": off(CORNERS * size, joined=bool(i % 2))
@@ -55,7 +96,7 @@ def test_modelnet_meshes_become_points_that_depend_on_seed_and_name_alone(tmp_pa
     for key, row in rows.items():
         assert cloud(row).shape == (2048, 3) and cloud(row).max() == pytest.approx(1 + row["label"], abs=0.05)
         assert key.startswith(manifest.classes[row["label"]])
-    assert not np.array_equal(*(cloud(rows[f"chair/train/chair_000{i}.off"]) for i in (0, 2)))
+    assert not np.array_equal(cloud(rows["chair/train/chair_0000.off"]), cloud(rows["chair/train/chair_0002.off"]))
     again = prepare("modelnet40", str(src), str(tmp_path / "again"), OFF.model_copy(update={"shard_rows": 5}))
     assert {row["key"]: row for row in rows_of(tmp_path / "again", again, "train")}.items() <= rows.items()
     other = prepare("modelnet40", str(src), str(tmp_path / "other"), OFF.model_copy(update={"seed": 1}))
