@@ -2,17 +2,37 @@
 
 import difflib
 import json
+import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
 from perceiver.config import UserError
 from perceiver.train.checkpoint import CheckpointStore
+from perceiver.train.saving import is_refusal
+
+log = logging.getLogger(__name__)
+
+PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+T = TypeVar("T")
+
+
+def patiently(fs: Any, work: Callable[[], T]) -> T:
+    """Do something with a store; if it is a remote one and fails for a reason that may pass, again after a pause."""
+    for pause in PAUSES_S:
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  each store raises its own
+            if "file" in fs.protocol or isinstance(error, FileNotFoundError) or is_refusal(error):
+                raise
+            log.warning("the store failed (%s: %s); again in %g s", type(error).__name__, str(error)[:200], pause)
+            time.sleep(pause)
+    return work()
 
 
 @dataclass(frozen=True)
@@ -49,13 +69,17 @@ class RunFolder:
         """
         fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
         blob = data.encode() if isinstance(data, str) else data
-        try:
+
+        def work() -> None:
             fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
             if "file" in fs.protocol:
                 fs.pipe_file(f"{path}.tmp", blob)
                 fs.mv(f"{path}.tmp", path)
             else:
                 fs.pipe_file(path, blob)
+
+        try:
+            patiently(fs, work)
         except OSError as error:
             raise UserError(
                 f"cannot write {self.location(part)} ({error.strerror or error}): set output= to a folder that you may "
@@ -65,7 +89,7 @@ class RunFolder:
     def read(self, part: str) -> str | None:
         """Return a file's text, or None if it is not there."""
         fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
-        return fs.cat_file(path).decode() if fs.exists(path) else None
+        return patiently(fs, lambda: fs.cat_file(path).decode() if fs.exists(path) else None)
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json holds; an empty mapping before the run has started."""

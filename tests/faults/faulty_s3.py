@@ -65,7 +65,7 @@ class FaultyS3:
     def _error(self, environ: dict[str, Any], start_response: Any, status: str, code: str) -> Iterable[bytes]:
         self.harmed += 1
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        body = ERROR.format(code=code).encode()
+        body = b"" if environ["REQUEST_METHOD"] == "HEAD" else ERROR.format(code=code).encode()
         start_response(status, [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
         return [body]
 
