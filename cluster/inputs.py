@@ -60,6 +60,8 @@ def _check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig
         raise UserError(
             f"{key}.channels = {inputs.channels}, but the images of {data.url} have {channels}: set it to that"
         )
+    if getattr(inputs, "resize", False):
+        return
     raise UserError(
         f"{key}.size = {list(inputs.size)}, but the images of {data.url} come as {height} x {width}: "
         f"set {key}.size to [{height}, {width}], or data.image_size to {list(inputs.size)}"

@@ -19,6 +19,7 @@ class ViTConfig(BaselineConfig):
     layers: int = Field(default=12, ge=1, description="Transformer layers.")
     heads: int = Field(default=12, ge=1, description="Attention heads.")
     widening: int = Field(default=4, ge=1, description="Inner width of the MLP over the width.")
+    init_std: float = Field(default=0.02, gt=0, description="Scale of the initial weights; narrow ones want more.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
         """Make the module; `classes` is required."""
@@ -38,7 +39,7 @@ class ViT(Baseline):
             num_channels=self.channels, image_size=[s + p for s, p in zip(self.grid, self.padding, strict=True)],
             patch_size=config.patch, hidden_size=config.width, num_hidden_layers=config.layers,
             num_attention_heads=config.heads, intermediate_size=config.width * config.widening, num_labels=classes,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            initializer_range=config.init_std, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
         self.net = library.ViTForImageClassification(values)
 

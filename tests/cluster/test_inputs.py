@@ -51,3 +51,11 @@ def test_what_fits_passes() -> None:
 def test_what_does_not_fit_is_refused(feature: Feature, inputs: Any, changes: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         check(feature, inputs, **changes)
+
+
+def test_a_model_that_resizes_takes_any_size() -> None:
+    small = {"kind": "image", "channels": 1, "size": [6, 6], "mean": [0.5], "std": [0.3]}
+    images = ImageFeature(channels=1, size=(12, 12))
+    check(images, {**small, "resize": True})
+    with pytest.raises(UserError, match=r"model.inputs.size = \[6, 6\]"):
+        check(images, small)
