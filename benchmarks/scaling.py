@@ -13,7 +13,8 @@ second round, each a fresh start whose first steps are left out:
 - memory: likewise, with all batches made before the first step: what no way of reading can beat.
 
 `step_ms` is the time from the beginning of a step to that of the next one on rank 0, waiting for data and hooks
-included: the median of a start's steps, and of these over the rounds. The arms must find the same losses, else it ends.
+included: the median of a start's steps, and of these over the rounds. `cpu_ms` is rank 0's own processor time in it,
+which other work on the machine disturbs less. The arms must find the same losses, else the benchmark ends.
 `ray / torchrun` is Ray's overhead; `ray / memory` holds the cost of reading, too.
 """
 
@@ -52,9 +53,9 @@ def timed_engine(*what: Any) -> Any:
         notes = Path(os.environ[NOTES]).open("w")  # noqa: SIM115  as long as the process
 
         def step(micro_batches: Any, step: int) -> Any:
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             result = take(micro_batches, step)
-            print(json.dumps([step, began, result.loss]), file=notes, flush=True)
+            print(json.dumps([step, result.loss, began, cpu]), file=notes, flush=True)
             return result
 
         engine.step = step
@@ -132,8 +133,8 @@ def recipe_tree(given: argparse.Namespace, setting: str, folder: Path) -> dict[s
     return tree
 
 
-def take(given: argparse.Namespace, setting: str, arm: str) -> list[tuple[float, float]]:
-    """Start an arm of a setting; return seconds and loss of each step that counts."""
+def take(given: argparse.Namespace, setting: str, arm: str) -> list[tuple[float, float, float]]:
+    """Start an arm of a setting; return loss, seconds and CPU seconds of each step that counts."""
     with tempfile.TemporaryDirectory(prefix="scaling-") as place:
         folder = Path(place)
         (folder / "recipe.json").write_text(json.dumps(recipe_tree(given, setting, folder)))
@@ -146,22 +147,23 @@ def take(given: argparse.Namespace, setting: str, arm: str) -> list[tuple[float,
         if done.returncode:
             raise SystemExit(f"{setting}, {arm}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         notes = [json.loads(line) for line in (folder / "notes").read_text().splitlines()]
-    began = [note[1] for note in notes]
     assert [note[0] for note in notes] == list(range(given.steps + LEFT_OUT)), f"{setting}, {arm}: steps are missing"
-    seconds = [b - a for a, b in zip(began, began[1:], strict=False)]
-    return [(s, note[2]) for s, note in zip(seconds, notes[:-1], strict=True)][LEFT_OUT:]
+    pairs = list(zip(notes, notes[1:], strict=False))[LEFT_OUT:]
+    return [(here[1], after[2] - here[2], after[3] - here[3]) for here, after in pairs]
 
 
 def measure(given: argparse.Namespace, setting: str) -> list[dict[str, Any]]:
     """Let the arms take turns; return one result each."""
     arms = [arm for arm in ARMS if arm in (given.arm or ARMS)]
-    medians: dict[str, list[float]] = {arm: [] for arm in arms}
+    walls: dict[str, list[float]] = {arm: [] for arm in arms}
+    cpus: dict[str, list[float]] = {arm: [] for arm in arms}
     losses: dict[str, list[float]] = {}
     for turn in range(given.rounds):
         for arm in arms if turn % 2 == 0 else reversed(arms):
             steps = take(given, setting, arm)
-            medians[arm].append(statistics.median(seconds for seconds, _ in steps))
-            found = [loss for _, loss in steps]
+            found, wall, cpu = (list(column) for column in zip(*steps, strict=True))
+            walls[arm].append(1000 * statistics.median(wall))
+            cpus[arm].append(1000 * statistics.median(cpu))
             for other, expected in losses.items():
                 worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
                 if not worst <= TOLERANCE:
@@ -170,8 +172,9 @@ def measure(given: argparse.Namespace, setting: str) -> list[dict[str, Any]]:
     workers, times = SETTINGS[setting]
     return [
         {"setting": setting, "workers": workers, "batch_times": times, "arm": arm, "rounds": given.rounds,
-         "step_ms": 1000 * statistics.median(values), "spread_ms": 1000 * (max(values) - min(values))}
-        for arm, values in medians.items()
+         "step_ms": statistics.median(walls[arm]), "spread_ms": max(walls[arm]) - min(walls[arm]),
+         "cpu_ms": statistics.median(cpus[arm])}
+        for arm in arms
     ]  # fmt: skip
 
 
@@ -210,11 +213,11 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     if not given.json:
-        print("| setting | workers | arm | step ms | spread of rounds ms |\n|---|---|---|---|---|")
+        print("| setting | workers | arm | step ms | spread of rounds ms | CPU ms |\n|---|---|---|---|---|---|")
     for setting in given.setting or SETTINGS:
         for row in measure(given, setting):
             rows.append(row)
-            line = "| {setting} | {workers} | {arm} | {step_ms:.1f} | {spread_ms:.1f} |".format(**row)
+            line = "| {setting} | {workers} | {arm} | {step_ms:.1f} | {spread_ms:.1f} | {cpu_ms:.1f} |".format(**row)
             print(json.dumps(row) if given.json else line, flush=True)
     if not given.json:
         print("\n| figure | value |\n|---|---|")
