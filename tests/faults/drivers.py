@@ -12,6 +12,7 @@ from tests.faults.stages import killed_at_each_stage
 from tests.faults.table import STEPS, expect_finished, scenario
 
 GRACE_S = 30
+LONG = 200
 CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -133,8 +134,8 @@ def _flip(path: Path) -> None:
 @scenario("two drivers, one name")
 def two_drivers(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """The second is refused at once and told who holds the run; the first does not notice."""
-    tree = fault_tree(tree, 400)
-    job, second = Job(folder, tree).start(), Job(folder, tree)
+    tree = fault_tree(tree, LONG)
+    job, second = Job(folder, tree).paced().start(), Job(folder, tree)
     try:
         job.wait_checkpoint()
         assert job.process is not None
@@ -143,7 +144,7 @@ def two_drivers(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         found = second.said(f"is in use by process {job.process.pid} ")
         outcome.expect(found, f"the owner is named\n{second.output}")
         expect_finished(job, outcome)
-        job.judge(outcome, fault, found, 400)
+        job.judge(outcome, fault, found, LONG)
     finally:
         job.kill()
         second.kill()
@@ -152,11 +153,11 @@ def two_drivers(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 @scenario("clock an hour ahead")
 def clock_off(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """A driver with such a clock is refused while the run lives, and goes on with it once its driver was killed."""
-    tree, library = fault_tree(tree, 400), folder / "clock.so"
+    tree, library = fault_tree(tree, LONG), folder / "clock.so"
     source = library.with_suffix(".c")
     source.write_text(CLOCK)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
-    job, ahead = Job(folder, tree).start(), Job(folder, tree, {"LD_PRELOAD": str(library)})
+    job, ahead = Job(folder, tree).paced().start(), Job(folder, tree, {"LD_PRELOAD": str(library)})
     try:
         job.wait_checkpoint()
         outcome.expect(ahead.start("--resume").end() == 2, f"exit code 2\n{ahead.output}")
@@ -165,7 +166,7 @@ def clock_off(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         fault = _kill_driver(job, outcome)
         ahead.start("--resume")
         expect_finished(ahead, outcome)
-        ahead.judge(outcome, fault, None, 400)
+        ahead.judge(outcome, fault, None, LONG)
         outcome.first_step_s = None  # its times are of another clock
     finally:
         job.kill()

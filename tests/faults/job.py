@@ -26,6 +26,7 @@ RUN = "small-001"
 SHOWN = 2000
 """Characters of a promise that was not kept; it may have the command's output in it."""
 INJECT = Path(__file__).with_name("inject")
+PACE = {"PYTHONPATH": str(INJECT), "FAULT_STEP_S": "0.1"}
 
 
 @dataclass
@@ -88,6 +89,11 @@ class Job:
         plan = self.folder / "inject.json"
         plan.write_text(json.dumps({"kind": kind, "step": step, "rank": rank}))
         self.environment |= {"PYTHONPATH": str(INJECT), "FAULT_INJECT": str(plan)}
+        return self
+
+    def paced(self) -> "Job":
+        """Have each step take a tenth of a second more, so that the run is still there when the fault comes."""
+        self.environment |= PACE
         return self
 
     def _read(self, process: subprocess.Popen[str]) -> None:

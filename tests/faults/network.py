@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import nodes as local
-from tests.faults.job import RUN, Job, Outcome, fault_tree, home
+from tests.faults.job import PACE, RUN, Job, Outcome, fault_tree, home
 from tests.faults.nodes import STEPS, Nodes, place_of
 from tests.faults.table import scenario
 from tests.faults.workers import HUNG_WITHIN_S
@@ -91,7 +91,7 @@ def network_cut(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     job.words = ["submit", "--run", RUN]
     with namespace() as name:
         command = [sys.executable, "-m", "tests.faults.network", str(folder), name]
-        subprocess.run(command, check=True, env=home(folder), timeout=400, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, env=home(folder) | PACE, timeout=400, stdout=subprocess.DEVNULL)
         try:
             job.start().wait_checkpoint()
             places = {place_of(job.worker(rank)) for rank in (0, 1)}

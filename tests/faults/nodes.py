@@ -13,11 +13,11 @@ import psutil
 import yaml
 
 from cluster.nodes import LocalCluster
-from tests.faults.job import PERCEIVER, RUN, Job, Outcome, fault_tree, home
+from tests.faults.job import PACE, PERCEIVER, RUN, Job, Outcome, fault_tree, home
 from tests.faults.table import expect_finished, scenario
 from tests.train.mlflow_server import free_port
 
-STEPS = 400
+STEPS = 150
 GRACE_S = 30
 LOST_WITHIN_S = 15
 
@@ -35,7 +35,7 @@ class Nodes:
     def command(self, *words: str) -> str:
         """Run a `perceiver` command with this folder as home."""
         done = subprocess.run(
-            [PERCEIVER, *words], cwd=self.folder, env=home(self.folder), stdin=subprocess.DEVNULL,
+            [PERCEIVER, *words], cwd=self.folder, env=home(self.folder) | PACE, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout

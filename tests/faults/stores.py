@@ -94,9 +94,9 @@ def store_fails_often(folder: Path, tree: dict[str, Any], outcome: Outcome) -> N
 @scenario("object store stalls for 20 s")
 def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """No request is answered for 20 s: steps go on meanwhile, and no worker starts again."""
-    steps = 1500
+    steps = 300
     with FaultyS3() as server:
-        job = S3Job(folder, fault_tree(tree, steps), server).start()
+        job = S3Job(folder, fault_tree(tree, steps), server).paced().start()
         try:
             job.wait_checkpoint()
             server.answering.clear()
@@ -118,7 +118,7 @@ def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 def credentials_refused(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """The run stops within 30 s, names URL and identity, and does not try again."""
     with FaultyS3() as server:
-        job = S3Job(folder, fault_tree(tree, 4000, ledger=False), server).start()
+        job = S3Job(folder, fault_tree(tree, 1000, ledger=False), server).paced().start()
         try:
             job.wait_checkpoint()
             server.refusing.set()

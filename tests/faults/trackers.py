@@ -50,16 +50,16 @@ def down_throughout(folder: Path, tree: dict[str, Any], outcome: Outcome) -> Non
 @scenario("MLflow down for a part of the run")
 def down_for_a_part(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """The server is killed and started again while the run trains: it has all figures in the end."""
-    steps = 2000
+    steps = 300
     server = Server(folder / "server", free_port())
     server.start()
-    job = Job(folder, {**fault_tree(tree, steps), "tracking": {"uri": server.uri}})
+    job = Job(folder, {**fault_tree(tree, steps), "tracking": {"uri": server.uri}}).paced()
     try:
         job.start().wait_checkpoint()
         job.wait(lambda: logged(server), "figures at the server")
         server.stop()
         fault = time.time()
-        job.wait_checkpoint(after=job.steps()[-1] + 100)
+        job.wait_checkpoint(after=job.steps()[-1] + 50)
         outcome.expect(max(logged(server)) < steps, "the server missed steps")
         server.start()
         expect_finished(job, outcome)
@@ -75,12 +75,12 @@ def down_for_a_part(folder: Path, tree: dict[str, Any], outcome: Outcome) -> Non
 @scenario("tracker, store and disk at once, then a worker SIGKILL")
 def all_at_once(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """MLflow is gone, a fifth of the store's requests fail, the disk takes nothing for a while, a worker is killed."""
-    steps = 400
+    steps = 150
     server = Server(folder / "server", free_port())
     server.start()
     with FaultyS3() as store:
         tree = {**fault_tree(tree, steps, checkpoint_misses=1000), "tracking": {"uri": server.uri}}
-        job = S3Job(folder, tree, store).start()
+        job = S3Job(folder, tree, store).paced().start()
         try:
             job.wait_checkpoint()
             job.wait(lambda: logged(server), "figures at the server")

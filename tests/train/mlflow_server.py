@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 
 def free_port() -> int:
     """A port of the loopback interface that nobody listens at."""
@@ -36,14 +34,14 @@ class Server:
         with (self.folder / "log").open("ab") as log:
             environment = {**os.environ, **self.environment}
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
                 return
             except OSError:
                 time.sleep(0.2)
-        pytest.fail((self.folder / "log").read_text())
+        raise AssertionError((self.folder / "log").read_text())
 
     def stop(self) -> None:
         """Kill it, if it runs."""

@@ -1,6 +1,7 @@
-"""Python loads this module in each process of a run that is given an injection: one step of one rank is harmed, once.
+"""Python loads this module in each process of a run that has it on its path: steps are harmed, or slowed down.
 
-`FAULT_INJECT` names a JSON file ``{"kind": "nan" | "raise", "step": 12, "rank": 0}``; who takes it renames it.
+`FAULT_INJECT` names a JSON file ``{"kind": "nan" | "raise", "step": 12, "rank": 0}``: that step of that rank is harmed,
+once; who takes it renames it. `FAULT_STEP_S` are seconds that each step waits, so that a run lasts for some time.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -15,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 PLAN = os.environ.get("FAULT_INJECT", "")
+STEP_S = float(os.environ.get("FAULT_STEP_S", "0"))
 MODULE = "perceiver.train.deepspeed"
 
 
@@ -45,6 +48,7 @@ def harm_steps(engine: Any) -> None:
     undisturbed = engine.step
 
     def step(self: Any, micro_batches: Any, number: int) -> Any:
+        time.sleep(STEP_S)
         kind = taken(self.rank, number + 1)
         if kind == "raise":
             raise RuntimeError("an exception planted by the fault tests")
@@ -87,5 +91,5 @@ def taken(rank: int, step: int) -> str | None:
     return plan["kind"]
 
 
-if PLAN:
+if PLAN or STEP_S:
     sys.meta_path.insert(0, Patch())
