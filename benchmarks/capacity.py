@@ -7,6 +7,7 @@ of a worker (its peak resident set without what it shares with other processes),
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -33,24 +34,22 @@ def run_json(*command: str) -> dict[str, Any]:
 class MemoryWatch(threading.Thread):
     """Follows the training workers of this machine; `peak` is the largest unshared memory of one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_s: float = 0.25) -> None:
         super().__init__(daemon=True)
-        self.peak = 0
+        self.every_s, self.peak = every_s, 0
         self.stop = threading.Event()
 
     def run(self) -> None:
-        """Look four times a second."""
-        while not self.stop.wait(0.25):
-            for process in psutil.process_iter(["name", "cmdline"]):
+        """Look every so often."""
+        while not self.stop.wait(self.every_s):
+            for process in psutil.process_iter(["cmdline"]):
                 if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                    try:
+                    with contextlib.suppress(psutil.Error):
                         self.peak = max(self.peak, process.memory_full_info().uss)
-                    except psutil.Error:
-                        continue
 
 
 def measure(recipe: str, overrides: list[str], folder: str) -> tuple[float, float]:
-    """Train; return the median seconds of a step and the peak bytes of a worker."""
+    """Train; return the median samples a second and the peak bytes of a worker."""
     watch = MemoryWatch()
     watch.start()
     done = run_json("train", recipe, *overrides, f"output={folder}", "tracking.enabled=false")

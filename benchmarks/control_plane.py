@@ -16,7 +16,6 @@ A size whose workers might not fit into the memory that is free is refused befor
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -24,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 import psutil
+from capacity import MemoryWatch
 
 SAMPLES = 640
 STEPS = 40
@@ -136,23 +135,6 @@ def recipe_tree(folder: Path, url: str, workers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class MemoryWatch(threading.Thread):
-    """Follows the workers of this machine; `peak` is the largest unshared memory of one."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = 0
-        self.stop = threading.Event()
-
-    def run(self) -> None:
-        """Look every two seconds."""
-        while not self.stop.wait(2.0):
-            for process in psutil.process_iter(["cmdline"]):
-                if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                    with contextlib.suppress(psutil.Error):
-                        self.peak = max(self.peak, process.memory_full_info().uss)
-
-
 def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
     """Start a local cluster and run on it, in this process; return when what began and ended."""
     from cluster.local import EarlyRay, set_quiet_environment
@@ -225,7 +207,7 @@ def measure(workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="control-") as place:
         folder = Path(place)
         url = prepare_images(folder)
-        watch = MemoryWatch()
+        watch = MemoryWatch(every_s=2.0)
         watch.start()
         command = [sys.executable, __file__, "--one", place, url, "--workers", str(workers)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
