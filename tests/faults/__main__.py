@@ -19,7 +19,7 @@ def main(names: list[str]) -> int:
     outcomes: list[Outcome] = []
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, Python {platform.python_version()}\n")
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
-    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as scratch:
         url = prepare_images(Path(scratch))
         for number, (name, run) in enumerate(rows.items()):
             folder = Path(scratch, str(number))

@@ -1,5 +1,6 @@
 """A real `perceiver train` in a process of its own, and what can be read off it while and after faults happen."""
 
+import contextlib
 import json
 import os
 import signal
@@ -136,8 +137,11 @@ class Job:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        for process in self.leftovers():
-            process.kill()
+        left = self.leftovers()
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, 30)
 
     def leftovers(self) -> list[psutil.Process]:
         """Processes of the run's Ray that are still there."""
