@@ -16,8 +16,9 @@ from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.features.base import ViewConfig
 from pipelines.inspect_views import VIEWS
 from pipelines.quarantine import QUARANTINE
-from pipelines.shards import Manifest, ShardInfo, arrow_schema, load_manifest
+from pipelines.shards import Manifest, load_manifest
 from pipelines.storage import Folder, open_folder
+from pipelines.stored import StoredFile, stored_files
 from pipelines.transforms import BadSample
 
 LOOK = ViewConfig.model_validate({"audio": {"rate": 8000, "samples": 8000}, "video": {"size": [64, 64]},
@@ -106,13 +107,13 @@ def inspect(url: str, *, verify: bool = False, samples: bool = True, options: Ma
     splits = {}
     for name, split in manifest.splits.items():
         tally = _Tally()
-        for shard in split.shards:
+        for file in stored_files(url, manifest, split, options):
             if progress:
-                progress(shard.name)
-            fault = shard_fault(folder, shard, manifest, whole=verify)
+                progress(file.shard.name)
+            fault = shard_fault(file, whole=verify)
             faults += [fault] if fault else []
-            if samples and not fault:
-                for row in _rows(folder, shard):
+            for _, table in file.tables() if samples and not fault else ():
+                for row in rows_of(table):
                     tally.add(row, manifest, name, seen)
         splits[name] = tally.report(manifest, split.samples, len(split.shards), split.bytes)
     return Inspection(url=url, name=manifest.name, licence=manifest.licence, source=manifest.source, splits=splits,
@@ -127,27 +128,16 @@ def _rejected(folder: Folder) -> list[str]:
     return [f"{row['split']}: {row['key']}: {row['reason']}" for row in rows]
 
 
-def shard_fault(folder: Folder, shard: ShardInfo, manifest: Manifest, *, whole: bool) -> str | None:
-    """What is wrong with a shard, or None: missing, other size, rows or columns; with `whole` also other bytes."""
-    path = folder.file(shard.name)
-    try:
-        size = folder.fs.size(path)
-        if size != shard.bytes:
-            return f"{shard.name}: {size} bytes, the manifest says {shard.bytes}"
-        if whole and (found := checksum(folder, shard.name)) != shard.sha256:
-            return f"{shard.name}: checksum {found[:12]}, the manifest says {shard.sha256[:12]}"
-        with folder.fs.open(path, "rb") as stream, pq.ParquetFile(stream) as file:
-            rows, schema = file.metadata.num_rows, file.schema_arrow
-    except FileNotFoundError:
-        return f"{shard.name}: missing"
-    except (pa.ArrowException, OSError) as error:
-        return f"{shard.name}: {(str(error).splitlines() or ['unreadable'])[0]}"
-    if rows != shard.rows:
-        return f"{shard.name}: {rows} rows, the manifest says {shard.rows}"
-    wanted = arrow_schema(manifest.features)
-    if not schema.equals(wanted):
-        return f"{shard.name}: columns {schema.names}, wanted {wanted.names} with their types"
-    return None
+def shard_fault(file: StoredFile, *, whole: bool) -> str | None:
+    """What is wrong with a shard, or None: missing, other size, rows or columns; with `whole` also other bytes.
+
+    An indexed file has no checksum: its version in the store's listing stands for it.
+    """
+    fault = file.fault()
+    if not fault and whole and file.shard.sha256 and (
+            found := checksum(file.folder, file.name)) != file.shard.sha256:
+        fault = f"checksum {found[:12]}, the manifest says {file.shard.sha256[:12]}"
+    return f"{file.shard.name}: {fault}" if fault else None
 
 
 def checksum(folder: Folder, name: str) -> str:
@@ -157,12 +147,6 @@ def checksum(folder: Folder, name: str) -> str:
         while block := stream.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _rows(folder: Folder, shard: ShardInfo) -> Iterator[dict[str, Any]]:
-    with folder.fs.open(folder.file(shard.name), "rb") as stream, pq.ParquetFile(stream) as file:
-        for group in range(file.num_row_groups):
-            yield from rows_of(file.read_row_group(group, use_threads=False))
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from pipelines.features.base import ViewConfig
@@ -17,7 +16,7 @@ from pipelines.inspect import Inspection, Spread, figure, rows_of
 from pipelines.inspect_pieces import SMALL, Piece
 from pipelines.inspect_views import VIEWS
 from pipelines.shards import Manifest, Split, load_manifest
-from pipelines.storage import Folder, open_folder
+from pipelines.stored import stored_files
 from pipelines.transforms import BadSample
 
 BARS = 40
@@ -58,8 +57,8 @@ def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Map
         UserError: the page cannot be written.
     """
     manifest = load_manifest(found.url, options)
-    folder = open_folder(found.url, options)
-    cards = {name: list(_cards(folder, manifest, split, samples)) for name, split in manifest.splits.items()}
+    cards = {name: list(_cards(found.url, manifest, split, samples, options))
+             for name, split in manifest.splits.items()}
     text = _render({**_totals(found), "found": found, "cards": cards, "width": _width(manifest),
                     "classes": {name: _balance(split.classes) for name, split in found.splits.items()}})
     try:
@@ -77,28 +76,19 @@ def spread_places(total: int, count: int) -> list[int]:
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
-def _cards(folder: Folder, manifest: Manifest, split: Split, count: int) -> Iterator[Card]:
+def _cards(url: str, manifest: Manifest, split: Split, count: int, options: Mapping[str, str] | None
+           ) -> Iterator[Card]:
     places = spread_places(split.samples, count)
     first = 0
-    for shard in split.shards:
-        rows = [place - first for place in places if first <= place < first + shard.rows]
-        if rows:
-            try:
-                yield from _shard_cards(folder.file(shard.name), folder, manifest, rows, (first, shard.rows_per_group))
-            except (OSError, ValueError) as error:
-                yield Card(first, shard.name, [], [], (str(error).splitlines() or ["unreadable"])[0])
-        first += shard.rows
-
-
-def _shard_cards(path: str, folder: Folder, manifest: Manifest, rows: list[int], position: tuple[int, int]
-                 ) -> Iterator[Card]:
-    """Cards of some rows of a shard; position: the number of its first sample, and rows of a row group."""
-    first, group_rows = position
-    with folder.fs.open(path, "rb") as stream, pq.ParquetFile(stream) as file:
-        for number in sorted({row // group_rows for row in rows}):
-            group = file.read_row_group(number, use_threads=False)
-            for row in (row for row in rows if row // group_rows == number):
-                yield card(first + row, next(rows_of(group.slice(row % group_rows, 1))), manifest)
+    for file in stored_files(url, manifest, split, options):
+        rows = {place - first for place in places if first <= place < first + file.shard.rows}
+        try:
+            for start, table in file.tables(rows) if rows else ():
+                for row in sorted(rows & set(range(start, start + table.num_rows))):
+                    yield card(first + row, next(rows_of(table.slice(row - start, 1))), manifest)
+        except (OSError, ValueError, KeyError) as error:
+            yield Card(first, file.shard.name, [], [], (str(error).splitlines() or ["unreadable"])[0])
+        first += file.shard.rows
 
 
 def card(place: int, row: Mapping[str, Any], manifest: Manifest) -> Card:

@@ -200,15 +200,32 @@ class Reader:
 
     def _fitted(self, table: pa.Table, files: Files, name: str, group: int) -> RowGroup:
         """The table's columns under the features' names and with their types."""
-        columns = {}
-        for wanted in self.schema:
-            if wanted.name == KEY and files.columns:
-                keys = [f"{name}#{group}.{row}" for row in range(table.num_rows)]
-                columns[KEY] = pa.array(keys, pa.string())
-                continue
-            path = files.columns.get(wanted.name, wanted.name)
-            columns[wanted.name] = fit(column_at(table, path), wanted, self.classes if files.columns else ())
+        columns = stored_columns(table, files.columns, self.schema, self.classes, f"{name}#{group}")
         return RowGroup(columns, table.num_rows, table.nbytes + table.num_rows * self.decoded_bytes)
+
+
+def stored_columns(table: pa.Table, columns: Mapping[str, str], schema: pa.Schema, classes: tuple[str, ...],
+                   place: str) -> dict[str, pa.Array]:
+    """A row group's columns under the names and with the types of `schema`.
+
+    Args:
+        table: what the file holds.
+        columns: where indexed files keep the features, see `Files`; empty for prepared shards.
+        schema: `key` and the features.
+        classes: class names, for indexed files whose labels are strings.
+        place: name of the row group, for the keys of indexed files.
+
+    Raises:
+        KeyError, pyarrow.ArrowTypeError: a column is not there, or is of another type.
+    """
+    found = {}
+    for wanted in schema:
+        if wanted.name == KEY and columns:
+            found[KEY] = pa.array([f"{place}.{row}" for row in range(table.num_rows)], pa.string())
+            continue
+        path = columns.get(wanted.name, wanted.name)
+        found[wanted.name] = fit(column_at(table, path), wanted, classes if columns else ())
+    return found
 
 
 def split_url(url: str, name: str) -> tuple[str, str]:

@@ -13,6 +13,8 @@ from perceiver.cli.prepare import command
 from perceiver.config import UserError
 from pipelines.index import group_runs, index
 from pipelines.ingest import DataConfig, EvalShare, TrainShare, check_files, eval_batches, load_data, train_batches
+from pipelines.inspect import inspect
+from pipelines.inspect_page import write_page
 from pipelines.plan import RowGroups
 from pipelines.prepare import PrepareConfig
 from pipelines.quarantine import Quarantine
@@ -126,6 +128,21 @@ def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
     index("table", str(tmp_path / "hub"), out, config(classes="a,b,c"))
     with pytest.raises(UserError, match="already holds data set hub"):
         index("table", str(tmp_path / "hub"), out, config(classes="a,b,d"))
+
+
+def test_indexed_files_are_inspected_where_they_lie(tmp_path: Path) -> None:
+    for number in range(2):
+        hub_table(tmp_path / "hub" / f"train-{number}.parquet", 20 * number, 20)
+    out = str(tmp_path / "out")
+    index("table", str(tmp_path / "hub"), out, config(classes="a,b,c"))
+    found = inspect(out, verify=True)
+    assert found.sound and sum(found.splits["train"].classes.values()) == 40
+    page = write_page(found, tmp_path / "page.html").read_text()
+    assert "train-1.parquet#" in page
+    hub_table(tmp_path / "hub" / "train-0.parquet", 0, 21)
+    (tmp_path / "hub" / "train-1.parquet").unlink()
+    faults = inspect(out).faults
+    assert "bytes, the manifest says" in faults[0] and faults[1].endswith("train-1.parquet: missing")
 
 
 def test_the_command_writes_an_index(tmp_path: Path) -> None:
