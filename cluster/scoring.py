@@ -9,16 +9,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from cluster import local
 from cluster.inputs import check_inputs
+from cluster.predictions import parquet, predicted
 from cluster.recipe import Recipe, build_recipe
 from cluster.recipe_file import apply_override
 from perceiver.config import UserError
@@ -30,6 +29,7 @@ from pipelines.ingest import EvalShare, batch_shapes, eval_batches, load_data
 from pipelines.quarantine import Quarantine
 from pipelines.shards import Manifest
 from pipelines.storage import Folder, open_folder
+from pipelines.stored import stored_files
 
 FACTS = "predictions.json"
 ROWS_A_PART = 4096
@@ -160,12 +160,11 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None) -> 
     batches = scoring.batches(done * each, quarantine)
     with torch.inference_mode():
         for part in range(done, -(-count // each)):
-            rows: dict[str, list[Any]] = {}
-            for _ in range(min(each, count - part * each)):
-                _add(rows, _rows(scoring, task, next(batches)))
-            rows["key"] = keys.of(rows["sample_id"])
-            _write(folder, part, rows)
-            written += len(rows["sample_id"])
+            tables = [_rows(scoring, task, next(batches)) for _ in range(min(each, count - part * each))]
+            rows = pa.concat_tables(tables)
+            rows = rows.append_column("key", pa.array(keys.of(rows["sample_id"].to_pylist()), pa.string()))
+            folder.write_bytes(_name(part), parquet(rows))
+            written += rows.num_rows
             if progress:
                 progress(min(scoring.samples, (part + 1) * each * scoring.batch), scoring.samples)
     if quarantine.problems:
@@ -173,34 +172,18 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None) -> 
     return written
 
 
-def _rows(scoring: Scoring, task: Any, batch: Batch) -> dict[str, list[Any]]:
-    """One batch's rows, padding and bad samples left out."""
-    keep = batch["valid"]
-    found = {"sample_id": batch["sample_id"], **({"label": batch["label"]} if "label" in batch else {}),
-             **task.predict(scoring.model, batch)}
-    rows = {name: values[keep].cpu().tolist() for name, values in found.items()}
+def _rows(scoring: Scoring, task: Any, batch: Batch) -> pa.Table:
+    """One batch's rows, with the names of the classes if the prediction is one."""
+    rows = predicted(task, scoring.model, batch)
     names = scoring.manifest.classes
-    if names and rows.get("prediction") and isinstance(rows["prediction"][0], int):
-        rows["class"] = [names[number] if number < len(names) else "" for number in rows["prediction"]]
+    if names and "prediction" in rows.column_names and pa.types.is_integer(rows.schema.field("prediction").type):
+        found = [names[number] if number < len(names) else "" for number in rows["prediction"].to_pylist()]
+        rows = rows.append_column("class", pa.array(found, pa.string()))
     return rows
-
-
-def _add(rows: dict[str, list[Any]], more: Mapping[str, list[Any]]) -> None:
-    for name, values in more.items():
-        rows.setdefault(name, []).extend(values)
 
 
 def _name(part: int) -> str:
     return f"part-{part:06d}.parquet"
-
-
-def _write(folder: Folder, part: int, rows: Mapping[str, list[Any]]) -> None:
-    """Write one file, so that it is there whole or not at all."""
-    first = ("sample_id", "key", "label", "prediction", "class")
-    order = [name for name in first if name in rows] + [name for name in rows if name not in first]
-    sink = BytesIO()
-    pq.write_table(pa.table({name: rows[name] for name in order}), sink)
-    folder.write_bytes(_name(part), sink.getvalue())
 
 
 def _parts_done(folder: Folder, each: int, count: int) -> int:
@@ -234,24 +217,22 @@ def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
 
 
 class Keys:
-    """Where samples came from: the shards' `key` column, one shard in memory at a time."""
+    """Where samples came from: the keys of one file in memory at a time."""
 
     def __init__(self, scoring: Scoring) -> None:
-        data = scoring.recipe.data
-        self.folder = open_folder(data.url, data.storage_options)
-        self.shards = scoring.manifest.split(scoring.split).shards
-        self._loaded, self._keys, self._first = -1, [""], 0
+        data, manifest = scoring.recipe.data, scoring.manifest
+        self._files = stored_files(data.url, manifest, manifest.split(scoring.split), data.storage_options)
+        self._keys: list[str] = []
+        self._first = 0
 
     def of(self, ids: Sequence[int]) -> list[str]:
         """The keys of these samples, which come in order."""
         return [self._key(number) for number in ids]
 
     def _key(self, number: int) -> str:
-        while number >= self._first + len(self._keys) or self._loaded < 0:
-            self._first += len(self._keys) if self._loaded >= 0 else 0
-            self._loaded += 1
-            with self.folder.fs.open(self.folder.file(self.shards[self._loaded].name), "rb") as stream:
-                self._keys = pq.read_table(stream, columns=["key"]).column("key").to_pylist()
+        while number >= self._first + len(self._keys):
+            self._first += len(self._keys)
+            self._keys = next(self._files).row_keys()
         return self._keys[number - self._first]
 
 

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 
 from cluster.drain import leave
 from cluster.monitor import Client, connect
+from cluster.predictions import parquet, predicted
 from cluster.preflight import epoch_steps_of
 from cluster.recipe import Recipe, build_recipe, zero_stage
 from cluster.run_folder import RunFolder, redacted_recipe
@@ -353,22 +353,9 @@ def _leave_behind(job: Job) -> None:
 def _write_predictions(job: Job) -> None:
     """Write ``predictions/part-<rank>.parquet``: one row a valid sample with id, label and the task's outputs."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     task = build_task(job.recipe.task, classes=len(job.manifest.classes))
-    columns: dict[str, list[Any]] = {}
     job.engine.module.eval()
     with torch.inference_mode():
-        for batch in job.evaluation():
-            keep = batch["valid"]
-            outputs = task.predict(job.engine.module, batch)
-            rows = {
-                "sample_id": batch["sample_id"],
-                **({"label": batch["label"]} if "label" in batch else {}),
-                **outputs,
-            }
-            for name, values in rows.items():
-                columns.setdefault(name, []).extend(values[keep].cpu().tolist())
-    sink = BytesIO()
-    pq.write_table(pa.table(columns), sink)
-    job.folder.write(f"predictions/part-{job.place.rank:05d}.parquet", sink.getvalue())
+        rows = pa.concat_tables([predicted(task, job.engine.module, batch) for batch in job.evaluation()])
+    job.folder.write(f"predictions/part-{job.place.rank:05d}.parquet", parquet(rows))

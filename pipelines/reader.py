@@ -221,11 +221,16 @@ def stored_columns(table: pa.Table, columns: Mapping[str, str], schema: pa.Schem
     found = {}
     for wanted in schema:
         if wanted.name == KEY and columns:
-            found[KEY] = pa.array([f"{place}.{row}" for row in range(table.num_rows)], pa.string())
+            found[KEY] = pa.array(indexed_keys(place, table.num_rows), pa.string())
             continue
         path = columns.get(wanted.name, wanted.name)
         found[wanted.name] = fit(column_at(table, path), wanted, classes if columns else ())
     return found
+
+
+def indexed_keys(place: str, rows: int) -> list[str]:
+    """The keys of the rows of an indexed file's row group, which stores none."""
+    return [f"{place}.{row}" for row in range(rows)]
 
 
 def split_url(url: str, name: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.listing import file_tag
-from pipelines.reader import column_at, fit, split_url, stored_columns
+from pipelines.reader import KEY, column_at, fit, indexed_keys, split_url, stored_columns
 from pipelines.shards import Manifest, ShardInfo, Split, arrow_schema
 from pipelines.storage import Folder, open_folder
 
@@ -47,6 +47,14 @@ class StoredFile:
                     yield first, pa.table(stored_columns(table, self.split.columns, schema, self.manifest.classes,
                                                          f"{self.name}#{group}"))
                 first += rows
+
+    def row_keys(self) -> list[str]:
+        """Where each of its rows came from."""
+        with self.folder.fs.open(self.folder.file(self.name), "rb") as stream, pq.ParquetFile(stream) as file:
+            if not self.split.columns:
+                return file.read(columns=[KEY]).column(KEY).to_pylist()
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        return [key for group, rows in enumerate(sizes) for key in indexed_keys(f"{self.name}#{group}", rows)]
 
     def fault(self) -> str:
         """What is wrong with the file's size, version, rows or columns; empty if nothing is."""

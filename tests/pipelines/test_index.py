@@ -18,7 +18,8 @@ from pipelines.inspect_page import write_page
 from pipelines.plan import RowGroups
 from pipelines.prepare import PrepareConfig
 from pipelines.quarantine import Quarantine
-from pipelines.shards import Manifest, ShardInfo, Split
+from pipelines.shards import Manifest, ShardInfo, Split, load_manifest
+from pipelines.stored import stored_files
 from tests.pipelines.test_ingest import joined
 from tests.pipelines.toys import numbered_image, png
 
@@ -139,6 +140,11 @@ def test_indexed_files_are_inspected_where_they_lie(tmp_path: Path) -> None:
     assert found.sound and sum(found.splits["train"].classes.values()) == 40
     page = write_page(found, tmp_path / "page.html").read_text()
     assert "train-1.parquet#" in page
+    manifest = load_manifest(out)
+    files = list(stored_files(out, manifest, manifest.split("train")))
+    keys = [key for file in files for key in file.row_keys()]
+    assert keys == [key for file in files for _, table in file.tables() for key in table["key"].to_pylist()]
+    assert len(set(keys)) == 40
     hub_table(tmp_path / "hub" / "train-0.parquet", 0, 21)
     (tmp_path / "hub" / "train-1.parquet").unlink()
     faults = inspect(out).faults
