@@ -5,7 +5,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,36 +21,42 @@ from tune.space import with_values
 from tune.words import duration, figure, figures, workers
 
 if TYPE_CHECKING:
-    from tune.launch import SearchLaunch
+    from tune.plan import SearchLaunch
 
 log = logging.getLogger(__name__)
 
 
-def conclude(launch: "SearchLaunch", outcome: dict[str, Any], as_json: bool) -> int:
+def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
     """Say how the search ended; write best recipe, report and MLflow's last entries. Return the exit code."""
-    record, folder, console = launch.record, launch.folder, launch.console
+    record, folder = launch.record, launch.folder
     status, best = outcome["status"], record.best()
     if status == "finished" and best is None:
-        status, outcome["error"] = "failed", _all_failed(record)
+        status, outcome["error"] = "failed", all_failed(record)
     folder.note(status=status, seconds=record.seconds)
     recipe = _write_best(launch, best) if best else None
     report = _report(launch) if best else None
-    _finish_run(launch, status, report)
+    finish_run(launch, status, ("search.yaml", "best.yaml", "report.html", "trials.json"))
     if best:
         _say_results(launch, best, recipe, report, outcome.get("handle"))
-    go_on = f"go on with: {launch.command} --resume --run {folder.name}"
+    if launch.start.as_json:
+        print(json.dumps(_facts(launch, status, best, recipe, report, outcome)))
+    return say_ending(launch, status, outcome)
+
+
+def say_ending(launch: "SearchLaunch", status: str, outcome: Mapping[str, Any]) -> int:
+    """Say how to go on with a search that did not come to its end; return the exit code."""
+    record, folder, console = launch.record, launch.folder, launch.console
     if status == "stopped":
         left = sum(trial.status not in DONE for trial in record.trials)
-        console.say(f"stopped with {len(record.ended())} of {launch.total} trials done, {left} saved; {go_on}")
+        done = f"stopped with {len(record.ended())} of {launch.total} trials done, {left} saved"
+        console.say(f"{done}; go on with: {launch.go_on}")
     elif status == "failed":
         console.error(outcome.get("error", "the search ended without a word"))
-        console.say(f"logs {folder.local / 'logs'}; {go_on}")
-    if as_json:
-        print(json.dumps(_facts(launch, status, best, recipe, report, outcome)))
+        console.say(f"logs {folder.local / 'logs'}; go on with: {launch.go_on}")
     return {"finished": 0, "stopped": EXIT_STOPPED}.get(status, 1)
 
 
-def _all_failed(record: SearchRecord) -> str:
+def all_failed(record: SearchRecord) -> str:
     reasons = [f"trial {trial.number}: {trial.reason}" for trial in record.trials if trial.reason]
     return f"no trial of {len(record.trials)} came to an evaluation" + (f"; {reasons[0]}" if reasons else "")
 
@@ -123,8 +129,13 @@ def report_facts(launch: "SearchLaunch") -> dict[str, str]:
         "at a time": f"{launch.slots.concurrency} trials, {workers(recipe)} each",
         "wall time": f"{duration(record.seconds)}, start-up included",
         "cost": f"{record.worker_seconds():,.0f} worker-seconds",
-        "machine": f"{local.machine_cpus()} CPUs ({platform.machine()}), {platform.system()}",
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    """Return what this machine is, in a few words."""
+    return f"{local.machine_cpus()} CPUs ({platform.machine()}), {platform.system()}"
 
 
 def commands(launch: "SearchLaunch", handle: Any = None) -> dict[str, str]:
@@ -134,7 +145,7 @@ def commands(launch: "SearchLaunch", handle: Any = None) -> dict[str, str]:
         store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
         found["mlflow"] = f"mlflow ui --backend-store-uri {store}"
     more = launch.total * 2
-    return {**found, "search on": f"{launch.command} --resume --run {launch.folder.name} trials={more}"}
+    return {**found, "search on": f"{launch.go_on} trials={more}"}
 
 
 def verdict(record: SearchRecord, baseline: int | None, samples: int) -> str:
@@ -188,10 +199,10 @@ def _say_results(
         say(f"{caption:<12}{line}")
 
 
-def _finish_run(launch: "SearchLaunch", status: str, report: str | None) -> None:
-    """Send what is left to MLflow: files, and how the search ended."""
+def finish_run(launch: "SearchLaunch", status: str, files: Sequence[str]) -> None:
+    """Send what is left to MLflow: files of the search's folder, and how the search ended."""
     tracker = launch.tracker
-    for name in ("search.yaml", "best.yaml", "report.html", "trials.json"):
+    for name in files:
         path = launch.folder.local / name
         if path.exists():
             tracker.log_artifact(path)

@@ -70,15 +70,17 @@ class SearchConsole(LineConsole):
         for trial in self.record.trials:
             counts[trial.status] = counts.get(trial.status, 0) + 1
         text = ", ".join(f"{count} {status}" for status, count in counts.items())
-        best = self.record.best()
+        best = None if self.record.trials and self.record.trials[0].label else self.record.best()
         return text + (f"; best trial {best.number}: {figures(best, self.record)}" if best else "")
 
     def table(self) -> Group:
         """Return a summary and the trials as a table: those that run first, then by rank."""
-        keys = list(dict.fromkeys(key for trial in self.record.trials for key in trial.values))
+        named = any(trial.label for trial in self.record.trials)
+        keys = [] if named else list(dict.fromkeys(key for trial in self.record.trials for key in trial.values))
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for column in ("trial", "status", *short_keys(keys), "epoch", *self.record.metrics, "samples/s", "time"):
-            table.add_column(column, justify="left" if column == "status" else "right", no_wrap=True)
+        what = ["row"] if named else short_keys(keys)
+        for column in ("trial", "status", *what, "epoch", *self.record.metrics, "samples/s", "time"):
+            table.add_column(column, justify="left" if column in ("status", "row") else "right", no_wrap=True)
         ranked = {trial.number: rank for rank, trial in enumerate(self.record.ranked())}
         trials = sorted(
             self.record.trials, key=lambda t: (t.status != "running", ranked.get(t.number, len(ranked)), t.number)
@@ -96,7 +98,7 @@ class SearchConsole(LineConsole):
         return [
             str(trial.number),
             trial.status,
-            *(number(trial.values[key]) if key in trial.values else "" for key in keys),
+            *([trial.label] if trial.label else (number(trial.values.get(key, "")) for key in keys)),
             f"{event.get('epoch', trial.epoch):.1f}",
             *(figure(name, scores.get(name)) for name in self.record.metrics),
             f"{speed:,.0f}" if speed else "",
@@ -133,4 +135,4 @@ def news_line(what: str, trial: TrialRecord, record: SearchRecord) -> str:
 
 
 def _values(trial: TrialRecord) -> str:
-    return "  ".join(f"{key}={number(value)}" for key, value in trial.values.items())
+    return trial.label or "  ".join(f"{key}={number(value)}" for key, value in trial.values.items())

@@ -82,7 +82,7 @@ class Desk:
         """Add the next new trial to the record."""
         with self._lock:
             number = len(self.record.trials)
-            trial = TrialRecord(number=number, values=self.source.ask(number))
+            trial = TrialRecord(number=number, values=self.source.ask(number), label=self.source.label(number))
             self.record.trials.append(trial)
             try:
                 trial.parameters, trial.total_steps = self.prepare(trial.values)
@@ -225,7 +225,7 @@ class Reporter(ray.tune.Callback):
 def configuration(trial: TrialRecord) -> dict[str, Any]:
     """Return what a trial's process is started with."""
     values = {key: absolute(value) if key == "data.url" else value for key, value in trial.values.items()}
-    return {"number": trial.number, "values": values}
+    return {"number": trial.number, "values": values, "label": trial.label}
 
 
 def failure(trial: Any) -> str:

@@ -21,6 +21,10 @@ class Source(Protocol):
         """Return the values of a trial."""
         ...
 
+    def label(self, number: int) -> str:
+        """Return what a trial is called beside its number; empty if it is not."""
+        ...
+
     def tell(self, number: int, values: Values, ending: Ending, scores: Mapping[str, float], step: int) -> None:
         """Take note of a trial's end, this process's or an earlier one's; no scores if it never was evaluated."""
         ...
@@ -55,12 +59,16 @@ class RandomDraw:
 class FixedSource:
     """Trials that are known beforehand, whatever their results."""
 
-    def __init__(self, trials: Sequence[Values]) -> None:
-        self.trials = trials
+    def __init__(self, trials: Sequence[Values], labels: Sequence[str] = ()) -> None:
+        self.trials, self.labels = trials, labels
 
     def ask(self, number: int) -> Values:
         """See `Source`."""
         return self.trials[number]
+
+    def label(self, number: int) -> str:
+        """See `Source`."""
+        return self.labels[number] if self.labels else ""
 
     def tell(self, number: int, values: Values, ending: Ending, scores: Mapping[str, float], step: int) -> None:
         """See `Source`."""
@@ -183,6 +191,10 @@ class OptunaSource:
         trial = self.study.ask()
         self._open[number] = trial
         return sample(self.search.config.space, self.search.base, _StudyDraw(trial))
+
+    def label(self, number: int) -> str:
+        """See `Source`."""
+        return ""
 
     def tell(self, number: int, values: Values, ending: Ending, scores: Mapping[str, float], step: int) -> None:
         """See `Source`. The baseline, whose values may lie outside the space, is told only if they do not."""

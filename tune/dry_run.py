@@ -31,6 +31,20 @@ def say_plan(search: Search, checker: Checker, slots: Slots, known: list[Values]
     if isinstance(config.scheduler, Asha):
         ladder = ", ".join(f"{rung:.4g}" for rung in config.scheduler.rungs(steps / epoch_steps))
         print(f"rungs at epoch {ladder}: 1 in {config.scheduler.reduction:g} goes on")
+    say_resources(search, slots)
+    samples = steps * recipe.train.global_batch
+    print(say_estimate(estimate(search, slots, samples, total)))
+    _say_trials(search, known, total)
+
+
+def say_resources(search: Search, slots: Slots) -> None:
+    """Print how many trials run at a time, and on what.
+
+    Args:
+        search: the search.
+        slots: how the cluster is divided.
+    """
+    recipe = search.recipe
     where = "in the trial's own process" if slots.here else "Ray Train workers"
     gpus = (
         f" and {recipe.cluster.workers * recipe.cluster.gpus_per_worker:g} GPUs"
@@ -41,9 +55,6 @@ def say_plan(search: Search, checker: Checker, slots: Slots, known: list[Values]
         f"{slots.concurrency} trials at a time, each {workers(recipe)} ({where}) with data tasks "
         f"on {slots.share.cpus:.4g} CPUs{gpus}"
     )
-    samples = steps * recipe.train.global_batch
-    print(say_estimate(estimate(search, slots, samples, total)))
-    _say_trials(search, known, total)
 
 
 def _say_trials(search: Search, known: list[Values] | None, total: int) -> None:

@@ -4,20 +4,17 @@ import logging
 import os
 import shlex
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from cluster import local
 from cluster.failures import one_line
-from cluster.recipe import absolute
 from cluster.run_folder import RunFolder, choose_run, redacted_recipe
-from cluster.session import Tracked, log_file, logged, ray_and_mlflow, stop_on_signal, tracking_of
+from cluster.session import Tracked, log_file, logged, ray_and_mlflow, stop_on_signal
 from perceiver.config import UserError
 from perceiver.train.mlflow import (
     RunHandle,
@@ -27,14 +24,14 @@ from perceiver.train.mlflow import (
     share_helper,
     spool_folder,
 )
-from perceiver.train.tracking import NullTracker, Tracker
 from pipelines.warm import warm_up
-from tune.checks import Checker, baseline, check_search, check_trials
+from tune.checks import baseline, check_search, check_trials
 from tune.conclude import conclude
 from tune.config import OptunaSearch, Search, build_search
 from tune.console import SearchConsole
 from tune.draws import FixedSource, OptunaSource, Source, known_trials
 from tune.dry_run import say_plan
+from tune.plan import Concluder, Plan, SearchLaunch, Start
 from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_record
 from tune.resources import Slots, divide
 from tune.search_file import read_search
@@ -51,40 +48,6 @@ ENVIRONMENT = {
 }
 STOPPING = "stopping: the running trials save a checkpoint first (again to leave at once)"
 FREE_ON_RESUME = ("trials", "concurrency", "max_failures")
-
-
-@dataclass
-class SearchLaunch:
-    """One start of a search: what is searched, where it lies, what the checks found, and where its lines go."""
-
-    search: Search
-    folder: RunFolder
-    checker: Checker
-    slots: Slots
-    record: SearchRecord
-    waiting: list[int]
-    known: list[Values] | None
-    console: SearchConsole
-    background: ThreadPoolExecutor
-    command: str
-    resume: bool
-    began: float = field(default_factory=time.monotonic)
-    tracker: Tracker = field(default_factory=NullTracker)
-
-    @property
-    def total(self) -> int:
-        """Return how many trials the search comes to."""
-        return len(self.known) if self.known is not None else self.search.config.trials
-
-    @property
-    def tracking(self) -> TrackingConfig:
-        """Return where the search and its trials are tracked."""
-        return tracking_of(self.search.recipe.tracking, self.folder, self.search.config.name)
-
-    @property
-    def trials_url(self) -> str:
-        """Return the folder that the trials' run folders lie in."""
-        return absolute(self.folder.location("trials"))
 
 
 def launch_search(
@@ -109,36 +72,54 @@ def launch_search(
     Raises:
         UserError: a mistake in the search, the recipe, the data or the resources, before anything starts.
     """
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     tree, base, where = read_search(path, overrides)
-    ray_start = None if dry_run else local.EarlyRay(base.get("cluster"))
+    ray_start = start_early(base, dry_run)
     search = build_search(tree, base, where, path)
     checker = check_search(search)
     known = known_trials(search, baseline(search))
-    slots = _slots(search, known, ray_start)
+    slots = find_slots(search, known, ray_start)
     check_trials(checker, known or [])
     if ray_start is None:
         say_plan(search, checker, slots, known)
         return 0
-    folder = _folder(search, resume, run)
-    record = load_record(folder) if resume else _new_record(search)
+    command = " ".join(["perceiver tune", path, *map(shlex.quote, overrides)])
+    return run_search(Plan(search, checker, slots, known), Start(command, resume, run, as_json), ray_start, conclude)
+
+
+def start_early(base: Mapping[str, Any], dry_run: bool) -> local.EarlyRay | None:
+    """Have Ray come up while the rest is read and checked; None if nothing is to be started.
+
+    Args:
+        base: tree of the base recipe.
+        dry_run: start nothing.
+    """
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    return None if dry_run else local.EarlyRay(base.get("cluster"))
+
+
+def run_search(plan: Plan, start: Start, ray_start: local.EarlyRay, conclude: Concluder) -> int:
+    """Run what is left of a search; return the exit code of ``conclude``, 0 if nothing was left.
+
+    Raises:
+        UserError: there is no such search to resume, or it was begun with other settings.
+    """
+    folder = _folder(plan.search, start)
+    record = load_record(folder) if start.resume else _new_record(plan.search)
     waiting = go_on(record)
-    _keep_search(search, folder, resume)
+    _keep_search(plan, folder, start.resume)
+    save_record(record, folder)
     with SearchConsole(record) as console, ExitStack() as stack:
         stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
-        command = " ".join(["perceiver tune", path, *map(shlex.quote, overrides)])
-        launch = SearchLaunch(
-            search, folder, checker, slots, record, waiting, known, console, background, command, resume
-        )
-        if resume and not waiting and len(record.trials) >= launch.total:
-            console.say(f"{folder.url} is finished ({len(record.trials)} trials); raise trials to go on")
+        launch = SearchLaunch(plan, start, folder, record, waiting, console, background)
+        if start.resume and not waiting and len(record.trials) >= launch.total:
+            console.say(f"{folder.url} is finished ({len(record.trials)} trials); {start.more}")
             return 0
         outcome = logged(lambda: _search(launch, ray_start))
-        return conclude(launch, outcome, as_json)
+        return conclude(launch, outcome)
 
 
-def _slots(search: Search, known: list[Values] | None, ray_start: local.EarlyRay | None) -> Slots:
+def find_slots(search: Search, known: list[Values] | None, ray_start: local.EarlyRay | None) -> Slots:
     """Divide the cluster to connect to, or this machine, where Ray may still be on its way."""
     import torch
 
@@ -157,33 +138,36 @@ def _new_record(search: Search) -> SearchRecord:
     return SearchRecord(metrics=search.config.metrics, workers=search.recipe.cluster.workers)
 
 
-def _folder(search: Search, resume: bool, run: str | None) -> RunFolder:
+def _folder(search: Search, start: Start) -> RunFolder:
     output = search.recipe.output
-    folder = choose_run(output, search.config.name, resume, run)
-    if not resume and folder.facts():
+    folder = choose_run(output, search.config.name, start.resume, start.run)
+    if not start.resume and folder.facts():
         raise UserError(f"search {folder.name!r} exists below {output}: add --resume to go on, or choose another --run")
     return folder
 
 
-def _keep_search(search: Search, folder: RunFolder, resume: bool) -> None:
+def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
     """Write ``search.yaml``; on a resume refuse one that asks for something else.
 
     Raises:
         UserError: a key differs that the finished trials depend on.
     """
+    search = plan.search
     wanted = {
         "search": search.config.model_dump(mode="json"),
         "base": redacted_recipe(search.recipe.model_dump(mode="json")),
+        "rows": redacted_recipe(plan.rows),
     }
     before = yaml.safe_load(folder.read("search.yaml") or "{}") if resume else {}
-    for part, free in (("search", FREE_ON_RESUME), ("base", ("cluster", "tracking", "output"))):
+    of = {"search": "{}", "base": "{} of the base recipe", "rows": "row {}"}
+    free = {"search": FREE_ON_RESUME + (("space",) * bool(plan.rows)), "base": ("cluster", "tracking", "output")}
+    for part, name in of.items():
         for key in before.get(part, {}):
             old, new = before[part][key], wanted[part].get(key)
-            if key not in free and old != new:
-                what = key if part == "search" else f"{key} of the base recipe"
+            if key not in free.get(part, ()) and old != new:
                 raise UserError(
-                    f"{folder.url} was begun with another {what} ({_short(old)}, now {_short(new)}): resume with what "
-                    f"{folder.location('search.yaml')} says, or start a new search without --resume"
+                    f"{folder.url} was begun with another {name.format(key)} ({_short(old)}, now {_short(new)}): "
+                    f"resume with what {folder.location('search.yaml')} says, or start a new one without --resume"
                 )
     folder.note(search=search.config.name, status="running")
     folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
@@ -200,7 +184,7 @@ def _search(launch: SearchLaunch, ray_start: local.EarlyRay) -> dict[str, Any]:
     share_helper()
     _say_header(launch)
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
-    run = Tracked(launch.tracking, params, {"mlflow.source.name": "perceiver tune"})
+    run = Tracked(launch.tracking, params, _source_tag(launch))
     with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say) as handle:
         tasks = launch.slots.concurrency * recipe.cluster.workers
         warm_up(tasks * recipe.data.tasks, recipe.data.cpus_per_task)
@@ -216,7 +200,7 @@ def _say_header(launch: SearchLaunch) -> None:
         f"{launch.folder.url}: {launch.total} trials of {launch.search.recipe.name} ({config.search.kind}, scheduler "
         f"{config.scheduler.kind}), {slots.concurrency} at a time, each {here} on {slots.share.cpus:.4g} CPUs"
     )
-    if launch.resume:
+    if launch.start.resume:
         done = len(launch.record.ended())
         console.say(f"resuming {launch.folder.name}: {done} trials are done, {len(launch.waiting)} go on")
 
@@ -226,8 +210,8 @@ def _source(launch: SearchLaunch) -> Source:
     if isinstance(settings, OptunaSearch):
         told = len(launch.record.trials)
         return OptunaSource(launch.search, settings, launch.search.config.metrics, told)
-    assert launch.known is not None
-    return FixedSource(launch.known)
+    assert launch.plan.known is not None
+    return FixedSource(launch.plan.known, launch.plan.labels)
 
 
 def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
@@ -287,7 +271,7 @@ def _prepare(launch: SearchLaunch) -> Any:
 
 def _add_baseline(launch: SearchLaunch, desk: Any) -> None:
     """Enter trials that need no drawing: the baseline of a study, and a whole population."""
-    if launch.known is None and launch.search.config.with_baseline and not launch.record.trials:
+    if launch.plan.known is None and launch.search.config.with_baseline and not launch.record.trials:
         values = baseline(launch.search)
         parameters, steps = desk.prepare(values)
         launch.record.trials.append(TrialRecord(number=0, values=values, parameters=parameters, total_steps=steps))
@@ -301,10 +285,14 @@ def _add_baseline(launch: SearchLaunch, desk: Any) -> None:
 def _trial_tracking(launch: SearchLaunch, handle: RunHandle | None) -> tuple[TrackingConfig, dict[str, str]]:
     """Return the settings and tags of the trials' MLflow runs: children of the search's."""
     config = launch.tracking.model_copy(update={"system_metrics": False})
-    tags = {"mlflow.source.name": "perceiver tune", "perceiver.search": launch.folder.name}
+    tags = {**_source_tag(launch), "perceiver.search": launch.folder.name}
     if handle is not None and handle.run_id is not None:
         tags["mlflow.parentRunId"] = handle.run_id
     return config, tags
+
+
+def _source_tag(launch: SearchLaunch) -> dict[str, str]:
+    return {"mlflow.source.name": " ".join(launch.start.command.split()[:2])}
 
 
 class _Tracking:

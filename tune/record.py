@@ -45,6 +45,7 @@ class TrialRecord(BaseModel):
 
     number: int
     values: Values
+    label: str = Field(default="", description="what it is called beside its number: the row of a table")
     status: Status = "waiting"
     reason: str = Field(default="", description="why it failed")
     parameters: int = Field(default=0, description="of the model")

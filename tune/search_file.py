@@ -35,10 +35,10 @@ def read_search(path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree of overrides by dotted key; a mapping that names a ``kind`` replaces the whole section."""
+    """Return a tree of overrides by dotted key; a mapping that names ``kind`` or ``preset`` replaces a section."""
     found: dict[str, Any] = {}
     for key, node in tree.items():
-        if isinstance(node, Mapping) and "kind" not in node:
+        if isinstance(node, Mapping) and node and not {"kind", "preset"} & set(node):
             found |= flat(node, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = node

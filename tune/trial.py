@@ -75,7 +75,7 @@ def trial_name(number: int) -> str:
 
 
 class TrialRun(ray.tune.Trainable):
-    """A trial as Ray Tune drives it. Its configuration is ``{"number": int, "values": {key: value}}``."""
+    """A trial as Ray Tune drives it. Its configuration is ``{"number": int, "values": {key: value}, "label": str}``."""
 
     def setup(self, config: dict[str, Any], plan: TrialPlan | None = None) -> None:
         """Take the plan; training begins with the first step, when Tune has said whether to restore."""
@@ -90,7 +90,7 @@ class TrialRun(ray.tune.Trainable):
             number, values = int(self.config["number"]), dict(self.config["values"])
             if refusal := self.plan.folder(number).facts().get("refusal"):
                 return {"done": True, "ending": "refused", "error": refusal, "seconds": 0.0}
-            self.run = Running(self.plan, number, values)
+            self.run = Running(self.plan, number, values, self.config.get("label", ""))
         return self.run.next_result()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -127,8 +127,8 @@ class TrialRun(ray.tune.Trainable):
 class Running:
     """A training run in a thread of this process, and what it says."""
 
-    def __init__(self, plan: TrialPlan, number: int, values: Values) -> None:
-        self.plan, self.number, self.values = plan, number, values
+    def __init__(self, plan: TrialPlan, number: int, values: Values, label: str = "") -> None:
+        self.plan, self.number, self.values, self.label = plan, number, values, label
         self.folder = plan.folder(number)
         self.recipe = build_recipe(with_values(plan.base, {**values, "name": self.folder.name, "output": plan.output}))
         self.link = MonitorClient(plan.control, rank=0, interval=0.5)
@@ -165,7 +165,8 @@ class Running:
     def _handle(self) -> RunHandle | None:
         config = self.plan.tracking
         name = "/".join([self.plan.output.rstrip("/").split("/")[-2], self.folder.name])
-        return promise_run(config, name, output=self.folder.local, params=self.values, tags=self.plan.tags)
+        tags = {**self.plan.tags, **({"perceiver.row": self.label} if self.label else {})}
+        return promise_run(config, name, output=self.folder.local, params=self.values, tags=tags)
 
     def _fit(self, trainer: Any) -> None:
         try:

@@ -15,7 +15,7 @@ from tune.space import with_values
 from tune.trial import TrialPlan, TrialRun
 
 if TYPE_CHECKING:
-    from tune.launch import SearchLaunch
+    from tune.plan import SearchLaunch
 
 
 def build_tuner(

@@ -1,0 +1,145 @@
+"""A table of the papers as a file: its rows as recipes at two scales, the papers' figures, and what they claim."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from cluster.recipe_file import read_tree
+from perceiver.config import Config, UserError
+from tune.config import Mode
+from tune.messages import explain
+from tune.search_file import flat
+from tune.space import Values
+
+ScaleName = Literal["small", "full"]
+FOLDER = "recipes/papers"
+
+
+class Scale(Config):
+    """What all rows of a table have in common at one scale."""
+
+    recipe: str = Field(description="the base recipe: a path from here, or from the table's folder")
+    data: str = Field(description="what it trains on, in words")
+    prepare: str = Field(description="the command that makes the data")
+    overrides: dict[str, Any] = Field(default={}, description="keys of the base recipe to change, nested or dotted")
+    metric: str = Field(default="accuracy", description="metric of the evaluations that is compared")
+    mode: Mode = Field(default="max", description="whether it should be great or small")
+    seeds: PositiveInt = Field(default=1, description="how many seeds unless --seeds says")
+
+
+class Row(Config):
+    """A row: the paper's figure, and the keys of the base recipe that make it."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="what claims call it")
+    label: str = Field(description="what the table calls it")
+    paper: float | None = Field(default=None, description="the paper's figure")
+    source: str = Field(default="", description="where that stands, if not where the table's other figures do")
+    full: dict[str, Any] | None = Field(default=None, description="keys to change with the papers' data; none: not run")
+    small: dict[str, Any] | None = Field(default=None, description="keys to change on small data; none: not run")
+    note: str = Field(default="", description="what the paper leaves open, or why the row is not run")
+
+
+class Claim(Config):
+    """What a paper's figures say about rows, to be held against ours."""
+
+    text: str = Field(description="the claim in words")
+    better: str | None = Field(default=None, description="name of a row ...")
+    than: str | None = Field(default=None, description="... that is better than this one")
+    by: float = Field(default=0, ge=0, description="by so many points at least")
+    same: tuple[str, str] | None = Field(default=None, description="names of two rows that differ by chance alone")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Claim":
+        if (self.better is None) != (self.than is None) or (self.same is None) == (self.better is None):
+            raise ValueError("wanted either better and than, or same with two rows")
+        return self
+
+    @property
+    def rows(self) -> tuple[str, str]:
+        """Return the names of the two rows."""
+        return self.same or (str(self.better), str(self.than))
+
+
+class TableConfig(Config):
+    """A table file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="output folders are named after it")
+    title: str = Field(description="the heading")
+    source: str = Field(description="paper and table that the figures are from")
+    figure: str = Field(description="what the paper's figures measure, with the unit")
+    full: Scale = Field(description="with the user's own copy of the papers' data")
+    small: Scale = Field(description="with data that packages carry, in minutes on two CPU cores")
+    rows: list[Row] = Field(min_length=1, description="the rows, in the table's order")
+    claims: list[Claim] = Field(default=[], description="what the figures say")
+
+    @model_validator(mode="after")
+    def _known_rows(self) -> "TableConfig":
+        names = [row.name for row in self.rows]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two rows are called {twice[0]!r}: rename one")
+        for claim in self.claims:
+            if unknown := [name for name in claim.rows if name not in names]:
+                raise ValueError(f"claim {claim.text!r}: no row {unknown[0]!r}{_near(unknown[0], names)}")
+        return self
+
+    def scale(self, name: ScaleName) -> Scale:
+        """Return a scale."""
+        return self.small if name == "small" else self.full
+
+    def run_rows(self, scale: ScaleName) -> list[Row]:
+        """Return the rows that are trained at a scale."""
+        return [row for row in self.rows if self.changes(row, scale) is not None]
+
+    def changes(self, row: Row, scale: ScaleName) -> Values | None:
+        """Return the recipe keys that a row changes, dotted; None if it is not run."""
+        keys = row.small if scale == "small" else row.full
+        return None if keys is None else flat(keys)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as read, and the file that it stands in."""
+
+    config: TableConfig
+    path: str
+
+
+def load_table(name: str) -> Table:
+    """Read a table by its name, or by the path of a file.
+
+    Raises:
+        UserError: there is none (with the nearest name), or a mistake in it.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else tables().get(name)
+    if path is None:
+        known = list(tables())
+        raise UserError(f"no table {name!r}{_near(name, known) or '; perceiver reproduce --list names them'}")
+    tree = read_tree(path)
+    try:
+        return Table(TableConfig.model_validate(tree), str(path))
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, TableConfig)}") from None
+
+
+def tables() -> dict[str, Path]:
+    """Return the tables by name: those of this folder, else those beside the installed code."""
+    return {path.stem: path for folder in _folders() for path in sorted(folder.glob("*.yaml"))}
+
+
+def _folders() -> Iterator[Path]:
+    here = Path(FOLDER)
+    yield here if here.is_dir() else Path(__file__).parents[2] / FOLDER
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def values_of(changes: Mapping[str, Any], seed: int, theirs: Mapping[str, Any]) -> Values:
+    """Return a trial's values: a row's changes without the keys that the user sets for all rows, and its seed."""
+    return {key: value for key, value in changes.items() if key not in theirs} | {"seed": seed}

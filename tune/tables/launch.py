@@ -1,0 +1,239 @@
+"""The driver of a table: its rows become a search's trials, and their results the table."""
+
+import json
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.recipe_file import apply_override, read_tree
+from perceiver.accounting import account
+from perceiver.config import UserError
+from tune.checks import Checker
+from tune.conclude import all_failed, finish_run, machine, say_ending
+from tune.config import Search, build_search
+from tune.dry_run import say_resources
+from tune.estimate import estimate, say_estimate
+from tune.launch import find_slots, run_search, start_early
+from tune.plan import Plan, SearchLaunch, Start
+from tune.search_file import RECIPE_KEYS, flat, recipe_path
+from tune.space import Values, with_values
+from tune.tables.config import Row, Scale, ScaleName, Table, load_table, values_of
+from tune.tables.page import HEAD, NOT_RUN, Page, aligned, cells, markdown, write_json, write_page
+from tune.tables.results import Cost, judge, results
+
+log = logging.getLogger(__name__)
+
+SEARCH_KEYS = ("concurrency", "max_failures")
+FILES = ("table.md", "table.html", "table.json", "trials.json", "search.yaml")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table at one scale, as its trials are made from it.
+
+    Attributes:
+        table: as read.
+        scale: name of the scale.
+        seeds: how many; each row is trained with seeds 0, 1, ...
+        theirs: recipe keys that the user sets for all rows, dotted.
+    """
+
+    table: Table
+    scale: ScaleName
+    seeds: int
+    theirs: Mapping[str, Any]
+
+    @property
+    def common(self) -> Scale:
+        """Return what the rows have in common."""
+        return self.table.config.scale(self.scale)
+
+    @property
+    def run(self) -> list[Row]:
+        """Return the rows that are trained."""
+        return self.table.config.run_rows(self.scale)
+
+    def values(self, row: Row, seed: int = 0) -> Values:
+        """Return the values of a row's trial."""
+        return values_of(self.table.config.changes(row, self.scale) or {}, seed, self.theirs)
+
+    def trials(self) -> list[tuple[Row, int]]:
+        """Return row and seed of each trial: all rows with one seed, then all with the next."""
+        return [(row, seed) for seed in range(self.seeds) for row in self.run]
+
+
+def reproduce(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    scale: ScaleName = "small",
+    seeds: int | None = None,
+    resume: bool = False,
+    run: str | None = None,
+    as_json: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Train the rows of a table and set the figures beside the paper's; return the exit code (0, 1, 130 stopped).
+
+    Args:
+        name: of the table, or its file.
+        overrides: ``key=value`` for the recipes of all rows; ``concurrency`` and ``max_failures`` as in a search.
+        scale: small data that packages carry, or the papers' data.
+        seeds: how many seeds each row is trained with; default: the table's.
+        resume: go on with the newest start of this table and scale, or with ``run``.
+        run: name of the output folder.
+        as_json: print the outcome as one JSON line at the end.
+        dry_run: print rows and resources, and end.
+
+    Raises:
+        UserError: no such table, a mistake in it or in the overrides, missing data, too few resources.
+    """
+    rows, search_keys, base, where = read_rows(load_table(name), scale, seeds, overrides)
+    ray_start = start_early(base, dry_run)
+    search = build_rows(rows, search_keys, base, where)
+    costs = check_rows(search, rows)
+    trials = rows.trials()
+    known = [rows.values(row, seed) for row, seed in trials]
+    slots = find_slots(search, known, ray_start)
+    if ray_start is None:
+        _say_plan(rows, Plan(search, Checker(search), slots, known), costs)
+        return 0
+    labels = tuple(f"{row.name}, seed {seed}" for row, seed in trials)
+    plan = Plan(search, Checker(search), slots, known, labels, {row.name: rows.values(row) for row in rows.run})
+    options = [f"--scale {scale}", *([f"--seeds {seeds}"] if seeds else [])]
+    command = " ".join(["perceiver reproduce", name, *options, *map(shlex.quote, overrides)])
+    start = Start(command, resume, run, as_json, "raise --seeds to go on")
+    return run_search(plan, start, ray_start, lambda launch, outcome: _conclude(launch, outcome, rows, costs))
+
+
+def read_rows(
+    table: Table, scale: ScaleName, seeds: int | None, overrides: Sequence[str]
+) -> tuple[Rows, dict[str, Any], dict[str, Any], str]:
+    """Return the rows, the user's keys of the search, the base recipe's tree, and its file.
+
+    Raises:
+        UserError: an override is not of the form key=value or not the user's to set, or there is no base recipe.
+    """
+    common, trees = table.config.scale(scale), {True: {}, False: {}}
+    for override in overrides:
+        head = override.partition("=")[0].split(".")[0]
+        if head == "seed":
+            raise UserError(f"override {override!r}: each row is trained with seeds 0, 1, ...; set --seeds")
+        if head not in (*RECIPE_KEYS, *SEARCH_KEYS):
+            raise UserError(
+                f"override {override!r}: unknown key {head}; wanted a key of the recipes ({', '.join(RECIPE_KEYS)}), "
+                f"{' or '.join(SEARCH_KEYS)}"
+            )
+        apply_override(trees[head in SEARCH_KEYS], override)
+    theirs = flat(trees[False])
+    where = recipe_path(common.recipe, table.path)
+    base = with_values(read_tree(where), flat(common.overrides) | theirs)
+    return Rows(table, scale, seeds or common.seeds, theirs), trees[True], base, where
+
+
+def build_rows(rows: Rows, search_keys: Mapping[str, Any], base: Mapping[str, Any], where: str) -> Search:
+    """Return the search whose trials the rows are: a grid without a scheduler.
+
+    Raises:
+        UserError: the base recipe or one of the keys is wrong.
+    """
+    tree = {
+        **search_keys,
+        "name": f"{rows.table.config.name}-{rows.scale}",
+        "recipe": where,
+        "overrides": rows.common.overrides,
+        "space": {"seed": {"kind": "grid", "values": list(range(rows.seeds))}},
+        "search": {"kind": "grid"},
+        "metric": rows.common.metric,
+        "mode": rows.common.mode,
+        "trials": len(rows.trials()),
+    }
+    return build_search(tree, base, where, rows.table.path)
+
+
+def check_rows(search: Search, rows: Rows) -> dict[str, Cost]:
+    """Check each row's recipe on its data; return what the models cost, by the rows' names.
+
+    Raises:
+        UserError: the first row that could not be trained, or data that is not there.
+    """
+    checker, costs = Checker(search), {}
+    _check_data(checker, rows)
+    for row in rows.run:
+        try:
+            recipe, model = checker.recipe(rows.values(row))
+            found = account(recipe.model, classes=len(model.manifest.classes) or None)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{search.source}: ")
+            raise UserError(f"{rows.table.path}: row {row.name}: {reason}") from None
+        if recipe.cluster != search.recipe.cluster:
+            raise UserError(f"{rows.table.path}: row {row.name} changes cluster, which all rows share: set it for all")
+        costs[row.name] = Cost(found.parameters, found.forward_flops)
+    return costs
+
+
+def _check_data(checker: Checker, rows: Rows) -> None:
+    """Refuse data that is not there, and say how it is made."""
+    data = checker.search.recipe.data
+    try:
+        checker.manifest(data.url, data.storage_options)
+    except UserError as error:
+        reason = str(error).split(": make it with")[0]
+        fix = "make it with" if rows.scale == "small" else "set data.url=URL to yours, made with"
+        raise UserError(f"{reason}: {fix} `{rows.common.prepare}`") from None
+
+
+def _say_plan(rows: Rows, plan: Plan, costs: Mapping[str, Cost]) -> None:
+    config = rows.table.config
+    print(f"{config.title} ({config.source}), {rows.scale} scale: {rows.common.data}")
+    say_resources(plan.search, plan.slots)
+    steps = {row.name: plan.checker.total_steps(rows.values(row))[0] for row in rows.run}
+    samples = plan.search.recipe.train.global_batch * sum(steps.values()) / len(steps)
+    print(say_estimate(estimate(plan.search, plan.slots, samples, plan.total)))
+    seeds = f"{rows.seeds} seed{'s' * (rows.seeds > 1)}"
+    print(f"{plan.total} trials: {len(rows.run)} rows with {seeds} each")
+    head = ("row", "paper", "steps", "parameters", "FLOPs")
+    lines = [cells(result) for result in results(config, rows.scale, [], costs)]
+    told = [f"{steps[row.name]:,}" if row.name in steps else NOT_RUN for row in config.rows]
+    for line in aligned(head, [(c[0], c[1], told[i], c[4], c[5]) for i, c in enumerate(lines)]):
+        print(line)
+
+
+def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: Rows, costs: Mapping[str, Cost]) -> int:
+    """Write the table of what was measured, MLflow's last entries, and how to go on. Return the exit code."""
+    record, folder, say = launch.record, launch.folder, launch.console.say
+    status = outcome["status"]
+    if status == "finished" and record.best() is None:
+        status, outcome["error"] = "failed", all_failed(record)
+    folder.note(status=status, seconds=record.seconds)
+    config = rows.table.config
+    found = results(config, rows.scale, record.trials, costs)
+    judged = judge(config, found, rows.common.mode)
+    page = Page(config, rows.scale, found, judged, launch.start.command, machine_words(launch), record.seconds, status)
+    folder.write("table.md", markdown(page))
+    folder.write("table.html", write_page(page))
+    folder.write("table.json", write_json(page))
+    finish_run(launch, status, FILES)
+    if any(result.scores for result in found):
+        say("")
+        for line in aligned(HEAD, [cells(result) for result in found]):
+            say(line)
+        for one in judged:
+            say(f"{one.verdict}: {one.claim.text} ({one.reason})")
+    say(f"table       {folder.location('table.html')} (.md, .json)")
+    if launch.start.as_json:
+        print(json.dumps({"status": status, "table": folder.location("table.json"), "error": outcome.get("error")}))
+    return say_ending(launch, status, outcome)
+
+
+def machine_words(launch: SearchLaunch) -> str:
+    """Return where the rows were trained, and how many at a time: their wall times depend on it."""
+    cluster, slots = launch.search.recipe.cluster, launch.slots
+    where = machine()
+    if cluster.resolved_address():
+        where = f"a cluster of {slots.share.cpus * slots.concurrency:g} CPUs"
+    gpus = cluster.workers * cluster.gpus_per_worker
+    each = f"{cluster.workers} worker{'s' * (cluster.workers > 1)}" + (f" and {gpus:g} GPUs" if gpus else "")
+    return f"{where}; {slots.concurrency} trials at a time, {each} each"

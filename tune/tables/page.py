@@ -1,0 +1,190 @@
+"""A finished table as Markdown, HTML, JSON and lines for the terminal: pure functions of the results."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perceiver.train import report_figures as training_figures
+from perceiver.train.redaction import MASK, is_secret_key, redact_text
+from tune.tables.config import Scale, ScaleName, TableConfig
+from tune.tables.figures import draw_results
+from tune.tables.results import Judged, Result, seed_noise
+from tune.words import duration
+
+HEAD = ("row", "paper", "ours", "seeds", "parameters", "FLOPs", "wall time")
+UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+NOT_RUN = "not run at this scale"
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the outputs are made of.
+
+    Attributes:
+        table: the table.
+        scale: the one that was run.
+        found: a result for each row, in the table's order.
+        judged: the claims.
+        command: what was typed.
+        machine: where it ran.
+        seconds: wall time of all trials, start-up included.
+        status: finished, stopped or failed.
+        date: day of the end.
+    """
+
+    table: TableConfig
+    scale: ScaleName
+    found: Sequence[Result]
+    judged: Sequence[Judged]
+    command: str
+    machine: str
+    seconds: float
+    status: str = "finished"
+    date: str = ""
+
+    @property
+    def common(self) -> Scale:
+        """Return what the rows have in common."""
+        return self.table.scale(self.scale)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Return how it was measured, by caption."""
+        ended = {} if self.status == "finished" else {"status": f"{self.status}: not all trials came to their end"}
+        noise, measure = seed_noise(self.found), self.common.metric.replace("_", " ")
+        known = f"{noise or 0:.2f} points of deviation over seeds, pooled over the rows"
+        return {
+            "paper": f"{self.table.figure}; {self.table.source}",
+            "ours": f"{measure} (mean ± standard deviation over seeds); {self.common.data}",
+            "noise": known if noise is not None else "unknown: it takes two seeds",
+            "wall time": f"of one trial's training, evaluations included; {duration(self.seconds)} for all of them",
+            "machine": self.machine,
+            "command": _safe(self.command),
+            "date": self.date or time.strftime("%Y-%m-%d"),
+            **ended,
+        }  # fmt: skip
+
+
+def _safe(command: str) -> str:
+    """Return a command without the values of keys that name secrets."""
+    pairs = [(word, *word.partition("=")[::2]) for word in redact_text(command).split(" ")]
+    return " ".join(f"{key}={MASK}" if value and is_secret_key(key) else word for word, key, value in pairs)
+
+
+def cells(result: Result) -> list[str]:
+    """Return a row of the table, in the order of `HEAD`."""
+    paper = "–" if result.row.paper is None else f"{result.row.paper:.1f}"
+    if result.cost is None:
+        return [result.row.label, paper, "–", "–", "–", "–", "–"]
+    ours = "–" if result.mean is None else f"{result.mean:.1f}"
+    if result.deviation is not None:
+        ours += f" ± {result.deviation:.1f}"
+    wall = "–" if result.wall is None else duration(result.wall)
+    cost = [short(result.cost.parameters), short(result.cost.flops)]
+    return [result.row.label, paper, ours, str(len(result.scores)), *cost, wall]
+
+
+def short(count: float) -> str:
+    """Return a count with three digits and a unit: 44.9M, 707G."""
+    for size, unit in UNITS:
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def notes(found: Sequence[Result]) -> Iterator[str]:
+    """Yield what is to be known of single rows: sources, notes, rows that were not run, seeds that failed."""
+    for result in found:
+        row = result.row
+        said = [f"the paper's figure: {row.source}"] if row.source else []
+        said += [row.note] if row.note else []
+        said += [NOT_RUN] if result.cost is None else []
+        said += [f"seed {seed}: {redact_text(reason)}" for seed, reason in sorted((result.failed or {}).items())]
+        if said:
+            yield f"{row.label}: {'; '.join(said)}"
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table as lines of aligned columns, the first to the left."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+
+
+def markdown(page: Page) -> str:
+    """Return the table, the claims, and how it was measured."""
+    lines = [f"## {page.table.title} ({page.scale} scale)", "", f"| {' | '.join(HEAD)} |", "|---" + "|---:" * 6 + "|"]
+    lines += [f"| {' | '.join(_plain(text) for text in cells(result))} |" for result in page.found]
+    if page.judged:
+        lines += ["", "| the paper's figures say | here | |", "|---|---|---|"]
+        lines += [f"| {_plain(j.claim.text)} | {j.verdict} | {_plain(j.reason)} |" for j in page.judged]
+    lines += ["", *(f"- {caption}: {text}" for caption, text in page.facts.items())]
+    lines += [f"- {note}" for note in notes(page.found)]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def write_json(page: Page) -> str:
+    """Return everything as JSON, each seed's score apart."""
+    rows = [
+        {
+            "name": result.row.name,
+            "label": result.row.label,
+            "paper": result.row.paper,
+            "mean": result.mean,
+            "deviation": result.deviation,
+            "scores": {str(seed): score for seed, score in sorted(result.scores.items())},
+            "failed": {str(seed): redact_text(reason) for seed, reason in sorted((result.failed or {}).items())},
+            "parameters": result.cost.parameters if result.cost else None,
+            "flops": result.cost.flops if result.cost else None,
+            "seconds": result.wall,
+            "run": result.cost is not None,
+        }
+        for result in page.found
+    ]
+    claims = [
+        {"text": j.claim.text, "rows": j.claim.rows, "verdict": j.verdict, "reason": j.reason} for j in page.judged
+    ]
+    tree = {
+        "table": page.table.name,
+        "scale": page.scale,
+        "status": page.status,
+        "metric": page.common.metric,
+        "rows": rows,
+        "claims": claims,
+        "noise": seed_noise(page.found),
+        "facts": page.facts,
+        "seconds": page.seconds,
+    }
+    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_page(page: Page) -> str:
+    """Return the table as one self-contained HTML page with a plot."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folders = [Path(__file__).parents[1], Path(training_figures.__file__).parent]
+    environment = Environment(
+        loader=FileSystemLoader(folders),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    values: dict[str, Any] = {
+        "title": page.table.title,
+        "scale": page.scale,
+        "facts": page.facts,
+        "head": HEAD,
+        "rows": [{"cells": cells(result), "run": result.cost is not None} for result in page.found],
+        "judged": page.judged,
+        "notes": list(notes(page.found)),
+        "drawing": draw_results(page.found, page.common.metric),
+    }
+    return environment.get_template("report_template_table.html").render(values)
