@@ -11,7 +11,7 @@ from perceiver.train.checkpoint import Snapshot
 from perceiver.train.engine import Engine
 from perceiver.train.hooks import History
 from perceiver.train.loop import StepInfo
-from perceiver.train.saving import BackgroundSaver, Cadence, Flags, exchange
+from perceiver.train.saving import BackgroundSaver, Cadence, Flags, exchange, refusal
 
 Figures = Callable[[StepInfo], Mapping[str, float]]
 POLL_S = 0.02
@@ -126,7 +126,8 @@ class CheckpointHook:
             self.news.counts(self._flying)
         self._flying, self.saver.failure = None, ""
         if flags.refused:
-            raise UserError(self.saver.refused or f"{self.saver.store.url} refuses another worker, see its log")
+            elsewhere = refusal(self.saver.store.url, "told by another worker, see its log")
+            raise UserError(self.saver.refused or elsewhere)
         if self._missed >= self.saver.config.checkpoint_misses:
             raise UserError(f"{self._missed} checkpoints in a row were lost (train.checkpoint_misses): {self._reason}")
 

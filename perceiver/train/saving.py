@@ -255,9 +255,7 @@ class BackgroundSaver:
     def _fail(self, step: int, error: Exception) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if is_refusal(error):
-            self.refused = (
-                f"{self.store.url} refuses {identity()} ({reason}): check the credentials and their right to write"
-            )
+            self.refused = refusal(self.store.url, reason)
         self.failure = f"checkpoint {self.store.location(step)} was not saved: {type(error).__name__}: {reason}"
         log.error("%s", self.failure)
 
@@ -265,6 +263,11 @@ class BackgroundSaver:
 def is_refusal(error: Exception) -> bool:
     """Whether a store said no, so that trying again cannot help."""
     return isinstance(error, PermissionError) or type(error).__name__ in REFUSALS
+
+
+def refusal(url: str, reason: str) -> str:
+    """The line for a store that says no."""
+    return f"{url} refuses {identity()} ({reason}): check the credentials and their right to write"
 
 
 def identity() -> str:
