@@ -1,6 +1,7 @@
 """`python -m tests.faults [NAME ...]`: put the faults upon real runs and print one table; exit code 1 if one failed."""
 
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -34,4 +35,5 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is ended
     sys.exit(main(sys.argv[1:]))
