@@ -246,13 +246,20 @@ def _start(cluster: LocalCluster, nodes: list[dict[str, Any]], say: Callable[[st
         for _ in range(TRIES):
             if _came_up(cluster, node, log):
                 break
-            raylet = cluster.raylets().get(node["ip"])
-            _end([psutil.Process(raylet)] if raylet else [])
+            _end(_left_by(cluster, node))
         else:
             reason = _reason(log)
             down()
             raise UserError(f"node {node['ip']} did not come up ({reason}); nothing is left running: try fewer nodes")
         say(f"node {node['ip']} is up ({' '.join(node['options'])})")
+
+
+def _left_by(cluster: LocalCluster, node: dict[str, Any]) -> list[psutil.Process]:
+    """Return what a start that failed has left: of the head everything, else the next try would meet its old store."""
+    if node is cluster.nodes[0]:
+        return cluster.processes()
+    raylet = cluster.raylets().get(node["ip"])
+    return [psutil.Process(raylet)] if raylet else []
 
 
 def _came_up(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:

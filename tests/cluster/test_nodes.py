@@ -1,6 +1,8 @@
 """Where workers and data tasks fit, and how a local cluster of several nodes is described."""
 
+import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,23 @@ def test_no_state_is_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     assert LocalCluster("gone", "", "", "", []).processes() == []
     assert local_nodes.running_cluster() is None and local_nodes.down() == 0 and not state.exists()
+
+
+def test_a_head_that_fails_leaves_nothing_for_the_next_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of the first try that lives on would refuse the second one."""
+    cluster = LocalCluster("retry", "127.0.0.2:1", "", str(tmp_path), [{"ip": "127.0.0.2", "options": []}])
+    stores: list[subprocess.Popen[bytes]] = []
+
+    def came_up(*_: object) -> bool:
+        assert all(store.poll() is not None for store in stores), "the store of the try before is still there"
+        stores.append(subprocess.Popen(["sleep", "60"], env={**os.environ, local_nodes.MARK: cluster.name}))
+        return len(stores) == 2
+
+    monkeypatch.setattr(local_nodes, "_came_up", came_up)
+    try:
+        local_nodes._start(cluster, cluster.nodes, lambda line: None)
+        assert len(stores) == 2 and stores[1].poll() is None
+    finally:
+        for store in stores:
+            store.kill()
+            store.wait()
