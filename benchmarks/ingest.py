@@ -10,8 +10,9 @@ not measured. Every loader runs the same decoding and transforms (`Kind.sample`:
 224 x 224 uint8; a random second; a random 2,048 points, normalised) and gives torch batches of 64. Each measurement is
 a process of its own; the loaders take turns, `--repeats` times, so that other work on the machine meets all alike.
 
-`per_second` is samples a second from the first batch to the last, the median; `cpu_ms` the CPU milliseconds of a sample
-over all processes, which other work disturbs less; `memory_mb` the peak of the process tree (proportional set size);
+`per_second` is samples a second once ten batches have passed (processes, memory and page cache are warm then), the
+median; `cpu_ms` the CPU milliseconds of a sample over all processes, which other work disturbs less; `memory_mb` the
+peak of the process tree (proportional set size);
 `first_s` the seconds from the loader's construction to its first batch, imports and `ray.init` apart. `ceiling` is
 the bare loop: two processes that decode and transform samples from memory and hand nothing over. `of_ceiling` relates
 the rates, `of_ceiling_cpu` the CPU of the ceiling to that of the loader. `ours-s3` reads from an S3 server on this
@@ -21,6 +22,7 @@ machine that answers each request 20 ms late, to be held against `ours-part`, th
 import argparse
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import statistics
@@ -29,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
@@ -41,6 +43,7 @@ from benchmarks import ingest_data  # noqa: E402
 from benchmarks.ingest_data import KINDS, PROCESSES, Kind  # noqa: E402
 
 BATCH = 64
+WARM = 10
 S3_SAMPLES = 1500
 DELAY_S = 0.02
 SAMPLED_S = 0.5
@@ -247,17 +250,26 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
         import ray
 
         ray.init(num_cpus=PROCESSES, include_dashboard=False, object_store_memory=500 << 20, log_to_driver=False,
-                 logging_level="ERROR")
+                 logging_level=logging.ERROR)
     began = time.perf_counter()
-    batches = LOADERS[name](kind, folder, samples + 2 * BATCH)
+    batches = LOADERS[name](kind, folder, samples + (WARM + 1) * BATCH)
     shape = tuple(next(batches).shape)
     first = time.perf_counter()
-    before, done = tree_cpu(), 0
-    while done < samples - BATCH:
+    for _ in range(WARM):
+        next(batches)
+    start, before, done = time.perf_counter(), tree_cpu(), 0
+    while done < samples:
         assert tuple(next(batches).shape) == shape
         done += BATCH
-    last = time.perf_counter()
-    return {"per_second": done / (last - first), "cpu_ms": (tree_cpu() - before) / done * 1e3, "first_s": first - began}
+    rate = done / (time.perf_counter() - start)
+    return {"per_second": rate, "cpu_ms": (tree_cpu() - before) / done * 1e3, "first_s": first - began}
+
+
+def leave() -> NoReturn:
+    """End at once: loaders that were stopped in the middle keep an interpreter from ending."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+    os._exit(0)
 
 
 def watched(command: list[str], env: dict[str, str]) -> tuple[str, float]:
@@ -331,8 +343,8 @@ def main() -> None:
     if options.serve:
         return serve(KINDS[options.kind[0]], options.data)
     if options.one:
-        print(json.dumps(measure(options.loader[0], KINDS[options.kind[0]], options.data, options.samples)))
-        return None
+        print(json.dumps(measure(options.loader[0], KINDS[options.kind[0]], options.data, options.samples)), flush=True)
+        leave()
     results = [row for kind in options.kind or KINDS for row in compare(KINDS[kind], options)]
     for row in table(results):
         print(json.dumps(row) if options.json else "| " + " | ".join(map(str, row.values())) + " |")
