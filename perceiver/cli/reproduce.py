@@ -1,5 +1,7 @@
 """``perceiver reproduce``: the papers' tables."""
 
+from typing import Any
+
 import click
 
 from perceiver.cli import leave
@@ -30,10 +32,7 @@ Examples:
 @click.option("--run", metavar="NAME", help="Name of the output folder; default: TABLE-SCALE-001, ...")
 @click.option("--dry-run", is_flag=True, help="Print rows, resources and expected time; start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line at the end.")
-def command(
-    table: str | None, overrides: tuple[str, ...], as_list: bool, scale: str, seeds: int | None, resume: bool,
-    run: str | None, dry_run: bool, as_json: bool,
-) -> None:  # fmt: skip
+def command(table: str | None, overrides: tuple[str, ...], as_list: bool, scale: str, **options: Any) -> None:
     """Train the rows of TABLE and set our figures beside the paper's, as Markdown, HTML and JSON.
 
     TABLE is one of --list, or a file of your own. Each row and seed is a trial of a search without a scheduler.
@@ -50,8 +49,7 @@ def command(
     set_quiet_environment()
     from tune.tables.launch import reproduce
 
-    options = {"resume": resume, "run": run, "as_json": as_json, "dry_run": dry_run}
-    leave(reproduce(table, overrides, scale="full" if scale == "full" else "small", seeds=seeds, **options))
+    leave(reproduce(table, overrides, scale="full" if scale == "full" else "small", **options))
 
 
 def list_tables() -> None:

@@ -1,73 +1,18 @@
 """`perceiver tune` as a user runs it: real Ray, real trials, real MLflow, in processes of their own."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from tests.tune.commands import all_gone, left_behind, run, start, trials, wait_for
 from tests.tune.searches import write_search
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BY_LOSS = {"metric": "loss", "mode": "min"}  # even weights that never moved tell the classes apart
-PERCEIVER = str(Path(sys.executable).with_name("perceiver"))
-
-
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start the command in a folder of its own, with a home of its own."""
-    environment = {**os.environ, "HOME": str(tmp_path), "COLUMNS": "200"}
-    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        environment.pop(name, None)
-    return subprocess.Popen(
-        [PERCEIVER, *arguments], cwd=tmp_path, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def run(tmp_path: Path, *arguments: str) -> tuple[int, str]:
-    process = start(tmp_path, *arguments)
-    output, _ = process.communicate(timeout=500)
-    return process.returncode, output
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
-    """Wait until a condition holds; the process must not end before."""
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-
-
-def trials(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "trials.json"
-    return json.loads(path.read_text())["trials"] if path.exists() else []
-
-
-def left_behind(tmp_path: Path) -> list[str]:
-    """Return the command lines of processes that still have this test's home."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("HOME") == str(tmp_path):
-                found.append(" ".join(process.cmdline())[:80])
-        except psutil.Error:
-            continue
-    return found
-
-
-def all_gone(tmp_path: Path) -> bool:
-    """Whether nothing of the test's commands is left, within the time that helpers take to notice."""
-    deadline = time.monotonic() + 60
-    while left_behind(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return not left_behind(tmp_path)
 
 
 def test_asha_with_a_trial_that_fails_then_a_kill_and_a_resume(tmp_path: Path, tree: dict[str, Any]) -> None:
