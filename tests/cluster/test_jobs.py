@@ -31,6 +31,7 @@ from tune.submission import is_search, searching
 
 PERCEIVER = [sys.executable, "-m", "perceiver.cli"]
 POLL_S = 0.2
+KERNELS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver" / "kernels"
 
 
 @pytest.fixture(autouse=True)
@@ -327,10 +328,13 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
     from mlflow.tracking import MlflowClient
 
     tree["cluster"] = {"workers": 1, "worker_labels": {"role": "train"}, "worker_resources": {"slot": 1}}
-    tree["data"]["task_labels"] = {"role": "data"}
-    tree["train"] |= {"epochs": 4000, "checkpoint_every": 20, "eval_every": 1000}
+    tree["data"] |= {"task_labels": {"role": "data"}, "tasks": 1}
+    tree["train"] |= {"epochs": 4000, "checkpoint_every": 4, "eval_every": 1000}
     recipe = str(write_recipe(home, tree))
     (home / "nodes.yaml").write_text(NODES)
+    (home / ".cache" / "perceiver").mkdir(parents=True)
+    KERNELS.mkdir(parents=True, exist_ok=True)
+    (home / ".cache" / "perceiver" / "kernels").symlink_to(KERNELS)  # compiled once a machine, not once a home
     try:
         shown = perceiver(home, "cluster", "up", "nodes.yaml")
         assert "ray start --address=HEAD" in shown and (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
@@ -343,7 +347,7 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
         stopped = perceiver(home, "stop", "life")
         assert "checkpoint saved" in stopped and "job life-1 STOPPED" in stopped
         step = json.loads((home / "runs/life/run.json").read_text())["step"]
-        followed = perceiver(home, "submit", recipe, "--run", "life", f"train.epochs={step / 5 + 4}")
+        followed = perceiver(home, "submit", recipe, "--run", "life", f"train.epochs={step / 5 + 2}")
         assert f"resumed at step {step}" in followed and "goes on, experiment small" in followed
         assert "job life-2 SUCCEEDED" in followed
         assert [json.loads(line)["status"] for line in perceiver(home, "jobs", "--json").splitlines()] == [
