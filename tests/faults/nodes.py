@@ -125,12 +125,18 @@ def node_drained(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         detected = job.wait_line("is drained, step")
         resumed = job.wait_line("resumed at step")
         outcome.expect(place_of(job.worker(1)) != ip, "the worker is on another node")
-        outcome.expect(resumed - fault <= GRACE_S, "training again before the deadline")
+        manifest = job.run / "checkpoints" / f"step-{_step_of(job, resumed):08d}" / "manifest.json"
+        outcome.expect(manifest.stat().st_mtime - fault <= GRACE_S, "a checkpoint is committed before the deadline")
         if raylet := nodes.cluster.raylets().get(ip):  # a node with nothing left to do may have ended by itself
             psutil.Process(raylet).kill()
         outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
         job.judge(outcome, fault, detected, STEPS, until=resumed)
         outcome.expect(outcome.steps_lost == 0, "no step lost")
+
+
+def _step_of(job: Job, resumed: float) -> int:
+    """The step that the line of a resume names."""
+    return next(int(line.split()[3]) for when, line in job.lines if when == resumed)
 
 
 @scenario("head lost, cluster started again, job submitted again")
