@@ -67,7 +67,7 @@ class Nodes:
 @contextmanager
 def job_on_nodes(folder: Path, tree: dict[str, Any], count: int, outcome: Outcome) -> Iterator[tuple[Nodes, Job]]:
     """Bring up a cluster, submit the run to it and wait for a checkpoint; in the end nothing of it may be left."""
-    nodes, job = Nodes(folder, count), Job(folder, fault_tree(tree, STEPS))
+    nodes, job = Nodes(folder, count), Job(folder, fault_tree(tree, STEPS, keep_checkpoints=STEPS))
     job.tree["cluster"] |= {"worker_resources": {"slot": 1}, "max_failures": 3}
     job.words = ["submit", "--run", RUN]
     nodes.up()
