@@ -55,10 +55,11 @@ class Page:
         """Return how it was measured, by caption."""
         ended = {} if self.status == "finished" else {"status": f"{self.status}: not all trials came to their end"}
         noise, measure = seed_noise(self.found), self.common.metric.replace("_", " ")
+        models = "; small models of the same structure" if self.scale == "small" else ""
         known = f"{noise or 0:.2f} points of deviation over seeds, pooled over the rows"
         return {
             "paper": f"{self.table.figure}; {self.table.source}",
-            "ours": f"{measure} (mean ± standard deviation over seeds); {self.common.data}",
+            "ours": f"{measure} (mean ± standard deviation over seeds); {self.common.data}{models}",
             "noise": known if noise is not None else "unknown: it takes two seeds",
             "wall time": f"of one trial's training, evaluations included; {duration(self.seconds)} for all of them",
             "machine": self.machine,
