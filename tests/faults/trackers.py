@@ -63,6 +63,8 @@ def down_for_a_part(folder: Path, tree: dict[str, Any], outcome: Outcome) -> Non
         outcome.expect(max(logged(server)) < steps, "the server missed steps")
         server.start()
         expect_finished(job, outcome)
+        # A server that was not back in time gets the rest by the same command again.
+        expect_finished(job.start("--resume"), outcome)
         outcome.expect(logged(server) == dict.fromkeys(range(1, steps + 1), 1), "each step is there once")
         outcome.expect(status(server) == ["FINISHED"], f"one run, finished: {status(server)}")
         job.metrics_db = server.store
