@@ -5,14 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.recipes import prepare_images, small_tree
+from tests.cluster.recipes import small_tree
 from tests.faults.scenarios import SCENARIOS
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """URL of a small prepared set of images."""
-    return prepare_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.mark.slow
