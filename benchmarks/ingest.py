@@ -134,7 +134,7 @@ def webdataset(kind: Kind, folder: Path, samples: int) -> Batches:
     wds = ingest_data.peer("webdataset")
     urls = sorted(map(str, ingest_data.tars(kind, folder).glob("*.tar")))
     data = (wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=wds.split_by_node).repeat().shuffle(512)
-            .map(View(kind.name, kind.suffix)).batched(BATCH, collation_fn=np.stack))
+            .map(View(kind.name, kind.suffix)).batched(BATCH, collation_fn=np.stack, partial=False))
     return iter(wds.WebLoader(data, batch_size=None, num_workers=PROCESSES, prefetch_factor=4))
 
 
