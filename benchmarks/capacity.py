@@ -2,8 +2,9 @@
 
     python benchmarks/capacity.py --recipe recipes/train/quickstart.yaml --workers 1 --workers 2 --json
 
-Prints one line a number of workers: step time (median of the recorded windows, the first ones left out) and the memory
-of a worker (its peak resident set without what it shares with other processes), foretold and measured.
+Prints one line a number of workers: step time and memory of a worker, foretold and measured. The step time is the mean
+of the recorded windows, the first ones left out: samples are made ahead, so that early steps share the cores with more
+decoding than late ones. The memory is a worker's peak resident set without what it shares with other processes.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class MemoryWatch(threading.Thread):
 
 
 def measure(recipe: str, overrides: list[str], folder: str) -> tuple[float, float]:
-    """Train; return the median samples a second and the peak bytes of a worker."""
+    """Train; return the samples a second and the peak bytes of a worker."""
     watch = MemoryWatch()
     watch.start()
     done = run_json("train", recipe, *overrides, f"output={folder}", "tracking.enabled=false")
@@ -58,7 +59,7 @@ def measure(recipe: str, overrides: list[str], folder: str) -> tuple[float, floa
     newest = max(Path(done["run"]).glob("checkpoints/step-*"))
     records = [json.loads(line) for line in (newest / "history.jsonl").read_text().splitlines()]
     rates = [r["train/samples_per_s"] for r in records if "train/samples_per_s" in r][WINDOWS_LEFT_OUT:]
-    return statistics.median(rates), float(watch.peak)
+    return statistics.harmonic_mean(rates), float(watch.peak)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import local
 from cluster.failures import EXIT_STOPPED
 from cluster.recipe import kind_of, zero_stage
+from cluster.session import go_on_command
 from perceiver.config import UserError
 from perceiver.train.mlflow import TrackingConfig, load_handle, open_tracker, replay, spool_folder
 from perceiver.train.redaction import redact_text
@@ -32,7 +33,7 @@ def conclude(launch: "Launch", outcome: Mapping[str, Any], as_json: bool) -> int
         if status == "finished":
             raise
         log.error("%s", error)  # the store that cannot be written may be what ended the run: that is said below
-    go_on = f"go on with: {launch.command} --resume --run {folder.name}"
+    go_on = f"go on with: {go_on_command(launch.command, folder)}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
     handle = outcome.get("handle")
     tracker = open_tracker(handle, spool_folder(folder.local)) if handle else NullTracker()
@@ -125,4 +126,4 @@ def _commands(launch: "Launch", outcome: Mapping[str, Any]) -> dict[str, str]:
     more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
     store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
     commands = {"mlflow": f"mlflow ui --backend-store-uri {store}"} if handle else {}
-    return {**commands, "train on": f"{launch.command} --resume --run {launch.folder.name} {more}"}
+    return {**commands, "train on": f"{go_on_command(launch.command, launch.folder)} {more}"}

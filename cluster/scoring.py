@@ -158,7 +158,7 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None) -> 
     task, quarantine, written = scoring.task(), Quarantine(scoring.recipe.data.max_bad_fraction), 0
     keys = Keys(scoring)
     batches = scoring.batches(done * each, quarantine)
-    with torch.inference_mode():
+    with torch.no_grad():
         for part in range(done, -(-count // each)):
             tables = [_rows(scoring, task, next(batches)) for _ in range(min(each, count - part * each))]
             rows = pa.concat_tables(tables)

@@ -22,6 +22,14 @@ from perceiver.train.redaction import redact_text
 
 log = logging.getLogger(__name__)
 
+GO_ON = "PERCEIVER_GO_ON"
+"""Environment variable of a job: the command of its user that goes on with the run."""
+
+
+def go_on_command(command: str, folder: RunFolder) -> str:
+    """Return the command that goes on with a run: of the one that submitted this job, else the one that started it."""
+    return os.environ.get(GO_ON) or f"{command} --resume --run {folder.name}"
+
 
 @dataclass(frozen=True)
 class Tracked:

@@ -23,6 +23,7 @@ from cluster.preflight import check_batch, data_need
 from cluster.recipe import Recipe, build_recipe
 from cluster.recipe_file import read_tree
 from cluster.run_folder import named_run
+from cluster.session import GO_ON
 from perceiver.config import UserError
 from perceiver.train.redaction import MASK, flatten, is_reference, redact_value
 
@@ -102,6 +103,7 @@ def submit(server: JobServer, wanted: Submission, work: Work, say: Callable[[str
     recipe = work.recipe
     run = named_run(recipe.output, wanted.run or work.name).name
     runtime_env = _runtime_env(recipe, wanted)
+    runtime_env["env_vars"][GO_ON] = shlex.join(["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run])
     nodes = server.nodes()
     check_secrets(work.tree, wanted, runtime_env)
     check_batch(recipe)

@@ -82,7 +82,7 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
         names = _output_names(model(dict(raw)))
         net(*raw.values())
     free = {0: torch.export.Dim.AUTO}
-    with _silent(), torch.no_grad():
+    with silent(), torch.no_grad():
         program = torch.export.export(net, tuple(raw.values()), dynamic_shapes=((free,) * len(raw),), strict=False)
         written = torch.onnx.export(program, input_names=list(raw), output_names=names, verbose=False)
         assert written is not None
@@ -110,11 +110,12 @@ def _onnx() -> Any:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the exporter's remarks off the screen."""
+def silent() -> Iterator[None]:
+    """Keep a library's remarks off the screen."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        # Recorded, so that filters which a library sets for itself do not bring them back.
+        with warnings.catch_warnings(record=True):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -224,6 +225,11 @@ def _use(written: Mapping[str, Any], saved: Saved) -> list[str]:
     if "inputs" in written:
         shapes = "; ".join(f"`{name}` {shape}" for name, shape in written["inputs"].items())
         outputs = ", ".join(f"`{name}`" for name in written["outputs"])
+        if "MLmodel" in written["files"]:
+            body = json.dumps({"inputs": dict.fromkeys(written["inputs"], "...")})
+            code = ["mlflow models serve -m . --env-manager local --port 5001",
+                    f"curl -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:5001/invocations"]
+            return [f"Inputs: {shapes}. Outputs: {outputs}.", "", "```", *code, "```"]  # fmt: skip
         code = ['session = onnxruntime.InferenceSession("model.onnx")', "outputs = session.run(None, inputs)"]
         return [f"Inputs: {shapes}. Outputs: {outputs}.", "", "```python", "import onnxruntime", "", *code, "```"]
     if "class" in written:

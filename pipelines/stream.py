@@ -7,7 +7,7 @@ import itertools
 import logging
 import queue
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +29,14 @@ SEGMENT = 64
 READERS = 2
 """Reading tasks at a time: the next run is read while the one before is handed over."""
 
-REST_S = 0.01
-"""Pause after each turn of Ray Data's scheduling loop."""
+REST_S, LONGEST_REST_S = 0.01, 0.2
+"""Pause after each turn of Ray Data's scheduling loop, while the consumer waits and while it never does."""
+
+REST_SHARE = 0.02
+"""Pause as a share of the time since the consumer last waited: what a pause that is too long may cost."""
+
+WAIT_S = 0.01
+"""Seconds for the next batch from which on the consumer counts as one that waits."""
 
 Run = tuple[int, int]
 """Steps [start, stop)."""
@@ -75,16 +81,34 @@ class Collate(ArrowBatchCollateFn):
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
+class Pace:
+    """How long the scheduling loops of this process may rest: longer while no consumer has had to wait."""
+
+    def __init__(self) -> None:
+        self._waited = time.monotonic()
+
+    def waited(self) -> None:
+        """Note that a consumer waits, or will soon."""
+        self._waited = time.monotonic()
+
+    def rest_s(self) -> float:
+        """Return the pause from one turn to the next."""
+        return min(max(REST_S, REST_SHARE * (time.monotonic() - self._waited)), LONGEST_REST_S)
+
+
+_PACE = Pace()
+
+
 class Rest(ExecutionCallback):
     """Lets Ray Data's scheduling loop rest.
 
     The loop waits for tasks only while one is at work; when rows wait for the consumer instead, it turns without a
-    pause, which costs the training worker half a core and its interpreter lock.
+    pause, which costs the training worker half a core and its interpreter lock. A turn takes one to two milliseconds.
     """
 
     def on_execution_step(self, executor: Any) -> None:
         """Sleep a little; called by Ray after each turn."""
-        time.sleep(REST_S)
+        time.sleep(_PACE.rest_s())
 
 
 class _Segment:
@@ -106,6 +130,19 @@ class _Segment:
     def close(self) -> None:
         """End the execution, wherever it is."""
         self.batches.close()
+
+
+def _paced(batches: Iterable[Tensors]) -> Iterator[Tensors]:
+    """Pass batches on; note when the next one was not there."""
+    found = iter(batches)
+    while True:
+        began = time.monotonic()
+        batch = next(found, None)
+        if batch is None:
+            return
+        if time.monotonic() - began > WAIT_S:
+            _PACE.waited()
+        yield batch
 
 
 class RayBatches:
@@ -130,7 +167,7 @@ class RayBatches:
             ahead = starter.submit(self._begin)
             try:
                 while (segment := ahead.result()) is not None:
-                    for number, batch in enumerate(segment):
+                    for number, batch in enumerate(_paced(segment)):
                         # Half a segment is time enough to start the next one, however long a run takes.
                         if number == segment.count // 2:
                             ahead = starter.submit(self._begin)
@@ -156,6 +193,7 @@ class RayBatches:
         runs = list(itertools.islice(self.runs, SEGMENT))
         if not runs:
             return None
+        _PACE.waited()
         dataset = make_dataset(self.work, runs, self.options)
         batches: Any = iter(dataset.iter_torch_batches(batch_size=self.batch_size, device=str(self.device),
                                                        prefetch_batches=self.options.prefetch_batches,

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.recipe import absolute
 from cluster.run_folder import RunFolder
-from cluster.session import tracking_of
+from cluster.session import go_on_command, tracking_of
 from perceiver.train.mlflow import TrackingConfig
 from perceiver.train.tracking import NullTracker, Tracker
 from tune.checks import Checker
@@ -97,7 +97,7 @@ class SearchLaunch:
     @property
     def go_on(self) -> str:
         """Return the command that goes on with this search."""
-        return f"{self.start.command} --resume --run {self.folder.name}"
+        return go_on_command(self.start.command, self.folder)
 
     @property
     def tracking(self) -> TrackingConfig:

@@ -53,8 +53,8 @@ def calibrate(recipe: Recipe) -> Calibration:
 def _timings(figures: dict[str, Any]) -> list[Timing]:
     """The measured steps without the exchange of gradients, which is counted by itself."""
     latency = figures["exchange"][0]
-    return [Timing(processes=figures["processes"], micro_batch=micro, seconds=max(1e-6, seconds - latency))
-            for micro, seconds in figures["timings"]]
+    return [Timing(processes=figures["processes"], micro_batch=micro, seconds=max(1e-6, seconds - latency), bytes=size)
+            for micro, seconds, size in figures["timings"]]
 
 
 def _measure(recipe: Recipe, processes: int) -> dict[str, Any]:

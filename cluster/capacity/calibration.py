@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
@@ -17,6 +18,7 @@ class Timing(Config):
     processes: PositiveInt = Field(description="workers on the machine")
     micro_batch: PositiveInt = Field(description="samples of a pass")
     seconds: PositiveFloat = Field(description="median of a step with the optimizer, without exchange of gradients")
+    bytes: float = Field(ge=0, description="peak memory of a step: weights, optimizer and all that passes through")
 
 
 class Calibration(Config):
@@ -37,13 +39,25 @@ class Calibration(Config):
         Linear in the samples through the two measured sizes; other numbers of processes than the measured ones by
         the cores that each would get.
         """
-        counts = sorted({timing.processes for timing in self.timings})
-        nearest = min(counts, key=lambda count: abs(count - processes))
-        here = sorted((t for t in self.timings if t.processes == nearest), key=lambda t: t.micro_batch)
-        small, large = here[0], here[-1]
+        small, large = self._measured(processes)
         each = (large.seconds - small.seconds) / max(1, large.micro_batch - small.micro_batch)
         seconds = max(large.seconds + each * (micro - large.micro_batch), 0.2 * small.seconds)
-        return seconds * (processes / nearest if processes > nearest else 1.0)
+        return seconds * (processes / large.processes if processes > large.processes else 1.0)
+
+    def activation_bytes(self, state_bytes: Callable[[int], float]) -> float:
+        """Memory that passes through a step, a sample, by the largest step that was measured in one process.
+
+        Args:
+            state_bytes: what weights, gradients and optimizer take by the number of workers.
+        """
+        large = self._measured(1)[1]
+        return max(0.0, large.bytes - state_bytes(large.processes)) / large.micro_batch
+
+    def _measured(self, processes: int) -> tuple[Timing, Timing]:
+        """The smallest and the largest step on the nearest number of processes."""
+        nearest = min({timing.processes for timing in self.timings}, key=lambda count: (abs(count - processes), count))
+        here = sorted((t for t in self.timings if t.processes == nearest), key=lambda t: t.micro_batch)
+        return here[0], here[-1]
 
 
 def calibration_file(recipe: Recipe) -> Path:

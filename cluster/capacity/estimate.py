@@ -229,16 +229,23 @@ def memory(workload: Workload, place: Place, micro: int, stage: int, calibration
     Under ZeRO 1 and 2 DeepSpeed keeps a float32 copy of the rank's part of the weights beside the weights themselves;
     under ZeRO 3 only that part.
     """
-    values = 4.0 * workload.account.parameters
-    world = place.devices
     activations = workload.account.activation_bytes * (0.6 if _half(workload, place.device) else 1.0)
-    return Memory(
-        context=calibration.base_bytes if calibration else place.device.context_gb * 1e9,
-        weights=values / (world if stage == 3 else 1),
-        gradients=values / (world if stage >= 2 else 1),
-        optimizer=2 * values / (world if stage else 1) + (values / world if stage in (1, 2) else 0),
-        buffers=min(values, 4.0 * BUCKET_ELEMENTS) if world > 1 or stage else 0,
-        activations=activations * micro,
+    if calibration:
+        recipe_stage = workload.zero_stage
+        measured = calibration.activation_bytes(lambda world: sum(_states(workload, world, recipe_stage)))
+        activations = max(activations, measured)
+    context = calibration.base_bytes if calibration else place.device.context_gb * 1e9
+    return Memory(context, *_states(workload, place.devices, stage), activations=activations * micro)
+
+
+def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, float, float]:
+    """Bytes of weights, gradients, optimizer and DeepSpeed's buffer on one of `world` devices."""
+    values = 4.0 * workload.account.parameters
+    return (
+        values / (world if stage == 3 else 1),
+        values / (world if stage >= 2 else 1),
+        2 * values / (world if stage else 1) + (values / world if stage in (1, 2) else 0),
+        min(values, 4.0 * BUCKET_ELEMENTS) if world > 1 or stage else 0,
     )
 
 

@@ -38,6 +38,25 @@ def own_bytes() -> int:
     return psutil.Process().memory_full_info().uss
 
 
+def _peak_bytes(*, anew: bool = False) -> int:
+    """The most memory that this process held since the last call that began `anew`; on a GPU, of the device.
+
+    Where the system keeps no such peak, what the process holds now.
+    """
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        if anew:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() if anew else peak
+    try:
+        if anew:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        return psutil.Process().memory_info().rss
+
+
 def main() -> None:
     """Measure, and print the figures as one line."""
     task = json.load(sys.stdin)
@@ -49,9 +68,14 @@ def main() -> None:
 
     figures: dict[str, Any] = {"base_bytes": own_bytes()}
     batch, figures["sample_cpu_seconds"] = _batch(recipe, max(task["micro"]))
+    before = _peak_bytes(anew=True)
     engine = _engine(recipe, len(load_data(recipe.data).classes), max(task["micro"]))
     figures["exchange"] = _exchange(engine) if dist.get_world_size() > 1 else (0.0, 1e12)
-    figures["timings"] = [(micro, _steps(engine, {k: v[:micro] for k, v in batch.items()})) for micro in task["micro"]]
+    figures["timings"] = []
+    for micro in task["micro"]:
+        _peak_bytes(anew=True)
+        seconds = _steps(engine, {name: tensor[:micro] for name, tensor in batch.items()})
+        figures["timings"].append((micro, seconds, max(0, _peak_bytes() - before)))
     figures["save_bytes_s"] = _write(Path(task["folder"]))
     sys.stdout.write("\n" + json.dumps(figures) + "\n")
 

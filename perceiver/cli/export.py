@@ -1,4 +1,4 @@
-"""``perceiver export``: a trained model as safetensors, as a transformers folder or as ONNX."""
+"""``perceiver export``: a trained model as safetensors, as a transformers folder, as ONNX or as an MLflow model."""
 
 import json
 import os
@@ -8,21 +8,23 @@ from typing import Any
 
 import click
 
-FORMATS = ("safetensors", "transformers", "onnx")
+FORMATS = ("safetensors", "transformers", "onnx", "mlflow")
 
 
 @click.command(
     epilog="""\b
 Examples:
   perceiver export runs/quickstart-001 --format onnx --to exported/digits
-  perceiver export runs/quickstart-001/checkpoints/step-00001875 --format safetensors --to s3://bucket/digits"""
+  perceiver export runs/quickstart-001/checkpoints/step-00001875 --format safetensors --to s3://bucket/digits
+  perceiver export runs/quickstart-001 --format mlflow --to exported/served --register digits"""
 )
 @click.argument("source")
 @click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="What to write.")
 @click.option("--to", "target", required=True, metavar="FOLDER", help="Where to write; a path or an fsspec URL.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="ONNX: greatest difference, of the largest output.")
+@click.option("--register", metavar="NAME", help="MLflow: log it into the run's MLflow run and register it as NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON line.")
-def command(source: str, form: str, target: str, tolerance: float, as_json: bool) -> int:
+def command(source: str, form: str, target: str, tolerance: float, register: str | None, as_json: bool) -> int:
     """Write the model of SOURCE and a card (README.md) about it.
 
     SOURCE is a run's folder, one of its checkpoints, a .safetensors file with its recipe.yaml beside it, or a folder
@@ -32,18 +34,24 @@ def command(source: str, form: str, target: str, tolerance: float, as_json: bool
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from perceiver import export
+    from perceiver.config import UserError
     from perceiver.weights import open_weights
 
+    if register and form != "mlflow":
+        raise UserError(f"--register: got it with --format {form}; wanted --format mlflow")
     saved = open_weights(source)
+    data = _data_facts(saved)
     with tempfile.TemporaryDirectory(prefix="export-") as staging:
         folder = Path(staging)
         if form == "onnx":
             written = export.export_onnx(saved, folder, tolerance)
+        elif form == "mlflow":
+            written = _mlflow(saved, folder, data, register)
         else:
             written = {"safetensors": export.export_safetensors, "transformers": export.export_transformers}[form](
                 saved, folder
             )
-        (folder / "README.md").write_text(export.model_card(saved, written, _data_facts(saved)))
+        (folder / "README.md").write_text(export.model_card(saved, written, data))
         _put(folder, target)
     files = [*written.pop("files"), "README.md"]
     if as_json:
@@ -52,7 +60,20 @@ def command(source: str, form: str, target: str, tolerance: float, as_json: bool
     click.echo(f"{target}: {', '.join(files)}")
     if "max_difference" in written:
         click.echo(f"outputs differ by at most {written['max_difference']:.1e} of the largest (onnxruntime)")
+    if "registered" in written:
+        click.echo("registered in MLflow as {name}, version {version}".format(**written["registered"]))
     return 0
+
+
+def _mlflow(saved: Any, folder: Path, data: Any, name: str | None) -> dict[str, Any]:
+    """Write the model as MLflow keeps it, and register it if a name is given."""
+    from perceiver import export_mlflow
+
+    classes = data.classes if data else ()
+    written = export_mlflow.export_mlflow(saved, folder, classes)
+    if name:
+        written["registered"] = export_mlflow.register(saved, name, classes)
+    return written
 
 
 def _data_facts(saved: Any) -> Any:
@@ -80,8 +101,10 @@ def _put(folder: Path, target: str) -> None:
     fs, path = fsspec.core.url_to_fs(target)
     try:
         fs.makedirs(path, exist_ok=True)
-        for file in sorted(folder.iterdir()):
-            fs.put_file(str(file), f"{path}/{file.name}")
+        for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+            inside = file.relative_to(folder)
+            fs.makedirs(f"{path}/{inside.parent.as_posix()}", exist_ok=True)
+            fs.put_file(str(file), f"{path}/{inside.as_posix()}")
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--to {target}: cannot be written ({reason}); choose another folder") from None

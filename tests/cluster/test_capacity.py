@@ -124,12 +124,20 @@ def test_the_traced_flops_are_three_forward_passes() -> None:
     assert trace.operations > 100 and trace.other_bytes > 0
 
 
+def measured(per_sample: float) -> Calibration:
+    """A machine on which a step of 16 samples takes 1 GB and so many bytes a sample."""
+    timings = tuple(Timing(processes=1, micro_batch=micro, seconds=0.5 + micro / 16, bytes=1e9 + micro * per_sample)
+                    for micro in (8, 16))  # fmt: skip
+    return Calibration(device="cpu", cores=2, timings=timings, sample_cpu_seconds=1e-3, exchange_latency=0.0,
+                       exchange_bytes_s=1e9, save_bytes_s=1e9, base_bytes=1e9)  # fmt: skip
+
+
 def test_a_calibration_is_linear_in_the_samples() -> None:
-    timings = (Timing(processes=1, micro_batch=8, seconds=1.0), Timing(processes=1, micro_batch=16, seconds=1.5))
-    found = Calibration(device="cpu", cores=2, timings=timings, sample_cpu_seconds=1e-3, exchange_latency=0.0,
-                        exchange_bytes_s=1e9, save_bytes_s=1e9, base_bytes=1e9)
+    found = measured(per_sample=2e6)
     assert found.compute_seconds(32, 1) == pytest.approx(2.5)
     assert found.compute_seconds(16, 2) == pytest.approx(3.0), "two processes share what was measured with one"
+    assert found.activation_bytes(lambda world: 1e9 / world) == pytest.approx(2e6)
+    assert found.activation_bytes(lambda world: 2e9) == 0.0, "weights alone are more than what was measured"
 
 
 def test_hardware_of_the_user(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -31,21 +32,31 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--backend-store-uri", self.database]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "log").open("ab") as log:
-            environment = {**os.environ, **self.environment}
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError((self.folder / "log").read_text())
+        self.process = listening(command, self.port, self.folder / "log", self.environment)
 
     def stop(self) -> None:
         """Kill it, if it runs."""
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            end(self.process)
             self.process = None
+
+
+def listening(command: list[str], port: int, log: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start a command in a process group of its own and wait until it listens at a port."""
+    with log.open("ab") as file:
+        env = {**os.environ, **environment}
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return process
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill what `listening` started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
