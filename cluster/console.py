@@ -1,5 +1,6 @@
 """What the user sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,9 @@ class LineConsole:
     """Prints lines; on a terminal above what is drawn there, if anything is."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        # FORCE_COLOR, which notebooks set, asks for colours; it makes no terminal that lines could be rewritten on.
+        terminal = None if sys.stdout.isatty() else False
+        self.console = console or Console(highlight=False, soft_wrap=True, force_terminal=terminal)
         self.live = self.console.is_terminal
 
     def __enter__(self) -> Self:

@@ -31,7 +31,8 @@ from pipelines.shards import Manifest
 from pipelines.storage import Folder, open_folder
 from pipelines.stored import stored_files
 
-FACTS = "predictions.json"
+FACTS = "_predictions.json"
+"""Like `_quarantine`, not taken for data by what reads a folder of Parquet files."""
 ROWS_A_PART = 4096
 """Samples of one file of predictions, about: the unit that a restart does not repeat."""
 
@@ -142,7 +143,7 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None) -> 
 
     A row a sample: `sample_id`, `key` (where the sample came from), `label` if the data has one, what the task says
     (`prediction`, `probability`, ...), and `class` for a classifier whose classes the data names. Bad samples are left
-    out; they are listed below `quarantine/`.
+    out; they are listed below `_quarantine/`.
 
     Returns:
         Samples predicted by this call.
@@ -168,7 +169,7 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None) -> 
             if progress:
                 progress(min(scoring.samples, (part + 1) * each * scoring.batch), scoring.samples)
     if quarantine.problems:
-        quarantine.write(folder.file("quarantine/part-00000"))
+        quarantine.write(folder.file("_quarantine/part-00000"))
     return written
 
 
@@ -207,6 +208,9 @@ def _fingerprint(scoring: Scoring) -> dict[str, Any]:
 def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
     """Note in the folder what its files are predictions of, or see that it says the same."""
     if not folder.exists(FACTS):
+        if strange := [name for name in folder.names() if name.endswith(".parquet")]:
+            name = f"{folder.url} holds {strange[0]}"
+            raise UserError(f"{name}, which perceiver predict did not write: choose another --to")
         folder.write_text(FACTS, json.dumps(facts, indent=1))
         return
     before = json.loads(folder.read_text(FACTS))

@@ -61,6 +61,11 @@ class Folder:
         self.fs.invalidate_cache()
         return self.fs.exists(self.file(name))
 
+    def names(self) -> list[str]:
+        """Names of the files in it, none if it is not there."""
+        self.fs.invalidate_cache()
+        return sorted(path.rpartition("/")[2] for path in self.fs.find(self.path, maxdepth=1))
+
     def read_text(self, name: str) -> str:
         """The content of a small UTF-8 file."""
         return self.fs.cat_file(self.file(name)).decode("utf-8")

@@ -138,7 +138,8 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, metric: str, mode: Mo
         "time_attr": TIME,
         "metric": metric,
         "mode": mode,
-        "perturbation_interval": settings.interval,
+        # Evaluations come at each interval, but an epoch ends within a step: two of them may lie a little closer.
+        "perturbation_interval": settings.interval / 2,
         "quantile_fraction": settings.quantile,
         "synch": synch,
         "log_config": False,

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from cluster.console import RunConsole, _duration
@@ -41,6 +42,12 @@ def test_a_plain_line_holds_all_figures() -> None:
 def test_a_terminal_gets_a_bar_with_the_same_figures() -> None:
     text = shown(True, [progress(1), progress(50)])
     assert "━" in text and "step 50/100" in text and "ETA" in text
+
+
+def test_colours_that_are_asked_for_make_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert not RunConsole().live
 
 
 def test_evaluations_failures_and_resumes_are_said() -> None:

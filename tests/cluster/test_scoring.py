@@ -37,7 +37,7 @@ def run(tree: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [row for path in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return pq.read_table(folder).to_pylist()
 
 
 def test_predictions_give_the_figures_of_evaluate(run: Path, tmp_path: Path) -> None:
@@ -77,6 +77,13 @@ def test_other_weights_do_not_mix(run: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file({name: value + 1 for name, value in weights.items()}, run / "model.safetensors")
     with pytest.raises(UserError, match="holds predictions with weights .*choose another --to"):
         predict(open_scoring(str(run)), str(tmp_path / "out"))
+
+
+def test_files_of_others_are_not_mixed_with(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "part-00000.parquet").write_bytes(b"what training left")
+    with pytest.raises(UserError, match=r"holds part-00000.parquet, which perceiver predict did not write"):
+        predict(open_scoring(str(run)), str(tmp_path / "theirs"))
 
 
 def test_data_that_does_not_fit_is_refused(run: Path, tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ def test_changed_values_stay_in_their_ranges(tmp_path: Path, tree: dict[str, Any
     assert search.recipe.train.eval_every == search.recipe.train.checkpoint_every == 1
 
 
+@pytest.mark.parametrize("kind", ["pbt", "pb2"])
+def test_weights_may_be_exchanged_at_each_evaluation(tmp_path: Path, tree: dict[str, Any], kind: str) -> None:
+    """With 31.25 steps an epoch, evaluations come after 32 and 63 steps: less than an epoch apart."""
+    tree["scheduler"] = {"kind": kind, "interval": 1}
+    tree["space"] = {"optim.lr": {"kind": "uniform", "low": 1e-3, "high": 1e-2}}
+    scheduler = build_scheduler(load(tmp_path, tree).config, 4.0, 2)
+    assert scheduler._perturbation_interval < 2.016 - 1.024
+
+
 def test_the_best_is_the_best_of_those_that_finished(tmp_path: Path) -> None:
     found = record(
         trial(0, "finished", 0.5, 0.8),
