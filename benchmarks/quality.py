@@ -131,7 +131,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         return pixels if name == "ours" else (pixels.movedim(1, -1).float() / 255 - MEAN) / STD
 
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with counter:
         (ours(given, plain=True) if name == "ours" else model)(shown(images[0][:1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, betas=(0.9, 0.99), weight_decay=0.05)
     steps, warm = len(images), 100

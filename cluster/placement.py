@@ -170,7 +170,7 @@ def _check_workers(config: ClusterConfig, nodes: Sequence[Node], cpus: float) ->
 def _check_data(nodes: Sequence[Node], data: DataNeed) -> None:
     """Refuse data tasks that are larger than any node."""
     largest = max(node.resources.get("CPU", 0) for node in nodes)
-    if data.cpus_per_task > largest:
+    if data.cpus and data.cpus_per_task > largest:
         raise UserError(
             f"data.cpus_per_task = {data.cpus_per_task:g}, but the largest node for data tasks has {largest:g} CPUs: "
             f"set it to at most {largest:g}"

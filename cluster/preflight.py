@@ -108,14 +108,18 @@ def data_cpus(recipe: Recipe) -> float:
     """Return the CPUs that data tasks may hold at a time: each worker's training tasks, and one for its evaluation.
 
     A training task that waits for the worker to take its rows keeps its CPU, so without room beside it an evaluation
-    could wait for ever.
+    could wait for ever. With `data.executor: inline` there are none.
     """
+    if recipe.data.executor == "inline":
+        return 0.0
     return recipe.cluster.workers * (recipe.data.tasks + 1) * recipe.data.cpus_per_task
 
 
 def data_need(recipe: Recipe) -> DataNeed:
     """Return what the data tasks of a run need of the nodes."""
     data = recipe.data
+    if data.executor == "inline":
+        return DataNeed(0.0, data.cpus_per_task)
     return DataNeed(data_cpus(recipe), data.cpus_per_task, data.task_labels, data.task_memory)
 
 

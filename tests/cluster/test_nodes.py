@@ -11,7 +11,10 @@ from cluster import nodes as local_nodes
 from cluster.local import ClusterConfig
 from cluster.nodes import LocalCluster, NodeGroup, NodesConfig, equivalent, read_nodes
 from cluster.placement import DataNeed, Node, check_memory, place
+from cluster.preflight import data_need
+from cluster.recipe import build_recipe
 from perceiver.config import UserError
+from tests.cluster.recipes import small_tree
 
 TRAIN, FEED = {"role": "train"}, {"role": "data"}
 SOME = DataNeed(cpus=1.5, cpus_per_task=0.25)
@@ -23,6 +26,12 @@ def node(name: str, cpus: float, gpus: float = 0, **labels: str) -> Node:
 
 def test_a_worker_holds_one_cpu_where_there_is_room() -> None:
     assert place(ClusterConfig(workers=2), [node("a", 8), node("b", 8)], SOME) == 1.0
+
+
+def test_reading_in_the_worker_itself_needs_no_cpus_beside_it(tmp_path: Path) -> None:
+    data = {"url": str(tmp_path), "executor": "inline", "cpus_per_task": 9, "tasks": 50}
+    need = data_need(build_recipe({**small_tree(tmp_path, str(tmp_path)), "data": data}))
+    assert need.tasks == 0 and place(ClusterConfig(workers=4), [node("a", 4)], need) == 1
 
 
 def test_a_share_fits_each_node_not_only_their_sum() -> None:
