@@ -131,7 +131,13 @@ def test_a_head_that_fails_leaves_nothing_for_the_next_try(tmp_path: Path, monke
 
     def came_up(*_: object) -> bool:
         assert all(store.poll() is not None for store in stores), "the store of the try before is still there"
-        stores.append(subprocess.Popen(["sleep", "60"], env={**os.environ, local_nodes.MARK: cluster.name}))
+        store = subprocess.Popen(
+            ["sh", "-c", "echo up; exec sleep 60"],
+            env={**os.environ, local_nodes.MARK: cluster.name},
+            stdout=subprocess.PIPE,
+        )
+        assert store.stdout is not None and store.stdout.readline() == b"up\n", "by now its environment can be seen"
+        stores.append(store)
         return len(stores) == 2
 
     monkeypatch.setattr(local_nodes, "_came_up", came_up)
