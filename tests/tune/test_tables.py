@@ -212,7 +212,9 @@ def test_claims_are_held_against_the_noise_of_seeds(
     rows: dict[str, Any] = {"same": ["one", "two"]} if keys.get("same") else {"better": "one", "than": "two", **keys}
     table = TableConfig.model_validate({**paper, "claims": [{"text": "x", **rows}]})
     found = [Result(row, Cost(1, 1), dict(enumerate(scores))) for row, scores in zip(table.rows, (first, second, ()))]
-    assert judge(table, found)[0].verdict == verdict
+    judged = judge(table, found)[0]
+    assert judged.verdict == verdict
+    assert ("at least 10 apart wanted" in judged.reason) == ("by" in keys and bool(first))
 
 
 def test_less_may_be_better(paper: dict[str, Any]) -> None:

@@ -125,7 +125,8 @@ def _judge(claim: Claim, by_name: Mapping[str, Result], noise: float | None, mod
     if first.mean is None or second.mean is None:
         return Judged(claim, "open", f"not run: {', '.join(lacking)}")
     gain = (first.mean - second.mean) * (1 if mode == "max" else -1)
-    words = f"{first.mean:.1f} against {second.mean:.1f}"
+    wanted = f", at least {claim.by:g} apart wanted" if claim.by else ""
+    words = f"{first.mean:.1f} against {second.mean:.1f}{wanted}"
     if noise is None:
         if gain < claim.by and claim.same is None:
             return Judged(claim, "does not hold", f"{words}; one seed")
