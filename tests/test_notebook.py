@@ -36,7 +36,7 @@ def test_the_notebook_trains_looks_and_predicts(tmp_path):
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     assert "SOURCE" in source(parameters) and "EPOCHS" in source(parameters)
     write_digits(tmp_path / "raw")
-    parameters["source"] = f"SOURCE = ['image_folder', {str(tmp_path / 'raw')!r}]\nEPOCHS = 10"
+    parameters["source"] = f"SOURCE = ['image_folder', {str(tmp_path / 'raw')!r}]\nEPOCHS = 4"
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

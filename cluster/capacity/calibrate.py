@@ -17,10 +17,14 @@ from perceiver.config import UserError
 from pipelines.ingest import load_data
 
 TIMEOUT_S = 300
+SECONDS = 4.0
+"""Time to spend on each size, about."""
 
 
-def calibrate(recipe: Recipe) -> Calibration:
+def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
     """Measure, keep the figures for `perceiver plan`, and return them; about half a minute on a quiet machine.
+
+    Each size of a step is taken for so many seconds, about.
 
     Raises:
         UserError: the recipe's data is not there, the output is no local folder, or a process failed.
@@ -31,7 +35,7 @@ def calibrate(recipe: Recipe) -> Calibration:
         raise UserError(f"--calibrate writes to a local folder to see how fast it is; output is {recipe.output}")
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     most = torch.cuda.device_count() if torch.cuda.is_available() else machine_cpus()
-    found = [_measure(recipe, processes) for processes in sorted({1, most})]
+    found = [_measure(recipe, processes, seconds) for processes in sorted({1, most})]
     alone, together = found[0], found[-1]
     latency, rate = together["exchange"]
     result = Calibration(
@@ -57,7 +61,7 @@ def _timings(figures: dict[str, Any]) -> list[Timing]:
             for micro, seconds, size in figures["timings"]]
 
 
-def _measure(recipe: Recipe, processes: int) -> dict[str, Any]:
+def _measure(recipe: Recipe, processes: int, seconds: float) -> dict[str, Any]:
     """Run the processes side by side; return the figures of the first one."""
     micro = max(2, recipe.train.global_batch // processes)
     if recipe.train.micro_batch:
@@ -67,6 +71,7 @@ def _measure(recipe: Recipe, processes: int) -> dict[str, Any]:
         "threads": max(1, machine_cpus() // processes),
         "micro": sorted({max(1, micro // 2), micro}),
         "folder": str(Path(recipe.output).resolve()),
+        "seconds": seconds,
     }
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -24,8 +24,6 @@ from perceiver.train.engine import Batch
 from perceiver.train.schedules import build_schedule
 from pipelines.ingest import TrainShare, load_data, train_batches
 
-SECONDS = 4.0
-"""Time to spend on each size, about."""
 WARM, LEAST, MOST = 2, 4, 60
 """Steps before the timing begins, and how many are timed."""
 DATA_BATCHES = 64
@@ -67,20 +65,21 @@ def main() -> None:
     import ray.train  # noqa: F401  a worker holds these in memory
 
     figures: dict[str, Any] = {"base_bytes": own_bytes()}
-    batch, figures["sample_cpu_seconds"] = _batch(recipe, max(task["micro"]))
+    batch, figures["sample_cpu_seconds"] = _batch(recipe, max(task["micro"]), task["seconds"])
     before = _peak_bytes(anew=True)
     engine = _engine(recipe, len(load_data(recipe.data).classes), max(task["micro"]))
     figures["exchange"] = _exchange(engine) if dist.get_world_size() > 1 else (0.0, 1e12)
     figures["timings"] = []
     for micro in task["micro"]:
         _peak_bytes(anew=True)
-        seconds = _steps(engine, {name: tensor[:micro] for name, tensor in batch.items()})
+        part = {name: tensor[:micro] for name, tensor in batch.items()}
+        seconds = _steps(engine, part, task["seconds"])
         figures["timings"].append((micro, seconds, max(0, _peak_bytes() - before)))
     figures["save_bytes_s"] = _write(Path(task["folder"]))
     sys.stdout.write("\n" + json.dumps(figures) + "\n")
 
 
-def _batch(recipe: Recipe, micro: int) -> tuple[Batch, float]:
+def _batch(recipe: Recipe, micro: int, most_s: float) -> tuple[Batch, float]:
     """A batch of real samples, and the CPU seconds to make one of them.
 
     Samples are made a run at a time, so whole runs are timed, after one that fills the caches.
@@ -90,7 +89,7 @@ def _batch(recipe: Recipe, micro: int) -> tuple[Batch, float]:
     run = max(1, recipe.data.run_samples // micro)
     batch = next(itertools.islice(batches, min(run, DATA_BATCHES), None))
     began, clock, taken = time.process_time(), time.perf_counter(), 0
-    while taken < 2 * run and (taken < run or time.perf_counter() - clock < SECONDS):
+    while taken < 2 * run and (taken < run or time.perf_counter() - clock < most_s):
         batch = next(batches)
         taken += 1
     return batch, (time.process_time() - began) / (taken * micro)
@@ -105,7 +104,7 @@ def _engine(recipe: Recipe, classes: int, micro: int) -> DeepSpeedEngine:
                            plan, precision=recipe.train.precision)
 
 
-def _steps(engine: DeepSpeedEngine, batch: Batch) -> float:
+def _steps(engine: DeepSpeedEngine, batch: Batch, most_s: float) -> float:
     """Median seconds of an optimizer step on this batch."""
     batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
     seconds: list[float] = []
@@ -118,7 +117,7 @@ def _steps(engine: DeepSpeedEngine, batch: Batch) -> float:
             seconds.append(time.perf_counter() - start)
         spent = torch.tensor(time.perf_counter() - began)
         dist.broadcast(spent, 0)
-        if spent > SECONDS and len(seconds) >= LEAST:
+        if spent > most_s and len(seconds) >= LEAST:
             break
     return statistics.median(seconds)
 

@@ -176,7 +176,7 @@ def test_measuring_this_machine(tree: dict[str, Any], tmp_path: Path, monkeypatc
     monkeypatch.setenv("PERCEIVER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("cluster.capacity.calibrate.machine_cpus", lambda: 2)
     recipe = build_recipe(tree)
-    found = calibrate(recipe)
+    found = calibrate(recipe, seconds=0.5)
     assert load_calibration(recipe, "cpu") == found
     assert {(t.processes, t.micro_batch) for t in found.timings} == {(1, 8), (1, 16), (2, 4), (2, 8)}
     assert 1e8 < found.base_bytes < 5e9

@@ -1,6 +1,7 @@
 """`perceiver export --format mlflow`: the model in MLflow's registry, and served."""
 
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -64,7 +65,9 @@ def test_a_registered_model_answers_requests_as_the_run_does(tmp_path, images, m
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/digits/1", "--env-manager", "local"]
-    server = listening([*command, "--port", str(port)], port, tmp_path / "serve.log", {"PYTHONPATH": ""})
+    # MLflow starts uvicorn by its name, which is found where the environment is active.
+    active = {"PYTHONPATH": "", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    server = listening([*command, "--port", str(port)], port, tmp_path / "serve.log", active)
     try:
         pixels = torch.randint(0, 256, (70, 1, 8, 8), dtype=torch.uint8)
         got = ask(port, {"inputs": {"image": pixels.tolist()}})["predictions"]
