@@ -197,8 +197,14 @@ def check_reachable(address: str) -> None:
 
 
 def use_token() -> None:
-    """Make the token that a Ray of our own asks for (Ray turns that on itself), in a file only this user can read."""
-    if os.environ.get("RAY_AUTH_MODE") == "disabled" or "RAY_AUTH_TOKEN" in os.environ:
+    """Make the token that a Ray of our own asks for (Ray turns that on itself, unless the mode says otherwise)."""
+    if os.environ.get("RAY_AUTH_MODE") != "disabled":
+        make_token()
+
+
+def make_token() -> None:
+    """Make Ray's token, in a file only this user can read, unless there is one."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.exists():

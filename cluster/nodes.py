@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from cluster.local import QUIET_ENVIRONMENT, machine_cpus, use_token
+from cluster.local import QUIET_ENVIRONMENT, machine_cpus, make_token
 from cluster.recipe_file import read_config
 from perceiver.config import Config, UserError
 
@@ -111,27 +112,38 @@ def read_nodes(path: str | Path) -> NodesConfig:
     return read_config(path, NodesConfig, "see recipes/cluster/")
 
 
-def up(config: NodesConfig, say: Callable[[str], None] = print) -> LocalCluster:
+def up(config: NodesConfig | None = None, say: Callable[[str], None] = print) -> LocalCluster:
     """Start a cluster, or those of its nodes that have died; return when all nodes have joined.
 
     Every node asks for the token. The dashboard and each node's address are on the loopback interface; Ray binds some
     of its worker ports on all interfaces and offers no way round that.
 
+    Args:
+        config: the nodes; default: those of the cluster that runs, else three.
+        say: takes a line for each node that has joined.
+
     Raises:
-        UserError: this is not Linux, or a node does not come up.
+        UserError: this is not Linux, a cluster of other nodes runs, or a node does not come up. If that is a new
+            cluster, nothing is left of it; one that ran before runs on.
     """
     if not sys.platform.startswith("linux"):
         raise UserError(f"several nodes on one machine need Linux's 127.0.0.0/8, this is {sys.platform}: use one node")
     running = running_cluster()
     if running is None:
         down()
-        use_token()
-        running = _planned(config)
+        make_token()
+        running = _planned(config or NodesConfig())
         state_file().parent.mkdir(parents=True, exist_ok=True)
         state_file().write_text(json.dumps(asdict(running), indent=1))
-        _start(running, running.nodes[:1], say)
-    alive = running.raylets()
-    _start(running, [node for node in running.nodes if node["ip"] not in alive], say)
+        _start_all(running, say)
+        return running
+    if config is not None and (wanted := _nodes(config)) != running.nodes:
+        raise UserError(
+            f"the local cluster {running.name} at {running.dashboard} has {_described(running.nodes)}, wanted "
+            f"{_described(wanted)}: stop it first with perceiver cluster down, or say only perceiver cluster up to "
+            "start those of its nodes that have died"
+        )
+    _revive(running, say)
     return running
 
 
@@ -179,8 +191,7 @@ def _end(processes: list[psutil.Process]) -> None:
 def _planned(config: NodesConfig) -> LocalCluster:
     """Choose addresses, ports and options of the nodes."""
     name = secrets.token_hex(4)
-    groups = [group for group in config.nodes for _ in range(group.count)]
-    nodes = [{"ip": f"127.0.0.{2 + number}", "options": _options(group, config)} for number, group in enumerate(groups)]
+    nodes = _nodes(config)
     head = nodes[0]["ip"]
     port = _free_port(head, config.port)
     dashboard = _free_port("127.0.0.1", config.dashboard_port)
@@ -192,6 +203,18 @@ def _planned(config: NodesConfig) -> LocalCluster:
         folder=str(Path(tempfile.gettempdir()) / f"perceiver-{name}"),
         nodes=nodes,
     )
+
+
+def _nodes(config: NodesConfig) -> list[dict[str, Any]]:
+    """Return address and `ray start` options of each node."""
+    groups = [group for group in config.nodes for _ in range(group.count)]
+    return [{"ip": f"127.0.0.{2 + number}", "options": _options(group, config)} for number, group in enumerate(groups)]
+
+
+def _described(nodes: list[dict[str, Any]]) -> str:
+    """Return how many nodes there are of each kind."""
+    kinds = Counter(" ".join(node["options"]) for node in nodes)
+    return f"{len(nodes)} nodes ({'; '.join(f'{count} with {options}' for options, count in kinds.items())})"
 
 
 def _options(group: NodeGroup, config: NodesConfig) -> list[str]:
@@ -238,20 +261,49 @@ def _environment(cluster: LocalCluster) -> dict[str, str]:
     return environment
 
 
-def _start(cluster: LocalCluster, nodes: list[dict[str, Any]], say: Callable[[str], None]) -> None:
-    """Start nodes one after the other; each gets a few tries, because Ray allows a slow machine 30 s and no more."""
-    Path(cluster.folder).mkdir(mode=0o700, exist_ok=True)
-    for node in nodes:
-        log = Path(cluster.folder) / f"start-{node['ip']}.log"
-        for _ in range(TRIES):
-            if _came_up(cluster, node, log):
-                break
-            _end(_left_by(cluster, node))
-        else:
-            reason = _reason(log)
+def _start_all(cluster: LocalCluster, say: Callable[[str], None]) -> None:
+    """Start the nodes of a new cluster one after the other.
+
+    Raises:
+        UserError: one does not come up; then nothing is left.
+    """
+    for node in cluster.nodes:
+        reason = _start(cluster, node, say)
+        if reason:
             down()
             raise UserError(f"node {node['ip']} did not come up ({reason}); nothing is left running: try fewer nodes")
-        say(f"node {node['ip']} is up ({' '.join(node['options'])})")
+
+
+def _revive(cluster: LocalCluster, say: Callable[[str], None]) -> None:
+    """Start the nodes that have died; those that live, and their jobs, are left alone.
+
+    Raises:
+        UserError: some do not come up.
+    """
+    alive = cluster.raylets()
+    dead = [node for node in cluster.nodes if node["ip"] not in alive]
+    failed = {node["ip"]: reason for node in dead if (reason := _start(cluster, node, say))}
+    if failed:
+        reasons = ", ".join(f"{ip} ({reason})" for ip, reason in failed.items())
+        raise UserError(
+            f"node {reasons} did not come up again; the other {len(cluster.nodes) - len(failed)} run on: see "
+            f"{cluster.folder}/start-{next(iter(failed))}.log, try again with perceiver cluster up"
+        )
+
+
+def _start(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
+    """Start one node; it gets a few tries, because Ray allows a slow machine 30 s and no more.
+
+    Returns: why it did not come up, empty if it did.
+    """
+    Path(cluster.folder).mkdir(mode=0o700, exist_ok=True)
+    log = Path(cluster.folder) / f"start-{node['ip']}.log"
+    for _ in range(TRIES):
+        if _came_up(cluster, node, log):
+            say(f"node {node['ip']} is up ({' '.join(node['options'])})")
+            return ""
+        _end(_left_by(cluster, node))
+    return _reason(log)
 
 
 def _left_by(cluster: LocalCluster, node: dict[str, Any]) -> list[psutil.Process]:

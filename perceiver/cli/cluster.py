@@ -30,7 +30,8 @@ Examples:
 def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> int:
     """Start a local cluster, or those of its nodes that have died.
 
-    FILE describes nodes that differ: CPUs, GPUs and custom resources that need not exist, labels.
+    FILE describes nodes that differ: CPUs, GPUs and custom resources that need not exist, labels. A cluster that runs
+    is not changed: other nodes than it has are refused.
     """
     from cluster.nodes import NodeGroup, NodesConfig, equivalent, read_nodes
     from cluster.nodes import up as start
@@ -38,7 +39,9 @@ def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> 
 
     if file and (nodes or cpus is not None):
         raise UserError(f"{file} says which nodes there are: leave --nodes and --cpus out")
-    config = read_nodes(file) if file else NodesConfig(nodes=(NodeGroup(count=nodes or 3, cpus=cpus),))
+    config = read_nodes(file) if file else None
+    if nodes or cpus is not None:
+        config = NodesConfig(nodes=(NodeGroup(count=nodes or 3, cpus=cpus),))
     cluster = start(config, (lambda line: None) if as_json else click.echo)
     if as_json:
         click.echo(json.dumps({"address": cluster.dashboard, "ray": cluster.address, "nodes": cluster.nodes}))

@@ -3,7 +3,9 @@
 import os
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from cluster.recipe import build_recipe
 from perceiver.config import UserError
 from tests.cluster.recipes import small_tree
 
+ROOT = Path(__file__).parents[2]
 TRAIN, FEED = {"role": "train"}, {"role": "data"}
 SOME = DataNeed(cpus=1.5, cpus_per_task=0.25)
 
@@ -142,9 +145,86 @@ def test_a_head_that_fails_leaves_nothing_for_the_next_try(tmp_path: Path, monke
 
     monkeypatch.setattr(local_nodes, "_came_up", came_up)
     try:
-        local_nodes._start(cluster, cluster.nodes, lambda line: None)
+        assert local_nodes._start(cluster, cluster.nodes[0], lambda line: None) == ""
         assert len(stores) == 2 and stores[1].poll() is None
     finally:
         for store in stores:
             store.kill()
             store.wait()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No cluster, no token, and nodes that come up without a process but for 127.0.0.3."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def came_up(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:
+        log.write_text("RuntimeError: no room\n")
+        return node["ip"] != "127.0.0.3"
+
+    monkeypatch.setattr(local_nodes, "_came_up", came_up)
+    return tmp_path
+
+
+def nodes_config(count: int, cpus: int = 1) -> NodesConfig:
+    return NodesConfig(nodes=(NodeGroup(count=count, cpus=cpus),))
+
+
+@pytest.fixture
+def running(here: Path, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
+    """A cluster of four nodes, of which 127.0.0.3 and 127.0.0.5 have died."""
+    cluster = local_nodes._planned(nodes_config(4))
+    monkeypatch.setattr(local_nodes, "running_cluster", lambda: cluster)
+    monkeypatch.setattr(LocalCluster, "raylets", lambda self: {"127.0.0.2": 1, "127.0.0.4": 2})
+    monkeypatch.setattr(local_nodes, "down", lambda: pytest.fail("the nodes that live were stopped"))
+    return cluster
+
+
+def test_a_new_cluster_whose_node_fails_is_taken_down(here: Path) -> None:
+    with pytest.raises(UserError, match=r"node 127.0.0.3 did not come up \(RuntimeError: no room\); nothing is left"):
+        local_nodes.up(nodes_config(3), lambda line: None)
+    assert not local_nodes.state_file().exists() and not list(here.glob("perceiver-*"))
+
+
+def test_a_dead_node_that_stays_dead_leaves_the_others_alone(running: LocalCluster) -> None:
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"node 127.0.0.3 \(RuntimeError: no room\) .* the other 3 run on"):
+        local_nodes.up(None, said.append)
+    assert [line.split(" (")[0] for line in said] == ["node 127.0.0.5 is up"]
+
+
+@pytest.mark.parametrize("other", [nodes_config(5), nodes_config(4, cpus=2), NodesConfig()])
+def test_other_nodes_than_the_running_ones_are_refused(running: LocalCluster, other: NodesConfig) -> None:
+    with pytest.raises(UserError, match=f"{running.name} .* has 4 nodes .* wanted {sum(g.count for g in other.nodes)}"):
+        local_nodes.up(other, lambda line: pytest.fail(line))
+    with pytest.raises(UserError, match="perceiver cluster down"):
+        local_nodes.up(other)
+
+
+def test_the_nodes_that_run_may_be_asked_for_again(running: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_nodes, "_came_up", lambda *_: True)
+    assert local_nodes.up(nodes_config(4), lambda line: None) is running
+
+
+@pytest.mark.parametrize("mode", ["disabled", "token", None])
+def test_there_is_a_token_whatever_the_mode_of_the_shell(
+    here: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None
+) -> None:
+    if mode is None:
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    else:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    cluster = local_nodes.up(nodes_config(1), lambda line: None)
+    token = here / "token"
+    assert len(token.read_text()) == 64 and token.stat().st_mode & 0o777 == 0o600
+    assert local_nodes._environment(cluster)["RAY_AUTH_MODE"] == "token"
+
+
+def test_the_mixed_nodes_are_those_that_their_file_promises() -> None:
+    head, first, second, data = local_nodes._planned(read_nodes(ROOT / "recipes/cluster/mixed.yaml")).nodes
+    assert "--num-cpus=0" in head["options"] and "--labels=role=data" in data["options"]
+    assert {"--num-gpus=1", "--labels=role=train"} < set(first["options"]) and first["options"] == second["options"]
+    assert "--num-gpus" not in str(head["options"] + data["options"])
