@@ -6,71 +6,30 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from cluster.doctor_run import check_cluster, check_output, check_recipe_and_data, check_tracking, check_workers
 from cluster.local import machine_cpus
 from cluster.package import DISTRIBUTION
-from cluster.recipe import Recipe
-from perceiver.config import UserError
-from perceiver.train.redaction import redact_text, resolve
+from cluster.patient import FAIL, OK, WARN, Finding, Patient, Result
 
 GIB = 2**30
-ANSWER_S = 5
-OK, WARN, FAIL = "ok", "warn", "fail"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        check: its name.
-        state: ``ok``, ``warn`` (a run may be slow or end early) or ``fail`` (it will not start).
-        found: what there is.
-        fix: what to do; empty if nothing.
-    """
-
-    check: str
-    state: str
-    found: str
-    fix: str = ""
-
-
-@dataclass(frozen=True)
-class Patient:
-    """What is looked at.
-
-    Attributes:
-        output: where runs are to be written.
-        tracking: MLflow's URI; empty for the default, a file beside the runs.
-        gpus_per_worker: what the recipe wants of each worker.
-        nodes: a function that connects to the cluster and returns one line about it, or None.
-    """
-
-    output: str = "runs"
-    tracking: str = ""
-    gpus_per_worker: float = 0
-    nodes: Callable[[], str] | None = None
-    proc: Path = field(default=Path("/sys/fs/cgroup"))
-    shm: Path = field(default=Path("/dev/shm"))
-
-
-def patient_of(recipe: Recipe | None, nodes: Callable[[], str] | None = None) -> Patient:
-    """Return what a recipe's run touches; without a recipe, the defaults."""
-    tracking = (recipe.tracking.uri if recipe else "") or os.environ.get("MLFLOW_TRACKING_URI", "")
-    if recipe is None:
-        return Patient(tracking=tracking, nodes=nodes)
-    return Patient(recipe.output, tracking, recipe.cluster.gpus_per_worker, nodes)
+NCCL_S = 120
+NCCL = """
+import torch
+parts = [torch.ones(1 << 20, device=index) for index in range(torch.cuda.device_count())]
+torch.cuda.nccl.all_reduce(parts)
+torch.cuda.synchronize()
+assert all(part[-1].item() == len(parts) for part in parts), "an all-reduce gave a wrong sum"
+"""
 
 
 def examine(patient: Patient) -> Iterator[Finding]:
@@ -82,9 +41,6 @@ def examine(patient: Patient) -> Iterator[Finding]:
         except Exception as error:  # noqa: BLE001  a check must not stop the others
             state, found, fix = WARN, f"could not be looked at ({type(error).__name__}: {str(error)[:80]})", ""
         yield Finding(name, state, found, fix)
-
-
-Result = tuple[str, str, str]
 
 
 def check_python(patient: Patient) -> Result:
@@ -145,32 +101,57 @@ def check_memory(patient: Patient) -> Result:
 
 
 def check_shared_memory(patient: Patient) -> Result:
-    """Look at the place of Ray's object store."""
+    """Look at the place of Ray's object store, as large as the recipe wants it."""
     if not patient.shm.is_dir():
         return WARN, f"no {patient.shm}", "Ray keeps its objects on disk then: slower"
-    free = shutil.disk_usage(patient.shm).free
-    fix = "" if free > GIB else "docker run --shm-size=2g, or an emptyDir with medium: Memory on Kubernetes"
-    return (OK if free > GIB else WARN), f"{free / GIB:.1f} GiB free in {patient.shm}", fix
+    free, wanted = shutil.disk_usage(patient.shm).free, patient.cluster.object_store_mb * 1_000_000
+    found = f"{free / 1e6:,.0f} MB free in {patient.shm}"
+    if free >= wanted:
+        return OK, found, ""
+    return (
+        WARN,
+        f"{found}, cluster.object_store_mb = {patient.cluster.object_store_mb}: Ray keeps its objects on disk then",
+        f"docker run --shm-size={patient.cluster.object_store_mb + 100}m, an emptyDir with medium: Memory on "
+        "Kubernetes, or a smaller cluster.object_store_mb",
+    )
 
 
 def check_gpu(patient: Patient) -> Result:
-    """Look for GPUs that torch can use, and for NCCL."""
+    """Look for GPUs that torch can use."""
     import torch
 
     if torch.cuda.is_available():
-        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"  # type: ignore[attr-defined]
         names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-        found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}, NCCL {nccl}"
-        return (FAIL if nccl == "none" else OK), found, "install a torch build with NCCL" if nccl == "none" else ""
+        return OK, f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}", ""
     if shutil.which("nvidia-smi"):
         return FAIL, f"a driver, but torch {torch.__version__} cannot use it", "install a CUDA build of torch"
-    if patient.gpus_per_worker:
+    if patient.cluster.gpus_per_worker:
         return (
-            WARN if patient.nodes else FAIL,
-            f"none here, the recipe wants {patient.gpus_per_worker:g} a worker",
+            patient.stops,
+            f"none here, the recipe wants {patient.cluster.gpus_per_worker:g} a worker",
             "run on nodes with GPUs (perceiver submit), or set cluster.gpus_per_worker=0",
         )
     return OK, "none: runs use the CPU", ""
+
+
+def check_nccl(patient: Patient) -> Result:
+    """Add up a small tensor over all GPUs of this machine, in a process of its own that may hang or crash."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return OK, "not needed without a GPU", ""
+    if not torch.distributed.is_nccl_available():
+        return FAIL, "none", "install a torch build with NCCL"
+    version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[attr-defined]
+    fix = "NCCL_DEBUG=INFO says more; check the driver, /dev/shm and the links between the GPUs (nvidia-smi topo -m)"
+    try:
+        done = subprocess.run([sys.executable, "-c", NCCL], capture_output=True, text=True, timeout=NCCL_S, check=False)
+    except subprocess.TimeoutExpired:
+        return FAIL, f"NCCL {version}: an all-reduce did not end in {NCCL_S} s", fix
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return FAIL, f"NCCL {version}: {reason[:120]}", fix
+    return OK, f"NCCL {version}, all-reduce over {torch.cuda.device_count()} GPU", ""
 
 
 def check_compiler(patient: Patient) -> Result:
@@ -179,59 +160,12 @@ def check_compiler(patient: Patient) -> Result:
     return (OK, found, "") if found else (WARN, "none", "apt-get install g++: the fused kernel is left out without one")
 
 
-def check_output(patient: Patient) -> Result:
-    """Write, read and delete a small object where runs are to go."""
-    import fsspec
-
-    place = f"{patient.output.rstrip('/')}/.doctor-{uuid.uuid4().hex}"
-    shown = redact_text(patient.output)
-    try:
-        fs, path = fsspec.core.url_to_fs(place)
-        parent = path.rsplit("/", 1)[0]
-        made = not fs.exists(parent)
-        fs.makedirs(parent, exist_ok=True)
-        fs.pipe_file(path, b"doctor")
-        same = fs.cat_file(path) == b"doctor"
-        fs.rm_file(path)
-        if made and "file" in fs.protocol:
-            fs.rmdir(parent)
-    except ImportError as error:
-        return FAIL, f"{shown}: {error}", "pip install 'perceiver-train[s3]'"
-    except Exception as error:  # noqa: BLE001  each store raises its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        return (
-            FAIL,
-            f"{shown}: {redact_text(reason)}",
-            "set output= to a place that you may write to; check its credentials",
-        )
-    return (OK, f"{shown}: written, read and deleted", "") if same else (FAIL, f"{shown}: read something else", "")
-
-
-def check_tracking(patient: Patient) -> Result:
-    """Ask MLflow's server whether it is there."""
-    import requests
-
-    uri = resolve(patient.tracking)
-    if not uri or uri.startswith(("sqlite:", "file:", "/", ".")):
-        return OK, redact_text(uri) or "a SQLite file beside the runs", ""
-    shown = redact_text(uri)
-    fix = "start it, or correct MLFLOW_TRACKING_URI or tracking.uri; runs spool their figures meanwhile"
-    parts = urlsplit(uri)
-    try:
-        if parts.scheme in ("http", "https"):
-            answer = requests.get(f"{uri.rstrip('/')}/health", timeout=ANSWER_S)
-            return (OK, f"{shown} answers", "") if answer.ok else (WARN, f"{shown}: HTTP {answer.status_code}", fix)
-        port = parts.port or {"postgresql": 5432, "mysql": 3306}.get(parts.scheme.partition("+")[0], 0)
-        socket.create_connection((parts.hostname or "", port), timeout=ANSWER_S).close()
-    except (OSError, requests.RequestException) as error:
-        return WARN, f"{shown} does not answer ({type(error).__name__})", fix
-    return OK, f"{shown} answers", ""
-
-
 def check_token(patient: Patient) -> Result:
-    """Look at the mode of the file with the token."""
+    """Look at the token: that there is one, and at the mode of its file."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_TOKEN" in os.environ:
+        if not os.environ["RAY_AUTH_TOKEN"].strip():
+            return FAIL, "RAY_AUTH_TOKEN is set to nothing", "unset it, or set it to the cluster's token"
         return (
             WARN,
             "in RAY_AUTH_TOKEN",
@@ -242,6 +176,8 @@ def check_token(patient: Patient) -> Result:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         return FAIL, f"{path} has mode {mode:04o}: others can read it", f"chmod 600 {path}"
+    if not path.read_text().strip():
+        return FAIL, f"{path} is empty", f"rm {path} (the next start makes one), or put the cluster's token there"
     return OK, f"{path}, mode {mode:04o}", ""
 
 
@@ -275,17 +211,6 @@ def check_disk(patient: Patient) -> Result:
     return (OK if free > 10 * GIB else WARN if free > GIB else FAIL), f"{free / GIB:.0f} GiB free at {where}", fix
 
 
-def check_cluster(patient: Patient) -> Result:
-    """Ask the cluster who it is."""
-    if patient.nodes is None:
-        return OK, "none asked about: runs start a Ray of their own", ""
-    try:
-        return OK, patient.nodes(), ""
-    except UserError as error:
-        text, _, fix = str(error).rpartition(": ")
-        return FAIL, text or str(error), fix if text else ""
-
-
 CHECKS: tuple[Callable[[Patient], Result], ...] = (
     check_python,
     check_libraries,
@@ -293,7 +218,10 @@ CHECKS: tuple[Callable[[Patient], Result], ...] = (
     check_memory,
     check_shared_memory,
     check_gpu,
+    check_nccl,
     check_compiler,
+    check_workers,
+    check_recipe_and_data,
     check_output,
     check_disk,
     check_tracking,

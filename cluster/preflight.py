@@ -7,7 +7,7 @@ import torch
 
 from cluster.inputs import check_inputs
 from cluster.local import machine_cpus, worker_cpus
-from cluster.placement import DataNeed
+from cluster.placement import DataNeed, Node, place
 from cluster.recipe import Recipe, kind_of
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
@@ -54,7 +54,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     model = check_recipe(recipe)
     check_files(recipe.data, model.manifest)
     if recipe.cluster.resolved_address() is None:
-        worker_cpus(recipe.cluster, machine_cpus(), data_cpus(recipe))
+        check_machine(recipe)
     checkpoint = folder.checkpoints.newest() if resume else None
     if checkpoint is not None:
         check_resume(recipe, folder, checkpoint, model.shapes)
@@ -67,6 +67,20 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     epoch_steps = epoch_steps_of(recipe, model.manifest)
     total_steps = recipe.train.total_steps(epoch_steps)
     return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start)
+
+
+def check_machine(recipe: Recipe) -> tuple[int, int]:
+    """Check that this machine holds the workers and data tasks of a recipe; return its CPUs and GPUs.
+
+    Raises:
+        UserError: it does not; the line says what is missing and which key asks for it.
+    """
+    cpus, gpus = machine_cpus(), torch.cuda.device_count()
+    share = worker_cpus(recipe.cluster, cpus, data_cpus(recipe))
+    here = Node("this machine", {"CPU": cpus, "GPU": gpus})
+    config = recipe.cluster.model_copy(update={"cpus_per_worker": share, "autoscaling": False})
+    place(config, [here], data_need(recipe))
+    return cpus, gpus
 
 
 def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest] = load_manifest) -> CheckedModel:

@@ -2,10 +2,14 @@
 
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from perceiver.cli._access import access_options
+
+if TYPE_CHECKING:
+    from cluster.recipe import Recipe
 
 
 @click.command(
@@ -29,16 +33,18 @@ def command(
 ) -> int:
     """Look at everything a run needs on this machine, for RECIPE if one is given, and at a cluster if --address is.
 
+    With RECIPE also at its data, and whether its workers fit on this machine or, with --address, on the cluster.
     Exit code 1 if something would stop the run.
     """
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.doctor import FAIL, examine, patient_of
+    from cluster.doctor import examine
+    from cluster.patient import FAIL, patient_of
     from cluster.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides) if recipe else None
-    nodes = (lambda: _nodes(address, headers, verify)) if address else None
+    nodes = (lambda: _nodes(address, headers, verify, loaded)) if address else None
     findings = list(examine(patient_of(loaded, nodes)))
     if as_json:
         click.echo("\n".join(json.dumps(asdict(finding)) for finding in findings))
@@ -54,10 +60,14 @@ def command(
     return 1 if any(finding.state == FAIL for finding in findings) else 0
 
 
-def _nodes(address: str | None, headers: str | None, verify: str) -> str:
+def _nodes(address: str | None, headers: str | None, verify: str, recipe: "Recipe | None") -> str:
+    """One line about the cluster's nodes; refuses one that the recipe's workers do not fit on."""
+    from cluster.submit import check_places
     from perceiver.cli._access import reach
 
     server = reach(address, headers, verify)
     nodes = server.nodes()
+    if recipe is not None:
+        check_places(nodes, recipe)
     cpus, gpus = (sum(node.resources.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
     return f"{server.url}: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
