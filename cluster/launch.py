@@ -18,10 +18,19 @@ from cluster.console import RunConsole
 from cluster.failures import failure_reason
 from cluster.lease import Lease, hold
 from cluster.metrics import RunMetrics, find_peak, ray_export
+from cluster.origin import data_facts
 from cluster.preflight import Preflight, check
 from cluster.recipe import Recipe, build_recipe, kind_of, zero_stage
 from cluster.run_folder import RunFolder, choose_run, redacted_recipe
-from cluster.session import Tracked, log_file, logged, ray_and_mlflow, stop_on_signal, tracking_of
+from cluster.session import (
+    Tracked,
+    log_file,
+    logged,
+    ray_and_mlflow,
+    sigterm_as_interrupt,
+    stop_on_signal,
+    tracking_of,
+)
 from cluster.trainer import Share, build_trainer
 from cluster.watchdog import Watchdog, end
 from perceiver.config import UserError
@@ -80,12 +89,14 @@ def launch_training(
     folder = choose_run(recipe.output, recipe.name, resume, run)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
+        stack.enter_context(sigterm_as_interrupt())
         lease = stack.enter_context(hold(folder.url))
         stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
         command = " ".join(["perceiver train", path, *map(shlex.quote, overrides)])
         launch = Launch(recipe, folder, preflight, console, resume, began, command, background, lease)
         folder.write("recipe.yaml", yaml.safe_dump(redacted_recipe(recipe.model_dump(mode="json")), sort_keys=False))
+        folder.note(data=data_facts(preflight.manifest))
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
             send_waiting(launch, tracking_of(recipe.tracking, folder, recipe.name))

@@ -90,6 +90,11 @@ def zero_stage(recipe: Recipe) -> int:
     return 1 if given == "auto" else int(given)
 
 
+def eval_rows(recipe: Recipe, world: int) -> int:
+    """Return the samples of one forward pass of an evaluation by ``world`` workers: as many clips as in training."""
+    return recipe.data.clip.eval_rows(recipe.train.micro(world))
+
+
 def _explain(error: ValidationError) -> str:
     """Turn pydantic's list into one line about the first mistake, with a count of the others."""
     errors = error.errors(include_url=False)

@@ -21,7 +21,7 @@ from cluster.drain import leave
 from cluster.monitor import Client, connect
 from cluster.predictions import parquet, predicted
 from cluster.preflight import epoch_steps_of
-from cluster.recipe import Recipe, build_recipe, zero_stage
+from cluster.recipe import Recipe, build_recipe, eval_rows, zero_stage
 from cluster.run_folder import RunFolder, redacted_recipe
 from cluster.saving import build_guard
 from cluster.watchdog import Pulse
@@ -90,8 +90,7 @@ class Job:
     def evaluation(self) -> Iterator[Batch]:
         """Return the batches of the evaluation split that fall to this worker."""
         data, place = self.recipe.data, self.place
-        rows = data.clip.eval_rows(self.recipe.train.micro(place.world))
-        share = EvalShare(data.eval_split, rows, place.rank, place.world)
+        share = EvalShare(data.eval_split, eval_rows(self.recipe, place.world), place.rank, place.world)
         batches = eval_batches(data, self.manifest, share, place.device, self.quarantine)
         return self.counted(batches)
 
@@ -154,11 +153,8 @@ def _build(
     total = recipe.train.total_steps(epoch_steps_of(recipe, manifest))
     batches = started(_training(recipe, manifest, place, (done, total), quarantine))
     resources.callback(batches.close)
-    torch.manual_seed(recipe.seed)
     classes = len(manifest.classes)
-    model = build_model(recipe.model, classes=classes)
-    if recipe.train.init_from and not done:
-        start_from(model, open_weights(recipe.train.init_from))
+    model = first_model(recipe, classes, restored=done > 0)
     engine = make_engine(recipe, model, build_task(recipe.task, classes=classes), manifest, place)
     history = _restore(engine, folder, done, monitor)
     tracker: Tracker = NullTracker()
@@ -170,6 +166,21 @@ def _build(
             lambda step, metrics: monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=True)
         )
     return Job(recipe, folder, manifest, place, engine, history, monitor, tracker, batches, done, quarantine)
+
+
+def first_model(recipe: Recipe, classes: int, restored: bool = False) -> torch.nn.Module:
+    """Return the model as training begins: drawn from the seed, then filled from ``train.init_from`` if that is set.
+
+    Args:
+        recipe: with the model, the seed and the weights to start from.
+        classes: of the data.
+        restored: a checkpoint follows, so the weights are not read.
+    """
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model, classes=classes)
+    if recipe.train.init_from and not restored:
+        start_from(model, open_weights(recipe.train.init_from))
+    return model
 
 
 def started(batches: Iterator[Batch]) -> Generator[Batch, None, None]:

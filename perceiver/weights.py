@@ -26,6 +26,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class DataFacts:
+    """What a run records of the data that it was trained on.
+
+    Args:
+        name: of the data set.
+        licence: of the data.
+        source: where they came from.
+        classes: names of the classes, in the order of the model's outputs.
+    """
+
+    name: str
+    licence: str
+    source: str
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Saved:
     """Weights, and what is known about them.
 
@@ -47,6 +64,12 @@ class Saved:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor by name."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    @property
+    def data(self) -> DataFacts | None:
+        """What the run recorded of its data; None if it did not."""
+        found = self.facts.get("data")
+        return DataFacts(**{**found, "classes": tuple(found["classes"])}) if found else None
 
     def build(self, **changes: Any) -> nn.Module:
         """Make the model with these weights, in evaluation mode; `changes` replace keys of its config.

@@ -10,7 +10,7 @@ import math
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -28,7 +28,10 @@ from pipelines.shards import Manifest, arrow_schema, load_manifest
 if TYPE_CHECKING:
     import torch
 
+    from pipelines.stream import RayOptions, Run
+
     Batch = dict[str, torch.Tensor]
+    Execute = Callable[[Work, list[Run], RayOptions], Iterator[tuple[Any, int, list[str]]]]
     Checkable = Generator[tuple[Batch, list[str]], None, None]
 
 KEEP_DECODED_BYTES = 64 << 10
@@ -228,11 +231,35 @@ def eval_batches(data: DataConfig, manifest: Manifest, share: EvalShare, device:
     The ragged end is padded with rows whose `valid` is False and whose `sample_id` is -1. A bad sample is such a row
     too, with its own id, since a replacement would be counted twice.
     """
+    work, runs, samples = _eval_work(data, manifest, share)
+    yield from _checked(_execute(data, work, runs, share.batch, device), work, samples,
+                        quarantine or Quarantine(data.max_bad_fraction))
+
+
+def eval_outcomes(data: DataConfig, manifest: Manifest, share: EvalShare, execute: "Execute", quarantine: Quarantine
+                  ) -> Iterator[Any]:
+    """What an executor of the caller's makes of each batch of `eval_batches`, in order, while bad samples are counted.
+
+    Args:
+        data: the recipe's data section.
+        manifest: see `load_data`.
+        share: which batches.
+        execute: given the work, its runs and the limits of the data tasks, yields for each batch the outcome, the
+            number of its rows and their problem lines.
+        quarantine: gets the bad samples met.
+    """
+    work, runs, samples = _eval_work(data, manifest, share)
+    for outcome, rows, lines in execute(work, list(runs), _ray_options(data, work)):
+        _count(lines, rows, work, samples, quarantine)
+        yield outcome
+
+
+def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[Work, Iterator["Run"], int]:
+    """The work of an evaluation, its runs of batches, and the rank's samples."""
     plan = EvalPlan(manifest.split(share.split).samples, share.batch)
     work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split)
     runs = plan.runs(share.first, plan.batches(share.world), _run_steps(data, work, manifest))
-    yield from _checked(_execute(data, work, runs, share.batch, device), work, math.ceil(plan.samples / share.world),
-                        quarantine or Quarantine(data.max_bad_fraction))
+    return work, runs, math.ceil(plan.samples / share.world)
 
 
 def _run_steps(data: DataConfig, work: Work, manifest: Manifest) -> int:
@@ -267,12 +294,17 @@ def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batc
              ) -> "Checkable":
     if data.executor == "inline":
         return _inline(work, runs, batch, device)
-    from pipelines.stream import RayBatches, RayOptions
+    from pipelines.stream import RayBatches
+
+    return iter(RayBatches(work, runs, batch, device, _ray_options(data, work)))
+
+
+def _ray_options(data: DataConfig, work: Work) -> "RayOptions":
+    from pipelines.stream import RayOptions
 
     # A block holds whole batches, so that a batch need not be put together from parts.
-    options = RayOptions(data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes,
-                         work.chunk * work.spec.row_bytes, data.task_memory, data.task_labels)
-    return iter(RayBatches(work, runs, batch, device, options))
+    return RayOptions(data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes,
+                      work.chunk * work.spec.row_bytes, data.task_memory, data.task_labels)
 
 
 def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
@@ -294,7 +326,12 @@ def _checked(batches: "Checkable", work: Work, epoch_share: int, quarantine: Qua
     """Pass batches on while bad samples are counted."""
     with contextlib.closing(batches):
         for batch, lines in batches:
-            problems = [Problem(work.split_of(int(number)), int(number), key, reason) for line in lines
-                        for number, key, reason in (entry.split("\t", 2) for entry in line.split("\n"))]
-            quarantine.add(problems, met=len(lines), seen=len(batch["sample_id"]), epoch_share=epoch_share)
+            _count(lines, len(batch["sample_id"]), work, epoch_share, quarantine)
             yield batch
+
+
+def _count(lines: list[str], rows: int, work: Work, epoch_share: int, quarantine: Quarantine) -> None:
+    """Count the bad samples of a batch of so many rows."""
+    problems = [Problem(work.split_of(int(number)), int(number), key, reason) for line in lines
+                for number, key, reason in (entry.split("\t", 2) for entry in line.split("\n"))]
+    quarantine.add(problems, met=len(lines), seen=rows, epoch_share=epoch_share)

@@ -22,6 +22,7 @@ import ray.tune
 
 from cluster.failures import failure_reason
 from cluster.monitor import LocalMonitor, MonitorClient, pump, start_monitor
+from cluster.origin import data_facts
 from cluster.recipe import build_recipe
 from cluster.run_folder import RunFolder, redacted_recipe
 from cluster.trainer import Share, build_local_trainer, build_trainer
@@ -49,6 +50,7 @@ class TrialPlan:
         share: a trial's part of the cluster.
         here: run the only worker in the trial's process.
         pointers: wait for the checkpoint of each evaluation, to be handed to other trials.
+        turns: the run ends when Tune asks for a pointer: another trial has the next turn.
         tracking: MLflow's settings with store and experiment filled in.
         tags: tags of each trial's MLflow run, such as its parent.
         control: the monitor actor of the search, which takes progress and asks to stop.
@@ -60,6 +62,7 @@ class TrialPlan:
     share: Share
     here: bool
     pointers: bool
+    turns: bool
     tracking: TrackingConfig
     tags: dict[str, str]
     control: Any
@@ -94,9 +97,12 @@ class TrialRun(ray.tune.Trainable):
         return self.run.next_result()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write a pointer to the run's newest checkpoint."""
+        """Write a pointer to the run's newest checkpoint; where trials take turns, the run is over then."""
         assert self.run is not None
-        self.run.pointer().write(checkpoint_dir)
+        pointer = self.run.pointer()
+        if self.plan.turns:
+            self.run.end()
+        pointer.write(checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Go on from the checkpoint a pointer names: the trial's own, or another trial's, which is copied."""
@@ -144,12 +150,12 @@ class Running:
         self._since = time.monotonic()
         manifest = load_data(self.recipe.data)
         self.samples = manifest.split(self.recipe.data.train_split).samples
-        self._start()
+        self._start(data_facts(manifest))
 
-    def _start(self) -> None:
+    def _start(self, data: Mapping[str, Any]) -> None:
         tree = redacted_recipe(self.recipe.model_dump(mode="json"))
         self.folder.write("recipe.yaml", json.dumps(tree, indent=1))  # JSON is YAML
-        self.folder.note(values=self.values, status="running")
+        self.folder.note(values=self.values, status="running", data=data)
         self.handle = self._handle()
         if self.plan.here:
             self.monitor: Any = LocalMonitor(self._events)
