@@ -150,7 +150,8 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     refused: list[float] = []
     dog = Watchdog(launch.recipe.cluster.hang_s)
-    figures = RunMetrics(ray_export(launch.folder.name))
+    begun_from = launch.preflight.checkpoint
+    figures = RunMetrics(ray_export(launch.folder.name), saved_at=begun_from.created if begun_from else None)
 
     def show(event: dict[str, Any]) -> None:
         dog.note(event, time.monotonic())

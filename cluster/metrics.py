@@ -4,15 +4,19 @@ The driver exports what the workers tell it: nothing is added to a training step
 Ray prefixes the names with `ray_`. `perceiver cluster render grafana RECIPE -o FOLDER` writes a dashboard of them.
 """
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.capacity.hardware import load_hardware
 from cluster.recipe import Recipe
 from perceiver.step_trace import trace_step
+
+if TYPE_CHECKING:
+    from ray.util.metrics import Gauge
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class Figure:
         name: of the metric, without Ray's prefix.
         title: for people.
         unit: as Grafana names it.
+        query: what the dashboard asks for, with the metric in place of ``{}``.
     """
 
     name: str
     title: str
     unit: str
+    query: str = "{}"
 
 
 FIGURES = (
@@ -37,8 +43,10 @@ FIGURES = (
     Figure("perceiver_loss", "Training loss of the last step", "short"),
     Figure("perceiver_step", "Optimizer steps done", "short"),
     Figure("perceiver_skipped_steps", "Steps skipped since the start: the gradient was not finite", "short"),
-    Figure("perceiver_quarantined_samples", "Bad samples that the first worker met since the start", "short"),
-    Figure("perceiver_checkpoint_age_seconds", "Age of the newest checkpoint, or of the start", "s"),
+    Figure("perceiver_quarantined_samples", "Bad samples that the workers met since they started", "short"),
+    # A moment, not an age: an age would stand still with the run that does not report it.
+    Figure("perceiver_checkpoint_timestamp_seconds", "Age of the newest checkpoint, or of the start", "s",
+           "time() - {}"),
     Figure("perceiver_worker_failures", "Worker failures since the start", "short"),
     Figure("perceiver_model_flops_utilisation", "Share of the GPUs' peak that the model's own FLOPs come to",
            "percentunit"),
@@ -53,15 +61,17 @@ class RunMetrics:
 
     Args:
         export: where they go; see `ray_export`.
-        clock: seconds, for tests.
+        saved_at: seconds since the epoch of the checkpoint to go on from; without one, now.
+        clock: seconds since the epoch, for tests.
     """
 
-    def __init__(self, export: Export, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, export: Export, saved_at: float | None = None, clock: Callable[[], float] = time.time) -> None:
         self.export, self.clock = export, clock
         self.peak_samples_s: float | None = None
-        self._saved_at = clock()
+        self._saved_at = clock() if saved_at is None else saved_at
         self._failures = 0
         self._skipped = 0.0
+        self._quarantined: dict[int, int] = {}
 
     def note(self, event: Mapping[str, Any]) -> None:
         """Take in one event of a worker; kinds that say nothing about a figure are passed over."""
@@ -77,10 +87,13 @@ class RunMetrics:
         self.export("perceiver_data_wait_share", event["wait_seconds"] / seconds)
         self.export("perceiver_loss", event["loss"])
         self.export("perceiver_step", event["step"])
-        self.export("perceiver_checkpoint_age_seconds", self.clock() - self._saved_at)
-        self.export("perceiver_quarantined_samples", event["quarantined"])
         if self.peak_samples_s:
             self.export("perceiver_model_flops_utilisation", rate / self.peak_samples_s)
+
+    def _on_pulse(self, event: Mapping[str, Any]) -> None:
+        self._quarantined[event["rank"]] = event["quarantined"]
+        self.export("perceiver_quarantined_samples", sum(self._quarantined.values()))
+        self.export("perceiver_checkpoint_timestamp_seconds", self._saved_at)
 
     def _on_metrics(self, event: Mapping[str, Any]) -> None:
         self._skipped += event["metrics"].get("train/skipped_steps", 0.0)
@@ -88,21 +101,26 @@ class RunMetrics:
 
     def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
         self._saved_at = self.clock()
-        self.export("perceiver_checkpoint_age_seconds", 0.0)
+        self.export("perceiver_checkpoint_timestamp_seconds", self._saved_at)
 
     def _on_failure(self, event: Mapping[str, Any]) -> None:
         self._failures += 1
+        self._quarantined.clear()
         self.export("perceiver_worker_failures", self._failures)
 
 
 def ray_export(run: str) -> Export:
     """Export to the Ray that this process is connected to, under a run's name."""
+    gauges = _gauges()
+    return lambda name, value: gauges[name].set(value, tags={"run": run})
+
+
+@functools.cache
+def _gauges() -> "dict[str, Gauge]":
+    """The gauges of this process, which may serve one trial of a search after the other."""
     from ray.util.metrics import Gauge
 
-    gauges = {figure.name: Gauge(figure.name, description=figure.title, tag_keys=("run",)) for figure in FIGURES}
-    for gauge in gauges.values():
-        gauge.set_default_tags({"run": run})
-    return lambda name, value: gauges[name].set(value)
+    return {figure.name: Gauge(figure.name, description=figure.title, tag_keys=("run",)) for figure in FIGURES}
 
 
 def find_peak(metrics: RunMetrics, recipe: Recipe, classes: int | None, device: str) -> None:
@@ -131,12 +149,20 @@ def dashboard() -> dict[str, Any]:
             "gridPos": {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)},
             "fieldConfig": {"defaults": {"unit": figure.unit}, "overrides": []},
             "targets": [{"refId": "A", "datasource": source, "legendFormat": "{{run}}",
-                         "expr": f'ray_{figure.name}{{run=~"$run"}}'}],
+                         "expr": figure.query.format(f'ray_{figure.name}{{run=~"$run"}}')}],
         }
         for number, figure in enumerate(FIGURES)
     ]  # fmt: skip
-    variable = {"name": "run", "type": "query", "datasource": source, "multi": True, "includeAll": True, "refresh": 2,
-                "query": "label_values(ray_perceiver_step, run)", "current": {"text": "All", "value": "$__all"}}
+    variable = {
+        "name": "run",
+        "type": "query",
+        "datasource": source,
+        "multi": True,
+        "includeAll": True,
+        "refresh": 2,
+        "query": "label_values(ray_perceiver_step, run)",
+        "current": {"text": "All", "value": "$__all"},
+    }
     return {
         "__inputs": [{"name": "DS_PROMETHEUS", "label": "Prometheus", "type": "datasource", "pluginId": "prometheus"}],
         "title": "Perceiver training", "uid": "perceiver-training", "schemaVersion": 39, "refresh": "30s",

@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 
 class Pulse:
-    """A worker's end: a thread that sends how many batches this worker has got, until `stop`."""
+    """A worker's end: a thread that sends how many batches and bad samples this worker has got, until `stop`."""
 
-    def __init__(self, client: Client, interval_s: float = PULSE_S) -> None:
-        self.client, self.interval_s, self.batches = client, interval_s, 0
+    def __init__(self, client: Client, interval_s: float = PULSE_S, quarantined: Callable[[], int] = lambda: 0) -> None:
+        self.client, self.interval_s, self.batches, self.quarantined = client, interval_s, 0, quarantined
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
         self._thread.start()
@@ -46,11 +46,15 @@ class Pulse:
         """Send a last pulse that says so, and no more."""
         self._over.set()
         self._thread.join()
-        self.client.send("pulse", {"batches": self.batches, "last": True}, urgent=True)
+        self._send(last=True)
 
     def _beat(self) -> None:
         while not self._over.wait(self.interval_s):
-            self.client.send("pulse", {"batches": self.batches, "last": False}, urgent=True)
+            self._send(last=False)
+
+    def _send(self, last: bool) -> None:
+        facts = {"batches": self.batches, "quarantined": self.quarantined(), "last": last}
+        self.client.send("pulse", facts, urgent=True)
 
 
 @dataclass(frozen=True)

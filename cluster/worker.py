@@ -118,7 +118,8 @@ def work(config: Mapping[str, Any], make_engine: EngineMaker) -> dict[str, Any]:
         with contextlib.ExitStack() as resources:
             job = _build(config, place, monitor, resources, make_engine)
             monitor.send("ready", {"seconds": time.perf_counter() - began, **_whereabouts()}, urgent=True)
-            job.pulse = Pulse(connect(config["monitor"], place.rank))
+            pulse = Pulse(connect(config["monitor"], place.rank), quarantined=lambda: len(job.quarantine.problems))
+            job.pulse = pulse
             resources.callback(job.pulse.stop)
             job.batches = job.counted(job.batches)
             return _run(job)
@@ -318,7 +319,6 @@ def _progress(job: Job, info: StepInfo) -> None:
         "seconds": info.seconds,
         "wait_seconds": info.wait_seconds,
         "samples": info.samples,
-        "quarantined": len(job.quarantine.problems),
     }
     job.monitor.send("progress", payload, urgent=info.last)
 

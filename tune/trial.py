@@ -21,6 +21,7 @@ import ray
 import ray.tune
 
 from cluster.failures import failure_reason
+from cluster.metrics import RunMetrics, ray_export
 from cluster.monitor import LocalMonitor, MonitorClient, pump, start_monitor
 from cluster.origin import data_facts
 from cluster.recipe import build_recipe
@@ -136,6 +137,8 @@ class Running:
     def __init__(self, plan: TrialPlan, number: int, values: Values, label: str = "") -> None:
         self.plan, self.number, self.values, self.label = plan, number, values, label
         self.folder = plan.folder(number)
+        self.name = "/".join([plan.output.rstrip("/").split("/")[-2], self.folder.name])
+        self.figures = RunMetrics(ray_export(self.name))
         self.recipe = build_recipe(with_values(plan.base, {**values, "name": self.folder.name, "output": plan.output}))
         self.link = MonitorClient(plan.control, rank=0, interval=0.5)
         self.outcome: dict[str, Any] = {}
@@ -170,9 +173,8 @@ class Running:
 
     def _handle(self) -> RunHandle | None:
         config = self.plan.tracking
-        name = "/".join([self.plan.output.rstrip("/").split("/")[-2], self.folder.name])
         tags = {**self.plan.tags, **({"perceiver.row": self.label} if self.label else {})}
-        return promise_run(config, name, output=self.folder.local, params=self.values, tags=tags)
+        return promise_run(config, self.name, output=self.folder.local, params=self.values, tags=tags)
 
     def _fit(self, trainer: Any) -> None:
         try:
@@ -219,6 +221,7 @@ class Running:
 
     def _take(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
         """Take note of an event; return a result if it is an evaluation (with pointers: its checkpoint)."""
+        self.figures.note(event)
         match event["kind"]:
             case "progress":
                 self._say("progress", step=event["step"], total_steps=event["total_steps"], epoch=event["epoch"])

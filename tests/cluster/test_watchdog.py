@@ -88,7 +88,7 @@ def test_workers_that_ended_or_failed_are_watched_no_more() -> None:
 
 def test_a_pulse_counts_batches_from_a_thread() -> None:
     monitor = LocalMonitor(queue.SimpleQueue())
-    beat = Pulse(LocalClient(monitor, 3), interval_s=0.01)
+    beat = Pulse(LocalClient(monitor, 3), interval_s=0.01, quarantined=lambda: 5)
     assert list(beat.count(["a", "b"])) == ["a", "b"]
     events = [monitor.events.get(timeout=30)]
     while events[-1]["batches"] < 2:
@@ -96,7 +96,7 @@ def test_a_pulse_counts_batches_from_a_thread() -> None:
     beat.stop()
     while not monitor.events.empty():
         events.append(monitor.events.get())
-    assert events[-1] == {"kind": "pulse", "rank": 3, "batches": 2, "last": True}
+    assert events[-1] == {"kind": "pulse", "rank": 3, "batches": 2, "quarantined": 5, "last": True}
     assert "pulse" not in [thread.name for thread in threading.enumerate()]
 
 
