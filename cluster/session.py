@@ -142,6 +142,20 @@ def stop_on_signal(monitor: Any, say: Callable[[str], None], line: str) -> Any:
 
 
 @contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """While a run starts up, take SIGTERM as Ctrl-C: an exception, on whose way out the run's lease is given back."""
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def log_file(folder: RunFolder) -> Any:
     """Send all library chatter of this process to ``logs/driver.log`` instead of the terminal."""
     path = folder.local / "logs" / "driver.log"
