@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ _QUERY = re.compile(
     r"(?P<name>[?&;][^=&;#\s]*(?:sig|signature|token|secret|key|password|credential)[^=&;#\s]*=)[^&;#\s]+",
     re.IGNORECASE,
 )
-_KNOWN = re.compile(
+_FORMATS = re.compile(
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bhf_[A-Za-z0-9]{20,}"
     r"|\bsk-[A-Za-z0-9_-]{20,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
-    r"|(?<=Bearer )\S+|(?<=Basic )\S+|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
 )
+_HEADERS = re.compile(r"(?<=Bearer )\S+|(?<=Basic )\S+")
 
 
 def is_reference(value: object) -> bool:
@@ -57,8 +58,9 @@ def resolve(value: str) -> str:
 
 def is_secret_key(key: str) -> bool:
     """Whether a (dotted) key names a secret: its last part has a word such as password, secret, token or credential,
-    is `key`, or is a compound such as `access_key`. The numbers of `max_tokens` and the like are no secrets."""
-    last = re.split(r"[./]", key)[-1]
+    is `key`, or is a compound such as `access_key`; places in a list (`tokens.0`) are passed over. The numbers of
+    `max_tokens` and the like are no secrets."""
+    last = next((part for part in reversed(re.split(r"[./]", key)) if not part.isdigit()), "")
     words = [word for word in _WORDS.split(_CAMEL.sub("_", last).lower()) if word]
     if not words:
         return False
@@ -70,9 +72,19 @@ def is_secret_key(key: str) -> bool:
 def redact_text(text: str) -> str:
     """Mask what is recognisable as a secret inside a text: `user:password@` in URLs, signed query arguments, and the
     token formats of well-known services."""
+    return _HEADERS.sub(MASK, _without_formats(text))
+
+
+def holds_secret(text: str) -> bool:
+    """Whether prose, such as a file with comments, has what `redact_text` masks; the words after Basic and Bearer are
+    not looked at, for prose has them."""
+    return _without_formats(text) != text
+
+
+def _without_formats(text: str) -> str:
     text = _URL_USER.sub(rf"\g<scheme>{MASK}@", text)
     text = _QUERY.sub(rf"\g<name>{MASK}", text)
-    return _KNOWN.sub(MASK, text)
+    return _FORMATS.sub(MASK, text)
 
 
 def redact_value(key: str, value: Any) -> Any:
@@ -104,3 +116,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value inside mappings and lists, with its dotted key: `{"a": [{"b": 1}]}` -> `("a.0.b", 1)`."""
+    if isinstance(node, Mapping):
+        pairs: Any = node.items()
+    elif isinstance(node, list | tuple | set | frozenset):
+        pairs = enumerate(node)
+    else:
+        yield key, node
+        return
+    for name, value in pairs:
+        yield from leaves(value, f"{key}.{name}" if key else str(name))

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
-from perceiver.train.redaction import MASK, flatten, redact, redact_text, resolve
+from perceiver.train.redaction import MASK, flatten, holds_secret, leaves, redact, redact_text, resolve
 from perceiver.train.spool import Event, SpoolReader, SpoolWriter, segments, unsent
 from perceiver.train.tracking import NullTracker, SendError, SpoolTracker
 
@@ -325,6 +325,19 @@ def test_secrets_inside_texts_are_masked(text: str, expected: str) -> None:
 def test_redaction_reaches_into_containers() -> None:
     tree = {"data": {"options": {"secret": "s", "urls": ["https://a:b@c"]}}, "n": [1, 2]}
     assert redact(tree) == {"data": {"options": {"secret": MASK, "urls": [f"https://{MASK}@c"]}}, "n": [1, 2]}
+    mixed = {"data.mixture": [{"url": "https://a:b@c", "token": "x"}]}
+    assert redact(mixed) == {"data.mixture": [{"url": f"https://{MASK}@c", "token": MASK}]}
+    assert redact(dict(leaves({"tokens": 3, "token": ["x", "y"]}))) == {"tokens": 3, "token.0": MASK, "token.1": MASK}
+
+
+def test_leaves_are_found_in_lists_of_mappings() -> None:
+    tree = {"a": [{"b": 1}, [2]], "c": {}, "d": None}
+    assert list(leaves(tree)) == [("a.0.b", 1), ("a.1.0", 2), ("d", None)]
+
+
+def test_prose_is_no_secret_but_what_it_quotes_may_be() -> None:
+    assert not holds_secret("# Basic settings; the Bearer of news; https://host/x; env:TOKEN")
+    assert holds_secret("# once: https://me:hunter2@host") and not holds_secret(f"# https://{MASK}@host")
 
 
 def test_what_a_tracker_spools_is_redacted(tmp_path: Path) -> None:
