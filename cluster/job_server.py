@@ -4,8 +4,11 @@ import contextlib
 import json
 import logging
 import os
+import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -63,9 +66,23 @@ class Access:
         return text_object(text, "--headers") if text else {}
 
     def trust(self) -> bool | str:
-        """Return what the HTTP library takes as ``verify``."""
+        """Return what the HTTP library takes as ``verify``.
+
+        Raises:
+            UserError: a file or folder that holds no certificates.
+        """
         flag = {"true": True, "1": True, "false": False, "0": False}.get(self.verify.lower())
-        return self.verify if flag is None else flag
+        if flag is not None:
+            return flag
+        file, folder = (None, self.verify) if Path(self.verify).is_dir() else (self.verify, None)
+        try:
+            ssl.create_default_context(cafile=file, capath=folder)
+        except OSError as error:
+            raise UserError(
+                f"--verify {self.verify}: {error.strerror or error}; wanted true, false, or a file or folder of "
+                "certificates (PEM)"
+            ) from None
+        return self.verify
 
 
 def text_object(text: str, option: str) -> dict[str, str]:
@@ -99,15 +116,15 @@ def connect(access: Access) -> "JobServer":
     try:
         client = _client_class()(url, headers=headers, verify=verify)
     except AuthenticationError as error:
-        raise UserError(_token_line(url, str(error))) from None
+        raise UserError(_token_line(shown(url), str(error))) from None
     except (requests.RequestException, ConnectionError, RuntimeError, OSError) as error:
-        raise UserError(f"no Ray job server answers at {url} ({_first_line(error)}): check --address") from None
+        raise UserError(f"no Ray job server answers at {shown(url)} ({_first_line(error)}): check --address") from None
     server = JobServer(url, client)
     there = server.get("/api/version").get("ray_version", "unknown")
     if there != ray.__version__:
         raise UserError(
-            f"{url} runs Ray {there}, this machine has Ray {ray.__version__}: install ray=={there} here, or give the "
-            f"cluster an image with ray=={ray.__version__}"
+            f"{server.url} runs Ray {there}, this machine has Ray {ray.__version__}: install ray=={there} here, or "
+            f"give the cluster an image with ray=={ray.__version__}"
         )
     return server
 
@@ -130,26 +147,24 @@ def _http_url(address: str) -> str:
         return get_address_for_submission_client(address)
     except Exception as error:  # noqa: BLE001  Ray raises whatever its client meets
         raise UserError(
-            f"no Ray cluster answers at {address} ({_first_line(error)}): give the dashboard's http://HEAD:8265"
+            f"no Ray cluster answers at {shown(address)} ({_first_line(error)}): give the dashboard's http://HEAD:8265"
         ) from None
 
 
 def check_listening(url: str) -> None:
     """Refuse a URL behind which nothing listens, within a few seconds."""
-    import socket
-
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        raise UserError(f"--address {redact_text(url)}: {error}; wanted http://HOST:PORT") from None
+        raise UserError(f"--address {shown(url)}: {error}; wanted http://HOST:PORT") from None
     if not host or parts.scheme not in ("http", "https"):
-        raise UserError(f"--address {redact_text(url)} is no address: wanted http://HOST:8265, the cluster's dashboard")
+        raise UserError(f"--address {shown(url)} is no address: wanted http://HOST:8265, the cluster's dashboard")
     try:
         socket.create_connection((host, port), timeout=CONNECT_S).close()
     except OSError as error:
         raise UserError(
-            f"nothing answers at {redact_text(url)} ({error.strerror or error}): check --address, and the tunnel or "
+            f"nothing answers at {shown(url)} ({error.strerror or error}): check --address, and the tunnel or "
             "port-forward if the cluster is behind one"
         ) from None
 
@@ -160,20 +175,18 @@ def _use_mode(url: str, headers: Mapping[str, str], verify: bool | str) -> None:
         answer = requests.get(f"{url}/api/authentication_mode", timeout=CONNECT_S, headers=headers, verify=verify)
         mode = answer.json().get("authentication_mode", "disabled") if answer.ok else "disabled"
     except requests.exceptions.SSLError:
-        raise UserError(f"{url} shows a certificate that is not trusted: give --verify FILE") from None
+        raise UserError(f"{shown(url)} shows a certificate that is not trusted: give --verify FILE") from None
     except (requests.RequestException, ValueError):
         mode = os.environ.get("RAY_AUTH_MODE", "disabled")
     if mode == "token" and not headers and not _has_token():
         raise UserError(
-            f"{url} asks for a token and there is none here: put the cluster's into ~/.ray/auth_token (mode 0600), or "
-            "name its file in RAY_AUTH_TOKEN_PATH"
+            f"{shown(url)} asks for a token and there is none here: put the cluster's into ~/.ray/auth_token "
+            "(mode 0600), or name its file in RAY_AUTH_TOKEN_PATH"
         )
     os.environ["RAY_AUTH_MODE"] = mode if mode in ("token", "disabled") else "token"
 
 
 def _has_token() -> bool:
-    from pathlib import Path
-
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     return "RAY_AUTH_TOKEN" in os.environ or path.is_file()
 
@@ -200,6 +213,11 @@ def _client_class() -> Any:
     return Client
 
 
+def shown(url: str) -> str:
+    """Return an address for the user's eyes: without the login that it may hold."""
+    return redact_text(url) if "://" in url else redact_text(f"http://{url}").removeprefix("http://")
+
+
 def _first_line(error: BaseException) -> str:
     return redact_text((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
 
@@ -210,10 +228,14 @@ class JobServer:
     Args:
         url: its address.
         client: Ray's client to it.
+
+    Attributes:
+        url: the address as it is shown, without a login; only the client needs that.
+        client: Ray's.
     """
 
     def __init__(self, url: str, client: Any) -> None:
-        self.url, self.client = url, client
+        self.url, self.client = shown(url), client
 
     def get(self, path: str) -> dict[str, Any]:
         """Return the JSON that a path of the dashboard answers with."""
@@ -225,11 +247,15 @@ class JobServer:
     @contextlib.contextmanager
     def answers(self, what: str = "") -> Iterator[None]:
         """Turn what Ray and the network raise into one line for the user."""
+        from ray.exceptions import AuthenticationError
+
         try:
             yield
+        except AuthenticationError as error:
+            raise UserError(_token_line(self.url, str(error))) from None
         except (requests.RequestException, ConnectionError) as error:
             raise UserError(f"{self.url} does not answer any more ({_first_line(error)})") from None
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             line = next((s for s in reversed(str(error).splitlines()) if "Error" in s), _first_line(error))
             raise UserError(
                 f"{self.url} refused{' ' + what if what else ''}: {redact_text(line.strip()[:300])}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +18,10 @@ RUN, OUTPUT, RECIPE, STOP_WAIT = "perceiver.run", "perceiver.output", "perceiver
 
 LIVE = ("PENDING", "RUNNING")
 POLL_S = 0.5
+POLL_LOG_S = 2.0
+"""Pause between two requests for a job's whole log, where the connection that brings what is new has ended."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,18 +85,50 @@ def find_job(server: JobServer, name: str) -> Job:
 
 
 def follow(server: JobServer, job: Job, write: Callable[[str], None]) -> Job:
-    """Pass on what a job prints until it ends; return it as it ended. The job does not depend on the follower."""
+    """Pass on what a job prints until it ends; return it as it ended. The job does not depend on the follower.
+
+    Proxies end a websocket that is idle, or know none; the whole log is then asked for again and again, and what was
+    shown is passed over.
+    """
     if not job.live:
         write(logs(server, job))
         return job
+    length = _tail(server, job, write)
+    while True:
+        # Its state before its log: nothing that it prints before its end is missed.
+        job = find_job(server, job.name)
+        try:
+            text = logs(server, job)
+        except UserError:
+            if job.live:
+                raise
+            return job  # its node is gone, and the log with it
+        if len(text) > length:
+            write(text[length:])
+            length = len(text)
+        if not job.live:
+            return job
+        time.sleep(POLL_LOG_S)
+
+
+def _tail(server: JobServer, job: Job, write: Callable[[str], None]) -> int:
+    """Pass on what a job prints as long as the websocket brings it; return how many characters that were."""
+    import aiohttp
+
+    length = 0
 
     async def tail() -> None:
+        nonlocal length
         async for text in server.client.tail_job_logs(job.name):
             write(text)
+            length += len(text)
 
-    with server.answers(f"to follow {job.name}"), contextlib.closing(asyncio.new_event_loop()) as loop:
-        loop.run_until_complete(tail())
-    return wait(server, job.name)
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        try:
+            loop.run_until_complete(tail())
+        except (aiohttp.ClientError, RuntimeError, OSError, TimeoutError) as error:
+            log.info("the websocket to the log of %s has ended (%s)", job.name, error)
+    return length
 
 
 def logs(server: JobServer, job: Job) -> str:

@@ -1,10 +1,13 @@
 """What a job takes along to the cluster: our source trees and the recipe, and nothing else."""
 
+import fnmatch
 import importlib.metadata
 import importlib.util
+import logging
+import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +26,87 @@ LEFT_OUT = shutil.ignore_patterns(
 )  # fmt: skip
 """Names that never travel: caches, environments, data, and what runs leave behind."""
 
+SECRET_FILES = (
+    ".env", ".env.*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc",
+    ".pypirc", ".npmrc", ".git-credentials", "auth_token", ".ssh", ".aws", ".azure", ".kube",
+)  # fmt: skip
+"""Names of files and folders that hold secrets as a rule; they stay here."""
 
-def build_package(target: Path, recipes: Iterable[str], folder: str | None = None) -> None:
+IGNORE_FILES = (".gitignore", ".rayignore")
+"""Heeded when a folder is copied, and not copied: Ray would hold what lies beside the folder against them, too."""
+
+
+def build_package(
+    target: Path, recipes: Iterable[str], folder: str | None = None, excludes: Sequence[str] = ()
+) -> list[str]:
     """Fill a folder with what the job needs; it becomes the working directory of the job.
 
     Args:
         target: an empty folder.
         recipes: the recipe and other files that it names; they keep their path below the current folder.
         folder: a folder of the user's that travels too (``--working-dir``).
+        excludes: patterns, as those of .gitignore, of what does not.
+
+    Returns: what of the folder stays here because such files hold secrets.
 
     Raises:
-        UserError: a file is not there, or the whole is larger than the job server takes.
+        UserError: a file is not there or cannot be read, or the whole is larger than the job server takes.
     """
+    secret: list[str] = []
     if folder is not None:
-        if not Path(folder).is_dir():
-            raise UserError(f"--working-dir {folder} is no folder: give a folder, or the URL of a .zip file")
-        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=LEFT_OUT)
+        root = Path(folder).resolve()
+        files, secret = travelling(root, excludes)
+        for file in files:
+            place = target / file.relative_to(root)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, place)
     for name in OURS:
         shutil.copytree(_source(name), target / name, dirs_exist_ok=True, ignore=_no_code_but_ours)
     for place, recipe in _places(recipes).items():
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(recipe, target / place)
     check_size(target)
+    return sorted(secret)
+
+
+def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
+    """Return the files of a folder that travel, by the rules of ``ray job submit`` and ours, and the secret ones.
+
+    Raises:
+        UserError: a file cannot be read, or they are larger than the job server takes.
+    """
+    # Ray's own walk: it knows the ignore files of each folder and what their patterns mean.
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    kept: list[Path] = []
+    secret: list[str] = []
+    lost: list[Path] = []
+
+    def stays(path: Path) -> bool:
+        if path == folder:
+            return False
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in SECRET_FILES):
+            secret.append(str(path.relative_to(folder)))
+            return True
+        return bool(LEFT_OUT(str(path.parent), [path.name]))
+
+    def take(path: Path) -> None:
+        if path.is_file() and os.access(path, os.R_OK):
+            kept.extend([path] if path.name not in IGNORE_FILES else [])
+        elif not path.is_dir():
+            lost.append(path)
+
+    heed_git = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    try:
+        rules = [_get_excludes(folder, list(excludes)), stays]
+        _dir_travel(folder, rules, take, heed_git, logging.getLogger(__name__))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--working-dir {folder} cannot be read ({error}): repair it or leave it out") from None
+    if lost:
+        what = "a link to nothing" if lost[0].is_symlink() else "no file that can be read"
+        raise UserError(f"--working-dir: {lost[0]} is {what}: remove it, or name it in {folder / '.rayignore'}")
+    _check_sizes({str(path.relative_to(folder)): path.stat().st_size for path in kept}, LIMIT_BYTES)
+    return kept, secret
 
 
 def _places(recipes: Iterable[str]) -> dict[str, Path]:
@@ -76,14 +138,18 @@ def check_size(folder: Path, limit: int = LIMIT_BYTES) -> int:
     Raises:
         UserError: more than the limit; the line names the largest files.
     """
-    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return _check_sizes({str(path.relative_to(folder)): path.stat().st_size for path in files}, limit)
+
+
+def _check_sizes(sizes: Mapping[str, int], limit: int) -> int:
     total = sum(sizes.values())
     if total > limit:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
-        named = ", ".join(f"{path.relative_to(folder)} ({sizes[path] / 2**20:.1f} MiB)" for path in largest)
+        named = ", ".join(f"{path} ({sizes[path] / 2**20:.1f} MiB)" for path in largest)
         raise UserError(
             f"the package has {total / 2**20:.1f} MiB, the job server takes {limit / 2**20:.0f} MiB; largest: {named}: "
-            "leave --working-dir out or move what is large to where the cluster reads data"
+            "leave --working-dir out, name what is large in its .rayignore, or move it to where the cluster reads data"
         )
     return total
 

@@ -1,11 +1,16 @@
 """Which nodes of a cluster take the workers and the data tasks, and what is missing if none can."""
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.local import SMALLEST_SHARE, ClusterConfig
 from perceiver.config import UserError
+
+RESERVED = "PERCEIVER_RESERVED"
+"""Environment variable of a job's driver: a JSON object of the resources that its entrypoint holds."""
 
 LARGEST_DEFAULT_SHARE = 1.0
 """CPUs that a worker holds on a shared cluster unless the recipe says otherwise. Its threads do not depend on it."""
@@ -35,6 +40,11 @@ class Node:
         """Return how many times a need fits, with nothing else running."""
         return min((math.floor(self.resources.get(k, 0) / v + 1e-9) for k, v in need.items() if v), default=0)
 
+    def less(self, taken: Mapping[str, float]) -> "Node":
+        """Return the node without what something else holds of it."""
+        left = {name: max(amount - taken.get(name, 0.0), 0.0) for name, amount in self.resources.items()}
+        return replace(self, resources=left)
+
 
 @dataclass(frozen=True)
 class DataNeed:
@@ -58,19 +68,25 @@ class DataNeed:
         return round(self.cpus / self.cpus_per_task)
 
 
+def reserved() -> dict[str, float]:
+    """Return what a job's entrypoint, which this process then is, holds of its node."""
+    return json.loads(os.environ.get(RESERVED) or "{}")
+
+
 def connected_nodes() -> list[Node]:
-    """Return the live nodes of the cluster that this process is connected to."""
+    """Return the live nodes of the cluster that this process is connected to, less what it holds itself as a job."""
     import ray
 
+    own = ray.get_runtime_context().get_node_id() if reserved() else None
+    nodes = [(node, reserved() if node["NodeID"] == own else {}) for node in ray.nodes() if node["Alive"]]
     return [
         Node(
             node["NodeManagerAddress"],
             node["Resources"],
             node.get("Labels") or {},
             "node:__internal_head__" in node["Resources"],
-        )
-        for node in ray.nodes()
-        if node["Alive"]
+        ).less(taken)
+        for node, taken in nodes
     ]
 
 

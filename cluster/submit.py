@@ -2,18 +2,16 @@
 
 import json
 import os
-import re
 import shlex
-import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from cluster.job_paths import check_paths, is_here, tracking_note
+from cluster.job_secrets import check_files, check_secrets, needed
 from cluster.job_server import JobServer, text_object
 from cluster.jobs import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
 from cluster.local import QUIET_ENVIRONMENT
@@ -25,10 +23,7 @@ from cluster.recipe_file import read_tree
 from cluster.run_folder import named_run
 from cluster.session import GO_ON
 from perceiver.config import UserError
-from perceiver.train.redaction import MASK, flatten, is_reference, redact_value
-
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-HIDDEN_URL = ("http://", "https://", "s3://", "gs://", "az://", "abfs://")
+from perceiver.train.redaction import redact_text
 
 
 @dataclass(frozen=True)
@@ -106,19 +101,23 @@ def submit(server: JobServer, wanted: Submission, work: Work, say: Callable[[str
     runtime_env["env_vars"][GO_ON] = shlex.join(["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run])
     nodes = server.nodes()
     check_secrets(work.tree, wanted, runtime_env)
+    check_files(work.files)
     check_batch(recipe)
     work.fits(nodes)
-    check_entrypoint(nodes, recipe, wanted)
-    here = is_here(nodes)
-    for line in check_paths(recipe, here, server.url):
+    check_entrypoint(nodes, work, wanted)
+    here = is_here(nodes, server.url)
+    notes = [*check_paths(recipe, here, server.url), tracking_note(recipe, here, _known(wanted, runtime_env))]
+    for line in filter(None, notes):
         say(line)
     name = _free_name(server, wanted, run, recipe.output)
     metadata = {RUN: run, OUTPUT: recipe.output, RECIPE: wanted.recipe, STOP_WAIT: str(recipe.cluster.stop_wait_s)}
     given = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
+    own, excludes = runtime_env.pop("working_dir", None), runtime_env.pop("excludes", [])
     with tempfile.TemporaryDirectory(prefix="perceiver-job-") as folder:
-        if not runtime_env.get("working_dir"):
-            build_package(Path(folder), work.files, wanted.working_dir)
-            runtime_env["working_dir"] = folder
+        left = build_package(Path(folder), work.files, own, excludes)
+        if left:
+            say(f"note: {', '.join(left)} of {own} stay here, for such files hold secrets")
+        runtime_env["working_dir"] = folder
         with server.answers(f"the job {name}"):
             return server.client.submit_job(
                 entrypoint=entrypoint(wanted, work, run, str(Path.cwd()) if here else None),
@@ -144,43 +143,11 @@ def entrypoint(wanted: Submission, work: Work, run: str, folder: str | None) -> 
     words = ["python", "-m", "cluster.job", "--run", run, "--output", work.recipe.output]
     words += ["--needs", ",".join(needs)] if needs else []
     words += ["--folder", folder] if folder else []
+    reserved = _reserved(wanted)
+    words += ["--reserved", json.dumps(reserved)] if reserved else []
     words += [work.verb, wanted.recipe if folder else path_in_package(wanted.recipe), *wanted.overrides]
     words += [] if folder else work.found_by
     return "exec " + shlex.join(words)
-
-
-def needed(tree: Mapping[str, Any], wanted: Submission) -> list[str]:
-    """Return the names of the environment variables that the job reads on the cluster."""
-    values = [value for value in flatten(tree).values() if isinstance(value, str)]
-    named = [value.removeprefix("env:") for value in values if value.startswith("env:")]
-    named += [value[1:] for value in values if value.startswith("$") and NAME.fullmatch(value[1:])]
-    return sorted({*named, *wanted.secrets})
-
-
-def check_secrets(tree: Mapping[str, Any], wanted: Submission, runtime_env: Mapping[str, Any]) -> None:
-    """Refuse secrets by value: the job's package, command, environment and metadata can be read by all of its users."""
-    for name in wanted.secrets:
-        if not NAME.fullmatch(name):
-            raise UserError(f"--secret {name.split('=')[0]}: wanted the name of an environment variable of the cluster")
-    for key, value in flatten(tree).items():
-        if isinstance(value, str) and not value.startswith("$") and _hides(key, value):
-            raise UserError(
-                f"{key} holds a secret, which would travel with the job: write env:NAME or $NAME there and set NAME "
-                "where the cluster's nodes start"
-            )
-    metadata = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
-    for option, values in (("--runtime-env-json", runtime_env.get("env_vars", {})), ("--metadata-json", metadata)):
-        for key, value in values.items():
-            if _hides(key, str(value)):
-                raise UserError(
-                    f"{option}: {key} looks like a secret, and everyone who sees the job sees it: name it with "
-                    f"--secret {key} and set it where the cluster's nodes start"
-                )
-
-
-def _hides(key: str, value: str) -> bool:
-    """Return whether a value is one that we would mask."""
-    return not is_reference(value) and MASK in str(redact_value(key, value)) and MASK not in value
 
 
 def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
@@ -190,47 +157,28 @@ def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
     place(recipe.cluster, nodes, data_need(recipe))
 
 
-def check_entrypoint(nodes: Sequence[Node], recipe: Recipe, wanted: Submission) -> None:
-    """Refuse a driver that asks for more than any node has."""
-    need = {
-        "CPU": wanted.entrypoint_num_cpus or 0,
-        "GPU": wanted.entrypoint_num_gpus or 0,
-        **wanted.entrypoint_resources,
-    }
-    need = {name: amount for name, amount in need.items() if amount}
-    if need and not recipe.cluster.autoscaling and not any(node.room(need) for node in nodes):
-        asked = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
-        raise UserError(f"the entrypoint asks for {asked}, which none of the {len(nodes)} nodes has: ask for less")
-
-
-def is_here(nodes: Sequence[Node]) -> bool:
-    """Return whether all nodes of a cluster are processes of this machine, which sees the same files."""
-    own = {a.address for found in psutil.net_if_addrs().values() for a in found if a.family == socket.AF_INET}
-    return all(node.name.startswith("127.") or node.name in own for node in nodes)
-
-
-def check_paths(recipe: Recipe, here: bool, url: str) -> Iterator[str]:
-    """Yield a warning for each path that all nodes must share; refuse those that only this machine can mean.
-
-    Raises:
-        UserError: a relative path, on a cluster of other machines.
-    """
-    if here:
+def check_entrypoint(nodes: Sequence[Node], work: Work, wanted: Submission) -> None:
+    """Refuse a driver that asks for more than any node has, or that leaves the workers no room wherever it runs."""
+    need = _reserved(wanted)
+    if not need or work.recipe.cluster.autoscaling:
         return
-    places = {"data.url": recipe.data.url, "output": recipe.output}
-    places |= {f"data.mixture.{i}.url": part.url for i, part in enumerate(recipe.data.mixture)}
-    for key, place_ in places.items():
-        if "://" in place_:
-            continue
-        if not Path(place_).is_absolute():
-            raise UserError(
-                f"{key} = {place_} is a folder of this machine, which the nodes behind {url} do not see: set {key} to "
-                "a URL such as s3://bucket/folder, or to the absolute path of storage that all nodes share"
-            )
-        yield f"note: {key} = {place_} must be the same storage on every node"
-    uri = recipe.tracking.uri or ""
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        raise UserError(f"tracking.uri = {uri} is a file of this machine: give the URL of an MLflow server")
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+    reason = f"none of the {len(nodes)} nodes has that: ask for less"
+    for number, node in enumerate(nodes):
+        if node.room(need):
+            try:
+                work.fits([*nodes[:number], node.less(need), *nodes[number + 1 :]])
+            except UserError as error:
+                reason = f"beside that {error}; or ask for less for the entrypoint"
+            else:
+                return
+    raise UserError(f"the entrypoint asks for {asked} (--entrypoint-...), and {reason}")
+
+
+def _reserved(wanted: Submission) -> dict[str, float]:
+    """Return what the driver holds of the node that it runs on."""
+    need = {"CPU": wanted.entrypoint_num_cpus or 0.0, "GPU": wanted.entrypoint_num_gpus or 0.0}
+    return {name: amount for name, amount in {**need, **wanted.entrypoint_resources}.items() if amount}
 
 
 def _free_name(server: JobServer, wanted: Submission, run: str, output: str) -> str:
@@ -261,13 +209,9 @@ def _free_name(server: JobServer, wanted: Submission, run: str, output: str) -> 
 
 
 def _runtime_env(recipe: Recipe, wanted: Submission) -> dict[str, Any]:
-    """Return the job's environment: the user's, ours below it."""
-    try:
-        given = json.loads(wanted.runtime_env_json or "{}")
-    except ValueError as error:
-        raise UserError(f"--runtime-env-json is not JSON ({error})") from None
-    if not isinstance(given, dict) or not isinstance(given.get("env_vars", {}), dict):
-        raise UserError("""--runtime-env-json is not an object, such as '{"env_vars": {"NCCL_DEBUG": "INFO"}}'""")
+    """Return the job's environment: the user's, ours below it; its ``working_dir`` is a folder of the user's."""
+    given = _given_env(wanted.runtime_env_json or "{}")
+    folder = _folder(wanted, given)
     ours = {name: value for name, value in QUIET_ENVIRONMENT.items() if not name.startswith("RAY_USAGE")}
     ours["RAY_JOB_STOP_WAIT_TIME_S"] = str(recipe.cluster.stop_wait_s)
     given["env_vars"] = {**ours, **_passed(wanted.env), **given.get("env_vars", {})}
@@ -275,9 +219,55 @@ def _runtime_env(recipe: Recipe, wanted: Submission) -> dict[str, Any]:
         if "pip" in given or "uv" in given or "conda" in given:
             raise UserError("--install and an environment in --runtime-env-json exclude each other: give one")
         given["pip"] = {"packages": locked_requirements(), "pip_check": False}
-    if wanted.working_dir and "://" in wanted.working_dir:
-        given["working_dir"] = wanted.working_dir
-    return given
+    return {**given, "working_dir": folder} if folder else given
+
+
+def _given_env(text: str) -> dict[str, Any]:
+    """Read ``--runtime-env-json`` as Ray does: with the contents of the requirement files that it names.
+
+    Raises:
+        UserError: it is no JSON, or not what Ray takes.
+    """
+    from ray.runtime_env import RuntimeEnv
+
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--runtime-env-json is not JSON ({error})") from None
+    if not isinstance(given, dict) or not isinstance(given.get("env_vars", {}), dict):
+        raise UserError("""--runtime-env-json is not an object, such as '{"env_vars": {"NCCL_DEBUG": "INFO"}}'""")
+    folder = {key: given.pop(key) for key in ("working_dir",) if key in given}
+    try:
+        read = RuntimeEnv(**given).to_dict()
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        line = redact_text((str(error).splitlines() or [type(error).__name__])[0])
+        raise UserError(f"--runtime-env-json: {line}") from None
+    return {**given, **{key: read[key] for key in ("pip", "uv", "conda") if key in read}, **folder}
+
+
+def _folder(wanted: Submission, given: dict[str, Any]) -> str | None:
+    """Return the user's folder that travels, and take it out of the environment.
+
+    Raises:
+        UserError: there are two, or it is none of this machine.
+    """
+    named = given.pop("working_dir", None)
+    if named is not None and wanted.working_dir:
+        raise UserError("--working-dir and working_dir in --runtime-env-json exclude each other: give one")
+    option = "--working-dir" if wanted.working_dir else "--runtime-env-json: working_dir"
+    folder = wanted.working_dir or named
+    if folder is not None and (not isinstance(folder, str) or "://" in folder or not Path(folder).is_dir()):
+        raise UserError(
+            f"{option} = {redact_text(str(folder))} is no folder of this machine: the job's working directory is our "
+            "sources and the recipe, and such a folder; name an archive that the cluster is to fetch in py_modules of "
+            "--runtime-env-json"
+        )
+    return folder
+
+
+def _known(wanted: Submission, runtime_env: Mapping[str, Any]) -> set[str]:
+    """Return the variables that the job is sure to have."""
+    return {*wanted.secrets, *runtime_env["env_vars"]}
 
 
 def _passed(names: Sequence[str]) -> dict[str, str]:

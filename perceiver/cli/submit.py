@@ -26,11 +26,13 @@ Examples:
 @click.option("--submission-id", metavar="ID", help="Name of the job; default: the run's name and a number.")
 @click.option("--runtime-env-json", metavar="JSON", help="Ray runtime environment of the job.")
 @click.option(
-    "--working-dir", metavar="DIR|URI", help="A folder that travels along, or a .zip that the cluster fetches."
+    "--working-dir", metavar="DIR", help="A folder that travels along, less data, runs and files that hold secrets."
 )
 @click.option("--metadata-json", metavar="JSON", help="Metadata of the job; anyone on the cluster can read them.")
-@click.option("--entrypoint-num-cpus", type=float, help="CPUs reserved for the driver, on any node that has them.")
-@click.option("--entrypoint-num-gpus", type=float, help="GPUs reserved for the driver.")
+@click.option(
+    "--entrypoint-num-cpus", type=click.FloatRange(0), help="CPUs reserved for the driver, on any node that has them."
+)
+@click.option("--entrypoint-num-gpus", type=click.FloatRange(0), help="GPUs reserved for the driver.")
 @click.option("--entrypoint-resources", metavar="JSON", help="Custom resources reserved for the driver.")
 @click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A variable that the cluster must hold.")
 @click.option("--env", multiple=True, metavar="NAME", help="A variable of this shell whose value the job gets.")

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 import ray
 import requests
@@ -22,27 +24,17 @@ from cluster.job_server import Access, connect
 from cluster.jobs import Job, find_job, table
 from cluster.nodes import running_cluster
 from cluster.placement import Node
-from cluster.recipe import build_recipe
+from cluster.run_folder import RunFolder
 from cluster.submit import Submission
 from perceiver.config import UserError
 from tests.cluster.recipes import write_recipe
 from tune.config import load_search
 from tune.submission import is_search, searching
 
+pytestmark = pytest.mark.usefixtures("home")
 PERCEIVER = [sys.executable, "-m", "perceiver.cli"]
 POLL_S = 0.2
 KERNELS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver" / "kernels"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of its own: no token, no local cluster, nothing in the environment that names one."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, "")  # so that what a test sets is taken back
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("RAY_JOB_HEADERS", "{}")
-    return tmp_path
 
 
 @pytest.fixture
@@ -56,6 +48,7 @@ def dashboard() -> Iterator[Any]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            server.headers.append(self.headers)  # type: ignore[attr-defined]
             status, body = answers.get(self.path.split("?")[0], (404, {}))
             blob = json.dumps(body).encode()
             self.send_response(status)
@@ -67,6 +60,7 @@ def dashboard() -> Iterator[Any]:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.headers = []  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.answers, server.url = answers, f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
     yield server
@@ -98,7 +92,30 @@ def test_what_is_no_job_server_is_refused(dashboard: Any) -> None:
 def test_headers_and_tls_settings_are_checked() -> None:
     with pytest.raises(UserError, match="--headers is not a JSON object of texts"):
         Access(headers="[1]").json_headers()
-    assert Access(verify="False").trust() is False and Access(verify="ca.pem").trust() == "ca.pem"
+    assert Access(headers='{"X-Team": "vision"}').json_headers() == {"X-Team": "vision"}
+    assert Access(verify="False").trust() is False and Access(verify=certifi.where()).trust() == certifi.where()
+    with pytest.raises(UserError, match=r"^--verify ca.pem: No such file .*; wanted true, false, or a file or folder"):
+        Access("https://127.0.0.1:9", verify="ca.pem").trust()
+    with pytest.raises(UserError, match=r"^--verify .*test_jobs.py: .*certificates \(PEM\)"):
+        Access(verify=__file__).trust()
+
+
+def test_headers_reach_the_cluster(dashboard: Any) -> None:
+    connect(Access(dashboard.url, headers='{"X-Team": "vision"}'))
+    assert dashboard.headers and all(headers["X-Team"] == "vision" for headers in dashboard.headers)
+
+
+def test_the_login_of_an_address_is_not_shown(dashboard: Any) -> None:
+    place = dashboard.url.removeprefix("http://")
+    server = connect(Access(f"http://me:hunter2@{place}"))
+    assert server.url == f"http://***@{place}"
+    dashboard.answers["/api/version"] = (200, {"version": "4", "ray_version": "2.9.9", "ray_commit": "x"})
+    with pytest.raises(UserError, match=r"^http://\*\*\*@.* runs Ray 2.9.9") as caught:
+        connect(Access(f"http://me:hunter2@{place}"))
+    assert "hunter2" not in str(caught.value)
+    dashboard.answers["/api/version"] = (404, {})
+    with pytest.raises(UserError, match=r"no Ray job server answers at http://\*\*\*@"):
+        connect(Access(f"http://me:hunter2@{place}"))
 
 
 def test_a_cluster_without_token_is_sent_none(dashboard: Any) -> None:
@@ -110,76 +127,6 @@ def test_a_cluster_that_asks_for_a_token_is_refused_when_there_is_none(dashboard
     dashboard.answers["/api/authentication_mode"] = (200, {"authentication_mode": "token"})
     with pytest.raises(UserError, match="asks for a token and there is none here"):
         connect(Access(dashboard.url))
-
-
-def test_the_package_holds_our_sources_and_the_recipe_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("recipes/a.yaml", "data/big", "secret.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("name: a")
-    target = tmp_path / "package"
-    target.mkdir()
-    package.build_package(target, ["recipes/a.yaml"])
-    top = {path.name for path in target.iterdir()}
-    assert top == {"perceiver", "pipelines", "cluster", "tune", "recipes"}
-    assert (target / "perceiver/kernels/separable.cpp").is_file() and not list(target.rglob("__pycache__"))
-    done = subprocess.run([sys.executable, "-m", "cluster.job", "--help"], cwd=target, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path) -> None:
-    for name, size in (("small", 10), ("weights.bin", 3000), ("movie.mp4", 2000), ("b", 400)):
-        (tmp_path / name).write_bytes(b"x" * size)
-    with pytest.raises(UserError, match=r"largest: weights.bin .*, movie.mp4 .*, b "):
-        package.check_size(tmp_path, limit=4000)
-
-
-def test_dependencies_are_pinned_to_what_is_installed_here() -> None:
-    lines = package.locked_requirements()
-    assert all("==" in line and "+" not in line for line in lines)
-    names = {line.split("==")[0] for line in lines}
-    assert {"torch", "deepspeed", "mlflow", "pydantic", "s3fs"} <= names and not {"ray", "pytest"} & names
-
-
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        ({"secrets": ["A=hunter2"]}, "--secret A: wanted the name"),
-        ({"metadata_json": '{"api_token": "hunter2"}'}, "--metadata-json: api_token looks like a secret"),
-        ({"runtime_env_json": '{"env_vars": {"AWS_SECRET_ACCESS_KEY": "hunter2"}}'}, "looks like a secret"),
-        ({"runtime_env_json": "[]"}, "--runtime-env-json is not an object"),
-        ({"env": ["NOT_SET_ANYWHERE"]}, "no such environment variable"),
-    ],
-)
-def test_secrets_do_not_travel(options: dict[str, Any], line: str, tree: dict[str, Any]) -> None:
-    wanted = Submission(recipe="x.yaml", **options)
-    with pytest.raises(UserError, match=line) as caught:
-        submit.check_secrets(tree, wanted, submit._runtime_env(build_recipe(tree), wanted))
-    assert "hunter2" not in str(caught.value)
-
-
-def test_a_secret_in_the_recipe_is_refused_and_a_reference_is_needed_on_the_cluster(tree: dict[str, Any]) -> None:
-    wanted = Submission(recipe="x.yaml", secrets=["OTHER"])
-    tree["tracking"] = {"uri": "https://user:hunter2@mlflow"}
-    with pytest.raises(UserError, match="tracking.uri holds a secret"):
-        submit.check_secrets(tree, wanted, {})
-    tree["tracking"] = {"uri": "env:MLFLOW_URI"}
-    tree["data"]["storage_options"] = {"secret": "$STORE_SECRET"}
-    submit.check_secrets(tree, wanted, {})
-    assert submit.needed(tree, wanted) == ["MLFLOW_URI", "OTHER", "STORE_SECRET"]
-
-
-def test_paths_that_other_machines_do_not_see_are_refused(tree: dict[str, Any]) -> None:
-    far = [Node("10.9.8.7", {"CPU": 8})]
-    assert not submit.is_here(far) and submit.is_here([Node("127.0.0.2", {})])
-    tree["data"]["url"], tree["output"] = "s3://bucket/data", "/mnt/shared/runs"
-    (note,) = submit.check_paths(build_recipe(tree), False, "http://head:8265")
-    assert note == "note: output = /mnt/shared/runs must be the same storage on every node"
-    tree["output"] = "runs"
-    with pytest.raises(
-        UserError, match="output = runs is a folder of this machine, which the nodes behind http://head"
-    ):
-        list(submit.check_paths(build_recipe(tree), False, "http://head:8265"))
 
 
 def test_a_run_that_exists_is_resumed_and_what_is_missing_there_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -269,17 +216,6 @@ def test_files_that_would_have_one_name_in_the_package_are_refused(
         package.build_package(tmp_path / "package", work.files)
 
 
-def test_names_that_are_taken_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = [Job("a-1", "STOPPED", run="a", output="runs"), Job("b-1", "RUNNING", run="b", output="runs")]
-    monkeypatch.setattr(submit, "list_jobs", lambda server: jobs)
-    server: Any = None
-    assert submit._free_name(server, Submission(recipe="x"), "a", "runs") == "a-2"
-    with pytest.raises(UserError, match=r"run 'b' is being trained by the job b-1 \(RUNNING\): follow it with"):
-        submit._free_name(server, Submission(recipe="x"), "b", "runs")
-    with pytest.raises(UserError, match="--submission-id a-1 is taken by a job that is STOPPED"):
-        submit._free_name(server, Submission(recipe="x", submission_id="a-1"), "a", "runs")
-
-
 def test_a_job_that_is_not_there_names_those_that_are(dashboard: Any) -> None:
     with pytest.raises(UserError, match=r"no job or run 'x' at .*; jobs there: none"):
         find_job(connect(Access(dashboard.url)), "x")
@@ -289,6 +225,27 @@ def test_a_job_that_is_not_there_names_those_that_are(dashboard: Any) -> None:
         2,
         130,
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (type("NoCredentialsError", (Exception,), {})("Unable to locate"), "on the cluster .* refuses .*Unable to"),
+        (ImportError("Install s3fs to access S3"), r"cannot read .* \(Install s3fs .*perceiver-train\[s3\]"),
+        (json.JSONDecodeError("Expecting value", "", 0), "run.json is damaged"),
+        (ValueError("Protocol not known: s4"), r"cannot read .*/a \(ValueError: Protocol not known"),
+    ],
+)
+def test_a_place_that_a_job_cannot_look_into_is_one_line(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def facts(self: RunFolder) -> None:
+        raise error
+
+    monkeypatch.setattr(RunFolder, "facts", facts)
+    assert job.main(["--run", "a", "--output", "s3://u:hunter2@bucket", "train", "x.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and re.search(line, said) and "hunter2" not in said
 
 
 # -- a real cluster ----------------------------------------------------------------------------------------------------
