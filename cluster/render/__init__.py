@@ -2,10 +2,12 @@
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from cluster.recipe import Recipe
 from cluster.render.settings import Settings
+from cluster.render.source import Source
+from cluster.submit import check_paths
 from perceiver.config import UserError
 
 KINDS = {
@@ -19,17 +21,32 @@ KINDS = {
 }
 """What can be rendered, and the module of this package that does it by a function ``render``."""
 
+ELSEWHERE = {"kuberay": "raycluster.yaml", "autoscaler-aws": "cluster.yaml", "autoscaler-gcp": "cluster.yaml"}
+"""Kinds whose nodes see no file of this machine, and the file that describes the nodes."""
 
-def render(kind: str, recipe: Recipe, recipe_file: str, settings: Settings) -> dict[str, str]:
+
+def render(
+    kind: str, source: Source, settings: Settings, say: Callable[[str], None] = lambda line: None
+) -> dict[str, str]:
     """Return the files of a kind: their text by name.
 
+    Args:
+        kind: a key of ``KINDS``.
+        source: the recipe.
+        settings: the machines.
+        say: takes a note about each path that all nodes must share.
+
     Raises:
-        UserError: the kind is unknown, or the recipe's workers fit on no machine of the settings.
+        UserError: the kind is unknown, the recipe's workers fit on no machine of the settings, or it names a folder of
+            this machine for a cluster of others.
     """
     if kind not in KINDS:
         raise UserError(f"no kind {kind!r}: wanted one of {', '.join(KINDS)}")
+    if kind in ELSEWHERE:
+        for line in check_paths(source.recipe, False, ELSEWHERE[kind]):
+            say(line)
     module = importlib.import_module(f"cluster.render.{KINDS[kind]}")
-    return module.render(kind, recipe, recipe_file, settings)
+    return module.render(kind, source, settings)
 
 
 def write(files: dict[str, str], folder: str) -> list[Path]:

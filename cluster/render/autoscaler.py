@@ -6,7 +6,8 @@ Checked by Ray's own loader (`ray.autoscaler._private.util.prepare_config` and `
 from typing import Any
 
 from cluster.recipe import Recipe
-from cluster.render.settings import Machine, Settings, labels, placement_overrides, train_nodes
+from cluster.render.settings import IMAGE_NOTE, Machine, Settings, labels, train_nodes
+from cluster.render.source import Source, growing_overrides, submit_command
 from cluster.render.yaml_text import as_yaml
 
 HEADER = """
@@ -14,30 +15,31 @@ A cluster on {cloud} for the recipe {recipe}, rendered by `perceiver cluster ren
 Not tried in a cloud: checked by Ray's own loader of such files.
 
 Once:   {once}
+        {image}
         write what the nodes need as NAME=value lines (MLFLOW_TRACKING_URI, keys of other stores) to
         ~/.perceiver/nodes.env, mode 0600; it is copied to the nodes and is part of no file here
 Start:  ray up {file}
 Train:  ray dashboard {file} &
-        perceiver submit {recipe} cluster.autoscaling=true {overrides}--address http://127.0.0.1:8265
+        {submit}
 Stop:   ray down {file}
 """
 
 PREPARE = "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0; set -a; . ~/.perceiver/nodes.env; set +a; "
 
 
-def render(kind: str, recipe: Recipe, recipe_file: str, settings: Settings) -> dict[str, str]:
+def render(kind: str, source: Source, settings: Settings) -> dict[str, str]:
     """Return ``cluster.yaml``."""
     aws = kind == "autoscaler-aws"
-    overrides = "".join(f"{pair} " for pair in placement_overrides(recipe, settings))
     header = HEADER.format(
         cloud="AWS" if aws else "Google Cloud",
-        recipe=recipe_file,
+        recipe=source.file,
         kind=kind,
         file="cluster.yaml",
-        overrides=overrides,
+        image=IMAGE_NOTE.format(image=settings.image, indent=" " * 8),
+        submit=submit_command(source, growing_overrides(source, settings)),
         once="aws configure" if aws else "gcloud auth application-default login",
     )
-    return {"cluster.yaml": as_yaml(header, config(aws, recipe, settings))}
+    return {"cluster.yaml": as_yaml(header, config(aws, source.recipe, settings))}
 
 
 def config(aws: bool, recipe: Recipe, settings: Settings) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 import json
 
 from cluster.metrics import dashboard
-from cluster.recipe import Recipe
 from cluster.render.settings import Settings
+from cluster.render.source import Source
 
 
-def render(kind: str, recipe: Recipe, recipe_file: str, settings: Settings) -> dict[str, str]:
+def render(kind: str, source: Source, settings: Settings) -> dict[str, str]:
     """Return the dashboard, for Grafana's import page; it shows every run, so recipe and machines do not matter."""
     return {"grafana-perceiver.json": json.dumps(dashboard(), indent=1) + "\n"}

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from cluster.recipe import Recipe
 from cluster.render.settings import Settings
+from cluster.render.source import Source, submit_command
 from cluster.render.yaml_text import as_yaml
 
 DOCKERFILE = """# Image of all nodes of a cluster, rendered by `perceiver cluster render docker`.
@@ -57,13 +57,12 @@ DOCKERIGNORE = """# Only what the image takes in; above all no data, no runs, no
 
 COMPOSE_HEADER = """
 One machine with everything, rendered by `perceiver cluster render compose`: a Ray head and nodes, MLflow on PostgreSQL,
-an S3 store. Not started here (there was no Docker daemon): checked field by field.
+an S3 store. Not started here (there was no Docker daemon): its fields and their types were checked, no image pulled.
 
 Once:  mkdir -p secrets && for s in token s3_password postgres_password; do
          (umask 077; openssl rand -hex 32 | tr -d '\\n' > secrets/$s); done
 Start: docker compose -f {file} up -d --build --scale node=2
-Train: RAY_AUTH_TOKEN_PATH=secrets/token perceiver submit {recipe} data.url=s3://{bucket}/data \\
-         output=s3://{bucket}/runs --address http://127.0.0.1:8265
+Train: RAY_AUTH_TOKEN_PATH=secrets/token {submit}
 Look:  http://127.0.0.1:5000 (MLflow), http://127.0.0.1:8265 (Ray)
 """
 
@@ -73,21 +72,26 @@ ENVIRONMENT = (
 )
 
 
-def render(kind: str, recipe: Recipe, recipe_file: str, settings: Settings) -> dict[str, str]:
+def render(kind: str, source: Source, settings: Settings) -> dict[str, str]:
     """Return ``Dockerfile`` and ``Dockerfile.dockerignore``, and for compose ``compose.yaml`` beside them."""
     import ray
 
     dockerfile = DOCKERFILE.format(base=settings.base_image, image=settings.image, ray=ray.__version__)
     files = {"Dockerfile": dockerfile, "Dockerfile.dockerignore": DOCKERIGNORE}
     if kind == "compose":
-        header = COMPOSE_HEADER.format(
-            file="@FOLDER@/compose.yaml", recipe=recipe_file, bucket=settings.services.bucket
-        )
-        files["compose.yaml"] = as_yaml(header, compose(recipe, settings))
+        submit = submit_command(source, [*source.overrides, *_store_overrides(source, settings.services.bucket)])
+        header = COMPOSE_HEADER.format(file="@FOLDER@/compose.yaml", submit=submit)
+        files["compose.yaml"] = as_yaml(header, compose(settings))
     return files
 
 
-def compose(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+def _store_overrides(source: Source, bucket: str) -> list[str]:
+    """Return the overrides that put data and runs into the store, where the recipe names folders of this machine."""
+    places = {"data.url": (source.recipe.data.url, "data"), "output": (source.recipe.output, "runs")}
+    return [f"{key}=s3://{bucket}/{folder}" for key, (url, folder) in places.items() if "://" not in url]
+
+
+def compose(settings: Settings) -> dict[str, Any]:
     """Return the compose file. Only ports of the loopback interface are published."""
     services, machine = settings.services, settings.train
     gpus = f" --num-gpus={machine.gpus}" if machine.gpus else ""
@@ -168,7 +172,8 @@ def _postgres(image: str) -> dict[str, Any]:
             "POSTGRES_DB": "mlflow",
             "POSTGRES_PASSWORD_FILE": "/run/secrets/postgres_password",
         },
-        "volumes": ["postgres:/var/lib/postgresql"],
+        # Where the images up to version 17 keep their data.
+        "volumes": ["postgres:/var/lib/postgresql/data"],
         "healthcheck": {"test": ["CMD-SHELL", "pg_isready -U mlflow"], "interval": "5s", "retries": 20},
         "restart": "unless-stopped",
     }

@@ -1,7 +1,7 @@
 """Kubernetes: a RayCluster that stays, and a RayJob that brings its own and retries.
 
 Fields as in KubeRay's API reference for ray.io/v1 (docs.ray.io, KubeRay CRD API reference; ray-operator/apis/ray/v1 of
-the KubeRay repository): `authOptions` needs KubeRay 1.5.1, `labels` and `resources` of a group 1.5.
+the KubeRay repository): `authOptions.secretName` needs KubeRay 1.6.0 (`authOptions` 1.5.1, `labels` of a group 1.5).
 """
 
 import json
@@ -12,8 +12,10 @@ from typing import Any
 import ray
 
 from cluster.recipe import Recipe
-from cluster.render.settings import Machine, Settings, labels, placement_overrides, train_nodes
+from cluster.render.settings import IMAGE_NOTE, Machine, Settings, labels, train_nodes
+from cluster.render.source import Source, growing_overrides, job_command, submit_command
 from cluster.render.yaml_text import as_yaml
+from perceiver.train.deepspeed_plan import read_config
 
 RECIPE_FOLDER = "/etc/perceiver"
 
@@ -26,8 +28,10 @@ DRAIN = (
 
 HEADER = """
 {what} for the recipe {recipe}, rendered by `perceiver cluster render kuberay`.
-Needs the KubeRay operator 1.5.1 or newer. Not tried on a cluster: checked against the fields of the API reference.
+Needs the KubeRay operator 1.6.0 or newer. Not tried on a cluster: fields and types were checked against KubeRay's API
+reference and the models of Kubernetes' Python client.
 
+Once: {image}
 Once, before the first use (the values stay in the cluster, never in a file of yours):
   kubectl -n {namespace} create secret generic {token} --from-literal=auth_token="$(openssl rand -hex 32)"
 {secrets}
@@ -37,8 +41,9 @@ Then:
 """
 
 
-def render(kind: str, recipe: Recipe, recipe_file: str, settings: Settings) -> dict[str, str]:
+def render(kind: str, source: Source, settings: Settings) -> dict[str, str]:
     """Return ``raycluster.yaml`` and ``rayjob.yaml``."""
+    recipe = source.recipe
     name = recipe.name.lower().replace("_", "-").replace(".", "-")
     service = f"kubectl -n {settings.namespace} port-forward service/{name}-head-svc 8265:8265"
     cluster = {
@@ -47,14 +52,14 @@ def render(kind: str, recipe: Recipe, recipe_file: str, settings: Settings) -> d
         "metadata": {"name": name, "namespace": settings.namespace},
         "spec": cluster_spec(recipe, settings, None),
     }
-    then = f"  {service} &\n  perceiver submit {recipe_file} --address http://127.0.0.1:8265"
+    then = f"  {service} &\n  {submit_command(source, growing_overrides(source, settings))}"
     job_then = f"  kubectl -n {settings.namespace} get rayjob {name} -w"
     return {
-        "raycluster.yaml": as_yaml(_header("A cluster", "raycluster.yaml", recipe_file, settings, then), cluster),
+        "raycluster.yaml": as_yaml(_header("A cluster", "raycluster.yaml", source.file, settings, then), cluster),
         "rayjob.yaml": as_yaml(
-            _header("One run with a cluster of its own", "rayjob.yaml", recipe_file, settings, job_then),
-            _recipe_map(name, recipe_file, settings),
-            _job(name, recipe, recipe_file, settings),
+            _header("One run with a cluster of its own", "rayjob.yaml", source.file, settings, job_then),
+            _recipe_map(name, source.file, settings),
+            _job(name, source, settings),
         ),
     }
 
@@ -145,16 +150,21 @@ def _recipe_map(name: str, recipe_file: str, settings: Settings) -> dict[str, An
     }
 
 
-def _job(name: str, recipe: Recipe, recipe_file: str, settings: Settings) -> dict[str, Any]:
+def _job(name: str, source: Source, settings: Settings) -> dict[str, Any]:
     """Return a RayJob. Each of its retries brings a new cluster, and goes on with the run where the last one ended."""
-    words = ["python", "-m", "cluster.job", "--run", recipe.name, "train", f"{RECIPE_FOLDER}/{Path(recipe_file).name}"]
-    words += [*placement_overrides(recipe, settings), "cluster.autoscaling=true"]
+    recipe = source.recipe
+    file = f"{RECIPE_FOLDER}/{Path(source.file).name}"
+    overrides = growing_overrides(source, settings)
+    given = recipe.deepspeed.config
+    if isinstance(given, str) and not Path(given).is_absolute():
+        # The pods have no such file: its contents go along instead.
+        overrides.append(f"deepspeed.config={json.dumps(read_config(recipe.deepspeed))}")
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {"name": name, "namespace": settings.namespace},
         "spec": {
-            "entrypoint": " ".join(words),
+            "entrypoint": job_command(source, file, overrides),
             "runtimeEnvYAML": json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(recipe.cluster.stop_wait_s)}}),
             "backoffLimit": 3,
             "shutdownAfterJobFinishes": True,
@@ -178,6 +188,7 @@ def _header(what: str, file: str, recipe_file: str, settings: Settings, then: st
         recipe=recipe_file,
         namespace=settings.namespace,
         token=settings.token_secret,
+        image=IMAGE_NOTE.format(image=settings.image, indent=" " * 6),
         secrets=secrets,
         file=file,
         then=then,

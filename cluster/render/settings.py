@@ -14,6 +14,11 @@ from perceiver.config import Config, UserError
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
 """Labels of the two kinds of nodes, unless the recipe asks for others."""
 
+IMAGE_NOTE = """build the image {image} (perceiver cluster render docker), push it to a registry that the nodes
+{indent}may pull from; write its full name there, such as ghcr.io/me/perceiver-train:1, as `image:` into the file of
+{indent}--machines and render again"""
+"""What the headers for other machines say about the image; a name without a registry can be pulled nowhere."""
+
 
 class Machine(Config):
     """One kind of node."""
@@ -66,16 +71,18 @@ class Slurm(Config):
 class Services(Config):
     """Images that the local stack (compose) takes from elsewhere."""
 
-    postgres: str = Field(default="postgres:17-alpine", description="database of MLflow")
-    s3: str = Field(default="minio/minio:latest", description="S3 store")
-    s3_client: str = Field(default="minio/mc:latest", description="makes the bucket")
+    postgres: str = Field(default="postgres:17-alpine", description="database of MLflow; version 17 or older")
+    s3: str = Field(default="quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z", description="S3 store")
+    s3_client: str = Field(default="quay.io/minio/mc:RELEASE.2025-08-13T08-35-41Z", description="makes the bucket")
     bucket: str = Field(default="perceiver", description="bucket for data, runs and artifacts")
 
 
 class Settings(Config):
     """Everything about the machines that a recipe does not say."""
 
-    image: str = Field(default="perceiver-train:latest", description="image of all nodes; render docker makes it")
+    image: str = Field(
+        default="perceiver-train:latest", description="image of all nodes, with its registry; render docker makes it"
+    )
     base_image: str = Field(default="python:3.11-slim-bookworm", description="what that image starts from")
     head: Machine = Field(default=Machine(cpus=4, memory_gb=16), description="control plane and driver; trains nothing")
     train: Machine = Field(description="nodes of the training workers")

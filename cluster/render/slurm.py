@@ -1,10 +1,9 @@
 """Slurm: one allocation is one Ray cluster; when its time is up the run saves, and the job is queued again."""
 
 import math
-import shlex
 
-from cluster.recipe import Recipe
 from cluster.render.settings import Settings, train_nodes
+from cluster.render.source import Source, job_command
 
 SCRIPT = """#!/bin/bash
 # {recipe} on Slurm, rendered by `perceiver cluster render slurm`. Not tried on a cluster.
@@ -40,12 +39,14 @@ head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | a
 port=$((20000 + SLURM_JOB_ID % 10000))
 export RAY_ADDRESS="$head_ip:$port"
 
-srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \\
+# srun does not take over --cpus-per-task of the job (Slurm 22.05 and later); without it a node would have one CPU.
+srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodelist="$head" --overlap \\
     ray start --head --block --node-ip-address="$head_ip" --port="$port" --dashboard-host=127.0.0.1 \\
     --num-cpus="$SLURM_CPUS_PER_TASK" &
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     sleep 10
-    srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$head" --overlap \\
+    srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) \\
+        --cpus-per-task="$SLURM_CPUS_PER_TASK" --exclude="$head" --overlap \\
         ray start --block --address="$RAY_ADDRESS" --num-cpus="$SLURM_CPUS_PER_TASK" &
 fi
 
@@ -87,16 +88,14 @@ exit "$code"
 """
 
 
-def render(kind: str, recipe: Recipe, recipe_file: str, settings: Settings) -> dict[str, str]:
+def render(kind: str, source: Source, settings: Settings) -> dict[str, str]:
     """Return ``train.sbatch``."""
     machine, slurm = settings.train, settings.slurm
-    # The nodes of an allocation are alike, so no labels here.
-    words = ["python", "-m", "cluster.job", "--run", recipe.name, "train", recipe_file]
     text = SCRIPT.format(
-        recipe=recipe_file,
+        recipe=source.file,
         file="train.sbatch",
-        name=recipe.name,
-        nodes=train_nodes(recipe, settings),
+        name=source.recipe.name,
+        nodes=train_nodes(source.recipe, settings),
         cpus=machine.cpus,
         gpus=f"#SBATCH --gpus-per-node={machine.gpus}\n" if machine.gpus else "",
         memory=math.floor(machine.memory_gb),
@@ -105,6 +104,7 @@ def render(kind: str, recipe: Recipe, recipe_file: str, settings: Settings) -> d
         time=slurm.time,
         drain=settings.drain_s,
         setup=slurm.setup,
-        command=shlex.join(words),
+        # The nodes of an allocation are alike, so no labels here.
+        command=job_command(source, source.file, source.overrides),
     )
     return {"train.sbatch": text}

@@ -9,7 +9,7 @@ import click
     epilog="""\b
 Examples:
   perceiver cluster up --nodes 3
-  perceiver cluster render kuberay recipes/train/quickstart.yaml -o files
+  perceiver cluster render slurm recipes/train/quickstart.yaml -o files
   perceiver cluster down"""
 )
 def command() -> None:
@@ -102,7 +102,7 @@ def status(as_json: bool) -> int:
 @command.command(
     epilog="""\b
 Examples:
-  perceiver cluster render kuberay recipes/train/quickstart.yaml -o deploy
+  perceiver cluster render kuberay recipes/train/quickstart.yaml data.url=s3://b/digits output=s3://b/runs -o deploy
   perceiver cluster render slurm recipes/train/quickstart.yaml --machines recipes/cluster/gpu.yaml -o deploy"""
 )
 @click.argument("kind", metavar="KIND")
@@ -120,13 +120,16 @@ def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: str, mach
     """Write the files that start a real cluster for RECIPE.
 
     KIND is kuberay, autoscaler-aws, autoscaler-gcp, slurm, docker, compose or grafana (a dashboard of the runs' figures
-    on Ray's Prometheus endpoint). Each file but the dashboard says in its first lines what to do with it.
+    on Ray's Prometheus endpoint). Each file but the dashboard says in its first lines what to do with it; the commands
+    there repeat the overrides. Nodes of kuberay and the autoscalers see no folder of this machine: data and output must
+    be URLs, or absolute paths of storage that they share.
     """
-    from cluster.recipe import load_recipe
     from cluster.render import render as make
     from cluster.render import write
     from cluster.render.settings import read_settings
+    from cluster.render.source import read_source
 
-    for path in write(make(kind, load_recipe(recipe, overrides), recipe, read_settings(machines)), folder):
+    files = make(kind, read_source(recipe, overrides), read_settings(machines), click.echo)
+    for path in write(files, folder):
         click.echo(path)
     return 0

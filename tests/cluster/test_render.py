@@ -1,47 +1,33 @@
 """The files that start real clusters: valid by the loaders and fields of those who read them."""
 
 import re
+import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from cluster.recipe import Recipe, load_recipe
+from cluster import job
+from cluster.recipe import load_recipe
 from cluster.render import KINDS, render, write
 from cluster.render.settings import Machine, Settings, read_settings
+from cluster.render.source import Source, read_source
 from perceiver.config import UserError
+from tests.cluster.api_types import Compose, check_kubernetes
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes/train/quickstart.yaml")
-# KubeRay API reference, ray.io/v1 (docs.ray.io/en/master/cluster/kubernetes/references/api.html), read for KubeRay 1.6.
-CLUSTER_FIELDS = {
-    "suspend", "managedBy", "autoscalerOptions", "headServiceAnnotations", "enableInTreeAutoscaling", "authOptions",
-    "gcsFaultToleranceOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs", "upgradeStrategy",
-}  # fmt: skip
-HEAD_FIELDS = {
-    "template", "headService", "enableIngress", "resources", "labels", "rayStartParams", "serviceType",
-}  # fmt: skip
-GROUP_FIELDS = {
-    "suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds", "resources", "labels",
-    "rayStartParams", "template", "scaleStrategy", "numOfHosts",
-}  # fmt: skip
-JOB_FIELDS = {
-    "activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate", "metadata", "clusterSelector",
-    "submitterConfig", "managedBy", "deletionStrategy", "entrypoint", "runtimeEnvYAML", "jobId", "submissionMode",
-    "entrypointResources", "entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished",
-    "shutdownAfterJobFinishes", "suspend",
-}  # fmt: skip
-AUTOSCALER_FIELDS = {
-    "resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds", "upscalingMode", "version", "env",
-    "envFrom", "volumeMounts",
-}  # fmt: skip
+SHARED = ("data.url=s3://bucket/digits", "output=s3://bucket/runs")
+MORE = ("cluster.workers=16", "cluster.gpus_per_worker=1", "train.global_batch=128", "data.augment={shift: 1}")
 
 
 @pytest.fixture
-def recipe() -> Recipe:
-    return load_recipe(RECIPE, ["cluster.workers=16", "cluster.gpus_per_worker=1", "train.global_batch=128"])
+def source() -> Source:
+    return read_source(RECIPE, [*SHARED, *MORE])
 
 
 @pytest.fixture
@@ -53,7 +39,7 @@ def settings() -> Settings:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_renders_for_the_machines_we_ship(kind: str, name: str, tmp_path: Path) -> None:
     files = write(
-        render(kind, load_recipe(RECIPE), RECIPE, read_settings(ROOT / "recipes/cluster" / name)), str(tmp_path)
+        render(kind, read_source(RECIPE, SHARED), read_settings(ROOT / "recipes/cluster" / name)), str(tmp_path)
     )
     assert files
     for path in files:
@@ -64,13 +50,10 @@ def test_every_kind_renders_for_the_machines_we_ship(kind: str, name: str, tmp_p
 
 
 def check_cluster_spec(spec: dict[str, Any]) -> None:
-    assert set(spec) <= CLUSTER_FIELDS and {"headGroupSpec"} <= set(spec)
     assert spec["authOptions"] == {"mode": "token", "secretName": "perceiver-token"}
-    assert set(spec["autoscalerOptions"]) <= AUTOSCALER_FIELDS
-    assert set(spec["headGroupSpec"]) <= HEAD_FIELDS and spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     groups = spec["workerGroupSpecs"]
     for group in groups:
-        assert set(group) <= GROUP_FIELDS
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     for group in [spec["headGroupSpec"], *groups]:
         pod = group["template"]["spec"]
@@ -87,14 +70,15 @@ def check_cluster_spec(spec: dict[str, Any]) -> None:
         assert shared["emptyDir"]["medium"] == "Memory" and re.fullmatch(r"\d+Gi", shared["emptyDir"]["sizeLimit"])
 
 
-def test_kuberay_has_only_fields_that_its_api_knows(recipe: Recipe, settings: Settings) -> None:
-    files = render("kuberay", recipe, RECIPE, settings)
+def test_kuberay_has_only_what_its_api_and_that_of_kubernetes_know(source: Source, settings: Settings) -> None:
+    selecting = settings.model_copy(update={"node_selector": {"zone": "a"}})
+    files = render("kuberay", source, selecting)
     cluster = yaml.safe_load(files["raycluster.yaml"])
-    recipe_map, job = yaml.safe_load_all(files["rayjob.yaml"])
-    assert cluster["apiVersion"] == job["apiVersion"] == "ray.io/v1"
+    recipe_map, job_ = yaml.safe_load_all(files["rayjob.yaml"])
+    for document in (cluster, recipe_map, job_):
+        check_kubernetes(document)
     check_cluster_spec(cluster["spec"])
-    check_cluster_spec(job["spec"]["rayClusterSpec"])
-    assert set(job["spec"]) <= JOB_FIELDS
+    check_cluster_spec(job_["spec"]["rayClusterSpec"])
     train, data = cluster["spec"]["workerGroupSpecs"]
     assert train["replicas"] == 2 and train["labels"] == {"role": "train"} and data["labels"] == {"role": "data"}
     container = train["template"]["spec"]["containers"][0]
@@ -106,19 +90,128 @@ def test_kuberay_has_only_fields_that_its_api_knows(recipe: Recipe, settings: Se
     assert yaml.safe_load(recipe_map["data"]["quickstart.yaml"])["name"] == "quickstart"
     mounted = {
         v["configMap"]["name"]
-        for v in job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+        for v in job_["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
         if "configMap" in v
     }
     assert mounted == {recipe_map["metadata"]["name"]}
-    assert "cluster.worker_labels.role=train data.task_labels.role=data" in job["spec"]["entrypoint"]
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        ("spec", "rayversion", "2.60.0"),
+        ("spec.authOptions", "mode", "none"),
+        ("spec.workerGroupSpecs.0", "minReplicas", "1"),
+        ("spec.workerGroupSpecs.0", "minReplicas", None),
+        ("spec.workerGroupSpecs.0.template.spec", "gracePeriod", 30),
+        ("spec.headGroupSpec.template.spec.containers.0", "name", None),
+        ("spec.headGroupSpec.template.spec.containers.0.ports.0", "containerPort", "6379"),
+        ("spec.headGroupSpec.template.spec.containers.0.resources.limits", "cpu", 4),
+        ("spec.headGroupSpec.template.spec.containers.0", "working_dir", "/"),
+    ],
+)
+def test_what_those_do_not_know_is_found(
+    source: Source, settings: Settings, place: str, key: str, value: object
+) -> None:
+    """The check above is not blind: a wrong name, a wrong type and a missing field are refused at any depth."""
+    document = yaml.safe_load(render("kuberay", source, settings)["raycluster.yaml"])
+    node: Any = document
+    for part in place.split("."):
+        node = node[int(part) if part.isdigit() else part]
+    node[key] = value
+    if value is None:
+        del node[key]
+    with pytest.raises((ValidationError, AssertionError)):
+        check_kubernetes(document)
+
+
+def commands(files: dict[str, str]) -> list[list[str]]:
+    """Return the words of each command in the files that trains the recipe."""
+    lines = [line.lstrip("# ") for text in files.values() for line in text.splitlines()]
+    shown = [line for line in lines if "perceiver submit" in line]
+    if "train.sbatch" in files:
+        shown += [line.removesuffix(" &") for line in lines if line.startswith("python -m cluster.job")]
+    if "rayjob.yaml" in files:
+        shown += [list(yaml.safe_load_all(files["rayjob.yaml"]))[1]["spec"]["entrypoint"]]
+    return [shlex.split(line) for line in shown]
+
+
+def applied(overrides: Sequence[str]) -> Any:
+    recipe = load_recipe(RECIPE, overrides).model_dump(mode="json")
+    recipe["cluster"] |= {"autoscaling": False, "worker_labels": {}}
+    recipe["data"]["task_labels"] = {}
+    return recipe
+
+
+@pytest.mark.parametrize(("kind", "count"), [("kuberay", 2), ("autoscaler-aws", 1), ("slurm", 1), ("compose", 1)])
+def test_every_command_trains_what_the_files_were_rendered_for(
+    source: Source, settings: Settings, kind: str, count: int
+) -> None:
+    found = commands(render(kind, source, settings))
+    assert len(found) == count
+    for words in found:
+        words = words[words.index("python" if "python" in words else "perceiver") :]
+        if words[:2] == ["perceiver", "submit"]:
+            file, overrides = words[2], words[3 : words.index("--address")]
+            assert words[-2:] == ["--address", "http://127.0.0.1:8265"]
+        else:
+            assert words[:3] == ["python", "-m", "cluster.job"]
+            given = job.arguments(words[3:])
+            assert (given.run, given.output, given.verb) == ("quickstart", "s3://bucket/runs", "train")
+            file, overrides = given.file, given.overrides
+        assert file == ("/etc/perceiver/quickstart.yaml" if "python" in words and kind == "kuberay" else RECIPE)
+        assert applied(overrides) == applied([*SHARED, *MORE])
+        placed = {"cluster.worker_labels.role=train", "data.task_labels.role=data", "cluster.autoscaling=true"}
+        assert placed.isdisjoint(overrides) if kind in ("slurm", "compose") else placed <= set(overrides)
+
+
+@pytest.mark.parametrize("kind", ["kuberay", "slurm"])
+def test_a_job_is_told_which_variables_its_recipe_needs(kind: str, settings: Settings) -> None:
+    named = ["tracking.uri=env:STORE", "data.storage_options.secret=$KEY"]
+    (words,) = (w for w in commands(render(kind, read_source(RECIPE, [*SHARED, *named]), settings)) if "python" in w)
+    given = job.arguments(words[3:])
+    assert given.needs == "KEY,STORE" and given.overrides[2:4] == named
+
+
+def test_a_deepspeed_file_goes_along_to_pods_that_lack_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    source = read_source(RECIPE, [*SHARED, "deepspeed.config=ds.json"])
+    (words,) = (words for words in commands(render("kuberay", source, settings)) if "python" in words)
+    config = load_recipe(RECIPE, job.arguments(words[3:]).overrides).deepspeed.config
+    assert config == {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize("kind", ["kuberay", "autoscaler-aws", "autoscaler-gcp"])
+def test_folders_of_this_machine_are_refused_for_others(kind: str, settings: Settings) -> None:
+    for overrides, key in ((SHARED[1:], "data.url"), (SHARED[:1], "output")):
+        with pytest.raises(UserError, match=f"{key} = .* which the nodes behind .*.yaml do not see"):
+            render(kind, read_source(RECIPE, overrides), settings)
+    said: list[str] = []
+    render(kind, read_source(RECIPE, ["data.url=/mnt/digits", "output=/mnt/runs"]), settings, said.append)
+    assert len(said) == 2 and "data.url = /mnt/digits must be the same storage" in said[0]
+
+
+def test_compose_puts_into_its_store_what_has_no_url(settings: Settings) -> None:
+    (words,) = commands(render("compose", read_source(RECIPE, ["output=s3://other/runs"]), settings))
+    assert "data.url=s3://perceiver/data" in words and "output=s3://perceiver/runs" not in words
+
+
+def test_a_secret_by_value_is_in_no_file() -> None:
+    with pytest.raises(UserError, match="storage_options.secret"):
+        read_source(RECIPE, ["data.storage_options.secret=hunter2hunter2"])
 
 
 @pytest.mark.parametrize("kind", ["autoscaler-aws", "autoscaler-gcp"])
-def test_rays_loader_takes_the_autoscaler_files(kind: str, recipe: Recipe, settings: Settings) -> None:
+def test_rays_loader_takes_the_autoscaler_files(kind: str, source: Source, settings: Settings) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config = yaml.safe_load(render(kind, recipe, RECIPE, settings)["cluster.yaml"])
+    text = render(kind, source, settings)["cluster.yaml"]
+    config = yaml.safe_load(text)
     validate_config(prepare_config(config))
+    assert "push it to a registry" in text and "as `image:` into the file" in text
     types = config["available_node_types"]
     assert types["train-spot"]["priority"] > types["train"]["priority"]
     assert types["train-spot"]["labels"] == types["train"]["labels"] == {"role": "train"}
@@ -130,35 +223,48 @@ def test_rays_loader_takes_the_autoscaler_files(kind: str, recipe: Recipe, setti
 
 
 def test_slurm_is_a_shell_script_that_saves_before_its_time_is_up(
-    recipe: Recipe, settings: Settings, tmp_path: Path
+    source: Source, settings: Settings, tmp_path: Path
 ) -> None:
-    (path,) = write(render("slurm", recipe, RECIPE, settings), str(tmp_path))
+    (path,) = write(render("slurm", source, settings), str(tmp_path))
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
     text = path.read_text()
     head = text.split("set -euo")[0]
     for option in ("--nodes=2", "--gpus-per-node=8", "--cpus-per-task=96", "--requeue", "--signal=B:TERM@300"):
         assert f"#SBATCH {option}" in head
-    assert "umask 077" in text and "RAY_AUTH_MODE=token" in text and "python -m cluster.job --run quickstart" in text
+    assert "umask 077" in text and "RAY_AUTH_MODE=token" in text
+    steps = re.findall(r"^ *srun (.*?) ray start", text.replace("\\\n", ""), re.MULTILINE)
+    assert len(steps) == 2 and all('--cpus-per-task="$SLURM_CPUS_PER_TASK"' in step for step in steps)
 
 
-def test_images_are_pinned_and_publish_on_the_loopback_interface_only(recipe: Recipe, settings: Settings) -> None:
-    files = render("compose", recipe, RECIPE, settings)
+def test_images_are_pinned_and_publish_on_the_loopback_interface_only(source: Source, settings: Settings) -> None:
+    files = render("compose", source, settings)
     assert "pip install -c constraints.txt" in files["Dockerfile"]
     assert files["Dockerfile.dockerignore"].splitlines()[1] == "*"
-    compose = yaml.safe_load(files["compose.yaml"])
-    ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
+    compose = Compose.model_validate(yaml.safe_load(files["compose.yaml"]))
+    services = compose.services
+    ports = [port for service in services.values() for port in service.ports]
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)
-    used = {name for service in compose["services"].values() for name in service.get("secrets", [])}
-    assert used == set(compose["secrets"])
+    assert {name for service in services.values() for name in service.secrets} == set(compose.secrets)
     assert not re.search(r"PASSWORD: (?!/run)", files["compose.yaml"])
-    named = {n for service in compose["services"].values() for n in service.get("depends_on", {})}
-    assert named <= set(compose["services"])
+    for service in services.values():
+        for name, wanted in service.depends_on.items():
+            assert wanted["condition"] != "service_healthy" or services[name].healthcheck
+    mounted = [mount for service in services.values() for mount in service.volumes]
+    assert sorted(mounted) == ["postgres:/var/lib/postgresql/data", "s3:/data"]
+    assert {mount.partition(":")[0] for mount in mounted} == set(compose.volumes)
+    ours = {service.image for service in services.values() if service.build} | {services["node"].image}
+    taken = {service.image for service in services.values()} - ours
+    assert len(taken) == 3 and not any(image.endswith(":latest") or ":" not in image for image in taken)
+    compose_tree = yaml.safe_load(files["compose.yaml"])
+    for key, value in (("volume", []), ("ports", [8265]), ("restart", "sometimes")):
+        with pytest.raises(ValidationError):
+            Compose.model_validate(compose_tree | {"services": {"s3": {**compose_tree["services"]["s3"], key: value}}})
 
 
-def test_a_recipe_that_the_machines_do_not_fit_is_refused(recipe: Recipe) -> None:
+def test_a_recipe_that_the_machines_do_not_fit_is_refused(source: Source) -> None:
     with pytest.raises(UserError, match="a node of `train` has 8 and 0"):
-        render("slurm", recipe, RECIPE, Settings(train=Machine(cpus=8, memory_gb=32)))
+        render("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32)))
     with pytest.raises(UserError, match=r"fill 16 training nodes, the settings allow train.max = 4"):
-        render("slurm", recipe, RECIPE, Settings(train=Machine(cpus=8, memory_gb=32, gpus=1, max=4)))
+        render("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32, gpus=1, max=4)))
     with pytest.raises(UserError, match="no kind 'nomad': wanted one of kuberay"):
-        render("nomad", recipe, RECIPE, Settings(train=Machine(cpus=8, memory_gb=32)))
+        render("nomad", source, Settings(train=Machine(cpus=8, memory_gb=32)))
