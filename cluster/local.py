@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from perceiver.config import Config, UserError
+from perceiver.train.redaction import redact_text
 
 log = logging.getLogger(__name__)
 
@@ -147,9 +148,9 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
         try:
             context = ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = redact_text((str(error).strip().splitlines() or [type(error).__name__])[0])
             raise UserError(
-                f"no Ray cluster answers at {address} ({reason}): check cluster.address or RAY_ADDRESS"
+                f"no Ray cluster answers at {redact_text(address)} ({reason}): check cluster.address or RAY_ADDRESS"
             ) from None
     import ray._private.worker as worker
 
@@ -191,8 +192,8 @@ def check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
         raise UserError(
-            f"nothing answers at {address} ({error.strerror or error}): check cluster.address or RAY_ADDRESS, or unset "
-            "them to run on this machine"
+            f"nothing answers at {redact_text(address)} ({error.strerror or error}): check cluster.address or "
+            "RAY_ADDRESS, or unset them to run on this machine"
         ) from None
 
 

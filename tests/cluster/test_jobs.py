@@ -69,6 +69,8 @@ def dashboard() -> Iterator[Any]:
 
 
 def test_an_address_where_nothing_listens_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"nothing answers at ray://\*\*\*@127.0.0.1:9 "):
+        connect(Access("ray://me:hunter2@127.0.0.1:9"))
     with pytest.raises(UserError, match=r"nothing answers at http://127.0.0.1:9 .*check --address"):
         connect(Access("http://127.0.0.1:9"))
     with pytest.raises(UserError, match="is no address: wanted http://HOST:8265"):

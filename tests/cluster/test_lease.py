@@ -1,6 +1,7 @@
 """Leases: one driver a run, whatever the clocks say and however the one before ended."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.lease import FILE, LeaseFile, Owner, acquire, hold
+from cluster.session import sigterm_as_interrupt
 from perceiver.config import UserError
 
 LIFE = 0.8
@@ -114,6 +116,13 @@ def test_a_killed_driver_holds_nothing_on_its_machine(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_driver_that_is_told_to_end_while_it_starts_up_gives_its_lease_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt(), hold(str(tmp_path), 30):
+        signal.raise_signal(signal.SIGTERM)
+    assert not (tmp_path / FILE).exists() and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_of_many_at_once_one_wins(tmp_path: Path) -> None:
