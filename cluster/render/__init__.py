@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.job_paths import check_paths
 from cluster.render.settings import Settings
 from cluster.render.source import Source
-from cluster.submit import check_paths
 from perceiver.config import UserError
 
 KINDS = {

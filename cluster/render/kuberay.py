@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from cluster.job_secrets import check_files
 from cluster.recipe import Recipe
 from cluster.render.settings import IMAGE_NOTE, Machine, Settings, labels, train_nodes
 from cluster.render.source import Source, growing_overrides, job_command, submit_command
@@ -142,6 +143,8 @@ def _pod(role: str, machine: Machine, settings: Settings, recipe_map: str | None
 
 
 def _recipe_map(name: str, recipe_file: str, settings: Settings) -> dict[str, Any]:
+    # It goes along as it stands: with what overrides replace, and its comments.
+    check_files([recipe_file])
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

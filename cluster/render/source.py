@@ -4,9 +4,10 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.job_secrets import check_secrets, needed
 from cluster.recipe import Recipe
 from cluster.render.settings import Settings, placement_overrides
-from cluster.submit import Submission, check_secrets, needed, training
+from cluster.submit import Submission, training
 
 
 @dataclass(frozen=True)

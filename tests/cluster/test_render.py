@@ -199,9 +199,13 @@ def test_compose_puts_into_its_store_what_has_no_url(settings: Settings) -> None
     assert "data.url=s3://perceiver/data" in words and "output=s3://perceiver/runs" not in words
 
 
-def test_a_secret_by_value_is_in_no_file() -> None:
+def test_a_secret_by_value_is_in_no_file(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="storage_options.secret"):
         read_source(RECIPE, ["data.storage_options.secret=hunter2hunter2"])
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(Path(RECIPE).read_text().replace("url: data/digits", "url: s3://me:hunter2hunter2@host/digits"))
+    with pytest.raises(UserError, match=r"mine.yaml: data.url holds a secret"):
+        render("kuberay", read_source(str(recipe), SHARED), settings)
 
 
 @pytest.mark.parametrize("kind", ["autoscaler-aws", "autoscaler-gcp"])
