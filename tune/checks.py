@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from cluster.preflight import CheckedModel, check_recipe
-from cluster.recipe import Recipe, build_recipe
+import torch
+
+from cluster.preflight import CheckedModel, check_recipe, describe_start, epoch_steps_of
+from cluster.recipe import Recipe, build_recipe, kind_of
 from perceiver.config import UserError
+from perceiver.tasks import build_task
+from pipelines.ingest import DataConfig, check_files
 from pipelines.shards import Manifest, load_manifest
-from tune.config import Search
-from tune.space import Values, as_number, base_values, ordered, with_values
+from tune.config import PARAMETERS, Asha, Median, Search
+from tune.space import Values, base_values, impossible, ordered, possible, with_values
 
 FIXED = {
     "name": "trials are named after the search",
@@ -24,11 +28,12 @@ KEPT_BY_EXCHANGE = ("train.global_batch", "seed", "optim.kind", "data.url", "dat
 
 
 class Checker:
-    """Checks recipes of one search; reads each data manifest once."""
+    """Checks recipes of one search; reads each data manifest, and looks for its files, once."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
         self._load = lru_cache(maxsize=None)(_load)
+        self._complete: set[str] = set()
 
     def manifest(self, url: str, options: dict[str, str]) -> Manifest:
         """Return the manifest of a prepared folder."""
@@ -41,12 +46,19 @@ class Checker:
             UserError: it could not be trained.
         """
         recipe = build_recipe(with_values(self.search.base, values), source=self.search.source)
-        return recipe, check_recipe(recipe, self.manifest)
+        model = check_recipe(recipe, self.manifest)
+        self._check_files(recipe.data, model.manifest)
+        describe_start(recipe, model.manifest)
+        return recipe, model
+
+    def _check_files(self, data: DataConfig, manifest: Manifest) -> None:
+        place = data.model_dump_json(include={"url", "train_split", "eval_split", "mixture", "storage_options"})
+        if place not in self._complete:
+            check_files(data, manifest)
+            self._complete.add(place)
 
     def total_steps(self, values: Mapping[str, Any]) -> tuple[int, float]:
         """Return a trial's optimizer steps, and those of one epoch."""
-        from cluster.preflight import epoch_steps_of
-
         recipe, model = self.recipe(values)
         epoch_steps = epoch_steps_of(recipe, model.manifest)
         return recipe.train.total_steps(epoch_steps), epoch_steps
@@ -60,11 +72,59 @@ def check_search(search: Search) -> Checker:
     """
     checker = Checker(search)
     _, base = checker.recipe({})
-    for key in ordered(search.config.space):
+    check_metrics(search, len(base.manifest.classes))
+    _check_grace(checker)
+    keys = ordered(search.config.space)
+    if reason := impossible(search.config.space, search.resolved):
+        raise UserError(reason)
+    for key in keys:
         _check_key(search, key)
         for value in search.config.space[key].extremes():
             _check_value(checker, base, key, value)
     return checker
+
+
+class _Sums(dict[str, Any]):
+    """Sums of an evaluation that has whatever a task asks for."""
+
+    def __missing__(self, key: str) -> float:
+        return 1.0
+
+
+def check_metrics(search: Search, classes: int) -> None:
+    """Refuse a metric that evaluations of the recipe's task do not give.
+
+    Raises:
+        UserError: they do not; the line names those that they give.
+    """
+    bins = torch.ones(classes, 2)
+    sums = _Sums(positive=bins, negative=bins)  # what tagging makes its average precision of
+    known = build_task(search.recipe.task, classes=classes).summarise(sums, 1.0)
+    for name in search.config.metrics:
+        if name not in (*known, PARAMETERS):
+            raise UserError(
+                f"metric = {name!r}: evaluations of task.kind = {kind_of(search.recipe.task)} give "
+                f"{', '.join(sorted(known))}; set metric to one of them"
+            )
+
+
+def _check_grace(checker: Checker) -> None:
+    """Refuse a grace that ends before the first evaluation, or not before the trials do."""
+    search = checker.search
+    settings, every = search.config.scheduler, search.recipe.train.eval_every
+    if not isinstance(settings, Asha | Median):
+        return
+    steps, epoch_steps = checker.total_steps({})
+    if "train.eval_every" not in search.config.space and every > settings.grace * (1 + 1e-9):
+        raise UserError(
+            f"scheduler.grace = {settings.grace:g}, but the first evaluation comes at epoch {every:g}: set it to at "
+            f"least {every:g}, or train.eval_every to at most {settings.grace:g}"
+        )
+    if settings.grace >= steps / epoch_steps and not {"train.epochs", "train.steps"} & set(search.config.space):
+        raise UserError(
+            f"scheduler.grace = {settings.grace:g}, but a trial ends at epoch {steps / epoch_steps:.4g}: none is ever "
+            "stopped; set it to less, or scheduler.kind to none"
+        )
 
 
 def check_trials(checker: Checker, trials: list[Values]) -> None:
@@ -126,9 +186,10 @@ def _condition(search: Search, key: str) -> Values:
     """Return values under which a key counts: what its ``when`` wants, and what that wants in turn."""
     found: Values = {}
     for other, wanted in search.config.space[key].when.items():
-        if other in search.config.space:
-            found |= _condition(search, other)
-        found[other] = as_number(wanted[0] if isinstance(wanted, list) else wanted)
+        for place, value in possible(search.config.space, search.resolved, other, wanted).items():
+            if place in search.config.space:
+                found |= _condition(search, place)
+            found[place] = value
     return found
 
 
@@ -138,4 +199,4 @@ def _reason(checker: Checker, error: UserError) -> str:
 
 def baseline(search: Search) -> Values:
     """Return trial 0's values where that is the base recipe."""
-    return base_values(search.config.space, search.recipe.model_dump(mode="json"))
+    return base_values(search.config.space, search.resolved)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import platform
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def _report(launch: "SearchLaunch") -> str | None:
             name=launch.folder.name,
             record=launch.record,
             space=launch.search.config.space,
-            base=launch.search.base,
+            base=launch.search.resolved,
             baseline=0 if launch.search.config.with_baseline else None,
             eval_samples=_eval_samples(launch),
             facts=report_facts(launch),
@@ -140,7 +141,7 @@ def machine() -> str:
 
 def commands(launch: "SearchLaunch", handle: Any = None) -> dict[str, str]:
     """Return the commands that a user would want next, by caption."""
-    found = {"train it": f"perceiver train {launch.folder.location('best.yaml')}"}
+    found = {"train it": shlex.join(["perceiver", "train", launch.folder.location("best.yaml")])}
     if handle is not None:
         store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
         found["mlflow"] = f"mlflow ui --backend-store-uri {store}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,6 +22,8 @@ from tune.search_file import read_search
 from tune.space import Choice, Grid, Space, flatten_space, with_values
 
 Mode = Literal["max", "min"]
+PARAMETERS = "parameters"
+"""The metric that is no evaluation's: the number of the model's parameters."""
 
 
 class NoScheduler(Config):
@@ -155,6 +158,11 @@ class Search:
     recipe: Recipe
     source: str
 
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """Return the base recipe's tree with defaults and presets filled in, where conditions look values up."""
+        return self.recipe.model_dump(mode="json")
+
 
 def build_search(tree: Mapping[str, Any], base: Mapping[str, Any], where: str, source: str) -> Search:
     """Validate what `tune.search_file.read_search` read.
@@ -195,6 +203,8 @@ def _problems(config: SearchConfig) -> list[str]:
     found = []
     if not names or len(set(names)) != len(names):
         found.append(f"metric = {names}: wanted one or several different names")
+    if names == [PARAMETERS]:
+        found.append(f"metric = {PARAMETERS} alone: no training changes it; add one of the evaluations, such as loss")
     if modes not in (1, len(names)):
         found.append(f"mode has {modes} entries for {len(names)} metrics: give one for each")
     if len(names) > 1 and config.search.kind != "optuna":

@@ -15,10 +15,13 @@ from cluster.recipe import absolute
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
 from tune.draws import Ending, Source
-from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, now, save_record
+from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, now, save_record, trial_name
 from tune.space import Values
 
 log = logging.getLogger(__name__)
+
+PATHS = ("data.url", "train.init_from", "deepspeed.config")
+"""Keys whose value may be a path."""
 
 Listener = Callable[[str, TrialRecord], None]
 """Is told what happened (a word) and to which trial."""
@@ -125,10 +128,18 @@ class Desk:
             if trial.status == "running":
                 self._end(trial, "stopped")
 
+    def set_aside(self, number: int) -> None:
+        """A trial that is not running waits for --resume: the search is being stopped."""
+        with self._lock:
+            self.record.trial(number).status = "unfinished"
+            self._save()
+
     def broke(self, number: int, reason: str, again: bool) -> None:
         """A trial failed; it starts ``again``, or that was it."""
         with self._lock:
             trial = self.record.trial(number)
+            # A worker group of which one refused to go on dies by the trial's own hand; the reason is in its folder.
+            reason = RunFolder(self.folder.location("trials"), trial_name(number)).facts().get("refusal") or reason
             if again:
                 trial.reason = reason
                 self._say("again", trial)
@@ -224,8 +235,15 @@ class Reporter(ray.tune.Callback):
 
 def configuration(trial: TrialRecord) -> dict[str, Any]:
     """Return what a trial's process is started with."""
-    values = {key: absolute(value) if key == "data.url" else value for key, value in trial.values.items()}
-    return {"number": trial.number, "values": values, "label": trial.label}
+    return {"number": trial.number, "values": placed(trial.values), "label": trial.label}
+
+
+def placed(values: Values) -> Values:
+    """Return values with local paths made absolute: a trial's process may stand in another folder."""
+    found = {key: absolute(v) if key in PATHS and isinstance(v, str) else v for key, v in values.items()}
+    if parts := values.get("data.mixture"):
+        found["data.mixture"] = [{**part, "url": absolute(part["url"])} for part in parts]
+    return found
 
 
 def failure(trial: Any) -> str:
@@ -243,6 +261,6 @@ def reason(text: str) -> str:
     last = re.split(r"^Failure # .*$", text, flags=re.MULTILINE)[-1].strip()
     if not last:
         return "the trial's process died"
-    if re.search(r"out of memory|OutOfMemory|low on memory|OOM", last):
+    if re.search(r"ray\.exceptions\.OutOfMemoryError|node running low on memory|NODE_OUT_OF_MEMORY", last):
         return "out of memory: Ray ended the trial's process"
     return one_line(Exception(last)).removeprefix("RuntimeError: ")

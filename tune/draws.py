@@ -87,7 +87,7 @@ def known_trials(search: Search, base: Values) -> list[Values] | None:
     if config.search.kind == "grid":
         combinations = grid(search)
         return ([base] if config.with_baseline else []) + combinations
-    draws = [sample(config.space, search.base, RandomDraw(config.seed, number)) for number in range(config.trials)]
+    draws = [sample(config.space, search.resolved, RandomDraw(config.seed, number)) for number in range(config.trials)]
     return [base, *draws[1:]] if config.with_baseline else draws
 
 
@@ -99,7 +99,7 @@ def grid(search: Search) -> list[Values]:
     for combination in itertools.product(*lists):
         values: Values = {}
         for key, value in zip(keys, combination, strict=True):
-            if holds(space[key].when, values, search.base):
+            if holds(space[key].when, values, search.resolved):
                 values[key] = value
         values = {key: values[key] for key in space if key in values}
         found[json.dumps(values, sort_keys=True, default=str)] = values
@@ -190,7 +190,7 @@ class OptunaSource:
         """See `Source`."""
         trial = self.study.ask()
         self._open[number] = trial
-        return sample(self.search.config.space, self.search.base, _StudyDraw(trial))
+        return sample(self.search.config.space, self.search.resolved, _StudyDraw(trial))
 
     def label(self, number: int) -> str:
         """See `Source`."""
@@ -215,7 +215,7 @@ class OptunaSource:
     def _add(self, values: Values, state: Any, figures: list[float], step: int) -> None:
         import optuna
 
-        draw = recorded(values, self.search.config.space, self.search.base)
+        draw = recorded(values, self.search.config.space, self.search.resolved)
         if draw is None:
             return
         complete = state == optuna.trial.TrialState.COMPLETE

@@ -61,7 +61,7 @@ def _say_trials(search: Search, known: list[Values] | None, total: int) -> None:
     if known is None:
         print("the trials depend on the results; drawn at random they would look like")
         draw = RandomDraw(search.config.seed)
-        trials = [sample(search.config.space, search.base, draw) for _ in range(min(3, total))]
+        trials = [sample(search.config.space, search.resolved, draw) for _ in range(min(3, total))]
     else:
         trials = known
     for index, values in enumerate(trials[:SHOWN]):

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tune.space import Values
 log = logging.getLogger(__name__)
 
 POINTER = "pointer.json"
+OVER_WAIT_S = 60.0
 
 
 class Pointer(BaseModel):
@@ -50,6 +52,7 @@ def take_over(own: RunFolder, pointer: Pointer) -> int | None:
     """
     if own.facts().get("exchange") == pointer.token:
         return None
+    _wait_until_over(own)
     store = pointer.folder.checkpoints
     step = pointer.step
     if step not in store.steps() or store.problems(step):
@@ -63,15 +66,23 @@ def take_over(own: RunFolder, pointer: Pointer) -> int | None:
     return step
 
 
+def _wait_until_over(own: RunFolder) -> None:
+    """Wait for the trial's former process to save for the last time: Ray has told it to end, but does not wait."""
+    deadline = time.monotonic() + OVER_WAIT_S
+    while own.facts().get("status") == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def copy_checkpoint(source: CheckpointStore, target: CheckpointStore, step: int) -> None:
-    """Copy one checkpoint between stores, manifest last, after removing all that the target had."""
-    if target.fs.exists(target.root):
-        target.fs.rm(target.root, recursive=True)
+    """Copy one checkpoint between stores, manifest last; all that the target had goes, once the copy is at hand."""
     with source.fetch(step) as local:
-        for name in source.manifest(step).files:
+        files, manifest = source.manifest(step).files, source.fs.cat_file(f"{source.folder(step)}/{MANIFEST}")
+        if target.fs.exists(target.root):
+            target.fs.rm(target.root, recursive=True)
+        for name in files:
             _put(target, local / name, f"{target.folder(step)}/{name}")
     target.fs.invalidate_cache()
-    target.fs.pipe_file(f"{target.folder(step)}/{MANIFEST}", source.fs.cat_file(f"{source.folder(step)}/{MANIFEST}"))
+    target.fs.pipe_file(f"{target.folder(step)}/{MANIFEST}", manifest)
 
 
 def _put(target: CheckpointStore, path: Path, place: str) -> None:

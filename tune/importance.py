@@ -21,8 +21,8 @@ class Importance:
     epoch: float
 
 
-def importance(record: SearchRecord, space: Space, base: Mapping[str, Any]) -> Importance | None:
-    """Return the importance of the keys that every trial has; None if there are too few trials, or all did alike.
+def importance(record: SearchRecord, space: Space, base: Mapping[str, Any]) -> Importance | str:
+    """Return the importance of the keys that every trial has, or why there is none: too few trials, or all did alike.
 
     Trials that were stopped early are compared with the others at the last epoch that all have in common.
     """
@@ -32,7 +32,7 @@ def importance(record: SearchRecord, space: Space, base: Mapping[str, Any]) -> I
     (metric, mode), *_ = record.metrics.items()
     trials = [trial for trial in record.trials if trial.evaluations and not trial.exchanges]
     if len(trials) < FEWEST:
-        return None
+        return _too_few(len(trials))
     epoch = min(trial.epoch for trial in trials)
     study = optuna.create_study(direction="maximize" if mode == "max" else "minimize")
     for trial in trials:
@@ -42,13 +42,20 @@ def importance(record: SearchRecord, space: Space, base: Mapping[str, Any]) -> I
             study.add_trial(
                 optuna.trial.create_trial(params=draw.params, distributions=draw.distributions, value=score)
             )
-    if len(study.trials) < FEWEST or len({trial.value for trial in study.trials}) < 2:
-        return None
+    if len(study.trials) < FEWEST:
+        return _too_few(len(study.trials))
+    if len({trial.value for trial in study.trials}) < 2:
+        return f"all trials have the same {metric} at epoch {epoch:.4g}, where they are compared"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    return Importance(dict(shares), len(study.trials), epoch) if shares else None
+    return Importance(dict(shares), len(study.trials), epoch) if shares else "no key of the space varies in all trials"
+
+
+def _too_few(count: int) -> str:
+    are = "is" if count == 1 else "are"
+    return f"there {are} {count} trial{'s' * (count != 1)} that can be compared, and it takes {FEWEST}"
 
 
 def score_at(trial: TrialRecord, metric: str, epoch: float) -> float | None:

@@ -13,6 +13,7 @@ import yaml
 
 from cluster import local
 from cluster.failures import one_line
+from cluster.placement import Node, connected_nodes
 from cluster.run_folder import RunFolder, choose_run, redacted_recipe
 from cluster.session import Tracked, log_file, logged, ray_and_mlflow, stop_on_signal
 from perceiver.config import UserError
@@ -32,7 +33,7 @@ from tune.console import SearchConsole
 from tune.draws import FixedSource, OptunaSource, Source, known_trials
 from tune.dry_run import say_plan
 from tune.plan import Concluder, Plan, SearchLaunch, Start
-from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_record
+from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_record, trial_name
 from tune.resources import Slots, divide
 from tune.search_file import read_search
 from tune.space import Values
@@ -82,7 +83,7 @@ def launch_search(
     if ray_start is None:
         say_plan(search, checker, slots, known)
         return 0
-    command = " ".join(["perceiver tune", path, *map(shlex.quote, overrides)])
+    command = shlex.join(["perceiver", "tune", path, *overrides])
     return run_search(Plan(search, checker, slots, known), Start(command, resume, run, as_json), ray_start, conclude)
 
 
@@ -123,15 +124,13 @@ def find_slots(search: Search, known: list[Values] | None, ray_start: local.Earl
     """Divide the cluster to connect to, or this machine, where Ray may still be on its way."""
     import torch
 
-    cpus, gpus = float(local.machine_cpus()), float(torch.cuda.device_count())
+    nodes = [Node("this machine", {"CPU": local.machine_cpus(), "GPU": torch.cuda.device_count()})]
     if search.recipe.cluster.resolved_address():
-        import ray
-
         (ray_start or local.EarlyRay(search.recipe.cluster.model_dump())).facts()
-        resources = ray.cluster_resources()
-        cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+        nodes = connected_nodes()
+    cpus, gpus = (sum(float(node.resources.get(name, 0)) for node in nodes) for name in ("CPU", "GPU"))
     trials = len(known) if known is not None else search.config.trials
-    return divide(search.recipe, search.config.concurrency, trials, cpus, gpus)
+    return divide(search.recipe, search.config.concurrency, trials, cpus, gpus, nodes)
 
 
 def _new_record(search: Search) -> SearchRecord:
@@ -159,6 +158,7 @@ def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
         "rows": redacted_recipe(plan.rows),
     }
     before = yaml.safe_load(folder.read("search.yaml") or "{}") if resume else {}
+    _check_rows(folder, list(before.get("rows", {})), list(plan.rows))
     of = {"search": "{}", "base": "{} of the base recipe", "rows": "row {}"}
     free = {"search": FREE_ON_RESUME + (("space",) * bool(plan.rows)), "base": ("cluster", "tracking", "output")}
     for part, name in of.items():
@@ -171,6 +171,19 @@ def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
                 )
     folder.note(search=search.config.name, status="running")
     folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
+
+
+def _check_rows(folder: RunFolder, before: Sequence[str], now: Sequence[str]) -> None:
+    """Refuse other rows than a table was begun with: a trial belongs to the row at its place.
+
+    Raises:
+        UserError: a row was added, left out or moved.
+    """
+    if before and before != now:
+        raise UserError(
+            f"{folder.url} was begun with the rows {', '.join(before)}, now they are {', '.join(now)}: give them "
+            "in that order, or start a new table without --resume"
+        )
 
 
 def _short(value: Any) -> str:
@@ -315,8 +328,6 @@ class _Tracking:
             self.launch.tracker.log_metrics(ended, {**figures, **trials, "trials_ended": float(ended)})
 
     def _close_failed(self, number: int) -> None:
-        from tune.trial import trial_name
-
         folder = RunFolder(self.launch.trials_url, trial_name(number)).local
         if handle := load_handle(folder):
             open_tracker(handle, spool_folder(folder)).close("failed")

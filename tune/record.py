@@ -10,13 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
-from tune.config import Mode
+from tune.config import PARAMETERS, Mode
 from tune.space import Values
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed", "unfinished"]
 DONE: tuple[Status, ...] = ("finished", "stopped", "failed")
-PARAMETERS = "parameters"
-"""The metric that is no evaluation's: the number of the model's parameters."""
 
 FORMAT = 1
 
@@ -152,6 +150,11 @@ def go_on(record: SearchRecord) -> list[int]:
     for trial in open_trials:
         trial.status = "unfinished"
     return [trial.number for trial in open_trials]
+
+
+def trial_name(number: int) -> str:
+    """Return the name of a trial's run folder."""
+    return f"trial-{number:03d}"
 
 
 def now() -> float:

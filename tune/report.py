@@ -26,7 +26,7 @@ class SearchReport:
         name: of the search's folder.
         record: trials and results.
         space: where values came from.
-        base: tree of the base recipe.
+        base: tree of the base recipe as resolved.
         baseline: number of the trial that is the base recipe, if there is one.
         eval_samples: size of the evaluation split.
         facts: label -> value, shown as tiles.
@@ -89,18 +89,18 @@ def _present(drawings: list[training_figures.Drawing | None]) -> list[training_f
     return [drawing for drawing in drawings if drawing is not None]
 
 
-def _small(record: SearchRecord, found: Importance | None) -> list[training_figures.Drawing]:
+def _small(record: SearchRecord, found: Importance | str) -> list[training_figures.Drawing]:
     drawings = [figures.draw_best(record)]
-    if found is not None:
+    if isinstance(found, Importance):
         drawings.append(figures.draw_importance(found))
     if len(record.metrics) > 1:
         drawings.append(figures.draw_front(record))
     return _present(drawings)
 
 
-def _importance_note(found: Importance | None) -> str:
-    if found is None:
-        return ""
+def _importance_note(found: Importance | str) -> str:
+    if isinstance(found, str):
+        return f"The importance of the keys is not computed: {found}."
     few = " With so few trials it is a hint, not a finding." if found.trials < 30 else ""
     return (
         f"Importance is the share of the metric's variance that a key explains (fANOVA) among {found.trials} trials, "

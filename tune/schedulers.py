@@ -11,19 +11,15 @@ from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
     MedianStoppingRule,
-    PopulationBasedTraining,
     TrialScheduler,
 )
 
 from tune.config import Asha, Median, Mode, Pb2, Pbt, SearchConfig
+from tune.population import ALMOST, TIME, Population
 from tune.record import TrialRecord
 from tune.space import Choice, Int, LogUniform, QUniform, Uniform, Values
 
-TIME = "epoch"
-"""The key of a result by which schedulers measure how far a trial has come."""
-
 FOREVER = math.inf
-ALMOST = 1 - 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,26 +52,20 @@ class SparingAsha(_SparesBaseline, ASHAScheduler):
 class SparingMedian(_SparesBaseline, MedianStoppingRule):
     """The median stopping rule that spares the baseline."""
 
-
-class _KeepsNumbers:
-    """Leaves a trial its own number where Ray hands it another trial's configuration."""
-
-    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        changed, operations = super()._get_new_config(trial, trial_to_clone)  # type: ignore[misc]
-        return {**changed, "number": trial.config["number"]}, operations
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Note a trial's last result, if it ever was evaluated: the rule looks for the epoch of all that it noted."""
+        if TIME in result and self._metric in result:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
-class Population(_KeepsNumbers, PopulationBasedTraining):
-    """Population based training of numbered trials."""
-
-
-def build_scheduler(config: SearchConfig, epochs: float, concurrency: int) -> Any:
+def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, desk: Any = None) -> Any:
     """Return the Ray Tune scheduler of a search.
 
     Args:
         config: the search.
         epochs: length of the longest trial.
         concurrency: trials at a time; a population that does not fit at once takes turns.
+        desk: of the search, which a population asks whether it is being stopped.
     """
     (metric, mode), *_ = config.metrics.items()
     settings = config.scheduler
@@ -106,8 +96,15 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int) -> An
         scheduler.baseline = config.with_baseline
         return scheduler
     if isinstance(settings, Pbt | Pb2):
-        return _population(config, settings, metric, mode, config.trials > concurrency)
+        population = _population(config, settings, metric, mode, takes_turns(config, concurrency))
+        population.concurrency, population.epochs, population.desk = concurrency, epochs, desk
+        return population
     return FIFOScheduler()
+
+
+def takes_turns(config: SearchConfig, concurrency: int) -> bool:
+    """Whether the trials of a population are more than run at a time, so that all pause after each evaluation."""
+    return config.exchanges and config.trials > concurrency
 
 
 def replay(scheduler: Any, trials: Iterable[TrialRecord]) -> None:
@@ -148,7 +145,7 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, metric: str, mode: Mo
     if isinstance(settings, Pb2):
         from ray.tune.schedulers.pb2 import PB2
 
-        class Bandit(_KeepsNumbers, PB2):
+        class Bandit(Population, PB2):
             """Population based bandits of numbered trials."""
 
         bounds = {key: [d.low, d.high] for key, d in config.space.items() if isinstance(d, Uniform | Int)}

@@ -36,6 +36,11 @@ class _Dimension(Config):
         default={}, description="other keys and the value (or list of values) that they must have for this key to count"
     )
 
+    @field_validator("when")
+    @classmethod
+    def _wanted(cls, when: dict[str, Any]) -> dict[str, list[Any]]:
+        return {key: [as_number(v) for v in (w if isinstance(w, list) else [w])] for key, w in when.items()}
+
 
 class Choice(_Dimension):
     """One of some values, which may be sections (`kind: choice`)."""
@@ -83,6 +88,10 @@ class Uniform(_Dimension):
     def extremes(self) -> list[Any]:
         """Return the values that stand for all: the ends."""
         return [self.low, self.high]
+
+    def gives(self, value: Any) -> bool:
+        """Whether the value lies in the range."""
+        return isinstance(value, int | float) and self.low <= value <= self.high
 
 
 class LogUniform(Uniform):
@@ -132,6 +141,10 @@ class Int(_Dimension):
         """Return the values that stand for all: the ends."""
         return [self.low, self.high - (self.high - self.low) % self.step]
 
+    def gives(self, value: Any) -> bool:
+        """Whether the value can be drawn."""
+        return value in range(self.low, self.high + 1, self.step)
+
 
 Dimension = Annotated[Choice | Grid | Uniform | LogUniform | QUniform | Int, Field(discriminator="kind")]
 Space = dict[str, Dimension]
@@ -159,7 +172,10 @@ def ordered(space: Space) -> list[str]:
     Raises:
         UserError: two conditions wait for each other.
     """
-    graph = {key: [other for other in dimension.when if other in space] for key, dimension in space.items()}
+    graph = {
+        key: [other for wanted in dimension.when for other in space if _within(wanted, other)]
+        for key, dimension in space.items()
+    }
     try:
         return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
@@ -169,12 +185,61 @@ def ordered(space: Space) -> list[str]:
 
 
 def holds(when: Mapping[str, Any], values: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
-    """Whether a condition holds for the values drawn so far, on top of the base recipe's tree."""
-    for key, wanted in when.items():
-        value = values[key] if key in values else look_up(base, key)
-        if value not in (wanted if isinstance(wanted, list) else [wanted]):
-            return False
-    return True
+    """Whether a condition holds for the values drawn so far, on top of the base recipe as resolved."""
+    return all(_value(key, values, base) in wanted for key, wanted in when.items())
+
+
+def _value(key: str, values: Mapping[str, Any], base: Mapping[str, Any]) -> Any:
+    """Return what a key comes to: a drawn value, a part of a drawn section, or the base recipe's."""
+    for section in sorted((other for other in values if _within(key, other)), key=len, reverse=True):
+        return part_of(values[section], section, key)
+    return look_up(base, key)
+
+
+def part_of(value: Any, section: str, key: str) -> Any:
+    """Return what a dotted key is where a section, the key itself or one above it, has a value."""
+    return value if key == section else look_up(value, key.removeprefix(f"{section}."))
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def impossible(space: Space, base: Mapping[str, Any]) -> str | None:
+    """Return the first condition that can never hold, as a reason; None if there is none.
+
+    Args:
+        space: the space.
+        base: the base recipe as resolved.
+    """
+    for key, dimension in space.items():
+        for other, wanted in dimension.when.items():
+            if not possible(space, base, other, wanted):
+                has = look_up(base, other)
+                there = "has no such key" if has is None else f"has {has}"
+                return (
+                    f"space.{key}.when: {other} = {' or '.join(map(str, wanted))} can never hold: the base recipe "
+                    f"{there} and the space gives it no such value; correct the value, or leave {key} out"
+                )
+    return None
+
+
+def possible(space: Space, base: Mapping[str, Any], key: str, wanted: Sequence[Any]) -> Values:
+    """Return values under which a key is one of the wanted ones: none ({}) if it never is, see `holds`.
+
+    The base recipe's own value comes first, then what the space can give the key or a section that holds it.
+    """
+    if look_up(base, key) in wanted:
+        return {key: look_up(base, key)}
+    for section in (other for other in space if _within(key, other)):
+        dimension = space[section]
+        if isinstance(dimension, Choice):
+            fitting = [v for v in dimension.values if part_of(v, section, key) in wanted]
+        else:
+            fitting = [v for v in wanted if dimension.gives(v)]
+        if fitting:
+            return {section: fitting[0]}
+    return {}
 
 
 def sample(space: Space, base: Mapping[str, Any], draw: Draw) -> Values:

@@ -32,6 +32,7 @@ from perceiver.train.mlflow import RunHandle, TrackingConfig, open_tracker, prom
 from perceiver.train.tracking import Status
 from pipelines.ingest import load_data
 from tune.exchange import Pointer, pointer_of, take_over
+from tune.record import trial_name
 from tune.space import Values, with_values
 
 log = logging.getLogger(__name__)
@@ -71,11 +72,6 @@ class TrialPlan:
     def folder(self, number: int) -> RunFolder:
         """Return the run folder of a trial."""
         return RunFolder(self.output, trial_name(number))
-
-
-def trial_name(number: int) -> str:
-    """Return the name of a trial's run folder."""
-    return f"trial-{number:03d}"
 
 
 class TrialRun(ray.tune.Trainable):

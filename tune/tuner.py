@@ -8,10 +8,10 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cluster.recipe import absolute, for_workers
 from perceiver.train.mlflow import TrackingConfig
-from tune.desk import Asker, Desk, Reporter
+from tune.desk import Asker, Desk, Reporter, placed
 from tune.record import PARAMETERS
-from tune.schedulers import build_scheduler, replay
-from tune.space import with_values
+from tune.schedulers import build_scheduler, replay, takes_turns
+from tune.space import look_up, with_values
 from tune.trial import TrialPlan, TrialRun
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ def build_tuner(
     config, slots = launch.search.config, launch.slots
     numbers = list(desk.waiting)
     left = len(numbers) + max(0, launch.total - len(launch.record.trials))
-    scheduler = build_scheduler(config, _epochs(launch), slots.concurrency)
+    scheduler = build_scheduler(config, _epochs(launch), slots.concurrency, desk)
     replay(scheduler, launch.record.ended())
     plan = trial_plan(launch, control, tracking)
-    trainable = ray.tune.with_resources(ray.tune.with_parameters(TrialRun, plan=plan), slots.reserved)
+    place: Any = {"bundle_label_selector": [slots.labels]} if slots.labels else {}
+    room = ray.tune.PlacementGroupFactory([slots.reserved], **place)
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(TrialRun, plan=plan), room)
     settings: dict[str, Any] = {"num_samples": left, "search_alg": Asker(desk)}
     space: dict[str, Any] = {}
     if config.exchanges:
@@ -64,9 +66,8 @@ def trial_plan(launch: "SearchLaunch", control: Any, tracking: tuple[TrackingCon
     """Return what all trials share."""
     config, tags = tracking
     resolved = for_workers(launch.search.recipe)
-    places = {"data.url": resolved["data"]["url"]}
-    if launch.search.recipe.deepspeed.config is not None:
-        places["deepspeed.config"] = resolved["deepspeed"]["config"]
+    keys = ("data.url", "data.mixture", "train.init_from", "deepspeed.config")
+    places = {key: value for key in keys if (value := look_up(resolved, key))}
     return TrialPlan(
         base=with_values(launch.search.base, places),
         output=launch.trials_url,
@@ -74,6 +75,7 @@ def trial_plan(launch: "SearchLaunch", control: Any, tracking: tuple[TrackingCon
         share=launch.slots.share,
         here=launch.slots.here,
         pointers=launch.search.config.exchanges,
+        turns=takes_turns(launch.search.config, launch.slots.concurrency),
         tracking=config,
         tags=tags,
         control=control,
@@ -94,4 +96,4 @@ class _Values:
 
     def __call__(self, spec: Any) -> Any:
         """Return them; called by Ray for each trial."""
-        return dict(self.desk.record.trial(spec.config["number"]).values)
+        return placed(self.desk.record.trial(spec.config["number"]).values)

@@ -4,14 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train import Checkpoint
+from ray.train._internal.session import _TrainingResult
+from ray.tune.experiment import Trial
 
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
 from tests.tune.searches import load, record, trial
 from tune.conclude import verdict
+from tune.config import SearchConfig
 from tune.desk import Asker, Desk, Reporter, reason
 from tune.draws import FixedSource
-from tune.importance import importance
+from tune.importance import Importance, importance
 from tune.record import SearchRecord, go_on, load_record, save_record
 from tune.schedulers import Past, build_scheduler, clipped, replay
 from tune.tuner import _Values
@@ -54,6 +58,110 @@ def test_median_spares_the_baseline_and_never_pauses(tmp_path: Path, tree: dict[
     assert [tell(number, 1, score) for number, score in ((1, 0.5), (2, 0.6))] == ["CONTINUE", "CONTINUE"]
     assert tell(3, 1, 0.1) == "STOP"
     assert [tell(0, epoch, 0.1) for epoch in (1, 2)] == ["CONTINUE", "CONTINUE"]
+
+
+def test_median_does_without_a_trial_that_was_never_evaluated(tmp_path: Path, tree: dict[str, Any]) -> None:
+    """One that was refused ends with a result that has no epoch, which Ray's rule would look for ever after."""
+    search = load(tmp_path, tree, "scheduler={kind: median, grace: 1, min_trials: 2}")
+    scheduler = build_scheduler(search.config, 4.0, 2)
+    refused = Past("trial-3", {"number": 3})
+    scheduler.on_trial_complete(None, refused, {"done": True, "ending": "refused", "error": "the loss is nan"})
+    for number in (1, 2):
+        assert decide(scheduler, number, 1, 0.5) == "CONTINUE"
+
+
+class Controller:
+    """Stands for Ray's controller: gives each turn to whom the scheduler chooses, and counts as live what Ray does."""
+
+    def __init__(self, config: SearchConfig, concurrency: int, desk: Any = None) -> None:
+        self.scheduler = build_scheduler(config, 4.0, concurrency, desk)
+        configs = [{"number": number, "values": {"optim.lr": 0.01}} for number in range(4)]
+        self.trials: list[Any] = [Trial("x", stub=True, config=config) for config in configs]
+        self.live, self.search_alg = set(self.trials), None
+        for one in self.trials:
+            self.scheduler.on_trial_add(self, one)
+
+    def get_trials(self) -> list[Any]:
+        return self.trials
+
+    def get_live_trials(self) -> set[Any]:
+        return self.live
+
+    def _schedule_trial_save(self, one: Any, result: Any) -> Any:
+        return one.checkpoint
+
+    def stop_trial(self, one: Any) -> None:
+        one.set_status("TERMINATED")
+        self.live.discard(one)
+
+    def start(self) -> list[int]:
+        """Start what the scheduler chooses; return the numbers of the trials that then run."""
+        while chosen := self.scheduler.choose_trial_to_run(self):
+            chosen.set_status("RUNNING")
+        return [one.config["number"] for one in self.trials if one.status == "RUNNING"]
+
+    def tell(self, number: int, epoch: float) -> None:
+        """Have a running trial evaluated, and paused if the scheduler says so."""
+        one = self.trials[number]
+        one.run_metadata.checkpoint_manager._latest_checkpoint_result = _TrainingResult(Checkpoint(f"/{number}"), {})
+        result = {"epoch": epoch, "accuracy": 0.1 * number}
+        if self.scheduler.on_trial_result(self, one, result) == "PAUSE":
+            one.set_status("PAUSED")
+
+
+@pytest.fixture
+def population(tmp_path: Path, tree: dict[str, Any]) -> SearchConfig:
+    return load(tmp_path, {**tree, "scheduler": {"kind": "pbt"}, "trials": 4}).config
+
+
+def test_a_population_takes_turns_and_exchanges_at_each_round(population: SearchConfig) -> None:
+    controller = Controller(population, 2)
+    for epoch in (1.0, 2.016):
+        assert controller.start() == [0, 1], "two at a time"
+        controller.tell(0, epoch)
+        controller.tell(1, epoch)
+        assert controller.start() == [2, 3]
+        controller.tell(2, epoch)
+        assert controller.start() == [3], "the others wait for it"
+        controller.tell(3, epoch)
+        assert controller.trials[0].checkpoint.path == "/3" and controller.trials[0].config["number"] == 0
+    controller.start()
+    controller.tell(0, 4.0)
+    assert controller.trials[0].status == "RUNNING", "at its end it has nothing to wait for"
+
+
+@pytest.mark.parametrize("ending", ["ERROR", "TERMINATED"])
+def test_a_population_does_not_wait_for_a_trial_that_is_over(population: SearchConfig, ending: str) -> None:
+    """Ray would: it asks whether all are there only when a result arrives, and counts a failed trial among them."""
+    controller = Controller(population, 2)
+    controller.start()
+    controller.tell(0, 1.0)
+    controller.tell(1, 1.0)
+    controller.start()
+    controller.tell(2, 1.0)
+    controller.trials[3].set_status(ending)
+    if ending == "TERMINATED":
+        controller.live.discard(controller.trials[3])
+    assert controller.start() == [0, 1] and controller.trials[0].checkpoint.path == "/2"
+    controller.tell(0, 2.0)
+    controller.tell(1, 2.0)
+    assert controller.start() == [2]
+
+
+def test_a_population_that_is_stopped_sets_aside_what_waits(tmp_path: Path, population: SearchConfig) -> None:
+    desk = make_desk(tmp_path, total=4)
+    while len(desk.record.trials) < 4:
+        desk.draw()
+    controller = Controller(population, 2, desk)
+    assert controller.start() == [0, 1]
+    for number in (0, 1):
+        desk.started(number)
+    controller.tell(0, 1.0)
+    desk.stopping = True
+    assert controller.start() == [1]
+    assert [one.status for one in controller.trials] == ["TERMINATED", "RUNNING", "TERMINATED", "TERMINATED"]
+    desk.over(0)
+    assert desk.record.trial(0).status == "unfinished", "it goes on with --resume"
 
 
 def test_a_resumed_search_holds_new_trials_against_the_old_ones(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -128,10 +236,10 @@ def test_importance_finds_the_key_that_matters(tmp_path: Path, tree: dict[str, A
         for n in range(9)
     ]
     trials[4].evaluations += trial(4, "finished", 0.0, 0.0).evaluations[1:]  # later than what all have in common
-    found = importance(record(*trials), search.config.space, search.base)
-    assert found is not None and next(iter(found.shares)) == "optim.lr" and found.shares["optim.lr"] > 0.7
+    found = importance(record(*trials), search.config.space, search.resolved)
+    assert isinstance(found, Importance) and next(iter(found.shares)) == "optim.lr" and found.shares["optim.lr"] > 0.7
     assert (found.trials, found.epoch) == (9, 1)
-    assert importance(record(*trials[:3]), search.config.space, search.base) is None
+    assert "3 trials that can be compared" in importance(record(*trials[:3]), search.config.space, search.resolved)  # type: ignore[operator]
 
 
 def make_desk(tmp_path: Path, total: int = 3, waiting: tuple[int, ...] = ()) -> Desk:

@@ -102,8 +102,8 @@ def reproduce(
         return 0
     labels = tuple(f"{row.name}, seed {seed}" for row, seed in trials)
     plan = Plan(search, Checker(search), slots, known, labels, {row.name: rows.values(row) for row in rows.run})
-    options = [f"--scale {scale}", *([f"--seeds {seeds}"] if seeds else [])]
-    command = " ".join(["perceiver reproduce", name, *options, *map(shlex.quote, overrides)])
+    options = ["--scale", scale, *(["--seeds", str(seeds)] if seeds else [])]
+    command = shlex.join(["perceiver", "reproduce", name, *options, *overrides])
     start = Start(command, resume, run, as_json, "raise --seeds to go on")
     return run_search(plan, start, ray_start, lambda launch, outcome: _conclude(launch, outcome, rows, costs))
 

@@ -1,6 +1,7 @@
 """A finished table as Markdown, HTML, JSON and lines for the terminal: pure functions of the results."""
 
 import json
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ class Page:
 
 def _safe(command: str) -> str:
     """Return a command without the values of keys that name secrets."""
-    pairs = [(word, *word.partition("=")[::2]) for word in redact_text(command).split(" ")]
-    return " ".join(f"{key}={MASK}" if value and is_secret_key(key) else word for word, key, value in pairs)
+    pairs = [(word, *word.partition("=")[::2]) for word in shlex.split(redact_text(command))]
+    return shlex.join(f"{key}={MASK}" if value and is_secret_key(key) else word for word, key, value in pairs)
 
 
 def cells(result: Result) -> list[str]:
