@@ -5,12 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cluster.capacity.calibration import Calibration, Timing, calibration_file
+from cluster.capacity.calibration import Calibration, Timing, calibration_file, matches
+from cluster.capacity.hardware import Device
 from cluster.local import machine_cpus, set_quiet_environment
 from cluster.recipe import Recipe, for_workers
 from perceiver.config import UserError
@@ -19,6 +22,23 @@ from pipelines.ingest import load_data
 TIMEOUT_S = 300
 SECONDS = 4.0
 """Time to spend on each size, about."""
+
+
+def this_device() -> str:
+    """Name of this machine's device, cpu without a GPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str, device: Device) -> None:
+    """Refuse to measure for a plan that could not use the figures.
+
+    Raises:
+        UserError: this machine has other devices than the table's `device`, called `name` there.
+    """
+    here = this_device()
+    if not matches(device.match, here):
+        raise UserError(f"--calibrate measures this machine, whose device is {here}; the plan is for --gpu {name} "
+                        f"({device.title}): leave --calibrate out, or name this machine's device with --gpu")
 
 
 def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
@@ -39,7 +59,7 @@ def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
     alone, together = found[0], found[-1]
     latency, rate = together["exchange"]
     result = Calibration(
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        device=this_device(),
         cores=machine_cpus(),
         timings=tuple(timing for figures in found for timing in _timings(figures)),
         sample_cpu_seconds=alone["sample_cpu_seconds"],
@@ -88,15 +108,27 @@ def _measure(recipe: Recipe, processes: int, seconds: float) -> dict[str, Any]:
         process.stdin.write(json.dumps(task))
         process.stdin.close()
         process.stdin = None
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT_S) for process in running]
-    except subprocess.TimeoutExpired:
-        raise UserError(f"--calibrate took longer than {TIMEOUT_S} s: lower train.global_batch") from None
-    finally:
-        for process in running:
-            process.kill()
-    for process, (_, errors) in zip(running, outputs, strict=True):
-        if process.returncode:
-            reason = (errors.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"--calibrate: a step with this recipe failed on this machine: {reason}")
-    return {"processes": processes, **json.loads(outputs[0][0].strip().splitlines()[-1])}
+    output = first_output(running, TIMEOUT_S)
+    return {"processes": processes, **json.loads(output.strip().splitlines()[-1])}
+
+
+def first_output(running: Sequence["subprocess.Popen[str]"], timeout_s: float) -> str:
+    """Wait for all processes; return what the first of them printed.
+
+    Raises:
+        UserError: one failed, the reason being that of the one that ended first, for which the others may then wait;
+            or they took too long.
+    """
+    with ThreadPoolExecutor(len(running)) as pool:
+        waiting = {pool.submit(process.communicate): process for process in running}
+        try:
+            for ended in as_completed(waiting, timeout=timeout_s):
+                if waiting[ended].returncode:
+                    reason = (ended.result()[1].strip().splitlines() or ["no message"])[-1]
+                    raise UserError(f"--calibrate: a step with this recipe failed on this machine: {reason}")
+        except TimeoutError:
+            raise UserError(f"--calibrate took longer than {timeout_s:g} s: lower train.global_batch") from None
+        finally:
+            for process in running:
+                process.kill()
+        return next(iter(waiting)).result()[0]

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -62,7 +63,8 @@ class Calibration(Config):
 
 def calibration_file(recipe: Recipe) -> Path:
     """Where a recipe's calibration is kept: by what changes its speed, not by its length or name."""
-    facts = recipe.model_dump(mode="json", include={"model", "task", "optim", "data", "deepspeed"})
+    parts: dict[str, Any] = dict.fromkeys(("model", "task", "optim", "data", "deepspeed"), True)
+    facts = recipe.model_dump(mode="json", include={**parts, "train": {"precision"}})
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("PERCEIVER_CACHE") or Path(base) / "perceiver") / "calibrations" / f"{name}.json"
@@ -74,4 +76,9 @@ def load_calibration(recipe: Recipe, device: str) -> Calibration | None:
         found = Calibration.model_validate_json(calibration_file(recipe).read_text())
     except (FileNotFoundError, ValidationError):
         return None
-    return found if device.lower() in found.device.lower() else None
+    return found if matches(device, found.device) else None
+
+
+def matches(device: str, name: str) -> bool:
+    """Whether a machine's device of this name is the table's `device` (its key `match`)."""
+    return device.lower() in name.lower()

@@ -14,6 +14,14 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def flops(count: float) -> str:
+    """Floating-point operations in a unit that reads well."""
+    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
+
+
 def duration(seconds: float) -> str:
     """Seconds in a unit that reads well."""
     for unit, scale in (("days", 86400 * 2), ("h", 3600), ("min", 120), ("s", 1)):
@@ -26,8 +34,8 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
     """The plan, a topic a line."""
     place, step, reading, relied = plan.place, plan.step, plan.ingest, plan.reliability
     account, data, used = workload.account, workload.data, plan.memory
-    stages = " · ".join(f"ZeRO {stage} {size(total)}" for stage, total in plan.memory_by_stage.items())
     demand, spot = plan.cost
+    done = flops_step(workload)
     basis = "measured on this machine" if plan.calibrated else (
         f"assumed: products at {place.device.efficiency:.0%} of the peak, all else at "
         f"{place.device.memory_efficiency:.0%} of the memory's speed")  # fmt: skip
@@ -41,11 +49,12 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         f"memory        {size(used.total)} of {place.device.memory_gb:g} GB a device: weights {size(used.weights)}, "
         f"gradients {size(used.gradients)}, optimizer {size(used.optimizer)}, buffers {size(used.buffers)}, "
         f"activations {size(used.activations)}, libraries {size(used.context)}",
-        f"  by stage    {stages}",
+        *_stages(plan),
         f"step          {duration(step.total)}: compute {duration(step.compute)} ("
         f"{duration(step.traffic)} of it not matrix products), optimizer "
         f"{duration(step.optimizer)}, communication {duration(step.communication)} "
         f"({size(step.communication_bytes)} sent by each device)",
+        f"  FLOPs       {flops(done)} forward and backward, {flops(done / place.devices)} on each device",
         f"  basis       {basis}",
         f"  use         {plan.utilisation:.1%} of the peak; {reading.samples_s:,.0f} samples/s",
         f"reading       {size(reading.bytes_s)}/s in {reading.requests_s:,.1f} requests/s, {reading.cores_wanted:,.1f} "
@@ -59,6 +68,21 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         f"cost          {demand:,.2f} on demand, {spot:,.2f} on devices that can be taken away (prices of the table)",
         f"breaks first  {bottleneck(plan)}",
     ]  # fmt: skip
+
+
+def flops_step(workload: Workload) -> float:
+    """Floating-point operations of an optimizer step over all devices, forward and backward."""
+    return float(workload.trace.flops * workload.recipe.train.global_batch)
+
+
+def _stages(plan: Estimate) -> list[str]:
+    """A table: bytes on a device by ZeRO stage and micro-batch, with the largest micro-batch that fits."""
+    sizes = next(iter(plan.memory_by_stage.values())).totals
+    lines = [f"  micro-batch {''.join(f'{micro:>10,}' for micro in sizes)}   largest that fits"]
+    for stage, found in plan.memory_by_stage.items():
+        totals = "".join(f"{size(total):>10}" for total in found.totals.values())
+        lines.append(f"    ZeRO {stage}    {totals}   {found.largest:,}")
+    return lines
 
 
 def bottleneck(plan: Estimate) -> str:
@@ -83,11 +107,14 @@ def tree(plan: Estimate, workload: Workload) -> dict[str, Any]:
         "gpu": plan.place.name, "devices": plan.place.devices, "nodes": plan.place.nodes,
         "data_cpus": plan.place.data_cpus, "calibrated": plan.calibrated,
         "parameters": workload.account.parameters, "flops_forward": workload.account.forward_flops,
-        "flops_executed": workload.account.executed_flops, "flops_step": workload.trace.flops
-        * workload.recipe.train.global_batch,
+        "flops_executed": workload.account.executed_flops, "flops_step": flops_step(workload),
         "micro_batch": plan.micro_batch, "accumulation": plan.accumulation,
         "largest_micro_batch": plan.largest_micro_batch,
-        "memory": {**vars(plan.memory), "total": plan.memory.total}, "memory_by_zero_stage": plan.memory_by_stage,
+        "memory": {**vars(plan.memory), "total": plan.memory.total},
+        "memory_by_zero_stage": {
+            stage: {"total_by_micro_batch": found.totals, "largest_micro_batch": found.largest}
+            for stage, found in plan.memory_by_stage.items()
+        },
         "step_seconds": {**vars(plan.step), "total": plan.step.total}, "utilisation": plan.utilisation,
         "ingest": vars(plan.ingest), "reliability": vars(plan.reliability), "steps": plan.steps, "hours": plan.hours,
         "device_hours": plan.device_hours, "cost": {"on_demand": demand, "spot": spot},

@@ -5,6 +5,7 @@ of the calibration (`calibrate`). Nothing here touches Ray or a device.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.capacity.calibration import Calibration
@@ -62,6 +63,14 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class StageMemory:
+    """One device under a ZeRO stage: bytes in all by micro-batch, and the largest micro-batch that fits (0: none)."""
+
+    totals: dict[int, float]
+    largest: int
+
+
+@dataclass(frozen=True)
 class Step:
     """Seconds of one optimizer step, part by part; reading runs beside the rest, traffic is a part of computing."""
 
@@ -108,7 +117,7 @@ class Estimate:
     micro_batch: int
     accumulation: int
     memory: Memory
-    memory_by_stage: dict[int, float]
+    memory_by_stage: dict[int, StageMemory]
     largest_micro_batch: int
     step: Step
     ingest: Ingest
@@ -140,8 +149,9 @@ def estimate(workload: Workload, place: Place, calibration: Calibration | None =
     _check_batch(workload, place)
     micro, accumulation = train.micro(place.devices), train.accumulation(place.devices)
     used = memory(workload, place, micro, workload.zero_stage, calibration)
-    by_stage = {stage: memory(workload, place, micro, stage, calibration).total for stage in range(4)}
-    largest = largest_micro_batch(workload, place, calibration)
+    largest = largest_micro_batch(workload, place, workload.zero_stage, calibration)
+    sizes = sorted({1, max(1, micro // 2), micro, max(1, largest)})
+    by_stage = {stage: _stage_memory(workload, place, sizes, stage, calibration) for stage in range(4)}
     if largest < micro:
         _refuse_memory(workload, place, micro, largest, by_stage)
     times = step_time(workload, place, micro, accumulation, calibration)
@@ -192,9 +202,10 @@ def _check_batch(workload: Workload, place: Place) -> None:
         )
 
 
-def _refuse_memory(workload: Workload, place: Place, micro: int, largest: int, by_stage: dict[int, float]) -> None:
+def _refuse_memory(workload: Workload, place: Place, micro: int, largest: int,
+                   by_stage: dict[int, StageMemory]) -> None:
     limit = place.device.memory_gb * MEMORY_MARGIN
-    fits = [stage for stage, size in by_stage.items() if size <= limit * 1e9]
+    fits = [stage for stage, found in by_stage.items() if found.totals[micro] <= limit * 1e9]
     changes = []
     if largest >= 1:
         share = workload.recipe.train.global_batch // place.devices
@@ -202,8 +213,9 @@ def _refuse_memory(workload: Workload, place: Place, micro: int, largest: int, b
     if fits and fits[0] != workload.zero_stage:
         changes.append(f"set deepspeed.zero_stage={fits[0]}")
     changes.append("take devices with more memory" if not changes else "or take devices with more memory")
+    needed = by_stage[workload.zero_stage].totals[micro]
     raise UserError(
-        f"a micro-batch of {micro} needs {by_stage[workload.zero_stage] / 1e9:.1f} GB on each device, {limit:.1f} of "
+        f"a micro-batch of {micro} needs {needed / 1e9:.1f} GB on each device, {limit:.1f} of "
         f"{place.device.memory_gb:g} GB can be used: {', '.join(changes)}"
     )
 
@@ -249,11 +261,17 @@ def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, f
     )
 
 
-def largest_micro_batch(workload: Workload, place: Place, calibration: Calibration | None) -> int:
-    """The most samples of a forward pass that fit on a device, at most a worker's whole share."""
+def _stage_memory(workload: Workload, place: Place, sizes: Sequence[int], stage: int,
+                  calibration: Calibration | None) -> StageMemory:
+    totals = {micro: memory(workload, place, micro, stage, calibration).total for micro in sizes}
+    return StageMemory(totals, largest_micro_batch(workload, place, stage, calibration))
+
+
+def largest_micro_batch(workload: Workload, place: Place, stage: int, calibration: Calibration | None) -> int:
+    """The most samples of a forward pass that fit on a device under a ZeRO stage, at most a worker's whole share."""
     share = workload.recipe.train.global_batch // place.devices
-    fixed = memory(workload, place, 0, workload.zero_stage, calibration).total
-    each = memory(workload, place, 1, workload.zero_stage, calibration).activations
+    fixed = memory(workload, place, 0, stage, calibration).total
+    each = memory(workload, place, 1, stage, calibration).activations
     free = place.device.memory_gb * 1e9 * MEMORY_MARGIN - fixed
     return max(0, min(share, int(free / each)))
 

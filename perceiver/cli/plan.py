@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +23,7 @@ Examples:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--gpu", default="h100", show_default=True, help="Device of the table; cpu for CPU cores.")
 @click.option("--gpus", type=click.IntRange(1), help="Devices, one worker each; default: cluster.workers.")
-@click.option("--nodes", type=click.IntRange(1), help="Machines; default: as few as hold the devices.")
+@click.option("--nodes", type=click.IntRange(1), help="Machines; default: as few as hold the devices evenly.")
 @click.option("--data-cpus", type=float, help="CPU cores for decoding; default: the nodes' cores less one a device.")
 @click.option("--samples", type=click.IntRange(1), help="Training samples, where the data is not prepared yet.")
 @click.option("--sample-bytes", type=click.FloatRange(1), help="Stored bytes of one of them.")
@@ -37,6 +38,7 @@ def command(recipe: str, overrides: tuple[str, ...], gpu: str, hardware: str | N
     Refuses (exit code 2) what cannot fit or would wait for data, and names the key to change.
     """
     from cluster.capacity.calibrate import calibrate as measure
+    from cluster.capacity.calibrate import check_device
     from cluster.capacity.calibration import load_calibration
     from cluster.capacity.describe import describe, tree
     from cluster.capacity.estimate import check_starving, estimate
@@ -48,21 +50,38 @@ def command(recipe: str, overrides: tuple[str, ...], gpu: str, hardware: str | N
     place = _place(gpu, load_hardware(hardware).device(gpu), sizes.pop("gpus") or plan_of.cluster.workers,
                    sizes.pop("nodes"), sizes.pop("data_cpus"))
     if calibrate:
+        check_device(gpu, place.device)
         click.echo("measuring this machine ...", err=True)
+        began = time.monotonic()
         measure(plan_of)
+        click.echo(f"measured in {time.monotonic() - began:.0f} s", err=True)
     calibration = load_calibration(plan_of, place.device.match)
     work = build_workload(plan_of, **sizes)
     found = estimate(work, place, calibration)
-    if calibration is None:
-        check_starving(found, work)
+    check_starving(found, work)
     click.echo(json.dumps(tree(found, work)) if as_json else "\n".join(describe(found, work)))
     return 0
 
 
 def _place(name: str, device: "Device", devices: int, nodes: int | None, data_cpus: float | None) -> "Place":
-    """Where the run would be; on CPUs, workers and data tasks share the cores."""
-    from cluster.capacity.estimate import Place
+    """Where the run would be, the same number of devices on each node; on CPUs, workers and data tasks share the cores.
 
-    machines = nodes or math.ceil(devices / device.devices_per_node)
+    Raises:
+        UserError: the nodes do not hold the devices, or not evenly.
+    """
+    from cluster.capacity.estimate import Place
+    from perceiver.config import UserError
+
+    least = math.ceil(devices / device.devices_per_node)
+    even = next(count for count in range(least, devices + 1) if devices % count == 0)
+    machines = nodes or even
+    if machines < least:
+        raise UserError(
+            f"--gpus {devices} --nodes {nodes}: a node has {device.devices_per_node} devices "
+            f"(devices.{name}.devices_per_node of the hardware table): set --nodes {even}, or describe other nodes in "
+            "a file given with --hardware"
+        )
+    if devices % machines:
+        raise UserError(f"--gpus {devices} do not divide over --nodes {nodes}: set --nodes {even}")
     beside = machines * device.node_cpus - (devices if name != "cpu" else 0)
     return Place(device, name, devices, machines, max(0.0, beside) if data_cpus is None else data_cpus)

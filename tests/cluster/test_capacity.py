@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from cluster.capacity.calibrate import calibrate
-from cluster.capacity.calibration import Calibration, Timing, load_calibration
+from cluster.capacity.calibrate import calibrate, first_output
+from cluster.capacity.calibration import Calibration, Timing, calibration_file, load_calibration
 from cluster.capacity.estimate import Place, check_starving, communication, estimate, memory, reliability
 from cluster.capacity.hardware import BUILT_IN, Device, load_hardware
 from cluster.capacity.workload import DataFacts, Workload, build_workload
@@ -56,6 +58,21 @@ def test_memory_of_each_zero_stage_by_hand(workload: Workload) -> None:
     assert gigabytes[1] == pytest.approx(4 + 4 + 8 / 8 + 4 / 8)
     assert gigabytes[2] == pytest.approx(4 + 4 / 8 + 8 / 8 + 4 / 8)
     assert gigabytes[3] == pytest.approx(16 / 8)
+
+
+def test_the_largest_micro_batch_of_each_stage(workload: Workload) -> None:
+    """The most that fits into 92 % of 80 GB and one more that does not; with totals of 1, half, the recipe's and it."""
+    train = workload.recipe.train.model_copy(update={"micro_batch": 4})
+    heavy = replace(workload, account=replace(workload.account, activation_bytes=15 * 10**9),
+                    recipe=workload.recipe.model_copy(update={"train": train}))
+    plan = estimate(heavy, place())
+    found = {stage: entry.largest for stage, entry in plan.memory_by_stage.items()}
+    for stage, largest in found.items():
+        fits, more = (memory(heavy, place(), micro, stage, None).total for micro in (largest, largest + 1))
+        assert fits <= 0.92 * 80e9 < more
+    assert found[3] > found[0], "what a stage frees goes to activations"
+    totals = plan.memory_by_stage[1].totals
+    assert list(totals) == [1, 2, 4, plan.largest_micro_batch] and totals[4] == plan.memory.total
 
 
 def test_step_by_hand(workload: Workload) -> None:
@@ -167,8 +184,58 @@ def test_the_command(tree: dict[str, Any], tmp_path: Path) -> None:
     runner = CliRunner()
     lines = runner.invoke(command, [recipe, "--gpu", "a100", "--gpus", "4"], catch_exceptions=False).output
     assert "4 x NVIDIA A100" in lines and "breaks first" in lines
+    assert "forward and backward" in lines.split("FLOPs")[1] and lines.count("ZeRO") == 4
     found = json.loads(runner.invoke(command, [recipe, "--gpus", "4", "--json"], catch_exceptions=False).output)
     assert found["devices"] == 4 and found["memory"]["total"] < 80e9
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--gpus", "16", "--nodes", "1"], "devices.h100.devices_per_node .* set --nodes 2"),
+        (["--gpus", "8", "--nodes", "3"], "--gpus 8 do not divide over --nodes 3: set --nodes 1"),
+        (["--gpus", "2", "--nodes", "4"], "do not divide over --nodes 4"),
+        (["--calibrate"], "this machine, whose device is cpu; the plan is for --gpu h100"),
+    ],
+)
+def test_what_no_such_place_can_be(tree: dict[str, Any], tmp_path: Path, options: list[str], line: str,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("cluster.capacity.calibrate.calibrate", lambda recipe: pytest.fail("it was measured"))
+    with pytest.raises(UserError, match=line):
+        CliRunner().invoke(command, [str(write_recipe(tmp_path, tree)), *options], catch_exceptions=False)
+
+
+def test_devices_that_fill_no_node_stand_on_nodes_evenly(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["train"]["global_batch"] = 18
+    words = [str(write_recipe(tmp_path, tree)), "--gpus", "9", "--json"]
+    assert json.loads(CliRunner().invoke(command, words, catch_exceptions=False).output)["nodes"] == 3
+
+
+def test_a_measured_plan_that_waits_for_data_is_refused(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = measured(per_sample=2e6).model_copy(update={"sample_cpu_seconds": 10.0})
+    monkeypatch.setattr("cluster.capacity.calibration.load_calibration", lambda recipe, device: slow)
+    words = [str(write_recipe(tmp_path, tree)), "--gpu", "cpu", "--data-cpus", "0.5"]
+    with pytest.raises(UserError, match="would wait for data"):
+        CliRunner().invoke(command, words, catch_exceptions=False)
+
+
+def test_another_precision_is_another_calibration(tree: dict[str, Any]) -> None:
+    files = {calibration_file(build_recipe({**tree, "train": {**tree["train"], **more}}))
+             for more in ({}, {"precision": "fp32"}, {"precision": "bf16"}, {"epochs": 9})}  # fmt: skip
+    assert len(files) == 3, "the length of a run does not change its speed"
+
+
+def test_the_process_that_fails_first_gives_the_reason() -> None:
+    """The first one waits for ever, as for an exchange with the second, which fails."""
+    words = ["import threading; threading.Event().wait()", "raise ValueError('no such kernel')"]
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for code in words]  # fmt: skip
+    with pytest.raises(UserError, match="ValueError: no such kernel"):
+        first_output(running, 300)
+    assert running[0].wait(timeout=60) < 0, "the others are ended"
 
 
 @pytest.mark.slow
