@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.preflight import check_batch
 from cluster.recipe import build_recipe
 from perceiver.accounting import account
 from perceiver.config import UserError
@@ -61,8 +62,9 @@ def finished(number: int, seed: int, score: float, **facts: Any) -> TrialRecord:
     return trial(number, "finished", score, values={"seed": seed}, seconds=60.0, **facts)
 
 
-def test_every_table_of_the_papers_is_there() -> None:
+def test_every_table_of_the_papers_is_there_and_says_what_they_leave_open() -> None:
     assert set(NAMES) <= set(tables())
+    assert all(load_table(name).config.open for name in NAMES)
 
 
 @pytest.mark.parametrize("scale", ["small", "full"])
@@ -82,6 +84,9 @@ def test_each_row_is_a_recipe_that_builds(name: str, scale: Any) -> None:
         with torch.device("meta"):
             model = build_model(recipe.model, classes=CLASSES.get(name, {"small": 10, "full": 1000})[scale])
         parameters[row.name] = sum(p.numel() for p in model.parameters())
+        if (name, scale, row.name) in [("positions", "full", "few-bands"), ("positions", "full", "low-resolution")]:
+            assert recipe.train.global_batch == 256, "as in Fig. 6"
+            check_batch(recipe)
     if (name, scale) == ("ablation-sharing", "full"):
         assert parameters["none"] == 326_241_856 and parameters["paper"] == 44_912_254, "as published"
     if scale == "small":
@@ -229,6 +234,7 @@ def test_the_outputs_hold_every_row_claim_and_fact(tmp_path: Path, paper: dict[s
     trials = [finished(0, 0, 0.9), finished(1, 0, 0.8), trial(2, "failed", reason="<b>", values={"seed": 1})]
     found = results(table, "small", trials, {"one": Cost(44_912_254, 707_000_000_000), "two": Cost(1, 1)})
     command = "perceiver reproduce reads data.storage_options.secret=hush"
+    table.open.append("the batch is not given; here 1,024 | 2")
     page = Page(table, "small", found, judge(table, found), command, "2 CPUs", 130.0, date="2026-11-22")
     text, html, tree = markdown(page), write_page(page), json.loads(write_json(page))
     assert "| one \\| read | 76.7 | 90.0 | 1 | 44.9M | 707G | 1:00 |" in text
@@ -238,6 +244,7 @@ def test_the_outputs_hold_every_row_claim_and_fact(tmp_path: Path, paper: dict[s
         assert row in html
     assert "<svg" in html and "&lt;b&gt;" in html and "<script" not in html and "does not hold" in html
     assert "2 CPUs" in html and "2026-11-22" in text and "hush" not in text + html + write_json(page)
+    assert all("here 1,024 | 2" in output for output in (text, html)) and tree["open"] == table.open
     one = tree["rows"][0]
     assert one["scores"] == {"0": pytest.approx(90.0)} and one["failed"] == {"1": "<b>"} and one["run"]
     assert tree["claims"][0]["verdict"] == "does not hold" and not tree["rows"][2]["run"]

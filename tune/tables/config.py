@@ -40,7 +40,7 @@ class Row(Config):
     source: str = Field(default="", description="where that stands, if not where the table's other figures do")
     full: dict[str, Any] | None = Field(default=None, description="keys to change with the papers' data; none: not run")
     small: dict[str, Any] | None = Field(default=None, description="keys to change on small data; none: not run")
-    note: str = Field(default="", description="what the paper leaves open, or why the row is not run")
+    note: str = Field(default="", description="what is to be known of it, or why it is not run")
 
 
 class Claim(Config):
@@ -71,6 +71,7 @@ class TableConfig(Config):
     title: str = Field(description="the heading")
     source: str = Field(description="paper and table that the figures are from")
     figure: str = Field(description="what the paper's figures measure, with the unit")
+    open: list[str] = Field(default=[], description="settings that the papers leave open, and what stands here instead")
     full: Scale = Field(description="with the user's own copy of the papers' data")
     small: Scale = Field(description="with data that packages carry, in minutes on two CPU cores")
     rows: list[Row] = Field(min_length=1, description="the rows, in the table's order")

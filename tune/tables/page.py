@@ -18,6 +18,7 @@ from tune.words import duration
 HEAD = ("row", "paper", "ours", "seeds", "parameters", "FLOPs", "wall time")
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 NOT_RUN = "not run at this scale"
+OPEN = "What the papers leave open, and what the full scale has instead"
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def markdown(page: Page) -> str:
         lines += [f"| {_plain(j.claim.text)} | {j.verdict} | {_plain(j.reason)} |" for j in page.judged]
     lines += ["", *(f"- {caption}: {text}" for caption, text in page.facts.items())]
     lines += [f"- {note}" for note in notes(page.found)]
+    if page.table.open:
+        lines += ["", f"{OPEN}:", "", *(f"- {line}" for line in page.table.open)]
     return "\n".join(lines) + "\n"
 
 
@@ -162,6 +165,7 @@ def write_json(page: Page) -> str:
         "claims": claims,
         "noise": seed_noise(page.found),
         "facts": page.facts,
+        "open": page.table.open,
         "seconds": page.seconds,
     }
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
@@ -187,6 +191,8 @@ def write_page(page: Page) -> str:
         "rows": [{"cells": cells(result), "run": result.cost is not None} for result in page.found],
         "judged": page.judged,
         "notes": list(notes(page.found)),
+        "open_title": OPEN,
+        "open": page.table.open,
         "drawing": draw_results(page.found, page.common.metric),
     }
     return environment.get_template("report_template_table.html").render(values)
