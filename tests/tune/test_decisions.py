@@ -13,7 +13,7 @@ from perceiver.config import UserError
 from tests.tune.searches import load, record, trial
 from tune.conclude import verdict
 from tune.config import SearchConfig
-from tune.desk import Asker, Desk, Reporter, reason
+from tune.desk import Asker, Desk, Reporter, placed, reason
 from tune.draws import FixedSource
 from tune.importance import Importance, importance
 from tune.record import SearchRecord, go_on, load_record, save_record
@@ -305,12 +305,37 @@ def test_a_record_of_a_newer_program_is_refused(tmp_path: Path) -> None:
         load_record(folder)
 
 
+def test_the_reason_of_a_refusal_outlives_the_process_that_refused(tmp_path: Path) -> None:
+    """With several workers the trial ends its own process, which alone would be no reason."""
+    desk = make_desk(tmp_path)
+    desk.next_trial()
+    desk.started(0)
+    RunFolder(desk.folder.location("trials"), "trial-000").note(refusal="the loss is nan")
+    desk.broke(0, "the trial's process died", again=False)
+    assert desk.record.trial(0).reason == "the loss is nan"
+
+
+def test_paths_mean_the_same_in_any_folder() -> None:
+    values = {"data.url": "a", "train.init_from": "b", "data.mixture": [{"url": "c", "weight": 1}], "optim.kind": "d"}
+    found = placed(values)
+    here = str(Path.cwd())
+    assert found["data.url"] == f"{here}/a" and found["train.init_from"] == f"{here}/b"
+    assert found["data.mixture"] == [{"url": f"{here}/c", "weight": 1}] and found["optim.kind"] == "d"
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("Failure # 1 (x)\nValueError: old\nFailure # 2 (y)\nray...\nRuntimeError: worker 0: bad\n", "worker 0: bad"),
         ("Failure # 1 (x)\nTask was killed due to the node running low on memory.\n", "out of memory: Ray ended"),
         ("", "the trial's process died"),
+        ("NODE_OUT_OF_MEMORY: the worker's node ran out\n", "out of memory: Ray ended"),
+        ("ray.exceptions.OutOfMemoryError: Task was killed\n", "out of memory: Ray ended"),
+        ("UserError: /data/BEDROOM/x does not exist\n", "UserError: /data/BEDROOM/x does not exist"),
+        (
+            "ray.exceptions.RayTaskError(OutOfMemoryError): ray::x\ntorch.OutOfMemoryError: CUDA out of memory.\n",
+            "torch.OutOfMemoryError: CUDA out of memory.",
+        ),
     ],
 )
 def test_the_reason_of_a_failure_is_one_line(text: str, wanted: str) -> None:

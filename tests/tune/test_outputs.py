@@ -5,19 +5,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from rich.console import Console
 
 from cluster.recipe import build_recipe
 from cluster.run_folder import RunFolder
+from perceiver.config import UserError
 from perceiver.train.checkpoint import CheckpointStore
 from tests.train.toy import toy_engine
-from tests.tune.searches import load, record, trial
+from tests.tune.searches import load, record, trial, write_search
 from tune.conclude import best_recipe
 from tune.config import Asha
 from tune.console import SearchConsole, news_line
 from tune.estimate import estimate, kept_share, say_estimate
-from tune.exchange import pointer_of, take_over
+from tune.exchange import copy_checkpoint, pointer_of, take_over
+from tune.launch import _check_rows, launch_search
 from tune.record import Exchange, save_record
 from tune.report import SearchReport, write_search_report
 from tune.resources import divide
@@ -91,6 +94,7 @@ def test_the_report_is_one_page_with_every_section(tmp_path: Path, tree: dict[st
     assert "95.0 %" in page and "best accuracy, trial 4" in page and "Best trial 4" in page
     assert page.count("<svg") == 4, "curves, best so far, importance, parallel coordinates"
     assert "out of memory &lt;b&gt;" in page and "went on from" in page and "91 worker-seconds" in page
+    assert "The importance of the keys is not computed" not in page
     assert "hush" not in page and "<script" not in page and "http://www.w3.org" in page
     assert "src=" not in page.replace("data:", "")
 
@@ -102,6 +106,7 @@ def test_a_report_of_two_metrics_has_the_front(tmp_path: Path, tree: dict[str, A
     )  # fmt: skip
     page = write_search_report(SearchReport("hunt-001", found, load(tmp_path, tree).config.space))
     assert "accuracy against parameters" in page
+    assert "not computed: there are 2 trials that can be compared, and it takes 4" in page
 
 
 def test_the_best_recipe_is_the_base_with_the_values(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -127,6 +132,38 @@ def test_an_estimate_names_its_basis_or_says_unknown(tmp_path: Path, tree: dict[
     save_record(record(trial(0, "finished", 0.9, samples_per_s=50.0)), RunFolder(search.recipe.output, "hunt-001"))
     found = estimate(search, slots, 1000, 4)
     assert found is not None and found.longest == 2 * (1000 / 50 + 5)
+
+
+def test_a_dry_run_says_the_plan_and_starts_nothing(
+    tmp_path: Path, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree |= {"scheduler": {"kind": "asha", "grace": 1, "reduction": 2}, "overrides": {"train.epochs": 5}}
+    before = set(tmp_path.rglob("*"))
+    assert launch_search(write_search(tmp_path, tree), ["trials=3"], dry_run=True) == 0
+    text = capsys.readouterr().out
+    assert "hunt: 3 trials of small, search random, scheduler asha" in text and "25 steps of 16 samples" in text
+    assert "rungs at epoch 1, 2, 4: 1 in 2 goes on" in text and "expected time: unknown" in text
+    assert "trial 0  optim.lr=0.01  (the base recipe)" in text and "trial 2  " in text and "trial 3" not in text
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "hunt.yaml"}
+
+
+def test_a_table_goes_on_with_the_same_rows_in_the_same_order(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "reads-small-001")
+    _check_rows(folder, ["one", "two"], ["one", "two"])
+    for now in (["two", "one"], ["one", "two", "three"], ["one"]):
+        with pytest.raises(UserError, match="was begun with the rows one, two, now they are"):
+            _check_rows(folder, ["one", "two"], now)
+
+
+def test_a_copy_that_fails_leaves_the_taker_its_own(tmp_path: Path) -> None:
+    from tests.train.test_checkpoint import snapshot
+
+    giver, taker = (RunFolder(str(tmp_path), name) for name in ("trial-000", "trial-001"))
+    for folder, step in ((giver, 20), (taker, 30)):
+        folder.checkpoints.save(toy_engine(), snapshot(step))
+    with pytest.raises(FileNotFoundError):
+        copy_checkpoint(giver.checkpoints, taker.checkpoints, 21)
+    assert taker.checkpoints.steps() == [30] and not taker.checkpoints.problems(30)
 
 
 def test_the_share_that_halving_leaves(tmp_path: Path, tree: dict[str, Any]) -> None:

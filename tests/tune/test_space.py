@@ -8,13 +8,14 @@ import pytest
 
 from perceiver.config import UserError
 from tests.tune.searches import load
+from tune.checks import check_search
 from tune.draws import OptunaSource, RandomDraw, grid, known_trials
 from tune.space import base_values, flatten_space, sample, with_values
 
 
 def drawn(tmp_path: Path, tree: dict[str, Any], count: int = 200) -> list[dict[str, Any]]:
     search = load(tmp_path, tree)
-    return [sample(search.config.space, search.base, RandomDraw(0, number)) for number in range(count)]
+    return [sample(search.config.space, search.resolved, RandomDraw(0, number)) for number in range(count)]
 
 
 def test_each_kind_stays_in_its_range_and_reaches_its_ends(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -50,6 +51,27 @@ def test_a_condition_holds_only_with_its_values_whatever_the_order_in_the_file(
     assert {row["optim.kind"] for row in rows} == {"adamw", "lamb"}
     assert all(("optim.clip" in row) == (row["optim.kind"] == "lamb") for row in rows)
     assert all("optim.weight_decay" in row and "optim.lr" not in row for row in rows), "the base recipe has batch 16"
+
+
+def test_a_condition_looks_at_defaults_presets_sections_and_numbers_as_yaml_has_them(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
+    """The base recipe names neither its optimizer nor its betas; YAML takes 1e-2 for a text."""
+    one = {"kind": "choice", "values": [1]}
+    tree["space"] = {
+        "optim.clip": {**one, "when": {"optim.kind": "adamw"}},
+        "optim.weight_decay": {**one, "when": {"optim.lr": ["1e-3", "1e-2"]}},
+        "model.heads": {**one, "when": {"model.inputs.positions.bands": 2}},
+        "model.inputs.positions": {
+            "kind": "choice",
+            "values": [{"kind": "fourier", "bands": 2}, {"kind": "learned", "channels": 4}],
+        },
+    }
+    rows = drawn(tmp_path, tree, 20)
+    assert all("optim.clip" in row and "optim.weight_decay" in row for row in rows)
+    heads = {row["model.inputs.positions"]["kind"]: "model.heads" in row for row in rows}
+    assert heads == {"fourier": True, "learned": False}
+    check_search(load(tmp_path, tree))
 
 
 def test_a_trial_is_a_function_of_seed_and_number_and_the_baseline_comes_first(
