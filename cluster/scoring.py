@@ -1,24 +1,22 @@
-"""Using what was trained: the figures of a data set, and predictions for one as Parquet files.
+"""A trained model and the data that it is to see: what `perceiver evaluate` and `perceiver predict` begin with.
 
 The data goes through the same Ray Data pipeline as in training; the model runs in the calling process, on its GPU if
-there is one.
+there is one, or for predictions in actors (`cluster.actors`).
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import nn
 
 from cluster import local
 from cluster.inputs import check_inputs
-from cluster.predictions import parquet, predicted
-from cluster.recipe import Recipe, build_recipe
+from cluster.origin import trained_on
+from cluster.recipe import Recipe, build_recipe, eval_rows
 from cluster.recipe_file import apply_override
 from perceiver.config import UserError
 from perceiver.tasks import build_task
@@ -28,16 +26,6 @@ from perceiver.weights import Saved, class_count, open_weights
 from pipelines.ingest import EvalShare, batch_shapes, eval_batches, load_data
 from pipelines.quarantine import Quarantine
 from pipelines.shards import Manifest
-from pipelines.storage import Folder, open_folder
-from pipelines.stored import stored_files
-
-FACTS = "_predictions.json"
-"""Like `_quarantine`, not taken for data by what reads a folder of Parquet files."""
-ROWS_A_PART = 4096
-"""Samples of one file of predictions, about: the unit that a restart does not repeat."""
-
-Progress = Callable[[int, int], None]
-"""Called with the samples done and those of the split."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,7 @@ class Scoring:
         manifest: of the data.
         model: on its device, in evaluation mode.
         batch: samples of a forward pass.
+        names: of the model's classes, as it was taught them; empty if they are not known.
     """
 
     saved: Saved
@@ -57,6 +46,7 @@ class Scoring:
     manifest: Manifest
     model: nn.Module
     batch: int
+    names: tuple[str, ...] = ()
 
     @property
     def split(self) -> str:
@@ -73,12 +63,29 @@ class Scoring:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def classes(self) -> int:
+        """Number of the model's classes; those of the data if the model has none."""
+        return class_count(self.recipe.model, self.saved.shapes) or len(self.manifest.classes)
+
     def task(self) -> Any:
         """The run's task."""
-        classes = class_count(self.recipe.model, self.saved.shapes)
-        return build_task(self.recipe.task, classes=classes or len(self.manifest.classes))
+        return build_task(self.recipe.task, classes=self.classes)
 
-    def batches(self, first: int = 0, quarantine: Quarantine | None = None) -> Iterator[Batch]:
+    def note(self) -> str:
+        """What the user should know of the classes' names, in one line; mostly empty."""
+        theirs, place = self.manifest.classes, self.recipe.data.url
+        if not self.names:
+            unknown = class_count(self.recipe.model, self.saved.shapes) is not None
+            return f"{self.saved.place} does not say what its classes are called, and its data cannot be read: " \
+                "classes are given by number alone" if unknown else ""
+        if not theirs or theirs == self.names or "label" not in self.manifest.features:
+            return ""
+        return f"{place} calls its classes {_some(theirs)}, the model's are {_some(self.names)}: a label is a number " \
+            "of the former, a prediction of the latter"
+
+    def batches(self, first: int = 0, quarantine: Quarantine | None = None
+                ) -> Generator[Batch, None, None]:
         """The split's batches in order, from the `first` one."""
         share = EvalShare(self.split, self.batch, first=first)
         return eval_batches(self.recipe.data, self.manifest, share, self.device, quarantine)
@@ -97,7 +104,7 @@ def open_scoring(place: str, url: str | None = None, *, split: str | None = None
         url: prepared data; the run's own if None.
         split: of the data; the run's evaluation split if None, or the only one there is.
         batch: samples of a forward pass; as in training if None.
-        overrides: dotted keys of the recipe, such as data.video.eval_clips=16.
+        overrides: dotted keys of the recipe, such as data.clip.eval_clips=16.
 
     Raises:
         UserError: no weights, no recipe with them, or data that the model does not fit.
@@ -117,8 +124,19 @@ def open_scoring(place: str, url: str | None = None, *, split: str | None = None
     manifest.split(wanted)
     check_inputs(recipe.model, batch_shapes(data, manifest), data, manifest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = batch or max(1, recipe.train.global_batch // recipe.cluster.workers)
-    return Scoring(saved, recipe, manifest, saved.build().to(device), size)
+    size = batch or eval_rows(recipe, recipe.cluster.workers)
+    return Scoring(saved, recipe, manifest, saved.build().to(device), size, _class_names(saved))
+
+
+def _class_names(saved: Saved) -> tuple[str, ...]:
+    """What the run calls its classes: nothing if that is not known, or is not of this model."""
+    found = trained_on(saved)
+    assert saved.model is not None
+    return found.classes if found and len(found.classes) == class_count(saved.model, saved.shapes) else ()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
 
 
 def _split(recipe: Recipe, manifest: Manifest) -> str:
@@ -130,114 +148,17 @@ def check_labels(scoring: Scoring) -> None:
     """Refuse data whose labels are not the model's classes.
 
     Raises:
-        UserError: the number of classes differs.
+        UserError: the number of classes differs, or they have the same names in another order.
     """
+    theirs, names, url = scoring.manifest.classes, scoring.names, scoring.recipe.data.url
     classes = class_count(scoring.recipe.model, scoring.saved.shapes)
-    if classes and len(scoring.manifest.classes) != classes:
-        raise UserError(f"{scoring.recipe.data.url} has {len(scoring.manifest.classes)} classes, the model "
-                        f"{classes}: give data with the classes that it was trained on")
-
-
-def predict(scoring: Scoring, target: str, progress: Progress | None = None) -> int:
-    """Write predictions as Parquet files; go on where a call before this one was broken off.
-
-    A row a sample: `sample_id`, `key` (where the sample came from), `label` if the data has one, what the task says
-    (`prediction`, `probability`, ...), and `class` for a classifier whose classes the data names. Bad samples are left
-    out; they are listed below `_quarantine/`.
-
-    Returns:
-        Samples predicted by this call.
-
-    Raises:
-        UserError: the folder holds predictions of another model or other data.
-    """
-    folder = open_folder(target)
-    _claim(folder, _fingerprint(scoring))
-    each = max(1, ROWS_A_PART // scoring.batch)
-    count = -(-scoring.samples // scoring.batch)
-    done = _parts_done(folder, each, count)
-    task, quarantine, written = scoring.task(), Quarantine(scoring.recipe.data.max_bad_fraction), 0
-    keys = Keys(scoring)
-    batches = scoring.batches(done * each, quarantine)
-    with torch.no_grad():
-        for part in range(done, -(-count // each)):
-            tables = [_rows(scoring, task, next(batches)) for _ in range(min(each, count - part * each))]
-            rows = pa.concat_tables(tables)
-            rows = rows.append_column("key", pa.array(keys.of(rows["sample_id"].to_pylist()), pa.string()))
-            folder.write_bytes(_name(part), parquet(rows))
-            written += rows.num_rows
-            if progress:
-                progress(min(scoring.samples, (part + 1) * each * scoring.batch), scoring.samples)
-    if quarantine.problems:
-        quarantine.write(folder.file("_quarantine/part-00000"))
-    return written
-
-
-def _rows(scoring: Scoring, task: Any, batch: Batch) -> pa.Table:
-    """One batch's rows, with the names of the classes if the prediction is one."""
-    rows = predicted(task, scoring.model, batch)
-    names = scoring.manifest.classes
-    if names and "prediction" in rows.column_names and pa.types.is_integer(rows.schema.field("prediction").type):
-        found = [names[number] if number < len(names) else "" for number in rows["prediction"].to_pylist()]
-        rows = rows.append_column("class", pa.array(found, pa.string()))
-    return rows
-
-
-def _name(part: int) -> str:
-    return f"part-{part:06d}.parquet"
-
-
-def _parts_done(folder: Folder, each: int, count: int) -> int:
-    """Files that are there from the first one on without a gap."""
-    parts = -(-count // each)
-    return next((part for part in range(parts) if not folder.exists(_name(part))), parts)
-
-
-def _fingerprint(scoring: Scoring) -> dict[str, Any]:
-    """What the predictions depend on."""
-    digest = hashlib.sha256()
-    for name in sorted(scoring.saved.tensors):
-        digest.update(name.encode())
-        digest.update(scoring.saved.tensors[name].contiguous().view(torch.uint8).numpy().data)
-    view = scoring.recipe.data.model_dump(mode="json", exclude={"storage_options"})
-    return {"weights": digest.hexdigest()[:16], "data": scoring.recipe.data.url, "split": scoring.split,
-            "samples": scoring.samples, "batch": scoring.batch,
-            "view": hashlib.sha256(json.dumps(view, sort_keys=True).encode()).hexdigest()[:16]}  # fmt: skip
-
-
-def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
-    """Note in the folder what its files are predictions of, or see that it says the same."""
-    if not folder.exists(FACTS):
-        if strange := [name for name in folder.names() if name.endswith(".parquet")]:
-            name = f"{folder.url} holds {strange[0]}"
-            raise UserError(f"{name}, which perceiver predict did not write: choose another --to")
-        folder.write_text(FACTS, json.dumps(facts, indent=1))
-        return
-    before = json.loads(folder.read_text(FACTS))
-    changed = [name for name, value in facts.items() if before.get(name) != value]
-    if changed:
-        raise UserError(f"{folder.url} holds predictions with {changed[0]} {before.get(changed[0])}, these would be"
-                        f" with {facts[changed[0]]}: choose another --to")
-
-
-class Keys:
-    """Where samples came from: the keys of one file in memory at a time."""
-
-    def __init__(self, scoring: Scoring) -> None:
-        data, manifest = scoring.recipe.data, scoring.manifest
-        self._files = stored_files(data.url, manifest, manifest.split(scoring.split), data.storage_options)
-        self._keys: list[str] = []
-        self._first = 0
-
-    def of(self, ids: Sequence[int]) -> list[str]:
-        """The keys of these samples, which come in order."""
-        return [self._key(number) for number in ids]
-
-    def _key(self, number: int) -> str:
-        while number >= self._first + len(self._keys):
-            self._first += len(self._keys)
-            self._keys = next(self._files).row_keys()
-        return self._keys[number - self._first]
+    if classes and len(theirs) != classes:
+        raise UserError(f"{url} has {len(theirs)} classes, the model {classes}: give data with the classes that it was "
+                        "trained on")
+    if theirs != names and set(theirs) == set(names):
+        first = next(number for number, name in enumerate(names) if theirs[number] != name)
+        raise UserError(f"{url} numbers its classes otherwise than the model: {first} is {theirs[first]} there, "
+                        f"{names[first]} for the model; prepare the data with the classes in the model's order")
 
 
 @contextmanager

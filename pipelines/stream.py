@@ -3,6 +3,7 @@
 Imported only where batches are consumed; the data tasks themselves need neither torch nor this module.
 """
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -145,6 +146,17 @@ def _paced(batches: Iterable[Tensors]) -> Iterator[Tensors]:
         yield batch
 
 
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise a mistake of the user's that a task met as one line, without its trace and the advice that Ray adds."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(cause := error.cause, UserError):
+            raise UserError(str(cause).splitlines()[0]) from None
+        raise
+
+
 class RayBatches:
     """One worker's batches: an iterator over (tensors, problem lines met on the way).
 
@@ -163,7 +175,7 @@ class RayBatches:
 
     def __iter__(self) -> Generator[tuple[Tensors, list[str]], None, None]:
         segment = None
-        with ThreadPoolExecutor(1, thread_name_prefix="next-segment") as starter:
+        with plain_errors(), ThreadPoolExecutor(1, thread_name_prefix="next-segment") as starter:
             ahead = starter.submit(self._begin)
             try:
                 while (segment := ahead.result()) is not None:
@@ -172,11 +184,6 @@ class RayBatches:
                         if number == segment.count // 2:
                             ahead = starter.submit(self._begin)
                         yield batch, self._met()
-            except RayTaskError as error:
-                # The user's line, without the trace of the task and the advice that Ray adds below it.
-                if isinstance(cause := error.cause, UserError):
-                    raise UserError(str(cause).splitlines()[0]) from None
-                raise
             finally:
                 for begun in (segment, None if ahead.exception() else ahead.result()):
                     if begun is not None:

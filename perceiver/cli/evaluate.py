@@ -11,26 +11,30 @@ import click
 Examples:
   perceiver evaluate runs/quickstart-001
   perceiver evaluate runs/quickstart-001 data/other-digits --split test
-  perceiver evaluate runs/audioset-001 s3://bucket/audioset data.video.eval_clips=16"""
+  perceiver evaluate exported/digits data/digits --json
+  perceiver evaluate runs/audioset-001 s3://bucket/audioset data.clip.eval_clips=16"""
 )
 @click.argument("run")
 @click.argument("data", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--split", help="Split of the data; default: the run's evaluation split.")
-@click.option("--batch", type=click.IntRange(1), help="Samples of a forward pass; default: as in training.")
+@click.option("--batch", type=click.IntRange(1), help="Samples of a forward pass; default: as training evaluates.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line.")
 def command(run: str, data: str | None, overrides: tuple[str, ...], split: str | None, batch: int | None,
             as_json: bool) -> int:
     """Evaluate RUN on DATA, which is the run's own data if left out.
 
-    RUN is a run's folder, one of its checkpoints, or an exported .safetensors file with its recipe.yaml beside it.
-    Samples are shown as in training's evaluations: one centre crop, the scores of all clips of a recording averaged.
+    RUN is a run's folder, one of its checkpoints, what perceiver export --format safetensors wrote, or a .safetensors
+    file with its recipe.yaml beside it. Samples are shown as in training's evaluations: one centre crop, the scores of
+    all clips of a recording averaged. The model runs in this process.
     """
     from cluster.scoring import check_labels, open_scoring, ray_for
 
     data, overrides = own_data(data, overrides)
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
     check_labels(scoring)
+    if note := scoring.note():
+        click.echo(f"note: {note}", err=True)
     with ray_for(scoring):
         figures = scoring.metrics()
     facts: dict[str, Any] = {"run": run, "data": scoring.recipe.data.url, "split": scoring.split,
