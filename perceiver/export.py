@@ -6,7 +6,6 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,19 +18,35 @@ from perceiver.accounting import account
 from perceiver.config import Config, UserError
 from perceiver.factory import input_keys
 from perceiver.pretrained import read_transformers, to_transformers
-from perceiver.weights import Saved, class_count
+from perceiver.train.redaction import redact
+from perceiver.weights import DataFacts, Saved, class_count
 
 BATCHES = (1, 3)
 """Batch sizes that an ONNX model is tried with; neither is the one that it is traced with."""
 
 
-def export_safetensors(saved: Saved, folder: Path) -> dict[str, Any]:
+KEPT_FACTS = ("step", "evaluation", "mlflow_run", "data", "licence")
+"""What of a run's facts goes with its weights."""
+
+
+def write_weights(saved: Saved, folder: Path) -> None:
     """Write `model.safetensors` with the model's config among its metadata: `perceiver.load_model` reads it alone."""
     saved.build()
     metadata = {"format": "pt", "model": json.dumps(cast(Config, saved.model).model_dump(mode="json"))}
     tensors = {name: tensor.contiguous() for name, tensor in saved.tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata)
-    return {"files": ["model.safetensors"]}
+
+
+def export_safetensors(saved: Saved, folder: Path) -> dict[str, Any]:
+    """Write the weights, and `recipe.yaml` and `run.json` if a run trained them: the folder stands for the run."""
+    write_weights(saved, folder)
+    files = ["model.safetensors"]
+    if saved.recipe:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(redact(saved.recipe), sort_keys=False))
+        facts = {name: saved.facts[name] for name in KEPT_FACTS if saved.facts.get(name) is not None}
+        (folder / "run.json").write_text(json.dumps(redact(facts), indent=1) + "\n")
+        files += ["recipe.yaml", "run.json"]
+    return {"files": files}
 
 
 def export_transformers(saved: Saved, folder: Path) -> dict[str, Any]:
@@ -156,16 +171,6 @@ def _difference(session: Any, model: nn.Module, batch: int) -> float:
     return max(float((a - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in pairs)
 
 
-@dataclass(frozen=True)
-class DataFacts:
-    """What a card says of the data."""
-
-    name: str
-    licence: str
-    source: str
-    classes: tuple[str, ...] = ()
-
-
 def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None) -> str:
     """Return a README.md that says what the model is, what it was trained on, how good it is and how to use it."""
     config = cast(Config, saved.model)
@@ -179,12 +184,14 @@ def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None)
         "GFLOP of a forward pass": f"{costs.forward_flops / 1e9:.4g} (one sample, multiply and add counted apart)",
         "Files": ", ".join(f"`{file}`" for file in written["files"]),
         "Weights from": f"`{saved.place}`" + (f", step {saved.facts['step']}" if saved.facts.get("step") else ""),
+        "Licence of the weights": _licence(saved, data),
     }
     if "max_difference" in written:
         rows["ONNX against PyTorch"] = f"differs by at most {written['max_difference']:.1e} of the largest output"
     lines += [f"| {key} | {value} |" for key, value in rows.items()]
     lines += ["", "## Data", "", _data(data, saved)]
     lines += ["", "## Figures", "", *_figures(saved)]
+    lines += ["", "## Intended use and limits", "", *_limits(saved, classes, data)]
     lines += ["", "## Use", "", *_use(written, saved)]
     left_out = ("output", "cluster", "tracking")
     section = {key: value for key, value in saved.recipe.items() if key not in left_out}
@@ -197,12 +204,37 @@ def _what(config: Any, classes: int | None, data: DataFacts | None) -> str:
     kind = config.inputs.kind
     task = f"sorts {kind} inputs into {classes} classes" if classes else f"reads {kind} inputs"
     names = f" ({', '.join(data.classes)})" if data and 0 < len(data.classes) <= 20 else ""
-    if data is None:
-        return f"A model that {task}."
-    return (
-        f"A model that {task}{names}. It is meant for inputs like those of {data.name}; nothing is known of how it "
-        "does on others."
-    )
+    return f"A model that {task}{names}."
+
+
+def _licence(saved: Saved, data: DataFacts | None) -> str:
+    if saved.facts.get("licence"):
+        return str(saved.facts["licence"])
+    return "not stated by the run" + (f"; the data's is: {data.licence}" if data else "")
+
+
+def _limits(saved: Saved, classes: int | None, data: DataFacts | None) -> list[str]:
+    """What the model is for, and what is not known of it, as a list."""
+    task = (saved.recipe.get("task") or {}).get("kind")
+    url = saved.recipe.get("data", {}).get("url")
+    like = data.name if data else f"`{url}`" if url else "the data it was trained on, of which there is no record"
+    lines = [f"Meant for inputs like those of {like}, sized, scaled and cut as the recipe below says."]
+    if saved.facts.get("evaluation"):
+        lines += ["The figures above are all that is recorded: of the split named there, as a whole. Inputs from "
+                  "elsewhere, damaged ones and the groups within the data were not looked at apart."]  # fmt: skip
+    else:
+        lines += ["No figure is recorded here: evaluate it before you rely on it (`perceiver evaluate`)."]
+    if classes and task == "tagging":
+        lines += ["Each class gets a probability of its own, cut at 0.5 for `prediction`: it knows no other class, and "
+                  "the probabilities are not calibrated."]  # fmt: skip
+    elif classes:
+        lines += ["It names one of its classes for any input, also for one that shows none of them; its probabilities "
+                  "are not calibrated."]  # fmt: skip
+    if task == "masked_language":
+        lines += ["It repeats what its text says, slanted or wrong as that may be."]
+    lines += ["Whoever uses it for decisions about people or safety has to test it for that use first; no such test is "
+              "recorded."]  # fmt: skip
+    return [f"- {line}" for line in lines]
 
 
 def _data(data: DataFacts | None, saved: Saved) -> str:

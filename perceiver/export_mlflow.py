@@ -11,7 +11,7 @@ import numpy as np
 
 import perceiver
 from perceiver.config import UserError
-from perceiver.export import example, export_safetensors, silent
+from perceiver.export import example, silent, write_weights
 from perceiver.serving import Answers
 from perceiver.train.mlflow import import_mlflow
 from perceiver.train.redaction import redact_text, resolve
@@ -94,7 +94,7 @@ def _parts(mlflow: Any, saved: Saved, staging: Path, classes: Sequence[str]) -> 
     """What MLflow's save and log take: the code, the weights, the signature."""
     weights = staging / "weights"
     weights.mkdir()
-    export_safetensors(saved, weights)
+    write_weights(saved, weights)
     (weights / "task.json").write_text(json.dumps({"task": _task(saved), "classes": classes}))
     inputs = _example(saved)
     package = Path(perceiver.__file__).parent

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ FORMATS = ("safetensors", "transformers", "onnx", "mlflow")
     epilog="""\b
 Examples:
   perceiver export runs/quickstart-001 --format onnx --to exported/digits
+  perceiver export runs/quickstart-001 --format safetensors --to exported/digits --licence CC-BY-4.0
   perceiver export runs/quickstart-001/checkpoints/step-00001875 --format safetensors --to s3://bucket/digits
   perceiver export runs/quickstart-001 --format mlflow --to exported/served --register digits"""
 )
@@ -22,17 +24,22 @@ Examples:
 @click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="What to write.")
 @click.option("--to", "target", required=True, metavar="FOLDER", help="Where to write; a path or an fsspec URL.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="ONNX: greatest difference, of the largest output.")
+@click.option("--licence", metavar="TEXT", help="Licence of the weights, for the card; default: not stated by the run.")
 @click.option("--register", metavar="NAME", help="MLflow: log it into the run's MLflow run and register it as NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON line.")
-def command(source: str, form: str, target: str, tolerance: float, register: str | None, as_json: bool) -> int:
+def command(source: str, form: str, target: str, tolerance: float, licence: str | None, register: str | None,
+            as_json: bool) -> int:
     """Write the model of SOURCE and a card (README.md) about it.
 
-    SOURCE is a run's folder, one of its checkpoints, a .safetensors file with its recipe.yaml beside it, or a folder
-    that transformers wrote; a path or an fsspec URL. The outputs of what was written are compared with the model's.
+    SOURCE is a run's folder, one of its checkpoints, an earlier safetensors export, a .safetensors file with its
+    recipe.yaml beside it, or a folder that transformers wrote; a path or an fsspec URL. The outputs of what was written
+    are compared with the model's. The formats: safetensors with the recipe, which evaluate, predict and train.init_from
+    take like a run; transformers, onnx and mlflow for other programs.
     """
     # Read when the transformers library is imported: its progress bars have no place on this screen.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from cluster.origin import trained_on
     from perceiver import export
     from perceiver.config import UserError
     from perceiver.weights import open_weights
@@ -40,7 +47,9 @@ def command(source: str, form: str, target: str, tolerance: float, register: str
     if register and form != "mlflow":
         raise UserError(f"--register: got it with --format {form}; wanted --format mlflow")
     saved = open_weights(source)
-    data = _data_facts(saved)
+    data = trained_on(saved)
+    facts = {"data": asdict(data)} if data else {}
+    saved = replace(saved, facts={**saved.facts, **facts, **({"licence": licence} if licence else {})})
     with tempfile.TemporaryDirectory(prefix="export-") as staging:
         folder = Path(staging)
         if form == "onnx":
@@ -74,22 +83,6 @@ def _mlflow(saved: Any, folder: Path, data: Any, name: str | None) -> dict[str, 
     if name:
         written["registered"] = export_mlflow.register(saved, name, classes)
     return written
-
-
-def _data_facts(saved: Any) -> Any:
-    """What the manifest of the training data says, if it can be reached."""
-    from perceiver.config import UserError
-    from perceiver.export import DataFacts
-    from pipelines.shards import load_manifest
-
-    section = saved.recipe.get("data", {})
-    if "url" not in section:
-        return None
-    try:
-        manifest = load_manifest(section["url"], section.get("storage_options"))
-    except UserError:
-        return None
-    return DataFacts(manifest.name, manifest.licence, manifest.source, manifest.classes)
 
 
 def _put(folder: Path, target: str) -> None:
