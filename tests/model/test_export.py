@@ -11,12 +11,16 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import perceiver
+from cluster.preflight import describe_start
+from cluster.recipe import Recipe, build_recipe
+from cluster.worker import first_model
 from perceiver.cli import cli
 from perceiver.config import UserError
 from perceiver.factory import build_model, model_config
 from perceiver.train.engine import TorchEngine
 from perceiver.train.optim import OptimConfig
 from perceiver.weights import load_model, open_weights, plan_start, start_from
+from pipelines.shards import load_manifest
 from tests.cluster.recipes import prepare_images
 
 FEW = {"kind": "fourier", "bands": 3}
@@ -54,8 +58,8 @@ def run_folder(folder: Path, values: dict[str, Any], url: str = "nowhere") -> tu
     return str(folder), model
 
 
-def export(source: str, form: str, target: Path) -> dict[str, Any]:
-    command = ["export", source, "--format", form, "--to", str(target), "--json"]
+def export(source: str, form: str, target: Path, *more: str) -> dict[str, Any]:
+    command = ["export", source, "--format", form, "--to", str(target), "--json", *more]
     result = CliRunner().invoke(cli, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     written = json.loads(result.stdout)
@@ -73,7 +77,25 @@ def test_safetensors_are_loaded_alone_and_the_card_says_what_they_are(tmp_path):
     parameters = sum(p.numel() for p in model.parameters())
     for fact in ("# tiny", f"{parameters:,}", "dark, light", "licence", "| accuracy | 0.875 |", "step 7", "latents: 5"):
         assert fact in card, fact
+    assert "| Licence of the weights | not stated by the run; the data's is: " in card
     assert "secret" not in card and "TODO" not in card
+
+
+def test_the_card_states_licence_and_limits_also_where_the_data_cannot_be_read(tmp_path):
+    source, _ = run_folder(tmp_path / "run", SMALL)
+    export(source, "safetensors", tmp_path / "bare")
+    card = (tmp_path / "bare" / "README.md").read_text()
+    assert "| Licence of the weights | not stated by the run |" in card and "could not be read at export" in card
+    limits = card.partition("## Intended use and limits")[2].partition("##")[0]
+    assert "inputs like those of `nowhere`" in limits and "one of its classes for any input" in limits
+    export(source, "safetensors", tmp_path / "free", "--licence", "CC0-1.0")
+    export(str(tmp_path / "free"), "safetensors", tmp_path / "again")
+    assert "| Licence of the weights | CC0-1.0 |" in (tmp_path / "again" / "README.md").read_text()
+    facts = {"name": "shapes", "licence": "ODbL", "source": "a friend", "classes": ["round", "square"]}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"data": facts}))
+    export(source, "safetensors", tmp_path / "known")
+    card = (tmp_path / "known" / "README.md").read_text()
+    assert "round, square" in card and "the data's is: ODbL" in card and "No figure is recorded" in card
 
 
 @pytest.mark.slow
@@ -182,3 +204,46 @@ def test_weights_of_another_model_are_refused(tmp_path, change, wanted):
     source, _ = run_folder(tmp_path / "run", SMALL)
     with pytest.raises(UserError, match=wanted):
         plan_start(made({**SMALL, **change}), open_weights(source))
+
+
+def fine_tuning(url: str, model: dict[str, Any], place: Path) -> Recipe:
+    """A recipe that starts from weights and has two classes."""
+    return build_recipe({
+        "name": "tuned", "seed": 5, "data": {"url": url}, "model": model, "task": {"kind": "classification"},
+        "optim": {"lr": 0.1}, "train": {"epochs": 1, "init_from": str(place)},
+    })  # fmt: skip
+
+
+def test_training_starts_from_an_export(tmp_path, images):
+    source, trained = run_folder(tmp_path / "run", SMALL)
+    export(source, "safetensors", tmp_path / "out")
+    recipe = fine_tuning(images, SMALL, tmp_path / "out")
+    said, wanted = describe_start(recipe, load_manifest(images)), trained.state_dict()
+    assert said == f"starts from {len(wanted)} tensors from {tmp_path / 'out'}"
+    begun = first_model(recipe, 2).state_dict()
+    assert all(torch.equal(begun[name], wanted[name]) for name in wanted)
+    restored = first_model(recipe, 2, restored=True)
+    assert not torch.equal(restored.get_parameter("latents"), wanted["latents"]), "what a checkpoint will replace"
+
+
+def test_training_starts_from_official_weights_with_a_head_of_its_own(tmp_path, images):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.PerceiverConfig(
+        num_latents=5, d_latents=16, num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=2,
+        num_cross_attention_heads=1, num_labels=6, image_size=12,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    theirs = transformers.PerceiverForImageClassificationFourier(config)
+    theirs.save_pretrained(tmp_path / "official")
+    values = open_weights(str(tmp_path / "official")).model
+    assert values is not None
+    recipe = fine_tuning(images, values.model_dump(mode="json"), tmp_path / "official")
+    head = ["decoder.heads.0.weight", "decoder.heads.0.bias"]
+    assert describe_start(recipe, load_manifest(images)).endswith(f"; fresh {', '.join(head)}")
+    begun, state = first_model(recipe, 2).state_dict(), theirs.state_dict()
+    assert torch.equal(begun["latents"], state["perceiver.embeddings.latents"])
+    for number in (0, 1):
+        theirs_name = f"perceiver.encoder.self_attends.{number}.mlp.dense1.weight"
+        assert torch.equal(begun[f"blocks.0.{number}.mlp.expand.weight"], state[theirs_name])
+    unread = first_model(recipe, 2, restored=True).state_dict()
+    assert begun[head[0]].shape == (2, 16) and all(torch.equal(begun[name], unread[name]) for name in head)
