@@ -100,8 +100,9 @@ def open_run(client: "MlflowClient", handle: RunHandle, *, create: bool = True) 
     Returns:
         The handle with `run_id` and `experiment_id`; None if there is no such run and `create` is false.
     """
-    experiment_id = _experiment(client, handle)
-    found = _existing(client, handle, experiment_id)
+    found = _by_id(client, handle)
+    experiment_id = _experiment(client, handle) if found is None else found.info.experiment_id
+    found = found or _by_key(client, handle, experiment_id)
     if found is None and not create:
         return None
     if found is None:
@@ -112,9 +113,9 @@ def open_run(client: "MlflowClient", handle: RunHandle, *, create: bool = True) 
             experiment_id, start_time=handle.created_ms, tags=_clean_tags(tags), run_name=handle.name
         ).info.run_id
     else:
-        run_id, experiment_id = found.info.run_id, found.info.experiment_id
+        run_id, experiment = found.info.run_id, client.get_experiment(experiment_id).name
         client.update_run(run_id, status="RUNNING")
-        handle = replace(handle, key=found.data.tags.get(KEY_TAG, handle.key))
+        handle = replace(handle, key=found.data.tags.get(KEY_TAG, handle.key), experiment=experiment)
     handle = replace(handle, run_id=run_id, experiment_id=experiment_id)
     _log_params(client, run_id, handle.params)
     return handle
@@ -139,18 +140,22 @@ def _experiment(client: "MlflowClient", handle: RunHandle) -> str:
     raise RefusedError(f"experiment {handle.experiment!r} can neither be found nor created")
 
 
-def _existing(client: "MlflowClient", handle: RunHandle, experiment_id: str) -> Any:
-    """The MLflow run that the handle means, by id or by key, or None."""
+def _by_id(client: "MlflowClient", handle: RunHandle) -> Any:
+    """The MLflow run that the handle names, in whatever experiment, or None."""
+    if not handle.run_id:
+        return None
     mlflow = import_mlflow()
-    if handle.run_id:
-        try:
-            run = client.get_run(handle.run_id)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-        else:
-            if run.info.lifecycle_stage == "active":
-                return run
+    try:
+        run = client.get_run(handle.run_id)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _by_key(client: "MlflowClient", handle: RunHandle, experiment_id: str) -> Any:
+    """The MLflow run of the experiment that has the handle's key, or None."""
     runs = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{handle.key}'", max_results=1)
     return runs[0] if runs else None
 

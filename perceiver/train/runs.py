@@ -157,6 +157,8 @@ def create_run(
 ) -> RunHandle | None:
     """Create the run, or reopen `resume` (a handle, or an MLflow run id). Called once, by the driver.
 
+    As for MLflow itself, `MLFLOW_RUN_ID` names a run to log into, `MLFLOW_RUN_NAME` a new one; `resume` comes first.
+
     Args:
         config: the recipe's `tracking`.
         name: name of the run, and of the experiment unless configured.
@@ -176,10 +178,11 @@ def create_run(
     if not config.enabled:
         return None
     handle = _new_handle(config, name, output, params, {**config.tags, **(tags or {})})
+    handle = replace(handle, name=os.environ.get("MLFLOW_RUN_NAME") or name)
     if isinstance(resume, RunHandle):
-        handle = replace(handle, key=resume.key, run_id=resume.run_id, created_ms=resume.created_ms)
-    elif resume:
-        handle = replace(handle, run_id=resume)
+        handle = replace(handle, name=resume.name, key=resume.key, run_id=resume.run_id, created_ms=resume.created_ms)
+    else:
+        handle = replace(handle, run_id=resume or os.environ.get("MLFLOW_RUN_ID") or None)
     sidecar = prewarmed or _sidecar(spool_folder(output))
     try:
         handle = RunHandle.from_json(_open(sidecar, handle)["handle"])

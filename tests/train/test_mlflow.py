@@ -34,7 +34,7 @@ from perceiver.train.tracking import NullTracker
 
 @pytest.fixture(autouse=True)
 def no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("DO_NOT_TRACK", "true")
@@ -320,6 +320,25 @@ def test_environment_variables_mean_what_they_mean_elsewhere(tmp_path: Path, mon
     assert TrackingConfig().store_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(ValidationError):
         TrackingConfig.model_validate({"url": "x"})
+
+
+def test_experiment_run_name_and_run_id_of_the_environment(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "elsewhere")
+    monkeypatch.setenv("MLFLOW_RUN_NAME", "mine")
+    first = open_run(store, tmp_path / "a")
+    run = client(store).get_run(first.run_id)
+    assert run.info.run_name == "mine"
+    assert client(store).get_experiment(run.info.experiment_id).name == first.experiment == "elsewhere"
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "never made")
+    monkeypatch.setenv("MLFLOW_RUN_ID", str(first.run_id))
+    second = open_run(store, tmp_path / "b")
+    assert (second.run_id, second.experiment) == (first.run_id, "elsewhere"), "the run says in which experiment it is"
+    assert client(store).get_experiment_by_name("never made") is None
+    monkeypatch.setenv("MLFLOW_RUN_ID", "other")
+    assert open_run(store, tmp_path / "a", resume=first).run_id == first.run_id, "a run goes on where it was"
 
 
 def test_the_driver_never_imports_mlflow() -> None:
