@@ -21,6 +21,10 @@ from tune.messages import explain
 from tune.search_file import read_search
 from tune.space import Choice, Grid, Space, flatten_space, with_values
 
+KEPT = 4
+"""Checkpoints that a trial keeps where others may go on from one: its evaluation's and its last before a pause, of the
+round of the exchange and of the next, which it may have trained when another one's turn comes."""
+
 Mode = Literal["max", "min"]
 PARAMETERS = "parameters"
 """The metric that is no evaluation's: the number of the model's parameters."""
@@ -183,6 +187,8 @@ def build_search(tree: Mapping[str, Any], base: Mapping[str, Any], where: str, s
     if isinstance(config.scheduler, Pbt | Pb2):
         every = config.scheduler.interval
         base = with_values(base, {"train.eval_every": every, "train.checkpoint_every": every})
+        kept = max(KEPT, build_recipe(base, source=where).train.keep_checkpoints)
+        base = with_values(base, {"train.keep_checkpoints": kept})
     return Search(config, dict(base), build_recipe(base, source=where), source)
 
 

@@ -180,6 +180,7 @@ def test_changed_values_stay_in_their_ranges(tmp_path: Path, tree: dict[str, Any
     scheduler = build_scheduler(search.config, 4.0, 2)
     assert scheduler._synch, "4 trials, 2 at a time: they take turns"
     assert search.recipe.train.eval_every == search.recipe.train.checkpoint_every == 1
+    assert search.recipe.train.keep_checkpoints >= 4, "another trial's turn may come a round later"
 
 
 @pytest.mark.parametrize("kind", ["pbt", "pb2"])
