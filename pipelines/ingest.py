@@ -6,6 +6,7 @@ the plan alone.
 """
 
 import contextlib
+import dataclasses
 import math
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -38,8 +39,6 @@ KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
 BLOCK_BYTES = 4 << 20
 """Size of the blocks that data tasks hand over, about; one of whole batches at least."""
-REREADS = 4
-"""How often what is shuffled together may be read by tasks that also decode; beyond, reading is a stage of its own."""
 
 
 class DataConfig(ViewConfig):
@@ -57,8 +56,6 @@ class DataConfig(ViewConfig):
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
     run_samples: int = Field(default=2048, gt=0, description="samples a data task produces, about, at most")
     run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about")
-    read_apart: bool | None = Field(
-        default=False, description="tasks that only read, before those that decode; null: where samples are large")
     prefetch_batches: int = Field(default=4, ge=0, description="batches collated ahead of the training step")
     prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
     read: ReadPolicy = Field(default=ReadPolicy(), description="patience with a remote file system")
@@ -200,10 +197,59 @@ def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, devic
         UserError: more bad samples than `data.max_bad_fraction` allows.
     """
     plan = sample_plan(data, manifest, seed=share.seed, global_batch=share.global_batch)
-    work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=share.seed, batch=share.micro_batch)
-    runs = plan.runs(share.start_step, share.stop_step, _run_steps(data, work, manifest))
-    yield from _checked(_execute(data, work, runs, share.micro_batch, device), work,
-                        math.ceil(plan.samples / share.world), quarantine or Quarantine(data.max_bad_fraction))
+    works = _train_works(data, manifest, plan, share)
+    if len(works) == 1:
+        runs = plan.runs(share.start_step, share.stop_step, _run_steps(data, works[0], manifest))
+        batches = _execute(data, works[0], runs, share.micro_batch, device)
+    else:
+        batches = _side_by_side(data, manifest, works, share, device)
+    yield from _checked(batches, works[0], math.ceil(plan.samples / share.world),
+                        quarantine or Quarantine(data.max_bad_fraction))
+
+
+def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare
+                 ) -> list[Work]:
+    """The rank's work: one stream, or, where what is shuffled together is too large to wait decoded, several.
+
+    Tasks that take turns at the steps of one stream each read all row groups of the window. Several streams cut each
+    step between them as ranks do, so that each reads row groups that no other one reads, and none waits for another
+    to finish a run.
+    """
+    rows = share.global_batch // share.world
+    streams = 1
+    if data.executor == "ray" and _waiting_rows(data, sample_spec(data, manifest, split=data.train_split,
+                                                                  training=True)) < plan.shuffled(share.world):
+        streams = max(count for count in range(1, data.tasks + 1) if rows % count == 0)
+    batch = share.micro_batch if streams == 1 else rows // streams
+    return [_work(data, manifest, plan, rank=share.rank * streams + number, world=share.world * streams,
+                  seed=share.seed, batch=batch) for number in range(streams)]
+
+
+def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share: TrainShare,
+                  device: "torch.device | str") -> "Checkable":
+    """Micro-batches of steps whose parts several streams produce, one task at a time each."""
+    from pipelines.stream import RayBatches, steps_of
+
+    streams = []
+    for work in works:
+        most = max(1, int(min(data.run_samples, data.run_bytes / work.stored_bytes)) // work.rows_per_step)
+        windows = work.plan.runs(share.start_step, share.stop_step, most)
+        options = dataclasses.replace(_ray_options(data, work), tasks=1,
+                                      bytes_in_flight=data.prefetch_bytes // len(works))
+        streams.append(RayBatches(work, joined_runs(windows, most), work.rows_per_step, device, options))
+    return steps_of(streams, share.micro_batch)
+
+
+def joined_runs(runs: Iterator[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """Join consecutive runs of steps while they have at most `most` steps together."""
+    begin, end = next(runs, (0, 0))
+    for first, last in runs:
+        if last - begin > most:
+            yield begin, end
+            begin = first
+        end = last
+    if end > begin:
+        yield begin, end
 
 
 @dataclass(frozen=True)
@@ -265,9 +311,7 @@ def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[
 def _run_steps(data: DataConfig, work: Work, manifest: Manifest) -> int:
     """Steps of a run: as many as the limits on samples and bytes of a task allow, at least one."""
     found = manifest.split(work.split)
-    samples = int(data.run_bytes * found.samples / found.bytes)
-    if not work.staged:
-        samples = min(samples, data.run_samples, _waiting_rows(data, work.spec))
+    samples = min(int(data.run_bytes * found.samples / found.bytes), data.run_samples, _waiting_rows(data, work.spec))
     return max(1, samples // work.rows_per_step)
 
 
@@ -284,10 +328,8 @@ def _work(data: DataConfig, manifest: Manifest, plan: Plan, *, rank: int, world:
     files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(data.url, found))
     reader = Reader(files, RowGroups.of(found), arrow_schema(manifest.features), manifest.classes, data.storage_options,
                     data.read, data.cache_bytes, spec.row_bytes if spec.keep_decoded else 0)
-    waiting = _waiting_rows(data, spec)
-    staged = REREADS * waiting < plan.shuffled(world) if data.read_apart is None else data.read_apart
-    rows = waiting // 2 if staged else BLOCK_BYTES // spec.row_bytes
-    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, batch * max(1, rows // batch), staged)
+    chunk = batch * max(1, BLOCK_BYTES // spec.row_bytes // batch)
+    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
 
 
 def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
@@ -313,7 +355,7 @@ def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "to
     import torch
 
     for start, stop in runs:
-        for rows in map(work.decoded, work.encoded(start, stop)) if work.staged else work.rows(start, stop):
+        for rows in work.rows(start, stop):
             lines = rows.pop(PROBLEM)
             for first in range(0, len(lines), batch):
                 part = slice(first, first + batch)

@@ -1,5 +1,6 @@
 """Reading rows of shards: row groups by range reads, and a cache of the last ones in each process."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,21 +54,25 @@ class RowGroupCache:
 
     def __init__(self) -> None:
         self._groups: OrderedDict[Key, RowGroup] = OrderedDict()
+        self._lock = threading.Lock()
         self.nbytes = 0
 
     def get(self, key: Key) -> RowGroup | None:
         """The row group, if it is here; it counts as used now."""
-        group = self._groups.get(key)
-        if group is not None:
-            self._groups.move_to_end(key)
+        with self._lock:
+            group = self._groups.get(key)
+            if group is not None:
+                self._groups.move_to_end(key)
         return group
 
     def put(self, key: Key, group: RowGroup, limit: int) -> None:
         """Add a row group and drop the ones unused for longest, down to `limit` bytes."""
-        self._groups[key] = group
-        self.nbytes += group.nbytes
-        while self.nbytes > limit and len(self._groups) > 1:
-            self.nbytes -= self._groups.popitem(last=False)[1].nbytes
+        with self._lock:
+            former = self._groups.pop(key, None)
+            self._groups[key] = group
+            self.nbytes += group.nbytes - (former.nbytes if former else 0)
+            while self.nbytes > limit and len(self._groups) > 1:
+                self.nbytes -= self._groups.popitem(last=False)[1].nbytes
 
 
 _CACHE = RowGroupCache()

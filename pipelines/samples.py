@@ -3,12 +3,12 @@
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
@@ -24,10 +24,6 @@ Arrays = dict[str, NDArray[Any]]
 Groups = dict[tuple[int, int], RowGroup]
 """Row groups by (shard, group)."""
 Plan = SamplePlan | MixturePlan | EvalPlan
-
-SAMPLE_ID, EPOCH = "sample_id", "epoch"
-"""Columns of the rows that tasks hand to each other, beside those of the shards."""
-_UNREADABLE = RowGroup({}, 0, 0, error="padding")
 
 SUBSTITUTES = 8
 """Row groups that are tried in place of one without a usable sample."""
@@ -80,9 +76,6 @@ class Work:
         rank, world: whose.
         seed: of the augmentation.
         chunk: rows to hand over at a time.
-        staged: whether tasks that read hand over to tasks that decode. Reading wants long runs, since what is shuffled
-            together has to be read together; decoding large samples wants short ones, since the tasks' rows wait for
-            each other in the order of the run.
     """
 
     token: str
@@ -94,7 +87,6 @@ class Work:
     seed: int
     spec: SampleSpec
     chunk: int
-    staged: bool = False
 
     @property
     def rows_per_step(self) -> int:
@@ -116,56 +108,39 @@ class Work:
     def rows(self, start: int, stop: int) -> Iterator[Arrays]:
         """The rows of the steps [start, stop), in order, as arrays of up to `chunk` rows.
 
+        The row groups of a window are read while the rows of the one before are decoded.
+
         Keys: the features, `sample_id` int64 (-1: padding), `valid` bool, `problem` str.
         """
-        ids, epochs, places, groups = self._read(start, stop)
-        for first in range(0, ids.size, self.chunk):
-            part = slice(first, first + self.chunk)
-            mine = places[part]
-            yield self._filled(ids[part], epochs[part], lambda i, sample_id, epoch, mine=mine: self._usable(
-                groups, mine[i], sample_id, epoch))
+        for ids, epochs, places, groups in self._windows(list(self.plan.runs(start, stop, stop - start))):
+            for first in range(0, ids.size, self.chunk):
+                part = slice(first, first + self.chunk)
+                mine = places[part]
+                yield self._filled(ids[part], epochs[part], lambda i, sample_id, epoch, mine=mine, groups=groups:
+                                   self._usable(groups, mine[i], sample_id, epoch))
 
-    def encoded(self, start: int, stop: int) -> Iterator[pa.Table]:
-        """The same rows as they are stored, as tables of up to `chunk` rows: what `decoded` takes.
+    def _windows(self, spans: Sequence[tuple[int, int]]) -> "Iterator[_Read]":
+        """What is read of each span of steps, the next one's row groups ahead if the cache has room for them."""
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+            ahead: Future[_Read] | None = None
+            for number, span in enumerate(spans):
+                read = ahead.result() if ahead else self._read(*span)
+                ahead = None
+                if number + 1 < len(spans) and self._stored_bytes(spans[number + 1]) <= self.reader.cache_bytes:
+                    ahead = reader.submit(self._read, *spans[number + 1])
+                yield read
 
-        Columns: `key` and the features, null where a row group cannot be read, `sample_id` and `epoch`.
-        """
-        ids, epochs, places, groups = self._read(start, stop)
-        for first in range(0, ids.size, self.chunk):
-            part = slice(first, first + self.chunk)
-            found = [(groups[shard, group], row) if number >= 0 else (_UNREADABLE, 0)
-                     for (shard, group, row), number in zip(places[part], ids[part].tolist(), strict=True)]
-            columns = {field.name: pa.concat_arrays([
-                pa.nulls(1, field.type) if group.error else group.columns[field.name].slice(row, 1)
-                for group, row in found]) for field in self.reader.schema}
-            yield pa.table({**columns, SAMPLE_ID: ids[part], EPOCH: epochs[part]})
+    def _stored_bytes(self, span: tuple[int, int]) -> float:
+        """Stored size of this rank's rows of some steps, about."""
+        return (span[1] - span[0]) * self.rows_per_step * self.stored_bytes
 
-    def decoded(self, table: pa.Table) -> Arrays:
-        """The rows of a table of `encoded`, as those of `rows`."""
-        ids, epochs = table.column(SAMPLE_ID).to_numpy(), table.column(EPOCH).to_numpy()
-        names = [name for name in table.column_names if name not in (SAMPLE_ID, EPOCH)]
-        stored = RowGroup({name: table.column(name).combine_chunks() for name in names}, table.num_rows, 0)
-
-        def usable(number: int, sample_id: int, epoch: int) -> _Found:
-            try:
-                if not stored.columns["key"][number].is_valid:
-                    raise BadSample("not read")
-                rng = functools.cache(functools.partial(sample_rng, self.seed, epoch, sample_id))
-                return _Found(make_sample(self.spec, stored, number, rng), sample_id, "")
-            except BadSample:
-                # Rare: start again from the row group, which knows the reason and the neighbours.
-                place = self.reader.locate(np.array([sample_id]))[0]
-                return self._usable(self.reader.row_groups({place[:2]}), place, sample_id, epoch)
-
-        return self._filled(ids, epochs, usable)
-
-    def _read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64], list[Place], Groups]:
+    def _read(self, start: int, stop: int) -> "_Read":
         """Ids, epochs and places of the rows of the steps, and the row groups that hold them."""
         planned = self.plan.share(start, stop, self.rank, self.world)
         ids, epochs = planned.ids.ravel(), planned.epochs.ravel()
         places = self.reader.locate(np.maximum(ids, 0))
         wanted = {place[:2] for place, number in zip(places, ids.tolist(), strict=True) if number >= 0}
-        return ids, epochs, places, self.reader.row_groups(wanted)
+        return _Read(ids, epochs, places, self.reader.row_groups(wanted))
 
     def _filled(self, ids: NDArray[np.int64], epochs: NDArray[np.int64], usable: "Callable[[int, int, int], _Found]"
                 ) -> Arrays:
@@ -244,16 +219,11 @@ def produce(batch: Any, work: Work) -> Iterator[Arrays]:
         yield from work.rows(int(start), int(stop))
 
 
-def fetch(batch: Any, work: Work) -> Iterator[pa.Table]:
-    """The first of two stages: runs of steps in, their rows as stored out."""
-    work = _WORK.setdefault(work.token, work)
-    for start, stop in zip(batch["start"], batch["stop"], strict=True):
-        yield from work.encoded(int(start), int(stop))
-
-
-def decode(table: pa.Table, work: Work) -> Arrays:
-    """The second of two stages: stored rows in, rows of a batch out."""
-    return _WORK.setdefault(work.token, work).decoded(table)
+class _Read(NamedTuple):
+    ids: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+    places: list[Place]
+    groups: Groups
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import itertools
 import logging
 import queue
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +22,10 @@ from ray.data.util.torch_utils import arrow_batch_to_tensors
 from ray.exceptions import RayTaskError
 
 from perceiver.config import UserError
-from pipelines.samples import PROBLEM, Work, decode, fetch, produce
+from pipelines.samples import PROBLEM, Work, produce
 
 SEGMENT = 64
 """Runs that one Ray Dataset covers. The next one is started before the last ends, so the list stays short for ever."""
-
-READERS = 2
-"""Reading tasks at a time: the next run is read while the one before is handed over."""
 
 REST_S, LONGEST_REST_S = 0.01, 0.2
 """Pause after each turn of Ray Data's scheduling loop, while the consumer waits and while it never does."""
@@ -209,23 +206,33 @@ class RayBatches:
         return _Segment(batches, rows // self.batch_size)
 
 
-def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
-    """The lazy Ray Dataset of some runs: one small input block and one task each, outputs in order.
+def steps_of(streams: Sequence[RayBatches], micro_batch: int) -> Generator[tuple[Tensors, list[str]], None, None]:
+    """Micro-batches of steps, each step's rows put together from the streams, whose batches are its parts in order.
 
-    Staged work is read by `READERS` tasks at a time, which wait for the store and reserve no CPU, and decoded a block
-    at a time by the others.
+    Problem lines come with a step's first micro-batch.
     """
+    opened = [iter(stream) for stream in streams]
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(opened), thread_name_prefix="first-batch") as pool:
+        for stream in opened:
+            stack.callback(stream.close)
+        first = [[part] if part else [] for part in pool.map(lambda stream: next(stream, None), opened)]
+        for parts in zip(*map(itertools.chain, first, opened), strict=True):
+            rows = {name: torch.cat([tensors[name] for tensors, _ in parts]) for name in parts[0][0]}
+            lines = [line for _, found in parts for line in found]
+            for at in range(0, len(rows[next(iter(rows))]), micro_batch):
+                yield {name: tensor[at:at + micro_batch] for name, tensor in rows.items()}, lines
+                lines = []
+
+
+def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
+    """The lazy Ray Dataset of some runs: one small input block and one task each, outputs in order."""
     _quiet()
     dataset = ray.data.from_items([{"start": start, "stop": stop} for start, stop in runs],
                                   override_num_blocks=len(runs))
-    functions: tuple[Any, Any, Any] = fetch, decode, produce
-    if work.staged:
-        dataset = dataset.map_batches(functions[0], fn_kwargs={"work": work}, batch_size=None, num_cpus=0,
-                                      compute=ray.data.TaskPoolStrategy(size=min(READERS, len(runs))))
-    tasks = options.tasks if work.staged else min(options.tasks, len(runs))
-    dataset = dataset.map_batches(functions[1 if work.staged else 2], fn_kwargs={"work": work}, batch_size=None,
-                                  batch_format="pyarrow" if work.staged else "default", num_cpus=options.cpus_per_task,
-                                  memory=options.task_memory or None, compute=ray.data.TaskPoolStrategy(size=tasks))
+    function: Any = produce
+    dataset = dataset.map_batches(function, fn_kwargs={"work": work}, batch_size=None, num_cpus=options.cpus_per_task,
+                                  memory=options.task_memory or None,
+                                  compute=ray.data.TaskPoolStrategy(size=min(options.tasks, len(runs))))
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False

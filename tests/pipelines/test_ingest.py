@@ -18,6 +18,7 @@ from pipelines.ingest import (
     TrainShare,
     batch_shapes,
     eval_batches,
+    joined_runs,
     steps_per_epoch,
     total_steps,
     train_batches,
@@ -179,14 +180,36 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return DataConfig(url=str(folder), executor="inline", max_bad_fraction=0.2, run_samples=40, window=10)
 
 
-@pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_reading_as_a_stage_of_its_own_changes_nothing(damaged: DataConfig, small_ray: None, executor: str) -> None:
-    wanted = take(damaged, 2, 9, rank=1, world=2)
+@pytest.mark.parametrize("micro", [6, 12])
+def test_several_streams_side_by_side_change_nothing(damaged: DataConfig, small_ray: None, micro: int) -> None:
+    """2,000 bytes hold too few decoded rows for a window, so each step is cut between two tasks."""
+    wanted = take(damaged, 2, 9, rank=1, world=2, micro=micro)
     quarantine = Quarantine()
-    data = damaged.model_copy(update={"executor": executor, "prefetch_bytes": 4000, "read_apart": True})
-    got = take(data, 2, 9, rank=1, world=2, quarantine=quarantine)
+    data = damaged.model_copy(update={"executor": "ray", "prefetch_bytes": 2000})
+    share = TrainShare(3, 24, micro, 2, 9, 1, 2)
+    manifest = load_manifest(data.url)
+    works = ingest._train_works(data, manifest, ingest.sample_plan(data, manifest, seed=3, global_batch=24), share)
+    assert [(work.rank, work.world) for work in works] == [(2, 4), (3, 4)]
+    got = take(data, 2, 9, rank=1, world=2, micro=micro, quarantine=quarantine)
     assert len(got) == len(wanted) and all(same(a, b) for a, b in zip(got, wanted, strict=True))
     assert {problem.key for problem in quarantine.problems.values()} == {f"train/{number}" for number in BAD}
+
+
+def test_runs_are_joined_up_to_a_length() -> None:
+    assert list(joined_runs(iter([(3, 5), (5, 9), (9, 10), (10, 20), (20, 21)]), 7)) == [(3, 10), (10, 20), (20, 21)]
+    assert list(joined_runs(iter([]), 7)) == []
+
+
+def test_windows_read_ahead_give_the_same_rows(toy: DataConfig) -> None:
+    """One run over several windows, with room to read ahead and without."""
+    manifest = load_manifest(toy.url)
+    plan = ingest.sample_plan(toy, manifest, seed=3, global_batch=24)
+    for cache in (256 << 20, 1):
+        work = ingest._work(toy.model_copy(update={"cache_bytes": cache}), manifest, plan, rank=0, world=1, seed=3,
+                            batch=24)
+        assert len(list(plan.runs(0, 9, 9))) > 2
+        ids = np.concatenate([rows["sample_id"] for rows in work.rows(0, 9)])
+        assert ids.tolist() == joined(take(toy, 0, 9))["sample_id"].tolist()
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
@@ -255,7 +278,6 @@ def test_a_shard_lost_in_mid_run_is_replaced_alike_everywhere(tmp_path: Path, da
     data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1, run_samples=16)
     quarantine = Quarantine()
     rows = joined(take(data, 0, 2, quarantine=quarantine))
-    assert same(joined(take(data.model_copy(update={"read_apart": True}), 0, 2)), rows)
     halves = [take(data, 0, 2, rank=rank, world=2) for rank in range(2)]
     assert same(joined(halves[0][:2] + halves[1][:2] + halves[0][2:] + halves[1][2:]), rows)
     assert rows["valid"].all() and not set(rows["sample_id"].tolist()) & set(lost)
