@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ray.tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search import Searcher
 
 from cluster.failures import one_line
@@ -204,8 +204,8 @@ class Asker(Searcher):
         """Do nothing: see `save`."""
 
 
-class Reporter(ray.tune.Callback):
-    """Tells the desk what Tune sees."""
+class Reporter(TrialProgressCallback):
+    """Tells the desk what Tune sees, in the place of the callback that would print lines of Tune's own."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
