@@ -249,8 +249,8 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
     if name.startswith("ours") or name == "ray":
         import ray
 
-        ray.init(num_cpus=PROCESSES, include_dashboard=False, object_store_memory=500 << 20, log_to_driver=False,
-                 logging_level=logging.ERROR)
+        ray.init(address="local", num_cpus=PROCESSES, include_dashboard=False, object_store_memory=500 << 20,
+                 log_to_driver=False, logging_level=logging.ERROR)
     began = time.perf_counter()
     batches = LOADERS[name](kind, folder, samples + (WARM + 1) * BATCH)
     shape = tuple(next(batches).shape)

@@ -39,6 +39,8 @@ KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
 BLOCK_BYTES = 4 << 20
 """Size of the blocks that data tasks hand over, about; one of whole batches at least."""
+RETIRED = ("read_apart",)
+"""Keys that no longer mean anything."""
 
 
 class DataConfig(ViewConfig):
@@ -64,6 +66,12 @@ class DataConfig(ViewConfig):
     lanes: int | None = Field(default=None, gt=0, description="places read from at a time; null: by batch size")
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of bad samples that stops the run")
     storage_options: dict[str, str] = Field(default={}, description="of the file system; `$NAME`: environment")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, given: Any) -> Any:
+        """Leave out keys that runs and exports of earlier versions have written down."""
+        return {key: value for key, value in given.items() if key not in RETIRED} if isinstance(given, dict) else given
 
 
 def load_data(data: DataConfig, load: Callable[[str, dict[str, str]], Manifest] = load_manifest) -> Manifest:

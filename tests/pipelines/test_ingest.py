@@ -195,6 +195,12 @@ def test_several_streams_side_by_side_change_nothing(damaged: DataConfig, small_
     assert {problem.key for problem in quarantine.problems.values()} == {f"train/{number}" for number in BAD}
 
 
+def test_keys_of_earlier_versions_are_left_out() -> None:
+    assert DataConfig.model_validate({"url": "x", "read_apart": None}) == DataConfig(url="x")
+    with pytest.raises(ValueError, match="read_apar"):
+        DataConfig.model_validate({"url": "x", "read_apar": None})
+
+
 def test_runs_are_joined_up_to_a_length() -> None:
     assert list(joined_runs(iter([(3, 5), (5, 9), (9, 10), (10, 20), (20, 21)]), 7)) == [(3, 10), (10, 20), (20, 21)]
     assert list(joined_runs(iter([]), 7)) == []
