@@ -112,7 +112,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 def work(config: Mapping[str, Any], make_engine: EngineMaker) -> dict[str, Any]:
     """Do what `train_worker` does, with an engine of the caller's making."""
     began = time.perf_counter()
-    place = _place(config["runs"])
+    place = find_place(config["runs"])
     monitor = connect(config["monitor"], place.rank)
     try:
         with contextlib.ExitStack() as resources:
@@ -152,7 +152,7 @@ def _build(
     resources.callback(_write_quarantine, quarantine, folder, place.rank)
     done = _newest_step(folder, place)
     total = recipe.train.total_steps(epoch_steps_of(recipe, manifest))
-    batches = started(_training(recipe, manifest, place, (done, total), quarantine))
+    batches = started(training_batches(recipe, manifest, place, (done, total), quarantine))
     resources.callback(batches.close)
     classes = len(manifest.classes)
     model = first_model(recipe, classes, restored=done > 0)
@@ -197,9 +197,10 @@ def started(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
     return iterate()
 
 
-def _training(
+def training_batches(
     recipe: Recipe, manifest: Manifest, place: Place, steps: tuple[int, int], quarantine: Quarantine
 ) -> Iterator[Batch]:
+    """Return the worker's micro-batches of the steps [first, last)."""
     share = TrainShare(
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
@@ -218,7 +219,7 @@ def _write_quarantine(quarantine: Quarantine, folder: RunFolder, rank: int) -> N
         quarantine.write(folder.location("quarantine", f"part-{rank:05d}"))
 
 
-def _place(runs: int) -> Place:
+def find_place(runs: int) -> Place:
     """Find this worker's place; ``runs`` that share the machine share its cores."""
     import ray.train
 

@@ -1,11 +1,12 @@
-"""Measuring this machine with a recipe: a few optimizer steps in one process, then in as many as there are cores."""
+"""Measuring this machine with a recipe: steps in one process, in as many as there are cores, and in a short run."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import torch
 
 from cluster.capacity.calibration import Calibration, Timing, calibration_file, matches
 from cluster.capacity.hardware import Device
+from cluster.capacity.rehearsal import SHORTEST
 from cluster.local import machine_cpus, set_quiet_environment
 from cluster.recipe import Recipe, for_workers
 from perceiver.config import UserError
 from pipelines.ingest import load_data
 
 TIMEOUT_S = 300
-SECONDS = 4.0
+SECONDS = 2.5
 """Time to spend on each size, about."""
 
 
@@ -42,7 +44,7 @@ def check_device(name: str, device: Device) -> None:
 
 
 def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
-    """Measure, keep the figures for `perceiver plan`, and return them; about half a minute on a quiet machine.
+    """Measure, keep the figures for `perceiver plan`, and return them; about a minute on a quiet machine.
 
     Each size of a step is taken for so many seconds, about.
 
@@ -68,6 +70,7 @@ def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
         save_bytes_s=alone["save_bytes_s"],
         base_bytes=alone["base_bytes"],
     )
+    result = result.model_copy(update={"surroundings": _surroundings(recipe, result, most, seconds)})
     path = calibration_file(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(result.model_dump_json(indent=1))
@@ -79,6 +82,22 @@ def _timings(figures: dict[str, Any]) -> list[Timing]:
     latency = figures["exchange"][0]
     return [Timing(processes=figures["processes"], micro_batch=micro, seconds=max(1e-6, seconds - latency), bytes=size)
             for micro, seconds, size in figures["timings"]]
+
+
+def _surroundings(recipe: Recipe, alone: Calibration, most: int, seconds: float) -> float:
+    """How much longer the steps of a run by Ray take than `alone` says, with as many workers as divide the batch."""
+    training = recipe.train
+    workers = max(n for n in range(1, most + 1) if training.global_batch % (n * (training.micro_batch or 1)) == 0)
+    parts = training.micro(workers), training.accumulation(workers)
+    expected = alone.step_seconds(training.global_batch, *parts, workers)
+    there = {"workers": workers, "gpus_per_worker": float(torch.cuda.is_available()), "address": None}
+    tree = for_workers(recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=there)}))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with tempfile.TemporaryDirectory(prefix="perceiver-rehearsal-") as folder:
+        task = {"recipe": tree, "steps": max(SHORTEST, round(3 * seconds / expected)), "folder": folder}
+        process = _start("cluster.capacity.rehearsal", task, environment)
+        figures = json.loads(first_output([process], TIMEOUT_S).strip().splitlines()[-1])
+    return max(1.0, figures["seconds"] / expected)
 
 
 def _measure(recipe: Recipe, processes: int, seconds: float) -> dict[str, Any]:
@@ -96,20 +115,22 @@ def _measure(recipe: Recipe, processes: int, seconds: float) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "cluster.capacity.probe"]
-    running = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port),
-                              "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"})
-        for rank in range(processes)
-    ]  # fmt: skip
-    for process in running:
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(task))
-        process.stdin.close()
-        process.stdin = None
+    environment = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
+    running = [_start("cluster.capacity.probe", task, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+               for rank in range(processes)]
     output = first_output(running, TIMEOUT_S)
     return {"processes": processes, **json.loads(output.strip().splitlines()[-1])}
+
+
+def _start(module: str, task: Mapping[str, Any], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """Start a module of ours and give it its task."""
+    process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=dict(environment))
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(task))
+    process.stdin.close()
+    process.stdin = None
+    return process
 
 
 def first_output(running: Sequence["subprocess.Popen[str]"], timeout_s: float) -> str:

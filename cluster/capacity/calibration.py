@@ -33,6 +33,8 @@ class Calibration(Config):
     exchange_bytes_s: PositiveFloat = Field(description="bytes a second a process sends in an exchange")
     save_bytes_s: PositiveFloat = Field(description="bytes a second written to the output folder")
     base_bytes: PositiveFloat = Field(description="memory of a worker before it builds a model")
+    surroundings: float = Field(default=1.0, ge=1, description="how much longer a step takes in a run than by itself: "
+                                "what Ray, data tasks and waiting for each other cost")
 
     def compute_seconds(self, micro: int, processes: int) -> float:
         """Seconds of a training pass of `micro` samples on each of `processes` side by side.
@@ -44,6 +46,14 @@ class Calibration(Config):
         each = (large.seconds - small.seconds) / max(1, large.micro_batch - small.micro_batch)
         seconds = max(large.seconds + each * (micro - large.micro_batch), 0.2 * small.seconds)
         return seconds * (processes / large.processes if processes > large.processes else 1.0)
+
+    def step_seconds(self, batch: int, micro: int, accumulation: int, processes: int, nodes: int = 1) -> float:
+        """Seconds of a step by itself: passes and optimizer, and the data tasks' share of the cores.
+
+        Where data tasks share the cores with the workers, each second of theirs is one that a worker does not get.
+        """
+        passes = accumulation * self.compute_seconds(micro, processes // nodes)
+        return passes + batch * self.sample_cpu_seconds / self.cores / nodes
 
     def activation_bytes(self, state_bytes: Callable[[int], float]) -> float:
         """Memory that passes through a step, a sample, by the largest step that was measured in one process.

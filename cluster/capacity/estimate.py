@@ -282,10 +282,9 @@ def step_time(workload: Workload, place: Place, micro: int, accumulation: int, c
     cores = place.data_cpus
     reading = workload.recipe.train.global_batch * decode_cpu(workload, calibration) / max(cores, 1e-9)
     if calibration:
-        compute = accumulation * calibration.compute_seconds(micro, place.devices // place.nodes)
-        # Where data tasks share the cores with the workers, each second of theirs is one that a worker does not get.
-        stolen = workload.recipe.train.global_batch * calibration.sample_cpu_seconds / calibration.cores / place.nodes
-        return Step(compute + stolen, 0.0, 0.0, wire_seconds, wire_bytes, 0.0)
+        alone = calibration.step_seconds(workload.recipe.train.global_batch, micro, accumulation, place.devices,
+                                         place.nodes)
+        return Step(alone * calibration.surroundings, 0.0, 0.0, wire_seconds, wire_bytes, 0.0)
     compute = accumulation * roofline(workload, place.device, micro)
     speed = place.device.memory_gbytes_s * 1e9 * place.device.memory_efficiency
     traffic = accumulation * micro * workload.trace.other_bytes / speed

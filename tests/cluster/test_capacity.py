@@ -15,7 +15,15 @@ from click.testing import CliRunner
 
 from cluster.capacity.calibrate import calibrate, first_output
 from cluster.capacity.calibration import Calibration, Timing, calibration_file, load_calibration
-from cluster.capacity.estimate import Place, check_starving, communication, estimate, memory, reliability
+from cluster.capacity.estimate import (
+    Place,
+    check_starving,
+    communication,
+    estimate,
+    memory,
+    reliability,
+    step_time,
+)
 from cluster.capacity.hardware import BUILT_IN, Device, load_hardware
 from cluster.capacity.workload import DataFacts, Workload, build_workload
 from cluster.recipe import build_recipe
@@ -157,6 +165,16 @@ def test_a_calibration_is_linear_in_the_samples() -> None:
     assert found.activation_bytes(lambda world: 2e9) == 0.0, "weights alone are more than what was measured"
 
 
+def test_a_run_takes_longer_than_its_steps_by_themselves(workload: Workload) -> None:
+    alone = measured(per_sample=2e6)
+    batch = workload.recipe.train.global_batch
+    by_itself = alone.step_seconds(batch, batch, 1, 1)
+    assert by_itself == pytest.approx(alone.compute_seconds(batch, 1) + batch * 1e-3 / 2)
+    slowed = alone.model_copy(update={"surroundings": 1.3})
+    times = [step_time(workload, place(1), batch, 1, calibration).total for calibration in (alone, slowed)]
+    assert times == pytest.approx([by_itself, 1.3 * by_itself])
+
+
 def test_hardware_of_the_user(tmp_path: Path) -> None:
     table = yaml.safe_load(BUILT_IN.read_text())
     table["devices"]["mine"] = {**table["devices"]["h100"], "price_hour": 1.25}
@@ -247,5 +265,6 @@ def test_measuring_this_machine(tree: dict[str, Any], tmp_path: Path, monkeypatc
     assert load_calibration(recipe, "cpu") == found
     assert {(t.processes, t.micro_batch) for t in found.timings} == {(1, 8), (1, 16), (2, 4), (2, 8)}
     assert 1e8 < found.base_bytes < 5e9
+    assert 1 < found.surroundings < 100, "a real run takes longer"
     longer = build_recipe({**tree, "train": {**tree["train"], "epochs": 9}})
     assert load_calibration(longer, "cpu") == found, "the length of a run does not change its speed"
