@@ -39,20 +39,21 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
     basis = "measured on this machine" if plan.calibrated else (
         f"assumed: products at {place.device.efficiency:.0%} of the peak, all else at "
         f"{place.device.memory_efficiency:.0%} of the memory's speed")  # fmt: skip
+    computing = f"with what data tasks and Ray take of it {duration(step.compute)}" if plan.calibrated else (
+        f"compute {duration(step.compute)} ({duration(step.traffic)} of it not matrix products), optimizer "
+        f"{duration(step.optimizer)}")  # fmt: skip
     return [
         f"on            {place.devices} x {place.device.title}, {place.nodes} node{'s' * (place.nodes > 1)}, "
         f"{place.data_cpus:,.0f} CPUs for data",
-        f"model         {account.parameters:,} parameters, {account.forward_flops / 1e9:,.1f} GFLOP a sample forward "
-        f"({account.executed_flops / 1e9:,.1f} executed), {workload.trace.flops / 1e9:,.1f} forward and backward",
+        f"model         {account.parameters:,} parameters, {flops(account.forward_flops)} a sample forward "
+        f"({flops(account.executed_flops)} executed), {flops(workload.trace.flops)} forward and backward",
         f"batch         {workload.recipe.train.global_batch} = {place.devices} devices x {plan.micro_batch} samples x "
         f"{plan.accumulation} accumulated; largest micro-batch that fits {plan.largest_micro_batch}",
         f"memory        {size(used.total)} of {place.device.memory_gb:g} GB a device: weights {size(used.weights)}, "
         f"gradients {size(used.gradients)}, optimizer {size(used.optimizer)}, buffers {size(used.buffers)}, "
         f"activations {size(used.activations)}, libraries {size(used.context)}",
         *_stages(plan),
-        f"step          {duration(step.total)}: compute {duration(step.compute)} ("
-        f"{duration(step.traffic)} of it not matrix products), optimizer "
-        f"{duration(step.optimizer)}, communication {duration(step.communication)} "
+        f"step          {duration(step.total)}: {computing}, communication {duration(step.communication)} "
         f"({size(step.communication_bytes)} sent by each device)",
         f"  FLOPs       {flops(done)} forward and backward, {flops(done / place.devices)} on each device",
         f"  basis       {basis}",
