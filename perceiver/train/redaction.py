@@ -27,6 +27,7 @@ _FORMATS = re.compile(
     r"|\bsk-[A-Za-z0-9_-]{20,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
 )
+_VARIABLE = re.compile(r"\$[A-Za-z_]\w*")
 _HEADERS = re.compile(r"(?<=Bearer )\S+|(?<=Basic )\S+")
 
 
@@ -88,15 +89,18 @@ def _without_formats(text: str) -> str:
 
 
 def redact_value(key: str, value: Any) -> Any:
-    """One value, safe to show. References, numbers, booleans and None stay; containers are handled inside."""
+    """One value, safe to show. References, numbers, booleans and None stay; containers are handled inside.
+
+    Storage options name variables as `$NAME` (`pipelines.storage`), which are references there.
+    """
     if isinstance(value, Mapping):
-        return {k: redact_value(str(k), v) for k, v in value.items()}
+        return {k: redact_value(f"{key}.{k}", v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [redact_value(key, item) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     text = value if isinstance(value, str) else str(value)
-    if is_reference(text):
+    if is_reference(text) or ("storage_options" in key.split(".") and _VARIABLE.fullmatch(text)):
         return text
     return MASK if text and is_secret_key(key) else redact_text(text)
 

@@ -330,6 +330,14 @@ def test_redaction_reaches_into_containers() -> None:
     assert redact(dict(leaves({"tokens": 3, "token": ["x", "y"]}))) == {"tokens": 3, "token.0": MASK, "token.1": MASK}
 
 
+def test_variables_that_storage_options_name_stay() -> None:
+    options = {"secret": "$S3_SECRET", "token": "hunter2", "key": "$2b$x"}
+    tree = {"data": {"storage_options": options}, "token": "$hunter2"}
+    kept = {"secret": "$S3_SECRET", "token": MASK, "key": MASK}
+    assert redact(tree) == {"data": {"storage_options": kept}, "token": MASK}
+    assert redact(flatten(tree)) == flatten({"data": {"storage_options": kept}, "token": MASK})
+
+
 def test_leaves_are_found_in_lists_of_mappings() -> None:
     tree = {"a": [{"b": 1}, [2]], "c": {}, "d": None}
     assert list(leaves(tree)) == [("a.0.b", 1), ("a.1.0", 2), ("d", None)]
