@@ -88,17 +88,15 @@ def test_weights_are_exchanged_and_ctrl_c_saves(tmp_path: Path, tree: dict[str, 
     folder = tmp_path / "runs" / "hunt-001"
     process = start(tmp_path, "tune", search)
     wait_for(lambda: trials(folder) and trials(folder)[0]["exchanges"], process)
-    exchange = trials(folder)[0]["exchanges"][0]
-    wait_for(lambda: trials(folder)[0]["evaluations"][-1]["step"] > exchange["step"], process)
+    before = len(trials(folder)[0]["evaluations"])
+    wait_for(lambda: len(trials(folder)[0]["evaluations"]) > before, process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 130, output
     assert "goes on from trial 1's weights" in output and "go on with: perceiver tune" in output
     taker = trials(folder)[0]
-    by_step = {e["step"]: e["metrics"] for e in taker["evaluations"]}
-    own = min(by_step)
-    moved = min(step for step in by_step if step > exchange["step"])
-    assert by_step[moved]["loss"] < by_step[own]["loss"] - 0.05, "a rate of 1e-9 alone would not have moved it"
+    losses = [e["metrics"]["loss"] for e in taker["evaluations"]]
+    assert losses[before] < losses[0] - 0.05, "a rate of 1e-9 alone would not have moved it"
     assert [t["status"] for t in trials(folder)] == ["unfinished", "unfinished"]
     for number in (0, 1):
         assert list((folder / "trials" / f"trial-00{number}" / "checkpoints").glob("step-*/manifest.json"))
