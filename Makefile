@@ -29,8 +29,9 @@ check: $(READY)  ## lint, types, import contract
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-test: check  ## check, then the whole test suite
-	$(BIN)/python -m pytest
+test: check  ## check, then the whole test suite: the fast tests on two cores at a time, then the slow ones
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow
 
 faults: $(READY)  ## put faults upon real runs and print the table (about an hour)
 	@$(BIN)/python -m tests.faults
