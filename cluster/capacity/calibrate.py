@@ -44,7 +44,7 @@ def check_device(name: str, device: Device) -> None:
 
 
 def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
-    """Measure, keep the figures for `perceiver plan`, and return them; about a minute on a quiet machine.
+    """Measure, keep the figures for `perceiver plan`, and return them; about a minute and a half on a quiet machine.
 
     Each size of a step is taken for so many seconds, about.
 
