@@ -207,7 +207,8 @@ def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, devic
     plan = sample_plan(data, manifest, seed=share.seed, global_batch=share.global_batch)
     works = _train_works(data, manifest, plan, share)
     if len(works) == 1:
-        runs = plan.runs(share.start_step, share.stop_step, _run_steps(data, works[0], manifest))
+        most = _run_steps(data, works[0], _waiting_rows(data, works[0].spec))
+        runs = plan.runs(share.start_step, share.stop_step, most)
         batches = _execute(data, works[0], runs, share.micro_batch, device)
     else:
         batches = _side_by_side(data, manifest, works, share, device)
@@ -240,7 +241,7 @@ def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share
 
     streams = []
     for work in works:
-        most = max(1, int(min(data.run_samples, data.run_bytes / work.stored_bytes)) // work.rows_per_step)
+        most = _run_steps(data, work)
         windows = work.plan.runs(share.start_step, share.stop_step, most)
         options = dataclasses.replace(_ray_options(data, work), tasks=1,
                                       bytes_in_flight=data.prefetch_bytes // len(works))
@@ -312,15 +313,13 @@ def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[
     """The work of an evaluation, its runs of batches, and the rank's samples."""
     plan = EvalPlan(manifest.split(share.split).samples, share.batch)
     work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split)
-    runs = plan.runs(share.first, plan.batches(share.world), _run_steps(data, work, manifest))
+    runs = plan.runs(share.first, plan.batches(share.world), _run_steps(data, work, _waiting_rows(data, work.spec)))
     return work, runs, math.ceil(plan.samples / share.world)
 
 
-def _run_steps(data: DataConfig, work: Work, manifest: Manifest) -> int:
-    """Steps of a run: as many as the limits on samples and bytes of a task allow, at least one."""
-    found = manifest.split(work.split)
-    samples = min(int(data.run_bytes * found.samples / found.bytes), data.run_samples, _waiting_rows(data, work.spec))
-    return max(1, samples // work.rows_per_step)
+def _run_steps(data: DataConfig, work: Work, waiting: float = math.inf) -> int:
+    """Steps of a run: as many as the limits on a task's samples and bytes and on waiting rows allow, at least one."""
+    return max(1, int(min(data.run_bytes / work.stored_bytes, data.run_samples, waiting)) // work.rows_per_step)
 
 
 def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:

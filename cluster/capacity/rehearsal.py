@@ -20,11 +20,8 @@ LEFT_OUT = 3
 
 def rehearse(config: Mapping[str, Any]) -> dict[str, Any]:
     """Take a worker's steps without evaluation, checkpoints and tracking; return the mean seconds of a step."""
-    import torch
-
     from cluster.preflight import epoch_steps_of
-    from cluster.worker import build_engine, find_place, training_batches
-    from perceiver.factory import build_model
+    from cluster.worker import build_engine, find_place, first_model, training_batches
     from perceiver.tasks import build_task
     from perceiver.train.loop import Span, train
     from pipelines.ingest import load_data
@@ -34,8 +31,7 @@ def rehearse(config: Mapping[str, Any]) -> dict[str, Any]:
     manifest, place = load_data(recipe.data), find_place(1)
     training, classes = recipe.train, len(manifest.classes)
     batches = training_batches(recipe, manifest, place, (0, config["steps"]), Quarantine())
-    torch.manual_seed(recipe.seed)
-    model, task = build_model(recipe.model, classes=classes), build_task(recipe.task, classes=classes)
+    model, task = first_model(recipe, classes, restored=True), build_task(recipe.task, classes=classes)
     engine = build_engine(recipe, model, task, manifest, place)
     seconds: list[float] = []
     span = Span(0, config["steps"], training.global_batch, training.accumulation(place.world),
