@@ -66,6 +66,7 @@ class RunConsole(LineConsole):
         self._task: Any = None
         self._last_line = 0.0
         self._began: tuple[float, int] | None = None
+        self._world: int | None = None
         self.first_step_at: float | None = None
 
     def drawn(self) -> Progress | None:
@@ -90,6 +91,11 @@ class RunConsole(LineConsole):
             self._began = None
             self.say(f"resumed at step {event['step']} from {_short(event['checkpoint'])}")
 
+    def _on_ready(self, event: Mapping[str, Any]) -> None:
+        before, self._world = self._world, event["world"]
+        if before not in (None, self._world):
+            self.say(f"training goes on with {self._world} worker{'s' * (self._world > 1)} in place of {before}")
+
     def _on_failure(self, event: Mapping[str, Any]) -> None:
         self.say(f"worker {event['failed']} failed ({event['reason']}); the workers start again")
 
@@ -104,6 +110,9 @@ class RunConsole(LineConsole):
 
     def _on_missed(self, event: Mapping[str, Any]) -> None:
         self.say(f"{event['reason']}; training goes on")
+
+    def _on_unscored(self, event: Mapping[str, Any]) -> None:
+        self.say(f"the evaluation of step {event['step']} failed ({event['reason']}); training goes on")
 
     def _on_metrics(self, event: Mapping[str, Any]) -> None:
         metrics = {k.removeprefix("eval/"): v for k, v in event["metrics"].items() if k.startswith("eval/")}

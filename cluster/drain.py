@@ -18,11 +18,12 @@ def announced() -> Any | None:
 
 
 def leave(step: int) -> None:
-    """End this worker, so that Ray Train starts the group again where no node is drained.
+    """End this worker, so that Ray Train starts the group again, where no node is drained or with a node that joined.
 
     Raises:
         RayActorError: always; of the kind that Ray Train counts among preemptions, not among `cluster.max_failures`.
     """
     from ray.exceptions import RayActorError
 
-    raise RayActorError(error_msg=f"its node or another's is drained, step {step} is saved", preempted=True)
+    why = "a node has joined" if announced() is None else "its node or another's is drained"
+    raise RayActorError(error_msg=f"{why}, step {step} is saved", preempted=True)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from cluster import local
+from cluster.beside import Evaluations
 from cluster.conclude import conclude, send_waiting
 from cluster.console import RunConsole
 from cluster.failures import failure_reason
@@ -40,6 +41,8 @@ from pipelines.warm import warm_up
 log = logging.getLogger(__name__)
 
 REFUSED_GRACE_S = 3.0
+LOOK_S = 0.25
+"""Between two looks at what the workers say."""
 STOPPING = "stopping: the workers save a checkpoint first (again to leave at once)"
 
 
@@ -151,15 +154,18 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     refused: list[float] = []
     dog = Watchdog(launch.recipe.cluster.hang_s)
     begun_from = launch.preflight.checkpoint
+    beside = Evaluations(launch.recipe, launch.folder, monitor)
     figures = RunMetrics(ray_export(launch.folder.name), saved_at=begun_from.created if begun_from else None)
 
     def show(event: dict[str, Any]) -> None:
         dog.note(event, time.monotonic())
         figures.note(event)
+        beside.note(event)
         if event["kind"] == "ready":
             _note_worker(launch.folder, event)
             if event["rank"] == 0:
-                find_peak(figures, launch.recipe, len(launch.preflight.manifest.classes) or None, event["device"])
+                classes = len(launch.preflight.manifest.classes) or None
+                find_peak(figures, launch.recipe, classes, event["device"], event["world"])
         if event["kind"] == "refused":
             outcome.update(status="refused", error=event["error"])
             refused.append(time.monotonic())
@@ -178,13 +184,16 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
         # A worker that refuses to go on leaves the others waiting for it: they end with Ray, a moment later.
         while thread.is_alive() and not (refused and time.monotonic() - refused[0] > REFUSED_GRACE_S):
             pump(monitor, show)
+            if (failed := beside.tend()) is not None:
+                launch.console.show(failed)
             if (hanging := dog.suspect(time.monotonic())) is not None:
                 launch.console.show({"kind": "hang", **asdict(hanging)})
                 end(hanging)
             if launch.lease.lost:
                 raise UserError(f"{launch.folder.url}: {launch.lease.lost}; this one stops, what it did since is void")
-            thread.join(0.1)
+            thread.join(LOOK_S)
         pump(monitor, show)
+    beside.cancel()
     launch.console.close()
     ray.kill(monitor)
     return outcome

@@ -31,6 +31,8 @@ QUIET_ENVIRONMENT = {
     # A start brings up a dozen processes that mostly wait for each other; Ray's default is one a CPU at a time.
     "RAY_worker_maximum_startup_concurrency": "8",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Training workers rank with Ray's own processes; data tasks step back by themselves (`pipelines.samples.produce`).
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -46,6 +48,11 @@ class ClusterConfig(Config):
         description="address of a running Ray; default: RAY_ADDRESS, else a Ray of its own on this machine",
     )
     workers: PositiveInt = Field(default=1, description="training workers, one process each")
+    min_workers: PositiveInt | None = Field(
+        default=None,
+        description="on a cluster: train with as few as this while nodes are missing, and with up to cluster.workers as "
+        "they come; numbers that do not share out the global batch are left out; default: never fewer",
+    )
     cpus_per_worker: PositiveFloat | None = Field(
         default=None,
         description="logical CPUs of a worker; default: on this machine an equal share, less what data tasks need",
@@ -143,6 +150,7 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
             dashboard_host="127.0.0.1",
             **quiet,
         )
+        _end_log_monitor()
     else:
         check_reachable(address)
         try:
@@ -156,6 +164,14 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
 
     session = worker.global_worker.node.get_session_dir_path() if worker.global_worker.node else ""
     return {"dashboard": context.dashboard_url, "session": session}
+
+
+def _end_log_monitor() -> None:
+    """End the process that would bring the workers' output to this terminal: nobody asks for it, and it never rests."""
+    import ray._private.worker as worker
+
+    with contextlib.suppress(AttributeError, KeyError):  # another version of Ray may call it something else
+        worker.global_worker.node.kill_log_monitor(check_alive=False)  # type: ignore[union-attr]
 
 
 class EarlyRay:

@@ -123,8 +123,8 @@ def _gauges() -> "dict[str, Gauge]":
     return {figure.name: Gauge(figure.name, description=figure.title, tag_keys=("run",)) for figure in FIGURES}
 
 
-def find_peak(metrics: RunMetrics, recipe: Recipe, classes: int | None, device: str) -> None:
-    """Work out in a thread, on GPUs that the hardware table knows, what the utilisation is relative to."""
+def find_peak(metrics: RunMetrics, recipe: Recipe, classes: int | None, device: str, workers: int) -> None:
+    """Work out in a thread, on GPUs that the hardware table knows, what the utilisation of so many is relative to."""
     known = [d for d in load_hardware(None).devices.values() if d.match != "cpu" and d.match in device]
     if not known:
         return
@@ -132,7 +132,7 @@ def find_peak(metrics: RunMetrics, recipe: Recipe, classes: int | None, device: 
 
     def work() -> None:
         flops = trace_step(recipe.model, classes=classes).flops
-        metrics.peak_samples_s = peak * recipe.cluster.workers / flops
+        metrics.peak_samples_s = peak * workers / flops
 
     threading.Thread(target=work, name="model-flops", daemon=True).start()
 

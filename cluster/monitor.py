@@ -2,7 +2,7 @@
 
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,15 @@ class MonitorState:
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
-        self._stop = False
+        self._stop = self._resize = False
+        self._posted: list[dict[str, Any]] = []
 
-    def push(self, event: dict[str, Any]) -> bool:
-        """Add an event; return whether the driver asked to stop."""
+    def push(self, event: dict[str, Any]) -> tuple[bool, bool]:
+        """Add an event; return whether the workers are asked to stop, and whether to start again in another number."""
         self._events.append(event)
-        return self._stop
+        if event["kind"] == "ready":
+            self._resize = False  # this one has started again
+        return self._stop, self._resize
 
     def drain(self) -> list[dict[str, Any]]:
         """Return the events since the last call."""
@@ -30,6 +33,19 @@ class MonitorState:
     def request_stop(self) -> None:
         """Ask the workers to save a checkpoint and end."""
         self._stop = True
+
+    def request_resize(self) -> None:
+        """Ask the workers to save a checkpoint and to start again, in another number."""
+        self._resize = True
+
+    def post(self, news: dict[str, Any]) -> None:
+        """Leave something for the worker of rank 0."""
+        self._posted.append(news)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return what was left for the worker of rank 0 since the last call."""
+        posted, self._posted = self._posted, []
+        return posted
 
 
 class LocalMonitor:
@@ -52,10 +68,11 @@ class MonitorClient:
 
     handle: Any
     rank: int
-    interval: float = 0.2
+    interval: float = 0.5
     _last: float = 0.0
     _pending: list[Any] = field(default_factory=list)
     _stop: bool = False
+    _resize: bool = False
 
     def send(self, kind: str, payload: Mapping[str, Any], urgent: bool = False) -> None:
         """Send an event; a progress event that comes too soon after the last is left out."""
@@ -71,16 +88,25 @@ class MonitorClient:
         self._collect()
         return self._stop
 
+    def resize_requested(self) -> bool:
+        """Whether the workers are asked to start again in another number."""
+        self._collect()
+        return self._resize
+
     def flush(self) -> None:
         """Wait until all events have been taken."""
-        self._stop = any([self._stop, *ray.get(self._pending)])
+        self._note(ray.get(self._pending))
         self._pending = []
 
     def _collect(self) -> None:
         if not self._pending:
             return
         done, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
-        self._stop = self._stop or any(ray.get(done))
+        self._note(ray.get(done))
+
+    def _note(self, answers: Sequence[tuple[bool, bool]]) -> None:
+        self._stop = self._stop or any(stop for stop, _ in answers)
+        self._resize = self._resize or any(resize for _, resize in answers)
 
 
 @dataclass
@@ -97,6 +123,10 @@ class LocalClient:
     def stop_requested(self) -> bool:
         """Whether the driver asked to stop."""
         return self.monitor.stop
+
+    def resize_requested(self) -> bool:
+        """Never: this worker is the only one."""
+        return False
 
     def flush(self) -> None:
         """Do nothing: an event has arrived when it is sent."""

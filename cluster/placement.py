@@ -114,6 +114,24 @@ def check_memory(nodes: Sequence[Node], data: DataNeed) -> None:
         )
 
 
+def check_evaluation(config: ClusterConfig, nodes: Sequence[Node]) -> None:
+    """Refuse evaluations beside training (`train.eval_beside`) for which no GPU is left.
+
+    Raises:
+        UserError: the nodes have none beside the workers'.
+    """
+    each = config.gpus_per_worker
+    if not each:
+        return
+    training = _labelled(nodes, config.worker_labels, "cluster.worker_labels")
+    if sum(node.room({"GPU": each}) for node in training) <= config.workers:
+        total = sum(node.resources.get("GPU", 0) for node in training)
+        raise UserError(
+            f"train.eval_beside takes {each:g} GPU beside those of cluster.workers = {config.workers}; there are {total:g} "
+            "in all: lower cluster.workers, or set train.eval_beside=false"
+        )
+
+
 def place(config: ClusterConfig, nodes: Sequence[Node], data: DataNeed) -> float:
     """Return the logical CPUs of one worker so that all workers fit on the nodes and data tasks have room beside them.
 

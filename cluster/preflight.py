@@ -7,7 +7,7 @@ import torch
 
 from cluster.inputs import check_inputs
 from cluster.local import machine_cpus, worker_cpus
-from cluster.placement import DataNeed, Node, place
+from cluster.placement import DataNeed, Node, check_evaluation, place
 from cluster.recipe import Recipe, kind_of
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
@@ -80,6 +80,8 @@ def check_machine(recipe: Recipe) -> tuple[int, int]:
     here = Node("this machine", {"CPU": cpus, "GPU": gpus})
     config = recipe.cluster.model_copy(update={"cpus_per_worker": share, "autoscaling": False})
     place(config, [here], data_need(recipe))
+    if recipe.train.eval_beside:
+        check_evaluation(config, [here])
     return cpus, gpus
 
 
@@ -137,8 +139,20 @@ def data_need(recipe: Recipe) -> DataNeed:
     return DataNeed(data_cpus(recipe), data.cpus_per_task, data.task_labels, data.task_memory)
 
 
+def shared_out(recipe: Recipe) -> tuple[int, ...]:
+    """Return the numbers of workers that may train: from `cluster.min_workers` on, those that share out the batch."""
+    batch, cluster, micro = recipe.train.global_batch, recipe.cluster, recipe.train.micro_batch or 1
+    least = cluster.min_workers or cluster.workers
+    return tuple(count for count in range(least, cluster.workers + 1) if batch % (count * micro) == 0)
+
+
 def check_batch(recipe: Recipe) -> None:
     """Refuse a global batch that the workers cannot share out in whole micro-batches."""
+    if (recipe.cluster.min_workers or 0) > recipe.cluster.workers:
+        raise UserError(
+            f"cluster.min_workers {recipe.cluster.min_workers} is more than cluster.workers {recipe.cluster.workers}: "
+            "set it to at most that"
+        )
     batch, workers, micro = recipe.train.global_batch, recipe.cluster.workers, recipe.train.micro_batch
     portion = workers * (micro or 1)
     if batch % portion:

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cluster.beside import Asker, read_scores
 from cluster.drain import announced
+from cluster.monitor import MonitorClient
 from perceiver.train.bad_loss import BadLossHook, RollBack
+from perceiver.train.beside import BesideHook
 from perceiver.train.checkpoint import Snapshot
 from perceiver.train.checkpoint_hook import CheckpointHook, News
 from perceiver.train.hooks import EvalHook
@@ -55,9 +58,9 @@ class Guard:
                 span = replace(span, start_step=back.step)
 
     def _stop_requested(self) -> bool:
-        """A store that refuses or a node that is drained ends the loop at the next step, not at the next checkpoint."""
-        refused = bool(self.checkpoints.saver.refused)
-        return self.job.monitor.stop_requested() or refused or announced() is not None
+        """A store that refuses, a node that is drained or one that has joined ends the loop at the next step, not at the next checkpoint."""
+        refused, monitor = bool(self.checkpoints.saver.refused), self.job.monitor
+        return monitor.stop_requested() or monitor.resize_requested() or refused or announced() is not None
 
     def _restore(self, step: int) -> None:
         """Take the weights of the newest checkpoint; the batches are already behind the step that went wrong."""
@@ -71,8 +74,20 @@ class Guard:
             job.monitor.send("rolled_back", {"step": step, "target": target}, urgent=True)
 
 
+def build_beside(job: "Job") -> BesideHook:
+    """Build the hook that has checkpoints evaluated beside training; rank 0's can ask the driver."""
+    ours = job.place.rank == 0 and isinstance(job.monitor, MonitorClient)
+    evaluator = Asker(job.monitor) if ours else None
+    return BesideHook(job.history, job.recipe.train.eval_every, evaluator, stop_requested=job.monitor.stop_requested)
+
+
 def build_guard(
-    job: "Job", evaluation: EvalHook, snapshot: Snapshots, saved: Callable[[int, str], None], newest: Callable[[], int]
+    job: "Job",
+    evaluation: EvalHook,
+    snapshot: Snapshots,
+    saved: Callable[[int, str], None],
+    newest: Callable[[], int],
+    beside: BesideHook | None = None,
 ) -> Guard:
     """Build a worker's guard from its job; ``saved`` is told of each checkpoint that counts."""
     training, samples = job.recipe.train, SampleLog()
@@ -87,6 +102,8 @@ def build_guard(
     mtbf_s = job.recipe.cluster.mtbf_hours * 3600
     cadence = Measured(job.engine, mtbf_s, job.start_step) if every == "auto" else EveryEpochs(every)
     hook = CheckpointHook(job.engine, saver, cadence, job.history, snapshot, evaluation.figures, news)
+    if beside is not None:
+        _join(job, hook, beside)
 
     def last_checkpoint() -> int | None:
         hook.drain()
@@ -95,6 +112,23 @@ def build_guard(
     keep = partial(_keep_samples, job, samples)
     bad_loss = BadLossHook(training.on_bad_loss, training.bad_loss_limit, job.history, keep, last_checkpoint)
     return Guard(job, samples, bad_loss, hook, ledger, newest)
+
+
+def _join(job: "Job", hook: CheckpointHook, beside: BesideHook) -> None:
+    """Have checkpoints saved where evaluations are due, kept until they are evaluated, and judged by their figures."""
+    hook.wanted = beside.wanted
+    if beside.evaluator is None:
+        return
+    told = hook.news.saved
+
+    def saved(step: int, url: str) -> None:
+        told(step, url)
+        beside.saved(step)
+
+    hook.news = replace(hook.news, saved=saved)
+    hook.saver.holds, beside.learn = beside.holds, hook.learn
+    if job.start_step:
+        beside.resume(job.start_step, job.epoch_steps, read_scores(job.folder))
 
 
 def _tell_best(job: "Job", step: int, url: str) -> None:

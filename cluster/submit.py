@@ -15,8 +15,9 @@ from cluster.job_secrets import check_files, check_secrets, needed
 from cluster.job_server import JobServer, text_object
 from cluster.jobs import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
 from cluster.local import QUIET_ENVIRONMENT
+from cluster.elastic import place_some
 from cluster.package import build_package, locked_requirements, named_files, path_in_package
-from cluster.placement import Node, check_memory, place
+from cluster.placement import Node, check_evaluation, check_memory
 from cluster.preflight import check_batch, data_need
 from cluster.recipe import Recipe, build_recipe
 from cluster.recipe_file import read_tree
@@ -154,7 +155,9 @@ def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
     """Refuse workers or data tasks that fit on no node."""
     if not recipe.cluster.autoscaling:
         check_memory(nodes, data_need(recipe))
-    place(recipe.cluster, nodes, data_need(recipe))
+        if recipe.train.eval_beside:
+            check_evaluation(recipe.cluster, nodes)
+    place_some(recipe, nodes)
 
 
 def check_entrypoint(nodes: Sequence[Node], work: Work, wanted: Submission) -> None:

@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cluster import local
-from cluster.placement import check_memory, connected_nodes, place, worker_need
-from cluster.preflight import data_cpus, data_need
+from cluster.placement import check_evaluation, check_memory, connected_nodes, worker_need
+from cluster.preflight import data_cpus, data_need, shared_out
 from cluster.recipe import Recipe, absolute, for_workers
 from cluster.run_folder import RunFolder
 from perceiver.train.mlflow import RunHandle, spool_folder
@@ -44,15 +45,20 @@ def build_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHa
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from cluster.callbacks import FailureReporter
+    from cluster.elastic import LOOK_S, ElasticTrainer
     from cluster.worker import train_worker
 
     cluster = recipe.cluster
-    return TorchTrainer(
+    counts = shared_out(recipe) if cluster.resolved_address() else (cluster.workers,)
+    elastic = len(counts) > 1
+    make = partial(ElasticTrainer, counts=counts, monitor=monitor) if elastic else TorchTrainer
+    return make(
         train_worker,
         train_loop_config=worker_config(recipe, folder, monitor, handle, share),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=(counts[0], counts[-1]) if elastic else cluster.workers,
+            elastic_resize_monitor_interval_s=LOOK_S,
             resources_per_worker=worker_resources(recipe, share),
             use_gpu=cluster.gpus_per_worker > 0,
             label_selector=cluster.worker_labels or None,
@@ -77,10 +83,14 @@ def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:
     cluster, nodes, need = recipe.cluster, connected_nodes(), data_need(recipe)
     if not cluster.autoscaling:
         check_memory(nodes, need)
+        if recipe.train.eval_beside:
+            check_evaluation(cluster, nodes)
     if cluster.resolved_address() is None or share.runs > 1:
         cpus = local.worker_cpus(cluster, share.cpus, data_cpus(recipe) + share.taken)
     else:
-        cpus = place(cluster, nodes, need)
+        from cluster.elastic import place_some
+
+        cpus = place_some(recipe, nodes)
     return {name: amount for name, amount in worker_need(cluster, cpus).items() if amount}
 
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -23,11 +24,12 @@ from cluster.predictions import parquet, predicted
 from cluster.preflight import epoch_steps_of
 from cluster.recipe import Recipe, build_recipe, eval_rows, zero_stage
 from cluster.run_folder import RunFolder, redacted_recipe
-from cluster.saving import build_guard
+from cluster.saving import build_beside, build_guard
 from cluster.watchdog import Pulse
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.tasks import build_task
+from perceiver.train.beside import BesideHook
 from perceiver.train.checkpoint import Snapshot
 from perceiver.train.deepspeed import BatchPlan, DeepSpeedEngine
 from perceiver.train.engine import Engine, Task
@@ -117,7 +119,8 @@ def work(config: Mapping[str, Any], make_engine: EngineMaker) -> dict[str, Any]:
     try:
         with contextlib.ExitStack() as resources:
             job = _build(config, place, monitor, resources, make_engine)
-            monitor.send("ready", {"seconds": time.perf_counter() - began, **_whereabouts()}, urgent=True)
+            facts = {"seconds": time.perf_counter() - began, "world": place.world, **_whereabouts()}
+            monitor.send("ready", facts, urgent=True)
             pulse = Pulse(connect(config["monitor"], place.rank), quarantined=lambda: len(job.quarantine.problems))
             job.pulse = pulse
             resources.callback(job.pulse.stop)
@@ -280,7 +283,8 @@ def _restore(engine: Engine, folder: RunFolder, step: int, monitor: Client) -> H
 def _run(job: Job) -> dict[str, Any]:
     """Run the loop with its hooks, then leave behind predictions and weights."""
     training = job.recipe.train
-    evaluation = EvalHook(job.history, job.engine, job.evaluation, training.eval_every)
+    every = math.inf if training.eval_beside else training.eval_every
+    evaluation = EvalHook(job.history, job.engine, job.evaluation, every)
     span = Span(
         start_step=job.start_step,
         total_steps=job.total_steps,
@@ -290,8 +294,9 @@ def _run(job: Job) -> dict[str, Any]:
         seed=job.recipe.seed,
     )
     newest = partial(_newest_step, job.folder, job.place)
-    guard = build_guard(job, evaluation, partial(_snapshot, job), partial(_saved, job), newest)
-    step = guard.train(_hooks(job, evaluation), span)
+    beside = build_beside(job) if training.eval_beside else None
+    guard = build_guard(job, evaluation, partial(_snapshot, job), partial(_saved, job), newest, beside)
+    step = guard.train(_hooks(job, evaluation, beside), span)
     if step < job.total_steps:
         job.monitor.flush()
         if job.engine.sum([float(job.monitor.stop_requested())])[0] == 0:
@@ -303,11 +308,12 @@ def _run(job: Job) -> dict[str, Any]:
     return {"status": "finished", "step": step, "total_steps": job.total_steps, "evaluation": figures}
 
 
-def _hooks(job: Job, evaluation: EvalHook) -> list[Hook]:
+def _hooks(job: Job, evaluation: EvalHook, beside: BesideHook | None) -> list[Hook]:
     """The hooks that report on a step."""
+    evaluations: list[Hook] = [evaluation] if beside is None else [beside, evaluation]
     if job.place.rank > 0:
-        return [evaluation]
-    return [partial(_progress, job), MetricsHook(job.history, job.recipe.train.log_every), evaluation]
+        return evaluations
+    return [partial(_progress, job), MetricsHook(job.history, job.recipe.train.log_every), *evaluations]
 
 
 def _progress(job: Job, info: StepInfo) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ Groups = dict[tuple[int, int], RowGroup]
 """Row groups by (shard, group)."""
 Plan = SamplePlan | MixturePlan | EvalPlan
 
+NICENESS = 10
+"""What a data task adds to its own; on a cluster Ray starts its processes with 15 already, and 19 is the most."""
 SUBSTITUTES = 8
 """Row groups that are tried in place of one without a usable sample."""
 PROBLEM = "problem"
@@ -215,8 +218,15 @@ _WORK: dict[str, Work] = {}
 def produce(batch: Any, work: Work) -> Iterator[Arrays]:
     """The function of a data task: runs of steps in (columns `start` and `stop`), their rows out, a chunk at a time."""
     work = _WORK.setdefault(work.token, work)
+    _step_back()
     for start, stop in zip(batch["start"], batch["stop"], strict=True):
         yield from work.rows(int(start), int(stop))
+
+
+@functools.cache
+def _step_back() -> None:
+    """Leave the cores to the training workers first: they wait for each other, so none may wait for a data task."""
+    os.nice(NICENESS)
 
 
 class _Read(NamedTuple):

@@ -15,7 +15,20 @@ def warm_up(tasks: int, cpus_per_task: float) -> Any:
     import ray
 
     # Retrying or failing makes no difference to a run: the first batch starts whatever is missing.
-    return ray.remote(num_cpus=0, max_retries=0)(_run_small_dataset).remote(tasks, cpus_per_task)
+    start = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": _worker_variables()})(_run_small_dataset)
+    return start.remote(tasks, cpus_per_task)
+
+
+def _worker_variables() -> dict[str, str]:
+    """The environment that Ray Train gives its workers: their data tasks take no process that was started without."""
+    try:
+        from ray.train.v2._internal import constants
+
+        warn, value = (constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
+                       constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE)
+        return {warn: value, **constants.get_env_vars_to_propagate()}
+    except (ImportError, AttributeError):  # another version of Ray: the tasks start processes of their own
+        return {}
 
 
 def _run_small_dataset(tasks: int, cpus_per_task: float) -> int:

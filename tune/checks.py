@@ -73,6 +73,7 @@ def check_search(search: Search) -> Checker:
     checker = Checker(search)
     _, base = checker.recipe({})
     check_metrics(search, len(base.manifest.classes))
+    _check_alone(search)
     _check_grace(checker)
     keys = ordered(search.config.space)
     if reason := impossible(search.config.space, search.resolved):
@@ -106,6 +107,14 @@ def check_metrics(search: Search, classes: int) -> None:
                 f"metric = {name!r}: evaluations of task.kind = {kind_of(search.recipe.task)} give "
                 f"{', '.join(sorted(known))}; set metric to one of them"
             )
+
+
+def _check_alone(search: Search) -> None:
+    """Refuse what is for a run that has the cluster for itself."""
+    if search.recipe.train.eval_beside or "train.eval_beside" in search.config.space:
+        raise UserError("train.eval_beside: a search judges a trial at each evaluation before it goes on; leave the key out")
+    if search.recipe.cluster.min_workers:
+        raise UserError("cluster.min_workers: the trials of a search share the nodes by a fixed number of workers; leave it out")
 
 
 def _check_grace(checker: Checker) -> None:

@@ -48,6 +48,7 @@ class CheckpointHook:
     Attributes:
         snapshot: what a save records, from the step, its figures and the number of the checkpoint.
         figures: what is known of the model after a step.
+        wanted: whether somebody else wants a checkpoint after a step; the same on all ranks.
         started: when this process began to train, for the share of time that saves take.
     """
 
@@ -58,6 +59,7 @@ class CheckpointHook:
     snapshot: Callable[[StepInfo, Mapping[str, float], int], Snapshot]
     figures: Figures
     news: News = field(default_factory=News)
+    wanted: Callable[[StepInfo], bool] = lambda info: False
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class CheckpointHook:
             # A later step would not have these figures, so the save in flight is waited for.
             self.drain()
             self._save(info, began)
-        elif self._pending or self.cadence.due(info.step, info.completes):
+        elif self._pending or self.wanted(info) or self.cadence.due(info.step, info.completes):
             flags = exchange(self.engine, self.saver)
             self._pending = flags.busy and not flags.failed
             if not self._pending:
@@ -97,7 +99,12 @@ class CheckpointHook:
         self._tell()
         return not flags.failed
 
+    def learn(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add the figures of a checkpoint that was evaluated after it was saved (rank 0)."""
+        self._tell_best(self.saver.learn(step, figures))
+
     def _save(self, info: StepInfo, began: float) -> None:
+        self._tell()
         self.saver.start(self.engine, self.snapshot(info, self.figures(info), self._number))
         self._number += 1
         self._flying = info.step
@@ -147,6 +154,9 @@ class CheckpointHook:
         while self.saver.done:
             step, best = self.saver.done.popleft()
             self.news.saved(step, store.location(step))
-            if best is not None and best != self._best:
-                self._best = best
-                self.news.best(best, store.location(best))
+            self._tell_best(best)
+
+    def _tell_best(self, best: int | None) -> None:
+        if best is not None and best != self._best:
+            self._best = best
+            self.news.best(best, self.saver.store.location(best))

@@ -31,6 +31,11 @@ class TrainConfig(SavingConfig):
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     log_every: PositiveInt = Field(default=10, description="steps between two recorded points of the training metrics")
     eval_every: PositiveFloat = Field(default=1.0, description="epochs between two evaluations")
+    eval_beside: bool = Field(
+        default=False,
+        description="evaluate checkpoints in a process of its own while training goes on, instead of between two steps; "
+        "with GPUs it takes as much of one as a worker does",
+    )
 
     on_bad_loss: Literal["stop", "skip", "rollback"] = Field(
         default="stop",

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -158,6 +158,8 @@ class BackgroundSaver:
         before: done with the step, by each rank in the background, before its part is published.
 
     Attributes:
+        holds: steps whose checkpoints must stay, whatever the config says.
+        scores: figures by step that were found after the checkpoint was saved.
         failure: why this rank's last save failed; empty if it did not.
         refused: why no further one can succeed (credentials); empty otherwise.
         done: (step, step of the best or None) of committed checkpoints that were not told yet.
@@ -173,6 +175,8 @@ class BackgroundSaver:
     ) -> None:
         self.store, self.config, self.attempts, self.backoff_s = store, config, attempts, backoff_s
         self.before = before
+        self.holds: Callable[[], Collection[int]] = tuple
+        self.scores: dict[int, Mapping[str, float]] = {}
         self.failure = self.refused = ""
         self.done: deque[tuple[int, int | None]] = deque()
         self.manifests: dict[int, CheckpointManifest] = {}
@@ -213,8 +217,18 @@ class BackgroundSaver:
         for step in self.store.steps():
             with contextlib.suppress(UserError):  # a manifest that cannot be read makes no checkpoint: it is pruned
                 found[step] = self.manifests.get(step) or self.store.manifest(step)
-        self.manifests = found
-        return found
+        self.manifests = {step: self._scored(manifest) for step, manifest in found.items()}
+        return self.manifests
+
+    def learn(self, step: int, figures: Mapping[str, float]) -> int | None:
+        """Add figures to a checkpoint that is there; return the step of the best one now, None if that is not known."""
+        self.scores = {**self.scores, step: figures}
+        self.manifests = {at: self._scored(manifest) for at, manifest in self.manifests.items()}
+        return next(iter(best_steps(self.manifests, self.config.keep_best)), None)
+
+    def _scored(self, manifest: CheckpointManifest) -> CheckpointManifest:
+        news = self.scores.get(manifest.step)
+        return manifest.model_copy(update={"metrics": {**manifest.metrics, **news}}) if news else manifest
 
     def _run(self, staged: Staged) -> None:
         step = staged.snapshot.step
@@ -235,7 +249,7 @@ class BackgroundSaver:
             return
         self.manifests = {**self.manifests, manifest.step: manifest}
         found = self.known()
-        self.store.prune(kept(found, self.config))
+        self.store.prune(kept(found, self.config) | set(self.holds()))
         best = best_steps(found, self.config.keep_best)
         self.done.append((manifest.step, best[0] if best else None))
 

@@ -167,3 +167,27 @@ def test_data_and_run_in_an_object_store(
         assert "goes on, experiment small" in output
     finally:
         server.stop()
+
+
+def test_evaluation_beside_training(tmp_path: Path, tree: dict[str, Any]) -> None:
+    """Steps go on while a checkpoint is evaluated; its figures are those of its weights, and name the best."""
+    from cluster.scoring import open_scoring
+
+    best = {"metric": "eval/loss", "mode": "min", "count": 9}
+    tree["train"] |= {"epochs": 4, "eval_every": 1, "eval_beside": True, "checkpoint_every": 100, "keep_best": best}
+    code, output = run(tmp_path, tree)
+    assert code == 0, output
+    folder = tmp_path / "runs" / "small-001"
+    rows = history(folder)
+    evaluated = {int(row["step"]): row for row in rows if "eval/loss" in row}
+    assert 5 in evaluated and max(evaluated) == 20, output
+    later = next(i for i, row in enumerate(rows) if row["step"] == 7)
+    assert rows.index(evaluated[5]) > later, "the steps waited"
+    place = str(folder / "checkpoints" / "step-00000005")
+    figures = open_scoring(place, overrides=["data.executor=inline"]).metrics()
+    assert {f"eval/{name}": pytest.approx(value, rel=1e-5) for name, value in figures.items()}.items() <= \
+        evaluated[5].items()
+    (tracked,) = mlflow_runs(tmp_path / "runs")
+    lowest = min(evaluated, key=lambda step: evaluated[step]["eval/loss"])
+    assert tracked.data.tags["best_checkpoint_uri"].endswith(f"step-{lowest:08d}")
+    assert "evaluation at step 5: " in output

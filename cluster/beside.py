@@ -1,0 +1,162 @@
+"""Evaluation beside training on a cluster: rank 0 asks, the driver has a Ray task do it, and the figures come back.
+
+The figures of a step also lie in the run's folder, as ``evaluations/step-00000120.json``: a run that goes on does not
+ask for them again.
+"""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+
+from cluster.monitor import MonitorClient
+from cluster.recipe import Recipe, build_recipe, eval_rows, for_workers
+from cluster.run_folder import RunFolder, patiently
+from perceiver.config import UserError
+from perceiver.train.beside import Scored
+
+log = logging.getLogger(__name__)
+
+FOLDER = "evaluations"
+POLL_S = 0.25
+"""Between two questions of rank 0 whether there is news."""
+
+
+def score(tree: Mapping[str, Any], url: str, quarantine_url: str) -> dict[str, float]:
+    """Evaluate a checkpoint in this process; return the task's figures.
+
+    Args:
+        tree: the run's recipe, as its workers have it.
+        url: of the checkpoint.
+        quarantine_url: the folder for the bad samples that are met, if there are any.
+    """
+    import torch
+
+    from perceiver.tasks import build_task
+    from perceiver.train.engine import evaluate
+    from perceiver.train.ranks import Ranks
+    from perceiver.weights import open_weights
+    from pipelines.ingest import EvalShare, eval_batches, load_data
+    from pipelines.quarantine import Quarantine
+
+    recipe = build_recipe(tree)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    manifest, quarantine = load_data(recipe.data), Quarantine(recipe.data.max_bad_fraction)
+    model = open_weights(url).build().to(device)
+    share = EvalShare(recipe.data.eval_split, eval_rows(recipe, recipe.cluster.workers))
+    batches = eval_batches(recipe.data, manifest, share, device, quarantine)
+    figures = evaluate(model, build_task(recipe.task, classes=len(manifest.classes)), batches, Ranks(device))
+    if quarantine.problems:
+        quarantine.write(quarantine_url)
+    return figures
+
+
+@dataclass
+class Asker:
+    """Rank 0's end: keeps the protocol `perceiver.train.beside.Evaluator`."""
+
+    client: MonitorClient
+    _asked: Any = field(default=None, init=False)
+    _last: float = field(default=0.0, init=False)
+
+    def ask(self, step: int) -> None:
+        """See the protocol."""
+        self.client.send("evaluate", {"step": step}, urgent=True)
+
+    def results(self, wait: bool) -> list[Scored]:
+        """See the protocol."""
+        import ray
+
+        if self._asked is None and (wait or time.monotonic() - self._last > POLL_S):
+            self._asked, self._last = self.client.handle.take.remote(), time.monotonic()
+        if self._asked is None or not ray.wait([self._asked], timeout=POLL_S if wait else 0)[0]:
+            return []
+        posted, self._asked = ray.get(self._asked), None
+        if wait and not posted:
+            time.sleep(POLL_S)
+        return [Scored(news["step"], news["metrics"]) for news in posted]
+
+
+@dataclass
+class Evaluations:
+    """The driver's end: starts the task that rank 0 asked for, and passes on what it finds.
+
+    An evaluation that fails costs its figures, not the run.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    monitor: Any
+    _step: int | None = field(default=None, init=False)
+    _task: Any = field(default=None, init=False)
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Take in an event of a worker; kinds other than `evaluate` change nothing."""
+        if event["kind"] == "evaluate" and event["step"] != self._step:
+            self.cancel()
+            self._step, self._task = event["step"], self._start(event["step"])
+
+    def tend(self) -> dict[str, Any] | None:
+        """Pass the figures on if they are there; return what to tell the user of an evaluation that failed."""
+        import ray
+
+        if self._task is None or not ray.wait([self._task], timeout=0)[0]:
+            return None
+        step, task = self._step, self._task
+        assert step is not None
+        self._step = self._task = None
+        try:
+            metrics = ray.get(task)
+            write_score(self.folder, Scored(step, metrics))
+        except (ray.exceptions.RayError, UserError) as error:
+            self.monitor.post.remote({"step": step, "metrics": {}})
+            log.error("the evaluation of step %d failed: %s", step, error)
+            reason = (str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__])[0]
+            return {"kind": "unscored", "rank": 0, "step": step, "reason": reason}
+        self.monitor.post.remote({"step": step, "metrics": metrics})
+        return None
+
+    def cancel(self) -> None:
+        """End the task that runs, if there is one."""
+        import ray
+
+        if self._task is not None:
+            ray.cancel(self._task, force=True)
+        self._step = self._task = None
+
+    def _start(self, step: int) -> Any:
+        import ray
+
+        cluster = self.recipe.cluster
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": cluster.gpus_per_worker, "name": f"evaluation of {step}"}
+        if cluster.worker_labels:
+            options["label_selector"] = cluster.worker_labels
+        place = self.folder.checkpoints.location(step)
+        bad = self.folder.location("quarantine", f"evaluation-{step:08d}")
+        return ray.remote(score).options(**options).remote(for_workers(self.recipe), place, bad)  # type: ignore[attr-defined]
+
+
+def write_score(folder: RunFolder, scored: Scored) -> None:
+    """Keep the figures of a step in the run's folder."""
+    text = json.dumps({"step": scored.step, "metrics": dict(scored.metrics)})
+    folder.write(f"{FOLDER}/step-{scored.step:08d}.json", text + "\n")
+
+
+def read_scores(folder: RunFolder) -> dict[int, Mapping[str, float]]:
+    """Return the figures that were found beside the run, by step."""
+    fs, root = fsspec.core.url_to_fs(folder.location(FOLDER))
+
+    def names() -> list[str]:
+        fs.invalidate_cache()
+        return [str(name) for name in fs.ls(root, detail=False)] if fs.exists(root) else []
+
+    steps = [int(found[1]) for name in patiently(fs, names) if (found := re.search(r"step-(\d+)\.json$", name))]
+    texts = {step: folder.read(f"{FOLDER}/step-{step:08d}.json") for step in steps}
+    return {step: json.loads(text)["metrics"] for step, text in texts.items() if text}
