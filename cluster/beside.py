@@ -106,6 +106,7 @@ class Evaluations:
     def tend(self) -> dict[str, Any] | None:
         """Pass the figures on if they are there; return what to tell the user of an evaluation that failed."""
         import ray
+        from ray.exceptions import RayError
 
         if self._task is None or not ray.wait([self._task], timeout=0)[0]:
             return None
@@ -113,9 +114,9 @@ class Evaluations:
         assert step is not None
         self._step = self._task = None
         try:
-            metrics = ray.get(task)
+            metrics: Any = ray.get(task)
             write_score(self.folder, Scored(step, metrics))
-        except (ray.exceptions.RayError, UserError) as error:
+        except (RayError, UserError) as error:
             self.monitor.post.remote({"step": step, "metrics": {}})
             log.error("the evaluation of step %d failed: %s", step, error)
             reason = (str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__])[0]

@@ -92,9 +92,10 @@ class RunConsole(LineConsole):
             self.say(f"resumed at step {event['step']} from {_short(event['checkpoint'])}")
 
     def _on_ready(self, event: Mapping[str, Any]) -> None:
-        before, self._world = self._world, event["world"]
-        if before not in (None, self._world):
-            self.say(f"training goes on with {self._world} worker{'s' * (self._world > 1)} in place of {before}")
+        before, world = self._world, event["world"]
+        self._world = world
+        if before not in (None, world):
+            self.say(f"training goes on with {world} worker{'s' * (world > 1)} in place of {before}")
 
     def _on_failure(self, event: Mapping[str, Any]) -> None:
         self.say(f"worker {event['failed']} failed ({event['reason']}); the workers start again")

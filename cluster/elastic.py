@@ -4,15 +4,15 @@ Ray Train's elastic policy decides; two things are ours. Only numbers of workers
 taken, and where a node has joined the workers save and leave first, so that growing costs no step.
 """
 
+import importlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
-from ray.train.v2.api import data_parallel_trainer
 
 from cluster.placement import Node, place
 from cluster.preflight import data_need, shared_out
@@ -59,8 +59,9 @@ class WholeShares(ElasticScalingPolicy):
         """Round down to a number that may train; nodes that have died are left out before Ray's autoscaler does so."""
         need = worker_need_of(self.scaling_config)
         alive = [Node(n["NodeID"], n["Resources"], n.get("Labels") or {}) for n in ray.nodes() if n["Alive"]]
-        labels = self.scaling_config.label_selector or {}
-        room = sum(node.room(need) for node in alive if node.has(labels))
+        labels = self.scaling_config.label_selector
+        wanted = labels if isinstance(labels, Mapping) else {}
+        room = sum(node.room(need) for node in alive if node.has(wanted))
         possible = min(super()._count_possible_workers(reserved_resources), room)
         return max((count for count in self.counts if count <= possible), default=0)
 
@@ -94,11 +95,10 @@ class ElasticTrainer(TorchTrainer):
 
     @contextmanager
     def _policy(self) -> Iterator[None]:
-        usual = data_parallel_trainer.create_scaling_policy
-        data_parallel_trainer.create_scaling_policy = lambda scaling_config: WholeShares(
-            scaling_config, self.counts, self.monitor
-        )
+        module: Any = importlib.import_module("ray.train.v2.api.data_parallel_trainer")
+        usual = module.create_scaling_policy
+        module.create_scaling_policy = lambda scaling_config: WholeShares(scaling_config, self.counts, self.monitor)
         try:
             yield
         finally:
-            data_parallel_trainer.create_scaling_policy = usual
+            module.create_scaling_policy = usual

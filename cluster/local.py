@@ -50,8 +50,8 @@ class ClusterConfig(Config):
     workers: PositiveInt = Field(default=1, description="training workers, one process each")
     min_workers: PositiveInt | None = Field(
         default=None,
-        description="on a cluster: train with as few as this while nodes are missing, and with up to cluster.workers as "
-        "they come; numbers that do not share out the global batch are left out; default: never fewer",
+        description="on a cluster: train with as few as this while nodes are missing, and with up to cluster.workers "
+        "as they come; numbers that do not share out the global batch are left out; default: never fewer",
     )
     cpus_per_worker: PositiveFloat | None = Field(
         default=None,

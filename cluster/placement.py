@@ -127,8 +127,8 @@ def check_evaluation(config: ClusterConfig, nodes: Sequence[Node]) -> None:
     if sum(node.room({"GPU": each}) for node in training) <= config.workers:
         total = sum(node.resources.get("GPU", 0) for node in training)
         raise UserError(
-            f"train.eval_beside takes {each:g} GPU beside those of cluster.workers = {config.workers}; there are {total:g} "
-            "in all: lower cluster.workers, or set train.eval_beside=false"
+            f"train.eval_beside takes {each:g} GPU beside those of cluster.workers = {config.workers}; there are "
+            f"{total:g} in all: lower cluster.workers, or set train.eval_beside=false"
         )
 
 

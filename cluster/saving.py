@@ -58,7 +58,7 @@ class Guard:
                 span = replace(span, start_step=back.step)
 
     def _stop_requested(self) -> bool:
-        """A store that refuses, a node that is drained or one that has joined ends the loop at the next step, not at the next checkpoint."""
+        """A store that refuses, a node that is drained or has joined: they end the loop at the next step."""
         refused, monitor = bool(self.checkpoints.saver.refused), self.job.monitor
         return monitor.stop_requested() or monitor.resize_requested() or refused or announced() is not None
 
@@ -76,9 +76,9 @@ class Guard:
 
 def build_beside(job: "Job") -> BesideHook:
     """Build the hook that has checkpoints evaluated beside training; rank 0's can ask the driver."""
-    ours = job.place.rank == 0 and isinstance(job.monitor, MonitorClient)
-    evaluator = Asker(job.monitor) if ours else None
-    return BesideHook(job.history, job.recipe.train.eval_every, evaluator, stop_requested=job.monitor.stop_requested)
+    monitor = job.monitor
+    evaluator = Asker(monitor) if job.place.rank == 0 and isinstance(monitor, MonitorClient) else None
+    return BesideHook(job.history, job.recipe.train.eval_every, evaluator, stop_requested=monitor.stop_requested)
 
 
 def build_guard(

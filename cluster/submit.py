@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.elastic import place_some
 from cluster.job_paths import check_paths, is_here, tracking_note
 from cluster.job_secrets import check_files, check_secrets, needed
 from cluster.job_server import JobServer, text_object
 from cluster.jobs import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
 from cluster.local import QUIET_ENVIRONMENT
-from cluster.elastic import place_some
 from cluster.package import build_package, locked_requirements, named_files, path_in_package
 from cluster.placement import Node, check_evaluation, check_memory
 from cluster.preflight import check_batch, data_need

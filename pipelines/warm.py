@@ -1,5 +1,6 @@
 """Starting what the first batch would wait for, while the training workers are still starting themselves."""
 
+import importlib
 from typing import Any
 
 
@@ -21,13 +22,11 @@ def warm_up(tasks: int, cpus_per_task: float) -> Any:
 
 def _worker_variables() -> dict[str, str]:
     """The environment that Ray Train gives its workers: their data tasks take no process that was started without."""
+    constants: Any = importlib.import_module("ray.train.v2._internal.constants")
     try:
-        from ray.train.v2._internal import constants
-
-        warn, value = (constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
-                       constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE)
-        return {warn: value, **constants.get_env_vars_to_propagate()}
-    except (ImportError, AttributeError):  # another version of Ray: the tasks start processes of their own
+        name, value = "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
+        return {name: value, **constants.get_env_vars_to_propagate()}
+    except AttributeError:  # another version of Ray: the data tasks start processes of their own
         return {}
 
 

@@ -112,9 +112,9 @@ def check_metrics(search: Search, classes: int) -> None:
 def _check_alone(search: Search) -> None:
     """Refuse what is for a run that has the cluster for itself."""
     if search.recipe.train.eval_beside or "train.eval_beside" in search.config.space:
-        raise UserError("train.eval_beside: a search judges a trial at each evaluation before it goes on; leave the key out")
+        raise UserError("train.eval_beside: a search judges a trial at each evaluation before it goes on; leave it out")
     if search.recipe.cluster.min_workers:
-        raise UserError("cluster.min_workers: the trials of a search share the nodes by a fixed number of workers; leave it out")
+        raise UserError("cluster.min_workers: trials share the nodes by a fixed number of workers; leave it out")
 
 
 def _check_grace(checker: Checker) -> None:

@@ -50,8 +50,8 @@ class BesideHook:
     """Has checkpoints evaluated every `epochs`; every rank holds one, rank 0's has the evaluator.
 
     Where an evaluation falls due a checkpoint is `wanted`; what is evaluated is the first one saved since then. One is
-    evaluated at a time. Of those that wait for their turn the newest is taken, the others are passed over: an evaluation
-    that takes longer than `epochs` of training is made less often. At the run's last step the rest is waited for.
+    evaluated at a time. Of those that wait for their turn the newest is taken, the others are passed over: evaluations
+    that take longer than `epochs` of training are made less often. At the run's last step the rest is waited for.
 
     Attributes:
         history: where the figures are recorded, at the step of the checkpoint.
@@ -84,7 +84,7 @@ class BesideHook:
                 return
 
     def wanted(self, info: StepInfo) -> bool:
-        """Whether a checkpoint is wanted after this step; the same on all ranks. The last step's is evaluated by all."""
+        """Whether a checkpoint is wanted after this step, the same on all ranks; the last step is evaluated by all."""
         return info.completes(self.epochs) and info.step != info.total_steps
 
     def saved(self, step: int) -> None:

@@ -33,7 +33,7 @@ class TrainConfig(SavingConfig):
     eval_every: PositiveFloat = Field(default=1.0, description="epochs between two evaluations")
     eval_beside: bool = Field(
         default=False,
-        description="evaluate checkpoints in a process of its own while training goes on, instead of between two steps; "
+        description="evaluate checkpoints in a process of its own while training goes on, not between two steps; "
         "with GPUs it takes as much of one as a worker does",
     )
 
