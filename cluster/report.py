@@ -120,6 +120,9 @@ def _throughput(history: list[dict[str, float]]) -> float:
 
 
 def _stalls(history: list[dict[str, float]]) -> dict[str, str]:
-    """The share of the training time that steps waited for checkpoints, by the last save that tells."""
-    shares = [row["train/checkpoint_stall_share"] for row in history if "train/checkpoint_stall_share" in row]
-    return {"checkpoints": f"{shares[-1]:.2%} of the training time"} if shares else {}
+    """The shares of the training time that steps waited for checkpoints and for MLflow's spool, as last recorded."""
+    found = {}
+    for caption, key in (("checkpoints", "train/checkpoint_stall_share"), ("recording", "train/recording_share")):
+        shares = [row[key] for row in history if key in row]
+        found |= {caption: f"{shares[-1]:.2%} of the training time"} if shares else {}
+    return found

@@ -68,7 +68,6 @@ def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
         exchange_latency=latency,
         exchange_bytes_s=rate,
         save_bytes_s=alone["save_bytes_s"],
-        base_bytes=alone["base_bytes"],
     )
     result = result.model_copy(update={"surroundings": _surroundings(recipe, result, most, seconds)})
     path = calibration_file(recipe)
@@ -80,7 +79,8 @@ def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
 def _timings(figures: dict[str, Any]) -> list[Timing]:
     """The measured steps without the exchange of gradients, which is counted by itself."""
     latency = figures["exchange"][0]
-    return [Timing(processes=figures["processes"], micro_batch=micro, seconds=max(1e-6, seconds - latency), bytes=size)
+    return [Timing(processes=figures["processes"], micro_batch=micro, seconds=max(1e-6, seconds - latency), bytes=size,
+                   base_bytes=figures["base_bytes"])
             for micro, seconds, size in figures["timings"]]
 
 

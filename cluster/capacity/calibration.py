@@ -20,6 +20,9 @@ class Timing(Config):
     micro_batch: PositiveInt = Field(description="samples of a pass")
     seconds: PositiveFloat = Field(description="median of a step with the optimizer, without exchange of gradients")
     bytes: float = Field(ge=0, description="peak memory of a step: weights, optimizer and all that passes through")
+    base_bytes: PositiveFloat = Field(
+        description="memory of such a process before it builds a model, less what it shares with those beside it"
+    )
 
 
 class Calibration(Config):
@@ -32,7 +35,6 @@ class Calibration(Config):
     exchange_latency: float = Field(ge=0, description="seconds of an exchange of nothing between the processes")
     exchange_bytes_s: PositiveFloat = Field(description="bytes a second a process sends in an exchange")
     save_bytes_s: PositiveFloat = Field(description="bytes a second written to the output folder")
-    base_bytes: PositiveFloat = Field(description="memory of a worker before it builds a model")
     surroundings: float = Field(default=1.0, ge=1, description="how much longer a step takes in a run than by itself: "
                                 "what Ray, data tasks and waiting for each other cost")
 
@@ -55,14 +57,23 @@ class Calibration(Config):
         passes = accumulation * self.compute_seconds(micro, processes // nodes)
         return passes + batch * self.sample_cpu_seconds / self.cores / nodes
 
-    def activation_bytes(self, state_bytes: Callable[[int], float]) -> float:
-        """Memory that passes through a step, a sample, by the largest step that was measured in one process.
+    def passing_bytes(self, micro: int, processes: int, state_bytes: Callable[[int], float]) -> float:
+        """Memory that passes through a step of `micro` samples on each of `processes` side by side, beside the state.
+
+        Linear in the samples through the two measured sizes: a part of it does not depend on them.
 
         Args:
+            micro: samples of a pass.
+            processes: on the machine.
             state_bytes: what weights, gradients and optimizer take by the number of workers.
         """
-        large = self._measured(1)[1]
-        return max(0.0, large.bytes - state_bytes(large.processes)) / large.micro_batch
+        small, large = self._measured(processes)
+        each = max(0.0, large.bytes - small.bytes) / max(1, large.micro_batch - small.micro_batch)
+        return max(0.0, large.bytes - state_bytes(large.processes) + each * (micro - large.micro_batch))
+
+    def base_bytes(self, processes: int) -> float:
+        """Memory of one of so many workers on a machine before it builds a model, shared with no other."""
+        return self._measured(processes)[1].base_bytes
 
     def _measured(self, processes: int) -> tuple[Timing, Timing]:
         """The smallest and the largest step on the nearest number of processes."""

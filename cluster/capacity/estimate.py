@@ -7,6 +7,7 @@ of the calibration (`calibrate`). Nothing here touches Ray or a device.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cluster.capacity.calibration import Calibration
 from cluster.capacity.hardware import Device
@@ -241,13 +242,18 @@ def memory(workload: Workload, place: Place, micro: int, stage: int, calibration
     Under ZeRO 1 and 2 DeepSpeed keeps a float32 copy of the rank's part of the weights beside the weights themselves;
     under ZeRO 3 only that part.
     """
-    activations = workload.account.activation_bytes * (0.6 if _half(workload, place.device) else 1.0)
+    activations = micro * workload.account.activation_bytes * (0.6 if _half(workload, place.device) else 1.0)
+    context = place.device.context_gb * 1e9
     if calibration:
-        recipe_stage = workload.zero_stage
-        measured = calibration.activation_bytes(lambda world: sum(_states(workload, world, recipe_stage)))
-        activations = max(activations, measured)
-    context = calibration.base_bytes if calibration else place.device.context_gb * 1e9
-    return Memory(context, *_states(workload, place.devices, stage), activations=activations * micro)
+        beside = place.devices // place.nodes
+        context = calibration.base_bytes(beside)
+        state = partial(_state_bytes, workload, stage=workload.zero_stage)
+        activations = max(activations, calibration.passing_bytes(micro, beside, state))
+    return Memory(context, *_states(workload, place.devices, stage), activations=activations)
+
+
+def _state_bytes(workload: Workload, world: int, stage: int) -> float:
+    return sum(_states(workload, world, stage))
 
 
 def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, float, float]:
@@ -271,9 +277,9 @@ def largest_micro_batch(workload: Workload, place: Place, stage: int, calibratio
     """The most samples of a forward pass that fit on a device under a ZeRO stage, at most a worker's whole share."""
     share = workload.recipe.train.global_batch // place.devices
     fixed = memory(workload, place, 0, stage, calibration).total
-    each = memory(workload, place, 1, stage, calibration).activations
+    each = (memory(workload, place, share, stage, calibration).total - fixed) / share
     free = place.device.memory_gb * 1e9 * MEMORY_MARGIN - fixed
-    return max(0, min(share, int(free / each)))
+    return max(0, min(share, int(free / max(1.0, each))))
 
 
 def step_time(workload: Workload, place: Place, micro: int, accumulation: int, calibration: Calibration | None) -> Step:

@@ -36,6 +36,14 @@ def own_bytes() -> int:
     return psutil.Process().memory_full_info().uss
 
 
+def _base_bytes() -> float:
+    """What a worker holds before it builds a model; on a GPU what the device has given away by then."""
+    if not torch.cuda.is_available():
+        return own_bytes()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def _peak_bytes(*, anew: bool = False) -> int:
     """The most memory that this process held since the last call that began `anew`; on a GPU, of the device.
 
@@ -64,7 +72,8 @@ def main() -> None:
     import ray.data
     import ray.train  # noqa: F401  a worker holds these in memory
 
-    figures: dict[str, Any] = {"base_bytes": own_bytes()}
+    dist.barrier()  # what the processes share is only then in the memory of all
+    figures: dict[str, Any] = {"base_bytes": _base_bytes()}
     batch, figures["sample_cpu_seconds"] = _batch(recipe, max(task["micro"]), task["seconds"])
     before = _peak_bytes(anew=True)
     engine = _engine(recipe, len(load_data(recipe.data).classes), max(task["micro"]))

@@ -12,17 +12,23 @@ Sink = Callable[[int, Mapping[str, float]], None]
 
 
 class History:
-    """The recorded metrics of a run: rows kept in memory, handed to sinks, saved with each checkpoint."""
+    """The recorded metrics of a run: rows kept in memory, handed to sinks, saved with each checkpoint.
+
+    `spent_s` is what all this took from the steps so far.
+    """
 
     def __init__(self, text: str = "") -> None:
         self.rows: list[dict[str, float]] = [json.loads(line) for line in text.splitlines() if line]
         self.sinks: list[Sink] = []
+        self.spent_s = 0.0
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one row, ``{"step": step, "time": now, **metrics}``, and pass it to every sink."""
+        began = time.perf_counter()
         self.rows.append({"step": step, "time": time.time(), **metrics})
         for sink in self.sinks:
             sink(step, metrics)
+        self.spent_s += time.perf_counter() - began
 
     def text(self) -> str:
         """Return all rows as JSON lines."""
@@ -30,16 +36,18 @@ class History:
 
 
 class MetricsHook:
-    """Records the mean of the training metrics over each window of ``steps`` steps."""
+    """Records the mean of the training metrics over each window of ``steps`` steps, and what recording itself takes."""
 
     def __init__(self, history: History, steps: int) -> None:
         self.history, self.steps = history, steps
         self.window: list[StepInfo] = []
+        self.began = time.perf_counter()
 
     def __call__(self, info: StepInfo) -> None:
         self.window.append(info)
         if info.step % self.steps == 0 or info.last:
-            self.history.record(info.step, window_metrics(self.window))
+            share = self.history.spent_s / (time.perf_counter() - self.began)
+            self.history.record(info.step, {**window_metrics(self.window), "train/recording_share": share})
             self.window = []
 
 

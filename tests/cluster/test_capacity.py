@@ -151,18 +151,19 @@ def test_the_traced_flops_are_three_forward_passes() -> None:
 
 def measured(per_sample: float) -> Calibration:
     """A machine on which a step of 16 samples takes 1 GB and so many bytes a sample."""
-    timings = tuple(Timing(processes=1, micro_batch=micro, seconds=0.5 + micro / 16, bytes=1e9 + micro * per_sample)
+    timings = tuple(Timing(processes=1, micro_batch=micro, seconds=0.5 + micro / 16, bytes=1e9 + micro * per_sample,
+                           base_bytes=1e9)
                     for micro in (8, 16))  # fmt: skip
     return Calibration(device="cpu", cores=2, timings=timings, sample_cpu_seconds=1e-3, exchange_latency=0.0,
-                       exchange_bytes_s=1e9, save_bytes_s=1e9, base_bytes=1e9)  # fmt: skip
+                       exchange_bytes_s=1e9, save_bytes_s=1e9)  # fmt: skip
 
 
 def test_a_calibration_is_linear_in_the_samples() -> None:
     found = measured(per_sample=2e6)
     assert found.compute_seconds(32, 1) == pytest.approx(2.5)
     assert found.compute_seconds(16, 2) == pytest.approx(3.0), "two processes share what was measured with one"
-    assert found.activation_bytes(lambda world: 1e9 / world) == pytest.approx(2e6)
-    assert found.activation_bytes(lambda world: 2e9) == 0.0, "weights alone are more than what was measured"
+    assert found.passing_bytes(32, 1, lambda world: 0.9e9 / world) == pytest.approx(0.1e9 + 32 * 2e6)
+    assert found.passing_bytes(1, 1, lambda world: 2e9) == 0.0, "weights alone are more than what was measured"
 
 
 def test_a_run_takes_longer_than_its_steps_by_themselves(workload: Workload) -> None:
@@ -264,7 +265,7 @@ def test_measuring_this_machine(tree: dict[str, Any], tmp_path: Path, monkeypatc
     found = calibrate(recipe, seconds=0.5)
     assert load_calibration(recipe, "cpu") == found
     assert {(t.processes, t.micro_batch) for t in found.timings} == {(1, 8), (1, 16), (2, 4), (2, 8)}
-    assert 1e8 < found.base_bytes < 5e9
+    assert 1e8 < found.base_bytes(2) < 5e9
     assert 1 < found.surroundings < 100, "a real run takes longer"
     longer = build_recipe({**tree, "train": {**tree["train"], "epochs": 9}})
     assert load_calibration(longer, "cpu") == found, "the length of a run does not change its speed"

@@ -202,21 +202,22 @@ class Job:
         last_step: int,
         until: float | None = None,
         unrecorded: Collection[int] = (),
+        resume: int = -1,
     ) -> Outcome:
         """Fill a row from the finished run's records: when it was found, when steps came again, what was lost.
 
         Lost are the steps between the one that the run went on from and the last that was done before ``until``, which
         is the fault, or with a grace period the moment when the workers started again. ``unrecorded`` are the steps
-        whose loss is rightly not there.
+        whose loss is rightly not there, ``resume`` which of the resumes was the fault's, if there were several.
         """
         outcome.detected_s = None if detected is None else detected - fault
         rows = [row for row in self.history() if "train/loss" in row]
         resumed = [int(line.split()[3]) for _, line in self.lines if line.startswith("resumed at step")]
         if resumed:
-            first = next((row["time"] for row in rows if row["step"] == resumed[-1] + 1), None)
+            first = next((row["time"] for row in rows if row["step"] == resumed[resume] + 1), None)
             outcome.expect(first is not None, "a step after the resume")
             outcome.first_step_s = first - (detected or fault) if first else None
-            outcome.steps_lost = max(0, self._last_step_before(until or fault) - resumed[-1])
+            outcome.steps_lost = max(0, self._last_step_before(until or fault) - resumed[resume])
         found = self.audit(last_step)
         outcome.samples_wrong = len(found.lost) + len(found.doubled)
         outcome.expect(found.exact, f"samples: {found.lost[:3]} lost, {found.doubled[:3]} doubled")

@@ -18,6 +18,7 @@ from tests.faults.table import expect_finished, scenario
 from tests.train.mlflow_server import free_port
 
 STEPS = 150
+ELASTIC_STEPS = 900
 GRACE_S = 30
 LOST_WITHIN_S = 15
 
@@ -65,10 +66,12 @@ class Nodes:
 
 
 @contextmanager
-def job_on_nodes(folder: Path, tree: dict[str, Any], count: int, outcome: Outcome) -> Iterator[tuple[Nodes, Job]]:
+def job_on_nodes(
+    folder: Path, tree: dict[str, Any], count: int, outcome: Outcome, steps: int = STEPS, **cluster: Any
+) -> Iterator[tuple[Nodes, Job]]:
     """Bring up a cluster, submit the run to it and wait for a checkpoint; in the end nothing of it may be left."""
-    nodes, job = Nodes(folder, count), Job(folder, fault_tree(tree, STEPS, keep_checkpoints=STEPS))
-    job.tree["cluster"] |= {"worker_resources": {"slot": 1}, "max_failures": 3}
+    nodes, job = Nodes(folder, count), Job(folder, fault_tree(tree, steps, keep_checkpoints=steps))
+    job.tree["cluster"] |= {"worker_resources": {"slot": 1}, "max_failures": 3, **cluster}
     job.words = ["submit", "--run", RUN]
     nodes.up()
     try:
@@ -112,6 +115,25 @@ def node_joins(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         nodes.up()
         outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
         job.judge(outcome, fault, detected, STEPS)
+
+
+@scenario("node lost, none to spare: one worker goes on; a node joins")
+def elastic(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """With `cluster.min_workers` the run goes on with what is left; the node that joins costs no step."""
+    with job_on_nodes(folder, tree, 2, outcome, ELASTIC_STEPS, min_workers=1) as (nodes, job):
+        raylet = nodes.raylet(place_of(job.worker(1)))
+        fault = time.time()
+        raylet.kill()
+        detected = job.wait_line("; the workers start again")
+        job.wait_line("training goes on with 1 worker in place of 2")
+        nodes.up()
+        job.wait_line("a node has joined, step")
+        job.wait_line("training goes on with 2 workers in place of 1")
+        outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
+        job.judge(outcome, fault, detected, ELASTIC_STEPS, resume=0)
+        joined = next(line for _, line in job.lines if "a node has joined, step" in line)
+        step = int(joined.partition("a node has joined, step ")[2].split()[0])
+        outcome.expect(any(f"resumed at step {step} " in line for _, line in job.lines), "no step lost to the new node")
 
 
 @scenario("node drained with 30 s grace")

@@ -67,6 +67,8 @@ def down_for_a_part(folder: Path, tree: dict[str, Any], outcome: Outcome) -> Non
         expect_finished(job.start("--resume"), outcome)
         outcome.expect(logged(server) == dict.fromkeys(range(1, steps + 1), 1), "each step is there once")
         outcome.expect(status(server) == ["FINISHED"], f"one run, finished: {status(server)}")
+        share = [row for row in job.history() if "train/recording_share" in row][-1]["train/recording_share"]
+        outcome.expect(share < 0.01, f"recording takes less than 1 % of the steps' time: {share:.2%}")
         job.metrics_db = server.store
         job.judge(outcome, fault, None, steps)
     finally:
