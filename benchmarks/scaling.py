@@ -38,8 +38,9 @@ SETTINGS = {"one": (1, 1), "strong": (2, 1), "weak": (2, 2)}
 """Workers, and how many times the recipe's global batch."""
 LEFT_OUT = 100
 """First steps of a start: by then all processes that come up beside the run are there."""
-AHEAD_BYTES = 4 << 20
-"""`data.prefetch_bytes`: so little that the timed steps' samples are made while these steps run, not before."""
+AHEAD_BYTES = 12 << 20
+"""`data.prefetch_bytes`: so little that the timed steps' samples are made while these steps run, not before; and enough
+for a window of the quickstart's samples, as the default is."""
 TOLERANCE = 1e-4
 NOTES = "SCALING_NOTES"
 

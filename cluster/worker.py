@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,8 @@ from pipelines.shards import Manifest
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.0005
+"""After so long a thread that waits for the interpreter gets it: the training thread must not wait 5 ms for Ray's threads."""
 LIBRARIES = ("torch", "ray", "deepspeed", "mlflow", "pyarrow", "numpy")
 
 
@@ -114,6 +117,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 def work(config: Mapping[str, Any], make_engine: EngineMaker) -> dict[str, Any]:
     """Do what `train_worker` does, with an engine of the caller's making."""
     began = time.perf_counter()
+    sys.setswitchinterval(SWITCH_S)
     place = find_place(config["runs"])
     monitor = connect(config["monitor"], place.rank)
     try:
