@@ -71,12 +71,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="keys of the recipe")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        run_json("plan", given.recipe, *given.overrides, "--gpu", "cpu", "--gpus", "2", "--calibrate")
-        spent = time.perf_counter() - began
         for workers in given.workers or [1, 2]:
             keys = [*given.overrides, f"cluster.workers={workers}"]
-            plan = run_json("plan", given.recipe, *keys, "--gpu", "cpu", "--gpus", str(workers))
+            began = time.perf_counter()
+            plan = run_json("plan", given.recipe, *keys, "--gpu", "cpu", "--gpus", str(workers), "--calibrate")
+            spent = time.perf_counter() - began
             rate, memory = measure(given.recipe, keys, folder)
             seconds = plan["micro_batch"] * plan["accumulation"] * workers / rate
             row = {

@@ -47,7 +47,7 @@ from pipelines.shards import Manifest
 log = logging.getLogger(__name__)
 
 SWITCH_S = 0.0005
-"""After so long a thread that waits for the interpreter gets it: the training thread must not wait 5 ms for Ray's threads."""
+"""After so long a thread that waits for the interpreter gets it: training must not wait 5 ms for Ray's threads."""
 LIBRARIES = ("torch", "ray", "deepspeed", "mlflow", "pyarrow", "numpy")
 
 

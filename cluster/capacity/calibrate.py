@@ -1,28 +1,25 @@
-"""Measuring this machine with a recipe: steps in one process, in as many as there are cores, and in a short run."""
+"""Measuring this machine with a recipe, in a short run by Ray Train: `cluster.capacity.rehearsal` is what runs."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cluster.capacity.calibration import Calibration, Timing, calibration_file, matches
+from cluster.capacity.calibration import Calibration, Timing, calibration_file, load_calibration, matches
 from cluster.capacity.hardware import Device
-from cluster.capacity.rehearsal import SHORTEST
 from cluster.local import machine_cpus, set_quiet_environment
 from cluster.recipe import Recipe, for_workers
 from perceiver.config import UserError
 from pipelines.ingest import load_data
 
 TIMEOUT_S = 300
-SECONDS = 2.5
+SECONDS = 1.5
 """Time to spend on each size, about."""
 
 
@@ -43,10 +40,15 @@ def check_device(name: str, device: Device) -> None:
                         f"({device.title}): leave --calibrate out, or name this machine's device with --gpu")
 
 
-def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
-    """Measure, keep the figures for `perceiver plan`, and return them; about a minute and a half on a quiet machine.
+def calibrate(recipe: Recipe, workers: int, seconds: float = SECONDS) -> Calibration:
+    """Measure, keep the figures for `perceiver plan`, and return them; under a minute on a quiet machine.
 
-    Each size of a step is taken for so many seconds, about.
+    What was measured before with other numbers of workers is kept.
+
+    Args:
+        recipe: with model, data, batch and output.
+        workers: of the plan; so many are measured, or as many as this machine has devices (cores without a GPU).
+        seconds: for each size of a step, about.
 
     Raises:
         UserError: the recipe's data is not there, the output is no local folder, or a process failed.
@@ -55,101 +57,77 @@ def calibrate(recipe: Recipe, seconds: float = SECONDS) -> Calibration:
     load_data(recipe.data)
     if "://" in recipe.output:
         raise UserError(f"--calibrate writes to a local folder to see how fast it is; output is {recipe.output}")
-    Path(recipe.output).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(recipe.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {recipe.output} ({error.strerror}): set output= to a folder of yours") from None
     most = torch.cuda.device_count() if torch.cuda.is_available() else machine_cpus()
-    found = [_measure(recipe, processes, seconds) for processes in sorted({1, most})]
-    alone, together = found[0], found[-1]
-    latency, rate = together["exchange"]
+    found = _rehearse(recipe, min(workers, most), seconds)
+    before = load_calibration(recipe, this_device())
+    before = before if before and before.cores == machine_cpus() else None
+    latency, rate = found["exchange"]
+    if before and found["processes"] == 1:
+        latency, rate = before.exchange_latency, before.exchange_bytes_s
+    kept = [timing for timing in before.timings if timing.processes != found["processes"]] if before else []
     result = Calibration(
         device=this_device(),
         cores=machine_cpus(),
-        timings=tuple(timing for figures in found for timing in _timings(figures)),
-        sample_cpu_seconds=alone["sample_cpu_seconds"],
+        timings=(*kept, *_timings(found, 1.0)),
+        sample_cpu_seconds=found["sample_cpu_seconds"],
         exchange_latency=latency,
         exchange_bytes_s=rate,
-        save_bytes_s=alone["save_bytes_s"],
+        save_bytes_s=found["save_bytes_s"],
     )
-    result = result.model_copy(update={"surroundings": _surroundings(recipe, result, most, seconds)})
+    slowed = _surroundings(recipe, result, found)
+    result = result.model_copy(update={"timings": (*kept, *_timings(found, slowed))})
     path = calibration_file(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(result.model_dump_json(indent=1))
     return result
 
 
-def _timings(figures: dict[str, Any]) -> list[Timing]:
+def _timings(figures: dict[str, Any], surroundings: float) -> list[Timing]:
     """The measured steps without the exchange of gradients, which is counted by itself."""
     latency = figures["exchange"][0]
     return [Timing(processes=figures["processes"], micro_batch=micro, seconds=max(1e-6, seconds - latency), bytes=size,
-                   base_bytes=figures["base_bytes"])
+                   base_bytes=figures["base_bytes"], surroundings=surroundings)
             for micro, seconds, size in figures["timings"]]
 
 
-def _surroundings(recipe: Recipe, alone: Calibration, most: int, seconds: float) -> float:
-    """How much longer the steps of a run by Ray take than `alone` says, with as many workers as divide the batch."""
+def _sizes(recipe: Recipe, processes: int) -> list[int]:
+    """Samples of a pass to measure on each of so many processes: what the recipe would have, and half of it."""
+    micro = recipe.train.micro_batch or max(2, recipe.train.global_batch // processes)
+    return sorted({max(1, micro // 2), micro})
+
+
+def _rehearse(recipe: Recipe, most: int, seconds: float) -> dict[str, Any]:
+    """Measure in workers of Ray Train, as many as divide the batch.
+
+    Raises:
+        UserError: a worker failed, or all took too long.
+    """
     training = recipe.train
     workers = max(n for n in range(1, most + 1) if training.global_batch % (n * (training.micro_batch or 1)) == 0)
-    parts = training.micro(workers), training.accumulation(workers)
-    expected = alone.step_seconds(training.global_batch, *parts, workers)
     there = {"workers": workers, "gpus_per_worker": float(torch.cuda.is_available()), "address": None}
     tree = for_workers(recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=there)}))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with tempfile.TemporaryDirectory(prefix="perceiver-rehearsal-") as folder:
-        task = {"recipe": tree, "steps": max(SHORTEST, round(3 * seconds / expected)), "folder": folder}
-        process = _start("cluster.capacity.rehearsal", task, environment)
-        figures = json.loads(first_output([process], TIMEOUT_S).strip().splitlines()[-1])
-    return max(1.0, figures["seconds"] / expected)
-
-
-def _measure(recipe: Recipe, processes: int, seconds: float) -> dict[str, Any]:
-    """Run the processes side by side; return the figures of the first one."""
-    micro = max(2, recipe.train.global_batch // processes)
-    if recipe.train.micro_batch:
-        micro = recipe.train.micro_batch
-    task = {
-        "recipe": for_workers(recipe),
-        "threads": max(1, machine_cpus() // processes),
-        "micro": sorted({max(1, micro // 2), micro}),
-        "folder": str(Path(recipe.output).resolve()),
-        "seconds": seconds,
-    }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
-    running = [_start("cluster.capacity.probe", task, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-               for rank in range(processes)]
-    output = first_output(running, TIMEOUT_S)
-    return {"processes": processes, **json.loads(output.strip().splitlines()[-1])}
-
-
-def _start(module: str, task: Mapping[str, Any], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """Start a module of ours and give it its task."""
-    process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=dict(environment))
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(task))
-    process.stdin.close()
-    process.stdin = None
-    return process
-
-
-def first_output(running: Sequence["subprocess.Popen[str]"], timeout_s: float) -> str:
-    """Wait for all processes; return what the first of them printed.
-
-    Raises:
-        UserError: one failed, the reason being that of the one that ended first, for which the others may then wait;
-            or they took too long.
-    """
-    with ThreadPoolExecutor(len(running)) as pool:
-        waiting = {pool.submit(process.communicate): process for process in running}
+        task = {"recipe": tree, "micro": _sizes(recipe, workers), "seconds": seconds, "folder": folder}
         try:
-            for ended in as_completed(waiting, timeout=timeout_s):
-                if waiting[ended].returncode:
-                    reason = (ended.result()[1].strip().splitlines() or ["no message"])[-1]
-                    raise UserError(f"--calibrate: a step with this recipe failed on this machine: {reason}")
-        except TimeoutError:
-            raise UserError(f"--calibrate took longer than {timeout_s:g} s: lower train.global_batch") from None
-        finally:
-            for process in running:
-                process.kill()
-        return next(iter(waiting)).result()[0]
+            done = subprocess.run(
+                [sys.executable, "-m", "cluster.capacity.rehearsal"], input=json.dumps(task), env=environment,
+                text=True, capture_output=True, timeout=TIMEOUT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise UserError(f"--calibrate took longer than {TIMEOUT_S:g} s: lower train.global_batch") from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"--calibrate: a step with this recipe failed on this machine: {reason}")
+    return {"processes": workers, **json.loads(done.stdout.strip().splitlines()[-1])}
+
+
+def _surroundings(recipe: Recipe, alone: Calibration, found: Mapping[str, Any]) -> float:
+    """How much longer the steps of a run by Ray take than `alone` says."""
+    training, workers = recipe.train, found["processes"]
+    parts = training.micro(workers), training.accumulation(workers)
+    return max(1.0, found["seconds"] / alone.step_seconds(training.global_batch, *parts, workers))

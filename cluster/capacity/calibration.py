@@ -23,6 +23,10 @@ class Timing(Config):
     base_bytes: PositiveFloat = Field(
         description="memory of such a process before it builds a model, less what it shares with those beside it"
     )
+    surroundings: float = Field(
+        default=1.0, ge=1, description="how much longer a step takes in a run by Ray than by itself: what Ray's own "
+        "processes, data tasks and waiting for each other cost"
+    )
 
 
 class Calibration(Config):
@@ -35,8 +39,6 @@ class Calibration(Config):
     exchange_latency: float = Field(ge=0, description="seconds of an exchange of nothing between the processes")
     exchange_bytes_s: PositiveFloat = Field(description="bytes a second a process sends in an exchange")
     save_bytes_s: PositiveFloat = Field(description="bytes a second written to the output folder")
-    surroundings: float = Field(default=1.0, ge=1, description="how much longer a step takes in a run than by itself: "
-                                "what Ray, data tasks and waiting for each other cost")
 
     def compute_seconds(self, micro: int, processes: int) -> float:
         """Seconds of a training pass of `micro` samples on each of `processes` side by side.
@@ -70,6 +72,10 @@ class Calibration(Config):
         small, large = self._measured(processes)
         each = max(0.0, large.bytes - small.bytes) / max(1, large.micro_batch - small.micro_batch)
         return max(0.0, large.bytes - state_bytes(large.processes) + each * (micro - large.micro_batch))
+
+    def surroundings(self, processes: int) -> float:
+        """How much longer a step takes in a run by Ray, with so many workers on a machine, than by itself."""
+        return self._measured(processes)[1].surroundings
 
     def base_bytes(self, processes: int) -> float:
         """Memory of one of so many workers on a machine before it builds a model, shared with no other."""

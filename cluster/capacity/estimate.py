@@ -290,7 +290,8 @@ def step_time(workload: Workload, place: Place, micro: int, accumulation: int, c
     if calibration:
         alone = calibration.step_seconds(workload.recipe.train.global_batch, micro, accumulation, place.devices,
                                          place.nodes)
-        return Step(alone * calibration.surroundings, 0.0, 0.0, wire_seconds, wire_bytes, 0.0)
+        slowed = calibration.surroundings(place.devices // place.nodes)
+        return Step(alone * slowed, 0.0, 0.0, wire_seconds, wire_bytes, 0.0)
     compute = accumulation * roofline(workload, place.device, micro)
     speed = place.device.memory_gbytes_s * 1e9 * place.device.memory_efficiency
     traffic = accumulation * micro * workload.trace.other_bytes / speed

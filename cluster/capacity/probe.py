@@ -1,14 +1,10 @@
-"""One process of a calibration: `python -m cluster.capacity.probe`, its task as JSON on stdin, its figures on stdout.
-
-It takes optimizer steps with the recipe's model, engine and data, without Ray Data, hooks and tracking.
-"""
+"""What a worker measures by itself: optimizer steps with the recipe's model, engine and data, without Ray Data."""
 
 import itertools
-import json
 import os
 import statistics
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +12,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from cluster.recipe import Recipe, build_recipe
+from cluster.recipe import Recipe
 from perceiver.factory import build_model
 from perceiver.tasks import build_task
-from perceiver.train.deepspeed import BatchPlan, DeepSpeedEngine, init_distributed
+from perceiver.train.deepspeed import BatchPlan, DeepSpeedEngine
 from perceiver.train.engine import Batch
 from perceiver.train.schedules import build_schedule
 from pipelines.ingest import TrainShare, load_data, train_batches
@@ -63,29 +59,32 @@ def _peak_bytes(*, anew: bool = False) -> int:
         return psutil.Process().memory_info().rss
 
 
-def main() -> None:
-    """Measure, and print the figures as one line."""
-    task = json.load(sys.stdin)
-    torch.set_num_threads(task["threads"])
-    recipe = build_recipe(task["recipe"])
-    init_distributed()
-    import ray.data
-    import ray.train  # noqa: F401  a worker holds these in memory
+def measure(recipe: Recipe, micro: Sequence[int], seconds: float) -> dict[str, Any]:
+    """Take steps on the same samples again and again; every process of the group calls this.
 
+    Args:
+        recipe: with model, optimizer, DeepSpeed section and data.
+        micro: samples of a pass, the sizes to measure, in rising order.
+        seconds: to spend on each size, about.
+
+    Returns:
+        ``base_bytes``, ``sample_cpu_seconds``, ``save_bytes_s`` (of rank 0), ``exchange`` (latency, rate) and
+        ``timings``: (size, seconds, bytes).
+    """
     dist.barrier()  # what the processes share is only then in the memory of all
     figures: dict[str, Any] = {"base_bytes": _base_bytes()}
-    batch, figures["sample_cpu_seconds"] = _batch(recipe, max(task["micro"]), task["seconds"])
+    batch, figures["sample_cpu_seconds"] = _batch(recipe, max(micro), seconds)
     before = _peak_bytes(anew=True)
-    engine = _engine(recipe, len(load_data(recipe.data).classes), max(task["micro"]))
+    engine = _engine(recipe, len(load_data(recipe.data).classes), max(micro))
+    figures["save_bytes_s"] = _write(Path(recipe.output)) if dist.get_rank() == 0 else 0.0
     figures["exchange"] = _exchange(engine) if dist.get_world_size() > 1 else (0.0, 1e12)
     figures["timings"] = []
-    for micro in task["micro"]:
+    for size in micro:
         _peak_bytes(anew=True)
-        part = {name: tensor[:micro] for name, tensor in batch.items()}
-        seconds = _steps(engine, part, task["seconds"])
-        figures["timings"].append((micro, seconds, max(0, _peak_bytes() - before)))
-    figures["save_bytes_s"] = _write(Path(task["folder"]))
-    sys.stdout.write("\n" + json.dumps(figures) + "\n")
+        part = {name: tensor[:size] for name, tensor in batch.items()}
+        spent = _steps(engine, part, seconds)
+        figures["timings"].append((size, spent, max(0, _peak_bytes() - before)))
+    return figures
 
 
 def _batch(recipe: Recipe, micro: int, most_s: float) -> tuple[Batch, float]:
@@ -163,6 +162,3 @@ def _write(folder: Path) -> float:
         path.unlink(missing_ok=True)
     return WRITE_BYTES / (time.perf_counter() - began)
 
-
-if __name__ == "__main__":
-    main()

@@ -1,47 +1,65 @@
-"""A few real steps by Ray Train and Ray Data: `python -m cluster.capacity.rehearsal`, its task as JSON on stdin.
+"""Workers of Ray Train that measure: `python -m cluster.capacity.rehearsal`, its task as JSON on stdin.
 
-They show what a step costs beyond itself: data tasks, Ray's own processes, and workers that wait for each other while
-these have the cores.
+First steps by themselves, side by side, as `cluster.capacity.probe` takes them. Then a few real ones with Ray Data:
+they show what a step costs beyond itself, for data tasks, Ray's own processes, and workers that wait for each other
+while these have the cores.
 """
 
 import json
 import statistics
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.recipe import build_recipe
+import torch
 
-SHORTEST = 24
-"""Steps at least."""
+from cluster.recipe import Recipe, build_recipe
+
+if TYPE_CHECKING:
+    from cluster.worker import Place
+
+SHORTEST, TIMES = 24, 3
+"""Real steps at least, and for how many times as long as one size of a step is measured."""
 LEFT_OUT = 3
 """The first one in so many of the steps: processes still start beside them, and samples are made ahead."""
 
 
 def rehearse(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure as a worker; return the figures of `probe.measure`, and ``seconds``: the mean of a real step."""
+    from cluster.capacity.probe import measure
+    from cluster.worker import find_place
+
+    recipe, place = build_recipe(config["recipe"]), find_place(1)
+    figures = measure(recipe, config["micro"], config["seconds"])
+    steps = torch.tensor(max(SHORTEST, round(TIMES * config["seconds"] / figures["timings"][-1][1])))
+    torch.distributed.broadcast(steps.to(place.device), 0)
+    return {**figures, "seconds": _real_steps(recipe, place, int(steps))}
+
+
+def _real_steps(recipe: Recipe, place: "Place", steps: int) -> float:
     """Take a worker's steps without evaluation, checkpoints and tracking; return the mean seconds of a step."""
     from cluster.preflight import epoch_steps_of
-    from cluster.worker import build_engine, find_place, first_model, training_batches
+    from cluster.worker import build_engine, first_model, training_batches
     from perceiver.tasks import build_task
     from perceiver.train.loop import Span, train
     from pipelines.ingest import load_data
     from pipelines.quarantine import Quarantine
 
-    recipe = build_recipe(config["recipe"])
-    manifest, place = load_data(recipe.data), find_place(1)
-    training, classes = recipe.train, len(manifest.classes)
-    batches = training_batches(recipe, manifest, place, (0, config["steps"]), Quarantine())
+    manifest, training = load_data(recipe.data), recipe.train
+    classes = len(manifest.classes)
+    batches = training_batches(recipe, manifest, place, (0, steps), Quarantine())
     model, task = first_model(recipe, classes, restored=True), build_task(recipe.task, classes=classes)
     engine = build_engine(recipe, model, task, manifest, place)
     seconds: list[float] = []
-    span = Span(0, config["steps"], training.global_batch, training.accumulation(place.world),
-                epoch_steps_of(recipe, manifest), recipe.seed)  # fmt: skip
+    span = Span(0, steps, training.global_batch, training.accumulation(place.world), epoch_steps_of(recipe, manifest),
+                recipe.seed)  # fmt: skip
     train(engine, batches, [lambda info: seconds.append(info.seconds)], span)
-    return {"seconds": statistics.fmean(seconds[len(seconds) // LEFT_OUT :])}
+    return statistics.fmean(seconds[len(seconds) // LEFT_OUT :])
 
 
 def main() -> None:
     """Start a Ray of our own, take the steps, print the figures as one line."""
+    from cluster.failures import failure_reason
     from cluster.local import cluster_cpus, start_ray
 
     task = json.load(sys.stdin)
@@ -51,8 +69,11 @@ def main() -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from cluster.trainer import Share, worker_resources
+    from pipelines.warm import warm_up
 
     cluster = recipe.cluster
+    if recipe.data.executor == "ray":
+        warm_up(cluster.workers * recipe.data.tasks, recipe.data.cpus_per_task)
     trainer = TorchTrainer(
         rehearse,
         train_loop_config=task,
@@ -64,7 +85,10 @@ def main() -> None:
         ),
         run_config=ray.train.RunConfig(name="rehearsal", storage_path=task["folder"]),
     )
-    figures = trainer.fit().return_value
+    try:
+        figures = trainer.fit().return_value
+    except Exception as error:  # noqa: BLE001  whatever Ray raises becomes one line, the last
+        sys.exit(failure_reason(error))
     ray.shutdown()
     sys.stdout.write("\n" + json.dumps(figures) + "\n")
 

@@ -53,7 +53,7 @@ def command(recipe: str, overrides: tuple[str, ...], gpu: str, hardware: str | N
         check_device(gpu, place.device)
         click.echo("measuring this machine ...", err=True)
         began = time.monotonic()
-        measure(plan_of)
+        measure(plan_of, place.devices)
         click.echo(f"measured in {time.monotonic() - began:.0f} s", err=True)
     calibration = load_calibration(plan_of, place.device.match)
     work = build_workload(plan_of, **sizes)

@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from cluster.capacity.calibrate import calibrate, first_output
+from cluster.capacity.calibrate import calibrate
 from cluster.capacity.calibration import Calibration, Timing, calibration_file, load_calibration
 from cluster.capacity.estimate import (
     Place,
@@ -171,7 +170,8 @@ def test_a_run_takes_longer_than_its_steps_by_themselves(workload: Workload) -> 
     batch = workload.recipe.train.global_batch
     by_itself = alone.step_seconds(batch, batch, 1, 1)
     assert by_itself == pytest.approx(alone.compute_seconds(batch, 1) + batch * 1e-3 / 2)
-    slowed = alone.model_copy(update={"surroundings": 1.3})
+    slower = tuple(timing.model_copy(update={"surroundings": 1.3}) for timing in alone.timings)
+    slowed = alone.model_copy(update={"timings": slower})
     times = [step_time(workload, place(1), batch, 1, calibration).total for calibration in (alone, slowed)]
     assert times == pytest.approx([by_itself, 1.3 * by_itself])
 
@@ -247,25 +247,37 @@ def test_another_precision_is_another_calibration(tree: dict[str, Any]) -> None:
     assert len(files) == 3, "the length of a run does not change its speed"
 
 
-def test_the_process_that_fails_first_gives_the_reason() -> None:
-    """The first one waits for ever, as for an exchange with the second, which fails."""
-    words = ["import threading; threading.Event().wait()", "raise ValueError('no such kernel')"]
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for code in words]  # fmt: skip
-    with pytest.raises(UserError, match="ValueError: no such kernel"):
-        first_output(running, 300)
-    assert running[0].wait(timeout=60) < 0, "the others are ended"
-
-
 @pytest.mark.slow
 def test_measuring_this_machine(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured with two workers; what was measured before with one is kept."""
     monkeypatch.setenv("PERCEIVER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("cluster.capacity.calibrate.machine_cpus", lambda: 2)
     recipe = build_recipe(tree)
-    found = calibrate(recipe, seconds=0.5)
+    alone = Timing(processes=1, micro_batch=16, seconds=0.5, bytes=1e6, base_bytes=1e8)
+    before = measured(1e6).model_copy(update={"timings": (alone, alone)})
+    calibration_file(recipe).parent.mkdir(parents=True)
+    calibration_file(recipe).write_text(before.model_dump_json())
+    found = calibrate(recipe, workers=2, seconds=0.5)
     assert load_calibration(recipe, "cpu") == found
-    assert {(t.processes, t.micro_batch) for t in found.timings} == {(1, 8), (1, 16), (2, 4), (2, 8)}
-    assert 1e8 < found.base_bytes(2) < 5e9
-    assert 1 < found.surroundings < 100, "a real run takes longer"
+    assert [(t.processes, t.micro_batch) for t in found.timings] == [(1, 16), (1, 16), (2, 4), (2, 8)]
+    assert 1e8 < found.base_bytes(2) < 5e9 and found.base_bytes(1) == 1e8
+    assert 1 < found.surroundings(2) < 100, "a real run takes longer"
     longer = build_recipe({**tree, "train": {**tree["train"], "epochs": 9}})
     assert load_calibration(longer, "cpu") == found, "the length of a run does not change its speed"
+
+
+@pytest.mark.parametrize(
+    ("output", "stderr", "line"),
+    [
+        ("/proc/nowhere/runs", "", "cannot write /proc/nowhere/runs .*: set output="),
+        ("runs", "noise\nValueError: no such kernel\n", "a step with this recipe failed .*: ValueError: no such"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, stderr: str, line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr("cluster.capacity.calibrate.subprocess.run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match=line):
+        calibrate(build_recipe({**tree, "output": output}), workers=1)
