@@ -14,31 +14,12 @@ import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
-from cluster.placement import Node, place
-from cluster.preflight import data_need, shared_out
-from cluster.recipe import Recipe
-from perceiver.config import UserError
+from cluster.placement import Node
 
 LOOK_S = 15.0
 """Between two looks for nodes that have joined."""
 AGAIN_S = 60.0
 """The workers are asked again to save and leave if they have not by then."""
-
-
-def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
-    """Return the logical CPUs of one worker so that all fit onto the nodes, or at least as many as may train.
-
-    Raises:
-        UserError: not even those fit.
-    """
-    try:
-        return place(recipe.cluster, nodes, data_need(recipe))
-    except UserError:
-        least = shared_out(recipe)[0]
-        if least == recipe.cluster.workers:
-            raise
-        fewer = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"workers": least})})
-        return place(fewer.cluster, nodes, data_need(fewer))
 
 
 class WholeShares(ElasticScalingPolicy):

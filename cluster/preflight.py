@@ -1,6 +1,6 @@
 """Whatever can be refused is refused here, before a worker starts, in one line that names the fix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +144,22 @@ def shared_out(recipe: Recipe) -> tuple[int, ...]:
     batch, cluster, micro = recipe.train.global_batch, recipe.cluster, recipe.train.micro_batch or 1
     least = cluster.min_workers or cluster.workers
     return tuple(count for count in range(least, cluster.workers + 1) if batch % (count * micro) == 0)
+
+
+def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
+    """Return the logical CPUs of one worker so that all fit onto the nodes, or at least as many as may train.
+
+    Raises:
+        UserError: not even those fit.
+    """
+    try:
+        return place(recipe.cluster, nodes, data_need(recipe))
+    except UserError:
+        least = shared_out(recipe)[0]
+        if least == recipe.cluster.workers:
+            raise
+        fewer = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"workers": least})})
+        return place(fewer.cluster, nodes, data_need(fewer))
 
 
 def check_batch(recipe: Recipe) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.elastic import place_some
 from cluster.job_paths import check_paths, is_here, tracking_note
 from cluster.job_secrets import check_files, check_secrets, needed
 from cluster.job_server import JobServer, text_object
@@ -18,7 +17,7 @@ from cluster.jobs import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
 from cluster.local import QUIET_ENVIRONMENT
 from cluster.package import build_package, locked_requirements, named_files, path_in_package
 from cluster.placement import Node, check_evaluation, check_memory
-from cluster.preflight import check_batch, data_need
+from cluster.preflight import check_batch, data_need, place_some
 from cluster.recipe import Recipe, build_recipe
 from cluster.recipe_file import read_tree
 from cluster.run_folder import named_run

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster import local
 from cluster.placement import check_evaluation, check_memory, connected_nodes, worker_need
-from cluster.preflight import data_cpus, data_need, shared_out
+from cluster.preflight import data_cpus, data_need, place_some, shared_out
 from cluster.recipe import Recipe, absolute, for_workers
 from cluster.run_folder import RunFolder
 from perceiver.train.mlflow import RunHandle, spool_folder
@@ -88,8 +88,6 @@ def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:
     if cluster.resolved_address() is None or share.runs > 1:
         cpus = local.worker_cpus(cluster, share.cpus, data_cpus(recipe) + share.taken)
     else:
-        from cluster.elastic import place_some
-
         cpus = place_some(recipe, nodes)
     return {name: amount for name, amount in worker_need(cluster, cpus).items() if amount}
 

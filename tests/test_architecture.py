@@ -19,3 +19,9 @@ def test_the_model_needs_torch_alone() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_talks_to_a_cluster_does_not_import_ray_first() -> None:
+    """Ray reads whether to send a token when it is imported; the job verbs ask the cluster before that."""
+    code = "import sys, cluster.submit, cluster.job_server, cluster.jobs, perceiver.cli; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

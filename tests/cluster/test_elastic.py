@@ -9,10 +9,10 @@ import ray
 import ray.train
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
-from cluster.elastic import ElasticTrainer, WholeShares, place_some
+from cluster.elastic import ElasticTrainer, WholeShares
 from cluster.monitor import MonitorClient, MonitorState
 from cluster.placement import Node
-from cluster.preflight import check_batch, shared_out
+from cluster.preflight import check_batch, place_some, shared_out
 from cluster.recipe import Recipe, build_recipe
 from perceiver.config import UserError
 from tests.cluster.recipes import small_tree
