@@ -28,13 +28,13 @@ from cluster.run_folder import RunFolder
 from cluster.submit import Submission
 from perceiver.config import UserError
 from tests.cluster.recipes import write_recipe
+from tests.homes import share_kernels
 from tune.config import load_search
 from tune.submission import is_search, searching
 
 pytestmark = pytest.mark.usefixtures("home")
 PERCEIVER = [sys.executable, "-m", "perceiver.cli"]
 POLL_S = 0.2
-KERNELS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver" / "kernels"
 
 
 @pytest.fixture
@@ -291,9 +291,7 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
     tree["train"] |= {"epochs": 4000, "checkpoint_every": 4, "eval_every": 1000}
     recipe = str(write_recipe(home, tree))
     (home / "nodes.yaml").write_text(NODES)
-    (home / ".cache" / "perceiver").mkdir(parents=True)
-    KERNELS.mkdir(parents=True, exist_ok=True)
-    (home / ".cache" / "perceiver" / "kernels").symlink_to(KERNELS)  # compiled once a machine, not once a home
+    share_kernels(home)
     try:
         shown = perceiver(home, "cluster", "up", "nodes.yaml")
         assert "ray start --address=HEAD" in shown and (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600

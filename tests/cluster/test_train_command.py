@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.recipes import write_recipe
+from tests.cluster.recipes import small_tree, write_recipe
+from tests.homes import share_kernels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -21,7 +22,7 @@ PERCEIVER = [str(Path(sys.executable).with_name("perceiver")), "train"]
 
 def start(tmp_path: Path, tree: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
     """Start the command in a folder of its own, with a home of its own."""
-    environment = {**os.environ, "HOME": str(tmp_path), "COLUMNS": "200"}
+    environment = {**os.environ, "HOME": str(share_kernels(tmp_path)), "COLUMNS": "200"}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)
     command = [*PERCEIVER, str(write_recipe(tmp_path, tree)), *arguments]
@@ -59,32 +60,48 @@ def mlflow_runs(folder: Path) -> list[Any]:
     return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
 
 
-def test_the_whole_job(tmp_path: Path, tree: dict[str, Any]) -> None:
-    """Raw images to a trained, evaluated, tracked model with a report; then a finished run is not trained again."""
-    code, output = run(tmp_path, tree, "--json")
+LONGER = {"epochs": 12, "checkpoint_every": 0.4, "keep_checkpoints": 3}
+"""Long enough for a worker to be killed."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, images: str) -> tuple[Path, dict[str, Any], str]:
+    """A run that is left alone: its folder, recipe and output."""
+    home = tmp_path_factory.mktemp("unbroken")
+    tree = small_tree(home, images)
+    tree["train"] |= LONGER
+    code, output = run(home, tree, "--json")
     assert code == 0, output
+    return home, tree, output
+
+
+def test_the_whole_job(unbroken: tuple[Path, dict[str, Any], str]) -> None:
+    """Raw images to a trained, evaluated, tracked model with a report; then a finished run is not trained again."""
+    tmp_path, tree, output = unbroken
     folder = tmp_path / "runs" / "small-001"
     outcome = json.loads(output.splitlines()[-1])
-    assert outcome["status"] == "finished" and outcome["step"] == 10
+    assert outcome["status"] == "finished" and outcome["step"] == 60
     assert outcome["evaluation"]["accuracy"] > 0.9, output
     assert f"test accuracy {100 * outcome['evaluation']['accuracy']:.1f} %" in output
     assert "perceiver train" in output and "mlflow ui --backend-store-uri sqlite:///" in output
     for part in ("report/index.html", "model.safetensors", "recipe.yaml", "logs/driver.log", "predictions"):
         assert (folder / part).exists(), part
-    assert list(losses(folder)) == list(range(1, 11))
+    assert list(losses(folder)) == list(range(1, 61))
     (tracked,) = mlflow_runs(tmp_path / "runs")
     assert tracked.info.status == "FINISHED" and tracked.info.run_name == "small-001"
     assert tracked.data.params["optim.lr"] == "0.01"
-    assert tracked.data.tags["checkpoint_uri"].endswith("step-00000010")
+    assert tracked.data.tags["checkpoint_uri"].endswith("step-00000060")
     assert tracked.data.metrics["eval/accuracy"] == pytest.approx(outcome["evaluation"]["accuracy"])
     assert "Traceback" not in output
 
     code, output = run(tmp_path, tree, "--resume")
-    assert code == 0 and "small-001 is finished (step 10); raise train.epochs to go on" in output
+    assert code == 0 and "small-001 is finished (step 60); raise train.epochs to go on" in output
 
 
-def test_a_killed_worker_is_replaced_and_the_losses_do_not_change(tmp_path: Path, tree: dict[str, Any]) -> None:
-    tree["train"] |= {"epochs": 12, "checkpoint_every": 0.4, "keep_checkpoints": 3}
+def test_a_killed_worker_is_replaced_and_the_losses_do_not_change(
+    tmp_path: Path, tree: dict[str, Any], unbroken: tuple[Path, dict[str, Any], str]
+) -> None:
+    tree["train"] |= LONGER
     process = start(tmp_path, tree)
     folder = tmp_path / "runs" / "small-001"
     wait_for(lambda: list(folder.glob("checkpoints/step-*/manifest.json")), process)
@@ -97,10 +114,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_do_not_change(tmp_path: Path
     assert [run.info.status for run in mlflow_runs(tmp_path / "runs")] == ["FINISHED"]
     broken = losses(folder)
     assert list(broken) == list(range(1, 61))
-
-    code, output = run(tmp_path, tree)
-    assert code == 0, output
-    assert losses(tmp_path / "runs" / "small-002") == broken
+    assert losses(unbroken[0] / "runs" / "small-001") == broken
 
 
 def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(tmp_path: Path, tree: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from perceiver.train.ledger import Audit, audit
 from pipelines.ingest import DataConfig, sample_plan
 from pipelines.shards import load_manifest
 from tests.cluster.recipes import write_recipe
+from tests.homes import share_kernels
 
 PERCEIVER = str(Path(sys.executable).with_name("perceiver"))
 PATIENCE_S = 400.0
@@ -245,7 +246,7 @@ def home(folder: Path) -> dict[str, str]:
     """The environment of a command whose home is a folder, without what names other places."""
     named = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "XDG_CACHE_HOME")
     kept = {name: value for name, value in os.environ.items() if name not in named}
-    return {**kept, "HOME": str(folder), "COLUMNS": "200"}
+    return {**kept, "HOME": str(share_kernels(folder)), "COLUMNS": "200"}
 
 
 def _title(process: psutil.Process) -> str:

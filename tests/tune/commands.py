@@ -11,12 +11,14 @@ from typing import Any
 
 import psutil
 
+from tests.homes import share_kernels
+
 PERCEIVER = str(Path(sys.executable).with_name("perceiver"))
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start the command in a folder of its own, with a home of its own."""
-    environment = {**os.environ, "HOME": str(tmp_path), "COLUMNS": "200"}
+    environment = {**os.environ, "HOME": str(share_kernels(tmp_path)), "COLUMNS": "200"}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)
     return subprocess.Popen(
