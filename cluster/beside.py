@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,11 +89,18 @@ class Evaluations:
     """The driver's end: starts the task that rank 0 asked for, and passes on what it finds.
 
     An evaluation that fails costs its figures, not the run.
+
+    Attributes:
+        recipe: of the run.
+        folder: of the run.
+        monitor: through which the workers ask and are told (`cluster.monitor.MonitorState`).
+        show: shows the user an event.
     """
 
     recipe: Recipe
     folder: RunFolder
     monitor: Any
+    show: Callable[[dict[str, Any]], None]
     _step: int | None = field(default=None, init=False)
     _task: Any = field(default=None, init=False)
 
@@ -103,13 +110,13 @@ class Evaluations:
             self.cancel()
             self._step, self._task = event["step"], self._start(event["step"])
 
-    def tend(self) -> dict[str, Any] | None:
-        """Pass the figures on if they are there; return what to tell the user of an evaluation that failed."""
+    def tend(self) -> None:
+        """Pass the figures on if they are there, or show why there are none."""
         import ray
         from ray.exceptions import RayError
 
         if self._task is None or not ray.wait([self._task], timeout=0)[0]:
-            return None
+            return
         step, task = self._step, self._task
         assert step is not None
         self._step = self._task = None
@@ -120,9 +127,9 @@ class Evaluations:
             self.monitor.post.remote({"step": step, "metrics": {}})
             log.error("the evaluation of step %d failed: %s", step, error)
             reason = (str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__])[0]
-            return {"kind": "unscored", "rank": 0, "step": step, "reason": reason}
-        self.monitor.post.remote({"step": step, "metrics": metrics})
-        return None
+            self.show({"kind": "unscored", "rank": 0, "step": step, "reason": reason})
+        else:
+            self.monitor.post.remote({"step": step, "metrics": metrics})
 
     def cancel(self) -> None:
         """End the task that runs, if there is one."""

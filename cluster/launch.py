@@ -60,6 +60,11 @@ class Launch:
     background: ThreadPoolExecutor
     lease: Lease
 
+    @property
+    def saved_at(self) -> float | None:
+        """When the checkpoint that the run goes on from was saved, in seconds since the epoch; None without one."""
+        return self.preflight.checkpoint.created if self.preflight.checkpoint else None
+
 
 def launch_training(
     path: str,
@@ -148,24 +153,19 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     from cluster.monitor import pump, start_monitor
 
     monitor = start_monitor()
-    share = Share(local.cluster_cpus())
-    trainer = build_trainer(launch.recipe, launch.folder, monitor, handle, share)
+    trainer = build_trainer(launch.recipe, launch.folder, monitor, handle, Share(local.cluster_cpus()))
     outcome: dict[str, Any] = {}
     refused: list[float] = []
     dog = Watchdog(launch.recipe.cluster.hang_s)
-    begun_from = launch.preflight.checkpoint
-    beside = Evaluations(launch.recipe, launch.folder, monitor)
-    figures = RunMetrics(ray_export(launch.folder.name), saved_at=begun_from.created if begun_from else None)
+    beside = Evaluations(launch.recipe, launch.folder, monitor, launch.console.show)
+    figures = RunMetrics(ray_export(launch.folder.name), saved_at=launch.saved_at)
 
     def show(event: dict[str, Any]) -> None:
         dog.note(event, time.monotonic())
         figures.note(event)
         beside.note(event)
         if event["kind"] == "ready":
-            _note_worker(launch.folder, event)
-            if event["rank"] == 0:
-                classes = len(launch.preflight.manifest.classes) or None
-                find_peak(figures, launch.recipe, classes, event["device"], event["world"])
+            _note_worker(launch, figures, event)
         if event["kind"] == "refused":
             outcome.update(status="refused", error=event["error"])
             refused.append(time.monotonic())
@@ -184,8 +184,7 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
         # A worker that refuses to go on leaves the others waiting for it: they end with Ray, a moment later.
         while thread.is_alive() and not (refused and time.monotonic() - refused[0] > REFUSED_GRACE_S):
             pump(monitor, show)
-            if (failed := beside.tend()) is not None:
-                launch.console.show(failed)
+            beside.tend()
             if (hanging := dog.suspect(time.monotonic())) is not None:
                 launch.console.show({"kind": "hang", **asdict(hanging)})
                 end(hanging)
@@ -199,7 +198,11 @@ def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
     return outcome
 
 
-def _note_worker(folder: RunFolder, event: Mapping[str, Any]) -> None:
-    """Keep in run.json which process on which node is which rank."""
+def _note_worker(launch: Launch, figures: RunMetrics, event: Mapping[str, Any]) -> None:
+    """Keep in run.json which process on which node is which rank; with the first one the device is known."""
+    folder = launch.folder
     workers = {**folder.facts().get("workers", {}), str(event["rank"]): {"pid": event["pid"], "node": event["node"]}}
     folder.note(workers=workers)
+    if event["rank"] == 0:
+        classes = len(launch.preflight.manifest.classes) or None
+        find_peak(figures, launch.recipe, classes, event["device"], event["world"])
