@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,45 +117,9 @@ def test_a_killed_worker_is_replaced_and_the_losses_do_not_change(
     assert losses(unbroken[0] / "runs" / "small-001") == broken
 
 
-def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(tmp_path: Path, tree: dict[str, Any]) -> None:
-    tree["train"] |= {"epochs": 60, "checkpoint_every": 0.4}
-    folder = tmp_path / "runs" / "small-001"
-
-    process = start(tmp_path, tree)
-    wait_for(lambda: list(folder.glob("checkpoints/step-*/manifest.json")), process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 130, output
-    assert "checkpoint saved; go on with: perceiver train" in output
-    stopped = json.loads((folder / "run.json").read_text())["step"]
-    assert 0 < stopped < 300
-    assert history(folder)[-1]["step"] == stopped
-
-    process = start(tmp_path, tree, "--resume")
-    wait_for(lambda: [p for p in folder.glob("checkpoints/step-*/manifest.json") if step_of(p) > stopped], process)
-    process.kill()
-    process.communicate(timeout=400)
-
-    code, output = run(tmp_path, tree, "--resume", "train.epochs=14")
-    assert code == 0, output
-    assert "resuming small-001 from the checkpoint at step" in output and "goes on, experiment small" in output
-    assert list(losses(folder)) == list(range(1, max(71, step_of_last(folder) + 1)))
-    (tracked,) = mlflow_runs(tmp_path / "runs")
-    assert tracked.info.status == "FINISHED"
-
-
-def step_of(manifest: Path) -> int:
-    return int(manifest.parent.name.removeprefix("step-"))
-
-
-def step_of_last(folder: Path) -> int:
-    return max(step_of(path) for path in folder.glob("checkpoints/step-*/manifest.json"))
-
-
-def test_data_and_run_in_an_object_store(
-    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same command with URLs: shards read from S3, the run written to S3 and resumed from there."""
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 endpoint with an empty bucket named `bucket`, which the environment names."""
     import boto3
     import fsspec
     from moto.server import ThreadedMotoServer
@@ -168,19 +132,51 @@ def test_data_and_run_in_an_object_store(
         for name, value in {**settings, "ENDPOINT_URL": f"http://{host}:{port}"}.items():
             monkeypatch.setenv(f"AWS_{name}", value)
         boto3.client("s3").create_bucket(Bucket="bucket")
-        fs = fsspec.filesystem("s3")
-        fs.put(f"{tree['data']['url']}/", "bucket/shards/", recursive=True)
-        tree["data"]["url"], tree["output"] = "s3://bucket/shards", "s3://bucket/runs"
-        code, output = run(tmp_path, tree)
-        assert code == 0, output
-        assert fs.exists("bucket/runs/small-001/report/index.html")
-        assert fs.exists("bucket/runs/small-001/checkpoints/step-00000010/manifest.json")
-        code, output = run(tmp_path, tree, "--resume", "train.epochs=3", "cluster.workers=1")
-        assert code == 0, output
-        assert "resumed at step 10 from s3://bucket/runs/small-001/checkpoints/step-00000010" in output
-        assert "goes on, experiment small" in output
+        yield fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
     finally:
         server.stop()
+
+
+def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
+    tmp_path: Path, tree: dict[str, Any], store: Any
+) -> None:
+    """With URLs: shards read from S3, the run written to S3 and resumed from there, at last with another world size."""
+    store.put(f"{tree['data']['url']}/", "bucket/shards/", recursive=True)
+    tree["data"]["url"], tree["output"] = "s3://bucket/shards", "s3://bucket/runs"
+    tree["train"] |= {"epochs": 60, "checkpoint_every": 0.4}
+    folder = "bucket/runs/small-001"
+
+    def steps() -> list[int]:
+        found = store.glob(f"{folder}/checkpoints/step-*/manifest.json")
+        return sorted(int(path.split("/")[-2].removeprefix("step-")) for path in found)
+
+    def rows() -> list[dict[str, float]]:
+        lines = store.cat_file(f"{folder}/checkpoints/step-{steps()[-1]:08d}/history.jsonl").decode().splitlines()
+        return [json.loads(line) for line in lines]
+
+    process = start(tmp_path, tree)
+    wait_for(steps, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 130, output
+    assert "checkpoint saved; go on with: perceiver train" in output
+    stopped = json.loads(store.cat_file(f"{folder}/run.json"))["step"]
+    assert 0 < stopped < 300
+    assert rows()[-1]["step"] == stopped
+
+    process = start(tmp_path, tree, "--resume")
+    wait_for(lambda: max(steps(), default=0) > stopped, process)
+    process.kill()
+    process.communicate(timeout=400)
+
+    code, output = run(tmp_path, tree, "--resume", "train.epochs=14", "cluster.workers=1")
+    assert code == 0, output
+    assert "resuming small-001 from the checkpoint at step" in output and "goes on, experiment small" in output
+    assert "from s3://bucket/runs/small-001/checkpoints/step-" in output
+    assert [int(row["step"]) for row in rows() if "train/loss" in row] == list(range(1, max(70, steps()[-1]) + 1))
+    assert store.exists(f"{folder}/report/index.html")
+    (tracked,) = mlflow_runs(tmp_path / ".cache" / "perceiver" / "runs")
+    assert tracked.info.status == "FINISHED"
 
 
 def test_evaluation_beside_training(tmp_path: Path, tree: dict[str, Any]) -> None:
