@@ -6,7 +6,6 @@ ask for them again.
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,22 +36,18 @@ def score(tree: Mapping[str, Any], url: str, quarantine_url: str) -> dict[str, f
     """
     import torch
 
-    from perceiver.tasks import build_task
-    from perceiver.train.engine import evaluate
-    from perceiver.train.ranks import Ranks
+    from cluster.scoring import Scoring
     from perceiver.weights import open_weights
-    from pipelines.ingest import EvalShare, eval_batches, load_data
+    from pipelines.ingest import load_data
     from pipelines.quarantine import Quarantine
 
     recipe = build_recipe(tree)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    manifest, quarantine = load_data(recipe.data), Quarantine(recipe.data.max_bad_fraction)
-    model = open_weights(url).build().to(device)
-    share = EvalShare(recipe.data.eval_split, eval_rows(recipe, recipe.cluster.workers))
-    batches = eval_batches(recipe.data, manifest, share, device, quarantine)
-    figures = evaluate(model, build_task(recipe.task, classes=len(manifest.classes)), batches, Ranks(device))
+    saved, quarantine = open_weights(url), Quarantine(recipe.data.max_bad_fraction)
+    rows = eval_rows(recipe, recipe.cluster.workers)
+    figures = Scoring(saved, recipe, load_data(recipe.data), saved.build().to(device), rows).metrics(quarantine)
     if quarantine.problems:
         quarantine.write(quarantine_url)
     return figures
@@ -161,10 +156,8 @@ def read_scores(folder: RunFolder) -> dict[int, Mapping[str, float]]:
     """Return the figures that were found beside the run, by step."""
     fs, root = fsspec.core.url_to_fs(folder.location(FOLDER))
 
-    def names() -> list[str]:
+    def read() -> list[dict[str, Any]]:
         fs.invalidate_cache()
-        return [str(name) for name in fs.ls(root, detail=False)] if fs.exists(root) else []
+        return [json.loads(fs.cat_file(path)) for path in fs.glob(f"{root}/step-*.json")]
 
-    steps = [int(found[1]) for name in patiently(fs, names) if (found := re.search(r"step-(\d+)\.json$", name))]
-    texts = {step: folder.read(f"{FOLDER}/step-{step:08d}.json") for step in steps}
-    return {step: json.loads(text)["metrics"] for step, text in texts.items() if text}
+    return {scored["step"]: scored["metrics"] for scored in patiently(fs, read)}

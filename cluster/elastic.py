@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
-from cluster.placement import Node
+from cluster.placement import connected_nodes
 
 LOOK_S = 15.0
 """Between two looks for nodes that have joined."""
@@ -38,11 +37,10 @@ class WholeShares(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         """Round down to a number that may train; nodes that have died are left out before Ray's autoscaler does so."""
-        need = worker_need_of(self.scaling_config)
-        alive = [Node(n["NodeID"], n["Resources"], n.get("Labels") or {}) for n in ray.nodes() if n["Alive"]]
         labels = self.scaling_config.label_selector
         wanted = labels if isinstance(labels, Mapping) else {}
-        room = sum(node.room(need) for node in alive if node.has(wanted))
+        need: Any = self.scaling_config._resources_per_worker_not_none
+        room = sum(node.room(need) for node in connected_nodes() if node.has(wanted))
         possible = min(super()._count_possible_workers(reserved_resources), room)
         return max((count for count in self.counts if count <= possible), default=0)
 
@@ -55,11 +53,6 @@ class WholeShares(ElasticScalingPolicy):
             self._asked = now
             self.monitor.request_resize.remote()
         return NoopDecision()
-
-
-def worker_need_of(scaling_config: Any) -> dict[str, float]:
-    """Return what one worker holds, as Ray Train sees it."""
-    return {name: amount for name, amount in scaling_config._resources_per_worker_not_none.items() if amount}
 
 
 class ElasticTrainer(TorchTrainer):

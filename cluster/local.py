@@ -33,7 +33,7 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Training workers rank with Ray's own processes; data tasks step back by themselves (`pipelines.samples.produce`).
     "RAY_worker_niceness": "0",
-    # Else glibc gives each thread a heap whose memory goes back to the system at every step: 3 to 5 % of a small one.
+    # Else glibc gives each thread a heap whose memory goes back to the system at every step: 2 to 5 % of a small one.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),

@@ -141,17 +141,19 @@ def data_need(recipe: Recipe) -> DataNeed:
 
 def shared_out(recipe: Recipe) -> tuple[int, ...]:
     """Return the numbers of workers that may train: from `cluster.min_workers` on, those that share out the batch."""
-    batch, cluster, micro = recipe.train.global_batch, recipe.cluster, recipe.train.micro_batch or 1
+    cluster = recipe.cluster
     least = cluster.min_workers or cluster.workers
-    return tuple(count for count in range(least, cluster.workers + 1) if batch % (count * micro) == 0)
+    return tuple(count for count in range(least, cluster.workers + 1) if recipe.train.divides(count))
 
 
 def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
     """Return the logical CPUs of one worker so that all fit onto the nodes, or at least as many as may train.
 
     Raises:
-        UserError: not even those fit.
+        UserError: not even those fit, or no GPU is left for evaluations beside training.
     """
+    if recipe.train.eval_beside and not recipe.cluster.autoscaling:
+        check_evaluation(recipe.cluster, nodes)
     try:
         return place(recipe.cluster, nodes, data_need(recipe))
     except UserError:

@@ -90,9 +90,9 @@ class Scoring:
         share = EvalShare(self.split, self.batch, first=first)
         return eval_batches(self.recipe.data, self.manifest, share, self.device, quarantine)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, quarantine: Quarantine | None = None) -> dict[str, float]:
         """The task's figures on the split, each sample counted once."""
-        return evaluate(self.model, self.task(), self.batches(), Ranks(self.device))
+        return evaluate(self.model, self.task(), self.batches(quarantine=quarantine), Ranks(self.device))
 
 
 def open_scoring(place: str, url: str | None = None, *, split: str | None = None, batch: int | None = None,

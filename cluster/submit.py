@@ -16,7 +16,7 @@ from cluster.job_server import JobServer, text_object
 from cluster.jobs import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
 from cluster.local import QUIET_ENVIRONMENT
 from cluster.package import build_package, locked_requirements, named_files, path_in_package
-from cluster.placement import Node, check_evaluation, check_memory
+from cluster.placement import Node, check_memory
 from cluster.preflight import check_batch, data_need, place_some
 from cluster.recipe import Recipe, build_recipe
 from cluster.recipe_file import read_tree
@@ -154,8 +154,6 @@ def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
     """Refuse workers or data tasks that fit on no node."""
     if not recipe.cluster.autoscaling:
         check_memory(nodes, data_need(recipe))
-        if recipe.train.eval_beside:
-            check_evaluation(recipe.cluster, nodes)
     place_some(recipe, nodes)
 
 

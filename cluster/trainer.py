@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from cluster import local
-from cluster.placement import check_evaluation, check_memory, connected_nodes, worker_need
+from cluster.placement import check_memory, connected_nodes, worker_need
 from cluster.preflight import data_cpus, data_need, place_some, shared_out
 from cluster.recipe import Recipe, absolute, for_workers
 from cluster.run_folder import RunFolder
@@ -83,8 +83,6 @@ def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:
     cluster, nodes, need = recipe.cluster, connected_nodes(), data_need(recipe)
     if not cluster.autoscaling:
         check_memory(nodes, need)
-        if recipe.train.eval_beside:
-            check_evaluation(cluster, nodes)
     if cluster.resolved_address() is None or share.runs > 1:
         cpus = local.worker_cpus(cluster, share.cpus, data_cpus(recipe) + share.taken)
     else:

@@ -1,10 +1,11 @@
 """Homes of their own for commands under test, which share one thing: the compiled kernels."""
 
 import contextlib
-import os
 from pathlib import Path
 
-KERNELS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver" / "kernels"
+from perceiver.kernels._build import _cache_folder
+
+KERNELS = _cache_folder()
 
 
 def share_kernels(home: Path) -> Path:

@@ -106,8 +106,7 @@ def _rehearse(recipe: Recipe, most: int, seconds: float) -> dict[str, Any]:
     Raises:
         UserError: a worker failed, or all took too long.
     """
-    training = recipe.train
-    workers = max(n for n in range(1, most + 1) if training.global_batch % (n * (training.micro_batch or 1)) == 0)
+    workers = max(count for count in range(1, most + 1) if recipe.train.divides(count))
     there = {"workers": workers, "gpus_per_worker": float(torch.cuda.is_available()), "address": None}
     tree = for_workers(recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=there)}))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

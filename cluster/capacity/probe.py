@@ -27,15 +27,10 @@ DATA_BATCHES = 64
 WRITE_BYTES = 64 << 20
 
 
-def own_bytes() -> int:
-    """Memory of this process that it shares with no other."""
-    return psutil.Process().memory_full_info().uss
-
-
 def _base_bytes() -> float:
     """What a worker holds before it builds a model; on a GPU what the device has given away by then."""
     if not torch.cuda.is_available():
-        return own_bytes()
+        return psutil.Process().memory_full_info().uss  # shared with no other process
     free, total = torch.cuda.mem_get_info()
     return total - free
 

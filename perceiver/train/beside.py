@@ -125,7 +125,8 @@ class BesideHook:
             self.evaluator.ask(self._running)
 
     def _take(self, wait: bool) -> None:
-        assert self.evaluator is not None
+        if self.evaluator is None or self._running is None:
+            return
         for scored in self.evaluator.results(wait):
             if scored.step != self._running:
                 continue  # asked for by a worker that is gone

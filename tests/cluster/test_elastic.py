@@ -75,7 +75,7 @@ def test_room_is_rounded_down_and_dead_nodes_are_none(
 ) -> None:
     """Ray's autoscaler still counts a node that has just died."""
     each = {"CPU": 2.0, "slot": 1.0}
-    nodes = [{"NodeID": str(i), "Alive": i < alive, "Resources": each, "Labels": {}} for i in range(8)]
+    nodes = [{"NodeID": str(i), "NodeManagerAddress": str(i), "Alive": i < alive, "Resources": each} for i in range(8)]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert policy(Monitor())._count_possible_workers({str(i): each for i in range(reserved)}) == count
 
