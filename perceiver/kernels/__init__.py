@@ -1,23 +1,45 @@
-"""The compiled kernels for CPUs: built once, cached, and left out silently where they cannot be built.
+"""The compiled kernels: C++ for CPUs, Triton for GPUs; left out where they cannot be built.
 
 The pure torch form in `perceiver.shared_kv` gives the same numbers. `PERCEIVER_KERNELS=0` turns them off.
 """
 
 import ctypes
+import logging
+import os
+from functools import cache
+from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from perceiver.kernels._build import load
 
+log = logging.getLogger(__name__)
 FEATURES = range(2, 6)
-"""Feature counts (data channels + 1) that the kernel is compiled for."""
+"""Feature counts (data channels + 1) that the kernels serve."""
 
 
 def usable(q: Tensor) -> bool:
-    """Whether the compiled kernel serves queries (B, N, F): float32 on a CPU, F of 2 to 5, and a kernel built."""
-    plain = q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[2] in FEATURES
-    return plain and not torch.compiler.is_compiling() and load() is not None
+    """Whether a kernel serves queries (B, N, F): float32, F of 2 to 5, and built for the device of `q`."""
+    if q.dtype != torch.float32 or q.shape[2] not in FEATURES or torch.compiler.is_compiling():
+        return False
+    return load_triton(q.device) is not None if q.is_cuda else q.device.type == "cpu" and load() is not None
+
+
+@cache
+def load_triton(device: torch.device) -> ModuleType | None:
+    """Return the Triton kernels once they have been seen to work on a GPU, None where they do not, for any reason."""
+    if os.environ.get("PERCEIVER_KERNELS", "1") == "0":
+        return None
+    try:
+        from perceiver.kernels import separable_triton
+
+        separable_triton.prove(device)
+        return separable_triton
+    except Exception as error:  # noqa: BLE001  no Triton, no C compiler, a GPU that it does not know: torch serves
+        log.warning("the Triton kernels are not used, torch's own operators are, which are slower: %s", error)
+        return None
 
 
 def _call(name: str, q: Tensor, rows: Tensor, columns: Tensor, *others: Tensor) -> None:
@@ -38,6 +60,8 @@ def forward(
     q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the three moments of `perceiver.shared_kv.separable_moments` and the log-sum-exp (B, N)."""
+    if q.is_cuda:
+        return cast(ModuleType, load_triton(q.device)).forward(q, rows, columns, features, scale)
     out = (torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2]))
     _call("separable_forward", q, rows, columns, features.contiguous(), scale.contiguous(), *out)
     return out
@@ -54,6 +78,8 @@ def backward(
     delta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, rows and columns given the moments' gradients `slopes` and delta (B, N)."""
+    if q.is_cuda:
+        return cast(ModuleType, load_triton(q.device)).backward(q, rows, columns, features, scale, lse, slopes, delta)
     out = (torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns))
     _call(
         "separable_backward",

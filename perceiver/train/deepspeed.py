@@ -28,6 +28,7 @@ from perceiver.train.engine import (
     Precision,
     StepResult,
     Task,
+    allow_tf32,
     count_targets,
     cpu_float32,
     default_device,
@@ -154,6 +155,8 @@ class DeepSpeedEngine:
         plan = plan_config(
             config, optim, batch, precision=precision, device_type=self.device.type, parameters=trainable
         )
+        half = plan["bf16"]["enabled"] or plan["torch_autocast"]["enabled"]
+        allow_tf32("bf16" if half else "fp32", self.device)
         init_distributed()
         self.ranks = Ranks(self.device)
         self.rank, self.world = self.ranks.rank, self.ranks.world
