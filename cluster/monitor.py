@@ -64,23 +64,23 @@ def start_monitor() -> Any:
 
 @dataclass
 class MonitorClient:
-    """A worker's end: sends without waiting, at most every ``interval`` seconds unless an event is marked urgent."""
+    """A worker's end: sends without waiting, a kind at most every ``interval`` seconds if it is not marked urgent."""
 
     handle: Any
     rank: int
     interval: float = 0.5
-    _last: float = 0.0
+    _last: dict[str, float] = field(default_factory=dict)
     _pending: list[Any] = field(default_factory=list)
     _stop: bool = False
     _resize: bool = False
 
     def send(self, kind: str, payload: Mapping[str, Any], urgent: bool = False) -> None:
-        """Send an event; a progress event that comes too soon after the last is left out."""
+        """Send an event; one that is not urgent and comes too soon after the last of its kind is left out."""
         now = time.monotonic()
-        self._collect()
-        if not urgent and now - self._last < self.interval:
+        if not urgent and now - self._last.get(kind, 0.0) < self.interval:
             return
-        self._last = now
+        self._collect()
+        self._last[kind] = now
         self._pending.append(self.handle.push.remote({"kind": kind, "rank": self.rank, **payload}))
 
     def stop_requested(self) -> bool:

@@ -170,9 +170,7 @@ def _build(
         tracker = _tracker(config)
         resources.callback(tracker.detach)
         history.sinks.append(tracker.log_metrics)
-        history.sinks.append(
-            lambda step, metrics: monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=True)
-        )
+        history.sinks.append(partial(_tell_metrics, monitor))
     return Job(recipe, folder, manifest, place, engine, history, monitor, tracker, batches, done, quarantine)
 
 
@@ -318,6 +316,12 @@ def _hooks(job: Job, evaluation: EvalHook, beside: BesideHook | None) -> list[Ho
     if job.place.rank > 0:
         return evaluations
     return [partial(_progress, job), MetricsHook(job.history, job.recipe.train.log_every), *evaluations]
+
+
+def _tell_metrics(monitor: Client, step: int, metrics: Mapping[str, float]) -> None:
+    """Tell the driver of a recorded row: of each with an evaluation or a skipped step, of the others now and then."""
+    urgent = bool(metrics.get("train/skipped_steps")) or any(key.startswith("eval/") for key in metrics)
+    monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=urgent)
 
 
 def _progress(job: Job, info: StepInfo) -> None:

@@ -32,7 +32,7 @@ def _tile(column, row, scale, inside, at, features, q, size, count: tl.constexpr
     """Return the scores (columns, latents) of one row, and the features (columns,) of its inputs."""
     scores = (column + row[None, :]) * scale[:, None]
     loaded = ()
-    for index in tl.static_range(count):
+    for index in tl.static_range(count):  # pyright: ignore[reportGeneralTypeIssues]
         if whole:
             feature = tl.load(features + index * size + at)
         else:
@@ -46,7 +46,7 @@ def _tile(column, row, scale, inside, at, features, q, size, count: tl.constexpr
 def _vectors(source, n, alive, latents, count: tl.constexpr):
     """Return `count` vectors over the latents, (count, N) in memory."""
     loaded = ()
-    for index in tl.static_range(count):
+    for index in tl.static_range(count):  # pyright: ignore[reportGeneralTypeIssues]
         loaded += (tl.load(source + index * latents + n, mask=alive, other=0.0),)
     return loaded
 
@@ -171,17 +171,21 @@ def backward_kernel(
         tl.store(dq_at + (slot * count + index) * latents + n, dq[index], mask=alive)
 
 
+def _ceil(amount: int, part: int) -> int:
+    return -(-amount // part)
+
+
 class _Launch:
     """How a call is cut up: blocks of latents, bands of rows, items of the batch."""
 
     def __init__(self, q: Tensor, rows: Tensor, columns: Tensor) -> None:
         self.batch, self.latents, self.count = q.shape
         self.height, self.width = rows.shape[2], columns.shape[2]
-        self.strips = triton.cdiv(self.width, STRIP)
-        blocks = triton.cdiv(self.latents, LATENTS)
-        wanted = triton.cdiv(PROGRAMS, self.batch * blocks)
-        self.band = triton.cdiv(self.height, max(1, min(wanted, self.height // MIN_BAND)))
-        self.bands = triton.cdiv(self.height, self.band)
+        self.strips = _ceil(self.width, STRIP)
+        blocks = _ceil(self.latents, LATENTS)
+        wanted = _ceil(PROGRAMS, self.batch * blocks)
+        self.band = _ceil(self.height, max(1, min(wanted, self.height // MIN_BAND)))
+        self.bands = _ceil(self.height, self.band)
         self.grid = (blocks, self.bands, self.batch)
 
     def run(self, kernel: Any, *tensors: Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
 
 from tests.faults.job import RUN, Job
@@ -38,6 +39,7 @@ class FaultyS3:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._random = random.Random(0)
         self._moto = DomainDispatcherApplication(create_backend_app)
+        s3_backends.reset()  # what an earlier server of this process held
         self._server = make_server("127.0.0.1", 0, self._application, threaded=True)
         self._server.daemon_threads = True  # pyright: ignore[reportAttributeAccessIssue] of the threaded server
         self.url = f"http://127.0.0.1:{self._server.server_port}"

@@ -191,7 +191,7 @@ class Job:
         raylets = [p for p in psutil.process_iter(["name", "cmdline"])
                    if p.info["name"] == "raylet" and any(session in part for part in p.info["cmdline"] or [])]
         children = [child for raylet in raylets for child in raylet.children(recursive=True)]
-        return [child for child in children if "MapBatches" in _title(child)]
+        return [child for child in children if "MapBatches" in title(child)]
 
     # -- judging -------------------------------------------------------------------------------------------------------
 
@@ -201,15 +201,15 @@ class Job:
         fault: float,
         detected: float | None,
         last_step: int,
-        until: float | None = None,
+        graceful: bool = False,
         unrecorded: Collection[int] = (),
         resume: int = -1,
     ) -> Outcome:
         """Fill a row from the finished run's records: when it was found, when steps came again, what was lost.
 
-        Lost are the steps between the one that the run went on from and the last that was done before ``until``, which
-        is the fault, or with a grace period the moment when the workers started again. ``unrecorded`` are the steps
-        whose loss is rightly not there, ``resume`` which of the resumes was the fault's, if there were several.
+        Lost are the steps between the one that the run went on from and the last that was done before the fault, or,
+        where it is ``graceful``, before the first step after the resume. ``unrecorded`` are the steps whose loss is
+        rightly not there, ``resume`` which of the resumes was the fault's, if there were several.
         """
         outcome.detected_s = None if detected is None else detected - fault
         rows = [row for row in self.history() if "train/loss" in row]
@@ -218,7 +218,8 @@ class Job:
             first = next((row["time"] for row in rows if row["step"] == resumed[resume] + 1), None)
             outcome.expect(first is not None, "a step after the resume")
             outcome.first_step_s = first - (detected or fault) if first else None
-            outcome.steps_lost = max(0, self._last_step_before(until or fault) - resumed[resume])
+            moment = first if graceful and first else fault
+            outcome.steps_lost = max(0, self._last_step_before(moment) - resumed[resume])
         found = self.audit(last_step)
         outcome.samples_wrong = len(found.lost) + len(found.doubled)
         outcome.expect(found.exact, f"samples: {found.lost[:3]} lost, {found.doubled[:3]} doubled")
@@ -236,7 +237,7 @@ class Job:
 
     def _last_step_before(self, fault: float) -> int:
         """The last step that was recorded before a moment, from MLflow's store, which forgets nothing."""
-        query = "select max(step) from metrics where key = 'train/loss' and timestamp <= ?"
+        query = "select max(step) from metrics where key = 'train/loss' and timestamp < ?"
         with sqlite3.connect(self.metrics_db) as store:
             (step,) = store.execute(query, (int(fault * 1000),)).fetchone()
         return int(step or 0)
@@ -249,7 +250,7 @@ def home(folder: Path) -> dict[str, str]:
     return {**kept, "HOME": str(share_kernels(folder)), "COLUMNS": "200"}
 
 
-def _title(process: psutil.Process) -> str:
+def title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

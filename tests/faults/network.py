@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import nodes as local
+from cluster.local import make_token
 from tests.faults.job import PACE, RUN, Job, Outcome, fault_tree, home
 from tests.faults.nodes import STEPS, Nodes, place_of
 from tests.faults.table import scenario
@@ -56,7 +57,7 @@ def cut(name: str) -> float:
 
 def start(folder: Path, name: str) -> None:
     """Start a cluster of a head, a node here, one in the namespace and a spare one (in a process with its own home)."""
-    local.use_token()
+    make_token()
     group = local.NodeGroup(count=3, cpus=1, resources={"slot": 1})
     ports = {"port": free_port(), "dashboard_port": free_port()}
     plan = local._planned(local.NodesConfig(nodes=(local.NodeGroup(cpus=1), group), object_store_mb=100, **ports))
@@ -66,7 +67,8 @@ def start(folder: Path, name: str) -> None:
     local.state_file().parent.mkdir(parents=True, exist_ok=True)
     local.state_file().write_text(json.dumps(asdict(cluster)))
     head, here, away, _ = planned
-    local._start(cluster, [head, here], print)
+    for node in (head, here):
+        assert not (reason := local._start(cluster, node, print)), reason
     within = ["ip", "netns", "exec", name, *_away_command(cluster, away)]
     subprocess.run(within, env=local._environment(cluster), check=True, timeout=local.START_TIMEOUT_S)
 

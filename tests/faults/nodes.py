@@ -13,7 +13,7 @@ import psutil
 import yaml
 
 from cluster.nodes import LocalCluster
-from tests.faults.job import PACE, PERCEIVER, RUN, Job, Outcome, fault_tree, home
+from tests.faults.job import PACE, PERCEIVER, RUN, Job, Outcome, fault_tree, home, title
 from tests.faults.table import expect_finished, scenario
 from tests.train.mlflow_server import free_port
 
@@ -82,7 +82,7 @@ def job_on_nodes(
         processes = nodes.cluster.processes()
         nodes.command("cluster", "down")
         left = [process for process in processes if process.is_running() and process.status() != "zombie"]
-        outcome.expect(not left, f"processes left behind: {[process.pid for process in left]}")
+        outcome.expect(not left, f"processes left behind: {[(process.pid, title(process)[:80]) for process in left]}")
 
 
 def place_of(worker: psutil.Process) -> str:
@@ -152,7 +152,7 @@ def node_drained(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         if raylet := nodes.cluster.raylets().get(ip):  # a node with nothing left to do may have ended by itself
             psutil.Process(raylet).kill()
         outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
-        job.judge(outcome, fault, detected, STEPS, until=resumed)
+        job.judge(outcome, fault, detected, STEPS, graceful=True)
         outcome.expect(outcome.steps_lost == 0, "no step lost")
 
 
