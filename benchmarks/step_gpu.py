@@ -3,10 +3,10 @@
     python benchmarks/step_gpu.py --peers peers                          # all rows, as a table; peers as in step.py
     python benchmarks/step_gpu.py --peers peers --row imagenet --batch imagenet=16
 
-The models and rows are those of `benchmarks/step.py`, at batches that occupy a GPU. Computed under bf16 autocast, a
-step with fused AdamW. Each implementation is a process of its own, one after the other. `ms` is the median over CUDA
-events, `memory GB` the peak of what is allocated above the built model, in a step with gradients and AdamW's state. TFLOP/s is
-the GFLOP of `step.py` (a step: three times them) over the time. Beside ours:
+The models and rows are those of `benchmarks/step.py`, at batches that occupy a GPU, under bf16 autocast.
+Each implementation is a process of its own, one after the other. `ms` is the median over CUDA events, `memory GB`
+the peak of what is allocated above the built model, in a step with gradients and AdamW's state. TFLOP/s is the GFLOP of
+`step.py` (a step: three times them) over the time. Beside ours:
 
 - ours torch: without the Triton kernel (PERCEIVER_KERNELS=0).
 - ours plain: `attention: plain`, torch's own attention over projected keys and values.

@@ -23,6 +23,9 @@ STORE_BYTES_S = 0.5e9
 """Bytes a second that one worker writes to the object store: an assumption."""
 MEMORY_MARGIN = 0.92
 """Share of a device's memory that a plan may fill; the rest is for fragments."""
+AUTOCAST_BYTES = 0.75
+"""Share of the float32 traffic that is left under bf16 autocast, where some tensors are halved: an assumption that an
+H200 bore out (benchmarks/results/2026-11-27-gpu.md)."""
 BUCKET_ELEMENTS = 500_000_000
 """Elements of DeepSpeed's buffer for gradients, at most (perceiver/train/deepspeed_plan.py)."""
 
@@ -294,7 +297,7 @@ def step_time(workload: Workload, place: Place, micro: int, accumulation: int, c
         return Step(alone * slowed, 0.0, 0.0, wire_seconds, wire_bytes, 0.0)
     compute = accumulation * roofline(workload, place.device, micro)
     speed = place.device.memory_gbytes_s * 1e9 * place.device.memory_efficiency
-    traffic = accumulation * micro * workload.trace.other_bytes / speed
+    traffic = accumulation * micro * (other_bytes(workload, place.device) / speed + _kernel(workload, place.device))
     moved = 7 * 4 * workload.account.parameters / (place.devices if workload.zero_stage else 1)
     optimizer = moved / speed
     return Step(compute, traffic, optimizer, wire_seconds, wire_bytes, reading)
@@ -307,7 +310,19 @@ def roofline(workload: Workload, device: Device, micro: int) -> float:
     speed = device.memory_gbytes_s * 1e9 * device.memory_efficiency
     products = max(trace.flops / (_peak(workload, device) * device.efficiency),
                    trace.product_bytes * (0.5 if half else 1.0) / speed)
-    return max(micro * (products + trace.other_bytes / speed), trace.operations * device.launch_us * 1e-6)
+    kernel = _kernel(workload, device)
+    other = other_bytes(workload, device) / speed
+    return max(micro * (products + kernel + other), trace.operations * device.launch_us * 1e-6)
+
+
+def _kernel(workload: Workload, device: Device) -> float:
+    """Seconds of a sample in the kernel of separable attention."""
+    return workload.trace.kernel_flops / (device.fp32_tflops * 1e12 * device.kernel_efficiency)
+
+
+def other_bytes(workload: Workload, device: Device) -> float:
+    """Bytes of a sample that operations move which are no matrix products; autocast makes about half of them bf16."""
+    return workload.trace.other_bytes * (AUTOCAST_BYTES if _half(workload, device) else 1.0)
 
 
 def communication(workload: Workload, place: Place, calibration: Calibration | None) -> tuple[float, float]:

@@ -19,6 +19,9 @@ class Device(Config):
     bf16_tflops: PositiveFloat = Field(description="peak of dense bfloat16 products, 10^12 FLOP/s")
     fp32_tflops: PositiveFloat = Field(description="peak of dense float32 products, 10^12 FLOP/s")
     efficiency: PositiveFloat = Field(default=0.45, le=1, description="share of the peak that products reach")
+    kernel_efficiency: PositiveFloat = Field(
+        default=0.24, le=1, description="share of fp32_tflops that the separable kernel reaches (an H200: 0.24)"
+    )
     memory_gb: PositiveFloat = Field(description="device memory, 10^9 bytes")
     memory_gbytes_s: PositiveFloat = Field(description="memory bandwidth, 10^9 bytes/s")
     memory_efficiency: PositiveFloat = Field(default=0.8, le=1, description="share of it that elementwise work reaches")

@@ -118,7 +118,7 @@ def _steps(engine: DeepSpeedEngine, batch: Batch, most_s: float) -> float:
         engine.step([batch], number)
         if number >= WARM:
             seconds.append(time.perf_counter() - start)
-        spent = torch.tensor(time.perf_counter() - began)
+        spent = torch.tensor(time.perf_counter() - began, device=engine.device)
         dist.broadcast(spent, 0)
         if spent > most_s and len(seconds) >= LEAST:
             break
@@ -136,6 +136,7 @@ def _exchange(engine: DeepSpeedEngine) -> tuple[float, float]:
             dist.barrier()
             start = time.perf_counter()
             dist.all_reduce(tensor)
+            tensor[0].item()  # a GPU answers when it has begun
             rounds.append(time.perf_counter() - start)
         times.append(statistics.median(rounds))
     sent = 2 * (world - 1) / world * 4 * ((4 << 20) - 1024)

@@ -31,8 +31,9 @@ def rehearse(config: Mapping[str, Any]) -> dict[str, Any]:
 
     recipe, place = build_recipe(config["recipe"]), find_place(1)
     figures = measure(recipe, config["micro"], config["seconds"])
-    steps = torch.tensor(max(SHORTEST, round(TIMES * config["seconds"] / figures["timings"][-1][1])))
-    torch.distributed.broadcast(steps.to(place.device), 0)
+    number = max(SHORTEST, round(TIMES * config["seconds"] / figures["timings"][-1][1]))
+    steps = torch.tensor(number, device=place.device)
+    torch.distributed.broadcast(steps, 0)
     return {**figures, "seconds": _real_steps(recipe, place, int(steps))}
 
 

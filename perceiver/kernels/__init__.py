@@ -20,10 +20,21 @@ FEATURES = range(2, 6)
 """Feature counts (data channels + 1) that the kernels serve."""
 
 
+class Work:
+    """What calls on the meta device, which compute nothing, would have computed: float32 operations, all told."""
+
+    flops = 0
+
+
 def usable(q: Tensor) -> bool:
-    """Whether a kernel serves queries (B, N, F): float32, F of 2 to 5, and built for the device of `q`."""
+    """Whether a kernel serves queries (B, N, F): float32, F of 2 to 5, and built for the device of `q`.
+
+    The meta device stands for one that has it, so that what is counted there is what runs.
+    """
     if q.dtype != torch.float32 or q.shape[2] not in FEATURES or torch.compiler.is_compiling():
         return False
+    if q.device.type == "meta":
+        return True
     return load_triton(q.device) is not None if q.is_cuda else q.device.type == "cpu" and load() is not None
 
 
@@ -62,6 +73,9 @@ def forward(
     """Return the three moments of `perceiver.shared_kv.separable_moments` and the log-sum-exp (B, N)."""
     if q.is_cuda:
         return cast(ModuleType, load_triton(q.device)).forward(q, rows, columns, features, scale)
+    if q.device.type == "meta":
+        Work.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (4 * q.shape[2] + 8)
+        return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2])
     out = (torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2]))
     _call("separable_forward", q, rows, columns, features.contiguous(), scale.contiguous(), *out)
     return out
@@ -80,6 +94,9 @@ def backward(
     """Return the gradients of q, rows and columns given the moments' gradients `slopes` and delta (B, N)."""
     if q.is_cuda:
         return cast(ModuleType, load_triton(q.device)).backward(q, rows, columns, features, scale, lse, slopes, delta)
+    if q.device.type == "meta":
+        Work.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (6 * q.shape[2] + 10)
+        return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
     out = (torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns))
     _call(
         "separable_backward",

@@ -45,7 +45,7 @@ def workload(tree: dict[str, Any]) -> Workload:
     """A made-up model of 10^9 parameters on the small recipe, 64 samples a step."""
     tree["train"] = {"steps": 1000, "global_batch": 64, "precision": "bf16"}
     account = Account(10**9, 2 * 10**12, 2 * 10**12, 10**9)
-    trace = StepTrace(6 * 10**12, 10**9, 10**9, 1000)
+    trace = StepTrace(6 * 10**12, 10**9, 10**9, 0, 1000)
     return Workload(build_recipe(tree), account, trace, DataFacts(10_000, 1e5, 10, 8e6, 3e-3))
 
 
@@ -83,9 +83,9 @@ def test_the_largest_micro_batch_of_each_stage(workload: Workload) -> None:
 
 
 def test_step_by_hand(workload: Workload) -> None:
-    """8 samples a device of 6 TFLOP at 45 % of 989 TFLOP/s, and 1 GB of other traffic each at 80 % of 3.35 TB/s."""
+    """8 samples a device of 6 TFLOP at 55 % of 989 TFLOP/s, and 0.75 GB of other traffic each at 80 % of 3.35 TB/s."""
     plan = estimate(workload, place())
-    assert plan.step.compute == pytest.approx(8 * (6e12 / (0.45 * 989e12) + 1e9 / (0.8 * 3350e9)))
+    assert plan.step.compute == pytest.approx(8 * (6e12 / (0.55 * 989e12) + 0.75e9 / (0.8 * 3350e9)))
     assert plan.steps == 1000
     assert plan.hours == pytest.approx(1000 * plan.step.total / plan.reliability.goodput / 3600)
     assert plan.cost[0] == pytest.approx(8 * plan.hours * H100.price_hour)
@@ -146,6 +146,16 @@ def test_the_traced_flops_are_three_forward_passes() -> None:
     forward = count_flops(model, batch=2) / 2
     assert 2.2 * forward < trace.flops < 3.1 * forward
     assert trace.operations > 100 and trace.other_bytes > 0
+
+
+def test_the_separable_kernel_is_counted_by_its_operations_and_moves_nothing() -> None:
+    """N x M scores of F = 4 features: 24 operations each forward, 34 backward."""
+    inputs = {"kind": "image", "channels": 3, "size": [64, 64], "positions": {"kind": "fourier", "bands": 4}}
+    values = {"kind": "perceiver", "latents": 8, "latent_channels": 32, "heads": 2, "cross_attends": 1, "inputs": inputs}
+    config = model_config(values)
+    fused, plain = trace_step(config, classes=3), trace_step(model_config({**values, "attention": "plain"}), classes=3)
+    assert fused.kernel_flops == 8 * 64 * 64 * (24 + 34) and plain.kernel_flops == 0
+    assert fused.other_bytes < plain.other_bytes / 2
 
 
 def measured(per_sample: float) -> Calibration:

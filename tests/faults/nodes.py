@@ -1,5 +1,6 @@
 """Faults of nodes: several real Ray nodes on this machine, of which one is killed, drained, or the head is lost."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -167,7 +168,8 @@ def head_lost(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     with job_on_nodes(folder, tree, 2, outcome) as (nodes, job):
         fault = time.time()
         for process in nodes.cluster.processes():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it went with its parent
+                process.kill()
         job.end()
         nodes.command("cluster", "down")
         nodes.up()
