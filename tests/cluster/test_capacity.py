@@ -151,7 +151,8 @@ def test_the_traced_flops_are_three_forward_passes() -> None:
 def test_the_separable_kernel_is_counted_by_its_operations_and_moves_nothing() -> None:
     """N x M scores of F = 4 features: 24 operations each forward, 34 backward."""
     inputs = {"kind": "image", "channels": 3, "size": [64, 64], "positions": {"kind": "fourier", "bands": 4}}
-    values = {"kind": "perceiver", "latents": 8, "latent_channels": 32, "heads": 2, "cross_attends": 1, "inputs": inputs}
+    size = {"latents": 8, "latent_channels": 32, "heads": 2, "cross_attends": 1}
+    values = {"kind": "perceiver", "inputs": inputs, **size}
     config = model_config(values)
     fused, plain = trace_step(config, classes=3), trace_step(model_config({**values, "attention": "plain"}), classes=3)
     assert fused.kernel_flops == 8 * 64 * 64 * (24 + 34) and plain.kernel_flops == 0
