@@ -36,11 +36,14 @@ class WholeShares(ElasticScalingPolicy):
         self._asked = -AGAIN_S
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        """Round down to a number that may train; nodes that have died are left out before Ray's autoscaler does so."""
+        """Round down to a number that may train; nodes that have died are left out before Ray knows it.
+
+        A group that is given a node that is not there any more waits for a minute before Ray decides anew.
+        """
         labels = self.scaling_config.label_selector
         wanted = labels if isinstance(labels, Mapping) else {}
         need: Any = self.scaling_config._resources_per_worker_not_none
-        room = sum(node.room(need) for node in connected_nodes() if node.has(wanted))
+        room = sum(node.room(need) for node in connected_nodes(answering=True) if node.has(wanted))
         possible = min(super()._count_possible_workers(reserved_resources), room)
         return max((count for count in self.counts if count <= possible), default=0)
 

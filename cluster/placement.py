@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import socket
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cluster.local import SMALLEST_SHARE, ClusterConfig
 from perceiver.config import UserError
@@ -12,6 +15,8 @@ from perceiver.config import UserError
 RESERVED = "PERCEIVER_RESERVED"
 """Environment variable of a job's driver: a JSON object of the resources that its entrypoint holds."""
 
+PROBES, PROBE_S = 32, 1.0
+"""Nodes that are asked at a time whether they are there, and the seconds that each has for an answer."""
 LARGEST_DEFAULT_SHARE = 1.0
 """CPUs that a worker holds on a shared cluster unless the recipe says otherwise. Its threads do not depend on it."""
 
@@ -73,12 +78,20 @@ def reserved() -> dict[str, float]:
     return json.loads(os.environ.get(RESERVED) or "{}")
 
 
-def connected_nodes() -> list[Node]:
-    """Return the live nodes of the cluster that this process is connected to, less what it holds itself as a job."""
+def connected_nodes(*, answering: bool = False) -> list[Node]:
+    """Return the live nodes of the cluster that this process is connected to, less what it holds itself as a job.
+
+    Args:
+        answering: only those to which a connection can be made now. Ray takes some ten seconds to call a node dead.
+    """
     import ray
 
     own = ray.get_runtime_context().get_node_id() if reserved() else None
-    nodes = [(node, reserved() if node["NodeID"] == own else {}) for node in ray.nodes() if node["Alive"]]
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if answering:
+        with ThreadPoolExecutor(PROBES) as pool:
+            alive = [node for node, there in zip(alive, pool.map(_answers, alive), strict=True) if there]
+    nodes = [(node, reserved() if node["NodeID"] == own else {}) for node in alive]
     return [
         Node(
             node["NodeManagerAddress"],
@@ -88,6 +101,14 @@ def connected_nodes() -> list[Node]:
         ).less(taken)
         for node, taken in nodes
     ]
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), PROBE_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def worker_need(config: ClusterConfig, cpus: float) -> dict[str, float]:

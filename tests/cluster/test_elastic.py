@@ -1,5 +1,6 @@
 """Runs whose number of workers follows the nodes: which numbers may train, and what the policy asks of the workers."""
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,15 +70,22 @@ def policy(monitor: Monitor) -> WholeShares:
     return WholeShares(config, (2, 3, 4, 6, 8), monitor)
 
 
-@pytest.mark.parametrize(("reserved", "alive", "count"), [(8, 8, 8), (7, 8, 6), (8, 5, 4), (1, 8, 0), (8, 0, 0)])
+@pytest.mark.parametrize(
+    ("reserved", "alive", "silent", "count"),
+    [(8, 8, 0, 8), (7, 8, 0, 6), (8, 5, 0, 4), (1, 8, 0, 0), (8, 0, 0, 0), (8, 8, 1, 6), (8, 8, 7, 0)],
+)
 def test_room_is_rounded_down_and_dead_nodes_are_none(
-    monkeypatch: pytest.MonkeyPatch, reserved: int, alive: int, count: int
+    monkeypatch: pytest.MonkeyPatch, reserved: int, alive: int, silent: int, count: int
 ) -> None:
-    """Ray's autoscaler still counts a node that has just died."""
+    """Ray's autoscaler still counts a node that has just died, and so does Ray for some seconds."""
     each = {"CPU": 2.0, "slot": 1.0}
-    nodes = [{"NodeID": str(i), "NodeManagerAddress": str(i), "Alive": i < alive, "Resources": each} for i in range(8)]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert policy(Monitor())._count_possible_workers({str(i): each for i in range(reserved)}) == count
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as gone:
+        ports = [(gone if number < silent else server).getsockname()[1] for number in range(8)]
+        gone.close()
+        nodes = [{"NodeID": str(i), "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port, "Alive": i < alive,
+                  "Resources": each} for i, port in enumerate(ports)]  # fmt: skip
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        assert policy(Monitor())._count_possible_workers({str(i): each for i in range(reserved)}) == count
 
 
 @pytest.mark.parametrize(("now", "possible", "asked"), [(4, 8, 1), (4, 2, 0), (4, 4, 0)])
