@@ -98,7 +98,7 @@ def network_cut(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
             job.start().wait_checkpoint()
             places = {place_of(job.worker(rank)) for rank in (0, 1)}
             outcome.expect(places == {HERE, AWAY}, f"one worker on each node: {places}")
-            nodes.up()  # the spare one
+            nodes.command("cluster", "up")  # the spare one
             fault = cut(name)
             detected = job.wait_line("; the workers start again")
             outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
