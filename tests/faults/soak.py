@@ -5,6 +5,7 @@ number times the median step, over the time from the first step to the end, the 
 """
 
 import argparse
+import os
 import platform
 import resource
 import signal
@@ -36,6 +37,7 @@ class Soak:
     job: Job
     server: Server
     met: list[tuple[str, float]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def worker_killed(self) -> None:
         """SIGKILL to worker 1."""
@@ -44,6 +46,24 @@ class Soak:
     def tracker_killed(self) -> None:
         """The MLflow server is gone until the next fault."""
         self.server.stop()
+
+    def tracker_stopped(self) -> None:
+        """The MLflow server takes connections and answers none until the next fault."""
+        assert self.server.process is not None
+        os.killpg(self.server.process.pid, signal.SIGSTOP)
+
+    def heal_tracker(self) -> None:
+        """Have the server back, whatever happened to it."""
+        if self.server.process is None:
+            self.server.start()
+        else:
+            os.killpg(self.server.process.pid, signal.SIGCONT)
+
+    def second_driver(self) -> None:
+        """The same command again, which must be refused."""
+        second = Job(self.job.folder, self.job.tree)
+        if second.start("--resume").end() != 2 or not second.said("is in use by process"):
+            self.failures.append(f"a second driver was not refused: {second.output[-500:]}")
 
     def data_task_killed(self) -> None:
         """SIGKILL to a data task, if one is at work."""
@@ -77,9 +97,11 @@ class Soak:
     def kinds(self) -> dict[str, Callable[[], None]]:
         """The faults in the order in which they take turns."""
         return {
+            "a second driver": self.second_driver,
+            "MLflow server SIGSTOP": self.tracker_stopped,
             "worker SIGKILL": self.worker_killed,
-            "MLflow server killed": self.tracker_killed,
             "data task SIGKILL": self.data_task_killed,
+            "MLflow server killed": self.tracker_killed,
             "worker SIGSTOP": self.worker_stopped,
             "disk full for 10 s": self.disk_full,
             "driver SIGKILL, --resume": self.driver_killed,
@@ -91,8 +113,7 @@ class Soak:
         began, kinds = time.time(), list(self.kinds().items())
         while (now := time.time()) - began < seconds:
             self.job.wait(lambda: time.time() - now > every or time.time() - began > seconds, "next fault")
-            if self.server.process is None:
-                self.server.start()
+            self.heal_tracker()
             if time.time() - began < seconds - every / 2:
                 name, harm = kinds[len(self.met) % len(kinds)]
                 self.met.append((name, time.time()))
@@ -164,6 +185,7 @@ def main(words: Sequence[str]) -> int:
             soak.job.start().wait_checkpoint()
             soak.run(60 * given.minutes, given.every)
             outcome.expect(soak.job.end() == 130, f"exit code 130\n{soak.job.output[-2000:]}")
+            outcome.failures += soak.failures
             goodput = judge(soak, outcome)
             print("\n| fault | times | longest time without a step, median s | most s |\n|---|---|---|---|")
             for name, lengths in gaps(soak.job.history(), soak.met).items():
