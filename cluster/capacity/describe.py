@@ -58,6 +58,7 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         f"  FLOPs       {flops(done)} forward and backward, {flops(done / place.devices)} on each device",
         f"  basis       {basis}",
         f"  use         {plan.utilisation:.1%} of the peak; {reading.samples_s:,.0f} samples/s",
+        *_extras(plan),
         f"reading       {size(reading.bytes_s)}/s in {reading.requests_s:,.1f} requests/s, {reading.cores_wanted:,.1f} "
         f"of {reading.cores_there:,.1f} CPU cores to decode"
         + ("" if plan.calibrated else f" (assumed: {data.cpu_seconds * 1e3:.3g} ms a sample)"),
@@ -83,6 +84,18 @@ def _stages(plan: Estimate) -> list[str]:
     for stage, found in plan.memory_by_stage.items():
         totals = "".join(f"{size(total):>10}" for total in found.totals.values())
         lines.append(f"    ZeRO {stage}    {totals}   {found.largest:,}")
+    return lines
+
+
+def _extras(plan: Estimate) -> list[str]:
+    """Lines of what only some runs have: evaluation beside training, fewer workers."""
+    lines = []
+    if plan.evaluators:
+        lines.append("evaluation    beside training, on one device more, counted in device hours and cost")
+    if plan.fewest:
+        count, seconds = plan.fewest
+        few = f"{count} of {plan.place.devices} devices"
+        lines.append(f"elastic       goes on with {few}: a step then takes {duration(seconds)}")
     return lines
 
 
@@ -118,5 +131,7 @@ def tree(plan: Estimate, workload: Workload) -> dict[str, Any]:
         },
         "step_seconds": {**vars(plan.step), "total": plan.step.total}, "utilisation": plan.utilisation,
         "ingest": vars(plan.ingest), "reliability": vars(plan.reliability), "steps": plan.steps, "hours": plan.hours,
+        "evaluators": plan.evaluators, "fewest_devices": plan.fewest and plan.fewest[0],
+        "step_seconds_of_fewest": plan.fewest and plan.fewest[1],
         "device_hours": plan.device_hours, "cost": {"on_demand": demand, "spot": spot},
     }  # fmt: skip

@@ -6,7 +6,7 @@ of the calibration (`calibrate`). Nothing here touches Ray or a device.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from cluster.capacity.calibration import Calibration
@@ -130,11 +130,13 @@ class Estimate:
     hours: float
     utilisation: float
     calibrated: bool
+    evaluators: int = 0
+    fewest: tuple[int, float] | None = None
 
     @property
     def device_hours(self) -> float:
-        """Devices times hours."""
-        return self.hours * self.place.devices
+        """Devices times hours, those of evaluations beside training included."""
+        return self.hours * (self.place.devices + self.evaluators)
 
     @property
     def cost(self) -> tuple[float, float]:
@@ -167,7 +169,25 @@ def estimate(workload: Workload, place: Place, calibration: Calibration | None =
     return Estimate(
         place, micro, accumulation, used, by_stage, largest, times, reading, relied, steps, hours,
         workload.trace.flops * train.global_batch / times.total / peak, calibration is not None,
+        int(train.eval_beside), _fewest(workload, place, calibration),
     )  # fmt: skip
+
+
+def _fewest(workload: Workload, place: Place, calibration: Calibration | None) -> tuple[int, float] | None:
+    """The fewest devices that an elastic run (`cluster.min_workers`) goes on with, and the seconds of a step then."""
+    train, least = workload.recipe.train, workload.recipe.cluster.min_workers
+    counts = [count for count in range(least or place.devices, place.devices) if train.divides(count)]
+    if not counts:
+        return None
+    count = counts[0]
+    nodes = math.ceil(count * place.nodes / place.devices)
+    small = replace(place, devices=count, nodes=nodes, data_cpus=place.data_cpus * nodes / place.nodes)
+    if largest_micro_batch(workload, small, workload.zero_stage, calibration) < train.micro(count):
+        raise UserError(
+            f"cluster.min_workers = {least}: {count} devices would take {train.micro(count)} samples at a time, which "
+            f"do not fit: set train.micro_batch, or a larger cluster.min_workers"
+        )
+    return count, step_time(workload, small, train.micro(count), train.accumulation(count), calibration).total
 
 
 def check_starving(plan: Estimate, workload: Workload) -> None:

@@ -134,6 +134,22 @@ def test_starving_is_refused(workload: Workload) -> None:
         check_starving(estimate(slow, place(cpus=500)), slow)
 
 
+def test_evaluation_beside_training_costs_a_device_and_an_elastic_run_is_told_its_slowest_step(workload) -> None:
+    def asked(**sections: Any) -> Workload:
+        parts = {name: getattr(workload.recipe, name).model_copy(update=keys) for name, keys in sections.items()}
+        return replace(workload, recipe=workload.recipe.model_copy(update=parts))
+
+    usual = estimate(workload, place())
+    beside = estimate(asked(train={"eval_beside": True}), place())
+    assert beside.device_hours == pytest.approx(usual.hours * 9) and beside.cost[0] > usual.cost[0]
+    elastic = estimate(asked(cluster={"workers": 8, "min_workers": 3}), place())
+    assert usual.fewest is None and elastic.fewest is not None
+    count, seconds = elastic.fewest  # 64 samples on 3 devices do not come out even, on 4 they do
+    assert count == 4 and seconds > 1.9 * elastic.step.compute
+    with pytest.raises(UserError, match=r"cluster.min_workers = 1: 1 devices would take 64 samples .* do not fit"):
+        estimate(asked(cluster={"workers": 8, "min_workers": 1}), place())
+
+
 def test_the_traced_flops_are_three_forward_passes() -> None:
     """A stack of linear layers over learned inputs costs two forward passes more in the backward pass."""
     config = model_config({"kind": "perceiver", "latents": 8, "latent_channels": 32, "heads": 2, "attention": "plain",
