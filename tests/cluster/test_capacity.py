@@ -147,7 +147,8 @@ def test_evaluation_beside_training_costs_a_device_and_an_elastic_run_is_told_it
     count, seconds = elastic.fewest  # 64 samples on 3 devices do not come out even, on 4 they do
     assert count == 4 and seconds > 1.9 * elastic.step.compute
     with pytest.raises(UserError, match=r"cluster.min_workers = 1: 1 devices would take 64 samples .* do not fit"):
-        estimate(asked(cluster={"workers": 8, "min_workers": 1}), place())
+        large = replace(workload.account, activation_bytes=3 * 10**9)
+        estimate(replace(asked(cluster={"workers": 8, "min_workers": 1}), account=large), place())
 
 
 def test_the_traced_flops_are_three_forward_passes() -> None:
