@@ -84,6 +84,9 @@ class ClusterConfig(Config):
     mtbf_hours: PositiveFloat = Field(
         default=24, description="mean hours between two failures of a run: how often checkpoints pay (train: auto)"
     )
+    dashboard: bool = Field(
+        default=False, description="Ray's dashboard for a Ray of its own, on loopback: ten processes, 1 GB of memory"
+    )
     object_store_mb: PositiveInt = Field(default=300, description="size of the object store of a Ray of its own, in MB")
 
     def resolved_address(self) -> str | None:
@@ -150,7 +153,7 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
             address="local",
             num_cpus=machine_cpus(),
             object_store_memory=config.object_store_mb * 1_000_000,
-            include_dashboard=True,
+            include_dashboard=config.dashboard,
             dashboard_host="127.0.0.1",
             **quiet,
         )
@@ -167,7 +170,7 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
     import ray._private.worker as worker
 
     session = worker.global_worker.node.get_session_dir_path() if worker.global_worker.node else ""
-    return {"dashboard": context.dashboard_url, "session": session}
+    return {"dashboard": context.dashboard_url if config.dashboard else "", "session": session}
 
 
 def _end_log_monitor() -> None:

@@ -75,6 +75,8 @@ def ray_and_mlflow(
         folder.note(ray_session=facts["session"])
         _say_tracking(folder, handle, say)
         say(f"logs {folder.local / 'logs' / 'driver.log'} and {facts['session']}/logs")
+        if facts["dashboard"]:
+            say(f"dashboard http://{facts['dashboard']}")
         yield handle
     finally:
         # Ray goes down while the report is written.

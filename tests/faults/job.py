@@ -70,6 +70,7 @@ class Job:
         self.poll_s = 0.02
         self.lines: list[tuple[float, str]] = []
         self.process: subprocess.Popen[str] | None = None
+        self._shared = shared_memory()
         self._reader: threading.Thread | None = None
 
     # -- running -------------------------------------------------------------------------------------------------------
@@ -156,6 +157,10 @@ class Job:
                 continue
         return found
 
+    def shared_left(self) -> set[str]:
+        """Files of shared memory that were not there before the run."""
+        return shared_memory() - self._shared
+
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
@@ -241,6 +246,11 @@ class Job:
         with sqlite3.connect(self.metrics_db) as store:
             (step,) = store.execute(query, (int(fault * 1000),)).fetchone()
         return int(step or 0)
+
+
+def shared_memory() -> set[str]:
+    """The names of the files in /dev/shm."""
+    return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
 
 
 def home(folder: Path) -> dict[str, str]:

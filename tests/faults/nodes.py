@@ -56,6 +56,18 @@ class Nodes:
         """The process of a node."""
         return psutil.Process(self.cluster.raylets()[ip])
 
+    def placement_groups(self) -> list[str]:
+        """The states of the placement groups that are not removed."""
+        code = (
+            "import ray; from ray.util import placement_group_table\n"
+            f"ray.init(address={self.cluster.address!r}, log_to_driver=False)\n"
+            "print(*{group['state'] for group in placement_group_table().values()} - {'REMOVED'})"
+        )
+        environment = home(self.folder) | {"RAY_AUTH_MODE": "token"}
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, env=environment, check=True, timeout=120, capture_output=True, text=True)
+        return done.stdout.split()
+
     def drain(self, ip: str) -> None:
         """Announce to Ray that a node is taken away in 30 s."""
         option = next(part for part in self.raylet(ip).cmdline() if part.startswith("--node_id="))
@@ -78,12 +90,14 @@ def job_on_nodes(
     try:
         job.start().wait_checkpoint()
         yield nodes, job
+        outcome.expect(not (groups := nodes.placement_groups()), f"placement groups left behind: {groups}")
     finally:
         job.kill()
         processes = nodes.cluster.processes()
         nodes.command("cluster", "down")
         left = [process for process in processes if process.is_running() and process.status() != "zombie"]
         outcome.expect(not left, f"processes left behind: {[(process.pid, title(process)[:80]) for process in left]}")
+        outcome.expect(not (files := job.shared_left()), f"left in /dev/shm: {sorted(files)[:5]}")
 
 
 def place_of(worker: psutil.Process) -> str:

@@ -36,6 +36,7 @@ def chosen(names: list[str]) -> dict[str, Scenario]:
 
 
 def expect_finished(job: Job, outcome: Outcome) -> None:
-    """The command ends with code 0 and leaves no process behind."""
+    """The command ends with code 0 and leaves no process and no shared memory behind."""
     outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
     outcome.expect(not (left := job.leftovers()), f"processes left behind: {[process.pid for process in left]}")
+    outcome.expect(not (files := job.shared_left()), f"left in /dev/shm: {sorted(files)[:5]}")
