@@ -249,8 +249,9 @@ class Job:
 
 
 def shared_memory() -> set[str]:
-    """The names of the files in /dev/shm."""
-    return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+    """The names of the files in /dev/shm; the folders there are those of the MLflow servers that the rows kill."""
+    place = Path("/dev/shm")
+    return {path.name for path in place.iterdir() if not path.is_dir()} if place.is_dir() else set()
 
 
 def home(folder: Path) -> dict[str, str]:
