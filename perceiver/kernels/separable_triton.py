@@ -8,6 +8,7 @@ same bits. Scores are in base 2.
 `TRITON_INTERPRET=1` runs it without a GPU.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -189,11 +190,13 @@ class _Launch:
         self.grid = (blocks, self.bands, self.batch)
 
     def run(self, kernel: Any, *tensors: Tensor) -> None:
-        """Launch a kernel on these arrays."""
-        kernel[self.grid](
-            *tensors, self.latents, self.height, self.width, self.band,
-            count=self.count, strip=STRIP, block=LATENTS, whole=self.width % STRIP == 0, num_warps=1,
-        )  # fmt: skip
+        """Launch a kernel on these arrays, on the GPU that holds them."""
+        device = tensors[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[self.grid](
+                *tensors, self.latents, self.height, self.width, self.band,
+                count=self.count, strip=STRIP, block=LATENTS, whole=self.width % STRIP == 0, num_warps=1,
+            )  # fmt: skip
 
 
 def _across(x: Tensor, factor: float = 1.0) -> Tensor:
