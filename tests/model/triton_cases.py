@@ -11,7 +11,7 @@ import torch
 from perceiver.kernels import separable_triton
 from perceiver.shared_kv import _moments_backward, _moments_forward
 
-SMALL = [(2, 40, 4, 12, 20), (1, 150, 4, 17, 16), (2, 33, 5, 5, 7), (1, 3, 2, 1, 1), (3, 16, 3, 40, 8)]
+SMALL = [(2, 40, 4, 12, 20), (1, 130, 2, 16, 8), (2, 33, 5, 5, 7), (1, 3, 2, 1, 1)]
 LARGE = [(2, 512, 4, 224, 224), (1, 512, 4, 500, 333), (3, 100, 5, 64, 50), (64, 128, 2, 64, 64)]
 
 
