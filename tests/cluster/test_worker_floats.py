@@ -17,8 +17,7 @@ def test_numbers_below_the_normal_range_are_zero_in_a_worker(monkeypatch: pytest
         raise InterruptedError
 
     monkeypatch.setattr(worker, "find_place", look)
-    with ThreadPoolExecutor(1) as pool:  # a thread of its own, as under Ray Train: the mode is a thread's
-        with pytest.raises(InterruptedError):
-            pool.submit(worker.work, {"runs": 1, "monitor": None}, worker.build_engine).result()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InterruptedError):  # a thread of its own, as under Ray Train
+        pool.submit(worker.work, {"runs": 1, "monitor": None}, worker.build_engine).result()
     assert found == [0.0]
     assert float(torch.full((8,), 1e-37).mul(1e-3).sum()) > 0
