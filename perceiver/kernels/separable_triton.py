@@ -8,6 +8,9 @@ same bits. Scores are in base 2.
 `TRITON_INTERPRET=1` runs it without a GPU.
 """
 
+# Triton's language is no Python that a type checker understands.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+
 import contextlib
 import math
 from collections.abc import Iterable
@@ -33,7 +36,7 @@ def _tile(column, row, scale, inside, at, features, q, size, count: tl.constexpr
     """Return the scores (columns, latents) of one row, and the features (columns,) of its inputs."""
     scores = (column + row[None, :]) * scale[:, None]
     loaded = ()
-    for index in tl.static_range(count):  # pyright: ignore[reportGeneralTypeIssues]
+    for index in tl.static_range(count):
         if whole:
             feature = tl.load(features + index * size + at)
         else:
@@ -47,7 +50,7 @@ def _tile(column, row, scale, inside, at, features, q, size, count: tl.constexpr
 def _vectors(source, n, alive, latents, count: tl.constexpr):
     """Return `count` vectors over the latents, (count, N) in memory."""
     loaded = ()
-    for index in tl.static_range(count):  # pyright: ignore[reportGeneralTypeIssues]
+    for index in tl.static_range(count):
         loaded += (tl.load(source + index * latents + n, mask=alive, other=0.0),)
     return loaded
 
