@@ -10,27 +10,17 @@ import torch
 
 from perceiver.kernels import separable_triton
 from perceiver.shared_kv import _moments_backward, _moments_forward
+from tests.model.test_kernels import problem
 
 SMALL = [(2, 40, 4, 12, 20), (1, 130, 2, 16, 8), (2, 33, 5, 5, 7), (1, 3, 2, 1, 1)]
 LARGE = [(2, 512, 4, 224, 224), (1, 512, 4, 500, 333), (3, 100, 5, 64, 50), (64, 128, 2, 64, 64)]
 
 
-def problem(sizes: tuple[int, ...], strength: float, device: str) -> list[torch.Tensor]:
-    """Queries, row and column parts of the scores, features, scale in float64."""
-    batch, queries, features, height, width = sizes
-    g = torch.Generator().manual_seed(sum(sizes))
-    shapes = [(batch, queries, features), (batch, queries, height), (batch, queries, width)]
-    parameters = [strength * torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
-    data = torch.randn(batch, features, height * width, generator=g, dtype=torch.float64)
-    scale = torch.rand(batch, height * width, generator=g, dtype=torch.float64) + 0.5
-    return [t.to(device) for t in (*parameters, data, scale)]
-
-
 def differences(sizes: tuple[int, ...], strength: float, device: str) -> dict[str, float]:
     """Return the greatest difference of each result, relative to its own greatest value (0.1 at least)."""
-    exact = problem(sizes, strength, device)
-    single: Any = [t.float() for t in exact]
-    exact = [t.double() for t in single]
+    parameters, fixed = problem(*sizes, strength)
+    single: Any = [t.float().to(device) for t in (*parameters, *fixed)]
+    exact: Any = [t.double() for t in single]
     wanted: Any = _moments_forward(*exact)
     got: Any = separable_triton.forward(*single)
     slopes = [torch.randn_like(t) for t in wanted[:3]]
