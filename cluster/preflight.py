@@ -143,7 +143,7 @@ def shared_out(recipe: Recipe) -> tuple[int, ...]:
     """Return the numbers of workers that may train: from `cluster.min_workers` on, those that share out the batch."""
     cluster = recipe.cluster
     least = cluster.min_workers or cluster.workers
-    return tuple(count for count in range(least, cluster.workers + 1) if recipe.train.divides(count))
+    return recipe.train.worlds(least, cluster.workers)
 
 
 def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:

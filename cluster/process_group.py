@@ -8,6 +8,8 @@ import psutil
 import ray.util
 from ray.train.torch.config import TorchConfig, _TorchBackend
 
+from cluster.local import ClusterConfig
+
 
 def use_node_interface() -> None:
     """Have Gloo meet the other workers at this node's address in Ray, unless `GLOO_SOCKET_IFNAME` says where.
@@ -38,3 +40,8 @@ class NodeTorchConfig(TorchConfig):
     def backend_cls(self) -> type[_NodeBackend]:
         """See Ray Train."""
         return _NodeBackend
+
+
+def torch_config(cluster: ClusterConfig) -> NodeTorchConfig:
+    """Return how the workers of a run are joined: by NCCL on GPUs, else by Gloo."""
+    return NodeTorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo")

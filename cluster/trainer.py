@@ -46,7 +46,7 @@ def build_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHa
 
     from cluster.callbacks import FailureReporter
     from cluster.elastic import LOOK_S, ElasticTrainer
-    from cluster.process_group import NodeTorchConfig
+    from cluster.process_group import torch_config
     from cluster.worker import train_worker
 
     cluster = recipe.cluster
@@ -56,7 +56,7 @@ def build_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHa
     return make(
         train_worker,
         train_loop_config=worker_config(recipe, folder, monitor, handle, share),
-        torch_config=NodeTorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=torch_config(cluster),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(counts[0], counts[-1]) if elastic else cluster.workers,
             elastic_resize_monitor_interval_s=LOOK_S,

@@ -106,7 +106,7 @@ def _rehearse(recipe: Recipe, most: int, seconds: float) -> dict[str, Any]:
     Raises:
         UserError: a worker failed, or all took too long.
     """
-    workers = max(count for count in range(1, most + 1) if recipe.train.divides(count))
+    workers = recipe.train.worlds(1, most)[-1]
     there = {"workers": workers, "gpus_per_worker": float(torch.cuda.is_available()), "address": None}
     tree = for_workers(recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=there)}))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -176,7 +176,7 @@ def estimate(workload: Workload, place: Place, calibration: Calibration | None =
 def _fewest(workload: Workload, place: Place, calibration: Calibration | None) -> tuple[int, float] | None:
     """The fewest devices that an elastic run (`cluster.min_workers`) goes on with, and the seconds of a step then."""
     train, least = workload.recipe.train, workload.recipe.cluster.min_workers
-    counts = [count for count in range(least or place.devices, place.devices) if train.divides(count)]
+    counts = train.worlds(least or place.devices, place.devices - 1)
     if not counts:
         return None
     count = counts[0]

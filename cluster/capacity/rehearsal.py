@@ -67,8 +67,9 @@ def main() -> None:
     recipe = build_recipe(task["recipe"])
     start_ray(recipe.cluster)
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from cluster.process_group import torch_config
     from cluster.trainer import Share, worker_resources
     from pipelines.warm import warm_up
 
@@ -78,7 +79,7 @@ def main() -> None:
     trainer = TorchTrainer(
         rehearse,
         train_loop_config=task,
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=torch_config(cluster),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             resources_per_worker=worker_resources(recipe, Share(cluster_cpus())),

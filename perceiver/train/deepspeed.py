@@ -155,8 +155,7 @@ class DeepSpeedEngine:
         plan = plan_config(
             config, optim, batch, precision=precision, device_type=self.device.type, parameters=trainable
         )
-        half = plan["bf16"]["enabled"] or plan["torch_autocast"]["enabled"]
-        allow_tf32("bf16" if half else "fp32", self.device)
+        allow_tf32(plan["bf16"]["enabled"] or plan["torch_autocast"]["enabled"], self.device)
         init_distributed()
         self.ranks = Ranks(self.device)
         self.rank, self.world = self.ranks.rank, self.ranks.world

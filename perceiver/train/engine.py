@@ -206,9 +206,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def allow_tf32(precision: str, device: torch.device) -> None:
+def allow_tf32(half: bool, device: torch.device) -> None:
     """In bf16 let a GPU take the products that stay in float32 as TF32, which keeps three bits more than bf16 does."""
-    if precision == "bf16" and device.type == "cuda":
+    if half and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
@@ -253,7 +253,7 @@ class TorchEngine:
     ) -> None:
         self.device = device or default_device()
         self.precision = resolve_precision(precision, self.device)
-        allow_tf32(self.precision, self.device)
+        allow_tf32(self.precision == "bf16", self.device)
         self.module = module.to(self.device)
         self.ranks = Ranks(self.device)
         self.rank, self.world = self.ranks.rank, self.ranks.world

@@ -55,9 +55,10 @@ class TrainConfig(SavingConfig):
         """Return the number of optimizer steps of the whole run."""
         return self.steps if self.steps is not None else math.ceil((self.epochs or 1) * steps_per_epoch)
 
-    def divides(self, world: int) -> bool:
-        """Return whether so many workers share out the global batch in whole micro-batches."""
-        return self.global_batch % (world * (self.micro_batch or 1)) == 0
+    def worlds(self, least: int, most: int) -> tuple[int, ...]:
+        """Return the numbers of workers, from one to another, that share out the batch in whole micro-batches."""
+        part = self.micro_batch or 1
+        return tuple(world for world in range(least, most + 1) if self.global_batch % (world * part) == 0)
 
     def accumulation(self, world: int) -> int:
         """Return the number of micro-batches that one worker accumulates in a step."""
