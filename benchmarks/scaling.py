@@ -17,6 +17,10 @@ included: the mean of a start's steps, since torchrun's processes decode many st
 these over the rounds. `cpu_ms` is rank 0's own processor time in it, which other work on the machine disturbs less;
 Ray's data tasks and their processes are not in it. The arms must find the same losses, else the benchmark ends.
 `ray / torchrun` is Ray's overhead; `ray / memory` holds the cost of reading, too.
+
+With `--one-core` all workers compute on one core, in every arm, and the other cores are left to what runs beside them.
+On a machine with as many cores as workers this tells apart what a launch costs the steps by itself and what it costs
+because no core is left for it.
 """
 
 import argparse
@@ -43,6 +47,7 @@ AHEAD_BYTES = 12 << 20
 for a window of the quickstart's samples, as the default is."""
 TOLERANCE = 1e-4
 NOTES = "SCALING_NOTES"
+ONE_CORE = "SCALING_ONE_CORE"
 
 
 def timed_engine(*what: Any) -> Any:
@@ -52,6 +57,8 @@ def timed_engine(*what: Any) -> Any:
     from cluster.worker import build_engine
 
     torch.set_num_threads(1)
+    if os.environ[ONE_CORE] == "1":
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     engine: Any = build_engine(*what)
     take = engine.step
     if engine.rank == 0:
@@ -148,7 +155,8 @@ def take(given: argparse.Namespace, setting: str, arm: str) -> list[tuple[float,
         if arm != "ray":
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SETTINGS[setting][0]}"]
         command += [__file__, "--one", arm, str(folder / "recipe.json")]
-        environment = {**os.environ, NOTES: str(folder / "notes"), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, NOTES: str(folder / "notes"), ONE_CORE: str(int(given.one_core)),
+                       "OMP_NUM_THREADS": "1"}  # fmt: skip
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{setting}, {arm}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -209,6 +217,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, action="append", help="all by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="timed steps of a start")
+    parser.add_argument("--one-core", action="store_true", help="workers share one core, in every arm")
     parser.add_argument("--json", action="store_true", help="print one line a figure")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="keys of the recipe")

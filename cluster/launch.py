@@ -118,9 +118,12 @@ def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
     recipe, folder = launch.recipe, launch.folder
     _say_header(launch)
     run = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
-    with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say) as handle:
+
+    def warm() -> None:
         if recipe.data.executor == "ray":
             warm_up(recipe.cluster.workers * recipe.data.tasks, recipe.data.cpus_per_task)
+
+    with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
         return {**_fit(launch, handle), "handle": handle}
 
 

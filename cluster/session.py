@@ -17,7 +17,15 @@ from cluster.failures import one_line
 from cluster.local import EarlyRay
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
-from perceiver.train.mlflow import RunHandle, TrackingConfig, create_run, load_handle, prewarm, spool_folder
+from perceiver.train.mlflow import (
+    RunHandle,
+    TrackingConfig,
+    create_run,
+    load_handle,
+    prewarm,
+    share_helper,
+    spool_folder,
+)
 from perceiver.train.redaction import redact_text
 
 log = logging.getLogger(__name__)
@@ -56,9 +64,16 @@ def tracking_of(config: TrackingConfig, folder: RunFolder, name: str) -> Trackin
 
 @contextmanager
 def ray_and_mlflow(
-    folder: RunFolder, run: Tracked, ray_start: EarlyRay, background: ThreadPoolExecutor, say: Callable[[str], None]
+    folder: RunFolder,
+    run: Tracked,
+    ray_start: EarlyRay,
+    background: ThreadPoolExecutor,
+    say: Callable[[str], None],
+    on_ray: Callable[[], Any],
 ) -> Iterator[RunHandle | None]:
     """Have Ray and the MLflow run while the body works; both come up side by side, Ray goes down in the background.
+
+    MLflow's helper process stays: what the end of the run has to say need not wait for another one.
 
     Args:
         folder: of the run; is told Ray's session and the MLflow run.
@@ -66,10 +81,13 @@ def ray_and_mlflow(
         ray_start: Ray, on its way up.
         background: does what the body need not wait for.
         say: prints a line.
+        on_ray: called when Ray is there; MLflow may not be yet.
     """
+    share_helper()
     sidecar = prewarm(run.config, folder.local)
     created = background.submit(_create_run, folder, run, sidecar)
     facts = ray_start.facts()
+    on_ray()
     handle = created.result()
     try:
         folder.note(ray_session=facts["session"])

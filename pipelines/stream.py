@@ -6,6 +6,7 @@ Imported only where batches are consumed; the data tasks themselves need neither
 import contextlib
 import itertools
 import logging
+import math
 import queue
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -143,6 +144,24 @@ def _paced(batches: Iterable[Tensors]) -> Iterator[Tensors]:
         yield batch
 
 
+def cut(blocks: Generator[Tensors, None, None], rows: int) -> Generator[Tensors, None, None]:
+    """Batches of so many rows from blocks of any size: parts of a block, not copied where it holds whole batches.
+
+    Ray hands blocks over whole, since its own way of cutting them costs more for each batch than for each block.
+    """
+    with contextlib.closing(blocks):
+        rest: Tensors = {}
+        for block in blocks:
+            if rest:
+                block = {name: torch.cat([rest[name], tensor]) for name, tensor in block.items()}
+            count = len(next(iter(block.values())))
+            for first in range(0, count - rows + 1, rows):
+                yield {name: tensor[first:first + rows] for name, tensor in block.items()}
+            over = count % rows
+            rest = {name: tensor[-over:] for name, tensor in block.items()} if over else {}
+        assert not rest, "the rows of a step are a multiple of a batch's"
+
+
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """Raise a mistake of the user's that a task met as one line, without its trace and the advice that Ray adds."""
@@ -199,11 +218,11 @@ class RayBatches:
             return None
         _PACE.waited()
         dataset = make_dataset(self.work, runs, self.options)
-        batches: Any = iter(dataset.iter_torch_batches(batch_size=self.batch_size, device=str(self.device),
-                                                       prefetch_batches=self.options.prefetch_batches,
-                                                       collate_fn=Collate(self.problems)))
+        ahead = math.ceil(self.options.prefetch_batches * self.batch_size / self.work.chunk)
+        blocks: Any = iter(dataset.iter_torch_batches(batch_size=None, device=str(self.device), prefetch_batches=ahead,
+                                                      collate_fn=Collate(self.problems)))
         rows = sum(stop - start for start, stop in runs) * self.work.rows_per_step
-        return _Segment(batches, rows // self.batch_size)
+        return _Segment(cut(blocks, self.batch_size), rows // self.batch_size)
 
 
 def steps_of(streams: Sequence[RayBatches], micro_batch: int) -> Generator[tuple[Tensors, list[str]], None, None]:

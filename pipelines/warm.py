@@ -16,8 +16,9 @@ def warm_up(tasks: int, cpus_per_task: float) -> Any:
     import ray
 
     # Retrying or failing makes no difference to a run: the first batch starts whatever is missing.
-    start = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": _worker_variables()})(_run_small_dataset)
-    return start.remote(tasks, cpus_per_task)
+    variables = _worker_variables()
+    start = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": variables})(_run_small_dataset)
+    return start.remote(tasks, cpus_per_task, variables)
 
 
 def _worker_variables() -> dict[str, str]:
@@ -30,15 +31,20 @@ def _worker_variables() -> dict[str, str]:
         return {}
 
 
-def _run_small_dataset(tasks: int, cpus_per_task: float) -> int:
+def _run_small_dataset(tasks: int, cpus_per_task: float, variables: dict[str, str]) -> None:
+    """Import what data tasks need, in so many of them at a time.
+
+    Ray compares environments as texts, and writes one that was merged with the parent's in another way than one that
+    was only given or inherited. Those of training workers are merged ones, hence the same variables again here.
+    """
     import ray.data
 
     dataset = ray.data.from_items(list(range(tasks)), override_num_blocks=tasks)
-    dataset = dataset.map_batches(_import_tasks_needs, num_cpus=cpus_per_task,
+    dataset = dataset.map_batches(_import_tasks_needs, num_cpus=cpus_per_task, runtime_env={"env_vars": variables},
                                   compute=ray.data.TaskPoolStrategy(size=tasks))
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
-    return dataset.count()
+    dataset.materialize()
 
 
 def _import_tasks_needs(batch: Any) -> Any:

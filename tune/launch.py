@@ -22,7 +22,6 @@ from perceiver.train.mlflow import (
     TrackingConfig,
     load_handle,
     open_tracker,
-    share_helper,
     spool_folder,
 )
 from pipelines.warm import warm_up
@@ -194,13 +193,15 @@ def _short(value: Any) -> str:
 def _search(launch: SearchLaunch, ray_start: local.EarlyRay) -> dict[str, Any]:
     """Run the trials to their end; return how that went, with ``status`` finished, stopped or failed."""
     folder, recipe = launch.folder, launch.search.recipe
-    share_helper()
     _say_header(launch)
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
     run = Tracked(launch.tracking, params, _source_tag(launch))
-    with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say) as handle:
-        tasks = launch.slots.concurrency * recipe.cluster.workers
-        warm_up(tasks * recipe.data.tasks, recipe.data.cpus_per_task)
+    tasks = launch.slots.concurrency * recipe.cluster.workers * recipe.data.tasks
+
+    def warm() -> None:
+        warm_up(tasks, recipe.data.cpus_per_task)
+
+    with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
         if handle is not None:
             launch.tracker = open_tracker(handle, spool_folder(folder.local), system_metrics_node="")
         return {**_tune(launch, handle), "handle": handle}
