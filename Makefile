@@ -31,7 +31,7 @@ check: $(READY)  ## lint, types, import contract
 
 test: check  ## check, then the whole test suite: the fast tests on two cores at a time, then the slow ones
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations 15
 
 faults: $(READY)  ## put faults upon real runs and print the table (about an hour)
 	@$(BIN)/python -m tests.faults

@@ -109,17 +109,22 @@ class Soak:
         }
 
     def run(self, seconds: float, every: float) -> None:
-        """Put faults upon the run until the time is over, then ask it to stop."""
+        """Put faults upon the run at fixed times until the time is over, then ask it to stop.
+
+        A fault that falls due before the run has saved since the one before waits for that; the next does not.
+        """
         began, kinds = time.time(), list(self.kinds().items())
-        while (now := time.time()) - began < seconds:
-            self.job.wait(lambda: time.time() - now > every or time.time() - began > seconds, "next fault")
+        for number in range(1, int(seconds // every)):
+            due = began + number * every
+            self.job.wait(lambda due=due: time.time() > due, "next fault")
             self.heal_tracker()
-            if time.time() - began < seconds - every / 2:
-                name, harm = kinds[len(self.met) % len(kinds)]
-                self.met.append((name, time.time()))
-                self.job.wait_checkpoint(after=self.newest())  # the one before may still be on its way back
-                self.met[-1] = (name, time.time())
-                harm()
+            name, harm = kinds[len(self.met) % len(kinds)]
+            self.met.append((name, time.time()))
+            self.job.wait_checkpoint(after=self.newest())  # the one before may still be on its way back
+            self.met[-1] = (name, time.time())
+            harm()
+        self.job.wait(lambda: time.time() - began > seconds, "end of the soak")
+        self.heal_tracker()
         self.job.wait_checkpoint(after=self.newest())
         assert self.job.process is not None
         self.job.process.terminate()
@@ -172,7 +177,7 @@ def main(words: Sequence[str]) -> int:
     """Run it and print the table; exit code 1 if something that is promised was not kept."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="how long")
-    parser.add_argument("--every", type=float, default=60, help="seconds between two faults")
+    parser.add_argument("--every", type=float, default=60, help="seconds from one fault to the next")
     given, outcome = parser.parse_args(words), Outcome("soak")
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, Python {platform.python_version()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as scratch:
