@@ -255,7 +255,8 @@ def column_at(table: pa.Table, path: str) -> pa.Array:
     first, *rest = path.split(".")
     if first not in table.column_names:
         raise KeyError(f"no column {first}")
-    array = table.column(first).combine_chunks()
+    chunks = table.column(first)
+    array = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies a single one, too
     for name in rest:
         if not pa.types.is_struct(array.type) or array.type.get_field_index(name) < 0:
             raise KeyError(f"no column {path}")

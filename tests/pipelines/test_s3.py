@@ -79,7 +79,7 @@ def test_batches_survive_faults(both: tuple[DataConfig, DataConfig], s3: FaultyS
     s3.rate = rate
     assert same(batches(away.model_copy(update={"cache_bytes": 1})), batches(local))
     if rate > 0.1:
-        assert sum(count for fault, count in s3.met.items() if fault != "good") > 5
+        assert sum(count for fault, count in s3.met.items() if fault != "good") > 2
 
 
 def test_ray_tasks_read_from_s3(both: tuple[DataConfig, DataConfig], small_ray: None) -> None:
