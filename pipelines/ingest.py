@@ -58,7 +58,7 @@ class DataConfig(ViewConfig):
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
     run_samples: int = Field(default=2048, gt=0, description="samples a data task produces, about, at most")
     run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about")
-    prefetch_batches: int = Field(default=4, ge=0, description="batches collated ahead of the training step")
+    prefetch_batches: int = Field(default=4, ge=0, description="batches ahead of the training step, in whole blocks")
     prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
     read: ReadPolicy = Field(default=ReadPolicy(), description="patience with a remote file system")
     cache_bytes: int = Field(default=256 << 20, gt=0, description="row groups kept in each data task's process")

@@ -179,6 +179,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=60, help="how long")
     parser.add_argument("--every", type=float, default=60, help="seconds from one fault to the next")
     given, outcome = parser.parse_args(words), Outcome("soak")
+    if not 0 < given.every < 60 * given.minutes:
+        parser.error(f"--every {given.every:g} s, --minutes {given.minutes:g}: wanted a fault within the time")
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, Python {platform.python_version()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
