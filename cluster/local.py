@@ -87,7 +87,7 @@ class ClusterConfig(Config):
     dashboard: bool = Field(
         default=False, description="Ray's dashboard for a Ray of its own, on loopback: ten processes, 1 GB of memory"
     )
-    object_store_mb: PositiveInt = Field(default=300, description="size of the object store of a Ray of its own, in MB")
+    object_store_mb: int = Field(default=300, ge=80, description="size of the object store of a Ray of its own, in MB")
 
     def resolved_address(self) -> str | None:
         """Return the address to connect to, or None for a Ray of its own."""

@@ -45,7 +45,7 @@ class NodesConfig(Config):
     """A local cluster (`perceiver cluster up FILE`). The first node of the first group is the head."""
 
     nodes: tuple[NodeGroup, ...] = Field(default=(NodeGroup(count=3),), min_length=1, description="groups of nodes")
-    object_store_mb: PositiveInt = Field(default=150, description="size of each node's object store, in MB")
+    object_store_mb: int = Field(default=150, ge=80, description="size of each node's object store, in MB")
     port: PositiveInt = Field(default=6379, description="port of the head; a free one if it is taken")
     dashboard_port: PositiveInt = Field(default=8265, description="port of dashboard and jobs; likewise")
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 8 << 20
 """Size of the blocks that data tasks hand over, about; one of whole batches at least."""
 RETIRED = ("read_apart",)
 """Keys that no longer mean anything."""

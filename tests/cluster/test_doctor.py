@@ -111,7 +111,7 @@ def test_data_that_is_not_there_or_does_not_fit_fails(tree: dict[str, Any], tmp_
 
 
 def test_the_recipes_object_store_is_what_must_fit(tmp_path: Path) -> None:
-    assert doctor.check_shared_memory(Patient(shm=tmp_path, cluster=ClusterConfig(object_store_mb=1)))[0] == OK
+    assert doctor.check_shared_memory(Patient(shm=tmp_path, cluster=ClusterConfig(object_store_mb=80)))[0] == OK
     state, found, fix = doctor.check_shared_memory(Patient(shm=tmp_path, cluster=ClusterConfig(object_store_mb=10**9)))
     assert state == WARN and "cluster.object_store_mb = 1000000000" in found and "--shm-size=1000000100m" in fix
 
