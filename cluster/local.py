@@ -40,6 +40,8 @@ QUIET_ENVIRONMENT = {
 }
 
 
+LEAST_STORE_MB = 80
+"""Ray starts no object store below 75 MiB."""
 SMALLEST_SHARE = 0.05
 """The least part of a CPU that a worker is placed with, and the step of default shares."""
 
@@ -87,7 +89,9 @@ class ClusterConfig(Config):
     dashboard: bool = Field(
         default=False, description="Ray's dashboard for a Ray of its own, on loopback: ten processes, 1 GB of memory"
     )
-    object_store_mb: int = Field(default=300, ge=80, description="size of the object store of a Ray of its own, in MB")
+    object_store_mb: int = Field(
+        default=300, ge=LEAST_STORE_MB, description="size of the object store of a Ray of its own, in MB"
+    )
 
     def resolved_address(self) -> str | None:
         """Return the address to connect to, or None for a Ray of its own."""

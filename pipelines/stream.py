@@ -50,7 +50,7 @@ class RayOptions:
     Attributes:
         cpus_per_task: share of a CPU that a data task reserves.
         tasks: data tasks at a time.
-        prefetch_batches: batches collated ahead of the consumer.
+        prefetch_batches: batches ahead of the consumer, in whole blocks.
         bytes_in_flight: limit of decoded bytes that wait in the object store.
         block_bytes: size of the blocks a task hands over.
         task_memory: bytes of memory that a data task reserves; 0 for none.
@@ -147,7 +147,7 @@ def _paced(batches: Iterable[Tensors]) -> Iterator[Tensors]:
 def cut(blocks: Generator[Tensors, None, None], rows: int) -> Generator[Tensors, None, None]:
     """Batches of so many rows from blocks of any size: parts of a block, not copied where it holds whole batches.
 
-    Ray hands blocks over whole, since its own way of cutting them costs more for each batch than for each block.
+    Ray hands blocks over whole: cut by Ray, each batch would pass by itself through all that a block passes through.
     """
     with contextlib.closing(blocks):
         rest: Tensors = {}

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import yaml
@@ -197,10 +198,7 @@ def _search(launch: SearchLaunch, ray_start: local.EarlyRay) -> dict[str, Any]:
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
     run = Tracked(launch.tracking, params, _source_tag(launch))
     tasks = launch.slots.concurrency * recipe.cluster.workers * recipe.data.tasks
-
-    def warm() -> None:
-        warm_up(tasks, recipe.data.cpus_per_task)
-
+    warm = partial(warm_up, tasks, recipe.data.cpus_per_task)
     with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
         if handle is not None:
             launch.tracker = open_tracker(handle, spool_folder(folder.local), system_metrics_node="")

@@ -156,7 +156,7 @@ def _mlflow(settings: Settings) -> dict[str, Any]:
         "image": f"{settings.image.partition(':')[0]}-mlflow:{settings.image.partition(':')[2] or 'latest'}",
         "build": {"context": "@ROOT@", "dockerfile": "@FOLDER@/Dockerfile", "target": "mlflow"},
         "secrets": ["token", "s3_password", "postgres_password"],
-        # Else it brings up nine processes more, of 260 MB each, for evaluations of language models.
+        # Else it brings up eight processes more, of 250 MB each, for evaluations of language models.
         "environment": {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         "command": _shell(server),
         "ports": ["127.0.0.1:5000:5000"],

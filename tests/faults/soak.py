@@ -5,6 +5,7 @@ number times the median step, over the time from the first step to the end, the 
 """
 
 import argparse
+import math
 import os
 import platform
 import resource
@@ -114,14 +115,13 @@ class Soak:
         A fault that falls due before the run has saved since the one before waits for that; the next does not.
         """
         began, kinds = time.time(), list(self.kinds().items())
-        for number in range(1, int(seconds // every)):
+        for number in range(1, math.ceil(seconds / every)):
             due = began + number * every
             self.job.wait(lambda due=due: time.time() > due, "next fault")
             self.heal_tracker()
             name, harm = kinds[len(self.met) % len(kinds)]
-            self.met.append((name, time.time()))
             self.job.wait_checkpoint(after=self.newest())  # the one before may still be on its way back
-            self.met[-1] = (name, time.time())
+            self.met.append((name, time.time()))
             harm()
         self.job.wait(lambda: time.time() - began > seconds, "end of the soak")
         self.heal_tracker()

@@ -11,6 +11,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 FAULTS = ("error 500", "slow down", "reset", "stall")
+SEED = 1
 
 
 class FaultyS3:
@@ -21,15 +22,20 @@ class FaultyS3:
     """
 
     def __init__(self, stall: float = 1.0) -> None:
-        self.rate, self.delay, self.stall = 0.0, 0.0, stall
-        self.met: Counter[str] = Counter()
-        self._random = random.Random(0)
+        self.stall = stall
+        self.reset()
         self._lock = threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._application, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
+
+    def reset(self) -> None:
+        """Nothing goes wrong, nothing is counted; what will go wrong does not depend on what did before."""
+        self.rate = self.delay = 0.0
+        self.met: Counter[str] = Counter()
+        self._random = random.Random(SEED)
 
     def close(self) -> None:
         """Stop the server."""

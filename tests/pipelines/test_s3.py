@@ -53,8 +53,7 @@ def cold(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing cached, nothing faulty."""
     monkeypatch.setattr(reader, "_CACHE", reader.RowGroupCache())
     monkeypatch.setattr(remote, "_FOOTERS", remote._Footers())
-    s3.rate = s3.delay = 0.0
-    s3.met.clear()
+    s3.reset()
 
 
 def batches(data: DataConfig) -> dict:
@@ -79,7 +78,7 @@ def test_batches_survive_faults(both: tuple[DataConfig, DataConfig], s3: FaultyS
     s3.rate = rate
     assert same(batches(away.model_copy(update={"cache_bytes": 1})), batches(local))
     if rate > 0.1:
-        assert sum(count for fault, count in s3.met.items() if fault != "good") > 2
+        assert sum(count for fault, count in s3.met.items() if fault != "good") > 5
 
 
 def test_ray_tasks_read_from_s3(both: tuple[DataConfig, DataConfig], small_ray: None) -> None:

@@ -23,7 +23,7 @@ class Server:
     def __init__(self, folder: Path, port: int, database: str = "", **environment: str) -> None:
         self.folder, self.port, self.store = folder, port, folder / "mlflow.db"
         self.database = database or f"sqlite:///{self.store}"
-        # Else the server brings up nine processes more, for evaluations of language models.
+        # Else the server brings up eight processes more, for evaluations of language models.
         self.environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
         self.uri = f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes] | None = None
