@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
 from cluster.placement import connected_nodes
+from cluster.slim import SlimTrainer
 
 LOOK_S = 15.0
 """Between two looks for nodes that have joined."""
@@ -58,7 +58,7 @@ class WholeShares(ElasticScalingPolicy):
         return NoopDecision()
 
 
-class ElasticTrainer(TorchTrainer):
+class ElasticTrainer(SlimTrainer):
     """A trainer with `WholeShares` for a policy; Ray Train offers no way to name one."""
 
     def __init__(self, *arguments: Any, counts: Sequence[int], monitor: Any, **options: Any) -> None:

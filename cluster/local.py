@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -153,15 +154,15 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
         use_token()
         # One machine of our own is not taken away: without the watcher there is one process less to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        context = ray.init(
-            address="local",
-            num_cpus=machine_cpus(),
-            object_store_memory=config.object_store_mb * 1_000_000,
-            include_dashboard=config.dashboard,
-            dashboard_host="127.0.0.1",
-            **quiet,
-        )
-        _end_log_monitor()
+        with _lean(config.dashboard):
+            context = ray.init(
+                address="local",
+                num_cpus=machine_cpus(),
+                object_store_memory=config.object_store_mb * 1_000_000,
+                include_dashboard=config.dashboard,
+                dashboard_host="127.0.0.1",
+                **quiet,
+            )
     else:
         check_reachable(address)
         try:
@@ -177,12 +178,24 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
     return {"dashboard": context.dashboard_url if config.dashboard else "", "session": session}
 
 
-def _end_log_monitor() -> None:
-    """End the process that would bring the workers' output to this terminal: nobody asks for it, and it never rests."""
-    import ray._private.worker as worker
+@contextlib.contextmanager
+def _lean(dashboard: bool) -> Iterator[None]:
+    """Have ``ray.init`` leave out processes that a Ray of one machine has no use for.
 
-    with contextlib.suppress(AttributeError, KeyError):  # another version of Ray may call it something else
-        worker.global_worker.node.kill_log_monitor(check_alive=False)  # type: ignore[union-attr]
+    These are the autoscaler's monitor, the one that would bring the workers' output to this terminal and, unless
+    wanted, the dashboard's server, which ``include_dashboard=False`` starts all the same and waits for.
+    """
+    from ray._private.node import Node
+
+    names = ["start_monitor", "start_log_monitor", *([] if dashboard else ["start_api_server"])]
+    kept = {name: getattr(Node, name) for name in names if hasattr(Node, name)}  # another version may name them anew
+    for name in kept:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(Node, name, method)
 
 
 class EarlyRay:

@@ -42,19 +42,20 @@ def build_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHa
         UserError: the workers and data tasks do not fit into the share.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
 
     from cluster.callbacks import FailureReporter
     from cluster.elastic import LOOK_S, ElasticTrainer
     from cluster.process_group import torch_config
+    from cluster.slim import SlimTrainer
     from cluster.worker import train_worker
 
     cluster = recipe.cluster
     counts = shared_out(recipe) if cluster.resolved_address() else (cluster.workers,)
     elastic = len(counts) > 1
-    make = partial(ElasticTrainer, counts=counts, monitor=monitor) if elastic else TorchTrainer
+    make = partial(ElasticTrainer, counts=counts, monitor=monitor) if elastic else SlimTrainer
     return make(
         train_worker,
+        own_ray=cluster.resolved_address() is None,
         train_loop_config=worker_config(recipe, folder, monitor, handle, share),
         torch_config=torch_config(cluster),
         scaling_config=ray.train.ScalingConfig(

@@ -17,22 +17,16 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.util.torch_utils import arrow_batch_to_tensors
 from ray.exceptions import RayTaskError
 
 from perceiver.config import UserError
+from pipelines.pace import PACE, Rest
 from pipelines.samples import PROBLEM, Work, produce
 
 SEGMENT = 64
 """Runs that one Ray Dataset covers. The next one is started before the last ends, so the list stays short for ever."""
-
-REST_S, LONGEST_REST_S = 0.01, 0.2
-"""Pause after each turn of Ray Data's scheduling loop, while the consumer waits and while it never does."""
-
-REST_SHARE = 0.02
-"""Pause as a share of the time since the consumer last waited: what a pause that is too long may cost."""
 
 WAIT_S = 0.01
 """Seconds for the next batch from which on the consumer counts as one that waits."""
@@ -80,36 +74,6 @@ class Collate(ArrowBatchCollateFn):
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
-class Pace:
-    """How long the scheduling loops of this process may rest: longer while no consumer has had to wait."""
-
-    def __init__(self) -> None:
-        self._waited = time.monotonic()
-
-    def waited(self) -> None:
-        """Note that a consumer waits, or will soon."""
-        self._waited = time.monotonic()
-
-    def rest_s(self) -> float:
-        """Return the pause from one turn to the next."""
-        return min(max(REST_S, REST_SHARE * (time.monotonic() - self._waited)), LONGEST_REST_S)
-
-
-_PACE = Pace()
-
-
-class Rest(ExecutionCallback):
-    """Lets Ray Data's scheduling loop rest.
-
-    The loop waits for tasks only while one is at work; when rows wait for the consumer instead, it turns without a
-    pause, which costs the training worker half a core and its interpreter lock. A turn takes one to two milliseconds.
-    """
-
-    def on_execution_step(self, executor: Any) -> None:
-        """Sleep a little; called by Ray after each turn."""
-        time.sleep(_PACE.rest_s())
-
-
 class _Segment:
     """The batches of one Dataset, which has begun: the first one is there.
 
@@ -140,7 +104,7 @@ def _paced(batches: Iterable[Tensors]) -> Iterator[Tensors]:
         if batch is None:
             return
         if time.monotonic() - began > WAIT_S:
-            _PACE.waited()
+            PACE.waited()
         yield batch
 
 
@@ -216,7 +180,7 @@ class RayBatches:
         runs = list(itertools.islice(self.runs, SEGMENT))
         if not runs:
             return None
-        _PACE.waited()
+        PACE.waited()
         dataset = make_dataset(self.work, runs, self.options)
         ahead = math.ceil(self.options.prefetch_batches * self.batch_size / self.work.chunk)
         blocks: Any = iter(dataset.iter_torch_batches(batch_size=None, device=str(self.device), prefetch_batches=ahead,
