@@ -107,7 +107,7 @@ def test_the_trainer_hands_its_policy_to_ray_and_leaves_nothing_behind() -> None
 
     usual = module.create_scaling_policy  # type: ignore[attr-defined]
     config = ray.train.ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 1})
-    trainer = ElasticTrainer(lambda: None, scaling_config=config, counts=(2, 4, 8), monitor=Monitor())
+    trainer = ElasticTrainer(lambda: None, scaling_config=config, counts=(2, 4, 8), monitor=Monitor(), own_ray=False)
     with trainer._policy():
         made = module.create_scaling_policy(config)  # type: ignore[attr-defined]
         assert isinstance(made, WholeShares) and made.counts == (2, 4, 8)
