@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -140,8 +140,12 @@ def set_quiet_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def start_ray(config: ClusterConfig) -> dict[str, Any]:
+def start_ray(config: ClusterConfig, one_run: bool = True) -> dict[str, Any]:
     """Connect to the cluster, or start a Ray of its own on this machine; return facts about it for the log.
+
+    Args:
+        config: the recipe's ``cluster`` section.
+        one_run: whether a Ray of its own serves one run only, and ends with it.
 
     Raises:
         UserError: the address does not answer.
@@ -154,7 +158,7 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
         use_token()
         # One machine of our own is not taken away: without the watcher there is one process less to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        with _lean(config.dashboard):
+        with _lean(config.dashboard or not one_run):
             context = ray.init(
                 address="local",
                 num_cpus=machine_cpus(),
@@ -179,18 +183,29 @@ def start_ray(config: ClusterConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _lean(dashboard: bool) -> Iterator[None]:
+def _lean(server: bool) -> Iterator[None]:
     """Have ``ray.init`` leave out processes that a Ray of one machine has no use for.
 
-    These are the autoscaler's monitor, the one that would bring the workers' output to this terminal and, unless
-    wanted, the dashboard's server, which ``include_dashboard=False`` starts all the same and waits for.
+    These are the autoscaler's monitor, the one that would bring the workers' output to this terminal and, without
+    ``server``, the dashboard's server, which ``include_dashboard=False`` starts all the same and waits for.
     """
+    from ray._private import ray_constants
     from ray._private.node import Node
 
-    names = ["start_monitor", "start_log_monitor", *([] if dashboard else ["start_api_server"])]
-    kept = {name: getattr(Node, name) for name in names if hasattr(Node, name)}  # another version may name them anew
+    def nowhere(node: Any, **_: Any) -> None:
+        # Ray's agent asks for the server's address each second, with a trace in its log, until it is given one.
+        key, space = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
+        node.get_gcs_client().internal_kv_put(key, b"127.0.0.1:0", True, space)
+
+    def nothing(node: Any) -> None:
+        pass
+
+    instead: dict[str, Callable[..., None]] = {"start_monitor": nothing, "start_log_monitor": nothing}
+    if not server:
+        instead["start_api_server"] = nowhere
+    kept = {name: getattr(Node, name) for name in instead if hasattr(Node, name)}  # another version may rename them
     for name in kept:
-        setattr(Node, name, lambda *_, **__: None)
+        setattr(Node, name, instead[name])
     try:
         yield
     finally:
@@ -201,8 +216,13 @@ def _lean(dashboard: bool) -> Iterator[None]:
 class EarlyRay:
     """Starts Ray in a thread, so that it comes up while this process imports what it needs and checks the recipe."""
 
-    def __init__(self, section: Any) -> None:
-        """Begin, if the recipe's ``cluster`` section (a plain tree) is in order; a mistake in it is reported later."""
+    def __init__(self, section: Any, one_run: bool = True) -> None:
+        """Begin, if the recipe's ``cluster`` section (a plain tree) is in order; a mistake in it is reported later.
+
+        Args:
+            section: as it was read.
+            one_run: see `start_ray`.
+        """
         self.used = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="start-ray")
         try:
@@ -210,7 +230,7 @@ class EarlyRay:
         except ValidationError:
             self._future = None
         else:
-            self._future = self._pool.submit(start_ray, config)
+            self._future = self._pool.submit(start_ray, config, one_run)
 
     def facts(self) -> dict[str, Any]:
         """Wait for Ray; return what ``start_ray`` does.

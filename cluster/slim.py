@@ -1,11 +1,11 @@
-"""Ray Train's torch trainer without the actors that our runs have no use for.
+"""Ray Train's trainer without the actors that our runs have no use for.
 
 Each of them is a Python process, a second or two to start, before the first step and again after each failure.
 """
 
 from typing import Any
 
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 DATASETS = "DatasetsCallback"
 """Hands out the trainer's datasets, through an actor; ours has none, since each worker makes its own."""
@@ -13,7 +13,7 @@ CLEANER = "PlacementGroupCleanerCallback"
 """Starts an actor that frees the workers' places should the controller die; a Ray of one's own ends with its driver."""
 
 
-class SlimTrainer(TorchTrainer):
+class SlimTrainer(DataParallelTrainer):
     """A trainer that leaves out some of Ray Train's own callbacks.
 
     Args:

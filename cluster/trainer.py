@@ -21,11 +21,13 @@ class Share:
         cpus: logical CPUs for its workers and data tasks.
         taken: what of the CPUs the run's own driver holds.
         runs: how many runs share the machines at a time, so that the threads of all their workers fit the cores.
+        shared: whether other runs come and go on the same Ray.
     """
 
     cpus: float
     taken: float = 0
     runs: int = 1
+    shared: bool = False
 
 
 def build_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share) -> Any:
@@ -55,9 +57,9 @@ def build_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHa
     make = partial(ElasticTrainer, counts=counts, monitor=monitor) if elastic else SlimTrainer
     return make(
         train_worker,
-        own_ray=cluster.resolved_address() is None,
+        own_ray=cluster.resolved_address() is None and not share.shared,
         train_loop_config=worker_config(recipe, folder, monitor, handle, share),
-        torch_config=torch_config(cluster),
+        backend_config=torch_config(cluster),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(counts[0], counts[-1]) if elastic else cluster.workers,
             elastic_resize_monitor_interval_s=LOOK_S,
@@ -103,7 +105,7 @@ def build_local_trainer(recipe: Recipe, folder: RunFolder, monitor: Any, handle:
 
     from cluster.worker import train_worker
 
-    # TorchTrainer would end the process group after each run, and DeepSpeed keeps the first one it met.
+    # With a backend the process group would end after each run, and DeepSpeed keeps the first one it met.
     configs: Any = {
         "scaling_config": ray.train.ScalingConfig(num_workers=0),
         "run_config": ray.train.RunConfig(name=folder.name),

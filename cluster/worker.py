@@ -234,7 +234,9 @@ def find_place(runs: int) -> Place:
     context = ray.train.get_context()
     device = torch.device("cuda", context.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     local_world = context.get_local_world_size()
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_world * runs)))
     return Place(context.get_world_rank(), context.get_world_size(), local_world, device)
 

@@ -95,7 +95,7 @@ def start_early(base: Mapping[str, Any], dry_run: bool) -> local.EarlyRay | None
         dry_run: start nothing.
     """
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    return None if dry_run else local.EarlyRay(base.get("cluster"))
+    return None if dry_run else local.EarlyRay(base.get("cluster"), one_run=False)
 
 
 def run_search(plan: Plan, start: Start, ray_start: local.EarlyRay, conclude: Concluder) -> int:
@@ -126,7 +126,7 @@ def find_slots(search: Search, known: list[Values] | None, ray_start: local.Earl
 
     nodes = [Node("this machine", {"CPU": local.machine_cpus(), "GPU": torch.cuda.device_count()})]
     if search.recipe.cluster.resolved_address():
-        (ray_start or local.EarlyRay(search.recipe.cluster.model_dump())).facts()
+        (ray_start or local.EarlyRay(search.recipe.cluster.model_dump(), one_run=False)).facts()
         nodes = connected_nodes()
     cpus, gpus = (sum(float(node.resources.get(name, 0)) for node in nodes) for name in ("CPU", "GPU"))
     trials = len(known) if known is not None else search.config.trials

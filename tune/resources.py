@@ -86,7 +86,7 @@ def _slots(recipe: Recipe, concurrency: int, cpus: float, several: bool) -> Slot
     reserved = {name: amount for name, amount in worker_need(cluster, portion).items() if amount}
     labels = dict(cluster.worker_labels) if here else {}
     held = reserved if here else {"CPU": taken}
-    return Slots(concurrency, Share(share, taken, concurrency), here, portion, held, labels)
+    return Slots(concurrency, Share(share, taken, concurrency, shared=True), here, portion, held, labels)
 
 
 def _check_room(recipe: Recipe, slots: Slots, gpus: float, nodes: Sequence[Node]) -> None:

@@ -67,19 +67,20 @@ def main() -> None:
     recipe = build_recipe(task["recipe"])
     start_ray(recipe.cluster)
     import ray.train
-    from ray.train.torch import TorchTrainer
 
     from cluster.process_group import torch_config
+    from cluster.slim import SlimTrainer
     from cluster.trainer import Share, worker_resources
     from pipelines.warm import warm_up
 
     cluster = recipe.cluster
     if recipe.data.executor == "ray":
         warm_up(cluster.workers * recipe.data.tasks, recipe.data.cpus_per_task)
-    trainer = TorchTrainer(
+    trainer = SlimTrainer(
         rehearse,
         train_loop_config=task,
-        torch_config=torch_config(cluster),
+        own_ray=True,
+        backend_config=torch_config(cluster),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             resources_per_worker=worker_resources(recipe, Share(cluster_cpus())),

@@ -24,10 +24,12 @@ def command(recipe: str, overrides: tuple[str, ...], resume: bool, run: str | No
     """
     from cluster.local import EarlyRay, set_quiet_environment
     from cluster.recipe_file import read_tree
+    from perceiver.train.runs import start_helper
 
     set_quiet_environment()
     tree = read_tree(recipe, overrides)
     ray_start = EarlyRay(tree.get("cluster"))
+    start_helper(tree.get("tracking"))
     from cluster.launch import launch_training
 
     code = launch_training(recipe, tree, ray_start, overrides=overrides, resume=resume, run=run, as_json=as_json)

@@ -370,11 +370,17 @@ class _Redacted:
         return getattr(self.stream, name)
 
 
-def main() -> None:
-    """Run the helper process: open the store that `PERCEIVER_PREWARM` names, if any, then answer requests."""
+def main(load: bool = False) -> None:
+    """Run the helper process: open the store that `PERCEIVER_PREWARM` names, if any, then answer requests.
+
+    Args:
+        load: import MLflow before the first request.
+    """
     uri = os.environ.pop("PERCEIVER_PREWARM", "")
     sys.stderr = _Redacted(sys.stderr, [resolve(uri)] if is_reference(uri) else [])
     helper = Helper()
     if uri:
         helper.answer({"op": "prewarm", "uri": uri})
+    elif load:
+        helper.answer({"op": "load"})
     serve(helper.answer)

@@ -364,15 +364,31 @@ def share_helper() -> None:
     _share_helper = True
 
 
+def start_helper(section: Any) -> None:
+    """Start the helper of `share_helper` before its run is known: it imports MLflow while the recipe is checked.
+
+    Args:
+        section: the recipe's `tracking` section as it was read; without tracking nothing is started.
+    """
+    global _shared
+    if _shared is None and not (isinstance(section, Mapping) and section.get("enabled") is False):
+        share_helper()
+        code = "from perceiver.train.mlflow import main; main(load=True)"
+        _shared = SharedSidecar(code, Path(os.devnull), ENVIRONMENT)
+        _shared.start()
+
+
 def _sidecar(folder: Path, store: str = "", nice: int = 0) -> Sidecar:
     """The helper process; `store` is a URI to be opened, and created if missing, while it starts."""
     global _shared
-    code = "from perceiver.train.mlflow import main; main()"
+    code, log = "from perceiver.train.mlflow import main; main()", folder / "mlflow.log"
+    if _shared is not None and _shared.log == Path(os.devnull):
+        _shared.log_to(log)
     if _share_helper and _shared is None:
-        _shared = SharedSidecar(code, folder / "mlflow.log", {**ENVIRONMENT, "PERCEIVER_PREWARM": store}, nice)
+        _shared = SharedSidecar(code, log, {**ENVIRONMENT, "PERCEIVER_PREWARM": store}, nice)
     if _shared is not None:
         return _shared
-    return Sidecar(code, folder / "mlflow.log", {**ENVIRONMENT, "PERCEIVER_PREWARM": store}, nice)
+    return Sidecar(code, log, {**ENVIRONMENT, "PERCEIVER_PREWARM": store}, nice)
 
 
 def _save_handle(folder: Path, handle: RunHandle) -> None:

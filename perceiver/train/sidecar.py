@@ -19,6 +19,8 @@ from typing import Any
 
 Reply = dict[str, Any]
 ORPHAN_GRACE_S = 10.0
+LOG = "log"
+"""Key of a request that names the file for the helper's messages from then on."""
 
 
 class SidecarError(Exception):
@@ -121,15 +123,24 @@ class SharedSidecar(Sidecar):
     def __init__(self, code: str, log: Path, env: Mapping[str, str] | None = None, nice: int = 0) -> None:
         super().__init__(code, log, env, nice)
         self._turn = threading.RLock()
+        self._moved = False
 
     def start(self) -> None:
         """See `Sidecar`."""
         with self._turn:
             super().start()
 
+    def log_to(self, log: Path) -> None:
+        """Have the helper write its messages to another file from its next request on."""
+        with self._turn:
+            self._moved, self.log = self.log != log, log
+
     def call(self, request: Mapping[str, Any], timeout_s: float) -> Reply:
         """See `Sidecar`; the deadline begins when it is this call's turn."""
         with self._turn:
+            if self._moved:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                request, self._moved = {**request, LOG: str(self.log.resolve())}, False
             return super().call(request, timeout_s)
 
     def close(self, timeout_s: float = 2.0) -> None:
@@ -169,7 +180,12 @@ def serve(handle: Callable[[dict[str, Any]], Reply]) -> None:
             continue
         if line is None:
             return
-        answers.write(json.dumps(handle(json.loads(line))).encode() + b"\n")
+        request = json.loads(line)
+        if log := request.pop(LOG, ""):
+            with Path(log).open("ab") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+        answers.write(json.dumps(handle(request)).encode() + b"\n")
         answers.flush()
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from perceiver.config import UserError
 from perceiver.train import mlflow as helper
+from perceiver.train import runs
 from perceiver.train.mlflow import RefusedError, clean_key, deliver
 from perceiver.train.runs import (
     RunHandle,
@@ -268,6 +269,25 @@ def test_a_required_server_that_is_down_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not answer .*tracking.required=false") as caught:
         create_run(config, "x", output=tmp_path, params={})
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_helper_that_was_started_before_its_run_was_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_shared", None)
+    monkeypatch.setattr(runs, "_share_helper", False)
+    runs.start_helper({"enabled": False})
+    assert runs._shared is None
+    runs.start_helper({"uri": "given later"})
+    early = runs._shared
+    assert early is not None
+    try:
+        config = TrackingConfig(system_metrics=False)
+        handle = create_run(config, "early", output=tmp_path, params={}, prewarmed=prewarm(config, tmp_path))
+        assert handle is not None and handle.run_id and runs._shared is early
+        assert early._process is not None
+        written = {Path(f"/proc/{early._process.pid}/fd/{number}").readlink() for number in (1, 2)}
+        assert written == {spool_folder(tmp_path).resolve() / "mlflow.log"}
+    finally:
+        early.kill()
 
 
 def test_a_server_that_accepts_and_never_answers_is_given_up_in_time(tmp_path: Path) -> None:
