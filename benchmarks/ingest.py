@@ -48,6 +48,7 @@ S3_SAMPLES = 1500
 DELAY_S = 0.02
 SAMPLED_S = 0.5
 BUCKET = "data"
+STORE_MB = 500
 SECRET = {"key": "testing", "secret": "testing"}
 PEERS = {"webdataset": "webdataset", "streaming": "mosaicml-streaming", "litdata": "litdata"}
 
@@ -246,10 +247,15 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
     """Rate, CPU and time to the first batch of one loader; runs in a process of its own."""
     if name == "ceiling":
         return ceiling(kind, folder, samples)
-    if name.startswith("ours") or name == "ray":
+    if name.startswith("ours"):
+        from cluster.local import ClusterConfig, set_quiet_environment, start_ray
+
+        set_quiet_environment()
+        start_ray(ClusterConfig(object_store_mb=STORE_MB))
+    elif name == "ray":
         import ray
 
-        ray.init(address="local", num_cpus=PROCESSES, include_dashboard=False, object_store_memory=500 << 20,
+        ray.init(address="local", num_cpus=PROCESSES, include_dashboard=False, object_store_memory=STORE_MB * 1_000_000,
                  log_to_driver=False, logging_level=logging.ERROR)
     began = time.perf_counter()
     batches = LOADERS[name](kind, folder, samples + (WARM + 1) * BATCH)
