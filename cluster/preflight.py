@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from cluster.recipe import Recipe, kind_of
 from cluster.run_folder import RunFolder
 from perceiver.config import UserError
 from perceiver.factory import build_model
+from perceiver.tasks import build_task
 from perceiver.train.checkpoint import CheckpointManifest, parameter_difference
 from perceiver.train.deepspeed_plan import BatchPlan, plan_config
 from perceiver.weights import open_weights, plan_start
@@ -98,6 +100,7 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
     check_batch(recipe)
     manifest = load_data(recipe.data, load)
     check_data(recipe, manifest)
+    check_best(recipe, len(manifest.classes))
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))
     parameters = sum(p.numel() for p in model.parameters())
@@ -162,6 +165,31 @@ def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
             raise
         fewer = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"workers": least})})
         return place(fewer.cluster, nodes, data_need(fewer))
+
+
+class _Sums(dict[str, Any]):
+    """Sums of an evaluation that has whatever a task asks for."""
+
+    def __missing__(self, key: str) -> float:
+        return 1.0
+
+
+def evaluation_metrics(recipe: Recipe, classes: int) -> list[str]:
+    """Return the names of the figures that an evaluation of the recipe's task gives, such as "accuracy"."""
+    bins = torch.ones(classes, 2)
+    sums = _Sums(positive=bins, negative=bins)  # what tagging makes its average precision of
+    return sorted(build_task(recipe.task, classes=classes).summarise(sums, 1.0))
+
+
+def check_best(recipe: Recipe, classes: int) -> None:
+    """Refuse to keep the best by a figure that no evaluation gives; those of training are not known beforehand."""
+    best = recipe.train.keep_best
+    known = [f"eval/{name}" for name in evaluation_metrics(recipe, classes)]
+    if best and best.metric not in known and not best.metric.startswith("train/"):
+        raise UserError(
+            f"train.keep_best.metric = {best.metric!r}: evaluations of task.kind = {kind_of(recipe.task)} give "
+            f"{', '.join(known)}; set it to one of them, or to a figure of training such as train/loss"
+        )
 
 
 def check_batch(recipe: Recipe) -> None:

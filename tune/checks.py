@@ -4,12 +4,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import torch
-
-from cluster.preflight import CheckedModel, check_recipe, describe_start, epoch_steps_of
+from cluster.preflight import CheckedModel, check_recipe, describe_start, epoch_steps_of, evaluation_metrics
 from cluster.recipe import Recipe, build_recipe, kind_of
 from perceiver.config import UserError
-from perceiver.tasks import build_task
 from pipelines.ingest import DataConfig, check_files
 from pipelines.shards import Manifest, load_manifest
 from tune.config import PARAMETERS, Asha, Median, Search
@@ -85,27 +82,18 @@ def check_search(search: Search) -> Checker:
     return checker
 
 
-class _Sums(dict[str, Any]):
-    """Sums of an evaluation that has whatever a task asks for."""
-
-    def __missing__(self, key: str) -> float:
-        return 1.0
-
-
 def check_metrics(search: Search, classes: int) -> None:
     """Refuse a metric that evaluations of the recipe's task do not give.
 
     Raises:
         UserError: they do not; the line names those that they give.
     """
-    bins = torch.ones(classes, 2)
-    sums = _Sums(positive=bins, negative=bins)  # what tagging makes its average precision of
-    known = build_task(search.recipe.task, classes=classes).summarise(sums, 1.0)
+    known = evaluation_metrics(search.recipe, classes)
     for name in search.config.metrics:
         if name not in (*known, PARAMETERS):
             raise UserError(
                 f"metric = {name!r}: evaluations of task.kind = {kind_of(search.recipe.task)} give "
-                f"{', '.join(sorted(known))}; set metric to one of them"
+                f"{', '.join(known)}; set metric to one of them"
             )
 
 

@@ -78,6 +78,15 @@ def test_a_task_that_the_labels_do_not_fit(tree: dict[str, Any]) -> None:
     assert "has the kind 'label': set task.kind=classification" in refused(tree)
 
 
+def test_a_figure_to_judge_checkpoints_by_that_no_evaluation_gives(tree: dict[str, Any]) -> None:
+    tree["train"]["keep_best"] = {"metric": "eval/acuracy"}
+    message = refused(tree)
+    assert "train.keep_best.metric = 'eval/acuracy'" in message and "give eval/accuracy, eval/loss;" in message
+    for number, known in enumerate(("eval/loss", "train/loss")):
+        tree["train"]["keep_best"] = {"metric": known, "mode": "min"}
+        check(build_recipe(tree), RunFolder(tree["output"], f"kept-{number}"), resume=False)
+
+
 @pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", ""])
 def test_a_run_name_stays_in_the_output_folder(name: str) -> None:
     with pytest.raises(UserError, match="is no plain name"):
