@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.recipes import small_tree, write_recipe
+from tests.faults.job import PACE
 from tests.homes import share_kernels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -179,10 +180,12 @@ def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
     assert tracked.info.status == "FINISHED"
 
 
-def test_evaluation_beside_training(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_evaluation_beside_training(tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps go on while a checkpoint is evaluated; its figures are those of its weights, and name the best."""
     from cluster.scoring import open_scoring
 
+    for name, value in PACE.items():  # a run of 20 steps could be over before its first checkpoint is saved
+        monkeypatch.setenv(name, value)
     best = {"metric": "eval/loss", "mode": "min", "count": 9}
     tree["train"] |= {"epochs": 4, "eval_every": 1, "eval_beside": True, "checkpoint_every": 100, "keep_best": best}
     code, output = run(tmp_path, tree)
@@ -195,8 +198,9 @@ def test_evaluation_beside_training(tmp_path: Path, tree: dict[str, Any]) -> Non
     assert rows.index(evaluated[5]) > later, "the steps waited"
     place = str(folder / "checkpoints" / "step-00000005")
     figures = open_scoring(place, overrides=["data.executor=inline"]).metrics()
-    assert {f"eval/{name}": pytest.approx(value, rel=1e-5) for name, value in figures.items()}.items() <= \
-        evaluated[5].items()
+    assert {f"eval/{name}": pytest.approx(value, rel=1e-5) for name, value in figures.items()}.items() <= evaluated[
+        5
+    ].items()
     (tracked,) = mlflow_runs(tmp_path / "runs")
     lowest = min(evaluated, key=lambda step: evaluated[step]["eval/loss"])
     assert tracked.data.tags["best_checkpoint_uri"].endswith(f"step-{lowest:08d}")
