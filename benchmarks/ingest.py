@@ -83,6 +83,13 @@ def ours(kind: Kind, folder: Path, samples: int, url: str | None = None, **optio
     return (batch[kind.key] for batch in train_batches(data, load_data(data), share, "cpu"))
 
 
+def ours_unchecked(kind: Kind, folder: Path, samples: int) -> Batches:
+    """Without Parquet's checksums, which no other loader here has an equal of."""
+    from pipelines.remote import ReadPolicy
+
+    return ours(kind, folder, samples, read=ReadPolicy(checksums=False))
+
+
 def ours_part(kind: Kind, folder: Path, samples: int) -> Batches:
     """The first shards alone, from the disk."""
     return ours(kind, folder, samples, url=str(_part(kind, folder)))
@@ -189,7 +196,7 @@ def plain_ray(kind: Kind, folder: Path, samples: int) -> Batches:
 
 LOADERS: dict[str, Callable[[Kind, Path, int], Batches]] = {
     "ours": ours, "torch": torch_files, "webdataset": webdataset, "streaming": streaming, "litdata": litdata,
-    "ray": plain_ray, "ours-part": ours_part, "ours-s3": ours_s3}
+    "ray": plain_ray, "ours-unchecked": ours_unchecked, "ours-part": ours_part, "ours-s3": ours_s3}
 
 
 def bare_loop(kind: str, folder: str, samples: int, ready: Any, start: Any) -> None:

@@ -111,7 +111,7 @@ class Reader:
         schema: the columns wanted: `key` and the features.
         classes: class names, for indexed files whose labels are strings.
         storage_options: of the folders; `$NAME` is taken from the environment of the reading process.
-        policy: patience with a remote file system.
+        policy: patience with a remote file system, and whether checksums are compared.
         cache_bytes: size of the process's cache.
         decoded_bytes: what a decoded sample will add to the cache; 0 if decoded samples are not kept.
     """
@@ -191,7 +191,7 @@ class Reader:
                    if column != KEY or not files.columns]
         if not folder.local:
             return read_row_group(folder, name, files.sizes[number], group, columns, self.policy)
-        with pq.ParquetFile(folder.file(name), page_checksum_verification=True) as file:
+        with pq.ParquetFile(folder.file(name), page_checksum_verification=self.policy.checksums) as file:
             return file.read_row_group(group, columns=columns, use_threads=False)
 
     @staticmethod

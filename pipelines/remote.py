@@ -28,12 +28,14 @@ T = TypeVar("T")
 
 
 class ReadPolicy(Config):
-    """How patient a reader is with a remote file system. It does not concern local files."""
+    """How files are read; all but `checksums` says how patient a reader is with a remote file system."""
 
     timeout: float = Field(default=30.0, gt=0, description="seconds a single request may take")
     attempts: int = Field(default=8, ge=1, description="requests before a read fails")
     backoff: float = Field(default=0.1, ge=0, description="seconds before the second attempt, doubled for each further")
     longest: float = Field(default=10.0, ge=0, description="seconds between attempts at most")
+    checksums: bool = Field(default=True, description="compare the checksums of Parquet's pages at each read: half of"
+                            " what reading costs; without them damage is met by the decoder, or not at all")
 
 
 class ReadError(OSError):
@@ -178,7 +180,7 @@ def read_row_group(folder: Folder, name: str, size: int, group: int, columns: li
     footer = _FOOTERS.get(folder, name, size, policy)
     chunks = [footer.row_group(group).column(i) for i in range(footer.num_columns)]
     parts = [(start, read_range(folder, name, start, stop, policy)) for start, stop in _ranges(chunks, columns)]
-    with pq.ParquetFile(_Parts(size, parts), metadata=footer, page_checksum_verification=True) as file:
+    with pq.ParquetFile(_Parts(size, parts), metadata=footer, page_checksum_verification=policy.checksums) as file:
         return file.read_row_group(group, columns=columns, use_threads=False)
 
 

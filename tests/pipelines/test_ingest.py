@@ -24,6 +24,7 @@ from pipelines.ingest import (
     train_batches,
 )
 from pipelines.quarantine import Problem, Quarantine
+from pipelines.remote import ReadPolicy
 from pipelines.shards import Manifest, load_manifest
 from pipelines.transforms.image import AugmentConfig
 from tests.pipelines.toys import CLASSES, numbered_image, png, write_images
@@ -295,6 +296,21 @@ def test_a_shard_lost_in_mid_run_is_replaced_alike_everywhere(tmp_path: Path, da
     assert quarantine.met == len(lost)
     with pytest.raises(UserError, match=rf"than data.max_bad_fraction = 0.01 allows: \d+ x {reason}"):
         take(data.model_copy(update={"max_bad_fraction": 0.01}), 0, 2)
+
+
+def test_without_checksums_a_flipped_byte_costs_its_sample_at_most(tmp_path: Path) -> None:
+    """The decoder meets it, or nobody: the other rows of the row group stay."""
+    write_images(tmp_path, {"train": [20, 20, 8]})
+    path = tmp_path / "train-1.parquet"
+    start = pq.ParquetFile(path).metadata.row_group(0).column(1).data_page_offset
+    raw = bytearray(path.read_bytes())
+    raw[start + 120] ^= 255  # past the page's header, in the first image
+    path.write_bytes(raw)
+    data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1, run_samples=16)
+    for checksums, bad in ((True, 5), (False, 1)):
+        quarantine = Quarantine()
+        take(data.model_copy(update={"read": ReadPolicy(checksums=checksums)}), 0, 2, quarantine=quarantine)
+        assert quarantine.met == bad
 
 
 def test_ray_replaces_a_lost_shard_as_this_process_does(tmp_path: Path, small_ray: None) -> None:
