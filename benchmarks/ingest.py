@@ -15,7 +15,8 @@ median; `cpu_ms` the CPU milliseconds of a sample over all processes, which othe
 peak of the process tree (proportional set size);
 `first_s` the seconds from the loader's construction to its first batch, imports and `ray.init` apart. `ceiling` is
 the bare loop: two processes that decode and transform samples from memory and hand nothing over. `of_ceiling` relates
-the rates, `of_ceiling_cpu` the CPU of the ceiling to that of the loader. `ours-s3` reads from an S3 server on this
+the rates, `of_ceiling_cpu` the CPU of the ceiling to that of the loader. `ours-unchecked`
+reads without Parquet's checksums, as the others do; `ours-s3` reads from an S3 server on this
 machine that answers each request 20 ms late, to be held against `ours-part`, the same samples from the disk.
 """
 

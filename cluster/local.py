@@ -257,6 +257,21 @@ def check_reachable(address: str) -> None:
         ) from None
 
 
+def free_port(host: str, wanted: int = 0) -> int:
+    """Return the wanted port if it is free, else another that no worker process is given.
+
+    Raises:
+        UserError: none is free.
+    """
+    for port in (wanted, 0):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    raise UserError(f"no port is free on {host}")
+
+
 def use_token() -> None:
     """Make the token that a Ray of our own asks for (Ray turns that on itself, unless the mode says otherwise)."""
     if os.environ.get("RAY_AUTH_MODE") != "disabled":

@@ -6,7 +6,6 @@ import os
 import secrets
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 import psutil
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from cluster.local import LEAST_STORE_MB, QUIET_ENVIRONMENT, machine_cpus, make_token
+from cluster.local import LEAST_STORE_MB, QUIET_ENVIRONMENT, free_port, machine_cpus, make_token
 from cluster.recipe_file import read_config
 from perceiver.config import Config, UserError
 
@@ -45,9 +44,7 @@ class NodesConfig(Config):
     """A local cluster (`perceiver cluster up FILE`). The first node of the first group is the head."""
 
     nodes: tuple[NodeGroup, ...] = Field(default=(NodeGroup(count=3),), min_length=1, description="groups of nodes")
-    object_store_mb: int = Field(
-        default=150, ge=LEAST_STORE_MB, description="size of each node's object store, in MB"
-    )
+    object_store_mb: int = Field(default=150, ge=LEAST_STORE_MB, description="size of each node's object store, in MB")
     port: PositiveInt = Field(default=6379, description="port of the head; a free one if it is taken")
     dashboard_port: PositiveInt = Field(default=8265, description="port of dashboard and jobs; likewise")
 
@@ -195,8 +192,8 @@ def _planned(config: NodesConfig) -> LocalCluster:
     name = secrets.token_hex(4)
     nodes = _nodes(config)
     head = nodes[0]["ip"]
-    port = _free_port(head, config.port)
-    dashboard = _free_port("127.0.0.1", config.dashboard_port)
+    port = free_port(head, config.port)
+    dashboard = free_port("127.0.0.1", config.dashboard_port)
     return LocalCluster(
         name=name,
         address=f"{head}:{port}",
@@ -231,26 +228,16 @@ def _options(group: NodeGroup, config: NodesConfig) -> list[str]:
     return options
 
 
-def _free_port(host: str, wanted: int = 0) -> int:
-    """Return the wanted port if it is free, else another that no worker process is given."""
-    for port in (wanted, 0):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
-    raise UserError(f"no port is free on {host}")
-
-
 def _command(cluster: LocalCluster, node: dict[str, Any]) -> list[str]:
     """Return the `ray start` that brings up one node."""
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={node['ip']}"]
-    ports = [f"--dashboard-agent-listen-port={_free_port(node['ip'])}", "--disable-usage-stats"]
+    ports = [f"--dashboard-agent-listen-port={free_port(node['ip'])}", "--disable-usage-stats"]
     if node is not cluster.nodes[0]:
         # One log monitor a machine: a second would report every line again.
         return [*ray, f"--address={cluster.address}", "--include-log-monitor=false", *ports, *node["options"]]
     host, _, port = cluster.address.partition(":")
     head = ["--head", f"--port={port}", f"--temp-dir={cluster.folder}", "--dashboard-host=127.0.0.1"]
-    head += [f"--dashboard-port={cluster.dashboard.rsplit(':', 1)[1]}", f"--ray-client-server-port={_free_port(host)}"]
+    head += [f"--dashboard-port={cluster.dashboard.rsplit(':', 1)[1]}", f"--ray-client-server-port={free_port(host)}"]
     return [*ray, *head, *ports, *node["options"]]
 
 

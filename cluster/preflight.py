@@ -184,8 +184,10 @@ def evaluation_metrics(recipe: Recipe, classes: int) -> list[str]:
 def check_best(recipe: Recipe, classes: int) -> None:
     """Refuse to keep the best by a figure that no evaluation gives; those of training are not known beforehand."""
     best = recipe.train.keep_best
+    if best is None or best.metric.startswith("train/"):
+        return
     known = [f"eval/{name}" for name in evaluation_metrics(recipe, classes)]
-    if best and best.metric not in known and not best.metric.startswith("train/"):
+    if best.metric not in known:
         raise UserError(
             f"train.keep_best.metric = {best.metric!r}: evaluations of task.kind = {kind_of(recipe.task)} give "
             f"{', '.join(known)}; set it to one of them, or to a figure of training such as train/loss"

@@ -16,7 +16,7 @@ import ray.util
 from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend, BackendConfig
 
-from cluster.local import ClusterConfig
+from cluster.local import ClusterConfig, free_port
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,7 @@ def use_node_interface() -> None:
 def meeting_place() -> tuple[str, int]:
     """Return this node's address and a free port."""
     address = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind(("", 0))
-        return address, probe.getsockname()[1]
+    return address, free_port(address)
 
 
 def join(backend: str, address: str, port: int) -> None:

@@ -24,7 +24,7 @@ def command(recipe: str, overrides: tuple[str, ...], resume: bool, run: str | No
     """
     from cluster.local import EarlyRay, set_quiet_environment
     from cluster.recipe_file import read_tree
-    from perceiver.train.runs import start_helper
+    from perceiver.train.helper import start_helper
 
     set_quiet_environment()
     tree = read_tree(recipe, overrides)

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from perceiver.train.helper import ENVIRONMENT, share_helper
 from perceiver.train.redaction import MASK, is_reference, redact_text, resolve
 from perceiver.train.runs import (
-    ENVIRONMENT,
     KEY_TAG,
     RunHandle,
     TrackingConfig,
@@ -28,7 +28,6 @@ from perceiver.train.runs import (
     prewarm,
     promise_run,
     replay,
-    share_helper,
     spool_folder,
 )
 from perceiver.train.sidecar import Reply, serve

@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, PositiveFloat
 
 from perceiver.config import Config, UserError
+from perceiver.train.helper import helper_process
 from perceiver.train.redaction import flatten, redact, redact_text, resolve
-from perceiver.train.sidecar import Reply, SharedSidecar, Sidecar, SidecarError
+from perceiver.train.sidecar import Reply, Sidecar, SidecarError
 from perceiver.train.spool import Event, unsent
 from perceiver.train.system_metrics import SystemMetrics
 from perceiver.train.tracking import NullTracker, SendError, SpoolTracker
@@ -30,22 +31,10 @@ log = logging.getLogger(__name__)
 
 KEY_TAG = "perceiver.run"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "False",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
 LOAD_S = 60.0
 SERVER_S = 10.0
 SEND_S = 60.0
 ARTIFACT_BYTES_PER_S = 1e6
-
-_share_helper = False
-_shared: SharedSidecar | None = None
 
 
 class TrackingConfig(Config):
@@ -140,7 +129,7 @@ def prewarm(config: TrackingConfig, output: Path) -> Sidecar | None:
     if not config.enabled:
         return None
     uri = config.store_uri(output)
-    sidecar = _sidecar(spool_folder(output), uri if resolve(uri).startswith("sqlite:") else "")
+    sidecar = helper_process(spool_folder(output), uri if resolve(uri).startswith("sqlite:") else "")
     sidecar.start()
     return sidecar
 
@@ -183,7 +172,7 @@ def create_run(
         handle = replace(handle, name=resume.name, key=resume.key, run_id=resume.run_id, created_ms=resume.created_ms)
     else:
         handle = replace(handle, run_id=resume or os.environ.get("MLFLOW_RUN_ID") or None)
-    sidecar = prewarmed or _sidecar(spool_folder(output))
+    sidecar = prewarmed or helper_process(spool_folder(output))
     try:
         handle = RunHandle.from_json(_open(sidecar, handle)["handle"])
     except SidecarError as error:
@@ -276,7 +265,7 @@ class SidecarSender:
         self.handle = handle
         self.spool_dir = spool_dir
         self.owner = owner
-        self._sidecar = _sidecar(spool_dir, nice=10)
+        self._sidecar = helper_process(spool_dir, nice=10)
         self._sidecar.start()
 
     def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
@@ -353,42 +342,6 @@ def _probe(uri: str) -> None:
         socket.create_connection((parts.hostname, port), timeout=SERVER_S / 2).close()
     except OSError as error:
         raise SidecarError(f"{parts.hostname}:{port}: {error.strerror or error}") from error
-
-
-def share_helper() -> None:
-    """Have all trackers of this process use one helper process, which then ends with this process.
-
-    For a process that serves many runs one after the other: MLflow is imported once.
-    """
-    global _share_helper
-    _share_helper = True
-
-
-def start_helper(section: Any) -> None:
-    """Start the helper of `share_helper` before its run is known: it imports MLflow while the recipe is checked.
-
-    Args:
-        section: the recipe's `tracking` section as it was read; without tracking nothing is started.
-    """
-    global _shared
-    if _shared is None and not (isinstance(section, Mapping) and section.get("enabled") is False):
-        share_helper()
-        code = "from perceiver.train.mlflow import main; main(load=True)"
-        _shared = SharedSidecar(code, Path(os.devnull), ENVIRONMENT)
-        _shared.start()
-
-
-def _sidecar(folder: Path, store: str = "", nice: int = 0) -> Sidecar:
-    """The helper process; `store` is a URI to be opened, and created if missing, while it starts."""
-    global _shared
-    code, log = "from perceiver.train.mlflow import main; main()", folder / "mlflow.log"
-    if _shared is not None and _shared.log == Path(os.devnull):
-        _shared.log_to(log)
-    if _share_helper and _shared is None:
-        _shared = SharedSidecar(code, log, {**ENVIRONMENT, "PERCEIVER_PREWARM": store}, nice)
-    if _shared is not None:
-        return _shared
-    return Sidecar(code, log, {**ENVIRONMENT, "PERCEIVER_PREWARM": store}, nice)
 
 
 def _save_handle(folder: Path, handle: RunHandle) -> None:

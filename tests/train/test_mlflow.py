@@ -17,8 +17,8 @@ import pytest
 from pydantic import ValidationError
 
 from perceiver.config import UserError
+from perceiver.train import helper as process
 from perceiver.train import mlflow as helper
-from perceiver.train import runs
 from perceiver.train.mlflow import RefusedError, clean_key, deliver
 from perceiver.train.runs import (
     RunHandle,
@@ -272,17 +272,17 @@ def test_a_required_server_that_is_down_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_helper_that_was_started_before_its_run_was_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_shared", None)
-    monkeypatch.setattr(runs, "_share_helper", False)
-    runs.start_helper({"enabled": False})
-    assert runs._shared is None
-    runs.start_helper({"uri": "given later"})
-    early = runs._shared
+    monkeypatch.setattr(process, "_shared", None)
+    monkeypatch.setattr(process, "_share_helper", False)
+    process.start_helper({"enabled": False})
+    assert process._shared is None
+    process.start_helper({"uri": "given later"})
+    early = process._shared
     assert early is not None
     try:
         config = TrackingConfig(system_metrics=False)
         handle = create_run(config, "early", output=tmp_path, params={}, prewarmed=prewarm(config, tmp_path))
-        assert handle is not None and handle.run_id and runs._shared is early
+        assert handle is not None and handle.run_id and process._shared is early
         assert early._process is not None
         written = {Path(f"/proc/{early._process.pid}/fd/{number}").readlink() for number in (1, 2)}
         assert written == {spool_folder(tmp_path).resolve() / "mlflow.log"}
