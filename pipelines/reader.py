@@ -1,8 +1,9 @@
 """Reading rows of shards: row groups by range reads, and a cache of the last ones in each process."""
 
+import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,9 +41,25 @@ class RowGroup:
     decoded: dict[tuple[str, int], Any] = field(default_factory=dict)
     error: str = ""
 
-    def sample(self, row: int) -> dict[str, Any]:
-        """One row as Python values."""
-        return {name: column[row].as_py() for name, column in self.columns.items()}
+    def value(self, name: str, row: int) -> Any:
+        """One value as Python's own; bytes as a view of the column, which a copy would cost more than the decoder of
+        a WAV."""
+        return self._values[name](row)
+
+    @functools.cached_property
+    def _values(self) -> dict[str, Callable[[int], Any]]:
+        return {name: _values_of(column) for name, column in self.columns.items()}
+
+
+def _values_of(column: pa.Array) -> Callable[[int], Any]:
+    """The values of a column by row."""
+    if pa.types.is_binary(column.type) and not column.null_count and (data := column.buffers()[2]) is not None:
+        ends = np.frombuffer(column.buffers()[1], np.int32)[column.offset:column.offset + len(column) + 1].tolist()
+        view = memoryview(data)
+        return lambda row: view[ends[row]:ends[row + 1]]
+    if pa.types.is_integer(column.type):
+        return column.to_pylist().__getitem__
+    return lambda row: column[row].as_py()
 
 
 class RowGroupCache:

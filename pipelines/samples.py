@@ -175,10 +175,10 @@ class Work:
             try:
                 if found.error:
                     raise BadSample(found.error)
-                rng = functools.cache(functools.partial(sample_rng, self.seed, epoch, number))
+                rng = _Draws(self.seed, epoch, number)
                 return _Found(make_sample(self.spec, found, row, rng), number, "\n".join(problems))
             except BadSample as error:
-                key = f"{self.reader.name(shard)}#{group}.{row}" if found.error else found.columns["key"][row].as_py()
+                key = f"{self.reader.name(shard)}#{group}.{row}" if found.error else found.value("key", row)
                 problems.append(f"{number}\t{key}\t{error}".replace("\n", " "))
         return _Found(None, sample_id, "\n".join(problems))
 
@@ -236,8 +236,7 @@ class _Read(NamedTuple):
     groups: Groups
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     values: dict[str, Any] | None
     sample_id: int
     problems: str
@@ -265,6 +264,21 @@ def sample_rng(seed: int, epoch: int, sample_id: int) -> Generator:
     return _STREAMS.begin(_epoch_key(seed, epoch), sample_id)
 
 
+class _Draws:
+    """A sample's generator: begun when it is first asked for."""
+
+    __slots__ = ("_generator", "_place")
+
+    def __init__(self, *place: int) -> None:
+        self._place = place
+        self._generator: Generator | None = None
+
+    def __call__(self) -> Generator:
+        if self._generator is None:
+            self._generator = sample_rng(*self._place)
+        return self._generator
+
+
 @functools.lru_cache(maxsize=16)
 def _epoch_key(seed: int, epoch: int) -> int:
     return int(keys(seed, 5, epoch))
@@ -272,7 +286,7 @@ def _epoch_key(seed: int, epoch: int) -> int:
 
 def _stored(group: RowGroup, name: str, row: int) -> Any:
     try:
-        return group.columns[name][row].as_py()
+        return group.value(name, row)
     except UnicodeDecodeError as error:  # Files that were indexed may hold anything in a column of strings.
         raise BadSample(f"invalid UTF-8: {error.reason}") from error
 
