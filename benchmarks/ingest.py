@@ -15,8 +15,7 @@ median; `cpu_ms` the CPU milliseconds of a sample over all processes, which othe
 peak of the process tree (proportional set size);
 `first_s` the seconds from the loader's construction to its first batch, imports and `ray.init` apart. `ceiling` is
 the bare loop: two processes that decode and transform samples from memory and hand nothing over. `of_ceiling` relates
-the rates, `of_ceiling_cpu` the CPU of the ceiling to that of the loader. `ours-unchecked`
-reads without Parquet's checksums, as the others do; `ours-s3` reads from an S3 server on this
+the rates, `of_ceiling_cpu` the CPU of the ceiling to that of the loader. `ours-s3` reads from an S3 server on this
 machine that answers each request 20 ms late, to be held against `ours-part`, the same samples from the disk.
 """
 
@@ -82,13 +81,6 @@ def ours(kind: Kind, folder: Path, samples: int, url: str | None = None, **optio
     data = kind.view.model_copy(update={"url": url or str(ingest_data.shards(kind, folder)), **options})
     share = TrainShare(0, BATCH, BATCH, 0, samples // BATCH)
     return (batch[kind.key] for batch in train_batches(data, load_data(data), share, "cpu"))
-
-
-def ours_unchecked(kind: Kind, folder: Path, samples: int) -> Batches:
-    """Without Parquet's checksums, which no other loader here has an equal of."""
-    from pipelines.remote import ReadPolicy
-
-    return ours(kind, folder, samples, read=ReadPolicy(checksums=False))
 
 
 def ours_part(kind: Kind, folder: Path, samples: int) -> Batches:
@@ -197,7 +189,7 @@ def plain_ray(kind: Kind, folder: Path, samples: int) -> Batches:
 
 LOADERS: dict[str, Callable[[Kind, Path, int], Batches]] = {
     "ours": ours, "torch": torch_files, "webdataset": webdataset, "streaming": streaming, "litdata": litdata,
-    "ray": plain_ray, "ours-unchecked": ours_unchecked, "ours-part": ours_part, "ours-s3": ours_s3}
+    "ray": plain_ray, "ours-part": ours_part, "ours-s3": ours_s3}
 
 
 def bare_loop(kind: str, folder: str, samples: int, ready: Any, start: Any) -> None:

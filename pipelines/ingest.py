@@ -60,7 +60,7 @@ class DataConfig(ViewConfig):
     run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about")
     prefetch_batches: int = Field(default=4, ge=0, description="batches ahead of the training step, in whole blocks")
     prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
-    read: ReadPolicy = Field(default=ReadPolicy(), description="checksums; patience with a remote file system")
+    read: ReadPolicy = Field(default=ReadPolicy(), description="patience with a remote file system")
     cache_bytes: int = Field(default=256 << 20, gt=0, description="row groups kept in each data task's process")
     window: int | None = Field(default=None, gt=0, description="samples shuffled among each other; null: by size")
     lanes: int | None = Field(default=None, gt=0, description="places read from at a time; null: by batch size")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from perceiver.config import UserError
@@ -30,20 +29,20 @@ Place = tuple[int, int, int]
 
 @dataclass
 class RowGroup:
-    """The rows of one row group: columns as stored, and what was decoded of them so far, if it is small.
+    """The rows of one row group: columns as stored (Arrow arrays, or views of encoded bytes), and what was decoded of
+    them so far, if it is small.
 
     One that cannot be read has no rows and an `error`.
     """
 
-    columns: dict[str, pa.Array]
+    columns: dict[str, Any]
     rows: int
     nbytes: int
     decoded: dict[tuple[str, int], Any] = field(default_factory=dict)
     error: str = ""
 
     def value(self, name: str, row: int) -> Any:
-        """One value as Python's own; bytes as a view of the column, which a copy would cost more than the decoder of
-        a WAV."""
+        """One value as Python's own; bytes may be a view."""
         return self._values[name](row)
 
     @functools.cached_property
@@ -51,12 +50,10 @@ class RowGroup:
         return {name: _values_of(column) for name, column in self.columns.items()}
 
 
-def _values_of(column: pa.Array) -> Callable[[int], Any]:
+def _values_of(column: Any) -> Callable[[int], Any]:
     """The values of a column by row."""
-    if pa.types.is_binary(column.type) and not column.null_count and (data := column.buffers()[2]) is not None:
-        ends = np.frombuffer(column.buffers()[1], np.int32)[column.offset:column.offset + len(column) + 1].tolist()
-        view = memoryview(data)
-        return lambda row: view[ends[row]:ends[row + 1]]
+    if isinstance(column, list):
+        return column.__getitem__
     if pa.types.is_integer(column.type):
         return column.to_pylist().__getitem__
     return lambda row: column[row].as_py()
@@ -128,7 +125,7 @@ class Reader:
         schema: the columns wanted: `key` and the features.
         classes: class names, for indexed files whose labels are strings.
         storage_options: of the folders; `$NAME` is taken from the environment of the reading process.
-        policy: patience with a remote file system, and whether checksums are compared.
+        policy: patience with a remote file system.
         cache_bytes: size of the process's cache.
         decoded_bytes: what a decoded sample will add to the cache; 0 if decoded samples are not kept.
     """
@@ -191,25 +188,17 @@ class Reader:
         url, name = split_url(files.url, files.names[number])
         folder = open_folder(url, self.storage_options)
         try:
-            return self._fitted(self._table(folder, name, files, number, group), files, name, group)
+            return self._group(folder, files, number, group)
         except PermissionError as error:
             raise UserError(f"may not read {folder.url}/{name}: {first_line(error)}; check the credentials") from error
-        except ReadError as error:
-            if self._changed(folder, name, files.sizes[number]):
-                return RowGroup({}, 0, 0, error=f"{name}: has another size than the manifest says")
-            raise UserError(f"{error}; check the network and {folder.url}, then go on with --resume") from error
         except FileNotFoundError:
             return RowGroup({}, 0, 0, error=f"{name}: missing")
         except (OSError, pa.ArrowException, KeyError) as error:
+            if self._changed(folder, name, files.sizes[number]):
+                return RowGroup({}, 0, 0, error=f"{name}: has another size than the manifest says")
+            if isinstance(error, ReadError):
+                raise UserError(f"{error}; check the network and {folder.url}, then go on with --resume") from error
             return RowGroup({}, 0, 0, error=f"{name}: {first_line(error)[:120]}")
-
-    def _table(self, folder: Folder, name: str, files: Files, number: int, group: int) -> pa.Table:
-        columns = [files.columns.get(column, column) for column in self.schema.names
-                   if column != KEY or not files.columns]
-        if not folder.local:
-            return read_row_group(folder, name, files.sizes[number], group, columns, self.policy)
-        with pq.ParquetFile(folder.file(name), page_checksum_verification=self.policy.checksums) as file:
-            return file.read_row_group(group, columns=columns, use_threads=False)
 
     @staticmethod
     def _changed(folder: Folder, name: str, size: int) -> bool:
@@ -220,14 +209,22 @@ class Reader:
         except Exception:  # noqa: BLE001  each driver raises errors of its own when the store does not answer
             return False
 
-    def _fitted(self, table: pa.Table, files: Files, name: str, group: int) -> RowGroup:
-        """The table's columns under the features' names and with their types."""
-        columns = stored_columns(table, files.columns, self.schema, self.classes, f"{name}#{group}")
-        return RowGroup(columns, table.num_rows, table.nbytes + table.num_rows * self.decoded_bytes)
+    def _group(self, folder: Folder, files: Files, number: int, group: int) -> RowGroup:
+        """A row group's columns under the features' names and with their types."""
+        name = split_url(files.url, files.names[number])[1]
+        paths = {field.name: files.columns.get(field.name, field.name) for field in self.schema
+                 if field.name != KEY or not files.columns}
+        binary = {paths[field.name] for field in self.schema if pa.types.is_binary(field.type)}
+        found = read_row_group(folder, name, files.sizes[number], group,
+                               {path: path in binary for path in paths.values()}, self.policy)
+        plain = {column: found.plain[path] for column, path in paths.items() if path in found.plain}
+        others = pa.schema([field for field in self.schema if field.name not in plain])
+        columns = stored_columns(found.table, files.columns, others, self.classes, f"{name}#{group}", found.rows)
+        return RowGroup({**columns, **plain}, found.rows, found.nbytes + found.rows * self.decoded_bytes)
 
 
 def stored_columns(table: pa.Table, columns: Mapping[str, str], schema: pa.Schema, classes: tuple[str, ...],
-                   place: str) -> dict[str, pa.Array]:
+                   place: str, rows: int) -> dict[str, pa.Array]:
     """A row group's columns under the names and with the types of `schema`.
 
     Args:
@@ -236,6 +233,7 @@ def stored_columns(table: pa.Table, columns: Mapping[str, str], schema: pa.Schem
         schema: `key` and the features.
         classes: class names, for indexed files whose labels are strings.
         place: name of the row group, for the keys of indexed files.
+        rows: of the row group.
 
     Raises:
         KeyError, pyarrow.ArrowTypeError: a column is not there, or is of another type.
@@ -243,7 +241,7 @@ def stored_columns(table: pa.Table, columns: Mapping[str, str], schema: pa.Schem
     found = {}
     for wanted in schema:
         if wanted.name == KEY and columns:
-            found[KEY] = pa.array(indexed_keys(place, table.num_rows), pa.string())
+            found[KEY] = pa.array(indexed_keys(place, rows), pa.string())
             continue
         path = columns.get(wanted.name, wanted.name)
         found[wanted.name] = fit(column_at(table, path), wanted, classes if columns else ())

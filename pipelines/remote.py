@@ -1,20 +1,23 @@
-"""Reading row groups of Parquet files over the network: one range request each, with time-out, retries and backoff."""
+"""Reading row groups of Parquet files: one range each, over the network with time-out, retries and backoff."""
 
 import io
+import os
 import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec.asyn
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from perceiver.config import Config
+from pipelines.plain import is_plain, plain_values
 from pipelines.storage import Folder
 
 FOOTER_BYTES = 64 << 10
@@ -28,14 +31,18 @@ T = TypeVar("T")
 
 
 class ReadPolicy(Config):
-    """How files are read; all but `checksums` says how patient a reader is with a remote file system."""
+    """How patient a reader is with a remote file system."""
 
     timeout: float = Field(default=30.0, gt=0, description="seconds a single request may take")
     attempts: int = Field(default=8, ge=1, description="requests before a read fails")
     backoff: float = Field(default=0.1, ge=0, description="seconds before the second attempt, doubled for each further")
     longest: float = Field(default=10.0, ge=0, description="seconds between attempts at most")
-    checksums: bool = Field(default=True, description="compare the checksums of Parquet's pages at each read: half of"
-                            " what reading costs; without them damage is met by the decoder, or not at all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, given: Any) -> Any:
+        """Leave out a key that runs of earlier versions have written down."""
+        return {key: value for key, value in given.items() if key != "checksums"} if isinstance(given, dict) else given
 
 
 class ReadError(OSError):
@@ -69,9 +76,13 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
     """The bytes [start, stop) of a file.
 
     Raises:
-        ReadError: see `with_retries`.
+        OSError: a local file cannot be read.
+        ReadError: of other file systems, see `with_retries`.
     """
     path, fs = folder.file(name), folder.fs
+    if folder.local:
+        with Path(path).open("rb", buffering=0) as file:
+            return _whole(os.pread(file.fileno(), stop - start, start), stop - start)
 
     def request() -> bytes:
         data: Any
@@ -79,11 +90,15 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
             data = fsspec.asyn.sync(fs.loop, fs._cat_file, path, start=start, end=stop, timeout=policy.timeout)
         else:
             data = fs.cat_file(path, start=start, end=stop)
-        if len(data) != stop - start:
-            raise OSError(f"got {len(data)} of {stop - start} bytes")
-        return data
+        return _whole(data, stop - start)
 
     return with_retries(request, f"{folder.url}/{name}", policy)
+
+
+def _whole(data: bytes, size: int) -> bytes:
+    if len(data) != size:
+        raise OSError(f"got {len(data)} of {size} bytes")
+    return data
 
 
 class _Parts(io.RawIOBase):
@@ -161,8 +176,24 @@ def read_footer(folder: Folder, name: str, size: int, policy: ReadPolicy) -> pq.
         return file.metadata
 
 
-def read_row_group(folder: Folder, name: str, size: int, group: int, columns: list[str], policy: ReadPolicy
-                   ) -> pa.Table:
+class Stored(NamedTuple):
+    """Columns of one row group as they are stored.
+
+    Attributes:
+        table: of those that Arrow has read.
+        plain: the values of those that were taken from their pages as they are, by path.
+        rows: of the row group.
+        nbytes: size of all.
+    """
+
+    table: pa.Table
+    plain: dict[str, list[memoryview]]
+    rows: int
+    nbytes: int
+
+
+def read_row_group(folder: Folder, name: str, size: int, group: int, columns: Mapping[str, bool], policy: ReadPolicy
+                   ) -> Stored:
     """Read one row group.
 
     Args:
@@ -170,18 +201,42 @@ def read_row_group(folder: Folder, name: str, size: int, group: int, columns: li
         name: the file.
         size: its bytes, as the manifest says; saves asking for it.
         group: which row group.
-        columns: which columns.
+        columns: paths of the columns wanted, and whether bytes are wanted of them.
         policy: of the requests.
 
     Raises:
+        OSError: a local file cannot be read.
         ReadError: a request failed for good.
         pyarrow.ArrowException: the bytes are no Parquet file.
     """
     footer = _FOOTERS.get(folder, name, size, policy)
-    chunks = [footer.row_group(group).column(i) for i in range(footer.num_columns)]
-    parts = [(start, read_range(folder, name, start, stop, policy)) for start, stop in _ranges(chunks, columns)]
-    with pq.ParquetFile(_Parts(size, parts), metadata=footer, page_checksum_verification=policy.checksums) as file:
-        return file.read_row_group(group, columns=columns, use_threads=False)
+    info = footer.row_group(group)
+    chunks = [info.column(i) for i in range(footer.num_columns)]
+    parts = [(start, read_range(folder, name, start, stop, policy)) for start, stop in _ranges(chunks, list(columns))]
+    plain = {}
+    for number, chunk in enumerate(chunks):
+        column = footer.schema.column(number)
+        if columns.get(chunk.path_in_schema) and is_plain(chunk, column):
+            values = plain_values(_part(parts, *_range(chunk)), chunk.num_values,
+                                  optional=column.max_definition_level == 1)
+            if values is not None:
+                plain[chunk.path_in_schema] = values
+    with pq.ParquetFile(_Parts(size, parts), metadata=footer, page_checksum_verification=True) as file:
+        table = file.read_row_group(group, columns=[path for path in columns if path not in plain], use_threads=False)
+    nbytes = table.nbytes + sum(len(value) for values in plain.values() for value in values)
+    return Stored(table, plain, info.num_rows, nbytes)
+
+
+def _part(parts: list[tuple[int, bytes]], start: int, stop: int) -> memoryview:
+    """What was fetched of a file's bytes [start, stop)."""
+    return next((memoryview(data)[start - first:stop - first] for first, data in parts
+                 if first <= start and stop <= first + len(data)), memoryview(b""))
+
+
+def _range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    """The byte range of a column in a row group."""
+    start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+    return start, start + chunk.total_compressed_size
 
 
 def _ranges(chunks: list[Any], columns: list[str]) -> list[tuple[int, int]]:
@@ -189,10 +244,9 @@ def _ranges(chunks: list[Any], columns: list[str]) -> list[tuple[int, int]]:
     wanted = [chunk for chunk in chunks if any(
         chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in columns)]
     ranges: list[tuple[int, int]] = []
-    for start, size in sorted((min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset),
-                               chunk.total_compressed_size) for chunk in wanted):
+    for start, stop in sorted(map(_range, wanted)):
         if ranges and start - ranges[-1][1] <= GAP_BYTES:
-            ranges[-1] = ranges[-1][0], max(ranges[-1][1], start + size)
+            ranges[-1] = ranges[-1][0], max(ranges[-1][1], stop)
         else:
-            ranges.append((start, start + size))
+            ranges.append((start, stop))
     return ranges

@@ -45,7 +45,7 @@ class StoredFile:
                 if wanted is None or not wanted.isdisjoint(range(first, first + rows)):
                     table = file.read_row_group(group, use_threads=False)
                     yield first, pa.table(stored_columns(table, self.split.columns, schema, self.manifest.classes,
-                                                         f"{self.name}#{group}"))
+                                                         f"{self.name}#{group}", rows))
                 first += rows
 
     def row_keys(self) -> list[str]:

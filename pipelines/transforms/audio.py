@@ -4,12 +4,12 @@ WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF and their like are read by libsndfile, 
 FFmpeg. Only the clip that is shown is decoded, so a recording may be long; damage outside the clip goes unnoticed.
 """
 
-import io
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 import soxr
 from numpy.typing import NDArray
@@ -76,7 +76,7 @@ def open_sound(encoded: bytes, max_seconds: float) -> Sound | None:
     if not encoded:
         raise BadSample("0 bytes")
     try:
-        file = soundfile.SoundFile(io.BytesIO(encoded))
+        file = soundfile.SoundFile(pa.BufferReader(encoded))  # which reads a view without copying it
     except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError):
         return None
     sound = Sound(file, file.samplerate, file.frames, file.channels)
