@@ -13,8 +13,9 @@ ROUNDS = 8
 FEWEST_BITS = np.uint64(6)
 """Halves of fewer than three bits mix visibly unevenly."""
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_LOWEST = (1 << 64) - 1
+_CONSTANTS = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_GOLDEN, _MIX_1, _MIX_2 = map(np.uint64, _CONSTANTS)
 
 
 def mix(values: U64) -> U64:
@@ -22,6 +23,15 @@ def mix(values: U64) -> U64:
     values = (values ^ (values >> np.uint64(30))) * _MIX_1
     values = (values ^ (values >> np.uint64(27))) * _MIX_2
     return values ^ (values >> np.uint64(31))
+
+
+def scramble(value: int) -> int:
+    """`keys` of a single integer without arrays, ten times as fast."""
+    golden, first, second = _CONSTANTS
+    value = (value + golden) & _LOWEST
+    value = (value ^ (value >> 30)) * first & _LOWEST
+    value = (value ^ (value >> 27)) * second & _LOWEST
+    return value ^ (value >> 31)
 
 
 def keys(*parts: ArrayLike) -> U64:

@@ -1,5 +1,6 @@
 """The sample plan: every sample once an epoch, the same batches at every world size and from every step."""
 
+import math
 import time
 import tracemalloc
 from fractions import Fraction
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.permute import keys, permute
+from pipelines.permute import keys, permute, scramble
 from pipelines.plan import EvalPlan, RowGroups, SamplePlan
 from pipelines.samples import sample_rng
 
@@ -163,7 +164,18 @@ def test_the_order_does_not_change_between_versions() -> None:
     """A run may be resumed by a newer version of this program: change these numbers only with a note to users."""
     plan = SamplePlan.build(RowGroups([4000], [128]), seed=1, global_batch=64)
     assert plan.share(100, 101).ids[0, :8].tolist() == [712, 3264, 3267, 2896, 2737, 2922, 2869, 2776]
-    assert sample_rng(1, 2, 3).integers(0, 1000, 4).tolist() == [987, 371, 697, 733]
+    assert sample_rng(1, 2, 3).integers(0, 1000, 4).tolist() == [194, 176, 370, 605]
+
+
+def test_samples_draw_independently() -> None:
+    draws = np.array([sample_rng(0, epoch, sample).uniform(size=3) for epoch in (0, 1) for sample in range(4000)])
+    for shift in (1, 4000):
+        related = np.corrcoef(draws[:-shift].T, draws[shift:].T) - np.eye(6)
+        assert np.abs(related).max() < 5 / math.sqrt(4000)
+
+
+def test_one_integer_is_scrambled_as_an_array_is() -> None:
+    assert [scramble(value) for value in range(50)] == keys(np.arange(50)).tolist()
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused() -> None:
