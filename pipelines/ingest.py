@@ -39,6 +39,10 @@ KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
 BLOCK_BYTES = 8 << 20
 """Size of the blocks that data tasks hand over, about; one of whole batches at least."""
+LARGE_ROW_BYTES = 16 << 10
+"""Rows from this size on are work enough for a stream of each data task; smaller ones come from one, at less cost."""
+STREAM_RUNS = 4
+"""Runs that a task with a stream of its own does in one: nobody waits for its end, and each start costs time."""
 RETIRED = ("read_apart",)
 """Keys that no longer mean anything."""
 
@@ -218,16 +222,17 @@ def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, devic
 
 def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare
                  ) -> list[Work]:
-    """The rank's work: one stream, or, where what is shuffled together is too large to wait decoded, several.
+    """The rank's work: one stream, or, where rows are large or what is shuffled together cannot wait decoded, several.
 
     Tasks that take turns at the steps of one stream each read all row groups of the window. Several streams cut each
     step between them as ranks do, so that each reads row groups that no other one reads, and none waits for another
     to finish a run.
     """
     rows = share.global_batch // share.world
+    spec = sample_spec(data, manifest, split=data.train_split, training=True)
     streams = 1
-    if data.executor == "ray" and _waiting_rows(data, sample_spec(data, manifest, split=data.train_split,
-                                                                  training=True)) < plan.shuffled(share.world):
+    if data.executor == "ray" and (spec.row_bytes >= LARGE_ROW_BYTES
+                                   or _waiting_rows(data, spec) < plan.shuffled(share.world)):
         streams = max(count for count in range(1, data.tasks + 1) if rows % count == 0)
     batch = share.micro_batch if streams == 1 else rows // streams
     return [_work(data, manifest, plan, rank=share.rank * streams + number, world=share.world * streams,
@@ -241,7 +246,7 @@ def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share
 
     streams = []
     for work in works:
-        most = _run_steps(data, work)
+        most = _run_steps(data, work, runs=STREAM_RUNS)
         windows = work.plan.runs(share.start_step, share.stop_step, most)
         options = dataclasses.replace(_ray_options(data, work), tasks=1,
                                       bytes_in_flight=data.prefetch_bytes // len(works))
@@ -317,9 +322,10 @@ def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[
     return work, runs, math.ceil(plan.samples / share.world)
 
 
-def _run_steps(data: DataConfig, work: Work, waiting: float = math.inf) -> int:
+def _run_steps(data: DataConfig, work: Work, waiting: float = math.inf, runs: int = 1) -> int:
     """Steps of a run: as many as the limits on a task's samples and bytes and on waiting rows allow, at least one."""
-    return max(1, int(min(data.run_bytes / work.stored_bytes, data.run_samples, waiting)) // work.rows_per_step)
+    most = min(data.run_bytes / work.stored_bytes, data.run_samples * runs, waiting)
+    return max(1, int(most) // work.rows_per_step)
 
 
 def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:

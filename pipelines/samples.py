@@ -109,18 +109,22 @@ class Work:
         return f"{self.split} of {self.reader.folder(shard)}"
 
     def rows(self, start: int, stop: int) -> Iterator[Arrays]:
-        """The rows of the steps [start, stop), in order, as arrays of up to `chunk` rows.
+        """The rows of the steps [start, stop), in order, as arrays of `chunk` rows; the last may have fewer.
 
         The row groups of a window are read while the rows of the one before are decoded.
 
         Keys: the features, `sample_id` int64 (-1: padding), `valid` bool, `problem` str.
         """
-        for ids, epochs, places, groups in self._windows(list(self.plan.runs(start, stop, stop - start))):
-            for first in range(0, ids.size, self.chunk):
-                part = slice(first, first + self.chunk)
-                mine = places[part]
-                yield self._filled(ids[part], epochs[part], lambda i, sample_id, epoch, mine=mine, groups=groups:
-                                   self._usable(groups, mine[i], sample_id, epoch))
+        left = (stop - start) * self.rows_per_step
+        out, filled = self._empty(min(self.chunk, left)), 0
+        for read in self._windows(list(self.plan.runs(start, stop, stop - start))):
+            for number in range(len(read.ids)):
+                self._fill(out, filled, read, number)
+                filled += 1
+                if filled == len(out["valid"]):
+                    yield out
+                    left -= filled
+                    out, filled = self._empty(min(self.chunk, left)), 0
 
     def _windows(self, spans: Sequence[tuple[int, int]]) -> "Iterator[_Read]":
         """What is read of each span of steps, the next one's row groups ahead if the cache has room for them."""
@@ -143,26 +147,27 @@ class Work:
         ids, epochs = planned.ids.ravel(), planned.epochs.ravel()
         places = self.reader.locate(np.maximum(ids, 0))
         wanted = {place[:2] for place, number in zip(places, ids.tolist(), strict=True) if number >= 0}
-        return _Read(ids, epochs, places, self.reader.row_groups(wanted))
+        return _Read(ids.tolist(), epochs.tolist(), places, self.reader.row_groups(wanted))
 
-    def _filled(self, ids: NDArray[np.int64], epochs: NDArray[np.int64], usable: "Callable[[int, int, int], _Found]"
-                ) -> Arrays:
-        """Arrays of the rows that `usable` finds, given number, sample id and epoch of each."""
-        out: Arrays = {name: np.zeros((ids.size, *shape), kind) for name, (shape, kind) in self.spec.shapes().items()}
-        out["sample_id"], out["valid"] = ids.copy(), ids >= 0
-        problems = [""] * ids.size
-        for number, (sample_id, epoch) in enumerate(zip(ids.tolist(), epochs.tolist(), strict=True)):
-            if sample_id < 0:
-                continue
-            found = usable(number, sample_id, epoch)
-            problems[number] = found.problems
-            out["valid"][number] = found.values is not None
-            if found.values is not None:
-                out["sample_id"][number] = found.sample_id
-                for name, value in found.values.items():
-                    out[name][number] = value
-        out[PROBLEM] = np.array(problems, dtype=object)
-        return out
+    def _empty(self, rows: int) -> Arrays:
+        """Arrays of so many rows of padding."""
+        out: Arrays = {name: np.zeros((rows, *shape), kind) for name, (shape, kind) in self.spec.shapes().items()}
+        problems = np.full(rows, "", dtype=object)
+        return out | {"sample_id": np.full(rows, -1), "valid": np.zeros(rows, bool), PROBLEM: problems}
+
+    def _fill(self, out: Arrays, row: int, read: "_Read", number: int) -> None:
+        """Put what a planned sample gives into a row."""
+        sample_id = read.ids[number]
+        if sample_id < 0:
+            return
+        found = self._usable(read.groups, read.places[number], sample_id, read.epochs[number])
+        out["sample_id"][row] = found.sample_id
+        if found.problems:
+            out[PROBLEM][row] = found.problems
+        if found.values is not None:
+            out["valid"][row] = True
+            for name, value in found.values.items():
+                out[name][row] = value
 
     def _usable(self, groups: Groups, place: Place, sample_id: int, epoch: int) -> "_Found":
         """The sample, or in training another one that takes its place, the same on every rank and at every try.
@@ -230,8 +235,8 @@ def _step_back() -> None:
 
 
 class _Read(NamedTuple):
-    ids: NDArray[np.int64]
-    epochs: NDArray[np.int64]
+    ids: list[int]
+    epochs: list[int]
     places: list[Place]
     groups: Groups
 
