@@ -341,7 +341,7 @@ def _work(data: DataConfig, manifest: Manifest, plan: Plan, *, rank: int, world:
     files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(data.url, found))
     reader = Reader(files, RowGroups.of(found), arrow_schema(manifest.features), manifest.classes, data.storage_options,
                     data.read, data.cache_bytes, spec.row_bytes if spec.keep_decoded else 0)
-    chunk = batch * max(1, BLOCK_BYTES // spec.row_bytes // batch)
+    chunk = batch * max(1, round(BLOCK_BYTES / spec.row_bytes / batch))
     return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
 
 
