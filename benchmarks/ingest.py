@@ -46,6 +46,8 @@ BATCH = 64
 WARM = 10
 S3_SAMPLES = 1500
 DELAY_S = 0.02
+BEYOND = 4096
+"""Samples that ours is asked for beyond a measurement, so that it ends with as many on the way as it began with."""
 SAMPLED_S = 0.5
 BUCKET = "data"
 STORE_MB = 500
@@ -258,7 +260,7 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
         ray.init(address="local", num_cpus=PROCESSES, include_dashboard=False, object_store_memory=STORE_MB * 1_000_000,
                  log_to_driver=False, logging_level=logging.ERROR)
     began = time.perf_counter()
-    batches = LOADERS[name](kind, folder, samples + (WARM + 1) * BATCH)
+    batches = LOADERS[name](kind, folder, samples + (WARM + 1) * BATCH + BEYOND)
     shape = tuple(next(batches).shape)
     first = time.perf_counter()
     for _ in range(WARM):
