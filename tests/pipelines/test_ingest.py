@@ -1,5 +1,6 @@
 """Ingest: the same global batches at every world size, after a restart, with and without Ray; nothing bad or lost."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +219,32 @@ def test_windows_read_ahead_give_the_same_rows(toy: DataConfig) -> None:
         assert len(list(plan.runs(0, 9, 9))) > 2
         ids = np.concatenate([rows["sample_id"] for rows in work.rows(0, 9)])
         assert ids.tolist() == joined(take(toy, 0, 9))["sample_id"].tolist()
+
+
+def test_rows_come_in_arrays_of_equal_size_across_windows(toy: DataConfig) -> None:
+    """Else Ray would put blocks together from pieces, and whoever reads them would copy them once more."""
+    manifest = load_manifest(toy.url)
+    plan = ingest.sample_plan(toy, manifest, seed=3, global_batch=24)
+    work = ingest._work(toy, manifest, plan, rank=0, world=2, seed=3, batch=12)
+    work = dataclasses.replace(work, chunk=36)
+    assert len({stop - start for start, stop in plan.runs(0, 8, 8)}) > 1
+    assert [len(rows["valid"]) for rows in work.rows(0, 8)] == [36, 36, 24]
+
+
+def test_large_rows_come_from_a_stream_for_each_data_task(tmp_path: Path) -> None:
+    """Small ones only where what is shuffled together cannot wait decoded."""
+    write_images(tmp_path, {"train": [20]})
+    manifest = load_manifest(str(tmp_path))
+    share = TrainShare(0, 8, 4, 0, 4)
+
+    def streams(**options: Any) -> int:
+        data = DataConfig(url=str(tmp_path), **options)
+        return len(ingest._train_works(data, manifest, ingest.sample_plan(data, manifest, seed=0, global_batch=8), share))
+
+    assert streams() == 1
+    assert streams(image_size=(128, 128)) == 2
+    assert streams(image_size=(128, 128), executor="inline") == 1
+    assert streams(prefetch_bytes=1) == 2
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
