@@ -239,7 +239,8 @@ def test_large_rows_come_from_a_stream_for_each_data_task(tmp_path: Path) -> Non
 
     def streams(**options: Any) -> int:
         data = DataConfig(url=str(tmp_path), **options)
-        return len(ingest._train_works(data, manifest, ingest.sample_plan(data, manifest, seed=0, global_batch=8), share))
+        plan = ingest.sample_plan(data, manifest, seed=0, global_batch=8)
+        return len(ingest._train_works(data, manifest, plan, share))
 
     assert streams() == 1
     assert streams(image_size=(128, 128)) == 2
