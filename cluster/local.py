@@ -158,9 +158,6 @@ def start_ray(config: ClusterConfig, one_run: bool = True) -> dict[str, Any]:
         use_token()
         # One machine of our own is not taken away: without the watcher there is one process less to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        if not config.dashboard:
-            # Who reads Ray's own figures of each process? To take them stops the process's memory for a moment.
-            os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
         with _lean(config.dashboard or not one_run):
             context = ray.init(
                 address="local",
