@@ -41,8 +41,9 @@ BLOCK_BYTES = 8 << 20
 """Size of the blocks that data tasks hand over, about; one of whole batches at least."""
 LARGE_ROW_BYTES = 16 << 10
 """Rows from this size on are work enough for a stream of each data task; smaller ones come from one, at less cost."""
-STREAM_RUNS = 4
-"""Runs that a task with a stream of its own does in one: nobody waits for its end, and each start costs time."""
+STREAM_RUNS, STREAM_BYTES = 4, 256 << 20
+"""Runs that a task with a stream of its own does in one, while their rows are no larger than this: nobody waits for its
+end, and each start costs time; but if it dies, all of it is done again."""
 RETIRED = ("read_apart",)
 """Keys that no longer mean anything."""
 
@@ -246,7 +247,8 @@ def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share
 
     streams = []
     for work in works:
-        most = _run_steps(data, work, runs=STREAM_RUNS)
+        most = _run_steps(data, work, runs=max(1.0, min(STREAM_RUNS, STREAM_BYTES / data.run_samples
+                                                        / work.spec.row_bytes)))
         windows = work.plan.runs(share.start_step, share.stop_step, most)
         options = dataclasses.replace(_ray_options(data, work), tasks=1,
                                       bytes_in_flight=data.prefetch_bytes // len(works))
@@ -322,7 +324,7 @@ def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[
     return work, runs, math.ceil(plan.samples / share.world)
 
 
-def _run_steps(data: DataConfig, work: Work, waiting: float = math.inf, runs: int = 1) -> int:
+def _run_steps(data: DataConfig, work: Work, waiting: float = math.inf, runs: float = 1.0) -> int:
     """Steps of a run: as many as the limits on a task's samples and bytes and on waiting rows allow, at least one."""
     most = min(data.run_bytes / work.stored_bytes, data.run_samples * runs, waiting)
     return max(1, int(most) // work.rows_per_step)
