@@ -227,7 +227,7 @@ def test_rows_come_in_arrays_of_equal_size_across_windows(toy: DataConfig) -> No
     plan = ingest.sample_plan(toy, manifest, seed=3, global_batch=24)
     work = ingest._work(toy, manifest, plan, rank=0, world=2, seed=3, batch=12)
     work = dataclasses.replace(work, chunk=36)
-    assert len({stop - start for start, stop in plan.runs(0, 8, 8)}) > 1
+    assert any(start * 12 % 36 for start, _ in plan.runs(0, 8, 8)), "some windows begin within an array"
     assert [len(rows["valid"]) for rows in work.rows(0, 8)] == [36, 36, 24]
 
 
