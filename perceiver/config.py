@@ -1,6 +1,8 @@
 """What every typed configuration shares: strictness, and the error a user sees."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class UserError(Exception):
@@ -15,3 +17,13 @@ class Config(BaseModel):
     """Base of all configuration classes: unknown keys are errors, instances do not change, defaults are checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    retired: ClassVar[tuple[str, ...]] = ()
+    """Keys that no longer mean anything: runs and exports of earlier versions have written them down."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, given: Any) -> Any:
+        if not cls.retired or not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if key not in cls.retired}

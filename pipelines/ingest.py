@@ -11,9 +11,9 @@ import math
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from perceiver.config import UserError
 from pipelines.features.base import ViewConfig
@@ -44,12 +44,12 @@ LARGE_ROW_BYTES = 16 << 10
 STREAM_RUNS, STREAM_BYTES = 4, 256 << 20
 """Runs that a task with a stream of its own does in one, while their rows are no larger than this: nobody waits for its
 end, and each start costs time; but if it dies, all of it is done again."""
-RETIRED = ("read_apart",)
-"""Keys that no longer mean anything."""
 
 
 class DataConfig(ViewConfig):
     """What to train on and how it is read (recipe key `data:`)."""
+
+    retired: ClassVar[tuple[str, ...]] = ("read_apart",)
 
     url: str = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
     mixture: tuple[MixturePart, ...] = Field(
@@ -61,7 +61,8 @@ class DataConfig(ViewConfig):
     tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
     task_memory: int = Field(default=0, ge=0, description="bytes of memory a data task reserves; 0: none")
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
-    run_samples: int = Field(default=2048, gt=0, description="samples a data task produces, about, at most")
+    run_samples: int = Field(default=2048, gt=0, description="samples a data task produces, about,"
+                             " at most; four times as many where each task has its own part of a step")
     run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about")
     prefetch_batches: int = Field(default=4, ge=0, description="batches ahead of the training step, in whole blocks")
     prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
@@ -71,12 +72,6 @@ class DataConfig(ViewConfig):
     lanes: int | None = Field(default=None, gt=0, description="places read from at a time; null: by batch size")
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of bad samples that stops the run")
     storage_options: dict[str, str] = Field(default={}, description="of the file system; `$NAME`: environment")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_retired(cls, given: Any) -> Any:
-        """Leave out keys that runs and exports of earlier versions have written down."""
-        return {key: value for key, value in given.items() if key not in RETIRED} if isinstance(given, dict) else given
 
 
 def load_data(data: DataConfig, load: Callable[[str, dict[str, str]], Manifest] = load_manifest) -> Manifest:
@@ -212,7 +207,7 @@ def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, devic
     plan = sample_plan(data, manifest, seed=share.seed, global_batch=share.global_batch)
     works = _train_works(data, manifest, plan, share)
     if len(works) == 1:
-        most = _run_steps(data, works[0], _waiting_rows(data, works[0].spec))
+        most = _run_steps(data, works[0], _turn_samples(data, works[0]))
         runs = plan.runs(share.start_step, share.stop_step, most)
         batches = _execute(data, works[0], runs, share.micro_batch, device)
     else:
@@ -247,8 +242,8 @@ def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share
 
     streams = []
     for work in works:
-        most = _run_steps(data, work, runs=max(1.0, min(STREAM_RUNS, STREAM_BYTES / data.run_samples
-                                                        / work.spec.row_bytes)))
+        samples = max(data.run_samples, min(data.run_samples * STREAM_RUNS, STREAM_BYTES // work.spec.row_bytes))
+        most = _run_steps(data, work, samples)
         windows = work.plan.runs(share.start_step, share.stop_step, most)
         options = dataclasses.replace(_ray_options(data, work), tasks=1,
                                       bytes_in_flight=data.prefetch_bytes // len(works))
@@ -320,14 +315,18 @@ def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[
     """The work of an evaluation, its runs of batches, and the rank's samples."""
     plan = EvalPlan(manifest.split(share.split).samples, share.batch)
     work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split)
-    runs = plan.runs(share.first, plan.batches(share.world), _run_steps(data, work, _waiting_rows(data, work.spec)))
+    runs = plan.runs(share.first, plan.batches(share.world), _run_steps(data, work, _turn_samples(data, work)))
     return work, runs, math.ceil(plan.samples / share.world)
 
 
-def _run_steps(data: DataConfig, work: Work, waiting: float = math.inf, runs: float = 1.0) -> int:
-    """Steps of a run: as many as the limits on a task's samples and bytes and on waiting rows allow, at least one."""
-    most = min(data.run_bytes / work.stored_bytes, data.run_samples * runs, waiting)
-    return max(1, int(most) // work.rows_per_step)
+def _run_steps(data: DataConfig, work: Work, samples: int) -> int:
+    """Steps of a run: as many as a task's samples and the bytes that it reads allow, at least one."""
+    return max(1, int(min(data.run_bytes / work.stored_bytes, samples)) // work.rows_per_step)
+
+
+def _turn_samples(data: DataConfig, work: Work) -> int:
+    """Samples of a run, where tasks take turns: few enough that those of all tasks can wait."""
+    return min(data.run_samples, _waiting_rows(data, work.spec))
 
 
 def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:

@@ -8,30 +8,26 @@ numpy calls, and nothing is kept in memory.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from perceiver.mixing import FIRST, GOLDEN, SECOND, mix64
+
 U64 = NDArray[np.uint64]
 ROUNDS = 8
 FEWEST_BITS = np.uint64(6)
 """Halves of fewer than three bits mix visibly unevenly."""
 
-_LOWEST = (1 << 64) - 1
-_CONSTANTS = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_GOLDEN, _MIX_1, _MIX_2 = map(np.uint64, _CONSTANTS)
+_GOLDEN, _FIRST, _SECOND = map(np.uint64, (GOLDEN, FIRST, SECOND))
 
 
 def mix(values: U64) -> U64:
-    """Scramble 64 bits, bijectively (the finaliser of SplitMix64)."""
-    values = (values ^ (values >> np.uint64(30))) * _MIX_1
-    values = (values ^ (values >> np.uint64(27))) * _MIX_2
+    """`mix64` of arrays."""
+    values = (values ^ (values >> np.uint64(30))) * _FIRST
+    values = (values ^ (values >> np.uint64(27))) * _SECOND
     return values ^ (values >> np.uint64(31))
 
 
 def scramble(value: int) -> int:
     """`keys` of a single integer without arrays, ten times as fast."""
-    golden, first, second = _CONSTANTS
-    value = (value + golden) & _LOWEST
-    value = (value ^ (value >> 30)) * first & _LOWEST
-    value = (value ^ (value >> 27)) * second & _LOWEST
-    return value ^ (value >> 31)
+    return mix64(value + GOLDEN)
 
 
 def keys(*parts: ArrayLike) -> U64:

@@ -188,7 +188,7 @@ class Reader:
         url, name = split_url(files.url, files.names[number])
         folder = open_folder(url, self.storage_options)
         try:
-            return self._group(folder, files, number, group)
+            return self._group(folder, name, files, files.sizes[number], group)
         except PermissionError as error:
             raise UserError(f"may not read {folder.url}/{name}: {first_line(error)}; check the credentials") from error
         except FileNotFoundError:
@@ -209,15 +209,13 @@ class Reader:
         except Exception:  # noqa: BLE001  each driver raises errors of its own when the store does not answer
             return False
 
-    def _group(self, folder: Folder, files: Files, number: int, group: int) -> RowGroup:
+    def _group(self, folder: Folder, name: str, files: Files, size: int, group: int) -> RowGroup:
         """A row group's columns under the features' names and with their types."""
-        name = split_url(files.url, files.names[number])[1]
         paths = {field.name: files.columns.get(field.name, field.name) for field in self.schema
                  if field.name != KEY or not files.columns}
-        binary = {paths[field.name] for field in self.schema if pa.types.is_binary(field.type)}
-        found = read_row_group(folder, name, files.sizes[number], group,
-                               {path: path in binary for path in paths.values()}, self.policy)
-        plain = {column: found.plain[path] for column, path in paths.items() if path in found.plain}
+        binary = {field.name: paths[field.name] for field in self.schema if pa.types.is_binary(field.type)}
+        found = read_row_group(folder, name, size, group, list(paths.values()), set(binary.values()), self.policy)
+        plain = {column: found.plain[path] for column, path in binary.items() if path in found.plain}
         others = pa.schema([field for field in self.schema if field.name not in plain])
         columns = stored_columns(found.table, files.columns, others, self.classes, f"{name}#{group}", found.rows)
         return RowGroup({**columns, **plain}, found.rows, found.nbytes + found.rows * self.decoded_bytes)

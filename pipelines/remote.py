@@ -6,15 +6,15 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import fsspec.asyn
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from perceiver.config import Config
 from pipelines.plain import is_plain, plain_values
@@ -33,16 +33,12 @@ T = TypeVar("T")
 class ReadPolicy(Config):
     """How patient a reader is with a remote file system."""
 
+    retired: ClassVar[tuple[str, ...]] = ("checksums",)
+
     timeout: float = Field(default=30.0, gt=0, description="seconds a single request may take")
     attempts: int = Field(default=8, ge=1, description="requests before a read fails")
     backoff: float = Field(default=0.1, ge=0, description="seconds before the second attempt, doubled for each further")
     longest: float = Field(default=10.0, ge=0, description="seconds between attempts at most")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_retired(cls, given: Any) -> Any:
-        """Leave out a key that runs of earlier versions have written down."""
-        return {key: value for key, value in given.items() if key != "checksums"} if isinstance(given, dict) else given
 
 
 class ReadError(OSError):
@@ -122,12 +118,16 @@ class _Parts(io.RawIOBase):
 
     def read(self, size: int = -1, /) -> bytes:
         stop = self.size if size < 0 else min(self.size, self.place + size)
-        for start, data in self.parts:
-            if start <= self.place and stop <= start + len(data):
-                found = data[self.place - start:stop - start]
-                self.place = stop
-                return found
-        raise OSError(f"bytes {self.place} to {stop} were not fetched")
+        found = bytes(self.view(self.place, stop))
+        self.place = stop
+        return found
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """The bytes [start, stop), not copied."""
+        for first, data in self.parts:
+            if first <= start and stop <= first + len(data):
+                return memoryview(data)[start - first:stop - first]
+        raise OSError(f"bytes {start} to {stop} were not fetched")
 
 
 class _Footers:
@@ -192,8 +192,8 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-def read_row_group(folder: Folder, name: str, size: int, group: int, columns: Mapping[str, bool], policy: ReadPolicy
-                   ) -> Stored:
+def read_row_group(folder: Folder, name: str, size: int, group: int, columns: list[str], binary: set[str],
+                   policy: ReadPolicy) -> Stored:
     """Read one row group.
 
     Args:
@@ -201,7 +201,8 @@ def read_row_group(folder: Folder, name: str, size: int, group: int, columns: Ma
         name: the file.
         size: its bytes, as the manifest says; saves asking for it.
         group: which row group.
-        columns: paths of the columns wanted, and whether bytes are wanted of them.
+        columns: paths of the columns wanted.
+        binary: those of them that are to hold encoded bytes.
         policy: of the requests.
 
     Raises:
@@ -212,25 +213,20 @@ def read_row_group(folder: Folder, name: str, size: int, group: int, columns: Ma
     footer = _FOOTERS.get(folder, name, size, policy)
     info = footer.row_group(group)
     chunks = [info.column(i) for i in range(footer.num_columns)]
-    parts = [(start, read_range(folder, name, start, stop, policy)) for start, stop in _ranges(chunks, list(columns))]
+    parts = _Parts(size, [(start, read_range(folder, name, start, stop, policy))
+                          for start, stop in _ranges(chunks, columns)])
     plain = {}
     for number, chunk in enumerate(chunks):
         column = footer.schema.column(number)
-        if columns.get(chunk.path_in_schema) and is_plain(chunk, column):
-            values = plain_values(_part(parts, *_range(chunk)), chunk.num_values,
+        if chunk.path_in_schema in binary and is_plain(chunk, column):
+            values = plain_values(parts.view(*_range(chunk)), chunk.num_values,
                                   optional=column.max_definition_level == 1)
             if values is not None:
                 plain[chunk.path_in_schema] = values
-    with pq.ParquetFile(_Parts(size, parts), metadata=footer, page_checksum_verification=True) as file:
+    with pq.ParquetFile(parts, metadata=footer, page_checksum_verification=True) as file:
         table = file.read_row_group(group, columns=[path for path in columns if path not in plain], use_threads=False)
     nbytes = table.nbytes + sum(len(value) for values in plain.values() for value in values)
     return Stored(table, plain, info.num_rows, nbytes)
-
-
-def _part(parts: list[tuple[int, bytes]], start: int, stop: int) -> memoryview:
-    """What was fetched of a file's bytes [start, stop)."""
-    return next((memoryview(data)[start - first:stop - first] for first, data in parts
-                 if first <= start and stop <= first + len(data)), memoryview(b""))
 
 
 def _range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from perceiver.mixing import FIRST, GOLDEN, SECOND, mix64
 from perceiver.train.engine import Engine, Precision, StepResult
 from perceiver.train.saving import SavingConfig
 
@@ -153,8 +154,5 @@ def _ids(batch: Batch) -> torch.Tensor:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Mix the three numbers into one 63-bit seed (a splitmix64 round), so that neighbours do not correlate."""
-    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**64 - 1)
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (x ^ (x >> 31)) >> 1
+    """Mix the three numbers into one 63-bit seed, so that neighbours do not correlate."""
+    return mix64(seed * GOLDEN + step * FIRST + rank * SECOND) >> 1
