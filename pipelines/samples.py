@@ -250,7 +250,7 @@ class _Found(NamedTuple):
 class _Streams(threading.local):
     """One generator a thread, set anew for each sample, since making one takes ten times as long.
 
-    PCG64DXSM, since Philox takes half as long again where a sample draws thousands of numbers, as point clouds do.
+    PCG64DXSM, since Philox takes a quarter longer where a sample draws thousands of numbers, as point clouds do.
     """
 
     def __init__(self) -> None:
