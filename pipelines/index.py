@@ -16,8 +16,9 @@ import pyarrow as pa
 from perceiver.config import UserError
 from pipelines.listing import file_tag, listed
 from pipelines.prepare import PrepareConfig, existing, fingerprint
+from pipelines.ranges import ReadPolicy
 from pipelines.reader import column_at, first_line, fit, split_url
-from pipelines.remote import ReadPolicy, read_footer
+from pipelines.row_groups import read_footer
 from pipelines.shards import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest
 from pipelines.sources import Listing, load_source
 from pipelines.storage import Folder, open_folder

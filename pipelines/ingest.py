@@ -21,8 +21,8 @@ from pipelines.listing import check_listing
 from pipelines.mixture import MixturePart, MixturePlan, folders_of, mix
 from pipelines.plan import EvalPlan, RowGroups, SamplePlan
 from pipelines.quarantine import Problem, Quarantine
+from pipelines.ranges import ReadPolicy
 from pipelines.reader import Files, Reader
-from pipelines.remote import ReadPolicy
 from pipelines.samples import PROBLEM, Plan, SampleSpec, Work
 from pipelines.shards import Manifest, arrow_schema, load_manifest
 

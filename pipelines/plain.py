@@ -1,13 +1,16 @@
-"""Columns of encoded bytes straight from the pages of a Parquet file, as views of what was read.
+"""Columns straight from the pages of a Parquet file: encoded bytes as views of what was read, keys, labels.
 
-Arrow copies each value twice and compares checksums by table, which together cost as much as decoding a WAV. The
-columns of prepared shards need none of that: their values lie one after the other, uncompressed, as parquet.thrift
-describes the encoding PLAIN. Whatever is not exactly so is left to Arrow, which has the last word on damage.
+Arrow copies each value twice, compares checksums by table and takes half a millisecond to begin, which together cost
+more than decoding a WAV. The columns of prepared shards need none of that: their values lie one after the other, as
+parquet.thrift describes the encoding PLAIN. Whatever is not exactly so is left to Arrow, which has the last word on
+damage.
 """
 
 import struct
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from isal.isal_zlib import crc32
 
@@ -19,67 +22,83 @@ COUNT, ENCODING, LEVELS_ENCODING = 1, 2, 3
 _LENGTH = struct.Struct("<I")
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _STRUCT = 1, 2, 3, 7, 8, 12
 _INTEGERS = (4, 5, 6)
+_TYPES = {("BYTE_ARRAY", "NONE"): pa.binary(), ("BYTE_ARRAY", "STRING"): pa.string(), ("INT64", "NONE"): pa.int64()}
 
 
 class _NotPlain(Exception):
     """The pages are of another kind, or damaged."""
 
 
-def is_plain(chunk: pq.ColumnChunkMetaData, column: Any) -> bool:
-    """Whether a column's values may be taken from its pages: flat, uncompressed bytes that mean nothing else.
+def plain_type(chunk: pq.ColumnChunkMetaData, column: Any) -> pa.DataType | None:
+    """What a column's values are, if they may be taken from its pages: bytes, texts or numbers, neither nested nor
+    encoded in another way.
 
     Args:
         chunk: what the footer says of the column in a row group.
         column: what its schema says.
     """
-    return (chunk.physical_type == "BYTE_ARRAY" and chunk.compression == "UNCOMPRESSED"
-            and not chunk.has_dictionary_page and column.logical_type.type == "NONE" and not column.max_repetition_level
-            and column.max_definition_level <= 1 and "." not in chunk.path_in_schema)
+    if (chunk.compression not in ("UNCOMPRESSED", "ZSTD") or chunk.has_dictionary_page or column.max_repetition_level
+            or column.max_definition_level > 1 or "." in chunk.path_in_schema):
+        return None
+    return _TYPES.get((chunk.physical_type, column.logical_type.type))
 
 
-def plain_values(pages: memoryview, count: int, *, optional: bool) -> list[memoryview] | None:
-    """The values of a column in a row group, views of `pages`; None if Arrow should read them.
+def plain_values(pages: memoryview, chunk: pq.ColumnChunkMetaData, column: Any) -> list[Any] | None:
+    """The values of a column in a row group: numbers, or views of its bytes; None if Arrow should read them.
 
     Each page's checksum is compared where it has one.
 
     Args:
         pages: the column's pages, as stored.
-        count: values in them.
-        optional: whether the schema allows for missing values. If one is missing, Arrow should read them.
+        chunk, column: see `plain_type`, which has found one.
     """
-    values: list[memoryview] = []
+    values: list[Any] = []
     place = 0
+    split = _numbers if chunk.physical_type == "INT64" else _strings
     try:
         while place < len(pages):
             header, place = _fields(pages, place)
-            page = pages[place:place + header[STORED_SIZE]]
+            page = _checked(pages[place:place + header[STORED_SIZE]], header, chunk)
             place += header[STORED_SIZE]
-            _split(values, _checked(page, header), header[DATA_HEADER], optional)
-    except (_NotPlain, IndexError, KeyError, TypeError, RecursionError, struct.error):
+            first = _after_levels(page, header[DATA_HEADER]) if column.max_definition_level else 0
+            values += split(page[first:], header[DATA_HEADER][COUNT])
+    except (_NotPlain, IndexError, KeyError, TypeError, ValueError, RecursionError, OSError, struct.error):
         return None
-    return values if place == len(pages) and len(values) == count else None
+    return values if place == len(pages) and len(values) == chunk.num_values else None
 
 
-def _checked(page: memoryview, header: dict[int, Any]) -> memoryview:
-    if header[TYPE] != DATA_PAGE or not len(page) == header[STORED_SIZE] == header[SIZE]:
+def _checked(page: memoryview, header: dict[int, Any], chunk: pq.ColumnChunkMetaData) -> memoryview:
+    """The content of a page."""
+    if header[TYPE] != DATA_PAGE or len(page) != header[STORED_SIZE] or header[DATA_HEADER][ENCODING] != PLAIN:
         raise _NotPlain
     if CRC in header and crc32(page) != header[CRC] & 0xFFFFFFFF:
+        raise _NotPlain
+    if chunk.compression == "ZSTD" and 0 <= header[SIZE] <= chunk.total_uncompressed_size:
+        page = memoryview(pa.decompress(page, header[SIZE], codec="zstd")).cast("B")
+    if len(page) != header[SIZE]:
         raise _NotPlain
     return page
 
 
-def _split(values: list[memoryview], page: memoryview, header: dict[int, Any], optional: bool) -> None:
-    """Add the values of a page: each is its length and so many bytes."""
-    if header[ENCODING] != PLAIN:
-        raise _NotPlain
-    place = _after_levels(page, header) if optional else 0
-    length_at, most = _LENGTH.unpack_from, len(page)
-    for _ in range(header[COUNT]):
+def _strings(page: memoryview, count: int) -> list[memoryview]:
+    """The values of a page: each is its length and so many bytes."""
+    values = []
+    place, most = 0, len(page)
+    length_at = _LENGTH.unpack_from
+    for _ in range(count):
         start = place + 4
         place = start + length_at(page, place)[0]
         values.append(page[start:place])
     if place != most:
         raise _NotPlain
+    return values
+
+
+def _numbers(page: memoryview, count: int) -> list[int]:
+    values = np.frombuffer(page, "<i8").tolist()
+    if len(values) != count:
+        raise _NotPlain
+    return values
 
 
 def _after_levels(page: memoryview, header: dict[int, Any]) -> int:

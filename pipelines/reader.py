@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from perceiver.config import UserError
 from pipelines.plan import RowGroups
-from pipelines.remote import ReadError, ReadPolicy, read_row_group
+from pipelines.ranges import ReadError, ReadPolicy
+from pipelines.row_groups import read_row_group
 from pipelines.shards import Split
 from pipelines.storage import Folder, open_folder
 
@@ -29,13 +30,12 @@ Place = tuple[int, int, int]
 
 @dataclass
 class RowGroup:
-    """The rows of one row group: columns as stored (Arrow arrays, or views of encoded bytes), and what was decoded of
-    them so far, if it is small.
+    """The rows of one row group: the values of each column by row, and what was decoded of them so far, if it is small.
 
     One that cannot be read has no rows and an `error`.
     """
 
-    columns: dict[str, Any]
+    columns: dict[str, Callable[[int], Any]]
     rows: int
     nbytes: int
     decoded: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -43,17 +43,22 @@ class RowGroup:
 
     def value(self, name: str, row: int) -> Any:
         """One value as Python's own; bytes may be a view."""
-        return self._values[name](row)
-
-    @functools.cached_property
-    def _values(self) -> dict[str, Callable[[int], Any]]:
-        return {name: _values_of(column) for name, column in self.columns.items()}
+        return self.columns[name](row)
 
 
-def _values_of(column: Any) -> Callable[[int], Any]:
-    """The values of a column by row."""
-    if isinstance(column, list):
-        return column.__getitem__
+@functools.lru_cache(maxsize=256)
+def _opened(url: str, options: tuple[tuple[str, str], ...]) -> Folder:
+    """The folder, opened once in a process: looking its file system up takes as long as reading a few samples."""
+    return open_folder(url, dict(options))
+
+
+def _plain_column(values: list[Any], kind: pa.DataType) -> Callable[[int], Any]:
+    """The values by row of a column that was taken from its pages."""
+    return (lambda row: str(values[row], "utf-8")) if pa.types.is_string(kind) else values.__getitem__
+
+
+def _arrow_column(column: pa.Array) -> Callable[[int], Any]:
+    """The values by row of a column that Arrow has read."""
     if pa.types.is_integer(column.type):
         return column.to_pylist().__getitem__
     return lambda row: column[row].as_py()
@@ -186,7 +191,7 @@ class Reader:
     def _read(self, shard: int, group: int) -> RowGroup:
         files, number = self._files(shard)
         url, name = split_url(files.url, files.names[number])
-        folder = open_folder(url, self.storage_options)
+        folder = _opened(url, tuple(sorted(self.storage_options.items())))
         try:
             return self._group(folder, name, files, files.sizes[number], group)
         except PermissionError as error:
@@ -213,12 +218,17 @@ class Reader:
         """A row group's columns under the features' names and with their types."""
         paths = {field.name: files.columns.get(field.name, field.name) for field in self.schema
                  if field.name != KEY or not files.columns}
-        binary = {field.name: paths[field.name] for field in self.schema if pa.types.is_binary(field.type)}
-        found = read_row_group(folder, name, size, group, list(paths.values()), set(binary.values()), self.policy)
-        plain = {column: found.plain[path] for column, path in binary.items() if path in found.plain}
+        types: dict[str, pa.DataType] = {}
+        for column, path in paths.items():
+            kind = self.schema.field(column).type
+            types[path] = kind if types.get(path, kind) == kind else pa.null()  # wanted in two ways: Arrow's work
+        found = read_row_group(folder, name, size, group, types, self.policy)
+        plain = {column: _plain_column(found.plain[path], types[path])
+                 for column, path in paths.items() if path in found.plain}
         others = pa.schema([field for field in self.schema if field.name not in plain])
         columns = stored_columns(found.table, files.columns, others, self.classes, f"{name}#{group}", found.rows)
-        return RowGroup({**columns, **plain}, found.rows, found.nbytes + found.rows * self.decoded_bytes)
+        read = {column: _arrow_column(array) for column, array in columns.items()}
+        return RowGroup({**read, **plain}, found.rows, found.nbytes + found.rows * self.decoded_bytes)
 
 
 def stored_columns(table: pa.Table, columns: Mapping[str, str], schema: pa.Schema, classes: tuple[str, ...],

@@ -11,7 +11,7 @@ from perceiver.config import UserError
 from pipelines import reader, remote
 from pipelines.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.prepare import PrepareConfig, prepare
-from pipelines.remote import ReadError, ReadPolicy, read_range, with_retries
+from pipelines.ranges import ReadError, ReadPolicy, read_range, with_retries
 from pipelines.shards import load_manifest
 from pipelines.storage import open_folder
 from tests.pipelines.faulty_s3 import FaultyS3

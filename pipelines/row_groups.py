@@ -1,23 +1,17 @@
-"""Reading row groups of Parquet files: one range each, over the network with time-out, retries and backoff."""
+"""Reading row groups of Parquet files, mostly one range each."""
 
 import io
-import os
-import random
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import fsspec.asyn
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
-from perceiver.config import Config
-from pipelines.plain import is_plain, plain_values
+from pipelines.plain import plain_type, plain_values
+from pipelines.ranges import Bytes, ReadPolicy, read_range
 from pipelines.storage import Folder
 
 FOOTER_BYTES = 64 << 10
@@ -25,82 +19,11 @@ FOOTER_BYTES = 64 << 10
 FOOTERS_KEPT = 256
 GAP_BYTES = 256 << 10
 """Columns with up to so much between them are fetched together."""
-FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-T = TypeVar("T")
-
-
-class ReadPolicy(Config):
-    """How patient a reader is with a remote file system."""
-
-    retired: ClassVar[tuple[str, ...]] = ("checksums",)
-
-    timeout: float = Field(default=30.0, gt=0, description="seconds a single request may take")
-    attempts: int = Field(default=8, ge=1, description="requests before a read fails")
-    backoff: float = Field(default=0.1, ge=0, description="seconds before the second attempt, doubled for each further")
-    longest: float = Field(default=10.0, ge=0, description="seconds between attempts at most")
-
-
-class ReadError(OSError):
-    """A read that failed for good, after all attempts."""
-
-
-def with_retries(request: Callable[[], T], what: str, policy: ReadPolicy) -> T:
-    """Make a request until it succeeds.
-
-    Waits grow exponentially, each a random share of its limit, so that many readers do not come back at once.
-
-    Raises:
-        FileNotFoundError, PermissionError: at once, since trying again does not help.
-        ReadError: the last attempt failed.
-    """
-    for attempt in range(policy.attempts):
-        try:
-            return request()
-        except FINAL_ERRORS:
-            raise
-        except Exception as error:  # Drivers raise their own types for resets, stalls, throttling and short bodies.
-            if attempt == policy.attempts - 1:
-                first = (str(error).splitlines() or [""])[0]
-                raise ReadError(f"cannot read {what} after {policy.attempts} attempts: {type(error).__name__} {first}"
-                                ) from error
-            time.sleep(random.random() * min(policy.longest, policy.backoff * 2 ** attempt))
-    raise AssertionError("unreachable: at least one attempt is made")
-
-
-def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPolicy) -> bytes:
-    """The bytes [start, stop) of a file.
-
-    Raises:
-        OSError: a local file cannot be read.
-        ReadError: of other file systems, see `with_retries`.
-    """
-    path, fs = folder.file(name), folder.fs
-    if folder.local:
-        with Path(path).open("rb", buffering=0) as file:
-            return _whole(os.pread(file.fileno(), stop - start, start), stop - start)
-
-    def request() -> bytes:
-        data: Any
-        if getattr(fs, "async_impl", False):
-            data = fsspec.asyn.sync(fs.loop, fs._cat_file, path, start=start, end=stop, timeout=policy.timeout)
-        else:
-            data = fs.cat_file(path, start=start, end=stop)
-        return _whole(data, stop - start)
-
-    return with_retries(request, f"{folder.url}/{name}", policy)
-
-
-def _whole(data: bytes, size: int) -> bytes:
-    if len(data) != size:
-        raise OSError(f"got {len(data)} of {size} bytes")
-    return data
-
 
 class _Parts(io.RawIOBase):
     """A read-only file of which only some ranges are at hand."""
 
-    def __init__(self, size: int, parts: list[tuple[int, bytes]]) -> None:
+    def __init__(self, size: int, parts: list[tuple[int, Bytes]]) -> None:
         self.size, self.parts, self.place = size, parts, 0
 
     def readable(self) -> bool:
@@ -181,18 +104,18 @@ class Stored(NamedTuple):
 
     Attributes:
         table: of those that Arrow has read.
-        plain: the values of those that were taken from their pages as they are, by path.
+        plain: the values of those that were taken from their pages as they are, by path; texts as views of their bytes.
         rows: of the row group.
         nbytes: size of all.
     """
 
     table: pa.Table
-    plain: dict[str, list[memoryview]]
+    plain: dict[str, list[Any]]
     rows: int
     nbytes: int
 
 
-def read_row_group(folder: Folder, name: str, size: int, group: int, columns: list[str], binary: set[str],
+def read_row_group(folder: Folder, name: str, size: int, group: int, columns: Mapping[str, pa.DataType],
                    policy: ReadPolicy) -> Stored:
     """Read one row group.
 
@@ -201,8 +124,7 @@ def read_row_group(folder: Folder, name: str, size: int, group: int, columns: li
         name: the file.
         size: its bytes, as the manifest says; saves asking for it.
         group: which row group.
-        columns: paths of the columns wanted.
-        binary: those of them that are to hold encoded bytes.
+        columns: paths of the columns wanted and the types that they are to have, which Arrow does not look at.
         policy: of the requests.
 
     Raises:
@@ -215,18 +137,19 @@ def read_row_group(folder: Folder, name: str, size: int, group: int, columns: li
     chunks = [info.column(i) for i in range(footer.num_columns)]
     parts = _Parts(size, [(start, read_range(folder, name, start, stop, policy))
                           for start, stop in _ranges(chunks, columns)])
-    plain = {}
+    plain, nbytes = {}, 0
     for number, chunk in enumerate(chunks):
-        column = footer.schema.column(number)
-        if chunk.path_in_schema in binary and is_plain(chunk, column):
-            values = plain_values(parts.view(*_range(chunk)), chunk.num_values,
-                                  optional=column.max_definition_level == 1)
+        column, path = footer.schema.column(number), chunk.path_in_schema
+        if path in columns and plain_type(chunk, column) == columns[path]:
+            values = plain_values(parts.view(*_range(chunk)), chunk, column)
             if values is not None:
-                plain[chunk.path_in_schema] = values
-    with pq.ParquetFile(parts, metadata=footer, page_checksum_verification=True) as file:
-        table = file.read_row_group(group, columns=[path for path in columns if path not in plain], use_threads=False)
-    nbytes = table.nbytes + sum(len(value) for values in plain.values() for value in values)
-    return Stored(table, plain, info.num_rows, nbytes)
+                plain[path] = values
+                nbytes += chunk.total_uncompressed_size
+    table = pa.table({})
+    if others := [path for path in columns if path not in plain]:
+        with pq.ParquetFile(parts, metadata=footer, page_checksum_verification=True) as file:
+            table = file.read_row_group(group, columns=others, use_threads=False)
+    return Stored(table, plain, info.num_rows, table.nbytes + nbytes)
 
 
 def _range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
@@ -235,7 +158,7 @@ def _range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
     return start, start + chunk.total_compressed_size
 
 
-def _ranges(chunks: list[Any], columns: list[str]) -> list[tuple[int, int]]:
+def _ranges(chunks: list[Any], columns: Iterable[str]) -> list[tuple[int, int]]:
     """The byte ranges of these columns; those with little between them become one, since a request costs more."""
     wanted = [chunk for chunk in chunks if any(
         chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in columns)]
