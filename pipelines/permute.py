@@ -8,7 +8,7 @@ numpy calls, and nothing is kept in memory.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from perceiver.mixing import FIRST, GOLDEN, SECOND, mix64
+from perceiver.mixing import FIRST, GOLDEN, SECOND
 
 U64 = NDArray[np.uint64]
 ROUNDS = 8
@@ -19,15 +19,10 @@ _GOLDEN, _FIRST, _SECOND = map(np.uint64, (GOLDEN, FIRST, SECOND))
 
 
 def mix(values: U64) -> U64:
-    """`mix64` of arrays."""
+    """`perceiver.mixing.mix64` of arrays."""
     values = (values ^ (values >> np.uint64(30))) * _FIRST
     values = (values ^ (values >> np.uint64(27))) * _SECOND
     return values ^ (values >> np.uint64(31))
-
-
-def scramble(value: int) -> int:
-    """`keys` of a single integer without arrays, ten times as fast."""
-    return mix64(value + GOLDEN)
 
 
 def keys(*parts: ArrayLike) -> U64:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipelines.features import Feature
 from pipelines.features.base import Random, Shapes, ViewConfig
 from pipelines.mixture import MixturePlan
-from pipelines.permute import keys, scramble
+from pipelines.permute import keys
 from pipelines.plan import EvalPlan, SamplePlan
 from pipelines.reader import Place, Reader, RowGroup
 from pipelines.transforms import BadSample
@@ -147,45 +147,46 @@ class Work:
         ids, epochs = planned.ids.ravel(), planned.epochs.ravel()
         places = self.reader.locate(np.maximum(ids, 0))
         wanted = {place[:2] for place, number in zip(places, ids.tolist(), strict=True) if number >= 0}
-        return _Read(ids.tolist(), epochs.tolist(), places, self.reader.row_groups(wanted))
+        return _Read(ids.tolist(), epochs.tolist(), sample_streams(self.seed, epochs, ids), places,
+                     self.reader.row_groups(wanted))
 
     def _empty(self, rows: int) -> Arrays:
-        """Arrays of so many rows of padding."""
-        out: Arrays = {name: np.zeros((rows, *shape), kind) for name, (shape, kind) in self.spec.shapes().items()}
+        """Arrays of so many rows, of which those of features hold anything."""
+        out: Arrays = {name: np.empty((rows, *shape), kind) for name, (shape, kind) in self.spec.shapes().items()}
         problems = np.full(rows, "", dtype=object)
-        return out | {"sample_id": np.full(rows, -1), "valid": np.zeros(rows, bool), PROBLEM: problems}
+        return out | {"sample_id": np.empty(rows, np.int64), "valid": np.empty(rows, bool), PROBLEM: problems}
 
     def _fill(self, out: Arrays, row: int, read: "_Read", number: int) -> None:
-        """Put what a planned sample gives into a row."""
-        sample_id = read.ids[number]
-        if sample_id < 0:
-            return
-        found = self._usable(read.groups, read.places[number], sample_id, read.epochs[number])
+        """Put what a planned sample gives into a row; zeros if it gives nothing."""
+        found = self._usable(read, number) if read.ids[number] >= 0 else PADDING
         out["sample_id"][row] = found.sample_id
+        out["valid"][row] = found.values is not None
         if found.problems:
             out[PROBLEM][row] = found.problems
-        if found.values is not None:
-            out["valid"][row] = True
-            for name, value in found.values.items():
-                out[name][row] = value
+        for name, value in (found.values or dict.fromkeys(self.spec.shapes(), 0)).items():
+            out[name][row] = value
 
-    def _usable(self, groups: Groups, place: Place, sample_id: int, epoch: int) -> "_Found":
+    def _usable(self, read: "_Read", planned: int) -> "_Found":
         """The sample, or in training another one that takes its place, the same on every rank and at every try.
 
         In evaluation a bad sample is left out, since another one would be counted twice.
         """
         problems = []
-        for number, (shard, group, row) in self._candidates(groups, place, sample_id, epoch):
-            found = groups[shard, group]
+        sample_id, epoch = read.ids[planned], read.epochs[planned]
+        for number, (shard, group, row) in self._candidates(read.groups, read.places[planned], sample_id, epoch):
+            found = read.groups[shard, group]
             try:
                 if found.error:
                     raise BadSample(found.error)
-                rng = _Draws(self.seed, epoch, number)
-                return _Found(make_sample(self.spec, found, row, rng), number, "\n".join(problems))
+                stream = read.streams[planned] if number == sample_id else self._stream(epoch, number)
+                return _Found(make_sample(self.spec, found, row, _Draws(stream)), number, "\n".join(problems))
             except BadSample as error:
                 key = f"{self.reader.name(shard)}#{group}.{row}" if found.error else found.value("key", row)
                 problems.append(f"{number}\t{key}\t{error}".replace("\n", " "))
         return _Found(None, sample_id, "\n".join(problems))
+
+    def _stream(self, epoch: int, sample_id: int) -> int:
+        return sample_streams(self.seed, np.array([epoch]), np.array([sample_id]))[0]
 
     def _candidates(self, groups: Groups, place: Place, sample_id: int, epoch: int) -> Iterator[tuple[int, Place]]:
         """The sample itself; in training then the others of its row group, and those of row groups drawn at random.
@@ -237,6 +238,7 @@ def _step_back() -> None:
 class _Read(NamedTuple):
     ids: list[int]
     epochs: list[int]
+    streams: list[int]
     places: list[Place]
     groups: Groups
 
@@ -245,6 +247,9 @@ class _Found(NamedTuple):
     values: dict[str, Any] | None
     sample_id: int
     problems: str
+
+
+PADDING = _Found(None, -1, "")
 
 
 class _Streams(threading.local):
@@ -257,10 +262,9 @@ class _Streams(threading.local):
         self.bits = PCG64DXSM(0)
         self.generator, self.state = Generator(self.bits), self.bits.state
 
-    def begin(self, first: int, second: int) -> Generator:
-        """The generator at a place of its period, of 2**128 numbers, that these two numbers choose."""
-        high = scramble(first ^ second)
-        self.state["state"]["state"] = high << 64 | scramble(high)
+    def begin(self, stream: int) -> Generator:
+        """The generator at this place of its period, which is of 2**128 numbers."""
+        self.state["state"]["state"] = stream
         self.bits.state = self.state
         return self.generator
 
@@ -268,29 +272,31 @@ class _Streams(threading.local):
 _STREAMS = _Streams()
 
 
+def sample_streams(seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> list[int]:
+    """Where the random numbers of samples in their epochs begin in the generator's period."""
+    kinds, places = np.unique(epochs, return_inverse=True)
+    high = keys(np.array([keys(seed, 5, epoch) for epoch in kinds])[places] ^ ids.astype(np.uint64))
+    return [first << 64 | second for first, second in zip(high.tolist(), keys(high).tolist(), strict=True)]
+
+
 def sample_rng(seed: int, epoch: int, sample_id: int) -> Generator:
     """The generator of all randomness of one sample in one epoch; good until the thread's next call."""
-    return _STREAMS.begin(_epoch_key(seed, epoch), sample_id)
+    return _STREAMS.begin(sample_streams(seed, np.array([epoch]), np.array([sample_id]))[0])
 
 
 class _Draws:
     """A sample's generator: begun when it is first asked for."""
 
-    __slots__ = ("_generator", "_place")
+    __slots__ = ("_generator", "_stream")
 
-    def __init__(self, *place: int) -> None:
-        self._place = place
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
         self._generator: Generator | None = None
 
     def __call__(self) -> Generator:
         if self._generator is None:
-            self._generator = sample_rng(*self._place)
+            self._generator = _STREAMS.begin(self._stream)
         return self._generator
-
-
-@functools.lru_cache(maxsize=16)
-def _epoch_key(seed: int, epoch: int) -> int:
-    return int(keys(seed, 5, epoch))
 
 
 def _stored(group: RowGroup, name: str, row: int) -> Any:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.permute import keys, permute, scramble
+from perceiver.mixing import GOLDEN, mix64
+from pipelines.permute import keys, permute
 from pipelines.plan import EvalPlan, RowGroups, SamplePlan
 from pipelines.samples import sample_rng
 
@@ -175,7 +176,7 @@ def test_samples_draw_independently() -> None:
 
 
 def test_one_integer_is_scrambled_as_an_array_is() -> None:
-    assert [scramble(value) for value in range(50)] == keys(np.arange(50)).tolist()
+    assert [mix64(value + GOLDEN) for value in range(50)] == keys(np.arange(50)).tolist()
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused() -> None:
