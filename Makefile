@@ -30,8 +30,8 @@ check: $(READY)  ## lint, types, import contract
 	$(BIN)/lint-imports
 
 test: check  ## check, then the whole test suite: the fast tests on two cores at a time, then the slow ones
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations 15
 
 faults: $(READY)  ## put faults upon real runs and print the table (about an hour)
 	@$(BIN)/python -m tests.faults

@@ -67,11 +67,15 @@ LONGER = {"epochs": 12, "checkpoint_every": 0.4, "keep_checkpoints": 3}
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, images: str) -> tuple[Path, dict[str, Any], str]:
-    """A run that is left alone: its folder, recipe and output."""
+    """A run that is left alone, and evaluated beside training: its folder, recipe and output."""
     home = tmp_path_factory.mktemp("unbroken")
     tree = small_tree(home, images)
-    tree["train"] |= LONGER
-    code, output = run(home, tree, "--json")
+    best = {"metric": "eval/loss", "mode": "min", "count": 9}
+    tree["train"] |= LONGER | {"eval_every": 4, "eval_beside": True, "keep_best": best}
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in PACE.items():  # the run could be over before its first checkpoint is evaluated
+            environment.setenv(name, value)
+        code, output = run(home, tree, "--json")
     assert code == 0, output
     return home, tree, output
 
@@ -97,6 +101,27 @@ def test_the_whole_job(unbroken: tuple[Path, dict[str, Any], str]) -> None:
 
     code, output = run(tmp_path, tree, "--resume")
     assert code == 0 and "small-001 is finished (step 60); raise train.epochs to go on" in output
+
+
+def test_evaluation_beside_training(unbroken: tuple[Path, dict[str, Any], str]) -> None:
+    """Steps go on while a checkpoint is evaluated; its figures are those of its weights, and name the best."""
+    from cluster.scoring import open_scoring
+
+    tmp_path, _, output = unbroken
+    folder = tmp_path / "runs" / "small-001"
+    rows = history(folder)
+    evaluated = {int(row["step"]): row for row in rows if "eval/loss" in row}
+    assert list(evaluated) == [20, 40, 60], output
+    later = next(i for i, row in enumerate(rows) if row["step"] == 22)
+    assert rows.index(evaluated[20]) > later, "the steps waited"
+    place = str(folder / "checkpoints" / "step-00000020")
+    figures = open_scoring(place, overrides=["data.executor=inline"]).metrics()
+    assert {f"eval/{name}": pytest.approx(value, rel=1e-5) for name, value in figures.items()}.items() <= \
+        evaluated[20].items()
+    (tracked,) = mlflow_runs(tmp_path / "runs")
+    lowest = min(evaluated, key=lambda step: evaluated[step]["eval/loss"])
+    assert tracked.data.tags["best_checkpoint_uri"].endswith(f"step-{lowest:08d}")
+    assert "evaluation at step 20: " in output
 
 
 def test_a_killed_worker_is_replaced_and_the_losses_do_not_change(
@@ -178,29 +203,3 @@ def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
     assert store.exists(f"{folder}/report/index.html")
     (tracked,) = mlflow_runs(tmp_path / ".cache" / "perceiver" / "runs")
     assert tracked.info.status == "FINISHED"
-
-
-def test_evaluation_beside_training(tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps go on while a checkpoint is evaluated; its figures are those of its weights, and name the best."""
-    from cluster.scoring import open_scoring
-
-    for name, value in PACE.items():  # a run of 20 steps could be over before its first checkpoint is saved
-        monkeypatch.setenv(name, value)
-    best = {"metric": "eval/loss", "mode": "min", "count": 9}
-    tree["train"] |= {"epochs": 4, "eval_every": 1, "eval_beside": True, "checkpoint_every": 100, "keep_best": best}
-    code, output = run(tmp_path, tree)
-    assert code == 0, output
-    folder = tmp_path / "runs" / "small-001"
-    rows = history(folder)
-    evaluated = {int(row["step"]): row for row in rows if "eval/loss" in row}
-    assert 5 in evaluated and max(evaluated) == 20, output
-    later = next(i for i, row in enumerate(rows) if row["step"] == 7)
-    assert rows.index(evaluated[5]) > later, "the steps waited"
-    place = str(folder / "checkpoints" / "step-00000005")
-    figures = open_scoring(place, overrides=["data.executor=inline"]).metrics()
-    assert {f"eval/{name}": pytest.approx(value, rel=1e-5) for name, value in figures.items()}.items() <= \
-        evaluated[5].items()
-    (tracked,) = mlflow_runs(tmp_path / "runs")
-    lowest = min(evaluated, key=lambda step: evaluated[step]["eval/loss"])
-    assert tracked.data.tags["best_checkpoint_uri"].endswith(f"step-{lowest:08d}")
-    assert "evaluation at step 5: " in output

@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from perceiver.config import UserError
-from pipelines import reader, remote
+from pipelines import reader, row_groups
 from pipelines.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.ranges import ReadError, ReadPolicy, read_range, with_retries
@@ -52,7 +52,7 @@ def both(s3: FaultyS3, tmp_path_factory: pytest.TempPathFactory) -> tuple[DataCo
 def cold(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing cached, nothing faulty."""
     monkeypatch.setattr(reader, "_CACHE", reader.RowGroupCache())
-    monkeypatch.setattr(remote, "_FOOTERS", remote._Footers())
+    monkeypatch.setattr(row_groups, "_FOOTERS", row_groups._Footers())
     s3.reset()
 
 
