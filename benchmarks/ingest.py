@@ -8,7 +8,8 @@ The first call makes the data (5,000 JPEGs of 500 x 375 and about 90 KB from pho
 carry, 4 s of sound as FLAC and as WAV, point clouds) and each loader's own layout of them below `--data`; that time is
 not measured. Every loader runs the same decoding and transforms (`Kind.sample`: Inception crop, flip and resize to
 224 x 224 uint8; a random second; a random 2,048 points, normalised) and gives torch batches of 64. Each measurement is
-a process of its own; the loaders take turns, `--repeats` times, so that other work on the machine meets all alike.
+a process of its own, with the allocator's settings of our training workers; the loaders take turns, `--repeats` times,
+so that other work on the machine meets all alike.
 
 `per_second` is samples a second once ten batches have passed (processes, memory and page cache are warm then), the
 median; `cpu_ms` the CPU milliseconds of a sample over all processes, which other work disturbs less; `memory_mb` the
@@ -42,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import ingest_data  # noqa: E402
 from benchmarks.ingest_data import KINDS, PROCESSES, Kind  # noqa: E402
+from cluster.local import QUIET_ENVIRONMENT  # noqa: E402
 
 BATCH = 64
 WARM = 10
@@ -375,7 +377,8 @@ def compare(kind: Kind, options: argparse.Namespace) -> Iterator[dict[str, Any]]
                 {"webdataset": ingest_data.tars, "streaming": ingest_data.mds, "litdata": ingest_data.chunks}[name](
                     kind, options.data)
     ingest_data.shards(kind, options.data)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "true"}
+    allocator = {name: value for name, value in QUIET_ENVIRONMENT.items() if name.startswith("MALLOC_")}
+    env = {**os.environ, **allocator, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "true"}
     this = [sys.executable, __file__, f"--data={options.data}", f"--kind={kind.name}"]
     server = None
     if "ours-s3" in loaders:
