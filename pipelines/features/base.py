@@ -66,5 +66,5 @@ class BaseFeature(Config):
         raise NotImplementedError
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
-        """Values for a batch: a random view in training, the fixed one in evaluation."""
+        """Values for all keys of `shapes`: a random view in training, the fixed one in evaluation."""
         raise NotImplementedError
