@@ -178,15 +178,12 @@ class Work:
             try:
                 if found.error:
                     raise BadSample(found.error)
-                stream = read.streams[planned] if number == sample_id else self._stream(epoch, number)
+                stream = read.streams[planned] if number == sample_id else sample_stream(self.seed, epoch, number)
                 return _Found(make_sample(self.spec, found, row, _Draws(stream)), number, "\n".join(problems))
             except BadSample as error:
                 key = f"{self.reader.name(shard)}#{group}.{row}" if found.error else found.value("key", row)
                 problems.append(f"{number}\t{key}\t{error}".replace("\n", " "))
         return _Found(None, sample_id, "\n".join(problems))
-
-    def _stream(self, epoch: int, sample_id: int) -> int:
-        return sample_streams(self.seed, np.array([epoch]), np.array([sample_id]))[0]
 
     def _candidates(self, groups: Groups, place: Place, sample_id: int, epoch: int) -> Iterator[tuple[int, Place]]:
         """The sample itself; in training then the others of its row group, and those of row groups drawn at random.
@@ -279,9 +276,14 @@ def sample_streams(seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64])
     return [first << 64 | second for first, second in zip(high.tolist(), keys(high).tolist(), strict=True)]
 
 
+def sample_stream(seed: int, epoch: int, sample_id: int) -> int:
+    """`sample_streams` of one sample."""
+    return sample_streams(seed, np.array([epoch]), np.array([sample_id]))[0]
+
+
 def sample_rng(seed: int, epoch: int, sample_id: int) -> Generator:
     """The generator of all randomness of one sample in one epoch; good until the thread's next call."""
-    return _STREAMS.begin(sample_streams(seed, np.array([epoch]), np.array([sample_id]))[0])
+    return _STREAMS.begin(sample_stream(seed, epoch, sample_id))
 
 
 class _Draws:

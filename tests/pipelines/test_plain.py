@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipelines.plain import plain_type, plain_values
 
-VALUES = st.lists(st.binary(max_size=100), min_size=1, max_size=150)
+VALUES = st.lists(st.binary(max_size=300), min_size=1, max_size=150)
 
 
 def written(values: list[Any], *, kind: pa.DataType | None = None, nullable: bool = True, **options: Any) -> bytes:
