@@ -131,11 +131,7 @@ def up(config: NodesConfig | None = None, say: Callable[[str], None] = print) ->
     if running is None:
         down()
         make_token()
-        running = _planned(config or NodesConfig())
-        state_file().parent.mkdir(parents=True, exist_ok=True)
-        state_file().write_text(json.dumps(asdict(running), indent=1))
-        _start_all(running, say)
-        return running
+        return _start_all(config or NodesConfig(), say)
     if config is not None and (wanted := _nodes(config)) != running.nodes:
         raise UserError(
             f"the local cluster {running.name} at {running.dashboard} has {_described(running.nodes)}, wanted "
@@ -236,8 +232,10 @@ def _command(cluster: LocalCluster, node: dict[str, Any]) -> list[str]:
         # One log monitor a machine: a second would report every line again.
         return [*ray, f"--address={cluster.address}", "--include-log-monitor=false", *ports, *node["options"]]
     host, _, port = cluster.address.partition(":")
-    head = ["--head", f"--port={port}", f"--temp-dir={cluster.folder}", "--dashboard-host=127.0.0.1"]
-    head += [f"--dashboard-port={cluster.dashboard.rsplit(':', 1)[1]}", f"--ray-client-server-port={free_port(host)}"]
+    # Asked for by name, the dashboard must come up: jobs go through it.
+    head = ["--head", f"--port={port}", f"--temp-dir={cluster.folder}", "--include-dashboard=true"]
+    head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={cluster.dashboard.rsplit(':', 1)[1]}"]
+    head += [f"--ray-client-server-port={free_port(host)}"]
     return [*ray, *head, *ports, *node["options"]]
 
 
@@ -250,17 +248,39 @@ def _environment(cluster: LocalCluster) -> dict[str, str]:
     return environment
 
 
-def _start_all(cluster: LocalCluster, say: Callable[[str], None]) -> None:
+def _start_all(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster:
     """Start the nodes of a new cluster one after the other.
 
     Raises:
         UserError: one does not come up; then nothing is left.
     """
-    for node in cluster.nodes:
-        reason = _start(cluster, node, say)
-        if reason:
+    cluster = _start_head(config, say)
+    for node in cluster.nodes[1:]:
+        if reason := _start(cluster, node, say):
             down()
-            raise UserError(f"node {node['ip']} did not come up ({reason}); nothing is left running: try fewer nodes")
+            raise _not_up(node, reason)
+    return cluster
+
+
+def _start_head(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster:
+    """Start the head of a new cluster; its ports are chosen anew for each try, since others may take them first.
+
+    Raises:
+        UserError: it does not come up; then nothing is left.
+    """
+    for _ in range(TRIES):
+        cluster = _planned(config)
+        state_file().parent.mkdir(parents=True, exist_ok=True)
+        state_file().write_text(json.dumps(asdict(cluster), indent=1))
+        reason = _try(cluster, cluster.nodes[0], say)
+        if not reason:
+            return cluster
+        down()  # all of it: the next try would meet the old store
+    raise _not_up(cluster.nodes[0], reason)
+
+
+def _not_up(node: dict[str, Any], reason: str) -> UserError:
+    return UserError(f"node {node['ip']} did not come up ({reason}); nothing is left running: try fewer nodes")
 
 
 def _revive(cluster: LocalCluster, say: Callable[[str], None]) -> None:
@@ -281,26 +301,28 @@ def _revive(cluster: LocalCluster, say: Callable[[str], None]) -> None:
 
 
 def _start(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
-    """Start one node; it gets a few tries, because Ray allows a slow machine 30 s and no more.
+    """Start a node beside the head; it gets a few tries, because Ray allows a slow machine 30 s and no more.
 
     Returns: why it did not come up, empty if it did.
     """
+    reason = ""
+    for _ in range(TRIES):
+        reason = _try(cluster, node, say)
+        if not reason:
+            break
+        raylet = cluster.raylets().get(node["ip"])
+        _end([psutil.Process(raylet)] if raylet else [])
+    return reason
+
+
+def _try(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
+    """Start a node; return why it did not come up, empty if it did."""
     Path(cluster.folder).mkdir(mode=0o700, exist_ok=True)
     log = Path(cluster.folder) / f"start-{node['ip']}.log"
-    for _ in range(TRIES):
-        if _came_up(cluster, node, log):
-            say(f"node {node['ip']} is up ({' '.join(node['options'])})")
-            return ""
-        _end(_left_by(cluster, node))
-    return _reason(log)
-
-
-def _left_by(cluster: LocalCluster, node: dict[str, Any]) -> list[psutil.Process]:
-    """Return what a start that failed has left: of the head everything, else the next try would meet its old store."""
-    if node is cluster.nodes[0]:
-        return cluster.processes()
-    raylet = cluster.raylets().get(node["ip"])
-    return [psutil.Process(raylet)] if raylet else []
+    if not _came_up(cluster, node, log):
+        return _reason(log)
+    say(f"node {node['ip']} is up ({' '.join(node['options'])})")
+    return ""
 
 
 def _came_up(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:

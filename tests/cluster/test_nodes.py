@@ -1,5 +1,6 @@
 """Where workers and data tasks fit, and how a local cluster of several nodes is described."""
 
+import json
 import os
 import socket
 import subprocess
@@ -127,32 +128,6 @@ def test_no_state_is_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert local_nodes.running_cluster() is None and local_nodes.down() == 0 and not state.exists()
 
 
-def test_a_head_that_fails_leaves_nothing_for_the_next_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store of the first try that lives on would refuse the second one."""
-    cluster = LocalCluster("retry", "127.0.0.2:1", "", str(tmp_path), [{"ip": "127.0.0.2", "options": []}])
-    stores: list[subprocess.Popen[bytes]] = []
-
-    def came_up(*_: object) -> bool:
-        assert all(store.poll() is not None for store in stores), "the store of the try before is still there"
-        store = subprocess.Popen(
-            ["sh", "-c", "echo up; exec sleep 60"],
-            env={**os.environ, local_nodes.MARK: cluster.name},
-            stdout=subprocess.PIPE,
-        )
-        assert store.stdout is not None and store.stdout.readline() == b"up\n", "by now its environment can be seen"
-        stores.append(store)
-        return len(stores) == 2
-
-    monkeypatch.setattr(local_nodes, "_came_up", came_up)
-    try:
-        assert local_nodes._start(cluster, cluster.nodes[0], lambda line: None) == ""
-        assert len(stores) == 2 and stores[1].poll() is None
-    finally:
-        for store in stores:
-            store.kill()
-            store.wait()
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No cluster, no token, and nodes that come up without a process but for 127.0.0.3."""
@@ -171,6 +146,43 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def nodes_config(count: int, cpus: int = 1) -> NodesConfig:
     return NodesConfig(nodes=(NodeGroup(count=count, cpus=cpus),))
+
+
+def test_a_head_that_fails_leaves_nothing_for_the_next_try(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of the first try that lives on would refuse the second one, and so would a port that is taken by now."""
+    stores: list[subprocess.Popen[bytes]] = []
+    taken: list[socket.socket] = []
+
+    def came_up(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:
+        assert all(store.poll() is not None for store in stores), "the store of the try before is still there"
+        log.write_text("ValueError: it is already occupied\n")
+        taken.append(socket.create_server(("127.0.0.1", int(cluster.dashboard.rpartition(":")[2]))))
+        store = subprocess.Popen(
+            ["sh", "-c", "echo up; exec sleep 60"],
+            env={**os.environ, local_nodes.MARK: cluster.name},
+            stdout=subprocess.PIPE,
+        )
+        assert store.stdout is not None and store.stdout.readline() == b"up\n", "by now its environment can be seen"
+        stores.append(store)
+        return len(stores) == 2
+
+    monkeypatch.setattr(local_nodes, "_came_up", came_up)
+    try:
+        cluster = local_nodes.up(nodes_config(1), lambda line: None)
+        assert len(stores) == 2 and stores[1].poll() is None
+        assert LocalCluster(**json.loads(local_nodes.state_file().read_text())) == cluster
+        local_nodes.down()
+        stores.clear()
+        monkeypatch.setattr(local_nodes, "_came_up", lambda *asked: came_up(*asked) and False)
+        with pytest.raises(UserError, match=r"node 127.0.0.2 did not come up \(ValueError: it is .*; nothing is left"):
+            local_nodes.up(nodes_config(1), lambda line: None)
+        assert len(stores) == local_nodes.TRIES and not local_nodes.state_file().exists()
+    finally:
+        for store in stores:
+            store.kill()
+            store.wait()
+        for port in taken:
+            port.close()
 
 
 @pytest.fixture
