@@ -46,10 +46,10 @@ from benchmarks.ingest_data import KINDS, PROCESSES, Kind  # noqa: E402
 from cluster.local import QUIET_ENVIRONMENT  # noqa: E402
 
 BATCH = 64
-WARM = 10
+WARM = 50
 S3_SAMPLES = 1500
 DELAY_S = 0.02
-BEYOND = 4096
+BEYOND = 8192
 """Samples that ours is asked for beyond a measurement, so that it ends with as many on the way as it began with."""
 SAMPLED_S = 0.5
 BUCKET = "data"
@@ -256,7 +256,7 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
         from cluster.local import ClusterConfig, set_quiet_environment, start_ray
 
         set_quiet_environment()
-        start_ray(ClusterConfig(object_store_mb=STORE_MB))
+        start_ray(ClusterConfig())
     elif name == "ray":
         import ray
 

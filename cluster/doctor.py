@@ -104,14 +104,14 @@ def check_shared_memory(patient: Patient) -> Result:
     """Look at the place of Ray's object store, as large as the recipe wants it."""
     if not patient.shm.is_dir():
         return WARN, f"no {patient.shm}", "Ray keeps its objects on disk then: slower"
-    free, wanted = shutil.disk_usage(patient.shm).free, patient.cluster.object_store_mb * 1_000_000
+    free, wanted = shutil.disk_usage(patient.shm).free, patient.cluster.store_mb * 1_000_000
     found = f"{free / 1e6:,.0f} MB free in {patient.shm}"
     if free >= wanted:
         return OK, found, ""
     return (
         WARN,
-        f"{found}, cluster.object_store_mb = {patient.cluster.object_store_mb}: Ray keeps its objects on disk then",
-        f"docker run --shm-size={patient.cluster.object_store_mb + 100}m, an emptyDir with medium: Memory on "
+        f"{found}, cluster.object_store_mb = {patient.cluster.store_mb}: Ray keeps its objects on disk then",
+        f"docker run --shm-size={patient.cluster.store_mb + 100}m, an emptyDir with medium: Memory on "
         "Kubernetes, or a smaller cluster.object_store_mb",
     )
 

@@ -41,8 +41,8 @@ QUIET_ENVIRONMENT = {
 }
 
 
-LEAST_STORE_MB = 80
-"""Ray starts no object store below 75 MiB."""
+LEAST_STORE_MB, STORE_MB = 80, 400
+"""Ray starts no object store below 75 MiB. What waits for a worker, by default, takes up to 360 MB of large samples."""
 SMALLEST_SHARE = 0.05
 """The least part of a CPU that a worker is placed with, and the step of default shares."""
 
@@ -90,9 +90,16 @@ class ClusterConfig(Config):
     dashboard: bool = Field(
         default=False, description="Ray's dashboard for a Ray of its own, on loopback: ten processes, 1 GB of memory"
     )
-    object_store_mb: int = Field(
-        default=300, ge=LEAST_STORE_MB, description="size of the object store of a Ray of its own, in MB"
+    object_store_mb: int | None = Field(
+        default=None,
+        ge=LEAST_STORE_MB,
+        description=f"size of the object store of a Ray of its own, in MB; default: {STORE_MB} for each worker",
     )
+
+    @property
+    def store_mb(self) -> int:
+        """Size of the object store of a Ray of its own, in MB."""
+        return self.object_store_mb or STORE_MB * self.workers
 
     def resolved_address(self) -> str | None:
         """Return the address to connect to, or None for a Ray of its own."""
@@ -162,7 +169,7 @@ def start_ray(config: ClusterConfig, one_run: bool = True) -> dict[str, Any]:
             context = ray.init(
                 address="local",
                 num_cpus=machine_cpus(),
-                object_store_memory=config.object_store_mb * 1_000_000,
+                object_store_memory=config.store_mb * 1_000_000,
                 include_dashboard=config.dashboard,
                 dashboard_host="127.0.0.1",
                 **quiet,

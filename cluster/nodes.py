@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from cluster.local import LEAST_STORE_MB, QUIET_ENVIRONMENT, free_port, machine_cpus, make_token
+from cluster.local import LEAST_STORE_MB, QUIET_ENVIRONMENT, STORE_MB, free_port, machine_cpus, make_token
 from cluster.recipe_file import read_config
 from perceiver.config import Config, UserError
 
@@ -44,7 +44,9 @@ class NodesConfig(Config):
     """A local cluster (`perceiver cluster up FILE`). The first node of the first group is the head."""
 
     nodes: tuple[NodeGroup, ...] = Field(default=(NodeGroup(count=3),), min_length=1, description="groups of nodes")
-    object_store_mb: int = Field(default=150, ge=LEAST_STORE_MB, description="size of each node's object store, in MB")
+    object_store_mb: int = Field(
+        default=STORE_MB, ge=LEAST_STORE_MB, description="size of each node's object store, in MB"
+    )
     port: PositiveInt = Field(default=6379, description="port of the head; a free one if it is taken")
     dashboard_port: PositiveInt = Field(default=8265, description="port of dashboard and jobs; likewise")
 

@@ -37,13 +37,14 @@ if TYPE_CHECKING:
 
 KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
-BLOCK_BYTES = 8 << 20
-"""Size of the blocks that data tasks hand over, about; one of whole batches at least."""
+BLOCK_BYTES, LEAST_BLOCK_BYTES = 24 << 20, 8 << 20
+"""Size of the blocks that data tasks hand over, about; one of whole batches at least. Each costs the driver and Ray's
+processes some milliseconds, so large ones, but for a task that lets little wait."""
 LARGE_ROW_BYTES = 16 << 10
 """Rows from this size on are work enough for a stream of each data task; smaller ones come from one, at less cost."""
-STREAM_RUNS, STREAM_BYTES = 4, 256 << 20
-"""Runs that a task with a stream of its own does in one, while their rows are no larger than this: nobody waits for its
-end, and each start costs time; but if it dies, all of it is done again."""
+STREAM_SAMPLES, STREAM_BYTES, STREAM_READS = 16, 512 << 20, 4
+"""A task with a stream of its own produces so many times `data.run_samples`, of no more decoded bytes than this, and
+reads so many times `data.run_bytes`: one follows another after 50 ms, but if one dies, all of it is done again."""
 
 
 class DataConfig(ViewConfig):
@@ -232,7 +233,8 @@ def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | Mixtur
         streams = max(count for count in range(1, data.tasks + 1) if rows % count == 0)
     batch = share.micro_batch if streams == 1 else rows // streams
     return [_work(data, manifest, plan, rank=share.rank * streams + number, world=share.world * streams,
-                  seed=share.seed, batch=batch) for number in range(streams)]
+                  seed=share.seed, batch=batch, waiting=data.prefetch_bytes // streams if streams > 1 else None)
+            for number in range(streams)]
 
 
 def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share: TrainShare,
@@ -242,8 +244,8 @@ def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share
 
     streams = []
     for work in works:
-        samples = max(data.run_samples, min(data.run_samples * STREAM_RUNS, STREAM_BYTES // work.spec.row_bytes))
-        most = _run_steps(data, work, samples)
+        samples = max(data.run_samples, min(data.run_samples * STREAM_SAMPLES, STREAM_BYTES // work.spec.row_bytes))
+        most = _run_steps(data, work, samples, STREAM_READS)
         windows = work.plan.runs(share.start_step, share.stop_step, most)
         options = dataclasses.replace(_ray_options(data, work), tasks=1,
                                       bytes_in_flight=data.prefetch_bytes // len(works))
@@ -319,9 +321,9 @@ def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[
     return work, runs, math.ceil(plan.samples / share.world)
 
 
-def _run_steps(data: DataConfig, work: Work, samples: int) -> int:
-    """Steps of a run: as many as a task's samples and the bytes that it reads allow, at least one."""
-    return max(1, int(min(data.run_bytes / work.stored_bytes, samples)) // work.rows_per_step)
+def _run_steps(data: DataConfig, work: Work, samples: int, reads: int = 1) -> int:
+    """Steps of a run: as many as a task's samples and `reads` times the bytes of one allow, at least one."""
+    return max(1, int(min(reads * data.run_bytes / work.stored_bytes, samples)) // work.rows_per_step)
 
 
 def _turn_samples(data: DataConfig, work: Work) -> int:
@@ -335,14 +337,16 @@ def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:
 
 
 def _work(data: DataConfig, manifest: Manifest, plan: Plan, *, rank: int, world: int, seed: int,
-          batch: int, split: str | None = None) -> Work:
+          batch: int, split: str | None = None, waiting: int | None = None) -> Work:
     name = split or data.train_split
     found = manifest.split(name)
     spec = sample_spec(data, manifest, split=name, training=split is None)
     files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(data.url, found))
     reader = Reader(files, RowGroups.of(found), arrow_schema(manifest.features), manifest.classes, data.storage_options,
                     data.read, data.cache_bytes, spec.row_bytes if spec.keep_decoded else 0)
-    chunk = batch * max(1, round(BLOCK_BYTES / spec.row_bytes / batch))
+    waiting = waiting or data.prefetch_bytes // (data.tasks + 1)
+    block = max(LEAST_BLOCK_BYTES, min(BLOCK_BYTES, waiting * 3 // 8))
+    chunk = batch * max(1, round(block / spec.row_bytes / batch))
     return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
 
 
