@@ -11,10 +11,10 @@ not measured. Every loader runs the same decoding and transforms (`Kind.sample`:
 a process of its own, with the allocator's settings of our training workers; the loaders take turns, `--repeats` times,
 so that other work on the machine meets all alike.
 
-`per_second` is samples a second once ten batches have passed (processes, memory and page cache are warm then), the
+`per_second` is samples a second once fifty batches have passed (processes, memory and page cache are warm then), the
 median; `cpu_ms` the CPU milliseconds of a sample over all processes, which other work disturbs less; `memory_mb` the
-peak of the process tree (proportional set size);
-`first_s` the seconds from the loader's construction to its first batch, imports and `ray.init` apart. `ceiling` is
+process tree's proportional set size when the measurement ends, since adding it up takes the more time from a loader
+the more processes it has; `first_s` the seconds from the loader's construction to its first batch, imports and `ray.init` apart. `ceiling` is
 the bare loop: two processes that decode and transform samples from memory and hand nothing over. `of_ceiling` relates
 the rates, `of_ceiling_cpu` the CPU of the ceiling to that of the loader. `ours-s3` reads from an S3 server on this
 machine that answers each request 20 ms late, to be held against `ours-part`, the same samples from the disk.
@@ -51,7 +51,6 @@ S3_SAMPLES = 1500
 DELAY_S = 0.02
 BEYOND = 8192
 """Samples that ours is asked for beyond a measurement, so that it ends with as many on the way as it began with."""
-SAMPLED_S = 0.5
 BUCKET = "data"
 STORE_MB = 500
 SECRET = {"key": "testing", "secret": "testing"}
@@ -219,6 +218,7 @@ def ceiling(kind: Kind, folder: Path, samples: int) -> dict[str, float]:
         loop.start()
     for _ in loops:
         ready.acquire()
+    memory = tree_memory()
     before, began = tree_cpu(), time.perf_counter()
     start.set()
     peak = 0.0
@@ -227,7 +227,8 @@ def ceiling(kind: Kind, folder: Path, samples: int) -> dict[str, float]:
         for loop in loops:
             loop.join(0.05)
     seconds = time.perf_counter() - began
-    return {"per_second": samples / seconds, "cpu_ms": (peak - before) / samples * 1e3, "first_s": 0.0}
+    return {"per_second": samples / seconds, "cpu_ms": (peak - before) / samples * 1e3, "first_s": 0.0,
+            "memory_mb": memory}
 
 
 def tree_cpu() -> float:
@@ -249,7 +250,7 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 
 def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, float]:
-    """Rate, CPU and time to the first batch of one loader; runs in a process of its own."""
+    """Rate, CPU, time to the first batch and memory at the end of one loader; runs in a process of its own."""
     if name == "ceiling":
         return ceiling(kind, folder, samples)
     if name.startswith("ours"):
@@ -273,7 +274,8 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
         assert tuple(next(batches).shape) == shape
         done += BATCH
     rate = done / (time.perf_counter() - start)
-    return {"per_second": rate, "cpu_ms": (tree_cpu() - before) / done * 1e3, "first_s": first - began}
+    cpu_ms = (tree_cpu() - before) / done * 1e3
+    return {"per_second": rate, "cpu_ms": cpu_ms, "first_s": first - began, "memory_mb": tree_memory()}
 
 
 def leave() -> NoReturn:
@@ -284,19 +286,9 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-def watched(command: list[str], env: dict[str, str]) -> tuple[str, float]:
-    """Run a command; its output and the peak of its process tree's memory in MB."""
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    peak = 0.0
-    while True:
-        try:
-            out, err = child.communicate(timeout=SAMPLED_S)
-            break
-        except subprocess.TimeoutExpired:
-            peak = max(peak, sum(map(_pss, _tree(child.pid))) / 1e6)
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}: {err[-2000:]}")
-    return out.splitlines()[-1], peak
+def tree_memory() -> float:
+    """Megabytes of this process and all below it, what they share counted once."""
+    return sum(map(_pss, _tree(os.getpid()))) / 1e6
 
 
 def _pss(process: psutil.Process) -> float:
@@ -387,8 +379,11 @@ def compare(kind: Kind, options: argparse.Namespace) -> Iterator[dict[str, Any]]
         env["BENCHMARK_S3"] = server.stdout.readline().strip()
     samples = options.samples * (1 if kind.name == "image" else 2)
     for _, name in itertools.product(range(options.repeats), loaders):
-        line, memory = watched([*this, "--one", f"--loader={name}", f"--samples={samples}"], env)
-        row = {"kind": kind.name, "loader": name, **json.loads(line), "memory_mb": memory}
+        done = subprocess.run([*this, "--one", f"--loader={name}", f"--samples={samples}"], env=env, text=True,
+                              capture_output=True)
+        if done.returncode:
+            raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
+        row = {"kind": kind.name, "loader": name, **json.loads(done.stdout.splitlines()[-1])}
         print(json.dumps(row), file=sys.stderr)
         yield row
     if server:
