@@ -280,8 +280,11 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
 
 
 def leave() -> NoReturn:
-    """End at once, with all processes below: loaders stopped in the middle keep an interpreter from ending."""
-    for process in _tree(os.getpid())[1:]:
+    """End at once, with all processes below: loaders stopped in the middle keep an interpreter from ending.
+
+    The last one first: a process whose raylet is gone ends with an error of its own.
+    """
+    for process in reversed(_tree(os.getpid())[1:]):
         with contextlib.suppress(psutil.Error):
             process.kill()
     os._exit(0)
