@@ -63,8 +63,8 @@ class DataConfig(ViewConfig):
     task_memory: int = Field(default=0, ge=0, description="bytes of memory a data task reserves; 0: none")
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
     run_samples: int = Field(default=2048, gt=0, description="samples a data task produces, about,"
-                             " at most; four times as many where each task has its own part of a step")
-    run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about")
+                             " at most; 16 times as many where each task has its own part of a step")
+    run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about; there 4 times")
     prefetch_batches: int = Field(default=4, ge=0, description="batches ahead of the training step, in whole blocks")
     prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
     read: ReadPolicy = Field(default=ReadPolicy(), description="patience with a remote file system")
