@@ -47,8 +47,8 @@ class NodesConfig(Config):
     object_store_mb: int = Field(
         default=STORE_MB, ge=LEAST_STORE_MB, description="size of each node's object store, in MB"
     )
-    port: PositiveInt = Field(default=6379, description="port of the head; a free one if it is taken")
-    dashboard_port: PositiveInt = Field(default=8265, description="port of dashboard and jobs; likewise")
+    port: int = Field(default=6379, ge=1, le=65535, description="port of the head; a free one if it is taken")
+    dashboard_port: int = Field(default=8265, ge=1, le=65535, description="port of dashboard and jobs; likewise")
 
 
 @dataclass(frozen=True)

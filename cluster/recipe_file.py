@@ -62,6 +62,8 @@ def read_config(path: str | Path, kind: type[Kind], hint: str = "see recipes/") 
         first = error.errors(include_url=False)[0]
         key = "".join(f"{part}." for part in first["loc"])[:-1]
         reason = " ".join(first["msg"].split())
+        if first["type"] not in ("extra_forbidden", "missing", "value_error"):
+            key += f" = {first['input']!r}"
         raise UserError(f"{path}: {key}{': ' if key else ''}{reason[0].lower()}{reason[1:]}") from None
 
 

@@ -213,7 +213,7 @@ def test_hardware_of_the_user(tmp_path: Path) -> None:
     assert load_hardware(str(path)).device("mine").price_hour == 1.25
     table["devices"]["mine"]["memory_gb"] = -1
     path.write_text(yaml.safe_dump(table))
-    with pytest.raises(UserError, match=r"devices.mine.memory_gb: input should be greater than 0"):
+    with pytest.raises(UserError, match=r"devices.mine.memory_gb = -1: input should be greater than 0"):
         load_hardware(str(path))
     with pytest.raises(UserError, match="did you mean h100"):
         load_hardware(None).device("h10")

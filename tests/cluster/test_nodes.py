@@ -100,7 +100,13 @@ def test_groups_become_nodes_with_their_resources_and_labels(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [("nodes: []", "nodes"), ("node: 3", "node"), ("nodes: [{cpus: x}]", "cpus")]
+    ("text", "line"),
+    [
+        ("nodes: []", "nodes"),
+        ("node: 3", "node"),
+        ("nodes: [{cpus: x}]", "cpus"),
+        ("dashboard_port: 70000", "dashboard_port = 70000"),
+    ],
 )
 def test_a_wrong_file_of_nodes_is_one_line(tmp_path: Path, text: str, line: str) -> None:
     path = tmp_path / "nodes.yaml"
