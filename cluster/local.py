@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ QUIET_ENVIRONMENT = {
 }
 
 
+SHARED_MEMORY = Path("/dev/shm")
 LEAST_STORE_MB, STORE_MB = 80, 400
 """Ray starts no object store below 75 MiB. What waits for a worker, by default, takes up to 360 MB of large samples."""
 SMALLEST_SHARE = 0.05
@@ -93,13 +95,15 @@ class ClusterConfig(Config):
     object_store_mb: int | None = Field(
         default=None,
         ge=LEAST_STORE_MB,
-        description=f"size of the object store of a Ray of its own, in MB; default: {STORE_MB} for each worker",
+        description=f"size of the object store of a Ray of its own, in MB; default: {STORE_MB} for each worker, as far "
+        "as they fit into /dev/shm",
     )
 
     @property
     def store_mb(self) -> int:
-        """Size of the object store of a Ray of its own, in MB."""
-        return self.object_store_mb or STORE_MB * self.workers
+        """Size of the object store of a Ray of its own, in MB; by default no more than fits into shared memory."""
+        wanted, free = STORE_MB * self.workers, shared_memory_mb()
+        return self.object_store_mb or (min(wanted, free * 9 // 10) if free > STORE_MB else wanted)
 
     def resolved_address(self) -> str | None:
         """Return the address to connect to, or None for a Ray of its own."""
@@ -277,6 +281,11 @@ def free_port(host: str, wanted: int = 0) -> int:
             probe.bind((host, port))
             return int(probe.getsockname()[1])
     raise UserError(f"no port is free on {host}")
+
+
+def shared_memory_mb() -> int:
+    """Free megabytes where Ray keeps its objects, 0 if there is no such place: then they lie on the disk."""
+    return shutil.disk_usage(SHARED_MEMORY).free // 1_000_000 if SHARED_MEMORY.is_dir() else 0
 
 
 def use_token() -> None:

@@ -116,6 +116,15 @@ def test_the_recipes_object_store_is_what_must_fit(tmp_path: Path) -> None:
     assert state == WARN and "cluster.object_store_mb = 1000000000" in found and "--shm-size=1000000100m" in fix
 
 
+@pytest.mark.parametrize(("free", "store"), [(10_000, 800), (500, 450), (64, 800), (0, 800)])
+def test_the_object_store_fits_into_shared_memory_unless_it_is_on_the_disk_anyway(
+    free: int, store: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.local.shared_memory_mb", lambda: free)
+    assert ClusterConfig(workers=2).store_mb == store
+    assert ClusterConfig(workers=2, object_store_mb=300).store_mb == 300
+
+
 @pytest.mark.parametrize(("code", "expected"), [("pass", OK), ("raise RuntimeError('no ring')", FAIL)])
 def test_nccl_is_tried_in_a_process(code: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The outcome of that process counts; there is no GPU here to add anything up."""
