@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import ingest_data  # noqa: E402
 from benchmarks.ingest_data import KINDS, PROCESSES, Kind  # noqa: E402
-from cluster.local import QUIET_ENVIRONMENT  # noqa: E402
+from cluster.local import QUIET_ENVIRONMENT, STORE_MB, ClusterConfig, set_quiet_environment, start_ray  # noqa: E402
 
 BATCH = 64
 WARM = 50
@@ -53,7 +53,6 @@ DELAY_S = 0.02
 BEYOND = 8192
 """Samples that ours is asked for beyond a measurement, so that it ends with as many on the way as it began with."""
 BUCKET = "data"
-STORE_MB = 500
 SECRET = {"key": "testing", "secret": "testing"}
 PEERS = {"webdataset": "webdataset", "streaming": "mosaicml-streaming", "litdata": "litdata"}
 
@@ -234,7 +233,7 @@ def ceiling(kind: Kind, folder: Path, samples: int) -> dict[str, float]:
 
 def tree_cpu() -> float:
     """CPU seconds of this process and all below it that live."""
-    return sum(sum(_cpu(process)) for process in _tree(os.getpid()))
+    return sum(sum(_cpu(process)) for process in _tree())
 
 
 def _cpu(process: psutil.Process) -> tuple[float, float]:
@@ -245,8 +244,8 @@ def _cpu(process: psutil.Process) -> tuple[float, float]:
         return 0.0, 0.0
 
 
-def _tree(pid: int) -> list[psutil.Process]:
-    root = psutil.Process(pid)
+def _tree() -> list[psutil.Process]:
+    root = psutil.Process()
     return [root, *root.children(recursive=True)]
 
 
@@ -255,8 +254,6 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
     if name == "ceiling":
         return ceiling(kind, folder, samples)
     if name.startswith("ours"):
-        from cluster.local import ClusterConfig, set_quiet_environment, start_ray
-
         set_quiet_environment()
         start_ray(ClusterConfig())
     elif name == "ray":
@@ -284,7 +281,7 @@ def leave() -> NoReturn:
 
     The last one first: a process whose raylet is gone ends with an error of its own.
     """
-    for process in reversed(_tree(os.getpid())[1:]):
+    for process in reversed(_tree()[1:]):
         with contextlib.suppress(psutil.Error):
             process.kill()
     os._exit(0)
@@ -292,7 +289,7 @@ def leave() -> NoReturn:
 
 def tree_memory() -> float:
     """Megabytes of this process and all below it, what they share counted once."""
-    return sum(map(_pss, _tree(os.getpid()))) / 1e6
+    return sum(map(_pss, _tree())) / 1e6
 
 
 def _pss(process: psutil.Process) -> float:

@@ -102,8 +102,10 @@ class ClusterConfig(Config):
     @property
     def store_mb(self) -> int:
         """Size of the object store of a Ray of its own, in MB; by default no more than fits into shared memory."""
+        if self.object_store_mb:
+            return self.object_store_mb
         wanted, free = STORE_MB * self.workers, shared_memory_mb()
-        return self.object_store_mb or (min(wanted, free * 9 // 10) if free > STORE_MB else wanted)
+        return min(wanted, free * 9 // 10) if free > STORE_MB else wanted
 
     def resolved_address(self) -> str | None:
         """Return the address to connect to, or None for a Ray of its own."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.local import ClusterConfig
+from cluster.local import SHARED_MEMORY, ClusterConfig
 from cluster.recipe import Recipe
 from perceiver.config import UserError
 from perceiver.train.runs import TrackingConfig
@@ -50,7 +50,7 @@ class Patient:
     recipe: Recipe | None = None
     nodes: Callable[[], str] | None = None
     proc: Path = field(default=Path("/sys/fs/cgroup"))
-    shm: Path = field(default=Path("/dev/shm"))
+    shm: Path = field(default=SHARED_MEMORY)
 
     @property
     def stops(self) -> str:

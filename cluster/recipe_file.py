@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from perceiver.config import Config, UserError
 
@@ -59,12 +59,34 @@ def read_config(path: str | Path, kind: type[Kind], hint: str = "see recipes/") 
     try:
         return kind.model_validate(read_yaml(path, hint) or {})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = "".join(f"{part}." for part in first["loc"])[:-1]
-        reason = " ".join(first["msg"].split())
-        if first["type"] not in ("extra_forbidden", "missing", "value_error"):
-            key += f" = {first['input']!r}"
-        raise UserError(f"{path}: {key}{': ' if key else ''}{reason[0].lower()}{reason[1:]}") from None
+        raise UserError(f"{path}: {explain(error, kind)}") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the first mistake of a validation as one line, an unknown key with the nearest one of the model."""
+    errors = error.errors(include_url=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    # Behind the key of a section that is one of several comes its kind, which is no key of the file.
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    context = first.get("ctx", {})
+    match first["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(key, list(model.model_fields), 1, cutoff=0.5)
+            return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "") + more
+        case "missing":
+            return f"the key {key} is missing{more}"
+        case "union_tag_not_found":
+            return f"the key {key}.kind is missing{more}"
+        case "union_tag_invalid":
+            kinds = context["expected_tags"].replace("'", "")
+            return f"{key}.kind = {context['tag']!r}: wanted one of {kinds}{more}"
+        case "value_error":
+            reason = first["msg"].removeprefix("Value error, ")
+            return (f"{key}: " if key else "") + reason + more
+        case _:
+            got = f"{key} = {first['input']!r}: " if key else ""
+            return f"{got}{first['msg'][0].lower()}{first['msg'][1:]}{more}"
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

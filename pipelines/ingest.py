@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
 BLOCK_BYTES, LEAST_BLOCK_BYTES = 24 << 20, 8 << 20
-"""Size of the blocks that data tasks hand over, about; one of whole batches at least. Each costs the driver and Ray's
-processes some milliseconds, so large ones, but for a task that lets little wait."""
+"""Size of the blocks that data tasks hand over; each costs Ray milliseconds. Less where a task may let little wait."""
 LARGE_ROW_BYTES = 16 << 10
 """Rows from this size on are work enough for a stream of each data task; smaller ones come from one, at less cost."""
 STREAM_SAMPLES, STREAM_BYTES, STREAM_READS = 16, 512 << 20, 4
@@ -233,8 +232,7 @@ def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | Mixtur
         streams = max(count for count in range(1, data.tasks + 1) if rows % count == 0)
     batch = share.micro_batch if streams == 1 else rows // streams
     return [_work(data, manifest, plan, rank=share.rank * streams + number, world=share.world * streams,
-                  seed=share.seed, batch=batch, waiting=data.prefetch_bytes // streams if streams > 1 else None)
-            for number in range(streams)]
+                  seed=share.seed, batch=batch) for number in range(streams)]
 
 
 def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share: TrainShare,
@@ -242,13 +240,13 @@ def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share
     """Micro-batches of steps whose parts several streams produce, one task at a time each."""
     from pipelines.stream import RayBatches, steps_of
 
-    streams = []
-    for work in works:
+    streams, waiting = [], data.prefetch_bytes // len(works)
+    for one in works:
+        work = dataclasses.replace(one, chunk=_chunk(one.spec, one.rows_per_step, waiting))
         samples = max(data.run_samples, min(data.run_samples * STREAM_SAMPLES, STREAM_BYTES // work.spec.row_bytes))
         most = _run_steps(data, work, samples, STREAM_READS)
         windows = work.plan.runs(share.start_step, share.stop_step, most)
-        options = dataclasses.replace(_ray_options(data, work), tasks=1,
-                                      bytes_in_flight=data.prefetch_bytes // len(works))
+        options = dataclasses.replace(_ray_options(data, work), tasks=1, bytes_in_flight=waiting)
         streams.append(RayBatches(work, joined_runs(windows, most), work.rows_per_step, device, options))
     return steps_of(streams, share.micro_batch)
 
@@ -337,17 +335,21 @@ def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:
 
 
 def _work(data: DataConfig, manifest: Manifest, plan: Plan, *, rank: int, world: int, seed: int,
-          batch: int, split: str | None = None, waiting: int | None = None) -> Work:
+          batch: int, split: str | None = None) -> Work:
     name = split or data.train_split
     found = manifest.split(name)
     spec = sample_spec(data, manifest, split=name, training=split is None)
     files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(data.url, found))
     reader = Reader(files, RowGroups.of(found), arrow_schema(manifest.features), manifest.classes, data.storage_options,
                     data.read, data.cache_bytes, spec.row_bytes if spec.keep_decoded else 0)
-    waiting = waiting or data.prefetch_bytes // (data.tasks + 1)
-    block = max(LEAST_BLOCK_BYTES, min(BLOCK_BYTES, waiting * 3 // 8))
-    chunk = batch * max(1, round(block / spec.row_bytes / batch))
+    chunk = _chunk(spec, batch, _waiting_rows(data, spec) * spec.row_bytes)
     return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
+
+
+def _chunk(spec: SampleSpec, batch: int, waiting: int) -> int:
+    """Rows of a block of whole batches, from a task that may let so many bytes wait."""
+    size = max(LEAST_BLOCK_BYTES, min(BLOCK_BYTES, waiting * 3 // 8))
+    return batch * max(1, round(size / spec.row_bytes / batch))
 
 
 def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"

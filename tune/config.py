@@ -16,8 +16,8 @@ from pydantic import (
 )
 
 from cluster.recipe import Recipe, build_recipe
+from cluster.recipe_file import explain
 from perceiver.config import Config, UserError
-from tune.messages import explain
 from tune.search_file import read_search
 from tune.space import Choice, Grid, Space, flatten_space, with_values
 

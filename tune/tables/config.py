@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from cluster.recipe_file import read_tree
+from cluster.recipe_file import explain, read_tree
 from perceiver.config import Config, UserError
 from tune.config import Mode
-from tune.messages import explain
 from tune.search_file import flat
 from tune.space import Values
 
