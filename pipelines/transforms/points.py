@@ -35,18 +35,27 @@ def decode(stored: bytes) -> Points:
 
 
 def normalised(points: Points) -> Points:
-    """Points with zero mean, in a cube from -1 to 1."""
-    centred = points - points.mean(axis=0)
-    return (centred / max(float(np.abs(centred).max()), 1e-12)).astype(np.float32)
+    """Points (n, 3) with zero mean, in a cube from -1 to 1."""
+    return _in_cube(_centred(points.T.copy())).T
 
 
 def training_view(points: Points, config: PointsConfig, rng: Generator) -> Points:
     """A random choice of points, centred, each scaled at random, normalised: (count, 3)."""
-    chosen = points[rng.choice(len(points), config.count, replace=len(points) < config.count)]
-    centred = chosen - chosen.mean(axis=0)
-    return normalised(centred * rng.uniform(*config.scale, (config.count, 1)))
+    chosen = points.take(rng.choice(len(points), config.count, len(points) < config.count, shuffle=False), axis=0)
+    scales = rng.uniform(*config.scale, config.count).astype(np.float32)
+    return _in_cube(_centred(_centred(chosen.T.copy()) * scales)).T
 
 
 def evaluation_view(points: Points, config: PointsConfig) -> Points:
     """Points spread evenly over the stored order, normalised: (count, 3)."""
     return normalised(points[np.arange(config.count) * len(points) // config.count % len(points)])
+
+
+def _centred(axes: Points) -> Points:
+    """Coordinates (3, n) with zero mean: axis by axis, since numpy takes ten times as long for sums of rows of three."""
+    return axes - axes.mean(axis=1, keepdims=True)
+
+
+def _in_cube(axes: Points) -> Points:
+    """Coordinates (3, n) divided by the largest."""
+    return axes / np.maximum(np.abs(axes).max(), np.float32(1e-12))
