@@ -121,7 +121,7 @@ def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
 
     def warm() -> None:
         if recipe.data.executor == "ray":
-            warm_up(recipe.cluster.workers * recipe.data.tasks, recipe.data.cpus_per_task)
+            warm_up(recipe.cluster.workers * recipe.data.tasks, recipe.data, launch.preflight.manifest)
 
     with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
         return {**_fit(launch, handle), "handle": handle}

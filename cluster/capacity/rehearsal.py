@@ -71,11 +71,12 @@ def main() -> None:
     from cluster.process_group import torch_config
     from cluster.slim import SlimTrainer
     from cluster.trainer import Share, worker_resources
+    from pipelines.ingest import load_data
     from pipelines.warm import warm_up
 
     cluster = recipe.cluster
     if recipe.data.executor == "ray":
-        warm_up(cluster.workers * recipe.data.tasks, recipe.data.cpus_per_task)
+        warm_up(cluster.workers * recipe.data.tasks, recipe.data, load_data(recipe.data))
     trainer = SlimTrainer(
         rehearse,
         train_loop_config=task,

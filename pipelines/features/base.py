@@ -57,6 +57,10 @@ class BaseFeature(Config):
         """Size of a decoded sample where all have the same; 0 means that decoded samples are not worth keeping."""
         return 0
 
+    def imports(self, view: ViewConfig) -> tuple[str, ...]:
+        """Modules that its transforms import when they first need them, for processes that are started early."""
+        return ()
+
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """The sample ready to be shown, without anything random.
 

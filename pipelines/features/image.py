@@ -32,6 +32,10 @@ class ImageFeature(BaseFeature):
         """Known if all images have the same size."""
         return self.channels * math.prod(self.size) if self.size else 0
 
+    def imports(self, view: ViewConfig) -> tuple[str, ...]:
+        """torch, if images are resized."""
+        return ("torch",) if view.augment.crop or (view.image_size or self.size) != self.size else ()
+
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """A Pillow image."""
         return decode(stored or b"", self.channels, view.max_pixels)

@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 
 from perceiver.config import Config
 from pipelines.transforms import BadSample
-from pipelines.transforms.image import Pixels, to_pixels
 from pipelines.transforms.image import decode as decode_image
+from pipelines.transforms.resize import Pixels, to_pixels
 
 FLO_MAGIC = b"PIEH"
 """202021.25 as little-endian float32, which begins a .flo file."""

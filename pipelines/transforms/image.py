@@ -7,17 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.random import Generator
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 
 from perceiver.config import Config
 from pipelines.transforms import BadSample
 from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
-
-Pixels = NDArray[np.uint8]
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels."""
+from pipelines.transforms.resize import Box, Pixels, resized, to_pixels
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused by their header, before memory is spent on them."""
@@ -106,12 +102,6 @@ def _mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def to_pixels(image: Image.Image) -> Pixels:
-    """Pixels of a Pillow image as (C, H, W) uint8: a view, since whoever puts a batch together copies them anyway."""
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
 def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
                   ) -> Pixels:
     """A random view of a training image, (C, height, width) uint8.
@@ -124,22 +114,16 @@ def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConf
     """
     if config == UNCHANGED:
         return evaluation_view(image, size, 1.0)
-    rng, (height, width) = random(), size
+    rng = random()
     flip = config.flip and rng.random() < 0.5
     box = crop_box(image.height, image.width, config.crop, rng) if config.crop else centred_box(image, size, 1.0)
     if config.rand_augment:
         left, top, right, bottom = map(round, box)
         image = rand_augment(image.crop((left, top, right, bottom)), config.rand_augment, rng)
         box = (0, 0, *image.size)
-    if (image.size, box) != ((width, height), (0, 0, width, height)):
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = resized(image, size, box, flip=flip)
     if config.affine:
-        coefficients = affine_coefficients(size, config, rng)
-        return to_pixels(image.transform((width, height), Image.Transform.AFFINE, coefficients,
-                                         Image.Resampling.BILINEAR))
-    pixels = to_pixels(image)
+        return transformed(pixels, affine_coefficients(size, config, rng))
     if config.shift:
         down, right = rng.integers(-config.shift, config.shift + 1, 2)
         return shifted(pixels, int(down), int(right))
@@ -148,10 +132,9 @@ def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConf
 
 def evaluation_view(image: Image.Image, size: tuple[int, int], crop: float) -> Pixels:
     """The fixed view of an evaluation image: unchanged if it has the size wanted, else fitted."""
-    if image.size != (size[1], size[0]):
-        box = centred_box(image, size, crop)
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
-    return to_pixels(image)
+    if image.size == (size[1], size[0]):
+        return to_pixels(image)
+    return resized(image, size, centred_box(image, size, crop))
 
 
 def centred_box(image: Image.Image, size: tuple[int, int], crop: float) -> Box:
@@ -190,6 +173,13 @@ def affine_coefficients(size: tuple[int, int], config: AugmentConfig, rng: Gener
     x, y = size[1] / 2, size[0] / 2
     out_x, out_y = x + right * config.shift, y + down * config.shift
     return a, b, x - a * out_x - b * out_y, d, e, y - d * out_x - e * out_y
+
+
+def transformed(pixels: Pixels, coefficients: tuple[float, ...]) -> Pixels:
+    """Pixels (C, H, W) under an affine map from output to input, see `affine_coefficients`; black moves in."""
+    height, width = pixels.shape[1:]
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    return to_pixels(image.transform((width, height), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR))
 
 
 def shifted(pixels: Pixels, down: int, right: int) -> Pixels:

@@ -13,8 +13,9 @@ from PIL import Image
 from pydantic import Field
 
 from perceiver.config import Config
-from pipelines.transforms.image import Box, CropConfig, centred_box, crop_box, to_pixels
+from pipelines.transforms.image import CropConfig, centred_box, crop_box
 from pipelines.transforms.media import Media, frames_at
+from pipelines.transforms.resize import Box, to_pixels
 
 MAX_PIXELS = 10_000_000
 

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from pipelines.features import ImageFeature
+from pipelines.features.base import ViewConfig
 from pipelines.transforms import BadSample
 from pipelines.transforms.image import (
     AugmentConfig,
@@ -21,9 +23,9 @@ from pipelines.transforms.image import (
     decode,
     evaluation_view,
     shifted,
-    to_pixels,
     training_view,
 )
+from pipelines.transforms.resize import resized, to_pixels
 from tests.pipelines.toys import png
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
@@ -158,7 +160,38 @@ def test_a_scale_out_of_order_is_refused() -> None:
         AugmentConfig(scale=(1.1, 0.9))
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_resized_box_is_pillows_but_for_rounding(mode: str) -> None:
+    """Of noise that stays clear of black and white, where each of two passes is cut off, and Pillow chooses the first.
+    """
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(80, 176, (60, 80, 3), np.uint8)).convert(mode)
+    for seed in range(60):
+        left, top, right, bottom = box = crop_box(60, 80, CropConfig(), np.random.default_rng(seed))
+        height, width = map(int, rng.integers(1, 120, 2))
+        pillow = noise.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BICUBIC)
+        ours = resized(noise, (height, width), box)
+        assert ours.shape == (len(noise.getbands()), height, width) and ours.dtype == np.uint8
+        difference = abs(ours.astype(int) - to_pixels(pillow))
+        assert difference.max() <= 2 and (difference > 1).mean() < 0.01
+        assert (resized(noise, (height, width), box, flip=True) == ours[:, :, ::-1]).all()
+
+
+def test_a_box_between_pixels_is_resized_too() -> None:
+    ramp = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (50, 1)))
+    shown = resized(ramp, (10, 20), (10.5, 5.25, 90.5, 45.25), flip=True)
+    assert shown.shape == (1, 10, 20) and abs(shown[0, 0] - np.linspace(88, 12, 20)).max() < 1
+
+
+def test_images_are_resized_by_torch_only_where_the_processes_were_told() -> None:
+    stored, free = ImageFeature(channels=3, size=(28, 28)), ImageFeature(channels=3)
+    assert stored.imports(ViewConfig()) == () == stored.imports(ViewConfig(image_size=(28, 28)))
+    assert stored.imports(ViewConfig(image_size=(14, 14))) == ("torch",) == free.imports(ViewConfig(image_size=(9, 9)))
+    assert stored.imports(ViewConfig(augment=AugmentConfig(crop=CropConfig()))) == ("torch",)
+
+
 def test_transforms_know_neither_ray_nor_torch() -> None:
+    """But for resizing, which imports torch when it is first wanted: see tests/test_architecture.py."""
     folder = Path(__file__).parents[2] / "pipelines"
     for name in ("transforms/image.py", "features/image.py", "samples.py", "reader.py", "plan.py", "shards.py",
                  "prepare.py"):
