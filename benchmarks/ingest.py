@@ -11,8 +11,9 @@ not measured. Every loader runs the same decoding and transforms (`Kind.sample`:
 a process of its own, with the allocator's settings of our training workers; the loaders take turns, `--repeats` times,
 so that other work on the machine meets all alike.
 
-`per_second` is samples a second once fifty batches have passed (processes, memory and page cache are warm then), the
-median; `cpu_ms` the CPU milliseconds of a sample over all processes, which other work disturbs less; `memory_mb` the
+`per_second` is samples a second over `--seconds`, after as many of `--warm` (each loader's processes, the memory they
+share and the page cache are as in the middle of a run then), the median; `cpu_ms` the CPU milliseconds of a sample over
+all processes, which other work disturbs less; `memory_mb` the
 process tree's proportional set size when the measurement ends, since adding it up takes the more time from a loader
 the more processes it has; `first_s` the seconds from the loader's construction to its first batch, imports and
 `ray.init` apart. `ceiling` is the bare loop: two processes that decode and transform samples from memory and hand
@@ -32,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,191 +45,42 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import ingest_data  # noqa: E402
 from benchmarks.ingest_data import KINDS, PROCESSES, Kind  # noqa: E402
+from benchmarks.ingest_loaders import BATCH, BUCKET, LOADERS, SECRET, View, part_of  # noqa: E402
 from cluster.local import QUIET_ENVIRONMENT, STORE_MB, ClusterConfig, set_quiet_environment, start_ray  # noqa: E402
 
-BATCH = 64
-WARM = 50
-S3_SAMPLES = 1500
 DELAY_S = 0.02
-BEYOND = 8192
-"""Samples that ours is asked for beyond a measurement, so that it ends with as many on the way as it began with."""
-BUCKET = "data"
-SECRET = {"key": "testing", "secret": "testing"}
+BEGIN_S = 120
+"""Seconds that a loader may take beyond those that it is measured for."""
 PEERS = {"webdataset": "webdataset", "streaming": "mosaicml-streaming", "litdata": "litdata"}
 
-Batches = Iterator[Any]
 
-
-def _generator() -> np.random.Generator:
-    return np.random.default_rng(int.from_bytes(os.urandom(8), "little"))
-
-
-class View:
-    """A kind's transform, for loaders that call it in worker processes; one generator a process."""
-
-    def __init__(self, kind: str, field: str | None = None) -> None:
-        self.kind, self.field = kind, field
-        self._rng: np.random.Generator | None = None
-
-    def __call__(self, encoded: Any) -> np.ndarray:
-        self._rng = self._rng or _generator()
-        return KINDS[self.kind].sample(encoded[self.field] if self.field else encoded, self._rng)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"kind": self.kind, "field": self.field, "_rng": None}
-
-
-def ours(kind: Kind, folder: Path, samples: int, url: str | None = None, **options: Any) -> Batches:
-    """`train_batches` on Ray Data."""
-    from pipelines.ingest import TrainShare, load_data, train_batches
-
-    data = kind.view.model_copy(update={"url": url or str(ingest_data.shards(kind, folder)), **options})
-    share = TrainShare(0, BATCH, BATCH, 0, samples // BATCH)
-    return (batch[kind.key] for batch in train_batches(data, load_data(data), share, "cpu"))
-
-
-def ours_part(kind: Kind, folder: Path, samples: int) -> Batches:
-    """The first shards alone, from the disk."""
-    return ours(kind, folder, samples, url=str(_part(kind, folder)))
-
-
-def ours_s3(kind: Kind, folder: Path, samples: int) -> Batches:
-    """The same shards from the S3 server of the parent process."""
-    options = {**SECRET, "endpoint_url": os.environ["BENCHMARK_S3"]}
-    return ours(kind, folder, samples, url=f"s3://{BUCKET}/{kind.name}", storage_options=options)
-
-
-def _part(kind: Kind, folder: Path) -> Path:
-    """A folder with the first shards only."""
-    from pipelines.shards import load_manifest, save_manifest
-    from pipelines.storage import open_folder
-
-    whole, part = ingest_data.shards(kind, folder), folder / kind.name / "part"
-    manifest = load_manifest(str(whole))
-    split = manifest.splits["train"]
-    shards = split.shards[:max(1, S3_SAMPLES // split.shards[0].rows)]
-    part.mkdir(exist_ok=True)
-    for shard in shards:
-        if not (part / shard.name).exists():
-            (part / shard.name).hardlink_to(whole / shard.name)
-    part_of = split.model_copy(update={"shards": shards})
-    save_manifest(manifest.model_copy(update={"splits": {"train": part_of}}), open_folder(str(part)))
-    return part
-
-
-def torch_files(kind: Kind, folder: Path, samples: int) -> Batches:
-    """torch's DataLoader over the files."""
-    import torch.utils.data
-
-    files, view = ingest_data.raw_files(kind, folder), View(kind.name)
-
-    class Files(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return len(files)
-
-        def __getitem__(self, index: int) -> np.ndarray:
-            return view(files[index].read_bytes())
-
-    loader = torch.utils.data.DataLoader(Files(), BATCH, shuffle=True, num_workers=PROCESSES, persistent_workers=True,
-                                         drop_last=True, prefetch_factor=4)
-    return itertools.chain.from_iterable(itertools.repeat(loader))
-
-
-def webdataset(kind: Kind, folder: Path, samples: int) -> Batches:
-    """webdataset over tars."""
-    wds = ingest_data.peer("webdataset")
-    urls = sorted(map(str, ingest_data.tars(kind, folder).glob("*.tar")))
-    data = (wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=wds.split_by_node).repeat().shuffle(512)
-            .map(View(kind.name, kind.suffix)).batched(BATCH, collation_fn=np.stack, partial=False))
-    return iter(wds.WebLoader(data, batch_size=None, num_workers=PROCESSES, prefetch_factor=4))
-
-
-def streaming(kind: Kind, folder: Path, samples: int) -> Batches:
-    """MosaicML Streaming over MDS."""
-    from torch.utils.data import DataLoader
-
-    view = View(kind.name, "data")
-
-    class Mapped(ingest_data.peer("streaming").StreamingDataset):
-        def __getitem__(self, at: Any) -> Any:
-            return view(super().__getitem__(at))
-
-    data = Mapped(local=str(ingest_data.mds(kind, folder)), shuffle=True, batch_size=BATCH)
-    loader = DataLoader(data, BATCH, num_workers=PROCESSES, drop_last=True, persistent_workers=True, prefetch_factor=4)
-    return itertools.chain.from_iterable(itertools.repeat(loader))
-
-
-def litdata(kind: Kind, folder: Path, samples: int) -> Batches:
-    """litdata over its chunks."""
-    lit = ingest_data.peer("litdata")
-    data = lit.StreamingDataset(str(ingest_data.chunks(kind, folder)), shuffle=True, drop_last=True,
-                            transform=View(kind.name, "data"))
-    loader = lit.StreamingDataLoader(data, batch_size=BATCH, num_workers=PROCESSES, drop_last=True,
-                                     persistent_workers=True, prefetch_factor=4)
-    return itertools.chain.from_iterable(itertools.repeat(loader))
-
-
-def plain_ray(kind: Kind, folder: Path, samples: int) -> Batches:
-    """Ray Data as its guide shows it: `read_images` and a map (other kinds: `read_binary_files`); one epoch a pass."""
-    import ray.data
-    from PIL import Image
-
-    from pipelines.transforms.image import training_view
-
-    root = str(ingest_data.raw_files(kind, folder)[0].parent.parent)
-    view = View(kind.name, "bytes")
-
-    def transform(row: dict[str, Any]) -> dict[str, Any]:
-        if kind.name != "image":
-            return {"data": view(row)}
-        picture = Image.fromarray(row["image"])
-        return {"data": training_view(picture, (224, 224), kind.view.augment, _generator)}
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    read = ray.data.read_images(root, mode="RGB") if kind.name == "image" else ray.data.read_binary_files(root)
-    data = read.map(transform)
-    return itertools.chain.from_iterable(data.iter_torch_batches(batch_size=BATCH, drop_last=True)
-                                         for _ in itertools.count())
-
-
-LOADERS: dict[str, Callable[[Kind, Path, int], Batches]] = {
-    "ours": ours, "torch": torch_files, "webdataset": webdataset, "streaming": streaming, "litdata": litdata,
-    "ray": plain_ray, "ours-part": ours_part, "ours-s3": ours_s3}
-
-
-def bare_loop(kind: str, folder: str, samples: int, ready: Any, start: Any) -> None:
-    """One process of the ceiling."""
+def bare_loop(kind: str, folder: str, ready: Any, done: Any) -> None:
+    """One process of the ceiling; counts what it has done."""
     files = ingest_data.raw_files(KINDS[kind], Path(folder))
     encoded = [path.read_bytes() for path in files[:1000]]
     view = View(kind)
     view(encoded[0])
     ready.release()
-    start.wait()
-    for number in range(samples // PROCESSES):
-        np.ascontiguousarray(view(encoded[number % len(encoded)]))
+    while True:
+        for one in encoded:
+            np.ascontiguousarray(view(one))
+            done.value += 1
 
 
-def ceiling(kind: Kind, folder: Path, samples: int) -> dict[str, float]:
+def ceiling(kind: Kind, folder: Path, warm: float, seconds: float) -> dict[str, float]:
     """Samples a second of two bare loops."""
     context = multiprocessing.get_context("spawn")
-    ready, start = context.Semaphore(0), context.Event()
-    loops = [context.Process(target=bare_loop, args=(kind.name, str(folder), samples, ready, start))
-             for _ in range(PROCESSES)]
-    for loop in loops:
-        loop.start()
-    for _ in loops:
+    ready, counts = context.Semaphore(0), [context.Value("q", 0, lock=False) for _ in range(PROCESSES)]
+    for done in counts:
+        context.Process(target=bare_loop, args=(kind.name, str(folder), ready, done), daemon=True).start()
+    for _ in counts:
         ready.acquire()
-    memory = tree_memory()
-    before, began = tree_cpu(), time.perf_counter()
-    start.set()
-    peak = 0.0
-    while any(loop.is_alive() for loop in loops):
-        peak = max(peak, tree_cpu())
-        for loop in loops:
-            loop.join(0.05)
-    seconds = time.perf_counter() - began
-    return {"per_second": samples / seconds, "cpu_ms": (peak - before) / samples * 1e3, "first_s": 0.0,
-            "memory_mb": memory}
+    time.sleep(warm)
+    began, cpu, before = time.perf_counter(), tree_cpu(), sum(done.value for done in counts)
+    time.sleep(seconds)
+    samples = sum(done.value for done in counts) - before
+    return {"per_second": samples / (time.perf_counter() - began), "cpu_ms": (tree_cpu() - cpu) / samples * 1e3,
+            "first_s": 0.0, "memory_mb": tree_memory()}
 
 
 def tree_cpu() -> float:
@@ -249,10 +101,10 @@ def _tree() -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
-def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, float]:
+def measure(name: str, kind: Kind, folder: Path, warm: float, seconds: float) -> dict[str, float]:
     """Rate, CPU, time to the first batch and memory at the end of one loader; runs in a process of its own."""
     if name == "ceiling":
-        return ceiling(kind, folder, samples)
+        return ceiling(kind, folder, warm, seconds)
     if name.startswith("ours"):
         set_quiet_environment()
         start_ray(ClusterConfig())
@@ -262,13 +114,13 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
         ray.init(address="local", num_cpus=PROCESSES, include_dashboard=False, object_store_memory=STORE_MB * 1_000_000,
                  log_to_driver=False, logging_level=logging.ERROR)
     began = time.perf_counter()
-    batches = LOADERS[name](kind, folder, samples + (WARM + 1) * BATCH + BEYOND)
+    batches = LOADERS[name](kind, folder)
     shape = tuple(next(batches).shape)
     first = time.perf_counter()
-    for _ in range(WARM):
+    while time.perf_counter() - first < warm:
         next(batches)
     start, before, done = time.perf_counter(), tree_cpu(), 0
-    while done < samples:
+    while time.perf_counter() - start < seconds:
         assert tuple(next(batches).shape) == shape
         done += BATCH
     rate = done / (time.perf_counter() - start)
@@ -277,14 +129,16 @@ def measure(name: str, kind: Kind, folder: Path, samples: int) -> dict[str, floa
 
 
 def leave() -> NoReturn:
-    """End at once, with all processes below: loaders stopped in the middle keep an interpreter from ending.
-
-    The last one first: a process whose raylet is gone ends with an error of its own.
-    """
-    for process in reversed(_tree()[1:]):
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    """End at once, with all processes below: loaders stopped in the middle keep an interpreter from ending."""
+    end_below(psutil.Process())
     os._exit(0)
+
+
+def end_below(process: psutil.Process) -> None:
+    """End all processes below one, the last first: one whose raylet is gone ends with an error of its own."""
+    for child in reversed(process.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
 
 
 def tree_memory() -> float:
@@ -309,7 +163,7 @@ def serve(kind: Kind, folder: Path) -> None:
     client = boto3.client("s3", endpoint_url=server.url, aws_access_key_id=SECRET["key"],
                           aws_secret_access_key=SECRET["secret"], region_name="us-east-1")
     client.create_bucket(Bucket=BUCKET)
-    for path in _part(kind, folder).iterdir():
+    for path in part_of(kind, folder).iterdir():
         client.upload_file(str(path), BUCKET, f"{kind.name}/{path.name}")
     server.delay = DELAY_S
     print(server.url, flush=True)
@@ -339,7 +193,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder of the data; about 4 GB")
     parser.add_argument("--kind", choices=KINDS, action="append", help="default: all")
     parser.add_argument("--loader", choices=["ceiling", *LOADERS], action="append", help="default: all")
-    parser.add_argument("--samples", type=int, default=5120, help="of a measurement of images; others: twice as many")
+    parser.add_argument("--seconds", type=float, default=12, help="of a measurement")
+    parser.add_argument("--warm", type=float, default=8, help="seconds from the first batch to the measurement")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print lines of JSON")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -348,7 +203,8 @@ def main() -> None:
     if options.serve:
         return serve(KINDS[options.kind[0]], options.data)
     if options.one:
-        print(json.dumps(measure(options.loader[0], KINDS[options.kind[0]], options.data, options.samples)), flush=True)
+        found = measure(options.loader[0], KINDS[options.kind[0]], options.data, options.warm, options.seconds)
+        print(json.dumps(found), flush=True)
         leave()
     results = [row for kind in options.kind or KINDS for row in compare(KINDS[kind], options)]
     for row in table(results):
@@ -372,23 +228,37 @@ def compare(kind: Kind, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     ingest_data.shards(kind, options.data)
     allocator = {name: value for name, value in QUIET_ENVIRONMENT.items() if name.startswith("MALLOC_")}
     env = {**os.environ, **allocator, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "true"}
-    this = [sys.executable, __file__, f"--data={options.data}", f"--kind={kind.name}"]
+    this = [sys.executable, __file__, f"--data={options.data}", f"--kind={kind.name}", f"--warm={options.warm}",
+            f"--seconds={options.seconds}"]
     server = None
     if "ours-s3" in loaders:
         server = subprocess.Popen([*this, "--serve"], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=env)
         assert server.stdout is not None
         env["BENCHMARK_S3"] = server.stdout.readline().strip()
-    samples = options.samples * (1 if kind.name == "image" else 2)
     for _, name in itertools.product(range(options.repeats), loaders):
-        done = subprocess.run([*this, "--one", f"--loader={name}", f"--samples={samples}"], env=env, text=True,
-                              capture_output=True)
-        if done.returncode:
-            raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
-        row = {"kind": kind.name, "loader": name, **json.loads(done.stdout.splitlines()[-1])}
+        found = run_one([*this, "--one", f"--loader={name}"], env, options.warm + options.seconds + BEGIN_S)
+        if found is None:
+            print(f"{name} has no result: it did not come to an end", file=sys.stderr)
+            continue
+        row = {"kind": kind.name, "loader": name, **found}
         print(json.dumps(row), file=sys.stderr)
         yield row
     if server:
         server.communicate()
+
+
+def run_one(command: list[str], env: dict[str, str], limit_s: float) -> dict[str, float] | None:
+    """A measurement in a process of its own; None if it takes longer than `limit_s`."""
+    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            printed, errors = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            end_below(psutil.Process(process.pid))
+            process.kill()
+            return None
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with {process.returncode}: {errors[-2000:]}")
+    return json.loads(printed.splitlines()[-1])
 
 
 def _cannot(name: str) -> str:
