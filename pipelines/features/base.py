@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 from numpy.random import Generator
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from perceiver.config import Config
 from pipelines.transforms.audio import AudioConfig
@@ -25,7 +25,8 @@ Random = Callable[[], Generator]
 class ViewConfig(Config):
     """How samples are shown to the model; part of the recipe's `data:` section."""
 
-    image_size: tuple[int, int] | None = Field(default=None, description="(height, width) in a batch; null: as stored")
+    image_size: tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="(height, width) in a batch; null: as stored")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training images")
     eval_crop: float = Field(default=0.875, gt=0, le=1, description="share of a larger image that evaluation covers")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="larger images are bad samples")

@@ -26,6 +26,14 @@ class CropConfig(Config):
     area: tuple[float, float] = Field(default=(0.08, 1.0), description="share of the image's area, uniform")
     aspect: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="width / height, log-uniform")
 
+    @model_validator(mode="after")
+    def _ordered(self) -> "CropConfig":
+        for name, (low, high), most in (("area", self.area, 1.0), ("aspect", self.aspect, math.inf)):
+            if not 0 < low <= high <= most:
+                raise ValueError(f"{name} {[low, high]}: wanted [low, high] with 0 < low <= high"
+                                 + " <= 1" * (most == 1))
+        return self
+
 
 class AugmentConfig(Config):
     """Random changes to training images; the defaults change nothing."""

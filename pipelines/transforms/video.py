@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from perceiver.config import Config
 from pipelines.transforms.image import CropConfig, centred_box, crop_box
@@ -43,7 +43,8 @@ class VideoConfig(Config):
 
     frames: int = Field(default=32, ge=1, description="frames of a clip")
     fps: float = Field(default=25.0, gt=0, le=1000, description="frames a second in a batch, taken by time stamp")
-    size: tuple[int, int] | None = Field(default=None, description="(height, width) in a batch; null: as stored")
+    size: tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="(height, width) in a batch; null: as stored")
     augment: VideoAugmentConfig = Field(default=VideoAugmentConfig(), description="random changes to training clips")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="videos of larger frames are bad samples")
 
