@@ -13,13 +13,12 @@ so that other work on the machine meets all alike.
 
 `per_second` is samples a second over `--seconds`, after as many of `--warm` (each loader's processes, the memory they
 share and the page cache are as in the middle of a run then), the median; `cpu_ms` the CPU milliseconds of a sample over
-all processes, which other work disturbs less; `memory_mb` the
-process tree's proportional set size when the measurement ends, since adding it up takes the more time from a loader
-the more processes it has; `first_s` the seconds from the loader's construction to its first batch, imports and
-`ray.init` apart. `ceiling` is the bare loop: two processes that decode and transform samples from memory and hand
-nothing over. `of_ceiling` relates the rates, `of_ceiling_cpu` the CPU of the ceiling to that of the loader. `ours-s3`
-reads from an S3 server on this machine that answers each request 20 ms late, to be held against `ours-part`, the same
-samples from the disk.
+all processes, which other work disturbs less; `memory_mb` the process tree's proportional set size when the measurement
+ends, since adding it up takes the more time from a loader the more processes it has; `first_s` the seconds from the
+loader's construction to its first batch, imports and `ray.init` apart. `ceiling` is the bare loop: two processes that
+decode and transform samples from memory and hand nothing over. `of_ceiling` relates the rates, `of_ceiling_cpu` the CPU
+of the ceiling to that of the loader. `ours-s3` reads from an S3 server on this machine that answers each request 20 ms
+late, to be held against `ours-part`, the same samples from the disk.
 """
 
 import argparse

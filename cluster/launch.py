@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import yaml
@@ -119,10 +120,7 @@ def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
     _say_header(launch)
     run = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
 
-    def warm() -> None:
-        if recipe.data.executor == "ray":
-            warm_up(recipe.cluster.workers * recipe.data.tasks, recipe.data, launch.preflight.manifest)
-
+    warm = partial(warm_up, recipe.cluster.workers * recipe.data.tasks, recipe.data, launch.preflight.manifest)
     with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
         return {**_fit(launch, handle), "handle": handle}
 

@@ -1,6 +1,6 @@
 """Executing work on Ray Data: runs of steps become batches of tensors, in order, without a stall at any boundary.
 
-Imported only where batches are consumed; the data tasks themselves need neither torch nor this module.
+Imported only where batches are consumed; the data tasks do without this module, and without torch unless they resize.
 """
 
 import contextlib

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 def warm_up(tasks: int, data: "DataConfig", manifest: "Manifest") -> Any:
     """Start the processes of the data tasks and Ray Data's own actors in the background; returns a reference at once.
 
-    On a busy machine this takes several seconds, which the first batch would otherwise wait for.
+    On a busy machine this takes several seconds, which the first batch would otherwise wait for. None if it is not Ray
+    Data that executes.
 
     Args:
         tasks: data tasks at a time over all workers.
         data: the recipe's `data:` section.
         manifest: see `load_data`.
     """
+    if data.executor != "ray":
+        return None
     import ray
 
     # Retrying or failing makes no difference to a run: the first batch starts whatever is missing.

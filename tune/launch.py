@@ -199,7 +199,7 @@ def _search(launch: SearchLaunch, ray_start: local.EarlyRay) -> dict[str, Any]:
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
     run = Tracked(launch.tracking, params, _source_tag(launch))
     tasks = launch.slots.concurrency * recipe.cluster.workers * recipe.data.tasks
-    warm = partial(warm_up, tasks, recipe.data, load_data(recipe.data))
+    warm = partial(warm_up, tasks, recipe.data, load_data(recipe.data, launch.checker.manifest))
     with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
         if handle is not None:
             launch.tracker = open_tracker(handle, spool_folder(folder.local), system_metrics_node="")

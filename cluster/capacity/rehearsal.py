@@ -75,8 +75,7 @@ def main() -> None:
     from pipelines.warm import warm_up
 
     cluster = recipe.cluster
-    if recipe.data.executor == "ray":
-        warm_up(cluster.workers * recipe.data.tasks, recipe.data, load_data(recipe.data))
+    warm_up(cluster.workers * recipe.data.tasks, recipe.data, load_data(recipe.data))
     trainer = SlimTrainer(
         rehearse,
         train_loop_config=task,

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from perceiver.config import Config
-from pipelines.transforms import BadSample
+from pipelines.transforms import BadSample, check_range
 from pipelines.transforms.image import decode as decode_image
 from pipelines.transforms.resize import Pixels, to_pixels
 
@@ -33,8 +33,7 @@ class FlowViewConfig(Config):
 
     @model_validator(mode="after")
     def _ordered(self) -> "FlowViewConfig":
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale {list(self.scale)}: wanted [low, high] with 0 < low <= high")
+        check_range("scale", self.scale)
         return self
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 
 from perceiver.config import Config
-from pipelines.transforms import BadSample
+from pipelines.transforms import BadSample, check_range
 from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
 from pipelines.transforms.resize import Box, Pixels, resized, to_pixels
 
@@ -28,10 +28,8 @@ class CropConfig(Config):
 
     @model_validator(mode="after")
     def _ordered(self) -> "CropConfig":
-        for name, (low, high), most in (("area", self.area, 1.0), ("aspect", self.aspect, math.inf)):
-            if not 0 < low <= high <= most:
-                raise ValueError(f"{name} {[low, high]}: wanted [low, high] with 0 < low <= high"
-                                 + " <= 1" * (most == 1))
+        check_range("area", self.area, 1)
+        check_range("aspect", self.aspect)
         return self
 
 
@@ -48,8 +46,7 @@ class AugmentConfig(Config):
 
     @model_validator(mode="after")
     def _ordered(self) -> "AugmentConfig":
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale {list(self.scale)}: wanted [low, high] with 0 < low <= high")
+        check_range("scale", self.scale)
         return self
 
     @property

@@ -32,14 +32,18 @@ def resized(image: Image.Image, size: tuple[int, int], box: Box, *, flip: bool =
     height, width = size
     left, top, right, bottom = map(int, box)
     whole = (left, top, right, bottom)
-    unchanged = (image.size, whole) == ((width, height), (0, 0, width, height))
-    if unchanged or whole != tuple(box):
-        image = image if unchanged else image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-        return to_pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+    if (image.size, box) != ((width, height), (0, 0, width, height)):
+        if box == whole:
+            return _resized_by_torch(image.crop(whole), size, flip)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return to_pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+
+
+def _resized_by_torch(image: Image.Image, size: tuple[int, int], flip: bool) -> Pixels:
     import torch
     from torch.nn.functional import interpolate
 
-    shown = np.array(image.crop(whole))
-    pixels = torch.from_numpy(shown.reshape(bottom - top, right - left, -1)).permute(2, 0, 1)[None]
+    shown = np.array(image)
+    pixels = torch.from_numpy(shown.reshape(*shown.shape[:2], -1)).permute(2, 0, 1)[None]
     pixels = interpolate(pixels, size, mode="bicubic", antialias=True)[0]
     return (pixels.flip(2) if flip else pixels).numpy()

@@ -186,6 +186,7 @@ def test_a_box_between_pixels_is_resized_too() -> None:
     ramp = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (50, 1)))
     shown = resized(ramp, (10, 20), (10.5, 5.25, 90.5, 45.25), flip=True)
     assert shown.shape == (1, 10, 20) and abs(shown[0, 0] - np.linspace(88, 12, 20)).max() < 1
+    assert (resized(ramp, (50, 100), (0.9, 0, 100, 50)) != to_pixels(ramp)).any()
 
 
 def test_images_are_resized_by_torch_only_where_the_processes_were_told() -> None:
