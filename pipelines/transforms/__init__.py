@@ -1,4 +1,4 @@
-"""Functions on one sample: decoding, augmentation, evaluation views. No Ray; torch to resize; randomness is passed in."""
+"""Functions on one sample: decoding, augmentation, views. No Ray; torch to resize; randomness is passed in."""
 
 import math
 
