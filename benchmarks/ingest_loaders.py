@@ -133,7 +133,6 @@ def litdata(kind: Kind, folder: Path) -> Batches:
 def plain_ray(kind: Kind, folder: Path) -> Batches:
     """Ray Data as its guide shows it: `read_images` and a map (other kinds: `read_binary_files`); one epoch a pass."""
     import ray.data
-    from PIL import Image
 
     from pipelines.transforms.image import training_view
 
@@ -143,8 +142,7 @@ def plain_ray(kind: Kind, folder: Path) -> Batches:
     def transform(row: dict[str, Any]) -> dict[str, Any]:
         if kind.name != "image":
             return {"data": view(row)}
-        picture = Image.fromarray(row["image"])
-        return {"data": training_view(picture, (224, 224), kind.view.augment, _generator)}
+        return {"data": training_view(row["image"], (224, 224), kind.view.augment, _generator)}
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     read = ray.data.read_images(root, mode="RGB") if kind.name == "image" else ray.data.read_binary_files(root)

@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.features.audio import clip
 from pipelines.inspect_pieces import SMALL, Piece, data_uri, picture
 from pipelines.transforms.audio import AudioConfig, Sound
+from pipelines.transforms.decode import to_image
 from pipelines.transforms.flow import Pair
 from pipelines.transforms.media import Media, frames_at
 
@@ -97,8 +98,10 @@ def measure_media(decoded: Media) -> Mapping[str, float]:
 def show_flow(stored: Any, decoded: Pair) -> list[Piece]:
     """Both frames and the flow between them; direction is hue, length is strength, unknown is grey."""
     longest = float(np.hypot(*decoded.flow)[decoded.valid].max(initial=0.0))
-    frames = [decoded.first.convert("RGB"), decoded.second.convert("RGB"), flow_colours(decoded.flow, decoded.valid)]
-    note = f"{decoded.first.width} × {decoded.first.height}, up to {longest:.3g} pixels of motion"
+    frames = [*(to_image(frame).convert("RGB") for frame in (decoded.first, decoded.second)),
+              flow_colours(decoded.flow, decoded.valid)]
+    height, width = decoded.valid.shape
+    note = f"{width} × {height}, up to {longest:.3g} pixels of motion"
     return [strip(frames, note)]
 
 
@@ -116,7 +119,8 @@ def flow_colours(flow: NDArray[np.float32], valid: NDArray[np.bool_]) -> Image.I
 def measure_flow(decoded: Pair) -> Mapping[str, float]:
     """Size, mean length of the flow, and the share where it is known."""
     known = np.hypot(*decoded.flow)[decoded.valid]
-    return {"height": decoded.first.height, "width": decoded.first.width, "known share": float(decoded.valid.mean()),
+    height, width = decoded.valid.shape
+    return {"height": height, "width": width, "known share": float(decoded.valid.mean()),
             "mean pixels of motion": float(known.mean()) if known.size else 0.0}
 
 

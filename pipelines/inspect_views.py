@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.inspect_media import (
     measure_audio,
@@ -20,6 +19,7 @@ from pipelines.inspect_media import (
     show_video,
 )
 from pipelines.inspect_pieces import Piece, picture
+from pipelines.transforms.decode import Picture, to_image
 from pipelines.transforms.points import normalised
 
 POINTS = 2048
@@ -39,12 +39,14 @@ class View:
     measure: Callable[[Any], Mapping[str, float]]
 
 
-def _show_image(stored: Any, decoded: Image.Image) -> list[Piece]:
-    return [picture(decoded, f"{decoded.width} × {decoded.height}")]
+def _show_image(stored: Any, decoded: Picture) -> list[Piece]:
+    height, width = decoded.shape[:2]
+    return [picture(to_image(decoded), f"{width} × {height}")]
 
 
-def _measure_image(decoded: Image.Image) -> Mapping[str, float]:
-    return {"height": decoded.height, "width": decoded.width}
+def _measure_image(decoded: Picture) -> Mapping[str, float]:
+    height, width = decoded.shape[:2]
+    return {"height": height, "width": width}
 
 
 def _show_text(stored: Any, decoded: str) -> list[Piece]:

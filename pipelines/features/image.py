@@ -10,7 +10,8 @@ from pydantic import Field
 
 from perceiver.config import UserError
 from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
-from pipelines.transforms.image import decode, evaluation_view, training_view
+from pipelines.transforms.decode import decode
+from pipelines.transforms.image import evaluation_view, training_view
 
 
 class ImageFeature(BaseFeature):
@@ -37,7 +38,7 @@ class ImageFeature(BaseFeature):
         return ("torch",) if view.augment.crop or (view.image_size or self.size) != self.size else ()
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """A Pillow image."""
+        """Pixels (H, W, C)."""
         return decode(stored or b"", self.channels, view.max_pixels)
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:

@@ -13,8 +13,9 @@ from pydantic import Field, model_validator
 
 from perceiver.config import Config
 from pipelines.transforms import BadSample, check_range
-from pipelines.transforms.image import decode as decode_image
-from pipelines.transforms.resize import Pixels, to_pixels
+from pipelines.transforms.decode import Picture, to_image
+from pipelines.transforms.decode import decode as decode_image
+from pipelines.transforms.resize import Pixels
 
 FLO_MAGIC = b"PIEH"
 """202021.25 as little-endian float32, which begins a .flo file."""
@@ -39,10 +40,10 @@ class FlowViewConfig(Config):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two frames of one size, flow (2, H, W) from the first to the second in pixels, x first, and where it is known."""
+    """Two frames (H, W, C), flow (2, H, W) from the first to the second in pixels, x first, and where it is known."""
 
-    first: Image.Image
-    second: Image.Image
+    first: Picture
+    second: Picture
     flow: Flow
     valid: Valid
 
@@ -78,8 +79,9 @@ def decode(stored: bytes, channels: int, max_pixels: int) -> Pair:
         raise BadSample(f"not two frames and a flow: {error}") from error
     frames = [decode_image(part, channels, max_pixels) for part in (first, second)]
     field, valid = read_flo(flow, max_pixels) if entries[2].filename == "flow.flo" else read_kitti(flow, max_pixels)
-    if not frames[0].size == frames[1].size == field.shape[:0:-1]:
-        sizes = [f"{image.width}x{image.height}" for image in frames] + [f"{field.shape[2]}x{field.shape[1]}"]
+    shapes = [frames[0].shape[:2], frames[1].shape[:2], field.shape[1:]]
+    if len(set(shapes)) > 1:
+        sizes = [f"{width}x{height}" for height, width in shapes]
         raise BadSample(f"frames and flow of different sizes: {', '.join(sizes)}")
     return Pair(frames[0], frames[1], field, valid)
 
@@ -139,8 +141,8 @@ def training_view(pair: Pair, size: tuple[int, int], config: FlowViewConfig, rng
     factor = rng.uniform(*config.scale)
     if factor != 1:
         pair = _zoomed(pair, factor)
-    top = int(rng.integers(max(0, pair.first.height - size[0]) + 1))
-    left = int(rng.integers(max(0, pair.first.width - size[1]) + 1))
+    height, width = pair.valid.shape
+    top, left = int(rng.integers(max(0, height - size[0]) + 1)), int(rng.integers(max(0, width - size[1]) + 1))
     frames, flow, valid = _cut(pair, size, top, left)
     if config.flip and rng.random() < 0.5:
         flow = flow[..., ::-1] * np.array([-1, 1], np.float32)[:, None, None]
@@ -150,14 +152,14 @@ def training_view(pair: Pair, size: tuple[int, int], config: FlowViewConfig, rng
 
 def evaluation_view(pair: Pair, size: tuple[int, int]) -> tuple[Pixels, Flow, Valid]:
     """The centre crop of (height, width)."""
-    top, left = max(0, pair.first.height - size[0]) // 2, max(0, pair.first.width - size[1]) // 2
-    return _cut(pair, size, top, left)
+    height, width = pair.valid.shape
+    return _cut(pair, size, max(0, height - size[0]) // 2, max(0, width - size[1]) // 2)
 
 
 def _cut(pair: Pair, size: tuple[int, int], top: int, left: int) -> tuple[Pixels, Flow, Valid]:
     """A window; where it reaches beyond the frames, black without a known flow."""
     part = (..., slice(top, top + size[0]), slice(left, left + size[1]))
-    frames = np.stack([to_pixels(image) for image in (pair.first, pair.second)])[part]
+    frames = np.stack([frame.transpose(2, 0, 1)[part] for frame in (pair.first, pair.second)])
     missing = [(0, wanted - got) for wanted, got in zip(size, frames.shape[-2:], strict=True)]
     return (np.pad(frames, [(0, 0), (0, 0), *missing]), np.pad(pair.flow[part], [(0, 0), *missing]),
             np.pad(pair.valid[part], missing))
@@ -165,15 +167,16 @@ def _cut(pair: Pair, size: tuple[int, int], top: int, left: int) -> tuple[Pixels
 
 def _zoomed(pair: Pair, factor: float) -> Pair:
     """The pair in another size; a flow with gaps is taken from the nearest pixel, so that gaps do not leak into it."""
-    width, height = max(1, round(pair.first.width * factor)), max(1, round(pair.first.height * factor))
-    rows = (np.arange(height) + 0.5) * pair.first.height // height
-    columns = (np.arange(width) + 0.5) * pair.first.width // width
+    before = pair.valid.shape
+    height, width = (max(1, round(length * factor)) for length in before)
+    rows, columns = ((np.arange(new) + 0.5) * old // new for new, old in zip((height, width), before, strict=True))
     nearest = np.ix_(rows.astype(int), columns.astype(int))
-    ratio = np.array([width / pair.first.width, height / pair.first.height], np.float32)
+    ratio = np.array([width / before[1], height / before[0]], np.float32)
     if pair.valid.all():
         parts = [np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR))
                  for part in pair.flow]
     else:
         parts = [part[nearest] for part in pair.flow]
-    first, second = (image.resize((width, height), Image.Resampling.BICUBIC) for image in (pair.first, pair.second))
+    first, second = (np.asarray(to_image(frame).resize((width, height), Image.Resampling.BICUBIC)).reshape(
+        height, width, -1) for frame in (pair.first, pair.second))
     return Pair(first, second, np.stack(parts) * ratio[:, None, None], pair.valid[nearest])

@@ -1,22 +1,19 @@
-"""Images: from encoded bytes to uint8 pixels, random views for training, one fixed view for evaluation."""
+"""Views of images: random ones for training, one fixed view for evaluation."""
 
-import io
 import math
-import warnings
 from collections.abc import Callable
 
 import numpy as np
 from numpy.random import Generator
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import Field, model_validator
 
 from perceiver.config import Config
-from pipelines.transforms import BadSample, check_range
+from pipelines.transforms import check_range
+from pipelines.transforms.decode import Picture, to_image
 from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
 from pipelines.transforms.resize import Box, Pixels, resized, to_pixels
 
-MAX_PIXELS = 100_000_000
-"""Larger images are refused by their header, before memory is spent on them."""
 CROP_ATTEMPTS = 10
 
 
@@ -58,75 +55,27 @@ class AugmentConfig(Config):
 UNCHANGED = AugmentConfig()
 
 
-def decode(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode to a Pillow image of mode L (1 channel) or RGB (3), turned upright as its EXIF tag says.
-
-    16-bit grey is scaled to 8 bits; alpha is laid over white; CMYK and palettes are converted.
-
-    Raises:
-        BadSample: empty, truncated, not an image, or larger than `max_pixels`.
-    """
-    if not encoded:
-        raise BadSample("0 bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(encoded))
-            if image.width * image.height > max_pixels:
-                raise BadSample(f"{image.width}x{image.height} is more than {max_pixels} pixels")
-            image.load()
-    except BadSample:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadSample(f"more than {max_pixels} pixels") from error
-    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files (struct, Value, Syntax, ...).
-        raise BadSample(f"undecodable image: {_reason(error)}") from error
-    return _mode(_upright(image), "L" if channels == 1 else "RGB")
-
-
-def _reason(error: Exception) -> str:
-    """The error's first line, without the memory addresses that would make each reason unique."""
-    return (str(error).splitlines() or [type(error).__name__])[0].split(" <")[0][:80]
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if image.format in ("JPEG", "TIFF", "WEBP", "PNG", "MPO") and (
-        "exif" in image.info or image.format == "TIFF") else image
-
-
-def _mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == mode:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, np.float64)
-        top = 65535.0 if pixels.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((pixels.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
-    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
-
-
-def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
+def training_view(picture: Picture, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
                   ) -> Pixels:
     """A random view of a training image, (C, height, width) uint8.
 
     Args:
-        image: decoded image, mode L or RGB.
+        picture: decoded image, grey or RGB.
         size: (height, width) wanted. Without a crop, an image of another size is fitted as in evaluation.
         config: what to vary.
         random: gives the only source of randomness; called if the configuration changes anything.
     """
     if config == UNCHANGED:
-        return evaluation_view(image, size, 1.0)
+        return evaluation_view(picture, size, 1.0)
     rng = random()
     flip = config.flip and rng.random() < 0.5
-    box = crop_box(image.height, image.width, config.crop, rng) if config.crop else centred_box(image, size, 1.0)
+    height, width = picture.shape[:2]
+    box = crop_box(height, width, config.crop, rng) if config.crop else centred_box(height, width, size, 1.0)
     if config.rand_augment:
         left, top, right, bottom = map(round, box)
-        image = rand_augment(image.crop((left, top, right, bottom)), config.rand_augment, rng)
-        box = (0, 0, *image.size)
-    pixels = resized(image, size, box, flip=flip)
+        image = rand_augment(to_image(picture[top:bottom, left:right]), config.rand_augment, rng)
+        picture, box = np.array(image).reshape(image.height, image.width, -1), (0, 0, *image.size)
+    pixels = resized(picture, size, box, flip=flip)
     if config.affine:
         return transformed(pixels, affine_coefficients(size, config, rng))
     if config.shift:
@@ -135,22 +84,22 @@ def training_view(image: Image.Image, size: tuple[int, int], config: AugmentConf
     return pixels
 
 
-def evaluation_view(image: Image.Image, size: tuple[int, int], crop: float) -> Pixels:
+def evaluation_view(picture: Picture, size: tuple[int, int], crop: float) -> Pixels:
     """The fixed view of an evaluation image: unchanged if it has the size wanted, else fitted."""
-    if image.size == (size[1], size[0]):
-        return to_pixels(image)
-    return resized(image, size, centred_box(image, size, crop))
+    height, width = picture.shape[:2]
+    box = (0, 0, width, height) if (height, width) == size else centred_box(height, width, size, crop)
+    return resized(picture, size, box)
 
 
-def centred_box(image: Image.Image, size: tuple[int, int], crop: float) -> Box:
-    """The largest centred box of the shape of `size`, times `crop`.
+def centred_box(height: int, width: int, size: tuple[int, int], crop: float) -> Box:
+    """The largest centred box of the shape of `size` in an image, times `crop`.
 
     With crop 224/256 and a square size this is the papers' evaluation crop.
     """
-    ratio = crop * min(image.height / size[0], image.width / size[1])
-    height, width = size[0] * ratio, size[1] * ratio
-    top, left = (image.height - height) / 2, (image.width - width) / 2
-    return left, top, left + width, top + height
+    ratio = crop * min(height / size[0], width / size[1])
+    box_height, box_width = size[0] * ratio, size[1] * ratio
+    top, left = (height - box_height) / 2, (width - box_width) / 2
+    return left, top, left + box_width, top + box_height
 
 
 def crop_box(height: int, width: int, config: CropConfig, rng: Generator) -> Box:

@@ -81,7 +81,12 @@ def _cutout(image: Image.Image, level: float, rng: Generator) -> Image.Image:
 
 
 def _enhance(kind: Any) -> Operation:
-    return lambda image, level, rng: kind(image).enhance(1.8 * level + 0.1)
+    """An operation that mixes the image with a poorer one; all of the image, as at level 5, is the image itself."""
+    def operation(image: Image.Image, level: float, rng: Generator) -> Image.Image:
+        factor = 1.8 * level + 0.1
+        return image if factor == 1 else kind(image).enhance(factor)
+
+    return operation
 
 
 OPERATIONS: dict[str, Operation] = {

@@ -75,7 +75,7 @@ class View:
 
     def box(self, image: Image.Image, size: tuple[int, int]) -> Box | None:
         """The part of each frame that is shown."""
-        return None if image.size == (size[1], size[0]) else centred_box(image, size, self.crop)
+        return None if image.size == (size[1], size[0]) else centred_box(image.height, image.width, size, self.crop)
 
     def fit(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         """One frame in the wanted size."""

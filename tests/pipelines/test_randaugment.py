@@ -84,7 +84,7 @@ def test_modes_and_sizes_are_kept_and_all_operations_are_drawn() -> None:
 
 def test_the_papers_training_view() -> None:
     config = AugmentConfig(crop=CropConfig(), flip=True, rand_augment=RandAugmentConfig())
-    views = [training_view(Image.fromarray(COLOUR), (32, 32), config, partial(np.random.default_rng, seed))
+    views = [training_view(COLOUR, (32, 32), config, partial(np.random.default_rng, seed))
              for seed in (1, 1, 2)]
     assert views[0].shape == (3, 32, 32)
     assert (views[0] == views[1]).all() and (views[0] != views[2]).any()

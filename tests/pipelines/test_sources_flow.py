@@ -91,7 +91,7 @@ def test_frames_and_flow_stay_together(config: dict, sparse: bool) -> None:
     first, second, field = scene()
     valid = np.ones((40, 56), bool)
     valid[::7] = not sparse
-    images = [Image.open(io.BytesIO(part)).resize((56, 40)) for part in (first, second)]
+    images = [np.asarray(Image.open(io.BytesIO(part)).resize((56, 40))) for part in (first, second)]
     pair = Pair(images[0], images[1], field.transpose(2, 0, 1).copy(), valid)
     for seed in range(8):
         frames, flow, known = training_view(pair, (24, 32), FlowViewConfig.model_validate(config),
