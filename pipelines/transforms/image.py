@@ -15,6 +15,8 @@ from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
 from pipelines.transforms.resize import Box, Pixels, resized, to_pixels
 
 CROP_ATTEMPTS = 10
+ROUNDING = 1e-6
+"""Pixels: what a product of fractions may lack to a whole number."""
 
 
 class CropConfig(Config):
@@ -72,7 +74,7 @@ def training_view(picture: Picture, size: tuple[int, int], config: AugmentConfig
     height, width = picture.shape[:2]
     box = crop_box(height, width, config.crop, rng) if config.crop else centred_box(height, width, size, 1.0)
     if config.rand_augment:
-        left, top, right, bottom = map(round, box)
+        left, top, right, bottom = box
         image = rand_augment(to_image(picture[top:bottom, left:right]), config.rand_augment, rng)
         picture, box = np.array(image).reshape(image.height, image.width, -1), (0, 0, *image.size)
     pixels = resized(picture, size, box, flip=flip)
@@ -92,13 +94,13 @@ def evaluation_view(picture: Picture, size: tuple[int, int], crop: float) -> Pix
 
 
 def centred_box(height: int, width: int, size: tuple[int, int], crop: float) -> Box:
-    """The largest centred box of the shape of `size` in an image, times `crop`.
+    """The largest centred box of the shape of `size` in an image, times `crop`, on whole pixels.
 
-    With crop 224/256 and a square size this is the papers' evaluation crop.
+    With crop 224/256 and a square size this is the papers' evaluation crop, to the pixel.
     """
     ratio = crop * min(height / size[0], width / size[1])
-    box_height, box_width = size[0] * ratio, size[1] * ratio
-    top, left = (height - box_height) / 2, (width - box_width) / 2
+    box_height, box_width = (max(1, int(length * ratio + ROUNDING)) for length in size)
+    top, left = (height - box_height + 1) // 2, (width - box_width + 1) // 2
     return left, top, left + box_width, top + box_height
 
 
