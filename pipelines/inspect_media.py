@@ -69,7 +69,7 @@ def measure_audio(decoded: Sound | Media) -> Mapping[str, float]:
 def show_video(stored: Any, decoded: Media) -> list[Piece]:
     """Frames from beginning to end, and a player for a short file that browsers know."""
     times = decoded.seconds * (np.arange(FRAMES) + 0.5) / FRAMES
-    images, index = frames_at(decoded, times, lambda image: image, "RGB")
+    images, index = frames_at(decoded, times, to_image, 3)
     note = f"{decoded.width} × {decoded.height}, {decoded.seconds:.3g} s, {decoded.fps:.3g} frames a second"
     pieces = [strip([images[number] for number in index], note)]
     codec = decoded.container.streams.video[0].codec_context.name

@@ -32,6 +32,10 @@ class VideoFeature(BaseFeature):
         """(F, C, height, width) uint8."""
         return {name: _frames_shape(name, self.channels, self.size, view)}
 
+    def imports(self, view: ViewConfig) -> tuple[str, ...]:
+        """torch, if frames are resized or their colours changed."""
+        return _imports(self.size, view)
+
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """The header, as a `Media`."""
         return open_media(stored or b"", video=True, audio=False, max_seconds=view.clip.max_seconds,
@@ -66,6 +70,10 @@ class MediaFeature(BaseFeature):
             shapes["audio"] = ((view.audio.samples,), np.int16)
         return shapes
 
+    def imports(self, view: ViewConfig) -> tuple[str, ...]:
+        """torch, if frames are shown, and are resized or their colours changed."""
+        return _imports(self.size, view) if view.clip.show != "audio" else ()
+
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """The header, as a `Media`."""
         show = view.clip.show
@@ -91,6 +99,11 @@ def _frames_shape(name: str, channels: int, stored: tuple[int, int] | None, view
     if size is None:
         raise UserError(f"the videos of feature '{name}' differ in size: set data.video.size, such as [224, 224]")
     return (view.video.frames, channels, *size), np.uint8
+
+
+def _imports(stored: tuple[int, int] | None, view: ViewConfig) -> tuple[str, ...]:
+    augment = view.video.augment
+    return ("torch",) if augment.crop or augment.colour or (view.video.size or stored) != stored else ()
 
 
 def _pixels(media: Media, starts: NDArray[np.float64], stored: tuple[int, tuple[int, int] | None], view: ViewConfig,

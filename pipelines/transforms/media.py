@@ -9,15 +9,15 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.transforms import BadSample
 from pipelines.transforms.audio import MARGIN_S, MOST_RATE, AudioConfig, Samples, check_length, finish, source_span
+from pipelines.transforms.decode import Picture
 
 FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,wav,flac,mp3,aac,ac3,eac3,aiff,"
            "au,amr,caf,gif,m4v,h264,hevc,dv,rm,swf,w64,wv,ape,nut")
@@ -25,7 +25,7 @@ SHORT_S = 0.25
 """A stream may end so much, and a fiftieth, before the end that the header gives."""
 SETTLE_S = 0.1
 
-TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def _seconds(container: Any, stream: Any, encoded: bytes) -> float:
     return max(ends, default=0.0)
 
 
-def frames_at(media: Media, times: NDArray[np.float64], take: Callable[[Image.Image], Image.Image],
-              mode: Literal["RGB", "L"]) -> tuple[list[Image.Image], NDArray[np.int64]]:
+def frames_at(media: Media, times: NDArray[np.float64], take: Callable[[Picture], T], channels: int
+              ) -> tuple[list[T], NDArray[np.int64]]:
     """The frames that are on screen at given times: of variable frame rates too, by the frames' time stamps.
 
     Before the first frame and after the last one, that frame stands.
@@ -142,7 +142,7 @@ def frames_at(media: Media, times: NDArray[np.float64], take: Callable[[Image.Im
         media: the file.
         times: (n,) seconds from the beginning, in any order.
         take: applied to each frame that is needed, once.
-        mode: grey or colour.
+        channels: 1 (grey) or 3 (RGB).
 
     Returns:
         The frames, each once, and for each time the index of its frame.
@@ -153,13 +153,13 @@ def frames_at(media: Media, times: NDArray[np.float64], take: Callable[[Image.Im
     order = np.argsort(times, kind="stable")
     ascending = times[order]
     index = np.zeros(len(times), np.int64)
-    images: list[Image.Image] = []
+    images: list[T] = []
     served = 0
     with _damage():
         for frame, until in _shown(_decoded(media, ascending[0]), media, ascending[-1]):
             upto = int(np.searchsorted(ascending, until - 1e-3))
             if upto > served:
-                images.append(take(_picture(frame, mode)))
+                images.append(take(_picture(frame, channels)))
                 index[order[served:upto]] = len(images) - 1
                 served = upto
             if served == len(times):
@@ -202,10 +202,11 @@ def _seek(media: Media, stream: Any, time: float) -> None:
     media.container.seek(int((max(time, 0.0) + media.origin) / stream.time_base), stream=stream)
 
 
-def _picture(frame: Any, mode: str) -> Image.Image:
-    image = Image.fromarray(frame.to_ndarray(format="gray" if mode == "L" else "rgb24"))
-    turn = TURNS.get(round(getattr(frame, "rotation", 0)) % 360)
-    return image.transpose(turn) if turn is not None else image
+def _picture(frame: Any, channels: int) -> Picture:
+    """A frame's pixels, turned upright."""
+    found = frame.to_ndarray(format="gray" if channels == 1 else "rgb24").reshape(frame.height, frame.width, channels)
+    turns = round(getattr(frame, "rotation", 0)) % 360 // 90
+    return np.ascontiguousarray(np.rot90(found, turns)) if turns else found
 
 
 def media_sound(media: Media, start: float, config: AudioConfig) -> Samples:

@@ -1,4 +1,6 @@
-"""Resizing images by Pillow's bicubic filter, which widens as it shrinks them, so that nothing is aliased."""
+"""Resizing images by Pillow's filters, which widen as they shrink them, so that nothing is aliased."""
+
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ Pixels = NDArray[np.uint8]
 """Pixels (C, H, W)."""
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
+Filter = Literal["bicubic", "bilinear"]
 
 
 def to_pixels(image: Image.Image) -> Pixels:
@@ -18,7 +21,8 @@ def to_pixels(image: Image.Image) -> Pixels:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def resized(picture: Picture, size: tuple[int, int], box: Box, *, flip: bool = False) -> Pixels:
+def resized(picture: Picture, size: tuple[int, int], box: Box, *, flip: bool = False,
+            filter: Filter = "bicubic") -> Pixels:
     """A box of an image, grey or RGB, in another size; its pixels as (C, height, width) uint8.
 
     It is cut out first. torch computes Pillow's filter with the processor's vector instructions in a third of Pillow's
@@ -30,18 +34,19 @@ def resized(picture: Picture, size: tuple[int, int], box: Box, *, flip: bool = F
         size: (height, width) wanted.
         box: what is shown, inside the image.
         flip: mirror left and right.
+        filter: which.
     """
     left, top, right, bottom = box
     shown = picture[top:bottom, left:right]
     if shown.shape[:2] != size:
-        return _resized_by_torch(shown, size, flip)
+        return _resized_by_torch(shown, size, flip, filter)
     return (np.ascontiguousarray(shown[:, ::-1]) if flip else shown).transpose(2, 0, 1)
 
 
-def _resized_by_torch(picture: Picture, size: tuple[int, int], flip: bool) -> Pixels:
+def _resized_by_torch(picture: Picture, size: tuple[int, int], flip: bool, filter: Filter) -> Pixels:
     import torch
     from torch.nn.functional import interpolate
 
     pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    pixels = interpolate(pixels, size, mode="bicubic", antialias=True)[0]
+    pixels = interpolate(pixels, size, mode=filter, antialias=True)[0]
     return (pixels.flip(2) if flip else pixels).numpy()

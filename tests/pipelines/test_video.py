@@ -1,6 +1,8 @@
 """Video with and without sound: time stamps, sync, views, clips, damage."""
 
+import colorsys
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from perceiver.config import UserError
 from pipelines.features import Feature, LabelFeature, MediaFeature, VideoFeature
@@ -22,8 +23,9 @@ from pipelines.storage import open_folder
 from pipelines.transforms import BadSample
 from pipelines.transforms.audio import AudioConfig
 from pipelines.transforms.clip import ClipConfig
+from pipelines.transforms.colour import ColourConfig, recoloured
 from pipelines.transforms.image import CropConfig
-from pipelines.transforms.video import ColourConfig, VideoAugmentConfig, VideoConfig, recoloured
+from pipelines.transforms.video import VideoAugmentConfig, VideoConfig
 from tests.pipelines.recordings import BIKES, media_file, ramp, real_video, sound_file
 
 GREY = VideoFeature(channels=1, size=(32, 32))
@@ -143,18 +145,43 @@ def test_one_crop_flip_and_colour_for_all_frames() -> None:
 
 
 def test_colours_change_as_in_hsv() -> None:
-    pixels = np.random.default_rng(0).integers(60, 180, (8, 8, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    assert np.asarray(recoloured(image, 0, 1, 1, 0)).tolist() == pixels.tolist()
-    brighter = np.asarray(recoloured(image, 32 / 255, 1, 1, 0)).astype(int)
+    pixels = np.random.default_rng(0).integers(60, 180, (3, 8, 8), dtype=np.uint8)
+    assert (recoloured(pixels, 0, 1, 1, 0) == pixels).all()
+    brighter = recoloured(pixels, 32 / 255, 1, 1, 0).astype(int)
     assert (brighter - pixels == 32).all()
-    contrast = np.asarray(recoloured(image, 0, 1, 1.4, 0)).astype(float)
-    means = pixels.reshape(-1, 3).mean(0)
-    assert np.abs(contrast - (means + 1.4 * (pixels - means)).clip(0, 255)).max() <= 1
-    grey = np.asarray(recoloured(image, 0, 0, 1, 0))
-    assert (grey == grey[..., :1]).all() and np.abs(grey[..., 0].astype(int) - pixels.max(2)).max() <= 1
-    red = Image.new("RGB", (2, 2), (200, 0, 0))
-    assert np.abs(np.asarray(recoloured(red, 0, 1, 1, 1 / 3))[0, 0].astype(int) - [0, 200, 0]).max() <= 4
+    contrast = recoloured(pixels, 0, 1, 1.4, 0).astype(float)
+    means = pixels.mean((1, 2), keepdims=True)
+    assert np.abs(contrast - (means + 1.4 * (pixels - means)).clip(0, 255)).max() <= 0.5 + 1e-3
+    grey = recoloured(pixels, 0, 0, 1, 0)
+    assert (grey == pixels.max(0)).all()
+    red = np.array([200, 0, 0], np.uint8)[:, None, None]
+    assert recoloured(red, 0, 1, 1, 1 / 3).ravel().tolist() == [0, 200, 0]
+
+
+@pytest.mark.parametrize("saturation, hue", [(1.4, 0), (0.6, 0), (1, 0.2), (1, -0.2), (1, 0.5), (1.4, -0.13)])
+def test_saturation_and_hue_are_those_of_colorsys(saturation: float, hue: float) -> None:
+    """Grey, black, white and the corners of the colour cube among them; without rounding or cutting off in between."""
+    levels = np.random.default_rng(1).integers(0, 256, (3, 200), dtype=np.uint8)
+    corners = np.array(list(itertools.product((0, 128, 255), repeat=3)), np.uint8).T
+    pixels = np.concatenate([levels, corners], axis=1)
+    wanted = []
+    for colour in (pixels.T / 255).tolist():
+        h, s, v = colorsys.rgb_to_hsv(*colour)
+        wanted.append(colorsys.hsv_to_rgb((h + hue) % 1, min(1, s * saturation), v))
+    found = recoloured(pixels[..., None], 0, saturation, 1, hue)[..., 0]
+    assert np.abs(found.T - 255 * np.array(wanted)).max() <= 0.5 + 1e-2
+
+
+def test_colours_are_cut_off_once_at_the_end() -> None:
+    """White made brighter and then of less contrast is not the white that was cut off first."""
+    halves = np.repeat(np.array([0, 255], np.uint8), 8)[None].repeat(3, 0)[..., None]
+    assert np.unique(recoloured(halves, 0.1, 1, 0.6, 0)).tolist() == [76, 230]
+
+
+def test_torch_is_imported_early_where_frames_need_it() -> None:
+    plain, colour = view(), view(augment=VideoAugmentConfig(colour=ColourConfig()))
+    assert GREY.imports(plain) == () == BOTH.imports(plain) == BOTH.imports(view(size=(9, 9), show="audio"))
+    assert GREY.imports(view(size=(9, 9))) == BOTH.imports(colour) == VideoFeature().imports(colour) == ("torch",)
 
 
 def test_sizes_that_differ_need_a_size() -> None:
