@@ -15,6 +15,7 @@ from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, share, shuffled_units
 from pipelines.storage import Folder, open_folder
+from pipelines.transforms.decode import upright_size
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = {"train": "train", "test": "test", "val": "val", "validation": "val"}
@@ -102,7 +103,7 @@ def _probe(folder: Folder, members: list[Labelled], options: Mapping[str, str]) 
     for name, _ in members:
         try:
             with folder.fs.open(folder.file(name), "rb") as stream, Image.open(stream) as image:
-                sizes.add((image.height, image.width))
+                sizes.add(upright_size(image))
                 modes.add(image.mode)
         except (OSError, Image.DecompressionBombError):
             continue

@@ -25,6 +25,7 @@ _TURNS: dict[int, Callable[[Picture], Picture]] = {
     5: lambda pixels: pixels.swapaxes(0, 1), 6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
     7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1], 8: lambda pixels: pixels.swapaxes(0, 1)[::-1]}
 """What brings a picture upright, by Exif's orientation; 1 is upright."""
+SIDEWAYS = (5, 6, 7, 8)
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 
 
@@ -50,6 +51,11 @@ def to_image(picture: Picture) -> Image.Image:
     return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an image that Pillow has opened, as `decode` gives it."""
+    return (image.width, image.height) if _turned(image) in SIDEWAYS else (image.height, image.width)
+
+
 def _plain_jpeg(encoded: bytes | memoryview, channels: int, max_pixels: int) -> Picture | None:
     """Pixels of a JPEG, the same as Pillow's in six sevenths of the time; None if Pillow should decode it.
 
@@ -67,7 +73,7 @@ def _plain_jpeg(encoded: bytes | memoryview, channels: int, max_pixels: int) -> 
         picture = simplejpeg.decode_jpeg(encoded, "GRAY" if channels == 1 else "RGB")
     except ValueError:
         return None
-    return _upright(picture, partial(_loaded, exif)) if exif else picture
+    return _upright(picture, _orientation(partial(_loaded, exif))) if exif else picture
 
 
 def _exif(encoded: bytes | memoryview) -> bytes | None:
@@ -89,15 +95,20 @@ def _exif(encoded: bytes | memoryview) -> bytes | None:
     raise ValueError("no scan")
 
 
-def _upright(picture: Picture, exif: Callable[[], Image.Exif]) -> Picture:
-    """The picture as it was seen. Exif that cannot be read is as good as none."""
+def _upright(picture: Picture, orientation: int) -> Picture:
+    """The picture as it was seen."""
+    turn = _TURNS.get(orientation)
+    return np.ascontiguousarray(turn(picture)) if turn else picture
+
+
+def _orientation(exif: Callable[[], Image.Exif]) -> int:
+    """What Exif says; 1 (upright) if it says nothing or cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            turn = _TURNS.get(exif().get(Base.Orientation, 1))
+            return exif().get(Base.Orientation, 1)
     except Exception:  # noqa: BLE001  Pillow raises a dozen types on damaged metadata
-        return picture
-    return np.ascontiguousarray(turn(picture)) if turn else picture
+        return 1
 
 
 def _loaded(exif: bytes) -> Image.Exif:
@@ -121,8 +132,13 @@ def _by_pillow(encoded: bytes | memoryview, channels: int, max_pixels: int) -> P
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files (struct, Value, Syntax, ...).
         raise BadSample(f"undecodable image: {_reason(error)}") from error
     picture = np.array(_mode(image, "L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
-    turned = image.format == "TIFF" or image.format in ("JPEG", "MPO", "PNG", "WEBP") and "exif" in image.info
-    return _upright(picture, image.getexif) if turned else picture
+    return _upright(picture, _turned(image))
+
+
+def _turned(image: Image.Image) -> int:
+    """The orientation of an image whose decoder leaves it as it is stored; a TIFF's turns it."""
+    known = image.format in ("JPEG", "MPO", "PNG", "WEBP") and "exif" in image.info
+    return _orientation(image.getexif) if known else 1
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from perceiver.config import UserError
 from pipelines import packages
 from pipelines import prepare as preparing
+from pipelines.features.base import ViewConfig
 from pipelines.prepare import PrepareConfig, group_rows, prepare
 from pipelines.shards import Manifest, load_manifest
 from pipelines.sources import load_source, source_names
@@ -184,6 +185,17 @@ def test_image_folders_hold_out_a_share_of_each_class(tmp_path: Path) -> None:
     for row in rows["train"] + rows["test"]:
         assert row["image"] == (tmp_path / "src" / row["key"]).read_bytes()
         assert row["key"].startswith(manifest.classes[row["label"]])
+
+
+def test_the_size_of_images_is_that_of_upright_ones(tmp_path: Path) -> None:
+    """A phone held upright stores pictures that lie on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "src" / "a").mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (40, 30)).save(tmp_path / "src" / "a" / f"{number}.jpg", exif=exif)
+    manifest = prepare("image_folder", str(tmp_path / "src"), str(tmp_path / "out"))
+    assert manifest.features["image"].shapes("image", ViewConfig(), 1)["image"][0] == (3, 40, 30)
 
 
 def test_image_folders_with_splits_are_kept(tmp_path: Path) -> None:
