@@ -51,6 +51,11 @@ def to_image(picture: Picture) -> Image.Image:
     return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
 
 
+def to_picture(image: Image.Image) -> Picture:
+    """Pixels (H, W, C) of a Pillow image, mode L or RGB; a copy that may be written to."""
+    return np.array(image).reshape(image.height, image.width, -1)
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of an image that Pillow has opened, as `decode` gives it."""
     return (image.width, image.height) if _turned(image) in SIDEWAYS else (image.height, image.width)
@@ -131,8 +136,7 @@ def _by_pillow(encoded: bytes | memoryview, channels: int, max_pixels: int) -> P
         raise BadSample(f"more than {max_pixels} pixels") from error
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files (struct, Value, Syntax, ...).
         raise BadSample(f"undecodable image: {_reason(error)}") from error
-    picture = np.array(_mode(image, "L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
-    return _upright(picture, _turned(image))
+    return _upright(to_picture(_mode(image, "L" if channels == 1 else "RGB")), _turned(image))
 
 
 def _turned(image: Image.Image) -> int:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from perceiver.config import Config
 from pipelines.transforms import BadSample, check_range
-from pipelines.transforms.decode import Picture, to_image
+from pipelines.transforms.decode import Picture, to_image, to_picture
 from pipelines.transforms.decode import decode as decode_image
 from pipelines.transforms.resize import Pixels
 
@@ -177,6 +177,6 @@ def _zoomed(pair: Pair, factor: float) -> Pair:
                  for part in pair.flow]
     else:
         parts = [part[nearest] for part in pair.flow]
-    first, second = (np.asarray(to_image(frame).resize((width, height), Image.Resampling.BICUBIC)).reshape(
-        height, width, -1) for frame in (pair.first, pair.second))
+    first, second = (to_picture(to_image(frame).resize((width, height), Image.Resampling.BICUBIC))
+                     for frame in (pair.first, pair.second))
     return Pair(first, second, np.stack(parts) * ratio[:, None, None], pair.valid[nearest])

@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 
 from perceiver.config import Config
 from pipelines.transforms import check_range
-from pipelines.transforms.decode import Picture, to_image
+from pipelines.transforms.decode import Picture, to_image, to_picture
 from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
-from pipelines.transforms.resize import Box, Pixels, resized, to_pixels
+from pipelines.transforms.resize import Box, Pixels, resized
 
 CROP_ATTEMPTS = 10
 ROUNDING = 1e-6
@@ -76,7 +76,7 @@ def training_view(picture: Picture, size: tuple[int, int], config: AugmentConfig
     if config.rand_augment:
         left, top, right, bottom = box
         image = rand_augment(to_image(picture[top:bottom, left:right]), config.rand_augment, rng)
-        picture, box = np.array(image).reshape(image.height, image.width, -1), (0, 0, *image.size)
+        picture, box = to_picture(image), (0, 0, *image.size)
     pixels = resized(picture, size, box, flip=flip)
     if config.affine:
         return transformed(pixels, affine_coefficients(size, config, rng))
@@ -89,8 +89,12 @@ def training_view(picture: Picture, size: tuple[int, int], config: AugmentConfig
 def evaluation_view(picture: Picture, size: tuple[int, int], crop: float) -> Pixels:
     """The fixed view of an evaluation image: unchanged if it has the size wanted, else fitted."""
     height, width = picture.shape[:2]
-    box = (0, 0, width, height) if (height, width) == size else centred_box(height, width, size, crop)
-    return resized(picture, size, box)
+    return resized(picture, size, evaluation_box(height, width, size, crop))
+
+
+def evaluation_box(height: int, width: int, size: tuple[int, int], crop: float) -> Box:
+    """What evaluation shows of an image: all of one that has the size wanted, else a centred box."""
+    return (0, 0, width, height) if (height, width) == size else centred_box(height, width, size, crop)
 
 
 def centred_box(height: int, width: int, size: tuple[int, int], crop: float) -> Box:
@@ -135,7 +139,8 @@ def transformed(pixels: Pixels, coefficients: tuple[float, ...]) -> Pixels:
     """Pixels (C, H, W) under an affine map from output to input, see `affine_coefficients`; black moves in."""
     height, width = pixels.shape[1:]
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-    return to_pixels(image.transform((width, height), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR))
+    image = image.transform((width, height), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
+    return to_picture(image).transpose(2, 0, 1)
 
 
 def shifted(pixels: Pixels, down: int, right: int) -> Pixels:

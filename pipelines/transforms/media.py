@@ -205,8 +205,8 @@ def _seek(media: Media, stream: Any, time: float) -> None:
 def _picture(frame: Any, channels: int) -> Picture:
     """A frame's pixels, turned upright."""
     found = frame.to_ndarray(format="gray" if channels == 1 else "rgb24").reshape(frame.height, frame.width, channels)
-    turns = round(getattr(frame, "rotation", 0)) % 360 // 90
-    return np.ascontiguousarray(np.rot90(found, turns)) if turns else found
+    quarters, rest = divmod(round(getattr(frame, "rotation", 0)) % 360, 90)
+    return np.ascontiguousarray(np.rot90(found, quarters)) if quarters and not rest else found
 
 
 def media_sound(media: Media, start: float, config: AudioConfig) -> Samples:

@@ -4,7 +4,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.transforms.decode import Picture
 
@@ -13,12 +12,6 @@ Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
 Filter = Literal["bicubic", "bilinear"]
-
-
-def to_pixels(image: Image.Image) -> Pixels:
-    """Pixels of a Pillow image as (C, H, W) uint8: a view, since whoever puts a batch together copies them anyway."""
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def resized(picture: Picture, size: tuple[int, int], box: Box, *, flip: bool = False,

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from perceiver.config import Config
 from pipelines.transforms.colour import ColourConfig, recoloured
 from pipelines.transforms.decode import Picture
-from pipelines.transforms.image import CropConfig, centred_box, crop_box
+from pipelines.transforms.image import CropConfig, crop_box, evaluation_box
 from pipelines.transforms.media import Media, frames_at
 from pipelines.transforms.resize import Box, Pixels, resized
 
@@ -65,7 +65,7 @@ class View:
 
     def box(self, height: int, width: int, size: tuple[int, int]) -> Box:
         """The part of each frame that is shown."""
-        return (0, 0, width, height) if (height, width) == size else centred_box(height, width, size, self.crop)
+        return evaluation_box(height, width, size, self.crop)
 
     def fit(self, picture: Picture, size: tuple[int, int]) -> Pixels:
         """One frame in the wanted size."""

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipelines.features import ImageFeature
 from pipelines.features.base import ViewConfig
 from pipelines.transforms import BadSample
-from pipelines.transforms.decode import decode
+from pipelines.transforms.decode import decode, to_picture
 from pipelines.transforms.image import (
     AugmentConfig,
     CropConfig,
@@ -26,7 +26,7 @@ from pipelines.transforms.image import (
     shifted,
     training_view,
 )
-from pipelines.transforms.resize import resized, to_pixels
+from pipelines.transforms.resize import resized
 from tests.pipelines.toys import png
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
@@ -231,11 +231,11 @@ def test_a_resized_box_is_pillows_but_for_rounding(mode: str) -> None:
         left, top, right, bottom = box = crop_box(60, 80, CropConfig(), np.random.default_rng(seed))
         height, width = map(int, rng.integers(1, 120, 2))
         pillow = noise.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BICUBIC)
-        ours = resized(np.array(noise).reshape(60, 80, -1), (height, width), box)
+        ours = resized(to_picture(noise), (height, width), box)
         assert ours.shape == (len(noise.getbands()), height, width) and ours.dtype == np.uint8
-        difference = abs(ours.astype(int) - to_pixels(pillow))
+        difference = abs(ours.astype(int) - to_picture(pillow).transpose(2, 0, 1))
         assert difference.max() <= 2 and (difference > 1).mean() < 0.01
-        assert (resized(np.array(noise).reshape(60, 80, -1), (height, width), box, flip=True) == ours[:, :, ::-1]).all()
+        assert (resized(to_picture(noise), (height, width), box, flip=True) == ours[:, :, ::-1]).all()
 
 
 def test_images_are_resized_by_torch_only_where_the_processes_were_told() -> None:
