@@ -24,8 +24,9 @@ train: $(READY)  ## prepare the quickstart data, train, evaluate, report
 	@$(BIN)/perceiver prepare digits data/digits
 	@$(BIN)/perceiver train recipes/train/quickstart.yaml
 
-check: $(READY)  ## lint, types, import contract
+check: $(READY)  ## lint, format, types, import contract
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 

@@ -79,16 +79,24 @@ def main() -> None:
             rate, memory = measure(given.recipe, keys, folder)
             seconds = plan["micro_batch"] * plan["accumulation"] * workers / rate
             row = {
-                "recipe": given.recipe, "overrides": given.overrides, "workers": workers, "calibration_s": spent,
-                "step_s": seconds, "step_s_foretold": plan["step_seconds"]["total"],
+                "recipe": given.recipe,
+                "overrides": given.overrides,
+                "workers": workers,
+                "calibration_s": spent,
+                "step_s": seconds,
+                "step_s_foretold": plan["step_seconds"]["total"],
                 "step_off": plan["step_seconds"]["total"] / seconds - 1,
-                "memory_mb": memory / 1e6, "memory_mb_foretold": plan["memory"]["total"] / 1e6,
+                "memory_mb": memory / 1e6,
+                "memory_mb_foretold": plan["memory"]["total"] / 1e6,
                 "memory_off": plan["memory"]["total"] / memory - 1,
-            }  # fmt: skip
-            print(json.dumps(row) if given.json else
-                  f"{workers} workers: step {seconds:.4f} s, foretold {row['step_s_foretold']:.4f} "
-                  f"({row['step_off']:+.0%}); "
-                  f"memory {memory / 1e6:.0f} MB, foretold {row['memory_mb_foretold']:.0f} ({row['memory_off']:+.0%})")
+            }
+            print(
+                json.dumps(row)
+                if given.json
+                else f"{workers} workers: step {seconds:.4f} s, foretold {row['step_s_foretold']:.4f} "
+                f"({row['step_off']:+.0%}); "
+                f"memory {memory / 1e6:.0f} MB, foretold {row['memory_mb_foretold']:.0f} ({row['memory_off']:+.0%})"
+            )
 
 
 if __name__ == "__main__":

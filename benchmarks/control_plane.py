@@ -125,14 +125,27 @@ def recipe_tree(folder: Path, url: str, workers: int) -> dict[str, Any]:
         "name": "control",
         "output": str(folder / "runs"),
         "data": {"url": url, "executor": "inline", "cpus_per_task": 0.01},
-        "model": {"kind": "perceiver", "inputs": inputs, "latents": 4, "latent_channels": 16, "cross_attends": 1,
-                  "self_attends_per_block": 1, "heads": 2},
+        "model": {
+            "kind": "perceiver",
+            "inputs": inputs,
+            "latents": 4,
+            "latent_channels": 16,
+            "cross_attends": 1,
+            "self_attends_per_block": 1,
+            "heads": 2,
+        },
         "task": {"kind": "classification"},
         "optim": {"lr": 0.01},
-        "train": {"steps": STEPS, "global_batch": workers, "log_every": 1, "eval_every": 1e6,
-                  "checkpoint_every": SAVE_EVERY / epoch, "keep_checkpoints": STEPS},
+        "train": {
+            "steps": STEPS,
+            "global_batch": workers,
+            "log_every": 1,
+            "eval_every": 1e6,
+            "checkpoint_every": SAVE_EVERY / epoch,
+            "keep_checkpoints": STEPS,
+        },
         "cluster": {"workers": workers, "cpus_per_worker": 0.05, "hang_s": 3600},
-    }  # fmt: skip
+    }
 
 
 def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
@@ -240,8 +253,10 @@ def main() -> None:
     if len(done) > 1 and not given.json:
         first, last = done[0], done[-1]
         growth = {name: last[name] / first[name] for name in ("start_s", "commit_s", "step_ms", "end_s")}
-        print(f"\nfrom {first['workers']} to {last['workers']} workers: "
-              + ", ".join(f"{name} x {value:.2f}" for name, value in growth.items()))  # fmt: skip
+        print(
+            f"\nfrom {first['workers']} to {last['workers']} workers: "
+            + ", ".join(f"{name} x {value:.2f}" for name, value in growth.items())
+        )
 
 
 def as_line(row: Mapping[str, Any]) -> str:

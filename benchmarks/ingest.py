@@ -78,8 +78,12 @@ def ceiling(kind: Kind, folder: Path, warm: float, seconds: float) -> dict[str, 
     began, cpu, before = time.perf_counter(), tree_cpu(), sum(done.value for done in counts)
     time.sleep(seconds)
     samples = sum(done.value for done in counts) - before
-    return {"per_second": samples / (time.perf_counter() - began), "cpu_ms": (tree_cpu() - cpu) / samples * 1e3,
-            "first_s": 0.0, "memory_mb": tree_memory()}
+    return {
+        "per_second": samples / (time.perf_counter() - began),
+        "cpu_ms": (tree_cpu() - cpu) / samples * 1e3,
+        "first_s": 0.0,
+        "memory_mb": tree_memory(),
+    }
 
 
 def tree_cpu() -> float:
@@ -110,8 +114,14 @@ def measure(name: str, kind: Kind, folder: Path, warm: float, seconds: float) ->
     elif name == "ray":
         import ray
 
-        ray.init(address="local", num_cpus=PROCESSES, include_dashboard=False, object_store_memory=STORE_MB * 1_000_000,
-                 log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address="local",
+            num_cpus=PROCESSES,
+            include_dashboard=False,
+            object_store_memory=STORE_MB * 1_000_000,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     began = time.perf_counter()
     batches = LOADERS[name](kind, folder)
     shape = tuple(next(batches).shape)
@@ -159,8 +169,13 @@ def serve(kind: Kind, folder: Path) -> None:
     from tests.pipelines.faulty_s3 import FaultyS3
 
     server = FaultyS3()
-    client = boto3.client("s3", endpoint_url=server.url, aws_access_key_id=SECRET["key"],
-                          aws_secret_access_key=SECRET["secret"], region_name="us-east-1")
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.url,
+        aws_access_key_id=SECRET["key"],
+        aws_secret_access_key=SECRET["secret"],
+        region_name="us-east-1",
+    )
     client.create_bucket(Bucket=BUCKET)
     for path in part_of(kind, folder).iterdir():
         client.upload_file(str(path), BUCKET, f"{kind.name}/{path.name}")
@@ -177,7 +192,8 @@ def table(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     figures = ("per_second", "cpu_ms", "first_s", "memory_mb")
     for (kind, loader), rows in groups.items():
         row = {"kind": kind, "loader": loader} | {
-            figure: round(statistics.median(r[figure] for r in rows), 3) for figure in figures}
+            figure: round(statistics.median(r[figure] for r in rows), 3) for figure in figures
+        }
         limit = groups.get((kind, "ceiling"))
         if limit:
             rate = statistics.median(r["per_second"] for r in limit)
@@ -223,12 +239,19 @@ def compare(kind: Kind, options: argparse.Namespace) -> Iterator[dict[str, Any]]
             loaders.append(name)
             if name in PEERS:
                 {"webdataset": ingest_data.tars, "streaming": ingest_data.mds, "litdata": ingest_data.chunks}[name](
-                    kind, options.data)
+                    kind, options.data
+                )
     ingest_data.shards(kind, options.data)
     allocator = {name: value for name, value in QUIET_ENVIRONMENT.items() if name.startswith("MALLOC_")}
     env = {**os.environ, **allocator, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "true"}
-    this = [sys.executable, __file__, f"--data={options.data}", f"--kind={kind.name}", f"--warm={options.warm}",
-            f"--seconds={options.seconds}"]
+    this = [
+        sys.executable,
+        __file__,
+        f"--data={options.data}",
+        f"--kind={kind.name}",
+        f"--warm={options.warm}",
+        f"--seconds={options.seconds}",
+    ]
     server = None
     if "ours-s3" in loaders:
         server = subprocess.Popen([*this, "--serve"], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=env)

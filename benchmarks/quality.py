@@ -88,14 +88,22 @@ def perceiver_io(_: argparse.Namespace) -> Any:
             return torch.cat([x.flatten(1, -2), self.position(len(x))], dim=-1)
 
     encoder = core.PerceiverEncoder(
-        Adapter(), num_latents=16, num_latent_channels=64, num_cross_attention_heads=1,
-        num_cross_attention_qk_channels=channels, num_cross_attention_layers=3, num_self_attention_heads=4,
-        num_self_attention_layers_per_block=2, num_self_attention_blocks=3,
-    )  # fmt: skip
+        Adapter(),
+        num_latents=16,
+        num_latent_channels=64,
+        num_cross_attention_heads=1,
+        num_cross_attention_qk_channels=channels,
+        num_cross_attention_layers=3,
+        num_self_attention_heads=4,
+        num_self_attention_layers_per_block=2,
+        num_self_attention_blocks=3,
+    )
     decoder = core.PerceiverDecoder(
-        core.ClassificationOutputAdapter(CLASSES, 64), core.TrainableQueryProvider(1, 64),
-        num_latent_channels=64, num_cross_attention_heads=1,
-    )  # fmt: skip
+        core.ClassificationOutputAdapter(CLASSES, 64),
+        core.TrainableQueryProvider(1, 64),
+        num_latent_channels=64,
+        num_cross_attention_heads=1,
+    )
     return nn.Sequential(encoder, decoder)
 
 
@@ -103,10 +111,21 @@ def perceiver_pytorch(_: argparse.Namespace) -> Any:
     """lucidrains' perceiver-pytorch."""
     library: Any = importlib.import_module("perceiver_pytorch")
     return library.Perceiver(
-        num_freq_bands=8, max_freq=16.0, depth=3, input_axis=2, input_channels=1, num_latents=16, latent_dim=64,
-        cross_heads=1, cross_dim_head=35, latent_heads=4, latent_dim_head=16, num_classes=CLASSES,
-        weight_tie_layers=True, self_per_cross_attn=2,
-    )  # fmt: skip
+        num_freq_bands=8,
+        max_freq=16.0,
+        depth=3,
+        input_axis=2,
+        input_channels=1,
+        num_latents=16,
+        latent_dim=64,
+        cross_heads=1,
+        cross_dim_head=35,
+        latent_heads=4,
+        latent_dim_head=16,
+        num_classes=CLASSES,
+        weight_tie_layers=True,
+        self_per_cross_attn=2,
+    )
 
 
 BUILDERS = {"ours": ours, "perceiver-io": perceiver_io, "perceiver-pytorch": perceiver_pytorch}
@@ -135,9 +154,10 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         (ours(given, plain=True) if name == "ours" else model)(shown(images[0][:1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, betas=(0.9, 0.99), weight_decay=0.05)
     steps, warm = len(images), 100
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
-    ))  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))),
+    )
     history, wall, cpu, mark = [], 0.0, 0.0, 0
     for step in range(steps):
         began, clock = time.perf_counter(), time.process_time()
@@ -158,12 +178,18 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
             history.append((right / test_labels.numel(), wall, cpu))
     reached = {goal: next((entry for entry in history if entry[0] >= goal), None) for goal in GOALS}
     return {
-        "model": name, "lr": given.lr, "seed": given.seed, "parameters": sum(p.numel() for p in model.parameters()),
-        "gflops": counter.get_total_flops() / 1e9, "steps": steps, "accuracy": history[-1][0], "seconds": wall,
+        "model": name,
+        "lr": given.lr,
+        "seed": given.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gflops": counter.get_total_flops() / 1e9,
+        "steps": steps,
+        "accuracy": history[-1][0],
+        "seconds": wall,
         "cpu_seconds": cpu,
         "seconds_to": {goal: found[1] for goal, found in reached.items() if found},
         "cpu_seconds_to": {goal: found[2] for goal, found in reached.items() if found},
-    }  # fmt: skip
+    }
 
 
 def take(given: argparse.Namespace, name: str, lr: float, folder: str) -> dict[str, Any]:
@@ -181,8 +207,15 @@ def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     wall, cpu = row["seconds_to"], row["cpu_seconds_to"]
     to = [f"{wall[goal]:.0f} ({cpu[goal]:.0f})" if goal in wall else "-" for goal in map(str, GOALS)]
-    cells = [row["model"], f"{row['parameters']:,}", f"{row['gflops']:.4f}", f"{row['lr']:g}",
-             f"{100 * row['accuracy']:.1f}", f"{row['seconds']:.0f}", *to]  # fmt: skip
+    cells = [
+        row["model"],
+        f"{row['parameters']:,}",
+        f"{row['gflops']:.4f}",
+        f"{row['lr']:g}",
+        f"{100 * row['accuracy']:.1f}",
+        f"{row['seconds']:.0f}",
+        *to,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 

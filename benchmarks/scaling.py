@@ -125,8 +125,9 @@ def plain_arm(tree: dict[str, Any], in_memory: bool) -> None:
         recipe, build_model(recipe.model, classes=classes), build_task(recipe.task, classes=classes), manifest, place
     )
     batches = iter(list(batches)) if in_memory else batches
-    span = Span(0, steps, training.global_batch, training.accumulation(world), epoch_steps_of(recipe, manifest),
-                recipe.seed)  # fmt: skip
+    span = Span(
+        0, steps, training.global_batch, training.accumulation(world), epoch_steps_of(recipe, manifest), recipe.seed
+    )
     train(engine, batches, [MetricsHook(History(), training.log_every)], span)
 
 
@@ -138,8 +139,13 @@ def recipe_tree(given: argparse.Namespace, setting: str, folder: Path) -> dict[s
     recipe = load_recipe(given.recipe, given.overrides)
     tree = for_workers(recipe)
     tree["output"] = str(folder / "runs")
-    tree["train"] |= {"steps": given.steps + LEFT_OUT, "epochs": None, "eval_every": 1e9, "checkpoint_every": 1e9,
-                      "global_batch": times * recipe.train.global_batch}  # fmt: skip
+    tree["train"] |= {
+        "steps": given.steps + LEFT_OUT,
+        "epochs": None,
+        "eval_every": 1e9,
+        "checkpoint_every": 1e9,
+        "global_batch": times * recipe.train.global_batch,
+    }
     tree["cluster"]["workers"] = workers
     tree["tracking"]["enabled"] = False
     tree["data"]["prefetch_bytes"] = AHEAD_BYTES
@@ -155,8 +161,12 @@ def take(given: argparse.Namespace, setting: str, arm: str) -> list[tuple[float,
         if arm != "ray":
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SETTINGS[setting][0]}"]
         command += [__file__, "--one", arm, str(folder / "recipe.json")]
-        environment = {**os.environ, NOTES: str(folder / "notes"), ONE_CORE: str(int(given.one_core)),
-                       "OMP_NUM_THREADS": "1"}  # fmt: skip
+        environment = {
+            **os.environ,
+            NOTES: str(folder / "notes"),
+            ONE_CORE: str(int(given.one_core)),
+            "OMP_NUM_THREADS": "1",
+        }
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{setting}, {arm}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -185,11 +195,18 @@ def measure(given: argparse.Namespace, setting: str) -> list[dict[str, Any]]:
             losses[arm] = found
     workers, times = SETTINGS[setting]
     return [
-        {"setting": setting, "workers": workers, "batch_times": times, "arm": arm, "rounds": given.rounds,
-         "step_ms": statistics.median(walls[arm]), "spread_ms": max(walls[arm]) - min(walls[arm]),
-         "cpu_ms": statistics.median(cpus[arm])}
+        {
+            "setting": setting,
+            "workers": workers,
+            "batch_times": times,
+            "arm": arm,
+            "rounds": given.rounds,
+            "step_ms": statistics.median(walls[arm]),
+            "spread_ms": max(walls[arm]) - min(walls[arm]),
+            "cpu_ms": statistics.median(cpus[arm]),
+        }
         for arm in arms
-    ]  # fmt: skip
+    ]
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

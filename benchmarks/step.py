@@ -83,8 +83,15 @@ def ours(row: Row, kind: str) -> tuple[Any, Any]:
     from perceiver.factory import build_model, model_config
 
     depth = {"cross_attends": row.crosses} if kind == "perceiver" else {"blocks": row.crosses}
-    values = {"kind": kind, "inputs": row.inputs, "latents": row.n, "latent_channels": row.d, "heads": 8, **depth,
-              "self_attends_per_block": row.selves}  # fmt: skip
+    values = {
+        "kind": kind,
+        "inputs": row.inputs,
+        "latents": row.n,
+        "latent_channels": row.d,
+        "heads": 8,
+        **depth,
+        "self_attends_per_block": row.selves,
+    }
     model: Any = build_model(model_config(values), classes=CLASSES)
     raw = next(iter(model.example(row.batch, "cpu").values()))
     if raw.is_floating_point():
@@ -114,15 +121,22 @@ def perceiver_io(row: Row) -> tuple[Any, Any]:
             return torch.cat([x.flatten(1, -2), self.position(len(x))], dim=-1) if image else x
 
     encoder = core.PerceiverEncoder(
-        Adapter(), num_latents=row.n, num_latent_channels=row.d, num_cross_attention_heads=1,
-        num_cross_attention_qk_channels=row.channels, num_cross_attention_layers=row.crosses,
-        num_self_attention_heads=8, num_self_attention_layers_per_block=row.selves,
+        Adapter(),
+        num_latents=row.n,
+        num_latent_channels=row.d,
+        num_cross_attention_heads=1,
+        num_cross_attention_qk_channels=row.channels,
+        num_cross_attention_layers=row.crosses,
+        num_self_attention_heads=8,
+        num_self_attention_layers_per_block=row.selves,
         num_self_attention_blocks=row.crosses,
-    )  # fmt: skip
+    )
     decoder = core.PerceiverDecoder(
-        core.ClassificationOutputAdapter(CLASSES, row.d), core.TrainableQueryProvider(1, row.d),
-        num_latent_channels=row.d, num_cross_attention_heads=1,
-    )  # fmt: skip
+        core.ClassificationOutputAdapter(CLASSES, row.d),
+        core.TrainableQueryProvider(1, row.d),
+        num_latent_channels=row.d,
+        num_cross_attention_heads=1,
+    )
     return nn.Sequential(encoder, decoder), dense_inputs(row)
 
 
@@ -131,11 +145,22 @@ def perceiver_pytorch(row: Row) -> tuple[Any, Any]:
     library: Any = importlib.import_module("perceiver_pytorch")
     image = row.inputs["kind"] == "image"
     model = library.Perceiver(
-        num_freq_bands=64, max_freq=float(row.shape[0]), depth=row.crosses, input_axis=2 if image else 1,
-        input_channels=3 if image else row.channels, fourier_encode_data=image, num_latents=row.n, latent_dim=row.d,
-        cross_heads=1, cross_dim_head=row.channels, latent_heads=8, latent_dim_head=row.d // 8, num_classes=CLASSES,
-        weight_tie_layers=True, self_per_cross_attn=row.selves,
-    )  # fmt: skip
+        num_freq_bands=64,
+        max_freq=float(row.shape[0]),
+        depth=row.crosses,
+        input_axis=2 if image else 1,
+        input_channels=3 if image else row.channels,
+        fourier_encode_data=image,
+        num_latents=row.n,
+        latent_dim=row.d,
+        cross_heads=1,
+        cross_dim_head=row.channels,
+        latent_heads=8,
+        latent_dim_head=row.d // 8,
+        num_classes=CLASSES,
+        weight_tie_layers=True,
+        self_per_cross_attn=row.selves,
+    )
     return model, dense_inputs(row)
 
 
@@ -147,10 +172,16 @@ def transformers_perceiver(row: Row) -> tuple[Any, Any]:
     library: Any = importlib.import_module("transformers")
     image = row.inputs["kind"] == "image"
     config = library.PerceiverConfig(
-        num_latents=row.n, d_latents=row.d, d_model=row.channels, num_blocks=row.crosses,
-        num_self_attends_per_block=row.selves, num_self_attention_heads=8, num_cross_attention_heads=1,
-        num_labels=CLASSES, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        num_latents=row.n,
+        d_latents=row.d,
+        d_model=row.channels,
+        num_blocks=row.crosses,
+        num_self_attends_per_block=row.selves,
+        num_self_attention_heads=8,
+        num_cross_attention_heads=1,
+        num_labels=CLASSES,
+        attention_probs_dropout_prob=0.0,
+    )
     positions = {"concat_pos": True, "max_resolution": row.shape, "num_bands": 64, "sine_only": False}
     before = None
     if image:
@@ -158,9 +189,11 @@ def transformers_perceiver(row: Row) -> tuple[Any, Any]:
             config, prep_type="pixels", spatial_downsample=1, fourier_position_encoding_kwargs=positions
         )
     decoder = module.PerceiverClassificationDecoder(
-        config, num_channels=row.d, trainable_position_encoding_kwargs={"num_channels": row.d, "index_dims": 1},
+        config,
+        num_channels=row.d,
+        trainable_position_encoding_kwargs={"num_channels": row.d, "index_dims": 1},
         use_query_residual=True,
-    )  # fmt: skip
+    )
     inner = module.PerceiverModel(config, input_preprocessor=before, decoder=decoder)
 
     class Logits(nn.Module):
@@ -344,8 +377,16 @@ class Child:
             samples = self.samples.get(name) or [first]
             medians = {k: round(statistics.median(s[k] for s in samples), 4) for k in ("seconds", "cpu_seconds")}
             memory = 0 if self.implementation in RATES else first["memory_mb"]
-            results.append({**named, "pass": name, **medians, "memory_mb": memory, "gflops": self.facts["gflops"],
-                            "parameters": self.facts["parameters"]})  # fmt: skip
+            results.append(
+                {
+                    **named,
+                    "pass": name,
+                    **medians,
+                    "memory_mb": memory,
+                    "gflops": self.facts["gflops"],
+                    "parameters": self.facts["parameters"],
+                }
+            )
         return results
 
 

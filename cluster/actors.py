@@ -85,13 +85,17 @@ class Forward:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, found.schema) as stream:
             stream.write_table(found)
-        said = {ROWS: pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
-                PROBLEMS: pa.array([lines], pa.list_(pa.string())), SIZE: [rows.num_rows]}  # fmt: skip
+        said = {
+            ROWS: pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
+            PROBLEMS: pa.array([lines], pa.list_(pa.string())),
+            SIZE: [rows.num_rows],
+        }
         return pa.table(said)
 
 
-def predict_in_actors(scoring: Scoring, workers: int, first: int, quarantine: Quarantine
-                      ) -> Generator[pa.Table, None, None]:
+def predict_in_actors(
+    scoring: Scoring, workers: int, first: int, quarantine: Quarantine
+) -> Generator[pa.Table, None, None]:
     """Yield the predictions of each batch, from the `first` one on, in order; `workers` actors make them.
 
     Raises:
@@ -111,8 +115,12 @@ def _resources(recipe: Recipe, workers: int) -> dict[str, Any]:
         held = worker_resources(recipe.model_copy(update={"cluster": cluster}), Share(cluster_cpus()))
     except UserError as error:
         raise UserError(f"--workers {workers}, which stands for cluster.workers here: {error}") from None
-    return {"num_cpus": held.pop("CPU", 0), "num_gpus": held.pop("GPU", 0), "resources": held or None,
-            "label_selector": cluster.worker_labels or None}  # fmt: skip
+    return {
+        "num_cpus": held.pop("CPU", 0),
+        "num_gpus": held.pop("GPU", 0),
+        "resources": held or None,
+        "label_selector": cluster.worker_labels or None,
+    }
 
 
 def _shorter(runs: list[Run], workers: int) -> list[Run]:
@@ -121,8 +129,9 @@ def _shorter(runs: list[Run], workers: int) -> list[Run]:
     return [(first, min(first + most, stop)) for start, stop in runs for first in range(start, stop, most)]
 
 
-def _execute(scoring: Scoring, workers: int, resources: dict[str, Any], work: Work, runs: list[Run],
-             options: RayOptions) -> Iterator[tuple[pa.Table, int, list[str]]]:  # fmt: skip
+def _execute(
+    scoring: Scoring, workers: int, resources: dict[str, Any], work: Work, runs: list[Run], options: RayOptions
+) -> Iterator[tuple[pa.Table, int, list[str]]]:
     """Run the data tasks and the actors as one Ray Dataset."""
     runs = _shorter(runs, workers)
     limits = replace(options, tasks=workers * options.tasks, bytes_in_flight=workers * options.bytes_in_flight)

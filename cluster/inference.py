@@ -71,8 +71,7 @@ class Parts:
         return f"part-{part:06d}.parquet"
 
 
-def predict(scoring: Scoring, target: str, progress: Progress | None = None, workers: int | None = None
-            ) -> int:
+def predict(scoring: Scoring, target: str, progress: Progress | None = None, workers: int | None = None) -> int:
     """Write predictions as Parquet files; go on where a call before this one was broken off.
 
     A row a sample: `sample_id`, `key` (where the sample came from), `label` if the data has one, what the task says
@@ -124,8 +123,9 @@ def _quarantine(scoring: Scoring, folder: Folder, parts: Parts, done: int) -> Qu
     return found
 
 
-def _outcomes(scoring: Scoring, workers: int | None, first: int, quarantine: Quarantine
-              ) -> Generator[pa.Table, None, None]:
+def _outcomes(
+    scoring: Scoring, workers: int | None, first: int, quarantine: Quarantine
+) -> Generator[pa.Table, None, None]:
     """The predictions of each batch from the `first` one on."""
     if scoring.recipe.data.executor == "inline":
         if workers:
@@ -162,9 +162,15 @@ def _fingerprint(scoring: Scoring) -> dict[str, Any]:
         digest.update(name.encode())
         digest.update(scoring.saved.tensors[name].contiguous().view(torch.uint8).numpy().data)
     view = scoring.recipe.data.model_dump(mode="json", exclude={"storage_options"})
-    return {"weights": digest.hexdigest()[:16], "data": scoring.recipe.data.url, "split": scoring.split,
-            "samples": scoring.samples, "batch": scoring.batch, "view": _short(view),
-            "classes": _short(scoring.names)}  # fmt: skip
+    return {
+        "weights": digest.hexdigest()[:16],
+        "data": scoring.recipe.data.url,
+        "split": scoring.split,
+        "samples": scoring.samples,
+        "batch": scoring.batch,
+        "view": _short(view),
+        "classes": _short(scoring.names),
+    }
 
 
 def _short(value: Any) -> str:
@@ -182,8 +188,10 @@ def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
     before = json.loads(folder.read_text(FACTS))
     changed = [name for name, value in facts.items() if before.get(name) != value]
     if changed:
-        raise UserError(f"{folder.url} holds predictions with {changed[0]} {before.get(changed[0])}, these would be"
-                        f" with {facts[changed[0]]}: choose another --to")
+        raise UserError(
+            f"{folder.url} holds predictions with {changed[0]} {before.get(changed[0])}, these would be"
+            f" with {facts[changed[0]]}: choose another --to"
+        )
 
 
 class Keys:

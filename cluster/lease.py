@@ -49,8 +49,9 @@ class Owner(Config):
     def here(cls, life_s: float) -> "Owner":
         """This process."""
         pid = os.getpid()
-        return cls(id=secrets.token_hex(8), host=socket.gethostname(), boot=_boot(), pid=pid, began=_began(pid),
-                   life_s=life_s)
+        return cls(
+            id=secrets.token_hex(8), host=socket.gethostname(), boot=_boot(), pid=pid, began=_began(pid), life_s=life_s
+        )
 
     @property
     def gone(self) -> bool:
@@ -251,5 +252,3 @@ def _held(file: LeaseFile, found: Owner, left: float) -> str:
         f"{file.url} is in use by {found}, at least until {until} ({left:.0f} s from now) unless it renews its lease: "
         "wait for it, stop it, or give another --run"
     )
-
-

@@ -45,12 +45,14 @@ FIGURES = (
     Figure("perceiver_skipped_steps", "Steps skipped since the start: the gradient was not finite", "short"),
     Figure("perceiver_quarantined_samples", "Bad samples that the workers met since they started", "short"),
     # A moment, not an age: an age would stand still with the run that does not report it.
-    Figure("perceiver_checkpoint_timestamp_seconds", "Age of the newest checkpoint, or of the start", "s",
-           "time() - {}"),
+    Figure(
+        "perceiver_checkpoint_timestamp_seconds", "Age of the newest checkpoint, or of the start", "s", "time() - {}"
+    ),
     Figure("perceiver_worker_failures", "Worker failures since the start", "short"),
-    Figure("perceiver_model_flops_utilisation", "Share of the GPUs' peak that the model's own FLOPs come to",
-           "percentunit"),
-)  # fmt: skip
+    Figure(
+        "perceiver_model_flops_utilisation", "Share of the GPUs' peak that the model's own FLOPs come to", "percentunit"
+    ),
+)
 
 Export = Callable[[str, float], None]
 """Takes a metric's name and its value."""
@@ -148,11 +150,17 @@ def dashboard() -> dict[str, Any]:
             "datasource": source,
             "gridPos": {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)},
             "fieldConfig": {"defaults": {"unit": figure.unit}, "overrides": []},
-            "targets": [{"refId": "A", "datasource": source, "legendFormat": "{{run}}",
-                         "expr": figure.query.format(f'ray_{figure.name}{{run=~"$run"}}')}],
+            "targets": [
+                {
+                    "refId": "A",
+                    "datasource": source,
+                    "legendFormat": "{{run}}",
+                    "expr": figure.query.format(f'ray_{figure.name}{{run=~"$run"}}'),
+                }
+            ],
         }
         for number, figure in enumerate(FIGURES)
-    ]  # fmt: skip
+    ]
     variable = {
         "name": "run",
         "type": "query",
@@ -165,6 +173,11 @@ def dashboard() -> dict[str, Any]:
     }
     return {
         "__inputs": [{"name": "DS_PROMETHEUS", "label": "Prometheus", "type": "datasource", "pluginId": "prometheus"}],
-        "title": "Perceiver training", "uid": "perceiver-training", "schemaVersion": 39, "refresh": "30s",
-        "time": {"from": "now-6h", "to": "now"}, "templating": {"list": [variable]}, "panels": panels,
-    }  # fmt: skip
+        "title": "Perceiver training",
+        "uid": "perceiver-training",
+        "schemaVersion": 39,
+        "refresh": "30s",
+        "time": {"from": "now-6h", "to": "now"},
+        "templating": {"list": [variable]},
+        "panels": panels,
+    }

@@ -21,15 +21,44 @@ LIMIT_BYTES = 100 * 1024 * 1024
 """What the dashboard takes; Ray's own limit for a working directory is the same."""
 
 LEFT_OUT = shutil.ignore_patterns(
-    "__pycache__", "*.py[co]", ".git", ".hg", ".venv", "venv", "node_modules", ".*_cache", "*.egg-info", ".DS_Store",
-    "data", "runs", "mlruns", "mlflow.db*",
-)  # fmt: skip
+    "__pycache__",
+    "*.py[co]",
+    ".git",
+    ".hg",
+    ".venv",
+    "venv",
+    "node_modules",
+    ".*_cache",
+    "*.egg-info",
+    ".DS_Store",
+    "data",
+    "runs",
+    "mlruns",
+    "mlflow.db*",
+)
 """Names that never travel: caches, environments, data, and what runs leave behind."""
 
 SECRET_FILES = (
-    ".env", ".env.*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc",
-    ".pypirc", ".npmrc", ".git-credentials", "auth_token", ".ssh", ".aws", ".azure", ".kube",
-)  # fmt: skip
+    ".env",
+    ".env.*",
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "id_rsa*",
+    "id_dsa*",
+    "id_ecdsa*",
+    "id_ed25519*",
+    ".netrc",
+    ".pypirc",
+    ".npmrc",
+    ".git-credentials",
+    "auth_token",
+    ".ssh",
+    ".aws",
+    ".azure",
+    ".kube",
+)
 """Names of files and folders that hold secrets as a rule; they stay here."""
 
 IGNORE_FILES = (".gitignore", ".rayignore")

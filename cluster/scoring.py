@@ -77,15 +77,20 @@ class Scoring:
         theirs, place = self.manifest.classes, self.recipe.data.url
         if not self.names:
             unknown = class_count(self.recipe.model, self.saved.shapes) is not None
-            return f"{self.saved.place} does not say what its classes are called, and its data cannot be read: " \
-                "classes are given by number alone" if unknown else ""
+            return (
+                f"{self.saved.place} does not say what its classes are called, and its data cannot be read: "
+                "classes are given by number alone"
+                if unknown
+                else ""
+            )
         if not theirs or theirs == self.names or "label" not in self.manifest.features:
             return ""
-        return f"{place} calls its classes {_some(theirs)}, the model's are {_some(self.names)}: a label is a number " \
+        return (
+            f"{place} calls its classes {_some(theirs)}, the model's are {_some(self.names)}: a label is a number "
             "of the former, a prediction of the latter"
+        )
 
-    def batches(self, first: int = 0, quarantine: Quarantine | None = None
-                ) -> Generator[Batch, None, None]:
+    def batches(self, first: int = 0, quarantine: Quarantine | None = None) -> Generator[Batch, None, None]:
         """The split's batches in order, from the `first` one."""
         share = EvalShare(self.split, self.batch, first=first)
         return eval_batches(self.recipe.data, self.manifest, share, self.device, quarantine)
@@ -95,8 +100,14 @@ class Scoring:
         return evaluate(self.model, self.task(), self.batches(quarantine=quarantine), Ranks(self.device))
 
 
-def open_scoring(place: str, url: str | None = None, *, split: str | None = None, batch: int | None = None,
-                 overrides: Sequence[str] = ()) -> Scoring:
+def open_scoring(
+    place: str,
+    url: str | None = None,
+    *,
+    split: str | None = None,
+    batch: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Scoring:
     """Read a run's weights and turn its recipe to a data set.
 
     Args:
@@ -153,12 +164,15 @@ def check_labels(scoring: Scoring) -> None:
     theirs, names, url = scoring.manifest.classes, scoring.names, scoring.recipe.data.url
     classes = class_count(scoring.recipe.model, scoring.saved.shapes)
     if classes and len(theirs) != classes:
-        raise UserError(f"{url} has {len(theirs)} classes, the model {classes}: give data with the classes that it was "
-                        "trained on")
+        raise UserError(
+            f"{url} has {len(theirs)} classes, the model {classes}: give data with the classes that it was trained on"
+        )
     if theirs != names and set(theirs) == set(names):
         first = next(number for number, name in enumerate(names) if theirs[number] != name)
-        raise UserError(f"{url} numbers its classes otherwise than the model: {first} is {theirs[first]} there, "
-                        f"{names[first]} for the model; prepare the data with the classes in the model's order")
+        raise UserError(
+            f"{url} numbers its classes otherwise than the model: {first} is {theirs[first]} there, "
+            f"{names[first]} for the model; prepare the data with the classes in the model's order"
+        )
 
 
 @contextmanager

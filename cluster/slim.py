@@ -26,5 +26,6 @@ class SlimTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         """See Ray Train, which offers no way to choose."""
-        return [callback for callback in super()._create_default_callbacks()
-                if type(callback).__name__ not in self.left_out]  # fmt: skip
+        return [
+            callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in self.left_out
+        ]

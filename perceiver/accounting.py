@@ -33,9 +33,14 @@ class Account:
     activation_bytes: int
 
     def training_bytes(
-        self, *, micro_batch: int, world: int = 1, zero_stage: int = 0, bytes_per_value: int = 4,
+        self,
+        *,
+        micro_batch: int,
+        world: int = 1,
+        zero_stage: int = 0,
+        bytes_per_value: int = 4,
         optimizer_values: int = 2,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Return the bytes one rank needs for weights, gradients, optimizer state and activations.
 
         Args:

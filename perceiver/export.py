@@ -220,20 +220,28 @@ def _limits(saved: Saved, classes: int | None, data: DataFacts | None) -> list[s
     like = data.name if data else f"`{url}`" if url else "the data it was trained on, of which there is no record"
     lines = [f"Meant for inputs like those of {like}, sized, scaled and cut as the recipe below says."]
     if saved.facts.get("evaluation"):
-        lines += ["The figures above are all that is recorded: of the split named there, as a whole. Inputs from "
-                  "elsewhere, damaged ones and the groups within the data were not looked at apart."]  # fmt: skip
+        lines += [
+            "The figures above are all that is recorded: of the split named there, as a whole. Inputs from "
+            "elsewhere, damaged ones and the groups within the data were not looked at apart."
+        ]
     else:
         lines += ["No figure is recorded here: evaluate it before you rely on it (`perceiver evaluate`)."]
     if classes and task == "tagging":
-        lines += ["Each class gets a probability of its own, cut at 0.5 for `prediction`: it knows no other class, and "
-                  "the probabilities are not calibrated."]  # fmt: skip
+        lines += [
+            "Each class gets a probability of its own, cut at 0.5 for `prediction`: it knows no other class, and "
+            "the probabilities are not calibrated."
+        ]
     elif classes:
-        lines += ["It names one of its classes for any input, also for one that shows none of them; its probabilities "
-                  "are not calibrated."]  # fmt: skip
+        lines += [
+            "It names one of its classes for any input, also for one that shows none of them; its probabilities "
+            "are not calibrated."
+        ]
     if task == "masked_language":
         lines += ["It repeats what its text says, slanted or wrong as that may be."]
-    lines += ["Whoever uses it for decisions about people or safety has to test it for that use first; no such test is "
-              "recorded."]  # fmt: skip
+    lines += [
+        "Whoever uses it for decisions about people or safety has to test it for that use first; no such test is "
+        "recorded."
+    ]
     return [f"- {line}" for line in lines]
 
 
@@ -259,9 +267,11 @@ def _use(written: Mapping[str, Any], saved: Saved) -> list[str]:
         outputs = ", ".join(f"`{name}`" for name in written["outputs"])
         if "MLmodel" in written["files"]:
             body = json.dumps({"inputs": dict.fromkeys(written["inputs"], "...")})
-            code = ["mlflow models serve -m . --env-manager local --port 5001",
-                    f"curl -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:5001/invocations"]
-            return [f"Inputs: {shapes}. Outputs: {outputs}.", "", "```", *code, "```"]  # fmt: skip
+            code = [
+                "mlflow models serve -m . --env-manager local --port 5001",
+                f"curl -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:5001/invocations",
+            ]
+            return [f"Inputs: {shapes}. Outputs: {outputs}.", "", "```", *code, "```"]
         code = ['session = onnxruntime.InferenceSession("model.onnx")', "outputs = session.run(None, inputs)"]
         return [f"Inputs: {shapes}. Outputs: {outputs}.", "", "```python", "import onnxruntime", "", *code, "```"]
     if "class" in written:

@@ -79,8 +79,7 @@ def register(saved: Saved, name: str, classes: Sequence[str] = ()) -> dict[str, 
         with tempfile.TemporaryDirectory(prefix="mlflow-") as staging, silent():
             parts = _parts(mlflow, saved, Path(staging), classes)
             logged = mlflow.models.Model.log(
-                artifact_path=None,
-                name=NAME, flavor=mlflow.pyfunc, run_id=run, registered_model_name=name, **parts
+                artifact_path=None, name=NAME, flavor=mlflow.pyfunc, run_id=run, registered_model_name=name, **parts
             )
     except (mlflow.exceptions.MlflowException, OSError) as error:
         said = " ".join(redact_text(str(error)).split())[:300]

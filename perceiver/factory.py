@@ -44,6 +44,7 @@ class PerceiverIOModel(PerceiverIOConfig):
 
 _OWN: dict[str, type[Config]] = {"perceiver": PerceiverModel, "perceiver_io": PerceiverIOModel}
 
+
 def _with_preset(values: Any) -> Any:
     """Write out `{preset: NAME, ...}` as the preset's section with the other keys merged in."""
     if not isinstance(values, Mapping) or "preset" not in values:

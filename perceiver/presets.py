@@ -34,9 +34,11 @@ _IMAGE: Values = {"kind": "image", "positions": _fourier(64, 224, 224)}
 _PIXELS: Values = {"kind": "image", "positions": _NONE}
 _LEARNED: Values = {"kind": "image", "positions": {"kind": "learned", "channels": 128, "init_std": 1.0}}
 _IO_LEARNED: Values = {
-    "kind": "image", "front_end": "1x1", "front_end_channels": 256,
+    "kind": "image",
+    "front_end": "1x1",
+    "front_end_channels": 256,
     "positions": {"kind": "learned", "channels": 256, "init_std": 0.02, "projection": 256},
-}  # fmt: skip
+}
 _CONV: Values = {"kind": "image", "front_end": "conv", "positions": _fourier(64, 56, 56)}
 _RAW: Values = {"kind": "audio", "samples": 61_440, "patch": 128, "positions": _fourier(64, 480)}
 _MEL: Values = {"kind": "mel", "samples": 61_440, "positions": _fourier(64, 4800)}
@@ -46,9 +48,10 @@ _POINTS: Values = {"kind": "points", "points": 2048, "bands": 64, "max_resolutio
 
 def _audio_video(sound: Values, /, **dropout: float) -> Values:
     return {
-        "kind": "multimodal", "modalities": {"audio": sound, "video": _VIDEO},
+        "kind": "multimodal",
+        "modalities": {"audio": sound, "video": _VIDEO},
         "dropout": {"video": 0.3, **dropout},
-    }  # fmt: skip
+    }
 
 
 def _perceiver(inputs: Values, **changes: Any) -> Values:
@@ -66,18 +69,33 @@ def _audioset(inputs: Values) -> Values:
 def _language(vocabulary: int, length: int, latent_channels: int, layers: int) -> Values:
     return _io(
         {"kind": "text", "vocabulary": vocabulary, "length": length, "channels": 768},
-        latents=256, latent_channels=latent_channels, blocks=1, self_attends_per_block=layers, heads=8, cross_heads=8,
-        qk_channels=256, v_channels=latent_channels, cross_qk_channels=256, cross_v_channels=latent_channels,
-        decoder={"kind": "tokens"}, query_residual=False, decoder_heads=8, decoder_qk_channels=256,
+        latents=256,
+        latent_channels=latent_channels,
+        blocks=1,
+        self_attends_per_block=layers,
+        heads=8,
+        cross_heads=8,
+        qk_channels=256,
+        v_channels=latent_channels,
+        cross_qk_channels=256,
+        cross_v_channels=latent_channels,
+        decoder={"kind": "tokens"},
+        query_residual=False,
+        decoder_heads=8,
+        decoder_qk_channels=256,
         decoder_v_channels=768,
-    )  # fmt: skip
+    )
 
 
 def _kinetics(latents: int) -> Values:
     video = {
-        "kind": "video", "frames": 16, "patch": (1, 4, 4), "positions": _fourier(32, 16, 224, 224),
-        "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
-    }  # fmt: skip
+        "kind": "video",
+        "frames": 16,
+        "patch": (1, 4, 4),
+        "positions": _fourier(32, 16, 224, 224),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+    }
     audio = {"kind": "audio", "samples": 30_720, "patch": 16, "positions": _fourier(192, 30_720)}
     outputs = {
         "audio": {"grid": (1920,), "values": 16, "bands": 192, "max_resolution": (30_720,)},
@@ -85,13 +103,20 @@ def _kinetics(latents: int) -> Values:
         "label": {"classes": 700, "channels": 1024},
     }
     inputs = {
-        "kind": "multimodal", "modalities": {"audio": audio, "video": video, "label": {"kind": "label"}},
-        "mask": {"audio": 0.0, "video": 0.0, "label": 0.5}, "hide": ("label",),
-    }  # fmt: skip
+        "kind": "multimodal",
+        "modalities": {"audio": audio, "video": video, "label": {"kind": "label"}},
+        "mask": {"audio": 0.0, "video": 0.0, "label": 0.5},
+        "hide": ("label",),
+    }
     return _io(
-        inputs, latents=latents, latent_channels=512, blocks=1, self_attends_per_block=8, query_residual=False,
+        inputs,
+        latents=latents,
+        latent_channels=512,
+        blocks=1,
+        self_attends_per_block=8,
+        query_residual=False,
         decoder={"kind": "multimodal", "modalities": outputs},
-    )  # fmt: skip
+    )
 
 
 def _imagenet() -> dict[str, Preset]:
@@ -110,11 +135,13 @@ def _imagenet() -> dict[str, Preset]:
         "vit_b16": ({"kind": "vit", "inputs": _PIXELS}, "P Table 1: 77.9 (Dosovitskiy et al.)"),
         "vit_b16_ff": ({"kind": "vit", "inputs": _IMAGE}, "P Table 1: 76.7; 61.7 permuted"),
         "transformer_64x64": (
-            {"kind": "transformer", "inputs": {"kind": "image", "size": (64, 64), "resize": True,
-                                               "positions": _fourier(64, 64, 64)}},
+            {
+                "kind": "transformer",
+                "inputs": {"kind": "image", "size": (64, 64), "resize": True, "positions": _fourier(64, 64, 64)},
+            },
             "P Table 1: 57.0; OPEN: depth and width",
         ),
-    }  # fmt: skip
+    }
     for crosses in (4, 8, 12):
         values = _perceiver(_IMAGE, cross_attends=crosses, blocks=0, share="none")
         rows[f"perceiver_imagenet_{crosses}cross_only"] = (values, "P Table 5: cross-attends only")
@@ -148,10 +175,11 @@ def _audio() -> dict[str, Preset]:
         "perceiver_audioset_av_mel_12": (_perceiver(_audio_video(_MEL), **twelve), "IO Table 10: 43.6, 21.0M"),
         "perceiver_io_audioset": (_io(_audio_video(_RAW), **io_twelve), "IO Table 10: 43.3, raw audio, 25.0M"),
         "perceiver_io_audioset_mel": (
-            _io(_audio_video(_MEL), **{**io_twelve, "latent_channels": 1024}), "IO Table 10: 44.9, 88.2M",
+            _io(_audio_video(_MEL), **{**io_twelve, "latent_channels": 1024}),
+            "IO Table 10: 44.9, 88.2M",
         ),
         "cnn14_audioset": ({"kind": "cnn14", "inputs": bins}, "P Table 3: 43.1 (Kong et al.)"),
-    }  # fmt: skip
+    }
     return {name: Preset(values, 527, note) for name, (values, note) in rows.items()}
 
 
@@ -171,13 +199,23 @@ def _modelnet() -> dict[str, Preset]:
 
 def _others() -> dict[str, Preset]:
     flow = _io(
-        {"kind": "flow_frames", "positions": _fourier(64, 368, 496)}, latents=2048, latent_channels=512, blocks=1,
-        self_attends_per_block=24, heads=16, query_residual=False, decoder={"kind": "flow", "scale": 0.2},
-    )  # fmt: skip
+        {"kind": "flow_frames", "positions": _fourier(64, 368, 496)},
+        latents=2048,
+        latent_channels=512,
+        blocks=1,
+        self_attends_per_block=24,
+        heads=16,
+        query_residual=False,
+        decoder={"kind": "flow", "scale": 0.2},
+    )
     small = {
-        "kind": "image", "channels": 1, "size": (28, 28), "mean": (0.1307,), "std": (0.3081,),
+        "kind": "image",
+        "channels": 1,
+        "size": (28, 28),
+        "mean": (0.1307,),
+        "std": (0.3081,),
         "positions": _fourier(16, 28, 28),
-    }  # fmt: skip
+    }
     return {
         "perceiver_io_mlm_bytes": Preset(_language(262, 2048, 1280, 26), None, "IO Table 1: 81.0 GLUE, 201M"),
         "perceiver_io_mlm_bytes_plus": Preset(_language(262, 2048, 1536, 40), None, "IO Table 1: 81.8 GLUE, 425M"),
@@ -188,9 +226,10 @@ def _others() -> dict[str, Preset]:
         "perceiver_io_kinetics_352x": Preset(_kinetics(196), None, "IO §4.3: 352x compression"),
         "perceiver_digits": Preset(
             _perceiver(small, latents=32, latent_channels=64, cross_attends=3, self_attends_per_block=2, heads=4),
-            10, "A small one for 28 x 28 digits on a CPU",
+            10,
+            "A small one for 28 x 28 digits on a CPU",
         ),
-    }  # fmt: skip
+    }
 
 
 PRESETS: dict[str, Preset] = {**_imagenet(), **_audio(), **_modelnet(), **_others()}

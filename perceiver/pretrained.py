@@ -161,8 +161,11 @@ def _learned(c: Any) -> dict[str, Any]:
 
 def _text(c: Any) -> dict[str, Any]:
     return {
-        "kind": "text", "vocabulary": c.vocab_size, "length": c.max_position_embeddings, "channels": c.d_model,
-    }  # fmt: skip
+        "kind": "text",
+        "vocabulary": c.vocab_size,
+        "length": c.max_position_embeddings,
+        "channels": c.d_model,
+    }
 
 
 def _masked_language(c: Any) -> dict[str, Any]:
@@ -186,25 +189,35 @@ def _multimodal(c: Any) -> dict[str, Any]:
     samples, (height, width) = c.num_frames * c.audio_samples_per_frame, _side(c)
     rates = (c.num_frames, height, width)
     video = {
-        "kind": "video", "frames": c.num_frames, "size": (height, width), "patch": (1, 4, 4),
+        "kind": "video",
+        "frames": c.num_frames,
+        "size": (height, width),
+        "patch": (1, 4, 4),
         "positions": _fourier(*rates, bands=32),
-    }  # fmt: skip
+    }
     audio = {
-        "kind": "audio", "samples": samples, "patch": c.samples_per_patch, "positions": _fourier(samples, bands=192),
-    }  # fmt: skip
+        "kind": "audio",
+        "samples": samples,
+        "patch": c.samples_per_patch,
+        "positions": _fourier(samples, bands=192),
+    }
     label = {"kind": "label", "classes": c.num_labels}
     outputs = {
         "audio": {
-            "grid": (samples // c.samples_per_patch,), "values": c.samples_per_patch, "bands": 192,
+            "grid": (samples // c.samples_per_patch,),
+            "values": c.samples_per_patch,
+            "bands": 192,
             "max_resolution": (samples,),
         },
         "video": {"grid": tuple(c.output_shape[1:]), "values": 3, "bands": 32, "max_resolution": rates},
         "label": {"classes": c.num_labels, "channels": c._label_trainable_num_channels},
-    }  # fmt: skip
+    }
     inputs = {
-        "kind": "multimodal", "modalities": {"audio": audio, "video": video, "label": label},
-        "mask": {"audio": 0.0, "video": 0.0, "label": 0.5}, "hide": ("label",),
-    }  # fmt: skip
+        "kind": "multimodal",
+        "modalities": {"audio": audio, "video": video, "label": label},
+        "mask": {"audio": 0.0, "video": 0.0, "label": 0.5},
+        "hide": ("label",),
+    }
     decoder = {"kind": "multimodal", "modalities": outputs, "answer_channels": c.output_num_channels}
     return {"inputs": inputs, "decoder": decoder, "query_residual": False}
 
@@ -247,8 +260,10 @@ def _their_model(head: str, c: PerceiverIOModel, model: nn.Module) -> Any:
         values |= {"image_size": inputs.size[0], "num_labels": _classes(model)}
     elif inputs.kind == "text":
         values |= {
-            "vocab_size": inputs.vocabulary, "max_position_embeddings": inputs.length, "d_model": inputs.channels,
-        }  # fmt: skip
+            "vocab_size": inputs.vocabulary,
+            "max_position_embeddings": inputs.length,
+            "d_model": inputs.channels,
+        }
         if head.endswith("SequenceClassification"):
             values["num_labels"] = _classes(model)
     elif inputs.kind == "flow_frames":
@@ -267,9 +282,7 @@ def transformers_library() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UserError(
-            "transformers: not installed; wanted for this conversion: pip install '.[models]'"
-        ) from error
+        raise UserError("transformers: not installed; wanted for this conversion: pip install '.[models]'") from error
     return transformers
 
 

@@ -123,8 +123,10 @@ def open_weights(place: str) -> Saved:
         if newest is None:
             raise UserError(f"{place}: got a run without weights or a sound checkpoint; train it with --resume first")
         return _from_checkpoint(store, newest.step)
-    raise UserError(f"{place}: got {'neither weights nor a run' if fs.exists(path) else 'nothing'}; wanted a run's "
-                    "folder, a checkpoint, a .safetensors file or a folder that transformers wrote")  # fmt: skip
+    raise UserError(
+        f"{place}: got {'neither weights nor a run' if fs.exists(path) else 'nothing'}; wanted a run's "
+        "folder, a checkpoint, a .safetensors file or a folder that transformers wrote"
+    )
 
 
 _FILE = "model.safetensors"

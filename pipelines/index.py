@@ -30,8 +30,14 @@ HEAVY_BYTES = 64 << 20
 Progress = Callable[[int, str], None]
 
 
-def index(source_name: str, src: str | None, dst: str, config: PrepareConfig | None = None, *,
-          progress: Progress | None = None) -> Manifest:
+def index(
+    source_name: str,
+    src: str | None,
+    dst: str,
+    config: PrepareConfig | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Manifest:
     """Write a manifest of Parquet files that stay where they are.
 
     Args:
@@ -46,8 +52,10 @@ def index(source_name: str, src: str | None, dst: str, config: PrepareConfig | N
     """
     config = config or PrepareConfig()
     if source_name != SOURCE:
-        raise UserError(f"--index reads Parquet files where they lie (perceiver prepare {SOURCE} SRC DST --index);"
-                        f" source {source_name} has to be converted: leave --index out")
+        raise UserError(
+            f"--index reads Parquet files where they lie (perceiver prepare {SOURCE} SRC DST --index);"
+            f" source {source_name} has to be converted: leave --index out"
+        )
     folder = open_folder(dst, config.storage_options)
     mark = fingerprint(f"index {source_name}", src, config)
     if folder.exists(MANIFEST):
@@ -60,8 +68,15 @@ def index(source_name: str, src: str | None, dst: str, config: PrepareConfig | N
         columns = unit.content["columns"]
         files.setdefault(unit.split, {}).update(dict.fromkeys(place[0] for place in unit.content["places"]))
     splits = {split: _split(src, sorted(names), columns, listing, progress) for split, names in files.items()}
-    manifest = Manifest(name=listing.name, features=dict(listing.features), classes=listing.classes, splits=splits,
-                        licence=listing.licence, source=listing.origin, fingerprint=mark)
+    manifest = Manifest(
+        name=listing.name,
+        features=dict(listing.features),
+        classes=listing.classes,
+        splits=splits,
+        licence=listing.licence,
+        source=listing.origin,
+        fingerprint=mark,
+    )
     try:
         save_manifest(manifest, folder)
     except OSError as error:
@@ -69,8 +84,9 @@ def index(source_name: str, src: str | None, dst: str, config: PrepareConfig | N
     return manifest
 
 
-def _split(src: str, names: Sequence[str], columns: Mapping[str, str], listing: Listing, progress: Progress | None
-           ) -> Split:
+def _split(
+    src: str, names: Sequence[str], columns: Mapping[str, str], listing: Listing, progress: Progress | None
+) -> Split:
     """The files of one split; footers are read several at a time."""
     root = src.rstrip("/") if "://" in src else str(Path(src).resolve())
     folders: dict[str, list[str]] = {}
@@ -84,13 +100,16 @@ def _split(src: str, names: Sequence[str], columns: Mapping[str, str], listing: 
         folder = open_folder(place)
         infos = listed(folder, found)
         with ThreadPoolExecutor(THREADS) as pool:
-            work = pool.map(lambda name, folder=folder, infos=infos: _file(folder, name, infos[name], columns, listing),
-                            found)
+            work = pool.map(
+                lambda name, folder=folder, infos=infos: _file(folder, name, infos[name], columns, listing), found
+            )
             for shard, where in work:
                 if shard is not None:
                     if where != (paths := paths or where):
-                        raise UserError(f"{shard.name} keeps its features in {where}, other files in {paths}: move it"
-                                        " away, or convert the data: leave --index out")
+                        raise UserError(
+                            f"{shard.name} keeps its features in {where}, other files in {paths}: move it"
+                            " away, or convert the data: leave --index out"
+                        )
                     shards.append(shard)
                     done += shard.rows
                     if progress:
@@ -100,8 +119,9 @@ def _split(src: str, names: Sequence[str], columns: Mapping[str, str], listing: 
     return Split(shards=tuple(shards), columns=paths)
 
 
-def _file(folder: Folder, name: str, info: Mapping[str, Any], columns: Mapping[str, str], listing: Listing
-          ) -> tuple[ShardInfo | None, dict[str, str]]:
+def _file(
+    folder: Folder, name: str, info: Mapping[str, Any], columns: Mapping[str, str], listing: Listing
+) -> tuple[ShardInfo | None, dict[str, str]]:
     """One file as a shard (None if it has no rows), and where its features lie."""
     url = f"{folder.url}/{name}"
     size = int(info["size"])
@@ -113,17 +133,25 @@ def _file(folder: Folder, name: str, info: Mapping[str, Any], columns: Mapping[s
             if wanted.name in paths:
                 fit(column_at(empty, paths[wanted.name]), wanted, listing.classes)
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise UserError(f"{url}: {first_line(error)}; move the file away, or convert the data: leave --index out"
-                        ) from error
+        raise UserError(
+            f"{url}: {first_line(error)}; move the file away, or convert the data: leave --index out"
+        ) from error
     sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
     if not sum(sizes):
         return None, paths
     if 0 in sizes:
-        raise UserError(f"{url} has a row group without rows, which cannot be indexed: convert the data: leave --index"
-                        " out")
+        raise UserError(
+            f"{url} has a row group without rows, which cannot be indexed: convert the data: leave --index out"
+        )
     runs = group_runs(sizes)
-    shard = ShardInfo(name=url, rows=sum(sizes), rows_per_group=max(sizes), bytes=size, tag=file_tag(info),
-                      groups=runs if len(runs) > 1 else ())
+    shard = ShardInfo(
+        name=url,
+        rows=sum(sizes),
+        rows_per_group=max(sizes),
+        bytes=size,
+        tag=file_tag(info),
+        groups=runs if len(runs) > 1 else (),
+    )
     return shard, paths
 
 
@@ -150,5 +178,6 @@ def group_runs(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 def group_bytes(manifest: Manifest) -> int:
     """Bytes of the largest row group, about: reading one sample means reading so much."""
-    return max(shard.bytes * shard.rows_per_group // shard.rows
-               for split in manifest.splits.values() for shard in split.shards)
+    return max(
+        shard.bytes * shard.rows_per_group // shard.rows for split in manifest.splits.values() for shard in split.shards
+    )

@@ -53,7 +53,8 @@ class DataConfig(ViewConfig):
 
     url: str = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
     mixture: tuple[MixturePart, ...] = Field(
-        default=(), description="data sets to train on by weight, in place of `url`, which is then only evaluated on")
+        default=(), description="data sets to train on by weight, in place of `url`, which is then only evaluated on"
+    )
     train_split: str = Field(default="train", description="split to train on")
     eval_split: str = Field(default="test", description="split to evaluate on")
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
@@ -61,8 +62,12 @@ class DataConfig(ViewConfig):
     tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
     task_memory: int = Field(default=0, ge=0, description="bytes of memory a data task reserves; 0: none")
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
-    run_samples: int = Field(default=2048, gt=0, description="samples a data task produces, about,"
-                             " at most; 16 times as many where each task has its own part of a step")
+    run_samples: int = Field(
+        default=2048,
+        gt=0,
+        description="samples a data task produces, about,"
+        " at most; 16 times as many where each task has its own part of a step",
+    )
     run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about; there 4 times")
     prefetch_batches: int = Field(default=4, ge=0, description="batches ahead of the training step, in whole blocks")
     prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
@@ -133,16 +138,20 @@ def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch
     """
     folders = folders_of(data.url, manifest.split(data.train_split))
     groups = [RowGroups.of(folder.split) for folder in folders]
-    windows = [data.window or SamplePlan.window_for(found, folder.split.bytes)
-               for found, folder in zip(groups, folders, strict=True)]
+    windows = [
+        data.window or SamplePlan.window_for(found, folder.split.bytes)
+        for found, folder in zip(groups, folders, strict=True)
+    ]
     if data.mixture:
         if data.lanes:
             raise UserError("data.lanes cannot be chosen for a mixture: leave data.lanes out")
         weights = [folder.weight for folder in folders]
         return MixturePlan.build(groups, weights, windows, seed=seed, global_batch=global_batch)
     if data.lanes and global_batch % data.lanes:
-        raise UserError(f"data.lanes = {data.lanes} does not divide the global batch {global_batch}:"
-                        " leave data.lanes out, or give a divisor")
+        raise UserError(
+            f"data.lanes = {data.lanes} does not divide the global batch {global_batch}:"
+            " leave data.lanes out, or give a divisor"
+        )
     return SamplePlan.build(groups[0], seed=seed, global_batch=global_batch, lanes=data.lanes, window=windows[0])
 
 
@@ -183,12 +192,19 @@ class TrainShare:
     def __post_init__(self) -> None:
         portion = self.world * self.micro_batch
         if self.global_batch % portion:
-            raise UserError(f"global batch {self.global_batch} is not divisible by {self.world} workers x micro-batch"
-                            f" {self.micro_batch}: give a multiple of {portion}")
+            raise UserError(
+                f"global batch {self.global_batch} is not divisible by {self.world} workers x micro-batch"
+                f" {self.micro_batch}: give a multiple of {portion}"
+            )
 
 
-def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, device: "torch.device | str",
-                  quarantine: Quarantine | None = None) -> "Generator[Batch, None, None]":
+def train_batches(
+    data: DataConfig,
+    manifest: Manifest,
+    share: TrainShare,
+    device: "torch.device | str",
+    quarantine: Quarantine | None = None,
+) -> "Generator[Batch, None, None]":
     """One rank's micro-batches, global_batch / world / micro_batch for each step.
 
     Step s holds the same samples, augmented alike, at any world size and after any restart. Epochs follow each other
@@ -212,12 +228,12 @@ def train_batches(data: DataConfig, manifest: Manifest, share: TrainShare, devic
         batches = _execute(data, works[0], runs, share.micro_batch, device)
     else:
         batches = _side_by_side(data, manifest, works, share, device)
-    yield from _checked(batches, works[0], math.ceil(plan.samples / share.world),
-                        quarantine or Quarantine(data.max_bad_fraction))
+    yield from _checked(
+        batches, works[0], math.ceil(plan.samples / share.world), quarantine or Quarantine(data.max_bad_fraction)
+    )
 
 
-def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare
-                 ) -> list[Work]:
+def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare) -> list[Work]:
     """The rank's work: one stream, or, where rows are large or what is shuffled together cannot wait decoded, several.
 
     Tasks that take turns at the steps of one stream each read all row groups of the window. Several streams cut each
@@ -227,16 +243,28 @@ def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | Mixtur
     rows = share.global_batch // share.world
     spec = sample_spec(data, manifest, split=data.train_split, training=True)
     streams = 1
-    if data.executor == "ray" and (spec.row_bytes >= LARGE_ROW_BYTES
-                                   or _waiting_rows(data, spec) < plan.shuffled(share.world)):
+    if data.executor == "ray" and (
+        spec.row_bytes >= LARGE_ROW_BYTES or _waiting_rows(data, spec) < plan.shuffled(share.world)
+    ):
         streams = max(count for count in range(1, data.tasks + 1) if rows % count == 0)
     batch = share.micro_batch if streams == 1 else rows // streams
-    return [_work(data, manifest, plan, rank=share.rank * streams + number, world=share.world * streams,
-                  seed=share.seed, batch=batch) for number in range(streams)]
+    return [
+        _work(
+            data,
+            manifest,
+            plan,
+            rank=share.rank * streams + number,
+            world=share.world * streams,
+            seed=share.seed,
+            batch=batch,
+        )
+        for number in range(streams)
+    ]
 
 
-def _side_by_side(data: DataConfig, manifest: Manifest, works: list[Work], share: TrainShare,
-                  device: "torch.device | str") -> "Checkable":
+def _side_by_side(
+    data: DataConfig, manifest: Manifest, works: list[Work], share: TrainShare, device: "torch.device | str"
+) -> "Checkable":
     """Micro-batches of steps whose parts several streams produce, one task at a time each."""
     from pipelines.stream import RayBatches, steps_of
 
@@ -281,20 +309,27 @@ class EvalShare:
     first: int = 0
 
 
-def eval_batches(data: DataConfig, manifest: Manifest, share: EvalShare, device: "torch.device | str",
-                 quarantine: Quarantine | None = None) -> "Generator[Batch, None, None]":
+def eval_batches(
+    data: DataConfig,
+    manifest: Manifest,
+    share: EvalShare,
+    device: "torch.device | str",
+    quarantine: Quarantine | None = None,
+) -> "Generator[Batch, None, None]":
     """One rank's batches of a split, once, in order, unaugmented; the same number on each rank.
 
     The ragged end is padded with rows whose `valid` is False and whose `sample_id` is -1. A bad sample is such a row
     too, with its own id, since a replacement would be counted twice.
     """
     work, runs, samples = _eval_work(data, manifest, share)
-    yield from _checked(_execute(data, work, runs, share.batch, device), work, samples,
-                        quarantine or Quarantine(data.max_bad_fraction))
+    yield from _checked(
+        _execute(data, work, runs, share.batch, device), work, samples, quarantine or Quarantine(data.max_bad_fraction)
+    )
 
 
-def eval_outcomes(data: DataConfig, manifest: Manifest, share: EvalShare, execute: "Execute", quarantine: Quarantine
-                  ) -> Iterator[Any]:
+def eval_outcomes(
+    data: DataConfig, manifest: Manifest, share: EvalShare, execute: "Execute", quarantine: Quarantine
+) -> Iterator[Any]:
     """What an executor of the caller's makes of each batch of `eval_batches`, in order, while bad samples are counted.
 
     Args:
@@ -334,14 +369,31 @@ def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:
     return max(1, data.prefetch_bytes // (data.tasks + 1) // spec.row_bytes)
 
 
-def _work(data: DataConfig, manifest: Manifest, plan: Plan, *, rank: int, world: int, seed: int,
-          batch: int, split: str | None = None) -> Work:
+def _work(
+    data: DataConfig,
+    manifest: Manifest,
+    plan: Plan,
+    *,
+    rank: int,
+    world: int,
+    seed: int,
+    batch: int,
+    split: str | None = None,
+) -> Work:
     name = split or data.train_split
     found = manifest.split(name)
     spec = sample_spec(data, manifest, split=name, training=split is None)
     files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(data.url, found))
-    reader = Reader(files, RowGroups.of(found), arrow_schema(manifest.features), manifest.classes, data.storage_options,
-                    data.read, data.cache_bytes, spec.row_bytes if spec.keep_decoded else 0)
+    reader = Reader(
+        files,
+        RowGroups.of(found),
+        arrow_schema(manifest.features),
+        manifest.classes,
+        data.storage_options,
+        data.read,
+        data.cache_bytes,
+        spec.row_bytes if spec.keep_decoded else 0,
+    )
     chunk = _chunk(spec, batch, _waiting_rows(data, spec) * spec.row_bytes)
     return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
 
@@ -352,8 +404,9 @@ def _chunk(spec: SampleSpec, batch: int, waiting: int) -> int:
     return batch * max(1, round(size / spec.row_bytes / batch))
 
 
-def _execute(data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
-             ) -> "Checkable":
+def _execute(
+    data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
+) -> "Checkable":
     if data.executor == "inline":
         return _inline(work, runs, batch, device)
     from pipelines.stream import RayBatches
@@ -365,12 +418,18 @@ def _ray_options(data: DataConfig, work: Work) -> "RayOptions":
     from pipelines.stream import RayOptions
 
     # A block holds whole batches, so that a batch need not be put together from parts.
-    return RayOptions(data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes,
-                      work.chunk * work.spec.row_bytes, data.task_memory, data.task_labels)
+    return RayOptions(
+        data.cpus_per_task,
+        data.tasks,
+        data.prefetch_batches,
+        data.prefetch_bytes,
+        work.chunk * work.spec.row_bytes,
+        data.task_memory,
+        data.task_labels,
+    )
 
 
-def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
-            ) -> "Checkable":
+def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str") -> "Checkable":
     """The same rows without Ray, in this process, one run after the other."""
     import torch
 
@@ -379,12 +438,15 @@ def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "to
             lines = rows.pop(PROBLEM)
             for first in range(0, len(lines), batch):
                 part = slice(first, first + batch)
-                yield ({name: torch.from_numpy(values[part].copy()).to(device) for name, values in rows.items()},
-                       [line for line in lines[part] if line])
+                yield (
+                    {name: torch.from_numpy(values[part].copy()).to(device) for name, values in rows.items()},
+                    [line for line in lines[part] if line],
+                )
 
 
-def _checked(batches: "Checkable", work: Work, epoch_share: int, quarantine: Quarantine
-             ) -> "Generator[Batch, None, None]":
+def _checked(
+    batches: "Checkable", work: Work, epoch_share: int, quarantine: Quarantine
+) -> "Generator[Batch, None, None]":
     """Pass batches on while bad samples are counted."""
     with contextlib.closing(batches):
         for batch, lines in batches:
@@ -394,6 +456,9 @@ def _checked(batches: "Checkable", work: Work, epoch_share: int, quarantine: Qua
 
 def _count(lines: list[str], rows: int, work: Work, epoch_share: int, quarantine: Quarantine) -> None:
     """Count the bad samples of a batch of so many rows."""
-    problems = [Problem(work.split_of(int(number)), int(number), key, reason) for line in lines
-                for number, key, reason in (entry.split("\t", 2) for entry in line.split("\n"))]
+    problems = [
+        Problem(work.split_of(int(number)), int(number), key, reason)
+        for line in lines
+        for number, key, reason in (entry.split("\t", 2) for entry in line.split("\n"))
+    ]
     quarantine.add(problems, met=len(lines), seen=rows, epoch_share=epoch_share)

@@ -21,8 +21,9 @@ from pipelines.storage import Folder, open_folder
 from pipelines.stored import StoredFile, stored_files
 from pipelines.transforms import BadSample
 
-LOOK = ViewConfig.model_validate({"audio": {"rate": 8000, "samples": 8000}, "video": {"size": [64, 64]},
-                                  "clip": {"eval_clips": 4}})
+LOOK = ViewConfig.model_validate(
+    {"audio": {"rate": 8000, "samples": 8000}, "video": {"size": [64, 64]}, "clip": {"eval_clips": 4}}
+)
 """Recordings are decoded at four places, a second of sound each."""
 LISTED = 20
 """Damaged samples and doubles that are named; all are counted."""
@@ -84,8 +85,14 @@ class Inspection(Config):
         return not self.faults and not any(split.unreadable for split in self.splits.values())
 
 
-def inspect(url: str, *, verify: bool = False, samples: bool = True, options: Mapping[str, str] | None = None,
-            progress: Progress | None = None) -> Inspection:
+def inspect(
+    url: str,
+    *,
+    verify: bool = False,
+    samples: bool = True,
+    options: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
     """Report on a prepared folder.
 
     Args:
@@ -116,9 +123,17 @@ def inspect(url: str, *, verify: bool = False, samples: bool = True, options: Ma
                 for row in rows_of(table):
                     tally.add(row, manifest, name, seen)
         splits[name] = tally.report(manifest, split.samples, len(split.shards), split.bytes)
-    return Inspection(url=url, name=manifest.name, licence=manifest.licence, source=manifest.source, splits=splits,
-                      features={key: value.model_dump() for key, value in manifest.features.items()}, faults=faults,
-                      rejected=manifest.rejected, rejected_items=_rejected(folder) if manifest.rejected else [])
+    return Inspection(
+        url=url,
+        name=manifest.name,
+        licence=manifest.licence,
+        source=manifest.source,
+        splits=splits,
+        features={key: value.model_dump() for key, value in manifest.features.items()},
+        faults=faults,
+        rejected=manifest.rejected,
+        rejected_items=_rejected(folder) if manifest.rejected else [],
+    )
 
 
 def _rejected(folder: Folder) -> list[str]:
@@ -134,8 +149,7 @@ def shard_fault(file: StoredFile, *, whole: bool) -> str | None:
     An indexed file has no checksum: its version in the store's listing stands for it.
     """
     fault = file.fault()
-    if not fault and whole and file.shard.sha256 and (
-            found := checksum(file.folder, file.name)) != file.shard.sha256:
+    if not fault and whole and file.shard.sha256 and (found := checksum(file.folder, file.name)) != file.shard.sha256:
         fault = f"checksum {found[:12]}, the manifest says {file.shard.sha256[:12]}"
     return f"{file.shard.name}: {fault}" if fault else None
 
@@ -182,8 +196,11 @@ class _Tally:
     def add(self, row: Mapping[str, Any], manifest: Manifest, split: str, seen: dict[bytes, str]) -> None:
         """Count one sample; `seen` maps content hashes of all splits to places."""
         here = f"{split}: {row['key']}"
-        content = b"".join(value if isinstance(value, bytes) else value.encode() for name, value in row.items()
-                           if name != "key" and isinstance(value, bytes | str))
+        content = b"".join(
+            value if isinstance(value, bytes) else value.encode()
+            for name, value in row.items()
+            if name != "key" and isinstance(value, bytes | str)
+        )
         self.sizes.setdefault("stored bytes", []).append(len(content))
         before = seen.setdefault(hashlib.blake2b(content, digest_size=8).digest(), here)
         if before != here:
@@ -212,12 +229,17 @@ class _Tally:
         """The counts as a report."""
         spreads = {name: Spread.of(values) for name, values in self.sizes.items()}
         return SplitReport(
-            samples=samples, shards=shards, bytes=size,
+            samples=samples,
+            shards=shards,
+            bytes=size,
             classes={name: self.labels[number] for number, name in enumerate(manifest.classes)} if self.sizes else {},
             sizes={name: spread for name, spread in spreads.items() if spread},
-            unreadable=len(self.unreadable), unreadable_samples=self.unreadable[:LISTED],
+            unreadable=len(self.unreadable),
+            unreadable_samples=self.unreadable[:LISTED],
             reasons=dict(self.reasons.most_common(LISTED)),
-            doubles=len(self.doubles), double_samples=self.doubles[:LISTED])
+            doubles=len(self.doubles),
+            double_samples=self.doubles[:LISTED],
+        )
 
 
 def figure(value: float) -> str:
@@ -228,18 +250,24 @@ def figure(value: float) -> str:
 def describe(found: Inspection) -> list[str]:
     """The report as lines for a terminal."""
     lines = [f"{found.url}: {found.name}", f"  licence  {found.licence}", f"  source   {found.source}"]
-    lines += [f"  {key:<8} " + ", ".join(f"{name} {value}" for name, value in facts.items())
-              for key, facts in found.features.items()]
+    lines += [
+        f"  {key:<8} " + ", ".join(f"{name} {value}" for name, value in facts.items())
+        for key, facts in found.features.items()
+    ]
     for name, split in found.splits.items():
         lines.append(f"  {name}: {split.samples:,} samples in {split.shards} shards, {split.bytes / 1e6:,.1f} MB")
         if split.classes:
             counts = sorted(split.classes.values())
             lines.append(f"    {len(counts)} classes of {counts[0]:,} to {counts[-1]:,} samples")
         for label, spread in split.sizes.items():
-            lines.append(f"    {label}: {figure(spread.least)}" + (
-                f" to {figure(spread.most)}, median {figure(spread.median)}" if spread.least < spread.most else ""))
-        for count, what, rows in ((split.unreadable, "cannot be used", split.unreadable_samples),
-                                  (split.doubles, "repeat another one's content", split.double_samples)):
+            lines.append(
+                f"    {label}: {figure(spread.least)}"
+                + (f" to {figure(spread.most)}, median {figure(spread.median)}" if spread.least < spread.most else "")
+            )
+        for count, what, rows in (
+            (split.unreadable, "cannot be used", split.unreadable_samples),
+            (split.doubles, "repeat another one's content", split.double_samples),
+        ):
             if count:
                 lines += [f"    {count} samples {what}:"] + [f"      {row}" for row in rows]
     if found.rejected:

@@ -41,8 +41,10 @@ def show_audio(stored: Any, decoded: Sound | Media) -> list[Piece]:
     soundfile.write(sink, samples, rate, format="FLAC")
     cut = f", the first {HEARD_S:g} s of it here" if decoded.seconds > HEARD_S else ""
     note = f"{decoded.seconds:.3g} s at {decoded.rate / 1000:g} kHz, {decoded.channels} channel"
-    return [picture(spectrogram(samples), f"{note}{'s' * (decoded.channels > 1)}{cut}", "strip", COLUMNS),
-            Piece("audio", data_uri(sink.getvalue(), "audio/flac"))]
+    return [
+        picture(spectrogram(samples), f"{note}{'s' * (decoded.channels > 1)}{cut}", "strip", COLUMNS),
+        Piece("audio", data_uri(sink.getvalue(), "audio/flac")),
+    ]
 
 
 def spectrogram(samples: NDArray[np.int16], window: int = 512) -> Image.Image:
@@ -81,8 +83,12 @@ def show_video(stored: Any, decoded: Media) -> list[Piece]:
 
 def measure_video(decoded: Media) -> Mapping[str, float]:
     """Length, rate and size of the pictures."""
-    return {"seconds": decoded.seconds, "frames a second": decoded.fps, "height": decoded.height,
-            "width": decoded.width}
+    return {
+        "seconds": decoded.seconds,
+        "frames a second": decoded.fps,
+        "height": decoded.height,
+        "width": decoded.width,
+    }
 
 
 def show_media(stored: Any, decoded: Media) -> list[Piece]:
@@ -98,8 +104,10 @@ def measure_media(decoded: Media) -> Mapping[str, float]:
 def show_flow(stored: Any, decoded: Pair) -> list[Piece]:
     """Both frames and the flow between them; direction is hue, length is strength, unknown is grey."""
     longest = float(np.hypot(*decoded.flow)[decoded.valid].max(initial=0.0))
-    frames = [*(to_image(frame).convert("RGB") for frame in (decoded.first, decoded.second)),
-              flow_colours(decoded.flow, decoded.valid)]
+    frames = [
+        *(to_image(frame).convert("RGB") for frame in (decoded.first, decoded.second)),
+        flow_colours(decoded.flow, decoded.valid),
+    ]
     height, width = decoded.valid.shape
     note = f"{width} × {height}, up to {longest:.3g} pixels of motion"
     return [strip(frames, note)]
@@ -120,8 +128,12 @@ def measure_flow(decoded: Pair) -> Mapping[str, float]:
     """Size, mean length of the flow, and the share where it is known."""
     known = np.hypot(*decoded.flow)[decoded.valid]
     height, width = decoded.valid.shape
-    return {"height": height, "width": width, "known share": float(decoded.valid.mean()),
-            "mean pixels of motion": float(known.mean()) if known.size else 0.0}
+    return {
+        "height": height,
+        "width": width,
+        "known share": float(decoded.valid.mean()),
+        "mean pixels of motion": float(known.mean()) if known.size else 0.0,
+    }
 
 
 def strip(images: list[Image.Image], note: str) -> Piece:

@@ -57,16 +57,25 @@ def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Map
         UserError: the page cannot be written.
     """
     manifest = load_manifest(found.url, options)
-    cards = {name: list(_cards(found.url, manifest, split, samples, options))
-             for name, split in manifest.splits.items()}
-    text = _render({**_totals(found), "found": found, "cards": cards, "width": _width(manifest),
-                    "classes": {name: _balance(split.classes) for name, split in found.splits.items()}})
+    cards = {
+        name: list(_cards(found.url, manifest, split, samples, options)) for name, split in manifest.splits.items()
+    }
+    text = _render(
+        {
+            **_totals(found),
+            "found": found,
+            "cards": cards,
+            "width": _width(manifest),
+            "classes": {name: _balance(split.classes) for name, split in found.splits.items()},
+        }
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give --html a file in a folder you may write to"
-                        ) from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; give --html a file in a folder you may write to"
+        ) from error
     return path
 
 
@@ -76,8 +85,7 @@ def spread_places(total: int, count: int) -> list[int]:
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
-def _cards(url: str, manifest: Manifest, split: Split, count: int, options: Mapping[str, str] | None
-           ) -> Iterator[Card]:
+def _cards(url: str, manifest: Manifest, split: Split, count: int, options: Mapping[str, str] | None) -> Iterator[Card]:
     places = spread_places(split.samples, count)
     first = 0
     for file in stored_files(url, manifest, split, options):
@@ -134,9 +142,13 @@ def _outline(counts: Any, most: int) -> str:
 def _totals(found: Inspection) -> dict[str, Any]:
     """What the head of the page says of all splits together."""
     splits = found.splits.values()
-    return {"samples": sum(split.samples for split in splits), "bytes": sum(split.bytes for split in splits),
-            "doubles": sum(split.doubles for split in splits), "unreadable": sum(split.unreadable for split in splits),
-            "checked": any(split.sizes for split in splits)}
+    return {
+        "samples": sum(split.samples for split in splits),
+        "bytes": sum(split.bytes for split in splits),
+        "doubles": sum(split.doubles for split in splits),
+        "unreadable": sum(split.unreadable for split in splits),
+        "checked": any(split.sizes for split in splits),
+    }
 
 
 def _width(manifest: Manifest) -> int:
@@ -165,7 +177,12 @@ def _size(count: float) -> str:
 def _render(page: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters.update(figure=figure, histogram=_histogram, size=_size)
     return environment.get_template("inspect_page.html").render(page)

@@ -35,8 +35,9 @@ def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def picture(image: Image.Image, note: str = "", kind: Literal["picture", "strip"] = "picture",
-            longest: int = PICTURE) -> Piece:
+def picture(
+    image: Image.Image, note: str = "", kind: Literal["picture", "strip"] = "picture", longest: int = PICTURE
+) -> Piece:
     """A picture, made smaller if it is large: PNG where small or grey, JPEG where that is much smaller."""
     small = max(image.size) < SMALL
     image = image.copy()

@@ -33,12 +33,13 @@ def file_tag(info: Mapping[str, Any]) -> str:
 def listed(folder: Folder, names: list[str]) -> dict[str, dict[str, Any]]:
     """What the store says about these files of one folder; those it does not have are left out."""
     if folder.protocols & NO_LISTING:
-        chosen = names[::max(1, -(-len(names) // ASKED))]
+        chosen = names[:: max(1, -(-len(names) // ASKED))]
         with ThreadPoolExecutor(THREADS) as pool:
             found = zip(chosen, pool.map(lambda name: _info(folder, name), chosen), strict=True)
             # Those that were not asked for count as they are.
             return {name: {"size": None} for name in names if name not in set(chosen)} | {
-                name: info for name, info in found if info is not None}
+                name: info for name, info in found if info is not None
+            }
     folder.fs.invalidate_cache()
     try:
         entries = folder.fs.ls(folder.path, detail=True)
@@ -78,14 +79,20 @@ def check_listing(url: str, split: Split, options: Mapping[str, str] | None = No
             found = listed(folder, list(shards))
         except Exception as error:  # noqa: BLE001  each file system has exceptions of its own
             raise UserError(f"cannot list {place}: {first_line(error)}; check access") from error
-        faults += [f"{place}/{name}: {fault}" for name, shard in shards.items()
-                   if (fault := _fault(shard, found.get(name)))]
+        faults += [
+            f"{place}/{name}: {fault}" for name, shard in shards.items() if (fault := _fault(shard, found.get(name)))
+        ]
     if faults:
         more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-        fix = "index the data again into a new folder" if any(s.tag for s in split.shards) else (
-            "restore the files, or prepare the data again")
-        raise UserError(f"{len(faults)} of {len(split.shards)} files are not as {url}/manifest.json says:"
-                        f" {'; '.join(faults[:NAMED])}{more}: {fix}")
+        fix = (
+            "index the data again into a new folder"
+            if any(s.tag for s in split.shards)
+            else ("restore the files, or prepare the data again")
+        )
+        raise UserError(
+            f"{len(faults)} of {len(split.shards)} files are not as {url}/manifest.json says:"
+            f" {'; '.join(faults[:NAMED])}{more}: {fix}"
+        )
 
 
 def _fault(shard: ShardInfo, info: Mapping[str, Any] | None) -> str:

@@ -81,9 +81,11 @@ def mix(manifest: Manifest, split: str, parts: Sequence[tuple[MixturePart, Manif
     features = dict(manifest.features)
     for part, other in parts:
         if other.classes != manifest.classes:
-            raise UserError(f"data.mixture: {part.url} has other classes than the data set {manifest.name}:"
-                            f" {_first_difference(manifest.classes, other.classes)}; prepare both with the same"
-                            " classes")
+            raise UserError(
+                f"data.mixture: {part.url} has other classes than the data set {manifest.name}:"
+                f" {_first_difference(manifest.classes, other.classes)}; prepare both with the same"
+                " classes"
+            )
         features = _agreed(features, other.features, part.url, manifest.name)
     folders = tuple(SplitFolder(part.url, other.split(part.split or split), part.weight) for part, other in parts)
     mixed = MixedSplit(shards=tuple(shard for folder in folders for shard in folder.split.shards), parts=folders)
@@ -100,16 +102,20 @@ def _first_difference(wanted: Sequence[str], got: Sequence[str]) -> str:
 def _agreed(wanted: Mapping[str, Feature], got: Mapping[str, Feature], url: str, name: str) -> dict[str, Feature]:
     """The features, if they are the same; images may differ in size, which then is open."""
     if wanted.keys() != got.keys():
-        raise UserError(f"data.mixture: {url} has the features {', '.join(got)}, the data set {name} has"
-                        f" {', '.join(wanted)}: mix data sets of the same features")
+        raise UserError(
+            f"data.mixture: {url} has the features {', '.join(got)}, the data set {name} has"
+            f" {', '.join(wanted)}: mix data sets of the same features"
+        )
     agreed = {}
     for key, feature in wanted.items():
         other = got[key]
         if feature != other and hasattr(feature, "size"):
             feature, other = (f.model_copy(update={"size": None}) for f in (feature, other))
         if feature != other:
-            raise UserError(f"data.mixture: feature '{key}' of {url} is {other!r}, of the data set {name} {feature!r}:"
-                            " mix data sets of the same features")
+            raise UserError(
+                f"data.mixture: feature '{key}' of {url} is {other!r}, of the data set {name} {feature!r}:"
+                " mix data sets of the same features"
+            )
         agreed[key] = feature
     return agreed
 
@@ -130,11 +136,13 @@ def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
     shares = [f / total * LONGEST for f in exact]
     counts = [int(share) for share in shares]
     by_rest = sorted(range(len(counts)), key=lambda k: counts[k] - shares[k])
-    for k in by_rest[:LONGEST - sum(counts)]:
+    for k in by_rest[: LONGEST - sum(counts)]:
         counts[k] += 1
     if 0 in counts:
-        raise UserError(f"data.mixture: weight {weights[counts.index(0)]:g} is less than 1/{LONGEST} of all weights:"
-                        " leave that data set out, or give it a larger weight")
+        raise UserError(
+            f"data.mixture: weight {weights[counts.index(0)]:g} is less than 1/{LONGEST} of all weights:"
+            " leave that data set out, or give it a larger weight"
+        )
     return tuple(counts)
 
 
@@ -214,15 +222,25 @@ class MixturePlan:
     global_batch: int
 
     @classmethod
-    def build(cls, groups: Sequence[RowGroups], weights: Sequence[float], windows: Sequence[int | None], *, seed: int,
-              global_batch: int) -> "MixturePlan":
+    def build(
+        cls,
+        groups: Sequence[RowGroups],
+        weights: Sequence[float],
+        windows: Sequence[int | None],
+        *,
+        seed: int,
+        global_batch: int,
+    ) -> "MixturePlan":
         """A plan for the row groups of some data sets; each is read by about as many lanes as its share wants."""
         counts = whole_parts(weights)
         plans = []
         for number, (part, count, window) in enumerate(zip(groups, counts, windows, strict=True)):
             share = readable_batch(global_batch * count / sum(counts))
-            plans.append(SamplePlan.build(part, seed=int(keys(seed, 6, number) >> np.uint64(1)), global_batch=share,
-                                          window=window))
+            plans.append(
+                SamplePlan.build(
+                    part, seed=int(keys(seed, 6, number) >> np.uint64(1)), global_batch=share, window=window
+                )
+            )
         return cls(tuple(plans), counts, seed, global_batch)
 
     @property

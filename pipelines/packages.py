@@ -41,8 +41,10 @@ def fetch(package: Package, src: str | None = None) -> Path:
     if not path.is_file() or (not src and _checksum(path) != package.sha256):
         _download(package, path)
     if _checksum(path) != package.sha256:
-        raise UserError(f"{path} has another checksum than {package.file} ({package.sha256[:12]}...):"
-                        " give the pinned file, or no source path to have it downloaded")
+        raise UserError(
+            f"{path} has another checksum than {package.file} ({package.sha256[:12]}...):"
+            " give the pinned file, or no source path to have it downloaded"
+        )
     return path
 
 
@@ -55,15 +57,29 @@ def _download(package: Package, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         wanted = Path(scratch) / "requirements.txt"
         wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-                   "--retries=2", "--no-deps", "--require-hashes", f"--dest={scratch}", f"--requirement={wanted}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--retries=2",
+            "--no-deps",
+            "--require-hashes",
+            f"--dest={scratch}",
+            f"--requirement={wanted}",
+        ]
         if package.file.endswith(".tar.gz"):
             # pip asks a source archive for its name by running its setup.py, once the checksum is found right.
             command.append("--no-build-isolation")
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode or not (Path(scratch) / package.file).is_file():
             errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()
-            raise UserError(f"could not download {package.requirement} with pip"
-                            f" ({errors[-1].strip() if errors else f'status {run.returncode}'}): check the network and"
-                            f" pip's index, or fetch {package.file} elsewhere and give its path as the source path")
+            raise UserError(
+                f"could not download {package.requirement} with pip"
+                f" ({errors[-1].strip() if errors else f'status {run.returncode}'}): check the network and"
+                f" pip's index, or fetch {package.file} elsewhere and give its path as the source path"
+            )
         (Path(scratch) / package.file).replace(target)

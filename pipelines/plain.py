@@ -37,8 +37,13 @@ def plain_type(chunk: pq.ColumnChunkMetaData, column: Any) -> pa.DataType | None
         chunk: what the footer says of the column in a row group.
         column: what its schema says.
     """
-    if (chunk.compression not in ("UNCOMPRESSED", "ZSTD") or chunk.has_dictionary_page or column.max_repetition_level
-            or column.max_definition_level > 1 or "." in chunk.path_in_schema):
+    if (
+        chunk.compression not in ("UNCOMPRESSED", "ZSTD")
+        or chunk.has_dictionary_page
+        or column.max_repetition_level
+        or column.max_definition_level > 1
+        or "." in chunk.path_in_schema
+    ):
         return None
     return _TYPES.get((chunk.physical_type, column.logical_type.type))
 
@@ -58,7 +63,7 @@ def plain_values(pages: memoryview, chunk: pq.ColumnChunkMetaData, column: Any) 
     try:
         while place < len(pages):
             header, place = _fields(pages, place)
-            page = _checked(pages[place:place + header[STORED_SIZE]], header, chunk)
+            page = _checked(pages[place : place + header[STORED_SIZE]], header, chunk)
             place += header[STORED_SIZE]
             first = _after_levels(page, header[DATA_HEADER]) if column.max_definition_level else 0
             values += split(page[first:], header[DATA_HEADER][COUNT])
@@ -150,7 +155,7 @@ def _value(data: memoryview, place: int, kind: int) -> tuple[Any, int]:
         return kind == _TRUE, place
     if kind == _BINARY:
         size, place = _varint(data, place)
-        return bytes(data[place:place + size]), place + size
+        return bytes(data[place : place + size]), place + size
     if kind == _STRUCT:
         return _fields(data, place)
     if kind in (_BYTE, _DOUBLE):

@@ -48,8 +48,12 @@ class RowGroups:
             several runs of equal ones; None: entry i is shard i.
     """
 
-    def __init__(self, rows: Sequence[int] | I64, rows_per_group: Sequence[int] | I64,
-                 places: Sequence[tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int] | I64,
+        rows_per_group: Sequence[int] | I64,
+        places: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         self.rows = np.asarray(rows, np.int64)
         self.places = None if places is None else np.asarray(places, np.int64).reshape(-1, 2)
         self.rows_per_group = np.asarray(rows_per_group, np.int64)
@@ -134,8 +138,9 @@ class SamplePlan:
     window: int
 
     @classmethod
-    def build(cls, groups: RowGroups, *, seed: int, global_batch: int, lanes: int | None = None,
-              window: int | None = None) -> "SamplePlan":
+    def build(
+        cls, groups: RowGroups, *, seed: int, global_batch: int, lanes: int | None = None, window: int | None = None
+    ) -> "SamplePlan":
         """A plan with lanes and window chosen from the batch and the row groups where they are not given.
 
         Raises:
@@ -144,8 +149,10 @@ class SamplePlan:
         lanes = lanes or max(d for d in range(1, max(1, global_batch // LANE_DRAW) + 1) if global_batch % d == 0)
         window = window or WINDOW_GROUPS * groups.size
         if global_batch < 1 or lanes < 1 or window < 1 or global_batch % lanes:
-            raise ValueError(f"global batch {global_batch}, lanes {lanes}, window {window}: wanted positive numbers,"
-                             " the lanes dividing the batch")
+            raise ValueError(
+                f"global batch {global_batch}, lanes {lanes}, window {window}: wanted positive numbers,"
+                " the lanes dividing the batch"
+            )
         return cls(groups, seed, global_batch, lanes, window)
 
     @staticmethod

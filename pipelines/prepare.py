@@ -71,8 +71,14 @@ class _Job:
     storage_options: Mapping[str, str]
 
 
-def prepare(source_name: str, src: str | None, dst: str, config: PrepareConfig | None = None, *,
-            progress: Progress | None = None) -> Manifest:
+def prepare(
+    source_name: str,
+    src: str | None,
+    dst: str,
+    config: PrepareConfig | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Manifest:
     """Turn raw data into a prepared folder.
 
     Idempotent: a complete destination made with the same source and settings is returned as it is, and a run that was
@@ -104,8 +110,16 @@ def prepare(source_name: str, src: str | None, dst: str, config: PrepareConfig |
     runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
     splits, rejected = _collect(runner, progress)
     _check_rejected(folder, rejected, sum(split.samples for split in splits.values()), config.max_bad_fraction)
-    manifest = Manifest(name=listing.name, features=dict(listing.features), classes=listing.classes, splits=splits,
-                        rejected=len(rejected), licence=listing.licence, source=listing.origin, fingerprint=mark)
+    manifest = Manifest(
+        name=listing.name,
+        features=dict(listing.features),
+        classes=listing.classes,
+        splits=splits,
+        rejected=len(rejected),
+        licence=listing.licence,
+        source=listing.origin,
+        fingerprint=mark,
+    )
     save_manifest(manifest, folder)
     folder.fs.rm(folder.file(RECEIPTS), recursive=True)
     return manifest
@@ -126,13 +140,16 @@ def existing(dst: str, config: PrepareConfig, mark: str) -> Manifest:
     """
     manifest = load_manifest(dst, config.storage_options)
     if manifest.fingerprint != mark:
-        raise UserError(f"{dst} already holds data set {manifest.name}, prepared from another source or with other"
-                        " settings: give another folder, or delete this one first")
+        raise UserError(
+            f"{dst} already holds data set {manifest.name}, prepared from another source or with other"
+            " settings: give another folder, or delete this one first"
+        )
     return manifest
 
 
-def _jobs(source: Source, source_name: str, listing: Listing, dst: str, config: PrepareConfig, mark: str
-          ) -> Iterator[_Job]:
+def _jobs(
+    source: Source, source_name: str, listing: Listing, dst: str, config: PrepareConfig, mark: str
+) -> Iterator[_Job]:
     """One job a unit; the row group size is measured on the first samples and is then the same in all shards."""
     units = iter(listing.units)
     first = next(units, None)
@@ -143,8 +160,16 @@ def _jobs(source: Source, source_name: str, listing: Listing, dst: str, config: 
     counts: dict[str, int] = {}
     for unit in chain([first], units):
         number = counts[unit.split] = counts.get(unit.split, -1) + 1
-        yield _Job(source_name, unit, f"{unit.split}-{number:06d}.parquet", dst, dict(listing.features), rows_per_group,
-                   mark, config.storage_options)
+        yield _Job(
+            source_name,
+            unit,
+            f"{unit.split}-{number:06d}.parquet",
+            dst,
+            dict(listing.features),
+            rows_per_group,
+            mark,
+            config.storage_options,
+        )
 
 
 def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:
@@ -228,6 +253,8 @@ def _check_rejected(folder: Folder, rejected: list[Problem], samples: int, budge
         folder.fs.rm_file(folder.file(QUARANTINE))
     tried = samples + len(rejected)
     if not samples or len(rejected) > math.ceil(budget * tried):
-        raise UserError(f"{len(rejected)} of {tried} raw items could not be read, more than the budget of {budget:g}"
-                        f" allows: {count_reasons(rejected)}; {folder.file(QUARANTINE)} lists them: repair the data,"
-                        " or give a larger --max-bad-fraction")
+        raise UserError(
+            f"{len(rejected)} of {tried} raw items could not be read, more than the budget of {budget:g}"
+            f" allows: {count_reasons(rejected)}; {folder.file(QUARANTINE)} lists them: repair the data,"
+            " or give a larger --max-bad-fraction"
+        )

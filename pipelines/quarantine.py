@@ -55,8 +55,10 @@ class Quarantine:
         self.met += met
         self.problems.update({(problem.split, problem.sample_id): problem for problem in problems})
         if problems and self.met > math.ceil(self.max_fraction * max(self.seen, epoch_share)):
-            raise UserError(f"{self.met} bad samples in {self.seen} read, more than data.max_bad_fraction"
-                            f" = {self.max_fraction:g} allows: {self.summary()}; repair the data or raise the budget")
+            raise UserError(
+                f"{self.met} bad samples in {self.seen} read, more than data.max_bad_fraction"
+                f" = {self.max_fraction:g} allows: {self.summary()}; repair the data or raise the budget"
+            )
 
     def summary(self) -> str:
         """The reasons with their counts, commonest first, and an example."""

@@ -62,9 +62,10 @@ def with_retries(request: Callable[[], T], what: str, policy: ReadPolicy) -> T:
         except Exception as error:  # Drivers raise their own types for resets, stalls, throttling and short bodies.
             if attempt == policy.attempts - 1:
                 first = (str(error).splitlines() or [""])[0]
-                raise ReadError(f"cannot read {what} after {policy.attempts} attempts: {type(error).__name__} {first}"
-                                ) from error
-            time.sleep(random.random() * min(policy.longest, policy.backoff * 2 ** attempt))
+                raise ReadError(
+                    f"cannot read {what} after {policy.attempts} attempts: {type(error).__name__} {first}"
+                ) from error
+            time.sleep(random.random() * min(policy.longest, policy.backoff * 2**attempt))
     raise AssertionError("unreachable: at least one attempt is made")
 
 
@@ -78,8 +79,9 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
     path, fs = folder.file(name), folder.fs
     if folder.local:
         with Path(path).open("rb", buffering=0) as file:
-            return (_mapped(file.fileno(), start, stop)
-                    or _whole(os.pread(file.fileno(), stop - start, start), stop - start))
+            return _mapped(file.fileno(), start, stop) or _whole(
+                os.pread(file.fileno(), stop - start, start), stop - start
+            )
 
     def request() -> bytes:
         data: Any
@@ -112,4 +114,4 @@ def _mapped(file: int, start: int, stop: int) -> memoryview | None:
     except (OSError, ValueError):  # an older system, too many files, a shorter one: a plain read says what is wrong
         return None
     _MAPPED.add(pages)
-    return memoryview(pages)[start - first:]
+    return memoryview(pages)[start - first :]

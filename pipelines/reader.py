@@ -227,23 +227,30 @@ class Reader:
 
     def _group(self, folder: Folder, name: str, files: Files, size: int, group: int) -> RowGroup:
         """A row group's columns under the features' names and with their types."""
-        paths = {field.name: files.columns.get(field.name, field.name) for field in self.schema
-                 if field.name != KEY or not files.columns}
+        paths = {
+            field.name: files.columns.get(field.name, field.name)
+            for field in self.schema
+            if field.name != KEY or not files.columns
+        }
         types: dict[str, pa.DataType] = {}
         for column, path in paths.items():
             kind = self.schema.field(column).type
             types[path] = kind if types.get(path, kind) == kind else pa.null()  # wanted in two ways: Arrow's work
         found = read_row_group(folder, name, size, group, types, self.policy)
-        plain = {column: _plain_column(found.plain[path], types[path])
-                 for column, path in paths.items() if path in found.plain}
+        plain = {
+            column: _plain_column(found.plain[path], types[path])
+            for column, path in paths.items()
+            if path in found.plain
+        }
         others = pa.schema([field for field in self.schema if field.name not in plain])
         columns = stored_columns(found.table, files.columns, others, self.classes, f"{name}#{group}", found.rows)
         read = {column: _arrow_column(array) for column, array in columns.items()}
         return RowGroup({**read, **plain}, found.rows, found.nbytes + found.rows * self.decoded_bytes)
 
 
-def stored_columns(table: pa.Table, columns: Mapping[str, str], schema: pa.Schema, classes: tuple[str, ...],
-                   place: str, rows: int) -> dict[str, pa.Array]:
+def stored_columns(
+    table: pa.Table, columns: Mapping[str, str], schema: pa.Schema, classes: tuple[str, ...], place: str, rows: int
+) -> dict[str, pa.Array]:
     """A row group's columns under the names and with the types of `schema`.
 
     Args:
@@ -312,7 +319,8 @@ def fit(array: pa.Array, wanted: pa.Field, classes: tuple[str, ...]) -> pa.Array
     if pa.types.is_integer(kind) and pa.types.is_int64(wanted.type):
         return array.cast(wanted.type)
     if kind in (pa.large_binary(), pa.large_string(), pa.binary_view(), pa.string_view()) and (
-            pa.types.is_binary(wanted.type) or pa.types.is_string(wanted.type)):
+        pa.types.is_binary(wanted.type) or pa.types.is_string(wanted.type)
+    ):
         return array.cast(wanted.type)
     if pa.types.is_list(wanted.type) and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return array.cast(wanted.type)

@@ -20,6 +20,7 @@ FOOTERS_KEPT = 256
 GAP_BYTES = 256 << 10
 """Columns with up to so much between them are fetched together."""
 
+
 class _Parts(io.RawIOBase):
     """A read-only file of which only some ranges are at hand."""
 
@@ -49,7 +50,7 @@ class _Parts(io.RawIOBase):
         """The bytes [start, stop), not copied."""
         for first, data in self.parts:
             if first <= start and stop <= first + len(data):
-                return memoryview(data)[start - first:stop - first]
+                return memoryview(data)[start - first : stop - first]
         raise OSError(f"bytes {start} to {stop} were not fetched")
 
 
@@ -115,8 +116,9 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-def read_row_group(folder: Folder, name: str, size: int, group: int, columns: Mapping[str, pa.DataType],
-                   policy: ReadPolicy) -> Stored:
+def read_row_group(
+    folder: Folder, name: str, size: int, group: int, columns: Mapping[str, pa.DataType], policy: ReadPolicy
+) -> Stored:
     """Read one row group.
 
     Args:
@@ -135,8 +137,9 @@ def read_row_group(folder: Folder, name: str, size: int, group: int, columns: Ma
     footer = _FOOTERS.get(folder, name, size, policy)
     info = footer.row_group(group)
     chunks = [info.column(i) for i in range(footer.num_columns)]
-    parts = _Parts(size, [(start, read_range(folder, name, start, stop, policy))
-                          for start, stop in _ranges(chunks, columns)])
+    parts = _Parts(
+        size, [(start, read_range(folder, name, start, stop, policy)) for start, stop in _ranges(chunks, columns)]
+    )
     plain, nbytes = {}, 0
     for number, chunk in enumerate(chunks):
         column, path = footer.schema.column(number), chunk.path_in_schema
@@ -160,8 +163,11 @@ def _range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
 
 def _ranges(chunks: list[Any], columns: Iterable[str]) -> list[tuple[int, int]]:
     """The byte ranges of these columns; those with little between them become one, since a request costs more."""
-    wanted = [chunk for chunk in chunks if any(
-        chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in columns)]
+    wanted = [
+        chunk
+        for chunk in chunks
+        if any(chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in columns)
+    ]
     ranges: list[tuple[int, int]] = []
     for start, stop in sorted(map(_range, wanted)):
         if ranges and start - ranges[-1][1] <= GAP_BYTES:

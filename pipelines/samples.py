@@ -59,8 +59,11 @@ class SampleSpec:
             UserError: the view leaves something open.
         """
         axes = self.view.clip.axes(self.training)
-        return {key: ((*axes, *shape) if feature.clips else shape, kind) for name, feature in self.features.items()
-                for key, (shape, kind) in feature.shapes(name, self.view, self.classes).items()}
+        return {
+            key: ((*axes, *shape) if feature.clips else shape, kind)
+            for name, feature in self.features.items()
+            for key, (shape, kind) in feature.shapes(name, self.view, self.classes).items()
+        }
 
     @property
     def row_bytes(self) -> int:
@@ -147,8 +150,13 @@ class Work:
         ids, epochs = planned.ids.ravel(), planned.epochs.ravel()
         places = self.reader.locate(np.maximum(ids, 0))
         wanted = {place[:2] for place, number in zip(places, ids.tolist(), strict=True) if number >= 0}
-        return _Read(ids.tolist(), epochs.tolist(), sample_streams(self.seed, epochs, ids), places,
-                     self.reader.row_groups(wanted))
+        return _Read(
+            ids.tolist(),
+            epochs.tolist(),
+            sample_streams(self.seed, epochs, ids),
+            places,
+            self.reader.row_groups(wanted),
+        )
 
     def _empty(self, rows: int) -> Arrays:
         """Arrays of so many rows, of which those of features hold anything."""

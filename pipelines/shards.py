@@ -38,7 +38,8 @@ class ShardInfo(Config):
     sha256: str = Field(default="", description="checksum of the file; empty: indexed without reading all of it")
     tag: str = Field(default="", description="version of an indexed file: the store's ETag, or its time of change")
     groups: tuple[tuple[int, int], ...] = Field(
-        default=(), description="uneven row groups, as runs of (rows, rows of each group but the last); else empty")
+        default=(), description="uneven row groups, as runs of (rows, rows of each group but the last); else empty"
+    )
 
 
 class Split(Config):
@@ -46,7 +47,8 @@ class Split(Config):
 
     shards: tuple[ShardInfo, ...] = Field(description="its files; sample ids count through them in this order")
     columns: dict[str, str] = Field(
-        default={}, description="column of each feature in indexed files, `a.b` for a field of a struct; else empty")
+        default={}, description="column of each feature in indexed files, `a.b` for a field of a struct; else empty"
+    )
 
     @property
     def samples(self) -> int:
@@ -94,8 +96,10 @@ class Manifest(Config):
             UserError: there is none.
         """
         if name not in self.splits:
-            raise UserError(f"data set {self.name} has no split '{name}': it has {', '.join(self.splits)};"
-                            " set data.train_split or data.eval_split")
+            raise UserError(
+                f"data set {self.name} has no split '{name}': it has {', '.join(self.splits)};"
+                " set data.train_split or data.eval_split"
+            )
         return self.splits[name]
 
 
@@ -115,14 +119,17 @@ def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifes
     except FileNotFoundError:
         there = folder.fs.exists(folder.path)
         what = f"has no {MANIFEST} (not prepared, or not to the end)" if there else "does not exist"
-        raise UserError(f"data folder {url} {what}: make it with"
-                        f" `perceiver prepare NAME [SRC] {url}`, for example NAME = digits") from None
+        raise UserError(
+            f"data folder {url} {what}: make it with `perceiver prepare NAME [SRC] {url}`, for example NAME = digits"
+        ) from None
     except NotADirectoryError:
-        raise UserError(f"data folder {url} is a file: data.url wants the folder that `perceiver prepare` wrote"
-                        ) from None
+        raise UserError(
+            f"data folder {url} is a file: data.url wants the folder that `perceiver prepare` wrote"
+        ) from None
     except Exception as error:  # noqa: BLE001  each file system has exceptions of its own, of missing credentials for one
-        raise UserError(f"cannot read {url}/{MANIFEST}: {_first_line(error)}; check access, or prepare the data again"
-                        ) from error
+        raise UserError(
+            f"cannot read {url}/{MANIFEST}: {_first_line(error)}; check access, or prepare the data again"
+        ) from error
     return _parse_manifest(raw, f"{url}/{MANIFEST}")
 
 
@@ -131,8 +138,10 @@ def _parse_manifest(raw: Any, where: str) -> Manifest:
     if not isinstance(version, int):
         raise UserError(f"{where} is not a manifest: wanted a JSON object with format_version; prepare the data again")
     if version > FORMAT_VERSION:
-        raise UserError(f"{where} has format version {version}, this program reads up to {FORMAT_VERSION}:"
-                        " install a newer version, or prepare the data again")
+        raise UserError(
+            f"{where} has format version {version}, this program reads up to {FORMAT_VERSION}:"
+            " install a newer version, or prepare the data again"
+        )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
@@ -194,9 +203,16 @@ class ShardWriter:
         self._sink = _HashingSink(self._stream)
         binary = [field.name for field in schema if pa.types.is_binary(field.type)]
         compression: Any = {name: "none" if name in binary else "zstd" for name in schema.names}
-        self._writer = pq.ParquetWriter(self._sink, schema, use_dictionary=False, store_schema=True, version="2.6",
-                                        compression=compression, write_statistics=False,
-                                        write_page_checksum=True)
+        self._writer = pq.ParquetWriter(
+            self._sink,
+            schema,
+            use_dictionary=False,
+            store_schema=True,
+            version="2.6",
+            compression=compression,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -229,8 +245,13 @@ class ShardWriter:
         self._stream.close()
         if self.folder.local:
             self.folder.fs.mv(self._path, self.folder.file(self.name))
-        return ShardInfo(name=self.name, rows=self.rows, rows_per_group=self.rows_per_group,
-                         bytes=self._sink.size, sha256=self._sink.digest.hexdigest())
+        return ShardInfo(
+            name=self.name,
+            rows=self.rows,
+            rows_per_group=self.rows_per_group,
+            bytes=self._sink.size,
+            sha256=self._sink.digest.hexdigest(),
+        )
 
     def discard(self) -> None:
         """Give up: leave nothing behind."""

@@ -33,8 +33,20 @@ HEADER = np.dtype([("name", "S20"), ("program", "<u2"), ("bank", "<u2"), ("bag",
 INST = np.dtype([("name", "S20"), ("bag", "<u2")])
 BAG = np.dtype([("generator", "<u2"), ("modulator", "<u2")])
 GENERATOR = np.dtype([("kind", "<u2"), ("amount", "<i2")])
-SAMPLES = np.dtype([("name", "S20"), ("start", "<u4"), ("end", "<u4"), ("loop_start", "<u4"), ("loop_end", "<u4"),
-                    ("rate", "<u4"), ("root", "u1"), ("correction", "i1"), ("link", "<u2"), ("kind", "<u2")])
+SAMPLES = np.dtype(
+    [
+        ("name", "S20"),
+        ("start", "<u4"),
+        ("end", "<u4"),
+        ("loop_start", "<u4"),
+        ("loop_end", "<u4"),
+        ("rate", "<u4"),
+        ("root", "u1"),
+        ("correction", "i1"),
+        ("link", "<u2"),
+        ("kind", "<u2"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -64,15 +76,25 @@ def read_font(content: bytes) -> SoundFont:
     """
     try:
         chunks = dict(_chunks(content, 0, len(content)))
-        table = {name: np.frombuffer(chunks[name], kind) for name, kind in (
-            (b"phdr", HEADER), (b"pbag", BAG), (b"pgen", GENERATOR), (b"inst", INST), (b"ibag", BAG),
-            (b"igen", GENERATOR), (b"shdr", SAMPLES))}
+        table = {
+            name: np.frombuffer(chunks[name], kind)
+            for name, kind in (
+                (b"phdr", HEADER),
+                (b"pbag", BAG),
+                (b"pgen", GENERATOR),
+                (b"inst", INST),
+                (b"ibag", BAG),
+                (b"igen", GENERATOR),
+                (b"shdr", SAMPLES),
+            )
+        }
         wave = np.frombuffer(chunks[b"smpl"], "<i2")
     except (KeyError, ValueError, struct.error) as error:
         raise UserError(f"no SoundFont 2 file: {error!r}; wanted a .sf2 file that is whole") from error
     outer = _zones(table[b"phdr"], table[b"pbag"], table[b"pgen"], INSTRUMENT)
-    presets = {(int(row["bank"]), int(row["program"])): zones
-               for row, zones in zip(table[b"phdr"][:-1], outer, strict=True)}
+    presets = {
+        (int(row["bank"]), int(row["program"])): zones for row, zones in zip(table[b"phdr"][:-1], outer, strict=True)
+    }
     return SoundFont(wave, table[b"shdr"], presets, _zones(table[b"inst"], table[b"ibag"], table[b"igen"], SAMPLE))
 
 
@@ -82,7 +104,7 @@ def _chunks(content: bytes, start: int, stop: int) -> Iterator[tuple[bytes, byte
         if name in (b"RIFF", b"LIST"):
             yield from _chunks(content, start + 12, start + 8 + size)
         else:
-            yield name, content[start + 8:start + 8 + size]
+            yield name, content[start + 8 : start + 8 + size]
         start += 8 + size + size % 2
 
 
@@ -92,7 +114,7 @@ def _zones(rows: NDArray[Any], bags: NDArray[Any], generators: NDArray[Any], las
     for first, stop in zip(rows["bag"][:-1], rows["bag"][1:], strict=True):
         zones, common = [], {}
         for bag in range(int(first), int(stop)):
-            part = generators[bags["generator"][bag]:bags["generator"][bag + 1]]
+            part = generators[bags["generator"][bag] : bags["generator"][bag + 1]]
             zone = dict(zip(part["kind"].tolist(), part["amount"].tolist(), strict=True))
             if last in zone:
                 zones.append({**common, **zone})
@@ -103,8 +125,11 @@ def _zones(rows: NDArray[Any], bags: NDArray[Any], generators: NDArray[Any], las
 
 
 def _within(zone: Generators, key: int, velocity: int) -> bool:
-    return all((zone[kind] & 0xFF) <= value <= ((zone[kind] >> 8) & 0xFF)
-               for kind, value in ((KEY_RANGE, key), (VELOCITY_RANGE, velocity)) if kind in zone)
+    return all(
+        (zone[kind] & 0xFF) <= value <= ((zone[kind] >> 8) & 0xFF)
+        for kind, value in ((KEY_RANGE, key), (VELOCITY_RANGE, velocity))
+        if kind in zone
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +158,7 @@ def play(font: SoundFont, note: Note, rate: int) -> NDArray[np.float32]:
     for zone in font.zones(note.bank, note.program, note.key, note.velocity):
         voice = _voice(font, zone, note, rate)
         gain = 10 ** (-(zone.get(ATTENUATION, 0) * 0.4) / 200) * (note.velocity / 127) ** 2
-        total[:len(voice)] += gain * voice[:len(total)] * _envelope(zone, note, rate, min(len(voice), len(total)))
+        total[: len(voice)] += gain * voice[: len(total)] * _envelope(zone, note, rate, min(len(voice), len(total)))
     return total
 
 
@@ -142,17 +167,17 @@ def _voice(font: SoundFont, zone: Generators, note: Note, rate: int) -> NDArray[
     header = font.samples[zone[SAMPLE] & 0xFFFF]
     start, end, loop_start, loop_end = (
         int(header[name]) + zone.get(fine, 0) + 32768 * zone.get(coarse, 0)
-        for name, (fine, coarse) in (("start", START), ("end", END), ("loop_start", LOOP_START),
-                                     ("loop_end", LOOP_END)))
+        for name, (fine, coarse) in (("start", START), ("end", END), ("loop_start", LOOP_START), ("loop_end", LOOP_END))
+    )
     root = zone[ROOT] if zone[ROOT] >= 0 else min(int(header["root"]), 127)
     cents = (note.key - root) * zone[SCALE] + 100 * zone.get(COARSE, 0) + zone.get(FINE, 0) + int(header["correction"])
     speed = float(header["rate"]) * 2 ** (cents / 1200)
     wave = font.wave[start:end].astype(np.float32) / 32768
     needed = int(note.seconds * speed) + 64
     if zone.get(LOOPED, 0) & 1 and start <= loop_start < loop_end <= end and len(wave) < needed:
-        turn = wave[loop_start - start:loop_end - start]
+        turn = wave[loop_start - start : loop_end - start]
         times = -(-(needed - (loop_end - start)) // len(turn))
-        wave = np.concatenate([wave[:loop_end - start], np.tile(turn, max(0, times))])
+        wave = np.concatenate([wave[: loop_end - start], np.tile(turn, max(0, times))])
     return soxr.resample(wave[:needed], speed, rate, quality="HQ")
 
 

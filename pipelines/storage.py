@@ -22,8 +22,10 @@ def resolve_options(options: Mapping[str, str]) -> dict[str, str]:
     for key, value in options.items():
         if value.startswith("$"):
             if value[1:] not in os.environ:
-                raise UserError(f"data.storage_options.{key} names {value}, but the environment has no variable"
-                                f" {value[1:]}: export it, or give another name")
+                raise UserError(
+                    f"data.storage_options.{key} names {value}, but the environment has no variable"
+                    f" {value[1:]}: export it, or give another name"
+                )
             value = os.environ[value[1:]]
         resolved[key] = value
     return resolved
@@ -93,6 +95,8 @@ def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
     try:
         fs, path = fsspec.core.url_to_fs(os.fspath(url), **resolve_options(options or {}))
     except (ImportError, ValueError) as error:
-        raise UserError(f"cannot open {url}: {error}; wanted a path or a URL that fsspec knows"
-                        " (for s3:// install perceiver-train[s3])") from error
+        raise UserError(
+            f"cannot open {url}: {error}; wanted a path or a URL that fsspec knows"
+            " (for s3:// install perceiver-train[s3])"
+        ) from error
     return Folder(fs, path, os.fspath(url))

@@ -44,8 +44,14 @@ class StoredFile:
                 rows = file.metadata.row_group(group).num_rows
                 if wanted is None or not wanted.isdisjoint(range(first, first + rows)):
                     table = file.read_row_group(group, use_threads=False)
-                    yield first, pa.table(stored_columns(table, self.split.columns, schema, self.manifest.classes,
-                                                         f"{self.name}#{group}", rows))
+                    yield (
+                        first,
+                        pa.table(
+                            stored_columns(
+                                table, self.split.columns, schema, self.manifest.classes, f"{self.name}#{group}", rows
+                            )
+                        ),
+                    )
                 first += rows
 
     def row_keys(self) -> list[str]:
@@ -86,8 +92,9 @@ class StoredFile:
         return ""
 
 
-def stored_files(url: str, manifest: Manifest, split: Split, options: Mapping[str, str] | None = None
-                 ) -> Iterator[StoredFile]:
+def stored_files(
+    url: str, manifest: Manifest, split: Split, options: Mapping[str, str] | None = None
+) -> Iterator[StoredFile]:
     """The files of a split of the folder at `url`, in the order of the sample ids."""
     folders: dict[str, Any] = {}
     for shard in split.shards:

@@ -120,7 +120,7 @@ def cut(blocks: Generator[Tensors, None, None], rows: int) -> Generator[Tensors,
                 block = {name: torch.cat([rest[name], tensor]) for name, tensor in block.items()}
             count = len(next(iter(block.values())))
             for first in range(0, count - rows + 1, rows):
-                yield {name: tensor[first:first + rows] for name, tensor in block.items()}
+                yield {name: tensor[first : first + rows] for name, tensor in block.items()}
             over = count % rows
             rest = {name: tensor[-over:] for name, tensor in block.items()} if over else {}
         assert not rest, "the rows of a step are a multiple of a batch's"
@@ -148,8 +148,9 @@ class RayBatches:
         options: limits.
     """
 
-    def __init__(self, work: Work, runs: Iterator[Run], batch_size: int, device: torch.device | str,
-                 options: RayOptions) -> None:
+    def __init__(
+        self, work: Work, runs: Iterator[Run], batch_size: int, device: torch.device | str, options: RayOptions
+    ) -> None:
         self.work, self.runs, self.batch_size, self.device, self.options = work, runs, batch_size, device, options
         self.problems: Lines = queue.SimpleQueue()
 
@@ -183,8 +184,11 @@ class RayBatches:
         PACE.waited()
         dataset = make_dataset(self.work, runs, self.options)
         ahead = math.ceil(self.options.prefetch_batches * self.batch_size / self.work.chunk)
-        blocks: Any = iter(dataset.iter_torch_batches(batch_size=None, device=str(self.device), prefetch_batches=ahead,
-                                                      collate_fn=Collate(self.problems)))
+        blocks: Any = iter(
+            dataset.iter_torch_batches(
+                batch_size=None, device=str(self.device), prefetch_batches=ahead, collate_fn=Collate(self.problems)
+            )
+        )
         rows = sum(stop - start for start, stop in runs) * self.work.rows_per_step
         return _Segment(cut(blocks, self.batch_size), rows // self.batch_size)
 
@@ -203,19 +207,25 @@ def steps_of(streams: Sequence[RayBatches], micro_batch: int) -> Generator[tuple
             rows = {name: torch.cat([tensors[name] for tensors, _ in parts]) for name in parts[0][0]}
             lines = [line for _, found in parts for line in found]
             for at in range(0, len(rows[next(iter(rows))]), micro_batch):
-                yield {name: tensor[at:at + micro_batch] for name, tensor in rows.items()}, lines
+                yield {name: tensor[at : at + micro_batch] for name, tensor in rows.items()}, lines
                 lines = []
 
 
 def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
     """The lazy Ray Dataset of some runs: one small input block and one task each, outputs in order."""
     _quiet()
-    dataset = ray.data.from_items([{"start": start, "stop": stop} for start, stop in runs],
-                                  override_num_blocks=len(runs))
+    dataset = ray.data.from_items(
+        [{"start": start, "stop": stop} for start, stop in runs], override_num_blocks=len(runs)
+    )
     function: Any = produce
-    dataset = dataset.map_batches(function, fn_kwargs={"work": work}, batch_size=None, num_cpus=options.cpus_per_task,
-                                  memory=options.task_memory or None,
-                                  compute=ray.data.TaskPoolStrategy(size=min(options.tasks, len(runs))))
+    dataset = dataset.map_batches(
+        function,
+        fn_kwargs={"work": work},
+        batch_size=None,
+        num_cpus=options.cpus_per_task,
+        memory=options.task_memory or None,
+        compute=ray.data.TaskPoolStrategy(size=min(options.tasks, len(runs))),
+    )
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -225,7 +235,8 @@ def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.D
     context.execution_options.label_selector = dict(options.labels) or None
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Rest]
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        cpu=options.tasks * options.cpus_per_task, object_store_memory=options.bytes_in_flight)
+        cpu=options.tasks * options.cpus_per_task, object_store_memory=options.bytes_in_flight
+    )
     return dataset
 
 

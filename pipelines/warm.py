@@ -50,8 +50,12 @@ def _run_small_dataset(tasks: int, cpus_per_task: float, variables: dict[str, st
     import ray.data
 
     dataset = ray.data.from_items(list(range(tasks)), override_num_blocks=tasks)
-    dataset = dataset.map_batches(partial(_import, modules=modules), num_cpus=cpus_per_task,
-                                  runtime_env={"env_vars": variables}, compute=ray.data.TaskPoolStrategy(size=tasks))
+    dataset = dataset.map_batches(
+        partial(_import, modules=modules),
+        num_cpus=cpus_per_task,
+        runtime_env={"env_vars": variables},
+        compute=ray.data.TaskPoolStrategy(size=tasks),
+    )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     dataset.materialize()

@@ -29,8 +29,10 @@ def test_what_talks_to_a_cluster_does_not_import_ray_first() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("modules", ["cluster.callbacks, cluster.elastic, cluster.process_group",
-                                     "pipelines.samples, pipelines.pace, pipelines.warm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "modules",
+    ["cluster.callbacks, cluster.elastic, cluster.process_group", "pipelines.samples, pipelines.pace, pipelines.warm"],
+)
 def test_the_controller_and_the_data_tasks_do_without_torch(modules: str) -> None:
     """What Ray has them import: two seconds and 200 MB more for each process otherwise."""
     subprocess.run([sys.executable, "-c", f"import sys, {modules}; sys.exit('torch' in sys.modules)"], check=True)

@@ -33,8 +33,9 @@ def searching(wanted: Submission) -> Work:
     search = build_search(tree, base, where, wanted.recipe)
     files = [wanted.recipe, where, *named_files(base)]
     found_by = [] if _found(wanted.recipe, str(tree["recipe"]), where) else [f"recipe={path_in_package(where)}"]
-    return Work("tune", search.recipe, search.config.name, {**base, "search": tree}, files, partial(_fit, search),
-                found_by)  # fmt: skip
+    return Work(
+        "tune", search.recipe, search.config.name, {**base, "search": tree}, files, partial(_fit, search), found_by
+    )
 
 
 def _found(search_file: str, recipe: str, where: str) -> bool:

@@ -36,8 +36,10 @@ def check_device(name: str, device: Device) -> None:
     """
     here = this_device()
     if not matches(device.match, here):
-        raise UserError(f"--calibrate measures this machine, whose device is {here}; the plan is for --gpu {name} "
-                        f"({device.title}): leave --calibrate out, or name this machine's device with --gpu")
+        raise UserError(
+            f"--calibrate measures this machine, whose device is {here}; the plan is for --gpu {name} "
+            f"({device.title}): leave --calibrate out, or name this machine's device with --gpu"
+        )
 
 
 def calibrate(recipe: Recipe, workers: int, seconds: float = SECONDS) -> Calibration:
@@ -89,9 +91,17 @@ def calibrate(recipe: Recipe, workers: int, seconds: float = SECONDS) -> Calibra
 def _timings(figures: dict[str, Any], surroundings: float) -> list[Timing]:
     """The measured steps without the exchange of gradients, which is counted by itself."""
     latency = figures["exchange"][0]
-    return [Timing(processes=figures["processes"], micro_batch=micro, seconds=max(1e-6, seconds - latency), bytes=size,
-                   base_bytes=figures["base_bytes"], surroundings=surroundings)
-            for micro, seconds, size in figures["timings"]]
+    return [
+        Timing(
+            processes=figures["processes"],
+            micro_batch=micro,
+            seconds=max(1e-6, seconds - latency),
+            bytes=size,
+            base_bytes=figures["base_bytes"],
+            surroundings=surroundings,
+        )
+        for micro, seconds, size in figures["timings"]
+    ]
 
 
 def _sizes(recipe: Recipe, processes: int) -> list[int]:
@@ -114,9 +124,14 @@ def _rehearse(recipe: Recipe, most: int, seconds: float) -> dict[str, Any]:
         task = {"recipe": tree, "micro": _sizes(recipe, workers), "seconds": seconds, "folder": folder}
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "cluster.capacity.rehearsal"], input=json.dumps(task), env=environment,
-                text=True, capture_output=True, timeout=TIMEOUT_S, check=False,
-            )  # fmt: skip
+                [sys.executable, "-m", "cluster.capacity.rehearsal"],
+                input=json.dumps(task),
+                env=environment,
+                text=True,
+                capture_output=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             raise UserError(f"--calibrate took longer than {TIMEOUT_S:g} s: lower train.global_batch") from None
     if done.returncode:

@@ -24,8 +24,10 @@ class Timing(Config):
         description="memory of such a process before it builds a model, less what it shares with those beside it"
     )
     surroundings: float = Field(
-        default=1.0, ge=1, description="how much longer a step takes in a run by Ray than by itself: what Ray's own "
-        "processes, data tasks and waiting for each other cost"
+        default=1.0,
+        ge=1,
+        description="how much longer a step takes in a run by Ray than by itself: what Ray's own "
+        "processes, data tasks and waiting for each other cost",
     )
 
 

@@ -36,12 +36,22 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
     account, data, used = workload.account, workload.data, plan.memory
     demand, spot = plan.cost
     done = flops_step(workload)
-    basis = "measured on this machine" if plan.calibrated else (
-        f"assumed: products at {place.device.efficiency:.0%} of the peak, all else at "
-        f"{place.device.memory_efficiency:.0%} of the memory's speed")  # fmt: skip
-    computing = f"with what data tasks and Ray take of it {duration(step.compute)}" if plan.calibrated else (
-        f"compute {duration(step.compute)} ({duration(step.traffic)} of it not matrix products), optimizer "
-        f"{duration(step.optimizer)}")  # fmt: skip
+    basis = (
+        "measured on this machine"
+        if plan.calibrated
+        else (
+            f"assumed: products at {place.device.efficiency:.0%} of the peak, all else at "
+            f"{place.device.memory_efficiency:.0%} of the memory's speed"
+        )
+    )
+    computing = (
+        f"with what data tasks and Ray take of it {duration(step.compute)}"
+        if plan.calibrated
+        else (
+            f"compute {duration(step.compute)} ({duration(step.traffic)} of it not matrix products), optimizer "
+            f"{duration(step.optimizer)}"
+        )
+    )
     return [
         f"on            {place.devices} x {place.device.title}, {place.nodes} node{'s' * (place.nodes > 1)}, "
         f"{place.data_cpus:,.0f} CPUs for data",
@@ -69,7 +79,7 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         f"run           {plan.steps:,} steps, {duration(plan.hours * 3600)}, {plan.device_hours:,.1f} device hours",
         f"cost          {demand:,.2f} on demand, {spot:,.2f} on devices that can be taken away (prices of the table)",
         f"breaks first  {bottleneck(plan)}",
-    ]  # fmt: skip
+    ]
 
 
 def flops_step(workload: Workload) -> float:
@@ -118,20 +128,32 @@ def tree(plan: Estimate, workload: Workload) -> dict[str, Any]:
     """The plan for scripts; bytes and seconds, nothing rounded."""
     demand, spot = plan.cost
     return {
-        "gpu": plan.place.name, "devices": plan.place.devices, "nodes": plan.place.nodes,
-        "data_cpus": plan.place.data_cpus, "calibrated": plan.calibrated,
-        "parameters": workload.account.parameters, "flops_forward": workload.account.forward_flops,
-        "flops_executed": workload.account.executed_flops, "flops_step": flops_step(workload),
-        "micro_batch": plan.micro_batch, "accumulation": plan.accumulation,
+        "gpu": plan.place.name,
+        "devices": plan.place.devices,
+        "nodes": plan.place.nodes,
+        "data_cpus": plan.place.data_cpus,
+        "calibrated": plan.calibrated,
+        "parameters": workload.account.parameters,
+        "flops_forward": workload.account.forward_flops,
+        "flops_executed": workload.account.executed_flops,
+        "flops_step": flops_step(workload),
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
         "largest_micro_batch": plan.largest_micro_batch,
         "memory": {**vars(plan.memory), "total": plan.memory.total},
         "memory_by_zero_stage": {
             stage: {"total_by_micro_batch": found.totals, "largest_micro_batch": found.largest}
             for stage, found in plan.memory_by_stage.items()
         },
-        "step_seconds": {**vars(plan.step), "total": plan.step.total}, "utilisation": plan.utilisation,
-        "ingest": vars(plan.ingest), "reliability": vars(plan.reliability), "steps": plan.steps, "hours": plan.hours,
-        "evaluators": plan.evaluators, "fewest_devices": plan.fewest and plan.fewest[0],
+        "step_seconds": {**vars(plan.step), "total": plan.step.total},
+        "utilisation": plan.utilisation,
+        "ingest": vars(plan.ingest),
+        "reliability": vars(plan.reliability),
+        "steps": plan.steps,
+        "hours": plan.hours,
+        "evaluators": plan.evaluators,
+        "fewest_devices": plan.fewest and plan.fewest[0],
         "step_seconds_of_fewest": plan.fewest and plan.fewest[1],
-        "device_hours": plan.device_hours, "cost": {"on_demand": demand, "spot": spot},
-    }  # fmt: skip
+        "device_hours": plan.device_hours,
+        "cost": {"on_demand": demand, "spot": spot},
+    }

@@ -167,10 +167,22 @@ def estimate(workload: Workload, place: Place, calibration: Calibration | None =
     hours = steps * times.total / relied.goodput / 3600
     peak = _peak(workload, place.device) * place.devices
     return Estimate(
-        place, micro, accumulation, used, by_stage, largest, times, reading, relied, steps, hours,
-        workload.trace.flops * train.global_batch / times.total / peak, calibration is not None,
-        int(train.eval_beside), _fewest(workload, place, calibration),
-    )  # fmt: skip
+        place,
+        micro,
+        accumulation,
+        used,
+        by_stage,
+        largest,
+        times,
+        reading,
+        relied,
+        steps,
+        hours,
+        workload.trace.flops * train.global_batch / times.total / peak,
+        calibration is not None,
+        int(train.eval_beside),
+        _fewest(workload, place, calibration),
+    )
 
 
 def _fewest(workload: Workload, place: Place, calibration: Calibration | None) -> tuple[int, float] | None:
@@ -226,8 +238,9 @@ def _check_batch(workload: Workload, place: Place) -> None:
         )
 
 
-def _refuse_memory(workload: Workload, place: Place, micro: int, largest: int,
-                   by_stage: dict[int, StageMemory]) -> None:
+def _refuse_memory(
+    workload: Workload, place: Place, micro: int, largest: int, by_stage: dict[int, StageMemory]
+) -> None:
     limit = place.device.memory_gb * MEMORY_MARGIN
     fits = [stage for stage, found in by_stage.items() if found.totals[micro] <= limit * 1e9]
     changes = []
@@ -290,8 +303,9 @@ def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, f
     )
 
 
-def _stage_memory(workload: Workload, place: Place, sizes: Sequence[int], stage: int,
-                  calibration: Calibration | None) -> StageMemory:
+def _stage_memory(
+    workload: Workload, place: Place, sizes: Sequence[int], stage: int, calibration: Calibration | None
+) -> StageMemory:
     totals = {micro: memory(workload, place, micro, stage, calibration).total for micro in sizes}
     return StageMemory(totals, largest_micro_batch(workload, place, stage, calibration))
 
@@ -311,8 +325,9 @@ def step_time(workload: Workload, place: Place, micro: int, accumulation: int, c
     cores = place.data_cpus
     reading = workload.recipe.train.global_batch * decode_cpu(workload, calibration) / max(cores, 1e-9)
     if calibration:
-        alone = calibration.step_seconds(workload.recipe.train.global_batch, micro, accumulation, place.devices,
-                                         place.nodes)
+        alone = calibration.step_seconds(
+            workload.recipe.train.global_batch, micro, accumulation, place.devices, place.nodes
+        )
         slowed = calibration.surroundings(place.devices // place.nodes)
         return Step(alone * slowed, 0.0, 0.0, wire_seconds, wire_bytes, 0.0)
     compute = accumulation * roofline(workload, place.device, micro)
@@ -328,8 +343,10 @@ def roofline(workload: Workload, device: Device, micro: int) -> float:
     trace = workload.trace
     half = _half(workload, device)
     speed = device.memory_gbytes_s * 1e9 * device.memory_efficiency
-    products = max(trace.flops / (_peak(workload, device) * device.efficiency),
-                   trace.product_bytes * (0.5 if half else 1.0) / speed)
+    products = max(
+        trace.flops / (_peak(workload, device) * device.efficiency),
+        trace.product_bytes * (0.5 if half else 1.0) / speed,
+    )
     kernel = _kernel(workload, device)
     other = other_bytes(workload, device) / speed
     return max(micro * (products + kernel + other), trace.operations * device.launch_us * 1e-6)
@@ -371,8 +388,9 @@ def ingest(workload: Workload, place: Place, step: Step, calibration: Calibratio
     pace = step.compute + step.optimizer + step.communication
     samples = workload.recipe.train.global_batch / pace
     size = samples * workload.data.sample_bytes
-    return Ingest(samples, size, size / workload.data.group_bytes, samples * decode_cpu(workload, calibration),
-                  place.data_cpus)
+    return Ingest(
+        samples, size, size / workload.data.group_bytes, samples * decode_cpu(workload, calibration), place.data_cpus
+    )
 
 
 def reliability(workload: Workload, place: Place, seconds: float, calibration: Calibration | None) -> Reliability:

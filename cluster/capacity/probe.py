@@ -103,8 +103,15 @@ def _engine(recipe: Recipe, classes: int, micro: int) -> DeepSpeedEngine:
     model = build_model(recipe.model, classes=classes)
     schedule = build_schedule(recipe.optim.schedule, 1_000_000, 1000.0)
     plan = BatchPlan(micro, 1, dist.get_world_size())
-    return DeepSpeedEngine(model, build_task(recipe.task, classes=classes), recipe.optim, schedule, recipe.deepspeed,
-                           plan, precision=recipe.train.precision)
+    return DeepSpeedEngine(
+        model,
+        build_task(recipe.task, classes=classes),
+        recipe.optim,
+        schedule,
+        recipe.deepspeed,
+        plan,
+        precision=recipe.train.precision,
+    )
 
 
 def _steps(engine: DeepSpeedEngine, batch: Batch, most_s: float) -> float:
@@ -157,4 +164,3 @@ def _write(folder: Path) -> float:
     finally:
         path.unlink(missing_ok=True)
     return WRITE_BYTES / (time.perf_counter() - began)
-

@@ -52,8 +52,14 @@ def _real_steps(recipe: Recipe, place: "Place", steps: int) -> float:
     model, task = first_model(recipe, classes, restored=True), build_task(recipe.task, classes=classes)
     engine = build_engine(recipe, model, task, manifest, place)
     seconds: list[float] = []
-    span = Span(0, steps, training.global_batch, training.accumulation(place.world), epoch_steps_of(recipe, manifest),
-                recipe.seed)  # fmt: skip
+    span = Span(
+        0,
+        steps,
+        training.global_batch,
+        training.accumulation(place.world),
+        epoch_steps_of(recipe, manifest),
+        recipe.seed,
+    )
     train(engine, batches, [lambda info: seconds.append(info.seconds)], span)
     return statistics.fmean(seconds[len(seconds) // LEFT_OUT :])
 

@@ -66,16 +66,18 @@ class Workload:
         return self.recipe.train.total_steps(self.data.samples / self.recipe.train.global_batch)
 
 
-def build_workload(recipe: Recipe, *, samples: int | None = None, sample_bytes: float | None = None,
-                   classes: int | None = None) -> Workload:
+def build_workload(
+    recipe: Recipe, *, samples: int | None = None, sample_bytes: float | None = None, classes: int | None = None
+) -> Workload:
     """Work out what a recipe needs; the data may be there, or be described by the three numbers.
 
     Raises:
         UserError: the data is not there and not described.
     """
     data = _data_facts(recipe, samples, sample_bytes, classes)
-    return Workload(recipe, account(recipe.model, classes=data.classes), trace_step(recipe.model, classes=data.classes),
-                    data)
+    return Workload(
+        recipe, account(recipe.model, classes=data.classes), trace_step(recipe.model, classes=data.classes), data
+    )
 
 
 def _data_facts(recipe: Recipe, samples: int | None, sample_bytes: float | None, classes: int | None) -> DataFacts:
@@ -86,8 +88,13 @@ def _data_facts(recipe: Recipe, samples: int | None, sample_bytes: float | None,
         return DataFacts(samples, sample_bytes, classes, GROUP_BYTES, seconds)
     split = manifest.split(recipe.data.train_split)
     each = sample_bytes or split.bytes / split.samples
-    return DataFacts(samples or split.samples, each, classes or len(manifest.classes) or None,
-                     split.shards[0].rows_per_group * each, decode_seconds(_kinds(recipe, manifest), each))
+    return DataFacts(
+        samples or split.samples,
+        each,
+        classes or len(manifest.classes) or None,
+        split.shards[0].rows_per_group * each,
+        decode_seconds(_kinds(recipe, manifest), each),
+    )
 
 
 def _manifest(recipe: Recipe) -> Manifest:
@@ -95,11 +102,15 @@ def _manifest(recipe: Recipe) -> Manifest:
     try:
         there = open_folder(url, recipe.data.storage_options).exists(MANIFEST)
     except (OSError, ImportError) as error:
-        raise UserError(f"data.url = {url} cannot be looked into ({error}): describe the data with --samples and "
-                        "--sample-bytes (and --classes)") from None
+        raise UserError(
+            f"data.url = {url} cannot be looked into ({error}): describe the data with --samples and "
+            "--sample-bytes (and --classes)"
+        ) from None
     if not there:
-        raise UserError(f"data.url = {url} is not prepared: prepare it, or describe the data with --samples and "
-                        "--sample-bytes (and --classes): --samples 1281167 --sample-bytes 110000 --classes 1000")
+        raise UserError(
+            f"data.url = {url} is not prepared: prepare it, or describe the data with --samples and "
+            "--sample-bytes (and --classes): --samples 1281167 --sample-bytes 110000 --classes 1000"
+        )
     return load_data(recipe.data)
 
 

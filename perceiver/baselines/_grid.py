@@ -83,7 +83,5 @@ def transformers_library() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UserError(
-            "transformers: not installed; wanted for this baseline: pip install '.[models]'"
-        ) from error
+        raise UserError("transformers: not installed; wanted for this baseline: pip install '.[models]'") from error
     return transformers

@@ -29,9 +29,12 @@ class ResNet(Baseline):
         super().__init__(config)
         library = transformers_library()
         values = library.ResNetConfig(
-            num_channels=self.channels, depths=list(config.depths), hidden_sizes=list(config.widths),
-            embedding_size=config.stem, num_labels=classes,
-        )  # fmt: skip
+            num_channels=self.channels,
+            depths=list(config.depths),
+            hidden_sizes=list(config.widths),
+            embedding_size=config.stem,
+            num_labels=classes,
+        )
         self.net = library.ResNetForImageClassification(values)
 
     def forward(self, raw: Raw) -> Tensor:

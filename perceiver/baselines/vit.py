@@ -36,11 +36,18 @@ class ViT(Baseline):
         library = transformers_library()
         self.padding = tuple(-side % config.patch for side in self.grid)
         values = library.ViTConfig(
-            num_channels=self.channels, image_size=[s + p for s, p in zip(self.grid, self.padding, strict=True)],
-            patch_size=config.patch, hidden_size=config.width, num_hidden_layers=config.layers,
-            num_attention_heads=config.heads, intermediate_size=config.width * config.widening, num_labels=classes,
-            initializer_range=config.init_std, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+            num_channels=self.channels,
+            image_size=[s + p for s, p in zip(self.grid, self.padding, strict=True)],
+            patch_size=config.patch,
+            hidden_size=config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.width * config.widening,
+            num_labels=classes,
+            initializer_range=config.init_std,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
         self.net = library.ViTForImageClassification(values)
 
     def forward(self, raw: Raw) -> Tensor:

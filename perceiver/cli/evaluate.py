@@ -20,8 +20,9 @@ Examples:
 @click.option("--split", help="Split of the data; default: the run's evaluation split.")
 @click.option("--batch", type=click.IntRange(1), help="Samples of a forward pass; default: as training evaluates.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line.")
-def command(run: str, data: str | None, overrides: tuple[str, ...], split: str | None, batch: int | None,
-            as_json: bool) -> int:
+def command(
+    run: str, data: str | None, overrides: tuple[str, ...], split: str | None, batch: int | None, as_json: bool
+) -> int:
     """Evaluate RUN on DATA, which is the run's own data if left out.
 
     RUN is a run's folder, one of its checkpoints, what perceiver export --format safetensors wrote, or a .safetensors
@@ -37,8 +38,13 @@ def command(run: str, data: str | None, overrides: tuple[str, ...], split: str |
         click.echo(f"note: {note}", err=True)
     with ray_for(scoring):
         figures = scoring.metrics()
-    facts: dict[str, Any] = {"run": run, "data": scoring.recipe.data.url, "split": scoring.split,
-                             "samples": scoring.samples, **figures}
+    facts: dict[str, Any] = {
+        "run": run,
+        "data": scoring.recipe.data.url,
+        "split": scoring.split,
+        "samples": scoring.samples,
+        **figures,
+    }
     if as_json:
         click.echo(json.dumps(facts))
         return 0

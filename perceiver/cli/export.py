@@ -27,8 +27,9 @@ Examples:
 @click.option("--licence", metavar="TEXT", help="Licence of the weights, for the card; default: not stated by the run.")
 @click.option("--register", metavar="NAME", help="MLflow: log it into the run's MLflow run and register it as NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON line.")
-def command(source: str, form: str, target: str, tolerance: float, licence: str | None, register: str | None,
-            as_json: bool) -> int:
+def command(
+    source: str, form: str, target: str, tolerance: float, licence: str | None, register: str | None, as_json: bool
+) -> int:
     """Write the model of SOURCE and a card (README.md) about it.
 
     SOURCE is a run's folder, one of its checkpoints, an earlier safetensors export, a .safetensors file with its

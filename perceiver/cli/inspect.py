@@ -16,10 +16,16 @@ Examples:
 @click.option("--verify", is_flag=True, help="Read every file and compare checksums, rows and schema.")
 @click.option("--samples/--no-samples", default=True, help="Decode every sample: balance, doubles, unreadables.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON line.")
-@click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), metavar="PAGE",
-              help="Write a page of samples to look at and listen to: one file, opens in any browser.")
-@click.option("--show", default=24, show_default=True, type=click.IntRange(1, 1000),
-              help="Samples of each split on that page.")
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PAGE",
+    help="Write a page of samples to look at and listen to: one file, opens in any browser.",
+)
+@click.option(
+    "--show", default=24, show_default=True, type=click.IntRange(1, 1000), help="Samples of each split on that page."
+)
 def command(url: str, verify: bool, samples: bool, as_json: bool, page: Path | None, show: int) -> int:
     """Report on the prepared data at URL: schema, counts, class balance, sizes, doubles, unreadable samples.
 

@@ -31,8 +31,15 @@ Examples:
 @click.option("--hardware", metavar="FILE", help="Your own table of devices and prices.")
 @click.option("--calibrate", is_flag=True, help="Measure this machine with this recipe first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON line.")
-def command(recipe: str, overrides: tuple[str, ...], gpu: str, hardware: str | None, calibrate: bool, as_json: bool,
-            **sizes: Any) -> int:
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    gpu: str,
+    hardware: str | None,
+    calibrate: bool,
+    as_json: bool,
+    **sizes: Any,
+) -> int:
     """Plan a run of RECIPE: memory, step time, communication, reading, checkpoints, failures, hours and cost.
 
     Refuses (exit code 2) what cannot fit or would wait for data, and names the key to change.
@@ -47,8 +54,13 @@ def command(recipe: str, overrides: tuple[str, ...], gpu: str, hardware: str | N
     from cluster.recipe import load_recipe
 
     plan_of = load_recipe(recipe, overrides)
-    place = _place(gpu, load_hardware(hardware).device(gpu), sizes.pop("gpus") or plan_of.cluster.workers,
-                   sizes.pop("nodes"), sizes.pop("data_cpus"))
+    place = _place(
+        gpu,
+        load_hardware(hardware).device(gpu),
+        sizes.pop("gpus") or plan_of.cluster.workers,
+        sizes.pop("nodes"),
+        sizes.pop("data_cpus"),
+    )
     if calibrate:
         check_device(gpu, place.device)
         click.echo("measuring this machine ...", err=True)

@@ -18,12 +18,24 @@ Examples:
 @click.option("--to", "target", required=True, metavar="FOLDER", help="Where to write; a path or an fsspec URL.")
 @click.option("--split", help="Split of the data; default: the run's evaluation split, or the only one.")
 @click.option("--batch", type=click.IntRange(1), help="Samples of a forward pass; default: as training evaluates.")
-@click.option("--workers", type=click.IntRange(0), help="Ray Data actors that hold the model; 0: this process. Default:"
-              " one a GPU on a cluster (RAY_ADDRESS, cluster.address) or where this machine has several, one a node on"
-              " a cluster without GPUs; else 0.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Ray Data actors that hold the model; 0: this process. Default:"
+    " one a GPU on a cluster (RAY_ADDRESS, cluster.address) or where this machine has several, one a node on"
+    " a cluster without GPUs; else 0.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line.")
-def command(run: str, data: str, overrides: tuple[str, ...], target: str, split: str | None, batch: int | None,
-            workers: int | None, as_json: bool) -> int:
+def command(
+    run: str,
+    data: str,
+    overrides: tuple[str, ...],
+    target: str,
+    split: str | None,
+    batch: int | None,
+    workers: int | None,
+    as_json: bool,
+) -> int:
     """Predict with the model of RUN on the prepared DATA; the same command goes on where it was broken off.
 
     A row a sample: sample_id, key (the file or row it came from), label where there is one, prediction, probability

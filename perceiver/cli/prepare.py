@@ -32,12 +32,24 @@ Examples:
 @click.argument("places", nargs=-1, required=True, metavar="[SRC] DST")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the source.")
 @click.option("--seed", default=0, show_default=True, help="Seed of splits and order.")
-@click.option("--max-bad-fraction", default=0.01, show_default=True, type=click.FloatRange(0, 1),
-              help="Share of unreadable raw items above which nothing is prepared.")
+@click.option(
+    "--max-bad-fraction",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of unreadable raw items above which nothing is prepared.",
+)
 @click.option("--index", "in_place", is_flag=True, help="Read Parquet files where they lie: write only a manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was prepared as one JSON line.")
-def command(name: str, places: tuple[str, ...], options: tuple[str, ...], seed: int, max_bad_fraction: float,
-            in_place: bool, as_json: bool) -> int:
+def command(
+    name: str,
+    places: tuple[str, ...],
+    options: tuple[str, ...],
+    seed: int,
+    max_bad_fraction: float,
+    in_place: bool,
+    as_json: bool,
+) -> int:
     """Turn the raw data of source NAME at SRC into shards and a manifest in DST.
 
     SRC and DST are paths or fsspec URLs; a source that fetches its data needs no SRC. A destination that is complete is
@@ -67,8 +79,10 @@ def command(name: str, places: tuple[str, ...], options: tuple[str, ...], seed: 
     rows = ", ".join(f"{split.samples:,} {key}" for key, split in manifest.splits.items())
     click.echo(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")
     if in_place and (size := group_bytes(manifest)) > HEAVY_BYTES:
-        click.echo(f"row groups of up to {size / 1e6:,.0f} MB: training reads whole ones; prepare without --index if it"
-                   " has to wait for data")
+        click.echo(
+            f"row groups of up to {size / 1e6:,.0f} MB: training reads whole ones; prepare without --index if it"
+            " has to wait for data"
+        )
     if manifest.rejected:
         click.echo(f"{manifest.rejected:,} raw items could not be read: see {dst.rstrip('/')}/quarantine.parquet")
     return 0

@@ -17,8 +17,17 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("separable.cpp", "attention.cpp"))
 HEADER = Path(__file__).with_name("vector.h")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-         "-ffp-contract=fast")  # fmt: skip
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
 BUILD_SECONDS = 120
 WAIT_SECONDS = BUILD_SECONDS
 

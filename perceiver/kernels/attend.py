@@ -62,9 +62,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
 
 
 def backward(
-    arrays: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, scale: float, out: Tensor, lse: Tensor, grad: Tensor,
+    arrays: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
     learned: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k and v: None for fixed keys, twice their sum's array for keys that are the values."""
     q, k, v = arrays
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()

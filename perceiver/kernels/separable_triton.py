@@ -57,11 +57,27 @@ def _vectors(source, n, alive, latents, count: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    q_at, rows_at, columns_at, features_at, scale_at,
-    moments_at, by_row_at, row_top_at, by_column_at, strip_top_at, top_at, total_at,
-    latents, height, width, band,
-    count: tl.constexpr, strip: tl.constexpr, block: tl.constexpr, whole: tl.constexpr,
-):  # fmt: skip
+    q_at,
+    rows_at,
+    columns_at,
+    features_at,
+    scale_at,
+    moments_at,
+    by_row_at,
+    row_top_at,
+    by_column_at,
+    strip_top_at,
+    top_at,
+    total_at,
+    latents,
+    height,
+    width,
+    band,
+    count: tl.constexpr,
+    strip: tl.constexpr,
+    block: tl.constexpr,
+    whole: tl.constexpr,
+):
     """Sums of one batch item, a block of latents and a band of rows; each relative to a maximum that lies beside it."""
     n = tl.program_id(0) * block + tl.arange(0, block)
     part, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -119,11 +135,28 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    q_at, rows_at, columns_at, features_at, scale_at, lse_at,
-    slope_q_at, slope_rows_at, slope_columns_at, delta_at, dq_at, drows_at, dcolumns_at,
-    latents, height, width, band,
-    count: tl.constexpr, strip: tl.constexpr, block: tl.constexpr, whole: tl.constexpr,
-):  # fmt: skip
+    q_at,
+    rows_at,
+    columns_at,
+    features_at,
+    scale_at,
+    lse_at,
+    slope_q_at,
+    slope_rows_at,
+    slope_columns_at,
+    delta_at,
+    dq_at,
+    drows_at,
+    dcolumns_at,
+    latents,
+    height,
+    width,
+    band,
+    count: tl.constexpr,
+    strip: tl.constexpr,
+    block: tl.constexpr,
+    whole: tl.constexpr,
+):
     """Gradients of one batch item, a block of latents and a band of rows."""
     n = tl.program_id(0) * block + tl.arange(0, block)
     part, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -197,9 +230,17 @@ class _Launch:
         device = tensors[0].device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel[self.grid](
-                *tensors, self.latents, self.height, self.width, self.band,
-                count=self.count, strip=STRIP, block=LATENTS, whole=self.width % STRIP == 0, num_warps=1,
-            )  # fmt: skip
+                *tensors,
+                self.latents,
+                self.height,
+                self.width,
+                self.band,
+                count=self.count,
+                strip=STRIP,
+                block=LATENTS,
+                whole=self.width % STRIP == 0,
+                num_warps=1,
+            )
 
 
 def _across(x: Tensor, factor: float = 1.0) -> Tensor:
@@ -223,9 +264,20 @@ def forward(
     strip_top = q.new_empty(*parts, launch.strips, 1, launch.latents)
     top, total = q.new_empty(2, *parts, launch.latents)
     launch.run(
-        forward_kernel, _across(q, LOG2E), _across(rows, LOG2E), _across(columns, LOG2E), features.contiguous(),
-        scale.contiguous(), moments, by_row, row_top, by_column, strip_top, top, total,
-    )  # fmt: skip
+        forward_kernel,
+        _across(q, LOG2E),
+        _across(rows, LOG2E),
+        _across(columns, LOG2E),
+        features.contiguous(),
+        scale.contiguous(),
+        moments,
+        by_row,
+        row_top,
+        by_column,
+        strip_top,
+        top,
+        total,
+    )
     highest = top.amax(0)
     lse = highest + (total * (top - highest).exp2()).sum(0).log2()
     moments = (moments * (top - lse).exp2()[:, :, None]).sum(0)
@@ -251,9 +303,19 @@ def backward(
     drows = q.new_zeros(launch.batch, launch.height, launch.latents)
     dcolumns = q.new_empty(launch.bands, launch.batch, launch.width, launch.latents)
     launch.run(
-        backward_kernel, _across(q, LOG2E), _across(rows, LOG2E), _across(columns, LOG2E), features.contiguous(),
-        scale.contiguous(), lse * LOG2E, *map(_across, slopes), delta.contiguous(), dq, drows, dcolumns,
-    )  # fmt: skip
+        backward_kernel,
+        _across(q, LOG2E),
+        _across(rows, LOG2E),
+        _across(columns, LOG2E),
+        features.contiguous(),
+        scale.contiguous(),
+        lse * LOG2E,
+        *map(_across, slopes),
+        delta.contiguous(),
+        dq,
+        drows,
+        dcolumns,
+    )
     outs = (part.transpose(1, 2).contiguous() for part in (dq.sum(0), drows, dcolumns.sum(0)))
     return tuple(outs)  # type: ignore[return-value]
 

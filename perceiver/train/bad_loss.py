@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 BAD = "train/bad_loss"
 """Recorded as 1 at each step whose loss or gradient was no number."""
 
+
 class RollBack(Exception):
     """Asks for the weights of the last checkpoint; training goes on behind the step whose loss was no number."""
 

@@ -12,8 +12,28 @@ from pipelines.features.points import PointsFeature
 from pipelines.features.text import TextFeature
 from pipelines.features.video import MediaFeature, VideoFeature
 
-Feature = Annotated[ImageFeature | LabelFeature | LabelsFeature | TextFeature | PointsFeature | AudioFeature
-                    | VideoFeature | MediaFeature | FlowFeature, Field(discriminator="kind")]
+Feature = Annotated[
+    ImageFeature
+    | LabelFeature
+    | LabelsFeature
+    | TextFeature
+    | PointsFeature
+    | AudioFeature
+    | VideoFeature
+    | MediaFeature
+    | FlowFeature,
+    Field(discriminator="kind"),
+]
 
-__all__ = ["AudioFeature", "Feature", "FlowFeature", "ImageFeature", "LabelFeature", "LabelsFeature", "MediaFeature",
-           "PointsFeature", "TextFeature", "VideoFeature"]
+__all__ = [
+    "AudioFeature",
+    "Feature",
+    "FlowFeature",
+    "ImageFeature",
+    "LabelFeature",
+    "LabelsFeature",
+    "MediaFeature",
+    "PointsFeature",
+    "TextFeature",
+    "VideoFeature",
+]

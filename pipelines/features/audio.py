@@ -45,5 +45,6 @@ def clip(recording: Sound | Media, start: float, config: AudioConfig) -> Samples
     Raises:
         BadSample: it is damaged there.
     """
-    return sound_clip(recording, start, config) if isinstance(recording, Sound) else media_sound(recording, start,
-                                                                                                   config)
+    return (
+        sound_clip(recording, start, config) if isinstance(recording, Sound) else media_sound(recording, start, config)
+    )

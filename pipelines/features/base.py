@@ -27,7 +27,8 @@ class ViewConfig(Config):
     """How samples are shown to the model; part of the recipe's `data:` section."""
 
     image_size: tuple[PositiveInt, PositiveInt] | None = Field(
-        default=None, description="(height, width) in a batch; null: as stored")
+        default=None, description="(height, width) in a batch; null: as stored"
+    )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training images")
     eval_crop: float = Field(default=0.875, gt=0, le=1, description="share of a larger image that evaluation covers")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="larger images are bad samples")

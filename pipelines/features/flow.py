@@ -30,8 +30,11 @@ class FlowFeature(BaseFeature):
         size = view.image_size or self.size
         if size is None:
             raise UserError(f"the frames of feature '{name}' differ in size: set data.image_size, such as [368, 496]")
-        return {"video": ((2, self.channels, *size), np.uint8), "flow": ((2, *size), np.float32),
-                "flow_valid": (size, np.bool_)}
+        return {
+            "video": ((2, self.channels, *size), np.uint8),
+            "flow": ((2, *size), np.float32),
+            "flow_valid": (size, np.bool_),
+        }
 
     def decoded_bytes(self) -> int:
         """Known if all frames have the same size."""

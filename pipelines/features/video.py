@@ -38,8 +38,9 @@ class VideoFeature(BaseFeature):
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """The header, as a `Media`."""
-        return open_media(stored or b"", video=True, audio=False, max_seconds=view.clip.max_seconds,
-                          max_pixels=view.video.max_pixels)
+        return open_media(
+            stored or b"", video=True, audio=False, max_seconds=view.clip.max_seconds, max_pixels=view.video.max_pixels
+        )
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
         """Pixels of a clip; of all evaluation clips (K, F, C, H, W)."""
@@ -77,8 +78,13 @@ class MediaFeature(BaseFeature):
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """The header, as a `Media`."""
         show = view.clip.show
-        return open_media(stored or b"", video=show != "audio", audio=show != "video",
-                          max_seconds=view.clip.max_seconds, max_pixels=view.video.max_pixels)
+        return open_media(
+            stored or b"",
+            video=show != "audio",
+            audio=show != "video",
+            max_seconds=view.clip.max_seconds,
+            max_pixels=view.video.max_pixels,
+        )
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
         """Pixels and samples of a clip; with a leading axis of all evaluation clips."""
@@ -93,8 +99,9 @@ class MediaFeature(BaseFeature):
         return shown if view.clip.axes(training) else {key: clips[0] for key, clips in shown.items()}
 
 
-def _frames_shape(name: str, channels: int, stored: tuple[int, int] | None, view: ViewConfig
-                  ) -> tuple[tuple[int, ...], type[np.generic]]:
+def _frames_shape(
+    name: str, channels: int, stored: tuple[int, int] | None, view: ViewConfig
+) -> tuple[tuple[int, ...], type[np.generic]]:
     size = view.video.size or stored
     if size is None:
         raise UserError(f"the videos of feature '{name}' differ in size: set data.video.size, such as [224, 224]")
@@ -106,8 +113,14 @@ def _imports(stored: tuple[int, int] | None, view: ViewConfig) -> tuple[str, ...
     return ("torch",) if augment.crop or augment.colour or (view.video.size or stored) != stored else ()
 
 
-def _pixels(media: Media, starts: NDArray[np.float64], stored: tuple[int, tuple[int, int] | None], view: ViewConfig,
-            training: bool, rng: Random) -> NDArray[np.uint8]:
+def _pixels(
+    media: Media,
+    starts: NDArray[np.float64],
+    stored: tuple[int, tuple[int, int] | None],
+    view: ViewConfig,
+    training: bool,
+    rng: Random,
+) -> NDArray[np.uint8]:
     channels, size = stored
     size = view.video.size or size
     assert size is not None, "shapes() was asked first"

@@ -88,8 +88,11 @@ def load_source(name: str) -> Source:
     names = source_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        raise UserError(f"no source named '{name}'" + (f", did you mean '{near[0]}'?" if near else "")
-                        + f" Sources: {', '.join(names)}")
+        raise UserError(
+            f"no source named '{name}'"
+            + (f", did you mean '{near[0]}'?" if near else "")
+            + f" Sources: {', '.join(names)}"
+        )
     return importlib.import_module(f"{__name__}.{name}").source
 
 

@@ -9,8 +9,16 @@ from perceiver.config import UserError
 from pipelines.sources import Unit
 from pipelines.storage import Folder, open_folder
 
-SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test", "validation": "val",
-               "valid": "val", "val": "val", "dev": "val"}
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "validation": "val",
+    "valid": "val",
+    "val": "val",
+    "dev": "val",
+}
 """What parts of a data set are called in file and folder names."""
 
 
@@ -31,7 +39,7 @@ def source_folder(name: str, src: str | None, wanted: str) -> Folder:
 def find_files(folder: Folder, suffixes: tuple[str, ...]) -> list[str]:
     """Names relative to the folder of all files below it that end so (lower case), sorted."""
     root = folder.path.rstrip("/") + "/"
-    return sorted(path[len(root):] for path in folder.fs.find(folder.path) if path.lower().endswith(suffixes))
+    return sorted(path[len(root) :] for path in folder.fs.find(folder.path) if path.lower().endswith(suffixes))
 
 
 def split_of(name: str) -> str:
@@ -104,15 +112,18 @@ def hold_out(items: Sequence[Any], part: float, rng: random.Random) -> dict[str,
     return {"train": shuffled[cut:], "test": shuffled[:cut]} if cut > 0 else {"train": shuffled}
 
 
-def shuffled_units(splits: Mapping[str, Sequence[Any]], rng: random.Random, shard_rows: int, **content: Any
-                   ) -> list[Unit]:
+def shuffled_units(
+    splits: Mapping[str, Sequence[Any]], rng: random.Random, shard_rows: int, **content: Any
+) -> list[Unit]:
     """Units of up to `shard_rows` items each, under `items` beside the content that all share."""
     units = []
     for split, members in splits.items():
         items = list(members)
         rng.shuffle(items)
-        units += [Unit(split, {**content, "items": items[start:start + shard_rows]})
-                  for start in range(0, len(items), shard_rows)]
+        units += [
+            Unit(split, {**content, "items": items[start : start + shard_rows]})
+            for start in range(0, len(items), shard_rows)
+        ]
     return units
 
 

@@ -36,8 +36,10 @@ def find_rows(folder: Folder) -> tuple[list[str], dict[str, list[Row]]] | None:
     lists = find_files(folder, (NAMES,))
     names = folder.read_text(lists[0]).split() if lists else [str(label) for label in range(labels[-1] + 1)]
     if not 0 <= labels[0] <= labels[-1] < len(names):
-        raise UserError(f"{folder.url}/{lists[0]} names {len(names)} classes, the files hold labels {labels[0]} to"
-                        f" {labels[-1]}: wanted one line for each")
+        raise UserError(
+            f"{folder.url}/{lists[0]} names {len(names)} classes, the files hold labels {labels[0]} to"
+            f" {labels[-1]}: wanted one line for each"
+        )
     return names, splits
 
 
@@ -46,14 +48,18 @@ def _labels(folder: Folder, name: str) -> list[int]:
         with folder.fs.open(folder.file(name), "rb") as stream, h5py.File(stream, "r") as file:
             data, label = (file.get(array) for array in ARRAYS)
             if not isinstance(data, h5py.Dataset) or not isinstance(label, h5py.Dataset):
-                raise UserError(f"{folder.url}/{name} has the arrays {', '.join(file) or 'none'}: wanted"
-                                f" {' and '.join(ARRAYS)} of shapes (n, points, 3) and (n, 1)")
+                raise UserError(
+                    f"{folder.url}/{name} has the arrays {', '.join(file) or 'none'}: wanted"
+                    f" {' and '.join(ARRAYS)} of shapes (n, points, 3) and (n, 1)"
+                )
             shape, labels = data.shape, np.asarray(label[()]).ravel()
     except OSError as error:
         raise UserError(f"{folder.url}/{name} is no readable HDF5 file: {str(error).splitlines()[0][:80]}") from error
     if len(shape) != 3 or shape[2] < 3 or shape[0] != labels.size or labels.dtype.kind not in "ui":
-        raise UserError(f"{folder.url}/{name}: data is {shape}, label {labels.size} x {labels.dtype}: wanted"
-                        " (n, points, 3) and n whole numbers")
+        raise UserError(
+            f"{folder.url}/{name}: data is {shape}, label {labels.size} x {labels.dtype}: wanted"
+            " (n, points, 3) and n whole numbers"
+        )
     return labels.tolist()
 
 
@@ -92,4 +98,3 @@ class Rows:
 def is_row(name: str) -> bool:
     """Whether an item's name is that of a row, `FILE.h5#ROW`."""
     return name.rsplit("#", 1)[0].lower().endswith(SUFFIXES) and "#" in name
-

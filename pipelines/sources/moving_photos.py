@@ -39,8 +39,10 @@ def photo_path(name: str) -> Path:
     try:
         return Path(str(importlib.metadata.distribution("scikit-learn").locate_file(f"sklearn/datasets/images/{name}")))
     except importlib.metadata.PackageNotFoundError:
-        raise UserError("source moving_photos takes its pictures from scikit-learn: install it, or give a folder with"
-                        f" {' and '.join(PHOTOS)} as SRC") from None
+        raise UserError(
+            "source moving_photos takes its pictures from scikit-learn: install it, or give a folder with"
+            f" {' and '.join(PHOTOS)} as SRC"
+        ) from None
 
 
 def moved(photo: Image.Image, seed: int, part: tuple[float, float]) -> tuple[Image.Image, Image.Image, np.ndarray]:
@@ -83,9 +85,14 @@ class MovingPhotos:
         counts = {"train": number(options, "pairs", 2000), "test": number(options, "held_out", 200)}
         rows = {split: range(count) for split, count in counts.items()}
         units = shuffled_units(rows, random.Random(seed), shard_rows, src=src, seed=seed)
-        return Listing("moving_photos", {"flow": FlowFeature(size=SIZE)}, (),
-                       "photographs by danielbuechele and vultilion (Flickr), CC BY 2.0",
-                       "scikit-learn, sklearn/datasets/images; the motion is synthetic", units)
+        return Listing(
+            "moving_photos",
+            {"flow": FlowFeature(size=SIZE)},
+            (),
+            "photographs by danielbuechele and vultilion (Flickr), CC BY 2.0",
+            "scikit-learn, sklearn/datasets/images; the motion is synthetic",
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Make the unit's pairs."""

@@ -22,14 +22,24 @@ from pipelines.packages import Package, fetch
 from pipelines.soundfont import Note, SoundFont, play, read_font
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 
-PACKAGE = Package("pretty_midi==0.2.11.post0", "pretty_midi-0.2.11.post0-py3-none-any.whl",
-                  "a3e2321736245a9c92259716d85a4762f16b7bde2f591fb0dba95bdb6e793d8a")
+PACKAGE = Package(
+    "pretty_midi==0.2.11.post0",
+    "pretty_midi-0.2.11.post0-py3-none-any.whl",
+    "a3e2321736245a9c92259716d85a4762f16b7bde2f591fb0dba95bdb6e793d8a",
+)
 MEMBER = "pretty_midi/TimGM6mb.sf2"
 RATE = 16_000
 FAMILIES: Mapping[str, range] = {
-    "piano": range(8), "chromatic percussion": range(8, 16), "organ": range(16, 24), "guitar": range(24, 32),
-    "bass": range(32, 40), "strings": range(40, 52), "brass": range(56, 64), "reed": range(64, 72),
-    "pipe": range(72, 80)}
+    "piano": range(8),
+    "chromatic percussion": range(8, 16),
+    "organ": range(16, 24),
+    "guitar": range(24, 32),
+    "bass": range(32, 40),
+    "strings": range(40, 52),
+    "brass": range(56, 64),
+    "reed": range(64, 72),
+    "pipe": range(72, 80),
+}
 """General MIDI programs; the tenth family is the drum kits, bank 128."""
 DRUMS = 128
 CLASSES = (*FAMILIES, "drums")
@@ -64,8 +74,12 @@ def all_notes(font: SoundFont) -> list[Place]:
     """Every note of the data set, in order. Drums that several kits share are taken once."""
     notes: list[Place] = []
     for label, programs in enumerate(FAMILIES.values()):
-        notes += [(0, program, key, label) for program in programs for key in KEYS
-                  if any(font.zones(0, program, key, Note.velocity))]
+        notes += [
+            (0, program, key, label)
+            for program in programs
+            for key in KEYS
+            if any(font.zones(0, program, key, Note.velocity))
+        ]
     seen: set[str] = set()
     for program in sorted(program for bank, program in font.presets if bank == DRUMS):
         for key in range(128):
@@ -108,17 +122,29 @@ class Notes:
         """List the notes; `src` is a copy of the package's file, downloaded if None."""
         refuse_options(options)
         splits: Mapping[str, list[Any]] = split_notes(soundfont(str(src or fetch(PACKAGE))), seed)
-        units = [Unit(split, {"path": src, "notes": places[start:start + shard_rows]})
-                 for split, places in splits.items() for start in range(0, len(places), shard_rows)]
-        return Listing("notes", {"audio": AudioFeature(), "label": LabelFeature()}, CLASSES, LICENCE,
-                       f"{PACKAGE.requirement}, {MEMBER}", units)
+        units = [
+            Unit(split, {"path": src, "notes": places[start : start + shard_rows]})
+            for split, places in splits.items()
+            for start in range(0, len(places), shard_rows)
+        ]
+        return Listing(
+            "notes",
+            {"audio": AudioFeature(), "label": LabelFeature()},
+            CLASSES,
+            LICENCE,
+            f"{PACKAGE.requirement}, {MEMBER}",
+            units,
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Play the unit's notes and encode them as FLAC."""
         font = soundfont(unit.content["path"] or str(fetch(PACKAGE)))
         for bank, program, key, label in unit.content["notes"]:
-            yield {"key": f"TimGM6mb/{bank}/{program}/{key}", "label": label,
-                   "audio": flac(render(font, (bank, program, key, label)))}
+            yield {
+                "key": f"TimGM6mb/{bank}/{program}/{key}",
+                "label": label,
+                "audio": flac(render(font, (bank, program, key, label))),
+            }
 
 
 source = Notes()

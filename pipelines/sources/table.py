@@ -44,9 +44,11 @@ class Table:
         schema = _schema(folder, files[0][1])
         columns = find_columns(schema, options)
         classes = class_names(folder, schema, columns, [name for _, name in files], options)
-        units = [Unit(split, {"src": src, "columns": columns, "classes": classes, "places": places})
-                 for split in dict.fromkeys(split for split, _ in files)
-                 for places in _units(folder, [name for found, name in files if found == split], seed, shard_rows)]
+        units = [
+            Unit(split, {"src": src, "columns": columns, "classes": classes, "places": places})
+            for split in dict.fromkeys(split for split, _ in files)
+            for places in _units(folder, [name for found, name in files if found == split], seed, shard_rows)
+        ]
         features: dict[str, Feature] = {}
         if "image" in columns:
             features["image"] = ImageFeature(channels=channels(options))
@@ -54,8 +56,7 @@ class Table:
             features["text"] = TextFeature()
         if "label" in columns:
             features["label"] = LabelFeature()
-        return Listing(base_name(src), features, tuple(classes), "not stated: see the source", src,
-                       units)
+        return Listing(base_name(src), features, tuple(classes), "not stated: see the source", src, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's row groups, one at a time."""
@@ -123,8 +124,9 @@ def _metadata(folder: Folder, name: str) -> pq.FileMetaData:
             return pq.read_metadata(stream)
     except pa.ArrowException as error:
         reason = (str(error).splitlines() or ["?"])[0][:120]
-        raise UserError(f"{folder.url}/{name} is no whole Parquet file ({reason}): fetch it again, or move it away"
-                        ) from error
+        raise UserError(
+            f"{folder.url}/{name} is no whole Parquet file ({reason}): fetch it again, or move it away"
+        ) from error
 
 
 def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str]:
@@ -139,11 +141,15 @@ def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str
         if name in schema.names and kinds(schema.field(name).type):
             columns[feature] = name
         elif feature in options:
-            raise UserError(f"option {feature}={name}: no such column of a fitting type; the table has "
-                            + ", ".join(f"{field.name} ({field.type})" for field in schema))
+            raise UserError(
+                f"option {feature}={name}: no such column of a fitting type; the table has "
+                + ", ".join(f"{field.name} ({field.type})" for field in schema)
+            )
     if not columns.keys() & {"image", "text"}:
-        raise UserError(f"neither images nor texts in columns {', '.join(schema.names)}: name one by --option"
-                        " image=COLUMN or --option text=COLUMN")
+        raise UserError(
+            f"neither images nor texts in columns {', '.join(schema.names)}: name one by --option"
+            " image=COLUMN or --option text=COLUMN"
+        )
     return columns
 
 
@@ -164,8 +170,9 @@ def _is_label(kind: pa.DataType) -> bool:
 KINDS = {"image": _is_image, "text": _is_text, "label": _is_label}
 
 
-def class_names(folder: Folder, schema: pa.Schema, columns: Mapping[str, str], files: list[str],
-                options: Mapping[str, str]) -> list[str]:
+def class_names(
+    folder: Folder, schema: pa.Schema, columns: Mapping[str, str], files: list[str], options: Mapping[str, str]
+) -> list[str]:
     """Names of the classes, by label.
 
     Raises:
@@ -188,8 +195,9 @@ def class_names(folder: Folder, schema: pa.Schema, columns: Mapping[str, str], f
     found.discard(None)
     if not all(isinstance(label, str) for label in found):
         if min(found) < 0:
-            raise UserError(f"labels go down to {min(found)}: wanted 0, 1, 2, ... or strings, in column"
-                            f" {columns['label']}")
+            raise UserError(
+                f"labels go down to {min(found)}: wanted 0, 1, 2, ... or strings, in column {columns['label']}"
+            )
         return [str(number) for number in range(max(found) + 1)]
     return sorted(found)
 

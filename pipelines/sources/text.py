@@ -60,9 +60,13 @@ class Text:
         names = find_files(folder, SUFFIXES)
         if not names:
             raise UserError(f"no .txt or .jsonl files below {folder.url}")
-        content = {"src": folder.url, "length": number(options, "length", LENGTH, least=8),
-                   "join": number(options, "join", 1), "column": options.get("column", "text"),
-                   "document": choice(options, "document", ("blank", "line", "file"), "blank")}
+        content = {
+            "src": folder.url,
+            "length": number(options, "length", LENGTH, least=8),
+            "join": number(options, "join", 1),
+            "column": options.get("column", "text"),
+            "document": choice(options, "document", ("blank", "line", "file"), "blank"),
+        }
         splits = {name: split_of(name) for name in names}
         rng, whole = random.Random(seed), content["document"] == "file"
         size = shard_rows * content["length"]
@@ -73,11 +77,15 @@ class Text:
             units += _range_units({"train": ranges}, rng, size, content, held_out=held_out)
             units += _range_units({"test": ranges}, rng, size, content, held_out=held_out)
         else:
-            parts = {split: list(_ranges(folder, [name for name in names if splits[name] == split], size, whole))
-                     for split in ("train", "val", "test") if split in splits.values()}
+            parts = {
+                split: list(_ranges(folder, [name for name in names if splits[name] == split], size, whole))
+                for split in ("train", "val", "test")
+                if split in splits.values()
+            }
             units += _range_units(parts, rng, size, content, held_out=0.0)
-        return Listing(base_name(folder.url), {"text": TextFeature()}, (), "not stated: the user's own data",
-                       folder.url, units)
+        return Listing(
+            base_name(folder.url), {"text": TextFeature()}, (), "not stated: the user's own data", folder.url, units
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Join and cut the unit's documents."""
@@ -106,8 +114,9 @@ def _ranges(folder: Folder, names: Iterable[str], size: int, whole: bool) -> Ite
         yield from ((name, start, min(start + step, total)) for start in range(0, total, max(1, step)))
 
 
-def _range_units(splits: Mapping[str, list[Range]], rng: random.Random, size: int, content: Mapping[str, Any], *,
-                 held_out: float) -> list[Unit]:
+def _range_units(
+    splits: Mapping[str, list[Range]], rng: random.Random, size: int, content: Mapping[str, Any], *, held_out: float
+) -> list[Unit]:
     """Units of about `size` bytes of their split: small files together, and more of them where few texts are taken."""
     units: list[Unit] = []
     for split, ranges in splits.items():

@@ -22,8 +22,13 @@ from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, shuffled_units, source_folder, split_of
 from pipelines.storage import Folder, open_folder
 
-KINDS = {"image": ("jpg", "jpeg", "png", "webp"), "audio": ("flac", "wav", "ogg", "mp3"),
-         "video": ("mp4", "mkv", "webm", "avi"), "text": ("txt",), "label": ("cls", "json")}
+KINDS = {
+    "image": ("jpg", "jpeg", "png", "webp"),
+    "audio": ("flac", "wav", "ogg", "mp3"),
+    "video": ("mp4", "mkv", "webm", "avi"),
+    "text": ("txt",),
+    "label": ("cls", "json"),
+}
 KIND_OF = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
 LABELS = KINDS["label"]
 PICKLES = ("pkl", "pickle", "pyd", "pt", "pth", "joblib", "dill")
@@ -61,16 +66,24 @@ class WebDataset:
         key = options.get("label", "label")
         kinds, labels = probe(folder, names[0], key)
         features: dict[str, Feature] = {}
-        for kind, feature in (("image", ImageFeature(channels=channels(options))), ("audio", AudioFeature()),
-                              ("video", VideoFeature()), ("text", TextFeature()), ("label", LabelFeature())):
+        for kind, feature in (
+            ("image", ImageFeature(channels=channels(options))),
+            ("audio", AudioFeature()),
+            ("video", VideoFeature()),
+            ("text", TextFeature()),
+            ("label", LabelFeature()),
+        ):
             if kind in kinds:
                 features[kind] = feature
         named = options["classes"].split(",") if "classes" in options else None
         classes = (named or class_names(folder, names, labels, key)) if labels else []
-        splits = {split: [name for name in names if split_of(name) == split]
-                  for split in dict.fromkeys(sorted((split_of(name) for name in names), key="train val test".index))}
-        units = shuffled_units(splits, random.Random(seed), 1, src=folder.url,
-                               reading=[list(features), labels, key, classes])
+        splits = {
+            split: [name for name in names if split_of(name) == split]
+            for split in dict.fromkeys(sorted((split_of(name) for name in names), key="train val test".index))
+        }
+        units = shuffled_units(
+            splits, random.Random(seed), 1, src=folder.url, reading=[list(features), labels, key, classes]
+        )
         return Listing(base_name(folder.url), features, tuple(classes), "not stated: see the source", folder.url, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
@@ -99,7 +112,7 @@ def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
                 base, _, suffix = member.name.rsplit("/", 1)[-1].partition(".")
                 inside = archive.extractfile(member)
                 assert inside is not None, "a plain file"
-                place = member.name[:len(member.name) - len(suffix) - 1] if suffix else base
+                place = member.name[: len(member.name) - len(suffix) - 1] if suffix else base
                 yield Member(place, suffix.lower().rsplit(".", 1)[-1], inside.read())
             if name.endswith(".tar") and folder.fs.size(folder.file(name)) < archive.offset + tarfile.BLOCKSIZE:
                 raise EOFError("no end of the archive")
@@ -242,8 +255,10 @@ def probe(folder: Folder, name: str, key: str) -> tuple[list[str], str]:
                 raw_label(member, key)
                 labels = member.suffix
     if not kinds:
-        raise UserError(f"{folder.url}/{name} begins without images, sound, video or texts: wanted members such as"
-                        " 000000.jpg and 000000.cls")
+        raise UserError(
+            f"{folder.url}/{name} begins without images, sound, video or texts: wanted members such as"
+            " 000000.jpg and 000000.cls"
+        )
     return [*sorted(kinds), *(["label"] if labels else [])], labels
 
 
@@ -251,8 +266,11 @@ def class_names(folder: Folder, names: Iterable[str], labels: str, key: str) -> 
     """Names of the classes by the labels of all tars: numbers up to the largest, or the strings in order."""
     found: set[str | int] = set()
     for name in names:
-        with (contextlib.suppress(tarfile.TarError, EOFError), folder.fs.open(folder.file(name), "rb") as stream,
-              tarfile.open(fileobj=stream, mode="r:*") as archive):
+        with (
+            contextlib.suppress(tarfile.TarError, EOFError),
+            folder.fs.open(folder.file(name), "rb") as stream,
+            tarfile.open(fileobj=stream, mode="r:*") as archive,
+        ):
             for info in archive:
                 wanted = info.name.endswith(f".{labels}") and not unsafe(info)
                 inside = archive.extractfile(info) if wanted else None

@@ -33,10 +33,14 @@ UNKNOWN_SIZE = 0xFFFFFFFF
 class AudioConfig(Config):
     """How sound is given to the model; mono."""
 
-    rate: int = Field(default=48_000, ge=100, le=MOST_RATE, description="samples a second in a batch; others are"
-                      " resampled")
-    samples: int = Field(default=61_440, ge=1, description="samples of a clip (paper: 61,440, 1.28 s at 48 kHz);"
-                         " shorter recordings end in silence")
+    rate: int = Field(
+        default=48_000, ge=100, le=MOST_RATE, description="samples a second in a batch; others are resampled"
+    )
+    samples: int = Field(
+        default=61_440,
+        ge=1,
+        description="samples of a clip (paper: 61,440, 1.28 s at 48 kHz); shorter recordings end in silence",
+    )
     channel: int | None = Field(default=None, ge=0, description="the channel to take; null: the mean of all")
 
     @property
@@ -145,13 +149,13 @@ def finish(found: Found, offset: int, count: int, lead: float, rate: int, config
     mixed = _mono(found, config.channel)
     if len(mixed) < count:
         padded = np.zeros(count, mixed.dtype)
-        padded[offset:offset + len(mixed)] = mixed
+        padded[offset : offset + len(mixed)] = mixed
         mixed = padded
     if rate != config.rate:
         floats = mixed if mixed.dtype == np.float32 else mixed.astype(np.float32) / FULL_SCALE
         mixed = soxr.resample(floats, rate, config.rate, quality="HQ")
         skip = round(lead * config.rate)
-        mixed = mixed[skip:skip + config.samples]
+        mixed = mixed[skip : skip + config.samples]
     if mixed.dtype != np.int16:
         scaled = mixed * np.float32(FULL_SCALE)
         mixed = np.clip(np.rint(scaled, out=scaled), -FULL_SCALE, FULL_SCALE - 1, out=scaled).astype(np.int16)

@@ -15,12 +15,20 @@ class ClipConfig(Config):
     """Where clips of recordings start (audio, video and both alike), as in the Perceiver paper (4.2)."""
 
     jitter: float | None = Field(
-        default=None, ge=0, description="seconds either way about the middle that a training clip's start varies, also"
-        " beyond the ends (silence, still frames); null: anywhere inside the recording")
-    eval_clips: int = Field(default=1, ge=1, description="clips of an evaluation sample, spread from its start to its"
-                            " end, their scores averaged (paper: 16); 1: the middle")
-    show: Literal["both", "audio", "video"] = Field(default="both", description="what to decode of a recording with"
-                                                    " sound and pictures")
+        default=None,
+        ge=0,
+        description="seconds either way about the middle that a training clip's start varies, also"
+        " beyond the ends (silence, still frames); null: anywhere inside the recording",
+    )
+    eval_clips: int = Field(
+        default=1,
+        ge=1,
+        description="clips of an evaluation sample, spread from its start to its"
+        " end, their scores averaged (paper: 16); 1: the middle",
+    )
+    show: Literal["both", "audio", "video"] = Field(
+        default="both", description="what to decode of a recording with sound and pictures"
+    )
     max_seconds: float = Field(default=600.0, gt=0, description="longer recordings are bad samples")
 
     def axes(self, training: bool) -> tuple[int, ...]:
@@ -32,8 +40,9 @@ class ClipConfig(Config):
         return max(1, micro_batch // self.eval_clips)
 
 
-def clip_starts(seconds: float, length: float, config: ClipConfig, training: bool, random: Callable[[], Generator]
-                ) -> NDArray[np.float64]:
+def clip_starts(
+    seconds: float, length: float, config: ClipConfig, training: bool, random: Callable[[], Generator]
+) -> NDArray[np.float64]:
     """Starts of the clips in seconds: (1,) in training, (eval_clips,) in evaluation.
 
     A recording shorter than the clip is shown from its start, unless `jitter` moves it.

@@ -21,9 +21,14 @@ MAX_PIXELS = 100_000_000
 EXIF = b"Exif\0\0"
 
 _TURNS: dict[int, Callable[[Picture], Picture]] = {
-    2: lambda pixels: pixels[:, ::-1], 3: lambda pixels: pixels[::-1, ::-1], 4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1), 6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
-    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1], 8: lambda pixels: pixels.swapaxes(0, 1)[::-1]}
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+}
 """What brings a picture upright, by Exif's orientation; 1 is upright."""
 SIDEWAYS = (5, 6, 7, 8)
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
@@ -88,14 +93,14 @@ def _exif(encoded: bytes | memoryview) -> bytes | None:
         ValueError: the segments do not follow each other.
     """
     exif, place = b"", 2
-    while encoded[place:place + 1] == b"\xff" and len(encoded) > place + 4:
-        kind, size = encoded[place + 1], int.from_bytes(encoded[place + 2:place + 4], "big")
+    while encoded[place : place + 1] == b"\xff" and len(encoded) > place + 4:
+        kind, size = encoded[place + 1], int.from_bytes(encoded[place + 2 : place + 4], "big")
         if kind == _START_OF_SCAN:
             return exif
         if kind == _APP1:
-            if exif or encoded[place + 4:place + 10] != EXIF:
+            if exif or encoded[place + 4 : place + 10] != EXIF:
                 return None
-            exif = bytes(encoded[place + 4:place + 2 + size])
+            exif = bytes(encoded[place + 4 : place + 2 + size])
         place += 2 + size
     raise ValueError("no scan")
 

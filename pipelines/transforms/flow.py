@@ -71,8 +71,11 @@ def decode(stored: bytes, channels: int, max_pixels: int) -> Pair:
     try:
         with zipfile.ZipFile(io.BytesIO(stored)) as archive:
             entries = archive.infolist()
-            if [entry.filename for entry in entries[:2]] != ["first", "second"] or len(entries) != 3 or any(
-                    entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            if (
+                [entry.filename for entry in entries[:2]] != ["first", "second"]
+                or len(entries) != 3
+                or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            ):
                 raise BadSample("not two frames and a flow")
             first, second, flow = (archive.read(entry) for entry in entries)
     except (zipfile.BadZipFile, EOFError, OSError) as error:
@@ -135,8 +138,9 @@ def _decode_rgb48(encoded: bytes) -> NDArray[np.uint16]:
         raise BadSample("a damaged PNG file for the flow") from error
 
 
-def training_view(pair: Pair, size: tuple[int, int], config: FlowViewConfig, rng: Generator
-                  ) -> tuple[Pixels, Flow, Valid]:
+def training_view(
+    pair: Pair, size: tuple[int, int], config: FlowViewConfig, rng: Generator
+) -> tuple[Pixels, Flow, Valid]:
     """A random crop of (height, width), zoomed and mirrored: frames (2, C, H, W), flow (2, H, W), valid (H, W)."""
     factor = rng.uniform(*config.scale)
     if factor != 1:
@@ -161,8 +165,11 @@ def _cut(pair: Pair, size: tuple[int, int], top: int, left: int) -> tuple[Pixels
     part = (..., slice(top, top + size[0]), slice(left, left + size[1]))
     frames = np.stack([frame.transpose(2, 0, 1)[part] for frame in (pair.first, pair.second)])
     missing = [(0, wanted - got) for wanted, got in zip(size, frames.shape[-2:], strict=True)]
-    return (np.pad(frames, [(0, 0), (0, 0), *missing]), np.pad(pair.flow[part], [(0, 0), *missing]),
-            np.pad(pair.valid[part], missing))
+    return (
+        np.pad(frames, [(0, 0), (0, 0), *missing]),
+        np.pad(pair.flow[part], [(0, 0), *missing]),
+        np.pad(pair.valid[part], missing),
+    )
 
 
 def _zoomed(pair: Pair, factor: float) -> Pair:
@@ -173,10 +180,13 @@ def _zoomed(pair: Pair, factor: float) -> Pair:
     nearest = np.ix_(rows.astype(int), columns.astype(int))
     ratio = np.array([width / before[1], height / before[0]], np.float32)
     if pair.valid.all():
-        parts = [np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR))
-                 for part in pair.flow]
+        parts = [
+            np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR)) for part in pair.flow
+        ]
     else:
         parts = [part[nearest] for part in pair.flow]
-    first, second = (to_picture(to_image(frame).resize((width, height), Image.Resampling.BICUBIC))
-                     for frame in (pair.first, pair.second))
+    first, second = (
+        to_picture(to_image(frame).resize((width, height), Image.Resampling.BICUBIC))
+        for frame in (pair.first, pair.second)
+    )
     return Pair(first, second, np.stack(parts) * ratio[:, None, None], pair.valid[nearest])

@@ -57,8 +57,9 @@ class AugmentConfig(Config):
 UNCHANGED = AugmentConfig()
 
 
-def training_view(picture: Picture, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
-                  ) -> Pixels:
+def training_view(
+    picture: Picture, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
+) -> Pixels:
     """A random view of a training image, (C, height, width) uint8.
 
     Args:
@@ -147,6 +148,7 @@ def shifted(pixels: Pixels, down: int, right: int) -> Pixels:
     """Pixels (C, H, W) moved down and right by whole pixels; zeros move in."""
     out = np.zeros_like(pixels)
     height, width = pixels.shape[1:]
-    out[:, max(0, down):height + min(0, down), max(0, right):width + min(0, right)] = \
-        pixels[:, max(0, -down):height - max(0, down), max(0, -right):width - max(0, right)]
+    out[:, max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)] = pixels[
+        :, max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)
+    ]
     return out

@@ -19,8 +19,10 @@ from pipelines.transforms import BadSample
 from pipelines.transforms.audio import MARGIN_S, MOST_RATE, AudioConfig, Samples, check_length, finish, source_span
 from pipelines.transforms.decode import Picture
 
-FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,wav,flac,mp3,aac,ac3,eac3,aiff,"
-           "au,amr,caf,gif,m4v,h264,hevc,dv,rm,swf,w64,wv,ape,nut")
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,wav,flac,mp3,aac,ac3,eac3,aiff,"
+    "au,amr,caf,gif,m4v,h264,hevc,dv,rm,swf,w64,wv,ape,nut"
+)
 SHORT_S = 0.25
 """A stream may end so much, and a fiftieth, before the end that the header gives."""
 SETTLE_S = 0.1
@@ -127,13 +129,17 @@ def _seconds(container: Any, stream: Any, encoded: bytes) -> float:
     if container.duration:
         return container.duration / av.time_base - float((stream.start_time or 0) * stream.time_base)
     with _open(encoded) as again:
-        ends = [float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                for packet in again.demux(_stream(again, stream.type)) if packet.pts is not None]
+        ends = [
+            float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            for packet in again.demux(_stream(again, stream.type))
+            if packet.pts is not None
+        ]
     return max(ends, default=0.0)
 
 
-def frames_at(media: Media, times: NDArray[np.float64], take: Callable[[Picture], T], channels: int
-              ) -> tuple[list[T], NDArray[np.int64]]:
+def frames_at(
+    media: Media, times: NDArray[np.float64], take: Callable[[Picture], T], channels: int
+) -> tuple[list[T], NDArray[np.int64]]:
     """The frames that are on screen at given times: of variable frame rates too, by the frames' time stamps.
 
     Before the first frame and after the last one, that frame stands.
@@ -224,7 +230,7 @@ def media_sound(media: Media, start: float, config: AudioConfig) -> Samples:
             end = time + len(samples) / media.rate
             part = slice(max(offset, 0), min(offset + len(samples), count))
             if part.start < part.stop:
-                span[part] = samples[part.start - offset:part.stop - offset]
+                span[part] = samples[part.start - offset : part.stop - offset]
             if offset + len(samples) >= count:
                 break
         needed = min(start + config.seconds, media.seconds)

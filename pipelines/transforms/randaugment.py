@@ -44,8 +44,9 @@ def _fill(image: Image.Image) -> int | tuple[int, ...]:
 
 def _affine(image: Image.Image, coefficients: tuple[float, ...]) -> Image.Image:
     """Nearest neighbour, as in the reference; coefficients map output to input places."""
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST,
-                           fillcolor=_fill(image))
+    return image.transform(
+        image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST, fillcolor=_fill(image)
+    )
 
 
 def _rotate(image: Image.Image, level: float, rng: Generator) -> Image.Image:
@@ -75,13 +76,15 @@ def _cutout(image: Image.Image, level: float, rng: Generator) -> Image.Image:
     half = int(40 * level)
     x, y = int(rng.integers(image.width)), int(rng.integers(image.height))
     out = image.copy()
-    out.paste(_fill(image), (max(0, x - half), max(0, y - half), min(image.width, x + half),
-                             min(image.height, y + half)))
+    out.paste(
+        _fill(image), (max(0, x - half), max(0, y - half), min(image.width, x + half), min(image.height, y + half))
+    )
     return out
 
 
 def _enhance(kind: Any) -> Operation:
     """An operation that mixes the image with a poorer one; all of the image, as at level 5, is the image itself."""
+
     def operation(image: Image.Image, level: float, rng: Generator) -> Image.Image:
         factor = 1.8 * level + 0.1
         return image if factor == 1 else kind(image).enhance(factor)

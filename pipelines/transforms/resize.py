@@ -14,8 +14,9 @@ Box = tuple[int, int, int, int]
 Filter = Literal["bicubic", "bilinear"]
 
 
-def resized(picture: Picture, size: tuple[int, int], box: Box, *, flip: bool = False,
-            filter: Filter = "bicubic") -> Pixels:
+def resized(
+    picture: Picture, size: tuple[int, int], box: Box, *, flip: bool = False, filter: Filter = "bicubic"
+) -> Pixels:
     """A box of an image, grey or RGB, in another size; its pixels as (C, height, width) uint8.
 
     It is cut out first. torch computes Pillow's filter with the processor's vector instructions in a third of Pillow's

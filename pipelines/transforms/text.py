@@ -13,8 +13,8 @@ def byte_tokens(text: str, length: int) -> tuple[NDArray[np.int64], int]:
     Returns:
         The ids, and how many are not padding.
     """
-    raw = np.frombuffer(text.encode("utf-8")[:length - 2], np.uint8)
+    raw = np.frombuffer(text.encode("utf-8")[: length - 2], np.uint8)
     ids = np.zeros(length, np.int64)
     ids[0], ids[raw.size + 1] = CLS, SEP
-    ids[1:raw.size + 1] = raw.astype(np.int64) + SPECIALS
+    ids[1 : raw.size + 1] = raw.astype(np.int64) + SPECIALS
     return ids, raw.size + 2

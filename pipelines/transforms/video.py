@@ -34,7 +34,8 @@ class VideoConfig(Config):
     frames: int = Field(default=32, ge=1, description="frames of a clip")
     fps: float = Field(default=25.0, gt=0, le=1000, description="frames a second in a batch, taken by time stamp")
     size: tuple[PositiveInt, PositiveInt] | None = Field(
-        default=None, description="(height, width) in a batch; null: as stored")
+        default=None, description="(height, width) in a batch; null: as stored"
+    )
     augment: VideoAugmentConfig = Field(default=VideoAugmentConfig(), description="random changes to training clips")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="videos of larger frames are bad samples")
 
@@ -44,8 +45,9 @@ class VideoConfig(Config):
         return self.frames / self.fps
 
 
-def video_clips(media: Media, starts: NDArray[np.float64], size: tuple[int, int], channels: int, config: VideoConfig,
-                view: "View") -> NDArray[np.uint8]:
+def video_clips(
+    media: Media, starts: NDArray[np.float64], size: tuple[int, int], channels: int, config: VideoConfig, view: "View"
+) -> NDArray[np.uint8]:
     """Clips (K, F, C, H, W) of a video, starting at these seconds; each frame is decoded and resized once.
 
     Raises:
@@ -100,8 +102,12 @@ class RandomView(View):
         flip, colour = self.config.flip and self.random().random() < 0.5, self.config.colour
         if colour and pixels.shape[1] == 3 and self.random().random() < colour.probability:
             rng = self.random()
-            change = (rng.uniform(-colour.brightness, colour.brightness), rng.uniform(*colour.saturation),
-                      rng.uniform(*colour.contrast), rng.uniform(-colour.hue, colour.hue))
+            change = (
+                rng.uniform(-colour.brightness, colour.brightness),
+                rng.uniform(*colour.saturation),
+                rng.uniform(*colour.contrast),
+                rng.uniform(-colour.hue, colour.hue),
+            )
             for frame in pixels:  # One at a time stays in the processor's cache.
                 frame[:] = recoloured(frame, *change)
         return pixels[..., ::-1] if flip else pixels

@@ -71,8 +71,11 @@ def test_memory_of_each_zero_stage_by_hand(workload: Workload) -> None:
 def test_the_largest_micro_batch_of_each_stage(workload: Workload) -> None:
     """The most that fits into 92 % of 80 GB and one more that does not; with totals of 1, half, the recipe's and it."""
     train = workload.recipe.train.model_copy(update={"micro_batch": 4})
-    heavy = replace(workload, account=replace(workload.account, activation_bytes=15 * 10**9),
-                    recipe=workload.recipe.model_copy(update={"train": train}))
+    heavy = replace(
+        workload,
+        account=replace(workload.account, activation_bytes=15 * 10**9),
+        recipe=workload.recipe.model_copy(update={"train": train}),
+    )
     plan = estimate(heavy, place())
     found = {stage: entry.largest for stage, entry in plan.memory_by_stage.items()}
     for stage, largest in found.items():
@@ -154,8 +157,16 @@ def test_evaluation_beside_training_costs_a_device_and_an_elastic_run_is_told_it
 
 def test_the_traced_flops_are_three_forward_passes() -> None:
     """A stack of linear layers over learned inputs costs two forward passes more in the backward pass."""
-    config = model_config({"kind": "perceiver", "latents": 8, "latent_channels": 32, "heads": 2, "attention": "plain",
-                           "inputs": {"kind": "image", "channels": 1, "size": [8, 8], "mean": [0.5], "std": [0.5]}})
+    config = model_config(
+        {
+            "kind": "perceiver",
+            "latents": 8,
+            "latent_channels": 32,
+            "heads": 2,
+            "attention": "plain",
+            "inputs": {"kind": "image", "channels": 1, "size": [8, 8], "mean": [0.5], "std": [0.5]},
+        }
+    )
     with torch.device("meta"):
         model = build_model(config, classes=3)
     trace = trace_step(config, classes=3)
@@ -179,11 +190,19 @@ def test_the_separable_kernel_is_counted_by_its_operations_and_moves_nothing() -
 
 def measured(per_sample: float) -> Calibration:
     """A machine on which a step of 16 samples takes 1 GB and so many bytes a sample."""
-    timings = tuple(Timing(processes=1, micro_batch=micro, seconds=0.5 + micro / 16, bytes=1e9 + micro * per_sample,
-                           base_bytes=1e9)
-                    for micro in (8, 16))  # fmt: skip
-    return Calibration(device="cpu", cores=2, timings=timings, sample_cpu_seconds=1e-3, exchange_latency=0.0,
-                       exchange_bytes_s=1e9, save_bytes_s=1e9)  # fmt: skip
+    timings = tuple(
+        Timing(processes=1, micro_batch=micro, seconds=0.5 + micro / 16, bytes=1e9 + micro * per_sample, base_bytes=1e9)
+        for micro in (8, 16)
+    )
+    return Calibration(
+        device="cpu",
+        cores=2,
+        timings=timings,
+        sample_cpu_seconds=1e-3,
+        exchange_latency=0.0,
+        exchange_bytes_s=1e9,
+        save_bytes_s=1e9,
+    )
 
 
 def test_a_calibration_is_linear_in_the_samples() -> None:
@@ -246,8 +265,9 @@ def test_the_command(tree: dict[str, Any], tmp_path: Path) -> None:
         (["--calibrate"], "this machine, whose device is cpu; the plan is for --gpu h100"),
     ],
 )
-def test_what_no_such_place_can_be(tree: dict[str, Any], tmp_path: Path, options: list[str], line: str,
-                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_such_place_can_be(
+    tree: dict[str, Any], tmp_path: Path, options: list[str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("cluster.capacity.calibrate.calibrate", lambda recipe: pytest.fail("it was measured"))
     with pytest.raises(UserError, match=line):
@@ -271,8 +291,10 @@ def test_a_measured_plan_that_waits_for_data_is_refused(
 
 
 def test_another_precision_is_another_calibration(tree: dict[str, Any]) -> None:
-    files = {calibration_file(build_recipe({**tree, "train": {**tree["train"], **more}}))
-             for more in ({}, {"precision": "fp32"}, {"precision": "bf16"}, {"epochs": 9})}  # fmt: skip
+    files = {
+        calibration_file(build_recipe({**tree, "train": {**tree["train"], **more}}))
+        for more in ({}, {"precision": "fp32"}, {"precision": "bf16"}, {"epochs": 9})
+    }
     assert len(files) == 3, "the length of a run does not change its speed"
 
 

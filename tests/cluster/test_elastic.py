@@ -82,8 +82,16 @@ def test_room_is_rounded_down_and_dead_nodes_are_none(
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as gone:
         ports = [(gone if number < silent else server).getsockname()[1] for number in range(8)]
         gone.close()
-        nodes = [{"NodeID": str(i), "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port, "Alive": i < alive,
-                  "Resources": each} for i, port in enumerate(ports)]  # fmt: skip
+        nodes = [
+            {
+                "NodeID": str(i),
+                "NodeManagerAddress": "127.0.0.1",
+                "NodeManagerPort": port,
+                "Alive": i < alive,
+                "Resources": each,
+            }
+            for i, port in enumerate(ports)
+        ]
         monkeypatch.setattr(ray, "nodes", lambda: nodes)
         assert policy(Monitor())._count_possible_workers({str(i): each for i in range(reserved)}) == count
 

@@ -105,8 +105,10 @@ def test_a_job_server_that_goes_away_while_a_log_is_followed_is_one_line(verb: V
 def test_exit_codes_are_the_job_s(end: str, code: int, verb: Verb, tree: dict[str, Any], tmp_path: Path) -> None:
     assert verb(Client("RUNNING", end), "logs", "-f", "a")[0] == code
     assert verb(Client(end), "logs", "a")[0] == 0
-    assert verb(Client(end), "status", "a") == (code, table([find_job(server_of(end), "a")])[0] + "\n"
-        + table([find_job(server_of(end), "a")])[1] + "\ntwo\n")  # fmt: skip
+    assert verb(Client(end), "status", "a") == (
+        code,
+        table([find_job(server_of(end), "a")])[0] + "\n" + table([find_job(server_of(end), "a")])[1] + "\ntwo\n",
+    )
     with pytest.raises(UserError, match=rf"a-1 has ended \({end}\): there is nothing to stop"):
         verb(Client(end), "stop", "a")
     tree |= {"output": "s3://bucket/runs", "tracking": {"enabled": False}}

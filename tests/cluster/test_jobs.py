@@ -134,8 +134,17 @@ def test_a_cluster_that_asks_for_a_token_is_refused_when_there_is_none(dashboard
 def test_a_run_that_exists_is_resumed_and_what_is_missing_there_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
     wanted = Submission(recipe=str(write_recipe(tmp_path, tree)), overrides=["optim.lr=0.1"])
     words = job_words(submit.entrypoint(wanted, submit.training(wanted), "mine", str(tmp_path)))
-    assert words == ["--run", "mine", "--output", tree["output"], "--folder", str(tmp_path), "train", wanted.recipe,
-                     "optim.lr=0.1"]  # fmt: skip
+    assert words == [
+        "--run",
+        "mine",
+        "--output",
+        tree["output"],
+        "--folder",
+        str(tmp_path),
+        "train",
+        wanted.recipe,
+        "optim.lr=0.1",
+    ]
     assert job.command(job.arguments(words))[-3:] == ["optim.lr=0.1", "--run", "mine"]
     (Path(tree["output"]) / "mine").mkdir(parents=True)
     (Path(tree["output"]) / "mine" / "run.json").write_text('{"name": "mine"}')

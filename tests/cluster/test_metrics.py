@@ -11,8 +11,18 @@ import pytest
 
 from cluster.metrics import FIGURES, RunMetrics, dashboard
 
-STEP = {"kind": "progress", "rank": 0, "step": 7, "total_steps": 10, "epoch": 1.0, "loss": 0.5, "metrics": {},
-        "seconds": 0.5, "wait_seconds": 0.1, "samples": 64}  # fmt: skip
+STEP = {
+    "kind": "progress",
+    "rank": 0,
+    "step": 7,
+    "total_steps": 10,
+    "epoch": 1.0,
+    "loss": 0.5,
+    "metrics": {},
+    "seconds": 0.5,
+    "wait_seconds": 0.1,
+    "samples": 64,
+}
 
 
 def pulse(rank: int, quarantined: int) -> dict[str, Any]:

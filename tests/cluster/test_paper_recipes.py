@@ -14,11 +14,23 @@ from tests.pipelines.raw import flo, off, write
 from tests.pipelines.toys import png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-IMAGES = {f"{split}/n0144076{i}/ILSVRC2012_val_{i:08d}.JPEG" if split == "val" else f"train/n0144076{i}/{i}.JPEG":
-          png(PIXELS, "JPEG") for split in ("train", "val") for i in range(4)}
+IMAGES = {
+    f"{split}/n0144076{i}/ILSVRC2012_val_{i:08d}.JPEG" if split == "val" else f"train/n0144076{i}/{i}.JPEG": png(
+        PIXELS, "JPEG"
+    )
+    for split in ("train", "val")
+    for i in range(4)
+}
 MESHES = {f"class{i}/{split}/{i}.off": off() for split in ("train", "test") for i in range(4)}
-PAIRS = {f"data/{i}_{part}": content for i in range(4) for part, content in (
-    ("img1.ppm", png(PIXELS, "PPM")), ("img2.ppm", png(PIXELS, "PPM")), ("flow.flo", flo(np.ones((40, 60, 2)))))}
+PAIRS = {
+    f"data/{i}_{part}": content
+    for i in range(4)
+    for part, content in (
+        ("img1.ppm", png(PIXELS, "PPM")),
+        ("img2.ppm", png(PIXELS, "PPM")),
+        ("flow.flo", flo(np.ones((40, 60, 2)))),
+    )
+}
 TEXTS = {"train.txt": b"a document\n\n" * 30, "test.txt": b"another one"}
 
 RECIPES = {
@@ -47,12 +59,15 @@ def test_recipes_fit_the_data_of_their_source(tmp_path: Path, name: str) -> None
     assert batch["valid"].sum() == {"flow": 1, "mlm_bytes": 1}.get(name, 4)
 
 
-@pytest.mark.parametrize("name, change, message", [
-    ("flow", "data.image_size=[368, 504]", "pairs of .* come as 3 x 368 x 504"),
-    ("flow", "task.kind=masked_language", "learns from 'text', but .* has the features flow"),
-    ("mlm_bytes", "data.text_length=2050", "model.inputs.length = 2048, but data.text_length = 2050"),
-    ("modelnet40", "task.kind=flow", "learns from 'flow', but .* has the features points, label"),
-])
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("flow", "data.image_size=[368, 504]", "pairs of .* come as 3 x 368 x 504"),
+        ("flow", "task.kind=masked_language", "learns from 'text', but .* has the features flow"),
+        ("mlm_bytes", "data.text_length=2050", "model.inputs.length = 2048, but data.text_length = 2050"),
+        ("modelnet40", "task.kind=flow", "learns from 'flow', but .* has the features points, label"),
+    ],
+)
 def test_what_does_not_fit_is_said(tmp_path: Path, name: str, change: str, message: str) -> None:
     recipe = load_recipe(f"recipes/train/{name}.yaml", [f"data.url={prepared(name, tmp_path)}", change])
     with pytest.raises(UserError, match=message):

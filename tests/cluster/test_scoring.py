@@ -130,8 +130,9 @@ def test_the_commands(run: Path, tmp_path: Path) -> None:
     shown = runner.invoke(evaluate_verb.command, [str(run), "data.eval_crop=1.0", "--json"], catch_exceptions=False)
     assert json.loads(shown.output)["samples"] == 40
     url = yaml.safe_load((run / "recipe.yaml").read_text())["data"]["url"]
-    shown = runner.invoke(predict_verb.command, [str(run), url, "--split", "train", "--to", str(tmp_path / "out")],
-                          catch_exceptions=False)  # fmt: skip
+    shown = runner.invoke(
+        predict_verb.command, [str(run), url, "--split", "train", "--to", str(tmp_path / "out")], catch_exceptions=False
+    )
     assert "80 samples written" in shown.output
 
 
@@ -195,8 +196,9 @@ def test_classes_in_another_order_are_refused(run: Path) -> None:
         call("evaluate", run)
 
 
-def test_bad_samples_stay_listed_when_predicting_is_broken_off(run: Path, tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_samples_stay_listed_when_predicting_is_broken_off(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Damaged images 3, 25 and 39 of 40, in files of 16: each file's are there as soon as it is, and stay."""
     monkeypatch.setattr(inference, "ROWS_A_PART", 16)
     toys.write_images(tmp_path / "data", {"test": [40]}, bad=(3, 25, 39), side=12)
@@ -204,8 +206,11 @@ def test_bad_samples_stay_listed_when_predicting_is_broken_off(run: Path, tmp_pa
     scoring = open_scoring(*arguments, overrides=["data.max_bad_fraction=0.06"])
 
     def listed() -> list[int]:
-        return [row["sample_id"] for path in sorted((out / "_quarantine").iterdir())
-                for row in pq.read_table(path).to_pylist()]  # fmt: skip
+        return [
+            row["sample_id"]
+            for path in sorted((out / "_quarantine").iterdir())
+            for row in pq.read_table(path).to_pylist()
+        ]
 
     def stop(done: int, total: int) -> None:
         if done >= 32:
@@ -253,8 +258,17 @@ def write_sounds(folder: Path, samples: int, classes: int) -> tuple[np.ndarray, 
             writer.write([{"key": f"{number}", "audio": sound_file(sound, 1000), "label": found}])
         shard = writer.close()
     assert shard is not None
-    save_manifest(Manifest(name="noise", features=features, classes=tuple("abcde"[:classes]), licence="none",
-                           splits={"test": Split(shards=(shard,))}, source="made up"), target)  # fmt: skip
+    save_manifest(
+        Manifest(
+            name="noise",
+            features=features,
+            classes=tuple("abcde"[:classes]),
+            licence="none",
+            splits={"test": Split(shards=(shard,))},
+            source="made up",
+        ),
+        target,
+    )
     return sounds, labels
 
 
@@ -272,8 +286,10 @@ def test_clips_and_average_precision_of_the_verb_are_those_of_numpy(tree: dict[s
     run = write_run(tmp_path / "run", tree, 5)
     model = open_scoring(str(run)).saved.build()
     with torch.no_grad():
-        clips = [model(torch.from_numpy(sounds[:, start : start + 64].copy())).double().sigmoid().numpy()
-                 for start in (0, 168, 336)]  # fmt: skip
+        clips = [
+            model(torch.from_numpy(sounds[:, start : start + 64].copy())).double().sigmoid().numpy()
+            for start in (0, 168, 336)
+        ]
     scores = np.mean(clips, 0)
     exact = np.mean([average_precision(scores[:, k], labels[:, k]) for k in range(5)])
     found = json.loads(call("evaluate", run, "data.clip.eval_clips=3", "--json"))
@@ -285,17 +301,21 @@ def test_clips_and_average_precision_of_the_verb_are_those_of_numpy(tree: dict[s
     np.testing.assert_allclose([row["probability"] for row in rows(tmp_path / "out")], scores, atol=1e-5)
 
 
-@pytest.mark.parametrize(("nodes", "cluster", "joined", "wanted"), [
-    ([{"CPU": 2}], {}, False, 0),
-    ([{"CPU": 16, "GPU": 1}], {}, False, 0),
-    ([{"CPU": 16, "GPU": 4}], {}, False, 4),
-    ([{"CPU": 8}, {"CPU": 8, "GPU": 1}], {}, True, 1),
-    ([{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4}], {"gpus_per_worker": 2}, True, 4),
-    ([{"CPU": 8}, {"CPU": 8}, {"CPU": 8}], {}, True, 3),
-    ([{"CPU": 8}, {"CPU": 8}, {"CPU": 8}], {"worker_labels": {"number": "1"}}, True, 1),
-])  # fmt: skip
-def test_actors_are_as_many_as_the_nodes_suggest(nodes: list[dict[str, float]], cluster: dict[str, Any], joined: bool,
-                                                 wanted: int) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "cluster", "joined", "wanted"),
+    [
+        ([{"CPU": 2}], {}, False, 0),
+        ([{"CPU": 16, "GPU": 1}], {}, False, 0),
+        ([{"CPU": 16, "GPU": 4}], {}, False, 4),
+        ([{"CPU": 8}, {"CPU": 8, "GPU": 1}], {}, True, 1),
+        ([{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4}], {"gpus_per_worker": 2}, True, 4),
+        ([{"CPU": 8}, {"CPU": 8}, {"CPU": 8}], {}, True, 3),
+        ([{"CPU": 8}, {"CPU": 8}, {"CPU": 8}], {"worker_labels": {"number": "1"}}, True, 1),
+    ],
+)
+def test_actors_are_as_many_as_the_nodes_suggest(
+    nodes: list[dict[str, float]], cluster: dict[str, Any], joined: bool, wanted: int
+) -> None:
     there = [Node(f"10.0.0.{number}", resources, {"number": str(number)}) for number, resources in enumerate(nodes)]
     assert default_workers(ClusterConfig(**cluster), there, joined) == wanted
 
@@ -306,8 +326,9 @@ def test_actors_are_refused_where_the_data_is_read_without_ray(run: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_actors_write_what_one_process_writes_also_after_a_stop(run: Path, tmp_path: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_actors_write_what_one_process_writes_also_after_a_stop(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With damaged images; a part of the actors' files is written by the process, which goes on where they stopped."""
     monkeypatch.setattr(inference, "ROWS_A_PART", 16)
     toys.write_images(tmp_path / "data", {"test": [40]}, bad=(3, 25), side=12)
@@ -334,6 +355,7 @@ def test_two_actors_write_what_one_process_writes_also_after_a_stop(run: Path, t
         for path in (tmp_path / "here" / name).glob("part-*"):
             ours, theirs = pq.read_table(path), pq.read_table(out / name / path.name)
             assert theirs.drop_columns("probability" if not name else []).equals(
-                ours.drop_columns("probability" if not name else []))  # fmt: skip
+                ours.drop_columns("probability" if not name else [])
+            )
             if not name:
                 np.testing.assert_allclose(*(table["probability"].to_pylist() for table in (ours, theirs)), rtol=1e-5)

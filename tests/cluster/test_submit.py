@@ -202,9 +202,17 @@ def write_folder(folder: Path, *names: str) -> Path:
 
 def test_a_folder_travels_without_what_is_ignored_and_what_is_secret(tmp_path: Path) -> None:
     mine = write_folder(
-        tmp_path / "mine", "a.py", "big.bin", "sub/b.txt", "sub/c.log", ".env", "keys/server.pem", "id_rsa.pub",
-        "data/x", "skip.me",
-    )  # fmt: skip
+        tmp_path / "mine",
+        "a.py",
+        "big.bin",
+        "sub/b.txt",
+        "sub/c.log",
+        ".env",
+        "keys/server.pem",
+        "id_rsa.pub",
+        "data/x",
+        "skip.me",
+    )
     (mine / ".gitignore").write_text("*.bin\ncluster/\n*.yaml\n")
     (mine / "sub" / ".rayignore").write_text("*.log\n")
     target = tmp_path / "package"
@@ -323,7 +331,7 @@ def test_what_is_submitted(tree: dict[str, Any], tmp_path: Path, monkeypatch: py
     given = client.given
     assert given["metadata"]["team"] == "vision" and given["metadata"]["perceiver.run"] == "small"
     assert given["entrypoint_num_cpus"] == 1 and given["entrypoint_resources"] == {"slot": 2}
-    assert "--reserved '{\"CPU\": 1, \"slot\": 2}'" in given["entrypoint"]
+    assert '--reserved \'{"CPU": 1, "slot": 2}\'' in given["entrypoint"]
     assert given["runtime_env"]["env_vars"]["A"] == "1" and "excludes" not in given["runtime_env"]
     assert {"helper.py", "small.yaml", "cluster/job.py"} <= client.files and ".env" not in client.files
     assert [line.split(":")[1].split()[0] for line in said] == ["no", ".env"]

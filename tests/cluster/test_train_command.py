@@ -117,8 +117,9 @@ def test_evaluation_beside_training(unbroken: tuple[Path, dict[str, Any], str]) 
     assert rows.index(evaluated[20]) > later, "the steps waited"
     place = str(folder / "checkpoints" / "step-00000020")
     figures = open_scoring(place, overrides=["data.executor=inline"]).metrics()
-    assert {f"eval/{name}": pytest.approx(value, rel=1e-5) for name, value in figures.items()}.items() <= \
-        evaluated[20].items()
+    assert {f"eval/{name}": pytest.approx(value, rel=1e-5) for name, value in figures.items()}.items() <= evaluated[
+        20
+    ].items()
     (tracked,) = mlflow_runs(tmp_path / "runs")
     lowest = min(evaluated, key=lambda step: evaluated[step]["eval/loss"])
     assert tracked.data.tags["best_checkpoint_uri"].endswith(f"step-{lowest:08d}")

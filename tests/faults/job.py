@@ -80,9 +80,13 @@ class Job:
         self.lines = []
         self.process = subprocess.Popen(
             [PERCEIVER, self.words[0], str(write_recipe(self.folder, self.tree)), *self.words[1:], *arguments],
-            cwd=self.folder, env=home(self.folder) | self.environment, text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            cwd=self.folder,
+            env=home(self.folder) | self.environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
         return self
@@ -194,8 +198,11 @@ class Job:
     def data_tasks(self) -> list[psutil.Process]:
         """The data tasks' processes that are at work."""
         session = Path(str(self.facts()["ray_session"])).name
-        raylets = [p for p in psutil.process_iter(["name", "cmdline"])
-                   if p.info["name"] == "raylet" and any(session in part for part in p.info["cmdline"] or [])]
+        raylets = [
+            p
+            for p in psutil.process_iter(["name", "cmdline"])
+            if p.info["name"] == "raylet" and any(session in part for part in p.info["cmdline"] or [])
+        ]
         children = [child for raylet in raylets for child in raylet.children(recursive=True)]
         return [child for child in children if "MapBatches" in title(child)]
 
@@ -294,11 +301,18 @@ def send(process: psutil.Process, number: signal.Signals) -> float:
 
 def row(outcome: Outcome) -> Iterable[str]:
     """The cells of a row."""
+
     def seconds(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f}"
 
     def count(value: int | None) -> str:
         return "-" if value is None else str(value)
 
-    return (outcome.fault, seconds(outcome.detected_s), seconds(outcome.first_step_s), count(outcome.steps_lost),
-            count(outcome.samples_wrong), "yes" if outcome.passed else "NO: " + "; ".join(outcome.failures))
+    return (
+        outcome.fault,
+        seconds(outcome.detected_s),
+        seconds(outcome.first_step_s),
+        count(outcome.steps_lost),
+        count(outcome.samples_wrong),
+        "yes" if outcome.passed else "NO: " + "; ".join(outcome.failures),
+    )

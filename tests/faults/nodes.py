@@ -37,9 +37,16 @@ class Nodes:
     def command(self, *words: str) -> str:
         """Run a `perceiver` command with this folder as home."""
         done = subprocess.run(
-            [PERCEIVER, *words], cwd=self.folder, env=home(self.folder) | PACE, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
-        )  # fmt: skip
+            [PERCEIVER, *words],
+            cwd=self.folder,
+            env=home(self.folder) | PACE,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout
         return done.stdout
 

@@ -19,12 +19,27 @@ LEVELS = ({"centres": 16, "radius": 0.5, "neighbours": 4, "widths": (8, 8)},)
 CASES: dict[str, list[dict[str, Any]]] = {
     "resnet": [{"inputs": IMAGE, **NET}, {"inputs": POINTS, "grid": (8, 8), **NET}],
     "vit": [{"inputs": IMAGE, "patch": 8, **VIT}, {"inputs": POINTS, "grid": (10, 10), "patch": 4, **VIT}],
-    "transformer": [{"inputs": {**IMAGE, "size": (8, 8), "resize": True}, "width": 16, "layers": 2, "heads": 2},
-                    {"inputs": {"kind": "text", "length": 12, "channels": 8}, "width": 16, "layers": 1, "heads": 2}],
-    "cnn14": [{"inputs": {"kind": "mel", "samples": 2048, "window": 128, "hop": 64, "bins": 16, "rate": 16_000,
-                          "layout": "grid", "positions": {"kind": "none"}}, "widths": (4, 8, 8)}],
+    "transformer": [
+        {"inputs": {**IMAGE, "size": (8, 8), "resize": True}, "width": 16, "layers": 2, "heads": 2},
+        {"inputs": {"kind": "text", "length": 12, "channels": 8}, "width": 16, "layers": 1, "heads": 2},
+    ],
+    "cnn14": [
+        {
+            "inputs": {
+                "kind": "mel",
+                "samples": 2048,
+                "window": 128,
+                "hop": 64,
+                "bins": 16,
+                "rate": 16_000,
+                "layout": "grid",
+                "positions": {"kind": "none"},
+            },
+            "widths": (4, 8, 8),
+        }
+    ],
     "pointnet2": [{"inputs": POINTS, "levels": LEVELS, "last": (16,), "head": (8,)}],
-}  # fmt: skip
+}
 
 
 def build(kind: str, values: dict[str, Any]) -> Any:
@@ -39,8 +54,10 @@ def test_every_baseline_has_a_case():
 @pytest.mark.parametrize(("kind", "values"), [(k, v) for k, cases in CASES.items() for v in cases])
 def test_contract(kind, values):
     model = build(kind, values)
-    raw = {key: torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, 0, 99)
-           for key, x in model.example(4, "cpu").items()}  # fmt: skip
+    raw = {
+        key: torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, 0, 99)
+        for key, x in model.example(4, "cpu").items()
+    }
     assert input_keys(model) == tuple(raw)
     logits = model(next(iter(raw.values())))
     assert logits.shape == (4, 3)

@@ -24,8 +24,9 @@ def batch_of(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return {
         "image": torch.randint(0, 256, (n, 3, 2, 2), generator=g, dtype=torch.uint8),
         "label": torch.randint(0, 7, (n,), generator=g),
-        "sample_id": torch.arange(n), "valid": torch.ones(n, dtype=torch.bool),
-    }  # fmt: skip
+        "sample_id": torch.arange(n),
+        "valid": torch.ones(n, dtype=torch.bool),
+    }
 
 
 def test_loss_against_the_definition_and_additivity():

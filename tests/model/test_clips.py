@@ -15,14 +15,30 @@ from perceiver.train.engine import evaluate
 from perceiver.train.ranks import Ranks
 
 AUDIO = {"kind": "audio", "samples": 64, "patch": 8, "positions": {"kind": "fourier", "bands": 2}}
-VIDEO = {"kind": "video", "frames": 2, "channels": 1, "size": [4, 4], "patch": [1, 2, 2], "mean": [0.5], "std": [0.5],
-         "positions": {"kind": "fourier", "bands": 1}}
+VIDEO = {
+    "kind": "video",
+    "frames": 2,
+    "channels": 1,
+    "size": [4, 4],
+    "patch": [1, 2, 2],
+    "mean": [0.5],
+    "std": [0.5],
+    "positions": {"kind": "fourier", "bands": 1},
+}
 
 
 def small(inputs):
     torch.manual_seed(0)
-    values = {"kind": "perceiver", "inputs": inputs, "latents": 4, "latent_channels": 16, "heads": 2, "blocks": 1,
-              "cross_attends": 1, "self_attends_per_block": 1}
+    values = {
+        "kind": "perceiver",
+        "inputs": inputs,
+        "latents": 4,
+        "latent_channels": 16,
+        "heads": 2,
+        "blocks": 1,
+        "cross_attends": 1,
+        "self_attends_per_block": 1,
+    }
     model = build_model(model_config(values), classes=5).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -45,8 +61,10 @@ def test_clips_are_scored_one_by_one_and_their_scores_averaged(inputs):
     model, batch = small(inputs), recordings()
     task = build_task(ClassificationConfig(), classes=5)
     probability = task.predict(model, batch)["probability"]
-    singly = [task.predict(model, {**batch, **{k: batch[k][:, c] for k in ("audio", "video")}})["probability"]
-              for c in range(4)]
+    singly = [
+        task.predict(model, {**batch, **{k: batch[k][:, c] for k in ("audio", "video")}})["probability"]
+        for c in range(4)
+    ]
     torch.testing.assert_close(probability, torch.stack(singly).mean(0))
     assert probability.shape == (3, 5) and (singly[0] - singly[1]).abs().max() > 1e-3
     sums = task.loss(model, batch).sums
@@ -104,9 +122,13 @@ def test_mean_average_precision_of_527_classes_in_evaluation_is_scikit_learns():
     batches = []
     for first in range(0, 1500, 400):
         part = torch.arange(first, first + 400) % 1500
-        batches.append({"logits": torch.tensor(scores, dtype=torch.float32)[part],
-                        "label": torch.tensor(targets)[part].float(),
-                        "valid": torch.arange(first, first + 400) < 1500})
+        batches.append(
+            {
+                "logits": torch.tensor(scores, dtype=torch.float32)[part],
+                "label": torch.tensor(targets)[part].float(),
+                "valid": torch.arange(first, first + 400) < 1500,
+            }
+        )
     task = build_task(TaggingConfig(), classes=527)
     metrics = evaluate(Scores(), task, batches, Ranks(torch.device("cpu")))
     exact = np.mean([average_precision_score(targets[:, k], scores[:, k]) for k in range(527) if targets[:, k].any()])
@@ -123,8 +145,9 @@ def test_bounds_hold_whatever_lies_in_a_bin():
         scores, targets = rng.integers(0, 12, size) + rng.random(size) * rng.integers(0, 2), rng.random(size) < 0.4
         targets[0] = True
         bins = np.floor(scores).astype(int)
-        counts = [torch.tensor(np.bincount(bins[chosen], minlength=14)[None, ::-1].copy())
-                  for chosen in (targets, ~targets)]
+        counts = [
+            torch.tensor(np.bincount(bins[chosen], minlength=14)[None, ::-1].copy()) for chosen in (targets, ~targets)
+        ]
         least, most = precision_bounds(*counts)
         assert float(least) - 1e-9 <= average_precision_score(targets, scores) <= float(most) + 1e-9
 
@@ -138,8 +161,18 @@ def test_confident_and_broken_scores_are_counted():
 
 
 def test_spec_augment_follows_the_random_state_and_training_alone():
-    config = MelConfig(samples=4096, rate=16_000, window=512, hop=256, bins=20, layout="grid", time_masks=1,
-                       frequency_masks=1, mean=-2.0, std=3.0)
+    config = MelConfig(
+        samples=4096,
+        rate=16_000,
+        window=512,
+        hop=256,
+        bins=20,
+        layout="grid",
+        time_masks=1,
+        frequency_masks=1,
+        mean=-2.0,
+        std=3.0,
+    )
     module = config.build()
     raw = {"audio": torch.randint(-9000, 9000, (2, 4096), dtype=torch.int16)}
 

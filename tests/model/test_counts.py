@@ -23,46 +23,59 @@ def count(**values) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({}, 44_912_254),
-    ({"cross_attends": 1, "blocks": 8}, 42_135_859),
-    ({"share": "none"}, 326_241_856),
-    ({"share": "none", "blocks": 0, "cross_attends": 4}, 12_654_868),
-    ({"share": "none", "blocks": 0, "cross_attends": 8}, 23_760_448),
-    ({"share": "none", "blocks": 0, "cross_attends": 12}, 34_866_028),
-    (IO, 48_440_627),
-    ({**IO, "inputs": {"kind": "image", "front_end": "conv"}}, 48_646_522),
-    ({**IO, "inputs": LEARNED, "query_residual": False}, 62_255_848),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 44_912_254),
+        ({"cross_attends": 1, "blocks": 8}, 42_135_859),
+        ({"share": "none"}, 326_241_856),
+        ({"share": "none", "blocks": 0, "cross_attends": 4}, 12_654_868),
+        ({"share": "none", "blocks": 0, "cross_attends": 8}, 23_760_448),
+        ({"share": "none", "blocks": 0, "cross_attends": 12}, 34_866_028),
+        (IO, 48_440_627),
+        ({**IO, "inputs": {"kind": "image", "front_end": "conv"}}, 48_646_522),
+        ({**IO, "inputs": LEARNED, "query_residual": False}, 62_255_848),
+    ],
+)
 def test_parameter_counts(changes, expected):
     """Published: 44.9, 42.1, 326.2, 12.7, 23.8, 34.9, 48.4, 48.6, 62.3 million."""
     assert count(**changes) == expected
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("perceiver_imagenet", 44_912_254),
-    ("perceiver_imagenet_1cross", 42_135_859),
-    ("perceiver_imagenet_unshared", 326_241_856),
-    ("perceiver_io_imagenet_fourier", 48_440_627),
-    ("perceiver_io_imagenet_conv", 48_646_522),
-    ("perceiver_io_imagenet_learned", 62_255_848),
-    ("perceiver_io_flow", 41_057_134),
-    ("perceiver_io_kinetics", 19_858_855),
-    ("resnet50", 25_557_032),
-    ("vit_b16", 86_567_656),
-    ("cnn14_audioset", 80_753_615),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("perceiver_imagenet", 44_912_254),
+        ("perceiver_imagenet_1cross", 42_135_859),
+        ("perceiver_imagenet_unshared", 326_241_856),
+        ("perceiver_io_imagenet_fourier", 48_440_627),
+        ("perceiver_io_imagenet_conv", 48_646_522),
+        ("perceiver_io_imagenet_learned", 62_255_848),
+        ("perceiver_io_flow", 41_057_134),
+        ("perceiver_io_kinetics", 19_858_855),
+        ("resnet50", 25_557_032),
+        ("vit_b16", 86_567_656),
+        ("cnn14_audioset", 80_753_615),
+    ],
+)
 def test_preset_counts(name, expected):
     """The baselines' published counts are torchvision's, timm's and PANNs'."""
     assert count_parameters(perceiver.create_model(name, device="meta")) == expected
 
 
-@pytest.mark.parametrize(("name", "millions"), [
-    ("perceiver_io_mlm_bytes", 201.1), ("perceiver_io_mlm_bytes_plus", 425.6),
-    ("perceiver_io_mlm_sentencepiece", 223.2),
-    ("perceiver_io_audioset", 24.9), ("perceiver_io_imagenet_fourier_b", 212.2), ("perceiver_modelnet40", 44.8),
-    ("perceiver_audioset_av_raw_12", 21.0), ("perceiver_audioset_av_mel_12", 21.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("perceiver_io_mlm_bytes", 201.1),
+        ("perceiver_io_mlm_bytes_plus", 425.6),
+        ("perceiver_io_mlm_sentencepiece", 223.2),
+        ("perceiver_io_audioset", 24.9),
+        ("perceiver_io_imagenet_fourier_b", 212.2),
+        ("perceiver_modelnet40", 44.8),
+        ("perceiver_audioset_av_raw_12", 21.0),
+        ("perceiver_audioset_av_mel_12", 21.0),
+    ],
+)
 def test_preset_counts_in_millions(name, millions):
     assert round(count_parameters(perceiver.create_model(name, device="meta")) / 1e6, 1) == millions
 
@@ -74,12 +87,19 @@ def test_audioset_count_to_the_unit():
     assert count_parameters(model) == 20_972_126
 
 
-@pytest.mark.parametrize(("name", "published"), [
-    ("perceiver_imagenet", 707.2), ("perceiver_imagenet_1cross", 404.3), ("perceiver_imagenet_2cross", 447.6),
-    ("perceiver_imagenet_4cross", 534.1), ("perceiver_imagenet_4cross_only", 173.1),
-    ("perceiver_imagenet_8cross_only", 346.1), ("perceiver_io_imagenet_fourier", 407.0),
-    ("perceiver_io_imagenet_conv", 369.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("perceiver_imagenet", 707.2),
+        ("perceiver_imagenet_1cross", 404.3),
+        ("perceiver_imagenet_2cross", 447.6),
+        ("perceiver_imagenet_4cross", 534.1),
+        ("perceiver_imagenet_4cross_only", 173.1),
+        ("perceiver_imagenet_8cross_only", 346.1),
+        ("perceiver_io_imagenet_fourier", 407.0),
+        ("perceiver_io_imagenet_conv", 369.0),
+    ],
+)
 def test_flops_within_one_percent(name, published):
     """Perceiver Tables 5 and 6, Perceiver IO Tables 1 and 7: billions, multiply and add counted apart."""
     model = perceiver.create_model(name, device="meta", attention="plain")
@@ -122,8 +142,9 @@ def test_training_bytes_by_zero_stage():
 def test_every_preset_is_made_on_meta_in_a_second_and_overrides_work():
     for name in perceiver.list_models():
         perceiver.create_model(name, device="meta", **({"classes": 3} if "imagenet" in name else {}))
-    model = perceiver.create_model("perceiver_imagenet", classes=7, latents=4, latent_channels=16, cross_attends=1,
-                                   inputs={"size": (8, 8)})  # fmt: skip
+    model = perceiver.create_model(
+        "perceiver_imagenet", classes=7, latents=4, latent_channels=16, cross_attends=1, inputs={"size": (8, 8)}
+    )
     assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
     with pytest.raises(UserError, match="perceiver_imagenet_learned"):
         perceiver.create_model("perceiver_imagenet_learnt")

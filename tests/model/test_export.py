@@ -29,11 +29,24 @@ SIZES = {"latents": 5, "latent_channels": 8, "self_attends_per_block": 2, "heads
 SMALL = {"kind": "perceiver", "cross_attends": 2, "inputs": IMAGE, **SIZES}
 TABLE = {"kind": "learned", "channels": 6, "init_std": 0.5}
 WORDS = {
-    "kind": "perceiver_io", "inputs": {"kind": "text", "vocabulary": 40, "length": 12, "channels": 16}, "latents": 5,
-    "latent_channels": 32, "blocks": 1, "self_attends_per_block": 2, "heads": 8, "cross_heads": 8, "qk_channels": 256,
-    "v_channels": 32, "cross_qk_channels": 256, "cross_v_channels": 32, "decoder": {"kind": "tokens"},
-    "query_residual": False, "decoder_heads": 8, "decoder_qk_channels": 256, "decoder_v_channels": 16,
-}  # fmt: skip
+    "kind": "perceiver_io",
+    "inputs": {"kind": "text", "vocabulary": 40, "length": 12, "channels": 16},
+    "latents": 5,
+    "latent_channels": 32,
+    "blocks": 1,
+    "self_attends_per_block": 2,
+    "heads": 8,
+    "cross_heads": 8,
+    "qk_channels": 256,
+    "v_channels": 32,
+    "cross_qk_channels": 256,
+    "cross_v_channels": 32,
+    "decoder": {"kind": "tokens"},
+    "query_residual": False,
+    "decoder_heads": 8,
+    "decoder_qk_channels": 256,
+    "decoder_v_channels": 16,
+}
 EVALUATION = {"loss": 0.25, "accuracy": 0.875}
 
 
@@ -129,9 +142,17 @@ def test_onnx_of_a_transformers_folder_with_a_mask(tmp_path):
     pytest.importorskip("onnxruntime")
     transformers = pytest.importorskip("transformers")
     config = transformers.PerceiverConfig(
-        num_latents=5, d_latents=32, num_self_attends_per_block=1, num_self_attention_heads=4, vocab_size=40,
-        num_cross_attention_heads=4, qk_channels=16, v_channels=32, d_model=16, max_position_embeddings=12,
-    )  # fmt: skip
+        num_latents=5,
+        d_latents=32,
+        num_self_attends_per_block=1,
+        num_self_attention_heads=4,
+        vocab_size=40,
+        num_cross_attention_heads=4,
+        qk_channels=16,
+        v_channels=32,
+        d_model=16,
+        max_position_embeddings=12,
+    )
     transformers.PerceiverForMaskedLM(config).save_pretrained(tmp_path / "theirs")
     written = export(str(tmp_path / "theirs"), "onnx", tmp_path / "out")
     assert set(written["inputs"]) == {"text", "text_mask"} and written["max_difference"] <= 1e-4
@@ -195,11 +216,14 @@ def test_fourier_positions_need_nothing_for_a_higher_resolution(tmp_path):
     assert not start.fresh and not start.resized
 
 
-@pytest.mark.parametrize(("change", "wanted"), [
-    ({"latents": 6}, r"has latents of shape \[5, 8\], the recipe's model has \[6, 8\]"),
-    ({"self_attends_per_block": 3}, r"lacks blocks\.0\.2"),
-    ({"self_attends_per_block": 1}, r"has blocks\.0\.1.*which the recipe's model lacks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"latents": 6}, r"has latents of shape \[5, 8\], the recipe's model has \[6, 8\]"),
+        ({"self_attends_per_block": 3}, r"lacks blocks\.0\.2"),
+        ({"self_attends_per_block": 1}, r"has blocks\.0\.1.*which the recipe's model lacks"),
+    ],
+)
 def test_weights_of_another_model_are_refused(tmp_path, change, wanted):
     source, _ = run_folder(tmp_path / "run", SMALL)
     with pytest.raises(UserError, match=wanted):
@@ -208,10 +232,17 @@ def test_weights_of_another_model_are_refused(tmp_path, change, wanted):
 
 def fine_tuning(url: str, model: dict[str, Any], place: Path) -> Recipe:
     """A recipe that starts from weights and has two classes."""
-    return build_recipe({
-        "name": "tuned", "seed": 5, "data": {"url": url}, "model": model, "task": {"kind": "classification"},
-        "optim": {"lr": 0.1}, "train": {"epochs": 1, "init_from": str(place)},
-    })  # fmt: skip
+    return build_recipe(
+        {
+            "name": "tuned",
+            "seed": 5,
+            "data": {"url": url},
+            "model": model,
+            "task": {"kind": "classification"},
+            "optim": {"lr": 0.1},
+            "train": {"epochs": 1, "init_from": str(place)},
+        }
+    )
 
 
 def test_training_starts_from_an_export(tmp_path, images):
@@ -229,9 +260,15 @@ def test_training_starts_from_an_export(tmp_path, images):
 def test_training_starts_from_official_weights_with_a_head_of_its_own(tmp_path, images):
     transformers = pytest.importorskip("transformers")
     config = transformers.PerceiverConfig(
-        num_latents=5, d_latents=16, num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=2,
-        num_cross_attention_heads=1, num_labels=6, image_size=12,
-    )  # fmt: skip
+        num_latents=5,
+        d_latents=16,
+        num_blocks=1,
+        num_self_attends_per_block=2,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=1,
+        num_labels=6,
+        image_size=12,
+    )
     torch.manual_seed(1)
     theirs = transformers.PerceiverForImageClassificationFourier(config)
     theirs.save_pretrained(tmp_path / "official")

@@ -42,8 +42,15 @@ def test_the_triton_kernel_serves_this_gpu():
 def test_loss_and_gradients_are_those_of_the_cpu(inputs, kind):
     torch.manual_seed(0)
     depth = {"cross_attends": 2} if kind == "perceiver" else {"blocks": 2}
-    values: dict[str, Any] = {"kind": kind, "inputs": INPUTS[inputs], "latents": 64, "latent_channels": 128, "heads": 4,
-              "self_attends_per_block": 2, **depth}  # fmt: skip
+    values: dict[str, Any] = {
+        "kind": kind,
+        "inputs": INPUTS[inputs],
+        "latents": 64,
+        "latent_channels": 128,
+        "heads": 4,
+        "self_attends_per_block": 2,
+        **depth,
+    }
     model: Any = build_model(model_config(values), classes=10)
     raw = next(iter(model.example(4, "cpu").values()))
     x = torch.rand_like(raw) * 2 - 1 if raw.is_floating_point() else torch.randint(0, 127, raw.shape).to(raw.dtype)

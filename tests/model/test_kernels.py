@@ -20,8 +20,10 @@ def problem(batch: int, queries: int, features: int, height: int, width: int, st
     g = torch.Generator().manual_seed(0)
     shapes = [(batch, queries, features), (batch, queries, height), (batch, queries, width)]
     parameters = [strength * torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
-    fixed = [torch.randn(batch, features, height * width, generator=g, dtype=torch.float64),
-             torch.rand(batch, height * width, generator=g, dtype=torch.float64) + 0.5]  # fmt: skip
+    fixed = [
+        torch.randn(batch, features, height * width, generator=g, dtype=torch.float64),
+        torch.rand(batch, height * width, generator=g, dtype=torch.float64) + 0.5,
+    ]
     return parameters, fixed
 
 

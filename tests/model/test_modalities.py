@@ -21,17 +21,29 @@ FEW = {"kind": "fourier", "bands": 3}
 SMALL: dict[str, dict[str, Any]] = {
     "image": {"kind": "image", "size": (8, 6), "positions": FEW},
     "audio": {"kind": "audio", "samples": 100, "patch": 16, "positions": FEW},
-    "mel": {"kind": "mel", "samples": 256, "window": 64, "hop": 32, "bins": 8, "rate": 16_000, "positions": FEW,
-            "layout": "grid", "time_masks": 1, "frequency_masks": 1},
+    "mel": {
+        "kind": "mel",
+        "samples": 256,
+        "window": 64,
+        "hop": 32,
+        "bins": 8,
+        "rate": 16_000,
+        "positions": FEW,
+        "layout": "grid",
+        "time_masks": 1,
+        "frequency_masks": 1,
+    },
     "video": {"kind": "video", "frames": 4, "size": (8, 8), "patch": (2, 4, 4), "positions": FEW},
     "points": {"kind": "points", "points": 11, "bands": 3},
     "text": {"kind": "text", "length": 20, "channels": 12},
     "label": {"kind": "label", "classes": 5},
     "flow_frames": {"kind": "flow_frames", "size": (6, 8), "positions": FEW},
-}  # fmt: skip
+}
 SMALL["multimodal"] = {
-    "kind": "multimodal", "modalities": {k: SMALL[k] for k in ("audio", "text", "video")}, "dropout": {"video": 0.5},
-}  # fmt: skip
+    "kind": "multimodal",
+    "modalities": {k: SMALL[k] for k in ("audio", "text", "video")},
+    "dropout": {"video": 0.5},
+}
 MODEL = {"latents": 5, "latent_channels": 8, "cross_attends": 2, "self_attends_per_block": 1, "heads": 2}
 
 
@@ -79,8 +91,14 @@ def test_learned_and_no_positions(kind):
 
 @pytest.mark.parametrize(("front_end", "channels"), [("conv", None), ("1x1", 5), ("patch", None), ("patch", 5)])
 def test_image_front_ends(front_end, channels):
-    values = {"kind": "image", "size": (16, 8), "front_end": front_end, "front_end_channels": channels, "patch": 2,
-              "positions": FEW}  # fmt: skip
+    values = {
+        "kind": "image",
+        "size": (16, 8),
+        "front_end": front_end,
+        "front_end_channels": channels,
+        "patch": 2,
+        "positions": FEW,
+    }
     model = model_of(values)
     _, inputs = model.read(batch_of(model))
     assert tuple(inputs.dense.shape) == (2, model.inputs.elements, model.inputs.channels)
@@ -118,8 +136,10 @@ def test_papers_audio_and_video_sizes():
     """Perceiver §4.2: 480 audio inputs, 4,800 of the spectrogram, 12,544 of video, 487 channels."""
     meta = {"cross_attends": 1, "self_attends_per_block": 0}
     with torch.device("meta"):
-        audio, mel, video = (model_of({"kind": k, "positions": {"kind": "fourier", "bands": 16}}, **meta).inputs
-                             for k in ("audio", "mel", "video"))  # fmt: skip
+        audio, mel, video = (
+            model_of({"kind": k, "positions": {"kind": "fourier", "bands": 16}}, **meta).inputs
+            for k in ("audio", "mel", "video")
+        )
     assert (audio.elements, mel.elements, video.elements) == (480, 4800, 12_544)
     assert video.channels == 483
 
@@ -168,8 +188,12 @@ def test_modality_dropout_zeroes_whole_samples_in_training_only():
 
 
 def test_hidden_label_is_not_needed_and_not_seen_in_evaluation():
-    values = {"kind": "multimodal", "modalities": {"audio": SMALL["audio"], "label": SMALL["label"]},
-              "mask": {"label": 0.5}, "hide": ["label"]}  # fmt: skip
+    values = {
+        "kind": "multimodal",
+        "modalities": {"audio": SMALL["audio"], "label": SMALL["label"]},
+        "mask": {"label": 0.5},
+        "hide": ["label"],
+    }
     model = model_of(values, latent_init_std=1.0)
     batch = batch_of(model)
     assert model.train().input_keys == ("audio", "label")
@@ -177,11 +201,18 @@ def test_hidden_label_is_not_needed_and_not_seen_in_evaluation():
     torch.testing.assert_close(model.encode(batch), model.encode({"audio": batch["audio"]}))
 
 
-@pytest.mark.parametrize("change", [
-    {"kind": "video", "patch": (3, 4, 4)}, {"kind": "image", "mean": (0.5,)}, {"kind": "mel", "high": 30_000.0},
-    {"kind": "multimodal", "dropout": {"smell": 0.1}}, {"kind": "audio", "patch": 101},
-    {"kind": "image", "front_end": "patch", "patch": 5}, {"kind": "flow_frames", "window": 2},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "video", "patch": (3, 4, 4)},
+        {"kind": "image", "mean": (0.5,)},
+        {"kind": "mel", "high": 30_000.0},
+        {"kind": "multimodal", "dropout": {"smell": 0.1}},
+        {"kind": "audio", "patch": 101},
+        {"kind": "image", "front_end": "patch", "patch": 5},
+        {"kind": "flow_frames", "window": 2},
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(change):
     with pytest.raises(UserError, match="wanted"):
         model_of({**SMALL[change["kind"]], **change})

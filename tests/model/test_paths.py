@@ -135,10 +135,18 @@ def small(**changes) -> dict:
     return {**values, **changes}
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"share": "none"}, {"share": "all"}, {"placement": "start"}, {"blocks": 5},
-    {"cross_heads": 2, "cross_qk_channels": 4}, {"checkpoint_activations": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"share": "none"},
+        {"share": "all"},
+        {"placement": "start"},
+        {"blocks": 5},
+        {"cross_heads": 2, "cross_qk_channels": 4},
+        {"checkpoint_activations": True},
+    ],
+)
 def test_whole_model_plain_and_fast_agree(change):
     pixels = torch.randint(0, 256, (3, 1, 8, 6), dtype=torch.uint8)
     results = []
@@ -154,19 +162,29 @@ def test_whole_model_plain_and_fast_agree(change):
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("inputs", [
-    small()["inputs"],
-    {**small()["inputs"], "positions": {"kind": "learned", "channels": 9}},
-    {"kind": "points", "points": 70, "bands": 5, "max_resolution": 20},
-    {"kind": "audio", "samples": 320, "patch": 4, "positions": {"kind": "fourier", "bands": 3}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        small()["inputs"],
+        {**small()["inputs"], "positions": {"kind": "learned", "channels": 9}},
+        {"kind": "points", "points": 70, "bands": 5, "max_resolution": 20},
+        {"kind": "audio", "samples": 320, "patch": 4, "positions": {"kind": "fourier", "bands": 3}},
+    ],
+)
 @pytest.mark.parametrize("kind", ["perceiver", "perceiver_io"])
 def test_whole_model_in_float32_by_kernels_is_the_plain_one_in_float64(inputs, kind, monkeypatch):
     """Every kernel that this machine has, whatever the size: outputs and the gradient of every parameter."""
     monkeypatch.setattr("perceiver.kernels.attend.MIN_SCORES", 1)
     monkeypatch.setattr("perceiver.kernels.dense.MIN_PRODUCT", 1)
-    values = {"kind": kind, "inputs": inputs, "latents": 20, "latent_channels": 32, "heads": 2,
-              "self_attends_per_block": 2, "latent_init_std": 1.0}  # fmt: skip
+    values = {
+        "kind": kind,
+        "inputs": inputs,
+        "latents": 20,
+        "latent_channels": 32,
+        "heads": 2,
+        "self_attends_per_block": 2,
+        "latent_init_std": 1.0,
+    }
     results = []
     for attention, dtype in (("plain", torch.float64), ("auto", torch.float32)):
         torch.manual_seed(0)

@@ -36,13 +36,16 @@ def test_a_baseline_by_preset_with_other_inputs():
     assert made.model.patch == 8 and made.model.inputs.positions.kind == "none"
 
 
-@pytest.mark.parametrize(("model", "wanted"), [
-    ({"preset": "perceiver_imagnet"}, "did you mean 'perceiver_imagenet'"),
-    ({"preset": "resnet50", "latents": 3}, r"model\.latents does not go with"),
-    ({"preset": "resnet50", "kind": "vit"}, "leave kind out"),
-    ({"preset": "perceiver_imagenet", "latentz": 3}, r"did you mean model\.latents"),
-    ({"preset": "perceiver_imagenet", "latents": "many"}, r"model\.latents = 'many'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        ({"preset": "perceiver_imagnet"}, "did you mean 'perceiver_imagenet'"),
+        ({"preset": "resnet50", "latents": 3}, r"model\.latents does not go with"),
+        ({"preset": "resnet50", "kind": "vit"}, "leave kind out"),
+        ({"preset": "perceiver_imagenet", "latentz": 3}, r"did you mean model\.latents"),
+        ({"preset": "perceiver_imagenet", "latents": "many"}, r"model\.latents = 'many'"),
+    ],
+)
 def test_mistakes_are_named(model, wanted):
     with pytest.raises(UserError, match=wanted):
         recipe(model)

@@ -12,11 +12,29 @@ from perceiver.factory import build_model, model_config  # noqa: E402
 from perceiver.modalities.flow import neighbourhoods  # noqa: E402
 from perceiver.pretrained import from_transformers, to_transformers  # noqa: E402
 
-SMALL = {"num_latents": 9, "d_latents": 32, "num_blocks": 2, "num_self_attends_per_block": 2,
-         "num_self_attention_heads": 4, "num_cross_attention_heads": 1, "num_labels": 6, "image_size": 16}  # fmt: skip
-TEXT = {"num_latents": 9, "d_latents": 32, "num_self_attends_per_block": 3, "num_self_attention_heads": 4,
-        "num_cross_attention_heads": 4, "qk_channels": 16, "v_channels": 32, "d_model": 24,
-        "max_position_embeddings": 20, "vocab_size": 50, "num_labels": 6}  # fmt: skip
+SMALL = {
+    "num_latents": 9,
+    "d_latents": 32,
+    "num_blocks": 2,
+    "num_self_attends_per_block": 2,
+    "num_self_attention_heads": 4,
+    "num_cross_attention_heads": 1,
+    "num_labels": 6,
+    "image_size": 16,
+}
+TEXT = {
+    "num_latents": 9,
+    "d_latents": 32,
+    "num_self_attends_per_block": 3,
+    "num_self_attention_heads": 4,
+    "num_cross_attention_heads": 4,
+    "qk_channels": 16,
+    "v_channels": 32,
+    "d_model": 24,
+    "max_position_embeddings": 20,
+    "vocab_size": 50,
+    "num_labels": 6,
+}
 FULL_TEXT = {"qk_channels": 256, "v_channels": 1280}
 FULL_IMAGE = {
     "num_latents": 512,
@@ -97,8 +115,11 @@ def autoencoding_case(video_points: int, audio_points: int, **values: Any) -> No
     samples = c.num_frames * c.audio_samples_per_frame
     video = torch.randn(1, c.num_frames, 3, c.image_size, c.image_size)
     audio = torch.randn(1, samples)
-    points = {"image": torch.randperm(c.num_frames * c.image_size**2)[:video_points],
-              "audio": torch.randperm(samples // c.samples_per_patch)[:audio_points], "label": None}  # fmt: skip
+    points = {
+        "image": torch.randperm(c.num_frames * c.image_size**2)[:video_points],
+        "audio": torch.randperm(samples // c.samples_per_patch)[:audio_points],
+        "label": None,
+    }
     with torch.no_grad():
         raw = {"image": video, "audio": audio[..., None], "label": torch.zeros(1, c.num_labels)}
         expected = dict(theirs(raw, subsampled_output_points=points).logits)
@@ -129,14 +150,26 @@ def test_optical_flow_head():
 
 
 def test_multimodal_autoencoding_head():
-    values = {**SMALL, "num_frames": 4, "audio_samples_per_frame": 64, "output_shape": [1, 4, 16, 16],
-              "output_num_channels": 12, "_label_trainable_num_channels": 20}  # fmt: skip
+    values = {
+        **SMALL,
+        "num_frames": 4,
+        "audio_samples_per_frame": 64,
+        "output_shape": [1, 4, 16, 16],
+        "output_num_channels": 12,
+        "_label_trainable_num_channels": 20,
+    }
     autoencoding_case(50, 7, **values)
 
 
 def test_what_the_library_cannot_express_is_refused():
-    base: dict[str, Any] = {"kind": "perceiver_io", "latents": 4, "latent_channels": 8, "heads": 2, "blocks": 1,
-                            "self_attends_per_block": 1}  # fmt: skip
+    base: dict[str, Any] = {
+        "kind": "perceiver_io",
+        "latents": 4,
+        "latent_channels": 8,
+        "heads": 2,
+        "blocks": 1,
+        "self_attends_per_block": 1,
+    }
     points = build_model(model_config({**base, "inputs": {"kind": "points"}}), classes=3)
     with pytest.raises(UserError, match="points"):
         to_transformers(points)  # type: ignore[arg-type]
@@ -162,8 +195,14 @@ def test_masked_language_head_at_full_size():
 @pytest.mark.slow
 def test_optical_flow_head_at_full_width():
     """The published depth and widths; frames of a quarter of the side, as 368 x 496 takes minutes."""
-    values = {"num_latents": 2048, "d_latents": 512, "num_blocks": 1, "num_self_attends_per_block": 24,
-              "num_self_attention_heads": 16, "num_cross_attention_heads": 1}  # fmt: skip
+    values = {
+        "num_latents": 2048,
+        "d_latents": 512,
+        "num_blocks": 1,
+        "num_self_attends_per_block": 24,
+        "num_self_attention_heads": 16,
+        "num_cross_attention_heads": 1,
+    }
     flow_case((92, 124), **values)
 
 

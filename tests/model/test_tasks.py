@@ -21,26 +21,48 @@ AUDIO = {"kind": "audio", "samples": 64, "patch": 16, "positions": FEW}
 VIDEO = {"kind": "video", "frames": 2, "size": (8, 8), "patch": (1, 4, 4), "positions": FEW}
 MODEL = {"latents": 5, "latent_channels": 8, "self_attends_per_block": 1, "heads": 2, "blocks": 1}
 AUTOENCODER = {
-    "inputs": {"kind": "multimodal", "modalities": {"audio": AUDIO, "video": VIDEO,
-                                                    "label": {"kind": "label", "classes": 4}},
-               "mask": {"label": 0.5}, "hide": ["label"]},
-    "decoder": {"kind": "multimodal", "answer_channels": 6, "modalities": {
-        "audio": {"grid": [4], "values": 16, "bands": 3, "max_resolution": [64]},
-        "video": {"grid": [2, 8, 8], "values": 3, "bands": 3, "max_resolution": [2, 8, 8]},
-        "label": {"classes": 4, "channels": 10}}},
+    "inputs": {
+        "kind": "multimodal",
+        "modalities": {"audio": AUDIO, "video": VIDEO, "label": {"kind": "label", "classes": 4}},
+        "mask": {"label": 0.5},
+        "hide": ["label"],
+    },
+    "decoder": {
+        "kind": "multimodal",
+        "answer_channels": 6,
+        "modalities": {
+            "audio": {"grid": [4], "values": 16, "bands": 3, "max_resolution": [64]},
+            "video": {"grid": [2, 8, 8], "values": 3, "bands": 3, "max_resolution": [2, 8, 8]},
+            "label": {"classes": 4, "channels": 10},
+        },
+    },
     "query_residual": False,
-}  # fmt: skip
+}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "classification": ({}, {"inputs": AUDIO}),
     "tagging": ({}, {"inputs": AUDIO}),
-    "multitask": ({"tasks": {"a": 1.0, "b": 0.5}},
-                  {"inputs": AUDIO, "decoder": {"kind": "multitask", "tasks": {"a": 4, "b": 3}}}),
-    "masked_language": ({"probability": 0.5}, {"inputs": {"kind": "text", "length": 20, "channels": 8},
-                                               "decoder": {"kind": "tokens"}, "query_residual": False}),
-    "flow": ({}, {"inputs": {"kind": "flow_frames", "size": (8, 8), "positions": FEW}, "decoder": {"kind": "flow"},
-                  "query_residual": False}),
+    "multitask": (
+        {"tasks": {"a": 1.0, "b": 0.5}},
+        {"inputs": AUDIO, "decoder": {"kind": "multitask", "tasks": {"a": 4, "b": 3}}},
+    ),
+    "masked_language": (
+        {"probability": 0.5},
+        {
+            "inputs": {"kind": "text", "length": 20, "channels": 8},
+            "decoder": {"kind": "tokens"},
+            "query_residual": False,
+        },
+    ),
+    "flow": (
+        {},
+        {
+            "inputs": {"kind": "flow_frames", "size": (8, 8), "positions": FEW},
+            "decoder": {"kind": "flow"},
+            "query_residual": False,
+        },
+    ),
     "autoencoding": ({"queries": {"video": 5, "audio": 2}}, AUTOENCODER),
-}  # fmt: skip
+}
 
 
 def setting(kind: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
@@ -58,9 +80,11 @@ def setting(kind: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
         "text": torch.randint(6, 60, (6, 20)),
         "flow": torch.randn(6, 2, 8, 8),
         "label": (torch.rand(6, 4) > 0.5).float() if kind == "tagging" else torch.randint(0, 4, (6,)),
-        "label_a": torch.tensor([0, 1, -1, 3, 0, 0]), "label_b": torch.tensor([2, 1, 1, 0, 0, 0]),
-        "sample_id": torch.arange(6), "valid": torch.tensor([1, 1, 1, 1, 0, 0]).bool(),
-    }  # fmt: skip
+        "label_a": torch.tensor([0, 1, -1, 3, 0, 0]),
+        "label_b": torch.tensor([2, 1, 1, 0, 0, 0]),
+        "sample_id": torch.arange(6),
+        "valid": torch.tensor([1, 1, 1, 1, 0, 0]).bool(),
+    }
     return task, model, batch
 
 

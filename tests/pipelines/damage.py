@@ -39,8 +39,14 @@ def numbered(number: int) -> dict[str, Any]:
     pixels = PIXELS.copy()
     pixels[0, 0] = number % 256, number // 256, 7
     points = rng.normal(size=(POINTS, 3)).astype("<f4")
-    return {"key": f"sample/{number:05d}.png", "image": encoded(pixels), "audio": sound(TONE + number % 100),
-            "points": points.tobytes(), "text": f"text number {number}", "label": number % 4}
+    return {
+        "key": f"sample/{number:05d}.png",
+        "image": encoded(pixels),
+        "audio": sound(TONE + number % 100),
+        "points": points.tobytes(),
+        "text": f"text number {number}",
+        "label": number % 4,
+    }
 
 
 BOMB = png16(np.zeros((1, 1, 3)), (60_000, 60_000))
@@ -49,7 +55,7 @@ LONG = sound(np.zeros(RATE * 700, np.int16), kind="FLAC")
 NOT_A_NUMBER = np.array([[0, np.nan, 1]] * POINTS, "<f4").tobytes()
 
 BAD: Mapping[str, tuple[str, Any, str]] = {
-    "truncated JPEG": ("image", JPEG[:len(JPEG) // 2], "undecodable image: Truncated File Read|.*truncated"),
+    "truncated JPEG": ("image", JPEG[: len(JPEG) // 2], "undecodable image: Truncated File Read|.*truncated"),
     "truncated PNG": ("image", encoded(PIXELS)[:60], "undecodable image"),
     "0-byte image": ("image", b"", "0 bytes"),
     "no image at all": ("image", None, "0 bytes"),
@@ -134,7 +140,11 @@ ODD: Mapping[str, Odd] = {
     "another rate": Odd("audio", sound(np.repeat(TONE, 2), 2 * RATE), lambda: TONE, 6000),
     "float sound": Odd("audio", sound((TONE / 32768).astype(np.float32), subtype="FLOAT"), lambda: TONE, 1),
     "a short sound": Odd("audio", sound(TONE[:40]), lambda: np.concatenate([TONE[:40], np.zeros(40)])),
-    "few points": Odd("points", np.ones((3, 3), "<f4").cumsum(axis=0, dtype="<f4").tobytes(),
-                      lambda: np.repeat([[-1.0] * 3, [0.0] * 3, [1.0] * 3], [6, 5, 5], axis=0), 0.12),
+    "few points": Odd(
+        "points",
+        np.ones((3, 3), "<f4").cumsum(axis=0, dtype="<f4").tobytes(),
+        lambda: np.repeat([[-1.0] * 3, [0.0] * 3, [1.0] * 3], [6, 5, 5], axis=0),
+        0.12,
+    ),
     "other scripts": Odd("text", "日本語 🙂", lambda: np.frombuffer("日本語 🙂".encode(), np.uint8) + 6),
 }

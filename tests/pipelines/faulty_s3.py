@@ -61,8 +61,8 @@ class FaultyS3:
 
     def _broken(self, answer: Iterable[bytes], fault: str) -> Iterator[bytes]:
         data = b"".join(answer)
-        yield data[:len(data) // 2]
+        yield data[: len(data) // 2]
         if fault == "reset":
             raise ConnectionResetError("injected")
         time.sleep(self.stall)
-        yield data[len(data) // 2:]
+        yield data[len(data) // 2 :]

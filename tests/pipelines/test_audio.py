@@ -67,8 +67,12 @@ def test_containers_that_libsndfile_does_not_know_are_read_by_ffmpeg() -> None:
     assert isinstance(decoded, Media)
     assert (shown(stored, view()) == sound[8000:24_000]).all()
     assert isinstance(FEATURE.decode(sound_file(sound, 16_000), view(), 0), Sound)
-    assert frequency(shown(media_file([0], [1], sound=(tone(440, 2, 16_000) * 32767).astype(np.int16)),
-                           view(rate=8_000, samples=8_000)), 8_000) == pytest.approx(440, abs=2)
+    assert frequency(
+        shown(
+            media_file([0], [1], sound=(tone(440, 2, 16_000) * 32767).astype(np.int16)), view(rate=8_000, samples=8_000)
+        ),
+        8_000,
+    ) == pytest.approx(440, abs=2)
 
 
 def test_channels_are_mixed_or_chosen() -> None:
@@ -128,19 +132,22 @@ FLAC = sound_file(np.random.default_rng(0).integers(-3000, 3000, 64_000).astype(
 WAV = sound_file(ramp(2, 16_000), 16_000, "WAV")
 
 
-@pytest.mark.parametrize("stored, reason", [
-    (b"", "0 bytes"),
-    (None, "0 bytes"),
-    (b"no sound at all" * 100, "undecodable media"),
-    (sound_file(np.zeros(0, np.int16), 16_000, "WAV"), "0 seconds"),
-    (sound_file(NAN, 16_000, "WAV", "FLOAT"), "not finite"),
-    (sound_file(INFINITE, 16_000, "WAV", "FLOAT"), "not finite"),
-    (FLAC[:len(FLAC) // 3], "undecodable audio|cut off"),
-    (WAV[:len(WAV) // 2], "cut off"),
-    (sound_file(np.zeros(11_000, np.int16), 1000), "longer than 10 seconds"),
-    (media_file([0, 1000], [1, 2]), "no audio stream"),
-    (b"#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "undecodable media"),
-])
+@pytest.mark.parametrize(
+    "stored, reason",
+    [
+        (b"", "0 bytes"),
+        (None, "0 bytes"),
+        (b"no sound at all" * 100, "undecodable media"),
+        (sound_file(np.zeros(0, np.int16), 16_000, "WAV"), "0 seconds"),
+        (sound_file(NAN, 16_000, "WAV", "FLOAT"), "not finite"),
+        (sound_file(INFINITE, 16_000, "WAV", "FLOAT"), "not finite"),
+        (FLAC[: len(FLAC) // 3], "undecodable audio|cut off"),
+        (WAV[: len(WAV) // 2], "cut off"),
+        (sound_file(np.zeros(11_000, np.int16), 1000), "longer than 10 seconds"),
+        (media_file([0, 1000], [1, 2]), "no audio stream"),
+        (b"#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "undecodable media"),
+    ],
+)
 def test_damage_is_a_bad_sample(stored: bytes | None, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         shown(stored, view(samples=40_000, max_seconds=10))  # pyright: ignore[reportArgumentType]

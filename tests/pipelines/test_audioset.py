@@ -35,8 +35,11 @@ def write_lists(folder: Path, train: int, test: int) -> None:
         writer = csv.writer(stream)
         writer.writerow(["index", "mid", "display_name"])
         writer.writerows([number, mid, f"Sound, no. {number}"] for number, mid in enumerate(mids))
-    lines = ["# Segments csv created Sun Mar  5 10:54:31 2017", "# num_ytids=1", "# YTID, start_seconds, end_seconds,"
-             " positive_labels"]
+    lines = [
+        "# Segments csv created Sun Mar  5 10:54:31 2017",
+        "# num_ytids=1",
+        "# YTID, start_seconds, end_seconds, positive_labels",
+    ]
     for name, numbers in (("balanced_train", range(train)), ("eval", range(100, 100 + test))):
         rows = [f'{video_id(n)}, {30 * n}.000, {30 * n + 10}.000, "{mids[n]},{mids[5 * n % CLASSES]}"' for n in numbers]
         (folder / f"{name}_segments.csv").write_text("\n".join(lines + rows) + "\n")
@@ -47,8 +50,12 @@ def sounds(tmp_path: Path) -> Path:
     """Seven clips to train on, two without a file, and four to test on: FLAC files in the downloaders' namings."""
     write_lists(tmp_path, 7, 4)
     for number in [0, 1, 2, 3, 4, 100, 101, 102, 103]:
-        name = [f"{video_id(number)}.flac", f"Y{video_id(number)}.flac", f"{video_id(number)}_{30000 * number}.flac",
-                f"{video_id(number)}_{30 * number}.000_{30 * number + 10}.000.flac"][number % 4]
+        name = [
+            f"{video_id(number)}.flac",
+            f"Y{video_id(number)}.flac",
+            f"{video_id(number)}_{30000 * number}.flac",
+            f"{video_id(number)}_{30 * number}.000_{30 * number + 10}.000.flac",
+        ][number % 4]
         (tmp_path / "clips").mkdir(exist_ok=True)
         (tmp_path / "clips" / name).write_bytes(sound_file(tone(200 + number, 2, 16_000), 16_000))
     (tmp_path / "clips" / f"{video_id(2)}_7000.flac").write_bytes(b"another clip of the same video")
@@ -62,8 +69,12 @@ def test_sound_clips_with_missing_files(sounds: Path, tmp_path: Path) -> None:
     manifest = prepare("audioset", str(sounds), str(tmp_path / "out"), config)
     assert len(manifest.classes) == CLASSES and manifest.classes[3] == "Sound, no. 3" and manifest.rejected == 2
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 5, "test": 4}
-    data = DataConfig(url=str(tmp_path / "out"), executor="inline", clip=ClipConfig(eval_clips=3),
-                      audio=AudioConfig(rate=16_000, samples=16_000))
+    data = DataConfig(
+        url=str(tmp_path / "out"),
+        executor="inline",
+        clip=ClipConfig(eval_clips=3),
+        audio=AudioConfig(rate=16_000, samples=16_000),
+    )
     batch = next(eval_batches(data, manifest, EvalShare("train", 5), "cpu"))
     assert batch["valid"].all() and batch["audio"].shape == (5, 3, 16_000)
     for labels, sound in zip(batch["label"], batch["audio"], strict=True):
@@ -84,11 +95,14 @@ def test_names_of_classes_come_from_the_ontology_too(sounds: Path, tmp_path: Pat
     assert prepare("audioset", str(sounds), str(tmp_path / "out"), config).classes[:2] == ("Name 0", "Name 1")
 
 
-@pytest.mark.parametrize("options, reason", [
-    ({"media": "smell"}, "option media=smell: wanted one of audio, video, both"),
-    ({"media": "video"}, "no media files"),
-    ({"train": "some"}, "option train=some"),
-])
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"media": "smell"}, "option media=smell: wanted one of audio, video, both"),
+        ({"media": "video"}, "no media files"),
+        ({"train": "some"}, "option train=some"),
+    ],
+)
 def test_what_cannot_be_prepared_is_refused(sounds: Path, tmp_path: Path, options: dict[str, str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         prepare("audioset", str(sounds), str(tmp_path / "out"), PrepareConfig(options=options))
@@ -112,8 +126,9 @@ def test_the_recipes_fit_the_layout(tmp_path: Path) -> None:
         recipe = audioset_recipe(name, str(tmp_path / "out"))
         check_data(recipe, manifest)
         assert recipe.data.clip.eval_clips == 16 and recipe.data.video.seconds == recipe.data.audio.seconds == 1.28
-    small = DataConfig(url=str(tmp_path / "out"), executor="inline", clip=ClipConfig(eval_clips=2),
-                       video=VideoConfig(size=(16, 16)))
+    small = DataConfig(
+        url=str(tmp_path / "out"), executor="inline", clip=ClipConfig(eval_clips=2), video=VideoConfig(size=(16, 16))
+    )
     batch = next(eval_batches(small, manifest, EvalShare("test", 2), "cpu"))
     assert batch["video"].shape == (2, 2, 32, 3, 16, 16) and batch["audio"].shape == (2, 2, 61_440)
     assert batch["label"].sum().item() == 4

@@ -26,8 +26,13 @@ from pipelines.storage import open_folder
 from tests.pipelines.damage import BAD, ODD, POINTS, RATE, SAMPLES, SIDE, numbered
 
 TOTAL, SHARD, GROUP, BATCH = 2400, 600, 40, 48
-FEATURES = {"image": ImageFeature(channels=3, size=(SIDE, SIDE)), "audio": AudioFeature(), "points": PointsFeature(),
-            "text": TextFeature(), "label": LabelFeature()}
+FEATURES = {
+    "image": ImageFeature(channels=3, size=(SIDE, SIDE)),
+    "audio": AudioFeature(),
+    "points": PointsFeature(),
+    "text": TextFeature(),
+    "label": LabelFeature(),
+}
 BAD_IDS = {37 + number * 97: kind for number, kind in enumerate(BAD)}
 ODD_IDS = {5 + number * 151: kind for number, kind in enumerate(ODD)}
 
@@ -49,14 +54,21 @@ def write_shard(folder: Path, name: str, rows: pa.Table) -> ShardInfo:
     """A shard, and what the manifest says of it."""
     pq.write_table(rows, folder / name, row_group_size=GROUP)
     raw = (folder / name).read_bytes()
-    return ShardInfo(name=name, rows=rows.num_rows, rows_per_group=GROUP, bytes=len(raw),
-                     sha256=hashlib.sha256(raw).hexdigest())
+    return ShardInfo(
+        name=name, rows=rows.num_rows, rows_per_group=GROUP, bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest()
+    )
 
 
 def write_manifest(folder: Path, shards: list[ShardInfo], name: str = "damaged") -> Manifest:
     """The manifest; one split serves training and evaluation."""
-    manifest = Manifest(name=name, features=dict(FEATURES), classes=tuple("abcd"), source="made up", licence="none",
-                        splits={"train": Split(shards=tuple(shards))})
+    manifest = Manifest(
+        name=name,
+        features=dict(FEATURES),
+        classes=tuple("abcd"),
+        source="made up",
+        licence="none",
+        splits={"train": Split(shards=tuple(shards))},
+    )
     save_manifest(manifest, open_folder(str(folder)))
     return manifest
 
@@ -79,23 +91,42 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     assert max(*BAD_IDS, *ODD_IDS) < TOTAL
     folder = tmp_path_factory.mktemp("damaged")
     starts = range(0, TOTAL, SHARD)
-    write_manifest(folder, [
-        write_shard(folder, f"train-{shard}.parquet", table([sample(i) for i in range(start, start + SHARD)]))
-        for shard, start in enumerate(starts)])
+    write_manifest(
+        folder,
+        [
+            write_shard(folder, f"train-{shard}.parquet", table([sample(i) for i in range(start, start + SHARD)]))
+            for shard, start in enumerate(starts)
+        ],
+    )
     return config(folder)
 
 
 def config(folder: Path, **changes: Any) -> DataConfig:
     """How the tests read it: in this process, without augmentation."""
-    return DataConfig.model_validate({
-        "url": str(folder), "executor": "inline", "eval_split": "train", "text_length": 40,
-        "points": {"count": POINTS, "scale": [1, 1]}, "audio": {"rate": RATE, "samples": SAMPLES}, **changes})
+    return DataConfig.model_validate(
+        {
+            "url": str(folder),
+            "executor": "inline",
+            "eval_split": "train",
+            "text_length": 40,
+            "points": {"count": POINTS, "scale": [1, 1]},
+            "audio": {"rate": RATE, "samples": SAMPLES},
+            **changes,
+        }
+    )
 
 
 def epoch(data: DataConfig, quarantine: Quarantine, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
     """One rank's rows of an epoch."""
-    share = TrainShare(seed=1, rank=rank, world=world, global_batch=BATCH, micro_batch=BATCH // world, start_step=0,
-                       stop_step=TOTAL // BATCH)
+    share = TrainShare(
+        seed=1,
+        rank=rank,
+        world=world,
+        global_batch=BATCH,
+        micro_batch=BATCH // world,
+        start_step=0,
+        stop_step=TOTAL // BATCH,
+    )
     batches = list(train_batches(data, load_manifest(data.url), share, "cpu", quarantine))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -121,15 +152,18 @@ def test_all_damage_is_caught_and_no_good_sample_is_lost(damaged: DataConfig, tm
 def test_what_is_only_odd_is_read_right(damaged: DataConfig) -> None:
     manifest = load_manifest(damaged.url)
     batches = eval_batches(damaged, manifest, EvalShare("train", BATCH), "cpu")
-    rows = {int(number): {name: batch[name][row].numpy() for name in batch}
-            for batch in batches for row, number in enumerate(batch["sample_id"])}
+    rows = {
+        int(number): {name: batch[name][row].numpy() for name in batch}
+        for batch in batches
+        for row, number in enumerate(batch["sample_id"])
+    }
     assert sorted(rows) == list(range(TOTAL))
     assert {number for number, row in rows.items() if not row["valid"]} == BAD_IDS.keys()
     for number, kind in ODD_IDS.items():
         part, _, seen, within = ODD[kind]
         wanted, got = seen().astype(float), rows[number][part].astype(float)
         if part == "text":
-            got = got[1:1 + len(wanted)]
+            got = got[1 : 1 + len(wanted)]
         assert np.abs(got - wanted).max() <= within, kind
     plain = rows[1000]
     assert plain["image"][0, 0, 0] == 1000 % 256 and plain["label"] == 0 and plain["audio"][0] == 1000 % 100
@@ -177,12 +211,16 @@ def test_a_missing_shard_is_quarantined_row_by_row(shards: tuple[Path, list[Shar
     assert inspect(str(folder), samples=False).faults == ["train-2.parquet: missing"]
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda rows: rows.set_column(5, "label", pa.array(["a"] * SHARD)), "column label is string, wanted int64"),
-    (lambda rows: rows.drop_columns(["points"]), "no column points"),
-])
-def test_a_shard_of_another_schema_is_quarantined(shards: tuple[Path, list[ShardInfo]], change: Any, reason: str
-                                                  ) -> None:
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda rows: rows.set_column(5, "label", pa.array(["a"] * SHARD)), "column label is string, wanted int64"),
+        (lambda rows: rows.drop_columns(["points"]), "no column points"),
+    ],
+)
+def test_a_shard_of_another_schema_is_quarantined(
+    shards: tuple[Path, list[ShardInfo]], change: Any, reason: str
+) -> None:
     folder, infos = shards
     infos[1] = write_shard(folder, "train-1.parquet", change(table([numbered(i) for i in range(SHARD, 2 * SHARD)])))
     write_manifest(folder, infos)

@@ -50,15 +50,18 @@ def test_evaluation_points_are_spread_over_the_stored_ones() -> None:
     assert evaluation_view(line[:3], PointsConfig(count=10)).shape == (10, 3)
 
 
-@pytest.mark.parametrize("feature, stored, reason", [
-    (PointsFeature(), b"", "no points"),
-    (PointsFeature(), b"1234567", "no rows of three"),
-    (PointsFeature(), np.array([0, np.nan, 1], "<f4").tobytes(), "not finite"),
-    (PointsFeature(), np.array([0, np.inf, 1], "<f4").tobytes(), "not finite"),
-    (TextFeature(), "", "empty text"),
-    (TextFeature(), None, "empty text"),
-    (LabelsFeature(), [1, 9], "label 9 is not one of 4"),
-])
+@pytest.mark.parametrize(
+    "feature, stored, reason",
+    [
+        (PointsFeature(), b"", "no points"),
+        (PointsFeature(), b"1234567", "no rows of three"),
+        (PointsFeature(), np.array([0, np.nan, 1], "<f4").tobytes(), "not finite"),
+        (PointsFeature(), np.array([0, np.inf, 1], "<f4").tobytes(), "not finite"),
+        (TextFeature(), "", "empty text"),
+        (TextFeature(), None, "empty text"),
+        (LabelsFeature(), [1, 9], "label 9 is not one of 4"),
+    ],
+)
 def test_damage_is_a_bad_sample(feature: Any, stored: Any, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         feature.decode(stored, ViewConfig(), 4)
@@ -67,15 +70,31 @@ def test_damage_is_a_bad_sample(feature: Any, stored: Any, reason: str) -> None:
 def test_all_kinds_go_through_shards_and_batches_together(tmp_path: Path) -> None:
     features: dict[str, Feature] = {"text": TextFeature(), "points": PointsFeature(), "label": LabelsFeature()}
     rng = np.random.default_rng(0)
-    samples = [{"key": str(i), "text": TEXTS[i % 5], "label": [i % 4, 3],
-                "points": rng.normal(size=(30, 3)).astype("<f4").tobytes()} for i in range(20)]
+    samples = [
+        {
+            "key": str(i),
+            "text": TEXTS[i % 5],
+            "label": [i % 4, 3],
+            "points": rng.normal(size=(30, 3)).astype("<f4").tobytes(),
+        }
+        for i in range(20)
+    ]
     folder = open_folder(str(tmp_path))
     with ShardWriter(folder, "a.parquet", arrow_schema(features), 6) as writer:
         writer.write(samples)
         shard = writer.close()
     assert shard is not None
-    save_manifest(Manifest(name="all", features=features, classes=tuple("abcd"), licence="", source="",
-                           splits={"train": Split(shards=(shard,))}), folder)
+    save_manifest(
+        Manifest(
+            name="all",
+            features=features,
+            classes=tuple("abcd"),
+            licence="",
+            source="",
+            splits={"train": Split(shards=(shard,))},
+        ),
+        folder,
+    )
     manifest = load_manifest(str(tmp_path))
     data = DataConfig(url=str(tmp_path), executor="inline", text_length=16, points=PointsConfig(count=8))
     shapes = {"text": (16,), "text_mask": (16,), "points": (8, 3), "label": (4,)}
@@ -83,10 +102,15 @@ def test_all_kinds_go_through_shards_and_batches_together(tmp_path: Path) -> Non
     batch = next(train_batches(data, manifest, TrainShare(0, 20, 20, 0, 1), "cpu"))
     assert {name: tuple(batch[name].shape[1:]) for name in shapes} == shapes
     assert {name: batch[name].dtype for name in shapes} == {
-        "text": torch.int64, "text_mask": torch.bool, "points": torch.float32, "label": torch.float32}
+        "text": torch.int64,
+        "text_mask": torch.bool,
+        "points": torch.float32,
+        "label": torch.float32,
+    }
     rows = next(eval_batches(data, manifest, EvalShare("train", 20), "cpu"))
     for number in range(20):
         assert rows["label"][number].nonzero().ravel().tolist() == sorted({number % 4, 3})
         ids = rows["text"][number][rows["text_mask"][number]] - 6
         assert bytes(ids[1:-1].tolist()).decode(errors="ignore") == TEXTS[number % 5][:14].encode()[:14].decode(
-            errors="ignore")
+            errors="ignore"
+        )

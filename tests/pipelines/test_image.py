@@ -47,9 +47,16 @@ def test_lossless_images_come_back() -> None:
 def test_every_mode_becomes_the_wanted_one() -> None:
     image = Image.fromarray(COLOUR)
     grey16 = Image.fromarray(COLOUR[..., 0].astype(np.uint16) * 257)
-    encoded = [saved(image.convert("CMYK"), "JPEG"), saved(image.convert("P"), "PNG"), saved(image.convert("1"), "PNG"),
-               saved(image.convert("LA"), "PNG"), saved(image.convert("RGBA"), "PNG"), saved(grey16, "PNG"),
-               saved(image, "GIF"), saved(image, "WEBP")]
+    encoded = [
+        saved(image.convert("CMYK"), "JPEG"),
+        saved(image.convert("P"), "PNG"),
+        saved(image.convert("1"), "PNG"),
+        saved(image.convert("LA"), "PNG"),
+        saved(image.convert("RGBA"), "PNG"),
+        saved(grey16, "PNG"),
+        saved(image, "GIF"),
+        saved(image, "WEBP"),
+    ]
     for data in encoded:
         assert decode(data, 3).shape == (12, 10, 3)
         assert decode(data, 1).shape == (12, 10, 1)
@@ -62,9 +69,18 @@ def test_alpha_lies_over_white() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("options", [
-    {"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"keep_rgb": True},
-    {"quality": 30}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"progressive": True},
+        {"keep_rgb": True},
+        {"quality": 30},
+        {"restart_marker_rows": 1},
+    ],
+)
 def test_jpegs_are_what_pillow_sees(options: dict[str, object], channels: int) -> None:
     """Whichever of the two decodes them."""
     smooth = Image.fromarray(COLOUR).resize((75, 43))
@@ -94,9 +110,16 @@ def test_an_orientation_that_only_xmp_knows_is_seen() -> None:
     assert decode(data, 3).shape == (10, 12, 3)
 
 
-@pytest.mark.parametrize("exif", [
-    b"Exif\0\0", b"Exif\0\0no TIFF header", b"Exif\0\0MM\0*\0\0\0\x08\0\xff\x01\x12", b"Exif\0\0II*\0\xff\xff\xff\xff",
-    b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x05\0\0\0\x01\0\0\0\0\0\0"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0no TIFF header",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\xff\x01\x12",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x05\0\0\0\x01\0\0\0\0\0\0",
+    ],
+)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_metadata_that_cannot_be_read_costs_no_image(kind: str, exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
     assert decode(saved(Image.fromarray(COLOUR), kind, exif=exif), 3).shape == COLOUR.shape
@@ -107,26 +130,37 @@ def test_damage_that_pillow_reads_over_is_no_bad_sample() -> None:
     """Scanned and re-saved archives are full of it, and Pillow has the last word."""
     data = saved(Image.fromarray(COLOUR).resize((64, 64)), "JPEG")
     place = data.index(b"\xff\xda") + 40
-    for bad in (data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1:], data + b"trailing bytes",
-                data[:20] + b"ab" + data[20:]):
+    for bad in (
+        data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :],
+        data + b"trailing bytes",
+        data[:20] + b"ab" + data[20:],
+    ):
         assert (decode(bad, 3) == np.asarray(Image.open(io.BytesIO(bad)).convert("RGB"))).all()
 
 
 def _huge_png() -> bytes:
     """A file of 60 bytes that claims 100,000 x 100,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + (
-        struct.pack(">I", 4) + b"IDAT" + bytes(8))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + (struct.pack(">I", 4) + b"IDAT" + bytes(8))
+    )
 
 
-@pytest.mark.parametrize("data, reason", [
-    (b"", "0 bytes"),
-    (b"<html>not found</html>", "cannot identify"),
-    (saved(Image.fromarray(COLOUR), "JPEG")[:-60], "undecodable"),
-    (png(COLOUR)[:-50], "undecodable"),
-    (png(COLOUR)[:100] + b"\0\0\0\0" + png(COLOUR)[104:], "undecodable"),
-    (_huge_png(), "more than 100000000 pixels"),
-])
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "0 bytes"),
+        (b"<html>not found</html>", "cannot identify"),
+        (saved(Image.fromarray(COLOUR), "JPEG")[:-60], "undecodable"),
+        (png(COLOUR)[:-50], "undecodable"),
+        (png(COLOUR)[:100] + b"\0\0\0\0" + png(COLOUR)[104:], "undecodable"),
+        (_huge_png(), "more than 100000000 pixels"),
+    ],
+)
 def test_damage_is_a_bad_sample(data: bytes, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         decode(data, 3)
@@ -142,8 +176,10 @@ def test_shift_moves_whole_pixels_and_zeros_in() -> None:
     pixels = np.arange(1, 13, dtype=np.uint8).reshape(1, 3, 4)
     assert shifted(pixels, 1, -1)[0].tolist() == [[0, 0, 0, 0], [2, 3, 4, 0], [6, 7, 8, 0]]
     assert shifted(pixels, -2, 2)[0].tolist() == [[0, 0, 9, 10], [0, 0, 0, 0], [0, 0, 0, 0]]
-    views = {training_view(pixels[0, ..., None], (3, 4), AugmentConfig(shift=1),
-                           partial(np.random.default_rng, i)).tobytes() for i in range(200)}
+    views = {
+        training_view(pixels[0, ..., None], (3, 4), AugmentConfig(shift=1), partial(np.random.default_rng, i)).tobytes()
+        for i in range(200)
+    }
     assert views == {shifted(pixels, down, right).tobytes() for down in (-1, 0, 1) for right in (-1, 0, 1)}
 
 
@@ -206,8 +242,7 @@ def test_boxes_lie_on_the_papers_pixels() -> None:
 
 def test_the_same_generator_gives_the_same_view() -> None:
     config = AugmentConfig(crop=CropConfig(), flip=True, rotate=10, shift=2)
-    views = [training_view(COLOUR, (8, 8), config, partial(np.random.default_rng, seed))
-             for seed in (1, 1, 2)]
+    views = [training_view(COLOUR, (8, 8), config, partial(np.random.default_rng, seed)) for seed in (1, 1, 2)]
     assert (views[0] == views[1]).all() and (views[0] != views[2]).any()
 
 
@@ -223,8 +258,7 @@ def test_what_is_out_of_order_is_refused() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_a_resized_box_is_pillows_but_for_rounding(mode: str) -> None:
-    """Of noise that stays clear of black and white, where each of two passes is cut off, and Pillow chooses the first.
-    """
+    """Of noise that stays clear of black and white, where each pass is cut off and Pillow chooses the first axis."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(80, 176, (60, 80, 3), np.uint8)).convert(mode)
     for seed in range(60):
@@ -248,7 +282,14 @@ def test_images_are_resized_by_torch_only_where_the_processes_were_told() -> Non
 def test_transforms_know_neither_ray_nor_torch() -> None:
     """But for resizing, which imports torch when it is first wanted: see tests/test_architecture.py."""
     folder = Path(__file__).parents[2] / "pipelines"
-    for name in ("transforms/image.py", "features/image.py", "samples.py", "reader.py", "plan.py", "shards.py",
-                 "prepare.py"):
+    for name in (
+        "transforms/image.py",
+        "features/image.py",
+        "samples.py",
+        "reader.py",
+        "plan.py",
+        "shards.py",
+        "prepare.py",
+    ):
         text = (folder / name).read_text()
         assert "import torch" not in text and "\nimport ray" not in text, name

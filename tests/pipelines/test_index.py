@@ -67,12 +67,15 @@ def test_row_groups_of_any_sizes_are_found(tmp_path: Path) -> None:
     assert group_runs([5, 5, 5, 2]) == ((17, 5),)
     assert group_runs([5, 2, 5, 5, 9]) == ((7, 5), (10, 5), (9, 9))
     sizes = [5, 2, 5, 5, 9, 1, 1, 4]
-    shards = (ShardInfo(name="a", rows=3, rows_per_group=2, bytes=1),
-              ShardInfo(name="b", rows=sum(sizes), rows_per_group=9, bytes=1, groups=group_runs(sizes)))
+    shards = (
+        ShardInfo(name="a", rows=3, rows_per_group=2, bytes=1),
+        ShardInfo(name="b", rows=sum(sizes), rows_per_group=9, bytes=1, groups=group_runs(sizes)),
+    )
     groups = RowGroups.of(Split(shards=shards))
     places = list(zip(*(part.tolist() for part in groups.locate(np.arange(3 + sum(sizes)))), strict=True))
     assert places == [(0, 0, 0), (0, 0, 1), (0, 1, 0)] + [
-        (1, group, row) for group, size in enumerate(sizes) for row in range(size)]
+        (1, group, row) for group, size in enumerate(sizes) for row in range(size)
+    ]
     table = pa.table({"image": [png(numbered_image(n)) for n in range(sum(sizes))]})
     (tmp_path / "hub").mkdir()
     with pq.ParquetWriter(tmp_path / "hub" / "train.parquet", table.schema) as writer:
@@ -117,10 +120,13 @@ def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="source digits has to be converted: leave --index out"):
         index("digits", None, out)
-    for number, table in enumerate((
+    for number, table in enumerate(
+        (
             pa.table({"image": pa.array([b"x"]), "label": [1]}),
             pa.table({"image": [{"bytes": b"x", "path": ""}], "label": [1.5]}),
-            pa.table({"image": [{"bytes": b"x", "path": ""}]}))):
+            pa.table({"image": [{"bytes": b"x", "path": ""}]}),
+        )
+    ):
         pq.write_table(table, tmp_path / "hub" / "train-1.parquet")
         with pytest.raises(UserError, match="train-1.parquet.*leave --index out") as caught:
             index("table", str(tmp_path / "hub"), out + str(number), config(classes="a,b,c"))

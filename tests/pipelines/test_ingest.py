@@ -42,8 +42,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return DataConfig(url=str(folder), executor="inline", augment=AUGMENT, run_samples=40, window=10)
 
 
-def take(data: DataConfig, start: int, stop: int, *, rank: int = 0, world: int = 1, micro: int = 6, batch: int = 24,
-         **options: Any) -> Batches:
+def take(
+    data: DataConfig,
+    start: int,
+    stop: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    micro: int = 6,
+    batch: int = 24,
+    **options: Any,
+) -> Batches:
     """One rank's micro-batches."""
     share = TrainShare(3, batch, micro, start, stop, rank, world)
     return list(train_batches(data, load_manifest(data.url), share, "cpu", **options))
@@ -63,8 +72,10 @@ def global_batches(data: DataConfig, start: int, stop: int, world: int, micro: i
     """The global batch of each step, put together from all ranks."""
     per_step = 24 // world // micro
     ranks = [take(data, start, stop, rank=rank, world=world, micro=micro) for rank in range(world)]
-    return [joined([batch for rank in ranks for batch in rank[step * per_step:(step + 1) * per_step]])
-            for step in range(stop - start)]
+    return [
+        joined([batch for rank in ranks for batch in rank[step * per_step : (step + 1) * per_step]])
+        for step in range(stop - start)
+    ]
 
 
 def test_splits_read_in_one_process_stay_apart(tmp_path: Path) -> None:
@@ -82,8 +93,11 @@ def test_batches_have_the_contract_s_keys_shapes_and_types(toy: DataConfig) -> N
     batches = take(toy, 0, 3)
     assert len(batches) == 12
     assert {name: (tuple(value.shape), value.dtype) for name, value in batches[0].items()} == {
-        "image": ((6, 1, 8, 8), torch.uint8), "label": ((6,), torch.int64), "sample_id": ((6,), torch.int64),
-        "valid": ((6,), torch.bool)}
+        "image": ((6, 1, 8, 8), torch.uint8),
+        "label": ((6,), torch.int64),
+        "sample_id": ((6,), torch.int64),
+        "valid": ((6,), torch.bool),
+    }
     assert batch_shapes(toy, load_manifest(toy.url)) == {"image": (1, 8, 8), "label": ()}
     assert all(batch["valid"].all() for batch in batches)
 
@@ -98,7 +112,7 @@ def test_rows_are_the_stored_samples(toy: DataConfig) -> None:
 def test_each_sample_comes_once_an_epoch_across_batch_ends(toy: DataConfig) -> None:
     ids = joined(take(toy, 0, 43))["sample_id"].numpy()
     for epoch in range(10):
-        assert (np.sort(ids[103 * epoch:103 * (epoch + 1)]) == np.arange(103)).all()
+        assert (np.sort(ids[103 * epoch : 103 * (epoch + 1)]) == np.arange(103)).all()
 
 
 @pytest.mark.parametrize("world, micro", [(1, 24), (2, 6), (4, 6), (8, 3), (3, 4)])
@@ -109,7 +123,7 @@ def test_global_batches_do_not_depend_on_the_world_size(toy: DataConfig, world: 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 9])
 def test_a_restart_goes_on_with_the_same_batches(toy: DataConfig, start: int) -> None:
-    assert all(same(a, b) for a, b in zip(take(toy, start, 11), take(toy, 0, 11)[4 * start:], strict=True))
+    assert all(same(a, b) for a, b in zip(take(toy, start, 11), take(toy, 0, 11)[4 * start :], strict=True))
 
 
 def test_limits_of_memory_and_speed_do_not_change_batches(toy: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +142,9 @@ def test_augmentation_varies_with_the_epoch_alone(toy: DataConfig) -> None:
     assert np.mean([len(found) for found in views.values()]) > 9
 
 
-def test_ray_gives_the_inline_batches_across_segments(toy: DataConfig, small_ray: None, monkeypatch: pytest.MonkeyPatch
-                                                      ) -> None:
+def test_ray_gives_the_inline_batches_across_segments(
+    toy: DataConfig, small_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipelines import stream
 
     monkeypatch.setattr(stream, "SEGMENT", 3)
@@ -154,8 +169,7 @@ def test_a_consumer_may_stop_early(toy: DataConfig, small_ray: None) -> None:
 def test_evaluation_covers_the_split_once_padded(toy: DataConfig, small_ray: None, executor: str, world: int) -> None:
     data = toy.model_copy(update={"executor": executor})
     manifest = load_manifest(toy.url)
-    parts = [list(eval_batches(data, manifest, EvalShare("test", 4, rank, world), "cpu"))
-             for rank in range(world)]
+    parts = [list(eval_batches(data, manifest, EvalShare("test", 4, rank, world), "cpu")) for rank in range(world)]
     assert len({len(part) for part in parts}) == 1
     rows = joined([batch for part in parts for batch in part])
     valid = rows["valid"]
@@ -214,8 +228,9 @@ def test_windows_read_ahead_give_the_same_rows(toy: DataConfig) -> None:
     manifest = load_manifest(toy.url)
     plan = ingest.sample_plan(toy, manifest, seed=3, global_batch=24)
     for cache in (256 << 20, 1):
-        work = ingest._work(toy.model_copy(update={"cache_bytes": cache}), manifest, plan, rank=0, world=1, seed=3,
-                            batch=24)
+        work = ingest._work(
+            toy.model_copy(update={"cache_bytes": cache}), manifest, plan, rank=0, world=1, seed=3, batch=24
+        )
         assert len(list(plan.runs(0, 9, 9))) > 2
         ids = np.concatenate([rows["sample_id"] for rows in work.rows(0, 9)])
         assert ids.tolist() == joined(take(toy, 0, 9))["sample_id"].tolist()
@@ -249,8 +264,9 @@ def test_large_rows_come_from_a_stream_for_each_data_task(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_bad_samples_are_replaced_alike_everywhere_and_reported(damaged: DataConfig, small_ray: None, executor: str
-                                                                ) -> None:
+def test_bad_samples_are_replaced_alike_everywhere_and_reported(
+    damaged: DataConfig, small_ray: None, executor: str
+) -> None:
     data = damaged.model_copy(update={"executor": executor})
     wanted = global_batches(damaged, 0, 9, 1, 24)
     quarantine = Quarantine()
@@ -276,11 +292,15 @@ def test_a_bad_sample_is_left_out_of_the_evaluation(damaged: DataConfig) -> None
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_too_many_bad_samples_stop_the_run_with_their_reasons(damaged: DataConfig, small_ray: None, executor: str
-                                                              ) -> None:
+def test_too_many_bad_samples_stop_the_run_with_their_reasons(
+    damaged: DataConfig, small_ray: None, executor: str
+) -> None:
     data = damaged.model_copy(update={"executor": executor, "max_bad_fraction": 0.005})
-    with pytest.raises(UserError, match=r"bad samples in .* data.max_bad_fraction = 0.005 .* x undecodable image: .*"
-                                        r"example train/\d+") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"bad samples in .* data.max_bad_fraction = 0.005 .* x undecodable image: .*"
+        r"example train/\d+",
+    ) as caught:
         take(data, 0, 40)
     assert "\n" not in str(caught.value)
 
@@ -307,20 +327,37 @@ def flipped(path: Path) -> None:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("damage, reason, lost", [
-    (Path.unlink, "train-1.parquet: missing", range(20, 40)),
-    (lambda path: path.write_bytes(path.read_bytes()[:300]), "train-1.parquet: has another size than the manifest says",
-     range(20, 40)),
-    (flipped, "train-1.parquet: could not verify page integrity, CRC", range(20, 25)),
-    (lambda path: rewritten(path, lambda table: table.drop_columns(["label"])),
-     "train-1.parquet: has another size than the manifest says", range(20, 40)),
-    (lambda path: drifted(path, lambda table: table.drop_columns(["label"])), "train-1.parquet: no column label",
-     range(20, 40)),
-    (lambda path: drifted(path, lambda table: table.set_column(2, "label", table["label"].cast("float"))),
-     "train-1.parquet: column label is float, wanted int64", range(20, 40)),
-], ids=["gone", "cut", "flipped", "replaced", "column lost", "column changed"])
-def test_a_shard_lost_in_mid_run_is_replaced_alike_everywhere(tmp_path: Path, damage: Callable[[Path], Any],
-                                                              reason: str, lost: range) -> None:
+@pytest.mark.parametrize(
+    "damage, reason, lost",
+    [
+        (Path.unlink, "train-1.parquet: missing", range(20, 40)),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:300]),
+            "train-1.parquet: has another size than the manifest says",
+            range(20, 40),
+        ),
+        (flipped, "train-1.parquet: could not verify page integrity, CRC", range(20, 25)),
+        (
+            lambda path: rewritten(path, lambda table: table.drop_columns(["label"])),
+            "train-1.parquet: has another size than the manifest says",
+            range(20, 40),
+        ),
+        (
+            lambda path: drifted(path, lambda table: table.drop_columns(["label"])),
+            "train-1.parquet: no column label",
+            range(20, 40),
+        ),
+        (
+            lambda path: drifted(path, lambda table: table.set_column(2, "label", table["label"].cast("float"))),
+            "train-1.parquet: column label is float, wanted int64",
+            range(20, 40),
+        ),
+    ],
+    ids=["gone", "cut", "flipped", "replaced", "column lost", "column changed"],
+)
+def test_a_shard_lost_in_mid_run_is_replaced_alike_everywhere(
+    tmp_path: Path, damage: Callable[[Path], Any], reason: str, lost: range
+) -> None:
     write_images(tmp_path, {"train": [20, 20, 8]})
     damage(tmp_path / "train-1.parquet")
     data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1, run_samples=16)
@@ -344,8 +381,10 @@ def test_ray_replaces_a_lost_shard_as_this_process_does(tmp_path: Path, small_ra
     (tmp_path / "train-1.parquet").unlink()
     data = DataConfig(url=str(tmp_path), executor="ray", max_bad_fraction=1, run_samples=16)
     quarantine = Quarantine()
-    assert same(joined(take(data, 0, 2, quarantine=quarantine)),
-                joined(take(data.model_copy(update={"executor": "inline"}), 0, 2)))
+    assert same(
+        joined(take(data, 0, 2, quarantine=quarantine)),
+        joined(take(data.model_copy(update={"executor": "inline"}), 0, 2)),
+    )
     assert quarantine.met == 20
 
 
@@ -369,8 +408,9 @@ def test_a_shard_that_may_not_be_read_stops_the_run(tmp_path: Path, monkeypatch:
         take(DataConfig(url=str(tmp_path), executor="inline"), 0, 1)
 
 
-def test_a_row_group_without_a_good_sample_is_replaced_and_a_data_set_without_one_gives_invalid_rows(tmp_path: Path
-                                                                                                     ) -> None:
+def test_a_row_group_without_a_good_sample_is_replaced_and_a_data_set_without_one_gives_invalid_rows(
+    tmp_path: Path,
+) -> None:
     write_images(tmp_path / "half", {"train": [10]}, rows_per_group=5, bad=(0, 1, 2, 3, 4))
     data = DataConfig(url=str(tmp_path / "half"), executor="inline", max_bad_fraction=1)
     rows = joined(take(data, 0, 1, batch=10, micro=10))
@@ -383,8 +423,11 @@ def test_a_row_group_without_a_good_sample_is_replaced_and_a_data_set_without_on
 def test_labels_outside_the_classes_are_bad_samples(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [8]}).model_copy(update={"classes": ("a", "b", "c")})
     quarantine = Quarantine()
-    list(train_batches(DataConfig(url=str(tmp_path), executor="inline"), manifest, TrainShare(0, 8, 8, 0, 1), "cpu",
-                       quarantine))
+    list(
+        train_batches(
+            DataConfig(url=str(tmp_path), executor="inline"), manifest, TrainShare(0, 8, 8, 0, 1), "cpu", quarantine
+        )
+    )
     assert {p.reason for p in quarantine.problems.values()} == {"label 3 is not one of 3 classes"}
 
 
@@ -395,7 +438,8 @@ def test_the_quarantine_is_written_as_a_table(tmp_path: Path) -> None:
     quarantine.write(str(tmp_path / "run"))
     assert pq.read_table(tmp_path / "run" / "quarantine.parquet").to_pylist() == [
         {"split": "train", "sample_id": 2, "key": "a", "reason": "empty"},
-        {"split": "train", "sample_id": 7, "key": "b", "reason": "torn"}]
+        {"split": "train", "sample_id": 7, "key": "b", "reason": "torn"},
+    ]
     assert (quarantine.met, quarantine.seen) == (3, 20)
 
 

@@ -46,8 +46,10 @@ def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path: Path) -> 
     pq.write_table(table.set_column(2, "label", pa.array(["x"] * 5)), files[3])
     pq.write_table(table.slice(0, 4), files[4])
     manifest = load_manifest(str(tmp_path))
-    shards = tuple(shard.model_copy(update={"bytes": file.stat().st_size}) if file.exists() and number > 2 else shard
-                   for number, (shard, file) in enumerate(zip(manifest.splits["train"].shards, files, strict=True)))
+    shards = tuple(
+        shard.model_copy(update={"bytes": file.stat().st_size}) if file.exists() and number > 2 else shard
+        for number, (shard, file) in enumerate(zip(manifest.splits["train"].shards, files, strict=True))
+    )
     split = manifest.splits["train"].model_copy(update={"shards": shards})
     save_manifest(manifest.model_copy(update={"splits": {"train": split}}), open_folder(str(tmp_path)))
     faults = inspect(str(tmp_path), samples=False).faults

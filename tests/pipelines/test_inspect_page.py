@@ -60,15 +60,25 @@ def page_of(folder: Path, samples: int = 24) -> tuple[str, Elements]:
     return text, Elements(text)
 
 
-def write_samples(folder: Path, features: dict[str, Feature], rows: list[dict[str, Any]],
-                  classes: tuple[str, ...] = ("a", "b")) -> None:
+def write_samples(
+    folder: Path, features: dict[str, Feature], rows: list[dict[str, Any]], classes: tuple[str, ...] = ("a", "b")
+) -> None:
     """A prepared data set of one shard with these rows."""
     with ShardWriter(open_folder(str(folder)), "train.parquet", arrow_schema(features), 2) as writer:
         writer.write(rows)
         info = writer.close()
     assert info is not None
-    save_manifest(Manifest(name="made", features=features, classes=classes, splits={"train": Split(shards=(info,))},
-                           licence="none", source="made up"), open_folder(str(folder)))
+    save_manifest(
+        Manifest(
+            name="made",
+            features=features,
+            classes=classes,
+            splits={"train": Split(shards=(info,))},
+            licence="none",
+            source="made up",
+        ),
+        open_folder(str(folder)),
+    )
 
 
 def test_places_are_spread_and_all_different() -> None:
@@ -98,9 +108,12 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
 
 def test_texts_are_escaped(tmp_path: Path) -> None:
     harm = "<script>alert(1)</script>"
-    write_samples(tmp_path, {"text": TextFeature(), "label": LabelFeature()},
-                  [{"key": f'"><img src={harm}', "text": harm * 60, "label": 0}, {"key": "b", "text": "", "label": 1}],
-                  classes=(f"{harm}x", "b"))
+    write_samples(
+        tmp_path,
+        {"text": TextFeature(), "label": LabelFeature()},
+        [{"key": f'"><img src={harm}', "text": harm * 60, "label": 0}, {"key": "b", "text": "", "label": 1}],
+        classes=(f"{harm}x", "b"),
+    )
     text, page = page_of(tmp_path)
     assert len(page.all("script")) == 1 and harm not in text
     assert f"{harm}x" in page.text and f"{harm * 60}"[:600] + "…" in page.text
@@ -109,8 +122,11 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
 
 def test_points_are_drawn_from_all_over_the_cloud(tmp_path: Path) -> None:
     cloud = np.random.default_rng(0).normal(size=(5000, 3)).astype("<f4")
-    write_samples(tmp_path, {"points": PointsFeature(), "label": LabelFeature()},
-                  [{"key": "a", "points": cloud.tobytes(), "label": 0}])
+    write_samples(
+        tmp_path,
+        {"points": PointsFeature(), "label": LabelFeature()},
+        [{"key": "a", "points": cloud.tobytes(), "label": 0}],
+    )
     _, page = page_of(tmp_path)
     (canvas,) = page.all("canvas")
     drawn = np.frombuffer(base64.b64decode(canvas["data-points"]), np.int8).reshape(-1, 3)
@@ -164,14 +180,17 @@ def picture_of(uri: str) -> np.ndarray:
 def test_sound_is_seen_and_heard(tmp_path: Path) -> None:
     """A tone of 2 kHz at 16 kHz stands at a quarter of the spectrogram's height; the player holds its samples."""
     samples = tone(2000, 6.0, 16_000)
-    write_samples(tmp_path, {"audio": AudioFeature(), "label": LabelFeature()},
-                  [{"key": "a", "audio": sound_file(samples, 16_000), "label": 0}])
+    write_samples(
+        tmp_path,
+        {"audio": AudioFeature(), "label": LabelFeature()},
+        [{"key": "a", "audio": sound_file(samples, 16_000), "label": 0}],
+    )
     _, page = page_of(tmp_path)
     ((image,), (player,)) = page.all("img"), page.all("audio")
     light = picture_of(image["src"]).sum(axis=(1, 2))
     assert 1 - light.argmax() / len(light) == pytest.approx(0.25, abs=0.03)
     heard, rate = soundfile.read(io.BytesIO(base64.b64decode(player["src"].removeprefix("data:audio/flac;base64,"))))
-    assert rate == 16_000 and np.abs(heard - samples[:len(heard)]).max() < 1e-3
+    assert rate == 16_000 and np.abs(heard - samples[: len(heard)]).max() < 1e-3
     assert "6 s at 16 kHz, 1 channel, the first 5 s of it here" in page.text
     assert inspect(str(tmp_path)).splits["train"].sizes["audio seconds"].most == pytest.approx(6.0)
 
@@ -184,8 +203,11 @@ def test_silence_and_shortest_sounds_are_drawn(tmp_path: Path) -> None:
 
 def test_a_video_with_sound_is_shown_as_frames_in_order_and_heard(tmp_path: Path) -> None:
     film = media_file([100 * i for i in range(10)], [20 * i for i in range(10)], sound=ramp(1.0, 16_000))
-    write_samples(tmp_path, {"media": MediaFeature(channels=1), "label": LabelFeature()},
-                  [{"key": "a", "media": film, "label": 0}])
+    write_samples(
+        tmp_path,
+        {"media": MediaFeature(channels=1), "label": LabelFeature()},
+        [{"key": "a", "media": film, "label": 0}],
+    )
     _, page = page_of(tmp_path)
     frames, _ = (picture_of(image["src"]) for image in page.all("img"))
     greys = [int(frames[16, column, 0]) for column in range(16, frames.shape[1], 36)]
@@ -195,8 +217,9 @@ def test_a_video_with_sound_is_shown_as_frames_in_order_and_heard(tmp_path: Path
 
 def test_a_small_video_that_browsers_know_can_be_played(tmp_path: Path) -> None:
     film = real_video()
-    write_samples(tmp_path, {"video": VideoFeature(), "label": LabelFeature()},
-                  [{"key": "a", "video": film, "label": 0}])
+    write_samples(
+        tmp_path, {"video": VideoFeature(), "label": LabelFeature()}, [{"key": "a", "video": film, "label": 0}]
+    )
     _, page = page_of(tmp_path)
     played = [video["src"] for video in page.all("video")]
     assert played == ([f"data:video/mp4;base64,{base64.b64encode(film).decode()}"] if len(film) <= 1_000_000 else [])

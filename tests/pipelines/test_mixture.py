@@ -24,8 +24,13 @@ def plans(draw: st.DrawFn) -> MixturePlan:
     """Mixtures of one to four data sets of all shapes."""
     sets = draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=4))
     groups = [RowGroups([rows], [per_group]) for rows, per_group, _ in sets]
-    return MixturePlan.build(groups, [weight for *_, weight in sets], [None] * len(sets), seed=draw(st.integers(0, 3)),
-                             global_batch=draw(st.sampled_from([1, 6, 24, 40, 96])))
+    return MixturePlan.build(
+        groups,
+        [weight for *_, weight in sets],
+        [None] * len(sets),
+        seed=draw(st.integers(0, 3)),
+        global_batch=draw(st.sampled_from([1, 6, 24, 40, 96])),
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -44,8 +49,9 @@ def test_the_weights_hold_within_one_sample_from_the_start_and_two_anywhere(coun
 @settings(max_examples=25, deadline=None)
 @given(plans(), st.integers(0, 3))
 def test_each_data_set_runs_through_epochs_of_its_own(plan: MixturePlan, epoch: int) -> None:
-    turns = max(-(-part.samples * sum(plan.counts) // count)
-                for part, count in zip(plan.plans, plan.counts, strict=True))
+    turns = max(
+        -(-part.samples * sum(plan.counts) // count) for part, count in zip(plan.plans, plan.counts, strict=True)
+    )
     positions = np.arange((epoch + 1) * turns + 2)
     which, draws = plan.drawn(positions)
     ids, epochs = plan.at(positions)
@@ -58,8 +64,9 @@ def test_each_data_set_runs_through_epochs_of_its_own(plan: MixturePlan, epoch: 
 
 @settings(max_examples=30, deadline=None)
 @given(plans(), st.integers(0, 40), st.integers(1, 6), st.data())
-def test_ranks_and_restarts_share_the_same_batches(plan: MixturePlan, start: int, steps: int, data: st.DataObject
-                                                   ) -> None:
+def test_ranks_and_restarts_share_the_same_batches(
+    plan: MixturePlan, start: int, steps: int, data: st.DataObject
+) -> None:
     world = data.draw(st.sampled_from([w for w in range(1, plan.global_batch + 1) if plan.global_batch % w == 0]))
     alone = plan.share(start, start + steps)
     together = [plan.share(start, start + steps, rank, world) for rank in range(world)]
@@ -74,13 +81,16 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     """A run may be resumed by a newer version of this program: change the numbers only with a note to users."""
     tables = [mixing_table((7, 3), seed)[0] for seed in (0, 0, 1)]
     assert (tables[0] == tables[1]).all() and (tables[0] != tables[2]).any()
-    plan = MixturePlan.build([RowGroups([100], [10]), RowGroups([50], [10])], [2, 1], [None, None], seed=1,
-                             global_batch=12)
+    plan = MixturePlan.build(
+        [RowGroups([100], [10]), RowGroups([50], [10])], [2, 1], [None, None], seed=1, global_batch=12
+    )
     assert plan.share(7, 8).ids[0].tolist() == [4, 75, 108, 28, 116, 6, 3, 109, 21, 117, 9, 1]
 
 
-@pytest.mark.parametrize("weights, counts", [
-    ([0.7, 0.3], (7, 3)), ([2, 1], (2, 1)), ([1], (1,)), ([0.1, 0.2, 0.3], (1, 2, 3)), ([5, 5], (1, 1))])
+@pytest.mark.parametrize(
+    "weights, counts",
+    [([0.7, 0.3], (7, 3)), ([2, 1], (2, 1)), ([1], (1,)), ([0.1, 0.2, 0.3], (1, 2, 3)), ([5, 5], (1, 1))],
+)
 def test_weights_mean_what_their_decimals_say(weights: list[float], counts: tuple[int, ...]) -> None:
     assert whole_parts(weights) == counts
 
@@ -149,7 +159,8 @@ def test_a_bad_sample_is_replaced_from_its_own_data_set(tmp_path: Path) -> None:
     rows = joined(take(data, 0, 4, quarantine=quarantine))
     assert int((rows["sample_id"] >= 60).sum()) == int((rows["sample_id"] < 40).sum()) == 40
     assert {(p.split, p.reason) for p in quarantine.problems.values()} == {
-        (f"train of {tmp_path}/b", "train-0.parquet: missing")}
+        (f"train of {tmp_path}/b", "train-0.parquet: missing")
+    }
     with pytest.raises(UserError, match=rf"1 of 2 files .*{tmp_path}/b/train-0.parquet: missing"):
         check_files(data, load_data(data))
 
@@ -158,10 +169,11 @@ def test_data_sets_that_do_not_agree_are_refused(mixed: DataConfig, tmp_path: Pa
     manifest = write_images(tmp_path, {"train": [4]})
     part = MixturePart(url="s3://other", weight=1)
     for change, message in (
-            ({"classes": ("a", "b", "x", "d")}, "s3://other has other classes .* class 2 is 'x', wanted 'c'"),
-            ({"classes": ("a",)}, "has other classes .* 1, wanted 4"),
-            ({"features": {"image": manifest.features["image"]}}, "has the features image, .* image, label"),
-            ({"features": {**manifest.features, "image": LabelFeature()}}, "feature 'image' of s3://other is")):
+        ({"classes": ("a", "b", "x", "d")}, "s3://other has other classes .* class 2 is 'x', wanted 'c'"),
+        ({"classes": ("a",)}, "has other classes .* 1, wanted 4"),
+        ({"features": {"image": manifest.features["image"]}}, "has the features image, .* image, label"),
+        ({"features": {**manifest.features, "image": LabelFeature()}}, "feature 'image' of s3://other is"),
+    ):
         with pytest.raises(UserError, match=message) as caught:
             mix(manifest, "train", [(part, manifest.model_copy(update=change))])
         assert "\n" not in str(caught.value)

@@ -41,7 +41,7 @@ def test_notes_sound_at_their_pitch(font: Any, program: int, key: int) -> None:
 
 def test_a_released_key_falls_silent_and_a_held_one_sounds_on(font: Any) -> None:
     organ = play(font, Note(0, 19, 60, seconds=2.0, held=1.0), 16_000)
-    level = [float(np.sqrt(np.mean(part ** 2))) for part in np.split(organ, 8)]
+    level = [float(np.sqrt(np.mean(part**2))) for part in np.split(organ, 8)]
     assert min(level[1:4]) > 0.5 * max(level) and level[7] < 0.05 * max(level)
     longer = play(font, Note(0, 19, 60, seconds=6.0, held=6.0), 16_000)
     assert np.sqrt(np.mean(longer[-8000:] ** 2)) > 0.5 * max(level)
@@ -85,7 +85,7 @@ def test_moving_digits_are_lossless_recordings_and_the_same_each_time() -> None:
         shown = feature.show("media", feature.decode(sample["media"], view, 10), view, False, None)
         assert shown["video"].shape == (4, 1, 32, 32) and shown["audio"].shape == (8000,)
         # 0 dB: the note and the noise, each of 0.1, make 0.1 * sqrt(2).
-        assert (shown["audio"] / 32768).std() == pytest.approx(0.1 * 2 ** 0.5, rel=0.05)
+        assert (shown["audio"] / 32768).std() == pytest.approx(0.1 * 2**0.5, rel=0.05)
         assert shown["video"].std() > 20 and (shown["video"][0] != shown["video"][1]).any()
     frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32), dtype=np.uint8)
     sound = np.random.default_rng(0).integers(-9000, 9000, 8000).astype(np.int16)

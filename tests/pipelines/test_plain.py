@@ -28,7 +28,7 @@ def column_of(raw: bytes) -> tuple[pq.ColumnChunkMetaData, Any, bytearray]:
     with pq.ParquetFile(io.BytesIO(raw)) as file:
         chunk, column = file.metadata.row_group(0).column(0), file.schema.column(0)
     start = chunk.data_page_offset
-    return chunk, column, bytearray(raw[start:start + chunk.total_compressed_size])
+    return chunk, column, bytearray(raw[start : start + chunk.total_compressed_size])
 
 
 def taken(raw: bytes, flipped: int | None = None) -> list[Any] | None:
@@ -40,9 +40,14 @@ def taken(raw: bytes, flipped: int | None = None) -> list[Any] | None:
     return values and [bytes(value) if isinstance(value, memoryview) else value for value in values]
 
 
-PAGES = st.fixed_dictionaries({
-    "nullable": st.booleans(), "data_page_size": st.sampled_from([64, 1 << 20]), "write_statistics": st.booleans(),
-    "compression": st.sampled_from(["none", "zstd"])})
+PAGES = st.fixed_dictionaries(
+    {
+        "nullable": st.booleans(),
+        "data_page_size": st.sampled_from([64, 1 << 20]),
+        "write_statistics": st.booleans(),
+        "compression": st.sampled_from(["none", "zstd"]),
+    }
+)
 
 
 @settings(deadline=None)
@@ -88,17 +93,33 @@ def test_hostile_headers_end_soon(pages: bytes) -> None:
 def test_a_page_that_claims_to_be_enormous_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk, column, pages = column_of(written([b"a" * 1000], compression="zstd", write_page_checksum=False))
     place = pages.index(b"\xe4\x0f")  # The size, 1010, as a zigzag integer.
-    pages[place:place + 2] = b"\xfe\xff\xff\xff\x0f"
+    pages[place : place + 2] = b"\xfe\xff\xff\xff\x0f"
     monkeypatch.setattr(pa, "decompress", lambda *_, **__: pytest.fail("would take 2 GB"))
     assert plain_values(memoryview(pages), chunk, column) is None
 
 
-@pytest.mark.parametrize("values, options", [
-    ([b"a", None, b"c"], {}), ([b"a", b"b", b"a"], {"data_page_version": "2.0"}), ([1, None], {"kind": pa.int64()}),
-    ([b"a", b"b"], {"compression": "snappy"}), ([b"a", b"b"], {"use_dictionary": True}),
-    ([1, 2], {"kind": pa.int32()}), ([1, 2], {"kind": pa.timestamp("us")}), ([[b"a"], [b"b"]], {"kind": pa.list_(
-        pa.binary())}),
-], ids=["a missing value", "pages of version 2", "a missing number", "snappy", "dictionary", "small numbers", "times",
-        "lists"])
+@pytest.mark.parametrize(
+    "values, options",
+    [
+        ([b"a", None, b"c"], {}),
+        ([b"a", b"b", b"a"], {"data_page_version": "2.0"}),
+        ([1, None], {"kind": pa.int64()}),
+        ([b"a", b"b"], {"compression": "snappy"}),
+        ([b"a", b"b"], {"use_dictionary": True}),
+        ([1, 2], {"kind": pa.int32()}),
+        ([1, 2], {"kind": pa.timestamp("us")}),
+        ([[b"a"], [b"b"]], {"kind": pa.list_(pa.binary())}),
+    ],
+    ids=[
+        "a missing value",
+        "pages of version 2",
+        "a missing number",
+        "snappy",
+        "dictionary",
+        "small numbers",
+        "times",
+        "lists",
+    ],
+)
 def test_other_columns_are_left_to_arrow(values: list[Any], options: dict[str, Any]) -> None:
     assert taken(written(values, **options)) is None

@@ -23,8 +23,13 @@ def plans(draw: st.DrawFn) -> SamplePlan:
     """Plans of all shapes: ragged shards, several row group sizes, batches larger than an epoch."""
     shards = draw(SHARDS)
     lanes = draw(st.integers(1, 6))
-    return SamplePlan.build(RowGroups(*zip(*shards, strict=True)), seed=draw(st.integers(0, 3)), lanes=lanes,
-                            global_batch=lanes * draw(st.integers(1, 12)), window=draw(st.integers(1, 40)))
+    return SamplePlan.build(
+        RowGroups(*zip(*shards, strict=True)),
+        seed=draw(st.integers(0, 3)),
+        lanes=lanes,
+        global_batch=lanes * draw(st.integers(1, 12)),
+        window=draw(st.integers(1, 40)),
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -38,8 +43,9 @@ def test_each_epoch_holds_each_sample_once(plan: SamplePlan, epoch: int) -> None
 
 @settings(max_examples=100, deadline=None)
 @given(plans(), st.integers(0, 40), st.integers(1, 9), st.data())
-def test_ranks_share_the_same_batches_at_any_world_size(plan: SamplePlan, start: int, steps: int, data: st.DataObject
-                                                        ) -> None:
+def test_ranks_share_the_same_batches_at_any_world_size(
+    plan: SamplePlan, start: int, steps: int, data: st.DataObject
+) -> None:
     world = data.draw(st.sampled_from([w for w in range(1, plan.global_batch + 1) if plan.global_batch % w == 0]))
     alone = plan.share(start, start + steps)
     together = [plan.share(start, start + steps, rank, world) for rank in range(world)]

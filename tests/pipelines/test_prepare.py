@@ -36,7 +36,9 @@ def test_digits_become_lossless_stratified_shards(tmp_path: Path, archive: tuple
     dst = tmp_path / "out"
     manifest = prepare("digits", path, str(dst), PrepareConfig(shard_rows=100, group_rows=16))
     assert {name: [shard.rows for shard in split.shards] for name, split in manifest.splits.items()} == {
-        "train": [100, 60], "test": [40]}
+        "train": [100, 60],
+        "test": [40],
+    }
     seen = []
     for split, per_class in (("train", 16), ("test", 4)):
         rows = rows_of(dst, manifest, split)
@@ -48,18 +50,29 @@ def test_digits_become_lossless_stratified_shards(tmp_path: Path, archive: tuple
             seen.append(number)
     assert sorted(seen) == list(range(200))
     assert sorted(path.name for path in dst.iterdir()) == [
-        "manifest.json", "test-000000.parquet", "train-000000.parquet", "train-000001.parquet"]
+        "manifest.json",
+        "test-000000.parquet",
+        "train-000000.parquet",
+        "train-000001.parquet",
+    ]
 
 
 def test_a_seed_gives_one_split_and_another_seed_another(tmp_path: Path, archive: tuple[str, np.ndarray]) -> None:
-    keys = [[row["key"] for row in rows_of(tmp_path / name, prepare(
-        "digits", archive[0], str(tmp_path / name), PrepareConfig(seed=seed)), "test")]
-        for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    keys = [
+        [
+            row["key"]
+            for row in rows_of(
+                tmp_path / name, prepare("digits", archive[0], str(tmp_path / name), PrepareConfig(seed=seed)), "test"
+            )
+        ]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_a_finished_destination_is_left_alone_and_another_one_refused(tmp_path: Path, archive: tuple[str, np.ndarray]
-                                                                      ) -> None:
+def test_a_finished_destination_is_left_alone_and_another_one_refused(
+    tmp_path: Path, archive: tuple[str, np.ndarray]
+) -> None:
     dst = str(tmp_path / "out")
     first = prepare("digits", archive[0], dst)
     times = {path: path.stat().st_mtime_ns for path in Path(dst).iterdir()}
@@ -69,8 +82,9 @@ def test_a_finished_destination_is_left_alone_and_another_one_refused(tmp_path: 
         prepare("digits", archive[0], dst, PrepareConfig(seed=5))
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path, archive: tuple[str, np.ndarray],
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_where_it_stopped(
+    tmp_path: Path, archive: tuple[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     dst, config = tmp_path / "out", PrepareConfig(shard_rows=40, parallel="off")
     done: list[str] = []
 
@@ -85,8 +99,9 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path, archive: tuple[s
         load_manifest(str(dst))
     written: list[str] = []
     original = preparing.ShardWriter
-    monkeypatch.setattr(preparing, "ShardWriter", lambda folder, name, *rest: (
-        written.append(name), original(folder, name, *rest))[1])
+    monkeypatch.setattr(
+        preparing, "ShardWriter", lambda folder, name, *rest: (written.append(name), original(folder, name, *rest))[1]
+    )
     resumed = prepare("digits", archive[0], str(dst), config)
     assert not set(written) & set(done) and len(written) == 3
     assert resumed.splits == prepare("digits", archive[0], str(tmp_path / "whole"), config).splits
@@ -118,7 +133,7 @@ def test_digits_are_lifted_to_points_on_their_ink(tmp_path: Path, archive: tuple
     assert np.corrcoef(np.bincount(lines * 28 + columns, minlength=784)[:784], image.ravel())[0, 1] > 0.3
 
 
-CATALOGUE = '''# comment
+CATALOGUE = """# comment
 msgid ""
 msgstr "Content-Type: text/plain\\n"
 
@@ -144,7 +159,7 @@ msgstr "The same everywhere"
 
 msgid "Another good morning"
 msgstr "Guten Morgen zusammen"
-'''
+"""
 
 
 def test_languages_are_read_from_catalogues(tmp_path: Path) -> None:
@@ -155,9 +170,13 @@ def test_languages_are_read_from_catalogues(tmp_path: Path) -> None:
     manifest = prepare("languages", str(path), str(tmp_path / "out"), PrepareConfig(parallel="off"))
     rows = [row for split in manifest.splits for row in rows_of(tmp_path / "out", manifest, split)]
     assert sorted((manifest.classes[row["label"]], row["text"]) for row in rows) == [
-        ("de", "Guten Morgen zusammen"), ("de", "ein Ding von vielen Dingen"),
-        ("en", "Another good morning"), ("en", "Good morning, everybody"), ("en", "The same everywhere"),
-        ("en", "one thing of many things")]
+        ("de", "Guten Morgen zusammen"),
+        ("de", "ein Ding von vielen Dingen"),
+        ("en", "Another good morning"),
+        ("en", "Good morning, everybody"),
+        ("en", "The same everywhere"),
+        ("en", "one thing of many things"),
+    ]
     assert all(row["key"].startswith("django/conf/locale/") for row in rows)
     with zipfile.ZipFile(tmp_path / "empty.whl", "w") as package:
         package.writestr("x", "y")
@@ -181,7 +200,9 @@ def test_image_folders_hold_out_a_share_of_each_class(tmp_path: Path) -> None:
     assert manifest.features["image"].model_dump() == {"kind": "image", "channels": 3, "size": (9, 7)}
     rows = {split: rows_of(tmp_path / "out", manifest, split) for split in manifest.splits}
     assert {split: sorted(row["label"] for row in found) for split, found in rows.items()} == {
-        "train": [0] * 4 + [1] * 4, "test": [0, 1]}
+        "train": [0] * 4 + [1] * 4,
+        "test": [0, 1],
+    }
     for row in rows["train"] + rows["test"]:
         assert row["image"] == (tmp_path / "src" / row["key"]).read_bytes()
         assert row["key"].startswith(manifest.classes[row["label"]])
@@ -200,18 +221,22 @@ def test_the_size_of_images_is_that_of_upright_ones(tmp_path: Path) -> None:
 
 def test_image_folders_with_splits_are_kept(tmp_path: Path) -> None:
     image_tree(tmp_path / "src", ["train/cat", "train/dog", "validation/cat"])
-    manifest = prepare("image_folder", str(tmp_path / "src"), str(tmp_path / "out"), PrepareConfig(
-        options={"channels": "1"}))
+    manifest = prepare(
+        "image_folder", str(tmp_path / "src"), str(tmp_path / "out"), PrepareConfig(options={"channels": "1"})
+    )
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 10, "val": 5}
     assert manifest.classes == ("cat", "dog")
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("digit", {}, "no source named 'digit', did you mean 'digits'"),
-    ("digits", {"size": "3"}, "unknown option 'size' of this source; it takes none"),
-    ("image_folder", {}, "does not exist"),
-    ("image_folder", {"held_out": "2"}, "does not exist"),
-])
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("digit", {}, "no source named 'digit', did you mean 'digits'"),
+        ("digits", {"size": "3"}, "unknown option 'size' of this source; it takes none"),
+        ("image_folder", {}, "does not exist"),
+        ("image_folder", {"held_out": "2"}, "does not exist"),
+    ],
+)
 def test_wrong_arguments_are_one_line(tmp_path: Path, name: str, options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepare(name, str(tmp_path / "absent"), str(tmp_path / "out"), PrepareConfig(options=options))
@@ -227,8 +252,9 @@ def test_a_folder_without_images_and_wrong_shares_are_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("place", ["file/out", "/proc/out"])
-def test_a_destination_that_cannot_be_written_is_refused(tmp_path: Path, archive: tuple[str, np.ndarray], place: str
-                                                         ) -> None:
+def test_a_destination_that_cannot_be_written_is_refused(
+    tmp_path: Path, archive: tuple[str, np.ndarray], place: str
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*; give a folder you may write to"):
         prepare("digits", archive[0], str(tmp_path / place))

@@ -29,12 +29,15 @@ def test_enhancements_do_nothing_at_magnitude_5(name: str) -> None:
     assert (applied(name, level=0.9) != COLOUR).any()
 
 
-@pytest.mark.parametrize("name, wanted", [
-    ("Invert", lambda v: 255 - v),
-    ("Posterize", lambda v: v // 64 * 64),
-    ("Solarize", lambda v: np.where(v < 128, v, 255 - v)),
-    ("SolarizeAdd", lambda v: np.where(v < 128, np.minimum(v + 55, 255), v)),
-])
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("Invert", lambda v: 255 - v),
+        ("Posterize", lambda v: v // 64 * 64),
+        ("Solarize", lambda v: np.where(v < 128, v, 255 - v)),
+        ("SolarizeAdd", lambda v: np.where(v < 128, np.minimum(v + 55, 255), v)),
+    ],
+)
 def test_pixel_operations(name: str, wanted: Callable[[np.ndarray], np.ndarray]) -> None:
     assert (applied(name) == wanted(COLOUR.astype(int))).all()
     assert (applied(name, COLOUR[..., 0]) == wanted(COLOUR[..., 0].astype(int))).all()
@@ -84,7 +87,6 @@ def test_modes_and_sizes_are_kept_and_all_operations_are_drawn() -> None:
 
 def test_the_papers_training_view() -> None:
     config = AugmentConfig(crop=CropConfig(), flip=True, rand_augment=RandAugmentConfig())
-    views = [training_view(COLOUR, (32, 32), config, partial(np.random.default_rng, seed))
-             for seed in (1, 1, 2)]
+    views = [training_view(COLOUR, (32, 32), config, partial(np.random.default_rng, seed)) for seed in (1, 1, 2)]
     assert views[0].shape == (3, 32, 32)
     assert (views[0] == views[1]).all() and (views[0] != views[2]).any()

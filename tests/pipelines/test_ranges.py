@@ -31,7 +31,7 @@ def read(path: Path, start: int, stop: int) -> Bytes:
 def test_a_large_range_is_a_view(path: Path, start: int) -> None:
     found = read(path, start, start + MAPPED_BYTES + 3)
     assert isinstance(found, memoryview) and found.readonly
-    assert found == CONTENT[start:start + MAPPED_BYTES + 3]
+    assert found == CONTENT[start : start + MAPPED_BYTES + 3]
 
 
 def test_a_small_range_is_a_copy(path: Path) -> None:
@@ -58,6 +58,7 @@ def test_a_file_that_is_too_short_is_an_error(path: Path) -> None:
 @linux
 def test_a_file_cut_short_after_it_was_mapped_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Touching such pages would end the process; the system is asked for them first."""
+
     class Late(mmap.mmap):
         def __new__(cls, *args: Any, **options: Any) -> "Late":
             pages = super().__new__(cls, *args, **options)

@@ -26,8 +26,13 @@ SECRET = {"key": "testing", "secret": "testing"}
 def s3() -> Iterator[FaultyS3]:
     """The server with an empty bucket."""
     server = FaultyS3()
-    boto3.client("s3", endpoint_url=server.url, aws_access_key_id="testing", aws_secret_access_key="testing",
-                 region_name="us-east-1").create_bucket(Bucket="data")
+    boto3.client(
+        "s3",
+        endpoint_url=server.url,
+        aws_access_key_id="testing",
+        aws_secret_access_key="testing",
+        region_name="us-east-1",
+    ).create_bucket(Bucket="data")
     yield server
     server.close()
 
@@ -40,12 +45,15 @@ def both(s3: FaultyS3, tmp_path_factory: pytest.TempPathFactory) -> tuple[DataCo
     options = {**SECRET, "endpoint_url": s3.url}
     config = PrepareConfig(shard_rows=250, group_rows=20, parallel="off")
     local = prepare("digits", str(folder / "digits.whl"), str(folder / "out"), config)
-    away = prepare("digits", str(folder / "digits.whl"), "s3://data/digits", config.model_copy(
-        update={"storage_options": options}))
+    away = prepare(
+        "digits", str(folder / "digits.whl"), "s3://data/digits", config.model_copy(update={"storage_options": options})
+    )
     assert away == local == load_manifest("s3://data/digits", options)
     common = {"executor": "inline", "run_samples": 64, "read": POLICY}
-    return (DataConfig(url=str(folder / "out"), **common),
-            DataConfig(url="s3://data/digits", storage_options=options, **common))
+    return (
+        DataConfig(url=str(folder / "out"), **common),
+        DataConfig(url="s3://data/digits", storage_options=options, **common),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +66,9 @@ def cold(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batches(data: DataConfig) -> dict:
     """A little more than an epoch of training rows."""
-    return joined(list(train_batches(data, load_manifest(data.url, data.storage_options), TrainShare(1, 32, 16, 0, 16),
-                                     "cpu")))
+    return joined(
+        list(train_batches(data, load_manifest(data.url, data.storage_options), TrainShare(1, 32, 16, 0, 16), "cpu"))
+    )
 
 
 def test_one_request_a_row_group(both: tuple[DataConfig, DataConfig], s3: FaultyS3) -> None:
@@ -86,8 +95,9 @@ def test_ray_tasks_read_from_s3(both: tuple[DataConfig, DataConfig], small_ray: 
     assert same(batches(away.model_copy(update={"executor": "ray"})), batches(local))
 
 
-def test_a_server_that_never_answers_well_ends_in_one_clear_error(both: tuple[DataConfig, DataConfig], s3: FaultyS3
-                                                                  ) -> None:
+def test_a_server_that_never_answers_well_ends_in_one_clear_error(
+    both: tuple[DataConfig, DataConfig], s3: FaultyS3
+) -> None:
     folder = open_folder("s3://data/digits", both[1].storage_options)
     s3.rate = 1.0
     began = time.monotonic()

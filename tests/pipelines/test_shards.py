@@ -56,13 +56,16 @@ def test_folders_that_are_no_data_set_are_refused_with_the_fix(tmp_path: Path) -
         load_manifest(str(tmp_path / "file"))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda raw: raw[:-20], "cannot read"),
-    (lambda raw: "[1]", "not a manifest"),
-    (lambda raw: raw.replace('"format_version": 1', '"format_version": 99'), "version 99.* reads up to 1"),
-    (lambda raw: raw.replace('"licence"', '"license"'), "licence"),
-    (lambda raw: raw.replace('"rows": 6', '"rows": "many"'), r"splits.train.shards.0.rows"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda raw: raw[:-20], "cannot read"),
+        (lambda raw: "[1]", "not a manifest"),
+        (lambda raw: raw.replace('"format_version": 1', '"format_version": 99'), "version 99.* reads up to 1"),
+        (lambda raw: raw.replace('"licence"', '"license"'), "licence"),
+        (lambda raw: raw.replace('"rows": 6', '"rows": "many"'), r"splits.train.shards.0.rows"),
+    ],
+)
 def test_broken_manifests_are_refused_in_one_line(tmp_path: Path, change, message: str) -> None:
     write_images(tmp_path, {"train": [6]})
     path = tmp_path / "manifest.json"
@@ -83,5 +86,7 @@ def test_storage_options_come_from_the_environment(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="no variable NOT_SET_ANYWHERE"):
         load_manifest(str(tmp_path), {"key": "$NOT_SET_ANYWHERE"})
     monkeypatch.setenv("MKDIR", "yes")
-    assert json.loads((tmp_path / "manifest.json").read_text())["name"] == load_manifest(
-        str(tmp_path), {"auto_mkdir": "$MKDIR"}).name
+    assert (
+        json.loads((tmp_path / "manifest.json").read_text())["name"]
+        == load_manifest(str(tmp_path), {"auto_mkdir": "$MKDIR"}).name
+    )

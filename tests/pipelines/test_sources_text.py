@@ -25,16 +25,23 @@ def config(**options: str) -> PrepareConfig:
     return PrepareConfig(parallel="off", shard_rows=4, max_bad_fraction=1, options=options)
 
 
-@given(lines=LINES, cuts=st.lists(st.integers(0, 400), max_size=6), ending=st.sampled_from([b"\n", b"\r\n"]),
-       last=st.booleans())
+@given(
+    lines=LINES,
+    cuts=st.lists(st.integers(0, 400), max_size=6),
+    ending=st.sampled_from([b"\n", b"\r\n"]),
+    last=st.booleans(),
+)
 @example(lines=[b"", b"a"], cuts=[1], ending=b"\r\n", last=False)
 @settings(max_examples=200, deadline=None)
 def test_ranges_give_each_document_once(lines: list[bytes], cuts: list[int], ending: bytes, last: bool) -> None:
     raw = ending.join(lines) + (ending if last else b"")
     places = sorted({0, len(raw), *(cut for cut in cuts if cut < len(raw))})
     for by in ("line", "blank"):
-        found = [text for start, stop in zip(places, places[1:], strict=False)
-                 for _, text in documents(io.BytesIO(raw), start, stop, by)]
+        found = [
+            text
+            for start, stop in zip(places, places[1:], strict=False)
+            for _, text in documents(io.BytesIO(raw), start, stop, by)
+        ]
         blocks = raw.replace(b"\r\n", b"\n").split(b"\n" if by == "line" else b"\n\n")
         wanted = [block.strip(b"\n") for block in blocks if block.strip(b"\n")]
         assert [text.replace(b"\r\n", b"\n").strip(b"\n") for text in found] == wanted
@@ -42,8 +49,10 @@ def test_ranges_give_each_document_once(lines: list[bytes], cuts: list[int], end
 
 def test_documents_are_joined_and_cut_between_words(tmp_path: Path) -> None:
     long = " ".join(WORDS[i % 5] + str(i) for i in range(300))
-    src = write(tmp_path / "src", {"train.txt": f"first document\nof two lines\n\nsecond\n\n\n{long}\n".encode(),
-                                   "test.txt": b"held out"})
+    src = write(
+        tmp_path / "src",
+        {"train.txt": f"first document\nof two lines\n\nsecond\n\n\n{long}\n".encode(), "test.txt": b"held out"},
+    )
     manifest = prepare("text", str(src), str(tmp_path / "out"), config(length="100", join="2"))
     assert manifest.classes == () and set(manifest.features) == {"text"}
     texts = [row["text"] for row in rows_of(tmp_path / "out", manifest, "train")]
@@ -71,7 +80,8 @@ def test_json_lines_are_held_out_by_content_and_bad_ones_named(tmp_path: Path) -
     problems = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
     assert manifest.rejected == 5
     assert sorted(row["reason"] for row in problems) == sorted(
-        ["no JSON object with 'body'"] * 3 + ["'body' is no string", "invalid UTF-8: invalid start byte"])
+        ["no JSON object with 'body'"] * 3 + ["'body' is no string", "invalid UTF-8: invalid start byte"]
+    )
     assert all(row["key"].startswith("a.jsonl@") for row in problems)
 
 
@@ -79,14 +89,18 @@ def test_whole_files_can_be_documents(tmp_path: Path) -> None:
     src = write(tmp_path / "src", {f"train/{i}.txt": f"a\n\nb {i}".encode() for i in range(6)} | {"test/0.txt": b"c"})
     manifest = prepare("text", str(src), str(tmp_path / "out"), config(document="file"))
     assert sorted(row["text"] for row in rows_of(tmp_path / "out", manifest, "train")) == [
-        f"a\n\nb {i}" for i in range(6)]
+        f"a\n\nb {i}" for i in range(6)
+    ]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"length": "x"}, "option length=x: wanted a whole number of at least 8"),
-    ({"document": "page"}, "option document=page: wanted one of blank, line, file"),
-    ({"held_out": "1"}, "option held_out=1: wanted a share"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"length": "x"}, "option length=x: wanted a whole number of at least 8"),
+        ({"document": "page"}, "option document=page: wanted one of blank, line, file"),
+        ({"held_out": "1"}, "option held_out=1: wanted a share"),
+    ],
+)
 def test_wrong_options_are_one_line(tmp_path: Path, options: dict[str, str], message: str) -> None:
     src = write(tmp_path / "src", {"a.txt": b"text"})
     with pytest.raises(UserError, match=message):

@@ -19,8 +19,10 @@ OFF = PrepareConfig(parallel="off")
 
 def hub_table(path: Path, first: int, count: int, names: list[str] | None) -> None:
     """A file as the Hugging Face libraries write images: a struct of bytes and path, class names in the metadata."""
-    rows = [{"image": {"bytes": png(numbered_image(i)), "path": f"{i}.png"}, "label": i % 3}
-            for i in range(first, first + count)]
+    rows = [
+        {"image": {"bytes": png(numbered_image(i)), "path": f"{i}.png"}, "label": i % 3}
+        for i in range(first, first + count)
+    ]
     table = pa.Table.from_pylist(rows)
     if names:
         facts = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
@@ -40,8 +42,9 @@ def test_a_hub_s_image_table_is_read_with_its_class_names(tmp_path: Path) -> Non
     hub_table(src / "data" / "train-00001-of-00002.parquet", 10, 6, ["ant", "bee", "cow"])
     hub_table(src / "data" / "validation-00000-of-00001.parquet", 16, 5, ["ant", "bee", "cow"])
     out = tmp_path / "out"
-    manifest = prepare("table", str(src), str(out), PrepareConfig(shard_rows=8, parallel="off", options={
-        "channels": "1"}))
+    manifest = prepare(
+        "table", str(src), str(out), PrepareConfig(shard_rows=8, parallel="off", options={"channels": "1"})
+    )
     assert manifest.classes == ("ant", "bee", "cow")
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 16, "val": 5}
     assert len(manifest.splits["train"].shards) > 1
@@ -59,11 +62,19 @@ def test_texts_with_string_labels_and_named_columns(tmp_path: Path) -> None:
     table = pa.table({"sentence": ["ja", "no", "si", "oui"], "language": ["de", "en", "es", "fr"]})
     (tmp_path / "src").mkdir()
     pq.write_table(table, tmp_path / "src" / "all.parquet")
-    manifest = prepare("table", str(tmp_path / "src"), str(tmp_path / "out"), PrepareConfig(
-        parallel="off", options={"text": "sentence", "label": "language"}))
+    manifest = prepare(
+        "table",
+        str(tmp_path / "src"),
+        str(tmp_path / "out"),
+        PrepareConfig(parallel="off", options={"text": "sentence", "label": "language"}),
+    )
     assert manifest.classes == ("de", "en", "es", "fr")
     assert {row["text"]: manifest.classes[row["label"]] for row in rows_of(tmp_path / "out", manifest, "train")} == {
-        "ja": "de", "no": "en", "si": "es", "oui": "fr"}
+        "ja": "de",
+        "no": "en",
+        "si": "es",
+        "oui": "fr",
+    }
 
 
 def test_numbered_labels_without_names_get_their_numbers(tmp_path: Path) -> None:
@@ -71,11 +82,14 @@ def test_numbered_labels_without_names_get_their_numbers(tmp_path: Path) -> None
     assert prepare("table", str(tmp_path / "src"), str(tmp_path / "out"), OFF).classes == ("0", "1", "2")
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"image": "photo"}, r"option image=photo: no such column .*the table has image \(struct.*label \(int64\)"),
-    ({"channels": "2"}, "channels=2: wanted 1"),
-    ({"colour": "x"}, "unknown option 'colour'"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image": "photo"}, r"option image=photo: no such column .*the table has image \(struct.*label \(int64\)"),
+        ({"channels": "2"}, "channels=2: wanted 1"),
+        ({"colour": "x"}, "unknown option 'colour'"),
+    ],
+)
 def test_wrong_options_are_one_line(tmp_path: Path, options: dict[str, str], message: str) -> None:
     hub_table(tmp_path / "src" / "train.parquet", 0, 5, None)
     with pytest.raises(UserError, match=message):
@@ -98,16 +112,25 @@ def test_rows_that_cannot_be_read_are_named_and_the_others_kept(tmp_path: Path) 
     pq.write_table(pa.table({"text": texts, "label": [0, 1, 0, 1]}), tmp_path / "src" / "train-0.parquet")
     pq.write_table(pa.table({"body": ["x"] * 3, "label": [0, 1, 0]}), tmp_path / "src" / "train-1.parquet")
     damaged = tmp_path / "src" / "train-2.parquet"
-    pq.write_table(pa.table({"text": ["long enough " * 9] * 6, "label": [1] * 6}), damaged, row_group_size=3,
-                   compression="none", use_dictionary=False, write_page_checksum=True)
+    pq.write_table(
+        pa.table({"text": ["long enough " * 9] * 6, "label": [1] * 6}),
+        damaged,
+        row_group_size=3,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
     raw = bytearray(damaged.read_bytes())
     raw[4:60] = b"\xff" * 56
     damaged.write_bytes(raw)
-    manifest = prepare("table", str(tmp_path / "src"), str(tmp_path / "out"),
-                       OFF.model_copy(update={"max_bad_fraction": 0.9}))
+    manifest = prepare(
+        "table", str(tmp_path / "src"), str(tmp_path / "out"), OFF.model_copy(update={"max_bad_fraction": 0.9})
+    )
     rows = rows_of(tmp_path / "out", manifest, "train")
     assert sorted(row["key"] for row in rows) == [
-        *(f"train-0.parquet#0.{i}" for i in (0, 1, 3)), *(f"train-2.parquet#1.{i}" for i in range(3))]
+        *(f"train-0.parquet#0.{i}" for i in (0, 1, 3)),
+        *(f"train-2.parquet#1.{i}" for i in range(3)),
+    ]
     found = {row["key"]: row["reason"] for row in pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()}
     assert len(found) == manifest.rejected == 7
     assert found["train-0.parquet#0.2"].startswith("invalid UTF-8")

@@ -46,12 +46,16 @@ def view(frames: int = 4, fps: float = 25, samples: int = 1600, **settings: Any)
     """A view of so many frames."""
     of_clip = settings.keys() & {"jitter", "eval_clips", "max_seconds", "show"}
     clip = ClipConfig(**{key: settings.pop(key) for key in of_clip})
-    return ViewConfig(video=VideoConfig(frames=frames, fps=fps, **settings), clip=clip,
-                      audio=AudioConfig(rate=16_000, samples=samples))
+    return ViewConfig(
+        video=VideoConfig(frames=frames, fps=fps, **settings),
+        clip=clip,
+        audio=AudioConfig(rate=16_000, samples=samples),
+    )
 
 
-def shown(feature: Feature, stored: Any, how: ViewConfig, training: bool = False, seed: int = 0
-          ) -> dict[str, NDArray[Any]]:
+def shown(
+    feature: Feature, stored: Any, how: ViewConfig, training: bool = False, seed: int = 0
+) -> dict[str, NDArray[Any]]:
     """What a batch gets."""
     decoded = feature.decode(stored, how, 0)
     return dict(feature.show("video", decoded, how, training, seeded(seed) if training else no_rng))
@@ -211,20 +215,23 @@ def _mp4(path: str, flags: str, rng: np.random.Generator) -> bytes:
 ORDINARY, FRONT = mp4(), mp4("faststart")
 
 
-@pytest.mark.parametrize("feature, stored, reason", [
-    (GREY, b"", "0 bytes"),
-    (GREY, None, "0 bytes"),
-    (GREY, b"nothing" * 500, "undecodable media"),
-    (GREY, ORDINARY[:len(ORDINARY) // 2], "undecodable media"),
-    (GREY, FRONT[:len(FRONT) // 2], "undecodable media|cut off"),
-    (GREY, media_file([0, 61_000], [1, 2]), "longer than 60 seconds"),
-    (GREY, media_file([0, 40], [1, 2], size=(300, 400)), "frames of 400x300 are not 1 to 100000 pixels"),
-    (GREY, sound_file(ramp(1, 16_000), 16_000), "no video stream"),
-    (BOTH, media_file([0, 40], [1, 2]), "no audio stream"),
-    (BOTH, sound_file(ramp(1, 16_000), 16_000), "no video stream"),
-    (GREY, b"#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "undecodable media"),
-    (GREY, b"ffconcat version 1.0\nfile /etc/hostname\n", "undecodable media"),
-])
+@pytest.mark.parametrize(
+    "feature, stored, reason",
+    [
+        (GREY, b"", "0 bytes"),
+        (GREY, None, "0 bytes"),
+        (GREY, b"nothing" * 500, "undecodable media"),
+        (GREY, ORDINARY[: len(ORDINARY) // 2], "undecodable media"),
+        (GREY, FRONT[: len(FRONT) // 2], "undecodable media|cut off"),
+        (GREY, media_file([0, 61_000], [1, 2]), "longer than 60 seconds"),
+        (GREY, media_file([0, 40], [1, 2], size=(300, 400)), "frames of 400x300 are not 1 to 100000 pixels"),
+        (GREY, sound_file(ramp(1, 16_000), 16_000), "no video stream"),
+        (BOTH, media_file([0, 40], [1, 2]), "no audio stream"),
+        (BOTH, sound_file(ramp(1, 16_000), 16_000), "no video stream"),
+        (GREY, b"#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "undecodable media"),
+        (GREY, b"ffconcat version 1.0\nfile /etc/hostname\n", "undecodable media"),
+    ],
+)
 def test_damage_is_a_bad_sample(feature: Feature, stored: Any, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         shown(feature, stored, view(frames=48, max_pixels=100_000, max_seconds=60, size=(32, 32)))
@@ -241,11 +248,26 @@ def test_clips_go_through_shards_and_batches_and_count_once(tmp_path: Path) -> N
         writer.write({"key": str(i), "media": STEPS if i != 3 else STEPS[:400], "label": i % 2} for i in range(5))
         shard = writer.close()
     assert shard is not None
-    save_manifest(Manifest(name="clips", features=features, classes=("a", "b"), licence="", source="",
-                           splits={"test": Split(shards=(shard,))}), folder)
-    data = DataConfig(url=str(tmp_path), executor="inline", train_split="test", max_bad_fraction=1,
-                      clip=ClipConfig(eval_clips=3), video=VideoConfig(frames=4), audio=AudioConfig(rate=16_000,
-                                                                                                    samples=2560))
+    save_manifest(
+        Manifest(
+            name="clips",
+            features=features,
+            classes=("a", "b"),
+            licence="",
+            source="",
+            splits={"test": Split(shards=(shard,))},
+        ),
+        folder,
+    )
+    data = DataConfig(
+        url=str(tmp_path),
+        executor="inline",
+        train_split="test",
+        max_bad_fraction=1,
+        clip=ClipConfig(eval_clips=3),
+        video=VideoConfig(frames=4),
+        audio=AudioConfig(rate=16_000, samples=2560),
+    )
     assert data.clip.eval_rows(6) == 2 and data.clip.eval_rows(1) == 1
     batches = list(eval_batches(data, load_manifest(str(tmp_path)), EvalShare("test", 2), "cpu"))
     assert [tuple(batch["video"].shape) for batch in batches] == [(2, 3, 4, 1, 32, 32)] * 3

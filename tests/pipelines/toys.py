@@ -30,9 +30,16 @@ def numbered_image(number: int, side: int = 8) -> np.ndarray:
     return pixels
 
 
-def write_images(folder: Path, splits: dict[str, list[int]], *, rows_per_group: int = 5,
-                 bad: tuple[int, ...] = (), side: int = 8, apart: bool = False,
-                 start: int = 0) -> Manifest:
+def write_images(
+    folder: Path,
+    splits: dict[str, list[int]],
+    *,
+    rows_per_group: int = 5,
+    bad: tuple[int, ...] = (),
+    side: int = 8,
+    apart: bool = False,
+    start: int = 0,
+) -> Manifest:
     """A prepared data set of numbered images; `splits` gives the rows of each shard, `bad` the ids to damage.
 
     With `apart`, the numbers of a split go on where the one before ended; else each split counts from `start`.
@@ -48,15 +55,23 @@ def write_images(folder: Path, splits: dict[str, list[int]], *, rows_per_group: 
             with ShardWriter(target, f"{split}-{shard}.parquet", arrow_schema(features), rows_per_group) as writer:
                 for _ in range(size):
                     image = png(numbered_image(number, side))
-                    writer.write([{"key": f"{split}/{number}", "label": number % CLASSES,
-                                   "image": image[:40] if number in bad else image}])
+                    writer.write(
+                        [
+                            {
+                                "key": f"{split}/{number}",
+                                "label": number % CLASSES,
+                                "image": image[:40] if number in bad else image,
+                            }
+                        ]
+                    )
                     number += 1
                 info = writer.close()
             assert info is not None
             infos.append(info)
         found[split] = Split(shards=tuple(infos))
-    manifest = Manifest(name="toy", features=features, classes=tuple("abcd"), splits=found, licence="none",
-                        source="made up")
+    manifest = Manifest(
+        name="toy", features=features, classes=tuple("abcd"), splits=found, licence="none", source="made up"
+    )
     save_manifest(manifest, target)
     return manifest
 

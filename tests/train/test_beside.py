@@ -145,8 +145,13 @@ def test_the_step_at_which_an_evaluation_fell_due_last(
     step: int, steps_per_epoch: float, epochs: float, due: int | None
 ) -> None:
     assert last_due(step, steps_per_epoch, epochs) == due
-    seen = [s for s in range(1, step + 1) if StepInfo(
-        s, 100, s / steps_per_epoch, 8, 0.1, 0.0, StepResult(s, 0.5, {}, 1.0, 0.1, False), False).completes(epochs)]
+    seen = [
+        s
+        for s in range(1, step + 1)
+        if StepInfo(s, 100, s / steps_per_epoch, 8, 0.1, 0.0, StepResult(s, 0.5, {}, 1.0, 0.1, False), False).completes(
+            epochs
+        )
+    ]
     assert (seen[-1] if seen else None) == due
 
 

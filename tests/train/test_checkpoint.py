@@ -100,9 +100,7 @@ def test_prune_keeps_what_it_is_told_and_removes_what_crashes_left(store: Checkp
     assert not store.fs.exists(store.folder(2)) and store.fs.exists(store.folder(4))
 
 
-def test_an_upload_that_fails_halfway_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_that_fails_halfway_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(f"memory://{tmp_path.name}/checkpoints")
     staged = store.stage(toy_engine(), snapshot(1))
     put, calls = store.fs.put_file, []

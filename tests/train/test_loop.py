@@ -1,6 +1,5 @@
 """The loop and its hooks with the plain engine: no Ray, no DeepSpeed."""
 
-
 import pytest
 from pydantic import ValidationError
 

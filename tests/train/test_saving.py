@@ -234,8 +234,9 @@ def test_all_ranks_take_the_interval_that_rank_0_measured() -> None:
 def manifests(figures: Mapping[int, float]) -> dict[int, CheckpointManifest]:
     base: dict[str, Any] = {"samples": 0, "world": 1, "engine": {}, "parameters": {}, "recipe": {}, "versions": {}}
     return {
-        step: CheckpointManifest(**base, step=step, created=0.0, files={}, number=number,
-                                 metrics={"eval/loss": value} if value else {})
+        step: CheckpointManifest(
+            **base, step=step, created=0.0, files={}, number=number, metrics={"eval/loss": value} if value else {}
+        )
         for number, (step, value) in enumerate(figures.items())
     }
 
@@ -252,7 +253,12 @@ def test_an_evaluation_among_the_best_is_saved_and_named(store: CheckpointStore)
     figures = {1: 0.3, 3: 0.7, 5: 0.5, 7: 0.9}
     best: list[int] = []
     hook = hook_of(
-        Ranks(1), 0, store, checkpoint_every=50.0, keep_checkpoints=1, keep_best=KeepBest(count=1),
+        Ranks(1),
+        0,
+        store,
+        checkpoint_every=50.0,
+        keep_checkpoints=1,
+        keep_best=KeepBest(count=1),
         figures=lambda info: {"eval/accuracy": figures[info.step]} if info.step in figures else {},
         news=News(best=lambda step, url: best.append(step)),
     )
@@ -269,7 +275,10 @@ def test_an_evaluation_among_the_best_waits_for_the_save_in_flight(
 ) -> None:
     gate = Gate(store, monkeypatch)
     hook = hook_of(
-        Ranks(1), 0, store, keep_best=KeepBest(),
+        Ranks(1),
+        0,
+        store,
+        keep_best=KeepBest(),
         figures=lambda info: {"eval/accuracy": 0.5} if info.step == 2 else {},
     )
     hook(info(1))

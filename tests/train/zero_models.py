@@ -19,23 +19,39 @@ CUT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """Without it ZeRO-3 leaves small parameters whole on every rank, and nothing would be tested."""
 WIDTHS = {"latents": 8, "latent_channels": 8, "self_attends_per_block": 2, "heads": 2}
 TEXT = {"kind": "text", "vocabulary": 40, "length": 12, "channels": 8}
-IMAGE = {"kind": "image", "channels": 1, "mean": (0.5,), "std": (0.5,), "size": (6, 6),
-         "positions": {"kind": "fourier", "bands": 3}}  # fmt: skip
-TABLE = {**IMAGE, "front_end": "1x1", "front_end_channels": 4,
-         "positions": {"kind": "learned", "channels": 8, "projection": 6}}  # fmt: skip
+IMAGE = {
+    "kind": "image",
+    "channels": 1,
+    "mean": (0.5,),
+    "std": (0.5,),
+    "size": (6, 6),
+    "positions": {"kind": "fourier", "bands": 3},
+}
+TABLE = {
+    **IMAGE,
+    "front_end": "1x1",
+    "front_end_channels": 4,
+    "positions": {"kind": "learned", "channels": 8, "projection": 6},
+}
 SHARED = {"kind": "perceiver", "cross_attends": 3, **WIDTHS}
 MODELS: dict[str, dict[str, Any]] = {
     "absorbed, tied embedding": {
-        "kind": "perceiver_io", "inputs": TEXT, "blocks": 2, "decoder": {"kind": "tokens"}, "query_residual": False,
-        "attention": "absorbed", **WIDTHS,
+        "kind": "perceiver_io",
+        "inputs": TEXT,
+        "blocks": 2,
+        "decoder": {"kind": "tokens"},
+        "query_residual": False,
+        "attention": "absorbed",
+        **WIDTHS,
     },
     "separable, shared weights": {**SHARED, "inputs": IMAGE, "attention": "separable"},
     "learned positions": {**SHARED, "inputs": TABLE},
     "modality vectors, recomputed": {
-        **SHARED, "inputs": {"kind": "multimodal", "modalities": {"a": IMAGE, "b": TEXT}},
+        **SHARED,
+        "inputs": {"kind": "multimodal", "modalities": {"a": IMAGE, "b": TEXT}},
         "checkpoint_activations": True,
     },
-}  # fmt: skip
+}
 
 
 def rows(step: int) -> Batch:

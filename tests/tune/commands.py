@@ -22,9 +22,13 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)
     return subprocess.Popen(
-        [PERCEIVER, *arguments], cwd=tmp_path, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [PERCEIVER, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, str]:

@@ -101,9 +101,11 @@ def test_the_report_is_one_page_with_every_section(tmp_path: Path, tree: dict[st
 
 def test_a_report_of_two_metrics_has_the_front(tmp_path: Path, tree: dict[str, Any]) -> None:
     found = record(
-        trial(0, "finished", 0.9, parameters=100), trial(1, "finished", 0.8, parameters=50),
-        accuracy="max", parameters="min",
-    )  # fmt: skip
+        trial(0, "finished", 0.9, parameters=100),
+        trial(1, "finished", 0.8, parameters=50),
+        accuracy="max",
+        parameters="min",
+    )
     page = write_search_report(SearchReport("hunt-001", found, load(tmp_path, tree).config.space))
     assert "accuracy against parameters" in page
     assert "not computed: there are 2 trials that can be compared, and it takes 4" in page

@@ -25,9 +25,15 @@ from tune.tables.page import HEAD, Page, aligned, cells, markdown, short, write_
 from tune.tables.results import Cost, Result, judge, results, seed_noise
 
 NAMES = (
-    "imagenet", "permuted-imagenet", "audioset", "modelnet40", "ablation-latents", "ablation-cross-attends",
-    "ablation-sharing", "positions",
-)  # fmt: skip
+    "imagenet",
+    "permuted-imagenet",
+    "audioset",
+    "modelnet40",
+    "ablation-latents",
+    "ablation-cross-attends",
+    "ablation-sharing",
+    "positions",
+)
 CLASSES = {"audioset": {"small": 10, "full": 527}, "modelnet40": {"small": 10, "full": 40}}
 
 
@@ -42,9 +48,15 @@ def paper(tmp_path: Path, tree: dict[str, Any], images: str) -> dict[str, Any]:
     ]
     claims = [{"text": "two are better", "better": "two", "than": "one"}]
     return {
-        "name": "reads", "title": "Reads", "source": "a paper, Table 1", "figure": "top-1, %", "claims": claims,
-        "small": {**scale, "seeds": 2, "overrides": {"train.epochs": 1}}, "full": scale, "rows": rows,
-    }  # fmt: skip
+        "name": "reads",
+        "title": "Reads",
+        "source": "a paper, Table 1",
+        "figure": "top-1, %",
+        "claims": claims,
+        "small": {**scale, "seeds": 2, "overrides": {"train.epochs": 1}},
+        "full": scale,
+        "rows": rows,
+    }
 
 
 def write(folder: Path, tree: dict[str, Any]) -> str:
@@ -183,9 +195,11 @@ def test_a_dry_run_prints_rows_and_resources_and_leaves_nothing(
 def test_rows_are_means_over_the_seeds_that_finished(tmp_path: Path, paper: dict[str, Any]) -> None:
     table = load_table(write(tmp_path, paper)).config
     trials = [
-        finished(0, 0, 0.90), finished(1, 0, 0.80),
-        finished(2, 1, 0.94), trial(3, "failed", reason="out of memory", values={"seed": 1}),
-    ]  # fmt: skip
+        finished(0, 0, 0.90),
+        finished(1, 0, 0.80),
+        finished(2, 1, 0.94),
+        trial(3, "failed", reason="out of memory", values={"seed": 1}),
+    ]
     one, two, three = results(table, "small", trials, {"one": Cost(1_000, 2_000_000), "two": Cost(1, 1)})
     assert one.mean == pytest.approx(92.0) and one.deviation == pytest.approx(2 * 2**0.5)
     assert two.scores == {0: pytest.approx(80.0)} and two.deviation is None and two.failed == {1: "out of memory"}

@@ -68,7 +68,7 @@ class Page:
             "command": _safe(self.command),
             "date": self.date or time.strftime("%Y-%m-%d"),
             **ended,
-        }  # fmt: skip
+        }
 
 
 def _safe(command: str) -> str:
