@@ -53,7 +53,7 @@ class FakeEngine:
     """Keeps the engine's protocol without computing anything; notes when it was asked for what."""
 
     def __init__(self, module: Any, place: Any, folder: Path) -> None:
-        from perceiver.train.ranks import Ranks
+        from perceiver.train.engine.ranks import Ranks
 
         self.device, self.module = place.device, module
         self.ranks = Ranks(place.device)
@@ -67,7 +67,7 @@ class FakeEngine:
 
     def step(self, micro_batches: Sequence[Any], step: int) -> Any:
         """Sleep instead of taking a step."""
-        from perceiver.train.engine import StepResult
+        from perceiver.train.engine.protocol import StepResult
 
         self.note("step", step)
         time.sleep(SLEEP_S)
@@ -96,7 +96,7 @@ class FakeEngine:
 
 def worker(config: Mapping[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: ours, with the fake engine."""
-    from cluster.worker import work
+    from cluster.run.worker import work
 
     folder = Path(os.environ[NOTES])
     return work(config, lambda recipe, model, task, manifest, place: FakeEngine(model, place, folder))
@@ -150,8 +150,8 @@ def recipe_tree(folder: Path, url: str, workers: int) -> dict[str, Any]:
 
 def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
     """Start a local cluster and run on it, in this process; return when what began and ended."""
-    from cluster.local import EarlyRay, set_quiet_environment
-    from cluster.nodes import NodeGroup, NodesConfig, down, up
+    from cluster.runtime.local import EarlyRay, set_quiet_environment
+    from cluster.runtime.local_cluster import NodeGroup, NodesConfig, down, up
 
     set_quiet_environment()
     notes = folder / "notes"
@@ -163,10 +163,10 @@ def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
         # Logical CPUs for the shares of the workers, and some for what Ray starts beside them.
         there = up(NodesConfig(nodes=(NodeGroup(cpus=workers // 8 + 4),)), lambda line: None)
         tree["cluster"]["address"] = there.address
-        from cluster.launch import launch_training
+        from cluster.run.launch import launch_training
 
         began = time.time()
-        with mock.patch("cluster.worker.train_worker", worker):
+        with mock.patch("cluster.run.worker.train_worker", worker):
             code = launch_training("control", tree, EarlyRay(tree["cluster"]), run="control")
         ended = time.time()
     finally:

@@ -17,11 +17,11 @@ from numpy.random import Generator
 from PIL import Image
 
 from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, PointsFeature
-from pipelines.ingest import DataConfig
-from pipelines.packages import Package, fetch
+from pipelines.feed.ingest import DataConfig
 from pipelines.prepare import PrepareConfig, group_rows
-from pipelines.shards import Manifest, ShardWriter, Split, arrow_schema, save_manifest
-from pipelines.storage import open_folder
+from pipelines.shards.io import open_folder
+from pipelines.shards.manifest import Manifest, ShardWriter, Split, arrow_schema, save_manifest
+from pipelines.sources._packages import Package, fetch
 from pipelines.transforms.audio import AudioConfig
 from pipelines.transforms.image import AugmentConfig, CropConfig
 

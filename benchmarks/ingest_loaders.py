@@ -42,7 +42,7 @@ class View:
 
 def ours(kind: Kind, folder: Path, url: str | None = None, **options: Any) -> Batches:
     """`train_batches` on Ray Data."""
-    from pipelines.ingest import TrainShare, load_data, train_batches
+    from pipelines.feed.ingest import TrainShare, load_data, train_batches
 
     data = kind.view.model_copy(update={"url": url or str(ingest_data.shards(kind, folder)), **options})
     share = TrainShare(0, BATCH, BATCH, 0, ENDLESS // BATCH)
@@ -62,8 +62,8 @@ def ours_s3(kind: Kind, folder: Path) -> Batches:
 
 def part_of(kind: Kind, folder: Path) -> Path:
     """A folder with the first shards only."""
-    from pipelines.shards import load_manifest, save_manifest
-    from pipelines.storage import open_folder
+    from pipelines.shards.io import open_folder
+    from pipelines.shards.manifest import load_manifest, save_manifest
 
     whole, part = ingest_data.shards(kind, folder), folder / kind.name / "part"
     manifest = load_manifest(str(whole))

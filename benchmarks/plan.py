@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipelines.mixture import MixturePlan  # noqa: E402
-from pipelines.plan import RowGroups, SamplePlan  # noqa: E402
+from pipelines.order.mixture import MixturePlan  # noqa: E402
+from pipelines.order.plan import RowGroups, SamplePlan  # noqa: E402
 
 RANKS = 1024
 SHARDS = 20_000

@@ -44,8 +44,8 @@ def write_batches(given: argparse.Namespace, folder: Path) -> None:
     """Make every batch of the run, and the held-out digits, by our pipeline."""
     import numpy as np
 
-    from cluster.recipe import load_recipe
-    from pipelines.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
+    from cluster.recipe.config import load_recipe
+    from pipelines.feed.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
 
     recipe = load_recipe(RECIPE, [f"seed={given.seed}", f"data.url={given.data}"])
     data = recipe.data.model_copy(update={"executor": "inline"})
@@ -60,7 +60,7 @@ def write_batches(given: argparse.Namespace, folder: Path) -> None:
 
 def ours(_: argparse.Namespace, *, plain: bool = False) -> Any:
     """The quickstart's own model."""
-    from cluster.recipe import load_recipe
+    from cluster.recipe.config import load_recipe
     from perceiver.factory import build_model
 
     overrides = ["model.attention=plain"] if plain else []

@@ -54,7 +54,7 @@ def timed_engine(*what: Any) -> Any:
     """Build the worker's engine for one thread; it notes when each of its steps begins, and the loss."""
     import torch
 
-    from cluster.worker import build_engine
+    from cluster.run.worker import build_engine
 
     torch.set_num_threads(1)
     if os.environ[ONE_CORE] == "1":
@@ -76,20 +76,20 @@ def timed_engine(*what: Any) -> Any:
 
 def worker(config: Mapping[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: ours, with the engine that takes notes."""
-    from cluster.worker import work
+    from cluster.run.worker import work
 
     return work(config, timed_engine)
 
 
 def ray_arm(tree: dict[str, Any]) -> None:
     """Train by our own launch, in this process."""
-    from cluster.local import EarlyRay, set_quiet_environment
+    from cluster.runtime.local import EarlyRay, set_quiet_environment
 
     set_quiet_environment()
     ray_start = EarlyRay(tree["cluster"])
-    from cluster.launch import launch_training
+    from cluster.run.launch import launch_training
 
-    with mock.patch("cluster.worker.train_worker", worker):
+    with mock.patch("cluster.run.worker.train_worker", worker):
         code = launch_training("scaling", tree, ray_start)
     if code:
         raise SystemExit(f"the run ended with code {code}: see {tree['output']}")
@@ -100,15 +100,15 @@ def plain_arm(tree: dict[str, Any], in_memory: bool) -> None:
     import torch
     import torch.distributed as dist
 
-    from cluster.preflight import epoch_steps_of
-    from cluster.recipe import build_recipe
-    from cluster.worker import Place
+    from cluster.recipe.config import build_recipe
+    from cluster.recipe.preflight import epoch_steps_of
+    from cluster.run.worker import Place
     from perceiver.factory import build_model
     from perceiver.tasks import build_task
-    from perceiver.train.deepspeed import init_distributed
+    from perceiver.train.engine.deepspeed_engine import init_distributed
     from perceiver.train.hooks import History, MetricsHook
     from perceiver.train.loop import Span, train
-    from pipelines.ingest import TrainShare, load_data, train_batches
+    from pipelines.feed.ingest import TrainShare, load_data, train_batches
 
     torch.set_num_threads(1)
     recipe = build_recipe(tree)
@@ -133,7 +133,7 @@ def plain_arm(tree: dict[str, Any], in_memory: bool) -> None:
 
 def recipe_tree(given: argparse.Namespace, setting: str, folder: Path) -> dict[str, Any]:
     """The recipe of a setting: so many steps without interruption."""
-    from cluster.recipe import for_workers, load_recipe
+    from cluster.recipe.config import for_workers, load_recipe
 
     workers, times = SETTINGS[setting]
     recipe = load_recipe(given.recipe, given.overrides)

@@ -5,13 +5,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from perceiver.export.weights import load_model
     from perceiver.factory import create_model
     from perceiver.presets import list_models
-    from perceiver.weights import load_model
 
 __all__ = ["create_model", "list_models", "load_model"]
 
-_HOMES = {"create_model": "factory", "list_models": "presets", "load_model": "weights"}
+_HOMES = {"create_model": "factory", "list_models": "presets", "load_model": "export.weights"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
-from pipelines.quarantine import QUARANTINE, Problem, count_reasons, write_problems
-from pipelines.shards import (
+from pipelines.shards.io import Folder, open_folder
+from pipelines.shards.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
@@ -24,8 +24,8 @@ from pipelines.shards import (
     load_manifest,
     save_manifest,
 )
+from pipelines.shards.quarantine import QUARANTINE, Problem, count_reasons, write_problems
 from pipelines.sources import Listing, Rejected, Sample, Source, Unit, load_source
-from pipelines.storage import Folder, open_folder
 
 RECEIPTS = "_receipts"
 PROBE = 64

@@ -25,13 +25,16 @@ def test_the_model_needs_torch_alone() -> None:
 
 def test_what_talks_to_a_cluster_does_not_import_ray_first() -> None:
     """Ray reads whether to send a token when it is imported; the job verbs ask the cluster before that."""
-    code = "import sys, cluster.submit, cluster.job_server, cluster.jobs, perceiver.cli; sys.exit('ray' in sys.modules)"
+    code = "import sys, cluster.jobs.submit, cluster.jobs.commands, perceiver.cli; sys.exit('ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
     "modules",
-    ["cluster.callbacks, cluster.elastic, cluster.process_group", "pipelines.samples, pipelines.pace, pipelines.warm"],
+    [
+        "cluster.run.callbacks, cluster.runtime.elastic, cluster.runtime.process_group",
+        "pipelines.feed.samples, pipelines.feed.pace, pipelines.feed.warm",
+    ],
 )
 def test_the_controller_and_the_data_tasks_do_without_torch(modules: str) -> None:
     """What Ray has them import: two seconds and 200 MB more for each process otherwise."""

@@ -15,11 +15,11 @@ from pydantic import (
     model_validator,
 )
 
-from cluster.recipe import Recipe, build_recipe
-from cluster.recipe_file import explain
+from cluster.recipe.config import Recipe, build_recipe
+from cluster.recipe.file import explain
 from perceiver.config import Config, UserError
 from tune.search_file import read_search
-from tune.space import Choice, Grid, Space, flatten_space, with_values
+from tune.space.space import Choice, Grid, Space, flatten_space, with_values
 
 KEPT = 4
 """Checkpoints that a trial keeps where others may go on from one: its evaluation's and its last before a pause, of the

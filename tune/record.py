@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.run_folder import RunFolder
+from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
 from tune.config import PARAMETERS, Mode
-from tune.space import Values
+from tune.space.space import Values
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed", "unfinished"]
 DONE: tuple[Status, ...] = ("finished", "stopped", "failed")

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.recipe_file import apply_override, read_tree
+from cluster.recipe.file import apply_override, read_tree
 from perceiver.config import UserError
-from tune.space import with_values
+from tune.space.space import with_values
 
 RECIPE_KEYS = ("output", "data", "model", "task", "optim", "train", "deepspeed", "cluster", "tracking")
 """First keys that only a recipe has: an override of one of them changes the base recipe."""

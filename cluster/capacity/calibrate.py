@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from cluster.capacity.calibration import Calibration, Timing, calibration_file, load_calibration, matches
-from cluster.capacity.hardware import Device
-from cluster.local import machine_cpus, set_quiet_environment
-from cluster.recipe import Recipe, for_workers
+from cluster.recipe.config import Recipe, for_workers
+from cluster.runtime.hardware import Device
+from cluster.runtime.local import machine_cpus, set_quiet_environment
 from perceiver.config import UserError
-from pipelines.ingest import load_data
+from pipelines.feed.ingest import load_data
 
 TIMEOUT_S = 300
 SECONDS = 1.5

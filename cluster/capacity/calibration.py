@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from cluster.recipe import Recipe
+from cluster.recipe.config import Recipe
 from perceiver.config import Config
 
 

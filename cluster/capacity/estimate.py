@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from cluster.capacity.calibration import Calibration
-from cluster.capacity.hardware import Device
 from cluster.capacity.workload import Workload
+from cluster.runtime.hardware import Device
 from perceiver.config import UserError
 
 DEVICE_HOURS_A_FAILURE = 50_700
@@ -27,7 +27,7 @@ AUTOCAST_BYTES = 0.75
 """Share of the float32 traffic that is left under bf16 autocast, where some tensors are halved: an assumption that an
 H200 bore out (benchmarks/results/2026-11-27-gpu.md)."""
 BUCKET_ELEMENTS = 500_000_000
-"""Elements of DeepSpeed's buffer for gradients, at most (perceiver/train/deepspeed_plan.py)."""
+"""Elements of DeepSpeed's buffer for gradients, at most (perceiver/train/engine/deepspeed_config.py)."""
 
 
 @dataclass(frozen=True)

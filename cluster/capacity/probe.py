@@ -12,13 +12,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from cluster.recipe import Recipe
+from cluster.recipe.config import Recipe
 from perceiver.factory import build_model
+from perceiver.optim.schedules import build_schedule
 from perceiver.tasks import build_task
-from perceiver.train.deepspeed import BatchPlan, DeepSpeedEngine
-from perceiver.train.engine import Batch
-from perceiver.train.schedules import build_schedule
-from pipelines.ingest import TrainShare, load_data, train_batches
+from perceiver.train.engine.deepspeed_engine import BatchPlan, DeepSpeedEngine
+from perceiver.train.engine.protocol import Batch
+from pipelines.feed.ingest import TrainShare, load_data, train_batches
 
 WARM, LEAST, MOST = 2, 4, 60
 """Steps before the timing begins, and how many are timed."""

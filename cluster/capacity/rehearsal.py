@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cluster.recipe import Recipe, build_recipe
+from cluster.recipe.config import Recipe, build_recipe
 
 if TYPE_CHECKING:
-    from cluster.worker import Place
+    from cluster.run.worker import Place
 
 SHORTEST, TIMES = 24, 3
 """Real steps at least, and for how many times as long as one size of a step is measured."""
@@ -27,7 +27,7 @@ LEFT_OUT = 3
 def rehearse(config: Mapping[str, Any]) -> dict[str, Any]:
     """Measure as a worker; return the figures of `probe.measure`, and ``seconds``: the mean of a real step."""
     from cluster.capacity.probe import measure
-    from cluster.worker import find_place
+    from cluster.run.worker import find_place
 
     recipe, place = build_recipe(config["recipe"]), find_place(1)
     figures = measure(recipe, config["micro"], config["seconds"])
@@ -39,12 +39,12 @@ def rehearse(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _real_steps(recipe: Recipe, place: "Place", steps: int) -> float:
     """Take a worker's steps without evaluation, checkpoints and tracking; return the mean seconds of a step."""
-    from cluster.preflight import epoch_steps_of
-    from cluster.worker import build_engine, first_model, training_batches
+    from cluster.recipe.preflight import epoch_steps_of
+    from cluster.run.worker import build_engine, first_model, training_batches
     from perceiver.tasks import build_task
     from perceiver.train.loop import Span, train
-    from pipelines.ingest import load_data
-    from pipelines.quarantine import Quarantine
+    from pipelines.feed.ingest import load_data
+    from pipelines.shards.quarantine import Quarantine
 
     manifest, training = load_data(recipe.data), recipe.train
     classes = len(manifest.classes)
@@ -66,19 +66,19 @@ def _real_steps(recipe: Recipe, place: "Place", steps: int) -> float:
 
 def main() -> None:
     """Start a Ray of our own, take the steps, print the figures as one line."""
-    from cluster.failures import failure_reason
-    from cluster.local import cluster_cpus, start_ray
+    from cluster.record.failures import failure_reason
+    from cluster.runtime.local import cluster_cpus, start_ray
 
     task = json.load(sys.stdin)
     recipe = build_recipe(task["recipe"])
     start_ray(recipe.cluster)
     import ray.train
 
-    from cluster.process_group import torch_config
-    from cluster.slim import SlimTrainer
-    from cluster.trainer import Share, worker_resources
-    from pipelines.ingest import load_data
-    from pipelines.warm import warm_up
+    from cluster.run.trainer import Share, worker_resources
+    from cluster.runtime.process_group import torch_config
+    from cluster.runtime.slim import SlimTrainer
+    from pipelines.feed.ingest import load_data
+    from pipelines.feed.warm import warm_up
 
     cluster = recipe.cluster
     warm_up(cluster.workers * recipe.data.tasks, recipe.data, load_data(recipe.data))

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.recipe import Recipe, zero_stage
+from cluster.recipe.config import Recipe, zero_stage
 from perceiver.accounting import Account, account
 from perceiver.config import UserError
 from perceiver.step_trace import StepTrace, trace_step
-from pipelines.ingest import load_data
-from pipelines.shards import MANIFEST, Manifest
-from pipelines.storage import open_folder
+from pipelines.feed.ingest import load_data
+from pipelines.shards.io import open_folder
+from pipelines.shards.manifest import MANIFEST, Manifest
 
 CPU_NS_A_BYTE = {"image": 31.0, "audio": 10.0, "mel": 10.0, "video": 60.0, "clip": 60.0, "flow": 31.0}
 """CPU nanoseconds to decode and augment one stored byte, by feature: assumptions for when the data was not measured.

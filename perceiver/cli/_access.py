@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from cluster.job_server import JobServer
+    from cluster.jobs.server import JobServer
 
 
 def access_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,6 +39,6 @@ def reach(address: str | None, headers: str | None, verify: str) -> "JobServer":
     Raises:
         UserError: there is none, or it does not let us in.
     """
-    from cluster.job_server import Access, connect
+    from cluster.jobs.server import Access, connect
 
     return connect(Access(address, headers, verify))

@@ -33,8 +33,8 @@ def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> 
     FILE describes nodes that differ: CPUs, GPUs and custom resources that need not exist, labels. A cluster that runs
     is not changed: other nodes than it has are refused.
     """
-    from cluster.nodes import NodeGroup, NodesConfig, equivalent, read_nodes
-    from cluster.nodes import up as start
+    from cluster.runtime.local_cluster import NodeGroup, NodesConfig, equivalent, read_nodes
+    from cluster.runtime.local_cluster import up as start
     from perceiver.config import UserError
 
     if file and (nodes or cpus is not None):
@@ -57,7 +57,7 @@ def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> 
 @command.command()
 def down() -> int:
     """Stop the local cluster and everything that runs on it."""
-    from cluster.nodes import down as stop
+    from cluster.runtime.local_cluster import down as stop
 
     ended = stop()
     click.echo(f"{ended} processes ended" if ended else "no local cluster")
@@ -68,9 +68,9 @@ def down() -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print the nodes as one JSON line.")
 def status(as_json: bool) -> int:
     """Show the nodes of the local cluster: resources, labels and process."""
-    from cluster.job_server import Access, connect
-    from cluster.jobs import list_jobs
-    from cluster.nodes import running_cluster
+    from cluster.jobs.commands import list_jobs
+    from cluster.jobs.server import Access, connect
+    from cluster.runtime.local_cluster import running_cluster
     from perceiver.config import UserError
 
     cluster = running_cluster()
@@ -124,10 +124,10 @@ def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: str, mach
     there repeat the overrides. Nodes of kuberay and the autoscalers see no folder of this machine: data and output must
     be URLs, or absolute paths of storage that they share.
     """
-    from cluster.render import render as make
-    from cluster.render import write
-    from cluster.render.settings import read_settings
-    from cluster.render.source import read_source
+    from cluster.deploy import render as make
+    from cluster.deploy import write
+    from cluster.deploy.settings import read_settings
+    from cluster.deploy.source import read_source
 
     files = make(kind, read_source(recipe, overrides), read_settings(machines), click.echo)
     for path in write(files, folder):

@@ -9,7 +9,7 @@ import click
 from perceiver.cli._access import access_options
 
 if TYPE_CHECKING:
-    from cluster.recipe import Recipe
+    from cluster.recipe.config import Recipe
 
 
 @click.command(
@@ -39,9 +39,9 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.doctor import examine
-    from cluster.patient import FAIL, patient_of
-    from cluster.recipe import load_recipe
+    from cluster.doctor.checks import examine
+    from cluster.doctor.report import FAIL, patient_of
+    from cluster.recipe.config import load_recipe
 
     loaded = load_recipe(recipe, overrides) if recipe else None
     nodes = (lambda: _nodes(address, headers, verify, loaded)) if address else None
@@ -62,7 +62,7 @@ def command(
 
 def _nodes(address: str | None, headers: str | None, verify: str, recipe: "Recipe | None") -> str:
     """One line about the cluster's nodes; refuses one that the recipe's workers do not fit on."""
-    from cluster.submit import check_places
+    from cluster.jobs.submit import check_places
     from perceiver.cli._access import reach
 
     server = reach(address, headers, verify)

@@ -29,7 +29,7 @@ def command(
     file with its recipe.yaml beside it. Samples are shown as in training's evaluations: one centre crop, the scores of
     all clips of a recording averaged. The model runs in this process.
     """
-    from cluster.scoring import check_labels, open_scoring, ray_for
+    from cluster.predict.scoring import check_labels, open_scoring, ray_for
 
     data, overrides = own_data(data, overrides)
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)

@@ -40,10 +40,10 @@ def command(
     # Read when the transformers library is imported: its progress bars have no place on this screen.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from cluster.origin import trained_on
-    from perceiver import export
+    from cluster.recipe.origin import trained_on
     from perceiver.config import UserError
-    from perceiver.weights import open_weights
+    from perceiver.export import formats as export
+    from perceiver.export.weights import open_weights
 
     if register and form != "mlflow":
         raise UserError(f"--register: got it with --format {form}; wanted --format mlflow")
@@ -77,7 +77,7 @@ def command(
 
 def _mlflow(saved: Any, folder: Path, data: Any, name: str | None) -> dict[str, Any]:
     """Write the model as MLflow keeps it, and register it if a name is given."""
-    from perceiver import export_mlflow
+    from perceiver.export import mlflow_model as export_mlflow
 
     classes = data.classes if data else ()
     written = export_mlflow.export_mlflow(saved, folder, classes)

@@ -31,12 +31,12 @@ def command(url: str, verify: bool, samples: bool, as_json: bool, page: Path | N
 
     Exit code 1 if something is wrong with it.
     """
-    from pipelines.inspect import describe, inspect
+    from pipelines.inspect.inspection import describe, inspect
 
     found = inspect(url, verify=verify, samples=samples)
     click.echo(found.model_dump_json() if as_json else "\n".join(describe(found)))
     if page is not None:
-        from pipelines.inspect_page import write_page
+        from pipelines.inspect.page import write_page
 
         write_page(found, page, samples=show)
         click.echo(f"page {page}", err=as_json)

@@ -13,7 +13,7 @@ from perceiver.cli._access import access_options, reach
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line a job.")
 def command(address: str | None, headers: str | None, verify: str, live: bool, as_json: bool) -> int:
     """List the jobs of a cluster, oldest first: their run, recipe and state."""
-    from cluster.jobs import list_jobs, table
+    from cluster.jobs.commands import list_jobs, table
 
     found = [job for job in list_jobs(reach(address, headers, verify)) if job.live or not live]
     click.echo("\n".join(json.dumps(job.facts()) for job in found) if as_json else "\n".join(table(found)))

@@ -14,7 +14,7 @@ from perceiver.cli._access import access_options, reach
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line with the job and its log.")
 def command(job: str, follow_it: bool, address: str | None, headers: str | None, verify: str, as_json: bool) -> int:
     """Print the log of JOB: its name, or that of a run, which means the run's newest job."""
-    from cluster.jobs import find_job, follow, logs
+    from cluster.jobs.commands import find_job, follow, logs
 
     server = reach(address, headers, verify)
     found = find_job(server, job)

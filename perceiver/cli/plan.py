@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from cluster.capacity.estimate import Place
-    from cluster.capacity.hardware import Device
+    from cluster.runtime.hardware import Device
 
 
 @click.command(
@@ -49,9 +49,9 @@ def command(
     from cluster.capacity.calibration import load_calibration
     from cluster.capacity.describe import describe, tree
     from cluster.capacity.estimate import check_starving, estimate
-    from cluster.capacity.hardware import load_hardware
     from cluster.capacity.workload import build_workload
-    from cluster.recipe import load_recipe
+    from cluster.recipe.config import load_recipe
+    from cluster.runtime.hardware import load_hardware
 
     plan_of = load_recipe(recipe, overrides)
     place = _place(

@@ -42,8 +42,8 @@ def command(
     and more, as the task has it. RUN is what perceiver evaluate takes. Any --workers writes the same files, and goes on
     with those of another.
     """
-    from cluster.inference import predict
-    from cluster.scoring import open_scoring, ray_for
+    from cluster.predict.inference import predict
+    from cluster.predict.scoring import open_scoring, ray_for
 
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
     if note := scoring.note():

@@ -44,7 +44,7 @@ def command(table: str | None, overrides: tuple[str, ...], as_list: bool, scale:
         return
     if table is None:
         raise UserError("no table given; perceiver reproduce --list names them")
-    from cluster.local import set_quiet_environment
+    from cluster.runtime.local import set_quiet_environment
 
     set_quiet_environment()
     from tune.tables.launch import reproduce

@@ -16,7 +16,7 @@ def command(job: str, address: str | None, headers: str | None, verify: str, as_
 
     Exit code: 0 while it runs or after it has succeeded, 1 or 2 if it failed, 130 if it was stopped.
     """
-    from cluster.jobs import find_job, logs, table
+    from cluster.jobs.commands import find_job, logs, table
 
     server = reach(address, headers, verify)
     found = find_job(server, job)

@@ -16,7 +16,7 @@ def command(job: str, address: str | None, headers: str | None, verify: str, as_
 
     Exit code 0 if it ended in good order, 1 if it was killed before it had saved (the checkpoint before that counts).
     """
-    from cluster.jobs import find_job, stop
+    from cluster.jobs.commands import find_job, stop
     from perceiver.config import UserError
 
     server = reach(address, headers, verify)

@@ -56,9 +56,9 @@ def command(
     checkpoint, in the same MLflow run; a search, with the trials that are not done. Ctrl-C leaves the job running.
     Exit code: the job's, 130 if it was stopped.
     """
-    from cluster.jobs import find_job, follow
-    from cluster.submit import Submission, submit, training
-    from tune.submission import is_search, searching
+    from cluster.jobs.commands import find_job, follow
+    from cluster.jobs.submit import Submission, submit, training
+    from tune.search.submission import is_search, searching
 
     resources = _resources(entrypoint_resources)
     wanted = Submission(recipe=recipe, entrypoint_resources=resources, **options)

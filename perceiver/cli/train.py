@@ -22,15 +22,15 @@ def command(recipe: str, overrides: tuple[str, ...], resume: bool, run: str | No
 
     KEY=VALUE overrides a key of the recipe, in dotted form. Stop with Ctrl-C: the run saves a checkpoint first.
     """
-    from cluster.local import EarlyRay, set_quiet_environment
-    from cluster.recipe_file import read_tree
-    from perceiver.train.helper import start_helper
+    from cluster.recipe.file import read_tree
+    from cluster.runtime.local import EarlyRay, set_quiet_environment
+    from perceiver.tracking.helper import start_helper
 
     set_quiet_environment()
     tree = read_tree(recipe, overrides)
     ray_start = EarlyRay(tree.get("cluster"))
     start_helper(tree.get("tracking"))
-    from cluster.launch import launch_training
+    from cluster.run.launch import launch_training
 
     code = launch_training(recipe, tree, ray_start, overrides=overrides, resume=resume, run=run, as_json=as_json)
     if not ray_start.used:

@@ -27,9 +27,9 @@ def command(
     KEY=VALUE overrides a key of the search file, or of its base recipe (train.epochs=3), in dotted form. Stop with
     Ctrl-C: the running trials save a checkpoint first.
     """
-    from cluster.local import set_quiet_environment
+    from cluster.runtime.local import set_quiet_environment
 
     set_quiet_environment()
-    from tune.launch import launch_search
+    from tune.search.launch import launch_search
 
     leave(launch_search(search, overrides, resume=resume, run=run, as_json=as_json, dry_run=dry_run))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perceiver.config import Config, UserError
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, valid_rows
 from perceiver.tasks._clips import clip_logits, mean_softmax
-from perceiver.tasks._mixing import mix_images
+from perceiver.tasks._mixup import mix_images
 
 
 class ClassificationConfig(Config):

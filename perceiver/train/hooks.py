@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from perceiver.train.engine import Engine
+from perceiver.train.engine.protocol import Engine
 from perceiver.train.loop import Batch, StepInfo
 
 Sink = Callable[[int, Mapping[str, float]], None]

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from perceiver.mixing import FIRST, GOLDEN, SECOND, mix64
-from perceiver.train.engine import Engine, Precision, StepResult
-from perceiver.train.saving import SavingConfig
+from perceiver.hashing import FIRST, GOLDEN, SECOND, mix64
+from perceiver.train.checkpoint.writer import SavingConfig
+from perceiver.train.engine.protocol import Engine, Precision, StepResult
 
 Batch = dict[str, torch.Tensor]
 

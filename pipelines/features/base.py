@@ -12,8 +12,8 @@ from perceiver.config import Config
 from pipelines.transforms.audio import AudioConfig
 from pipelines.transforms.clip import ClipConfig
 from pipelines.transforms.decode import MAX_PIXELS
-from pipelines.transforms.flow import FlowViewConfig
 from pipelines.transforms.image import AugmentConfig
+from pipelines.transforms.optical_flow import FlowViewConfig
 from pipelines.transforms.points import PointsConfig
 from pipelines.transforms.video import VideoConfig
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from perceiver.config import UserError
 from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
-from pipelines.transforms.flow import decode, evaluation_view, training_view
+from pipelines.transforms.optical_flow import decode, evaluation_view, training_view
 
 
 class FlowFeature(BaseFeature):

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
 from pipelines.transforms import BadSample
-from pipelines.transforms.text import byte_tokens
+from pipelines.transforms.byte_ids import byte_tokens
 
 
 class TextFeature(BaseFeature):

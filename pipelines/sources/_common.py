@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from perceiver.config import UserError
+from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Unit
-from pipelines.storage import Folder, open_folder
 
 SPLIT_NAMES = {
     "train": "train",

@@ -4,8 +4,8 @@ import h5py
 import numpy as np
 
 from perceiver.config import UserError
+from pipelines.shards.io import Folder
 from pipelines.sources._common import find_files
-from pipelines.storage import Folder
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import Points, decode
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from perceiver.config import UserError
 from pipelines.features import AudioFeature, Feature, LabelsFeature, MediaFeature, VideoFeature
+from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, find_files, shuffled_units, source_folder
-from pipelines.storage import Folder, open_folder
 
 SOUND = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aac")
 VIDEO = (".mp4", ".mkv", ".webm", ".avi", ".mov")

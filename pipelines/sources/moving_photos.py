@@ -19,7 +19,7 @@ from perceiver.config import UserError
 from pipelines.features.flow import FlowFeature
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 from pipelines.sources._common import item_seed, number, shuffled_units
-from pipelines.transforms.flow import FLO_MAGIC, pack
+from pipelines.transforms.optical_flow import FLO_MAGIC, pack
 
 PHOTOS = ("china.jpg", "flower.jpg")
 SIZE = (24, 32)

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from perceiver.config import UserError
 from pipelines.features import AudioFeature, LabelFeature
-from pipelines.packages import Package, fetch
-from pipelines.soundfont import Note, SoundFont, play, read_font
 from pipelines.sources import Listing, Sample, Unit, refuse_options
+from pipelines.sources._packages import Package, fetch
+from pipelines.sources._soundfont import Note, SoundFont, play, read_font
 
 PACKAGE = Package(
     "pretty_midi==0.2.11.post0",

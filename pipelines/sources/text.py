@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from perceiver.config import UserError
 from pipelines.features import TextFeature
+from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import (
     base_name,
@@ -24,7 +25,6 @@ from pipelines.sources._common import (
     source_folder,
     split_of,
 )
-from pipelines.storage import Folder, open_folder
 
 SUFFIXES = (".txt", ".jsonl")
 OPTIONS = ("length", "join", "document", "column", "held_out")

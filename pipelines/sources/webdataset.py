@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 from perceiver.config import UserError
 from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, TextFeature, VideoFeature
+from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, shuffled_units, source_folder, split_of
-from pipelines.storage import Folder, open_folder
 
 KINDS = {
     "image": ("jpg", "jpeg", "png", "webp"),

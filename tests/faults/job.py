@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 
-from perceiver.train.ledger import Audit, audit
-from pipelines.ingest import DataConfig, sample_plan
-from pipelines.shards import load_manifest
+from perceiver.train.checkpoint.ledger import Audit, audit
+from pipelines.feed.ingest import DataConfig, sample_plan
+from pipelines.shards.manifest import load_manifest
 from tests.cluster.recipes import write_recipe
 from tests.homes import share_kernels
 

@@ -12,13 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import nodes as local
-from cluster.local import make_token
+from cluster.runtime import local_cluster as local
+from cluster.runtime.local import make_token
 from tests.faults.job import PACE, RUN, Job, Outcome, fault_tree, home
 from tests.faults.nodes import STEPS, Nodes, place_of
 from tests.faults.table import scenario
 from tests.faults.workers import HUNG_WITHIN_S
-from tests.train.mlflow_server import free_port
+from tests.perceiver.tracking.mlflow_server import free_port
 
 NET = "10.77.0"
 HERE, AWAY, SPARE = f"{NET}.3", f"{NET}.2", f"{NET}.4"

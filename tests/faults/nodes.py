@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import yaml
 
-from cluster.nodes import LocalCluster
+from cluster.runtime.local_cluster import LocalCluster
 from tests.faults.job import PACE, PERCEIVER, RUN, Job, Outcome, fault_tree, home, title
 from tests.faults.table import scenario
-from tests.train.mlflow_server import free_port
+from tests.perceiver.tracking.mlflow_server import free_port
 
 STEPS = 150
 ELASTIC_STEPS = 900

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perceiver.train.mlflow import TrackingConfig, replay
+from perceiver.tracking.mlflow_writer import TrackingConfig, replay
 from tests.cluster.recipes import prepare_images, small_tree
 from tests.faults.job import Job, Outcome, send
 from tests.faults.stores import limit_files
 from tests.faults.trackers import logged
-from tests.train.mlflow_server import Server, free_port
+from tests.perceiver.tracking.mlflow_server import Server, free_port
 
 GOODPUT = 0.8
 DISK_FULL_S = 10.0

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perceiver.train.checkpoint import CheckpointStore, Snapshot
-from tests.train.toy import toy_engine
+from perceiver.train.checkpoint.store import CheckpointStore, Snapshot
+from tests.perceiver.train.toy import toy_engine
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate"}
 

@@ -11,7 +11,7 @@ from tests.faults.faulty_s3 import FaultyS3, S3Job
 from tests.faults.job import Job, Outcome, fault_tree, send
 from tests.faults.stores import limit_files
 from tests.faults.table import STEPS, expect_finished, scenario
-from tests.train.mlflow_server import Server, free_port
+from tests.perceiver.tracking.mlflow_server import Server, free_port
 
 
 def logged(server: Server) -> dict[int, int]:

@@ -10,9 +10,9 @@ import torch
 from perceiver.modalities.text import encode_bytes
 from pipelines.features import Feature, LabelsFeature, PointsFeature, TextFeature
 from pipelines.features.base import ViewConfig
-from pipelines.ingest import DataConfig, EvalShare, TrainShare, batch_shapes, eval_batches, train_batches
-from pipelines.shards import Manifest, ShardWriter, Split, arrow_schema, load_manifest, save_manifest
-from pipelines.storage import open_folder
+from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, batch_shapes, eval_batches, train_batches
+from pipelines.shards.io import open_folder
+from pipelines.shards.manifest import Manifest, ShardWriter, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import PointsConfig, evaluation_view, training_view
 

@@ -11,16 +11,16 @@ from click.testing import CliRunner
 
 from perceiver.cli.prepare import command
 from perceiver.config import UserError
+from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, check_files, eval_batches, load_data, train_batches
 from pipelines.index import group_runs, index
-from pipelines.ingest import DataConfig, EvalShare, TrainShare, check_files, eval_batches, load_data, train_batches
-from pipelines.inspect import inspect
-from pipelines.inspect_page import write_page
-from pipelines.plan import RowGroups
+from pipelines.inspect.inspection import inspect
+from pipelines.inspect.page import write_page
+from pipelines.order.plan import RowGroups
 from pipelines.prepare import PrepareConfig
-from pipelines.quarantine import Quarantine
-from pipelines.shards import Manifest, ShardInfo, Split, load_manifest
-from pipelines.stored import stored_files
-from tests.pipelines.test_ingest import joined
+from pipelines.shards.manifest import Manifest, ShardInfo, Split, load_manifest
+from pipelines.shards.quarantine import Quarantine
+from pipelines.shards.stored import stored_files
+from tests.pipelines.feed.test_ingest import joined
 from tests.pipelines.toys import numbered_image, png
 
 NAMES = ("cat", "dog", "owl")

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from pipelines.features import ImageFeature, LabelFeature
-from pipelines.shards import Manifest, ShardInfo, ShardWriter, Split, arrow_schema, save_manifest
+from pipelines.shards.io import open_folder
+from pipelines.shards.manifest import Manifest, ShardInfo, ShardWriter, Split, arrow_schema, save_manifest
 from pipelines.sources.digits import MEMBER
-from pipelines.storage import open_folder
 
 CLASSES = 4
 

@@ -1,0 +1,1 @@
+"""`perceiver reproduce`: the papers' tables as searches whose trials are known beforehand."""

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from cluster.recipe_file import explain, read_tree
+from cluster.recipe.file import explain, read_tree
 from perceiver.config import Config, UserError
 from tune.config import Mode
 from tune.search_file import flat
-from tune.space import Values
+from tune.space.space import Values
 
 ScaleName = Literal["small", "full"]
 FOLDER = "recipes/papers"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from perceiver.train.report_figures import FIRST, RULE, SECOND, TEXT, Drawing, chart, render
+from perceiver.report.figures import FIRST, RULE, SECOND, TEXT, Drawing, chart, render
 from tune.tables.results import Result, is_share
 
 LINE_HEIGHT = 0.3

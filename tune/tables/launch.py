@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.recipe_file import apply_override, read_tree
+from cluster.recipe.file import apply_override, read_tree
 from perceiver.accounting import account
 from perceiver.config import UserError
-from tune.checks import Checker
-from tune.conclude import all_failed, finish_run, machine, say_ending
 from tune.config import Search, build_search
-from tune.dry_run import say_resources
-from tune.estimate import estimate, say_estimate
-from tune.launch import find_slots, run_search, start_early
-from tune.plan import Plan, SearchLaunch, Start
+from tune.search.checks import Checker
+from tune.search.conclude import all_failed, finish_run, machine, say_ending
+from tune.search.dry_run import say_resources
+from tune.search.estimate import estimate, say_estimate
+from tune.search.launch import find_slots, run_search, start_early
+from tune.search.plan import Plan, SearchLaunch, Start
 from tune.search_file import RECIPE_KEYS, flat, recipe_path
-from tune.space import Values, with_values
+from tune.space.space import Values, with_values
 from tune.tables.config import Row, Scale, ScaleName, Table, load_table, values_of
 from tune.tables.page import HEAD, NOT_RUN, Page, aligned, cells, markdown, write_json, write_page
 from tune.tables.results import Cost, judge, results

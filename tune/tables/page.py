@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perceiver.train import report_figures as training_figures
-from perceiver.train.redaction import MASK, is_secret_key, redact_text
+from perceiver.report import figures as training_figures
+from perceiver.tracking.redaction import MASK, is_secret_key, redact_text
+from tune.report.numbers import duration
 from tune.tables.config import Scale, ScaleName, TableConfig
 from tune.tables.figures import draw_results
 from tune.tables.results import Judged, Result, seed_noise
-from tune.words import duration
 
 HEAD = ("row", "paper", "ours", "seeds", "parameters", "FLOPs", "wall time")
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -175,7 +175,7 @@ def write_page(page: Page) -> str:
     """Return the table as one self-contained HTML page with a plot."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    folders = [Path(__file__).parents[1], Path(training_figures.__file__).parent]
+    folders = [Path(__file__).parent, Path(training_figures.__file__).parent]
     environment = Environment(
         loader=FileSystemLoader(folders),
         autoescape=True,

@@ -1,0 +1,165 @@
+"""The machines that a cluster is made of (files in recipes/cluster/): what is rendered depends on them and a recipe."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from cluster.recipe.config import Recipe
+from cluster.recipe.file import read_config
+from perceiver.config import Config, UserError
+
+LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
+"""Labels of the two kinds of nodes, unless the recipe asks for others."""
+
+IMAGE_NOTE = """build the image {image} (perceiver cluster render docker), push it to a registry that the nodes
+{indent}may pull from; write its full name there, such as ghcr.io/me/perceiver-train:1, as `image:` into the file of
+{indent}--machines and render again"""
+"""What the headers for other machines say about the image; a name without a registry can be pulled nowhere."""
+
+
+class Machine(Config):
+    """One kind of node."""
+
+    cpus: PositiveInt = Field(description="logical CPUs")
+    memory_gb: PositiveFloat = Field(description="memory, in GiB")
+    gpus: NonNegativeInt = Field(default=0, description="GPUs")
+    shm_gb: PositiveFloat = Field(default=8, description="shared memory for Ray's object store, in GiB")
+    min: NonNegativeInt = Field(default=0, description="nodes that are always there")
+    max: PositiveInt = Field(default=8, description="nodes that there may be")
+    aws: str = Field(default="", description="EC2 instance type")
+    gcp: str = Field(default="", description="Compute Engine machine type")
+    gcp_accelerator: str = Field(default="", description="Compute Engine accelerator type, such as nvidia-tesla-a100")
+
+
+class Aws(Config):
+    """Amazon EC2."""
+
+    region: str = Field(default="us-west-2", description="region")
+    zones: str = Field(default="us-west-2a,us-west-2b", description="availability zones, by comma")
+    instance_profile: str = Field(default="perceiver-nodes", description="IAM profile that may use the bucket")
+    disk_gb: PositiveInt = Field(default=200, description="root disk of each node")
+
+
+class Gcp(Config):
+    """Google Compute Engine."""
+
+    project: str = Field(default="my-project", description="project id")
+    region: str = Field(default="us-central1", description="region")
+    zone: str = Field(default="us-central1-a", description="zone")
+    service_account: str = Field(default="perceiver-nodes", description="service account that may use the bucket")
+    source_image: str = Field(
+        default="projects/deeplearning-platform-release/global/images/family/common-cu128-ubuntu-2204",
+        description="image with Docker and the GPU driver",
+    )
+    disk_gb: PositiveInt = Field(default=200, description="boot disk of each node")
+
+
+class Slurm(Config):
+    """A Slurm cluster."""
+
+    partition: str = Field(default="gpu", description="partition")
+    account: str = Field(default="", description="account; empty for the user's own")
+    time: str = Field(
+        default="24:00:00", description="limit of an allocation; the job is queued again until it is done"
+    )
+    setup: str = Field(default="source .venv/bin/activate", description="shell line that brings python and ray")
+
+
+class Services(Config):
+    """Images that the local stack (compose) takes from elsewhere."""
+
+    postgres: str = Field(default="postgres:17-alpine", description="database of MLflow; version 17 or older")
+    s3: str = Field(default="quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z", description="S3 store")
+    s3_client: str = Field(default="quay.io/minio/mc:RELEASE.2025-08-13T08-35-41Z", description="makes the bucket")
+    bucket: str = Field(default="perceiver", description="bucket for data, runs and artifacts")
+
+
+class Settings(Config):
+    """Everything about the machines that a recipe does not say."""
+
+    image: str = Field(
+        default="perceiver-train:latest", description="image of all nodes, with its registry; render docker makes it"
+    )
+    base_image: str = Field(default="python:3.11-slim-bookworm", description="what that image starts from")
+    head: Machine = Field(default=Machine(cpus=4, memory_gb=16), description="control plane and driver; trains nothing")
+    train: Machine = Field(description="nodes of the training workers")
+    data: Machine | None = Field(default=None, description="nodes that only decode; none: the training nodes do")
+    spot: bool = Field(default=True, description="preemptible training nodes first, full-price ones if none is had")
+    idle_minutes: PositiveInt = Field(default=5, description="minutes after which an idle node is given back")
+    drain_s: PositiveInt = Field(default=300, description="seconds that a node that is taken away has to save")
+    namespace: str = Field(default="default", description="Kubernetes namespace")
+    token_secret: str = Field(default="perceiver-token", description="Kubernetes secret with the key auth_token")
+    env_secrets: tuple[str, ...] = Field(
+        default=("perceiver-storage", "perceiver-mlflow"),
+        description="Kubernetes secrets whose keys become environment variables: storage and tracking",
+    )
+    node_selector: dict[str, str] = Field(default={}, description="Kubernetes labels of the machines that train")
+    aws: Aws = Field(default=Aws(), description="for autoscaler-aws")
+    gcp: Gcp = Field(default=Gcp(), description="for autoscaler-gcp")
+    slurm: Slurm = Field(default=Slurm(), description="for slurm")
+    services: Services = Field(default=Services(), description="for compose")
+
+
+def read_settings(path: str | Path) -> Settings:
+    """Read a file of settings.
+
+    Raises:
+        UserError: no such file, or a key or value that does not fit.
+    """
+    return read_config(path, Settings, "see recipes/cluster/")
+
+
+def workers_per_node(recipe: Recipe, machine: Machine) -> int:
+    """Return how many of the recipe's workers one training node holds.
+
+    Raises:
+        UserError: none.
+    """
+    cluster = recipe.cluster
+    cpus = cluster.cpus_per_worker or 1.0
+    room = math.floor(machine.cpus / cpus)
+    if cluster.gpus_per_worker:
+        room = min(room, math.floor(machine.gpus / cluster.gpus_per_worker))
+    if room < 1:
+        raise UserError(
+            f"a worker of the recipe holds {cpus:g} CPUs and {cluster.gpus_per_worker:g} GPUs, a node of `train` has "
+            f"{machine.cpus} and {machine.gpus}: change cluster.gpus_per_worker or the settings"
+        )
+    return room
+
+
+def train_nodes(recipe: Recipe, settings: Settings) -> int:
+    """Return how many training nodes the recipe's workers fill.
+
+    Raises:
+        UserError: more than the settings allow.
+    """
+    nodes = math.ceil(recipe.cluster.workers / workers_per_node(recipe, settings.train))
+    if nodes > settings.train.max:
+        raise UserError(
+            f"cluster.workers = {recipe.cluster.workers} fill {nodes} training nodes, the settings allow "
+            f"train.max = {settings.train.max}: raise it or lower cluster.workers"
+        )
+    return nodes
+
+
+def labels(recipe: Recipe, settings: Settings) -> dict[str, dict[str, str]]:
+    """Return the labels of training and data nodes: the recipe's, else ours if there are both kinds of nodes."""
+    ours: Mapping[str, dict[str, str]] = LABELS if settings.data is not None else {"train": {}, "data": {}}
+    return {
+        "train": recipe.cluster.worker_labels or ours["train"],
+        "data": recipe.data.task_labels or ours["data"],
+    }
+
+
+def placement_overrides(recipe: Recipe, settings: Settings) -> list[str]:
+    """Return the overrides by which the recipe's workers and data tasks find their nodes."""
+    found = labels(recipe, settings)
+    pairs: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+        ("cluster.worker_labels", found["train"], recipe.cluster.worker_labels),
+        ("data.task_labels", found["data"], recipe.data.task_labels),
+    ]
+    return [f"{key}.{name}={value}" for key, wanted, has in pairs if wanted != has for name, value in wanted.items()]

@@ -1,0 +1,62 @@
+"""The recipe that files are rendered for, its overrides with it, and the commands that train it."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.deploy.settings import Settings, placement_overrides
+from cluster.jobs.secrets import check_secrets, needed
+from cluster.jobs.submit import Submission, training
+from cluster.recipe.config import Recipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe as the user names it.
+
+    Attributes:
+        recipe: the recipe, overrides applied.
+        file: its file on this machine.
+        overrides: ``key=value``, as typed; every rendered command repeats them.
+        needs: environment variables that the recipe names, which the cluster must hold.
+    """
+
+    recipe: Recipe
+    file: str
+    overrides: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+
+def read_source(file: str, overrides: Sequence[str] = ()) -> Source:
+    """Read a recipe to render files for.
+
+    Raises:
+        UserError: a mistake in the recipe, or a secret by value, which the files would show.
+    """
+    wanted = Submission(recipe=file, overrides=tuple(overrides))
+    work = training(wanted)
+    check_secrets(work.tree, wanted, {})
+    return Source(work.recipe, file, tuple(overrides), tuple(needed(work.tree, wanted)))
+
+
+def job_command(source: Source, file: str, overrides: Sequence[str]) -> str:
+    """Return the shell command that starts the run on the cluster, or goes on with it.
+
+    Args:
+        source: the recipe.
+        file: its file there.
+        overrides: all of them.
+    """
+    words = ["python", "-m", "cluster.jobs.entrypoint", "--run", source.recipe.name, "--output", source.recipe.output]
+    words += ["--needs", ",".join(source.needs)] if source.needs else []
+    return shlex.join([*words, "train", file, *overrides])
+
+
+def submit_command(source: Source, overrides: Sequence[str]) -> str:
+    """Return the shell command that submits the recipe to a cluster whose dashboard is reached at this machine."""
+    return shlex.join(["perceiver", "submit", source.file, *overrides, "--address", "http://127.0.0.1:8265"])
+
+
+def growing_overrides(source: Source, settings: Settings) -> list[str]:
+    """Return the user's overrides, and ours for a cluster that adds nodes of both kinds on demand."""
+    return [*source.overrides, *placement_overrides(source.recipe, settings), "cluster.autoscaling=true"]

@@ -1,0 +1,1 @@
+"""`perceiver doctor`: checks of this machine or cluster that change nothing."""

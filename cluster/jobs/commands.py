@@ -1,0 +1,199 @@
+"""The jobs of a cluster: which there are, what they print, how they end."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from cluster.jobs.server import JobServer
+from cluster.record.failures import EXIT_STOPPED
+from perceiver.config import UserError
+
+RUN, OUTPUT, RECIPE, STOP_WAIT = "perceiver.run", "perceiver.output", "perceiver.recipe", "perceiver.stop_wait_s"
+"""Keys of a job's metadata."""
+
+LIVE = ("PENDING", "RUNNING")
+POLL_S = 0.5
+POLL_LOG_S = 2.0
+"""Pause between two requests for a job's whole log, where the connection that brings what is new has ended."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the cluster. Times are seconds since the epoch.
+
+    Attributes:
+        name: the submission id, by which all commands know it.
+        run: the run that it trains; empty for jobs that are not ours.
+        status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
+        exit_code: of the command that it ran, if it ended by itself.
+    """
+
+    name: str
+    status: str
+    run: str = ""
+    output: str = ""
+    recipe: str = ""
+    began: float | None = None
+    ended: float | None = None
+    message: str = ""
+    exit_code: int | None = None
+    stop_wait_s: int = 0
+
+    @property
+    def live(self) -> bool:
+        """Return whether it has not ended."""
+        return self.status in LIVE
+
+    def code(self) -> int:
+        """Return the exit code for commands that waited for it: its own, 130 if it was stopped."""
+        if self.status == "STOPPED":
+            return EXIT_STOPPED
+        return 0 if self.status == "SUCCEEDED" else self.exit_code or 1
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything, for JSON."""
+        return asdict(self)
+
+
+def list_jobs(server: JobServer) -> list[Job]:
+    """Return the jobs that were submitted to a cluster, oldest first."""
+    with server.answers():
+        details = server.client.list_jobs()
+    found = [_job(detail) for detail in details if detail.submission_id]
+    return sorted(found, key=lambda job: job.began or time.time())
+
+
+def find_job(server: JobServer, name: str) -> Job:
+    """Return a job by its name, or the newest one of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    jobs = list_jobs(server)
+    named = [job for job in jobs if job.name == name] or [job for job in jobs if job.run == name]
+    if not named:
+        there = ", ".join(job.name for job in jobs[-5:]) or "none"
+        raise UserError(f"no job or run {name!r} at {server.url}; jobs there: {there}")
+    return named[-1]
+
+
+def follow(server: JobServer, job: Job, write: Callable[[str], None]) -> Job:
+    """Pass on what a job prints until it ends; return it as it ended. The job does not depend on the follower.
+
+    Proxies end a websocket that is idle, or know none; the whole log is then asked for again and again, and what was
+    shown is passed over.
+    """
+    if not job.live:
+        write(logs(server, job))
+        return job
+    length = _tail(server, job, write)
+    while True:
+        # Its state before its log: nothing that it prints before its end is missed.
+        job = find_job(server, job.name)
+        try:
+            text = logs(server, job)
+        except UserError:
+            if job.live:
+                raise
+            return job  # its node is gone, and the log with it
+        if len(text) > length:
+            write(text[length:])
+            length = len(text)
+        if not job.live:
+            return job
+        time.sleep(POLL_LOG_S)
+
+
+def _tail(server: JobServer, job: Job, write: Callable[[str], None]) -> int:
+    """Pass on what a job prints as long as the websocket brings it; return how many characters that were."""
+    import aiohttp
+
+    length = 0
+
+    async def tail() -> None:
+        nonlocal length
+        async for text in server.client.tail_job_logs(job.name):
+            write(text)
+            length += len(text)
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        try:
+            loop.run_until_complete(tail())
+        except (aiohttp.ClientError, RuntimeError, OSError, TimeoutError) as error:
+            log.info("the websocket to the log of %s has ended (%s)", job.name, error)
+    return length
+
+
+def logs(server: JobServer, job: Job) -> str:
+    """Return what a job has printed so far."""
+    with server.answers(f"the logs of {job.name}"):
+        return server.client.get_job_logs(job.name)
+
+
+def wait(server: JobServer, name: str, seconds: float | None = None) -> Job:
+    """Wait until a job has ended; return it.
+
+    Raises:
+        UserError: it lives on after so many seconds.
+    """
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while (job := find_job(server, name)).live:
+        if deadline is not None and time.monotonic() > deadline:
+            raise UserError(f"{name} is still {job.status} after {seconds:g} s: look into perceiver logs {name}")
+        time.sleep(POLL_S)
+    return job
+
+
+def stop(server: JobServer, job: Job) -> tuple[Job, list[str]]:
+    """Ask a job to stop, wait until it has saved its checkpoint; return it and the lines that it printed meanwhile.
+
+    Ray kills what is left of a job ``cluster.stop_wait_s`` seconds after the request.
+    """
+    before = logs(server, job) if job.status == "RUNNING" else ""
+    with server.answers(f"to stop {job.name}"):
+        server.client.stop_job(job.name)
+    ended = wait(server, job.name, (job.stop_wait_s or 3) + 30)
+    lines = logs(server, job)[len(before) :].splitlines() if before else []
+    return ended, [line for line in lines if line.strip()]
+
+
+def _job(detail: Any) -> Job:
+    metadata = detail.metadata or {}
+    message = (detail.message or "").strip().splitlines()
+    return Job(
+        name=detail.submission_id,
+        status=str(getattr(detail.status, "value", detail.status)),
+        run=metadata.get(RUN, ""),
+        output=metadata.get(OUTPUT, ""),
+        recipe=metadata.get(RECIPE, ""),
+        began=detail.start_time / 1000 if detail.start_time else None,
+        ended=detail.end_time / 1000 if detail.end_time else None,
+        message=message[-1][:300] if message else "",
+        exit_code=detail.driver_exit_code,
+        stop_wait_s=int(metadata.get(STOP_WAIT, 0)),
+    )
+
+
+def table(jobs: list[Job]) -> list[str]:
+    """Return the lines of a table of jobs."""
+    rows = [("JOB", "STATUS", "RUN", "RECIPE", "BEGAN", "TOOK")]
+    for job in jobs:
+        began = datetime.fromtimestamp(job.began).strftime("%m-%d %H:%M:%S") if job.began else "-"
+        rows.append((job.name, job.status, job.run or "-", job.recipe or "-", began, _took(job)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _took(job: Job) -> str:
+    if job.began is None:
+        return "-"
+    minutes, seconds = divmod(int((job.ended or time.time()) - job.began), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,95 @@
+"""What a job runs on the cluster: check what it needs there, then `perceiver train` or `tune`, started or resumed.
+
+``python -m cluster.jobs.entrypoint --run NAME --output URL [--needs A,B] [--folder DIR] VERB FILE [key=value ...]``
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.recipe.placement import RESERVED
+from cluster.record.failures import one_line
+from cluster.record.run_folder import named_run
+from perceiver.config import UserError
+from perceiver.tracking.redaction import redact_text
+from perceiver.train.checkpoint.writer import is_refusal, refusal
+
+REFUSED = 2
+
+
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.jobs.entrypoint", description=__doc__)
+    parser.add_argument("--run", required=True, help="name of the run: continued if it exists, else started")
+    parser.add_argument("--output", required=True, help="folder or URL below which the run's folder lies")
+    parser.add_argument("--needs", default="", help="environment variables that must be set on the cluster")
+    parser.add_argument("--folder", help="folder that relative paths are meant from; default: the package")
+    parser.add_argument("--reserved", help="JSON of the resources that this command holds of its node")
+    parser.add_argument("verb")
+    parser.add_argument("file", help="a recipe, or a search")
+    parser.add_argument("overrides", nargs="*")
+    return parser.parse_args(words)
+
+
+def command(given: argparse.Namespace) -> list[str]:
+    """Return the `perceiver` command of this start: with ``--resume`` if the run exists.
+
+    Raises:
+        UserError: a variable is not set here, or the run's place cannot be looked into.
+    """
+    missing = [name for name in given.needs.split(",") if name and name not in os.environ]
+    if missing:
+        raise UserError(
+            f"the cluster does not know {', '.join(missing)}: set it where the nodes start (a Kubernetes secret, the "
+            "autoscaler's setup commands, the shell of `perceiver cluster up`)"
+        )
+    words = [sys.executable, "-m", "perceiver.cli", given.verb, given.file, *given.overrides, "--run", given.run]
+    return [*words, "--resume"] if exists(given.output, given.run) else words
+
+
+def exists(output: str, run: str) -> bool:
+    """Return whether a run has been started.
+
+    Raises:
+        UserError: its place cannot be looked into.
+    """
+    folder = named_run(output, run)
+    shown = redact_text(folder.url)
+    try:
+        return bool(folder.facts())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{shown}/run.json is damaged ({error}): restore it, or give another --run") from None
+    except ImportError as error:
+        raise UserError(
+            f"the cluster cannot read {shown} ({error}): add what perceiver-train[s3] installs to its image, or "
+            "submit with --install"
+        ) from None
+    except Exception as error:  # noqa: BLE001  each store raises its own
+        reason = redact_text(one_line(error))
+        if is_refusal(error):
+            raise UserError(f"on the cluster {refusal(shown, reason)}, set where the nodes start") from None
+        raise UserError(f"the cluster cannot read {shown} ({reason}): check output and the nodes' way to it") from None
+
+
+def main(words: Sequence[str]) -> int:  # noqa: RET503  execve does not return
+    """Become the command; returns an exit code only if something is refused."""
+    given = arguments(words)
+    package = str(Path.cwd())
+    try:
+        if given.folder:
+            os.chdir(given.folder)
+        argv = command(given)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    # The package's sources come first, not those that may lie in the folder.
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    held = {RESERVED: given.reserved} if given.reserved else {}
+    os.execve(argv[0], argv, {**os.environ, **held, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

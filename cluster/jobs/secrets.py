@@ -1,0 +1,93 @@
+"""No secret goes along with a job: everyone who may look at it reads its package, command, environment and metadata."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cluster.jobs.server import text_object
+from cluster.recipe.file import apply_override
+from perceiver.config import UserError
+from perceiver.tracking.redaction import MASK, holds_secret, is_reference, leaves, redact_value
+
+if TYPE_CHECKING:
+    from cluster.jobs.submit import Submission
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+BY_REFERENCE = "write env:NAME or $NAME there and set NAME where the cluster's nodes start"
+
+
+def needed(tree: Mapping[str, Any], wanted: "Submission") -> list[str]:
+    """Return the names of the environment variables that the job reads on the cluster."""
+    values = [value for _, value in leaves(tree) if isinstance(value, str)]
+    named = [value.removeprefix("env:") for value in values if value.startswith("env:")]
+    named += [value[1:] for value in values if value.startswith("$") and NAME.fullmatch(value[1:])]
+    return sorted({*named, *wanted.secrets})
+
+
+def check_secrets(tree: Mapping[str, Any], wanted: "Submission", runtime_env: Mapping[str, Any]) -> None:
+    """Refuse secrets by value in the settings, the overrides, the runtime environment and the metadata.
+
+    Raises:
+        UserError: there is one; the line says where, not what.
+    """
+    for name in wanted.secrets:
+        if not NAME.fullmatch(name):
+            raise UserError(f"--secret {name.split('=')[0]}: wanted the name of an environment variable of the cluster")
+    for key in _hidden(tree):
+        raise UserError(f"{key} holds a secret, which would travel with the job: {BY_REFERENCE}")
+    for override in wanted.overrides:
+        alone: dict[str, Any] = {}
+        apply_override(alone, override)
+        for key in _hidden(alone):
+            raise UserError(f"the override of {key} holds a secret, and the job's command shows it: {BY_REFERENCE}")
+    metadata = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
+    for key in _hidden(metadata):
+        raise UserError(_seen("--metadata-json", key))
+    for key in _hidden(runtime_env):
+        section, _, name = key.partition(".")
+        if section == "env_vars":
+            raise UserError(_seen(f"--env {name}" if name in wanted.env else "--runtime-env-json", name))
+        raise UserError(
+            f"--runtime-env-json: {key} holds a secret, and everyone who sees the job sees it: leave the login out and "
+            "set it up where the cluster's nodes start (PIP_INDEX_URL, ~/.netrc, the image)"
+        )
+
+
+def check_files(files: Sequence[str]) -> None:
+    """Refuse secrets in files that travel as they are, with what an override replaces and with their comments.
+
+    Raises:
+        UserError: there is one.
+    """
+    for file in files:
+        text = Path(file).read_text(errors="replace")
+        try:
+            tree = yaml.safe_load(text)  # JSON is YAML
+        except yaml.YAMLError:
+            tree = None
+        for key in _hidden(tree):
+            raise UserError(
+                f"{file}: {key} holds a secret, and the file travels with the job as it stands, whatever overrides "
+                f"say: {BY_REFERENCE}"
+            )
+        for number, line in enumerate(text.splitlines(), 1):
+            if holds_secret(line):
+                raise UserError(f"{file}: line {number} holds a secret, and the file travels with the job: take it out")
+
+
+def _hidden(tree: Any) -> Iterator[str]:
+    """Yield the key of each text that we would mask."""
+    for key, value in leaves(tree):
+        known = is_reference(value) or (isinstance(value, str) and (value.startswith("$") or MASK in value))
+        if isinstance(value, str) and not known and MASK in str(redact_value(key, value)):
+            yield key
+
+
+def _seen(option: str, key: str) -> str:
+    return (
+        f"{option}: {key} looks like a secret, and everyone who sees the job sees it: name it with --secret {key} "
+        "and set it where the cluster's nodes start"
+    )

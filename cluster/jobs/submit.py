@@ -1,0 +1,277 @@
+"""Submitting a recipe or a search: everything that would stop the job on the cluster is refused here first."""
+
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.jobs.commands import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
+from cluster.jobs.package import build_package, locked_requirements, named_files, path_in_package
+from cluster.jobs.paths import check_paths, is_here, tracking_note
+from cluster.jobs.secrets import check_files, check_secrets, needed
+from cluster.jobs.server import JobServer, text_object
+from cluster.recipe.config import Recipe, build_recipe
+from cluster.recipe.file import read_tree
+from cluster.recipe.placement import Node, check_memory
+from cluster.recipe.preflight import check_batch, data_need, place_some
+from cluster.record.run_folder import named_run
+from cluster.runtime.local import QUIET_ENVIRONMENT
+from cluster.runtime.session import GO_ON
+from perceiver.config import UserError
+from perceiver.tracking.redaction import redact_text
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What the user asks for; the fields after ``run`` are the flags of ``ray job submit``.
+
+    Attributes:
+        recipe: file of this machine: a recipe, or a search.
+        overrides: ``key=value``, as typed.
+        run: name of the run, continued if it exists; default: the recipe's name.
+        secrets: environment variables that the cluster must hold; only their names travel.
+        env: environment variables of this machine whose values travel.
+        install: install the locked dependencies for the job instead of taking the cluster's.
+    """
+
+    recipe: str
+    overrides: Sequence[str] = ()
+    run: str | None = None
+    submission_id: str | None = None
+    runtime_env_json: str | None = None
+    working_dir: str | None = None
+    metadata_json: str | None = None
+    entrypoint_num_cpus: float | None = None
+    entrypoint_num_gpus: float | None = None
+    entrypoint_resources: Mapping[str, float] = field(default_factory=dict)
+    secrets: Sequence[str] = ()
+    env: Sequence[str] = ()
+    install: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does: a perceiver command, and all that it reads when it starts.
+
+    Attributes:
+        verb: the command.
+        recipe: what it trains, overrides applied.
+        name: of the run, unless the user gives one.
+        tree: every setting that travels, the recipe's first.
+        files: those of this machine that travel; the command's own is the first.
+        fits: refuses a cluster, given its nodes, that cannot hold it.
+        found_by: overrides by which the files find each other in the package.
+    """
+
+    verb: str
+    recipe: Recipe
+    name: str
+    tree: Mapping[str, Any]
+    files: Sequence[str]
+    fits: Callable[[Sequence[Node]], None]
+    found_by: Sequence[str] = ()
+
+
+def training(wanted: Submission) -> Work:
+    """Return the work of a job that trains a recipe.
+
+    Raises:
+        UserError: a mistake in the recipe.
+    """
+    tree = read_tree(wanted.recipe, wanted.overrides)
+    recipe = build_recipe(tree, source=wanted.recipe)
+    files = [wanted.recipe, *named_files(tree)]
+    return Work("train", recipe, recipe.name, tree, files, partial(check_places, recipe=recipe))
+
+
+def submit(server: JobServer, wanted: Submission, work: Work, say: Callable[[str], None] = print) -> str:
+    """Check, pack and submit; return the job's name.
+
+    Raises:
+        UserError: the first thing that would stop the job.
+    """
+    recipe = work.recipe
+    run = named_run(recipe.output, wanted.run or work.name).name
+    runtime_env = _runtime_env(recipe, wanted)
+    runtime_env["env_vars"][GO_ON] = shlex.join(["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run])
+    nodes = server.nodes()
+    check_secrets(work.tree, wanted, runtime_env)
+    check_files(work.files)
+    check_batch(recipe)
+    work.fits(nodes)
+    check_entrypoint(nodes, work, wanted)
+    here = is_here(nodes, server.url)
+    notes = [*check_paths(recipe, here, server.url), tracking_note(recipe, here, _known(wanted, runtime_env))]
+    for line in filter(None, notes):
+        say(line)
+    name = _free_name(server, wanted, run, recipe.output)
+    metadata = {RUN: run, OUTPUT: recipe.output, RECIPE: wanted.recipe, STOP_WAIT: str(recipe.cluster.stop_wait_s)}
+    given = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
+    own, excludes = runtime_env.pop("working_dir", None), runtime_env.pop("excludes", [])
+    with tempfile.TemporaryDirectory(prefix="perceiver-job-") as folder:
+        left = build_package(Path(folder), work.files, own, excludes)
+        if left:
+            say(f"note: {', '.join(left)} of {own} stay here, for such files hold secrets")
+        runtime_env["working_dir"] = folder
+        with server.answers(f"the job {name}"):
+            return server.client.submit_job(
+                entrypoint=entrypoint(wanted, work, run, str(Path.cwd()) if here else None),
+                submission_id=name,
+                runtime_env=runtime_env,
+                metadata={**given, **metadata},
+                entrypoint_num_cpus=wanted.entrypoint_num_cpus,
+                entrypoint_num_gpus=wanted.entrypoint_num_gpus,
+                entrypoint_resources=dict(wanted.entrypoint_resources) or None,
+            )
+
+
+def entrypoint(wanted: Submission, work: Work, run: str, folder: str | None) -> str:
+    """Return the shell command of the job: `cluster.jobs.entrypoint`, which becomes `perceiver train` or `tune`.
+
+    Args:
+        wanted: what the user asked for.
+        work: what that comes to.
+        run: name of the run.
+        folder: the current folder, if the cluster's nodes see it too; else the job finds all in its package.
+    """
+    needs = needed(work.tree, wanted)
+    words = ["python", "-m", "cluster.jobs.entrypoint", "--run", run, "--output", work.recipe.output]
+    words += ["--needs", ",".join(needs)] if needs else []
+    words += ["--folder", folder] if folder else []
+    reserved = _reserved(wanted)
+    words += ["--reserved", json.dumps(reserved)] if reserved else []
+    words += [work.verb, wanted.recipe if folder else path_in_package(wanted.recipe), *wanted.overrides]
+    words += [] if folder else work.found_by
+    return "exec " + shlex.join(words)
+
+
+def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
+    """Refuse workers or data tasks that fit on no node."""
+    if not recipe.cluster.autoscaling:
+        check_memory(nodes, data_need(recipe))
+    place_some(recipe, nodes)
+
+
+def check_entrypoint(nodes: Sequence[Node], work: Work, wanted: Submission) -> None:
+    """Refuse a driver that asks for more than any node has, or that leaves the workers no room wherever it runs."""
+    need = _reserved(wanted)
+    if not need or work.recipe.cluster.autoscaling:
+        return
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+    reason = f"none of the {len(nodes)} nodes has that: ask for less"
+    for number, node in enumerate(nodes):
+        if node.room(need):
+            try:
+                work.fits([*nodes[:number], node.less(need), *nodes[number + 1 :]])
+            except UserError as error:
+                reason = f"beside that {error}; or ask for less for the entrypoint"
+            else:
+                return
+    raise UserError(f"the entrypoint asks for {asked} (--entrypoint-...), and {reason}")
+
+
+def _reserved(wanted: Submission) -> dict[str, float]:
+    """Return what the driver holds of the node that it runs on."""
+    need = {"CPU": wanted.entrypoint_num_cpus or 0.0, "GPU": wanted.entrypoint_num_gpus or 0.0}
+    return {name: amount for name, amount in {**need, **wanted.entrypoint_resources}.items() if amount}
+
+
+def _free_name(server: JobServer, wanted: Submission, run: str, output: str) -> str:
+    """Return a name for the job that no other has.
+
+    Raises:
+        UserError: the name the user gave is taken, or a live job trains the same run.
+    """
+    jobs = list_jobs(server)
+    busy = next((job for job in jobs if job.run == run and job.output == output and job.status in LIVE), None)
+    if busy is not None:
+        raise UserError(
+            f"run {run!r} is being trained by the job {busy.name} ({busy.status}): follow it with perceiver logs -f "
+            f"{busy.name}, stop it with perceiver stop {busy.name}, or give another --run"
+        )
+    taken = {job.name: job for job in jobs}
+    if wanted.submission_id:
+        if wanted.submission_id in taken:
+            status = taken[wanted.submission_id].status
+            raise UserError(
+                f"--submission-id {wanted.submission_id} is taken by a job that is {status}: give another, or none"
+            )
+        return wanted.submission_id
+    number = 1
+    while f"{run}-{number}" in taken:
+        number += 1
+    return f"{run}-{number}"
+
+
+def _runtime_env(recipe: Recipe, wanted: Submission) -> dict[str, Any]:
+    """Return the job's environment: the user's, ours below it; its ``working_dir`` is a folder of the user's."""
+    given = _given_env(wanted.runtime_env_json or "{}")
+    folder = _folder(wanted, given)
+    ours = {name: value for name, value in QUIET_ENVIRONMENT.items() if not name.startswith("RAY_USAGE")}
+    ours["RAY_JOB_STOP_WAIT_TIME_S"] = str(recipe.cluster.stop_wait_s)
+    given["env_vars"] = {**ours, **_passed(wanted.env), **given.get("env_vars", {})}
+    if wanted.install:
+        if "pip" in given or "uv" in given or "conda" in given:
+            raise UserError("--install and an environment in --runtime-env-json exclude each other: give one")
+        given["pip"] = {"packages": locked_requirements(), "pip_check": False}
+    return {**given, "working_dir": folder} if folder else given
+
+
+def _given_env(text: str) -> dict[str, Any]:
+    """Read ``--runtime-env-json`` as Ray does: with the contents of the requirement files that it names.
+
+    Raises:
+        UserError: it is no JSON, or not what Ray takes.
+    """
+    from ray.runtime_env import RuntimeEnv
+
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--runtime-env-json is not JSON ({error})") from None
+    if not isinstance(given, dict) or not isinstance(given.get("env_vars", {}), dict):
+        raise UserError("""--runtime-env-json is not an object, such as '{"env_vars": {"NCCL_DEBUG": "INFO"}}'""")
+    folder = {key: given.pop(key) for key in ("working_dir",) if key in given}
+    try:
+        read = RuntimeEnv(**given).to_dict()
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        line = redact_text((str(error).splitlines() or [type(error).__name__])[0])
+        raise UserError(f"--runtime-env-json: {line}") from None
+    return {**given, **{key: read[key] for key in ("pip", "uv", "conda") if key in read}, **folder}
+
+
+def _folder(wanted: Submission, given: dict[str, Any]) -> str | None:
+    """Return the user's folder that travels, and take it out of the environment.
+
+    Raises:
+        UserError: there are two, or it is none of this machine.
+    """
+    named = given.pop("working_dir", None)
+    if named is not None and wanted.working_dir:
+        raise UserError("--working-dir and working_dir in --runtime-env-json exclude each other: give one")
+    option = "--working-dir" if wanted.working_dir else "--runtime-env-json: working_dir"
+    folder = wanted.working_dir or named
+    if folder is not None and (not isinstance(folder, str) or "://" in folder or not Path(folder).is_dir()):
+        raise UserError(
+            f"{option} = {redact_text(str(folder))} is no folder of this machine: the job's working directory is our "
+            "sources and the recipe, and such a folder; name an archive that the cluster is to fetch in py_modules of "
+            "--runtime-env-json"
+        )
+    return folder
+
+
+def _known(wanted: Submission, runtime_env: Mapping[str, Any]) -> set[str]:
+    """Return the variables that the job is sure to have."""
+    return {*wanted.secrets, *runtime_env["env_vars"]}
+
+
+def _passed(names: Sequence[str]) -> dict[str, str]:
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(f"--env {missing[0]}: no such environment variable here; set it, or leave the option out")
+    return {name: os.environ[name] for name in names}

@@ -1,0 +1,46 @@
+"""What a task says of samples, as the rows of Parquet files."""
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor, nn
+
+from perceiver.train.engine.protocol import Batch
+
+FIRST = ("sample_id", "key", "label", "prediction", "class")
+"""The columns that come first, those of them that there are."""
+
+
+def predicted(task: Any, model: nn.Module, batch: Batch) -> pa.Table:
+    """Return a row a sample of the batch: `sample_id`, `label` if there is one, and the task's outputs.
+
+    Padding and bad samples are left out. Outputs with further axes become lists.
+    """
+    keep = batch["valid"]
+    found = {
+        "sample_id": batch["sample_id"],
+        **({"label": batch["label"]} if "label" in batch else {}),
+        **task.predict(model, batch),
+    }
+    return pa.table({name: _column(values[keep]) for name, values in found.items()})
+
+
+def _column(values: Tensor) -> pa.Array:
+    array = (values.float() if values.is_floating_point() else values).cpu().numpy()
+    column = pa.array(array.ravel())
+    for axis in range(array.ndim - 1, 0, -1):
+        size = array.shape[axis]
+        rows = int(np.prod(array.shape[:axis]))
+        column = pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * size, column)
+    return column
+
+
+def parquet(rows: pa.Table) -> bytes:
+    """Return the rows as a Parquet file, its columns in the usual order."""
+    order = [name for name in FIRST if name in rows.column_names]
+    sink = BytesIO()
+    pq.write_table(rows.select(order + [name for name in rows.column_names if name not in FIRST]), sink)
+    return sink.getvalue()

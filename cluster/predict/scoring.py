@@ -1,0 +1,191 @@
+"""A trained model and the data that it is to see: what `perceiver evaluate` and `perceiver predict` begin with.
+
+The data goes through the same Ray Data pipeline as in training; the model runs in the calling process, on its GPU if
+there is one, or for predictions in actors (`cluster.predict.actors`).
+"""
+
+import json
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.recipe.config import Recipe, build_recipe, eval_rows
+from cluster.recipe.file import apply_override
+from cluster.recipe.inputs import check_inputs
+from cluster.recipe.origin import trained_on
+from cluster.runtime import local
+from perceiver.config import UserError
+from perceiver.export.weights import Saved, class_count, open_weights
+from perceiver.tasks import build_task
+from perceiver.train.engine.protocol import Batch, evaluate
+from perceiver.train.engine.ranks import Ranks
+from pipelines.feed.ingest import EvalShare, batch_shapes, eval_batches, load_data
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.quarantine import Quarantine
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A trained model and the data it is to see.
+
+    Attributes:
+        saved: the weights and where they came from.
+        recipe: that of the run, turned to the data in question.
+        manifest: of the data.
+        model: on its device, in evaluation mode.
+        batch: samples of a forward pass.
+        names: of the model's classes, as it was taught them; empty if they are not known.
+    """
+
+    saved: Saved
+    recipe: Recipe
+    manifest: Manifest
+    model: nn.Module
+    batch: int
+    names: tuple[str, ...] = ()
+
+    @property
+    def split(self) -> str:
+        """The split in question."""
+        return self.recipe.data.eval_split
+
+    @property
+    def samples(self) -> int:
+        """Samples of the split."""
+        return self.manifest.split(self.split).samples
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def classes(self) -> int:
+        """Number of the model's classes; those of the data if the model has none."""
+        return class_count(self.recipe.model, self.saved.shapes) or len(self.manifest.classes)
+
+    def task(self) -> Any:
+        """The run's task."""
+        return build_task(self.recipe.task, classes=self.classes)
+
+    def note(self) -> str:
+        """What the user should know of the classes' names, in one line; mostly empty."""
+        theirs, place = self.manifest.classes, self.recipe.data.url
+        if not self.names:
+            unknown = class_count(self.recipe.model, self.saved.shapes) is not None
+            return (
+                f"{self.saved.place} does not say what its classes are called, and its data cannot be read: "
+                "classes are given by number alone"
+                if unknown
+                else ""
+            )
+        if not theirs or theirs == self.names or "label" not in self.manifest.features:
+            return ""
+        return (
+            f"{place} calls its classes {_some(theirs)}, the model's are {_some(self.names)}: a label is a number "
+            "of the former, a prediction of the latter"
+        )
+
+    def batches(self, first: int = 0, quarantine: Quarantine | None = None) -> Generator[Batch, None, None]:
+        """The split's batches in order, from the `first` one."""
+        share = EvalShare(self.split, self.batch, first=first)
+        return eval_batches(self.recipe.data, self.manifest, share, self.device, quarantine)
+
+    def metrics(self, quarantine: Quarantine | None = None) -> dict[str, float]:
+        """The task's figures on the split, each sample counted once."""
+        return evaluate(self.model, self.task(), self.batches(quarantine=quarantine), Ranks(self.device))
+
+
+def open_scoring(
+    place: str,
+    url: str | None = None,
+    *,
+    split: str | None = None,
+    batch: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Scoring:
+    """Read a run's weights and turn its recipe to a data set.
+
+    Args:
+        place: a run's folder, one of its checkpoints, or an exported safetensors file with its recipe.yaml.
+        url: prepared data; the run's own if None.
+        split: of the data; the run's evaluation split if None, or the only one there is.
+        batch: samples of a forward pass; as in training if None.
+        overrides: dotted keys of the recipe, such as data.clip.eval_clips=16.
+
+    Raises:
+        UserError: no weights, no recipe with them, or data that the model does not fit.
+    """
+    saved = open_weights(place)
+    if not saved.recipe:
+        raise UserError(f"{place}: got weights without a recipe; wanted a run's folder, or recipe.yaml beside the file")
+    tree = json.loads(json.dumps(saved.recipe))
+    for override in overrides:
+        apply_override(tree, override)
+    tree["data"] = {**tree["data"], **({"url": url, "mixture": []} if url else {})}
+    recipe = build_recipe(tree, source=f"the recipe of {place}")
+    manifest = load_data(recipe.data)
+    wanted = split or _split(recipe, manifest)
+    data = recipe.data.model_copy(update={"eval_split": wanted, "train_split": wanted})
+    recipe = recipe.model_copy(update={"data": data})
+    manifest.split(wanted)
+    check_inputs(recipe.model, batch_shapes(data, manifest), data, manifest)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = batch or eval_rows(recipe, recipe.cluster.workers)
+    return Scoring(saved, recipe, manifest, saved.build().to(device), size, _class_names(saved))
+
+
+def _class_names(saved: Saved) -> tuple[str, ...]:
+    """What the run calls its classes: nothing if that is not known, or is not of this model."""
+    found = trained_on(saved)
+    assert saved.model is not None
+    return found.classes if found and len(found.classes) == class_count(saved.model, saved.shapes) else ()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
+
+
+def _split(recipe: Recipe, manifest: Manifest) -> str:
+    """The run's evaluation split, or the only one of other data."""
+    return next(iter(manifest.splits)) if len(manifest.splits) == 1 else recipe.data.eval_split
+
+
+def check_labels(scoring: Scoring) -> None:
+    """Refuse data whose labels are not the model's classes.
+
+    Raises:
+        UserError: the number of classes differs, or they have the same names in another order.
+    """
+    theirs, names, url = scoring.manifest.classes, scoring.names, scoring.recipe.data.url
+    classes = class_count(scoring.recipe.model, scoring.saved.shapes)
+    if classes and len(theirs) != classes:
+        raise UserError(
+            f"{url} has {len(theirs)} classes, the model {classes}: give data with the classes that it was trained on"
+        )
+    if theirs != names and set(theirs) == set(names):
+        first = next(number for number, name in enumerate(names) if theirs[number] != name)
+        raise UserError(
+            f"{url} numbers its classes otherwise than the model: {first} is {theirs[first]} there, "
+            f"{names[first]} for the model; prepare the data with the classes in the model's order"
+        )
+
+
+@contextmanager
+def ray_for(scoring: Scoring) -> Iterator[None]:
+    """A connected Ray while it is needed; none where the data is read in this process."""
+    if scoring.recipe.data.executor == "inline":
+        yield
+        return
+    import ray
+
+    local.set_quiet_environment()
+    local.start_ray(scoring.recipe.cluster)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,169 @@
+"""The folder of a run: what it is called, what lies where, and how ``--resume`` finds it."""
+
+import difflib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from perceiver.config import UserError
+from perceiver.train.checkpoint.store import CheckpointStore
+from perceiver.train.checkpoint.writer import is_refusal
+
+log = logging.getLogger(__name__)
+
+PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+T = TypeVar("T")
+
+
+def patiently(fs: Any, work: Callable[[], T]) -> T:
+    """Do something with a store; if it is a remote one and fails for a reason that may pass, again after a pause."""
+    for pause in PAUSES_S:
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  each store raises its own
+            if "file" in fs.protocol or isinstance(error, FileNotFoundError) or is_refusal(error):
+                raise
+            log.warning("the store failed (%s: %s); again in %g s", type(error).__name__, str(error)[:200], pause)
+            time.sleep(pause)
+    return work()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run below ``output``: ``<output>/<name>/{run.json, recipe.yaml, checkpoints/, report/, ...}``."""
+
+    output: str
+    name: str
+
+    @property
+    def url(self) -> str:
+        """Return the run's folder as the user would write it."""
+        return f"{self.output.rstrip('/')}/{self.name}"
+
+    @property
+    def local(self) -> Path:
+        """Return the folder for what must lie on a local disk (logs, tracking spool): the run's own if it is local."""
+        return Path(self.url) if "://" not in self.url else Path.home() / ".cache" / "perceiver" / "runs" / self.name
+
+    def location(self, *parts: str) -> str:
+        """Return the URL of something inside."""
+        return "/".join([self.url, *parts])
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        """Return the store of the run's checkpoints."""
+        return CheckpointStore(self.location("checkpoints"))
+
+    def write(self, part: str, data: str | bytes) -> None:
+        """Write a file whole; on a local disk by rename, so that nobody reads half of it.
+
+        Raises:
+            UserError: the place cannot be written to.
+        """
+        fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
+        blob = data.encode() if isinstance(data, str) else data
+
+        def work() -> None:
+            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            if "file" in fs.protocol:
+                fs.pipe_file(f"{path}.tmp", blob)
+                fs.mv(f"{path}.tmp", path)
+            else:
+                fs.pipe_file(path, blob)
+
+        try:
+            patiently(fs, work)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.location(part)} ({error.strerror or error}): set output= to a folder that you may "
+                "write to"
+            ) from None
+
+    def read(self, part: str) -> str | None:
+        """Return a file's text, or None if it is not there."""
+        fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
+        return patiently(fs, lambda: fs.cat_file(path).decode() if fs.exists(path) else None)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json holds; an empty mapping before the run has started."""
+        return json.loads(self.read("run.json") or "{}")
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to run.json."""
+        merged = {"name": self.name, "created": time.time(), **self.facts(), **facts}
+        self.write("run.json", json.dumps(merged, indent=1) + "\n")
+
+
+def named_run(output: str, name: str) -> RunFolder:
+    """Return the folder for a run that the user names.
+
+    Raises:
+        UserError: the name is no plain folder name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"--run {name!r} is no plain name: use letters, digits, dot, dash and underscore")
+    return RunFolder(output, name)
+
+
+def new_run(output: str, name: str) -> RunFolder:
+    """Return the folder for a fresh run, ``<name>-001`` or the next number that is free."""
+    taken = [int(n[len(name) + 1 :]) for n in run_names(output, name)]
+    return RunFolder(output, f"{name}-{max(taken, default=0) + 1:03d}")
+
+
+def run_names(output: str, name: str) -> list[str]:
+    """Return the runs of a recipe below ``output``, oldest first."""
+    fs, root = fsspec.core.url_to_fs(output)
+    if not fs.exists(root):
+        return []
+    names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(root, detail=False)]
+    return sorted(
+        (n for n in names if re.fullmatch(re.escape(name) + r"-\d+", n)), key=lambda n: int(n.rsplit("-", 1)[1])
+    )
+
+
+def find_run(output: str, recipe_name: str, run: str | None = None) -> RunFolder:
+    """Return the run that ``--resume`` means: the one named, else the newest of the recipe.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = run_names(output, recipe_name)
+    if run is None:
+        if not names:
+            raise UserError(f"--resume: no run of {recipe_name!r} below {output}: start one without --resume")
+        return RunFolder(output, names[-1])
+    folder = named_run(output, run)
+    if not folder.facts():
+        near = difflib.get_close_matches(run, names, 1)
+        hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(names[-5:]) or 'none'}"
+        raise UserError(f"no run {run!r} below {output}; {hint}")
+    return folder
+
+
+def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> RunFolder:
+    """Return the folder that a command means: with ``resume`` one that is there, else a fresh one.
+
+    Raises:
+        UserError: there is none to go on with, or ``run`` is no plain name.
+    """
+    if resume:
+        return find_run(output, name, run)
+    return named_run(output, run) if run else new_run(output, name)
+
+
+def redacted_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's tree fit for files and logs: values under secret-looking keys and in URLs are masked."""
+    from perceiver.tracking.tracker import redact
+
+    return {
+        key: redacted_recipe(value) if isinstance(value, Mapping) else redact({key: value})[key]
+        for key, value in tree.items()
+    }

@@ -1,0 +1,183 @@
+"""A run's figures on Ray's Prometheus endpoint, so that a cluster's own Grafana shows them beside its machines.
+
+The driver exports what the workers tell it: nothing is added to a training step. Every metric carries the label `run`;
+Ray prefixes the names with `ray_`. `perceiver cluster render grafana RECIPE -o FOLDER` writes a dashboard of them.
+"""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.recipe.config import Recipe
+from cluster.runtime.hardware import load_hardware
+from perceiver.step_trace import trace_step
+
+if TYPE_CHECKING:
+    from ray.util.metrics import Gauge
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One exported figure.
+
+    Attributes:
+        name: of the metric, without Ray's prefix.
+        title: for people.
+        unit: as Grafana names it.
+        query: what the dashboard asks for, with the metric in place of ``{}``.
+    """
+
+    name: str
+    title: str
+    unit: str
+    query: str = "{}"
+
+
+FIGURES = (
+    Figure("perceiver_samples_per_second", "Samples a second over all workers", "short"),
+    Figure("perceiver_step_seconds", "Wall time of an optimizer step", "s"),
+    Figure("perceiver_data_wait_share", "Share of the step spent waiting for data", "percentunit"),
+    Figure("perceiver_loss", "Training loss of the last step", "short"),
+    Figure("perceiver_step", "Optimizer steps done", "short"),
+    Figure("perceiver_skipped_steps", "Steps skipped since the start: the gradient was not finite", "short"),
+    Figure("perceiver_quarantined_samples", "Bad samples that the workers met since they started", "short"),
+    # A moment, not an age: an age would stand still with the run that does not report it.
+    Figure(
+        "perceiver_checkpoint_timestamp_seconds", "Age of the newest checkpoint, or of the start", "s", "time() - {}"
+    ),
+    Figure("perceiver_worker_failures", "Worker failures since the start", "short"),
+    Figure(
+        "perceiver_model_flops_utilisation", "Share of the GPUs' peak that the model's own FLOPs come to", "percentunit"
+    ),
+)
+
+Export = Callable[[str, float], None]
+"""Takes a metric's name and its value."""
+
+
+class RunMetrics:
+    """Turns the events of a run into figures.
+
+    Args:
+        export: where they go; see `ray_export`.
+        saved_at: seconds since the epoch of the checkpoint to go on from; without one, now.
+        clock: seconds since the epoch, for tests.
+    """
+
+    def __init__(self, export: Export, saved_at: float | None = None, clock: Callable[[], float] = time.time) -> None:
+        self.export, self.clock = export, clock
+        self.peak_samples_s: float | None = None
+        self._saved_at = clock() if saved_at is None else saved_at
+        self._failures = 0
+        self._skipped = 0.0
+        self._quarantined: dict[int, int] = {}
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Take in one event of a worker; kinds that say nothing about a figure are passed over."""
+        handler = getattr(self, f"_on_{event['kind']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_progress(self, event: Mapping[str, Any]) -> None:
+        seconds = max(event["seconds"], 1e-9)
+        rate = event["samples"] / seconds
+        self.export("perceiver_samples_per_second", rate)
+        self.export("perceiver_step_seconds", event["seconds"])
+        self.export("perceiver_data_wait_share", event["wait_seconds"] / seconds)
+        self.export("perceiver_loss", event["loss"])
+        self.export("perceiver_step", event["step"])
+        if self.peak_samples_s:
+            self.export("perceiver_model_flops_utilisation", rate / self.peak_samples_s)
+
+    def _on_pulse(self, event: Mapping[str, Any]) -> None:
+        self._quarantined[event["rank"]] = event["quarantined"]
+        self.export("perceiver_quarantined_samples", sum(self._quarantined.values()))
+        self.export("perceiver_checkpoint_timestamp_seconds", self._saved_at)
+
+    def _on_metrics(self, event: Mapping[str, Any]) -> None:
+        self._skipped += event["metrics"].get("train/skipped_steps", 0.0)
+        self.export("perceiver_skipped_steps", self._skipped)
+
+    def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
+        self._saved_at = self.clock()
+        self.export("perceiver_checkpoint_timestamp_seconds", self._saved_at)
+
+    def _on_failure(self, event: Mapping[str, Any]) -> None:
+        self._failures += 1
+        self._quarantined.clear()
+        self.export("perceiver_worker_failures", self._failures)
+
+
+def ray_export(run: str) -> Export:
+    """Export to the Ray that this process is connected to, under a run's name."""
+    gauges = _gauges()
+    return lambda name, value: gauges[name].set(value, tags={"run": run})
+
+
+@functools.cache
+def _gauges() -> "dict[str, Gauge]":
+    """The gauges of this process, which may serve one trial of a search after the other."""
+    from ray.util.metrics import Gauge
+
+    return {figure.name: Gauge(figure.name, description=figure.title, tag_keys=("run",)) for figure in FIGURES}
+
+
+def find_peak(metrics: RunMetrics, recipe: Recipe, classes: int | None, device: str, workers: int) -> None:
+    """Work out in a thread, on GPUs that the hardware table knows, what the utilisation of so many is relative to."""
+    known = [d for d in load_hardware(None).devices.values() if d.match != "cpu" and d.match in device]
+    if not known:
+        return
+    peak = 1e12 * (known[0].fp32_tflops if recipe.train.precision == "fp32" else known[0].bf16_tflops)
+
+    def work() -> None:
+        flops = trace_step(recipe.model, classes=classes).flops
+        metrics.peak_samples_s = peak * workers / flops
+
+    threading.Thread(target=work, name="model-flops", daemon=True).start()
+
+
+def dashboard() -> dict[str, Any]:
+    """A Grafana dashboard of the figures, for its import page; the data source is asked for there."""
+    source = {"type": "prometheus", "uid": "${DS_PROMETHEUS}"}
+    panels = [
+        {
+            "id": number + 1,
+            "type": "timeseries",
+            "title": figure.title,
+            "datasource": source,
+            "gridPos": {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)},
+            "fieldConfig": {"defaults": {"unit": figure.unit}, "overrides": []},
+            "targets": [
+                {
+                    "refId": "A",
+                    "datasource": source,
+                    "legendFormat": "{{run}}",
+                    "expr": figure.query.format(f'ray_{figure.name}{{run=~"$run"}}'),
+                }
+            ],
+        }
+        for number, figure in enumerate(FIGURES)
+    ]
+    variable = {
+        "name": "run",
+        "type": "query",
+        "datasource": source,
+        "multi": True,
+        "includeAll": True,
+        "refresh": 2,
+        "query": "label_values(ray_perceiver_step, run)",
+        "current": {"text": "All", "value": "$__all"},
+    }
+    return {
+        "__inputs": [{"name": "DS_PROMETHEUS", "label": "Prometheus", "type": "datasource", "pluginId": "prometheus"}],
+        "title": "Perceiver training",
+        "uid": "perceiver-training",
+        "schemaVersion": 39,
+        "refresh": "30s",
+        "time": {"from": "now-6h", "to": "now"},
+        "templating": {"list": [variable]},
+        "panels": panels,
+    }

@@ -1,0 +1,128 @@
+"""Collects what a run left behind and has its report written."""
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+
+from cluster.recipe.config import Recipe, kind_of
+from cluster.record.run_folder import RunFolder, redacted_recipe
+from perceiver.factory import attention_maps, build_model
+from perceiver.report.numbers import choose_examples
+from perceiver.report.run_page import ReportData, write_report
+from perceiver.train.hooks import History
+from pipelines.feed.ingest import EvalShare, eval_batches
+from pipelines.shards.manifest import Manifest
+
+ATTENTION_EXAMPLES = 4
+SEARCHED_SAMPLES = 20_000
+
+
+def build_report(
+    recipe: Recipe, folder: RunFolder, manifest: Manifest, facts: Mapping[str, Any], commands: Mapping[str, str]
+) -> str:
+    """Write ``report/index.html`` of a finished run; return its place."""
+    predictions = read_predictions(folder)
+    history = History(folder.checkpoints.history(folder.checkpoints.steps()[-1])).rows
+    wanted, shown = _examples(predictions)
+    images = read_images(recipe, manifest, wanted | set(shown)) if "image" in manifest.features else {}
+    shown = [i for i in shown if i in images]
+    data = ReportData(
+        name=folder.name,
+        history=history,
+        task=kind_of(recipe.task),
+        class_names=manifest.classes,
+        sample_ids=predictions.get("sample_id"),
+        labels=predictions.get("label"),
+        predictions=predictions.get("prediction"),
+        probabilities=predictions.get("probability"),
+        images=images,
+        attention_ids=shown,
+        attention=_attention(recipe, folder, manifest, [images[i] for i in shown]) if shown else None,
+        recipe=redacted_recipe(recipe.model_dump(mode="json")),
+        facts={**facts, "samples/s": f"{_throughput(history):,.0f}", **_stalls(history)},
+        commands=commands,
+        checkpoints=[{"step": s, "path": folder.checkpoints.location(s)} for s in folder.checkpoints.steps()],
+    )
+    if "://" not in folder.url:
+        return str(write_report(data, Path(folder.location("report"))))
+    with TemporaryDirectory() as scratch:
+        write_report(data, Path(scratch))
+        for path in Path(scratch).rglob("*"):
+            if path.is_file():
+                folder.write(f"report/{path.relative_to(scratch)}", path.read_bytes())
+    return folder.location("report", "index.html")
+
+
+def read_predictions(folder: RunFolder) -> dict[str, np.ndarray]:
+    """Return the predictions that the workers wrote, in the order of the sample ids; empty if there are none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fs, root = fsspec.core.url_to_fs(folder.location("predictions"))
+    parts = sorted(fs.glob(f"{root}/part-*.parquet"))
+    if not parts:
+        return {}
+    table = pa.concat_tables(pq.read_table(io.BytesIO(fs.cat_file(part))) for part in parts)
+    table = table.sort_by("sample_id")
+    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+
+
+def _examples(predictions: Mapping[str, np.ndarray]) -> tuple[set[int], list[int]]:
+    """Return the ids of the samples that the grid shows, and of those whose attention is drawn."""
+    if "prediction" not in predictions or "label" not in predictions:
+        return set(), []
+    ids, labels, guesses = (predictions[k] for k in ("sample_id", "label", "prediction"))
+    near = ids < SEARCHED_SAMPLES
+    wrong, right = choose_examples(labels[near], guesses[near], predictions["probability"][near].max(1))
+    # One image a class, so that the maps show different shapes.
+    first = [int(ids[near][labels[near] == k][0]) for k in np.unique(labels[near])[:ATTENTION_EXAMPLES]]
+    return {int(ids[near][i]) for i in (*wrong, *right)}, first
+
+
+def read_images(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict[int, np.ndarray]:
+    """Return evaluation images (H, W, C) uint8 by sample id, read as the evaluation reads them."""
+    missing, found = set(ids), {}
+    data = recipe.data.model_copy(update={"executor": "inline"})
+    for batch in eval_batches(data, manifest, EvalShare(data.eval_split, 256), "cpu"):
+        for index, number in enumerate(batch["sample_id"].tolist()):
+            if number in missing:
+                found[number] = batch["image"][index].permute(1, 2, 0).numpy()
+                missing.discard(number)
+        if not missing or int(batch["sample_id"].max()) >= SEARCHED_SAMPLES:
+            break
+    return found
+
+
+def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: list[np.ndarray]) -> np.ndarray | None:
+    """Return what the latents attend to, (example, cross-attend, head, latent, H, W), or None for other models."""
+    import safetensors.torch
+
+    model = build_model(recipe.model, classes=len(manifest.classes))
+    fs, path = fsspec.core.url_to_fs(folder.location("model.safetensors"))
+    model.load_state_dict(safetensors.torch.load(fs.cat_file(path)))
+    model.eval()
+    grid = getattr(getattr(model, "inputs", None), "grid", None)
+    maps = attention_maps(model, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    if grid is None or not maps:
+        return None
+    return torch.stack(maps, 1).unflatten(-1, tuple(grid)).numpy()
+
+
+def _throughput(history: list[dict[str, float]]) -> float:
+    rates = [row["train/samples_per_s"] for row in history if "train/samples_per_s" in row]
+    return float(np.median(rates)) if rates else float("nan")
+
+
+def _stalls(history: list[dict[str, float]]) -> dict[str, str]:
+    """The shares of the training time that steps waited for checkpoints and for MLflow's spool, as last recorded."""
+    found = {}
+    for caption, key in (("checkpoints", "train/checkpoint_stall_share"), ("recording", "train/recording_share")):
+        shares = [row[key] for row in history if key in row]
+        found |= {caption: f"{shares[-1]:.2%} of the training time"} if shares else {}
+    return found

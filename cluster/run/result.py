@@ -1,0 +1,129 @@
+"""The end of a run: report, MLflow's last entries, and what to do next."""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.recipe.config import kind_of, zero_stage
+from cluster.record.failures import EXIT_STOPPED
+from cluster.runtime import local
+from cluster.runtime.session import go_on_command
+from perceiver.config import UserError
+from perceiver.tracking.mlflow_writer import TrackingConfig, load_handle, open_tracker, replay, spool_folder
+from perceiver.tracking.redaction import redact_text
+from perceiver.tracking.spool import unsent
+from perceiver.tracking.tracker import NullTracker, Tracker
+
+if TYPE_CHECKING:
+    from cluster.run.launch import Launch
+
+log = logging.getLogger(__name__)
+
+
+def conclude(launch: "Launch", outcome: Mapping[str, Any], as_json: bool) -> int:
+    """Say how it ended and what to do next; write report and MLflow's last entries. Return the exit code."""
+    status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
+    try:
+        folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
+    except UserError as error:
+        if status == "finished":
+            raise
+        log.error("%s", error)  # the store that cannot be written may be what ended the run: that is said below
+    go_on = f"go on with: {go_on_command(launch.command, folder)}"
+    code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
+    handle = outcome.get("handle")
+    tracker = open_tracker(handle, spool_folder(folder.local)) if handle else NullTracker()
+    report = _report(launch, outcome) if status == "finished" else None
+    _finish_run(launch, tracker, status, report)
+    if status == "finished":
+        _say_results(launch, outcome, report)
+    elif status == "stopped":
+        say(f"stopped after step {outcome['step']} of {outcome['total_steps']}, checkpoint saved; {go_on}")
+    else:
+        launch.console.error(f"{outcome.get('error', 'the workers ended without a word')}")
+        say(f"logs {folder.local / 'logs'}" + ("" if status == "refused" else f"; {go_on}"))
+    if as_json:
+        facts = {
+            "status": status,
+            "run": folder.url,
+            **{k: v for k, v in outcome.items() if k not in ("handle", "status")},
+        }
+        print(json.dumps(facts))
+    return code
+
+
+def send_waiting(launch: "Launch", config: TrackingConfig) -> None:
+    """Send MLflow what waits in the spool of a finished run whose server did not answer."""
+    folder = launch.folder.local
+    if not config.enabled or load_handle(folder) is None or not unsent(spool_folder(folder)):
+        return
+    left = replay(config, folder)
+    where = f"{left:,} figures and notes still wait in {spool_folder(folder)}" if left else "has all figures now"
+    launch.console.say(f"mlflow {'does not answer: ' if left else ''}{where}")
+
+
+def _report(launch: "Launch", outcome: Mapping[str, Any]) -> str | None:
+    """Write the report; a failure costs the report, not the run."""
+    from cluster.run.report import build_report
+
+    try:
+        manifest = launch.preflight.manifest
+        return build_report(launch.recipe, launch.folder, manifest, _facts(launch, outcome), _commands(launch, outcome))
+    except Exception:  # noqa: BLE001  a plot that fails must not make a finished run look failed
+        log.exception("no report")
+        launch.console.say(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
+        return None
+
+
+def _facts(launch: "Launch", outcome: Mapping[str, Any]) -> dict[str, str]:
+    """Return the report's table of facts."""
+    recipe, preflight = launch.recipe, launch.preflight
+    return {
+        "model": f"{kind_of(recipe.model)}, {preflight.parameters:,} parameters",
+        "data": f"{recipe.data.url} ({preflight.manifest.name})",
+        "workers": f"{recipe.cluster.workers}, ZeRO stage {zero_stage(recipe)}",
+        "steps": f"{outcome['step']:,} of {recipe.train.global_batch} samples",
+        "wall time": f"{time.monotonic() - launch.began:.0f} s, start-up included",
+        "machine": f"{local.machine_cpus()} CPUs ({platform.machine()}), {platform.system()}",
+        "checkpoint": launch.folder.checkpoints.location(outcome["step"]),
+    }
+
+
+def _finish_run(launch: "Launch", tracker: Tracker, status: str, report: str | None) -> None:
+    """Send what is left to MLflow: recipe, report, and how the run ended."""
+    recipe = launch.folder.local / "recipe.yaml"
+    if recipe.exists():
+        tracker.log_artifact(recipe)
+    if report and "://" not in report:
+        tracker.log_artifact(Path(report).parent, "report")
+    tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
+
+
+def _say_results(launch: "Launch", outcome: Mapping[str, Any], report: str | None) -> None:
+    """Print the figures, where everything is, and the commands for the next step."""
+    say, folder, recipe = launch.console.say, launch.folder, launch.recipe
+    say("")
+    figures = dict(outcome["evaluation"])
+    if "accuracy" in figures:
+        say(f"{recipe.data.eval_split} accuracy {100 * figures.pop('accuracy'):.1f} %")
+    for name, value in figures.items():
+        say(f"{recipe.data.eval_split} {name.replace('_', ' ')} {value:.4g}")
+    say(f"checkpoint  {folder.checkpoints.location(outcome['step'])}")
+    say(f"weights     {folder.location('model.safetensors')}")
+    if report:
+        say(f"report      {report}")
+    for caption, line in _commands(launch, outcome).items():
+        say(f"{caption:<12}{line}")
+
+
+def _commands(launch: "Launch", outcome: Mapping[str, Any]) -> dict[str, str]:
+    """Return the commands that a user would want next, by caption."""
+    recipe, handle = launch.recipe, outcome.get("handle")
+    more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
+    store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
+    commands = {"mlflow": f"mlflow ui --backend-store-uri {store}"} if handle else {}
+    return {**commands, "train on": f"{go_on_command(launch.command, launch.folder)} {more}"}

@@ -1,0 +1,65 @@
+"""The hardware that a plan is made for: a table that the user can copy and edit."""
+
+import difflib
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from cluster.recipe.file import read_config
+from perceiver.config import Config, UserError
+
+BUILT_IN = Path(__file__).with_name("hardware.yaml")
+
+
+class Device(Config):
+    """One GPU (or CPU core) with its share of the node around it. Rates are a device's."""
+
+    title: str = Field(description="what it is")
+    match: str = Field(description="part of the name under which the machine reports it; for calibrations")
+    bf16_tflops: PositiveFloat = Field(description="peak of dense bfloat16 products, 10^12 FLOP/s")
+    fp32_tflops: PositiveFloat = Field(description="peak of dense float32 products, 10^12 FLOP/s")
+    efficiency: PositiveFloat = Field(default=0.45, le=1, description="share of the peak that products reach")
+    kernel_efficiency: PositiveFloat = Field(
+        default=0.24, le=1, description="share of fp32_tflops that the separable kernel reaches (an H200: 0.24)"
+    )
+    memory_gb: PositiveFloat = Field(description="device memory, 10^9 bytes")
+    memory_gbytes_s: PositiveFloat = Field(description="memory bandwidth, 10^9 bytes/s")
+    memory_efficiency: PositiveFloat = Field(default=0.8, le=1, description="share of it that elementwise work reaches")
+    launch_us: PositiveFloat = Field(default=5.0, description="least time of an operation, microseconds")
+    context_gb: PositiveFloat = Field(default=1.5, description="memory of libraries and allocator before a model")
+    link_gbytes_s: PositiveFloat = Field(description="to another device of the node, one direction, 10^9 bytes/s")
+    network_gbytes_s: PositiveFloat = Field(description="to another node, a device's share, 10^9 bytes/s each way")
+    devices_per_node: PositiveInt = Field(description="devices of a node")
+    node_cpus: PositiveInt = Field(description="CPU cores (as Ray counts them) of a node")
+    price_hour: float = Field(ge=0, description="price of a device and hour, on demand")
+    price_hour_spot: float = Field(ge=0, description="price of a device and hour that can be taken away")
+
+
+class Hardware(Config):
+    """The table of devices."""
+
+    devices: dict[str, Device] = Field(min_length=1, description="devices by the name that --gpu takes")
+
+    def device(self, name: str) -> Device:
+        """One device.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if name not in self.devices:
+            near = difflib.get_close_matches(name, self.devices, 1)
+            hint = f"did you mean {near[0]}?" if near else f"wanted one of {', '.join(self.devices)}"
+            raise UserError(f"--gpu {name}: {hint}; other devices can be described in a file given with --hardware")
+        return self.devices[name]
+
+
+def load_hardware(path: str | None) -> Hardware:
+    """The user's table, or the one that comes with the package.
+
+    Raises:
+        UserError: no such file, broken YAML, or a wrong key or value.
+    """
+    file = Path(path) if path else BUILT_IN
+    if not file.is_file():
+        raise UserError(f"--hardware {path}: no such file; wanted a copy of {BUILT_IN} with your own figures")
+    return read_config(file, Hardware)

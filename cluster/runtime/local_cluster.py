@@ -1,0 +1,365 @@
+"""A cluster of several real Ray nodes on this machine, for trying out what a large one would do."""
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from cluster.recipe.file import read_config
+from cluster.runtime.local import LEAST_STORE_MB, QUIET_ENVIRONMENT, STORE_MB, free_port, machine_cpus, make_token
+from perceiver.config import Config, UserError
+
+MARK = "PERCEIVER_CLUSTER"
+"""Environment variable by which all processes of a cluster are found again."""
+
+START_TIMEOUT_S = 180
+TRIES = 3
+END_TIMEOUT_S = 15
+
+
+class NodeGroup(Config):
+    """Nodes that are alike. What they have is what the scheduler believes, not what the machine has."""
+
+    count: PositiveInt = Field(default=1, description="nodes of this kind")
+    cpus: NonNegativeInt | None = Field(default=None, description="logical CPUs of each; default: the machine's")
+    gpus: NonNegativeInt = Field(default=0, description="GPUs of each, which need not exist")
+    resources: dict[str, PositiveFloat] = Field(default={}, description="custom resources of each")
+    labels: dict[str, str] = Field(default={}, description="labels of each, such as role: train")
+
+
+class NodesConfig(Config):
+    """A local cluster (`perceiver cluster up FILE`). The first node of the first group is the head."""
+
+    nodes: tuple[NodeGroup, ...] = Field(default=(NodeGroup(count=3),), min_length=1, description="groups of nodes")
+    object_store_mb: int = Field(
+        default=STORE_MB, ge=LEAST_STORE_MB, description="size of each node's object store, in MB"
+    )
+    port: int = Field(default=6379, ge=1, le=65535, description="port of the head; a free one if it is taken")
+    dashboard_port: int = Field(default=8265, ge=1, le=65535, description="port of dashboard and jobs; likewise")
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """A cluster that `up` started: what is kept about it in the state file.
+
+    Attributes:
+        name: value of the variable that marks its processes.
+        address: of the head, for RAY_ADDRESS.
+        dashboard: URL of dashboard and jobs.
+        folder: Ray's session folder.
+        nodes: address and `ray start` options of each node, head first.
+    """
+
+    name: str
+    address: str
+    dashboard: str
+    folder: str
+    nodes: list[dict[str, Any]]
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all processes of the cluster, those of its jobs too."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(MARK) == self.name:
+                    found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
+        return list(found.values())
+
+    def raylets(self) -> dict[str, int]:
+        """Return the process id of each node that lives, by the node's address."""
+        found = {}
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "raylet":
+                    option = next(a for a in process.cmdline() if a.startswith("--node_ip_address="))
+                    found[option.partition("=")[2]] = process.pid
+        return found
+
+
+def state_file() -> Path:
+    """Return the file that remembers the local cluster."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "perceiver" / "cluster.json"
+
+
+def running_cluster() -> LocalCluster | None:
+    """Return the local cluster, if there is one and its head lives."""
+    try:
+        cluster = LocalCluster(**json.loads(state_file().read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return cluster if cluster.nodes[0]["ip"] in cluster.raylets() else None
+
+
+def read_nodes(path: str | Path) -> NodesConfig:
+    """Read a file of node groups.
+
+    Raises:
+        UserError: no such file, or a key or value that does not fit.
+    """
+    return read_config(path, NodesConfig, "see recipes/cluster/")
+
+
+def up(config: NodesConfig | None = None, say: Callable[[str], None] = print) -> LocalCluster:
+    """Start a cluster, or those of its nodes that have died; return when all nodes have joined.
+
+    Every node asks for the token. The dashboard and each node's address are on the loopback interface; Ray binds some
+    of its worker ports on all interfaces and offers no way round that.
+
+    Args:
+        config: the nodes; default: those of the cluster that runs, else three.
+        say: takes a line for each node that has joined.
+
+    Raises:
+        UserError: this is not Linux, a cluster of other nodes runs, or a node does not come up. If that is a new
+            cluster, nothing is left of it; one that ran before runs on.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"several nodes on one machine need Linux's 127.0.0.0/8, this is {sys.platform}: use one node")
+    running = running_cluster()
+    if running is None:
+        down()
+        make_token()
+        return _start_all(config or NodesConfig(), say)
+    if config is not None and (wanted := _nodes(config)) != running.nodes:
+        raise UserError(
+            f"the local cluster {running.name} at {running.dashboard} has {_described(running.nodes)}, wanted "
+            f"{_described(wanted)}: stop it first with perceiver cluster down, or say only perceiver cluster up to "
+            "start those of its nodes that have died"
+        )
+    _revive(running, say)
+    return running
+
+
+def down() -> int:
+    """Stop the local cluster and all that runs on it; return how many processes ended. No cluster is no mistake."""
+    try:
+        cluster = LocalCluster(**json.loads(state_file().read_text()))
+    except (OSError, ValueError, TypeError):
+        return 0
+    ended = 0
+    while processes := cluster.processes():
+        ended += len(processes)
+        # The nodes first: they end their workers and remove their shared memory themselves. Ray's autoscaler, too: it
+        # heeds no signal once the head's store is gone.
+        _end([p for p in processes if _is_raylet(p) or _is_autoscaler(p)])
+        _end(processes)
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+    state_file().unlink(missing_ok=True)
+    return ended
+
+
+def _is_raylet(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.name() == "raylet"
+    return False
+
+
+def _is_autoscaler(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(part.endswith("autoscaler/_private/monitor.py") for part in process.cmdline()[:3])
+    return False
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, END_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, END_TIMEOUT_S)
+
+
+def _planned(config: NodesConfig) -> LocalCluster:
+    """Choose addresses, ports and options of the nodes."""
+    name = secrets.token_hex(4)
+    nodes = _nodes(config)
+    head = nodes[0]["ip"]
+    port = free_port(head, config.port)
+    dashboard = free_port("127.0.0.1", config.dashboard_port)
+    return LocalCluster(
+        name=name,
+        address=f"{head}:{port}",
+        dashboard=f"http://127.0.0.1:{dashboard}",
+        # Short, because the paths of Unix sockets below it have at most 107 characters.
+        folder=str(Path(tempfile.gettempdir()) / f"perceiver-{name}"),
+        nodes=nodes,
+    )
+
+
+def _nodes(config: NodesConfig) -> list[dict[str, Any]]:
+    """Return address and `ray start` options of each node."""
+    groups = [group for group in config.nodes for _ in range(group.count)]
+    return [{"ip": f"127.0.0.{2 + number}", "options": _options(group, config)} for number, group in enumerate(groups)]
+
+
+def _described(nodes: list[dict[str, Any]]) -> str:
+    """Return how many nodes there are of each kind."""
+    kinds = Counter(" ".join(node["options"]) for node in nodes)
+    return f"{len(nodes)} nodes ({'; '.join(f'{count} with {options}' for options, count in kinds.items())})"
+
+
+def _options(group: NodeGroup, config: NodesConfig) -> list[str]:
+    cpus = machine_cpus() if group.cpus is None else group.cpus
+    options = [f"--num-cpus={cpus:g}", f"--object-store-memory={config.object_store_mb * 1_000_000}"]
+    if group.gpus:
+        options.append(f"--num-gpus={group.gpus}")
+    if group.resources:
+        options.append(f"--resources={json.dumps(group.resources)}")
+    if group.labels:
+        options.append("--labels=" + ",".join(f"{key}={value}" for key, value in group.labels.items()))
+    return options
+
+
+def _command(cluster: LocalCluster, node: dict[str, Any]) -> list[str]:
+    """Return the `ray start` that brings up one node."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={node['ip']}"]
+    ports = [f"--dashboard-agent-listen-port={free_port(node['ip'])}", "--disable-usage-stats"]
+    if node is not cluster.nodes[0]:
+        # One log monitor a machine: a second would report every line again.
+        return [*ray, f"--address={cluster.address}", "--include-log-monitor=false", *ports, *node["options"]]
+    host, _, port = cluster.address.partition(":")
+    # Asked for by name, the dashboard must come up: jobs go through it.
+    head = ["--head", f"--port={port}", f"--temp-dir={cluster.folder}", "--include-dashboard=true"]
+    head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={cluster.dashboard.rsplit(':', 1)[1]}"]
+    head += [f"--ray-client-server-port={free_port(host)}"]
+    return [*ray, *head, *ports, *node["options"]]
+
+
+def _environment(cluster: LocalCluster) -> dict[str, str]:
+    """Return what the nodes, and thereby the jobs, inherit: this Python first, the token asked for."""
+    environment = {**QUIET_ENVIRONMENT, **os.environ, MARK: cluster.name, "RAY_AUTH_MODE": "token"}
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        environment.pop(name, None)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return environment
+
+
+def _start_all(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster:
+    """Start the nodes of a new cluster one after the other.
+
+    Raises:
+        UserError: one does not come up; then nothing is left.
+    """
+    cluster = _start_head(config, say)
+    for node in cluster.nodes[1:]:
+        if reason := _start(cluster, node, say):
+            down()
+            raise _not_up(node, reason)
+    return cluster
+
+
+def _start_head(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster:
+    """Start the head of a new cluster; its ports are chosen anew for each try, since others may take them first.
+
+    Raises:
+        UserError: it does not come up; then nothing is left.
+    """
+    for _ in range(TRIES):
+        cluster = _planned(config)
+        state_file().parent.mkdir(parents=True, exist_ok=True)
+        state_file().write_text(json.dumps(asdict(cluster), indent=1))
+        reason = _try(cluster, cluster.nodes[0], say)
+        if not reason:
+            return cluster
+        down()  # all of it: the next try would meet the old store
+    raise _not_up(cluster.nodes[0], reason)
+
+
+def _not_up(node: dict[str, Any], reason: str) -> UserError:
+    return UserError(f"node {node['ip']} did not come up ({reason}); nothing is left running: try fewer nodes")
+
+
+def _revive(cluster: LocalCluster, say: Callable[[str], None]) -> None:
+    """Start the nodes that have died; those that live, and their jobs, are left alone.
+
+    Raises:
+        UserError: some do not come up.
+    """
+    alive = cluster.raylets()
+    dead = [node for node in cluster.nodes if node["ip"] not in alive]
+    failed = {node["ip"]: reason for node in dead if (reason := _start(cluster, node, say))}
+    if failed:
+        reasons = ", ".join(f"{ip} ({reason})" for ip, reason in failed.items())
+        raise UserError(
+            f"node {reasons} did not come up again; the other {len(cluster.nodes) - len(failed)} run on: see "
+            f"{cluster.folder}/start-{next(iter(failed))}.log, try again with perceiver cluster up"
+        )
+
+
+def _start(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
+    """Start a node beside the head; it gets a few tries, because Ray allows a slow machine 30 s and no more.
+
+    Returns: why it did not come up, empty if it did.
+    """
+    reason = ""
+    for _ in range(TRIES):
+        reason = _try(cluster, node, say)
+        if not reason:
+            break
+        raylet = cluster.raylets().get(node["ip"])
+        _end([psutil.Process(raylet)] if raylet else [])
+    return reason
+
+
+def _try(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
+    """Start a node; return why it did not come up, empty if it did."""
+    Path(cluster.folder).mkdir(mode=0o700, exist_ok=True)
+    log = Path(cluster.folder) / f"start-{node['ip']}.log"
+    if not _came_up(cluster, node, log):
+        return _reason(log)
+    say(f"node {node['ip']} is up ({' '.join(node['options'])})")
+    return ""
+
+
+def _came_up(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:
+    """Run `ray start` for one node; return whether it says that the node has joined."""
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            _command(cluster, node),
+            env=_environment(cluster),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        return process.wait(timeout=START_TIMEOUT_S) == 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return False
+
+
+def _reason(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no word of it")[:200]
+
+
+def equivalent(cluster: LocalCluster) -> Iterator[str]:
+    """Yield the commands that start the same cluster on real machines."""
+    plain = [
+        [option for option in node["options"] if not option.startswith("--object-store-memory")]
+        for node in cluster.nodes
+    ]
+    port = cluster.address.rpartition(":")[2]
+    head = f"ray start --head --port={port} --dashboard-host=127.0.0.1"
+    yield f"HEAD    RAY_AUTH_MODE=token {head} {' '.join(map(shlex.quote, plain[0]))}"
+    for options in sorted({tuple(options) for options in plain[1:]}):
+        quoted = " ".join(map(shlex.quote, options))
+        yield f"others  RAY_AUTH_MODE=token ray start --address=HEAD:{port} {quoted}"
+    yield "here    ssh -N -L 8265:127.0.0.1:8265 HEAD & perceiver submit RECIPE --address http://127.0.0.1:8265"

@@ -1,0 +1,1 @@
+"""Trained models outside a run: weights, the transformers layout, ONNX, MLflow models and serving. No training."""

@@ -1,0 +1,281 @@
+"""Leaving the house: a model as safetensors, as a transformers folder or as ONNX, with a card that says what it is."""
+
+import contextlib
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from perceiver.accounting import account
+from perceiver.config import Config, UserError
+from perceiver.export.transformers_layout import read_transformers, to_transformers
+from perceiver.export.weights import DataFacts, Saved, class_count
+from perceiver.factory import input_keys
+from perceiver.tracking.redaction import redact
+
+BATCHES = (1, 3)
+"""Batch sizes that an ONNX model is tried with; neither is the one that it is traced with."""
+
+
+KEPT_FACTS = ("step", "evaluation", "mlflow_run", "data", "licence")
+"""What of a run's facts goes with its weights."""
+
+
+def write_weights(saved: Saved, folder: Path) -> None:
+    """Write `model.safetensors` with the model's config among its metadata: `perceiver.load_model` reads it alone."""
+    saved.build()
+    metadata = {"format": "pt", "model": json.dumps(cast(Config, saved.model).model_dump(mode="json"))}
+    tensors = {name: tensor.contiguous() for name, tensor in saved.tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata)
+
+
+def export_safetensors(saved: Saved, folder: Path) -> dict[str, Any]:
+    """Write the weights, and `recipe.yaml` and `run.json` if a run trained them: the folder stands for the run."""
+    write_weights(saved, folder)
+    files = ["model.safetensors"]
+    if saved.recipe:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(redact(saved.recipe), sort_keys=False))
+        facts = {name: saved.facts[name] for name in KEPT_FACTS if saved.facts.get(name) is not None}
+        (folder / "run.json").write_text(json.dumps(redact(facts), indent=1) + "\n")
+        files += ["recipe.yaml", "run.json"]
+    return {"files": files}
+
+
+def export_transformers(saved: Saved, folder: Path) -> dict[str, Any]:
+    """Write what `PerceiverFor....from_pretrained` loads, load it again and compare every weight.
+
+    Raises:
+        UserError: if the transformers library has no such model.
+    """
+    theirs = to_transformers(saved.build())
+    theirs.save_pretrained(folder)
+    again = read_transformers(str(folder)).state_dict()
+    different = [name for name, tensor in saved.tensors.items() if not torch.equal(again[name], tensor)]
+    if different:
+        raise RuntimeError(f"transformers: {different[0]} came back changed")
+    return {"files": ["config.json", "model.safetensors"], "class": type(theirs).__name__}
+
+
+class _Positional(nn.Module):
+    """A model that takes its inputs one by one and returns its outputs as a tuple."""
+
+    def __init__(self, model: nn.Module, keys: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.keys = model, keys
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(dict(zip(self.keys, tensors, strict=True)))
+        return tuple(output.values()) if isinstance(output, dict) else (output,)
+
+
+def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str, Any]:
+    """Write `model.onnx` with any batch size, and compare it in onnxruntime with the model by its fast path.
+
+    Args:
+        saved: the weights.
+        folder: where to write.
+        tolerance: greatest difference allowed, as a share of the largest output.
+
+    Raises:
+        UserError: if ONNX is not installed or the outputs differ by more.
+    """
+    onnxruntime = _onnx()
+    plain = {"attention": "plain"} if hasattr(saved.model, "attention") else {}
+    model = saved.build(**plain)
+    raw = example(model, 2)
+    net = _Positional(model, tuple(raw))
+    with torch.no_grad():
+        # Run once before tracing: what the model caches must not be a tracer's stand-in.
+        names = _output_names(model(dict(raw)))
+        net(*raw.values())
+    free = {0: torch.export.Dim.AUTO}
+    with silent(), torch.no_grad():
+        program = torch.export.export(net, tuple(raw.values()), dynamic_shapes=((free,) * len(raw),), strict=False)
+        written = torch.onnx.export(program, input_names=list(raw), output_names=names, verbose=False)
+        assert written is not None
+        written.save(folder / "model.onnx")
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    worst = max(_difference(session, saved.build(), batch) for batch in BATCHES)
+    if not worst <= tolerance:
+        raise UserError(
+            f"onnx: got outputs that differ by {worst:.1e} of the largest; wanted at most {tolerance:g}: raise"
+            " --tolerance if that is enough"
+        )
+    shapes = {name: ["batch", *tensor.shape[1:]] for name, tensor in raw.items()}
+    files = sorted(path.name for path in folder.glob("model.onnx*"))
+    return {"files": files, "inputs": shapes, "outputs": names, "max_difference": worst, "tolerance": tolerance}
+
+
+def _onnx() -> Any:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name}: not installed; wanted for --format onnx: pip install '.[onnx]'") from error
+    return onnxruntime
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Keep a library's remarks off the screen."""
+    logging.disable(logging.WARNING)
+    try:
+        # Recorded, so that filters which a library sets for itself do not bring them back.
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _output_names(output: Any) -> list[str]:
+    return list(output) if isinstance(output, dict) else ["output"]
+
+
+def example(model: nn.Module, batch: int, seed: int = 0) -> dict[str, Tensor]:
+    """Return random raw inputs of the configured size; masks of what is there are left out one in four times."""
+    generator = torch.Generator().manual_seed(seed)
+    zeros = cast(Any, model).example(batch, "cpu")
+    net = cast(Any, model)
+    raw = {key: _random(zeros[key], key, generator) for key in input_keys(model)}
+    for key in net.optional_keys:
+        like = raw[key.removesuffix("_mask")]
+        raw[key] = torch.rand(like.shape, generator=generator) > 0.25
+    return raw
+
+
+def _random(like: Tensor, key: str, generator: torch.Generator) -> Tensor:
+    if like.is_floating_point():
+        return torch.rand(like.shape, generator=generator) * 2 - 1
+    # Ids and labels are few: the smallest vocabularies and sets of classes have them.
+    low, high = {torch.int16: (-9000, 9000), torch.uint8: (0, 256)}.get(like.dtype, (0, 2))
+    return torch.randint(low, high, like.shape, generator=generator, dtype=like.dtype)
+
+
+def _difference(session: Any, model: nn.Module, batch: int) -> float:
+    """The greatest difference between onnxruntime's outputs and the model's, as a share of the largest output."""
+    raw = example(model, batch, seed=batch)
+    with torch.no_grad():
+        expected = _Positional(model, tuple(raw))(*raw.values())
+    got = session.run(None, {name: tensor.numpy() for name, tensor in raw.items()})
+    pairs = [(torch.from_numpy(a), b) for a, b in zip(got, expected, strict=True)]
+    return max(float((a - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in pairs)
+
+
+def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None) -> str:
+    """Return a README.md that says what the model is, what it was trained on, how good it is and how to use it."""
+    config = cast(Config, saved.model)
+    classes = class_count(config, saved.shapes)
+    costs = account(config, classes=classes)
+    name = saved.recipe.get("name") or Path(saved.place.rstrip("/")).name
+    lines = [f"# {name}", "", _what(config, classes, data), "", "| | |", "|---|---|"]
+    rows = {
+        "Model": f"`{cast(Any, config).kind}` on `{cast(Any, config).inputs.kind}` inputs",
+        "Parameters": f"{costs.parameters:,}",
+        "GFLOP of a forward pass": f"{costs.forward_flops / 1e9:.4g} (one sample, multiply and add counted apart)",
+        "Files": ", ".join(f"`{file}`" for file in written["files"]),
+        "Weights from": f"`{saved.place}`" + (f", step {saved.facts['step']}" if saved.facts.get("step") else ""),
+        "Licence of the weights": _licence(saved, data),
+    }
+    if "max_difference" in written:
+        rows["ONNX against PyTorch"] = f"differs by at most {written['max_difference']:.1e} of the largest output"
+    lines += [f"| {key} | {value} |" for key, value in rows.items()]
+    lines += ["", "## Data", "", _data(data, saved)]
+    lines += ["", "## Figures", "", *_figures(saved)]
+    lines += ["", "## Intended use and limits", "", *_limits(saved, classes, data)]
+    lines += ["", "## Use", "", *_use(written, saved)]
+    left_out = ("output", "cluster", "tracking")
+    section = {key: value for key, value in saved.recipe.items() if key not in left_out}
+    section = section or {"model": config.model_dump(mode="json")}
+    lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(section, sort_keys=False).rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _what(config: Any, classes: int | None, data: DataFacts | None) -> str:
+    kind = config.inputs.kind
+    task = f"sorts {kind} inputs into {classes} classes" if classes else f"reads {kind} inputs"
+    names = f" ({', '.join(data.classes)})" if data and 0 < len(data.classes) <= 20 else ""
+    return f"A model that {task}{names}."
+
+
+def _licence(saved: Saved, data: DataFacts | None) -> str:
+    if saved.facts.get("licence"):
+        return str(saved.facts["licence"])
+    return "not stated by the run" + (f"; the data's is: {data.licence}" if data else "")
+
+
+def _limits(saved: Saved, classes: int | None, data: DataFacts | None) -> list[str]:
+    """What the model is for, and what is not known of it, as a list."""
+    task = (saved.recipe.get("task") or {}).get("kind")
+    url = saved.recipe.get("data", {}).get("url")
+    like = data.name if data else f"`{url}`" if url else "the data it was trained on, of which there is no record"
+    lines = [f"Meant for inputs like those of {like}, sized, scaled and cut as the recipe below says."]
+    if saved.facts.get("evaluation"):
+        lines += [
+            "The figures above are all that is recorded: of the split named there, as a whole. Inputs from "
+            "elsewhere, damaged ones and the groups within the data were not looked at apart."
+        ]
+    else:
+        lines += ["No figure is recorded here: evaluate it before you rely on it (`perceiver evaluate`)."]
+    if classes and task == "tagging":
+        lines += [
+            "Each class gets a probability of its own, cut at 0.5 for `prediction`: it knows no other class, and "
+            "the probabilities are not calibrated."
+        ]
+    elif classes:
+        lines += [
+            "It names one of its classes for any input, also for one that shows none of them; its probabilities "
+            "are not calibrated."
+        ]
+    if task == "masked_language":
+        lines += ["It repeats what its text says, slanted or wrong as that may be."]
+    lines += [
+        "Whoever uses it for decisions about people or safety has to test it for that use first; no such test is "
+        "recorded."
+    ]
+    return [f"- {line}" for line in lines]
+
+
+def _data(data: DataFacts | None, saved: Saved) -> str:
+    if data is None:
+        url = saved.recipe.get("data", {}).get("url")
+        return f"Trained on `{url}`, which could not be read at export." if url else "No record of the training data."
+    return f"Trained on {data.name} (licence: {data.licence}; source: {data.source})."
+
+
+def _figures(saved: Saved) -> list[str]:
+    figures = saved.facts.get("evaluation") or {}
+    if not figures:
+        return ["None were recorded."]
+    split = saved.recipe.get("data", {}).get("eval_split", "test")
+    rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in figures.items() if math.isfinite(value)]
+    return [f"| on `{split}` | |", "|---|---|", *rows]
+
+
+def _use(written: Mapping[str, Any], saved: Saved) -> list[str]:
+    if "inputs" in written:
+        shapes = "; ".join(f"`{name}` {shape}" for name, shape in written["inputs"].items())
+        outputs = ", ".join(f"`{name}`" for name in written["outputs"])
+        if "MLmodel" in written["files"]:
+            body = json.dumps({"inputs": dict.fromkeys(written["inputs"], "...")})
+            code = [
+                "mlflow models serve -m . --env-manager local --port 5001",
+                f"curl -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:5001/invocations",
+            ]
+            return [f"Inputs: {shapes}. Outputs: {outputs}.", "", "```", *code, "```"]
+        code = ['session = onnxruntime.InferenceSession("model.onnx")', "outputs = session.run(None, inputs)"]
+        return [f"Inputs: {shapes}. Outputs: {outputs}.", "", "```python", "import onnxruntime", "", *code, "```"]
+    if "class" in written:
+        head = written["class"]
+        code = [f"from transformers import {head}", "", f'model = {head}.from_pretrained(".")']
+        return ["```python", *code, "```"]
+    return ["```python", "import perceiver", "", 'model = perceiver.load_model("model.safetensors")', "```"]

@@ -1,0 +1,125 @@
+"""A model as MLflow keeps it: with a signature, without a pickle, ready for `mlflow models serve`."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import perceiver
+from perceiver.config import UserError
+from perceiver.export.formats import example, silent, write_weights
+from perceiver.export.serving import Answers
+from perceiver.export.weights import Saved
+from perceiver.tracking.mlflow_writer import import_mlflow
+from perceiver.tracking.redaction import redact_text, resolve
+from perceiver.tracking.runs import TrackingConfig
+
+REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "fsspec")
+"""What the model needs where it is served; the package itself travels with it."""
+NAME = "model"
+EXAMPLE_VALUES = 200_000
+"""Numbers in a sample up to which one is kept beside the model as the text of a request."""
+
+
+def export_mlflow(saved: Saved, folder: Path, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Write an MLflow model, load it again and compare what it says of two samples with the model's task.
+
+    Args:
+        saved: the weights and the recipe with the task.
+        folder: where to write.
+        classes: names of the classes, if the data has them.
+
+    Raises:
+        UserError: if no recipe with a task came with the weights.
+    """
+    mlflow = import_mlflow()
+    inputs = _example(saved)
+    with tempfile.TemporaryDirectory(prefix="mlflow-") as staging, silent():
+        mlflow.pyfunc.save_model(folder, **_parts(mlflow, saved, Path(staging), classes))
+        again = mlflow.pyfunc.load_model(str(folder)).predict(inputs)
+    here = Answers(saved, _task(saved), classes)(inputs)
+    different = [name for name in here if not np.array_equal(np.asarray(again[name]), here[name])]
+    if different or again.keys() != here.keys():
+        raise RuntimeError(f"mlflow: {(different or list(again))[0]} came back changed")
+    files = sorted(path.name for path in folder.iterdir())
+    shapes = {name: ["batch", *values.shape[1:]] for name, values in inputs.items()}
+    return {"files": files, "inputs": shapes, "outputs": list(here)}
+
+
+def register(saved: Saved, name: str, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Log the model into the run that trained it and register it as the next version of a name.
+
+    MLflow's store is the recipe's: `tracking.uri`, else MLFLOW_TRACKING_URI, else the SQLite file of `output`.
+
+    Args:
+        saved: weights, recipe and facts; the run is that of the facts.
+        name: of the registered model.
+        classes: as for `export_mlflow`.
+
+    Returns:
+        `name`, `version` and `model_uri`.
+
+    Raises:
+        UserError: MLflow does not answer, refuses, or has no such run.
+    """
+    mlflow = import_mlflow()
+    run = saved.facts.get("mlflow_run")
+    if not run:
+        raise UserError(f"--register: {saved.place} names no MLflow run; give the folder of a run that was tracked")
+    tracking = TrackingConfig.model_validate(saved.recipe.get("tracking", {}))
+    uri = tracking.store_uri(Path(saved.recipe.get("output", "runs")))
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(resolve(uri))
+    try:
+        mlflow.get_run(run)
+        with tempfile.TemporaryDirectory(prefix="mlflow-") as staging, silent():
+            parts = _parts(mlflow, saved, Path(staging), classes)
+            logged = mlflow.models.Model.log(
+                artifact_path=None, name=NAME, flavor=mlflow.pyfunc, run_id=run, registered_model_name=name, **parts
+            )
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        said = " ".join(redact_text(str(error)).split())[:300]
+        raise UserError(f"--register: MLflow at {redact_text(uri)} does not take the model ({said})") from None
+    finally:
+        mlflow.set_tracking_uri(before)
+    return {"name": name, "version": int(logged.registered_model_version), "model_uri": logged.model_uri}
+
+
+def _parts(mlflow: Any, saved: Saved, staging: Path, classes: Sequence[str]) -> dict[str, Any]:
+    """What MLflow's save and log take: the code, the weights, the signature."""
+    weights = staging / "weights"
+    weights.mkdir()
+    write_weights(saved, weights)
+    (weights / "task.json").write_text(json.dumps({"task": _task(saved), "classes": classes}))
+    inputs = _example(saved)
+    package = Path(perceiver.__file__).parent
+    return {
+        "python_model": str(package / "export" / "served_model.py"),
+        "artifacts": {"weights": str(weights)},
+        "code_paths": [str(package)],
+        "signature": mlflow.models.infer_signature(inputs, Answers(saved, _task(saved), classes)(inputs)),
+        "pip_requirements": [f"{each}=={version(each).partition('+')[0]}" for each in REQUIREMENTS],
+        "input_example": {name: values[:1] for name, values in inputs.items()} if _small(inputs) else None,
+        "metadata": {"recipe": saved.recipe.get("name"), "step": saved.facts.get("step")},
+    }
+
+
+def _task(saved: Saved) -> Mapping[str, Any]:
+    task = saved.recipe.get("task")
+    if not task:
+        raise UserError(f"{saved.place}: got weights without a recipe's task; wanted the folder of a run")
+    return task
+
+
+def _small(inputs: Mapping[str, np.ndarray]) -> bool:
+    """Whether a request of one sample can be read in an editor."""
+    return sum(values[0].size for values in inputs.values()) <= EXAMPLE_VALUES
+
+
+def _example(saved: Saved) -> dict[str, np.ndarray]:
+    """Two random samples."""
+    return {name: values.numpy() for name, values in example(saved.build(), 2).items()}

@@ -1,0 +1,32 @@
+"""What an MLflow model runs where it is loaded.
+
+`perceiver export --format mlflow` has MLflow copy this file and the package into the model's folder ("models from
+code"): the folder holds safetensors, JSON and Python source, and nothing that is unpickled.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+
+from perceiver.export.serving import Answers
+from perceiver.export.weights import open_weights
+
+
+class ServedModel(PythonModel):
+    """Raw tensors in, what the task says of each sample out."""
+
+    def load_context(self, context: Any) -> None:
+        """Read the weights, the task and the names of the classes."""
+        folder = Path(context.artifacts["weights"])
+        facts = json.loads((folder / "task.json").read_text())
+        self.answers = Answers(open_weights(str(folder / "model.safetensors")), facts["task"], facts["classes"])
+
+    def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201, ARG002  MLflow takes hints for a schema
+        """Answer a request that fits the signature."""
+        return self.answers(model_input)
+
+
+set_model(ServedModel())

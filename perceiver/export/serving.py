@@ -1,0 +1,54 @@
+"""A trained model with its task, for arrays that come from outside: what a served model does with a request."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from perceiver.export.weights import Saved, class_count
+from perceiver.tasks import TaskConfig, build_task
+
+BATCH = 64
+"""Samples of one forward pass at most, so that a large request does not need much memory."""
+
+
+class Answers:
+    """Maps raw arrays by name, samples along the first axis, to what the task says of each sample.
+
+    Args:
+        saved: weights with their model's config.
+        task: the recipe's `task` section.
+        classes: names of the classes; empty if they have none.
+    """
+
+    def __init__(self, saved: Saved, task: Mapping[str, Any], classes: Sequence[str] = ()) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.net = saved.build().to(self.device)
+        self.classes = np.array(classes)
+        assert saved.model is not None
+        config = TypeAdapter(TaskConfig).validate_python(task)
+        self.task = build_task(config, classes=class_count(saved.model, saved.shapes) or len(classes))
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the task's outputs (`prediction`, `probability`, ...), and `class` where classes have names.
+
+        Raises:
+            ValueError: no samples, or not as many in each input.
+        """
+        raw = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in inputs.items()}
+        counts = {name: len(values) for name, values in raw.items()}
+        total = next(iter(counts.values()))
+        if total == 0 or len(set(counts.values())) != 1:
+            raise ValueError(f"got {counts} samples by input; wanted at least one, and as many in each")
+        parts = []
+        with torch.no_grad():
+            for start in range(0, total, BATCH):
+                batch = {name: values[start : start + BATCH].to(self.device) for name, values in raw.items()}
+                parts.append(self.task.predict(self.net, batch))
+        found = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+        best = found.get("prediction")
+        if self.classes.size and best is not None and best.ndim == 1:
+            found["class"] = self.classes[best]
+        return found

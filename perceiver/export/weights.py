@@ -1,0 +1,268 @@
+"""Weights from wherever they lie: a run's folder, one of its checkpoints, a safetensors file, a transformers folder."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+import torch
+import yaml
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from perceiver.config import Config, UserError
+from perceiver.factory import build_model, model_config
+from perceiver.modalities._positions import resize_table
+from perceiver.train.checkpoint.shards import read_weights
+from perceiver.train.checkpoint.store import CheckpointStore
+
+HEADS = ("head.", "decoder.", "answer.", "net.classifier.")
+"""What belongs to a task and may start anew; everything else must be found."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a run records of the data that it was trained on.
+
+    Args:
+        name: of the data set.
+        licence: of the data.
+        source: where they came from.
+        classes: names of the classes, in the order of the model's outputs.
+    """
+
+    name: str
+    licence: str
+    source: str
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Weights, and what is known about them.
+
+    Args:
+        place: the file or folder that they were read from.
+        tensors: the model's state by name.
+        model: its config; None if nothing says what model they belong to.
+        recipe: the recipe that trained them, empty if unknown.
+        facts: the run's facts (run.json), empty if unknown.
+    """
+
+    place: str
+    tensors: dict[str, Tensor]
+    model: Config | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    @property
+    def data(self) -> DataFacts | None:
+        """What the run recorded of its data; None if it did not."""
+        found = self.facts.get("data")
+        return DataFacts(**{**found, "classes": tuple(found["classes"])}) if found else None
+
+    def build(self, **changes: Any) -> nn.Module:
+        """Make the model with these weights, in evaluation mode; `changes` replace keys of its config.
+
+        Raises:
+            UserError: if nothing says what model it is, or the weights are another's.
+        """
+        if self.model is None:
+            raise UserError(f"{self.place}: got weights without a model's config; wanted a recipe.yaml beside them")
+        config = self.model.model_copy(update=changes)
+        model = build_model(config, classes=class_count(self.model, self.shapes))
+        missing, extra = model.load_state_dict(self.tensors, strict=False)
+        if missing or extra:
+            name = (missing or extra)[0]
+            raise UserError(f"{self.place}: the weights are of another model than the recipe's: see {name}")
+        return model.eval()
+
+
+def class_count(config: Config, shapes: Shapes) -> int | None:
+    """Return the number of classes that a state's shapes show; None for a model without a classifier."""
+    one, two = _meta_state(config, 1), _meta_state(config, 2)
+    return next((shapes[name][0] for name in one if name in shapes and one[name].shape != two[name].shape), None)
+
+
+def _meta_state(config: Config, classes: int | None) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return build_model(config, classes=classes).state_dict()
+
+
+def open_weights(place: str) -> Saved:
+    """Read weights from a run's folder (its model.safetensors, else its newest sound checkpoint), a checkpoint's
+    folder, a safetensors file, or a folder that transformers wrote. Folders and files may be fsspec URLs.
+
+    Raises:
+        UserError: if nothing of the kind is there, or it is damaged.
+    """
+    fs, path = fsspec.core.url_to_fs(place.rstrip("/"))
+    there = {name: fs.exists(f"{path}/{name}") for name in ("config.json", "engine.json", "recipe.yaml", _FILE)}
+    if fs.isfile(path):
+        return _from_file(place, fs, path)
+    if there["config.json"]:
+        return _from_transformers(place, fs, path)
+    if there["engine.json"]:
+        folder, _, name = place.rstrip("/").rpartition("/")
+        return _from_checkpoint(CheckpointStore(folder), int(name.removeprefix("step-")))
+    if there[_FILE]:
+        return _from_file(f"{place.rstrip('/')}/{_FILE}", fs, f"{path}/{_FILE}")
+    if there["recipe.yaml"]:
+        store = CheckpointStore(f"{place.rstrip('/')}/checkpoints")
+        newest = store.newest()
+        if newest is None:
+            raise UserError(f"{place}: got a run without weights or a sound checkpoint; train it with --resume first")
+        return _from_checkpoint(store, newest.step)
+    raise UserError(
+        f"{place}: got {'neither weights nor a run' if fs.exists(path) else 'nothing'}; wanted a run's "
+        "folder, a checkpoint, a .safetensors file or a folder that transformers wrote"
+    )
+
+
+_FILE = "model.safetensors"
+
+
+@contextlib.contextmanager
+def _local(fs: Any, path: str) -> Iterator[Path]:
+    """Yield a local path of a file: its own, or that of a copy for the while."""
+    if "file" in fs.protocol:
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+        fs.get_file(path, f"{folder}/weights")
+        yield Path(folder, "weights")
+
+
+def _from_file(place: str, fs: Any, path: str) -> Saved:
+    try:
+        with _local(fs, path) as local, safe_open(local, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it has no __iter__
+            metadata = file.metadata() or {}
+    except Exception as error:  # noqa: BLE001  safetensors has an error class of its own
+        raise UserError(f"{place}: got no safetensors file ({error}); wanted weights as a run leaves them") from None
+    folder = path.rpartition("/")[0]
+    recipe = _read(fs, f"{folder}/recipe.yaml", yaml.safe_load)
+    facts = _read(fs, f"{folder}/run.json", json.loads)
+    values = json.loads(metadata["model"]) if "model" in metadata else recipe.get("model")
+    return Saved(place, tensors, model_config(values) if values else None, recipe, facts)
+
+
+def _read(fs: Any, path: str, parse: Any) -> dict[str, Any]:
+    return parse(fs.cat_file(path)) if fs.exists(path) else {}
+
+
+def _from_checkpoint(store: CheckpointStore, step: int) -> Saved:
+    problems = store.problems(step)
+    if problems:
+        raise UserError(f"{store.location(step)}: {problems[0]}; take another checkpoint")
+    recipe = store.manifest(step).recipe
+    facts = _read(store.fs, f"{store.root.rpartition('/')[0]}/run.json", json.loads)
+    with store.fetch(step) as folder:
+        tensors = read_weights(folder)
+    if facts.get("step") != step:
+        facts.pop("evaluation", None)  # it is of the run's last step
+    return Saved(store.location(step), tensors, model_config(recipe["model"]), recipe, {**facts, "step": step})
+
+
+def _from_transformers(place: str, fs: Any, path: str) -> Saved:
+    from perceiver.export.transformers_layout import read_transformers
+
+    if "file" not in fs.protocol:
+        raise UserError(f"{place}: got a transformers folder behind a URL; wanted a local copy")
+    ours = read_transformers(path)
+    return Saved(place, dict(ours.state_dict()), cast(Config, ours.config))
+
+
+def load_model(place: str, **changes: Any) -> nn.Module:
+    """Make the model that lies at a place (see `open_weights`), in evaluation mode.
+
+    Args:
+        place: for example `runs/quickstart-001`.
+        changes: keys of the model's config to replace, for example `attention="plain"`.
+    """
+    return open_weights(place).build(**changes)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Which of a model's tensors come from saved weights: as they are, resized to its grid, or not at all."""
+
+    taken: tuple[str, ...]
+    resized: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+    def describe(self, place: str) -> str:
+        """Say it in one line."""
+        parts = [f"{len(self.taken)} tensors from {place}"]
+        parts += [f"resized {', '.join(self.resized)}"] if self.resized else []
+        parts += [f"fresh {', '.join(self.fresh)}"] if self.fresh else []
+        return "starts from " + "; ".join(parts)
+
+
+def plan_start(model: nn.Module, saved: Saved) -> Start:
+    """Decide where each tensor of a model comes from; weights of the task's head that do not fit start anew.
+
+    Raises:
+        UserError: if another tensor is missing or of another shape: what it is, and what to change.
+    """
+    shapes = saved.shapes
+    taken, resized, fresh = [], [], []
+    for name, tensor in model.state_dict().items():
+        if shapes.get(name) == tuple(tensor.shape):
+            taken.append(name)
+        elif name.startswith(HEADS):
+            fresh.append(name)
+        elif name in shapes and _resizable(model, name, saved):
+            resized.append(name)
+        else:
+            has = f"has {name} of shape {list(shapes[name])}" if name in shapes else f"lacks {name}"
+            raise UserError(
+                f"train.init_from: {saved.place} {has}, the recipe's model has {list(tensor.shape)}: make the model "
+                "section that of these weights"
+            )
+    extra = next((name for name in shapes if name not in model.state_dict() and not name.startswith(HEADS)), None)
+    if extra:
+        raise UserError(
+            f"train.init_from: {saved.place} has {extra}, which the recipe's model lacks: make the model section that "
+            "of these weights"
+        )
+    return Start(tuple(taken), tuple(resized), tuple(fresh))
+
+
+def _resizable(model: nn.Module, name: str, saved: Saved) -> bool:
+    """Whether a tensor is a table of learned positions whose old grid is known and of as many axes."""
+    if saved.model is None or not name.endswith("positions.table"):
+        return False
+    old, new = _grid(_meta_model(saved.model), name), _grid(model, name)
+    width = model.state_dict()[name].shape[1]
+    return len(old) == len(new) and saved.tensors[name].shape[1] == width
+
+
+def _meta_model(config: Config) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(config, classes=1)
+
+
+def _grid(model: nn.Module, name: str) -> tuple[int, ...]:
+    return cast(Any, model.get_submodule(name.removesuffix(".table"))).grid
+
+
+def start_from(model: nn.Module, saved: Saved) -> Start:
+    """Fill a model with saved weights as `plan_start` decides, in place; learned positions are interpolated."""
+    start = plan_start(model, saved)
+    values = {name: saved.tensors[name] for name in start.taken}
+    for name in start.resized:
+        old = _grid(_meta_model(cast(Config, saved.model)), name)
+        values[name] = resize_table(saved.tensors[name].float(), old, _grid(model, name))
+    model.load_state_dict(values, strict=False)
+    return start

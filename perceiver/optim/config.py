@@ -1,0 +1,66 @@
+"""Optimizers: their configuration, which parameters are decayed, and how they are built."""
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from perceiver.config import Config
+from perceiver.optim.adamw import AdamW, LightOptimizer
+from perceiver.optim.lamb import Lamb
+from perceiver.optim.schedules import ConstantSchedule, ScheduleConfig
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_DEFAULT_EPS = {"adamw": 1e-8, "lamb": 1e-6}
+
+
+class OptimConfig(Config):
+    """Optimizer and learning rate (recipe key `optim`)."""
+
+    kind: Literal["adamw", "lamb"] = Field(default="adamw", description="Optimizer; the papers train with LAMB.")
+    lr: PositiveFloat = Field(default=1e-3, description="Peak learning rate, multiplied by the schedule.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
+    eps: PositiveFloat | None = Field(
+        default=None, description="Added to the root of the second moment; 1e-8, LAMB 1e-6."
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.01, description="Decoupled decay; biases and norms have none.")
+    clip: PositiveFloat | None = Field(
+        default=None, description="Global gradient norm to clip to; null switches it off."
+    )
+    schedule: ScheduleConfig = Field(default=ConstantSchedule(), description="Multiplier of lr over the run.")
+
+
+def build_param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: decayed, and not decayed (biases, and all of the norm layers).
+
+    Latents, position encodings and embeddings are decayed, as in the papers' code. Empty groups are left out.
+    """
+    exempt = {
+        id(param)
+        for layer in module.modules()
+        for name, param in layer.named_parameters(recurse=False)
+        if isinstance(layer, _NORMS) or name.endswith("bias")
+    }
+    trainable = [param for param in module.parameters() if param.requires_grad]
+    decayed = [param for param in trainable if id(param) not in exempt]
+    undecayed = [param for param in trainable if id(param) in exempt]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def default_eps(config: OptimConfig) -> float:
+    """The eps in use: the configured one, else the kind's default."""
+    return config.eps or _DEFAULT_EPS[config.kind]
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module) -> LightOptimizer:
+    """The configured optimizer over the module's trainable parameters, at the peak learning rate.
+
+    Clipping and the schedule are the engine's: it clips before the step and sets each group's `lr`.
+    """
+    groups = build_param_groups(module, config.weight_decay)
+    eps = default_eps(config)
+    if config.kind == "lamb":
+        return Lamb(groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay)

@@ -1,0 +1,1 @@
+"""Metrics to MLflow: the tracker, the MLflow writer, system metrics and redaction. Nothing here knows a model."""

@@ -1,0 +1,261 @@
+"""The DeepSpeed configuration of a run, worked out from the recipe: pure, and without importing DeepSpeed.
+
+A DeepSpeed JSON is accepted as it is. Where it says "auto", the recipe's value is filled in; where it gives a value for
+something that the recipe decides, the two must agree.
+"""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from perceiver.config import Config, UserError
+from perceiver.optim.config import OptimConfig, default_eps
+from perceiver.train.engine.protocol import Precision
+
+AUTO = "auto"
+_DECIDED_BY_DEEPSPEED = 5e8  # reduce_bucket_size, elements
+
+
+class DeepSpeedConfig(Config):
+    """How DeepSpeed shards and communicates (recipe key `deepspeed`)."""
+
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        default=None,
+        description="What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too; default 1.",
+    )
+    config: str | dict[str, Any] | None = Field(
+        default=None, description='A DeepSpeed JSON: its path, or the mapping itself; "auto" takes the recipe\'s value.'
+    )
+
+    @field_validator("config")
+    @classmethod
+    def _strings_name_files(cls, config: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        if isinstance(config, str) and not config.strip():
+            raise ValueError("an empty path; wanted a JSON file, a mapping, or null")
+        return config
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut."""
+
+    micro_batch: int
+    """Samples of one forward pass on one worker."""
+    accumulation: int
+    """Micro-batches of one step on one worker."""
+    world: int
+    """Workers."""
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step."""
+        return self.micro_batch * self.accumulation * self.world
+
+
+def read_config(section: DeepSpeedConfig) -> dict[str, Any]:
+    """The user's DeepSpeed settings as a fresh mapping; UserError if the file is missing or is not a JSON object."""
+    if not isinstance(section.config, str):
+        return deepcopy(section.config or {})
+    path = Path(section.config)
+    if not path.is_file():
+        raise UserError(f"deepspeed.config = {section.config}: no such file; wanted a DeepSpeed JSON")
+    try:
+        given = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"deepspeed.config = {section.config} is not valid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"deepspeed.config = {section.config} holds {type(given).__name__}; wanted a JSON object")
+    return given
+
+
+def plan_config(
+    section: DeepSpeedConfig,
+    optim: OptimConfig,
+    batch: BatchPlan,
+    *,
+    precision: Precision = "auto",
+    device_type: str = "cpu",
+    parameters: int | None = None,
+) -> dict[str, Any]:
+    """The configuration for `deepspeed.initialize` with a client optimizer.
+
+    precision: the recipe's; "auto" follows the JSON, else it is bf16 on GPUs and fp32 on CPUs.
+    parameters: trainable elements of the model; bounds the buffers that gradients are reduced in.
+    Raises UserError, naming both keys and both values, where the JSON contradicts the recipe.
+    """
+    config = read_config(section)
+    _check_optimizer(config.pop("optimizer", None), optim)
+    _check_scheduler(config.pop("scheduler", None))
+    half = _wants_bf16(config, precision, device_type)
+    for path, key, value in _decided_by_recipe(config, section, optim, batch):
+        _settle(config, path, key, value)
+    _set_precision(config, half)
+    _refuse_unsupported(config)
+    _drop_autos(config)
+    _set_defaults(config, device_type, parameters)
+    return config
+
+
+def _decided_by_recipe(
+    config: Mapping[str, Any], section: DeepSpeedConfig, optim: OptimConfig, batch: BatchPlan
+) -> list[tuple[str, str, Any]]:
+    """(DeepSpeed's key, the recipe's key, the value) of all that the recipe decides."""
+    stage = section.zero_stage
+    if stage is None:
+        stage = _get(config, "zero_optimization.stage")
+        stage = 1 if stage in (None, AUTO) else stage
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.config: zero_optimization.stage = {stage!r}; wanted 0, 1, 2 or 3")
+    return [
+        ("train_micro_batch_size_per_gpu", "train.micro_batch", batch.micro_batch),
+        ("gradient_accumulation_steps", "train.global_batch / (workers x train.micro_batch)", batch.accumulation),
+        ("train_batch_size", "train.global_batch", batch.global_batch),
+        ("gradient_clipping", "optim.clip", optim.clip or 0.0),
+        ("zero_optimization.stage", "deepspeed.zero_stage", stage),
+        ("zero_allow_untested_optimizer", "optim.kind", True),
+        ("managed_gradient_accumulation", "the engine's steps", True),
+        ("gradient_allreduce_op", "the engine's global mean", "mean"),
+        ("fp16.enabled", "train.precision", False),
+    ]
+
+
+def _settle(config: dict[str, Any], path: str, key: str, value: Any) -> None:
+    """Put the recipe's value where the JSON has none or "auto"; refuse another one."""
+    given = _get(config, path)
+    if given not in (None, AUTO) and given != value:
+        raise UserError(
+            f"deepspeed.config has {path} = {given!r}, but {key} gives {value!r}; "
+            f'set it to "auto" there, or make the two agree'
+        )
+    _set(config, path, value)
+
+
+def _check_optimizer(given: Any, optim: OptimConfig) -> None:
+    """The JSON's optimizer must say what the recipe says; the recipe's is built as a client optimizer."""
+    if given in (None, AUTO):
+        return
+    kind = str(given.get("type", AUTO)).lower()
+    if kind not in (AUTO, optim.kind) and not (kind == "adam" and optim.kind == "adamw"):
+        raise UserError(
+            f"deepspeed.config has optimizer.type = {given['type']!r}, but optim.kind = {optim.kind!r}; "
+            "remove it there, or make the two agree"
+        )
+    wanted: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+    wanted |= {"betas": list(optim.betas), "eps": default_eps(optim)}
+    params = dict(given.get("params", {}))
+    for name, value in wanted.items():
+        theirs = params.pop(name, AUTO)
+        theirs = list(theirs) if isinstance(theirs, tuple) else theirs
+        if theirs not in (AUTO, value):
+            raise UserError(
+                f"deepspeed.config has optimizer.params.{name} = {theirs!r}, but optim.{name} = {value!r}; "
+                'set it to "auto" there, or make the two agree'
+            )
+    unknown = sorted(set(params) - {"adam_w_mode", "torch_adam", "bias_correction", "fused"})
+    if unknown:
+        raise UserError(f"deepspeed.config has optimizer.params.{unknown[0]}, which optim has no key for; remove it")
+    if params.get("adam_w_mode") is False:
+        raise UserError(
+            "deepspeed.config has optimizer.params.adam_w_mode = False, but optim.kind = 'adamw' decouples decay"
+        )
+
+
+def _check_scheduler(given: Any) -> None:
+    """The recipe's schedule is the only one: a scheduler in the JSON must leave everything to it."""
+    if given in (None, AUTO):
+        return
+    set_there = [name for name, value in given.get("params", {}).items() if value != AUTO]
+    if set_there or not given.get("params"):
+        raise UserError(
+            f"deepspeed.config has scheduler.type = {given.get('type')!r}, but optim.schedule decides the learning "
+            "rate; remove the scheduler there"
+        )
+
+
+def _wants_bf16(config: Mapping[str, Any], precision: Precision, device_type: str) -> bool:
+    """Whether the run is in bf16; UserError if the JSON and the recipe disagree."""
+    given = {path: _get(config, path) for path in ("bf16.enabled", "torch_autocast.enabled")}
+    theirs = {path: bool(value) for path, value in given.items() if value not in (None, AUTO)}
+    there = any(theirs.values()) if theirs else None
+    if precision == "auto":
+        return there if there is not None else device_type == "cuda"
+    half = precision == "bf16"
+    if there is not None and there != half:
+        path = next(path for path, value in theirs.items() if value == there)
+        raise UserError(
+            f"deepspeed.config has {path} = {there}, but train.precision = {precision!r}; "
+            'set it to "auto" there, or make the two agree'
+        )
+    return half
+
+
+def _set_precision(config: dict[str, Any], half: bool) -> None:
+    """bf16 by torch's autocast over float32 weights, unless the JSON asks for DeepSpeed's bf16 weights."""
+    native = _get(config, "bf16.enabled") is True
+    _set(config, "bf16.enabled", native)
+    if native:
+        config["bf16"].setdefault("check_grad_overflow", True)
+    autocast = half and not native
+    _set(config, "torch_autocast.enabled", autocast)
+    if autocast and _get(config, "torch_autocast.dtype") in (None, AUTO):
+        _set(config, "torch_autocast.dtype", "bfloat16")
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Refuse what would run, but not rightly."""
+    if config["bf16"]["enabled"] and _get(config, "zero_optimization.stage") == 0:
+        raise UserError(
+            "deepspeed.config has bf16.enabled = True, which needs ZeRO here: set deepspeed.zero_stage=1, "
+            'or set it to "auto" there and train.precision=bf16'
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if _get(config, f"zero_optimization.{part}.device") == "nvme":
+            raise UserError(
+                f"deepspeed.config has zero_optimization.{part}.device = 'nvme', which checkpoints do not cover; "
+                "wanted 'cpu' or 'none'"
+            )
+
+
+def _drop_autos(config: dict[str, Any]) -> None:
+    """Leave what is still "auto" to DeepSpeed's own default."""
+    for key, value in list(config.items()):
+        if value == AUTO:
+            del config[key]
+        elif isinstance(value, dict):
+            _drop_autos(value)
+
+
+def _set_defaults(config: dict[str, Any], device_type: str, parameters: int | None) -> None:
+    """Our own defaults for what neither the recipe nor the JSON says."""
+    zero = config["zero_optimization"]
+    if parameters is not None:
+        zero.setdefault("reduce_bucket_size", int(min(_DECIDED_BY_DEEPSPEED, max(parameters, 1024))))
+    if device_type == "cpu":
+        zero.setdefault("overlap_comm", False)
+        if zero["stage"] == 1:
+            # Reducing the gradients after the backward pass, in place, saves a quarter of the engine's time there.
+            zero.setdefault("contiguous_gradients", False)
+            zero.setdefault("reduce_scatter", False)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _get(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, None if absent."""
+    node: Any = config
+    for name in path.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
+
+
+def _set(config: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if not isinstance(config.get(name), dict):
+            config[name] = {}
+        config = config[name]
+    config[leaf] = value

@@ -1,0 +1,464 @@
+"""Batches for training and evaluation: the recipe's `data:` section, and the iterators that a worker consumes.
+
+Each worker owns its pipeline: it makes a Ray Dataset whose items are short runs of its steps, data tasks turn them into
+rows (`pipelines.feed.samples`), and the worker collates them. Ranks do not wait for each other here; their order comes
+from the plan alone.
+"""
+
+import contextlib
+import dataclasses
+import math
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from perceiver.config import UserError
+from pipelines.features.base import ViewConfig
+from pipelines.feed.samples import PROBLEM, Plan, SampleSpec, Work
+from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mix
+from pipelines.order.plan import EvalPlan, RowGroups, SamplePlan
+from pipelines.shards.listing import check_listing
+from pipelines.shards.manifest import Manifest, arrow_schema, load_manifest
+from pipelines.shards.quarantine import Problem, Quarantine
+from pipelines.shards.ranges import ReadPolicy
+from pipelines.shards.reader import Files, Reader
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.feed.stream import RayOptions, Run
+
+    Batch = dict[str, torch.Tensor]
+    Execute = Callable[[Work, list[Run], RayOptions], Iterator[tuple[Any, int, list[str]]]]
+    Checkable = Generator[tuple[Batch, list[str]], None, None]
+
+KEEP_DECODED_BYTES = 64 << 10
+"""Decoded samples up to this size stay in the cache of the data task's process."""
+BLOCK_BYTES, LEAST_BLOCK_BYTES = 24 << 20, 8 << 20
+"""Size of the blocks that data tasks hand over; each costs Ray milliseconds. Less where a task may let little wait."""
+LARGE_ROW_BYTES = 16 << 10
+"""Rows from this size on are work enough for a stream of each data task; smaller ones come from one, at less cost."""
+STREAM_SAMPLES, STREAM_BYTES, STREAM_READS = 16, 512 << 20, 4
+"""A task with a stream of its own produces so many times `data.run_samples`, of no more decoded bytes than this, and
+reads so many times `data.run_bytes`: one follows another after 50 ms, but if one dies, all of it is done again."""
+
+
+class DataConfig(ViewConfig):
+    """What to train on and how it is read (recipe key `data:`)."""
+
+    retired: ClassVar[tuple[str, ...]] = ("read_apart",)
+
+    url: str = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
+    mixture: tuple[MixturePart, ...] = Field(
+        default=(), description="data sets to train on by weight, in place of `url`, which is then only evaluated on"
+    )
+    train_split: str = Field(default="train", description="split to train on")
+    eval_split: str = Field(default="test", description="split to evaluate on")
+    executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
+    cpus_per_task: float = Field(default=0.25, gt=0, description="CPUs a data task reserves; below 1 it shares a core")
+    tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
+    task_memory: int = Field(default=0, ge=0, description="bytes of memory a data task reserves; 0: none")
+    task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
+    run_samples: int = Field(
+        default=2048,
+        gt=0,
+        description="samples a data task produces, about,"
+        " at most; 16 times as many where each task has its own part of a step",
+    )
+    run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about; there 4 times")
+    prefetch_batches: int = Field(default=4, ge=0, description="batches ahead of the training step, in whole blocks")
+    prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
+    read: ReadPolicy = Field(default=ReadPolicy(), description="patience with a remote file system")
+    cache_bytes: int = Field(default=256 << 20, gt=0, description="row groups kept in each data task's process")
+    window: int | None = Field(default=None, gt=0, description="samples shuffled among each other; null: by size")
+    lanes: int | None = Field(default=None, gt=0, description="places read from at a time; null: by batch size")
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of bad samples that stops the run")
+    storage_options: dict[str, str] = Field(default={}, description="of the file system; `$NAME`: environment")
+
+
+def load_data(data: DataConfig, load: Callable[[str, dict[str, str]], Manifest] = load_manifest) -> Manifest:
+    """The manifest of `data.url`, with the training split of `data.mixture` if there is one.
+
+    Args:
+        data: the recipe's data section.
+        load: reads a prepared folder's manifest, given its URL and storage options.
+
+    Raises:
+        UserError: a folder is not a prepared data set, or the data sets of a mixture do not agree.
+    """
+    manifest = load(data.url, data.storage_options)
+    if not data.mixture:
+        return manifest
+    parts = [(part, load(part.url, data.storage_options)) for part in data.mixture]
+    return mix(manifest, data.train_split, parts)
+
+
+def check_files(data: DataConfig, manifest: Manifest) -> None:
+    """Hold the files of both splits against the store's listings, before anything is started.
+
+    Raises:
+        UserError: files are missing or have changed; the first are named.
+    """
+    for name in dict.fromkeys((data.train_split, data.eval_split)):
+        for folder in folders_of(data.url, manifest.split(name)):
+            check_listing(folder.url, folder.split, data.storage_options)
+
+
+def batch_shapes(data: DataConfig, manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Shape of one sample of each feature in a batch, such as {"image": (1, 28, 28), "label": ()}.
+
+    Raises:
+        UserError: see `sample_spec`.
+    """
+    spec = sample_spec(data, manifest, split=data.train_split, training=True)
+    return {name: shape for name, (shape, _) in spec.shapes().items()}
+
+
+def sample_spec(data: DataConfig, manifest: Manifest, *, split: str, training: bool) -> SampleSpec:
+    """How samples become rows. Small samples of a split that fits into the cache are kept decoded.
+
+    Raises:
+        UserError: the view leaves something open, such as the size of images that differ.
+    """
+    size = sum(feature.decoded_bytes() for feature in manifest.features.values())
+    small = 0 < size <= KEEP_DECODED_BYTES and manifest.split(split).samples * size <= data.cache_bytes
+    spec = SampleSpec(manifest.features, data, len(manifest.classes), training, small)
+    spec.shapes()
+    return spec
+
+
+def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> SamplePlan | MixturePlan:
+    """The order of the training samples.
+
+    The window is at least four row groups, and for small samples as many as 8 MiB hold: such a data set is shuffled
+    thoroughly at no cost.
+    """
+    folders = folders_of(data.url, manifest.split(data.train_split))
+    groups = [RowGroups.of(folder.split) for folder in folders]
+    windows = [
+        data.window or SamplePlan.window_for(found, folder.split.bytes)
+        for found, folder in zip(groups, folders, strict=True)
+    ]
+    if data.mixture:
+        if data.lanes:
+            raise UserError("data.lanes cannot be chosen for a mixture: leave data.lanes out")
+        weights = [folder.weight for folder in folders]
+        return MixturePlan.build(groups, weights, windows, seed=seed, global_batch=global_batch)
+    if data.lanes and global_batch % data.lanes:
+        raise UserError(
+            f"data.lanes = {data.lanes} does not divide the global batch {global_batch}:"
+            " leave data.lanes out, or give a divisor"
+        )
+    return SamplePlan.build(groups[0], seed=seed, global_batch=global_batch, lanes=data.lanes, window=windows[0])
+
+
+def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> int:
+    """Steps after which each training sample was seen at least once: samples / global batch, rounded up.
+
+    An epoch need not end with a step, so a run of many epochs takes fewer steps than so many times this number: see
+    `total_steps`.
+    """
+    return total_steps(manifest, data, global_batch, 1)
+
+
+def total_steps(manifest: Manifest, data: DataConfig, global_batch: int, epochs: float) -> int:
+    """Steps of a run of so many epochs: samples x epochs / global batch, rounded up once for the whole run."""
+    return sample_plan(data, manifest, seed=0, global_batch=global_batch).total_steps(epochs)
+
+
+@dataclass(frozen=True)
+class TrainShare:
+    """What one rank trains on: its part of each global batch, from one step to another.
+
+    Attributes:
+        seed: of order and augmentation.
+        global_batch: samples of a step over all ranks.
+        micro_batch: samples of a batch on one rank; divides global_batch / world.
+        start_step, stop_step: the steps [start_step, stop_step).
+        rank, world: whose part, of how many.
+    """
+
+    seed: int
+    global_batch: int
+    micro_batch: int
+    start_step: int
+    stop_step: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        portion = self.world * self.micro_batch
+        if self.global_batch % portion:
+            raise UserError(
+                f"global batch {self.global_batch} is not divisible by {self.world} workers x micro-batch"
+                f" {self.micro_batch}: give a multiple of {portion}"
+            )
+
+
+def train_batches(
+    data: DataConfig,
+    manifest: Manifest,
+    share: TrainShare,
+    device: "torch.device | str",
+    quarantine: Quarantine | None = None,
+) -> "Generator[Batch, None, None]":
+    """One rank's micro-batches, global_batch / world / micro_batch for each step.
+
+    Step s holds the same samples, augmented alike, at any world size and after any restart. Epochs follow each other
+    without a boundary.
+
+    Args:
+        data: the recipe's data section.
+        manifest: see `load_data`.
+        share: which steps, and whose part of them.
+        device: where the tensors go.
+        quarantine: gets the bad samples met; a new one with the recipe's budget if None.
+
+    Raises:
+        UserError: more bad samples than `data.max_bad_fraction` allows.
+    """
+    plan = sample_plan(data, manifest, seed=share.seed, global_batch=share.global_batch)
+    works = _train_works(data, manifest, plan, share)
+    if len(works) == 1:
+        most = _run_steps(data, works[0], _turn_samples(data, works[0]))
+        runs = plan.runs(share.start_step, share.stop_step, most)
+        batches = _execute(data, works[0], runs, share.micro_batch, device)
+    else:
+        batches = _side_by_side(data, manifest, works, share, device)
+    yield from _checked(
+        batches, works[0], math.ceil(plan.samples / share.world), quarantine or Quarantine(data.max_bad_fraction)
+    )
+
+
+def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare) -> list[Work]:
+    """The rank's work: one stream, or, where rows are large or what is shuffled together cannot wait decoded, several.
+
+    Tasks that take turns at the steps of one stream each read all row groups of the window. Several streams cut each
+    step between them as ranks do, so that each reads row groups that no other one reads, and none waits for another
+    to finish a run.
+    """
+    rows = share.global_batch // share.world
+    spec = sample_spec(data, manifest, split=data.train_split, training=True)
+    streams = 1
+    if data.executor == "ray" and (
+        spec.row_bytes >= LARGE_ROW_BYTES or _waiting_rows(data, spec) < plan.shuffled(share.world)
+    ):
+        streams = max(count for count in range(1, data.tasks + 1) if rows % count == 0)
+    batch = share.micro_batch if streams == 1 else rows // streams
+    return [
+        _work(
+            data,
+            manifest,
+            plan,
+            rank=share.rank * streams + number,
+            world=share.world * streams,
+            seed=share.seed,
+            batch=batch,
+        )
+        for number in range(streams)
+    ]
+
+
+def _side_by_side(
+    data: DataConfig, manifest: Manifest, works: list[Work], share: TrainShare, device: "torch.device | str"
+) -> "Checkable":
+    """Micro-batches of steps whose parts several streams produce, one task at a time each."""
+    from pipelines.feed.stream import RayBatches, steps_of
+
+    streams, waiting = [], data.prefetch_bytes // len(works)
+    for one in works:
+        work = dataclasses.replace(one, chunk=_chunk(one.spec, one.rows_per_step, waiting))
+        samples = max(data.run_samples, min(data.run_samples * STREAM_SAMPLES, STREAM_BYTES // work.spec.row_bytes))
+        most = _run_steps(data, work, samples, STREAM_READS)
+        windows = work.plan.runs(share.start_step, share.stop_step, most)
+        options = dataclasses.replace(_ray_options(data, work), tasks=1, bytes_in_flight=waiting)
+        streams.append(RayBatches(work, joined_runs(windows, most), work.rows_per_step, device, options))
+    return steps_of(streams, share.micro_batch)
+
+
+def joined_runs(runs: Iterator[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """Join consecutive runs of steps while they have at most `most` steps together."""
+    begin, end = next(runs, (0, 0))
+    for first, last in runs:
+        if last - begin > most:
+            yield begin, end
+            begin = first
+        end = last
+    if end > begin:
+        yield begin, end
+
+
+@dataclass(frozen=True)
+class EvalShare:
+    """What one rank evaluates on.
+
+    Attributes:
+        split: of the data.
+        batch: samples of a batch on one rank.
+        rank, world: whose part, of how many.
+        first: the batch to begin with; those before it are left out.
+    """
+
+    split: str
+    batch: int
+    rank: int = 0
+    world: int = 1
+    first: int = 0
+
+
+def eval_batches(
+    data: DataConfig,
+    manifest: Manifest,
+    share: EvalShare,
+    device: "torch.device | str",
+    quarantine: Quarantine | None = None,
+) -> "Generator[Batch, None, None]":
+    """One rank's batches of a split, once, in order, unaugmented; the same number on each rank.
+
+    The ragged end is padded with rows whose `valid` is False and whose `sample_id` is -1. A bad sample is such a row
+    too, with its own id, since a replacement would be counted twice.
+    """
+    work, runs, samples = _eval_work(data, manifest, share)
+    yield from _checked(
+        _execute(data, work, runs, share.batch, device), work, samples, quarantine or Quarantine(data.max_bad_fraction)
+    )
+
+
+def eval_outcomes(
+    data: DataConfig, manifest: Manifest, share: EvalShare, execute: "Execute", quarantine: Quarantine
+) -> Iterator[Any]:
+    """What an executor of the caller's makes of each batch of `eval_batches`, in order, while bad samples are counted.
+
+    Args:
+        data: the recipe's data section.
+        manifest: see `load_data`.
+        share: which batches.
+        execute: given the work, its runs and the limits of the data tasks, yields for each batch the outcome, the
+            number of its rows and their problem lines.
+        quarantine: gets the bad samples met.
+    """
+    work, runs, samples = _eval_work(data, manifest, share)
+    for outcome, rows, lines in execute(work, list(runs), _ray_options(data, work)):
+        _count(lines, rows, work, samples, quarantine)
+        yield outcome
+
+
+def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[Work, Iterator["Run"], int]:
+    """The work of an evaluation, its runs of batches, and the rank's samples."""
+    plan = EvalPlan(manifest.split(share.split).samples, share.batch)
+    work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split)
+    runs = plan.runs(share.first, plan.batches(share.world), _run_steps(data, work, _turn_samples(data, work)))
+    return work, runs, math.ceil(plan.samples / share.world)
+
+
+def _run_steps(data: DataConfig, work: Work, samples: int, reads: int = 1) -> int:
+    """Steps of a run: as many as a task's samples and `reads` times the bytes of one allow, at least one."""
+    return max(1, int(min(reads * data.run_bytes / work.stored_bytes, samples)) // work.rows_per_step)
+
+
+def _turn_samples(data: DataConfig, work: Work) -> int:
+    """Samples of a run, where tasks take turns: few enough that those of all tasks can wait."""
+    return min(data.run_samples, _waiting_rows(data, work.spec))
+
+
+def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:
+    """Rows of a task, so that those of all tasks can wait decoded until it is their turn."""
+    return max(1, data.prefetch_bytes // (data.tasks + 1) // spec.row_bytes)
+
+
+def _work(
+    data: DataConfig,
+    manifest: Manifest,
+    plan: Plan,
+    *,
+    rank: int,
+    world: int,
+    seed: int,
+    batch: int,
+    split: str | None = None,
+) -> Work:
+    name = split or data.train_split
+    found = manifest.split(name)
+    spec = sample_spec(data, manifest, split=name, training=split is None)
+    files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(data.url, found))
+    reader = Reader(
+        files,
+        RowGroups.of(found),
+        arrow_schema(manifest.features),
+        manifest.classes,
+        data.storage_options,
+        data.read,
+        data.cache_bytes,
+        spec.row_bytes if spec.keep_decoded else 0,
+    )
+    chunk = _chunk(spec, batch, _waiting_rows(data, spec) * spec.row_bytes)
+    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
+
+
+def _chunk(spec: SampleSpec, batch: int, waiting: int) -> int:
+    """Rows of a block of whole batches, from a task that may let so many bytes wait."""
+    size = max(LEAST_BLOCK_BYTES, min(BLOCK_BYTES, waiting * 3 // 8))
+    return batch * max(1, round(size / spec.row_bytes / batch))
+
+
+def _execute(
+    data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
+) -> "Checkable":
+    if data.executor == "inline":
+        return _inline(work, runs, batch, device)
+    from pipelines.feed.stream import RayBatches
+
+    return iter(RayBatches(work, runs, batch, device, _ray_options(data, work)))
+
+
+def _ray_options(data: DataConfig, work: Work) -> "RayOptions":
+    from pipelines.feed.stream import RayOptions
+
+    # A block holds whole batches, so that a batch need not be put together from parts.
+    return RayOptions(
+        data.cpus_per_task,
+        data.tasks,
+        data.prefetch_batches,
+        data.prefetch_bytes,
+        work.chunk * work.spec.row_bytes,
+        data.task_memory,
+        data.task_labels,
+    )
+
+
+def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str") -> "Checkable":
+    """The same rows without Ray, in this process, one run after the other."""
+    import torch
+
+    for start, stop in runs:
+        for rows in work.rows(start, stop):
+            lines = rows.pop(PROBLEM)
+            for first in range(0, len(lines), batch):
+                part = slice(first, first + batch)
+                yield (
+                    {name: torch.from_numpy(values[part].copy()).to(device) for name, values in rows.items()},
+                    [line for line in lines[part] if line],
+                )
+
+
+def _checked(
+    batches: "Checkable", work: Work, epoch_share: int, quarantine: Quarantine
+) -> "Generator[Batch, None, None]":
+    """Pass batches on while bad samples are counted."""
+    with contextlib.closing(batches):
+        for batch, lines in batches:
+            _count(lines, len(batch["sample_id"]), work, epoch_share, quarantine)
+            yield batch
+
+
+def _count(lines: list[str], rows: int, work: Work, epoch_share: int, quarantine: Quarantine) -> None:
+    """Count the bad samples of a batch of so many rows."""
+    problems = [
+        Problem(work.split_of(int(number)), int(number), key, reason)
+        for line in lines
+        for number, key, reason in (entry.split("\t", 2) for entry in line.split("\n"))
+    ]
+    quarantine.add(problems, met=len(lines), seen=rows, epoch_share=epoch_share)

@@ -1,0 +1,339 @@
+"""From planned sample ids to decoded, augmented arrays: the work of one data task, without Ray and torch."""
+
+import functools
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.random import PCG64DXSM, Generator
+from numpy.typing import NDArray
+
+from pipelines.features import Feature
+from pipelines.features.base import Random, Shapes, ViewConfig
+from pipelines.order.mixture import MixturePlan
+from pipelines.order.permutation import keys
+from pipelines.order.plan import EvalPlan, SamplePlan
+from pipelines.shards.reader import Place, Reader, RowGroup
+from pipelines.transforms import BadSample
+
+Arrays = dict[str, NDArray[Any]]
+Groups = dict[tuple[int, int], RowGroup]
+"""Row groups by (shard, group)."""
+Plan = SamplePlan | MixturePlan | EvalPlan
+
+NICENESS = 10
+"""What a data task adds to its own; on a cluster Ray starts its processes with 15 already, and 19 is the most."""
+SUBSTITUTES = 8
+"""Row groups that are tried in place of one without a usable sample."""
+PROBLEM = "problem"
+"""The column that carries quarantined samples: empty, or `id<TAB>key<TAB>reason` lines, beside the row they concern."""
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """How stored samples become rows of a batch.
+
+    Attributes:
+        features: what a sample consists of, by name.
+        view: how it is shown.
+        classes: number of classes.
+        training: random views and replacements of bad samples, or neither.
+        keep_decoded: whether decoded samples stay in the process's cache.
+    """
+
+    features: Mapping[str, Feature]
+    view: ViewConfig
+    classes: int
+    training: bool
+    keep_decoded: bool
+
+    def shapes(self) -> Shapes:
+        """Shape (without the batch) and type of each key of a batch.
+
+        Raises:
+            UserError: the view leaves something open.
+        """
+        axes = self.view.clip.axes(self.training)
+        return {
+            key: ((*axes, *shape) if feature.clips else shape, kind)
+            for name, feature in self.features.items()
+            for key, (shape, kind) in feature.shapes(name, self.view, self.classes).items()
+        }
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row of a batch."""
+        return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.shapes().values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a data task needs to produce one rank's rows of any steps.
+
+    Attributes:
+        token: identifies this object in the processes that get copies of it.
+        split: name of the split, for the quarantine.
+        plan: which samples.
+        rank, world: whose.
+        seed: of the augmentation.
+        chunk: rows to hand over at a time.
+    """
+
+    token: str
+    split: str
+    reader: Reader
+    plan: Plan
+    rank: int
+    world: int
+    seed: int
+    spec: SampleSpec
+    chunk: int
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of this rank in each step."""
+        return self.plan.share(0, 1, self.rank, self.world).ids.size
+
+    @property
+    def stored_bytes(self) -> float:
+        """Mean size of a stored sample."""
+        return sum(sum(files.sizes) for files in self.reader.files) / self.reader.groups.samples
+
+    def split_of(self, sample_id: int) -> str:
+        """Name of the split for the quarantine; in a mixture also which data set the sample belongs to."""
+        if len(self.reader.files) == 1:
+            return self.split
+        shard = self.reader.locate(np.array([sample_id]))[0][0]
+        return f"{self.split} of {self.reader.folder(shard)}"
+
+    def rows(self, start: int, stop: int) -> Iterator[Arrays]:
+        """The rows of the steps [start, stop), in order, as arrays of `chunk` rows; the last may have fewer.
+
+        The row groups of a window are read while the rows of the one before are decoded.
+
+        Keys: the features, `sample_id` int64 (-1: padding), `valid` bool, `problem` str.
+        """
+        left = (stop - start) * self.rows_per_step
+        out, filled = self._empty(min(self.chunk, left)), 0
+        for read in self._windows(list(self.plan.runs(start, stop, stop - start))):
+            for number in range(len(read.ids)):
+                self._fill(out, filled, read, number)
+                filled += 1
+                if filled == len(out["valid"]):
+                    yield out
+                    left -= filled
+                    out, filled = self._empty(min(self.chunk, left)), 0
+
+    def _windows(self, spans: Sequence[tuple[int, int]]) -> "Iterator[_Read]":
+        """What is read of each span of steps, the next one's row groups ahead if the cache has room for them."""
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+            ahead: Future[_Read] | None = None
+            for number, span in enumerate(spans):
+                read = ahead.result() if ahead else self._read(*span)
+                ahead = None
+                if number + 1 < len(spans) and self._stored_bytes(spans[number + 1]) <= self.reader.cache_bytes:
+                    ahead = reader.submit(self._read, *spans[number + 1])
+                yield read
+
+    def _stored_bytes(self, span: tuple[int, int]) -> float:
+        """Stored size of this rank's rows of some steps, about."""
+        return (span[1] - span[0]) * self.rows_per_step * self.stored_bytes
+
+    def _read(self, start: int, stop: int) -> "_Read":
+        """Ids, epochs and places of the rows of the steps, and the row groups that hold them."""
+        planned = self.plan.share(start, stop, self.rank, self.world)
+        ids, epochs = planned.ids.ravel(), planned.epochs.ravel()
+        places = self.reader.locate(np.maximum(ids, 0))
+        wanted = {place[:2] for place, number in zip(places, ids.tolist(), strict=True) if number >= 0}
+        return _Read(
+            ids.tolist(),
+            epochs.tolist(),
+            sample_streams(self.seed, epochs, ids),
+            places,
+            self.reader.row_groups(wanted),
+        )
+
+    def _empty(self, rows: int) -> Arrays:
+        """Arrays of so many rows, of which those of features hold anything."""
+        out: Arrays = {name: np.empty((rows, *shape), kind) for name, (shape, kind) in self.spec.shapes().items()}
+        problems = np.full(rows, "", dtype=object)
+        return out | {"sample_id": np.empty(rows, np.int64), "valid": np.empty(rows, bool), PROBLEM: problems}
+
+    def _fill(self, out: Arrays, row: int, read: "_Read", number: int) -> None:
+        """Put what a planned sample gives into a row; zeros if it gives nothing."""
+        found = self._usable(read, number) if read.ids[number] >= 0 else PADDING
+        out["sample_id"][row] = found.sample_id
+        out["valid"][row] = found.values is not None
+        if found.problems:
+            out[PROBLEM][row] = found.problems
+        for name, value in (found.values or dict.fromkeys(self.spec.shapes(), 0)).items():
+            out[name][row] = value
+
+    def _usable(self, read: "_Read", planned: int) -> "_Found":
+        """The sample, or in training another one that takes its place, the same on every rank and at every try.
+
+        In evaluation a bad sample is left out, since another one would be counted twice.
+        """
+        problems = []
+        sample_id, epoch = read.ids[planned], read.epochs[planned]
+        for number, (shard, group, row) in self._candidates(read.groups, read.places[planned], sample_id, epoch):
+            found = read.groups[shard, group]
+            try:
+                if found.error:
+                    raise BadSample(found.error)
+                stream = read.streams[planned] if number == sample_id else sample_stream(self.seed, epoch, number)
+                return _Found(make_sample(self.spec, found, row, _Draws(stream)), number, "\n".join(problems))
+            except BadSample as error:
+                key = f"{self.reader.name(shard)}#{group}.{row}" if found.error else found.value("key", row)
+                problems.append(f"{number}\t{key}\t{error}".replace("\n", " "))
+        return _Found(None, sample_id, "\n".join(problems))
+
+    def _candidates(self, groups: Groups, place: Place, sample_id: int, epoch: int) -> Iterator[tuple[int, Place]]:
+        """The sample itself; in training then the others of its row group, and those of row groups drawn at random.
+
+        All samples of a lost row group are sent to the same other one, so that it costs one more read.
+        """
+        yield sample_id, place
+        if not self.spec.training:
+            return
+        shard, group, row = place
+        start = sample_id - row
+        tried = {(shard, group)}
+        yield from ((start + other, (shard, group, other)) for other in _after(row, groups[shard, group].rows))
+        first, count = self.plan.peers(sample_id)
+        for attempt in range(SUBSTITUTES):
+            drawn = first + int(keys(self.seed, 8, epoch, start, attempt) % np.uint64(count))
+            shard, group, drawn_row = self.reader.locate(np.array([drawn]))[0]
+            if (shard, group) not in tried:
+                tried.add((shard, group))
+                if (shard, group) not in groups:
+                    groups.update(self.reader.row_groups({(shard, group)}))
+                rows = groups[shard, group].rows
+                yield from ((drawn - drawn_row + other, (shard, group, other)) for other in _after(row - 1, rows))
+
+
+def _after(row: int, rows: int) -> Iterator[int]:
+    """The rows of a group after this one, round to the one before it."""
+    return ((row + offset) % rows for offset in range(1, rows))
+
+
+_WORK: dict[str, Work] = {}
+"""The work this process has seen: each task gets a new copy, and the plan keeps tables by identity."""
+
+
+def produce(batch: Any, work: Work) -> Iterator[Arrays]:
+    """The function of a data task: runs of steps in (columns `start` and `stop`), their rows out, a chunk at a time."""
+    work = _WORK.setdefault(work.token, work)
+    _step_back()
+    for start, stop in zip(batch["start"], batch["stop"], strict=True):
+        yield from work.rows(int(start), int(stop))
+
+
+@functools.cache
+def _step_back() -> None:
+    """Leave the cores to the training workers first: they wait for each other, so none may wait for a data task."""
+    os.nice(NICENESS)
+
+
+class _Read(NamedTuple):
+    ids: list[int]
+    epochs: list[int]
+    streams: list[int]
+    places: list[Place]
+    groups: Groups
+
+
+class _Found(NamedTuple):
+    values: dict[str, Any] | None
+    sample_id: int
+    problems: str
+
+
+PADDING = _Found(None, -1, "")
+
+
+class _Streams(threading.local):
+    """One generator a thread, set anew for each sample, since making one takes ten times as long.
+
+    PCG64DXSM, since Philox takes a quarter longer where a sample draws thousands of numbers, as point clouds do.
+    """
+
+    def __init__(self) -> None:
+        self.bits = PCG64DXSM(0)
+        self.generator, self.state = Generator(self.bits), self.bits.state
+
+    def begin(self, stream: int) -> Generator:
+        """The generator at this place of its period, which is of 2**128 numbers."""
+        self.state["state"]["state"] = stream
+        self.bits.state = self.state
+        return self.generator
+
+
+_STREAMS = _Streams()
+
+
+def sample_streams(seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> list[int]:
+    """Where the random numbers of samples in their epochs begin in the generator's period."""
+    kinds, places = np.unique(epochs, return_inverse=True)
+    high = keys(np.array([keys(seed, 5, epoch) for epoch in kinds])[places] ^ ids.astype(np.uint64))
+    return [first << 64 | second for first, second in zip(high.tolist(), keys(high).tolist(), strict=True)]
+
+
+def sample_stream(seed: int, epoch: int, sample_id: int) -> int:
+    """`sample_streams` of one sample."""
+    return sample_streams(seed, np.array([epoch]), np.array([sample_id]))[0]
+
+
+def sample_rng(seed: int, epoch: int, sample_id: int) -> Generator:
+    """The generator of all randomness of one sample in one epoch; good until the thread's next call."""
+    return _STREAMS.begin(sample_stream(seed, epoch, sample_id))
+
+
+class _Draws:
+    """A sample's generator: begun when it is first asked for."""
+
+    __slots__ = ("_generator", "_stream")
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+        self._generator: Generator | None = None
+
+    def __call__(self) -> Generator:
+        if self._generator is None:
+            self._generator = _STREAMS.begin(self._stream)
+        return self._generator
+
+
+def _stored(group: RowGroup, name: str, row: int) -> Any:
+    try:
+        return group.value(name, row)
+    except UnicodeDecodeError as error:  # Files that were indexed may hold anything in a column of strings.
+        raise BadSample(f"invalid UTF-8: {error.reason}") from error
+
+
+def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: Random) -> dict[str, Any]:
+    """Decode one row and take its view.
+
+    Args:
+        spec: how.
+        group: the row group.
+        row: which row of it.
+        rng: gives the sample's generator.
+
+    Raises:
+        BadSample: it is damaged.
+    """
+    values: dict[str, Any] = {}
+    for name, feature in spec.features.items():
+        decoded = group.decoded.get((name, row))
+        if decoded is None:
+            decoded = feature.decode(_stored(group, name, row), spec.view, spec.classes)
+            if spec.keep_decoded and feature.decoded_bytes():
+                group.decoded[name, row] = decoded
+        values.update(feature.show(name, decoded, spec.view, spec.training, rng))
+    return values

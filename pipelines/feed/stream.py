@@ -1,0 +1,246 @@
+"""Executing work on Ray Data: runs of steps become batches of tensors, in order, without a stall at any boundary.
+
+Imported only where batches are consumed; the data tasks do without this module, and without torch unless they resize.
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+import queue
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+import torch
+from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.data.util.torch_utils import arrow_batch_to_tensors
+from ray.exceptions import RayTaskError
+
+from perceiver.config import UserError
+from pipelines.feed.pace import PACE, Rest
+from pipelines.feed.samples import PROBLEM, Work, produce
+
+SEGMENT = 64
+"""Runs that one Ray Dataset covers. The next one is started before the last ends, so the list stays short for ever."""
+
+WAIT_S = 0.01
+"""Seconds for the next batch from which on the consumer counts as one that waits."""
+
+Run = tuple[int, int]
+"""Steps [start, stop)."""
+Tensors = dict[str, torch.Tensor]
+Lines = queue.SimpleQueue[str]
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """What the executor may use for one worker.
+
+    Attributes:
+        cpus_per_task: share of a CPU that a data task reserves.
+        tasks: data tasks at a time.
+        prefetch_batches: batches ahead of the consumer, in whole blocks.
+        bytes_in_flight: limit of decoded bytes that wait in the object store.
+        block_bytes: size of the blocks a task hands over.
+        task_memory: bytes of memory that a data task reserves; 0 for none.
+        labels: of the nodes that data tasks may run on; empty for any.
+    """
+
+    cpus_per_task: float
+    tasks: int
+    prefetch_batches: int
+    bytes_in_flight: int
+    block_bytes: int
+    task_memory: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class Collate(ArrowBatchCollateFn):
+    """Arrow rows to contiguous tensors. Problem lines go to a queue, since tensors cannot carry them."""
+
+    def __init__(self, problems: Lines) -> None:
+        self.problems = problems
+
+    def __call__(self, batch: pa.Table) -> Tensors:
+        for line in batch.column(PROBLEM).to_pylist():
+            if line:
+                self.problems.put(line)
+        tensors = arrow_batch_to_tensors(batch.drop_columns([PROBLEM]), combine_chunks=True)
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+
+
+class _Segment:
+    """The batches of one Dataset, which has begun: the first one is there.
+
+    Args:
+        batches: what Ray iterates; `close` ends the Dataset's execution.
+        count: how many there are.
+    """
+
+    def __init__(self, batches: Generator[Tensors, None, None], count: int) -> None:
+        self.batches, self.count = batches, count
+        self._first = next(batches)
+
+    def __iter__(self) -> Iterator[Tensors]:
+        yield self._first
+        yield from self.batches
+
+    def close(self) -> None:
+        """End the execution, wherever it is."""
+        self.batches.close()
+
+
+def _paced(batches: Iterable[Tensors]) -> Iterator[Tensors]:
+    """Pass batches on; note when the next one was not there."""
+    found = iter(batches)
+    while True:
+        began = time.monotonic()
+        batch = next(found, None)
+        if batch is None:
+            return
+        if time.monotonic() - began > WAIT_S:
+            PACE.waited()
+        yield batch
+
+
+def cut(blocks: Generator[Tensors, None, None], rows: int) -> Generator[Tensors, None, None]:
+    """Batches of so many rows from blocks of any size: parts of a block, not copied where it holds whole batches.
+
+    Ray hands blocks over whole: cut by Ray, each batch would pass by itself through all that a block passes through.
+    """
+    with contextlib.closing(blocks):
+        rest: Tensors = {}
+        for block in blocks:
+            if rest:
+                block = {name: torch.cat([rest[name], tensor]) for name, tensor in block.items()}
+            count = len(next(iter(block.values())))
+            for first in range(0, count - rows + 1, rows):
+                yield {name: tensor[first : first + rows] for name, tensor in block.items()}
+            over = count % rows
+            rest = {name: tensor[-over:] for name, tensor in block.items()} if over else {}
+        assert not rest, "the rows of a step are a multiple of a batch's"
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise a mistake of the user's that a task met as one line, without its trace and the advice that Ray adds."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(cause := error.cause, UserError):
+            raise UserError(str(cause).splitlines()[0]) from None
+        raise
+
+
+class RayBatches:
+    """One worker's batches: an iterator over (tensors, problem lines met on the way).
+
+    Args:
+        work: what to produce; the rows of a step must be a multiple of `batch_size`.
+        runs: consecutive steps, taken as needed.
+        batch_size: rows of a batch.
+        device: where the tensors go.
+        options: limits.
+    """
+
+    def __init__(
+        self, work: Work, runs: Iterator[Run], batch_size: int, device: torch.device | str, options: RayOptions
+    ) -> None:
+        self.work, self.runs, self.batch_size, self.device, self.options = work, runs, batch_size, device, options
+        self.problems: Lines = queue.SimpleQueue()
+
+    def __iter__(self) -> Generator[tuple[Tensors, list[str]], None, None]:
+        segment = None
+        with plain_errors(), ThreadPoolExecutor(1, thread_name_prefix="next-segment") as starter:
+            ahead = starter.submit(self._begin)
+            try:
+                while (segment := ahead.result()) is not None:
+                    for number, batch in enumerate(_paced(segment)):
+                        # Half a segment is time enough to start the next one, however long a run takes.
+                        if number == segment.count // 2:
+                            ahead = starter.submit(self._begin)
+                        yield batch, self._met()
+            finally:
+                for begun in (segment, None if ahead.exception() else ahead.result()):
+                    if begun is not None:
+                        begun.close()
+
+    def _met(self) -> list[str]:
+        lines = []
+        while not self.problems.empty():
+            lines.append(self.problems.get())
+        return lines
+
+    def _begin(self) -> _Segment | None:
+        """Start the Dataset of the next runs and wait for its first batch; None if no runs are left."""
+        runs = list(itertools.islice(self.runs, SEGMENT))
+        if not runs:
+            return None
+        PACE.waited()
+        dataset = make_dataset(self.work, runs, self.options)
+        ahead = math.ceil(self.options.prefetch_batches * self.batch_size / self.work.chunk)
+        blocks: Any = iter(
+            dataset.iter_torch_batches(
+                batch_size=None, device=str(self.device), prefetch_batches=ahead, collate_fn=Collate(self.problems)
+            )
+        )
+        rows = sum(stop - start for start, stop in runs) * self.work.rows_per_step
+        return _Segment(cut(blocks, self.batch_size), rows // self.batch_size)
+
+
+def steps_of(streams: Sequence[RayBatches], micro_batch: int) -> Generator[tuple[Tensors, list[str]], None, None]:
+    """Micro-batches of steps, each step's rows put together from the streams, whose batches are its parts in order.
+
+    Problem lines come with a step's first micro-batch.
+    """
+    opened = [iter(stream) for stream in streams]
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(opened), thread_name_prefix="first-batch") as pool:
+        for stream in opened:
+            stack.callback(stream.close)
+        first = [[part] if part else [] for part in pool.map(lambda stream: next(stream, None), opened)]
+        for parts in zip(*map(itertools.chain, first, opened), strict=True):
+            rows = {name: torch.cat([tensors[name] for tensors, _ in parts]) for name in parts[0][0]}
+            lines = [line for _, found in parts for line in found]
+            for at in range(0, len(rows[next(iter(rows))]), micro_batch):
+                yield {name: tensor[at : at + micro_batch] for name, tensor in rows.items()}, lines
+                lines = []
+
+
+def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
+    """The lazy Ray Dataset of some runs: one small input block and one task each, outputs in order."""
+    _quiet()
+    dataset = ray.data.from_items(
+        [{"start": start, "stop": stop} for start, stop in runs], override_num_blocks=len(runs)
+    )
+    function: Any = produce
+    dataset = dataset.map_batches(
+        function,
+        fn_kwargs={"work": work},
+        batch_size=None,
+        num_cpus=options.cpus_per_task,
+        memory=options.task_memory or None,
+        compute=ray.data.TaskPoolStrategy(size=min(options.tasks, len(runs))),
+    )
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
+    context.target_max_block_size = options.block_bytes
+    context.execution_options.preserve_order = True
+    context.execution_options.label_selector = dict(options.labels) or None
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Rest]
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        cpu=options.tasks * options.cpus_per_task, object_store_memory=options.bytes_in_flight
+    )
+    return dataset
+
+
+def _quiet() -> None:
+    """Keep Ray Data's notes on each Dataset off the terminal; its warnings stay."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

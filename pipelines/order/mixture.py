@@ -1,0 +1,315 @@
+"""Mixtures: training on several data sets by weight, each in its own order and its own epochs.
+
+Which data set each position of the run draws from is a table that repeats: after any number of positions from the
+start, each data set has been drawn within one sample of its weight, so any stretch of the run is within two of it
+(within one for two data sets). The n-th draw from a data set is the n-th position of that set's own `SamplePlan`. So a
+mixture, too, gives the same global batches at any world size, and its state is the step.
+
+An epoch of a mixture is as many samples as its data sets hold together. A data set whose weight is above its share of
+them runs through several epochs of its own meanwhile, another one through a part of one.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from perceiver.config import Config, UserError
+from pipelines.features import Feature
+from pipelines.order.permutation import keys
+from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, rank_positions, steps_for
+from pipelines.shards.manifest import Manifest, Split
+
+LONGEST = 1 << 16
+"""Positions of the table at most; weights are rounded to so many equal parts if they need more."""
+VARIED = 1 << 10
+"""A shorter table is repeated up to about this length before it is varied by the seed."""
+PASSES = 4
+
+
+class MixturePart(Config):
+    """One data set of a mixture (an item of the recipe's `data.mixture`)."""
+
+    url: str = Field(description="prepared folder: a path or an fsspec URL")
+    weight: float = Field(gt=0, description="share of the training samples, beside the other weights")
+    split: str | None = Field(default=None, description="its split to train on; null: data.train_split")
+
+
+@dataclass(frozen=True)
+class SplitFolder:
+    """The shards of one split of one folder.
+
+    Attributes:
+        url: the folder.
+        split: the shards.
+        weight: in the mixture.
+    """
+
+    url: str
+    split: Split
+    weight: float = 1.0
+
+
+class MixedSplit(Split):
+    """The training splits of several data sets; sample ids count through their shards in order."""
+
+    parts: tuple[Any, ...] = Field(description="the data sets (`SplitFolder`)")
+
+
+def folders_of(url: str, split: Split) -> tuple[SplitFolder, ...]:
+    """Where the shards of a split lie: in the folder itself, or, for a mixture, in several."""
+    return split.parts if isinstance(split, MixedSplit) else (SplitFolder(url, split),)
+
+
+def mix(manifest: Manifest, split: str, parts: Sequence[tuple[MixturePart, Manifest]]) -> Manifest:
+    """The manifest of a mixture: that of the data set to evaluate on, with the training split exchanged.
+
+    Args:
+        manifest: of the data set to evaluate on; its classes and features are those of the mixture.
+        split: name of the training split.
+        parts: the data sets to train on, with their manifests.
+
+    Raises:
+        UserError: features or classes differ.
+    """
+    features = dict(manifest.features)
+    for part, other in parts:
+        if other.classes != manifest.classes:
+            raise UserError(
+                f"data.mixture: {part.url} has other classes than the data set {manifest.name}:"
+                f" {_first_difference(manifest.classes, other.classes)}; prepare both with the same"
+                " classes"
+            )
+        features = _agreed(features, other.features, part.url, manifest.name)
+    folders = tuple(SplitFolder(part.url, other.split(part.split or split), part.weight) for part, other in parts)
+    mixed = MixedSplit(shards=tuple(shard for folder in folders for shard in folder.split.shards), parts=folders)
+    return manifest.model_copy(update={"features": features, "splits": {**manifest.splits, split: mixed}})
+
+
+def _first_difference(wanted: Sequence[str], got: Sequence[str]) -> str:
+    if len(wanted) != len(got):
+        return f"{len(got)}, wanted {len(wanted)}"
+    number = next(i for i, (a, b) in enumerate(zip(wanted, got, strict=True)) if a != b)
+    return f"class {number} is '{got[number]}', wanted '{wanted[number]}'"
+
+
+def _agreed(wanted: Mapping[str, Feature], got: Mapping[str, Feature], url: str, name: str) -> dict[str, Feature]:
+    """The features, if they are the same; images may differ in size, which then is open."""
+    if wanted.keys() != got.keys():
+        raise UserError(
+            f"data.mixture: {url} has the features {', '.join(got)}, the data set {name} has"
+            f" {', '.join(wanted)}: mix data sets of the same features"
+        )
+    agreed = {}
+    for key, feature in wanted.items():
+        other = got[key]
+        if feature != other and hasattr(feature, "size"):
+            feature, other = (f.model_copy(update={"size": None}) for f in (feature, other))
+        if feature != other:
+            raise UserError(
+                f"data.mixture: feature '{key}' of {url} is {other!r}, of the data set {name} {feature!r}:"
+                " mix data sets of the same features"
+            )
+        agreed[key] = feature
+    return agreed
+
+
+def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
+    """Weights as whole numbers in the same proportion, exact if they add up to at most 65,536, else rounded.
+
+    Weights mean what their decimals say: 0.7 and 0.3 are 7 and 3.
+
+    Raises:
+        UserError: a weight is so small beside the others that its part would round to nothing.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    total = sum(exact)
+    scale = math.lcm(*((weight / total).denominator for weight in exact))
+    if scale <= LONGEST:
+        return tuple(int(f / total * scale) for f in exact)
+    shares = [f / total * LONGEST for f in exact]
+    counts = [int(share) for share in shares]
+    by_rest = sorted(range(len(counts)), key=lambda k: counts[k] - shares[k])
+    for k in by_rest[: LONGEST - sum(counts)]:
+        counts[k] += 1
+    if 0 in counts:
+        raise UserError(
+            f"data.mixture: weight {weights[counts.index(0)]:g} is less than 1/{LONGEST} of all weights:"
+            " leave that data set out, or give it a larger weight"
+        )
+    return tuple(counts)
+
+
+@functools.lru_cache(maxsize=8)
+def mixing_table(counts: tuple[int, ...], seed: int) -> tuple[NDArray[np.int16], NDArray[np.int32]]:
+    """Which data set each position of the table draws from, and how often it was drawn from before in the table.
+
+    Args:
+        counts: how often each data set stands in sum(counts) positions.
+        seed: varies the order within the bounds.
+
+    Returns:
+        Two arrays of the same length, a multiple of sum(counts). In any prefix of n positions each data set stands
+        more than n w - 1 and less than n w + 1 times.
+    """
+    repeats = max(1, VARIED // sum(counts))
+    which = np.tile(_even_sequence(counts), repeats)
+    which = _varied(which, counts, seed)
+    before = np.zeros(which.size, np.int32)
+    for k in range(len(counts)):
+        here = which == k
+        before[here] = np.arange(int(here.sum()))
+    return which.astype(np.int16), before
+
+
+def _even_sequence(counts: tuple[int, ...]) -> I64:
+    """Tijdeman's solution of the chairman assignment problem: no prefix is off by more than 1 - 1 / (2 K - 2).
+
+    R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980). In whole numbers: all is scaled by
+    total x (2 K - 2).
+    """
+    total, slack = sum(counts), max(1, 2 * len(counts) - 2)
+    weights = np.array(counts, np.int64)
+    drawn = np.zeros(len(counts), np.int64)
+    sequence = np.empty(total, np.int64)
+    for position in range(total):
+        due = ((position + 1) * weights - drawn * total) * slack
+        # The one among those due that would be the first to fall behind too far.
+        left = np.where(due >= total, (total * slack - total - due) / weights, np.inf)
+        chosen = int(np.argmin(left))
+        sequence[position] = chosen
+        drawn[chosen] += 1
+    return sequence
+
+
+def _varied(which: I64, counts: tuple[int, ...], seed: int) -> I64:
+    """Swap neighbours at random where all prefixes stay within one sample of the weights."""
+    sequence, total = which.tolist(), sum(counts)
+    for number in range(PASSES):
+        coin = (keys(seed, 7, number, np.arange(len(sequence))) & np.uint64(1)).tolist()
+        drawn = [0] * len(counts)
+        for i in range(len(sequence) - 1):
+            a, b = sequence[i], sequence[i + 1]
+            if a != b and coin[i]:
+                ahead = (drawn[b] + 1) * total - (i + 1) * counts[b]
+                behind = (i + 1) * counts[a] - drawn[a] * total
+                if ahead < total and behind < total:
+                    sequence[i], sequence[i + 1] = b, a
+            drawn[sequence[i]] += 1
+    return np.array(sequence, np.int64)
+
+
+@dataclass(frozen=True)
+class MixturePlan:
+    """The order of the samples of a run on several data sets. Sample ids count through the data sets.
+
+    Attributes:
+        plans: of the data sets.
+        counts: their weights as whole numbers.
+        seed: of the order in which they take turns.
+        global_batch: samples of a step over all ranks.
+    """
+
+    plans: tuple[SamplePlan, ...]
+    counts: tuple[int, ...]
+    seed: int
+    global_batch: int
+
+    @classmethod
+    def build(
+        cls,
+        groups: Sequence[RowGroups],
+        weights: Sequence[float],
+        windows: Sequence[int | None],
+        *,
+        seed: int,
+        global_batch: int,
+    ) -> "MixturePlan":
+        """A plan for the row groups of some data sets; each is read by about as many lanes as its share wants."""
+        counts = whole_parts(weights)
+        plans = []
+        for number, (part, count, window) in enumerate(zip(groups, counts, windows, strict=True)):
+            share = readable_batch(global_batch * count / sum(counts))
+            plans.append(
+                SamplePlan.build(
+                    part, seed=int(keys(seed, 6, number) >> np.uint64(1)), global_batch=share, window=window
+                )
+            )
+        return cls(tuple(plans), counts, seed, global_batch)
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch: of all data sets together."""
+        return sum(plan.samples for plan in self.plans)
+
+    @property
+    def first(self) -> I64:
+        """The first sample id of each data set."""
+        return np.cumsum([0] + [plan.samples for plan in self.plans[:-1]])
+
+    @property
+    def steps_per_epoch(self) -> Fraction:
+        """Samples of an epoch / global batch."""
+        return Fraction(self.samples, self.global_batch)
+
+    def total_steps(self, epochs: float) -> int:
+        """Steps of so many epochs, rounded up."""
+        return steps_for(self.samples, epochs, self.global_batch)
+
+    def peers(self, sample_id: int) -> tuple[int, int]:
+        """First sample id and number of samples of the data set that this sample belongs to."""
+        number = int(np.searchsorted(self.first, sample_id, side="right")) - 1
+        return int(self.first[number]), self.plans[number].samples
+
+    def shuffled(self, world: int) -> int:
+        """Samples of one rank that are shuffled among each other, of all data sets."""
+        return sum(plan.shuffled(world) for plan in self.plans)
+
+    def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
+        """The samples of one rank in the steps [start, stop): see `SamplePlan.share`; epochs are each data set's own.
+
+        Raises:
+            ValueError: the world size does not divide the global batch.
+        """
+        return self.at(rank_positions(self.global_batch, start, stop, rank, world))
+
+    def drawn(self, positions: I64) -> tuple[I64, I64]:
+        """The data set that each position of the run draws from, and how many draws from it came before."""
+        which, before = mixing_table(self.counts, self.seed)
+        turn, place = np.divmod(positions, which.size)
+        found = which[place].astype(np.int64)
+        in_turn = np.array(self.counts, np.int64) * (which.size // sum(self.counts))
+        return found, turn * in_turn[found] + before[place]
+
+    def at(self, positions: I64) -> Planned:
+        """The samples at these positions of the run."""
+        which, draws = self.drawn(positions)
+        ids, epochs = np.empty(positions.shape, np.int64), np.empty(positions.shape, np.int64)
+        for number, (plan, first) in enumerate(zip(self.plans, self.first, strict=True)):
+            here = which == number
+            planned = plan.at(draws[here])
+            ids[here], epochs[here] = planned.ids + first, planned.epochs
+        return Planned(ids, epochs)
+
+    def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+        """Cut the steps [start, stop) into runs of at most `most`; windows of the data sets do not end together."""
+        for first in range(start, stop, most):
+            yield first, min(stop, first + most)
+
+
+def readable_batch(share: float) -> int:
+    """A whole number near a data set's share of a batch that divides into lanes of about eight samples each.
+
+    A step draws this many samples from the data set, more or less; the closer, the longer a rank stays in its lanes.
+    """
+    near = max(1, round(share))
+    if near < 2 * LANE_DRAW:
+        return near
+    fits = [n for n in range(near - 2, near + 3) if any(n % draw == 0 for draw in range(LANE_DRAW, LANE_DRAW + 5))]
+    return min(fits, key=lambda n: abs(n - share), default=near)

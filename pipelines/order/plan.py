@@ -1,0 +1,344 @@
+"""The sample plan: which sample stands where in the run, as a pure function of a few integers.
+
+The run is one endless sequence of positions. Step s is the global batch of positions [s B, (s + 1) B); epoch e is the
+N positions [e N, (e + 1) N), in which each sample stands exactly once. So no sample is lost or seen twice within an
+epoch, a batch may hold the end of one epoch and the start of the next, nothing is padded or dropped, and nothing
+depends on the number of workers: rank r of W takes the r-th of W equal slices of each batch.
+
+To keep reads sequential, a batch is drawn from L lanes, B / L samples from each in turn. Each epoch the row groups are
+put into a new order, the order is cut over the lanes, and within a lane the samples of a window (a few row groups) are
+shuffled. A rank whose slice covers whole lanes reads row groups that no other rank reads, each once. Any world size
+that divides B gives the same batches; one that does not divide the lanes only reads some row groups on two ranks.
+
+Everything is computed on demand (`pipelines.order.permutation`), so any step of any epoch of 10**9 samples costs the
+same, and the state of a run is its step.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.order.permutation import keys, permute
+from pipelines.shards.manifest import Split
+
+I64 = NDArray[np.int64]
+
+LANE_DRAW = 8
+"""Samples a lane gives to each global batch, about: with it a rank reads a moderate number of row groups at a time."""
+WINDOW_GROUPS = 4
+WINDOW_BYTES = 8 << 20
+
+
+class RowGroups:
+    """Where the row groups of a split begin: a few numbers a shard, not one a group.
+
+    Groups of the commonest size are the regular ones and are computed; only the others (the last of a shard, or
+    shards cut differently) are listed.
+
+    Args:
+        rows: samples of each shard.
+        rows_per_group: rows of each group of that shard but its last.
+        places: (shard, first group) of each entry of `rows`, where a shard whose groups differ in size is listed as
+            several runs of equal ones; None: entry i is shard i.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int] | I64,
+        rows_per_group: Sequence[int] | I64,
+        places: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        self.rows = np.asarray(rows, np.int64)
+        self.places = None if places is None else np.asarray(places, np.int64).reshape(-1, 2)
+        self.rows_per_group = np.asarray(rows_per_group, np.int64)
+        if self.rows.ndim != 1 or self.rows.size == 0 or self.rows.min() < 1 or self.rows_per_group.min() < 1:
+            raise ValueError("wanted at least one shard, with positive numbers of rows")
+        self.first = np.concatenate([[0], np.cumsum(self.rows)])
+        sizes, shares = np.unique(self.rows_per_group, return_inverse=True)
+        self.size = int(sizes[np.argmax(np.bincount(shares, weights=self.rows))])
+        regular = np.where(self.rows_per_group == self.size, self.rows // self.size, 0)
+        self._regular = np.concatenate([[0], np.cumsum(regular)])
+        odd_first, odd_size = zip(*map(self._odd_groups, range(self.rows.size)), strict=True)
+        self.odd_first, self.odd_size = np.concatenate(odd_first), np.concatenate(odd_size)
+
+    @classmethod
+    def of(cls, split: Split) -> "RowGroups":
+        """The row groups of a split."""
+        if not any(shard.groups for shard in split.shards):
+            return cls([shard.rows for shard in split.shards], [shard.rows_per_group for shard in split.shards])
+        runs, places = [], []
+        for number, shard in enumerate(split.shards):
+            first = 0
+            for rows, size in shard.groups or ((shard.rows, shard.rows_per_group),):
+                runs.append((rows, size))
+                places.append((number, first))
+                first += -(-rows // size)
+        rows_of, sizes = zip(*runs, strict=True)
+        return cls(rows_of, sizes, places)
+
+    def _odd_groups(self, shard: int) -> tuple[I64, I64]:
+        """First samples and sizes of the shard's groups that have another size than the regular one."""
+        rows, size = int(self.rows[shard]), int(self.rows_per_group[shard])
+        starts = np.arange(0, rows, size) if size != self.size else np.arange(rows - rows % size, rows, size)
+        return self.first[shard] + starts, np.minimum(size, rows - starts)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return int(self.first[-1])
+
+    @property
+    def regular(self) -> int:
+        """Number of groups of the regular size."""
+        return int(self._regular[-1])
+
+    def regular_first(self, group: I64) -> I64:
+        """The first sample of each regular group."""
+        shard = np.searchsorted(self._regular, group, side="right") - 1
+        return self.first[shard] + (group - self._regular[shard]) * self.size
+
+    def locate(self, ids: I64) -> tuple[I64, I64, I64]:
+        """Shard, row group within the shard and row within the group of each sample."""
+        run = np.searchsorted(self.first, ids, side="right") - 1
+        row = ids - self.first[run]
+        group = row // self.rows_per_group[run]
+        row -= group * self.rows_per_group[run]
+        return (run, group, row) if self.places is None else (self.places[run, 0], self.places[run, 1] + group, row)
+
+
+class Planned(NamedTuple):
+    """Samples of consecutive steps, in order: arrays of the shape (steps, samples of a step)."""
+
+    ids: I64
+    epochs: I64
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """The order of the samples of a run.
+
+    Attributes:
+        groups: row groups of the training split.
+        seed: of all shuffling.
+        global_batch: samples of a step over all ranks (B).
+        lanes: places read from at a time (L), a divisor of B; None: the largest divisor up to B / 8.
+        window: samples shuffled among each other in a lane; None: four row groups.
+    """
+
+    groups: RowGroups
+    seed: int
+    global_batch: int
+    lanes: int
+    window: int
+
+    @classmethod
+    def build(
+        cls, groups: RowGroups, *, seed: int, global_batch: int, lanes: int | None = None, window: int | None = None
+    ) -> "SamplePlan":
+        """A plan with lanes and window chosen from the batch and the row groups where they are not given.
+
+        Raises:
+            ValueError: a size is not positive, or the lanes do not divide the global batch.
+        """
+        lanes = lanes or max(d for d in range(1, max(1, global_batch // LANE_DRAW) + 1) if global_batch % d == 0)
+        window = window or WINDOW_GROUPS * groups.size
+        if global_batch < 1 or lanes < 1 or window < 1 or global_batch % lanes:
+            raise ValueError(
+                f"global batch {global_batch}, lanes {lanes}, window {window}: wanted positive numbers,"
+                " the lanes dividing the batch"
+            )
+        return cls(groups, seed, global_batch, lanes, window)
+
+    @staticmethod
+    def window_for(groups: RowGroups, stored_bytes: int) -> int:
+        """A window of four row groups, or of what 8 MiB hold if that is more: small samples are shuffled thoroughly."""
+        return max(WINDOW_GROUPS * groups.size, WINDOW_BYTES * groups.samples // max(1, stored_bytes))
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch (N)."""
+        return self.groups.samples
+
+    @property
+    def draw(self) -> int:
+        """Samples that each lane gives to each global batch (B / L)."""
+        return self.global_batch // self.lanes
+
+    @property
+    def steps_per_epoch(self) -> Fraction:
+        """N / B: an epoch need not end with a step."""
+        return Fraction(self.samples, self.global_batch)
+
+    def total_steps(self, epochs: float) -> int:
+        """Steps in which each sample is seen `epochs` times or more: N epochs / B, rounded up.
+
+        Rounded up, because a user who asks for ten epochs expects no sample to be seen only nine times; the excess is
+        less than one batch for the whole run, not one an epoch.
+        """
+        return steps_for(self.samples, epochs, self.global_batch)
+
+    def peers(self, sample_id: int) -> tuple[int, int]:
+        """First id and number of the samples of the same data set: all of them."""
+        return 0, self.samples
+
+    def shuffled(self, world: int) -> int:
+        """Samples of one rank that are shuffled among each other: the row groups of so many are needed at a time."""
+        return min(self.window * self.lanes, self.samples) // world
+
+    def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
+        """The samples of one rank in the steps [start, stop), shape (stop - start, B / world).
+
+        Raises:
+            ValueError: the world size does not divide the global batch.
+        """
+        return self.at(rank_positions(self.global_batch, start, stop, rank, world))
+
+    def at(self, positions: I64) -> Planned:
+        """The samples at these positions of the run."""
+        epoch = positions // self.samples
+        lane = positions % self.global_batch // self.draw
+        begin = epoch * self.samples
+        window, start, stop = self._window(epoch, positions // self.global_batch)
+        before = self._drawn(begin, lane)
+        size = self._drawn(begin + self.samples, lane) - before
+        first = np.clip(self._drawn(start * self.global_batch, lane) - before, 0, size)
+        width = np.clip(self._drawn(stop * self.global_batch, lane) - before, 0, size) - first
+        offset = self._drawn(positions, lane) - before - first
+        shuffled = permute(offset, width, keys(self.seed, 1, epoch, lane, window))
+        in_epoch = self._lanes_before(begin + self.samples, lane) - self._lanes_before(begin, lane) + first + shuffled
+        return Planned(self._ordered(epoch, in_epoch), epoch)
+
+    def _drawn(self, position: I64, lane: I64) -> I64:
+        """How many samples the lane has given before this position of the run."""
+        step, rest = np.divmod(position, self.global_batch)
+        return step * self.draw + np.clip(rest - lane * self.draw, 0, self.draw)
+
+    def _lanes_before(self, position: I64, lane: I64) -> I64:
+        """How many samples all lanes left of this one have given before this position of the run."""
+        step, rest = np.divmod(position, self.global_batch)
+        return step * lane * self.draw + np.minimum(rest, lane * self.draw)
+
+    def _window(self, epoch: I64, step: I64) -> tuple[I64, I64, I64]:
+        """Number, first step and last step (exclusive) of the window of the epoch that holds this step.
+
+        All lanes share these steps, so that a run of steps can hold whole windows of all of them. Windows of an epoch
+        differ by at most one step in length: none is a remainder too small to shuffle.
+        """
+        begin = epoch * self.samples // self.global_batch
+        length = -(-(epoch + 1) * self.samples // self.global_batch) - begin
+        count = -(-length // max(1, self.window // self.draw))
+        window = ((step - begin + 1) * count - 1) // length
+        return window, begin + window * length // count, begin + (window + 1) * length // count
+
+    def _ordered(self, epochs: I64, index: I64) -> I64:
+        """The index-th sample of each epoch when row groups, but not the samples in them, are shuffled."""
+        ids = np.empty(index.shape, np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            ids[here] = _in_group_order(self.groups, self.seed, int(epoch), index[here])
+        return ids
+
+    def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+        """Cut the steps [start, stop) into runs of at most `most` steps that end with a window where possible.
+
+        A run is a unit of reading: one that covers a window reads each of its row groups once.
+        """
+        while start < stop:
+            step = np.array([start])
+            end = min(stop, int(self._window(step * self.global_batch // self.samples, step)[2][0]))
+            parts = -(-(end - start) // most)
+            end = start + -(-(end - start) // parts)
+            yield start, end
+            start = end
+
+
+def rank_positions(global_batch: int, start: int, stop: int, rank: int, world: int) -> I64:
+    """The positions of one rank in the steps [start, stop), shape (stop - start, global_batch / world).
+
+    Raises:
+        ValueError: the world size does not divide the global batch.
+    """
+    if global_batch % world:
+        raise ValueError(f"global batch {global_batch} is not divisible by {world} ranks")
+    count = global_batch // world
+    steps = np.arange(start, stop, dtype=np.int64)[:, None]
+    return steps * global_batch + rank * count + np.arange(count, dtype=np.int64)
+
+
+def steps_for(samples: int, epochs: float, global_batch: int) -> int:
+    """Steps of so many epochs of so many samples, rounded up."""
+    return -(-math.ceil(samples * epochs) // global_batch)
+
+
+def _in_group_order(groups: RowGroups, seed: int, epoch: int, index: I64) -> I64:
+    """Sample ids at these places of the epoch's order of row groups."""
+    starts, first, size = _odd_order(groups, seed, epoch)
+    odd = np.searchsorted(starts, index, side="right") - 1
+    in_odd = (odd >= 0) & (index < starts[odd] + size[odd]) if starts.size else np.zeros(index.shape, bool)
+    ids = np.empty(index.shape, np.int64)
+    if starts.size:
+        ids[in_odd] = (first[odd] + index - starts[odd])[in_odd]
+    skipped = np.concatenate([[0], np.cumsum(size)])[odd + 1]
+    place, row = np.divmod((index - skipped)[~in_odd], groups.size)
+    ids[~in_odd] = groups.regular_first(permute(place, groups.regular, keys(seed, 2, epoch))) + row
+    return ids
+
+
+@functools.lru_cache(maxsize=4)
+def _odd_order(groups: RowGroups, seed: int, epoch: int) -> tuple[I64, I64, I64]:
+    """The groups of odd size in the epoch's order: where they start in it, their first samples, their sizes.
+
+    Each is slipped in before a random one of the regular groups.
+    """
+    number = np.arange(groups.odd_size.size)
+    slot = (keys(seed, 3, epoch, number) % np.uint64(groups.regular + 1)).astype(np.int64)
+    order = np.lexsort((keys(seed, 4, epoch, number), slot))
+    size = groups.odd_size[order]
+    starts = slot[order] * groups.size + np.cumsum(size) - size
+    return starts, groups.odd_first[order], size
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """A split once, in order: rank r reads the r-th of W equal ranges, in the same number of batches on each rank.
+
+    Attributes:
+        samples: samples of the split.
+        batch: samples of a batch on one rank.
+    """
+
+    samples: int
+    batch: int
+
+    def batches(self, world: int) -> int:
+        """Batches of each rank."""
+        return -(-self._range(world) // self.batch)
+
+    def _range(self, world: int) -> int:
+        return -(-self.samples // world)
+
+    def peers(self, sample_id: int) -> tuple[int, int]:
+        """First id and number of the samples of the same data set: all of them."""
+        return 0, self.samples
+
+    def shuffled(self, world: int) -> int:
+        """Samples that are shuffled among each other: none."""
+        return 0
+
+    def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+        """Cut the batches [start, stop) into runs of at most `most`."""
+        for first in range(start, stop, most):
+            yield first, min(stop, first + most)
+
+    def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
+        """One rank's batches [start, stop), arrays (stop - start, batch): id -1 is padding, the epoch is 0."""
+        offset = np.arange(start * self.batch, stop * self.batch, dtype=np.int64)
+        ids = rank * self._range(world) + offset
+        ids = np.where((offset < self._range(world)) & (ids < self.samples), ids, -1).reshape(-1, self.batch)
+        return Planned(ids, np.zeros_like(ids))

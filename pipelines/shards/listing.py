@@ -1,0 +1,106 @@
+"""Holding a manifest against what a store lists: missing and changed files are found before anything is started.
+
+A folder is listed once, whatever the number of its shards, so 10**5 of them in an object store are a hundred requests.
+A store that cannot list (plain HTTP) is asked for single files, at most `ASKED` of them, evenly spread.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from perceiver.config import UserError
+from pipelines.shards.io import Folder, open_folder
+from pipelines.shards.manifest import ShardInfo, Split
+from pipelines.shards.reader import first_line, split_url
+
+ASKED = 1000
+THREADS = 16
+NAMED = 3
+NO_LISTING = {"http", "https"}
+
+
+def file_tag(info: Mapping[str, Any]) -> str:
+    """What tells a file's version in a store's listing: its ETag, else its time of change, else nothing."""
+    for key in ("ETag", "etag", "md5Hash", "content_md5"):
+        if info.get(key):
+            return str(info[key]).strip('"')
+    for key in ("mtime", "LastModified", "last_modified", "updated"):
+        if info.get(key):
+            return f"{info[key]:.6f}" if isinstance(info[key], float) else str(info[key])
+    return ""
+
+
+def listed(folder: Folder, names: list[str]) -> dict[str, dict[str, Any]]:
+    """What the store says about these files of one folder; those it does not have are left out."""
+    if folder.protocols & NO_LISTING:
+        chosen = names[:: max(1, -(-len(names) // ASKED))]
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = zip(chosen, pool.map(lambda name: _info(folder, name), chosen), strict=True)
+            # Those that were not asked for count as they are.
+            return {name: {"size": None} for name in names if name not in set(chosen)} | {
+                name: info for name, info in found if info is not None
+            }
+    folder.fs.invalidate_cache()
+    try:
+        entries = folder.fs.ls(folder.path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    wanted = set(names)
+    found = ((entry["name"].rstrip("/").rsplit("/", 1)[-1], entry) for entry in entries)
+    return {name: entry for name, entry in found if name in wanted}
+
+
+def _info(folder: Folder, name: str) -> dict[str, Any] | None:
+    try:
+        return folder.fs.info(folder.file(name))
+    except FileNotFoundError:
+        return None
+
+
+def check_listing(url: str, split: Split, options: Mapping[str, str] | None = None) -> None:
+    """Refuse shards that are missing, or have another size or version than the manifest says.
+
+    Args:
+        url: the folder of the manifest; indexed files bring URLs of their own.
+        split: the shards.
+        options: storage options.
+
+    Raises:
+        UserError: naming the first of them, or that the store does not answer.
+    """
+    folders: dict[str, dict[str, ShardInfo]] = {}
+    for shard in split.shards:
+        place, name = split_url(url, shard.name)
+        folders.setdefault(place, {})[name] = shard
+    faults = []
+    for place, shards in folders.items():
+        folder = open_folder(place, options)
+        try:
+            found = listed(folder, list(shards))
+        except Exception as error:  # noqa: BLE001  each file system has exceptions of its own
+            raise UserError(f"cannot list {place}: {first_line(error)}; check access") from error
+        faults += [
+            f"{place}/{name}: {fault}" for name, shard in shards.items() if (fault := _fault(shard, found.get(name)))
+        ]
+    if faults:
+        more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+        fix = (
+            "index the data again into a new folder"
+            if any(s.tag for s in split.shards)
+            else ("restore the files, or prepare the data again")
+        )
+        raise UserError(
+            f"{len(faults)} of {len(split.shards)} files are not as {url}/manifest.json says:"
+            f" {'; '.join(faults[:NAMED])}{more}: {fix}"
+        )
+
+
+def _fault(shard: ShardInfo, info: Mapping[str, Any] | None) -> str:
+    if info is None:
+        return "missing"
+    size = info.get("size")
+    if size is not None and size != shard.bytes:
+        return f"{size} bytes, wanted {shard.bytes}"
+    if shard.tag and size is not None and file_tag(info) != shard.tag:
+        return "changed since it was indexed"
+    return ""

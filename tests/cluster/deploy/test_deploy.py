@@ -1,0 +1,274 @@
+"""The files that start real clusters: valid by the loaders and fields of those who read them."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from cluster.deploy import KINDS, render, write
+from cluster.deploy.settings import Machine, Settings, read_settings
+from cluster.deploy.source import Source, read_source
+from cluster.jobs import entrypoint as job
+from cluster.recipe.config import load_recipe
+from perceiver.config import UserError
+from tests.cluster.deploy.api_types import Compose, check_kubernetes
+
+ROOT = Path(__file__).parents[3]
+RECIPE = str(ROOT / "recipes/train/quickstart.yaml")
+SHARED = ("data.url=s3://bucket/digits", "output=s3://bucket/runs")
+MORE = ("cluster.workers=16", "cluster.gpus_per_worker=1", "train.global_batch=128", "data.augment={shift: 1}")
+
+
+@pytest.fixture
+def source() -> Source:
+    return read_source(RECIPE, [*SHARED, *MORE])
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return read_settings(ROOT / "recipes/cluster/gpu.yaml")
+
+
+@pytest.mark.parametrize("name", ["gpu.yaml", "cpu.yaml"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_renders_for_the_machines_we_ship(kind: str, name: str, tmp_path: Path) -> None:
+    files = write(
+        render(kind, read_source(RECIPE, SHARED), read_settings(ROOT / "recipes/cluster" / name)), str(tmp_path)
+    )
+    assert files
+    for path in files:
+        text = path.read_text()
+        assert "@FOLDER@" not in text and "@ROOT@" not in text
+        if path.suffix == ".yaml":
+            assert all(yaml.safe_load_all(text))
+
+
+def check_cluster_spec(spec: dict[str, Any]) -> None:
+    assert spec["authOptions"] == {"mode": "token", "secretName": "perceiver-token"}
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    groups = spec["workerGroupSpecs"]
+    for group in groups:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in [spec["headGroupSpec"], *groups]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        assert {source["secretRef"]["name"] for source in container["envFrom"]} == {
+            "perceiver-storage",
+            "perceiver-mlflow",
+        }
+        named = {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == named
+        shared = next(volume for volume in pod["volumes"] if volume["name"] == "shared-memory")
+        assert shared["emptyDir"]["medium"] == "Memory" and re.fullmatch(r"\d+Gi", shared["emptyDir"]["sizeLimit"])
+
+
+def test_kuberay_has_only_what_its_api_and_that_of_kubernetes_know(source: Source, settings: Settings) -> None:
+    selecting = settings.model_copy(update={"node_selector": {"zone": "a"}})
+    files = render("kuberay", source, selecting)
+    cluster = yaml.safe_load(files["raycluster.yaml"])
+    recipe_map, job_ = yaml.safe_load_all(files["rayjob.yaml"])
+    for document in (cluster, recipe_map, job_):
+        check_kubernetes(document)
+    check_cluster_spec(cluster["spec"])
+    check_cluster_spec(job_["spec"]["rayClusterSpec"])
+    train, data = cluster["spec"]["workerGroupSpecs"]
+    assert train["replicas"] == 2 and train["labels"] == {"role": "train"} and data["labels"] == {"role": "data"}
+    container = train["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert "nvidia.com/gpu" not in data["template"]["spec"]["containers"][0]["resources"]["limits"]
+    drain = container["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert "ray drain-node" in drain and subprocess.run(["bash", "-n", "-c", drain], check=False).returncode == 0
+    assert train["template"]["spec"]["terminationGracePeriodSeconds"] > settings.drain_s
+    assert yaml.safe_load(recipe_map["data"]["quickstart.yaml"])["name"] == "quickstart"
+    mounted = {
+        v["configMap"]["name"]
+        for v in job_["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+        if "configMap" in v
+    }
+    assert mounted == {recipe_map["metadata"]["name"]}
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        ("spec", "rayversion", "2.60.0"),
+        ("spec.authOptions", "mode", "none"),
+        ("spec.workerGroupSpecs.0", "minReplicas", "1"),
+        ("spec.workerGroupSpecs.0", "minReplicas", None),
+        ("spec.workerGroupSpecs.0.template.spec", "gracePeriod", 30),
+        ("spec.headGroupSpec.template.spec.containers.0", "name", None),
+        ("spec.headGroupSpec.template.spec.containers.0.ports.0", "containerPort", "6379"),
+        ("spec.headGroupSpec.template.spec.containers.0.resources.limits", "cpu", 4),
+        ("spec.headGroupSpec.template.spec.containers.0", "working_dir", "/"),
+    ],
+)
+def test_what_those_do_not_know_is_found(
+    source: Source, settings: Settings, place: str, key: str, value: object
+) -> None:
+    """The check above is not blind: a wrong name, a wrong type and a missing field are refused at any depth."""
+    document = yaml.safe_load(render("kuberay", source, settings)["raycluster.yaml"])
+    node: Any = document
+    for part in place.split("."):
+        node = node[int(part) if part.isdigit() else part]
+    node[key] = value
+    if value is None:
+        del node[key]
+    with pytest.raises((ValidationError, AssertionError)):
+        check_kubernetes(document)
+
+
+def commands(files: dict[str, str]) -> list[list[str]]:
+    """Return the words of each command in the files that trains the recipe."""
+    lines = [line.lstrip("# ") for text in files.values() for line in text.splitlines()]
+    shown = [line for line in lines if "perceiver submit" in line]
+    if "train.sbatch" in files:
+        shown += [line.removesuffix(" &") for line in lines if line.startswith("python -m cluster.jobs.entrypoint")]
+    if "rayjob.yaml" in files:
+        shown += [list(yaml.safe_load_all(files["rayjob.yaml"]))[1]["spec"]["entrypoint"]]
+    return [shlex.split(line) for line in shown]
+
+
+def applied(overrides: Sequence[str]) -> Any:
+    recipe = load_recipe(RECIPE, overrides).model_dump(mode="json")
+    recipe["cluster"] |= {"autoscaling": False, "worker_labels": {}}
+    recipe["data"]["task_labels"] = {}
+    return recipe
+
+
+@pytest.mark.parametrize(("kind", "count"), [("kuberay", 2), ("autoscaler-aws", 1), ("slurm", 1), ("compose", 1)])
+def test_every_command_trains_what_the_files_were_rendered_for(
+    source: Source, settings: Settings, kind: str, count: int
+) -> None:
+    found = commands(render(kind, source, settings))
+    assert len(found) == count
+    for words in found:
+        words = words[words.index("python" if "python" in words else "perceiver") :]
+        if words[:2] == ["perceiver", "submit"]:
+            file, overrides = words[2], words[3 : words.index("--address")]
+            assert words[-2:] == ["--address", "http://127.0.0.1:8265"]
+        else:
+            assert words[:3] == ["python", "-m", "cluster.jobs.entrypoint"]
+            given = job.arguments(words[3:])
+            assert (given.run, given.output, given.verb) == ("quickstart", "s3://bucket/runs", "train")
+            file, overrides = given.file, given.overrides
+        assert file == ("/etc/perceiver/quickstart.yaml" if "python" in words and kind == "kuberay" else RECIPE)
+        assert applied(overrides) == applied([*SHARED, *MORE])
+        placed = {"cluster.worker_labels.role=train", "data.task_labels.role=data", "cluster.autoscaling=true"}
+        assert placed.isdisjoint(overrides) if kind in ("slurm", "compose") else placed <= set(overrides)
+
+
+@pytest.mark.parametrize("kind", ["kuberay", "slurm"])
+def test_a_job_is_told_which_variables_its_recipe_needs(kind: str, settings: Settings) -> None:
+    named = ["tracking.uri=env:STORE", "data.storage_options.secret=$KEY"]
+    (words,) = (w for w in commands(render(kind, read_source(RECIPE, [*SHARED, *named]), settings)) if "python" in w)
+    given = job.arguments(words[3:])
+    assert given.needs == "KEY,STORE" and given.overrides[2:4] == named
+
+
+def test_a_deepspeed_file_goes_along_to_pods_that_lack_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    source = read_source(RECIPE, [*SHARED, "deepspeed.config=ds.json"])
+    (words,) = (words for words in commands(render("kuberay", source, settings)) if "python" in words)
+    config = load_recipe(RECIPE, job.arguments(words[3:]).overrides).deepspeed.config
+    assert config == {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize("kind", ["kuberay", "autoscaler-aws", "autoscaler-gcp"])
+def test_folders_of_this_machine_are_refused_for_others(kind: str, settings: Settings) -> None:
+    for overrides, key in ((SHARED[1:], "data.url"), (SHARED[:1], "output")):
+        with pytest.raises(UserError, match=f"{key} = .* which the nodes behind .*.yaml do not see"):
+            render(kind, read_source(RECIPE, overrides), settings)
+    said: list[str] = []
+    render(kind, read_source(RECIPE, ["data.url=/mnt/digits", "output=/mnt/runs"]), settings, said.append)
+    assert len(said) == 2 and "data.url = /mnt/digits must be the same storage" in said[0]
+
+
+def test_compose_puts_into_its_store_what_has_no_url(settings: Settings) -> None:
+    (words,) = commands(render("compose", read_source(RECIPE, ["output=s3://other/runs"]), settings))
+    assert "data.url=s3://perceiver/data" in words and "output=s3://perceiver/runs" not in words
+
+
+def test_a_secret_by_value_is_in_no_file(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="storage_options.secret"):
+        read_source(RECIPE, ["data.storage_options.secret=hunter2hunter2"])
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(Path(RECIPE).read_text().replace("url: data/digits", "url: s3://me:hunter2hunter2@host/digits"))
+    with pytest.raises(UserError, match=r"mine.yaml: data.url holds a secret"):
+        render("kuberay", read_source(str(recipe), SHARED), settings)
+
+
+@pytest.mark.parametrize("kind", ["autoscaler-aws", "autoscaler-gcp"])
+def test_rays_loader_takes_the_autoscaler_files(kind: str, source: Source, settings: Settings) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    text = render(kind, source, settings)["cluster.yaml"]
+    config = yaml.safe_load(text)
+    validate_config(prepare_config(config))
+    assert "push it to a registry" in text and "as `image:` into the file" in text
+    types = config["available_node_types"]
+    assert types["train-spot"]["priority"] > types["train"]["priority"]
+    assert types["train-spot"]["labels"] == types["train"]["labels"] == {"role": "train"}
+    spot, sure = str(types["train-spot"]["node_config"]), str(types["train"]["node_config"])
+    assert ("spot" in spot or "preemptible" in spot) and "spot" not in sure and "preemptible" not in sure
+    assert types["data"]["resources"] == {"CPU": 32} and "token" in str(config["file_mounts"])
+    with pytest.raises(Exception, match="mistake"):
+        validate_config(prepare_config({**config, "mistake": 1}))
+
+
+def test_slurm_is_a_shell_script_that_saves_before_its_time_is_up(
+    source: Source, settings: Settings, tmp_path: Path
+) -> None:
+    (path,) = write(render("slurm", source, settings), str(tmp_path))
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    text = path.read_text()
+    head = text.split("set -euo")[0]
+    for option in ("--nodes=2", "--gpus-per-node=8", "--cpus-per-task=96", "--requeue", "--signal=B:TERM@300"):
+        assert f"#SBATCH {option}" in head
+    assert "umask 077" in text and "RAY_AUTH_MODE=token" in text
+    steps = re.findall(r"^ *srun (.*?) ray start", text.replace("\\\n", ""), re.MULTILINE)
+    assert len(steps) == 2 and all('--cpus-per-task="$SLURM_CPUS_PER_TASK"' in step for step in steps)
+
+
+def test_images_are_pinned_and_publish_on_the_loopback_interface_only(source: Source, settings: Settings) -> None:
+    files = render("compose", source, settings)
+    assert "pip install -c constraints.txt" in files["Dockerfile"]
+    assert files["Dockerfile.dockerignore"].splitlines()[1] == "*"
+    compose = Compose.model_validate(yaml.safe_load(files["compose.yaml"]))
+    services = compose.services
+    ports = [port for service in services.values() for port in service.ports]
+    assert ports and all(port.startswith("127.0.0.1:") for port in ports)
+    assert {name for service in services.values() for name in service.secrets} == set(compose.secrets)
+    assert not re.search(r"PASSWORD: (?!/run)", files["compose.yaml"])
+    for service in services.values():
+        for name, wanted in service.depends_on.items():
+            assert wanted["condition"] != "service_healthy" or services[name].healthcheck
+    mounted = [mount for service in services.values() for mount in service.volumes]
+    assert sorted(mounted) == ["postgres:/var/lib/postgresql/data", "s3:/data"]
+    assert {mount.partition(":")[0] for mount in mounted} == set(compose.volumes)
+    ours = {service.image for service in services.values() if service.build} | {services["node"].image}
+    taken = {service.image for service in services.values()} - ours
+    assert len(taken) == 3 and not any(image.endswith(":latest") or ":" not in image for image in taken)
+    compose_tree = yaml.safe_load(files["compose.yaml"])
+    for key, value in (("volume", []), ("ports", [8265]), ("restart", "sometimes")):
+        with pytest.raises(ValidationError):
+            Compose.model_validate(compose_tree | {"services": {"s3": {**compose_tree["services"]["s3"], key: value}}})
+
+
+def test_a_recipe_that_the_machines_do_not_fit_is_refused(source: Source) -> None:
+    with pytest.raises(UserError, match="a node of `train` has 8 and 0"):
+        render("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32)))
+    with pytest.raises(UserError, match=r"fill 16 training nodes, the settings allow train.max = 4"):
+        render("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32, gpus=1, max=4)))
+    with pytest.raises(UserError, match="no kind 'nomad': wanted one of kuberay"):
+        render("nomad", source, Settings(train=Machine(cpus=8, memory_gb=32)))

@@ -1,0 +1,184 @@
+"""Each check of the doctor finds what it is there for."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.doctor import checks as doctor
+from cluster.doctor.checks import examine
+from cluster.doctor.report import FAIL, OK, WARN, Patient, patient_of
+from cluster.recipe import preflight
+from cluster.recipe.config import build_recipe
+from cluster.runtime.local import ClusterConfig
+from perceiver.config import UserError
+from perceiver.tracking.runs import TrackingConfig
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_sound_machine_fails_nothing(home: Path) -> None:
+    findings = {finding.check: finding for finding in examine(Patient(output=str(home / "runs")))}
+    assert findings["python"].state == findings["libraries"].state == findings["output"].state == OK
+    assert not (home / "runs").exists()
+    assert len(findings) == len(doctor.CHECKS)
+
+
+def test_a_place_that_cannot_be_written_fails(home: Path) -> None:
+    (home / "file").write_text("")
+    state, found, fix = doctor.check_output(Patient(output=str(home / "file" / "runs")))
+    assert state == FAIL and "file" in found and "output=" in fix
+
+
+def test_a_token_that_others_can_read_fails(home: Path) -> None:
+    assert doctor.check_token(Patient())[0] == OK
+    path = home / ".ray" / "auth_token"
+    path.parent.mkdir()
+    path.write_text("secret-token")
+    path.chmod(0o644)
+    state, found, fix = doctor.check_token(Patient())
+    assert state == FAIL and "0644" in found and fix == f"chmod 600 {path}" and "secret-token" not in found
+    path.chmod(0o600)
+    assert doctor.check_token(Patient())[0] == OK
+
+
+def test_an_empty_token_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = home / ".ray" / "auth_token"
+    path.parent.mkdir()
+    path.touch(0o600)
+    assert doctor.check_token(Patient())[:2] == (FAIL, f"{path} is empty")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", " ")
+    assert doctor.check_token(Patient())[:2] == (FAIL, "RAY_AUTH_TOKEN is set to nothing")
+
+
+@pytest.mark.parametrize(("required", "expected"), [(False, WARN), (True, FAIL)])
+def test_a_server_that_is_down_stops_a_run_that_requires_it(required: bool, expected: str) -> None:
+    """Nothing listens at port 9; the password does not show."""
+    for uri in ("http://user:hunter2@127.0.0.1:9", "postgresql://user:hunter2@127.0.0.1:9/db"):
+        state, found, fix = doctor.check_tracking(Patient(tracking=TrackingConfig(uri=uri, required=required)))
+        assert state == expected and "127.0.0.1:9" in found and "hunter2" not in found
+        assert ("tracking.required=false" in fix) == required
+    assert doctor.check_tracking(Patient(tracking=TrackingConfig(enabled=False, uri=uri, required=True)))[0] == OK
+
+
+@pytest.mark.parametrize("uri", ["env:NO_SUCH_VARIABLE", "ftp://there"])
+def test_a_store_that_no_run_can_mean_fails(uri: str) -> None:
+    state, found, fix = doctor.check_tracking(Patient(tracking=TrackingConfig(uri=uri)))
+    assert state == FAIL and uri in found + fix
+    assert doctor.check_tracking(Patient(tracking=TrackingConfig(uri=uri), nodes=lambda: ""))[0] == WARN
+
+
+@pytest.mark.parametrize(
+    ("section", "fix"),
+    [
+        ({"workers": 64}, "set cluster.workers to at most 2"),
+        ({"workers": 4, "gpus_per_worker": 1}, "cluster.workers to at most 1"),
+        ({"workers": 1, "worker_resources": {"slot": 1}}, "cluster.worker_resources.slot"),
+        ({"workers": 1, "worker_labels": {"role": "train"}}, "role=train"),
+    ],
+)
+def test_workers_that_this_machine_does_not_hold_fail(
+    tree: dict[str, Any], section: dict[str, Any], fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "machine_cpus", lambda: 8 if "gpus_per_worker" in section else 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    tree["data"]["executor"] = "inline"
+    assert doctor.check_workers(patient_of(build_recipe(tree)))[0] == OK
+    recipe = build_recipe({**tree, "cluster": section})
+    state, found, told = doctor.check_workers(patient_of(recipe))
+    assert state == FAIL and fix in f"{found}: {told}"
+    assert doctor.check_workers(patient_of(recipe, nodes=lambda: ""))[0] == OK, "the cluster's nodes count then"
+
+
+def test_data_that_is_not_there_or_does_not_fit_fails(tree: dict[str, Any], tmp_path: Path) -> None:
+    state, found, _ = doctor.check_recipe_and_data(patient_of(build_recipe(tree)))
+    assert state == OK and "80 train" in found
+    uneven = build_recipe({**tree, "train": {"epochs": 1, "global_batch": 15}})
+    assert doctor.check_recipe_and_data(patient_of(uneven))[2].startswith("set it to 14 or 16")
+    away = build_recipe({**tree, "data": {"url": str(tmp_path / "away")}})
+    state, found, fix = doctor.check_recipe_and_data(patient_of(away))
+    assert state == FAIL and "away does not exist" in found and "perceiver prepare" in fix
+
+
+def test_the_recipes_object_store_is_what_must_fit(tmp_path: Path) -> None:
+    assert doctor.check_shared_memory(Patient(shm=tmp_path, cluster=ClusterConfig(object_store_mb=80)))[0] == OK
+    state, found, fix = doctor.check_shared_memory(Patient(shm=tmp_path, cluster=ClusterConfig(object_store_mb=10**9)))
+    assert state == WARN and "cluster.object_store_mb = 1000000000" in found and "--shm-size=1000000100m" in fix
+
+
+@pytest.mark.parametrize(("free", "store"), [(10_000, 800), (500, 450), (64, 800), (0, 800)])
+def test_the_object_store_fits_into_shared_memory_unless_it_is_on_the_disk_anyway(
+    free: int, store: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.runtime.local.shared_memory_mb", lambda: free)
+    assert ClusterConfig(workers=2).store_mb == store
+    assert ClusterConfig(workers=2, object_store_mb=300).store_mb == 300
+
+
+@pytest.mark.parametrize(("code", "expected"), [("pass", OK), ("raise RuntimeError('no ring')", FAIL)])
+def test_nccl_is_tried_in_a_process(code: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outcome of that process counts; there is no GPU here to add anything up."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 27, 3))
+    monkeypatch.setattr(doctor, "NCCL", code)
+    state, found, _ = doctor.check_nccl(Patient())
+    assert state == expected and found.startswith("NCCL 2.27.3") and ("no ring" in found) == (expected == FAIL)
+
+
+def test_a_containers_limits_count(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("50000 100000")
+    (tmp_path / "memory.max").write_text(str(2**30))
+    (tmp_path / "memory.current").write_text("0")
+    patient = Patient(proc=tmp_path, shm=tmp_path / "none")
+    assert doctor.check_cpus(patient)[:2] == (WARN, f"{doctor.machine_cpus()} seen, but the container may use 0.5")
+    assert doctor.check_memory(patient)[:2] == (FAIL, "1.0 GiB free")
+    assert doctor.check_shared_memory(patient)[0] == WARN
+
+
+def test_a_missing_library_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda name: ["no-such-library>=1", "numpy>=99", "x; extra == 'y'"]
+    )
+    state, found, _ = doctor.check_libraries(Patient())
+    assert state == FAIL and "no-such-library is missing" in found and "is not >=99" in found
+
+
+def test_a_gpu_that_the_recipe_wants_and_a_cluster_that_does_not_answer() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        assert doctor.check_gpu(Patient(cluster=ClusterConfig(gpus_per_worker=1)))[0] == FAIL
+
+    def refuse() -> str:
+        raise UserError("nothing answers at http://x (refused): check --address")
+
+    assert doctor.check_cluster(Patient(nodes=refuse)) == (
+        FAIL,
+        "nothing answers at http://x (refused)",
+        "check --address",
+    )
+
+
+def test_the_command_exits_by_what_it_finds(home: Path) -> None:
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("x")
+    token.chmod(0o604)
+    words = [sys.executable, "-m", "perceiver.cli", "doctor", "--json"]
+    done = subprocess.run(
+        words, cwd=home, env={**os.environ, "HOME": str(home)}, capture_output=True, text=True, check=False
+    )
+    rows = {row["check"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 1 and rows["token"]["state"] == "fail", done.stderr

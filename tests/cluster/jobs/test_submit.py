@@ -1,0 +1,341 @@
+"""What a job takes along, and what is refused before it is submitted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.jobs import package, submit
+from cluster.jobs import paths as job_paths
+from cluster.jobs.commands import Job
+from cluster.jobs.paths import tracking_note
+from cluster.jobs.server import JobServer
+from cluster.jobs.submit import Submission
+from cluster.recipe import placement
+from cluster.recipe.config import build_recipe
+from cluster.recipe.file import apply_override
+from cluster.recipe.placement import Node
+from cluster.runtime.local_cluster import LocalCluster
+from perceiver.config import UserError
+from tests.cluster.recipes import write_recipe
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+def test_the_package_holds_our_sources_and_the_recipe_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("recipes/a.yaml", "data/big", "secret.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("name: a")
+    target = tmp_path / "package"
+    target.mkdir()
+    package.build_package(target, ["recipes/a.yaml"])
+    top = {path.name for path in target.iterdir()}
+    assert top == {"perceiver", "pipelines", "cluster", "tune", "recipes"}
+    assert (target / "perceiver/kernels/separable.cpp").is_file() and not list(target.rglob("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.jobs.entrypoint", "--help"], cwd=target, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path) -> None:
+    for name, size in (("small", 10), ("weights.bin", 3000), ("movie.mp4", 2000), ("b", 400)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    with pytest.raises(UserError, match=r"largest: weights.bin .*, movie.mp4 .*, b "):
+        package.check_size(tmp_path, limit=4000)
+
+
+def test_dependencies_are_pinned_to_what_is_installed_here() -> None:
+    lines = package.locked_requirements()
+    assert all("==" in line and "+" not in line for line in lines)
+    names = {line.split("==")[0] for line in lines}
+    assert {"torch", "deepspeed", "mlflow", "pydantic", "s3fs"} <= names and not {"ray", "pytest"} & names
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"secrets": ["A=hunter2"]}, "--secret A: wanted the name"),
+        ({"metadata_json": '{"api_token": "hunter2"}'}, "--metadata-json: api_token looks like a secret"),
+        ({"runtime_env_json": '{"env_vars": {"AWS_SECRET_ACCESS_KEY": "hunter2"}}'}, "looks like a secret"),
+        ({"runtime_env_json": "[]"}, "--runtime-env-json is not an object"),
+        ({"env": ["NOT_SET_ANYWHERE"]}, "no such environment variable"),
+        ({"env": ["MY_TOKEN"]}, "^--env MY_TOKEN: MY_TOKEN looks like a secret"),
+        ({"runtime_env_json": '{"pip": ["--extra-index-url https://u:hunter2@h"]}'}, "-json: pip.packages.0 holds"),
+        ({"runtime_env_json": '{"pip": "needs.txt"}'}, "-json: pip.packages.0 holds a secret"),
+        ({"runtime_env_json": '{"py_modules": ["https://u:hunter2@h/x.zip"]}'}, "py_modules.0 holds a secret"),
+        ({"runtime_env_json": '{"working_dir": "https://u:hunter2@h/x.zip"}'}, "working_dir = .* is no folder of this"),
+        ({"working_dir": "s3://u:hunter2@h/x.zip"}, "^--working-dir = .* is no folder of this machine"),
+        ({"working_dir": ".", "runtime_env_json": '{"working_dir": "."}'}, "exclude each other"),
+        ({"runtime_env_json": '{"env_vars": {"A": 1}}'}, "^--runtime-env-json: .*must be of type Dict"),
+        ({"runtime_env_json": '{"pip": 5}'}, "^--runtime-env-json: .*must be of type str or List"),
+        (
+            {"overrides": ["tracking.uri=https://u:hunter2@h", "tracking.uri=env:X"]},
+            "the override of tracking.uri holds a secret",
+        ),
+    ],
+)
+def test_secrets_do_not_travel(
+    options: dict[str, Any], line: str, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needs.txt").write_text("--index-url https://u:hunter2@h\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_TOKEN", "hunter2")
+    wanted = Submission(recipe="x.yaml", **options)
+    with pytest.raises(UserError, match=line) as caught:
+        submit.check_secrets(tree, wanted, submit._runtime_env(build_recipe(tree), wanted))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_secret_in_the_recipe_is_refused_and_a_reference_is_needed_on_the_cluster(tree: dict[str, Any]) -> None:
+    wanted = Submission(recipe="x.yaml", secrets=["OTHER"])
+    tree["tracking"] = {"uri": "https://user:hunter2@mlflow"}
+    with pytest.raises(UserError, match="tracking.uri holds a secret"):
+        submit.check_secrets(tree, wanted, {})
+    tree["tracking"] = {}
+    tree["data"]["mixture"] = [{"url": "https://user:hunter2@h/d"}]
+    with pytest.raises(UserError, match="data.mixture.0.url holds a secret"):
+        submit.check_secrets(tree, wanted, {})
+    tree["data"]["mixture"] = []
+    tree["tracking"] = {"uri": "env:MLFLOW_URI", "tags": {"list": ["$IN_A_LIST"]}}
+    tree["data"]["storage_options"] = {"secret": "$STORE_SECRET"}
+    submit.check_secrets(tree, wanted, {})
+    assert submit.needed(tree, wanted) == ["IN_A_LIST", "MLFLOW_URI", "OTHER", "STORE_SECRET"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("a.yaml", "tracking: {uri: 'https://u:hunter2@h'}", "a.yaml: tracking.uri holds a secret, and the file"),
+        ("a.yaml", "x: 1\n# was https://u:hunter2@h", "a.yaml: line 2 holds a secret"),
+        ("a.json", '{"monitor": [{"api_key": "hunter2"}]}', "a.json: monitor.0.api_key holds a secret"),
+    ],
+)
+def test_a_secret_in_a_file_that_travels_is_refused_whatever_overrides_say(
+    name: str, text: str, line: str, tmp_path: Path
+) -> None:
+    fine, bad = tmp_path / "fine.yaml", tmp_path / name
+    fine.write_text("# Basic settings. Bearer of news\ntracking: {uri: env:X}\n")
+    bad.write_text(text)
+    with pytest.raises(UserError, match=line) as caught:
+        submit.check_files([str(fine), str(bad)])
+    assert "hunter2" not in str(caught.value)
+
+
+FAR = [Node("10.9.8.7", {"CPU": 8})]
+
+
+def test_paths_that_other_machines_do_not_see_are_refused(tree: dict[str, Any]) -> None:
+    tree["data"]["url"], tree["output"] = "s3://bucket/data", "/mnt/shared/runs"
+    (note,) = submit.check_paths(build_recipe(tree), False, "http://head:8265")
+    assert note == "note: output = /mnt/shared/runs must be the same storage on every node"
+    tree["output"] = "runs"
+    with pytest.raises(UserError, match="output = runs is a place on this machine, which the nodes behind http://head"):
+        list(submit.check_paths(build_recipe(tree), False, "http://head:8265"))
+    assert not list(submit.check_paths(build_recipe(tree), True, "http://head:8265"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("train.init_from", "runs/a", "train.init_from = runs/a is a place on this machine"),
+        ("train.init_from", "/mnt/a", None),
+        ("tracking.artifact_root", "artifacts", "tracking.artifact_root = artifacts is a place"),
+        ("tracking.uri", "sqlite:///x.db", "tracking.uri = sqlite:///x.db is a file of this machine"),
+        ("tracking.uri", "file:uri.txt", "tracking.uri = file:uri.txt is a file of this machine"),
+        ("deepspeed.config", "ds.json", ""),
+        ("deepspeed.config", "../out.json", "deepspeed.config = ../out.json is a place"),
+        ("output", "file:///mnt/runs", None),
+    ],
+)
+def test_every_path_of_a_recipe_is_looked_at(
+    key: str, value: str, line: str | None, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ``line`` of a refusal; None for a note, empty for neither."""
+    (tmp_path / "here").mkdir()
+    for file in ("here/ds.json", "out.json"):
+        (tmp_path / file).write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    tree["data"]["url"], tree["output"] = "s3://bucket/data", "s3://bucket/runs"
+    apply_override(tree, f"{key}={value}")
+    if line:
+        with pytest.raises(UserError, match=line):
+            list(submit.check_paths(build_recipe(tree), False, "http://head:8265"))
+    else:
+        notes = list(submit.check_paths(build_recipe(tree), False, "http://head:8265"))
+        assert notes == ([f"note: {key} = {value} must be the same storage on every node"] if line is None else [])
+
+
+def test_a_cluster_is_here_only_if_it_is_the_one_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a tunnel stand nodes of another machine that bear loopback addresses, too."""
+    nodes = [Node("127.0.0.2", {}), Node("127.0.0.3", {})]
+    url = "http://127.0.0.1:8265"
+    assert not submit.is_here(FAR, url) and not submit.is_here(nodes, url)
+    described = [{"ip": node.name, "options": []} for node in nodes]
+    local = LocalCluster("x", "127.0.0.2:6379", url, "/tmp/x", described)
+    monkeypatch.setattr(job_paths, "running_cluster", lambda: local)
+    assert submit.is_here(nodes, url) and submit.is_here(nodes, "http://localhost:8265")
+    assert not submit.is_here(nodes, "http://127.0.0.1:9265") and not submit.is_here([*nodes, *FAR], url)
+
+
+def test_a_store_on_the_disk_of_one_node_is_noted(tree: dict[str, Any]) -> None:
+    tree["output"] = "s3://bucket/runs"
+    assert "name the variable with --secret MLFLOW_TRACKING_URI" in tracking_note(build_recipe(tree), False, ())
+    assert not tracking_note(build_recipe(tree), False, ["MLFLOW_TRACKING_URI"])
+    assert not tracking_note(build_recipe(tree), True, ())
+    tree["tracking"] = {"uri": "env:X"}
+    assert not tracking_note(build_recipe(tree), False, ())
+
+
+# -- a folder of the user's --------------------------------------------------------------------------------------------
+
+
+def write_folder(folder: Path, *names: str) -> Path:
+    """Write small files."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    return folder
+
+
+def test_a_folder_travels_without_what_is_ignored_and_what_is_secret(tmp_path: Path) -> None:
+    mine = write_folder(
+        tmp_path / "mine",
+        "a.py",
+        "big.bin",
+        "sub/b.txt",
+        "sub/c.log",
+        ".env",
+        "keys/server.pem",
+        "id_rsa.pub",
+        "data/x",
+        "skip.me",
+    )
+    (mine / ".gitignore").write_text("*.bin\ncluster/\n*.yaml\n")
+    (mine / "sub" / ".rayignore").write_text("*.log\n")
+    target = tmp_path / "package"
+    target.mkdir()
+    recipe = write_folder(tmp_path, "r.yaml") / "r.yaml"
+    left = package.build_package(target, [str(recipe)], str(mine), ["/skip.me"])
+    assert left == [".env", "id_rsa.pub", "keys/server.pem"]
+    there = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert {name for name in there if name.partition("/")[0] not in package.OURS} == {"a.py", "sub/b.txt", "r.yaml"}
+    assert "cluster/jobs/entrypoint.py" in there
+
+
+def test_a_folder_is_measured_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = write_folder(tmp_path / "mine", "a", "b")
+    (mine / "movie.mp4").write_bytes(b"x" * 5000)
+    monkeypatch.setattr(package, "LIMIT_BYTES", 4000)
+    (tmp_path / "package").mkdir()
+    with pytest.raises(UserError, match="largest: movie.mp4"):
+        package.build_package(tmp_path / "package", [], str(mine))
+    assert not list((tmp_path / "package").iterdir())
+
+
+def test_a_link_to_nothing_is_one_line(tmp_path: Path) -> None:
+    mine = write_folder(tmp_path / "mine", "a")
+    (mine / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"mine/gone is a link to nothing: remove it, or name it in .*\.rayignore"):
+        package.travelling(mine)
+    assert package.travelling(mine, ["gone"]) == ([mine / "a"], [])
+
+
+# -- names, the driver's resources, what is submitted ------------------------------------------------------------------
+
+
+def test_names_that_are_taken_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job("a-1", "STOPPED", run="a", output="runs"), Job("b-1", "RUNNING", run="b", output="runs")]
+    monkeypatch.setattr(submit, "list_jobs", lambda server: jobs)
+    server: Any = None
+    assert submit._free_name(server, Submission(recipe="x"), "a", "runs") == "a-2"
+    with pytest.raises(UserError, match=r"run 'b' is being trained by the job b-1 \(RUNNING\): follow it with"):
+        submit._free_name(server, Submission(recipe="x"), "b", "runs")
+    with pytest.raises(UserError, match="--submission-id a-1 is taken by a job that is STOPPED"):
+        submit._free_name(server, Submission(recipe="x", submission_id="a-1"), "a", "runs")
+
+
+ONE = [Node("a", {"CPU": 2})]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "line"),
+    [
+        (ONE, {"entrypoint_num_cpus": 0.5}, None),
+        (ONE, {"entrypoint_num_cpus": 2}, "asks for 2 CPU .*, and beside that data.cpus_per_task = 0.25"),
+        (ONE, {"entrypoint_num_cpus": 3}, "asks for 3 CPU .*none of the 1 nodes has that"),
+        (ONE, {"entrypoint_num_gpus": 1}, "asks for 1 GPU"),
+        (ONE, {"entrypoint_resources": {"storage": 1}}, "asks for 1 storage"),
+        ([*ONE, Node("b", {"CPU": 2})], {"entrypoint_num_cpus": 2}, None),
+    ],
+)
+def test_what_the_driver_holds_is_not_the_workers(
+    nodes: list[Node], options: dict[str, Any], line: str | None, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    tree["cluster"]["workers"] = 1
+    tree["data"]["tasks"] = 1
+    wanted = Submission(recipe=str(write_recipe(tmp_path, tree)), **options)
+    if line is None:
+        submit.check_entrypoint(nodes, submit.training(wanted), wanted)
+        return
+    with pytest.raises(UserError, match=line):
+        submit.check_entrypoint(nodes, submit.training(wanted), wanted)
+
+
+def test_the_driver_counts_its_node_less_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"NodeID": i, "NodeManagerAddress": i, "Resources": {"CPU": 2.0}, "Alive": True} for i in ("a", "b")]
+    monkeypatch.setattr(ray, "nodes", lambda: rows)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "b"))
+    assert [node.resources["CPU"] for node in placement.connected_nodes()] == [2, 2]
+    monkeypatch.setenv(placement.RESERVED, '{"CPU": 1.5}')
+    assert [node.resources["CPU"] for node in placement.connected_nodes()] == [2, 0.5]
+
+
+class Taker:
+    """Stands in for Ray's client: keeps what is submitted."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+        self.files: set[str] = set()
+
+    def list_jobs(self) -> list[Any]:
+        return []
+
+    def submit_job(self, **given: Any) -> str:
+        self.given = given
+        folder = Path(given["runtime_env"]["working_dir"])
+        self.files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        return given["submission_id"]
+
+
+def test_what_is_submitted(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every flag of `ray job submit` reaches its client, our metadata last; the folder of the JSON is packed."""
+    mine = write_folder(tmp_path / "mine", "helper.py", ".env")
+    tree["data"]["url"], tree["output"] = "s3://bucket/data", "s3://bucket/runs"
+    monkeypatch.chdir(tmp_path)
+    wanted = Submission(
+        recipe=write_recipe(tmp_path, tree).name,
+        submission_id="mine-7",
+        runtime_env_json=json.dumps({"working_dir": str(mine), "env_vars": {"A": "1"}, "excludes": ["/none"]}),
+        metadata_json='{"team": "vision", "perceiver.run": "forged"}',
+        entrypoint_num_cpus=1,
+        entrypoint_num_gpus=0,
+        entrypoint_resources={"slot": 2},
+    )
+    client, said = Taker(), []
+    server = JobServer("https://u:hunter2@head", client)
+    monkeypatch.setattr(server, "nodes", lambda: [Node("10.9.8.7", {"CPU": 8, "slot": 2})])
+    assert submit.submit(server, wanted, submit.training(wanted), said.append) == "mine-7"
+    given = client.given
+    assert given["metadata"]["team"] == "vision" and given["metadata"]["perceiver.run"] == "small"
+    assert given["entrypoint_num_cpus"] == 1 and given["entrypoint_resources"] == {"slot": 2}
+    assert '--reserved \'{"CPU": 1, "slot": 2}\'' in given["entrypoint"]
+    assert given["runtime_env"]["env_vars"]["A"] == "1" and "excludes" not in given["runtime_env"]
+    assert {"helper.py", "small.yaml", "cluster/jobs/entrypoint.py"} <= client.files and ".env" not in client.files
+    assert [line.split(":")[1].split()[0] for line in said] == ["no", ".env"]

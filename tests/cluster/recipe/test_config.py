@@ -1,0 +1,107 @@
+"""Recipes: types, overrides, and errors of one line that name the key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.recipe.config import build_recipe, for_workers, load_recipe, zero_stage
+from cluster.recipe.file import read_tree
+from perceiver.config import UserError
+from tests.cluster.recipes import write_recipe
+
+
+def refused(tmp_path: Path, tree: dict[str, Any], *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write_recipe(tmp_path, tree), overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_overrides_are_typed(tmp_path: Path, tree: dict[str, Any]) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, tree), ["optim.lr=2e-3", "train.epochs=3", "data.augment.shift=1"])
+    assert recipe.optim.lr == 2e-3
+    assert recipe.train.epochs == 3
+    assert recipe.data.augment.shift == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
+        ("optimm.lr=1", "unknown key optimm; did you mean optim?"),
+        ("model.latent=8", "unknown key model.latent; did you mean model.latents?"),
+        ("model.inputs.chanels=1", "unknown key model.inputs.chanels; did you mean model.inputs.channels?"),
+        ("train.epoch=3", "unknown key train.epoch; did you mean train.epochs?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tmp_path: Path, tree: dict[str, Any], override: str, wanted: str) -> None:
+    assert wanted in refused(tmp_path, tree, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.epochs=three", ["train.epochs = 'three'", "number"]),
+        ("train.global_batch=1.5", ["train.global_batch = 1.5", "integer"]),
+        ("train.global_batch=-8", ["train.global_batch = -8", "greater than 0"]),
+        ("cluster.workers=[1, 2]", ["cluster.workers = [1, 2]", "integer"]),
+        ("model.kind=transformer9", ["model", "transformer9"]),
+        ("name=../x", ["name = '../x'"]),
+        ("train.steps=5", ["give exactly one of train.epochs and train.steps"]),
+        ("optim.schedule.kind=cosin", ["optim.schedule", "cosin"]),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path: Path, tree: dict[str, Any], override: str, parts: list[str]) -> None:
+    message = refused(tmp_path, tree, override)
+    assert all(part in message for part in parts), message
+
+
+def test_a_missing_section_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
+    del tree["model"]
+    assert "the key model is missing" in refused(tmp_path, tree)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [("optim.lr", "is not of the form key=value"), ("name.x=1", "name is a value, not a"), ("a={", "not a YAML")],
+)
+def test_a_malformed_override_is_named(tmp_path: Path, tree: dict[str, Any], override: str, part: str) -> None:
+    assert part in refused(tmp_path, tree, override)
+
+
+def test_a_missing_file_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no recipe file .*quickstrt.yaml; did you mean recipes/train/quick"):
+        read_tree("recipes/train/quickstrt.yaml")
+
+
+@pytest.mark.parametrize(("text", "part"), [("a: [1", "is not valid YAML"), ("- 1", "holds list, wanted a mapping")])
+def test_a_broken_file_is_named(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=part):
+        read_tree(path)
+
+
+def test_yaml_cannot_name_code(tmp_path: Path) -> None:
+    path = tmp_path / "evil.yaml"
+    path.write_text("name: !!python/object/apply:os.system ['true']")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        read_tree(path)
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes/train").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_shipped_recipes_are_valid(path: Path) -> None:
+    assert load_recipe(path).name
+
+
+def test_workers_get_absolute_paths_and_the_deepspeed_json(tmp_path: Path, tree: dict[str, Any]) -> None:
+    config = tmp_path / "ds.json"
+    config.write_text('{"zero_optimization": {"stage": 2}}')
+    tree["deepspeed"] = {"config": str(config)}
+    tree["output"] = "runs"
+    recipe = build_recipe(tree)
+    sent = for_workers(recipe)
+    assert Path(sent["output"]).is_absolute()
+    assert sent["deepspeed"]["config"] == {"zero_optimization": {"stage": 2}}
+    assert zero_stage(recipe) == zero_stage(build_recipe(sent)) == 2

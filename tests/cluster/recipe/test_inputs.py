@@ -1,0 +1,85 @@
+"""Data that do not show what the model reads are refused, with both keys of the recipe."""
+
+from typing import Any
+
+import pytest
+
+from cluster.recipe.inputs import check_inputs
+from perceiver.config import UserError
+from perceiver.factory import model_config
+from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, MediaFeature
+from pipelines.features.base import ViewConfig
+from pipelines.feed.ingest import DataConfig
+from pipelines.shards.manifest import Manifest
+from pipelines.transforms.audio import AudioConfig
+from pipelines.transforms.video import VideoConfig
+
+MEL = {"kind": "mel", "samples": 16_000, "rate": 16_000, "high": 7000}
+VIDEO = {"kind": "video", "frames": 8, "size": [32, 32]}
+DATA: dict[str, Any] = {
+    "url": "data/x",
+    "audio": AudioConfig(rate=16_000, samples=16_000),
+    "video": VideoConfig(frames=8, size=(32, 32)),
+}
+BOTH = {"kind": "multimodal", "modalities": {"sound": MEL, "video": VIDEO}}
+
+
+def check(feature: Feature, inputs: dict[str, Any], **changes: Any) -> None:
+    """Check a model with these inputs against data of one feature."""
+    data = DataConfig(**{**DATA, **changes})
+    manifest = Manifest(name="x", features={"x": feature, "label": LabelFeature()}, splits={}, licence="", source="")
+    kind = feature.kind if feature.kind in ("image", "audio") else "x"
+    shapes = {
+        key: shape
+        for key, (shape, _) in feature.shapes(
+            kind, ViewConfig(audio=data.audio, video=data.video, clip=data.clip), 0
+        ).items()
+    }
+    check_inputs(model_config({"kind": "perceiver", "inputs": inputs}), shapes, data, manifest)
+
+
+def test_what_fits_passes() -> None:
+    check(AudioFeature(), MEL)
+    check(MediaFeature(), BOTH)
+    check(ImageFeature(channels=3, size=(8, 8)), {"kind": "image", "size": [8, 8]})
+
+
+@pytest.mark.parametrize(
+    "feature, inputs, changes, reason",
+    [
+        (
+            ImageFeature(channels=3, size=(8, 8)),
+            MEL,
+            {},
+            "model.inputs.kind = 'mel', which reads 'audio', but data/x has",
+        ),
+        (AudioFeature(), BOTH, {}, "modalities.video.kind = 'video', but data/x has the features x, label"),
+        (AudioFeature(), {**MEL, "samples": 8000}, {}, "model.inputs.samples = 8000, but data.audio.samples = 16000"),
+        (AudioFeature(), {**MEL, "rate": 48_000}, {}, "model.inputs.rate = 48000, but data.audio.rate = 16000"),
+        (MediaFeature(channels=1), BOTH, {}, "modalities.video.channels = 3, but the videos of data/x have 1"),
+        (
+            MediaFeature(),
+            BOTH,
+            {"video": VideoConfig(frames=4, size=(32, 32))},
+            "modalities.video has frames = 8 and size = \\[32, 32\\], but data.video gives 4 frames of 32 x 32",
+        ),
+        (ImageFeature(channels=1, size=(8, 8)), {"kind": "image", "size": [8, 8]}, {}, "channels = 3, but the images"),
+        (
+            ImageFeature(channels=3, size=(9, 8)),
+            {"kind": "image", "size": [8, 8]},
+            {},
+            "or data.image_size to \\[8, 8\\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(feature: Feature, inputs: Any, changes: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        check(feature, inputs, **changes)
+
+
+def test_a_model_that_resizes_takes_any_size() -> None:
+    small = {"kind": "image", "channels": 1, "size": [6, 6], "mean": [0.5], "std": [0.3]}
+    images = ImageFeature(channels=1, size=(12, 12))
+    check(images, {**small, "resize": True})
+    with pytest.raises(UserError, match=r"model.inputs.size = \[6, 6\]"):
+        check(images, small)

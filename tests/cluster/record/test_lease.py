@@ -1,0 +1,149 @@
+"""Leases: one driver a run, whatever the clocks say and however the one before ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.record.lease import FILE, LeaseFile, Owner, acquire, hold
+from cluster.runtime.session import sigterm_as_interrupt
+from perceiver.config import UserError
+
+LIFE = 0.8
+HOLDER = """
+import sys, time
+from cluster.record.lease import LeaseFile, acquire
+lease = acquire(LeaseFile(sys.argv[1]), 60)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def elsewhere(owner: Owner) -> Owner:
+    """The same owner on another machine: whether its process lives cannot be seen from here."""
+    return owner.model_copy(update={"host": "far", "boot": "another"})
+
+
+@pytest.fixture(params=["local", "memory"])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> LeaseFile:
+    return LeaseFile(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run")
+
+
+def test_the_second_is_refused_and_told_by_whom_and_until_when(file: LeaseFile) -> None:
+    with hold(file.url, 30):
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .* until \d\d:\d\d:\d\d") as caught:
+            acquire(file, 30)
+        assert "\n" not in str(caught.value)
+    with hold(file.url, 30) as lease:
+        assert not lease.lost
+    assert file.read() is None
+
+
+def test_a_lease_is_renewed(file: LeaseFile) -> None:
+    lease = acquire(file, LIFE)
+    file.write(elsewhere(lease.owner))  # as seen by another machine
+    until = time.monotonic() + 30
+    while (found := file.read()) is None or found.beat < 2:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    lease.release()
+
+
+def test_an_expired_lease_is_taken_over_and_its_owner_finds_out(file: LeaseFile) -> None:
+    stuck = acquire(file, LIFE)
+    stuck._over.set()
+    stuck._thread.join()
+    file.write(elsewhere(stuck.owner))
+    until = time.monotonic() + 30
+    while (file.age_s() or 0) <= LIFE:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    second = acquire(file, 30)
+    stuck._over.clear()
+    stuck._renew()
+    assert "another driver holds this run now" in stuck.lost
+    stuck.release()
+    found = file.read()
+    assert found is not None and found.id == second.owner.id
+    second.release()
+
+
+@pytest.mark.parametrize("shift", [-3600, 3600])
+def test_a_clock_that_is_an_hour_off_neither_frees_nor_locks_a_run(tmp_path: Path, shift: float) -> None:
+    file = LeaseFile(str(tmp_path))
+    lease = acquire(file, LIFE)
+    lease._over.set()
+    lease._thread.join()
+    beats, stopped = threading.Semaphore(0), threading.Event()
+
+    def beat() -> None:
+        """A living owner on another machine; the store's clock is set after each renewal."""
+        owner = elsewhere(lease.owner)
+        while not stopped.wait(LIFE / 8):
+            owner = owner.model_copy(update={"beat": owner.beat + 1})
+            file.write(owner)
+            os.utime(file.path, (time.time() + shift, time.time() + shift))
+            beats.release()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    assert beats.acquire(timeout=30)
+    try:
+        with pytest.raises(UserError, match="in use"):
+            acquire(file, LIFE)
+    finally:
+        stopped.set()
+        thread.join()
+    acquire(file, LIFE).release()  # dead now: taken over although the time of its file is an hour off
+
+
+def test_a_killed_driver_holds_nothing_on_its_machine(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], text=True, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {process.pid} "):
+            acquire(LeaseFile(str(tmp_path)))
+        process.kill()
+        process.wait()
+        with hold(str(tmp_path)) as lease:
+            assert lease.owner.pid == os.getpid()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_driver_that_is_told_to_end_while_it_starts_up_gives_its_lease_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt(), hold(str(tmp_path), 30):
+        signal.raise_signal(signal.SIGTERM)
+    assert not (tmp_path / FILE).exists() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_of_many_at_once_one_wins(tmp_path: Path) -> None:
+    found: list[Any] = []
+
+    def race() -> None:
+        try:
+            found.append(acquire(LeaseFile(str(tmp_path))))
+        except UserError:
+            found.append(None)
+
+    threads = [threading.Thread(target=race) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = [lease for lease in found if lease is not None]
+    winner.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_lease_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("{")
+    acquire(LeaseFile(str(tmp_path))).release()

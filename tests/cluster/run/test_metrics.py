@@ -1,0 +1,110 @@
+"""The figures on Ray's Prometheus endpoint, as a scraper sees them, and the dashboard that draws them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from cluster.run.metrics import FIGURES, RunMetrics, dashboard
+
+STEP = {
+    "kind": "progress",
+    "rank": 0,
+    "step": 7,
+    "total_steps": 10,
+    "epoch": 1.0,
+    "loss": 0.5,
+    "metrics": {},
+    "seconds": 0.5,
+    "wait_seconds": 0.1,
+    "samples": 64,
+}
+
+
+def pulse(rank: int, quarantined: int) -> dict[str, Any]:
+    return {"kind": "pulse", "rank": rank, "batches": 1, "quarantined": quarantined, "last": False}
+
+
+def test_what_events_come_to() -> None:
+    seen: dict[str, float] = {}
+    metrics = RunMetrics(seen.__setitem__)
+    metrics.peak_samples_s = 1280.0
+    metrics.note(STEP)
+    assert seen["perceiver_samples_per_second"] == 128
+    assert seen["perceiver_data_wait_share"] == pytest.approx(0.2)
+    assert seen["perceiver_model_flops_utilisation"] == pytest.approx(0.1)
+    metrics.note({"kind": "failure", "failed": 1, "reason": "killed"})
+    metrics.note({"kind": "metrics", "step": 7, "metrics": {"train/skipped_steps": 1.0}})
+    metrics.note({"kind": "metrics", "step": 8, "metrics": {"eval/loss": 0.4}})
+    assert seen["perceiver_worker_failures"] == 1
+    assert seen["perceiver_skipped_steps"] == 1
+
+
+def test_bad_samples_are_those_of_all_workers() -> None:
+    seen: dict[str, float] = {}
+    metrics = RunMetrics(seen.__setitem__)
+    for event in (pulse(0, 3), pulse(1, 1), pulse(1, 2)):
+        metrics.note(event)
+    assert seen["perceiver_quarantined_samples"] == 5
+    metrics.note({"kind": "failure", "failed": 1, "reason": "killed"})
+    metrics.note(pulse(1, 1))
+    assert seen["perceiver_quarantined_samples"] == 1, "the workers started anew"
+
+
+def test_a_checkpoint_is_a_moment_which_a_resumed_run_knows_and_a_hang_does_not_move() -> None:
+    now, seen = [100.0], {}
+    metrics = RunMetrics(seen.__setitem__, saved_at=40.0, clock=lambda: now[0])
+    metrics.note(pulse(0, 0))
+    assert seen["perceiver_checkpoint_timestamp_seconds"] == 40
+    now[0] = 130.0
+    metrics.note({"kind": "checkpoint", "step": 7, "url": "x"})
+    now[0] = 500.0
+    metrics.note(pulse(0, 0))
+    assert seen["perceiver_checkpoint_timestamp_seconds"] == 130
+    fresh = RunMetrics(seen.__setitem__, clock=lambda: now[0])
+    fresh.note(pulse(0, 0))
+    assert seen["perceiver_checkpoint_timestamp_seconds"] == 500, "without a checkpoint, the start"
+
+
+def test_the_dashboard_shows_every_figure() -> None:
+    asked = [target["expr"] for panel in dashboard()["panels"] for target in panel["targets"]]
+    named = [re.search(r"ray_(\w+)\{run=~", expr) for expr in asked]
+    assert [found and found[1] for found in named] == [figure.name for figure in FIGURES]
+    assert 'time() - ray_perceiver_checkpoint_timestamp_seconds{run=~"$run"}' in asked
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in dashboard()["panels"]]
+    assert len(set(places)) == len(places)
+
+
+SCRAPE = """
+import json, sys, time, urllib.request
+import ray
+from cluster.run.metrics import RunMetrics, ray_export
+ray.init(address="local", num_cpus=1, object_store_memory=100 << 20, log_to_driver=False)
+metrics = RunMetrics(ray_export("small-001"))
+url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+deadline, found = time.monotonic() + 60, []
+while not found and time.monotonic() < deadline:
+    metrics.note(json.loads(sys.argv[1]))
+    try:
+        page = urllib.request.urlopen(url, timeout=10).read().decode()
+        found = [line for line in page.splitlines() if line.startswith("ray_perceiver_samples_per_second{")]
+    except OSError:
+        pass
+    time.sleep(0.2)
+print(*found)
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_scraper_sees_them() -> None:
+    """In a process of its own, whose Ray is told to report often."""
+    environment = {**os.environ, "RAY_metrics_report_interval_ms": "500"}
+    command = [sys.executable, "-c", SCRAPE, json.dumps(STEP)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    line = done.stdout.strip().splitlines()[-1]
+    assert 'run="small-001"' in line and line.endswith(" 128.0")

@@ -1,0 +1,221 @@
+"""Parity with the transformers library's Perceiver: same outputs from its weights, and its weights back unchanged."""
+
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from perceiver.config import UserError  # noqa: E402
+from perceiver.export.transformers_layout import from_transformers, to_transformers  # noqa: E402
+from perceiver.factory import build_model, model_config  # noqa: E402
+from perceiver.modalities.frame_pair import neighbourhoods  # noqa: E402
+
+SMALL = {
+    "num_latents": 9,
+    "d_latents": 32,
+    "num_blocks": 2,
+    "num_self_attends_per_block": 2,
+    "num_self_attention_heads": 4,
+    "num_cross_attention_heads": 1,
+    "num_labels": 6,
+    "image_size": 16,
+}
+TEXT = {
+    "num_latents": 9,
+    "d_latents": 32,
+    "num_self_attends_per_block": 3,
+    "num_self_attention_heads": 4,
+    "num_cross_attention_heads": 4,
+    "qk_channels": 16,
+    "v_channels": 32,
+    "d_model": 24,
+    "max_position_embeddings": 20,
+    "vocab_size": 50,
+    "num_labels": 6,
+}
+FULL_TEXT = {"qk_channels": 256, "v_channels": 1280}
+FULL_IMAGE = {
+    "num_latents": 512,
+    "d_latents": 1024,
+    "num_blocks": 8,
+    "num_self_attends_per_block": 6,
+    "num_self_attention_heads": 8,
+    "num_cross_attention_heads": 1,
+    "num_labels": 1000,
+    "image_size": 224,
+}
+
+
+def theirs_of(head: str, **values: Any) -> Any:
+    torch.manual_seed(0)
+    model = getattr(transformers, head)(transformers.PerceiverConfig(**values)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # The library starts biases and norms at 0 and 1, which would hide a mix-up.
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "embedding" not in name and "latents" not in name and "padding" not in name and "mask" not in name:
+                # Its 0.02 makes outputs nearly blind to the inputs.
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def check_there_and_back(theirs: Any, raw: Any, expected: Any, *asked: Any) -> None:
+    """Our outputs equal theirs to 1e-4 relative to the largest, by the fast paths; the export equals the original."""
+    ours = from_transformers(theirs)
+    with torch.no_grad():
+        got = ours(raw, *asked)
+    for name in expected if isinstance(expected, dict) else [None]:
+        a: Any = got if name is None else got[name]
+        b: Any = expected if name is None else expected[name]
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+    back = to_transformers(ours)
+    assert type(back) is type(theirs)
+    state = back.state_dict()
+    assert state.keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def image_case(kind: str, batch: int, **values: Any) -> None:
+    theirs = theirs_of(f"PerceiverForImageClassification{kind}", **values)
+    pixels = torch.randn(batch, 3, values["image_size"], values["image_size"])
+    with torch.no_grad():
+        check_there_and_back(theirs, pixels, theirs(pixels).logits)
+
+
+def masked_language_case(batch: int, length: int, **values: Any) -> None:
+    theirs = theirs_of("PerceiverForMaskedLM", **values)
+    ids = torch.randint(0, values.get("vocab_size", 262), (batch, length))
+    mask = torch.rand(batch, length) > 0.3
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask.long()).logits[:, :length]
+    check_there_and_back(theirs, {"text": ids, "text_mask": mask}, expected)
+
+
+def flow_case(size: tuple[int, int], **values: Any) -> None:
+    theirs = theirs_of("PerceiverForOpticalFlow", train_size=list(size), **values)
+    frames = torch.randn(1, 2, 3, *size)
+    patches = neighbourhoods(frames, 3).view(1, *size, 2, 27).permute(0, 3, 4, 1, 2)
+    with torch.no_grad():
+        expected = theirs(patches).logits.permute(0, 3, 1, 2)
+    check_there_and_back(theirs, frames, expected)
+
+
+def autoencoding_case(video_points: int, audio_points: int, **values: Any) -> None:
+    theirs = theirs_of("PerceiverForMultimodalAutoencoding", **values)
+    c = theirs.config
+    samples = c.num_frames * c.audio_samples_per_frame
+    video = torch.randn(1, c.num_frames, 3, c.image_size, c.image_size)
+    audio = torch.randn(1, samples)
+    points = {
+        "image": torch.randperm(c.num_frames * c.image_size**2)[:video_points],
+        "audio": torch.randperm(samples // c.samples_per_patch)[:audio_points],
+        "label": None,
+    }
+    with torch.no_grad():
+        raw = {"image": video, "audio": audio[..., None], "label": torch.zeros(1, c.num_labels)}
+        expected = dict(theirs(raw, subsampled_output_points=points).logits)
+    expected["video"] = expected.pop("image")
+    expected["audio"] = expected["audio"].unflatten(1, (-1, c.samples_per_patch))
+    asked = {"video": points["image"], "audio": points["audio"]}
+    check_there_and_back(theirs, {"video": video, "audio": audio}, expected, asked)
+
+
+@pytest.mark.parametrize("kind", ["Fourier", "Learned", "ConvProcessing"])
+def test_image_heads(kind):
+    image_case(kind, 2, **SMALL)
+
+
+def test_masked_language_head_with_padding():
+    masked_language_case(2, 17, **TEXT)
+
+
+def test_sequence_classification_head():
+    theirs = theirs_of("PerceiverForSequenceClassification", **TEXT)
+    ids = torch.randint(0, 50, (2, 17))
+    with torch.no_grad():
+        check_there_and_back(theirs, ids, theirs(ids).logits)
+
+
+def test_optical_flow_head():
+    flow_case((6, 8), **{**SMALL, "num_blocks": 1})
+
+
+def test_multimodal_autoencoding_head():
+    values = {
+        **SMALL,
+        "num_frames": 4,
+        "audio_samples_per_frame": 64,
+        "output_shape": [1, 4, 16, 16],
+        "output_num_channels": 12,
+        "_label_trainable_num_channels": 20,
+    }
+    autoencoding_case(50, 7, **values)
+
+
+def test_what_the_library_cannot_express_is_refused():
+    base: dict[str, Any] = {
+        "kind": "perceiver_io",
+        "latents": 4,
+        "latent_channels": 8,
+        "heads": 2,
+        "blocks": 1,
+        "self_attends_per_block": 1,
+    }
+    points = build_model(model_config({**base, "inputs": {"kind": "points"}}), classes=3)
+    with pytest.raises(UserError, match="points"):
+        to_transformers(points)  # type: ignore[arg-type]
+    inputs = {"kind": "image", "positions": {"bands": 3, "kind": "fourier"}}
+    bands = build_model(model_config({**base, "inputs": inputs}), classes=3)
+    with pytest.raises(UserError, match=r"model\.inputs"):
+        to_transformers(bands)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Linear"):
+        from_transformers(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.slow
+def test_an_image_head_at_full_size():
+    """The one with 50,176 inputs; what the other two have of their own is in the small case."""
+    image_case("Fourier", 1, **FULL_IMAGE)
+
+
+@pytest.mark.slow
+def test_masked_language_head_at_full_size():
+    masked_language_case(1, 2048, **FULL_TEXT)
+
+
+@pytest.mark.slow
+def test_optical_flow_head_at_full_width():
+    """The published depth and widths; frames of a quarter of the side, as 368 x 496 takes minutes."""
+    values = {
+        "num_latents": 2048,
+        "d_latents": 512,
+        "num_blocks": 1,
+        "num_self_attends_per_block": 24,
+        "num_self_attention_heads": 16,
+        "num_cross_attention_heads": 1,
+    }
+    flow_case((92, 124), **values)
+
+
+@pytest.mark.slow
+def test_multimodal_autoencoding_head_at_full_size():
+    values = {
+        "num_latents": 784,
+        "d_latents": 512,
+        "num_blocks": 1,
+        "num_self_attends_per_block": 8,
+        "num_self_attention_heads": 8,
+        "num_cross_attention_heads": 1,
+        "num_labels": 700,
+        "image_size": 224,
+    }
+    autoencoding_case(6272, 15, **values)

@@ -1,0 +1,178 @@
+"""LAMB against the papers' formulas written out in numpy, and which parameters are decayed."""
+
+import subprocess
+import sys
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from perceiver.optim.adamw import AdamW
+from perceiver.optim.config import OptimConfig, build_optimizer, build_param_groups
+from perceiver.optim.lamb import Lamb
+from perceiver.train.checkpoint.shards import FlatLayout, Piece
+from tests.perceiver.train.engine.engine_toys import ToyModel
+
+LR, BETA1, BETA2, EPS, DECAY = 0.01, 0.9, 0.99, 1e-6, 0.1
+
+
+def lamb_in_numpy(param: np.ndarray, grads: list[np.ndarray], decay: float) -> np.ndarray:
+    """One tensor's trajectory, in float64: Adam scaling, + decay, trust ratio (1 if a norm is 0), -lr."""
+    first = second = np.zeros_like(param)
+    for t, grad in enumerate(grads, start=1):
+        first = BETA1 * first + (1 - BETA1) * grad
+        second = BETA2 * second + (1 - BETA2) * grad**2
+        update = (first / (1 - BETA1**t)) / (np.sqrt(second / (1 - BETA2**t)) + EPS) + decay * param
+        norms = np.sqrt((param**2).sum()), np.sqrt((update**2).sum())
+        trust = norms[0] / norms[1] if norms[0] > 0 and norms[1] > 0 else 1.0
+        param = param - LR * trust * update
+    return param
+
+
+def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+SHAPES = [(4, 3), (5,), (2, 2, 2)]
+
+
+def test_lamb_follows_the_formula() -> None:
+    starts = [drawn(shape, seed) for seed, shape in enumerate(SHAPES)]
+    starts.append(np.zeros(3))  # a zero tensor: trust ratio 1
+    grads = [[drawn(start.shape, 10 * step + index) for step in range(4)] for index, start in enumerate(starts)]
+    params = [nn.Parameter(torch.tensor(start, dtype=torch.float32)) for start in starts]
+    groups = [{"params": params[:2], "weight_decay": DECAY}, {"params": params[2:], "weight_decay": 0.0}]
+    optimizer = Lamb(groups, lr=LR, betas=(BETA1, BETA2), eps=EPS)
+    for step in range(4):
+        for index, param in enumerate(params):
+            param.grad = torch.tensor(grads[index][step], dtype=torch.float32)
+        optimizer.step()
+    for index, param in enumerate(params):
+        expected = lamb_in_numpy(starts[index], grads[index], DECAY if index < 2 else 0.0)
+        np.testing.assert_allclose(param.detach().numpy(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_lamb_keeps_a_parameter_without_gradient() -> None:
+    param = nn.Parameter(torch.ones(3))
+    Lamb([param], lr=LR, weight_decay=DECAY).step()
+    assert torch.equal(param.detach(), torch.ones(3))
+
+
+def test_lamb_zero_gradient_and_no_decay_changes_nothing() -> None:
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.zeros(3)
+    Lamb([param], lr=LR).step()
+    assert torch.equal(param.detach(), torch.ones(3))
+
+
+def test_lamb_on_flat_partitions_equals_lamb_on_parameters() -> None:
+    """Two 'ranks' hold halves of a flattened group, cut through the middle of a parameter, the last one padded."""
+    starts = [drawn(shape, seed) for seed, shape in enumerate(SHAPES)]  # 12 + 5 + 8 = 25 elements, halves of 13
+    flat = np.concatenate([start.ravel() for start in starts] + [np.zeros(1)])
+    pieces = [
+        (Piece(0, 0, 0, 12), Piece(1, 0, 12, 1)),
+        (Piece(1, 1, 0, 4), Piece(2, 0, 4, 8)),
+    ]
+    halves = [nn.Parameter(torch.tensor(flat[13 * rank : 13 * rank + 13], dtype=torch.float32)) for rank in (0, 1)]
+    optimizers = [Lamb([half], lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY) for half in halves]
+    grads = [drawn(flat.shape, 40 + step) for step in range(3)]
+    for grad in grads:
+        grad[-1] = 0.0
+        _step_both(optimizers, halves, pieces, grad)
+    got = torch.cat([half.detach() for half in halves]).numpy()
+    offset = 0
+    for start in starts:
+        mine = [grad[offset : offset + start.size].reshape(start.shape) for grad in grads]
+        expected = lamb_in_numpy(start, mine, DECAY)
+        np.testing.assert_allclose(
+            got[offset : offset + start.size].reshape(start.shape), expected, rtol=2e-5, atol=1e-6
+        )
+        offset += start.size
+
+
+def _step_both(
+    optimizers: list[Lamb], halves: list[nn.Parameter], pieces: list[tuple[Piece, ...]], grad: np.ndarray
+) -> None:
+    """Step both ranks in one process: each rank's all-reduce adds what a dry run of the other contributes."""
+    squares: list[torch.Tensor] = []
+    for dry in (True, False):
+        for rank, (optimizer, half) in enumerate(zip(optimizers, halves, strict=True)):
+            before = half.detach().clone(), {key: value.clone() for key, value in optimizer.state[half].items()}
+            half.grad = torch.tensor(grad[13 * rank : 13 * rank + 13], dtype=torch.float32)
+
+            def all_reduce(tensor: torch.Tensor, other: int = 1 - rank, dry: bool = dry) -> None:
+                squares.append(tensor.clone()) if dry else tensor.add_(squares[other])
+
+            optimizer.shard({half: FlatLayout(("a", "b", "c"), pieces[rank])}, all_reduce)
+            optimizer.step()
+            if dry:
+                half.data.copy_(before[0])
+                optimizer.state[half] = before[1]
+
+
+def test_adamw_is_torch_fused_adamw() -> None:
+    ours, theirs = ToyModel(), ToyModel()
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
+    pairs = [
+        (ours, AdamW(build_param_groups(ours, 0.2), **options)),
+        (theirs, torch.optim.AdamW(build_param_groups(theirs, 0.2), **options, fused=True)),
+    ]
+    for step in range(4):
+        for model, optimizer in pairs:
+            generator = torch.Generator().manual_seed(step)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        if step == 1:  # a state dict goes over from one to the other
+            pairs[0][1].load_state_dict(deepcopy(pairs[1][1].state_dict()))
+    for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_building_and_stepping_does_not_import_the_compiler() -> None:
+    script = """
+import sys, torch
+from perceiver.optim.config import OptimConfig, build_optimizer
+for kind in ("adamw", "lamb"):
+    model = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(OptimConfig(kind=kind), model)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_biases_and_norms_are_not_decayed_but_latents_are() -> None:
+    model = ToyModel()
+    model.leave.weight.requires_grad_(False)
+    groups = build_param_groups(model, weight_decay=0.3)
+    names = {id(param): name for name, param in model.named_parameters()}
+    found = {group["weight_decay"]: {names[id(param)] for param in group["params"]} for group in groups}
+    assert found == {
+        0.3: {"enter.weight", "latents", "shift"},
+        0.0: {"enter.bias", "norm.weight", "norm.bias", "leave.bias"},
+    }
+
+
+def test_optimizer_is_built_as_configured() -> None:
+    optimizer = build_optimizer(OptimConfig(kind="lamb", lr=0.5, weight_decay=0.2), ToyModel())
+    assert isinstance(optimizer, Lamb)
+    assert [(group["lr"], group["eps"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.5, 1e-6, 0.2),
+        (0.5, 1e-6, 0.0),
+    ]
+    assert isinstance(build_optimizer(OptimConfig(), ToyModel()), AdamW)
+
+
+def test_bad_optim_is_refused() -> None:
+    with pytest.raises(ValidationError, match="Input should be greater than 0"):
+        OptimConfig(lr=0)
+    with pytest.raises(ValidationError, match="Input should be 'adamw' or 'lamb'"):
+        OptimConfig.model_validate({"kind": "sgd"})

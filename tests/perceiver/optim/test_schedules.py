@@ -1,0 +1,72 @@
+"""Schedules against values worked out by hand from the papers' descriptions."""
+
+import math
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from perceiver.optim.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    FlatCosineSchedule,
+    ScheduleConfig,
+    StepSchedule,
+    build_schedule,
+)
+
+
+def test_constant_is_one() -> None:
+    multiplier = build_schedule(ConstantSchedule(), total_steps=10, steps_per_epoch=5)
+    assert [multiplier(step) for step in (0, 5, 9, 100)] == [1.0] * 4
+
+
+def test_step_drops_at_the_start_of_its_epochs() -> None:
+    """Perceiver's ImageNet recipe: 0.1 at epochs 84, 102, 114 of 120, here with 10 steps an epoch."""
+    config = StepSchedule(milestones=(84, 102, 114))
+    multiplier = build_schedule(config, total_steps=1200, steps_per_epoch=10)
+    expected = {0: 1, 839: 1, 840: 0.1, 1019: 0.1, 1020: 0.01, 1139: 0.01, 1140: 0.001, 1199: 0.001}
+    assert {step: pytest.approx(multiplier(step)) for step in expected} == expected
+
+
+def test_cosine_with_warmup() -> None:
+    multiplier = build_schedule(CosineSchedule(warmup_steps=4), total_steps=12, steps_per_epoch=3)
+    assert [multiplier(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert multiplier(4) == 1.0
+    assert multiplier(6) == pytest.approx((1 + math.sqrt(0.5)) / 2)  # a quarter of the way down: cos 45 degrees
+    assert multiplier(8) == pytest.approx(0.5)
+    assert multiplier(12) == pytest.approx(0.0)
+    assert multiplier(50) == pytest.approx(0.0)
+
+
+def test_cosine_ends_at_its_final_value() -> None:
+    multiplier = build_schedule(CosineSchedule(final=0.1), total_steps=10, steps_per_epoch=5)
+    assert multiplier(0) == 1.0
+    assert multiplier(5) == pytest.approx(0.55)
+    assert multiplier(10) == pytest.approx(0.1)
+
+
+def test_flat_cosine_is_half_and_half() -> None:
+    """Perceiver IO: 55 epochs flat, 55 epochs of cosine to 0."""
+    multiplier = build_schedule(FlatCosineSchedule(), total_steps=110, steps_per_epoch=1)
+    assert {multiplier(step) for step in range(56)} == {1.0}
+    assert multiplier(55 + 55 // 2) == pytest.approx(0.5 + 0.5 * math.cos(math.pi * 27 / 55))
+    assert multiplier(109) == pytest.approx(0.5 + 0.5 * math.cos(math.pi * 54 / 55))
+
+
+def test_warmup_fraction_is_of_all_steps() -> None:
+    multiplier = build_schedule(ConstantSchedule(warmup_fraction=0.2), total_steps=10, steps_per_epoch=5)
+    assert [multiplier(step) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kind": "cosine", "warmup_steps": 3, "warmup_fraction": 0.1}, "wanted one of them"),
+        ({"kind": "cosine", "milestones": [3]}, "Extra inputs are not permitted"),
+        ({"kind": "step"}, "Field required"),
+        ({"kind": "sine"}, "does not match any of the expected tags"),
+    ],
+)
+def test_bad_schedules_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(ScheduleConfig).validate_python(given)

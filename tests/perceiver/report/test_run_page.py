@@ -1,0 +1,267 @@
+"""The report: right numbers, a page that stands alone, and data of every awkward kind."""
+
+import math
+import re
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from perceiver.report.figures import curves, draw_curve, map_pixels, series, shrink, smooth
+from perceiver.report.numbers import (
+    average_precision,
+    choose_examples,
+    choose_latents,
+    class_table,
+    confused_pairs,
+    confusion,
+    multilabel_table,
+)
+from perceiver.report.run_page import ReportData, text, write_report
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects what a test asks about, and checks that every element is closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.words.append(data.strip())
+
+    def headings(self) -> list[str]:
+        titles = re.compile(r"Learning curves|Where it|Classes|Predictions|Confidence|What the|Checkpoints|Recipe")
+        return [word for word in self.words if titles.match(word)]
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def history(steps: int = 200) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = []
+    for step in range(1, steps + 1):
+        rows.append({"step": step, "train/loss": 2 / step, "train/lr": 1e-3, "train/samples_per_s": 300.0})
+        if step % 20 == 0:
+            rows.append({"step": step, "eval/loss": 2.5 / step, "eval/accuracy": 1 - 1 / step})
+    return rows
+
+
+def full(samples: int = 200, classes: int = 10, wrong: float = 0.1, seed: int = 0) -> ReportData:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, classes, samples)
+    predictions = np.where(generator.random(samples) < wrong, generator.integers(0, classes, samples), labels)
+    logits = generator.random((samples, classes))
+    logits[np.arange(samples), predictions] += 1
+    ids = np.arange(samples) + 1000
+    return ReportData(
+        name="a run",
+        history=history(),
+        class_names=[f"class {index}" for index in range(classes)],
+        sample_ids=ids,
+        labels=labels,
+        predictions=predictions,
+        probabilities=logits / logits.sum(axis=1, keepdims=True),
+        images={int(i): generator.integers(0, 255, (28, 28, 1)).astype(np.uint8) for i in ids},
+        attention_ids=[1000, 1001],
+        attention=generator.random((2, 3, 2, 16, 28, 28)),
+        recipe={"optim": {"lr": 1e-3}, "data": {"password": "hunter2", "url": "s3://id:hunter2@bucket"}},
+        facts={"steps": 1200, "machine": "2 cores"},
+        commands={"Open": "mlflow ui --backend-store-uri postgresql://u:hunter2@db/x"},
+        checkpoints=[{"step": 100, "path": "a/b"}, {"step": 200, "path": "a/c", "best": True}],
+    )
+
+
+def page(data: ReportData, folder: Path) -> Page:
+    return Page(write_report(data, folder).read_text())
+
+
+def test_a_full_report_stands_alone_and_holds_every_section(tmp_path: Path) -> None:
+    data = full()
+    began = time.process_time()
+    path = write_report(data, tmp_path)
+    assert time.process_time() - began < 5
+    html = path.read_text()
+    found = Page(html)
+    assert len(found.headings()) == 8
+    for tag, attributes in found.tags:
+        assert tag not in ("script", "link", "iframe")
+        if "src" in attributes:
+            assert (attributes["src"] or "").startswith("data:image/png;base64,")
+    assert "hunter2" not in html
+    assert not re.search(r"""url\((?!#)|@import""", html)
+    accuracy = float(np.mean(np.asarray(data.labels) == np.asarray(data.predictions)))
+    assert f"{100 * accuracy:.1f} %" in found.words
+    names = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert {"loss.png", "accuracy.png", "learning-rate.png", "throughput.png", "confusion.png", "wrong.png"} <= names
+    assert {"right.png", "calibration.png", "attention-1000.png", "attention-1001.png"} <= names
+    for file in (tmp_path / "figures").iterdir():
+        Image.open(file).verify()
+    assert len((tmp_path / "per_class.csv").read_text().splitlines()) == 11
+
+
+def test_only_a_name_and_a_history_are_needed(tmp_path: Path) -> None:
+    found = page(ReportData(name="bare", history=history(3)), tmp_path)
+    assert found.headings() == ["Learning curves"]
+    assert page(ReportData(name="empty", history=[]), tmp_path / "b").headings() == []
+
+
+@pytest.mark.parametrize("missing", ["images", "attention", "probabilities", "sample_ids", "recipe", "facts"])
+def test_every_part_may_be_missing(missing: str, tmp_path: Path) -> None:
+    empty: Any = {} if missing in ("images", "recipe", "facts") else None
+    found = page(replace(full(60), history=[], **{missing: empty}), tmp_path)
+    assert "Classes" in found.headings()
+
+
+def test_values_that_are_not_finite_are_left_out_and_said(tmp_path: Path) -> None:
+    rows = [{"step": step, "train/loss": math.nan if step % 3 else 1 / step} for step in range(1, 100)]
+    rows += [{"step": 100, "train/loss": math.inf, "train/lr": math.nan}]
+    found = page(ReportData(name="nan", history=rows), tmp_path)
+    assert "67 of the recorded values are not finite and are left out." in found.words
+    assert found.count("svg") == 1
+    steps, values = series(rows, "train/loss")
+    assert len(steps) == 100 and int(np.isfinite(values).sum()) == 33
+
+
+def test_an_infinite_recorded_as_text_or_none_does_not_stop_the_report() -> None:
+    rows = [{"step": 1, "train/loss": "inf"}, {"step": 2, "train/loss": None}, {"train/loss": 1.0}]
+    assert draw_curve(curves(rows)[0], rows) is None
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    data = replace(full(50, 3), name=evil, class_names=[evil, 'a"b', "$x^2_{$"], facts={evil: evil})
+    data = replace(data, recipe={evil: evil}, commands={evil: evil}, checkpoints=[{evil: evil}], headline=(evil, evil))
+    found = page(data, tmp_path)
+    assert found.count("script") == 0
+    assert evil in found.words
+
+
+def test_no_wrong_prediction(tmp_path: Path) -> None:
+    found = page(replace(full(50, wrong=0.0), history=[]), tmp_path)
+    assert "No wrong prediction among 50 samples." in found.words
+    assert "100.0 %" in found.words
+    assert not (tmp_path / "figures" / "wrong.png").exists()
+
+
+def test_one_class_and_one_sample(tmp_path: Path) -> None:
+    assert "100.0 %" in page(full(1, 1), tmp_path).words
+
+
+def test_a_thousand_classes_fit(tmp_path: Path) -> None:
+    data = replace(full(5000, 1000), attention=None, history=[])
+    found = page(data, tmp_path)
+    assert (tmp_path / "index.html").stat().st_size < 3e6
+    assert found.count("td") < 1000
+    assert any(word.startswith("The 20 classes with the lowest recall of 1,000") for word in found.words)
+    assert len((tmp_path / "per_class.csv").read_text().splitlines()) == 1001
+
+
+def test_other_tasks_degrade(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    labels = (generator.random((100, 4)) < 0.3).astype(np.float32)
+    tags = ReportData("tags", history(), task="multilabel", labels=labels, probabilities=generator.random((100, 4)))
+    found = page(tags, tmp_path / "a")
+    assert found.headings() == ["Learning curves", "Classes"]
+    assert "average precision" in found.words
+    regression = ReportData("flow", history(), task="regression", labels=generator.random(100))
+    assert page(regression, tmp_path / "b").headings() == ["Learning curves"]
+
+
+def test_large_colour_images_and_coarse_maps(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = {1000 + i: generator.integers(0, 255, (500, 375, 3)).astype(np.uint8) for i in range(20)}
+    data = replace(full(20), history=[], images=images, attention=generator.random((2, 1, 1, 8, 14, 14)))
+    assert page(data, tmp_path).count("img") > 16
+    assert map_pixels(np.ones((14, 14)), images[1000]).shape == (100, 75, 3)
+    assert map_pixels(np.full((2, 2), np.nan)).max() < 10
+
+
+def test_the_report_is_the_same_twice(tmp_path: Path) -> None:
+    assert write_report(full(), tmp_path / "a").read_text() == write_report(full(), tmp_path / "b").read_text()
+
+
+def test_confusion_and_class_table_by_hand() -> None:
+    labels, predictions = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 0])
+    matrix = confusion(labels, predictions, 3)
+    assert matrix.tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    rows = class_table(matrix, ["a", "b", "c"])
+    assert rows[1] == {"name": "b", "precision": 2 / 3, "recall": 2 / 3, "F1": 2 / 3, "count": 3}
+    assert rows[2] == {"name": "c", "precision": None, "recall": None, "F1": None, "count": 0}
+    pairs = confused_pairs(matrix, ["a", "b", "c"])
+    assert [(pair["label"], pair["prediction"], pair["count"]) for pair in pairs] == [("a", "b", 1), ("b", "a", 1)]
+
+
+def test_average_precision_by_hand() -> None:
+    truth, score = np.array([True, False, True, False]), np.array([0.9, 0.8, 0.7, 0.1])
+    assert average_precision(truth, score) == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(np.array([False]), np.array([0.5])) is None
+    row = multilabel_table(truth[:, None].astype(np.float32), score[:, None], ["x"])[0]
+    assert (row["precision"], row["recall"], row["count"]) == (pytest.approx(2 / 3), 1.0, 2)
+
+
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 10))
+def test_examples_are_the_surest_mistakes_and_right_ones_of_all_classes(samples: int, classes: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    labels, predictions = generator.integers(0, classes, samples), generator.integers(0, classes, samples)
+    confidence = generator.random(samples)
+    wrong, right = choose_examples(labels, predictions, confidence, wrong=5, right=classes)
+    assert (labels[wrong] != predictions[wrong]).all() and (labels[right] == predictions[right]).all()
+    assert (np.diff(confidence[wrong]) <= 0).all()
+    left_out = np.setdiff1d(np.flatnonzero(labels != predictions), wrong)
+    assert len(wrong) == 5 or len(left_out) == 0
+    assert len(left_out) == 0 or confidence[left_out].max() <= confidence[wrong].min()
+    assert set(labels[right]) == set(labels[labels == predictions])
+
+
+def test_latents_that_differ_are_chosen() -> None:
+    attention = np.full((1, 1, 1, 6, 4, 4), 0.01)
+    attention[0, 0, 0, 2, 0, 0] = 1
+    attention[0, 0, 0, 5, 3, 3] = 1
+    assert set(choose_latents(attention, 3)) >= {2, 5}
+    assert choose_latents(attention, 99) == list(range(6))
+
+
+def test_smoothing_keeps_a_line_and_skips_gaps() -> None:
+    assert smooth(np.full(90, 2.0)) == pytest.approx(np.full(90, 2.0))
+    gap = np.full(90, 2.0)
+    gap[40:42] = np.nan
+    assert smooth(gap) == pytest.approx(np.full(90, 2.0))
+
+
+def test_shrink_averages_blocks() -> None:
+    assert shrink(np.arange(16.0).reshape(4, 4), 2).tolist() == [[2.5, 4.5], [10.5, 12.5]]
+    assert shrink(np.zeros((5, 300, 3)), 112).shape == (1, 100, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1234567, "1,234,567"), (0.123456, "0.1235"), (12345.6, "12,346"), (None, "–"), (True, "yes"), ("s", "s")],
+)
+def test_values_are_shown_as_a_reader_wants_them(value: object, shown: str) -> None:
+    assert text(value) == shown

@@ -1,0 +1,227 @@
+"""Every modality: shapes, a classifier that trains on it, and what each one computes, worked out independently."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from perceiver import registry
+from perceiver.config import UserError
+from perceiver.factory import build_model, model_config
+from perceiver.modalities.frame_pair import neighbourhoods
+from perceiver.modalities.mel import MelConfig, log_mel
+from perceiver.modalities.text import encode_bytes
+from perceiver.modalities.video import space_time_patches
+from perceiver.tasks import model_inputs
+from perceiver.tasks.masked_language import word_numbers
+
+FEW = {"kind": "fourier", "bands": 3}
+SMALL: dict[str, dict[str, Any]] = {
+    "image": {"kind": "image", "size": (8, 6), "positions": FEW},
+    "audio": {"kind": "audio", "samples": 100, "patch": 16, "positions": FEW},
+    "mel": {
+        "kind": "mel",
+        "samples": 256,
+        "window": 64,
+        "hop": 32,
+        "bins": 8,
+        "rate": 16_000,
+        "positions": FEW,
+        "layout": "grid",
+        "time_masks": 1,
+        "frequency_masks": 1,
+    },
+    "video": {"kind": "video", "frames": 4, "size": (8, 8), "patch": (2, 4, 4), "positions": FEW},
+    "points": {"kind": "points", "points": 11, "bands": 3},
+    "text": {"kind": "text", "length": 20, "channels": 12},
+    "label": {"kind": "label", "classes": 5},
+    "flow_frames": {"kind": "flow_frames", "size": (6, 8), "positions": FEW},
+}
+SMALL["multimodal"] = {
+    "kind": "multimodal",
+    "modalities": {k: SMALL[k] for k in ("audio", "text", "video")},
+    "dropout": {"video": 0.5},
+}
+MODEL = {"latents": 5, "latent_channels": 8, "cross_attends": 2, "self_attends_per_block": 1, "heads": 2}
+
+
+def model_of(inputs: dict[str, Any], **changes: Any) -> Any:
+    return build_model(model_config({"kind": "perceiver", "inputs": inputs, **MODEL, **changes}), classes=3)
+
+
+def batch_of(model: Any, size: int = 2) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    batch = {}
+    for key, value in model.example(size, "cpu").items():
+        high = 5 if key == "label" else 250
+        batch[key] = torch.randn_like(value) if value.is_floating_point() else torch.randint_like(value, 0, high)
+    return batch
+
+
+def test_every_modality_has_a_case():
+    assert set(SMALL) == set(registry.members("perceiver.modalities"))
+
+
+@pytest.mark.parametrize("kind", list(SMALL))
+def test_contract(kind):
+    """The announced sizes are the real ones, every parameter learns, and both paths agree."""
+    model = model_of(SMALL[kind])
+    batch = batch_of(model)
+    _, inputs = model.read(batch)
+    assert tuple(inputs.dense.shape) == (2, model.inputs.elements, model.inputs.channels)
+    torch.nn.init.normal_(model.head.weight)
+    model(model_inputs(model, batch)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    torch.manual_seed(0)
+    model = model_of(SMALL[kind], latent_init_std=1.0).double().eval()
+    fast = model.encode(batch)
+    for layer in model.cross_attends:
+        layer.attention.kind = "plain"
+    torch.testing.assert_close(fast, model.encode(batch), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "mel", "video"])
+def test_learned_and_no_positions(kind):
+    for positions in ({"kind": "learned", "channels": 4}, {"kind": "none"}):
+        model = model_of({**SMALL[kind], "positions": positions})
+        assert model(batch_of(model)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("front_end", "channels"), [("conv", None), ("1x1", 5), ("patch", None), ("patch", 5)])
+def test_image_front_ends(front_end, channels):
+    values = {
+        "kind": "image",
+        "size": (16, 8),
+        "front_end": front_end,
+        "front_end_channels": channels,
+        "patch": 2,
+        "positions": FEW,
+    }
+    model = model_of(values)
+    _, inputs = model.read(batch_of(model))
+    assert tuple(inputs.dense.shape) == (2, model.inputs.elements, model.inputs.channels)
+
+
+def test_uint8_pixels_are_normalised():
+    model = model_of({**SMALL["image"], "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0)})
+    _, inputs = model.read(torch.full((1, 3, 8, 6), 255, dtype=torch.uint8))
+    torch.testing.assert_close(inputs.data[0, 0], torch.tensor([1.0, 3.0, 1.0]))
+
+
+def test_a_finer_image_than_configured():
+    for positions in (FEW, {"kind": "learned", "channels": 4}):
+        model = model_of({**SMALL["image"], "positions": positions})
+        assert model(torch.zeros(2, 3, 16, 12)).shape == (2, 3)
+
+
+def test_log_mel_against_numpy():
+    """STFT by numpy on the padded signal, HTK filters by their triangles."""
+    config = MelConfig(samples=3000, rate=16_000, window=256, hop=128, bins=10, low=80, high=7600)
+    x = np.random.default_rng(0).normal(size=3000)
+    frames = math.ceil(3000 / 128)
+    padded = np.concatenate([x, np.zeros((frames - 1) * 128 + 256 - 3000)])
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(256) / 256)
+    spectrum = np.stack([np.abs(np.fft.rfft(padded[i * 128 : i * 128 + 256] * window)) for i in range(frames)])
+    mel = 1127 * np.log(1 + np.arange(129) * 16_000 / 256 / 700)
+    edges = np.linspace(1127 * np.log(1 + 80 / 700), 1127 * np.log(1 + 7600 / 700), 12)
+    filters = np.stack([np.interp(mel, edges[i : i + 3], [0, 1, 0], left=0, right=0) for i in range(10)], axis=1)
+    expected = np.log(spectrum @ filters + 1e-6)
+    got = log_mel(torch.tensor(x)[None], config)[0]
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_papers_audio_and_video_sizes():
+    """Perceiver §4.2: 480 audio inputs, 4,800 of the spectrogram, 12,544 of video, 487 channels."""
+    meta = {"cross_attends": 1, "self_attends_per_block": 0}
+    with torch.device("meta"):
+        audio, mel, video = (
+            model_of({"kind": k, "positions": {"kind": "fourier", "bands": 16}}, **meta).inputs
+            for k in ("audio", "mel", "video")
+        )
+    assert (audio.elements, mel.elements, video.elements) == (480, 4800, 12_544)
+    assert video.channels == 483
+
+
+def test_patches_hold_frames_rows_columns_channels():
+    x = torch.arange(2 * 4 * 3 * 4 * 6).view(2, 4, 3, 4, 6)
+    patches, grid = space_time_patches(x, (2, 2, 3))
+    assert grid == (2, 2, 2)
+    expected = x[1, 2:4, :, 0:2, 3:6].permute(0, 2, 3, 1).flatten()
+    assert torch.equal(patches[1, 1 * 4 + 0 * 2 + 1], expected)
+
+
+def test_flow_neighbourhoods():
+    x = torch.randn(1, 2, 3, 5, 6)
+    got = neighbourhoods(x, 3)[0, 2 * 6 + 3].view(2, 3, 3, 3)
+    torch.testing.assert_close(got, x[0, :, :, 1:4, 2:5].permute(0, 2, 3, 1))
+
+
+def test_bytes():
+    ids, mask = encode_bytes(["añ", ""], 6)
+    assert ids.tolist() == [[4, 97 + 6, 0xC3 + 6, 0xB1 + 6, 5, 0], [4, 5, 0, 0, 0, 0]]
+    assert mask.sum(1).tolist() == [5, 2]
+    assert encode_bytes(["abcdef"], 4)[0].tolist() == [[4, 103, 104, 5]]
+
+
+def test_masked_text_does_not_see_padding():
+    model = model_of(SMALL["text"], latent_init_std=1.0).double().eval()
+    torch.nn.init.normal_(model.head.weight)
+    ids = torch.randint(0, 250, (2, 9))
+    padded = torch.cat([ids, torch.randint(0, 250, (2, 5))], dim=1)
+    mask = torch.arange(14).expand(2, -1) < 9
+    torch.testing.assert_close(model({"text": padded, "text_mask": mask}), model(ids), rtol=1e-9, atol=1e-9)
+
+
+def test_modality_dropout_zeroes_whole_samples_in_training_only():
+    values = {**SMALL["multimodal"], "dropout": {"video": 0.5}}
+    model = model_of(values)
+    batch = batch_of(model, 64)
+    video = 2 * 2 * 2
+    straight = model.eval().read(batch)[1].dense[:, -video:, : 2 * 4 * 4 * 3]
+    assert (straight != 0).flatten(1).any(1).all()
+    dropped = model.train().read(batch)[1].dense[:, -video:, : 2 * 4 * 4 * 3]
+    gone = (dropped == 0).flatten(1).all(1)
+    assert 15 < int(gone.sum()) < 49
+    torch.testing.assert_close(dropped[~gone], straight[~gone])
+
+
+def test_hidden_label_is_not_needed_and_not_seen_in_evaluation():
+    values = {
+        "kind": "multimodal",
+        "modalities": {"audio": SMALL["audio"], "label": SMALL["label"]},
+        "mask": {"label": 0.5},
+        "hide": ["label"],
+    }
+    model = model_of(values, latent_init_std=1.0)
+    batch = batch_of(model)
+    assert model.train().input_keys == ("audio", "label")
+    assert model.eval().input_keys == ("audio",)
+    torch.testing.assert_close(model.encode(batch), model.encode({"audio": batch["audio"]}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "video", "patch": (3, 4, 4)},
+        {"kind": "image", "mean": (0.5,)},
+        {"kind": "mel", "high": 30_000.0},
+        {"kind": "multimodal", "dropout": {"smell": 0.1}},
+        {"kind": "audio", "patch": 101},
+        {"kind": "image", "front_end": "patch", "patch": 5},
+        {"kind": "flow_frames", "window": 2},
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(change):
+    with pytest.raises(UserError, match="wanted"):
+        model_of({**SMALL[change["kind"]], **change})
+
+
+def test_words():
+    ids = torch.tensor([[4, 103, 104, 38, 38, 105, 5, 0]])
+    numbers = word_numbers(ids, torch.tensor([38]), torch.tensor([], dtype=torch.int64), 6)
+    assert numbers.tolist() == [[0, 1, 1, 0, 0, 2, 0, 0]]
+    pieces = torch.tensor([[4, 50, 60, 51, 61, 61, 5]])
+    numbers = word_numbers(pieces, torch.tensor([38]), torch.tensor([50, 51]), 6)
+    assert numbers.tolist() == [[0, 1, 1, 2, 2, 2, 0]]

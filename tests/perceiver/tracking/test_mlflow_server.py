@@ -1,0 +1,56 @@
+"""A real MLflow server that goes away and comes back during a run."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perceiver.tracking.runs import TrackingConfig, create_run, load_handle, open_tracker, spool_folder
+from tests.perceiver.tracking.mlflow_server import Server, free_port
+
+
+def client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path / "server", free_port())
+    yield server
+    server.stop()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_down_for_a_part_of_the_run_loses_nothing(server: Server, tmp_path: Path) -> None:
+    handle = create_run(TrackingConfig(uri=server.uri, system_metrics=False), "a run", output=tmp_path, params={})
+    assert handle is not None and handle.run_id is None
+    tracker = open_tracker(handle, spool_folder(tmp_path), interval_s=0.1)
+    tracker.log_metrics(0, {"loss": 1.0})
+    server.start()
+    assert tracker.flush(120)
+    for step in range(1, 100):
+        tracker.log_metrics(step, {"loss": 1.0, "nan": math.nan, "inf": -math.inf})
+    assert tracker.flush(60)
+    server.stop()
+    for step in range(100, 200):
+        tracker.log_metrics(step, {"loss": 1.0})
+    assert not tracker.flush(1)
+    server.start()
+    for step in range(200, 300):
+        tracker.log_metrics(step, {"loss": 1.0})
+    (tmp_path / "note.txt").write_text("hi")
+    tracker.log_artifact(tmp_path / "note.txt")
+    tracker.set_tag("best_checkpoint_uri", str(tmp_path / "step-100"))
+    assert tracker.flush(120)
+    tracker.close("finished")
+    created = load_handle(tmp_path)
+    assert created is not None and created.run_id
+    assert [m.step for m in client(server.uri).get_metric_history(created.run_id, "loss")] == list(range(300))
+    assert client(server.uri).get_run(created.run_id).info.status == "FINISHED"
+    assert [file.path for file in client(server.uri).list_artifacts(created.run_id)] == ["note.txt"]
+    best = client(server.uri).get_model_version_by_alias("a run.a run", "best")
+    assert best.tags["checkpoint_uri"] == str(tmp_path / "step-100")

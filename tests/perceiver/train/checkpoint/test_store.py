@@ -1,0 +1,144 @@
+"""Checkpoints: whole or not there, verified before use, newest good one first."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from perceiver.config import UserError
+from perceiver.train.checkpoint.store import MANIFEST, CheckpointStore, Snapshot, parameter_difference
+from perceiver.train.loop import Span, train
+from tests.perceiver.train.toy import toy_batches, toy_engine
+
+
+def snapshot(step: int) -> Snapshot:
+    shapes = {name: list(p.shape) for name, p in toy_engine().module.named_parameters()}
+    return Snapshot(step, step * 8, {"kind": "torch"}, shapes, {"seed": 0}, {"torch": "x"}, '{"step": 1}\n')
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+    url = str(tmp_path / "checkpoints") if request.param == "local" else f"memory://{tmp_path.name}/checkpoints"
+    return CheckpointStore(url)
+
+
+def run(engine, start: int, stop: int) -> list[float]:
+    losses: list[float] = []
+    train(engine, toy_batches(start, stop), [lambda i: losses.append(i.result.loss)], Span(start, stop, 8, 1, 5.0, 0))
+    return losses
+
+
+def test_going_on_from_a_checkpoint_equals_an_unbroken_run(store: CheckpointStore) -> None:
+    unbroken = run(toy_engine(), 0, 6)
+    first = toy_engine()
+    run(first, 0, 3)
+    manifest = store.save(first, snapshot(3))
+    assert manifest is not None and manifest.world == 1
+    second = toy_engine()
+    newest = store.newest()
+    assert newest is not None and newest.step == 3
+    with store.fetch(3) as folder:
+        second.load(folder)
+    assert run(second, 3, 6) == unbroken[3:]
+    assert store.history(3) == '{"step": 1}\n'
+
+
+def test_a_folder_without_manifest_is_no_checkpoint(store: CheckpointStore) -> None:
+    engine = toy_engine()
+    store.save(engine, snapshot(1))
+    store.save(engine, snapshot(2))
+    store.fs.rm_file(f"{store.folder(2)}/{MANIFEST}")
+    assert store.steps() == [1]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    store: CheckpointStore, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = toy_engine()
+    store.save(engine, snapshot(1))
+    store.save(engine, snapshot(2))
+    largest = max(store.manifest(2).files.items(), key=lambda item: item[1].bytes)[0]
+    victim = f"{store.folder(2)}/{MANIFEST if harm == 'manifest' else largest}"
+    blob = store.fs.cat_file(victim)
+    if harm == "missing":
+        store.fs.rm_file(victim)
+    elif harm == "flipped":
+        store.fs.pipe_file(victim, blob[:40] + bytes([blob[40] ^ 1]) + blob[41:])
+    else:
+        store.fs.pipe_file(victim, blob[: len(blob) // 2])
+    newest = store.newest()
+    assert newest is not None and newest.step == 1
+    assert "step-00000002 is not used" in caplog.text
+
+
+def test_a_save_that_dies_before_the_manifest_leaves_the_one_before(store: CheckpointStore) -> None:
+    store.save(toy_engine(), snapshot(1))
+
+    class Dies(type(toy_engine())):
+        def save(self, folder: Path) -> None:
+            super().save(folder)
+            raise OSError("disk full")
+
+    dying = toy_engine()
+    dying.__class__ = Dies
+    with pytest.raises(OSError, match="disk full"):
+        store.save(dying, snapshot(2))
+    newest = store.newest()
+    assert newest is not None and newest.step == 1
+    store.save(toy_engine(), snapshot(2))
+    assert store.steps() == [1, 2]
+
+
+def test_prune_keeps_what_it_is_told_and_removes_what_crashes_left(store: CheckpointStore) -> None:
+    for step in (1, 2, 3, 4):
+        store.save(toy_engine(), snapshot(step))
+    store.fs.rm_file(f"{store.folder(2)}/{MANIFEST}")
+    store.fs.rm_file(f"{store.folder(4)}/{MANIFEST}")
+    store.prune({3})
+    assert store.steps() == [3]
+    assert not store.fs.exists(store.folder(2)) and store.fs.exists(store.folder(4))
+
+
+def test_an_upload_that_fails_halfway_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(f"memory://{tmp_path.name}/checkpoints")
+    staged = store.stage(toy_engine(), snapshot(1))
+    put, calls = store.fs.put_file, []
+
+    def flaky(source: str, target: str) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("reset")
+        put(source, target)
+
+    monkeypatch.setattr(store.fs, "put_file", flaky)
+    with pytest.raises(OSError, match="reset"):
+        store.publish(staged)
+    store.publish(staged)
+    assert store.commit(staged) is not None and store.problems(1) == []
+    assert len(calls) == len(store.manifest(1).files) + 1
+    assert not staged.folder.exists()
+
+
+def test_receipts_of_an_attempt_before_are_not_taken(store: CheckpointStore) -> None:
+    before = store.stage(toy_engine(), snapshot(1))
+    store.publish(before)
+    again = store.stage(toy_engine(), snapshot(1))
+    assert store.commit(again, abandoned=lambda: True) is None
+    assert store.steps() == []
+
+
+def test_a_newer_format_is_refused(store: CheckpointStore) -> None:
+    store.save(toy_engine(), snapshot(1))
+    path = f"{store.folder(1)}/{MANIFEST}"
+    tree = json.loads(store.fs.cat_file(path))
+    store.fs.pipe_file(path, json.dumps({**tree, "format": 99}).encode())
+    with pytest.raises(UserError, match="has format 99, this program reads up to 1"):
+        store.manifest(1)
+
+
+def test_difference_of_parameters_is_one_phrase() -> None:
+    assert parameter_difference({"a": [1]}, {"a": [1]}) is None
+    assert "'b'" in (parameter_difference({"a": [1]}, {"a": [1], "b": [2]}) or "")
+    assert "[1] in the checkpoint, [2] in the recipe" in (parameter_difference({"a": [1]}, {"a": [2]}) or "")
+    assert "lacks" in (parameter_difference({"a": [1], "c": [3]}, {"a": [1]}) or "")

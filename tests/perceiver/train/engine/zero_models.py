@@ -1,0 +1,96 @@
+"""Perceivers for the ZeRO tests: what reads weights in other ways than through a layer's own forward pass."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from perceiver.factory import build_model, model_config
+from perceiver.optim.config import OptimConfig
+from perceiver.tasks import build_task
+from perceiver.tasks.classification import ClassificationConfig
+from perceiver.tasks.masked_language import MaskedLanguageConfig
+from perceiver.train.engine.deepspeed_engine import BatchPlan, DeepSpeedConfig, DeepSpeedEngine
+from perceiver.train.engine.protocol import Engine, TorchEngine
+from tests.perceiver.train.engine.engine_toys import Batch, share
+
+ROWS, STEPS, CLASSES = 16, 3, 3
+CUT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""Without it ZeRO-3 leaves small parameters whole on every rank, and nothing would be tested."""
+WIDTHS = {"latents": 8, "latent_channels": 8, "self_attends_per_block": 2, "heads": 2}
+TEXT = {"kind": "text", "vocabulary": 40, "length": 12, "channels": 8}
+IMAGE = {
+    "kind": "image",
+    "channels": 1,
+    "mean": (0.5,),
+    "std": (0.5,),
+    "size": (6, 6),
+    "positions": {"kind": "fourier", "bands": 3},
+}
+TABLE = {
+    **IMAGE,
+    "front_end": "1x1",
+    "front_end_channels": 4,
+    "positions": {"kind": "learned", "channels": 8, "projection": 6},
+}
+SHARED = {"kind": "perceiver", "cross_attends": 3, **WIDTHS}
+MODELS: dict[str, dict[str, Any]] = {
+    "absorbed, tied embedding": {
+        "kind": "perceiver_io",
+        "inputs": TEXT,
+        "blocks": 2,
+        "decoder": {"kind": "tokens"},
+        "query_residual": False,
+        "attention": "absorbed",
+        **WIDTHS,
+    },
+    "separable, shared weights": {**SHARED, "inputs": IMAGE, "attention": "separable"},
+    "learned positions": {**SHARED, "inputs": TABLE},
+    "modality vectors, recomputed": {
+        **SHARED,
+        "inputs": {"kind": "multimodal", "modalities": {"a": IMAGE, "b": TEXT}},
+        "checkpoint_activations": True,
+    },
+}
+
+
+def rows(step: int) -> Batch:
+    """A global batch; sample ids tell the masked language model's masks apart, so each rank's rows are its own."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "text": torch.randint(6, 40, (ROWS, 12), generator=generator),
+        "image": torch.rand(ROWS, 1, 6, 6, generator=generator),
+        "label": torch.randint(0, CLASSES, (ROWS,), generator=generator),
+        "valid": torch.ones(ROWS, dtype=torch.bool),
+        "sample_id": torch.arange(ROWS),
+    }
+
+
+def train_model(name: str, engine: str) -> dict[str, Any]:
+    """Some steps of two micro-batches: losses, norms, and each weight's sum of absolute values.
+
+    Biases of keys are left out: softmax does not see them, so their gradients are rounding errors, which LAMB enlarges.
+    """
+    torch.manual_seed(0)
+    model = build_model(model_config(MODELS[name]), classes=CLASSES)
+    with torch.no_grad():
+        for param in model.parameters():
+            if not param.any():
+                param.normal_(std=0.1)
+    masked = MODELS[name]["inputs"] is TEXT
+    task = build_task(MaskedLanguageConfig(probability=0.3) if masked else ClassificationConfig(), classes=CLASSES)
+    optim = OptimConfig.model_validate({"kind": "lamb", "lr": 2e-2, "clip": 0.5})
+    ours: Engine
+    if engine == "torch":
+        ours = TorchEngine(model, task, optim, lambda step: 1.0, precision="fp32")
+    else:
+        batch = BatchPlan(ROWS // dist.get_world_size() // 2, 2, dist.get_world_size())
+        section = DeepSpeedConfig.model_validate({"zero_stage": int(engine[-1]), "config": CUT_ALL})
+        ours = DeepSpeedEngine(model, task, optim, lambda step: 1.0, section, batch, precision="fp32")
+    results = [ours.step(share(rows(step), dist.get_rank(), dist.get_world_size(), 2), step) for step in range(STEPS)]
+    weights = ours.weights()
+    return {
+        "loss": [result.loss for result in results],
+        "norm": [result.grad_norm for result in results],
+        "weights": weights and {k: float(w.abs().sum()) for k, w in weights.items() if not k.endswith("key.bias")},
+    }

@@ -1,0 +1,193 @@
+"""One process of the ZeRO tests: runs every scenario in turn and writes what it saw as JSON.
+
+`python -m tests.perceiver.train.engine.zero_worker train BASE`, then `restore BASE`, with RANK, WORLD_SIZE, MASTER_ADDR
+and MASTER_PORT set. BASE/WORLD holds what a group of that size saves and sees; the second call restores the states of
+all sizes.
+"""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from perceiver.config import UserError
+from perceiver.optim.config import OptimConfig
+from perceiver.optim.schedules import build_schedule
+from perceiver.train.engine.deepspeed_engine import BatchPlan, DeepSpeedConfig, DeepSpeedEngine, init_distributed
+from perceiver.train.engine.protocol import Engine, Precision, TorchEngine
+from tests.perceiver.train.engine.engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
+from tests.perceiver.train.engine.zero_models import MODELS, train_model
+
+KINDS = ("adamw", "lamb")
+ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
+ROWS, MICRO_BATCHES, STEPS = 24, 3, 6
+HEAVY = ("torch._dynamo", "torch._inductor", "mlflow", "sympy", "pandas")
+SAVED = {
+    "adamw": [("2", "zero1"), ("1", "zero3")],
+    "lamb": [
+        ("1", "torch"),
+        ("2", "zero0"),
+        ("1", "zero1"),
+        ("2", "zero1"),
+        ("2", "zero2"),
+        ("1", "zero3"),
+        ("2", "zero3"),
+    ],
+}
+GPU_DEFAULTS = {"contiguous_gradients": True, "reduce_scatter": True, "overlap_comm": True}
+
+
+def build(engine: str, kind: str, seed: int = 0, precision: Precision = "fp32", **config: Any) -> Engine:
+    """The named engine over the toy model, with clipping, decay and a schedule."""
+    optim = OptimConfig.model_validate(
+        {"kind": kind, "lr": 2e-2, "weight_decay": 0.1, "clip": 0.5, "schedule": {"kind": "cosine", "warmup_steps": 2}}
+    )
+    schedule = build_schedule(optim.schedule, 2 * STEPS, 5)
+    if engine == "torch":
+        return TorchEngine(ToyModel(seed), ToyTask(), optim, schedule, precision=precision)
+    world = dist.get_world_size()
+    batch = BatchPlan(ROWS // world // MICRO_BATCHES, MICRO_BATCHES, world)
+    section = DeepSpeedConfig.model_validate({"zero_stage": int(engine[-1]), "config": config or None})
+    return DeepSpeedEngine(ToyModel(seed), ToyTask(), optim, schedule, section, batch, precision=precision)
+
+
+def mine(batch: Batch) -> list[Batch]:
+    return share(batch, dist.get_rank(), dist.get_world_size(), MICRO_BATCHES)
+
+
+def ragged(step: int) -> Batch:
+    """A global batch whose valid rows are all but one in the last two thirds: rank 0 of 2 has few of them."""
+    batch = toy_rows(step, ROWS)
+    return {**batch, "valid": (torch.arange(ROWS) >= 10) | (torch.arange(ROWS) == 3)}
+
+
+def poisoned(step: int) -> Batch:
+    """A global batch with an infinite input in its last row, which the last rank has."""
+    batch = toy_rows(step, ROWS)
+    batch["inputs"][-1] = torch.inf
+    return batch
+
+
+def run(engine: Engine, steps: range) -> dict[str, list[Any]]:
+    results = [engine.step(mine(toy_rows(step, ROWS)), step) for step in steps]
+    return {
+        "loss": [result.loss for result in results],
+        "accuracy": [result.metrics["accuracy"] for result in results],
+        "norm": [result.grad_norm for result in results],
+        "lr": [result.lr for result in results],
+        "skipped": [result.skipped for result in results],
+    }
+
+
+def train_save_resume(engine: str, kind: str, folder: Path) -> dict[str, Any]:
+    """Six steps with a save in the middle; a fresh engine with other weights loads it and repeats the last three."""
+    first = build(engine, kind)
+    seen: dict[str, Any] = {"first": run(first, range(3))}
+    save(first, folder)
+    seen["second"] = run(first, range(3, STEPS))
+    seen["evaluation"] = first.evaluate(mine(ragged(50)))
+    weights = first.weights()
+    seen["weights"] = weights and {name: tensor.flatten().tolist() for name, tensor in weights.items()}
+    seen["dtypes"] = weights and sorted({str(tensor.dtype) for tensor in weights.values()})
+    seen["sum"] = first.sum([1.0, first.rank])
+    torch.manual_seed(first.rank)
+    again = build(engine, kind, seed=1)
+    again.load(folder)
+    seen["resumed"] = run(again, range(3, STEPS))
+    seen["ragged"] = again.step(mine(ragged(90)), STEPS).loss
+    return seen
+
+
+def save(engine: Engine, folder: Path) -> None:
+    """Save as workers on several machines do: each into a folder of its own, merged afterwards."""
+    own = folder.with_name(f"{folder.name}-rank{engine.rank}")
+    engine.save(own)
+    dist.barrier()
+    if engine.rank == 0:
+        for rank in range(engine.world):
+            shutil.copytree(folder.with_name(f"{folder.name}-rank{rank}"), folder, dirs_exist_ok=True)
+    dist.barrier()
+
+
+def skip(engine: str, kind: str) -> dict[str, Any]:
+    """A step whose gradient is not finite leaves the weights alone and is reported; the next one is as usual."""
+    run_ = build(engine, kind)
+    run_.step(mine(toy_rows(0, ROWS)), 0)
+    before = run_.weights()
+    result = run_.step(mine(poisoned(1)), 1)
+    after = run_.weights()
+    same = before is None or after is None or all(torch.equal(before[name], after[name]) for name in before)
+    return {"skipped": result.skipped, "same": same, "next": run(run_, range(2, 4))}
+
+
+def refused_loads(folder: Path) -> dict[str, str]:
+    """The messages when a state saved with AdamW is loaded by something else, or is not whole."""
+    said = {}
+    (torn := folder.with_name(f"torn-{dist.get_rank()}")).mkdir()
+    shutil.copy(folder / "engine.json", torn)
+    for name, (kind, where) in {
+        "optim": ("lamb", folder),
+        "nothing": ("adamw", folder / "nothing"),
+        "torn": ("adamw", torn),
+    }.items():
+        try:
+            build("zero1", kind).load(where)
+        except UserError as error:
+            said[name] = str(error)
+    return said
+
+
+def restore_all(base: Path) -> dict[str, list[float]]:
+    """Two steps after loading each saved state into each engine of this world size: "WORLD/ENGINE-KIND > ENGINE"."""
+    return {
+        f"{world}/{source}-{kind} > {engine}": restored_losses(engine, kind, base / world / f"{source}-{kind}")
+        for kind, sources in SAVED.items()
+        for world, source in sources
+        for engine in ENGINES
+    }
+
+
+def restored_losses(engine: str, kind: str, folder: Path) -> list[float]:
+    again = build(engine, kind, seed=2)
+    again.load(folder)
+    return run(again, range(3, 5))["loss"]
+
+
+def train_all(folder: Path) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    build("zero1", "adamw").step(mine(toy_rows(0, ROWS)), 0)
+    seen["imported"] = [name for name in HEAVY if name in sys.modules]
+    for kind in KINDS:
+        for engine in ENGINES:
+            seen[f"{engine} {kind}"] = train_save_resume(engine, kind, folder / f"{engine}-{kind}")
+    seen["skip"] = {engine: skip(engine, "lamb") for engine in ENGINES}
+    seen["refused"] = refused_loads(folder / "zero1-adamw")
+    seen["as on GPUs"] = run(build("zero1", "lamb", zero_optimization=GPU_DEFAULTS), range(STEPS))
+    native: dict[str, Any] = {"bf16": {"enabled": True}}
+    seen["native bf16"] = {
+        engine: run(build(engine, "lamb", precision="auto", **native), range(STEPS)) for engine in ENGINES[2:]
+    }
+    seen["models"] = {name: {engine: train_model(name, engine) for engine in ("torch", "zero3")} for name in MODELS}
+    # DeepSpeed keeps its autocast setting in the process, so bf16 comes last.
+    seen["bf16"] = {engine: run(build(engine, "lamb", precision="bf16"), range(STEPS)) for engine in ENGINES}
+    return seen
+
+
+def main(phase: str, base: Path) -> None:
+    torch.set_num_threads(1)
+    init_distributed()
+    folder = base / str(dist.get_world_size())
+    seen = train_all(folder) if phase == "train" else restore_all(base)
+    (folder / f"{phase}-{dist.get_rank()}.json").write_text(json.dumps(seen))
+    dist.barrier()
+    dist.destroy_process_group()
+    time.sleep(0.2)  # gloo's threads let go of their last tensors before the interpreter ends
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,1 @@
+"""What a finished search says: its page, drawings and the importance of its keys."""

@@ -1,0 +1,199 @@
+"""Whatever can be refused of a search is refused here, before anything starts: keys, values, types, data, model."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from cluster.recipe.config import Recipe, build_recipe, kind_of
+from cluster.recipe.preflight import CheckedModel, check_recipe, describe_start, epoch_steps_of, evaluation_metrics
+from perceiver.config import UserError
+from pipelines.feed.ingest import DataConfig, check_files
+from pipelines.shards.manifest import Manifest, load_manifest
+from tune.config import PARAMETERS, Asha, Median, Search
+from tune.space.space import Values, base_values, impossible, ordered, possible, with_values
+
+FIXED = {
+    "name": "trials are named after the search",
+    "output": "trials lie in the search's folder",
+    "tracking": "all trials are tracked in one place",
+    "cluster": "every trial gets the same share of the cluster",
+}
+"""First keys of a recipe that a space cannot hold, and why."""
+
+KEPT_BY_EXCHANGE = ("train.global_batch", "seed", "optim.kind", "data.url", "data.train_split")
+"""Keys that must not change where trials go on from each other's checkpoints."""
+
+
+class Checker:
+    """Checks recipes of one search; reads each data manifest, and looks for its files, once."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self._load = lru_cache(maxsize=None)(_load)
+        self._complete: set[str] = set()
+
+    def manifest(self, url: str, options: dict[str, str]) -> Manifest:
+        """Return the manifest of a prepared folder."""
+        return self._load(url, tuple(sorted(options.items())))
+
+    def recipe(self, values: Mapping[str, Any]) -> tuple[Recipe, CheckedModel]:
+        """Return the recipe that some values make of the base, and what it comes to.
+
+        Raises:
+            UserError: it could not be trained.
+        """
+        recipe = build_recipe(with_values(self.search.base, values), source=self.search.source)
+        model = check_recipe(recipe, self.manifest)
+        self._check_files(recipe.data, model.manifest)
+        describe_start(recipe, model.manifest)
+        return recipe, model
+
+    def _check_files(self, data: DataConfig, manifest: Manifest) -> None:
+        place = data.model_dump_json(include={"url", "train_split", "eval_split", "mixture", "storage_options"})
+        if place not in self._complete:
+            check_files(data, manifest)
+            self._complete.add(place)
+
+    def total_steps(self, values: Mapping[str, Any]) -> tuple[int, float]:
+        """Return a trial's optimizer steps, and those of one epoch."""
+        recipe, model = self.recipe(values)
+        epoch_steps = epoch_steps_of(recipe, model.manifest)
+        return recipe.train.total_steps(epoch_steps), epoch_steps
+
+
+def check_search(search: Search) -> Checker:
+    """Check the base recipe, then each value of the space that stands for others, each on top of the base.
+
+    Raises:
+        UserError: the first thing that some trial would fail at, with the key of the space.
+    """
+    checker = Checker(search)
+    _, base = checker.recipe({})
+    check_metrics(search, len(base.manifest.classes))
+    _check_alone(search)
+    _check_grace(checker)
+    keys = ordered(search.config.space)
+    if reason := impossible(search.config.space, search.resolved):
+        raise UserError(reason)
+    for key in keys:
+        _check_key(search, key)
+        for value in search.config.space[key].extremes():
+            _check_value(checker, base, key, value)
+    return checker
+
+
+def check_metrics(search: Search, classes: int) -> None:
+    """Refuse a metric that evaluations of the recipe's task do not give.
+
+    Raises:
+        UserError: they do not; the line names those that they give.
+    """
+    known = evaluation_metrics(search.recipe, classes)
+    for name in search.config.metrics:
+        if name not in (*known, PARAMETERS):
+            raise UserError(
+                f"metric = {name!r}: evaluations of task.kind = {kind_of(search.recipe.task)} give "
+                f"{', '.join(known)}; set metric to one of them"
+            )
+
+
+def _check_alone(search: Search) -> None:
+    """Refuse what is for a run that has the cluster for itself."""
+    if search.recipe.train.eval_beside or "train.eval_beside" in search.config.space:
+        raise UserError("train.eval_beside: a search judges a trial at each evaluation before it goes on; leave it out")
+    if search.recipe.cluster.min_workers:
+        raise UserError("cluster.min_workers: trials share the nodes by a fixed number of workers; leave it out")
+
+
+def _check_grace(checker: Checker) -> None:
+    """Refuse a grace that ends before the first evaluation, or not before the trials do."""
+    search = checker.search
+    settings, every = search.config.scheduler, search.recipe.train.eval_every
+    if not isinstance(settings, Asha | Median):
+        return
+    steps, epoch_steps = checker.total_steps({})
+    if "train.eval_every" not in search.config.space and every > settings.grace * (1 + 1e-9):
+        raise UserError(
+            f"scheduler.grace = {settings.grace:g}, but the first evaluation comes at epoch {every:g}: set it to at "
+            f"least {every:g}, or train.eval_every to at most {settings.grace:g}"
+        )
+    if settings.grace >= steps / epoch_steps and not {"train.epochs", "train.steps"} & set(search.config.space):
+        raise UserError(
+            f"scheduler.grace = {settings.grace:g}, but a trial ends at epoch {steps / epoch_steps:.4g}: none is ever "
+            "stopped; set it to less, or scheduler.kind to none"
+        )
+
+
+def check_trials(checker: Checker, trials: list[Values]) -> None:
+    """Check the trials that are known beforehand: values that are right alone may not go together.
+
+    Raises:
+        UserError: the first trial that could not be trained.
+    """
+    for number, values in enumerate(trials):
+        try:
+            checker.recipe(values)
+        except UserError as error:
+            raise UserError(f"trial {number} ({shown(values)}): {_reason(checker, error)}") from None
+
+
+def shown(values: Mapping[str, Any]) -> str:
+    """Return values as ``key=value`` pairs."""
+    return ", ".join(f"{key}={number(value)}" for key, value in values.items())
+
+
+def number(value: Any) -> str:
+    """Return a value as a reader wants it: four significant digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _load(url: str, options: tuple[tuple[str, str], ...]) -> Manifest:
+    return load_manifest(url, dict(options))
+
+
+def _check_key(search: Search, key: str) -> None:
+    head = key.split(".")[0]
+    if head in FIXED:
+        raise UserError(f"space.{key}: {head} cannot be searched, {FIXED[head]}; set it in overrides")
+    if search.config.exchanges and key in KEPT_BY_EXCHANGE:
+        raise UserError(
+            f"space.{key}: scheduler.kind = {search.config.scheduler.kind} has trials go on from each other's "
+            "checkpoints, which must agree in it; set it in overrides"
+        )
+
+
+def _check_value(checker: Checker, base: CheckedModel, key: str, value: Any) -> None:
+    """Check one value of one key on the base recipe, with what its conditions ask for."""
+    search = checker.search
+    condition = _condition(search, key)
+    try:
+        _, model = checker.recipe({**condition, key: value})
+    except UserError as error:
+        raise UserError(f"space.{key} = {number(value)}: {_reason(checker, error)}") from None
+    if search.config.exchanges and model.shapes != base.shapes:
+        raise UserError(
+            f"space.{key} = {number(value)} changes the model, and scheduler.kind = {search.config.scheduler.kind} "
+            "has trials take over each other's weights; leave it out, or take another scheduler"
+        )
+
+
+def _condition(search: Search, key: str) -> Values:
+    """Return values under which a key counts: what its ``when`` wants, and what that wants in turn."""
+    found: Values = {}
+    for other, wanted in search.config.space[key].when.items():
+        for place, value in possible(search.config.space, search.resolved, other, wanted).items():
+            if place in search.config.space:
+                found |= _condition(search, place)
+            found[place] = value
+    return found
+
+
+def _reason(checker: Checker, error: UserError) -> str:
+    return str(error).removeprefix(f"{checker.search.source}: ")
+
+
+def baseline(search: Search) -> Values:
+    """Return trial 0's values where that is the base recipe."""
+    return base_values(search.config.space, search.resolved)

@@ -1,0 +1,236 @@
+"""The end of a search: the best recipe, the report, MLflow's last entries, and what to do next."""
+
+import json
+import logging
+import math
+import platform
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cluster.record.failures import EXIT_STOPPED
+from cluster.record.run_folder import redacted_recipe
+from cluster.runtime import local
+from perceiver.tracking.redaction import redact_text
+from tune.config import Search
+from tune.record import DONE, SearchRecord, TrialRecord
+from tune.report.numbers import duration, figure, figures, workers
+from tune.space.space import with_values
+
+if TYPE_CHECKING:
+    from tune.search.plan import SearchLaunch
+
+log = logging.getLogger(__name__)
+
+
+def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
+    """Say how the search ended; write best recipe, report and MLflow's last entries. Return the exit code."""
+    record, folder = launch.record, launch.folder
+    status, best = outcome["status"], record.best()
+    if status == "finished" and best is None:
+        status, outcome["error"] = "failed", all_failed(record)
+    folder.note(status=status, seconds=record.seconds)
+    recipe = _write_best(launch, best) if best else None
+    report = _report(launch) if best else None
+    finish_run(launch, status, ("search.yaml", "best.yaml", "report.html", "trials.json"))
+    if best:
+        _say_results(launch, best, recipe, report, outcome.get("handle"))
+    if launch.start.as_json:
+        print(json.dumps(_facts(launch, status, best, recipe, report, outcome)))
+    return say_ending(launch, status, outcome)
+
+
+def say_ending(launch: "SearchLaunch", status: str, outcome: Mapping[str, Any]) -> int:
+    """Say how to go on with a search that did not come to its end; return the exit code."""
+    record, folder, console = launch.record, launch.folder, launch.console
+    if status == "stopped":
+        left = sum(trial.status not in DONE for trial in record.trials)
+        done = f"stopped with {len(record.ended())} of {launch.total} trials done, {left} saved"
+        console.say(f"{done}; go on with: {launch.go_on}")
+    elif status == "failed":
+        console.error(outcome.get("error", "the search ended without a word"))
+        console.say(f"logs {folder.local / 'logs'}; go on with: {launch.go_on}")
+    return {"finished": 0, "stopped": EXIT_STOPPED}.get(status, 1)
+
+
+def all_failed(record: SearchRecord) -> str:
+    reasons = [f"trial {trial.number}: {trial.reason}" for trial in record.trials if trial.reason]
+    return f"no trial of {len(record.trials)} came to an evaluation" + (f"; {reasons[0]}" if reasons else "")
+
+
+def best_recipe(search: Search, trial: TrialRecord, record: SearchRecord, where: str) -> str:
+    """Return the recipe of a trial as a file that ``perceiver train`` takes.
+
+    Args:
+        search: the search; its base recipe as the user wrote it, with the overrides.
+        trial: whose values are set in it.
+        record: for the figures in its header.
+        where: the search's folder, for the header.
+    """
+    tree = with_values(search.base, {**trial.values, "name": f"{search.config.name}-best"})
+    lines = [
+        f"# Best of {len(record.trials)} trials of {where}: trial {trial.number}.",
+        f"# Reached    {figures(trial, record)} after {trial.epoch:.4g} epochs; chosen by it, so a little flattering.",
+        f"# Command    perceiver train {where}/best.yaml",
+    ]
+    if trial.exchanges:
+        lines.append("# These are its last values; it had others, and others' weights, before: see the report.")
+    return "\n".join(lines) + "\n" + yaml.safe_dump(redacted_recipe(tree), sort_keys=False)
+
+
+def _write_best(launch: "SearchLaunch", best: TrialRecord) -> str:
+    launch.folder.write("best.yaml", best_recipe(launch.search, best, launch.record, launch.folder.url))
+    return launch.folder.location("best.yaml")
+
+
+def _report(launch: "SearchLaunch") -> str | None:
+    """Write the report; a failure costs the report, not the search."""
+    from tune.report.page import SearchReport, write_search_report
+
+    try:
+        data = SearchReport(
+            name=launch.folder.name,
+            record=launch.record,
+            space=launch.search.config.space,
+            base=launch.search.resolved,
+            baseline=0 if launch.search.config.with_baseline else None,
+            eval_samples=_eval_samples(launch),
+            facts=report_facts(launch),
+            commands=commands(launch),
+            best_recipe=launch.folder.read("best.yaml") or "",
+            settings=launch.search.config.model_dump(mode="json"),
+        )
+        launch.folder.write("report.html", write_search_report(data))
+        return launch.folder.location("report.html")
+    except Exception:  # noqa: BLE001  a plot that fails must not make a finished search look failed
+        log.exception("no report")
+        launch.console.say(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
+        return None
+
+
+def _eval_samples(launch: "SearchLaunch") -> int:
+    data = launch.search.recipe.data
+    return launch.checker.manifest(data.url, data.storage_options).split(data.eval_split).samples
+
+
+def report_facts(launch: "SearchLaunch") -> dict[str, str]:
+    """Return the report's tiles."""
+    record, config, recipe = launch.record, launch.search.config, launch.search.recipe
+    counts = {status: sum(trial.status == status for trial in record.trials) for status in (*DONE, "unfinished")}
+    return {
+        "trials": f"{len(record.trials)}: "
+        + ", ".join(f"{count} {status}" for status, count in counts.items() if count),
+        "search": f"{config.search.kind}, scheduler {config.scheduler.kind}",
+        "base recipe": recipe.name,
+        "data": recipe.data.url,
+        "at a time": f"{launch.slots.concurrency} trials, {workers(recipe)} each",
+        "wall time": f"{duration(record.seconds)}, start-up included",
+        "cost": f"{record.worker_seconds():,.0f} worker-seconds",
+        "machine": machine(),
+    }
+
+
+def machine() -> str:
+    """Return what this machine is, in a few words."""
+    return f"{local.machine_cpus()} CPUs ({platform.machine()}), {platform.system()}"
+
+
+def commands(launch: "SearchLaunch", handle: Any = None) -> dict[str, str]:
+    """Return the commands that a user would want next, by caption."""
+    found = {"train it": shlex.join(["perceiver", "train", launch.folder.location("best.yaml")])}
+    if handle is not None:
+        store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
+        found["mlflow"] = f"mlflow ui --backend-store-uri {store}"
+    more = launch.total * 2
+    return {**found, "search on": f"{launch.go_on} trials={more}"}
+
+
+def verdict(record: SearchRecord, baseline: int | None, samples: int) -> str:
+    """Return one sentence: whether the best trial beats the base recipe, and how sure that is.
+
+    Args:
+        record: of the search.
+        baseline: number of the trial that is the base recipe, if there is one.
+        samples: size of the evaluation split, from which the margin of an accuracy comes.
+    """
+    best = record.best()
+    if best is None:
+        return "no trial came to an evaluation"
+    (metric, mode), *_ = record.metrics.items()
+    score = best.scores([metric])[metric]
+    text = f"best trial {best.number}: {metric} {figure(metric, score)}"
+    if baseline is None or metric not in (own := record.trial(baseline).scores([metric])):
+        return text
+    if best.number == baseline:
+        return f"{text}: no trial beat the base recipe (trial {baseline}) at the same {best.epoch:.4g} epochs"
+    base, gain = own[metric], (score - own[metric]) * (1 if mode == "max" else -1)
+    text += f", the base recipe (trial {baseline}) {figure(metric, base)}"
+    if record.trial(baseline).epoch != best.epoch:
+        text += f" after {record.trial(baseline).epoch:.4g} instead of {best.epoch:.4g} epochs"
+    else:
+        text += f" after the same {best.epoch:.4g} epochs"
+    if gain <= 0:
+        return f"{text}: no trial beat it"
+    if metric == "accuracy" and samples:
+        spread = math.sqrt((score * (1 - score) + base * (1 - base)) / samples)
+        sure = "more" if gain > 1.96 * spread else "less"
+        text += (
+            f"; the gain is {sure} than the {100 * 1.96 * spread:.1f} points by which two such figures differ by chance"
+        )
+    return text
+
+
+def _say_results(
+    launch: "SearchLaunch", best: TrialRecord, recipe: str | None, report: str | None, handle: Any
+) -> None:
+    say = launch.console.say
+    say("")
+    say(verdict(launch.record, 0 if launch.search.config.with_baseline else None, _eval_samples(launch)))
+    say("values      " + "  ".join(f"{key}={value}" for key, value in best.values.items()))
+    say(f"cost        {launch.record.worker_seconds():,.0f} worker-seconds, {duration(launch.record.seconds)} in all")
+    if recipe:
+        say(f"recipe      {recipe}")
+    if report:
+        say(f"report      {report}")
+    for caption, line in commands(launch, handle).items():
+        say(f"{caption:<12}{line}")
+
+
+def finish_run(launch: "SearchLaunch", status: str, files: Sequence[str]) -> None:
+    """Send what is left to MLflow: files of the search's folder, and how the search ended."""
+    tracker = launch.tracker
+    for name in files:
+        path = launch.folder.local / name
+        if path.exists():
+            tracker.log_artifact(path)
+    tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
+
+
+def _facts(
+    launch: "SearchLaunch",
+    status: str,
+    best: TrialRecord | None,
+    recipe: str | None,
+    report: str | None,
+    outcome: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what ``--json`` prints."""
+    record = launch.record
+    return {
+        "status": status,
+        "search": launch.folder.url,
+        "error": outcome.get("error"),
+        "trials": {trial.number: trial.status for trial in record.trials},
+        "best": {"trial": best.number, "values": best.values, "scores": best.scores(list(record.metrics))}
+        if best
+        else None,
+        "recipe": recipe,
+        "report": report,
+        "seconds": round(record.seconds, 1),
+        "worker_seconds": round(record.worker_seconds(), 1),
+        "measured": time.strftime("%Y-%m-%d"),
+    }

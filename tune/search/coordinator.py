@@ -1,0 +1,266 @@
+"""The desk of a running search: hands out trials, takes in what becomes of them, and keeps the record on disk."""
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.search import Searcher
+
+from cluster.recipe.config import absolute
+from cluster.record.failures import one_line
+from cluster.record.run_folder import RunFolder
+from perceiver.config import UserError
+from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, now, save_record, trial_name
+from tune.space.samplers import Ending, Source
+from tune.space.space import Values
+
+log = logging.getLogger(__name__)
+
+PATHS = ("data.url", "train.init_from", "deepspeed.config")
+"""Keys whose value may be a path."""
+
+Listener = Callable[[str, TrialRecord], None]
+"""Is told what happened (a word) and to which trial."""
+
+
+class Desk:
+    """All that changes the record goes through here, one call at a time; each change is on disk when a call returns.
+
+    Args:
+        record: what is known so far.
+        folder: of the search.
+        source: gives new trials their values.
+        prepare: checks a new trial's recipe and returns its parameters and optimizer steps.
+        waiting: numbers of the trials to run before new ones are drawn.
+        total: how many trials there will be.
+    """
+
+    def __init__(
+        self,
+        record: SearchRecord,
+        folder: RunFolder,
+        source: Source,
+        prepare: Callable[[Values], tuple[int, int]],
+        waiting: list[int],
+        total: int,
+    ) -> None:
+        self.record, self.folder, self.source, self.prepare = record, folder, source, prepare
+        self.waiting, self.total = list(waiting), total
+        self.listeners: list[Listener] = []
+        self.stopping = False
+        self._lock = threading.RLock()
+        self._since = time.monotonic()
+        for trial in record.ended():
+            self._tell(trial)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Desk":
+        """Stay the one desk where Tune copies what refers to it."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give Tune nothing to store: it pickles whatever it holds, and nothing reads that again."""
+        return {}
+
+    def next_trial(self) -> TrialRecord | None:
+        """Return the trial to run now; None if there is none left, or the search is being stopped.
+
+        A drawn trial whose recipe cannot be trained is recorded as failed, and another one is drawn.
+        """
+        with self._lock:
+            if self.stopping:
+                return None
+            if self.waiting:
+                return self.record.trial(self.waiting.pop(0))
+            while len(self.record.trials) < self.total:
+                trial = self.draw()
+                if trial.status == "waiting":
+                    return trial
+            return None
+
+    def draw(self) -> TrialRecord:
+        """Add the next new trial to the record."""
+        with self._lock:
+            number = len(self.record.trials)
+            trial = TrialRecord(number=number, values=self.source.ask(number), label=self.source.label(number))
+            self.record.trials.append(trial)
+            try:
+                trial.parameters, trial.total_steps = self.prepare(trial.values)
+            except UserError as error:
+                self._end(trial, "failed", str(error))
+            self._save()
+            return trial
+
+    def started(self, number: int) -> None:
+        """A trial has a process."""
+        with self._lock:
+            trial = self.record.trial(number)
+            trial.status, trial.started = "running", trial.started or now()
+            trial.attempts += 1
+            self._say("started", trial)
+
+    def result(self, number: int, result: Mapping[str, Any]) -> None:
+        """A trial was evaluated, or says how it ended."""
+        with self._lock:
+            trial = self.record.trial(number)
+            trial.seconds += result.get("seconds", 0.0)
+            trial.samples_per_s = result.get("throughput") or trial.samples_per_s
+            match result.get("ending"):
+                case None:
+                    figures = dict(result["evaluation"])
+                    trial.add(Evaluation(step=result["step"], epoch=result["epoch"], metrics=figures, at=now()))
+                    self._say("evaluated", trial)
+                case "finished":
+                    self._end(trial, "finished")
+                case "refused":
+                    self._end(trial, "failed", result["error"])
+                case _:
+                    trial.status = "unfinished"
+                    self._say("unfinished", trial)
+
+    def over(self, number: int) -> None:
+        """Tune has ended a trial: if it did not say how, the scheduler stopped it."""
+        with self._lock:
+            trial = self.record.trial(number)
+            if trial.status == "running":
+                self._end(trial, "stopped")
+
+    def set_aside(self, number: int) -> None:
+        """A trial that is not running waits for --resume: the search is being stopped."""
+        with self._lock:
+            self.record.trial(number).status = "unfinished"
+            self._save()
+
+    def broke(self, number: int, reason: str, again: bool) -> None:
+        """A trial failed; it starts ``again``, or that was it."""
+        with self._lock:
+            trial = self.record.trial(number)
+            # A worker group of which one refused to go on dies by the trial's own hand; the reason is in its folder.
+            reason = RunFolder(self.folder.location("trials"), trial_name(number)).facts().get("refusal") or reason
+            if again:
+                trial.reason = reason
+                self._say("again", trial)
+            elif trial.status not in DONE:
+                self._end(trial, "failed", reason)
+
+    def exchanged(self, number: int, donor: int, step: int, values: Values) -> None:
+        """A trial went on from another one's checkpoint."""
+        with self._lock:
+            trial = self.record.trial(number)
+            trial.exchanges.append(Exchange(donor=donor, step=step, values=values))
+            trial.values = values
+            self._say("exchanged", trial)
+
+    def close(self) -> None:
+        """Mark what did not come to an end."""
+        with self._lock:
+            for trial in self.record.trials:
+                if trial.status not in DONE:
+                    trial.status = "unfinished"
+            self._save()
+
+    def _end(self, trial: TrialRecord, ending: Ending, reason: str = "") -> None:
+        trial.status, trial.reason = ending, reason
+        self._tell(trial)
+        self._say(ending, trial)
+
+    def _tell(self, trial: TrialRecord) -> None:
+        ending: Any = trial.status
+        self.source.tell(trial.number, trial.values, ending, trial.scores(list(self.record.metrics)), trial.step)
+
+    def _say(self, what: str, trial: TrialRecord) -> None:
+        self._save()
+        for listener in self.listeners:
+            listener(what, trial)
+
+    def _save(self) -> None:
+        before, self._since = self._since, time.monotonic()
+        self.record.seconds += self._since - before
+        save_record(self.record, self.folder)
+
+
+class Asker(Searcher):
+    """Gives Tune the desk's next trial. All state is the desk's."""
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__(metric=None, mode=None)
+        self.desk = desk
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next trial's configuration, or that there is none."""
+        trial = self.desk.next_trial()
+        return Searcher.FINISHED if trial is None else configuration(trial)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Do nothing: the desk is told by `Reporter`."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Do nothing: a search goes on from its own record."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing: see `save`."""
+
+
+class Reporter(TrialProgressCallback):
+    """Tells the desk what Tune sees, in the place of the callback that would print lines of Tune's own."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Desk.started`."""
+        self.desk.started(trial.config["number"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See `Desk.result`."""
+        self.desk.result(trial.config["number"], result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Desk.over`."""
+        self.desk.over(trial.config["number"])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Desk.broke`."""
+        self.desk.broke(trial.config["number"], failure(trial), again=True)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Desk.broke`."""
+        self.desk.broke(trial.config["number"], failure(trial), again=False)
+
+
+def configuration(trial: TrialRecord) -> dict[str, Any]:
+    """Return what a trial's process is started with."""
+    return {"number": trial.number, "values": placed(trial.values), "label": trial.label}
+
+
+def placed(values: Values) -> Values:
+    """Return values with local paths made absolute: a trial's process may stand in another folder."""
+    found = {key: absolute(v) if key in PATHS and isinstance(v, str) else v for key, v in values.items()}
+    if parts := values.get("data.mixture"):
+        found["data.mixture"] = [{**part, "url": absolute(part["url"])} for part in parts]
+    return found
+
+
+def failure(trial: Any) -> str:
+    """Return why a Tune trial failed the last time, in one line."""
+    try:
+        text = str(trial.get_error() or "")
+    except OSError as error:
+        log.warning("the reason of %s is lost: %s", trial, error)
+        text = ""
+    return reason(text)
+
+
+def reason(text: str) -> str:
+    """Return the line of Ray's error file that says what happened at the last failure."""
+    last = re.split(r"^Failure # .*$", text, flags=re.MULTILINE)[-1].strip()
+    if not last:
+        return "the trial's process died"
+    if re.search(r"ray\.exceptions\.OutOfMemoryError|node running low on memory|NODE_OUT_OF_MEMORY", last):
+        return "out of memory: Ray ended the trial's process"
+    return one_line(Exception(last)).removeprefix("RuntimeError: ")

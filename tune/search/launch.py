@@ -1,0 +1,333 @@
+"""The driver of a search: check everything, start Ray and MLflow, run Ray Tune, conclude."""
+
+import logging
+import os
+import shlex
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import yaml
+
+from cluster.recipe.placement import Node, connected_nodes
+from cluster.record.failures import one_line
+from cluster.record.run_folder import RunFolder, choose_run, redacted_recipe
+from cluster.runtime import local
+from cluster.runtime.session import Tracked, log_file, logged, ray_and_mlflow, stop_on_signal
+from perceiver.config import UserError
+from perceiver.tracking.mlflow_writer import (
+    RunHandle,
+    TrackingConfig,
+    load_handle,
+    open_tracker,
+    spool_folder,
+)
+from pipelines.feed.ingest import load_data
+from pipelines.feed.warm import warm_up
+from tune.config import OptunaSearch, Search, build_search
+from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_record, trial_name
+from tune.search.checks import baseline, check_search, check_trials
+from tune.search.conclude import conclude
+from tune.search.console import SearchConsole
+from tune.search.dry_run import say_plan
+from tune.search.plan import Concluder, Plan, SearchLaunch, Start
+from tune.search.resources import Slots, divide
+from tune.search_file import read_search
+from tune.space.samplers import FixedSource, OptunaSource, Source, known_trials
+from tune.space.space import Values
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+STOPPING = "stopping: the running trials save a checkpoint first (again to leave at once)"
+FREE_ON_RESUME = ("trials", "concurrency", "max_failures")
+
+
+def launch_search(
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    run: str | None = None,
+    as_json: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Run a search to its end; return the exit code (0 done, 1 failed, 130 stopped).
+
+    Args:
+        path: the search file.
+        overrides: ``key=value``, of the search or of its base recipe.
+        resume: go on with the newest search of the name, or with ``run``.
+        run: name of the search's folder.
+        as_json: print the outcome as one JSON line at the end.
+        dry_run: say what would be done, and end.
+
+    Raises:
+        UserError: a mistake in the search, the recipe, the data or the resources, before anything starts.
+    """
+    tree, base, where = read_search(path, overrides)
+    ray_start = start_early(base, dry_run)
+    search = build_search(tree, base, where, path)
+    checker = check_search(search)
+    known = known_trials(search, baseline(search))
+    slots = find_slots(search, known, ray_start)
+    check_trials(checker, known or [])
+    if ray_start is None:
+        say_plan(search, checker, slots, known)
+        return 0
+    command = shlex.join(["perceiver", "tune", path, *overrides])
+    return run_search(Plan(search, checker, slots, known), Start(command, resume, run, as_json), ray_start, conclude)
+
+
+def start_early(base: Mapping[str, Any], dry_run: bool) -> local.EarlyRay | None:
+    """Have Ray come up while the rest is read and checked; None if nothing is to be started.
+
+    Args:
+        base: tree of the base recipe.
+        dry_run: start nothing.
+    """
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    return None if dry_run else local.EarlyRay(base.get("cluster"), one_run=False)
+
+
+def run_search(plan: Plan, start: Start, ray_start: local.EarlyRay, conclude: Concluder) -> int:
+    """Run what is left of a search; return the exit code of ``conclude``, 0 if nothing was left.
+
+    Raises:
+        UserError: there is no such search to resume, or it was begun with other settings.
+    """
+    folder = _folder(plan.search, start)
+    record = load_record(folder) if start.resume else _new_record(plan.search)
+    waiting = go_on(record)
+    _keep_search(plan, folder, start.resume)
+    save_record(record, folder)
+    with SearchConsole(record) as console, ExitStack() as stack:
+        stack.enter_context(log_file(folder))
+        background = stack.enter_context(ThreadPoolExecutor(2))
+        launch = SearchLaunch(plan, start, folder, record, waiting, console, background)
+        if start.resume and not waiting and len(record.trials) >= launch.total:
+            console.say(f"{folder.url} is finished ({len(record.trials)} trials); {start.more}")
+            return 0
+        outcome = logged(lambda: _search(launch, ray_start))
+        return conclude(launch, outcome)
+
+
+def find_slots(search: Search, known: list[Values] | None, ray_start: local.EarlyRay | None) -> Slots:
+    """Divide the cluster to connect to, or this machine, where Ray may still be on its way."""
+    import torch
+
+    nodes = [Node("this machine", {"CPU": local.machine_cpus(), "GPU": torch.cuda.device_count()})]
+    if search.recipe.cluster.resolved_address():
+        (ray_start or local.EarlyRay(search.recipe.cluster.model_dump(), one_run=False)).facts()
+        nodes = connected_nodes()
+    cpus, gpus = (sum(float(node.resources.get(name, 0)) for node in nodes) for name in ("CPU", "GPU"))
+    trials = len(known) if known is not None else search.config.trials
+    return divide(search.recipe, search.config.concurrency, trials, cpus, gpus, nodes)
+
+
+def _new_record(search: Search) -> SearchRecord:
+    return SearchRecord(metrics=search.config.metrics, workers=search.recipe.cluster.workers)
+
+
+def _folder(search: Search, start: Start) -> RunFolder:
+    output = search.recipe.output
+    folder = choose_run(output, search.config.name, start.resume, start.run)
+    if not start.resume and folder.facts():
+        raise UserError(f"search {folder.name!r} exists below {output}: add --resume to go on, or choose another --run")
+    return folder
+
+
+def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
+    """Write ``search.yaml``; on a resume refuse one that asks for something else.
+
+    Raises:
+        UserError: a key differs that the finished trials depend on.
+    """
+    search = plan.search
+    wanted = {
+        "search": search.config.model_dump(mode="json"),
+        "base": redacted_recipe(search.recipe.model_dump(mode="json")),
+        "rows": redacted_recipe(plan.rows),
+    }
+    before = yaml.safe_load(folder.read("search.yaml") or "{}") if resume else {}
+    _check_rows(folder, list(before.get("rows", {})), list(plan.rows))
+    of = {"search": "{}", "base": "{} of the base recipe", "rows": "row {}"}
+    free = {"search": FREE_ON_RESUME + (("space",) * bool(plan.rows)), "base": ("cluster", "tracking", "output")}
+    for part, name in of.items():
+        for key in before.get(part, {}):
+            old, new = before[part][key], wanted[part].get(key)
+            if key not in free.get(part, ()) and old != new:
+                raise UserError(
+                    f"{folder.url} was begun with another {name.format(key)} ({_short(old)}, now {_short(new)}): "
+                    f"resume with what {folder.location('search.yaml')} says, or start a new one without --resume"
+                )
+    folder.note(search=search.config.name, status="running")
+    folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
+
+
+def _check_rows(folder: RunFolder, before: Sequence[str], now: Sequence[str]) -> None:
+    """Refuse other rows than a table was begun with: a trial belongs to the row at its place.
+
+    Raises:
+        UserError: a row was added, left out or moved.
+    """
+    if before and before != now:
+        raise UserError(
+            f"{folder.url} was begun with the rows {', '.join(before)}, now they are {', '.join(now)}: give them "
+            "in that order, or start a new table without --resume"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _search(launch: SearchLaunch, ray_start: local.EarlyRay) -> dict[str, Any]:
+    """Run the trials to their end; return how that went, with ``status`` finished, stopped or failed."""
+    folder, recipe = launch.folder, launch.search.recipe
+    _say_header(launch)
+    params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
+    run = Tracked(launch.tracking, params, _source_tag(launch))
+    tasks = launch.slots.concurrency * recipe.cluster.workers * recipe.data.tasks
+    warm = partial(warm_up, tasks, recipe.data, load_data(recipe.data, launch.checker.manifest))
+    with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
+        if handle is not None:
+            launch.tracker = open_tracker(handle, spool_folder(folder.local), system_metrics_node="")
+        return {**_tune(launch, handle), "handle": handle}
+
+
+def _say_header(launch: SearchLaunch) -> None:
+    config, slots, console = launch.search.config, launch.slots, launch.console
+    here = "in its own process" if slots.here else f"with {launch.search.recipe.cluster.workers} workers"
+    console.say(
+        f"{launch.folder.url}: {launch.total} trials of {launch.search.recipe.name} ({config.search.kind}, scheduler "
+        f"{config.scheduler.kind}), {slots.concurrency} at a time, each {here} on {slots.share.cpus:.4g} CPUs"
+    )
+    if launch.start.resume:
+        done = len(launch.record.ended())
+        console.say(f"resuming {launch.folder.name}: {done} trials are done, {len(launch.waiting)} go on")
+
+
+def _source(launch: SearchLaunch) -> Source:
+    settings = launch.search.config.search
+    if isinstance(settings, OptunaSearch):
+        told = len(launch.record.trials)
+        return OptunaSource(launch.search, settings, launch.search.config.metrics, told)
+    assert launch.plan.known is not None
+    return FixedSource(launch.plan.known, launch.plan.labels)
+
+
+def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
+    """Run Ray Tune in a thread, so that this one shows progress and takes the user's signals."""
+    import ray
+
+    from cluster.run.monitor import pump, start_monitor
+    from tune.search.coordinator import Desk
+    from tune.search.tuner import build_tuner
+
+    control = start_monitor()
+    desk = Desk(launch.record, launch.folder, _source(launch), _prepare(launch), launch.waiting, launch.total)
+    desk.listeners += [launch.console.news, _Tracking(launch).news]
+    _add_baseline(launch, desk)
+    tuner = build_tuner(launch, desk, control, _trial_tracking(launch, handle))
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except Exception as error:  # noqa: BLE001  whatever Ray raises becomes one line for the user
+            log.exception("the search failed")
+            outcome.update(status="failed", error=one_line(error))
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "progress":
+            launch.console.progress(event)
+        if event["kind"] == "exchange":
+            desk.exchanged(event["trial"], event["donor"], event["step"], event["values"])
+
+    def stopping(line: str) -> None:
+        desk.stopping = True
+        launch.console.say(line)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    launch.console.open()
+    with stop_on_signal(control, stopping, STOPPING):
+        thread.start()
+        while thread.is_alive():
+            pump(control, on_event)
+            launch.console.refresh()
+            thread.join(0.2)
+        pump(control, on_event)
+    launch.console.close()
+    desk.close()
+    ray.kill(control)
+    return {"status": "stopped" if desk.stopping else "finished", **outcome}
+
+
+def _prepare(launch: SearchLaunch) -> Any:
+    def prepare(values: Values) -> tuple[int, int]:
+        _, model = launch.checker.recipe(values)
+        return model.parameters, launch.checker.total_steps(values)[0]
+
+    return prepare
+
+
+def _add_baseline(launch: SearchLaunch, desk: Any) -> None:
+    """Enter trials that need no drawing: the baseline of a study, and a whole population."""
+    if launch.plan.known is None and launch.search.config.with_baseline and not launch.record.trials:
+        values = baseline(launch.search)
+        parameters, steps = desk.prepare(values)
+        launch.record.trials.append(TrialRecord(number=0, values=values, parameters=parameters, total_steps=steps))
+        desk.waiting.append(0)
+    if launch.search.config.exchanges:
+        while len(launch.record.trials) < launch.total:
+            desk.waiting.append(desk.draw().number)
+    save_record(launch.record, launch.folder)
+
+
+def _trial_tracking(launch: SearchLaunch, handle: RunHandle | None) -> tuple[TrackingConfig, dict[str, str]]:
+    """Return the settings and tags of the trials' MLflow runs: children of the search's."""
+    config = launch.tracking.model_copy(update={"system_metrics": False})
+    tags = {**_source_tag(launch), "perceiver.search": launch.folder.name}
+    if handle is not None and handle.run_id is not None:
+        tags["mlflow.parentRunId"] = handle.run_id
+    return config, tags
+
+
+def _source_tag(launch: SearchLaunch) -> dict[str, str]:
+    return {"mlflow.source.name": " ".join(launch.start.command.split()[:2])}
+
+
+class _Tracking:
+    """Logs what becomes of trials into the search's MLflow run, and closes the runs of those that failed."""
+
+    def __init__(self, launch: SearchLaunch) -> None:
+        self.launch = launch
+
+    def news(self, what: str, trial: TrialRecord) -> None:
+        """Take note of a trial's end."""
+        if what not in ("finished", "stopped", "failed"):
+            return
+        record = self.launch.record
+        if what == "failed":
+            self.launch.background.submit(self._close_failed, trial.number)
+        if best := record.best():
+            ended = len(record.ended())
+            figures = {f"best/{name}": value for name, value in best.scores(list(record.metrics)).items()}
+            trials = {f"trial/{name}": value for name, value in trial.scores(list(record.metrics)).items()}
+            self.launch.tracker.log_metrics(ended, {**figures, **trials, "trials_ended": float(ended)})
+
+    def _close_failed(self, number: int) -> None:
+        folder = RunFolder(self.launch.trials_url, trial_name(number)).local
+        if handle := load_handle(folder):
+            open_tracker(handle, spool_folder(folder)).close("failed")

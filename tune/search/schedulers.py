@@ -1,0 +1,199 @@
+"""Ray Tune's schedulers as a search file asks for them."""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray.tune
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+
+from tune.config import Asha, Median, Mode, Pb2, Pbt, SearchConfig
+from tune.record import TrialRecord
+from tune.search.population import ALMOST, TIME, Population
+from tune.space.space import Choice, Int, LogUniform, QUniform, Uniform, Values
+
+FOREVER = math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """Stands for a trial of an earlier start where its results are told to a scheduler."""
+
+    trial_id: str
+    config: dict[str, Any]
+    status: str = "TERMINATED"
+
+
+class _SparesBaseline:
+    """Lets the baseline go on whatever the scheduler decides; its results count like any other's."""
+
+    baseline = False
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide as the scheduler does, but never to stop trial 0 where that is the baseline."""
+        decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
+        if self.baseline and trial.config["number"] == 0 and decision == TrialScheduler.STOP:
+            getattr(self, "_stopped_trials", set()).discard(trial)
+            return TrialScheduler.CONTINUE
+        return decision
+
+
+class SparingAsha(_SparesBaseline, ASHAScheduler):
+    """Asynchronous successive halving that spares the baseline."""
+
+
+class SparingMedian(_SparesBaseline, MedianStoppingRule):
+    """The median stopping rule that spares the baseline."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Note a trial's last result, if it ever was evaluated: the rule looks for the epoch of all that it noted."""
+        if TIME in result and self._metric in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, desk: Any = None) -> Any:
+    """Return the Ray Tune scheduler of a search.
+
+    Args:
+        config: the search.
+        epochs: length of the longest trial.
+        concurrency: trials at a time; a population that does not fit at once takes turns.
+        desk: of the search, which a population asks whether it is being stopped.
+    """
+    (metric, mode), *_ = config.metrics.items()
+    settings = config.scheduler
+    if isinstance(settings, Asha):
+        scheduler = SparingAsha(
+            time_attr=TIME,
+            metric=metric,
+            mode=mode,
+            # A little less, so that an evaluation at that very epoch counts in spite of rounding; and a trial that has
+            # reached its end is not stopped there.
+            max_t=max(epochs, settings.grace) * ALMOST,  # pyright: ignore[reportArgumentType]
+            grace_period=settings.grace * ALMOST,  # pyright: ignore[reportArgumentType] any number of epochs
+            stop_last_trials=False,
+            reduction_factor=settings.reduction,
+        )
+        scheduler.baseline = config.with_baseline
+        return scheduler
+    if isinstance(settings, Median):
+        # Without the long slice it would have trials take turns, each time with a restart.
+        scheduler = SparingMedian(
+            time_attr=TIME,
+            metric=metric,
+            mode=mode,
+            grace_period=settings.grace,
+            min_samples_required=settings.min_trials,
+            min_time_slice=FOREVER,  # pyright: ignore[reportArgumentType]
+        )
+        scheduler.baseline = config.with_baseline
+        return scheduler
+    if isinstance(settings, Pbt | Pb2):
+        population = _population(config, settings, metric, mode, takes_turns(config, concurrency))
+        population.concurrency, population.epochs, population.desk = concurrency, epochs, desk
+        return population
+    return FIFOScheduler()
+
+
+def takes_turns(config: SearchConfig, concurrency: int) -> bool:
+    """Whether the trials of a population are more than run at a time, so that all pause after each evaluation."""
+    return config.exchanges and config.trials > concurrency
+
+
+def replay(scheduler: Any, trials: Iterable[TrialRecord]) -> None:
+    """Tell a scheduler the results of the trials that ended in an earlier start of the search."""
+    if not isinstance(scheduler, SparingAsha | SparingMedian):
+        return
+    for record in trials:
+        past: Any = Past(f"past-{record.number:05d}", {"number": record.number})
+        nobody: Any = _Nobody()
+        scheduler.on_trial_add(nobody, past)
+        for evaluation in record.evaluations:
+            result = {TIME: evaluation.epoch, **evaluation.metrics}
+            if scheduler._metric in result:
+                scheduler.on_trial_result(nobody, past, result)
+
+
+class _Nobody:
+    """A controller without live trials."""
+
+    def get_live_trials(self) -> list[Any]:
+        """Return none."""
+        return []
+
+
+def _population(config: SearchConfig, settings: Pbt | Pb2, metric: str, mode: Mode, synch: bool) -> Any:
+    random.seed(config.seed)  # Ray draws from the global generator
+    shared: dict[str, Any] = {
+        "time_attr": TIME,
+        "metric": metric,
+        "mode": mode,
+        # Evaluations come at each interval, but an epoch ends within a step: two of them may lie a little closer.
+        "perturbation_interval": settings.interval / 2,
+        "quantile_fraction": settings.quantile,
+        "synch": synch,
+        "log_config": False,
+        "require_attrs": False,
+    }
+    if isinstance(settings, Pb2):
+        from ray.tune.schedulers.pb2 import PB2
+
+        class Bandit(Population, PB2):
+            """Population based bandits of numbered trials."""
+
+        bounds = {key: [d.low, d.high] for key, d in config.space.items() if isinstance(d, Uniform | Int)}
+        return Bandit(hyperparam_bounds={"values": bounds}, **shared)
+    return Population(
+        hyperparam_mutations={"values": {key: mutation(dimension) for key, dimension in config.space.items()}},
+        resample_probability=settings.resample,
+        custom_explore_fn=within(config),
+        **shared,
+    )
+
+
+def mutation(dimension: Any) -> Any:
+    """Return how PBT changes a value: a list to step along, or a distribution to draw from again."""
+    match dimension:
+        case Choice():
+            return dimension.values
+        case LogUniform():
+            return ray.tune.loguniform(dimension.low, dimension.high)
+        case QUniform():
+            return [*_steps(dimension.low, dimension.high, dimension.step)]
+        case Uniform():
+            return ray.tune.uniform(dimension.low, dimension.high)
+        case Int(log=False):
+            return [*range(dimension.low, dimension.high + 1, dimension.step)]
+        case Int():
+            return ray.tune.lograndint(dimension.low, dimension.high + 1)
+    raise AssertionError(dimension)
+
+
+def within(config: SearchConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a function that takes changed values back into their ranges."""
+
+    def clip(changed: dict[str, Any]) -> dict[str, Any]:
+        changed["values"] = clipped(config, changed["values"])
+        return changed
+
+    return clip
+
+
+def clipped(config: SearchConfig, values: Mapping[str, Any]) -> Values:
+    """Return values within the ranges of the space."""
+    found = dict(values)
+    for key, dimension in config.space.items():
+        if isinstance(dimension, Uniform | Int) and key in found:
+            found[key] = min(max(found[key], dimension.low), dimension.high)
+    return found
+
+
+def _steps(low: float, high: float, step: float) -> Iterable[float]:
+    return (low + index * step for index in range(int((high - low) / step + 1e-9) + 1))

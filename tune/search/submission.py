@@ -1,0 +1,52 @@
+"""A search as the work of a job: what travels to the cluster, and whether its trials fit there."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from cluster.jobs.package import named_files, path_in_package
+from cluster.jobs.submit import Submission, Work
+from cluster.recipe.file import read_tree
+from cluster.recipe.placement import Node
+from tune.config import Search, build_search
+from tune.search.resources import divide
+from tune.search_file import read_search
+
+
+def is_search(path: str) -> bool:
+    """Return whether a file is a search: it names a recipe or a space, which no recipe does.
+
+    Raises:
+        UserError: there is no such file, or it is no YAML.
+    """
+    return not {"recipe", "space"}.isdisjoint(read_tree(path))
+
+
+def searching(wanted: Submission) -> Work:
+    """Return the work of a job that runs a search.
+
+    Raises:
+        UserError: a mistake in the search or in its base recipe.
+    """
+    tree, base, where = read_search(wanted.recipe, wanted.overrides)
+    search = build_search(tree, base, where, wanted.recipe)
+    files = [wanted.recipe, where, *named_files(base)]
+    found_by = [] if _found(wanted.recipe, str(tree["recipe"]), where) else [f"recipe={path_in_package(where)}"]
+    return Work(
+        "tune", search.recipe, search.config.name, {**base, "search": tree}, files, partial(_fit, search), found_by
+    )
+
+
+def _found(search_file: str, recipe: str, where: str) -> bool:
+    """Return whether the search file in the package leads to the recipe there, by the key as it stands."""
+    beside = Path(path_in_package(search_file)).parent / recipe
+    return path_in_package(where) in (os.path.normpath(beside), os.path.normpath(recipe))
+
+
+def _fit(search: Search, nodes: Sequence[Node]) -> None:
+    """Refuse a cluster that holds no trial, or fewer at a time than the search wants."""
+    if search.recipe.cluster.autoscaling:
+        return
+    total = {name: sum(node.resources.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    divide(search.recipe, search.config.concurrency, search.config.trials, total["CPU"], total["GPU"])

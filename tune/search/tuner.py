@@ -1,0 +1,99 @@
+"""Ray Tune as a search needs it."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray.tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from cluster.recipe.config import absolute, for_workers
+from perceiver.tracking.mlflow_writer import TrackingConfig
+from tune.record import PARAMETERS
+from tune.search.coordinator import Asker, Desk, Reporter, placed
+from tune.search.schedulers import build_scheduler, replay, takes_turns
+from tune.search.trial import TrialPlan, TrialRun
+from tune.space.space import look_up, with_values
+
+if TYPE_CHECKING:
+    from tune.search.plan import SearchLaunch
+
+
+def build_tuner(
+    launch: "SearchLaunch", desk: Desk, control: Any, tracking: tuple[TrackingConfig, dict[str, str]]
+) -> Any:
+    """Return the tuner whose ``fit`` runs what is left of a search.
+
+    Args:
+        launch: the search.
+        desk: hands out the trials and takes their results.
+        control: the monitor actor of the search.
+        tracking: settings and tags of the trials' MLflow runs.
+    """
+    config, slots = launch.search.config, launch.slots
+    numbers = list(desk.waiting)
+    left = len(numbers) + max(0, launch.total - len(launch.record.trials))
+    scheduler = build_scheduler(config, _epochs(launch), slots.concurrency, desk)
+    replay(scheduler, launch.record.ended())
+    plan = trial_plan(launch, control, tracking)
+    place: Any = {"bundle_label_selector": [slots.labels]} if slots.labels else {}
+    room = ray.tune.PlacementGroupFactory([slots.reserved], **place)
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(TrialRun, plan=plan), room)
+    settings: dict[str, Any] = {"num_samples": left, "search_alg": Asker(desk)}
+    space: dict[str, Any] = {}
+    if config.exchanges:
+        # Ray lets no searcher choose the values of a population.
+        space = {"number": ray.tune.grid_search(numbers), "values": ray.tune.sample_from(_Values(desk))}
+        settings = {"num_samples": 1, "search_alg": BasicVariantGenerator(constant_grid_search=True)}
+    return ray.tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=ray.tune.TuneConfig(
+            scheduler=scheduler, max_concurrent_trials=slots.concurrency, reuse_actors=True, **settings
+        ),
+        run_config=ray.tune.RunConfig(
+            name=f"start-{time.time_ns()}",
+            storage_path=absolute(launch.folder.location("ray")),
+            failure_config=ray.tune.FailureConfig(max_failures=config.max_failures),
+            # The checkpoints are the runs' own; only a population asks for pointers to them.
+            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
+            callbacks=[Reporter(desk)],
+            verbose=0,
+        ),
+    )
+
+
+def trial_plan(launch: "SearchLaunch", control: Any, tracking: tuple[TrackingConfig, dict[str, str]]) -> TrialPlan:
+    """Return what all trials share."""
+    config, tags = tracking
+    resolved = for_workers(launch.search.recipe)
+    keys = ("data.url", "data.mixture", "train.init_from", "deepspeed.config")
+    places = {key: value for key in keys if (value := look_up(resolved, key))}
+    return TrialPlan(
+        base=with_values(launch.search.base, places),
+        output=launch.trials_url,
+        metrics=tuple(name for name in launch.record.metrics if name != PARAMETERS),
+        share=launch.slots.share,
+        here=launch.slots.here,
+        pointers=launch.search.config.exchanges,
+        turns=takes_turns(launch.search.config, launch.slots.concurrency),
+        tracking=config,
+        tags=tags,
+        control=control,
+    )
+
+
+def _epochs(launch: "SearchLaunch") -> float:
+    """Return the epochs of the base recipe, by which rungs are placed."""
+    steps, epoch_steps = launch.checker.total_steps({})
+    return steps / epoch_steps
+
+
+class _Values:
+    """Looks up the values of the trial whose number a configuration has."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def __call__(self, spec: Any) -> Any:
+        """Return them; called by Ray for each trial."""
+        return placed(self.desk.record.trial(spec.config["number"]).values)
