@@ -15,9 +15,9 @@ import torch.distributed as dist
 from cluster.recipe.config import Recipe
 from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
-from perceiver.tasks import build_task
-from perceiver.train.engine.deepspeed_engine import BatchPlan, DeepSpeedEngine
-from perceiver.train.engine.protocol import Batch
+from perceiver.tasks import Batch, build_task
+from perceiver.train.engine.deepspeed_config import BatchPlan
+from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
 from pipelines.feed.ingest import TrainShare, load_data, train_batches
 
 WARM, LEAST, MOST = 2, 4, 60

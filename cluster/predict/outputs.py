@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor, nn
 
-from perceiver.train.engine.protocol import Batch
+from perceiver.tasks import Batch
 
 FIRST = ("sample_id", "key", "label", "prediction", "class")
 """The columns that come first, those of them that there are."""

@@ -20,8 +20,8 @@ from cluster.recipe.origin import trained_on
 from cluster.runtime import local
 from perceiver.config import UserError
 from perceiver.export.weights import Saved, class_count, open_weights
-from perceiver.tasks import build_task
-from perceiver.train.engine.protocol import Batch, evaluate
+from perceiver.tasks import Batch, build_task
+from perceiver.train.engine.protocol import evaluate
 from perceiver.train.engine.ranks import Ranks
 from pipelines.feed.ingest import EvalShare, batch_shapes, eval_batches, load_data
 from pipelines.shards.manifest import Manifest

@@ -31,13 +31,14 @@ from perceiver.config import UserError
 from perceiver.export.weights import open_weights, start_from
 from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
-from perceiver.tasks import build_task
+from perceiver.tasks import Task, build_task
 from perceiver.tracking.mlflow_writer import RunHandle, open_tracker
 from perceiver.tracking.tracker import NullTracker, Tracker
 from perceiver.train.checkpoint.evaluation import BesideHook
 from perceiver.train.checkpoint.store import Snapshot
-from perceiver.train.engine.deepspeed_engine import BatchPlan, DeepSpeedEngine
-from perceiver.train.engine.protocol import Engine, Task
+from perceiver.train.engine.deepspeed_config import BatchPlan
+from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
+from perceiver.train.engine.protocol import Engine
 from perceiver.train.hooks import EvalHook, History, MetricsHook
 from perceiver.train.loop import Batch, Hook, Span, StepInfo
 from pipelines.feed.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches

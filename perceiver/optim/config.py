@@ -2,16 +2,26 @@
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from perceiver.config import Config
-from perceiver.optim.adamw import AdamW, LightOptimizer
 from perceiver.optim.lamb import Lamb
 from perceiver.optim.schedules import ConstantSchedule, ScheduleConfig
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
 _DEFAULT_EPS = {"adamw": 1e-8, "lamb": 1e-6}
 
 
@@ -54,7 +64,7 @@ def default_eps(config: OptimConfig) -> float:
     return config.eps or _DEFAULT_EPS[config.kind]
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module) -> LightOptimizer:
+def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """The configured optimizer over the module's trainable parameters, at the peak learning rate.
 
     Clipping and the schedule are the engine's: it clips before the step and sets each group's `lr`.
@@ -63,4 +73,7 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> LightOptimizer:
     eps = default_eps(config)
     if config.kind == "lamb":
         return Lamb(groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay)
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay)
+    # One kernel for all tensors: a tenth of a small model's step on a CPU.
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay, fused=True
+    )

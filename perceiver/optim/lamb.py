@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perceiver.optim.adamw import LightOptimizer
-from perceiver.train.checkpoint.shards import FlatLayout
+from perceiver.optim.partition import FlatLayout, state_of
 
 
-class Lamb(LightOptimizer):
+class Lamb(torch.optim.Optimizer):
     """LAMB with a trust ratio per parameter tensor.
 
     Used alone, each tensor in `params` is one parameter. Where a sharding engine replaces the parameters by flat
@@ -51,18 +50,27 @@ class Lamb(LightOptimizer):
         self._layouts = {id(flat): layout for flat, layout in layouts.items()}
         self._all_reduce = all_reduce
 
-    steps_on_device = False
-
-    def update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        """Update the tensors of one group in place."""
-        updates = self._adam_updates(params, grads, group)
-        self._scale_by_trust(params, updates)
-        torch._foreach_add_(params, updates, alpha=-group["lr"])
+    @torch.no_grad()
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride] the base class declares it by overloads
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update every tensor that has a gradient; a closure is evaluated first, as torch optimizers do."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                updates = self._adam_updates(params, [param.grad for param in params], group)
+                self._scale_by_trust(params, updates)
+                torch._foreach_add_(params, updates, alpha=-group["lr"])
+        return loss
 
     def _adam_updates(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Bias-corrected Adam directions plus weight decay, one per tensor; moves the moments on."""
+        """Update the moments; return the bias-corrected Adam directions plus weight decay, one per tensor."""
         beta1, beta2 = group["betas"]
-        states = [self.state_of(param) for param in params]
+        states = [state_of(self, param) for param in params]
         steps = [int(state["step"]) + 1 for state in states]
         first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]

@@ -9,7 +9,6 @@ file is a pickle.
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +18,41 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perceiver.config import UserError
+from perceiver.optim.partition import Layouts, state_of
 
 _HEADER = "engine.json"
 _FORMAT = 1
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`length` elements of a parameter that lie together in a flat tensor."""
-
-    parameter: int
-    """Number of the parameter in `FlatLayout.names`."""
-    start: int
-    """First element, counted in the flattened parameter."""
-    offset: int
-    """Where it lies in the flat tensor."""
-    length: int
-
-
-@dataclass(frozen=True)
-class FlatLayout:
-    """How parameters lie in one tensor of the optimizer on this rank. What no piece covers is padding."""
-
-    names: tuple[str, ...]
-    """The parameters that the tensor holds elements of on any rank: alike, and in the same order, on all."""
-    pieces: tuple[Piece, ...]
-    """The elements that it holds on this rank."""
-
-
-Layouts = Mapping[Tensor, FlatLayout]
-
-
-def whole_layouts(parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, FlatLayout]:
-    """The layouts of an optimizer that holds whole parameters."""
-    return {param: FlatLayout((name,), (Piece(0, 0, 0, param.numel()),)) for name, param in parameters}
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_shard(folder: Path, number: int, layouts: Layouts, optimizer: Any) -> None:
-    """Write what this rank's optimizer holds as `shard-NUMBER.safetensors`."""
+    """Write what this rank's optimizer contains as `shard-NUMBER.safetensors`."""
     tensors: dict[str, Tensor] = {}
     index = []
     for position, (flat, layout) in enumerate(layouts.items()):
-        state = optimizer.state_of(flat)
-        for part, values in {"param": flat, **{key: state[key] for key in _MOMENTS}}.items():
+        state = state_of(optimizer, flat)
+        for part, values in {"param": flat, **{key: state[key] for key in MOMENTS}}.items():
             tensors[f"{position}.{part}"] = values.detach().reshape(-1).to("cpu", copy=True)
         pieces = [[layout.names[piece.parameter], piece.start, piece.offset, piece.length] for piece in layout.pieces]
         index.append({"step": int(state["step"]), "pieces": pieces})
+    save_file(tensors, _shard_path(folder, number), {"index": json.dumps(index)})
+
+
+def save_whole_shard(folder: Path, number: int, parameters: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    """Write whole parameters as `shard-NUMBER.safetensors`.
+
+    Args:
+        folder: of the training state.
+        number: of the shard.
+        parameters: by name, `param`, `exp_avg` and `exp_avg_sq` of each, on the CPU.
+        step: optimizer steps taken.
+    """
+    tensors = {
+        f"{position}.{part}": values.detach().reshape(-1)
+        for position, parts in enumerate(parameters.values())
+        for part, values in parts.items()
+    }
+    index = [{"step": step, "pieces": [[name, 0, 0, parts["param"].numel()]]} for name, parts in parameters.items()]
     save_file(tensors, _shard_path(folder, number), {"index": json.dumps(index)})
 
 
@@ -109,8 +96,8 @@ def load_shards(folder: Path, writers: int, layouts: Layouts, optimizer: Any) ->
     with contextlib.ExitStack() as stack:
         sources = _Sources([stack.enter_context(_open(_shard_path(folder, number))) for number in range(writers)])
         for flat, layout in layouts.items():
-            state = optimizer.state_of(flat)
-            for part, tensor in {"param": flat.detach(), **{key: state[key] for key in _MOMENTS}}.items():
+            state = state_of(optimizer, flat)
+            for part, tensor in {"param": flat.detach(), **{key: state[key] for key in MOMENTS}}.items():
                 line = tensor.contiguous().view(-1)
                 for piece in layout.pieces:
                     target = line.narrow(0, piece.offset, piece.length)
@@ -119,6 +106,22 @@ def load_shards(folder: Path, writers: int, layouts: Layouts, optimizer: Any) ->
                     tensor.copy_(line.view_as(tensor))
             state["step"].fill_(sources.step)
         return sources.step
+
+
+def read_parameters(
+    folder: Path, writers: int, shapes: Mapping[str, Iterable[int]]
+) -> Iterator[tuple[str, dict[str, Tensor], int]]:
+    """Yield each parameter's name, its whole `param`, `exp_avg` and `exp_avg_sq`, and the number of steps taken.
+
+    Raises UserError if a shard is missing or elements are.
+    """
+    with contextlib.ExitStack() as stack:
+        sources = _Sources([stack.enter_context(_open(_shard_path(folder, number))) for number in range(writers)])
+        for name, shape in shapes.items():
+            parts = {part: torch.empty(tuple(shape), dtype=torch.float32) for part in ("param", *MOMENTS)}
+            for part, tensor in parts.items():
+                sources.fill(tensor.view(-1), part, name, 0)
+            yield name, parts, sources.step
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

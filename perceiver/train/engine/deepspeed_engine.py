@@ -1,17 +1,15 @@
-"""The DeepSpeed engine: ZeRO stages 0 to 3 behind the engine protocol. The only module that imports deepspeed.
+"""The DeepSpeed engine: ZeRO stages 0 to 3 behind the engine protocol. Only this package imports deepspeed.
 
 DeepSpeed is imported when an engine is built, not with this module. Nothing is compiled: the optimizer is a client
-optimizer, and the one operator that DeepSpeed would build by itself on CPUs is switched off before it looks.
+optimizer, and the one operator that DeepSpeed would build on CPUs is switched off before it looks.
 """
 
 import contextlib
-import importlib
 import logging
 import math
 import os
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,29 +18,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from perceiver.config import UserError
 from perceiver.optim.config import OptimConfig, build_optimizer
 from perceiver.optim.lamb import Lamb
+from perceiver.optim.partition import state_of
 from perceiver.optim.schedules import Schedule
+from perceiver.tasks import Batch, Task
 from perceiver.train.checkpoint.shards import (
-    FlatLayout,
-    Layouts,
-    Piece,
+    MOMENTS,
     check_header,
     load_shards,
     load_tensors,
+    read_parameters,
     save_header,
     save_shard,
     save_tensors,
-    whole_layouts,
+    save_whole_shard,
 )
 from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig, plan_config
+from perceiver.train.engine.deepspeed_internals import (
+    external_parameters,
+    flat_layouts,
+    refresh_weights,
+    skip_shared_memory_build,
+)
 from perceiver.train.engine.protocol import (
-    Batch,
     MetricSums,
     PendingSums,
     Precision,
     StepResult,
-    Task,
     allow_tf32,
     count_targets,
     cpu_float32,
@@ -53,8 +57,6 @@ from perceiver.train.engine.protocol import (
     untrained,
 )
 from perceiver.train.engine.ranks import Ranks, random_state, set_random_state
-
-__all__ = ["BatchPlan", "DeepSpeedConfig", "DeepSpeedEngine", "init_distributed", "plan_config"]
 
 
 def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -73,57 +75,12 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    deepspeed = _import_deepspeed()
+    import deepspeed
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its calls, each step
-    _compile_nothing(deepspeed.ops)
+    skip_shared_memory_build()
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-
-
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed without what it imports for features that are not used here.
-
-    Its autotuner tries to import MLflow, and its check for the Muon optimizer has torch's compiler wrap Muon's kernels:
-    together 2 s of processor time in every worker.
-    """
-    if "deepspeed" in sys.modules:
-        return sys.modules["deepspeed"]
-    with _absent("mlflow"):
-        import deepspeed
-    with contextlib.suppress(ImportError, AttributeError):
-        from deepspeed.runtime import compiler
-
-        kept, compiler.compile = compiler.compile, lambda: lambda kernel: kernel
-        try:
-            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-        finally:
-            compiler.compile = kept
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _absent(module: str) -> Iterator[None]:
-    """Make `import module` fail inside, unless it is imported already."""
-    hidden = module not in sys.modules
-    if hidden:
-        sys.modules[module] = None  # pyright: ignore[reportArgumentType]
-    try:
-        yield
-    finally:
-        if hidden:
-            del sys.modules[module]
-
-
-def _compile_nothing(ops: Any) -> None:
-    """Tell DeepSpeed that its shared-memory all-reduce cannot be built here.
-
-    `init_distributed` would build it with a compiler at the first start on a machine (minutes), and looks it up in this
-    internal table, which it would fill by probing all operators. Only set where DeepSpeed still has that table.
-    """
-    if hasattr(type(ops), "__compatible_ops__") or "_probe_compatible_ops" in vars(ops):
-        ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    elif "__compatible_ops__" in vars(ops):
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class DeepSpeedEngine:
@@ -172,9 +129,16 @@ class DeepSpeedEngine:
             module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)
         self._engine = _initialize(module, self._optimizer, plan)
         self.module: nn.Module = self._engine.module
-        self._layouts = _layouts(groups, self._optimizer, names, self.zero_stage, self.rank)
+        self._layouts = flat_layouts(groups, self._optimizer, names, self.zero_stage, self.rank)
         if isinstance(self._optimizer, Lamb) and self.zero_stage > 0:
+            if self._layouts is None:
+                raise UserError(
+                    f"optim.kind = 'lamb' with deepspeed.zero_stage = {self.zero_stage}: this DeepSpeed version does "
+                    "not show how ZeRO shards tensors; set deepspeed.zero_stage=0"
+                )
             self._optimizer.shard(self._layouts, self._sum_norms)
+        if self._layouts is None:
+            self._create_states()
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """One optimizer step, number `step` counted from 0."""
@@ -235,8 +199,10 @@ class DeepSpeedEngine:
         At stages 1 to 3 each rank writes what it holds, at stage 0 rank 0 writes all; rank 0 adds buffers and a header.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        writers = self.world if self.zero_stage > 0 else 1
-        if self.rank < writers:
+        writers = self.world if self.zero_stage > 0 and self._layouts is not None else 1
+        if self._layouts is None:
+            self._save_gathered(folder)
+        elif self.rank < writers:
             save_shard(folder, self.rank, self._layouts, self._optimizer)
         save_tensors(folder, f"rng-{self.rank:05d}", random_state(self.device))
         rest = {name: _gathered(tensor) for name, tensor in untrained(self.module).items()}
@@ -251,14 +217,87 @@ class DeepSpeedEngine:
         Raises UserError if nothing is there, it is incomplete, or it was saved from another model or optimizer.
         """
         header = check_header(folder, self._shapes, self._optim.kind)
-        self._engine.global_steps = load_shards(folder, header["writers"], self._layouts, self._optimizer)
-        _refresh_weights(self._engine.optimizer, self.zero_stage)
+        if self._layouts is None:
+            self._engine.global_steps = self._load_gathered(folder, header["writers"])
+        else:
+            self._engine.global_steps = load_shards(folder, header["writers"], self._layouts, self._optimizer)
+            refresh_weights(self._engine.optimizer, self.zero_stage)
         rest = load_tensors(folder, "rest") or {}
         for name, tensor in untrained(self.module).items():
             _assign(tensor, rest[name])
         generators = load_tensors(folder, f"rng-{self.rank:05d}")
         if generators is not None:
             set_random_state(generators, self.device)
+
+    def _create_states(self) -> None:
+        """Make the moments known to DeepSpeed's public functions, as zeros; the weights stay as they are.
+
+        Stages 1 and 2 link a parameter to its moments after the first update of any group, so all must exist by then,
+        and a state can be loaded only after one: this is an update with zero gradients and a learning rate of zero.
+        """
+        import deepspeed
+
+        if self.zero_stage < 3:
+            for group in self._optimizer.param_groups:
+                for tensor in group["params"]:
+                    state_of(self._optimizer, tensor)
+        set_learning_rate(self._engine.optimizer, 0.0)
+        self._engine.set_gradient_accumulation_boundary(True)
+        with deepspeed.zero.GatheredParameters(self._params, enabled=self.zero_stage == 3):
+            zero = torch.stack([(param * 0).sum() for param in self._params]).sum()
+            self._engine.backward(zero, scale_wrt_gas=False)
+        self._engine.step()
+        self._engine.global_steps = 0
+        for state in self._optimizer.state.values():
+            state["step"].zero_()
+
+    def _save_gathered(self, folder: Path) -> None:
+        """Gather each parameter and its moments by DeepSpeed's public functions; rank 0 writes them."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, param in self._trained():
+            parts: dict[str, Any] = {"param": safe_get_full_fp32_param(param)}
+            parts |= {key: safe_get_full_optimizer_state(param, key) for key in MOMENTS}
+            if self.rank == 0:
+                found[name] = cpu_float32(parts)
+        if self.rank == 0:
+            save_whole_shard(folder, 0, found, self._engine.global_steps)
+
+    def _load_gathered(self, folder: Path, writers: int) -> int:
+        """Set each parameter and its moments by DeepSpeed's public functions; return the number of steps taken."""
+        params, steps = dict(self._trained()), 0
+        shapes = {name: self._shapes[name] for name in params}
+        for name, parts, taken in read_parameters(folder, writers, shapes):
+            steps = taken
+            _assign(params[name], parts["param"])  # what the model computes with until the next update
+            for key, values in parts.items():
+                self._set_gathered(params[name], key, values.to(self.device))
+        for state in self._optimizer.state.values():
+            state["step"].fill_(steps)
+        return steps
+
+    def _set_gathered(self, param: Any, key: str, values: Tensor) -> None:
+        """Set `param`, `exp_avg` or `exp_avg_sq` of a parameter from its whole value."""
+        import deepspeed.utils as zero
+
+        if self.zero_stage < 3:
+            if key == "param":
+                zero.safe_set_full_fp32_param(param, values)
+            else:
+                zero.safe_set_full_optimizer_state(param, values, key)
+            return
+        # Setting the whole value fails where the ranks do not share out its elements evenly.
+        share = -(-values.numel() // self.world)
+        padded = torch.nn.functional.pad(values.flatten(), (0, share * self.world - values.numel()))
+        mine = padded.narrow(0, share * self.rank, share)
+        if key == "param":
+            zero.safe_set_local_fp32_param(param, mine)
+        else:
+            zero.safe_set_local_optimizer_state(param, mine, key)
+
+    def _trained(self) -> list[tuple[str, Any]]:
+        return [(name, param) for name, param in self.module.named_parameters() if param.requires_grad]
 
     def weights(self) -> dict[str, Tensor] | None:
         """The full float32 CPU state dict on rank 0, None elsewhere; gathers what ZeRO has sharded."""
@@ -303,8 +342,7 @@ def _gather_for_backward(root: Any) -> None:
 
     def hook(module: Any, args: Any, output: Any) -> None:
         if not isinstance(output, Tensor | tuple | list | dict):
-            used = [*module.parameters(recurse=False), *dict(getattr(module, "_external_params", {})).values()]
-            for param in used:
+            for param in [*module.parameters(recurse=False), *external_parameters(module)]:
                 deepspeed.zero.register_external_parameter(root, param)
 
     for module in root.modules():
@@ -348,51 +386,3 @@ def _assign(tensor: Any, value: Tensor) -> None:
 
     with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
         tensor.data.copy_(value)
-
-
-def _refresh_weights(zero: Any, zero_stage: int) -> None:
-    """Make the model's weights what the optimizer's flat tensors say."""
-    if zero_stage in (1, 2):
-        zero.update_lp_params()
-    elif zero_stage == 3:
-        zero._partition_all_parameters()
-        for number in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(number)
-        zero._post_step(set())
-
-
-def _layouts(groups: list[list[Any]], optimizer: Any, names: dict[int, str], stage: int, rank: int) -> Layouts:
-    """Which elements of which parameters the optimizer's tensors hold on this rank.
-
-    groups: the parameters of each group as they were before DeepSpeed replaced them. names: by id of the parameter.
-    """
-    if stage == 0:
-        return whole_layouts((names[id(param)], param) for params in groups for param in params)
-    if stage == 3:
-        return _stage3_layouts(groups[0][0]._z3_optimizer, names, rank)
-    layouts = {}
-    for params, group in zip(groups, optimizer.param_groups, strict=True):
-        (flat,) = group["params"]
-        pieces = []
-        for number, param in enumerate(params):
-            held = param._hp_mapping
-            if held is not None and held.hp_fragment_address.numel > 0:
-                here, there = held.hp_fragment_address, held.lp_fragment_address
-                pieces.append(Piece(number, there.start, here.start, here.numel))
-        layouts[flat] = FlatLayout(tuple(names[id(param)] for param in params), tuple(pieces))
-    return layouts
-
-
-def _stage3_layouts(zero: Any, names: dict[int, str], rank: int) -> Layouts:
-    """Stage 3 cuts every parameter over the ranks and lays the cuts one after another, in sub-groups."""
-    layouts = {}
-    for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-        pieces, offset = [], 0
-        for number, param in enumerate(params):
-            share = param.partition_numel()
-            length = min(share, max(0, param.ds_numel - rank * share))
-            if length:
-                pieces.append(Piece(number, rank * share, offset, length))
-            offset += share
-        layouts[flat] = FlatLayout(tuple(names[id(param)] for param in params), tuple(pieces))
-    return layouts

@@ -19,9 +19,9 @@ from perceiver.config import UserError
 from perceiver.export.weights import load_model, open_weights, plan_start, start_from
 from perceiver.factory import build_model, model_config
 from perceiver.optim.config import OptimConfig
-from perceiver.train.engine.protocol import TorchEngine
 from pipelines.shards.manifest import load_manifest
 from tests.cluster.recipes import prepare_images
+from tests.perceiver.train.engine.torch_engine import TorchEngine
 
 FEW = {"kind": "fourier", "bands": 3}
 IMAGE: dict[str, Any] = {"kind": "image", "channels": 1, "size": [8, 8], "mean": [0.5], "std": [0.5], "positions": FEW}

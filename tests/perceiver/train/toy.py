@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.optim.config import OptimConfig
-from perceiver.train.engine.protocol import TorchEngine
+from tests.perceiver.train.engine.torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 
 from perceiver.config import UserError
 from perceiver.optim.config import OptimConfig
-from perceiver.train.engine.deepspeed_engine import BatchPlan, DeepSpeedConfig, plan_config
+from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig, plan_config
 
 OPTIM = OptimConfig(kind="adamw", lr=1e-3, clip=1.0, weight_decay=0.1)
 BATCH = BatchPlan(micro_batch=4, accumulation=2, world=3)

@@ -10,8 +10,9 @@ from torch import nn
 from perceiver.config import UserError
 from perceiver.optim.config import OptimConfig
 from perceiver.optim.schedules import ConstantSchedule, CosineSchedule, build_schedule
-from perceiver.train.engine.protocol import TorchEngine, resolve_precision
+from perceiver.train.engine.protocol import resolve_precision
 from tests.perceiver.train.engine.engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
+from tests.perceiver.train.engine.torch_engine import TorchEngine
 
 CPU = torch.device("cpu")
 

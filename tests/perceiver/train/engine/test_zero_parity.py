@@ -195,9 +195,14 @@ def test_foreign_states_are_refused_in_one_line(seen: Seen) -> None:
     assert not any("\n" in message for message in said.values())
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ENGINES[2:])
+def test_without_private_names_the_run_and_its_states_are_the_same(seen: Seen, world: int, engine: str) -> None:
+    usual, public = seen[world][0][f"{engine} adamw"], seen[world][0]["public"]
+    for part in ("first", "second", "resumed"):
+        assert public[engine][part] == usual[part]
+    assert public["read"][engine] == pytest.approx(usual["second"]["loss"][:2], rel=TIGHT)
+
+
 def test_nothing_is_compiled_and_nothing_printed(runs: tuple[Seen, str]) -> None:
     assert runs[1].strip() == ""
-
-
-def test_the_default_engine_imports_nothing_heavy_that_it_does_not_use(seen: Seen) -> None:
-    assert seen[1][0]["imported"] == []

@@ -10,9 +10,11 @@ from perceiver.optim.config import OptimConfig
 from perceiver.tasks import build_task
 from perceiver.tasks.classification import ClassificationConfig
 from perceiver.tasks.masked_language import MaskedLanguageConfig
-from perceiver.train.engine.deepspeed_engine import BatchPlan, DeepSpeedConfig, DeepSpeedEngine
-from perceiver.train.engine.protocol import Engine, TorchEngine
+from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig
+from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
+from perceiver.train.engine.protocol import Engine
 from tests.perceiver.train.engine.engine_toys import Batch, share
+from tests.perceiver.train.engine.torch_engine import TorchEngine
 
 ROWS, STEPS, CLASSES = 16, 3, 3
 CUT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

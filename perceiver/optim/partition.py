@@ -1,0 +1,64 @@
+"""Flat tensors of an optimizer: which elements of which parameters they contain, and the state of each tensor.
+
+ZeRO replaces parameters by flat tensors of which each rank owns a slice. LAMB needs to know the parameters for its
+trust ratios, and checkpoints need to know them to be independent of how the state was sharded.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive elements of a parameter within a flat tensor.
+
+    Attributes:
+        parameter: index into `FlatLayout.names`.
+        start: first element, counted in the flattened parameter.
+        offset: where that element is in the flat tensor.
+        length: number of elements.
+    """
+
+    parameter: int
+    start: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where parameters are in one tensor of the optimizer on this rank. What no piece covers is padding.
+
+    Attributes:
+        names: the parameters of which the tensor has elements on any rank; the same order on all ranks.
+        pieces: the elements on this rank.
+    """
+
+    names: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+
+
+Layouts = Mapping[Tensor, FlatLayout]
+
+
+def whole_layouts(parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, FlatLayout]:
+    """Return the layouts of an optimizer whose tensors are whole parameters."""
+    return {param: FlatLayout((name,), (Piece(0, 0, 0, param.numel()),)) for name, param in parameters}
+
+
+def state_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:
+    """Return the optimizer's state of one tensor, created as zeros before the first step.
+
+    Returns:
+        `step` (0-d float32), `exp_avg` and `exp_avg_sq` (like the tensor), as in torch's AdamW. `step` is on the
+        tensor's device where the optimizer is fused, otherwise on the CPU.
+    """
+    state = optimizer.state[tensor]
+    if not state:
+        state["step"] = torch.zeros((), device=tensor.device if optimizer.defaults.get("fused") else "cpu")
+        state["exp_avg"] = torch.zeros_like(tensor)
+        state["exp_avg_sq"] = torch.zeros_like(tensor)
+    return state

@@ -1,0 +1,154 @@
+"""The engine protocol with plain torch, in one process or over `torch.distributed`: the reference for DeepSpeed's."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver.optim.config import OptimConfig, build_optimizer
+from perceiver.optim.partition import whole_layouts
+from perceiver.optim.schedules import Schedule
+from perceiver.tasks import Batch, Task
+from perceiver.train.checkpoint.shards import (
+    check_header,
+    load_shards,
+    load_tensors,
+    save_header,
+    save_shard,
+    save_tensors,
+)
+from perceiver.train.engine.protocol import (
+    MetricSums,
+    PendingSums,
+    Precision,
+    StepResult,
+    allow_tf32,
+    count_targets,
+    cpu_float32,
+    default_device,
+    evaluate,
+    resolve_precision,
+    set_learning_rate,
+    tell_step,
+    untrained,
+)
+from perceiver.train.engine.ranks import Ranks, random_state, set_random_state
+
+
+class TorchEngine:
+    """The engine protocol with torch alone.
+
+    Parameters and optimizer state are whole on every rank; gradients are summed over the ranks in one all-reduce a
+    step. Parameters without a gradient have gradient zero, as under ZeRO. At the start all ranks take rank 0's weights.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task: Task,
+        optim: OptimConfig,
+        schedule: Schedule,
+        *,
+        device: torch.device | None = None,
+        precision: Precision = "auto",
+    ) -> None:
+        self.device = device or default_device()
+        self.precision = resolve_precision(precision, self.device)
+        allow_tf32(self.precision == "bf16", self.device)
+        self.module = module.to(self.device)
+        self.ranks = Ranks(self.device)
+        self.rank, self.world = self.ranks.rank, self.ranks.world
+        self._task, self._optim, self._schedule = task, optim, schedule
+        self._params = [param for param in module.parameters() if param.requires_grad]
+        self._optimizer = build_optimizer(optim, module)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        named = ((name, param) for name, param in module.named_parameters() if param.requires_grad)
+        self._layouts = whole_layouts(named)
+        self.ranks.broadcast([*(param.data for param in module.parameters()), *module.buffers()])
+
+    def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        """One optimizer step, number `step` counted from 0."""
+        tell_step(self._task, step)
+        lr = self._optim.lr * self._schedule(step)
+        set_learning_rate(self._optimizer, lr)
+        pending = self._accumulate(micro_batches)
+        norm = self._reduce_and_clip()
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=False)
+        loss, metrics = pending.summarise(self._task)
+        return StepResult(step, loss, metrics, norm, lr, skipped)
+
+    def _accumulate(self, micro_batches: Sequence[Batch]) -> PendingSums:
+        """Gradients of the global mean loss into this rank's `.grad`, up to the sum over ranks."""
+        counts, total = count_targets(self._task, micro_batches)
+        counting = self.ranks.start_sum(total)
+        sums = MetricSums(self.ranks)
+        if not self.module.training:
+            self.module.train()
+        for index, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
+            with self._autocast():
+                output = self._task.loss(self.module, batch)
+            sums.add(output, count)
+            if index == 0:
+                counting.wait()
+            (output.loss_sum / total.clamp(min=1).to(output.loss_sum.dtype)).backward()
+        return sums.start()
+
+    def _reduce_and_clip(self) -> float:
+        """Sum the gradients over the ranks, clip them, and return their norm before clipping."""
+        for param in self._params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        grads = [param.grad for param in self._params if param.grad is not None]
+        self.ranks.sum_flat(grads)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self._optim.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._params, self._optim.clip, norm)
+        return float(norm)
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The task's metrics over all ranks' valid samples."""
+        with self._autocast():
+            return evaluate(self.module, self._task, batches, self.ranks)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The values summed over the ranks."""
+        return self.ranks.sum(values)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's generators, and on rank 0 weights, moments and buffers, below the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder, f"rng-{self.rank:05d}", random_state(self.device))
+        if self.rank == 0:
+            save_shard(folder, 0, self._layouts, self._optimizer)
+            save_tensors(folder, "rest", untrained(self.module))
+            save_header(folder, self._shapes, writers=1, optim=self._optim.kind, world=self.world, zero_stage=None)
+
+    def load(self, folder: Path) -> None:
+        """Restore what an engine's `save` wrote, at any world size; the generators too if this rank saved them.
+
+        Raises UserError if nothing is there, or it was saved from another model or optimizer.
+        """
+        header = check_header(folder, self._shapes, self._optim.kind)
+        load_shards(folder, header["writers"], self._layouts, self._optimizer)
+        rest = load_tensors(folder, "rest") or {}
+        for name, tensor in untrained(self.module).items():
+            tensor.detach().copy_(rest[name])
+        generators = load_tensors(folder, f"rng-{self.rank:05d}")
+        if generators is not None:
+            set_random_state(generators, self.device)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The full float32 CPU state dict on rank 0, None elsewhere."""
+        return cpu_float32(self.module.state_dict()) if self.rank == 0 else None
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
