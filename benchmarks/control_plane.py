@@ -96,10 +96,12 @@ class FakeEngine:
 
 def worker(config: Mapping[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: ours, with the fake engine."""
-    from cluster.run.worker import work
+    from cluster.run import worker as ours
 
     folder = Path(os.environ[NOTES])
-    return work(config, lambda recipe, model, task, manifest, place: FakeEngine(model, place, folder))
+    fake = lambda recipe, model, task, span, me: FakeEngine(model, me, folder)
+    with mock.patch.object(ours, "build_engine", fake):
+        return ours.train_worker(config)
 
 
 def prepare_images(folder: Path) -> str:
@@ -150,7 +152,8 @@ def recipe_tree(folder: Path, url: str, workers: int) -> dict[str, Any]:
 
 def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
     """Start a local cluster and run on it, in this process; return when what began and ended."""
-    from cluster.runtime.local import EarlyRay, set_quiet_environment
+    from cluster.recipe.config import build_recipe
+    from cluster.runtime.local import set_quiet_environment
     from cluster.runtime.local_cluster import NodeGroup, NodesConfig, down, up
 
     set_quiet_environment()
@@ -166,8 +169,8 @@ def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
         from cluster.run.launch import launch_training
 
         began = time.time()
-        with mock.patch("cluster.run.worker.train_worker", worker):
-            code = launch_training("control", tree, EarlyRay(tree["cluster"]), run="control")
+        with mock.patch("cluster.run.trainer.train_worker", worker):
+            code = launch_training(build_recipe(tree), command="control", run="control")
         ended = time.time()
     finally:
         down()

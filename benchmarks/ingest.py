@@ -45,7 +45,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import ingest_data  # noqa: E402
 from benchmarks.ingest_data import KINDS, PROCESSES, Kind  # noqa: E402
 from benchmarks.ingest_loaders import BATCH, BUCKET, LOADERS, SECRET, View, part_of  # noqa: E402
-from cluster.runtime.local import QUIET_ENVIRONMENT, STORE_MB, ClusterConfig, set_quiet_environment, start_ray  # noqa: E402
+from cluster.recipe.resources import STORE_MB, ClusterConfig  # noqa: E402
+from cluster.runtime.local import QUIET_ENVIRONMENT, set_quiet_environment, start_ray  # noqa: E402
 
 DELAY_S = 0.02
 BEGIN_S = 120

@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,11 +51,9 @@ NOTES = "SCALING_NOTES"
 ONE_CORE = "SCALING_ONE_CORE"
 
 
-def timed_engine(*what: Any) -> Any:
+def timed_engine(build_engine: Any, *what: Any) -> Any:
     """Build the worker's engine for one thread; it notes when each of its steps begins, and the loss."""
     import torch
-
-    from cluster.run.worker import build_engine
 
     torch.set_num_threads(1)
     if os.environ[ONE_CORE] == "1":
@@ -76,21 +75,22 @@ def timed_engine(*what: Any) -> Any:
 
 def worker(config: Mapping[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: ours, with the engine that takes notes."""
-    from cluster.run.worker import work
+    from cluster.run import worker as ours
 
-    return work(config, timed_engine)
+    with mock.patch.object(ours, "build_engine", partial(timed_engine, ours.build_engine)):
+        return ours.train_worker(config)
 
 
 def ray_arm(tree: dict[str, Any]) -> None:
     """Train by our own launch, in this process."""
-    from cluster.runtime.local import EarlyRay, set_quiet_environment
+    from cluster.recipe.config import build_recipe
+    from cluster.runtime.local import set_quiet_environment
 
     set_quiet_environment()
-    ray_start = EarlyRay(tree["cluster"])
     from cluster.run.launch import launch_training
 
-    with mock.patch("cluster.run.worker.train_worker", worker):
-        code = launch_training("scaling", tree, ray_start)
+    with mock.patch("cluster.run.trainer.train_worker", worker):
+        code = launch_training(build_recipe(tree), command="scaling")
     if code:
         raise SystemExit(f"the run ended with code {code}: see {tree['output']}")
 
@@ -101,8 +101,7 @@ def plain_arm(tree: dict[str, Any], in_memory: bool) -> None:
     import torch.distributed as dist
 
     from cluster.recipe.config import build_recipe
-    from cluster.recipe.preflight import epoch_steps_of
-    from cluster.run.worker import Place
+    from cluster.run.worker import WorkerRank, build_engine
     from perceiver.factory import build_model
     from perceiver.tasks import build_task
     from perceiver.train.engine.deepspeed_engine import init_distributed
@@ -116,18 +115,16 @@ def plain_arm(tree: dict[str, Any], in_memory: bool) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     manifest = load_data(recipe.data)
     training, steps = recipe.train, recipe.train.total_steps(0)
+    epoch_steps = manifest.split(recipe.data.train_split).samples / training.global_batch
+    span = Span(0, steps, training.global_batch, training.accumulation(world), epoch_steps, recipe.seed)
     share = TrainShare(recipe.seed, training.global_batch, training.micro(world), 0, steps, rank, world)
     batches = train_batches(recipe.data.model_copy(update={"executor": "inline"}), manifest, share, "cpu")
     torch.manual_seed(recipe.seed)
     classes = len(manifest.classes)
-    place = Place(rank, world, world, torch.device("cpu"))
-    engine = timed_engine(
-        recipe, build_model(recipe.model, classes=classes), build_task(recipe.task, classes=classes), manifest, place
-    )
+    me = WorkerRank(rank, world, world, torch.device("cpu"))
+    model, task = build_model(recipe.model, classes=classes), build_task(recipe.task, classes=classes)
+    engine = timed_engine(build_engine, recipe, model, task, span, me)
     batches = iter(list(batches)) if in_memory else batches
-    span = Span(
-        0, steps, training.global_batch, training.accumulation(world), epoch_steps_of(recipe, manifest), recipe.seed
-    )
     train(engine, batches, [MetricsHook(History(), training.log_every)], span)
 
 

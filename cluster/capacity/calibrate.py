@@ -13,8 +13,9 @@ import torch
 
 from cluster.capacity.calibration import Calibration, Timing, calibration_file, load_calibration, matches
 from cluster.recipe.config import Recipe, for_workers
+from cluster.recipe.resources import machine_cpus
 from cluster.runtime.hardware import Device
-from cluster.runtime.local import machine_cpus, set_quiet_environment
+from cluster.runtime.local import set_quiet_environment
 from perceiver.config import UserError
 from pipelines.feed.ingest import load_data
 
@@ -111,12 +112,12 @@ def _sizes(recipe: Recipe, processes: int) -> list[int]:
 
 
 def _rehearse(recipe: Recipe, most: int, seconds: float) -> dict[str, Any]:
-    """Measure in workers of Ray Train, as many as divide the batch.
+    """Measure in workers of Ray Train, at most as many as the batch has samples.
 
     Raises:
         UserError: a worker failed, or all took too long.
     """
-    workers = recipe.train.worlds(1, most)[-1]
+    workers = min(most, recipe.train.global_batch)
     there = {"workers": workers, "gpus_per_worker": float(torch.cuda.is_available()), "address": None}
     tree = for_workers(recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=there)}))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -52,13 +52,15 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
             f"{duration(step.optimizer)}"
         )
     )
+    batch, rows = workload.recipe.train.global_batch, place.devices * plan.micro_batch * plan.accumulation
+    padding = f"; {rows - batch} of {rows} rows are padding" if rows > batch else ""
     return [
         f"on            {place.devices} x {place.device.title}, {place.nodes} node{'s' * (place.nodes > 1)}, "
         f"{place.data_cpus:,.0f} CPUs for data",
         f"model         {account.parameters:,} parameters, {flops(account.forward_flops)} a sample forward "
         f"({flops(account.executed_flops)} executed), {flops(workload.trace.flops)} forward and backward",
-        f"batch         {workload.recipe.train.global_batch} = {place.devices} devices x {plan.micro_batch} samples x "
-        f"{plan.accumulation} accumulated; largest micro-batch that fits {plan.largest_micro_batch}",
+        f"batch         {batch} on {place.devices} devices x {plan.micro_batch} samples x "
+        f"{plan.accumulation} accumulated{padding}; largest micro-batch that fits {plan.largest_micro_batch}",
         f"memory        {size(used.total)} of {place.device.memory_gb:g} GB a device: weights {size(used.weights)}, "
         f"gradients {size(used.gradients)}, optimizer {size(used.optimizer)}, buffers {size(used.buffers)}, "
         f"activations {size(used.activations)}, libraries {size(used.context)}",

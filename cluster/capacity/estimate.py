@@ -152,7 +152,6 @@ def estimate(workload: Workload, place: Place, calibration: Calibration | None =
         UserError: the batch does not divide, or the run cannot fit.
     """
     train = workload.recipe.train
-    _check_batch(workload, place)
     micro, accumulation = train.micro(place.devices), train.accumulation(place.devices)
     used = memory(workload, place, micro, workload.zero_stage, calibration)
     largest = largest_micro_batch(workload, place, workload.zero_stage, calibration)
@@ -180,18 +179,17 @@ def estimate(workload: Workload, place: Place, calibration: Calibration | None =
         hours,
         workload.trace.flops * train.global_batch / times.total / peak,
         calibration is not None,
-        int(train.eval_beside),
+        int(train.eval_async),
         _fewest(workload, place, calibration),
     )
 
 
 def _fewest(workload: Workload, place: Place, calibration: Calibration | None) -> tuple[int, float] | None:
-    """The fewest devices that an elastic run (`cluster.min_workers`) goes on with, and the seconds of a step then."""
+    """Return the fewest devices of an elastic run (`cluster.min_workers`), and the seconds of a step then."""
     train, least = workload.recipe.train, workload.recipe.cluster.min_workers
-    counts = train.worlds(least or place.devices, place.devices - 1)
-    if not counts:
+    if least is None or least >= place.devices:
         return None
-    count = counts[0]
+    count = least
     nodes = math.ceil(count * place.nodes / place.devices)
     small = replace(place, devices=count, nodes=nodes, data_cpus=place.data_cpus * nodes / place.nodes)
     if largest_micro_batch(workload, small, workload.zero_stage, calibration) < train.micro(count):
@@ -224,20 +222,6 @@ def check_starving(plan: Estimate, workload: Workload) -> None:
         )
 
 
-def _check_batch(workload: Workload, place: Place) -> None:
-    train = workload.recipe.train
-    portion = place.devices * (train.micro_batch or 1)
-    if train.global_batch % portion:
-        share, rest = divmod(train.global_batch, place.devices)
-        change = f"train.global_batch={math.ceil(train.global_batch / portion) * portion}"
-        if not rest:
-            change = f"train.micro_batch={_divisor(share, train.micro_batch or 1)}"
-        raise UserError(
-            f"train.global_batch {train.global_batch} is not divisible by {place.devices} devices x micro-batch "
-            f"{train.micro_batch or 1} = {portion}: set {change}"
-        )
-
-
 def _refuse_memory(
     workload: Workload, place: Place, micro: int, largest: int, by_stage: dict[int, StageMemory]
 ) -> None:
@@ -245,7 +229,7 @@ def _refuse_memory(
     fits = [stage for stage, found in by_stage.items() if found.totals[micro] <= limit * 1e9]
     changes = []
     if largest >= 1:
-        share = workload.recipe.train.global_batch // place.devices
+        share = -(-workload.recipe.train.global_batch // place.devices)
         changes.append(f"set train.micro_batch={_divisor(share, largest)}")
     if fits and fits[0] != workload.zero_stage:
         changes.append(f"set deepspeed.zero_stage={fits[0]}")
@@ -312,7 +296,7 @@ def _stage_memory(
 
 def largest_micro_batch(workload: Workload, place: Place, stage: int, calibration: Calibration | None) -> int:
     """The most samples of a forward pass that fit on a device under a ZeRO stage, at most a worker's whole share."""
-    share = workload.recipe.train.global_batch // place.devices
+    share = -(-workload.recipe.train.global_batch // place.devices)
     fixed = memory(workload, place, 0, stage, calibration).total
     each = (memory(workload, place, share, stage, calibration).total - fixed) / share
     free = place.device.memory_gb * 1e9 * MEMORY_MARGIN - fixed

@@ -16,7 +16,7 @@ import torch
 from cluster.recipe.config import Recipe, build_recipe
 
 if TYPE_CHECKING:
-    from cluster.run.worker import Place
+    from cluster.run.worker import WorkerRank
 
 SHORTEST, TIMES = 24, 3
 """Real steps at least, and for how many times as long as one size of a step is measured."""
@@ -27,9 +27,9 @@ LEFT_OUT = 3
 def rehearse(config: Mapping[str, Any]) -> dict[str, Any]:
     """Measure as a worker; return the figures of `probe.measure`, and ``seconds``: the mean of a real step."""
     from cluster.capacity.probe import measure
-    from cluster.run.worker import find_place
+    from cluster.run.worker import find_rank
 
-    recipe, place = build_recipe(config["recipe"]), find_place(1)
+    recipe, place = build_recipe(config["recipe"]), find_rank(1)
     figures = measure(recipe, config["micro"], config["seconds"])
     number = max(SHORTEST, round(TIMES * config["seconds"] / figures["timings"][-1][1]))
     steps = torch.tensor(number, device=place.device)
@@ -37,29 +37,24 @@ def rehearse(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**figures, "seconds": _real_steps(recipe, place, int(steps))}
 
 
-def _real_steps(recipe: Recipe, place: "Place", steps: int) -> float:
+def _real_steps(recipe: Recipe, place: "WorkerRank", steps: int) -> float:
     """Take a worker's steps without evaluation, checkpoints and tracking; return the mean seconds of a step."""
-    from cluster.recipe.preflight import epoch_steps_of
     from cluster.run.worker import build_engine, first_model, training_batches
+    from cluster.runtime.ray_internals import rest_data_scheduler
     from perceiver.tasks import build_task
     from perceiver.train.loop import Span, train
     from pipelines.feed.ingest import load_data
     from pipelines.shards.quarantine import Quarantine
 
+    rest_data_scheduler()
     manifest, training = load_data(recipe.data), recipe.train
     classes = len(manifest.classes)
+    epoch_steps = manifest.split(recipe.data.train_split).samples / training.global_batch
+    span = Span(0, steps, training.global_batch, training.accumulation(place.world), epoch_steps, recipe.seed)
     batches = training_batches(recipe, manifest, place, (0, steps), Quarantine())
     model, task = first_model(recipe, classes, restored=True), build_task(recipe.task, classes=classes)
-    engine = build_engine(recipe, model, task, manifest, place)
+    engine = build_engine(recipe, model, task, span, place)
     seconds: list[float] = []
-    span = Span(
-        0,
-        steps,
-        training.global_batch,
-        training.accumulation(place.world),
-        epoch_steps_of(recipe, manifest),
-        recipe.seed,
-    )
     train(engine, batches, [lambda info: seconds.append(info.seconds)], span)
     return statistics.fmean(seconds[len(seconds) // LEFT_OUT :])
 
@@ -73,20 +68,16 @@ def main() -> None:
     recipe = build_recipe(task["recipe"])
     start_ray(recipe.cluster)
     import ray.train
+    from ray.train.torch import TorchTrainer
 
     from cluster.run.trainer import Share, worker_resources
     from cluster.runtime.process_group import torch_config
-    from cluster.runtime.slim import SlimTrainer
-    from pipelines.feed.ingest import load_data
-    from pipelines.feed.warm import warm_up
 
     cluster = recipe.cluster
-    warm_up(cluster.workers * recipe.data.tasks, recipe.data, load_data(recipe.data))
-    trainer = SlimTrainer(
+    trainer = TorchTrainer(
         rehearse,
         train_loop_config=task,
-        own_ray=True,
-        backend_config=torch_config(cluster),
+        torch_config=torch_config(cluster),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             resources_per_worker=worker_resources(recipe, Share(cluster_cpus())),

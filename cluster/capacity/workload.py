@@ -63,7 +63,7 @@ class Workload:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
-        return self.recipe.train.total_steps(self.data.samples / self.recipe.train.global_batch)
+        return self.recipe.train.total_steps(self.data.samples)
 
 
 def build_workload(

@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from cluster.doctor.report import FAIL, OK, WARN, Finding, Patient, Result
 from cluster.doctor.run_checks import check_cluster, check_output, check_recipe_and_data, check_tracking, check_workers
 from cluster.jobs.package import DISTRIBUTION
-from cluster.runtime.local import machine_cpus
+from cluster.recipe.resources import machine_cpus
 
 GIB = 2**30
 NCCL_S = 120

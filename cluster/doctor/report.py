@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.recipe.config import Recipe
-from cluster.runtime.local import SHARED_MEMORY, ClusterConfig
+from cluster.recipe.resources import SHARED_MEMORY, ClusterConfig
 from perceiver.config import UserError
 from perceiver.tracking.runs import TrackingConfig
 

@@ -15,7 +15,7 @@ from cluster.record.failures import one_line
 from cluster.record.run_folder import named_run
 from perceiver.config import UserError
 from perceiver.tracking.redaction import redact_text
-from perceiver.train.checkpoint.writer import is_refusal, refusal
+from perceiver.train.checkpoint.hook import is_refusal, refusal
 
 REFUSED = 2
 

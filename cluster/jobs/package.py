@@ -3,7 +3,6 @@
 import fnmatch
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from pathspec import GitIgnoreSpec
 
 from perceiver.config import UserError
 
@@ -104,31 +104,36 @@ def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], 
     Raises:
         UserError: a file cannot be read, or they are larger than the job server takes.
     """
-    # Ray's own walk: it knows the ignore files of each folder and what their patterns mean.
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-
+    ignore_files = IGNORE_FILES if os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE") != "1" else (".rayignore",)
     kept: list[Path] = []
     secret: list[str] = []
     lost: list[Path] = []
+    seen: set[Path] = set()
 
-    def stays(path: Path) -> bool:
-        if path == folder:
-            return False
-        if any(fnmatch.fnmatch(path.name, pattern) for pattern in SECRET_FILES):
-            secret.append(str(path.relative_to(folder)))
-            return True
-        return bool(LEFT_OUT(str(path.parent), [path.name]))
+    def visit(place: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...]) -> None:
+        if (real := place.resolve()) in seen:
+            return  # a link to a folder above
+        seen.add(real)
+        for name in ignore_files:
+            if (place / name).is_file():
+                rules = (*rules, (place, GitIgnoreSpec.from_lines((place / name).read_text().splitlines())))
+        for path in sorted(place.iterdir()):
+            shown = "/" * path.is_dir()
+            if any(spec.match_file(f"{path.relative_to(base)}{shown}") for base, spec in rules):
+                continue
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in SECRET_FILES):
+                secret.append(str(path.relative_to(folder)))
+            elif LEFT_OUT(str(place), [path.name]) or path.name in IGNORE_FILES:
+                continue
+            elif path.is_dir():
+                visit(path, rules)
+            elif path.is_file() and os.access(path, os.R_OK):
+                kept.append(path)
+            else:
+                lost.append(path)
 
-    def take(path: Path) -> None:
-        if path.is_file() and os.access(path, os.R_OK):
-            kept.extend([path] if path.name not in IGNORE_FILES else [])
-        elif not path.is_dir():
-            lost.append(path)
-
-    heed_git = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     try:
-        rules = [_get_excludes(folder, list(excludes)), stays]
-        _dir_travel(folder, rules, take, heed_git, logging.getLogger(__name__))
+        visit(folder, ((folder, GitIgnoreSpec.from_lines(excludes)),))
     except (OSError, ValueError) as error:
         raise UserError(f"--working-dir {folder} cannot be read ({error}): repair it or leave it out") from None
     if lost:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import ssl
@@ -17,11 +16,11 @@ import requests
 from cluster.recipe.placement import Node
 from cluster.runtime.local import check_reachable
 from cluster.runtime.local_cluster import running_cluster
+from cluster.runtime.ray_internals import job_client_class
 from perceiver.config import UserError
 from perceiver.tracking.redaction import redact_text
 
 CONNECT_S = 5
-ANSWER_S = 30
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def connect(access: Access) -> "JobServer":
     from ray.exceptions import AuthenticationError
 
     try:
-        client = _client_class()(url, headers=headers, verify=verify)
+        client = job_client_class()(url, headers=headers, verify=verify)
     except AuthenticationError as error:
         raise UserError(_token_line(shown(url), str(error))) from None
     except (requests.RequestException, ConnectionError, RuntimeError, OSError) as error:
@@ -197,20 +196,6 @@ def _token_line(url: str, reason: str) -> str:
         f"{url}: the token {what}; it is read from RAY_AUTH_TOKEN, the file in RAY_AUTH_TOKEN_PATH, or "
         "~/.ray/auth_token: put the cluster's there"
     )
-
-
-def _client_class() -> Any:
-    """Return Ray's client with a deadline for each request, which it lacks."""
-    from ray.job_submission import JobSubmissionClient
-
-    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
-
-    class Client(JobSubmissionClient):
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-            return super()._do_request(method, endpoint, **{"timeout": (CONNECT_S, ANSWER_S), **options})
-
-    return Client
 
 
 def shown(url: str) -> str:

@@ -18,7 +18,7 @@ from cluster.jobs.server import JobServer, text_object
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.file import read_tree
 from cluster.recipe.placement import Node, check_memory
-from cluster.recipe.preflight import check_batch, data_need, place_some
+from cluster.recipe.preflight import check_workers, data_need, place_some
 from cluster.record.run_folder import named_run
 from cluster.runtime.local import QUIET_ENVIRONMENT
 from cluster.runtime.session import GO_ON
@@ -102,7 +102,7 @@ def submit(server: JobServer, wanted: Submission, work: Work, say: Callable[[str
     nodes = server.nodes()
     check_secrets(work.tree, wanted, runtime_env)
     check_files(work.files)
-    check_batch(recipe)
+    check_workers(recipe)
     work.fits(nodes)
     check_entrypoint(nodes, work, wanted)
     here = is_here(nodes, server.url)

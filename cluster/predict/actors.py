@@ -17,8 +17,9 @@ from cluster.predict.outputs import predicted
 from cluster.predict.scoring import Scoring
 from cluster.recipe.config import Recipe
 from cluster.recipe.placement import Node, connected_nodes
+from cluster.recipe.resources import ClusterConfig, machine_cpus
 from cluster.run.trainer import Share, worker_resources
-from cluster.runtime.local import ClusterConfig, cluster_cpus, machine_cpus
+from cluster.runtime.local import cluster_cpus
 from perceiver.config import Config, UserError
 from perceiver.tasks import build_task
 from pipelines.feed.ingest import EvalShare, eval_outcomes

@@ -15,16 +15,15 @@ from torch import nn
 
 from cluster.recipe.config import Recipe, build_recipe, eval_rows
 from cluster.recipe.file import apply_override
-from cluster.recipe.inputs import check_inputs
-from cluster.recipe.origin import trained_on
-from cluster.runtime import local
+from cluster.recipe.preflight import check_inputs
+from cluster.runtime.local import set_quiet_environment, start_ray
 from perceiver.config import UserError
-from perceiver.export.weights import Saved, class_count, open_weights
+from perceiver.export.weights import DataFacts, Saved, class_count, open_weights
 from perceiver.tasks import Batch, build_task
 from perceiver.train.engine.protocol import evaluate
 from perceiver.train.engine.ranks import Ranks
 from pipelines.feed.ingest import EvalShare, batch_shapes, eval_batches, load_data
-from pipelines.shards.manifest import Manifest
+from pipelines.shards.manifest import Manifest, load_manifest
 from pipelines.shards.quarantine import Quarantine
 
 
@@ -175,6 +174,18 @@ def check_labels(scoring: Scoring) -> None:
         )
 
 
+def trained_on(saved: Saved) -> DataFacts | None:
+    """Return what the run recorded of its data, else what the data's own manifest says; None if neither is there."""
+    section = saved.recipe.get("data", {})
+    if saved.data or "url" not in section:
+        return saved.data
+    try:
+        manifest = load_manifest(section["url"], section.get("storage_options"))
+    except UserError:
+        return None
+    return DataFacts(manifest.name, manifest.licence, manifest.source, manifest.classes)
+
+
 @contextmanager
 def ray_for(scoring: Scoring) -> Iterator[None]:
     """A connected Ray while it is needed; none where the data is read in this process."""
@@ -183,8 +194,8 @@ def ray_for(scoring: Scoring) -> Iterator[None]:
         return
     import ray
 
-    local.set_quiet_environment()
-    local.start_ray(scoring.recipe.cluster)
+    set_quiet_environment()
+    start_ray(scoring.recipe.cluster)
     try:
         yield
     finally:

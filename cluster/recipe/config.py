@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from cluster.recipe.file import read_tree
-from cluster.runtime.local import ClusterConfig
+from cluster.recipe.resources import ClusterConfig
 from perceiver.config import Config, UserError
 from perceiver.factory import ModelConfig
 from perceiver.optim.config import OptimConfig

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.runtime.local import SMALLEST_SHARE, ClusterConfig
+from cluster.recipe.resources import SMALLEST_SHARE, ClusterConfig
 from perceiver.config import UserError
 
 RESERVED = "PERCEIVER_RESERVED"
@@ -136,7 +136,7 @@ def check_memory(nodes: Sequence[Node], data: DataNeed) -> None:
 
 
 def check_evaluation(config: ClusterConfig, nodes: Sequence[Node]) -> None:
-    """Refuse evaluations beside training (`train.eval_beside`) for which no GPU is left.
+    """Refuse evaluations beside training (`train.eval_async`) for which no GPU is left.
 
     Raises:
         UserError: the nodes have none beside the workers'.
@@ -148,8 +148,8 @@ def check_evaluation(config: ClusterConfig, nodes: Sequence[Node]) -> None:
     if sum(node.room({"GPU": each}) for node in training) <= config.workers:
         total = sum(node.resources.get("GPU", 0) for node in training)
         raise UserError(
-            f"train.eval_beside takes {each:g} GPU beside those of cluster.workers = {config.workers}; there are "
-            f"{total:g} in all: lower cluster.workers, or set train.eval_beside=false"
+            f"train.eval_async takes {each:g} GPU beside those of cluster.workers = {config.workers}; there are "
+            f"{total:g} in all: lower cluster.workers, or set train.eval_async=false"
         )
 
 

@@ -1,23 +1,24 @@
 """Whatever can be refused is refused here, before a worker starts, in one line that names the fix."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from cluster.recipe.config import Recipe, kind_of
-from cluster.recipe.inputs import check_inputs
 from cluster.recipe.placement import DataNeed, Node, check_evaluation, place
+from cluster.recipe.resources import machine_cpus, worker_cpus
 from cluster.record.run_folder import RunFolder
-from cluster.runtime.local import machine_cpus, worker_cpus
+from cluster.runtime.local import check_reachable
 from perceiver.config import UserError
-from perceiver.export.weights import open_weights, plan_start
+from perceiver.export.weights import DataFacts, open_weights, plan_start
 from perceiver.factory import build_model
 from perceiver.tasks import build_task
+from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
-from pipelines.feed.ingest import batch_shapes, check_files, load_data, sample_plan
+from pipelines.feed.ingest import DataConfig, batch_shapes, check_files, load_data, sample_plan
 from pipelines.shards.manifest import Manifest, load_manifest
 
 TARGETS = {"classification": "label", "tagging": "labels"}
@@ -55,19 +56,22 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     """
     model = check_recipe(recipe)
     check_files(recipe.data, model.manifest)
-    if recipe.cluster.resolved_address() is None:
+    address = recipe.cluster.resolved_address()
+    if address is None:
         check_machine(recipe)
+    else:
+        check_reachable(address)
     checkpoint = folder.checkpoints.newest() if resume else None
     if checkpoint is not None:
         check_resume(recipe, folder, checkpoint, model.shapes)
     elif not resume and folder.facts():
         raise UserError(
-            f"run {folder.name!r} exists below {folder.output}: add --resume to go on, or choose another --run"
+            f"run {folder.name!r} exists below {folder.output}: add --resume to continue, or choose another --run"
         )
     start = describe_start(recipe, model.manifest) if checkpoint is None else ""
     folder.note(recipe=recipe.name)
-    epoch_steps = epoch_steps_of(recipe, model.manifest)
-    total_steps = recipe.train.total_steps(epoch_steps)
+    samples = model.manifest.split(recipe.data.train_split).samples
+    epoch_steps, total_steps = samples / recipe.train.global_batch, recipe.train.total_steps(samples)
     return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start)
 
 
@@ -82,7 +86,7 @@ def check_machine(recipe: Recipe) -> tuple[int, int]:
     here = Node("this machine", {"CPU": cpus, "GPU": gpus})
     config = recipe.cluster.model_copy(update={"cpus_per_worker": share, "autoscaling": False})
     place(config, [here], data_need(recipe))
-    if recipe.train.eval_beside:
+    if recipe.train.eval_async:
         check_evaluation(config, [here])
     return cpus, gpus
 
@@ -97,7 +101,7 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
     Raises:
         UserError: the first thing that would stop the run, with what to change.
     """
-    check_batch(recipe)
+    check_workers(recipe)
     manifest = load_data(recipe.data, load)
     check_data(recipe, manifest)
     check_best(recipe, len(manifest.classes))
@@ -108,6 +112,11 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
     return CheckedModel(manifest, parameters, {name: list(p.shape) for name, p in model.named_parameters()})
 
 
+def data_facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what run.json records of the data (key ``data``), without secrets."""
+    return redact(asdict(DataFacts(manifest.name, manifest.licence, manifest.source, manifest.classes)))
+
+
 def describe_start(recipe: Recipe, manifest: Manifest) -> str:
     """Say what ``train.init_from`` gives the model, empty without it; refuse weights of another model."""
     place = recipe.train.init_from
@@ -116,11 +125,6 @@ def describe_start(recipe: Recipe, manifest: Manifest) -> str:
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))
     return plan_start(model, open_weights(place)).describe(place)
-
-
-def epoch_steps_of(recipe: Recipe, manifest: Manifest) -> float:
-    """Return the optimizer steps of one pass over the training data, not necessarily whole."""
-    return manifest.split(recipe.data.train_split).samples / recipe.train.global_batch
 
 
 def data_cpus(recipe: Recipe) -> float:
@@ -142,25 +146,18 @@ def data_need(recipe: Recipe) -> DataNeed:
     return DataNeed(data_cpus(recipe), data.cpus_per_task, data.task_labels, data.task_memory)
 
 
-def shared_out(recipe: Recipe) -> tuple[int, ...]:
-    """Return the numbers of workers that may train: from `cluster.min_workers` on, those that share out the batch."""
-    cluster = recipe.cluster
-    least = cluster.min_workers or cluster.workers
-    return recipe.train.worlds(least, cluster.workers)
-
-
 def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
-    """Return the logical CPUs of one worker so that all fit onto the nodes, or at least as many as may train.
+    """Return the logical CPUs of one worker so that all fit onto the nodes, or at least `cluster.min_workers`.
 
     Raises:
         UserError: not even those fit, or no GPU is left for evaluations beside training.
     """
-    if recipe.train.eval_beside and not recipe.cluster.autoscaling:
+    if recipe.train.eval_async and not recipe.cluster.autoscaling:
         check_evaluation(recipe.cluster, nodes)
     try:
         return place(recipe.cluster, nodes, data_need(recipe))
     except UserError:
-        least = shared_out(recipe)[0]
+        least = recipe.cluster.min_workers or recipe.cluster.workers
         if least == recipe.cluster.workers:
             raise
         fewer = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"workers": least})})
@@ -194,26 +191,20 @@ def check_best(recipe: Recipe, classes: int) -> None:
         )
 
 
-def check_batch(recipe: Recipe) -> None:
-    """Refuse a global batch that the workers cannot share out in whole micro-batches."""
+def check_workers(recipe: Recipe) -> None:
+    """Refuse a smallest number of workers that is larger than the largest."""
     if (recipe.cluster.min_workers or 0) > recipe.cluster.workers:
         raise UserError(
             f"cluster.min_workers {recipe.cluster.min_workers} is more than cluster.workers {recipe.cluster.workers}: "
             "set it to at most that"
         )
-    batch, workers, micro = recipe.train.global_batch, recipe.cluster.workers, recipe.train.micro_batch
-    portion = workers * (micro or 1)
-    if batch % portion:
-        factors = f"cluster.workers {workers}" + (f" x train.micro_batch {micro}" if micro else "")
-        below, above = batch // portion * portion, (batch // portion + 1) * portion
-        choice = f"{below} or {above}" if below else str(above)
-        raise UserError(f"train.global_batch {batch} is not divisible by {factors} = {portion}: set it to {choice}")
 
 
 def check_deepspeed(recipe: Recipe, parameters: int) -> None:
     """Refuse DeepSpeed settings that contradict the recipe, and a DeepSpeed JSON that is not there."""
     workers = recipe.cluster.workers
-    batch = BatchPlan(recipe.train.micro(workers), recipe.train.accumulation(workers), workers)
+    training = recipe.train
+    batch = BatchPlan(training.micro(workers), training.accumulation(workers), workers, training.global_batch)
     device = "cuda" if recipe.cluster.gpus_per_worker else "cpu"
     plan_config(
         recipe.deepspeed,
@@ -274,3 +265,104 @@ def check_resume(
             raise UserError(
                 f"{where} was trained with {key} = {old}, the recipe says {new}: its place in the data would be lost"
             )
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of one sample by batch key."""
+
+
+def check_inputs(model: Any, shapes: Shapes, data: DataConfig, manifest: Manifest) -> None:
+    """Refuse data that lack what the model reads, or show it in another shape.
+
+    Args:
+        model: the recipe's model section.
+        shapes: what the data put into a training batch.
+        data: the recipe's data section.
+        manifest: of the data.
+
+    Raises:
+        UserError: naming both keys of the recipe that must agree.
+    """
+    for key, inputs in input_sections(model):
+        with torch.device("meta"):
+            wanted = inputs.build().example(1, "meta")
+        for name, tensor in wanted.items():
+            if name not in shapes:
+                has = ", ".join(manifest.features)
+                reads = "" if name == inputs.kind else f", which reads '{name}'"
+                raise UserError(f"{key}.kind = {inputs.kind!r}{reads}, but {data.url} has the features {has}")
+            check = CHECKS.get(name)
+            if check and shapes[name] != tuple(tensor.shape[1:]):
+                check(key, inputs, shapes[name], data)
+        if inputs.kind == "mel" and inputs.rate != data.audio.rate:
+            raise UserError(
+                f"{key}.rate = {inputs.rate}, but data.audio.rate = {data.audio.rate}: set both to the same"
+            )
+
+
+def input_sections(model: Any) -> list[tuple[str, Any]]:
+    """Return the model's input sections, each with its dotted key: those of every modality if there are several."""
+    inputs = getattr(model, "inputs", None)
+    if inputs is None or not hasattr(inputs, "kind"):
+        return []
+    if inputs.kind != "multimodal":
+        return [("model.inputs", inputs)]
+    return [(f"model.inputs.modalities.{name}", one) for name, one in inputs.modalities.items()]
+
+
+def _check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
+    if not hasattr(inputs, "size"):
+        return
+    channels, height, width = shape
+    if inputs.channels != channels:
+        raise UserError(
+            f"{key}.channels = {inputs.channels}, but the images of {data.url} have {channels}: set it to that"
+        )
+    if getattr(inputs, "resize", False):
+        return
+    raise UserError(
+        f"{key}.size = {list(inputs.size)}, but the images of {data.url} come as {height} x {width}: "
+        f"set {key}.size to [{height}, {width}], or data.image_size to {list(inputs.size)}"
+    )
+
+
+def _check_audio(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
+    raise UserError(f"{key}.samples = {inputs.samples}, but data.audio.samples = {shape[0]}: set both to the same")
+
+
+def _check_text(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
+    if shape[0] > inputs.length:
+        raise UserError(
+            f"{key}.length = {inputs.length}, but data.text_length = {shape[0]}: set both to the same, or the first "
+            "to more"
+        )
+
+
+def _check_frames(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
+    _, channels, height, width = shape
+    wanted, got = (inputs.channels, *inputs.size), (channels, height, width)
+    if wanted != got:
+        raise UserError(
+            f"{key} has channels = {inputs.channels} and size = {list(inputs.size)}, but the pairs of {data.url} come "
+            f"as {channels} x {height} x {width}: set {key} to that, or data.image_size to {list(inputs.size)}"
+        )
+
+
+def _check_video(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
+    if inputs.kind == "flow_frames":
+        _check_frames(key, inputs, shape, data)
+    if not hasattr(inputs, "frames"):
+        return
+    frames, channels, height, width = shape
+    if inputs.channels != channels:
+        raise UserError(
+            f"{key}.channels = {inputs.channels}, but the videos of {data.url} have {channels}: set it to that"
+        )
+    raise UserError(
+        f"{key} has frames = {inputs.frames} and size = {list(inputs.size)}, but data.video gives {frames} frames of "
+        f"{height} x {width}: set {key} and data.video to the same"
+    )
+
+
+CHECKS = {"image": _check_image, "audio": _check_audio, "video": _check_video, "text": _check_text}
+"""What to say of a batch key whose shape is not the model's; other inputs take any size."""

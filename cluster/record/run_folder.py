@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import fsspec
 
 from perceiver.config import UserError
+from perceiver.train.checkpoint.hook import is_refusal
 from perceiver.train.checkpoint.store import CheckpointStore
-from perceiver.train.checkpoint.writer import is_refusal
 
 log = logging.getLogger(__name__)
 

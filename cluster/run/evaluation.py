@@ -1,7 +1,7 @@
-"""Evaluation beside training on a cluster: rank 0 asks, the driver has a Ray task do it, and the figures come back.
+"""Evaluation in a separate process (`train.eval_async`): rank 0 asks, a Ray task of the driver evaluates.
 
-The figures of a step also lie in the run's folder, as ``evaluations/step-00000120.json``: a run that goes on does not
-ask for them again.
+The figures of a step are also written to the run's folder, as ``evaluations/step-00000120.json``: a resumed run does
+not ask for them again.
 """
 
 import json
@@ -15,9 +15,9 @@ import fsspec
 
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, for_workers
 from cluster.record.run_folder import RunFolder, patiently
-from cluster.run.monitor import MonitorClient
+from cluster.run.monitor import ActorClient, ActorMonitor
 from perceiver.config import UserError
-from perceiver.train.checkpoint.evaluation import Scored
+from perceiver.train.hooks import Scored
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ def score(tree: Mapping[str, Any], url: str, quarantine_url: str) -> dict[str, f
 
 
 @dataclass
-class Asker:
-    """Rank 0's end: keeps the protocol `perceiver.train.checkpoint.evaluation.Evaluator`."""
+class RemoteEvaluator:
+    """Rank 0's end: implements the protocol `perceiver.train.hooks.Evaluator`."""
 
-    client: MonitorClient
+    client: ActorClient
     _asked: Any = field(default=None, init=False)
     _last: float = field(default=0.0, init=False)
 
@@ -80,7 +80,7 @@ class Asker:
 
 
 @dataclass
-class Evaluations:
+class EvaluationTasks:
     """The driver's end: starts the task that rank 0 asked for, and passes on what it finds.
 
     An evaluation that fails costs its figures, not the run.
@@ -88,13 +88,13 @@ class Evaluations:
     Attributes:
         recipe: of the run.
         folder: of the run.
-        monitor: through which the workers ask and are told (`cluster.run.monitor.MonitorState`).
+        monitor: through which the workers ask and are told.
         show: shows the user an event.
     """
 
     recipe: Recipe
     folder: RunFolder
-    monitor: Any
+    monitor: ActorMonitor
     show: Callable[[dict[str, Any]], None]
     _step: int | None = field(default=None, init=False)
     _task: Any = field(default=None, init=False)
@@ -105,7 +105,7 @@ class Evaluations:
             self.cancel()
             self._step, self._task = event["step"], self._start(event["step"])
 
-    def tend(self) -> None:
+    def collect(self) -> None:
         """Pass the figures on if they are there, or show why there are none."""
         import ray
         from ray.exceptions import RayError
@@ -119,12 +119,12 @@ class Evaluations:
             metrics: Any = ray.get(task)
             write_score(self.folder, Scored(step, metrics))
         except (RayError, UserError) as error:
-            self.monitor.post.remote({"step": step, "metrics": {}})
+            self.monitor.post({"step": step, "metrics": {}})
             log.error("the evaluation of step %d failed: %s", step, error)
             reason = (str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__])[0]
             self.show({"kind": "unscored", "rank": 0, "step": step, "reason": reason})
         else:
-            self.monitor.post.remote({"step": step, "metrics": metrics})
+            self.monitor.post({"step": step, "metrics": metrics})
 
     def cancel(self) -> None:
         """End the task that runs, if there is one."""

@@ -1,90 +1,54 @@
-"""The driver of a training run: check, start Ray and MLflow side by side, train, report."""
+"""The driver of a training run: check, start Ray and MLflow, train, report."""
 
 import logging
-import shlex
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from cluster.recipe.config import Recipe, build_recipe, kind_of, zero_stage
-from cluster.recipe.origin import data_facts
-from cluster.recipe.preflight import Preflight, check
-from cluster.record.failures import failure_reason
-from cluster.record.lease import Lease, hold
-from cluster.record.run_folder import RunFolder, choose_run, redacted_recipe
+from cluster.recipe.config import Recipe, kind_of, zero_stage
+from cluster.recipe.preflight import check, data_facts
+from cluster.record.failures import one_line
+from cluster.record.lease import hold
+from cluster.record.run_folder import choose_run, redacted_recipe
 from cluster.run.console import RunConsole
-from cluster.run.evaluation import Evaluations
+from cluster.run.context import Launch
+from cluster.run.driver import Fit
+from cluster.run.evaluation import EvaluationTasks
 from cluster.run.metrics import RunMetrics, find_peak, ray_export
+from cluster.run.monitor import ActorMonitor
 from cluster.run.result import conclude, send_waiting
-from cluster.run.trainer import Share, build_trainer
+from cluster.run.trainer import Share, build_trainer, keep_reference
 from cluster.run.watchdog import Watchdog, end
-from cluster.runtime import local
+from cluster.runtime.local import cluster_cpus
 from cluster.runtime.session import (
     Tracked,
     log_file,
-    logged,
     ray_and_mlflow,
     sigterm_as_interrupt,
     stop_on_signal,
     tracking_of,
 )
 from perceiver.config import UserError
-from perceiver.tracking.mlflow_writer import RunHandle
-from pipelines.feed.warm import warm_up
 
 log = logging.getLogger(__name__)
 
-REFUSED_GRACE_S = 3.0
-LOOK_S = 0.25
-"""Between two looks at what the workers say."""
 STOPPING = "stopping: the workers save a checkpoint first (again to leave at once)"
 
 
-@dataclass
-class Launch:
-    """One start of a run: its recipe, folder, what the checks found, and where its lines go."""
-
-    recipe: Recipe
-    folder: RunFolder
-    preflight: Preflight
-    console: RunConsole
-    resume: bool
-    began: float
-    command: str
-    background: ThreadPoolExecutor
-    lease: Lease
-
-    @property
-    def saved_at(self) -> float | None:
-        """When the checkpoint that the run goes on from was saved, in seconds since the epoch; None without one."""
-        return self.preflight.checkpoint.created if self.preflight.checkpoint else None
-
-
 def launch_training(
-    path: str,
-    tree: Mapping[str, Any],
-    ray_start: local.EarlyRay,
-    *,
-    overrides: Sequence[str] = (),
-    resume: bool = False,
-    run: str | None = None,
-    as_json: bool = False,
+    recipe: Recipe, *, command: str, resume: bool = False, run: str | None = None, as_json: bool = False
 ) -> int:
     """Train a recipe to its end; return the exit code (0 done, 1 failed, 130 stopped).
 
     Args:
-        path: the recipe's file, for messages.
-        tree: what ``read_tree`` made of it and the overrides.
-        ray_start: Ray, on its way up.
-        overrides: those already in the tree, for the commands that are shown.
-        resume: go on with the newest run of the recipe, or with ``run``.
+        recipe: what to train.
+        command: what was typed, without ``--resume`` and ``--run``, for the commands that are shown.
+        resume: continue the newest run of the recipe, or ``run``.
         run: name of the run's folder.
         as_json: print the outcome as one JSON line at the end.
 
@@ -92,9 +56,6 @@ def launch_training(
         UserError: a mistake in the recipe, the data or the resources, before any worker starts.
     """
     began = time.monotonic()
-    recipe = build_recipe(tree, source=path)
-    if recipe.cluster.resolved_address():
-        ray_start.facts()  # a cluster that does not answer is said before a run folder is made
     folder = choose_run(recipe.output, recipe.name, resume, run)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
@@ -102,27 +63,58 @@ def launch_training(
         lease = stack.enter_context(hold(folder.url))
         stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
-        command = " ".join(["perceiver train", path, *map(shlex.quote, overrides)])
         launch = Launch(recipe, folder, preflight, console, resume, began, command, background, lease)
         folder.write("recipe.yaml", yaml.safe_dump(redacted_recipe(recipe.model_dump(mode="json")), sort_keys=False))
         folder.note(data=data_facts(preflight.manifest))
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
-            console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to go on")
+            console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to continue")
             send_waiting(launch, tracking_of(recipe.tracking, folder, recipe.name))
             return 0
-        outcome = logged(lambda: _train(launch, ray_start))
+        _say_header(launch)
+        try:
+            outcome = run_workers(launch)
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001  anything else is our mistake or the machine's
+            log.exception("the run failed")
+            outcome = {"status": "failed", "error": one_line(error)}
         return conclude(launch, outcome, as_json)
 
 
-def _train(launch: Launch, ray_start: local.EarlyRay) -> dict[str, Any]:
-    """Run the workers to their end; return what they say, with ``status`` finished, stopped, refused or failed."""
-    recipe, folder = launch.recipe, launch.folder
-    _say_header(launch)
-    run = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
-
-    warm = partial(warm_up, recipe.cluster.workers * recipe.data.tasks, recipe.data, launch.preflight.manifest)
-    with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
-        return {**_fit(launch, handle), "handle": handle}
+def run_workers(launch: Launch) -> dict[str, Any]:
+    """Run the workers to their end; return what they return, with ``status`` finished, stopped, refused or failed."""
+    recipe, folder, console = launch.recipe, launch.folder, launch.console
+    tracked = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
+    with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as handle:
+        monitor = ActorMonitor()
+        trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus()))
+        watchdog = Watchdog(recipe.cluster.hang_s)
+        evaluations = EvaluationTasks(recipe, folder, monitor, console.show)
+        figures = RunMetrics(ray_export(folder.name), saved_at=launch.saved_at)
+        fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor)
+        with stop_on_signal(monitor.request_stop, console.say, STOPPING):
+            for event in fit.events():
+                watchdog.note(event, time.monotonic())
+                figures.note(event)
+                evaluations.note(event)
+                console.show(event)
+                if event["kind"] == "checkpoint":
+                    keep_reference(trainer, event)
+                if event["kind"] == "ready":
+                    _note_worker(launch, figures, event)
+                if event["kind"] == "looked":
+                    evaluations.collect()
+                    if (hanging := watchdog.suspect(time.monotonic())) is not None:
+                        console.show({"kind": "hang", **asdict(hanging)})
+                        end(hanging)
+                    if launch.lease.lost:
+                        raise UserError(
+                            f"{folder.url}: {launch.lease.lost}; this driver stops, what it has done since is discarded"
+                        )
+        evaluations.cancel()
+        console.close()
+        monitor.close()
+        return {**fit.outcome, "handle": handle}
 
 
 def _say_header(launch: Launch) -> None:
@@ -130,11 +122,14 @@ def _say_header(launch: Launch) -> None:
     splits = preflight.manifest.splits
     rows = {name: split.samples for name, split in splits.items()}
     epochs = preflight.total_steps / preflight.epoch_steps
+    workers, batch = recipe.cluster.workers, recipe.train.global_batch
+    padding = recipe.train.rows(workers) * workers - batch
     console.say(f"{launch.folder.url}: {kind_of(recipe.model)}, {preflight.parameters:,} parameters")
     console.say(
         f"data {recipe.data.url} ({', '.join(f'{n:,} {name}' for name, n in rows.items())}) · "
-        f"{recipe.cluster.workers} worker{'s' * (recipe.cluster.workers > 1)}, ZeRO stage {zero_stage(recipe)} · "
-        f"{preflight.total_steps:,} steps of {recipe.train.global_batch} ({epochs:.4g} epochs)"
+        f"{workers} worker{'s' * (workers > 1)}, ZeRO stage {zero_stage(recipe)} · "
+        f"{preflight.total_steps:,} steps of {batch} ({epochs:.4g} epochs)"
+        + (f" and {padding} row{'s' * (padding > 1)} of padding" if padding else "")
     )
     if preflight.start:
         console.say(preflight.start)
@@ -147,60 +142,8 @@ def _say_header(launch: Launch) -> None:
         console.say(f"resuming {launch.folder.name} from {place}")
 
 
-def _fit(launch: Launch, handle: RunHandle | None) -> dict[str, Any]:
-    """Run Ray Train in a thread, so that this one shows progress and takes the user's signals."""
-    import ray
-
-    from cluster.run.monitor import pump, start_monitor
-
-    monitor = start_monitor()
-    trainer = build_trainer(launch.recipe, launch.folder, monitor, handle, Share(local.cluster_cpus()))
-    outcome: dict[str, Any] = {}
-    refused: list[float] = []
-    dog = Watchdog(launch.recipe.cluster.hang_s)
-    beside = Evaluations(launch.recipe, launch.folder, monitor, launch.console.show)
-    figures = RunMetrics(ray_export(launch.folder.name), saved_at=launch.saved_at)
-
-    def show(event: dict[str, Any]) -> None:
-        dog.note(event, time.monotonic())
-        figures.note(event)
-        beside.note(event)
-        if event["kind"] == "ready":
-            _note_worker(launch, figures, event)
-        if event["kind"] == "refused":
-            outcome.update(status="refused", error=event["error"])
-            refused.append(time.monotonic())
-        launch.console.show(event)
-
-    def fit() -> None:
-        try:
-            outcome.update(trainer.fit().return_value or {})
-        except Exception as error:  # noqa: BLE001  whatever Ray raises becomes one line for the user
-            log.exception("training failed")
-            outcome.update(status="failed", error=failure_reason(error))
-
-    thread = threading.Thread(target=fit, daemon=True)
-    with stop_on_signal(monitor, launch.console.say, STOPPING):
-        thread.start()
-        # A worker that refuses to go on leaves the others waiting for it: they end with Ray, a moment later.
-        while thread.is_alive() and not (refused and time.monotonic() - refused[0] > REFUSED_GRACE_S):
-            pump(monitor, show)
-            beside.tend()
-            if (hanging := dog.suspect(time.monotonic())) is not None:
-                launch.console.show({"kind": "hang", **asdict(hanging)})
-                end(hanging)
-            if launch.lease.lost:
-                raise UserError(f"{launch.folder.url}: {launch.lease.lost}; this one stops, what it did since is void")
-            thread.join(LOOK_S)
-        pump(monitor, show)
-    beside.cancel()
-    launch.console.close()
-    ray.kill(monitor)
-    return outcome
-
-
 def _note_worker(launch: Launch, figures: RunMetrics, event: Mapping[str, Any]) -> None:
-    """Keep in run.json which process on which node is which rank; with the first one the device is known."""
+    """Note in run.json which process on which node is which rank; the first one also shows the device."""
     folder = launch.folder
     workers = {**folder.facts().get("workers", {}), str(event["rank"]): {"pid": event["pid"], "node": event["node"]}}
     folder.note(workers=workers)

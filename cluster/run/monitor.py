@@ -1,31 +1,72 @@
-"""The small actor through which workers tell the driver how they are, and the driver asks them to stop."""
+"""The channel between the driver and the workers: events one way, a request to stop and answers the other way.
+
+On a Ray cluster it is a small actor (`ActorMonitor`, `ActorClient`); a worker that runs in the driver's own process
+uses a queue (`LocalMonitor`, `LocalClient`). An event is a dictionary with the keys ``kind`` and ``rank``.
+"""
 
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+Event = dict[str, Any]
 
-class MonitorState:
-    """Events from the workers in the order they came, and the request to stop. Lives inside an actor."""
+
+class Monitor(Protocol):
+    """The driver's end."""
+
+    @property
+    def address(self) -> Any:
+        """What a worker is given to `connect` with."""
+        ...
+
+    def events(self) -> list[Event]:
+        """Return the events since the last call, in the order in which they were sent."""
+        ...
+
+    def request_stop(self) -> None:
+        """Ask the workers to save a checkpoint and end."""
+        ...
+
+    def close(self) -> None:
+        """Release what it uses."""
+        ...
+
+
+class Client(Protocol):
+    """A worker's end."""
+
+    def send(self, kind: str, payload: Mapping[str, Any], urgent: bool = False) -> None:
+        """Send an event without waiting."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Return whether the driver has asked to stop."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until all events have arrived."""
+        ...
+
+
+class _State:
+    """The events, the request to stop, and what was posted to rank 0. Lives inside an actor."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._stop = self._resize = False
+        self._events: list[Event] = []
         self._posted: list[dict[str, Any]] = []
+        self._stop = False
 
-    def push(self, event: dict[str, Any]) -> tuple[bool, bool]:
-        """Add an event; return whether the workers are asked to stop, and whether to start again in another number."""
+    def push(self, event: Event) -> bool:
+        """Add an event; return whether the workers are asked to stop."""
         self._events.append(event)
-        if event["kind"] == "ready":
-            self._resize = False  # this one has started again
-        return self._stop, self._resize
+        return self._stop
 
-    def drain(self) -> list[dict[str, Any]]:
+    def drain(self) -> list[Event]:
         """Return the events since the last call."""
         events, self._events = self._events, []
         return events
@@ -34,37 +75,85 @@ class MonitorState:
         """Ask the workers to save a checkpoint and end."""
         self._stop = True
 
-    def request_resize(self) -> None:
-        """Ask the workers to save a checkpoint and to start again, in another number."""
-        self._resize = True
-
-    def post(self, news: dict[str, Any]) -> None:
-        """Leave something for the worker of rank 0."""
-        self._posted.append(news)
+    def post(self, message: dict[str, Any]) -> None:
+        """Leave a message for the worker of rank 0."""
+        self._posted.append(message)
 
     def take(self) -> list[dict[str, Any]]:
-        """Return what was left for the worker of rank 0 since the last call."""
+        """Return what was posted since the last call."""
         posted, self._posted = self._posted, []
         return posted
 
 
+class ActorMonitor:
+    """The driver's end of an actor on the driver's node, so that the loss of another node does not take it.
+
+    Attributes:
+        address: the actor's handle.
+    """
+
+    def __init__(self) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(_State)
+        self.address: Any = actor.options(num_cpus=0, scheduling_strategy=here).remote()
+
+    def events(self) -> list[Event]:
+        """See `Monitor`."""
+        return ray.get(self.address.drain.remote())
+
+    def request_stop(self) -> None:
+        """See `Monitor`."""
+        self.address.request_stop.remote()
+
+    def post(self, message: dict[str, Any]) -> None:
+        """Leave a message for the worker of rank 0."""
+        self.address.post.remote(message)
+
+    def close(self) -> None:
+        """End the actor."""
+        ray.kill(self.address)
+
+
 class LocalMonitor:
-    """The same for a worker that runs in a thread of the driver's process: events go to a queue, without an actor."""
+    """The driver's end of a queue, for a worker in a thread of this process."""
 
-    def __init__(self, events: "queue.SimpleQueue[dict[str, Any]]") -> None:
-        self.events = events
+    def __init__(self) -> None:
         self.stop = False
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
+    @property
+    def address(self) -> "LocalMonitor":
+        """See `Monitor`."""
+        return self
 
-def start_monitor() -> Any:
-    """Start the actor on the driver's node, so that the loss of another does not take it; return its handle."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(MonitorState).options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    def push(self, event: Event) -> None:
+        """Add an event."""
+        self._events.put(event)
+
+    def events(self) -> list[Event]:
+        """See `Monitor`."""
+        found: list[Event] = []
+        while not self._events.empty():
+            found.append(self._events.get())
+        return found
+
+    def request_stop(self) -> None:
+        """See `Monitor`."""
+        self.stop = True
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 @dataclass
-class MonitorClient:
-    """A worker's end: sends without waiting, a kind at most every ``interval`` seconds if it is not marked urgent."""
+class ActorClient:
+    """A worker's end of an actor.
+
+    Attributes:
+        handle: of the actor.
+        rank: of the worker.
+        interval: seconds between two events of a kind that are not marked urgent; those that come sooner are left out.
+    """
 
     handle: Any
     rank: int
@@ -72,10 +161,9 @@ class MonitorClient:
     _last: dict[str, float] = field(default_factory=dict)
     _pending: list[Any] = field(default_factory=list)
     _stop: bool = False
-    _resize: bool = False
 
     def send(self, kind: str, payload: Mapping[str, Any], urgent: bool = False) -> None:
-        """Send an event; one that is not urgent and comes too soon after the last of its kind is left out."""
+        """See `Client`."""
         now = time.monotonic()
         if not urgent and now - self._last.get(kind, 0.0) < self.interval:
             return
@@ -84,63 +172,40 @@ class MonitorClient:
         self._pending.append(self.handle.push.remote({"kind": kind, "rank": self.rank, **payload}))
 
     def stop_requested(self) -> bool:
-        """Whether the driver asked to stop, as far as the answers have come in."""
+        """Return whether the driver has asked to stop, as far as answers have arrived."""
         self._collect()
         return self._stop
 
-    def resize_requested(self) -> bool:
-        """Whether the workers are asked to start again in another number."""
-        self._collect()
-        return self._resize
-
     def flush(self) -> None:
-        """Wait until all events have been taken."""
-        self._note(ray.get(self._pending))
+        """See `Client`."""
+        self._stop = any(ray.get(self._pending)) or self._stop
         self._pending = []
 
     def _collect(self) -> None:
-        if not self._pending:
-            return
-        done, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
-        self._note(ray.get(done))
-
-    def _note(self, answers: Sequence[tuple[bool, bool]]) -> None:
-        self._stop = self._stop or any(stop for stop, _ in answers)
-        self._resize = self._resize or any(resize for _, resize in answers)
+        if self._pending:
+            done, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
+            self._stop = any(ray.get(done)) or self._stop
 
 
 @dataclass
 class LocalClient:
-    """What `MonitorClient` is, for a `LocalMonitor`."""
+    """A worker's end of a `LocalMonitor`."""
 
     monitor: LocalMonitor
     rank: int
 
     def send(self, kind: str, payload: Mapping[str, Any], urgent: bool = False) -> None:
-        """Leave an event for the driver's thread."""
-        self.monitor.events.put({"kind": kind, "rank": self.rank, **payload})
+        """See `Client`."""
+        self.monitor.push({"kind": kind, "rank": self.rank, **payload})
 
     def stop_requested(self) -> bool:
-        """Whether the driver asked to stop."""
+        """See `Client`."""
         return self.monitor.stop
-
-    def resize_requested(self) -> bool:
-        """Never: this worker is the only one."""
-        return False
 
     def flush(self) -> None:
         """Do nothing: an event has arrived when it is sent."""
 
 
-Client = MonitorClient | LocalClient
-
-
-def connect(monitor: Any, rank: int) -> Client:
-    """Return a worker's end of a monitor actor, or of a `LocalMonitor`."""
-    return LocalClient(monitor, rank) if isinstance(monitor, LocalMonitor) else MonitorClient(monitor, rank)
-
-
-def pump(handle: Any, show: Callable[[dict[str, Any]], None]) -> None:
-    """Hand every waiting event to ``show`` (driver's end)."""
-    for event in ray.get(handle.drain.remote()):
-        show(event)
+def connect(address: Any, rank: int) -> Client:
+    """Return a worker's end of the monitor with this address."""
+    return LocalClient(address, rank) if isinstance(address, LocalMonitor) else ActorClient(address, rank)

@@ -6,11 +6,12 @@ import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.recipe.config import kind_of, zero_stage
+from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import EXIT_STOPPED
-from cluster.runtime import local
+from cluster.run.context import Launch
 from cluster.runtime.session import go_on_command
 from perceiver.config import UserError
 from perceiver.tracking.mlflow_writer import TrackingConfig, load_handle, open_tracker, replay, spool_folder
@@ -18,13 +19,10 @@ from perceiver.tracking.redaction import redact_text
 from perceiver.tracking.spool import unsent
 from perceiver.tracking.tracker import NullTracker, Tracker
 
-if TYPE_CHECKING:
-    from cluster.run.launch import Launch
-
 log = logging.getLogger(__name__)
 
 
-def conclude(launch: "Launch", outcome: Mapping[str, Any], as_json: bool) -> int:
+def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     """Say how it ended and what to do next; write report and MLflow's last entries. Return the exit code."""
     status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
     try:
@@ -33,7 +31,7 @@ def conclude(launch: "Launch", outcome: Mapping[str, Any], as_json: bool) -> int
         if status == "finished":
             raise
         log.error("%s", error)  # the store that cannot be written may be what ended the run: that is said below
-    go_on = f"go on with: {go_on_command(launch.command, folder)}"
+    go_on = f"continue with: {go_on_command(launch.command, folder)}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
     handle = outcome.get("handle")
     tracker = open_tracker(handle, spool_folder(folder.local)) if handle else NullTracker()
@@ -44,7 +42,7 @@ def conclude(launch: "Launch", outcome: Mapping[str, Any], as_json: bool) -> int
     elif status == "stopped":
         say(f"stopped after step {outcome['step']} of {outcome['total_steps']}, checkpoint saved; {go_on}")
     else:
-        launch.console.error(f"{outcome.get('error', 'the workers ended without a word')}")
+        launch.console.error(f"{outcome.get('error', 'the workers exited without an error message')}")
         say(f"logs {folder.local / 'logs'}" + ("" if status == "refused" else f"; {go_on}"))
     if as_json:
         facts = {
@@ -56,7 +54,7 @@ def conclude(launch: "Launch", outcome: Mapping[str, Any], as_json: bool) -> int
     return code
 
 
-def send_waiting(launch: "Launch", config: TrackingConfig) -> None:
+def send_waiting(launch: Launch, config: TrackingConfig) -> None:
     """Send MLflow what waits in the spool of a finished run whose server did not answer."""
     folder = launch.folder.local
     if not config.enabled or load_handle(folder) is None or not unsent(spool_folder(folder)):
@@ -66,7 +64,7 @@ def send_waiting(launch: "Launch", config: TrackingConfig) -> None:
     launch.console.say(f"mlflow {'does not answer: ' if left else ''}{where}")
 
 
-def _report(launch: "Launch", outcome: Mapping[str, Any]) -> str | None:
+def _report(launch: Launch, outcome: Mapping[str, Any]) -> str | None:
     """Write the report; a failure costs the report, not the run."""
     from cluster.run.report import build_report
 
@@ -79,7 +77,7 @@ def _report(launch: "Launch", outcome: Mapping[str, Any]) -> str | None:
         return None
 
 
-def _facts(launch: "Launch", outcome: Mapping[str, Any]) -> dict[str, str]:
+def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     """Return the report's table of facts."""
     recipe, preflight = launch.recipe, launch.preflight
     return {
@@ -88,12 +86,12 @@ def _facts(launch: "Launch", outcome: Mapping[str, Any]) -> dict[str, str]:
         "workers": f"{recipe.cluster.workers}, ZeRO stage {zero_stage(recipe)}",
         "steps": f"{outcome['step']:,} of {recipe.train.global_batch} samples",
         "wall time": f"{time.monotonic() - launch.began:.0f} s, start-up included",
-        "machine": f"{local.machine_cpus()} CPUs ({platform.machine()}), {platform.system()}",
+        "machine": f"{machine_cpus()} CPUs ({platform.machine()}), {platform.system()}",
         "checkpoint": launch.folder.checkpoints.location(outcome["step"]),
     }
 
 
-def _finish_run(launch: "Launch", tracker: Tracker, status: str, report: str | None) -> None:
+def _finish_run(launch: Launch, tracker: Tracker, status: str, report: str | None) -> None:
     """Send what is left to MLflow: recipe, report, and how the run ended."""
     recipe = launch.folder.local / "recipe.yaml"
     if recipe.exists():
@@ -103,7 +101,7 @@ def _finish_run(launch: "Launch", tracker: Tracker, status: str, report: str | N
     tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
 
 
-def _say_results(launch: "Launch", outcome: Mapping[str, Any], report: str | None) -> None:
+def _say_results(launch: Launch, outcome: Mapping[str, Any], report: str | None) -> None:
     """Print the figures, where everything is, and the commands for the next step."""
     say, folder, recipe = launch.console.say, launch.folder, launch.recipe
     say("")
@@ -120,7 +118,7 @@ def _say_results(launch: "Launch", outcome: Mapping[str, Any], report: str | Non
         say(f"{caption:<12}{line}")
 
 
-def _commands(launch: "Launch", outcome: Mapping[str, Any]) -> dict[str, str]:
+def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     """Return the commands that a user would want next, by caption."""
     recipe, handle = launch.recipe, outcome.get("handle")
     more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"

@@ -1,60 +1,71 @@
-"""What each Ray Train worker runs: build model, engine, data and hooks from the recipe, then the training loop."""
+"""What each Ray Train worker runs, top to bottom: build model, engine, data, recording and hooks; train; write results.
+
+Ray Train calls the same function at the start, after a failure and with another number of workers: it always continues
+from the newest checkpoint that verifies.
+"""
 
 import contextlib
-import itertools
 import json
 import logging
 import math
 import os
 import platform
-import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ray
+import ray.train
 import torch
 
 from cluster.predict.outputs import parquet, predicted
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, zero_stage
-from cluster.recipe.preflight import epoch_steps_of
 from cluster.record.run_folder import RunFolder, redacted_recipe
-from cluster.run.guard import build_beside, build_guard
-from cluster.run.monitor import Client, connect
+from cluster.run.evaluation import RemoteEvaluator, read_scores
+from cluster.run.monitor import ActorClient, Client, connect
 from cluster.run.watchdog import Pulse
-from cluster.runtime.drain import leave
+from cluster.runtime.ray_internals import quiet_data_progress, rest_data_scheduler
 from perceiver.config import UserError
 from perceiver.export.weights import open_weights, start_from
 from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
-from perceiver.tasks import Task, build_task
+from perceiver.tasks import Batch, Task, build_task
 from perceiver.tracking.mlflow_writer import RunHandle, open_tracker
 from perceiver.tracking.tracker import NullTracker, Tracker
-from perceiver.train.checkpoint.evaluation import BesideHook
-from perceiver.train.checkpoint.store import Snapshot
+from perceiver.train.bad_loss import BadLossHook
+from perceiver.train.checkpoint.hook import BackgroundSaver, CheckpointHook, EveryEpochs, Listeners, Measured
+from perceiver.train.checkpoint.ledger import Ledger, SampleLog
+from perceiver.train.checkpoint.store import CheckpointStore, Snapshot
 from perceiver.train.engine.deepspeed_config import BatchPlan
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
 from perceiver.train.engine.protocol import Engine
-from perceiver.train.hooks import EvalHook, History, MetricsHook
-from perceiver.train.loop import Batch, Hook, Span, StepInfo
+from perceiver.train.hooks import AsyncEvalHook, EvalHook, History, MetricsHook
+from perceiver.train.loop import Flags, Hook, Span, StepInfo, train
 from pipelines.feed.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.quarantine import Quarantine
 
 log = logging.getLogger(__name__)
 
-SWITCH_S = 0.0005
-"""After so long a thread that waits for the interpreter gets it: training must not wait 5 ms for Ray's threads."""
 LIBRARIES = ("torch", "ray", "deepspeed", "mlflow", "pyarrow", "numpy")
+ASK_S = 2.0
+"""Between two questions whether a node is about to be removed."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this worker stands in the group."""
+class WorkerRank:
+    """This worker among those of its run.
+
+    Attributes:
+        rank: counted over all workers.
+        world: number of workers.
+        local_world: workers on this machine.
+        device: where the model is.
+    """
 
     rank: int
     world: int
@@ -62,120 +73,183 @@ class Place:
     device: torch.device
 
 
-EngineMaker = Callable[[Recipe, torch.nn.Module, Task, Manifest, Place], Engine]
-"""Makes a worker's engine from recipe, model and task, for data of a manifest, at the worker's place."""
-
-
-@dataclass
-class Job:
-    """All that a worker builds once and uses throughout."""
-
-    recipe: Recipe
-    folder: RunFolder
-    manifest: Manifest
-    place: Place
-    engine: Engine
-    history: History
-    monitor: Client
-    tracker: Tracker
-    batches: Iterator[Batch]
-    start_step: int
-    quarantine: Quarantine
-    pulse: Pulse | None = None
-
-    @property
-    def epoch_steps(self) -> float:
-        """Return the optimizer steps of one pass over the training data."""
-        return epoch_steps_of(self.recipe, self.manifest)
-
-    @property
-    def total_steps(self) -> int:
-        """Return the optimizer steps of the whole run."""
-        return self.recipe.train.total_steps(self.epoch_steps)
-
-    def evaluation(self) -> Iterator[Batch]:
-        """Return the batches of the evaluation split that fall to this worker."""
-        data, place = self.recipe.data, self.place
-        share = EvalShare(data.eval_split, eval_rows(self.recipe, place.world), place.rank, place.world)
-        batches = eval_batches(data, self.manifest, share, place.device, self.quarantine)
-        return self.counted(batches)
-
-    def counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Have the worker's pulse count the batches that it gets."""
-        return batches if self.pulse is None else self.pulse.count(batches)
-
-
 def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train until the recipe's end or a stop; the same function starts, resumes and recovers a run.
+    """Train until the recipe's end or a stop.
+
+    Args:
+        config: see `cluster.run.trainer.worker_config`.
 
     Returns:
         ``{"status": "finished" | "stopped" | "refused", ...}``; a mistake of the user's is returned, not raised,
         because Ray would restart the workers to meet it again.
     """
-    return work(config, build_engine)
-
-
-def work(config: Mapping[str, Any], make_engine: EngineMaker) -> dict[str, Any]:
-    """Do what `train_worker` does, with an engine of the caller's making."""
     began = time.perf_counter()
-    sys.setswitchinterval(SWITCH_S)
-    # Of this thread and of those that it starts. A model that has nothing left to learn has gradients and moments below
-    # 1e-38, with which a CPU computes ten times slower.
+    # Gradients and moments of a model that has nothing left to learn are below 1e-38, which makes a CPU 10 times
+    # slower.
     torch.set_flush_denormal(True)
-    place = find_place(config["runs"])
-    monitor = connect(config["monitor"], place.rank)
+    me = find_rank(config["runs"])
+    first = me.rank == 0
+    monitor = connect(config["monitor"], me.rank)
     try:
         with contextlib.ExitStack() as resources:
-            job = _build(config, place, monitor, resources, make_engine)
-            facts = {"seconds": time.perf_counter() - began, "world": place.world, **_whereabouts()}
-            monitor.send("ready", facts, urgent=True)
-            pulse = Pulse(connect(config["monitor"], place.rank), quarantined=lambda: len(job.quarantine.problems))
-            job.pulse = pulse
-            resources.callback(job.pulse.stop)
-            job.batches = job.counted(job.batches)
-            return _run(job)
+            # The recipe, its data, and the checkpoint to continue from.
+            recipe = build_recipe(config["recipe"])
+            training = recipe.train
+            folder = RunFolder(recipe.output, config["run"])
+            manifest = load_data(recipe.data)
+            samples, classes = manifest.split(recipe.data.train_split).samples, len(manifest.classes)
+            span = Span(
+                start_step=newest_step(folder.checkpoints, me),
+                total_steps=training.total_steps(samples),
+                global_batch=training.global_batch,
+                accumulation=training.accumulation(me.world),
+                steps_per_epoch=samples / training.global_batch,
+                seed=recipe.seed,
+            )
+            resumed = span.start_step > 0
+
+            # Model and engine.
+            task = build_task(recipe.task, classes=classes)
+            engine = build_engine(recipe, first_model(recipe, classes, restored=resumed), task, span, me)
+            if resumed:
+                restore(engine, folder.checkpoints, span.start_step)
+                if first:
+                    url = folder.checkpoints.location(span.start_step)
+                    monitor.send("resumed", {"step": span.start_step, "checkpoint": url}, urgent=True)
+
+            # Data.
+            rest_data_scheduler()
+            quiet_data_progress()
+            quarantine = Quarantine(recipe.data.max_bad_fraction)
+            resources.callback(write_quarantine, quarantine, folder, me)
+            batches = training_batches(recipe, manifest, me, (span.start_step, span.total_steps), quarantine)
+            resources.callback(batches.close)
+            monitor.send("ready", {"seconds": time.perf_counter() - began, "world": me.world, **_where()}, urgent=True)
+            pulse = Pulse(connect(config["monitor"], me.rank), quarantined=lambda: len(quarantine.problems))
+            resources.callback(pulse.stop)
+
+            def evaluation_batches() -> Iterator[Batch]:
+                return pulse.count(evaluation_share(recipe, manifest, me, quarantine))
+
+            # Recording.
+            tracker: Tracker = NullTracker()
+            if first and config["mlflow"] is not None:
+                handle = RunHandle.from_json(config["mlflow"])
+                tracker = open_tracker(handle, Path(config["spool"]), system_metrics_node="")
+            resources.callback(tracker.detach)
+            sinks = [tracker.log_metrics, partial(tell_metrics, monitor)] if first else []
+            history = History(folder.checkpoints.history(span.start_step) if resumed else "", sinks)
+            reporter = RayReporter(history, on_ray=isinstance(monitor, ActorClient))
+
+            # Hooks.
+            evaluation = EvalHook(
+                history,
+                engine,
+                evaluation_batches,
+                epochs=math.inf if training.eval_async else training.eval_every,
+                report=reporter.evaluated,
+            )
+            evaluations = build_async_evaluation(recipe, folder, history, monitor, span, me)
+            sample_log = SampleLog()
+            ledger = (
+                Ledger(folder.location("ledger"), me.rank, sample_log, span.start_step) if training.ledger else None
+            )
+            if ledger is not None and first:
+                ledger.rewind(span.start_step)
+            saver = BackgroundSaver(
+                folder.checkpoints,
+                training,
+                before=ledger.record if ledger else None,
+                scores=history.evaluations,
+                in_use=evaluations.in_use if evaluations else tuple,
+            )
+            every = training.checkpoint_every
+            checkpoints = CheckpointHook(
+                engine,
+                saver,
+                Measured(engine, recipe.cluster.mtbf_hours * 3600, span.start_step)
+                if every == "auto"
+                else EveryEpochs(every),
+                history,
+                snapshot=partial(take_snapshot, recipe, engine, history),
+                figures=evaluation.figures,
+                listeners=Listeners(
+                    saved=partial(tell_saved, monitor, tracker, evaluations),
+                    best=lambda step, url: tracker.set_tag("best_checkpoint_uri", url),
+                    missed=lambda reason: monitor.send("missed", {"reason": reason}, urgent=True),
+                    committed=partial(note_committed, sample_log, reporter),
+                ),
+                wanted=evaluations.wanted if evaluations else lambda info: False,
+            )
+
+            def last_checkpoint() -> int | None:
+                checkpoints.drain()
+                return newest_step(folder.checkpoints, me) or None
+
+            def keep_samples(first_step: int, last_step: int) -> None:
+                name = f"bad-loss/steps-{first_step + 1:08d}-{last_step:08d}/rank-{me.rank:05d}.parquet"
+                folder.write(name, sample_log.table(first_step, last_step))
+
+            bad_loss = BadLossHook(
+                training.on_bad_loss, training.bad_loss_limit, history, keep_samples, last_checkpoint
+            )
+            preemption = PreemptionHook(asks=first and config["on_cluster"])
+            report: list[Hook] = (
+                [partial(tell_progress, monitor), MetricsHook(history, training.log_every)] if first else []
+            )
+            asynchronous: list[Hook] = [evaluations] if evaluations else []
+            hooks: list[Hook] = [sample_log, bad_loss, preemption, *report, *asynchronous, evaluation, checkpoints]
+
+            def poll() -> Flags:
+                stop = monitor.stop_requested() or preemption.announced
+                flags = checkpoints.flags()
+                return flags._replace(stop=stop or flags.stop, ask_cluster=preemption.due())
+
+            def roll_back(step: int) -> None:
+                target = newest_step(folder.checkpoints, me)
+                restore(engine, folder.checkpoints, target)
+                if ledger is not None:
+                    ledger.void(target, step)
+                if first:
+                    monitor.send("rolled_back", {"step": step, "target": target}, urgent=True)
+
+            # Train, then write the results.
+            step = train(engine, pulse.count(batches), hooks, span, poll=poll, restore=roll_back)
+            monitor.flush()
+            if step < span.total_steps:
+                if preemption.announced and engine.sum([float(monitor.stop_requested())])[0] == 0:
+                    leave(step)
+                return {"status": "stopped", "step": step, "total_steps": span.total_steps}
+            figures = evaluation.latest or engine.evaluate(evaluation_batches())
+            write_predictions(folder, me, task, engine, evaluation_batches())
+            write_weights(folder, recipe, engine)
+            return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
     except UserError as error:
         monitor.send("refused", {"error": str(error)}, urgent=True)
         monitor.flush()
         return {"status": "refused", "error": str(error)}
 
 
-def _whereabouts() -> dict[str, Any]:
-    """Which process this is, on which machine, and how Ray calls that."""
-    import ray
+def find_rank(runs: int) -> WorkerRank:
+    """Return this worker's rank and device, and set its number of threads; ``runs`` that share the machine share it."""
+    context = ray.train.get_context()
+    device = torch.device("cuda", context.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    local_world = context.get_local_world_size()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_world * runs)))
+    return WorkerRank(context.get_world_rank(), context.get_world_size(), local_world, device)
 
-    node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id, "device": device}
 
-
-def _build(
-    config: Mapping[str, Any], place: Place, monitor: Client, resources: contextlib.ExitStack, make_engine: EngineMaker
-) -> Job:
-    """Build everything and restore the newest checkpoint.
-
-    The data pipeline starts first: its tasks come up while DeepSpeed is imported and the engine is built.
-    """
-    recipe = build_recipe(config["recipe"])
-    folder = RunFolder(recipe.output, config["run"])
-    manifest = load_data(recipe.data)
-    quarantine = Quarantine(recipe.data.max_bad_fraction)
-    resources.callback(_write_quarantine, quarantine, folder, place.rank)
-    done = _newest_step(folder, place)
-    total = recipe.train.total_steps(epoch_steps_of(recipe, manifest))
-    batches = started(training_batches(recipe, manifest, place, (done, total), quarantine))
-    resources.callback(batches.close)
-    classes = len(manifest.classes)
-    model = first_model(recipe, classes, restored=done > 0)
-    engine = make_engine(recipe, model, build_task(recipe.task, classes=classes), manifest, place)
-    history = _restore(engine, folder, done, monitor)
-    tracker: Tracker = NullTracker()
-    if place.rank == 0:
-        tracker = _tracker(config)
-        resources.callback(tracker.detach)
-        history.sinks.append(tracker.log_metrics)
-        history.sinks.append(partial(_tell_metrics, monitor))
-    return Job(recipe, folder, manifest, place, engine, history, monitor, tracker, batches, done, quarantine)
+def newest_step(store: CheckpointStore, me: WorkerRank) -> int:
+    """Return the step of the newest checkpoint that verifies, 0 for none; rank 0 chooses for all."""
+    chosen = torch.zeros(1, dtype=torch.int64, device=me.device)
+    if me.rank == 0 and (manifest := store.newest()) is not None:
+        chosen.fill_(manifest.step)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(chosen, 0)
+    return int(chosen)
 
 
 def first_model(recipe: Recipe, classes: int, restored: bool = False) -> torch.nn.Module:
@@ -184,7 +258,7 @@ def first_model(recipe: Recipe, classes: int, restored: bool = False) -> torch.n
     Args:
         recipe: with the model, the seed and the weights to start from.
         classes: of the data.
-        restored: a checkpoint follows, so the weights are not read.
+        restored: a checkpoint is loaded afterwards, so the weights are not read.
     """
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, classes=classes)
@@ -193,172 +267,144 @@ def first_model(recipe: Recipe, classes: int, restored: bool = False) -> torch.n
     return model
 
 
-def started(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-    """Have the first batch made from now on, in a thread; return an iterator over all."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
-    first = pool.submit(lambda: list(itertools.islice(batches, 1)))
-    pool.shutdown(wait=False)
-
-    def iterate() -> Generator[Batch, None, None]:
-        yield from first.result()
-        yield from batches
-
-    return iterate()
-
-
-def training_batches(
-    recipe: Recipe, manifest: Manifest, place: Place, steps: tuple[int, int], quarantine: Quarantine
-) -> Iterator[Batch]:
-    """Return the worker's micro-batches of the steps [first, last)."""
-    share = TrainShare(
-        seed=recipe.seed,
-        global_batch=recipe.train.global_batch,
-        micro_batch=recipe.train.micro(place.world),
-        start_step=steps[0],
-        stop_step=steps[1],
-        rank=place.rank,
-        world=place.world,
-    )
-    return train_batches(recipe.data, manifest, share, place.device, quarantine)
-
-
-def _write_quarantine(quarantine: Quarantine, folder: RunFolder, rank: int) -> None:
-    """Leave the bad samples that this worker met, with their reasons, below ``quarantine/``."""
-    if quarantine.problems:
-        quarantine.write(folder.location("quarantine", f"part-{rank:05d}"))
-
-
-def find_place(runs: int) -> Place:
-    """Find this worker's place; ``runs`` that share the machine share its cores."""
-    import ray.train
-
-    context = ray.train.get_context()
-    device = torch.device("cuda", context.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    local_world = context.get_local_world_size()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_world * runs)))
-    return Place(context.get_world_rank(), context.get_world_size(), local_world, device)
-
-
-def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, manifest: Manifest, place: Place) -> Engine:
+def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, span: Span, me: WorkerRank) -> Engine:
     """Return the DeepSpeed engine of a worker."""
-    epoch_steps = epoch_steps_of(recipe, manifest)
-    schedule = build_schedule(recipe.optim.schedule, recipe.train.total_steps(epoch_steps), epoch_steps)
-    batch = BatchPlan(recipe.train.micro(place.world), recipe.train.accumulation(place.world), place.world)
+    training = recipe.train
     return DeepSpeedEngine(
         model,
         task,
         recipe.optim,
-        schedule,
+        build_schedule(recipe.optim.schedule, span.total_steps, span.steps_per_epoch),
         recipe.deepspeed,
-        batch,
-        device=place.device,
-        precision=recipe.train.precision,
+        BatchPlan(training.micro(me.world), training.accumulation(me.world), me.world, training.global_batch),
+        device=me.device,
+        precision=training.precision,
     )
 
 
-def _tracker(config: Mapping[str, Any]) -> Tracker:
-    """Return rank 0's tracker; it spools to the run's local folder, or here if that lies on another machine."""
-    handle = config["mlflow"]
-    if handle is None:
-        return NullTracker()
-    return open_tracker(RunHandle.from_json(handle), Path(config["spool"]), system_metrics_node="")
-
-
-def _newest_step(folder: RunFolder, place: Place) -> int:
-    """Return the step of the newest checkpoint that verifies, 0 for none; rank 0 chooses for all."""
-    chosen = torch.zeros(1, dtype=torch.int64, device=place.device)
-    if place.rank == 0 and (manifest := folder.checkpoints.newest()) is not None:
-        chosen.fill_(manifest.step)
-    torch.distributed.broadcast(chosen, 0)
-    return int(chosen)
-
-
-def _restore(engine: Engine, folder: RunFolder, step: int, monitor: Client) -> History:
-    """Load the checkpoint of a step, if there is one; return the metrics recorded up to it."""
-    if step == 0:
-        return History()
-    store = folder.checkpoints
+def restore(engine: Engine, store: CheckpointStore, step: int) -> None:
+    """Load the checkpoint of a step; every rank calls this."""
     with store.fetch(step) as local:
         engine.load(local)
-    if engine.rank == 0:
-        monitor.send("resumed", {"step": step, "checkpoint": store.location(step)}, urgent=True)
-    return History(store.history(step))
 
 
-def _run(job: Job) -> dict[str, Any]:
-    """Run the loop with its hooks, then leave behind predictions and weights."""
-    training = job.recipe.train
-    every = math.inf if training.eval_beside else training.eval_every
-    evaluation = EvalHook(job.history, job.engine, job.evaluation, every)
-    span = Span(
-        start_step=job.start_step,
-        total_steps=job.total_steps,
+def training_batches(
+    recipe: Recipe, manifest: Manifest, me: WorkerRank, steps: tuple[int, int], quarantine: Quarantine
+) -> Any:
+    """Return the generator of the worker's micro-batches of the steps [first, last)."""
+    training = recipe.train
+    share = TrainShare(
+        seed=recipe.seed,
         global_batch=training.global_batch,
-        accumulation=training.accumulation(job.place.world),
-        steps_per_epoch=job.epoch_steps,
-        seed=job.recipe.seed,
+        micro_batch=training.micro(me.world),
+        start_step=steps[0],
+        stop_step=steps[1],
+        rank=me.rank,
+        world=me.world,
     )
-    newest = partial(_newest_step, job.folder, job.place)
-    beside = build_beside(job) if training.eval_beside else None
-    guard = build_guard(job, evaluation, partial(_snapshot, job), partial(_saved, job), newest, beside)
-    step = guard.train(_hooks(job, evaluation, beside), span)
-    if step < job.total_steps:
-        job.monitor.flush()
-        if job.engine.sum([float(job.monitor.stop_requested())])[0] == 0:
-            leave(step)
-        return {"status": "stopped", "step": step, "total_steps": job.total_steps}
-    figures = evaluation.latest or job.engine.evaluate(job.evaluation())
-    _leave_behind(job)
-    job.monitor.flush()
-    return {"status": "finished", "step": step, "total_steps": job.total_steps, "evaluation": figures}
+    return train_batches(recipe.data, manifest, share, me.device, quarantine)
 
 
-def _hooks(job: Job, evaluation: EvalHook, beside: BesideHook | None) -> list[Hook]:
-    """The hooks that report on a step."""
-    evaluations: list[Hook] = [evaluation] if beside is None else [beside, evaluation]
-    if job.place.rank > 0:
-        return evaluations
-    return [partial(_progress, job), MetricsHook(job.history, job.recipe.train.log_every), *evaluations]
+def evaluation_share(recipe: Recipe, manifest: Manifest, me: WorkerRank, quarantine: Quarantine) -> Iterator[Batch]:
+    """Return this worker's batches of the evaluation split."""
+    share = EvalShare(recipe.data.eval_split, eval_rows(recipe, me.world), me.rank, me.world)
+    return eval_batches(recipe.data, manifest, share, me.device, quarantine)
 
 
-def _tell_metrics(monitor: Client, step: int, metrics: Mapping[str, float]) -> None:
-    """Tell the driver of a recorded row: of each with an evaluation or a skipped step, of the others now and then."""
-    urgent = bool(metrics.get("train/skipped_steps")) or any(key.startswith("eval/") for key in metrics)
-    monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=urgent)
+def build_async_evaluation(
+    recipe: Recipe, folder: RunFolder, history: History, monitor: Client, span: Span, me: WorkerRank
+) -> AsyncEvalHook | None:
+    """Return the hook of `train.eval_async`, or None; rank 0's can ask the driver for evaluations."""
+    if not recipe.train.eval_async:
+        return None
+    evaluator = RemoteEvaluator(monitor) if me.rank == 0 and isinstance(monitor, ActorClient) else None
+    hook = AsyncEvalHook(history, recipe.train.eval_every, evaluator, stop_requested=monitor.stop_requested)
+    if evaluator is not None and span.start_step:
+        hook.resume(span.start_step, span.steps_per_epoch, read_scores(folder))
+    return hook
 
 
-def _progress(job: Job, info: StepInfo) -> None:
-    payload = {
-        "step": info.step,
-        "total_steps": info.total_steps,
-        "epoch": info.epoch,
-        "loss": info.result.loss,
-        "metrics": info.result.metrics,
-        "seconds": info.seconds,
-        "wait_seconds": info.wait_seconds,
-        "samples": info.samples,
-    }
-    job.monitor.send("progress", payload, urgent=info.last)
+class RayReporter:
+    """Reports evaluations and committed checkpoints to Ray Train, for `Result`, the dashboard and Tune.
+
+    Every rank reports the same number of times, in the same order; rank 0's metrics count. Nothing is uploaded, and
+    nothing that Ray Train stores is read when a run resumes.
+
+    Args:
+        history: the recorded metrics.
+        on_ray: whether this is a worker of a group; a worker in the driver's process reports nothing.
+    """
+
+    def __init__(self, history: History, on_ray: bool) -> None:
+        self.history, self.on_ray = history, on_ray
+
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Report an evaluation."""
+        if self.on_ray:
+            ray.train.report({"step": step, **figures})
+
+    def committed(self, step: int, url: str) -> None:
+        """Report a committed checkpoint by reference, with the figures of the last evaluation."""
+        if not self.on_ray:
+            return
+        scores = self.history.evaluations()
+        metrics = {"step": step, "checkpoint_uri": url, **(scores[max(scores)] if scores else {})}
+        storage: Any = ray.train.get_context().get_storage()
+        place = f"{storage.experiment_fs_path}/step-{step:08d}"  # `cluster.run.trainer.keep_reference` fills it
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint(place, storage.storage_filesystem),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
 
 
-def _saved(job: Job, step: int, url: str) -> None:
-    """Tell the driver and MLflow of a new checkpoint."""
-    job.monitor.send("checkpoint", {"step": step, "url": url}, urgent=True)
-    job.tracker.set_tag("checkpoint_uri", url)
+class PreemptionHook:
+    """Asks Ray Train now and then whether a node of the group is about to be removed; all ranks ask together.
+
+    Args:
+        asks: whether this rank decides when to ask.
+
+    Attributes:
+        announced: whether a node is about to be removed. Then the workers save, and Ray Train starts them elsewhere.
+    """
+
+    def __init__(self, asks: bool) -> None:
+        self.asks, self.announced = asks and hasattr(ray.train, "get_preemption_info"), False
+        self._asked = time.monotonic()
+
+    def due(self) -> bool:
+        """Return whether it is time to ask."""
+        return self.asks and time.monotonic() - self._asked > ASK_S
+
+    def __call__(self, info: StepInfo) -> None:
+        if info.flags.ask_cluster:
+            self._asked = time.monotonic()
+            self.announced = ray.train.get_preemption_info() is not None
 
 
-def _snapshot(job: Job, info: StepInfo, metrics: Mapping[str, float], number: int) -> Snapshot:
+def leave(step: int) -> None:
+    """End this worker, so that Ray Train starts the group again on the nodes that stay.
+
+    Raises:
+        RayActorError: always; Ray Train counts this kind among preemptions, not among `cluster.max_failures`.
+    """
+    from ray.exceptions import RayActorError
+
+    raise RayActorError(error_msg=f"a node is about to be removed, step {step} is saved", preempted=True)
+
+
+def take_snapshot(
+    recipe: Recipe, engine: Engine, history: History, info: StepInfo, metrics: Mapping[str, float], number: int
+) -> Snapshot:
+    """Return what a checkpoint records in addition to the engine's state."""
     return Snapshot(
         step=info.step,
-        samples=info.step * job.recipe.train.global_batch,
-        engine={"kind": type(job.engine).__name__, "zero_stage": zero_stage(job.recipe)},
-        parameters=parameter_shapes(job.engine.module),
-        recipe=redacted_recipe(job.recipe.model_dump(mode="json")),
+        samples=info.step * recipe.train.global_batch,
+        engine={"kind": type(engine).__name__, "zero_stage": zero_stage(recipe)},
+        parameters=parameter_shapes(engine.module),
+        recipe=redacted_recipe(recipe.model_dump(mode="json")),
         versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        history=job.history.text(),
+        history=history.text(),
         metrics=metrics,
         number=number,
     )
@@ -369,25 +415,70 @@ def parameter_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
 
 
-def _leave_behind(job: Job) -> None:
-    """Write this worker's predictions on the evaluation split, and the weights (rank 0) as safetensors."""
-    import safetensors.torch
-
-    _write_predictions(job)
-    weights = job.engine.weights()
-    if weights is not None:
-        model = json.dumps(job.recipe.model.model_dump(mode="json"))
-        metadata = {"format": "pt", "recipe": job.recipe.name, "model": model}
-        blob = safetensors.torch.save(weights, metadata)
-        job.folder.write("model.safetensors", blob)
+def note_committed(sample_log: SampleLog, reporter: RayReporter, step: int, url: str) -> None:
+    """Drop the sample ids up to a committed checkpoint, and report it to Ray Train; every rank calls this."""
+    sample_log.forget(step)
+    reporter.committed(step, url)
 
 
-def _write_predictions(job: Job) -> None:
+def tell_saved(monitor: Client, tracker: Tracker, evaluations: AsyncEvalHook | None, step: int, url: str) -> None:
+    """Tell the driver, MLflow and the asynchronous evaluation of a committed checkpoint (rank 0)."""
+    monitor.send("checkpoint", {"step": step, "url": url}, urgent=True)
+    tracker.set_tag("checkpoint_uri", url)
+    if evaluations is not None:
+        evaluations.saved(step)
+
+
+def tell_metrics(monitor: Client, step: int, metrics: Mapping[str, float]) -> None:
+    """Tell the driver of a recorded row: of each with an evaluation or a skipped step, of the others now and then."""
+    urgent = bool(metrics.get("train/skipped_steps")) or any(key.startswith("eval/") for key in metrics)
+    monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=urgent)
+
+
+def tell_progress(monitor: Client, info: StepInfo) -> None:
+    """Tell the driver of a step."""
+    payload = {
+        "step": info.step,
+        "total_steps": info.total_steps,
+        "epoch": info.epoch,
+        "loss": info.result.loss,
+        "metrics": info.result.metrics,
+        "seconds": info.seconds,
+        "wait_seconds": info.wait_seconds,
+        "samples": info.samples,
+    }
+    monitor.send("progress", payload, urgent=info.last)
+
+
+def write_quarantine(quarantine: Quarantine, folder: RunFolder, me: WorkerRank) -> None:
+    """Write the bad samples that this worker met, with their reasons, below ``quarantine/``."""
+    if quarantine.problems:
+        quarantine.write(folder.location("quarantine", f"part-{me.rank:05d}"))
+
+
+def write_predictions(folder: RunFolder, me: WorkerRank, task: Task, engine: Engine, batches: Iterator[Batch]) -> None:
     """Write ``predictions/part-<rank>.parquet``: one row a valid sample with id, label and the task's outputs."""
     import pyarrow as pa
 
-    task = build_task(job.recipe.task, classes=len(job.manifest.classes))
-    job.engine.module.eval()
+    engine.module.eval()
     with torch.inference_mode():
-        rows = pa.concat_tables([predicted(task, job.engine.module, batch) for batch in job.evaluation()])
-    job.folder.write(f"predictions/part-{job.place.rank:05d}.parquet", parquet(rows))
+        rows = pa.concat_tables([predicted(task, engine.module, batch) for batch in batches])
+    folder.write(f"predictions/part-{me.rank:05d}.parquet", parquet(rows))
+
+
+def write_weights(folder: RunFolder, recipe: Recipe, engine: Engine) -> None:
+    """Write ``model.safetensors`` (rank 0; every rank calls this)."""
+    import safetensors.torch
+
+    weights = engine.weights()
+    if weights is not None:
+        model = json.dumps(recipe.model.model_dump(mode="json"))
+        metadata = {"format": "pt", "recipe": recipe.name, "model": model}
+        folder.write("model.safetensors", safetensors.torch.save(weights, metadata))
+
+
+def _where() -> dict[str, Any]:
+    """Return which process this is, on which machine, and the name of that in Ray."""
+    node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id, "device": device}

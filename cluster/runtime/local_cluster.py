@@ -19,7 +19,8 @@ import psutil
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster.recipe.file import read_config
-from cluster.runtime.local import LEAST_STORE_MB, QUIET_ENVIRONMENT, STORE_MB, free_port, machine_cpus, make_token
+from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
+from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token
 from perceiver.config import Config, UserError
 
 MARK = "PERCEIVER_CLUSTER"

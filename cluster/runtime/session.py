@@ -1,28 +1,24 @@
-"""What the drivers of a run and of a search have in common: Ray and MLflow side by side, their log, and Ctrl-C."""
+"""What the drivers of a run and of a search have in common: Ray and MLflow, their log file, and Ctrl-C."""
 
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.record.failures import one_line
+from cluster.recipe.resources import ClusterConfig
 from cluster.record.run_folder import RunFolder
-from cluster.runtime.local import EarlyRay
-from perceiver.config import UserError
+from cluster.runtime.local import start_ray
 from perceiver.tracking.mlflow_writer import (
     RunHandle,
     TrackingConfig,
     create_run,
     load_handle,
-    prewarm,
     share_helper,
     spool_folder,
 )
@@ -31,17 +27,17 @@ from perceiver.tracking.redaction import redact_text
 log = logging.getLogger(__name__)
 
 GO_ON = "PERCEIVER_GO_ON"
-"""Environment variable of a job: the command of its user that goes on with the run."""
+"""Environment variable of a job: the command with which its user continues the run."""
 
 
 def go_on_command(command: str, folder: RunFolder) -> str:
-    """Return the command that goes on with a run: of the one that submitted this job, else the one that started it."""
+    """Return the command that continues a run: the one of the job's user, otherwise the one that started the run."""
     return os.environ.get(GO_ON) or f"{command} --resume --run {folder.name}"
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """The MLflow run of a driver: where it goes (`tracking_of`), and what it is created with."""
+    """The MLflow run of a driver: its store (see `tracking_of`), and what it is created with."""
 
     config: TrackingConfig
     params: Mapping[str, Any]
@@ -64,44 +60,42 @@ def tracking_of(config: TrackingConfig, folder: RunFolder, name: str) -> Trackin
 
 @contextmanager
 def ray_and_mlflow(
+    config: ClusterConfig,
     folder: RunFolder,
     run: Tracked,
-    ray_start: EarlyRay,
     background: ThreadPoolExecutor,
     say: Callable[[str], None],
-    on_ray: Callable[[], Any],
 ) -> Iterator[RunHandle | None]:
-    """Have Ray and the MLflow run while the body works; both come up side by side, Ray goes down in the background.
+    """Have Ray and the MLflow run while the body works. Both start at the same time; Ray stops in the background.
 
-    MLflow's helper process stays: what the end of the run has to say need not wait for another one.
+    MLflow's helper process stays until this process ends: the last entries of the run need not wait for another one.
 
     Args:
-        folder: of the run; is told Ray's session and the MLflow run.
+        config: the recipe's ``cluster`` section.
+        folder: of the run; Ray's session and the MLflow run are noted in it.
         run: the MLflow run, created or reopened.
-        ray_start: Ray, on its way up.
         background: does what the body need not wait for.
         say: prints a line.
-        on_ray: called when Ray is there; MLflow may not be yet.
+
+    Raises:
+        UserError: the cluster or a required MLflow server does not answer.
     """
     share_helper()
-    sidecar = prewarm(run.config, folder.local)
-    created = background.submit(_create_run, folder, run, sidecar)
-    facts = ray_start.facts()
-    on_ray()
-    handle = created.result()
+    created = background.submit(_create_run, folder, run)
+    ray_session = start_ray(config)
     try:
-        folder.note(ray_session=facts["session"])
+        handle = created.result()
+        folder.note(ray_session=ray_session.folder)
         _say_tracking(folder, handle, say)
-        say(f"logs {folder.local / 'logs' / 'driver.log'} and {facts['session']}/logs")
-        if facts["dashboard"]:
-            say(f"dashboard http://{facts['dashboard']}")
+        say(f"logs {folder.local / 'logs' / 'driver.log'} and {ray_session.folder}/logs")
+        if ray_session.dashboard:
+            say(f"dashboard http://{ray_session.dashboard}")
         yield handle
     finally:
-        # Ray goes down while the report is written.
-        background.submit(stop_ray, folder, facts["session"])
+        background.submit(ray_session.stop, folder.local / "logs" / "ray")  # while the report is written
 
 
-def _create_run(folder: RunFolder, run: Tracked, sidecar: Any) -> RunHandle | None:
+def _create_run(folder: RunFolder, run: Tracked) -> RunHandle | None:
     """Create the MLflow run, or reopen the one that this folder belongs to."""
     return create_run(
         run.config,
@@ -109,9 +103,8 @@ def _create_run(folder: RunFolder, run: Tracked, sidecar: Any) -> RunHandle | No
         output=folder.local,
         params=run.params,
         tags=run.tags,
-        # A driver on another machine knows the run only from what lies at its output.
+        # A driver on another machine knows the run only from what is in its output folder.
         resume=load_handle(folder.local) or folder.facts().get("mlflow_run"),
-        prewarmed=sidecar,
     )
 
 
@@ -122,23 +115,12 @@ def _say_tracking(folder: RunFolder, handle: RunHandle | None, say: Callable[[st
         say(f"mlflow does not answer at {redact_text(handle.uri)}: figures wait in {spool_folder(folder.local)}")
         return
     before = folder.facts().get("mlflow_run") == handle.run_id
-    say(f"mlflow run {handle.run_id}{' goes on' if before else ''}, experiment {handle.experiment}")
+    say(f"mlflow run {handle.run_id}{' continues' if before else ''}, experiment {handle.experiment}")
     folder.note(mlflow_run=handle.run_id)
 
 
-def logged(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do the work; what goes wrong in it stands in full in the log, and becomes one line for the user."""
-    try:
-        return work()
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001  anything else is our mistake or the machine's
-        log.exception("the run could not be started")
-        return {"status": "failed", "error": one_line(error)}
-
-
 @contextmanager
-def stop_on_signal(monitor: Any, say: Callable[[str], None], line: str) -> Any:
+def stop_on_signal(request_stop: Callable[[], None], say: Callable[[str], None], line: str) -> Iterator[None]:
     """First Ctrl-C or SIGTERM: ask the workers, through their monitor, to save and end, and ``say`` the ``line``.
 
     Again, a second later or more: leave at once. The second is there because some wrappers pass one Ctrl-C on twice.
@@ -149,7 +131,7 @@ def stop_on_signal(monitor: Any, say: Callable[[str], None], line: str) -> Any:
         if not asked:
             asked.append(time.monotonic())
             say(line)
-            monitor.request_stop.remote()
+            request_stop()
         elif time.monotonic() - asked[0] > 1.0:
             raise KeyboardInterrupt
 
@@ -176,7 +158,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def log_file(folder: RunFolder) -> Any:
+def log_file(folder: RunFolder) -> Iterator[None]:
     """Send all library chatter of this process to ``logs/driver.log`` instead of the terminal."""
     path = folder.local / "logs" / "driver.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,17 +172,3 @@ def log_file(folder: RunFolder) -> Any:
     finally:
         root.removeHandler(handler)
         handler.close()
-
-
-def stop_ray(folder: RunFolder, session: str) -> None:
-    """Stop a Ray of our own, keeping the workers' logs beside the run; leave a cluster that others use too."""
-    import ray
-    import ray._private.worker as worker
-
-    own = worker.global_worker.node is not None and worker.global_worker.node.is_head()
-    ray.shutdown()
-    logs = Path(session, "logs")
-    if own and logs.is_dir():
-        kept = folder.local / "logs" / "ray"
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(logs, kept, ignore_dangling_symlinks=True, ignore=shutil.ignore_patterns("old"))

@@ -40,7 +40,7 @@ def command(
     # Read when the transformers library is imported: its progress bars have no place on this screen.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from cluster.recipe.origin import trained_on
+    from cluster.predict.scoring import trained_on
     from perceiver.config import UserError
     from perceiver.export import formats as export
     from perceiver.export.weights import open_weights

@@ -1,4 +1,4 @@
-"""What happens when the loss is no number: stop, skip the step, or roll back and pass the window's samples over."""
+"""The policy for a loss that is NaN or infinite: stop, skip the step, or roll back to the last checkpoint."""
 
 import logging
 import math
@@ -8,33 +8,27 @@ from typing import Literal
 
 from perceiver.config import UserError
 from perceiver.train.hooks import History
-from perceiver.train.loop import StepInfo
+from perceiver.train.loop import RollBack, StepInfo
 
 log = logging.getLogger(__name__)
 
 BAD = "train/bad_loss"
-"""Recorded as 1 at each step whose loss or gradient was no number."""
-
-
-class RollBack(Exception):
-    """Asks for the weights of the last checkpoint; training goes on behind the step whose loss was no number."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss of step {step} is no number")
-        self.step = step
+"""Recorded as 1 at each step whose loss or gradient is NaN or infinite."""
 
 
 @dataclass
 class BadLossHook:
     """Acts on a loss that is NaN or infinite; the same on all ranks, since the loss is that of the global batch.
 
-    A step whose gradient is not finite leaves the weights as they were (the engine sees to it), so to skip it is to go
-    on. The steps are counted over restarts, in the recorded metrics.
+    The engine leaves the weights as they are when the gradient is not finite, so skipping a step means to continue. The
+    steps are counted over restarts, in the recorded metrics.
 
     Attributes:
-        policy, limit: `train.on_bad_loss` and `train.bad_loss_limit`.
-        keep: leaves the sample ids of the steps (first, last], both counted from 1, in a file.
-        last_checkpoint: the step that a roll-back would go to; None if there is no checkpoint yet.
+        policy: `train.on_bad_loss`.
+        limit: `train.bad_loss_limit`.
+        history: where the steps are recorded.
+        keep: write the sample ids of the steps (first, last], counted from 1, to a file.
+        last_checkpoint: return the step that a roll-back restores, or None if there is no checkpoint yet.
     """
 
     policy: Literal["stop", "skip", "rollback"]
@@ -47,17 +41,17 @@ class BadLossHook:
         self.met = sum(BAD in row for row in self.history.rows)
 
     def __call__(self, info: StepInfo) -> None:
-        """See the class.
+        """Act on the step's loss.
 
         Raises:
-            UserError: the policy is to stop, there were too many, or nothing to roll back to.
+            UserError: the policy is to stop, the limit is reached, or there is no checkpoint to roll back to.
             RollBack: the policy is to roll back.
         """
         if math.isfinite(info.result.loss) and not info.result.skipped:
             return
         self.met += 1
         what = f"the loss is {info.result.loss} at step {info.step}"
-        advice = "lower optim.lr or set optim.clip, then run again with --resume to go on from the last checkpoint"
+        advice = "lower optim.lr or set optim.clip, then run again with --resume to continue from the last checkpoint"
         self.keep(info.step - 1, info.step)
         if self.policy == "stop" and not math.isfinite(info.result.loss):
             raise UserError(f"{what}: {advice}, or set train.on_bad_loss to skip or rollback")

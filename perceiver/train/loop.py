@@ -1,23 +1,53 @@
-"""The training loop: batch, step, hooks. It knows neither Ray, DeepSpeed nor MLflow."""
+"""The training loop: batch, step, hooks. Nothing here knows Ray, DeepSpeed or MLflow."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AliasChoices, Field, PositiveFloat, PositiveInt, model_validator
 
+from perceiver.config import Config
 from perceiver.hashing import FIRST, GOLDEN, SECOND, mix64
-from perceiver.train.checkpoint.writer import SavingConfig
+from perceiver.tasks import Batch
 from perceiver.train.engine.protocol import Engine, Precision, StepResult
 
-Batch = dict[str, torch.Tensor]
+
+class KeepBest(Config):
+    """Which checkpoints are kept for their metrics (recipe key ``train.keep_best``)."""
+
+    metric: str = Field(default="eval/accuracy", description="recorded metric; after an evaluation, for `eval/...`")
+    mode: Literal["max", "min"] = Field(default="max", description="whether a larger or a smaller value is better")
+    count: PositiveInt = Field(default=1, description="how many of the best to keep")
+
+    def better(self, one: float, other: float) -> bool:
+        """Return whether the first value is strictly better; NaN is worse than anything."""
+        if math.isnan(one) or math.isnan(other):
+            return math.isnan(other) and not math.isnan(one)
+        return one > other if self.mode == "max" else one < other
+
+
+class SavingConfig(Config):
+    """When checkpoints are written and which are kept; part of the recipe's ``train:`` section."""
+
+    checkpoint_every: PositiveFloat | Literal["auto"] = Field(
+        default="auto",
+        description="epochs between two checkpoints; auto: by Young and Daly, from measured times and "
+        "cluster.mtbf_hours, and never so often that steps stall for more than 1 % of the time",
+    )
+    keep_checkpoints: PositiveInt = Field(default=2, description="how many checkpoints to keep, the newest")
+    keep_every: PositiveInt | None = Field(default=None, description="keep each n-th checkpoint permanently")
+    keep_best: KeepBest | None = Field(default=None, description="also save after an evaluation that is among the best")
+    checkpoint_misses: PositiveInt = Field(
+        default=3, description="consecutive checkpoints that cannot be saved before the run stops"
+    )
 
 
 class TrainConfig(SavingConfig):
-    """How long and in what portions to train (recipe key ``train``)."""
+    """How long to train, batch sizes, evaluation and checkpoints (recipe key ``train``)."""
 
     epochs: PositiveFloat | None = Field(default=None, description="passes over the training data; give this or steps")
     steps: PositiveInt | None = Field(default=None, description="optimizer steps; give this or epochs")
@@ -32,16 +62,16 @@ class TrainConfig(SavingConfig):
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     log_every: PositiveInt = Field(default=10, description="steps between two recorded points of the training metrics")
     eval_every: PositiveFloat = Field(default=1.0, description="epochs between two evaluations")
-    eval_beside: bool = Field(
+    eval_async: bool = Field(
         default=False,
-        description="evaluate checkpoints in a process of its own while training goes on, not between two steps; "
-        "with GPUs it takes as much of one as a worker does",
+        validation_alias=AliasChoices("eval_async", "eval_beside"),
+        description="evaluate checkpoints in a separate process while training continues, instead of between two "
+        "steps; with GPUs it takes as much of one as a worker does",
     )
-
     on_bad_loss: Literal["stop", "skip", "rollback"] = Field(
         default="stop",
-        description="when the loss is no number: stop; skip the step; or go back to the last checkpoint's weights and "
-        "pass over the samples since",
+        description="when the loss is NaN or infinite: stop; skip the step; or restore the weights of the last "
+        "checkpoint and continue with the samples after the step",
     )
     bad_loss_limit: PositiveInt = Field(default=10, description="steps skipped or rolled back, after which to stop")
     ledger: bool = Field(default=False, description="record the sample ids of each step, below ledger/ of the run")
@@ -52,40 +82,80 @@ class TrainConfig(SavingConfig):
             raise ValueError("give exactly one of train.epochs and train.steps")
         return self
 
-    def total_steps(self, steps_per_epoch: float) -> int:
-        """Return the number of optimizer steps of the whole run."""
-        return self.steps if self.steps is not None else math.ceil((self.epochs or 1) * steps_per_epoch)
+    def total_steps(self, samples: int) -> int:
+        """Return the number of optimizer steps of the whole run.
 
-    def worlds(self, least: int, most: int) -> tuple[int, ...]:
-        """Return the numbers of workers, from one to another, that share out the batch in whole micro-batches."""
-        part = self.micro_batch or 1
-        return tuple(world for world in range(least, most + 1) if self.global_batch % (world * part) == 0)
+        With `epochs` it is samples x epochs / global batch, rounded up once for the whole run: a sample may be seen
+            once more than asked for, never once less.
+
+        Args:
+            samples: in the training data.
+        """
+        if self.steps is not None:
+            return self.steps
+        wanted = samples * Fraction(str(self.epochs))  # as it was written: 0.1 is a tenth
+        return math.ceil(wanted / self.global_batch)
+
+    def rows(self, world: int) -> int:
+        """Return the rows of one worker in each optimizer step, padding included: whole micro-batches."""
+        return self.accumulation(world) * self.micro(world)
 
     def accumulation(self, world: int) -> int:
         """Return the number of micro-batches that one worker accumulates in a step."""
-        return self.global_batch // (world * self.micro(world))
+        return -(-self._share(world) // self.micro(world))
 
     def micro(self, world: int) -> int:
         """Return the samples of one forward pass on one worker."""
-        return self.micro_batch or self.global_batch // world
+        return min(self.micro_batch or self._share(world), self._share(world))
+
+    def _share(self, world: int) -> int:
+        """Return the samples of one worker in each step, at most."""
+        return -(-self.global_batch // world)
+
+
+class Flags(NamedTuple):
+    """What a rank tells the others after each step; in `StepInfo`, what any rank has told."""
+
+    stop: bool = False
+    """Save and stop after this step."""
+    saving: bool = False
+    """A checkpoint is being written in the background."""
+    save_failed: bool = False
+    """Its part of the last checkpoint could not be written."""
+    save_refused: bool = False
+    """The store has refused the credentials: no later checkpoint can succeed."""
+    ask_cluster: bool = False
+    """It is time to ask the cluster whether a node is about to be removed, which all ranks must do together."""
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a hook is told after each optimizer step."""
+    """What a hook is told after each optimizer step.
 
-    step: int  # optimizer steps done, this one included
+    Attributes:
+        step: optimizer steps done, this one included.
+        total_steps: optimizer steps of the whole run.
+        epoch: passes over the data so far.
+        samples: samples of this step over all workers.
+        seconds: wall time of this step, waiting for data included.
+        wait_seconds: the part of it spent waiting for data.
+        result: loss, metrics, gradient norm, learning rate.
+        flags: what any rank told after this step; the same on all ranks.
+        sample_ids: ids of this rank's micro-batches; -1 is a row without a usable sample.
+    """
+
+    step: int
     total_steps: int
-    epoch: float  # passes over the data so far
-    samples: int  # samples of this step over all workers
-    seconds: float  # wall time of this step, waiting included
-    wait_seconds: float  # part of it spent waiting for data
+    epoch: float
+    samples: int
+    seconds: float
+    wait_seconds: float
     result: StepResult
-    stopping: bool  # the user asked to stop: this is the last step
-    sample_ids: tuple[torch.Tensor, ...] = ()  # of this rank's micro-batches; -1 stands for no usable sample
+    flags: Flags = Flags()
+    sample_ids: tuple[torch.Tensor, ...] = ()
 
     def completes(self, epochs: float) -> bool:
-        """Whether this step completes another ``epochs`` passes over the data."""
+        """Return whether this step completes another ``epochs`` passes over the data."""
         before = self.epoch * (self.step - 1) / self.step
         # The tolerance keeps a boundary that falls on a step from being missed by rounding.
         return math.floor(self.epoch / epochs + 1e-9) > math.floor(before / epochs + 1e-9)
@@ -93,15 +163,32 @@ class StepInfo:
     @property
     def last(self) -> bool:
         """Whether no step follows in this process."""
-        return self.stopping or self.step == self.total_steps
+        return self.flags.stop or self.step == self.total_steps
 
 
 Hook = Callable[[StepInfo], None]
 
 
+class RollBack(Exception):
+    """Raised by a hook: restore the last checkpoint and continue with the samples after this step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss of step {step} is NaN or infinite")
+        self.step = step
+
+
 @dataclass(frozen=True)
 class Span:
-    """Which steps to run, and how they relate to samples and epochs."""
+    """Which steps to run, and how they relate to samples and epochs.
+
+    Attributes:
+        start_step: steps already done.
+        total_steps: steps of the whole run.
+        global_batch: samples of a step.
+        accumulation: micro-batches of a step on one worker.
+        steps_per_epoch: steps of one pass over the data, not necessarily whole.
+        seed: of the recipe.
+    """
 
     start_step: int
     total_steps: int
@@ -111,17 +198,31 @@ class Span:
     seed: int
 
 
+def _cannot_restore(step: int) -> None:
+    raise RuntimeError(f"step {step} was to be rolled back, but this loop has no checkpoints")
+
+
 def train(
     engine: Engine,
     batches: Iterator[Batch],
     hooks: Sequence[Hook],
     span: Span,
-    stop_requested: Callable[[], bool] = lambda: False,
+    *,
+    poll: Callable[[], Flags] = Flags,
+    restore: Callable[[int], None] = _cannot_restore,
 ) -> int:
     """Run the steps of ``span`` and return the number of optimizer steps done.
 
     The random state of each step is a function of (seed, step, rank): a resumed run draws what an unbroken one would.
-    A stop that any rank asks for ends the loop on all ranks after the same step.
+
+    Args:
+        engine: takes the optimizer steps.
+        batches: this rank's micro-batches, in order.
+        hooks: called after each step, in order.
+        span: which steps.
+        poll: this rank's flags after a step. A stop that any rank asks for ends the loop on all ranks after that step.
+        restore: load the weights of the last checkpoint, because the given step is rolled back. The batches are
+            already past that step, so its samples are not used again.
     """
     for step in range(span.start_step, span.total_steps):
         began = time.perf_counter()
@@ -129,7 +230,7 @@ def train(
         waited = time.perf_counter() - began
         torch.manual_seed(_step_seed(span.seed, step, engine.rank))
         result = engine.step(micro_batches, step)
-        stopping = engine.sum([float(stop_requested())])[0] > 0
+        flags = Flags(*(total > 0 for total in engine.sum([float(flag) for flag in poll()])))
         info = StepInfo(
             step=step + 1,
             total_steps=span.total_steps,
@@ -138,12 +239,15 @@ def train(
             seconds=time.perf_counter() - began,
             wait_seconds=waited,
             result=result,
-            stopping=stopping,
+            flags=flags,
             sample_ids=tuple(_ids(batch) for batch in micro_batches if "sample_id" in batch),
         )
-        for hook in hooks:
-            hook(info)
-        if stopping:
+        try:
+            for hook in hooks:
+                hook(info)
+        except RollBack as bad:
+            restore(bad.step)
+        if flags.stop:
             return step + 1
     return span.total_steps
 

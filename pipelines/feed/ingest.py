@@ -155,20 +155,6 @@ def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch
     return SamplePlan.build(groups[0], seed=seed, global_batch=global_batch, lanes=data.lanes, window=windows[0])
 
 
-def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> int:
-    """Steps after which each training sample was seen at least once: samples / global batch, rounded up.
-
-    An epoch need not end with a step, so a run of many epochs takes fewer steps than so many times this number: see
-    `total_steps`.
-    """
-    return total_steps(manifest, data, global_batch, 1)
-
-
-def total_steps(manifest: Manifest, data: DataConfig, global_batch: int, epochs: float) -> int:
-    """Steps of a run of so many epochs: samples x epochs / global batch, rounded up once for the whole run."""
-    return sample_plan(data, manifest, seed=0, global_batch=global_batch).total_steps(epochs)
-
-
 @dataclass(frozen=True)
 class TrainShare:
     """What one rank trains on: its part of each global batch, from one step to another.
@@ -176,7 +162,7 @@ class TrainShare:
     Attributes:
         seed: of order and augmentation.
         global_batch: samples of a step over all ranks.
-        micro_batch: samples of a batch on one rank; divides global_batch / world.
+        micro_batch: rows of a batch on one rank. Each rank has whole batches: rows that no sample fills are padding.
         start_step, stop_step: the steps [start_step, stop_step).
         rank, world: whose part, of how many.
     """
@@ -189,13 +175,11 @@ class TrainShare:
     rank: int = 0
     world: int = 1
 
-    def __post_init__(self) -> None:
-        portion = self.world * self.micro_batch
-        if self.global_batch % portion:
-            raise UserError(
-                f"global batch {self.global_batch} is not divisible by {self.world} workers x micro-batch"
-                f" {self.micro_batch}: give a multiple of {portion}"
-            )
+    @property
+    def rows(self) -> int:
+        """Rows of this rank in each step, padding included."""
+        samples = -(-self.global_batch // self.world)
+        return -(-samples // self.micro_batch) * self.micro_batch
 
 
 def train_batches(
@@ -205,10 +189,11 @@ def train_batches(
     device: "torch.device | str",
     quarantine: Quarantine | None = None,
 ) -> "Generator[Batch, None, None]":
-    """One rank's micro-batches, global_batch / world / micro_batch for each step.
+    """Yield one rank's micro-batches, `share.rows` / `share.micro_batch` for each step.
 
-    Step s holds the same samples, augmented alike, at any world size and after any restart. Epochs follow each other
-    without a boundary.
+    Step s consists of the same samples, augmented alike, at any world size and after any restart. Rows whose `valid`
+    is False and whose `sample_id` is -1 pad what does not fill a rank's batches. Epochs follow each other without a
+    boundary.
 
     Args:
         data: the recipe's data section.
@@ -240,7 +225,7 @@ def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | Mixtur
     step between them as ranks do, so that each reads row groups that no other one reads, and none waits for another
     to finish a run.
     """
-    rows = share.global_batch // share.world
+    rows = share.rows
     spec = sample_spec(data, manifest, split=data.train_split, training=True)
     streams = 1
     if data.executor == "ray" and (
@@ -257,6 +242,7 @@ def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | Mixtur
             world=share.world * streams,
             seed=share.seed,
             batch=batch,
+            rows=rows // streams,
         )
         for number in range(streams)
     ]
@@ -379,6 +365,7 @@ def _work(
     seed: int,
     batch: int,
     split: str | None = None,
+    rows: int | None = None,
 ) -> Work:
     name = split or data.train_split
     found = manifest.split(name)
@@ -395,7 +382,7 @@ def _work(
         spec.row_bytes if spec.keep_decoded else 0,
     )
     chunk = _chunk(spec, batch, _waiting_rows(data, spec) * spec.row_bytes)
-    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk)
+    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk, rows)
 
 
 def _chunk(spec: SampleSpec, batch: int, waiting: int) -> int:

@@ -82,6 +82,7 @@ class Work:
         rank, world: whose.
         seed: of the augmentation.
         chunk: rows to hand over at a time.
+        rows_wanted: rows of each step, padding included; None: those of the rank with most samples.
     """
 
     token: str
@@ -93,11 +94,12 @@ class Work:
     seed: int
     spec: SampleSpec
     chunk: int
+    rows_wanted: int | None = None
 
     @property
     def rows_per_step(self) -> int:
         """Rows of this rank in each step."""
-        return self.plan.share(0, 1, self.rank, self.world).ids.size
+        return self.plan.share(0, 1, self.rank, self.world, self.rows_wanted).ids.size
 
     @property
     def stored_bytes(self) -> float:
@@ -146,7 +148,7 @@ class Work:
 
     def _read(self, start: int, stop: int) -> "_Read":
         """Ids, epochs and places of the rows of the steps, and the row groups that hold them."""
-        planned = self.plan.share(start, stop, self.rank, self.world)
+        planned = self.plan.share(start, stop, self.rank, self.world, self.rows_wanted)
         ids, epochs = planned.ids.ravel(), planned.epochs.ravel()
         places = self.reader.locate(np.maximum(ids, 0))
         wanted = {place[:2] for place, number in zip(places, ids.tolist(), strict=True) if number >= 0}

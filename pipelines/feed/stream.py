@@ -8,8 +8,7 @@ import itertools
 import logging
 import math
 import queue
-import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,14 +21,10 @@ from ray.data.util.torch_utils import arrow_batch_to_tensors
 from ray.exceptions import RayTaskError
 
 from perceiver.config import UserError
-from pipelines.feed.pace import PACE, Rest
 from pipelines.feed.samples import PROBLEM, Work, produce
 
 SEGMENT = 64
 """Runs that one Ray Dataset covers. The next one is started before the last ends, so the list stays short for ever."""
-
-WAIT_S = 0.01
-"""Seconds for the next batch from which on the consumer counts as one that waits."""
 
 Run = tuple[int, int]
 """Steps [start, stop)."""
@@ -95,19 +90,6 @@ class _Segment:
         self.batches.close()
 
 
-def _paced(batches: Iterable[Tensors]) -> Iterator[Tensors]:
-    """Pass batches on; note when the next one was not there."""
-    found = iter(batches)
-    while True:
-        began = time.monotonic()
-        batch = next(found, None)
-        if batch is None:
-            return
-        if time.monotonic() - began > WAIT_S:
-            PACE.waited()
-        yield batch
-
-
 def cut(blocks: Generator[Tensors, None, None], rows: int) -> Generator[Tensors, None, None]:
     """Batches of so many rows from blocks of any size: parts of a block, not copied where it holds whole batches.
 
@@ -160,7 +142,7 @@ class RayBatches:
             ahead = starter.submit(self._begin)
             try:
                 while (segment := ahead.result()) is not None:
-                    for number, batch in enumerate(_paced(segment)):
+                    for number, batch in enumerate(segment):
                         # Half a segment is time enough to start the next one, however long a run takes.
                         if number == segment.count // 2:
                             ahead = starter.submit(self._begin)
@@ -181,7 +163,6 @@ class RayBatches:
         runs = list(itertools.islice(self.runs, SEGMENT))
         if not runs:
             return None
-        PACE.waited()
         dataset = make_dataset(self.work, runs, self.options)
         ahead = math.ceil(self.options.prefetch_batches * self.batch_size / self.work.chunk)
         blocks: Any = iter(
@@ -233,7 +214,6 @@ def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.D
     context.target_max_block_size = options.block_bytes
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = dict(options.labels) or None
-    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Rest]
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         cpu=options.tasks * options.cpus_per_task, object_store_memory=options.bytes_in_flight
     )
@@ -243,4 +223,3 @@ def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.D
 def _quiet() -> None:
     """Keep Ray Data's notes on each Dataset off the terminal; its warnings stay."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

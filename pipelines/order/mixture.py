@@ -23,7 +23,7 @@ from pydantic import Field
 from perceiver.config import Config, UserError
 from pipelines.features import Feature
 from pipelines.order.permutation import keys
-from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, rank_positions, steps_for
+from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, padded, rank_positions
 from pipelines.shards.manifest import Manifest, Split
 
 LONGEST = 1 << 16
@@ -253,15 +253,6 @@ class MixturePlan:
         """The first sample id of each data set."""
         return np.cumsum([0] + [plan.samples for plan in self.plans[:-1]])
 
-    @property
-    def steps_per_epoch(self) -> Fraction:
-        """Samples of an epoch / global batch."""
-        return Fraction(self.samples, self.global_batch)
-
-    def total_steps(self, epochs: float) -> int:
-        """Steps of so many epochs, rounded up."""
-        return steps_for(self.samples, epochs, self.global_batch)
-
     def peers(self, sample_id: int) -> tuple[int, int]:
         """First sample id and number of samples of the data set that this sample belongs to."""
         number = int(np.searchsorted(self.first, sample_id, side="right")) - 1
@@ -271,13 +262,9 @@ class MixturePlan:
         """Samples of one rank that are shuffled among each other, of all data sets."""
         return sum(plan.shuffled(world) for plan in self.plans)
 
-    def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
-        """The samples of one rank in the steps [start, stop): see `SamplePlan.share`; epochs are each data set's own.
-
-        Raises:
-            ValueError: the world size does not divide the global batch.
-        """
-        return self.at(rank_positions(self.global_batch, start, stop, rank, world))
+    def share(self, start: int, stop: int, rank: int = 0, world: int = 1, rows: int | None = None) -> Planned:
+        """Return the samples of one rank: see `SamplePlan.share`; epochs are those of each data set."""
+        return padded(self.at, rank_positions(self.global_batch, start, stop, rank, world, rows))
 
     def drawn(self, positions: I64) -> tuple[I64, I64]:
         """The data set that each position of the run draws from, and how many draws from it came before."""

@@ -3,22 +3,21 @@
 The run is one endless sequence of positions. Step s is the global batch of positions [s B, (s + 1) B); epoch e is the
 N positions [e N, (e + 1) N), in which each sample stands exactly once. So no sample is lost or seen twice within an
 epoch, a batch may hold the end of one epoch and the start of the next, nothing is padded or dropped, and nothing
-depends on the number of workers: rank r of W takes the r-th of W equal slices of each batch.
+depends on the number of workers: rank r of W takes the r-th of W slices of each batch, which differ by at most one
+sample.
 
 To keep reads sequential, a batch is drawn from L lanes, B / L samples from each in turn. Each epoch the row groups are
 put into a new order, the order is cut over the lanes, and within a lane the samples of a window (a few row groups) are
 shuffled. A rank whose slice covers whole lanes reads row groups that no other rank reads, each once. Any world size
-that divides B gives the same batches; one that does not divide the lanes only reads some row groups on two ranks.
+gives the same batches; one that does not divide the lanes only reads some row groups on two ranks.
 
 Everything is computed on demand (`pipelines.order.permutation`), so any step of any epoch of 10**9 samples costs the
 same, and the state of a run is its step.
 """
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -170,19 +169,6 @@ class SamplePlan:
         """Samples that each lane gives to each global batch (B / L)."""
         return self.global_batch // self.lanes
 
-    @property
-    def steps_per_epoch(self) -> Fraction:
-        """N / B: an epoch need not end with a step."""
-        return Fraction(self.samples, self.global_batch)
-
-    def total_steps(self, epochs: float) -> int:
-        """Steps in which each sample is seen `epochs` times or more: N epochs / B, rounded up.
-
-        Rounded up, because a user who asks for ten epochs expects no sample to be seen only nine times; the excess is
-        less than one batch for the whole run, not one an epoch.
-        """
-        return steps_for(self.samples, epochs, self.global_batch)
-
     def peers(self, sample_id: int) -> tuple[int, int]:
         """First id and number of the samples of the same data set: all of them."""
         return 0, self.samples
@@ -191,13 +177,17 @@ class SamplePlan:
         """Samples of one rank that are shuffled among each other: the row groups of so many are needed at a time."""
         return min(self.window * self.lanes, self.samples) // world
 
-    def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
-        """The samples of one rank in the steps [start, stop), shape (stop - start, B / world).
+    def share(self, start: int, stop: int, rank: int = 0, world: int = 1, rows: int | None = None) -> Planned:
+        """Return the samples of one rank in the steps [start, stop), shape (stop - start, rows); id -1 is padding.
 
-        Raises:
-            ValueError: the world size does not divide the global batch.
+        Args:
+            start: first step.
+            stop: step after the last.
+            rank: whose samples.
+            world: number of ranks.
+            rows: of each step; default: the samples of the rank that has most.
         """
-        return self.at(rank_positions(self.global_batch, start, stop, rank, world))
+        return padded(self.at, rank_positions(self.global_batch, start, stop, rank, world, rows))
 
     def at(self, positions: I64) -> Planned:
         """The samples at these positions of the run."""
@@ -258,22 +248,18 @@ class SamplePlan:
             start = end
 
 
-def rank_positions(global_batch: int, start: int, stop: int, rank: int, world: int) -> I64:
-    """The positions of one rank in the steps [start, stop), shape (stop - start, global_batch / world).
-
-    Raises:
-        ValueError: the world size does not divide the global batch.
-    """
-    if global_batch % world:
-        raise ValueError(f"global batch {global_batch} is not divisible by {world} ranks")
-    count = global_batch // world
+def rank_positions(global_batch: int, start: int, stop: int, rank: int, world: int, rows: int | None = None) -> I64:
+    """Return the positions of one rank in the steps [start, stop), shape (stop - start, rows); -1 is padding."""
+    first, last = rank * global_batch // world, (rank + 1) * global_batch // world
+    place = first + np.arange(rows or -(-global_batch // world), dtype=np.int64)
     steps = np.arange(start, stop, dtype=np.int64)[:, None]
-    return steps * global_batch + rank * count + np.arange(count, dtype=np.int64)
+    return np.where(place < last, steps * global_batch + place, -1)
 
 
-def steps_for(samples: int, epochs: float, global_batch: int) -> int:
-    """Steps of so many epochs of so many samples, rounded up."""
-    return -(-math.ceil(samples * epochs) // global_batch)
+def padded(at: Callable[[I64], Planned], positions: I64) -> Planned:
+    """Return the samples at these positions; -1 where the position is -1."""
+    planned = at(np.maximum(positions, 0))
+    return Planned(np.where(positions < 0, -1, planned.ids), planned.epochs)
 
 
 def _in_group_order(groups: RowGroups, seed: int, epoch: int, index: I64) -> I64:
@@ -336,8 +322,8 @@ class EvalPlan:
         for first in range(start, stop, most):
             yield first, min(stop, first + most)
 
-    def share(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Planned:
-        """One rank's batches [start, stop), arrays (stop - start, batch): id -1 is padding, the epoch is 0."""
+    def share(self, start: int, stop: int, rank: int = 0, world: int = 1, rows: int | None = None) -> Planned:
+        """Return one rank's batches [start, stop), arrays (stop - start, batch): id -1 is padding, the epoch is 0."""
         offset = np.arange(start * self.batch, stop * self.batch, dtype=np.int64)
         ids = rank * self._range(world) + offset
         ids = np.where((offset < self._range(world)) & (ids < self.samples), ids, -1).reshape(-1, self.batch)

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 from cluster.recipe.config import Recipe, build_recipe, kind_of
-from cluster.recipe.preflight import CheckedModel, check_recipe, describe_start, epoch_steps_of, evaluation_metrics
+from cluster.recipe.preflight import CheckedModel, check_recipe, describe_start, evaluation_metrics
 from perceiver.config import UserError
 from pipelines.feed.ingest import DataConfig, check_files
 from pipelines.shards.manifest import Manifest, load_manifest
@@ -57,8 +57,8 @@ class Checker:
     def total_steps(self, values: Mapping[str, Any]) -> tuple[int, float]:
         """Return a trial's optimizer steps, and those of one epoch."""
         recipe, model = self.recipe(values)
-        epoch_steps = epoch_steps_of(recipe, model.manifest)
-        return recipe.train.total_steps(epoch_steps), epoch_steps
+        samples = model.manifest.split(recipe.data.train_split).samples
+        return recipe.train.total_steps(samples), samples / recipe.train.global_batch
 
 
 def check_search(search: Search) -> Checker:
@@ -99,8 +99,8 @@ def check_metrics(search: Search, classes: int) -> None:
 
 def _check_alone(search: Search) -> None:
     """Refuse what is for a run that has the cluster for itself."""
-    if search.recipe.train.eval_beside or "train.eval_beside" in search.config.space:
-        raise UserError("train.eval_beside: a search judges a trial at each evaluation before it goes on; leave it out")
+    if search.recipe.train.eval_async or "train.eval_async" in search.config.space:
+        raise UserError("train.eval_async: a search judges a trial at each evaluation before it goes on; leave it out")
     if search.recipe.cluster.min_workers:
         raise UserError("cluster.min_workers: trials share the nodes by a fixed number of workers; leave it out")
 

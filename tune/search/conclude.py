@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import EXIT_STOPPED
 from cluster.record.run_folder import redacted_recipe
-from cluster.runtime import local
 from perceiver.tracking.redaction import redact_text
 from tune.config import Search
 from tune.record import DONE, SearchRecord, TrialRecord
@@ -136,7 +136,7 @@ def report_facts(launch: "SearchLaunch") -> dict[str, str]:
 
 def machine() -> str:
     """Return what this machine is, in a few words."""
-    return f"{local.machine_cpus()} CPUs ({platform.machine()}), {platform.system()}"
+    return f"{machine_cpus()} CPUs ({platform.machine()}), {platform.system()}"
 
 
 def commands(launch: "SearchLaunch", handle: Any = None) -> dict[str, str]:

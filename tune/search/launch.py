@@ -3,20 +3,21 @@
 import logging
 import os
 import shlex
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import yaml
 
 from cluster.recipe.placement import Node, connected_nodes
+from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder, choose_run, redacted_recipe
-from cluster.runtime import local
-from cluster.runtime.session import Tracked, log_file, logged, ray_and_mlflow, stop_on_signal
+from cluster.run.driver import Fit
+from cluster.run.monitor import ActorMonitor
+from cluster.runtime.local import start_ray
+from cluster.runtime.session import Tracked, log_file, ray_and_mlflow, stop_on_signal
 from perceiver.config import UserError
 from perceiver.tracking.mlflow_writer import (
     RunHandle,
@@ -25,16 +26,16 @@ from perceiver.tracking.mlflow_writer import (
     open_tracker,
     spool_folder,
 )
-from pipelines.feed.ingest import load_data
-from pipelines.feed.warm import warm_up
 from tune.config import OptunaSearch, Search, build_search
 from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_record, trial_name
 from tune.search.checks import baseline, check_search, check_trials
 from tune.search.conclude import conclude
 from tune.search.console import SearchConsole
+from tune.search.coordinator import Desk
 from tune.search.dry_run import say_plan
 from tune.search.plan import Concluder, Plan, SearchLaunch, Start
 from tune.search.resources import Slots, divide
+from tune.search.tuner import build_tuner
 from tune.search_file import read_search
 from tune.space.samplers import FixedSource, OptunaSource, Source, known_trials
 from tune.space.space import Values
@@ -75,31 +76,26 @@ def launch_search(
         UserError: a mistake in the search, the recipe, the data or the resources, before anything starts.
     """
     tree, base, where = read_search(path, overrides)
-    ray_start = start_early(base, dry_run)
+    set_environment()
     search = build_search(tree, base, where, path)
     checker = check_search(search)
     known = known_trials(search, baseline(search))
-    slots = find_slots(search, known, ray_start)
+    slots = find_slots(search, known)
     check_trials(checker, known or [])
-    if ray_start is None:
+    if dry_run:
         say_plan(search, checker, slots, known)
         return 0
     command = shlex.join(["perceiver", "tune", path, *overrides])
-    return run_search(Plan(search, checker, slots, known), Start(command, resume, run, as_json), ray_start, conclude)
+    return run_search(Plan(search, checker, slots, known), Start(command, resume, run, as_json), conclude)
 
 
-def start_early(base: Mapping[str, Any], dry_run: bool) -> local.EarlyRay | None:
-    """Have Ray come up while the rest is read and checked; None if nothing is to be started.
-
-    Args:
-        base: tree of the base recipe.
-        dry_run: start nothing.
-    """
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    return None if dry_run else local.EarlyRay(base.get("cluster"), one_run=False)
+def set_environment() -> None:
+    """Set what Ray Tune reads from the environment, unless the user has set it."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
-def run_search(plan: Plan, start: Start, ray_start: local.EarlyRay, conclude: Concluder) -> int:
+def run_search(plan: Plan, start: Start, conclude: Concluder) -> int:
     """Run what is left of a search; return the exit code of ``conclude``, 0 if nothing was left.
 
     Raises:
@@ -117,18 +113,26 @@ def run_search(plan: Plan, start: Start, ray_start: local.EarlyRay, conclude: Co
         if start.resume and not waiting and len(record.trials) >= launch.total:
             console.say(f"{folder.url} is finished ({len(record.trials)} trials); {start.more}")
             return 0
-        outcome = logged(lambda: _search(launch, ray_start))
+        try:
+            outcome = _search(launch)
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001  anything else is our mistake or the machine's
+            log.exception("the search failed")
+            outcome = {"status": "failed", "error": one_line(error)}
         return conclude(launch, outcome)
 
 
-def find_slots(search: Search, known: list[Values] | None, ray_start: local.EarlyRay | None) -> Slots:
-    """Divide the cluster to connect to, or this machine, where Ray may still be on its way."""
+def find_slots(search: Search, known: list[Values] | None) -> Slots:
+    """Divide the cluster, or this machine, where no Ray runs yet."""
+    import ray
     import torch
 
-    nodes = [Node("this machine", {"CPU": local.machine_cpus(), "GPU": torch.cuda.device_count()})]
+    nodes = [Node("this machine", {"CPU": machine_cpus(), "GPU": torch.cuda.device_count()})]
     if search.recipe.cluster.resolved_address():
-        (ray_start or local.EarlyRay(search.recipe.cluster.model_dump(), one_run=False)).facts()
+        start_ray(search.recipe.cluster)
         nodes = connected_nodes()
+        ray.shutdown()
     cpus, gpus = (sum(float(node.resources.get(name, 0)) for node in nodes) for name in ("CPU", "GPU"))
     trials = len(known) if known is not None else search.config.trials
     return divide(search.recipe, search.config.concurrency, trials, cpus, gpus, nodes)
@@ -192,15 +196,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _search(launch: SearchLaunch, ray_start: local.EarlyRay) -> dict[str, Any]:
+def _search(launch: SearchLaunch) -> dict[str, Any]:
     """Run the trials to their end; return how that went, with ``status`` finished, stopped or failed."""
     folder, recipe = launch.folder, launch.search.recipe
     _say_header(launch)
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
     run = Tracked(launch.tracking, params, _source_tag(launch))
-    tasks = launch.slots.concurrency * recipe.cluster.workers * recipe.data.tasks
-    warm = partial(warm_up, tasks, recipe.data, load_data(recipe.data, launch.checker.manifest))
-    with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
+    with ray_and_mlflow(recipe.cluster, folder, run, launch.background, launch.console.say) as handle:
         if handle is not None:
             launch.tracker = open_tracker(handle, spool_folder(folder.local), system_metrics_node="")
         return {**_tune(launch, handle), "handle": handle}
@@ -229,49 +231,30 @@ def _source(launch: SearchLaunch) -> Source:
 
 def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
     """Run Ray Tune in a thread, so that this one shows progress and takes the user's signals."""
-    import ray
-
-    from cluster.run.monitor import pump, start_monitor
-    from tune.search.coordinator import Desk
-    from tune.search.tuner import build_tuner
-
-    control = start_monitor()
+    control = ActorMonitor()
     desk = Desk(launch.record, launch.folder, _source(launch), _prepare(launch), launch.waiting, launch.total)
     desk.listeners += [launch.console.news, _Tracking(launch).news]
     _add_baseline(launch, desk)
-    tuner = build_tuner(launch, desk, control, _trial_tracking(launch, handle))
-    outcome: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            tuner.fit()
-        except Exception as error:  # noqa: BLE001  whatever Ray raises becomes one line for the user
-            log.exception("the search failed")
-            outcome.update(status="failed", error=one_line(error))
-
-    def on_event(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "progress":
-            launch.console.progress(event)
-        if event["kind"] == "exchange":
-            desk.exchanged(event["trial"], event["donor"], event["step"], event["values"])
+    tuner = build_tuner(launch, desk, control.address, _trial_tracking(launch, handle))
 
     def stopping(line: str) -> None:
         desk.stopping = True
         launch.console.say(line)
 
-    thread = threading.Thread(target=fit, daemon=True)
+    fit = Fit(ThreadPoolExecutor(1, "fit").submit(tuner.fit), control)
     launch.console.open()
-    with stop_on_signal(control, stopping, STOPPING):
-        thread.start()
-        while thread.is_alive():
-            pump(control, on_event)
-            launch.console.refresh()
-            thread.join(0.2)
-        pump(control, on_event)
+    with stop_on_signal(control.request_stop, stopping, STOPPING):
+        for event in fit.events():
+            if event["kind"] == "progress":
+                launch.console.progress(event)
+            if event["kind"] == "exchange":
+                desk.exchanged(event["trial"], event["donor"], event["step"], event["values"])
+            if event["kind"] == "looked":
+                launch.console.refresh()
     launch.console.close()
     desk.close()
-    ray.kill(control)
-    return {"status": "stopped" if desk.stopping else "finished", **outcome}
+    control.close()
+    return {"status": "stopped" if desk.stopping else "finished", **fit.outcome}
 
 
 def _prepare(launch: SearchLaunch) -> Any:

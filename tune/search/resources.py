@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from cluster.recipe.config import Recipe
 from cluster.recipe.placement import LARGEST_DEFAULT_SHARE, Node, place, worker_need
 from cluster.recipe.preflight import data_cpus, data_need
+from cluster.recipe.resources import ClusterConfig, worker_cpus
 from cluster.run.trainer import Share
-from cluster.runtime.local import ClusterConfig, worker_cpus
 from perceiver.config import UserError
 
 DRIVER_CPUS = 0.01
@@ -86,7 +86,7 @@ def _slots(recipe: Recipe, concurrency: int, cpus: float, several: bool) -> Slot
     reserved = {name: amount for name, amount in worker_need(cluster, portion).items() if amount}
     labels = dict(cluster.worker_labels) if here else {}
     held = reserved if here else {"CPU": taken}
-    return Slots(concurrency, Share(share, taken, concurrency, shared=True), here, portion, held, labels)
+    return Slots(concurrency, Share(share, taken, concurrency), here, portion, held, labels)
 
 
 def _check_room(recipe: Recipe, slots: Slots, gpus: float, nodes: Sequence[Node]) -> None:

@@ -1,8 +1,8 @@
 """One trial: a whole training run inside a Ray Tune trial process, evaluated step by step.
 
-The process builds the trainer of the trial's recipe and fits it in a thread: a Ray Train worker group, or, for a single
-worker, the same worker function in this very process, which then serves one trial after the other. Each evaluation that
-rank 0 reports becomes a result for Tune. Checkpoints are the run's own; Tune is given a pointer to them.
+The process builds the trainer of the trial's recipe and runs it with the driver's loop (`cluster.run.driver`): a Ray
+Train worker group, or, for a single worker, the same worker function in this process, which then serves one trial after
+the other. Each evaluation of rank 0 becomes a result for Tune. Checkpoints are the run's; Tune gets a pointer to them.
 """
 
 import gc
@@ -10,10 +10,10 @@ import json
 import logging
 import math
 import os
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,11 @@ import ray
 import ray.tune
 
 from cluster.recipe.config import build_recipe
-from cluster.recipe.origin import data_facts
-from cluster.record.failures import failure_reason
+from cluster.recipe.preflight import data_facts
 from cluster.record.run_folder import RunFolder, redacted_recipe
+from cluster.run.driver import LOOKED, Fit
 from cluster.run.metrics import RunMetrics, ray_export
-from cluster.run.monitor import LocalMonitor, MonitorClient, pump, start_monitor
+from cluster.run.monitor import ActorClient, ActorMonitor, Event, LocalMonitor, Monitor
 from cluster.run.trainer import Share, build_local_trainer, build_trainer
 from perceiver.config import UserError
 from perceiver.tracking.mlflow_writer import (
@@ -45,7 +45,7 @@ from tune.space.space import Values, with_values
 log = logging.getLogger(__name__)
 
 SAVE_WAIT_S = 60.0
-REFUSED_GRACE_S = 3.0
+END: Event = {"kind": "end", "rank": 0}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class TrialRun(ray.tune.Trainable):
 
 
 class Running:
-    """A training run in a thread of this process, and what it says."""
+    """The training run of a trial in this process: its events become results for Tune."""
 
     def __init__(self, plan: TrialPlan, number: int, values: Values, label: str = "") -> None:
         self.plan, self.number, self.values, self.label = plan, number, values, label
@@ -143,56 +143,37 @@ class Running:
         self.name = "/".join([plan.output.rstrip("/").split("/")[-2], self.folder.name])
         self.figures = RunMetrics(ray_export(self.name))
         self.recipe = build_recipe(with_values(plan.base, {**values, "name": self.folder.name, "output": plan.output}))
-        self.link = MonitorClient(plan.control, rank=0, interval=0.5)
-        self.outcome: dict[str, Any] = {}
+        self.link = ActorClient(plan.control, rank=0, interval=0.5)
         self.refusal: dict[str, Any] = {}
-        self.refused_at: float | None = None
         self.checkpoint: dict[str, Any] | None = None
         self.throughput: float | None = None
         self.result: dict[str, Any] = {}
-        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._pumping = threading.Lock()
         self._asked = self._over = False
         self._since = time.monotonic()
         manifest = load_data(self.recipe.data)
         self.samples = manifest.split(self.recipe.data.train_split).samples
-        self._start(data_facts(manifest))
-
-    def _start(self, data: Mapping[str, Any]) -> None:
         tree = redacted_recipe(self.recipe.model_dump(mode="json"))
         self.folder.write("recipe.yaml", json.dumps(tree, indent=1))  # JSON is YAML
-        self.folder.note(values=self.values, status="running", data=data)
+        self.folder.note(values=self.values, status="running", data=data_facts(manifest))
         self.handle = self._handle()
-        if self.plan.here:
-            self.monitor: Any = LocalMonitor(self._events)
+        self.monitor: Monitor = LocalMonitor() if plan.here else ActorMonitor()
+        build = build_local_trainer if plan.here else build_trainer
+        if plan.here:
             _alone()
-            build = build_local_trainer
-        else:
-            self.monitor = start_monitor()
-            build = build_trainer
-        trainer = build(self.recipe, self.folder, self.monitor, self.handle, self.plan.share)
-        self.thread = threading.Thread(target=self._fit, args=(trainer,), daemon=True, name=self.folder.name)
-        self.thread.start()
+        trainer = build(self.recipe, self.folder, self.monitor.address, self.handle, plan.share)
+        self.fit = Fit(ThreadPoolExecutor(1, self.folder.name).submit(trainer.fit), self.monitor)
+        self._events = self.fit.events()
+        self._held: deque[Event] = deque()
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """How the run ended, as far as it has."""
+        return {**({} if self.fit.running else self.fit.outcome), **self.refusal}
 
     def _handle(self) -> RunHandle | None:
         config = self.plan.tracking
         tags = {**self.plan.tags, **({"perceiver.row": self.label} if self.label else {})}
         return promise_run(config, self.name, output=self.folder.local, params=self.values, tags=tags)
-
-    def _fit(self, trainer: Any) -> None:
-        try:
-            self.outcome = {**(trainer.fit().return_value or {}), **self.refusal}
-        except Exception as error:  # noqa: BLE001  whatever Ray or the worker raises is the trial's failure
-            log.exception("%s failed", self.folder.name)
-            self.outcome = {"status": "failed", "error": failure_reason(error)}
-        self._pump()
-        self._events.put({"kind": "end"})
-
-    def _pump(self) -> None:
-        """Fetch the events of a worker group; those of a worker in this process come by themselves."""
-        if not self.plan.here:
-            with self._pumping:
-                pump(self.monitor, self._events.put)
 
     def next_result(self) -> dict[str, Any]:
         """Wait for the next evaluation or the end.
@@ -207,20 +188,19 @@ class Running:
             if (result := self._take(event)) is not None:
                 return result
 
-    def _next_event(self, deadline: float = math.inf) -> dict[str, Any]:
-        """Wait for an event of the workers, passing on a request to stop; the end if none comes in time."""
+    def _next_event(self, deadline: float = math.inf) -> Event:
+        """Wait for an event of the workers, passing on a request to stop; `END` if none comes in time."""
+        if self._held:
+            return self._held.popleft()
         while time.monotonic() < deadline and not self._over:
+            event = next(self._events, END)
+            if event["kind"] == "end" and self.fit.running:
+                self._abandon()
             if not self._asked and self.link.stop_requested():
                 self.ask_to_stop()
-            if self.refused_at is not None and time.monotonic() - self.refused_at > REFUSED_GRACE_S:
-                self._abandon()
-            if self.thread.is_alive():
-                self._pump()
-            try:
-                return self._events.get(timeout=0.1)
-            except queue.Empty:
-                continue
-        return {"kind": "end"}
+            if event is not LOOKED:
+                return event
+        return END
 
     def _take(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
         """Take note of an event; return a result if it is an evaluation (with pointers: its checkpoint)."""
@@ -232,7 +212,6 @@ class Running:
                 self._say("resumed", step=event["step"])
             case "refused":
                 self._refuse(event["error"])
-                self.refused_at = time.monotonic()
             case "checkpoint":
                 self.checkpoint = {**event, "at": time.time()}
             case "metrics":
@@ -262,9 +241,8 @@ class Running:
 
         Tune starts the trial again, which then finds the refusal in its folder.
         """
-        if self.thread.is_alive():
-            log.error("%s: %s; the other workers are abandoned", self.folder.name, self.refusal["error"])
-            os._exit(1)
+        log.error("%s: %s; the other workers are abandoned", self.folder.name, self.fit.refused)
+        os._exit(1)
 
     def _cost(self) -> dict[str, float]:
         """Return the seconds since the last result."""
@@ -276,7 +254,7 @@ class Running:
         self.end()
         status = self.outcome.get("status", "failed")
         if status == "failed":
-            raise RuntimeError(self.outcome.get("error", "the workers ended without a word"))
+            raise RuntimeError(self.outcome.get("error", "the workers exited without an error message"))
         return {**self.result, **self._cost(), "done": True, "ending": status, "error": self.outcome.get("error", "")}
 
     def _say(self, kind: str, **facts: Any) -> None:
@@ -290,19 +268,16 @@ class Running:
         """
         wanted = self.result.get("step", 0)
         deadline = time.monotonic() + SAVE_WAIT_S
-        waiting: list[dict[str, Any]] = []
+        waiting: list[Event] = []
         while (self.checkpoint or {}).get("step", -1) < wanted and time.monotonic() < deadline:
             event = self._next_event(deadline)
             if event["kind"] == "checkpoint":
                 self._take(event)
                 continue
             if event["kind"] == "end":
-                if not self.thread.is_alive():
-                    waiting.append(event)
                 break
             waiting.append(event)
-        for event in waiting:
-            self._events.put(event)
+        self._held.extend(waiting)
         if self.checkpoint is None:
             raise UserError(
                 f"{self.folder.name} made no checkpoint by step {wanted} that another trial could take over"
@@ -312,21 +287,18 @@ class Running:
     def ask_to_stop(self) -> None:
         """Have the workers save and end."""
         self._asked = True
-        if self.plan.here:
-            self.monitor.stop = True
-        else:
-            self.monitor.request_stop.remote()
+        self.monitor.request_stop()
 
     def end(self) -> None:
         """Wait until nothing of the run is left, asking it to stop if it goes on; record how it ended."""
-        if self.thread.is_alive():
-            self.ask_to_stop()
-            self.thread.join()
         if self._over:
             return
+        if self.fit.running:
+            self.ask_to_stop()
+        for event in self._events:
+            self.figures.note(event)
         self._over = True
-        if not self.plan.here:
-            ray.kill(self.monitor)
+        self.monitor.close()
         self.link.flush()
         status = self.outcome.get("status", "failed")
         self.folder.note(status=status, step=self.outcome.get("step"), error=self.outcome.get("error"))

@@ -15,7 +15,7 @@ from tune.search.checks import Checker
 from tune.search.conclude import all_failed, finish_run, machine, say_ending
 from tune.search.dry_run import say_resources
 from tune.search.estimate import estimate, say_estimate
-from tune.search.launch import find_slots, run_search, start_early
+from tune.search.launch import find_slots, run_search, set_environment
 from tune.search.plan import Plan, SearchLaunch, Start
 from tune.search_file import RECIPE_KEYS, flat, recipe_path
 from tune.space.space import Values, with_values
@@ -91,13 +91,13 @@ def reproduce(
         UserError: no such table, a mistake in it or in the overrides, missing data, too few resources.
     """
     rows, search_keys, base, where = read_rows(load_table(name), scale, seeds, overrides)
-    ray_start = start_early(base, dry_run)
+    set_environment()
     search = build_rows(rows, search_keys, base, where)
     costs = check_rows(search, rows)
     trials = rows.trials()
     known = [rows.values(row, seed) for row, seed in trials]
-    slots = find_slots(search, known, ray_start)
-    if ray_start is None:
+    slots = find_slots(search, known)
+    if dry_run:
         _say_plan(rows, Plan(search, Checker(search), slots, known), costs)
         return 0
     labels = tuple(f"{row.name}, seed {seed}" for row, seed in trials)
@@ -105,7 +105,7 @@ def reproduce(
     options = ["--scale", scale, *(["--seeds", str(seeds)] if seeds else [])]
     command = shlex.join(["perceiver", "reproduce", name, *options, *overrides])
     start = Start(command, resume, run, as_json, "raise --seeds to go on")
-    return run_search(plan, start, ray_start, lambda launch, outcome: _conclude(launch, outcome, rows, costs))
+    return run_search(plan, start, lambda launch, outcome: _conclude(launch, outcome, rows, costs))
 
 
 def read_rows(

@@ -42,18 +42,23 @@ class DeepSpeedConfig(Config):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is cut."""
+    """How a global batch is shared out.
+
+    Attributes:
+        micro_batch: rows of one forward pass on one worker.
+        accumulation: micro-batches of one step on one worker.
+        world: number of workers.
+        samples: of one optimizer step; default: the rows of all workers. These may be more: the rest is padding.
+    """
 
     micro_batch: int
-    """Samples of one forward pass on one worker."""
     accumulation: int
-    """Micro-batches of one step on one worker."""
     world: int
-    """Workers."""
+    samples: int | None = None
 
     @property
-    def global_batch(self) -> int:
-        """Samples of one optimizer step."""
+    def rows(self) -> int:
+        """Rows of one optimizer step over all workers, padding included."""
         return self.micro_batch * self.accumulation * self.world
 
 
@@ -94,6 +99,7 @@ def plan_config(
     half = _wants_bf16(config, precision, device_type)
     for path, key, value in _decided_by_recipe(config, section, optim, batch):
         _settle(config, path, key, value)
+    config["train_batch_size"] = batch.rows  # DeepSpeed wants the product of its three numbers; it only counts with it
     _set_precision(config, half)
     _refuse_unsupported(config)
     _drop_autos(config)
@@ -114,7 +120,7 @@ def _decided_by_recipe(
     return [
         ("train_micro_batch_size_per_gpu", "train.micro_batch", batch.micro_batch),
         ("gradient_accumulation_steps", "train.global_batch / (workers x train.micro_batch)", batch.accumulation),
-        ("train_batch_size", "train.global_batch", batch.global_batch),
+        ("train_batch_size", "train.global_batch", batch.samples or batch.rows),
         ("gradient_clipping", "optim.clip", optim.clip or 0.0),
         ("zero_optimization.stage", "deepspeed.zero_stage", stage),
         ("zero_allow_untested_optimizer", "optim.kind", True),

@@ -15,7 +15,7 @@ from cluster.doctor.checks import examine
 from cluster.doctor.report import FAIL, OK, WARN, Patient, patient_of
 from cluster.recipe import preflight
 from cluster.recipe.config import build_recipe
-from cluster.runtime.local import ClusterConfig
+from cluster.recipe.resources import ClusterConfig
 from perceiver.config import UserError
 from perceiver.tracking.runs import TrackingConfig
 
@@ -104,8 +104,8 @@ def test_workers_that_this_machine_does_not_hold_fail(
 def test_data_that_is_not_there_or_does_not_fit_fails(tree: dict[str, Any], tmp_path: Path) -> None:
     state, found, _ = doctor.check_recipe_and_data(patient_of(build_recipe(tree)))
     assert state == OK and "80 train" in found
-    uneven = build_recipe({**tree, "train": {"epochs": 1, "global_batch": 15}})
-    assert doctor.check_recipe_and_data(patient_of(uneven))[2].startswith("set it to 14 or 16")
+    more = build_recipe({**tree, "cluster": {"workers": 2, "min_workers": 3}})
+    assert doctor.check_recipe_and_data(patient_of(more))[2].startswith("set it to at most that")
     away = build_recipe({**tree, "data": {"url": str(tmp_path / "away")}})
     state, found, fix = doctor.check_recipe_and_data(patient_of(away))
     assert state == FAIL and "away does not exist" in found and "perceiver prepare" in fix
@@ -121,7 +121,7 @@ def test_the_recipes_object_store_is_what_must_fit(tmp_path: Path) -> None:
 def test_the_object_store_fits_into_shared_memory_unless_it_is_on_the_disk_anyway(
     free: int, store: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.runtime.local.shared_memory_mb", lambda: free)
+    monkeypatch.setattr("cluster.recipe.resources.shared_memory_mb", lambda: free)
     assert ClusterConfig(workers=2).store_mb == store
     assert ClusterConfig(workers=2, object_store_mb=300).store_mb == 300
 

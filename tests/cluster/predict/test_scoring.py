@@ -20,7 +20,7 @@ from cluster.predict.inference import predict
 from cluster.predict.scoring import open_scoring, ray_for
 from cluster.recipe.config import Recipe, _known_keys, build_recipe
 from cluster.recipe.placement import Node
-from cluster.runtime.local import ClusterConfig
+from cluster.recipe.resources import ClusterConfig
 from perceiver.cli import cli
 from perceiver.cli import evaluate as evaluate_verb
 from perceiver.cli import predict as predict_verb

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.recipe.inputs import check_inputs
+from cluster.recipe.preflight import check_inputs
 from perceiver.config import UserError
 from perceiver.factory import model_config
 from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, MediaFeature

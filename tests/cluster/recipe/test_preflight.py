@@ -8,8 +8,8 @@ import pytest
 
 from cluster.recipe.config import build_recipe
 from cluster.recipe.preflight import check
+from cluster.recipe.resources import ClusterConfig, machine_cpus, worker_cpus
 from cluster.record.run_folder import RunFolder, find_run, named_run, new_run
-from cluster.runtime.local import ClusterConfig, machine_cpus, worker_cpus
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.train.checkpoint.store import Snapshot
@@ -54,15 +54,6 @@ def test_a_size_that_is_not_the_models(tree: dict[str, Any]) -> None:
 def test_channels_that_are_not_the_models(tree: dict[str, Any]) -> None:
     tree["model"]["inputs"] |= {"channels": 3, "mean": [0, 0, 0], "std": [1, 1, 1]}
     assert "model.inputs.channels = 3, but the images" in refused(tree)
-
-
-def test_a_batch_that_cannot_be_shared_out(tree: dict[str, Any]) -> None:
-    tree["train"] |= {"global_batch": 15}
-    assert "train.global_batch 15 is not divisible by cluster.workers 2 = 2: set it to 14 or 16" in refused(tree)
-    tree["train"] |= {"global_batch": 16, "micro_batch": 3}
-    assert "x train.micro_batch 3 = 6: set it to 12 or 18" in refused(tree)
-    tree["train"] |= {"global_batch": 2, "micro_batch": 3}
-    assert "set it to 6" in refused(tree)
 
 
 def test_deepspeed_settings_that_contradict_the_recipe(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The driver's end of evaluations beside training, and what it leaves in the run's folder."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +9,10 @@ from ray.exceptions import RaySystemError
 
 from cluster.recipe.config import build_recipe
 from cluster.recipe.placement import Node, check_evaluation
+from cluster.recipe.resources import ClusterConfig
 from cluster.record.run_folder import RunFolder
 from cluster.run.console import RunConsole
-from cluster.run.evaluation import Evaluations, read_scores
-from cluster.runtime.local import ClusterConfig
+from cluster.run.evaluation import EvaluationTasks, read_scores
 from perceiver.config import UserError
 
 
@@ -25,8 +24,8 @@ class Desk:
         self.cancelled: list[int] = []
         self.posted: list[dict[str, Any]] = []
         self.outcome: Any = None
-        self.post = SimpleNamespace(remote=self.posted.append)
-        monkeypatch.setattr(Evaluations, "_start", self.start)
+        self.post = self.posted.append
+        monkeypatch.setattr(EvaluationTasks, "_start", self.start)
         monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs if self.outcome is not None else [], []))
         monkeypatch.setattr(ray, "get", self.get)
         monkeypatch.setattr(ray, "cancel", lambda ref, force: self.cancelled.append(ref))
@@ -47,8 +46,8 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
     return Desk(monkeypatch)
 
 
-def evaluations(desk: Desk, tree: dict[str, Any], shown: list[dict[str, Any]]) -> Evaluations:
-    return Evaluations(build_recipe(tree), RunFolder(tree["output"], "small-001"), desk, shown.append)
+def evaluations(desk: Desk, tree: dict[str, Any], shown: list[dict[str, Any]]) -> EvaluationTasks:
+    return EvaluationTasks(build_recipe(tree), RunFolder(tree["output"], "small-001"), desk, shown.append)
 
 
 def test_figures_are_kept_and_passed_on(desk: Desk, tree: dict[str, Any]) -> None:
@@ -57,10 +56,10 @@ def test_figures_are_kept_and_passed_on(desk: Desk, tree: dict[str, Any]) -> Non
     driver.note({"kind": "progress", "step": 1})
     driver.note({"kind": "evaluate", "step": 5})
     driver.note({"kind": "evaluate", "step": 5})  # a worker that has started again asks once more
-    driver.tend()
+    driver.collect()
     assert desk.started == [5] and not desk.posted
     desk.outcome = {"accuracy": 0.5, "loss": math.nan}
-    driver.tend()
+    driver.collect()
     assert desk.posted[0]["step"] == 5 and desk.posted[0]["metrics"]["accuracy"] == 0.5 and not shown
     scores = read_scores(driver.folder)
     assert list(scores) == [5] and scores[5]["accuracy"] == 0.5 and math.isnan(scores[5]["loss"])
@@ -83,7 +82,7 @@ def test_one_that_fails_costs_its_figures_and_a_line(
     driver = evaluations(desk, tree, shown)
     driver.note({"kind": "evaluate", "step": 5})
     desk.outcome = error
-    driver.tend()
+    driver.collect()
     assert desk.posted == [{"step": 5, "metrics": {}}] and read_scores(driver.folder) == {}
     RunConsole().show(shown[0])
     said = capsys.readouterr().out

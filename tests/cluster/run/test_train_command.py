@@ -72,7 +72,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, images: str) -> tuple[Pat
     tree = small_tree(home, images)
     best = {"metric": "eval/loss", "mode": "min", "count": 9}
     # A checkpoint that is due while the one before is still written would be the next one's.
-    tree["train"] |= LONGER | {"checkpoint_every": 4, "eval_every": 4, "eval_beside": True, "keep_best": best}
+    tree["train"] |= LONGER | {"checkpoint_every": 4, "eval_every": 4, "eval_async": True, "keep_best": best}
     with pytest.MonkeyPatch.context() as environment:
         for name, value in PACE.items():  # the run could be over before its first checkpoint is evaluated
             environment.setenv(name, value)

@@ -1,7 +1,6 @@
 """The watchdog names the worker that holds the others up, and nobody else."""
 
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -87,15 +86,14 @@ def test_workers_that_ended_or_failed_are_watched_no_more() -> None:
 
 
 def test_a_pulse_counts_batches_from_a_thread() -> None:
-    monitor = LocalMonitor(queue.SimpleQueue())
+    monitor = LocalMonitor()
     beat = Pulse(LocalClient(monitor, 3), interval_s=0.01, quarantined=lambda: 5)
     assert list(beat.count(["a", "b"])) == ["a", "b"]
-    events = [monitor.events.get(timeout=30)]
-    while events[-1]["batches"] < 2:
-        events.append(monitor.events.get(timeout=30))
+    events: list[dict[str, Any]] = []
+    while not events or events[-1]["batches"] < 2:
+        events += monitor.events()
     beat.stop()
-    while not monitor.events.empty():
-        events.append(monitor.events.get())
+    events += monitor.events()
     assert events[-1] == {"kind": "pulse", "rank": 3, "batches": 2, "quarantined": 5, "last": True}
     assert "pulse" not in [thread.name for thread in threading.enumerate()]
 

@@ -16,8 +16,8 @@ def test_numbers_below_the_normal_range_are_zero_in_a_worker(monkeypatch: pytest
         found.append(float(torch.full((8,), 1e-37).mul(1e-3).sum()))
         raise InterruptedError
 
-    monkeypatch.setattr(worker, "find_place", look)
+    monkeypatch.setattr(worker, "find_rank", look)
     with ThreadPoolExecutor(1) as pool, pytest.raises(InterruptedError):  # a thread of its own, as under Ray Train
-        pool.submit(worker.work, {"runs": 1, "monitor": None}, worker.build_engine).result()
+        pool.submit(worker.train_worker, {"runs": 1}).result()
     assert found == [0.0]
     assert float(torch.full((8,), 1e-37).mul(1e-3).sum()) > 0

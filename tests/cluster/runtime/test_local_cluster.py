@@ -13,8 +13,8 @@ import pytest
 from cluster.recipe.config import build_recipe
 from cluster.recipe.placement import DataNeed, Node, check_memory, place
 from cluster.recipe.preflight import data_need
+from cluster.recipe.resources import ClusterConfig
 from cluster.runtime import local_cluster as local_nodes
-from cluster.runtime.local import ClusterConfig
 from cluster.runtime.local_cluster import LocalCluster, NodeGroup, NodesConfig, equivalent, read_nodes
 from perceiver.config import UserError
 from tests.cluster.recipes import small_tree

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.hooks import EvalHook, History, MetricsHook, window_metrics
-from perceiver.train.loop import Span, StepInfo, TrainConfig, train
+from perceiver.train.loop import Flags, Hook, RollBack, Span, StepInfo, TrainConfig, train
 from tests.perceiver.train.toy import toy_batches, toy_engine
 
 
@@ -15,7 +15,7 @@ def span(start: int, total: int, accumulation: int = 1) -> Span:
 
 def info(step: int = 1, loss: float = 1.0, seconds: float = 0.5, wait: float = 0.1) -> StepInfo:
     result = StepResult(step - 1, loss, {"accuracy": 0.25}, 2.0, 0.1, False)
-    return StepInfo(step, 10, step / 5, 8, seconds, wait, result, False)
+    return StepInfo(step, 10, step / 5, 8, seconds, wait, result)
 
 
 def test_hooks_see_every_step_in_order() -> None:
@@ -29,9 +29,22 @@ def test_hooks_see_every_step_in_order() -> None:
 
 def test_a_stop_ends_after_the_step_and_is_told_to_the_hooks() -> None:
     seen: list[StepInfo] = []
-    done = train(toy_engine(), toy_batches(0, 10), [seen.append], span(0, 10), lambda: len(seen) == 3)
+    done = train(toy_engine(), toy_batches(0, 10), [seen.append], span(0, 10), poll=lambda: Flags(stop=len(seen) == 3))
     assert done == 4
-    assert [i.stopping for i in seen] == [False, False, False, True]
+    assert [(i.flags.stop, i.last) for i in seen] == [(False, False)] * 3 + [(True, True)]
+
+
+def test_a_roll_back_skips_the_later_hooks_and_continues_with_the_next_batch() -> None:
+    seen: list[int] = []
+    restored: list[int] = []
+
+    def bad(info: StepInfo) -> None:
+        if info.step == 2:
+            raise RollBack(info.step)
+
+    hooks: list[Hook] = [bad, lambda info: seen.append(info.step)]
+    assert train(toy_engine(), toy_batches(0, 4), hooks, span(0, 4), restore=restored.append) == 4
+    assert (seen, restored) == ([1, 3, 4], [2])
 
 
 def test_two_halves_with_dropout_equal_one_run() -> None:
@@ -53,8 +66,8 @@ def test_metrics_are_means_over_a_window() -> None:
 
 
 def test_history_rows_come_each_window_and_survive_as_text() -> None:
-    history, sunk = History(), []
-    history.sinks.append(lambda step, metrics: sunk.append(step))
+    sunk: list[int] = []
+    history = History(sinks=[lambda step, metrics: sunk.append(step)])
     train(toy_engine(), toy_batches(0, 5), [MetricsHook(history, 2)], span(0, 5))
     assert [row["step"] for row in history.rows] == [2, 4, 5] == sunk
     assert History(history.text()).rows == history.rows
@@ -80,12 +93,40 @@ def test_length_is_given_once(settings: dict[str, int]) -> None:
 def test_a_step_completes_an_epoch_once(per_epoch: float, wanted: list[int]) -> None:
     result = StepResult(0, 1.0, {}, None, 0.1, False)
     steps = range(1, wanted[-1] + 1)
-    infos = [StepInfo(s, 999, s / per_epoch, 8, 1.0, 0.0, result, False) for s in steps]
+    infos = [StepInfo(s, 999, s / per_epoch, 8, 1.0, 0.0, result) for s in steps]
     assert [i.step for i in infos if i.completes(1.0)] == wanted
 
 
-def test_steps_and_accumulation() -> None:
-    config = TrainConfig(epochs=2, global_batch=96, micro_batch=16)
-    assert config.total_steps(31.25) == 63
-    assert config.accumulation(2) == 3
-    assert TrainConfig(steps=7).accumulation(2) == 1
+@pytest.mark.parametrize(
+    ("samples", "epochs", "batch", "steps"),
+    [
+        (1000, 30, 120, 250),  # 30 x (1000 / 120) in floating point is more than 250
+        (4000, 1, 64, 63),
+        (4000, 10, 64, 625),
+        (4000, 0.5, 64, 32),
+        (1000, 0.07, 1, 70),  # 0.07 x 1000 in floating point is more than 70
+        (1, 1, 128, 1),
+    ],
+)
+def test_steps_of_a_run_are_rounded_up_once(samples: int, epochs: float, batch: int, steps: int) -> None:
+    assert TrainConfig(epochs=epochs, global_batch=batch).total_steps(samples) == steps
+    assert TrainConfig(steps=7, global_batch=batch).total_steps(samples) == 7
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "portion"),
+    [
+        (96, 16, 2, (16, 3)),
+        (128, None, 2, (64, 1)),
+        (32, None, 3, (11, 1)),
+        (32, 4, 3, (4, 3)),
+        (32, 16, 5, (7, 1)),
+        (2, None, 5, (1, 1)),
+    ],
+)
+def test_any_number_of_workers_shares_out_a_batch(
+    batch: int, micro: int | None, world: int, portion: tuple[int, int]
+) -> None:
+    config = TrainConfig(steps=1, global_batch=batch, micro_batch=micro)
+    assert (config.micro(world), config.accumulation(world)) == portion
+    assert config.rows(world) == portion[0] * portion[1] and config.rows(world) * world >= batch

@@ -15,7 +15,6 @@ from pipelines.feed.ingest import (
     check_files,
     load_data,
     sample_plan,
-    total_steps,
     train_batches,
 )
 from pipelines.order.mixture import MixedSplit, MixturePart, MixturePlan, mix, mixing_table, readable_batch, whole_parts
@@ -137,7 +136,7 @@ def take(data: DataConfig, start: int, stop: int, rank: int = 0, world: int = 1,
 def test_batches_come_from_the_data_sets_by_weight(mixed: DataConfig) -> None:
     manifest = load_data(mixed)
     assert isinstance(manifest.split("train"), MixedSplit)
-    assert (manifest.split("train").samples, total_steps(manifest, mixed, 20, 2)) == (100, 10)
+    assert manifest.split("train").samples == 100
     rows = joined(take(mixed, 0, 10))
     for image, number in zip(rows["image"], rows["sample_id"], strict=True):
         assert (image[0].numpy() == numbered_image(int(number) if number < 70 else int(number) - 70 + 1000)).all()

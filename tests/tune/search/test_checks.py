@@ -166,7 +166,7 @@ def test_all_that_run_at_a_time_fit_together(tmp_path: Path, tree: dict[str, Any
         return
     found = slots(tmp_path, tree, cpus, workers=workers)
     from cluster.recipe.preflight import data_cpus
-    from cluster.runtime.local import worker_cpus
+    from cluster.recipe.resources import worker_cpus
 
     recipe = build_recipe({**load(tmp_path, tree).base, "cluster": {"workers": workers}})
     others = data_cpus(recipe) + found.share.taken

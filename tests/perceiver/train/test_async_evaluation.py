@@ -1,4 +1,4 @@
-"""Evaluation beside training: when it is asked for, what is recorded, what is kept and what a resume makes up for."""
+"""Evaluation in a separate process: when it is asked for, what is recorded and kept, what a resume catches up on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,21 +6,19 @@ from typing import Any
 
 import pytest
 
-from perceiver.train.checkpoint.evaluation import BesideHook, Scored, last_due
-from perceiver.train.checkpoint.hook import CheckpointHook, News
+from perceiver.train.checkpoint.hook import BackgroundSaver, CheckpointHook, EveryEpochs, Listeners
 from perceiver.train.checkpoint.store import CheckpointStore
-from perceiver.train.checkpoint.writer import BackgroundSaver, EveryEpochs, KeepBest, SavingConfig
 from perceiver.train.engine.protocol import StepResult
-from perceiver.train.hooks import History
-from perceiver.train.loop import StepInfo
-from tests.perceiver.train.checkpoint.test_writer import snapshot
+from perceiver.train.hooks import AsyncEvalHook, History, Scored, last_due
+from perceiver.train.loop import KeepBest, SavingConfig, StepInfo
+from tests.perceiver.train.checkpoint.test_hook import snapshot
 from tests.perceiver.train.toy import toy_engine
 
 TOTAL, EPOCH = 40, 10
 
 
 def info(step: int) -> StepInfo:
-    return StepInfo(step, TOTAL, step / EPOCH, 8, 0.1, 0.0, StepResult(step - 1, 0.5, {}, 1.0, 0.1, False), False)
+    return StepInfo(step, TOTAL, step / EPOCH, 8, 0.1, 0.0, StepResult(step - 1, 0.5, {}, 1.0, 0.1, False))
 
 
 class Desk:
@@ -51,26 +49,26 @@ def evaluations(history: History) -> dict[int, float]:
 
 def test_the_first_checkpoint_since_an_evaluation_fell_due_is_asked_for() -> None:
     desk, history = Desk(), History()
-    hook = BesideHook(history, 1.0, desk)
+    hook = AsyncEvalHook(history, 1.0, desk)
     for step in range(1, 14):
         hook(info(step))
         assert hook.wanted(info(step)) == (step == 10)
         if step in (7, 12):  # the one of step 10 could not be saved
             hook.saved(step)
-    assert desk.asked == [12] and hook.holds() == {12}
+    assert desk.asked == [12] and hook.in_use() == {12}
     desk.answer(accuracy=0.5)
     hook(info(14))
-    assert evaluations(history) == {12: 0.5} and hook.holds() == set()
+    assert evaluations(history) == {12: 0.5} and hook.in_use() == set()
 
 
 def test_of_those_that_wait_the_newest_is_taken() -> None:
     desk, history = Desk(), History()
-    hook = BesideHook(history, 1.0, desk)
+    hook = AsyncEvalHook(history, 1.0, desk)
     for step in range(1, 31):
         hook(info(step))
         if step % 10 == 0:
             hook.saved(step)
-    assert desk.asked == [10] and hook.holds() == {10, 30}
+    assert desk.asked == [10] and hook.in_use() == {10, 30}
     desk.answer(accuracy=0.5)
     hook(info(31))
     assert desk.asked == [10, 30] and evaluations(history) == {10: 0.5}
@@ -78,7 +76,7 @@ def test_of_those_that_wait_the_newest_is_taken() -> None:
 
 def test_the_last_step_waits_for_the_rest_and_asks_for_nothing() -> None:
     desk, history = Desk(), History()
-    hook = BesideHook(history, 1.0, desk)
+    hook = AsyncEvalHook(history, 1.0, desk)
     for step in range(1, TOTAL):
         hook(info(step))
         if step in (10, 30):
@@ -91,24 +89,24 @@ def test_the_last_step_waits_for_the_rest_and_asks_for_nothing() -> None:
 
 def test_a_user_who_stops_waits_for_nothing() -> None:
     desk = Desk()
-    hook = BesideHook(History(), 1.0, desk, stop_requested=lambda: True)
+    hook = AsyncEvalHook(History(), 1.0, desk, stop_requested=lambda: True)
     hook(info(10))
     hook.saved(10)
     hook(info(TOTAL))
-    assert hook.holds() == {10}
+    assert hook.in_use() == {10}
 
 
 def test_one_that_failed_and_one_nobody_waits_for_leave_no_figures() -> None:
     desk, history = Desk(), History()
-    hook = BesideHook(history, 1.0, desk)
+    hook = AsyncEvalHook(history, 1.0, desk)
     hook(info(10))
     hook.saved(10)
     desk.ready.append(Scored(5, {"accuracy": 0.9}))
     hook(info(11))
-    assert hook.holds() == {10}
+    assert hook.in_use() == {10}
     desk.answer()
     hook(info(12))
-    assert evaluations(history) == {} and hook.holds() == set()
+    assert evaluations(history) == {} and hook.in_use() == set()
 
 
 @pytest.mark.parametrize(
@@ -117,24 +115,23 @@ def test_one_that_failed_and_one_nobody_waits_for_leave_no_figures() -> None:
         ({}, {}, [25]),  # the evaluation that fell due at step 20 was cut off
         ({10: {"accuracy": 0.1}}, {10: 0.1}, [25]),
         ({20: {"accuracy": 0.2}}, {20: 0.2}, []),
-        ({22: {"accuracy": 0.2}, 30: {"accuracy": 0.9}}, {22: 0.2}, []),  # 30 lies behind the checkpoint: void
+        ({22: {"accuracy": 0.2}, 30: {"accuracy": 0.9}}, {22: 0.2}, []),  # 30 is after the checkpoint: discarded
     ],
 )
 def test_a_resume_makes_up_for_what_was_cut_off(
     scored: dict[int, dict[str, float]], recorded: dict[int, float], asked: list[int]
 ) -> None:
-    desk, history, learned = Desk(), History(), {}
-    hook = BesideHook(history, 1.0, desk, learn=learned.__setitem__)
+    desk, history = Desk(), History()
+    hook = AsyncEvalHook(history, 1.0, desk)
     hook.resume(25, EPOCH, scored)
     assert evaluations(history) == recorded and desk.asked == asked
-    assert {step: row["eval/accuracy"] for step, row in learned.items()} == recorded
 
 
 def test_a_resume_takes_from_the_history_what_it_knows() -> None:
-    desk, learned = Desk(), {}
-    hook = BesideHook(History('{"step": 20, "eval/accuracy": 0.4}\n'), 1.0, desk, learn=learned.__setitem__)
+    desk = Desk()
+    hook = AsyncEvalHook(History('{"step": 20, "eval/accuracy": 0.4}\n'), 1.0, desk)
     hook.resume(25, EPOCH, {20: {"accuracy": 0.4}})
-    assert len(hook.history.rows) == 1 and learned == {20: {"eval/accuracy": 0.4}} and desk.asked == []
+    assert len(hook.history.rows) == 1 and desk.asked == []
 
 
 @pytest.mark.parametrize(
@@ -148,9 +145,7 @@ def test_the_step_at_which_an_evaluation_fell_due_last(
     seen = [
         s
         for s in range(1, step + 1)
-        if StepInfo(s, 100, s / steps_per_epoch, 8, 0.1, 0.0, StepResult(s, 0.5, {}, 1.0, 0.1, False), False).completes(
-            epochs
-        )
+        if StepInfo(s, 100, s / steps_per_epoch, 8, 0.1, 0.0, StepResult(s, 0.5, {}, 1.0, 0.1, False)).completes(epochs)
     ]
     assert (seen[-1] if seen else None) == due
 
@@ -160,19 +155,20 @@ def test_the_best_is_found_by_figures_that_come_later(tmp_path: Path) -> None:
     told: list[int] = []
     desk, history, engine = Desk(), History(), toy_engine()
     config = SavingConfig(keep_checkpoints=1, keep_best=KeepBest(metric="eval/accuracy"))
-    saver = BackgroundSaver(CheckpointStore(str(tmp_path)), config)
-    beside = BesideHook(history, 1.0, desk)
-    news = News(saved=lambda step, url: beside.saved(step), best=lambda step, url: told.append(step))
-    hook = CheckpointHook(engine, saver, EveryEpochs(0.5), history, snapshot, lambda info: {}, news, beside.wanted)
-    saver.holds, beside.learn = beside.holds, hook.learn
+    hook = AsyncEvalHook(history, 1.0, desk)
+    saver = BackgroundSaver(CheckpointStore(str(tmp_path)), config, scores=history.evaluations, in_use=hook.in_use)
+    listeners = Listeners(saved=lambda step, url: hook.saved(step), best=lambda step, url: told.append(step))
+    checkpoints = CheckpointHook(
+        engine, saver, EveryEpochs(0.5), history, snapshot, lambda info: {}, listeners, hook.wanted
+    )
     for step in range(1, TOTAL + 1):
         desk.on_wait = lambda: desk.answer(accuracy=0.5)
         if step == 19:
             desk.answer(accuracy=0.9)  # of step 10, which is behind the newest by then
         if step == 27:
             desk.answer(accuracy=0.6)  # of step 20
-        beside(info(step))
         hook(info(step))
+        checkpoints(info(step))
         saver.join()
         if step == 16:
             assert saver.store.steps() == [10, 15]

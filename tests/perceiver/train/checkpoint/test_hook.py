@@ -2,27 +2,27 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perceiver.config import UserError
-from perceiver.train.checkpoint.hook import CheckpointHook, News
-from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore, Snapshot
-from perceiver.train.checkpoint.writer import (
+from perceiver.train.checkpoint.hook import (
     BackgroundSaver,
+    CheckpointHook,
     EveryEpochs,
-    KeepBest,
+    Listeners,
     Measured,
-    SavingConfig,
     best_steps,
     interval_s,
     kept,
 )
+from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore, Snapshot
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.hooks import History
-from perceiver.train.loop import StepInfo
+from perceiver.train.loop import Flags, KeepBest, SavingConfig, StepInfo
 from tests.perceiver.train.toy import toy_engine
 
 
@@ -68,7 +68,13 @@ def engine_of(ranks: Ranks, rank: int) -> Any:
 
 
 def info(step: int, total: int = 100, loss: float = 0.5) -> StepInfo:
-    return StepInfo(step, total, step / 10, 8, 0.1, 0.0, StepResult(step - 1, loss, {}, 1.0, 0.1, False), False)
+    return StepInfo(step, total, step / 10, 8, 0.1, 0.0, StepResult(step - 1, loss, {}, 1.0, 0.1, False))
+
+
+def after(hook: CheckpointHook, step: int, total: int = 100) -> None:
+    """Call the hook as the loop does: with the flags of all ranks."""
+    flags = Flags(*(count > 0 for count in hook.engine.sum([float(flag) for flag in hook.flags()])))
+    hook(replace(info(step, total), flags=flags))
 
 
 def snapshot(info: StepInfo, metrics: Mapping[str, float], number: int) -> Snapshot:
@@ -76,14 +82,14 @@ def snapshot(info: StepInfo, metrics: Mapping[str, float], number: int) -> Snaps
 
 
 def hook_of(ranks: Ranks, rank: int, store: CheckpointStore, **options: Any) -> CheckpointHook:
-    """A hook; options: attempts, figures, news, and keys of `SavingConfig`."""
+    """A hook; options: attempts, figures, listeners, and keys of `SavingConfig`."""
     attempts, figures = options.pop("attempts", 3), options.pop("figures", lambda info: {})
-    news = options.pop("news", News())
+    listeners = options.pop("listeners", Listeners())
     config = SavingConfig(**{"checkpoint_every": 0.1, **options})
     saver = BackgroundSaver(store, config, attempts=attempts, backoff_s=(0.001, 0.002))
     assert config.checkpoint_every != "auto"
     cadence = EveryEpochs(config.checkpoint_every)
-    return CheckpointHook(engine_of(ranks, rank), saver, cadence, History(), snapshot, figures, news)
+    return CheckpointHook(engine_of(ranks, rank), saver, cadence, History(), snapshot, figures, listeners)
 
 
 class Gate:
@@ -110,17 +116,17 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded(
 ) -> None:
     """A save that falls due meanwhile is taken once the one in flight has ended; the last one is waited for."""
     gate, saved = Gate(store, monkeypatch), []
-    hook = hook_of(Ranks(1), 0, store, news=News(saved=lambda step, url: saved.append(step)))
-    hook(info(1))
+    hook = hook_of(Ranks(1), 0, store, listeners=Listeners(saved=lambda step, url: saved.append(step)))
+    after(hook, 1)
     assert hook.saver.busy and store.steps() == []
-    hook(info(2))
-    hook(info(3))
+    after(hook, 2)
+    after(hook, 3)
     gate.open.set()
     hook.saver.join()
-    hook(info(4))
+    after(hook, 4)
     assert hook.drain()
     assert saved == [1, 4]
-    hook(info(100))
+    after(hook, 100)
     assert saved == [1, 4, 100] and store.steps() == [4, 100] and store.problems(100) == []
     (row, *_) = hook.history.rows
     assert 0 < row["train/checkpoint_stall_share"] <= 1
@@ -132,7 +138,7 @@ def test_all_ranks_save_together_and_only_whole_checkpoints_count(store: Checkpo
     def work(rank: int) -> None:
         hook = hook_of(ranks, rank, store)
         for step in (1, 2, 3):
-            hook(info(step, total=3))
+            after(hook, step, total=3)
 
     assert ranks.run(work) == [None] * 3
     manifest = store.newest()
@@ -155,10 +161,10 @@ def test_a_failure_of_one_rank_costs_one_checkpoint_and_is_said(
     monkeypatch.setattr(store.fs, "put_file", flaky)
 
     def work(rank: int) -> None:
-        hook = hook_of(ranks, rank, store, news=News(missed=said.append))
-        hook(info(1))
+        hook = hook_of(ranks, rank, store, listeners=Listeners(missed=said.append))
+        after(hook, 1)
         hook.drain()
-        hook(info(2))
+        after(hook, 2)
         hook.drain()
 
     assert ranks.run(work) == [None, None]
@@ -173,12 +179,12 @@ def test_too_many_misses_stop_the_run(store: CheckpointStore, monkeypatch: pytes
 
     monkeypatch.setattr(store, "publish", full)
     hook = hook_of(Ranks(1), 0, store, checkpoint_misses=2)
-    hook(info(1))
+    after(hook, 1)
     hook.saver.join()
-    hook(info(2))
+    after(hook, 2)
     hook.saver.join()
-    with pytest.raises(UserError, match=r"2 checkpoints in a row were lost .*No space left"):
-        hook(info(3))
+    with pytest.raises(UserError, match=r"2 consecutive checkpoints.*train.checkpoint_misses.*No space left"):
+        after(hook, 3)
 
 
 def test_a_refusal_stops_all_ranks_at_once_without_another_try(
@@ -198,7 +204,7 @@ def test_a_refusal_stops_all_ranks_at_once_without_another_try(
 
     def work(rank: int) -> None:
         hook = hook_of(ranks, rank, store)
-        hook(info(1))
+        after(hook, 1)
         hook.drain()
 
     found = ranks.run(work)
@@ -209,7 +215,7 @@ def test_a_refusal_stops_all_ranks_at_once_without_another_try(
 def test_the_last_checkpoint_must_be_saved(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "publish", lambda staged: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(UserError, match="the last checkpoint .* was not saved: OSError: disk full"):
-        hook_of(Ranks(1), 0, store)(info(100))
+        after(hook_of(Ranks(1), 0, store), 100)
 
 
 def test_the_interval_follows_young_and_daly_within_the_stall_budget() -> None:
@@ -260,13 +266,13 @@ def test_an_evaluation_among_the_best_is_saved_and_named(store: CheckpointStore)
         keep_checkpoints=1,
         keep_best=KeepBest(count=1),
         figures=lambda info: {"eval/accuracy": figures[info.step]} if info.step in figures else {},
-        news=News(best=lambda step, url: best.append(step)),
+        listeners=Listeners(best=lambda step, url: best.append(step)),
     )
     for step in range(1, 9):
-        hook(info(step))
+        after(hook, step)
         hook.drain()
     assert best == [1, 3, 7] and store.steps() == [7]
-    hook(info(100))
+    after(hook, 100)
     assert store.steps() == [7, 100] and best == [1, 3, 7]
 
 
@@ -281,8 +287,8 @@ def test_an_evaluation_among_the_best_waits_for_the_save_in_flight(
         keep_best=KeepBest(),
         figures=lambda info: {"eval/accuracy": 0.5} if info.step == 2 else {},
     )
-    hook(info(1))
+    after(hook, 1)
     threading.Timer(0.05, gate.open.set).start()
-    hook(info(2))
+    after(hook, 2)
     hook.drain()
     assert store.manifest(2).metrics == {"eval/accuracy": 0.5}
