@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.deploy.settings import Settings, placement_overrides
+from cluster.jobs.config import Submission
 from cluster.jobs.secrets import check_secrets, needed
-from cluster.jobs.submit import Submission, training
+from cluster.jobs.submit import training
 from cluster.recipe.config import Recipe
 
 

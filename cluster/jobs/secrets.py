@@ -3,23 +3,21 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from cluster.jobs.config import Submission
 from cluster.jobs.server import text_object
 from cluster.recipe.file import apply_override
 from perceiver.config import UserError
 from perceiver.tracking.redaction import MASK, holds_secret, is_reference, leaves, redact_value
 
-if TYPE_CHECKING:
-    from cluster.jobs.submit import Submission
-
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 BY_REFERENCE = "write env:NAME or $NAME there and set NAME where the cluster's nodes start"
 
 
-def needed(tree: Mapping[str, Any], wanted: "Submission") -> list[str]:
+def needed(tree: Mapping[str, Any], wanted: Submission) -> list[str]:
     """Return the names of the environment variables that the job reads on the cluster."""
     values = [value for _, value in leaves(tree) if isinstance(value, str)]
     named = [value.removeprefix("env:") for value in values if value.startswith("env:")]
@@ -27,7 +25,7 @@ def needed(tree: Mapping[str, Any], wanted: "Submission") -> list[str]:
     return sorted({*named, *wanted.secrets})
 
 
-def check_secrets(tree: Mapping[str, Any], wanted: "Submission", runtime_env: Mapping[str, Any]) -> None:
+def check_secrets(tree: Mapping[str, Any], wanted: Submission, runtime_env: Mapping[str, Any]) -> None:
     """Refuse secrets by value in the settings, the overrides, the runtime environment and the metadata.
 
     Raises:

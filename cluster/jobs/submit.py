@@ -5,12 +5,12 @@ import os
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.jobs.commands import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
+from cluster.jobs.config import JobSpec, Submission
 from cluster.jobs.package import build_package, locked_requirements, named_files, path_in_package
 from cluster.jobs.paths import check_paths, is_here, tracking_note
 from cluster.jobs.secrets import check_files, check_secrets, needed
@@ -26,58 +26,7 @@ from perceiver.config import UserError
 from perceiver.tracking.redaction import redact_text
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What the user asks for; the fields after ``run`` are the flags of ``ray job submit``.
-
-    Attributes:
-        recipe: file of this machine: a recipe, or a search.
-        overrides: ``key=value``, as typed.
-        run: name of the run, continued if it exists; default: the recipe's name.
-        secrets: environment variables that the cluster must hold; only their names travel.
-        env: environment variables of this machine whose values travel.
-        install: install the locked dependencies for the job instead of taking the cluster's.
-    """
-
-    recipe: str
-    overrides: Sequence[str] = ()
-    run: str | None = None
-    submission_id: str | None = None
-    runtime_env_json: str | None = None
-    working_dir: str | None = None
-    metadata_json: str | None = None
-    entrypoint_num_cpus: float | None = None
-    entrypoint_num_gpus: float | None = None
-    entrypoint_resources: Mapping[str, float] = field(default_factory=dict)
-    secrets: Sequence[str] = ()
-    env: Sequence[str] = ()
-    install: bool = False
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a job does: a perceiver command, and all that it reads when it starts.
-
-    Attributes:
-        verb: the command.
-        recipe: what it trains, overrides applied.
-        name: of the run, unless the user gives one.
-        tree: every setting that travels, the recipe's first.
-        files: those of this machine that travel; the command's own is the first.
-        fits: refuses a cluster, given its nodes, that cannot hold it.
-        found_by: overrides by which the files find each other in the package.
-    """
-
-    verb: str
-    recipe: Recipe
-    name: str
-    tree: Mapping[str, Any]
-    files: Sequence[str]
-    fits: Callable[[Sequence[Node]], None]
-    found_by: Sequence[str] = ()
-
-
-def training(wanted: Submission) -> Work:
+def training(wanted: Submission) -> JobSpec:
     """Return the work of a job that trains a recipe.
 
     Raises:
@@ -86,10 +35,10 @@ def training(wanted: Submission) -> Work:
     tree = read_tree(wanted.recipe, wanted.overrides)
     recipe = build_recipe(tree, source=wanted.recipe)
     files = [wanted.recipe, *named_files(tree)]
-    return Work("train", recipe, recipe.name, tree, files, partial(check_places, recipe=recipe))
+    return JobSpec("train", recipe, recipe.name, tree, files, partial(check_places, recipe=recipe))
 
 
-def submit(server: JobServer, wanted: Submission, work: Work, say: Callable[[str], None] = print) -> str:
+def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[str], None] = print) -> str:
     """Check, pack and submit; return the job's name.
 
     Raises:
@@ -130,7 +79,7 @@ def submit(server: JobServer, wanted: Submission, work: Work, say: Callable[[str
             )
 
 
-def entrypoint(wanted: Submission, work: Work, run: str, folder: str | None) -> str:
+def entrypoint(wanted: Submission, work: JobSpec, run: str, folder: str | None) -> str:
     """Return the shell command of the job: `cluster.jobs.entrypoint`, which becomes `perceiver train` or `tune`.
 
     Args:
@@ -157,7 +106,7 @@ def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
     place_some(recipe, nodes)
 
 
-def check_entrypoint(nodes: Sequence[Node], work: Work, wanted: Submission) -> None:
+def check_entrypoint(nodes: Sequence[Node], work: JobSpec, wanted: Submission) -> None:
     """Refuse a driver that asks for more than any node has, or that leaves the workers no room wherever it runs."""
     need = _reserved(wanted)
     if not need or work.recipe.cluster.autoscaling:

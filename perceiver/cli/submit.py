@@ -57,7 +57,8 @@ def command(
     Exit code: the job's, 130 if it was stopped.
     """
     from cluster.jobs.commands import find_job, follow
-    from cluster.jobs.submit import Submission, submit, training
+    from cluster.jobs.config import Submission
+    from cluster.jobs.submit import submit, training
     from tune.search.submission import is_search, searching
 
     resources = _resources(entrypoint_resources)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from cluster.jobs.config import JobSpec, Submission
 from cluster.jobs.package import named_files, path_in_package
-from cluster.jobs.submit import Submission, Work
 from cluster.recipe.file import read_tree
 from cluster.recipe.placement import Node
 from tune.config import Search, build_search
@@ -23,7 +23,7 @@ def is_search(path: str) -> bool:
     return not {"recipe", "space"}.isdisjoint(read_tree(path))
 
 
-def searching(wanted: Submission) -> Work:
+def searching(wanted: Submission) -> JobSpec:
     """Return the work of a job that runs a search.
 
     Raises:
@@ -33,7 +33,7 @@ def searching(wanted: Submission) -> Work:
     search = build_search(tree, base, where, wanted.recipe)
     files = [wanted.recipe, where, *named_files(base)]
     found_by = [] if _found(wanted.recipe, str(tree["recipe"]), where) else [f"recipe={path_in_package(where)}"]
-    return Work(
+    return JobSpec(
         "tune", search.recipe, search.config.name, {**base, "search": tree}, files, partial(_fit, search), found_by
     )
 

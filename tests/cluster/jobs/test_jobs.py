@@ -22,8 +22,8 @@ import yaml
 from cluster.jobs import entrypoint as job
 from cluster.jobs import package, submit
 from cluster.jobs.commands import Job, find_job, table
+from cluster.jobs.config import Submission
 from cluster.jobs.server import Access, connect
-from cluster.jobs.submit import Submission
 from cluster.recipe.placement import Node
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local_cluster import running_cluster

@@ -13,9 +13,9 @@ import ray
 from cluster.jobs import package, submit
 from cluster.jobs import paths as job_paths
 from cluster.jobs.commands import Job
+from cluster.jobs.config import Submission
 from cluster.jobs.paths import tracking_note
 from cluster.jobs.server import JobServer
-from cluster.jobs.submit import Submission
 from cluster.recipe import placement
 from cluster.recipe.config import build_recipe
 from cluster.recipe.file import apply_override
