@@ -157,6 +157,11 @@ def trial_name(number: int) -> str:
     return f"trial-{number:03d}"
 
 
+def number_of(name: str) -> int:
+    """Return the number of the trial with this name."""
+    return int(name.rpartition("-")[2])
+
+
 def now() -> float:
     """Return the time of day, for evaluations."""
     return time.time()

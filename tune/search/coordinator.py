@@ -14,7 +14,7 @@ from cluster.recipe.config import absolute
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
-from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, now, save_record, trial_name
+from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, now, number_of, save_record, trial_name
 from tune.space.samplers import Ending, Source
 from tune.space.space import Values
 
@@ -212,25 +212,25 @@ class Reporter(TrialProgressCallback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `Desk.started`."""
-        self.desk.started(trial.config["number"])
+        self.desk.started(number_of(str(trial)))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """See `Desk.result`."""
-        self.desk.result(trial.config["number"], result)
+        self.desk.result(number_of(str(trial)), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `Desk.over`."""
-        self.desk.over(trial.config["number"])
+        self.desk.over(number_of(str(trial)))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `Desk.broke`."""
-        self.desk.broke(trial.config["number"], failure(trial), again=True)
+        self.desk.broke(number_of(str(trial)), failure(trial), again=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `Desk.broke`."""
-        self.desk.broke(trial.config["number"], failure(trial), again=False)
+        self.desk.broke(number_of(str(trial)), failure(trial), again=False)
 
 
 def configuration(trial: TrialRecord) -> dict[str, Any]:

@@ -11,15 +11,20 @@ from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
     MedianStoppingRule,
+    PopulationBasedTraining,
     TrialScheduler,
 )
+from ray.tune.schedulers.pb2 import PB2
 
-from tune.config import Asha, Median, Mode, Pb2, Pbt, SearchConfig
-from tune.record import TrialRecord
-from tune.search.population import ALMOST, TIME, Population
+from cluster.runtime.ray_internals import ALMOST, can_take_turns, population_class
+from perceiver.config import UserError
+from tune.config import Asha, Median, Pb2, Pbt, SearchConfig
+from tune.record import TrialRecord, number_of
 from tune.space.space import Choice, Int, LogUniform, QUniform, Uniform, Values
 
 FOREVER = math.inf
+TIME = "epoch"
+"""The key of a result by which schedulers measure how far a trial has come."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +44,9 @@ class _SparesBaseline:
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide as the scheduler does, but never to stop trial 0 where that is the baseline."""
         decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
-        if self.baseline and trial.config["number"] == 0 and decision == TrialScheduler.STOP:
-            getattr(self, "_stopped_trials", set()).discard(trial)
-            return TrialScheduler.CONTINUE
-        return decision
+        if decision not in (TrialScheduler.STOP, TrialScheduler.PAUSE):
+            return decision
+        return TrialScheduler.CONTINUE if self.baseline and trial.config["number"] == 0 else TrialScheduler.STOP
 
 
 class SparingAsha(_SparesBaseline, ASHAScheduler):
@@ -50,11 +54,13 @@ class SparingAsha(_SparesBaseline, ASHAScheduler):
 
 
 class SparingMedian(_SparesBaseline, MedianStoppingRule):
-    """The median stopping rule that spares the baseline."""
+    """The median stopping rule that spares the baseline. Built without `hard_stop`, it pauses what it would stop."""
+
+    wanted = ""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Note a trial's last result, if it ever was evaluated: the rule looks for the epoch of all that it noted."""
-        if TIME in result and self._metric in result:
+        if TIME in result and self.wanted in result:
             super().on_trial_complete(tune_controller, trial, result)
 
 
@@ -92,13 +98,12 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, desk:
             grace_period=settings.grace,
             min_samples_required=settings.min_trials,
             min_time_slice=FOREVER,  # pyright: ignore[reportArgumentType]
+            hard_stop=False,
         )
-        scheduler.baseline = config.with_baseline
+        scheduler.baseline, scheduler.wanted = config.with_baseline, metric
         return scheduler
     if isinstance(settings, Pbt | Pb2):
-        population = _population(config, settings, metric, mode, takes_turns(config, concurrency))
-        population.concurrency, population.epochs, population.desk = concurrency, epochs, desk
-        return population
+        return _population(config, settings, epochs, concurrency, desk)
     return FIFOScheduler()
 
 
@@ -107,7 +112,7 @@ def takes_turns(config: SearchConfig, concurrency: int) -> bool:
     return config.exchanges and config.trials > concurrency
 
 
-def replay(scheduler: Any, trials: Iterable[TrialRecord]) -> None:
+def replay(scheduler: Any, metric: str, trials: Iterable[TrialRecord]) -> None:
     """Tell a scheduler the results of the trials that ended in an earlier start of the search."""
     if not isinstance(scheduler, SparingAsha | SparingMedian):
         return
@@ -117,7 +122,7 @@ def replay(scheduler: Any, trials: Iterable[TrialRecord]) -> None:
         scheduler.on_trial_add(nobody, past)
         for evaluation in record.evaluations:
             result = {TIME: evaluation.epoch, **evaluation.metrics}
-            if scheduler._metric in result:
+            if metric in result:
                 scheduler.on_trial_result(nobody, past, result)
 
 
@@ -129,7 +134,22 @@ class _Nobody:
         return []
 
 
-def _population(config: SearchConfig, settings: Pbt | Pb2, metric: str, mode: Mode, synch: bool) -> Any:
+def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concurrency: int, desk: Any) -> Any:
+    (metric, mode), *_ = config.metrics.items()
+    base = PB2 if isinstance(settings, Pb2) else PopulationBasedTraining
+    if takes_turns(config, concurrency) and not can_take_turns(base):
+        raise UserError(
+            f"trials = {config.trials}, concurrency = {concurrency}: with this Ray version a population cannot take "
+            f"turns; set trials to at most {concurrency}, or a larger concurrency"
+        )
+    population = population_class(
+        base,
+        time_key=TIME,
+        concurrency=concurrency,
+        epochs=epochs,
+        stopping=lambda: desk is not None and desk.stopping,
+        set_aside=lambda trial: desk.set_aside(number_of(str(trial))),
+    )
     random.seed(config.seed)  # Ray draws from the global generator
     shared: dict[str, Any] = {
         "time_attr": TIME,
@@ -138,19 +158,14 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, metric: str, mode: Mo
         # Evaluations come at each interval, but an epoch ends within a step: two of them may lie a little closer.
         "perturbation_interval": settings.interval / 2,
         "quantile_fraction": settings.quantile,
-        "synch": synch,
+        "synch": takes_turns(config, concurrency),
         "log_config": False,
         "require_attrs": False,
     }
     if isinstance(settings, Pb2):
-        from ray.tune.schedulers.pb2 import PB2
-
-        class Bandit(Population, PB2):
-            """Population based bandits of numbered trials."""
-
         bounds = {key: [d.low, d.high] for key, d in config.space.items() if isinstance(d, Uniform | Int)}
-        return Bandit(hyperparam_bounds={"values": bounds}, **shared)
-    return Population(
+        return population(hyperparam_bounds={"values": bounds}, **shared)
+    return population(
         hyperparam_mutations={"values": {key: mutation(dimension) for key, dimension in config.space.items()}},
         resample_probability=settings.resample,
         custom_explore_fn=within(config),

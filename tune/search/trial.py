@@ -38,7 +38,7 @@ from perceiver.tracking.mlflow_writer import (
 )
 from perceiver.tracking.tracker import Status
 from pipelines.feed.ingest import load_data
-from tune.record import trial_name
+from tune.record import number_of, trial_name
 from tune.search.exchange import Pointer, pointer_of, take_over
 from tune.space.space import Values, with_values
 
@@ -82,7 +82,11 @@ class TrialPlan:
 
 
 class TrialRun(ray.tune.Trainable):
-    """A trial as Ray Tune drives it. Its configuration is ``{"number": int, "values": {key: value}, "label": str}``."""
+    """A trial as Ray Tune drives it.
+
+    Its name is `tune.record.trial_name`: where a population hands trials each other's configurations, ``number`` there
+    is not the trial's own. Its configuration is ``{"number": int, "values": {key: value}, "label": str}``.
+    """
 
     def setup(self, config: dict[str, Any], plan: TrialPlan | None = None) -> None:
         """Take the plan; training begins with the first step, when Tune has said whether to restore."""
@@ -94,7 +98,7 @@ class TrialRun(ray.tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train until the next evaluation; return its figures."""
         if self.run is None:
-            number, values = int(self.config["number"]), dict(self.config["values"])
+            number, values = number_of(self.trial_name), dict(self.config["values"])
             if refusal := self.plan.folder(number).facts().get("refusal"):
                 return {"done": True, "ending": "refused", "error": refusal, "seconds": 0.0}
             self.run = Running(self.plan, number, values, self.config.get("label", ""))
@@ -110,7 +114,7 @@ class TrialRun(ray.tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Go on from the checkpoint a pointer names: the trial's own, or another trial's, which is copied."""
-        number = int(self.config["number"])
+        number = number_of(self.trial_name)
         pointer = Pointer.read(checkpoint)
         if pointer.number == number:
             return

@@ -8,7 +8,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cluster.recipe.config import absolute, for_workers
 from perceiver.tracking.mlflow_writer import TrackingConfig
-from tune.record import PARAMETERS
+from tune.record import PARAMETERS, trial_name
 from tune.search.coordinator import Asker, Desk, Reporter, placed
 from tune.search.schedulers import build_scheduler, replay, takes_turns
 from tune.search.trial import TrialPlan, TrialRun
@@ -33,7 +33,7 @@ def build_tuner(
     numbers = list(desk.waiting)
     left = len(numbers) + max(0, launch.total - len(launch.record.trials))
     scheduler = build_scheduler(config, _epochs(launch), slots.concurrency, desk)
-    replay(scheduler, launch.record.ended())
+    replay(scheduler, next(iter(config.metrics)), launch.record.ended())
     plan = trial_plan(launch, control, tracking)
     place: Any = {"bundle_label_selector": [slots.labels]} if slots.labels else {}
     room = ray.tune.PlacementGroupFactory([slots.reserved], **place)
@@ -48,7 +48,11 @@ def build_tuner(
         trainable,
         param_space=space,
         tune_config=ray.tune.TuneConfig(
-            scheduler=scheduler, max_concurrent_trials=slots.concurrency, reuse_actors=True, **settings
+            scheduler=scheduler,
+            max_concurrent_trials=slots.concurrency,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial_name(trial.config["number"]),
+            **settings,
         ),
         run_config=ray.tune.RunConfig(
             name=f"start-{time.time_ns()}",

@@ -151,10 +151,18 @@ class _Recorded:
         return self._keep(key, int(self.values[key]), IntDistribution(low, high, log=log, step=step))
 
     def _keep(self, key: str, value: Any, distribution: Any) -> Any:
-        if not distribution._contains(distribution.to_internal_repr(value)):
+        if not (value in distribution.choices if hasattr(distribution, "choices") else _within(value, distribution)):
             raise ValueError(f"{key} = {value} is outside its range")
         self.params[key], self.distributions[key] = value, distribution
         return value
+
+
+def _within(value: float, distribution: Any) -> bool:
+    """Return whether a number is one that a distribution of Optuna's may draw."""
+    if not distribution.low <= value <= distribution.high:
+        return False
+    steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
+    return abs(steps - round(steps)) < 1e-8
 
 
 def recorded(values: Values, space: Space, base: Mapping[str, Any]) -> _Recorded | None:

@@ -7,16 +7,17 @@ import pytest
 from ray.train import Checkpoint
 from ray.train._internal.session import _TrainingResult
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import PopulationBasedTraining
 
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
 from tests.tune.searches import load, record, trial
 from tune.config import SearchConfig
-from tune.record import SearchRecord, go_on, load_record, save_record
+from tune.record import SearchRecord, go_on, load_record, number_of, save_record, trial_name
 from tune.report.importance import Importance, importance
 from tune.search.conclude import verdict
 from tune.search.coordinator import Asker, Desk, Reporter, placed, reason
-from tune.search.schedulers import Past, build_scheduler, clipped, replay
+from tune.search.schedulers import Past, build_scheduler, clipped, replay, takes_turns
 from tune.search.tuner import _Values
 from tune.space.samplers import FixedSource
 
@@ -78,7 +79,8 @@ class Controller:
         configs = [{"number": number, "values": {"optim.lr": 0.01}} for number in range(4)]
         self.trials: list[Any] = [Trial("x", stub=True, config=config) for config in configs]
         self.live, self.search_alg = set(self.trials), None
-        for one in self.trials:
+        for number, one in enumerate(self.trials):
+            one.custom_trial_name = trial_name(number)
             self.scheduler.on_trial_add(self, one)
 
     def get_trials(self) -> list[Any]:
@@ -98,7 +100,7 @@ class Controller:
         """Start what the scheduler chooses; return the numbers of the trials that then run."""
         while chosen := self.scheduler.choose_trial_to_run(self):
             chosen.set_status("RUNNING")
-        return [one.config["number"] for one in self.trials if one.status == "RUNNING"]
+        return [number_of(str(one)) for one in self.trials if one.status == "RUNNING"]
 
     def tell(self, number: int, epoch: float) -> None:
         """Have a running trial evaluated, and paused if the scheduler says so."""
@@ -124,7 +126,7 @@ def test_a_population_takes_turns_and_exchanges_at_each_round(population: Search
         controller.tell(2, epoch)
         assert controller.start() == [3], "the others wait for it"
         controller.tell(3, epoch)
-        assert controller.trials[0].checkpoint.path == "/3" and controller.trials[0].config["number"] == 0
+        assert controller.trials[0].checkpoint.path == "/3" and str(controller.trials[0]) == "trial-000"
     controller.start()
     controller.tell(0, 4.0)
     assert controller.trials[0].status == "RUNNING", "at its end it has nothing to wait for"
@@ -167,9 +169,20 @@ def test_a_population_that_is_stopped_sets_aside_what_waits(tmp_path: Path, popu
 def test_a_resumed_search_holds_new_trials_against_the_old_ones(tmp_path: Path, tree: dict[str, Any]) -> None:
     search = load(tmp_path, tree, "scheduler={kind: asha, grace: 1, reduction: 2}")
     scheduler = build_scheduler(search.config, 4.0, 2)
-    replay(scheduler, [trial(1, "finished", 0.5, 0.6, 0.7, 0.8), trial(2, "stopped", 0.4), trial(3, "failed")])
+    replay(
+        scheduler, "accuracy", [trial(1, "finished", 0.5, 0.6, 0.7, 0.8), trial(2, "stopped", 0.4), trial(3, "failed")]
+    )
     assert decide(scheduler, 4, 1, 0.42) == "STOP"
     assert decide(scheduler, 5, 1, 0.55) == "CONTINUE"
+
+
+def test_without_private_names_a_population_runs_at_once_or_is_refused(
+    monkeypatch: pytest.MonkeyPatch, population: SearchConfig
+) -> None:
+    monkeypatch.setenv("PERCEIVER_PUBLIC_API", "1")
+    assert type(build_scheduler(population, 4.0, 4)) is PopulationBasedTraining
+    with pytest.raises(UserError, match="trials = 4, concurrency = 2: .* set trials to at most 2"):
+        build_scheduler(population, 4.0, 2)
 
 
 def test_changed_values_stay_in_their_ranges(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -177,8 +190,7 @@ def test_changed_values_stay_in_their_ranges(tmp_path: Path, tree: dict[str, Any
     search = load(tmp_path, tree)
     assert clipped(search.config, {"optim.lr": 0.12}) == {"optim.lr": 0.1}
     assert clipped(search.config, {"optim.lr": 1e-4}) == {"optim.lr": 1e-3}
-    scheduler = build_scheduler(search.config, 4.0, 2)
-    assert scheduler._synch, "4 trials, 2 at a time: they take turns"
+    assert takes_turns(search.config, 2) and not takes_turns(search.config, 4)
     assert search.recipe.train.eval_every == search.recipe.train.checkpoint_every == 1
     assert search.recipe.train.keep_checkpoints >= 4, "another trial's turn may come a round later"
 
