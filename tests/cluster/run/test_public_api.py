@@ -1,0 +1,33 @@
+"""The main job without a single private name of Ray and DeepSpeed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.recipes import write_recipe
+
+
+def losses(folder: Path, tree: dict[str, Any], **environment: str) -> dict[int, float]:
+    """Train 4 steps, resume for 4 more, and return the recorded loss of each step."""
+    folder.mkdir()
+    recipe = write_recipe(folder, {**tree, "output": str(folder / "runs")})
+    for words in (["train.steps=4"], ["train.steps=8", "--resume"]):
+        command = [sys.executable, "-m", "perceiver.cli", "train", str(recipe), *words]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=550)
+        assert done.returncode == 0, done.stdout + done.stderr
+    history = folder / "runs" / "small-001" / "checkpoints" / "step-00000008" / "history.jsonl"
+    rows = map(json.loads, history.read_text().splitlines())
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+@pytest.mark.slow
+def test_the_losses_are_the_same_without_private_names(tmp_path: Path, tree: dict[str, Any]) -> None:
+    """Slower to start: DeepSpeed compiles an operator that is skipped otherwise."""
+    tree["train"] = {"steps": 8, "global_batch": 16, "log_every": 1}
+    usual = losses(tmp_path / "usual", tree)
+    assert losses(tmp_path / "public", tree, PERCEIVER_PUBLIC_API="1") == usual and len(usual) == 8
