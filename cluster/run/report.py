@@ -14,7 +14,7 @@ from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import RunFolder, redacted_recipe
 from perceiver.factory import attention_maps, build_model
 from perceiver.report.numbers import choose_examples
-from perceiver.report.run_page import ReportData, write_report
+from perceiver.report.run import ReportData, write_report
 from perceiver.train.hooks import History
 from pipelines.feed.ingest import EvalShare, eval_batches
 from pipelines.shards.manifest import Manifest

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from perceiver import report
 from perceiver.config import UserError
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.inspection import Inspection, Spread, figure, rows_of
@@ -178,11 +179,11 @@ def _render(page: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(report.__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(figure=figure, histogram=_histogram, size=_size)
-    return environment.get_template("inspect_page.html").render(page)
+    return environment.get_template("inspection.html").render(page)

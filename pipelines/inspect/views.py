@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.inspect.media import (
+from pipelines.inspect.pieces import Piece, picture
+from pipelines.inspect.samples import (
     measure_audio,
     measure_flow,
     measure_media,
@@ -18,7 +19,6 @@ from pipelines.inspect.media import (
     show_media,
     show_video,
 )
-from pipelines.inspect.pieces import Piece, picture
 from pipelines.transforms.decode import Picture, to_image
 from pipelines.transforms.points import normalised
 

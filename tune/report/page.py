@@ -140,12 +140,11 @@ def _row(trial: TrialRecord, keys: list[str], data: SearchReport) -> dict[str, A
 def _render(page: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    folders = [Path(__file__).parent, Path(training_figures.__file__).parent]
     environment = Environment(
-        loader=FileSystemLoader(folders),
+        loader=FileSystemLoader(Path(training_figures.__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report_template_search.html").render(page)
+    return environment.get_template("search.html").render(page)

@@ -20,7 +20,7 @@ from tune.search.plan import Plan, SearchLaunch, Start
 from tune.search_file import RECIPE_KEYS, flat, recipe_path
 from tune.space.space import Values, with_values
 from tune.tables.config import Row, Scale, ScaleName, Table, load_table, values_of
-from tune.tables.page import HEAD, NOT_RUN, Page, aligned, cells, markdown, write_json, write_page
+from tune.tables.outputs import HEAD, NOT_RUN, Page, aligned, cells, markdown, write_json, write_page
 from tune.tables.results import Cost, judge, results
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from pipelines.features import (
     VideoFeature,
 )
 from pipelines.inspect.inspection import describe, inspect
-from pipelines.inspect.media import flow_colours
 from pipelines.inspect.page import spread_places, write_page
+from pipelines.inspect.samples import flow_colours
 from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import Manifest, ShardWriter, Split, arrow_schema, save_manifest
 from pipelines.shards.quarantine import Problem, write_problems

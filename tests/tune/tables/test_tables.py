@@ -21,7 +21,7 @@ from tune.search_file import recipe_path
 from tune.space.space import with_values
 from tune.tables.config import TableConfig, load_table, tables
 from tune.tables.launch import Rows, build_rows, check_rows, read_rows, reproduce
-from tune.tables.page import HEAD, Page, aligned, cells, markdown, short, write_json, write_page
+from tune.tables.outputs import HEAD, Page, aligned, cells, markdown, short, write_json, write_page
 from tune.tables.results import Cost, Result, judge, results, seed_noise
 
 NAMES = (

@@ -175,9 +175,8 @@ def write_page(page: Page) -> str:
     """Return the table as one self-contained HTML page with a plot."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    folders = [Path(__file__).parent, Path(training_figures.__file__).parent]
     environment = Environment(
-        loader=FileSystemLoader(folders),
+        loader=FileSystemLoader(Path(training_figures.__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -195,4 +194,4 @@ def write_page(page: Page) -> str:
         "open": page.table.open,
         "drawing": draw_results(page.found, page.common.metric),
     }
-    return environment.get_template("report_template_table.html").render(values)
+    return environment.get_template("table.html").render(values)

@@ -24,7 +24,7 @@ from perceiver.report.numbers import (
     confusion,
     multilabel_table,
 )
-from perceiver.report.run_page import ReportData, text, write_report
+from perceiver.report.run import ReportData, text, write_report
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -263,4 +263,4 @@ def _render(page: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(text=text, percent=percent)
-    return environment.get_template("report_template.html").render({**dict.fromkeys(OPTIONAL), **page})
+    return environment.get_template("run.html").render({**dict.fromkeys(OPTIONAL), **page})
