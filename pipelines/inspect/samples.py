@@ -1,8 +1,8 @@
-"""Recordings and optical flow on the page of `perceiver inspect`: spectrograms and players, frames, coloured motion."""
+"""What is shown and measured of one sample, for each kind of feature."""
 
+import base64
 import io
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,111 +10,141 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image
 
+from perceiver.report.figures import image_uri, montage
+from perceiver.report.page import data_uri
 from pipelines.features.audio import clip
-from pipelines.inspect.pieces import SMALL, Piece, data_uri, picture
 from pipelines.transforms.audio import AudioConfig, Sound
 from pipelines.transforms.decode import to_image
 from pipelines.transforms.media import Media, frames_at
 from pipelines.transforms.optical_flow import Pair
+from pipelines.transforms.points import normalised
 
-HEARD_S = 5.0
-"""Of longer recordings, what can be listened to."""
-HEARD_RATE = 24_000
-COLUMNS = 320
-"""Width of a spectrogram in pixels."""
-FLOOR_DB = 80.0
-"""What lies further below the loudest is black."""
-FRAMES, FRAME_HEIGHT = 6, 120
-PLAYED_BYTES = 1_000_000
-"""Larger videos are shown as frames only."""
-PLAYABLE = {"h264", "vp8", "vp9", "av1"}
-STRIP = 960
-GAP = (128, 128, 128)
+POINTS, CHARACTERS = 2048, 600
+"""Greatest number on a page: points of a cloud, characters of a text."""
+HEARD_S, HEARD_RATE = 5.0, 24_000
+"""Of longer recordings, and of higher rates, what can be listened to."""
+SPECTROGRAM_WIDTH, FLOOR_DB = 320, 80.0
+"""Pixels; what is further below the loudest is black."""
+FRAMES, FRAME_HEIGHT, STRIP_WIDTH = 6, 120, 960
+PLAYABLE, PLAYED_BYTES = {"h264", "vp8", "vp9", "av1"}, 1_000_000
+"""Codecs that browsers know; larger videos are shown as frames only."""
 
 
-def show_audio(stored: Any, decoded: Sound | Media) -> list[Piece]:
-    """Spectrogram and player of the beginning."""
-    seconds = min(decoded.seconds, HEARD_S)
-    rate = min(decoded.rate, HEARD_RATE)
+@dataclass(frozen=True)
+class Part:
+    """One thing to look at or to listen to.
+
+    Attributes:
+        kind: picture, strip, audio, video, points or text: how the page shows it.
+        content: a data URI; the text itself; for points base64 of int8 x, y, z.
+        note: text below it.
+    """
+
+    kind: str
+    content: str
+    note: str = ""
+
+
+def show(kind: str, stored: Any, decoded: Any) -> list[Part]:
+    """Return what the page shows of a feature; nothing for labels, which are written.
+
+    Args:
+        kind: of the feature.
+        stored: its value in the shard.
+        decoded: what it was decoded to.
+    """
+    match kind:
+        case "image":
+            return [Part("picture", image_uri(to_image(decoded)), f"{decoded.shape[1]} × {decoded.shape[0]}")]
+        case "text":
+            cut = decoded if len(decoded) <= CHARACTERS else decoded[:CHARACTERS] + "…"
+            return [Part("text", cut, f"{len(decoded):,} characters")]
+        case "points":
+            # Spread over the stored order, in a cube of -127 to 127.
+            chosen = decoded[np.linspace(0, len(decoded) - 1, min(len(decoded), POINTS)).astype(int), :3]
+            coarse = np.round(127 * normalised(chosen)).astype(np.int8)
+            return [Part("points", base64.b64encode(coarse.tobytes()).decode(), f"{len(decoded):,} points")]
+        case "audio":
+            return _show_audio(decoded)
+        case "video":
+            return _show_video(stored, decoded)
+        case "media":
+            return [*_show_video(stored, decoded), *_show_audio(decoded)]
+        case "flow":
+            images = [to_image(frame).convert("RGB") for frame in (decoded.first, decoded.second)]
+            longest = float(np.hypot(*decoded.flow)[decoded.valid].max(initial=0.0))
+            note = f"{_size(decoded)}, up to {longest:.3g} pixels of motion"
+            return [_strip([*images, flow_colours(decoded.flow, decoded.valid)], note)]
+    return []
+
+
+def measure(kind: str, decoded: Any) -> dict[str, float]:
+    """Return name and value of what is worth a statistic; nothing for labels, which are counted."""
+    match kind:
+        case "image":
+            return {"height": decoded.shape[0], "width": decoded.shape[1]}
+        case "text":
+            return {"characters": len(decoded), "bytes": len(decoded.encode())}
+        case "points":
+            extent = decoded[:, :3].max(axis=0) - decoded[:, :3].min(axis=0)
+            return {"points": len(decoded), "longest side": float(extent.max())}
+        case "audio":
+            return {"seconds": decoded.seconds, "rate": decoded.rate}
+        case "video" | "media":
+            size = {"height": decoded.height, "width": decoded.width}
+            sound = {"rate": decoded.rate} if kind == "media" else {}
+            return {"seconds": decoded.seconds, "frames per second": decoded.fps, **size, **sound}
+        case "flow":
+            known = np.hypot(*decoded.flow)[decoded.valid]
+            height, width = decoded.valid.shape
+            motion = float(known.mean()) if known.size else 0.0
+            share = float(decoded.valid.mean())
+            return {"height": height, "width": width, "known share": share, "mean pixels of motion": motion}
+    return {}
+
+
+def _show_audio(decoded: Sound | Media) -> list[Part]:
+    """Return spectrogram and player of the beginning."""
+    seconds, rate = min(decoded.seconds, HEARD_S), min(decoded.rate, HEARD_RATE)
     samples = clip(decoded, 0.0, AudioConfig(rate=rate, samples=max(1, round(seconds * rate))))
     sink = io.BytesIO()
     soundfile.write(sink, samples, rate, format="FLAC")
-    cut = f", the first {HEARD_S:g} s of it here" if decoded.seconds > HEARD_S else ""
     note = f"{decoded.seconds:.3g} s at {decoded.rate / 1000:g} kHz, {decoded.channels} channel"
-    return [
-        picture(spectrogram(samples), f"{note}{'s' * (decoded.channels > 1)}{cut}", "strip", COLUMNS),
-        Piece("audio", data_uri(sink.getvalue(), "audio/flac")),
-    ]
+    note += "s" * (decoded.channels > 1) + (
+        f", the first {HEARD_S:g} s of it here" if decoded.seconds > HEARD_S else ""
+    )
+    image = image_uri(spectrogram(samples), SPECTROGRAM_WIDTH)
+    return [Part("strip", image, note), Part("audio", data_uri(sink.getvalue(), "audio/flac"))]
 
 
 def spectrogram(samples: NDArray[np.int16], window: int = 512) -> Image.Image:
-    """Loudness over time (to the right) and frequency (upwards, all of it), in decibels below the loudest."""
+    """Return loudness over time (to the right) and frequency (upwards, all of it), in decibels below the loudest."""
     from matplotlib import colormaps
 
-    wave = np.pad(samples.astype(np.float32), (window // 2, window // 2 + max(0, COLUMNS - len(samples))))
-    starts = np.linspace(0, len(wave) - window, COLUMNS).astype(int)
+    width = SPECTROGRAM_WIDTH
+    wave = np.pad(samples.astype(np.float32), (window // 2, window // 2 + max(0, width - len(samples))))
+    starts = np.linspace(0, len(wave) - window, width).astype(int)
     frames = wave[starts[:, None] + np.arange(window)] * np.hanning(window).astype(np.float32)
     power = np.abs(np.fft.rfft(frames, axis=1)).T[::-1] ** 2
-    peak = float(power.max())
-    if peak == 0:
-        return Image.new("RGB", (COLUMNS, window // 4))
-    shade = 1 + 10 * np.log10(np.maximum(power / peak, 1e-12)) / FLOOR_DB
-    pixels = (colormaps["magma"](np.clip(shade, 0, 1))[..., :3] * 255).astype(np.uint8)
-    return Image.fromarray(pixels).resize((COLUMNS, window // 4), Image.Resampling.BOX)
+    level = 10 * np.log10(np.maximum(power / max(float(power.max()), 1e-12), 1e-12))
+    pixels = (colormaps["magma"](np.clip(1 + level / FLOOR_DB, 0, 1))[..., :3] * 255).astype(np.uint8)
+    return Image.fromarray(pixels).resize((width, window // 4), Image.Resampling.BOX)
 
 
-def measure_audio(decoded: Sound | Media) -> Mapping[str, float]:
-    """Length and rate."""
-    return {"seconds": decoded.seconds, "rate": decoded.rate}
-
-
-def show_video(stored: Any, decoded: Media) -> list[Piece]:
-    """Frames from beginning to end, and a player for a short file that browsers know."""
+def _show_video(stored: Any, decoded: Media) -> list[Part]:
+    """Return frames from beginning to end, and a player for a short file that browsers know."""
     times = decoded.seconds * (np.arange(FRAMES) + 0.5) / FRAMES
     images, index = frames_at(decoded, times, to_image, 3)
-    note = f"{decoded.width} × {decoded.height}, {decoded.seconds:.3g} s, {decoded.fps:.3g} frames a second"
-    pieces = [strip([images[number] for number in index], note)]
+    note = f"{decoded.width} × {decoded.height}, {decoded.seconds:.3g} s, {decoded.fps:.3g} frames per second"
+    parts = [_strip([images[number] for number in index], note)]
     codec = decoded.container.streams.video[0].codec_context.name
     if codec in PLAYABLE and len(stored) <= PLAYED_BYTES:
-        kind = "video/mp4" if stored[4:8] == b"ftyp" else "video/webm"
-        pieces.append(Piece("video", data_uri(stored, kind)))
-    return pieces
-
-
-def measure_video(decoded: Media) -> Mapping[str, float]:
-    """Length, rate and size of the pictures."""
-    return {
-        "seconds": decoded.seconds,
-        "frames a second": decoded.fps,
-        "height": decoded.height,
-        "width": decoded.width,
-    }
-
-
-def show_media(stored: Any, decoded: Media) -> list[Piece]:
-    """The pictures, then the sound."""
-    return [*show_video(stored, decoded), *show_audio(stored, decoded)]
-
-
-def measure_media(decoded: Media) -> Mapping[str, float]:
-    """Of pictures and sound."""
-    return {**measure_video(decoded), "rate": decoded.rate}
-
-
-def show_flow(stored: Any, decoded: Pair) -> list[Piece]:
-    """Both frames and the flow between them; direction is hue, length is strength, unknown is grey."""
-    longest = float(np.hypot(*decoded.flow)[decoded.valid].max(initial=0.0))
-    frames = [
-        *(to_image(frame).convert("RGB") for frame in (decoded.first, decoded.second)),
-        flow_colours(decoded.flow, decoded.valid),
-    ]
-    height, width = decoded.valid.shape
-    note = f"{width} × {height}, up to {longest:.3g} pixels of motion"
-    return [strip(frames, note)]
+        parts.append(Part("video", data_uri(stored, "video/mp4" if stored[4:8] == b"ftyp" else "video/webm")))
+    return parts
 
 
 def flow_colours(flow: NDArray[np.float32], valid: NDArray[np.bool_]) -> Image.Image:
-    """Flow (2, H, W) as colours: hue is the direction, saturation the length against the longest, grey is unknown."""
+    """Return flow (2, H, W) as colours: hue is the direction, saturation the length, grey is unknown."""
     from matplotlib.colors import hsv_to_rgb
 
     across, down = np.where(valid, flow, 0)
@@ -124,30 +154,11 @@ def flow_colours(flow: NDArray[np.float32], valid: NDArray[np.bool_]) -> Image.I
     return Image.fromarray((np.where(valid[..., None], colours, 0.5) * 255).astype(np.uint8))
 
 
-def measure_flow(decoded: Pair) -> Mapping[str, float]:
-    """Size, mean length of the flow, and the share where it is known."""
-    known = np.hypot(*decoded.flow)[decoded.valid]
-    height, width = decoded.valid.shape
-    return {
-        "height": height,
-        "width": width,
-        "known share": float(decoded.valid.mean()),
-        "mean pixels of motion": float(known.mean()) if known.size else 0.0,
-    }
-
-
-def strip(images: list[Image.Image], note: str) -> Piece:
-    """Pictures side by side as one piece; small ones are enlarged without smoothing."""
-    return replace(picture(montage(images), note, "strip", STRIP), pixelated=images[0].height < SMALL)
-
-
-def montage(images: list[Image.Image], gap: int = 4) -> Image.Image:
-    """Pictures side by side, all of one height."""
+def _strip(images: list[Image.Image], note: str) -> Part:
+    """Return images side by side, all of one height."""
     height = min(FRAME_HEIGHT, max(image.height for image in images))
-    fitted = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
-    whole = Image.new("RGB", (sum(image.width + gap for image in fitted) - gap, height), GAP)
-    left = 0
-    for image in fitted:
-        whole.paste(image, (left, 0))
-        left += image.width + gap
-    return whole
+    return Part("strip", image_uri(montage([images], height, (128, 128, 128), gap=4), STRIP_WIDTH), note)
+
+
+def _size(pair: Pair) -> str:
+    return f"{pair.valid.shape[1]} × {pair.valid.shape[0]}"
