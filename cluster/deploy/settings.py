@@ -1,4 +1,4 @@
-"""The machines that a cluster is made of (files in recipes/cluster/): what is rendered depends on them and a recipe."""
+"""The machines that a cluster is made of, as files in recipes/cluster/ describe them."""
 
 import math
 from collections.abc import Mapping
@@ -13,11 +13,6 @@ from perceiver.config import Config, UserError
 
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
 """Labels of the two kinds of nodes, unless the recipe asks for others."""
-
-IMAGE_NOTE = """build the image {image} (perceiver cluster render docker), push it to a registry that the nodes
-{indent}may pull from; write its full name there, such as ghcr.io/me/perceiver-train:1, as `image:` into the file of
-{indent}--machines and render again"""
-"""What the headers for other machines say about the image; a name without a registry can be pulled nowhere."""
 
 
 class Machine(Config):
@@ -112,36 +107,27 @@ def read_settings(path: str | Path) -> Settings:
     return read_config(path, Settings, "see recipes/cluster/")
 
 
-def workers_per_node(recipe: Recipe, machine: Machine) -> int:
-    """Return how many of the recipe's workers one training node holds.
+def train_nodes(recipe: Recipe, settings: Settings) -> int:
+    """Return how many training nodes the recipe's workers fill.
 
     Raises:
-        UserError: none.
+        UserError: one worker does not fit on a node, or all of them need more nodes than the settings allow.
     """
-    cluster = recipe.cluster
+    cluster, machine = recipe.cluster, settings.train
     cpus = cluster.cpus_per_worker or 1.0
     room = math.floor(machine.cpus / cpus)
     if cluster.gpus_per_worker:
         room = min(room, math.floor(machine.gpus / cluster.gpus_per_worker))
     if room < 1:
         raise UserError(
-            f"a worker of the recipe holds {cpus:g} CPUs and {cluster.gpus_per_worker:g} GPUs, a node of `train` has "
+            f"a worker of the recipe needs {cpus:g} CPUs and {cluster.gpus_per_worker:g} GPUs, a node of `train` has "
             f"{machine.cpus} and {machine.gpus}: change cluster.gpus_per_worker or the settings"
         )
-    return room
-
-
-def train_nodes(recipe: Recipe, settings: Settings) -> int:
-    """Return how many training nodes the recipe's workers fill.
-
-    Raises:
-        UserError: more than the settings allow.
-    """
-    nodes = math.ceil(recipe.cluster.workers / workers_per_node(recipe, settings.train))
-    if nodes > settings.train.max:
+    nodes = math.ceil(cluster.workers / room)
+    if nodes > machine.max:
         raise UserError(
-            f"cluster.workers = {recipe.cluster.workers} fill {nodes} training nodes, the settings allow "
-            f"train.max = {settings.train.max}: raise it or lower cluster.workers"
+            f"cluster.workers = {cluster.workers} fill {nodes} training nodes, the settings allow "
+            f"train.max = {machine.max}: raise it or lower cluster.workers"
         )
     return nodes
 

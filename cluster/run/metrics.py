@@ -35,6 +35,11 @@ class Figure:
     unit: str
     query: str = "{}"
 
+    @property
+    def expression(self) -> str:
+        """Return what the dashboard asks Prometheus for, for the runs chosen there."""
+        return self.query.format(f'ray_{self.name}{{run=~"$run"}}')
+
 
 FIGURES = (
     Figure("perceiver_samples_per_second", "Samples a second over all workers", "short"),
