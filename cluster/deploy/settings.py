@@ -22,8 +22,8 @@ class Machine(Config):
     memory_gb: PositiveFloat = Field(description="memory, in GiB")
     gpus: NonNegativeInt = Field(default=0, description="GPUs")
     shm_gb: PositiveFloat = Field(default=8, description="shared memory for Ray's object store, in GiB")
-    min: NonNegativeInt = Field(default=0, description="nodes that are always there")
-    max: PositiveInt = Field(default=8, description="nodes that there may be")
+    min: NonNegativeInt = Field(default=0, description="smallest number of nodes")
+    max: PositiveInt = Field(default=8, description="largest number of nodes")
     aws: str = Field(default="", description="EC2 instance type")
     gcp: str = Field(default="", description="Compute Engine machine type")
     gcp_accelerator: str = Field(default="", description="Compute Engine accelerator type, such as nvidia-tesla-a100")
@@ -56,35 +56,43 @@ class Slurm(Config):
     """A Slurm cluster."""
 
     partition: str = Field(default="gpu", description="partition")
-    account: str = Field(default="", description="account; empty for the user's own")
+    account: str = Field(default="", description="account; empty: the user's default")
     time: str = Field(
         default="24:00:00", description="limit of an allocation; the job is queued again until it is done"
     )
-    setup: str = Field(default="source .venv/bin/activate", description="shell line that brings python and ray")
+    setup: str = Field(
+        default="source .venv/bin/activate", description="shell lines that make python and ray available"
+    )
 
 
 class Services(Config):
-    """Images that the local stack (compose) takes from elsewhere."""
+    """Images of the local stack (compose) that are pulled from other registries."""
 
     postgres: str = Field(default="postgres:17-alpine", description="database of MLflow; version 17 or older")
     s3: str = Field(default="quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z", description="S3 store")
-    s3_client: str = Field(default="quay.io/minio/mc:RELEASE.2025-08-13T08-35-41Z", description="makes the bucket")
+    s3_client: str = Field(
+        default="quay.io/minio/mc:RELEASE.2025-08-13T08-35-41Z", description="client that creates the bucket"
+    )
     bucket: str = Field(default="perceiver", description="bucket for data, runs and artifacts")
 
 
 class Settings(Config):
-    """Everything about the machines that a recipe does not say."""
+    """Everything about the machines that a recipe leaves open."""
 
     image: str = Field(
         default="perceiver-train:latest", description="image of all nodes, with its registry; render docker makes it"
     )
-    base_image: str = Field(default="python:3.11-slim-bookworm", description="what that image starts from")
+    base_image: str = Field(default="python:3.11-slim-bookworm", description="base image of that image")
     head: Machine = Field(default=Machine(cpus=4, memory_gb=16), description="control plane and driver; trains nothing")
     train: Machine = Field(description="nodes of the training workers")
-    data: Machine | None = Field(default=None, description="nodes that only decode; none: the training nodes do")
-    spot: bool = Field(default=True, description="preemptible training nodes first, full-price ones if none is had")
-    idle_minutes: PositiveInt = Field(default=5, description="minutes after which an idle node is given back")
-    drain_s: PositiveInt = Field(default=300, description="seconds that a node that is taken away has to save")
+    data: Machine | None = Field(
+        default=None, description="nodes that only decode; null: the training nodes decode too"
+    )
+    spot: bool = Field(
+        default=True, description="preemptible training nodes first, full-price ones if none are available"
+    )
+    idle_minutes: PositiveInt = Field(default=5, description="minutes after which an idle node is released")
+    drain_s: PositiveInt = Field(default=300, description="seconds that a node has to save before it is taken away")
     namespace: str = Field(default="default", description="Kubernetes namespace")
     token_secret: str = Field(default="perceiver-token", description="Kubernetes secret with the key auth_token")
     env_secrets: tuple[str, ...] = Field(

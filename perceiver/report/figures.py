@@ -42,10 +42,10 @@ DOTS: dict[str, Any] = {"marker": "o", "linestyle": ""}
 SMOOTH_FROM = 60
 """A training curve of so many points or more is drawn with its running mean."""
 SINGLE_CURVES = (
-    ("learning-rate", "Learning rate", "train/lr"),
-    ("gradient-norm", "Gradient norm before clipping", "train/grad_norm"),
-    ("throughput", "Samples per second", "train/samples_per_s"),
-    ("data-wait", "Time spent waiting for data", "train/data_wait"),
+    ("learning-rate", "Learning rate", ("train/lr",)),
+    ("gradient-norm", "Gradient norm before clipping", ("train/grad_norm",)),
+    ("throughput", "Samples per second", ("train/samples_per_s",)),
+    ("data-wait", "Time spent waiting for data", ("train/data_wait",)),
 )
 SHARE_TICKS = (0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
 NEAR_ONE = 0.9999
@@ -116,9 +116,7 @@ def plot(
 
 def _svg(figure: "Figure") -> str:
     """Return a figure as SVG with the page's CSS colours; the ids that are left are the same each time."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
+    svg = _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     for colour, variable in CSS_COLOURS.items():
         svg = svg.replace(colour, variable)
@@ -126,11 +124,15 @@ def _svg(figure: "Figure") -> str:
 
 
 def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
+    return _saved(figure, format="png", dpi=144, facecolor="white")
+
+
+def _saved(figure: "Figure", **options: Any) -> bytes:
+    sink = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="png", dpi=144, facecolor="white")
-    return buffer.getvalue()
+        figure.savefig(sink, **options)
+    return sink.getvalue()
 
 
 def named_rows(names: Sequence[str]) -> dict[str, Any]:
@@ -171,30 +173,29 @@ def learning_curves(rows: Rows) -> list[Drawing]:
     """
     keys = {key for row in rows for key in row}
     names = ["loss", *sorted({key.removeprefix("eval/") for key in keys if key.startswith("eval/")} - {"loss"})]
-    drawings = [_draw_pair(rows, name) for name in names]
-    for slug, title, key in SINGLE_CURVES:
-        drawings.append(_learning_curve(rows, slug, title, {key: ""}))
+    curves = [
+        (name.replace("/", "-"), name.replace("_", " ").capitalize(), (f"train/{name}", f"eval/{name}"))
+        for name in names
+    ]
+    drawings = (_learning_curve(rows, slug, title, keys) for slug, title, keys in [*curves, *SINGLE_CURVES])
     return [drawing for drawing in drawings if drawing]
 
 
-def _draw_pair(rows: Rows, name: str) -> Drawing | None:
-    keys = {f"train/{name}": "training", f"eval/{name}": "evaluation"}
-    return _learning_curve(rows, name.replace("/", "-"), name.replace("_", " ").capitalize(), keys)
-
-
-def _learning_curve(rows: Rows, slug: str, title: str, keys: Mapping[str, str]) -> Drawing | None:
-    """Draw history keys, given with their labels; None if none of them has a finite value."""
+def _learning_curve(rows: Rows, slug: str, title: str, keys: tuple[str, ...]) -> Drawing | None:
+    """Draw one or two history keys; None if none of them has a finite value."""
     lines: list[Line] = []
     lost = drawn = 0
-    for (key, label), colour in zip(keys.items(), (FIRST, SECOND)):
+    for key, label, colour in zip(keys, ("training", "evaluation"), (FIRST, SECOND)):
         steps, values = series(rows, key)
         drawn, lost = drawn + len(steps), lost + int((~np.isfinite(values)).sum())
         if key.startswith("train/") and len(steps) >= SMOOTH_FROM:
             lines.append((steps, values, {"color": colour, "linewidth": 0.7, "alpha": 0.35}))
             values = smooth(values)
-        marker = {"marker": "o", "markersize": 3.2} if len(steps) <= 40 else {}
+        style = {"color": colour, "linewidth": 1.6, "label": label if len(keys) > 1 else None}
+        if len(steps) <= 40:
+            style |= {"marker": "o", "markersize": 3.2}
         if len(steps):
-            lines.append((steps, values, {"color": colour, "linewidth": 1.6, "label": label or None, **marker}))
+            lines.append((steps, values, style))
     if lost == drawn:
         return None
     axis: dict[str, Any] = {} if len(keys) > 1 else {"ylim": (0, None)}
@@ -324,6 +325,7 @@ def draw_parallel(columns: Sequence[Column], best: int | None) -> Drawing:
         xticks=range(len(columns)),
         xticklabels=[column.name for column in columns],
         yticks=[],
+        frame_on=False,
         xlim=(-0.15, len(columns) - 0.65),
         ylim=(-0.04, 1.04),
     )

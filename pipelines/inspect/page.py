@@ -1,7 +1,6 @@
 """The page of `perceiver inspect --html`: samples of every modality to look at, and what the inspection found."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,6 @@ from pipelines.shards.stored import stored_files
 from pipelines.transforms import BadSample
 
 WIDE = {"text", "audio", "video", "media", "flow"}
-
-
-@dataclass(frozen=True)
-class Card:
-    """One sample on the page.
-
-    Attributes:
-        place: its number in the split.
-        key: where it came from.
-        labels: its classes.
-        parts: what there is to see and hear.
-        problem: why it cannot be used, or empty.
-    """
-
-    place: int
-    key: str
-    labels: list[str]
-    parts: list[Part]
-    problem: str = ""
 
 
 def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Mapping[str, str] | None = None) -> Path:
@@ -87,7 +67,9 @@ def spread_places(total: int, count: int) -> list[int]:
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
-def _cards(url: str, manifest: Manifest, split: Split, count: int, options: Mapping[str, str] | None) -> Iterator[Card]:
+def _cards(
+    url: str, manifest: Manifest, split: Split, count: int, options: Mapping[str, str] | None
+) -> Iterator[dict[str, Any]]:
     places = spread_places(split.samples, count)
     first = 0
     for file in stored_files(url, manifest, split, options):
@@ -97,12 +79,13 @@ def _cards(url: str, manifest: Manifest, split: Split, count: int, options: Mapp
                 for row in sorted(rows & set(range(start, start + table.num_rows))):
                     yield _card(first + row, next(rows_of(table.slice(row - start, 1))), manifest)
         except (OSError, ValueError, KeyError) as error:
-            yield Card(first, file.shard.name, [], [], (str(error).splitlines() or ["unreadable"])[0])
+            problem = (str(error).splitlines() or ["unreadable"])[0]
+            yield {"place": first, "key": file.shard.name, "labels": [], "parts": [], "problem": problem}
         first += file.shard.rows
 
 
-def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> Card:
-    """Return the card of one stored row."""
+def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Return what the page shows of one stored row: its place in the split, key, labels, parts, and why it is bad."""
     labels: list[str] = []
     parts: list[Part] = []
     problems = []
@@ -116,7 +99,7 @@ def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> Card:
             numbers = [decoded] if feature.kind == "label" else row[name]
             labels += [manifest.classes[number] for number in numbers]
         parts += show(feature.kind, row[name], decoded)
-    return Card(place, str(row["key"]), labels, parts, "; ".join(problems))
+    return {"place": place, "key": row["key"], "labels": labels, "parts": parts, "problem": "; ".join(problems)}
 
 
 def _card_width(manifest: Manifest) -> int:
