@@ -24,11 +24,10 @@ def render(template: str, **values: Any) -> str:
             figure and what it is), `facts` (caption -> value) and `commands` (caption -> command line); secrets in
             facts and commands are masked.
     """
-    facts = {key: text(value) for key, value in values.pop("facts", {}).items()}
-    commands = {key: redact_text(command) for key, command in values.pop("commands", {}).items()}
-    return (
-        _environment().get_template(template).render({"headline": None, **values, "facts": facts, "commands": commands})
-    )
+    page = {"headline": None, "facts": {}, "commands": {}, **values}
+    for key in ("facts", "commands"):
+        page[key] = {caption: text(value) for caption, value in page[key].items()}
+    return _environment().get_template(template).render(page)
 
 
 @functools.cache
