@@ -1,4 +1,4 @@
-"""The machines that a cluster is made of (files in recipes/cluster/): what is rendered depends on them and a recipe."""
+"""The machines that a cluster is made of, as files in recipes/cluster/ describe them."""
 
 import math
 from collections.abc import Mapping
@@ -14,11 +14,6 @@ from perceiver.config import Config, UserError
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
 """Labels of the two kinds of nodes, unless the recipe asks for others."""
 
-IMAGE_NOTE = """build the image {image} (perceiver cluster render docker), push it to a registry that the nodes
-{indent}may pull from; write its full name there, such as ghcr.io/me/perceiver-train:1, as `image:` into the file of
-{indent}--machines and render again"""
-"""What the headers for other machines say about the image; a name without a registry can be pulled nowhere."""
-
 
 class Machine(Config):
     """One kind of node."""
@@ -27,8 +22,8 @@ class Machine(Config):
     memory_gb: PositiveFloat = Field(description="memory, in GiB")
     gpus: NonNegativeInt = Field(default=0, description="GPUs")
     shm_gb: PositiveFloat = Field(default=8, description="shared memory for Ray's object store, in GiB")
-    min: NonNegativeInt = Field(default=0, description="nodes that are always there")
-    max: PositiveInt = Field(default=8, description="nodes that there may be")
+    min: NonNegativeInt = Field(default=0, description="smallest number of nodes")
+    max: PositiveInt = Field(default=8, description="largest number of nodes")
     aws: str = Field(default="", description="EC2 instance type")
     gcp: str = Field(default="", description="Compute Engine machine type")
     gcp_accelerator: str = Field(default="", description="Compute Engine accelerator type, such as nvidia-tesla-a100")
@@ -61,35 +56,43 @@ class Slurm(Config):
     """A Slurm cluster."""
 
     partition: str = Field(default="gpu", description="partition")
-    account: str = Field(default="", description="account; empty for the user's own")
+    account: str = Field(default="", description="account; empty: the user's default")
     time: str = Field(
         default="24:00:00", description="limit of an allocation; the job is queued again until it is done"
     )
-    setup: str = Field(default="source .venv/bin/activate", description="shell line that brings python and ray")
+    setup: str = Field(
+        default="source .venv/bin/activate", description="shell lines that make python and ray available"
+    )
 
 
 class Services(Config):
-    """Images that the local stack (compose) takes from elsewhere."""
+    """Images of the local stack (compose) that are pulled from other registries."""
 
     postgres: str = Field(default="postgres:17-alpine", description="database of MLflow; version 17 or older")
     s3: str = Field(default="quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z", description="S3 store")
-    s3_client: str = Field(default="quay.io/minio/mc:RELEASE.2025-08-13T08-35-41Z", description="makes the bucket")
+    s3_client: str = Field(
+        default="quay.io/minio/mc:RELEASE.2025-08-13T08-35-41Z", description="client that creates the bucket"
+    )
     bucket: str = Field(default="perceiver", description="bucket for data, runs and artifacts")
 
 
 class Settings(Config):
-    """Everything about the machines that a recipe does not say."""
+    """Everything about the machines that a recipe leaves open."""
 
     image: str = Field(
         default="perceiver-train:latest", description="image of all nodes, with its registry; render docker makes it"
     )
-    base_image: str = Field(default="python:3.11-slim-bookworm", description="what that image starts from")
+    base_image: str = Field(default="python:3.11-slim-bookworm", description="base image of that image")
     head: Machine = Field(default=Machine(cpus=4, memory_gb=16), description="control plane and driver; trains nothing")
     train: Machine = Field(description="nodes of the training workers")
-    data: Machine | None = Field(default=None, description="nodes that only decode; none: the training nodes do")
-    spot: bool = Field(default=True, description="preemptible training nodes first, full-price ones if none is had")
-    idle_minutes: PositiveInt = Field(default=5, description="minutes after which an idle node is given back")
-    drain_s: PositiveInt = Field(default=300, description="seconds that a node that is taken away has to save")
+    data: Machine | None = Field(
+        default=None, description="nodes that only decode; null: the training nodes decode too"
+    )
+    spot: bool = Field(
+        default=True, description="preemptible training nodes first, full-price ones if none are available"
+    )
+    idle_minutes: PositiveInt = Field(default=5, description="minutes after which an idle node is released")
+    drain_s: PositiveInt = Field(default=300, description="seconds that a node has to save before it is taken away")
     namespace: str = Field(default="default", description="Kubernetes namespace")
     token_secret: str = Field(default="perceiver-token", description="Kubernetes secret with the key auth_token")
     env_secrets: tuple[str, ...] = Field(
@@ -112,36 +115,27 @@ def read_settings(path: str | Path) -> Settings:
     return read_config(path, Settings, "see recipes/cluster/")
 
 
-def workers_per_node(recipe: Recipe, machine: Machine) -> int:
-    """Return how many of the recipe's workers one training node holds.
+def train_nodes(recipe: Recipe, settings: Settings) -> int:
+    """Return how many training nodes the recipe's workers fill.
 
     Raises:
-        UserError: none.
+        UserError: one worker does not fit on a node, or all of them need more nodes than the settings allow.
     """
-    cluster = recipe.cluster
+    cluster, machine = recipe.cluster, settings.train
     cpus = cluster.cpus_per_worker or 1.0
     room = math.floor(machine.cpus / cpus)
     if cluster.gpus_per_worker:
         room = min(room, math.floor(machine.gpus / cluster.gpus_per_worker))
     if room < 1:
         raise UserError(
-            f"a worker of the recipe holds {cpus:g} CPUs and {cluster.gpus_per_worker:g} GPUs, a node of `train` has "
+            f"a worker of the recipe needs {cpus:g} CPUs and {cluster.gpus_per_worker:g} GPUs, a node of `train` has "
             f"{machine.cpus} and {machine.gpus}: change cluster.gpus_per_worker or the settings"
         )
-    return room
-
-
-def train_nodes(recipe: Recipe, settings: Settings) -> int:
-    """Return how many training nodes the recipe's workers fill.
-
-    Raises:
-        UserError: more than the settings allow.
-    """
-    nodes = math.ceil(recipe.cluster.workers / workers_per_node(recipe, settings.train))
-    if nodes > settings.train.max:
+    nodes = math.ceil(cluster.workers / room)
+    if nodes > machine.max:
         raise UserError(
-            f"cluster.workers = {recipe.cluster.workers} fill {nodes} training nodes, the settings allow "
-            f"train.max = {settings.train.max}: raise it or lower cluster.workers"
+            f"cluster.workers = {cluster.workers} fill {nodes} training nodes, the settings allow "
+            f"train.max = {machine.max}: raise it or lower cluster.workers"
         )
     return nodes
 

@@ -1,14 +1,17 @@
-"""The recipe that files are rendered for, its overrides with it, and the commands that train it."""
+"""The recipe that files are rendered for, with its overrides, and the commands that train it."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.deploy.settings import Settings, placement_overrides
 from cluster.jobs.config import Submission
 from cluster.jobs.secrets import check_secrets, needed
 from cluster.jobs.submit import training
 from cluster.recipe.config import Recipe
+from perceiver.train.engine.deepspeed_config import read_config
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def read_source(file: str, overrides: Sequence[str] = ()) -> Source:
 
 
 def job_command(source: Source, file: str, overrides: Sequence[str]) -> str:
-    """Return the shell command that starts the run on the cluster, or goes on with it.
+    """Return the shell command that starts the run on the cluster, or resumes it.
 
     Args:
         source: the recipe.
@@ -58,6 +61,23 @@ def submit_command(source: Source, overrides: Sequence[str]) -> str:
     return shlex.join(["perceiver", "submit", source.file, *overrides, "--address", "http://127.0.0.1:8265"])
 
 
-def growing_overrides(source: Source, settings: Settings) -> list[str]:
-    """Return the user's overrides, and ours for a cluster that adds nodes of both kinds on demand."""
-    return [*source.overrides, *placement_overrides(source.recipe, settings), "cluster.autoscaling=true"]
+def growing_overrides(source: Source, settings: Settings, *, contents: bool = False) -> list[str]:
+    """Return the user's overrides, and ours for a cluster that adds nodes of both kinds on demand.
+
+    Args:
+        source: the recipe.
+        settings: the machines.
+        contents: give the contents of a DeepSpeed file that the nodes lack instead of its path.
+    """
+    overrides = [*source.overrides, *placement_overrides(source.recipe, settings), "cluster.autoscaling=true"]
+    given = source.recipe.deepspeed.config
+    if contents and isinstance(given, str) and not Path(given).is_absolute():
+        overrides.append(f"deepspeed.config={json.dumps(read_config(source.recipe.deepspeed))}")
+    return overrides
+
+
+def store_overrides(source: Source, bucket: str) -> list[str]:
+    """Return the user's overrides, and ours that put data and runs into a bucket where the recipe has no URLs."""
+    places = {"data.url": (source.recipe.data.url, "data"), "output": (source.recipe.output, "runs")}
+    ours = [f"{key}=s3://{bucket}/{folder}" for key, (url, folder) in places.items() if "://" not in url]
+    return [*source.overrides, *ours]

@@ -35,6 +35,11 @@ class Figure:
     unit: str
     query: str = "{}"
 
+    @property
+    def expression(self) -> str:
+        """Return what the dashboard asks Prometheus for, for the runs chosen there."""
+        return self.query.format(f'ray_{self.name}{{run=~"$run"}}')
+
 
 FIGURES = (
     Figure("perceiver_samples_per_second", "Samples a second over all workers", "short"),
@@ -137,47 +142,3 @@ def find_peak(metrics: RunMetrics, recipe: Recipe, classes: int | None, device: 
         metrics.peak_samples_s = peak * workers / flops
 
     threading.Thread(target=work, name="model-flops", daemon=True).start()
-
-
-def dashboard() -> dict[str, Any]:
-    """A Grafana dashboard of the figures, for its import page; the data source is asked for there."""
-    source = {"type": "prometheus", "uid": "${DS_PROMETHEUS}"}
-    panels = [
-        {
-            "id": number + 1,
-            "type": "timeseries",
-            "title": figure.title,
-            "datasource": source,
-            "gridPos": {"h": 8, "w": 12, "x": 12 * (number % 2), "y": 8 * (number // 2)},
-            "fieldConfig": {"defaults": {"unit": figure.unit}, "overrides": []},
-            "targets": [
-                {
-                    "refId": "A",
-                    "datasource": source,
-                    "legendFormat": "{{run}}",
-                    "expr": figure.query.format(f'ray_{figure.name}{{run=~"$run"}}'),
-                }
-            ],
-        }
-        for number, figure in enumerate(FIGURES)
-    ]
-    variable = {
-        "name": "run",
-        "type": "query",
-        "datasource": source,
-        "multi": True,
-        "includeAll": True,
-        "refresh": 2,
-        "query": "label_values(ray_perceiver_step, run)",
-        "current": {"text": "All", "value": "$__all"},
-    }
-    return {
-        "__inputs": [{"name": "DS_PROMETHEUS", "label": "Prometheus", "type": "datasource", "pluginId": "prometheus"}],
-        "title": "Perceiver training",
-        "uid": "perceiver-training",
-        "schemaVersion": 39,
-        "refresh": "30s",
-        "time": {"from": "now-6h", "to": "now"},
-        "templating": {"list": [variable]},
-        "panels": panels,
-    }

@@ -1,9 +1,7 @@
-"""Collects what a run left behind and has its report written."""
+"""Gathers what a run left behind and writes its report."""
 
 import io
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
@@ -13,8 +11,7 @@ import torch
 from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import RunFolder, redacted_recipe
 from perceiver.factory import attention_maps, build_model
-from perceiver.report.numbers import choose_examples
-from perceiver.report.run_page import ReportData, write_report
+from perceiver.report.run import ReportData, choose_examples, run_report
 from perceiver.train.hooks import History
 from pipelines.feed.ingest import EvalShare, eval_batches
 from pipelines.shards.manifest import Manifest
@@ -26,9 +23,10 @@ SEARCHED_SAMPLES = 20_000
 def build_report(
     recipe: Recipe, folder: RunFolder, manifest: Manifest, facts: Mapping[str, Any], commands: Mapping[str, str]
 ) -> str:
-    """Write ``report/index.html`` of a finished run; return its place."""
+    """Write ``report/index.html`` of a finished run and its figures; return its location."""
     predictions = read_predictions(folder)
-    history = History(folder.checkpoints.history(folder.checkpoints.steps()[-1])).rows
+    steps = folder.checkpoints.steps()
+    history = History(folder.checkpoints.history(steps[-1])).rows
     wanted, shown = _examples(predictions)
     images = read_images(recipe, manifest, wanted | set(shown)) if "image" in manifest.features else {}
     shown = [i for i in shown if i in images]
@@ -45,17 +43,12 @@ def build_report(
         attention_ids=shown,
         attention=_attention(recipe, folder, manifest, [images[i] for i in shown]) if shown else None,
         recipe=redacted_recipe(recipe.model_dump(mode="json")),
-        facts={**facts, "samples/s": f"{_throughput(history):,.0f}", **_stalls(history)},
+        facts={**facts, **_rates(history)},
         commands=commands,
-        checkpoints=[{"step": s, "path": folder.checkpoints.location(s)} for s in folder.checkpoints.steps()],
+        checkpoints=[{"step": step, "path": folder.checkpoints.location(step)} for step in steps],
     )
-    if "://" not in folder.url:
-        return str(write_report(data, Path(folder.location("report"))))
-    with TemporaryDirectory() as scratch:
-        write_report(data, Path(scratch))
-        for path in Path(scratch).rglob("*"):
-            if path.is_file():
-                folder.write(f"report/{path.relative_to(scratch)}", path.read_bytes())
+    for name, content in run_report(data).items():
+        folder.write(f"report/{name}", content)
     return folder.location("report", "index.html")
 
 
@@ -80,7 +73,7 @@ def _examples(predictions: Mapping[str, np.ndarray]) -> tuple[set[int], list[int
     ids, labels, guesses = (predictions[k] for k in ("sample_id", "label", "prediction"))
     near = ids < SEARCHED_SAMPLES
     wrong, right = choose_examples(labels[near], guesses[near], predictions["probability"][near].max(1))
-    # One image a class, so that the maps show different shapes.
+    # One image per class, so that the maps show different shapes.
     first = [int(ids[near][labels[near] == k][0]) for k in np.unique(labels[near])[:ATTENTION_EXAMPLES]]
     return {int(ids[near][i]) for i in (*wrong, *right)}, first
 
@@ -114,14 +107,10 @@ def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: li
     return torch.stack(maps, 1).unflatten(-1, tuple(grid)).numpy()
 
 
-def _throughput(history: list[dict[str, float]]) -> float:
+def _rates(history: list[dict[str, float]]) -> dict[str, str]:
+    """Return throughput, and the shares of the training time spent waiting for checkpoints and for recording."""
     rates = [row["train/samples_per_s"] for row in history if "train/samples_per_s" in row]
-    return float(np.median(rates)) if rates else float("nan")
-
-
-def _stalls(history: list[dict[str, float]]) -> dict[str, str]:
-    """The shares of the training time that steps waited for checkpoints and for MLflow's spool, as last recorded."""
-    found = {}
+    found = {"samples/s": f"{np.median(rates) if rates else np.nan:,.0f}"}
     for caption, key in (("checkpoints", "train/checkpoint_stall_share"), ("recording", "train/recording_share")):
         shares = [row[key] for row in history if key in row]
         found |= {caption: f"{shares[-1]:.2%} of the training time"} if shares else {}

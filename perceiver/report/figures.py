@@ -1,111 +1,227 @@
-"""Drawings of the report: curves as vector graphics that follow the page's colours, maps as small exact PNGs.
+"""The figures of all pages: charts as SVG that follows the page's colours, pictures and attention maps as data URIs.
 
 Matplotlib is imported inside functions: whoever only needs the data classes does not pay for it.
 """
 
-import base64
 import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from perceiver.report.page import data_uri, is_share
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TEXT, RULE, FIRST, SECOND = "#30363d", "#d5d9de", "#2563c9", "#d9610f"
 CSS_COLOURS = {TEXT: "var(--soft)", RULE: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)"}
+_TICK = {"color": TEXT, "labelsize": 9, "major.size": 0}
+_STYLE: dict[str, dict[str, Any]] = {
+    "axes": {"edgecolor": RULE, "labelcolor": TEXT, "labelsize": 9, "grid": True, "axisbelow": True, "xmargin": 0.01},
+    "axes.spines": {"top": False, "right": False, "left": False},
+    "xtick": _TICK,
+    "ytick": _TICK,
+    "xaxis": {"labellocation": "right"},
+    "grid": {"color": RULE, "linewidth": 0.7},
+    "legend": {"frameon": False, "labelcolor": TEXT, "handlelength": 1.4},
+    "text": {"color": TEXT, "parse_math": False},
+    "svg": {"fonttype": "none"},
+}
+STYLE: dict[Any, Any] = {f"{group}.{key}": value for group, keys in _STYLE.items() for key, value in keys.items()}
+"""What matplotlib's settings are for all charts: a light grid, no box."""
+HALF, FULL = (5.2, 2.7), (10.8, 3.6)
+"""Sizes of a chart in inches: two of them in a row, or one."""
+DOTS: dict[str, Any] = {"marker": "o", "linestyle": ""}
 SMOOTH_FROM = 60
-MAP_PIXELS = 112
+"""A training curve of so many points or more is drawn with its running mean."""
+SINGLE_CURVES = (
+    ("learning-rate", "Learning rate", ("train/lr",)),
+    ("gradient-norm", "Gradient norm before clipping", ("train/grad_norm",)),
+    ("throughput", "Samples per second", ("train/samples_per_s",)),
+    ("data-wait", "Time spent waiting for data", ("train/data_wait",)),
+)
+SHARE_TICKS = (0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+NEAR_ONE = 0.9999
+TICKS = 5
+PICTURE, SMALL, MAP = 256, 120, 112
+"""Pixels a side: of the largest picture on a page, below which it is kept as it is, of the largest attention map."""
 
 Rows = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One chart: a title, the history keys drawn in it with their labels, and how the values are shown."""
-
-    slug: str
-    title: str
-    series: tuple[tuple[str, str], ...]
-    percent: bool = False
-    from_zero: bool = False
+Line = tuple[ArrayLike, ArrayLike, Mapping[str, Any]]
+"""x values, y values, and how `matplotlib.axes.Axes.plot` draws them."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure: SVG for the page, PNG for `figures/`, and one line of text for who cannot see it."""
+    """A finished chart: SVG for the page, PNG for a file, and a line of text below it."""
 
     slug: str
     title: str
     svg: str
     png: bytes
-    text: str
+    note: str
 
 
-def curves(rows: Rows) -> list[Curve]:
-    """The charts that a history has values for, in reading order."""
+def plot(
+    slug: str,
+    title: str,
+    lines: Iterable[Line],
+    note: str = "",
+    *,
+    size: tuple[float, float] = HALF,
+    percent: str = "",
+    grid: str = "y",
+    texts: Iterable[tuple[float, float, str]] = (),
+    **axis: Any,
+) -> Drawing:
+    """Draw lines in the manner of the pages: a light grid, no box.
+
+    Args:
+        slug: name of its file, different for each chart of a page.
+        title: above it.
+        lines: drawn in this order; those with a `label` get a legend.
+        note: below it.
+        size: width and height in inches.
+        percent: the axes whose shares are written in per cent: "", "x", "y" or "xy".
+        grid: the axes whose ticks have grid lines: "x", "y" or "both".
+        texts: x, y and what is written there.
+        axis: properties of `matplotlib.axes.Axes`, such as xlabel or ylim.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    with mpl.rc_context({**STYLE, "axes.grid.axis": grid, "svg.hashsalt": slug}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        for x, y, style in lines:
+            axes.plot(x, y, **style)
+        axes.set(**axis)
+        for x, y, label in texts:
+            axes.text(x, y, label, fontsize=8, va="center", zorder=6)
+        for name in percent:
+            formatter = FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
+            (axes.xaxis if name == "x" else axes.yaxis).set_major_formatter(formatter)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best")
+        return Drawing(slug, title, _svg(figure), _png(figure), note)
+
+
+def _svg(figure: "Figure") -> str:
+    """Return a figure as SVG with the page's CSS colours; the ids that are left are the same each time."""
+    svg = _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+    for colour, variable in CSS_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return svg
+
+
+def _png(figure: "Figure") -> bytes:
+    return _saved(figure, format="png", dpi=144, facecolor="white")
+
+
+def _saved(figure: "Figure", **options: Any) -> bytes:
+    sink = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(sink, **options)
+    return sink.getvalue()
+
+
+def named_rows(names: Sequence[str]) -> dict[str, Any]:
+    """Return the axis properties for `plot` that give y = 0, 1, ... these names, from the top."""
+    return {"yticks": range(len(names)), "yticklabels": names, "ylim": (len(names) - 0.5, -0.5)}
+
+
+def metric_axis(metric: str, values: Iterable[float]) -> dict[str, Any]:
+    """Return the axis properties for `plot` whose y values are a metric's.
+
+    Shares near 1, where good models differ, are spread out: equal steps halve or double the error.
+    """
+    from matplotlib.scale import FuncScale
+
+    found = [value for value in values if math.isfinite(value)]
+    if not is_share(metric) or not found:
+        return {}
+    low, high = max(0.0, min(found)), min(NEAR_ONE, max(found))
+    top = 1 - (1 - high) * 0.9
+    scale = FuncScale(None, (_spread, _unspread))  # pyright: ignore[reportArgumentType]
+    ticks = [tick for tick in SHARE_TICKS if low * 0.98 <= tick <= top]
+    return {"yscale": scale, "ylim": (max(0.0, 1 - (1 - low) * 1.1), top), "yticks": ticks, "percent": "y"}
+
+
+def _spread(share: Any) -> Any:
+    return -np.log10(1 - np.clip(share, 0, NEAR_ONE))
+
+
+def _unspread(place: Any) -> Any:
+    return 1 - 10.0 ** -np.asarray(place)
+
+
+def learning_curves(rows: Rows) -> list[Drawing]:
+    """Draw what a history has finite values for, over optimizer steps, in reading order.
+
+    Args:
+        rows: one mapping for each recorded moment, with `step` and figures such as `train/loss` and `eval/loss`.
+    """
     keys = {key for row in rows for key in row}
-    wanted = [Curve("loss", "Loss", (("train/loss", "training"), ("eval/loss", "evaluation")))]
-    names = sorted({key.partition("/")[2] for key in keys if key.startswith("eval/")} - {"loss"})
-    for name in names:
-        percent = name.endswith("accuracy")
-        pair = ((f"train/{name}", "training"), (f"eval/{name}", "evaluation"))
-        wanted.append(Curve(name.replace("/", "-"), name.replace("_", " ").capitalize(), pair, percent=percent))
-    wanted += [
-        Curve("learning-rate", "Learning rate", (("train/lr", ""),), from_zero=True),
-        Curve("gradient-norm", "Gradient norm before clipping", (("train/grad_norm", ""),), from_zero=True),
-        Curve("throughput", "Samples per second", (("train/samples_per_s", ""),), from_zero=True),
-        Curve("data-wait", "Time spent waiting for data", (("train/data_wait", ""),), percent=True, from_zero=True),
+    names = ["loss", *sorted({key.removeprefix("eval/") for key in keys if key.startswith("eval/")} - {"loss"})]
+    curves = [
+        (name.replace("/", "-"), name.replace("_", " ").capitalize(), (f"train/{name}", f"eval/{name}"))
+        for name in names
     ]
-    return [curve for curve in wanted if any(key in keys for key, _ in curve.series)]
+    drawings = (_learning_curve(rows, slug, title, keys) for slug, title, keys in [*curves, *SINGLE_CURVES])
+    return [drawing for drawing in drawings if drawing]
 
 
-def draw_curve(curve: Curve, rows: Rows) -> Drawing | None:
-    """Draw one chart over the optimizer steps; None if it has no finite value."""
-    points = {key: series(rows, key) for key, _ in curve.series}
-    if not any(np.isfinite(values).any() for _, values in points.values()):
-        return None
-    figure, axes = chart(curve.percent)
-    colours = [FIRST, SECOND] if len(curve.series) > 1 else [FIRST]
-    for (key, label), colour in zip(curve.series, colours, strict=True):
-        steps, values = points[key]
+def _learning_curve(rows: Rows, slug: str, title: str, keys: tuple[str, ...]) -> Drawing | None:
+    """Draw one or two history keys; None if none of them has a finite value."""
+    lines: list[Line] = []
+    lost = drawn = 0
+    for key, label, colour in zip(keys, ("training", "evaluation"), (FIRST, SECOND)):
+        steps, values = series(rows, key)
+        drawn, lost = drawn + len(steps), lost + int((~np.isfinite(values)).sum())
+        if key.startswith("train/") and len(steps) >= SMOOTH_FROM:
+            lines.append((steps, values, {"color": colour, "linewidth": 0.7, "alpha": 0.35}))
+            values = smooth(values)
+        style = {"color": colour, "linewidth": 1.6, "label": label if len(keys) > 1 else None}
+        if len(steps) <= 40:
+            style |= {"marker": "o", "markersize": 3.2}
         if len(steps):
-            _line(axes, steps, values, label, colour, dotted=key.startswith("eval/"))
-    if curve.from_zero:
-        axes.set_ylim(bottom=0)
-    axes.set_xlabel("optimizer step", loc="right")
-    if sum(len(steps) > 0 for steps, _ in points.values()) > 1:
-        axes.legend(frameon=False, loc="best", labelcolor=TEXT, handlelength=1.4)
-    lost = sum(int((~np.isfinite(values)).sum()) for _, values in points.values())
-    text = f"{lost} of the recorded values are not finite and are left out." if lost else ""
-    return Drawing(curve.slug, curve.title, *render(figure, curve.slug), text)
+            lines.append((steps, values, style))
+    if lost == drawn:
+        return None
+    axis: dict[str, Any] = {} if len(keys) > 1 else {"ylim": (0, None)}
+    axis["percent"] = "y" if "accuracy" in slug or slug == "data-wait" else ""
+    note = f"{lost} of the recorded values are not finite and are left out." if lost else ""
+    return plot(slug, title, lines, note, xlabel="optimizer step", **axis)
 
 
 def series(rows: Rows, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of one history key; values that are no finite number become NaN."""
+    """Return steps and values of one history key; values that are not finite numbers become NaN."""
     pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None and "step" in row]
-    steps = np.array([step for step, _ in pairs], dtype=np.float64)
-    values = np.array([_number(value) for _, value in pairs], dtype=np.float64)
-    return steps, values
+    steps, values = (np.array([pair[index] for pair in pairs], dtype=np.float64) for index in (0, 1))
+    return steps, np.where(np.isfinite(values), values, np.nan)
 
 
-def _number(value: object) -> float:
-    try:
-        number = float(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a centred running mean over about 1/30 of the points; NaNs are left out of the means."""
+    kernel = np.ones(max(3, len(values) // 30) | 1)
+    known = np.isfinite(values)
+    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
+    count = np.convolve(known.astype(float), kernel, mode="same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def draw_calibration(confidence: NDArray[np.floating], right: NDArray[np.bool_]) -> tuple[Drawing, float]:
-    """Accuracy over confidence in ten bins, and the expected calibration error.
+    """Draw accuracy over confidence in ten bins; return it with the expected calibration error.
 
     Args:
         confidence: (B,) probability of the predicted class.
@@ -116,199 +232,166 @@ def draw_calibration(confidence: NDArray[np.floating], right: NDArray[np.bool_])
     used = counts > 0
     accuracy = np.bincount(bins, weights=right, minlength=10)[used] / counts[used]
     mean = np.bincount(bins, weights=confidence, minlength=10)[used] / counts[used]
-    error = float(np.sum(counts[used] * np.abs(accuracy - mean)) / counts.sum())
-    figure, axes = chart(percent=True)
-    axes.plot([0, 1], [0, 1], color=RULE, linewidth=1.2, dashes=(4, 3))
-    area = 12 + 180 * np.sqrt(counts[used] / counts.sum())
-    axes.scatter(mean, accuracy, s=area, color=FIRST, linewidth=0, zorder=3)
-    axes.set_xlim(0, 1.02)
-    axes.set_ylim(0, 1.06)
-    axes.xaxis.set_major_formatter(percent_axis())
-    axes.set_xlabel("confidence", loc="right")
-    return Drawing("calibration", "Accuracy over confidence", *render(figure, "calibration"), ""), error
+    shares = counts[used] / counts.sum()
+    lines: list[Line] = [([0, 1], [0, 1], {"color": RULE, "linewidth": 1.2, "dashes": (4, 3)})]
+    for x, y, share in zip(mean, accuracy, shares, strict=True):
+        lines.append((x, y, {**DOTS, "color": FIRST, "markersize": math.sqrt(12 + 180 * math.sqrt(share))}))
+    axis: dict[str, Any] = {"xlabel": "confidence", "xlim": (0, 1.02), "ylim": (0, 1.06), "percent": "xy"}
+    drawing = plot("calibration", "Accuracy over confidence", lines, **axis)
+    return drawing, float(np.sum(shares * np.abs(accuracy - mean)))
 
 
 def draw_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> bytes:
-    """The confusion matrix as a PNG: rows are labels, each scaled to its own sum; one pixel block a class."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    classes = len(matrix)
-    side = 6.4
-    figure = Figure(figsize=(side, side * 0.94), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    axes.imshow(np.sqrt(share), cmap=colormaps["Blues"], vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("label")
-    if classes <= 30:
-        size = 9 if classes <= 12 else 6
-        short = [name if len(name) <= 14 else name[:13] + "…" for name in names]
-        rotation = 0 if max(map(len, short)) <= 3 else 90
-        axes.set_xticks(range(classes), short, rotation=rotation, fontsize=size, parse_math=False)
-        axes.set_yticks(range(classes), short, fontsize=size, parse_math=False)
-        for row, column in zip(*np.nonzero(matrix), strict=True):
-            colour = "white" if share[row, column] > 0.35 else TEXT
-            text = str(matrix[row, column])
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-    return _png(figure)
-
-
-def chart(percent: bool, size: tuple[float, float] = (5.2, 2.7)) -> tuple["Figure", "Axes"]:
-    """An empty chart in the report's manner: a light grid, no box. `size` is in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size)
-    figure.subplots_adjust(left=0.57 / size[0], right=1 - 0.16 / size[0], top=0.96, bottom=0.46 / size[1])
-    axes = figure.add_subplot()
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
-    axes.grid(axis="y", color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=TEXT, length=0, labelsize=9)
-    axes.xaxis.label.set_color(TEXT)
-    axes.xaxis.label.set_fontsize(9)
-    axes.margins(x=0.01)
-    if percent:
-        axes.yaxis.set_major_formatter(percent_axis())
-    return figure, axes
-
-
-def percent_axis() -> Any:
-    """Return a formatter that writes shares as percentages."""
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
-
-
-def _line(
-    axes: "Axes",
-    steps: NDArray[np.float64],
-    values: NDArray[np.float64],
-    label: str,
-    colour: str,
-    *,
-    dotted: bool,
-) -> None:
-    """A series: points joined by a line when few, a thin line under its running median-like mean when many."""
-    if dotted or len(steps) < SMOOTH_FROM:
-        style = {"marker": "o", "markersize": 3.2} if len(steps) <= 40 else {}
-        axes.plot(steps, values, color=colour, linewidth=1.6, label=label, **style)
-        return
-    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
-    axes.plot(steps, smooth(values), color=colour, linewidth=1.7, label=label)
-
-
-def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centred running mean over about 1/30 of the points; NaNs are left out of the means."""
-    width = max(3, len(values) // 30) | 1
-    kernel = np.ones(width)
-    known = np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
-    count = np.convolve(known.astype(float), kernel, mode="same")
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def render(figure: "Figure", salt: str) -> tuple[str, bytes]:
-    """The figure as SVG with the page's CSS colours and font, and as PNG on white.
-
-    `salt` keeps the names of clip paths and markers apart between the figures of a page, and the same in every report.
-    """
+    """Return a confusion matrix as PNG: rows are labels, each scaled to its own sum, columns are predictions."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    png = _png(figure)
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
-    for colour, variable in CSS_COLOURS.items():
-        svg = svg.replace(colour, variable)
-    return svg, png
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="png", dpi=144, facecolor="white")
-    return buffer.getvalue()
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    with mpl.rc_context({"text.parse_math": False, "font.size": 9 if len(matrix) <= 12 else 6}):
+        figure = Figure(figsize=(6.4, 6), layout="constrained")
+        axes = figure.add_subplot(xlabel="prediction", ylabel="label")
+        axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        if len(matrix) <= 30:
+            short = [cut(name, 14) for name in names]
+            axes.set_xticks(range(len(matrix)), short, rotation=0 if max(map(len, short)) <= 3 else 90)
+            axes.set_yticks(range(len(matrix)), short)
+            for row, column in zip(*np.nonzero(matrix), strict=True):
+                colour = "white" if share[row, column] > 0.35 else TEXT
+                axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour)
+        return _png(figure)
 
 
-def image_png(pixels: NDArray[np.uint8]) -> bytes:
-    """An image (H, W, C) or (H, W) as PNG; one, three or four channels, the first of any other number."""
-    from PIL import Image
-
-    if pixels.ndim == 3 and pixels.shape[2] not in (3, 4):
-        pixels = pixels[:, :, 0]
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG")
-    return buffer.getvalue()
+def cut(name: str, length: int) -> str:
+    """Return a name in at most `length` characters."""
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def shrink(array: NDArray[Any], limit: int = MAP_PIXELS) -> NDArray[Any]:
-    """Average blocks of the first two axes until both are at most `limit` long."""
-    factor = math.ceil(max(array.shape[:2]) / limit)
-    if factor <= 1:
-        return array
-    height, width = (size // factor * factor for size in array.shape[:2])
-    blocks = array[:height, :width].reshape(height // factor, factor, width // factor, factor, *array.shape[2:])
-    return blocks.mean(axis=(1, 3)).astype(array.dtype)
+@dataclass(frozen=True)
+class Column:
+    """One axis of parallel coordinates.
+
+    Attributes:
+        name: below it.
+        places: where each line crosses it, from 0 to 1; NaN where the line has no value.
+        ticks: places and what is written there.
+    """
+
+    name: str
+    places: Sequence[float]
+    ticks: Sequence[tuple[float, str]]
 
 
-def map_pixels(weights: NDArray[np.floating], picture: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-    """An attention map as colours, from 0 to its own largest weight; the colour follows the square root.
+def number_column(name: str, values: Sequence[float | None], low: float, high: float, *, log: bool = False) -> Column:
+    """Return the axis of numbers from `low` to `high`: linear, logarithmic, or spread out near 1 for shares."""
+    if not high > low:
+        low, high = (low * 0.9 if low > 0 else low - 1), (high * 1.1 if high > 0 else high + 1)
+    warp, unwarp = (_spread, _unspread) if is_share(name) else (np.log, np.exp) if log else (float, float)
+    bottom, span = float(warp(low)), float(warp(high) - warp(low))
+    marks = [(mark, float(unwarp(bottom + mark * span))) for mark in np.linspace(0, 1, TICKS)]
+    ticks = [(mark, f"{100 * value:.1f} %" if is_share(name) else f"{value:.3g}") for mark, value in marks]
+    return Column(name, [math.nan if value is None else (warp(value) - bottom) / span for value in values], ticks)
+
+
+def label_column(name: str, values: Sequence[str | None], labels: Sequence[str]) -> Column:
+    """Return the axis of categories, evenly spaced."""
+    places = {label: (index + 0.5) / len(labels) for index, label in enumerate(labels)}
+    ticks = [(place, cut(label, 18)) for label, place in places.items()]
+    return Column(name, [math.nan if value is None else places[value] for value in values], ticks)
+
+
+def draw_parallel(columns: Sequence[Column], best: int | None) -> Drawing:
+    """Draw each line through its places on all columns.
 
     Args:
-        weights: (H, W), of one latent or a mean.
-        picture: what was attended to, (h, w, C), shown dark beneath the weights; None: black.
+        columns: with as many places each as there are lines; the worst line first.
+        best: index of the line that stands out.
+    """
+    lines: list[Line] = [([x, x], [0, 1], {"color": RULE, "linewidth": 1.2, "zorder": 1}) for x in range(len(columns))]
+    count = len(columns[0].places)
+    for index in range(count):
+        share = (index + 1) / count
+        style: dict[str, Any] = {"color": FIRST, "linewidth": 0.8 + share, "alpha": 0.12 + 0.6 * share**2}
+        if index == best:
+            style = {"color": SECOND, "linewidth": 2.4, "zorder": 5}
+        heights = [column.places[index] for column in columns]
+        lines.append((range(len(columns)), heights, {**style, "marker": "o", "markersize": 3}))
+    return plot(
+        "coordinates",
+        "Parallel coordinates",
+        lines,
+        "The stronger a line, the better the trial; the best is in the second colour.",
+        size=FULL,
+        texts=[(x + 0.02, place, label) for x, column in enumerate(columns) for place, label in column.ticks],
+        xticks=range(len(columns)),
+        xticklabels=[column.name for column in columns],
+        yticks=[],
+        frame_on=False,
+        xlim=(-0.15, len(columns) - 0.65),
+        ylim=(-0.04, 1.04),
+    )
 
-    Returns:
-        (H, W, 3), or the picture's size if that is larger; at most `MAP_PIXELS` a side.
+
+def picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    """Return pixels (H, W, C) or (H, W) as an image; of other than 3 or 4 channels the first one, in grey."""
+    rgb = pixels.ndim == 2 or pixels.shape[2] in (3, 4)
+    return Image.fromarray(np.ascontiguousarray(pixels if rgb else pixels[:, :, 0]))
+
+
+def image_uri(image: Image.Image, longest: int = PICTURE) -> str:
+    """Return an image as a data URI: exact as PNG if it is small, else at most `longest` pixels a side as JPEG."""
+    sink = io.BytesIO()
+    exact = min(image.size) < SMALL or image.mode not in ("L", "RGB")
+    image = image.copy()
+    image.thumbnail((longest, longest))
+    image.save(sink, "PNG", optimize=True) if exact else image.save(sink, "JPEG", quality=85)
+    return data_uri(sink.getvalue(), "image/png" if exact else "image/jpeg")
+
+
+def montage(rows: Sequence[Sequence[Image.Image]], height: int, colour: Any = "white", gap: int = 6) -> Image.Image:
+    """Return images in rows, each scaled to the same height; small ones are enlarged without smoothing."""
+    filters = {True: Image.Resampling.NEAREST, False: Image.Resampling.BICUBIC}
+    fitted = [
+        [
+            image.resize((max(1, round(image.width * height / image.height)), height), filters[image.height < height])
+            for image in row
+        ]
+        for row in rows
+    ]
+    width = max(sum(image.width + gap for image in row) for row in fitted) - gap
+    whole = Image.new("RGB", (width, len(fitted) * (height + gap) - gap), colour)
+    for index, row in enumerate(fitted):
+        left = 0
+        for image in row:
+            whole.paste(image, (left, index * (height + gap)))
+            left += image.width + gap
+    return whole
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Return an image as PNG."""
+    sink = io.BytesIO()
+    image.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def attention_map(weights: NDArray[np.floating], image: Image.Image | None = None) -> Image.Image:
+    """Return an attention map in colours from 0 to its own largest weight; the colour follows the square root.
+
+    Args:
+        weights: (H, W), of one latent or a mean; averaged over blocks to at most `MAP` pixels a side.
+        image: what was attended to, shown dark beneath the weights; None: black.
     """
     from matplotlib import colormaps
 
-    weights = shrink(np.nan_to_num(weights.astype(np.float64)))
-    scaled = np.sqrt(np.clip(weights / max(float(weights.max(initial=0.0)), 1e-12), 0, 1))
-    if picture is None:
-        return (colormaps["inferno"](scaled)[:, :, :3] * 255).astype(np.uint8)
-    under = shrink(picture)
-    size = (max(under.shape[0], weights.shape[0]), max(under.shape[1], weights.shape[1]))
-    grey = resize(under, size).astype(np.float64).reshape(*size, -1)[:, :, :3].mean(axis=2, keepdims=True) * 0.42
-    scaled = resize(scaled, size)
-    colour = colormaps["inferno"](0.35 + 0.65 * scaled)[:, :, :3] * 255
-    share = scaled[:, :, None]
-    return (share * colour + (1 - share) * grey).astype(np.uint8)
+    heat = _reduced(Image.fromarray(np.nan_to_num(weights).astype(np.float32)))
+    below = _reduced(image.convert("L")) if image else Image.new("L", heat.size)
+    size = (max(below.width, heat.width), max(below.height, heat.height))
+    heat, below = (np.asarray(layer.resize(size, Image.Resampling.NEAREST), np.float64) for layer in (heat, below))
+    share = np.sqrt(np.clip(heat / max(float(heat.max()), 1e-12), 0, 1))
+    colour = colormaps["inferno"](0.35 + 0.65 * share if image else share)[:, :, :3] * 255
+    share = share[:, :, None] if image else 1.0
+    return Image.fromarray((share * colour + (1 - share) * 0.42 * below[:, :, None]).astype(np.uint8))
 
 
-def data_uri(png: bytes) -> str:
-    """A PNG as a `data:` URI."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def montage(rows: Sequence[Sequence[NDArray[np.uint8]]], cell: int = 112, gap: int = 6) -> NDArray[np.uint8]:
-    """Pictures in rows on white, each enlarged without interpolation to about `cell` pixels."""
-    height = len(rows) * (cell + gap) + gap
-    width = max(len(row) for row in rows) * (cell + gap) + gap
-    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            colour = picture if picture.ndim == 3 and picture.shape[2] >= 3 else np.repeat(_grey(picture), 3, axis=2)
-            big = resize(colour[:, :, :3], (cell, cell))
-            top, left = gap + y * (cell + gap), gap + x * (cell + gap)
-            canvas[top : top + cell, left : left + cell] = big
-    return canvas
-
-
-def _grey(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return picture[:, :, :1] if picture.ndim == 3 else picture[:, :, None]
-
-
-def resize(array: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    """The nearest value for each of (height, width) positions, over the first two axes."""
-    ys = np.arange(size[0]) * array.shape[0] // size[0]
-    xs = np.arange(size[1]) * array.shape[1] // size[1]
-    return array[ys][:, xs]
+def _reduced(image: Image.Image) -> Image.Image:
+    return image.reduce(math.ceil(max(image.size) / MAP))

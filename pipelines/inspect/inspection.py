@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from perceiver.config import Config
+from perceiver.report.page import text
 from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.features.base import ViewConfig
-from pipelines.inspect.views import VIEWS
+from pipelines.inspect.samples import measure
 from pipelines.shards.io import Folder, open_folder
 from pipelines.shards.manifest import Manifest, load_manifest
 from pipelines.shards.quarantine import QUARANTINE
@@ -220,10 +221,9 @@ class _Tally:
             self.labels[decoded] += 1
         elif isinstance(feature, LabelsFeature):
             self.labels.update(stored)
-        elif feature.kind in VIEWS:
-            for quantity, value in VIEWS[feature.kind].measure(decoded).items():
-                title = quantity if quantity == name else f"{name} {quantity}"
-                self.sizes.setdefault(title, []).append(value)
+        for quantity, value in measure(feature.kind, decoded).items():
+            title = quantity if quantity == name else f"{name} {quantity}"
+            self.sizes.setdefault(title, []).append(value)
 
     def report(self, manifest: Manifest, samples: int, shards: int, size: int) -> SplitReport:
         """The counts as a report."""
@@ -242,11 +242,6 @@ class _Tally:
         )
 
 
-def figure(value: float) -> str:
-    """A quantity as text: whole ones with thousands separated, others with three digits."""
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
-
-
 def describe(found: Inspection) -> list[str]:
     """The report as lines for a terminal."""
     lines = [f"{found.url}: {found.name}", f"  licence  {found.licence}", f"  source   {found.source}"]
@@ -261,8 +256,8 @@ def describe(found: Inspection) -> list[str]:
             lines.append(f"    {len(counts)} classes of {counts[0]:,} to {counts[-1]:,} samples")
         for label, spread in split.sizes.items():
             lines.append(
-                f"    {label}: {figure(spread.least)}"
-                + (f" to {figure(spread.most)}, median {figure(spread.median)}" if spread.least < spread.most else "")
+                f"    {label}: {text(spread.least)}"
+                + (f" to {text(spread.most)}, median {text(spread.median)}" if spread.least < spread.most else "")
             )
         for count, what, rows in (
             (split.unreadable, "cannot be used", split.unreadable_samples),

@@ -1,47 +1,20 @@
-"""The page of `perceiver inspect --html`: samples of every modality to look at, beside what the inspection found.
-
-One self-contained file: pictures, sounds and videos are data URIs, nothing is fetched, all text is escaped.
-"""
+"""The page of `perceiver inspect --html`: samples of every modality to look at, and what the inspection found."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from perceiver.config import UserError
+from perceiver.report.figures import SMALL
+from perceiver.report.page import render, size, text
 from pipelines.features.base import ViewConfig
-from pipelines.inspect.inspection import Inspection, Spread, figure, rows_of
-from pipelines.inspect.pieces import SMALL, Piece
-from pipelines.inspect.views import VIEWS
+from pipelines.inspect.inspection import Inspection, rows_of
+from pipelines.inspect.samples import Part, show
 from pipelines.shards.manifest import Manifest, Split, load_manifest
 from pipelines.shards.stored import stored_files
 from pipelines.transforms import BadSample
 
-BARS = 40
-"""Classes that get a bar each; more are drawn as one outline, the largest first."""
-
 WIDE = {"text", "audio", "video", "media", "flow"}
-
-
-@dataclass(frozen=True)
-class Card:
-    """One sample on the page.
-
-    Attributes:
-        place: its number in the split.
-        key: where it came from.
-        labels: its classes.
-        pieces: what there is to see and hear.
-        problem: why it cannot be used, or empty.
-    """
-
-    place: int
-    key: str
-    labels: list[str]
-    pieces: list[Piece]
-    problem: str = ""
 
 
 def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Mapping[str, str] | None = None) -> Path:
@@ -57,21 +30,30 @@ def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Map
         UserError: the page cannot be written.
     """
     manifest = load_manifest(found.url, options)
+    splits = found.splits.values()
     cards = {
         name: list(_cards(found.url, manifest, split, samples, options)) for name, split in manifest.splits.items()
     }
-    text = _render(
-        {
-            **_totals(found),
-            "found": found,
-            "cards": cards,
-            "width": _width(manifest),
-            "classes": {name: _balance(split.classes) for name, split in found.splits.items()},
-        }
+    checked = any(split.sizes for split in splits)
+    page = render(
+        "inspection.html",
+        kind="Prepared data",
+        name=found.name,
+        facts={
+            "samples": sum(split.samples for split in splits),
+            "size": size(sum(split.bytes for split in splits)),
+            "splits": ", ".join(found.splits),
+            "repeated contents": text(sum(split.doubles for split in splits) if checked else None),
+        },
+        found=found,
+        checked=checked,
+        unreadable=sum(split.unreadable for split in splits),
+        cards=cards,
+        width=_card_width(manifest),
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}; give --html a file in a folder you may write to"
@@ -80,12 +62,14 @@ def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Map
 
 
 def spread_places(total: int, count: int) -> list[int]:
-    """At most `count` different places of 0..total-1 at even distances, the middle ones of their stretches."""
+    """Return at most `count` different places of 0..total-1 at even distances, the middle ones of their stretches."""
     count = min(total, count)
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
-def _cards(url: str, manifest: Manifest, split: Split, count: int, options: Mapping[str, str] | None) -> Iterator[Card]:
+def _cards(
+    url: str, manifest: Manifest, split: Split, count: int, options: Mapping[str, str] | None
+) -> Iterator[dict[str, Any]]:
     places = spread_places(split.samples, count)
     first = 0
     for file in stored_files(url, manifest, split, options):
@@ -93,16 +77,17 @@ def _cards(url: str, manifest: Manifest, split: Split, count: int, options: Mapp
         try:
             for start, table in file.tables(rows) if rows else ():
                 for row in sorted(rows & set(range(start, start + table.num_rows))):
-                    yield card(first + row, next(rows_of(table.slice(row - start, 1))), manifest)
+                    yield _card(first + row, next(rows_of(table.slice(row - start, 1))), manifest)
         except (OSError, ValueError, KeyError) as error:
-            yield Card(first, file.shard.name, [], [], (str(error).splitlines() or ["unreadable"])[0])
+            problem = (str(error).splitlines() or ["unreadable"])[0]
+            yield {"place": first, "key": file.shard.name, "labels": [], "parts": [], "problem": problem}
         first += file.shard.rows
 
 
-def card(place: int, row: Mapping[str, Any], manifest: Manifest) -> Card:
-    """The card of one stored row."""
+def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Return what the page shows of one stored row: its place in the split, key, labels, parts, and why it is bad."""
     labels: list[str] = []
-    pieces: list[Piece] = []
+    parts: list[Part] = []
     problems = []
     for name, feature in manifest.features.items():
         try:
@@ -110,79 +95,16 @@ def card(place: int, row: Mapping[str, Any], manifest: Manifest) -> Card:
         except BadSample as error:
             problems.append(f"{name}: {error}")
             continue
-        if feature.kind == "label":
-            labels.append(manifest.classes[decoded])
-        elif feature.kind == "labels":
-            labels += [manifest.classes[number] for number in row[name]]
-        elif feature.kind in VIEWS:
-            pieces += VIEWS[feature.kind].show(row[name], decoded)
-    return Card(place, str(row["key"]), labels, pieces, "; ".join(problems))
+        if feature.kind in ("label", "labels"):
+            numbers = [decoded] if feature.kind == "label" else row[name]
+            labels += [manifest.classes[number] for number in numbers]
+        parts += show(feature.kind, row[name], decoded)
+    return {"place": place, "key": row["key"], "labels": labels, "parts": parts, "problem": "; ".join(problems)}
 
 
-def _balance(classes: Mapping[str, int]) -> dict[str, Any] | None:
-    """What the chart of a split's classes needs: bars of named classes, or the outline of many."""
-    if not classes:
-        return None
-    most = max(max(classes.values()), 1)
-    ordered = sorted(classes.items(), key=lambda item: -item[1])
-    if len(ordered) <= BARS:
-        return {"bars": [(name, count, 100 * count / most) for name, count in classes.items()], "outline": None}
-    counts = np.array([count for _, count in ordered])
-    return {"bars": None, "outline": _outline(counts, most), "most": ordered[:8], "least": ordered[:-9:-1]}
-
-
-def _outline(counts: Any, most: int) -> str:
-    """The points of an SVG polygon, 600 wide and 120 high, of counts that fall from left to right."""
-    shown = counts[np.linspace(0, len(counts) - 1, min(len(counts), 300)).astype(int)]
-    across = np.linspace(0, 600, len(shown))
-    line = [f"{x:.1f},{120 - 118 * count / most:.1f}" for x, count in zip(across, shown, strict=True)]
-    return " ".join(["0,120", *line, "600,120"])
-
-
-def _totals(found: Inspection) -> dict[str, Any]:
-    """What the head of the page says of all splits together."""
-    splits = found.splits.values()
-    return {
-        "samples": sum(split.samples for split in splits),
-        "bytes": sum(split.bytes for split in splits),
-        "doubles": sum(split.doubles for split in splits),
-        "unreadable": sum(split.unreadable for split in splits),
-        "checked": any(split.sizes for split in splits),
-    }
-
-
-def _width(manifest: Manifest) -> int:
-    """Least width of a card in pixels: small pictures side by side, text and time wider."""
+def _card_width(manifest: Manifest) -> int:
+    """Return the least width of a card in pixels: small pictures next to each other, text and time wider."""
     features = manifest.features.values()
     if any(feature.kind in WIDE for feature in features):
         return 320
-    return 120 if any(max(getattr(feature, "size", None) or [SMALL]) < SMALL for feature in features) else 210
-
-
-def _histogram(spread: Spread) -> list[float]:
-    """Heights of the bars in percent; what is there is seen, however little it is."""
-    most = max(spread.bins)
-    return [max(2.0, 100 * count / most) if count else 0.0 for count in spread.bins]
-
-
-def _size(count: float) -> str:
-    """Bytes with a unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
-def _render(page: Mapping[str, Any]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(figure=figure, histogram=_histogram, size=_size)
-    return environment.get_template("inspect_page.html").render(page)
+    return SMALL if any(max(getattr(feature, "size", None) or [SMALL]) < SMALL for feature in features) else 210

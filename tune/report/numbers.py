@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 
 from cluster.recipe.config import Recipe
-from tune.record import PARAMETERS, SearchRecord, TrialRecord
+from perceiver.report.page import is_share, percent, text
+from tune.record import SearchRecord, TrialRecord
 
 
 def figure(name: str, value: float | None) -> str:
     """Return a metric's value: shares such as accuracy in per cent, counts with separators."""
-    if value is None:
-        return "–"
-    if name.startswith("accuracy"):
-        return f"{100 * value:.1f} %"
-    return f"{value:,.0f}" if name == PARAMETERS else f"{value:.4g}"
+    return percent(value) if is_share(name) else text(value)
 
 
 def figures(trial: TrialRecord, record: SearchRecord) -> str:

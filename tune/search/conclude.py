@@ -89,22 +89,19 @@ def _write_best(launch: "SearchLaunch", best: TrialRecord) -> str:
 
 def _report(launch: "SearchLaunch") -> str | None:
     """Write the report; a failure costs the report, not the search."""
-    from tune.report.page import SearchReport, write_search_report
+    from tune.report.page import search_page
 
     try:
-        data = SearchReport(
-            name=launch.folder.name,
-            record=launch.record,
-            space=launch.search.config.space,
-            base=launch.search.resolved,
-            baseline=0 if launch.search.config.with_baseline else None,
+        page = search_page(
+            launch.folder.name,
+            launch.record,
+            launch.search,
             eval_samples=_eval_samples(launch),
             facts=report_facts(launch),
             commands=commands(launch),
             best_recipe=launch.folder.read("best.yaml") or "",
-            settings=launch.search.config.model_dump(mode="json"),
         )
-        launch.folder.write("report.html", write_search_report(data))
+        launch.folder.write("report.html", page)
         return launch.folder.location("report.html")
     except Exception:  # noqa: BLE001  a plot that fails must not make a finished search look failed
         log.exception("no report")

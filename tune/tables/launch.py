@@ -20,7 +20,7 @@ from tune.search.plan import Plan, SearchLaunch, Start
 from tune.search_file import RECIPE_KEYS, flat, recipe_path
 from tune.space.space import Values, with_values
 from tune.tables.config import Row, Scale, ScaleName, Table, load_table, values_of
-from tune.tables.page import HEAD, NOT_RUN, Page, aligned, cells, markdown, write_json, write_page
+from tune.tables.outputs import HEAD, NOT_RUN, TableReport, aligned, cells, markdown, write_json, write_page
 from tune.tables.results import Cost, judge, results
 
 log = logging.getLogger(__name__)
@@ -211,10 +211,11 @@ def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: Rows, costs: 
     config = rows.table.config
     found = results(config, rows.scale, record.trials, costs)
     judged = judge(config, found, rows.common.mode)
-    page = Page(config, rows.scale, found, judged, launch.start.command, machine_words(launch), record.seconds, status)
-    folder.write("table.md", markdown(page))
-    folder.write("table.html", write_page(page))
-    folder.write("table.json", write_json(page))
+    where = machine_words(launch)
+    report = TableReport(config, rows.scale, found, judged, launch.start.command, where, record.seconds, status)
+    folder.write("table.md", markdown(report))
+    folder.write("table.html", write_page(report))
+    folder.write("table.json", write_json(report))
     finish_run(launch, status, FILES)
     if any(result.scores for result in found):
         say("")

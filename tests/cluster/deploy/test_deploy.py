@@ -1,21 +1,27 @@
 """The files that start real clusters: valid by the loaders and fields of those who read them."""
 
+import json
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+from jinja2 import DictLoader
 from pydantic import ValidationError
 
-from cluster.deploy import KINDS, render, write
+from cluster.deploy.render import KINDS, environment, in_comment, in_yaml, render, write, yaml_text
 from cluster.deploy.settings import Machine, Settings, read_settings
 from cluster.deploy.source import Source, read_source
 from cluster.jobs import entrypoint as job
 from cluster.recipe.config import load_recipe
+from cluster.run.metrics import FIGURES
 from perceiver.config import UserError
 from tests.cluster.deploy.api_types import Compose, check_kubernetes
 
@@ -23,6 +29,10 @@ ROOT = Path(__file__).parents[3]
 RECIPE = str(ROOT / "recipes/train/quickstart.yaml")
 SHARED = ("data.url=s3://bucket/digits", "output=s3://bucket/runs")
 MORE = ("cluster.workers=16", "cluster.gpus_per_worker=1", "train.global_batch=128", "data.augment={shift: 1}")
+
+
+def files(kind: str, source: Source, settings: Settings, say: Callable[[str], None] = print) -> dict[str, str]:
+    return render(kind, source, settings, "deploy", say)
 
 
 @pytest.fixture
@@ -38,15 +48,12 @@ def settings() -> Settings:
 @pytest.mark.parametrize("name", ["gpu.yaml", "cpu.yaml"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_renders_for_the_machines_we_ship(kind: str, name: str, tmp_path: Path) -> None:
-    files = write(
-        render(kind, read_source(RECIPE, SHARED), read_settings(ROOT / "recipes/cluster" / name)), str(tmp_path)
-    )
-    assert files
-    for path in files:
-        text = path.read_text()
-        assert "@FOLDER@" not in text and "@ROOT@" not in text
+    machines = read_settings(ROOT / "recipes/cluster" / name)
+    paths = write(files(kind, read_source(RECIPE, SHARED), machines), str(tmp_path))
+    assert [path.name for path in paths] == list(KINDS[kind])
+    for path in paths:
         if path.suffix == ".yaml":
-            assert all(yaml.safe_load_all(text))
+            assert all(yaml.safe_load_all(path.read_text()))
 
 
 def check_cluster_spec(spec: dict[str, Any]) -> None:
@@ -72,9 +79,9 @@ def check_cluster_spec(spec: dict[str, Any]) -> None:
 
 def test_kuberay_has_only_what_its_api_and_that_of_kubernetes_know(source: Source, settings: Settings) -> None:
     selecting = settings.model_copy(update={"node_selector": {"zone": "a"}})
-    files = render("kuberay", source, selecting)
-    cluster = yaml.safe_load(files["raycluster.yaml"])
-    recipe_map, job_ = yaml.safe_load_all(files["rayjob.yaml"])
+    rendered = files("kuberay", source, selecting)
+    cluster = yaml.safe_load(rendered["raycluster.yaml"])
+    recipe_map, job_ = yaml.safe_load_all(rendered["rayjob.yaml"])
     for document in (cluster, recipe_map, job_):
         check_kubernetes(document)
     check_cluster_spec(cluster["spec"])
@@ -114,7 +121,7 @@ def test_what_those_do_not_know_is_found(
     source: Source, settings: Settings, place: str, key: str, value: object
 ) -> None:
     """The check above is not blind: a wrong name, a wrong type and a missing field are refused at any depth."""
-    document = yaml.safe_load(render("kuberay", source, settings)["raycluster.yaml"])
+    document = yaml.safe_load(files("kuberay", source, settings)["raycluster.yaml"])
     node: Any = document
     for part in place.split("."):
         node = node[int(part) if part.isdigit() else part]
@@ -125,14 +132,14 @@ def test_what_those_do_not_know_is_found(
         check_kubernetes(document)
 
 
-def commands(files: dict[str, str]) -> list[list[str]]:
+def commands(rendered: dict[str, str]) -> list[list[str]]:
     """Return the words of each command in the files that trains the recipe."""
-    lines = [line.lstrip("# ") for text in files.values() for line in text.splitlines()]
+    lines = [line.lstrip("# ") for text in rendered.values() for line in text.splitlines()]
     shown = [line for line in lines if "perceiver submit" in line]
-    if "train.sbatch" in files:
+    if "train.sbatch" in rendered:
         shown += [line.removesuffix(" &") for line in lines if line.startswith("python -m cluster.jobs.entrypoint")]
-    if "rayjob.yaml" in files:
-        shown += [list(yaml.safe_load_all(files["rayjob.yaml"]))[1]["spec"]["entrypoint"]]
+    if "rayjob.yaml" in rendered:
+        shown += [list(yaml.safe_load_all(rendered["rayjob.yaml"]))[1]["spec"]["entrypoint"]]
     return [shlex.split(line) for line in shown]
 
 
@@ -147,7 +154,7 @@ def applied(overrides: Sequence[str]) -> Any:
 def test_every_command_trains_what_the_files_were_rendered_for(
     source: Source, settings: Settings, kind: str, count: int
 ) -> None:
-    found = commands(render(kind, source, settings))
+    found = commands(files(kind, source, settings))
     assert len(found) == count
     for words in found:
         words = words[words.index("python" if "python" in words else "perceiver") :]
@@ -168,7 +175,7 @@ def test_every_command_trains_what_the_files_were_rendered_for(
 @pytest.mark.parametrize("kind", ["kuberay", "slurm"])
 def test_a_job_is_told_which_variables_its_recipe_needs(kind: str, settings: Settings) -> None:
     named = ["tracking.uri=env:STORE", "data.storage_options.secret=$KEY"]
-    (words,) = (w for w in commands(render(kind, read_source(RECIPE, [*SHARED, *named]), settings)) if "python" in w)
+    (words,) = (w for w in commands(files(kind, read_source(RECIPE, [*SHARED, *named]), settings)) if "python" in w)
     given = job.arguments(words[3:])
     assert given.needs == "KEY,STORE" and given.overrides[2:4] == named
 
@@ -179,7 +186,7 @@ def test_a_deepspeed_file_goes_along_to_pods_that_lack_it(
     monkeypatch.chdir(tmp_path)
     Path("ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     source = read_source(RECIPE, [*SHARED, "deepspeed.config=ds.json"])
-    (words,) = (words for words in commands(render("kuberay", source, settings)) if "python" in words)
+    (words,) = (words for words in commands(files("kuberay", source, settings)) if "python" in words)
     config = load_recipe(RECIPE, job.arguments(words[3:]).overrides).deepspeed.config
     assert config == {"zero_optimization": {"stage": 2}}
 
@@ -188,14 +195,14 @@ def test_a_deepspeed_file_goes_along_to_pods_that_lack_it(
 def test_folders_of_this_machine_are_refused_for_others(kind: str, settings: Settings) -> None:
     for overrides, key in ((SHARED[1:], "data.url"), (SHARED[:1], "output")):
         with pytest.raises(UserError, match=f"{key} = .* which the nodes behind .*.yaml do not see"):
-            render(kind, read_source(RECIPE, overrides), settings)
+            files(kind, read_source(RECIPE, overrides), settings)
     said: list[str] = []
-    render(kind, read_source(RECIPE, ["data.url=/mnt/digits", "output=/mnt/runs"]), settings, said.append)
+    files(kind, read_source(RECIPE, ["data.url=/mnt/digits", "output=/mnt/runs"]), settings, said.append)
     assert len(said) == 2 and "data.url = /mnt/digits must be the same storage" in said[0]
 
 
 def test_compose_puts_into_its_store_what_has_no_url(settings: Settings) -> None:
-    (words,) = commands(render("compose", read_source(RECIPE, ["output=s3://other/runs"]), settings))
+    (words,) = commands(files("compose", read_source(RECIPE, ["output=s3://other/runs"]), settings))
     assert "data.url=s3://perceiver/data" in words and "output=s3://perceiver/runs" not in words
 
 
@@ -205,14 +212,14 @@ def test_a_secret_by_value_is_in_no_file(settings: Settings, tmp_path: Path) -> 
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(Path(RECIPE).read_text().replace("url: data/digits", "url: s3://me:hunter2hunter2@host/digits"))
     with pytest.raises(UserError, match=r"mine.yaml: data.url holds a secret"):
-        render("kuberay", read_source(str(recipe), SHARED), settings)
+        files("kuberay", read_source(str(recipe), SHARED), settings)
 
 
 @pytest.mark.parametrize("kind", ["autoscaler-aws", "autoscaler-gcp"])
 def test_rays_loader_takes_the_autoscaler_files(kind: str, source: Source, settings: Settings) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    text = render(kind, source, settings)["cluster.yaml"]
+    text = files(kind, source, settings)["cluster.yaml"]
     config = yaml.safe_load(text)
     validate_config(prepare_config(config))
     assert "push it to a registry" in text and "as `image:` into the file" in text
@@ -229,7 +236,7 @@ def test_rays_loader_takes_the_autoscaler_files(kind: str, source: Source, setti
 def test_slurm_is_a_shell_script_that_saves_before_its_time_is_up(
     source: Source, settings: Settings, tmp_path: Path
 ) -> None:
-    (path,) = write(render("slurm", source, settings), str(tmp_path))
+    (path,) = write(files("slurm", source, settings), str(tmp_path))
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
     text = path.read_text()
     head = text.split("set -euo")[0]
@@ -241,15 +248,15 @@ def test_slurm_is_a_shell_script_that_saves_before_its_time_is_up(
 
 
 def test_images_are_pinned_and_publish_on_the_loopback_interface_only(source: Source, settings: Settings) -> None:
-    files = render("compose", source, settings)
-    assert "pip install -c constraints.txt" in files["Dockerfile"]
-    assert files["Dockerfile.dockerignore"].splitlines()[1] == "*"
-    compose = Compose.model_validate(yaml.safe_load(files["compose.yaml"]))
+    rendered = files("compose", source, settings)
+    assert "pip install -c constraints.txt" in rendered["Dockerfile"]
+    assert rendered["Dockerfile.dockerignore"].splitlines()[1] == "*"
+    compose = Compose.model_validate(yaml.safe_load(rendered["compose.yaml"]))
     services = compose.services
     ports = [port for service in services.values() for port in service.ports]
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)
     assert {name for service in services.values() for name in service.secrets} == set(compose.secrets)
-    assert not re.search(r"PASSWORD: (?!/run)", files["compose.yaml"])
+    assert not re.search(r"PASSWORD: (?!/run)", rendered["compose.yaml"])
     for service in services.values():
         for name, wanted in service.depends_on.items():
             assert wanted["condition"] != "service_healthy" or services[name].healthcheck
@@ -259,7 +266,7 @@ def test_images_are_pinned_and_publish_on_the_loopback_interface_only(source: So
     ours = {service.image for service in services.values() if service.build} | {services["node"].image}
     taken = {service.image for service in services.values()} - ours
     assert len(taken) == 3 and not any(image.endswith(":latest") or ":" not in image for image in taken)
-    compose_tree = yaml.safe_load(files["compose.yaml"])
+    compose_tree = yaml.safe_load(rendered["compose.yaml"])
     for key, value in (("volume", []), ("ports", [8265]), ("restart", "sometimes")):
         with pytest.raises(ValidationError):
             Compose.model_validate(compose_tree | {"services": {"s3": {**compose_tree["services"]["s3"], key: value}}})
@@ -267,8 +274,108 @@ def test_images_are_pinned_and_publish_on_the_loopback_interface_only(source: So
 
 def test_a_recipe_that_the_machines_do_not_fit_is_refused(source: Source) -> None:
     with pytest.raises(UserError, match="a node of `train` has 8 and 0"):
-        render("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32)))
+        files("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32)))
     with pytest.raises(UserError, match=r"fill 16 training nodes, the settings allow train.max = 4"):
-        render("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32, gpus=1, max=4)))
+        files("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32, gpus=1, max=4)))
     with pytest.raises(UserError, match="no kind 'nomad': wanted one of kuberay"):
-        render("nomad", source, Settings(train=Machine(cpus=8, memory_gb=32)))
+        files("nomad", source, Settings(train=Machine(cpus=8, memory_gb=32)))
+
+
+def test_the_dashboard_shows_every_figure(source: Source, settings: Settings) -> None:
+    dashboard = json.loads(files("grafana", source, settings)["grafana-perceiver.json"])
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    named = [re.search(r"ray_(\w+)\{run=~", expr) for expr in asked]
+    assert [found and found[1] for found in named] == [figure.name for figure in FIGURES]
+    assert 'time() - ray_perceiver_checkpoint_timestamp_seconds{run=~"$run"}' in asked
+    assert {target["legendFormat"] for panel in dashboard["panels"] for target in panel["targets"]} == {"{{run}}"}
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
+
+
+# Characters that end a line, a quote, a comment or a value somewhere, and any others.
+HOSTILE = st.text(
+    st.one_of(st.sampled_from("'\"`$\\#:{}[]%&!|>-~ \t\n\r\x85\u2028"), st.characters()), min_size=1, max_size=30
+)
+BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+
+
+@given(HOSTILE, st.dictionaries(HOSTILE, HOSTILE, max_size=3))
+@example("a\n\n", {})
+@example(" leading\nand trailing \n", {"...": "---"})
+def test_whatever_text_is_inserted_stays_one_value(text: str, labels: dict[str, str]) -> None:
+    assert yaml.safe_load(f"a: [{in_yaml(text)}, {in_yaml(labels)}]\nb: 1") == {"a": [text, labels], "b": 1}
+    block = yaml_text(text).replace("\n", "\n  ")
+    assert yaml.safe_load(f"data:\n  file: {block}\nb: 1") == {"data": {"file": text}, "b": 1}
+    assert not BREAKS.search(in_comment(text))
+
+
+def shell_words(script: str, *names: str) -> list[str]:
+    """Run a script in which these commands only say with what words they were called; return those of all calls."""
+    spies = "".join(f'{name}() {{ printf "%s\\0" {name} "$@"; }}\n' for name in names)
+    done = subprocess.run(["bash", "-ec", spies + script], capture_output=True, check=True)
+    return done.stdout.decode().split("\0")[:-1]
+
+
+@limits(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(HOSTILE.filter(lambda text: "\0" not in text), HOSTILE.filter(lambda text: "\0" not in text))
+@example("'; touch /tmp/x; echo '$(id)", "x\nkind: Pod #")
+def test_no_text_of_a_recipe_or_of_settings_breaks_out(source: Source, settings: Settings, one: str, two: str) -> None:
+    """Overrides, file names and settings arrive as they are, in YAML and in shells; comments stay comments."""
+    evil = Source(source.recipe, f"recipes/{one}.yaml", (f"name={two}",), ("KEY",))
+    machines = settings.model_copy(
+        update={
+            "image": one,
+            "namespace": two,
+            "env_secrets": (one, two),
+            "node_selector": {one: two},
+            "services": settings.services.model_copy(update={"bucket": two, "s3": one}),
+            "slurm": settings.slurm.model_copy(update={"partition": one, "account": two, "setup": "true"}),
+            "aws": settings.aws.model_copy(update={"region": one, "instance_profile": two}),
+        }
+    )
+    cluster = yaml.safe_load(files("autoscaler-aws", evil, machines)["cluster.yaml"])
+    assert (cluster["provider"]["region"], cluster["docker"]["image"]) == (one, one)
+    assert cluster["available_node_types"]["train"]["node_config"]["IamInstanceProfile"] == {"Name": two}
+
+    compose = yaml.safe_load(render("compose", evil, machines, f"a {one}")["compose.yaml"])["services"]
+    assert compose["s3"]["image"] == one.replace("$", "$$")
+    assert compose["head"]["build"]["dockerfile"] == f"a {one}".rstrip("/").replace("$", "$$") + "/Dockerfile"
+    line = compose["bucket"]["entrypoint"][-1].replace("$$", "$").replace("$(cat /run/secrets/s3_password)", "key")
+    assert shell_words(line, "mc")[-3:] == ["mb", "--ignore-existing", f"store/{two}"]
+    line = compose["mlflow"]["command"][-1].replace("$$", "$").replace("; exec mlflow", "; mlflow")
+    words = shell_words(re.sub(r"\$\(cat [^)]*\)", "key", line, count=2), "mlflow")
+    assert words[words.index("--artifacts-destination") + 1] == f"s3://{two}/mlflow"
+
+    script = files("slurm", evil, machines)["train.sbatch"]
+    head, _, body = script.partition("set -euo pipefail\n")
+    assert all(line.startswith("#") for line in head.split("\n")[:-1]) and "\r" not in head
+    command = body.partition("queued again.\n")[2].partition(" &\ndriver=$!")[0]
+    assert shell_words(command, "python")[-3:] == ["train", f"recipes/{one}.yaml", f"name={two}"]
+    assert subprocess.run(["bash", "-n"], input=script.encode(), check=False).returncode == 0
+
+    dockerfile = files("docker", evil, machines)["Dockerfile"]
+    assert len(dockerfile.split("\n")) == len(files("docker", source, settings)["Dockerfile"].split("\n"))
+
+
+def test_a_pod_gets_every_text_as_it_is(settings: Settings, tmp_path: Path) -> None:
+    """The recipe's file with its name, an override and a label, each with what ends a value in YAML or a shell."""
+    file = tmp_path / "it's $HOME: #1.yaml"
+    file.write_text("# a comment: 'x'\n\n" + Path(RECIPE).read_text() + "\n\n")
+    overrides = [*SHARED, "cluster.worker_labels={\"a: 'b'\": 'no # comment'}"]
+    rendered = files("kuberay", read_source(str(file), overrides), settings)
+    recipe_map, job_ = yaml.safe_load_all(rendered["rayjob.yaml"])
+    assert recipe_map["data"] == {file.name: file.read_text()}
+    words = shlex.split(job_["spec"]["entrypoint"])
+    assert words[words.index("train") + 1 :][: 1 + len(overrides)] == [f"/etc/perceiver/{file.name}", *overrides]
+    (train, _) = job_["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert train["labels"] == {"a: 'b'": "no # comment"}
+
+
+def test_a_template_that_inserts_without_a_filter_is_refused(
+    source: Source, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        environment(), "loader", DictLoader({"train.sbatch.j2": "#SBATCH --job-name={{ recipe.name }}"})
+    )
+    with pytest.raises(TypeError, match="without a filter"):
+        files("slurm", source, settings)

@@ -13,12 +13,13 @@ from cluster.recipe.config import build_recipe
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
 from perceiver.train.checkpoint.store import CheckpointStore
+from tests.perceiver.report.pages import Page
 from tests.perceiver.train.toy import toy_engine
 from tests.tune.searches import load, record, trial, write_search
 from tune.config import Asha
 from tune.record import Exchange, save_record
 from tune.report.numbers import duration, short_keys
-from tune.report.page import SearchReport, write_search_report
+from tune.report.page import search_page
 from tune.search.conclude import best_recipe
 from tune.search.console import SearchConsole, news_line
 from tune.search.estimate import estimate, kept_share, say_estimate
@@ -73,30 +74,26 @@ def test_news_in_words() -> None:
 
 def test_the_report_is_one_page_with_every_section(tmp_path: Path, tree: dict[str, Any]) -> None:
     tree["space"]["model.latents"] = {"kind": "choice", "values": [4, 8]}
+    tree["overrides"] = {"tracking": {"uri": "https://me:hush@host"}}
     search = load(tmp_path, tree)
     found = some_trials()
     for one in found.trials:
         one.values = {"model.latents": 4, **one.values}
-    page = write_search_report(
-        SearchReport(
-            name="hunt-001",
-            record=found,
-            space=search.config.space,
-            base=search.base,
-            baseline=0,
-            eval_samples=40,
-            facts={"cost": "91 worker-seconds"},
-            commands={"train it": "perceiver train runs/hunt-001/best.yaml"},
-            best_recipe="name: hunt-best\n",
-            settings={"tracking": {"password": "hush"}},
-        )
+    page = search_page(
+        "hunt-001",
+        found,
+        search,
+        eval_samples=40,
+        facts={"cost": "91 worker-seconds", "data": "s3://me:hush@bucket"},
+        commands={"train it": "perceiver train runs/hunt-001/best.yaml"},
+        best_recipe="name: hunt-best\n",
     )
     assert "95.0 %" in page and "best accuracy, trial 4" in page and "Best trial 4" in page
     assert page.count("<svg") == 4, "curves, best so far, importance, parallel coordinates"
-    assert "out of memory &lt;b&gt;" in page and "went on from" in page and "91 worker-seconds" in page
+    assert "out of memory &lt;b&gt;" in page and "continued from" in page and "91 worker-seconds" in page
     assert "The importance of the keys is not computed" not in page
     assert "hush" not in page and "<script" not in page and "http://www.w3.org" in page
-    assert "src=" not in page.replace("data:", "")
+    assert Page(page).fetched() == []
 
 
 def test_a_report_of_two_metrics_has_the_front(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -106,7 +103,7 @@ def test_a_report_of_two_metrics_has_the_front(tmp_path: Path, tree: dict[str, A
         accuracy="max",
         parameters="min",
     )
-    page = write_search_report(SearchReport("hunt-001", found, load(tmp_path, tree).config.space))
+    page = search_page("hunt-001", found, load(tmp_path, tree))
     assert "accuracy against parameters" in page
     assert "not computed: there are 2 trials that can be compared, and it takes 4" in page
 

@@ -13,6 +13,7 @@ from cluster.recipe.preflight import check_workers
 from perceiver.accounting import account
 from perceiver.config import UserError
 from perceiver.presets import PRESETS
+from tests.perceiver.report.pages import Page
 from tests.tune.commands import all_gone, left_behind, run
 from tests.tune.commands import trials as recorded
 from tests.tune.searches import trial
@@ -21,7 +22,7 @@ from tune.search_file import recipe_path
 from tune.space.space import with_values
 from tune.tables.config import TableConfig, load_table, tables
 from tune.tables.launch import Rows, build_rows, check_rows, read_rows, reproduce
-from tune.tables.page import HEAD, Page, aligned, cells, markdown, short, write_json, write_page
+from tune.tables.outputs import HEAD, TableReport, aligned, cells, markdown, short, write_json, write_page
 from tune.tables.results import Cost, Result, judge, results, seed_noise
 
 NAMES = (
@@ -249,13 +250,14 @@ def test_the_outputs_hold_every_row_claim_and_fact(tmp_path: Path, paper: dict[s
     found = results(table, "small", trials, {"one": Cost(44_912_254, 707_000_000_000), "two": Cost(1, 1)})
     command = "perceiver reproduce reads data.storage_options.secret=hush"
     table.open.append("the batch is not given; here 1,024 | 2")
-    page = Page(table, "small", found, judge(table, found), command, "2 CPUs", 130.0, date="2026-11-22")
+    page = TableReport(table, "small", found, judge(table, found), command, "2 CPUs", 130.0, date="2026-11-22")
     text, html, tree = markdown(page), write_page(page), json.loads(write_json(page))
     assert "| one \\| read | 76.7 | 90.0 | 1 | 44.9M | 707G | 1:00 |" in text
     assert "| two are better | does not hold | 80.0 against 90.0; one seed |" in text
     assert "three reads: not run at this scale" in text and "two reads: a note" in text and "seed 1: <b>" in text
     for row in ("one | read", "two reads", "three reads"):
         assert row in html
+    assert Page(html).fetched() == []
     assert "<svg" in html and "&lt;b&gt;" in html and "<script" not in html and "does not hold" in html
     assert "2 CPUs" in html and "2026-11-22" in text and "hush" not in text + html + write_json(page)
     assert all("here 1,024 | 2" in output for output in (text, html)) and tree["open"] == table.open
@@ -267,7 +269,7 @@ def test_the_outputs_hold_every_row_claim_and_fact(tmp_path: Path, paper: dict[s
 def test_nothing_measured_still_makes_a_page(tmp_path: Path, paper: dict[str, Any]) -> None:
     table = load_table(write(tmp_path, paper)).config
     found = results(table, "small", [], {"one": Cost(1, 1), "two": Cost(1, 1)})
-    page = Page(table, "small", found, judge(table, found), "x", "y", 1.0, "stopped")
+    page = TableReport(table, "small", found, judge(table, found), "x", "y", 1.0, "stopped")
     assert "stopped: not all trials" in write_page(page) and "<svg" not in write_page(page)
 
 

@@ -5,15 +5,13 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from perceiver.report import figures as training_figures
+from perceiver.report import figures
+from perceiver.report.page import render
 from perceiver.tracking.redaction import MASK, is_secret_key, redact_text
 from tune.report.numbers import duration
 from tune.tables.config import Scale, ScaleName, TableConfig
-from tune.tables.figures import draw_results
-from tune.tables.results import Judged, Result, seed_noise
+from tune.tables.results import Judged, Result, is_share, seed_noise
 
 HEAD = ("row", "paper", "ours", "seeds", "parameters", "FLOPs", "wall time")
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -22,7 +20,7 @@ OPEN = "What the papers leave open, and what the full scale has instead"
 
 
 @dataclass(frozen=True)
-class Page:
+class TableReport:
     """What the outputs are made of.
 
     Attributes:
@@ -55,7 +53,7 @@ class Page:
     @property
     def facts(self) -> dict[str, str]:
         """Return how it was measured, by caption."""
-        ended = {} if self.status == "finished" else {"status": f"{self.status}: not all trials came to their end"}
+        ended = {} if self.status == "finished" else {"status": f"{self.status}: not all trials finished"}
         noise, measure = seed_noise(self.found), self.common.metric.replace("_", " ")
         models = "; small models of the same structure" if self.scale == "small" else ""
         known = f"{noise or 0:.2f} points of deviation over seeds, pooled over the rows"
@@ -117,17 +115,22 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
 
 
-def markdown(page: Page) -> str:
+def markdown(report: TableReport) -> str:
     """Return the table, the claims, and how it was measured."""
-    lines = [f"## {page.table.title} ({page.scale} scale)", "", f"| {' | '.join(HEAD)} |", "|---" + "|---:" * 6 + "|"]
-    lines += [f"| {' | '.join(_plain(text) for text in cells(result))} |" for result in page.found]
-    if page.judged:
+    lines = [
+        f"## {report.table.title} ({report.scale} scale)",
+        "",
+        f"| {' | '.join(HEAD)} |",
+        "|---" + "|---:" * 6 + "|",
+    ]
+    lines += [f"| {' | '.join(_plain(text) for text in cells(result))} |" for result in report.found]
+    if report.judged:
         lines += ["", "| the paper's figures say | here | |", "|---|---|---|"]
-        lines += [f"| {_plain(j.claim.text)} | {j.verdict} | {_plain(j.reason)} |" for j in page.judged]
-    lines += ["", *(f"- {caption}: {text}" for caption, text in page.facts.items())]
-    lines += [f"- {note}" for note in notes(page.found)]
-    if page.table.open:
-        lines += ["", f"{OPEN}:", "", *(f"- {line}" for line in page.table.open)]
+        lines += [f"| {_plain(j.claim.text)} | {j.verdict} | {_plain(j.reason)} |" for j in report.judged]
+    lines += ["", *(f"- {caption}: {text}" for caption, text in report.facts.items())]
+    lines += [f"- {note}" for note in notes(report.found)]
+    if report.table.open:
+        lines += ["", f"{OPEN}:", "", *(f"- {line}" for line in report.table.open)]
     return "\n".join(lines) + "\n"
 
 
@@ -135,7 +138,7 @@ def _plain(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def write_json(page: Page) -> str:
+def write_json(report: TableReport) -> str:
     """Return everything as JSON, each seed's score apart."""
     rows = [
         {
@@ -151,48 +154,65 @@ def write_json(page: Page) -> str:
             "seconds": result.wall,
             "run": result.cost is not None,
         }
-        for result in page.found
-    ]
-    claims = [
-        {"text": j.claim.text, "rows": j.claim.rows, "verdict": j.verdict, "reason": j.reason} for j in page.judged
+        for result in report.found
     ]
     tree = {
-        "table": page.table.name,
-        "scale": page.scale,
-        "status": page.status,
-        "metric": page.common.metric,
+        "table": report.table.name,
+        "scale": report.scale,
+        "status": report.status,
+        "metric": report.common.metric,
         "rows": rows,
-        "claims": claims,
-        "noise": seed_noise(page.found),
-        "facts": page.facts,
-        "open": page.table.open,
-        "seconds": page.seconds,
+        "claims": [
+            {"text": j.claim.text, "rows": j.claim.rows, "verdict": j.verdict, "reason": j.reason}
+            for j in report.judged
+        ],
+        "noise": seed_noise(report.found),
+        "facts": report.facts,
+        "open": report.table.open,
+        "seconds": report.seconds,
     }
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
-def write_page(page: Page) -> str:
-    """Return the table as one self-contained HTML page with a plot."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folders = [Path(__file__).parent, Path(training_figures.__file__).parent]
-    environment = Environment(
-        loader=FileSystemLoader(folders),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def write_page(report: TableReport) -> str:
+    """Return the table as one self-contained HTML page with a chart."""
+    return render(
+        "table.html",
+        kind=f"Our results and the paper's, {report.scale} scale",
+        name=report.table.title,
+        measured=report.facts,
+        columns=HEAD,
+        rows=[{"cells": cells(result), "run": result.cost is not None} for result in report.found],
+        judged=report.judged,
+        notes=list(notes(report.found)),
+        open_title=OPEN,
+        open=report.table.open,
+        drawing=_draw_results(report.found, report.common.metric),
     )
-    values: dict[str, Any] = {
-        "title": page.table.title,
-        "scale": page.scale,
-        "facts": page.facts,
-        "head": HEAD,
-        "rows": [{"cells": cells(result), "run": result.cost is not None} for result in page.found],
-        "judged": page.judged,
-        "notes": list(notes(page.found)),
-        "open_title": OPEN,
-        "open": page.table.open,
-        "drawing": draw_results(page.found, page.common.metric),
-    }
-    return environment.get_template("report_template_table.html").render(values)
+
+
+def _draw_results(found: Sequence[Result], metric: str) -> figures.Drawing | None:
+    """Draw each row's seeds, their mean and deviation, and the paper's figure; None if no row has a score of ours."""
+    shown = [result for result in found if result.mean is not None]
+    if not shown:
+        return None
+    lines: list[figures.Line] = []
+    for place, result in enumerate(shown):
+        mean, spread = result.mean or 0.0, result.deviation or 0.0
+        ours, paper = {"color": figures.FIRST}, {"color": figures.SECOND, "fillstyle": "none"}
+        if result.row.paper is not None:
+            lines.append((result.row.paper, place, {**figures.DOTS, **paper, "marker": "D", "markersize": 5}))
+        lines.append(([mean - spread, mean + spread], [place] * 2, {**ours, "marker": "|" if spread else ""}))
+        lines.append((mean, place, {**figures.DOTS, **ours}))
+        seeds = {**figures.DOTS, "color": figures.TEXT, "markersize": 3.5, "alpha": 0.6}
+        lines.append((list(result.scores.values()), [place] * len(result.scores), seeds))
+    return figures.plot(
+        "rows",
+        "Our results and the paper's",
+        lines,
+        "● ours: mean, deviation and single seeds. ◇ the paper's figure, measured on its own data.",
+        size=(figures.FULL[0], 0.3 * len(shown) + 0.9),
+        grid="both",
+        xlabel=metric.replace("_", " ") + (", %" if is_share(metric) else ""),
+        **figures.named_rows([result.row.label for result in shown]),
+    )

@@ -1,0 +1,85 @@
+"""The jinja2 environment that every page is rendered with, and how values are written in it."""
+
+import base64
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from perceiver.tracking.redaction import redact, redact_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page as HTML: one file without external resources, all text escaped.
+
+    Args:
+        template: file name in this folder.
+        values: what the template names. All pages take `kind` (of the page), `name`, and optionally `headline` (a
+            figure and what it is), `facts` (caption -> value) and `commands` (caption -> command line); secrets in
+            facts and commands are masked.
+    """
+    page = {"headline": None, "facts": {}, "commands": {}, **values}
+    for key in ("facts", "commands"):
+        page[key] = {caption: text(value) for caption, value in page[key].items()}
+    return _environment().get_template(template).render(page)
+
+
+@functools.cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(text=text, percent=percent, size=size)
+    return environment
+
+
+def text(value: Any) -> str:
+    """Return a value as a reader wants it: thousands separated, four significant digits, secrets masked."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, int | float | np.number):
+        return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}"
+    return redact_text(str(value))
+
+
+def percent(share: float | None) -> str:
+    """Return a share in per cent with one decimal."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share between 0 and 1, shown in per cent."""
+    return metric.startswith("accuracy")
+
+
+def size(count: float) -> str:
+    """Return a number of bytes with a unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def yaml_text(tree: Mapping[str, Any]) -> str:
+    """Return settings as YAML, secrets masked; nothing for no settings."""
+    return yaml.safe_dump(redact(dict(tree)), sort_keys=False, allow_unicode=True) if tree else ""
+
+
+def data_uri(content: bytes, kind: str = "image/png") -> str:
+    """Return bytes of a media type as a `data:` URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,290 @@
+"""The report of a run: one HTML page, its figures as PNG and the figures of its classes as CSV.
+
+A pure function of plain arrays: it knows no model, no data set and no tracker.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perceiver.report import figures
+from perceiver.report.page import data_uri, percent, render, text, yaml_text
+
+TABLE_CLASSES = 25
+"""More classes than that are not all on the page: their confusion matrix is a picture, the worst of them are listed."""
+LISTED_CLASSES, LISTED_PAIRS = 20, 8
+WRONG_SHOWN, RIGHT_SHOWN = 24, 12
+LATENTS_SHOWN, ATTENDS_SHOWN, ATTENTION_EXAMPLES = 6, 8, 6
+CARD = 224
+"""Longest side of a sample's picture in pixels."""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report is made of. Whatever is left out, but name and history, leaves out its section.
+
+    Shapes: B test samples, K classes, E examples, A cross-attends, h heads, N latents, H x W positions.
+    """
+
+    name: str
+    history: figures.Rows  # a mapping for each recorded moment: step, train/loss, eval/loss, train/lr, ...
+    task: str = "classification"  # or "multilabel": a class table; any other: the curves only
+    class_names: Sequence[str] = ()  # K
+    sample_ids: NDArray[np.integer] | None = None  # (B,)
+    labels: NDArray[Any] | None = None  # (B,) int class, or (B, K) 0/1 for "multilabel"
+    predictions: NDArray[Any] | None = None  # (B,) int class; not used for "multilabel"
+    probabilities: NDArray[np.floating] | None = None  # (B, K)
+    images: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)  # sample id -> (H, W, C), those to be shown
+    attention_ids: Sequence[int] = ()  # E sample ids
+    attention: NDArray[np.floating] | None = None  # (E, A, h, N, H, W) weights of the latents over input positions
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved; secrets are masked here
+    facts: Mapping[str, Any] = field(default_factory=dict)  # caption -> value, in this order
+    commands: Mapping[str, str] = field(default_factory=dict)  # caption -> command line
+    checkpoints: Sequence[Mapping[str, Any]] = ()  # a mapping for each: step, path, ...
+    headline: tuple[str, str] | None = None  # a figure and what it is; None: a classification's test accuracy
+
+
+def run_report(data: ReportData) -> dict[str, bytes]:
+    """Return the files of a report by name: `index.html`, `figures/*.png` and, with classes, `per_class.csv`."""
+    files: dict[str, bytes] = {}
+    page: dict[str, Any] = {"headline": data.headline, "examples": None, "classes": None}
+    curves = figures.learning_curves(data.history)
+    if data.labels is not None and len(data.labels):
+        if data.task == "classification" and data.predictions is not None:
+            page |= _classification(data, data.labels, data.predictions, files)
+        elif data.task == "multilabel" and data.probabilities is not None:
+            page["classes"] = multilabel_table(data.labels, data.probabilities, data.class_names)
+    if rows := page["classes"]:
+        page["listed"] = rows if len(rows) <= TABLE_CLASSES else worst(rows)
+        files["per_class.csv"] = _csv(rows)
+    drawings = [*curves, *([page["calibration"]] if page.get("calibration") else [])]
+    files |= {f"figures/{drawing.slug}.png": drawing.png for drawing in drawings}
+    columns = list(dict.fromkeys(key for row in data.checkpoints for key in row))
+    page |= {
+        "name": data.name,
+        "facts": data.facts,
+        "commands": data.commands,
+        "curves": curves,
+        "attention": _attention(data, files),
+        "columns": columns,
+        "checkpoints": [[text(row.get(key)) for key in columns] for row in data.checkpoints],
+        "recipe": yaml_text(data.recipe),
+    }
+    files["index.html"] = render("run.html", kind="Training report", **page).encode()
+    return files
+
+
+def _classification(
+    data: ReportData, labels: NDArray[Any], predictions: NDArray[Any], files: dict[str, bytes]
+) -> dict[str, Any]:
+    """Return what the page shows of a classification; put its figures into `files`."""
+    columns = data.probabilities.shape[1] if data.probabilities is not None else 0
+    classes = max(int(labels.max()) + 1, int(predictions.max()) + 1, len(data.class_names), columns)
+    names = class_names(data.class_names, classes)
+    matrix = confusion(labels, predictions, classes)
+    files["figures/confusion.png"] = png = figures.draw_confusion(matrix, names)
+    calibration, error, confidence = None, None, None
+    if data.probabilities is not None:
+        confidence = np.nan_to_num(data.probabilities[np.arange(len(labels)), predictions].astype(np.float64))
+        calibration, error = figures.draw_calibration(confidence, labels == predictions)
+    accuracy = percent(float(np.mean(labels == predictions)))
+    return {
+        "headline": data.headline or (accuracy, f"test accuracy, {len(labels):,} samples"),
+        "tested": len(labels),
+        "names": names,
+        "matrix": _cells(matrix) if classes <= TABLE_CLASSES else None,
+        "confusion": data_uri(png),
+        "pairs": confused_pairs(matrix, names, LISTED_PAIRS),
+        "classes": class_table(matrix, names),
+        "calibration": calibration,
+        "calibration_error": error,
+        "examples": _examples(data, labels, predictions, confidence, names, files),
+    }
+
+
+def _cells(matrix: NDArray[np.int64]) -> list[list[tuple[int, float]]]:
+    """Return counts and how strong their colours are (0 to 100), of mistakes as against the worst mistake."""
+    off = matrix - np.diag(np.diag(matrix))
+    whole = np.where(np.eye(len(matrix), dtype=bool), matrix.sum(axis=1, keepdims=True), off.max())
+    strength = np.where(matrix, 12 + 58 * np.sqrt(matrix / np.maximum(whole, 1)), 0)
+    return [list(zip(*rows, strict=True)) for rows in zip(matrix.tolist(), strength.round().tolist(), strict=True)]
+
+
+def _examples(
+    data: ReportData,
+    labels: NDArray[Any],
+    predictions: NDArray[Any],
+    confidence: NDArray[np.floating] | None,
+    names: Sequence[str],
+    files: dict[str, bytes],
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the wrong and the right predictions to show, as far as their images were given."""
+    groups: dict[str, list[dict[str, Any]]] = {"wrong": [], "right": []}
+    ids = data.sample_ids
+    if ids is None:
+        return groups
+    sure = confidence if confidence is not None else np.zeros(len(labels))
+    for (kind, group), indices in zip(groups.items(), choose_examples(labels, predictions, sure), strict=True):
+        shown = [index for index in indices if int(ids[index]) in data.images]
+        images = [figures.picture(data.images[int(ids[index])]) for index in shown]
+        if images:
+            rows = [images[start : start + 8] for start in range(0, len(images), 8)]
+            files[f"figures/{kind}.png"] = figures.png_bytes(figures.montage(rows, figures.MAP))
+        for index, image in zip(shown, images, strict=True):
+            group.append(
+                {
+                    "id": int(ids[index]),
+                    "label": names[int(labels[index])],
+                    "prediction": names[int(predictions[index])],
+                    "confidence": None if confidence is None else float(confidence[index]),
+                    "image": figures.image_uri(image, CARD),
+                }
+            )
+    return groups
+
+
+def _attention(data: ReportData, files: dict[str, bytes]) -> list[dict[str, Any]]:
+    """Return for each example its image, and per cross-attend the mean map and those of some latents."""
+    if data.attention is None or not len(data.attention_ids):
+        return []
+    latents = choose_latents(data.attention)
+    attends = np.unique(np.linspace(0, data.attention.shape[1] - 1, ATTENDS_SHOWN).round().astype(int))
+    sections = []
+    for sample, weights in list(zip(data.attention_ids, data.attention, strict=True))[:ATTENTION_EXAMPLES]:
+        image = figures.picture(data.images[sample]) if sample in data.images else None
+        maps = weights.mean(axis=1, dtype=np.float64)
+        rows = [[maps[attend].mean(axis=0), *maps[attend, latents]] for attend in attends]
+        drawn = [[figures.attention_map(cell, image) for cell in row] for row in rows]
+        pictures = [[*([image] if image else []), *row] for row in drawn]
+        files[f"figures/attention-{sample}.png"] = figures.png_bytes(figures.montage(pictures, figures.MAP))
+        peaks = [[f"{np.nanmax(cell) * cell.size:.1f}×" for cell in row] for row in rows]
+        uris = [[figures.image_uri(cell) for cell in row] for row in drawn]
+        cells = [list(zip(*row, strict=True)) for row in zip(uris, peaks, strict=True)]
+        shown = figures.image_uri(image, CARD) if image else None
+        sections.append(
+            {"id": sample, "image": shown, "latents": latents, "rows": list(zip(attends + 1, cells, strict=True))}
+        )
+    return sections
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return sink.getvalue().encode()
+
+
+def choose_examples(
+    labels: NDArray[Any],
+    predictions: NDArray[Any],
+    confidence: NDArray[np.floating],
+    wrong: int = WRONG_SHOWN,
+    right: int = RIGHT_SHOWN,
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return indices of the samples to show: the most confident mistakes, and right ones spread over the classes.
+
+    Args:
+        labels: (B,) int.
+        predictions: (B,) int.
+        confidence: (B,) probability of the predicted class.
+        wrong: greatest number of mistakes.
+        right: greatest number of right ones: of each class in turn the least confident first, which tell the most.
+    """
+    mistakes = np.flatnonzero(labels != predictions)
+    mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")][:wrong]
+    hits = np.flatnonzero(labels == predictions)
+    hits = hits[np.argsort(confidence[hits], kind="stable")]
+    rank = np.zeros(len(hits), dtype=np.intp)
+    for label in np.unique(labels[hits]):
+        own = np.flatnonzero(labels[hits] == label)
+        rank[own] = np.arange(len(own))
+    return mistakes, hits[np.lexsort((labels[hits], rank))][:right]
+
+
+def confusion(labels: NDArray[Any], predictions: NDArray[Any], classes: int) -> NDArray[np.int64]:
+    """Return (K, K) counts: row = label, column = prediction."""
+    flat = labels.astype(np.int64) * classes + predictions.astype(np.int64)
+    return np.bincount(flat, minlength=classes * classes).reshape(classes, classes)
+
+
+def class_table(matrix: NDArray[np.int64], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return precision, recall, F1 and count of each class; None where a figure has no denominator."""
+    rows = []
+    for name, hit, count, guessed in zip(names, np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0), strict=True):
+        rates = {"precision": ratio(hit, guessed), "recall": ratio(hit, count), "F1": ratio(2 * hit, count + guessed)}
+        rows.append({"name": str(name), **rates, "count": int(count)})
+    return rows
+
+
+def multilabel_table(
+    labels: NDArray[Any], probabilities: NDArray[np.floating], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return precision and recall at probability 0.5, average precision and count of positives of each class."""
+    rows = []
+    for index, name in enumerate(class_names(names, labels.shape[1])):
+        truth, score = labels[:, index] > 0.5, probabilities[:, index]
+        hit, count, guessed = (truth & (score >= 0.5)).sum(), truth.sum(), (score >= 0.5).sum()
+        rates = {"precision": ratio(hit, guessed), "recall": ratio(hit, count)}
+        rows.append({"name": name, **rates, "average precision": average_precision(truth, score), "count": int(count)})
+    return rows
+
+
+def average_precision(truth: NDArray[np.bool_], score: NDArray[np.floating]) -> float | None:
+    """Return the mean of the precision at each positive, in order of falling score; None without positives."""
+    if not truth.any():
+        return None
+    ranked = truth[np.argsort(-score, kind="stable")]
+    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+    return float(precision[ranked].mean())
+
+
+def worst(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the classes with the lowest recall among those that occur, lowest first."""
+    return sorted((row for row in rows if row["count"]), key=lambda row: row["recall"])[:LISTED_CLASSES]
+
+
+def confused_pairs(matrix: NDArray[np.int64], names: Sequence[str], limit: int = 12) -> list[dict[str, Any]]:
+    """Return the most frequent mistakes: label, prediction, how often, and as a share of the label's samples."""
+    wrong = matrix - np.diag(np.diag(matrix))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
+    pairs = [(int(row), int(column)) for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)]
+    return [
+        {"label": names[i], "prediction": names[j], "count": int(wrong[i, j]), "share": wrong[i, j] / matrix[i].sum()}
+        for i, j in pairs
+        if wrong[i, j]
+    ]
+
+
+def choose_latents(attention: NDArray[np.floating], count: int = LATENTS_SHOWN) -> list[int]:
+    """Return the latents whose maps differ most: the most focused one, then each time the farthest from those taken.
+
+    Args:
+        attention: (E, A, h, N, H, W).
+        count: greatest number of latents.
+    """
+    maps = np.moveaxis(np.nan_to_num(attention.mean(axis=2, dtype=np.float64)), 2, 0)
+    flat = maps.reshape(maps.shape[0], -1)
+    flat = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+    chosen = [int(np.argmax(flat.max(axis=1)))]
+    distance = 1 - flat @ flat[chosen[0]]
+    while len(chosen) < min(count, len(flat)):
+        distance[chosen] = -1.0
+        chosen.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, 1 - flat @ flat[chosen[-1]])
+    return sorted(chosen)
+
+
+def class_names(names: Sequence[str], classes: int) -> list[str]:
+    """Return as many names as there are classes: the given ones, and the number of a class that has none."""
+    return [str(names[index]) if index < len(names) else str(index) for index in range(classes)]
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """Return the quotient, or None without a denominator."""
+    return float(part / whole) if whole else None

@@ -1,0 +1,164 @@
+"""What is shown and measured of one sample, for each kind of feature."""
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+from PIL import Image
+
+from perceiver.report.figures import image_uri, montage
+from perceiver.report.page import data_uri
+from pipelines.features.audio import clip
+from pipelines.transforms.audio import AudioConfig, Sound
+from pipelines.transforms.decode import to_image
+from pipelines.transforms.media import Media, frames_at
+from pipelines.transforms.optical_flow import Pair
+from pipelines.transforms.points import normalised
+
+POINTS, CHARACTERS = 2048, 600
+"""Greatest number on a page: points of a cloud, characters of a text."""
+HEARD_S, HEARD_RATE = 5.0, 24_000
+"""Of longer recordings, and of higher rates, what can be listened to."""
+SPECTROGRAM_WIDTH, FLOOR_DB = 320, 80.0
+"""Pixels; what is further below the loudest is black."""
+FRAMES, FRAME_HEIGHT, STRIP_WIDTH = 6, 120, 960
+PLAYABLE, PLAYED_BYTES = {"h264", "vp8", "vp9", "av1"}, 1_000_000
+"""Codecs that browsers know; larger videos are shown as frames only."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to look at or to listen to.
+
+    Attributes:
+        kind: picture, strip, audio, video, points or text: how the page shows it.
+        content: a data URI; the text itself; for points base64 of int8 x, y, z.
+        note: text below it.
+    """
+
+    kind: str
+    content: str
+    note: str = ""
+
+
+def show(kind: str, stored: Any, decoded: Any) -> list[Part]:
+    """Return what the page shows of a feature; nothing for labels, which are written.
+
+    Args:
+        kind: of the feature.
+        stored: its value in the shard.
+        decoded: what it was decoded to.
+    """
+    match kind:
+        case "image":
+            return [Part("picture", image_uri(to_image(decoded)), f"{decoded.shape[1]} × {decoded.shape[0]}")]
+        case "text":
+            cut = decoded if len(decoded) <= CHARACTERS else decoded[:CHARACTERS] + "…"
+            return [Part("text", cut, f"{len(decoded):,} characters")]
+        case "points":
+            # Spread over the stored order, in a cube of -127 to 127.
+            chosen = decoded[np.linspace(0, len(decoded) - 1, min(len(decoded), POINTS)).astype(int), :3]
+            coarse = np.round(127 * normalised(chosen)).astype(np.int8)
+            return [Part("points", base64.b64encode(coarse.tobytes()).decode(), f"{len(decoded):,} points")]
+        case "audio":
+            return _show_audio(decoded)
+        case "video":
+            return _show_video(stored, decoded)
+        case "media":
+            return [*_show_video(stored, decoded), *_show_audio(decoded)]
+        case "flow":
+            images = [to_image(frame).convert("RGB") for frame in (decoded.first, decoded.second)]
+            longest = float(np.hypot(*decoded.flow)[decoded.valid].max(initial=0.0))
+            note = f"{_size(decoded)}, up to {longest:.3g} pixels of motion"
+            return [_strip([*images, flow_colours(decoded.flow, decoded.valid)], note)]
+    return []
+
+
+def measure(kind: str, decoded: Any) -> dict[str, float]:
+    """Return name and value of what is worth a statistic; nothing for labels, which are counted."""
+    match kind:
+        case "image":
+            return {"height": decoded.shape[0], "width": decoded.shape[1]}
+        case "text":
+            return {"characters": len(decoded), "bytes": len(decoded.encode())}
+        case "points":
+            extent = decoded[:, :3].max(axis=0) - decoded[:, :3].min(axis=0)
+            return {"points": len(decoded), "longest side": float(extent.max())}
+        case "audio":
+            return {"seconds": decoded.seconds, "rate": decoded.rate}
+        case "video" | "media":
+            size = {"height": decoded.height, "width": decoded.width}
+            sound = {"rate": decoded.rate} if kind == "media" else {}
+            return {"seconds": decoded.seconds, "frames per second": decoded.fps, **size, **sound}
+        case "flow":
+            known = np.hypot(*decoded.flow)[decoded.valid]
+            height, width = decoded.valid.shape
+            motion = float(known.mean()) if known.size else 0.0
+            share = float(decoded.valid.mean())
+            return {"height": height, "width": width, "known share": share, "mean pixels of motion": motion}
+    return {}
+
+
+def _show_audio(decoded: Sound | Media) -> list[Part]:
+    """Return spectrogram and player of the beginning."""
+    seconds, rate = min(decoded.seconds, HEARD_S), min(decoded.rate, HEARD_RATE)
+    samples = clip(decoded, 0.0, AudioConfig(rate=rate, samples=max(1, round(seconds * rate))))
+    sink = io.BytesIO()
+    soundfile.write(sink, samples, rate, format="FLAC")
+    note = f"{decoded.seconds:.3g} s at {decoded.rate / 1000:g} kHz, {decoded.channels} channel"
+    note += "s" * (decoded.channels > 1) + (
+        f", the first {HEARD_S:g} s of it here" if decoded.seconds > HEARD_S else ""
+    )
+    image = image_uri(spectrogram(samples), SPECTROGRAM_WIDTH)
+    return [Part("strip", image, note), Part("audio", data_uri(sink.getvalue(), "audio/flac"))]
+
+
+def spectrogram(samples: NDArray[np.int16], window: int = 512) -> Image.Image:
+    """Return loudness over time (to the right) and frequency (upwards, all of it), in decibels below the loudest."""
+    from matplotlib import colormaps
+
+    width = SPECTROGRAM_WIDTH
+    wave = np.pad(samples.astype(np.float32), (window // 2, window // 2 + max(0, width - len(samples))))
+    starts = np.linspace(0, len(wave) - window, width).astype(int)
+    frames = wave[starts[:, None] + np.arange(window)] * np.hanning(window).astype(np.float32)
+    power = np.abs(np.fft.rfft(frames, axis=1)).T[::-1] ** 2
+    level = 10 * np.log10(np.maximum(power / max(float(power.max()), 1e-12), 1e-12))
+    pixels = (colormaps["magma"](np.clip(1 + level / FLOOR_DB, 0, 1))[..., :3] * 255).astype(np.uint8)
+    return Image.fromarray(pixels).resize((width, window // 4), Image.Resampling.BOX)
+
+
+def _show_video(stored: Any, decoded: Media) -> list[Part]:
+    """Return frames from beginning to end, and a player for a short file that browsers know."""
+    times = decoded.seconds * (np.arange(FRAMES) + 0.5) / FRAMES
+    images, index = frames_at(decoded, times, to_image, 3)
+    note = f"{decoded.width} × {decoded.height}, {decoded.seconds:.3g} s, {decoded.fps:.3g} frames per second"
+    parts = [_strip([images[number] for number in index], note)]
+    codec = decoded.container.streams.video[0].codec_context.name
+    if codec in PLAYABLE and len(stored) <= PLAYED_BYTES:
+        parts.append(Part("video", data_uri(stored, "video/mp4" if stored[4:8] == b"ftyp" else "video/webm")))
+    return parts
+
+
+def flow_colours(flow: NDArray[np.float32], valid: NDArray[np.bool_]) -> Image.Image:
+    """Return flow (2, H, W) as colours: hue is the direction, saturation the length, grey is unknown."""
+    from matplotlib.colors import hsv_to_rgb
+
+    across, down = np.where(valid, flow, 0)
+    length = np.hypot(across, down)
+    hue = (np.arctan2(-down, across) / (2 * np.pi)) % 1
+    colours = hsv_to_rgb(np.stack([hue, length / max(float(length.max()), 1e-6), np.ones_like(hue)], axis=-1))
+    return Image.fromarray((np.where(valid[..., None], colours, 0.5) * 255).astype(np.uint8))
+
+
+def _strip(images: list[Image.Image], note: str) -> Part:
+    """Return images side by side, all of one height."""
+    height = min(FRAME_HEIGHT, max(image.height for image in images))
+    return Part("strip", image_uri(montage([images], height, (128, 128, 128), gap=4), STRIP_WIDTH), note)
+
+
+def _size(pair: Pair) -> str:
+    return f"{pair.valid.shape[1]} × {pair.valid.shape[0]}"
