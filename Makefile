@@ -24,11 +24,12 @@ train: $(READY)  ## prepare the quickstart data, train, evaluate, report
 	@$(BIN)/perceiver prepare digits data/digits
 	@$(BIN)/perceiver train recipes/train/quickstart.yaml
 
-check: $(READY)  ## lint, format, types, import contract
+check: $(READY)  ## lint, format, types, import contracts, private names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.contracts
 
 test: check  ## check, then the whole test suite: the fast tests on two cores at a time, then the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile

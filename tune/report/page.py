@@ -11,8 +11,8 @@ from tune.config import Search
 from tune.record import SearchRecord, TrialRecord
 from tune.report.importance import Importance, importance
 from tune.report.numbers import duration, figure, short_keys
+from tune.report.verdict import verdict
 from tune.search.checks import number
-from tune.search.conclude import verdict
 from tune.space.space import Choice, Int, LogUniform, Space
 
 ENDS = {"finished": "o", "stopped": "|"}

@@ -15,7 +15,7 @@ from tests.tune.searches import load, record, trial
 from tune.config import SearchConfig
 from tune.record import SearchRecord, go_on, load_record, number_of, save_record, trial_name
 from tune.report.importance import Importance, importance
-from tune.search.conclude import verdict
+from tune.report.verdict import verdict
 from tune.search.coordinator import Asker, Desk, Reporter, placed, reason
 from tune.search.schedulers import Past, build_scheduler, clipped, replay, takes_turns
 from tune.search.tuner import _Values
