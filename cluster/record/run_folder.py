@@ -161,7 +161,7 @@ def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> 
 
 def redacted_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's tree fit for files and logs: values under secret-looking keys and in URLs are masked."""
-    from perceiver.tracking.tracker import redact
+    from perceiver.tracking.redaction import redact
 
     return {
         key: redacted_recipe(value) if isinstance(value, Mapping) else redact({key: value})[key]

@@ -36,7 +36,7 @@ from cluster.runtime.session import (
     tracking_of,
 )
 from perceiver.config import UserError
-from perceiver.tracking.mlflow_writer import RunHandle
+from perceiver.tracking.runs import RunHandle
 from pipelines.feed.warm import warm_up
 
 log = logging.getLogger(__name__)

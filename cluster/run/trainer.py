@@ -10,7 +10,7 @@ from cluster.recipe.placement import check_memory, connected_nodes, worker_need
 from cluster.recipe.preflight import data_cpus, data_need, place_some, shared_out
 from cluster.record.run_folder import RunFolder
 from cluster.runtime import local
-from perceiver.tracking.mlflow_writer import RunHandle, spool_folder
+from perceiver.tracking.runs import RunHandle, spool_folder
 
 
 @dataclass(frozen=True)

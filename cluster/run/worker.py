@@ -32,7 +32,7 @@ from perceiver.export.weights import open_weights, start_from
 from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
 from perceiver.tasks import build_task
-from perceiver.tracking.mlflow_writer import RunHandle, open_tracker
+from perceiver.tracking.runs import RunHandle, open_tracker
 from perceiver.tracking.tracker import NullTracker, Tracker
 from perceiver.train.checkpoint.evaluation import BesideHook
 from perceiver.train.checkpoint.store import Snapshot
