@@ -49,7 +49,7 @@ class RunFolder:
 
     @property
     def local(self) -> Path:
-        """Return the folder for what must lie on a local disk (logs, tracking spool): the run's own if it is local."""
+        """Return the folder for what must lie on a local disk (logs, metrics): the run's own if it is local."""
         return Path(self.url) if "://" not in self.url else Path.home() / ".cache" / "perceiver" / "runs" / self.name
 
     def location(self, *parts: str) -> str:

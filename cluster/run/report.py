@@ -120,7 +120,7 @@ def _throughput(history: list[dict[str, float]]) -> float:
 
 
 def _stalls(history: list[dict[str, float]]) -> dict[str, str]:
-    """The shares of the training time that steps waited for checkpoints and for MLflow's spool, as last recorded."""
+    """The shares of the training time that steps waited for checkpoints and for recording, as last recorded."""
     found = {}
     for caption, key in (("checkpoints", "train/checkpoint_stall_share"), ("recording", "train/recording_share")):
         shares = [row[key] for row in history if key in row]

@@ -10,7 +10,7 @@ from cluster.recipe.placement import check_memory, connected_nodes, worker_need
 from cluster.recipe.preflight import data_cpus, data_need, place_some, shared_out
 from cluster.record.run_folder import RunFolder
 from cluster.runtime import local
-from perceiver.tracking.runs import RunHandle, spool_folder
+from perceiver.tracking.runs import RunHandle
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,6 @@ def worker_config(
         "run": folder.name,
         "monitor": monitor,
         "mlflow": handle.to_json() if handle else None,
-        "spool": str(spool_folder(folder.local).resolve()),
+        "local": str(folder.local.resolve()),
         "runs": share.runs,
     }

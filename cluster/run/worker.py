@@ -132,7 +132,10 @@ def work(config: Mapping[str, Any], make_engine: EngineMaker) -> dict[str, Any]:
             job.pulse = pulse
             resources.callback(job.pulse.stop)
             job.batches = job.counted(job.batches)
-            return _run(job)
+            outcome = _run(job)
+            if (config["mlflow"] or {}).get("worker_closes"):
+                job.tracker.close(outcome["status"])
+            return outcome
     except UserError as error:
         monitor.send("refused", {"error": str(error)}, urgent=True)
         monitor.flush()
@@ -170,9 +173,9 @@ def _build(
     history = _restore(engine, folder, done, monitor)
     tracker: Tracker = NullTracker()
     if place.rank == 0:
-        tracker = _tracker(config)
+        tracker = _tracker(config, history)
         resources.callback(tracker.detach)
-        history.sinks.append(tracker.log_metrics)
+        history.sinks.append(lambda step, metrics: tracker.log_metrics(step, metrics, history.rows[-1]["time"]))
         history.sinks.append(partial(_tell_metrics, monitor))
     return Job(recipe, folder, manifest, place, engine, history, monitor, tracker, batches, done, quarantine)
 
@@ -258,12 +261,10 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, manifest: M
     )
 
 
-def _tracker(config: Mapping[str, Any]) -> Tracker:
-    """Return rank 0's tracker; it spools to the run's local folder, or here if that lies on another machine."""
-    handle = config["mlflow"]
-    if handle is None:
-        return NullTracker()
-    return open_tracker(RunHandle.from_json(handle), Path(config["spool"]), system_metrics_node="")
+def _tracker(config: Mapping[str, Any], history: History) -> Tracker:
+    """Return rank 0's tracker, whose record in the run's local folder begins with the metrics recorded so far."""
+    handle = RunHandle.from_json(config["mlflow"]) if config["mlflow"] else None
+    return open_tracker(handle, Path(config["local"]), history=history.text(), system_metrics_node="")
 
 
 def _newest_step(folder: RunFolder, place: Place) -> int:

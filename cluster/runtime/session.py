@@ -17,16 +17,9 @@ from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import EarlyRay
 from perceiver.config import UserError
-from perceiver.tracking.mlflow_writer import (
-    RunHandle,
-    TrackingConfig,
-    create_run,
-    load_handle,
-    prewarm,
-    share_helper,
-    spool_folder,
-)
+from perceiver.tracking.record import HISTORY
 from perceiver.tracking.redaction import redact_text
+from perceiver.tracking.runs import RunHandle, TrackingConfig, create_run, load_handle, sqlite_uri
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +49,8 @@ def tracking_of(config: TrackingConfig, folder: RunFolder, name: str) -> Trackin
         folder: of the run; without a URI all runs beside it share one SQLite file.
         name: the experiment unless the section or MLFLOW_EXPERIMENT_NAME says another.
     """
-    store = f"sqlite:///{folder.local.parent.resolve() / 'mlflow.db'}"
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or store
+    store = folder.local.parent.resolve() / "mlflow.db"
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(store)
     experiment = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
     return config.model_copy(update={"uri": uri, "experiment": experiment})
 
@@ -73,8 +66,6 @@ def ray_and_mlflow(
 ) -> Iterator[RunHandle | None]:
     """Have Ray and the MLflow run while the body works; both come up side by side, Ray goes down in the background.
 
-    MLflow's helper process stays: what the end of the run has to say need not wait for another one.
-
     Args:
         folder: of the run; is told Ray's session and the MLflow run.
         run: the MLflow run, created or reopened.
@@ -83,9 +74,7 @@ def ray_and_mlflow(
         say: prints a line.
         on_ray: called when Ray is there; MLflow may not be yet.
     """
-    share_helper()
-    sidecar = prewarm(run.config, folder.local)
-    created = background.submit(_create_run, folder, run, sidecar)
+    created = background.submit(_create_run, folder, run)
     facts = ray_start.facts()
     on_ray()
     handle = created.result()
@@ -101,7 +90,7 @@ def ray_and_mlflow(
         background.submit(stop_ray, folder, facts["session"])
 
 
-def _create_run(folder: RunFolder, run: Tracked, sidecar: Any) -> RunHandle | None:
+def _create_run(folder: RunFolder, run: Tracked) -> RunHandle | None:
     """Create the MLflow run, or reopen the one that this folder belongs to."""
     return create_run(
         run.config,
@@ -111,7 +100,6 @@ def _create_run(folder: RunFolder, run: Tracked, sidecar: Any) -> RunHandle | No
         tags=run.tags,
         # A driver on another machine knows the run only from what lies at its output.
         resume=load_handle(folder.local) or folder.facts().get("mlflow_run"),
-        prewarmed=sidecar,
     )
 
 
@@ -119,7 +107,7 @@ def _say_tracking(folder: RunFolder, handle: RunHandle | None, say: Callable[[st
     if handle is None:
         return
     if handle.run_id is None:
-        say(f"mlflow does not answer at {redact_text(handle.uri)}: figures wait in {spool_folder(folder.local)}")
+        say(f"mlflow does not answer at {redact_text(handle.uri)}: metrics wait in {folder.local / HISTORY}")
         return
     before = folder.facts().get("mlflow_run") == handle.run_id
     say(f"mlflow run {handle.run_id}{' goes on' if before else ''}, experiment {handle.experiment}")

@@ -24,12 +24,10 @@ def command(recipe: str, overrides: tuple[str, ...], resume: bool, run: str | No
     """
     from cluster.recipe.file import read_tree
     from cluster.runtime.local import EarlyRay, set_quiet_environment
-    from perceiver.tracking.helper import start_helper
 
     set_quiet_environment()
     tree = read_tree(recipe, overrides)
     ray_start = EarlyRay(tree.get("cluster"))
-    start_helper(tree.get("tracking"))
     from cluster.run.launch import launch_training
 
     code = launch_training(recipe, tree, ray_start, overrides=overrides, resume=resume, run=run, as_json=as_json)

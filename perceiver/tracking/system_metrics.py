@@ -1,5 +1,7 @@
-"""Load of the machine a worker runs on, logged like any other metric, so that an outage of the tracking server loses
-none of it (MLflow's own monitor ends at the first failed request)."""
+"""Load of the machine, recorded like other metrics, so that an outage of the server loses none of it.
+
+MLflow's own monitor ends at the first failed request.
+"""
 
 import threading
 import time
@@ -7,29 +9,27 @@ from typing import Any
 
 import psutil
 
-from perceiver.tracking.tracker import Tracker
+from perceiver.tracking.record import LineWriter
 
 MEGABYTE = 1e6
 
 
 class SystemMetrics:
-    """A daemon thread that logs CPU, memory, disk, network and (with `pynvml` installed) GPU figures.
+    """A daemon thread that records CPU, memory, disk, network and (with `pynvml` installed) GPU figures.
 
     The names are MLflow's, so that its "System metrics" tab shows them: `system/<node>/cpu_utilization_percentage`.
     The step is the number of whole intervals since `origin`, so it keeps growing when a run is resumed.
 
     Args:
-        tracker: where the figures go.
+        rows: where the samples go; closed with this.
         node: name of this machine within the run; "" for a run on one machine.
-        origin: seconds since the epoch at which step 0 lies (the start of the run).
+        origin: time of step 0 (the start of the run), in seconds since the epoch.
         interval_s: seconds between two samples.
     """
 
-    def __init__(self, tracker: Tracker, *, node: str = "", origin: float, interval_s: float = 10.0) -> None:
-        self.tracker = tracker
+    def __init__(self, rows: LineWriter, node: str, origin: float, interval_s: float = 10.0) -> None:
+        self.rows, self.origin, self.interval_s = rows, origin, interval_s
         self.prefix = f"system/{node}/" if node else "system/"
-        self.origin = origin
-        self.interval_s = interval_s
         self._stop = threading.Event()
         self._gpus = _gpu_handles()
         self._start = _counters()
@@ -40,10 +40,11 @@ class SystemMetrics:
     def close(self) -> None:
         """Stop sampling."""
         self._stop.set()
-        self._thread.join(timeout=2.0)
+        self._thread.join()
+        self.rows.close()
 
     def sample(self) -> dict[str, float]:
-        """The figures of now; disk and network traffic since this object was made, in megabytes."""
+        """Return the figures of now; network traffic since this object was made, in megabytes."""
         memory = psutil.virtual_memory()
         disk = psutil.disk_usage("/")
         figures = {
@@ -61,8 +62,9 @@ class SystemMetrics:
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval_s):
-            step = int((time.time() - self.origin) / self.interval_s)
-            self.tracker.log_metrics(max(step, 0), self.sample())
+            now = time.time()
+            step = max(0, int((now - self.origin) / self.interval_s))
+            self.rows.append({"step": step, "time": now, **self.sample()})
 
 
 def _counters() -> dict[str, float]:
@@ -74,7 +76,7 @@ def _counters() -> dict[str, float]:
 
 
 def _gpu_handles() -> list[Any]:
-    """NVML handles of the NVIDIA GPUs here; none without the optional `pynvml` or a driver."""
+    """Return NVML handles of the NVIDIA GPUs here; none without the optional `pynvml` or a driver."""
     try:
         import pynvml  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -37,7 +37,7 @@ def down_throughout(folder: Path, tree: dict[str, Any], outcome: Outcome) -> Non
         outcome.expect(job.said("mlflow does not answer"), "said so")
         server.start()
         expect_finished(job.start("--resume"), outcome)
-        outcome.expect(job.said("mlflow has all figures now"), f"all figures are sent\n{job.output}")
+        outcome.expect(job.said("mlflow has all metrics now"), f"all figures are sent\n{job.output}")
         outcome.expect(logged(server) == dict.fromkeys(range(1, STEPS + 1), 1), "each step is there once")
         outcome.expect(status(server) == ["FINISHED"], f"one run, finished: {status(server)}")
         job.metrics_db = server.store

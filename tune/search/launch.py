@@ -18,13 +18,7 @@ from cluster.record.run_folder import RunFolder, choose_run, redacted_recipe
 from cluster.runtime import local
 from cluster.runtime.session import Tracked, log_file, logged, ray_and_mlflow, stop_on_signal
 from perceiver.config import UserError
-from perceiver.tracking.mlflow_writer import (
-    RunHandle,
-    TrackingConfig,
-    load_handle,
-    open_tracker,
-    spool_folder,
-)
+from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
 from pipelines.feed.ingest import load_data
 from pipelines.feed.warm import warm_up
 from tune.config import OptunaSearch, Search, build_search
@@ -202,7 +196,7 @@ def _search(launch: SearchLaunch, ray_start: local.EarlyRay) -> dict[str, Any]:
     warm = partial(warm_up, tasks, recipe.data, load_data(recipe.data, launch.checker.manifest))
     with ray_and_mlflow(folder, run, ray_start, launch.background, launch.console.say, warm) as handle:
         if handle is not None:
-            launch.tracker = open_tracker(handle, spool_folder(folder.local), system_metrics_node="")
+            launch.tracker = open_tracker(handle, folder.local, system_metrics_node="")
         return {**_tune(launch, handle), "handle": handle}
 
 
@@ -329,5 +323,5 @@ class _Tracking:
 
     def _close_failed(self, number: int) -> None:
         folder = RunFolder(self.launch.trials_url, trial_name(number)).local
-        if handle := load_handle(folder):
-            open_tracker(handle, spool_folder(folder)).close("failed")
+        if load_handle(folder):
+            reconcile(self.launch.tracking, folder, status="failed")
