@@ -5,17 +5,12 @@ process of its own, which runs `perceiver.tracking.mlflow_writer` and ends when 
 """
 
 import json
-import logging
-import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -26,50 +21,22 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-REVIVE_S = 30.0
+
 Request = Mapping[str, Any]
 
 
-class MlflowProcess:
-    """Sends the record of one run while it trains.
+def start(request: Request, log: Path) -> "subprocess.Popen[bytes]":
+    """Start a process that follows a record until its standard input is closed.
 
     Args:
         request: arguments of `perceiver.tracking.mlflow_writer.follow`.
         log: file for the messages of the process.
     """
-
-    def __init__(self, request: Request, log: Path) -> None:
-        self.request, self.log = request, log
-        self._process: subprocess.Popen[bytes] | None = None
-        self._started = -math.inf
-        self.revive()
-
-    def revive(self) -> None:
-        """Start the process if it does not run, at most every `REVIVE_S` seconds."""
-        if (self._process is None or self._process.poll() is not None) and time.monotonic() - self._started > REVIVE_S:
-            self._start()
-
-    def finish(self, timeout_s: float) -> None:
-        """Have the rest sent, and end the process; kill it after `timeout_s` seconds."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            try:
-                self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-
-    def _start(self) -> None:
-        self._started = time.monotonic()
-        try:
-            self._process = _popen(self.log, stdout=subprocess.DEVNULL)
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(self.request).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            log.warning("the MLflow process cannot be started (%s); the record waits", error)
+    process = _popen(log, stdout=subprocess.DEVNULL)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
+    return process
 
 
 def ask(request: Request, log: Path, timeout_s: float) -> dict[str, Any]:

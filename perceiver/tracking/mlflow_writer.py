@@ -31,7 +31,7 @@ from perceiver.tracking.mlflow_process import ENVIRONMENT
 from perceiver.tracking.record import FILES, NOTES, SENT, SYSTEM, LineWriter, Row, read_rows, read_sent, write_whole
 from perceiver.tracking.redaction import redact_text, resolve
 from perceiver.tracking.runs import KEY_TAG, SERVER_S, RunHandle, save_handle
-from perceiver.tracking.system_metrics import SystemMetrics
+from perceiver.tracking.system_metrics import record_load
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,8 +43,7 @@ log = logging.getLogger("perceiver.tracking")
 INTERVAL_S = 2.0
 BACKOFF_S = (1.0, 60.0)
 DOWN_S = 5.0
-SEND_S = 60.0
-ARTIFACT_BYTES_PER_S = 1e6
+SEND_S, UPLOAD_S = 60.0, 1800.0
 METRICS_PER_BATCH, TEXTS_PER_BATCH = 1000, 100
 KEY_CHARACTERS, PARAM_CHARACTERS, TAG_CHARACTERS = 250, 6000, 8000
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -87,11 +86,15 @@ def open_run(client: "MlflowClient", handle: RunHandle) -> tuple[RunHandle, "Run
     Returns:
         The handle with what MLflow knows, and the run.
     """
-    run = _by_id(client, handle)
-    experiment_id = _experiment(client, handle) if run is None else run.info.experiment_id
-    if run is None:
-        by_key = f"tags.`{KEY_TAG}` = '{handle.key}'"
+    run = None
+    if handle.run_id:
+        with _unless("RESOURCE_DOES_NOT_EXIST"):
+            run = client.get_run(handle.run_id)
+    if run is None or run.info.lifecycle_stage != "active":
+        experiment_id, by_key = _experiment(client, handle), f"tags.`{KEY_TAG}` = '{handle.key}'"
         run = next(iter(client.search_runs([experiment_id], by_key, max_results=1)), None)
+    else:
+        experiment_id = run.info.experiment_id
     if run is None:
         tags = {**handle.tags, KEY_TAG: handle.key, **({"resumed_from": handle.run_id} if handle.run_id else {})}
         clean = {clean_key(key): value[:TAG_CHARACTERS] for key, value in tags.items()}
@@ -104,38 +107,32 @@ def open_run(client: "MlflowClient", handle: RunHandle) -> tuple[RunHandle, "Run
     return replace(handle, run_id=run.info.run_id, experiment_id=experiment_id, created_ms=created_ms), run
 
 
-def _by_id(client: "MlflowClient", handle: RunHandle) -> "Run | None":
-    """Return the run that the handle names, in whatever experiment; None if it does not exist or was deleted."""
-    mlflow = import_mlflow()
-    try:
-        run = client.get_run(handle.run_id) if handle.run_id else None
-    except mlflow.exceptions.MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
-    return run if run and run.info.lifecycle_stage == "active" else None
-
-
 def _experiment(client: "MlflowClient", handle: RunHandle) -> str:
     """Return the experiment's id; create it if it is missing."""
-    mlflow = import_mlflow()
     root, file = handle.artifact_root, _sqlite_file(handle.uri)
     if root is None and file is not None:
         root = (file.absolute().parent / "mlartifacts").as_uri()
-    for _ in range(2):  # another run may create it first
+    experiment = client.get_experiment_by_name(handle.experiment)
+    if experiment is None:
+        with _unless("RESOURCE_ALREADY_EXISTS"):  # another run was faster
+            client.create_experiment(handle.experiment, root, tags=EXPERIMENT_TAGS)
         experiment = client.get_experiment_by_name(handle.experiment)
-        if experiment is not None and experiment.lifecycle_stage != "active":
-            raise RefusedError(
-                f"experiment {handle.experiment!r} is deleted there; restore it or set tracking.experiment to another"
-            )
-        if experiment is not None:
-            return experiment.experiment_id
-        try:
-            return client.create_experiment(handle.experiment, root, tags=EXPERIMENT_TAGS)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-    raise RefusedError(f"experiment {handle.experiment!r} can neither be found nor created")
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise RefusedError(
+            f"experiment {handle.experiment!r} is deleted there; restore it or set tracking.experiment to another"
+        )
+    return experiment.experiment_id
+
+
+@contextmanager
+def _unless(code: str) -> Iterator[None]:
+    """Take one error code of MLflow for an answer."""
+    mlflow = import_mlflow()
+    try:
+        yield
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != code:
+            raise
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -244,7 +241,7 @@ class RunWriter:
         mlflow = import_mlflow()
         for note in notes:
             try:
-                with _deadline(SEND_S + _upload_seconds(note)):
+                with _deadline(UPLOAD_S):
                     self._send_note(client, note)
             except (mlflow.exceptions.MlflowException, FileNotFoundError) as error:
                 if not isinstance(error, FileNotFoundError) and not self._refuses(client, error):
@@ -280,13 +277,6 @@ class RunWriter:
         return client.get_run(self.handle.run_id).info.lifecycle_stage == "active"
 
 
-def _upload_seconds(note: Row) -> float:
-    """Return the time to allow for uploading the artifact of a note."""
-    path = Path(note.get("artifact", os.devnull))
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files) / ARTIFACT_BYTES_PER_S
-
-
 def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
     """Keep one external model per run that names the newest checkpoint."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
@@ -310,14 +300,10 @@ def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
     Each best checkpoint gets a version, whose tag `checkpoint_uri` says where it is: the store wants a source of its
     own, and nothing is copied there.
     """
-    mlflow = import_mlflow()
     assert handle.run_id is not None
     name = re.sub(r"[^\w\-. ]", "_", f"{handle.experiment}.{handle.name}")
-    try:
+    with _unless("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name, description="checkpoints that were the best of this run when saved")
-    except mlflow.exceptions.MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     found = client.search_model_versions(f"name = '{name}'")
     version = next((each for each in found if each.tags.get("checkpoint_uri") == uri), None)
     if version is None:
@@ -353,25 +339,32 @@ def follow(folder: str, handle: dict[str, Any], node: str | None, close_s: float
         close_s: how long to try to send the rest; 5 s at most if MLflow is known to be down.
     """
     os.nice(10)  # take only what the training leaves
-    writer, ended = RunWriter(Path(folder), RunHandle.from_json(handle)), threading.Event()
-    load = None if node is None else _record_load(writer, node)
-    threading.Thread(target=_wait_for_end, args=(ended, close_s + DOWN_S), daemon=True).start()
-    failures, down, left_at = 0, True, math.inf
+    run, load = RunHandle.from_json(handle), None
+    ended, failing = threading.Event(), threading.Event()
+    threading.Thread(target=_wait_for_end, args=(ended, failing, close_s), daemon=True).start()
+    if node is not None and run.system_metrics_interval:
+        rows, origin = LineWriter(Path(folder, SYSTEM)), run.created_ms / 1000 or time.time()
+        arguments = (rows, node, origin, run.system_metrics_interval, ended)
+        load = threading.Thread(target=record_load, args=arguments, daemon=True)
+        load.start()
+    writer, failures, down, left_at = RunWriter(Path(folder), run), 0, True, math.inf
     while True:
         last = ended.is_set()
         if last and left_at == math.inf:
             left_at = time.monotonic()
             if load is not None:
-                load.close()
+                load.join()
         try:
             writer.send()
             if failures:
                 log.warning("MLflow is back after %d failed attempts", failures)
             failures, down = 0, False
+            failing.clear()
         except Exception as error:  # noqa: BLE001 - MLflow, its store or the network: try again later
             if failures == 0:
                 log.warning("MLflow cannot be reached (%s); the record waits in %s", _line(error), folder)
             failures, down = failures + 1, down or not last
+            failing.set()
         if last and (not failures or time.monotonic() - left_at > (min(DOWN_S, close_s) if down else close_s)):
             return
         first, longest = BACKOFF_S
@@ -379,19 +372,11 @@ def follow(folder: str, handle: dict[str, Any], node: str | None, close_s: float
         ended.wait(pause if failures else INTERVAL_S) if not last else time.sleep(0.5)
 
 
-def _record_load(writer: RunWriter, node: str) -> SystemMetrics | None:
-    handle = writer.handle
-    if not handle.system_metrics_interval:
-        return None
-    origin = handle.created_ms / 1000 if handle.created_ms else time.time()
-    return SystemMetrics(LineWriter(writer.folder / SYSTEM), node, origin, handle.system_metrics_interval)
-
-
-def _wait_for_end(ended: threading.Event, grace_s: float) -> None:
+def _wait_for_end(ended: threading.Event, failing: threading.Event, close_s: float) -> None:
     """Wait for the end of standard input; then do not let a request that hangs keep the process alive."""
     sys.stdin.buffer.read()
     ended.set()
-    time.sleep(grace_s)
+    time.sleep(DOWN_S + (0.0 if failing.is_set() else close_s))
     os._exit(1)
 
 

@@ -4,17 +4,20 @@ Nothing here can stop or slow a training run: each call appends one line to a lo
 """
 
 import logging
+import math
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from perceiver.tracking.mlflow_process import MlflowProcess
+from perceiver.tracking.mlflow_process import start
 from perceiver.tracking.record import HISTORY, LOG, NOTES, LineWriter, unsent
 from perceiver.tracking.redaction import redact_value
 
 log = logging.getLogger(__name__)
 
+REVIVE_S = 30.0
 Status = Literal["running", "finished", "failed", "stopped"]
 
 
@@ -55,16 +58,17 @@ class RecordTracker:
     ) -> None:
         self.folder, self.close_timeout_s = folder, close_timeout_s
         self._history, self._notes = LineWriter(folder / HISTORY, history), LineWriter(folder / NOTES)
-        request = {"folder": str(folder), "handle": handle, "node": node, "close_s": close_timeout_s}
-        self._process = MlflowProcess(request, folder / LOG)
-        self._closed = False
+        self._request = {"folder": str(folder), "handle": handle, "node": node, "close_s": close_timeout_s}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started, self._closed = -math.inf, False
+        self._revive(0.0)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float], time_s: float | None = None) -> None:
         """See `Tracker`."""
         if not self._closed:
             now = time.time() if time_s is None else time_s
             self._history.append({"step": int(step), "time": now, **{key: float(metrics[key]) for key in metrics}})
-            self._process.revive()
+            self._revive(REVIVE_S)
 
     def set_tag(self, key: str, value: str) -> None:
         """See `Tracker`."""
@@ -86,9 +90,26 @@ class RecordTracker:
         self._closed = True
         self._history.close()
         self._notes.close()
-        self._process.finish(self.close_timeout_s)
+        self._revive(0.0)
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            try:
+                self._process.wait(self.close_timeout_s)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
         if left := unsent(self.folder):
             log.warning("MLflow lacks %d lines of the record in %s, see %s there", left, self.folder, LOG)
+
+    def _revive(self, pause_s: float) -> None:
+        """Start the MLflow process if it does not run and the last start is more than `pause_s` seconds ago."""
+        now = time.monotonic()
+        if (self._process is None or self._process.poll() is not None) and now - self._started > pause_s:
+            self._started = now
+            try:
+                self._process = start(self._request, self.folder / LOG)
+            except OSError as error:
+                log.warning("the MLflow process cannot be started (%s); the record waits in %s", error, self.folder)
 
     def _note(self, **note: str) -> None:
         if not self._closed:

@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from perceiver.config import UserError
-from perceiver.tracking import mlflow_process
+from perceiver.tracking import tracker as tracker_module
 from perceiver.tracking.record import HISTORY, SYSTEM, read_rows, unsent
 from perceiver.tracking.runs import (
     RunHandle,
@@ -164,7 +164,7 @@ def test_sigkill_of_a_run_then_a_resume_from_a_checkpoint(store: str, tmp_path: 
 def test_sigkill_of_the_mlflow_process_costs_nothing(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_process, "REVIVE_S", 0.0)
+    monkeypatch.setattr(tracker_module, "REVIVE_S", 0.0)
     handle = new_run(store, tmp_path)
     before = set(psutil.Process().children())
     tracker = open_tracker(handle, tmp_path)
