@@ -241,7 +241,7 @@ class RunWriter:
         mlflow = import_mlflow()
         for note in notes:
             try:
-                with _deadline(UPLOAD_S):
+                with _deadline(UPLOAD_S if "artifact" in note else SEND_S):
                     self._send_note(client, note)
             except (mlflow.exceptions.MlflowException, FileNotFoundError) as error:
                 if not isinstance(error, FileNotFoundError) and not self._refuses(client, error):
