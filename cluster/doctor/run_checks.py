@@ -90,7 +90,7 @@ def check_tracking(patient: Patient) -> Result:
     fix = "start it, or correct MLFLOW_TRACKING_URI or tracking.uri"
     if config.required:
         return patient.stops, f"{redact_text(uri)} {reason}", f"{fix}, or set tracking.required=false"
-    return WARN, f"{redact_text(uri)} {reason}", f"{fix}; runs spool their figures meanwhile"
+    return WARN, f"{redact_text(uri)} {reason}", f"{fix}; runs keep their metrics and send them later"
 
 
 def _no_answer(uri: str) -> str | None:

@@ -15,7 +15,7 @@ from perceiver.config import Config, UserError
 from perceiver.factory import ModelConfig
 from perceiver.optim.config import OptimConfig
 from perceiver.tasks import TaskConfig
-from perceiver.tracking.mlflow_writer import TrackingConfig
+from perceiver.tracking.runs import TrackingConfig
 from perceiver.train.engine.deepspeed_config import DeepSpeedConfig, read_config
 from perceiver.train.loop import TrainConfig
 from pipelines.feed.ingest import DataConfig

@@ -49,7 +49,7 @@ class RunFolder:
 
     @property
     def local(self) -> Path:
-        """Return the folder for what must lie on a local disk (logs, tracking spool): the run's own if it is local."""
+        """Return the folder for what must lie on a local disk (logs, metrics): the run's own if it is local."""
         return Path(self.url) if "://" not in self.url else Path.home() / ".cache" / "perceiver" / "runs" / self.name
 
     def location(self, *parts: str) -> str:
@@ -161,7 +161,7 @@ def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> 
 
 def redacted_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's tree fit for files and logs: values under secret-looking keys and in URLs are masked."""
-    from perceiver.tracking.tracker import redact
+    from perceiver.tracking.redaction import redact
 
     return {
         key: redacted_recipe(value) if isinstance(value, Mapping) else redact({key: value})[key]

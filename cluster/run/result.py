@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,10 @@ from cluster.record.failures import EXIT_STOPPED
 from cluster.run.context import Launch
 from cluster.runtime.session import go_on_command
 from perceiver.config import UserError
-from perceiver.tracking.mlflow_writer import TrackingConfig, load_handle, open_tracker, replay, spool_folder
+from perceiver.tracking.record import unsent
 from perceiver.tracking.redaction import redact_text
-from perceiver.tracking.spool import unsent
-from perceiver.tracking.tracker import NullTracker, Tracker
+from perceiver.tracking.runs import TrackingConfig, load_handle, open_tracker, reconcile
+from perceiver.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,11 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     go_on = f"continue with: {go_on_command(launch.command, folder)}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
     handle = outcome.get("handle")
-    tracker = open_tracker(handle, spool_folder(folder.local)) if handle else NullTracker()
+    tracker = open_tracker(handle, folder.local)
     report = _report(launch, outcome) if status == "finished" else None
     _finish_run(launch, tracker, status, report)
+    if handle and (left := unsent(folder.local)):
+        say(f"mlflow lacks {left:,} lines of the run's record in {folder.local}: --resume sends them")
     if status == "finished":
         _say_results(launch, outcome, report)
     elif status == "stopped":
@@ -55,12 +58,12 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
 
 
 def send_waiting(launch: Launch, config: TrackingConfig) -> None:
-    """Send MLflow what waits in the spool of a finished run whose server did not answer."""
-    folder = launch.folder.local
-    if not config.enabled or load_handle(folder) is None or not unsent(spool_folder(folder)):
+    """Send MLflow what it lacks of the record of a finished run whose server did not answer."""
+    folder, checkpoints = launch.folder.local, launch.folder.checkpoints
+    if not config.enabled or load_handle(folder) is None or not unsent(folder):
         return
-    left = replay(config, folder)
-    where = f"{left:,} figures and notes still wait in {spool_folder(folder)}" if left else "has all figures now"
+    left = reconcile(config, folder, history=checkpoints.history(checkpoints.steps()[-1]))
+    where = f"{left:,} lines of its record still wait in {folder}" if left else "has all metrics now"
     launch.console.say(f"mlflow {'does not answer: ' if left else ''}{where}")
 
 
@@ -123,5 +126,5 @@ def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     recipe, handle = launch.recipe, outcome.get("handle")
     more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
     store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
-    commands = {"mlflow": f"mlflow ui --backend-store-uri {store}"} if handle else {}
+    commands = {"mlflow": f"mlflow ui --backend-store-uri {shlex.quote(store)}"} if handle else {}
     return {**commands, "train on": f"{go_on_command(launch.command, launch.folder)} {more}"}

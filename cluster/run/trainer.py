@@ -20,7 +20,7 @@ from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from cluster.run.worker import train_worker
 from cluster.runtime.process_group import torch_config
-from perceiver.tracking.mlflow_writer import RunHandle, spool_folder
+from perceiver.tracking.runs import RunHandle
 
 RESIZE_S = 15.0
 """Between two looks for nodes that have joined, with `cluster.min_workers`."""
@@ -166,7 +166,7 @@ def worker_config(
         "run": folder.name,
         "monitor": monitor,
         "mlflow": handle.to_json() if handle else None,
-        "spool": str(spool_folder(folder.local).resolve()),
+        "local": str(folder.local.resolve()),
         "runs": share.runs,
         "on_cluster": recipe.cluster.resolved_address() is not None,
     }

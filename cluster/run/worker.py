@@ -34,7 +34,7 @@ from perceiver.export.weights import open_weights, start_from
 from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
 from perceiver.tasks import Batch, Task, build_task
-from perceiver.tracking.mlflow_writer import RunHandle, open_tracker
+from perceiver.tracking.runs import RunHandle, open_tracker
 from perceiver.tracking.tracker import NullTracker, Tracker
 from perceiver.train.bad_loss import BadLossHook
 from perceiver.train.checkpoint.hook import BackgroundSaver, CheckpointHook, EveryEpochs, Listeners, Measured
@@ -132,13 +132,13 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 return pulse.count(evaluation_share(recipe, manifest, me, quarantine))
 
             # Recording.
+            recorded = folder.checkpoints.history(span.start_step) if resumed else ""
+            handle = RunHandle.from_json(config["mlflow"]) if config["mlflow"] else None
             tracker: Tracker = NullTracker()
-            if first and config["mlflow"] is not None:
-                handle = RunHandle.from_json(config["mlflow"])
-                tracker = open_tracker(handle, Path(config["spool"]), system_metrics_node="")
+            if first:
+                tracker = open_tracker(handle, Path(config["local"]), history=recorded, system_metrics_node="")
             resources.callback(tracker.detach)
-            sinks = [tracker.log_metrics, partial(tell_metrics, monitor)] if first else []
-            history = History(folder.checkpoints.history(span.start_step) if resumed else "", sinks)
+            history = History(recorded, [tracker.log_metrics, partial(tell_metrics, monitor)] if first else [])
             reporter = RayReporter(history, on_ray=isinstance(monitor, ActorClient))
 
             # Hooks.
@@ -219,10 +219,14 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             if step < span.total_steps:
                 if preemption.announced and engine.sum([float(monitor.stop_requested())])[0] == 0:
                     leave(step)
+                if handle is not None and handle.worker_closes:
+                    tracker.close("stopped")
                 return {"status": "stopped", "step": step, "total_steps": span.total_steps}
             figures = evaluation.latest or engine.evaluate(evaluation_batches())
             write_predictions(folder, me, task, engine, evaluation_batches())
             write_weights(folder, recipe, engine)
+            if handle is not None and handle.worker_closes:
+                tracker.close("finished")
             return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
     except UserError as error:
         monitor.send("refused", {"error": str(error)}, urgent=True)
@@ -429,7 +433,7 @@ def tell_saved(monitor: Client, tracker: Tracker, evaluations: AsyncEvalHook | N
         evaluations.saved(step)
 
 
-def tell_metrics(monitor: Client, step: int, metrics: Mapping[str, float]) -> None:
+def tell_metrics(monitor: Client, step: int, metrics: Mapping[str, float], time_s: float) -> None:
     """Tell the driver of a recorded row: of each with an evaluation or a skipped step, of the others now and then."""
     urgent = bool(metrics.get("train/skipped_steps")) or any(key.startswith("eval/") for key in metrics)
     monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=urgent)

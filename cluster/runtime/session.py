@@ -14,15 +14,9 @@ from typing import Any
 from cluster.recipe.resources import ClusterConfig
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import start_ray
-from perceiver.tracking.mlflow_writer import (
-    RunHandle,
-    TrackingConfig,
-    create_run,
-    load_handle,
-    share_helper,
-    spool_folder,
-)
+from perceiver.tracking.record import HISTORY
 from perceiver.tracking.redaction import redact_text
+from perceiver.tracking.runs import RunHandle, TrackingConfig, create_run, load_handle, sqlite_uri
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +46,8 @@ def tracking_of(config: TrackingConfig, folder: RunFolder, name: str) -> Trackin
         folder: of the run; without a URI all runs beside it share one SQLite file.
         name: the experiment unless the section or MLFLOW_EXPERIMENT_NAME says another.
     """
-    store = f"sqlite:///{folder.local.parent.resolve() / 'mlflow.db'}"
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or store
+    store = folder.local.parent.resolve() / "mlflow.db"
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(store)
     experiment = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
     return config.model_copy(update={"uri": uri, "experiment": experiment})
 
@@ -68,8 +62,6 @@ def ray_and_mlflow(
 ) -> Iterator[RunHandle | None]:
     """Have Ray and the MLflow run while the body works. Both start at the same time; Ray stops in the background.
 
-    MLflow's helper process stays until this process ends: the last entries of the run need not wait for another one.
-
     Args:
         config: the recipe's ``cluster`` section.
         folder: of the run; Ray's session and the MLflow run are noted in it.
@@ -80,7 +72,6 @@ def ray_and_mlflow(
     Raises:
         UserError: the cluster or a required MLflow server does not answer.
     """
-    share_helper()
     created = background.submit(_create_run, folder, run)
     ray_session = start_ray(config)
     try:
@@ -112,7 +103,7 @@ def _say_tracking(folder: RunFolder, handle: RunHandle | None, say: Callable[[st
     if handle is None:
         return
     if handle.run_id is None:
-        say(f"mlflow does not answer at {redact_text(handle.uri)}: figures wait in {spool_folder(folder.local)}")
+        say(f"mlflow does not answer at {redact_text(handle.uri)}: metrics wait in {folder.local / HISTORY}")
         return
     before = folder.facts().get("mlflow_run") == handle.run_id
     say(f"mlflow run {handle.run_id}{' continues' if before else ''}, experiment {handle.experiment}")

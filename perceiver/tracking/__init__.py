@@ -1,1 +1,1 @@
-"""Metrics to MLflow: the tracker, the MLflow writer, system metrics and redaction. Nothing here knows a model."""
+"""What a run records, and the process that sends it to MLflow; redaction of secrets. Nothing here knows a model."""

@@ -1,60 +1,52 @@
-"""The helper process's side of MLflow: the only module that imports it, and only inside that process.
+"""Sends the record of a run to MLflow; runs in a process of its own, and is the only module here that imports MLflow.
 
-What the driver and the workers call is in `perceiver.tracking.runs` and offered here too.
+MLflow is asked what it has at the start and after each failure, so it gets what it lacks, and no point twice:
 
-Taking an event twice has the effect of taking it once: a metric's point carries the time it was logged at, and MLflow's
-stores keep one point per (key, step, time, value); parameters and tags are the same text again; artifacts are
-overwritten.
+- MLflow cannot replace a point. Of a step that ran twice, because the run resumed from an earlier checkpoint, the first
+  point stays: per key, only steps above MLflow's last one are sent.
+- Rows that are out of order in the record (an evaluation that ended late) are always sent. MLflow's stores keep one
+  point per key, step, time and value, so sending it twice has the effect of once.
+- Tags, artifacts and states are sent again if it is not certain that they arrived, which has the effect of once, too.
 """
 
+import json
+import logging
+import math
 import os
 import posixpath
+import random
 import re
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import urlsplit
 
-from perceiver.tracking.helper import ENVIRONMENT, share_helper
-from perceiver.tracking.redaction import MASK, is_reference, redact_text, resolve
-from perceiver.tracking.runs import (
-    KEY_TAG,
-    RunHandle,
-    TrackingConfig,
-    create_run,
-    load_handle,
-    open_tracker,
-    prewarm,
-    promise_run,
-    replay,
-    spool_folder,
-)
-from perceiver.tracking.sidecar import Reply, serve
-from perceiver.tracking.spool import Event, decode_number
+from perceiver.tracking.mlflow_process import ENVIRONMENT
+from perceiver.tracking.record import FILES, NOTES, SENT, SYSTEM, LineWriter, Row, read_rows, read_sent, write_whole
+from perceiver.tracking.redaction import redact_text, resolve
+from perceiver.tracking.runs import KEY_TAG, SERVER_S, RunHandle, save_handle
+from perceiver.tracking.system_metrics import record_load
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+    from mlflow.exceptions import MlflowException
 
-__all__ = [
-    "RunHandle",
-    "TrackingConfig",
-    "create_run",
-    "load_handle",
-    "open_tracker",
-    "prewarm",
-    "promise_run",
-    "replay",
-    "share_helper",
-    "spool_folder",
-]
+log = logging.getLogger("perceiver.tracking")
 
-METRICS_PER_BATCH = 1000
-TEXTS_PER_BATCH = 100
-KEY_CHARACTERS = 250
-PARAM_CHARACTERS = 6000
-TAG_CHARACTERS = 8000
-STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+INTERVAL_S = 2.0
+BACKOFF_S = (1.0, 60.0)
+DOWN_S = 5.0
+SEND_S, UPLOAD_S = 60.0, 1800.0
+METRICS_PER_BATCH, TEXTS_PER_BATCH = 1000, 100
+KEY_CHARACTERS, PARAM_CHARACTERS, TAG_CHARACTERS = 250, 6000, 8000
+STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page for training, not for agents
 REFUSED = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_STATE")
 
@@ -73,193 +65,216 @@ def import_mlflow() -> Any:
 
 
 def make_client(uri: str) -> "MlflowClient":
-    """A client of the store at a URI or reference.
-
-    Raises:
-        RefusedError: MLflow has no such store.
-    """
-    mlflow = import_mlflow()
-    try:
-        return mlflow.MlflowClient(tracking_uri=resolve(uri), registry_uri=resolve(uri))
-    except mlflow.exceptions.MlflowException as error:
-        if error.error_code in REFUSED:
-            raise RefusedError(str(error)) from error
-        raise
+    """Return a client of the store at a URI or reference; OSError within 5 s if nothing listens there."""
+    plain = resolve(uri)
+    parts = urlsplit(plain)
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    if parts.hostname and port:
+        socket.create_connection((parts.hostname, port), timeout=DOWN_S).close()
+    return import_mlflow().MlflowClient(tracking_uri=plain, registry_uri=plain)
 
 
 def clean_key(key: str) -> str:
-    """A metric, parameter or tag key that MLflow accepts: other characters become `_`, the path form is unique."""
+    """Return a metric, parameter or tag key that MLflow accepts: other characters become `_`, paths are normalized."""
     key = re.sub(r"[^\w\-. :/]", "_", key)
     return posixpath.normpath("/" + key).lstrip("/")[:KEY_CHARACTERS].rstrip("/") or "_"
 
 
-def open_run(client: "MlflowClient", handle: RunHandle, *, create: bool = True) -> RunHandle | None:
-    """Find the run of a handle and set it RUNNING, or create it with its parameters and tags.
+def open_run(client: "MlflowClient", handle: RunHandle) -> tuple[RunHandle, "Run"]:
+    """Find the run of a handle by id or key, or create it with its tags; log its parameters.
 
     Returns:
-        The handle with `run_id` and `experiment_id`; None if there is no such run and `create` is false.
+        The handle with what MLflow knows, and the run.
     """
-    found = _by_id(client, handle)
-    experiment_id = _experiment(client, handle) if found is None else found.info.experiment_id
-    found = found or _by_key(client, handle, experiment_id)
-    if found is None and not create:
-        return None
-    if found is None:
-        tags = {**handle.tags, KEY_TAG: handle.key}
-        if handle.run_id:
-            tags["resumed_from"] = handle.run_id
-        run_id = client.create_run(
-            experiment_id, start_time=handle.created_ms, tags=_clean_tags(tags), run_name=handle.name
-        ).info.run_id
+    run = None
+    if handle.run_id:
+        with _unless("RESOURCE_DOES_NOT_EXIST"):
+            run = client.get_run(handle.run_id)
+    if run is None or run.info.lifecycle_stage != "active":
+        experiment_id, by_key = _experiment(client, handle), f"tags.`{KEY_TAG}` = '{handle.key}'"
+        run = next(iter(client.search_runs([experiment_id], by_key, max_results=1)), None)
     else:
-        run_id, experiment = found.info.run_id, client.get_experiment(experiment_id).name
-        client.update_run(run_id, status="RUNNING")
-        handle = replace(handle, key=found.data.tags.get(KEY_TAG, handle.key), experiment=experiment)
-    handle = replace(handle, run_id=run_id, experiment_id=experiment_id)
-    _log_params(client, run_id, handle.params)
-    return handle
+        experiment_id = run.info.experiment_id
+    if run is None:
+        tags = {**handle.tags, KEY_TAG: handle.key, **({"resumed_from": handle.run_id} if handle.run_id else {})}
+        clean = {clean_key(key): value[:TAG_CHARACTERS] for key, value in tags.items()}
+        run = client.create_run(experiment_id, handle.created_ms or None, clean, handle.name)
+    else:
+        experiment = client.get_experiment(experiment_id).name
+        handle = replace(handle, key=run.data.tags.get(KEY_TAG, handle.key), experiment=experiment)
+    _log_params(client, run, handle.params)
+    created_ms = handle.created_ms or run.info.start_time
+    return replace(handle, run_id=run.info.run_id, experiment_id=experiment_id, created_ms=created_ms), run
 
 
 def _experiment(client: "MlflowClient", handle: RunHandle) -> str:
-    """The experiment's id; it is created if missing."""
-    mlflow = import_mlflow()
-    for _ in range(2):
+    """Return the experiment's id; create it if it is missing."""
+    root, file = handle.artifact_root, _sqlite_file(handle.uri)
+    if root is None and file is not None:
+        root = (file.absolute().parent / "mlartifacts").as_uri()
+    experiment = client.get_experiment_by_name(handle.experiment)
+    if experiment is None:
+        with _unless("RESOURCE_ALREADY_EXISTS"):  # another run was faster
+            client.create_experiment(handle.experiment, root, tags=EXPERIMENT_TAGS)
         experiment = client.get_experiment_by_name(handle.experiment)
-        if experiment is not None and experiment.lifecycle_stage != "active":
-            raise RefusedError(
-                f"experiment {handle.experiment!r} is deleted there; restore it or set tracking.experiment to another"
-            )
-        if experiment is not None:
-            return experiment.experiment_id
-        try:
-            return client.create_experiment(handle.experiment, handle.artifact_root, tags=EXPERIMENT_TAGS)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-    raise RefusedError(f"experiment {handle.experiment!r} can neither be found nor created")
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise RefusedError(
+            f"experiment {handle.experiment!r} is deleted there; restore it or set tracking.experiment to another"
+        )
+    return experiment.experiment_id
 
 
-def _by_id(client: "MlflowClient", handle: RunHandle) -> Any:
-    """The MLflow run that the handle names, in whatever experiment, or None."""
-    if not handle.run_id:
-        return None
+@contextmanager
+def _unless(code: str) -> Iterator[None]:
+    """Take one error code of MLflow for an answer."""
     mlflow = import_mlflow()
     try:
-        run = client.get_run(handle.run_id)
+        yield
     except mlflow.exceptions.MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code != code:
             raise
-        return None
-    return run if run.info.lifecycle_stage == "active" else None
 
 
-def _by_key(client: "MlflowClient", handle: RunHandle, experiment_id: str) -> Any:
-    """The MLflow run of the experiment that has the handle's key, or None."""
-    runs = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{handle.key}'", max_results=1)
-    return runs[0] if runs else None
+def _sqlite_file(uri: str) -> Path | None:
+    """Return the file of an SQLite store; None for another store."""
+    from sqlalchemy.engine import make_url
+
+    url = make_url(plain) if (plain := resolve(uri)).startswith("sqlite:") else None
+    return Path(url.database) if url and url.database else None
 
 
-def deliver(client: "MlflowClient", handle: RunHandle, events: Sequence[Event]) -> list[tuple[int, str]]:
-    """Log events in order; return the index and reason of each one that MLflow refuses for good."""
-    mlflow = import_mlflow()
-    rejected: list[tuple[int, str]] = []
-    for group in _groups(events):
-        try:
-            _apply(client, handle, [events[index] for index in group])
-        except (mlflow.exceptions.MlflowException, FileNotFoundError) as error:
-            if not _refused(error):
-                raise
-            for index in group:
-                rejected += _apply_alone(client, handle, index, events[index])
-    return rejected
-
-
-def _apply_alone(client: "MlflowClient", handle: RunHandle, index: int, event: Event) -> list[tuple[int, str]]:
-    mlflow = import_mlflow()
-    try:
-        _apply(client, handle, [event])
-    except (mlflow.exceptions.MlflowException, FileNotFoundError) as error:
-        if not _refused(error):
-            raise
-        return [(index, redact_text(str(error)))]
-    return []
-
-
-def _refused(error: Exception) -> bool:
-    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
-
-
-def _groups(events: Sequence[Event]) -> Iterator[list[int]]:
-    """Indices of consecutive metric events together, as many as fit a batch; every other event alone."""
-    group: list[int] = []
-    values = 0
-    for index, event in enumerate(events):
-        count = len(event["values"]) if event["kind"] == "metrics" else 0
-        if group and (event["kind"] != "metrics" or values + count > METRICS_PER_BATCH):
-            yield group
-            group, values = [], 0
-        if event["kind"] == "metrics":
-            group.append(index)
-            values += count
-        else:
-            yield [index]
-    if group:
-        yield group
-
-
-def _apply(client: "MlflowClient", handle: RunHandle, events: Sequence[Event]) -> None:
-    assert handle.run_id is not None
-    event = events[0]
-    match event["kind"]:
-        case "metrics":
-            _log_metrics(client, handle.run_id, events)
-        case "params":
-            _log_params(client, handle.run_id, event["values"])
-        case "tag":
-            client.set_tag(handle.run_id, clean_key(event["key"]), event["value"][:TAG_CHARACTERS])
-            if event["key"] == "checkpoint_uri":
-                _link_checkpoint(client, handle, event["value"])
-            if event["key"] == "best_checkpoint_uri":
-                _alias_best(client, handle, event["value"])
-        case "artifact":
-            _log_artifact(client, handle.run_id, Path(event["path"]), event["folder"] or None)
-        case "status":
-            client.set_terminated(handle.run_id, STATUS[event["value"]], end_time=event["time"])
-
-
-def _log_metrics(client: "MlflowClient", run_id: str, events: Sequence[Event]) -> None:
-    from mlflow.entities import Metric
-
-    metrics = [
-        Metric(clean_key(key), decode_number(value), event["time"], event["step"])
-        for event in events
-        for key, value in event["values"].items()
-    ]
-    for start in range(0, len(metrics), METRICS_PER_BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
-
-
-def _log_params(client: "MlflowClient", run_id: str, params: dict[str, str]) -> None:
+def _log_params(client: "MlflowClient", run: "Run", params: dict[str, str]) -> None:
     """Log parameters. MLflow does not let one change: a new value of a resumed run becomes the tag `param.<key>`."""
     from mlflow.entities import Param
 
     wanted = {clean_key(key): value[:PARAM_CHARACTERS] for key, value in params.items()}
-    there = client.get_run(run_id).data.params
+    there, run_id = run.data.params, run.info.run_id
     new = [Param(key, value) for key, value in wanted.items() if key not in there]
     for start in range(0, len(new), TEXTS_PER_BATCH):
         client.log_batch(run_id, params=new[start : start + TEXTS_PER_BATCH])
     for key, value in wanted.items():
-        if key in there and there[key] != value:
+        if there.get(key, value) != value:
             client.set_tag(run_id, clean_key(f"param.{key}"), value)
 
 
-def _log_artifact(client: "MlflowClient", run_id: str, path: Path, folder: str | None) -> None:
-    if path.is_dir():
-        client.log_artifacts(run_id, str(path), folder)
-    elif path.exists():
-        client.log_artifact(run_id, str(path), folder)
-    else:
-        raise FileNotFoundError(f"artifact {path} does not exist")
+class RunWriter:
+    """Sends the record in a run's folder to its MLflow run, which is created if it does not exist yet."""
+
+    def __init__(self, folder: Path, handle: RunHandle) -> None:
+        self.folder, self.handle = folder, handle
+        self._client: MlflowClient | None = None
+        self._offsets: dict[str, int] = {}
+        self._there: dict[str, int] = {}
+        self._highest: dict[str, int] = {}
+
+    def send(self) -> None:
+        """Send all that is recorded and was not sent.
+
+        Raises:
+            Exception: of MLflow, its store or the network, which cannot take it now; the next call tries again.
+        """
+        try:
+            client = self._client or self._connect()
+            for name in FILES:
+                rows, end = read_rows(self.folder / name, self._offsets[name])
+                while end > self._offsets[name]:
+                    (self._notes if name == NOTES else self._metrics)(client, rows)
+                    self._offsets[name] = end
+                    write_whole(self.folder / SENT, json.dumps({"run_id": self.handle.run_id, **self._offsets}))
+                    rows, end = read_rows(self.folder / name, end)
+        except Exception:
+            self._client = None
+            raise
+
+    def _connect(self) -> "MlflowClient":
+        """Find or create the run, learn the last step of each of its metrics, and start over with the record."""
+        if self.handle.run_id and (file := _sqlite_file(self.handle.uri)) and not file.exists():
+            raise OSError(f"{file} does not exist on this machine: use a server or a shared folder")
+        with _deadline(SEND_S):
+            client = make_client(self.handle.uri)
+            handle, run = open_run(client, self.handle)
+        if handle != self.handle:
+            self.handle = handle
+            save_handle(self.folder, handle)
+        # An older point was logged by somebody else into the run that MLFLOW_RUN_ID names.
+        own = [metric for metric in run.data.to_proto().metrics if metric.timestamp >= handle.created_ms]
+        self._there, self._highest = {metric.key: metric.step for metric in own}, {}
+        sent = read_sent(self.folder)
+        self._offsets = dict.fromkeys(FILES, 0)
+        if sent.get("run_id") == handle.run_id:
+            self._offsets[NOTES] = sent[NOTES]
+        self._client = client
+        return client
+
+    def _metrics(self, client: "MlflowClient", rows: Sequence[Row]) -> None:
+        from mlflow.entities import Metric
+
+        metrics: list[Metric] = []
+        for row in rows:
+            step, time_ms = int(row.pop("step")), round(1000 * row.pop("time"))
+            for key, value in row.items():
+                key = clean_key(key)
+                if step > self._there.get(key, -math.inf) or step <= self._highest.get(key, -math.inf):
+                    metrics.append(Metric(key, float(value), time_ms, step))
+                self._highest[key] = max(step, self._highest.get(key, step))
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            self._log_batch(client, metrics[start : start + METRICS_PER_BATCH])
+
+    def _log_batch(self, client: "MlflowClient", metrics: "list[Metric]") -> None:
+        """Log a batch; if MLflow refuses it, its halves, so that a bad point costs only itself."""
+        mlflow = import_mlflow()
+        assert self.handle.run_id is not None
+        try:
+            with _deadline(SEND_S):
+                client.log_batch(self.handle.run_id, metrics=metrics)
+        except mlflow.exceptions.MlflowException as error:
+            if not self._refuses(client, error):
+                raise
+            if len(metrics) == 1:
+                log.error("MLflow refuses %s of step %d (%s)", metrics[0].key, metrics[0].step, _line(error))
+            else:
+                half = len(metrics) // 2
+                self._log_batch(client, metrics[:half])
+                self._log_batch(client, metrics[half:])
+
+    def _notes(self, client: "MlflowClient", notes: Sequence[Row]) -> None:
+        mlflow = import_mlflow()
+        for note in notes:
+            try:
+                with _deadline(UPLOAD_S if "artifact" in note else SEND_S):
+                    self._send_note(client, note)
+            except (mlflow.exceptions.MlflowException, FileNotFoundError) as error:
+                if not isinstance(error, FileNotFoundError) and not self._refuses(client, error):
+                    raise
+                log.error("MLflow refuses %s (%s)", note, _line(error))
+
+    def _send_note(self, client: "MlflowClient", note: Row) -> None:
+        run_id = self.handle.run_id
+        assert run_id is not None
+        match note:
+            case {"tag": key, "value": value}:
+                client.set_tag(run_id, clean_key(key), value[:TAG_CHARACTERS])
+                if key == "checkpoint_uri":
+                    _link_checkpoint(client, self.handle, value)
+                if key == "best_checkpoint_uri":
+                    _alias_best(client, self.handle, value)
+            case {"artifact": path, "folder": folder} if Path(path).is_dir():
+                client.log_artifacts(run_id, path, folder or None)
+            case {"artifact": path, "folder": folder}:
+                if not Path(path).exists():
+                    raise FileNotFoundError(f"{path} does not exist")
+                client.log_artifact(run_id, path, folder or None)
+            case {"status": "running"}:
+                client.update_run(run_id, STATUS["running"])
+            case {"status": status, "time": when}:
+                client.set_terminated(run_id, STATUS[status], round(1000 * when))
+
+    def _refuses(self, client: "MlflowClient", error: "MlflowException") -> bool:
+        """Whether MLflow will never take this; a run that was deleted gets the same answer to everything."""
+        assert self.handle.run_id is not None
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            return False
+        return client.get_run(self.handle.run_id).info.lifecycle_stage == "active"
 
 
 def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
@@ -282,17 +297,13 @@ def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> Non
 def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
     """Let the alias `best` of the run's registered model name the best checkpoint.
 
-    A version is made for each best one, its tag `checkpoint_uri` says where it lies: the store wants a source of its
+    Each best checkpoint gets a version, whose tag `checkpoint_uri` says where it is: the store wants a source of its
     own, and nothing is copied there.
     """
-    mlflow = import_mlflow()
     assert handle.run_id is not None
     name = re.sub(r"[^\w\-. ]", "_", f"{handle.experiment}.{handle.name}")
-    try:
+    with _unless("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name, description="checkpoints that were the best of this run when saved")
-    except mlflow.exceptions.MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     found = client.search_model_versions(f"name = '{name}'")
     version = next((each for each in found if each.tags.get("checkpoint_uri") == uri), None)
     if version is None:
@@ -301,85 +312,118 @@ def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
     client.set_registered_model_alias(name, "best", version.version)
 
 
-def _clean_tags(tags: dict[str, str]) -> dict[str, str]:
-    return {clean_key(key): value[:TAG_CHARACTERS] for key, value in tags.items()}
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """End this process if the body takes longer: a request that hangs cannot be interrupted. The parent restarts it."""
+
+    def end() -> None:
+        log.error("MLflow gave no answer in %.0f s: this process ends", seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
-class Helper:
-    """Answers the requests of `perceiver.tracking.runs`: load, open, send."""
+def follow(folder: str, handle: dict[str, Any], node: str | None, close_s: float) -> None:
+    """Send a record until the parent closes standard input or is gone, then the rest.
 
-    def __init__(self) -> None:
-        self._clients: dict[str, MlflowClient] = {}
-        self._handle: RunHandle | None = None
-
-    def client(self, uri: str) -> "MlflowClient":
-        """The client of a store, made once."""
-        if uri not in self._clients:
-            self._clients[uri] = make_client(uri)
-        return self._clients[uri]
-
-    def answer(self, request: dict[str, Any]) -> Reply:
-        """Do what is asked; failures become answers whose `kind` is "refused" or a class name."""
+    Args:
+        folder: the run's folder on a local disk.
+        handle: the run, as JSON.
+        node: also record the load of this machine under this name; None: do not.
+        close_s: how long to try to send the rest; 5 s at most if MLflow is known to be down.
+    """
+    os.nice(10)  # take only what the training leaves
+    run, load = RunHandle.from_json(handle), None
+    ended, failing = threading.Event(), threading.Event()
+    threading.Thread(target=_wait_for_end, args=(ended, failing, close_s), daemon=True).start()
+    if node is not None and run.system_metrics_interval:
+        rows, origin = LineWriter(Path(folder, SYSTEM)), run.created_ms / 1000 or time.time()
+        arguments = (rows, node, origin, run.system_metrics_interval, ended)
+        load = threading.Thread(target=record_load, args=arguments, daemon=True)
+        load.start()
+    writer, failures, down, left_at = RunWriter(Path(folder), run), 0, True, math.inf
+    while True:
+        last = ended.is_set()
+        if last and left_at == math.inf:
+            left_at = time.monotonic()
+            if load is not None:
+                load.join()
         try:
-            return self._answer(request)
-        except Exception as error:  # noqa: BLE001 - whatever fails must become an answer, without secrets
-            text = " ".join(redact_text(str(error)).split())[:500] or repr(error)
-            refused = isinstance(error, RefusedError) or getattr(error, "error_code", "") in REFUSED
-            return {"error": text, "kind": "refused" if refused else type(error).__name__}
+            writer.send()
+            if failures:
+                log.warning("MLflow is back after %d failed attempts", failures)
+            failures, down = 0, False
+            failing.clear()
+        except Exception as error:  # noqa: BLE001 - MLflow, its store or the network: try again later
+            if failures == 0:
+                log.warning("MLflow cannot be reached (%s); the record waits in %s", _line(error), folder)
+            failures, down = failures + 1, down or not last
+            failing.set()
+        if last and (not failures or time.monotonic() - left_at > (min(DOWN_S, close_s) if down else close_s)):
+            return
+        first, longest = BACKOFF_S
+        pause = min(longest, first * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.5)
+        ended.wait(pause if failures else INTERVAL_S) if not last else time.sleep(0.5)
 
-    def _answer(self, request: dict[str, Any]) -> Reply:
-        if request["op"] == "load":
-            import_mlflow()
-            return {}
-        if request["op"] == "prewarm":
-            self.client(request["uri"])
-            return {}
-        handle = RunHandle.from_json(request["handle"])
-        if request["op"] == "open":
-            opened = open_run(self.client(handle.uri), handle)
-        else:
-            opened = self._opened(handle, request["owner"])
-        if opened is None:
-            raise ConnectionError("the run is not there yet: the process that owns it has not reached the server")
-        if request["op"] == "open":
-            return {"handle": opened.to_json()}
-        return {"handle": opened.to_json(), "rejected": deliver(self.client(handle.uri), opened, request["events"])}
 
-    def _opened(self, handle: RunHandle, owner: bool) -> RunHandle | None:
-        if handle.run_id is None or handle.experiment_id is None:
-            return open_run(self.client(handle.uri), handle, create=owner)
-        plain = resolve(handle.uri)
-        if plain.startswith("sqlite:///") and not Path(plain.removeprefix("sqlite:///").partition("?")[0]).exists():
-            raise ConnectionError("the SQLite file is not visible from this machine: use a server or a shared folder")
-        return handle
+def _wait_for_end(ended: threading.Event, failing: threading.Event, close_s: float) -> None:
+    """Wait for the end of standard input; then do not let a request that hangs keep the process alive."""
+    sys.stdin.buffer.read()
+    ended.set()
+    time.sleep(DOWN_S + (0.0 if failing.is_set() else close_s))
+    os._exit(1)
+
+
+def answer(handle: RunHandle) -> dict[str, Any]:
+    """Create or reopen the run of a handle; return `{"handle": ...}`, `{"refused": reason}` or `{"error": reason}`."""
+    try:
+        with _deadline(SEND_S if _sqlite_file(handle.uri) else SERVER_S):
+            client = make_client(handle.uri)
+            handle, run = open_run(client, handle)
+            client.update_run(run.info.run_id, STATUS["running"])
+        return {"handle": handle.to_json()}
+    except Exception as error:  # noqa: BLE001 - whatever fails must become an answer
+        refused = isinstance(error, RefusedError) or getattr(error, "error_code", "") in REFUSED
+        return {"refused" if refused else "error": _line(error)}
+
+
+def _line(error: Exception) -> str:
+    """Return an error in one line, without secrets."""
+    return " ".join(redact_text(str(error)).split())[:500] or repr(error)
 
 
 class _Redacted:
-    """A text stream that masks secrets before they reach the log file."""
+    """A text stream that masks secrets before they reach the log."""
 
-    def __init__(self, stream: TextIO, secrets: Sequence[str]) -> None:
-        self.stream, self.secrets = stream, secrets
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
 
     def write(self, text: str) -> int:
-        for secret in self.secrets:
-            text = text.replace(secret, MASK)
         return self.stream.write(redact_text(text))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-def main(load: bool = False) -> None:
-    """Run the helper process: open the store that `PERCEIVER_PREWARM` names, if any, then answer requests.
+def main() -> None:
+    """Do what a line of standard input asks for (see `perceiver.tracking.mlflow_process`)."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints goes to the log
+    sys.stderr = _Redacted(sys.stderr)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    request = json.loads(sys.stdin.buffer.readline())
+    import_mlflow()
+    if "folder" in request:
+        follow(**request)
+    else:
+        print(json.dumps(answer(RunHandle.from_json(request["handle"]))), file=answers, flush=True)
 
-    Args:
-        load: import MLflow before the first request.
-    """
-    uri = os.environ.pop("PERCEIVER_PREWARM", "")
-    sys.stderr = _Redacted(sys.stderr, [resolve(uri)] if is_reference(uri) else [])
-    helper = Helper()
-    if uri:
-        helper.answer({"op": "prewarm", "uri": uri})
-    elif load:
-        helper.answer({"op": "load"})
-    serve(helper.answer)
+
+if __name__ == "__main__":
+    main()

@@ -1,44 +1,38 @@
-"""Runs in MLflow, as the driver and the workers see them: the driver creates or reopens one, workers log into it.
+"""The MLflow run of a training run: settings, creation by the driver, and the tracker of whoever logs into it.
 
-MLflow is imported in a helper process only (`perceiver.tracking.sidecar`), so neither its import (1 to 4 s), nor the
-migrations of a fresh SQLite store, nor its retries against a server that is down reach the driver or the training loop.
+MLflow itself is imported in a process of its own only (`perceiver.tracking.mlflow_process`).
 """
 
 import getpass
 import json
 import logging
 import os
-import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat
 
 from perceiver.config import Config, UserError
-from perceiver.tracking.helper import helper_process
+from perceiver.tracking.mlflow_process import ask
+from perceiver.tracking.record import HISTORY, LOG, NOTES, RUN, LineWriter, unsent, write_whole
 from perceiver.tracking.redaction import flatten, redact, redact_text, resolve
-from perceiver.tracking.sidecar import Reply, Sidecar, SidecarError
-from perceiver.tracking.spool import Event, unsent
-from perceiver.tracking.system_metrics import SystemMetrics
-from perceiver.tracking.tracker import NullTracker, SendError, SpoolTracker
+from perceiver.tracking.tracker import NullTracker, RecordTracker, Status, Tracker
 
 log = logging.getLogger(__name__)
 
 KEY_TAG = "perceiver.run"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-LOAD_S = 60.0
 SERVER_S = 10.0
-SEND_S = 60.0
-ARTIFACT_BYTES_PER_S = 1e6
+ASK_S = 120.0
+"""For `SERVER_S` and the import of MLflow, or the migrations of an SQLite store."""
 
 
 class TrackingConfig(Config):
-    """Where the figures of a run go (recipe key `tracking`)."""
+    """Where the metrics of a run go, besides its own record (recipe key `tracking`)."""
 
     enabled: bool = Field(default=True, description="log to MLflow; the report and the checkpoints do not need it")
     uri: str | None = Field(
@@ -51,24 +45,24 @@ class TrackingConfig(Config):
     )
     artifact_root: str | None = Field(
         default=None,
-        description="folder or URL for artifacts of a new experiment; by default beside a SQLite file or the server's",
+        description="folder or URL for artifacts of a new experiment; default: next to a SQLite file, or the server's",
     )
     tags: dict[str, str] = Field(default_factory=dict, description="tags of the run")
     system_metrics: bool = Field(default=True, description="log CPU, memory, network and GPU load of each node")
     system_metrics_interval: PositiveFloat = Field(default=10.0, description="seconds between two samples of that load")
     required: bool = Field(
         default=False,
-        description="refuse to start when the server does not answer; otherwise train, keep everything in the spool, "
-        "and create the run when it answers",
+        description="refuse to start when the server does not answer; otherwise train, keep the metrics in the run's "
+        "folder, and create the MLflow run when the server answers",
     )
 
     def store_uri(self, output: Path) -> str:
-        """The URI or reference to use for a run whose output folder is `output`.
+        """Return the URI or reference to use for a run whose output folder is `output`.
 
         Raises:
             UserError: a scheme that MLflow has no store for, or a reference that cannot be resolved.
         """
-        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.absolute() / 'mlflow.db'}"
+        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(output.absolute() / "mlflow.db")
         scheme = resolve(uri).partition(":")[0].partition("+")[0]
         if scheme not in SCHEMES:
             raise UserError(
@@ -78,12 +72,31 @@ class TrackingConfig(Config):
         return uri
 
 
+def sqlite_uri(file: Path) -> str:
+    """Return the URI of an SQLite file, quoted only where SQLAlchemy would read another path (`a%20b`, `a?b`).
+
+    MLflow makes the parent folder without undoing the quotes, so a quoted path leaves an empty folder behind.
+    """
+    from sqlalchemy.engine import URL, make_url
+
+    plain = f"sqlite:///{file}"
+    if make_url(plain).database == str(file):
+        return plain
+    return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+
+
 @dataclass(frozen=True)
 class RunHandle:
-    """What a worker needs to log into a run. It travels as JSON and holds no secret that was given as a reference.
+    """What a worker needs to log into a run. It travels as JSON and contains no secret that was given as a reference.
 
-    `run_id` is None while no server has answered; the run is then created by whoever reaches the server first, and
-    found again by `key`, which is the tag `perceiver.run` of the run.
+    Attributes:
+        uri: store, or a reference to it.
+        experiment: name of the experiment.
+        name: name of the run.
+        key: the tag `perceiver.run` of the run, by which it is found again.
+        created_ms: when it began, in milliseconds since the epoch; 0 for the time that MLflow knows.
+        run_id: None while no server has answered: the run is then created by whoever reaches the server first.
+        worker_closes: the worker records how the run ended, because nobody else does.
     """
 
     uri: str
@@ -97,41 +110,29 @@ class RunHandle:
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     system_metrics_interval: float | None = None
+    worker_closes: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types for JSON or a Ray configuration."""
+        """Return plain types for JSON or a Ray configuration."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunHandle":
-        """The inverse of `to_json`."""
+        """Return the handle that `to_json` was called on."""
         return cls(**data)
 
 
-def spool_folder(output: Path) -> Path:
-    """Where the tracking spool of a run lies."""
-    return output / "tracking"
-
-
-def load_handle(output: Path) -> RunHandle | None:
-    """The handle of the run that was tracked in this output folder, if any."""
+def load_handle(folder: Path) -> RunHandle | None:
+    """Return the handle of the run that was tracked in a run's local folder, if any."""
     try:
-        return RunHandle.from_json(json.loads((spool_folder(output) / "run.json").read_text()))
+        return RunHandle.from_json(json.loads((folder / RUN).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
-def prewarm(config: TrackingConfig, output: Path) -> Sidecar | None:
-    """Start the helper process, which imports MLflow and, for SQLite, creates the store, while the caller goes on.
-
-    Pass the result to `create_run`. None if tracking is off.
-    """
-    if not config.enabled:
-        return None
-    uri = config.store_uri(output)
-    sidecar = helper_process(spool_folder(output), uri if resolve(uri).startswith("sqlite:") else "")
-    sidecar.start()
-    return sidecar
+def save_handle(folder: Path, handle: RunHandle) -> None:
+    """Write a handle for `load_handle`. A password in the URI is masked: who reads it has the configuration for it."""
+    write_whole(folder / RUN, json.dumps({**handle.to_json(), "uri": redact_text(handle.uri)}, indent=1))
 
 
 def create_run(
@@ -142,7 +143,6 @@ def create_run(
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
     resume: RunHandle | str | None = None,
-    prewarmed: Sidecar | None = None,
 ) -> RunHandle | None:
     """Create the run, or reopen `resume` (a handle, or an MLflow run id). Called once, by the driver.
 
@@ -151,36 +151,38 @@ def create_run(
     Args:
         config: the recipe's `tracking`.
         name: name of the run, and of the experiment unless configured.
-        output: local output folder of the run; the spool and a default store are made in it.
+        output: the run's folder on a local disk; a default store is made in it.
         params: settings, nested or flat; they are flattened and redacted here.
-        tags: tags beside the configured ones.
-        resume: the run to go on with; its status becomes RUNNING again.
-        prewarmed: the result of `prewarm`.
+        tags: tags besides the configured ones.
+        resume: the run to continue; its status becomes RUNNING again.
 
     Returns:
-        The handle, also written to the spool folder; None if tracking is off. `run_id` is None if the server did not
-        answer within about 10 s and `tracking.required` is false.
+        The handle, also written to the folder; None if tracking is off. `run_id` is None if the server did not answer
+        within about 10 s and `tracking.required` is false.
 
     Raises:
         UserError: the store refuses, or does not answer although it is required.
     """
     if not config.enabled:
         return None
-    handle = _new_handle(config, name, output, params, {**config.tags, **(tags or {})})
+    handle = _new_handle(config, name, output, params, tags)
     handle = replace(handle, name=os.environ.get("MLFLOW_RUN_NAME") or name)
     if isinstance(resume, RunHandle):
         handle = replace(handle, name=resume.name, key=resume.key, run_id=resume.run_id, created_ms=resume.created_ms)
+    elif resume:
+        handle = replace(handle, run_id=resume, created_ms=0)
     else:
-        handle = replace(handle, run_id=resume or os.environ.get("MLFLOW_RUN_ID") or None)
-    sidecar = prewarmed or helper_process(spool_folder(output))
-    try:
-        handle = RunHandle.from_json(_open(sidecar, handle)["handle"])
-    except SidecarError as error:
-        _say_no_answer(error, config, output)
-    finally:
-        sidecar.close()
-    _save_handle(spool_folder(output), handle)
-    return handle
+        handle = replace(handle, run_id=os.environ.get("MLFLOW_RUN_ID") or None)
+    reply = ask({"handle": handle.to_json()}, output / LOG, ASK_S)
+    where, reason = redact_text(handle.uri), reply.get("refused") or reply.get("error")
+    if "refused" in reply:
+        raise UserError(f"MLflow at {where} refuses the run: {reason}")
+    if reason and config.required:
+        raise UserError(f"MLflow at {where} does not answer ({reason}); start it, or set tracking.required=false")
+    if reason:
+        log.warning("MLflow at %s does not answer (%s): the run trains, its record waits in %s", where, reason, output)
+        return _begin(output, handle)
+    return _begin(output, RunHandle.from_json(reply["handle"]))
 
 
 def promise_run(
@@ -191,172 +193,103 @@ def promise_run(
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
 ) -> RunHandle | None:
-    """A run that the first tracker opened on it creates, so that nobody waits for MLflow here; arguments as above.
+    """Return a run that its worker's tracker creates and closes, so that nobody else waits for MLflow.
 
-    The run that was promised in this output folder before is returned again. None if tracking is off.
+    Arguments as for `create_run`. The run that was promised for this folder before is returned again. None if tracking
+    is off.
     """
     if not config.enabled:
         return None
-    handle = _new_handle(config, name, output, params, {**config.tags, **(tags or {})})
+    handle = replace(_new_handle(config, name, output, params, tags), worker_closes=True)
     if before := load_handle(output):
-        handle = replace(
-            handle,
-            key=before.key,
-            run_id=before.run_id,
-            experiment_id=before.experiment_id,
-            created_ms=before.created_ms,
-        )
-    _save_handle(spool_folder(output), handle)
-    return handle
+        known = {"key": before.key, "run_id": before.run_id, "experiment_id": before.experiment_id}
+        handle = replace(handle, **known, created_ms=before.created_ms)
+    return _begin(output, handle)
 
 
 def open_tracker(
     handle: RunHandle | None,
-    spool_dir: Path,
+    folder: Path,
     *,
+    history: str | None = None,
     system_metrics_node: str | None = None,
-    owner: bool = True,
-    interval_s: float = 2.0,
     close_timeout_s: float = 30.0,
-) -> SpoolTracker | NullTracker:
-    """A tracker for the run, in the process that logs. Returns at once; MLflow loads in a helper process.
+) -> Tracker:
+    """Return a tracker for the run, in the process that logs. Returns at once; MLflow loads in a process of its own.
+
+    What earlier trackers of the folder could not send is sent, too.
 
     Args:
         handle: from `create_run`; None gives a `NullTracker`.
-        spool_dir: local folder of the spool, best `spool_folder(output)`; what an earlier process left there is sent.
+        folder: the run's folder on a local disk.
+        history: rows of the checkpoint that the run resumes from, as JSON lines: they replace those in `history.jsonl`,
+            because the steps after the checkpoint run again. None keeps the file.
         system_metrics_node: log the load of this machine under this name ("" for a run on one machine); None: do not.
-        owner: create the run if the driver could not. True in one process only (rank 0 or the driver).
-        interval_s: seconds between two batches.
-        close_timeout_s: how long `close` waits for the last events.
+        close_timeout_s: how long `close` waits until everything is sent; 5 s at most if the server is known to be down.
     """
     if handle is None:
         return NullTracker()
-    sender = SidecarSender(handle, spool_dir, owner=owner)
-    tracker = SpoolTracker(spool_dir, sender, interval_s=interval_s, close_timeout_s=close_timeout_s)
-    if system_metrics_node is not None and handle.system_metrics_interval:
-        system = SystemMetrics(
-            tracker, node=system_metrics_node, origin=handle.created_ms / 1e3, interval_s=handle.system_metrics_interval
-        )
-        tracker.before_close.append(system.close)
-    return tracker
+    return RecordTracker(folder, handle.to_json(), history, system_metrics_node, close_timeout_s)
 
 
-def replay(config: TrackingConfig, output: Path, timeout_s: float = 60.0) -> int:
-    """Send what the runs in an output folder could not, the last status included; return how many events are left.
+def reconcile(
+    config: TrackingConfig,
+    folder: Path,
+    *,
+    status: Status | None = None,
+    history: str | None = None,
+    timeout_s: float = 60.0,
+) -> int:
+    """Send what a run's folder records and MLflow lacks; return how many lines MLflow lacks after that.
+
+    Args:
+        config: the recipe's `tracking`.
+        folder: the run's folder on a local disk.
+        status: how the run ended, if that is not recorded yet.
+        history: rows of the newest checkpoint, as JSON lines; taken if there are more than in `history.jsonl`, because
+            the run trained on another machine.
+        timeout_s: how long to try.
 
     Raises:
         UserError: no run was tracked there.
     """
-    handle = load_handle(output)
+    handle = load_handle(folder)
     if handle is None:
-        raise UserError(f"{output}: no tracked run there; give the output folder of a run")
-    folder = spool_folder(output)
-    sender = SidecarSender(replace(handle, uri=config.store_uri(output)), folder)
-    tracker = SpoolTracker(folder, sender, interval_s=0.05, close_timeout_s=5.0, replay_status=True)
-    tracker.drain(timeout_s)
+        raise UserError(f"{folder}: no tracked run there; give the output folder of a run")
+    handle = replace(handle, uri=config.store_uri(folder))
+    here = (folder / HISTORY).stat().st_size if (folder / HISTORY).exists() else 0
+    rows = history if history and len(history) > here else None
+    tracker = open_tracker(handle, folder, history=rows, close_timeout_s=timeout_s)
+    if status:
+        tracker.close(status)
     tracker.detach()
     return unsent(folder)
 
 
-class SidecarSender:
-    """Delivers events through a helper process; each call has a deadline."""
-
-    def __init__(self, handle: RunHandle, spool_dir: Path, owner: bool = True) -> None:
-        self.handle = handle
-        self.spool_dir = spool_dir
-        self.owner = owner
-        self._sidecar = helper_process(spool_dir, nice=10)
-        self._sidecar.start()
-
-    def send(self, events: Sequence[Event]) -> list[tuple[Event, str]]:
-        """See `perceiver.tracking.tracker.Sender`."""
-        if not events:
-            return []
-        request = {"op": "send", "handle": self.handle.to_json(), "owner": self.owner, "events": list(events)}
-        try:
-            _probe(resolve(self.handle.uri))
-            self._sidecar.call({"op": "load"}, LOAD_S)
-            reply = self._sidecar.call(request, SEND_S + _artifact_seconds(events))
-        except SidecarError as error:
-            raise SendError(str(error)) from error
-        handle = RunHandle.from_json(reply["handle"])
-        if handle != self.handle:
-            self.handle = handle
-            _save_handle(self.spool_dir, handle)
-        return [(events[index], reason) for index, reason in reply["rejected"]]
-
-    def close(self) -> None:
-        """End the helper process."""
-        self._sidecar.close()
-
-
 def _new_handle(
-    config: TrackingConfig, name: str, output: Path, params: Mapping[str, Any], tags: Mapping[str, str]
+    config: TrackingConfig, name: str, output: Path, params: Mapping[str, Any], tags: Mapping[str, str] | None
 ) -> RunHandle:
-    uri = config.store_uri(output)
-    plain = resolve(uri)
-    root = config.artifact_root
-    if root is None and plain.startswith("sqlite:///"):
-        root = str(Path(plain.removeprefix("sqlite:///").partition("?")[0]).absolute().parent / "mlartifacts")
     standard = {"mlflow.user": _user(), "mlflow.source.name": "perceiver train", "mlflow.source.type": "LOCAL"}
     return RunHandle(
-        uri=uri,
+        uri=config.store_uri(output),
         experiment=config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or name,
         name=name,
         key=uuid.uuid4().hex,
         created_ms=time.time_ns() // 1_000_000,
-        artifact_root=root,
-        tags={key: str(value) for key, value in redact({**standard, **tags}).items()},
+        artifact_root=config.artifact_root,
+        tags={key: str(value) for key, value in redact({**standard, **config.tags, **(tags or {})}).items()},
         params={key: str(value) for key, value in redact(flatten(params)).items()},
         system_metrics_interval=config.system_metrics_interval if config.system_metrics else None,
     )
 
 
-def _say_no_answer(error: SidecarError, config: TrackingConfig, output: Path) -> None:
-    """Raise where the run must not start without its store; otherwise say what happens now."""
-    place, waiting = redact_text(config.store_uri(output)), spool_folder(output)
-    if error.kind == "refused":
-        raise UserError(f"MLflow at {place} refuses the run: {error}") from None
-    if config.required:
-        fix = "start it, or set tracking.required=false"
-        raise UserError(f"MLflow at {place} does not answer ({error}); {fix}") from None
-    log.warning("MLflow at %s does not answer (%s): training goes on, figures wait in %s", place, error, waiting)
-
-
-def _open(sidecar: Sidecar, handle: RunHandle) -> Reply:
-    """Have the helper create or reopen the run: at most about `SERVER_S` seconds for anything that is not a file."""
-    plain = resolve(handle.uri)
-    local = plain.startswith("sqlite:")
-    _probe(plain)
-    sidecar.call({"op": "load"}, LOAD_S)
-    return sidecar.call({"op": "open", "handle": handle.to_json()}, LOAD_S if local else SERVER_S)
-
-
-def _probe(uri: str) -> None:
-    """Fail within 5 s if nothing listens at a URL's host and port."""
-    parts = urlsplit(uri)
-    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    if not parts.hostname or port is None:
-        return
-    try:
-        socket.create_connection((parts.hostname, port), timeout=SERVER_S / 2).close()
-    except OSError as error:
-        raise SidecarError(f"{parts.hostname}:{port}: {error.strerror or error}") from error
-
-
-def _save_handle(folder: Path, handle: RunHandle) -> None:
-    """Write `run.json`. A password in the URI is masked: who reads the file has the configuration for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"run.json.{os.getpid()}"
-    partial.write_text(json.dumps({**handle.to_json(), "uri": redact_text(handle.uri)}, indent=1))
-    partial.replace(folder / "run.json")
-
-
-def _artifact_seconds(events: Sequence[Event]) -> float:
-    """Time to allow for uploading the artifacts among the events."""
-    paths = [Path(event["path"]) for event in events if event["kind"] == "artifact"]
-    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
-    return sum(file.stat().st_size for file in files) / ARTIFACT_BYTES_PER_S
+def _begin(folder: Path, handle: RunHandle) -> RunHandle:
+    """Leave the handle in the run's folder, and record that the run is running, whatever was recorded before."""
+    save_handle(folder, handle)
+    notes = LineWriter(folder / NOTES)
+    notes.append({"time": time.time(), "status": "running"})
+    notes.close()
+    return handle
 
 
 def _user() -> str:

@@ -1,5 +1,7 @@
-"""Load of the machine a worker runs on, logged like any other metric, so that an outage of the tracking server loses
-none of it (MLflow's own monitor ends at the first failed request)."""
+"""Load of the machine, recorded like other metrics, so that an outage of the server loses none of it.
+
+MLflow's own monitor ends at the first failed request.
+"""
 
 import threading
 import time
@@ -7,45 +9,28 @@ from typing import Any
 
 import psutil
 
-from perceiver.tracking.tracker import Tracker
+from perceiver.tracking.record import LineWriter
 
 MEGABYTE = 1e6
 
 
-class SystemMetrics:
-    """A daemon thread that logs CPU, memory, disk, network and (with `pynvml` installed) GPU figures.
+def record_load(rows: LineWriter, node: str, origin: float, interval_s: float, stop: threading.Event) -> None:
+    """Record CPU, memory, disk, network and (with `pynvml` installed) GPU figures until `stop` is set.
 
     The names are MLflow's, so that its "System metrics" tab shows them: `system/<node>/cpu_utilization_percentage`.
     The step is the number of whole intervals since `origin`, so it keeps growing when a run is resumed.
 
     Args:
-        tracker: where the figures go.
+        rows: where the samples go; closed at the end.
         node: name of this machine within the run; "" for a run on one machine.
-        origin: seconds since the epoch at which step 0 lies (the start of the run).
+        origin: time of step 0 (the start of the run), in seconds since the epoch.
         interval_s: seconds between two samples.
+        stop: ends the sampling.
     """
-
-    def __init__(self, tracker: Tracker, *, node: str = "", origin: float, interval_s: float = 10.0) -> None:
-        self.tracker = tracker
-        self.prefix = f"system/{node}/" if node else "system/"
-        self.origin = origin
-        self.interval_s = interval_s
-        self._stop = threading.Event()
-        self._gpus = _gpu_handles()
-        self._start = _counters()
-        psutil.cpu_percent()
-        self._thread = threading.Thread(target=self._run, name="system-metrics", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop sampling."""
-        self._stop.set()
-        self._thread.join(timeout=2.0)
-
-    def sample(self) -> dict[str, float]:
-        """The figures of now; disk and network traffic since this object was made, in megabytes."""
-        memory = psutil.virtual_memory()
-        disk = psutil.disk_usage("/")
+    prefix, gpus, before = f"system/{node}/" if node else "system/", _gpu_handles(), _counters()
+    psutil.cpu_percent()
+    while not stop.wait(interval_s):
+        memory, disk, now = psutil.virtual_memory(), psutil.disk_usage("/"), time.time()
         figures = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
             "system_memory_usage_megabytes": memory.used / MEGABYTE,
@@ -53,16 +38,13 @@ class SystemMetrics:
             "disk_usage_percentage": disk.percent,
             "disk_usage_megabytes": disk.used / MEGABYTE,
             "disk_available_megabytes": disk.free / MEGABYTE,
+            **{key: (value - before[key]) / MEGABYTE for key, value in _counters().items()},
         }
-        figures.update({key: (value - self._start[key]) / MEGABYTE for key, value in _counters().items()})
-        for index, handle in enumerate(self._gpus):
+        for index, handle in enumerate(gpus):
             figures.update(_gpu_figures(index, handle))
-        return {self.prefix + key: value for key, value in figures.items()}
-
-    def _run(self) -> None:
-        while not self._stop.wait(self.interval_s):
-            step = int((time.time() - self.origin) / self.interval_s)
-            self.tracker.log_metrics(max(step, 0), self.sample())
+        step = max(0, int((now - origin) / interval_s))
+        rows.append({"step": step, "time": now, **{prefix + key: value for key, value in figures.items()}})
+    rows.close()
 
 
 def _counters() -> dict[str, float]:
@@ -74,7 +56,7 @@ def _counters() -> dict[str, float]:
 
 
 def _gpu_handles() -> list[Any]:
-    """NVML handles of the NVIDIA GPUs here; none without the optional `pynvml` or a driver."""
+    """Return NVML handles of the NVIDIA GPUs here; none without the optional `pynvml` or a driver."""
     try:
         import pynvml  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 600.0
 """How long the last step waits for evaluations in other processes."""
 
-Sink = Callable[[int, Mapping[str, float]], None]
+Sink = Callable[[int, Mapping[str, float], float], None]
+"""Takes the step, the metrics and the time, in seconds since the epoch, of a recorded row."""
 
 
 class History:
@@ -28,7 +29,7 @@ class History:
 
     Args:
         text: rows recorded so far, as JSON lines.
-        sinks: called with the step and the metrics of each new row.
+        sinks: called with each new row.
 
     Attributes:
         rows: ``{"step": ..., "time": ..., metric: value, ...}``, oldest first.
@@ -46,10 +47,11 @@ class History:
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one row, ``{"step": step, "time": now, **metrics}``, and pass it to every sink."""
         began = time.perf_counter()
-        self.rows.append({"step": step, "time": time.time(), **metrics})
+        now = time.time()
+        self.rows.append({"step": step, "time": now, **metrics})
         self._note(step, metrics)
         for sink in self.sinks:
-            sink(step, metrics)
+            sink(step, metrics, now)
         self.spent_s += time.perf_counter() - began
 
     def text(self) -> str:
@@ -124,7 +126,7 @@ class EvalHook:
         engine: Engine,
         batches: Callable[[], Iterable[Batch]],
         epochs: float,
-        report: Sink = lambda step, figures: None,
+        report: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None,
     ) -> None:
         self.history, self.engine, self.batches, self.epochs, self.report = history, engine, batches, epochs, report
         self.latest: dict[str, float] = {}

@@ -13,6 +13,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
 
+from perceiver.tracking.record import HISTORY
 from tests.faults.job import RUN, Job
 
 BUCKET = "bucket"
@@ -83,7 +84,7 @@ class S3Job(Job):
         self.fs.mkdir(BUCKET)
         self.remote = f"{BUCKET}/runs/{RUN}"
         self.poll_s = 0.5
-        self.metrics_db = folder / ".cache" / "perceiver" / "runs" / "mlflow.db"
+        self.record = folder / ".cache" / "perceiver" / "runs" / RUN / HISTORY
 
     def facts(self) -> dict[str, Any]:
         """What run.json holds."""

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from perceiver.tracking.record import HISTORY, read_rows
 from perceiver.train.checkpoint.ledger import Audit, audit
 from pipelines.feed.ingest import DataConfig, sample_plan
 from pipelines.shards.manifest import load_manifest
@@ -65,7 +65,8 @@ class Job:
     def __init__(self, folder: Path, tree: dict[str, Any], environment: dict[str, str] | None = None) -> None:
         self.folder, self.tree, self.environment = folder, tree, environment or {}
         self.run = folder / "runs" / RUN
-        self.metrics_db = folder / "runs" / "mlflow.db"
+        self.record = self.run / HISTORY
+        self.recorded: list[tuple[float, int]] = []
         self.words = ["train"]
         self.poll_s = 0.02
         self.lines: list[tuple[float, str]] = []
@@ -89,6 +90,7 @@ class Job:
         )
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
+        threading.Thread(target=self._follow_record, args=(self.process,), daemon=True).start()
         return self
 
     def inject(self, kind: str, step: int, rank: int = 0) -> "Job":
@@ -107,6 +109,15 @@ class Job:
         assert process.stdout is not None
         for line in process.stdout:
             self.lines.append((time.time(), line.rstrip()))
+
+    def _follow_record(self, process: subprocess.Popen[str]) -> None:
+        """Keep when which step was recorded: a resume drops the rows of steps that run again."""
+        offset = 0
+        while process.poll() is None:
+            size = self.record.stat().st_size if self.record.exists() else 0
+            rows, offset = read_rows(self.record, offset if size >= offset else 0)
+            self.recorded += [(row["time"], int(row["step"])) for row in rows if "train/loss" in row]
+            time.sleep(0.1)
 
     @property
     def output(self) -> str:
@@ -249,11 +260,8 @@ class Job:
         return audit(str(self.run / "ledger"), last_step, lambda step: plan.share(step - 1, step).ids.ravel().tolist())
 
     def _last_step_before(self, fault: float) -> int:
-        """The last step that was recorded before a moment, from MLflow's store, which forgets nothing."""
-        query = "select max(step) from metrics where key = 'train/loss' and timestamp < ?"
-        with sqlite3.connect(self.metrics_db) as store:
-            (step,) = store.execute(query, (int(fault * 1000),)).fetchone()
-        return int(step or 0)
+        """The last step that was recorded before a moment."""
+        return max((step for when, step in self.recorded if when < fault), default=0)
 
 
 def shared_memory() -> set[str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perceiver.tracking.mlflow_writer import TrackingConfig, replay
+from perceiver.tracking.runs import TrackingConfig, reconcile
 from tests.cluster.recipes import prepare_images, small_tree
 from tests.faults.job import Job, Outcome, send
 from tests.faults.stores import limit_files
@@ -165,7 +165,7 @@ def judge(soak: Soak, outcome: Outcome) -> float:
     outcome.expect(found.exact, f"samples: {len(found.lost)} lost, {len(found.doubled)} doubled")
     steps = [int(row["step"]) for row in rows]
     outcome.expect(len(set(steps)) == len(steps), "each row recorded once")
-    left = replay(TrackingConfig(uri=soak.server.uri), job.run)  # what the server missed before it was back
+    left = reconcile(TrackingConfig(uri=soak.server.uri), job.run)  # what the server missed before it was back
     outcome.expect(left == 0 and set(steps) <= set(logged(soak.server)), "all rows are at the MLflow server")
     outcome.expect(not (found_alive := job.leftovers()), f"processes left behind: {[p.pid for p in found_alive]}")
     print(f"\n{last} steps of {1000 * step_s:.0f} ms, {last * 64} samples, {len(found.lost)} lost, ", end="")

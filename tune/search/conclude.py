@@ -141,7 +141,7 @@ def commands(launch: "SearchLaunch", handle: Any = None) -> dict[str, str]:
     found = {"train it": shlex.join(["perceiver", "train", launch.folder.location("best.yaml")])}
     if handle is not None:
         store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
-        found["mlflow"] = f"mlflow ui --backend-store-uri {store}"
+        found["mlflow"] = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
     more = launch.total * 2
     return {**found, "search on": f"{launch.go_on} trials={more}"}
 

@@ -19,13 +19,7 @@ from cluster.run.monitor import ActorMonitor
 from cluster.runtime.local import start_ray
 from cluster.runtime.session import Tracked, log_file, ray_and_mlflow, stop_on_signal
 from perceiver.config import UserError
-from perceiver.tracking.mlflow_writer import (
-    RunHandle,
-    TrackingConfig,
-    load_handle,
-    open_tracker,
-    spool_folder,
-)
+from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
 from tune.config import OptunaSearch, Search, build_search
 from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_record, trial_name
 from tune.search.checks import baseline, check_search, check_trials
@@ -204,7 +198,7 @@ def _search(launch: SearchLaunch) -> dict[str, Any]:
     run = Tracked(launch.tracking, params, _source_tag(launch))
     with ray_and_mlflow(recipe.cluster, folder, run, launch.background, launch.console.say) as handle:
         if handle is not None:
-            launch.tracker = open_tracker(handle, spool_folder(folder.local), system_metrics_node="")
+            launch.tracker = open_tracker(handle, folder.local, system_metrics_node="")
         return {**_tune(launch, handle), "handle": handle}
 
 
@@ -312,5 +306,5 @@ class _Tracking:
 
     def _close_failed(self, number: int) -> None:
         folder = RunFolder(self.launch.trials_url, trial_name(number)).local
-        if handle := load_handle(folder):
-            open_tracker(handle, spool_folder(folder)).close("failed")
+        if load_handle(folder):
+            reconcile(self.launch.tracking, folder, status="failed")

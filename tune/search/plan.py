@@ -9,7 +9,7 @@ from typing import Any
 from cluster.recipe.config import absolute
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.session import go_on_command, tracking_of
-from perceiver.tracking.mlflow_writer import TrackingConfig
+from perceiver.tracking.runs import TrackingConfig
 from perceiver.tracking.tracker import NullTracker, Tracker
 from tune.config import Search
 from tune.record import SearchRecord

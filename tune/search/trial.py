@@ -28,15 +28,7 @@ from cluster.run.metrics import RunMetrics, ray_export
 from cluster.run.monitor import ActorClient, ActorMonitor, Event, LocalMonitor, Monitor
 from cluster.run.trainer import Share, build_local_trainer, build_trainer
 from perceiver.config import UserError
-from perceiver.tracking.mlflow_writer import (
-    RunHandle,
-    TrackingConfig,
-    open_tracker,
-    promise_run,
-    share_helper,
-    spool_folder,
-)
-from perceiver.tracking.tracker import Status
+from perceiver.tracking.runs import RunHandle, TrackingConfig, promise_run, reconcile
 from pipelines.feed.ingest import load_data
 from tune.record import number_of, trial_name
 from tune.search.exchange import Pointer, pointer_of, take_over
@@ -93,7 +85,6 @@ class TrialRun(ray.tune.Trainable):
         assert plan is not None
         self.plan: TrialPlan = plan
         self.run: Running | None = None
-        share_helper()
 
     def step(self) -> dict[str, Any]:
         """Train until the next evaluation; return its figures."""
@@ -306,9 +297,8 @@ class Running:
         self.link.flush()
         status = self.outcome.get("status", "failed")
         self.folder.note(status=status, step=self.outcome.get("step"), error=self.outcome.get("error"))
-        endings: dict[str, Status] = {"finished": "finished", "stopped": "stopped", "refused": "failed"}
-        if self.handle is not None and status in endings:  # one that failed may start again
-            open_tracker(self.handle, spool_folder(self.folder.local)).close(endings[status])
+        if self.handle is not None and status == "refused":  # one that failed may start again
+            reconcile(self.plan.tracking, self.folder.local, status="failed")
 
 
 def _alone() -> None:

@@ -7,7 +7,7 @@ import ray.tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cluster.recipe.config import absolute, for_workers
-from perceiver.tracking.mlflow_writer import TrackingConfig
+from perceiver.tracking.runs import TrackingConfig
 from tune.record import PARAMETERS, trial_name
 from tune.search.coordinator import Asker, Desk, Reporter, placed
 from tune.search.schedulers import build_scheduler, replay, takes_turns

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver.tracking.runs import TrackingConfig, create_run, open_tracker, spool_folder
+from perceiver.tracking.runs import TrackingConfig, create_run, open_tracker
 from tests.perceiver.tracking.mlflow_server import Server, free_port
 from tests.perceiver.tracking.postgres import FITS, Postgres
 
@@ -31,11 +31,10 @@ def train(server: Server, folder: Path, number: int) -> None:
     config = TrackingConfig(uri=server.uri, experiment="many", system_metrics=False)
     handle = create_run(config, f"run-{number}", output=folder, params={"optim": {"lr": 0.1 * number}})
     assert handle is not None
-    tracker = open_tracker(handle, spool_folder(folder), interval_s=0.1)
+    tracker = open_tracker(handle, folder, close_timeout_s=120)
     for step in range(STEPS):
         tracker.log_metrics(step, {"loss": number + step / STEPS, "accuracy": 0.5})
     tracker.set_tag("checkpoint_uri", str(folder))
-    assert tracker.flush(120)
     tracker.close("finished")
 
 

@@ -67,7 +67,7 @@ def test_metrics_are_means_over_a_window() -> None:
 
 def test_history_rows_come_each_window_and_survive_as_text() -> None:
     sunk: list[int] = []
-    history = History(sinks=[lambda step, metrics: sunk.append(step)])
+    history = History(sinks=[lambda step, metrics, time_s: sunk.append(step)])
     train(toy_engine(), toy_batches(0, 5), [MetricsHook(history, 2)], span(0, 5))
     assert [row["step"] for row in history.rows] == [2, 4, 5] == sunk
     assert History(history.text()).rows == history.rows

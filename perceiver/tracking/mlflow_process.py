@@ -1,0 +1,66 @@
+"""The MLflow process, as the process that trains sees it.
+
+Importing MLflow takes seconds and 230 MB, its retries block, and it prints to the terminal: all that happens in a
+process of its own, which runs `perceiver.tracking.mlflow_writer` and ends when its parent does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "False",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+Request = Mapping[str, Any]
+
+
+def start(request: Request, log: Path) -> "subprocess.Popen[bytes]":
+    """Start a process that follows a record until its standard input is closed.
+
+    Args:
+        request: arguments of `perceiver.tracking.mlflow_writer.follow`.
+        log: file for the messages of the process.
+    """
+    process = _popen(log, stdout=subprocess.DEVNULL)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
+    return process
+
+
+def ask(request: Request, log: Path, timeout_s: float) -> dict[str, Any]:
+    """Return the answer of a process that is started for one request; `{"error": reason}` if there is none in time."""
+    process = _popen(log, stdout=subprocess.PIPE)
+    try:
+        answer, _ = process.communicate(json.dumps(request).encode() + b"\n", timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"error": "no answer in time"}
+    return json.loads(answer) if answer else {"error": f"the MLflow process ended, see {log}"}
+
+
+def _popen(log: Path, stdout: int) -> "subprocess.Popen[bytes]":
+    log.parent.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            # -P: a folder `perceiver` where the user happens to be is not the package.
+            [sys.executable, "-P", "-m", "perceiver.tracking.mlflow_writer"],
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=file,
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )

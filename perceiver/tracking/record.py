@@ -1,0 +1,128 @@
+"""The record of a run on its local disk: files of JSON lines that one process appends and another sends to MLflow.
+
+history.jsonl           recorded metrics: {"step": 20, "time": 1764547200.5, "train/loss": 0.31, ...}
+tracking/system.jsonl   load of the machine, in the same form
+tracking/notes.jsonl    tags, artifacts and states: {"time": 1764547203.1, "tag": "checkpoint_uri", "value": "..."}
+tracking/sent.json      which MLflow run has how many bytes of these files
+tracking/run.json       the MLflow run (`perceiver.tracking.runs.RunHandle`)
+tracking/mlflow.log     messages of the MLflow process
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+HISTORY, SYSTEM, NOTES = FILES = ("history.jsonl", "tracking/system.jsonl", "tracking/notes.jsonl")
+SENT, RUN, LOG = "tracking/sent.json", "tracking/run.json", "tracking/mlflow.log"
+READ_BYTES = 2**20
+
+
+class LineWriter:
+    """Appends rows to a file, each as one line that is with the operating system on return. Thread-safe.
+
+    A full or failing disk raises nothing: the lines stay in memory and are written with the next row.
+
+    Args:
+        path: the file; what is in it stays.
+        replacement: lines that a new file at this path begins with, in place of the old one.
+    """
+
+    def __init__(self, path: Path, replacement: str | None = None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if replacement is not None:
+            path.unlink(missing_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._lock = threading.Lock()
+        self._failing = False
+        size = os.fstat(self._fd).st_size
+        # A line that a crash truncated must not take the next one with it.
+        torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+        self._pending = b"\n" if torn else (replacement or "").encode()
+        self._write()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row."""
+        with self._lock:
+            self._pending += json.dumps(row).encode() + b"\n"
+            self._write()
+
+    def close(self) -> None:
+        """Write what is still in memory, and close the file."""
+        with self._lock:
+            self._write()
+            if self._pending:
+                log.error("%s: %d lines could not be written and are lost", self.path, self._pending.count(b"\n"))
+            os.close(self._fd)
+
+    def _write(self) -> None:
+        end = os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, self._pending) < len(self._pending):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._pending, self._failing = b"", False
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, end)
+            if not self._failing:
+                log.warning("%s cannot be written (%s); its lines wait in memory", self.path, error.strerror)
+            self._failing = True
+
+
+def read_rows(path: Path, offset: int) -> tuple[list[Row], int]:
+    """Return the rows of a file's complete lines from byte `offset` on, and the offset after them.
+
+    At most about a MiB is read; a line that is no JSON object is skipped, with a warning.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            lines = file.readlines(READ_BYTES)
+    except FileNotFoundError:
+        return [], offset
+    rows = []
+    for line in lines:
+        if line.endswith(b"\n"):
+            offset += len(line)
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                log.warning("%s: a line that cannot be read is skipped: %.80r", path, line)
+    return rows, offset
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by rename, so that nobody reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_sent(folder: Path) -> dict[str, Any]:
+    """Return what `sent.json` of a run's folder contains; empty if nothing has been sent."""
+    try:
+        return dict(json.loads((folder / SENT).read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def unsent(folder: Path) -> int:
+    """Return how many lines of a run's record MLflow does not have yet."""
+    sent, count = read_sent(folder), 0
+    for name in FILES:
+        rows, end = read_rows(folder / name, offset := sent.get(name, 0))
+        while end > offset:
+            count += len(rows)
+            rows, end = read_rows(folder / name, offset := end)
+    return count
