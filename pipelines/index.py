@@ -15,11 +15,10 @@ import pyarrow as pa
 
 from perceiver.config import UserError
 from pipelines.prepare import PrepareConfig, existing, fingerprint
-from pipelines.shards.io import Folder, open_folder
+from pipelines.shards.io import Folder, ReadPolicy, first_line, open_folder
 from pipelines.shards.listing import file_tag, listed
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest
-from pipelines.shards.ranges import ReadPolicy
-from pipelines.shards.reader import column_at, first_line, fit, split_url
+from pipelines.shards.reader import column_at, fit, split_url
 from pipelines.shards.row_groups import read_footer
 from pipelines.sources import Listing, load_source
 

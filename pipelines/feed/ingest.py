@@ -20,10 +20,10 @@ from pipelines.features.base import ViewConfig
 from pipelines.feed.samples import PROBLEM, Plan, SampleSpec, Work
 from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mix
 from pipelines.order.plan import EvalPlan, RowGroups, SamplePlan
+from pipelines.shards.io import ReadPolicy
 from pipelines.shards.listing import check_listing
 from pipelines.shards.manifest import Manifest, arrow_schema, load_manifest
 from pipelines.shards.quarantine import Problem, Quarantine
-from pipelines.shards.ranges import ReadPolicy
 from pipelines.shards.reader import Files, Reader
 
 if TYPE_CHECKING:

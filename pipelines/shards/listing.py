@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from perceiver.config import UserError
-from pipelines.shards.io import Folder, open_folder
+from pipelines.shards.io import Folder, first_line, open_folder
 from pipelines.shards.manifest import ShardInfo, Split
-from pipelines.shards.reader import first_line, split_url
+from pipelines.shards.reader import split_url
 
 ASKED = 1000
 THREADS = 16

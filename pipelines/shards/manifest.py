@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from perceiver.config import Config, UserError
 from pipelines.features import Feature
-from pipelines.shards.io import Folder, open_folder
+from pipelines.shards.io import Folder, first_line, open_folder
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -128,7 +128,7 @@ def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifes
         ) from None
     except Exception as error:  # noqa: BLE001  each file system has exceptions of its own, of missing credentials for one
         raise UserError(
-            f"cannot read {url}/{MANIFEST}: {_first_line(error)}; check access, or prepare the data again"
+            f"cannot read {url}/{MANIFEST}: {first_line(error)}; check access, or prepare the data again"
         ) from error
     return _parse_manifest(raw, f"{url}/{MANIFEST}")
 
@@ -148,10 +148,6 @@ def _parse_manifest(raw: Any, where: str) -> Manifest:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{where}: {place}: {first['msg']}; prepare the data again") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_manifest(manifest: Manifest, folder: Folder) -> None:

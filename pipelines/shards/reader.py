@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from perceiver.config import UserError
 from pipelines.order.plan import RowGroups
-from pipelines.shards.io import Folder, open_folder
+from pipelines.shards.io import Folder, ReadError, ReadPolicy, first_line, open_folder
 from pipelines.shards.manifest import Split
-from pipelines.shards.ranges import ReadError, ReadPolicy
 from pipelines.shards.row_groups import read_row_group
 
 READ_THREADS, LOCAL_READ_THREADS = 8, 2
@@ -328,9 +327,3 @@ def fit(array: pa.Array, wanted: pa.Field, classes: tuple[str, ...]) -> pa.Array
         numbers = {name: number for number, name in enumerate(classes)}
         return pa.array([numbers.get(label, -1) for label in array.to_pylist()], wanted.type)
     raise pa.ArrowTypeError(f"column {wanted.name} is {kind}, wanted {wanted.type}")
-
-
-def first_line(error: BaseException) -> str:
-    """The error's first line, or its type if it says nothing."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return (text.splitlines() or [type(error).__name__])[0]

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.shards.io import Folder
+from pipelines.shards.io import Bytes, Folder, ReadPolicy, read_range
 from pipelines.shards.plain import plain_type, plain_values
-from pipelines.shards.ranges import Bytes, ReadPolicy, read_range
 
 FOOTER_BYTES = 64 << 10
 """Read first from a file's end; a longer footer costs one more request."""

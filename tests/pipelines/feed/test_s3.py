@@ -11,9 +11,8 @@ from perceiver.config import UserError
 from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards import reader, row_groups
-from pipelines.shards.io import open_folder
+from pipelines.shards.io import ReadError, ReadPolicy, open_folder, read_range, with_retries
 from pipelines.shards.manifest import load_manifest
-from pipelines.shards.ranges import ReadError, ReadPolicy, read_range, with_retries
 from tests.pipelines.faulty_s3 import FaultyS3
 from tests.pipelines.feed.test_ingest import joined, same
 from tests.pipelines.toys import digits_archive
