@@ -241,7 +241,7 @@ def compare(kind: Kind, options: argparse.Namespace) -> Iterator[dict[str, Any]]
                 {"webdataset": ingest_data.tars, "streaming": ingest_data.mds, "litdata": ingest_data.chunks}[name](
                     kind, options.data
                 )
-    ingest_data.shards(kind, options.data)
+    ingest_data.arrow_shards(kind, options.data)
     allocator = {name: value for name, value in QUIET_ENVIRONMENT.items() if name.startswith("MALLOC_")}
     env = {**os.environ, **allocator, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "true"}
     this = [

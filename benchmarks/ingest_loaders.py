@@ -44,7 +44,7 @@ def ours(kind: Kind, folder: Path, url: str | None = None, **options: Any) -> Ba
     """`train_batches` on Ray Data."""
     from pipelines.feed.ingest import TrainShare, load_data, train_batches
 
-    data = kind.view.model_copy(update={"url": url or str(ingest_data.shards(kind, folder)), **options})
+    data = kind.view.model_copy(update={"url": url or str(ingest_data.arrow_shards(kind, folder)), **options})
     share = TrainShare(0, BATCH, BATCH, 0, ENDLESS // BATCH)
     return (batch[kind.key] for batch in train_batches(data, load_data(data), share, "cpu"))
 
@@ -65,7 +65,7 @@ def part_of(kind: Kind, folder: Path) -> Path:
     from pipelines.shards.io import open_folder
     from pipelines.shards.manifest import load_manifest, save_manifest
 
-    whole, part = ingest_data.shards(kind, folder), folder / kind.name / "part"
+    whole, part = ingest_data.arrow_shards(kind, folder), folder / kind.name / "arrow_part"
     manifest = load_manifest(str(whole))
     split = manifest.splits["train"]
     shards = split.shards[: max(1, S3_SAMPLES // split.shards[0].rows)]

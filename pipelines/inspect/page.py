@@ -12,11 +12,11 @@ import numpy as np
 
 from perceiver.config import UserError
 from pipelines.features.base import ViewConfig
-from pipelines.inspect.inspection import Inspection, Spread, figure, rows_of
+from pipelines.inspect.inspection import Inspection, Spread, figure, stored_row
 from pipelines.inspect.pieces import SMALL, Piece
 from pipelines.inspect.views import VIEWS
 from pipelines.shards.manifest import Manifest, Split, load_manifest
-from pipelines.shards.stored import stored_files
+from pipelines.shards.reader import Reader
 from pipelines.transforms import BadSample
 
 BARS = 40
@@ -86,17 +86,14 @@ def spread_places(total: int, count: int) -> list[int]:
 
 
 def _cards(url: str, manifest: Manifest, split: Split, count: int, options: Mapping[str, str] | None) -> Iterator[Card]:
-    places = spread_places(split.samples, count)
-    first = 0
-    for file in stored_files(url, manifest, split, options):
-        rows = {place - first for place in places if first <= place < first + file.shard.rows}
-        try:
-            for start, table in file.tables(rows) if rows else ():
-                for row in sorted(rows & set(range(start, start + table.num_rows))):
-                    yield card(first + row, next(rows_of(table.slice(row - start, 1))), manifest)
-        except (OSError, ValueError, KeyError) as error:
-            yield Card(first, file.shard.name, [], [], (str(error).splitlines() or ["unreadable"])[0])
-        first += file.shard.rows
+    reader = Reader.of(url, manifest, split, options)
+    for place in spread_places(split.samples, count):
+        shard, group, row = reader.locate(np.array([place]))[0]
+        found = reader.row_groups({(shard, group)})[shard, group]
+        if found.error:
+            yield Card(place, reader.row_key(shard, group, row), [], [], found.error)
+        else:
+            yield card(place, stored_row(found, row), manifest)
 
 
 def card(place: int, row: Mapping[str, Any], manifest: Manifest) -> Card:

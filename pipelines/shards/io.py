@@ -140,6 +140,9 @@ class ReadPolicy(Config):
     backoff: float = Field(default=0.1, ge=0, description="seconds before the second attempt, doubled for each further")
     longest: float = Field(default=10.0, ge=0, description="seconds between attempts at most")
 
+    def __hash__(self) -> int:  # Pydantic adds the same to frozen models, unseen by type checkers.
+        return hash(tuple(self.__dict__.values()))
+
 
 class ReadError(OSError):
     """A read that failed at each of its attempts."""

@@ -160,16 +160,16 @@ def test_a_mixture_is_the_same_at_any_world_size_after_restarts_and_on_ray(mixed
 def test_a_bad_sample_is_replaced_from_its_own_data_set(tmp_path: Path) -> None:
     write_images(tmp_path / "a", {"train": [40], "test": [5]})
     write_images(tmp_path / "b", {"train": [20, 20]}, start=1000)
-    (tmp_path / "b" / "train-0.parquet").unlink()
+    (tmp_path / "b" / "train-0.arrow").unlink()
     parts = tuple(MixturePart(url=str(tmp_path / name), weight=1) for name in "ab")
     data = DataConfig(url=str(tmp_path / "a"), mixture=parts, executor="inline", max_bad_fraction=1)
     quarantine = Quarantine()
     rows = joined(take(data, 0, 4, quarantine=quarantine))
     assert int((rows["sample_id"] >= 60).sum()) == int((rows["sample_id"] < 40).sum()) == 40
     assert {(p.split, p.reason) for p in quarantine.problems.values()} == {
-        (f"train of {tmp_path}/b", "train-0.parquet: missing")
+        (f"train of {tmp_path}/b", "train-0.arrow: missing")
     }
-    with pytest.raises(UserError, match=rf"1 of 2 files .*{tmp_path}/b/train-0.parquet: missing"):
+    with pytest.raises(UserError, match=rf"1 of 2 files .*{tmp_path}/b/train-0.arrow: missing"):
         check_files(data, load_data(data))
 
 
