@@ -175,7 +175,7 @@ def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifes
         there = folder.fs.exists(folder.path)
         what = f"has no {MANIFEST} (not prepared, or not completely)" if there else "does not exist"
         raise UserError(
-            f"data folder {url} {what}: create it with `perceiver prepare NAME [SRC] {url}`, for example NAME = digits"
+            f"data folder {url} {what}: make it with `perceiver prepare NAME [SRC] {url}`, for example NAME = digits"
         ) from None
     except NotADirectoryError:
         raise UserError(

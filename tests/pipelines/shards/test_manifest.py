@@ -22,7 +22,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_data_set_are_refused_with_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent does not exist: create it with `perceiver prepare"):
+    with pytest.raises(UserError, match=r"absent does not exist: make it with `perceiver prepare"):
         load_manifest(str(tmp_path / "absent"))
     with pytest.raises(UserError, match=r"has no manifest.json .* `perceiver prepare"):
         load_manifest(str(tmp_path))
