@@ -1,5 +1,6 @@
 """Mixtures: weights held at every point of the run, each data set in its own epochs, the same batches everywhere."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipelines.order.mixture import MixedSplit, MixturePart, MixturePlan, mix, m
 from pipelines.order.plan import RowGroups
 from pipelines.shards.quarantine import Quarantine
 from tests.pipelines.feed.test_ingest import Batches, joined, same
-from tests.pipelines.toys import numbered_image, write_images
+from tests.pipelines.toys import numbered_image, to_format_1, write_images
 
 COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=7).map(tuple)
 
@@ -171,6 +172,16 @@ def test_a_bad_sample_is_replaced_from_its_own_data_set(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match=rf"1 of 2 files .*{tmp_path}/b/train-0.arrow: missing"):
         check_files(data, load_data(data))
+
+
+def test_shards_of_both_formats_can_be_mixed(mixed: DataConfig, tmp_path: Path) -> None:
+    for part in mixed.mixture:
+        shutil.copytree(part.url, tmp_path / Path(part.url).name)
+    to_format_1(tmp_path / "b")
+    parts = tuple(part.model_copy(update={"url": str(tmp_path / Path(part.url).name)}) for part in mixed.mixture)
+    data = mixed.model_copy(update={"url": str(tmp_path / "a"), "mixture": parts, "window": 20})
+    check_files(data, load_data(data))
+    assert same(joined(take(data, 0, 5)), joined(take(mixed.model_copy(update={"window": 20}), 0, 5)))
 
 
 def test_data_sets_that_do_not_agree_are_refused(mixed: DataConfig, tmp_path: Path) -> None:
