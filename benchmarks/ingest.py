@@ -1,6 +1,6 @@
 """Reading speed, ours beside other loaders, in one run: the same encoded samples, transforms and two processes.
 
-    pip install --target peers webdataset mosaicml-streaming litdata                  # the extra peers
+    pip install --target peers webdataset mosaicml-streaming litdata spdl             # the extra peers
     PYTHONPATH=peers python benchmarks/ingest.py --data /tmp/ingest                    # all rows, as a table
     PYTHONPATH=peers python benchmarks/ingest.py --data /tmp/ingest --kind image --json    # one line a measurement
 
@@ -51,7 +51,9 @@ from cluster.runtime.local import QUIET_ENVIRONMENT, set_quiet_environment, star
 DELAY_S = 0.02
 BEGIN_S = 120
 """Seconds that a loader may take beyond those that it is measured for."""
-PEERS = {"webdataset": "webdataset", "streaming": "mosaicml-streaming", "litdata": "litdata"}
+PEERS = {"webdataset": ingest_data.tars, "streaming": ingest_data.mds, "litdata": ingest_data.chunks}
+PEERS |= {"spdl": ingest_data.raw_files, "spdl_processes": ingest_data.raw_files}
+"""Loaders whose packages may be missing, and what makes their data."""
 
 
 def bare_loop(kind: str, folder: str, ready: Any, done: Any) -> None:
@@ -235,14 +237,12 @@ def compare(kind: Kind, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     loaders = []
     for name in names:
         if name in PEERS and (reason := _cannot(name)):
-            print(f"{PEERS[name]} is left out, since it cannot be imported: {reason}", file=sys.stderr)
+            print(f"{name} is left out, since it cannot be imported: {reason}", file=sys.stderr)
         else:
             loaders.append(name)
             if name in PEERS:
-                {"webdataset": ingest_data.tars, "streaming": ingest_data.mds, "litdata": ingest_data.chunks}[name](
-                    kind, options.data
-                )
-    ingest_data.shards(kind, options.data)
+                PEERS[name](kind, options.data)
+    ingest_data.arrow_shards(kind, options.data)
     allocator = {name: value for name, value in QUIET_ENVIRONMENT.items() if name.startswith("MALLOC_")}
     env = {**os.environ, **allocator, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "true"}
     this = [
@@ -286,7 +286,7 @@ def run_one(command: list[str], env: dict[str, str], limit_s: float) -> dict[str
 
 def _cannot(name: str) -> str:
     """Why a peer cannot be imported; empty if it can. Asked in a process of its own, since imports leave traces."""
-    code = f"from benchmarks.ingest_data import peer; peer('{name}')"
+    code = f"from benchmarks.ingest_data import peer; peer('{name.split('_')[0]}')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 

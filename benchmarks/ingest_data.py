@@ -19,8 +19,9 @@ from PIL import Image
 from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, PointsFeature
 from pipelines.feed.ingest import DataConfig
 from pipelines.prepare import PrepareConfig, group_rows
+from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.io import open_folder
-from pipelines.shards.manifest import Manifest, ShardWriter, Split, arrow_schema, save_manifest
+from pipelines.shards.manifest import Manifest, Split, arrow_schema, save_manifest
 from pipelines.sources._packages import Package, fetch
 from pipelines.transforms.audio import AudioConfig
 from pipelines.transforms.image import AugmentConfig, CropConfig
@@ -212,7 +213,7 @@ def _shuffled(kind: Kind, folder: Path) -> Iterator[tuple[Path, bytes]]:
 
 
 @once
-def shards(kind: Kind, folder: Path, target: Path) -> None:
+def arrow_shards(kind: Kind, folder: Path, target: Path) -> None:
     """Our prepared form."""
     features: dict[str, Feature] = {kind.key: kind.feature, "label": LabelFeature()}
     place = open_folder(str(target))
@@ -221,7 +222,7 @@ def shards(kind: Kind, folder: Path, target: Path) -> None:
     infos = []
     samples = list(_shuffled(kind, folder))
     for first in range(0, len(samples), 1000):
-        with ShardWriter(place, f"train-{first // 1000:03d}.parquet", arrow_schema(features), rows) as writer:
+        with ShardWriter(place, f"train-{first // 1000:03d}.arrow", arrow_schema(features), rows) as writer:
             writer.write(
                 {"key": path.name, kind.key: encoded, "label": int(path.parent.name)}
                 for path, encoded in samples[first : first + 1000]

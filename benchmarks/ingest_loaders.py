@@ -1,8 +1,11 @@
 """The loaders of `benchmarks/ingest.py`, ours and the others: endless batches of one kind of data."""
 
 import itertools
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ def ours(kind: Kind, folder: Path, url: str | None = None, **options: Any) -> Ba
     """`train_batches` on Ray Data."""
     from pipelines.feed.ingest import TrainShare, load_data, train_batches
 
-    data = kind.view.model_copy(update={"url": url or str(ingest_data.shards(kind, folder)), **options})
+    data = kind.view.model_copy(update={"url": url or str(ingest_data.arrow_shards(kind, folder)), **options})
     share = TrainShare(0, BATCH, BATCH, 0, ENDLESS // BATCH)
     return (batch[kind.key] for batch in train_batches(data, load_data(data), share, "cpu"))
 
@@ -65,7 +68,7 @@ def part_of(kind: Kind, folder: Path) -> Path:
     from pipelines.shards.io import open_folder
     from pipelines.shards.manifest import load_manifest, save_manifest
 
-    whole, part = ingest_data.shards(kind, folder), folder / kind.name / "part"
+    whole, part = ingest_data.arrow_shards(kind, folder), folder / kind.name / "arrow_part"
     manifest = load_manifest(str(whole))
     split = manifest.splits["train"]
     shards = split.shards[: max(1, S3_SAMPLES // split.shards[0].rows)]
@@ -138,6 +141,60 @@ def litdata(kind: Kind, folder: Path) -> Batches:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
+def spdl_threads(kind: Kind, folder: Path) -> Batches:
+    """SPDL's pipeline over the files, a sample at a time in threads, as its guide shows it."""
+    local = threading.local()
+
+    def load(path: str) -> np.ndarray:
+        if not hasattr(local, "view"):
+            local.view = View(kind.name)
+        return local.view(Path(path).read_bytes())
+
+    builder = ingest_data.peer("spdl.pipeline").PipelineBuilder().add_source(_endless_files(kind, folder))
+    builder = builder.pipe(load, concurrency=PROCESSES).aggregate(BATCH).pipe(_stacked)
+    return _sunk(builder)
+
+
+def spdl_processes(kind: Kind, folder: Path) -> Batches:
+    """SPDL's pipeline over the files, a batch at a time in processes, since Python's transforms share a lock."""
+    pool = ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("forkserver"))
+    builder = ingest_data.peer("spdl.pipeline").PipelineBuilder().add_source(_endless_files(kind, folder))
+    load = LoadBatch(View(kind.name))
+    builder = builder.aggregate(BATCH).pipe(load, concurrency=PROCESSES, executor=pool).pipe(_tensor)
+    return _sunk(builder)
+
+
+class LoadBatch:
+    """Reads, decodes and stacks the files of a batch, in a process of a pool."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def __call__(self, paths: list[str]) -> np.ndarray:
+        return np.stack([self.view(Path(path).read_bytes()) for path in paths])
+
+
+def _endless_files(kind: Kind, folder: Path) -> Iterator[str]:
+    files = ingest_data.raw_files(kind, folder)
+    return (str(files[number]) for _ in itertools.count() for number in _generator().permutation(len(files)))
+
+
+def _stacked(samples: list[np.ndarray]) -> Any:
+    return _tensor(np.stack(samples))
+
+
+def _tensor(batch: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(batch)
+
+
+def _sunk(builder: Any) -> Batches:
+    pipeline = builder.add_sink(4).build(num_threads=PROCESSES)
+    with pipeline.auto_stop():
+        yield from pipeline.get_iterator()
+
+
 def plain_ray(kind: Kind, folder: Path) -> Batches:
     """Ray Data as its guide shows it: `read_images` and a map (other kinds: `read_binary_files`); one epoch a pass."""
     import ray.data
@@ -166,6 +223,8 @@ LOADERS: dict[str, Callable[[Kind, Path], Batches]] = {
     "webdataset": webdataset,
     "streaming": streaming,
     "litdata": litdata,
+    "spdl": spdl_threads,
+    "spdl_processes": spdl_processes,
     "ray": plain_ray,
     "ours-part": ours_part,
     "ours-s3": ours_s3,

@@ -1,8 +1,8 @@
-"""Indexing: Parquet tables with a sample a row are trained on where they lie; only a manifest is written.
+"""Index Parquet tables with one row per sample: train on the files in place; only a manifest is written.
 
-The manifest names the files by absolute URL, with their row groups, sizes, the columns of the features, and what tells
-their version (the store's ETag, or the time of change). Nothing is copied, shuffled or checked beyond the footers, so
-that reading is only as good as the files: rows are shuffled among a few row groups, and a row group is read as a whole.
+The manifest names the files by absolute URL, with their row groups, sizes, the columns of the features, and their
+version (the store's ETag, or the modification time). Nothing is copied, shuffled or checked beyond the footers, so
+reading is only as good as the files: rows are shuffled among a few row groups, and a row group is read as a whole.
 Files that change afterwards are refused at the start of a run.
 """
 
@@ -15,12 +15,10 @@ import pyarrow as pa
 
 from perceiver.config import UserError
 from pipelines.prepare import PrepareConfig, existing, fingerprint
-from pipelines.shards.io import Folder, open_folder
+from pipelines.shards.io import Folder, ReadPolicy, first_line, open_folder
 from pipelines.shards.listing import file_tag, listed
-from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest
-from pipelines.shards.ranges import ReadPolicy
-from pipelines.shards.reader import column_at, first_line, fit, split_url
-from pipelines.shards.row_groups import read_footer
+from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest, split_url
+from pipelines.shards.parquet import column_at, fit, read_footer
 from pipelines.sources import Listing, load_source
 
 SOURCE = "table"
@@ -38,22 +36,22 @@ def index(
     *,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write a manifest of Parquet files that stay where they are.
+    """Write a manifest of Parquet files that stay in place.
 
     Args:
         source_name: `table`; other sources have to be prepared.
         src: folder of the files, a path or fsspec URL; credentials from the environment.
         dst: folder for the manifest.
         config: its `options` name columns and classes as for the source; `storage_options` are those of `dst`.
-        progress: called after each file with the samples so far and the file's name.
+        progress: called after each file with the number of samples so far and the file's name.
 
     Raises:
-        UserError: another source, no files, files that differ in their columns, or `dst` holds another data set.
+        UserError: another source, no files, files that differ in their columns, or `dst` contains another data set.
     """
     config = config or PrepareConfig()
     if source_name != SOURCE:
         raise UserError(
-            f"--index reads Parquet files where they lie (perceiver prepare {SOURCE} SRC DST --index);"
+            f"--index reads Parquet files in place (perceiver prepare {SOURCE} SRC DST --index);"
             f" source {source_name} has to be converted: leave --index out"
         )
     folder = open_folder(dst, config.storage_options)
@@ -66,7 +64,7 @@ def index(
     columns: Mapping[str, str] = {}
     for unit in listing.units:
         columns = unit.content["columns"]
-        files.setdefault(unit.split, {}).update(dict.fromkeys(place[0] for place in unit.content["places"]))
+        files.setdefault(unit.split, {}).update(dict.fromkeys(name for name, *_ in unit.content["places"]))
     splits = {split: _split(src, sorted(names), columns, listing, progress) for split, names in files.items()}
     manifest = Manifest(
         name=listing.name,
@@ -87,17 +85,17 @@ def index(
 def _split(
     src: str, names: Sequence[str], columns: Mapping[str, str], listing: Listing, progress: Progress | None
 ) -> Split:
-    """The files of one split; footers are read several at a time."""
+    """Return one split; footers are read several at a time."""
     root = src.rstrip("/") if "://" in src else str(Path(src).resolve())
     folders: dict[str, list[str]] = {}
     for name in names:
-        place, file = split_url("", f"{root}/{name}")
-        folders.setdefault(place, []).append(file)
+        parent, file = split_url("", f"{root}/{name}")
+        folders.setdefault(parent, []).append(file)
     shards: list[ShardInfo] = []
     paths: dict[str, str] | None = None
     done = 0
-    for place, found in folders.items():
-        folder = open_folder(place)
+    for parent, found in folders.items():
+        folder = open_folder(parent)
         infos = listed(folder, found)
         with ThreadPoolExecutor(THREADS) as pool:
             work = pool.map(
@@ -107,7 +105,7 @@ def _split(
                 if shard is not None:
                     if where != (paths := paths or where):
                         raise UserError(
-                            f"{shard.name} keeps its features in {where}, other files in {paths}: move it"
+                            f"{shard.name} has its features in {where}, other files in {paths}: move it"
                             " away, or convert the data: leave --index out"
                         )
                     shards.append(shard)
@@ -122,7 +120,7 @@ def _split(
 def _file(
     folder: Folder, name: str, info: Mapping[str, Any], columns: Mapping[str, str], listing: Listing
 ) -> tuple[ShardInfo | None, dict[str, str]]:
-    """One file as a shard (None if it has no rows), and where its features lie."""
+    """Return one file as a shard (None if it has no rows), and the columns of its features."""
     url = f"{folder.url}/{name}"
     size = int(info["size"])
     try:
@@ -156,14 +154,14 @@ def _file(
 
 
 def _path(empty: pa.Table, column: str) -> str:
-    """The column itself, or the field `bytes` of a struct, as hubs store images."""
+    """Return the column itself, or the field `bytes` of a struct, as data hubs store images."""
     if column in empty.column_names and pa.types.is_struct(empty.schema.field(column).type):
         return f"{column}.bytes"
     return column
 
 
 def group_runs(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Row group sizes as runs of (rows, rows of each group but the last), as few as they fit into."""
+    """Return row group sizes as runs of (rows, rows of each group but the last), as few as possible."""
     runs: list[list[int]] = []
     open_run = False
     for size in sizes:
@@ -177,7 +175,7 @@ def group_runs(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def group_bytes(manifest: Manifest) -> int:
-    """Bytes of the largest row group, about: reading one sample means reading so much."""
+    """Return the bytes of the largest row group, about: reading one sample reads all of it."""
     return max(
         shard.bytes * shard.rows_per_group // shard.rows for split in manifest.splits.values() for shard in split.shards
     )

@@ -1,4 +1,4 @@
-"""Prepare a data set: a source's samples become shards, in parallel, without redoing finished ones; manifest last."""
+"""Prepare a data set: write a source's samples as shards, in parallel, keeping finished ones; the manifest last."""
 
 import hashlib
 import json
@@ -12,18 +12,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
+from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.io import Folder, open_folder
-from pipelines.shards.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Manifest,
-    ShardInfo,
-    ShardWriter,
-    Split,
-    arrow_schema,
-    load_manifest,
-    save_manifest,
-)
+from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.shards.quarantine import QUARANTINE, Problem, count_reasons, write_problems
 from pipelines.sources import Listing, Rejected, Sample, Source, Unit, load_source
 
@@ -31,7 +22,7 @@ RECEIPTS = "_receipts"
 PROBE = 64
 
 Progress = Callable[[int, str], None]
-"""Called after each shard with the samples done so far and the shard's name."""
+"""Called after each shard with the number of samples done and the shard's name."""
 
 
 class PrepareConfig(Config):
@@ -49,7 +40,7 @@ class PrepareConfig(Config):
 
 
 class Receipt(Config):
-    """What is kept of a finished unit until the manifest is written."""
+    """Record of a finished unit, kept until the manifest is written."""
 
     fingerprint: str
     split: str
@@ -82,18 +73,18 @@ def prepare(
     """Turn raw data into a prepared folder.
 
     Idempotent: a complete destination made with the same source and settings is returned as it is, and a run that was
-    stopped goes on with the shards that are missing.
+    stopped continues with the missing shards.
 
     Args:
         source_name: a module of `pipelines.sources`.
-        src: where the raw data lies, as the source understands it; None if it needs none.
+        src: location of the raw data, as the source takes it; None if it needs none.
         dst: folder to write, a path or fsspec URL.
         config: sizes, order, parallelism; defaults suit most data.
         progress: called after each shard.
 
     Raises:
-        UserError: unknown source or option, source data missing, destination holds another data set or is not writable,
-            or more raw items are unreadable than the budget allows (they are listed all the same).
+        UserError: unknown source or option, source data missing, destination contains another data set or is not
+            writable, or more raw items are unreadable than the budget allows (they are listed in any case).
     """
     config = config or PrepareConfig()
     folder = open_folder(dst, config.storage_options)
@@ -126,22 +117,25 @@ def prepare(
 
 
 def fingerprint(source_name: str, src: str | None, config: PrepareConfig) -> str:
-    """What recognises a rerun: a hash of source and settings."""
+    """Return what recognises a rerun: a hash of source and settings.
+
+    The format version is no part of it, so that a folder of format 1 counts as prepared.
+    """
     facts = config.model_dump(include={"seed", "shard_rows", "group_rows", "group_bytes", "options"})
-    text = json.dumps([FORMAT_VERSION, source_name, src, facts], sort_keys=True)
+    text = json.dumps([1, source_name, src, facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def existing(dst: str, config: PrepareConfig, mark: str) -> Manifest:
-    """The manifest that is there.
+    """Return the manifest of a complete destination.
 
     Raises:
-        UserError: it was made from another source or with other settings.
+        UserError: it was prepared from another source or with other settings.
     """
     manifest = load_manifest(dst, config.storage_options)
     if manifest.fingerprint != mark:
         raise UserError(
-            f"{dst} already holds data set {manifest.name}, prepared from another source or with other"
+            f"{dst} already contains data set {manifest.name}, prepared from another source or with other"
             " settings: give another folder, or delete this one first"
         )
     return manifest
@@ -150,7 +144,7 @@ def existing(dst: str, config: PrepareConfig, mark: str) -> Manifest:
 def _jobs(
     source: Source, source_name: str, listing: Listing, dst: str, config: PrepareConfig, mark: str
 ) -> Iterator[_Job]:
-    """One job a unit; the row group size is measured on the first samples and is then the same in all shards."""
+    """Yield one job per unit; the row group size is measured on the first samples and is the same in all shards."""
     units = iter(listing.units)
     first = next(units, None)
     if first is None:
@@ -163,7 +157,7 @@ def _jobs(
         yield _Job(
             source_name,
             unit,
-            f"{unit.split}-{number:06d}.parquet",
+            f"{unit.split}-{number:06d}.arrow",
             dst,
             dict(listing.features),
             rows_per_group,
@@ -173,14 +167,14 @@ def _jobs(
 
 
 def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:
-    """Rows of a row group: at most `most`, about `most_bytes` by the mean size of the probe's samples, at least 1."""
+    """Return the rows of a row group: at most `most`, about `most_bytes` by the probe's mean size, at least 1."""
     sizes = [sum(len(value) for value in sample.values() if isinstance(value, bytes)) for sample in probe]
     mean = max(1.0, sum(sizes) / max(1, len(sizes)))
     return max(1, min(most, int(most_bytes / mean)))
 
 
 def write_shard(job: _Job) -> Receipt:
-    """Write one unit as one shard and leave a receipt; return the receipt at once if a run before this one did.
+    """Write one unit as one shard and a receipt; return an existing receipt of the same preparation.
 
     A shard that left items out is written again, since they may have been repaired.
     """
@@ -200,7 +194,7 @@ def write_shard(job: _Job) -> Receipt:
 
 
 def _accepted(samples: Iterable[Sample | Rejected], rejected: list[tuple[str, str]]) -> Iterator[Sample]:
-    """The samples; what was rejected is added to the list."""
+    """Yield the samples; add rejected items to the list."""
     for sample in samples:
         if isinstance(sample, Rejected):
             rejected.append((sample.key, sample.reason))
@@ -221,7 +215,7 @@ def _use_ray(parallel: str) -> bool:
 
 
 def _run_on_ray(jobs: Iterator[_Job], in_flight: int) -> Iterator[Receipt]:
-    """Run jobs as Ray tasks, a bounded number at a time; receipts come in the jobs' order."""
+    """Run jobs as Ray tasks, a bounded number at a time; yield the receipts in the order of the jobs."""
     import ray
 
     task = ray.remote(write_shard)
@@ -246,7 +240,7 @@ def _collect(receipts: Iterable[Receipt], progress: Progress | None) -> tuple[di
 
 
 def _check_rejected(folder: Folder, rejected: list[Problem], samples: int, budget: float) -> None:
-    """List the rejected items beside the manifest; refuse too many. Finished shards stay for another try."""
+    """List the rejected items next to the manifest; refuse too many. Finished shards stay for the next run."""
     if rejected:
         write_problems(folder, rejected)
     elif folder.exists(QUARANTINE):

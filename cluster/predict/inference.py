@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ from cluster.predict.scoring import Scoring
 from perceiver.config import UserError
 from pipelines.shards.io import Folder, open_folder
 from pipelines.shards.quarantine import Quarantine, write_problems
-from pipelines.shards.stored import stored_files
+from pipelines.shards.reader import Reader
 
 FACTS = "_predictions.json"
 """Like `_quarantine`, not taken for data by what reads a folder of Parquet files."""
@@ -97,11 +97,11 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
     done, written = parts.done(folder), 0
     if done == parts.count:
         return 0
-    quarantine, keys = _quarantine(scoring, folder, parts, done), Keys(scoring)
+    quarantine, reader = _quarantine(scoring, folder, parts, done), _reader(scoring)
     with closing(_outcomes(scoring, workers, done * parts.each, quarantine)) as outcomes:
         for part in range(done, parts.count):
             rows = _named(scoring, pa.concat_tables(islice(outcomes, parts.batches_of(part))))
-            rows = rows.append_column("key", pa.array(keys.of(rows["sample_id"].to_pylist()), pa.string()))
+            rows = rows.append_column("key", pa.array(reader.keys(rows["sample_id"].to_numpy()), pa.string()))
             ids, name = parts.ids(part), parts.name(part)
             if bad := sorted(problem for problem in quarantine.problems.values() if problem.sample_id in ids):
                 write_problems(folder, bad, f"{BAD}/{name}")
@@ -194,21 +194,7 @@ def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
         )
 
 
-class Keys:
-    """Where samples came from: the keys of one file in memory at a time."""
-
-    def __init__(self, scoring: Scoring) -> None:
-        data, manifest = scoring.recipe.data, scoring.manifest
-        self._files = stored_files(data.url, manifest, manifest.split(scoring.split), data.storage_options)
-        self._keys: list[str] = []
-        self._first = 0
-
-    def of(self, ids: Sequence[int]) -> list[str]:
-        """The keys of these samples, which come in order."""
-        return [self._key(number) for number in ids]
-
-    def _key(self, number: int) -> str:
-        while number >= self._first + len(self._keys):
-            self._first += len(self._keys)
-            self._keys = next(self._files).row_keys()
-        return self._keys[number - self._first]
+def _reader(scoring: Scoring) -> Reader:
+    """Return what reads the keys of the split's samples."""
+    data, manifest = scoring.recipe.data, scoring.manifest
+    return Reader.of(data.url, manifest, manifest.split(scoring.split), data.storage_options)

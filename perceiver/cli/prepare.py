@@ -39,7 +39,7 @@ Examples:
     type=click.FloatRange(0, 1),
     help="Share of unreadable raw items above which nothing is prepared.",
 )
-@click.option("--index", "in_place", is_flag=True, help="Read Parquet files where they lie: write only a manifest.")
+@click.option("--index", "in_place", is_flag=True, help="Read Parquet files in place: write only a manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was prepared as one JSON line.")
 def command(
     name: str,

@@ -20,11 +20,11 @@ from pipelines.features.base import ViewConfig
 from pipelines.feed.samples import PROBLEM, Plan, SampleSpec, Work
 from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mix
 from pipelines.order.plan import EvalPlan, RowGroups, SamplePlan
+from pipelines.shards.io import ReadPolicy
 from pipelines.shards.listing import check_listing
-from pipelines.shards.manifest import Manifest, arrow_schema, load_manifest
+from pipelines.shards.manifest import Manifest, load_manifest
 from pipelines.shards.quarantine import Problem, Quarantine
-from pipelines.shards.ranges import ReadPolicy
-from pipelines.shards.reader import Files, Reader
+from pipelines.shards.reader import Reader
 
 if TYPE_CHECKING:
     import torch
@@ -370,16 +370,14 @@ def _work(
     name = split or data.train_split
     found = manifest.split(name)
     spec = sample_spec(data, manifest, split=name, training=split is None)
-    files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(data.url, found))
-    reader = Reader(
-        files,
-        RowGroups.of(found),
-        arrow_schema(manifest.features),
-        manifest.classes,
+    reader = Reader.of(
+        data.url,
+        manifest,
+        found,
         data.storage_options,
-        data.read,
-        data.cache_bytes,
-        spec.row_bytes if spec.keep_decoded else 0,
+        policy=data.read,
+        cache_bytes=data.cache_bytes,
+        decoded_bytes=spec.row_bytes if spec.keep_decoded else 0,
     )
     chunk = _chunk(spec, batch, _waiting_rows(data, spec) * spec.row_bytes)
     return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk, rows)

@@ -18,7 +18,7 @@ from pipelines.features.base import Random, Shapes, ViewConfig
 from pipelines.order.mixture import MixturePlan
 from pipelines.order.permutation import keys
 from pipelines.order.plan import EvalPlan, SamplePlan
-from pipelines.shards.reader import Place, Reader, RowGroup
+from pipelines.shards.reader import Reader, RowAddress, RowGroup
 from pipelines.transforms import BadSample
 
 Arrays = dict[str, NDArray[Any]]
@@ -191,11 +191,13 @@ class Work:
                 stream = read.streams[planned] if number == sample_id else sample_stream(self.seed, epoch, number)
                 return _Found(make_sample(self.spec, found, row, _Draws(stream)), number, "\n".join(problems))
             except BadSample as error:
-                key = f"{self.reader.name(shard)}#{group}.{row}" if found.error else found.value("key", row)
+                key = self.reader.row_key(shard, group, row) if found.error else found.value("key", row)
                 problems.append(f"{number}\t{key}\t{error}".replace("\n", " "))
         return _Found(None, sample_id, "\n".join(problems))
 
-    def _candidates(self, groups: Groups, place: Place, sample_id: int, epoch: int) -> Iterator[tuple[int, Place]]:
+    def _candidates(
+        self, groups: Groups, place: RowAddress, sample_id: int, epoch: int
+    ) -> Iterator[tuple[int, RowAddress]]:
         """The sample itself; in training then the others of its row group, and those of row groups drawn at random.
 
         All samples of a lost row group are sent to the same other one, so that it costs one more read.
@@ -246,7 +248,7 @@ class _Read(NamedTuple):
     ids: list[int]
     epochs: list[int]
     streams: list[int]
-    places: list[Place]
+    places: list[RowAddress]
     groups: Groups
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,12 @@ from perceiver.report.page import text
 from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.samples import measure
-from pipelines.shards.io import Folder, open_folder
-from pipelines.shards.manifest import Manifest, load_manifest
+from pipelines.shards.io import Folder, first_line, open_folder
+from pipelines.shards.listing import file_tag
+from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, load_manifest, split_url
+from pipelines.shards.parquet import column_at, fit
 from pipelines.shards.quarantine import QUARANTINE
-from pipelines.shards.stored import StoredFile, stored_files
+from pipelines.shards.reader import Reader, RowGroup
 from pipelines.transforms import BadSample
 
 LOOK = ViewConfig.model_validate(
@@ -115,14 +117,20 @@ def inspect(
     splits = {}
     for name, split in manifest.splits.items():
         tally = _Tally()
-        for file in stored_files(url, manifest, split, options):
+        reader = Reader.of(url, manifest, split, options)
+        for number, shard in enumerate(split.shards):
             if progress:
-                progress(file.shard.name)
-            fault = shard_fault(file, whole=verify)
-            faults += [fault] if fault else []
-            for _, table in file.tables() if samples and not fault else ():
-                for row in rows_of(table):
-                    tally.add(row, manifest, name, seen)
+                progress(shard.name)
+            if fault := shard_fault(url, manifest, split, shard, options, whole=verify):
+                faults.append(f"{shard.name}: {fault}")
+                continue
+            for group, rows in enumerate(shard.group_sizes() if samples else ()):
+                found = reader.row_groups({(number, group)})[number, group]
+                for row in range(rows):
+                    if found.error:
+                        tally.reject(f"{name}: {reader.row_key(number, group, row)}", found.error)
+                    else:
+                        tally.add(stored_row(found, row), manifest, name, seen)
         splits[name] = tally.report(manifest, split.samples, len(split.shards), split.bytes)
     return Inspection(
         url=url,
@@ -144,15 +152,46 @@ def _rejected(folder: Folder) -> list[str]:
     return [f"{row['split']}: {row['key']}: {row['reason']}" for row in rows]
 
 
-def shard_fault(file: StoredFile, *, whole: bool) -> str | None:
-    """What is wrong with a shard, or None: missing, other size, rows or columns; with `whole` also other bytes.
+def shard_fault(
+    url: str, manifest: Manifest, split: Split, shard: ShardInfo, options: Mapping[str, str] | None, *, whole: bool
+) -> str:
+    """Return what is wrong with a file, or nothing: missing, other size, version, columns or number of row groups.
 
-    An indexed file has no checksum: its version in the store's listing stands for it.
+    Args:
+        whole: read all of it and compare its checksum. An indexed file has none: its version in the store's listing
+            is compared in any case.
     """
-    fault = file.fault()
-    if not fault and whole and file.shard.sha256 and (found := checksum(file.folder, file.name)) != file.shard.sha256:
-        fault = f"checksum {found[:12]}, the manifest says {file.shard.sha256[:12]}"
-    return f"{file.shard.name}: {fault}" if fault else None
+    folder_url, name = split_url(url, shard.name)
+    folder = open_folder(folder_url, options)
+    try:
+        info = folder.fs.info(folder.file(name))
+        if info["size"] != shard.bytes:
+            return f"{info['size']} bytes, the manifest says {shard.bytes}"
+        if shard.tag and file_tag(info) != shard.tag:
+            return "changed since it was indexed"
+        with folder.fs.open(folder.file(name), "rb") as stream:
+            if shard.batches:
+                file = pa.ipc.open_file(stream)
+                schema, counts, what = file.schema, (file.num_record_batches, len(shard.batches)), "record batches"
+            else:
+                file = pq.ParquetFile(stream)
+                schema, counts, what = file.schema_arrow, (file.metadata.num_rows, shard.rows), "rows"
+        if counts[0] != counts[1]:
+            return f"{counts[0]} {what}, the manifest says {counts[1]}"
+        wanted = arrow_schema(manifest.features)
+        if split.columns:
+            for column in wanted:
+                if column.name in split.columns:
+                    fit(column_at(schema.empty_table(), split.columns[column.name]), column, manifest.classes)
+        elif {column.name: column.type for column in schema} != {column.name: column.type for column in wanted}:
+            return f"columns {schema.names}, wanted {wanted.names} with their types"
+        if whole and shard.sha256 and (found := checksum(folder, name)) != shard.sha256:
+            return f"checksum {found[:12]}, the manifest says {shard.sha256[:12]}"
+    except FileNotFoundError:
+        return "missing"
+    except (pa.ArrowException, OSError, KeyError) as error:
+        return first_line(error)
+    return ""
 
 
 def checksum(folder: Folder, name: str) -> str:
@@ -164,24 +203,16 @@ def checksum(folder: Folder, name: str) -> str:
     return digest.hexdigest()
 
 
-def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows as Python values; a string that is not UTF-8 as its bytes, which no text feature takes."""
-    columns = [_texts(column) if pa.types.is_string(column.type) else column.to_pylist() for column in table.columns]
-    for values in zip(*columns, strict=True):
-        yield dict(zip(table.column_names, values, strict=True))
-
-
-def _texts(column: pa.ChunkedArray) -> list[str | bytes | None]:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        found: list[str | bytes | None] = []
-        for raw in column.cast(pa.binary()).to_pylist():
-            try:
-                found.append(raw if raw is None else raw.decode("utf-8"))
-            except UnicodeDecodeError:
-                found.append(raw)
-        return found
+def stored_row(group: RowGroup, row: int) -> dict[str, Any]:
+    """Return a row as Python values; a string that is not UTF-8 as its bytes, which no text feature takes."""
+    found: dict[str, Any] = {}
+    for name in group.columns:
+        try:
+            value = group.value(name, row)
+        except UnicodeDecodeError as error:
+            value = error.object
+        found[name] = bytes(value) if isinstance(value, memoryview) else value
+    return found
 
 
 @dataclass
@@ -213,8 +244,12 @@ class _Tally:
                     feature.show(name, decoded, LOOK, False, np.random.default_rng)
                 self._look(name, feature, decoded, row[name])
         except BadSample as error:
-            self.unreadable.append(f"{here}: {error}")
-            self.reasons[str(error)] += 1
+            self.reject(here, str(error))
+
+    def reject(self, here: str, reason: str) -> None:
+        """Count a sample that cannot be read."""
+        self.unreadable.append(f"{here}: {reason}")
+        self.reasons[reason] += 1
 
     def _look(self, name: str, feature: Feature, decoded: Any, stored: Any) -> None:
         if isinstance(feature, LabelFeature):

@@ -4,14 +4,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from perceiver.config import UserError
 from perceiver.report.figures import SMALL
 from perceiver.report.page import render, size, text
 from pipelines.features.base import ViewConfig
-from pipelines.inspect.inspection import Inspection, rows_of
+from pipelines.inspect.inspection import Inspection, stored_row
 from pipelines.inspect.samples import Part, show
 from pipelines.shards.manifest import Manifest, Split, load_manifest
-from pipelines.shards.stored import stored_files
+from pipelines.shards.reader import Reader
 from pipelines.transforms import BadSample
 
 WIDE = {"text", "audio", "video", "media", "flow"}
@@ -70,18 +72,15 @@ def spread_places(total: int, count: int) -> list[int]:
 def _cards(
     url: str, manifest: Manifest, split: Split, count: int, options: Mapping[str, str] | None
 ) -> Iterator[dict[str, Any]]:
-    places = spread_places(split.samples, count)
-    first = 0
-    for file in stored_files(url, manifest, split, options):
-        rows = {place - first for place in places if first <= place < first + file.shard.rows}
-        try:
-            for start, table in file.tables(rows) if rows else ():
-                for row in sorted(rows & set(range(start, start + table.num_rows))):
-                    yield _card(first + row, next(rows_of(table.slice(row - start, 1))), manifest)
-        except (OSError, ValueError, KeyError) as error:
-            problem = (str(error).splitlines() or ["unreadable"])[0]
-            yield {"place": first, "key": file.shard.name, "labels": [], "parts": [], "problem": problem}
-        first += file.shard.rows
+    reader = Reader.of(url, manifest, split, options)
+    for place in spread_places(split.samples, count):
+        shard, group, row = reader.locate(np.array([place]))[0]
+        found = reader.row_groups({(shard, group)})[shard, group]
+        if found.error:
+            key = reader.row_key(shard, group, row)
+            yield {"place": place, "key": key, "labels": [], "parts": [], "problem": found.error}
+        else:
+            yield _card(place, stored_row(found, row), manifest)
 
 
 def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Holding a manifest against what a store lists: missing and changed files are found before anything is started.
+"""Compare a manifest with a store's listing, so that missing and changed files are found before a run starts.
 
-A folder is listed once, whatever the number of its shards, so 10**5 of them in an object store are a hundred requests.
+A folder is listed once, whatever the number of its shards: 10**5 of them in an object store take a hundred requests.
 A store that cannot list (plain HTTP) is asked for single files, at most `ASKED` of them, evenly spread.
 """
 
@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from perceiver.config import UserError
-from pipelines.shards.io import Folder, open_folder
-from pipelines.shards.manifest import ShardInfo, Split
-from pipelines.shards.reader import first_line, split_url
+from pipelines.shards.io import Folder, first_line, open_folder
+from pipelines.shards.manifest import ShardInfo, Split, split_url
 
 ASKED = 1000
 THREADS = 16
@@ -20,7 +19,7 @@ NO_LISTING = {"http", "https"}
 
 
 def file_tag(info: Mapping[str, Any]) -> str:
-    """What tells a file's version in a store's listing: its ETag, else its time of change, else nothing."""
+    """Return a file's version from a store's listing: its ETag, else its modification time, else nothing."""
     for key in ("ETag", "etag", "md5Hash", "content_md5"):
         if info.get(key):
             return str(info[key]).strip('"')
@@ -31,12 +30,12 @@ def file_tag(info: Mapping[str, Any]) -> str:
 
 
 def listed(folder: Folder, names: list[str]) -> dict[str, dict[str, Any]]:
-    """What the store says about these files of one folder; those it does not have are left out."""
+    """Return the store's entries for these files of one folder; files that are not there are left out."""
     if folder.protocols & NO_LISTING:
         chosen = names[:: max(1, -(-len(names) // ASKED))]
         with ThreadPoolExecutor(THREADS) as pool:
             found = zip(chosen, pool.map(lambda name: _info(folder, name), chosen), strict=True)
-            # Those that were not asked for count as they are.
+            # Those that were not asked for count as unchanged.
             return {name: {"size": None} for name in names if name not in set(chosen)} | {
                 name: info for name, info in found if info is not None
             }
@@ -61,7 +60,7 @@ def check_listing(url: str, split: Split, options: Mapping[str, str] | None = No
     """Refuse shards that are missing, or have another size or version than the manifest says.
 
     Args:
-        url: the folder of the manifest; indexed files bring URLs of their own.
+        url: the folder of the manifest; indexed files have URLs of their own.
         split: the shards.
         options: storage options.
 
@@ -70,17 +69,17 @@ def check_listing(url: str, split: Split, options: Mapping[str, str] | None = No
     """
     folders: dict[str, dict[str, ShardInfo]] = {}
     for shard in split.shards:
-        place, name = split_url(url, shard.name)
-        folders.setdefault(place, {})[name] = shard
+        parent, name = split_url(url, shard.name)
+        folders.setdefault(parent, {})[name] = shard
     faults = []
-    for place, shards in folders.items():
-        folder = open_folder(place, options)
+    for parent, shards in folders.items():
+        folder = open_folder(parent, options)
         try:
             found = listed(folder, list(shards))
         except Exception as error:  # noqa: BLE001  each file system has exceptions of its own
-            raise UserError(f"cannot list {place}: {first_line(error)}; check access") from error
+            raise UserError(f"cannot list {parent}: {first_line(error)}; check access") from error
         faults += [
-            f"{place}/{name}: {fault}" for name, shard in shards.items() if (fault := _fault(shard, found.get(name)))
+            f"{parent}/{name}: {fault}" for name, shard in shards.items() if (fault := _fault(shard, found.get(name)))
         ]
     if faults:
         more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
@@ -90,7 +89,7 @@ def check_listing(url: str, split: Split, options: Mapping[str, str] | None = No
             else ("restore the files, or prepare the data again")
         )
         raise UserError(
-            f"{len(faults)} of {len(split.shards)} files are not as {url}/manifest.json says:"
+            f"{len(faults)} of {len(split.shards)} files are not as in {url}/manifest.json:"
             f" {'; '.join(faults[:NAMED])}{more}: {fix}"
         )
 

@@ -1,4 +1,4 @@
-"""Quarantine: samples that could not be used, by key and reason, counted against a budget."""
+"""The quarantine: samples that could not be used, by key and reason, counted against a budget."""
 
 import math
 from collections import Counter
@@ -14,11 +14,11 @@ from pipelines.shards.io import Folder, open_folder
 QUARANTINE = "quarantine.parquet"
 SCHEMA = pa.schema([("split", pa.string()), ("sample_id", pa.int64()), ("key", pa.string()), ("reason", pa.string())])
 REASONS = 8
-"""Reasons that a message names, the commonest ones."""
+"""Number of reasons in a message."""
 
 
 class Problem(NamedTuple):
-    """A sample that could not be used; -1 stands for one that `prepare` left out, so that it has no id."""
+    """A sample that could not be used; its id is -1 if `prepare` left it out."""
 
     split: str
     sample_id: int
@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
 
 class Quarantine:
-    """What one rank has met; it needs no actor and no other rank.
+    """The bad samples of one rank.
 
     Args:
         max_fraction: share of bad samples above which `add` raises; see `data.max_bad_fraction`.
@@ -61,7 +61,7 @@ class Quarantine:
             )
 
     def summary(self) -> str:
-        """The reasons with their counts, commonest first, and an example."""
+        """Return the reasons with their counts, commonest first, and an example."""
         return count_reasons(self.problems.values())
 
     def write(self, url: str, name: str = QUARANTINE) -> None:
@@ -78,7 +78,7 @@ def write_problems(folder: Folder, problems: Sequence[Problem], name: str = QUAR
 
 
 def count_reasons(problems: Collection[Problem]) -> str:
-    """The reasons with their counts, commonest first, and an example."""
+    """Return the reasons with their counts, commonest first, and an example."""
     counts = Counter(problem.reason for problem in problems)
     reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(REASONS))
     return f"{reasons} (for example {next(iter(problems)).key})" if counts else "none"

@@ -11,8 +11,9 @@ from perceiver.modalities.text import encode_bytes
 from pipelines.features import Feature, LabelsFeature, PointsFeature, TextFeature
 from pipelines.features.base import ViewConfig
 from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, batch_shapes, eval_batches, train_batches
+from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.io import open_folder
-from pipelines.shards.manifest import Manifest, ShardWriter, Split, arrow_schema, load_manifest, save_manifest
+from pipelines.shards.manifest import Manifest, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import PointsConfig, evaluation_view, training_view
 
@@ -80,7 +81,7 @@ def test_all_kinds_go_through_shards_and_batches_together(tmp_path: Path) -> Non
         for i in range(20)
     ]
     folder = open_folder(str(tmp_path))
-    with ShardWriter(folder, "a.parquet", arrow_schema(features), 6) as writer:
+    with ShardWriter(folder, "a.arrow", arrow_schema(features), 6) as writer:
         writer.write(samples)
         shard = writer.close()
     assert shard is not None

@@ -1,4 +1,4 @@
-"""Parquet files read where they lie: the same samples as if they had been prepared, from a manifest alone."""
+"""Parquet files read in place: the same samples as if they had been prepared, from a manifest alone."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipelines.order.plan import RowGroups
 from pipelines.prepare import PrepareConfig
 from pipelines.shards.manifest import Manifest, ShardInfo, Split, load_manifest
 from pipelines.shards.quarantine import Quarantine
-from pipelines.shards.stored import stored_files
+from pipelines.shards.reader import Reader
 from tests.pipelines.feed.test_ingest import joined
 from tests.pipelines.toys import numbered_image, png
 
@@ -68,8 +68,8 @@ def test_row_groups_of_any_sizes_are_found(tmp_path: Path) -> None:
     assert group_runs([5, 2, 5, 5, 9]) == ((7, 5), (10, 5), (9, 9))
     sizes = [5, 2, 5, 5, 9, 1, 1, 4]
     shards = (
-        ShardInfo(name="a", rows=3, rows_per_group=2, bytes=1),
-        ShardInfo(name="b", rows=sum(sizes), rows_per_group=9, bytes=1, groups=group_runs(sizes)),
+        ShardInfo(name="a", rows=3, rows_per_group=2, bytes=9),
+        ShardInfo(name="b", rows=sum(sizes), rows_per_group=9, bytes=9, groups=group_runs(sizes)),
     )
     groups = RowGroups.of(Split(shards=shards))
     places = list(zip(*(part.tolist() for part in groups.locate(np.arange(3 + sum(sizes)))), strict=True))
@@ -133,7 +133,7 @@ def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     (tmp_path / "hub" / "train-1.parquet").unlink()
     index("table", str(tmp_path / "hub"), out, config(classes="a,b,c"))
-    with pytest.raises(UserError, match="already holds data set hub"):
+    with pytest.raises(UserError, match="already contains data set hub"):
         index("table", str(tmp_path / "hub"), out, config(classes="a,b,d"))
 
 
@@ -147,10 +147,10 @@ def test_indexed_files_are_inspected_where_they_lie(tmp_path: Path) -> None:
     page = write_page(found, tmp_path / "page.html").read_text()
     assert "train-1.parquet#" in page
     manifest = load_manifest(out)
-    files = list(stored_files(out, manifest, manifest.split("train")))
-    keys = [key for file in files for key in file.row_keys()]
-    assert keys == [key for file in files for _, table in file.tables() for key in table["key"].to_pylist()]
-    assert len(set(keys)) == 40
+    reader = Reader.of(out, manifest, manifest.split("train"))
+    places = reader.locate(np.arange(40))
+    keys = [reader.row_groups({place[:2]})[place[:2]].value("key", place[2]) for place in places]
+    assert reader.keys(np.arange(40)) == keys and len(set(keys)) == 40
     hub_table(tmp_path / "hub" / "train-0.parquet", 0, 21)
     (tmp_path / "hub" / "train-1.parquet").unlink()
     faults = inspect(out).faults

@@ -6,7 +6,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -17,12 +16,12 @@ from pipelines.prepare import PrepareConfig, group_rows, prepare
 from pipelines.shards.manifest import Manifest, load_manifest
 from pipelines.sources import _packages as packages
 from pipelines.sources import load_source, source_names
-from tests.pipelines.toys import digits_archive, png
+from tests.pipelines.toys import digits_archive, png, read_shard, to_format_1
 
 
 def rows_of(folder: Path, manifest: Manifest, split: str) -> list[dict]:
     """All samples of a split, as stored."""
-    return [row for shard in manifest.splits[split].shards for row in pq.read_table(folder / shard.name).to_pylist()]
+    return [row for shard in manifest.splits[split].shards for row in read_shard(folder / shard.name).to_pylist()]
 
 
 @pytest.fixture
@@ -51,9 +50,9 @@ def test_digits_become_lossless_stratified_shards(tmp_path: Path, archive: tuple
     assert sorted(seen) == list(range(200))
     assert sorted(path.name for path in dst.iterdir()) == [
         "manifest.json",
-        "test-000000.parquet",
-        "train-000000.parquet",
-        "train-000001.parquet",
+        "test-000000.arrow",
+        "train-000000.arrow",
+        "train-000001.arrow",
     ]
 
 
@@ -78,8 +77,10 @@ def test_a_finished_destination_is_left_alone_and_another_one_refused(
     times = {path: path.stat().st_mtime_ns for path in Path(dst).iterdir()}
     assert prepare("digits", archive[0], dst) == first
     assert {path: path.stat().st_mtime_ns for path in Path(dst).iterdir()} == times
-    with pytest.raises(UserError, match="already holds data set digits"):
+    with pytest.raises(UserError, match="already contains data set digits"):
         prepare("digits", archive[0], dst, PrepareConfig(seed=5))
+    old = to_format_1(Path(dst))
+    assert prepare("digits", archive[0], dst) == old, "the format before is read, so it is not prepared again"
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(

@@ -1,16 +1,20 @@
 """Small data sets for the tests of the data pipeline: made in a moment, nothing downloaded."""
 
 import gzip
+import hashlib
 import io
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.features import ImageFeature, LabelFeature
+from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.io import open_folder
-from pipelines.shards.manifest import Manifest, ShardInfo, ShardWriter, Split, arrow_schema, save_manifest
+from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.sources.digits import MEMBER
 
 CLASSES = 4
@@ -52,7 +56,7 @@ def write_images(
         infos: list[ShardInfo] = []
         number = number if apart else start
         for shard, size in enumerate(sizes):
-            with ShardWriter(target, f"{split}-{shard}.parquet", arrow_schema(features), rows_per_group) as writer:
+            with ShardWriter(target, f"{split}-{shard}.arrow", arrow_schema(features), rows_per_group) as writer:
                 for _ in range(size):
                     image = png(numbered_image(number, side))
                     writer.write(
@@ -74,6 +78,57 @@ def write_images(
     )
     save_manifest(manifest, target)
     return manifest
+
+
+def read_shard(path: Path) -> pa.Table:
+    """A shard's rows as any Arrow reader sees them."""
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def flip(path: Path) -> None:
+    """Change one byte of the first image of a shard."""
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PNG") + 20] ^= 255
+    path.write_bytes(raw)
+
+
+def write_parquet_shard(path: Path, table: pa.Table, rows_per_group: int) -> ShardInfo:
+    """A shard as format version 1 had them, and its entry in the manifest."""
+    binary = {field.name: "none" if pa.types.is_binary(field.type) else "zstd" for field in table.schema}
+    pq.write_table(
+        table,
+        path,
+        row_group_size=rows_per_group,
+        use_dictionary=False,
+        compression=binary,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    raw = path.read_bytes()
+    return ShardInfo(
+        name=path.name,
+        rows=table.num_rows,
+        rows_per_group=rows_per_group,
+        bytes=len(raw),
+        sha256=hashlib.sha256(raw).hexdigest(),
+    )
+
+
+def to_format_1(folder: Path) -> Manifest:
+    """Rewrite a prepared folder as it was before: Parquet files, no index in the manifest."""
+    manifest = load_manifest(str(folder))
+    splits = {}
+    for name, split in manifest.splits.items():
+        infos = []
+        for shard in split.shards:
+            path = folder / shard.name
+            infos.append(write_parquet_shard(path.with_suffix(".parquet"), read_shard(path), shard.rows_per_group))
+            path.unlink()
+        splits[name] = Split(shards=tuple(infos))
+    old = manifest.model_copy(update={"format_version": 1, "splits": splits})
+    save_manifest(old, open_folder(str(folder)))
+    return old
 
 
 def digits_archive(path: Path, per_class: int = 20) -> np.ndarray:

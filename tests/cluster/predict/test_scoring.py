@@ -28,8 +28,9 @@ from perceiver.config import UserError
 from perceiver.factory import build_model
 from pipelines.features import AudioFeature, LabelsFeature
 from pipelines.prepare import prepare
+from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.io import open_folder
-from pipelines.shards.manifest import Manifest, ShardWriter, Split, arrow_schema, save_manifest
+from pipelines.shards.manifest import Manifest, Split, arrow_schema, save_manifest
 from tests.cluster.recipes import write_images
 from tests.pipelines import toys
 from tests.pipelines.recordings import sound_file
@@ -252,7 +253,7 @@ def write_sounds(folder: Path, samples: int, classes: int) -> tuple[np.ndarray, 
     labels = rng.random((samples, classes)) < 0.4
     features = {"audio": AudioFeature(), "label": LabelsFeature()}
     target = open_folder(str(folder))
-    with ShardWriter(target, "test-0.parquet", arrow_schema(features), 8) as writer:
+    with ShardWriter(target, "test-0.arrow", arrow_schema(features), 8) as writer:
         for number, (sound, label) in enumerate(zip(sounds, labels, strict=True)):
             found = np.flatnonzero(label).tolist()
             writer.write([{"key": f"{number}", "audio": sound_file(sound, 1000), "label": found}])

@@ -4,7 +4,6 @@ The kinds stand in `damage.py`. What is damaged before a data set is prepared (m
 is tested with the sources; what can only happen to whole shards comes last here.
 """
 
-import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -20,10 +19,12 @@ from perceiver.config import UserError
 from pipelines.features import AudioFeature, ImageFeature, LabelFeature, PointsFeature, TextFeature
 from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.inspect.inspection import inspect
+from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.shards.quarantine import Quarantine
 from tests.pipelines.damage import BAD, ODD, POINTS, RATE, SAMPLES, SIDE, numbered
+from tests.pipelines.toys import write_parquet_shard
 
 TOTAL, SHARD, GROUP, BATCH = 2400, 600, 40, 48
 FEATURES = {
@@ -51,18 +52,15 @@ def table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def write_shard(folder: Path, name: str, rows: pa.Table) -> ShardInfo:
-    """A shard, and what the manifest says of it."""
-    pq.write_table(rows, folder / name, row_group_size=GROUP)
-    raw = (folder / name).read_bytes()
-    return ShardInfo(
-        name=name, rows=rows.num_rows, rows_per_group=GROUP, bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest()
-    )
+    """A Parquet shard, since other programs may write damaged texts into one, and its entry in the manifest."""
+    return write_parquet_shard(folder / name, rows, GROUP)
 
 
-def write_manifest(folder: Path, shards: list[ShardInfo], name: str = "damaged") -> Manifest:
+def write_manifest(folder: Path, shards: list[ShardInfo], format_version: int = 1) -> Manifest:
     """The manifest; one split serves training and evaluation."""
     manifest = Manifest(
-        name=name,
+        format_version=format_version,
+        name="damaged",
         features=dict(FEATURES),
         classes=tuple("abcd"),
         source="made up",
@@ -211,10 +209,15 @@ def test_a_missing_shard_is_quarantined_row_by_row(shards: tuple[Path, list[Shar
     assert inspect(str(folder), samples=False).faults == ["train-2.parquet: missing"]
 
 
+def changed(rows: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """The rows with another column of that name."""
+    return rows.set_column(rows.schema.get_field_index(name), name, column)
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda rows: rows.set_column(5, "label", pa.array(["a"] * SHARD)), "column label is string, wanted int64"),
+        (lambda rows: changed(rows, "label", pa.array(["a"] * SHARD)), "column label is string, wanted int64"),
         (lambda rows: rows.drop_columns(["points"]), "no column points"),
     ],
 )
@@ -235,8 +238,8 @@ def test_a_shard_of_another_schema_is_quarantined(
 def test_columns_that_lose_nothing_by_it_are_read_all_the_same(shards: tuple[Path, list[ShardInfo]]) -> None:
     folder, infos = shards
     rows = table([sample(i) for i in range(SHARD)])
-    rows = rows.set_column(5, "label", rows.column("label").cast(pa.int16()))
-    rows = rows.set_column(1, "image", rows.column("image").cast(pa.large_binary()))
+    rows = changed(rows, "label", rows.column("label").cast(pa.int16()))
+    rows = changed(rows, "image", rows.column("image").cast(pa.large_binary()))
     infos[0] = write_shard(folder, "train-0.parquet", rows)
     write_manifest(folder, infos)
     quarantine = Quarantine(0.01)
@@ -253,6 +256,23 @@ def test_a_duplicated_shard_is_refused(shards: tuple[Path, list[ShardInfo]]) -> 
     (folder / "manifest.json").write_text(raw.replace(infos[3].sha256, infos[2].sha256))
     with pytest.raises(UserError, match="train-3.parquet has the same content as train: train-2.parquet"):
         load_manifest(str(folder))
+
+
+def test_arrow_shards_give_the_same(damaged: DataConfig, tmp_path: Path) -> None:
+    """All damage but texts that are not UTF-8, which an Arrow shard cannot have."""
+    texts = {number for number, kind in BAD_IDS.items() if isinstance(BAD[kind][1], bytes) and BAD[kind][0] == "text"}
+    folder, shards = open_folder(str(tmp_path)), []
+    for shard, start in enumerate(range(0, TOTAL, SHARD)):
+        with ShardWriter(folder, f"train-{shard}.arrow", arrow_schema(FEATURES), GROUP) as writer:
+            writer.write(sample(i) | ({"text": ""} if i in texts else {}) for i in range(start, start + SHARD))
+            shards.append(writer.close())
+    write_manifest(tmp_path, [shard for shard in shards if shard], format_version=2)
+    wanted, found = Quarantine(), Quarantine()
+    rows = epoch(damaged, wanted)
+    assert all(torch.equal(values, rows[name]) for name, values in epoch(config(tmp_path), found).items())
+    assert found.problems.keys() == wanted.problems.keys() and len(found.problems) == len(BAD)
+    for row, problem in found.problems.items():
+        assert problem == wanted.problems[row] or row[1] in texts and problem.reason == "empty text"
 
 
 def test_a_doubled_sample_is_named(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Ingest: the same global batches at every world size, after a restart, with and without Ray; nothing bad or lost."""
 
 import dataclasses
-import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,21 @@ from pipelines.feed.ingest import (
     train_batches,
 )
 from pipelines.shards import reader
-from pipelines.shards.manifest import Manifest, load_manifest
+from pipelines.shards.arrow import ShardWriter
+from pipelines.shards.io import open_folder
+from pipelines.shards.manifest import Manifest, Split, load_manifest, save_manifest
 from pipelines.shards.quarantine import Problem, Quarantine
 from pipelines.transforms.image import AugmentConfig
-from tests.pipelines.toys import CLASSES, numbered_image, png, write_images
+from tests.pipelines.toys import (
+    CLASSES,
+    flip,
+    numbered_image,
+    png,
+    read_shard,
+    to_format_1,
+    write_images,
+    write_parquet_shard,
+)
 
 AUGMENT = AugmentConfig(shift=1, rotate=10, flip=True)
 Batches = list[dict[str, torch.Tensor]]
@@ -312,61 +323,75 @@ def test_too_many_bad_samples_stop_the_run_with_their_reasons(
     assert "\n" not in str(caught.value)
 
 
-def rewritten(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Write a shard again with another table, in the same row groups."""
-    rows = pq.ParquetFile(path).metadata.row_group(0).num_rows
-    pq.write_table(change(pq.read_table(path)), path, row_group_size=rows)
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table], *, known: bool) -> None:
+    """Write a shard again with other columns, in the same row groups; the manifest may know the new file."""
+    manifest = load_manifest(str(path.parent))
+    shards = list(manifest.splits["train"].shards)
+    number = next(number for number, shard in enumerate(shards) if shard.name == path.name)
+    if path.suffix == ".parquet":
+        info = write_parquet_shard(path, change(pq.read_table(path)), shards[number].rows_per_group)
+    else:
+        table = change(read_shard(path))
+        with ShardWriter(open_folder(str(path.parent)), path.name, table.schema, shards[number].rows_per_group) as sink:
+            sink.write(table.to_pylist())
+            info = sink.close()
+    assert info is not None
+    if known:
+        shards[number] = info
+        split = Split(shards=tuple(shards))
+        save_manifest(manifest.model_copy(update={"splits": {"train": split}}), open_folder(str(path.parent)))
 
 
-def drifted(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Write a shard again with another table, of which the manifest knows the size."""
-    rewritten(path, change)
-    manifest = json.loads((path.parent / "manifest.json").read_text())
-    for shard in manifest["splits"]["train"]["shards"]:
-        shard["bytes"] = (path.parent / shard["name"]).stat().st_size
-    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+def without_labels(table: pa.Table) -> pa.Table:
+    return table.drop_columns(["label"])
 
 
-def flipped(path: Path) -> None:
-    """Change one byte in the first row group."""
-    raw = bytearray(path.read_bytes())
-    raw[200] ^= 255
-    path.write_bytes(raw)
+def with_float_labels(table: pa.Table) -> pa.Table:
+    return table.set_column(2, "label", table["label"].cast("double"))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:300])
 
 
 @pytest.mark.parametrize(
-    "damage, reason, lost",
+    "name, damage, reason, lost",
     [
-        (Path.unlink, "train-1.parquet: missing", range(20, 40)),
+        ("train-1.arrow", Path.unlink, "missing", range(20, 40)),
+        ("train-1.arrow", cut, "has another size than the manifest says", range(20, 40)),
+        ("train-1.arrow", flip, "record batch at byte 232 is damaged: its CRC-32", range(20, 25)),
         (
-            lambda path: path.write_bytes(path.read_bytes()[:300]),
-            "train-1.parquet: has another size than the manifest says",
+            "train-1.arrow",
+            lambda path: rewrite(path, without_labels, known=False),
+            "has another size than the manifest says",
             range(20, 40),
         ),
-        (flipped, "train-1.parquet: could not verify page integrity, CRC", range(20, 25)),
+        ("train-1.arrow", lambda path: rewrite(path, without_labels, known=True), "record batch at", range(20, 40)),
+        ("train-1.arrow", lambda path: rewrite(path, with_float_labels, known=True), "record batch at", range(20, 40)),
+        ("train-1.parquet", cut, "has another size than the manifest says", range(20, 40)),
+        ("train-1.parquet", flip, "could not verify page integrity, CRC", range(20, 25)),
         (
-            lambda path: rewritten(path, lambda table: table.drop_columns(["label"])),
-            "train-1.parquet: has another size than the manifest says",
+            "train-1.parquet",
+            lambda path: rewrite(path, without_labels, known=True),
+            "no column label",
             range(20, 40),
         ),
         (
-            lambda path: drifted(path, lambda table: table.drop_columns(["label"])),
-            "train-1.parquet: no column label",
-            range(20, 40),
-        ),
-        (
-            lambda path: drifted(path, lambda table: table.set_column(2, "label", table["label"].cast("float"))),
-            "train-1.parquet: column label is float, wanted int64",
+            "train-1.parquet",
+            lambda path: rewrite(path, with_float_labels, known=True),
+            "column label is double, wanted int64",
             range(20, 40),
         ),
     ],
-    ids=["gone", "cut", "flipped", "replaced", "column lost", "column changed"],
+    ids=lambda value: value.__name__ if callable(value) else None if isinstance(value, range) else value,
 )
 def test_a_shard_lost_in_mid_run_is_replaced_alike_everywhere(
-    tmp_path: Path, damage: Callable[[Path], Any], reason: str, lost: range
+    tmp_path: Path, name: str, damage: Callable[[Path], Any], reason: str, lost: range
 ) -> None:
     write_images(tmp_path, {"train": [20, 20, 8]})
-    damage(tmp_path / "train-1.parquet")
+    if name.endswith(".parquet"):
+        to_format_1(tmp_path)
+    damage(tmp_path / name)
     data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1, run_samples=16)
     quarantine = Quarantine()
     rows = joined(take(data, 0, 2, quarantine=quarantine))
@@ -376,16 +401,24 @@ def test_a_shard_lost_in_mid_run_is_replaced_alike_everywhere(
     for image, number in zip(rows["image"], rows["sample_id"], strict=True):
         assert (image[0].numpy() == numbered_image(int(number))).all()
     assert sorted(number for _, number in quarantine.problems) == list(lost)
-    assert all(problem.reason.startswith(reason) for problem in quarantine.problems.values())
-    assert sorted(problem.key for problem in quarantine.problems.values())[0] == "train-1.parquet#0.0"
+    assert all(problem.reason.startswith(f"{name}: {reason}") for problem in quarantine.problems.values())
+    assert sorted(problem.key for problem in quarantine.problems.values())[0] == f"{name}#0.0"
     assert quarantine.met == len(lost)
-    with pytest.raises(UserError, match=rf"than data.max_bad_fraction = 0.01 allows: \d+ x {reason}"):
+    with pytest.raises(UserError, match=rf"than data.max_bad_fraction = 0.01 allows: \d+ x {name}: {reason}"):
         take(data.model_copy(update={"max_bad_fraction": 0.01}), 0, 2)
+
+
+def test_a_folder_of_the_format_before_gives_the_same_batches(tmp_path: Path, toy: DataConfig) -> None:
+    shutil.copytree(toy.url, tmp_path, dirs_exist_ok=True)
+    old = to_format_1(tmp_path)
+    assert load_manifest(str(tmp_path)) == old and not list(tmp_path.glob("*.arrow"))
+    data = toy.model_copy(update={"url": str(tmp_path)})
+    assert same(joined(take(data, 0, 9)), joined(take(toy, 0, 9)))
 
 
 def test_ray_replaces_a_lost_shard_as_this_process_does(tmp_path: Path, small_ray: None) -> None:
     write_images(tmp_path, {"train": [20, 20, 8]})
-    (tmp_path / "train-1.parquet").unlink()
+    (tmp_path / "train-1.arrow").unlink()
     data = DataConfig(url=str(tmp_path), executor="ray", max_bad_fraction=1, run_samples=16)
     quarantine = Quarantine()
     assert same(
@@ -397,7 +430,7 @@ def test_ray_replaces_a_lost_shard_as_this_process_does(tmp_path: Path, small_ra
 
 def test_a_lost_shard_is_left_out_of_the_evaluation(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [2], "test": [10, 10]})
-    (tmp_path / "test-0.parquet").unlink()
+    (tmp_path / "test-0.arrow").unlink()
     data = DataConfig(url=str(tmp_path), executor="inline", max_bad_fraction=1)
     rows = joined(list(eval_batches(data, manifest, EvalShare("test", 20), "cpu")))
     assert rows["sample_id"].tolist() == list(range(20))
@@ -410,8 +443,8 @@ def test_a_shard_that_may_not_be_read_stops_the_run(tmp_path: Path, monkeypatch:
     def refuse(*args: object, **options: object) -> None:
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(reader, "read_row_group", refuse)
-    with pytest.raises(UserError, match="may not read .*/train-0.parquet: not yours; check the credentials"):
+    monkeypatch.setattr(reader, "read_batch", refuse)
+    with pytest.raises(UserError, match="may not read .*/train-0.arrow: not yours; check the credentials"):
         take(DataConfig(url=str(tmp_path), executor="inline"), 0, 1)
 
 

@@ -10,10 +10,9 @@ import pytest
 from perceiver.config import UserError
 from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.prepare import PrepareConfig, prepare
-from pipelines.shards import reader, row_groups
-from pipelines.shards.io import open_folder
+from pipelines.shards import reader
+from pipelines.shards.io import ReadError, ReadPolicy, open_folder, read_range, with_retries
 from pipelines.shards.manifest import load_manifest
-from pipelines.shards.ranges import ReadError, ReadPolicy, read_range, with_retries
 from tests.pipelines.faulty_s3 import FaultyS3
 from tests.pipelines.feed.test_ingest import joined, same
 from tests.pipelines.toys import digits_archive
@@ -59,8 +58,7 @@ def both(s3: FaultyS3, tmp_path_factory: pytest.TempPathFactory) -> tuple[DataCo
 @pytest.fixture(autouse=True)
 def cold(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing cached, nothing faulty."""
-    monkeypatch.setattr(reader, "_CACHE", reader.RowGroupCache())
-    monkeypatch.setattr(row_groups, "_FOOTERS", row_groups._Footers())
+    monkeypatch.setattr(reader, "CACHE", reader.RowGroupCache())
     s3.reset()
 
 
@@ -77,7 +75,7 @@ def test_one_request_a_row_group(both: tuple[DataConfig, DataConfig], s3: Faulty
     manifest = load_manifest(data.url, data.storage_options)
     s3.met.clear()
     rows = joined(list(eval_batches(data, manifest, EvalShare("test", 16), "cpu")))
-    assert s3.met.total() == 1 + 6, "one footer and six row groups of 20 rows"
+    assert s3.met.total() == 6, "six row groups of 20 rows"
     assert same(rows, joined(list(eval_batches(local, manifest, EvalShare("test", 16), "cpu"))))
 
 
@@ -102,8 +100,8 @@ def test_a_server_that_never_answers_well_ends_in_one_clear_error(
     s3.rate = 1.0
     began = time.monotonic()
     policy = ReadPolicy(timeout=1.0, attempts=2, backoff=0.01)
-    with pytest.raises(ReadError, match=r"cannot read s3://data/digits/test-000000.parquet after 2 attempts"):
-        read_range(folder, "test-000000.parquet", 0, 100, policy)
+    with pytest.raises(ReadError, match=r"cannot read s3://data/digits/test-000000.arrow after 2 attempts"):
+        read_range(folder, "test-000000.arrow", 0, 100, policy)
     assert time.monotonic() - began < 10
 
 

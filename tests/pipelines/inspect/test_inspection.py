@@ -1,14 +1,14 @@
 """Inspecting: counts are right, damage of files and samples is named."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from pipelines.inspect.inspection import describe, inspect
-from pipelines.shards.io import open_folder
-from pipelines.shards.manifest import load_manifest, save_manifest
-from tests.pipelines.toys import write_images
+from tests.pipelines.toys import flip, read_shard, to_format_1, write_images
 
 
 def test_a_sound_folder_is_described(tmp_path: Path) -> None:
@@ -34,26 +34,33 @@ def test_damaged_and_doubled_samples_are_named(tmp_path: Path) -> None:
     assert any("1 samples cannot be used" in line for line in describe(found))
 
 
-def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path: Path) -> None:
-    write_images(tmp_path, {"train": [5, 5, 5, 5, 5]})
-    files = [tmp_path / f"train-{i}.parquet" for i in range(5)]
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path: Path, suffix: str) -> None:
+    write_images(tmp_path, {"train": [5, 5, 5, 5, 5]}, rows_per_group=3)
+    if suffix == ".parquet":
+        to_format_1(tmp_path)
+    files = [tmp_path / f"train-{i}{suffix}" for i in range(5)]
     files[0].unlink()
-    raw = bytearray(files[1].read_bytes())
-    raw[60] ^= 1
-    files[1].write_bytes(raw)
+    flip(files[1])
     files[2].write_bytes(files[2].read_bytes()[:-10])
-    table = pq.read_table(files[3])
-    pq.write_table(table.set_column(2, "label", pa.array(["x"] * 5)), files[3])
-    pq.write_table(table.slice(0, 4), files[4])
-    manifest = load_manifest(str(tmp_path))
-    shards = tuple(
-        shard.model_copy(update={"bytes": file.stat().st_size}) if file.exists() and number > 2 else shard
-        for number, (shard, file) in enumerate(zip(manifest.splits["train"].shards, files, strict=True))
-    )
-    split = manifest.splits["train"].model_copy(update={"shards": shards})
-    save_manifest(manifest.model_copy(update={"splits": {"train": split}}), open_folder(str(tmp_path)))
+    table = read_shard(files[3]) if suffix == ".arrow" else pq.read_table(files[3])
+    table = table.replace_schema_metadata({"note": "x" * 2000})
+    for path, rows in ((files[3], table.set_column(2, "label", pa.array(["x"] * 5))), (files[4], table.slice(0, 3))):
+        if suffix == ".arrow":
+            with pa.ipc.new_file(path, rows.schema) as writer:
+                writer.write_table(rows, max_chunksize=3)
+        else:
+            pq.write_table(rows, path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for shard, file in zip(manifest["splits"]["train"]["shards"], files, strict=True):
+        if file in files[3:]:
+            shard["bytes"] = file.stat().st_size
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     faults = inspect(str(tmp_path), samples=False).faults
-    assert [fault.split(":")[0] for fault in faults] == [f"train-{i}.parquet" for i in (0, 2, 3, 4)]
-    for fault, word in zip(faults, ("missing", "the manifest says", "columns", "4 rows"), strict=True):
+    assert [fault.split(":")[0] for fault in faults] == [f"train-{i}{suffix}" for i in (0, 2, 3, 4)]
+    counted = "1 record batches, the manifest says 2" if suffix == ".arrow" else "3 rows, the manifest says 5"
+    for fault, word in zip(faults, ("missing", "bytes, the manifest says", "columns", counted), strict=True):
         assert word in fault
     assert "checksum" in inspect(str(tmp_path), samples=False, verify=True).faults[1]
+    found = inspect(str(tmp_path)).splits["train"]
+    assert found.unreadable == 3 and f"train-1{suffix}" in found.unreadable_samples[0]

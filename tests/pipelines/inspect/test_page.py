@@ -26,8 +26,9 @@ from pipelines.features import (
 from pipelines.inspect.inspection import describe, inspect
 from pipelines.inspect.page import spread_places, write_page
 from pipelines.inspect.samples import flow_colours
+from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.io import open_folder
-from pipelines.shards.manifest import Manifest, ShardWriter, Split, arrow_schema, save_manifest
+from pipelines.shards.manifest import Manifest, Split, arrow_schema, save_manifest
 from pipelines.shards.quarantine import Problem, write_problems
 from tests.perceiver.report.pages import Page
 from tests.pipelines.recordings import media_file, ramp, real_video, sound_file, tone
@@ -44,7 +45,7 @@ def write_samples(
     folder: Path, features: dict[str, Feature], rows: list[dict[str, Any]], classes: tuple[str, ...] = ("a", "b")
 ) -> None:
     """A prepared data set of one shard with these rows."""
-    with ShardWriter(open_folder(str(folder)), "train.parquet", arrow_schema(features), 2) as writer:
+    with ShardWriter(open_folder(str(folder)), "train.arrow", arrow_schema(features), 2) as writer:
         writer.write(rows)
         info = writer.close()
     assert info is not None
@@ -134,9 +135,9 @@ def test_many_classes_are_an_outline(tmp_path: Path) -> None:
 
 def test_a_faulty_file_does_not_hide_the_others(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": [4, 4]})
-    (tmp_path / "train-0.parquet").unlink()
+    (tmp_path / "train-0.arrow").unlink()
     _, page = page_of(tmp_path)
-    assert len(page.all("img")) == 4 and "train-0.parquet: missing" in page.text
+    assert len(page.all("img")) == 4 and "train-0.arrow: missing" in page.text
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Mixtures: weights held at every point of the run, each data set in its own epochs, the same batches everywhere."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipelines.order.mixture import MixedSplit, MixturePart, MixturePlan, mix, m
 from pipelines.order.plan import RowGroups
 from pipelines.shards.quarantine import Quarantine
 from tests.pipelines.feed.test_ingest import Batches, joined, same
-from tests.pipelines.toys import numbered_image, write_images
+from tests.pipelines.toys import numbered_image, to_format_1, write_images
 
 COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=7).map(tuple)
 
@@ -159,17 +160,27 @@ def test_a_mixture_is_the_same_at_any_world_size_after_restarts_and_on_ray(mixed
 def test_a_bad_sample_is_replaced_from_its_own_data_set(tmp_path: Path) -> None:
     write_images(tmp_path / "a", {"train": [40], "test": [5]})
     write_images(tmp_path / "b", {"train": [20, 20]}, start=1000)
-    (tmp_path / "b" / "train-0.parquet").unlink()
+    (tmp_path / "b" / "train-0.arrow").unlink()
     parts = tuple(MixturePart(url=str(tmp_path / name), weight=1) for name in "ab")
     data = DataConfig(url=str(tmp_path / "a"), mixture=parts, executor="inline", max_bad_fraction=1)
     quarantine = Quarantine()
     rows = joined(take(data, 0, 4, quarantine=quarantine))
     assert int((rows["sample_id"] >= 60).sum()) == int((rows["sample_id"] < 40).sum()) == 40
     assert {(p.split, p.reason) for p in quarantine.problems.values()} == {
-        (f"train of {tmp_path}/b", "train-0.parquet: missing")
+        (f"train of {tmp_path}/b", "train-0.arrow: missing")
     }
-    with pytest.raises(UserError, match=rf"1 of 2 files .*{tmp_path}/b/train-0.parquet: missing"):
+    with pytest.raises(UserError, match=rf"1 of 2 files .*{tmp_path}/b/train-0.arrow: missing"):
         check_files(data, load_data(data))
+
+
+def test_shards_of_both_formats_can_be_mixed(mixed: DataConfig, tmp_path: Path) -> None:
+    for part in mixed.mixture:
+        shutil.copytree(part.url, tmp_path / Path(part.url).name)
+    to_format_1(tmp_path / "b")
+    parts = tuple(part.model_copy(update={"url": str(tmp_path / Path(part.url).name)}) for part in mixed.mixture)
+    data = mixed.model_copy(update={"url": str(tmp_path / "a"), "mixture": parts, "window": 20})
+    check_files(data, load_data(data))
+    assert same(joined(take(data, 0, 5)), joined(take(mixed.model_copy(update={"window": 20}), 0, 5)))
 
 
 def test_data_sets_that_do_not_agree_are_refused(mixed: DataConfig, tmp_path: Path) -> None:

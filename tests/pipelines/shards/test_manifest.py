@@ -1,47 +1,24 @@
 """Shards and the manifest: what is written is read back, what is not ready is refused in one line."""
 
-import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from perceiver.config import UserError
-from pipelines.features import ImageFeature, LabelFeature
-from pipelines.shards.io import open_folder
-from pipelines.shards.manifest import ShardWriter, arrow_schema, load_manifest
+from pipelines.shards.manifest import load_manifest
 from tests.pipelines.toys import write_images
 
-SCHEMA = arrow_schema({"image": ImageFeature(channels=1), "label": LabelFeature()})
 
-
-def test_a_shard_is_what_the_manifest_says(tmp_path: Path) -> None:
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [23, 7]}, rows_per_group=10)
     assert load_manifest(str(tmp_path)) == manifest
-    shard = manifest.splits["train"].shards[0]
-    raw = (tmp_path / shard.name).read_bytes()
-    assert (shard.bytes, shard.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
-    file = pq.ParquetFile(tmp_path / shard.name)
-    assert [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)] == [10, 10, 3]
-    assert file.read().column("key").to_pylist() == [f"train/{i}" for i in range(23)]
     assert manifest.split("train").samples == 30
-
-
-def test_a_shard_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
-    writer = ShardWriter(open_folder(str(tmp_path)), "a.parquet", SCHEMA, 2)
-    writer.write([{"key": "k", "image": b"x", "label": 1}] * 5)
-    assert not (tmp_path / "a.parquet").exists()
-    writer.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
-
-
-def test_a_failed_or_empty_shard_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), ShardWriter(open_folder(str(tmp_path)), "a.parquet", SCHEMA, 2) as writer:
-        writer.write([{"key": "k", "image": b"x", "label": 1}] * 3)
-        raise KeyError("the source failed")
-    assert ShardWriter(open_folder(str(tmp_path)), "b.parquet", SCHEMA, 2).close() is None
-    assert list(tmp_path.iterdir()) == []
+    lines = (tmp_path / "manifest.json").read_text().splitlines()
+    shown = [json.loads(line.strip().rstrip(",")) for line in lines if re.fullmatch(r" *\[\d.*\],?", line)]
+    assert shown == [list(batch) for shard in manifest.split("train").shards for batch in shard.batches]
 
 
 def test_folders_that_are_no_data_set_are_refused_with_the_fix(tmp_path: Path) -> None:
@@ -61,7 +38,7 @@ def test_folders_that_are_no_data_set_are_refused_with_the_fix(tmp_path: Path) -
     [
         (lambda raw: raw[:-20], "cannot read"),
         (lambda raw: "[1]", "not a manifest"),
-        (lambda raw: raw.replace('"format_version": 1', '"format_version": 99'), "version 99.* reads up to 1"),
+        (lambda raw: raw.replace('"format_version": 2', '"format_version": 99'), "version 99.* reads up to 2"),
         (lambda raw: raw.replace('"licence"', '"license"'), "licence"),
         (lambda raw: raw.replace('"rows": 6', '"rows": "many"'), r"splits.train.shards.0.rows"),
     ],
@@ -90,3 +67,52 @@ def test_storage_options_come_from_the_environment(tmp_path: Path, monkeypatch: 
         json.loads((tmp_path / "manifest.json").read_text())["name"]
         == load_manifest(str(tmp_path), {"auto_mkdir": "$MKDIR"}).name
     )
+
+
+BATCHES = [[232, 800, 3, 7], [1032, 800, 3, 8]]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batches": [[-8, 800, 3, 7], BATCHES[1]]}, "batch 0 at"),
+        ({"batches": [[0, 800, 3, 7], BATCHES[1]]}, "batch 0 at"),
+        ({"batches": [BATCHES[0], [1024, 800, 3, 8]]}, "batch 1 at"),
+        ({"batches": [BATCHES[0], [1033, 800, 3, 8]]}, "batch 1 at"),
+        ({"batches": [BATCHES[0], [1032, -800, 3, 8]]}, "batch 1 at"),
+        ({"batches": [BATCHES[0], [1032, 0, 3, 8]]}, "batch 1 at"),
+        ({"batches": [BATCHES[0], [1032, 1 << 70, 3, 8]]}, "batch 1 at"),
+        ({"batches": [BATCHES[0], [1032, 969, 3, 8]]}, "batch 1 at"),
+        ({"batches": BATCHES[::-1]}, "batch 1 at"),
+        ({"batches": [BATCHES[0], [1032, 800, 4, 8]]}, "batch 1 has 4 rows, wanted 3"),
+        ({"batches": [BATCHES[0], [1032, 800, -3, 8]]}, "batch 1 has -3 rows"),
+        ({"batches": [BATCHES[0], [1032, 800, 3, -1]]}, "batch 1 has CRC-32 -1"),
+        ({"batches": [BATCHES[0], [1032, 800, 3, 1 << 32]]}, "batch 1 has CRC-32"),
+        ({"batches": BATCHES[:1]}, "2 row groups .* and 1 batches"),
+        ({"batches": [BATCHES[0], [1032, 800, 3]]}, "batches.1"),
+        ({"rows": 7}, "3 row groups .* and 2 batches"),
+        ({"rows": 5}, "batch 1 has 3 rows, wanted 2"),
+        ({"rows": 1 << 60}, "rows"),
+        ({"rows_per_group": 0}, "rows_per_group"),
+        ({"rows_per_group": 1}, "6 row groups"),
+        ({"groups": [[4, 3], [3, 3]]}, "do not add up to 6 rows"),
+        ({"groups": [[7, 3], [-1, 3]]}, "groups.1.0"),
+        ({"groups": [[6, 0]]}, "groups.0.1"),
+        ({"rows_per_group": 1 << 70}, "rows_per_group"),
+        ({"batches": [], "rows": 1 << 40, "rows_per_group": 1}, "1099511627776 row groups in 2000 bytes"),
+        ({"bytes": 1000}, "batch 0 at|batch 1 at"),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_refused_in_one_line(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shard = {"name": "a.arrow", "rows": 6, "rows_per_group": 3, "bytes": 2000, "batches": BATCHES}
+    manifest = {"format_version": 2, "name": "x", "features": {}, "licence": "", "source": ""}
+    for shards in ([shard], [shard | change]):
+        text = json.dumps(manifest | {"splits": {"train": {"shards": shards}}})
+        (tmp_path / "manifest.json").write_text(text)
+        if shards == [shard]:
+            assert load_manifest(str(tmp_path)).split("train").samples == 6
+    with pytest.raises(UserError, match=rf"manifest.json: splits.train.shards.0.*{message}") as caught:
+        load_manifest(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -18,8 +18,9 @@ from perceiver.config import UserError
 from pipelines.features import Feature, LabelFeature, MediaFeature, VideoFeature
 from pipelines.features.base import ViewConfig
 from pipelines.feed.ingest import DataConfig, EvalShare, eval_batches
+from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.io import open_folder
-from pipelines.shards.manifest import Manifest, ShardWriter, Split, arrow_schema, load_manifest, save_manifest
+from pipelines.shards.manifest import Manifest, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.transforms import BadSample
 from pipelines.transforms.audio import AudioConfig
 from pipelines.transforms.clip import ClipConfig
@@ -244,7 +245,7 @@ def test_the_whole_of_what_was_cut_off_is_good() -> None:
 def test_clips_go_through_shards_and_batches_and_count_once(tmp_path: Path) -> None:
     features: dict[str, Feature] = {"media": BOTH, "label": LabelFeature()}
     folder = open_folder(str(tmp_path))
-    with ShardWriter(folder, "a.parquet", arrow_schema(features), 4) as writer:
+    with ShardWriter(folder, "a.arrow", arrow_schema(features), 4) as writer:
         writer.write({"key": str(i), "media": STEPS if i != 3 else STEPS[:400], "label": i % 2} for i in range(5))
         shard = writer.close()
     assert shard is not None

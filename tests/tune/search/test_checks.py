@@ -107,9 +107,9 @@ def test_each_task_s_metrics_are_known(
 def test_shards_that_are_missing_are_refused(tmp_path: Path, tree: dict[str, Any], images: str) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(images, copied)
-    next(copied.rglob("*.parquet")).unlink()
+    next(copied.rglob("*.arrow")).unlink()
     tree["overrides"] = {"data.url": str(copied)}
-    assert ".parquet" in refusal(tmp_path, tree)
+    assert ".arrow" in refusal(tmp_path, tree)
 
 
 def test_values_that_do_not_go_together_are_refused_as_a_trial(tmp_path: Path, tree: dict[str, Any]) -> None:
