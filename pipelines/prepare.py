@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.io import Folder, open_folder
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.shards.quarantine import QUARANTINE, Problem, count_reasons, write_problems
 from pipelines.sources import Listing, Rejected, Sample, Source, Unit, load_source

@@ -15,7 +15,7 @@ import torch
 from cluster.predict.outputs import parquet, predicted
 from cluster.predict.scoring import Scoring
 from perceiver.config import UserError
-from pipelines.shards.io import Folder, open_folder
+from perceiver.storage import Folder, open_folder
 from pipelines.shards.quarantine import Quarantine, write_problems
 from pipelines.shards.reader import Reader
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from isal.isal_zlib import crc32
 
-from pipelines.shards.io import Folder, ReadPolicy, first_line, read_range
+from perceiver.storage import Folder, ReadPolicy, first_line, read_range
 from pipelines.shards.manifest import MAGIC_BYTES, BatchInfo, ShardInfo
 
 

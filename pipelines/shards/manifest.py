@@ -13,8 +13,8 @@ import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 
 from perceiver.config import Config, UserError
+from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import Feature
-from pipelines.shards.io import Folder, first_line, open_folder
 
 FORMAT_VERSION = 2
 """Version 1 had Parquet files as shards, which are still read."""

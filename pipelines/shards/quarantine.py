@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
-from pipelines.shards.io import Folder, open_folder
+from perceiver.storage import Folder, open_folder
 
 QUARANTINE = "quarantine.parquet"
 SCHEMA = pa.schema([("split", pa.string()), ("sample_id", pa.int64()), ("key", pa.string()), ("reason", pa.string())])

@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 
 from perceiver.config import UserError
-from pipelines.shards.io import Folder
+from perceiver.storage import Folder
 from pipelines.sources._common import find_files
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import Points, decode

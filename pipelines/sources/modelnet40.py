@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.features import LabelFeature, PointsFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
 from pipelines.sources._common import base_name, find_files, item_seed, number, shuffled_units, source_folder
 from pipelines.transforms import BadSample

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.features import Feature, ImageFeature, LabelFeature, TextFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, split_of
 

@@ -17,8 +17,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, TextFeature, VideoFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, shuffled_units, source_folder, split_of
 

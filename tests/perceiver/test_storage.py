@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.shards import io
-from pipelines.shards.io import MAPPED_BYTES, Bytes, ReadPolicy, open_folder, read_range
+from perceiver.storage import MAPPED_BYTES, Bytes, ReadPolicy, open_folder, read_range
 
 CONTENT = bytes(range(256)) * (3 * MAPPED_BYTES // 256)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems copy")
