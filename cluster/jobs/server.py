@@ -18,6 +18,7 @@ from cluster.runtime.local import check_reachable
 from cluster.runtime.local_cluster import running_cluster
 from cluster.runtime.ray_internals import job_client_class
 from perceiver.config import UserError
+from perceiver.storage import first_line
 from perceiver.tracking.redaction import redact_text
 
 CONNECT_S = 5
@@ -204,7 +205,7 @@ def shown(url: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return redact_text((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+    return redact_text(first_line(error))
 
 
 class JobServer:
