@@ -171,13 +171,15 @@ def check_listening(url: str) -> None:
 
 def _use_mode(url: str, headers: Mapping[str, str], verify: bool | str) -> None:
     """Ask whether the cluster wants a token, before Ray reads its environment, and send none to one that does not."""
+    # A busy server may not answer in time; then a token that is there is sent.
+    unknown = os.environ.get("RAY_AUTH_MODE") or ("token" if _has_token() else "disabled")
     try:
         answer = requests.get(f"{url}/api/authentication_mode", timeout=CONNECT_S, headers=headers, verify=verify)
         mode = answer.json().get("authentication_mode", "disabled") if answer.ok else "disabled"
     except requests.exceptions.SSLError:
         raise UserError(f"{shown(url)} shows a certificate that is not trusted: give --verify FILE") from None
     except (requests.RequestException, ValueError):
-        mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+        mode = unknown
     if mode == "token" and not headers and not _has_token():
         raise UserError(
             f"{shown(url)} asks for a token and there is none here: put the cluster's into ~/.ray/auth_token "

@@ -26,6 +26,7 @@ from cluster.jobs.config import Submission
 from cluster.jobs.server import Access, connect
 from cluster.recipe.placement import Node
 from cluster.record.run_folder import RunFolder
+from cluster.runtime.local import free_port
 from cluster.runtime.local_cluster import running_cluster
 from perceiver.config import UserError
 from tests.cluster.recipes import write_recipe
@@ -300,7 +301,8 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
     tree["data"] |= {"task_labels": {"role": "data"}, "tasks": 1}
     tree["train"] |= {"epochs": 4000, "checkpoint_every": 4, "eval_every": 1000}
     recipe = str(write_recipe(home, tree))
-    (home / "nodes.yaml").write_text(NODES)
+    ports = f"port: {free_port('127.0.0.2')}\ndashboard_port: {free_port('127.0.0.1')}\n"
+    (home / "nodes.yaml").write_text(NODES + ports)
     share_kernels(home)
     try:
         shown = perceiver(home, "cluster", "up", "nodes.yaml")
