@@ -107,7 +107,7 @@ def connect(access: Access) -> "JobServer":
         UserError: it does not answer, wants another token, or runs another version of Ray.
     """
     url, headers, verify = access.url(), access.json_headers(), access.trust()
-    _use_mode(url, headers, verify)
+    headers = _with_token(url, headers, verify)
     # Ray lets the environment overrule the argument.
     os.environ["RAY_API_SERVER_ADDRESS"] = url
     import ray
@@ -169,10 +169,14 @@ def check_listening(url: str) -> None:
         ) from None
 
 
-def _use_mode(url: str, headers: Mapping[str, str], verify: bool | str) -> None:
-    """Ask whether the cluster wants a token, before Ray reads its environment, and send none to one that does not."""
+def _with_token(url: str, headers: dict[str, str], verify: bool | str) -> dict[str, str]:
+    """Return the headers with this machine's token if the cluster asks for one, and set RAY_AUTH_MODE to its answer.
+
+    The header is needed where Ray was imported before: it reads RAY_AUTH_MODE at its import only.
+    """
+    token = _token()
     # A busy server may not answer in time; then a token that is there is sent.
-    unknown = os.environ.get("RAY_AUTH_MODE") or ("token" if _has_token() else "disabled")
+    unknown = os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")
     try:
         answer = requests.get(f"{url}/api/authentication_mode", timeout=CONNECT_S, headers=headers, verify=verify)
         mode = answer.json().get("authentication_mode", "disabled") if answer.ok else "disabled"
@@ -180,17 +184,23 @@ def _use_mode(url: str, headers: Mapping[str, str], verify: bool | str) -> None:
         raise UserError(f"{shown(url)} shows a certificate that is not trusted: give --verify FILE") from None
     except (requests.RequestException, ValueError):
         mode = unknown
-    if mode == "token" and not headers and not _has_token():
+    if mode == "token" and not headers and not token:
         raise UserError(
             f"{shown(url)} asks for a token and there is none here: put the cluster's into ~/.ray/auth_token "
             "(mode 0600), or name its file in RAY_AUTH_TOKEN_PATH"
         )
     os.environ["RAY_AUTH_MODE"] = mode if mode in ("token", "disabled") else "token"
+    if mode == "disabled" or not token or any(name.lower() == "authorization" for name in headers):
+        return headers
+    return {**headers, "Authorization": f"Bearer {token}"}
 
 
-def _has_token() -> bool:
+def _token() -> str:
+    """Return the token that Ray would send: RAY_AUTH_TOKEN, else its file's; empty if there is none."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return "RAY_AUTH_TOKEN" in os.environ or path.is_file()
+    with contextlib.suppress(OSError):
+        return os.environ.get("RAY_AUTH_TOKEN") or path.read_text().strip()
+    return ""
 
 
 def _token_line(url: str, reason: str) -> str:

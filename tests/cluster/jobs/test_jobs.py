@@ -133,6 +133,17 @@ def test_a_cluster_that_asks_for_a_token_is_refused_when_there_is_none(dashboard
         connect(Access(dashboard.url))
 
 
+def test_the_token_is_sent_to_a_cluster_that_asks_for_one_though_ray_was_imported_before(
+    dashboard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard.answers["/api/authentication_mode"] = (200, {"authentication_mode": "token"})
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    connect(Access(dashboard.url))
+    assert dashboard.headers[-1]["Authorization"] == "Bearer secret"
+    connect(Access(dashboard.url, headers='{"authorization": "mine"}'))
+    assert dashboard.headers[-1].get_all("Authorization") == ["mine"]
+
+
 def test_a_run_that_exists_is_resumed_and_what_is_missing_there_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
     wanted = Submission(recipe=str(write_recipe(tmp_path, tree)), overrides=["optim.lr=0.1"])
     words = job_words(submit.entrypoint(wanted, submit.training(wanted), "mine", str(tmp_path)))
