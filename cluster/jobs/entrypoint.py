@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.recipe.placement import RESERVED
 from cluster.record.run_folder import named_run
 from perceiver.config import UserError
-from perceiver.storage import first_line, is_refusal
+from perceiver.storage import is_refusal
 from perceiver.tracking.redaction import redact_text
 from perceiver.train.checkpoint.hook import refusal
 
@@ -68,7 +68,7 @@ def exists(output: str, run: str) -> bool:
             "submit with --install"
         ) from None
     except Exception as error:  # noqa: BLE001  each store raises its own
-        reason = redact_text(first_line(error))
+        reason = redact_text(one_line(error))
         if is_refusal(error):
             raise UserError(f"on the cluster {refusal(shown, reason)}, set where the nodes start") from None
         raise UserError(f"the cluster cannot read {shown} ({reason}): check output and the nodes' way to it") from None
