@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.recipe.placement import RESERVED
+from cluster.record.failures import one_line
 from cluster.record.run_folder import named_run
 from perceiver.config import UserError
 from perceiver.storage import is_refusal
