@@ -197,7 +197,7 @@ def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
     process.kill()
     process.communicate(timeout=400)
 
-    code, output = run(tmp_path, tree, "--resume", "train.epochs=14", "cluster.workers=1")
+    code, output = run(tmp_path, tree, "--resume", "train.epochs=14", "train.checkpoint_every=4", "cluster.workers=1")
     assert code == 0, output
     assert "resuming small-001 from the checkpoint at step" in output and "experiment small" in output
     assert "from s3://bucket/runs/small-001/checkpoints/step-" in output

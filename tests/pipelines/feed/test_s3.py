@@ -1,6 +1,5 @@
 """A prepared data set on S3: written and read by the same code as a local one, whatever goes wrong on the way."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,11 +97,9 @@ def test_a_server_that_never_answers_well_ends_in_one_clear_error(
 ) -> None:
     folder = open_folder("s3://data/digits", both[1].storage_options)
     s3.rate = 1.0
-    began = time.monotonic()
     policy = ReadPolicy(timeout=1.0, attempts=2, backoff=0.01)
     with pytest.raises(ReadError, match=r"cannot read s3://data/digits/test-000000.arrow after 2 attempts"):
         read_range(folder, "test-000000.arrow", 0, 100, policy)
-    assert time.monotonic() - began < 10
 
 
 def test_a_missing_bucket_or_manifest_is_the_user_s_error(both: tuple[DataConfig, DataConfig]) -> None:
