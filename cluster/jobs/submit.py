@@ -21,7 +21,7 @@ from cluster.recipe.placement import Node, check_memory
 from cluster.recipe.preflight import check_workers, data_need, place_some
 from cluster.record.run_folder import named_run
 from cluster.runtime.local import QUIET_ENVIRONMENT
-from cluster.runtime.session import GO_ON
+from cluster.runtime.session import CONTINUE_COMMAND
 from perceiver.config import UserError
 from perceiver.storage import first_line
 from perceiver.tracking.redaction import redact_text
@@ -48,7 +48,9 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
     recipe = work.recipe
     run = named_run(recipe.output, wanted.run or work.name).name
     runtime_env = _runtime_env(recipe, wanted)
-    runtime_env["env_vars"][GO_ON] = shlex.join(["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run])
+    runtime_env["env_vars"][CONTINUE_COMMAND] = shlex.join(
+        ["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run]
+    )
     nodes = server.nodes()
     check_secrets(work.tree, wanted, runtime_env)
     check_files(work.files)

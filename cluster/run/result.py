@@ -13,7 +13,7 @@ from cluster.recipe.config import kind_of, zero_stage
 from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import EXIT_STOPPED
 from cluster.run.context import Launch
-from cluster.runtime.session import go_on_command
+from cluster.runtime.session import continue_command
 from perceiver.config import UserError
 from perceiver.tracking.record import unsent
 from perceiver.tracking.redaction import redact_text
@@ -32,7 +32,7 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
         if status == "finished":
             raise
         log.error("%s", error)  # the store that cannot be written may be what ended the run: that is said below
-    go_on = f"continue with: {go_on_command(launch.command, folder)}"
+    go_on = f"continue with: {continue_command(launch.command, folder)}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
     handle = outcome.get("handle")
     tracker = open_tracker(handle, folder.local)
@@ -127,4 +127,4 @@ def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
     store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
     commands = {"mlflow": f"mlflow ui --backend-store-uri {shlex.quote(store)}"} if handle else {}
-    return {**commands, "train on": f"{go_on_command(launch.command, launch.folder)} {more}"}
+    return {**commands, "train on": f"{continue_command(launch.command, launch.folder)} {more}"}
