@@ -17,7 +17,7 @@ from markupsafe import Markup
 from cluster.deploy.settings import Settings, labels, train_nodes
 from cluster.deploy.source import Source, growing_overrides, job_command, store_overrides, submit_command
 from cluster.jobs.paths import check_paths
-from cluster.jobs.secrets import check_files
+from cluster.jobs.secrets import check_secret_files
 from cluster.run.metrics import FIGURES
 from perceiver.config import UserError
 
@@ -87,7 +87,7 @@ def _values(kind: str, source: Source, settings: Settings, folder: str) -> dict[
     if kind == "compose":
         values["submit"] = submit_command(source, store_overrides(source, settings.services.bucket))
     if kind == "kuberay":
-        check_files([source.file])
+        check_secret_files([source.file])
         file = f"{RECIPE_FOLDER}/{Path(source.file).name}"
         values["job"] = job_command(source, file, growing_overrides(source, settings, contents=True))
         values |= {"recipe_folder": RECIPE_FOLDER, "recipe_name": Path(source.file).name}

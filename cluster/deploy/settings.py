@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster.recipe.config import Recipe
-from cluster.recipe.file import read_config
+from cluster.recipe.file import read_yaml_config
 from perceiver.config import Config, UserError
 
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
@@ -112,7 +112,7 @@ def read_settings(path: str | Path) -> Settings:
     Raises:
         UserError: no such file, or a key or value that does not fit.
     """
-    return read_config(path, Settings, "see recipes/cluster/")
+    return read_yaml_config(path, Settings, "see recipes/cluster/")
 
 
 def train_nodes(recipe: Recipe, settings: Settings) -> int:

@@ -100,7 +100,7 @@ def setup_of(recipe: Recipe | None, nodes: Callable[[], str] | None = None) -> S
     return Setup(recipe.output, recipe.tracking, recipe.cluster, recipe, nodes)
 
 
-def refusal(state: str, error: UserError) -> Result:
+def as_result(state: str, error: UserError) -> Result:
     """Return an error as a result; the text after its last colon is the fix."""
     text, _, fix = str(error).rpartition(": ")
     return state, text or str(error), fix if text else ""
@@ -286,7 +286,7 @@ def check_workers(setup: Setup) -> Result:
     try:
         cpus, gpus = preflight.check_machine(setup.recipe)
     except UserError as error:
-        return refusal(FAIL, error)
+        return as_result(FAIL, error)
     return OK, f"{wanted} on {cpus} CPUs and {gpus} GPUs", ""
 
 
@@ -298,7 +298,7 @@ def check_recipe_and_data(setup: Setup) -> Result:
         model = preflight.check_recipe(setup.recipe)
         check_files(setup.recipe.data, model.manifest)
     except UserError as error:
-        return refusal(setup.stops, error)
+        return as_result(setup.stops, error)
     rows = ", ".join(f"{split.samples:,} {name}" for name, split in model.manifest.splits.items())
     return OK, f"{redact_text(setup.recipe.data.url)}: {rows}; {model.parameters:,} parameters", ""
 
@@ -335,7 +335,7 @@ def check_tracking(setup: Setup) -> Result:
         given = bool(config.uri or os.environ.get("MLFLOW_TRACKING_URI"))
         uri = resolve(config.store_uri(Path(setup.output)))
     except UserError as error:
-        return refusal(setup.stops, error)
+        return as_result(setup.stops, error)
     if not given:
         return OK, "a SQLite file in the folder of the runs", ""
     if uri.startswith(("sqlite:", "databricks")):
@@ -374,7 +374,7 @@ def check_cluster(setup: Setup) -> Result:
             return OK, "none given: a run starts a local Ray instance", ""
         check_reachable(address)
     except UserError as error:
-        return refusal(FAIL, error)
+        return as_result(FAIL, error)
     return OK, f"{address} accepts connections; give --address to check the nodes and their resources", ""
 
 

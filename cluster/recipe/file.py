@@ -50,7 +50,7 @@ def read_yaml(path: str | Path, hint: str = "see recipes/") -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read_config(path: str | Path, kind: type[Kind], hint: str = "see recipes/") -> Kind:
+def read_yaml_config(path: str | Path, kind: type[Kind], hint: str = "see recipes/") -> Kind:
     """Read a YAML file as a configuration; an empty file has every key at its default.
 
     Raises:

@@ -116,7 +116,7 @@ def worker_need(config: ClusterConfig, cpus: float) -> dict[str, float]:
     return {"CPU": cpus, "GPU": config.gpus_per_worker, **config.worker_resources}
 
 
-def check_memory(nodes: Sequence[Node], data: DataNeed) -> None:
+def check_task_memory(nodes: Sequence[Node], data: DataNeed) -> None:
     """Refuse data tasks that reserve more memory than their nodes have: they would wait for ever.
 
     Raises:

@@ -101,7 +101,7 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
     Raises:
         UserError: the first thing that would stop the run, with what to change.
     """
-    check_workers(recipe)
+    check_worker_range(recipe)
     manifest = load_data(recipe.data, load)
     check_data(recipe, manifest)
     check_best(recipe, len(manifest.classes))
@@ -191,8 +191,8 @@ def check_best(recipe: Recipe, classes: int) -> None:
         )
 
 
-def check_workers(recipe: Recipe) -> None:
-    """Refuse a smallest number of workers that is larger than the largest."""
+def check_worker_range(recipe: Recipe) -> None:
+    """Refuse `cluster.min_workers` above `cluster.workers`."""
     if (recipe.cluster.min_workers or 0) > recipe.cluster.workers:
         raise UserError(
             f"cluster.min_workers {recipe.cluster.min_workers} is more than cluster.workers {recipe.cluster.workers}: "

@@ -13,7 +13,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cluster.recipe.config import Recipe, for_workers
-from cluster.recipe.placement import check_memory, connected_nodes, worker_need
+from cluster.recipe.placement import check_task_memory, connected_nodes, worker_need
 from cluster.recipe.preflight import data_cpus, data_need, place_some
 from cluster.recipe.resources import worker_cpus
 from cluster.record.failures import one_line
@@ -132,7 +132,7 @@ def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:
     """
     cluster, nodes, need = recipe.cluster, connected_nodes(), data_need(recipe)
     if not cluster.autoscaling:
-        check_memory(nodes, need)
+        check_task_memory(nodes, need)
     if cluster.resolved_address() is None or share.runs > 1:
         cpus = worker_cpus(cluster, share.cpus, data_cpus(recipe) + share.taken)
     else:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from cluster.recipe.file import read_config
+from cluster.recipe.file import read_yaml_config
 from perceiver.config import Config, UserError
 
 BUILT_IN = Path(__file__).with_name("hardware.yaml")
@@ -62,4 +62,4 @@ def load_hardware(path: str | None) -> Hardware:
     file = Path(path) if path else BUILT_IN
     if not file.is_file():
         raise UserError(f"--hardware {path}: no such file; wanted a table like {BUILT_IN}")
-    return read_config(file, Hardware)
+    return read_yaml_config(file, Hardware)

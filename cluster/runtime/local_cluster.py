@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from cluster.recipe.file import read_config
+from cluster.recipe.file import read_yaml_config
 from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
 from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token
 from perceiver.config import Config, UserError
@@ -111,7 +111,7 @@ def read_nodes(path: str | Path) -> NodesConfig:
     Raises:
         UserError: no such file, or a key or value that does not fit.
     """
-    return read_config(path, NodesConfig, "see recipes/cluster/")
+    return read_yaml_config(path, NodesConfig, "see recipes/cluster/")
 
 
 def up(config: NodesConfig | None = None, say: Callable[[str], None] = print) -> LocalCluster:

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.placement import Node
-from cluster.recipe.preflight import check_workers, place_some
+from cluster.recipe.preflight import check_worker_range, place_some
 from perceiver.config import UserError
 from tests.cluster.recipes import small_tree
 
@@ -20,7 +20,7 @@ def recipe(**cluster: Any) -> Recipe:
 
 def test_more_at_least_than_at_most_is_refused() -> None:
     with pytest.raises(UserError, match="cluster.min_workers 3 is more than cluster.workers 2: set it to at most that"):
-        check_workers(recipe(workers=2, min_workers=3))
+        check_worker_range(recipe(workers=2, min_workers=3))
 
 
 def test_a_run_starts_where_only_some_of_its_workers_fit() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.recipe.config import build_recipe
-from cluster.recipe.placement import DataNeed, Node, check_memory, place
+from cluster.recipe.placement import DataNeed, Node, check_task_memory, place
 from cluster.recipe.preflight import data_need
 from cluster.recipe.resources import ClusterConfig
 from cluster.runtime import local_cluster
@@ -71,10 +71,10 @@ def test_what_does_not_fit_is_named(config: ClusterConfig, data: DataNeed, line:
 
 def test_data_tasks_that_reserve_more_memory_than_there_is_are_refused() -> None:
     nodes = [Node("a", {"CPU": 4, "memory": 2e9}, FEED), Node("b", {"CPU": 4, "memory": 2e9}, FEED)]
-    check_memory(nodes, DataNeed(1.5, 0.25, FEED, memory_per_task=600_000_000))
-    check_memory(nodes, SOME)
+    check_task_memory(nodes, DataNeed(1.5, 0.25, FEED, memory_per_task=600_000_000))
+    check_task_memory(nodes, SOME)
     with pytest.raises(UserError, match=r"6 data tasks.*data.task_memory = 900000000 .*4\.0 GB.*2 nodes.*room for 4"):
-        check_memory(nodes, DataNeed(1.5, 0.25, FEED, memory_per_task=900_000_000))
+        check_task_memory(nodes, DataNeed(1.5, 0.25, FEED, memory_per_task=900_000_000))
 
 
 def test_an_autoscaling_cluster_may_lack_resources() -> None:
