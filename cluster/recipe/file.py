@@ -95,7 +95,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _unknown_key(model: type[BaseModel], key: str) -> str:
-    known = list(_known_keys(model))
+    known = list(known_keys(model))
     if key in known:
         return f"the key {key} does not apply to the chosen kind or preset: remove it"
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
@@ -121,12 +121,12 @@ def _key_path(node: Any, location: Sequence[int | str]) -> Iterator[int | str]:
         node = fields[str(part)].annotation if str(part) in fields else None
 
 
-def _known_keys(node: Any, prefix: str = "") -> Iterator[str]:
+def known_keys(node: Any, prefix: str = "") -> Iterator[str]:
     """Yield each dotted key of a section type."""
     for variant in _variants(node):
         for name, field in variant.model_fields.items():
             yield prefix + name
-            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
 
 
 def _variants(node: Any) -> list[type[BaseModel]]:

@@ -100,7 +100,7 @@ def network_cut(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
             outcome.expect(places == {HERE, AWAY}, f"one worker on each node: {places}")
             nodes.command("cluster", "up")  # the spare one
             fault = cut(name)
-            detected = job.wait_line("; the workers start again")
+            detected = job.wait_line("; restarting the workers")
             outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
             job.judge(outcome, fault, detected, STEPS)
             outcome.expect((outcome.detected_s or 0) <= HUNG_WITHIN_S, "detected within 120 s")

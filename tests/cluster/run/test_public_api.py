@@ -1,4 +1,4 @@
-"""The main job without a single private name of Ray and DeepSpeed."""
+"""The main job without private names of Ray and DeepSpeed."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def losses(folder: Path, tree: dict[str, Any], **environment: str) -> dict[int, 
 
 @pytest.mark.slow
 def test_the_losses_are_the_same_without_private_names(tmp_path: Path, tree: dict[str, Any]) -> None:
-    """Slower to start: DeepSpeed compiles an operator that is skipped otherwise."""
+    """The start is slower: DeepSpeed compiles an operator that is skipped otherwise."""
     tree["train"] = {"steps": 8, "global_batch": 16, "log_every": 1}
     usual = losses(tmp_path / "usual", tree)
     assert losses(tmp_path / "public", tree, PERCEIVER_PUBLIC_API="1") == usual and len(usual) == 8
