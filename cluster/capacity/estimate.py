@@ -7,7 +7,6 @@ Every figure is a function of the workload (`workload`), the machines (`hardware
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from cluster.capacity.calibrate import Calibration
 from cluster.capacity.workload import Workload
@@ -156,7 +155,13 @@ def estimate(workload: Workload, machines: Machines, calibration: Calibration | 
     used = memory(workload, machines, micro, workload.zero_stage, calibration)
     largest = largest_micro_batch(workload, machines, workload.zero_stage, calibration)
     sizes = sorted({1, max(1, micro // 2), micro, max(1, largest)})
-    by_stage = {stage: _stage_memory(workload, machines, sizes, stage, calibration) for stage in range(4)}
+    by_stage = {
+        stage: StageMemory(
+            {size: memory(workload, machines, size, stage, calibration).total for size in sizes},
+            largest_micro_batch(workload, machines, stage, calibration),
+        )
+        for stage in range(4)
+    }
     if largest < micro:
         _refuse_memory(workload, machines, micro, largest, by_stage)
     times = step_time(workload, machines, micro, accumulation, calibration)
@@ -230,7 +235,7 @@ def _refuse_memory(
     changes = []
     if largest >= 1:
         share = -(-workload.recipe.train.global_batch // machines.devices)
-        changes.append(f"set train.micro_batch={_divisor(share, largest)}")
+        changes.append(f"set train.micro_batch={max(d for d in range(1, largest + 1) if share % d == 0)}")
     if fits and fits[0] != workload.zero_stage:
         changes.append(f"set deepspeed.zero_stage={fits[0]}")
     changes.append("take devices with more memory" if not changes else "or take devices with more memory")
@@ -239,11 +244,6 @@ def _refuse_memory(
         f"a micro-batch of {micro} needs {needed / 1e9:.1f} GB on each device, {limit:.1f} of "
         f"{machines.device.memory_gb:g} GB can be used: {', '.join(changes)}"
     )
-
-
-def _divisor(share: int, most: int) -> int:
-    """Return the largest divisor of a worker's share up to `most`."""
-    return max(d for d in range(1, most + 1) if share % d == 0)
 
 
 def _half(workload: Workload, device: Device) -> bool:
@@ -265,15 +265,13 @@ def memory(workload: Workload, machines: Machines, micro: int, stage: int, calib
     activations = micro * workload.account.activation_bytes * (0.6 if _half(workload, machines.device) else 1.0)
     context = machines.device.context_gb * 1e9
     if calibration:
-        beside = machines.devices // machines.nodes
-        context = calibration.base_bytes(beside)
-        state = partial(_state_bytes, workload, stage=workload.zero_stage)
-        activations = max(activations, calibration.passing_bytes(micro, beside, state))
+        processes = machines.devices // machines.nodes
+        context = calibration.base_bytes(processes)
+        passing = calibration.passing_bytes(
+            micro, processes, lambda world: sum(_states(workload, world, workload.zero_stage))
+        )
+        activations = max(activations, passing)
     return Memory(context, *_states(workload, machines.devices, stage), activations=activations)
-
-
-def _state_bytes(workload: Workload, world: int, stage: int) -> float:
-    return sum(_states(workload, world, stage))
 
 
 def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, float, float]:

@@ -23,7 +23,7 @@ from cluster.jobs.package import DISTRIBUTION
 from cluster.recipe import preflight
 from cluster.recipe.config import Recipe
 from cluster.recipe.resources import SHARED_MEMORY, ClusterConfig, machine_cpus
-from cluster.runtime.local import check_reachable
+from cluster.runtime.local import check_reachable, token_file
 from perceiver.config import UserError
 from perceiver.storage import first_line, is_local
 from perceiver.tracking.redaction import redact_text, resolve
@@ -232,7 +232,7 @@ def check_compiler(setup: Setup) -> Result:
 
 def check_token(setup: Setup) -> Result:
     """Check Ray's authentication token and the mode of its file."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = token_file()
     if "RAY_AUTH_TOKEN" in os.environ:
         if not os.environ["RAY_AUTH_TOKEN"].strip():
             return FAIL, "RAY_AUTH_TOKEN is empty", "unset it, or set it to the cluster's token"

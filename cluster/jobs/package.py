@@ -38,6 +38,9 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 """Names that are never uploaded: caches, environments, data, and the output of runs."""
 
+BUILT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.pyd", "*.o")
+"""Names that are not copied from our sources, whose folders may be called data or runs: caches, built libraries."""
+
 SECRET_FILES = (
     ".env",
     ".env.*",
@@ -91,7 +94,7 @@ def build_package(
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, place)
     for name in OURS:
-        shutil.copytree(_source(name), target / name, dirs_exist_ok=True, ignore=_no_code_but_ours)
+        shutil.copytree(_source(name), target / name, dirs_exist_ok=True, ignore=BUILT)
     for place, recipe in _places(recipes).items():
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(recipe, target / place)
@@ -228,11 +231,6 @@ def _source(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.submodule_search_locations, name
     return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _no_code_but_ours(folder: str, names: list[str]) -> set[str]:
-    """Return the names of caches and built libraries; our folders may be called data or runs."""
-    return {name for name in names if name == "__pycache__" or name.endswith((".pyc", ".so", ".pyd", ".o"))}
 
 
 def named_files(tree: Mapping[str, Any]) -> list[str]:

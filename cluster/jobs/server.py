@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import requests
 
 from cluster.recipe.placement import Node
-from cluster.runtime.local import check_reachable
+from cluster.runtime.local import check_reachable, token_file
 from cluster.runtime.local_cluster import running_cluster
 from cluster.runtime.ray_internals import job_client_class
 from perceiver.config import UserError
@@ -181,17 +181,12 @@ def _set_auth_mode(url: str, headers: Mapping[str, str], verify: bool | str) -> 
         raise UserError(f"{display_url(url)} has an untrusted TLS certificate: trust it with --verify FILE") from None
     except (requests.RequestException, ValueError):
         mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-    if mode == "token" and not headers and not _has_token():
+    if mode == "token" and not headers and "RAY_AUTH_TOKEN" not in os.environ and not token_file().is_file():
         raise UserError(
             f"{display_url(url)} requires a token and none is set here: write the cluster's token to ~/.ray/auth_token "
             "(mode 0600), or set RAY_AUTH_TOKEN_PATH to its file"
         )
     os.environ["RAY_AUTH_MODE"] = mode if mode in ("token", "disabled") else "token"
-
-
-def _has_token() -> bool:
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return "RAY_AUTH_TOKEN" in os.environ or path.is_file()
 
 
 def _token_line(url: str, reason: str) -> str:

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,10 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
     work.fits(nodes)
     check_entrypoint(nodes, work, wanted)
     here = is_here(nodes, server.url)
-    notes = [*check_paths(recipe, here, server.url), tracking_note(recipe, here, _known(wanted, runtime_env))]
+    notes = [
+        *check_paths(recipe, here, server.url),
+        tracking_note(recipe, here, {*wanted.secrets, *runtime_env["env_vars"]}),
+    ]
     for line in filter(None, notes):
         say(line)
     name = free_name(server, wanted, run, recipe.output)
@@ -213,11 +216,6 @@ def _folder(wanted: Submission, given: dict[str, Any]) -> str | None:
             "archive that the cluster fetches in py_modules of --runtime-env-json"
         )
     return folder
-
-
-def _known(wanted: Submission, runtime_env: Mapping[str, Any]) -> set[str]:
-    """Return the environment variables that the job certainly has."""
-    return {*wanted.secrets, *runtime_env["env_vars"]}
 
 
 def _passed(names: Sequence[str]) -> dict[str, str]:

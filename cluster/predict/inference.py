@@ -97,7 +97,9 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
     done, written = parts.done(folder), 0
     if done == parts.count:
         return 0
-    quarantine, reader = _quarantine(scoring, folder, parts, done), _reader(scoring)
+    data, manifest = scoring.recipe.data, scoring.manifest
+    reader = Reader.of(data.url, manifest, manifest.split(scoring.split), data.storage_options)
+    quarantine = _quarantine(scoring, folder, parts, done)
     with closing(_outcomes(scoring, workers, done * parts.each, quarantine)) as outcomes:
         for part in range(done, parts.count):
             rows = _named(scoring, pa.concat_tables(islice(outcomes, parts.batches_of(part))))
@@ -192,9 +194,3 @@ def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
             f"{folder.url} was written with {changed[0]} = {before.get(changed[0])}, this call uses "
             f"{facts[changed[0]]}: choose another --to"
         )
-
-
-def _reader(scoring: Scoring) -> Reader:
-    """Return a reader of the keys of the split's samples."""
-    data, manifest = scoring.recipe.data, scoring.manifest
-    return Reader.of(data.url, manifest, manifest.split(scoring.split), data.storage_options)

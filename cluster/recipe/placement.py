@@ -183,17 +183,14 @@ def _labelled(nodes: Sequence[Node], labels: Mapping[str, str], key: str) -> lis
     found = [node for node in nodes if node.has(labels)]
     if not found:
         wanted = _pairs(labels)
-        there = "; ".join(f"{n.name} {_pairs(_own(n.labels)) or 'none'}" for n in nodes[:5]) or "no node at all"
+        there = "; ".join(f"{n.name} {_pairs(n.labels) or 'none'}" for n in nodes[:5]) or "no node at all"
         raise UserError(f"{key} asks for nodes labelled {wanted or 'anyhow'}, no node is; the nodes have: {there}")
     return found
 
 
-def _own(labels: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in labels.items() if not key.startswith("ray.io/")}
-
-
 def _pairs(labels: Mapping[str, str]) -> str:
-    return ",".join(f"{key}={value}" for key, value in labels.items())
+    """Return labels as text, without Ray's own."""
+    return ",".join(f"{key}={value}" for key, value in labels.items() if not key.startswith("ray.io/"))
 
 
 def _room(config: ClusterConfig, nodes: Sequence[Node], cpus: float) -> int:

@@ -12,11 +12,10 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fsspec
 from pydantic import Field, ValidationError
@@ -89,10 +88,9 @@ class LeaseFile:
     """The lease file in the folder of a run (any fsspec URL)."""
 
     url: str
-    storage_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.fs, folder = fsspec.core.url_to_fs(self.url.rstrip("/"), **dict(self.storage_options or {}))
+        self.fs, folder = fsspec.core.url_to_fs(self.url.rstrip("/"))
         self.folder, self.path = folder, f"{folder}/{FILE}"
         self.local = is_local(self.fs)
 
@@ -191,13 +189,13 @@ class Lease:
 
 
 @contextmanager
-def hold(url: str, life_s: float = LIFE_S, storage_options: Mapping[str, Any] | None = None) -> Iterator[Lease]:
+def hold(url: str, life_s: float = LIFE_S) -> Iterator[Lease]:
     """Hold the lease of a run's folder in a `with` block.
 
     Raises:
         UserError: another driver holds it; the message names the driver and the expiry.
     """
-    lease = acquire(LeaseFile(url, storage_options), life_s)
+    lease = acquire(LeaseFile(url), life_s)
     try:
         yield lease
     finally:

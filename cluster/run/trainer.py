@@ -114,14 +114,9 @@ def keep_reference(trainer: TorchTrainer, event: Mapping[str, Any]) -> None:
         event: an event of the kind `checkpoint`.
     """
     config = trainer.run_config
-    place = Path(str(config.storage_path), str(config.name), reference_name(event["step"]))
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "checkpoint.json").write_text(json.dumps({"step": event["step"], "uri": event["url"]}))
-
-
-def reference_name(step: int) -> str:
-    """Return the name of the folder that refers to the checkpoint of a step."""
-    return f"step-{step:08d}"
+    folder = Path(str(config.storage_path), str(config.name), f"step-{event['step']:08d}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoint.json").write_text(json.dumps({"step": event["step"], "uri": event["url"]}))
 
 
 def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:

@@ -86,7 +86,8 @@ def start_ray(config: ClusterConfig) -> RaySession:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
-        use_token()
+        if os.environ.get("RAY_AUTH_MODE") != "disabled":  # by default Ray requires a token
+            make_token()
         context = ray.init(
             address="local",
             num_cpus=machine_cpus(),
@@ -141,17 +142,16 @@ def free_port(host: str, wanted: int = 0) -> int:
     raise UserError(f"no port is free on {host}")
 
 
-def use_token() -> None:
-    """Create the token for a local Ray instance, unless `RAY_AUTH_MODE` disables authentication."""
-    if os.environ.get("RAY_AUTH_MODE") != "disabled":
-        make_token()
+def token_file() -> Path:
+    """Return the file of Ray's authentication token."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def make_token() -> None:
     """Create Ray's authentication token, in a file that only this user can read, unless it exists."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = token_file()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):

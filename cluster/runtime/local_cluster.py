@@ -156,22 +156,18 @@ def down() -> int:
         ended += len(processes)
         # The nodes first: they stop their workers and remove their shared memory themselves. Ray's autoscaler, too: it
         # ignores signals once the head's store is gone.
-        _end([p for p in processes if _is_raylet(p) or _is_autoscaler(p)])
+        _end([process for process in processes if _ends_first(process)])
         _end(processes)
     shutil.rmtree(cluster.folder, ignore_errors=True)
     state_file().unlink(missing_ok=True)
     return ended
 
 
-def _is_raylet(process: psutil.Process) -> bool:
+def _ends_first(process: psutil.Process) -> bool:
+    """Return whether a process is a node or the autoscaler."""
     with contextlib.suppress(psutil.Error):
-        return process.name() == "raylet"
-    return False
-
-
-def _is_autoscaler(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return any(part.endswith("autoscaler/_private/monitor.py") for part in process.cmdline()[:3])
+        command = process.cmdline()[:3]
+        return process.name() == "raylet" or any(part.endswith("autoscaler/_private/monitor.py") for part in command)
     return False
 
 
@@ -252,37 +248,25 @@ def node_environment(cluster: LocalCluster) -> dict[str, str]:
 
 
 def _start_all(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster:
-    """Start the nodes of a new cluster one after the other.
+    """Start the nodes of a new cluster one after the other, the head first.
 
     Raises:
-        UserError: one does not start; the others are then stopped.
+        UserError: one does not start; then nothing is left running.
     """
-    cluster = _start_head(config, say)
+    line, reason = "node {} did not start ({}); nothing is left running: try fewer nodes", ""
+    for _ in range(TRIES):  # the head; each attempt chooses its ports again, since others may take them first
+        cluster = plan_cluster(config)
+        write_whole(None, state_file(), json.dumps(asdict(cluster), indent=1))
+        if not (reason := _try(cluster, cluster.nodes[0], say)):
+            break
+        down()  # otherwise the next attempt would find the old object store
+    else:
+        raise UserError(line.format(cluster.nodes[0]["ip"], reason))
     for node in cluster.nodes[1:]:
         if reason := start_node(cluster, node, say):
             down()
-            raise _not_up(node, reason)
+            raise UserError(line.format(node["ip"], reason))
     return cluster
-
-
-def _start_head(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster:
-    """Start the head of a new cluster; each attempt chooses its ports again, since others may take them first.
-
-    Raises:
-        UserError: it does not start; then nothing is left running.
-    """
-    for _ in range(TRIES):
-        cluster = plan_cluster(config)
-        write_whole(None, state_file(), json.dumps(asdict(cluster), indent=1))
-        reason = _try(cluster, cluster.nodes[0], say)
-        if not reason:
-            return cluster
-        down()  # otherwise the next attempt would find the old object store
-    raise _not_up(cluster.nodes[0], reason)
-
-
-def _not_up(node: dict[str, Any], reason: str) -> UserError:
-    return UserError(f"node {node['ip']} did not start ({reason}); nothing is left running: try fewer nodes")
 
 
 def _revive(cluster: LocalCluster, say: Callable[[str], None]) -> None:
