@@ -184,7 +184,7 @@ def _labelled(nodes: Sequence[Node], labels: Mapping[str, str], key: str) -> lis
     if not found:
         wanted = _pairs(labels)
         there = "; ".join(f"{n.name} {_pairs(n.labels) or 'none'}" for n in nodes[:5]) or "no node at all"
-        raise UserError(f"{key} asks for nodes labelled {wanted or 'anyhow'}, no node is; the nodes have: {there}")
+        raise UserError(f"{key} asks for nodes labelled {wanted or 'anyhow'}, no node is; labels there: {there}")
     return found
 
 
