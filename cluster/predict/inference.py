@@ -89,7 +89,7 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
         Number of samples that this call predicted.
 
     Raises:
-        UserError: the folder holds predictions of another model or other data.
+        UserError: the folder contains predictions of another model or other data.
     """
     folder = open_folder(target)
     _claim(folder, _fingerprint(scoring))

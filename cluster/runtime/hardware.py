@@ -14,7 +14,7 @@ BUILT_IN = Path(__file__).with_name("hardware.yaml")
 class Device(Config):
     """One GPU (or CPU core) and its share of its node. Rates are per device."""
 
-    title: str = Field(description="what it is")
+    title: str = Field(description="name for users")
     match: str = Field(description="part of the device name that the machine reports; for calibrations")
     bf16_tflops: PositiveFloat = Field(description="peak of dense bfloat16 products, 10^12 FLOP/s")
     fp32_tflops: PositiveFloat = Field(description="peak of dense float32 products, 10^12 FLOP/s")
