@@ -104,7 +104,7 @@ class EvaluationTasks:
         """Process an event of a worker; kinds other than `evaluate` are ignored."""
         if event["kind"] == "evaluate" and event["step"] != self._step:
             self.cancel()
-            self._step, self._task = event["step"], self._start(event["step"])
+            self._step, self._task = event["step"], self.start_task(event["step"])
 
     def collect(self) -> None:
         """Send the metrics of a finished evaluation to rank 0, or show why it failed."""
@@ -135,7 +135,8 @@ class EvaluationTasks:
             ray.cancel(self._task, force=True)
         self._step = self._task = None
 
-    def _start(self, step: int) -> Any:
+    def start_task(self, step: int) -> Any:
+        """Start the Ray task that evaluates the checkpoint of a step; return its reference."""
         import ray
 
         cluster = self.recipe.cluster

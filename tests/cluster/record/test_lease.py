@@ -55,36 +55,39 @@ def test_a_lease_is_renewed(file: LeaseFile) -> None:
     lease.release()
 
 
-def test_an_expired_lease_is_taken_over_and_its_owner_finds_out(file: LeaseFile) -> None:
-    stuck = acquire(file, LIFE)
-    stuck._over.set()
-    stuck._thread.join()
-    file.write(elsewhere(stuck.owner))
+def test_an_expired_lease_is_taken_over(file: LeaseFile) -> None:
+    file.write(elsewhere(Owner.here(LIFE)))
     until = time.monotonic() + 30
     while (file.age_s() or 0) <= LIFE:
         assert time.monotonic() < until
         time.sleep(0.02)
     second = acquire(file, 30)
-    stuck._over.clear()
-    stuck._renew()
-    assert "another driver" in stuck.lost
-    stuck.release()
     found = file.read()
     assert found is not None and found.id == second.owner.id
     second.release()
 
 
+def test_a_driver_notices_that_its_lease_was_taken_over(file: LeaseFile) -> None:
+    lease, other = acquire(file, LIFE), elsewhere(Owner.here(30))
+    until = time.monotonic() + 30
+    while not lease.lost:
+        assert time.monotonic() < until
+        file.write(other)  # again, if a renewal has just replaced it
+        time.sleep(0.02)
+    assert "another driver" in lease.lost and str(other) in lease.lost
+    lease.release()
+    found = file.read()
+    assert found is not None and found.id == other.id
+
+
 @pytest.mark.parametrize("shift", [-3600, 3600])
 def test_a_clock_that_is_an_hour_off_neither_frees_nor_locks_a_run(tmp_path: Path, shift: float) -> None:
     file = LeaseFile(str(tmp_path))
-    lease = acquire(file, LIFE)
-    lease._over.set()
-    lease._thread.join()
     beats, stopped = threading.Semaphore(0), threading.Event()
 
     def beat() -> None:
         """Renew as a live owner on another machine; the store's clock is set after each renewal."""
-        owner = elsewhere(lease.owner)
+        owner = elsewhere(Owner.here(LIFE))
         while not stopped.wait(LIFE / 8):
             owner = owner.model_copy(update={"beat": owner.beat + 1})
             file.write(owner)

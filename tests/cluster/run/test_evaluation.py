@@ -25,7 +25,7 @@ class FakeRay:
         self.posted: list[dict[str, Any]] = []
         self.outcome: Any = None
         self.post = self.posted.append
-        monkeypatch.setattr(EvaluationTasks, "_start", self.start)
+        monkeypatch.setattr(EvaluationTasks, "start_task", self.start)
         monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs if self.outcome is not None else [], []))
         monkeypatch.setattr(ray, "get", self.get)
         monkeypatch.setattr(ray, "cancel", lambda ref, force: self.cancelled.append(ref))
