@@ -1,1 +1,1 @@
-"""Capacity planning: what a recipe needs and costs on hardware that need not be there."""
+"""Capacity planning: estimates of a recipe's needs and cost on any hardware, and the calibration of this machine."""

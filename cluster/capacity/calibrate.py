@@ -1,70 +1,167 @@
-"""Measuring this machine with a recipe, in a short run by Ray Train: `cluster.capacity.rehearsal` is what runs."""
+"""Calibration of this machine for a recipe: measured in a short run of Ray Train, stored in the user's cache."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from cluster.capacity.calibration import Calibration, Timing, calibration_file, load_calibration, matches
 from cluster.recipe.config import Recipe, for_workers
 from cluster.recipe.resources import machine_cpus
 from cluster.runtime.hardware import Device
 from cluster.runtime.local import set_quiet_environment
-from perceiver.config import UserError
-from perceiver.storage import write_whole
+from perceiver.config import Config, UserError
+from perceiver.storage import cache_folder, write_whole
 from pipelines.feed.ingest import load_data
 
 TIMEOUT_S = 300
 SECONDS = 1.5
-"""Time to spend on each size, about."""
+"""Approximate seconds spent on each size."""
+
+
+class Timing(Config):
+    """Time and memory of a training pass on each of several concurrent processes."""
+
+    processes: PositiveInt = Field(description="workers on the machine")
+    micro_batch: PositiveInt = Field(description="samples per pass")
+    seconds: PositiveFloat = Field(description="median of a step with the optimizer, without the gradient all-reduce")
+    bytes: float = Field(ge=0, description="peak memory of a step: weights, optimizer and activations")
+    base_bytes: PositiveFloat = Field(
+        description="memory of a process before it builds a model, without what it shares with other processes"
+    )
+    surroundings: float = Field(
+        default=1.0,
+        ge=1,
+        description="factor by which a step takes longer in a real run: Ray's own processes, data tasks, waiting for "
+        "other workers",
+    )
+
+
+class Calibration(Config):
+    """Measurements of one recipe on one machine."""
+
+    device: str = Field(description="name of the device, or cpu")
+    cores: PositiveInt = Field(description="CPU cores of the machine")
+    timings: tuple[Timing, ...] = Field(min_length=2, description="time and memory of training passes")
+    sample_cpu_seconds: PositiveFloat = Field(description="CPU time to read, decode and augment a sample")
+    exchange_latency: float = Field(ge=0, description="seconds of a small all-reduce")
+    exchange_bytes_s: PositiveFloat = Field(description="bytes per second that a process sends in a large all-reduce")
+    save_bytes_s: PositiveFloat = Field(description="bytes per second written to the output folder")
+
+    def compute_seconds(self, micro: int, processes: int) -> float:
+        """Return the seconds of a training pass of `micro` samples on each of `processes` concurrent processes.
+
+        Linear in the samples through the two measured sizes; scaled by the cores per process if more processes share
+        them than were measured.
+        """
+        small, large = self._measured(processes)
+        each = (large.seconds - small.seconds) / max(1, large.micro_batch - small.micro_batch)
+        seconds = max(large.seconds + each * (micro - large.micro_batch), 0.2 * small.seconds)
+        return seconds * (processes / large.processes if processes > large.processes else 1.0)
+
+    def step_seconds(self, batch: int, micro: int, accumulation: int, processes: int, nodes: int = 1) -> float:
+        """Return the seconds of an isolated step: passes, optimizer, and the CPU time of data tasks on shared cores."""
+        passes = accumulation * self.compute_seconds(micro, processes // nodes)
+        return passes + batch * self.sample_cpu_seconds / self.cores / nodes
+
+    def passing_bytes(self, micro: int, processes: int, state_bytes: Callable[[int], float]) -> float:
+        """Return the bytes of activations and buffers of a step of `micro` samples, without the model's state.
+
+        Linear in the samples through the two measured sizes; a part does not depend on the samples.
+
+        Args:
+            micro: samples per pass.
+            processes: processes on the machine.
+            state_bytes: returns the bytes of weights, gradients and optimizer for a number of workers.
+        """
+        small, large = self._measured(processes)
+        each = max(0.0, large.bytes - small.bytes) / max(1, large.micro_batch - small.micro_batch)
+        return max(0.0, large.bytes - state_bytes(large.processes) + each * (micro - large.micro_batch))
+
+    def surroundings(self, processes: int) -> float:
+        """Return the factor by which a step takes longer in a real run with `processes` workers on a machine."""
+        return self._measured(processes)[1].surroundings
+
+    def base_bytes(self, processes: int) -> float:
+        """Return the unshared bytes of a worker before it builds a model, with `processes` workers on a machine."""
+        return self._measured(processes)[1].base_bytes
+
+    def _measured(self, processes: int) -> tuple[Timing, Timing]:
+        """Return the smallest and the largest measured step of the nearest number of processes."""
+        nearest = min({timing.processes for timing in self.timings}, key=lambda count: (abs(count - processes), count))
+        here = sorted((t for t in self.timings if t.processes == nearest), key=lambda t: t.micro_batch)
+        return here[0], here[-1]
+
+
+def calibration_file(recipe: Recipe) -> Path:
+    """Return the path of a recipe's calibration, which depends on what changes its speed, not on its length or name."""
+    parts: dict[str, Any] = dict.fromkeys(("model", "task", "optim", "data", "deepspeed"), True)
+    facts = recipe.model_dump(mode="json", include={**parts, "train": {"precision"}})
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder("calibrations", f"{name}.json")
+
+
+def load_calibration(recipe: Recipe, device: str) -> Calibration | None:
+    """Return this machine's calibration of a recipe, None without one for a device whose name contains `device`."""
+    try:
+        found = Calibration.model_validate_json(calibration_file(recipe).read_text())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return found if matches(device, found.device) else None
+
+
+def matches(device: str, name: str) -> bool:
+    """Return whether a device name of a machine matches a device of the hardware table (its key `match`)."""
+    return device.lower() in name.lower()
 
 
 def this_device() -> str:
-    """Name of this machine's device, cpu without a GPU."""
+    """Return the name of this machine's device, cpu without a GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def check_device(name: str, device: Device) -> None:
-    """Refuse to measure for a plan that could not use the figures.
+    """Refuse to calibrate for a plan with other devices than this machine's.
 
     Raises:
-        UserError: this machine has other devices than the table's `device`, called `name` there.
+        UserError: this machine's device is not the table's `device` with the name `name`.
     """
     here = this_device()
     if not matches(device.match, here):
         raise UserError(
             f"--calibrate measures this machine, whose device is {here}; the plan is for --gpu {name} "
-            f"({device.title}): leave --calibrate out, or name this machine's device with --gpu"
+            f"({device.title}): omit --calibrate, or set --gpu to this machine's device"
         )
 
 
 def calibrate(recipe: Recipe, workers: int, seconds: float = SECONDS) -> Calibration:
-    """Measure, keep the figures for `perceiver plan`, and return them; under a minute on a quiet machine.
+    """Measure, store the calibration for `perceiver plan`, and return it; takes under a minute on an idle machine.
 
-    What was measured before with other numbers of workers is kept.
+    Earlier measurements with other numbers of workers are kept.
 
     Args:
         recipe: with model, data, batch and output.
-        workers: of the plan; so many are measured, or as many as this machine has devices (cores without a GPU).
-        seconds: for each size of a step, about.
+        workers: of the plan; at most this machine's number of devices (cores without a GPU) is measured.
+        seconds: approximate time for each size of a step.
 
     Raises:
-        UserError: the recipe's data is not there, the output is no local folder, or a process failed.
+        UserError: the recipe's data is missing, the output is not a local folder, or a process failed.
     """
     set_quiet_environment()
     load_data(recipe.data)
     if "://" in recipe.output:
-        raise UserError(f"--calibrate writes to a local folder to see how fast it is; output is {recipe.output}")
+        raise UserError(f"--calibrate measures writing to a local folder; output = {recipe.output}: set output= to one")
     try:
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {recipe.output} ({error.strerror}): set output= to a folder of yours") from None
+        raise UserError(f"cannot write {recipe.output} ({error.strerror}): set output= to a writable folder") from None
     most = torch.cuda.device_count() if torch.cuda.is_available() else machine_cpus()
     found = _rehearse(recipe, min(workers, most), seconds)
     before = load_calibration(recipe, this_device())
@@ -90,7 +187,7 @@ def calibrate(recipe: Recipe, workers: int, seconds: float = SECONDS) -> Calibra
 
 
 def _timings(figures: dict[str, Any], surroundings: float) -> list[Timing]:
-    """The measured steps without the exchange of gradients, which is counted by itself."""
+    """Return the measured steps without the gradient all-reduce, which is counted separately."""
     latency = figures["exchange"][0]
     return [
         Timing(
@@ -106,16 +203,16 @@ def _timings(figures: dict[str, Any], surroundings: float) -> list[Timing]:
 
 
 def _sizes(recipe: Recipe, processes: int) -> list[int]:
-    """Samples of a pass to measure on each of so many processes: what the recipe would have, and half of it."""
+    """Return the sizes of a pass to measure with `processes` workers: the recipe's, and half of it."""
     micro = recipe.train.micro_batch or max(2, recipe.train.global_batch // processes)
     return sorted({max(1, micro // 2), micro})
 
 
 def _rehearse(recipe: Recipe, most: int, seconds: float) -> dict[str, Any]:
-    """Measure in workers of Ray Train, at most as many as the batch has samples.
+    """Measure with workers of Ray Train, at most one per sample of the batch.
 
     Raises:
-        UserError: a worker failed, or all took too long.
+        UserError: a worker failed, or the measurement took too long.
     """
     workers = min(most, recipe.train.global_batch)
     there = {"workers": workers, "gpus_per_worker": float(torch.cuda.is_available()), "address": None}
@@ -142,7 +239,7 @@ def _rehearse(recipe: Recipe, most: int, seconds: float) -> dict[str, Any]:
 
 
 def _surroundings(recipe: Recipe, alone: Calibration, found: Mapping[str, Any]) -> float:
-    """How much longer the steps of a run by Ray take than `alone` says."""
+    """Return the factor by which real steps take longer than `alone` predicts, at least 1."""
     training, workers = recipe.train, found["processes"]
     parts = training.micro(workers), training.accumulation(workers)
     return max(1.0, found["seconds"] / alone.step_seconds(training.global_batch, *parts, workers))

@@ -1,45 +1,44 @@
-"""The plan itself: memory, time, communication, reading, checkpoints, failures and cost, from plain arithmetic.
+"""The estimate of a run: memory, time, communication, reading, checkpoints, failures and cost.
 
-Every figure is a function of the workload (`workload`), the device (`hardware`) and, where this machine was measured,
-of the calibration (`calibrate`). Nothing here touches Ray or a device.
+Every figure is a function of the workload (`workload`), the machines (`hardware`) and, if there is one, the calibration
+(`calibrate`). Nothing here uses Ray or a device.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-from cluster.capacity.calibration import Calibration
+from cluster.capacity.calibrate import Calibration
 from cluster.capacity.workload import Workload
 from cluster.runtime.hardware import Device
 from perceiver.config import UserError
 
-DEVICE_HOURS_A_FAILURE = 50_700
+DEVICE_HOURS_PER_FAILURE = 50_700
 """Device hours between two failures that end a job: 419 unexpected interruptions in 54 days on 16,384 H100 (The Llama 3
 Herd of Models, arXiv 2407.21783, section 3.3.4)."""
 RECOVERY_SECONDS = 120.0
-"""Seconds from a failure to the next new step, the lost work not counted: an assumption; see docs/reliability.md."""
+"""Seconds from a failure to the next new step, without the lost work: an assumption; see docs/reliability.md."""
 STORE_BYTES_S = 0.5e9
-"""Bytes a second that one worker writes to the object store: an assumption."""
+"""Bytes per second that a worker writes to the object store: an assumption."""
 MEMORY_MARGIN = 0.92
-"""Share of a device's memory that a plan may fill; the rest is for fragments."""
+"""Share of a device's memory that a plan may use; the rest is for fragmentation."""
 AUTOCAST_BYTES = 0.75
-"""Share of the float32 traffic that is left under bf16 autocast, where some tensors are halved: an assumption that an
-H200 bore out (benchmarks/results/2026-11-27-gpu.md)."""
+"""Share of the float32 traffic under bf16 autocast, which halves some tensors: an assumption, confirmed on an H200
+(benchmarks/results/2026-11-27-gpu.md)."""
 BUCKET_ELEMENTS = 500_000_000
-"""Elements of DeepSpeed's buffer for gradients, at most (perceiver/train/engine/deepspeed_config.py)."""
+"""Largest number of elements in DeepSpeed's gradient buffer (perceiver/train/engine/deepspeed_config.py)."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the run would be.
+class Machines:
+    """The machines of a planned run.
 
     Attributes:
-        device: one of the devices.
-        name: by which the table knows it.
-        devices: how many; one worker each.
-        nodes: how many machines they are on.
-        data_cpus: CPU cores beside the workers, of CPU-only nodes too.
+        device: the kind of device.
+        name: its name in the hardware table.
+        devices: number of devices, one worker each.
+        nodes: number of machines.
+        data_cpus: CPU cores that the workers leave for data tasks, including CPU-only nodes.
     """
 
     device: Device
@@ -62,13 +61,13 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return self.context + self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One device under a ZeRO stage: bytes in all by micro-batch, and the largest micro-batch that fits (0: none)."""
+    """Memory of a device under a ZeRO stage: total bytes by micro-batch, and the largest that fits, 0 for none."""
 
     totals: dict[int, float]
     largest: int
@@ -76,7 +75,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one optimizer step, part by part; reading runs beside the rest, traffic is a part of computing."""
+    """Seconds of an optimizer step by part; reading is concurrent with the rest, `traffic` is a part of `compute`."""
 
     compute: float
     traffic: float
@@ -87,13 +86,13 @@ class Step:
 
     @property
     def total(self) -> float:
-        """Wall seconds."""
+        """Wall time in seconds."""
         return max(self.compute + self.optimizer + self.communication, self.data)
 
 
 @dataclass(frozen=True)
 class Ingest:
-    """What reading must deliver while training goes at full speed."""
+    """The reading rates that training at full speed needs."""
 
     samples_s: float
     bytes_s: float
@@ -104,7 +103,7 @@ class Ingest:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Checkpoints and failures."""
+    """Checkpoints and failures of a run; `goodput` is the share of time spent on new steps."""
 
     checkpoint_bytes: float
     save_seconds: float
@@ -115,9 +114,9 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A plan."""
+    """The estimate of a run; `fewest` is the smallest number of devices of an elastic run, with its step time."""
 
-    place: Place
+    machines: Machines
     micro_batch: int
     accumulation: int
     memory: Memory
@@ -135,38 +134,44 @@ class Estimate:
 
     @property
     def device_hours(self) -> float:
-        """Devices times hours, those of evaluations beside training included."""
-        return self.hours * (self.place.devices + self.evaluators)
+        """Devices times hours, including the device of asynchronous evaluation."""
+        return self.hours * (self.machines.devices + self.evaluators)
 
     @property
     def cost(self) -> tuple[float, float]:
-        """At the prices of the table: on demand, and on devices that can be taken away."""
-        device = self.place.device
+        """Cost at the prices of the table: on demand, and preemptible."""
+        device = self.machines.device
         return self.device_hours * device.price_hour, self.device_hours * device.price_hour_spot
 
 
-def estimate(workload: Workload, place: Place, calibration: Calibration | None = None) -> Estimate:
-    """Plan a run.
+def estimate(workload: Workload, machines: Machines, calibration: Calibration | None = None) -> Estimate:
+    """Return the estimate of a run.
 
     Raises:
-        UserError: the batch does not divide, or the run cannot fit.
+        UserError: the run does not fit into the devices' memory.
     """
     train = workload.recipe.train
-    micro, accumulation = train.micro(place.devices), train.accumulation(place.devices)
-    used = memory(workload, place, micro, workload.zero_stage, calibration)
-    largest = largest_micro_batch(workload, place, workload.zero_stage, calibration)
+    micro, accumulation = train.micro(machines.devices), train.accumulation(machines.devices)
+    used = memory(workload, machines, micro, workload.zero_stage, calibration)
+    largest = largest_micro_batch(workload, machines, workload.zero_stage, calibration)
     sizes = sorted({1, max(1, micro // 2), micro, max(1, largest)})
-    by_stage = {stage: _stage_memory(workload, place, sizes, stage, calibration) for stage in range(4)}
+    by_stage = {
+        stage: StageMemory(
+            {size: memory(workload, machines, size, stage, calibration).total for size in sizes},
+            largest_micro_batch(workload, machines, stage, calibration),
+        )
+        for stage in range(4)
+    }
     if largest < micro:
-        _refuse_memory(workload, place, micro, largest, by_stage)
-    times = step_time(workload, place, micro, accumulation, calibration)
-    reading = ingest(workload, place, times, calibration)
+        _refuse_memory(workload, machines, micro, largest, by_stage)
+    times = step_time(workload, machines, micro, accumulation, calibration)
+    reading = ingest(workload, machines, times, calibration)
     steps = workload.total_steps
-    relied = reliability(workload, place, steps * times.total, calibration)
+    relied = reliability(workload, machines, steps * times.total, calibration)
     hours = steps * times.total / relied.goodput / 3600
-    peak = _peak(workload, place.device) * place.devices
+    peak = _peak(workload, machines.device) * machines.devices
     return Estimate(
-        place,
+        machines,
         micro,
         accumulation,
         used,
@@ -180,22 +185,22 @@ def estimate(workload: Workload, place: Place, calibration: Calibration | None =
         workload.trace.flops * train.global_batch / times.total / peak,
         calibration is not None,
         int(train.eval_async),
-        _fewest(workload, place, calibration),
+        _fewest(workload, machines, calibration),
     )
 
 
-def _fewest(workload: Workload, place: Place, calibration: Calibration | None) -> tuple[int, float] | None:
-    """Return the fewest devices of an elastic run (`cluster.min_workers`), and the seconds of a step then."""
+def _fewest(workload: Workload, machines: Machines, calibration: Calibration | None) -> tuple[int, float] | None:
+    """Return the smallest number of devices of an elastic run (`cluster.min_workers`), and its seconds per step."""
     train, least = workload.recipe.train, workload.recipe.cluster.min_workers
-    if least is None or least >= place.devices:
+    if least is None or least >= machines.devices:
         return None
     count = least
-    nodes = math.ceil(count * place.nodes / place.devices)
-    small = replace(place, devices=count, nodes=nodes, data_cpus=place.data_cpus * nodes / place.nodes)
+    nodes = math.ceil(count * machines.nodes / machines.devices)
+    small = replace(machines, devices=count, nodes=nodes, data_cpus=machines.data_cpus * nodes / machines.nodes)
     if largest_micro_batch(workload, small, workload.zero_stage, calibration) < train.micro(count):
         raise UserError(
-            f"cluster.min_workers = {least}: {count} devices would take {train.micro(count)} samples at a time, which "
-            f"do not fit: set train.micro_batch, or a larger cluster.min_workers"
+            f"cluster.min_workers = {least}: a micro-batch of {train.micro(count)} samples does not fit on {count} "
+            "devices: set train.micro_batch, or a larger cluster.min_workers"
         )
     return count, step_time(workload, small, train.micro(count), train.accumulation(count), calibration).total
 
@@ -204,50 +209,45 @@ def check_starving(plan: Estimate, workload: Workload) -> None:
     """Refuse a plan whose devices would wait for data.
 
     Raises:
-        UserError: the cores beside the workers do not decode fast enough; says what to change.
+        UserError: the CPU cores for data tasks do not decode fast enough.
     """
     reading, recipe = plan.ingest, workload.recipe
     if reading.cores_wanted > reading.cores_there:
         raise UserError(
             f"the devices would wait for data: {reading.samples_s:,.0f} samples/s need {reading.cores_wanted:,.1f} CPU "
-            f"cores to decode, {reading.cores_there:,.1f} are there: add CPU nodes (--data-cpus "
+            f"cores to decode, {reading.cores_there:,.1f} are available: add CPU nodes (--data-cpus "
             f"{math.ceil(reading.cores_wanted - reading.cores_there)} more), or use fewer devices"
         )
-    tasks = recipe.data.tasks * plan.place.devices
+    tasks = recipe.data.tasks * plan.machines.devices
     if reading.cores_wanted > tasks:
-        wanted = math.ceil(reading.cores_wanted / plan.place.devices)
+        wanted = math.ceil(reading.cores_wanted / plan.machines.devices)
         raise UserError(
-            f"the devices would wait for data: data.tasks = {recipe.data.tasks} for each of {plan.place.devices} "
+            f"the devices would wait for data: data.tasks = {recipe.data.tasks} for each of {plan.machines.devices} "
             f"workers decodes on at most {tasks} cores, {reading.cores_wanted:,.1f} are needed: set data.tasks={wanted}"
         )
 
 
 def _refuse_memory(
-    workload: Workload, place: Place, micro: int, largest: int, by_stage: dict[int, StageMemory]
+    workload: Workload, machines: Machines, micro: int, largest: int, by_stage: dict[int, StageMemory]
 ) -> None:
-    limit = place.device.memory_gb * MEMORY_MARGIN
+    limit = machines.device.memory_gb * MEMORY_MARGIN
     fits = [stage for stage, found in by_stage.items() if found.totals[micro] <= limit * 1e9]
     changes = []
     if largest >= 1:
-        share = -(-workload.recipe.train.global_batch // place.devices)
-        changes.append(f"set train.micro_batch={_divisor(share, largest)}")
+        share = -(-workload.recipe.train.global_batch // machines.devices)
+        changes.append(f"set train.micro_batch={max(d for d in range(1, largest + 1) if share % d == 0)}")
     if fits and fits[0] != workload.zero_stage:
         changes.append(f"set deepspeed.zero_stage={fits[0]}")
     changes.append("take devices with more memory" if not changes else "or take devices with more memory")
     needed = by_stage[workload.zero_stage].totals[micro]
     raise UserError(
         f"a micro-batch of {micro} needs {needed / 1e9:.1f} GB on each device, {limit:.1f} of "
-        f"{place.device.memory_gb:g} GB can be used: {', '.join(changes)}"
+        f"{machines.device.memory_gb:g} GB can be used: {', '.join(changes)}"
     )
 
 
-def _divisor(share: int, most: int) -> int:
-    """The largest divisor of a worker's share up to `most`."""
-    return max(d for d in range(1, most + 1) if share % d == 0)
-
-
 def _half(workload: Workload, device: Device) -> bool:
-    """Whether products are in bfloat16: as the recipe says, else on devices that are faster at it."""
+    """Return whether matrix products are in bfloat16; `precision: auto` means on devices where that is faster."""
     precision = workload.recipe.train.precision
     return precision == "bf16" or (precision == "auto" and device.bf16_tflops > device.fp32_tflops)
 
@@ -256,28 +256,26 @@ def _peak(workload: Workload, device: Device) -> float:
     return 1e12 * (device.bf16_tflops if _half(workload, device) else device.fp32_tflops)
 
 
-def memory(workload: Workload, place: Place, micro: int, stage: int, calibration: Calibration | None) -> Memory:
-    """Bytes on one device under a ZeRO stage: float32 weights, gradients, AdamW or LAMB's two moments, activations.
+def memory(workload: Workload, machines: Machines, micro: int, stage: int, calibration: Calibration | None) -> Memory:
+    """Return the bytes per device under a ZeRO stage: float32 weights, gradients, the optimizer's moments, activations.
 
-    Under ZeRO 1 and 2 DeepSpeed keeps a float32 copy of the rank's part of the weights beside the weights themselves;
+    Under ZeRO 1 and 2 DeepSpeed keeps a float32 copy of the rank's part of the weights in addition to the weights;
     under ZeRO 3 only that part.
     """
-    activations = micro * workload.account.activation_bytes * (0.6 if _half(workload, place.device) else 1.0)
-    context = place.device.context_gb * 1e9
+    activations = micro * workload.account.activation_bytes * (0.6 if _half(workload, machines.device) else 1.0)
+    context = machines.device.context_gb * 1e9
     if calibration:
-        beside = place.devices // place.nodes
-        context = calibration.base_bytes(beside)
-        state = partial(_state_bytes, workload, stage=workload.zero_stage)
-        activations = max(activations, calibration.passing_bytes(micro, beside, state))
-    return Memory(context, *_states(workload, place.devices, stage), activations=activations)
-
-
-def _state_bytes(workload: Workload, world: int, stage: int) -> float:
-    return sum(_states(workload, world, stage))
+        processes = machines.devices // machines.nodes
+        context = calibration.base_bytes(processes)
+        passing = calibration.passing_bytes(
+            micro, processes, lambda world: sum(_states(workload, world, workload.zero_stage))
+        )
+        activations = max(activations, passing)
+    return Memory(context, *_states(workload, machines.devices, stage), activations=activations)
 
 
 def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, float, float]:
-    """Bytes of weights, gradients, optimizer and DeepSpeed's buffer on one of `world` devices."""
+    """Return the bytes of weights, gradients, optimizer and DeepSpeed's buffer on one of `world` devices."""
     values = 4.0 * workload.account.parameters
     return (
         values / (world if stage == 3 else 1),
@@ -288,42 +286,46 @@ def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, f
 
 
 def _stage_memory(
-    workload: Workload, place: Place, sizes: Sequence[int], stage: int, calibration: Calibration | None
+    workload: Workload, machines: Machines, sizes: Sequence[int], stage: int, calibration: Calibration | None
 ) -> StageMemory:
-    totals = {micro: memory(workload, place, micro, stage, calibration).total for micro in sizes}
-    return StageMemory(totals, largest_micro_batch(workload, place, stage, calibration))
+    totals = {micro: memory(workload, machines, micro, stage, calibration).total for micro in sizes}
+    return StageMemory(totals, largest_micro_batch(workload, machines, stage, calibration))
 
 
-def largest_micro_batch(workload: Workload, place: Place, stage: int, calibration: Calibration | None) -> int:
-    """The most samples of a forward pass that fit on a device under a ZeRO stage, at most a worker's whole share."""
-    share = -(-workload.recipe.train.global_batch // place.devices)
-    fixed = memory(workload, place, 0, stage, calibration).total
-    each = (memory(workload, place, share, stage, calibration).total - fixed) / share
-    free = place.device.memory_gb * 1e9 * MEMORY_MARGIN - fixed
+def largest_micro_batch(workload: Workload, machines: Machines, stage: int, calibration: Calibration | None) -> int:
+    """Return the largest micro-batch that fits on a device under a ZeRO stage, at most a worker's whole share."""
+    share = -(-workload.recipe.train.global_batch // machines.devices)
+    fixed = memory(workload, machines, 0, stage, calibration).total
+    each = (memory(workload, machines, share, stage, calibration).total - fixed) / share
+    free = machines.device.memory_gb * 1e9 * MEMORY_MARGIN - fixed
     return max(0, min(share, int(free / max(1.0, each))))
 
 
-def step_time(workload: Workload, place: Place, micro: int, accumulation: int, calibration: Calibration | None) -> Step:
-    """Seconds of a step's parts: a roofline over the traced operations, or what was measured on this machine."""
-    wire_bytes, wire_seconds = communication(workload, place, calibration)
-    cores = place.data_cpus
+def step_time(
+    workload: Workload, machines: Machines, micro: int, accumulation: int, calibration: Calibration | None
+) -> Step:
+    """Return the seconds of a step's parts, from the calibration or a roofline over the traced operations."""
+    wire_bytes, wire_seconds = communication(workload, machines, calibration)
+    cores = machines.data_cpus
     reading = workload.recipe.train.global_batch * decode_cpu(workload, calibration) / max(cores, 1e-9)
     if calibration:
         alone = calibration.step_seconds(
-            workload.recipe.train.global_batch, micro, accumulation, place.devices, place.nodes
+            workload.recipe.train.global_batch, micro, accumulation, machines.devices, machines.nodes
         )
-        slowed = calibration.surroundings(place.devices // place.nodes)
+        slowed = calibration.surroundings(machines.devices // machines.nodes)
         return Step(alone * slowed, 0.0, 0.0, wire_seconds, wire_bytes, 0.0)
-    compute = accumulation * roofline(workload, place.device, micro)
-    speed = place.device.memory_gbytes_s * 1e9 * place.device.memory_efficiency
-    traffic = accumulation * micro * (other_bytes(workload, place.device) / speed + _kernel(workload, place.device))
-    moved = 7 * 4 * workload.account.parameters / (place.devices if workload.zero_stage else 1)
+    compute = accumulation * roofline(workload, machines.device, micro)
+    speed = machines.device.memory_gbytes_s * 1e9 * machines.device.memory_efficiency
+    traffic = (
+        accumulation * micro * (other_bytes(workload, machines.device) / speed + _kernel(workload, machines.device))
+    )
+    moved = 7 * 4 * workload.account.parameters / (machines.devices if workload.zero_stage else 1)
     optimizer = moved / speed
     return Step(compute, traffic, optimizer, wire_seconds, wire_bytes, reading)
 
 
 def roofline(workload: Workload, device: Device, micro: int) -> float:
-    """Seconds of a forward and backward pass: products at the peak's share or at memory speed, all else at that."""
+    """Return the seconds of a forward and backward pass: matrix products by FLOPs or traffic, the rest by traffic."""
     trace = workload.trace
     half = _half(workload, device)
     speed = device.memory_gbytes_s * 1e9 * device.memory_efficiency
@@ -337,55 +339,55 @@ def roofline(workload: Workload, device: Device, micro: int) -> float:
 
 
 def _kernel(workload: Workload, device: Device) -> float:
-    """Seconds of a sample in the kernel of separable attention."""
+    """Return the seconds per sample in the kernel of separable attention."""
     return workload.trace.kernel_flops / (device.fp32_tflops * 1e12 * device.kernel_efficiency)
 
 
 def other_bytes(workload: Workload, device: Device) -> float:
-    """Bytes of a sample that operations move which are no matrix products; autocast makes about half of them bf16."""
+    """Return the bytes per sample that operations other than matrix products move; autocast halves a part of them."""
     return workload.trace.other_bytes * (AUTOCAST_BYTES if _half(workload, device) else 1.0)
 
 
-def communication(workload: Workload, place: Place, calibration: Calibration | None) -> tuple[float, float]:
-    """Bytes that a device sends in a step and the seconds it takes, not overlapped with computing.
+def communication(workload: Workload, machines: Machines, calibration: Calibration | None) -> tuple[float, float]:
+    """Return the bytes that a device sends per step, and the seconds, not overlapped with computation.
 
     A ring moves 2 (W - 1) / W of the gradients for an all-reduce (or reduce-scatter and gather); ZeRO 3 gathers the
     weights twice and scatters the gradients: 3 (W - 1) / W. The slowest link of the ring counts.
     """
-    world = place.devices
+    world = machines.devices
     if world == 1:
         return 0.0, 0.0
     sent = (3 if workload.zero_stage == 3 else 2) * (world - 1) / world * 4.0 * workload.account.parameters
-    if calibration and place.nodes == 1:
+    if calibration and machines.nodes == 1:
         return sent, calibration.exchange_latency + sent / calibration.exchange_bytes_s
-    gbytes = place.device.link_gbytes_s if place.nodes == 1 else place.device.network_gbytes_s
+    gbytes = machines.device.link_gbytes_s if machines.nodes == 1 else machines.device.network_gbytes_s
     return sent, sent / (gbytes * 1e9 * 0.8) + 20e-6 * math.log2(world)
 
 
 def decode_cpu(workload: Workload, calibration: Calibration | None) -> float:
-    """CPU seconds to decode and augment one sample."""
+    """Return the CPU seconds to decode and augment a sample."""
     return calibration.sample_cpu_seconds if calibration else workload.data.cpu_seconds
 
 
-def ingest(workload: Workload, place: Place, step: Step, calibration: Calibration | None) -> Ingest:
-    """What reading must deliver at the pace of the devices."""
+def ingest(workload: Workload, machines: Machines, step: Step, calibration: Calibration | None) -> Ingest:
+    """Return the reading rates for devices that never wait."""
     pace = step.compute + step.optimizer + step.communication
     samples = workload.recipe.train.global_batch / pace
     size = samples * workload.data.sample_bytes
     return Ingest(
-        samples, size, size / workload.data.group_bytes, samples * decode_cpu(workload, calibration), place.data_cpus
+        samples, size, size / workload.data.group_bytes, samples * decode_cpu(workload, calibration), machines.data_cpus
     )
 
 
-def reliability(workload: Workload, place: Place, seconds: float, calibration: Calibration | None) -> Reliability:
-    """Checkpoints at Young and Daly's interval sqrt(2 x save time x time between failures), and what is left over.
+def reliability(workload: Workload, machines: Machines, seconds: float, calibration: Calibration | None) -> Reliability:
+    """Return the checkpoints at Young and Daly's interval sqrt(2 x save time x time between failures), and the goodput.
 
-    A checkpoint holds weights and both moments in float32, each device's part written by it.
+    A checkpoint contains weights and both moments in float32; each device writes its part.
     """
     size = 12.0 * workload.account.parameters
     rate = calibration.save_bytes_s if calibration else STORE_BYTES_S
-    save = size / (rate * (place.devices if workload.zero_stage else 1)) + 1.0
-    between = DEVICE_HOURS_A_FAILURE * 3600 / place.devices
+    save = size / (rate * (machines.devices if workload.zero_stage else 1)) + 1.0
+    between = DEVICE_HOURS_PER_FAILURE * 3600 / machines.devices
     interval = math.sqrt(2 * save * between)
     lost = save / interval + interval / (2 * between) + RECOVERY_SECONDS / between
     return Reliability(size, save, interval, seconds / between, max(0.05, 1 - lost))

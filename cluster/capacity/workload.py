@@ -1,4 +1,4 @@
-"""What a recipe asks for, independent of hardware: the model's cost, the batch, the data."""
+"""The workload of a recipe, independent of hardware: the model's cost, the batch, the data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +11,25 @@ from perceiver.storage import open_folder
 from pipelines.feed.ingest import load_data
 from pipelines.shards.manifest import MANIFEST, Manifest
 
-CPU_NS_A_BYTE = {"image": 31.0, "audio": 10.0, "mel": 10.0, "video": 60.0, "clip": 60.0, "flow": 31.0}
-"""CPU nanoseconds to decode and augment one stored byte, by feature: assumptions for when the data was not measured.
-Images: a JPEG of 90 KB takes 1.3 ms with the papers' augmentation on a quiet core of an AMD EPYC, 15 ns a byte, and
-twice that on an older or shared one; the others are of that order."""
-CPU_SECONDS_A_SAMPLE = 50e-6
+CPU_NS_PER_BYTE = {"image": 31.0, "audio": 10.0, "mel": 10.0, "video": 60.0, "clip": 60.0, "flow": 31.0}
+"""CPU nanoseconds to decode and augment one stored byte, by feature, assumed without a calibration. Images: a JPEG of
+90 KB takes 1.3 ms with the papers' augmentation on an idle core of an AMD EPYC, 15 ns per byte, and twice that on an
+older or shared core; the others are of that order."""
+CPU_SECONDS_PER_SAMPLE = 50e-6
 GROUP_BYTES = 8 << 20
-"""Bytes of a row group, which a reader fetches with one request, when there is no manifest to look into."""
+"""Assumed bytes of a record batch, which a reader fetches with one request, without a manifest."""
 
 
 @dataclass(frozen=True)
-class DataFacts:
-    """The training split.
+class DataVolume:
+    """The volume of the training split.
 
     Attributes:
-        samples: how many.
-        sample_bytes: stored bytes of one.
+        samples: number of samples.
+        sample_bytes: stored bytes per sample.
         classes: number of classes, None without labels.
-        group_bytes: bytes of a row group: those of a read.
-        cpu_seconds: CPU time to decode and augment one sample, assumed.
+        group_bytes: bytes of a record batch, which is read at once.
+        cpu_seconds: assumed CPU time to decode and augment a sample.
     """
 
     samples: int
@@ -41,19 +41,19 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Workload:
-    """A recipe's needs.
+    """The needs of a recipe.
 
     Attributes:
-        recipe: the recipe itself.
+        recipe: the recipe.
         account: parameters, FLOPs and activations of the model.
-        trace: what a training pass moves.
+        trace: operations and memory traffic of a training pass.
         data: the training split.
     """
 
     recipe: Recipe
     account: Account
     trace: StepTrace
-    data: DataFacts
+    data: DataVolume
 
     @property
     def zero_stage(self) -> int:
@@ -69,26 +69,26 @@ class Workload:
 def build_workload(
     recipe: Recipe, *, samples: int | None = None, sample_bytes: float | None = None, classes: int | None = None
 ) -> Workload:
-    """Work out what a recipe needs; the data may be there, or be described by the three numbers.
+    """Return the workload of a recipe; data that do not exist yet are described by the three numbers.
 
     Raises:
-        UserError: the data is not there and not described.
+        UserError: the data are neither prepared nor described.
     """
-    data = _data_facts(recipe, samples, sample_bytes, classes)
+    data = _data_volume(recipe, samples, sample_bytes, classes)
     return Workload(
         recipe, account(recipe.model, classes=data.classes), trace_step(recipe.model, classes=data.classes), data
     )
 
 
-def _data_facts(recipe: Recipe, samples: int | None, sample_bytes: float | None, classes: int | None) -> DataFacts:
+def _data_volume(recipe: Recipe, samples: int | None, sample_bytes: float | None, classes: int | None) -> DataVolume:
     manifest = _manifest(recipe) if samples is None or sample_bytes is None else None
     if manifest is None:
         assert samples is not None and sample_bytes is not None
         seconds = decode_seconds(_kinds(recipe, None), sample_bytes)
-        return DataFacts(samples, sample_bytes, classes, GROUP_BYTES, seconds)
+        return DataVolume(samples, sample_bytes, classes, GROUP_BYTES, seconds)
     split = manifest.split(recipe.data.train_split)
     each = sample_bytes or split.bytes / split.samples
-    return DataFacts(
+    return DataVolume(
         samples or split.samples,
         each,
         classes or len(manifest.classes) or None,
@@ -103,7 +103,7 @@ def _manifest(recipe: Recipe) -> Manifest:
         there = open_folder(url, recipe.data.storage_options).exists(MANIFEST)
     except (OSError, ImportError) as error:
         raise UserError(
-            f"data.url = {url} cannot be looked into ({error}): describe the data with --samples and "
+            f"data.url = {url} cannot be read ({error}): describe the data with --samples and "
             "--sample-bytes (and --classes)"
         ) from None
     if not there:
@@ -115,7 +115,7 @@ def _manifest(recipe: Recipe) -> Manifest:
 
 
 def _kinds(recipe: Recipe, manifest: Manifest | None) -> list[str]:
-    """The kinds of the features, or of the model's inputs where there is no manifest."""
+    """Return the kinds of the features, or of the model's inputs without a manifest."""
     if manifest is not None:
         return [str(getattr(feature, "kind", "")) for feature in manifest.features.values()]
     inputs: Any = recipe.model.inputs  # pyright: ignore[reportAttributeAccessIssue] every model has inputs
@@ -123,5 +123,5 @@ def _kinds(recipe: Recipe, manifest: Manifest | None) -> list[str]:
 
 
 def decode_seconds(kinds: list[str], sample_bytes: float) -> float:
-    """Assumed CPU seconds to decode a sample of so many stored bytes with features of these kinds."""
-    return CPU_SECONDS_A_SAMPLE + 1e-9 * sample_bytes * max(CPU_NS_A_BYTE.get(kind, 1.0) for kind in kinds)
+    """Return the assumed CPU seconds to decode a sample of `sample_bytes` with features of these kinds."""
+    return CPU_SECONDS_PER_SAMPLE + 1e-9 * sample_bytes * max(CPU_NS_PER_BYTE.get(kind, 1.0) for kind in kinds)

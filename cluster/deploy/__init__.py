@@ -1,1 +1,1 @@
-"""Files that start a real cluster: a template for each kind, and the small module that fills them in."""
+"""Files that start a real cluster: one template per kind, and the module that fills them in."""

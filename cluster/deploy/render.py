@@ -1,11 +1,12 @@
-"""Fills in the templates of the files that start a real cluster, from a recipe and the settings of the machines."""
+"""Render the files that start a real cluster, from templates, a recipe and the settings of the machines."""
 
 import functools
 import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cluster.deploy.settings import Settings, labels, train_nodes
-from cluster.deploy.source import Source, growing_overrides, job_command, store_overrides, submit_command
+from cluster.deploy.settings import Settings, labels, placement_overrides, train_nodes
+from cluster.jobs.config import Submission
 from cluster.jobs.paths import check_paths
-from cluster.jobs.secrets import check_files
+from cluster.jobs.secrets import check_secret_files, check_secrets, needed
+from cluster.jobs.submit import training
+from cluster.recipe.config import Recipe
 from cluster.run.metrics import FIGURES
 from perceiver.config import UserError
+from perceiver.train.engine.deepspeed_config import read_config
 
 KINDS = {
     "kuberay": ("raycluster.yaml", "rayjob.yaml"),
@@ -30,17 +34,86 @@ KINDS = {
     "compose": ("Dockerfile", "Dockerfile.dockerignore", "compose.yaml"),
     "grafana": ("grafana-perceiver.json",),
 }
-"""What can be rendered, and the files of each kind; the template of a file is called after it."""
+"""The kinds and their files; the template of a file has its name."""
 
 ELSEWHERE = ("kuberay", "autoscaler-aws", "autoscaler-gcp")
-"""Kinds whose nodes see no file of this machine."""
+"""Kinds whose nodes do not see files of this machine."""
 
 RECIPE_FOLDER = "/etc/perceiver"
-"""Where the pods of a RayJob find the recipe."""
+"""Folder of the recipe in the pods of a RayJob."""
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe with its file, as the user names it.
+
+    Attributes:
+        recipe: the recipe, overrides applied.
+        file: its path on this machine.
+        overrides: ``key=value``, as typed; every rendered command repeats them.
+        needs: environment variables that the recipe names, which must be set on the cluster.
+    """
+
+    recipe: Recipe
+    file: str
+    overrides: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+
+def read_recipe_file(file: str, overrides: Sequence[str] = ()) -> RecipeFile:
+    """Read the recipe to render files for.
+
+    Raises:
+        UserError: a mistake in the recipe, or a secret value, which the files would show.
+    """
+    wanted = Submission(recipe=file, overrides=tuple(overrides))
+    work = training(wanted)
+    check_secrets(work.tree, wanted, {})
+    return RecipeFile(work.recipe, file, tuple(overrides), tuple(needed(work.tree, wanted)))
+
+
+def job_command(source: RecipeFile, file: str, overrides: Sequence[str]) -> str:
+    """Return the shell command that starts the run on the cluster, or resumes it.
+
+    Args:
+        source: the recipe.
+        file: path of the recipe on the cluster.
+        overrides: all overrides.
+    """
+    words = ["python", "-m", "cluster.jobs.entrypoint", "--run", source.recipe.name, "--output", source.recipe.output]
+    words += ["--needs", ",".join(source.needs)] if source.needs else []
+    return shlex.join([*words, "train", file, *overrides])
+
+
+def submit_command(source: RecipeFile, overrides: Sequence[str]) -> str:
+    """Return the shell command that submits the recipe to a cluster whose dashboard is forwarded to this machine."""
+    return shlex.join(["perceiver", "submit", source.file, *overrides, "--address", "http://127.0.0.1:8265"])
+
+
+def autoscaling_overrides(source: RecipeFile, settings: Settings, *, contents: bool = False) -> list[str]:
+    """Return the user's overrides, and ours for an autoscaling cluster with training and data nodes.
+
+    Args:
+        source: the recipe.
+        settings: the machines.
+        contents: replace the path of a DeepSpeed file, which the nodes lack, by its contents.
+    """
+    overrides = [*source.overrides, *placement_overrides(source.recipe, settings), "cluster.autoscaling=true"]
+    given = source.recipe.deepspeed.config
+    if contents and isinstance(given, str) and not Path(given).is_absolute():
+        overrides.append(f"deepspeed.config={json.dumps(read_config(source.recipe.deepspeed))}")
+    return overrides
+
+
+def store_overrides(source: RecipeFile, bucket: str) -> list[str]:
+    """Return the user's overrides, and ours that move data and runs without a URL to a bucket."""
+    places = {"data.url": (source.recipe.data.url, "data"), "output": (source.recipe.output, "runs")}
+    ours = [f"{key}=s3://{bucket}/{folder}" for key, (url, folder) in places.items() if "://" not in url]
+    return [*source.overrides, *ours]
 
 
 def render(
-    kind: str, source: Source, settings: Settings, folder: str, say: Callable[[str], None] = lambda line: None
+    kind: str, source: RecipeFile, settings: Settings, folder: str, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, str]:
     """Return the files of a kind: their text by name.
 
@@ -48,15 +121,15 @@ def render(
         kind: a key of ``KINDS``.
         source: the recipe.
         settings: the machines.
-        folder: where the files will be written; those of docker and compose name it.
-        say: takes a note about each path that all nodes must share.
+        folder: folder of the rendered files; those of docker and compose name it.
+        say: prints a note about each path that all nodes must share.
 
     Raises:
-        UserError: the kind is unknown, the recipe's workers fit on no machine of the settings, or it names a folder of
-            this machine for a cluster of others.
+        UserError: the kind is unknown, the recipe's workers do not fit on the machines, or a path of the recipe exists
+            only on this machine.
     """
     if kind not in KINDS:
-        raise UserError(f"no kind {kind!r}: wanted one of {', '.join(KINDS)}")
+        raise UserError(f"unknown kind {kind!r}: wanted one of {', '.join(KINDS)}")
     if kind in ELSEWHERE:
         for line in check_paths(source.recipe, False, KINDS[kind][0]):
             say(line)
@@ -64,8 +137,8 @@ def render(
     return {name: environment().get_template(f"{name}.j2").render(values) for name in KINDS[kind]}
 
 
-def _values(kind: str, source: Source, settings: Settings, folder: str) -> dict[str, Any]:
-    """Return what the templates name."""
+def _values(kind: str, source: RecipeFile, settings: Settings, folder: str) -> dict[str, Any]:
+    """Return the variables of the templates."""
     recipe = source.recipe
     image, _, tag = settings.image.partition(":")
     values: dict[str, Any] = {
@@ -82,14 +155,14 @@ def _values(kind: str, source: Source, settings: Settings, folder: str) -> dict[
         "mlflow_image": f"{image}-mlflow:{tag or 'latest'}",
         "figures": FIGURES,
         "job": job_command(source, source.file, source.overrides),
-        "submit": submit_command(source, growing_overrides(source, settings)),
+        "submit": submit_command(source, autoscaling_overrides(source, settings)),
     }
     if kind == "compose":
         values["submit"] = submit_command(source, store_overrides(source, settings.services.bucket))
     if kind == "kuberay":
-        check_files([source.file])
+        check_secret_files([source.file])
         file = f"{RECIPE_FOLDER}/{Path(source.file).name}"
-        values["job"] = job_command(source, file, growing_overrides(source, settings, contents=True))
+        values["job"] = job_command(source, file, autoscaling_overrides(source, settings, contents=True))
         values |= {"recipe_folder": RECIPE_FOLDER, "recipe_name": Path(source.file).name}
         values["recipe_text"] = Path(source.file).read_text()
     return values
@@ -108,14 +181,14 @@ def write(files: Mapping[str, str], folder: str) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror}): give another -o FOLDER") from None
+            raise UserError(f"cannot write {path} ({error.strerror}): choose another -o FOLDER") from None
         written.append(path)
     return written
 
 
 @functools.cache
 def environment() -> Environment:
-    """Return the environment of the templates: whatever a template inserts must have passed a filter that quotes it."""
+    """Return the environment of the templates, which refuses every inserted value that no filter has quoted."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -139,10 +212,10 @@ def environment() -> Environment:
 
 
 def _quoted(value: Any) -> Any:
-    """Return a value that a template inserts.
+    """Return a value to insert.
 
     Raises:
-        TypeError: a text that no filter has quoted.
+        TypeError: it is a string that no filter has quoted.
     """
     if isinstance(value, float):
         return f"{value:g}"
@@ -152,7 +225,7 @@ def _quoted(value: Any) -> Any:
 
 
 def in_yaml(value: Any) -> Markup:
-    """Return a value as YAML on one line; texts are quoted."""
+    """Return a value as YAML on one line; strings are quoted."""
     if isinstance(value, Mapping):
         return Markup("{" + ", ".join(f"{in_yaml(key)}: {in_yaml(item)}" for key, item in value.items()) + "}")
     if not isinstance(value, str):
@@ -161,18 +234,18 @@ def in_yaml(value: Any) -> Markup:
 
 
 def yaml_text(value: str) -> Markup:
-    """Return a text as YAML: a block of its lines if it has only printable characters. Indent it as its parent."""
+    """Return a string as YAML: a literal block if all characters are printable. Indent it as its parent."""
     plain = all(line.replace("\t", " ").isprintable() for line in value.split("\n"))
     return _dumped(value, "|" if plain else '"')
 
 
 def _dumped(value: str, style: str) -> Markup:
     text = yaml.dump(value, Dumper=yaml.SafeDumper, default_style=style, width=math.inf, allow_unicode=True)
-    if text.endswith("\n...\n"):  # ends a document whose last lines are empty
+    if text.endswith("\n...\n"):  # YAML's end of a document whose last lines are empty
         text = text.removesuffix("...\n")
     return Markup(text.removesuffix("\n"))
 
 
 def in_comment(value: Any) -> Markup:
-    """Return a text on one line; control characters and line breaks are written as Python's escapes."""
+    """Return a string on one line; control characters and line breaks become Python's escapes."""
     return Markup("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)))

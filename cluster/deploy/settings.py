@@ -1,4 +1,4 @@
-"""The machines that a cluster is made of, as files in recipes/cluster/ describe them."""
+"""The machines of a cluster, as files in recipes/cluster/ describe them."""
 
 import math
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from typing import Any
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster.recipe.config import Recipe
-from cluster.recipe.file import read_config
+from cluster.recipe.file import read_yaml_config
 from perceiver.config import Config, UserError
 
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
-"""Labels of the two kinds of nodes, unless the recipe asks for others."""
+"""Labels of training and data nodes, unless the recipe sets others."""
 
 
 class Machine(Config):
-    """One kind of node."""
+    """A kind of node."""
 
     cpus: PositiveInt = Field(description="logical CPUs")
     memory_gb: PositiveFloat = Field(description="memory, in GiB")
@@ -33,9 +33,9 @@ class Aws(Config):
     """Amazon EC2."""
 
     region: str = Field(default="us-west-2", description="region")
-    zones: str = Field(default="us-west-2a,us-west-2b", description="availability zones, by comma")
-    instance_profile: str = Field(default="perceiver-nodes", description="IAM profile that may use the bucket")
-    disk_gb: PositiveInt = Field(default=200, description="root disk of each node")
+    zones: str = Field(default="us-west-2a,us-west-2b", description="availability zones, separated by commas")
+    instance_profile: str = Field(default="perceiver-nodes", description="IAM profile with access to the bucket")
+    disk_gb: PositiveInt = Field(default=200, description="root disk of each node, in GB")
 
 
 class Gcp(Config):
@@ -44,12 +44,12 @@ class Gcp(Config):
     project: str = Field(default="my-project", description="project id")
     region: str = Field(default="us-central1", description="region")
     zone: str = Field(default="us-central1-a", description="zone")
-    service_account: str = Field(default="perceiver-nodes", description="service account that may use the bucket")
+    service_account: str = Field(default="perceiver-nodes", description="service account with access to the bucket")
     source_image: str = Field(
         default="projects/deeplearning-platform-release/global/images/family/common-cu128-ubuntu-2204",
         description="image with Docker and the GPU driver",
     )
-    disk_gb: PositiveInt = Field(default=200, description="boot disk of each node")
+    disk_gb: PositiveInt = Field(default=200, description="boot disk of each node, in GB")
 
 
 class Slurm(Config):
@@ -58,15 +58,15 @@ class Slurm(Config):
     partition: str = Field(default="gpu", description="partition")
     account: str = Field(default="", description="account; empty: the user's default")
     time: str = Field(
-        default="24:00:00", description="limit of an allocation; the job is queued again until it is done"
+        default="24:00:00", description="time limit of an allocation; the job is requeued until it is finished"
     )
     setup: str = Field(
-        default="source .venv/bin/activate", description="shell lines that make python and ray available"
+        default="source .venv/bin/activate", description="shell commands that make python and ray available"
     )
 
 
 class Services(Config):
-    """Images of the local stack (compose) that are pulled from other registries."""
+    """Images of the services in the local stack (compose)."""
 
     postgres: str = Field(default="postgres:17-alpine", description="database of MLflow; version 17 or older")
     s3: str = Field(default="quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z", description="S3 store")
@@ -77,29 +77,29 @@ class Services(Config):
 
 
 class Settings(Config):
-    """Everything about the machines that a recipe leaves open."""
+    """The machines and their configuration, as far as a recipe does not determine them."""
 
     image: str = Field(
-        default="perceiver-train:latest", description="image of all nodes, with its registry; render docker makes it"
+        default="perceiver-train:latest", description="image of all nodes, with its registry; see render docker"
     )
     base_image: str = Field(default="python:3.11-slim-bookworm", description="base image of that image")
-    head: Machine = Field(default=Machine(cpus=4, memory_gb=16), description="control plane and driver; trains nothing")
+    head: Machine = Field(default=Machine(cpus=4, memory_gb=16), description="control plane and driver, no workers")
     train: Machine = Field(description="nodes of the training workers")
     data: Machine | None = Field(
-        default=None, description="nodes that only decode; null: the training nodes decode too"
+        default=None, description="nodes for data tasks only; null: data tasks run on the training nodes"
     )
     spot: bool = Field(
-        default=True, description="preemptible training nodes first, full-price ones if none are available"
+        default=True, description="use preemptible training nodes first, on-demand ones if none are available"
     )
     idle_minutes: PositiveInt = Field(default=5, description="minutes after which an idle node is released")
-    drain_s: PositiveInt = Field(default=300, description="seconds that a node has to save before it is taken away")
+    drain_s: PositiveInt = Field(default=300, description="seconds between a node's preemption notice and its removal")
     namespace: str = Field(default="default", description="Kubernetes namespace")
     token_secret: str = Field(default="perceiver-token", description="Kubernetes secret with the key auth_token")
     env_secrets: tuple[str, ...] = Field(
         default=("perceiver-storage", "perceiver-mlflow"),
-        description="Kubernetes secrets whose keys become environment variables: storage and tracking",
+        description="Kubernetes secrets whose keys become environment variables, for storage and tracking",
     )
-    node_selector: dict[str, str] = Field(default={}, description="Kubernetes labels of the machines that train")
+    node_selector: dict[str, str] = Field(default={}, description="Kubernetes labels of the training machines")
     aws: Aws = Field(default=Aws(), description="for autoscaler-aws")
     gcp: Gcp = Field(default=Gcp(), description="for autoscaler-gcp")
     slurm: Slurm = Field(default=Slurm(), description="for slurm")
@@ -110,16 +110,16 @@ def read_settings(path: str | Path) -> Settings:
     """Read a file of settings.
 
     Raises:
-        UserError: no such file, or a key or value that does not fit.
+        UserError: no such file, or a wrong key or value.
     """
-    return read_config(path, Settings, "see recipes/cluster/")
+    return read_yaml_config(path, Settings, "see recipes/cluster/")
 
 
 def train_nodes(recipe: Recipe, settings: Settings) -> int:
-    """Return how many training nodes the recipe's workers fill.
+    """Return the number of training nodes for the recipe's workers.
 
     Raises:
-        UserError: one worker does not fit on a node, or all of them need more nodes than the settings allow.
+        UserError: a worker does not fit on a node, or the workers need more nodes than the settings allow.
     """
     cluster, machine = recipe.cluster, settings.train
     cpus = cluster.cpus_per_worker or 1.0
@@ -134,14 +134,14 @@ def train_nodes(recipe: Recipe, settings: Settings) -> int:
     nodes = math.ceil(cluster.workers / room)
     if nodes > machine.max:
         raise UserError(
-            f"cluster.workers = {cluster.workers} fill {nodes} training nodes, the settings allow "
+            f"cluster.workers = {cluster.workers} need {nodes} training nodes, the settings allow "
             f"train.max = {machine.max}: raise it or lower cluster.workers"
         )
     return nodes
 
 
 def labels(recipe: Recipe, settings: Settings) -> dict[str, dict[str, str]]:
-    """Return the labels of training and data nodes: the recipe's, else ours if there are both kinds of nodes."""
+    """Return the labels of training and data nodes: the recipe's, otherwise `LABELS` if there are data nodes."""
     ours: Mapping[str, dict[str, str]] = LABELS if settings.data is not None else {"train": {}, "data": {}}
     return {
         "train": recipe.cluster.worker_labels or ours["train"],
@@ -150,7 +150,7 @@ def labels(recipe: Recipe, settings: Settings) -> dict[str, dict[str, str]]:
 
 
 def placement_overrides(recipe: Recipe, settings: Settings) -> list[str]:
-    """Return the overrides by which the recipe's workers and data tasks find their nodes."""
+    """Return the overrides that place the recipe's workers and data tasks on their nodes."""
     found = labels(recipe, settings)
     pairs: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         ("cluster.worker_labels", found["train"], recipe.cluster.worker_labels),

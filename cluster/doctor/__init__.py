@@ -1,1 +1,1 @@
-"""`perceiver doctor`: checks of this machine or cluster that change nothing."""
+"""`perceiver doctor`: read-only checks of this machine or of a cluster."""

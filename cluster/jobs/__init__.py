@@ -1,1 +1,1 @@
-"""Ray jobs: submitting a recipe or a search, following and stopping it. What the job then runs belongs to `run`."""
+"""Ray jobs: submit a recipe or a search, follow and stop it. The training that a job runs belongs to `run`."""

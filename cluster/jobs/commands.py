@@ -1,4 +1,4 @@
-"""The jobs of a cluster: which there are, what they print, how they end."""
+"""The jobs of a cluster: list, follow, wait for and stop them."""
 
 import asyncio
 import contextlib
@@ -14,25 +14,25 @@ from cluster.record.failures import EXIT_STOPPED
 from perceiver.config import UserError
 
 RUN, OUTPUT, RECIPE, STOP_WAIT = "perceiver.run", "perceiver.output", "perceiver.recipe", "perceiver.stop_wait_s"
-"""Keys of a job's metadata."""
+"""Metadata keys of a job."""
 
 LIVE = ("PENDING", "RUNNING")
 POLL_S = 0.5
 POLL_LOG_S = 2.0
-"""Pause between two requests for a job's whole log, where the connection that brings what is new has ended."""
+"""Seconds between two requests for a job's whole log, once its websocket has closed."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of the cluster. Times are seconds since the epoch.
+    """A job of the cluster. Times are seconds since the epoch.
 
     Attributes:
-        name: the submission id, by which all commands know it.
-        run: the run that it trains; empty for jobs that are not ours.
+        name: the submission id.
         status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
-        exit_code: of the command that it ran, if it ended by itself.
+        run: name of its run; empty for a job that `perceiver submit` did not submit.
+        exit_code: exit code of its command; None if it is running or was killed.
     """
 
     name: str
@@ -48,22 +48,22 @@ class Job:
 
     @property
     def live(self) -> bool:
-        """Return whether it has not ended."""
+        """Whether the job has not ended."""
         return self.status in LIVE
 
     def code(self) -> int:
-        """Return the exit code for commands that waited for it: its own, 130 if it was stopped."""
+        """Return the exit code of a command that waited for the job: the job's own, 130 if it was stopped."""
         if self.status == "STOPPED":
             return EXIT_STOPPED
         return 0 if self.status == "SUCCEEDED" else self.exit_code or 1
 
     def facts(self) -> dict[str, Any]:
-        """Return everything, for JSON."""
+        """Return all attributes as a dictionary, for JSON."""
         return asdict(self)
 
 
 def list_jobs(server: JobServer) -> list[Job]:
-    """Return the jobs that were submitted to a cluster, oldest first."""
+    """Return the submitted jobs of a cluster, oldest first."""
     with server.answers():
         details = server.client.list_jobs()
     found = [_job(detail) for detail in details if detail.submission_id]
@@ -71,38 +71,38 @@ def list_jobs(server: JobServer) -> list[Job]:
 
 
 def find_job(server: JobServer, name: str) -> Job:
-    """Return a job by its name, or the newest one of a run.
+    """Return a job by its name, or the newest job of a run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such job or run.
     """
     jobs = list_jobs(server)
     named = [job for job in jobs if job.name == name] or [job for job in jobs if job.run == name]
     if not named:
         there = ", ".join(job.name for job in jobs[-5:]) or "none"
-        raise UserError(f"no job or run {name!r} at {server.url}; jobs there: {there}")
+        raise UserError(f"no job or run {name!r} at {server.url}; its jobs: {there}")
     return named[-1]
 
 
 def follow(server: JobServer, job: Job, write: Callable[[str], None]) -> Job:
-    """Pass on what a job prints until it ends; return it as it ended. The job does not depend on the follower.
+    """Write the output of a job until it ends; return the ended job. The job does not depend on its follower.
 
-    Proxies end a websocket that is idle, or know none; the whole log is then asked for again and again, and what was
-    shown is passed over.
+    Some proxies close an idle websocket, or do not support websockets; then the whole log is polled and only its new
+    part is written.
     """
     if not job.live:
         write(logs(server, job))
         return job
     length = _tail(server, job, write)
     while True:
-        # Its state before its log: nothing that it prints before its end is missed.
+        # The state is read before the log, so that no output before the end is missed.
         job = find_job(server, job.name)
         try:
             text = logs(server, job)
         except UserError:
             if job.live:
                 raise
-            return job  # its node is gone, and the log with it
+            return job  # the log is lost with its node
         if len(text) > length:
             write(text[length:])
             length = len(text)
@@ -112,7 +112,7 @@ def follow(server: JobServer, job: Job, write: Callable[[str], None]) -> Job:
 
 
 def _tail(server: JobServer, job: Job, write: Callable[[str], None]) -> int:
-    """Pass on what a job prints as long as the websocket brings it; return how many characters that were."""
+    """Write the output of a job until its websocket closes; return the number of characters."""
     import aiohttp
 
     length = 0
@@ -127,12 +127,12 @@ def _tail(server: JobServer, job: Job, write: Callable[[str], None]) -> int:
         try:
             loop.run_until_complete(tail())
         except (aiohttp.ClientError, RuntimeError, OSError, TimeoutError) as error:
-            log.info("the websocket to the log of %s has ended (%s)", job.name, error)
+            log.info("the websocket of the log of %s was closed (%s)", job.name, error)
     return length
 
 
 def logs(server: JobServer, job: Job) -> str:
-    """Return what a job has printed so far."""
+    """Return the output of a job so far."""
     with server.answers(f"the logs of {job.name}"):
         return server.client.get_job_logs(job.name)
 
@@ -141,20 +141,20 @@ def wait(server: JobServer, name: str, seconds: float | None = None) -> Job:
     """Wait until a job has ended; return it.
 
     Raises:
-        UserError: it lives on after so many seconds.
+        UserError: it has not ended after `seconds`.
     """
     deadline = None if seconds is None else time.monotonic() + seconds
     while (job := find_job(server, name)).live:
         if deadline is not None and time.monotonic() > deadline:
-            raise UserError(f"{name} is still {job.status} after {seconds:g} s: look into perceiver logs {name}")
+            raise UserError(f"{name} is still {job.status} after {seconds:g} s: see perceiver logs {name}")
         time.sleep(POLL_S)
     return job
 
 
 def stop(server: JobServer, job: Job) -> tuple[Job, list[str]]:
-    """Ask a job to stop, wait until it has saved its checkpoint; return it and the lines that it printed meanwhile.
+    """Stop a job and wait until it has saved its checkpoint; return it and the lines that it printed meanwhile.
 
-    Ray kills what is left of a job ``cluster.stop_wait_s`` seconds after the request.
+    Ray kills a job that has not ended ``cluster.stop_wait_s`` seconds after the request.
     """
     before = logs(server, job) if job.status == "RUNNING" else ""
     with server.answers(f"to stop {job.name}"):

@@ -1,4 +1,4 @@
-"""What a user asks of a job, and what the job then does."""
+"""A job as the user requests it, and the work that it consists of."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +10,15 @@ from cluster.recipe.placement import Node
 
 @dataclass(frozen=True)
 class Submission:
-    """What the user asks for; the fields after ``run`` are the flags of ``ray job submit``.
+    """The user's request; the fields after ``run`` and before ``secrets`` are flags of ``ray job submit``.
 
     Attributes:
-        recipe: file of this machine: a recipe, or a search.
+        recipe: local file of a recipe or a search.
         overrides: ``key=value``, as typed.
         run: name of the run, continued if it exists; default: the recipe's name.
-        secrets: environment variables that the cluster must hold; only their names travel.
-        env: environment variables of this machine whose values travel.
-        install: install the locked dependencies for the job instead of taking the cluster's.
+        secrets: environment variables that must be set on the cluster; only their names are sent.
+        env: environment variables of this machine whose values are sent.
+        install: install the locked dependencies for the job instead of using the cluster's.
     """
 
     recipe: str
@@ -38,15 +38,15 @@ class Submission:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What a job does: a perceiver command, and all that it reads when it starts.
+    """The work of a job: a perceiver command and everything that it reads when it starts.
 
     Attributes:
         verb: the command.
-        recipe: what it trains, overrides applied.
-        name: of the run, unless the user gives one.
-        tree: every setting that travels, the recipe's first.
-        files: those of this machine that travel; the command's own is the first.
-        fits: refuses a cluster, given its nodes, that cannot hold it.
+        recipe: the recipe, overrides applied.
+        name: default name of the run.
+        tree: all settings that are sent, the recipe's first.
+        files: local files that are sent; the command's own is the first.
+        fits: raises a UserError if the job does not fit on the given nodes.
         found_by: overrides by which the files find each other in the package.
     """
 

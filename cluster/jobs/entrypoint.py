@@ -1,4 +1,4 @@
-"""What a job runs on the cluster: check what it needs there, then `perceiver train` or `tune`, started or resumed.
+"""The entrypoint of a job on the cluster: check its environment, then start or resume `perceiver train` or `tune`.
 
 ``python -m cluster.jobs.entrypoint --run NAME --output URL [--needs A,B] [--folder DIR] VERB FILE [key=value ...]``
 """
@@ -22,13 +22,13 @@ REFUSED = 2
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m cluster.jobs.entrypoint", description=__doc__)
-    parser.add_argument("--run", required=True, help="name of the run: continued if it exists, else started")
-    parser.add_argument("--output", required=True, help="folder or URL below which the run's folder lies")
+    parser.add_argument("--run", required=True, help="name of the run, continued if it exists")
+    parser.add_argument("--output", required=True, help="folder or URL that contains the run's folder")
     parser.add_argument("--needs", default="", help="environment variables that must be set on the cluster")
-    parser.add_argument("--folder", help="folder that relative paths are meant from; default: the package")
-    parser.add_argument("--reserved", help="JSON of the resources that this command holds of its node")
+    parser.add_argument("--folder", help="folder that relative paths start from; default: the package")
+    parser.add_argument("--reserved", help="JSON of the resources that this command reserves on its node")
     parser.add_argument("verb")
     parser.add_argument("file", help="a recipe, or a search")
     parser.add_argument("overrides", nargs="*")
@@ -39,12 +39,12 @@ def command(given: argparse.Namespace) -> list[str]:
     """Return the `perceiver` command of this start: with ``--resume`` if the run exists.
 
     Raises:
-        UserError: a variable is not set here, or the run's place cannot be looked into.
+        UserError: a variable is not set here, or the run's folder cannot be read.
     """
     missing = [name for name in given.needs.split(",") if name and name not in os.environ]
     if missing:
         raise UserError(
-            f"the cluster does not know {', '.join(missing)}: set it where the nodes start (a Kubernetes secret, the "
+            f"{', '.join(missing)} is not set on the cluster: set it where the nodes start (a Kubernetes secret, the "
             "autoscaler's setup commands, the shell of `perceiver cluster up`)"
         )
     words = [sys.executable, "-m", "perceiver.cli", given.verb, given.file, *given.overrides, "--run", given.run]
@@ -52,10 +52,10 @@ def command(given: argparse.Namespace) -> list[str]:
 
 
 def exists(output: str, run: str) -> bool:
-    """Return whether a run has been started.
+    """Return whether a run exists.
 
     Raises:
-        UserError: its place cannot be looked into.
+        UserError: its folder cannot be read.
     """
     folder = named_run(output, run)
     shown = redact_text(folder.url)
@@ -65,18 +65,20 @@ def exists(output: str, run: str) -> bool:
         raise UserError(f"{shown}/run.json is damaged ({error}): restore it, or give another --run") from None
     except ImportError as error:
         raise UserError(
-            f"the cluster cannot read {shown} ({error}): add what perceiver-train[s3] installs to its image, or "
-            "submit with --install"
+            f"the cluster cannot read {shown} ({error}): install perceiver-train[s3] in its image, or submit with "
+            "--install"
         ) from None
     except Exception as error:  # noqa: BLE001  each store raises its own
         reason = redact_text(one_line(error))
         if is_refusal(error):
             raise UserError(f"on the cluster {refusal(shown, reason)}, set where the nodes start") from None
-        raise UserError(f"the cluster cannot read {shown} ({reason}): check output and the nodes' way to it") from None
+        raise UserError(
+            f"the cluster cannot read {shown} ({reason}): check output and the nodes' access to it"
+        ) from None
 
 
 def main(words: Sequence[str]) -> int:  # noqa: RET503  execve does not return
-    """Become the command; returns an exit code only if something is refused."""
+    """Replace this process by the command; return exit code 2 if the job is refused."""
     given = arguments(words)
     package = str(Path.cwd())
     try:
@@ -86,7 +88,7 @@ def main(words: Sequence[str]) -> int:  # noqa: RET503  execve does not return
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    # The package's sources come first, not those that may lie in the folder.
+    # The package's sources take precedence over sources in the folder.
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     held = {RESERVED: given.reserved} if given.reserved else {}
     os.execve(argv[0], argv, {**os.environ, **held, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"})

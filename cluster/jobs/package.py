@@ -1,4 +1,4 @@
-"""What a job takes along to the cluster: our source trees and the recipe, and nothing else."""
+"""The package of a job: our sources, the recipe and the files it names, and a folder of the user's."""
 
 import fnmatch
 import importlib.metadata
@@ -18,7 +18,7 @@ from perceiver.config import UserError
 OURS = ("perceiver", "pipelines", "cluster", "tune")
 DISTRIBUTION = "perceiver-train"
 LIMIT_BYTES = 100 * 1024 * 1024
-"""What the dashboard takes; Ray's own limit for a working directory is the same."""
+"""The dashboard's limit, which is also Ray's limit for a working directory."""
 
 LEFT_OUT = shutil.ignore_patterns(
     "__pycache__",
@@ -36,7 +36,10 @@ LEFT_OUT = shutil.ignore_patterns(
     "mlruns",
     "mlflow.db*",
 )
-"""Names that never travel: caches, environments, data, and what runs leave behind."""
+"""Names that are never uploaded: caches, environments, data, and the output of runs."""
+
+BUILT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.pyd", "*.o")
+"""Names that are not copied from our sources, whose folders may be called data or runs: caches, built libraries."""
 
 SECRET_FILES = (
     ".env",
@@ -59,27 +62,28 @@ SECRET_FILES = (
     ".azure",
     ".kube",
 )
-"""Names of files and folders that hold secrets as a rule; they stay here."""
+"""Names of files and folders that may contain secrets; they are not uploaded."""
 
 IGNORE_FILES = (".gitignore", ".rayignore")
-"""Heeded when a folder is copied, and not copied: Ray would hold what lies beside the folder against them, too."""
+"""Applied when a folder is copied, and not copied themselves: Ray would apply them to our sources, too."""
 
 
 def build_package(
     target: Path, recipes: Iterable[str], folder: str | None = None, excludes: Sequence[str] = ()
 ) -> list[str]:
-    """Fill a folder with what the job needs; it becomes the working directory of the job.
+    """Copy everything that a job needs into a folder, the job's working directory.
 
     Args:
         target: an empty folder.
         recipes: the recipe and other files that it names; they keep their path below the current folder.
-        folder: a folder of the user's that travels too (``--working-dir``).
-        excludes: patterns, as those of .gitignore, of what does not.
+        folder: a folder of the user's that is uploaded too (``--working-dir``).
+        excludes: patterns in .gitignore syntax of files in that folder that are not uploaded.
 
-    Returns: what of the folder stays here because such files hold secrets.
+    Returns:
+        Files of the folder that are not uploaded because they may contain secrets.
 
     Raises:
-        UserError: a file is not there or cannot be read, or the whole is larger than the job server takes.
+        UserError: a file is missing or cannot be read, or the package exceeds the job server's limit.
     """
     secret: list[str] = []
     if folder is not None:
@@ -90,7 +94,7 @@ def build_package(
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, place)
     for name in OURS:
-        shutil.copytree(_source(name), target / name, dirs_exist_ok=True, ignore=_no_code_but_ours)
+        shutil.copytree(_source(name), target / name, dirs_exist_ok=True, ignore=BUILT)
     for place, recipe in _places(recipes).items():
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(recipe, target / place)
@@ -99,10 +103,10 @@ def build_package(
 
 
 def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
-    """Return the files of a folder that travel, by the rules of ``ray job submit`` and ours, and the secret ones.
+    """Return the files of a folder to upload, by the rules of ``ray job submit`` and ours, and the secret ones.
 
     Raises:
-        UserError: a file cannot be read, or they are larger than the job server takes.
+        UserError: a file cannot be read, or the files exceed the job server's limit.
     """
     ignore_files = IGNORE_FILES if os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE") != "1" else (".rayignore",)
     kept: list[Path] = []
@@ -137,40 +141,40 @@ def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], 
     except (OSError, ValueError) as error:
         raise UserError(f"--working-dir {folder} cannot be read ({error}): repair it or leave it out") from None
     if lost:
-        what = "a link to nothing" if lost[0].is_symlink() else "no file that can be read"
-        raise UserError(f"--working-dir: {lost[0]} is {what}: remove it, or name it in {folder / '.rayignore'}")
+        what = "is a broken link" if lost[0].is_symlink() else "cannot be read"
+        raise UserError(f"--working-dir: {lost[0]} {what}: remove it, or add it to {folder / '.rayignore'}")
     _check_sizes({str(path.relative_to(folder)): path.stat().st_size for path in kept}, LIMIT_BYTES)
     return kept, secret
 
 
 def _places(recipes: Iterable[str]) -> dict[str, Path]:
-    """Return where each file lies in the package.
+    """Return each file by its path in the package.
 
     Raises:
-        UserError: two of them in the same place.
+        UserError: two files have the same path.
     """
     places: dict[str, Path] = {}
     for recipe in recipes:
         file = Path(recipe).resolve()
         if places.setdefault(path_in_package(recipe), file) != file:
             raise UserError(
-                f"{places[path_in_package(recipe)]} and {file} would have one name in the package: submit from a "
-                "folder that both lie below"
+                f"{places[path_in_package(recipe)]} and {file} would have the same path in the package: submit from a "
+                "folder that contains both"
             )
     return places
 
 
 def path_in_package(recipe: str) -> str:
-    """Return where a recipe lies in the package: as below the current folder, else by its name alone."""
+    """Return a file's path in the package: relative to the current folder, or its name alone if it is outside."""
     path = Path(recipe).resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def check_size(folder: Path, limit: int = LIMIT_BYTES) -> int:
-    """Return the bytes of a folder.
+    """Return the size of a folder in bytes.
 
     Raises:
-        UserError: more than the limit; the line names the largest files.
+        UserError: it exceeds the limit; the message names the largest files.
     """
     files = (path for path in folder.rglob("*") if path.is_file())
     return _check_sizes({str(path.relative_to(folder)): path.stat().st_size for path in files}, limit)
@@ -182,14 +186,14 @@ def _check_sizes(sizes: Mapping[str, int], limit: int) -> int:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
         named = ", ".join(f"{path} ({sizes[path] / 2**20:.1f} MiB)" for path in largest)
         raise UserError(
-            f"the package has {total / 2**20:.1f} MiB, the job server takes {limit / 2**20:.0f} MiB; largest: {named}: "
-            "leave --working-dir out, name what is large in its .rayignore, or move it to where the cluster reads data"
+            f"the package has {total / 2**20:.1f} MiB, the job server accepts {limit / 2**20:.0f} MiB; largest: "
+            f"{named}: omit --working-dir, or add large files to its .rayignore"
         )
     return total
 
 
 def locked_requirements() -> list[str]:
-    """Return every distribution that ours needs, pinned to the version that is installed here; Ray is the cluster's."""
+    """Return all requirements of our distribution except Ray, pinned to the versions that are installed here."""
     pinned: dict[str, str] = {}
     waiting = [DISTRIBUTION]
     while waiting:
@@ -198,14 +202,14 @@ def locked_requirements() -> list[str]:
             if name in pinned or name == "ray":
                 continue
             version = importlib.metadata.version(name)
-            # A local version such as 2.13.0+cpu is a build for this machine, not for the cluster's.
+            # A local version such as 2.13.0+cpu is a build for this machine, not for the cluster.
             pinned[name] = f"{name}=={version.partition('+')[0]}"
             waiting.append(name)
     return sorted(pinned.values())
 
 
 def _requirements(name: str) -> Iterator[Requirement]:
-    """Yield what an installed distribution needs on this platform, optional parts only of ours that are installed."""
+    """Yield the requirements of an installed distribution on this platform, and our optional ones if installed."""
     for text in importlib.metadata.requires(name) or []:
         requirement = Requirement(text)
         wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
@@ -229,13 +233,8 @@ def _source(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _no_code_but_ours(folder: str, names: list[str]) -> set[str]:
-    """Leave out caches and built libraries; folders of ours may well be called data or runs."""
-    return {name for name in names if name == "__pycache__" or name.endswith((".pyc", ".so", ".pyd", ".o"))}
-
-
 def named_files(tree: Mapping[str, Any]) -> list[str]:
-    """Return the files of this machine that a recipe names by relative path and reads when it starts."""
+    """Return the local files that a recipe names by relative path and reads when it starts."""
     texts = [value for value in _texts(tree) if value.endswith((".json", ".yaml", ".yml"))]
     return [text for text in texts if not Path(text).is_absolute() and "://" not in text and Path(text).is_file()]
 

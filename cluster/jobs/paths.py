@@ -1,4 +1,4 @@
-"""Which paths of a recipe mean the same on a cluster as here."""
+"""Checks of the paths in a recipe: which of them refer to the same files on a cluster as here."""
 
 import os
 import socket
@@ -19,13 +19,13 @@ STORE = "MLFLOW_TRACKING_URI"
 
 
 def is_here(nodes: Sequence[Node], url: str) -> bool:
-    """Return whether all nodes of a cluster are processes of this machine, which sees the same files.
+    """Return whether all nodes of a cluster run on this machine, so that they see the same files.
 
-    Loopback addresses are those of any machine, so they count only if the job server is that of the local cluster: a
-    tunnel leads to nodes of another machine that bear the same addresses.
+    Every machine has the loopback addresses, so they count only if the job server is that of the local cluster: behind
+    a tunnel, nodes of another machine have the same addresses.
 
     Args:
-        nodes: those of the cluster.
+        nodes: nodes of the cluster.
         url: of its job server.
     """
     own = {a.address for found in psutil.net_if_addrs().values() for a in found if a.family == socket.AF_INET}
@@ -43,10 +43,10 @@ def _same_server(url: str, other: str) -> bool:
 
 
 def check_paths(recipe: Recipe, here: bool, url: str) -> Iterator[str]:
-    """Yield a warning for each path that all nodes must share; refuse those that only this machine can mean.
+    """Yield a warning for each path that all nodes must share.
 
     Raises:
-        UserError: a relative path, on a cluster of other machines.
+        UserError: a relative path, which other machines cannot resolve.
     """
     if here:
         return
@@ -56,19 +56,21 @@ def check_paths(recipe: Recipe, here: bool, url: str) -> Iterator[str]:
             continue
         if not Path(path).is_absolute():
             raise UserError(
-                f"{key} = {place} is a place on this machine, which the nodes behind {url} do not see: set {key} to "
-                "a URL such as s3://bucket/folder, or to the absolute path of storage that all nodes share"
+                f"{key} = {place} is a path on this machine, which the nodes of {url} do not see: set {key} to a URL "
+                "such as s3://bucket/folder, or to an absolute path of shared storage"
             )
         yield f"note: {key} = {place} must be the same storage on every node"
     uri = recipe.tracking.uri or ""
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        raise UserError(f"tracking.uri = {uri} is a file of this machine: give the URL of an MLflow server")
+        raise UserError(f"tracking.uri = {uri} is a file on this machine: set it to the URL of an MLflow server")
     if is_reference(uri) and uri.startswith("file:") and not Path(uri.removeprefix("file:")).is_absolute():
-        raise UserError(f"tracking.uri = {uri} is a file of this machine: name one of the nodes by its absolute path")
+        raise UserError(
+            f"tracking.uri = {uri} is a file on this machine: set it to the absolute path of a file on the nodes"
+        )
 
 
 def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield key and value of each path or URL that the job reads or writes and that does not travel with it."""
+    """Yield key and value of each path or URL that the job reads or writes outside its package."""
     yield "data.url", recipe.data.url
     for number, part in enumerate(recipe.data.mixture):
         yield f"data.mixture.{number}.url", part.url
@@ -78,28 +80,28 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.tracking.artifact_root:
         yield "tracking.artifact_root", recipe.tracking.artifact_root
     settings = recipe.deepspeed.config
-    if isinstance(settings, str) and not _travels(settings):
+    if isinstance(settings, str) and not _is_packaged(settings):
         yield "deepspeed.config", settings
 
 
-def _travels(file: str) -> bool:
-    """Return whether a file is part of the package, and there under the name that the recipe gives it."""
+def _is_packaged(file: str) -> bool:
+    """Return whether a file is part of the package, at the path that the recipe names."""
     return file in named_files({"file": file}) and path_in_package(file) == os.path.normpath(file)
 
 
 def tracking_note(recipe: Recipe, here: bool, known: Collection[str]) -> str:
-    """Return a warning if the MLflow store would lie on the disk of the node that runs the job; else an empty text.
+    """Return a warning if the MLflow store would be on the disk of the node that runs the job, otherwise "".
 
     Args:
         recipe: of the job.
         here: whether the cluster is this machine.
-        known: names of the variables that the job is sure to have.
+        known: names of the environment variables that the job certainly has.
     """
     tracking = recipe.tracking
     if here or "://" not in recipe.output or not tracking.enabled or tracking.uri or STORE in known:
         return ""
     return (
-        f"note: no tracking.uri: unless the nodes have {STORE} set, MLflow's store is a file on the disk of the node "
-        "that runs the job, and a later job on another node (a new head) cannot go on with the MLflow run: set "
-        f"tracking.uri to an MLflow server, or name the variable with --secret {STORE}"
+        f"note: no tracking.uri: unless {STORE} is set on the nodes, MLflow's store is a file on the node that runs "
+        "the job, and a later job on another node cannot continue the MLflow run: set tracking.uri to an MLflow "
+        f"server, or name the variable with --secret {STORE}"
     )

@@ -1,4 +1,4 @@
-"""No secret goes along with a job: everyone who may look at it reads its package, command, environment and metadata."""
+"""Checks that a job contains no secret: its package, command, environment and metadata are visible to other users."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,39 +26,39 @@ def needed(tree: Mapping[str, Any], wanted: Submission) -> list[str]:
 
 
 def check_secrets(tree: Mapping[str, Any], wanted: Submission, runtime_env: Mapping[str, Any]) -> None:
-    """Refuse secrets by value in the settings, the overrides, the runtime environment and the metadata.
+    """Refuse secret values in the settings, overrides, runtime environment and metadata.
 
     Raises:
-        UserError: there is one; the line says where, not what.
+        UserError: there is a secret; the message names its key, not its value.
     """
     for name in wanted.secrets:
         if not NAME.fullmatch(name):
-            raise UserError(f"--secret {name.split('=')[0]}: wanted the name of an environment variable of the cluster")
+            raise UserError(f"--secret {name.split('=')[0]}: wanted the name of an environment variable on the cluster")
     for key in _hidden(tree):
-        raise UserError(f"{key} holds a secret, which would travel with the job: {BY_REFERENCE}")
+        raise UserError(f"{key} contains a secret, which would be uploaded with the job: {BY_REFERENCE}")
     for override in wanted.overrides:
         alone: dict[str, Any] = {}
         apply_override(alone, override)
         for key in _hidden(alone):
-            raise UserError(f"the override of {key} holds a secret, and the job's command shows it: {BY_REFERENCE}")
+            raise UserError(f"the override of {key} contains a secret, and the job's command shows it: {BY_REFERENCE}")
     metadata = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
     for key in _hidden(metadata):
-        raise UserError(_seen("--metadata-json", key))
+        raise UserError(_visible("--metadata-json", key))
     for key in _hidden(runtime_env):
         section, _, name = key.partition(".")
         if section == "env_vars":
-            raise UserError(_seen(f"--env {name}" if name in wanted.env else "--runtime-env-json", name))
+            raise UserError(_visible(f"--env {name}" if name in wanted.env else "--runtime-env-json", name))
         raise UserError(
-            f"--runtime-env-json: {key} holds a secret, and everyone who sees the job sees it: leave the login out and "
-            "set it up where the cluster's nodes start (PIP_INDEX_URL, ~/.netrc, the image)"
+            f"--runtime-env-json: {key} contains a secret, which all users of the cluster can see: remove it and set "
+            "it where the nodes start (PIP_INDEX_URL, ~/.netrc, the image)"
         )
 
 
-def check_files(files: Sequence[str]) -> None:
-    """Refuse secrets in files that travel as they are, with what an override replaces and with their comments.
+def check_secret_files(files: Sequence[str]) -> None:
+    """Refuse secrets in files that are uploaded unchanged, overridden values and comments included.
 
     Raises:
-        UserError: there is one.
+        UserError: there is a secret; the message names the file and the key or line.
     """
     for file in files:
         text = Path(file).read_text(errors="replace")
@@ -68,24 +68,24 @@ def check_files(files: Sequence[str]) -> None:
             tree = None
         for key in _hidden(tree):
             raise UserError(
-                f"{file}: {key} holds a secret, and the file travels with the job as it stands, whatever overrides "
-                f"say: {BY_REFERENCE}"
+                f"{file}: {key} contains a secret, and the file is uploaded unchanged, also if the key is overridden: "
+                f"{BY_REFERENCE}"
             )
         for number, line in enumerate(text.splitlines(), 1):
             if holds_secret(line):
-                raise UserError(f"{file}: line {number} holds a secret, and the file travels with the job: take it out")
+                raise UserError(f"{file}: line {number} contains a secret, and the file is uploaded: remove it")
 
 
 def _hidden(tree: Any) -> Iterator[str]:
-    """Yield the key of each text that we would mask."""
+    """Yield the key of each value that redaction would mask."""
     for key, value in leaves(tree):
         known = is_reference(value) or (isinstance(value, str) and (value.startswith("$") or MASK in value))
         if isinstance(value, str) and not known and MASK in str(redact_value(key, value)):
             yield key
 
 
-def _seen(option: str, key: str) -> str:
+def _visible(option: str, key: str) -> str:
     return (
-        f"{option}: {key} looks like a secret, and everyone who sees the job sees it: name it with --secret {key} "
-        "and set it where the cluster's nodes start"
+        f"{option}: {key} looks like a secret, which all users of the cluster can see: pass its name with --secret "
+        f"{key} and set it where the cluster's nodes start"
     )

@@ -1,4 +1,4 @@
-"""The job server of a cluster: found, reached, its token and version checked, its refusals in one line."""
+"""The job server of a cluster: its address, token and version are checked, and its errors become one line."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import requests
 
 from cluster.recipe.placement import Node
-from cluster.runtime.local import check_reachable
+from cluster.runtime.local import check_reachable, token_file
 from cluster.runtime.local_cluster import running_cluster
 from cluster.runtime.ray_internals import job_client_class
 from perceiver.config import UserError
@@ -26,12 +26,12 @@ CONNECT_S = 5
 
 @dataclass(frozen=True)
 class Access:
-    """How to reach a cluster: its address, and what Ray's own job commands take beside it.
+    """How to reach a cluster; the options are those of Ray's own job commands.
 
     Attributes:
-        address: ``http://host:8265``, or an address of Ray's; None for the environment's or the local cluster.
-        headers: HTTP headers as JSON, such as those of a proxy that asks who comes.
-        verify: ``false`` to take any TLS certificate, or a file or folder of trusted ones.
+        address: ``http://host:8265``, or an address of Ray's; default: the environment's, or the local cluster.
+        headers: HTTP headers as JSON, such as those of an authenticating proxy.
+        verify: ``false`` to accept any TLS certificate, or a file or folder of trusted ones.
     """
 
     address: str | None = None
@@ -42,7 +42,7 @@ class Access:
         """Return the address of the job server.
 
         Raises:
-            UserError: there is none, or nothing listens there.
+            UserError: there is no address, or nothing listens there.
         """
         local = running_cluster()
         environment = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
@@ -57,19 +57,19 @@ class Access:
         return _http_url(address)
 
     def json_headers(self) -> dict[str, str]:
-        """Return the headers, those of RAY_JOB_HEADERS if none were given.
+        """Return the HTTP headers; default: RAY_JOB_HEADERS.
 
         Raises:
-            UserError: they are not a JSON object of texts.
+            UserError: they are not a JSON object of strings.
         """
         text = self.headers or os.environ.get("RAY_JOB_HEADERS")
         return text_object(text, "--headers") if text else {}
 
     def trust(self) -> bool | str:
-        """Return what the HTTP library takes as ``verify``.
+        """Return the ``verify`` argument of the HTTP library.
 
         Raises:
-            UserError: a file or folder that holds no certificates.
+            UserError: the file or folder contains no certificates.
         """
         flag = {"true": True, "1": True, "false": False, "0": False}.get(self.verify.lower())
         if flag is not None:
@@ -86,17 +86,17 @@ class Access:
 
 
 def text_object(text: str, option: str) -> dict[str, str]:
-    """Read a JSON object whose values are texts.
+    """Parse a JSON object whose values are strings.
 
     Raises:
-        UserError: it is something else.
+        UserError: the text is not such an object.
     """
     try:
         tree = json.loads(text)
     except ValueError:
         tree = None
     if not isinstance(tree, dict) or not all(isinstance(value, str) for value in tree.values()):
-        raise UserError(f"""{option} is not a JSON object of texts, such as '{{"team": "vision"}}'""")
+        raise UserError(f"""{option} is not a JSON object of strings such as '{{"team": "vision"}}'""")
     return tree
 
 
@@ -104,11 +104,11 @@ def connect(access: Access) -> "JobServer":
     """Connect to a cluster's job server.
 
     Raises:
-        UserError: it does not answer, wants another token, or runs another version of Ray.
+        UserError: it does not answer, requires another token, or runs another version of Ray.
     """
     url, headers, verify = access.url(), access.json_headers(), access.trust()
     headers = _with_token(url, headers, verify)
-    # Ray lets the environment overrule the argument.
+    # In Ray the environment takes precedence over the argument.
     os.environ["RAY_API_SERVER_ADDRESS"] = url
     import ray
     from ray.exceptions import AuthenticationError
@@ -116,9 +116,11 @@ def connect(access: Access) -> "JobServer":
     try:
         client = job_client_class()(url, headers=headers, verify=verify)
     except AuthenticationError as error:
-        raise UserError(_token_line(shown(url), str(error))) from None
+        raise UserError(_token_line(display_url(url), str(error))) from None
     except (requests.RequestException, ConnectionError, RuntimeError, OSError) as error:
-        raise UserError(f"no Ray job server answers at {shown(url)} ({_first_line(error)}): check --address") from None
+        raise UserError(
+            f"no Ray job server answers at {display_url(url)} ({_reason(error)}): check --address"
+        ) from None
     server = JobServer(url, client)
     there = server.get("/api/version").get("ray_version", "unknown")
     if there != ray.__version__:
@@ -147,24 +149,25 @@ def _http_url(address: str) -> str:
         return get_address_for_submission_client(address)
     except Exception as error:  # noqa: BLE001  Ray raises whatever its client meets
         raise UserError(
-            f"no Ray cluster answers at {shown(address)} ({_first_line(error)}): give the dashboard's http://HEAD:8265"
+            f"no Ray cluster answers at {display_url(address)} ({_reason(error)}): set --address to its dashboard, "
+            "http://HEAD:8265"
         ) from None
 
 
 def check_listening(url: str) -> None:
-    """Refuse a URL behind which nothing listens, within a few seconds."""
+    """Raise a UserError within a few seconds if nothing listens at a URL."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        raise UserError(f"--address {shown(url)}: {error}; wanted http://HOST:PORT") from None
+        raise UserError(f"--address {display_url(url)}: {error}; wanted http://HOST:PORT") from None
     if not host or parts.scheme not in ("http", "https"):
-        raise UserError(f"--address {shown(url)} is no address: wanted http://HOST:8265, the cluster's dashboard")
+        raise UserError(f"--address {display_url(url)}: wanted the cluster's dashboard, http://HOST:8265")
     try:
         socket.create_connection((host, port), timeout=CONNECT_S).close()
     except OSError as error:
         raise UserError(
-            f"nothing answers at {shown(url)} ({error.strerror or error}): check --address, and the tunnel or "
+            f"nothing answers at {display_url(url)} ({error.strerror or error}): check --address, and the tunnel or "
             "port-forward if the cluster is behind one"
         ) from None
 
@@ -181,13 +184,13 @@ def _with_token(url: str, headers: dict[str, str], verify: bool | str) -> dict[s
         answer = requests.get(f"{url}/api/authentication_mode", timeout=CONNECT_S, headers=headers, verify=verify)
         mode = answer.json().get("authentication_mode", "disabled") if answer.ok else "disabled"
     except requests.exceptions.SSLError:
-        raise UserError(f"{shown(url)} shows a certificate that is not trusted: give --verify FILE") from None
+        raise UserError(f"{display_url(url)} has an untrusted TLS certificate: trust it with --verify FILE") from None
     except (requests.RequestException, ValueError):
         mode = unknown
     if mode == "token" and not headers and not token:
         raise UserError(
-            f"{shown(url)} asks for a token and there is none here: put the cluster's into ~/.ray/auth_token "
-            "(mode 0600), or name its file in RAY_AUTH_TOKEN_PATH"
+            f"{display_url(url)} requires a token and none is set here: write the cluster's token to ~/.ray/auth_token "
+            "(mode 0600), or set RAY_AUTH_TOKEN_PATH to its file"
         )
     os.environ["RAY_AUTH_MODE"] = mode if mode in ("token", "disabled") else "token"
     if mode == "disabled" or not token or any(name.lower() == "authorization" for name in headers):
@@ -197,46 +200,41 @@ def _with_token(url: str, headers: dict[str, str], verify: bool | str) -> dict[s
 
 def _token() -> str:
     """Return the token that Ray would send: RAY_AUTH_TOKEN, else its file's; empty if there is none."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     with contextlib.suppress(OSError):
-        return os.environ.get("RAY_AUTH_TOKEN") or path.read_text().strip()
+        return os.environ.get("RAY_AUTH_TOKEN") or token_file().read_text().strip()
     return ""
 
 
 def _token_line(url: str, reason: str) -> str:
     what = "is not this cluster's" if "nvalid" in reason or "orbidden" in reason else "is missing"
     return (
-        f"{url}: the token {what}; it is read from RAY_AUTH_TOKEN, the file in RAY_AUTH_TOKEN_PATH, or "
-        "~/.ray/auth_token: put the cluster's there"
+        f"{url}: the token {what}: set RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token to the cluster's token"
     )
 
 
-def shown(url: str) -> str:
-    """Return an address for the user's eyes: without the login that it may hold."""
+def display_url(url: str) -> str:
+    """Return an address for messages, with a login masked."""
     return redact_text(url) if "://" in url else redact_text(f"http://{url}").removeprefix("http://")
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error with secrets masked."""
     return redact_text(first_line(error))
 
 
 class JobServer:
-    """A cluster's job server that has answered.
+    """A cluster's job server.
 
     Args:
-        url: its address.
-        client: Ray's client to it.
-
-    Attributes:
-        url: the address as it is shown, without a login; only the client needs that.
-        client: Ray's.
+        url: its address; the attribute `url` has the login masked.
+        client: Ray's job client.
     """
 
     def __init__(self, url: str, client: Any) -> None:
-        self.url, self.client = shown(url), client
+        self.url, self.client = display_url(url), client
 
     def get(self, path: str) -> dict[str, Any]:
-        """Return the JSON that a path of the dashboard answers with."""
+        """Return the JSON response of a path of the dashboard."""
         with self.answers():
             response = self.client._do_request("GET", path)
             response.raise_for_status()
@@ -244,7 +242,7 @@ class JobServer:
 
     @contextlib.contextmanager
     def answers(self, what: str = "") -> Iterator[None]:
-        """Turn what Ray and the network raise into one line for the user."""
+        """Turn exceptions of Ray and the network into a UserError; ``what`` names what was requested."""
         from ray.exceptions import AuthenticationError
 
         try:
@@ -252,9 +250,9 @@ class JobServer:
         except AuthenticationError as error:
             raise UserError(_token_line(self.url, str(error))) from None
         except (requests.RequestException, ConnectionError) as error:
-            raise UserError(f"{self.url} does not answer any more ({_first_line(error)})") from None
+            raise UserError(f"{self.url} no longer answers ({_reason(error)})") from None
         except (RuntimeError, ValueError, TypeError) as error:
-            line = next((s for s in reversed(str(error).splitlines()) if "Error" in s), _first_line(error))
+            line = next((s for s in reversed(str(error).splitlines()) if "Error" in s), _reason(error))
             raise UserError(
                 f"{self.url} refused{' ' + what if what else ''}: {redact_text(line.strip()[:300])}"
             ) from None

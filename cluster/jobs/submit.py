@@ -1,10 +1,10 @@
-"""Submitting a recipe or a search: everything that would stop the job on the cluster is refused here first."""
+"""Submit a recipe or a search as a Ray job; everything that would stop the job on the cluster is refused first."""
 
 import json
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from cluster.jobs.commands import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_job
 from cluster.jobs.config import JobSpec, Submission
 from cluster.jobs.package import build_package, locked_requirements, named_files, path_in_package
 from cluster.jobs.paths import check_paths, is_here, tracking_note
-from cluster.jobs.secrets import check_files, check_secrets, needed
+from cluster.jobs.secrets import check_secret_files, check_secrets, needed
 from cluster.jobs.server import JobServer, text_object
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.file import read_tree
-from cluster.recipe.placement import Node, check_memory
-from cluster.recipe.preflight import check_workers, data_need, place_some
+from cluster.recipe.placement import Node, check_task_memory
+from cluster.recipe.preflight import check_worker_range, data_need, place_some
 from cluster.record.run_folder import named_run
 from cluster.runtime.local import QUIET_ENVIRONMENT
-from cluster.runtime.session import GO_ON
+from cluster.runtime.session import CONTINUE_COMMAND
 from perceiver.config import UserError
 from perceiver.storage import first_line
 from perceiver.tracking.redaction import redact_text
@@ -40,33 +40,38 @@ def training(wanted: Submission) -> JobSpec:
 
 
 def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[str], None] = print) -> str:
-    """Check, pack and submit; return the job's name.
+    """Check, package and submit a job; return its name.
 
     Raises:
-        UserError: the first thing that would stop the job.
+        UserError: the first problem that would stop the job.
     """
     recipe = work.recipe
     run = named_run(recipe.output, wanted.run or work.name).name
-    runtime_env = _runtime_env(recipe, wanted)
-    runtime_env["env_vars"][GO_ON] = shlex.join(["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run])
+    runtime_env = build_runtime_env(recipe, wanted)
+    runtime_env["env_vars"][CONTINUE_COMMAND] = shlex.join(
+        ["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run]
+    )
     nodes = server.nodes()
     check_secrets(work.tree, wanted, runtime_env)
-    check_files(work.files)
-    check_workers(recipe)
+    check_secret_files(work.files)
+    check_worker_range(recipe)
     work.fits(nodes)
     check_entrypoint(nodes, work, wanted)
     here = is_here(nodes, server.url)
-    notes = [*check_paths(recipe, here, server.url), tracking_note(recipe, here, _known(wanted, runtime_env))]
+    notes = [
+        *check_paths(recipe, here, server.url),
+        tracking_note(recipe, here, {*wanted.secrets, *runtime_env["env_vars"]}),
+    ]
     for line in filter(None, notes):
         say(line)
-    name = _free_name(server, wanted, run, recipe.output)
+    name = free_name(server, wanted, run, recipe.output)
     metadata = {RUN: run, OUTPUT: recipe.output, RECIPE: wanted.recipe, STOP_WAIT: str(recipe.cluster.stop_wait_s)}
     given = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
     own, excludes = runtime_env.pop("working_dir", None), runtime_env.pop("excludes", [])
     with tempfile.TemporaryDirectory(prefix="perceiver-job-") as folder:
         left = build_package(Path(folder), work.files, own, excludes)
         if left:
-            say(f"note: {', '.join(left)} of {own} stay here, for such files hold secrets")
+            say(f"note: {', '.join(left)} of {own} not uploaded: may contain secrets")
         runtime_env["working_dir"] = folder
         with server.answers(f"the job {name}"):
             return server.client.submit_job(
@@ -81,13 +86,13 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
 
 
 def entrypoint(wanted: Submission, work: JobSpec, run: str, folder: str | None) -> str:
-    """Return the shell command of the job: `cluster.jobs.entrypoint`, which becomes `perceiver train` or `tune`.
+    """Return the shell command of a job: `cluster.jobs.entrypoint`, which becomes `perceiver train` or `tune`.
 
     Args:
-        wanted: what the user asked for.
-        work: what that comes to.
+        wanted: the user's request.
+        work: the job's work.
         run: name of the run.
-        folder: the current folder, if the cluster's nodes see it too; else the job finds all in its package.
+        folder: the current folder if the cluster's nodes see it too; None if the job has only its package.
     """
     needs = needed(work.tree, wanted)
     words = ["python", "-m", "cluster.jobs.entrypoint", "--run", run, "--output", work.recipe.output]
@@ -101,41 +106,41 @@ def entrypoint(wanted: Submission, work: JobSpec, run: str, folder: str | None) 
 
 
 def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
-    """Refuse workers or data tasks that fit on no node."""
+    """Raise a UserError if the workers or data tasks do not fit on the nodes."""
     if not recipe.cluster.autoscaling:
-        check_memory(nodes, data_need(recipe))
+        check_task_memory(nodes, data_need(recipe))
     place_some(recipe, nodes)
 
 
 def check_entrypoint(nodes: Sequence[Node], work: JobSpec, wanted: Submission) -> None:
-    """Refuse a driver that asks for more than any node has, or that leaves the workers no room wherever it runs."""
+    """Refuse a driver that requests more than any node has, or that leaves too little for the workers on every node."""
     need = _reserved(wanted)
     if not need or work.recipe.cluster.autoscaling:
         return
     asked = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
-    reason = f"none of the {len(nodes)} nodes has that: ask for less"
+    reason = f"none of the {len(nodes)} nodes has that: request less"
     for number, node in enumerate(nodes):
         if node.room(need):
             try:
                 work.fits([*nodes[:number], node.less(need), *nodes[number + 1 :]])
             except UserError as error:
-                reason = f"beside that {error}; or ask for less for the entrypoint"
+                reason = f"then {error}; or request less for the entrypoint"
             else:
                 return
-    raise UserError(f"the entrypoint asks for {asked} (--entrypoint-...), and {reason}")
+    raise UserError(f"the entrypoint requests {asked} (--entrypoint-...), and {reason}")
 
 
 def _reserved(wanted: Submission) -> dict[str, float]:
-    """Return what the driver holds of the node that it runs on."""
+    """Return the resources that the driver reserves on its node."""
     need = {"CPU": wanted.entrypoint_num_cpus or 0.0, "GPU": wanted.entrypoint_num_gpus or 0.0}
     return {name: amount for name, amount in {**need, **wanted.entrypoint_resources}.items() if amount}
 
 
-def _free_name(server: JobServer, wanted: Submission, run: str, output: str) -> str:
-    """Return a name for the job that no other has.
+def free_name(server: JobServer, wanted: Submission, run: str, output: str) -> str:
+    """Return an unused name for the job.
 
     Raises:
-        UserError: the name the user gave is taken, or a live job trains the same run.
+        UserError: the user's name is in use, or a live job trains the same run.
     """
     jobs = list_jobs(server)
     busy = next((job for job in jobs if job.run == run and job.output == output and job.status in LIVE), None)
@@ -149,7 +154,7 @@ def _free_name(server: JobServer, wanted: Submission, run: str, output: str) -> 
         if wanted.submission_id in taken:
             status = taken[wanted.submission_id].status
             raise UserError(
-                f"--submission-id {wanted.submission_id} is taken by a job that is {status}: give another, or none"
+                f"--submission-id {wanted.submission_id} is taken by a job that is {status}: choose another, or omit it"
             )
         return wanted.submission_id
     number = 1
@@ -158,8 +163,8 @@ def _free_name(server: JobServer, wanted: Submission, run: str, output: str) -> 
     return f"{run}-{number}"
 
 
-def _runtime_env(recipe: Recipe, wanted: Submission) -> dict[str, Any]:
-    """Return the job's environment: the user's, ours below it; its ``working_dir`` is a folder of the user's."""
+def build_runtime_env(recipe: Recipe, wanted: Submission) -> dict[str, Any]:
+    """Return the job's runtime environment: ours, overridden by the user's; ``working_dir`` is the user's folder."""
     given = _given_env(wanted.runtime_env_json or "{}")
     folder = _folder(wanted, given)
     ours = {name: value for name, value in QUIET_ENVIRONMENT.items() if not name.startswith("RAY_USAGE")}
@@ -167,16 +172,16 @@ def _runtime_env(recipe: Recipe, wanted: Submission) -> dict[str, Any]:
     given["env_vars"] = {**ours, **_passed(wanted.env), **given.get("env_vars", {})}
     if wanted.install:
         if "pip" in given or "uv" in given or "conda" in given:
-            raise UserError("--install and an environment in --runtime-env-json exclude each other: give one")
+            raise UserError("--install and pip, uv or conda in --runtime-env-json exclude each other: give one")
         given["pip"] = {"packages": locked_requirements(), "pip_check": False}
     return {**given, "working_dir": folder} if folder else given
 
 
 def _given_env(text: str) -> dict[str, Any]:
-    """Read ``--runtime-env-json`` as Ray does: with the contents of the requirement files that it names.
+    """Read ``--runtime-env-json`` as Ray does, with the contents of the requirement files that it names.
 
     Raises:
-        UserError: it is no JSON, or not what Ray takes.
+        UserError: it is not JSON, or Ray refuses it.
     """
     from ray.runtime_env import RuntimeEnv
 
@@ -185,21 +190,20 @@ def _given_env(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--runtime-env-json is not JSON ({error})") from None
     if not isinstance(given, dict) or not isinstance(given.get("env_vars", {}), dict):
-        raise UserError("""--runtime-env-json is not an object, such as '{"env_vars": {"NCCL_DEBUG": "INFO"}}'""")
+        raise UserError("""--runtime-env-json is not an object such as '{"env_vars": {"NCCL_DEBUG": "INFO"}}'""")
     folder = {key: given.pop(key) for key in ("working_dir",) if key in given}
     try:
         read = RuntimeEnv(**given).to_dict()
     except (TypeError, ValueError, OSError, RuntimeError) as error:
-        line = redact_text(first_line(error))
-        raise UserError(f"--runtime-env-json: {line}") from None
+        raise UserError(f"--runtime-env-json: {redact_text(first_line(error))}") from None
     return {**given, **{key: read[key] for key in ("pip", "uv", "conda") if key in read}, **folder}
 
 
 def _folder(wanted: Submission, given: dict[str, Any]) -> str | None:
-    """Return the user's folder that travels, and take it out of the environment.
+    """Return the user's folder to upload, and remove it from the environment.
 
     Raises:
-        UserError: there are two, or it is none of this machine.
+        UserError: two folders are given, or the folder does not exist on this machine.
     """
     named = given.pop("working_dir", None)
     if named is not None and wanted.working_dir:
@@ -208,20 +212,14 @@ def _folder(wanted: Submission, given: dict[str, Any]) -> str | None:
     folder = wanted.working_dir or named
     if folder is not None and (not isinstance(folder, str) or "://" in folder or not Path(folder).is_dir()):
         raise UserError(
-            f"{option} = {redact_text(str(folder))} is no folder of this machine: the job's working directory is our "
-            "sources and the recipe, and such a folder; name an archive that the cluster is to fetch in py_modules of "
-            "--runtime-env-json"
+            f"{option} = {redact_text(str(folder))} is not a folder on this machine: give a local folder, or name an "
+            "archive that the cluster fetches in py_modules of --runtime-env-json"
         )
     return folder
-
-
-def _known(wanted: Submission, runtime_env: Mapping[str, Any]) -> set[str]:
-    """Return the variables that the job is sure to have."""
-    return {*wanted.secrets, *runtime_env["env_vars"]}
 
 
 def _passed(names: Sequence[str]) -> dict[str, str]:
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise UserError(f"--env {missing[0]}: no such environment variable here; set it, or leave the option out")
+        raise UserError(f"--env {missing[0]}: no such environment variable here: set it, or omit the option")
     return {name: os.environ[name] for name in names}

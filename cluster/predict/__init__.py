@@ -1,1 +1,1 @@
-"""A trained model applied to data: `perceiver evaluate` and `perceiver predict`. No training."""
+"""Evaluation and prediction with a trained model: `perceiver evaluate` and `perceiver predict`. No training."""

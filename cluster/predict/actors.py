@@ -1,4 +1,4 @@
-"""The model in Ray Data actors: batches of the data in, the rows that the task predicts out, in order."""
+"""Prediction in Ray Data actors that hold the model; the results come in order."""
 
 import math
 import queue
@@ -28,21 +28,21 @@ from pipelines.feed.stream import Collate, Lines, RayOptions, Run, make_dataset,
 from pipelines.shards.quarantine import Quarantine
 
 TURNS = 4
-"""Runs for each actor at least, so that all are busy to the end also where there are few samples."""
+"""Least number of runs per actor, so that all actors stay busy also with few samples."""
 ROWS, PROBLEMS, SIZE = "rows", "problems", "size"
-"""What an actor says of a batch: its predictions as an Arrow stream, its problem lines, its number of rows."""
+"""Columns of an actor's output for a batch: predictions as an Arrow stream, problem lines, number of rows."""
 
 
 def default_workers(config: ClusterConfig, nodes: Sequence[Node], joined: bool) -> int:
-    """Return how many actors hold the model if the user does not say; 0 stands for the calling process.
+    """Return the default number of actors; 0 means that the calling process predicts.
 
-    One for each GPU of the nodes that the recipe's workers may use, else one for each of these nodes. A Ray of our own
-    with less than two GPUs has nothing that the calling process lacks.
+    One per GPU of the nodes that the recipe's workers may use, otherwise one per node. A local Ray instance with less
+    than two GPUs has no advantage over the calling process.
 
     Args:
         config: the recipe's `cluster` section.
-        nodes: those that are up.
-        joined: whether the Ray is a cluster that was there before.
+        nodes: the live nodes.
+        joined: whether Ray is an existing cluster.
     """
     suitable = [node for node in nodes if node.has(config.worker_labels)]
     gpus = sum(node.room({"GPU": config.gpus_per_worker or 1}) for node in suitable)
@@ -52,20 +52,20 @@ def default_workers(config: ClusterConfig, nodes: Sequence[Node], joined: bool) 
 
 
 def connected_workers(scoring: Scoring) -> int:
-    """Return `default_workers` for the Ray that this process is connected to."""
+    """Return `default_workers` for the connected Ray."""
     config = scoring.recipe.cluster
     return default_workers(config, connected_nodes(), config.resolved_address() is not None)
 
 
 class Forward:
-    """One actor's model: a batch of rows in, one row about it out.
+    """An actor with the model: maps a batch of rows to one row with its predictions.
 
     Args:
-        weights: reference to the `Saved` weights, so that each actor reads them once, from the object store.
+        weights: reference to the `Saved` weights, which each actor reads once from the object store.
         task: the recipe's task.
-        classes: of the model.
+        classes: number of classes of the model.
         gpu: whether the actor has a GPU.
-        neighbours: actors of its node that share the cores.
+        neighbours: number of actors on its node, which share the cores.
     """
 
     def __init__(self, weights: "ray.ObjectRef[Any]", task: Config, classes: int, gpu: bool, neighbours: int) -> None:
@@ -78,7 +78,7 @@ class Forward:
         self.collate = Collate(self.lines)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Predict one batch."""
+        """Predict a batch."""
         batch = {name: tensor.to(self.device) for name, tensor in self.collate(rows).items()}
         found, lines = predicted(self.task, self.model, batch), []
         while not self.lines.empty():
@@ -86,21 +86,21 @@ class Forward:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, found.schema) as stream:
             stream.write_table(found)
-        said = {
+        output = {
             ROWS: pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
             PROBLEMS: pa.array([lines], pa.list_(pa.string())),
             SIZE: [rows.num_rows],
         }
-        return pa.table(said)
+        return pa.table(output)
 
 
 def predict_in_actors(
     scoring: Scoring, workers: int, first: int, quarantine: Quarantine
 ) -> Generator[pa.Table, None, None]:
-    """Yield the predictions of each batch, from the `first` one on, in order; `workers` actors make them.
+    """Yield the predictions of `workers` actors for each batch, in order, starting with batch `first`.
 
     Raises:
-        UserError: there is no room for so many actors, or there are too many bad samples.
+        UserError: the actors do not fit on the cluster, or there are too many bad samples.
     """
     share = EvalShare(scoring.split, scoring.batch, first=first)
     workers = min(workers, -(-scoring.samples // scoring.batch) - first)
@@ -109,13 +109,13 @@ def predict_in_actors(
 
 
 def _resources(recipe: Recipe, workers: int) -> dict[str, Any]:
-    """What each actor holds: as a training worker would, and a GPU where there are any."""
+    """Return the resources of each actor: those of a training worker, and a GPU if there are any."""
     gpus = recipe.cluster.gpus_per_worker or float(ray.cluster_resources().get("GPU", 0) >= workers)
     cluster = recipe.cluster.model_copy(update={"workers": workers, "gpus_per_worker": gpus})
     try:
         held = worker_resources(recipe.model_copy(update={"cluster": cluster}), Share(cluster_cpus()))
     except UserError as error:
-        raise UserError(f"--workers {workers}, which stands for cluster.workers here: {error}") from None
+        raise UserError(f"--workers {workers}, used as cluster.workers: {error}") from None
     return {
         "num_cpus": held.pop("CPU", 0),
         "num_gpus": held.pop("GPU", 0),
@@ -125,7 +125,7 @@ def _resources(recipe: Recipe, workers: int) -> dict[str, Any]:
 
 
 def _shorter(runs: list[Run], workers: int) -> list[Run]:
-    """The same steps in runs short enough that each actor gets its turns."""
+    """Return the same steps in shorter runs, at least `TURNS` per actor."""
     most = -(-(runs[-1][1] - runs[0][0]) // (TURNS * workers))
     return [(first, min(first + most, stop)) for start, stop in runs for first in range(start, stop, most)]
 
@@ -157,5 +157,5 @@ def _execute(
     blocks: Any = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
     with plain_errors(), closing(blocks):
         for block in blocks:
-            for said in block.to_pylist():
-                yield pa.ipc.open_stream(said[ROWS]).read_all(), said[SIZE], said[PROBLEMS]
+            for output in block.to_pylist():
+                yield pa.ipc.open_stream(output[ROWS]).read_all(), output[SIZE], output[PROBLEMS]

@@ -1,4 +1,4 @@
-"""Predictions for a data set as Parquet files, in parts that a restart does not repeat."""
+"""Predictions for a data set as Parquet files; a restart does not repeat finished files."""
 
 import hashlib
 import json
@@ -20,23 +20,23 @@ from pipelines.shards.quarantine import Quarantine, write_problems
 from pipelines.shards.reader import Reader
 
 FACTS = "_predictions.json"
-"""Like `_quarantine`, not taken for data by what reads a folder of Parquet files."""
+"""Readers of a folder of Parquet files ignore it, and `_quarantine`, because of the underscore."""
 BAD = "_quarantine"
-ROWS_A_PART = 4096
-"""Samples of one file of predictions, about: the unit that a restart does not repeat."""
+ROWS_PER_PART = 4096
+"""Approximate number of samples per file of predictions."""
 
 Progress = Callable[[int, int], None]
-"""Called with the samples done and those of the split."""
+"""Called with the number of finished samples and the number of samples in the split."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """How a split is cut into files.
+    """The files of predictions of a split.
 
     Attributes:
-        samples: of the split.
-        batch: samples of a forward pass.
-        each: batches of a file; the last one may have less.
+        samples: samples of the split.
+        batch: samples per forward pass.
+        each: batches per file; the last file may have fewer.
     """
 
     samples: int
@@ -45,7 +45,7 @@ class Parts:
 
     @property
     def batches(self) -> int:
-        """Batches of the split."""
+        """Number of batches of the split."""
         return -(-self.samples // self.batch)
 
     @property
@@ -54,50 +54,52 @@ class Parts:
         return -(-self.batches // self.each)
 
     def batches_of(self, part: int) -> int:
-        """Batches of one file."""
+        """Return the number of batches of a file."""
         return min(self.each, self.batches - part * self.each)
 
     def ids(self, part: int) -> range:
-        """The samples of one file."""
+        """Return the sample ids of a file."""
         size = self.each * self.batch
         return range(part * size, min(self.samples, (part + 1) * size))
 
     def done(self, folder: Folder) -> int:
-        """Files that are there from the first one on without a gap."""
+        """Return the number of finished files, counted from the first one without a gap."""
         return next((part for part in range(self.count) if not folder.exists(self.name(part))), self.count)
 
     def name(self, part: int) -> str:
-        """Name of a file."""
+        """Return the name of a file."""
         return f"part-{part:06d}.parquet"
 
 
 def predict(scoring: Scoring, target: str, progress: Progress | None = None, workers: int | None = None) -> int:
-    """Write predictions as Parquet files; go on where a call before this one was broken off.
+    """Write predictions as Parquet files; continue an interrupted call.
 
-    A row a sample: `sample_id`, `key` (where the sample came from), `label` if the data has one, what the task says
+    One row per sample: `sample_id`, `key` (the sample's origin), `label` if the data has one, the task's outputs
     (`prediction`, `probability`, ...), and `class` for a classifier whose classes have names. Bad samples are left out;
-    those of each file are listed in a file of the same name below `_quarantine/`, which is written before it.
+    those of each file are listed in a file of the same name in `_quarantine/`, which is written first.
 
     Args:
         scoring: the model and the data.
         target: folder or URL.
-        progress: told after each file.
-        workers: Ray Data actors that hold the model, 0 for this process; by the connected Ray if None, see
-            `cluster.predict.actors.default_workers`. The files are the same.
+        progress: called after each file.
+        workers: Ray Data actors with the model, 0 for this process; default: see
+            `cluster.predict.actors.default_workers`. The files do not depend on it.
 
     Returns:
-        Samples predicted by this call.
+        Number of samples that this call predicted.
 
     Raises:
-        UserError: the folder holds predictions of another model or other data.
+        UserError: the folder contains predictions of another model or other data.
     """
     folder = open_folder(target)
     _claim(folder, _fingerprint(scoring))
-    parts = Parts(scoring.samples, scoring.batch, max(1, ROWS_A_PART // scoring.batch))
+    parts = Parts(scoring.samples, scoring.batch, max(1, ROWS_PER_PART // scoring.batch))
     done, written = parts.done(folder), 0
     if done == parts.count:
         return 0
-    quarantine, reader = _quarantine(scoring, folder, parts, done), _reader(scoring)
+    data, manifest = scoring.recipe.data, scoring.manifest
+    reader = Reader.of(data.url, manifest, manifest.split(scoring.split), data.storage_options)
+    quarantine = _quarantine(scoring, folder, parts, done)
     with closing(_outcomes(scoring, workers, done * parts.each, quarantine)) as outcomes:
         for part in range(done, parts.count):
             rows = _named(scoring, pa.concat_tables(islice(outcomes, parts.batches_of(part))))
@@ -113,7 +115,7 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
 
 
 def _quarantine(scoring: Scoring, folder: Folder, parts: Parts, done: int) -> Quarantine:
-    """A quarantine that has counted what the files that are done left out."""
+    """Return a quarantine that counts the samples and bad samples of the finished files."""
     found = Quarantine(scoring.recipe.data.max_bad_fraction)
     found.seen = done * parts.each * parts.batch
     bad = Folder(folder.fs, folder.file(BAD), f"{folder.url}/{BAD}")
@@ -126,18 +128,18 @@ def _quarantine(scoring: Scoring, folder: Folder, parts: Parts, done: int) -> Qu
 def _outcomes(
     scoring: Scoring, workers: int | None, first: int, quarantine: Quarantine
 ) -> Generator[pa.Table, None, None]:
-    """The predictions of each batch from the `first` one on."""
+    """Yield the predictions of each batch, starting with batch `first`."""
     if scoring.recipe.data.executor == "inline":
         if workers:
-            raise UserError(f"--workers {workers} wants Ray, the run has data.executor = inline: add data.executor=ray")
-        return _here(scoring, first, quarantine)
+            raise UserError(f"--workers {workers} needs Ray, the run has data.executor = inline: add data.executor=ray")
+        return _in_process(scoring, first, quarantine)
     from cluster.predict.actors import connected_workers, predict_in_actors
 
     count = connected_workers(scoring) if workers is None else workers
-    return predict_in_actors(scoring, count, first, quarantine) if count else _here(scoring, first, quarantine)
+    return predict_in_actors(scoring, count, first, quarantine) if count else _in_process(scoring, first, quarantine)
 
 
-def _here(scoring: Scoring, first: int, quarantine: Quarantine) -> Generator[pa.Table, None, None]:
+def _in_process(scoring: Scoring, first: int, quarantine: Quarantine) -> Generator[pa.Table, None, None]:
     task = scoring.task()
     with closing(scoring.batches(first, quarantine)) as batches:
         for batch in batches:
@@ -147,7 +149,7 @@ def _here(scoring: Scoring, first: int, quarantine: Quarantine) -> Generator[pa.
 
 
 def _named(scoring: Scoring, rows: pa.Table) -> pa.Table:
-    """Add the names of the predicted classes, as the model was taught them, if the prediction is a class."""
+    """Add the names of the predicted classes, if the prediction is a class and the names are known."""
     names = scoring.names
     if names and "prediction" in rows.column_names and pa.types.is_integer(rows.schema.field("prediction").type):
         found = [names[number] for number in rows["prediction"].to_pylist()]
@@ -156,7 +158,7 @@ def _named(scoring: Scoring, rows: pa.Table) -> pa.Table:
 
 
 def _fingerprint(scoring: Scoring) -> dict[str, Any]:
-    """What the predictions depend on."""
+    """Return everything that the predictions depend on."""
     digest = hashlib.sha256()
     for name in sorted(scoring.saved.tensors):
         digest.update(name.encode())
@@ -178,10 +180,10 @@ def _short(value: Any) -> str:
 
 
 def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
-    """Note in the folder what its files are predictions of, or see that it says the same."""
+    """Write the fingerprint to the folder, or check that it is the same."""
     if not folder.exists(FACTS):
         if strange := [name for name in folder.names() if name.endswith(".parquet")]:
-            name = f"{folder.url} holds {strange[0]}"
+            name = f"{folder.url} contains {strange[0]}"
             raise UserError(f"{name}, which perceiver predict did not write: choose another --to")
         folder.write(FACTS, json.dumps(facts, indent=1))
         return
@@ -189,12 +191,6 @@ def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
     changed = [name for name, value in facts.items() if before.get(name) != value]
     if changed:
         raise UserError(
-            f"{folder.url} holds predictions with {changed[0]} {before.get(changed[0])}, these would be"
-            f" with {facts[changed[0]]}: choose another --to"
+            f"{folder.url} was written with {changed[0]} = {before.get(changed[0])}, this call uses "
+            f"{facts[changed[0]]}: choose another --to"
         )
-
-
-def _reader(scoring: Scoring) -> Reader:
-    """Return what reads the keys of the split's samples."""
-    data, manifest = scoring.recipe.data, scoring.manifest
-    return Reader.of(data.url, manifest, manifest.split(scoring.split), data.storage_options)

@@ -1,4 +1,4 @@
-"""What a task says of samples, as the rows of Parquet files."""
+"""A task's predictions as tables and Parquet files."""
 
 from io import BytesIO
 from typing import Any
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from perceiver.tasks import Batch
 
 FIRST = ("sample_id", "key", "label", "prediction", "class")
-"""The columns that come first, those of them that there are."""
+"""The first columns, if present."""
 
 
 def predicted(task: Any, model: nn.Module, batch: Batch) -> pa.Table:
-    """Return a row a sample of the batch: `sample_id`, `label` if there is one, and the task's outputs.
+    """Return one row per sample of the batch: `sample_id`, `label` if there is one, and the task's outputs.
 
-    Padding and bad samples are left out. Outputs with further axes become lists.
+    Padding and bad samples are left out. Outputs with more axes become lists.
     """
     keep = batch["valid"]
     found = {
@@ -39,7 +39,7 @@ def _column(values: Tensor) -> pa.Array:
 
 
 def parquet(rows: pa.Table) -> bytes:
-    """Return the rows as a Parquet file, its columns in the usual order."""
+    """Return the rows as a Parquet file, the columns of `FIRST` first."""
     order = [name for name in FIRST if name in rows.column_names]
     sink = BytesIO()
     pq.write_table(rows.select(order + [name for name in rows.column_names if name not in FIRST]), sink)

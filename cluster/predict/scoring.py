@@ -1,7 +1,7 @@
-"""A trained model and the data that it is to see: what `perceiver evaluate` and `perceiver predict` begin with.
+"""A trained model and a data set, the input of `perceiver evaluate` and `perceiver predict`.
 
-The data goes through the same Ray Data pipeline as in training; the model runs in the calling process, on its GPU if
-there is one, or for predictions in actors (`cluster.predict.actors`).
+The data goes through the same pipeline as in training. The model runs in the calling process, on its GPU if there is
+one, or for predictions in actors (`cluster.predict.actors`).
 """
 
 import json
@@ -29,15 +29,15 @@ from pipelines.shards.quarantine import Quarantine
 
 @dataclass(frozen=True)
 class Scoring:
-    """A trained model and the data it is to see.
+    """A trained model and a data set.
 
     Attributes:
-        saved: the weights and where they came from.
-        recipe: that of the run, turned to the data in question.
+        saved: the weights and their origin.
+        recipe: the run's recipe with the data set.
         manifest: of the data.
         model: on its device, in evaluation mode.
-        batch: samples of a forward pass.
-        names: of the model's classes, as it was taught them; empty if they are not known.
+        batch: samples per forward pass.
+        names: names of the model's classes; empty if unknown.
     """
 
     saved: Saved
@@ -49,53 +49,53 @@ class Scoring:
 
     @property
     def split(self) -> str:
-        """The split in question."""
+        """Name of the split."""
         return self.recipe.data.eval_split
 
     @property
     def samples(self) -> int:
-        """Samples of the split."""
+        """Number of samples in the split."""
         return self.manifest.split(self.split).samples
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def classes(self) -> int:
-        """Number of the model's classes; those of the data if the model has none."""
+        """Number of classes of the model; of the data if the model has none."""
         return class_count(self.recipe.model, self.saved.shapes) or len(self.manifest.classes)
 
     def task(self) -> Any:
-        """The run's task."""
+        """Return the run's task."""
         return build_task(self.recipe.task, classes=self.classes)
 
     def note(self) -> str:
-        """What the user should know of the classes' names, in one line; mostly empty."""
-        theirs, place = self.manifest.classes, self.recipe.data.url
+        """Return a note for the user about the names of the classes; usually empty."""
+        theirs, url = self.manifest.classes, self.recipe.data.url
         if not self.names:
             unknown = class_count(self.recipe.model, self.saved.shapes) is not None
             return (
-                f"{self.saved.place} does not say what its classes are called, and its data cannot be read: "
-                "classes are given by number alone"
+                f"{self.saved.place} has no names of classes, and its data cannot be read: classes are only given by "
+                "number"
                 if unknown
                 else ""
             )
         if not theirs or theirs == self.names or "label" not in self.manifest.features:
             return ""
         return (
-            f"{place} calls its classes {_some(theirs)}, the model's are {_some(self.names)}: a label is a number "
-            "of the former, a prediction of the latter"
+            f"{url} has the classes {_some(theirs)}, the model has {_some(self.names)}: labels are numbers of the "
+            "former, predictions of the latter"
         )
 
     def batches(self, first: int = 0, quarantine: Quarantine | None = None) -> Generator[Batch, None, None]:
-        """The split's batches in order, from the `first` one."""
+        """Return the split's batches in order, starting with batch `first`."""
         share = EvalShare(self.split, self.batch, first=first)
         return eval_batches(self.recipe.data, self.manifest, share, self.device, quarantine)
 
     def metrics(self, quarantine: Quarantine | None = None) -> dict[str, float]:
-        """The task's figures on the split, each sample counted once."""
+        """Return the task's metrics on the split; each sample counts once."""
         return evaluate(self.model, self.task(), self.batches(quarantine=quarantine), Ranks(self.device))
 
 
@@ -107,21 +107,21 @@ def open_scoring(
     batch: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Scoring:
-    """Read a run's weights and turn its recipe to a data set.
+    """Load a run's weights, and apply its recipe to a data set.
 
     Args:
         place: a run's folder, one of its checkpoints, or an exported safetensors file with its recipe.yaml.
-        url: prepared data; the run's own if None.
-        split: of the data; the run's evaluation split if None, or the only one there is.
-        batch: samples of a forward pass; as in training if None.
+        url: prepared data; default: the run's own.
+        split: of the data; default: the only split, otherwise the run's evaluation split.
+        batch: samples per forward pass; default: as in training.
         overrides: dotted keys of the recipe, such as data.clip.eval_clips=16.
 
     Raises:
-        UserError: no weights, no recipe with them, or data that the model does not fit.
+        UserError: the weights or their recipe are missing, or the data do not fit the model.
     """
     saved = open_weights(place)
     if not saved.recipe:
-        raise UserError(f"{place}: got weights without a recipe; wanted a run's folder, or recipe.yaml beside the file")
+        raise UserError(f"{place}: weights without a recipe; wanted a run's folder, or recipe.yaml next to the file")
     tree = json.loads(json.dumps(saved.recipe))
     for override in overrides:
         apply_override(tree, override)
@@ -139,7 +139,7 @@ def open_scoring(
 
 
 def _class_names(saved: Saved) -> tuple[str, ...]:
-    """What the run calls its classes: nothing if that is not known, or is not of this model."""
+    """Return the names of the model's classes; empty if they are unknown or their number differs."""
     found = trained_on(saved)
     assert saved.model is not None
     return found.classes if found and len(found.classes) == class_count(saved.model, saved.shapes) else ()
@@ -150,32 +150,30 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _split(recipe: Recipe, manifest: Manifest) -> str:
-    """The run's evaluation split, or the only one of other data."""
+    """Return the only split of the data, otherwise the run's evaluation split."""
     return next(iter(manifest.splits)) if len(manifest.splits) == 1 else recipe.data.eval_split
 
 
 def check_labels(scoring: Scoring) -> None:
-    """Refuse data whose labels are not the model's classes.
+    """Refuse data with other classes than the model.
 
     Raises:
-        UserError: the number of classes differs, or they have the same names in another order.
+        UserError: the number of classes differs, or the same names are in another order.
     """
     theirs, names, url = scoring.manifest.classes, scoring.names, scoring.recipe.data.url
     classes = class_count(scoring.recipe.model, scoring.saved.shapes)
     if classes and len(theirs) != classes:
-        raise UserError(
-            f"{url} has {len(theirs)} classes, the model {classes}: give data with the classes that it was trained on"
-        )
+        raise UserError(f"{url} has {len(theirs)} classes, the model {classes}: use data with the model's classes")
     if theirs != names and set(theirs) == set(names):
         first = next(number for number, name in enumerate(names) if theirs[number] != name)
         raise UserError(
-            f"{url} numbers its classes otherwise than the model: {first} is {theirs[first]} there, "
-            f"{names[first]} for the model; prepare the data with the classes in the model's order"
+            f"{url} has the model's classes in another order ({first} is {theirs[first]} in the data, {names[first]} "
+            "in the model): prepare the data with the classes in the model's order"
         )
 
 
 def trained_on(saved: Saved) -> DataFacts | None:
-    """Return what the run recorded of its data, else what the data's own manifest says; None if neither is there."""
+    """Return the recorded facts of the run's data, otherwise those of its manifest; None if neither exists."""
     section = saved.recipe.get("data", {})
     if saved.data or "url" not in section:
         return saved.data
@@ -188,7 +186,7 @@ def trained_on(saved: Saved) -> DataFacts | None:
 
 @contextmanager
 def ray_for(scoring: Scoring) -> Iterator[None]:
-    """A connected Ray while it is needed; none where the data is read in this process."""
+    """Connect to Ray in a `with` block, unless the data is read in this process."""
     if scoring.recipe.data.executor == "inline":
         yield
         return

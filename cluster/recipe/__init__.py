@@ -1,1 +1,1 @@
-"""Recipes and everything that can be refused before a worker starts. Nothing here starts Ray."""
+"""Recipes, and all checks that are made before a worker starts. Nothing here starts Ray."""

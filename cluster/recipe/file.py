@@ -1,7 +1,9 @@
-"""YAML files of the user: a recipe and its dotted overrides as a plain tree, before anything heavy is imported."""
+"""Read the user's YAML files: recipes with dotted overrides as plain trees, and typed configurations."""
 
 import difflib
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +34,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"no recipe file {path}{hint}")
     tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {type(tree).__name__}, wanted a mapping of sections such as data: and model:")
+        raise UserError(f"{path} is a {type(tree).__name__}, wanted a mapping of sections such as data: and model:")
     return tree
 
 
@@ -40,7 +42,7 @@ def read_yaml(path: str | Path, hint: str = "see recipes/") -> Any:
     """Read a YAML file.
 
     Raises:
-        UserError: it cannot be read (the line ends with the hint), or is no YAML.
+        UserError: it cannot be read (the message ends with the hint), or is not valid YAML.
     """
     try:
         return yaml.safe_load(Path(path).read_text())
@@ -50,11 +52,11 @@ def read_yaml(path: str | Path, hint: str = "see recipes/") -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read_config(path: str | Path, kind: type[Kind], hint: str = "see recipes/") -> Kind:
+def read_yaml_config(path: str | Path, kind: type[Kind], hint: str = "see recipes/") -> Kind:
     """Read a YAML file as a configuration; an empty file has every key at its default.
 
     Raises:
-        UserError: it cannot be read, is no YAML, or a key or value does not fit.
+        UserError: it cannot be read, is not valid YAML, or has a wrong key or value.
     """
     try:
         return kind.model_validate(read_yaml(path, hint) or {})
@@ -63,17 +65,20 @@ def read_config(path: str | Path, kind: type[Kind], hint: str = "see recipes/") 
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return the first mistake of a validation as one line, an unknown key with the nearest one of the model."""
+    """Return the first mistake of a validation as one line; for an unknown key, with the nearest known one.
+
+    Args:
+        error: the error of pydantic.
+        model: the configuration that was validated.
+    """
     errors = error.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # Behind the key of a section that is one of several comes its kind, which is no key of the file.
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in _key_path(model, first["loc"]))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     context = first.get("ctx", {})
     match first["type"]:
         case "extra_forbidden":
-            near = difflib.get_close_matches(key, list(model.model_fields), 1, cutoff=0.5)
-            return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "") + more
+            return _unknown_key(model, key) + more
         case "missing":
             return f"the key {key} is missing{more}"
         case "union_tag_not_found":
@@ -89,8 +94,61 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             return f"{got}{first['msg'][0].lower()}{first['msg'][1:]}{more}"
 
 
+def _unknown_key(model: type[BaseModel], key: str) -> str:
+    known = list(known_keys(model))
+    if key in known:
+        return f"the key {key} does not apply to the chosen kind or preset: remove it"
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    if not near:
+        leaf = key.rsplit(".", 1)[-1]
+        near = difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], 1)
+        near = [k for k in known if near and k.rsplit(".", 1)[-1] == near[0]][:1]
+    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _key_path(node: Any, location: Sequence[int | str]) -> Iterator[int | str]:
+    """Yield an error's location without the tags of unions, which are not keys of the file."""
+    for part in location:
+        variants = _variants(node)
+        tags = {_tag(variant) for variant in variants}
+        if len(variants) > 1 and part in tags:
+            node = next(v for v in variants if _tag(v) == part)
+            continue
+        if any(part == v.__name__ for v in variants):
+            continue
+        yield part
+        fields = {name: f for v in variants for name, f in v.model_fields.items()}
+        node = fields[str(part)].annotation if str(part) in fields else None
+
+
+def known_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield each dotted key of a section type."""
+    for variant in _variants(node):
+        for name, field in variant.model_fields.items():
+            yield prefix + name
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _variants(node: Any) -> list[type[BaseModel]]:
+    """Return the configuration classes of an annotation, the members of unions included."""
+    if isinstance(node, type) and issubclass(node, BaseModel):
+        return [node]
+    if typing.get_origin(node) in (typing.Union, types.UnionType, typing.Annotated):
+        return [variant for part in typing.get_args(node) for variant in _variants(part)]
+    return []
+
+
+def _tag(variant: type[BaseModel]) -> Any:
+    kind = variant.model_fields.get("kind")
+    return typing.get_args(kind.annotation)[0] if kind and typing.get_args(kind.annotation) else variant.__name__
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key in the tree."""
+    """Set one dotted key in the tree, from ``key=value``; the value is YAML.
+
+    Raises:
+        UserError: the override has another form.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form key=value, for example optim.lr=2e-3")

@@ -1,4 +1,4 @@
-"""Which nodes of a cluster take the workers and the data tasks, and what is missing if none can."""
+"""Placement of workers and data tasks on the nodes of a cluster, and what is missing if they do not fit."""
 
 import json
 import math
@@ -13,22 +13,22 @@ from cluster.recipe.resources import SMALLEST_SHARE, ClusterConfig
 from perceiver.config import UserError
 
 RESERVED = "PERCEIVER_RESERVED"
-"""Environment variable of a job's driver: a JSON object of the resources that its entrypoint holds."""
+"""Environment variable of a job's driver: a JSON object of the resources that its entrypoint reserves."""
 
 PROBES, PROBE_S = 32, 1.0
-"""Nodes that are asked at a time whether they are there, and the seconds that each has for an answer."""
+"""Nodes that are probed at a time, and the timeout of a probe in seconds."""
 LARGEST_DEFAULT_SHARE = 1.0
-"""CPUs that a worker holds on a shared cluster unless the recipe says otherwise. Its threads do not depend on it."""
+"""CPUs that a worker reserves on a cluster by default. Its number of threads does not depend on it."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node as the scheduler sees it.
+    """A node as Ray's scheduler sees it.
 
     Attributes:
         name: its address.
-        resources: logical resources in total, such as ``{"CPU": 8.0, "GPU": 1.0}``.
-        labels: Ray's own (``ray.io/...``) and the ones it was started with.
+        resources: total logical resources, such as ``{"CPU": 8.0, "GPU": 1.0}``.
+        labels: Ray's own (``ray.io/...``) and those that it was started with.
         head: whether the cluster's control plane runs there.
     """
 
@@ -42,24 +42,24 @@ class Node:
         return all(self.labels.get(key) == value for key, value in labels.items())
 
     def room(self, need: Mapping[str, float]) -> int:
-        """Return how many times a need fits, with nothing else running."""
+        """Return how many times a need fits on the empty node."""
         return min((math.floor(self.resources.get(k, 0) / v + 1e-9) for k, v in need.items() if v), default=0)
 
     def less(self, taken: Mapping[str, float]) -> "Node":
-        """Return the node without what something else holds of it."""
+        """Return the node without the resources that are taken."""
         left = {name: max(amount - taken.get(name, 0.0), 0.0) for name, amount in self.resources.items()}
         return replace(self, resources=left)
 
 
 @dataclass(frozen=True)
 class DataNeed:
-    """What the data tasks of a run need at a time.
+    """Resources of the concurrent data tasks of a run.
 
     Attributes:
-        cpus: CPUs in total.
-        cpus_per_task: of one task.
-        labels: of the nodes that they run on.
-        memory_per_task: bytes of one task; 0 if none are reserved.
+        cpus: CPUs of all tasks.
+        cpus_per_task: CPUs of one task.
+        labels: labels of the nodes that they run on.
+        memory_per_task: bytes that one task reserves; 0 for none.
     """
 
     cpus: float
@@ -69,20 +69,20 @@ class DataNeed:
 
     @property
     def tasks(self) -> int:
-        """Tasks at a time."""
+        """Number of concurrent tasks."""
         return round(self.cpus / self.cpus_per_task)
 
 
 def reserved() -> dict[str, float]:
-    """Return what a job's entrypoint, which this process then is, holds of its node."""
+    """Return the resources that this process reserves as a job's entrypoint; empty if it is not one."""
     return json.loads(os.environ.get(RESERVED) or "{}")
 
 
 def connected_nodes(*, answering: bool = False) -> list[Node]:
-    """Return the live nodes of the cluster that this process is connected to, less what it holds itself as a job.
+    """Return the live nodes of the connected cluster, without the resources that this process reserves as a job.
 
     Args:
-        answering: only those to which a connection can be made now. Ray takes some ten seconds to call a node dead.
+        answering: only the nodes that accept a connection now. Ray needs about ten seconds to mark a node as dead.
     """
     import ray
 
@@ -112,15 +112,15 @@ def _answers(node: Mapping[str, Any]) -> bool:
 
 
 def worker_need(config: ClusterConfig, cpus: float) -> dict[str, float]:
-    """Return what one worker holds."""
+    """Return the resources of one worker."""
     return {"CPU": cpus, "GPU": config.gpus_per_worker, **config.worker_resources}
 
 
-def check_memory(nodes: Sequence[Node], data: DataNeed) -> None:
-    """Refuse data tasks that reserve more memory than their nodes have: they would wait for ever.
+def check_task_memory(nodes: Sequence[Node], data: DataNeed) -> None:
+    """Refuse data tasks that reserve more memory than their nodes have, and would wait for ever.
 
     Raises:
-        UserError: they do.
+        UserError: the tasks do not fit.
     """
     if not data.memory_per_task:
         return
@@ -136,10 +136,10 @@ def check_memory(nodes: Sequence[Node], data: DataNeed) -> None:
 
 
 def check_evaluation(config: ClusterConfig, nodes: Sequence[Node]) -> None:
-    """Refuse evaluations beside training (`train.eval_async`) for which no GPU is left.
+    """Refuse asynchronous evaluation (`train.eval_async`) if the workers leave no GPU for it.
 
     Raises:
-        UserError: the nodes have none beside the workers'.
+        UserError: no GPU is left.
     """
     each = config.gpus_per_worker
     if not each:
@@ -148,18 +148,18 @@ def check_evaluation(config: ClusterConfig, nodes: Sequence[Node]) -> None:
     if sum(node.room({"GPU": each}) for node in training) <= config.workers:
         total = sum(node.resources.get("GPU", 0) for node in training)
         raise UserError(
-            f"train.eval_async takes {each:g} GPU beside those of cluster.workers = {config.workers}; there are "
-            f"{total:g} in all: lower cluster.workers, or set train.eval_async=false"
+            f"train.eval_async needs {each:g} GPU in addition to cluster.workers = {config.workers}; the nodes have "
+            f"{total:g}: lower cluster.workers, or set train.eval_async=false"
         )
 
 
 def place(config: ClusterConfig, nodes: Sequence[Node], data: DataNeed) -> float:
-    """Return the logical CPUs of one worker so that all workers fit on the nodes and data tasks have room beside them.
+    """Return the logical CPUs of one worker so that all workers and the data tasks fit on the nodes.
 
-    With ``cluster.autoscaling`` the nodes that are missing may still come, so only the workers' own key counts.
+    With ``cluster.autoscaling`` missing nodes may still join, so only `cluster.cpus_per_worker` counts.
 
     Raises:
-        UserError: they do not fit; the line says what there is, what is missing and which key asks for it.
+        UserError: they do not fit; the message names the missing resource and its key.
     """
     if config.autoscaling:
         return config.cpus_per_worker or LARGEST_DEFAULT_SHARE
@@ -183,17 +183,14 @@ def _labelled(nodes: Sequence[Node], labels: Mapping[str, str], key: str) -> lis
     found = [node for node in nodes if node.has(labels)]
     if not found:
         wanted = _pairs(labels)
-        there = "; ".join(f"{n.name} {_pairs(_own(n.labels)) or 'none'}" for n in nodes[:5]) or "no node at all"
+        there = "; ".join(f"{n.name} {_pairs(n.labels) or 'none'}" for n in nodes[:5]) or "no node at all"
         raise UserError(f"{key} asks for nodes labelled {wanted or 'anyhow'}, no node is; labels there: {there}")
     return found
 
 
-def _own(labels: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in labels.items() if not key.startswith("ray.io/")}
-
-
 def _pairs(labels: Mapping[str, str]) -> str:
-    return ",".join(f"{key}={value}" for key, value in labels.items())
+    """Return labels as text, without Ray's own."""
+    return ",".join(f"{key}={value}" for key, value in labels.items() if not key.startswith("ray.io/"))
 
 
 def _room(config: ClusterConfig, nodes: Sequence[Node], cpus: float) -> int:
@@ -201,7 +198,7 @@ def _room(config: ClusterConfig, nodes: Sequence[Node], cpus: float) -> int:
 
 
 def _check_workers(config: ClusterConfig, nodes: Sequence[Node], cpus: float) -> None:
-    """Refuse workers that the nodes cannot hold, naming the resource that runs out first."""
+    """Refuse workers that do not fit on the nodes, naming the scarcest resource."""
     room = _room(config, nodes, cpus)
     if room >= config.workers:
         return
@@ -218,7 +215,7 @@ def _check_workers(config: ClusterConfig, nodes: Sequence[Node], cpus: float) ->
     raise UserError(
         f"cluster.workers = {config.workers} with {need[short]:g} {short} each need {config.workers * need[short]:g} "
         f"{short}; there {'is' if len(nodes) == 1 else 'are'} {there}{labels}: {fix} "
-        "(cluster.autoscaling=true if more nodes come on demand)"
+        "(or cluster.autoscaling=true if nodes are added on demand)"
     )
 
 
@@ -235,7 +232,7 @@ def _check_data(nodes: Sequence[Node], data: DataNeed) -> None:
 def _feeds(
     config: ClusterConfig, training: Sequence[Node], feeding: Sequence[Node], data: DataNeed, share: float
 ) -> bool:
-    """Return whether the data tasks find CPUs wherever the workers are placed."""
+    """Return whether CPUs are left for the data tasks wherever the workers are placed."""
     shared = [node for node in feeding if node in training]
     apart = sum(node.resources.get("CPU", 0) for node in feeding if node not in training)
     taken = sum(sorted((node.room(worker_need(config, share)) * share for node in shared), reverse=True))
@@ -246,8 +243,8 @@ def _feeds(
 def _starved(config: ClusterConfig, feeding: Sequence[Node], data: DataNeed) -> str:
     cpus = sum(node.resources.get("CPU", 0) for node in feeding)
     return (
-        f"data tasks need {data.cpus:g} CPUs beside cluster.workers = {config.workers}; their "
-        f"{len(feeding)} node{'s' * (len(feeding) > 1)} have {cpus:g} in all, and the workers leave less: lower "
-        "cluster.cpus_per_worker, data.tasks or data.cpus_per_task, or give data tasks nodes of their own "
+        f"data tasks need {data.cpus:g} CPUs in addition to cluster.workers = {config.workers}; their "
+        f"{len(feeding)} node{'s' * (len(feeding) > 1)} have {cpus:g}, and the workers leave less: lower "
+        "cluster.cpus_per_worker, data.tasks or data.cpus_per_task, or use separate nodes for data tasks "
         "(data.task_labels)"
     )

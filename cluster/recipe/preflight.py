@@ -1,4 +1,4 @@
-"""Whatever can be refused is refused here, before a worker starts, in one line that names the fix."""
+"""The checks before a worker starts; each refuses a mistake in one line that names the fix."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,14 +22,14 @@ from pipelines.feed.ingest import DataConfig, batch_shapes, check_files, load_da
 from pipelines.shards.manifest import Manifest, load_manifest
 
 TARGETS = {"classification": "label", "tagging": "labels"}
-"""The kind of the feature ``label`` that a task learns from."""
+"""Kind of the feature ``label`` that a task needs."""
 NEEDS = {"flow": "flow", "masked_language": "text"}
-"""The batch key that a task without labels learns from."""
+"""Batch key that a task without labels needs."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the checks found out, for the header and the launch."""
+    """Results of the checks, for the header and the launch; `start` describes `train.init_from`."""
 
     manifest: Manifest
     parameters: int
@@ -41,7 +41,7 @@ class Preflight:
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """The data and the model that a recipe comes to: the number of parameters, and the shape of each."""
+    """The data and the model of a recipe: the number of parameters and their shapes by name."""
 
     manifest: Manifest
     parameters: int
@@ -52,7 +52,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     """Check a recipe against its data, this machine, its output folder and the checkpoint to resume from.
 
     Raises:
-        UserError: the first thing that would stop the run, with what to change.
+        UserError: the first problem that would stop the run, with its fix.
     """
     model = check_recipe(recipe)
     check_files(recipe.data, model.manifest)
@@ -76,10 +76,10 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
 
 
 def check_machine(recipe: Recipe) -> tuple[int, int]:
-    """Check that this machine holds the workers and data tasks of a recipe; return its CPUs and GPUs.
+    """Check that the workers and data tasks of a recipe fit on this machine; return its CPUs and GPUs.
 
     Raises:
-        UserError: it does not; the line says what is missing and which key asks for it.
+        UserError: they do not fit; the message names the missing resource and its key.
     """
     cpus, gpus = machine_cpus(), torch.cuda.device_count()
     share = worker_cpus(recipe.cluster, cpus, data_cpus(recipe))
@@ -92,16 +92,16 @@ def check_machine(recipe: Recipe) -> tuple[int, int]:
 
 
 def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest] = load_manifest) -> CheckedModel:
-    """Check a recipe against itself and its data, without a look at machines and folders.
+    """Check a recipe against itself and its data, not against machines and folders.
 
     Args:
         recipe: the recipe.
-        load: reads a prepared folder's manifest, given its URL and storage options.
+        load: reads the manifest of a prepared folder, given its URL and storage options.
 
     Raises:
-        UserError: the first thing that would stop the run, with what to change.
+        UserError: the first problem that would stop the run, with its fix.
     """
-    check_workers(recipe)
+    check_worker_range(recipe)
     manifest = load_data(recipe.data, load)
     check_data(recipe, manifest)
     check_best(recipe, len(manifest.classes))
@@ -113,25 +113,25 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
 
 
 def data_facts(manifest: Manifest) -> dict[str, Any]:
-    """Return what run.json records of the data (key ``data``), without secrets."""
+    """Return the entry ``data`` of run.json, without secrets."""
     return redact(asdict(DataFacts(manifest.name, manifest.licence, manifest.source, manifest.classes)))
 
 
 def describe_start(recipe: Recipe, manifest: Manifest) -> str:
-    """Say what ``train.init_from`` gives the model, empty without it; refuse weights of another model."""
-    place = recipe.train.init_from
-    if not place:
+    """Return a line about the weights of ``train.init_from``, empty without it; refuse weights of another model."""
+    url = recipe.train.init_from
+    if not url:
         return ""
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))
-    return plan_start(model, open_weights(place)).describe(place)
+    return plan_start(model, open_weights(url)).describe(url)
 
 
 def data_cpus(recipe: Recipe) -> float:
-    """Return the CPUs that data tasks may hold at a time: each worker's training tasks, and one for its evaluation.
+    """Return the CPUs of all concurrent data tasks: each worker's training tasks, and one for its evaluation.
 
-    A training task that waits for the worker to take its rows keeps its CPU, so without room beside it an evaluation
-    could wait for ever. With `data.executor: inline` there are none.
+    A training task keeps its CPU while it waits for the worker to take its rows, so without the additional one an
+    evaluation could wait for ever. With `data.executor: inline` there are no tasks.
     """
     if recipe.data.executor == "inline":
         return 0.0
@@ -139,7 +139,7 @@ def data_cpus(recipe: Recipe) -> float:
 
 
 def data_need(recipe: Recipe) -> DataNeed:
-    """Return what the data tasks of a run need of the nodes."""
+    """Return the resources of a run's data tasks."""
     data = recipe.data
     if data.executor == "inline":
         return DataNeed(0.0, data.cpus_per_task)
@@ -147,10 +147,10 @@ def data_need(recipe: Recipe) -> DataNeed:
 
 
 def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
-    """Return the logical CPUs of one worker so that all fit onto the nodes, or at least `cluster.min_workers`.
+    """Return the logical CPUs of one worker so that all fit on the nodes, or at least `cluster.min_workers`.
 
     Raises:
-        UserError: not even those fit, or no GPU is left for evaluations beside training.
+        UserError: not even those fit, or no GPU is left for asynchronous evaluation.
     """
     if recipe.train.eval_async and not recipe.cluster.autoscaling:
         check_evaluation(recipe.cluster, nodes)
@@ -165,43 +165,43 @@ def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
 
 
 class _Sums(dict[str, Any]):
-    """Sums of an evaluation that has whatever a task asks for."""
+    """Sums of an evaluation in which every key is present."""
 
     def __missing__(self, key: str) -> float:
         return 1.0
 
 
 def evaluation_metrics(recipe: Recipe, classes: int) -> list[str]:
-    """Return the names of the figures that an evaluation of the recipe's task gives, such as "accuracy"."""
+    """Return the names of the metrics of the recipe's task, such as "accuracy"."""
     bins = torch.ones(classes, 2)
-    sums = _Sums(positive=bins, negative=bins)  # what tagging makes its average precision of
+    sums = _Sums(positive=bins, negative=bins)  # for the average precision of tagging
     return sorted(build_task(recipe.task, classes=classes).summarise(sums, 1.0))
 
 
 def check_best(recipe: Recipe, classes: int) -> None:
-    """Refuse to keep the best by a figure that no evaluation gives; those of training are not known beforehand."""
+    """Refuse `train.keep_best` by an unknown evaluation metric; training metrics are not known beforehand."""
     best = recipe.train.keep_best
     if best is None or best.metric.startswith("train/"):
         return
     known = [f"eval/{name}" for name in evaluation_metrics(recipe, classes)]
     if best.metric not in known:
         raise UserError(
-            f"train.keep_best.metric = {best.metric!r}: evaluations of task.kind = {kind_of(recipe.task)} give "
-            f"{', '.join(known)}; set it to one of them, or to a figure of training such as train/loss"
+            f"train.keep_best.metric = {best.metric!r}: evaluations of task.kind = {kind_of(recipe.task)} have the "
+            f"metrics {', '.join(known)}: set it to one of them, or to a training metric such as train/loss"
         )
 
 
-def check_workers(recipe: Recipe) -> None:
-    """Refuse a smallest number of workers that is larger than the largest."""
+def check_worker_range(recipe: Recipe) -> None:
+    """Refuse `cluster.min_workers` above `cluster.workers`."""
     if (recipe.cluster.min_workers or 0) > recipe.cluster.workers:
         raise UserError(
-            f"cluster.min_workers {recipe.cluster.min_workers} is more than cluster.workers {recipe.cluster.workers}: "
-            "set it to at most that"
+            f"cluster.min_workers = {recipe.cluster.min_workers} is more than cluster.workers = "
+            f"{recipe.cluster.workers}: set it to at most that"
         )
 
 
 def check_deepspeed(recipe: Recipe, parameters: int) -> None:
-    """Refuse DeepSpeed settings that contradict the recipe, and a DeepSpeed JSON that is not there."""
+    """Refuse DeepSpeed settings that contradict the recipe, and a missing DeepSpeed JSON."""
     workers = recipe.cluster.workers
     training = recipe.train
     batch = BatchPlan(training.micro(workers), training.accumulation(workers), workers, training.global_batch)
@@ -217,7 +217,7 @@ def check_deepspeed(recipe: Recipe, parameters: int) -> None:
 
 
 def check_data(recipe: Recipe, manifest: Manifest) -> None:
-    """Refuse data that the recipe's splits, model or task do not fit."""
+    """Refuse data that do not fit the recipe's splits, model or task."""
     manifest.split(recipe.data.train_split)
     manifest.split(recipe.data.eval_split)
     shapes = batch_shapes(recipe.data, manifest)
@@ -226,21 +226,21 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
     needed = NEEDS.get(kind_of(recipe.task))
     if needed and needed not in shapes:
         raise UserError(
-            f"task.kind = {kind_of(recipe.task)!r} learns from {needed!r}, but {recipe.data.url} has the features "
-            f"{', '.join(manifest.features)}: set data.url to data that have it"
+            f"task.kind = {kind_of(recipe.task)!r} needs {needed!r}, but {recipe.data.url} has the features "
+            f"{', '.join(manifest.features)}: set data.url to data with {needed!r}"
         )
     check_inputs(recipe.model, shapes, recipe.data, manifest)
 
 
 def check_targets(recipe: Recipe, manifest: Manifest) -> None:
-    """Refuse a task whose targets the data does not have."""
+    """Refuse a task whose targets are not in the data."""
     wanted = TARGETS.get(kind_of(recipe.task))
     feature = manifest.features.get("label")
     if wanted and kind_of(feature) != wanted:
         has = f"the kind {kind_of(feature)!r}" if feature else "no feature 'label'"
         fits = next((task for task, kind in TARGETS.items() if feature and kind == kind_of(feature)), None)
         raise UserError(
-            f"task.kind = {kind_of(recipe.task)!r} wants a feature 'label' of the kind {wanted!r}, "
+            f"task.kind = {kind_of(recipe.task)!r} needs a feature 'label' of the kind {wanted!r}, "
             f"{recipe.data.url} has {has}: " + (f"set task.kind={fits}" if fits else "prepare the data with labels")
         )
 
@@ -248,13 +248,13 @@ def check_targets(recipe: Recipe, manifest: Manifest) -> None:
 def check_resume(
     recipe: Recipe, folder: RunFolder, checkpoint: CheckpointManifest, shapes: dict[str, list[int]]
 ) -> None:
-    """Refuse to go on from a checkpoint of another model, batch or seed."""
+    """Refuse to resume from a checkpoint of another model, batch or seed."""
     where = folder.checkpoints.location(checkpoint.step)
     difference = parameter_difference(checkpoint.parameters, shapes)
     if difference:
         raise UserError(
-            f"{where} is from another model: {difference}; resume with that run's recipe "
-            f"({folder.location('recipe.yaml')}) or start a new run without --resume"
+            f"{where} is of another model: {difference}: resume with the run's recipe "
+            f"({folder.location('recipe.yaml')}), or start a new run without --resume"
         )
     saved = checkpoint.recipe
     for key, old, new in (
@@ -263,7 +263,8 @@ def check_resume(
     ):
         if old != new:
             raise UserError(
-                f"{where} was trained with {key} = {old}, the recipe says {new}: its place in the data would be lost"
+                f"{where} was trained with {key} = {old}, the recipe has {new}, which changes the order of the data: "
+                f"set {key}={old}, or start a new run without --resume"
             )
 
 
@@ -272,16 +273,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_inputs(model: Any, shapes: Shapes, data: DataConfig, manifest: Manifest) -> None:
-    """Refuse data that lack what the model reads, or show it in another shape.
+    """Refuse data without the model's inputs, or with inputs of another shape.
 
     Args:
         model: the recipe's model section.
-        shapes: what the data put into a training batch.
+        shapes: shapes of a training batch.
         data: the recipe's data section.
         manifest: of the data.
 
     Raises:
-        UserError: naming both keys of the recipe that must agree.
+        UserError: the message names both keys of the recipe that must agree.
     """
     for key, inputs in input_sections(model):
         with torch.device("meta"):
@@ -301,7 +302,7 @@ def check_inputs(model: Any, shapes: Shapes, data: DataConfig, manifest: Manifes
 
 
 def input_sections(model: Any) -> list[tuple[str, Any]]:
-    """Return the model's input sections, each with its dotted key: those of every modality if there are several."""
+    """Return the model's input sections with their dotted keys, one per modality."""
     inputs = getattr(model, "inputs", None)
     if inputs is None or not hasattr(inputs, "kind"):
         return []
@@ -365,4 +366,4 @@ def _check_video(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig
 
 
 CHECKS = {"image": _check_image, "audio": _check_audio, "video": _check_video, "text": _check_text}
-"""What to say of a batch key whose shape is not the model's; other inputs take any size."""
+"""Checks of a batch key whose shape is not the model's; other inputs accept any size."""

@@ -1,2 +1,1 @@
-"""What a run leaves on disk: its folder, its lease and why it failed. Checkpoints belong to
-`perceiver.train.checkpoint`."""
+"""The record of a run on disk: its folder, its lease, its failures. Checkpoints are in `perceiver.train.checkpoint`."""

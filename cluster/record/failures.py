@@ -1,13 +1,13 @@
-"""What went wrong in a worker, in one line for the user."""
+"""Failures of workers as one line for the user."""
 
 import re
 
 EXIT_STOPPED = 130
-"""Exit code of a run that was asked to stop, and of commands that waited for it."""
+"""Exit code of a stopped run, and of commands that waited for it."""
 
 
 def failure_reason(error: BaseException) -> str:
-    """Return one line for what ended the workers: the first worker's own exception, without Ray's frames."""
+    """Return one line about a failed `fit`: the first worker's own exception, without Ray's frames."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, cause = sorted(failures.items())[0]
@@ -17,7 +17,7 @@ def failure_reason(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the line of an exception's text that says what happened: of a trace the last exception, else the first."""
+    """Return the most informative line of an exception: the last exception of a traceback, otherwise the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Killed)\w*\b", line)]
     if named:

@@ -1,8 +1,8 @@
-"""One driver a run: a lease file beside the run, with owner and heartbeat.
+"""One driver per run: a lease file in the run's folder, with owner and heartbeat.
 
-The clocks of machines are not trusted. A lease's age is the difference of two times that the store itself gave, the
-lease's and that of a probe written now; a lease that looks expired is watched for a heartbeat before it is taken over,
-and so is one from the future. A driver whose process is gone from this machine holds nothing.
+The clocks of machines are not trusted. A lease's age is the difference of two timestamps of the store, the lease's and
+that of a probe written now. A lease that appears expired, or is from the future, is watched for a heartbeat before it
+is taken over. The lease of a process that has ended on this machine is free.
 """
 
 import contextlib
@@ -12,11 +12,10 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fsspec
 from pydantic import Field, ValidationError
@@ -28,27 +27,27 @@ log = logging.getLogger(__name__)
 
 FILE = "lease.json"
 LIFE_S = 60.0
-"""A lease that was not renewed for so long has expired."""
+"""A lease expires this many seconds after its last renewal."""
 BEATS = 4
 """Renewals in that time."""
 SETTLE_S = 0.5
-"""On a store without exclusive creation: pause between writing a lease and reading whose it is."""
+"""Seconds between writing a lease and reading its owner, on a store without exclusive creation."""
 
 
 class Owner(Config):
-    """Who holds a run."""
+    """The driver that owns a run."""
 
-    id: str = Field(description="drawn at random by each driver")
+    id: str = Field(description="random id of the driver")
     host: str = Field(description="its machine")
-    boot: str = Field(description="identifies the machine's last start and its process table, where the system tells")
+    boot: str = Field(description="identifies the machine's last start and its process table, empty if unknown")
     pid: int = Field(description="its process")
-    began: str = Field(description="start of that process in clock ticks: another one may get its number")
-    beat: int = Field(default=0, description="counts the renewals")
+    began: str = Field(description="start of that process, since process ids are reused")
+    beat: int = Field(default=0, description="number of renewals")
     life_s: float = Field(default=LIFE_S, description="seconds after a renewal at which the lease expires")
 
     @classmethod
     def here(cls, life_s: float) -> "Owner":
-        """This process."""
+        """Return this process as an owner."""
         pid = os.getpid()
         return cls(
             id=secrets.token_hex(8), host=socket.gethostname(), boot=_boot(), pid=pid, began=_began(pid), life_s=life_s
@@ -56,7 +55,7 @@ class Owner(Config):
 
     @property
     def gone(self) -> bool:
-        """Whether the process ran on this machine and does not run any more."""
+        """Whether the process ran on this machine and has ended."""
         same = self.boot == _boot() if self.boot else self.host == socket.gethostname()
         return same and _began(self.pid) != self.began
 
@@ -65,7 +64,7 @@ class Owner(Config):
 
 
 def _boot() -> str:
-    """Names this start of the machine and this container's process numbers; empty where the system does not tell."""
+    """Return an id of the machine's last start and this container's process table; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -74,7 +73,7 @@ def _boot() -> str:
 
 
 def _began(pid: int) -> str:
-    """When a process began, empty if it is not there (a zombie is not)."""
+    """Return the start time of a process, empty if it does not exist or is a zombie."""
     import psutil
 
     try:
@@ -86,18 +85,17 @@ def _began(pid: int) -> str:
 
 @dataclass
 class LeaseFile:
-    """The lease of one run below a folder (any fsspec URL)."""
+    """The lease file in the folder of a run (any fsspec URL)."""
 
     url: str
-    storage_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.fs, folder = fsspec.core.url_to_fs(self.url.rstrip("/"), **dict(self.storage_options or {}))
+        self.fs, folder = fsspec.core.url_to_fs(self.url.rstrip("/"))
         self.folder, self.path = folder, f"{folder}/{FILE}"
         self.local = is_local(self.fs)
 
     def read(self) -> Owner | None:
-        """Who holds the run; None if nobody does, or the file is no lease."""
+        """Return the owner; None without a lease, or if the file is not a valid one."""
         self.fs.invalidate_cache()
         try:
             return Owner.model_validate_json(self.fs.cat_file(self.path))
@@ -105,11 +103,11 @@ class LeaseFile:
             return None
 
     def write(self, owner: Owner) -> None:
-        """Replace the lease, whole."""
+        """Replace the lease atomically."""
         write_whole(self.fs, self.path, owner.model_dump_json())
 
     def create(self, owner: Owner) -> bool:
-        """Write the lease where there is none; False if another driver was faster."""
+        """Create the lease; return False if another driver was faster."""
         if self.local:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             scratch = Path(f"{self.path}.{owner.id}")
@@ -127,19 +125,19 @@ class LeaseFile:
         return found is not None and found.id == owner.id
 
     def remove(self, owner: Owner) -> None:
-        """Take the lease away if it is that owner's (or no lease at all, which nobody can own)."""
+        """Remove the lease file; `owner` is the driver that removes it."""
         if not self.local:
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(self.path)
             return
-        # Renaming is atomic: of several that found the lease expired, one moves it away.
+        # Renaming is atomic: only one of several drivers that found the lease expired moves it.
         aside = Path(f"{self.path}.{owner.id}")
         with contextlib.suppress(FileNotFoundError):
             Path(self.path).rename(aside)
             aside.unlink()
 
     def age_s(self) -> float | None:
-        """Seconds since the last renewal by the store's own clock; None if the store does not tell times."""
+        """Return the seconds since the last renewal by the store's clock; None if the store has no timestamps."""
         probe = f"{self.path}.probe-{secrets.token_hex(4)}"
         try:
             self.fs.pipe_file(probe, b"")
@@ -156,7 +154,7 @@ class Lease:
     """A held lease: renewed by a thread until `release`.
 
     Attributes:
-        lost: what has happened to it, empty while it is held. Whoever finds it lost must stop at once.
+        lost: why the lease was lost, empty while it is held. A driver without its lease must stop at once.
     """
 
     def __init__(self, file: LeaseFile, owner: Owner) -> None:
@@ -166,38 +164,38 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Stop renewing and take the lease away, if it is still ours."""
+        """Stop renewing and remove the lease, if it is still ours."""
         self._over.set()
         self._thread.join()
         try:
             found = self.file.read()
             if found is not None and found.id == self.owner.id:
                 self.file.remove(self.owner)
-        except Exception as error:  # noqa: BLE001  a store that is gone must not hide how the run ended; leases expire
-            log.warning("the lease %s could not be given back: %s", self.file.url, error)
+        except Exception as error:  # noqa: BLE001  a failed store must not hide how the run ended; leases expire
+            log.warning("the lease %s could not be released: %s", self.file.url, error)
 
     def _renew(self) -> None:
         while not self._over.wait(self.owner.life_s / BEATS):
             try:
                 found = self.file.read()
                 if found is None or found.id != self.owner.id:
-                    self.lost = f"another driver holds this run now ({found or 'its lease was deleted'})"
+                    self.lost = f"another driver has taken over this run ({found or 'its lease was deleted'})"
                     log.error("%s", self.lost)
                     return
                 self.owner = self.owner.model_copy(update={"beat": self.owner.beat + 1})
                 self.file.write(self.owner)
-            except Exception as error:  # noqa: BLE001  each store raises its own; the next beat tries again
+            except Exception as error:  # noqa: BLE001  each store raises its own; the next renewal tries again
                 log.warning("the lease %s could not be renewed: %s", self.file.url, error)
 
 
 @contextmanager
-def hold(url: str, life_s: float = LIFE_S, storage_options: Mapping[str, Any] | None = None) -> Iterator[Lease]:
-    """Hold the lease of a run's folder for the time of a `with` block.
+def hold(url: str, life_s: float = LIFE_S) -> Iterator[Lease]:
+    """Hold the lease of a run's folder in a `with` block.
 
     Raises:
-        UserError: another driver holds it; the message says which, and until when.
+        UserError: another driver holds it; the message names the driver and the expiry.
     """
-    lease = acquire(LeaseFile(url, storage_options), life_s)
+    lease = acquire(LeaseFile(url), life_s)
     try:
         yield lease
     finally:
@@ -205,7 +203,7 @@ def hold(url: str, life_s: float = LIFE_S, storage_options: Mapping[str, Any] | 
 
 
 def acquire(file: LeaseFile, life_s: float = LIFE_S) -> Lease:
-    """Take the lease.
+    """Acquire the lease.
 
     Raises:
         UserError: see `hold`.
@@ -225,15 +223,15 @@ def acquire(file: LeaseFile, life_s: float = LIFE_S) -> Lease:
 
 
 def _time_left(file: LeaseFile, found: Owner) -> float:
-    """Seconds for which a lease is certain to hold; 0 if it has expired and nobody renews it."""
+    """Return the seconds until a lease may expire; 0 if it has expired and is not renewed."""
     age = file.age_s()
     if age is not None and 0 <= age <= found.life_s:
         return found.life_s - age
-    # Expired, from the future, or on a store that tells no time: a clock may have been set. Who lives renews it.
-    patience = found.life_s if age is None or age < 0 else 1.5 * found.life_s / BEATS
-    until = time.monotonic() + patience
+    # Expired, from the future, or on a store without timestamps: a clock may have been set. A live owner renews it.
+    watched_s = found.life_s if age is None or age < 0 else 1.5 * found.life_s / BEATS
+    until = time.monotonic() + watched_s
     while time.monotonic() < until:
-        time.sleep(min(0.2, patience / 10))
+        time.sleep(min(0.2, watched_s / 10))
         now = file.read()
         if now is None:
             return 0.0

@@ -1,4 +1,4 @@
-"""The folder of a run: what it is called, what lies where, and how ``--resume`` finds it."""
+"""The folder of a run: its name, its files, and how ``--resume`` finds it."""
 
 import difflib
 import json
@@ -13,6 +13,7 @@ import fsspec
 
 from perceiver.config import UserError
 from perceiver.storage import RetryPolicy, cache_folder, is_local, with_retries, write_whole
+from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointStore
 
 RETRIES = RetryPolicy(attempts=5, backoff=1.0)
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 
 def retried(fs: Any, what: str, work: Callable[[], T]) -> T:
-    """Call `work`; if the store is a remote one, retry for the reasons that `with_retries` names."""
+    """Call `work`, on a remote store with the retries of `with_retries`."""
     return work() if is_local(fs) else with_retries(work, what, RETRIES)
 
 
@@ -33,16 +34,16 @@ class RunFolder:
 
     @property
     def url(self) -> str:
-        """Return the run's folder as the user would write it."""
+        """Return the URL or path of the run's folder."""
         return f"{self.output.rstrip('/')}/{self.name}"
 
     @property
     def local(self) -> Path:
-        """Return the folder for what must lie on a local disk (logs, metrics): the run's own if it is local."""
+        """Return the local folder for logs and metrics: the run's own if it is local, otherwise one in the cache."""
         return Path(self.url) if "://" not in self.url else cache_folder("runs", self.name)
 
     def location(self, *parts: str) -> str:
-        """Return the URL of something inside."""
+        """Return the URL of a file or folder of the run."""
         return "/".join([self.url, *parts])
 
     @property
@@ -51,31 +52,30 @@ class RunFolder:
         return CheckpointStore(self.location("checkpoints"))
 
     def write(self, part: str, data: str | bytes) -> None:
-        """Write a file whole; on a local disk by rename, so that nobody reads half of it.
+        """Write a file atomically, see `write_whole`.
 
         Raises:
-            UserError: the place cannot be written to.
+            UserError: the file cannot be written.
         """
         fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
         try:
             retried(fs, f"writing {self.location(part)}", lambda: write_whole(fs, path, data))
         except OSError as error:
             raise UserError(
-                f"cannot write {self.location(part)} ({error.strerror or error}): set output= to a folder that you may "
-                "write to"
+                f"cannot write {self.location(part)} ({error.strerror or error}): set output= to a writable folder"
             ) from None
 
     def read(self, part: str) -> str | None:
-        """Return a file's text, or None if it is not there."""
+        """Return a file's text, or None if it does not exist."""
         fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
         return retried(fs, f"reading {self.location(part)}", lambda: _text(fs, path))
 
     def facts(self) -> dict[str, Any]:
-        """Return what run.json holds; an empty mapping before the run has started."""
+        """Return the contents of run.json; empty before the run has started."""
         return json.loads(self.read("run.json") or "{}")
 
     def note(self, **facts: Any) -> None:
-        """Add facts to run.json."""
+        """Add entries to run.json."""
         merged = {"name": self.name, "created": time.time(), **self.facts(), **facts}
         self.write("run.json", json.dumps(merged, indent=1) + "\n")
 
@@ -85,18 +85,18 @@ def _text(fs: Any, path: str) -> str | None:
 
 
 def named_run(output: str, name: str) -> RunFolder:
-    """Return the folder for a run that the user names.
+    """Return the folder of a run that the user names.
 
     Raises:
-        UserError: the name is no plain folder name.
+        UserError: the name is not a plain folder name.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"--run {name!r} is no plain name: use letters, digits, dot, dash and underscore")
+        raise UserError(f"--run {name!r} is not a plain name: use letters, digits, dot, dash and underscore")
     return RunFolder(output, name)
 
 
 def new_run(output: str, name: str) -> RunFolder:
-    """Return the folder for a fresh run, ``<name>-001`` or the next number that is free."""
+    """Return the folder of a new run, ``<name>-001`` or the next free number."""
     taken = [int(n[len(name) + 1 :]) for n in run_names(output, name)]
     return RunFolder(output, f"{name}-{max(taken, default=0) + 1:03d}")
 
@@ -113,10 +113,10 @@ def run_names(output: str, name: str) -> list[str]:
 
 
 def find_run(output: str, recipe_name: str, run: str | None = None) -> RunFolder:
-    """Return the run that ``--resume`` means: the one named, else the newest of the recipe.
+    """Return the run to resume: the named one, otherwise the newest of the recipe.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such run.
     """
     names = run_names(output, recipe_name)
     if run is None:
@@ -126,16 +126,16 @@ def find_run(output: str, recipe_name: str, run: str | None = None) -> RunFolder
     folder = named_run(output, run)
     if not folder.facts():
         near = difflib.get_close_matches(run, names, 1)
-        hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(names[-5:]) or 'none'}"
+        hint = f"did you mean {near[0]}?" if near else f"its runs: {', '.join(names[-5:]) or 'none'}"
         raise UserError(f"no run {run!r} below {output}; {hint}")
     return folder
 
 
 def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> RunFolder:
-    """Return the folder that a command means: with ``resume`` one that is there, else a fresh one.
+    """Return the folder of a command's run: an existing one with ``resume``, otherwise a new one.
 
     Raises:
-        UserError: there is none to go on with, or ``run`` is no plain name.
+        UserError: there is no run to resume, or ``run`` is not a plain name.
     """
     if resume:
         return find_run(output, name, run)
@@ -143,9 +143,7 @@ def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> 
 
 
 def redacted_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's tree fit for files and logs: values under secret-looking keys and in URLs are masked."""
-    from perceiver.tracking.redaction import redact
-
+    """Return a recipe's tree with secrets masked, for files and logs: values of secret keys, logins in URLs."""
     return {
         key: redacted_recipe(value) if isinstance(value, Mapping) else redact({key: value})[key]
         for key, value in tree.items()

@@ -1,1 +1,1 @@
-"""A training run: the driver, the worker and what they tell each other. Read `launch.py`, then `worker.py`."""
+"""A training run: the driver, the workers and the channel between them. Read `launch.py`, then `worker.py`."""

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+"""The console output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -12,20 +12,20 @@ from rich.text import Text
 
 
 class Drawn(Protocol):
-    """What is drawn over and over below the lines on a terminal: a bar, a table."""
+    """A live display below the lines on a terminal, such as a bar or a table."""
 
     console: Console
 
     def stop(self) -> None:
-        """Take it down."""
+        """Remove the display."""
         ...
 
 
 class LineConsole:
-    """Prints lines; on a terminal above what is drawn there, if anything is."""
+    """Prints lines, on a terminal above the live display, if there is one."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # FORCE_COLOR, which notebooks set, asks for colours; it makes no terminal that lines could be rewritten on.
+        # Notebooks set FORCE_COLOR, but are not terminals on which lines can be rewritten.
         terminal = None if sys.stdout.isatty() else False
         self.console = console or Console(highlight=False, soft_wrap=True, force_terminal=terminal)
         self.live = self.console.is_terminal
@@ -37,11 +37,11 @@ class LineConsole:
         self.close()
 
     def drawn(self) -> Drawn | None:
-        """Return what is drawn at the moment."""
+        """Return the live display, None without one."""
         return None
 
     def close(self) -> None:
-        """Take down what is drawn; the lines stay."""
+        """Remove the live display; the lines stay."""
         if (drawn := self.drawn()) is not None:
             drawn.stop()
 
@@ -51,13 +51,13 @@ class LineConsole:
         (drawn.console if drawn is not None else self.console).print(line, markup=False)
 
     def error(self, text: str) -> None:
-        """Print one line about what went wrong to stderr."""
+        """Print an error to stderr."""
         self.close()
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
 
 
 class RunConsole(LineConsole):
-    """Shows the events that workers send. ``show`` takes one event; ``say`` prints a line of our own."""
+    """Shows the events of the workers."""
 
     def __init__(self, console: Console | None = None, line_every: float = 10.0) -> None:
         super().__init__(console)
@@ -70,16 +70,16 @@ class RunConsole(LineConsole):
         self.first_step_at: float | None = None
 
     def drawn(self) -> Progress | None:
-        """Return the bar."""
+        """Return the progress bar, None without one."""
         return self._bar
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the progress bar."""
         super().close()
         self._bar = None
 
     def show(self, event: Mapping[str, Any]) -> None:
-        """Show one event; kinds that have no handler are not for the user."""
+        """Show an event; kinds without a handler are not shown."""
         handler = getattr(self, f"_on_{event['kind']}", None)
         if handler is not None:
             handler(event)
@@ -95,25 +95,25 @@ class RunConsole(LineConsole):
         before, world = self._world, event["world"]
         self._world = world
         if before not in (None, world):
-            self.say(f"training goes on with {world} worker{'s' * (world > 1)} in place of {before}")
+            self.say(f"training continues with {world} worker{'s' * (world > 1)} instead of {before}")
 
     def _on_failure(self, event: Mapping[str, Any]) -> None:
-        self.say(f"worker {event['failed']} failed ({event['reason']}); the workers start again")
+        self.say(f"worker {event['failed']} failed ({event['reason']}); restarting the workers")
 
     def _on_hang(self, event: Mapping[str, Any]) -> None:
-        self.say(f"worker {event['rank']} (process {event['pid']} on {event['host']}) {event['why']}: it is ended")
+        self.say(f"worker {event['rank']} (process {event['pid']} on {event['host']}) {event['why']}: killing it")
 
     def _on_rolled_back(self, event: Mapping[str, Any]) -> None:
         self.say(
-            f"the loss of step {event['step']} was no number: back to the weights of step {event['target']}; "
-            "the samples since then are passed over"
+            f"the loss of step {event['step']} was NaN or infinite: rolled back to the weights of step "
+            f"{event['target']}; the samples since then are skipped"
         )
 
     def _on_missed(self, event: Mapping[str, Any]) -> None:
-        self.say(f"{event['reason']}; training goes on")
+        self.say(f"{event['reason']}; training continues")
 
     def _on_unscored(self, event: Mapping[str, Any]) -> None:
-        self.say(f"the evaluation of step {event['step']} failed ({event['reason']}); training goes on")
+        self.say(f"the evaluation of step {event['step']} failed ({event['reason']}); training continues")
 
     def _on_metrics(self, event: Mapping[str, Any]) -> None:
         metrics = {k.removeprefix("eval/"): v for k, v in event["metrics"].items() if k.startswith("eval/")}
@@ -130,7 +130,7 @@ class RunConsole(LineConsole):
             self._advance(event)
         elif now - self._last_line >= self.line_every or event["step"] == event["total_steps"]:
             self._last_line = now
-            self.say(f"  {_status(event)}  ETA {_duration(self._eta(event, now))}")
+            self.say(f"  {_status(event)}  ETA {duration(self._eta(event, now))}")
 
     def _eta(self, event: Mapping[str, Any], now: float) -> float | None:
         began, first = self._began or (now, event["step"])
@@ -153,17 +153,16 @@ class RunConsole(LineConsole):
 
 
 class _Elapsed(ProgressColumn):
-    """Time since the bar began."""
+    """Column of the time since the bar was created."""
 
     def render(self, task: Task) -> Text:
         """Return the elapsed time."""
-        return Text(f"({_duration(task.elapsed)})")
+        return Text(f"({duration(task.elapsed)})")
 
 
 def _short(url: str) -> str:
-    """Return a local path as seen from this folder, if it lies below it."""
-    here = f"{Path.cwd()}/"
-    return url.removeprefix(here)
+    """Return a local path relative to the current folder, if it is inside."""
+    return url.removeprefix(f"{Path.cwd()}/")
 
 
 def _status(event: Mapping[str, Any]) -> str:
@@ -178,12 +177,13 @@ def _status(event: Mapping[str, Any]) -> str:
 
 
 def _pairs(metrics: Mapping[str, float]) -> str:
-    """Return ``name value`` pairs; shares such as accuracy in per cent, secondary ones (top-5) left to the report."""
+    """Return ``name value`` pairs: accuracies in per cent, top-5 metrics omitted."""
     shown = {name: value for name, value in metrics.items() if not name.endswith("_top5")}
     return "  ".join(f"{k} {v:.1%}" if k.startswith("accuracy") else f"{k} {v:.4g}" for k, v in shown.items())
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Return seconds as 0:05, 1:05 or 1:01:40; -:-- for None."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(int(seconds), 60)

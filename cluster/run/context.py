@@ -1,4 +1,4 @@
-"""What one start of a run consists of, for the driver's parts."""
+"""One start of a run, as the parts of the driver share it."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ class Launch:
     """One start of a run.
 
     Attributes:
-        recipe: of the run.
-        folder: of the run.
-        preflight: what the checks found.
-        console: where lines are printed.
-        resume: whether the run continues.
+        recipe: the recipe.
+        folder: folder of the run.
+        preflight: results of the checks.
+        console: prints lines.
+        resume: whether the run is resumed.
         began: `time.monotonic()` of the start.
-        command: what was typed, without ``--resume`` and ``--run``.
-        background: does what nobody needs to wait for.
-        lease: on the run.
+        command: the command as typed, without ``--resume`` and ``--run``.
+        background: executor for the work that nobody waits for.
+        lease: lease of the run.
     """
 
     recipe: Recipe
@@ -38,5 +38,5 @@ class Launch:
 
     @property
     def saved_at(self) -> float | None:
-        """When the checkpoint to resume from was saved, in seconds since the epoch; None without one."""
+        """Time of the checkpoint to resume from, in seconds since the epoch; None without one."""
         return self.preflight.checkpoint.created if self.preflight.checkpoint else None

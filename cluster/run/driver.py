@@ -1,4 +1,4 @@
-"""The driver's loop: Ray's `fit` in a thread, the workers' events in the caller's. `train` and `tune` share it."""
+"""The driver's loop, shared by `train` and `tune`: Ray's `fit` in a thread, the workers' events in the caller's."""
 
 import concurrent.futures
 import logging
@@ -12,23 +12,23 @@ from cluster.run.monitor import Event, Monitor
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.25
-"""Between two looks at what the workers have sent."""
+POLL_S = 0.25
+"""Seconds between two polls of the workers' events."""
 REFUSED_GRACE_S = 3.0
-"""A worker that refuses to continue leaves the others waiting for it: after so long the driver waits no more."""
-LOOKED: Event = {"kind": "looked", "rank": 0}
-"""Yielded after each look, for what is to be done now and then."""
+"""After a worker has refused to continue, the driver waits this long for the others, which wait for that worker."""
+POLLED: Event = {"kind": "polled", "rank": 0}
+"""Yielded after each poll, for periodic work of the caller."""
 
 
 class Fit:
-    """A call of `fit` in another thread, since signals are the main thread's, and what its workers send meanwhile.
+    """A call of `fit` in another thread, since the main thread handles signals, and the events of its workers.
 
     Args:
-        future: of the `fit` of a trainer or a tuner.
-        monitor: through which the workers send events.
+        future: the result of `fit` of a trainer or a tuner.
+        monitor: receives the workers' events.
 
     Attributes:
-        refused: why a worker refused to continue; empty otherwise. Then the others may still run when `events` ends.
+        refused: why a worker refused to continue, or empty. The others may then still run after `events` has ended.
     """
 
     def __init__(self, future: "concurrent.futures.Future[Any]", monitor: Monitor) -> None:
@@ -40,17 +40,17 @@ class Fit:
         return not self.future.done()
 
     def events(self) -> Iterator[Event]:
-        """Yield the workers' events, and `LOOKED` after each look, until `fit` has returned."""
+        """Yield the workers' events, and `POLLED` after each poll, until `fit` has returned."""
         deadline = math.inf
         while self.running and time.monotonic() < deadline:
-            yield from self._look()
-            yield LOOKED
+            yield from self._poll()
+            yield POLLED
             if self.refused:
                 deadline = min(deadline, time.monotonic() + REFUSED_GRACE_S)
-            concurrent.futures.wait([self.future], LOOK_S)
-        yield from self._look()
+            concurrent.futures.wait([self.future], POLL_S)
+        yield from self._poll()
 
-    def _look(self) -> Iterator[Event]:
+    def _poll(self) -> Iterator[Event]:
         for event in self.monitor.events():
             if event["kind"] == "refused":
                 self.refused = self.refused or event["error"]
@@ -58,7 +58,7 @@ class Fit:
 
     @property
     def outcome(self) -> dict[str, Any]:
-        """What the workers returned (``status`` finished or stopped), or status failed or refused with ``error``."""
+        """The workers' result (``status`` finished or stopped), or ``status`` failed or refused with ``error``."""
         if self.refused:
             return {"status": "refused", "error": self.refused}
         if error := self.future.exception():

@@ -1,7 +1,7 @@
-"""Evaluation in a separate process (`train.eval_async`): rank 0 asks, a Ray task of the driver evaluates.
+"""Asynchronous evaluation (`train.eval_async`): rank 0 requests it, a Ray task of the driver evaluates.
 
-The figures of a step are also written to the run's folder, as ``evaluations/step-00000120.json``: a resumed run does
-not ask for them again.
+The metrics of a step are also written to the run's folder, as ``evaluations/step-00000120.json``, so that a resumed run
+does not request them again.
 """
 
 import json
@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 
 FOLDER = "evaluations"
 POLL_S = 0.25
-"""Between two questions of rank 0 whether there is news."""
+"""Seconds between two requests of rank 0 for results."""
 
 
 def score(tree: Mapping[str, Any], url: str, quarantine_url: str) -> dict[str, float]:
-    """Evaluate a checkpoint in this process; return the task's figures.
+    """Evaluate a checkpoint in this process; return the task's metrics.
 
     Args:
-        tree: the run's recipe, as its workers have it.
+        tree: the run's recipe, as sent to its workers.
         url: of the checkpoint.
-        quarantine_url: the folder for the bad samples that are met, if there are any.
+        quarantine_url: folder for bad samples; written only if there are any.
     """
     import torch
 
@@ -56,7 +56,7 @@ def score(tree: Mapping[str, Any], url: str, quarantine_url: str) -> dict[str, f
 
 @dataclass
 class RemoteEvaluator:
-    """Rank 0's end: implements the protocol `perceiver.train.hooks.Evaluator`."""
+    """Rank 0's end; implements the protocol `perceiver.train.hooks.Evaluator`."""
 
     client: ActorClient
     _asked: Any = field(default=None, init=False)
@@ -82,15 +82,15 @@ class RemoteEvaluator:
 
 @dataclass
 class EvaluationTasks:
-    """The driver's end: starts the task that rank 0 asked for, and passes on what it finds.
+    """The driver's end: starts the requested evaluation and sends its metrics to rank 0.
 
-    An evaluation that fails costs its figures, not the run.
+    A failed evaluation has no metrics; the run continues.
 
     Attributes:
         recipe: of the run.
         folder: of the run.
-        monitor: through which the workers ask and are told.
-        show: shows the user an event.
+        monitor: receives requests and sends metrics.
+        show: shows an event to the user.
     """
 
     recipe: Recipe
@@ -101,13 +101,13 @@ class EvaluationTasks:
     _task: Any = field(default=None, init=False)
 
     def note(self, event: Mapping[str, Any]) -> None:
-        """Take in an event of a worker; kinds other than `evaluate` change nothing."""
+        """Process an event of a worker; kinds other than `evaluate` are ignored."""
         if event["kind"] == "evaluate" and event["step"] != self._step:
             self.cancel()
-            self._step, self._task = event["step"], self._start(event["step"])
+            self._step, self._task = event["step"], self.start_task(event["step"])
 
     def collect(self) -> None:
-        """Pass the figures on if they are there, or show why there are none."""
+        """Send the metrics of a finished evaluation to rank 0, or show why it failed."""
         import ray
         from ray.exceptions import RayError
 
@@ -128,14 +128,15 @@ class EvaluationTasks:
             self.monitor.post({"step": step, "metrics": metrics})
 
     def cancel(self) -> None:
-        """End the task that runs, if there is one."""
+        """Cancel the running task, if there is one."""
         import ray
 
         if self._task is not None:
             ray.cancel(self._task, force=True)
         self._step = self._task = None
 
-    def _start(self, step: int) -> Any:
+    def start_task(self, step: int) -> Any:
+        """Start the Ray task that evaluates the checkpoint of a step; return its reference."""
         import ray
 
         cluster = self.recipe.cluster
@@ -148,13 +149,13 @@ class EvaluationTasks:
 
 
 def write_score(folder: RunFolder, scored: Scored) -> None:
-    """Keep the figures of a step in the run's folder."""
+    """Write the metrics of a step to the run's folder."""
     text = json.dumps({"step": scored.step, "metrics": dict(scored.metrics)})
     folder.write(f"{FOLDER}/step-{scored.step:08d}.json", text + "\n")
 
 
 def read_scores(folder: RunFolder) -> dict[int, Mapping[str, float]]:
-    """Return the figures that were found beside the run, by step."""
+    """Return the metrics of asynchronous evaluations in a run's folder, by step."""
     fs, root = fsspec.core.url_to_fs(folder.location(FOLDER))
 
     def read() -> list[dict[str, Any]]:

@@ -43,13 +43,13 @@ STOPPING = "stopping: the workers save a checkpoint first (again to leave at onc
 def launch_training(
     recipe: Recipe, *, command: str, resume: bool = False, run: str | None = None, as_json: bool = False
 ) -> int:
-    """Train a recipe to its end; return the exit code (0 done, 1 failed, 130 stopped).
+    """Train a recipe; return the exit code (0 finished, 1 failed, 2 refused, 130 stopped).
 
     Args:
-        recipe: what to train.
-        command: what was typed, without ``--resume`` and ``--run``, for the commands that are shown.
-        resume: continue the newest run of the recipe, or ``run``.
-        run: name of the run's folder.
+        recipe: the recipe.
+        command: the command as typed, without ``--resume`` and ``--run``, for the commands that are shown.
+        resume: resume the newest run of the recipe, or ``run``.
+        run: name of the run's folder; default: the recipe's name and the next free number.
         as_json: print the outcome as one JSON line at the end.
 
     Raises:
@@ -75,14 +75,14 @@ def launch_training(
             outcome = run_workers(launch)
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001  anything else is our mistake or the machine's
+        except Exception as error:  # noqa: BLE001  a bug, or a failure of the machine
             log.exception("the run failed")
             outcome = {"status": "failed", "error": one_line(error)}
         return conclude(launch, outcome, as_json)
 
 
 def run_workers(launch: Launch) -> dict[str, Any]:
-    """Run the workers to their end; return what they return, with ``status`` finished, stopped, refused or failed."""
+    """Run the workers; return their result, with ``status`` finished, stopped, refused or failed."""
     recipe, folder, console = launch.recipe, launch.folder, launch.console
     tracked = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
     with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as handle:
@@ -102,14 +102,14 @@ def run_workers(launch: Launch) -> dict[str, Any]:
                     keep_reference(trainer, event)
                 if event["kind"] == "ready":
                     _note_worker(launch, figures, event)
-                if event["kind"] == "looked":
+                if event["kind"] == "polled":
                     evaluations.collect()
                     if (hanging := watchdog.suspect(time.monotonic())) is not None:
                         console.show({"kind": "hang", **asdict(hanging)})
                         end(hanging)
                     if launch.lease.lost:
                         raise UserError(
-                            f"{folder.url}: {launch.lease.lost}; this driver stops, what it has done since is discarded"
+                            f"{folder.url}: {launch.lease.lost}; this driver stops, its work since then is discarded"
                         )
         evaluations.cancel()
         console.close()
@@ -143,7 +143,7 @@ def _say_header(launch: Launch) -> None:
 
 
 def _note_worker(launch: Launch, figures: RunMetrics, event: Mapping[str, Any]) -> None:
-    """Note in run.json which process on which node is which rank; the first one also shows the device."""
+    """Record a worker's process and node in run.json; rank 0's device determines the peak FLOPs."""
     folder = launch.folder
     workers = {**folder.facts().get("workers", {}), str(event["rank"]): {"pid": event["pid"], "node": event["node"]}}
     folder.note(workers=workers)

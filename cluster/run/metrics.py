@@ -1,7 +1,7 @@
-"""A run's figures on Ray's Prometheus endpoint, so that a cluster's own Grafana shows them beside its machines.
+"""A run's metrics on Ray's Prometheus endpoint, for the cluster's Grafana.
 
-The driver exports what the workers tell it: nothing is added to a training step. Every metric carries the label `run`;
-Ray prefixes the names with `ray_`. `perceiver cluster render grafana RECIPE -o FOLDER` writes a dashboard of them.
+The driver exports them from the workers' events, so that a training step does no additional work. Every metric has the
+label `run`; Ray prefixes the names with `ray_`. `perceiver cluster render grafana RECIPE -o FOLDER` writes a dashboard.
 """
 
 import functools
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figure:
-    """One exported figure.
+    """An exported metric.
 
     Attributes:
-        name: of the metric, without Ray's prefix.
-        title: for people.
-        unit: as Grafana names it.
-        query: what the dashboard asks for, with the metric in place of ``{}``.
+        name: name of the metric, without Ray's prefix.
+        title: description for users.
+        unit: Grafana's name of the unit.
+        query: the dashboard's query, with ``{}`` for the metric.
     """
 
     name: str
@@ -37,26 +37,24 @@ class Figure:
 
     @property
     def expression(self) -> str:
-        """Return what the dashboard asks Prometheus for, for the runs chosen there."""
+        """Return the dashboard's Prometheus query for the selected runs."""
         return self.query.format(f'ray_{self.name}{{run=~"$run"}}')
 
 
 FIGURES = (
-    Figure("perceiver_samples_per_second", "Samples a second over all workers", "short"),
+    Figure("perceiver_samples_per_second", "Samples per second over all workers", "short"),
     Figure("perceiver_step_seconds", "Wall time of an optimizer step", "s"),
     Figure("perceiver_data_wait_share", "Share of the step spent waiting for data", "percentunit"),
     Figure("perceiver_loss", "Training loss of the last step", "short"),
     Figure("perceiver_step", "Optimizer steps done", "short"),
     Figure("perceiver_skipped_steps", "Steps skipped since the start: the gradient was not finite", "short"),
     Figure("perceiver_quarantined_samples", "Bad samples that the workers met since they started", "short"),
-    # A moment, not an age: an age would stand still with the run that does not report it.
+    # A timestamp, because the age of a checkpoint would not grow in a run that hangs.
     Figure(
         "perceiver_checkpoint_timestamp_seconds", "Age of the newest checkpoint, or of the start", "s", "time() - {}"
     ),
     Figure("perceiver_worker_failures", "Worker failures since the start", "short"),
-    Figure(
-        "perceiver_model_flops_utilisation", "Share of the GPUs' peak that the model's own FLOPs come to", "percentunit"
-    ),
+    Figure("perceiver_model_flops_utilisation", "Model FLOPs as a share of the GPUs' peak", "percentunit"),
 )
 
 Export = Callable[[str, float], None]
@@ -64,12 +62,12 @@ Export = Callable[[str, float], None]
 
 
 class RunMetrics:
-    """Turns the events of a run into figures.
+    """Turns the events of a run into metrics.
 
     Args:
-        export: where they go; see `ray_export`.
-        saved_at: seconds since the epoch of the checkpoint to go on from; without one, now.
-        clock: seconds since the epoch, for tests.
+        export: exports a metric; see `ray_export`.
+        saved_at: time of the checkpoint to resume from, in seconds since the epoch; default: now.
+        clock: returns the seconds since the epoch.
     """
 
     def __init__(self, export: Export, saved_at: float | None = None, clock: Callable[[], float] = time.time) -> None:
@@ -81,7 +79,7 @@ class RunMetrics:
         self._quarantined: dict[int, int] = {}
 
     def note(self, event: Mapping[str, Any]) -> None:
-        """Take in one event of a worker; kinds that say nothing about a figure are passed over."""
+        """Process an event of a worker; kinds without a metric are ignored."""
         handler = getattr(self, f"_on_{event['kind']}", None)
         if handler is not None:
             handler(event)
@@ -117,21 +115,21 @@ class RunMetrics:
 
 
 def ray_export(run: str) -> Export:
-    """Export to the Ray that this process is connected to, under a run's name."""
+    """Return a function that exports to the connected Ray, with the name of a run as the label."""
     gauges = _gauges()
     return lambda name, value: gauges[name].set(value, tags={"run": run})
 
 
 @functools.cache
 def _gauges() -> "dict[str, Gauge]":
-    """The gauges of this process, which may serve one trial of a search after the other."""
+    """Return the gauges of this process, which successive trials of a search share."""
     from ray.util.metrics import Gauge
 
     return {figure.name: Gauge(figure.name, description=figure.title, tag_keys=("run",)) for figure in FIGURES}
 
 
 def find_peak(metrics: RunMetrics, recipe: Recipe, classes: int | None, device: str, workers: int) -> None:
-    """Work out in a thread, on GPUs that the hardware table knows, what the utilisation of so many is relative to."""
+    """Set `peak_samples_s` in a thread, if the hardware table contains the GPU, for the utilisation metric."""
     known = [d for d in load_hardware(None).devices.values() if d.match != "cpu" and d.match in device]
     if not known:
         return

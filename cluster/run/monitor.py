@@ -1,14 +1,14 @@
-"""The channel between the driver and the workers: events one way, a request to stop and answers the other way.
+"""The channel between the driver and the workers: events one way, a request to stop and messages the other way.
 
-On a Ray cluster it is a small actor (`ActorMonitor`, `ActorClient`); a worker that runs in the driver's own process
-uses a queue (`LocalMonitor`, `LocalClient`). An event is a dictionary with the keys ``kind`` and ``rank``.
+On a Ray cluster it is a small actor (`ActorMonitor`, `ActorClient`); a worker in the driver's own process uses a queue
+(`LocalMonitor`, `LocalClient`). An event is a dictionary with the keys ``kind`` and ``rank``.
 """
 
 import queue
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -16,45 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 Event = dict[str, Any]
 
 
-class Monitor(Protocol):
-    """The driver's end."""
-
-    @property
-    def address(self) -> Any:
-        """What a worker is given to `connect` with."""
-        ...
-
-    def events(self) -> list[Event]:
-        """Return the events since the last call, in the order in which they were sent."""
-        ...
-
-    def request_stop(self) -> None:
-        """Ask the workers to save a checkpoint and end."""
-        ...
-
-    def close(self) -> None:
-        """Release what it uses."""
-        ...
-
-
-class Client(Protocol):
-    """A worker's end."""
-
-    def send(self, kind: str, payload: Mapping[str, Any], urgent: bool = False) -> None:
-        """Send an event without waiting."""
-        ...
-
-    def stop_requested(self) -> bool:
-        """Return whether the driver has asked to stop."""
-        ...
-
-    def flush(self) -> None:
-        """Wait until all events have arrived."""
-        ...
-
-
 class _State:
-    """The events, the request to stop, and what was posted to rank 0. Lives inside an actor."""
+    """The state of the actor: events, the request to stop, and messages to rank 0."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -62,7 +25,7 @@ class _State:
         self._stop = False
 
     def push(self, event: Event) -> bool:
-        """Add an event; return whether the workers are asked to stop."""
+        """Add an event; return whether the workers shall stop."""
         self._events.append(event)
         return self._stop
 
@@ -72,24 +35,24 @@ class _State:
         return events
 
     def request_stop(self) -> None:
-        """Ask the workers to save a checkpoint and end."""
+        """Ask the workers to save a checkpoint and stop."""
         self._stop = True
 
     def post(self, message: dict[str, Any]) -> None:
-        """Leave a message for the worker of rank 0."""
+        """Send a message to the worker of rank 0."""
         self._posted.append(message)
 
     def take(self) -> list[dict[str, Any]]:
-        """Return what was posted since the last call."""
+        """Return the messages since the last call."""
         posted, self._posted = self._posted, []
         return posted
 
 
 class ActorMonitor:
-    """The driver's end of an actor on the driver's node, so that the loss of another node does not take it.
+    """The driver's end: an actor on the driver's node, which does not depend on other nodes.
 
     Attributes:
-        address: the actor's handle.
+        address: the actor's handle, for `make_client`.
     """
 
     def __init__(self) -> None:
@@ -98,24 +61,24 @@ class ActorMonitor:
         self.address: Any = actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
     def events(self) -> list[Event]:
-        """See `Monitor`."""
+        """Return the events since the last call, in the order in which they were sent."""
         return ray.get(self.address.drain.remote())
 
     def request_stop(self) -> None:
-        """See `Monitor`."""
+        """Ask the workers to save a checkpoint and stop."""
         self.address.request_stop.remote()
 
     def post(self, message: dict[str, Any]) -> None:
-        """Leave a message for the worker of rank 0."""
+        """Send a message to the worker of rank 0."""
         self.address.post.remote(message)
 
     def close(self) -> None:
-        """End the actor."""
+        """Kill the actor."""
         ray.kill(self.address)
 
 
 class LocalMonitor:
-    """The driver's end of a queue, for a worker in a thread of this process."""
+    """The driver's end: a queue, for a worker in a thread of this process. The interface is that of `ActorMonitor`."""
 
     def __init__(self) -> None:
         self.stop = False
@@ -123,7 +86,7 @@ class LocalMonitor:
 
     @property
     def address(self) -> "LocalMonitor":
-        """See `Monitor`."""
+        """See `ActorMonitor`."""
         return self
 
     def push(self, event: Event) -> None:
@@ -131,18 +94,18 @@ class LocalMonitor:
         self._events.put(event)
 
     def events(self) -> list[Event]:
-        """See `Monitor`."""
+        """See `ActorMonitor`."""
         found: list[Event] = []
         while not self._events.empty():
             found.append(self._events.get())
         return found
 
     def request_stop(self) -> None:
-        """See `Monitor`."""
+        """See `ActorMonitor`."""
         self.stop = True
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing."""
 
 
 @dataclass
@@ -152,7 +115,7 @@ class ActorClient:
     Attributes:
         handle: of the actor.
         rank: of the worker.
-        interval: seconds between two events of a kind that are not marked urgent; those that come sooner are left out.
+        interval: least seconds between two events of a kind; earlier ones are dropped unless they are urgent.
     """
 
     handle: Any
@@ -163,7 +126,7 @@ class ActorClient:
     _stop: bool = False
 
     def send(self, kind: str, payload: Mapping[str, Any], urgent: bool = False) -> None:
-        """See `Client`."""
+        """Send an event without waiting."""
         now = time.monotonic()
         if not urgent and now - self._last.get(kind, 0.0) < self.interval:
             return
@@ -172,12 +135,12 @@ class ActorClient:
         self._pending.append(self.handle.push.remote({"kind": kind, "rank": self.rank, **payload}))
 
     def stop_requested(self) -> bool:
-        """Return whether the driver has asked to stop, as far as answers have arrived."""
+        """Return whether the driver has asked to stop, by the answers that have arrived."""
         self._collect()
         return self._stop
 
     def flush(self) -> None:
-        """See `Client`."""
+        """Wait until all events have arrived."""
         self._stop = any(ray.get(self._pending)) or self._stop
         self._pending = []
 
@@ -189,23 +152,27 @@ class ActorClient:
 
 @dataclass
 class LocalClient:
-    """A worker's end of a `LocalMonitor`."""
+    """A worker's end of a `LocalMonitor`. The interface is that of `ActorClient`."""
 
     monitor: LocalMonitor
     rank: int
 
     def send(self, kind: str, payload: Mapping[str, Any], urgent: bool = False) -> None:
-        """See `Client`."""
+        """See `ActorClient`."""
         self.monitor.push({"kind": kind, "rank": self.rank, **payload})
 
     def stop_requested(self) -> bool:
-        """See `Client`."""
+        """See `ActorClient`."""
         return self.monitor.stop
 
     def flush(self) -> None:
-        """Do nothing: an event has arrived when it is sent."""
+        """Do nothing: a sent event has arrived."""
 
 
-def connect(address: Any, rank: int) -> Client:
-    """Return a worker's end of the monitor with this address."""
+Monitor = ActorMonitor | LocalMonitor
+Client = ActorClient | LocalClient
+
+
+def make_client(address: Any, rank: int) -> Client:
+    """Return a worker's end of the monitor with an address."""
     return LocalClient(address, rank) if isinstance(address, LocalMonitor) else ActorClient(address, rank)

@@ -1,4 +1,4 @@
-"""Gathers what a run left behind and writes its report."""
+"""Collect the results of a run and write its report."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ SEARCHED_SAMPLES = 20_000
 def build_report(
     recipe: Recipe, folder: RunFolder, manifest: Manifest, facts: Mapping[str, Any], commands: Mapping[str, str]
 ) -> str:
-    """Write ``report/index.html`` of a finished run and its figures; return its location."""
+    """Write ``report/index.html`` of a finished run and its figures; return its URL."""
     predictions = read_predictions(folder)
     steps = folder.checkpoints.steps()
     history = History(folder.checkpoints.history(steps[-1])).rows
@@ -53,7 +53,7 @@ def build_report(
 
 
 def read_predictions(folder: RunFolder) -> dict[str, np.ndarray]:
-    """Return the predictions that the workers wrote, in the order of the sample ids; empty if there are none."""
+    """Return the columns of the workers' predictions, sorted by sample id; empty if there are none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -67,19 +67,19 @@ def read_predictions(folder: RunFolder) -> dict[str, np.ndarray]:
 
 
 def _examples(predictions: Mapping[str, np.ndarray]) -> tuple[set[int], list[int]]:
-    """Return the ids of the samples that the grid shows, and of those whose attention is drawn."""
+    """Return the ids of the samples in the image grid, and of those whose attention maps are shown."""
     if "prediction" not in predictions or "label" not in predictions:
         return set(), []
     ids, labels, guesses = (predictions[k] for k in ("sample_id", "label", "prediction"))
     near = ids < SEARCHED_SAMPLES
     wrong, right = choose_examples(labels[near], guesses[near], predictions["probability"][near].max(1))
-    # One image per class, so that the maps show different shapes.
+    # One image per class, for a variety of maps.
     first = [int(ids[near][labels[near] == k][0]) for k in np.unique(labels[near])[:ATTENTION_EXAMPLES]]
     return {int(ids[near][i]) for i in (*wrong, *right)}, first
 
 
 def read_images(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict[int, np.ndarray]:
-    """Return evaluation images (H, W, C) uint8 by sample id, read as the evaluation reads them."""
+    """Return evaluation images (H, W, C), uint8, by sample id, as the evaluation reads them."""
     missing, found = set(ids), {}
     data = recipe.data.model_copy(update={"executor": "inline"})
     for batch in eval_batches(data, manifest, EvalShare(data.eval_split, 256), "cpu"):
@@ -93,7 +93,7 @@ def read_images(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict[
 
 
 def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: list[np.ndarray]) -> np.ndarray | None:
-    """Return what the latents attend to, (example, cross-attend, head, latent, H, W), or None for other models."""
+    """Return the attention maps of the latents, (example, cross-attend, head, latent, H, W), None for other models."""
     import safetensors.torch
 
     model = build_model(recipe.model, classes=len(manifest.classes))
@@ -108,7 +108,7 @@ def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: li
 
 
 def _rates(history: list[dict[str, float]]) -> dict[str, str]:
-    """Return throughput, and the shares of the training time spent waiting for checkpoints and for recording."""
+    """Return the throughput, and the shares of the training time spent on checkpoints and recording."""
     rates = [row["train/samples_per_s"] for row in history if "train/samples_per_s" in row]
     found = {"samples/s": f"{np.median(rates) if rates else np.nan:,.0f}"}
     for caption, key in (("checkpoints", "train/checkpoint_stall_share"), ("recording", "train/recording_share")):

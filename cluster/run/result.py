@@ -1,4 +1,4 @@
-"""The end of a run: report, MLflow's last entries, and what to do next."""
+"""The end of a run: report, MLflow's last entries, and the commands for the next step."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from cluster.recipe.config import kind_of, zero_stage
 from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import EXIT_STOPPED
 from cluster.run.context import Launch
-from cluster.runtime.session import go_on_command
+from cluster.runtime.session import continue_command
 from perceiver.config import UserError
 from perceiver.tracking.record import unsent
 from perceiver.tracking.redaction import redact_text
@@ -24,29 +24,29 @@ log = logging.getLogger(__name__)
 
 
 def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
-    """Say how it ended and what to do next; write report and MLflow's last entries. Return the exit code."""
+    """Write the report and MLflow's last entries, and print the outcome and the next commands; return the exit code."""
     status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
     try:
         folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
     except UserError as error:
         if status == "finished":
             raise
-        log.error("%s", error)  # the store that cannot be written may be what ended the run: that is said below
-    go_on = f"continue with: {go_on_command(launch.command, folder)}"
+        log.error("%s", error)  # the failed store may be the cause of the outcome, which is printed below
+    continue_with = f"continue with: {continue_command(launch.command, folder)}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
     handle = outcome.get("handle")
     tracker = open_tracker(handle, folder.local)
     report = _report(launch, outcome) if status == "finished" else None
     _finish_run(launch, tracker, status, report)
     if handle and (left := unsent(folder.local)):
-        say(f"mlflow lacks {left:,} lines of the run's record in {folder.local}: --resume sends them")
+        say(f"{left:,} rows of the run's history in {folder.local} are not in mlflow yet: --resume sends them")
     if status == "finished":
         _say_results(launch, outcome, report)
     elif status == "stopped":
-        say(f"stopped after step {outcome['step']} of {outcome['total_steps']}, checkpoint saved; {go_on}")
+        say(f"stopped after step {outcome['step']} of {outcome['total_steps']}, checkpoint saved; {continue_with}")
     else:
         launch.console.error(f"{outcome.get('error', 'the workers exited without an error message')}")
-        say(f"logs {folder.local / 'logs'}" + ("" if status == "refused" else f"; {go_on}"))
+        say(f"logs {folder.local / 'logs'}" + ("" if status == "refused" else f"; {continue_with}"))
     if as_json:
         facts = {
             "status": status,
@@ -58,30 +58,30 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
 
 
 def send_waiting(launch: Launch, config: TrackingConfig) -> None:
-    """Send MLflow what it lacks of the record of a finished run whose server did not answer."""
+    """Send MLflow the rows that it lacks of a finished run's history, if its server did not answer before."""
     folder, checkpoints = launch.folder.local, launch.folder.checkpoints
     if not config.enabled or load_handle(folder) is None or not unsent(folder):
         return
     left = reconcile(config, folder, history=checkpoints.history(checkpoints.steps()[-1]))
-    where = f"{left:,} lines of its record still wait in {folder}" if left else "has all metrics now"
+    where = f"{left:,} rows of the history wait in {folder}" if left else "has all metrics now"
     launch.console.say(f"mlflow {'does not answer: ' if left else ''}{where}")
 
 
 def _report(launch: Launch, outcome: Mapping[str, Any]) -> str | None:
-    """Write the report; a failure costs the report, not the run."""
+    """Write the report and return its URL; None if that fails, which does not fail the run."""
     from cluster.run.report import build_report
 
     try:
         manifest = launch.preflight.manifest
         return build_report(launch.recipe, launch.folder, manifest, _facts(launch, outcome), _commands(launch, outcome))
-    except Exception:  # noqa: BLE001  a plot that fails must not make a finished run look failed
-        log.exception("no report")
+    except Exception:  # noqa: BLE001  an error in a plot must not fail a finished run
+        log.exception("the report failed")
         launch.console.say(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
         return None
 
 
 def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
-    """Return the report's table of facts."""
+    """Return the report's summary table."""
     recipe, preflight = launch.recipe, launch.preflight
     return {
         "model": f"{kind_of(recipe.model)}, {preflight.parameters:,} parameters",
@@ -95,7 +95,7 @@ def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _finish_run(launch: Launch, tracker: Tracker, status: str, report: str | None) -> None:
-    """Send what is left to MLflow: recipe, report, and how the run ended."""
+    """Send the recipe, the report and the final status to MLflow."""
     recipe = launch.folder.local / "recipe.yaml"
     if recipe.exists():
         tracker.log_artifact(recipe)
@@ -105,7 +105,7 @@ def _finish_run(launch: Launch, tracker: Tracker, status: str, report: str | Non
 
 
 def _say_results(launch: Launch, outcome: Mapping[str, Any], report: str | None) -> None:
-    """Print the figures, where everything is, and the commands for the next step."""
+    """Print the metrics, the paths of the results, and the next commands."""
     say, folder, recipe = launch.console.say, launch.folder, launch.recipe
     say("")
     figures = dict(outcome["evaluation"])
@@ -122,9 +122,9 @@ def _say_results(launch: Launch, outcome: Mapping[str, Any], report: str | None)
 
 
 def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
-    """Return the commands that a user would want next, by caption."""
+    """Return useful next commands by caption."""
     recipe, handle = launch.recipe, outcome.get("handle")
     more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
     store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
     commands = {"mlflow": f"mlflow ui --backend-store-uri {shlex.quote(store)}"} if handle else {}
-    return {**commands, "train on": f"{go_on_command(launch.command, launch.folder)} {more}"}
+    return {**commands, "train on": f"{continue_command(launch.command, launch.folder)} {more}"}

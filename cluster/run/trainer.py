@@ -1,4 +1,4 @@
-"""The Ray Train trainer of a recipe: one place for `perceiver train` and for the trials of a search."""
+"""The Ray Train trainer of a recipe, for `perceiver train` and for the trials of a search."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cluster.recipe.config import Recipe, for_workers
-from cluster.recipe.placement import check_memory, connected_nodes, worker_need
+from cluster.recipe.placement import check_task_memory, connected_nodes, worker_need
 from cluster.recipe.preflight import data_cpus, data_need, place_some
 from cluster.recipe.resources import worker_cpus
 from cluster.record.failures import one_line
@@ -23,19 +23,19 @@ from cluster.runtime.process_group import torch_config
 from perceiver.tracking.runs import RunHandle
 
 RESIZE_S = 15.0
-"""Between two looks for nodes that have joined, with `cluster.min_workers`."""
+"""Seconds between two checks for new nodes, with `cluster.min_workers`."""
 REPEAT_S = 5.0
-"""Ray Train reports the same failure at each health check, until all workers have ended."""
+"""Within this time the same failure is reported once: Ray Train repeats it at each health check."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What of the cluster a run may use.
+    """A run's share of the cluster.
 
     Attributes:
         cpus: logical CPUs for its workers and data tasks.
         taken: CPUs that the run's own driver reserves.
-        runs: how many runs share the machines at a time, so that the threads of all their workers fit the cores.
+        runs: concurrent runs on the same machines, which divide the cores among the threads of their workers.
     """
 
     cpus: float
@@ -44,7 +44,7 @@ class Share:
 
 
 class FailureReporter(UserCallback):
-    """Sends an event for each worker failure that Ray Train recovers from.
+    """Sends an event for each worker failure from which Ray Train recovers.
 
     Args:
         monitor: address of the run's monitor (an actor's handle).
@@ -52,13 +52,13 @@ class FailureReporter(UserCallback):
 
     def __init__(self, monitor: Any) -> None:
         self.monitor = monitor
-        self._told: tuple[int, str, float] | None = None
+        self._reported: tuple[int, str, float] | None = None
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Report the first worker that failed and why. Called by Ray, by keyword, in the controller's process."""
+        """Report the first failed worker. Ray calls this by keyword, in the controller's process."""
         rank, error = sorted(worker_exceptions.items())[0]
         reason = one_line(getattr(error, "cause", None) or error)
-        before, self._told = self._told, (rank, reason, time.monotonic())
+        before, self._reported = self._reported, (rank, reason, time.monotonic())
         if before and before[:2] == (rank, reason) and time.monotonic() - before[2] < REPEAT_S:
             return
         self.monitor.push.remote({"kind": "failure", "rank": 0, "failed": rank, "reason": reason})
@@ -67,14 +67,14 @@ class FailureReporter(UserCallback):
 def build_trainer(
     recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share
 ) -> TorchTrainer:
-    """Return the trainer whose ``fit`` starts or resumes the run of a folder on Ray Train workers.
+    """Return the trainer whose ``fit`` starts or resumes a run on Ray Train workers.
 
     Args:
-        recipe: what to train.
-        folder: of the run; the workers continue from its newest checkpoint.
-        monitor: address of the monitor that takes their events (`cluster.run.monitor.ActorMonitor`).
+        recipe: the recipe.
+        folder: of the run; the workers resume from its newest checkpoint.
+        monitor: address of the monitor for the workers' events (`cluster.run.monitor.ActorMonitor`).
         handle: the MLflow run, or None.
-        share: the part of the cluster that is the run's.
+        share: the run's share of the cluster.
 
     Raises:
         UserError: the workers and data tasks do not fit into the share.
@@ -94,7 +94,7 @@ def build_trainer(
             placement_strategy=cluster.placement.upper(),
         ),
         run_config=ray.train.RunConfig(
-            # A new name at each start: our manifests decide where a run continues, not Ray's snapshot of the last one.
+            # A new name for each start: our manifests decide where a run resumes, not Ray's snapshot of the last start.
             name=f"start-{time.time_ns()}",
             # Only references to checkpoints are stored here, so a local folder of the driver's node is enough.
             storage_path=str((folder.local / "ray").resolve()),
@@ -105,34 +105,29 @@ def build_trainer(
 
 
 def keep_reference(trainer: TorchTrainer, event: Mapping[str, Any]) -> None:
-    """Write what `Result.checkpoint` of a trainer refers to: a folder with ``checkpoint.json``, the step and the URL.
+    """Write the folder of `Result.checkpoint`, with the step and the URL of our checkpoint in ``checkpoint.json``.
 
-    Ray Train takes only checkpoints below its own folder, and ours are stored where the recipe says.
+    Ray Train accepts only checkpoints inside its own folder; ours are in the recipe's output folder.
 
     Args:
         trainer: see `build_trainer`.
-        event: of the kind `checkpoint`.
+        event: an event of the kind `checkpoint`.
     """
     config = trainer.run_config
-    place = Path(str(config.storage_path), str(config.name), reference_name(event["step"]))
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "checkpoint.json").write_text(json.dumps({"step": event["step"], "uri": event["url"]}))
-
-
-def reference_name(step: int) -> str:
-    """Return the name of the folder that refers to the checkpoint of a step."""
-    return f"step-{step:08d}"
+    folder = Path(str(config.storage_path), str(config.name), f"step-{event['step']:08d}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoint.json").write_text(json.dumps({"step": event["step"], "uri": event["url"]}))
 
 
 def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:
-    """Return what each worker reserves: on one machine or in a search by the share, otherwise by the nodes.
+    """Return the resources of each worker: from the share on one machine or in a search, otherwise from the nodes.
 
     Raises:
-        UserError: the workers and data tasks do not fit into the share, or onto the nodes of the cluster.
+        UserError: the workers and data tasks do not fit into the share, or on the nodes of the cluster.
     """
     cluster, nodes, need = recipe.cluster, connected_nodes(), data_need(recipe)
     if not cluster.autoscaling:
-        check_memory(nodes, need)
+        check_task_memory(nodes, need)
     if cluster.resolved_address() is None or share.runs > 1:
         cpus = worker_cpus(cluster, share.cpus, data_cpus(recipe) + share.taken)
     else:
@@ -143,12 +138,12 @@ def worker_resources(recipe: Recipe, share: Share) -> dict[str, float]:
 def build_local_trainer(
     recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share
 ) -> DataParallelTrainer:
-    """Return a trainer whose ``fit`` runs the same worker function in this process, which is then the only worker.
+    """Return a trainer whose ``fit`` runs the worker function in this process, as the only worker.
 
-    For many short runs in one process: nothing is started but the data tasks. ``monitor`` is a
-    `cluster.run.monitor.LocalMonitor`. A failure is raised as it is, and nothing starts the worker again.
+    This is for many short runs in one process: only data tasks are started. ``monitor`` is a
+    `cluster.run.monitor.LocalMonitor`. An exception of the worker is raised, and the worker is not restarted.
     """
-    # `TorchTrainer` would end the process group after each run, and DeepSpeed keeps the first one that it met.
+    # `TorchTrainer` would destroy the process group after each run, and DeepSpeed keeps using the first one.
     return DataParallelTrainer(
         train_worker,
         train_loop_config=worker_config(recipe, folder, monitor, handle, share),
@@ -160,7 +155,7 @@ def build_local_trainer(
 def worker_config(
     recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share
 ) -> dict[str, Any]:
-    """Return what `cluster.run.worker.train_worker` is called with."""
+    """Return the argument of `cluster.run.worker.train_worker`."""
     return {
         "recipe": for_workers(recipe),
         "run": folder.name,

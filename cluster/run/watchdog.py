@@ -1,8 +1,8 @@
-"""Finding a worker that hangs: each sends a pulse with how many batches it has got; the driver names who is missing.
+"""Detection of hanging workers: each worker sends its number of batches in a periodic pulse to the driver.
 
-Workers that wait in a collective operation for one that hangs do not move either, so steps tell nobody apart. Two
-things do. A process that is stopped, swapped out or cut off sends no pulse. One that is alive but stuck, in its data
-for example, has got fewer batches than those that wait for it.
+Workers that wait for a hanging one in a collective operation make no progress either, so steps cannot identify it. A
+process that is stopped, swapped out or disconnected sends no pulse. A process that is alive but stuck, for example in
+its data, has fewer batches than the workers that wait for it.
 """
 
 import logging
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 PULSE_S = 2.0
 BLIND_S = 10.0
-"""When the driver itself has not looked for so long, it starts to watch afresh: it may be what stood still."""
+"""If the driver itself has not checked for this long, it restarts all timers: the driver may have been suspended."""
 START_FACTOR = 5.0
-"""Patience with the first batches of a worker, times `cluster.hang_s`."""
+"""Factor of `cluster.hang_s` for the first batches of a worker."""
 
 T = TypeVar("T")
 
 
 class Pulse:
-    """A worker's end: a thread that sends how many batches and bad samples this worker has got, until `stop`."""
+    """A worker's end: a thread that sends the numbers of its batches and bad samples, until `stop`."""
 
     def __init__(self, client: Client, interval_s: float = PULSE_S, quarantined: Callable[[], int] = lambda: 0) -> None:
         self.client, self.interval_s, self.batches, self.quarantined = client, interval_s, 0, quarantined
@@ -37,13 +37,13 @@ class Pulse:
         self._thread.start()
 
     def count(self, batches: Iterable[T]) -> Iterator[T]:
-        """Pass batches on, counting them."""
+        """Yield the batches and count them."""
         for batch in batches:
             self.batches += 1
             yield batch
 
     def stop(self) -> None:
-        """Send a last pulse that says so, and no more."""
+        """Send a last pulse, marked as such, and stop."""
         self._over.set()
         self._thread.join()
         self._send(last=True)
@@ -59,7 +59,7 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A worker that holds the others up."""
+    """A hanging worker."""
 
     rank: int
     pid: int
@@ -79,19 +79,19 @@ class _Seen:
 
 
 class Watchdog:
-    """The driver's end: takes the workers' events and says who hangs. Times are the driver's own.
+    """The driver's end: finds hanging workers by their events. Times are those of the driver's clock.
 
     Args:
-        hang_s: seconds without a pulse, or without a batch while others have got more.
+        hang_s: seconds without a pulse, or without a batch while others have more, after which a worker hangs.
     """
 
     def __init__(self, hang_s: float) -> None:
         self.hang_s = hang_s
         self._seen: dict[int, _Seen] = {}
-        self._looked: float | None = None
+        self._checked: float | None = None
 
     def note(self, event: Mapping[str, Any], now: float) -> None:
-        """Take in an event of a worker; those of other kinds change nothing."""
+        """Process an event of a worker; unrelated kinds are ignored."""
         kind, rank = event["kind"], event["rank"]
         if kind == "ready":
             self._seen[rank] = _Seen(event["pid"], event["node"], event.get("node_id", ""), now, moved=now)
@@ -107,9 +107,9 @@ class Watchdog:
                 seen.batches, seen.moved = event["batches"], now
 
     def suspect(self, now: float) -> Suspect | None:
-        """Who hangs, if anybody does; named once."""
-        looked, self._looked = self._looked, now
-        if looked is not None and now - looked > BLIND_S:
+        """Return a hanging worker, once; None if there is none."""
+        checked, self._checked = self._checked, now
+        if checked is not None and now - checked > BLIND_S:
             for seen in self._seen.values():
                 seen.pulse = seen.moved = now
         found = self._silent(now) or self._stuck(now)
@@ -120,20 +120,20 @@ class Watchdog:
     def _silent(self, now: float) -> Suspect | None:
         for rank, seen in sorted(self._seen.items()):
             if now - seen.pulse > self.hang_s:
-                return self._named(rank, f"has given no sign of life for {now - seen.pulse:.0f} s")
+                return self._named(rank, f"has sent no heartbeat for {now - seen.pulse:.0f} s")
         return None
 
     def _stuck(self, now: float) -> Suspect | None:
-        """The worker with the fewest batches, when nobody has got one for long and others have more."""
+        """Return the worker with the fewest batches, if all have waited for long and others have more."""
         if not self._seen:
             return None
         least = min(seen.batches for seen in self._seen.values())
         still = now - max(seen.moved for seen in self._seen.values())
-        patience = self.hang_s * (1 if least > 0 else START_FACTOR)
-        if still <= patience or all(seen.batches == least for seen in self._seen.values()):
+        allowed = self.hang_s * (1 if least > 0 else START_FACTOR)
+        if still <= allowed or all(seen.batches == least for seen in self._seen.values()):
             return None
         rank = min(rank for rank, seen in self._seen.items() if seen.batches == least)
-        return self._named(rank, f"has got no batch for {still:.0f} s while others wait for it")
+        return self._named(rank, f"has received no batch for {still:.0f} s while others wait for it")
 
     def _named(self, rank: int, why: str) -> Suspect:
         seen = self._seen[rank]
@@ -141,7 +141,7 @@ class Watchdog:
 
 
 def end(suspect: Suspect) -> None:
-    """Kill a worker that hangs, wherever it is, so that Ray Train starts the group again."""
+    """Kill a hanging worker on any node, so that Ray Train restarts the group."""
     log.error("worker %d (process %d on %s) %s: killing it", suspect.rank, suspect.pid, suspect.host, suspect.why)
     if suspect.host == platform.node():
         _kill(suspect.pid)
@@ -154,7 +154,7 @@ def end(suspect: Suspect) -> None:
 
 
 def _kill(pid: int) -> None:
-    """Kill a Ray Train worker of this machine; a process that has ended, or is none, is left alone."""
+    """Kill a Ray Train worker on this machine; other processes are not touched."""
     import psutil
 
     try:

@@ -1,7 +1,7 @@
-"""What each Ray Train worker runs, top to bottom: build model, engine, data, recording and hooks; train; write results.
+"""The function of each Ray Train worker: build model, engine, data, recording and hooks; train; write the results.
 
-Ray Train calls the same function at the start, after a failure and with another number of workers: it always continues
-from the newest checkpoint that verifies.
+Ray Train calls it at the start, after a failure and with another number of workers. It always resumes from the newest
+checkpoint that verifies.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from cluster.predict.outputs import parquet, predicted
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, zero_stage
 from cluster.record.run_folder import RunFolder, redacted_recipe
 from cluster.run.evaluation import RemoteEvaluator, read_scores
-from cluster.run.monitor import ActorClient, Client, connect
+from cluster.run.monitor import ActorClient, Client, make_client
 from cluster.run.watchdog import Pulse
 from cluster.runtime.ray_internals import quiet_data_progress, rest_data_scheduler
 from perceiver.config import UserError
@@ -53,18 +53,18 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "ray", "deepspeed", "mlflow", "pyarrow", "numpy")
 ASK_S = 2.0
-"""Between two questions whether a node is about to be removed."""
+"""Seconds between two requests for preemption notices."""
 
 
 @dataclass(frozen=True)
 class WorkerRank:
-    """This worker among those of its run.
+    """The rank and device of this worker.
 
     Attributes:
-        rank: counted over all workers.
+        rank: rank among all workers.
         world: number of workers.
-        local_world: workers on this machine.
-        device: where the model is.
+        local_world: number of workers on this machine.
+        device: device of the model.
     """
 
     rank: int
@@ -74,22 +74,21 @@ class WorkerRank:
 
 
 def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train until the recipe's end or a stop.
+    """Train until the last step of the recipe, or until a stop.
 
     Args:
         config: see `cluster.run.trainer.worker_config`.
 
     Returns:
-        ``{"status": "finished" | "stopped" | "refused", ...}``; a mistake of the user's is returned, not raised,
-        because Ray would restart the workers to meet it again.
+        ``{"status": "finished" | "stopped" | "refused", ...}``; a UserError is returned, not raised, because Ray would
+        restart the workers.
     """
     began = time.perf_counter()
-    # Gradients and moments of a model that has nothing left to learn are below 1e-38, which makes a CPU 10 times
-    # slower.
+    # A converged model has gradients and moments below 1e-38, which make a CPU 10 times slower.
     torch.set_flush_denormal(True)
     me = find_rank(config["runs"])
     first = me.rank == 0
-    monitor = connect(config["monitor"], me.rank)
+    monitor = make_client(config["monitor"], me.rank)
     try:
         with contextlib.ExitStack() as resources:
             # The recipe, its data, and the checkpoint to continue from.
@@ -125,7 +124,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             batches = training_batches(recipe, manifest, me, (span.start_step, span.total_steps), quarantine)
             resources.callback(batches.close)
             monitor.send("ready", {"seconds": time.perf_counter() - began, "world": me.world, **_where()}, urgent=True)
-            pulse = Pulse(connect(config["monitor"], me.rank), quarantined=lambda: len(quarantine.problems))
+            pulse = Pulse(make_client(config["monitor"], me.rank), quarantined=lambda: len(quarantine.problems))
             resources.callback(pulse.stop)
 
             def evaluation_batches() -> Iterator[Batch]:
@@ -218,7 +217,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             monitor.flush()
             if step < span.total_steps:
                 if preemption.announced and engine.sum([float(monitor.stop_requested())])[0] == 0:
-                    leave(step)
+                    exit_preempted(step)
                 if handle is not None and handle.worker_closes:
                     tracker.close("stopped")
                 return {"status": "stopped", "step": step, "total_steps": span.total_steps}
@@ -235,7 +234,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_rank(runs: int) -> WorkerRank:
-    """Return this worker's rank and device, and set its number of threads; ``runs`` that share the machine share it."""
+    """Return this worker's rank and device, and set its number of threads; ``runs`` concurrent runs share the cores."""
     context = ray.train.get_context()
     device = torch.device("cuda", context.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     local_world = context.get_local_world_size()
@@ -247,7 +246,7 @@ def find_rank(runs: int) -> WorkerRank:
 
 
 def newest_step(store: CheckpointStore, me: WorkerRank) -> int:
-    """Return the step of the newest checkpoint that verifies, 0 for none; rank 0 chooses for all."""
+    """Return the step of the newest checkpoint that verifies, 0 for none; rank 0 decides for all ranks."""
     chosen = torch.zeros(1, dtype=torch.int64, device=me.device)
     if me.rank == 0 and (manifest := store.newest()) is not None:
         chosen.fill_(manifest.step)
@@ -257,12 +256,12 @@ def newest_step(store: CheckpointStore, me: WorkerRank) -> int:
 
 
 def first_model(recipe: Recipe, classes: int, restored: bool = False) -> torch.nn.Module:
-    """Return the model as training begins: drawn from the seed, then filled from ``train.init_from`` if that is set.
+    """Return the initial model: random weights by the seed, then those of ``train.init_from``, if set.
 
     Args:
-        recipe: with the model, the seed and the weights to start from.
-        classes: of the data.
-        restored: a checkpoint is loaded afterwards, so the weights are not read.
+        recipe: with the model, the seed and ``train.init_from``.
+        classes: number of classes of the data.
+        restored: whether a checkpoint is loaded afterwards, so that ``train.init_from`` is not read.
     """
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, classes=classes)
@@ -295,7 +294,7 @@ def restore(engine: Engine, store: CheckpointStore, step: int) -> None:
 def training_batches(
     recipe: Recipe, manifest: Manifest, me: WorkerRank, steps: tuple[int, int], quarantine: Quarantine
 ) -> Any:
-    """Return the generator of the worker's micro-batches of the steps [first, last)."""
+    """Return a generator of the worker's micro-batches for the steps [first, last)."""
     training = recipe.train
     share = TrainShare(
         seed=recipe.seed,
@@ -318,7 +317,7 @@ def evaluation_share(recipe: Recipe, manifest: Manifest, me: WorkerRank, quarant
 def build_async_evaluation(
     recipe: Recipe, folder: RunFolder, history: History, monitor: Client, span: Span, me: WorkerRank
 ) -> AsyncEvalHook | None:
-    """Return the hook of `train.eval_async`, or None; rank 0's can ask the driver for evaluations."""
+    """Return the hook of `train.eval_async`, None without it; rank 0's hook requests evaluations from the driver."""
     if not recipe.train.eval_async:
         return None
     evaluator = RemoteEvaluator(monitor) if me.rank == 0 and isinstance(monitor, ActorClient) else None
@@ -331,8 +330,8 @@ def build_async_evaluation(
 class RayReporter:
     """Reports evaluations and committed checkpoints to Ray Train, for `Result`, the dashboard and Tune.
 
-    Every rank reports the same number of times, in the same order; rank 0's metrics count. Nothing is uploaded, and
-    nothing that Ray Train stores is read when a run resumes.
+    Every rank reports equally often, in the same order; rank 0's metrics count. Nothing is uploaded, and a resumed run
+    reads nothing that Ray Train stores.
 
     Args:
         history: the recorded metrics.
@@ -348,28 +347,28 @@ class RayReporter:
             ray.train.report({"step": step, **figures})
 
     def committed(self, step: int, url: str) -> None:
-        """Report a committed checkpoint by reference, with the figures of the last evaluation."""
+        """Report a committed checkpoint by reference, with the metrics of the last evaluation."""
         if not self.on_ray:
             return
         scores = self.history.evaluations()
         metrics = {"step": step, "checkpoint_uri": url, **(scores[max(scores)] if scores else {})}
         storage: Any = ray.train.get_context().get_storage()
-        place = f"{storage.experiment_fs_path}/step-{step:08d}"  # `cluster.run.trainer.keep_reference` fills it
+        path = f"{storage.experiment_fs_path}/step-{step:08d}"  # written by `cluster.run.trainer.keep_reference`
         ray.train.report(
             metrics,
-            checkpoint=ray.train.Checkpoint(place, storage.storage_filesystem),
+            checkpoint=ray.train.Checkpoint(path, storage.storage_filesystem),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
         )
 
 
 class PreemptionHook:
-    """Asks Ray Train now and then whether a node of the group is about to be removed; all ranks ask together.
+    """Asks Ray Train periodically whether a node of the group is about to be preempted; all ranks ask together.
 
     Args:
         asks: whether this rank decides when to ask.
 
     Attributes:
-        announced: whether a node is about to be removed. Then the workers save, and Ray Train starts them elsewhere.
+        announced: whether a node is about to be preempted. The workers then save, and Ray Train restarts the group.
     """
 
     def __init__(self, asks: bool) -> None:
@@ -386,21 +385,21 @@ class PreemptionHook:
             self.announced = ray.train.get_preemption_info() is not None
 
 
-def leave(step: int) -> None:
-    """End this worker, so that Ray Train starts the group again on the nodes that stay.
+def exit_preempted(step: int) -> None:
+    """Exit this worker, so that Ray Train restarts the group on the remaining nodes.
 
     Raises:
-        RayActorError: always; Ray Train counts this kind among preemptions, not among `cluster.max_failures`.
+        RayActorError: always; Ray Train counts it as a preemption, not towards `cluster.max_failures`.
     """
     from ray.exceptions import RayActorError
 
-    raise RayActorError(error_msg=f"a node is about to be removed, step {step} is saved", preempted=True)
+    raise RayActorError(error_msg=f"a node is about to be preempted, step {step} is saved", preempted=True)
 
 
 def take_snapshot(
     recipe: Recipe, engine: Engine, history: History, info: StepInfo, metrics: Mapping[str, float], number: int
 ) -> Snapshot:
-    """Return what a checkpoint records in addition to the engine's state."""
+    """Return the metadata of a checkpoint."""
     return Snapshot(
         step=info.step,
         samples=info.step * recipe.train.global_batch,
@@ -415,18 +414,18 @@ def take_snapshot(
 
 
 def parameter_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
-    """Return each parameter's name and full shape, also where ZeRO-3 has partitioned it."""
+    """Return each parameter's full shape by name, also if ZeRO-3 has partitioned it."""
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
 
 
 def note_committed(sample_log: SampleLog, reporter: RayReporter, step: int, url: str) -> None:
-    """Drop the sample ids up to a committed checkpoint, and report it to Ray Train; every rank calls this."""
+    """Drop the sample ids before a committed checkpoint, and report it to Ray Train; every rank calls this."""
     sample_log.forget(step)
     reporter.committed(step, url)
 
 
 def tell_saved(monitor: Client, tracker: Tracker, evaluations: AsyncEvalHook | None, step: int, url: str) -> None:
-    """Tell the driver, MLflow and the asynchronous evaluation of a committed checkpoint (rank 0)."""
+    """Notify the driver, MLflow and the asynchronous evaluation of a committed checkpoint (rank 0)."""
     monitor.send("checkpoint", {"step": step, "url": url}, urgent=True)
     tracker.set_tag("checkpoint_uri", url)
     if evaluations is not None:
@@ -434,13 +433,13 @@ def tell_saved(monitor: Client, tracker: Tracker, evaluations: AsyncEvalHook | N
 
 
 def tell_metrics(monitor: Client, step: int, metrics: Mapping[str, float], time_s: float) -> None:
-    """Tell the driver of a recorded row: of each with an evaluation or a skipped step, of the others now and then."""
+    """Send a recorded row to the driver: each with an evaluation or a skipped step, others at a limited rate."""
     urgent = bool(metrics.get("train/skipped_steps")) or any(key.startswith("eval/") for key in metrics)
     monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=urgent)
 
 
 def tell_progress(monitor: Client, info: StepInfo) -> None:
-    """Tell the driver of a step."""
+    """Send the progress of a step to the driver."""
     payload = {
         "step": info.step,
         "total_steps": info.total_steps,
@@ -455,13 +454,13 @@ def tell_progress(monitor: Client, info: StepInfo) -> None:
 
 
 def write_quarantine(quarantine: Quarantine, folder: RunFolder, me: WorkerRank) -> None:
-    """Write the bad samples that this worker met, with their reasons, below ``quarantine/``."""
+    """Write this worker's bad samples, with their reasons, to ``quarantine/``."""
     if quarantine.problems:
         quarantine.write(folder.location("quarantine", f"part-{me.rank:05d}"))
 
 
 def write_predictions(folder: RunFolder, me: WorkerRank, task: Task, engine: Engine, batches: Iterator[Batch]) -> None:
-    """Write ``predictions/part-<rank>.parquet``: one row a valid sample with id, label and the task's outputs."""
+    """Write ``predictions/part-<rank>.parquet``: one row per valid sample with id, label and the task's outputs."""
     import pyarrow as pa
 
     engine.module.eval()
@@ -482,7 +481,7 @@ def write_weights(folder: RunFolder, recipe: Recipe, engine: Engine) -> None:
 
 
 def _where() -> dict[str, Any]:
-    """Return which process this is, on which machine, and the name of that in Ray."""
+    """Return this process, its machine, its node in Ray and its device."""
     node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id, "device": device}

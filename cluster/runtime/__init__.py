@@ -1,1 +1,1 @@
-"""Ray itself: a local instance or a cluster, its processes and the hardware. Nothing here knows a recipe's model."""
+"""Ray itself: a local instance or a cluster, its processes and the hardware. Independent of the recipe's model."""

@@ -1,21 +1,21 @@
-"""The hardware that a plan is made for: a table that the user can copy and edit."""
+"""The hardware table of `perceiver plan`: devices, their rates and prices. Users can copy and edit it."""
 
 import difflib
 from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from cluster.recipe.file import read_config
+from cluster.recipe.file import read_yaml_config
 from perceiver.config import Config, UserError
 
 BUILT_IN = Path(__file__).with_name("hardware.yaml")
 
 
 class Device(Config):
-    """One GPU (or CPU core) with its share of the node around it. Rates are a device's."""
+    """One GPU (or CPU core) and its share of its node. Rates are per device."""
 
-    title: str = Field(description="what it is")
-    match: str = Field(description="part of the name under which the machine reports it; for calibrations")
+    title: str = Field(description="name for users")
+    match: str = Field(description="part of the device name that the machine reports; for calibrations")
     bf16_tflops: PositiveFloat = Field(description="peak of dense bfloat16 products, 10^12 FLOP/s")
     fp32_tflops: PositiveFloat = Field(description="peak of dense float32 products, 10^12 FLOP/s")
     efficiency: PositiveFloat = Field(default=0.45, le=1, description="share of the peak that products reach")
@@ -28,11 +28,11 @@ class Device(Config):
     launch_us: PositiveFloat = Field(default=5.0, description="least time of an operation, microseconds")
     context_gb: PositiveFloat = Field(default=1.5, description="memory of libraries and allocator before a model")
     link_gbytes_s: PositiveFloat = Field(description="to another device of the node, one direction, 10^9 bytes/s")
-    network_gbytes_s: PositiveFloat = Field(description="to another node, a device's share, 10^9 bytes/s each way")
-    devices_per_node: PositiveInt = Field(description="devices of a node")
-    node_cpus: PositiveInt = Field(description="CPU cores (as Ray counts them) of a node")
-    price_hour: float = Field(ge=0, description="price of a device and hour, on demand")
-    price_hour_spot: float = Field(ge=0, description="price of a device and hour that can be taken away")
+    network_gbytes_s: PositiveFloat = Field(description="to another node, per device, 10^9 bytes/s each way")
+    devices_per_node: PositiveInt = Field(description="devices per node")
+    node_cpus: PositiveInt = Field(description="CPU cores (as Ray counts them) per node")
+    price_hour: float = Field(ge=0, description="price per device and hour, on demand")
+    price_hour_spot: float = Field(ge=0, description="price per device and hour, preemptible")
 
 
 class Hardware(Config):
@@ -41,10 +41,10 @@ class Hardware(Config):
     devices: dict[str, Device] = Field(min_length=1, description="devices by the name that --gpu takes")
 
     def device(self, name: str) -> Device:
-        """One device.
+        """Return the device of a name.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: the table has no such device.
         """
         if name not in self.devices:
             near = difflib.get_close_matches(name, self.devices, 1)
@@ -54,12 +54,12 @@ class Hardware(Config):
 
 
 def load_hardware(path: str | None) -> Hardware:
-    """The user's table, or the one that comes with the package.
+    """Read the user's table, or the built-in one without a path.
 
     Raises:
         UserError: no such file, broken YAML, or a wrong key or value.
     """
     file = Path(path) if path else BUILT_IN
     if not file.is_file():
-        raise UserError(f"--hardware {path}: no such file; wanted a copy of {BUILT_IN} with your own figures")
-    return read_config(file, Hardware)
+        raise UserError(f"--hardware {path}: no such file; wanted a table like {BUILT_IN}")
+    return read_yaml_config(file, Hardware)

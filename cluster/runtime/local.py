@@ -17,19 +17,19 @@ from perceiver.tracking.redaction import redact_text
 
 log = logging.getLogger(__name__)
 
-# What Ray and the libraries read from the environment; set before they are imported, unless the user has set them.
+# Set before Ray and other libraries are imported, unless the user has set them.
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Ray Train takes in a report at a health check: with its default of 2 s a second report would wait that long.
+    # Ray Train collects reports at each health check: with the default of 2 s a second report would wait that long.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # Otherwise Ray ends idle data processes after a second and starts them again: stalls of seconds on few CPUs.
+    # Otherwise Ray stops idle data processes after a second and restarts them: stalls of seconds on few CPUs.
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
-    # Otherwise a local start brings up a dozen mostly waiting processes one CPU at a time: 10 s more on two cores.
+    # Otherwise a local start creates a dozen mostly waiting processes, one per CPU at a time: 10 s more on two cores.
     "RAY_worker_maximum_startup_concurrency": "8",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Training workers run at the priority of Ray's own processes; data tasks lower theirs (`pipelines.feed.samples`).
@@ -45,12 +45,12 @@ def set_quiet_environment() -> None:
 
 @dataclass(frozen=True)
 class RaySession:
-    """The Ray that this process is connected to.
+    """The Ray instance that this process is connected to.
 
     Attributes:
-        own: whether this process started it, on this machine.
-        folder: its session folder on this machine.
-        dashboard: address of its dashboard; empty without one.
+        own: whether this process started it.
+        folder: session folder on this machine.
+        dashboard: address of the dashboard; empty without one.
     """
 
     own: bool
@@ -58,11 +58,7 @@ class RaySession:
     dashboard: str
 
     def stop(self, keep_logs: Path) -> None:
-        """Disconnect. A local instance stops; its logs are copied to a folder.
-
-        Args:
-            keep_logs: the folder; replaced if it exists.
-        """
+        """Disconnect; stop a local instance and copy its logs to `keep_logs`, which is replaced if it exists."""
         import ray
 
         ray.shutdown()
@@ -86,11 +82,12 @@ def start_ray(config: ClusterConfig) -> RaySession:
     context: Any
     address = config.resolved_address()
     if address is not None or config.dashboard:
-        # Ray Train's page of the dashboard; without a dashboard nobody could read what this actor collects.
+        # The dashboard's Train page reads what this actor collects.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
-        use_token()
+        if os.environ.get("RAY_AUTH_MODE") != "disabled":  # by default Ray requires a token
+            make_token()
         context = ray.init(
             address="local",
             num_cpus=machine_cpus(),
@@ -117,7 +114,7 @@ def start_ray(config: ClusterConfig) -> RaySession:
 
 
 def check_reachable(address: str) -> None:
-    """Refuse an address at which nothing listens; Ray itself would try for a minute."""
+    """Raise a UserError if nothing listens at an address; Ray itself would try for a minute."""
     host, _, port = address.rsplit("/", 1)[-1].rpartition(":")
     if not host or not port.isdigit():
         return
@@ -131,10 +128,10 @@ def check_reachable(address: str) -> None:
 
 
 def free_port(host: str, wanted: int = 0) -> int:
-    """Return the wanted port if it is free, else another that no worker process is given.
+    """Return the wanted port if it is free, otherwise any free port.
 
     Raises:
-        UserError: none is free.
+        UserError: no port is free.
     """
     for port in (wanted, 0):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -145,17 +142,16 @@ def free_port(host: str, wanted: int = 0) -> int:
     raise UserError(f"no port is free on {host}")
 
 
-def use_token() -> None:
-    """Make the token that a Ray of our own asks for (Ray turns that on itself, unless the mode says otherwise)."""
-    if os.environ.get("RAY_AUTH_MODE") != "disabled":
-        make_token()
+def token_file() -> Path:
+    """Return the file of Ray's authentication token."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def make_token() -> None:
-    """Make Ray's token, in a file only this user can read, unless there is one."""
+    """Create Ray's authentication token, in a file that only this user can read, unless it exists."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = token_file()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):

@@ -1,4 +1,4 @@
-"""A cluster of several real Ray nodes on this machine, for trying out what a large one would do."""
+"""A local cluster: several real Ray nodes on this machine, to try out what a large cluster would do."""
 
 import contextlib
 import json
@@ -18,14 +18,14 @@ from typing import Any
 import psutil
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from cluster.recipe.file import read_config
+from cluster.recipe.file import read_yaml_config
 from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
 from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token
 from perceiver.config import Config, UserError
 from perceiver.storage import cache_folder, write_whole
 
 MARK = "PERCEIVER_CLUSTER"
-"""Environment variable by which all processes of a cluster are found again."""
+"""Environment variable that identifies all processes of a cluster."""
 
 START_TIMEOUT_S = 180
 TRIES = 3
@@ -33,11 +33,11 @@ END_TIMEOUT_S = 15
 
 
 class NodeGroup(Config):
-    """Nodes that are alike. What they have is what the scheduler believes, not what the machine has."""
+    """Nodes of one kind. Their resources are what Ray's scheduler assumes, not what the machine has."""
 
     count: PositiveInt = Field(default=1, description="nodes of this kind")
     cpus: NonNegativeInt | None = Field(default=None, description="logical CPUs of each; default: the machine's")
-    gpus: NonNegativeInt = Field(default=0, description="GPUs of each, which need not exist")
+    gpus: NonNegativeInt = Field(default=0, description="GPUs of each; they need not exist")
     resources: dict[str, PositiveFloat] = Field(default={}, description="custom resources of each")
     labels: dict[str, str] = Field(default={}, description="labels of each, such as role: train")
 
@@ -47,18 +47,18 @@ class NodesConfig(Config):
 
     nodes: tuple[NodeGroup, ...] = Field(default=(NodeGroup(count=3),), min_length=1, description="groups of nodes")
     object_store_mb: int = Field(
-        default=STORE_MB, ge=LEAST_STORE_MB, description="size of each node's object store, in MB"
+        default=STORE_MB, ge=LEAST_STORE_MB, description="size of the object store of each node, in MB"
     )
-    port: int = Field(default=6379, ge=1, le=65535, description="port of the head; a free one if it is taken")
+    port: int = Field(default=6379, ge=1, le=65535, description="port of the head; another if it is in use")
     dashboard_port: int = Field(default=8265, ge=1, le=65535, description="port of dashboard and jobs; likewise")
 
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """A cluster that `up` started: what is kept about it in the state file.
+    """A cluster that `up` started, as recorded in the state file.
 
     Attributes:
-        name: value of the variable that marks its processes.
+        name: value of the variable `MARK` of its processes.
         address: of the head, for RAY_ADDRESS.
         dashboard: URL of dashboard and jobs.
         folder: Ray's session folder.
@@ -72,7 +72,7 @@ class LocalCluster:
     nodes: list[dict[str, Any]]
 
     def processes(self) -> list[psutil.Process]:
-        """Return all processes of the cluster, those of its jobs too."""
+        """Return all processes of the cluster, including those of its jobs."""
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
@@ -81,7 +81,7 @@ class LocalCluster:
         return list(found.values())
 
     def raylets(self) -> dict[str, int]:
-        """Return the process id of each node that lives, by the node's address."""
+        """Return the process id of each live node's raylet, by the node's address."""
         found = {}
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -92,12 +92,12 @@ class LocalCluster:
 
 
 def state_file() -> Path:
-    """Return the file that remembers the local cluster."""
+    """Return the path of the file that records the local cluster."""
     return cache_folder("cluster.json")
 
 
 def running_cluster() -> LocalCluster | None:
-    """Return the local cluster, if there is one and its head lives."""
+    """Return the local cluster if its head is alive, otherwise None."""
     try:
         cluster = LocalCluster(**json.loads(state_file().read_text()))
     except (OSError, ValueError, TypeError):
@@ -111,22 +111,22 @@ def read_nodes(path: str | Path) -> NodesConfig:
     Raises:
         UserError: no such file, or a key or value that does not fit.
     """
-    return read_config(path, NodesConfig, "see recipes/cluster/")
+    return read_yaml_config(path, NodesConfig, "see recipes/cluster/")
 
 
 def up(config: NodesConfig | None = None, say: Callable[[str], None] = print) -> LocalCluster:
-    """Start a cluster, or those of its nodes that have died; return when all nodes have joined.
+    """Start a cluster, or restart its dead nodes; return when all nodes have joined.
 
-    Every node asks for the token. The dashboard and each node's address are on the loopback interface; Ray binds some
-    of its worker ports on all interfaces and offers no way round that.
+    Every node requires the token. The dashboard and each node's address are on the loopback interface; Ray binds some
+    of its worker ports on all interfaces, and has no option to change that.
 
     Args:
-        config: the nodes; default: those of the cluster that runs, else three.
-        say: takes a line for each node that has joined.
+        config: the nodes; default: those of the running cluster, otherwise three.
+        say: prints a line for each node that has joined.
 
     Raises:
-        UserError: this is not Linux, a cluster of other nodes runs, or a node does not come up. If that is a new
-            cluster, nothing is left of it; one that ran before runs on.
+        UserError: this is not Linux, a cluster of other nodes runs, or a node does not start. A new cluster is then
+            stopped; one that ran before keeps running.
     """
     if not sys.platform.startswith("linux"):
         raise UserError(f"several nodes on one machine need Linux's 127.0.0.0/8, this is {sys.platform}: use one node")
@@ -138,15 +138,15 @@ def up(config: NodesConfig | None = None, say: Callable[[str], None] = print) ->
     if config is not None and (wanted := _nodes(config)) != running.nodes:
         raise UserError(
             f"the local cluster {running.name} at {running.dashboard} has {_described(running.nodes)}, wanted "
-            f"{_described(wanted)}: stop it first with perceiver cluster down, or say only perceiver cluster up to "
-            "start those of its nodes that have died"
+            f"{_described(wanted)}: stop it first with perceiver cluster down, or restart its dead nodes with "
+            "perceiver cluster up without a file"
         )
     _revive(running, say)
     return running
 
 
 def down() -> int:
-    """Stop the local cluster and all that runs on it; return how many processes ended. No cluster is no mistake."""
+    """Stop the local cluster and everything that runs on it; return the number of stopped processes, 0 without one."""
     try:
         cluster = LocalCluster(**json.loads(state_file().read_text()))
     except (OSError, ValueError, TypeError):
@@ -154,24 +154,20 @@ def down() -> int:
     ended = 0
     while processes := cluster.processes():
         ended += len(processes)
-        # The nodes first: they end their workers and remove their shared memory themselves. Ray's autoscaler, too: it
-        # heeds no signal once the head's store is gone.
-        _end([p for p in processes if _is_raylet(p) or _is_autoscaler(p)])
+        # The nodes first: they stop their workers and remove their shared memory themselves. Ray's autoscaler, too: it
+        # ignores signals once the head's store is gone.
+        _end([process for process in processes if _ends_first(process)])
         _end(processes)
     shutil.rmtree(cluster.folder, ignore_errors=True)
     state_file().unlink(missing_ok=True)
     return ended
 
 
-def _is_raylet(process: psutil.Process) -> bool:
+def _ends_first(process: psutil.Process) -> bool:
+    """Return whether a process is a node or the autoscaler."""
     with contextlib.suppress(psutil.Error):
-        return process.name() == "raylet"
-    return False
-
-
-def _is_autoscaler(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return any(part.endswith("autoscaler/_private/monitor.py") for part in process.cmdline()[:3])
+        command = process.cmdline()[:3]
+        return process.name() == "raylet" or any(part.endswith("autoscaler/_private/monitor.py") for part in command)
     return False
 
 
@@ -186,8 +182,8 @@ def _end(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(alive, END_TIMEOUT_S)
 
 
-def _planned(config: NodesConfig) -> LocalCluster:
-    """Choose addresses, ports and options of the nodes."""
+def plan_cluster(config: NodesConfig) -> LocalCluster:
+    """Choose the addresses, ports and options of the nodes."""
     name = secrets.token_hex(4)
     nodes = _nodes(config)
     head = nodes[0]["ip"]
@@ -210,7 +206,7 @@ def _nodes(config: NodesConfig) -> list[dict[str, Any]]:
 
 
 def _described(nodes: list[dict[str, Any]]) -> str:
-    """Return how many nodes there are of each kind."""
+    """Return the number of nodes of each kind, as text."""
     kinds = Counter(" ".join(node["options"]) for node in nodes)
     return f"{len(nodes)} nodes ({'; '.join(f'{count} with {options}' for options, count in kinds.items())})"
 
@@ -227,23 +223,23 @@ def _options(group: NodeGroup, config: NodesConfig) -> list[str]:
     return options
 
 
-def _command(cluster: LocalCluster, node: dict[str, Any]) -> list[str]:
-    """Return the `ray start` that brings up one node."""
+def start_command(cluster: LocalCluster, node: dict[str, Any]) -> list[str]:
+    """Return the `ray start` command of a node."""
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={node['ip']}"]
     ports = [f"--dashboard-agent-listen-port={free_port(node['ip'])}", "--disable-usage-stats"]
     if node is not cluster.nodes[0]:
-        # One log monitor a machine: a second would report every line again.
+        # One log monitor per machine: a second one would repeat every line.
         return [*ray, f"--address={cluster.address}", "--include-log-monitor=false", *ports, *node["options"]]
     host, _, port = cluster.address.partition(":")
-    # Asked for by name, the dashboard must come up: jobs go through it.
+    # If asked for explicitly, a dashboard that does not start is an error: jobs need it.
     head = ["--head", f"--port={port}", f"--temp-dir={cluster.folder}", "--include-dashboard=true"]
     head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={cluster.dashboard.rsplit(':', 1)[1]}"]
     head += [f"--ray-client-server-port={free_port(host)}"]
     return [*ray, *head, *ports, *node["options"]]
 
 
-def _environment(cluster: LocalCluster) -> dict[str, str]:
-    """Return what the nodes, and thereby the jobs, inherit: this Python first, the token asked for."""
+def node_environment(cluster: LocalCluster) -> dict[str, str]:
+    """Return the environment of the nodes and their jobs: this Python first on PATH, the token required."""
     environment = {**QUIET_ENVIRONMENT, **os.environ, MARK: cluster.name, "RAY_AUTH_MODE": "token"}
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         environment.pop(name, None)
@@ -252,60 +248,48 @@ def _environment(cluster: LocalCluster) -> dict[str, str]:
 
 
 def _start_all(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster:
-    """Start the nodes of a new cluster one after the other.
+    """Start the nodes of a new cluster one after the other, the head first.
 
     Raises:
-        UserError: one does not come up; then nothing is left.
+        UserError: one does not start; then nothing is left running.
     """
-    cluster = _start_head(config, say)
+    line, reason = "node {} did not start ({}); nothing is left running: try fewer nodes", ""
+    for _ in range(TRIES):  # the head; each attempt chooses its ports again, since others may take them first
+        cluster = plan_cluster(config)
+        write_whole(None, state_file(), json.dumps(asdict(cluster), indent=1))
+        if not (reason := _try(cluster, cluster.nodes[0], say)):
+            break
+        down()  # otherwise the next attempt would find the old object store
+    else:
+        raise UserError(line.format(cluster.nodes[0]["ip"], reason))
     for node in cluster.nodes[1:]:
-        if reason := _start(cluster, node, say):
+        if reason := start_node(cluster, node, say):
             down()
-            raise _not_up(node, reason)
+            raise UserError(line.format(node["ip"], reason))
     return cluster
 
 
-def _start_head(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster:
-    """Start the head of a new cluster; its ports are chosen anew for each try, since others may take them first.
-
-    Raises:
-        UserError: it does not come up; then nothing is left.
-    """
-    for _ in range(TRIES):
-        cluster = _planned(config)
-        write_whole(None, state_file(), json.dumps(asdict(cluster), indent=1))
-        reason = _try(cluster, cluster.nodes[0], say)
-        if not reason:
-            return cluster
-        down()  # all of it: the next try would meet the old store
-    raise _not_up(cluster.nodes[0], reason)
-
-
-def _not_up(node: dict[str, Any], reason: str) -> UserError:
-    return UserError(f"node {node['ip']} did not come up ({reason}); nothing is left running: try fewer nodes")
-
-
 def _revive(cluster: LocalCluster, say: Callable[[str], None]) -> None:
-    """Start the nodes that have died; those that live, and their jobs, are left alone.
+    """Restart the dead nodes; live nodes and their jobs are not touched.
 
     Raises:
-        UserError: some do not come up.
+        UserError: some do not start.
     """
     alive = cluster.raylets()
     dead = [node for node in cluster.nodes if node["ip"] not in alive]
-    failed = {node["ip"]: reason for node in dead if (reason := _start(cluster, node, say))}
+    failed = {node["ip"]: reason for node in dead if (reason := start_node(cluster, node, say))}
     if failed:
         reasons = ", ".join(f"{ip} ({reason})" for ip, reason in failed.items())
         raise UserError(
-            f"node {reasons} did not come up again; the other {len(cluster.nodes) - len(failed)} run on: see "
-            f"{cluster.folder}/start-{next(iter(failed))}.log, try again with perceiver cluster up"
+            f"node {reasons} did not start; the other {len(cluster.nodes) - len(failed)} keep running: see "
+            f"{cluster.folder}/start-{next(iter(failed))}.log, then repeat perceiver cluster up"
         )
 
 
-def _start(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
-    """Start a node beside the head; it gets a few tries, because Ray allows a slow machine 30 s and no more.
+def start_node(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
+    """Start a node other than the head; return the reason if it did not start, empty if it did.
 
-    Returns: why it did not come up, empty if it did.
+    It gets several attempts, because Ray waits at most 30 s for a slow machine.
     """
     reason = ""
     for _ in range(TRIES):
@@ -318,21 +302,21 @@ def _start(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], Non
 
 
 def _try(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
-    """Start a node; return why it did not come up, empty if it did."""
+    """Make one attempt to start a node; return the reason if it did not start, empty if it did."""
     Path(cluster.folder).mkdir(mode=0o700, exist_ok=True)
     log = Path(cluster.folder) / f"start-{node['ip']}.log"
-    if not _came_up(cluster, node, log):
+    if not run_start(cluster, node, log):
         return _reason(log)
     say(f"node {node['ip']} is up ({' '.join(node['options'])})")
     return ""
 
 
-def _came_up(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:
-    """Run `ray start` for one node; return whether it says that the node has joined."""
+def run_start(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:
+    """Run `ray start` for a node; return whether it succeeded."""
     with log.open("w") as sink:
         process = subprocess.Popen(
-            _command(cluster, node),
-            env=_environment(cluster),
+            start_command(cluster, node),
+            env=node_environment(cluster),
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -347,7 +331,7 @@ def _came_up(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:
 
 def _reason(log: Path) -> str:
     lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no word of it")[:200]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no message")[:200]
 
 
 def equivalent(cluster: LocalCluster) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How the workers of a run find each other: at the addresses under which Ray knows their nodes."""
+"""The process group of a run's workers: NCCL or Gloo, at the nodes' addresses in Ray."""
 
 import os
 import socket
@@ -13,11 +13,11 @@ from cluster.recipe.resources import ClusterConfig
 
 
 def use_node_interface() -> None:
-    """Have Gloo connect to the other workers at this node's address in Ray, unless `GLOO_SOCKET_IFNAME` is set.
+    """Set `GLOO_SOCKET_IFNAME` to the interface of this node's address in Ray, unless it is set.
 
-    By itself Gloo takes the address that the host's name resolves to, which on many machines (Debian's /etc/hosts) is
-    127.0.1.1: then workers of two machines do not find each other. If no interface has the node's address nothing is
-    set.
+    By default Gloo uses the address that the host's name resolves to, which on many machines (Debian's /etc/hosts) is
+    127.0.1.1: workers on different machines then do not find each other. If no interface has the node's address,
+    nothing is set.
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
@@ -30,10 +30,10 @@ def use_node_interface() -> None:
 
 
 class NodeAddressBackend(TorchConfig().backend_cls):
-    """Ray Train's backend for torch, with Gloo at the nodes' addresses; called in the controller."""
+    """Ray Train's backend for torch with Gloo at the nodes' addresses."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        """Choose the interface on each worker, then let Ray Train join them."""
+        """Choose the interface on each worker, then start the process group. Ray calls this in the controller."""
         worker_group.execute(use_node_interface)
         super().on_start(worker_group, backend_config)
 
@@ -44,10 +44,10 @@ class NodeAddressTorchConfig(TorchConfig):
 
     @property
     def backend_cls(self) -> type:
-        """Return the backend's class."""
+        """Return the class of the backend."""
         return NodeAddressBackend
 
 
 def torch_config(cluster: ClusterConfig) -> TorchConfig:
-    """Return how the workers of a run are joined: by NCCL on GPUs, otherwise by Gloo."""
+    """Return the torch backend of a run's workers: NCCL on GPUs, otherwise Gloo."""
     return NodeAddressTorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo")

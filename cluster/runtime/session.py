@@ -1,4 +1,4 @@
-"""What the drivers of a run and of a search have in common: Ray and MLflow, their log file, and Ctrl-C."""
+"""What the drivers of a run and of a search share: Ray and MLflow, the log file, and signals."""
 
 import logging
 import os
@@ -20,18 +20,18 @@ from perceiver.tracking.runs import RunHandle, TrackingConfig, create_run, load_
 
 log = logging.getLogger(__name__)
 
-GO_ON = "PERCEIVER_GO_ON"
-"""Environment variable of a job: the command with which its user continues the run."""
+CONTINUE_COMMAND = "PERCEIVER_CONTINUE_COMMAND"
+"""Environment variable of a job: the command that continues its run."""
 
 
-def go_on_command(command: str, folder: RunFolder) -> str:
-    """Return the command that continues a run: the one of the job's user, otherwise the one that started the run."""
-    return os.environ.get(GO_ON) or f"{command} --resume --run {folder.name}"
+def continue_command(command: str, folder: RunFolder) -> str:
+    """Return the command that continues a run: the job's, otherwise `command` with ``--resume``."""
+    return os.environ.get(CONTINUE_COMMAND) or f"{command} --resume --run {folder.name}"
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """The MLflow run of a driver: its store (see `tracking_of`), and what it is created with."""
+    """The MLflow run of a driver: its tracking section (see `tracking_of`), parameters and tags."""
 
     config: TrackingConfig
     params: Mapping[str, Any]
@@ -43,8 +43,8 @@ def tracking_of(config: TrackingConfig, folder: RunFolder, name: str) -> Trackin
 
     Args:
         config: the section.
-        folder: of the run; without a URI all runs beside it share one SQLite file.
-        name: the experiment unless the section or MLFLOW_EXPERIMENT_NAME says another.
+        folder: of the run; without a URI all runs in the same output folder share one SQLite file.
+        name: the experiment, unless the section or MLFLOW_EXPERIMENT_NAME names another.
     """
     store = folder.local.parent.resolve() / "mlflow.db"
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(store)
@@ -60,13 +60,13 @@ def ray_and_mlflow(
     background: ThreadPoolExecutor,
     say: Callable[[str], None],
 ) -> Iterator[RunHandle | None]:
-    """Have Ray and the MLflow run while the body works. Both start at the same time; Ray stops in the background.
+    """Connect to Ray and open the MLflow run, both at the same time; on exit, stop Ray in the background.
 
     Args:
         config: the recipe's ``cluster`` section.
-        folder: of the run; Ray's session and the MLflow run are noted in it.
+        folder: of the run; its run.json records Ray's session and the MLflow run.
         run: the MLflow run, created or reopened.
-        background: does what the body need not wait for.
+        background: executor for the work that the caller does not wait for.
         say: prints a line.
 
     Raises:
@@ -87,14 +87,14 @@ def ray_and_mlflow(
 
 
 def _create_run(folder: RunFolder, run: Tracked) -> RunHandle | None:
-    """Create the MLflow run, or reopen the one that this folder belongs to."""
+    """Create the MLflow run of a folder, or reopen it."""
     return create_run(
         run.config,
         folder.name,
         output=folder.local,
         params=run.params,
         tags=run.tags,
-        # A driver on another machine knows the run only from what is in its output folder.
+        # A driver on another machine finds the run's id only in the output folder.
         resume=load_handle(folder.local) or folder.facts().get("mlflow_run"),
     )
 
@@ -112,9 +112,9 @@ def _say_tracking(folder: RunFolder, handle: RunHandle | None, say: Callable[[st
 
 @contextmanager
 def stop_on_signal(request_stop: Callable[[], None], say: Callable[[str], None], line: str) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: ask the workers, through their monitor, to save and end, and ``say`` the ``line``.
+    """Call `request_stop` and print `line` at the first Ctrl-C or SIGTERM; raise KeyboardInterrupt at the second.
 
-    Again, a second later or more: leave at once. The second is there because some wrappers pass one Ctrl-C on twice.
+    A signal within a second of the first one is ignored, because some wrappers send one Ctrl-C twice.
     """
     asked: list[float] = []
 
@@ -136,7 +136,7 @@ def stop_on_signal(request_stop: Callable[[], None], say: Callable[[str], None],
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """While a run starts up, take SIGTERM as Ctrl-C: an exception, on whose way out the run's lease is given back."""
+    """Raise KeyboardInterrupt on SIGTERM while a run starts, so that its lease is released."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -150,7 +150,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def log_file(folder: RunFolder) -> Iterator[None]:
-    """Send all library chatter of this process to ``logs/driver.log`` instead of the terminal."""
+    """Write the log of this process to ``logs/driver.log`` instead of the terminal."""
     path = folder.local / "logs" / "driver.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)

@@ -124,12 +124,11 @@ def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: str, mach
     there repeat the overrides. Nodes of kuberay and the autoscalers see no folder of this machine: data and output must
     be URLs, or absolute paths of storage that they share.
     """
+    from cluster.deploy.render import read_recipe_file, write
     from cluster.deploy.render import render as make
-    from cluster.deploy.render import write
     from cluster.deploy.settings import read_settings
-    from cluster.deploy.source import read_source
 
-    files = make(kind, read_source(recipe, overrides), read_settings(machines), folder, click.echo)
+    files = make(kind, read_recipe_file(recipe, overrides), read_settings(machines), folder, click.echo)
     for path in write(files, folder):
         click.echo(path)
     return 0

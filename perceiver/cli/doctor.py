@@ -39,13 +39,12 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.doctor.checks import examine
-    from cluster.doctor.report import FAIL, patient_of
+    from cluster.doctor.checks import FAIL, examine, setup_of
     from cluster.recipe.config import load_recipe
 
     loaded = load_recipe(recipe, overrides) if recipe else None
     nodes = (lambda: _nodes(address, headers, verify, loaded)) if address else None
-    findings = list(examine(patient_of(loaded, nodes)))
+    findings = list(examine(setup_of(loaded, nodes)))
     if as_json:
         click.echo("\n".join(json.dumps(asdict(finding)) for finding in findings))
     else:
@@ -61,7 +60,7 @@ def command(
 
 
 def _nodes(address: str | None, headers: str | None, verify: str, recipe: "Recipe | None") -> str:
-    """One line about the cluster's nodes; refuses one that the recipe's workers do not fit on."""
+    """Return one line about the cluster's nodes; refuse a cluster on which the recipe's workers do not fit."""
     from cluster.jobs.submit import check_places
     from perceiver.cli._access import reach
 

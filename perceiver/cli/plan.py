@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from cluster.capacity.estimate import Place
+    from cluster.capacity.estimate import Machines
     from cluster.runtime.hardware import Device
 
 
@@ -45,8 +45,7 @@ def command(
     Refuses (exit code 2) what cannot fit or would wait for data, and names the key to change.
     """
     from cluster.capacity.calibrate import calibrate as measure
-    from cluster.capacity.calibrate import check_device
-    from cluster.capacity.calibration import load_calibration
+    from cluster.capacity.calibrate import check_device, load_calibration
     from cluster.capacity.describe import describe, tree
     from cluster.capacity.estimate import check_starving, estimate
     from cluster.capacity.workload import build_workload
@@ -75,13 +74,13 @@ def command(
     return 0
 
 
-def _place(name: str, device: "Device", devices: int, nodes: int | None, data_cpus: float | None) -> "Place":
+def _place(name: str, device: "Device", devices: int, nodes: int | None, data_cpus: float | None) -> "Machines":
     """Where the run would be, the same number of devices on each node; on CPUs, workers and data tasks share the cores.
 
     Raises:
         UserError: the nodes do not hold the devices, or not evenly.
     """
-    from cluster.capacity.estimate import Place
+    from cluster.capacity.estimate import Machines
     from perceiver.config import UserError
 
     least = math.ceil(devices / device.devices_per_node)
@@ -96,4 +95,4 @@ def _place(name: str, device: "Device", devices: int, nodes: int | None, data_cp
     if devices % machines:
         raise UserError(f"--gpus {devices} do not divide over --nodes {nodes}: set --nodes {even}")
     beside = machines * device.node_cpus - (devices if name != "cpu" else 0)
-    return Place(device, name, devices, machines, max(0.0, beside) if data_cpus is None else data_cpus)
+    return Machines(device, name, devices, machines, max(0.0, beside) if data_cpus is None else data_cpus)

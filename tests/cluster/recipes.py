@@ -1,4 +1,4 @@
-"""A small prepared data set and a small recipe for tests of the launch."""
+"""A small prepared data set and a small recipe for tests."""
 
 import io
 from pathlib import Path
@@ -29,7 +29,7 @@ def write_images(folder: Path, per_class: int = 40, seed: int = 0) -> Path:
 
 
 def prepare_images(folder: Path, per_class: int = 40) -> str:
-    """Prepare such images; return the URL of the shards."""
+    """Write and prepare such images; return the URL of the shards."""
     url = str(folder / "shards")
     prepare("image_folder", str(write_images(folder / "raw", per_class)), url)
     return url

@@ -60,7 +60,7 @@ def start(folder: Path, name: str) -> None:
     make_token()
     group = local.NodeGroup(count=3, cpus=1, resources={"slot": 1})
     ports = {"port": free_port(), "dashboard_port": free_port()}
-    plan = local._planned(local.NodesConfig(nodes=(local.NodeGroup(cpus=1), group), object_store_mb=100, **ports))
+    plan = local.plan_cluster(local.NodesConfig(nodes=(local.NodeGroup(cpus=1), group), object_store_mb=100, **ports))
     ips = [f"{NET}.1", HERE, AWAY, SPARE]
     planned = [{**node, "ip": ip} for node, ip in zip(plan.nodes, ips, strict=True)]
     cluster = replace(plan, nodes=planned, address=f"{NET}.1:{plan.address.rpartition(':')[2]}")
@@ -68,14 +68,14 @@ def start(folder: Path, name: str) -> None:
     local.state_file().write_text(json.dumps(asdict(cluster)))
     head, here, away, _ = planned
     for node in (head, here):
-        assert not (reason := local._start(cluster, node, print)), reason
+        assert not (reason := local.start_node(cluster, node, print)), reason
     within = ["ip", "netns", "exec", name, *_away_command(cluster, away)]
-    subprocess.run(within, env=local._environment(cluster), check=True, timeout=local.START_TIMEOUT_S)
+    subprocess.run(within, env=local.node_environment(cluster), check=True, timeout=local.START_TIMEOUT_S)
 
 
 def _away_command(cluster: local.LocalCluster, node: dict[str, Any]) -> list[str]:
     """The command of a node whose address is not of this namespace, where no free port can be looked for."""
-    words = local._command(cluster, {**node, "ip": HERE})
+    words = local.start_command(cluster, {**node, "ip": HERE})
     return [word.replace(f"--node-ip-address={HERE}", f"--node-ip-address={node['ip']}") for word in words]
 
 
@@ -100,7 +100,7 @@ def network_cut(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
             outcome.expect(places == {HERE, AWAY}, f"one worker on each node: {places}")
             nodes.command("cluster", "up")  # the spare one
             fault = cut(name)
-            detected = job.wait_line("; the workers start again")
+            detected = job.wait_line("; restarting the workers")
             outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
             job.judge(outcome, fault, detected, STEPS)
             outcome.expect((outcome.detected_s or 0) <= HUNG_WITHIN_S, "detected within 120 s")

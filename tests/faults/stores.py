@@ -35,7 +35,7 @@ def disk_full(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         limit_files(job, resource.RLIM_INFINITY)
         expect_finished(job, outcome)
         outcome.expect(job.steps()[-1] == STEPS > before, "the last checkpoint is there")
-        outcome.expect(not job.said("the workers start again"), "training went on")
+        outcome.expect(not job.said("restarting the workers"), "training went on")
         outcome.expect(not (found := places_of_the_secret(job)), f"the secret stands in {found[:5]}")
         job.judge(outcome, fault, detected, STEPS)
     finally:
@@ -108,7 +108,7 @@ def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
             times = [row["time"] - fault for row in job.history() if "train/loss" in row]
             outcome.expect(done := sum(STALL_S / 2 < t < STALL_S for t in times), "steps went on while it stalled")
             outcome.fault += f" ({done} steps in its second half)"
-            outcome.expect(not job.said("the workers start again"), "no worker started again")
+            outcome.expect(not job.said("restarting the workers"), "no worker started again")
             job.judge(outcome, fault, None, steps)
         finally:
             job.kill()

@@ -86,7 +86,7 @@ def data_task_killed(folder: Path, tree: dict[str, Any], outcome: Outcome) -> No
         fault = send(job.wait(job.data_tasks, "data task")[0], signal.SIGKILL)
         expect_finished(job, outcome)
         job.judge(outcome, fault, None, STEPS)
-        outcome.expect(not job.said("the workers start again"), f"no worker started again\n{job.output}")
+        outcome.expect(not job.said("restarting the workers"), f"no worker started again\n{job.output}")
     finally:
         job.kill()
 
@@ -126,7 +126,7 @@ def bad_loss_is_rolled_back(folder: Path, tree: dict[str, Any], outcome: Outcome
     job = Job(folder, fault_tree(tree, STEPS, on_bad_loss="rollback")).inject("nan", 31).start()
     try:
         expect_finished(job, outcome)
-        found = job.said("the loss of step 31 was no number: back to the weights of step")
+        found = job.said("the loss of step 31 was NaN or infinite: rolled back")
         outcome.expect(found, f"the roll-back is told\n{job.output}")
         job.judge(outcome, fault := _poisoned(job), found, STEPS, unrecorded={31})
         (void,) = [json.loads(path.read_text()) for path in (job.run / "ledger").glob("void-*.json")]

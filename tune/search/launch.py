@@ -243,7 +243,7 @@ def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
                 launch.console.progress(event)
             if event["kind"] == "exchange":
                 desk.exchanged(event["trial"], event["donor"], event["step"], event["values"])
-            if event["kind"] == "looked":
+            if event["kind"] == "polled":
                 launch.console.refresh()
     launch.console.close()
     desk.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.recipe.config import absolute
 from cluster.record.run_folder import RunFolder
-from cluster.runtime.session import go_on_command, tracking_of
+from cluster.runtime.session import continue_command, tracking_of
 from perceiver.tracking.runs import TrackingConfig
 from perceiver.tracking.tracker import NullTracker, Tracker
 from tune.config import Search
@@ -97,7 +97,7 @@ class SearchLaunch:
     @property
     def go_on(self) -> str:
         """Return the command that goes on with this search."""
-        return go_on_command(self.start.command, self.folder)
+        return continue_command(self.start.command, self.folder)
 
     @property
     def tracking(self) -> TrackingConfig:

@@ -23,7 +23,7 @@ import ray.tune
 from cluster.recipe.config import build_recipe
 from cluster.recipe.preflight import data_facts
 from cluster.record.run_folder import RunFolder, redacted_recipe
-from cluster.run.driver import LOOKED, Fit
+from cluster.run.driver import POLLED, Fit
 from cluster.run.metrics import RunMetrics, ray_export
 from cluster.run.monitor import ActorClient, ActorMonitor, Event, LocalMonitor, Monitor
 from cluster.run.trainer import Share, build_local_trainer, build_trainer
@@ -193,7 +193,7 @@ class Running:
                 self._abandon()
             if not self._asked and self.link.stop_requested():
                 self.ask_to_stop()
-            if event is not LOOKED:
+            if event is not POLLED:
                 return event
         return END
 

@@ -1,4 +1,4 @@
-"""The types of the files that start clusters: a field that is unknown, missing or of another type is refused."""
+"""The schemas of the files that start clusters: an unknown or missing field, or one of another type, is refused."""
 
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ Texts = dict[str, str]
 
 
 class Api(BaseModel):
-    """An object of an API: no field but these, no text for a number."""
+    """An object of an API: unknown fields and conversions of types are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -118,17 +118,17 @@ KINDS: dict[str, type[BaseModel]] = {
 
 
 def check_kubernetes(document: dict[str, Any]) -> None:
-    """Refuse a Kubernetes object that its API would not take.
+    """Refuse a Kubernetes object that its API would not accept.
 
     Raises:
         ValidationError: a field is unknown, missing or of another type.
     """
     read = KINDS[document["kind"]].model_validate(document)
-    # The client takes its own spelling (container_port), too; Kubernetes does not.
+    # The client also accepts its own spelling (container_port); Kubernetes does not.
     assert read.model_dump(by_alias=True, exclude_none=True) == document
 
 
-# Of the Compose specification (docs.docker.com/reference/compose-file) the part that our file uses, and no more.
+# The part of the Compose specification (docs.docker.com/reference/compose-file) that our file uses.
 class Build(Api):
     context: str
     dockerfile: str | None = None

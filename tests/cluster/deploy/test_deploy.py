@@ -1,13 +1,15 @@
-"""The files that start real clusters: valid by the loaders and fields of those who read them."""
+"""The files that start real clusters are valid by the schemas of their readers."""
 
 import json
 import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import HealthCheck, example, given
@@ -16,9 +18,18 @@ from hypothesis import strategies as st
 from jinja2 import DictLoader
 from pydantic import ValidationError
 
-from cluster.deploy.render import KINDS, environment, in_comment, in_yaml, render, write, yaml_text
+from cluster.deploy.render import (
+    KINDS,
+    RecipeFile,
+    environment,
+    in_comment,
+    in_yaml,
+    read_recipe_file,
+    render,
+    write,
+    yaml_text,
+)
 from cluster.deploy.settings import Machine, Settings, read_settings
-from cluster.deploy.source import Source, read_source
 from cluster.jobs import entrypoint as job
 from cluster.recipe.config import load_recipe
 from cluster.run.metrics import FIGURES
@@ -31,13 +42,13 @@ SHARED = ("data.url=s3://bucket/digits", "output=s3://bucket/runs")
 MORE = ("cluster.workers=16", "cluster.gpus_per_worker=1", "train.global_batch=128", "data.augment={shift: 1}")
 
 
-def files(kind: str, source: Source, settings: Settings, say: Callable[[str], None] = print) -> dict[str, str]:
+def files(kind: str, source: RecipeFile, settings: Settings, say: Callable[[str], None] = print) -> dict[str, str]:
     return render(kind, source, settings, "deploy", say)
 
 
 @pytest.fixture
-def source() -> Source:
-    return read_source(RECIPE, [*SHARED, *MORE])
+def source() -> RecipeFile:
+    return read_recipe_file(RECIPE, [*SHARED, *MORE])
 
 
 @pytest.fixture
@@ -47,9 +58,9 @@ def settings() -> Settings:
 
 @pytest.mark.parametrize("name", ["gpu.yaml", "cpu.yaml"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_renders_for_the_machines_we_ship(kind: str, name: str, tmp_path: Path) -> None:
+def test_every_kind_renders_for_the_shipped_machines(kind: str, name: str, tmp_path: Path) -> None:
     machines = read_settings(ROOT / "recipes/cluster" / name)
-    paths = write(files(kind, read_source(RECIPE, SHARED), machines), str(tmp_path))
+    paths = write(files(kind, read_recipe_file(RECIPE, SHARED), machines), str(tmp_path))
     assert [path.name for path in paths] == list(KINDS[kind])
     for path in paths:
         if path.suffix == ".yaml":
@@ -77,7 +88,7 @@ def check_cluster_spec(spec: dict[str, Any]) -> None:
         assert shared["emptyDir"]["medium"] == "Memory" and re.fullmatch(r"\d+Gi", shared["emptyDir"]["sizeLimit"])
 
 
-def test_kuberay_has_only_what_its_api_and_that_of_kubernetes_know(source: Source, settings: Settings) -> None:
+def test_the_kuberay_files_follow_the_apis_of_kuberay_and_kubernetes(source: RecipeFile, settings: Settings) -> None:
     selecting = settings.model_copy(update={"node_selector": {"zone": "a"}})
     rendered = files("kuberay", source, selecting)
     cluster = yaml.safe_load(rendered["raycluster.yaml"])
@@ -117,10 +128,10 @@ def test_kuberay_has_only_what_its_api_and_that_of_kubernetes_know(source: Sourc
         ("spec.headGroupSpec.template.spec.containers.0", "working_dir", "/"),
     ],
 )
-def test_what_those_do_not_know_is_found(
-    source: Source, settings: Settings, place: str, key: str, value: object
+def test_violations_of_those_apis_are_found(
+    source: RecipeFile, settings: Settings, place: str, key: str, value: object
 ) -> None:
-    """The check above is not blind: a wrong name, a wrong type and a missing field are refused at any depth."""
+    """`check_kubernetes` refuses a wrong name, a wrong type and a missing field at any depth."""
     document = yaml.safe_load(files("kuberay", source, settings)["raycluster.yaml"])
     node: Any = document
     for part in place.split("."):
@@ -133,7 +144,7 @@ def test_what_those_do_not_know_is_found(
 
 
 def commands(rendered: dict[str, str]) -> list[list[str]]:
-    """Return the words of each command in the files that trains the recipe."""
+    """Return the words of each training command in the files."""
     lines = [line.lstrip("# ") for text in rendered.values() for line in text.splitlines()]
     shown = [line for line in lines if "perceiver submit" in line]
     if "train.sbatch" in rendered:
@@ -151,8 +162,8 @@ def applied(overrides: Sequence[str]) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "count"), [("kuberay", 2), ("autoscaler-aws", 1), ("slurm", 1), ("compose", 1)])
-def test_every_command_trains_what_the_files_were_rendered_for(
-    source: Source, settings: Settings, kind: str, count: int
+def test_every_command_trains_the_recipe_that_the_files_were_rendered_for(
+    source: RecipeFile, settings: Settings, kind: str, count: int
 ) -> None:
     found = commands(files(kind, source, settings))
     assert len(found) == count
@@ -173,55 +184,55 @@ def test_every_command_trains_what_the_files_were_rendered_for(
 
 
 @pytest.mark.parametrize("kind", ["kuberay", "slurm"])
-def test_a_job_is_told_which_variables_its_recipe_needs(kind: str, settings: Settings) -> None:
+def test_the_command_of_a_job_names_the_required_variables(kind: str, settings: Settings) -> None:
     named = ["tracking.uri=env:STORE", "data.storage_options.secret=$KEY"]
-    (words,) = (w for w in commands(files(kind, read_source(RECIPE, [*SHARED, *named]), settings)) if "python" in w)
+    rendered = files(kind, read_recipe_file(RECIPE, [*SHARED, *named]), settings)
+    (words,) = (words for words in commands(rendered) if "python" in words)
     given = job.arguments(words[3:])
     assert given.needs == "KEY,STORE" and given.overrides[2:4] == named
 
 
-def test_a_deepspeed_file_goes_along_to_pods_that_lack_it(
+def test_the_contents_of_a_deepspeed_file_are_sent_to_pods(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    source = read_source(RECIPE, [*SHARED, "deepspeed.config=ds.json"])
+    source = read_recipe_file(RECIPE, [*SHARED, "deepspeed.config=ds.json"])
     (words,) = (words for words in commands(files("kuberay", source, settings)) if "python" in words)
     config = load_recipe(RECIPE, job.arguments(words[3:]).overrides).deepspeed.config
     assert config == {"zero_optimization": {"stage": 2}}
 
 
 @pytest.mark.parametrize("kind", ["kuberay", "autoscaler-aws", "autoscaler-gcp"])
-def test_folders_of_this_machine_are_refused_for_others(kind: str, settings: Settings) -> None:
+def test_local_folders_are_refused_for_remote_clusters(kind: str, settings: Settings) -> None:
     for overrides, key in ((SHARED[1:], "data.url"), (SHARED[:1], "output")):
-        with pytest.raises(UserError, match=f"{key} = .* which the nodes behind .*.yaml do not see"):
-            files(kind, read_source(RECIPE, overrides), settings)
+        with pytest.raises(UserError, match=rf"{key} = .*\.yaml"):
+            files(kind, read_recipe_file(RECIPE, overrides), settings)
     said: list[str] = []
-    files(kind, read_source(RECIPE, ["data.url=/mnt/digits", "output=/mnt/runs"]), settings, said.append)
-    assert len(said) == 2 and "data.url = /mnt/digits must be the same storage" in said[0]
+    files(kind, read_recipe_file(RECIPE, ["data.url=/mnt/digits", "output=/mnt/runs"]), settings, said.append)
+    assert len(said) == 2 and "data.url = /mnt/digits " in said[0]
 
 
-def test_compose_puts_into_its_store_what_has_no_url(settings: Settings) -> None:
-    (words,) = commands(files("compose", read_source(RECIPE, ["output=s3://other/runs"]), settings))
+def test_compose_moves_local_paths_to_its_store(settings: Settings) -> None:
+    (words,) = commands(files("compose", read_recipe_file(RECIPE, ["output=s3://other/runs"]), settings))
     assert "data.url=s3://perceiver/data" in words and "output=s3://perceiver/runs" not in words
 
 
-def test_a_secret_by_value_is_in_no_file(settings: Settings, tmp_path: Path) -> None:
+def test_a_secret_value_is_refused(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="storage_options.secret"):
-        read_source(RECIPE, ["data.storage_options.secret=hunter2hunter2"])
+        read_recipe_file(RECIPE, ["data.storage_options.secret=hunter2hunter2"])
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(Path(RECIPE).read_text().replace("url: data/digits", "url: s3://me:hunter2hunter2@host/digits"))
-    with pytest.raises(UserError, match=r"mine.yaml: data.url holds a secret"):
-        files("kuberay", read_source(str(recipe), SHARED), settings)
+    with pytest.raises(UserError, match=r"mine\.yaml: data\.url .*secret"):
+        files("kuberay", read_recipe_file(str(recipe), SHARED), settings)
 
 
 @pytest.mark.parametrize("kind", ["autoscaler-aws", "autoscaler-gcp"])
-def test_rays_loader_takes_the_autoscaler_files(kind: str, source: Source, settings: Settings) -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
+def test_the_autoscaler_files_follow_rays_schema(kind: str, source: RecipeFile, settings: Settings) -> None:
+    schema = json.loads((resources.files("ray") / "autoscaler" / "ray-schema.json").read_text())
     text = files(kind, source, settings)["cluster.yaml"]
     config = yaml.safe_load(text)
-    validate_config(prepare_config(config))
+    jsonschema.validate(config, schema)
     assert "push it to a registry" in text and "as `image:` into the file" in text
     types = config["available_node_types"]
     assert types["train-spot"]["priority"] > types["train"]["priority"]
@@ -229,12 +240,12 @@ def test_rays_loader_takes_the_autoscaler_files(kind: str, source: Source, setti
     spot, sure = str(types["train-spot"]["node_config"]), str(types["train"]["node_config"])
     assert ("spot" in spot or "preemptible" in spot) and "spot" not in sure and "preemptible" not in sure
     assert types["data"]["resources"] == {"CPU": 32} and "token" in str(config["file_mounts"])
-    with pytest.raises(Exception, match="mistake"):
-        validate_config(prepare_config({**config, "mistake": 1}))
+    with pytest.raises(jsonschema.ValidationError, match="mistake"):
+        jsonschema.validate({**config, "mistake": 1}, schema)
 
 
-def test_slurm_is_a_shell_script_that_saves_before_its_time_is_up(
-    source: Source, settings: Settings, tmp_path: Path
+def test_slurm_is_a_shell_script_that_saves_before_its_time_limit(
+    source: RecipeFile, settings: Settings, tmp_path: Path
 ) -> None:
     (path,) = write(files("slurm", source, settings), str(tmp_path))
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
@@ -247,7 +258,7 @@ def test_slurm_is_a_shell_script_that_saves_before_its_time_is_up(
     assert len(steps) == 2 and all('--cpus-per-task="$SLURM_CPUS_PER_TASK"' in step for step in steps)
 
 
-def test_images_are_pinned_and_publish_on_the_loopback_interface_only(source: Source, settings: Settings) -> None:
+def test_images_are_pinned_and_ports_are_on_the_loopback_interface_only(source: RecipeFile, settings: Settings) -> None:
     rendered = files("compose", source, settings)
     assert "pip install -c constraints.txt" in rendered["Dockerfile"]
     assert rendered["Dockerfile.dockerignore"].splitlines()[1] == "*"
@@ -272,16 +283,16 @@ def test_images_are_pinned_and_publish_on_the_loopback_interface_only(source: So
             Compose.model_validate(compose_tree | {"services": {"s3": {**compose_tree["services"]["s3"], key: value}}})
 
 
-def test_a_recipe_that_the_machines_do_not_fit_is_refused(source: Source) -> None:
-    with pytest.raises(UserError, match="a node of `train` has 8 and 0"):
+def test_a_recipe_that_does_not_fit_on_the_machines_is_refused(source: RecipeFile) -> None:
+    with pytest.raises(UserError, match="cluster.gpus_per_worker"):
         files("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32)))
-    with pytest.raises(UserError, match=r"fill 16 training nodes, the settings allow train.max = 4"):
+    with pytest.raises(UserError, match=r"16 training nodes.*train\.max = 4"):
         files("slurm", source, Settings(train=Machine(cpus=8, memory_gb=32, gpus=1, max=4)))
-    with pytest.raises(UserError, match="no kind 'nomad': wanted one of kuberay"):
+    with pytest.raises(UserError, match="'nomad'.*kuberay"):
         files("nomad", source, Settings(train=Machine(cpus=8, memory_gb=32)))
 
 
-def test_the_dashboard_shows_every_figure(source: Source, settings: Settings) -> None:
+def test_the_dashboard_shows_every_figure(source: RecipeFile, settings: Settings) -> None:
     dashboard = json.loads(files("grafana", source, settings)["grafana-perceiver.json"])
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     named = [re.search(r"ray_(\w+)\{run=~", expr) for expr in asked]
@@ -292,7 +303,7 @@ def test_the_dashboard_shows_every_figure(source: Source, settings: Settings) ->
     assert len(set(places)) == len(places)
 
 
-# Characters that end a line, a quote, a comment or a value somewhere, and any others.
+# Characters that end a line, a quote, a comment or a value in some syntax, and any others.
 HOSTILE = st.text(
     st.one_of(st.sampled_from("'\"`$\\#:{}[]%&!|>-~ \t\n\r\x85\u2028"), st.characters(codec="utf-8")),
     min_size=1,
@@ -305,7 +316,7 @@ BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 @given(HOSTILE, st.dictionaries(HOSTILE, HOSTILE, max_size=3))
 @example("a\n\n", {})
 @example(" leading\nand trailing \n", {"...": "---"})
-def test_whatever_text_is_inserted_stays_one_value(text: str, labels: dict[str, str]) -> None:
+def test_an_inserted_string_stays_one_value(text: str, labels: dict[str, str]) -> None:
     assert yaml.safe_load(f"a: [{in_yaml(text)}, {in_yaml(labels)}]\nb: 1") == {"a": [text, labels], "b": 1}
     block = yaml_text(text).replace("\n", "\n  ")
     assert yaml.safe_load(f"data:\n  file: {block}\nb: 1") == {"data": {"file": text}, "b": 1}
@@ -313,7 +324,7 @@ def test_whatever_text_is_inserted_stays_one_value(text: str, labels: dict[str, 
 
 
 def shell_words(script: str, *names: str) -> list[str]:
-    """Run a script in which these commands only say with what words they were called; return those of all calls."""
+    """Run a script with stand-ins for these commands that print their arguments; return those of all calls."""
     spies = "".join(f'{name}() {{ printf "%s\\0" {name} "$@"; }}\n' for name in names)
     done = subprocess.run(["bash", "-ec", spies + script], capture_output=True, check=True)
     return done.stdout.decode().split("\0")[:-1]
@@ -322,9 +333,9 @@ def shell_words(script: str, *names: str) -> list[str]:
 @limits(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(HOSTILE.filter(lambda text: "\0" not in text), HOSTILE.filter(lambda text: "\0" not in text))
 @example("'; touch /tmp/x; echo '$(id)", "x\nkind: Pod #")
-def test_no_text_of_a_recipe_or_of_settings_breaks_out(source: Source, settings: Settings, one: str, two: str) -> None:
-    """Overrides, file names and settings arrive as they are, in YAML and in shells; comments stay comments."""
-    evil = Source(source.recipe, f"recipes/{one}.yaml", (f"name={two}",), ("KEY",))
+def test_no_string_can_inject_code(source: RecipeFile, settings: Settings, one: str, two: str) -> None:
+    """Overrides, file names and settings arrive unchanged in YAML and in shells; comments stay comments."""
+    evil = RecipeFile(source.recipe, f"recipes/{one}.yaml", (f"name={two}",), ("KEY",))
     machines = settings.model_copy(
         update={
             "image": one,
@@ -360,12 +371,12 @@ def test_no_text_of_a_recipe_or_of_settings_breaks_out(source: Source, settings:
     assert len(dockerfile.split("\n")) == len(files("docker", source, settings)["Dockerfile"].split("\n"))
 
 
-def test_a_pod_gets_every_text_as_it_is(settings: Settings, tmp_path: Path) -> None:
-    """The recipe's file with its name, an override and a label, each with what ends a value in YAML or a shell."""
+def test_a_pod_gets_every_string_unchanged(settings: Settings, tmp_path: Path) -> None:
+    """The recipe's file, its name, an override and a label, each with characters special to YAML or a shell."""
     file = tmp_path / "it's $HOME: #1.yaml"
     file.write_text("# a comment: 'x'\n\n" + Path(RECIPE).read_text() + "\n\n")
     overrides = [*SHARED, "cluster.worker_labels={\"a: 'b'\": 'no # comment'}"]
-    rendered = files("kuberay", read_source(str(file), overrides), settings)
+    rendered = files("kuberay", read_recipe_file(str(file), overrides), settings)
     recipe_map, job_ = yaml.safe_load_all(rendered["rayjob.yaml"])
     assert recipe_map["data"] == {file.name: file.read_text()}
     words = shlex.split(job_["spec"]["entrypoint"])
@@ -375,7 +386,7 @@ def test_a_pod_gets_every_text_as_it_is(settings: Settings, tmp_path: Path) -> N
 
 
 def test_a_template_that_inserts_without_a_filter_is_refused(
-    source: Source, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    source: RecipeFile, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         environment(), "loader", DictLoader({"train.sbatch.j2": "#SBATCH --job-name={{ recipe.name }}"})

@@ -1,4 +1,4 @@
-"""Each check of the doctor finds what it is there for."""
+"""Each check of `perceiver doctor` detects its problem."""
 
 import importlib.metadata
 import json
@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.doctor import checks as doctor
-from cluster.doctor.checks import examine
-from cluster.doctor.report import FAIL, OK, WARN, Patient, patient_of
+from cluster.doctor.checks import FAIL, OK, WARN, Setup, examine, setup_of
 from cluster.recipe import preflight
 from cluster.recipe.config import build_recipe
 from cluster.recipe.resources import ClusterConfig
@@ -28,55 +27,55 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_sound_machine_fails_nothing(home: Path) -> None:
-    findings = {finding.check: finding for finding in examine(Patient(output=str(home / "runs")))}
+def test_a_working_machine_has_no_failure_of_python_libraries_or_output(home: Path) -> None:
+    findings = {finding.check: finding for finding in examine(Setup(output=str(home / "runs")))}
     assert findings["python"].state == findings["libraries"].state == findings["output"].state == OK
     assert not (home / "runs").exists()
     assert len(findings) == len(doctor.CHECKS)
 
 
-def test_a_place_that_cannot_be_written_fails(home: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_fails(home: Path) -> None:
     (home / "file").write_text("")
-    state, found, fix = doctor.check_output(Patient(output=str(home / "file" / "runs")))
+    state, found, fix = doctor.check_output(Setup(output=str(home / "file" / "runs")))
     assert state == FAIL and "file" in found and "output=" in fix
 
 
 def test_a_token_that_others_can_read_fails(home: Path) -> None:
-    assert doctor.check_token(Patient())[0] == OK
+    assert doctor.check_token(Setup())[0] == OK
     path = home / ".ray" / "auth_token"
     path.parent.mkdir()
     path.write_text("secret-token")
     path.chmod(0o644)
-    state, found, fix = doctor.check_token(Patient())
+    state, found, fix = doctor.check_token(Setup())
     assert state == FAIL and "0644" in found and fix == f"chmod 600 {path}" and "secret-token" not in found
     path.chmod(0o600)
-    assert doctor.check_token(Patient())[0] == OK
+    assert doctor.check_token(Setup())[0] == OK
 
 
 def test_an_empty_token_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = home / ".ray" / "auth_token"
     path.parent.mkdir()
     path.touch(0o600)
-    assert doctor.check_token(Patient())[:2] == (FAIL, f"{path} is empty")
+    assert doctor.check_token(Setup())[:2] == (FAIL, f"{path} is empty")
     monkeypatch.setenv("RAY_AUTH_TOKEN", " ")
-    assert doctor.check_token(Patient())[:2] == (FAIL, "RAY_AUTH_TOKEN is set to nothing")
+    assert doctor.check_token(Setup())[:2] == (FAIL, "RAY_AUTH_TOKEN is empty")
 
 
 @pytest.mark.parametrize(("required", "expected"), [(False, WARN), (True, FAIL)])
-def test_a_server_that_is_down_stops_a_run_that_requires_it(required: bool, expected: str) -> None:
-    """Nothing listens at port 9; the password does not show."""
+def test_an_mlflow_server_that_is_down_fails_only_if_it_is_required(required: bool, expected: str) -> None:
+    """Nothing listens on port 9; the password is not shown."""
     for uri in ("http://user:hunter2@127.0.0.1:9", "postgresql://user:hunter2@127.0.0.1:9/db"):
-        state, found, fix = doctor.check_tracking(Patient(tracking=TrackingConfig(uri=uri, required=required)))
+        state, found, fix = doctor.check_tracking(Setup(tracking=TrackingConfig(uri=uri, required=required)))
         assert state == expected and "127.0.0.1:9" in found and "hunter2" not in found
         assert ("tracking.required=false" in fix) == required
-    assert doctor.check_tracking(Patient(tracking=TrackingConfig(enabled=False, uri=uri, required=True)))[0] == OK
+    assert doctor.check_tracking(Setup(tracking=TrackingConfig(enabled=False, uri=uri, required=True)))[0] == OK
 
 
 @pytest.mark.parametrize("uri", ["env:NO_SUCH_VARIABLE", "ftp://there"])
-def test_a_store_that_no_run_can_mean_fails(uri: str) -> None:
-    state, found, fix = doctor.check_tracking(Patient(tracking=TrackingConfig(uri=uri)))
+def test_a_tracking_uri_that_cannot_be_used_fails(uri: str) -> None:
+    state, found, fix = doctor.check_tracking(Setup(tracking=TrackingConfig(uri=uri)))
     assert state == FAIL and uri in found + fix
-    assert doctor.check_tracking(Patient(tracking=TrackingConfig(uri=uri), nodes=lambda: ""))[0] == WARN
+    assert doctor.check_tracking(Setup(tracking=TrackingConfig(uri=uri), nodes=lambda: ""))[0] == WARN
 
 
 @pytest.mark.parametrize(
@@ -88,37 +87,37 @@ def test_a_store_that_no_run_can_mean_fails(uri: str) -> None:
         ({"workers": 1, "worker_labels": {"role": "train"}}, "role=train"),
     ],
 )
-def test_workers_that_this_machine_does_not_hold_fail(
+def test_workers_that_do_not_fit_on_this_machine_fail(
     tree: dict[str, Any], section: dict[str, Any], fix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "machine_cpus", lambda: 8 if "gpus_per_worker" in section else 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     tree["data"]["executor"] = "inline"
-    assert doctor.check_workers(patient_of(build_recipe(tree)))[0] == OK
+    assert doctor.check_workers(setup_of(build_recipe(tree)))[0] == OK
     recipe = build_recipe({**tree, "cluster": section})
-    state, found, told = doctor.check_workers(patient_of(recipe))
+    state, found, told = doctor.check_workers(setup_of(recipe))
     assert state == FAIL and fix in f"{found}: {told}"
-    assert doctor.check_workers(patient_of(recipe, nodes=lambda: ""))[0] == OK, "the cluster's nodes count then"
+    assert doctor.check_workers(setup_of(recipe, nodes=lambda: ""))[0] == OK, "the cluster's nodes count then"
 
 
-def test_data_that_is_not_there_or_does_not_fit_fails(tree: dict[str, Any], tmp_path: Path) -> None:
-    state, found, _ = doctor.check_recipe_and_data(patient_of(build_recipe(tree)))
+def test_data_that_is_missing_or_does_not_fit_fails(tree: dict[str, Any], tmp_path: Path) -> None:
+    state, found, _ = doctor.check_recipe_and_data(setup_of(build_recipe(tree)))
     assert state == OK and "80 train" in found
     more = build_recipe({**tree, "cluster": {"workers": 2, "min_workers": 3}})
-    assert doctor.check_recipe_and_data(patient_of(more))[2].startswith("set it to at most that")
+    assert doctor.check_recipe_and_data(setup_of(more))[2].startswith("set it to at most that")
     away = build_recipe({**tree, "data": {"url": str(tmp_path / "away")}})
-    state, found, fix = doctor.check_recipe_and_data(patient_of(away))
+    state, found, fix = doctor.check_recipe_and_data(setup_of(away))
     assert state == FAIL and "away does not exist" in found and "perceiver prepare" in fix
 
 
-def test_the_recipes_object_store_is_what_must_fit(tmp_path: Path) -> None:
-    assert doctor.check_shared_memory(Patient(shm=tmp_path, cluster=ClusterConfig(object_store_mb=80)))[0] == OK
-    state, found, fix = doctor.check_shared_memory(Patient(shm=tmp_path, cluster=ClusterConfig(object_store_mb=10**9)))
+def test_an_object_store_larger_than_shared_memory_is_a_warning(tmp_path: Path) -> None:
+    assert doctor.check_shared_memory(Setup(shm=tmp_path, cluster=ClusterConfig(object_store_mb=80)))[0] == OK
+    state, found, fix = doctor.check_shared_memory(Setup(shm=tmp_path, cluster=ClusterConfig(object_store_mb=10**9)))
     assert state == WARN and "cluster.object_store_mb = 1000000000" in found and "--shm-size=1000000100m" in fix
 
 
 @pytest.mark.parametrize(("free", "store"), [(10_000, 800), (500, 450), (64, 800), (0, 800)])
-def test_the_object_store_fits_into_shared_memory_unless_it_is_on_the_disk_anyway(
+def test_the_default_object_store_fits_into_shared_memory(
     free: int, store: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.recipe.resources.shared_memory_mb", lambda: free)
@@ -127,51 +126,52 @@ def test_the_object_store_fits_into_shared_memory_unless_it_is_on_the_disk_anywa
 
 
 @pytest.mark.parametrize(("code", "expected"), [("pass", OK), ("raise RuntimeError('no ring')", FAIL)])
-def test_nccl_is_tried_in_a_process(code: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The outcome of that process counts; there is no GPU here to add anything up."""
+def test_nccl_is_checked_in_a_separate_process(code: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit status of the process decides; no GPU is needed here."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
     monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 27, 3))
     monkeypatch.setattr(doctor, "NCCL", code)
-    state, found, _ = doctor.check_nccl(Patient())
+    state, found, _ = doctor.check_nccl(Setup())
     assert state == expected and found.startswith("NCCL 2.27.3") and ("no ring" in found) == (expected == FAIL)
 
 
-def test_a_containers_limits_count(tmp_path: Path) -> None:
+def test_the_limits_of_a_container_are_checked(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("50000 100000")
     (tmp_path / "memory.max").write_text(str(2**30))
     (tmp_path / "memory.current").write_text("0")
-    patient = Patient(proc=tmp_path, shm=tmp_path / "none")
-    assert doctor.check_cpus(patient)[:2] == (WARN, f"{doctor.machine_cpus()} seen, but the container may use 0.5")
-    assert doctor.check_memory(patient)[:2] == (FAIL, "1.0 GiB free")
-    assert doctor.check_shared_memory(patient)[0] == WARN
+    setup = Setup(proc=tmp_path, shm=tmp_path / "none")
+    state, found, _ = doctor.check_cpus(setup)
+    assert state == WARN and "may use 0.5" in found
+    assert doctor.check_memory(setup)[:2] == (FAIL, "1.0 GiB free")
+    assert doctor.check_shared_memory(setup)[0] == WARN
 
 
 def test_a_missing_library_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib.metadata, "requires", lambda name: ["no-such-library>=1", "numpy>=99", "x; extra == 'y'"]
     )
-    state, found, _ = doctor.check_libraries(Patient())
-    assert state == FAIL and "no-such-library is missing" in found and "is not >=99" in found
+    state, found, _ = doctor.check_libraries(Setup())
+    assert state == FAIL and "no-such-library is missing" in found and "wanted >=99" in found
 
 
-def test_a_gpu_that_the_recipe_wants_and_a_cluster_that_does_not_answer() -> None:
+def test_a_missing_gpu_and_a_cluster_that_does_not_answer_fail() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        assert doctor.check_gpu(Patient(cluster=ClusterConfig(gpus_per_worker=1)))[0] == FAIL
+        assert doctor.check_gpu(Setup(cluster=ClusterConfig(gpus_per_worker=1)))[0] == FAIL
 
     def refuse() -> str:
         raise UserError("nothing answers at http://x (refused): check --address")
 
-    assert doctor.check_cluster(Patient(nodes=refuse)) == (
+    assert doctor.check_cluster(Setup(nodes=refuse)) == (
         FAIL,
         "nothing answers at http://x (refused)",
         "check --address",
     )
 
 
-def test_the_command_exits_by_what_it_finds(home: Path) -> None:
+def test_the_command_exits_with_1_after_a_failure(home: Path) -> None:
     token = home / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text("x")

@@ -1,4 +1,4 @@
-"""Jobs: what is refused before they are submitted, what travels, and one life of a run on a real cluster."""
+"""Jobs: the connection to a cluster, the entrypoint, and the whole life of a run on a real cluster."""
 
 import http.server
 import json
@@ -41,7 +41,7 @@ POLL_S = 0.2
 
 @pytest.fixture
 def dashboard() -> Iterator[Any]:
-    """A server that answers as a dashboard does; ``answers`` maps a path to status and JSON."""
+    """A server that responds as a dashboard does; ``answers`` maps a path to status and JSON."""
     answers: dict[str, tuple[int, Any]] = {
         "/api/authentication_mode": (200, {"authentication_mode": "disabled"}),
         "/api/version": (200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "x"}),
@@ -70,37 +70,37 @@ def dashboard() -> Iterator[Any]:
     server.server_close()
 
 
-def test_an_address_where_nothing_listens_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"nothing answers at ray://\*\*\*@127.0.0.1:9 "):
+def test_an_address_where_nothing_listens_is_refused() -> None:
+    with pytest.raises(UserError, match=r"ray://\*\*\*@127.0.0.1:9 "):
         connect(Access("ray://me:hunter2@127.0.0.1:9"))
-    with pytest.raises(UserError, match=r"nothing answers at http://127.0.0.1:9 .*check --address"):
+    with pytest.raises(UserError, match=r"http://127.0.0.1:9 .*--address"):
         connect(Access("http://127.0.0.1:9"))
-    with pytest.raises(UserError, match="is no address: wanted http://HOST:8265"):
+    with pytest.raises(UserError, match="--address ftp://host"):
         connect(Access("ftp://host"))
-    with pytest.raises(UserError, match="start one on this machine with: perceiver cluster up"):
+    with pytest.raises(UserError, match="perceiver cluster up"):
         connect(Access())
 
 
 def test_another_version_of_ray_is_refused(dashboard: Any) -> None:
     dashboard.answers["/api/version"] = (200, {"version": "4", "ray_version": "2.9.9", "ray_commit": "x"})
-    with pytest.raises(UserError, match=rf"runs Ray 2.9.9, this machine has Ray {ray.__version__}: install ray==2.9.9"):
+    with pytest.raises(UserError, match=rf"Ray 2.9.9.*Ray {ray.__version__}.* ray==2.9.9"):
         connect(Access(dashboard.url))
 
 
-def test_what_is_no_job_server_is_refused(dashboard: Any) -> None:
+def test_another_server_than_a_job_server_is_refused(dashboard: Any) -> None:
     dashboard.answers["/api/version"] = (404, {})
-    with pytest.raises(UserError, match="no Ray job server answers"):
+    with pytest.raises(UserError, match=dashboard.url):
         connect(Access(dashboard.url))
 
 
 def test_headers_and_tls_settings_are_checked() -> None:
-    with pytest.raises(UserError, match="--headers is not a JSON object of texts"):
+    with pytest.raises(UserError, match="--headers .*JSON object"):
         Access(headers="[1]").json_headers()
     assert Access(headers='{"X-Team": "vision"}').json_headers() == {"X-Team": "vision"}
     assert Access(verify="False").trust() is False and Access(verify=certifi.where()).trust() == certifi.where()
-    with pytest.raises(UserError, match=r"^--verify ca.pem: No such file .*; wanted true, false, or a file or folder"):
+    with pytest.raises(UserError, match=r"^--verify ca.pem: No such file"):
         Access("https://127.0.0.1:9", verify="ca.pem").trust()
-    with pytest.raises(UserError, match=r"^--verify .*test_jobs.py: .*certificates \(PEM\)"):
+    with pytest.raises(UserError, match=r"^--verify .*test_jobs.py: .*PEM"):
         Access(verify=__file__).trust()
 
 
@@ -118,7 +118,7 @@ def test_the_login_of_an_address_is_not_shown(dashboard: Any) -> None:
         connect(Access(f"http://me:hunter2@{place}"))
     assert "hunter2" not in str(caught.value)
     dashboard.answers["/api/version"] = (404, {})
-    with pytest.raises(UserError, match=r"no Ray job server answers at http://\*\*\*@"):
+    with pytest.raises(UserError, match=r"http://\*\*\*@"):
         connect(Access(f"http://me:hunter2@{place}"))
 
 
@@ -127,9 +127,9 @@ def test_a_cluster_without_token_is_sent_none(dashboard: Any) -> None:
     assert server.url == dashboard.url and os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
-def test_a_cluster_that_asks_for_a_token_is_refused_when_there_is_none(dashboard: Any) -> None:
+def test_a_cluster_that_requires_a_token_is_refused_if_there_is_none(dashboard: Any) -> None:
     dashboard.answers["/api/authentication_mode"] = (200, {"authentication_mode": "token"})
-    with pytest.raises(UserError, match="asks for a token and there is none here"):
+    with pytest.raises(UserError, match="token.*RAY_AUTH_TOKEN_PATH"):
         connect(Access(dashboard.url))
 
 
@@ -144,30 +144,21 @@ def test_the_token_is_sent_to_a_cluster_that_asks_for_one_though_ray_was_importe
     assert dashboard.headers[-1].get_all("Authorization") == ["mine"]
 
 
-def test_a_run_that_exists_is_resumed_and_what_is_missing_there_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_an_existing_run_is_resumed_and_missing_variables_are_named(tmp_path: Path, tree: dict[str, Any]) -> None:
     wanted = Submission(recipe=str(write_recipe(tmp_path, tree)), overrides=["optim.lr=0.1"])
     words = job_words(submit.entrypoint(wanted, submit.training(wanted), "mine", str(tmp_path)))
-    assert words == [
-        "--run",
-        "mine",
-        "--output",
-        tree["output"],
-        "--folder",
-        str(tmp_path),
-        "train",
-        wanted.recipe,
-        "optim.lr=0.1",
-    ]
+    assert words[:6] == ["--run", "mine", "--output", tree["output"], "--folder", str(tmp_path)]
+    assert words[6:] == ["train", wanted.recipe, "optim.lr=0.1"]
     assert job.command(job.arguments(words))[-3:] == ["optim.lr=0.1", "--run", "mine"]
     (Path(tree["output"]) / "mine").mkdir(parents=True)
     (Path(tree["output"]) / "mine" / "run.json").write_text('{"name": "mine"}')
     assert job.command(job.arguments(words))[-1] == "--resume"
-    with pytest.raises(UserError, match="the cluster does not know NOT_SET_ANYWHERE"):
+    with pytest.raises(UserError, match="NOT_SET_ANYWHERE"):
         job.command(job.arguments(["--needs", "NOT_SET_ANYWHERE", *words]))
 
 
 def job_words(entrypoint: str) -> list[str]:
-    """What the job's command passes to `cluster.jobs.entrypoint`."""
+    """Return the arguments that the job's command passes to `cluster.jobs.entrypoint`."""
     exec_, python, module, name, *words = shlex.split(entrypoint)
     assert (exec_, python, module, name) == ("exec", "python", "-m", "cluster.jobs.entrypoint")
     return words
@@ -191,7 +182,7 @@ def write_search(folder: Path, tree: dict[str, Any], name: str = "hunt.yaml") ->
 def test_a_search_and_its_recipe_find_each_other_in_the_package(
     outside: bool, tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where they lie elsewhere, so that the package keeps their names alone."""
+    """Also if they are outside the current folder, so that the package keeps only their names."""
     here, there, target = tmp_path / "here", tmp_path / "there", tmp_path / "package"
     here.mkdir()
     target.mkdir()
@@ -212,7 +203,7 @@ def test_a_search_and_its_recipe_find_each_other_in_the_package(
     assert search.config.trials == 3 and search.recipe == work.recipe
 
 
-def test_a_search_that_exists_goes_on(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_an_existing_search_is_resumed(tmp_path: Path, tree: dict[str, Any]) -> None:
     wanted = Submission(recipe=write_search(tmp_path, tree))
     words = job_words(submit.entrypoint(wanted, searching(wanted), "hunt", str(tmp_path)))
     (Path(tree["output"]) / "hunt").mkdir(parents=True)
@@ -220,47 +211,44 @@ def test_a_search_that_exists_goes_on(tmp_path: Path, tree: dict[str, Any]) -> N
     assert job.command(job.arguments(words))[3:] == ["tune", wanted.recipe, "--run", "hunt", "--resume"]
 
 
-def test_a_search_that_a_cluster_does_not_hold_is_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_a_search_that_does_not_fit_on_a_cluster_is_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
     path = write_search(tmp_path, tree)
-    with pytest.raises(UserError, match=r"cluster.workers = 2, but there are 1 CPUs"):
+    with pytest.raises(UserError, match=r"cluster\.workers = 2.* 1 CPUs"):
         searching(Submission(recipe=path)).fits([Node("a", {"CPU": 1})])
-    with pytest.raises(UserError, match=r"concurrency = 2 leaves each trial 1.5 CPUs"):
+    with pytest.raises(UserError, match=r"concurrency = 2 .* 1\.5 CPUs"):
         searching(Submission(recipe=path, overrides=["concurrency=2"])).fits([Node("a", {"CPU": 3})])
     searching(Submission(recipe=path)).fits([Node("a", {"CPU": 2}), Node("b", {"CPU": 2})])
 
 
-def test_files_that_would_have_one_name_in_the_package_are_refused(
+def test_files_with_the_same_path_in_the_package_are_refused(
     tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = searching(Submission(recipe=write_search(tmp_path, tree, "small.yaml")))
     for name in ("elsewhere", "package"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"train/small.yaml would have one name in the package: submit from a folder"):
+    with pytest.raises(UserError, match=r"train/small.yaml .*same path"):
         package.build_package(tmp_path / "package", work.files)
 
 
-def test_a_job_that_is_not_there_names_those_that_are(dashboard: Any) -> None:
-    with pytest.raises(UserError, match=r"no job or run 'x' at .*; jobs there: none"):
+def test_an_unknown_job_is_refused_with_the_existing_jobs(dashboard: Any) -> None:
+    with pytest.raises(UserError, match=r"'x' at .*jobs: none"):
         find_job(connect(Access(dashboard.url)), "x")
     assert table([Job("a-1", "FAILED", run="a", began=1.0, ended=62.0)])[1].split()[-1] == "0:01:01"
-    assert [Job("a", s, exit_code=c).code() for s, c in (("SUCCEEDED", 0), ("FAILED", 2), ("STOPPED", None))] == [
-        0,
-        2,
-        130,
-    ]
+    ended = (Job("a", "SUCCEEDED", exit_code=0), Job("a", "FAILED", exit_code=2), Job("a", "STOPPED"))
+    assert [job.code() for job in ended] == [0, 2, 130]
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (type("NoCredentialsError", (Exception,), {})("Unable to locate"), "on the cluster .* refuses .*Unable to"),
-        (ImportError("Install s3fs to access S3"), r"cannot read .* \(Install s3fs .*perceiver-train\[s3\]"),
-        (json.JSONDecodeError("Expecting value", "", 0), "run.json is damaged"),
-        (ValueError("Protocol not known: s4"), r"cannot read .*/a \(ValueError: Protocol not known"),
+        (type("NoCredentialsError", (Exception,), {})("Unable to locate"), "s3:.*Unable to locate"),
+        (ImportError("Install s3fs to access S3"), r"Install s3fs .*perceiver-train\[s3\]"),
+        (json.JSONDecodeError("Expecting value", "", 0), "run.json"),
+        (ValueError("Protocol not known: s4"), r"bucket/a \(Protocol not known"),
     ],
 )
-def test_a_place_that_a_job_cannot_look_into_is_one_line(
+def test_an_output_that_a_job_cannot_read_is_one_line(
     error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def facts(self: RunFolder) -> None:
@@ -276,7 +264,7 @@ def test_a_place_that_a_job_cannot_look_into_is_one_line(
 
 
 def perceiver(folder: Path, *words: str, code: int | None = 0, **env: str) -> str:
-    """Run a command as a user does; return what it prints."""
+    """Run a command as a user does; return its output."""
     done = subprocess.run(
         [*PERCEIVER, *words],
         cwd=folder,
@@ -325,7 +313,7 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
         assert "being trained by the job life-1" in perceiver(home, "submit", recipe, "--run", "life", code=2)
         assert "the token is not this cluster's" in perceiver(home, "jobs", code=2, RAY_AUTH_TOKEN="f" * 64)
         stopped = perceiver(home, "stop", "life")
-        assert "checkpoint saved" in stopped and "job life-1 STOPPED" in stopped
+        assert "job life-1 STOPPED" in stopped
         assert "checkpoint saved" in stopped and f": perceiver submit {recipe} --run life" in stopped
         step = json.loads((home / "runs/life/run.json").read_text())["step"]
         followed = perceiver(home, "submit", recipe, "--run", "life", f"train.epochs={step / 5 + 2}")
@@ -350,7 +338,7 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
 
 
 def wait_for_tasks(home: Path) -> dict[str, set[str]]:
-    """Wait until the run has a checkpoint; return on which nodes its workers (actors) and data tasks ran, by name."""
+    """Wait until the run has a checkpoint; return the nodes of its workers (actors) and data tasks, by name."""
     while not list((home / "runs/life/checkpoints").glob("step-*/manifest.json")):
         (life,) = ask(home, "/api/jobs/")
         assert life["status"] in ("PENDING", "RUNNING"), perceiver(home, "logs", "life-1")
@@ -366,12 +354,12 @@ def wait_for_tasks(home: Path) -> dict[str, set[str]]:
 
 
 def rows(home: Path, what: str, more: str = "") -> list[dict[str, Any]]:
-    """What Ray's state API lists."""
+    """Return a list of Ray's state API."""
     return ask(home, f"/api/v0/{what}?limit=10000&detail=1{more}")["data"]["result"]["result"]
 
 
 def ask(home: Path, path: str) -> Any:
-    """What the dashboard answers; asked without Ray, which reads its token once a process, and without a command."""
+    """Return a response of the dashboard; without Ray, which reads its token once per process."""
     cluster = running_cluster()
     assert cluster is not None
     token = (home / ".ray/auth_token").read_text().strip()

@@ -1,4 +1,4 @@
-"""What a job takes along, and what is refused before it is submitted."""
+"""The package of a job, and the checks before it is submitted."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ from tests.cluster.recipes import write_recipe
 pytestmark = pytest.mark.usefixtures("home")
 
 
-def test_the_package_holds_our_sources_and_the_recipe_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_contains_our_sources_and_the_recipe_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("recipes/a.yaml", "data/big", "secret.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -61,27 +61,24 @@ def test_dependencies_are_pinned_to_what_is_installed_here() -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"secrets": ["A=hunter2"]}, "--secret A: wanted the name"),
-        ({"metadata_json": '{"api_token": "hunter2"}'}, "--metadata-json: api_token looks like a secret"),
-        ({"runtime_env_json": '{"env_vars": {"AWS_SECRET_ACCESS_KEY": "hunter2"}}'}, "looks like a secret"),
-        ({"runtime_env_json": "[]"}, "--runtime-env-json is not an object"),
-        ({"env": ["NOT_SET_ANYWHERE"]}, "no such environment variable"),
-        ({"env": ["MY_TOKEN"]}, "^--env MY_TOKEN: MY_TOKEN looks like a secret"),
-        ({"runtime_env_json": '{"pip": ["--extra-index-url https://u:hunter2@h"]}'}, "-json: pip.packages.0 holds"),
-        ({"runtime_env_json": '{"pip": "needs.txt"}'}, "-json: pip.packages.0 holds a secret"),
-        ({"runtime_env_json": '{"py_modules": ["https://u:hunter2@h/x.zip"]}'}, "py_modules.0 holds a secret"),
-        ({"runtime_env_json": '{"working_dir": "https://u:hunter2@h/x.zip"}'}, "working_dir = .* is no folder of this"),
-        ({"working_dir": "s3://u:hunter2@h/x.zip"}, "^--working-dir = .* is no folder of this machine"),
-        ({"working_dir": ".", "runtime_env_json": '{"working_dir": "."}'}, "exclude each other"),
-        ({"runtime_env_json": '{"env_vars": {"A": 1}}'}, "^--runtime-env-json: .*must be of type Dict"),
-        ({"runtime_env_json": '{"pip": 5}'}, "^--runtime-env-json: .*must be of type str or List"),
-        (
-            {"overrides": ["tracking.uri=https://u:hunter2@h", "tracking.uri=env:X"]},
-            "the override of tracking.uri holds a secret",
-        ),
+        ({"secrets": ["A=hunter2"]}, "--secret A"),
+        ({"metadata_json": '{"api_token": "hunter2"}'}, "--metadata-json: api_token"),
+        ({"runtime_env_json": '{"env_vars": {"AWS_SECRET_ACCESS_KEY": "hunter2"}}'}, "AWS_SECRET_ACCESS_KEY"),
+        ({"runtime_env_json": "[]"}, "--runtime-env-json"),
+        ({"env": ["NOT_SET_ANYWHERE"]}, "--env NOT_SET_ANYWHERE"),
+        ({"env": ["MY_TOKEN"]}, "^--env MY_TOKEN: MY_TOKEN .*secret"),
+        ({"runtime_env_json": '{"pip": ["--extra-index-url https://u:hunter2@h"]}'}, r"-json: pip\.packages\.0"),
+        ({"runtime_env_json": '{"pip": "needs.txt"}'}, r"-json: pip\.packages\.0"),
+        ({"runtime_env_json": '{"py_modules": ["https://u:hunter2@h/x.zip"]}'}, r"py_modules\.0"),
+        ({"runtime_env_json": '{"working_dir": "https://u:hunter2@h/x.zip"}'}, "-json: working_dir = .*h/x.zip"),
+        ({"working_dir": "s3://u:hunter2@h/x.zip"}, "^--working-dir = s3://.*h/x.zip"),
+        ({"working_dir": ".", "runtime_env_json": '{"working_dir": "."}'}, "--working-dir and working_dir"),
+        ({"runtime_env_json": '{"env_vars": {"A": 1}}'}, "^--runtime-env-json: .*Dict"),
+        ({"runtime_env_json": '{"pip": 5}'}, "^--runtime-env-json: .*str or List"),
+        ({"overrides": ["tracking.uri=https://u:hunter2@h", "tracking.uri=env:X"]}, r"override of tracking\.uri"),
     ],
 )
-def test_secrets_do_not_travel(
+def test_secrets_are_not_uploaded(
     options: dict[str, Any], line: str, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "needs.txt").write_text("--index-url https://u:hunter2@h\n")
@@ -89,18 +86,18 @@ def test_secrets_do_not_travel(
     monkeypatch.setenv("MY_TOKEN", "hunter2")
     wanted = Submission(recipe="x.yaml", **options)
     with pytest.raises(UserError, match=line) as caught:
-        submit.check_secrets(tree, wanted, submit._runtime_env(build_recipe(tree), wanted))
+        submit.check_secrets(tree, wanted, submit.build_runtime_env(build_recipe(tree), wanted))
     assert "hunter2" not in str(caught.value)
 
 
 def test_a_secret_in_the_recipe_is_refused_and_a_reference_is_needed_on_the_cluster(tree: dict[str, Any]) -> None:
     wanted = Submission(recipe="x.yaml", secrets=["OTHER"])
     tree["tracking"] = {"uri": "https://user:hunter2@mlflow"}
-    with pytest.raises(UserError, match="tracking.uri holds a secret"):
+    with pytest.raises(UserError, match=r"tracking\.uri .*secret"):
         submit.check_secrets(tree, wanted, {})
     tree["tracking"] = {}
     tree["data"]["mixture"] = [{"url": "https://user:hunter2@h/d"}]
-    with pytest.raises(UserError, match="data.mixture.0.url holds a secret"):
+    with pytest.raises(UserError, match=r"data\.mixture\.0\.url .*secret"):
         submit.check_secrets(tree, wanted, {})
     tree["data"]["mixture"] = []
     tree["tracking"] = {"uri": "env:MLFLOW_URI", "tags": {"list": ["$IN_A_LIST"]}}
@@ -112,19 +109,19 @@ def test_a_secret_in_the_recipe_is_refused_and_a_reference_is_needed_on_the_clus
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [
-        ("a.yaml", "tracking: {uri: 'https://u:hunter2@h'}", "a.yaml: tracking.uri holds a secret, and the file"),
-        ("a.yaml", "x: 1\n# was https://u:hunter2@h", "a.yaml: line 2 holds a secret"),
-        ("a.json", '{"monitor": [{"api_key": "hunter2"}]}', "a.json: monitor.0.api_key holds a secret"),
+        ("a.yaml", "tracking: {uri: 'https://u:hunter2@h'}", "a.yaml: tracking.uri .*secret"),
+        ("a.yaml", "x: 1\n# was https://u:hunter2@h", "a.yaml: line 2 .*secret"),
+        ("a.json", '{"monitor": [{"api_key": "hunter2"}]}', "a.json: monitor.0.api_key .*secret"),
     ],
 )
-def test_a_secret_in_a_file_that_travels_is_refused_whatever_overrides_say(
+def test_a_secret_in_an_uploaded_file_is_refused_even_if_it_is_overridden(
     name: str, text: str, line: str, tmp_path: Path
 ) -> None:
     fine, bad = tmp_path / "fine.yaml", tmp_path / name
     fine.write_text("# Basic settings. Bearer of news\ntracking: {uri: env:X}\n")
     bad.write_text(text)
     with pytest.raises(UserError, match=line) as caught:
-        submit.check_files([str(fine), str(bad)])
+        submit.check_secret_files([str(fine), str(bad)])
     assert "hunter2" not in str(caught.value)
 
 
@@ -136,44 +133,43 @@ def test_paths_that_other_machines_do_not_see_are_refused(tree: dict[str, Any]) 
     (note,) = submit.check_paths(build_recipe(tree), False, "http://head:8265")
     assert note == "note: output = /mnt/shared/runs must be the same storage on every node"
     tree["output"] = "runs"
-    with pytest.raises(UserError, match="output = runs is a place on this machine, which the nodes behind http://head"):
+    with pytest.raises(UserError, match="output = runs .*http://head"):
         list(submit.check_paths(build_recipe(tree), False, "http://head:8265"))
     assert not list(submit.check_paths(build_recipe(tree), True, "http://head:8265"))
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "line"),
+    ("key", "value", "outcome"),
     [
-        ("train.init_from", "runs/a", "train.init_from = runs/a is a place on this machine"),
-        ("train.init_from", "/mnt/a", None),
-        ("tracking.artifact_root", "artifacts", "tracking.artifact_root = artifacts is a place"),
-        ("tracking.uri", "sqlite:///x.db", "tracking.uri = sqlite:///x.db is a file of this machine"),
-        ("tracking.uri", "file:uri.txt", "tracking.uri = file:uri.txt is a file of this machine"),
-        ("deepspeed.config", "ds.json", ""),
-        ("deepspeed.config", "../out.json", "deepspeed.config = ../out.json is a place"),
-        ("output", "file:///mnt/runs", None),
+        ("train.init_from", "runs/a", "refused"),
+        ("train.init_from", "/mnt/a", "noted"),
+        ("tracking.artifact_root", "artifacts", "refused"),
+        ("tracking.uri", "sqlite:///x.db", "refused"),
+        ("tracking.uri", "file:uri.txt", "refused"),
+        ("deepspeed.config", "ds.json", "accepted"),
+        ("deepspeed.config", "../out.json", "refused"),
+        ("output", "file:///mnt/runs", "noted"),
     ],
 )
-def test_every_path_of_a_recipe_is_looked_at(
-    key: str, value: str, line: str | None, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_path_of_a_recipe_is_checked(
+    key: str, value: str, outcome: str, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ``line`` of a refusal; None for a note, empty for neither."""
     (tmp_path / "here").mkdir()
     for file in ("here/ds.json", "out.json"):
         (tmp_path / file).write_text("{}")
     monkeypatch.chdir(tmp_path / "here")
     tree["data"]["url"], tree["output"] = "s3://bucket/data", "s3://bucket/runs"
     apply_override(tree, f"{key}={value}")
-    if line:
-        with pytest.raises(UserError, match=line):
+    if outcome == "refused":
+        with pytest.raises(UserError, match=f"{key} = {value} "):
             list(submit.check_paths(build_recipe(tree), False, "http://head:8265"))
     else:
         notes = list(submit.check_paths(build_recipe(tree), False, "http://head:8265"))
-        assert notes == ([f"note: {key} = {value} must be the same storage on every node"] if line is None else [])
+        assert [f"{key} = {value} " in note for note in notes] == [True] * (outcome == "noted")
 
 
 def test_a_cluster_is_here_only_if_it_is_the_one_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a tunnel stand nodes of another machine that bear loopback addresses, too."""
+    """Behind a tunnel, nodes of another machine have loopback addresses, too."""
     nodes = [Node("127.0.0.2", {}), Node("127.0.0.3", {})]
     url = "http://127.0.0.1:8265"
     assert not submit.is_here(FAR, url) and not submit.is_here(nodes, url)
@@ -186,7 +182,7 @@ def test_a_cluster_is_here_only_if_it_is_the_one_that_runs_here(monkeypatch: pyt
 
 def test_a_store_on_the_disk_of_one_node_is_noted(tree: dict[str, Any]) -> None:
     tree["output"] = "s3://bucket/runs"
-    assert "name the variable with --secret MLFLOW_TRACKING_URI" in tracking_note(build_recipe(tree), False, ())
+    assert "--secret MLFLOW_TRACKING_URI" in tracking_note(build_recipe(tree), False, ())
     assert not tracking_note(build_recipe(tree), False, ["MLFLOW_TRACKING_URI"])
     assert not tracking_note(build_recipe(tree), True, ())
     tree["tracking"] = {"uri": "env:X"}
@@ -204,7 +200,7 @@ def write_folder(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_a_folder_travels_without_what_is_ignored_and_what_is_secret(tmp_path: Path) -> None:
+def test_a_folder_is_uploaded_without_ignored_and_secret_files(tmp_path: Path) -> None:
     mine = write_folder(
         tmp_path / "mine",
         "a.py",
@@ -239,10 +235,10 @@ def test_a_folder_is_measured_before_it_is_copied(tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "package").iterdir())
 
 
-def test_a_link_to_nothing_is_one_line(tmp_path: Path) -> None:
+def test_a_broken_link_is_refused(tmp_path: Path) -> None:
     mine = write_folder(tmp_path / "mine", "a")
     (mine / "gone").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"mine/gone is a link to nothing: remove it, or name it in .*\.rayignore"):
+    with pytest.raises(UserError, match=r"mine/gone .*link.*\.rayignore"):
         package.travelling(mine)
     assert package.travelling(mine, ["gone"]) == ([mine / "a"], [])
 
@@ -250,15 +246,15 @@ def test_a_link_to_nothing_is_one_line(tmp_path: Path) -> None:
 # -- names, the driver's resources, what is submitted ------------------------------------------------------------------
 
 
-def test_names_that_are_taken_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_in_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [Job("a-1", "STOPPED", run="a", output="runs"), Job("b-1", "RUNNING", run="b", output="runs")]
     monkeypatch.setattr(submit, "list_jobs", lambda server: jobs)
     server: Any = None
-    assert submit._free_name(server, Submission(recipe="x"), "a", "runs") == "a-2"
-    with pytest.raises(UserError, match=r"run 'b' is being trained by the job b-1 \(RUNNING\): follow it with"):
-        submit._free_name(server, Submission(recipe="x"), "b", "runs")
-    with pytest.raises(UserError, match="--submission-id a-1 is taken by a job that is STOPPED"):
-        submit._free_name(server, Submission(recipe="x", submission_id="a-1"), "a", "runs")
+    assert submit.free_name(server, Submission(recipe="x"), "a", "runs") == "a-2"
+    with pytest.raises(UserError, match=r"run 'b' .*b-1 \(RUNNING\)"):
+        submit.free_name(server, Submission(recipe="x"), "b", "runs")
+    with pytest.raises(UserError, match="--submission-id a-1 .*STOPPED"):
+        submit.free_name(server, Submission(recipe="x", submission_id="a-1"), "a", "runs")
 
 
 ONE = [Node("a", {"CPU": 2})]
@@ -268,14 +264,14 @@ ONE = [Node("a", {"CPU": 2})]
     ("nodes", "options", "line"),
     [
         (ONE, {"entrypoint_num_cpus": 0.5}, None),
-        (ONE, {"entrypoint_num_cpus": 2}, "asks for 2 CPU .*, and beside that data.cpus_per_task = 0.25"),
-        (ONE, {"entrypoint_num_cpus": 3}, "asks for 3 CPU .*none of the 1 nodes has that"),
-        (ONE, {"entrypoint_num_gpus": 1}, "asks for 1 GPU"),
-        (ONE, {"entrypoint_resources": {"storage": 1}}, "asks for 1 storage"),
+        (ONE, {"entrypoint_num_cpus": 2}, "2 CPU .*data.cpus_per_task = 0.25"),
+        (ONE, {"entrypoint_num_cpus": 3}, "3 CPU .*none of the 1 nodes"),
+        (ONE, {"entrypoint_num_gpus": 1}, "1 GPU"),
+        (ONE, {"entrypoint_resources": {"storage": 1}}, "1 storage"),
         ([*ONE, Node("b", {"CPU": 2})], {"entrypoint_num_cpus": 2}, None),
     ],
 )
-def test_what_the_driver_holds_is_not_the_workers(
+def test_resources_of_the_driver_are_not_available_to_the_workers(
     nodes: list[Node], options: dict[str, Any], line: str | None, tree: dict[str, Any], tmp_path: Path
 ) -> None:
     tree["cluster"]["workers"] = 1
@@ -288,7 +284,7 @@ def test_what_the_driver_holds_is_not_the_workers(
         submit.check_entrypoint(nodes, submit.training(wanted), wanted)
 
 
-def test_the_driver_counts_its_node_less_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_subtracts_its_own_resources_from_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"NodeID": i, "NodeManagerAddress": i, "Resources": {"CPU": 2.0}, "Alive": True} for i in ("a", "b")]
     monkeypatch.setattr(ray, "nodes", lambda: rows)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "b"))
@@ -297,8 +293,8 @@ def test_the_driver_counts_its_node_less_what_it_holds(monkeypatch: pytest.Monke
     assert [node.resources["CPU"] for node in placement.connected_nodes()] == [2, 0.5]
 
 
-class Taker:
-    """Stands in for Ray's client: keeps what is submitted."""
+class FakeClient:
+    """A stand-in for Ray's job client that records what is submitted."""
 
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
@@ -328,7 +324,7 @@ def test_what_is_submitted(tree: dict[str, Any], tmp_path: Path, monkeypatch: py
         entrypoint_num_gpus=0,
         entrypoint_resources={"slot": 2},
     )
-    client, said = Taker(), []
+    client, said = FakeClient(), []
     server = JobServer("https://u:hunter2@head", client)
     monkeypatch.setattr(server, "nodes", lambda: [Node("10.9.8.7", {"CPU": 8, "slot": 2})])
     assert submit.submit(server, wanted, submit.training(wanted), said.append) == "mine-7"

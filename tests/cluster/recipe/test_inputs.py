@@ -1,4 +1,4 @@
-"""Data that do not show what the model reads are refused, with both keys of the recipe."""
+"""Data without the inputs of the model are refused, naming both keys of the recipe."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def check(feature: Feature, inputs: dict[str, Any], **changes: Any) -> None:
     check_inputs(model_config({"kind": "perceiver", "inputs": inputs}), shapes, data, manifest)
 
 
-def test_what_fits_passes() -> None:
+def test_matching_data_pass() -> None:
     check(AudioFeature(), MEL)
     check(MediaFeature(), BOTH)
     check(ImageFeature(channels=3, size=(8, 8)), {"kind": "image", "size": [8, 8]})
@@ -47,37 +47,27 @@ def test_what_fits_passes() -> None:
 @pytest.mark.parametrize(
     "feature, inputs, changes, reason",
     [
-        (
-            ImageFeature(channels=3, size=(8, 8)),
-            MEL,
-            {},
-            "model.inputs.kind = 'mel', which reads 'audio', but data/x has",
-        ),
-        (AudioFeature(), BOTH, {}, "modalities.video.kind = 'video', but data/x has the features x, label"),
-        (AudioFeature(), {**MEL, "samples": 8000}, {}, "model.inputs.samples = 8000, but data.audio.samples = 16000"),
-        (AudioFeature(), {**MEL, "rate": 48_000}, {}, "model.inputs.rate = 48000, but data.audio.rate = 16000"),
-        (MediaFeature(channels=1), BOTH, {}, "modalities.video.channels = 3, but the videos of data/x have 1"),
+        (ImageFeature(channels=3, size=(8, 8)), MEL, {}, "model.inputs.kind = 'mel'.* 'audio'.*data/x"),
+        (AudioFeature(), BOTH, {}, "modalities.video.kind = 'video'.*data/x .* x, label"),
+        (AudioFeature(), {**MEL, "samples": 8000}, {}, "model.inputs.samples = 8000.*data.audio.samples = 16000"),
+        (AudioFeature(), {**MEL, "rate": 48_000}, {}, "model.inputs.rate = 48000.*data.audio.rate = 16000"),
+        (MediaFeature(channels=1), BOTH, {}, "modalities.video.channels = 3.*data/x .* 1"),
         (
             MediaFeature(),
             BOTH,
             {"video": VideoConfig(frames=4, size=(32, 32))},
-            "modalities.video has frames = 8 and size = \\[32, 32\\], but data.video gives 4 frames of 32 x 32",
+            r"modalities.video .*frames = 8 .*size = \[32, 32\].*data.video .*4 frames of 32 x 32",
         ),
-        (ImageFeature(channels=1, size=(8, 8)), {"kind": "image", "size": [8, 8]}, {}, "channels = 3, but the images"),
-        (
-            ImageFeature(channels=3, size=(9, 8)),
-            {"kind": "image", "size": [8, 8]},
-            {},
-            "or data.image_size to \\[8, 8\\]",
-        ),
+        (ImageFeature(channels=1, size=(8, 8)), {"kind": "image", "size": [8, 8]}, {}, "model.inputs.channels = 3"),
+        (ImageFeature(channels=3, size=(9, 8)), {"kind": "image", "size": [8, 8]}, {}, r"data.image_size .*\[8, 8\]"),
     ],
 )
-def test_what_does_not_fit_is_refused(feature: Feature, inputs: Any, changes: Any, reason: str) -> None:
+def test_other_data_are_refused(feature: Feature, inputs: Any, changes: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         check(feature, inputs, **changes)
 
 
-def test_a_model_that_resizes_takes_any_size() -> None:
+def test_a_model_that_resizes_accepts_any_size() -> None:
     small = {"kind": "image", "channels": 1, "size": [6, 6], "mean": [0.5], "std": [0.3]}
     images = ImageFeature(channels=1, size=(12, 12))
     check(images, {**small, "resize": True})

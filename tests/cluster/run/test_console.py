@@ -1,4 +1,4 @@
-"""What the user sees: a bar on a terminal, plain lines elsewhere."""
+"""The console output: a progress bar on a terminal, plain lines elsewhere."""
 
 import io
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from cluster.record.failures import failure_reason, one_line
-from cluster.run.console import RunConsole, _duration
+from cluster.run.console import RunConsole, duration
 
 
 def progress(step: int, total: int = 100) -> dict[str, Any]:
@@ -33,24 +33,24 @@ def shown(terminal: bool, events: list[dict[str, Any]]) -> str:
     return sink.getvalue()
 
 
-def test_a_plain_line_holds_all_figures() -> None:
+def test_a_plain_line_shows_all_figures() -> None:
     text = shown(False, [progress(1), progress(50)])
     assert "epoch 5.0  step 50/100  loss 0.250  accuracy 50.0%  128 samples/s  data wait 10%  ETA 0:00" in text
     assert "\x1b" not in text and "━" not in text
 
 
-def test_a_terminal_gets_a_bar_with_the_same_figures() -> None:
+def test_a_terminal_shows_a_progress_bar_with_the_same_figures() -> None:
     text = shown(True, [progress(1), progress(50)])
     assert "━" in text and "step 50/100" in text and "ETA" in text
 
 
-def test_colours_that_are_asked_for_make_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_colours_do_not_make_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr("sys.stdout", io.StringIO())
     assert not RunConsole().live
 
 
-def test_evaluations_failures_and_resumes_are_said() -> None:
+def test_evaluations_failures_and_resumes_are_printed() -> None:
     text = shown(
         False,
         [
@@ -61,15 +61,14 @@ def test_evaluations_failures_and_resumes_are_said() -> None:
             {"kind": "unknown to the console", "rank": 0},
         ],
     )
-    assert text.splitlines() == [
-        "  evaluation at step 5: accuracy 75.0%  loss 0.5",
-        "worker 1 failed (killed); the workers start again",
-        "resumed at step 4 from s3://b/step-00000004",
-    ]
+    evaluation, failure, resumed = text.splitlines()
+    assert evaluation == "  evaluation at step 5: accuracy 75.0%  loss 0.5"
+    assert "worker 1 failed (killed)" in failure
+    assert "step 4 " in resumed and "s3://b/step-00000004" in resumed
 
 
 def test_durations() -> None:
-    assert [_duration(s) for s in (None, 5, 65, 3700)] == ["-:--", "0:05", "1:05", "1:01:40"]
+    assert [duration(s) for s in (None, 5, 65, 3700)] == ["-:--", "0:05", "1:05", "1:01:40"]
 
 
 def test_a_failure_is_one_line_without_rays_frames() -> None:

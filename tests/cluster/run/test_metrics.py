@@ -1,4 +1,4 @@
-"""The figures on Ray's Prometheus endpoint, as a scraper sees them, and the dashboard that draws them."""
+"""The metrics on Ray's Prometheus endpoint."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def pulse(rank: int, quarantined: int) -> dict[str, Any]:
     return {"kind": "pulse", "rank": rank, "batches": 1, "quarantined": quarantined, "last": False}
 
 
-def test_what_events_come_to() -> None:
+def test_events_become_metrics() -> None:
     seen: dict[str, float] = {}
     metrics = RunMetrics(seen.__setitem__)
     metrics.peak_samples_s = 1280.0
@@ -43,7 +43,7 @@ def test_what_events_come_to() -> None:
     assert seen["perceiver_skipped_steps"] == 1
 
 
-def test_bad_samples_are_those_of_all_workers() -> None:
+def test_bad_samples_of_all_workers_are_counted() -> None:
     seen: dict[str, float] = {}
     metrics = RunMetrics(seen.__setitem__)
     for event in (pulse(0, 3), pulse(1, 1), pulse(1, 2)):
@@ -51,10 +51,10 @@ def test_bad_samples_are_those_of_all_workers() -> None:
     assert seen["perceiver_quarantined_samples"] == 5
     metrics.note({"kind": "failure", "failed": 1, "reason": "killed"})
     metrics.note(pulse(1, 1))
-    assert seen["perceiver_quarantined_samples"] == 1, "the workers started anew"
+    assert seen["perceiver_quarantined_samples"] == 1, "the workers were restarted"
 
 
-def test_a_checkpoint_is_a_moment_which_a_resumed_run_knows_and_a_hang_does_not_move() -> None:
+def test_the_time_of_the_last_checkpoint_survives_a_resume_and_a_hang() -> None:
     now, seen = [100.0], {}
     metrics = RunMetrics(seen.__setitem__, saved_at=40.0, clock=lambda: now[0])
     metrics.note(pulse(0, 0))
@@ -91,8 +91,8 @@ ray.shutdown()
 
 
 @pytest.mark.slow
-def test_a_scraper_sees_them() -> None:
-    """In a process of its own, whose Ray is told to report often."""
+def test_a_scraper_sees_the_metrics() -> None:
+    """A separate process, with a short report interval of Ray."""
     environment = {**os.environ, "RAY_metrics_report_interval_ms": "500"}
     command = [sys.executable, "-c", SCRAPE, json.dumps(STEP)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)

@@ -1,4 +1,4 @@
-"""Workers of which a node is about to be removed: all ask together, save, and leave as Ray Train expects."""
+"""Preemption: all workers ask for notices together, save, and exit as Ray Train expects."""
 
 import pickle
 from typing import Any
@@ -8,7 +8,7 @@ import ray.train
 from ray.exceptions import RayActorError
 
 from cluster.run.trainer import FailureReporter
-from cluster.run.worker import PreemptionHook, leave
+from cluster.run.worker import PreemptionHook, exit_preempted
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.loop import Flags, StepInfo
 
@@ -17,10 +17,10 @@ def info(asked: bool) -> StepInfo:
     return StepInfo(1, 9, 0.1, 8, 0.1, 0.0, StepResult(0, 0.5, {}, 1.0, 0.1, False), Flags(ask_cluster=asked))
 
 
-def test_ray_train_is_asked_when_all_ranks_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_ask_ray_train_together(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = [None, "a node is drained"]
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: answers.pop(0), raising=False)
-    hook = PreemptionHook(asks=False)  # as on every rank but the first, which decides when
+    hook = PreemptionHook(asks=False)  # as on every rank except the first, which decides when
     assert not hook.due()
     hook(info(False))
     assert len(answers) == 2
@@ -30,13 +30,13 @@ def test_ray_train_is_asked_when_all_ranks_ask(monkeypatch: pytest.MonkeyPatch) 
     assert hook.announced and answers == []
 
 
-def test_leaving_counts_as_a_preemption() -> None:
-    with pytest.raises(RayActorError, match="step 7 is saved") as caught:
-        leave(7)
+def test_the_exit_counts_as_a_preemption() -> None:
+    with pytest.raises(RayActorError, match="step 7 ") as caught:
+        exit_preempted(7)
     assert pickle.loads(pickle.dumps(caught.value)).preempted
 
 
-def test_a_failure_that_ray_tells_of_at_each_look_is_passed_on_once() -> None:
+def test_a_failure_that_ray_repeats_is_reported_once() -> None:
     events: list[dict[str, Any]] = []
     push = type("Push", (), {"remote": staticmethod(events.append)})
     reporter = FailureReporter(type("Monitor", (), {"push": push}))

@@ -1,4 +1,4 @@
-"""The main job without a single private name of Ray and DeepSpeed."""
+"""The main job without private names of Ray and DeepSpeed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How far it is from the command to the optimizer step, and from the step to a committed checkpoint, in a real run."""
+"""The number of our frames from the command to the optimizer step, and to a committed checkpoint, in a real run."""
 
 import json
 import os
@@ -15,7 +15,7 @@ MOST_FRAMES, MOST_FILES = 8, 3
 
 
 @pytest.mark.slow
-def test_the_way_to_the_step_and_to_a_checkpoint_is_short(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_the_stack_of_a_step_and_of_a_checkpoint_is_short(tmp_path: Path, tree: dict[str, Any]) -> None:
     tree["train"] = {"steps": 2, "global_batch": 16, "checkpoint_every": 0.2}
     recipe = write_recipe(tmp_path, tree)
     stacks = tmp_path / "stacks"

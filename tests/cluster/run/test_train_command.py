@@ -1,4 +1,4 @@
-"""`perceiver train` as a user runs it: real Ray, real DeepSpeed workers, real MLflow, in processes of their own."""
+"""`perceiver train` as a user runs it, in a subprocess with real Ray, DeepSpeed and MLflow."""
 
 import json
 import os
@@ -22,7 +22,7 @@ PERCEIVER = [str(Path(sys.executable).with_name("perceiver")), "train"]
 
 
 def start(tmp_path: Path, tree: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
-    """Start the command in a folder of its own, with a home of its own."""
+    """Start the command in its own folder, with its own home folder."""
     environment = {**os.environ, "HOME": str(share_kernels(tmp_path)), "COLUMNS": "200"}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)
@@ -39,7 +39,7 @@ def run(tmp_path: Path, tree: dict[str, Any], *arguments: str) -> tuple[int, str
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
-    """Wait until a condition holds; the process must not end before."""
+    """Wait until a condition is true; the process must not end before."""
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -67,14 +67,14 @@ LONGER = {"epochs": 12, "checkpoint_every": 0.4, "keep_checkpoints": 3}
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, images: str) -> tuple[Path, dict[str, Any], str]:
-    """A run that is left alone, and evaluated beside training: its folder, recipe and output."""
+    """The folder, recipe and output of an undisturbed run with asynchronous evaluation."""
     home = tmp_path_factory.mktemp("unbroken")
     tree = small_tree(home, images)
     best = {"metric": "eval/loss", "mode": "min", "count": 9}
-    # A checkpoint that is due while the one before is still written would be the next one's.
+    # A checkpoint that is due while the previous one is still being written would be postponed.
     tree["train"] |= LONGER | {"checkpoint_every": 4, "eval_every": 4, "eval_async": True, "keep_best": best}
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in PACE.items():  # the run could be over before its first checkpoint is evaluated
+        for name, value in PACE.items():  # the run could end before its first checkpoint is evaluated
             environment.setenv(name, value)
         code, output = run(home, tree, "--json")
     assert code == 0, output
@@ -82,7 +82,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, images: str) -> tuple[Pat
 
 
 def test_the_whole_job(unbroken: tuple[Path, dict[str, Any], str]) -> None:
-    """Raw images to a trained, evaluated, tracked model with a report; then a finished run is not trained again."""
+    """From raw images to a trained, evaluated, tracked model with a report; a finished run is not trained again."""
     tmp_path, tree, output = unbroken
     folder = tmp_path / "runs" / "small-001"
     outcome = json.loads(output.splitlines()[-1])
@@ -104,8 +104,8 @@ def test_the_whole_job(unbroken: tuple[Path, dict[str, Any], str]) -> None:
     assert code == 0 and "small-001 is finished (step 60)" in output and "train.epochs" in output
 
 
-def test_evaluation_beside_training(unbroken: tuple[Path, dict[str, Any], str]) -> None:
-    """Steps go on while a checkpoint is evaluated; its figures are those of its weights, and name the best."""
+def test_asynchronous_evaluation(unbroken: tuple[Path, dict[str, Any], str]) -> None:
+    """Training continues while a checkpoint is evaluated; the metrics are those of its weights and decide the best."""
     from cluster.predict.scoring import open_scoring
 
     tmp_path, _, output = unbroken
@@ -137,7 +137,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_do_not_change(
     os.kill(worker, signal.SIGKILL)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
-    assert "worker 1 failed" in output and "the workers start again" in output
+    assert "worker 1 failed" in output and "restarting the workers" in output
     assert "resumed at step" in output
     assert [run.info.status for run in mlflow_runs(tmp_path / "runs")] == ["FINISHED"]
     broken = losses(folder)
@@ -168,7 +168,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
     tmp_path: Path, tree: dict[str, Any], store: Any
 ) -> None:
-    """With URLs: shards read from S3, the run written to S3 and resumed from there, at last with another world size."""
+    """Shards and the run are on S3; the run is resumed from there, finally with another world size."""
     store.put(f"{tree['data']['url']}/", "bucket/shards/", recursive=True)
     tree["data"]["url"], tree["output"] = "s3://bucket/shards", "s3://bucket/runs"
     tree["train"] |= {"epochs": 60, "checkpoint_every": 0.4}

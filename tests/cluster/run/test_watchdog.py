@@ -1,4 +1,4 @@
-"""The watchdog names the worker that holds the others up, and nobody else."""
+"""The watchdog finds the worker for which the others wait, and only that one."""
 
 import os
 import subprocess
@@ -23,9 +23,9 @@ def pulse(rank: int, batches: int, last: bool = False) -> dict[str, Any]:
 
 
 def watch(seconds: float, pulses: dict[int, list[int]], step: float = PULSE_S) -> tuple[float, Suspect] | None:
-    """Let time pass; ``pulses``: by rank, the batches that it says at each pulse (the last one repeats, -1: silence).
+    """Simulate time; return when a worker was suspected, and which.
 
-    Returns: when somebody was named, and who.
+    ``pulses`` lists, by rank, the number of batches in each pulse (the last one repeats, -1 for no pulse).
     """
     dog = Watchdog(HANG)
     for rank in pulses:
@@ -41,22 +41,22 @@ def watch(seconds: float, pulses: dict[int, list[int]], step: float = PULSE_S) -
     return None
 
 
-def test_workers_that_go_on_are_left_alone() -> None:
+def test_workers_that_make_progress_are_not_suspected() -> None:
     assert watch(600, {0: list(range(1, 400)), 1: list(range(1, 400))}) is None
 
 
-def test_a_stopped_process_is_named_within_two_minutes() -> None:
+def test_a_stopped_process_is_found_within_two_minutes() -> None:
     found = watch(600, {0: [1, 2, 3, 4], 1: [1, 2, 3, -1], 2: [1, 2, 3, 4]})
     assert found is not None and found[0] <= 120
-    assert (found[1].rank, found[1].pid) == (1, 101) and "no sign of life" in found[1].why
+    assert (found[1].rank, found[1].pid) == (1, 101) and "heartbeat" in found[1].why
 
 
-def test_a_worker_that_waits_for_data_is_named_not_those_that_wait_for_it() -> None:
+def test_the_worker_without_data_is_found_not_those_that_wait_for_it() -> None:
     found = watch(600, {0: [1, 2, 3, 4], 1: [1, 2, 3, 3], 2: [1, 2, 3, 4]})
     assert found is not None and found[0] <= 120 and found[1].rank == 1 and "no batch" in found[1].why
 
 
-def test_a_long_evaluation_or_save_is_no_hang() -> None:
+def test_a_long_evaluation_or_save_is_not_a_hang() -> None:
     assert watch(3600, {0: [5], 1: [5]}) is None
 
 
@@ -66,7 +66,7 @@ def test_first_batches_may_take_longer() -> None:
     assert found is not None and found[1].rank == 1
 
 
-def test_a_driver_that_stood_still_blames_nobody() -> None:
+def test_a_suspended_driver_suspects_nobody() -> None:
     dog = Watchdog(HANG)
     dog.note(ready(0), 0.0)
     assert dog.suspect(1.0) is None
@@ -74,7 +74,7 @@ def test_a_driver_that_stood_still_blames_nobody() -> None:
     assert dog.suspect(1.0 + HANG + BLIND_S + 5) is None
 
 
-def test_workers_that_ended_or_failed_are_watched_no_more() -> None:
+def test_workers_that_ended_or_failed_are_not_watched() -> None:
     dog = Watchdog(HANG)
     for rank in (0, 1):
         dog.note(ready(rank), 0.0)

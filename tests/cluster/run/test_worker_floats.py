@@ -1,4 +1,4 @@
-"""How a worker computes with numbers that are nearly zero."""
+"""Denormal numbers in a worker."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,8 +8,8 @@ import torch
 from cluster.run import worker
 
 
-def test_numbers_below_the_normal_range_are_zero_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a run that has nothing left to learn becomes ten times slower, as the soak showed."""
+def test_denormal_numbers_are_zero_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a converged run becomes ten times slower, as the soak test showed."""
     found: list[float] = []
 
     def look(runs: int) -> None:
@@ -17,7 +17,7 @@ def test_numbers_below_the_normal_range_are_zero_in_a_worker(monkeypatch: pytest
         raise InterruptedError
 
     monkeypatch.setattr(worker, "find_rank", look)
-    with ThreadPoolExecutor(1) as pool, pytest.raises(InterruptedError):  # a thread of its own, as under Ray Train
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InterruptedError):  # in a thread, as in Ray Train
         pool.submit(worker.train_worker, {"runs": 1}).result()
     assert found == [0.0]
     assert float(torch.full((8,), 1e-37).mul(1e-3).sum()) > 0

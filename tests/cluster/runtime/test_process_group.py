@@ -1,4 +1,4 @@
-"""By which interface the workers of several machines meet."""
+"""The network interface that Gloo uses between machines."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
 
 
-def test_gloo_takes_the_interface_of_the_address_that_ray_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_uses_the_interface_of_the_nodes_address_in_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, addresses in psutil.net_if_addrs().items():
         for address in [a.address for a in addresses if a.family == socket.AF_INET]:
             monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
@@ -25,7 +25,7 @@ def test_gloo_takes_the_interface_of_the_address_that_ray_knows(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("given", [None, "eth7"])
-def test_an_unknown_address_changes_nothing_and_neither_does_a_choice_of_the_user(monkeypatch, given) -> None:
+def test_an_unknown_address_and_a_user_setting_change_nothing(monkeypatch, given) -> None:
     if given:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.77" if given is None else "127.0.0.1")

@@ -70,7 +70,7 @@ def test_a_bad_dimension(
     ("changes", "wanted"),
     [
         ({"metrik": "loss"}, "unknown key metrik; did you mean metric?"),
-        ({"scheduler": {"kind": "asha", "grase": 2}}, "unknown key scheduler.asha.grase"),
+        ({"scheduler": {"kind": "asha", "grase": 2}}, "unknown key scheduler.grase"),
         ({"metric": ["accuracy", "loss"], "mode": ["max", "min"]}, "only search.kind = optuna takes"),
         ({"scheduler": {"kind": "pbt"}, "baseline": True}, "leave baseline out"),
         ({"scheduler": {"kind": "pbt"}, "search": {"kind": "optuna"}}, "set search.kind to random"),

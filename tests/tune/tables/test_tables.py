@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cluster.recipe.config import build_recipe
-from cluster.recipe.preflight import check_workers
+from cluster.recipe.preflight import check_worker_range
 from perceiver.accounting import account
 from perceiver.config import UserError
 from perceiver.presets import PRESETS
@@ -99,7 +99,7 @@ def test_each_row_is_a_recipe_that_builds(name: str, scale: Any) -> None:
         parameters[row.name] = sum(p.numel() for p in model.parameters())
         if (name, scale, row.name) in [("positions", "full", "few-bands"), ("positions", "full", "low-resolution")]:
             assert recipe.train.global_batch == 256, "as in Fig. 6"
-            check_workers(recipe)
+            check_worker_range(recipe)
     if (name, scale) == ("ablation-sharing", "full"):
         assert parameters["none"] == 326_241_856 and parameters["paper"] == 44_912_254, "as published"
     if scale == "small":

@@ -1,6 +1,6 @@
-"""Python loads this module in each process of a run that has it on its path: it writes down who calls whom.
+"""Record the call stacks of a run; Python loads this module in each process that has it on its path.
 
-`SPINE_FOLDER` is the folder for the stacks of the first call of each of `POINTS` in each process, our own frames only.
+`SPINE_FOLDER` receives our own frames of the first call of each of `POINTS` in each process.
 """
 
 import functools
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[4]
 
 
 def own_frames() -> list[str]:
-    """Our frames of this thread, oldest first; before them those of the thread that started it, if that is known."""
+    """Return our frames of this thread, oldest first, after those of the thread that started it, if known."""
     starter = getattr(threading.current_thread(), "spine", [])
     names = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()]
     tops = [ROOT / top for top in ("perceiver", "pipelines", "cluster", "tune")]
@@ -35,7 +35,7 @@ def own_frames() -> list[str]:
 
 
 def remember_starters() -> None:
-    """Have each thread know our frames of the one that started it."""
+    """Make each thread store our frames of the thread that started it."""
     start = threading.Thread.start
 
     def remembering(thread: threading.Thread) -> None:
@@ -46,7 +46,7 @@ def remember_starters() -> None:
 
 
 def recorded(owner: Any, name: str) -> None:
-    """Wrap a method so that its first call is written down."""
+    """Wrap a method so that its first call is recorded."""
     method = getattr(owner, name)
     file = Path(os.environ["SPINE_FOLDER"], f"{name}-{os.getpid()}.json")
 
@@ -60,7 +60,7 @@ def recorded(owner: Any, name: str) -> None:
 
 
 class Patch(MetaPathFinder):
-    """Changes the classes of `POINTS` when their modules are loaded."""
+    """Wraps the methods of `POINTS` when their modules are loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
