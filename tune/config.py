@@ -1,6 +1,6 @@
 """A search file: the base recipe, the space, and how to search it; typed, with dotted overrides."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -18,8 +18,7 @@ from pydantic import (
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.file import explain
 from perceiver.config import Config, UserError
-from tune.search_file import read_search
-from tune.space.space import Choice, Grid, Space, flatten_space, with_values
+from tune.space.space import Choice, GridChoice, Space, flatten_space, with_values
 
 KEPT = 4
 """Checkpoints that a trial keeps where others may go on from one: its evaluation's and its last before a pause, of the
@@ -169,7 +168,7 @@ class Search:
 
 
 def build_search(tree: Mapping[str, Any], base: Mapping[str, Any], where: str, source: str) -> Search:
-    """Validate what `tune.search_file.read_search` read.
+    """Validate what `tune.search_file.read_search` returned.
 
     Args:
         tree: the search file's.
@@ -190,16 +189,6 @@ def build_search(tree: Mapping[str, Any], base: Mapping[str, Any], where: str, s
         kept = max(KEPT, build_recipe(base, source=where).train.keep_checkpoints)
         base = with_values(base, {"train.keep_checkpoints": kept})
     return Search(config, dict(base), build_recipe(base, source=where), source)
-
-
-def load_search(path: str, overrides: Sequence[str] = ()) -> Search:
-    """Read and validate a search file and its base recipe.
-
-    Raises:
-        UserError: as `read_search` and `build_search`.
-    """
-    tree, base, where = read_search(path, overrides)
-    return build_search(tree, base, where, path)
 
 
 def _problems(config: SearchConfig) -> list[str]:
@@ -226,7 +215,7 @@ def _problems(config: SearchConfig) -> list[str]:
 def _space_problems(config: SearchConfig) -> list[str]:
     """Return which dimensions do not go with the kind of search or scheduler."""
     found, kind = [], config.scheduler.kind
-    grids = [key for key, dimension in config.space.items() if isinstance(dimension, Grid)]
+    grids = [key for key, dimension in config.space.items() if isinstance(dimension, GridChoice)]
     others = [key for key in config.space if key not in grids]
     if config.search.kind == "grid" and others:
         found.append(

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
-from pipelines.transforms.audio import AudioConfig, Samples, Sound, open_sound, sound_clip
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
+from pipelines.transforms.audio import AudioViewConfig, Samples, Sound, open_sound, sound_clip
 from pipelines.transforms.clip import clip_starts
 from pipelines.transforms.media import Media, media_sound, open_media
 
@@ -32,14 +32,14 @@ class AudioFeature(BaseFeature):
         sound = open_sound(stored or b"", view.clip.max_seconds)
         return sound or open_media(stored, video=False, audio=True, max_seconds=view.clip.max_seconds)
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Samples of a clip; of all evaluation clips (K, T)."""
         starts = clip_starts(decoded.seconds, view.audio.seconds, view.clip, training, rng)
         clips = [clip(decoded, float(start), view.audio) for start in starts]
         return {name: np.stack(clips) if view.clip.axes(training) else clips[0]}
 
 
-def clip(recording: Sound | Media, start: float, config: AudioConfig) -> Samples:
+def clip(recording: Sound | Media, start: float, config: AudioViewConfig) -> Samples:
     """The samples of a clip, whichever library reads the file.
 
     Raises:

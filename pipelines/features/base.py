@@ -9,17 +9,17 @@ from numpy.random import Generator
 from pydantic import Field, PositiveInt
 
 from perceiver.config import Config
-from pipelines.transforms.audio import AudioConfig
+from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.clip import ClipConfig
 from pipelines.transforms.decode import MAX_PIXELS
 from pipelines.transforms.image import AugmentConfig
 from pipelines.transforms.optical_flow import FlowViewConfig
-from pipelines.transforms.points import PointsConfig
-from pipelines.transforms.video import VideoConfig
+from pipelines.transforms.points import PointsViewConfig
+from pipelines.transforms.video import VideoViewConfig
 
 Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]
 """Shape of one sample and type, by batch key."""
-Random = Callable[[], Generator]
+RngFactory = Callable[[], Generator]
 """Gives the sample's generator; it is made only if something is random, since that takes as long as a small image."""
 
 
@@ -33,9 +33,11 @@ class ViewConfig(Config):
     eval_crop: float = Field(default=0.875, gt=0, le=1, description="share of a larger image that evaluation covers")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="larger images are bad samples")
     text_length: int = Field(default=2048, ge=2, description="tokens of a text, cut or padded to it")
-    points: PointsConfig = Field(default=PointsConfig(), description="number of points and their random changes")
-    audio: AudioConfig = Field(default=AudioConfig(), description="rate and length of sound")
-    video: VideoConfig = Field(default=VideoConfig(), description="frames, their size and random changes")
+    points: PointsViewConfig = Field(
+        default=PointsViewConfig(), description="number of points and their random changes"
+    )
+    audio: AudioViewConfig = Field(default=AudioViewConfig(), description="rate and length of sound")
+    video: VideoViewConfig = Field(default=VideoViewConfig(), description="frames, their size and random changes")
     flow: FlowViewConfig = Field(default=FlowViewConfig(), description="random changes to frames and their flow")
     clip: ClipConfig = Field(default=ClipConfig(), description="which parts of recordings are shown")
 
@@ -72,6 +74,6 @@ class BaseFeature(Config):
         """
         raise NotImplementedError
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Values for all keys of `shapes`: a random view in training, the fixed one in evaluation."""
         raise NotImplementedError

@@ -9,8 +9,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from perceiver.config import UserError
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
-from pipelines.transforms.optical_flow import decode, evaluation_view, training_view
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
+from pipelines.transforms.optical_flow import decode_flow, evaluation_view, training_view
 
 
 class FlowFeature(BaseFeature):
@@ -42,9 +42,9 @@ class FlowFeature(BaseFeature):
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """A `Pair`."""
-        return decode(stored or b"", self.channels, view.max_pixels)
+        return decode_flow(stored or b"", self.channels, view.max_pixels)
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """A window of both frames and of the flow."""
         size = view.image_size or self.size
         assert size is not None, "shapes() was asked first"

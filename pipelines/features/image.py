@@ -9,8 +9,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from perceiver.config import UserError
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
-from pipelines.transforms.decode import decode
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
+from pipelines.transforms.decode import decode_image
 from pipelines.transforms.image import evaluation_view, training_view
 
 
@@ -39,9 +39,9 @@ class ImageFeature(BaseFeature):
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """Pixels (H, W, C)."""
-        return decode(stored or b"", self.channels, view.max_pixels)
+        return decode_image(stored or b"", self.channels, view.max_pixels)
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Pixels."""
         size = view.image_size or self.size
         assert size is not None, "shapes() was asked first"

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms import BadSample
 
 
@@ -24,7 +24,7 @@ class LabelFeature(BaseFeature):
         """The index."""
         return _checked(stored, classes)
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """The index."""
         return {name: decoded}
 
@@ -45,7 +45,7 @@ class LabelsFeature(BaseFeature):
         vector[[_checked(label, classes) for label in stored or []]] = 1
         return vector
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """The vector."""
         return {name: decoded}
 

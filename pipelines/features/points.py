@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
-from pipelines.transforms.points import decode, evaluation_view, training_view
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
+from pipelines.transforms.points import decode_points, evaluation_view, training_view
 
 
 class PointsFeature(BaseFeature):
@@ -22,8 +22,8 @@ class PointsFeature(BaseFeature):
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """All stored points, (n, 3)."""
-        return decode(stored or b"")
+        return decode_points(stored or b"")
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """A normalised choice of them."""
         return {name: training_view(decoded, view.points, rng()) if training else evaluation_view(decoded, view.points)}

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms import BadSample
 from pipelines.transforms.byte_ids import byte_tokens
 
@@ -29,7 +29,7 @@ class TextFeature(BaseFeature):
             raise BadSample("invalid UTF-8")
         return stored
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Ids and mask; masking words for masked language modelling is the task's, on the device."""
         ids, count = byte_tokens(decoded, view.text_length)
         return {name: ids, f"{name}_mask": np.arange(view.text_length) < count}

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import UserError
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.clip import clip_starts
 from pipelines.transforms.media import Media, media_sound, open_media
-from pipelines.transforms.video import RandomView, View, video_clips
+from pipelines.transforms.video import CentredView, RandomView, video_clips
 
 
 class VideoFeature(BaseFeature):
@@ -42,7 +42,7 @@ class VideoFeature(BaseFeature):
             stored or b"", video=True, audio=False, max_seconds=view.clip.max_seconds, max_pixels=view.video.max_pixels
         )
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Pixels of a clip; of all evaluation clips (K, F, C, H, W)."""
         starts = clip_starts(decoded.seconds, view.video.seconds, view.clip, training, rng)
         clips = _pixels(decoded, starts, (self.channels, self.size), view, training, rng)
@@ -86,7 +86,7 @@ class MediaFeature(BaseFeature):
             max_pixels=view.video.max_pixels,
         )
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Pixels and samples of a clip; with a leading axis of all evaluation clips."""
         keys = self.shapes(name, view, 0)
         length = max(view.video.seconds if "video" in keys else 0.0, view.audio.seconds if "audio" in keys else 0.0)
@@ -119,10 +119,10 @@ def _pixels(
     stored: tuple[int, tuple[int, int] | None],
     view: ViewConfig,
     training: bool,
-    rng: Random,
+    rng: RngFactory,
 ) -> NDArray[np.uint8]:
     channels, size = stored
     size = view.video.size or size
     assert size is not None, "shapes() was asked first"
-    chosen = RandomView(view.video.augment, rng) if training else View(view.eval_crop)
+    chosen = RandomView(view.video.augment, rng) if training else CentredView(view.eval_crop)
     return video_clips(media, starts, size, channels, view.video, chosen)

@@ -18,8 +18,8 @@ from pydantic import Field
 from perceiver.config import UserError
 from perceiver.storage import ReadPolicy
 from pipelines.features.base import ViewConfig
-from pipelines.feed.samples import PROBLEM, Plan, SampleSpec, Work
-from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mix
+from pipelines.feed.samples import PROBLEM, Plan, RankWork, SampleSpec
+from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mixed_manifest
 from pipelines.order.plan import EvalPlan, RowGroups, SamplePlan
 from pipelines.shards.listing import check_listing
 from pipelines.shards.manifest import Manifest, load_manifest
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipelines.feed.stream import RayOptions, Run
 
     Batch = dict[str, torch.Tensor]
-    Execute = Callable[[Work, list[Run], RayOptions], Iterator[tuple[Any, int, list[str]]]]
+    Execute = Callable[[RankWork, list[Run], RayOptions], Iterator[tuple[Any, int, list[str]]]]
     Checkable = Generator[tuple[Batch, list[str]], None, None]
 
 KEEP_DECODED_BYTES = 64 << 10
@@ -93,7 +93,7 @@ def load_data(data: DataConfig, load: Callable[[str, dict[str, str]], Manifest] 
     if not data.mixture:
         return manifest
     parts = [(part, load(part.url, data.storage_options)) for part in data.mixture]
-    return mix(manifest, data.train_split, parts)
+    return mixed_manifest(manifest, data.train_split, parts)
 
 
 def check_files(data: DataConfig, manifest: Manifest) -> None:
@@ -218,7 +218,9 @@ def train_batches(
     )
 
 
-def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare) -> list[Work]:
+def _train_works(
+    data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare
+) -> list[RankWork]:
     """The rank's work: one stream, or, where rows are large or what is shuffled together cannot wait decoded, several.
 
     Tasks that take turns at the steps of one stream each read all row groups of the window. Several streams cut each
@@ -249,7 +251,7 @@ def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | Mixtur
 
 
 def _side_by_side(
-    data: DataConfig, manifest: Manifest, works: list[Work], share: TrainShare, device: "torch.device | str"
+    data: DataConfig, manifest: Manifest, works: list[RankWork], share: TrainShare, device: "torch.device | str"
 ) -> "Checkable":
     """Micro-batches of steps whose parts several streams produce, one task at a time each."""
     from pipelines.feed.stream import RayBatches, steps_of
@@ -332,7 +334,7 @@ def eval_outcomes(
         yield outcome
 
 
-def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[Work, Iterator["Run"], int]:
+def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[RankWork, Iterator["Run"], int]:
     """The work of an evaluation, its runs of batches, and the rank's samples."""
     plan = EvalPlan(manifest.split(share.split).samples, share.batch)
     work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split)
@@ -340,12 +342,12 @@ def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[
     return work, runs, math.ceil(plan.samples / share.world)
 
 
-def _run_steps(data: DataConfig, work: Work, samples: int, reads: int = 1) -> int:
+def _run_steps(data: DataConfig, work: RankWork, samples: int, reads: int = 1) -> int:
     """Steps of a run: as many as a task's samples and `reads` times the bytes of one allow, at least one."""
     return max(1, int(min(reads * data.run_bytes / work.stored_bytes, samples)) // work.rows_per_step)
 
 
-def _turn_samples(data: DataConfig, work: Work) -> int:
+def _turn_samples(data: DataConfig, work: RankWork) -> int:
     """Samples of a run, where tasks take turns: few enough that those of all tasks can wait."""
     return min(data.run_samples, _waiting_rows(data, work.spec))
 
@@ -366,7 +368,7 @@ def _work(
     batch: int,
     split: str | None = None,
     rows: int | None = None,
-) -> Work:
+) -> RankWork:
     name = split or data.train_split
     found = manifest.split(name)
     spec = sample_spec(data, manifest, split=name, training=split is None)
@@ -380,7 +382,7 @@ def _work(
         decoded_bytes=spec.row_bytes if spec.keep_decoded else 0,
     )
     chunk = _chunk(spec, batch, _waiting_rows(data, spec) * spec.row_bytes)
-    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk, rows)
+    return RankWork(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk, rows)
 
 
 def _chunk(spec: SampleSpec, batch: int, waiting: int) -> int:
@@ -390,7 +392,7 @@ def _chunk(spec: SampleSpec, batch: int, waiting: int) -> int:
 
 
 def _execute(
-    data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
+    data: DataConfig, work: RankWork, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
 ) -> "Checkable":
     if data.executor == "inline":
         return _inline(work, runs, batch, device)
@@ -399,7 +401,7 @@ def _execute(
     return iter(RayBatches(work, runs, batch, device, _ray_options(data, work)))
 
 
-def _ray_options(data: DataConfig, work: Work) -> "RayOptions":
+def _ray_options(data: DataConfig, work: RankWork) -> "RayOptions":
     from pipelines.feed.stream import RayOptions
 
     # A block holds whole batches, so that a batch need not be put together from parts.
@@ -414,7 +416,7 @@ def _ray_options(data: DataConfig, work: Work) -> "RayOptions":
     )
 
 
-def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str") -> "Checkable":
+def _inline(work: RankWork, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str") -> "Checkable":
     """The same rows without Ray, in this process, one run after the other."""
     import torch
 
@@ -430,7 +432,7 @@ def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "to
 
 
 def _checked(
-    batches: "Checkable", work: Work, epoch_share: int, quarantine: Quarantine
+    batches: "Checkable", work: RankWork, epoch_share: int, quarantine: Quarantine
 ) -> "Generator[Batch, None, None]":
     """Pass batches on while bad samples are counted."""
     with contextlib.closing(batches):
@@ -439,7 +441,7 @@ def _checked(
             yield batch
 
 
-def _count(lines: list[str], rows: int, work: Work, epoch_share: int, quarantine: Quarantine) -> None:
+def _count(lines: list[str], rows: int, work: RankWork, epoch_share: int, quarantine: Quarantine) -> None:
     """Count the bad samples of a batch of so many rows."""
     problems = [
         Problem(work.split_of(int(number)), int(number), key, reason)

@@ -14,7 +14,7 @@ from numpy.random import PCG64DXSM, Generator
 from numpy.typing import NDArray
 
 from pipelines.features import Feature
-from pipelines.features.base import Random, Shapes, ViewConfig
+from pipelines.features.base import RngFactory, Shapes, ViewConfig
 from pipelines.order.mixture import MixturePlan
 from pipelines.order.permutation import keys
 from pipelines.order.plan import EvalPlan, SamplePlan
@@ -72,7 +72,7 @@ class SampleSpec:
 
 
 @dataclass(frozen=True)
-class Work:
+class RankWork:
     """All that a data task needs to produce one rank's rows of any steps.
 
     Attributes:
@@ -189,7 +189,7 @@ class Work:
                 if found.error:
                     raise BadSample(found.error)
                 stream = read.streams[planned] if number == sample_id else sample_stream(self.seed, epoch, number)
-                return _Found(make_sample(self.spec, found, row, _Draws(stream)), number, "\n".join(problems))
+                return _Found(make_sample(self.spec, found, row, SampleRng(stream)), number, "\n".join(problems))
             except BadSample as error:
                 key = self.reader.row_key(shard, group, row) if found.error else found.value("key", row)
                 problems.append(f"{number}\t{key}\t{error}".replace("\n", " "))
@@ -226,13 +226,13 @@ def _after(row: int, rows: int) -> Iterator[int]:
     return ((row + offset) % rows for offset in range(1, rows))
 
 
-_WORK: dict[str, Work] = {}
+_SEEN: dict[str, RankWork] = {}
 """The work this process has seen: each task gets a new copy, and the plan keeps tables by identity."""
 
 
-def produce(batch: Any, work: Work) -> Iterator[Arrays]:
+def produce(batch: Any, work: RankWork) -> Iterator[Arrays]:
     """The function of a data task: runs of steps in (columns `start` and `stop`), their rows out, a chunk at a time."""
-    work = _WORK.setdefault(work.token, work)
+    work = _SEEN.setdefault(work.token, work)
     _step_back()
     for start, stop in zip(batch["start"], batch["stop"], strict=True):
         yield from work.rows(int(start), int(stop))
@@ -293,13 +293,8 @@ def sample_stream(seed: int, epoch: int, sample_id: int) -> int:
     return sample_streams(seed, np.array([epoch]), np.array([sample_id]))[0]
 
 
-def sample_rng(seed: int, epoch: int, sample_id: int) -> Generator:
-    """The generator of all randomness of one sample in one epoch; good until the thread's next call."""
-    return _STREAMS.begin(sample_stream(seed, epoch, sample_id))
-
-
-class _Draws:
-    """A sample's generator: begun when it is first asked for."""
+class SampleRng:
+    """Start a sample's generator at the first call; it is valid until another sample's is started in the thread."""
 
     __slots__ = ("_generator", "_stream")
 
@@ -320,7 +315,7 @@ def _stored(group: RowGroup, name: str, row: int) -> Any:
         raise BadSample(f"invalid UTF-8: {error.reason}") from error
 
 
-def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: Random) -> dict[str, Any]:
+def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: RngFactory) -> dict[str, Any]:
     """Decode one row and take its view.
 
     Args:

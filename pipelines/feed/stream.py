@@ -21,9 +21,9 @@ from ray.data.util.torch_utils import arrow_batch_to_tensors
 from ray.exceptions import RayTaskError
 
 from perceiver.config import UserError
-from pipelines.feed.samples import PROBLEM, Work, produce
+from pipelines.feed.samples import PROBLEM, RankWork, produce
 
-SEGMENT = 64
+RUNS_PER_DATASET = 64
 """Runs that one Ray Dataset covers. The next one is started before the last ends, so the list stays short for ever."""
 
 Run = tuple[int, int]
@@ -69,7 +69,7 @@ class Collate(ArrowBatchCollateFn):
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
-class _Segment:
+class _RunningDataset:
     """The batches of one Dataset, which has begun: the first one is there.
 
     Args:
@@ -131,7 +131,7 @@ class RayBatches:
     """
 
     def __init__(
-        self, work: Work, runs: Iterator[Run], batch_size: int, device: torch.device | str, options: RayOptions
+        self, work: RankWork, runs: Iterator[Run], batch_size: int, device: torch.device | str, options: RayOptions
     ) -> None:
         self.work, self.runs, self.batch_size, self.device, self.options = work, runs, batch_size, device, options
         self.problems: Lines = queue.SimpleQueue()
@@ -158,9 +158,9 @@ class RayBatches:
             lines.append(self.problems.get())
         return lines
 
-    def _begin(self) -> _Segment | None:
+    def _begin(self) -> _RunningDataset | None:
         """Start the Dataset of the next runs and wait for its first batch; None if no runs are left."""
-        runs = list(itertools.islice(self.runs, SEGMENT))
+        runs = list(itertools.islice(self.runs, RUNS_PER_DATASET))
         if not runs:
             return None
         dataset = make_dataset(self.work, runs, self.options)
@@ -171,7 +171,7 @@ class RayBatches:
             )
         )
         rows = sum(stop - start for start, stop in runs) * self.work.rows_per_step
-        return _Segment(cut(blocks, self.batch_size), rows // self.batch_size)
+        return _RunningDataset(cut(blocks, self.batch_size), rows // self.batch_size)
 
 
 def steps_of(streams: Sequence[RayBatches], micro_batch: int) -> Generator[tuple[Tensors, list[str]], None, None]:
@@ -192,7 +192,7 @@ def steps_of(streams: Sequence[RayBatches], micro_batch: int) -> Generator[tuple
                 lines = []
 
 
-def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
+def make_dataset(work: RankWork, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
     """The lazy Ray Dataset of some runs: one small input block and one task each, outputs in order."""
     _quiet()
     dataset = ray.data.from_items(

@@ -11,7 +11,7 @@ from perceiver.report.figures import SMALL
 from perceiver.report.page import render, size, text
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.inspection import Inspection, stored_row
-from pipelines.inspect.samples import Part, show
+from pipelines.inspect.samples import CardPart, show
 from pipelines.shards.manifest import Manifest, Split, load_manifest
 from pipelines.shards.reader import Reader
 from pipelines.transforms import BadSample
@@ -86,7 +86,7 @@ def _cards(
 def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     """Return what the page shows of one stored row: its place in the split, key, labels, parts, and why it is bad."""
     labels: list[str] = []
-    parts: list[Part] = []
+    parts: list[CardPart] = []
     problems = []
     for name, feature in manifest.features.items():
         try:

@@ -13,7 +13,7 @@ from PIL import Image
 from perceiver.report.figures import image_uri, montage
 from perceiver.report.page import data_uri
 from pipelines.features.audio import clip
-from pipelines.transforms.audio import AudioConfig, Sound
+from pipelines.transforms.audio import AudioViewConfig, Sound
 from pipelines.transforms.decode import to_image
 from pipelines.transforms.media import Media, frames_at
 from pipelines.transforms.optical_flow import Pair
@@ -31,7 +31,7 @@ PLAYABLE, PLAYED_BYTES = {"h264", "vp8", "vp9", "av1"}, 1_000_000
 
 
 @dataclass(frozen=True)
-class Part:
+class CardPart:
     """One thing to look at or to listen to.
 
     Attributes:
@@ -45,7 +45,7 @@ class Part:
     note: str = ""
 
 
-def show(kind: str, stored: Any, decoded: Any) -> list[Part]:
+def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
     """Return what the page shows of a feature; nothing for labels, which are written.
 
     Args:
@@ -55,15 +55,15 @@ def show(kind: str, stored: Any, decoded: Any) -> list[Part]:
     """
     match kind:
         case "image":
-            return [Part("picture", image_uri(to_image(decoded)), f"{decoded.shape[1]} × {decoded.shape[0]}")]
+            return [CardPart("picture", image_uri(to_image(decoded)), f"{decoded.shape[1]} × {decoded.shape[0]}")]
         case "text":
             cut = decoded if len(decoded) <= CHARACTERS else decoded[:CHARACTERS] + "…"
-            return [Part("text", cut, f"{len(decoded):,} characters")]
+            return [CardPart("text", cut, f"{len(decoded):,} characters")]
         case "points":
             # Spread over the stored order, in a cube of -127 to 127.
             chosen = decoded[np.linspace(0, len(decoded) - 1, min(len(decoded), POINTS)).astype(int), :3]
             coarse = np.round(127 * normalised(chosen)).astype(np.int8)
-            return [Part("points", base64.b64encode(coarse.tobytes()).decode(), f"{len(decoded):,} points")]
+            return [CardPart("points", base64.b64encode(coarse.tobytes()).decode(), f"{len(decoded):,} points")]
         case "audio":
             return _show_audio(decoded)
         case "video":
@@ -103,10 +103,10 @@ def measure(kind: str, decoded: Any) -> dict[str, float]:
     return {}
 
 
-def _show_audio(decoded: Sound | Media) -> list[Part]:
+def _show_audio(decoded: Sound | Media) -> list[CardPart]:
     """Return spectrogram and player of the beginning."""
     seconds, rate = min(decoded.seconds, HEARD_S), min(decoded.rate, HEARD_RATE)
-    samples = clip(decoded, 0.0, AudioConfig(rate=rate, samples=max(1, round(seconds * rate))))
+    samples = clip(decoded, 0.0, AudioViewConfig(rate=rate, samples=max(1, round(seconds * rate))))
     sink = io.BytesIO()
     soundfile.write(sink, samples, rate, format="FLAC")
     note = f"{decoded.seconds:.3g} s at {decoded.rate / 1000:g} kHz, {decoded.channels} channel"
@@ -114,7 +114,7 @@ def _show_audio(decoded: Sound | Media) -> list[Part]:
         f", the first {HEARD_S:g} s of it here" if decoded.seconds > HEARD_S else ""
     )
     image = image_uri(spectrogram(samples), SPECTROGRAM_WIDTH)
-    return [Part("strip", image, note), Part("audio", data_uri(sink.getvalue(), "audio/flac"))]
+    return [CardPart("strip", image, note), CardPart("audio", data_uri(sink.getvalue(), "audio/flac"))]
 
 
 def spectrogram(samples: NDArray[np.int16], window: int = 512) -> Image.Image:
@@ -131,7 +131,7 @@ def spectrogram(samples: NDArray[np.int16], window: int = 512) -> Image.Image:
     return Image.fromarray(pixels).resize((width, window // 4), Image.Resampling.BOX)
 
 
-def _show_video(stored: Any, decoded: Media) -> list[Part]:
+def _show_video(stored: Any, decoded: Media) -> list[CardPart]:
     """Return frames from beginning to end, and a player for a short file that browsers know."""
     times = decoded.seconds * (np.arange(FRAMES) + 0.5) / FRAMES
     images, index = frames_at(decoded, times, to_image, 3)
@@ -139,7 +139,7 @@ def _show_video(stored: Any, decoded: Media) -> list[Part]:
     parts = [_strip([images[number] for number in index], note)]
     codec = decoded.container.streams.video[0].codec_context.name
     if codec in PLAYABLE and len(stored) <= PLAYED_BYTES:
-        parts.append(Part("video", data_uri(stored, "video/mp4" if stored[4:8] == b"ftyp" else "video/webm")))
+        parts.append(CardPart("video", data_uri(stored, "video/mp4" if stored[4:8] == b"ftyp" else "video/webm")))
     return parts
 
 
@@ -154,10 +154,10 @@ def flow_colours(flow: NDArray[np.float32], valid: NDArray[np.bool_]) -> Image.I
     return Image.fromarray((np.where(valid[..., None], colours, 0.5) * 255).astype(np.uint8))
 
 
-def _strip(images: list[Image.Image], note: str) -> Part:
+def _strip(images: list[Image.Image], note: str) -> CardPart:
     """Return images side by side, all of one height."""
     height = min(FRAME_HEIGHT, max(image.height for image in images))
-    return Part("strip", image_uri(montage([images], height, (128, 128, 128), gap=4), STRIP_WIDTH), note)
+    return CardPart("strip", image_uri(montage([images], height, (128, 128, 128), gap=4), STRIP_WIDTH), note)
 
 
 def _size(pair: Pair) -> str:

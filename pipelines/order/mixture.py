@@ -67,7 +67,7 @@ def folders_of(url: str, split: Split) -> tuple[SplitFolder, ...]:
     return split.parts if isinstance(split, MixedSplit) else (SplitFolder(url, split),)
 
 
-def mix(manifest: Manifest, split: str, parts: Sequence[tuple[MixturePart, Manifest]]) -> Manifest:
+def mixed_manifest(manifest: Manifest, split: str, parts: Sequence[tuple[MixturePart, Manifest]]) -> Manifest:
     """The manifest of a mixture: that of the data set to evaluate on, with the training split exchanged.
 
     Args:

@@ -18,7 +18,7 @@ FEWEST_BITS = np.uint64(6)
 _GOLDEN, _FIRST, _SECOND = map(np.uint64, (GOLDEN, FIRST, SECOND))
 
 
-def mix(values: U64) -> U64:
+def mix64(values: U64) -> U64:
     """`perceiver.hashing.mix64` of arrays."""
     values = (values ^ (values >> np.uint64(30))) * _FIRST
     values = (values ^ (values >> np.uint64(27))) * _SECOND
@@ -30,7 +30,7 @@ def keys(*parts: ArrayLike) -> U64:
     with np.errstate(over="ignore"):
         state = np.zeros((), np.uint64)
         for part in parts:
-            state = mix(state + _GOLDEN + np.asarray(part).astype(np.uint64))
+            state = mix64(state + _GOLDEN + np.asarray(part).astype(np.uint64))
     return state
 
 
@@ -68,7 +68,7 @@ def _feistel(values: U64, bits: U64, seeds: U64) -> U64:
         for number in range(ROUNDS):
             seeds = seeds + _GOLDEN
             if number % 2:
-                low = low ^ (mix(high + seeds) & low_mask)
+                low = low ^ (mix64(high + seeds) & low_mask)
             else:
-                high = high ^ (mix(low + seeds) & high_mask)
+                high = high ^ (mix64(low + seeds) & high_mask)
     return (high << low_bits) | low

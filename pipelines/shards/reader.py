@@ -104,7 +104,7 @@ CACHE = RowGroupCache()
 
 
 @dataclass(frozen=True)
-class Files:
+class ShardFiles:
     """Shards of one folder, or indexed files; arrays, since each data task gets a copy.
 
     Attributes:
@@ -124,7 +124,7 @@ class Files:
     index: NDArray[np.int64]
 
     @classmethod
-    def of(cls, url: str, split: Split) -> "Files":
+    def of(cls, url: str, split: Split) -> "ShardFiles":
         """Return the files of a split of the folder at `url`."""
         index = [shard.batches or [(0, 0, rows, 0) for rows in shard.group_sizes()] for shard in split.shards]
         return cls(
@@ -152,7 +152,7 @@ class Reader:
         decoded_bytes: what a decoded sample will add to the cache; 0 if decoded samples are not kept.
     """
 
-    files: tuple[Files, ...]
+    files: tuple[ShardFiles, ...]
     groups: RowGroups
     schema: pa.Schema
     classes: tuple[str, ...]
@@ -170,7 +170,7 @@ class Reader:
         Args:
             settings: `policy`, `cache_bytes` and `decoded_bytes`; by default only what was read last is kept.
         """
-        files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(url, split))
+        files = tuple(ShardFiles.of(folder.url, folder.split) for folder in folders_of(url, split))
         schema = arrow_schema(manifest.features)
         return cls(files, RowGroups.of(split), schema, manifest.classes, options or {}, **settings)
 
@@ -232,7 +232,7 @@ class Reader:
         """Return the URL of the prepared folder that a shard belongs to."""
         return self._files(shard)[0].url
 
-    def _files(self, shard: int) -> tuple[Files, int]:
+    def _files(self, shard: int) -> tuple[ShardFiles, int]:
         for files in self.files:
             if shard < len(files.names):
                 return files, shard

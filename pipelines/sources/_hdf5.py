@@ -7,7 +7,7 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, first_line
 from pipelines.sources._common import find_files
 from pipelines.transforms import BadSample
-from pipelines.transforms.points import Points, decode
+from pipelines.transforms.points import Points, decode_points
 
 SUFFIXES = (".h5", ".hdf5")
 NAMES = "shape_names.txt"
@@ -63,14 +63,14 @@ def _labels(folder: Folder, name: str) -> list[int]:
     return labels.tolist()
 
 
-class Rows:
+class Hdf5Rows:
     """The rows of a folder's files, which stay open in between."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self._files: dict[str, h5py.File] = {}
 
-    def __enter__(self) -> "Rows":
+    def __enter__(self) -> "Hdf5Rows":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,7 +92,7 @@ class Rows:
             values = np.ascontiguousarray(data[int(number), :, :3], "<f4")
         except (OSError, ValueError, KeyError) as error:
             raise BadSample(f"unreadable: {first_line(error, 80)}") from error
-        return decode(values.tobytes())
+        return decode_points(values.tobytes())
 
 
 def is_row(name: str) -> bool:

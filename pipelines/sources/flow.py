@@ -23,7 +23,7 @@ KITTI = re.compile(r"(.*?)flow_occ/(\d+)_10\.png$")
 KITTI_FRAMES = ("image_2", "colored_0", "image_0")
 OPTIONS = ("split", "pass", "held_out")
 
-Pair = tuple[str, str, str]
+PairFiles = tuple[str, str, str]
 """Files of the first frame, the second frame and the flow."""
 
 
@@ -73,7 +73,7 @@ class FlowPairs:
             yield {"key": flow, "flow": pack(files, "flo" if flow.endswith(".flo") else "png")}
 
 
-def find_pairs(folder: Folder, passes: str) -> dict[str, list[Pair]]:
+def find_pairs(folder: Folder, passes: str) -> dict[str, list[PairFiles]]:
     """The pairs by scene; a pair whose frames are not there is left out.
 
     Raises:
@@ -81,7 +81,7 @@ def find_pairs(folder: Folder, passes: str) -> dict[str, list[Pair]]:
     """
     names = find_files(folder, (".flo", *(f".{suffix}" for suffix in FRAMES)))
     there = set(names)
-    scenes: dict[str, list[Pair]] = {}
+    scenes: dict[str, list[PairFiles]] = {}
     for name in names:
         scene, stems = _frames_of(name, passes)
         frames = [
@@ -111,7 +111,7 @@ def _frames_of(name: str, passes: str) -> tuple[str, list[str]]:
     return "", []
 
 
-def _listed(folder: Folder, scenes: Mapping[str, list[Pair]]) -> dict[str, list[Pair]]:
+def _listed(folder: Folder, scenes: Mapping[str, list[PairFiles]]) -> dict[str, list[PairFiles]]:
     """FlyingChairs' split: a line a pair in order, 1 to train on, 2 to test."""
     lists = find_files(folder, ("train_val.txt",))
     if not lists:
@@ -131,7 +131,9 @@ def _listed(folder: Folder, scenes: Mapping[str, list[Pair]]) -> dict[str, list[
     }
 
 
-def _hold_out_scenes(scenes: Mapping[str, list[Pair]], part: float, rng: random.Random) -> dict[str, list[Pair]]:
+def _hold_out_scenes(
+    scenes: Mapping[str, list[PairFiles]], part: float, rng: random.Random
+) -> dict[str, list[PairFiles]]:
     return {
         split: [pair for scene in members for pair in scenes[scene]]
         for split, members in hold_out(sorted(scenes), part, rng).items()

@@ -36,7 +36,7 @@ POINTS = 1024
 LICENCE = "models by eTeks, Scopia and others: CC-BY 3.0 or GPL, see the header of each file"
 
 
-class Piece(NamedTuple):
+class FurnitureMesh(NamedTuple):
     """One object: the name of its file, its category in the catalogue, and its mesh."""
 
     name: str
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def read_archive(path: str) -> list[Piece]:
+def read_archive(path: str) -> list[FurnitureMesh]:
     """The objects with a mesh, each mesh once, in the catalogue's order.
 
     Raises:
@@ -55,7 +55,7 @@ def read_archive(path: str) -> list[Piece]:
         with tarfile.open(path) as archive:
             files = {member.name.split("/", 1)[-1]: member for member in archive.getmembers() if member.isfile()}
             catalogue = json.loads(_content(archive, files[CATALOGUE]))
-            pieces: dict[str, Piece] = {}
+            pieces: dict[str, FurnitureMesh] = {}
             for entry in sorted(int(key.split("#")[1]) for key in catalogue if key.startswith("model#")):
                 place = catalogue[f"model#{entry}"].split("!/")
                 member = files.get(RESOURCES + place[0])
@@ -63,7 +63,9 @@ def read_archive(path: str) -> list[Piece]:
                     with zipfile.ZipFile(io.BytesIO(_content(archive, member))) as inner:
                         mesh = inner.read(place[1])
                     if b"\nf " in mesh:  # A light source has no faces.
-                        pieces[place[0]] = Piece(place[1].removesuffix(".obj"), catalogue[f"category#{entry}"], mesh)
+                        pieces[place[0]] = FurnitureMesh(
+                            place[1].removesuffix(".obj"), catalogue[f"category#{entry}"], mesh
+                        )
     except (tarfile.TarError, zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
         raise UserError(
             f"{path} does not hold the furniture catalogue ({error}): wanted the file {PACKAGE.file}"
@@ -137,7 +139,7 @@ class Furniture:
 
 
 def _by_category(
-    pieces: list[Piece], classes: tuple[str, ...], views: Mapping[str, int], seed: int
+    pieces: list[FurnitureMesh], classes: tuple[str, ...], views: Mapping[str, int], seed: int
 ) -> dict[str, list[tuple[int, int, int]]]:
     """A fifth of the objects of each category is held out, with all its clouds."""
     rng = random.Random(seed)

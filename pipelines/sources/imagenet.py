@@ -23,7 +23,7 @@ VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}")
 WANTED = "train/n01440764/*.JPEG and val/..., or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
 LICENCE = "ImageNet terms of access: non-commercial research and education"
 
-Place = tuple[str, str, int, int, str]
+ImageLocation = tuple[str, str, int, int, str]
 """Key, file, offset and size in it (-1: the whole file), synset."""
 
 
@@ -71,7 +71,7 @@ class ImageNet:
                 yield Rejected(key, f"unreadable file: {type(error).__name__}")
 
 
-def find_train(folder: Folder, names: list[str]) -> Iterator[Place]:
+def find_train(folder: Folder, names: list[str]) -> Iterator[ImageLocation]:
     """Training images: in class folders below `train`, or in a tar of class tars."""
     for name in names:
         parts = name.split("/")
@@ -81,7 +81,7 @@ def find_train(folder: Folder, names: list[str]) -> Iterator[Place]:
             yield f"train/{parts[-2]}/{parts[-1]}", name, 0, -1, parts[-2]
 
 
-def find_val(folder: Folder, names: list[str]) -> Iterator[Place]:
+def find_val(folder: Folder, names: list[str]) -> Iterator[ImageLocation]:
     """Validation images: in class folders below `val`, or flat or in a tar, with a list of labels."""
     flat: list[tuple[str, str, int, int]] = []
     for name in names:
@@ -120,7 +120,7 @@ def _members(folder: Folder, name: str) -> list[tarfile.TarInfo]:
         raise UserError(f"{folder.url}/{name} is no whole tar ({error}): fetch it again") from error
 
 
-def _train_tar(folder: Folder, name: str) -> Iterator[Place]:
+def _train_tar(folder: Folder, name: str) -> Iterator[ImageLocation]:
     """The images of a tar of tars, by their offset in the outer one."""
     with folder.fs.open(folder.file(name), "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as outer:
         for member in outer:

@@ -20,7 +20,7 @@ from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_opt
 from pipelines.sources._common import base_name, find_files, item_seed, number, shuffled_units, source_folder
 from pipelines.transforms import BadSample
 from pipelines.transforms.mesh import load_mesh, surface_points
-from pipelines.transforms.points import Points, decode
+from pipelines.transforms.points import Points, decode_points
 
 LISTS = {"train": "_train.txt", "test": "_test.txt"}
 WANTED = (
@@ -61,7 +61,7 @@ class ModelNet40:
         """Draw or read the points of each object."""
         content = unit.content
         folder = open_folder(content["src"])
-        with _hdf5.Rows(folder) as rows:
+        with _hdf5.Hdf5Rows(folder) as rows:
             for name, label in content["items"]:
                 try:
                     points = rows.read(name) if _hdf5.is_row(name) else self._points(folder, name, content)
@@ -94,7 +94,7 @@ def read_points(name: str, encoded: bytes, count: int, seed: int) -> Points:
         points = np.ascontiguousarray(values[:, :3], "<f4")
     except (ValueError, IndexError, TypeError) as error:
         raise BadSample(f"no rows of x, y, z: {first_line(error, 80)}") from error
-    return decode(points.tobytes())
+    return decode_points(points.tobytes())
 
 
 def find_objects(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:

@@ -46,7 +46,7 @@ CLASSES = (*FAMILIES, "drums")
 KEYS = range(36, 97)
 LICENCE = "rendered from TimGM6mb.sf2 (GPL-2.0), carried by pretty_midi (MIT)"
 
-Place = tuple[int, int, int, int]
+NoteId = tuple[int, int, int, int]
 """Bank, program, key and class of a note."""
 
 
@@ -70,9 +70,9 @@ def held_out(key: int) -> bool:
     return (key // 2) % 5 == 2
 
 
-def all_notes(font: SoundFont) -> list[Place]:
+def all_notes(font: SoundFont) -> list[NoteId]:
     """Every note of the data set, in order. Drums that several kits share are taken once."""
-    notes: list[Place] = []
+    notes: list[NoteId] = []
     for label, programs in enumerate(FAMILIES.values()):
         notes += [
             (0, program, key, label)
@@ -90,7 +90,7 @@ def all_notes(font: SoundFont) -> list[Place]:
     return notes
 
 
-def render(font: SoundFont, place: Place) -> NDArray[np.int16]:
+def render(font: SoundFont, place: NoteId) -> NDArray[np.int16]:
     """One second of a note, (16000,) int16."""
     bank, program, key, _ = place
     return np.clip(np.rint(play(font, Note(bank, program, key), RATE) * 32767), -32768, 32767).astype(np.int16)
@@ -103,9 +103,9 @@ def flac(samples: NDArray[np.int16]) -> bytes:
     return encoded.getvalue()
 
 
-def split_notes(font: SoundFont, seed: int) -> dict[str, list[Place]]:
+def split_notes(font: SoundFont, seed: int) -> dict[str, list[NoteId]]:
     """The notes of `train` and `test`, each shuffled."""
-    splits: dict[str, list[Place]] = {"train": [], "test": []}
+    splits: dict[str, list[NoteId]] = {"train": [], "test": []}
     for place in all_notes(font):
         splits["test" if held_out(place[2]) else "train"].append(place)
     for places in splits.values():

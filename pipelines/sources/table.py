@@ -21,11 +21,11 @@ from pipelines.sources._common import base_name, channels, find_files, split_of
 
 OPTIONS = ("image", "text", "label", "classes", "channels")
 
-Place = tuple[str, int, int]
+GroupLocation = tuple[str, int, int]
 """A file relative to the source folder, a row group, and its rows."""
 
 
-class Table:
+class TableSource:
     """The source: Parquet files. Row groups are shuffled over the shards; rows keep their order within them."""
 
     title = "Parquet tables with a row a sample (images as bytes, or texts; SRC/train-*.parquet, SRC/test-*.parquet)"
@@ -202,14 +202,14 @@ def class_names(
     return sorted(found)
 
 
-def _units(folder: Folder, files: list[str], seed: int, shard_rows: int) -> Iterator[list[Place]]:
+def _units(folder: Folder, files: list[str], seed: int, shard_rows: int) -> Iterator[list[GroupLocation]]:
     """Row groups in a random order, gathered up to `shard_rows` rows (a larger group is a unit of its own)."""
-    places: list[Place] = []
+    places: list[GroupLocation] = []
     for name in files:
         facts = _metadata(folder, name)
         places += [(name, group, facts.row_group(group).num_rows) for group in range(facts.num_row_groups)]
     random.Random(seed).shuffle(places)
-    unit: list[Place] = []
+    unit: list[GroupLocation] = []
     rows = 0
     for place in places:
         if unit and rows + place[2] > shard_rows:
@@ -225,4 +225,4 @@ def _value(value: Any) -> Any:
     return value["bytes"] if isinstance(value, dict) else value
 
 
-source = Table()
+source = TableSource()

@@ -39,7 +39,7 @@ Document = tuple[str, bytes]
 """Where it begins, and its bytes."""
 
 
-class Text:
+class TextSource:
     """The source.
 
     Options: `length` (bytes of a sample at most, 2,046), `join` (documents put into one sequence before it is cut, 1;
@@ -228,4 +228,4 @@ def _border(raw: bytes, start: int, stop: int) -> int:
     return stop
 
 
-source = Text()
+source = TextSource()

@@ -91,7 +91,7 @@ class WebDataset:
         content = unit.content
         folder = open_folder(content["src"])
         for name in content["items"]:
-            for found in samples_of(members(folder, name), Reading(*content["reading"])):
+            for found in samples_of(members(folder, name), SampleLayout(*content["reading"])):
                 if isinstance(found, Rejected):
                     yield Rejected(f"{name}/{found.key}" if found.key else name, found.reason)
                 else:
@@ -133,7 +133,7 @@ def unsafe(member: tarfile.TarInfo) -> str:
     return "" if member.size <= MAX_MEMBER else f"a member of {member.size} bytes, more than {MAX_MEMBER}"
 
 
-def samples_of(found: Iterable[Member | Rejected], reading: "Reading") -> Iterator[Sample | Rejected]:
+def samples_of(found: Iterable[Member | Rejected], layout: "SampleLayout") -> Iterator[Sample | Rejected]:
     """Put members of one name together; what lacks a kind is `Rejected`."""
     name, sample, reason = "", {}, ""
     for member in found:
@@ -141,19 +141,19 @@ def samples_of(found: Iterable[Member | Rejected], reading: "Reading") -> Iterat
             yield member
             continue
         if member.name != name:
-            yield from reading.finished(name, sample, reason)
+            yield from layout.finished(name, sample, reason)
             name, sample, reason = member.name, {}, ""
-        kind = reading.kind(member)
+        kind = layout.kind(member)
         if kind and kind not in sample:
             try:
-                sample[kind] = reading.value(member, kind)
+                sample[kind] = layout.value(member, kind)
             except ValueError as error:
                 reason = reason or str(error)
-    yield from reading.finished(name, sample, reason)
+    yield from layout.finished(name, sample, reason)
 
 
 @dataclass(frozen=True)
-class Reading:
+class SampleLayout:
     """What is read of a sample.
 
     Attributes:

@@ -30,7 +30,7 @@ UNKNOWN_SIZE = 0xFFFFFFFF
 """The size that streaming writers leave in a RIFF header."""
 
 
-class AudioConfig(Config):
+class AudioViewConfig(Config):
     """How sound is given to the model; mono."""
 
     rate: int = Field(
@@ -105,7 +105,7 @@ def check_length(seconds: float, max_seconds: float) -> None:
         raise BadSample(f"longer than {max_seconds:g} seconds")
 
 
-def sound_clip(sound: Sound, start: float, config: AudioConfig) -> Samples:
+def sound_clip(sound: Sound, start: float, config: AudioViewConfig) -> Samples:
     """Samples (T,) from `start` seconds on; silence stands before the recording's start and after its end.
 
     Raises:
@@ -124,7 +124,7 @@ def sound_clip(sound: Sound, start: float, config: AudioConfig) -> Samples:
     return finish(found, begin - first, count, start - first / sound.rate, sound.rate, config)
 
 
-def source_span(start: float, config: AudioConfig, rate: int) -> tuple[int, int]:
+def source_span(start: float, config: AudioViewConfig, rate: int) -> tuple[int, int]:
     """First sample and number of samples to read for a clip from a source of that rate; the first may be negative."""
     if rate == config.rate:
         return round(start * rate), config.samples
@@ -132,7 +132,7 @@ def source_span(start: float, config: AudioConfig, rate: int) -> tuple[int, int]
     return first, math.ceil((start + config.seconds + MARGIN_S) * rate) - first
 
 
-def finish(found: Found, offset: int, count: int, lead: float, rate: int, config: AudioConfig) -> Samples:
+def finish(found: Found, offset: int, count: int, lead: float, rate: int, config: AudioViewConfig) -> Samples:
     """Mix, pad, resample and cut what was read.
 
     Args:

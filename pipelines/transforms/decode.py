@@ -35,7 +35,7 @@ SIDEWAYS = (5, 6, 7, 8)
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 
 
-def decode(encoded: bytes | memoryview, channels: int, max_pixels: int = MAX_PIXELS) -> Picture:
+def decode_image(encoded: bytes | memoryview, channels: int, max_pixels: int = MAX_PIXELS) -> Picture:
     """Decode to grey (1 channel) or RGB (3), turned upright as its Exif tag says.
 
     16-bit grey is scaled to 8 bits; alpha is laid over white; CMYK and palettes are converted.

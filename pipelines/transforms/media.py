@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from perceiver.storage import first_line
 from pipelines.transforms import BadSample
-from pipelines.transforms.audio import MARGIN_S, MOST_RATE, AudioConfig, Samples, check_length, finish, source_span
+from pipelines.transforms.audio import MARGIN_S, MOST_RATE, AudioViewConfig, Samples, check_length, finish, source_span
 from pipelines.transforms.decode import Picture
 
 FORMATS = (
@@ -216,7 +216,7 @@ def _picture(frame: Any, channels: int) -> Picture:
     return np.ascontiguousarray(np.rot90(found, quarters)) if quarters and not rest else found
 
 
-def media_sound(media: Media, start: float, config: AudioConfig) -> Samples:
+def media_sound(media: Media, start: float, config: AudioViewConfig) -> Samples:
     """Samples (T,) int16 from `start` seconds on; silence wherever the file has none.
 
     Raises:

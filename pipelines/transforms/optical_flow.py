@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 
 from perceiver.config import Config
 from pipelines.transforms import BadSample, check_range
-from pipelines.transforms.decode import Picture, to_image, to_picture
-from pipelines.transforms.decode import decode as decode_image
+from pipelines.transforms.decode import Picture, decode_image, to_image, to_picture
 from pipelines.transforms.resize import Pixels
 
 FLO_MAGIC = b"PIEH"
@@ -62,7 +61,7 @@ def pack(files: Sequence[bytes], kind: str) -> bytes:
     return stream.getvalue()
 
 
-def decode(stored: bytes, channels: int, max_pixels: int) -> Pair:
+def decode_flow(stored: bytes, channels: int, max_pixels: int) -> Pair:
     """Decode what `pack` made.
 
     Raises:

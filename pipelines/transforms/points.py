@@ -11,14 +11,14 @@ from pipelines.transforms import BadSample
 Points = NDArray[np.float32]
 
 
-class PointsConfig(Config):
+class PointsViewConfig(Config):
     """How many points, and what is random about them in training."""
 
     count: int = Field(default=2048, ge=1, description="points in a batch; repeated if fewer are stored")
     scale: tuple[float, float] = Field(default=(0.99, 1.01), description="factors of each point's coordinates")
 
 
-def decode(stored: bytes) -> Points:
+def decode_points(stored: bytes) -> Points:
     """Points (n, 3) from little-endian float32 bytes.
 
     Raises:
@@ -39,14 +39,14 @@ def normalised(points: Points) -> Points:
     return _in_cube(_centred(points.T.copy())).T
 
 
-def training_view(points: Points, config: PointsConfig, rng: Generator) -> Points:
+def training_view(points: Points, config: PointsViewConfig, rng: Generator) -> Points:
     """A random choice of points, centred, each scaled at random, normalised: (count, 3)."""
     chosen = points.take(rng.choice(len(points), config.count, len(points) < config.count, shuffle=False), axis=0)
     scales = rng.uniform(*config.scale, config.count).astype(np.float32)
     return _in_cube(_centred(_centred(chosen.T.copy()) * scales)).T
 
 
-def evaluation_view(points: Points, config: PointsConfig) -> Points:
+def evaluation_view(points: Points, config: PointsViewConfig) -> Points:
     """Points spread evenly over the stored order, normalised: (count, 3)."""
     return normalised(points[np.arange(config.count) * len(points) // config.count % len(points)])
 

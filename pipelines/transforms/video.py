@@ -28,7 +28,7 @@ class VideoAugmentConfig(Config):
     colour: ColourConfig | None = Field(default=None, description="random colours")
 
 
-class VideoConfig(Config):
+class VideoViewConfig(Config):
     """How pictures of a recording are given to the model."""
 
     frames: int = Field(default=32, ge=1, description="frames of a clip")
@@ -46,7 +46,12 @@ class VideoConfig(Config):
 
 
 def video_clips(
-    media: Media, starts: NDArray[np.float64], size: tuple[int, int], channels: int, config: VideoConfig, view: "View"
+    media: Media,
+    starts: NDArray[np.float64],
+    size: tuple[int, int],
+    channels: int,
+    config: VideoViewConfig,
+    view: "CentredView",
 ) -> NDArray[np.uint8]:
     """Clips (K, F, C, H, W) of a video, starting at these seconds; each frame is decoded and resized once.
 
@@ -59,7 +64,7 @@ def video_clips(
     return pixels[index].reshape(len(starts), config.frames, *pixels.shape[1:])
 
 
-class View:
+class CentredView:
     """The fixed view: the largest centred box of the wanted shape, times `crop`, if the size is not the one wanted."""
 
     def __init__(self, crop: float) -> None:
@@ -79,7 +84,7 @@ class View:
         return pixels
 
 
-class RandomView(View):
+class RandomView(CentredView):
     """A random view: one crop, one flip and one change of colours for all frames."""
 
     def __init__(self, config: VideoAugmentConfig, random: Callable[[], Generator]) -> None:

@@ -20,7 +20,7 @@ STYLES = {"running": "bold", "failed": "red", "stopped": "dim", "waiting": "dim"
 
 
 class SearchConsole(LineConsole):
-    """Shows a search: ``say`` prints a line, ``news`` takes what the desk reports, ``refresh`` redraws the table."""
+    """Shows a search: `say` prints a line, `news` takes an event of a trial, `refresh` redraws the table."""
 
     def __init__(self, record: SearchRecord, console: Console | None = None) -> None:
         super().__init__(console)

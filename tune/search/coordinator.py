@@ -1,4 +1,4 @@
-"""The desk of a running search: hands out trials, takes in what becomes of them, and keeps the record on disk."""
+"""The coordinator of a running search: hands out trials, takes in their results, and keeps the record on disk."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
 from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, now, number_of, save_record, trial_name
-from tune.space.samplers import Ending, Source
+from tune.space.samplers import Ending, Sampler
 from tune.space.space import Values
 
 log = logging.getLogger(__name__)
@@ -27,13 +27,13 @@ Listener = Callable[[str, TrialRecord], None]
 """Is told what happened (a word) and to which trial."""
 
 
-class Desk:
+class Coordinator:
     """All that changes the record goes through here, one call at a time; each change is on disk when a call returns.
 
     Args:
         record: what is known so far.
         folder: of the search.
-        source: gives new trials their values.
+        sampler: gives new trials their values.
         prepare: checks a new trial's recipe and returns its parameters and optimizer steps.
         waiting: numbers of the trials to run before new ones are drawn.
         total: how many trials there will be.
@@ -43,12 +43,12 @@ class Desk:
         self,
         record: SearchRecord,
         folder: RunFolder,
-        source: Source,
+        sampler: Sampler,
         prepare: Callable[[Values], tuple[int, int]],
         waiting: list[int],
         total: int,
     ) -> None:
-        self.record, self.folder, self.source, self.prepare = record, folder, source, prepare
+        self.record, self.folder, self.sampler, self.prepare = record, folder, sampler, prepare
         self.waiting, self.total = list(waiting), total
         self.listeners: list[Listener] = []
         self.stopping = False
@@ -57,8 +57,8 @@ class Desk:
         for trial in record.ended():
             self._tell(trial)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Desk":
-        """Stay the one desk where Tune copies what refers to it."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Coordinator":
+        """Stay the one coordinator where Tune copies what refers to it."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Desk:
         """Add the next new trial to the record."""
         with self._lock:
             number = len(self.record.trials)
-            trial = TrialRecord(number=number, values=self.source.ask(number), label=self.source.label(number))
+            trial = TrialRecord(number=number, values=self.sampler.ask(number), label=self.sampler.label(number))
             self.record.trials.append(trial)
             try:
                 trial.parameters, trial.total_steps = self.prepare(trial.values)
@@ -169,7 +169,7 @@ class Desk:
 
     def _tell(self, trial: TrialRecord) -> None:
         ending: Any = trial.status
-        self.source.tell(trial.number, trial.values, ending, trial.scores(list(self.record.metrics)), trial.step)
+        self.sampler.tell(trial.number, trial.values, ending, trial.scores(list(self.record.metrics)), trial.step)
 
     def _say(self, what: str, trial: TrialRecord) -> None:
         self._save()
@@ -182,20 +182,20 @@ class Desk:
         save_record(self.record, self.folder)
 
 
-class Asker(Searcher):
-    """Gives Tune the desk's next trial. All state is the desk's."""
+class CoordinatorSearcher(Searcher):
+    """Gives Tune the coordinator's next trial. All state is the coordinator's."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, coordinator: Coordinator) -> None:
         super().__init__(metric=None, mode=None)
-        self.desk = desk
+        self.coordinator = coordinator
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's configuration, or that there is none."""
-        trial = self.desk.next_trial()
+        trial = self.coordinator.next_trial()
         return Searcher.FINISHED if trial is None else configuration(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Do nothing: the desk is told by `Reporter`."""
+        """Do nothing: the coordinator is told by `CoordinatorCallback`."""
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: a search goes on from its own record."""
@@ -204,33 +204,33 @@ class Asker(Searcher):
         """Do nothing: see `save`."""
 
 
-class Reporter(TrialProgressCallback):
-    """Tells the desk what Tune sees, in the place of the callback that would print lines of Tune's own."""
+class CoordinatorCallback(TrialProgressCallback):
+    """Tells the coordinator what Tune sees, in the place of the callback that would print lines of Tune's own."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Desk.started`."""
-        self.desk.started(number_of(str(trial)))
+        """See `Coordinator.started`."""
+        self.coordinator.started(number_of(str(trial)))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """See `Desk.result`."""
-        self.desk.result(number_of(str(trial)), result)
+        """See `Coordinator.result`."""
+        self.coordinator.result(number_of(str(trial)), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Desk.over`."""
-        self.desk.over(number_of(str(trial)))
+        """See `Coordinator.over`."""
+        self.coordinator.over(number_of(str(trial)))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Desk.broke`."""
-        self.desk.broke(number_of(str(trial)), failure(trial), again=True)
+        """See `Coordinator.broke`."""
+        self.coordinator.broke(number_of(str(trial)), failure(trial), again=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Desk.broke`."""
-        self.desk.broke(number_of(str(trial)), failure(trial), again=False)
+        """See `Coordinator.broke`."""
+        self.coordinator.broke(number_of(str(trial)), failure(trial), again=False)
 
 
 def configuration(trial: TrialRecord) -> dict[str, Any]:

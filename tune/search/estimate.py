@@ -19,7 +19,7 @@ SECONDS_A_TRIAL = 5.0
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SearchEstimate:
     """Seconds of a search if no trial is stopped early, if the scheduler stops as planned, and where they come from."""
 
     longest: float
@@ -27,7 +27,7 @@ class Estimate:
     basis: str
 
 
-def estimate(search: Search, slots: Slots, samples: float, trials: int) -> Estimate | None:
+def estimate(search: Search, slots: Slots, samples: float, trials: int) -> SearchEstimate | None:
     """Estimate the wall time of a search; None if nothing in the output folder tells a speed.
 
     Args:
@@ -43,7 +43,7 @@ def estimate(search: Search, slots: Slots, samples: float, trials: int) -> Estim
     turns = -(-trials // slots.concurrency)
     longest = turns * (samples / speed + SECONDS_A_TRIAL)
     share = kept_share(search, trials)
-    return Estimate(longest, max(share * longest, samples / speed + SECONDS_A_TRIAL), basis)
+    return SearchEstimate(longest, max(share * longest, samples / speed + SECONDS_A_TRIAL), basis)
 
 
 def kept_share(search: Search, trials: int) -> float:
@@ -58,7 +58,7 @@ def kept_share(search: Search, trials: int) -> float:
     return trained / (trials * epochs)
 
 
-def say_estimate(found: Estimate | None) -> str:
+def say_estimate(found: SearchEstimate | None) -> str:
     """Return the estimate as one line."""
     if found is None:
         return "expected time: unknown, no former run of this recipe or search in the output folder tells a speed"

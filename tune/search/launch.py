@@ -25,13 +25,13 @@ from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_reco
 from tune.search.checks import baseline, check_search, check_trials
 from tune.search.conclude import conclude
 from tune.search.console import SearchConsole
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.dry_run import say_plan
-from tune.search.plan import Concluder, Plan, SearchLaunch, Start
+from tune.search.plan import Concluder, SearchLaunch, SearchPlan, SearchStart
 from tune.search.resources import Slots, divide
 from tune.search.tuner import build_tuner
 from tune.search_file import read_search
-from tune.space.samplers import FixedSource, OptunaSource, Source, known_trials
+from tune.space.samplers import FixedSampler, OptunaSampler, Sampler, known_trials
 from tune.space.space import Values
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def launch_search(
         say_plan(search, checker, slots, known)
         return 0
     command = shlex.join(["perceiver", "tune", path, *overrides])
-    return run_search(Plan(search, checker, slots, known), Start(command, resume, run, as_json), conclude)
+    return run_search(SearchPlan(search, checker, slots, known), SearchStart(command, resume, run, as_json), conclude)
 
 
 def set_environment() -> None:
@@ -89,7 +89,7 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def run_search(plan: Plan, start: Start, conclude: Concluder) -> int:
+def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int:
     """Run what is left of a search; return the exit code of ``conclude``, 0 if nothing was left.
 
     Raises:
@@ -136,7 +136,7 @@ def _new_record(search: Search) -> SearchRecord:
     return SearchRecord(metrics=search.config.metrics, workers=search.recipe.cluster.workers)
 
 
-def _folder(search: Search, start: Start) -> RunFolder:
+def _folder(search: Search, start: SearchStart) -> RunFolder:
     output = search.recipe.output
     folder = choose_run(output, search.config.name, start.resume, start.run)
     if not start.resume and folder.facts():
@@ -144,7 +144,7 @@ def _folder(search: Search, start: Start) -> RunFolder:
     return folder
 
 
-def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
+def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
     """Write ``search.yaml``; on a resume refuse one that asks for something else.
 
     Raises:
@@ -157,7 +157,7 @@ def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
         "rows": redacted_recipe(plan.rows),
     }
     before = yaml.safe_load(folder.read("search.yaml") or "{}") if resume else {}
-    _check_rows(folder, list(before.get("rows", {})), list(plan.rows))
+    check_same_rows(folder, list(before.get("rows", {})), list(plan.rows))
     of = {"search": "{}", "base": "{} of the base recipe", "rows": "row {}"}
     free = {"search": FREE_ON_RESUME + (("space",) * bool(plan.rows)), "base": ("cluster", "tracking", "output")}
     for part, name in of.items():
@@ -172,7 +172,7 @@ def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
     folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
 
 
-def _check_rows(folder: RunFolder, before: Sequence[str], now: Sequence[str]) -> None:
+def check_same_rows(folder: RunFolder, before: Sequence[str], now: Sequence[str]) -> None:
     """Refuse other rows than a table was begun with: a trial belongs to the row at its place.
 
     Raises:
@@ -214,25 +214,27 @@ def _say_header(launch: SearchLaunch) -> None:
         console.say(f"resuming {launch.folder.name}: {done} trials are done, {len(launch.waiting)} go on")
 
 
-def _source(launch: SearchLaunch) -> Source:
+def _sampler(launch: SearchLaunch) -> Sampler:
     settings = launch.search.config.search
     if isinstance(settings, OptunaSearch):
         told = len(launch.record.trials)
-        return OptunaSource(launch.search, settings, launch.search.config.metrics, told)
+        return OptunaSampler(launch.search, settings, launch.search.config.metrics, told)
     assert launch.plan.known is not None
-    return FixedSource(launch.plan.known, launch.plan.labels)
+    return FixedSampler(launch.plan.known, launch.plan.labels)
 
 
 def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
     """Run Ray Tune in a thread, so that this one shows progress and takes the user's signals."""
     control = ActorMonitor()
-    desk = Desk(launch.record, launch.folder, _source(launch), _prepare(launch), launch.waiting, launch.total)
-    desk.listeners += [launch.console.news, _Tracking(launch).news]
-    _add_baseline(launch, desk)
-    tuner = build_tuner(launch, desk, control.address, _trial_tracking(launch, handle))
+    coordinator = Coordinator(
+        launch.record, launch.folder, _sampler(launch), _prepare(launch), launch.waiting, launch.total
+    )
+    coordinator.listeners += [launch.console.news, _Tracking(launch).news]
+    _add_baseline(launch, coordinator)
+    tuner = build_tuner(launch, coordinator, control.address, _trial_tracking(launch, handle))
 
     def stopping(line: str) -> None:
-        desk.stopping = True
+        coordinator.stopping = True
         launch.console.say(line)
 
     fit = Fit(ThreadPoolExecutor(1, "fit").submit(tuner.fit), control)
@@ -242,13 +244,13 @@ def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
             if event["kind"] == "progress":
                 launch.console.progress(event)
             if event["kind"] == "exchange":
-                desk.exchanged(event["trial"], event["donor"], event["step"], event["values"])
+                coordinator.exchanged(event["trial"], event["donor"], event["step"], event["values"])
             if event["kind"] == "looked":
                 launch.console.refresh()
     launch.console.close()
-    desk.close()
+    coordinator.close()
     control.close()
-    return {"status": "stopped" if desk.stopping else "finished", **fit.outcome}
+    return {"status": "stopped" if coordinator.stopping else "finished", **fit.outcome}
 
 
 def _prepare(launch: SearchLaunch) -> Any:
@@ -259,16 +261,16 @@ def _prepare(launch: SearchLaunch) -> Any:
     return prepare
 
 
-def _add_baseline(launch: SearchLaunch, desk: Any) -> None:
+def _add_baseline(launch: SearchLaunch, coordinator: Any) -> None:
     """Enter trials that need no drawing: the baseline of a study, and a whole population."""
     if launch.plan.known is None and launch.search.config.with_baseline and not launch.record.trials:
         values = baseline(launch.search)
-        parameters, steps = desk.prepare(values)
+        parameters, steps = coordinator.prepare(values)
         launch.record.trials.append(TrialRecord(number=0, values=values, parameters=parameters, total_steps=steps))
-        desk.waiting.append(0)
+        coordinator.waiting.append(0)
     if launch.search.config.exchanges:
         while len(launch.record.trials) < launch.total:
-            desk.waiting.append(desk.draw().number)
+            coordinator.waiting.append(coordinator.draw().number)
     save_record(launch.record, launch.folder)
 
 

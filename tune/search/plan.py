@@ -20,7 +20,7 @@ from tune.space.space import Values
 
 
 @dataclass(frozen=True)
-class Start:
+class SearchStart:
     """How the user starts or resumes a search.
 
     Attributes:
@@ -39,7 +39,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """A search that passed its checks: ``known`` are its trials where they do not depend on results.
 
     Attributes:
@@ -64,8 +64,8 @@ class Plan:
 class SearchLaunch:
     """One start of a search: what is searched, where it lies, and where its lines go."""
 
-    plan: Plan
-    start: Start
+    plan: SearchPlan
+    start: SearchStart
     folder: RunFolder
     record: SearchRecord
     waiting: list[int]

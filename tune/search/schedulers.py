@@ -28,7 +28,7 @@ TIME = "epoch"
 
 
 @dataclass(frozen=True, eq=False)
-class Past:
+class ReplayedTrial:
     """Stands for a trial of an earlier start where its results are told to a scheduler."""
 
     trial_id: str
@@ -64,14 +64,14 @@ class SparingMedian(_SparesBaseline, MedianStoppingRule):
             super().on_trial_complete(tune_controller, trial, result)
 
 
-def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, desk: Any = None) -> Any:
+def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, coordinator: Any = None) -> Any:
     """Return the Ray Tune scheduler of a search.
 
     Args:
         config: the search.
         epochs: length of the longest trial.
         concurrency: trials at a time; a population that does not fit at once takes turns.
-        desk: of the search, which a population asks whether it is being stopped.
+        coordinator: of the search, which a population asks whether it is being stopped.
     """
     (metric, mode), *_ = config.metrics.items()
     settings = config.scheduler
@@ -103,7 +103,7 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, desk:
         scheduler.baseline, scheduler.wanted = config.with_baseline, metric
         return scheduler
     if isinstance(settings, Pbt | Pb2):
-        return _population(config, settings, epochs, concurrency, desk)
+        return _population(config, settings, epochs, concurrency, coordinator)
     return FIFOScheduler()
 
 
@@ -117,8 +117,8 @@ def replay(scheduler: Any, metric: str, trials: Iterable[TrialRecord]) -> None:
     if not isinstance(scheduler, SparingAsha | SparingMedian):
         return
     for record in trials:
-        past: Any = Past(f"past-{record.number:05d}", {"number": record.number})
-        nobody: Any = _Nobody()
+        past: Any = ReplayedTrial(f"past-{record.number:05d}", {"number": record.number})
+        nobody: Any = _NoLiveTrials()
         scheduler.on_trial_add(nobody, past)
         for evaluation in record.evaluations:
             result = {TIME: evaluation.epoch, **evaluation.metrics}
@@ -126,7 +126,7 @@ def replay(scheduler: Any, metric: str, trials: Iterable[TrialRecord]) -> None:
                 scheduler.on_trial_result(nobody, past, result)
 
 
-class _Nobody:
+class _NoLiveTrials:
     """A controller without live trials."""
 
     def get_live_trials(self) -> list[Any]:
@@ -134,7 +134,7 @@ class _Nobody:
         return []
 
 
-def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concurrency: int, desk: Any) -> Any:
+def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concurrency: int, coordinator: Any) -> Any:
     (metric, mode), *_ = config.metrics.items()
     base = PB2 if isinstance(settings, Pb2) else PopulationBasedTraining
     if takes_turns(config, concurrency) and not can_take_turns(base):
@@ -147,8 +147,8 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concur
         time_key=TIME,
         concurrency=concurrency,
         epochs=epochs,
-        stopping=lambda: desk is not None and desk.stopping,
-        set_aside=lambda trial: desk.set_aside(number_of(str(trial))),
+        stopping=lambda: coordinator is not None and coordinator.stopping,
+        set_aside=lambda trial: coordinator.set_aside(number_of(str(trial))),
     )
     random.seed(config.seed)  # Ray draws from the global generator
     shared: dict[str, Any] = {

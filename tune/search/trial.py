@@ -84,7 +84,7 @@ class TrialRun(ray.tune.Trainable):
         """Take the plan; training begins with the first step, when Tune has said whether to restore."""
         assert plan is not None
         self.plan: TrialPlan = plan
-        self.run: Running | None = None
+        self.run: TrialTraining | None = None
 
     def step(self) -> dict[str, Any]:
         """Train until the next evaluation; return its figures."""
@@ -92,7 +92,7 @@ class TrialRun(ray.tune.Trainable):
             number, values = number_of(self.trial_name), dict(self.config["values"])
             if refusal := self.plan.folder(number).facts().get("refusal"):
                 return {"done": True, "ending": "refused", "error": refusal, "seconds": 0.0}
-            self.run = Running(self.plan, number, values, self.config.get("label", ""))
+            self.run = TrialTraining(self.plan, number, values, self.config.get("label", ""))
         return self.run.next_result()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -129,7 +129,7 @@ class TrialRun(ray.tune.Trainable):
             gc.collect()
 
 
-class Running:
+class TrialTraining:
     """The training run of a trial in this process: its events become results for Tune."""
 
     def __init__(self, plan: TrialPlan, number: int, values: Values, label: str = "") -> None:

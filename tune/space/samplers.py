@@ -9,12 +9,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from tune.config import Mode, OptunaSearch, Search
-from tune.space.space import Grid, Space, Values, holds, ordered, sample
+from tune.space.space import GridChoice, Space, Values, holds, ordered, sample
 
 Ending = Literal["finished", "stopped", "failed"]
 
 
-class Source(Protocol):
+class Sampler(Protocol):
     """Gives trials their values, and is told how they did."""
 
     def ask(self, number: int) -> Values:
@@ -56,22 +56,22 @@ class RandomDraw:
         return int(low + step * self.rng.integers((high - low) // step + 1))
 
 
-class FixedSource:
+class FixedSampler:
     """Trials that are known beforehand, whatever their results."""
 
     def __init__(self, trials: Sequence[Values], labels: Sequence[str] = ()) -> None:
         self.trials, self.labels = trials, labels
 
     def ask(self, number: int) -> Values:
-        """See `Source`."""
+        """See `Sampler`."""
         return self.trials[number]
 
     def label(self, number: int) -> str:
-        """See `Source`."""
+        """See `Sampler`."""
         return self.labels[number] if self.labels else ""
 
     def tell(self, number: int, values: Values, ending: Ending, scores: Mapping[str, float], step: int) -> None:
-        """See `Source`."""
+        """See `Sampler`."""
 
 
 def known_trials(search: Search, base: Values) -> list[Values] | None:
@@ -95,7 +95,7 @@ def grid(search: Search) -> list[Values]:
     """Return every combination of the grids once; keys whose condition does not hold are left out."""
     space, found = search.config.space, {}
     keys = ordered(space)
-    lists = [dimension.values for key in keys if isinstance(dimension := space[key], Grid)]
+    lists = [dimension.values for key in keys if isinstance(dimension := space[key], GridChoice)]
     for combination in itertools.product(*lists):
         values: Values = {}
         for key, value in zip(keys, combination, strict=True):
@@ -175,7 +175,7 @@ def recorded(values: Values, space: Space, base: Mapping[str, Any]) -> _Recorded
     return draw
 
 
-class OptunaSource:
+class OptunaSampler:
     """Trials from an Optuna study. Nothing of it is stored: it is told again what the record of the search says."""
 
     def __init__(self, search: Search, settings: OptunaSearch, metrics: Mapping[str, Mode], told: int = 0) -> None:
@@ -195,17 +195,17 @@ class OptunaSource:
         self._open: dict[int, Any] = {}
 
     def ask(self, number: int) -> Values:
-        """See `Source`."""
+        """See `Sampler`."""
         trial = self.study.ask()
         self._open[number] = trial
         return sample(self.search.config.space, self.search.resolved, _StudyDraw(trial))
 
     def label(self, number: int) -> str:
-        """See `Source`."""
+        """See `Sampler`."""
         return ""
 
     def tell(self, number: int, values: Values, ending: Ending, scores: Mapping[str, float], step: int) -> None:
-        """See `Source`. The baseline, whose values may lie outside the space, is told only if they do not."""
+        """See `Sampler`. The baseline, whose values may lie outside the space, is told only if they do not."""
         from optuna.trial import TrialState
 
         state = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}[ending]

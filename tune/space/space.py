@@ -62,7 +62,7 @@ class Choice(_Dimension):
         return self.values
 
 
-class Grid(Choice):
+class GridChoice(Choice):
     """Each of some values, with each of every other grid (`kind: grid`)."""
 
     kind: Literal["grid"]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -146,7 +146,7 @@ class Int(_Dimension):
         return value in range(self.low, self.high + 1, self.step)
 
 
-Dimension = Annotated[Choice | Grid | Uniform | LogUniform | QUniform | Int, Field(discriminator="kind")]
+Dimension = Annotated[Choice | GridChoice | Uniform | LogUniform | QUniform | Int, Field(discriminator="kind")]
 Space = dict[str, Dimension]
 
 

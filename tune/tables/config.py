@@ -101,14 +101,14 @@ class TableConfig(Config):
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """A table as read, and the file that it stands in."""
 
     config: TableConfig
     path: str
 
 
-def load_table(name: str) -> Table:
+def load_table(name: str) -> PaperTable:
     """Read a table by its name, or by the path of a file.
 
     Raises:
@@ -120,7 +120,7 @@ def load_table(name: str) -> Table:
         raise UserError(f"no table {name!r}{_near(name, known) or '; perceiver reproduce --list names them'}")
     tree = read_tree(path)
     try:
-        return Table(TableConfig.model_validate(tree), str(path))
+        return PaperTable(TableConfig.model_validate(tree), str(path))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, TableConfig)}") from None
 

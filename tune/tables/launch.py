@@ -16,10 +16,10 @@ from tune.search.conclude import all_failed, finish_run, machine, say_ending
 from tune.search.dry_run import say_resources
 from tune.search.estimate import estimate, say_estimate
 from tune.search.launch import find_slots, run_search, set_environment
-from tune.search.plan import Plan, SearchLaunch, Start
+from tune.search.plan import SearchLaunch, SearchPlan, SearchStart
 from tune.search_file import RECIPE_KEYS, flat, recipe_path
 from tune.space.space import Values, with_values
-from tune.tables.config import Row, Scale, ScaleName, Table, load_table, values_of
+from tune.tables.config import PaperTable, Row, Scale, ScaleName, load_table, values_of
 from tune.tables.outputs import HEAD, NOT_RUN, TableReport, aligned, cells, markdown, write_json, write_page
 from tune.tables.results import Cost, judge, results
 
@@ -30,7 +30,7 @@ FILES = ("table.md", "table.html", "table.json", "trials.json", "search.yaml")
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRun:
     """A table at one scale, as its trials are made from it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Rows:
         theirs: recipe keys that the user sets for all rows, dotted.
     """
 
-    table: Table
+    table: PaperTable
     scale: ScaleName
     seeds: int
     theirs: Mapping[str, Any]
@@ -98,19 +98,19 @@ def reproduce(
     known = [rows.values(row, seed) for row, seed in trials]
     slots = find_slots(search, known)
     if dry_run:
-        _say_plan(rows, Plan(search, Checker(search), slots, known), costs)
+        _say_plan(rows, SearchPlan(search, Checker(search), slots, known), costs)
         return 0
     labels = tuple(f"{row.name}, seed {seed}" for row, seed in trials)
-    plan = Plan(search, Checker(search), slots, known, labels, {row.name: rows.values(row) for row in rows.run})
+    plan = SearchPlan(search, Checker(search), slots, known, labels, {row.name: rows.values(row) for row in rows.run})
     options = ["--scale", scale, *(["--seeds", str(seeds)] if seeds else [])]
     command = shlex.join(["perceiver", "reproduce", name, *options, *overrides])
-    start = Start(command, resume, run, as_json, "raise --seeds to go on")
+    start = SearchStart(command, resume, run, as_json, "raise --seeds to go on")
     return run_search(plan, start, lambda launch, outcome: _conclude(launch, outcome, rows, costs))
 
 
 def read_rows(
-    table: Table, scale: ScaleName, seeds: int | None, overrides: Sequence[str]
-) -> tuple[Rows, dict[str, Any], dict[str, Any], str]:
+    table: PaperTable, scale: ScaleName, seeds: int | None, overrides: Sequence[str]
+) -> tuple[TableRun, dict[str, Any], dict[str, Any], str]:
     """Return the rows, the user's keys of the search, the base recipe's tree, and its file.
 
     Raises:
@@ -130,10 +130,10 @@ def read_rows(
     theirs = flat(trees[False])
     where = recipe_path(common.recipe, table.path)
     base = with_values(read_tree(where), flat(common.overrides) | theirs)
-    return Rows(table, scale, seeds or common.seeds, theirs), trees[True], base, where
+    return TableRun(table, scale, seeds or common.seeds, theirs), trees[True], base, where
 
 
-def build_rows(rows: Rows, search_keys: Mapping[str, Any], base: Mapping[str, Any], where: str) -> Search:
+def build_rows(rows: TableRun, search_keys: Mapping[str, Any], base: Mapping[str, Any], where: str) -> Search:
     """Return the search whose trials the rows are: a grid without a scheduler.
 
     Raises:
@@ -153,7 +153,7 @@ def build_rows(rows: Rows, search_keys: Mapping[str, Any], base: Mapping[str, An
     return build_search(tree, base, where, rows.table.path)
 
 
-def check_rows(search: Search, rows: Rows) -> dict[str, Cost]:
+def check_rows(search: Search, rows: TableRun) -> dict[str, Cost]:
     """Check each row's recipe on its data; return what the models cost, by the rows' names.
 
     Raises:
@@ -174,7 +174,7 @@ def check_rows(search: Search, rows: Rows) -> dict[str, Cost]:
     return costs
 
 
-def _check_data(checker: Checker, rows: Rows) -> None:
+def _check_data(checker: Checker, rows: TableRun) -> None:
     """Refuse data that is not there, and say how it is made."""
     data = checker.search.recipe.data
     try:
@@ -185,7 +185,7 @@ def _check_data(checker: Checker, rows: Rows) -> None:
         raise UserError(f"{reason}: {fix} `{rows.common.prepare}`") from None
 
 
-def _say_plan(rows: Rows, plan: Plan, costs: Mapping[str, Cost]) -> None:
+def _say_plan(rows: TableRun, plan: SearchPlan, costs: Mapping[str, Cost]) -> None:
     config = rows.table.config
     print(f"{config.title} ({config.source}), {rows.scale} scale: {rows.common.data}")
     say_resources(plan.search, plan.slots)
@@ -201,7 +201,7 @@ def _say_plan(rows: Rows, plan: Plan, costs: Mapping[str, Cost]) -> None:
         print(line)
 
 
-def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: Rows, costs: Mapping[str, Cost]) -> int:
+def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: TableRun, costs: Mapping[str, Cost]) -> int:
     """Write the table of what was measured, MLflow's last entries, and how to go on. Return the exit code."""
     record, folder, say = launch.record, launch.folder, launch.console.say
     status = outcome["status"]

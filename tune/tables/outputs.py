@@ -11,7 +11,7 @@ from perceiver.report.page import render
 from perceiver.tracking.redaction import MASK, is_secret_key, redact_text
 from tune.report.numbers import duration
 from tune.tables.config import Scale, ScaleName, TableConfig
-from tune.tables.results import Judged, Result, is_share, seed_noise
+from tune.tables.results import JudgedClaim, RowResult, is_share, seed_noise
 
 HEAD = ("row", "paper", "ours", "seeds", "parameters", "FLOPs", "wall time")
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -37,8 +37,8 @@ class TableReport:
 
     table: TableConfig
     scale: ScaleName
-    found: Sequence[Result]
-    judged: Sequence[Judged]
+    found: Sequence[RowResult]
+    judged: Sequence[JudgedClaim]
     command: str
     machine: str
     seconds: float
@@ -75,7 +75,7 @@ def _safe(command: str) -> str:
     return shlex.join(f"{key}={MASK}" if value and is_secret_key(key) else word for word, key, value in pairs)
 
 
-def cells(result: Result) -> list[str]:
+def cells(result: RowResult) -> list[str]:
     """Return a row of the table, in the order of `HEAD`."""
     paper = "–" if result.row.paper is None else f"{result.row.paper:.1f}"
     if result.cost is None:
@@ -96,7 +96,7 @@ def short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def notes(found: Sequence[Result]) -> Iterator[str]:
+def notes(found: Sequence[RowResult]) -> Iterator[str]:
     """Yield what is to be known of single rows: sources, notes, rows that were not run, seeds that failed."""
     for result in found:
         row = result.row
@@ -191,7 +191,7 @@ def write_page(report: TableReport) -> str:
     )
 
 
-def _draw_results(found: Sequence[Result], metric: str) -> figures.Drawing | None:
+def _draw_results(found: Sequence[RowResult], metric: str) -> figures.Drawing | None:
     """Draw each row's seeds, their mean and deviation, and the paper's figure; None if no row has a score of ours."""
     shown = [result for result in found if result.mean is not None]
     if not shown:

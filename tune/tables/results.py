@@ -24,7 +24,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Result:
+class RowResult:
     """A row with what was measured.
 
     Attributes:
@@ -58,7 +58,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedClaim:
     """A claim, what our figures say about it, and the reason in a few words."""
 
     claim: Claim
@@ -73,7 +73,7 @@ def is_share(metric: str) -> bool:
 
 def results(
     table: TableConfig, scale: ScaleName, trials: Sequence[TrialRecord], costs: Mapping[str, Cost]
-) -> list[Result]:
+) -> list[RowResult]:
     """Gather the trials of each row.
 
     Args:
@@ -90,7 +90,7 @@ def results(
         done = [trial for trial in own if trial.status == "finished" and trial.scores([metric])]
         scores = {int(trial.values["seed"]): factor * trial.scores([metric])[metric] for trial in done}
         failed = {int(trial.values["seed"]): trial.reason or trial.status for trial in own if trial not in done}
-        found.append(Result(row, costs.get(row.name), scores, [trial.seconds for trial in done], failed))
+        found.append(RowResult(row, costs.get(row.name), scores, [trial.seconds for trial in done], failed))
     return found
 
 
@@ -99,7 +99,7 @@ def trial_row(rows: Sequence[Row], trial: TrialRecord) -> Row:
     return rows[trial.number % len(rows)]
 
 
-def seed_noise(found: Sequence[Result]) -> float | None:
+def seed_noise(found: Sequence[RowResult]) -> float | None:
     """Return the standard deviation over seeds pooled over all rows; None if no row has two seeds."""
     groups = [list(result.scores.values()) for result in found if len(result.scores) > 1]
     freedom = sum(len(group) - 1 for group in groups)
@@ -108,7 +108,7 @@ def seed_noise(found: Sequence[Result]) -> float | None:
     return math.sqrt(sum((len(group) - 1) * stdev(group) ** 2 for group in groups) / freedom)
 
 
-def judge(table: TableConfig, found: Sequence[Result], mode: str = "max") -> list[Judged]:
+def judge(table: TableConfig, found: Sequence[RowResult], mode: str = "max") -> list[JudgedClaim]:
     """Hold the table's claims against the results.
 
     Two means are taken to differ by more than chance if they lie further apart than twice the standard error that the
@@ -119,22 +119,22 @@ def judge(table: TableConfig, found: Sequence[Result], mode: str = "max") -> lis
     return [_judge(claim, by_name, noise, mode) for claim in table.claims]
 
 
-def _judge(claim: Claim, by_name: Mapping[str, Result], noise: float | None, mode: str) -> Judged:
+def _judge(claim: Claim, by_name: Mapping[str, RowResult], noise: float | None, mode: str) -> JudgedClaim:
     first, second = (by_name[name] for name in claim.rows)
     lacking = [result.row.label for result in (first, second) if result.mean is None]
     if first.mean is None or second.mean is None:
-        return Judged(claim, "open", f"not run: {', '.join(lacking)}")
+        return JudgedClaim(claim, "open", f"not run: {', '.join(lacking)}")
     gain = (first.mean - second.mean) * (1 if mode == "max" else -1)
     wanted = f", at least {claim.by:g} apart wanted" if claim.by else ""
     words = f"{first.mean:.1f} against {second.mean:.1f}{wanted}"
     if noise is None:
         if gain < claim.by and claim.same is None:
-            return Judged(claim, "does not hold", f"{words}; one seed")
-        return Judged(claim, "open", f"{words}; one seed tells no noise")
+            return JudgedClaim(claim, "does not hold", f"{words}; one seed")
+        return JudgedClaim(claim, "open", f"{words}; one seed tells no noise")
     margin = 2 * noise * math.sqrt(1 / len(first.scores) + 1 / len(second.scores))
     reason = f"{words}; by chance they differ by up to {margin:.1f}"
     if claim.same is not None:
-        return Judged(claim, "holds" if abs(gain) <= margin else "does not hold", reason)
+        return JudgedClaim(claim, "holds" if abs(gain) <= margin else "does not hold", reason)
     if gain >= claim.by and gain > margin:
-        return Judged(claim, "holds", reason)
-    return Judged(claim, "open" if gain + margin >= claim.by else "does not hold", reason)
+        return JudgedClaim(claim, "holds", reason)
+    return JudgedClaim(claim, "open" if gain + margin >= claim.by else "does not hold", reason)

@@ -18,7 +18,15 @@ from pipelines.feed.ingest import (
     sample_plan,
     train_batches,
 )
-from pipelines.order.mixture import MixedSplit, MixturePart, MixturePlan, mix, mixing_table, readable_batch, whole_parts
+from pipelines.order.mixture import (
+    MixedSplit,
+    MixturePart,
+    MixturePlan,
+    mixed_manifest,
+    mixing_table,
+    readable_batch,
+    whole_parts,
+)
 from pipelines.order.plan import RowGroups
 from pipelines.shards.quarantine import Quarantine
 from tests.pipelines.feed.test_ingest import Batches, joined, same
@@ -193,10 +201,10 @@ def test_data_sets_that_do_not_agree_are_refused(mixed: DataConfig, tmp_path: Pa
         ({"features": {**manifest.features, "image": LabelFeature()}}, "feature 'image' of s3://other is"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            mix(manifest, "train", [(part, manifest.model_copy(update=change))])
+            mixed_manifest(manifest, "train", [(part, manifest.model_copy(update=change))])
         assert "\n" not in str(caught.value)
     larger = manifest.features["image"].model_copy(update={"size": (9, 9)})
     other = manifest.model_copy(update={"features": {**manifest.features, "image": larger}})
-    assert mix(manifest, "train", [(part, other)]).features["image"].model_dump()["size"] is None
+    assert mixed_manifest(manifest, "train", [(part, other)]).features["image"].model_dump()["size"] is None
     with pytest.raises(UserError, match="leave data.lanes out"):
         sample_plan(mixed.model_copy(update={"lanes": 2}), load_data(mixed), seed=0, global_batch=20)

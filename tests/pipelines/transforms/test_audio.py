@@ -10,7 +10,7 @@ import pytest
 from pipelines.features import AudioFeature
 from pipelines.features.base import ViewConfig
 from pipelines.transforms import BadSample
-from pipelines.transforms.audio import AudioConfig, Sound
+from pipelines.transforms.audio import AudioViewConfig, Sound
 from pipelines.transforms.clip import ClipConfig, clip_starts
 from pipelines.transforms.media import Media
 from tests.pipelines.recordings import media_file, ramp, sound_file, tone
@@ -30,7 +30,7 @@ def seeded(seed: int) -> Callable[[], np.random.Generator]:
 
 def view(rate: int = 16_000, samples: int = 16_000, channel: int | None = None, **clip: Any) -> ViewConfig:
     """A view of so many samples."""
-    return ViewConfig(audio=AudioConfig(rate=rate, samples=samples, channel=channel), clip=ClipConfig(**clip))
+    return ViewConfig(audio=AudioViewConfig(rate=rate, samples=samples, channel=channel), clip=ClipConfig(**clip))
 
 
 def shown(stored: bytes, how: ViewConfig, training: bool = False, seed: int = 0) -> np.ndarray:

@@ -22,11 +22,11 @@ from pipelines.feed.ingest import DataConfig, EvalShare, eval_batches
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.transforms import BadSample
-from pipelines.transforms.audio import AudioConfig
+from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.clip import ClipConfig
 from pipelines.transforms.colour import ColourConfig, recoloured
 from pipelines.transforms.image import CropConfig
-from pipelines.transforms.video import VideoAugmentConfig, VideoConfig
+from pipelines.transforms.video import VideoAugmentConfig, VideoViewConfig
 from tests.pipelines.recordings import BIKES, media_file, ramp, real_video, sound_file
 
 GREY = VideoFeature(channels=1, size=(32, 32))
@@ -48,9 +48,9 @@ def view(frames: int = 4, fps: float = 25, samples: int = 1600, **settings: Any)
     of_clip = settings.keys() & {"jitter", "eval_clips", "max_seconds", "show"}
     clip = ClipConfig(**{key: settings.pop(key) for key in of_clip})
     return ViewConfig(
-        video=VideoConfig(frames=frames, fps=fps, **settings),
+        video=VideoViewConfig(frames=frames, fps=fps, **settings),
         clip=clip,
-        audio=AudioConfig(rate=16_000, samples=samples),
+        audio=AudioViewConfig(rate=16_000, samples=samples),
     )
 
 
@@ -109,7 +109,7 @@ def test_sound_and_pictures_stay_in_step() -> None:
 
 
 def test_the_real_recording_gives_its_sound_in_mono() -> None:
-    how = ViewConfig(video=VideoConfig(size=(32, 32)))
+    how = ViewConfig(video=VideoViewConfig(size=(32, 32)))
     got = shown(MediaFeature(), real_video(), how)
     assert got["audio"].shape == (61_440,) and got["audio"].dtype == np.int16 and got["audio"].std() > 10
     assert got["video"].shape == (32, 3, 32, 32)
@@ -266,8 +266,8 @@ def test_clips_go_through_shards_and_batches_and_count_once(tmp_path: Path) -> N
         train_split="test",
         max_bad_fraction=1,
         clip=ClipConfig(eval_clips=3),
-        video=VideoConfig(frames=4),
-        audio=AudioConfig(rate=16_000, samples=2560),
+        video=VideoViewConfig(frames=4),
+        audio=AudioViewConfig(rate=16_000, samples=2560),
     )
     assert data.clip.eval_rows(6) == 2 and data.clip.eval_rows(1) == 1
     batches = list(eval_batches(data, load_manifest(str(tmp_path)), EvalShare("test", 2), "cpu"))

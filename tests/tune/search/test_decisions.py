@@ -1,4 +1,4 @@
-"""Schedulers, ranking and the desk: decided without any process."""
+"""Schedulers, ranking and the coordinator: decided without any process."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from tune.config import SearchConfig
 from tune.record import SearchRecord, go_on, load_record, number_of, save_record, trial_name
 from tune.report.importance import Importance, importance
 from tune.report.verdict import verdict
-from tune.search.coordinator import Asker, Desk, Reporter, placed, reason
-from tune.search.schedulers import Past, build_scheduler, clipped, replay, takes_turns
-from tune.search.tuner import _Values
-from tune.space.samplers import FixedSource
+from tune.search.coordinator import Coordinator, CoordinatorCallback, CoordinatorSearcher, placed, reason
+from tune.search.schedulers import ReplayedTrial, build_scheduler, clipped, replay, takes_turns
+from tune.search.tuner import RecordedValues
+from tune.space.samplers import FixedSampler
 
 
 def decide(scheduler: Any, number: int, epoch: float, score: float) -> str:
-    past = Past(f"trial-{number}", {"number": number})
+    past = ReplayedTrial(f"trial-{number}", {"number": number})
     if epoch == 1:
         scheduler.on_trial_add(None, past)
     return scheduler.on_trial_result(None, past, {"epoch": epoch, "accuracy": score})
@@ -47,11 +47,11 @@ def test_asha_stops_what_is_not_among_the_best_share_but_never_the_baseline(
 def test_median_spares_the_baseline_and_never_pauses(tmp_path: Path, tree: dict[str, Any]) -> None:
     search = load(tmp_path, tree, "scheduler={kind: median, grace: 1, min_trials: 2}")
     scheduler = build_scheduler(search.config, 4.0, 2)
-    pasts = {number: Past(f"trial-{number}", {"number": number}) for number in range(4)}
+    pasts = {number: ReplayedTrial(f"trial-{number}", {"number": number}) for number in range(4)}
 
     class Busy:
         def get_live_trials(self) -> list[Any]:
-            return [Past("waiting", {"number": 9}, status="PENDING")]
+            return [ReplayedTrial("waiting", {"number": 9}, status="PENDING")]
 
     def tell(number: int, epoch: float, score: float) -> str:
         return scheduler.on_trial_result(Busy(), pasts[number], {"epoch": epoch, "accuracy": score})
@@ -65,7 +65,7 @@ def test_median_does_without_a_trial_that_was_never_evaluated(tmp_path: Path, tr
     """One that was refused ends with a result that has no epoch, which Ray's rule would look for ever after."""
     search = load(tmp_path, tree, "scheduler={kind: median, grace: 1, min_trials: 2}")
     scheduler = build_scheduler(search.config, 4.0, 2)
-    refused = Past("trial-3", {"number": 3})
+    refused = ReplayedTrial("trial-3", {"number": 3})
     scheduler.on_trial_complete(None, refused, {"done": True, "ending": "refused", "error": "the loss is nan"})
     for number in (1, 2):
         assert decide(scheduler, number, 1, 0.5) == "CONTINUE"
@@ -74,8 +74,8 @@ def test_median_does_without_a_trial_that_was_never_evaluated(tmp_path: Path, tr
 class Controller:
     """Stands for Ray's controller: gives each turn to whom the scheduler chooses, and counts as live what Ray does."""
 
-    def __init__(self, config: SearchConfig, concurrency: int, desk: Any = None) -> None:
-        self.scheduler = build_scheduler(config, 4.0, concurrency, desk)
+    def __init__(self, config: SearchConfig, concurrency: int, coordinator: Any = None) -> None:
+        self.scheduler = build_scheduler(config, 4.0, concurrency, coordinator)
         configs = [{"number": number, "values": {"optim.lr": 0.01}} for number in range(4)]
         self.trials: list[Any] = [Trial("x", stub=True, config=config) for config in configs]
         self.live, self.search_alg = set(self.trials), None
@@ -151,19 +151,19 @@ def test_a_population_does_not_wait_for_a_trial_that_is_over(population: SearchC
 
 
 def test_a_population_that_is_stopped_sets_aside_what_waits(tmp_path: Path, population: SearchConfig) -> None:
-    desk = make_desk(tmp_path, total=4)
-    while len(desk.record.trials) < 4:
-        desk.draw()
-    controller = Controller(population, 2, desk)
+    coordinator = make_coordinator(tmp_path, total=4)
+    while len(coordinator.record.trials) < 4:
+        coordinator.draw()
+    controller = Controller(population, 2, coordinator)
     assert controller.start() == [0, 1]
     for number in (0, 1):
-        desk.started(number)
+        coordinator.started(number)
     controller.tell(0, 1.0)
-    desk.stopping = True
+    coordinator.stopping = True
     assert controller.start() == [1]
     assert [one.status for one in controller.trials] == ["TERMINATED", "RUNNING", "TERMINATED", "TERMINATED"]
-    desk.over(0)
-    assert desk.record.trial(0).status == "unfinished", "it goes on with --resume"
+    coordinator.over(0)
+    assert coordinator.record.trial(0).status == "unfinished", "it goes on with --resume"
 
 
 def test_a_resumed_search_holds_new_trials_against_the_old_ones(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -255,37 +255,39 @@ def test_importance_finds_the_key_that_matters(tmp_path: Path, tree: dict[str, A
     assert "3 trials that can be compared" in importance(record(*trials[:3]), search.config.space, search.resolved)  # type: ignore[operator]
 
 
-def make_desk(tmp_path: Path, total: int = 3, waiting: tuple[int, ...] = ()) -> Desk:
+def make_coordinator(tmp_path: Path, total: int = 3, waiting: tuple[int, ...] = ()) -> Coordinator:
     def prepare(values: dict[str, Any]) -> tuple[int, int]:
         if values["optim.lr"] == 2:
             raise UserError("optim.lr = 2 is too much")
         return 1000, 10
 
-    source = FixedSource([{"optim.lr": number + 1} for number in range(total)])
-    return Desk(record(), RunFolder(str(tmp_path), "hunt-001"), source, prepare, list(waiting), total)
+    source = FixedSampler([{"optim.lr": number + 1} for number in range(total)])
+    return Coordinator(record(), RunFolder(str(tmp_path), "hunt-001"), source, prepare, list(waiting), total)
 
 
 def test_the_desk_keeps_every_change_on_disk(tmp_path: Path) -> None:
-    desk = make_desk(tmp_path)
+    coordinator = make_coordinator(tmp_path)
     heard: list[tuple[str, int]] = []
-    desk.listeners.append(lambda what, t: heard.append((what, t.number)))
-    first = desk.next_trial()
+    coordinator.listeners.append(lambda what, t: heard.append((what, t.number)))
+    first = coordinator.next_trial()
     assert first is not None and first.number == 0
-    desk.started(0)
-    desk.result(0, {"step": 5, "epoch": 1.0, "evaluation": {"accuracy": 0.5}, "seconds": 2.0, "throughput": 80.0})
-    desk.broke(0, "a worker died", again=True)
-    desk.result(0, {"step": 5, "epoch": 1.0, "evaluation": {"accuracy": 0.6}, "seconds": 1.0})
-    desk.result(0, {"step": 10, "epoch": 2.0, "evaluation": {"accuracy": 0.7}, "seconds": 2.0})
-    desk.result(0, {"ending": "finished", "seconds": 1.0})
-    desk.over(0)
-    second = desk.next_trial()
+    coordinator.started(0)
+    coordinator.result(
+        0, {"step": 5, "epoch": 1.0, "evaluation": {"accuracy": 0.5}, "seconds": 2.0, "throughput": 80.0}
+    )
+    coordinator.broke(0, "a worker died", again=True)
+    coordinator.result(0, {"step": 5, "epoch": 1.0, "evaluation": {"accuracy": 0.6}, "seconds": 1.0})
+    coordinator.result(0, {"step": 10, "epoch": 2.0, "evaluation": {"accuracy": 0.7}, "seconds": 2.0})
+    coordinator.result(0, {"ending": "finished", "seconds": 1.0})
+    coordinator.over(0)
+    second = coordinator.next_trial()
     assert second is not None and second.number == 2, "trial 1 cannot be trained: recorded, and the next one drawn"
-    desk.started(2)
-    desk.result(2, {"step": 5, "epoch": 1.0, "evaluation": {"accuracy": 0.1}, "seconds": 2.0})
-    desk.over(2)
-    assert desk.next_trial() is None
-    desk.close()
-    kept = load_record(desk.folder)
+    coordinator.started(2)
+    coordinator.result(2, {"step": 5, "epoch": 1.0, "evaluation": {"accuracy": 0.1}, "seconds": 2.0})
+    coordinator.over(2)
+    assert coordinator.next_trial() is None
+    coordinator.close()
+    kept = load_record(coordinator.folder)
     assert [t.status for t in kept.trials] == ["finished", "failed", "stopped"]
     assert kept.trials[1].reason == "optim.lr = 2 is too much"
     assert [(e.step, e.metrics["accuracy"]) for e in kept.trials[0].evaluations] == [(5, 0.6), (10, 0.7)]
@@ -294,17 +296,17 @@ def test_the_desk_keeps_every_change_on_disk(tmp_path: Path) -> None:
 
 
 def test_a_stop_hands_out_no_more_and_what_was_open_goes_on(tmp_path: Path) -> None:
-    desk = make_desk(tmp_path)
-    desk.next_trial()
-    desk.started(0)
-    desk.stopping = True
-    assert desk.next_trial() is None
-    desk.result(0, {"ending": "stopped", "seconds": 1.0})
-    desk.over(0)
-    desk.close()
-    kept = load_record(desk.folder)
+    coordinator = make_coordinator(tmp_path)
+    coordinator.next_trial()
+    coordinator.started(0)
+    coordinator.stopping = True
+    assert coordinator.next_trial() is None
+    coordinator.result(0, {"ending": "stopped", "seconds": 1.0})
+    coordinator.over(0)
+    coordinator.close()
+    kept = load_record(coordinator.folder)
     assert go_on(kept) == [0]
-    again = Desk(kept, desk.folder, desk.source, desk.prepare, [0], 3)
+    again = Coordinator(kept, coordinator.folder, coordinator.sampler, coordinator.prepare, [0], 3)
     trials = [again.next_trial(), again.next_trial(), again.next_trial()]
     assert [t.number if t else None for t in trials] == [0, 2, None]
 
@@ -320,12 +322,12 @@ def test_a_record_of_a_newer_program_is_refused(tmp_path: Path) -> None:
 
 def test_the_reason_of_a_refusal_outlives_the_process_that_refused(tmp_path: Path) -> None:
     """With several workers the trial ends its own process, which alone would be no reason."""
-    desk = make_desk(tmp_path)
-    desk.next_trial()
-    desk.started(0)
-    RunFolder(desk.folder.location("trials"), "trial-000").note(refusal="the loss is nan")
-    desk.broke(0, "the trial's process died", again=False)
-    assert desk.record.trial(0).reason == "the loss is nan"
+    coordinator = make_coordinator(tmp_path)
+    coordinator.next_trial()
+    coordinator.started(0)
+    RunFolder(coordinator.folder.location("trials"), "trial-000").note(refusal="the loss is nan")
+    coordinator.broke(0, "the trial's process died", again=False)
+    assert coordinator.record.trial(0).reason == "the loss is nan"
 
 
 def test_paths_mean_the_same_in_any_folder() -> None:
@@ -356,9 +358,9 @@ def test_the_reason_of_a_failure_is_one_line(text: str, wanted: str) -> None:
 
 
 def test_what_tune_holds_can_be_pickled_and_holds_no_record(tmp_path: Path) -> None:
-    """Tune writes it down at its start; a desk has locks and caches."""
+    """Tune writes it down at its start; a coordinator has locks and caches."""
     from ray import cloudpickle
 
-    desk = make_desk(tmp_path)
-    for held in (Asker(desk), Reporter(desk), _Values(desk)):
+    coordinator = make_coordinator(tmp_path)
+    for held in (CoordinatorSearcher(coordinator), CoordinatorCallback(coordinator), RecordedValues(coordinator)):
         assert b"optim.lr" not in cloudpickle.dumps(held)

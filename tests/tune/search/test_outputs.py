@@ -24,7 +24,7 @@ from tune.search.conclude import best_recipe
 from tune.search.console import SearchConsole, news_line
 from tune.search.estimate import estimate, kept_share, say_estimate
 from tune.search.exchange import copy_checkpoint, pointer_of, take_over
-from tune.search.launch import _check_rows, launch_search
+from tune.search.launch import check_same_rows, launch_search
 from tune.search.resources import divide
 
 
@@ -148,10 +148,10 @@ def test_a_dry_run_says_the_plan_and_starts_nothing(
 
 def test_a_table_goes_on_with_the_same_rows_in_the_same_order(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "reads-small-001")
-    _check_rows(folder, ["one", "two"], ["one", "two"])
+    check_same_rows(folder, ["one", "two"], ["one", "two"])
     for now in (["two", "one"], ["one", "two", "three"], ["one"]):
         with pytest.raises(UserError, match="was begun with the rows one, two, now they are"):
-            _check_rows(folder, ["one", "two"], now)
+            check_same_rows(folder, ["one", "two"], now)
 
 
 def test_a_copy_that_fails_leaves_the_taker_its_own(tmp_path: Path) -> None:

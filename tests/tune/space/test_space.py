@@ -9,7 +9,7 @@ import pytest
 from perceiver.config import UserError
 from tests.tune.searches import load
 from tune.search.checks import check_search
-from tune.space.samplers import OptunaSource, RandomDraw, grid, known_trials
+from tune.space.samplers import OptunaSampler, RandomDraw, grid, known_trials
 from tune.space.space import base_values, flatten_space, sample, with_values
 
 
@@ -105,7 +105,7 @@ def test_optuna_learns_from_what_it_is_told_again(tmp_path: Path, tree: dict[str
     tree |= {"search": {"kind": "optuna", "startup": 3}}
     tree["space"]["model.latents"] = {"kind": "choice", "values": [2, 4, [1, 2]]}
     search = load(tmp_path, tree)
-    source = OptunaSource(search, search.config.search, search.config.metrics)  # type: ignore[arg-type]
+    source = OptunaSampler(search, search.config.search, search.config.metrics)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     for number in range(40):
         lr = float(np.exp(rng.uniform(np.log(1e-3), np.log(1e-1))))

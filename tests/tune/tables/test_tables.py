@@ -21,9 +21,9 @@ from tune.record import TrialRecord
 from tune.search_file import recipe_path
 from tune.space.space import with_values
 from tune.tables.config import TableConfig, load_table, tables
-from tune.tables.launch import Rows, build_rows, check_rows, read_rows, reproduce
+from tune.tables.launch import TableRun, build_rows, check_rows, read_rows, reproduce
 from tune.tables.outputs import HEAD, TableReport, aligned, cells, markdown, short, write_json, write_page
-from tune.tables.results import Cost, Result, judge, results, seed_noise
+from tune.tables.results import Cost, RowResult, judge, results, seed_noise
 
 NAMES = (
     "imagenet",
@@ -66,7 +66,7 @@ def write(folder: Path, tree: dict[str, Any]) -> str:
     return str(path)
 
 
-def rows_of(path: str, *overrides: str) -> tuple[Rows, dict[str, Cost]]:
+def rows_of(path: str, *overrides: str) -> tuple[TableRun, dict[str, Cost]]:
     rows, search_keys, base, where = read_rows(load_table(path), "small", None, overrides)
     return rows, check_rows(build_rows(rows, search_keys, base, where), rows)
 
@@ -231,7 +231,9 @@ def test_claims_are_held_against_the_noise_of_seeds(
 ) -> None:
     rows: dict[str, Any] = {"same": ["one", "two"]} if keys.get("same") else {"better": "one", "than": "two", **keys}
     table = TableConfig.model_validate({**paper, "claims": [{"text": "x", **rows}]})
-    found = [Result(row, Cost(1, 1), dict(enumerate(scores))) for row, scores in zip(table.rows, (first, second, ()))]
+    found = [
+        RowResult(row, Cost(1, 1), dict(enumerate(scores))) for row, scores in zip(table.rows, (first, second, ()))
+    ]
     judged = judge(table, found)[0]
     assert judged.verdict == verdict
     assert ("at least 10 apart wanted" in judged.reason) == ("by" in keys and bool(first))
@@ -239,7 +241,7 @@ def test_claims_are_held_against_the_noise_of_seeds(
 
 def test_less_may_be_better(paper: dict[str, Any]) -> None:
     table = TableConfig.model_validate({**paper, "claims": [{"text": "x", "better": "one", "than": "two"}]})
-    found = [Result(row, Cost(1, 1), {0: s, 1: s + 0.1}) for row, s in zip(table.rows, (1.0, 2.0, 3.0))]
+    found = [RowResult(row, Cost(1, 1), {0: s, 1: s + 0.1}) for row, s in zip(table.rows, (1.0, 2.0, 3.0))]
     assert judge(table, found, "min")[0].verdict == "holds"
     assert judge(table, found, "max")[0].verdict == "does not hold"
 
