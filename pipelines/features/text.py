@@ -12,17 +12,17 @@ from pipelines.transforms.byte_ids import byte_tokens
 
 
 class TextFeature(BaseFeature):
-    """One text a sample; in a batch int64 (M,) ids and, under `<name>_mask`, bool (M,), True where there is a token."""
+    """One text per sample; in a batch int64 (M,) ids and, as `<name>_mask`, bool (M,), True where there is a token."""
 
     arrow: ClassVar[pa.DataType] = pa.string()
     kind: Literal["text"] = "text"
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """(M,) int64 and (M,) bool, M = data.text_length."""
+        """Return (M,) int64 and (M,) bool, M = data.text_length."""
         return {name: ((view.text_length,), np.int64), f"{name}_mask": ((view.text_length,), np.bool_)}
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """The text."""
+        """Return the text."""
         if not stored:
             raise BadSample("empty text")
         if not isinstance(stored, str):
@@ -30,6 +30,6 @@ class TextFeature(BaseFeature):
         return stored
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
-        """Ids and mask; masking words for masked language modelling is the task's, on the device."""
+        """Return ids and mask. The task masks words for masked language modelling, on the device."""
         ids, count = byte_tokens(decoded, view.text_length)
         return {name: ids, f"{name}_mask": np.arange(view.text_length) < count}

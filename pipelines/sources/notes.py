@@ -2,24 +2,22 @@
 
 Families are those of General MIDI; of each melodic program the keys 36 to 96 are played, of the drum kits every drum
 once. Pitches are held out, not notes: the keys with (key // 2) % 5 == 2 form the split `test` in all families. The
-soundfont (TimGM6mb, GPL-2) is fetched and played here; nothing of it comes with this program.
+soundfont (TimGM6mb, GPL-2) is downloaded; it is not part of this project.
 """
 
 import functools
 import io
 import random
-import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from perceiver.config import UserError
 from pipelines.features import AudioFeature, LabelFeature
 from pipelines.sources import Listing, Sample, Unit, refuse_options
-from pipelines.sources._packages import Package, fetch
+from pipelines.sources._common import units_of
+from pipelines.sources._packages import Package, fetch, read_member
 from pipelines.sources._soundfont import Note, SoundFont, play, read_font
 
 PACKAGE = Package(
@@ -52,26 +50,17 @@ NoteId = tuple[int, int, int, int]
 
 @functools.lru_cache(maxsize=1)
 def soundfont(path: str) -> SoundFont:
-    """The font in the package's file.
-
-    Raises:
-        UserError: the file is no archive, or does not hold it.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            content = archive.read(MEMBER)
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise UserError(f"{path} does not hold {MEMBER} ({error}): wanted the file {PACKAGE.file}") from error
-    return read_font(content)
+    """Read the font in the package's file."""
+    return read_font(read_member(path, MEMBER, PACKAGE))
 
 
 def held_out(key: int) -> bool:
-    """Whether notes of this key are in the split `test`."""
+    """Return whether notes of this key are in the split `test`."""
     return (key // 2) % 5 == 2
 
 
 def all_notes(font: SoundFont) -> list[NoteId]:
-    """Every note of the data set, in order. Drums that several kits share are taken once."""
+    """Return every note of the data set, in order. Drums that several kits share are taken once."""
     notes: list[NoteId] = []
     for label, programs in enumerate(FAMILIES.values()):
         notes += [
@@ -91,7 +80,7 @@ def all_notes(font: SoundFont) -> list[NoteId]:
 
 
 def render(font: SoundFont, place: NoteId) -> NDArray[np.int16]:
-    """One second of a note, (16000,) int16."""
+    """Return one second of a note, (16000,) int16."""
     bank, program, key, _ = place
     return np.clip(np.rint(play(font, Note(bank, program, key), RATE) * 32767), -32768, 32767).astype(np.int16)
 
@@ -104,7 +93,7 @@ def flac(samples: NDArray[np.int16]) -> bytes:
 
 
 def split_notes(font: SoundFont, seed: int) -> dict[str, list[NoteId]]:
-    """The notes of `train` and `test`, each shuffled."""
+    """Return the notes of `train` and `test`, each shuffled."""
     splits: dict[str, list[NoteId]] = {"train": [], "test": []}
     for place in all_notes(font):
         splits["test" if held_out(place[2]) else "train"].append(place)
@@ -121,12 +110,7 @@ class Notes:
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the notes; `src` is a copy of the package's file, downloaded if None."""
         refuse_options(options)
-        splits: Mapping[str, list[Any]] = split_notes(soundfont(str(src or fetch(PACKAGE))), seed)
-        units = [
-            Unit(split, {"path": src, "notes": places[start : start + shard_rows]})
-            for split, places in splits.items()
-            for start in range(0, len(places), shard_rows)
-        ]
+        units = units_of(split_notes(soundfont(str(src or fetch(PACKAGE))), seed), shard_rows, "notes", path=src)
         return Listing(
             "notes",
             {"audio": AudioFeature(), "label": LabelFeature()},
@@ -140,11 +124,8 @@ class Notes:
         """Play the unit's notes and encode them as FLAC."""
         font = soundfont(unit.content["path"] or str(fetch(PACKAGE)))
         for bank, program, key, label in unit.content["notes"]:
-            yield {
-                "key": f"TimGM6mb/{bank}/{program}/{key}",
-                "label": label,
-                "audio": flac(render(font, (bank, program, key, label))),
-            }
+            audio = flac(render(font, (bank, program, key, label)))
+            yield {"key": f"TimGM6mb/{bank}/{program}/{key}", "label": label, "audio": audio}
 
 
 source = Notes()

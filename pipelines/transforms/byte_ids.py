@@ -8,10 +8,9 @@ SPECIALS = 6
 
 
 def byte_tokens(text: str, length: int) -> tuple[NDArray[np.int64], int]:
-    """Ids (length,) of a text: CLS, its UTF-8 bytes + 6, SEP, then padding; a longer text is cut before SEP.
+    """Return the ids (length,) of a text: CLS, its UTF-8 bytes + 6, SEP, padding; a longer text is cut before SEP.
 
-    Returns:
-        The ids, and how many are not padding.
+    The second value is the number of ids that are not padding.
     """
     raw = np.frombuffer(text.encode("utf-8")[: length - 2], np.uint8)
     ids = np.zeros(length, np.int64)

@@ -37,11 +37,7 @@ class Checker:
         return self._load(url, tuple(sorted(options.items())))
 
     def recipe(self, values: Mapping[str, Any]) -> tuple[Recipe, CheckedModel]:
-        """Return the recipe that some values make of the base, and what it comes to.
-
-        Raises:
-            UserError: it could not be trained.
-        """
+        """Return the recipe with some values set in the base, and its model, or raise `UserError`."""
         recipe = build_recipe(with_values(self.search.base, values), source=self.search.source)
         model = check_recipe(recipe, self.manifest)
         self._check_files(recipe.data, model.manifest)
@@ -83,11 +79,7 @@ def check_search(search: Search) -> Checker:
 
 
 def check_metrics(search: Search, classes: int) -> None:
-    """Refuse a metric that evaluations of the recipe's task do not give.
-
-    Raises:
-        UserError: they do not; the line names those that they give.
-    """
+    """Refuse a metric that evaluations of the recipe's task do not compute."""
     known = evaluation_metrics(search.recipe, classes)
     for name in search.config.metrics:
         if name not in (*known, PARAMETERS):
@@ -125,11 +117,7 @@ def _check_grace(checker: Checker) -> None:
 
 
 def check_trials(checker: Checker, trials: list[Values]) -> None:
-    """Check the trials that are known beforehand: values that are right alone may not go together.
-
-    Raises:
-        UserError: the first trial that could not be trained.
-    """
+    """Check the trials that are known beforehand, since values that are valid alone may not be valid together."""
     for number, values in enumerate(trials):
         try:
             checker.recipe(values)

@@ -145,11 +145,7 @@ def _folder(search: Search, start: SearchStart) -> RunFolder:
 
 
 def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
-    """Write ``search.yaml``; on a resume refuse one that asks for something else.
-
-    Raises:
-        UserError: a key differs that the finished trials depend on.
-    """
+    """Write `search.yaml`; on a resume refuse a change of a key that the finished trials depend on."""
     search = plan.search
     wanted = {
         "search": search.config.model_dump(mode="json"),
@@ -173,11 +169,7 @@ def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
 
 
 def check_same_rows(folder: RunFolder, before: Sequence[str], now: Sequence[str]) -> None:
-    """Refuse other rows than a table was begun with: a trial belongs to the row at its place.
-
-    Raises:
-        UserError: a row was added, left out or moved.
-    """
+    """Refuse rows that were added, removed or moved since a table was started: trials belong to rows by position."""
     if before and before != now:
         raise UserError(
             f"{folder.url} was begun with the rows {', '.join(before)}, now they are {', '.join(now)}: give them "

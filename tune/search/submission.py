@@ -15,20 +15,12 @@ from tune.search_file import read_search
 
 
 def is_search(path: str) -> bool:
-    """Return whether a file is a search: it names a recipe or a space, which no recipe does.
-
-    Raises:
-        UserError: there is no such file, or it is no YAML.
-    """
+    """Return whether a file is a search: it has the key recipe or space, which no recipe has."""
     return not {"recipe", "space"}.isdisjoint(read_tree(path))
 
 
 def searching(wanted: Submission) -> JobSpec:
-    """Return the work of a job that runs a search.
-
-    Raises:
-        UserError: a mistake in the search or in its base recipe.
-    """
+    """Return the job that runs a search."""
     tree, base, where = read_search(wanted.recipe, wanted.overrides)
     search = build_search(tree, base, where, wanted.recipe)
     files = [wanted.recipe, where, *named_files(base)]

@@ -167,11 +167,7 @@ def flatten_space(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def ordered(space: Space) -> list[str]:
-    """Return the keys so that each comes after those that its ``when`` asks for.
-
-    Raises:
-        UserError: two conditions wait for each other.
-    """
+    """Return the keys so that each comes after those in its `when`; refuse a cycle."""
     graph = {
         key: [other for wanted in dimension.when for other in space if _within(wanted, other)]
         for key, dimension in space.items()
@@ -268,11 +264,7 @@ def look_up(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a recipe's tree with the values of dotted keys set.
-
-    Raises:
-        UserError: a key leads through a plain value.
-    """
+    """Return a copy of a recipe's tree with the values of dotted keys set; refuse a key below a plain value."""
     changed = copy.deepcopy(dict(tree))
     for key, value in values.items():
         node: Any = changed

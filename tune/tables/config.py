@@ -109,11 +109,7 @@ class PaperTable:
 
 
 def load_table(name: str) -> PaperTable:
-    """Read a table by its name, or by the path of a file.
-
-    Raises:
-        UserError: there is none (with the nearest name), or a mistake in it.
-    """
+    """Read a table by its name, or by the path of a file, or raise `UserError`."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else tables().get(name)
     if path is None:
         known = list(tables())

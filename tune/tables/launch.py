@@ -111,11 +111,7 @@ def reproduce(
 def read_rows(
     table: PaperTable, scale: ScaleName, seeds: int | None, overrides: Sequence[str]
 ) -> tuple[TableRun, dict[str, Any], dict[str, Any], str]:
-    """Return the rows, the user's keys of the search, the base recipe's tree, and its file.
-
-    Raises:
-        UserError: an override is not of the form key=value or not the user's to set, or there is no base recipe.
-    """
+    """Return the rows, the user's keys of the search, the base recipe's tree, and its file."""
     common, trees = table.config.scale(scale), {True: {}, False: {}}
     for override in overrides:
         head = override.partition("=")[0].split(".")[0]
@@ -134,11 +130,7 @@ def read_rows(
 
 
 def build_rows(rows: TableRun, search_keys: Mapping[str, Any], base: Mapping[str, Any], where: str) -> Search:
-    """Return the search whose trials the rows are: a grid without a scheduler.
-
-    Raises:
-        UserError: the base recipe or one of the keys is wrong.
-    """
+    """Return the search whose trials the rows are: a grid without a scheduler."""
     tree = {
         **search_keys,
         "name": f"{rows.table.config.name}-{rows.scale}",
@@ -154,11 +146,7 @@ def build_rows(rows: TableRun, search_keys: Mapping[str, Any], base: Mapping[str
 
 
 def check_rows(search: Search, rows: TableRun) -> dict[str, Cost]:
-    """Check each row's recipe on its data; return what the models cost, by the rows' names.
-
-    Raises:
-        UserError: the first row that could not be trained, or data that is not there.
-    """
+    """Check each row's recipe on its data; return what the models cost, by the rows' names."""
     checker, costs = Checker(search), {}
     _check_data(checker, rows)
     for row in rows.run:
