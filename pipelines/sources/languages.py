@@ -74,7 +74,7 @@ def read_archive(path: str) -> list[tuple[str, str, str, str]]:
 class Languages:
     """The source: texts of at least ten characters and their language."""
 
-    title = "short texts in 10 languages (translations carried by the Django package)"
+    title = "short texts in 10 languages (translations in the Django package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the texts; `src` is a copy of the package's file, downloaded if None."""

@@ -70,7 +70,7 @@ def moved(photo: Image.Image, seed: int, part: tuple[float, float]) -> tuple[Ima
 class MovingPhotos:
     """The source. Options: `pairs` (to train on, 2,000), `held_out` (to test on, 200)."""
 
-    title = "synthetic motion of two real photographs (carried by scikit-learn), with its optical flow"
+    title = "synthetic motion of two real photographs (in scikit-learn), with its optical flow"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the pairs to make; `src` is a folder with the two pictures, those of scikit-learn if None."""

@@ -105,7 +105,7 @@ def split_notes(font: SoundFont, seed: int) -> dict[str, list[NoteId]]:
 class Notes:
     """The source: notes and their family."""
 
-    title = "4,844 one-second notes of 10 instrument families (soundfont carried by the pretty_midi package)"
+    title = "4,844 one-second notes of 10 instrument families (soundfont in the pretty_midi package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the notes; `src` is a copy of the package's file, downloaded if None."""

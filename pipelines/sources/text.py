@@ -179,7 +179,7 @@ def decode(key: str, raw: bytes, column: str) -> str:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"no JSON object with '{column}'") from error
     if not isinstance(value, str):
-        raise ValueError(f"'{column}' is no string")
+        raise ValueError(f"'{column}' is not a string")
     return value.strip()
 
 

@@ -55,9 +55,9 @@ def test_evaluation_points_are_spread_over_the_stored_ones() -> None:
     "feature, stored, reason",
     [
         (PointsFeature(), b"", "no points"),
-        (PointsFeature(), b"1234567", "no rows of three"),
-        (PointsFeature(), np.array([0, np.nan, 1], "<f4").tobytes(), "not finite"),
-        (PointsFeature(), np.array([0, np.inf, 1], "<f4").tobytes(), "not finite"),
+        (PointsFeature(), b"1234567", "rows of three"),
+        (PointsFeature(), np.array([0, np.nan, 1], "<f4").tobytes(), "NaN or infinite"),
+        (PointsFeature(), np.array([0, np.inf, 1], "<f4").tobytes(), "NaN or infinite"),
         (TextFeature(), "", "empty text"),
         (TextFeature(), None, "empty text"),
         (LabelsFeature(), [1, 9], "label 9 is not one of 4"),

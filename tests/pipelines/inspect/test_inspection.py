@@ -58,8 +58,8 @@ def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path: Path, suf
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     faults = inspect(str(tmp_path), samples=False).faults
     assert [fault.split(":")[0] for fault in faults] == [f"train-{i}{suffix}" for i in (0, 2, 3, 4)]
-    counted = "1 record batches, the manifest says 2" if suffix == ".arrow" else "3 rows, the manifest says 5"
-    for fault, word in zip(faults, ("missing", "bytes, the manifest says", "columns", counted), strict=True):
+    counted = "1 record batches, wanted 2" if suffix == ".arrow" else "3 rows, wanted 5"
+    for fault, word in zip(faults, ("missing", "bytes, wanted", "columns", counted), strict=True):
         assert word in fault
     assert "checksum" in inspect(str(tmp_path), samples=False, verify=True).faults[1]
     found = inspect(str(tmp_path)).splits["train"]

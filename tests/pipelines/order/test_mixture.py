@@ -115,7 +115,7 @@ def test_weights_of_many_digits_are_rounded_and_vanishing_ones_refused() -> None
     counts = whole_parts([1281167, 50021, 314.159])
     assert sum(counts) == 65536
     assert counts[0] / 65536 == pytest.approx(1281167 / 1331502.159, abs=1e-4)
-    with pytest.raises(UserError, match="weight 1 is less than 1/65536"):
+    with pytest.raises(UserError, match="weight 1 .*1/65536"):
         whole_parts([1, 1e7 + 1 / 3])
 
 
@@ -177,7 +177,7 @@ def test_a_bad_sample_is_replaced_from_its_own_data_set(tmp_path: Path) -> None:
     assert {(p.split, p.reason) for p in quarantine.problems.values()} == {
         (f"train of {tmp_path}/b", "train-0.arrow: missing")
     }
-    with pytest.raises(UserError, match=rf"1 of 2 files .*{tmp_path}/b/train-0.arrow: missing"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/b/train-0\.arrow: missing"):
         check_files(data, load_data(data))
 
 
@@ -206,5 +206,5 @@ def test_data_sets_that_do_not_agree_are_refused(mixed: DataConfig, tmp_path: Pa
     larger = manifest.features["image"].model_copy(update={"size": (9, 9)})
     other = manifest.model_copy(update={"features": {**manifest.features, "image": larger}})
     assert mixed_manifest(manifest, "train", [(part, other)]).features["image"].model_dump()["size"] is None
-    with pytest.raises(UserError, match="leave data.lanes out"):
+    with pytest.raises(UserError, match=r"data\.lanes = 2\b"):
         sample_plan(mixed.model_copy(update={"lanes": 2}), load_data(mixed), seed=0, global_batch=20)

@@ -193,7 +193,7 @@ def test_swapped_batches_are_damaged(tmp_path: Path) -> None:
     end = other + length
     (tmp_path / "a.arrow").write_bytes(raw[:start] + raw[other:end] + raw[start:other] + raw[end:])
     for batch in shard.batches[:2]:
-        with pytest.raises(OSError, match=rf"record batch at byte {batch.offset} is damaged: its CRC-32"):
+        with pytest.raises(OSError, match=rf"byte {batch.offset} .*CRC-32"):
             read(tmp_path, batch)
     assert read(tmp_path, shard.batches[2]) == rows[6:]
 

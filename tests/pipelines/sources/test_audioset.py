@@ -63,7 +63,7 @@ def sounds(tmp_path: Path) -> Path:
 
 
 def test_sound_clips_with_missing_files(sounds: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="2 of 11 raw items could not be read.*no media file"):
+    with pytest.raises(UserError, match="2 of 11 .*no media file"):
         prepare("audioset", str(sounds), str(tmp_path / "refused"), PrepareConfig(options={"media": "audio"}))
     config = PrepareConfig(options={"media": "audio"}, max_bad_fraction=0.2)
     manifest = prepare("audioset", str(sounds), str(tmp_path / "out"), config)
@@ -86,7 +86,7 @@ def test_sound_clips_with_missing_files(sounds: Path, tmp_path: Path) -> None:
 
 def test_names_of_classes_come_from_the_ontology_too(sounds: Path, tmp_path: Path) -> None:
     (sounds / "class_labels_indices.csv").unlink()
-    with pytest.raises(UserError, match="wanted class_labels_indices.csv, or ontology.json"):
+    with pytest.raises(UserError, match=r"class_labels_indices\.csv.*ontology\.json"):
         prepare("audioset", str(sounds), str(tmp_path / "out"), PrepareConfig(options={"media": "audio"}))
     entries = [{"id": f"/m/{number:05x}", "name": f"Name {number}", "restrictions": []} for number in range(110)]
     entries.insert(0, {"id": "/m/0dgw9r", "name": "Human sounds", "restrictions": ["abstract"]})
@@ -137,5 +137,5 @@ def test_the_recipes_fit_the_layout(tmp_path: Path) -> None:
     assert batch["label"].sum().item() == 4
     recipe = audioset_recipe("audioset_av", str(tmp_path / "out"))
     wrong = recipe.model_copy(update={"data": recipe.data.model_copy(update={"audio": AudioViewConfig(samples=100)})})
-    with pytest.raises(UserError, match="modalities.audio.samples = 61440, but data.audio.samples = 100"):
+    with pytest.raises(UserError, match=r"modalities\.audio\.samples = 61440.*data\.audio\.samples = 100"):
         check_data(wrong, manifest)

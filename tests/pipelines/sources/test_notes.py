@@ -65,10 +65,10 @@ def test_a_unit_gives_the_same_bytes_each_time(font: Any) -> None:
 
 
 def test_what_is_no_soundfont_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wanted a .sf2 file"):
+    with pytest.raises(UserError, match=r"\.sf2"):
         read_font(b"RIFF" + bytes(100))
     (tmp_path / "x.whl").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="wanted the file pretty_midi"):
+    with pytest.raises(UserError, match="pretty_midi"):
         notes.soundfont(str(tmp_path / "x.whl"))
 
 

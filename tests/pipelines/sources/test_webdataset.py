@@ -142,9 +142,9 @@ def test_a_truncated_tar_gives_what_is_whole(tmp_path: Path, end: int) -> None:
 
 
 def test_folders_without_samples_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no .tar files below"):
+    with pytest.raises(UserError, match=r"\.tar"):
         prepared(tmp_path / "a", {"x.txt": b""})
-    with pytest.raises(UserError, match="begins without images, sound, video or texts"):
+    with pytest.raises(UserError, match="no images, sound, video or texts"):
         prepared(tmp_path / "b", {"x.tar": tar({"a.bin": b""})})
-    with pytest.raises(UserError, match="begins without"):
+    with pytest.raises(UserError, match="no images"):
         prepared(tmp_path / "c", {"x.tar": b"no tar"})
