@@ -228,7 +228,7 @@ def train_streams(
     ):
         streams = max(count for count in range(1, data.tasks + 1) if rows % count == 0)
     batch = share.micro_batch if streams == 1 else rows // streams
-    same = {"world": share.world * streams, "seed": share.seed, "batch": batch, "rows": rows // streams}
+    same: dict[str, Any] = {"world": share.world * streams, "seed": share.seed, "batch": batch, "rows": rows // streams}
     return [rank_work(data, manifest, plan, rank=share.rank * streams + number, **same) for number in range(streams)]
 
 

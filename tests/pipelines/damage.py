@@ -65,7 +65,7 @@ BAD: Mapping[str, tuple[str, Any, str]] = {
     "empty mesh": ("points", b"", "no points"),
     "NaN points": ("points", NOT_A_NUMBER, "NaN or infinite points"),
     "infinite points": ("points", NOT_A_NUMBER.replace(b"\0\0\xc0\x7f", b"\0\0\x80\x7f"), "NaN or infinite points"),
-    "half a point": ("points", b"1234567", "7 bytes are no rows of three float32"),
+    "half a point": ("points", b"1234567", "7 bytes are not rows"),
     "empty text": ("text", "", "empty text"),
     "no text": ("text", None, "empty text"),
     "invalid UTF-8": ("text", b"caf\xe9", "invalid UTF-8"),

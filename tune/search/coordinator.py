@@ -21,22 +21,22 @@ from tune.space.space import Values
 log = logging.getLogger(__name__)
 
 PATHS = ("data.url", "train.init_from", "deepspeed.config")
-"""Keys whose value may be a path."""
+"""Keys with values that may be paths."""
 
 Listener = Callable[[str, TrialRecord], None]
-"""Is told what happened (a word) and to which trial."""
+"""Called with an event of a trial (a word) and the trial."""
 
 
 class Coordinator:
-    """All that changes the record goes through here, one call at a time; each change is on disk when a call returns.
+    """The only writer of the record: one call at a time, and each change is on disk when the call returns.
 
     Args:
-        record: what is known so far.
+        record: of the search.
         folder: of the search.
-        sampler: gives new trials their values.
+        sampler: returns the values of new trials.
         prepare: checks a new trial's recipe and returns its parameters and optimizer steps.
         waiting: numbers of the trials to run before new ones are drawn.
-        total: how many trials there will be.
+        total: number of trials of the search.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class Coordinator:
             self._tell(trial)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Coordinator":
-        """Stay the one coordinator where Tune copies what refers to it."""
+        """Return the same coordinator: Tune copies objects that refer to it."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give Tune nothing to store: it pickles whatever it holds, and nothing reads that again."""
+        """Return an empty state: Tune pickles the coordinator, but nothing reads that."""
         return {}
 
     def next_trial(self) -> TrialRecord | None:
-        """Return the trial to run now; None if there is none left, or the search is being stopped.
+        """Return the next trial; None if there is none, or the search is being stopped.
 
         A drawn trial whose recipe cannot be trained is recorded as failed, and another one is drawn.
         """
@@ -95,7 +95,7 @@ class Coordinator:
             return trial
 
     def started(self, number: int) -> None:
-        """A trial has a process."""
+        """Record that a trial has a process."""
         with self._lock:
             trial = self.record.trial(number)
             trial.status, trial.started = "running", trial.started or now()
@@ -103,7 +103,7 @@ class Coordinator:
             self._say("started", trial)
 
     def result(self, number: int, result: Mapping[str, Any]) -> None:
-        """A trial was evaluated, or says how it ended."""
+        """Record an evaluation or the ending of a trial."""
         with self._lock:
             trial = self.record.trial(number)
             trial.seconds += result.get("seconds", 0.0)
@@ -122,23 +122,23 @@ class Coordinator:
                     self._say("unfinished", trial)
 
     def over(self, number: int) -> None:
-        """Tune has ended a trial: if it did not say how, the scheduler stopped it."""
+        """Record that Tune has ended a trial: if it is still running, the scheduler stopped it."""
         with self._lock:
             trial = self.record.trial(number)
             if trial.status == "running":
                 self._end(trial, "stopped")
 
     def set_aside(self, number: int) -> None:
-        """A trial that is not running waits for --resume: the search is being stopped."""
+        """Leave a trial that is not running for --resume: the search is being stopped."""
         with self._lock:
             self.record.trial(number).status = "unfinished"
             self._save()
 
     def broke(self, number: int, reason: str, again: bool) -> None:
-        """A trial failed; it starts ``again``, or that was it."""
+        """Record a failure of a trial, which restarts (`again`) or ends."""
         with self._lock:
             trial = self.record.trial(number)
-            # A worker group of which one refused to go on dies by the trial's own hand; the reason is in its folder.
+            # If one worker refuses to continue, the trial ends its own process; the reason is in its folder.
             reason = RunFolder(self.folder.location("trials"), trial_name(number)).facts().get("refusal") or reason
             if again:
                 trial.reason = reason
@@ -147,7 +147,7 @@ class Coordinator:
                 self._end(trial, "failed", reason)
 
     def exchanged(self, number: int, donor: int, step: int, values: Values) -> None:
-        """A trial went on from another one's checkpoint."""
+        """Record that a trial continues from another one's checkpoint."""
         with self._lock:
             trial = self.record.trial(number)
             trial.exchanges.append(Exchange(donor=donor, step=step, values=values))
@@ -155,7 +155,7 @@ class Coordinator:
             self._say("exchanged", trial)
 
     def close(self) -> None:
-        """Mark what did not come to an end."""
+        """Mark the trials that have not ended as unfinished."""
         with self._lock:
             for trial in self.record.trials:
                 if trial.status not in DONE:
@@ -183,29 +183,29 @@ class Coordinator:
 
 
 class CoordinatorSearcher(Searcher):
-    """Gives Tune the coordinator's next trial. All state is the coordinator's."""
+    """Returns the coordinator's next trial to Tune; it has no state."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         super().__init__(metric=None, mode=None)
         self.coordinator = coordinator
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial's configuration, or that there is none."""
+        """Return the next trial's configuration, or `FINISHED`."""
         trial = self.coordinator.next_trial()
         return Searcher.FINISHED if trial is None else configuration(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Do nothing: the coordinator is told by `CoordinatorCallback`."""
+        """Do nothing: `CoordinatorCallback` calls the coordinator."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Do nothing: a search goes on from its own record."""
+        """Do nothing: a search resumes from its record."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Do nothing: see `save`."""
 
 
 class CoordinatorCallback(TrialProgressCallback):
-    """Tells the coordinator what Tune sees, in the place of the callback that would print lines of Tune's own."""
+    """Passes Tune's events to the coordinator; as a progress callback it replaces Tune's own output."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
@@ -234,12 +234,12 @@ class CoordinatorCallback(TrialProgressCallback):
 
 
 def configuration(trial: TrialRecord) -> dict[str, Any]:
-    """Return what a trial's process is started with."""
+    """Return the configuration of a trial's process."""
     return {"number": trial.number, "values": placed(trial.values), "label": trial.label}
 
 
 def placed(values: Values) -> Values:
-    """Return values with local paths made absolute: a trial's process may stand in another folder."""
+    """Return values with absolute local paths: a trial's process may run in another folder."""
     found = {key: absolute(v) if key in PATHS and isinstance(v, str) else v for key, v in values.items()}
     if parts := values.get("data.mixture"):
         found["data.mixture"] = [{**part, "url": absolute(part["url"])} for part in parts]
@@ -247,20 +247,20 @@ def placed(values: Values) -> Values:
 
 
 def failure(trial: Any) -> str:
-    """Return why a Tune trial failed the last time, in one line."""
+    """Return the reason of a Tune trial's last failure, in one line."""
     try:
         text = str(trial.get_error() or "")
     except OSError as error:
-        log.warning("the reason of %s is lost: %s", trial, error)
+        log.warning("cannot read the reason of the failure of %s: %s", trial, error)
         text = ""
     return reason(text)
 
 
 def reason(text: str) -> str:
-    """Return the line of Ray's error file that says what happened at the last failure."""
+    """Return the line of Ray's error file about the last failure."""
     last = re.split(r"^Failure # .*$", text, flags=re.MULTILINE)[-1].strip()
     if not last:
         return "the trial's process died"
     if re.search(r"ray\.exceptions\.OutOfMemoryError|node running low on memory|NODE_OUT_OF_MEMORY", last):
-        return "out of memory: Ray ended the trial's process"
+        return "out of memory: Ray terminated the trial's process"
     return one_line(Exception(last)).removeprefix("RuntimeError: ")

@@ -1,4 +1,4 @@
-"""The driver of a search: check everything, start Ray and MLflow, run Ray Tune, conclude."""
+"""The driver of a search: check, start Ray and MLflow, run Ray Tune, conclude."""
 
 import logging
 import os
@@ -56,15 +56,15 @@ def launch_search(
     as_json: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Run a search to its end; return the exit code (0 done, 1 failed, 130 stopped).
+    """Run a search; return the exit code (0 finished, 1 failed, 130 stopped).
 
     Args:
         path: the search file.
         overrides: ``key=value``, of the search or of its base recipe.
-        resume: go on with the newest search of the name, or with ``run``.
+        resume: continue the newest search of the name, or ``run``.
         run: name of the search's folder.
         as_json: print the outcome as one JSON line at the end.
-        dry_run: say what would be done, and end.
+        dry_run: print the plan only.
 
     Raises:
         UserError: a mistake in the search, the recipe, the data or the resources, before anything starts.
@@ -84,16 +84,16 @@ def launch_search(
 
 
 def set_environment() -> None:
-    """Set what Ray Tune reads from the environment, unless the user has set it."""
+    """Set Ray Tune's environment variables that the user has not set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int:
-    """Run what is left of a search; return the exit code of ``conclude``, 0 if nothing was left.
+    """Run the remaining trials of a search; return the exit code of ``conclude``, 0 if there are none.
 
     Raises:
-        UserError: there is no such search to resume, or it was begun with other settings.
+        UserError: there is no such search to resume, or it was started with other settings.
     """
     folder = _folder(plan.search, start)
     record = load_record(folder) if start.resume else _new_record(plan.search)
@@ -111,14 +111,14 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
             outcome = _search(launch)
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001  anything else is our mistake or the machine's
+        except Exception as error:  # noqa: BLE001  a defect of the program or the machine
             log.exception("the search failed")
             outcome = {"status": "failed", "error": one_line(error)}
         return conclude(launch, outcome)
 
 
 def find_slots(search: Search, known: list[Values] | None) -> Slots:
-    """Divide the cluster, or this machine, where no Ray runs yet."""
+    """Divide the cluster, or this machine if the recipe has no address."""
     import ray
     import torch
 
@@ -140,7 +140,9 @@ def _folder(search: Search, start: SearchStart) -> RunFolder:
     output = search.recipe.output
     folder = choose_run(output, search.config.name, start.resume, start.run)
     if not start.resume and folder.facts():
-        raise UserError(f"search {folder.name!r} exists below {output}: add --resume to go on, or choose another --run")
+        raise UserError(
+            f"search {folder.name!r} exists in {output}: add --resume to continue it, or choose another --run"
+        )
     return folder
 
 
@@ -161,8 +163,8 @@ def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
             old, new = before[part][key], wanted[part].get(key)
             if key not in free.get(part, ()) and old != new:
                 raise UserError(
-                    f"{folder.url} was begun with another {name.format(key)} ({_short(old)}, now {_short(new)}): "
-                    f"resume with what {folder.location('search.yaml')} says, or start a new one without --resume"
+                    f"{folder.url} was started with another {name.format(key)} ({_short(old)}, now {_short(new)}): "
+                    f"resume with the value in {folder.location('search.yaml')}, or start again without --resume"
                 )
     folder.note(search=search.config.name, status="running")
     folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
@@ -172,8 +174,8 @@ def check_same_rows(folder: RunFolder, before: Sequence[str], now: Sequence[str]
     """Refuse rows that were added, removed or moved since a table was started: trials belong to rows by position."""
     if before and before != now:
         raise UserError(
-            f"{folder.url} was begun with the rows {', '.join(before)}, now they are {', '.join(now)}: give them "
-            "in that order, or start a new table without --resume"
+            f"{folder.url} was started with the rows {', '.join(before)}, now they are {', '.join(now)}: restore "
+            "their order, or start a new table without --resume"
         )
 
 
@@ -183,7 +185,7 @@ def _short(value: Any) -> str:
 
 
 def _search(launch: SearchLaunch) -> dict[str, Any]:
-    """Run the trials to their end; return how that went, with ``status`` finished, stopped or failed."""
+    """Run the trials; return the outcome, with ``status`` finished, stopped or failed."""
     folder, recipe = launch.folder, launch.search.recipe
     _say_header(launch)
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
@@ -203,7 +205,7 @@ def _say_header(launch: SearchLaunch) -> None:
     )
     if launch.start.resume:
         done = len(launch.record.ended())
-        console.say(f"resuming {launch.folder.name}: {done} trials are done, {len(launch.waiting)} go on")
+        console.say(f"resuming {launch.folder.name}: {done} trials are done, {len(launch.waiting)} continue")
 
 
 def _sampler(launch: SearchLaunch) -> Sampler:
@@ -216,7 +218,7 @@ def _sampler(launch: SearchLaunch) -> Sampler:
 
 
 def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
-    """Run Ray Tune in a thread, so that this one shows progress and takes the user's signals."""
+    """Run Ray Tune in a thread; this one prints progress and handles the user's signals."""
     control = ActorMonitor()
     coordinator = Coordinator(
         launch.record, launch.folder, _sampler(launch), _prepare(launch), launch.waiting, launch.total
@@ -254,7 +256,7 @@ def _prepare(launch: SearchLaunch) -> Any:
 
 
 def _add_baseline(launch: SearchLaunch, coordinator: Any) -> None:
-    """Enter trials that need no drawing: the baseline of a study, and a whole population."""
+    """Add the trials that are known before the search: the baseline of a study, and a whole population."""
     if launch.plan.known is None and launch.search.config.with_baseline and not launch.record.trials:
         values = baseline(launch.search)
         parameters, steps = coordinator.prepare(values)
@@ -280,13 +282,13 @@ def _source_tag(launch: SearchLaunch) -> dict[str, str]:
 
 
 class _Tracking:
-    """Logs what becomes of trials into the search's MLflow run, and closes the runs of those that failed."""
+    """Logs results of trials into the search's MLflow run, and closes the runs of failed trials."""
 
     def __init__(self, launch: SearchLaunch) -> None:
         self.launch = launch
 
     def news(self, what: str, trial: TrialRecord) -> None:
-        """Take note of a trial's end."""
+        """Log a trial's end."""
         if what not in ("finished", "stopped", "failed"):
             return
         record = self.launch.record

@@ -1,4 +1,4 @@
-"""Ray Tune's schedulers as a search file asks for them."""
+"""Ray Tune's schedulers for the settings of a search file."""
 
 import math
 import random
@@ -24,12 +24,12 @@ from tune.space.space import Choice, Int, LogUniform, QUniform, Uniform, Values
 
 FOREVER = math.inf
 TIME = "epoch"
-"""The key of a result by which schedulers measure how far a trial has come."""
+"""The key of a result by which schedulers measure the progress of a trial."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReplayedTrial:
-    """Stands for a trial of an earlier start where its results are told to a scheduler."""
+    """A trial of a previous start whose results are replayed to a scheduler."""
 
     trial_id: str
     config: dict[str, Any]
@@ -37,12 +37,12 @@ class ReplayedTrial:
 
 
 class _SparesBaseline:
-    """Lets the baseline go on whatever the scheduler decides; its results count like any other's."""
+    """Never stops the baseline, whose results count like those of any other trial."""
 
     baseline = False
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide as the scheduler does, but never to stop trial 0 where that is the baseline."""
+        """Return the scheduler's decision, but never stop trial 0 if that is the baseline."""
         decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
         if decision not in (TrialScheduler.STOP, TrialScheduler.PAUSE):
             return decision
@@ -54,12 +54,12 @@ class SparingAsha(_SparesBaseline, ASHAScheduler):
 
 
 class SparingMedian(_SparesBaseline, MedianStoppingRule):
-    """The median stopping rule that spares the baseline. Built without `hard_stop`, it pauses what it would stop."""
+    """The median stopping rule that spares the baseline. Without `hard_stop` it pauses trials that it would stop."""
 
     wanted = ""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Note a trial's last result, if it ever was evaluated: the rule looks for the epoch of all that it noted."""
+        """Record a trial's last result, unless it was never evaluated: the rule needs the epoch of all results."""
         if TIME in result and self.wanted in result:
             super().on_trial_complete(tune_controller, trial, result)
 
@@ -70,8 +70,8 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, coord
     Args:
         config: the search.
         epochs: length of the longest trial.
-        concurrency: trials at a time; a population that does not fit at once takes turns.
-        coordinator: of the search, which a population asks whether it is being stopped.
+        concurrency: trials at a time; a larger population takes turns.
+        coordinator: of the search; a population reads whether it is being stopped.
     """
     (metric, mode), *_ = config.metrics.items()
     settings = config.scheduler
@@ -80,8 +80,8 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, coord
             time_attr=TIME,
             metric=metric,
             mode=mode,
-            # A little less, so that an evaluation at that very epoch counts in spite of rounding; and a trial that has
-            # reached its end is not stopped there.
+            # Slightly less, so that an evaluation at exactly this epoch counts in spite of rounding, and a trial that
+            # has reached its end is not stopped there.
             max_t=max(epochs, settings.grace) * ALMOST,  # pyright: ignore[reportArgumentType]
             grace_period=settings.grace * ALMOST,  # pyright: ignore[reportArgumentType] any number of epochs
             stop_last_trials=False,
@@ -90,7 +90,7 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, coord
         scheduler.baseline = config.with_baseline
         return scheduler
     if isinstance(settings, Median):
-        # Without the long slice it would have trials take turns, each time with a restart.
+        # With a shorter slice trials would take turns, each time with a restart.
         scheduler = SparingMedian(
             time_attr=TIME,
             metric=metric,
@@ -108,12 +108,12 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, coord
 
 
 def takes_turns(config: SearchConfig, concurrency: int) -> bool:
-    """Whether the trials of a population are more than run at a time, so that all pause after each evaluation."""
+    """Return whether a population has more trials than run at a time, so that all pause after each evaluation."""
     return config.exchanges and config.trials > concurrency
 
 
 def replay(scheduler: Any, metric: str, trials: Iterable[TrialRecord]) -> None:
-    """Tell a scheduler the results of the trials that ended in an earlier start of the search."""
+    """Replay to a scheduler the results of the trials that ended in a previous start of the search."""
     if not isinstance(scheduler, SparingAsha | SparingMedian):
         return
     for record in trials:
@@ -150,12 +150,12 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concur
         stopping=lambda: coordinator is not None and coordinator.stopping,
         set_aside=lambda trial: coordinator.set_aside(number_of(str(trial))),
     )
-    random.seed(config.seed)  # Ray draws from the global generator
+    random.seed(config.seed)  # Ray uses the global generator
     shared: dict[str, Any] = {
         "time_attr": TIME,
         "metric": metric,
         "mode": mode,
-        # Evaluations come at each interval, but an epoch ends within a step: two of them may lie a little closer.
+        # Evaluations are at each interval, but an epoch ends within a step: two may be slightly closer.
         "perturbation_interval": settings.interval / 2,
         "quantile_fraction": settings.quantile,
         "synch": takes_turns(config, concurrency),
@@ -174,7 +174,7 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concur
 
 
 def mutation(dimension: Any) -> Any:
-    """Return how PBT changes a value: a list to step along, or a distribution to draw from again."""
+    """Return how PBT changes a value: a list to step along, or a distribution to resample from."""
     match dimension:
         case Choice():
             return dimension.values
@@ -192,7 +192,7 @@ def mutation(dimension: Any) -> Any:
 
 
 def within(config: SearchConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a function that takes changed values back into their ranges."""
+    """Return a function that clips changed values to their ranges."""
 
     def clip(changed: dict[str, Any]) -> dict[str, Any]:
         changed["values"] = clipped(config, changed["values"])

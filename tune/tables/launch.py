@@ -1,4 +1,4 @@
-"""The driver of a table: its rows become a search's trials, and their results the table."""
+"""The driver of a table: its rows are the trials of a search, and their results the table."""
 
 import json
 import logging
@@ -13,8 +13,7 @@ from perceiver.config import UserError
 from tune.config import Search, build_search
 from tune.search.checks import Checker
 from tune.search.conclude import all_failed, finish_run, machine, say_ending
-from tune.search.dry_run import say_resources
-from tune.search.estimate import estimate, say_estimate
+from tune.search.dry_run import estimate, say_estimate, say_resources
 from tune.search.launch import find_slots, run_search, set_environment
 from tune.search.plan import SearchLaunch, SearchPlan, SearchStart
 from tune.search_file import RECIPE_KEYS, flat, recipe_path
@@ -31,12 +30,12 @@ FILES = ("table.md", "table.html", "table.json", "trials.json", "search.yaml")
 
 @dataclass(frozen=True)
 class TableRun:
-    """A table at one scale, as its trials are made from it.
+    """A table at one scale, with the number of seeds.
 
     Attributes:
-        table: as read.
+        table: the table.
         scale: name of the scale.
-        seeds: how many; each row is trained with seeds 0, 1, ...
+        seeds: their number; each row is trained with seeds 0, 1, ...
         theirs: recipe keys that the user sets for all rows, dotted.
     """
 
@@ -47,7 +46,7 @@ class TableRun:
 
     @property
     def common(self) -> Scale:
-        """Return what the rows have in common."""
+        """Return the settings that all rows share."""
         return self.table.config.scale(self.scale)
 
     @property
@@ -75,14 +74,14 @@ def reproduce(
     as_json: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Train the rows of a table and set the figures beside the paper's; return the exit code (0, 1, 130 stopped).
+    """Train the rows of a table and compare them with the paper; return the exit code (0, 1, 130 stopped).
 
     Args:
         name: of the table, or its file.
         overrides: ``key=value`` for the recipes of all rows; ``concurrency`` and ``max_failures`` as in a search.
-        scale: small data that packages carry, or the papers' data.
-        seeds: how many seeds each row is trained with; default: the table's.
-        resume: go on with the newest start of this table and scale, or with ``run``.
+        scale: small data from Python packages, or the papers' data.
+        seeds: number of seeds of each row; default: the table's.
+        resume: continue the newest start of this table and scale, or ``run``.
         run: name of the output folder.
         as_json: print the outcome as one JSON line at the end.
         dry_run: print rows and resources, and end.
@@ -104,7 +103,7 @@ def reproduce(
     plan = SearchPlan(search, Checker(search), slots, known, labels, {row.name: rows.values(row) for row in rows.run})
     options = ["--scale", scale, *(["--seeds", str(seeds)] if seeds else [])]
     command = shlex.join(["perceiver", "reproduce", name, *options, *overrides])
-    start = SearchStart(command, resume, run, as_json, "raise --seeds to go on")
+    start = SearchStart(command, resume, run, as_json, "raise --seeds to continue")
     return run_search(plan, start, lambda launch, outcome: _conclude(launch, outcome, rows, costs))
 
 
@@ -116,7 +115,7 @@ def read_rows(
     for override in overrides:
         head = override.partition("=")[0].split(".")[0]
         if head == "seed":
-            raise UserError(f"override {override!r}: each row is trained with seeds 0, 1, ...; set --seeds")
+            raise UserError(f"override {override!r}: each row is trained with seeds 0, 1, ...: set --seeds instead")
         if head not in (*RECIPE_KEYS, *SEARCH_KEYS):
             raise UserError(
                 f"override {override!r}: unknown key {head}; wanted a key of the recipes ({', '.join(RECIPE_KEYS)}), "
@@ -157,19 +156,21 @@ def check_rows(search: Search, rows: TableRun) -> dict[str, Cost]:
             reason = str(error).removeprefix(f"{search.source}: ")
             raise UserError(f"{rows.table.path}: row {row.name}: {reason}") from None
         if recipe.cluster != search.recipe.cluster:
-            raise UserError(f"{rows.table.path}: row {row.name} changes cluster, which all rows share: set it for all")
+            raise UserError(
+                f"{rows.table.path}: row {row.name} changes cluster, which all rows share: set it for all rows"
+            )
         costs[row.name] = Cost(found.parameters, found.forward_flops)
     return costs
 
 
 def _check_data(checker: Checker, rows: TableRun) -> None:
-    """Refuse data that is not there, and say how it is made."""
+    """Refuse missing data with the command that prepares it."""
     data = checker.search.recipe.data
     try:
         checker.manifest(data.url, data.storage_options)
     except UserError as error:
         reason = str(error).split(": make it with")[0]
-        fix = "make it with" if rows.scale == "small" else "set data.url=URL to yours, made with"
+        fix = "make it with" if rows.scale == "small" else "set data.url=URL to your data, prepared with"
         raise UserError(f"{reason}: {fix} `{rows.common.prepare}`") from None
 
 
@@ -190,7 +191,7 @@ def _say_plan(rows: TableRun, plan: SearchPlan, costs: Mapping[str, Cost]) -> No
 
 
 def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: TableRun, costs: Mapping[str, Cost]) -> int:
-    """Write the table of what was measured, MLflow's last entries, and how to go on. Return the exit code."""
+    """Write the table and the last MLflow entries; print how to continue; return the exit code."""
     record, folder, say = launch.record, launch.folder, launch.console.say
     status = outcome["status"]
     if status == "finished" and record.best() is None:
@@ -218,7 +219,7 @@ def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: TableRun, cos
 
 
 def machine_words(launch: SearchLaunch) -> str:
-    """Return where the rows were trained, and how many at a time: their wall times depend on it."""
+    """Return the machine or cluster and the number of concurrent trials, on which wall times depend."""
     cluster, slots = launch.search.recipe.cluster, launch.slots
     where = machine()
     if cluster.resolved_address():

@@ -1,4 +1,4 @@
-"""What trials come to as rows of a table: mean and deviation over seeds, and whether the paper's claims hold here."""
+"""The results of a table: mean and deviation of its rows over seeds, and a verdict on the paper's claims."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from tune.record import TrialRecord
 from tune.tables.config import Claim, Row, ScaleName, TableConfig
 
 SHARES = ("accuracy", "mean_average_precision")
-"""Metrics that a table gives in per cent, as the papers do."""
+"""Metrics in per cent, as in the papers."""
 
 Verdict = Literal["holds", "does not hold", "open"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a row's model costs: parameters, and FLOPs of one sample's forward pass as the papers count them."""
+    """The cost of a row's model: parameters, and FLOPs of one sample's forward pass as the papers count them."""
 
     parameters: int
     flops: int
@@ -25,14 +25,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class RowResult:
-    """A row with what was measured.
+    """A row with its measurements.
 
     Attributes:
         row: of the table.
         cost: of its model; None if it is not run at this scale.
-        scores: the metric of each seed that came to its end, in per cent where it is a share, by seed.
+        scores: the metric of each finished seed, shares in per cent, by seed.
         seconds: wall time of each of these trials' training.
-        failed: seed -> why it has no score.
+        failed: the reason why a seed has no score, by seed.
     """
 
     row: Row
@@ -59,7 +59,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class JudgedClaim:
-    """A claim, what our figures say about it, and the reason in a few words."""
+    """A claim with our verdict and its reason."""
 
     claim: Claim
     verdict: Verdict
@@ -67,7 +67,7 @@ class JudgedClaim:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is given in per cent."""
+    """Return whether a metric is in per cent."""
     return metric.startswith(SHARES)
 
 
@@ -77,9 +77,9 @@ def results(
     """Gather the trials of each row.
 
     Args:
-        table: whose rows are wanted.
-        scale: the one that was run.
-        trials: all there are; each belongs to the row that its number says (`trial_row`), its values hold the seed.
+        table: the table.
+        scale: its scale.
+        trials: all trials, each with its seed among its values; their numbers determine the rows (`trial_row`).
         costs: of each row's model, by the row's name.
     """
     rows, metric = table.run_rows(scale), table.scale(scale).metric
@@ -95,7 +95,7 @@ def results(
 
 
 def trial_row(rows: Sequence[Row], trial: TrialRecord) -> Row:
-    """Return the row of a trial: all rows with the first seed come first, so that more seeds only add trials."""
+    """Return the row of a trial: all rows with the first seed precede the others, so that more seeds add trials."""
     return rows[trial.number % len(rows)]
 
 
@@ -109,10 +109,10 @@ def seed_noise(found: Sequence[RowResult]) -> float | None:
 
 
 def judge(table: TableConfig, found: Sequence[RowResult], mode: str = "max") -> list[JudgedClaim]:
-    """Hold the table's claims against the results.
+    """Compare the table's claims with the results.
 
-    Two means are taken to differ by more than chance if they lie further apart than twice the standard error that the
-    deviation over seeds, pooled over the rows, gives their difference.
+    Two means differ by more than chance if their difference exceeds twice its standard error, by the standard deviation
+    over seeds, pooled over the rows.
     """
     by_name = {result.row.name: result for result in found}
     noise = seed_noise(found)
@@ -130,7 +130,7 @@ def _judge(claim: Claim, by_name: Mapping[str, RowResult], noise: float | None, 
     if noise is None:
         if gain < claim.by and claim.same is None:
             return JudgedClaim(claim, "does not hold", f"{words}; one seed")
-        return JudgedClaim(claim, "open", f"{words}; one seed tells no noise")
+        return JudgedClaim(claim, "open", f"{words}; unknown noise with one seed")
     margin = 2 * noise * math.sqrt(1 / len(first.scores) + 1 / len(second.scores))
     reason = f"{words}; by chance they differ by up to {margin:.1f}"
     if claim.same is not None:

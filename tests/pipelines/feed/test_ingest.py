@@ -314,11 +314,7 @@ def test_too_many_bad_samples_stop_the_run_with_their_reasons(
     damaged: DataConfig, small_ray: None, executor: str
 ) -> None:
     data = damaged.model_copy(update={"executor": executor, "max_bad_fraction": 0.005})
-    with pytest.raises(
-        UserError,
-        match=r"data\.max_bad_fraction.*0\.005.* x undecodable image"
-        r"example train/\d+",
-    ) as caught:
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction.*0\.005.* x undecodable image.*train/\d+") as caught:
         take(data, 0, 40)
     assert "\n" not in str(caught.value)
 

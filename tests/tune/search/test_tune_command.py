@@ -93,7 +93,7 @@ def test_weights_are_exchanged_and_ctrl_c_saves(tmp_path: Path, tree: dict[str, 
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 130, output
-    assert "goes on from trial 1's weights" in output and "go on with: perceiver tune" in output
+    assert "continues from trial 1's weights" in output and "continue with: perceiver tune" in output
     taker = trials(folder)[0]
     losses = [e["metrics"]["loss"] for e in taker["evaluations"]]
     assert losses[before] < losses[0] - 0.05, "a rate of 1e-9 alone would not have moved it"

@@ -128,7 +128,7 @@ def test_values_are_set_in_a_copy_and_a_value_is_no_section() -> None:
     changed = with_values(base, {"optim.lr": 2, "model.inputs.kind": "image", "train.steps": 3})
     assert changed == {"optim": {"lr": 2}, "model": {"inputs": {"kind": "image"}}, "train": {"steps": 3}}
     assert base == {"optim": {"lr": 1}, "model": {"inputs": None}}
-    with pytest.raises(UserError, match=r"optim.lr.x: optim.lr is a value of the recipe, not a section"):
+    with pytest.raises(UserError, match=r"optim\.lr\.x"):
         with_values(base, {"optim.lr.x": 1})
 
 

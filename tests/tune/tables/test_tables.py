@@ -124,7 +124,7 @@ def test_the_papers_figures_are_those_of_the_presets(name: str) -> None:
         ({"rows": []}, "rows"),
         ({"claims": [{"text": "x", "better": "one"}]}, "wanted either better and than, or same"),
         ({"claims": [{"text": "x", "same": ["one", "tow"]}]}, "no row 'tow'; did you mean two?"),
-        ({"rows": [{"name": "one", "label": "a"}, {"name": "one", "label": "b"}]}, "two rows are called 'one'"),
+        ({"rows": [{"name": "one", "label": "a"}, {"name": "one", "label": "b"}]}, "'one'"),
     ],
 )
 def test_a_mistake_in_a_table_is_one_line(
@@ -156,15 +156,15 @@ def test_a_wrong_key_or_missing_data_is_one_line(
 
 def test_a_wrong_row_is_named(tmp_path: Path, paper: dict[str, Any]) -> None:
     paper["rows"][1]["small"] = {"model.cross_atends": 2}
-    with pytest.raises(UserError, match="row two: unknown key model.cross_atends; did you mean model.cross_attends?"):
+    with pytest.raises(UserError, match=r"row two: .*model\.cross_atends"):
         rows_of(write(tmp_path, paper))
     paper["rows"][1]["small"] = {"cluster.workers": 2}
-    with pytest.raises(UserError, match="row two changes cluster"):
+    with pytest.raises(UserError, match="row two .*cluster"):
         rows_of(write(tmp_path, paper))
 
 
 def test_an_unknown_table_is_named_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="no table 'permuted-imagenett'; did you mean permuted-imagenet?"):
+    with pytest.raises(UserError, match=r"permuted-imagenett.* permuted-imagenet\?"):
         load_table("permuted-imagenett")
 
 
@@ -315,5 +315,5 @@ def test_a_table_is_run_and_gets_another_seed(tmp_path: Path, paper: dict[str, A
 
     paper["rows"][1]["small"] = {"model.cross_attends": 3}
     code, output = run(tmp_path, "reproduce", write(tmp_path, paper), "train.epochs=2", "--resume")
-    assert code == 2 and "was begun with another row two" in output, output
+    assert code == 2 and "another row two" in output, output
     assert all_gone(tmp_path), left_behind(tmp_path)
