@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -155,8 +154,3 @@ def trial_name(number: int) -> str:
 def number_of(name: str) -> int:
     """Return the number of the trial with this name."""
     return int(name.rpartition("-")[2])
-
-
-def now() -> float:
-    """Return the time in seconds since the epoch."""
-    return time.time()

@@ -38,7 +38,7 @@ _APP1, _START_OF_SCAN = 0xE1, 0xDA
 def decode_image(encoded: bytes | memoryview, channels: int, max_pixels: int = MAX_PIXELS) -> Picture:
     """Decode to pixels (H, W, C) uint8, grey (1 channel) or RGB (3), turned upright by the Exif tag.
 
-    16-bit grey is scaled to 8 bits, alpha is composed with white, CMYK and palettes are converted.
+    16-bit grey is scaled to 8 bits, alpha is composited over white, CMYK and palettes are converted.
 
     Raises:
         BadSample: empty, truncated, not an image, or larger than `max_pixels`.

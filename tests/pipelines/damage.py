@@ -1,4 +1,4 @@
-"""Every kind of damage that real data show, and every oddity that is none: what is stored, and what should come of it.
+"""Every kind of damage in real data, and every unusual but valid sample, with the expected result.
 
 A sample has an image, a sound, points, a text and a label. A kind of damage replaces one of them. Add a kind by adding
 a line: to `BAD` with the reason that the quarantine gives, or to `ODD` with what the model should see.
@@ -80,7 +80,7 @@ BAD: Mapping[str, tuple[str, Any, str]] = {
     "sound longer than the cap": ("audio", LONG, "longer than 600 seconds"),
     "a picture in a sound's place": ("audio", encoded(PIXELS), "undecodable media"),
 }
-"""Kind: (part, what is stored, the reason in the quarantine)."""
+"""Kind: (part, stored value, reason in the quarantine)."""
 
 
 class Odd(NamedTuple):

@@ -1,4 +1,4 @@
-"""Kinds of features: stored form, decoding, what the model gets."""
+"""Kinds of features: stored form, decoding, view."""
 
 from pathlib import Path
 from typing import Any

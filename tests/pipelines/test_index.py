@@ -27,7 +27,7 @@ NAMES = ("cat", "dog", "owl")
 
 
 def hub_table(path: Path, first: int, count: int, groups: int = 7, strings: bool = False, **damage: bytes) -> None:
-    """A file as hubs have them: images as structs of bytes and path, beside columns that nobody asked for."""
+    """A file as hubs have them: images as structs of bytes and path, with other columns."""
     numbers = range(first, first + count)
     images = [{"bytes": damage.get(f"row{n}", png(numbered_image(n))), "path": f"{n}.png"} for n in numbers]
     labels = pa.array([NAMES[n % 3] if strings else n % 3 for n in numbers], pa.string() if strings else pa.int32())
@@ -115,7 +115,7 @@ def test_bad_samples_of_indexed_files_are_quarantined_under_their_place(tmp_path
     assert [problem.key for problem in quarantine.problems.values()] == ["train-0.parquet#0.3"]
 
 
-def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
+def test_files_that_cannot_be_indexed_are_refused(tmp_path: Path) -> None:
     hub_table(tmp_path / "hub" / "train-0.parquet", 0, 20)
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="digits .*--index"):
@@ -137,7 +137,7 @@ def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
         index("table", str(tmp_path / "hub"), out, config(classes="a,b,d"))
 
 
-def test_indexed_files_are_inspected_where_they_lie(tmp_path: Path) -> None:
+def test_indexed_files_are_inspected_in_place(tmp_path: Path) -> None:
     for number in range(2):
         hub_table(tmp_path / "hub" / f"train-{number}.parquet", 20 * number, 20)
     out = str(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Preparing: sources become shards, a stopped run goes on, a finished one is left alone."""
+"""Preparing: sources become shards, a stopped run continues, a finished one is not changed."""
 
 import io
 import os
@@ -83,7 +83,7 @@ def test_a_finished_destination_is_left_alone_and_another_one_refused(
     assert prepare("digits", archive[0], dst) == old, "the format before is read, so it is not prepared again"
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(
+def test_a_stopped_run_continues_where_it_stopped(
     tmp_path: Path, archive: tuple[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dst, config = tmp_path / "out", PrepareConfig(shard_rows=40, parallel="off")
@@ -291,6 +291,6 @@ def test_a_cached_package_is_used_only_if_it_is_the_pinned_one(tmp_path: Path, m
         packages.fetch(packages.Package("a==1", "a.whl", "0" * 64), src=str(tmp_path / "a.whl"))
 
 
-def test_every_source_says_what_it_is() -> None:
+def test_every_source_has_a_title() -> None:
     for name in source_names():
         assert load_source(name).title

@@ -49,5 +49,5 @@ def trial(number: int, status: str, *scores: float, metric: str = "accuracy", **
 
 
 def record(*trials: TrialRecord, **metrics: str) -> SearchRecord:
-    """Return a record of trials; accuracy is to be great unless told otherwise."""
+    """Return a record of trials; by default larger accuracy is better."""
     return SearchRecord.model_validate({"metrics": metrics or {"accuracy": "max"}, "workers": 1, "trials": trials})

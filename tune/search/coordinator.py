@@ -14,7 +14,7 @@ from cluster.recipe.config import absolute
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
-from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, now, number_of, save_record, trial_name
+from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, number_of, save_record, trial_name
 from tune.space.samplers import Ending, Sampler
 from tune.space.space import Values
 
@@ -98,7 +98,7 @@ class Coordinator:
         """Record that a trial has a process."""
         with self._lock:
             trial = self.record.trial(number)
-            trial.status, trial.started = "running", trial.started or now()
+            trial.status, trial.started = "running", trial.started or time.time()
             trial.attempts += 1
             self._say("started", trial)
 
@@ -111,7 +111,7 @@ class Coordinator:
             match result.get("ending"):
                 case None:
                     figures = dict(result["evaluation"])
-                    trial.add(Evaluation(step=result["step"], epoch=result["epoch"], metrics=figures, at=now()))
+                    trial.add(Evaluation(step=result["step"], epoch=result["epoch"], metrics=figures, at=time.time()))
                     self._say("evaluated", trial)
                 case "finished":
                     self._end(trial, "finished")

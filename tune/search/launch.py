@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import yaml
@@ -96,7 +97,8 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
         UserError: there is no such search to resume, or it was started with other settings.
     """
     folder = _folder(plan.search, start)
-    record = load_record(folder) if start.resume else _new_record(plan.search)
+    new = SearchRecord(metrics=plan.search.config.metrics, workers=plan.search.recipe.cluster.workers)
+    record = load_record(folder) if start.resume else new
     waiting = go_on(record)
     _keep_search(plan, folder, start.resume)
     save_record(record, folder)
@@ -130,10 +132,6 @@ def find_slots(search: Search, known: list[Values] | None) -> Slots:
     cpus, gpus = (sum(float(node.resources.get(name, 0)) for node in nodes) for name in ("CPU", "GPU"))
     trials = len(known) if known is not None else search.config.trials
     return divide(search.recipe, search.config.concurrency, trials, cpus, gpus, nodes)
-
-
-def _new_record(search: Search) -> SearchRecord:
-    return SearchRecord(metrics=search.config.metrics, workers=search.recipe.cluster.workers)
 
 
 def _folder(search: Search, start: SearchStart) -> RunFolder:
@@ -221,7 +219,7 @@ def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
     """Run Ray Tune in a thread; this one prints progress and handles the user's signals."""
     control = ActorMonitor()
     coordinator = Coordinator(
-        launch.record, launch.folder, _sampler(launch), _prepare(launch), launch.waiting, launch.total
+        launch.record, launch.folder, _sampler(launch), partial(_prepare, launch), launch.waiting, launch.total
     )
     coordinator.listeners += [launch.console.news, _Tracking(launch).news]
     _add_baseline(launch, coordinator)
@@ -247,12 +245,9 @@ def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
     return {"status": "stopped" if coordinator.stopping else "finished", **fit.outcome}
 
 
-def _prepare(launch: SearchLaunch) -> Any:
-    def prepare(values: Values) -> tuple[int, int]:
-        _, model = launch.checker.recipe(values)
-        return model.parameters, launch.checker.total_steps(values)[0]
-
-    return prepare
+def _prepare(launch: SearchLaunch, values: Values) -> tuple[int, int]:
+    """Check a trial's recipe; return its parameters and optimizer steps."""
+    return launch.checker.recipe(values)[1].parameters, launch.checker.total_steps(values)[0]
 
 
 def _add_baseline(launch: SearchLaunch, coordinator: Any) -> None:

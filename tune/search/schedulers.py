@@ -2,8 +2,9 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import ray.tune
@@ -118,20 +119,12 @@ def replay(scheduler: Any, metric: str, trials: Iterable[TrialRecord]) -> None:
         return
     for record in trials:
         past: Any = ReplayedTrial(f"past-{record.number:05d}", {"number": record.number})
-        nobody: Any = _NoLiveTrials()
+        nobody: Any = SimpleNamespace(get_live_trials=list)
         scheduler.on_trial_add(nobody, past)
         for evaluation in record.evaluations:
             result = {TIME: evaluation.epoch, **evaluation.metrics}
             if metric in result:
                 scheduler.on_trial_result(nobody, past, result)
-
-
-class _NoLiveTrials:
-    """A controller without live trials."""
-
-    def get_live_trials(self) -> list[Any]:
-        """Return none."""
-        return []
 
 
 def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concurrency: int, coordinator: Any) -> Any:
@@ -168,7 +161,7 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concur
     return population(
         hyperparam_mutations={"values": {key: mutation(dimension) for key, dimension in config.space.items()}},
         resample_probability=settings.resample,
-        custom_explore_fn=within(config),
+        custom_explore_fn=lambda changed: {**changed, "values": clipped(config, changed["values"])},
         **shared,
     )
 
@@ -189,16 +182,6 @@ def mutation(dimension: Any) -> Any:
         case Int():
             return ray.tune.lograndint(dimension.low, dimension.high + 1)
     raise AssertionError(dimension)
-
-
-def within(config: SearchConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a function that clips changed values to their ranges."""
-
-    def clip(changed: dict[str, Any]) -> dict[str, Any]:
-        changed["values"] = clipped(config, changed["values"])
-        return changed
-
-    return clip
 
 
 def clipped(config: SearchConfig, values: Mapping[str, Any]) -> Values:

@@ -1,7 +1,7 @@
 """The table file: rows as recipes at two scales, the papers' results, and their claims."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -134,8 +134,3 @@ def _folders() -> Iterator[Path]:
 def _near(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def values_of(changes: Mapping[str, Any], seed: int, theirs: Mapping[str, Any]) -> Values:
-    """Return a trial's values: its seed, and the row's changes except keys that the user sets for all rows."""
-    return {key: value for key, value in changes.items() if key not in theirs} | {"seed": seed}

@@ -18,7 +18,7 @@ from tune.search.launch import find_slots, run_search, set_environment
 from tune.search.plan import SearchLaunch, SearchPlan, SearchStart
 from tune.search_file import RECIPE_KEYS, flat, recipe_path
 from tune.space.space import Values, with_values
-from tune.tables.config import PaperTable, Row, Scale, ScaleName, load_table, values_of
+from tune.tables.config import PaperTable, Row, Scale, ScaleName, load_table
 from tune.tables.outputs import HEAD, NOT_RUN, TableReport, aligned, cells, markdown, write_json, write_page
 from tune.tables.results import Cost, judge, results
 
@@ -55,8 +55,9 @@ class TableRun:
         return self.table.config.run_rows(self.scale)
 
     def values(self, row: Row, seed: int = 0) -> Values:
-        """Return the values of a row's trial."""
-        return values_of(self.table.config.changes(row, self.scale) or {}, seed, self.theirs)
+        """Return a trial's values: its seed, and the row's changes except keys that the user sets for all rows."""
+        changes = self.table.config.changes(row, self.scale) or {}
+        return {key: value for key, value in changes.items() if key not in self.theirs} | {"seed": seed}
 
     def trials(self) -> list[tuple[Row, int]]:
         """Return row and seed of each trial: all rows with one seed, then all with the next."""

@@ -147,7 +147,7 @@ def test_all_damage_is_caught_and_no_good_sample_is_lost(damaged: DataConfig, tm
     assert {(row["key"], row["reason"]) for row in listed} == {(p.key, p.reason) for p in found.values()}
 
 
-def test_what_is_only_odd_is_read_right(damaged: DataConfig) -> None:
+def test_unusual_samples_are_read_correctly(damaged: DataConfig) -> None:
     manifest = load_manifest(damaged.url)
     batches = eval_batches(damaged, manifest, EvalShare("train", BATCH), "cpu")
     rows = {

@@ -90,7 +90,7 @@ def global_batches(data: DataConfig, start: int, stop: int, world: int, micro: i
 
 
 def test_splits_read_in_one_process_stay_apart(tmp_path: Path) -> None:
-    """A data task's process serves every split, so what it keeps of one must not pass for another."""
+    """A data task's process serves every split, so cached row groups of one must not be used for another."""
     write_images(tmp_path, {"train": [20], "test": [20]}, apart=True)
     data = DataConfig(url=str(tmp_path), executor="inline")
     manifest = load_manifest(data.url)
@@ -133,7 +133,7 @@ def test_global_batches_do_not_depend_on_the_world_size(toy: DataConfig, world: 
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 9])
-def test_a_restart_goes_on_with_the_same_batches(toy: DataConfig, start: int) -> None:
+def test_a_restart_continues_with_the_same_batches(toy: DataConfig, start: int) -> None:
     assert all(same(a, b) for a, b in zip(take(toy, start, 11), take(toy, 0, 11)[4 * start :], strict=True))
 
 
@@ -265,7 +265,7 @@ def test_rows_come_in_arrays_of_equal_size_across_windows(toy: DataConfig) -> No
 
 
 def test_large_rows_come_from_a_stream_for_each_data_task(tmp_path: Path) -> None:
-    """Small ones only where what is shuffled together cannot wait decoded."""
+    """Small rows have several streams only if the samples shuffled together cannot wait decoded."""
     write_images(tmp_path, {"train": [20]})
     manifest = load_manifest(str(tmp_path))
     share = TrainShare(0, 8, 4, 0, 4)

@@ -35,7 +35,7 @@ def test_damaged_and_doubled_samples_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
-def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path: Path, suffix: str) -> None:
+def test_files_that_differ_from_the_manifest_are_named(tmp_path: Path, suffix: str) -> None:
     write_images(tmp_path, {"train": [5, 5, 5, 5, 5]}, rows_per_group=3)
     if suffix == ".parquet":
         to_format_1(tmp_path)

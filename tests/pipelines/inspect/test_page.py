@@ -68,7 +68,7 @@ def test_places_are_spread_and_all_different() -> None:
     assert len(set(spread_places(1_281_167, 1000))) == 1000
 
 
-def test_pictures_are_the_stored_ones_and_damage_is_said(tmp_path: Path) -> None:
+def test_pictures_are_the_stored_ones_and_damage_is_reported(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": [13, 7], "test": [3]}, bad=(15,), apart=True)
     text, page = page_of(tmp_path, samples=20)
     pictures = page.all("img")
@@ -159,7 +159,7 @@ def picture_of(uri: str) -> np.ndarray:
 
 
 def test_sound_is_seen_and_heard(tmp_path: Path) -> None:
-    """A tone of 2 kHz at 16 kHz stands at a quarter of the spectrogram's height; the player holds its samples."""
+    """A tone of 2 kHz at 16 kHz is at a quarter of the spectrogram's height; the player has its samples."""
     samples = tone(2000, 6.0, 16_000)
     write_samples(
         tmp_path,

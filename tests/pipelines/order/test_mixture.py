@@ -107,7 +107,7 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     "weights, counts",
     [([0.7, 0.3], (7, 3)), ([2, 1], (2, 1)), ([1], (1,)), ([0.1, 0.2, 0.3], (1, 2, 3)), ([5, 5], (1, 1))],
 )
-def test_weights_mean_what_their_decimals_say(weights: list[float], counts: tuple[int, ...]) -> None:
+def test_weights_are_taken_as_decimals(weights: list[float], counts: tuple[int, ...]) -> None:
     assert whole_parts(weights) == counts
 
 

@@ -33,7 +33,7 @@ def plans(draw: st.DrawFn) -> SamplePlan:
 
 @settings(max_examples=150, deadline=None)
 @given(plans(), st.integers(0, 5))
-def test_each_epoch_holds_each_sample_once(plan: SamplePlan, epoch: int) -> None:
+def test_each_epoch_contains_each_sample_once(plan: SamplePlan, epoch: int) -> None:
     positions = np.arange(epoch * plan.samples, (epoch + 1) * plan.samples)
     ids, epochs = plan.at(positions)
     assert (epochs == epoch).all()

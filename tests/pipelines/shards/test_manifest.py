@@ -1,4 +1,4 @@
-"""Shards and the manifest: what is written is read back, what is not ready is refused in one line."""
+"""Shards and the manifest: both are read as written, and an incomplete folder is refused in one line."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from pipelines.shards.manifest import load_manifest
 from tests.pipelines.toys import write_images
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_manifest_is_loaded(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [23, 7]}, rows_per_group=10)
     assert load_manifest(str(tmp_path)) == manifest
     assert manifest.split("train").samples == 30

@@ -103,7 +103,7 @@ def test_names_of_classes_come_from_the_ontology_too(sounds: Path, tmp_path: Pat
         ({"train": "some"}, "option train=some"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused(sounds: Path, tmp_path: Path, options: dict[str, str], reason: str) -> None:
+def test_unusable_data_are_refused(sounds: Path, tmp_path: Path, options: dict[str, str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         prepare("audioset", str(sounds), str(tmp_path / "out"), PrepareConfig(options=options))
 

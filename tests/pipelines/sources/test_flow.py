@@ -100,7 +100,7 @@ def test_bad_flows_are_named(flow: bytes, kind: str, reason: str) -> None:
     ],
 )
 def test_frames_and_flow_stay_together(config: dict, sparse: bool) -> None:
-    """Wherever the crop lies: the second frame at pixel + flow is the first frame at the pixel."""
+    """For any crop: the second frame at pixel + flow is the first frame at the pixel."""
     first, second, field = scene()
     valid = np.ones((40, 56), bool)
     valid[::7] = not sparse

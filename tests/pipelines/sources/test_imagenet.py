@@ -73,7 +73,7 @@ def test_every_layout_gives_the_same_samples(tmp_path: Path, layout: str) -> Non
         ({"ILSVRC2012_img_train.tar": tar({"n01440764.tar": b"y" * 700})}, "n01440764.tar in .*truncated"),
     ],
 )
-def test_what_is_missing_is_said(tmp_path: Path, change: dict[str, bytes | None], message: str) -> None:
+def test_missing_files_are_named(tmp_path: Path, change: dict[str, bytes | None], message: str) -> None:
     files = {name: content for name, content in (LAYOUTS["tars"] | change).items() if content is not None}
     with pytest.raises(UserError, match=message):
         prepare("imagenet", str(write(tmp_path / "src", files)), str(tmp_path / "out"), OFF)

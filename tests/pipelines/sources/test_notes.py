@@ -64,7 +64,7 @@ def test_a_unit_gives_the_same_bytes_each_time(font: Any) -> None:
     assert first == again and [sample["label"] for sample in first] == [0, 9]
 
 
-def test_what_is_no_soundfont_is_refused(tmp_path: Path) -> None:
+def test_other_files_than_soundfonts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.sf2"):
         read_font(b"RIFF" + bytes(100))
     (tmp_path / "x.whl").write_bytes(b"nothing")

@@ -32,7 +32,7 @@ def cloud(row: dict) -> np.ndarray:
 
 
 def test_points_are_spread_by_area_on_the_surface() -> None:
-    """A box of 1 x 1 x 8: each long side holds 8 / 34 of the points, each end 1 / 34; all lie on a side."""
+    """A box of 1 x 1 x 8: each long side has 8 / 34 of the points, each end 1 / 34; all are on a side."""
     box = CORNERS * [1, 1, 8]
     points = surface_points(load_mesh(off(box, joined=True), "off"), 20_000, 3)
     assert points.shape == (20_000, 3) and points.dtype == np.float32
@@ -54,7 +54,7 @@ def hdf5(path: Path, **arrays: np.ndarray) -> Path:
     return path
 
 
-def test_modelnet_in_hdf5_keeps_each_row_and_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+def test_modelnet_in_hdf5_keeps_each_row_but_nan_and_infinite_ones(tmp_path: Path) -> None:
     src, rng = tmp_path / "hdf5", np.random.default_rng(0)
     clouds = rng.normal(size=(7, 16, 3)).astype(np.float32)
     clouds[6, 2, 1] = np.nan
@@ -179,7 +179,7 @@ def test_a_few_bad_meshes_are_left_out_and_many_stop_the_preparation(tmp_path: P
     assert {(row["split"], row["key"]) for row in found} == {("train", "cup/train/3.off"), ("train", "cup/train/5.off")}
 
 
-def test_repaired_items_are_read_when_a_preparation_goes_on(tmp_path: Path) -> None:
+def test_repaired_items_are_read_when_a_preparation_continues(tmp_path: Path) -> None:
     src = write(
         tmp_path / "src",
         {f"cup/{split}/{i}.off": off() for split in ("train", "test") for i in range(4)} | {"cup/train/1.off": b""},

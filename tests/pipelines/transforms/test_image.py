@@ -1,4 +1,4 @@
-"""Images: any damage is a BadSample, any mode becomes what is wanted, views are what their names say."""
+"""Images: any damage is a BadSample, any mode is converted, views match their names."""
 
 import io
 import math
@@ -63,7 +63,7 @@ def test_every_mode_becomes_the_wanted_one() -> None:
     assert (decode_image(encoded[5], 1) == COLOUR[..., :1]).all()
 
 
-def test_alpha_lies_over_white() -> None:
+def test_alpha_is_composited_over_white() -> None:
     clear = Image.fromarray(np.zeros((4, 4, 4), np.uint8), "RGBA")
     assert (decode_image(saved(clear, "PNG"), 3) == 255).all()
 
@@ -81,7 +81,7 @@ def test_alpha_lies_over_white() -> None:
         {"restart_marker_rows": 1},
     ],
 )
-def test_jpegs_are_what_pillow_sees(options: dict[str, object], channels: int) -> None:
+def test_jpegs_are_decoded_as_by_pillow(options: dict[str, object], channels: int) -> None:
     """Whichever of the two decodes them."""
     smooth = Image.fromarray(COLOUR).resize((75, 43))
     for image in (smooth, smooth.convert("L"), smooth.convert("CMYK")):
@@ -246,7 +246,7 @@ def test_the_same_generator_gives_the_same_view() -> None:
     assert (views[0] == views[1]).all() and (views[0] != views[2]).any()
 
 
-def test_what_is_out_of_order_is_refused() -> None:
+def test_ranges_out_of_order_are_refused() -> None:
     with pytest.raises(ValidationError, match="low <= high"):
         AugmentConfig(scale=(1.1, 0.9))
     for wrong in ({"area": (0.5, 0.2)}, {"area": (0, 1)}, {"area": (0.5, 1.5)}, {"aspect": (-1, 2)}):

@@ -122,7 +122,7 @@ def test_one_half_of_a_recording_can_be_left_out() -> None:
     assert set(BOTH.shapes("media", view(), 0)) == {"audio", "video"}
 
 
-def test_jitter_beyond_the_ends_holds_the_last_frame_and_silence() -> None:
+def test_jitter_beyond_the_ends_shows_the_last_frame_and_silence() -> None:
     how, most = view(frames=50, samples=32_000, jitter=0.5), 0
     for seed in range(4):
         clip = shown(BOTH, STEPS, how, True, seed)
@@ -238,7 +238,7 @@ def test_damage_is_a_bad_sample(feature: Feature, stored: Any, reason: str) -> N
         shown(feature, stored, view(frames=48, max_pixels=100_000, max_seconds=60, size=(32, 32)))
 
 
-def test_the_whole_of_what_was_cut_off_is_good() -> None:
+def test_the_complete_files_of_truncated_ones_are_good() -> None:
     assert shown(GREY, FRONT, view(frames=48, size=(32, 32)))["video"].shape == (48, 1, 32, 32)
 
 

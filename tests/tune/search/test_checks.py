@@ -160,7 +160,7 @@ def test_trials_at_a_time_follow_from_the_resources(tmp_path: Path, tree: dict[s
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("cpus", [2, 3, 4, 8, 17])
 def test_all_that_run_at_a_time_fit_together(tmp_path: Path, tree: dict[str, Any], workers: int, cpus: int) -> None:
-    """What Tune, the workers and their data tasks hold at once is no more than there is."""
+    """Tune, the workers and their data tasks never reserve more than the cluster has."""
     tree["overrides"] = {"train.global_batch": 24, "data.tasks": 1}
     if workers > cpus:
         return

@@ -29,9 +29,7 @@ def decide(scheduler: Any, number: int, epoch: float, score: float) -> str:
     return scheduler.on_trial_result(None, past, {"epoch": epoch, "accuracy": score})
 
 
-def test_asha_stops_what_is_not_among_the_best_share_but_never_the_baseline(
-    tmp_path: Path, tree: dict[str, Any]
-) -> None:
+def test_asha_keeps_the_best_share_and_the_baseline(tmp_path: Path, tree: dict[str, Any]) -> None:
     search = load(tmp_path, tree, "scheduler={kind: asha, grace: 1, reduction: 2}")
     scheduler = build_scheduler(search.config, 4.0, 2)
     assert decide(scheduler, 1, 1, 0.5) == "CONTINUE"
@@ -62,7 +60,7 @@ def test_median_spares_the_baseline_and_never_pauses(tmp_path: Path, tree: dict[
 
 
 def test_median_does_without_a_trial_that_was_never_evaluated(tmp_path: Path, tree: dict[str, Any]) -> None:
-    """One that was refused ends with a result that has no epoch, which Ray's rule would look for ever after."""
+    """A refused trial ends with a result without an epoch, which Ray's rule would need later."""
     search = load(tmp_path, tree, "scheduler={kind: median, grace: 1, min_trials: 2}")
     scheduler = build_scheduler(search.config, 4.0, 2)
     refused = ReplayedTrial("trial-3", {"number": 3})
@@ -72,7 +70,7 @@ def test_median_does_without_a_trial_that_was_never_evaluated(tmp_path: Path, tr
 
 
 class Controller:
-    """Stands for Ray's controller: gives each turn to whom the scheduler chooses, and counts as live what Ray does."""
+    """A stand-in for Ray's controller: runs the trials that the scheduler chooses."""
 
     def __init__(self, config: SearchConfig, concurrency: int, coordinator: Any = None) -> None:
         self.scheduler = build_scheduler(config, 4.0, concurrency, coordinator)
@@ -103,7 +101,7 @@ class Controller:
         return [number_of(str(one)) for one in self.trials if one.status == "RUNNING"]
 
     def tell(self, number: int, epoch: float) -> None:
-        """Have a running trial evaluated, and paused if the scheduler says so."""
+        """Evaluate a running trial, and pause it if the scheduler decides so."""
         one = self.trials[number]
         one.run_metadata.checkpoint_manager._latest_checkpoint_result = _TrainingResult(Checkpoint(f"/{number}"), {})
         result = {"epoch": epoch, "accuracy": 0.1 * number}
@@ -150,7 +148,7 @@ def test_a_population_does_not_wait_for_a_trial_that_is_over(population: SearchC
     assert controller.start() == [2]
 
 
-def test_a_population_that_is_stopped_sets_aside_what_waits(tmp_path: Path, population: SearchConfig) -> None:
+def test_a_stopped_population_leaves_waiting_trials_for_a_resume(tmp_path: Path, population: SearchConfig) -> None:
     coordinator = make_coordinator(tmp_path, total=4)
     while len(coordinator.record.trials) < 4:
         coordinator.draw()
@@ -166,7 +164,7 @@ def test_a_population_that_is_stopped_sets_aside_what_waits(tmp_path: Path, popu
     assert coordinator.record.trial(0).status == "unfinished", "it goes on with --resume"
 
 
-def test_a_resumed_search_holds_new_trials_against_the_old_ones(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_a_resumed_search_compares_new_trials_with_old_ones(tmp_path: Path, tree: dict[str, Any]) -> None:
     search = load(tmp_path, tree, "scheduler={kind: asha, grace: 1, reduction: 2}")
     scheduler = build_scheduler(search.config, 4.0, 2)
     replay(
@@ -218,7 +216,7 @@ def test_the_best_is_the_best_of_those_that_finished(tmp_path: Path) -> None:
     assert best is not None and best.number == 1
 
 
-def test_a_pareto_front_is_what_nothing_beats_in_both() -> None:
+def test_a_pareto_front_has_the_unbeaten_trials() -> None:
     found = record(
         trial(0, "finished", 0.9, parameters=100),
         trial(1, "finished", 0.8, parameters=50),
@@ -295,7 +293,7 @@ def test_the_desk_keeps_every_change_on_disk(tmp_path: Path) -> None:
     assert heard[0] == ("started", 0) and ("failed", 1) in heard and heard[-1] == ("stopped", 2)
 
 
-def test_a_stop_hands_out_no_more_and_what_was_open_goes_on(tmp_path: Path) -> None:
+def test_a_stop_starts_no_trial_and_open_ones_resume(tmp_path: Path) -> None:
     coordinator = make_coordinator(tmp_path)
     coordinator.next_trial()
     coordinator.started(0)
@@ -357,7 +355,7 @@ def test_the_reason_of_a_failure_is_one_line(text: str, wanted: str) -> None:
     assert reason(text).startswith(wanted)
 
 
-def test_what_tune_holds_can_be_pickled_and_holds_no_record(tmp_path: Path) -> None:
+def test_objects_for_tune_are_pickled_without_the_record(tmp_path: Path) -> None:
     """Tune writes it down at its start; a coordinator has locks and caches."""
     from ray import cloudpickle
 

@@ -118,7 +118,7 @@ def test_the_best_recipe_is_the_base_with_the_values(tmp_path: Path, tree: dict[
     assert "accuracy 95.0 %" in text.splitlines()[1]
 
 
-def test_an_estimate_names_its_basis_or_says_unknown(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_an_estimate_names_its_basis_or_is_unknown(tmp_path: Path, tree: dict[str, Any]) -> None:
     search = load(tmp_path, tree)
     slots = divide(search.recipe, None, 4, 2)
     assert estimate(search, slots, 1000, 4) is None
@@ -133,7 +133,7 @@ def test_an_estimate_names_its_basis_or_says_unknown(tmp_path: Path, tree: dict[
     assert found is not None and found.longest == 2 * (1000 / 50 + 5)
 
 
-def test_a_dry_run_says_the_plan_and_starts_nothing(
+def test_a_dry_run_prints_the_plan_and_starts_nothing(
     tmp_path: Path, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree |= {"scheduler": {"kind": "asha", "grace": 1, "reduction": 2}, "overrides": {"train.epochs": 5}}
@@ -146,7 +146,7 @@ def test_a_dry_run_says_the_plan_and_starts_nothing(
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "hunt.yaml"}
 
 
-def test_a_table_goes_on_with_the_same_rows_in_the_same_order(tmp_path: Path) -> None:
+def test_a_table_resumes_with_the_same_rows_in_the_same_order(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "reads-small-001")
     check_same_rows(folder, ["one", "two"], ["one", "two"])
     for now in (["two", "one"], ["one", "two", "three"], ["one"]):
@@ -173,7 +173,7 @@ def test_the_share_that_halving_leaves(tmp_path: Path, tree: dict[str, Any]) -> 
 
 
 def test_weights_move_with_a_pointer_and_only_once(tmp_path: Path) -> None:
-    """The taker's store then holds the giver's checkpoint, byte for byte, and nothing of its own."""
+    """The target store then has exactly the donor's checkpoint, byte for byte."""
     from tests.perceiver.train.checkpoint.test_store import snapshot
 
     giver, taker = (RunFolder(str(tmp_path), name) for name in ("trial-000", "trial-001"))

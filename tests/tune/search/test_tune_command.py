@@ -1,4 +1,4 @@
-"""`perceiver tune` as a user runs it: real Ray, real trials, real MLflow, in processes of their own."""
+"""`perceiver tune` as a user runs it: real Ray, real trials, real MLflow, in separate processes."""
 
 import json
 import signal
@@ -68,7 +68,7 @@ def test_asha_with_a_trial_that_fails_then_a_kill_and_a_resume(tmp_path: Path, t
 
 
 def test_weights_are_exchanged_and_ctrl_c_saves(tmp_path: Path, tree: dict[str, Any]) -> None:
-    """Of two trials one cannot learn: PBT has it go on from the other's weights. Then Ctrl-C saves both."""
+    """Of two trials one cannot learn: with PBT it continues from the other's weights. Then Ctrl-C saves both."""
     tree |= {
         "trials": 2,
         **BY_LOSS,

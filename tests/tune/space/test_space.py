@@ -1,4 +1,4 @@
-"""The space: what it takes, in which order values are drawn, and what each kind of draw gives."""
+"""The space: valid dimensions, order of the draws, and results of each kind of draw."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def test_each_kind_stays_in_its_range_and_reaches_its_ends(tmp_path: Path, tree:
     assert set(columns["train.global_batch"]) == {8, 16}
 
 
-def test_a_condition_holds_only_with_its_values_whatever_the_order_in_the_file(
+def test_a_condition_is_true_only_with_its_values_in_any_order_of_the_file(
     tmp_path: Path, tree: dict[str, Any]
 ) -> None:
     tree["space"] = {
@@ -100,7 +100,7 @@ def test_a_grid_is_every_combination_once(tmp_path: Path, tree: dict[str, Any]) 
     assert all(("optim.clip" in row) == (row["optim.kind"] == "lamb") for row in rows)
 
 
-def test_optuna_learns_from_what_it_is_told_again(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_optuna_learns_from_replayed_trials(tmp_path: Path, tree: dict[str, Any]) -> None:
     """After many recorded trials whose best are at lr = 0.05, new ones are drawn there."""
     tree |= {"search": {"kind": "optuna", "startup": 3}}
     tree["space"]["model.latents"] = {"kind": "choice", "values": [2, 4, [1, 2]]}

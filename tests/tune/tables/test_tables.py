@@ -40,7 +40,7 @@ CLASSES = {"audioset": {"small": 10, "full": 527}, "modelnet40": {"small": 10, "
 
 @pytest.fixture
 def paper(tmp_path: Path, tree: dict[str, Any], images: str) -> dict[str, Any]:
-    """A table's tree of two rows on small images, and one that is not run; its base recipe lies beside it."""
+    """A table's tree of two rows on small images, and one that is not run; its base recipe is in the same folder."""
     scale = {"recipe": "small.yaml", "data": "images", "prepare": "perceiver prepare image_folder photos data/photos"}
     rows = [
         {"name": "one", "label": "one | read", "paper": 76.7, "small": {}, "full": {}},
@@ -75,7 +75,7 @@ def finished(number: int, seed: int, score: float, **facts: Any) -> TrialRecord:
     return trial(number, "finished", score, values={"seed": seed}, seconds=60.0, **facts)
 
 
-def test_every_table_of_the_papers_is_there_and_says_what_they_leave_open() -> None:
+def test_every_table_of_the_papers_exists_and_lists_open_settings() -> None:
     assert set(NAMES) <= set(tables())
     assert all(load_table(name).config.open for name in NAMES)
 
@@ -108,7 +108,7 @@ def test_each_row_is_a_recipe_that_builds(name: str, scale: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_papers_figures_are_those_of_the_presets(name: str) -> None:
-    """Where a preset's note gives figures, the table gives one of them, unless it says where else its figure stands."""
+    """If a preset's note has results, the table has one of them, unless it names another source."""
     for row in load_table(name).config.rows:
         if row.source:
             continue
