@@ -139,15 +139,8 @@ def _file(
     if 0 in sizes:
         raise UserError(f"{url} has a row group of 0 rows, which cannot be indexed: convert the data without --index")
     runs = group_runs(sizes)
-    shard = ShardInfo(
-        name=url,
-        rows=sum(sizes),
-        rows_per_group=max(sizes),
-        bytes=size,
-        tag=file_tag(info),
-        groups=runs if len(runs) > 1 else (),
-    )
-    return shard, paths
+    index = {"rows": sum(sizes), "rows_per_group": max(sizes), "groups": runs if len(runs) > 1 else ()}
+    return ShardInfo.model_validate({"name": url, "bytes": size, "tag": file_tag(info), **index}), paths
 
 
 def _path(empty: pa.Table, column: str) -> str:

@@ -152,13 +152,8 @@ class RankWork:
         ids, epochs = planned.ids.ravel(), planned.epochs.ravel()
         places = self.reader.locate(np.maximum(ids, 0))
         wanted = {place[:2] for place, number in zip(places, ids.tolist(), strict=True) if number >= 0}
-        return _Read(
-            ids.tolist(),
-            epochs.tolist(),
-            sample_streams(self.seed, epochs, ids),
-            places,
-            self.reader.row_groups(wanted),
-        )
+        streams = sample_streams(self.seed, epochs, ids)
+        return _Read(ids.tolist(), epochs.tolist(), streams, places, self.reader.row_groups(wanted))
 
     def _empty(self, rows: int) -> Arrays:
         """Return uninitialised arrays of `rows` rows."""

@@ -23,7 +23,7 @@ from pydantic import Field
 from perceiver.config import Config, UserError
 from pipelines.features import Feature
 from pipelines.order.permutation import keys
-from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, padded, rank_positions
+from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, even_runs, padded, rank_positions
 from pipelines.shards.manifest import Manifest, Split
 
 LONGEST = 1 << 16
@@ -274,8 +274,7 @@ class MixturePlan:
 
     def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
         """Cut the steps [start, stop) into runs of at most `most` steps."""
-        for first in range(start, stop, most):
-            yield first, min(stop, first + most)
+        return even_runs(start, stop, most)
 
 
 def readable_batch(share: float) -> int:

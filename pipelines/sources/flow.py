@@ -48,14 +48,8 @@ class FlowPairs:
         else:
             splits = {split: [pair for pairs in scenes.values() for pair in pairs]}
         units = shuffled_units(splits, rng, shard_rows, src=folder.url)
-        return Listing(
-            base_name(folder.url),
-            {"flow": FlowFeature()},
-            (),
-            "not stated: see the data set (all three are for research)",
-            folder.url,
-            units,
-        )
+        licence = "not stated: see the data set (all three are for research)"
+        return Listing(base_name(folder.url), {"flow": FlowFeature()}, (), licence, folder.url, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's files unchanged."""

@@ -109,14 +109,9 @@ class Furniture:
             classes = tuple(sorted({piece.category for piece in pieces}))
             splits = _by_category(pieces, classes, {"train": clouds, "test": held_out}, seed)
         units = shuffled_units(splits, random.Random(seed), shard_rows, path=src, seed=seed)
-        return Listing(
-            f"furniture_{kind}",
-            {"points": PointsFeature(), "label": LabelFeature()},
-            classes,
-            LICENCE,
-            f"{PACKAGE.requirement}, {CATALOGUE}",
-            units,
-        )
+        features = {"points": PointsFeature(), "label": LabelFeature()}
+        origin = f"{PACKAGE.requirement}, {CATALOGUE}"
+        return Listing(f"furniture_{kind}", features, classes, LICENCE, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Draw the unit's clouds."""

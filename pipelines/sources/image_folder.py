@@ -38,15 +38,10 @@ class ImageFolder:
         rng = random.Random(seed)
         if set(splits) == {""}:
             splits = _hold_out(splits[""], share(options, "held_out", "0.2"), rng)
-        feature = _probe(folder, next(iter(splits.values()))[:PROBE], options)
-        return Listing(
-            base_name(str(src)),
-            {"image": feature, "label": LabelFeature()},
-            tuple(classes),
-            "not stated: the user's own data",
-            str(src),
-            shuffled_units(splits, rng, shard_rows, src=src),
-        )
+        features = {"image": _probe(folder, next(iter(splits.values()))[:PROBE], options), "label": LabelFeature()}
+        units = shuffled_units(splits, rng, shard_rows, src=src)
+        licence = "not stated: the user's own data"
+        return Listing(base_name(str(src)), features, tuple(classes), licence, str(src), units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's files unchanged."""

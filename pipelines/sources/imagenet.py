@@ -47,14 +47,9 @@ class ImageNet:
             split: [(*place[:-1], labels[place[-1]]) for place in places] for split, places in splits.items() if places
         }
         units = shuffled_units(items, random.Random(seed), shard_rows, src=folder.url)
-        return Listing(
-            "imagenet",
-            {"image": ImageFeature(channels=3), "label": LabelFeature()},
-            tuple(f"{synset} {words[synset]}" if synset in words else synset for synset in synsets),
-            LICENCE,
-            folder.url,
-            units,
-        )
+        features = {"image": ImageFeature(channels=3), "label": LabelFeature()}
+        classes = tuple(f"{synset} {words[synset]}" if synset in words else synset for synset in synsets)
+        return Listing("imagenet", features, classes, LICENCE, folder.url, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's images unchanged."""

@@ -86,14 +86,9 @@ class Languages:
         for rows in splits.values():
             random.Random(seed).shuffle(rows)
         units = units_of(splits, shard_rows, "rows", path=src)
-        return Listing(
-            "languages",
-            {"text": TextFeature(), "label": LabelFeature()},
-            LANGUAGES,
-            "Django and its translators, BSD-3-Clause",
-            f"{PACKAGE.requirement}, django/**/*.po",
-            units,
-        )
+        features = {"text": TextFeature(), "label": LabelFeature()}
+        licence, origin = "Django and its translators, BSD-3-Clause", f"{PACKAGE.requirement}, django/**/*.po"
+        return Listing("languages", features, LANGUAGES, licence, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Yield the unit's texts."""

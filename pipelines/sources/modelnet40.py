@@ -42,14 +42,9 @@ class ModelNet40:
         units = shuffled_units(
             splits, random.Random(seed), shard_rows, src=folder.url, seed=seed, points=number(options, "points", 2048)
         )
-        return Listing(
-            base_name(folder.url),
-            {"points": PointsFeature(), "label": LabelFeature()},
-            tuple(classes),
-            "ModelNet: for academic research, copyright of the models with their authors",
-            folder.url,
-            units,
-        )
+        features = {"points": PointsFeature(), "label": LabelFeature()}
+        licence = "ModelNet: for academic research, copyright of the models with their authors"
+        return Listing(base_name(folder.url), features, tuple(classes), licence, folder.url, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Draw or read the points of each object."""

@@ -81,14 +81,9 @@ class MovingPhotos:
         counts = {"train": number(options, "pairs", 2000), "test": number(options, "held_out", 200)}
         rows = {split: range(count) for split, count in counts.items()}
         units = shuffled_units(rows, random.Random(seed), shard_rows, src=src, seed=seed)
-        return Listing(
-            "moving_photos",
-            {"flow": FlowFeature(size=SIZE)},
-            (),
-            "photographs by danielbuechele and vultilion (Flickr), CC BY 2.0",
-            "scikit-learn, sklearn/datasets/images; the motion is synthetic",
-            units,
-        )
+        licence = "photographs by danielbuechele and vultilion (Flickr), CC BY 2.0"
+        origin = "scikit-learn, sklearn/datasets/images; the motion is synthetic"
+        return Listing("moving_photos", {"flow": FlowFeature(size=SIZE)}, (), licence, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Make the unit's pairs."""

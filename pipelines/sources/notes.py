@@ -111,14 +111,8 @@ class Notes:
         """List the notes; `src` is a copy of the package's file, downloaded if None."""
         refuse_options(options)
         units = units_of(split_notes(soundfont(str(src or fetch(PACKAGE))), seed), shard_rows, "notes", path=src)
-        return Listing(
-            "notes",
-            {"audio": AudioFeature(), "label": LabelFeature()},
-            CLASSES,
-            LICENCE,
-            f"{PACKAGE.requirement}, {MEMBER}",
-            units,
-        )
+        features = {"audio": AudioFeature(), "label": LabelFeature()}
+        return Listing("notes", features, CLASSES, LICENCE, f"{PACKAGE.requirement}, {MEMBER}", units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Play the unit's notes and encode them as FLAC."""
