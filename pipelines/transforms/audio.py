@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import Config
+from perceiver.storage import first_line
 from pipelines.transforms import BadSample
 
 Samples = NDArray[np.int16]
@@ -110,7 +111,7 @@ def sound_clip(sound: Sound, start: float, config: AudioViewConfig) -> Samples:
         exact = sound.file.subtype == "PCM_16" and sound.channels == 1
         found = sound.file.read(end - begin, dtype="int16" if exact else "float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise BadSample(f"undecodable audio: {str(error).splitlines()[0].split('>')[-1].strip(': ')[:80]}") from error
+        raise BadSample(f"undecodable audio: {first_line(error).split('>')[-1].strip(': ')[:80]}") from error
     if len(found) < end - begin:
         raise BadSample("truncated: the sound is shorter than its header states")
     return finish(found, begin - first, count, start - first / sound.rate, sound.rate, config)
