@@ -1,4 +1,4 @@
-"""The coordinator of a running search: hands out trials, takes in their results, and keeps the record on disk."""
+"""The coordinator of a running search: starts trials, records their results, and keeps the record on disk."""
 
 import logging
 import re
