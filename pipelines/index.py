@@ -1,9 +1,9 @@
 """Index Parquet tables with one row per sample: train on the files in place; only a manifest is written.
 
-The manifest names the files by absolute URL, with their row groups, sizes, the columns of the features, and their
-version (the store's ETag, or the modification time). Nothing is copied, shuffled or checked beyond the footers, so
-reading is only as good as the files: rows are shuffled among a few row groups, and a row group is read as a whole.
-Files that change afterwards are refused at the start of a run.
+The manifest contains the files' absolute URLs, row groups, sizes and versions (the store's ETag, or the modification
+time), and the columns of the features. Nothing is copied or shuffled, and only the footers are checked: rows are
+shuffled among a few row groups, and a row group is read as a whole. Files that change later are refused when a run
+starts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +39,10 @@ def index(
     """Write a manifest of Parquet files that stay in place.
 
     Args:
-        source_name: `table`; other sources have to be prepared.
+        source_name: `table`; other sources must be prepared.
         src: folder of the files, a path or fsspec URL; credentials from the environment.
         dst: folder for the manifest.
-        config: its `options` name columns and classes as for the source; `storage_options` are those of `dst`.
+        config: `options` of the source, for columns and classes; `storage_options` of `dst`.
         progress: called after each file with the number of samples so far and the file's name.
 
     Raises:
@@ -52,14 +52,14 @@ def index(
     if source_name != SOURCE:
         raise UserError(
             f"--index reads Parquet files in place (perceiver prepare {SOURCE} SRC DST --index);"
-            f" source {source_name} has to be converted: leave --index out"
+            f" source {source_name} must be converted: remove --index"
         )
     folder = open_folder(dst, config.storage_options)
     mark = fingerprint(f"index {source_name}", src, config)
     if folder.exists(MANIFEST):
         return existing(dst, config, mark)
     listing = load_source(source_name).listing(src, seed=0, shard_rows=config.shard_rows, options=config.options)
-    assert src is not None, "the source has refused that"
+    assert src is not None, "the source refuses None"
     files: dict[str, dict[str, None]] = {}
     columns: Mapping[str, str] = {}
     for unit in listing.units:
@@ -78,7 +78,7 @@ def index(
     try:
         save_manifest(manifest, folder)
     except OSError as error:
-        raise UserError(f"cannot write to {dst}: {first_line(error)}; give a folder you may write to") from error
+        raise UserError(f"cannot write to {dst}: {first_line(error)}; give a writable folder") from error
     return manifest
 
 
@@ -106,7 +106,7 @@ def _split(
                     if where != (paths := paths or where):
                         raise UserError(
                             f"{shard.name} has its features in {where}, other files in {paths}: move it"
-                            " away, or convert the data: leave --index out"
+                            " away, or convert the data without --index"
                         )
                     shards.append(shard)
                     done += shard.rows
@@ -131,30 +131,20 @@ def _file(
             if wanted.name in paths:
                 fit(column_at(empty, paths[wanted.name]), wanted, listing.classes)
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise UserError(
-            f"{url}: {first_line(error)}; move the file away, or convert the data: leave --index out"
-        ) from error
+        reason = first_line(error)
+        raise UserError(f"{url}: {reason}; move the file away, or convert the data without --index") from error
     sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
     if not sum(sizes):
         return None, paths
     if 0 in sizes:
-        raise UserError(
-            f"{url} has a row group without rows, which cannot be indexed: convert the data: leave --index out"
-        )
+        raise UserError(f"{url} has a row group of 0 rows, which cannot be indexed: convert the data without --index")
     runs = group_runs(sizes)
-    shard = ShardInfo(
-        name=url,
-        rows=sum(sizes),
-        rows_per_group=max(sizes),
-        bytes=size,
-        tag=file_tag(info),
-        groups=runs if len(runs) > 1 else (),
-    )
-    return shard, paths
+    index = {"rows": sum(sizes), "rows_per_group": max(sizes), "groups": runs if len(runs) > 1 else ()}
+    return ShardInfo.model_validate({"name": url, "bytes": size, "tag": file_tag(info), **index}), paths
 
 
 def _path(empty: pa.Table, column: str) -> str:
-    """Return the column itself, or the field `bytes` of a struct, as data hubs store images."""
+    """Return the column, or the field `bytes` of a struct, as data hubs store images."""
     if column in empty.column_names and pa.types.is_struct(empty.schema.field(column).type):
         return f"{column}.bytes"
     return column
@@ -175,7 +165,7 @@ def group_runs(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def group_bytes(manifest: Manifest) -> int:
-    """Return the bytes of the largest row group, about: reading one sample reads all of it."""
+    """Return the approximate bytes of the largest row group: reading one sample reads all of it."""
     return max(
         shard.bytes * shard.rows_per_group // shard.rows for split in manifest.splits.values() for shard in split.shards
     )

@@ -1,4 +1,4 @@
-"""Prepare a data set: write a source's samples as shards, in parallel, keeping finished ones; the manifest last."""
+"""Prepare a data set: write a source's samples as shards, in parallel and resumable, and the manifest last."""
 
 import hashlib
 import json
@@ -22,25 +22,29 @@ RECEIPTS = "_receipts"
 PROBE = 64
 
 Progress = Callable[[int, str], None]
-"""Called after each shard with the number of samples done and the shard's name."""
+"""Called after each shard with the number of samples so far and the shard's name."""
 
 
 class PrepareConfig(Config):
     """How shards are written."""
 
-    seed: int = Field(default=0, description="of splits and order")
+    seed: int = Field(default=0, description="seed of splits and order")
     shard_rows: int = Field(default=8192, gt=0, description="samples of a shard, the unit of parallel work")
-    group_rows: int = Field(default=128, gt=0, description="rows of a row group at most")
-    group_bytes: int = Field(default=4 << 20, gt=0, description="bytes of a row group, about, at most")
-    parallel: Literal["auto", "ray", "off"] = Field(default="auto", description="Ray tasks if asked for or running")
-    in_flight: int = Field(default=64, gt=0, description="units handed to Ray at a time")
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of unreadable raw items allowed")
+    group_rows: int = Field(default=128, gt=0, description="most rows of a row group")
+    group_bytes: int = Field(default=4 << 20, gt=0, description="most bytes of a row group, approximately")
+    parallel: Literal["auto", "ray", "off"] = Field(
+        default="auto", description="write with Ray tasks; auto: if Ray is running"
+    )
+    in_flight: int = Field(default=64, gt=0, description="Ray tasks at a time")
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="largest share of unreadable raw items")
     options: dict[str, str] = Field(default={}, description="options of the source")
-    storage_options: dict[str, str] = Field(default={}, description="of the destination; `$NAME`: environment")
+    storage_options: dict[str, str] = Field(
+        default={}, description="options of the destination; `$NAME`: environment variable"
+    )
 
 
 class Receipt(Config):
-    """Record of a finished unit, kept until the manifest is written."""
+    """The record of a finished unit, kept until the manifest is written."""
 
     fingerprint: str
     split: str
@@ -50,7 +54,7 @@ class Receipt(Config):
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything a worker needs to write one shard."""
+    """What a worker needs to write one shard."""
 
     source_name: str
     unit: Unit
@@ -72,19 +76,19 @@ def prepare(
 ) -> Manifest:
     """Turn raw data into a prepared folder.
 
-    Idempotent: a complete destination made with the same source and settings is returned as it is, and a run that was
-    stopped continues with the missing shards.
+    Idempotent: a complete destination of the same source and settings is not changed, and a stopped run continues with
+    the missing shards.
 
     Args:
         source_name: a module of `pipelines.sources`.
-        src: location of the raw data, as the source takes it; None if it needs none.
+        src: location of the raw data; None if the source needs none.
         dst: folder to write, a path or fsspec URL.
-        config: sizes, order, parallelism; defaults suit most data.
+        config: sizes, order, parallelism.
         progress: called after each shard.
 
     Raises:
-        UserError: unknown source or option, source data missing, destination contains another data set or is not
-            writable, or more raw items are unreadable than the budget allows (they are listed in any case).
+        UserError: unknown source or option, missing source data, a destination that contains another data set or is not
+            writable, or more unreadable raw items than the budget allows (they are listed in any case).
     """
     config = config or PrepareConfig()
     folder = open_folder(dst, config.storage_options)
@@ -96,7 +100,7 @@ def prepare(
     try:
         folder.write(f"{RECEIPTS}/fingerprint", mark)
     except OSError as error:
-        raise UserError(f"cannot write to {dst}: {error}; give a folder you may write to") from error
+        raise UserError(f"cannot write to {dst}: {error}; give a writable folder") from error
     jobs = _jobs(source, source_name, listing, dst, config, mark)
     runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
     splits, rejected = _collect(runner, progress)
@@ -117,26 +121,19 @@ def prepare(
 
 
 def fingerprint(source_name: str, src: str | None, config: PrepareConfig) -> str:
-    """Return what recognises a rerun: a hash of source and settings.
-
-    The format version is no part of it, so that a folder of format 1 counts as prepared.
-    """
+    """Return a hash of source and settings, but not of the format: a folder of format 1 counts as prepared."""
     facts = config.model_dump(include={"seed", "shard_rows", "group_rows", "group_bytes", "options"})
     text = json.dumps([1, source_name, src, facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def existing(dst: str, config: PrepareConfig, mark: str) -> Manifest:
-    """Return the manifest of a complete destination.
-
-    Raises:
-        UserError: it was prepared from another source or with other settings.
-    """
+    """Return the manifest of a complete destination; refuse one of another source or of other settings."""
     manifest = load_manifest(dst, config.storage_options)
     if manifest.fingerprint != mark:
         raise UserError(
-            f"{dst} already contains data set {manifest.name}, prepared from another source or with other"
-            " settings: give another folder, or delete this one first"
+            f"{dst} already contains data set {manifest.name} from another source or with other settings:"
+            " give another folder, or delete this one first"
         )
     return manifest
 
@@ -148,22 +145,14 @@ def _jobs(
     units = iter(listing.units)
     first = next(units, None)
     if first is None:
-        raise UserError(f"source {source_name} found no samples: check its path")
+        raise UserError(f"source {source_name} has no samples: check its path")
     probe = [sample for sample in islice(source.samples(first), PROBE) if not isinstance(sample, Rejected)]
     rows_per_group = group_rows(probe, config.group_rows, config.group_bytes)
     counts: dict[str, int] = {}
     for unit in chain([first], units):
         number = counts[unit.split] = counts.get(unit.split, -1) + 1
-        yield _Job(
-            source_name,
-            unit,
-            f"{unit.split}-{number:06d}.arrow",
-            dst,
-            dict(listing.features),
-            rows_per_group,
-            mark,
-            config.storage_options,
-        )
+        name, features = f"{unit.split}-{number:06d}.arrow", dict(listing.features)
+        yield _Job(source_name, unit, name, dst, features, rows_per_group, mark, config.storage_options)
 
 
 def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:
@@ -174,9 +163,9 @@ def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:
 
 
 def write_shard(job: _Job) -> Receipt:
-    """Write one unit as one shard and a receipt; return an existing receipt of the same preparation.
+    """Write one unit as a shard with a receipt, or return an existing receipt of the same preparation.
 
-    A shard that left items out is written again, since they may have been repaired.
+    A shard with rejected items is written again, since they may have been repaired.
     """
     folder = open_folder(job.url, job.storage_options)
     name = f"{RECEIPTS}/{job.name}.json"
@@ -240,7 +229,7 @@ def _collect(receipts: Iterable[Receipt], progress: Progress | None) -> tuple[di
 
 
 def _check_rejected(folder: Folder, rejected: list[Problem], samples: int, budget: float) -> None:
-    """List the rejected items next to the manifest; refuse too many. Finished shards stay for the next run."""
+    """List the rejected items next to the manifest; refuse too many. The next run keeps the finished shards."""
     if rejected:
         write_problems(folder, rejected)
     elif folder.exists(QUARANTINE):

@@ -1,1 +1,1 @@
-"""Searches and tables of results with Ray Tune. What a single training run does belongs to `cluster.run`."""
+"""Searches and tables of results with Ray Tune. A single training run belongs in `cluster.run`."""

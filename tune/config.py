@@ -1,6 +1,6 @@
-"""A search file: the base recipe, the space, and how to search it; typed, with dotted overrides."""
+"""The search file: base recipe, space, search and scheduler; typed, with dotted overrides."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -18,16 +18,15 @@ from pydantic import (
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.file import explain
 from perceiver.config import Config, UserError
-from tune.search_file import read_search
-from tune.space.space import Choice, Grid, Space, flatten_space, with_values
+from tune.space.space import Choice, GridChoice, Space, flatten_space, with_values
 
 KEPT = 4
-"""Checkpoints that a trial keeps where others may go on from one: its evaluation's and its last before a pause, of the
-round of the exchange and of the next, which it may have trained when another one's turn comes."""
+"""Checkpoints of a trial in a population: those of its evaluation and of its last step before a pause, of the round of
+the exchange and of the next round, which it may have trained before another trial takes over its weights."""
 
 Mode = Literal["max", "min"]
 PARAMETERS = "parameters"
-"""The metric that is no evaluation's: the number of the model's parameters."""
+"""The metric that does not come from evaluations: the number of the model's parameters."""
 
 
 class NoScheduler(Config):
@@ -37,14 +36,16 @@ class NoScheduler(Config):
 
 
 class Asha(Config):
-    """Asynchronous successive halving: at each rung only the best share of the trials goes on (`kind: asha`)."""
+    """Asynchronous successive halving: at each rung only the best share of the trials continues (`kind: asha`)."""
 
     kind: Literal["asha"]
     grace: PositiveFloat = Field(default=1.0, description="epochs before a trial may be stopped: the first rung")
-    reduction: float = Field(default=3.0, gt=1, description="one in so many goes on; each rung is so many times later")
+    reduction: float = Field(
+        default=3.0, gt=1, description="one in this many continues; each rung is this many times later"
+    )
 
     def rungs(self, epochs: float) -> list[float]:
-        """Return the epochs before the end at which it decides."""
+        """Return the epochs before the end at which trials are stopped."""
         found, rung = [], self.grace
         while rung < epochs:
             found.append(rung)
@@ -53,24 +54,24 @@ class Asha(Config):
 
 
 class Median(Config):
-    """Stops a trial whose best is worse than the median of the others' means (`kind: median`)."""
+    """Stop a trial whose best is worse than the median of the others' means (`kind: median`)."""
 
     kind: Literal["median"]
     grace: PositiveFloat = Field(default=1.0, description="epochs before a trial may be stopped")
-    min_trials: PositiveInt = Field(default=3, description="other trials that must have come as far")
+    min_trials: PositiveInt = Field(default=3, description="other trials that must have reached the same epoch")
 
 
 class Pbt(Config):
-    """Population based training: bad trials go on from good ones' weights with changed values (`kind: pbt`)."""
+    """Population based training: bad trials continue from good ones' weights with changed values (`kind: pbt`)."""
 
     kind: Literal["pbt"]
     interval: PositiveFloat = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
     quantile: float = Field(default=0.25, gt=0, le=0.5, description="share of the trials that take over and are taken")
-    resample: float = Field(default=0.25, ge=0, le=1, description="chance of a fresh value instead of a changed one")
+    resample: float = Field(default=0.25, ge=0, le=1, description="probability of a new value instead of a changed one")
 
 
 class Pb2(Config):
-    """PBT whose changed values come from a Gaussian process; ranges only (`kind: pb2`)."""
+    """PBT with values from a Gaussian process; ranges only (`kind: pb2`)."""
 
     kind: Literal["pb2"]
     interval: PositiveFloat = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
@@ -78,13 +79,13 @@ class Pb2(Config):
 
 
 class RandomSearch(Config):
-    """Independent draws; trial i is the same whatever came before (`kind: random`)."""
+    """Independent draws; trial i does not depend on the others (`kind: random`)."""
 
     kind: Literal["random"] = "random"
 
 
 class GridSearch(Config):
-    """Every combination of the space, which holds grids only (`kind: grid`)."""
+    """Every combination of the space, which consists of grids (`kind: grid`)."""
 
     kind: Literal["grid"]
 
@@ -97,18 +98,17 @@ class OptunaSearch(Config):
 
 
 class SearchConfig(Config):
-    """Everything that a search depends on."""
+    """The content of a search file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="search folders are named after it")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="prefix of the search folders")
     recipe: str = Field(description="the base recipe: a path from here, or from the search file's folder")
     overrides: dict[str, Any] = Field(default={}, description="keys of the base recipe to change, nested or dotted")
-    space: Space = Field(min_length=1, description="where the values of recipe keys come from, by dotted key")
+    space: Space = Field(min_length=1, description="dimensions by dotted recipe key")
     metric: str | list[str] = Field(default="accuracy", description="metric of the evaluations, or `parameters`")
-    mode: Mode | list[Mode] = Field(default="max", description="whether it should be great or small")
-    trials: PositiveInt = Field(default=10, description="how many trials, the baseline included")
+    mode: Mode | list[Mode] = Field(default="max", description="whether larger or smaller is better")
+    trials: PositiveInt = Field(default=10, description="number of trials, including the baseline")
     baseline: bool | None = Field(
-        default=None,
-        description="trial 0 is the base recipe and is never stopped; default: yes, except with pbt, pb2, grid",
+        default=None, description="trial 0 is the base recipe and is never stopped; default: not with pbt, pb2, grid"
     )
     scheduler: Annotated[NoScheduler | Asha | Median | Pbt | Pb2, Field(discriminator="kind")] = Field(
         default=NoScheduler(), description="which trials are stopped early or take over others' weights"
@@ -116,13 +116,9 @@ class SearchConfig(Config):
     search: Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="kind")] = Field(
         default=RandomSearch(), description="how values are chosen"
     )
-    seed: NonNegativeInt = Field(
-        default=0, description="seed of the draws; the recipe's own seed is a key of the recipe"
-    )
-    concurrency: PositiveInt | None = Field(
-        default=None, description="trials at a time; default: what the cluster holds"
-    )
-    max_failures: NonNegativeInt = Field(default=1, description="how often a trial that failed starts again")
+    seed: NonNegativeInt = Field(default=0, description="seed of the draws; training has the recipe's seed")
+    concurrency: PositiveInt | None = Field(default=None, description="trials at a time; default: as many as fit")
+    max_failures: NonNegativeInt = Field(default=1, description="restarts of a trial that fails")
 
     @field_validator("space", mode="before")
     @classmethod
@@ -144,18 +140,18 @@ class SearchConfig(Config):
 
     @property
     def exchanges(self) -> bool:
-        """Whether trials take over each other's weights."""
+        """Return whether trials take over each other's weights."""
         return isinstance(self.scheduler, Pbt | Pb2)
 
     @property
     def with_baseline(self) -> bool:
-        """Whether trial 0 is the base recipe."""
+        """Return whether trial 0 is the base recipe."""
         return self.baseline if self.baseline is not None else not (self.exchanges or self.search.kind == "grid")
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search as read: its settings and the tree of the base recipe with the overrides applied."""
+    """A search: its settings, and the tree of the base recipe with the overrides."""
 
     config: SearchConfig
     base: dict[str, Any]
@@ -164,21 +160,21 @@ class Search:
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """Return the base recipe's tree with defaults and presets filled in, where conditions look values up."""
+        """Return the base recipe's tree with defaults and presets filled in, for the conditions of the space."""
         return self.recipe.model_dump(mode="json")
 
 
 def build_search(tree: Mapping[str, Any], base: Mapping[str, Any], where: str, source: str) -> Search:
-    """Validate what `tune.search_file.read_search` read.
+    """Validate what `tune.search_file.read_search` returned.
 
     Args:
-        tree: the search file's.
-        base: the base recipe's, overrides applied.
+        tree: of the search file.
+        base: tree of the base recipe with the overrides.
         where: the base recipe's file, for messages.
         source: the search file, for messages.
 
     Raises:
-        UserError: one line about the first mistake.
+        UserError: the first mistake.
     """
     try:
         config = SearchConfig.model_validate(tree)
@@ -192,45 +188,37 @@ def build_search(tree: Mapping[str, Any], base: Mapping[str, Any], where: str, s
     return Search(config, dict(base), build_recipe(base, source=where), source)
 
 
-def load_search(path: str, overrides: Sequence[str] = ()) -> Search:
-    """Read and validate a search file and its base recipe.
-
-    Raises:
-        UserError: as `read_search` and `build_search`.
-    """
-    tree, base, where = read_search(path, overrides)
-    return build_search(tree, base, where, path)
-
-
 def _problems(config: SearchConfig) -> list[str]:
-    """Return what in a search contradicts itself, the first thing first."""
+    """Return the contradictions in a search."""
     names = [config.metric] if isinstance(config.metric, str) else config.metric
     modes = 1 if isinstance(config.mode, str) else len(config.mode)
     found = []
     if not names or len(set(names)) != len(names):
-        found.append(f"metric = {names}: wanted one or several different names")
+        found.append(f"metric = {names}: wanted different names")
     if names == [PARAMETERS]:
-        found.append(f"metric = {PARAMETERS} alone: no training changes it; add one of the evaluations, such as loss")
+        found.append(
+            f"metric = {PARAMETERS} alone: training does not change it; add an evaluation metric, for example loss"
+        )
     if modes not in (1, len(names)):
-        found.append(f"mode has {modes} entries for {len(names)} metrics: give one for each")
+        found.append(f"mode has {modes} entries for {len(names)} metrics: set one for each")
     if len(names) > 1 and config.search.kind != "optuna":
-        found.append(f"metric names {len(names)} metrics, which only search.kind = optuna takes; give one")
+        found.append(f"metric has {len(names)} names, which only search.kind = optuna supports; set one")
     if len(names) > 1 and config.scheduler.kind != "none":
         found.append(
-            f"metric names {len(names)} metrics, by which scheduler.kind = {config.scheduler.kind} cannot rank trials: "
+            f"metric has {len(names)} names, by which scheduler.kind = {config.scheduler.kind} cannot rank trials: "
             "set it to none"
         )
     return found + _space_problems(config)
 
 
 def _space_problems(config: SearchConfig) -> list[str]:
-    """Return which dimensions do not go with the kind of search or scheduler."""
+    """Return the dimensions that the kind of search or scheduler does not support."""
     found, kind = [], config.scheduler.kind
-    grids = [key for key, dimension in config.space.items() if isinstance(dimension, Grid)]
+    grids = [key for key, dimension in config.space.items() if isinstance(dimension, GridChoice)]
     others = [key for key in config.space if key not in grids]
     if config.search.kind == "grid" and others:
         found.append(
-            f"space.{others[0]} is no grid, which search.kind = grid wants: set its kind to grid, or search.kind"
+            f"space.{others[0]} is not a grid, but search.kind = grid: set its kind to grid, or change search.kind"
         )
     if config.search.kind != "grid" and grids:
         found.append(
@@ -241,13 +229,13 @@ def _space_problems(config: SearchConfig) -> list[str]:
         return found
     if config.search.kind != "random":
         found.append(
-            f"scheduler.kind = {kind} changes the values itself: set search.kind to random, not {config.search.kind}"
+            f"search.kind = {config.search.kind}, but scheduler.kind = {kind} changes the values: set it to random"
         )
     if config.baseline:
-        found.append(f"baseline = true, but scheduler.kind = {kind} changes every trial: leave baseline out")
+        found.append(f"baseline = true, but scheduler.kind = {kind} changes every trial: remove baseline")
     for key, dimension in config.space.items():
         if dimension.when:
-            found.append(f"space.{key} has a condition, which scheduler.kind = {kind} cannot keep: leave when out")
+            found.append(f"space.{key} has a condition, which scheduler.kind = {kind} does not support: remove when")
         if kind == "pb2" and isinstance(dimension, Choice):
-            found.append(f"space.{key} is a choice; scheduler.kind = pb2 takes ranges only: use pbt, or a range")
+            found.append(f"space.{key} is a choice, but scheduler.kind = pb2 supports ranges only: use pbt, or a range")
     return found

@@ -1,8 +1,7 @@
-"""What is known of a search: its trials and their results, kept in one JSON file, from which it goes on."""
+"""The record of a search: its trials and their results in one JSON file, from which it resumes."""
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ FORMAT = 1
 
 
 class Evaluation(BaseModel):
-    """The figures of a trial at one moment."""
+    """The metrics of a trial at one step."""
 
     step: int
     epoch: float
@@ -29,11 +28,11 @@ class Evaluation(BaseModel):
 
 
 class Exchange(BaseModel):
-    """A trial went on from another one's checkpoint, with other values."""
+    """A trial continued from another one's checkpoint with other values."""
 
-    donor: int = Field(description="number of the trial that the weights came from")
+    donor: int = Field(description="number of the trial that the weights come from")
     step: int = Field(description="of the checkpoint")
-    values: Values = Field(description="the values from then on")
+    values: Values = Field(description="the new values")
 
 
 class TrialRecord(BaseModel):
@@ -43,15 +42,15 @@ class TrialRecord(BaseModel):
 
     number: int
     values: Values
-    label: str = Field(default="", description="what it is called beside its number: the row of a table")
+    label: str = Field(default="", description="row of a table; else empty")
     status: Status = "waiting"
-    reason: str = Field(default="", description="why it failed")
+    reason: str = Field(default="", description="of a failure")
     parameters: int = Field(default=0, description="of the model")
-    total_steps: int = Field(default=0, description="optimizer steps to its end")
+    total_steps: int = Field(default=0, description="optimizer steps of the whole trial")
     evaluations: list[Evaluation] = []
     exchanges: list[Exchange] = []
-    attempts: int = Field(default=0, description="how often it was started")
-    seconds: float = Field(default=0, description="wall time of its training so far, over all attempts")
+    attempts: int = Field(default=0, description="number of starts")
+    seconds: float = Field(default=0, description="wall time of training over all attempts")
     samples_per_s: float | None = Field(default=None, description="the latest throughput")
     started: float | None = None
 
@@ -66,12 +65,12 @@ class TrialRecord(BaseModel):
         return self.evaluations[-1].epoch if self.evaluations else 0.0
 
     def scores(self, metrics: Sequence[str]) -> dict[str, float]:
-        """Return the last figures of some metrics, as far as they are finite numbers."""
+        """Return the last values of some metrics; NaN and infinite values are left out."""
         last = {**(self.evaluations[-1].metrics if self.evaluations else {}), PARAMETERS: float(self.parameters)}
         return {name: last[name] for name in metrics if math.isfinite(last.get(name, math.nan))}
 
     def add(self, evaluation: Evaluation) -> None:
-        """Add an evaluation; those that a restart or an exchange takes back to before are dropped."""
+        """Add an evaluation; later ones from before a restart or an exchange are dropped."""
         self.evaluations = [e for e in self.evaluations if e.step < evaluation.step] + [evaluation]
 
 
@@ -89,18 +88,18 @@ class SearchRecord(BaseModel):
         return self.trials[number]
 
     def ended(self) -> list[TrialRecord]:
-        """Return the trials that are over, whatever way."""
+        """Return the trials that have ended."""
         return [trial for trial in self.trials if trial.status in DONE]
 
     def ranked(self) -> list[TrialRecord]:
-        """Return the trials with a result, best first: those that came to their end before those that did not."""
+        """Return the trials with a result, best first; finished trials precede all others."""
         (metric, mode), *_ = self.metrics.items()
         sign = -1 if mode == "max" else 1
         scored = [trial for trial in self.trials if metric in trial.scores([metric]) and trial.evaluations]
         return sorted(scored, key=lambda t: (t.status != "finished", sign * t.scores([metric])[metric], t.number))
 
     def best(self) -> TrialRecord | None:
-        """Return the best trial by the first metric: of those that finished, else of all."""
+        """Return the best trial by the first metric, of the finished trials if there are any."""
         return next(iter(self.ranked()), None)
 
     def front(self) -> list[TrialRecord]:
@@ -110,7 +109,7 @@ class SearchRecord(BaseModel):
         return [t for t in rows if not any(self._beats(other, t) for other in rows)]
 
     def _beats(self, one: TrialRecord, other: TrialRecord) -> bool:
-        """Whether a trial is at least as good in every metric, and better in one."""
+        """Return whether a trial is at least as good in every metric, and better in one."""
         gains = []
         for name, mode in self.metrics.items():
             gain = one.scores([name])[name] - other.scores([name])[name]
@@ -118,34 +117,29 @@ class SearchRecord(BaseModel):
         return min(gains) >= 0 and max(gains) > 0
 
     def worker_seconds(self) -> float:
-        """Return what the search cost: seconds of training times workers."""
+        """Return the cost of the search: seconds of training times workers."""
         return self.workers * sum(trial.seconds for trial in self.trials)
 
 
 def save_record(record: SearchRecord, folder: RunFolder) -> None:
-    """Write ``trials.json`` whole."""
+    """Write `trials.json` atomically."""
     folder.write("trials.json", record.model_dump_json(indent=1) + "\n")
 
 
 def load_record(folder: RunFolder) -> SearchRecord:
-    """Read ``trials.json``.
-
-    Raises:
-        UserError: there is none, or a newer version wrote it.
-    """
+    """Read `trials.json`, or raise `UserError` if it is missing or of a newer format."""
     text = folder.read("trials.json")
     if text is None:
-        raise UserError(f"{folder.url} holds no trials.json: it was never begun; start a search without --resume")
+        raise UserError(f"{folder.url} has no trials.json: the search was never started; start it without --resume")
     tree: Mapping[str, Any] = json.loads(text)
     if tree.get("format", 0) > FORMAT:
-        raise UserError(
-            f"{folder.location('trials.json')} has format {tree['format']}, this program reads up to {FORMAT}"
-        )
+        where = folder.location("trials.json")
+        raise UserError(f"{where} has format {tree['format']}, this version reads up to {FORMAT}: install a newer one")
     return SearchRecord.model_validate(tree)
 
 
 def go_on(record: SearchRecord) -> list[int]:
-    """Mark the trials that are not over as unfinished; return their numbers."""
+    """Mark the trials that have not ended as unfinished; return their numbers."""
     open_trials = [trial for trial in record.trials if trial.status not in DONE]
     for trial in open_trials:
         trial.status = "unfinished"
@@ -160,8 +154,3 @@ def trial_name(number: int) -> str:
 def number_of(name: str) -> int:
     """Return the number of the trial with this name."""
     return int(name.rpartition("-")[2])
-
-
-def now() -> float:
-    """Return the time of day, for evaluations."""
-    return time.time()

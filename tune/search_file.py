@@ -1,4 +1,4 @@
-"""The files of a search as plain trees: cheap to read, before anything heavy is imported."""
+"""The files of a search as plain trees, read before anything slow is imported."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from perceiver.config import UserError
 from tune.space.space import with_values
 
 RECIPE_KEYS = ("output", "data", "model", "task", "optim", "train", "deepspeed", "cluster", "tracking")
-"""First keys that only a recipe has: an override of one of them changes the base recipe."""
+"""Top-level keys that only a recipe has: their overrides change the base recipe."""
 
 
 def read_search(path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -18,13 +18,13 @@ def read_search(path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
     An override such as ``trials=4`` changes the search, ``train.epochs=3`` the recipe.
 
     Raises:
-        UserError: a file is missing or no YAML, or an override is not of the form key=value.
+        UserError: a file is missing or not YAML, or an override is not of the form key=value.
     """
     theirs = [override for override in overrides if _head(override) in RECIPE_KEYS]
     tree = read_tree(path, [override for override in overrides if override not in theirs])
     recipe, changes = tree.get("recipe"), tree.get("overrides") or {}
     if not isinstance(recipe, str):
-        raise UserError(f"{path}: the key recipe is missing: name the base recipe's file")
+        raise UserError(f"{path}: the key recipe is missing: set it to the base recipe's file")
     if not isinstance(changes, Mapping):
         raise UserError(f"{path}: overrides = {changes!r}: wanted keys of the recipe with their values")
     where = recipe_path(recipe, path)
@@ -46,7 +46,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def recipe_path(recipe: str, search_file: str) -> str:
-    """Return where the base recipe lies: as seen from here, else from the search file's folder."""
+    """Return the base recipe's path: relative to the current folder, else to the search file's folder."""
     beside = Path(search_file).parent / recipe
     return str(beside) if beside.is_file() and not Path(recipe).is_file() else recipe
 

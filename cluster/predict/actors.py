@@ -23,7 +23,7 @@ from cluster.runtime.local import cluster_cpus
 from perceiver.config import Config, UserError
 from perceiver.tasks import build_task
 from pipelines.feed.ingest import EvalShare, eval_outcomes
-from pipelines.feed.samples import Work
+from pipelines.feed.samples import RankWork
 from pipelines.feed.stream import Collate, Lines, RayOptions, Run, make_dataset, plain_errors
 from pipelines.shards.quarantine import Quarantine
 
@@ -131,7 +131,7 @@ def _shorter(runs: list[Run], workers: int) -> list[Run]:
 
 
 def _execute(
-    scoring: Scoring, workers: int, resources: dict[str, Any], work: Work, runs: list[Run], options: RayOptions
+    scoring: Scoring, workers: int, resources: dict[str, Any], work: RankWork, runs: list[Run], options: RayOptions
 ) -> Iterator[tuple[pa.Table, int, list[str]]]:
     """Run the data tasks and the actors as one Ray Dataset."""
     runs = _shorter(runs, workers)

@@ -1,4 +1,4 @@
-"""Features: what a sample consists of. One kind a file: how it is stored, decoded and shown to the model."""
+"""Features, the parts of a sample: one file per kind defines how it is stored, decoded and shown to the model."""
 
 from typing import Annotated
 

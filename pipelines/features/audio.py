@@ -6,17 +6,17 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
-from pipelines.transforms.audio import AudioConfig, Samples, Sound, open_sound, sound_clip
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
+from pipelines.transforms.audio import AudioViewConfig, Samples, Sound, open_sound, sound_clip
 from pipelines.transforms.clip import clip_starts
 from pipelines.transforms.media import Media, media_sound, open_media
 
 
 class AudioFeature(BaseFeature):
-    """One encoded recording a sample (FLAC, WAV, Ogg, MP3, or the sound of an MP4); int16 (T,) in a batch.
+    """One encoded recording per sample (FLAC, WAV, Ogg, MP3, or the sound of an MP4); int16 (T,) in a batch.
 
-    Silence is a recording like any other. Other rates are resampled, channels mixed, short recordings end in silence.
-    Bad samples: no bytes, no samples, NaN, cut off or damaged where it is shown, longer than data.clip.max_seconds.
+    Other rates are resampled, channels are mixed, short recordings end in silence. Bad samples: no bytes, no samples,
+    NaN, truncated or damaged in the clip, longer than data.clip.max_seconds.
     """
 
     arrow: ClassVar[pa.DataType] = pa.binary()
@@ -24,27 +24,23 @@ class AudioFeature(BaseFeature):
     kind: Literal["audio"] = "audio"
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """(T,) int16, T = data.audio.samples."""
+        """Return (T,) int16, T = data.audio.samples."""
         return {name: ((view.audio.samples,), np.int16)}
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """The header, as a `Sound`, or a `Media` where libsndfile does not know the format."""
+        """Read the header; return a `Sound`, or a `Media` where libsndfile does not know the format."""
         sound = open_sound(stored or b"", view.clip.max_seconds)
         return sound or open_media(stored, video=False, audio=True, max_seconds=view.clip.max_seconds)
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
-        """Samples of a clip; of all evaluation clips (K, T)."""
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
+        """Return the samples of a clip (T,); in an evaluation of K clips (K, T)."""
         starts = clip_starts(decoded.seconds, view.audio.seconds, view.clip, training, rng)
         clips = [clip(decoded, float(start), view.audio) for start in starts]
         return {name: np.stack(clips) if view.clip.axes(training) else clips[0]}
 
 
-def clip(recording: Sound | Media, start: float, config: AudioConfig) -> Samples:
-    """The samples of a clip, whichever library reads the file.
-
-    Raises:
-        BadSample: it is damaged there.
-    """
-    return (
-        sound_clip(recording, start, config) if isinstance(recording, Sound) else media_sound(recording, start, config)
-    )
+def clip(recording: Sound | Media, start: float, config: AudioViewConfig) -> Samples:
+    """Return the samples of a clip, whichever library reads the file; raise `BadSample` if it is damaged there."""
+    if isinstance(recording, Sound):
+        return sound_clip(recording, start, config)
+    return media_sound(recording, start, config)

@@ -1,4 +1,4 @@
-"""What every kind of feature answers, and the options a recipe gives for them."""
+"""The base class of all kinds of feature, and the recipe options that they share."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -9,69 +9,71 @@ from numpy.random import Generator
 from pydantic import Field, PositiveInt
 
 from perceiver.config import Config
-from pipelines.transforms.audio import AudioConfig
+from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.clip import ClipConfig
 from pipelines.transforms.decode import MAX_PIXELS
 from pipelines.transforms.image import AugmentConfig
 from pipelines.transforms.optical_flow import FlowViewConfig
-from pipelines.transforms.points import PointsConfig
-from pipelines.transforms.video import VideoConfig
+from pipelines.transforms.points import PointsViewConfig
+from pipelines.transforms.video import VideoViewConfig
 
 Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]
 """Shape of one sample and type, by batch key."""
-Random = Callable[[], Generator]
-"""Gives the sample's generator; it is made only if something is random, since that takes as long as a small image."""
+RngFactory = Callable[[], Generator]
+"""Returns the sample's generator. It is made only if needed, since that takes as long as decoding a small image."""
 
 
 class ViewConfig(Config):
-    """How samples are shown to the model; part of the recipe's `data:` section."""
+    """How samples are shown to the model: a part of the recipe's `data:` section."""
 
     image_size: tuple[PositiveInt, PositiveInt] | None = Field(
         default=None, description="(height, width) in a batch; null: as stored"
     )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training images")
-    eval_crop: float = Field(default=0.875, gt=0, le=1, description="share of a larger image that evaluation covers")
+    eval_crop: float = Field(default=0.875, gt=0, le=1, description="share of a larger image that evaluation shows")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="larger images are bad samples")
-    text_length: int = Field(default=2048, ge=2, description="tokens of a text, cut or padded to it")
-    points: PointsConfig = Field(default=PointsConfig(), description="number of points and their random changes")
-    audio: AudioConfig = Field(default=AudioConfig(), description="rate and length of sound")
-    video: VideoConfig = Field(default=VideoConfig(), description="frames, their size and random changes")
+    text_length: int = Field(default=2048, ge=2, description="tokens of a text, which is cut or padded")
+    points: PointsViewConfig = Field(
+        default=PointsViewConfig(), description="number of points and their random changes"
+    )
+    audio: AudioViewConfig = Field(default=AudioViewConfig(), description="rate and length of sound")
+    video: VideoViewConfig = Field(default=VideoViewConfig(), description="frames, their size and random changes")
     flow: FlowViewConfig = Field(default=FlowViewConfig(), description="random changes to frames and their flow")
-    clip: ClipConfig = Field(default=ClipConfig(), description="which parts of recordings are shown")
+    clip: ClipConfig = Field(default=ClipConfig(), description="where clips of recordings start")
 
 
 class BaseFeature(Config):
-    """One kind of feature. `name` is the key under which it is stored and, mostly, given to the model."""
+    """One kind of feature. `name` is its column in a shard and, for most kinds, its key in a batch."""
 
     arrow: ClassVar[pa.DataType]
     """Type of its column in a shard."""
     clips: ClassVar[bool] = False
-    """Whether an evaluation sample may come as several clips; its arrays then have an axis of clips in front."""
+    """Whether an evaluation sample may have several clips; its arrays then have a leading axis of clips."""
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """What it puts into a batch: of recordings, one clip.
+        """Return shape and type of what the feature puts into a batch; for recordings, of one clip.
 
         Raises:
-            UserError: the view leaves something open that the data do not fix.
+            UserError: neither the view nor the data set the size.
         """
         raise NotImplementedError
 
     def decoded_bytes(self) -> int:
-        """Size of a decoded sample where all have the same; 0 means that decoded samples are not worth keeping."""
+        """Return the size of a decoded sample if all have the same, else 0: decoded samples are then not cached."""
         return 0
 
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
-        """Modules that its transforms import when they first need them, for processes that are started early."""
+        """Return the modules that its transforms import on first use, for processes that are started early."""
         return ()
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """The sample ready to be shown, without anything random.
+        """Decode a stored value, without anything random.
 
         Raises:
             BadSample: it is damaged.
         """
         raise NotImplementedError
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
-        """Values for all keys of `shapes`: a random view in training, the fixed one in evaluation."""
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
+        """Return a value for each key of `shapes`: a random view in training, a fixed one in evaluation."""
         raise NotImplementedError

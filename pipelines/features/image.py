@@ -9,13 +9,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from perceiver.config import UserError
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
-from pipelines.transforms.decode import decode
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
+from pipelines.transforms.decode import decode_image
 from pipelines.transforms.image import evaluation_view, training_view
 
 
 class ImageFeature(BaseFeature):
-    """One encoded image a sample; uint8 (C, H, W) in a batch."""
+    """One encoded image per sample; uint8 (C, H, W) in a batch."""
 
     arrow: ClassVar[pa.DataType] = pa.binary()
     kind: Literal["image"] = "image"
@@ -23,28 +23,30 @@ class ImageFeature(BaseFeature):
     size: tuple[int, int] | None = Field(default=None, description="(height, width) of all images; null if they differ")
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """(C, height, width) uint8."""
+        """Return (C, height, width) uint8."""
         size = view.image_size or self.size
         if size is None:
-            raise UserError(f"the images of feature '{name}' differ in size: set data.image_size, such as [224, 224]")
+            raise UserError(
+                f"the images of feature '{name}' differ in size: set data.image_size, for example [224, 224]"
+            )
         return {name: ((self.channels, *size), np.uint8)}
 
     def decoded_bytes(self) -> int:
-        """Known if all images have the same size."""
+        """Return the size of the pixels, if all images have the same size."""
         return self.channels * math.prod(self.size) if self.size else 0
 
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
-        """torch, if images are resized."""
+        """Return torch if images are resized."""
         return ("torch",) if view.augment.crop or (view.image_size or self.size) != self.size else ()
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """Pixels (H, W, C)."""
-        return decode(stored or b"", self.channels, view.max_pixels)
+        """Decode to pixels (H, W, C)."""
+        return decode_image(stored or b"", self.channels, view.max_pixels)
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
-        """Pixels."""
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
+        """Return the pixels of a view, (C, height, width)."""
         size = view.image_size or self.size
-        assert size is not None, "shapes() was asked first"
+        assert size is not None, "shapes() is called first"
         if training:
             return {name: training_view(decoded, size, view.augment, rng)}
         return {name: evaluation_view(decoded, size, view.eval_crop)}

@@ -1,4 +1,4 @@
-"""Class labels: one a sample, or any number."""
+"""Class labels: one per sample, or any number."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -6,47 +6,47 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms import BadSample
 
 
 class LabelFeature(BaseFeature):
-    """One class index a sample; int64 () in a batch."""
+    """One class index per sample; int64 () in a batch."""
 
     arrow: ClassVar[pa.DataType] = pa.int64()
     kind: Literal["label"] = "label"
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """() int64."""
+        """Return () int64."""
         return {name: ((), np.int64)}
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """The index."""
+        """Return the class index."""
         return _checked(stored, classes)
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
-        """The index."""
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
+        """Return the class index."""
         return {name: decoded}
 
 
 class LabelsFeature(BaseFeature):
-    """Any number of class indices a sample; float32 (classes,) of zeros and ones in a batch."""
+    """Any number of class indices per sample; float32 (classes,) of zeros and ones in a batch."""
 
     arrow: ClassVar[pa.DataType] = pa.list_(pa.int64())
     kind: Literal["labels"] = "labels"
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """(classes,) float32."""
+        """Return (classes,) float32."""
         return {name: ((classes,), np.float32)}
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """The vector of zeros and ones."""
+        """Return the indices as a vector of zeros and ones."""
         vector = np.zeros(classes, np.float32)
         vector[[_checked(label, classes) for label in stored or []]] = 1
         return vector
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
-        """The vector."""
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
+        """Return the vector."""
         return {name: decoded}
 
 

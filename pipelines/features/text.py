@@ -5,31 +5,47 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms import BadSample
-from pipelines.transforms.byte_ids import byte_tokens
+
+PAD, BOS, EOS, MASK, CLS, SEP = range(6)
+SPECIALS = 6
+"""The special ids of Perceiver IO's byte models (appendix F); ids of the 256 bytes follow."""
 
 
 class TextFeature(BaseFeature):
-    """One text a sample; in a batch int64 (M,) ids and, under `<name>_mask`, bool (M,), True where there is a token."""
+    """One text per sample; in a batch int64 (M,) ids and, as `<name>_mask`, bool (M,), True where there is a token."""
 
     arrow: ClassVar[pa.DataType] = pa.string()
     kind: Literal["text"] = "text"
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """(M,) int64 and (M,) bool, M = data.text_length."""
+        """Return (M,) int64 and (M,) bool, M = data.text_length."""
         return {name: ((view.text_length,), np.int64), f"{name}_mask": ((view.text_length,), np.bool_)}
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """The text."""
+        """Return the text."""
         if not stored:
             raise BadSample("empty text")
         if not isinstance(stored, str):
             raise BadSample("invalid UTF-8")
         return stored
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
-        """Ids and mask; masking words for masked language modelling is the task's, on the device."""
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
+        """Return ids and mask. The task masks words for masked language modelling, on the device."""
         ids, count = byte_tokens(decoded, view.text_length)
         return {name: ids, f"{name}_mask": np.arange(view.text_length) < count}
+
+
+def byte_tokens(text: str, length: int) -> tuple[NDArray[np.int64], int]:
+    """Return the ids (length,) of a text: CLS, its UTF-8 bytes + 6, SEP, padding; a longer text is cut before SEP.
+
+    The second value is the number of ids that are not padding.
+    """
+    raw = np.frombuffer(text.encode("utf-8")[: length - 2], np.uint8)
+    ids = np.zeros(length, np.int64)
+    ids[0], ids[raw.size + 1] = CLS, SEP
+    ids[1 : raw.size + 1] = raw.astype(np.int64) + SPECIALS
+    return ids, raw.size + 2

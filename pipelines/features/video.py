@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import UserError
-from pipelines.features.base import BaseFeature, Random, Shapes, ViewConfig
+from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.clip import clip_starts
 from pipelines.transforms.media import Media, media_sound, open_media
-from pipelines.transforms.video import RandomView, View, video_clips
+from pipelines.transforms.video import CentredView, RandomView, video_clips
 
 
 class VideoFeature(BaseFeature):
-    """One encoded video a sample (MP4, Matroska, WebM, AVI, ...); uint8 (F, C, H, W) in a batch.
+    """One encoded video per sample (MP4, Matroska, WebM, AVI, ...); uint8 (F, C, H, W) in a batch.
 
     Frames are taken by their time stamps, so the frame rate may vary. Bad samples: no bytes, no pictures, damaged or
-    cut off where it is shown, frames above data.video.max_pixels, longer than data.clip.max_seconds.
+    truncated in the clip, frames above data.video.max_pixels, longer than data.clip.max_seconds.
     """
 
     arrow: ClassVar[pa.DataType] = pa.binary()
@@ -29,31 +29,29 @@ class VideoFeature(BaseFeature):
     size: tuple[int, int] | None = Field(default=None, description="(height, width) of all frames; null if they differ")
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """(F, C, height, width) uint8."""
+        """Return (F, C, height, width) uint8."""
         return {name: _frames_shape(name, self.channels, self.size, view)}
 
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
-        """torch, if frames are resized or their colours changed."""
+        """Return torch if frames are resized or their colours change."""
         return _imports(self.size, view)
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """The header, as a `Media`."""
-        return open_media(
-            stored or b"", video=True, audio=False, max_seconds=view.clip.max_seconds, max_pixels=view.video.max_pixels
-        )
+        """Read the header; return a `Media`."""
+        return _open(stored, view, video=True, audio=False)
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
-        """Pixels of a clip; of all evaluation clips (K, F, C, H, W)."""
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
+        """Return the pixels of a clip; in an evaluation of K clips (K, F, C, H, W)."""
         starts = clip_starts(decoded.seconds, view.video.seconds, view.clip, training, rng)
         clips = _pixels(decoded, starts, (self.channels, self.size), view, training, rng)
         return {name: clips if view.clip.axes(training) else clips[0]}
 
 
 class MediaFeature(BaseFeature):
-    """One encoded video with sound a sample; in a batch uint8 `video` (F, C, H, W) and int16 `audio` (T,).
+    """One encoded video with sound per sample; in a batch uint8 `video` (F, C, H, W) and int16 `audio` (T,).
 
-    Both show the same stretch of the recording, also at random (time jitter in sync, Perceiver 4.2). Bad samples: as
-    for `video` and `audio`, and files that lack one of the two.
+    Both show the same part of the recording, also with time jitter (Perceiver, 4.2). Bad samples: as for `video` and
+    `audio`, and files without one of the two.
     """
 
     arrow: ClassVar[pa.DataType] = pa.binary()
@@ -63,7 +61,7 @@ class MediaFeature(BaseFeature):
     size: tuple[int, int] | None = Field(default=None, description="(height, width) of all frames; null if they differ")
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
-        """(F, C, height, width) uint8 and (T,) int16, or what data.clip.show names of them."""
+        """Return (F, C, height, width) uint8 and (T,) int16, or the one that data.clip.show names."""
         shapes: Shapes = {}
         if view.clip.show != "audio":
             shapes["video"] = _frames_shape(name, self.channels, self.size, view)
@@ -72,22 +70,15 @@ class MediaFeature(BaseFeature):
         return shapes
 
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
-        """torch, if frames are shown, and are resized or their colours changed."""
+        """Return torch if frames are shown, and are resized or their colours change."""
         return _imports(self.size, view) if view.clip.show != "audio" else ()
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
-        """The header, as a `Media`."""
-        show = view.clip.show
-        return open_media(
-            stored or b"",
-            video=show != "audio",
-            audio=show != "video",
-            max_seconds=view.clip.max_seconds,
-            max_pixels=view.video.max_pixels,
-        )
+        """Read the header; return a `Media`."""
+        return _open(stored, view, video=view.clip.show != "audio", audio=view.clip.show != "video")
 
-    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: Random) -> Mapping[str, Any]:
-        """Pixels and samples of a clip; with a leading axis of all evaluation clips."""
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
+        """Return pixels and samples of a clip; in an evaluation of K clips each with a leading axis of K."""
         keys = self.shapes(name, view, 0)
         length = max(view.video.seconds if "video" in keys else 0.0, view.audio.seconds if "audio" in keys else 0.0)
         starts = clip_starts(decoded.seconds, length, view.clip, training, rng)
@@ -99,12 +90,17 @@ class MediaFeature(BaseFeature):
         return shown if view.clip.axes(training) else {key: clips[0] for key, clips in shown.items()}
 
 
+def _open(stored: Any, view: ViewConfig, *, video: bool, audio: bool) -> Media:
+    limits = {"max_seconds": view.clip.max_seconds, "max_pixels": view.video.max_pixels}
+    return open_media(stored or b"", video=video, audio=audio, **limits)
+
+
 def _frames_shape(
     name: str, channels: int, stored: tuple[int, int] | None, view: ViewConfig
 ) -> tuple[tuple[int, ...], type[np.generic]]:
     size = view.video.size or stored
     if size is None:
-        raise UserError(f"the videos of feature '{name}' differ in size: set data.video.size, such as [224, 224]")
+        raise UserError(f"the videos of feature '{name}' differ in size: set data.video.size, for example [224, 224]")
     return (view.video.frames, channels, *size), np.uint8
 
 
@@ -119,10 +115,10 @@ def _pixels(
     stored: tuple[int, tuple[int, int] | None],
     view: ViewConfig,
     training: bool,
-    rng: Random,
+    rng: RngFactory,
 ) -> NDArray[np.uint8]:
     channels, size = stored
     size = view.video.size or size
-    assert size is not None, "shapes() was asked first"
-    chosen = RandomView(view.video.augment, rng) if training else View(view.eval_crop)
+    assert size is not None, "shapes() is called first"
+    chosen = RandomView(view.video.augment, rng) if training else CentredView(view.eval_crop)
     return video_clips(media, starts, size, channels, view.video, chosen)

@@ -1,1 +1,1 @@
-"""Batches for training and evaluation: Ray Data executes the sample plan. File formats belong to `shards`."""
+"""Batches for training and evaluation: the sample plan, executed by Ray Data. File formats belong in `shards`."""

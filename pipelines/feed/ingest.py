@@ -1,8 +1,7 @@
 """Batches for training and evaluation: the recipe's `data:` section, and the iterators that a worker consumes.
 
-Each worker owns its pipeline: it makes a Ray Dataset whose items are short runs of its steps, data tasks turn them into
-rows (`pipelines.feed.samples`), and the worker collates them. Ranks do not wait for each other here; their order comes
-from the plan alone.
+Each worker has its own pipeline: a Ray Dataset whose items are short runs of its steps. Data tasks turn them into rows
+(`pipelines.feed.samples`), and the worker collates them. Ranks do not wait for each other: the plan fixes their order.
 """
 
 import contextlib
@@ -18,8 +17,8 @@ from pydantic import Field
 from perceiver.config import UserError
 from perceiver.storage import ReadPolicy
 from pipelines.features.base import ViewConfig
-from pipelines.feed.samples import PROBLEM, Plan, SampleSpec, Work
-from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mix
+from pipelines.feed.samples import PROBLEM, Plan, RankWork, SampleSpec
+from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mixed_manifest
 from pipelines.order.plan import EvalPlan, RowGroups, SamplePlan
 from pipelines.shards.listing import check_listing
 from pipelines.shards.manifest import Manifest, load_manifest
@@ -32,59 +31,64 @@ if TYPE_CHECKING:
     from pipelines.feed.stream import RayOptions, Run
 
     Batch = dict[str, torch.Tensor]
-    Execute = Callable[[Work, list[Run], RayOptions], Iterator[tuple[Any, int, list[str]]]]
+    Execute = Callable[[RankWork, list[Run], RayOptions], Iterator[tuple[Any, int, list[str]]]]
     Checkable = Generator[tuple[Batch, list[str]], None, None]
 
 KEEP_DECODED_BYTES = 64 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
 BLOCK_BYTES, LEAST_BLOCK_BYTES = 24 << 20, 8 << 20
-"""Size of the blocks that data tasks hand over; each costs Ray milliseconds. Less where a task may let little wait."""
+"""Size of the blocks that data tasks return; each costs Ray milliseconds. Smaller where few bytes may wait."""
 LARGE_ROW_BYTES = 16 << 10
-"""Rows from this size on are work enough for a stream of each data task; smaller ones come from one, at less cost."""
+"""From this size of a row on each data task has its own stream; smaller rows come from one, at a lower cost."""
 STREAM_SAMPLES, STREAM_BYTES, STREAM_READS = 16, 512 << 20, 4
-"""A task with a stream of its own produces so many times `data.run_samples`, of no more decoded bytes than this, and
-reads so many times `data.run_bytes`: one follows another after 50 ms, but if one dies, all of it is done again."""
+"""A task with its own stream produces this many times `data.run_samples`, up to this many decoded bytes, and reads this
+many times `data.run_bytes`: the next task starts after 50 ms, but if a task dies, all its work is repeated."""
 
 
 class DataConfig(ViewConfig):
-    """What to train on and how it is read (recipe key `data:`)."""
+    """The data and how they are read (recipe key `data:`)."""
 
     retired: ClassVar[tuple[str, ...]] = ("read_apart",)
 
     url: str = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
     mixture: tuple[MixturePart, ...] = Field(
-        default=(), description="data sets to train on by weight, in place of `url`, which is then only evaluated on"
+        default=(), description="data sets to train on by weight; `url` is then only evaluated on"
     )
     train_split: str = Field(default="train", description="split to train on")
     eval_split: str = Field(default="test", description="split to evaluate on")
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
-    cpus_per_task: float = Field(default=0.25, gt=0, description="CPUs a data task reserves; below 1 it shares a core")
+    cpus_per_task: float = Field(
+        default=0.25, gt=0, description="CPUs that a data task reserves; below 1 it shares a core"
+    )
     tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
     task_memory: int = Field(default=0, ge=0, description="bytes of memory a data task reserves; 0: none")
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
     run_samples: int = Field(
         default=2048,
         gt=0,
-        description="samples a data task produces, about,"
-        " at most; 16 times as many where each task has its own part of a step",
+        description="most samples of a data task, approximately; 16 times as many if tasks split each step",
     )
-    run_bytes: int = Field(default=384 << 20, gt=0, description="stored bytes a data task reads, about; there 4 times")
+    run_bytes: int = Field(
+        default=384 << 20, gt=0, description="stored bytes that a data task reads, approximately; there 4 times as many"
+    )
     prefetch_batches: int = Field(default=4, ge=0, description="batches ahead of the training step, in whole blocks")
     prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
-    read: ReadPolicy = Field(default=ReadPolicy(), description="patience with a remote file system")
-    cache_bytes: int = Field(default=256 << 20, gt=0, description="row groups kept in each data task's process")
-    window: int | None = Field(default=None, gt=0, description="samples shuffled among each other; null: by size")
-    lanes: int | None = Field(default=None, gt=0, description="places read from at a time; null: by batch size")
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="share of bad samples that stops the run")
-    storage_options: dict[str, str] = Field(default={}, description="of the file system; `$NAME`: environment")
+    read: ReadPolicy = Field(default=ReadPolicy(), description="time-out and retries of remote reads")
+    cache_bytes: int = Field(default=256 << 20, gt=0, description="row groups cached in each data task's process")
+    window: int | None = Field(default=None, gt=0, description="samples that are shuffled together; null: by size")
+    lanes: int | None = Field(default=None, gt=0, description="places that are read at a time; null: by batch size")
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="largest share of bad samples")
+    storage_options: dict[str, str] = Field(
+        default={}, description="options of the file system; `$NAME`: environment variable"
+    )
 
 
 def load_data(data: DataConfig, load: Callable[[str, dict[str, str]], Manifest] = load_manifest) -> Manifest:
-    """The manifest of `data.url`, with the training split of `data.mixture` if there is one.
+    """Return the manifest of `data.url`, with the training splits of `data.mixture` if there is one.
 
     Args:
         data: the recipe's data section.
-        load: reads a prepared folder's manifest, given its URL and storage options.
+        load: reads a manifest, given URL and storage options.
 
     Raises:
         UserError: a folder is not a prepared data set, or the data sets of a mixture do not agree.
@@ -93,35 +97,27 @@ def load_data(data: DataConfig, load: Callable[[str, dict[str, str]], Manifest] 
     if not data.mixture:
         return manifest
     parts = [(part, load(part.url, data.storage_options)) for part in data.mixture]
-    return mix(manifest, data.train_split, parts)
+    return mixed_manifest(manifest, data.train_split, parts)
 
 
 def check_files(data: DataConfig, manifest: Manifest) -> None:
-    """Hold the files of both splits against the store's listings, before anything is started.
-
-    Raises:
-        UserError: files are missing or have changed; the first are named.
-    """
+    """Refuse data of either split whose files are missing or differ from the store's listings."""
     for name in dict.fromkeys((data.train_split, data.eval_split)):
         for folder in folders_of(data.url, manifest.split(name)):
             check_listing(folder.url, folder.split, data.storage_options)
 
 
 def batch_shapes(data: DataConfig, manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Shape of one sample of each feature in a batch, such as {"image": (1, 28, 28), "label": ()}.
-
-    Raises:
-        UserError: see `sample_spec`.
-    """
+    """Return the shape of one sample by key, such as {"image": (1, 28, 28), "label": ()}; see `sample_spec`."""
     spec = sample_spec(data, manifest, split=data.train_split, training=True)
     return {name: shape for name, (shape, _) in spec.shapes().items()}
 
 
 def sample_spec(data: DataConfig, manifest: Manifest, *, split: str, training: bool) -> SampleSpec:
-    """How samples become rows. Small samples of a split that fits into the cache are kept decoded.
+    """Return how samples become rows. Small samples of a split that fits into the cache are kept decoded.
 
     Raises:
-        UserError: the view leaves something open, such as the size of images that differ.
+        UserError: the view does not set the size of images that differ in size.
     """
     size = sum(feature.decoded_bytes() for feature in manifest.features.values())
     small = 0 < size <= KEEP_DECODED_BYTES and manifest.split(split).samples * size <= data.cache_bytes
@@ -131,10 +127,9 @@ def sample_spec(data: DataConfig, manifest: Manifest, *, split: str, training: b
 
 
 def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> SamplePlan | MixturePlan:
-    """The order of the training samples.
+    """Return the order of the training samples.
 
-    The window is at least four row groups, and for small samples as many as 8 MiB hold: such a data set is shuffled
-    thoroughly at no cost.
+    The window is at least four row groups, and for small samples 8 MiB: these are shuffled thoroughly at no cost.
     """
     folders = folders_of(data.url, manifest.split(data.train_split))
     groups = [RowGroups.of(folder.split) for folder in folders]
@@ -144,27 +139,27 @@ def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch
     ]
     if data.mixture:
         if data.lanes:
-            raise UserError("data.lanes cannot be chosen for a mixture: leave data.lanes out")
+            raise UserError(f"data.lanes = {data.lanes} cannot be set for a mixture: remove data.lanes")
         weights = [folder.weight for folder in folders]
         return MixturePlan.build(groups, weights, windows, seed=seed, global_batch=global_batch)
     if data.lanes and global_batch % data.lanes:
         raise UserError(
             f"data.lanes = {data.lanes} does not divide the global batch {global_batch}:"
-            " leave data.lanes out, or give a divisor"
+            " remove data.lanes, or set it to a divisor"
         )
     return SamplePlan.build(groups[0], seed=seed, global_batch=global_batch, lanes=data.lanes, window=windows[0])
 
 
 @dataclass(frozen=True)
 class TrainShare:
-    """What one rank trains on: its part of each global batch, from one step to another.
+    """What one rank trains on: its part of each global batch of some steps.
 
     Attributes:
         seed: of order and augmentation.
         global_batch: samples of a step over all ranks.
-        micro_batch: rows of a batch on one rank. Each rank has whole batches: rows that no sample fills are padding.
+        micro_batch: rows of a batch on one rank. Each rank has whole batches: rows without a sample are padding.
         start_step, stop_step: the steps [start_step, stop_step).
-        rank, world: whose part, of how many.
+        rank, world: the rank, and the number of ranks.
     """
 
     seed: int
@@ -177,7 +172,7 @@ class TrainShare:
 
     @property
     def rows(self) -> int:
-        """Rows of this rank in each step, padding included."""
+        """Return the rows of this rank in each step, padding included."""
         samples = -(-self.global_batch // self.world)
         return -(-samples // self.micro_batch) * self.micro_batch
 
@@ -191,22 +186,21 @@ def train_batches(
 ) -> "Generator[Batch, None, None]":
     """Yield one rank's micro-batches, `share.rows` / `share.micro_batch` for each step.
 
-    Step s consists of the same samples, augmented alike, at any world size and after any restart. Rows whose `valid`
-    is False and whose `sample_id` is -1 pad what does not fill a rank's batches. Epochs follow each other without a
-    boundary.
+    Step s consists of the same samples with the same augmentation at any world size and after any restart. Padding rows
+    have `valid` False and `sample_id` -1. Epochs follow each other without a boundary.
 
     Args:
         data: the recipe's data section.
         manifest: see `load_data`.
-        share: which steps, and whose part of them.
-        device: where the tensors go.
-        quarantine: gets the bad samples met; a new one with the recipe's budget if None.
+        share: the steps, and the rank's part of them.
+        device: of the tensors.
+        quarantine: collects the bad samples; default: a new one with the recipe's budget.
 
     Raises:
         UserError: more bad samples than `data.max_bad_fraction` allows.
     """
     plan = sample_plan(data, manifest, seed=share.seed, global_batch=share.global_batch)
-    works = _train_works(data, manifest, plan, share)
+    works = train_streams(data, manifest, plan, share)
     if len(works) == 1:
         most = _run_steps(data, works[0], _turn_samples(data, works[0]))
         runs = plan.runs(share.start_step, share.stop_step, most)
@@ -218,12 +212,13 @@ def train_batches(
     )
 
 
-def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare) -> list[Work]:
-    """The rank's work: one stream, or, where rows are large or what is shuffled together cannot wait decoded, several.
+def train_streams(
+    data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare
+) -> list[RankWork]:
+    """Return the rank's streams: one, or several where rows are large or the shuffled samples cannot wait decoded.
 
-    Tasks that take turns at the steps of one stream each read all row groups of the window. Several streams cut each
-    step between them as ranks do, so that each reads row groups that no other one reads, and none waits for another
-    to finish a run.
+    Tasks that take turns at the steps of one stream each read all row groups of the window. Several streams divide each
+    step as ranks do: each reads its own row groups, and none waits for another.
     """
     rows = share.rows
     spec = sample_spec(data, manifest, split=data.train_split, training=True)
@@ -233,25 +228,14 @@ def _train_works(data: DataConfig, manifest: Manifest, plan: SamplePlan | Mixtur
     ):
         streams = max(count for count in range(1, data.tasks + 1) if rows % count == 0)
     batch = share.micro_batch if streams == 1 else rows // streams
-    return [
-        _work(
-            data,
-            manifest,
-            plan,
-            rank=share.rank * streams + number,
-            world=share.world * streams,
-            seed=share.seed,
-            batch=batch,
-            rows=rows // streams,
-        )
-        for number in range(streams)
-    ]
+    same: dict[str, Any] = {"world": share.world * streams, "seed": share.seed, "batch": batch, "rows": rows // streams}
+    return [rank_work(data, manifest, plan, rank=share.rank * streams + number, **same) for number in range(streams)]
 
 
 def _side_by_side(
-    data: DataConfig, manifest: Manifest, works: list[Work], share: TrainShare, device: "torch.device | str"
+    data: DataConfig, manifest: Manifest, works: list[RankWork], share: TrainShare, device: "torch.device | str"
 ) -> "Checkable":
-    """Micro-batches of steps whose parts several streams produce, one task at a time each."""
+    """Yield micro-batches of steps whose parts come from several streams, with one task at a time each."""
     from pipelines.feed.stream import RayBatches, steps_of
 
     streams, waiting = [], data.prefetch_bytes // len(works)
@@ -282,10 +266,10 @@ class EvalShare:
     """What one rank evaluates on.
 
     Attributes:
-        split: of the data.
+        split: its name.
         batch: samples of a batch on one rank.
-        rank, world: whose part, of how many.
-        first: the batch to begin with; those before it are left out.
+        rank, world: the rank, and the number of ranks.
+        first: the first batch; earlier ones are skipped.
     """
 
     split: str
@@ -302,10 +286,10 @@ def eval_batches(
     device: "torch.device | str",
     quarantine: Quarantine | None = None,
 ) -> "Generator[Batch, None, None]":
-    """One rank's batches of a split, once, in order, unaugmented; the same number on each rank.
+    """Yield one rank's batches of a split, once, in order, without augmentation; the same number on each rank.
 
-    The ragged end is padded with rows whose `valid` is False and whose `sample_id` is -1. A bad sample is such a row
-    too, with its own id, since a replacement would be counted twice.
+    The last batches are padded with rows of `valid` False and `sample_id` -1. A bad sample is such a row, too, with its
+    own id, since a replacement would be counted twice.
     """
     work, runs, samples = _eval_work(data, manifest, share)
     yield from _checked(
@@ -316,15 +300,15 @@ def eval_batches(
 def eval_outcomes(
     data: DataConfig, manifest: Manifest, share: EvalShare, execute: "Execute", quarantine: Quarantine
 ) -> Iterator[Any]:
-    """What an executor of the caller's makes of each batch of `eval_batches`, in order, while bad samples are counted.
+    """Yield what the caller's executor makes of each batch of `eval_batches`, in order; bad samples are counted.
 
     Args:
         data: the recipe's data section.
         manifest: see `load_data`.
         share: which batches.
-        execute: given the work, its runs and the limits of the data tasks, yields for each batch the outcome, the
-            number of its rows and their problem lines.
-        quarantine: gets the bad samples met.
+        execute: takes the work, its runs and the limits of the data tasks; yields (outcome, rows, problem lines) of
+            each batch.
+        quarantine: collects the bad samples.
     """
     work, runs, samples = _eval_work(data, manifest, share)
     for outcome, rows, lines in execute(work, list(runs), _ray_options(data, work)):
@@ -332,30 +316,32 @@ def eval_outcomes(
         yield outcome
 
 
-def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[Work, Iterator["Run"], int]:
-    """The work of an evaluation, its runs of batches, and the rank's samples."""
+def _eval_work(data: DataConfig, manifest: Manifest, share: EvalShare) -> tuple[RankWork, Iterator["Run"], int]:
+    """Return the work of an evaluation, its runs of batches, and the number of the rank's samples."""
     plan = EvalPlan(manifest.split(share.split).samples, share.batch)
-    work = _work(data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split)
+    work = rank_work(
+        data, manifest, plan, rank=share.rank, world=share.world, seed=0, batch=share.batch, split=share.split
+    )
     runs = plan.runs(share.first, plan.batches(share.world), _run_steps(data, work, _turn_samples(data, work)))
     return work, runs, math.ceil(plan.samples / share.world)
 
 
-def _run_steps(data: DataConfig, work: Work, samples: int, reads: int = 1) -> int:
-    """Steps of a run: as many as a task's samples and `reads` times the bytes of one allow, at least one."""
+def _run_steps(data: DataConfig, work: RankWork, samples: int, reads: int = 1) -> int:
+    """Return the steps of a run: as many as `samples` and `reads` times `data.run_bytes` allow, at least one."""
     return max(1, int(min(reads * data.run_bytes / work.stored_bytes, samples)) // work.rows_per_step)
 
 
-def _turn_samples(data: DataConfig, work: Work) -> int:
-    """Samples of a run, where tasks take turns: few enough that those of all tasks can wait."""
+def _turn_samples(data: DataConfig, work: RankWork) -> int:
+    """Return the samples of a run where tasks take turns: few enough that those of all tasks can wait."""
     return min(data.run_samples, _waiting_rows(data, work.spec))
 
 
 def _waiting_rows(data: DataConfig, spec: SampleSpec) -> int:
-    """Rows of a task, so that those of all tasks can wait decoded until it is their turn."""
+    """Return how many decoded rows each task may let wait."""
     return max(1, data.prefetch_bytes // (data.tasks + 1) // spec.row_bytes)
 
 
-def _work(
+def rank_work(
     data: DataConfig,
     manifest: Manifest,
     plan: Plan,
@@ -366,31 +352,26 @@ def _work(
     batch: int,
     split: str | None = None,
     rows: int | None = None,
-) -> Work:
+) -> RankWork:
+    """Return the work of one rank on a split, by default the training split."""
     name = split or data.train_split
     found = manifest.split(name)
     spec = sample_spec(data, manifest, split=name, training=split is None)
-    reader = Reader.of(
-        data.url,
-        manifest,
-        found,
-        data.storage_options,
-        policy=data.read,
-        cache_bytes=data.cache_bytes,
-        decoded_bytes=spec.row_bytes if spec.keep_decoded else 0,
-    )
+    kept = spec.row_bytes if spec.keep_decoded else 0
+    limits = {"policy": data.read, "cache_bytes": data.cache_bytes, "decoded_bytes": kept}
+    reader = Reader.of(data.url, manifest, found, data.storage_options, **limits)
     chunk = _chunk(spec, batch, _waiting_rows(data, spec) * spec.row_bytes)
-    return Work(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk, rows)
+    return RankWork(uuid.uuid4().hex, name, reader, plan, rank, world, seed, spec, chunk, rows)
 
 
 def _chunk(spec: SampleSpec, batch: int, waiting: int) -> int:
-    """Rows of a block of whole batches, from a task that may let so many bytes wait."""
+    """Return the rows of a block of whole batches, given the bytes that a task may let wait."""
     size = max(LEAST_BLOCK_BYTES, min(BLOCK_BYTES, waiting * 3 // 8))
     return batch * max(1, round(size / spec.row_bytes / batch))
 
 
 def _execute(
-    data: DataConfig, work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
+    data: DataConfig, work: RankWork, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str"
 ) -> "Checkable":
     if data.executor == "inline":
         return _inline(work, runs, batch, device)
@@ -399,23 +380,16 @@ def _execute(
     return iter(RayBatches(work, runs, batch, device, _ray_options(data, work)))
 
 
-def _ray_options(data: DataConfig, work: Work) -> "RayOptions":
+def _ray_options(data: DataConfig, work: RankWork) -> "RayOptions":
     from pipelines.feed.stream import RayOptions
 
-    # A block holds whole batches, so that a batch need not be put together from parts.
-    return RayOptions(
-        data.cpus_per_task,
-        data.tasks,
-        data.prefetch_batches,
-        data.prefetch_bytes,
-        work.chunk * work.spec.row_bytes,
-        data.task_memory,
-        data.task_labels,
-    )
+    block = work.chunk * work.spec.row_bytes  # whole batches, so that none is put together from parts
+    limits = (data.cpus_per_task, data.tasks, data.prefetch_batches, data.prefetch_bytes)
+    return RayOptions(*limits, block, data.task_memory, data.task_labels)
 
 
-def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str") -> "Checkable":
-    """The same rows without Ray, in this process, one run after the other."""
+def _inline(work: RankWork, runs: Iterator[tuple[int, int]], batch: int, device: "torch.device | str") -> "Checkable":
+    """Yield the same rows without Ray, in this process, one run after the other."""
     import torch
 
     for start, stop in runs:
@@ -430,17 +404,17 @@ def _inline(work: Work, runs: Iterator[tuple[int, int]], batch: int, device: "to
 
 
 def _checked(
-    batches: "Checkable", work: Work, epoch_share: int, quarantine: Quarantine
+    batches: "Checkable", work: RankWork, epoch_share: int, quarantine: Quarantine
 ) -> "Generator[Batch, None, None]":
-    """Pass batches on while bad samples are counted."""
+    """Yield the batches; count their bad samples."""
     with contextlib.closing(batches):
         for batch, lines in batches:
             _count(lines, len(batch["sample_id"]), work, epoch_share, quarantine)
             yield batch
 
 
-def _count(lines: list[str], rows: int, work: Work, epoch_share: int, quarantine: Quarantine) -> None:
-    """Count the bad samples of a batch of so many rows."""
+def _count(lines: list[str], rows: int, work: RankWork, epoch_share: int, quarantine: Quarantine) -> None:
+    """Count the bad samples of a batch of `rows` rows."""
     problems = [
         Problem(work.split_of(int(number)), int(number), key, reason)
         for line in lines

@@ -1,4 +1,4 @@
-"""From planned sample ids to decoded, augmented arrays: the work of one data task, without Ray and torch."""
+"""From planned sample ids to decoded, augmented arrays: the work of a data task, without Ray and torch."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from numpy.random import PCG64DXSM, Generator
 from numpy.typing import NDArray
 
 from pipelines.features import Feature
-from pipelines.features.base import Random, Shapes, ViewConfig
+from pipelines.features.base import RngFactory, Shapes, ViewConfig
 from pipelines.order.mixture import MixturePlan
 from pipelines.order.permutation import keys
 from pipelines.order.plan import EvalPlan, SamplePlan
@@ -27,11 +27,11 @@ Groups = dict[tuple[int, int], RowGroup]
 Plan = SamplePlan | MixturePlan | EvalPlan
 
 NICENESS = 10
-"""What a data task adds to its own; on a cluster Ray starts its processes with 15 already, and 19 is the most."""
+"""Added to the niceness of a data task; on a cluster Ray starts its processes with 15, and 19 is the maximum."""
 SUBSTITUTES = 8
-"""Row groups that are tried in place of one without a usable sample."""
+"""Other row groups that are tried if one has no usable sample."""
 PROBLEM = "problem"
-"""The column that carries quarantined samples: empty, or `id<TAB>key<TAB>reason` lines, beside the row they concern."""
+"""The column of quarantined samples: empty, or lines `id<TAB>key<TAB>reason` about the row's sample."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class SampleSpec:
     """How stored samples become rows of a batch.
 
     Attributes:
-        features: what a sample consists of, by name.
-        view: how it is shown.
+        features: the parts of a sample, by name.
+        view: how they are shown.
         classes: number of classes.
-        training: random views and replacements of bad samples, or neither.
+        training: whether views are random and bad samples are replaced.
         keep_decoded: whether decoded samples stay in the process's cache.
     """
 
@@ -53,10 +53,10 @@ class SampleSpec:
     keep_decoded: bool
 
     def shapes(self) -> Shapes:
-        """Shape (without the batch) and type of each key of a batch.
+        """Return the shape (without the batch axis) and type of each key of a batch.
 
         Raises:
-            UserError: the view leaves something open.
+            UserError: the view does not set the size of images that differ in size.
         """
         axes = self.view.clip.axes(self.training)
         return {
@@ -67,22 +67,22 @@ class SampleSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Size of one row of a batch."""
+        """Return the bytes of one row of a batch."""
         return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.shapes().values())
 
 
 @dataclass(frozen=True)
-class Work:
+class RankWork:
     """All that a data task needs to produce one rank's rows of any steps.
 
     Attributes:
-        token: identifies this object in the processes that get copies of it.
+        token: identifies this object in the processes that receive copies of it.
         split: name of the split, for the quarantine.
-        plan: which samples.
-        rank, world: whose.
+        plan: the order of the samples.
+        rank, world: the rank, and the number of ranks.
         seed: of the augmentation.
-        chunk: rows to hand over at a time.
-        rows_wanted: rows of each step, padding included; None: those of the rank with most samples.
+        chunk: rows to return at a time.
+        rows_wanted: rows of each step, padding included; None: as many as the rank with most samples has.
     """
 
     token: str
@@ -98,23 +98,23 @@ class Work:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of this rank in each step."""
+        """Return the rows of this rank in each step."""
         return self.plan.share(0, 1, self.rank, self.world, self.rows_wanted).ids.size
 
     @property
     def stored_bytes(self) -> float:
-        """Mean size of a stored sample."""
+        """Return the mean bytes of a stored sample."""
         return sum(sum(files.sizes) for files in self.reader.files) / self.reader.groups.samples
 
     def split_of(self, sample_id: int) -> str:
-        """Name of the split for the quarantine; in a mixture also which data set the sample belongs to."""
+        """Return the split for the quarantine; in a mixture also the data set that the sample belongs to."""
         if len(self.reader.files) == 1:
             return self.split
         shard = self.reader.locate(np.array([sample_id]))[0][0]
         return f"{self.split} of {self.reader.folder(shard)}"
 
     def rows(self, start: int, stop: int) -> Iterator[Arrays]:
-        """The rows of the steps [start, stop), in order, as arrays of `chunk` rows; the last may have fewer.
+        """Yield the rows of the steps [start, stop), in order, as arrays of `chunk` rows; the last may have fewer.
 
         The row groups of a window are read while the rows of the one before are decoded.
 
@@ -132,7 +132,7 @@ class Work:
                     out, filled = self._empty(min(self.chunk, left)), 0
 
     def _windows(self, spans: Sequence[tuple[int, int]]) -> "Iterator[_Read]":
-        """What is read of each span of steps, the next one's row groups ahead if the cache has room for them."""
+        """Yield what is read for each span of steps; the next span is read ahead if the cache has room for it."""
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
             ahead: Future[_Read] | None = None
             for number, span in enumerate(spans):
@@ -143,31 +143,26 @@ class Work:
                 yield read
 
     def _stored_bytes(self, span: tuple[int, int]) -> float:
-        """Stored size of this rank's rows of some steps, about."""
+        """Return the approximate stored bytes of this rank's rows of some steps."""
         return (span[1] - span[0]) * self.rows_per_step * self.stored_bytes
 
     def _read(self, start: int, stop: int) -> "_Read":
-        """Ids, epochs and places of the rows of the steps, and the row groups that hold them."""
+        """Read the row groups of some steps; return them with the ids, epochs and addresses of the rows."""
         planned = self.plan.share(start, stop, self.rank, self.world, self.rows_wanted)
         ids, epochs = planned.ids.ravel(), planned.epochs.ravel()
         places = self.reader.locate(np.maximum(ids, 0))
         wanted = {place[:2] for place, number in zip(places, ids.tolist(), strict=True) if number >= 0}
-        return _Read(
-            ids.tolist(),
-            epochs.tolist(),
-            sample_streams(self.seed, epochs, ids),
-            places,
-            self.reader.row_groups(wanted),
-        )
+        streams = sample_streams(self.seed, epochs, ids)
+        return _Read(ids.tolist(), epochs.tolist(), streams, places, self.reader.row_groups(wanted))
 
     def _empty(self, rows: int) -> Arrays:
-        """Arrays of so many rows, of which those of features hold anything."""
+        """Return uninitialised arrays of `rows` rows."""
         out: Arrays = {name: np.empty((rows, *shape), kind) for name, (shape, kind) in self.spec.shapes().items()}
         problems = np.full(rows, "", dtype=object)
         return out | {"sample_id": np.empty(rows, np.int64), "valid": np.empty(rows, bool), PROBLEM: problems}
 
     def _fill(self, out: Arrays, row: int, read: "_Read", number: int) -> None:
-        """Put what a planned sample gives into a row; zeros if it gives nothing."""
+        """Decode a planned sample into a row; zeros if it cannot be used."""
         found = self._usable(read, number) if read.ids[number] >= 0 else PADDING
         out["sample_id"][row] = found.sample_id
         out["valid"][row] = found.values is not None
@@ -177,7 +172,7 @@ class Work:
             out[name][row] = value
 
     def _usable(self, read: "_Read", planned: int) -> "_Found":
-        """The sample, or in training another one that takes its place, the same on every rank and at every try.
+        """Return the sample, or in training its replacement, which is the same on every rank and at every attempt.
 
         In evaluation a bad sample is left out, since another one would be counted twice.
         """
@@ -189,7 +184,7 @@ class Work:
                 if found.error:
                     raise BadSample(found.error)
                 stream = read.streams[planned] if number == sample_id else sample_stream(self.seed, epoch, number)
-                return _Found(make_sample(self.spec, found, row, _Draws(stream)), number, "\n".join(problems))
+                return _Found(make_sample(self.spec, found, row, SampleRng(stream)), number, "\n".join(problems))
             except BadSample as error:
                 key = self.reader.row_key(shard, group, row) if found.error else found.value("key", row)
                 problems.append(f"{number}\t{key}\t{error}".replace("\n", " "))
@@ -198,9 +193,9 @@ class Work:
     def _candidates(
         self, groups: Groups, place: RowAddress, sample_id: int, epoch: int
     ) -> Iterator[tuple[int, RowAddress]]:
-        """The sample itself; in training then the others of its row group, and those of row groups drawn at random.
+        """Yield the sample itself, then, in training, the others of its row group and of row groups drawn at random.
 
-        All samples of a lost row group are sent to the same other one, so that it costs one more read.
+        All samples of a lost row group move to the same other one, which costs one more read.
         """
         yield sample_id, place
         if not self.spec.training:
@@ -222,17 +217,17 @@ class Work:
 
 
 def _after(row: int, rows: int) -> Iterator[int]:
-    """The rows of a group after this one, round to the one before it."""
+    """Yield the rows of a group after this one, wrapping around to the one before it."""
     return ((row + offset) % rows for offset in range(1, rows))
 
 
-_WORK: dict[str, Work] = {}
-"""The work this process has seen: each task gets a new copy, and the plan keeps tables by identity."""
+_SEEN: dict[str, RankWork] = {}
+"""The first copy of each work in this process: each task receives a new one, and the plan caches tables by identity."""
 
 
-def produce(batch: Any, work: Work) -> Iterator[Arrays]:
-    """The function of a data task: runs of steps in (columns `start` and `stop`), their rows out, a chunk at a time."""
-    work = _WORK.setdefault(work.token, work)
+def produce(batch: Any, work: RankWork) -> Iterator[Arrays]:
+    """Yield the rows of some runs of steps (columns `start` and `stop`), a chunk at a time: the body of a data task."""
+    work = _SEEN.setdefault(work.token, work)
     _step_back()
     for start, stop in zip(batch["start"], batch["stop"], strict=True):
         yield from work.rows(int(start), int(stop))
@@ -240,7 +235,7 @@ def produce(batch: Any, work: Work) -> Iterator[Arrays]:
 
 @functools.cache
 def _step_back() -> None:
-    """Leave the cores to the training workers first: they wait for each other, so none may wait for a data task."""
+    """Lower this process's priority: training workers wait for each other, so none may wait for a data task."""
     os.nice(NICENESS)
 
 
@@ -262,7 +257,7 @@ PADDING = _Found(None, -1, "")
 
 
 class _Streams(threading.local):
-    """One generator a thread, set anew for each sample, since making one takes ten times as long.
+    """One generator per thread, whose state is set for each sample, since making one takes ten times as long.
 
     PCG64DXSM, since Philox takes a quarter longer where a sample draws thousands of numbers, as point clouds do.
     """
@@ -272,7 +267,7 @@ class _Streams(threading.local):
         self.generator, self.state = Generator(self.bits), self.bits.state
 
     def begin(self, stream: int) -> Generator:
-        """The generator at this place of its period, which is of 2**128 numbers."""
+        """Return the generator at this place of its period of 2**128 numbers."""
         self.state["state"]["state"] = stream
         self.bits.state = self.state
         return self.generator
@@ -282,24 +277,19 @@ _STREAMS = _Streams()
 
 
 def sample_streams(seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> list[int]:
-    """Where the random numbers of samples in their epochs begin in the generator's period."""
+    """Return where the random numbers of samples in their epochs begin in the generator's period."""
     kinds, places = np.unique(epochs, return_inverse=True)
     high = keys(np.array([keys(seed, 5, epoch) for epoch in kinds])[places] ^ ids.astype(np.uint64))
     return [first << 64 | second for first, second in zip(high.tolist(), keys(high).tolist(), strict=True)]
 
 
 def sample_stream(seed: int, epoch: int, sample_id: int) -> int:
-    """`sample_streams` of one sample."""
+    """Return `sample_streams` of one sample."""
     return sample_streams(seed, np.array([epoch]), np.array([sample_id]))[0]
 
 
-def sample_rng(seed: int, epoch: int, sample_id: int) -> Generator:
-    """The generator of all randomness of one sample in one epoch; good until the thread's next call."""
-    return _STREAMS.begin(sample_stream(seed, epoch, sample_id))
-
-
-class _Draws:
-    """A sample's generator: begun when it is first asked for."""
+class SampleRng:
+    """Start a sample's generator at the first call; it is valid until another sample's is started in the thread."""
 
     __slots__ = ("_generator", "_stream")
 
@@ -316,22 +306,12 @@ class _Draws:
 def _stored(group: RowGroup, name: str, row: int) -> Any:
     try:
         return group.value(name, row)
-    except UnicodeDecodeError as error:  # Files that were indexed may hold anything in a column of strings.
+    except UnicodeDecodeError as error:  # A column of strings in an indexed file may contain anything.
         raise BadSample(f"invalid UTF-8: {error.reason}") from error
 
 
-def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: Random) -> dict[str, Any]:
-    """Decode one row and take its view.
-
-    Args:
-        spec: how.
-        group: the row group.
-        row: which row of it.
-        rng: gives the sample's generator.
-
-    Raises:
-        BadSample: it is damaged.
-    """
+def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: RngFactory) -> dict[str, Any]:
+    """Decode one row of a group and return its view by key; raise `BadSample` if it is damaged."""
     values: dict[str, Any] = {}
     for name, feature in spec.features.items():
         decoded = group.decoded.get((name, row))

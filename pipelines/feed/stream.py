@@ -1,6 +1,6 @@
-"""Executing work on Ray Data: runs of steps become batches of tensors, in order, without a stall at any boundary.
+"""Execution on Ray Data: runs of steps become batches of tensors, in order, without a stall at any boundary.
 
-Imported only where batches are consumed; the data tasks do without this module, and without torch unless they resize.
+Imported only where batches are consumed: data tasks need neither this module nor, unless they resize, torch.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from ray.data.util.torch_utils import arrow_batch_to_tensors
 from ray.exceptions import RayTaskError
 
 from perceiver.config import UserError
-from pipelines.feed.samples import PROBLEM, Work, produce
+from pipelines.feed.samples import PROBLEM, RankWork, produce
 
-SEGMENT = 64
-"""Runs that one Ray Dataset covers. The next one is started before the last ends, so the list stays short for ever."""
+RUNS_PER_DATASET = 64
+"""Runs of one Ray Dataset. The next Dataset starts before the last one ends."""
 
 Run = tuple[int, int]
 """Steps [start, stop)."""
@@ -34,14 +34,14 @@ Lines = queue.SimpleQueue[str]
 
 @dataclass(frozen=True)
 class RayOptions:
-    """What the executor may use for one worker.
+    """Limits of the data tasks of one worker.
 
     Attributes:
-        cpus_per_task: share of a CPU that a data task reserves.
+        cpus_per_task: CPUs that a data task reserves.
         tasks: data tasks at a time.
         prefetch_batches: batches ahead of the consumer, in whole blocks.
         bytes_in_flight: limit of decoded bytes that wait in the object store.
-        block_bytes: size of the blocks a task hands over.
+        block_bytes: size of the blocks that a task returns.
         task_memory: bytes of memory that a data task reserves; 0 for none.
         labels: of the nodes that data tasks may run on; empty for any.
     """
@@ -56,7 +56,7 @@ class RayOptions:
 
 
 class Collate(ArrowBatchCollateFn):
-    """Arrow rows to contiguous tensors. Problem lines go to a queue, since tensors cannot carry them."""
+    """Convert Arrow rows to contiguous tensors. Problem lines go to a queue, since tensors have no strings."""
 
     def __init__(self, problems: Lines) -> None:
         self.problems = problems
@@ -69,12 +69,12 @@ class Collate(ArrowBatchCollateFn):
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
-class _Segment:
-    """The batches of one Dataset, which has begun: the first one is there.
+class _RunningDataset:
+    """The batches of a Dataset that has started: the constructor waits for the first one.
 
     Args:
-        batches: what Ray iterates; `close` ends the Dataset's execution.
-        count: how many there are.
+        batches: Ray's iterator; its `close` ends the Dataset's execution.
+        count: number of batches.
     """
 
     def __init__(self, batches: Generator[Tensors, None, None], count: int) -> None:
@@ -86,14 +86,14 @@ class _Segment:
         yield from self.batches
 
     def close(self) -> None:
-        """End the execution, wherever it is."""
+        """End the execution."""
         self.batches.close()
 
 
 def cut(blocks: Generator[Tensors, None, None], rows: int) -> Generator[Tensors, None, None]:
-    """Batches of so many rows from blocks of any size: parts of a block, not copied where it holds whole batches.
+    """Yield batches of `rows` rows from blocks of any size; whole batches in a block are views, not copies.
 
-    Ray hands blocks over whole: cut by Ray, each batch would pass by itself through all that a block passes through.
+    If Ray cut the blocks, each batch would pass on its own through all stages that a block passes through.
     """
     with contextlib.closing(blocks):
         rest: Tensors = {}
@@ -110,7 +110,7 @@ def cut(blocks: Generator[Tensors, None, None], rows: int) -> Generator[Tensors,
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise a mistake of the user's that a task met as one line, without its trace and the advice that Ray adds."""
+    """Raise a `UserError` that a task raised as one line, without its traceback and Ray's advice."""
     try:
         yield
     except RayTaskError as error:
@@ -120,18 +120,18 @@ def plain_errors() -> Iterator[None]:
 
 
 class RayBatches:
-    """One worker's batches: an iterator over (tensors, problem lines met on the way).
+    """One worker's batches: an iterator over (tensors, problem lines).
 
     Args:
         work: what to produce; the rows of a step must be a multiple of `batch_size`.
         runs: consecutive steps, taken as needed.
         batch_size: rows of a batch.
-        device: where the tensors go.
+        device: of the tensors.
         options: limits.
     """
 
     def __init__(
-        self, work: Work, runs: Iterator[Run], batch_size: int, device: torch.device | str, options: RayOptions
+        self, work: RankWork, runs: Iterator[Run], batch_size: int, device: torch.device | str, options: RayOptions
     ) -> None:
         self.work, self.runs, self.batch_size, self.device, self.options = work, runs, batch_size, device, options
         self.problems: Lines = queue.SimpleQueue()
@@ -143,7 +143,7 @@ class RayBatches:
             try:
                 while (segment := ahead.result()) is not None:
                     for number, batch in enumerate(segment):
-                        # Half a segment is time enough to start the next one, however long a run takes.
+                        # Half a Dataset is enough time to start the next one, however long a run takes.
                         if number == segment.count // 2:
                             ahead = starter.submit(self._begin)
                         yield batch, self._met()
@@ -158,9 +158,9 @@ class RayBatches:
             lines.append(self.problems.get())
         return lines
 
-    def _begin(self) -> _Segment | None:
+    def _begin(self) -> _RunningDataset | None:
         """Start the Dataset of the next runs and wait for its first batch; None if no runs are left."""
-        runs = list(itertools.islice(self.runs, SEGMENT))
+        runs = list(itertools.islice(self.runs, RUNS_PER_DATASET))
         if not runs:
             return None
         dataset = make_dataset(self.work, runs, self.options)
@@ -171,11 +171,11 @@ class RayBatches:
             )
         )
         rows = sum(stop - start for start, stop in runs) * self.work.rows_per_step
-        return _Segment(cut(blocks, self.batch_size), rows // self.batch_size)
+        return _RunningDataset(cut(blocks, self.batch_size), rows // self.batch_size)
 
 
 def steps_of(streams: Sequence[RayBatches], micro_batch: int) -> Generator[tuple[Tensors, list[str]], None, None]:
-    """Micro-batches of steps, each step's rows put together from the streams, whose batches are its parts in order.
+    """Yield micro-batches of steps. The streams' batches are the parts of a step, in order.
 
     Problem lines come with a step's first micro-batch.
     """
@@ -192,8 +192,8 @@ def steps_of(streams: Sequence[RayBatches], micro_batch: int) -> Generator[tuple
                 lines = []
 
 
-def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
-    """The lazy Ray Dataset of some runs: one small input block and one task each, outputs in order."""
+def make_dataset(work: RankWork, runs: list[Run], options: RayOptions) -> ray.data.Dataset:
+    """Return the lazy Ray Dataset of some runs: one small input block and one task per run, outputs in order."""
     _quiet()
     dataset = ray.data.from_items(
         [{"start": start, "stop": stop} for start, stop in runs], override_num_blocks=len(runs)
@@ -221,5 +221,5 @@ def make_dataset(work: Work, runs: list[Run], options: RayOptions) -> ray.data.D
 
 
 def _quiet() -> None:
-    """Keep Ray Data's notes on each Dataset off the terminal; its warnings stay."""
+    """Keep Ray Data's messages on each Dataset off the terminal; its warnings stay."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)

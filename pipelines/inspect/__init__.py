@@ -1,1 +1,1 @@
-"""`perceiver inspect`: what a prepared folder contains and whether it is sound. It changes nothing."""
+"""`perceiver inspect`: reports on a prepared folder and on damage in it. Nothing here writes to the folder."""

@@ -1,4 +1,4 @@
-"""Looking into a prepared folder: what it holds, whether it is whole, which samples are damaged or doubled."""
+"""Inspection of a prepared folder: content, integrity, damaged and duplicate samples."""
 
 import hashlib
 from collections import Counter
@@ -27,9 +27,9 @@ from pipelines.transforms import BadSample
 LOOK = ViewConfig.model_validate(
     {"audio": {"rate": 8000, "samples": 8000}, "video": {"size": [64, 64]}, "clip": {"eval_clips": 4}}
 )
-"""Recordings are decoded at four places, a second of sound each."""
+"""Recordings are decoded at four places, one second of sound each."""
 LISTED = 20
-"""Damaged samples and doubles that are named; all are counted."""
+"""Damaged and duplicate samples that are named; all are counted."""
 BLOCK = 8 << 20
 BINS = 24
 
@@ -37,16 +37,16 @@ Progress = Callable[[str], None]
 
 
 class Spread(Config):
-    """How a quantity is spread over the samples."""
+    """The distribution of a quantity over the samples."""
 
     least: float = Field(description="smallest")
     median: float = Field(description="half are below")
     most: float = Field(description="largest")
-    bins: list[int] = Field(description="how many lie in each of up to 24 equal parts of that range")
+    bins: list[int] = Field(description="counts of up to 24 equal parts of that range")
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread | None":
-        """The spread of these values; None if there are none."""
+        """Return the spread of these values; None if there are none."""
         found = np.fromiter(values, np.float64)
         if not found.size:
             return None
@@ -55,7 +55,7 @@ class Spread(Config):
 
 
 class SplitReport(Config):
-    """What is known of one split. Lists of samples hold the first ones only; the counts are complete."""
+    """Facts about one split. Lists of samples contain the first ones only; counts are complete."""
 
     samples: int = Field(description="rows")
     shards: int = Field(description="files")
@@ -63,28 +63,28 @@ class SplitReport(Config):
     classes: dict[str, int] = Field(description="samples of each class, all classes of the manifest")
     sizes: dict[str, Spread] = Field(description="stored bytes, pixels, seconds, points, characters, ... of a sample")
     unreadable: int = Field(description="samples that training would quarantine")
-    reasons: dict[str, int] = Field(description="why, with the number of samples, commonest first")
+    reasons: dict[str, int] = Field(description="samples by reason, the most frequent first")
     unreadable_samples: list[str] = Field(description="their keys and the reasons")
-    doubles: int = Field(description="samples with the same content as one before them, in this split or another")
+    doubles: int = Field(description="samples with the same content as an earlier one, in any split")
     double_samples: list[str] = Field(description="their keys, and the keys they repeat")
 
 
 class Inspection(Config):
-    """What `inspect` found."""
+    """The result of `inspect`."""
 
     url: str = Field(description="the folder")
     name: str = Field(description="of the data set")
-    features: dict[str, Any] = Field(description="what a sample consists of")
+    features: dict[str, Any] = Field(description="the parts of a sample")
     licence: str = Field(description="terms of use")
     source: str = Field(description="origin")
     splits: dict[str, SplitReport] = Field(description="the parts")
     rejected: int = Field(description="raw items that `prepare` left out")
-    rejected_items: list[str] = Field(description="where the first of them came from, and why")
-    faults: list[str] = Field(description="what is wrong with the files: missing, changed, of another schema")
+    rejected_items: list[str] = Field(description="the first of them, with the reasons")
+    faults: list[str] = Field(description="files that are missing, changed or of another schema")
 
     @property
     def sound(self) -> bool:
-        """Whether all files are as the manifest says and all samples can be read."""
+        """Return whether all files match the manifest and all samples can be read."""
         return not self.faults and not any(split.unreadable for split in self.splits.values())
 
 
@@ -101,14 +101,14 @@ def inspect(
     Args:
         url: path or fsspec URL.
         verify: read every file and compare its checksum, rows and schema with the manifest.
-        samples: decode every sample, which gives class balance, sizes, doubles and unreadable ones.
+        samples: decode every sample, for class balance, sizes, duplicates and unreadable samples.
         options: storage options.
         progress: called with the name of each shard before it is read.
 
-    Memory: some 300 bytes a sample while looking for doubles, plus one row group.
+    Memory: about 300 bytes per sample for the search for duplicates, plus one row group.
 
     Raises:
-        UserError: the folder has no manifest that can be read.
+        UserError: the folder has no readable manifest.
     """
     manifest = load_manifest(url, options)
     folder = open_folder(url, options)
@@ -146,7 +146,7 @@ def inspect(
 
 
 def _rejected(folder: Folder) -> list[str]:
-    """The first raw items that `prepare` listed as unreadable."""
+    """Return the first raw items that `prepare` listed as unreadable."""
     with folder.fs.open(folder.file(QUARANTINE), "rb") as stream:
         rows = pq.read_table(stream).slice(0, LISTED).to_pylist()
     return [f"{row['split']}: {row['key']}: {row['reason']}" for row in rows]
@@ -155,18 +155,17 @@ def _rejected(folder: Folder) -> list[str]:
 def shard_fault(
     url: str, manifest: Manifest, split: Split, shard: ShardInfo, options: Mapping[str, str] | None, *, whole: bool
 ) -> str:
-    """Return what is wrong with a file, or nothing: missing, other size, version, columns or number of row groups.
+    """Return the fault of a file, or "": missing, or another size, version, schema or number of row groups.
 
-    Args:
-        whole: read all of it and compare its checksum. An indexed file has none: its version in the store's listing
-            is compared in any case.
+    With `whole`, all of it is read and its checksum compared. An indexed file has no checksum: its version in the
+    store's listing is compared in any case.
     """
     folder_url, name = split_url(url, shard.name)
     folder = open_folder(folder_url, options)
     try:
         info = folder.fs.info(folder.file(name))
         if info["size"] != shard.bytes:
-            return f"{info['size']} bytes, the manifest says {shard.bytes}"
+            return f"{info['size']} bytes, wanted {shard.bytes}"
         if shard.tag and file_tag(info) != shard.tag:
             return "changed since it was indexed"
         with folder.fs.open(folder.file(name), "rb") as stream:
@@ -177,7 +176,7 @@ def shard_fault(
                 file = pq.ParquetFile(stream)
                 schema, counts, what = file.schema_arrow, (file.metadata.num_rows, shard.rows), "rows"
         if counts[0] != counts[1]:
-            return f"{counts[0]} {what}, the manifest says {counts[1]}"
+            return f"{counts[0]} {what}, wanted {counts[1]}"
         wanted = arrow_schema(manifest.features)
         if split.columns:
             for column in wanted:
@@ -186,7 +185,7 @@ def shard_fault(
         elif {column.name: column.type for column in schema} != {column.name: column.type for column in wanted}:
             return f"columns {schema.names}, wanted {wanted.names} with their types"
         if whole and shard.sha256 and (found := checksum(folder, name)) != shard.sha256:
-            return f"checksum {found[:12]}, the manifest says {shard.sha256[:12]}"
+            return f"checksum {found[:12]}, wanted {shard.sha256[:12]}"
     except FileNotFoundError:
         return "missing"
     except (pa.ArrowException, OSError, KeyError) as error:
@@ -195,7 +194,7 @@ def shard_fault(
 
 
 def checksum(folder: Folder, name: str) -> str:
-    """SHA-256 of a file, read in blocks."""
+    """Return the SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with folder.fs.open(folder.file(name), "rb", block_size=BLOCK) as stream:
         while block := stream.read(BLOCK):
@@ -204,7 +203,7 @@ def checksum(folder: Folder, name: str) -> str:
 
 
 def stored_row(group: RowGroup, row: int) -> dict[str, Any]:
-    """Return a row as Python values; a string that is not UTF-8 as its bytes, which no text feature takes."""
+    """Return a row as Python values; a string that is not UTF-8 as its bytes, which text features refuse."""
     found: dict[str, Any] = {}
     for name in group.columns:
         try:
@@ -217,7 +216,7 @@ def stored_row(group: RowGroup, row: int) -> dict[str, Any]:
 
 @dataclass
 class _Tally:
-    """Counts of one split while its samples pass by."""
+    """Running counts of one split."""
 
     labels: Counter[int] = field(default_factory=Counter)
     sizes: dict[str, list[float]] = field(default_factory=dict)
@@ -226,7 +225,7 @@ class _Tally:
     doubles: list[str] = field(default_factory=list)
 
     def add(self, row: Mapping[str, Any], manifest: Manifest, split: str, seen: dict[bytes, str]) -> None:
-        """Count one sample; `seen` maps content hashes of all splits to places."""
+        """Count one sample; `seen` maps content hashes to the first sample of any split with that content."""
         here = f"{split}: {row['key']}"
         content = b"".join(
             value if isinstance(value, bytes) else value.encode()
@@ -240,7 +239,7 @@ class _Tally:
         try:
             for name, feature in manifest.features.items():
                 decoded = feature.decode(row[name], LOOK, len(manifest.classes))
-                if feature.clips:  # Only the header of a recording was read so far.
+                if feature.clips:  # decode() reads only the header of a recording.
                     feature.show(name, decoded, LOOK, False, np.random.default_rng)
                 self._look(name, feature, decoded, row[name])
         except BadSample as error:
@@ -261,7 +260,7 @@ class _Tally:
             self.sizes.setdefault(title, []).append(value)
 
     def report(self, manifest: Manifest, samples: int, shards: int, size: int) -> SplitReport:
-        """The counts as a report."""
+        """Return the counts as a report."""
         spreads = {name: Spread.of(values) for name, values in self.sizes.items()}
         return SplitReport(
             samples=samples,
@@ -278,7 +277,7 @@ class _Tally:
 
 
 def describe(found: Inspection) -> list[str]:
-    """The report as lines for a terminal."""
+    """Return the report as lines for a terminal."""
     lines = [f"{found.url}: {found.name}", f"  licence  {found.licence}", f"  source   {found.source}"]
     lines += [
         f"  {key:<8} " + ", ".join(f"{name} {value}" for name, value in facts.items())
@@ -296,7 +295,7 @@ def describe(found: Inspection) -> list[str]:
             )
         for count, what, rows in (
             (split.unreadable, "cannot be used", split.unreadable_samples),
-            (split.doubles, "repeat another one's content", split.double_samples),
+            (split.doubles, "repeat the content of another one", split.double_samples),
         ):
             if count:
                 lines += [f"    {count} samples {what}:"] + [f"      {row}" for row in rows]

@@ -1,4 +1,4 @@
-"""The page of `perceiver inspect --html`: samples of every modality to look at, and what the inspection found."""
+"""The page of `perceiver inspect --html`: samples of every modality, and the results of the inspection."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from perceiver.report.figures import SMALL
 from perceiver.report.page import render, size, text
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.inspection import Inspection, stored_row
-from pipelines.inspect.samples import Part, show
+from pipelines.inspect.samples import CardPart, show
 from pipelines.shards.manifest import Manifest, Split, load_manifest
 from pipelines.shards.reader import Reader
 from pipelines.transforms import BadSample
@@ -23,9 +23,9 @@ def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Map
     """Write the page of an inspection.
 
     Args:
-        found: what `inspect` returned.
-        path: the file to write; its folder is made.
-        samples: how many of each split are shown, spread evenly over its order; the file grows with them.
+        found: the result of `inspect`.
+        path: the file to write; its folder is created.
+        samples: number of samples shown of each split, evenly spread; the file grows with it.
         options: storage options.
 
     Raises:
@@ -57,14 +57,12 @@ def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Map
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; give --html a file in a folder you may write to"
-        ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}; give --html a file in a writable folder") from error
     return path
 
 
 def spread_places(total: int, count: int) -> list[int]:
-    """Return at most `count` different places of 0..total-1 at even distances, the middle ones of their stretches."""
+    """Return at most `count` evenly spaced places of 0..total-1, each in the middle of its part."""
     count = min(total, count)
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
@@ -84,9 +82,9 @@ def _cards(
 
 
 def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """Return what the page shows of one stored row: its place in the split, key, labels, parts, and why it is bad."""
+    """Return the page's facts about one stored row: place in the split, key, labels, parts, and problem."""
     labels: list[str] = []
-    parts: list[Part] = []
+    parts: list[CardPart] = []
     problems = []
     for name, feature in manifest.features.items():
         try:
@@ -102,7 +100,7 @@ def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> dict[str, A
 
 
 def _card_width(manifest: Manifest) -> int:
-    """Return the least width of a card in pixels: small pictures next to each other, text and time wider."""
+    """Return the minimum width of a card in pixels: small for pictures, larger for texts and recordings."""
     features = manifest.features.values()
     if any(feature.kind in WIDE for feature in features):
         return 320

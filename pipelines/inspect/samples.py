@@ -1,4 +1,4 @@
-"""What is shown and measured of one sample, for each kind of feature."""
+"""Parts of the page and statistics of one sample, for each kind of feature."""
 
 import base64
 import io
@@ -13,30 +13,30 @@ from PIL import Image
 from perceiver.report.figures import image_uri, montage
 from perceiver.report.page import data_uri
 from pipelines.features.audio import clip
-from pipelines.transforms.audio import AudioConfig, Sound
+from pipelines.transforms.audio import AudioViewConfig, Sound
 from pipelines.transforms.decode import to_image
 from pipelines.transforms.media import Media, frames_at
 from pipelines.transforms.optical_flow import Pair
 from pipelines.transforms.points import normalised
 
 POINTS, CHARACTERS = 2048, 600
-"""Greatest number on a page: points of a cloud, characters of a text."""
+"""Most points of a cloud and characters of a text on the page."""
 HEARD_S, HEARD_RATE = 5.0, 24_000
-"""Of longer recordings, and of higher rates, what can be listened to."""
+"""Limits of the sound on the page; longer recordings are cut, higher rates resampled."""
 SPECTROGRAM_WIDTH, FLOOR_DB = 320, 80.0
-"""Pixels; what is further below the loudest is black."""
+"""Pixels, and decibels below the loudest that are black."""
 FRAMES, FRAME_HEIGHT, STRIP_WIDTH = 6, 120, 960
 PLAYABLE, PLAYED_BYTES = {"h264", "vp8", "vp9", "av1"}, 1_000_000
-"""Codecs that browsers know; larger videos are shown as frames only."""
+"""Codecs that browsers play; larger videos are shown as frames only."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One thing to look at or to listen to.
+class CardPart:
+    """A picture, strip, audio, video, points or text on the page.
 
     Attributes:
-        kind: picture, strip, audio, video, points or text: how the page shows it.
-        content: a data URI; the text itself; for points base64 of int8 x, y, z.
+        kind: one of these words.
+        content: a data URI; a text itself; for points base64 of int8 x, y, z.
         note: text below it.
     """
 
@@ -45,25 +45,19 @@ class Part:
     note: str = ""
 
 
-def show(kind: str, stored: Any, decoded: Any) -> list[Part]:
-    """Return what the page shows of a feature; nothing for labels, which are written.
-
-    Args:
-        kind: of the feature.
-        stored: its value in the shard.
-        decoded: what it was decoded to.
-    """
+def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
+    """Return the parts that show a feature's value, stored and decoded; none for labels, which are written."""
     match kind:
         case "image":
-            return [Part("picture", image_uri(to_image(decoded)), f"{decoded.shape[1]} × {decoded.shape[0]}")]
+            return [CardPart("picture", image_uri(to_image(decoded)), f"{decoded.shape[1]} × {decoded.shape[0]}")]
         case "text":
             cut = decoded if len(decoded) <= CHARACTERS else decoded[:CHARACTERS] + "…"
-            return [Part("text", cut, f"{len(decoded):,} characters")]
+            return [CardPart("text", cut, f"{len(decoded):,} characters")]
         case "points":
             # Spread over the stored order, in a cube of -127 to 127.
             chosen = decoded[np.linspace(0, len(decoded) - 1, min(len(decoded), POINTS)).astype(int), :3]
             coarse = np.round(127 * normalised(chosen)).astype(np.int8)
-            return [Part("points", base64.b64encode(coarse.tobytes()).decode(), f"{len(decoded):,} points")]
+            return [CardPart("points", base64.b64encode(coarse.tobytes()).decode(), f"{len(decoded):,} points")]
         case "audio":
             return _show_audio(decoded)
         case "video":
@@ -79,7 +73,7 @@ def show(kind: str, stored: Any, decoded: Any) -> list[Part]:
 
 
 def measure(kind: str, decoded: Any) -> dict[str, float]:
-    """Return name and value of what is worth a statistic; nothing for labels, which are counted."""
+    """Return the quantities of a decoded value by name; none for labels, which are counted."""
     match kind:
         case "image":
             return {"height": decoded.shape[0], "width": decoded.shape[1]}
@@ -103,18 +97,16 @@ def measure(kind: str, decoded: Any) -> dict[str, float]:
     return {}
 
 
-def _show_audio(decoded: Sound | Media) -> list[Part]:
+def _show_audio(decoded: Sound | Media) -> list[CardPart]:
     """Return spectrogram and player of the beginning."""
     seconds, rate = min(decoded.seconds, HEARD_S), min(decoded.rate, HEARD_RATE)
-    samples = clip(decoded, 0.0, AudioConfig(rate=rate, samples=max(1, round(seconds * rate))))
+    samples = clip(decoded, 0.0, AudioViewConfig(rate=rate, samples=max(1, round(seconds * rate))))
     sink = io.BytesIO()
     soundfile.write(sink, samples, rate, format="FLAC")
     note = f"{decoded.seconds:.3g} s at {decoded.rate / 1000:g} kHz, {decoded.channels} channel"
-    note += "s" * (decoded.channels > 1) + (
-        f", the first {HEARD_S:g} s of it here" if decoded.seconds > HEARD_S else ""
-    )
+    note += "s" * (decoded.channels > 1) + f", the first {HEARD_S:g} s here" * (decoded.seconds > HEARD_S)
     image = image_uri(spectrogram(samples), SPECTROGRAM_WIDTH)
-    return [Part("strip", image, note), Part("audio", data_uri(sink.getvalue(), "audio/flac"))]
+    return [CardPart("strip", image, note), CardPart("audio", data_uri(sink.getvalue(), "audio/flac"))]
 
 
 def spectrogram(samples: NDArray[np.int16], window: int = 512) -> Image.Image:
@@ -131,15 +123,15 @@ def spectrogram(samples: NDArray[np.int16], window: int = 512) -> Image.Image:
     return Image.fromarray(pixels).resize((width, window // 4), Image.Resampling.BOX)
 
 
-def _show_video(stored: Any, decoded: Media) -> list[Part]:
-    """Return frames from beginning to end, and a player for a short file that browsers know."""
+def _show_video(stored: Any, decoded: Media) -> list[CardPart]:
+    """Return frames from beginning to end, and a player for a short file that browsers play."""
     times = decoded.seconds * (np.arange(FRAMES) + 0.5) / FRAMES
     images, index = frames_at(decoded, times, to_image, 3)
     note = f"{decoded.width} × {decoded.height}, {decoded.seconds:.3g} s, {decoded.fps:.3g} frames per second"
     parts = [_strip([images[number] for number in index], note)]
     codec = decoded.container.streams.video[0].codec_context.name
     if codec in PLAYABLE and len(stored) <= PLAYED_BYTES:
-        parts.append(Part("video", data_uri(stored, "video/mp4" if stored[4:8] == b"ftyp" else "video/webm")))
+        parts.append(CardPart("video", data_uri(stored, "video/mp4" if stored[4:8] == b"ftyp" else "video/webm")))
     return parts
 
 
@@ -154,10 +146,10 @@ def flow_colours(flow: NDArray[np.float32], valid: NDArray[np.bool_]) -> Image.I
     return Image.fromarray((np.where(valid[..., None], colours, 0.5) * 255).astype(np.uint8))
 
 
-def _strip(images: list[Image.Image], note: str) -> Part:
-    """Return images side by side, all of one height."""
+def _strip(images: list[Image.Image], note: str) -> CardPart:
+    """Return images in a row, all of one height."""
     height = min(FRAME_HEIGHT, max(image.height for image in images))
-    return Part("strip", image_uri(montage([images], height, (128, 128, 128), gap=4), STRIP_WIDTH), note)
+    return CardPart("strip", image_uri(montage([images], height, (128, 128, 128), gap=4), STRIP_WIDTH), note)
 
 
 def _size(pair: Pair) -> str:

@@ -1,12 +1,12 @@
 """Mixtures: training on several data sets by weight, each in its own order and its own epochs.
 
-Which data set each position of the run draws from is a table that repeats: after any number of positions from the
-start, each data set has been drawn within one sample of its weight, so any stretch of the run is within two of it
-(within one for two data sets). The n-th draw from a data set is the n-th position of that set's own `SamplePlan`. So a
-mixture, too, gives the same global batches at any world size, and its state is the step.
+A repeating table gives the data set of each position of the run. After any number of positions from the start, each
+data set has been drawn within one sample of its weight; any other range of positions is within two (one for two data
+sets). The n-th draw from a data set is the n-th position of that set's own `SamplePlan`. So a mixture, too, has equal
+global batches at any world size, and its state is the step.
 
-An epoch of a mixture is as many samples as its data sets hold together. A data set whose weight is above its share of
-them runs through several epochs of its own meanwhile, another one through a part of one.
+An epoch of a mixture has as many samples as its data sets together. A data set whose weight is above its share of the
+samples goes through several epochs in that time, another one through part of an epoch.
 """
 
 import functools
@@ -23,13 +23,13 @@ from pydantic import Field
 from perceiver.config import Config, UserError
 from pipelines.features import Feature
 from pipelines.order.permutation import keys
-from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, padded, rank_positions
+from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, even_runs, padded, rank_positions
 from pipelines.shards.manifest import Manifest, Split
 
 LONGEST = 1 << 16
-"""Positions of the table at most; weights are rounded to so many equal parts if they need more."""
+"""Most positions of the table; weights that need more are rounded to this many equal parts."""
 VARIED = 1 << 10
-"""A shorter table is repeated up to about this length before it is varied by the seed."""
+"""A shorter table is repeated up to about this length before the seed varies it."""
 PASSES = 4
 
 
@@ -37,19 +37,13 @@ class MixturePart(Config):
     """One data set of a mixture (an item of the recipe's `data.mixture`)."""
 
     url: str = Field(description="prepared folder: a path or an fsspec URL")
-    weight: float = Field(gt=0, description="share of the training samples, beside the other weights")
+    weight: float = Field(gt=0, description="share of the training samples, relative to the other weights")
     split: str | None = Field(default=None, description="its split to train on; null: data.train_split")
 
 
 @dataclass(frozen=True)
 class SplitFolder:
-    """The shards of one split of one folder.
-
-    Attributes:
-        url: the folder.
-        split: the shards.
-        weight: in the mixture.
-    """
+    """The shards of one split of the folder at `url`, with their weight in the mixture."""
 
     url: str
     split: Split
@@ -57,18 +51,18 @@ class SplitFolder:
 
 
 class MixedSplit(Split):
-    """The training splits of several data sets; sample ids count through their shards in order."""
+    """The training splits of several data sets; sample ids run through their shards in order."""
 
     parts: tuple[Any, ...] = Field(description="the data sets (`SplitFolder`)")
 
 
 def folders_of(url: str, split: Split) -> tuple[SplitFolder, ...]:
-    """Where the shards of a split lie: in the folder itself, or, for a mixture, in several."""
+    """Return the folders of a split's shards: the folder itself, or the several of a mixture."""
     return split.parts if isinstance(split, MixedSplit) else (SplitFolder(url, split),)
 
 
-def mix(manifest: Manifest, split: str, parts: Sequence[tuple[MixturePart, Manifest]]) -> Manifest:
-    """The manifest of a mixture: that of the data set to evaluate on, with the training split exchanged.
+def mixed_manifest(manifest: Manifest, split: str, parts: Sequence[tuple[MixturePart, Manifest]]) -> Manifest:
+    """Return the manifest of a mixture: that of the data set to evaluate on, with the training split replaced.
 
     Args:
         manifest: of the data set to evaluate on; its classes and features are those of the mixture.
@@ -81,10 +75,10 @@ def mix(manifest: Manifest, split: str, parts: Sequence[tuple[MixturePart, Manif
     features = dict(manifest.features)
     for part, other in parts:
         if other.classes != manifest.classes:
+            difference = _first_difference(manifest.classes, other.classes)
             raise UserError(
-                f"data.mixture: {part.url} has other classes than the data set {manifest.name}:"
-                f" {_first_difference(manifest.classes, other.classes)}; prepare both with the same"
-                " classes"
+                f"data.mixture: {part.url} has other classes than data set {manifest.name}: {difference};"
+                " prepare both with the same classes"
             )
         features = _agreed(features, other.features, part.url, manifest.name)
     folders = tuple(SplitFolder(part.url, other.split(part.split or split), part.weight) for part, other in parts)
@@ -100,10 +94,10 @@ def _first_difference(wanted: Sequence[str], got: Sequence[str]) -> str:
 
 
 def _agreed(wanted: Mapping[str, Feature], got: Mapping[str, Feature], url: str, name: str) -> dict[str, Feature]:
-    """The features, if they are the same; images may differ in size, which then is open."""
+    """Return the features if they are the same; images may differ in size, which is then left open."""
     if wanted.keys() != got.keys():
         raise UserError(
-            f"data.mixture: {url} has the features {', '.join(got)}, the data set {name} has"
+            f"data.mixture: {url} has the features {', '.join(got)}, data set {name} has"
             f" {', '.join(wanted)}: mix data sets of the same features"
         )
     agreed = {}
@@ -113,7 +107,7 @@ def _agreed(wanted: Mapping[str, Feature], got: Mapping[str, Feature], url: str,
             feature, other = (f.model_copy(update={"size": None}) for f in (feature, other))
         if feature != other:
             raise UserError(
-                f"data.mixture: feature '{key}' of {url} is {other!r}, of the data set {name} {feature!r}:"
+                f"data.mixture: feature '{key}' of {url} is {other!r}, of data set {name} {feature!r}:"
                 " mix data sets of the same features"
             )
         agreed[key] = feature
@@ -121,12 +115,9 @@ def _agreed(wanted: Mapping[str, Feature], got: Mapping[str, Feature], url: str,
 
 
 def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights as whole numbers in the same proportion, exact if they add up to at most 65,536, else rounded.
+    """Return weights as whole numbers in the same proportion, exact if their sum is at most 65,536, else rounded.
 
-    Weights mean what their decimals say: 0.7 and 0.3 are 7 and 3.
-
-    Raises:
-        UserError: a weight is so small beside the others that its part would round to nothing.
+    Weights are taken as decimals: 0.7 and 0.3 are 7 and 3. A weight that would round to 0 raises `UserError`.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     total = sum(exact)
@@ -141,21 +132,21 @@ def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
     if 0 in counts:
         raise UserError(
             f"data.mixture: weight {weights[counts.index(0)]:g} is less than 1/{LONGEST} of all weights:"
-            " leave that data set out, or give it a larger weight"
+            " remove that data set, or give it a larger weight"
         )
     return tuple(counts)
 
 
 @functools.lru_cache(maxsize=8)
 def mixing_table(counts: tuple[int, ...], seed: int) -> tuple[NDArray[np.int16], NDArray[np.int32]]:
-    """Which data set each position of the table draws from, and how often it was drawn from before in the table.
+    """Return which data set each position of the table draws from, and how often it was drawn from before.
 
     Args:
-        counts: how often each data set stands in sum(counts) positions.
+        counts: positions of each data set among sum(counts).
         seed: varies the order within the bounds.
 
     Returns:
-        Two arrays of the same length, a multiple of sum(counts). In any prefix of n positions each data set stands
+        Two arrays of the same length, a multiple of sum(counts). In any prefix of n positions each data set appears
         more than n w - 1 and less than n w + 1 times.
     """
     repeats = max(1, VARIED // sum(counts))
@@ -169,10 +160,10 @@ def mixing_table(counts: tuple[int, ...], seed: int) -> tuple[NDArray[np.int16],
 
 
 def _even_sequence(counts: tuple[int, ...]) -> I64:
-    """Tijdeman's solution of the chairman assignment problem: no prefix is off by more than 1 - 1 / (2 K - 2).
+    """Solve the chairman assignment problem as Tijdeman does: no prefix is off by more than 1 - 1 / (2 K - 2).
 
-    R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980). In whole numbers: all is scaled by
-    total x (2 K - 2).
+    R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980), in whole numbers: everything is
+    scaled by total x (2 K - 2).
     """
     total, slack = sum(counts), max(1, 2 * len(counts) - 2)
     weights = np.array(counts, np.int64)
@@ -180,7 +171,7 @@ def _even_sequence(counts: tuple[int, ...]) -> I64:
     sequence = np.empty(total, np.int64)
     for position in range(total):
         due = ((position + 1) * weights - drawn * total) * slack
-        # The one among those due that would be the first to fall behind too far.
+        # Of those due, the one that would be the first to fall too far behind.
         left = np.where(due >= total, (total * slack - total - due) / weights, np.inf)
         chosen = int(np.argmin(left))
         sequence[position] = chosen
@@ -207,7 +198,7 @@ def _varied(which: I64, counts: tuple[int, ...], seed: int) -> I64:
 
 @dataclass(frozen=True)
 class MixturePlan:
-    """The order of the samples of a run on several data sets. Sample ids count through the data sets.
+    """The order of the samples of a run on several data sets. Sample ids run through the data sets.
 
     Attributes:
         plans: of the data sets.
@@ -231,35 +222,32 @@ class MixturePlan:
         seed: int,
         global_batch: int,
     ) -> "MixturePlan":
-        """A plan for the row groups of some data sets; each is read by about as many lanes as its share wants."""
+        """Return a plan for some data sets; each is read by about as many lanes as its share of the batch needs."""
         counts = whole_parts(weights)
         plans = []
         for number, (part, count, window) in enumerate(zip(groups, counts, windows, strict=True)):
             share = readable_batch(global_batch * count / sum(counts))
-            plans.append(
-                SamplePlan.build(
-                    part, seed=int(keys(seed, 6, number) >> np.uint64(1)), global_batch=share, window=window
-                )
-            )
+            own_seed = int(keys(seed, 6, number) >> np.uint64(1))
+            plans.append(SamplePlan.build(part, seed=own_seed, global_batch=share, window=window))
         return cls(tuple(plans), counts, seed, global_batch)
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch: of all data sets together."""
+        """Return the samples of an epoch: those of all data sets together."""
         return sum(plan.samples for plan in self.plans)
 
     @property
     def first(self) -> I64:
-        """The first sample id of each data set."""
+        """Return the first sample id of each data set."""
         return np.cumsum([0] + [plan.samples for plan in self.plans[:-1]])
 
     def peers(self, sample_id: int) -> tuple[int, int]:
-        """First sample id and number of samples of the data set that this sample belongs to."""
+        """Return the first sample id and the number of samples of the data set that this sample belongs to."""
         number = int(np.searchsorted(self.first, sample_id, side="right")) - 1
         return int(self.first[number]), self.plans[number].samples
 
     def shuffled(self, world: int) -> int:
-        """Samples of one rank that are shuffled among each other, of all data sets."""
+        """Return how many samples of one rank are shuffled together, over all data sets."""
         return sum(plan.shuffled(world) for plan in self.plans)
 
     def share(self, start: int, stop: int, rank: int = 0, world: int = 1, rows: int | None = None) -> Planned:
@@ -267,7 +255,7 @@ class MixturePlan:
         return padded(self.at, rank_positions(self.global_batch, start, stop, rank, world, rows))
 
     def drawn(self, positions: I64) -> tuple[I64, I64]:
-        """The data set that each position of the run draws from, and how many draws from it came before."""
+        """Return the data set that each position of the run draws from, and the number of its earlier draws."""
         which, before = mixing_table(self.counts, self.seed)
         turn, place = np.divmod(positions, which.size)
         found = which[place].astype(np.int64)
@@ -275,7 +263,7 @@ class MixturePlan:
         return found, turn * in_turn[found] + before[place]
 
     def at(self, positions: I64) -> Planned:
-        """The samples at these positions of the run."""
+        """Return the samples at these positions of the run."""
         which, draws = self.drawn(positions)
         ids, epochs = np.empty(positions.shape, np.int64), np.empty(positions.shape, np.int64)
         for number, (plan, first) in enumerate(zip(self.plans, self.first, strict=True)):
@@ -285,15 +273,14 @@ class MixturePlan:
         return Planned(ids, epochs)
 
     def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
-        """Cut the steps [start, stop) into runs of at most `most`; windows of the data sets do not end together."""
-        for first in range(start, stop, most):
-            yield first, min(stop, first + most)
+        """Cut the steps [start, stop) into runs of at most `most` steps."""
+        return even_runs(start, stop, most)
 
 
 def readable_batch(share: float) -> int:
-    """A whole number near a data set's share of a batch that divides into lanes of about eight samples each.
+    """Return a whole number near a data set's share of a batch that divides into lanes of about eight samples each.
 
-    A step draws this many samples from the data set, more or less; the closer, the longer a rank stays in its lanes.
+    A step draws about this many samples from the data set; the closer, the longer a rank stays in its lanes.
     """
     near = max(1, round(share))
     if near < 2 * LANE_DRAW:

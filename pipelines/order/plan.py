@@ -1,18 +1,17 @@
-"""The sample plan: which sample stands where in the run, as a pure function of a few integers.
+"""The sample plan: the order of the samples in a run, as a pure function of a few integers.
 
-The run is one endless sequence of positions. Step s is the global batch of positions [s B, (s + 1) B); epoch e is the
-N positions [e N, (e + 1) N), in which each sample stands exactly once. So no sample is lost or seen twice within an
-epoch, a batch may hold the end of one epoch and the start of the next, nothing is padded or dropped, and nothing
-depends on the number of workers: rank r of W takes the r-th of W slices of each batch, which differ by at most one
-sample.
+A run is an endless sequence of positions. Step s is the global batch of positions [s B, (s + 1) B). Epoch e is the N
+positions [e N, (e + 1) N), which contain each sample exactly once. So no sample is lost or repeated within an epoch, a
+batch may contain the end of one epoch and the start of the next, and nothing is padded or dropped. Nothing depends on
+the number of workers: rank r of W takes the r-th of W slices of each batch, which differ by at most one sample.
 
-To keep reads sequential, a batch is drawn from L lanes, B / L samples from each in turn. Each epoch the row groups are
-put into a new order, the order is cut over the lanes, and within a lane the samples of a window (a few row groups) are
-shuffled. A rank whose slice covers whole lanes reads row groups that no other rank reads, each once. Any world size
-gives the same batches; one that does not divide the lanes only reads some row groups on two ranks.
+To keep reads sequential, a batch is drawn from L lanes, B / L samples from each in turn. In each epoch the row groups
+are shuffled and divided among the lanes, and within a lane the samples of a window (a few row groups) are shuffled. A
+rank whose slice covers whole lanes reads row groups that no other rank reads, each once. A world size that does not
+divide the lanes gives the same batches, but two ranks read some of the same row groups.
 
-Everything is computed on demand (`pipelines.order.permutation`), so any step of any epoch of 10**9 samples costs the
-same, and the state of a run is its step.
+Everything is computed on demand (`pipelines.order.permutation`): any step of any epoch of 10**9 samples costs the same,
+and the state of a run is its step.
 """
 
 import functools
@@ -29,22 +28,22 @@ from pipelines.shards.manifest import Split
 I64 = NDArray[np.int64]
 
 LANE_DRAW = 8
-"""Samples a lane gives to each global batch, about: with it a rank reads a moderate number of row groups at a time."""
+"""Approximate samples per lane and global batch: a rank then reads a moderate number of row groups at a time."""
 WINDOW_GROUPS = 4
 WINDOW_BYTES = 8 << 20
 
 
 class RowGroups:
-    """Where the row groups of a split begin: a few numbers a shard, not one a group.
+    """The first samples of the row groups of a split: a few numbers per shard, not one per group.
 
-    Groups of the commonest size are the regular ones and are computed; only the others (the last of a shard, or
-    shards cut differently) are listed.
+    Groups of the most common size are regular and are computed; only the others (the last of a shard, or shards of
+    another group size) are listed.
 
     Args:
         rows: samples of each shard.
-        rows_per_group: rows of each group of that shard but its last.
-        places: (shard, first group) of each entry of `rows`, where a shard whose groups differ in size is listed as
-            several runs of equal ones; None: entry i is shard i.
+        rows_per_group: rows of each group of that shard except its last.
+        places: (shard, first group) of each entry of `rows`, where a shard with groups of several sizes has one entry
+            per run of equal ones; None: entry i is shard i.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class RowGroups:
         self.places = None if places is None else np.asarray(places, np.int64).reshape(-1, 2)
         self.rows_per_group = np.asarray(rows_per_group, np.int64)
         if self.rows.ndim != 1 or self.rows.size == 0 or self.rows.min() < 1 or self.rows_per_group.min() < 1:
-            raise ValueError("wanted at least one shard, with positive numbers of rows")
+            raise ValueError(f"rows {rows}, rows_per_group {rows_per_group}: wanted at least one shard, all positive")
         self.first = np.concatenate([[0], np.cumsum(self.rows)])
         sizes, shares = np.unique(self.rows_per_group, return_inverse=True)
         self.size = int(sizes[np.argmax(np.bincount(shares, weights=self.rows))])
@@ -68,7 +67,7 @@ class RowGroups:
 
     @classmethod
     def of(cls, split: Split) -> "RowGroups":
-        """The row groups of a split."""
+        """Return the row groups of a split."""
         if not any(shard.groups for shard in split.shards):
             return cls([shard.rows for shard in split.shards], [shard.rows_per_group for shard in split.shards])
         runs, places = [], []
@@ -82,28 +81,28 @@ class RowGroups:
         return cls(rows_of, sizes, places)
 
     def _odd_groups(self, shard: int) -> tuple[I64, I64]:
-        """First samples and sizes of the shard's groups that have another size than the regular one."""
+        """Return first samples and sizes of the shard's groups that do not have the regular size."""
         rows, size = int(self.rows[shard]), int(self.rows_per_group[shard])
         starts = np.arange(0, rows, size) if size != self.size else np.arange(rows - rows % size, rows, size)
         return self.first[shard] + starts, np.minimum(size, rows - starts)
 
     @property
     def samples(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return int(self.first[-1])
 
     @property
     def regular(self) -> int:
-        """Number of groups of the regular size."""
+        """Return the number of groups of the regular size."""
         return int(self._regular[-1])
 
     def regular_first(self, group: I64) -> I64:
-        """The first sample of each regular group."""
+        """Return the first sample of each regular group."""
         shard = np.searchsorted(self._regular, group, side="right") - 1
         return self.first[shard] + (group - self._regular[shard]) * self.size
 
     def locate(self, ids: I64) -> tuple[I64, I64, I64]:
-        """Shard, row group within the shard and row within the group of each sample."""
+        """Return the shard, the row group within the shard and the row within the group of each sample."""
         run = np.searchsorted(self.first, ids, side="right") - 1
         row = ids - self.first[run]
         group = row // self.rows_per_group[run]
@@ -126,8 +125,8 @@ class SamplePlan:
         groups: row groups of the training split.
         seed: of all shuffling.
         global_batch: samples of a step over all ranks (B).
-        lanes: places read from at a time (L), a divisor of B; None: the largest divisor up to B / 8.
-        window: samples shuffled among each other in a lane; None: four row groups.
+        lanes: places that are read at a time (L), a divisor of B; default: the largest divisor up to B / 8.
+        window: samples that are shuffled together in a lane; default: four row groups.
     """
 
     groups: RowGroups
@@ -140,7 +139,7 @@ class SamplePlan:
     def build(
         cls, groups: RowGroups, *, seed: int, global_batch: int, lanes: int | None = None, window: int | None = None
     ) -> "SamplePlan":
-        """A plan with lanes and window chosen from the batch and the row groups where they are not given.
+        """Return a plan; lanes and window that are not given follow from the batch and the row groups.
 
         Raises:
             ValueError: a size is not positive, or the lanes do not divide the global batch.
@@ -156,41 +155,39 @@ class SamplePlan:
 
     @staticmethod
     def window_for(groups: RowGroups, stored_bytes: int) -> int:
-        """A window of four row groups, or of what 8 MiB hold if that is more: small samples are shuffled thoroughly."""
+        """Return a window of four row groups, or of 8 MiB if that is more: small samples are shuffled thoroughly."""
         return max(WINDOW_GROUPS * groups.size, WINDOW_BYTES * groups.samples // max(1, stored_bytes))
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch (N)."""
+        """Return the samples of an epoch (N)."""
         return self.groups.samples
 
     @property
     def draw(self) -> int:
-        """Samples that each lane gives to each global batch (B / L)."""
+        """Return the samples of each lane in each global batch (B / L)."""
         return self.global_batch // self.lanes
 
     def peers(self, sample_id: int) -> tuple[int, int]:
-        """First id and number of the samples of the same data set: all of them."""
+        """Return the first id and the number of the samples of the same data set: all of them."""
         return 0, self.samples
 
     def shuffled(self, world: int) -> int:
-        """Samples of one rank that are shuffled among each other: the row groups of so many are needed at a time."""
+        """Return how many samples of one rank are shuffled together: their row groups are needed at the same time."""
         return min(self.window * self.lanes, self.samples) // world
 
     def share(self, start: int, stop: int, rank: int = 0, world: int = 1, rows: int | None = None) -> Planned:
         """Return the samples of one rank in the steps [start, stop), shape (stop - start, rows); id -1 is padding.
 
         Args:
-            start: first step.
-            stop: step after the last.
-            rank: whose samples.
-            world: number of ranks.
-            rows: of each step; default: the samples of the rank that has most.
+            start, stop: the steps.
+            rank, world: the rank, and the number of ranks.
+            rows: of each step; default: the samples of the rank with most.
         """
         return padded(self.at, rank_positions(self.global_batch, start, stop, rank, world, rows))
 
     def at(self, positions: I64) -> Planned:
-        """The samples at these positions of the run."""
+        """Return the samples at these positions of the run."""
         epoch = positions // self.samples
         lane = positions % self.global_batch // self.draw
         begin = epoch * self.samples
@@ -205,20 +202,20 @@ class SamplePlan:
         return Planned(self._ordered(epoch, in_epoch), epoch)
 
     def _drawn(self, position: I64, lane: I64) -> I64:
-        """How many samples the lane has given before this position of the run."""
+        """Return how many samples the lane has given before this position of the run."""
         step, rest = np.divmod(position, self.global_batch)
         return step * self.draw + np.clip(rest - lane * self.draw, 0, self.draw)
 
     def _lanes_before(self, position: I64, lane: I64) -> I64:
-        """How many samples all lanes left of this one have given before this position of the run."""
+        """Return how many samples all lanes left of this one have given before this position of the run."""
         step, rest = np.divmod(position, self.global_batch)
         return step * lane * self.draw + np.minimum(rest, lane * self.draw)
 
     def _window(self, epoch: I64, step: I64) -> tuple[I64, I64, I64]:
-        """Number, first step and last step (exclusive) of the window of the epoch that holds this step.
+        """Return number, first step and last step (exclusive) of the epoch's window that contains this step.
 
-        All lanes share these steps, so that a run of steps can hold whole windows of all of them. Windows of an epoch
-        differ by at most one step in length: none is a remainder too small to shuffle.
+        All lanes share these steps, so that a run of steps can cover whole windows of all lanes. Windows of an epoch
+        differ by at most one step in length: none is too short to shuffle.
         """
         begin = epoch * self.samples // self.global_batch
         length = -(-(epoch + 1) * self.samples // self.global_batch) - begin
@@ -227,7 +224,7 @@ class SamplePlan:
         return window, begin + window * length // count, begin + (window + 1) * length // count
 
     def _ordered(self, epochs: I64, index: I64) -> I64:
-        """The index-th sample of each epoch when row groups, but not the samples in them, are shuffled."""
+        """Return the index-th sample of each epoch when row groups, but not the samples in them, are shuffled."""
         ids = np.empty(index.shape, np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
@@ -237,7 +234,7 @@ class SamplePlan:
     def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
         """Cut the steps [start, stop) into runs of at most `most` steps that end with a window where possible.
 
-        A run is a unit of reading: one that covers a window reads each of its row groups once.
+        A run that covers a window reads each of its row groups once.
         """
         while start < stop:
             step = np.array([start])
@@ -246,6 +243,11 @@ class SamplePlan:
             end = start + -(-(end - start) // parts)
             yield start, end
             start = end
+
+
+def even_runs(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut the steps [start, stop) into runs of `most` steps; the last may be shorter."""
+    return ((first, min(stop, first + most)) for first in range(start, stop, most))
 
 
 def rank_positions(global_batch: int, start: int, stop: int, rank: int, world: int, rows: int | None = None) -> I64:
@@ -263,7 +265,7 @@ def padded(at: Callable[[I64], Planned], positions: I64) -> Planned:
 
 
 def _in_group_order(groups: RowGroups, seed: int, epoch: int, index: I64) -> I64:
-    """Sample ids at these places of the epoch's order of row groups."""
+    """Return the sample ids at these places of the epoch's order of row groups."""
     starts, first, size = _odd_order(groups, seed, epoch)
     odd = np.searchsorted(starts, index, side="right") - 1
     in_odd = (odd >= 0) & (index < starts[odd] + size[odd]) if starts.size else np.zeros(index.shape, bool)
@@ -278,9 +280,9 @@ def _in_group_order(groups: RowGroups, seed: int, epoch: int, index: I64) -> I64
 
 @functools.lru_cache(maxsize=4)
 def _odd_order(groups: RowGroups, seed: int, epoch: int) -> tuple[I64, I64, I64]:
-    """The groups of odd size in the epoch's order: where they start in it, their first samples, their sizes.
+    """Return the groups of odd size in the epoch's order: where they start in it, their first samples, their sizes.
 
-    Each is slipped in before a random one of the regular groups.
+    Each is inserted before a random regular group.
     """
     number = np.arange(groups.odd_size.size)
     slot = (keys(seed, 3, epoch, number) % np.uint64(groups.regular + 1)).astype(np.int64)
@@ -303,27 +305,26 @@ class EvalPlan:
     batch: int
 
     def batches(self, world: int) -> int:
-        """Batches of each rank."""
+        """Return the batches of each rank."""
         return -(-self._range(world) // self.batch)
 
     def _range(self, world: int) -> int:
         return -(-self.samples // world)
 
     def peers(self, sample_id: int) -> tuple[int, int]:
-        """First id and number of the samples of the same data set: all of them."""
+        """Return the first id and the number of the samples of the same data set: all of them."""
         return 0, self.samples
 
     def shuffled(self, world: int) -> int:
-        """Samples that are shuffled among each other: none."""
+        """Return 0: nothing is shuffled."""
         return 0
 
     def runs(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
-        """Cut the batches [start, stop) into runs of at most `most`."""
-        for first in range(start, stop, most):
-            yield first, min(stop, first + most)
+        """Cut the batches [start, stop) into runs of at most `most` batches."""
+        return even_runs(start, stop, most)
 
     def share(self, start: int, stop: int, rank: int = 0, world: int = 1, rows: int | None = None) -> Planned:
-        """Return one rank's batches [start, stop), arrays (stop - start, batch): id -1 is padding, the epoch is 0."""
+        """Return one rank's batches [start, stop), arrays (stop - start, batch); id -1 is padding, the epoch is 0."""
         offset = np.arange(start * self.batch, stop * self.batch, dtype=np.int64)
         ids = rank * self._range(world) + offset
         ids = np.where((offset < self._range(world)) & (ids < self.samples), ids, -1).reshape(-1, self.batch)

@@ -1,5 +1,5 @@
-"""Prepared data on disk: manifest, shards, and how they are read, listed and checked. What a sample means belongs to
-`features`, which sample is read when to `order`.
+"""Prepared data on disk: the manifest and the shards, and how they are written, read, listed and checked.
 
-A row group is the unit of reading: a record batch of an Arrow IPC file, or a row group of a Parquet file.
+A row group is the unit of reading: a record batch of an Arrow IPC file, or a row group of a Parquet file. The meaning
+of a sample belongs in `features`, the order of the samples in `order`.
 """

@@ -1,4 +1,4 @@
-"""Arrow IPC files: the format of prepared shards, with one record batch for each row group.
+"""Arrow IPC files: the format of prepared shards, with one record batch per row group.
 
 The manifest has each batch's byte range and checksum, so that a batch is read with one request and without the file's
 footer. Any Arrow reader opens the files (`pyarrow.ipc.open_file`).
@@ -29,7 +29,7 @@ def read_batch(folder: Folder, name: str, batch: BatchInfo, schema: pa.Schema, p
 
     Args:
         folder, name: the file.
-        batch: where it is in the file, from the manifest.
+        batch: its range in the file, from the manifest.
         schema: columns of the file, see `arrow_schema`.
         policy: time-out and retries of the request.
 
@@ -51,7 +51,7 @@ def read_batch(folder: Folder, name: str, batch: BatchInfo, schema: pa.Schema, p
 
 
 class _Sink(io.RawIOBase):
-    """A write-only file in memory that is emptied by `take`; its position counts on."""
+    """A write-only file in memory. `take` empties it but keeps its position."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -78,9 +78,9 @@ class _Sink(io.RawIOBase):
 class ShardWriter:
     """Write one shard, row group by row group.
 
-    On a local disk the file has a temporary name until `close`; an object store shows it only once it is complete.
-    Leaving the `with` block by an exception removes the file. Encoded media are stored uncompressed, so that they can
-    be memory-mapped; a data set without media, such as texts, is compressed with zstd.
+    On a local disk the file has a temporary name until `close`; an object store lists it only once it is complete. An
+    exception in the `with` block removes the file. Encoded media are stored uncompressed, so that they can be
+    memory-mapped; a data set without media, such as texts, is compressed with zstd.
 
     Args:
         folder: where to write.
@@ -130,7 +130,7 @@ class ShardWriter:
         self._pending.clear()
 
     def _save(self) -> bytes:
-        """Pass on what Arrow has written; return it."""
+        """Write to the file what Arrow has written; return it."""
         data = self._sink.take()
         self._digest.update(data)
         self._stream.write(data)

@@ -1,7 +1,7 @@
 """Compare a manifest with a store's listing, so that missing and changed files are found before a run starts.
 
-A folder is listed once, whatever the number of its shards: 10**5 of them in an object store take a hundred requests.
-A store that cannot list (plain HTTP) is asked for single files, at most `ASKED` of them, evenly spread.
+A folder is listed once, whatever the number of its shards: 10**5 in an object store take a hundred requests. For a
+store that cannot list (plain HTTP), at most `ASKED` evenly spread files are requested.
 """
 
 from collections.abc import Mapping
@@ -30,12 +30,12 @@ def file_tag(info: Mapping[str, Any]) -> str:
 
 
 def listed(folder: Folder, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the store's entries for these files of one folder; files that are not there are left out."""
+    """Return the store's entries for these files of one folder; missing files are left out."""
     if folder.protocols & NO_LISTING:
         chosen = names[:: max(1, -(-len(names) // ASKED))]
         with ThreadPoolExecutor(THREADS) as pool:
             found = zip(chosen, pool.map(lambda name: _info(folder, name), chosen), strict=True)
-            # Those that were not asked for count as unchanged.
+            # Files that were not requested count as unchanged.
             return {name: {"size": None} for name in names if name not in set(chosen)} | {
                 name: info for name, info in found if info is not None
             }
@@ -57,15 +57,15 @@ def _info(folder: Folder, name: str) -> dict[str, Any] | None:
 
 
 def check_listing(url: str, split: Split, options: Mapping[str, str] | None = None) -> None:
-    """Refuse shards that are missing, or have another size or version than the manifest says.
+    """Refuse shards that are missing, or whose size or version differs from the manifest.
 
     Args:
-        url: the folder of the manifest; indexed files have URLs of their own.
+        url: the folder of the manifest; indexed files have their own URLs.
         split: the shards.
         options: storage options.
 
     Raises:
-        UserError: naming the first of them, or that the store does not answer.
+        UserError: the message names the first shards, or the store does not answer.
     """
     folders: dict[str, dict[str, ShardInfo]] = {}
     for shard in split.shards:
@@ -76,20 +76,17 @@ def check_listing(url: str, split: Split, options: Mapping[str, str] | None = No
         folder = open_folder(parent, options)
         try:
             found = listed(folder, list(shards))
-        except Exception as error:  # noqa: BLE001  each file system has exceptions of its own
+        except Exception as error:  # noqa: BLE001  each file system has its own exceptions
             raise UserError(f"cannot list {parent}: {first_line(error)}; check access") from error
         faults += [
             f"{parent}/{name}: {fault}" for name, shard in shards.items() if (fault := _fault(shard, found.get(name)))
         ]
     if faults:
         more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-        fix = (
-            "index the data again into a new folder"
-            if any(s.tag for s in split.shards)
-            else ("restore the files, or prepare the data again")
-        )
+        indexed = any(shard.tag for shard in split.shards)
+        fix = "index the data again into a new folder" if indexed else "restore the files, or prepare the data again"
         raise UserError(
-            f"{len(faults)} of {len(split.shards)} files are not as in {url}/manifest.json:"
+            f"{len(faults)} of {len(split.shards)} files differ from {url}/manifest.json:"
             f" {'; '.join(faults[:NAMED])}{more}: {fix}"
         )
 

@@ -1,7 +1,7 @@
 """The manifest of a prepared data set: its features, its shards, and the index of their row groups.
 
 A prepared data set is a folder of Arrow IPC files (one row per sample, encoded media in binary columns, small record
-batches) and a `manifest.json` that is written last: a folder without one is not ready and is never read.
+batches) and a `manifest.json` that is written last: a folder without one is incomplete and is never read.
 """
 
 import json
@@ -17,7 +17,7 @@ from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import Feature
 
 FORMAT_VERSION = 2
-"""Version 1 had Parquet files as shards, which are still read."""
+"""Version 1 has Parquet files as shards, which are still read."""
 MANIFEST = "manifest.json"
 KEY = "key"
 MAGIC_BYTES = 8
@@ -27,9 +27,9 @@ Count = Annotated[int, Field(gt=0, lt=1 << 48)]
 
 
 def arrow_schema(features: Mapping[str, Feature]) -> pa.Schema:
-    """Return the columns of a shard: `key` (where the sample came from), then one column per feature, sorted by name.
+    """Return the columns of a shard: `key` (the sample's origin), then one column per feature.
 
-    Sorted, since data sets of a mixture may list the same features in different orders.
+    They are sorted by name, since data sets of a mixture may list the same features in different orders.
     """
     return pa.schema([(KEY, pa.string())] + [(name, features[name].arrow) for name in sorted(features)])
 
@@ -68,7 +68,7 @@ class ShardInfo(Config):
 
     @model_validator(mode="after")
     def _index_is_consistent(self) -> "ShardInfo":
-        """Refuse numbers that contradict each other, before anything is read or allocated by them."""
+        """Refuse contradictory numbers before anything is read or allocated by them."""
         runs = self.groups or ((self.rows, self.rows_per_group),)
         if sum(rows for rows, _ in runs) != self.rows:
             raise ValueError(f"groups {runs} do not add up to {self.rows} rows")
@@ -97,21 +97,19 @@ class ShardInfo(Config):
 
 
 class Split(Config):
-    """One part of a data set, such as train or test."""
+    """A part of a data set, such as train or test."""
 
-    shards: tuple[ShardInfo, ...] = Field(description="its files; sample ids count through them in this order")
+    shards: tuple[ShardInfo, ...] = Field(description="its files; sample ids run through them in this order")
     columns: dict[str, str] = Field(
         default={}, description="column of each feature in indexed files, `a.b` for a field of a struct; else empty"
     )
 
     @property
     def samples(self) -> int:
-        """Number of samples."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def bytes(self) -> int:
-        """Total size of its files."""
         return sum(shard.bytes for shard in self.shards)
 
 
@@ -130,7 +128,7 @@ class Manifest(Config):
 
     @model_validator(mode="after")
     def _each_shard_once(self) -> "Manifest":
-        """Refuse a shard that counts twice: its samples would weigh double, or training would see test samples."""
+        """Refuse a repeated shard: its samples would count twice, or training would see test samples."""
         names: dict[str, str] = {}
         contents: dict[str, str] = {}
         for split, part in self.splits.items():
@@ -144,11 +142,7 @@ class Manifest(Config):
         return self
 
     def split(self, name: str) -> Split:
-        """Return the split of that name.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Return the split of that name, or raise `UserError` if there is none."""
         if name not in self.splits:
             raise UserError(
                 f"data set {self.name} has no split '{name}': it has {', '.join(self.splits)};"
@@ -165,15 +159,14 @@ def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifes
         options: storage options; a value `$NAME` is taken from the environment.
 
     Raises:
-        UserError: no such folder, no manifest in it, broken JSON, a format newer than this program, or an index that
-            contradicts itself.
+        UserError: no such folder, no manifest in it, invalid JSON, a newer format, or a contradictory index.
     """
     folder = open_folder(url, options)
     try:
         raw = json.loads(folder.read_text(MANIFEST))
     except FileNotFoundError:
         there = folder.fs.exists(folder.path)
-        what = f"has no {MANIFEST} (not prepared, or not completely)" if there else "does not exist"
+        what = f"has no {MANIFEST} (not prepared, or incomplete)" if there else "does not exist"
         raise UserError(
             f"data folder {url} {what}: make it with `perceiver prepare NAME [SRC] {url}`, for example NAME = digits"
         ) from None
@@ -181,7 +174,7 @@ def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifes
         raise UserError(
             f"data folder {url} is a file: set data.url to the folder that `perceiver prepare` wrote"
         ) from None
-    except Exception as error:  # noqa: BLE001  each file system has exceptions of its own, of missing credentials for one
+    except Exception as error:  # noqa: BLE001  each file system has its own exceptions
         raise UserError(
             f"cannot read {url}/{MANIFEST}: {first_line(error)}; check access, or prepare the data again"
         ) from error
@@ -194,7 +187,7 @@ def _parse_manifest(raw: Any, where: str) -> Manifest:
         raise UserError(f"{where} is not a manifest: wanted a JSON object with format_version; prepare the data again")
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{where} has format version {version}, this program reads up to {FORMAT_VERSION}:"
+            f"{where} has format version {version}, this version reads up to {FORMAT_VERSION}:"
             " install a newer version, or prepare the data again"
         )
     try:
@@ -206,7 +199,7 @@ def _parse_manifest(raw: Any, where: str) -> Manifest:
 
 
 def save_manifest(manifest: Manifest, folder: Folder) -> None:
-    """Write the manifest atomically: from here on the folder is a data set."""
+    """Write the manifest atomically, which completes the data set."""
     text = manifest.model_dump_json(indent=1)
     one_line = re.sub(r"\[\n *(\d+),\n *(\d+),\n *(\d+),\n *(\d+)\n *\]", r"[\1, \2, \3, \4]", text)  # of each batch
     folder.write(MANIFEST, one_line + "\n")

@@ -1,6 +1,6 @@
-"""Parquet files, read through pyarrow: files that were indexed, and shards of format version 1.
+"""Parquet files, read through pyarrow: indexed files, and shards of format version 1.
 
-Their columns are matched to the features: other names, fields of structs, and types that lose nothing.
+Their columns are matched to the features: by other names, fields of structs, and lossless conversions.
 """
 
 import functools
@@ -15,7 +15,7 @@ from pipelines.shards.manifest import KEY
 
 
 class _RangeFile(io.RawIOBase):
-    """A read-only file of which each read is a range request with the retries of a policy."""
+    """A read-only file; each read is a range request with the retries of a policy."""
 
     def __init__(self, folder: Folder, name: str, size: int, policy: ReadPolicy) -> None:
         self.folder, self.name, self.size, self.policy, self.position = folder, name, size, policy, 0
@@ -41,7 +41,7 @@ class _RangeFile(io.RawIOBase):
 
 @functools.lru_cache(maxsize=256)
 def read_footer(folder: Folder, name: str, size: int, policy: ReadPolicy) -> pq.FileMetaData:
-    """Return the footer of a Parquet file of `size` bytes, mostly by one range request.
+    """Return the footer of a Parquet file of `size` bytes, usually with one range request.
 
     Raises:
         OSError: the file cannot be read, see `read_range`.
@@ -65,8 +65,8 @@ def read_row_group(
     Args:
         folder, name: the file.
         size: its bytes, from the manifest.
-        group: which row group.
-        schema: names and types wanted: `key` and the features.
+        group: its index.
+        schema: names and types of the result: `key` and the features.
         columns: column of each feature in an indexed file, see `Split`; empty for a shard, which has the features' own
             names and a column of keys.
         classes: class names, for indexed files whose labels are strings.
@@ -91,21 +91,17 @@ def read_row_group(
 
 
 def row_key(name: str, group: int, row: int) -> str:
-    """Return the key of a row that has none of its own."""
+    """Return the key of a row without a stored key."""
     return f"{name}#{group}.{row}"
 
 
 def column_at(table: pa.Table, path: str) -> pa.Array:
-    """Return a column as one array; `a.b` is the field b of the struct a.
-
-    Raises:
-        KeyError: there is no such column.
-    """
+    """Return a column as one array; `a.b` is the field b of the struct a. A missing column is a `KeyError`."""
     first, *rest = path.split(".")
     if first not in table.column_names:
         raise KeyError(f"no column {first}")
     chunks = table.column(first)
-    array = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies a single one, too
+    array = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which also copies a single chunk
     for name in rest:
         if not pa.types.is_struct(array.type) or array.type.get_field_index(name) < 0:
             raise KeyError(f"no column {path}")
@@ -114,11 +110,7 @@ def column_at(table: pa.Table, path: str) -> pa.Array:
 
 
 def fit(array: pa.Array, wanted: pa.Field, classes: tuple[str, ...]) -> pa.Array:
-    """Return a column with the type that its feature wants, if the conversion loses nothing.
-
-    Raises:
-        pyarrow.ArrowTypeError: it has another type, as in a file whose schema has changed.
-    """
+    """Convert a column to its feature's type; raise `pyarrow.ArrowTypeError` if that would lose information."""
     kind = array.type
     if kind.equals(wanted.type):
         return array

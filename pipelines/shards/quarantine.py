@@ -1,4 +1,4 @@
-"""The quarantine: samples that could not be used, by key and reason, counted against a budget."""
+"""The quarantine: unusable samples by key and reason, counted against a budget."""
 
 import math
 from collections import Counter
@@ -14,11 +14,11 @@ from perceiver.storage import Folder, open_folder
 QUARANTINE = "quarantine.parquet"
 SCHEMA = pa.schema([("split", pa.string()), ("sample_id", pa.int64()), ("key", pa.string()), ("reason", pa.string())])
 REASONS = 8
-"""Number of reasons in a message."""
+"""Reasons in a message."""
 
 
 class Problem(NamedTuple):
-    """A sample that could not be used; its id is -1 if `prepare` left it out."""
+    """An unusable sample; its id is -1 if `prepare` left it out."""
 
     split: str
     sample_id: int
@@ -43,10 +43,10 @@ class Quarantine:
         """Count a batch.
 
         Args:
-            problems: those of the batch, also of bad samples that were met while looking for a replacement.
+            problems: bad samples of the batch, including those found while looking for a replacement.
             met: rows of the batch whose own sample was bad.
             seen: rows of the batch.
-            epoch_share: this rank's samples of an epoch; the budget is a share of at least so many.
+            epoch_share: this rank's samples of an epoch; the budget is a share of at least this many.
 
         Raises:
             UserError: the budget is exceeded; the message counts the reasons.
@@ -61,7 +61,7 @@ class Quarantine:
             )
 
     def summary(self) -> str:
-        """Return the reasons with their counts, commonest first, and an example."""
+        """Return the reasons with their counts, see `count_reasons`."""
         return count_reasons(self.problems.values())
 
     def write(self, url: str, name: str = QUARANTINE) -> None:
@@ -78,7 +78,7 @@ def write_problems(folder: Folder, problems: Sequence[Problem], name: str = QUAR
 
 
 def count_reasons(problems: Collection[Problem]) -> str:
-    """Return the reasons with their counts, commonest first, and an example."""
+    """Return the reasons with their counts, the most frequent first, and an example."""
     counts = Counter(problem.reason for problem in problems)
     reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(REASONS))
     return f"{reasons} (for example {next(iter(problems)).key})" if counts else "none"

@@ -1,4 +1,4 @@
-"""Reading samples by id: row groups of shards or indexed files, and a cache of the last ones in each process."""
+"""Read samples by id: row groups of shards or indexed files, and a cache of them in each process."""
 
 import functools
 import threading
@@ -21,19 +21,19 @@ from pipelines.shards.manifest import KEY, BatchInfo, Manifest, Split, arrow_sch
 from pipelines.shards.parquet import read_row_group, row_key
 
 READ_THREADS, LOCAL_READ_THREADS = 8, 2
-"""Row groups read at a time. Two threads read what a local disk's cache has with a fifth less CPU time than eight."""
+"""Row groups read at a time. From a local disk's cache, two threads read with a fifth less CPU time than eight."""
 
 CacheKey = tuple[str, str, tuple[str, ...], int]
-"""Folder, file, columns, row group: all that decides what is read, since one process serves every split."""
+"""Folder, file, columns, row group; one process serves every split."""
 RowAddress = tuple[int, int, int]
 """Shard, row group within the shard, row within the group."""
 
 
 @dataclass
 class RowGroup:
-    """The rows of one row group: the values of each column by row, and what was decoded of them so far, if it is small.
+    """The values of each column of a row group by row, and the samples decoded so far if they are kept.
 
-    One that cannot be read has no rows and an `error`.
+    A row group that cannot be read has no rows and an `error`.
     """
 
     columns: dict[str, Callable[[int], Any]]
@@ -43,16 +43,12 @@ class RowGroup:
     error: str = ""
 
     def value(self, name: str, row: int) -> Any:
-        """Return one value as a Python object; bytes may be a view.
-
-        Raises:
-            UnicodeDecodeError: a text is not UTF-8, as may happen in files that other programs wrote.
-        """
+        """Return one value as a Python object (bytes may be a view); `UnicodeDecodeError` if a text is not UTF-8."""
         return self.columns[name](row)
 
 
 def _values(column: pa.Array) -> Callable[[int], Any]:
-    """Return the function from a row to its value; bytes are views, since copies would take as long as decoding."""
+    """Return the function from a row to its value; bytes are views, since copying takes as long as decoding."""
     if pa.types.is_integer(column.type):
         return column.to_pylist().__getitem__
     if pa.types.is_binary(column.type) and not column.null_count and len(column):
@@ -65,15 +61,15 @@ def _values(column: pa.Array) -> Callable[[int], Any]:
 
 @functools.lru_cache(maxsize=256)
 def _opened(url: str, options: tuple[tuple[str, str], ...]) -> Folder:
-    """Open a folder once in each process: finding its file system takes as long as reading a few samples."""
+    """Open a folder once per process: finding its file system takes as long as reading a few samples."""
     return open_folder(url, dict(options))
 
 
 class RowGroupCache:
     """The row groups read last, up to a number of bytes (those of the last read always fit).
 
-    A task leaves them to the next task in the same process, which often needs the same ones: dropping some of them
-    would have all read again, since each task goes through them in the same order.
+    They stay for the next task in the same process, which often needs the same ones. If some were dropped, all would be
+    read again, since each task reads them in the same order.
     """
 
     def __init__(self) -> None:
@@ -90,7 +86,7 @@ class RowGroupCache:
         return group
 
     def put(self, key: CacheKey, group: RowGroup, limit: int) -> None:
-        """Add a row group and drop the ones unused for longest, down to `limit` bytes."""
+        """Add a row group and drop the least recently used ones, down to `limit` bytes."""
         with self._lock:
             former = self._groups.pop(key, None)
             self._groups[key] = group
@@ -104,15 +100,15 @@ CACHE = RowGroupCache()
 
 
 @dataclass(frozen=True)
-class Files:
+class ShardFiles:
     """Shards of one folder, or indexed files; arrays, since each data task gets a copy.
 
     Attributes:
         url: the folder.
-        names: of the files, relative to the folder, or absolute where they were indexed.
+        names: of the files, relative to the folder; absolute for indexed files.
         sizes: their bytes.
         columns: see `Split`.
-        first: number of each file's first row group, and the number of all.
+        first: index of each file's first row group, and the number of all.
         index: `BatchInfo` of all row groups; the length is 0 in Parquet files.
     """
 
@@ -124,7 +120,7 @@ class Files:
     index: NDArray[np.int64]
 
     @classmethod
-    def of(cls, url: str, split: Split) -> "Files":
+    def of(cls, url: str, split: Split) -> "ShardFiles":
         """Return the files of a split of the folder at `url`."""
         index = [shard.batches or [(0, 0, rows, 0) for rows in shard.group_sizes()] for shard in split.shards]
         return cls(
@@ -143,16 +139,16 @@ class Reader:
 
     Attributes:
         files: the shards, folder by folder, in the order of the ids.
-        groups: the row groups of all of them.
+        groups: the row groups of all shards.
         schema: the columns: `key` and the features.
         classes: class names, for indexed files whose labels are strings.
         storage_options: of the folders; `$NAME` is taken from the environment of the reading process.
         policy: time-out and retries of remote reads.
         cache_bytes: size of the process's cache.
-        decoded_bytes: what a decoded sample will add to the cache; 0 if decoded samples are not kept.
+        decoded_bytes: cached bytes of a decoded sample; 0 if decoded samples are not kept.
     """
 
-    files: tuple[Files, ...]
+    files: tuple[ShardFiles, ...]
     groups: RowGroups
     schema: pa.Schema
     classes: tuple[str, ...]
@@ -168,23 +164,23 @@ class Reader:
         """Return a reader of one split of the folder at `url`, or of a mixture's folders.
 
         Args:
-            settings: `policy`, `cache_bytes` and `decoded_bytes`; by default only what was read last is kept.
+            settings: `policy`, `cache_bytes` and `decoded_bytes`; by default only the last read is kept.
         """
-        files = tuple(Files.of(folder.url, folder.split) for folder in folders_of(url, split))
+        files = tuple(ShardFiles.of(folder.url, folder.split) for folder in folders_of(url, split))
         schema = arrow_schema(manifest.features)
         return cls(files, RowGroups.of(split), schema, manifest.classes, options or {}, **settings)
 
     def locate(self, ids: NDArray[np.int64]) -> list[RowAddress]:
-        """Return where each sample is stored."""
+        """Return the address of each sample."""
         return list(zip(*(part.tolist() for part in self.groups.locate(ids)), strict=True))
 
     def row_groups(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], RowGroup]:
-        """Read row groups (shard, group), those not in the cache at the same time.
+        """Return row groups (shard, group); those that are not in the cache are read concurrently.
 
-        One that is damaged or missing has an `error` and no rows; it is not kept.
+        One that is damaged or missing has an `error` and no rows, and is not cached.
 
         Raises:
-            UserError: the store does not answer or denies access, which says nothing about the data.
+            UserError: the store does not answer or denies access.
         """
         found = {place: CACHE.get(self._key(*place)) for place in wanted}
         missing = sorted(place for place, group in found.items() if group is None)
@@ -199,7 +195,7 @@ class Reader:
         return {place: group for place, group in found.items() if group is not None}
 
     def keys(self, ids: NDArray[np.int64]) -> list[str]:
-        """Return the keys of samples, which tell where they came from; row groups are read one after the other."""
+        """Return the keys of samples, which name their origin; row groups are read one after the other."""
         return [self._row_key(*address) for address in self.locate(ids)]
 
     def _row_key(self, shard: int, group: int, row: int) -> str:
@@ -232,7 +228,7 @@ class Reader:
         """Return the URL of the prepared folder that a shard belongs to."""
         return self._files(shard)[0].url
 
-    def _files(self, shard: int) -> tuple[Files, int]:
+    def _files(self, shard: int) -> tuple[ShardFiles, int]:
         for files in self.files:
             if shard < len(files.names):
                 return files, shard
@@ -261,7 +257,7 @@ class Reader:
             return RowGroup({}, 0, 0, error=f"{name}: missing")
         except (OSError, pa.ArrowException, KeyError) as error:
             if self._changed(folder, name, size):
-                return RowGroup({}, 0, 0, error=f"{name}: has another size than the manifest says")
+                return RowGroup({}, 0, 0, error=f"{name}: its size differs from the manifest")
             if isinstance(error, ReadError):
                 raise UserError(f"{error}; check the network and {folder.url}, then continue with --resume") from error
             return RowGroup({}, 0, 0, error=f"{name}: {first_line(error)[:120]}")
@@ -270,9 +266,9 @@ class Reader:
 
     @staticmethod
     def _changed(folder: Folder, name: str, size: int) -> bool:
-        """Return whether the file has another size now; asked only after a read has failed for good."""
+        """Return whether the file has another size now; called only after a read has finally failed."""
         try:
             folder.fs.invalidate_cache()
             return folder.fs.size(folder.file(name)) != size
-        except Exception:  # noqa: BLE001  each driver raises errors of its own when the store does not answer
+        except Exception:  # noqa: BLE001  each driver has its own errors when the store does not answer
             return False

@@ -1,10 +1,10 @@
-"""Sources: what `perceiver prepare` can read. A source is one module here with an object named `source`.
+"""Sources, the data that `perceiver prepare` can read. A source is one module here with an object named `source`.
 
-Damage shows in one of two places. What is stored as it came (encoded images, audio, video, texts) is not looked into
-here: if it cannot be decoded, training quarantines and replaces it, and `perceiver inspect` names it. What has to be
-read to make a sample (a mesh, a line of JSON, a member of an archive) and cannot be is yielded as `Rejected`: it is
-left out, listed with key and reason in `quarantine.parquet` beside the manifest, and counted against the budget of
-`prepare`. A source raises only for what concerns all of the data, such as a folder that is not there.
+Damage is found in one of two places. Encoded images, audio, video and texts are stored unchanged and not decoded here:
+training quarantines and replaces those that cannot be decoded, and `perceiver inspect` names them. What must be read to
+make a sample (a mesh, a line of JSON, a member of an archive) and is damaged is yielded as `Rejected`: it is left out,
+listed with key and reason in `quarantine.parquet` next to the manifest, and counted against the budget of `prepare`. A
+source raises only errors that concern all of the data, such as a missing folder.
 """
 
 import difflib
@@ -23,10 +23,10 @@ Sample = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rejected:
-    """A raw item that no sample can be made of; yielded in place of the sample.
+    """An unusable raw item, yielded in place of the sample.
 
     Attributes:
-        key: where it lies, as precisely as for a sample.
+        key: its location, as precise as a sample's key.
         reason: short and without the item's name, so that reasons can be counted.
     """
 
@@ -39,8 +39,8 @@ class Unit:
     """The samples of one shard, by reference: small, picklable, and the same at each listing.
 
     Attributes:
-        split: the part it belongs to.
-        content: what the source needs to read them (paths, indices), as JSON-able values.
+        split: name of the split.
+        content: what the source needs to read the samples (paths, indices), as JSON-able values.
     """
 
     split: str
@@ -49,7 +49,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source found: the manifest's facts and the work to do, before any sample is read."""
+    """The content of a source before any sample is read: facts for the manifest, and the units to read."""
 
     name: str
     features: Mapping[str, Feature]
@@ -60,10 +60,10 @@ class Listing:
 
 
 class Source(Protocol):
-    """One data set or layout."""
+    """A data set or layout that can be prepared."""
 
     title: str
-    """One line for the list of sources."""
+    """The line of the source in the list of sources."""
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the samples, shuffled by the seed, in units of at most `shard_rows`."""
@@ -75,33 +75,22 @@ class Source(Protocol):
 
 
 def source_names() -> list[str]:
-    """Names of all sources, found by being there."""
+    """Return the names of all sources: the modules of this package."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def load_source(name: str) -> Source:
-    """Import one source.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Import a source by name, or raise `UserError` if there is none."""
     names = source_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        raise UserError(
-            f"no source named '{name}'"
-            + (f", did you mean '{near[0]}'?" if near else "")
-            + f" Sources: {', '.join(names)}"
-        )
+        hint = f", did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"no source named '{name}'{hint} Sources: {', '.join(names)}")
     return importlib.import_module(f"{__name__}.{name}").source
 
 
 def refuse_options(options: Mapping[str, str], known: Iterable[str] = ()) -> None:
-    """Refuse options that a source does not know.
-
-    Raises:
-        UserError: naming the first unknown option and the known ones.
-    """
+    """Refuse options that a source does not know: raise `UserError` for the first one."""
     known = list(known)
     for key in options:
         if key not in known:

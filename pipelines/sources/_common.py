@@ -1,4 +1,4 @@
-"""What several sources share: options, lists of files, units of shuffled items, seeds."""
+"""Helpers of several sources: options, lists of files, units of items, seeds."""
 
 import hashlib
 import random
@@ -19,15 +19,11 @@ SPLIT_NAMES = {
     "val": "val",
     "dev": "val",
 }
-"""What parts of a data set are called in file and folder names."""
+"""Splits by their names in file and folder names."""
 
 
 def source_folder(name: str, src: str | None, wanted: str) -> Folder:
-    """The folder that the user gave.
-
-    Raises:
-        UserError: none given, or it does not exist.
-    """
+    """Open the source folder that the user gave, or raise `UserError`."""
     if src is None:
         raise UserError(f"source {name} needs a source folder with {wanted}: perceiver prepare {name} SRC DST")
     folder = open_folder(src)
@@ -37,28 +33,24 @@ def source_folder(name: str, src: str | None, wanted: str) -> Folder:
 
 
 def find_files(folder: Folder, suffixes: tuple[str, ...]) -> list[str]:
-    """Names relative to the folder of all files below it that end so (lower case), sorted."""
+    """Return all files below a folder with one of these (lower-case) endings, relative to it and sorted."""
     root = folder.path.rstrip("/") + "/"
     return sorted(path[len(root) :] for path in folder.fs.find(folder.path) if path.lower().endswith(suffixes))
 
 
 def split_of(name: str) -> str:
-    """The part that a file belongs to by the beginning of its name, else by a folder above it, else train."""
+    """Return the split that a file's name begins with, else the one that a folder above it names, else train."""
     words = [name.rsplit("/", 1)[-1].split(".")[0].split("-")[0].split("_")[0], *reversed(name.split("/")[:-1])]
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
 
 
 def base_name(src: str) -> str:
-    """The last part of a path or URL."""
+    """Return the last part of a path or URL."""
     return src.rstrip("/").rsplit("/", 1)[-1]
 
 
 def choice(options: Mapping[str, str], key: str, allowed: Iterable[str], default: str) -> str:
-    """An option that takes one of some words.
-
-    Raises:
-        UserError: another word.
-    """
+    """Return an option that takes one of some words, or raise `UserError`."""
     value, allowed = options.get(key, default), list(allowed)
     if value not in allowed:
         raise UserError(f"option {key}={value}: wanted one of {', '.join(allowed)}")
@@ -66,11 +58,7 @@ def choice(options: Mapping[str, str], key: str, allowed: Iterable[str], default
 
 
 def share(options: Mapping[str, str], key: str, default: str) -> float:
-    """An option that is a share.
-
-    Raises:
-        UserError: not a number between 0 and 1.
-    """
+    """Return an option that is a share between 0 and 1, or raise `UserError`."""
     try:
         value = float(options.get(key, default))
     except ValueError:
@@ -81,11 +69,7 @@ def share(options: Mapping[str, str], key: str, default: str) -> float:
 
 
 def number(options: Mapping[str, str], key: str, default: int, *, least: int = 1) -> int:
-    """An option that is a whole number.
-
-    Raises:
-        UserError: no number, or a smaller one.
-    """
+    """Return an option that is a whole number of at least `least`, or raise `UserError`."""
     text = options.get(key, str(default))
     if not text.isdecimal() or int(text) < least:
         raise UserError(f"option {key}={text}: wanted a whole number of at least {least}, such as {default}")
@@ -93,19 +77,12 @@ def number(options: Mapping[str, str], key: str, default: int, *, least: int = 1
 
 
 def channels(options: Mapping[str, str], default: str = "3") -> int:
-    """The option `channels` of image sources.
-
-    Raises:
-        UserError: neither 1 nor 3.
-    """
-    value = options.get("channels", default)
-    if value not in ("1", "3"):
-        raise UserError(f"option channels={value}: wanted 1 (grey) or 3 (RGB)")
-    return int(value)
+    """Return the option `channels` of image sources: 1 (grey) or 3 (RGB)."""
+    return int(choice(options, "channels", ("1", "3"), default))
 
 
 def hold_out(items: Sequence[Any], part: float, rng: random.Random) -> dict[str, list[Any]]:
-    """A random share of the items as split `test`, the rest as `train`; at least one on each side if there are two."""
+    """Split items at random into `test`, a share of them, and `train`; of two or more each gets at least one."""
     shuffled = list(items)
     rng.shuffle(shuffled)
     cut = min(max(1, round(len(shuffled) * part)), len(shuffled) - 1)
@@ -115,18 +92,22 @@ def hold_out(items: Sequence[Any], part: float, rng: random.Random) -> dict[str,
 def shuffled_units(
     splits: Mapping[str, Sequence[Any]], rng: random.Random, shard_rows: int, **content: Any
 ) -> list[Unit]:
-    """Units of up to `shard_rows` items each, under `items` beside the content that all share."""
-    units = []
-    for split, members in splits.items():
-        items = list(members)
+    """Return `units_of` shuffled items, under `items`."""
+    shuffled = {split: list(members) for split, members in splits.items()}
+    for items in shuffled.values():
         rng.shuffle(items)
-        units += [
-            Unit(split, {**content, "items": items[start : start + shard_rows]})
-            for start in range(0, len(items), shard_rows)
-        ]
-    return units
+    return units_of(shuffled, shard_rows, "items", **content)
+
+
+def units_of(splits: Mapping[str, Sequence[Any]], shard_rows: int, name: str, **content: Any) -> list[Unit]:
+    """Return units of up to `shard_rows` items each in order, under `name` next to the content that all share."""
+    return [
+        Unit(split, {**content, name: items[start : start + shard_rows]})
+        for split, items in splits.items()
+        for start in range(0, len(items), shard_rows)
+    ]
 
 
 def item_seed(seed: int, key: str) -> int:
-    """A seed for what is random about one item, whatever the order in which items are read."""
+    """Return a seed for the randomness of one item that does not depend on the order of reading."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8], "little")

@@ -1,4 +1,4 @@
-"""Point clouds in HDF5 files, as `modelnet40_ply_hdf5_2048` holds them: `data` (n, points, 3) and `label` (n, 1)."""
+"""Point clouds in HDF5 files as in `modelnet40_ply_hdf5_2048`: `data` (n, points, 3) and `label` (n, 1)."""
 
 import h5py
 import numpy as np
@@ -7,7 +7,7 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, first_line
 from pipelines.sources._common import find_files
 from pipelines.transforms import BadSample
-from pipelines.transforms.points import Points, decode
+from pipelines.transforms.points import Points, decode_points
 
 SUFFIXES = (".h5", ".hdf5")
 NAMES = "shape_names.txt"
@@ -18,12 +18,12 @@ Row = tuple[str, int]
 
 
 def find_rows(folder: Folder) -> tuple[list[str], dict[str, list[Row]]] | None:
-    """Class names in order, and the rows of each split (by `train` or `test` in the file's name); None without files.
+    """Return class names in order, and each split's rows (by `train` or `test` in the file name); None without files.
 
-    The class names stand in `shape_names.txt`, one a line; without it they are numbers.
+    The class names are in `shape_names.txt`, one per line; without it they are numbers.
 
     Raises:
-        UserError: a file is no HDF5, lacks an array, or its arrays do not fit each other.
+        UserError: a file is not HDF5, lacks an array, or its arrays do not match.
     """
     files = find_files(folder, SUFFIXES)
     if not files:
@@ -37,8 +37,8 @@ def find_rows(folder: Folder) -> tuple[list[str], dict[str, list[Row]]] | None:
     names = folder.read_text(lists[0]).split() if lists else [str(label) for label in range(labels[-1] + 1)]
     if not 0 <= labels[0] <= labels[-1] < len(names):
         raise UserError(
-            f"{folder.url}/{lists[0]} names {len(names)} classes, the files hold labels {labels[0]} to"
-            f" {labels[-1]}: wanted one line for each"
+            f"{folder.url}/{lists[0]} names {len(names)} classes, the files have labels {labels[0]} to"
+            f" {labels[-1]}: wanted one line per class"
         )
     return names, splits
 
@@ -54,7 +54,7 @@ def _labels(folder: Folder, name: str) -> list[int]:
                 )
             shape, labels = data.shape, np.asarray(label[()]).ravel()
     except OSError as error:
-        raise UserError(f"{folder.url}/{name} is no readable HDF5 file: {str(error).splitlines()[0][:80]}") from error
+        raise UserError(f"{folder.url}/{name} is not a readable HDF5 file: {first_line(error, 80)}") from error
     if len(shape) != 3 or shape[2] < 3 or shape[0] != labels.size or labels.dtype.kind not in "ui":
         raise UserError(
             f"{folder.url}/{name}: data is {shape}, label {labels.size} x {labels.dtype}: wanted"
@@ -63,14 +63,14 @@ def _labels(folder: Folder, name: str) -> list[int]:
     return labels.tolist()
 
 
-class Rows:
-    """The rows of a folder's files, which stay open in between."""
+class Hdf5Rows:
+    """Reads rows of a folder's HDF5 files and keeps the files open."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self._files: dict[str, h5py.File] = {}
 
-    def __enter__(self) -> "Rows":
+    def __enter__(self) -> "Hdf5Rows":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,23 +78,19 @@ class Rows:
             file.close()
 
     def read(self, row: str) -> Points:
-        """Points (n, 3) of one row.
-
-        Raises:
-            BadSample: the file is damaged there, or the points are not finite.
-        """
+        """Return the points (n, 3) of one row, or raise `BadSample` if they are damaged or not finite."""
         name, number = row.rsplit("#", 1)
         try:
             if name not in self._files:
                 self._files[name] = h5py.File(self.folder.fs.open(self.folder.file(name), "rb"), "r")
             data = self._files[name]["data"]
-            assert isinstance(data, h5py.Dataset), "_labels() was asked first"
+            assert isinstance(data, h5py.Dataset), "_labels() is called first"
             values = np.ascontiguousarray(data[int(number), :, :3], "<f4")
         except (OSError, ValueError, KeyError) as error:
             raise BadSample(f"unreadable: {first_line(error, 80)}") from error
-        return decode(values.tobytes())
+        return decode_points(values.tobytes())
 
 
 def is_row(name: str) -> bool:
-    """Whether an item's name is that of a row, `FILE.h5#ROW`."""
+    """Return whether an item is a row, `FILE.h5#ROW`."""
     return name.rsplit("#", 1)[0].lower().endswith(SUFFIXES) and "#" in name

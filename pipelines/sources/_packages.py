@@ -1,9 +1,10 @@
-"""Data carried by Python packages: fetched by pinned version and hash with pip, never installed, opened as archives."""
+"""Data in Python packages: downloaded with pip by pinned version and hash, never installed, opened as archives."""
 
 import hashlib
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from perceiver.storage import cache_folder
 
 
 class Package(NamedTuple):
-    """One file of a package index: what pip is asked for, the file's name and its checksum."""
+    """One file of a package index: its requirement for pip, its name and its checksum."""
 
     requirement: str
     file: str
@@ -20,26 +21,35 @@ class Package(NamedTuple):
 
 
 def fetch(package: Package, src: str | None = None) -> Path:
-    """The package's file on this machine, downloaded if it is not in the cache.
+    """Return the path of a package's file; download it if it is not in the cache.
 
     Args:
-        package: what to fetch.
-        src: a copy the user already has; used instead of downloading.
+        package: the package.
+        src: the user's copy of the file, used instead of a download.
 
     Raises:
         UserError: pip failed (offline, blocked index), or the file is not the pinned one.
     """
     path = Path(src) if src else cache_folder(package.file)
     if src and not path.is_file():
-        raise UserError(f"no file {src}: give the path of {package.file}, or no source path to have it downloaded")
+        raise UserError(f"no file {src}: give the path of {package.file}, or no source path to download it")
     if not path.is_file() or (not src and _checksum(path) != package.sha256):
         _download(package, path)
     if _checksum(path) != package.sha256:
         raise UserError(
             f"{path} has another checksum than {package.file} ({package.sha256[:12]}...):"
-            " give the pinned file, or no source path to have it downloaded"
+            " give the pinned file, or no source path to download it"
         )
     return path
+
+
+def read_member(path: str, member: str, package: Package) -> bytes:
+    """Return one file of a package (a zip archive at `path`), or raise `UserError`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(member)
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise UserError(f"{path} does not contain {member} ({error}): wanted the file {package.file}") from error
 
 
 def _checksum(path: Path) -> str:
@@ -51,22 +61,11 @@ def _download(package: Package, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         wanted = Path(scratch) / "requirements.txt"
         wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--retries=2",
-            "--no-deps",
-            "--require-hashes",
-            f"--dest={scratch}",
-            f"--requirement={wanted}",
-        ]
+        options = ["--disable-pip-version-check", "--no-input", "--retries=2", "--no-deps", "--require-hashes"]
+        places = [f"--dest={scratch}", f"--requirement={wanted}"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", *options, *places]
         if package.file.endswith(".tar.gz"):
-            # pip asks a source archive for its name by running its setup.py, once the checksum is found right.
+            # pip runs the setup.py of a source archive to get its name, after it has checked the hash.
             command.append("--no-build-isolation")
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode or not (Path(scratch) / package.file).is_file():
@@ -74,6 +73,6 @@ def _download(package: Package, target: Path) -> None:
             raise UserError(
                 f"could not download {package.requirement} with pip"
                 f" ({errors[-1].strip() if errors else f'status {run.returncode}'}): check the network and"
-                f" pip's index, or fetch {package.file} elsewhere and give its path as the source path"
+                f" pip's index, or download {package.file} elsewhere and give its path as the source path"
             )
         (Path(scratch) / package.file).replace(target)

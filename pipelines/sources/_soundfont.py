@@ -1,8 +1,8 @@
 """SoundFont 2 files: reading their tables and playing single notes, in NumPy.
 
-A note plays the recorded samples of its key: each is read at the speed that turns its own pitch into the key's
-(resampled with soxr), looped if the font says so, under the font's volume envelope. Filters, modulators, LFOs and
-reverberation are left out. Source: SoundFont Technical Specification 2.04 (generator numbers in chapter 8.1.2).
+A note plays the recorded samples of its key: each is resampled (with soxr) from its own pitch to the key's, looped if
+the font requires it, and multiplied by the font's volume envelope. Filters, modulators, LFOs and reverberation are not
+implemented. Source: SoundFont Technical Specification 2.04 (generator numbers in chapter 8.1.2).
 """
 
 import struct
@@ -20,11 +20,11 @@ Generators = dict[int, int]
 
 INSTRUMENT, KEY_RANGE, VELOCITY_RANGE, SAMPLE = 41, 43, 44, 53
 START, END, LOOP_START, LOOP_END = (0, 4), (1, 12), (2, 45), (3, 50)
-"""Fine and coarse (32,768 samples) offsets of a sample's points."""
+"""Generators of the fine and coarse (32,768 samples) offsets of a sample's points."""
 ATTENUATION, COARSE, FINE, LOOPED, SCALE, ROOT = 48, 51, 52, 54, 56, 58
 DELAY, ATTACK, HOLD, DECAY, SUSTAIN, RELEASE, HOLD_BY_KEY, DECAY_BY_KEY = 33, 34, 35, 36, 37, 38, 39, 40
 ADDED = {ATTENUATION, COARSE, FINE, SCALE, DELAY, ATTACK, HOLD, DECAY, SUSTAIN, RELEASE, HOLD_BY_KEY, DECAY_BY_KEY}
-"""What a preset adds to its instrument's value; the rest counts in instruments only."""
+"""Generators that a preset adds to its instrument's value; the others apply in instruments only."""
 DEFAULTS = {SCALE: 100, ROOT: -1, DELAY: -12000, ATTACK: -12000, HOLD: -12000, DECAY: -12000, RELEASE: -12000}
 SILENCE_CB = 1000
 """Attenuation in centibels that counts as silence."""
@@ -34,24 +34,17 @@ INST = np.dtype([("name", "S20"), ("bag", "<u2")])
 BAG = np.dtype([("generator", "<u2"), ("modulator", "<u2")])
 GENERATOR = np.dtype([("kind", "<u2"), ("amount", "<i2")])
 SAMPLES = np.dtype(
-    [
-        ("name", "S20"),
-        ("start", "<u4"),
-        ("end", "<u4"),
-        ("loop_start", "<u4"),
-        ("loop_end", "<u4"),
-        ("rate", "<u4"),
-        ("root", "u1"),
-        ("correction", "i1"),
-        ("link", "<u2"),
-        ("kind", "<u2"),
-    ]
+    {
+        "names": ["name", "start", "end", "loop_start", "loop_end", "rate", "root", "correction", "link", "kind"],
+        "formats": ["S20", "<u4", "<u4", "<u4", "<u4", "<u4", "u1", "i1", "<u2", "<u2"],
+    }
 )
+TABLES = {"phdr": HEADER, "pbag": BAG, "pgen": GENERATOR, "inst": INST, "ibag": BAG, "igen": GENERATOR, "shdr": SAMPLES}
 
 
 @dataclass(frozen=True)
 class SoundFont:
-    """The tables of a font; `presets` maps (bank, program) to its zones."""
+    """The tables of a font; `presets` maps (bank, program) to zones."""
 
     wave: NDArray[np.int16]
     samples: NDArray[Any]
@@ -59,7 +52,7 @@ class SoundFont:
     instruments: list[list[Generators]]
 
     def zones(self, bank: int, program: int, key: int, velocity: int) -> Iterator[Generators]:
-        """The generators of every sample that this key sounds; none if the preset is silent there."""
+        """Yield the generators of every sample that this key plays; none if the preset is silent there."""
         for outer in self.presets.get((bank, program), []):
             if _within(outer, key, velocity):
                 for inner in self.instruments[outer[INSTRUMENT]]:
@@ -69,33 +62,18 @@ class SoundFont:
 
 
 def read_font(content: bytes) -> SoundFont:
-    """Read a font.
-
-    Raises:
-        UserError: it is no SoundFont 2 file, or cut off.
-    """
+    """Read a SoundFont 2 file, or raise `UserError`."""
     try:
         chunks = dict(_chunks(content, 0, len(content)))
-        table = {
-            name: np.frombuffer(chunks[name], kind)
-            for name, kind in (
-                (b"phdr", HEADER),
-                (b"pbag", BAG),
-                (b"pgen", GENERATOR),
-                (b"inst", INST),
-                (b"ibag", BAG),
-                (b"igen", GENERATOR),
-                (b"shdr", SAMPLES),
-            )
-        }
+        table = {name: np.frombuffer(chunks[name.encode()], kind) for name, kind in TABLES.items()}
         wave = np.frombuffer(chunks[b"smpl"], "<i2")
     except (KeyError, ValueError, struct.error) as error:
-        raise UserError(f"no SoundFont 2 file: {error!r}; wanted a .sf2 file that is whole") from error
-    outer = _zones(table[b"phdr"], table[b"pbag"], table[b"pgen"], INSTRUMENT)
+        raise UserError(f"not a SoundFont 2 file: {error!r}; wanted a complete .sf2 file") from error
+    outer = _zones(table["phdr"], table["pbag"], table["pgen"], INSTRUMENT)
     presets = {
-        (int(row["bank"]), int(row["program"])): zones for row, zones in zip(table[b"phdr"][:-1], outer, strict=True)
+        (int(row["bank"]), int(row["program"])): zones for row, zones in zip(table["phdr"][:-1], outer, strict=True)
     }
-    return SoundFont(wave, table[b"shdr"], presets, _zones(table[b"inst"], table[b"ibag"], table[b"igen"], SAMPLE))
+    return SoundFont(wave, table["shdr"], presets, _zones(table["inst"], table["ibag"], table["igen"], SAMPLE))
 
 
 def _chunks(content: bytes, start: int, stop: int) -> Iterator[tuple[bytes, bytes]]:
@@ -109,7 +87,7 @@ def _chunks(content: bytes, start: int, stop: int) -> Iterator[tuple[bytes, byte
 
 
 def _zones(rows: NDArray[Any], bags: NDArray[Any], generators: NDArray[Any], last: int) -> list[list[Generators]]:
-    """The zones of each row but the closing one. A first zone that names no target gives the others' defaults."""
+    """Return the zones of each row but the last. A first zone without a target has the defaults of the others."""
     found = []
     for first, stop in zip(rows["bag"][:-1], rows["bag"][1:], strict=True):
         zones, common = [], {}
@@ -153,7 +131,7 @@ class Note:
 
 
 def play(font: SoundFont, note: Note, rate: int) -> NDArray[np.float32]:
-    """The note as (seconds * rate,) samples in about -1 to 1; zeros if the preset has no sound at this key."""
+    """Return the note as (seconds * rate,) samples of about -1 to 1; zeros if the preset has no sound at this key."""
     total = np.zeros(round(note.seconds * rate), np.float32)
     for zone in font.zones(note.bank, note.program, note.key, note.velocity):
         voice = _voice(font, zone, note, rate)
@@ -163,7 +141,7 @@ def play(font: SoundFont, note: Note, rate: int) -> NDArray[np.float32]:
 
 
 def _voice(font: SoundFont, zone: Generators, note: Note, rate: int) -> NDArray[np.float32]:
-    """One sample at the note's pitch and at the wanted rate, looped up to the note's length."""
+    """Return one sample at the note's pitch and at the wanted rate, looped up to the note's length."""
     header = font.samples[zone[SAMPLE] & 0xFFFF]
     start, end, loop_start, loop_end = (
         int(header[name]) + zone.get(fine, 0) + 32768 * zone.get(coarse, 0)
@@ -182,7 +160,7 @@ def _voice(font: SoundFont, zone: Generators, note: Note, rate: int) -> NDArray[
 
 
 def _envelope(zone: Generators, note: Note, rate: int, length: int) -> NDArray[np.float32]:
-    """The volume envelope: delay, linear attack, hold, then decay, sustain and release linear in decibels."""
+    """Return the volume envelope: delay, linear attack, hold, then decay, sustain and release linear in decibels."""
     seconds = {kind: 2 ** (zone[kind] / 1200) for kind in (DELAY, ATTACK, HOLD, DECAY, RELEASE)}
     for kind, by_key in ((HOLD, HOLD_BY_KEY), (DECAY, DECAY_BY_KEY)):
         seconds[kind] *= 2 ** (zone.get(by_key, 0) * (60 - note.key) / 1200)

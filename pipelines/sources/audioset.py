@@ -1,10 +1,10 @@
-"""AudioSet: segment lists, class names and a folder of media files; ten seconds a clip, any number of 527 classes.
+"""AudioSet: segment lists, class names and media files; clips of ten seconds with any number of 527 classes.
 
 Layout, anywhere below SRC: `balanced_train_segments.csv`, `unbalanced_train_segments.csv`, `eval_segments.csv`;
-`class_labels_indices.csv`, or `ontology.json` for the names of the classes that the lists use; media files named after
-the video, as the usual downloaders do: `ID.mp4`, `YID.wav`, `ID_30000.flac`, `ID_30.000_40.000.m4a`. Files hold the
-clip alone, are stored as they are, and are decoded when they are shown. Segments without a file (videos vanish) are
-listed as rejected: raise `--max-bad-fraction` to the share that may be missing.
+`class_labels_indices.csv`, or `ontology.json` for the names of the classes in the lists; media files named after the
+video, as the usual downloaders do: `ID.mp4`, `YID.wav`, `ID_30000.flac`, `ID_30.000_40.000.m4a`. A file contains the
+clip alone and is stored unchanged. Segments without a file (deleted videos) are rejected: raise `--max-bad-fraction` to
+the share that may be missing.
 """
 
 import csv
@@ -33,13 +33,13 @@ KINDS: Mapping[str, tuple[str, Feature, tuple[str, ...]]] = {
     "video": ("video", VideoFeature(), VIDEO),
     "both": ("media", MediaFeature(), VIDEO),
 }
-"""By the option `media`: the feature's name, its kind, and the files that serve, the first one found."""
+"""By the option `media`: the feature's name, the feature, and the suffixes of its files."""
 OPTIONS = ("media", "train")
 FILE_NAME = re.compile(r"Y?([\w-]{11})(?:_(\d+(?:\.\d+)?))?(?:_\d+(?:\.\d+)?)?\.\w+$")
 
 
 class Segment(NamedTuple):
-    """A line of a list: video, second at which it starts, classes."""
+    """A line of a list: video, start in seconds, classes."""
 
     video: str
     start: float
@@ -52,11 +52,7 @@ class AudioSet:
     title = "AudioSet: segment lists (*_segments.csv), class_labels_indices.csv and media files named after the videos"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
-        """List the segments of the lists that are there.
-
-        Raises:
-            UserError: no lists, no class names, or no media file at all.
-        """
+        """List the segments of the lists that are found."""
         refuse_options(options, OPTIONS)
         folder = source_folder("audioset", src, "eval_segments.csv, class_labels_indices.csv and media files")
         media = choice(options, "media", KINDS, "both")
@@ -79,17 +75,12 @@ class AudioSet:
             found = read_segments(folder, lists[base], {mid: number for number, mid in enumerate(classes)})
             splits.setdefault(LISTS[base][0], []).extend(_item(segment, files) for segment in found)
         units = shuffled_units(splits, random.Random(seed), shard_rows, src=src, feature=name)
-        return Listing(
-            "audioset",
-            {name: feature, "label": LabelsFeature()},
-            tuple(classes.values()),
-            "labels CC BY 4.0 (Google), the clips under their own terms on YouTube",
-            str(src),
-            units,
-        )
+        licence = "labels CC BY 4.0 (Google), the clips under their own terms on YouTube"
+        features = {name: feature, "label": LabelsFeature()}
+        return Listing("audioset", features, tuple(classes.values()), licence, str(src), units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
-        """Read the unit's files as they are."""
+        """Read the unit's files unchanged."""
         folder = open_folder(unit.content["src"])
         for key, path, labels in unit.content["items"]:
             if not path:
@@ -101,11 +92,7 @@ class AudioSet:
 
 
 def read_classes(folder: Folder, lists: Mapping[str, str]) -> dict[str, str]:
-    """Class names by machine id (`/m/09x0r`), in the order of their indices.
-
-    Raises:
-        UserError: neither file is there, or it is not what its name says.
-    """
+    """Return class names by machine id (`/m/09x0r`), in the order of their indices."""
     try:
         if LABELS in lists:
             rows = list(csv.DictReader(folder.read_text(lists[LABELS]).splitlines()))
@@ -126,11 +113,7 @@ def read_classes(folder: Folder, lists: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_segments(folder: Folder, path: str, classes: Mapping[str, int]) -> Iterator[Segment]:
-    """The lines of a list, without its comments; labels that are no class are left out.
-
-    Raises:
-        UserError: a line is not `video, start, end, "labels"`.
-    """
+    """Yield the segments of a list; labels of unknown classes are left out."""
     lines = csv.reader(folder.read_text(path).splitlines(), skipinitialspace=True)
     for number, line in enumerate(lines, 1):
         if not line or line[0].startswith("#"):
@@ -139,13 +122,12 @@ def read_segments(folder: Folder, path: str, classes: Mapping[str, int]) -> Iter
             video, start, _, labels = line
             yield Segment(video, float(start), [classes[mid] for mid in labels.split(",") if mid in classes])
         except ValueError as error:
-            raise UserError(
-                f'{folder.file(path)}: line {number}: wanted video, start, end, "labels", got {line}'
-            ) from error
+            where = f"{folder.file(path)}: line {number}"
+            raise UserError(f'{where}: wanted video, start, end, "labels", got {line}') from error
 
 
 def media_files(folder: Folder, suffixes: tuple[str, ...]) -> dict[str, list[str]]:
-    """Paths of the media files by video."""
+    """Return the paths of the media files by video."""
     files: dict[str, list[str]] = {}
     for path in find_files(folder, suffixes):
         match = FILE_NAME.match(path.rsplit("/", 1)[-1])
@@ -155,7 +137,7 @@ def media_files(folder: Folder, suffixes: tuple[str, ...]) -> dict[str, list[str
 
 
 def _item(segment: Segment, files: Mapping[str, list[str]]) -> tuple[str, str, list[int]]:
-    """Key, path (empty: missing) and classes. Of several files, the one named after the start, else one without."""
+    """Return key, path (empty: missing) and classes. A file named after the start takes precedence over one without."""
     found = files.get(segment.video, [])
     path = next((path for path in found if _start(path) in (segment.start, 1000 * segment.start)), None)
     path = path or next((path for path in found if _start(path) is None or len(found) == 1), "")
@@ -163,7 +145,7 @@ def _item(segment: Segment, files: Mapping[str, list[str]]) -> tuple[str, str, l
 
 
 def _start(path: str) -> float | None:
-    """The start in a file's name, in seconds or milliseconds."""
+    """Return the start in a file's name, in seconds or milliseconds."""
     match = FILE_NAME.match(path.rsplit("/", 1)[-1])
     return float(match[2]) if match and match[2] else None
 

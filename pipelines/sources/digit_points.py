@@ -1,4 +1,4 @@
-"""Handwritten digits lifted to 3-D point clouds: points on the ink, the darkness of the ink as their height."""
+"""Handwritten digits as 3-D point clouds: points on the ink, with its darkness as their height."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,9 +12,9 @@ POINTS = 512
 
 
 def lift(image: np.ndarray, number: int) -> np.ndarray:
-    """Points (512, 3) float32 on an image (H, W) uint8: x to the right, y up, both in -1..1, height in 0..1.
+    """Return points (512, 3) float32 of an image (H, W) uint8: x right and y up in -1..1, height in 0..1.
 
-    Pixels are drawn by their darkness and points lie anywhere within them; the number of the sample is the seed.
+    Pixels are drawn by their darkness, and points at random within them; the number of the sample is the seed.
     """
     rng = np.random.default_rng(number)
     ink = image.astype(np.float64).ravel()

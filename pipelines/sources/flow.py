@@ -1,4 +1,4 @@
-"""Optical flow: FlyingChairs, MPI Sintel and KITTI 2012/2015 as their archives unpack, or any folder like them.
+"""Optical flow: FlyingChairs, MPI Sintel and KITTI 2012/2015 in the layout of their archives.
 
 FlyingChairs: `*_img1.ppm`, `*_img2.ppm`, `*_flow.flo` (also .png, .jpg), with `FlyingChairs_train_val.txt` for the
 splits. Sintel: `training/clean/SCENE/frame_0001.png` with `training/flow/SCENE/frame_0001.flo`; option `pass=final`.
@@ -23,25 +23,21 @@ KITTI = re.compile(r"(.*?)flow_occ/(\d+)_10\.png$")
 KITTI_FRAMES = ("image_2", "colored_0", "image_0")
 OPTIONS = ("split", "pass", "held_out")
 
-Pair = tuple[str, str, str]
+PairFiles = tuple[str, str, str]
 """Files of the first frame, the second frame and the flow."""
 
 
 class FlowPairs:
     """The source.
 
-    Options: `split` (`train`: put all pairs into it; `test`: likewise; `auto`: by the data set's list, else whole
-    scenes are held out), `held_out` (their share, 0.2), `pass` (of Sintel: clean or final).
+    Options: `split` (`train` or `test` for all pairs; `auto`: by the data set's list, else whole scenes are held out),
+    `held_out` (their share, 0.2), `pass` (of Sintel: clean or final).
     """
 
     title = "image pairs with optical flow: FlyingChairs, MPI Sintel, KITTI"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
-        """List the pairs below `src`.
-
-        Raises:
-            UserError: no such folder, or none of the layouts.
-        """
+        """List the pairs below `src`."""
         refuse_options(options, OPTIONS)
         folder = source_folder("flow", src, "a flow data set (FlyingChairs, Sintel or KITTI as unpacked)")
         scenes = find_pairs(folder, choice(options, "pass", ("clean", "final"), "clean"))
@@ -52,17 +48,11 @@ class FlowPairs:
         else:
             splits = {split: [pair for pairs in scenes.values() for pair in pairs]}
         units = shuffled_units(splits, rng, shard_rows, src=folder.url)
-        return Listing(
-            base_name(folder.url),
-            {"flow": FlowFeature()},
-            (),
-            "not stated: see the data set (all three are for research)",
-            folder.url,
-            units,
-        )
+        licence = "not stated: see the data set (all three are for research)"
+        return Listing(base_name(folder.url), {"flow": FlowFeature()}, (), licence, folder.url, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
-        """Read the unit's files as they are."""
+        """Read the unit's files unchanged."""
         folder = open_folder(unit.content["src"])
         for first, second, flow in unit.content["items"]:
             try:
@@ -73,15 +63,11 @@ class FlowPairs:
             yield {"key": flow, "flow": pack(files, "flo" if flow.endswith(".flo") else "png")}
 
 
-def find_pairs(folder: Folder, passes: str) -> dict[str, list[Pair]]:
-    """The pairs by scene; a pair whose frames are not there is left out.
-
-    Raises:
-        UserError: none found.
-    """
+def find_pairs(folder: Folder, passes: str) -> dict[str, list[PairFiles]]:
+    """Return the pairs by scene; a pair whose frames are missing is left out."""
     names = find_files(folder, (".flo", *(f".{suffix}" for suffix in FRAMES)))
     there = set(names)
-    scenes: dict[str, list[Pair]] = {}
+    scenes: dict[str, list[PairFiles]] = {}
     for name in names:
         scene, stems = _frames_of(name, passes)
         frames = [
@@ -94,13 +80,13 @@ def find_pairs(folder: Folder, passes: str) -> dict[str, list[Pair]]:
     if not scenes:
         raise UserError(
             f"no pairs with flow below {folder.url}: wanted *_img1.ppm, *_img2.ppm and *_flow.flo"
-            " (FlyingChairs), clean/ beside flow/ (Sintel), or image_2/ beside flow_occ/ (KITTI)"
+            " (FlyingChairs), clean/ and flow/ (Sintel), or image_2/ and flow_occ/ (KITTI)"
         )
     return scenes
 
 
 def _frames_of(name: str, passes: str) -> tuple[str, list[str]]:
-    """The scene of a flow file, and where its frames may lie, without endings: first, second, first, second, ..."""
+    """Return the scene of a flow file, and the possible stems of its frames: first, second, first, second, ..."""
     if found := CHAIRS.match(name):
         return found[1], [f"{found[1]}_img1", f"{found[1]}_img2"]
     if found := SINTEL.match(name):
@@ -111,8 +97,8 @@ def _frames_of(name: str, passes: str) -> tuple[str, list[str]]:
     return "", []
 
 
-def _listed(folder: Folder, scenes: Mapping[str, list[Pair]]) -> dict[str, list[Pair]]:
-    """FlyingChairs' split: a line a pair in order, 1 to train on, 2 to test."""
+def _listed(folder: Folder, scenes: Mapping[str, list[PairFiles]]) -> dict[str, list[PairFiles]]:
+    """Return the splits of FlyingChairs' list: a line per pair in order, 1 to train on, 2 to test."""
     lists = find_files(folder, ("train_val.txt",))
     if not lists:
         return {}
@@ -120,7 +106,7 @@ def _listed(folder: Folder, scenes: Mapping[str, list[Pair]]) -> dict[str, list[
     pairs = [pair for scene in sorted(scenes) for pair in scenes[scene]]
     if len(marks) != len(pairs):
         raise UserError(
-            f"{folder.url}/{lists[0]} has {len(marks)} lines for {len(pairs)} pairs: fetch what is missing,"
+            f"{folder.url}/{lists[0]} has {len(marks)} lines for {len(pairs)} pairs: download the missing files,"
             " or remove the list to hold out a share"
         )
     parts = {"train": "1", "test": "2"}
@@ -131,7 +117,9 @@ def _listed(folder: Folder, scenes: Mapping[str, list[Pair]]) -> dict[str, list[
     }
 
 
-def _hold_out_scenes(scenes: Mapping[str, list[Pair]], part: float, rng: random.Random) -> dict[str, list[Pair]]:
+def _hold_out_scenes(
+    scenes: Mapping[str, list[PairFiles]], part: float, rng: random.Random
+) -> dict[str, list[PairFiles]]:
     return {
         split: [pair for scene in members for pair in scenes[scene]]
         for split, members in hold_out(sorted(scenes), part, rng).items()

@@ -1,8 +1,8 @@
-"""Point clouds of furniture: 92 meshes that the streamlit_sweethome3d package carries, each seen from many sides.
+"""Point clouds of furniture: 92 meshes from the streamlit_sweethome3d package, each turned to many angles.
 
-A cloud is 1,024 points drawn from the surface of an object that was turned about the vertical by a random angle. By
-default an object is its own class, and its held-out clouds are other points under other angles; with the option
-`label=category` the class is one of the catalogue's 8 categories and whole objects are held out.
+A cloud is 1,024 points drawn from the surface of an object that is turned about the vertical by a random angle. By
+default each object is a class, and its held-out clouds are other points at other angles; with the option
+`label=category` the class is one of the catalogue's 8 categories, and whole objects are held out.
 """
 
 import functools
@@ -36,8 +36,8 @@ POINTS = 1024
 LICENCE = "models by eTeks, Scopia and others: CC-BY 3.0 or GPL, see the header of each file"
 
 
-class Piece(NamedTuple):
-    """One object: the name of its file, its category in the catalogue, and its mesh."""
+class FurnitureMesh(NamedTuple):
+    """One object: file name, category in the catalogue, and mesh."""
 
     name: str
     category: str
@@ -45,28 +45,26 @@ class Piece(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def read_archive(path: str) -> list[Piece]:
-    """The objects with a mesh, each mesh once, in the catalogue's order.
-
-    Raises:
-        UserError: the file is no archive or holds no catalogue.
-    """
+def read_archive(path: str) -> list[FurnitureMesh]:
+    """Return the objects with a mesh, each mesh once, in the catalogue's order."""
     try:
         with tarfile.open(path) as archive:
             files = {member.name.split("/", 1)[-1]: member for member in archive.getmembers() if member.isfile()}
             catalogue = json.loads(_content(archive, files[CATALOGUE]))
-            pieces: dict[str, Piece] = {}
+            pieces: dict[str, FurnitureMesh] = {}
             for entry in sorted(int(key.split("#")[1]) for key in catalogue if key.startswith("model#")):
                 place = catalogue[f"model#{entry}"].split("!/")
                 member = files.get(RESOURCES + place[0])
                 if member and len(place) == 2 and place[1].endswith(".obj") and place[0] not in pieces:
                     with zipfile.ZipFile(io.BytesIO(_content(archive, member))) as inner:
                         mesh = inner.read(place[1])
-                    if b"\nf " in mesh:  # A light source has no faces.
-                        pieces[place[0]] = Piece(place[1].removesuffix(".obj"), catalogue[f"category#{entry}"], mesh)
+                    if b"\nf " in mesh:  # Light sources have no faces.
+                        pieces[place[0]] = FurnitureMesh(
+                            place[1].removesuffix(".obj"), catalogue[f"category#{entry}"], mesh
+                        )
     except (tarfile.TarError, zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
         raise UserError(
-            f"{path} does not hold the furniture catalogue ({error}): wanted the file {PACKAGE.file}"
+            f"{path} does not contain the furniture catalogue ({error}): wanted the file {PACKAGE.file}"
         ) from error
     return list(pieces.values())
 
@@ -83,11 +81,7 @@ def _mesh(encoded: bytes) -> Any:
 
 
 def cloud(mesh: bytes, seed: int) -> Points:
-    """Points (1024, 3) on a mesh turned about the vertical (y) by a random angle.
-
-    Raises:
-        BadSample: the mesh cannot be used.
-    """
+    """Return points (1024, 3) on a mesh turned about the vertical (y) by a random angle, or raise `BadSample`."""
     points = surface_points(_mesh(mesh), POINTS, seed)
     angle = np.random.default_rng(seed).uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
@@ -95,9 +89,9 @@ def cloud(mesh: bytes, seed: int) -> Points:
 
 
 class Furniture:
-    """The source. Options: `label` (object or category), `clouds` and `held_out` (clouds an object, 40 and 10)."""
+    """The source. Options: `label` (object or category), `clouds` and `held_out` (clouds per object, 40 and 10)."""
 
-    title = "92 pieces of furniture as clouds of 1,024 points (meshes carried by the streamlit_sweethome3d package)"
+    title = "92 pieces of furniture as clouds of 1,024 points (meshes in the streamlit_sweethome3d package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the clouds to draw; `src` is a copy of the package's file, downloaded if None."""
@@ -115,14 +109,9 @@ class Furniture:
             classes = tuple(sorted({piece.category for piece in pieces}))
             splits = _by_category(pieces, classes, {"train": clouds, "test": held_out}, seed)
         units = shuffled_units(splits, random.Random(seed), shard_rows, path=src, seed=seed)
-        return Listing(
-            f"furniture_{kind}",
-            {"points": PointsFeature(), "label": LabelFeature()},
-            classes,
-            LICENCE,
-            f"{PACKAGE.requirement}, {CATALOGUE}",
-            units,
-        )
+        features = {"points": PointsFeature(), "label": LabelFeature()}
+        origin = f"{PACKAGE.requirement}, {CATALOGUE}"
+        return Listing(f"furniture_{kind}", features, classes, LICENCE, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Draw the unit's clouds."""
@@ -137,9 +126,9 @@ class Furniture:
 
 
 def _by_category(
-    pieces: list[Piece], classes: tuple[str, ...], views: Mapping[str, int], seed: int
+    pieces: list[FurnitureMesh], classes: tuple[str, ...], views: Mapping[str, int], seed: int
 ) -> dict[str, list[tuple[int, int, int]]]:
-    """A fifth of the objects of each category is held out, with all its clouds."""
+    """Hold out a fifth of the objects of each category, with all their clouds."""
     rng = random.Random(seed)
     splits: dict[str, list[tuple[int, int, int]]] = {split: [] for split in views}
     for label, category in enumerate(classes):

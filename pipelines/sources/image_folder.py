@@ -1,8 +1,7 @@
-"""Own images: folders named after classes, with image files in them, on any fsspec file system.
+"""Folders of images named after their classes, on any fsspec file system.
 
 Layout: `SRC/CLASS/**/*.jpg`, of which a seeded, stratified share is held out as split `test`; or `SRC/train/CLASS/...`
-beside `SRC/test/CLASS/...` (also `val`, `validation`), which is kept as it is. Files are copied into the shards as
-they are.
+with `SRC/test/CLASS/...` (also `val`, `validation`), whose splits are kept. Files are stored unchanged.
 """
 
 import random
@@ -14,7 +13,7 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, channels, share, shuffled_units
+from pipelines.sources._common import base_name, channels, find_files, share, shuffled_units, source_folder
 from pipelines.transforms.decode import upright_size
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -27,36 +26,25 @@ Labelled = tuple[str, int]
 
 
 class ImageFolder:
-    """The source: one class a folder. Options: `held_out` (share, default 0.2), `channels` (1 or 3, else as found)."""
+    """The source: one class per folder. Options: `held_out` (share, 0.2), `channels` (1 or 3; default: as found)."""
 
-    title = "folders of images, one folder a class (SRC/CLASS/*.jpg or SRC/train/CLASS/*.jpg beside SRC/test)"
+    title = "folders of images, one folder per class (SRC/CLASS/*.jpg, or SRC/train/CLASS/*.jpg with SRC/test)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
-        """List the image files below `src`.
-
-        Raises:
-            UserError: no such folder, no images, or classes that only a held-out split has.
-        """
+        """List the image files below `src`."""
         refuse_options(options, OPTIONS)
-        if src is None:
-            raise UserError("source image_folder needs a source folder: perceiver prepare image_folder SRC DST")
-        folder = open_folder(src)
+        folder = source_folder("image_folder", src, "one folder of images per class")
         classes, splits = find_images(folder)
         rng = random.Random(seed)
         if set(splits) == {""}:
             splits = _hold_out(splits[""], share(options, "held_out", "0.2"), rng)
-        feature = _probe(folder, next(iter(splits.values()))[:PROBE], options)
-        return Listing(
-            base_name(src),
-            {"image": feature, "label": LabelFeature()},
-            tuple(classes),
-            "not stated: the user's own data",
-            src,
-            shuffled_units(splits, rng, shard_rows, src=src),
-        )
+        features = {"image": _probe(folder, next(iter(splits.values()))[:PROBE], options), "label": LabelFeature()}
+        units = shuffled_units(splits, rng, shard_rows, src=src)
+        licence = "not stated: the user's own data"
+        return Listing(base_name(str(src)), features, tuple(classes), licence, str(src), units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
-        """Read the unit's files as they are."""
+        """Read the unit's files unchanged."""
         folder = open_folder(unit.content["src"])
         for name, label in unit.content["items"]:
             try:
@@ -66,15 +54,8 @@ class ImageFolder:
 
 
 def find_images(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:
-    """Class names in order, and the image files of each split (split "" if there are none).
-
-    Raises:
-        UserError: no such folder, or no image below a class folder.
-    """
-    if not folder.fs.isdir(folder.path):
-        raise UserError(f"source folder {folder.url} does not exist: wanted a folder with one folder of images a class")
-    root = folder.path.rstrip("/") + "/"
-    names = sorted(path[len(root) :] for path in folder.fs.find(folder.path) if path.lower().endswith(SUFFIXES))
+    """Return class names in order, and the image files of each split (split "" if there are no splits)."""
+    names = find_files(folder, SUFFIXES)
     parts = [name.split("/") for name in names]
     split_layout = bool(parts) and all(part[0] in SPLITS and len(part) > 2 for part in parts)
     depth = 1 if split_layout else 0
@@ -107,7 +88,7 @@ def _hold_out(members: list[Labelled], part: float, rng: random.Random) -> dict[
 
 
 def _probe(folder: Folder, members: list[Labelled], options: Mapping[str, str]) -> ImageFeature:
-    """Channels and size from the headers of a few files; sizes that differ, or cannot be read, are left open."""
+    """Return channels and size by the headers of a few files; the size is left open if it varies or is unreadable."""
     sizes, modes = set(), set()
     for name, _ in members:
         try:

@@ -1,10 +1,10 @@
 """ImageNet (ILSVRC 2012): class folders or the original tars, by synset.
 
-Folders: `SRC/train/n01440764/*.JPEG` beside `SRC/val/n01440764/*.JPEG`, or `SRC/val/*.JPEG` with a list of labels; the
-layout of Kaggle (`SRC/ILSVRC/Data/CLS-LOC/train`, ...) is found too. Tars: `ILSVRC2012_img_train.tar` (a tar of one tar
-a class) and `ILSVRC2012_img_val.tar`, which are read where they lie and never unpacked. Lists of the validation labels:
-`LOC_val_solution.csv`, or one synset a line in the order of the images (`*synset_labels.txt`). Classes are the synsets
-in alphabetical order, as everywhere, with their words if `LOC_synset_mapping.txt` or `synset_words.txt` is there.
+Folders: `SRC/train/n01440764/*.JPEG` with `SRC/val/n01440764/*.JPEG`, or `SRC/val/*.JPEG` with a list of labels; the
+layout of Kaggle (`SRC/ILSVRC/Data/CLS-LOC/train`, ...) is found, too. Tars: `ILSVRC2012_img_train.tar` (one tar per
+class) and `ILSVRC2012_img_val.tar`, which are read in place and never unpacked. Lists of the validation labels:
+`LOC_val_solution.csv`, or one synset per line in the order of the images (`*synset_labels.txt`). Classes are synsets in
+alphabetical order, with their words if `LOC_synset_mapping.txt` or `synset_words.txt` is found.
 """
 
 import random
@@ -23,7 +23,7 @@ VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}")
 WANTED = "train/n01440764/*.JPEG and val/..., or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
 LICENCE = "ImageNet terms of access: non-commercial research and education"
 
-Place = tuple[str, str, int, int, str]
+ImageLocation = tuple[str, str, int, int, str]
 """Key, file, offset and size in it (-1: the whole file), synset."""
 
 
@@ -33,11 +33,7 @@ class ImageNet:
     title = "ImageNet ILSVRC 2012: class folders, or the original tars"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
-        """List the images below `src`.
-
-        Raises:
-            UserError: no such folder, no layout of ImageNet, or validation images without labels.
-        """
+        """List the images below `src`."""
         refuse_options(options)
         folder = source_folder("imagenet", src, WANTED)
         names = find_files(folder, (".jpeg", ".jpg", ".png", ".tar", ".txt", ".csv"))
@@ -51,17 +47,12 @@ class ImageNet:
             split: [(*place[:-1], labels[place[-1]]) for place in places] for split, places in splits.items() if places
         }
         units = shuffled_units(items, random.Random(seed), shard_rows, src=folder.url)
-        return Listing(
-            "imagenet",
-            {"image": ImageFeature(channels=3), "label": LabelFeature()},
-            tuple(f"{synset} {words[synset]}" if synset in words else synset for synset in synsets),
-            LICENCE,
-            folder.url,
-            units,
-        )
+        features = {"image": ImageFeature(channels=3), "label": LabelFeature()}
+        classes = tuple(f"{synset} {words[synset]}" if synset in words else synset for synset in synsets)
+        return Listing("imagenet", features, classes, LICENCE, folder.url, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
-        """Read the unit's images as they are."""
+        """Read the unit's images unchanged."""
         folder = open_folder(unit.content["src"])
         for key, name, offset, size, label in unit.content["items"]:
             try:
@@ -71,8 +62,8 @@ class ImageNet:
                 yield Rejected(key, f"unreadable file: {type(error).__name__}")
 
 
-def find_train(folder: Folder, names: list[str]) -> Iterator[Place]:
-    """Training images: in class folders below `train`, or in a tar of class tars."""
+def find_train(folder: Folder, names: list[str]) -> Iterator[ImageLocation]:
+    """Yield the training images: in class folders below `train`, or in a tar of class tars."""
     for name in names:
         parts = name.split("/")
         if parts[-1].endswith("img_train.tar"):
@@ -81,8 +72,8 @@ def find_train(folder: Folder, names: list[str]) -> Iterator[Place]:
             yield f"train/{parts[-2]}/{parts[-1]}", name, 0, -1, parts[-2]
 
 
-def find_val(folder: Folder, names: list[str]) -> Iterator[Place]:
-    """Validation images: in class folders below `val`, or flat or in a tar, with a list of labels."""
+def find_val(folder: Folder, names: list[str]) -> Iterator[ImageLocation]:
+    """Yield the validation images: in class folders below `val`, or flat or in a tar, with a list of labels."""
     flat: list[tuple[str, str, int, int]] = []
     for name in names:
         parts = name.split("/")
@@ -101,27 +92,23 @@ def find_val(folder: Folder, names: list[str]) -> Iterator[Place]:
         labels = val_labels(folder, names, len(flat))
         for place in sorted(flat):
             image = VAL_IMAGE.search(place[0])
-            assert image is not None, "chosen by it"
+            assert image is not None, "filtered by it"
             if image[0] not in labels:
                 raise UserError(f"no label for {place[0]} in the list of validation labels of {folder.url}")
             yield *place, labels[image[0]]
 
 
 def _members(folder: Folder, name: str) -> list[tarfile.TarInfo]:
-    """The plain files of a tar.
-
-    Raises:
-        UserError: it is truncated or no tar.
-    """
+    """Return the plain files of a tar."""
     try:
         with folder.fs.open(folder.file(name), "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             return [member for member in archive.getmembers() if member.isfile()]
     except tarfile.TarError as error:
-        raise UserError(f"{folder.url}/{name} is no whole tar ({error}): fetch it again") from error
+        raise UserError(f"{folder.url}/{name} is truncated or not a tar ({error}): download it again") from error
 
 
-def _train_tar(folder: Folder, name: str) -> Iterator[Place]:
-    """The images of a tar of tars, by their offset in the outer one."""
+def _train_tar(folder: Folder, name: str) -> Iterator[ImageLocation]:
+    """Yield the images of a tar of tars, by their offset in the outer one."""
     with folder.fs.open(folder.file(name), "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as outer:
         for member in outer:
             synset = member.name.rsplit("/", 1)[-1].removesuffix(".tar")
@@ -132,25 +119,15 @@ def _train_tar(folder: Folder, name: str) -> Iterator[Place]:
                 with tarfile.open(fileobj=inside, mode="r:") as inner:
                     for image in inner:
                         if image.isfile():
-                            yield (
-                                f"train/{synset}/{image.name}",
-                                name,
-                                member.offset_data + image.offset_data,
-                                image.size,
-                                synset,
-                            )
+                            offset = member.offset_data + image.offset_data
+                            yield f"train/{synset}/{image.name}", name, offset, image.size, synset
             except tarfile.TarError as error:
-                raise UserError(
-                    f"{member.name} in {folder.url}/{name} is no whole tar ({error}): fetch it again"
-                ) from error
+                where = f"{member.name} in {folder.url}/{name}"
+                raise UserError(f"{where} is truncated or not a tar ({error}): download it again") from error
 
 
 def val_labels(folder: Folder, names: list[str], images: int) -> dict[str, str]:
-    """The synset of each validation image, by its name without ending.
-
-    Raises:
-        UserError: no list, or one of another length.
-    """
+    """Return the synset of each validation image, by its file name without suffix."""
     for name in names:
         if name.endswith("val_solution.csv"):
             rows = [line.split(",") for line in folder.read_text(name).splitlines()[1:]]
@@ -161,17 +138,17 @@ def val_labels(folder: Folder, names: list[str], images: int) -> dict[str, str]:
             if len(synsets) < images or not all(map(SYNSET.fullmatch, synsets)):
                 raise UserError(
                     f"{folder.url}/{name}: {len(synsets)} lines for {images} images, wanted one synset"
-                    " each, such as n01440764"
+                    " per image, such as n01440764"
                 )
             return {f"ILSVRC2012_val_{number + 1:08d}": synset for number, synset in enumerate(synsets)}
     raise UserError(
-        f"{folder.url} holds validation images without labels: add LOC_val_solution.csv, or"
-        " imagenet_2012_validation_synset_labels.txt with one synset a line"
+        f"{folder.url} has validation images without labels: add LOC_val_solution.csv, or"
+        " imagenet_2012_validation_synset_labels.txt with one synset per line"
     )
 
 
 def synset_words(folder: Folder, names: list[str]) -> dict[str, str]:
-    """The first word of each synset, if a list is there."""
+    """Return the first word of each synset, if a list is there."""
     for name in names:
         if name.endswith(("synset_mapping.txt", "synset_words.txt")):
             lines = [line.partition(" ") for line in folder.read_text(name).splitlines() if line.strip()]

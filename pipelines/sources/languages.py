@@ -1,7 +1,6 @@
-"""Short texts in ten languages: the translations that the Django package carries (BSD-3), labelled by language.
+"""Short texts in ten languages: the translations in the Django package (BSD-3), labelled by language.
 
-A text is held out when the hash of its English original falls into one of five parts, so that no sentence is in both
-splits in two languages.
+A text is held out by the hash of its English original, so that no sentence is in both splits in two languages.
 """
 
 import ast
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from perceiver.config import UserError
 from pipelines.features import LabelFeature, TextFeature
 from pipelines.sources import Listing, Sample, Unit, refuse_options
+from pipelines.sources._common import units_of
 from pipelines.sources._packages import Package, fetch
 
 PACKAGE = Package(
@@ -28,9 +28,9 @@ PARTS = 5
 
 
 def messages(catalogue: str) -> Iterator[tuple[str, str]]:
-    """(original, translation) of each finished entry of a gettext catalogue; an untranslated one gives an empty one.
+    """Yield (original, translation) of each entry of a gettext catalogue that is not fuzzy; untranslated: empty.
 
-    Of plural forms the first is taken.
+    Of plural forms the first one is taken.
     """
     for entry in re.split(r"\n\s*\n", catalogue):
         if re.search(r"^#,.*\bfuzzy\b", entry, re.MULTILINE):
@@ -50,11 +50,7 @@ def messages(catalogue: str) -> Iterator[tuple[str, str]]:
 
 
 def read_archive(path: str) -> list[tuple[str, str, str, str]]:
-    """All texts as (key, original, text, language), each once, in the package's order.
-
-    Raises:
-        UserError: the file is no archive or holds no catalogues.
-    """
+    """Return all texts as (key, original, text, language), each once, in the package's order."""
     found: list[tuple[str, str, str, str]] = []
     seen: set[tuple[str, str]] = set()
     try:
@@ -69,16 +65,16 @@ def read_archive(path: str) -> list[tuple[str, str, str, str]]:
                             seen.add((text, place[1]))
                             found.append((f"{member}#{number}", original, text, place[1]))
     except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is no readable archive ({error}): wanted the file {PACKAGE.file}") from error
+        raise UserError(f"{path} is not a readable archive ({error}): wanted the file {PACKAGE.file}") from error
     if not found:
-        raise UserError(f"{path} holds no translations: wanted the file {PACKAGE.file}")
+        raise UserError(f"{path} contains no translations: wanted the file {PACKAGE.file}")
     return found
 
 
 class Languages:
     """The source: texts of at least ten characters and their language."""
 
-    title = "short texts in 10 languages (translations carried by the Django package)"
+    title = "short texts in 10 languages (translations in the Django package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the texts; `src` is a copy of the package's file, downloaded if None."""
@@ -89,22 +85,13 @@ class Languages:
             splits["test" if part == 0 else "train"].append(row)
         for rows in splits.values():
             random.Random(seed).shuffle(rows)
-        units = [
-            Unit(split, {"path": src, "rows": rows[start : start + shard_rows]})
-            for split, rows in splits.items()
-            for start in range(0, len(rows), shard_rows)
-        ]
-        return Listing(
-            "languages",
-            {"text": TextFeature(), "label": LabelFeature()},
-            LANGUAGES,
-            "Django and its translators, BSD-3-Clause",
-            f"{PACKAGE.requirement}, django/**/*.po",
-            units,
-        )
+        units = units_of(splits, shard_rows, "rows", path=src)
+        features = {"text": TextFeature(), "label": LabelFeature()}
+        licence, origin = "Django and its translators, BSD-3-Clause", f"{PACKAGE.requirement}, django/**/*.po"
+        return Listing("languages", features, LANGUAGES, licence, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
-        """The unit's texts."""
+        """Yield the unit's texts."""
         texts = read_archive(unit.content["path"] or str(fetch(PACKAGE)))
         for row in unit.content["rows"]:
             key, _, text, language = texts[row]

@@ -1,9 +1,9 @@
-"""ModelNet40 (Wu et al. 2015) or any data set in its layouts: objects as meshes or as ready points.
+"""ModelNet40 (Wu et al. 2015) or any data set in its layouts: objects as meshes or as point clouds.
 
-Meshes: `SRC/CLASS/train/*.off` beside `SRC/CLASS/test/*.off`, as the Princeton archive unpacks; points are drawn from
-the surface by area. Ready points: `SRC/CLASS/NAME.txt` (x, y, z and maybe normals, with commas) and lists
-`*_train.txt` and `*_test.txt` of names, as in `modelnet40_normal_resampled`; or `.npy` arrays (n, 3 or more) in either
-layout; or HDF5 files `*train*.h5` and `*test*.h5`, as in `modelnet40_ply_hdf5_2048` (`_hdf5`).
+Meshes: `SRC/CLASS/train/*.off` with `SRC/CLASS/test/*.off`, as in the Princeton archive; points are drawn from the
+surface by area. Point clouds: `SRC/CLASS/NAME.txt` (x, y, z and optional normals, with commas) and lists `*_train.txt`
+and `*_test.txt` of names, as in `modelnet40_normal_resampled`; or `.npy` arrays (n, 3 or more) in either layout; or
+HDF5 files `*train*.h5` and `*test*.h5`, as in `modelnet40_ply_hdf5_2048` (`_hdf5`).
 """
 
 import io
@@ -20,48 +20,37 @@ from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_opt
 from pipelines.sources._common import base_name, find_files, item_seed, number, shuffled_units, source_folder
 from pipelines.transforms import BadSample
 from pipelines.transforms.mesh import load_mesh, surface_points
-from pipelines.transforms.points import Points, decode
+from pipelines.transforms.points import Points, decode_points
 
 LISTS = {"train": "_train.txt", "test": "_test.txt"}
-WANTED = (
-    "CLASS/train/*.off beside CLASS/test/*.off, or CLASS/*.txt with lists *_train.txt and *_test.txt; or *train*.h5"
-)
+WANTED = "CLASS/train/*.off with CLASS/test/*.off, or CLASS/*.txt with lists *_train.txt and *_test.txt; or *train*.h5"
 
 Labelled = tuple[str, int]
 """A file relative to the source folder and its class."""
 
 
 class ModelNet40:
-    """The source. Option `points`: how many are drawn from each mesh (default 2,048)."""
+    """The source. Option `points`: the number of points drawn from each mesh (default 2,048)."""
 
-    title = "ModelNet40 and its like: OFF meshes (SRC/CLASS/train/*.off) or ready points (.txt, .npy, .h5)"
+    title = "ModelNet40 and similar data: OFF meshes (SRC/CLASS/train/*.off) or point clouds (.txt, .npy, .h5)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
-        """List the objects below `src`.
-
-        Raises:
-            UserError: no such folder, or none of the layouts.
-        """
+        """List the objects below `src`."""
         refuse_options(options, ("points",))
         folder = source_folder("modelnet40", src, WANTED)
         classes, splits = _hdf5.find_rows(folder) or find_objects(folder)
         units = shuffled_units(
             splits, random.Random(seed), shard_rows, src=folder.url, seed=seed, points=number(options, "points", 2048)
         )
-        return Listing(
-            base_name(folder.url),
-            {"points": PointsFeature(), "label": LabelFeature()},
-            tuple(classes),
-            "ModelNet: for academic research, copyright of the models with their authors",
-            folder.url,
-            units,
-        )
+        features = {"points": PointsFeature(), "label": LabelFeature()}
+        licence = "ModelNet: for academic research, copyright of the models with their authors"
+        return Listing(base_name(folder.url), features, tuple(classes), licence, folder.url, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Draw or read the points of each object."""
         content = unit.content
         folder = open_folder(content["src"])
-        with _hdf5.Rows(folder) as rows:
+        with _hdf5.Hdf5Rows(folder) as rows:
             for name, label in content["items"]:
                 try:
                     points = rows.read(name) if _hdf5.is_row(name) else self._points(folder, name, content)
@@ -76,11 +65,7 @@ class ModelNet40:
 
 
 def read_points(name: str, encoded: bytes, count: int, seed: int) -> Points:
-    """Points (n, 3) of one file: drawn from a mesh, or all that are stored.
-
-    Raises:
-        BadSample: it is damaged.
-    """
+    """Return the points (n, 3) of one file, drawn from a mesh or all that are stored, or raise `BadSample`."""
     suffix = name.rsplit(".", 1)[-1].lower()
     if suffix == "off":
         return surface_points(load_mesh(encoded, "off"), count, seed)
@@ -94,15 +79,11 @@ def read_points(name: str, encoded: bytes, count: int, seed: int) -> Points:
         points = np.ascontiguousarray(values[:, :3], "<f4")
     except (ValueError, IndexError, TypeError) as error:
         raise BadSample(f"no rows of x, y, z: {first_line(error, 80)}") from error
-    return decode(points.tobytes())
+    return decode_points(points.tobytes())
 
 
 def find_objects(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:
-    """Class names in order, and the files of each split.
-
-    Raises:
-        UserError: no layout fits.
-    """
+    """Return class names in order, and the files of each split."""
     names = find_files(folder, (".off", ".npy", ".txt"))
     inner = [name.split("/") for name in names if name.count("/") >= 1]
     by_folder = [parts for parts in inner if len(parts) >= 3 and parts[-2] in LISTS]
@@ -118,10 +99,10 @@ def find_objects(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:
 
 
 def _listed(folder: Folder, names: list[str]) -> Iterator[tuple[str, str, str]]:
-    """(split, class, file) by the lists of names at the top; a name that has no file is left out."""
+    """Yield (split, class, file) by the lists of names at the top; a name without a file is left out."""
     files = {name.rsplit("/", 1)[-1].rsplit(".", 1)[0]: name for name in names if "/" in name}
     for split, ending in LISTS.items():
-        # Folders of this kind hold lists for ModelNet10 too: the longest one is of all classes.
+        # There are lists for ModelNet10, too: the longest one has all classes.
         lists = [folder.read_text(name).split() for name in names if "/" not in name and name.endswith(ending)]
         for entry in max(lists, key=len, default=[]):
             if entry in files:

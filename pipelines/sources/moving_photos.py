@@ -1,8 +1,8 @@
-"""Synthetic motion of real photographs, for examples of optical flow: the two pictures that scikit-learn carries.
+"""Synthetic motion of real photographs, for examples of optical flow: the two pictures in scikit-learn.
 
-The first frame is a piece of a photograph; the second shows what a camera that shifted, turned and zoomed a little
-would see of the same flat picture. So the flow is an affine map of the place, known exactly. Pieces to test on come
-from the right quarter of each photograph, which training never sees.
+The first frame is a piece of a photograph; the second is the view of a camera that shifted, turned and zoomed a little.
+So the flow is an affine map of the position, known exactly. Test pieces come from the right quarter of each photograph,
+which training never sees.
 """
 
 import importlib.metadata
@@ -24,29 +24,25 @@ from pipelines.transforms.optical_flow import FLO_MAGIC, pack
 PHOTOS = ("china.jpg", "flower.jpg")
 SIZE = (24, 32)
 SHIFT, TURN, ZOOM = 2.0, 2.0, 0.03
-"""Most pixels, degrees and share that the camera moves by, uniform."""
+"""Largest motion of the camera in pixels, degrees and relative size, uniform."""
 MARGIN = 12
 """Pixels around a piece that the second frame may show."""
 HELD_OUT = 0.25
 
 
 def photo_path(name: str) -> Path:
-    """Where scikit-learn keeps a photograph.
-
-    Raises:
-        UserError: the library is not installed.
-    """
+    """Return where scikit-learn keeps a photograph."""
     try:
         return Path(str(importlib.metadata.distribution("scikit-learn").locate_file(f"sklearn/datasets/images/{name}")))
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "source moving_photos takes its pictures from scikit-learn: install it, or give a folder with"
+            "source moving_photos needs the pictures of scikit-learn: install it, or give a folder with"
             f" {' and '.join(PHOTOS)} as SRC"
         ) from None
 
 
 def moved(photo: Image.Image, seed: int, part: tuple[float, float]) -> tuple[Image.Image, Image.Image, np.ndarray]:
-    """A random piece of a photograph, the same after a random motion, and the flow (H, W, 2) between them.
+    """Return a random piece of a photograph, the same after a random motion, and the flow (H, W, 2) between them.
 
     Args:
         photo: RGB.
@@ -63,7 +59,7 @@ def moved(photo: Image.Image, seed: int, part: tuple[float, float]) -> tuple[Ima
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
     place = np.stack([columns, rows], axis=2) - middle
     flow = (place @ matrix.T + shift - place).astype(np.float32)
-    # Pillow wants the way back: from a pixel's corner in the second frame to the photograph.
+    # Pillow takes the inverse map: from a pixel's corner in the second frame to the photograph.
     back = np.linalg.inv(matrix)
     offset = np.array([left, top]) + middle + 0.5 - back @ (middle + 0.5 + shift)
     coefficients = (*back[0], offset[0], *back[1], offset[1])
@@ -74,7 +70,7 @@ def moved(photo: Image.Image, seed: int, part: tuple[float, float]) -> tuple[Ima
 class MovingPhotos:
     """The source. Options: `pairs` (to train on, 2,000), `held_out` (to test on, 200)."""
 
-    title = "synthetic motion of two real photographs (carried by scikit-learn), with its optical flow"
+    title = "synthetic motion of two real photographs (in scikit-learn), with its optical flow"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the pairs to make; `src` is a folder with the two pictures, those of scikit-learn if None."""
@@ -85,14 +81,9 @@ class MovingPhotos:
         counts = {"train": number(options, "pairs", 2000), "test": number(options, "held_out", 200)}
         rows = {split: range(count) for split, count in counts.items()}
         units = shuffled_units(rows, random.Random(seed), shard_rows, src=src, seed=seed)
-        return Listing(
-            "moving_photos",
-            {"flow": FlowFeature(size=SIZE)},
-            (),
-            "photographs by danielbuechele and vultilion (Flickr), CC BY 2.0",
-            "scikit-learn, sklearn/datasets/images; the motion is synthetic",
-            units,
-        )
+        licence = "photographs by danielbuechele and vultilion (Flickr), CC BY 2.0"
+        origin = "scikit-learn, sklearn/datasets/images; the motion is synthetic"
+        return Listing("moving_photos", {"flow": FlowFeature(size=SIZE)}, (), licence, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Make the unit's pairs."""
@@ -105,7 +96,7 @@ class MovingPhotos:
 
 
 def flo(flow: np.ndarray) -> bytes:
-    """Flow (H, W, 2) as a Middlebury .flo file."""
+    """Return flow (H, W, 2) as a Middlebury .flo file."""
     size = np.array([flow.shape[1], flow.shape[0]], "<i4").tobytes()
     return FLO_MAGIC + size + np.ascontiguousarray(flow, "<f4").tobytes()
 

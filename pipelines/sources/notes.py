@@ -2,24 +2,22 @@
 
 Families are those of General MIDI; of each melodic program the keys 36 to 96 are played, of the drum kits every drum
 once. Pitches are held out, not notes: the keys with (key // 2) % 5 == 2 form the split `test` in all families. The
-soundfont (TimGM6mb, GPL-2) is fetched and played here; nothing of it comes with this program.
+soundfont (TimGM6mb, GPL-2) is downloaded; it is not part of this project.
 """
 
 import functools
 import io
 import random
-import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from perceiver.config import UserError
 from pipelines.features import AudioFeature, LabelFeature
 from pipelines.sources import Listing, Sample, Unit, refuse_options
-from pipelines.sources._packages import Package, fetch
+from pipelines.sources._common import units_of
+from pipelines.sources._packages import Package, fetch, read_member
 from pipelines.sources._soundfont import Note, SoundFont, play, read_font
 
 PACKAGE = Package(
@@ -46,33 +44,24 @@ CLASSES = (*FAMILIES, "drums")
 KEYS = range(36, 97)
 LICENCE = "rendered from TimGM6mb.sf2 (GPL-2.0), carried by pretty_midi (MIT)"
 
-Place = tuple[int, int, int, int]
+NoteId = tuple[int, int, int, int]
 """Bank, program, key and class of a note."""
 
 
 @functools.lru_cache(maxsize=1)
 def soundfont(path: str) -> SoundFont:
-    """The font in the package's file.
-
-    Raises:
-        UserError: the file is no archive, or does not hold it.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            content = archive.read(MEMBER)
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise UserError(f"{path} does not hold {MEMBER} ({error}): wanted the file {PACKAGE.file}") from error
-    return read_font(content)
+    """Read the font in the package's file."""
+    return read_font(read_member(path, MEMBER, PACKAGE))
 
 
 def held_out(key: int) -> bool:
-    """Whether notes of this key are in the split `test`."""
+    """Return whether notes of this key are in the split `test`."""
     return (key // 2) % 5 == 2
 
 
-def all_notes(font: SoundFont) -> list[Place]:
-    """Every note of the data set, in order. Drums that several kits share are taken once."""
-    notes: list[Place] = []
+def all_notes(font: SoundFont) -> list[NoteId]:
+    """Return every note of the data set, in order. Drums that several kits share are taken once."""
+    notes: list[NoteId] = []
     for label, programs in enumerate(FAMILIES.values()):
         notes += [
             (0, program, key, label)
@@ -90,8 +79,8 @@ def all_notes(font: SoundFont) -> list[Place]:
     return notes
 
 
-def render(font: SoundFont, place: Place) -> NDArray[np.int16]:
-    """One second of a note, (16000,) int16."""
+def render(font: SoundFont, place: NoteId) -> NDArray[np.int16]:
+    """Return one second of a note, (16000,) int16."""
     bank, program, key, _ = place
     return np.clip(np.rint(play(font, Note(bank, program, key), RATE) * 32767), -32768, 32767).astype(np.int16)
 
@@ -103,9 +92,9 @@ def flac(samples: NDArray[np.int16]) -> bytes:
     return encoded.getvalue()
 
 
-def split_notes(font: SoundFont, seed: int) -> dict[str, list[Place]]:
-    """The notes of `train` and `test`, each shuffled."""
-    splits: dict[str, list[Place]] = {"train": [], "test": []}
+def split_notes(font: SoundFont, seed: int) -> dict[str, list[NoteId]]:
+    """Return the notes of `train` and `test`, each shuffled."""
+    splits: dict[str, list[NoteId]] = {"train": [], "test": []}
     for place in all_notes(font):
         splits["test" if held_out(place[2]) else "train"].append(place)
     for places in splits.values():
@@ -116,35 +105,21 @@ def split_notes(font: SoundFont, seed: int) -> dict[str, list[Place]]:
 class Notes:
     """The source: notes and their family."""
 
-    title = "4,844 one-second notes of 10 instrument families (soundfont carried by the pretty_midi package)"
+    title = "4,844 one-second notes of 10 instrument families (soundfont in the pretty_midi package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the notes; `src` is a copy of the package's file, downloaded if None."""
         refuse_options(options)
-        splits: Mapping[str, list[Any]] = split_notes(soundfont(str(src or fetch(PACKAGE))), seed)
-        units = [
-            Unit(split, {"path": src, "notes": places[start : start + shard_rows]})
-            for split, places in splits.items()
-            for start in range(0, len(places), shard_rows)
-        ]
-        return Listing(
-            "notes",
-            {"audio": AudioFeature(), "label": LabelFeature()},
-            CLASSES,
-            LICENCE,
-            f"{PACKAGE.requirement}, {MEMBER}",
-            units,
-        )
+        units = units_of(split_notes(soundfont(str(src or fetch(PACKAGE))), seed), shard_rows, "notes", path=src)
+        features = {"audio": AudioFeature(), "label": LabelFeature()}
+        return Listing("notes", features, CLASSES, LICENCE, f"{PACKAGE.requirement}, {MEMBER}", units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Play the unit's notes and encode them as FLAC."""
         font = soundfont(unit.content["path"] or str(fetch(PACKAGE)))
         for bank, program, key, label in unit.content["notes"]:
-            yield {
-                "key": f"TimGM6mb/{bank}/{program}/{key}",
-                "label": label,
-                "audio": flac(render(font, (bank, program, key, label))),
-            }
+            audio = flac(render(font, (bank, program, key, label)))
+            yield {"key": f"TimGM6mb/{bank}/{program}/{key}", "label": label, "audio": audio}
 
 
 source = Notes()

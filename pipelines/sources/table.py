@@ -1,8 +1,8 @@
-"""Parquet tables with one row a sample, as data hubs lay them out: `SRC/**/train-*.parquet`, `test-*.parquet`, ...
+"""Parquet tables with one row per sample, in the layout of data hubs: `SRC/**/train-*.parquet`, `test-*.parquet`, ...
 
-Options name the columns; left out, they are found: `image` (binary, or a struct with `bytes`), `text` (string),
-`label` (integer, or string). Class names come from the option `classes` (with commas), from the metadata that the
-Hugging Face libraries write, or, for string labels, from the labels themselves.
+Options name the columns; the defaults are `image` (binary, or a struct with `bytes`), `text` (string) and `label`
+(integer or string). Class names come from the option `classes` (with commas), from the metadata that the Hugging Face
+libraries write, or, for string labels, from the labels.
 """
 
 import json
@@ -15,33 +15,27 @@ import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, first_line, open_folder
-from pipelines.features import Feature, ImageFeature, LabelFeature, TextFeature
+from pipelines.features import ImageFeature, LabelFeature, TextFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, channels, find_files, split_of
+from pipelines.sources._common import base_name, channels, find_files, source_folder, split_of
 
 OPTIONS = ("image", "text", "label", "classes", "channels")
 
-Place = tuple[str, int, int]
+GroupLocation = tuple[str, int, int]
 """A file relative to the source folder, a row group, and its rows."""
 
 
-class Table:
+class TableSource:
     """The source: Parquet files. Row groups are shuffled over the shards; rows keep their order within them."""
 
-    title = "Parquet tables with a row a sample (images as bytes, or texts; SRC/train-*.parquet, SRC/test-*.parquet)"
+    title = "Parquet tables with a row per sample (images as bytes, or texts; SRC/train-*.parquet, SRC/test-*.parquet)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
-        """List the row groups below `src`.
-
-        Raises:
-            UserError: no Parquet files, columns that are missing or of another type, no class names.
-        """
+        """List the row groups below `src`."""
         refuse_options(options, OPTIONS)
-        if src is None:
-            raise UserError("source table needs a source folder: perceiver prepare table SRC DST")
-        folder = open_folder(src)
+        folder = source_folder("table", src, "train-*.parquet, test-*.parquet, ...")
         files = find_tables(folder)
-        schema = _schema(folder, files[0][1])
+        schema = _metadata(folder, files[0][1]).schema.to_arrow_schema()
         columns = find_columns(schema, options)
         classes = class_names(folder, schema, columns, [name for _, name in files], options)
         units = [
@@ -49,14 +43,9 @@ class Table:
             for split in dict.fromkeys(split for split, _ in files)
             for places in _units(folder, [name for found, name in files if found == split], seed, shard_rows)
         ]
-        features: dict[str, Feature] = {}
-        if "image" in columns:
-            features["image"] = ImageFeature(channels=channels(options))
-        if "text" in columns:
-            features["text"] = TextFeature()
-        if "label" in columns:
-            features["label"] = LabelFeature()
-        return Listing(base_name(src), features, tuple(classes), "not stated: see the source", src, units)
+        known = {"image": ImageFeature(channels=channels(options)), "text": TextFeature(), "label": LabelFeature()}
+        features = {name: feature for name, feature in known.items() if name in columns}
+        return Listing(base_name(folder.url), features, tuple(classes), "not stated: see the source", str(src), units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's row groups, one at a time."""
@@ -83,11 +72,7 @@ class Table:
 
 
 def _read(folder: Folder, name: str, group: int, columns: Mapping[str, str]) -> pa.Table:
-    """The columns of a row group under the features' names.
-
-    Raises:
-        pyarrow.ArrowException: it is damaged, or its file lacks a column of a fitting type.
-    """
+    """Read the columns of a row group; name them after the features."""
     with folder.fs.open(folder.file(name), "rb") as stream, pq.ParquetFile(stream) as file:
         for feature, column in columns.items():
             if column not in file.schema_arrow.names or not KINDS[feature](file.schema_arrow.field(column).type):
@@ -97,11 +82,7 @@ def _read(folder: Folder, name: str, group: int, columns: Mapping[str, str]) -> 
 
 
 def find_tables(folder: Folder) -> list[tuple[str, str]]:
-    """(split, file) of all Parquet files, train first; a file whose name tells no split belongs to train.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Return (split, file) of all Parquet files, train first; a file whose name gives no split belongs to train."""
     names = find_files(folder, (".parquet",))
     if not names:
         raise UserError(f"no .parquet files below {folder.url}: wanted train-*.parquet, test-*.parquet, ...")
@@ -109,32 +90,20 @@ def find_tables(folder: Folder) -> list[tuple[str, str]]:
     return sorted(splits, key=lambda item: (item[0] != "train", item))
 
 
-def _schema(folder: Folder, name: str) -> pa.Schema:
-    return _metadata(folder, name).schema.to_arrow_schema()
-
-
 def _metadata(folder: Folder, name: str) -> pq.FileMetaData:
-    """The footer of a file.
-
-    Raises:
-        UserError: it is no Parquet file, or was cut off.
-    """
+    """Read the footer of a file."""
     try:
         with folder.fs.open(folder.file(name), "rb") as stream:
             return pq.read_metadata(stream)
     except pa.ArrowException as error:
-        reason = first_line(error, 120)
+        where, reason = f"{folder.url}/{name}", first_line(error, 120)
         raise UserError(
-            f"{folder.url}/{name} is no whole Parquet file ({reason}): fetch it again, or move it away"
+            f"{where} is truncated or not a Parquet file ({reason}): download it again, or move it away"
         ) from error
 
 
 def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str]:
-    """The table's column for each feature.
-
-    Raises:
-        UserError: a column named by an option is missing, or nothing is found to learn from.
-    """
+    """Return the table's column for each feature."""
     columns = {}
     for feature, kinds in KINDS.items():
         name = options.get(feature, feature)
@@ -142,13 +111,13 @@ def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str
             columns[feature] = name
         elif feature in options:
             raise UserError(
-                f"option {feature}={name}: no such column of a fitting type; the table has "
+                f"option {feature}={name}: no such column of a suitable type; the table has "
                 + ", ".join(f"{field.name} ({field.type})" for field in schema)
             )
     if not columns.keys() & {"image", "text"}:
         raise UserError(
-            f"neither images nor texts in columns {', '.join(schema.names)}: name one by --option"
-            " image=COLUMN or --option text=COLUMN"
+            f"no images or texts in the columns {', '.join(schema.names)}: set --option image=COLUMN or"
+            " --option text=COLUMN"
         )
     return columns
 
@@ -173,11 +142,7 @@ KINDS = {"image": _is_image, "text": _is_text, "label": _is_label}
 def class_names(
     folder: Folder, schema: pa.Schema, columns: Mapping[str, str], files: list[str], options: Mapping[str, str]
 ) -> list[str]:
-    """Names of the classes, by label.
-
-    Raises:
-        UserError: labels are numbers and nothing names them.
-    """
+    """Return the names of the classes, by label."""
     if "label" not in columns:
         return []
     if "classes" in options:
@@ -195,21 +160,19 @@ def class_names(
     found.discard(None)
     if not all(isinstance(label, str) for label in found):
         if min(found) < 0:
-            raise UserError(
-                f"labels go down to {min(found)}: wanted 0, 1, 2, ... or strings, in column {columns['label']}"
-            )
+            raise UserError(f"label {min(found)} in column {columns['label']}: wanted 0, 1, 2, ... or strings")
         return [str(number) for number in range(max(found) + 1)]
     return sorted(found)
 
 
-def _units(folder: Folder, files: list[str], seed: int, shard_rows: int) -> Iterator[list[Place]]:
-    """Row groups in a random order, gathered up to `shard_rows` rows (a larger group is a unit of its own)."""
-    places: list[Place] = []
+def _units(folder: Folder, files: list[str], seed: int, shard_rows: int) -> Iterator[list[GroupLocation]]:
+    """Yield row groups in random order, gathered up to `shard_rows` rows; a larger group is one unit."""
+    places: list[GroupLocation] = []
     for name in files:
         facts = _metadata(folder, name)
         places += [(name, group, facts.row_group(group).num_rows) for group in range(facts.num_row_groups)]
     random.Random(seed).shuffle(places)
-    unit: list[Place] = []
+    unit: list[GroupLocation] = []
     rows = 0
     for place in places:
         if unit and rows + place[2] > shard_rows:
@@ -225,4 +188,4 @@ def _value(value: Any) -> Any:
     return value["bytes"] if isinstance(value, dict) else value
 
 
-source = Table()
+source = TableSource()

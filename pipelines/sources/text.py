@@ -1,8 +1,8 @@
 """Plain text (`.txt`) and JSON lines (`.jsonl`) for masked language modelling: documents, cut to a length in bytes.
 
-Perceiver IO (appendix F) trains on documents concatenated by tens and cut to 2,048 tokens. A file is read in ranges of
-bytes, so that a large one is prepared in parallel. Files whose name or folder says train, test or validation keep that
-split; if none does, documents are held out by a hash of their content, so that equal ones stay on one side.
+Perceiver IO (appendix F) trains on ten concatenated documents, cut to 2,048 tokens. A file is read in ranges of bytes,
+so that a large one is prepared in parallel. Files whose name or folder contains train, test or validation keep that
+split; if there are none, documents are held out by a hash of their content, so that equal ones are in the same split.
 """
 
 import hashlib
@@ -29,32 +29,28 @@ from pipelines.sources._common import (
 SUFFIXES = (".txt", ".jsonl")
 OPTIONS = ("length", "join", "document", "column", "held_out")
 LENGTH = 2046
-"""With the two special ids around it a piece fills 2,048 tokens."""
+"""With two special ids around it, a piece has 2,048 tokens."""
 LONGEST = 64 << 20
-"""A longer document is refused, not held in memory."""
+"""Longer documents are rejected, so that they do not fill the memory."""
 
 Range = tuple[str, int, int]
-"""A file, and the bytes [start, stop): it owns the documents that begin there."""
+"""A file and the bytes [start, stop); the range has the documents that begin there."""
 Document = tuple[str, bytes]
-"""Where it begins, and its bytes."""
+"""Its start and its bytes."""
 
 
-class Text:
+class TextSource:
     """The source.
 
-    Options: `length` (bytes of a sample at most, 2,046), `join` (documents put into one sequence before it is cut, 1;
-    the paper 10), `document` (what ends one in a .txt: `blank` line, `line`, or `file`), `column` (of JSON lines,
-    `text`), `held_out` (share, 0.05).
+    Options: `length` (most bytes of a sample, 2,046), `join` (documents joined before they are cut, 1; in the paper
+    10), `document` (the end of one in a .txt: `blank` line, `line`, or `file`), `column` (of JSON lines, `text`),
+    `held_out` (share, 0.05).
     """
 
     title = "plain text and JSON lines, cut to a length (SRC/**/*.txt, *.jsonl), without labels"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
-        """List ranges of the files below `src`.
-
-        Raises:
-            UserError: no such folder, no files, or a wrong option.
-        """
+        """List ranges of the files below `src`."""
         refuse_options(options, OPTIONS)
         folder = source_folder("text", src, "*.txt or *.jsonl")
         names = find_files(folder, SUFFIXES)
@@ -70,19 +66,15 @@ class Text:
         splits = {name: split_of(name) for name in names}
         rng, whole = random.Random(seed), content["document"] == "file"
         size = shard_rows * content["length"]
-        units: list[Unit] = []
-        if set(splits.values()) == {"train"}:
-            ranges = list(_ranges(folder, names, size, whole))
-            held_out = share(options, "held_out", "0.05")
-            units += _range_units({"train": ranges}, rng, size, content, held_out=held_out)
-            units += _range_units({"test": ranges}, rng, size, content, held_out=held_out)
-        else:
-            parts = {
-                split: list(_ranges(folder, [name for name in names if splits[name] == split], size, whole))
-                for split in ("train", "val", "test")
-                if split in splits.values()
-            }
-            units += _range_units(parts, rng, size, content, held_out=0.0)
+        parts = {
+            split: list(_ranges(folder, [name for name in names if splits[name] == split], size, whole))
+            for split in ("train", "val", "test")
+            if split in splits.values()
+        }
+        held_out = share(options, "held_out", "0.05") if parts.keys() == {"train"} else 0.0
+        if held_out:
+            parts["test"] = parts["train"]
+        units = _range_units(parts, rng, size, content, held_out=held_out)
         return Listing(
             base_name(folder.url), {"text": TextFeature()}, (), "not stated: the user's own data", folder.url, units
         )
@@ -95,7 +87,7 @@ class Text:
             try:
                 text = decode(key, raw, content["column"])
             except ValueError as error:
-                # Documents that are held out by their content are read for both splits, and counted for one.
+                # Documents that are held out by their content are read for both splits, but counted once.
                 if not content["held_out"] or unit.split == "train":
                     yield Rejected(key, str(error))
                 continue
@@ -117,7 +109,7 @@ def _ranges(folder: Folder, names: Iterable[str], size: int, whole: bool) -> Ite
 def _range_units(
     splits: Mapping[str, list[Range]], rng: random.Random, size: int, content: Mapping[str, Any], *, held_out: float
 ) -> list[Unit]:
-    """Units of about `size` bytes of their split: small files together, and more of them where few texts are taken."""
+    """Return units of about `size` bytes of their split: small files together, and more where few texts are taken."""
     units: list[Unit] = []
     for split, ranges in splits.items():
         taken = held_out if split == "test" and held_out else 1 - held_out
@@ -127,7 +119,7 @@ def _range_units(
 
 
 def unit_documents(content: Mapping[str, Any]) -> Iterator[Document]:
-    """The documents of a unit's ranges, as stored."""
+    """Yield the documents of a unit's ranges, as stored."""
     folder = open_folder(content["src"])
     for name, start, stop in content["items"]:
         by = "line" if name.lower().endswith(".jsonl") else content["document"]
@@ -137,18 +129,18 @@ def unit_documents(content: Mapping[str, Any]) -> Iterator[Document]:
 
 
 def documents(stream: BinaryIO, start: int, stop: int, by: str) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of the documents that begin in [start, stop).
+    """Yield (offset, bytes) of the documents that begin in [start, stop).
 
     Args:
         stream: the file.
-        start, stop: bytes; ranges that cover a file give each of its documents once.
-        by: what ends a document: `line`, a `blank` line, or the `file`.
+        start, stop: bytes; ranges that cover a file yield each of its documents once.
+        by: the end of a document: `line`, a `blank` line, or the `file`.
     """
     if by == "file":
         yield 0, stream.read(LONGEST + 1)
         return
     stream.seek(max(0, start - 3))
-    # What stands before the file counts as a line.
+    # The start of the file counts as the end of a line.
     before = b"\n" * (start <= 3) + stream.read(start - stream.tell())
     if not before.endswith(b"\n"):
         before += stream.readline()  # a range may begin within an empty line, between its \r and \n
@@ -163,7 +155,7 @@ def documents(stream: BinaryIO, start: int, stop: int, by: str) -> Iterator[tupl
             begin = here if not lines else begin
             lines += [line] if kept <= LONGEST else []
             kept += len(line)
-        # Within a range that begins inside a document, everything up to the next border is another range's.
+        # If the range begins inside a document, everything up to its end belongs to another range.
         if empty or (by == "line" and line.endswith(b"\n")):
             if lines:
                 yield begin, b"".join(lines)
@@ -173,11 +165,7 @@ def documents(stream: BinaryIO, start: int, stop: int, by: str) -> Iterator[tupl
 
 
 def decode(key: str, raw: bytes, column: str) -> str:
-    """The text of a document.
-
-    Raises:
-        ValueError: not UTF-8, too long, or (JSON lines) no object with that text; the message is the reason.
-    """
+    """Return the text of a document, or raise `ValueError` with the reason for the quarantine."""
     if len(raw) > LONGEST:
         raise ValueError(f"a document of more than {LONGEST >> 20} MiB")
     try:
@@ -191,7 +179,7 @@ def decode(key: str, raw: bytes, column: str) -> str:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"no JSON object with '{column}'") from error
     if not isinstance(value, str):
-        raise ValueError(f"'{column}' is no string")
+        raise ValueError(f"'{column}' is not a string")
     return value.strip()
 
 
@@ -203,7 +191,7 @@ def _belongs(text: str, split: str, held_out: float) -> bool:
 
 
 def _cut(texts: list[tuple[str, str]], length: int) -> Iterator[Sample | Rejected]:
-    """Pieces of at most `length` bytes of the joined texts, cut before a word if one is near, never in a character."""
+    """Yield pieces of at most `length` bytes of the joined texts, cut before a word if possible."""
     if not texts:
         return
     raw = "\n".join(text for _, text in texts).encode("utf-8", "replace")
@@ -219,7 +207,7 @@ def _cut(texts: list[tuple[str, str]], length: int) -> Iterator[Sample | Rejecte
 
 
 def _border(raw: bytes, start: int, stop: int) -> int:
-    """The last space in the second half of [start, stop), else the last beginning of a character."""
+    """Return the last space in the second half of [start, stop), else the last start of a character."""
     space = max(raw.rfind(sign, start + (stop - start) // 2, stop) for sign in (b" ", b"\n"))
     if space > start:
         return space + 1
@@ -228,4 +216,4 @@ def _border(raw: bytes, start: int, stop: int) -> int:
     return stop
 
 
-source = Text()
+source = TextSource()

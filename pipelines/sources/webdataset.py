@@ -2,8 +2,8 @@
 
 Kinds of member: .jpg .jpeg .png .webp (image), .flac .wav .ogg .mp3 (audio), .mp4 .mkv .webm .avi (video), .txt
 (text), .cls (class as a number or name), .json (its `label`, or the key that the option `label` names). A tar is read
-from its beginning to its end and nothing of it is unpacked. Members with `..` or an absolute path, links, devices and
-pickles are never opened: each is listed with key and reason in the quarantine, the other members of its sample count.
+sequentially and never unpacked. Members with `..` or an absolute path, links, devices and pickles are never opened:
+each is listed with key and reason in the quarantine; the other members of its sample are used.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ KINDS = {
 KIND_OF = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
 LABELS = KINDS["label"]
 PICKLES = ("pkl", "pickle", "pyd", "pt", "pth", "joblib", "dill")
-"""Endings that readers of this format hand to pickle."""
+"""Suffixes that other readers of this format unpickle."""
 MAX_MEMBER = 1 << 30
 OPTIONS = ("classes", "label", "channels")
 PROBE = 256
@@ -40,7 +40,7 @@ DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 class Member(NamedTuple):
-    """A member that may be read: the sample's name, the ending, the content."""
+    """A safe member: the sample's name, the suffix, the content."""
 
     name: str
     suffix: str
@@ -53,11 +53,7 @@ class WebDataset:
     title = "WebDataset tars (SRC/train-*.tar, SRC/val-*.tar) of images, sound, video or texts, with .cls or .json"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
-        """List the tars below `src`; each becomes one shard.
-
-        Raises:
-            UserError: no such folder, no tars, or no samples to learn from at the beginning of the first.
-        """
+        """List the tars below `src`; each becomes one shard."""
         refuse_options(options, OPTIONS)
         folder = source_folder("webdataset", src, "*.tar")
         names = find_files(folder, (".tar", ".tar.gz", ".tgz"))
@@ -65,16 +61,14 @@ class WebDataset:
             raise UserError(f"no .tar files below {folder.url}: wanted train-000000.tar, ...")
         key = options.get("label", "label")
         kinds, labels = probe(folder, names[0], key)
-        features: dict[str, Feature] = {}
-        for kind, feature in (
-            ("image", ImageFeature(channels=channels(options))),
-            ("audio", AudioFeature()),
-            ("video", VideoFeature()),
-            ("text", TextFeature()),
-            ("label", LabelFeature()),
-        ):
-            if kind in kinds:
-                features[kind] = feature
+        found = (
+            ImageFeature(channels=channels(options)),
+            AudioFeature(),
+            VideoFeature(),
+            TextFeature(),
+            LabelFeature(),
+        )
+        features: dict[str, Feature] = {feature.kind: feature for feature in found if feature.kind in kinds}
         named = options["classes"].split(",") if "classes" in options else None
         classes = (named or class_names(folder, names, labels, key)) if labels else []
         splits = {
@@ -91,7 +85,7 @@ class WebDataset:
         content = unit.content
         folder = open_folder(content["src"])
         for name in content["items"]:
-            for found in samples_of(members(folder, name), Reading(*content["reading"])):
+            for found in samples_of(members(folder, name), SampleLayout(*content["reading"])):
                 if isinstance(found, Rejected):
                     yield Rejected(f"{name}/{found.key}" if found.key else name, found.reason)
                 else:
@@ -99,7 +93,7 @@ class WebDataset:
 
 
 def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
-    """The members of a tar in order; unsafe ones and the place where a damaged tar ends as `Rejected`."""
+    """Yield the members of a tar in order; unsafe ones and the place of damage as `Rejected`."""
     try:
         with folder.fs.open(folder.file(name), "rb") as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
             for member in archive:
@@ -111,17 +105,17 @@ def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
                     continue
                 base, _, suffix = member.name.rsplit("/", 1)[-1].partition(".")
                 inside = archive.extractfile(member)
-                assert inside is not None, "a plain file"
+                assert inside is not None, "a regular file"
                 place = member.name[: len(member.name) - len(suffix) - 1] if suffix else base
                 yield Member(place, suffix.lower().rsplit(".", 1)[-1], inside.read())
             if name.endswith(".tar") and folder.fs.size(folder.file(name)) < archive.offset + tarfile.BLOCKSIZE:
                 raise EOFError("no end of the archive")
     except (tarfile.TarError, EOFError, OSError) as error:
-        yield Rejected("", f"a damaged tar, read up to there: {first_line(error, 80)}")
+        yield Rejected("", f"a damaged tar, read up to the damage: {first_line(error, 80)}")
 
 
 def unsafe(member: tarfile.TarInfo) -> str:
-    """Why a member is not opened; empty if it may be."""
+    """Return why a member is not opened; empty if it is safe."""
     if member.name.startswith(("/", "\\")) or DRIVE.match(member.name):
         return "a member with an absolute path"
     if ".." in member.name.replace("\\", "/").split("/"):
@@ -133,32 +127,32 @@ def unsafe(member: tarfile.TarInfo) -> str:
     return "" if member.size <= MAX_MEMBER else f"a member of {member.size} bytes, more than {MAX_MEMBER}"
 
 
-def samples_of(found: Iterable[Member | Rejected], reading: "Reading") -> Iterator[Sample | Rejected]:
-    """Put members of one name together; what lacks a kind is `Rejected`."""
+def samples_of(found: Iterable[Member | Rejected], layout: "SampleLayout") -> Iterator[Sample | Rejected]:
+    """Join the members of one name to a sample; an incomplete one is `Rejected`."""
     name, sample, reason = "", {}, ""
     for member in found:
         if isinstance(member, Rejected):
             yield member
             continue
         if member.name != name:
-            yield from reading.finished(name, sample, reason)
+            yield from layout.finished(name, sample, reason)
             name, sample, reason = member.name, {}, ""
-        kind = reading.kind(member)
+        kind = layout.kind(member)
         if kind and kind not in sample:
             try:
-                sample[kind] = reading.value(member, kind)
+                sample[kind] = layout.value(member, kind)
             except ValueError as error:
                 reason = reason or str(error)
-    yield from reading.finished(name, sample, reason)
+    yield from layout.finished(name, sample, reason)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What is read of a sample.
+class SampleLayout:
+    """The members of a sample.
 
     Attributes:
-        kinds: of its members; all are needed.
-        labels: the ending that holds the label, cls or json.
+        kinds: of the members; all are required.
+        labels: suffix of the member with the label, cls or json.
         key: of the label in a .json.
         classes: their names.
     """
@@ -169,24 +163,20 @@ class Reading:
     classes: Sequence[str]
 
     def kind(self, member: Member) -> str | None:
-        """The kind of a member that is wanted, else None."""
+        """Return the kind of a wanted member, else None."""
         if member.suffix in LABELS:
             return "label" if "label" in self.kinds and member.suffix == self.labels else None
         kind = KIND_OF.get(member.suffix)
         return kind if kind in self.kinds else None
 
     def value(self, member: Member, kind: str) -> Any:
-        """What is stored of it.
-
-        Raises:
-            ValueError: a text or label that cannot be read; the message is the reason.
-        """
+        """Return what is stored of a member, or raise `ValueError` with the reason for the quarantine."""
         if kind == "text":
             return utf8(member.content)
         return number_of(raw_label(member, self.key), self.classes) if kind == "label" else member.content
 
     def finished(self, name: str, sample: Mapping[str, Any], reason: str) -> Iterator[Sample | Rejected]:
-        """The sample if it is whole; nothing if no member of it is wanted."""
+        """Yield the sample if it is complete; nothing if none of its members is wanted."""
         missing = [kind for kind in self.kinds if kind not in sample]
         if reason or (sample and missing):
             yield Rejected(name, reason or f"a sample without {' and '.join(missing)}")
@@ -195,11 +185,7 @@ class Reading:
 
 
 def utf8(content: bytes) -> str:
-    """The text.
-
-    Raises:
-        ValueError: not UTF-8.
-    """
+    """Decode a text, or raise `ValueError`."""
     try:
         return content.decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -207,11 +193,7 @@ def utf8(content: bytes) -> str:
 
 
 def raw_label(member: Member, key: str) -> str | int:
-    """The label as it stands in a .cls or .json.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the label as written in a .cls or .json, or raise `ValueError`."""
     text = utf8(member.content)
     if member.suffix == "json":
         try:
@@ -225,11 +207,7 @@ def raw_label(member: Member, key: str) -> str | int:
 
 
 def number_of(label: str | int, classes: Sequence[str]) -> int:
-    """The class of a label by its number or name.
-
-    Raises:
-        ValueError: it is none of them.
-    """
+    """Return the class of a label by its number or name, or raise `ValueError`."""
     if isinstance(label, int) and 0 <= label < len(classes):
         return label
     if isinstance(label, str) and label in classes:
@@ -238,11 +216,7 @@ def number_of(label: str | int, classes: Sequence[str]) -> int:
 
 
 def probe(folder: Folder, name: str, key: str) -> tuple[list[str], str]:
-    """The kinds that the first samples of a tar hold, and the ending of their label.
-
-    Raises:
-        UserError: nothing to learn from.
-    """
+    """Return the kinds of the first samples of a tar, and the suffix of their label."""
     kinds: set[str] = set()
     labels = ""
     for member in islice(members(folder, name), PROBE):
@@ -256,14 +230,14 @@ def probe(folder: Folder, name: str, key: str) -> tuple[list[str], str]:
                 labels = member.suffix
     if not kinds:
         raise UserError(
-            f"{folder.url}/{name} begins without images, sound, video or texts: wanted members such as"
+            f"{folder.url}/{name} has no images, sound, video or texts at its beginning: wanted members such as"
             " 000000.jpg and 000000.cls"
         )
     return [*sorted(kinds), *(["label"] if labels else [])], labels
 
 
 def class_names(folder: Folder, names: Iterable[str], labels: str, key: str) -> list[str]:
-    """Names of the classes by the labels of all tars: numbers up to the largest, or the strings in order."""
+    """Return the names of the classes by the labels of all tars: numbers up to the largest, or the strings in order."""
     found: set[str | int] = set()
     for name in names:
         with (

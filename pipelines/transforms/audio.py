@@ -1,7 +1,7 @@
-"""Audio: from encoded bytes to int16 samples of a clip, at the rate wanted.
+"""Audio: from encoded bytes to int16 samples of a clip at the wanted rate.
 
-WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF and their like are read by libsndfile, other containers (MP4, WebM, ...) by
-FFmpeg. Only the clip that is shown is decoded, so a recording may be long; damage outside the clip goes unnoticed.
+libsndfile reads WAV, FLAC, Ogg (Vorbis, Opus), MP3 and AIFF, FFmpeg other containers (MP4, WebM, ...). Only the clip is
+decoded, so a recording may be long; damage outside the clip is not noticed.
 """
 
 import math
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import Config
+from perceiver.storage import first_line
 from pipelines.transforms import BadSample
 
 Samples = NDArray[np.int16]
@@ -25,39 +26,35 @@ Found = NDArray[Any]
 FULL_SCALE = 32768
 MOST_RATE = 1_000_000
 MARGIN_S = 0.02
-"""What is read beyond a clip's ends, so that resampling does not begin from silence."""
+"""Read beyond a clip's ends, so that resampling does not start from silence."""
 UNKNOWN_SIZE = 0xFFFFFFFF
 """The size that streaming writers leave in a RIFF header."""
 
 
-class AudioConfig(Config):
-    """How sound is given to the model; mono."""
+class AudioViewConfig(Config):
+    """How sound is shown to the model, mono."""
 
-    rate: int = Field(
-        default=48_000, ge=100, le=MOST_RATE, description="samples a second in a batch; others are resampled"
-    )
+    rate: int = Field(default=48_000, ge=100, le=MOST_RATE, description="samples per second; others are resampled")
     samples: int = Field(
-        default=61_440,
-        ge=1,
-        description="samples of a clip (paper: 61,440, 1.28 s at 48 kHz); shorter recordings end in silence",
+        default=61_440, ge=1, description="samples of a clip (paper: 61,440, 1.28 s); silence at the end"
     )
-    channel: int | None = Field(default=None, ge=0, description="the channel to take; null: the mean of all")
+    channel: int | None = Field(default=None, ge=0, description="channel to use; null: the mean of all")
 
     @property
     def seconds(self) -> float:
-        """Length of a clip."""
+        """Return the length of a clip."""
         return self.samples / self.rate
 
 
 @dataclass(frozen=True)
 class Sound:
-    """An audio file whose header was read.
+    """An open audio file, for one reader at a time.
 
     Attributes:
-        file: open; one reader at a time.
-        rate: samples a second.
+        file: the file.
+        rate: samples per second.
         frames: samples of each channel.
-        channels: how many.
+        channels: their number.
     """
 
     file: soundfile.SoundFile
@@ -67,49 +64,45 @@ class Sound:
 
     @property
     def seconds(self) -> float:
-        """Length."""
+        """Return the length of the recording."""
         return self.frames / self.rate
 
 
 def open_sound(encoded: bytes, max_seconds: float) -> Sound | None:
-    """Read the header; None if the format is not one of libsndfile's.
+    """Read the header; return None if libsndfile does not know the format.
 
     Raises:
-        BadSample: empty, no samples, too long, cut off, or of an absurd rate.
+        BadSample: empty, no samples, too long, truncated, or a rate above 1 MHz.
     """
     if not encoded:
         raise BadSample("0 bytes")
     try:
-        file = soundfile.SoundFile(pa.BufferReader(encoded))  # which reads a view without copying it
+        file = soundfile.SoundFile(pa.BufferReader(encoded))  # reads a view without a copy
     except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError):
         return None
     sound = Sound(file, file.samplerate, file.frames, file.channels)
     check_length(sound.seconds if sound.frames < 2**62 else math.inf, max_seconds)
     if sound.rate > MOST_RATE:
-        raise BadSample(f"{sound.rate} samples a second is more than {MOST_RATE}")
+        raise BadSample(f"{sound.rate} samples per second is more than {MOST_RATE}")
     size = int.from_bytes(encoded[4:8], "little")
     if encoded[:4] == b"RIFF" and size != UNKNOWN_SIZE and size + 7 > len(encoded):
-        raise BadSample("cut off: the file is shorter than its header says")
+        raise BadSample("truncated: the file is shorter than its header states")
     return sound
 
 
 def check_length(seconds: float, max_seconds: float) -> None:
-    """Refuse recordings without length and those that are too long.
-
-    Raises:
-        BadSample: so.
-    """
+    """Raise `BadSample` for a recording that is empty or too long."""
     if seconds <= 0:
         raise BadSample("0 seconds of sound or pictures")
     if seconds > max_seconds:
         raise BadSample(f"longer than {max_seconds:g} seconds")
 
 
-def sound_clip(sound: Sound, start: float, config: AudioConfig) -> Samples:
-    """Samples (T,) from `start` seconds on; silence stands before the recording's start and after its end.
+def sound_clip(sound: Sound, start: float, config: AudioViewConfig) -> Samples:
+    """Return samples (T,) from `start` seconds on; before the recording's start and after its end there is silence.
 
     Raises:
-        BadSample: damaged within the clip, NaN or infinite samples, or the wanted channel is missing.
+        BadSample: damage in the clip, NaN or infinite samples, or a missing channel.
     """
     first, count = source_span(start, config, sound.rate)
     begin, end = min(max(first, 0), sound.frames), min(max(first + count, 0), sound.frames)
@@ -118,33 +111,33 @@ def sound_clip(sound: Sound, start: float, config: AudioConfig) -> Samples:
         exact = sound.file.subtype == "PCM_16" and sound.channels == 1
         found = sound.file.read(end - begin, dtype="int16" if exact else "float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise BadSample(f"undecodable audio: {str(error).splitlines()[0].split('>')[-1].strip(': ')[:80]}") from error
+        raise BadSample(f"undecodable audio: {first_line(error).split('>')[-1].strip(': ')[:80]}") from error
     if len(found) < end - begin:
-        raise BadSample("cut off: the sound is shorter than its header says")
+        raise BadSample("truncated: the sound is shorter than its header states")
     return finish(found, begin - first, count, start - first / sound.rate, sound.rate, config)
 
 
-def source_span(start: float, config: AudioConfig, rate: int) -> tuple[int, int]:
-    """First sample and number of samples to read for a clip from a source of that rate; the first may be negative."""
+def source_span(start: float, config: AudioViewConfig, rate: int) -> tuple[int, int]:
+    """Return the first sample (may be negative) and the number of samples to read for a clip at the source's rate."""
     if rate == config.rate:
         return round(start * rate), config.samples
     first = math.floor((start - MARGIN_S) * rate)
     return first, math.ceil((start + config.seconds + MARGIN_S) * rate) - first
 
 
-def finish(found: Found, offset: int, count: int, lead: float, rate: int, config: AudioConfig) -> Samples:
-    """Mix, pad, resample and cut what was read.
+def finish(found: Found, offset: int, count: int, lead: float, rate: int, config: AudioViewConfig) -> Samples:
+    """Mix, pad, resample and cut the samples that were read.
 
     Args:
         found: (n, channels).
-        offset: where in the span its first sample belongs.
+        offset: position of its first sample in the span.
         count: samples of the span, at the source's rate.
         lead: seconds from the span's start to the clip's.
         rate: of the source.
-        config: what is wanted.
+        config: rate, length and channel of the result.
 
     Raises:
-        BadSample: samples that are not finite, or a missing channel.
+        BadSample: NaN or infinite samples, or a missing channel.
     """
     mixed = _mono(found, config.channel)
     if len(mixed) < count:
@@ -174,5 +167,5 @@ def _mono(found: Found, channel: int | None) -> Found:
     else:
         mono = found @ np.full(found.shape[1], 1 / found.shape[1], np.float32)
     if mono.dtype == np.float32 and not np.isfinite(mono).all():
-        raise BadSample("samples that are not finite")
+        raise BadSample("NaN or infinite samples")
     return mono

@@ -17,14 +17,14 @@ class ColourConfig(Config):
     """Random colours, the same for all frames of a clip."""
 
     probability: float = Field(default=0.8, ge=0, le=1, description="chance that a clip's colours are changed")
-    brightness: float = Field(default=32 / 255, ge=0, le=1, description="most that is added, as a share of white")
+    brightness: float = Field(default=32 / 255, ge=0, le=1, description="largest change, as a share of white")
     saturation: tuple[float, float] = Field(default=(0.6, 1.4), description="factors, uniform")
     contrast: tuple[float, float] = Field(default=(0.6, 1.4), description="factors about each frame's mean, uniform")
-    hue: float = Field(default=0.2, ge=0, le=0.5, description="most that the hue turns, as a share of the circle")
+    hue: float = Field(default=0.2, ge=0, le=0.5, description="largest turn of the hue, as a share of the circle")
 
 
 def recoloured(frame: Pixels, brightness: float, saturation: float, contrast: float, hue: float) -> Pixels:
-    """A frame (3, H, W) in other colours, in DMVR's order, cut off at black and white at the end. Imports torch.
+    """Return a frame (3, H, W) in other colours, in DMVR's order, clipped at the end. Imports torch.
 
     Args:
         frame: RGB.
@@ -48,24 +48,24 @@ def recoloured(frame: Pixels, brightness: float, saturation: float, contrast: fl
 
 
 def _value_and_chroma(x: "Tensor") -> tuple["Tensor", "Tensor"]:
-    """HSV's value, and how far the least channel lies below it."""
+    """Return HSV's value and chroma: the largest channel, and its distance from the smallest."""
     red, green, blue = x
     value = red.maximum(green).maximum(blue)
     return value, value - red.minimum(green).minimum(blue)
 
 
 def _saturated(x: "Tensor", factor: float) -> "Tensor":
-    """HSV's saturation, chroma / value, times a factor, up to 1."""
+    """Multiply HSV's saturation, chroma / value, by a factor, up to 1."""
     value, chroma = _value_and_chroma(x)
     wanted = (chroma * factor).minimum(value).clamp_(min=0)
     return value - (value - x) * (wanted / chroma.clamp_(min=TINY))
 
 
 def _turned(x: "Tensor", turn: float) -> "Tensor":
-    """HSV's hue turned.
+    """Turn HSV's hue.
 
-    A channel lies below the value by the chroma times a trapezoid of the hue in sixths of the circle: 0 over two of
-    them, 1 over two, and one for each slope.
+    A channel is below the value by the chroma times a trapezoid of the hue in sixths of the circle: 0 over two of them,
+    1 over two, and one for each slope.
     """
     red, green, blue = x
     value, chroma = _value_and_chroma(x)

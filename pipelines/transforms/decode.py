@@ -1,4 +1,4 @@
-"""Encoded images to pixels: JPEGs by libjpeg-turbo at once, every other format by Pillow."""
+"""Encoded images to pixels: JPEGs with libjpeg-turbo, every other format with Pillow."""
 
 import io
 import warnings
@@ -18,7 +18,7 @@ Picture = NDArray[np.uint8]
 """Pixels (H, W, C)."""
 
 MAX_PIXELS = 100_000_000
-"""Larger images are refused by their header, before memory is spent on them."""
+"""Larger images are refused by their header, before memory is allocated."""
 EXIF = b"Exif\0\0"
 
 _TURNS: dict[int, Callable[[Picture], Picture]] = {
@@ -30,18 +30,15 @@ _TURNS: dict[int, Callable[[Picture], Picture]] = {
     7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
     8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
-"""What brings a picture upright, by Exif's orientation; 1 is upright."""
+"""Functions that turn a picture upright, by Exif orientation; 1 is upright."""
 SIDEWAYS = (5, 6, 7, 8)
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 
 
-def decode(encoded: bytes | memoryview, channels: int, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Decode to grey (1 channel) or RGB (3), turned upright as its Exif tag says.
+def decode_image(encoded: bytes | memoryview, channels: int, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Decode to pixels (H, W, C) uint8, grey (1 channel) or RGB (3), turned upright by the Exif tag.
 
-    16-bit grey is scaled to 8 bits; alpha is laid over white; CMYK and palettes are converted.
-
-    Returns:
-        Pixels (H, W, C) uint8.
+    16-bit grey is scaled to 8 bits, alpha is composited over white, CMYK and palettes are converted.
 
     Raises:
         BadSample: empty, truncated, not an image, or larger than `max_pixels`.
@@ -53,25 +50,25 @@ def decode(encoded: bytes | memoryview, channels: int, max_pixels: int = MAX_PIX
 
 
 def to_image(picture: Picture) -> Image.Image:
-    """Pixels (H, W, C) as a Pillow image, mode L or RGB."""
+    """Return pixels (H, W, C) as a Pillow image, mode L or RGB."""
     return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
 
 
 def to_picture(image: Image.Image) -> Picture:
-    """Pixels (H, W, C) of a Pillow image, mode L or RGB; a copy that may be written to."""
+    """Return the pixels (H, W, C) of a Pillow image, mode L or RGB; a copy that may be written to."""
     return np.array(image).reshape(image.height, image.width, -1)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of an image that Pillow has opened, as `decode` gives it."""
+    """Return (height, width) of an image that Pillow has opened, as `decode_image` returns it."""
     return (image.width, image.height) if _turned(image) in SIDEWAYS else (image.height, image.width)
 
 
 def _plain_jpeg(encoded: bytes | memoryview, channels: int, max_pixels: int) -> Picture | None:
-    """Pixels of a JPEG, the same as Pillow's in six sevenths of the time; None if Pillow should decode it.
+    """Decode a JPEG as Pillow does, in six sevenths of the time; return None if Pillow has to decode it.
 
-    That is: whatever is no JPEG, is damaged (Pillow has the last word on damage), too large, of colours to be
-    converted, or described by XMP, which may know an orientation, too.
+    Pillow decodes files that are not JPEGs, are damaged or too large, need a conversion of colours, or contain XMP,
+    which may have an orientation, too.
     """
     if encoded[:3] != b"\xff\xd8\xff":
         return None
@@ -88,11 +85,7 @@ def _plain_jpeg(encoded: bytes | memoryview, channels: int, max_pixels: int) -> 
 
 
 def _exif(encoded: bytes | memoryview) -> bytes | None:
-    """The Exif segment of a JPEG, empty if it has none; None if something else of its kind is there.
-
-    Raises:
-        ValueError: the segments do not follow each other.
-    """
+    """Return the Exif segment of a JPEG, empty if it has none; None if there is another APP1 segment."""
     exif, place = b"", 2
     while encoded[place : place + 1] == b"\xff" and len(encoded) > place + 4:
         kind, size = encoded[place + 1], int.from_bytes(encoded[place + 2 : place + 4], "big")
@@ -107,13 +100,13 @@ def _exif(encoded: bytes | memoryview) -> bytes | None:
 
 
 def _upright(picture: Picture, orientation: int) -> Picture:
-    """The picture as it was seen."""
+    """Turn a picture upright."""
     turn = _TURNS.get(orientation)
     return np.ascontiguousarray(turn(picture)) if turn else picture
 
 
 def _orientation(exif: Callable[[], Image.Exif]) -> int:
-    """What Exif says; 1 (upright) if it says nothing or cannot be read."""
+    """Return Exif's orientation; 1 (upright) if there is none or it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -146,13 +139,13 @@ def _by_pillow(encoded: bytes | memoryview, channels: int, max_pixels: int) -> P
 
 
 def _turned(image: Image.Image) -> int:
-    """The orientation of an image whose decoder leaves it as it is stored; a TIFF's turns it."""
+    """Return the orientation of an image that its decoder does not apply (a TIFF's decoder does)."""
     known = image.format in ("JPEG", "MPO", "PNG", "WEBP") and "exif" in image.info
     return _orientation(image.getexif) if known else 1
 
 
 def _reason(error: Exception) -> str:
-    """The error's first line, without the memory addresses that would make each reason unique."""
+    """Return the error's first line, without the memory addresses that would make each reason unique."""
     return first_line(error).split(" <")[0][:80]
 
 

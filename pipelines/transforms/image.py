@@ -16,11 +16,11 @@ from pipelines.transforms.resize import Box, Pixels, resized
 
 CROP_ATTEMPTS = 10
 ROUNDING = 1e-6
-"""Pixels: what a product of fractions may lack to a whole number."""
+"""Pixels by which a product of fractions may miss a whole number."""
 
 
 class CropConfig(Config):
-    """Random resized crop, as Inception and the Perceiver's ImageNet pipeline use it."""
+    """Random resized crop, as in Inception and in the Perceiver's ImageNet pipeline."""
 
     area: tuple[float, float] = Field(default=(0.08, 1.0), description="share of the image's area, uniform")
     aspect: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="width / height, log-uniform")
@@ -36,12 +36,12 @@ class AugmentConfig(Config):
     """Random changes to training images; the defaults change nothing."""
 
     crop: CropConfig | None = Field(default=None, description="random crop, resized to the image size")
-    flip: bool = Field(default=False, description="mirror left and right, half of the time")
-    shift: int = Field(default=0, ge=0, description="move by up to so many pixels in x and y, uniform; black moves in")
-    rotate: float = Field(default=0.0, ge=0, le=180, description="turn by up to so many degrees either way, uniform")
-    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="zoom by a factor in this range, uniform")
-    rand_augment: RandAugmentConfig | None = Field(default=None, description="random operations, before any resizing")
-    shear: float = Field(default=0.0, ge=0, lt=90, description="slant by up to so many degrees either way, uniform")
+    flip: bool = Field(default=False, description="mirror left and right with probability 0.5")
+    shift: int = Field(default=0, ge=0, description="largest move in x and y in pixels, uniform; black moves in")
+    rotate: float = Field(default=0.0, ge=0, le=180, description="largest turn in degrees, uniform")
+    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="range of the zoom factor, uniform")
+    rand_augment: RandAugmentConfig | None = Field(default=None, description="random operations before resizing")
+    shear: float = Field(default=0.0, ge=0, lt=90, description="largest shear in degrees, uniform")
 
     @model_validator(mode="after")
     def _ordered(self) -> "AugmentConfig":
@@ -50,7 +50,7 @@ class AugmentConfig(Config):
 
     @property
     def affine(self) -> bool:
-        """Whether pixels must be interpolated."""
+        """Return whether pixels must be interpolated."""
         return bool(self.rotate or self.shear or self.scale != (1.0, 1.0))
 
 
@@ -60,13 +60,13 @@ UNCHANGED = AugmentConfig()
 def training_view(
     picture: Picture, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
 ) -> Pixels:
-    """A random view of a training image, (C, height, width) uint8.
+    """Return a random view of a training image, (C, height, width) uint8.
 
     Args:
         picture: decoded image, grey or RGB.
-        size: (height, width) wanted. Without a crop, an image of another size is fitted as in evaluation.
-        config: what to vary.
-        random: gives the only source of randomness; called if the configuration changes anything.
+        size: (height, width). Without a crop, an image of another size is fitted as in evaluation.
+        config: the augmentation.
+        random: returns the generator; called only if the configuration changes anything.
     """
     if config == UNCHANGED:
         return evaluation_view(picture, size, 1.0)
@@ -88,18 +88,18 @@ def training_view(
 
 
 def evaluation_view(picture: Picture, size: tuple[int, int], crop: float) -> Pixels:
-    """The fixed view of an evaluation image: unchanged if it has the size wanted, else fitted."""
+    """Return the fixed view of an evaluation image: unchanged if it has the wanted size, else fitted."""
     height, width = picture.shape[:2]
     return resized(picture, size, evaluation_box(height, width, size, crop))
 
 
 def evaluation_box(height: int, width: int, size: tuple[int, int], crop: float) -> Box:
-    """What evaluation shows of an image: all of one that has the size wanted, else a centred box."""
+    """Return the box that evaluation shows: all of an image of the wanted size, else a centred box."""
     return (0, 0, width, height) if (height, width) == size else centred_box(height, width, size, crop)
 
 
 def centred_box(height: int, width: int, size: tuple[int, int], crop: float) -> Box:
-    """The largest centred box of the shape of `size` in an image, times `crop`, on whole pixels.
+    """Return the largest centred box of the shape of `size` in an image, times `crop`, on whole pixels.
 
     With crop 224/256 and a square size this is the papers' evaluation crop, to the pixel.
     """
@@ -110,7 +110,7 @@ def centred_box(height: int, width: int, size: tuple[int, int], crop: float) -> 
 
 
 def crop_box(height: int, width: int, config: CropConfig, rng: Generator) -> Box:
-    """A random box (left, top, right, bottom) of the wanted area and aspect; the centre square if ten tries miss."""
+    """Return a random box of the wanted area and aspect; the centre square if ten attempts fail."""
     for _ in range(CROP_ATTEMPTS):
         area = height * width * rng.uniform(*config.area)
         aspect = math.exp(rng.uniform(math.log(config.aspect[0]), math.log(config.aspect[1])))
@@ -124,12 +124,12 @@ def crop_box(height: int, width: int, config: CropConfig, rng: Generator) -> Box
 
 
 def affine_coefficients(size: tuple[int, int], config: AugmentConfig, rng: Generator) -> tuple[float, ...]:
-    """Pillow's coefficients (output to input) of a random zoom, turn, slant and shift about the centre."""
+    """Return Pillow's coefficients (output to input) of a random zoom, turn, shear and shift about the centre."""
     turn, slant, right, down = rng.uniform(-1.0, 1.0, 4)
     zoom = rng.uniform(*config.scale)
     angle, k = math.radians(turn * config.rotate), math.tan(math.radians(slant * config.shear))
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
-    # The forward map is zoom * turn * slant, then the shift; its inverse is written out.
+    # The inverse of zoom * turn * shear, then the shift.
     a, b, d, e = cos + k * sin, sin - k * cos, -sin, cos
     x, y = size[1] / 2, size[0] / 2
     out_x, out_y = x + right * config.shift, y + down * config.shift
@@ -137,7 +137,7 @@ def affine_coefficients(size: tuple[int, int], config: AugmentConfig, rng: Gener
 
 
 def transformed(pixels: Pixels, coefficients: tuple[float, ...]) -> Pixels:
-    """Pixels (C, H, W) under an affine map from output to input, see `affine_coefficients`; black moves in."""
+    """Apply an affine map (output to input, see `affine_coefficients`) to pixels (C, H, W); black moves in."""
     height, width = pixels.shape[1:]
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
     image = image.transform((width, height), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
@@ -145,7 +145,7 @@ def transformed(pixels: Pixels, coefficients: tuple[float, ...]) -> Pixels:
 
 
 def shifted(pixels: Pixels, down: int, right: int) -> Pixels:
-    """Pixels (C, H, W) moved down and right by whole pixels; zeros move in."""
+    """Move pixels (C, H, W) down and right by whole pixels; zeros move in."""
     out = np.zeros_like(pixels)
     height, width = pixels.shape[1:]
     out[:, max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)] = pixels[

@@ -1,7 +1,6 @@
-"""Media containers (MP4, Matroska, WebM, AVI, ...) through FFmpeg: header, frames at given times, a stretch of sound.
+"""Media containers (MP4, Matroska, WebM, AVI, ...) through FFmpeg: header, frames at given times, sound of a clip.
 
-Only known containers are opened, and only from memory: a playlist in a sample's place cannot make FFmpeg fetch a file
-or an address.
+Only known containers are opened, and only from memory: a playlist cannot make FFmpeg read a file or an address.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from perceiver.storage import first_line
 from pipelines.transforms import BadSample
-from pipelines.transforms.audio import MARGIN_S, MOST_RATE, AudioConfig, Samples, check_length, finish, source_span
+from pipelines.transforms.audio import MARGIN_S, MOST_RATE, AudioViewConfig, Samples, check_length, finish, source_span
 from pipelines.transforms.decode import Picture
 
 FORMATS = (
@@ -25,7 +24,7 @@ FORMATS = (
     "au,amr,caf,gif,m4v,h264,hevc,dv,rm,swf,w64,wv,ape,nut"
 )
 SHORT_S = 0.25
-"""A stream may end so much, and a fiftieth, before the end that the header gives."""
+"""A stream may end this much plus a fiftieth of its length before the end in the header."""
 SETTLE_S = 0.1
 
 T = TypeVar("T")
@@ -33,12 +32,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Media:
-    """A media file whose header was read.
+    """An open media file, for one reader at a time.
 
     Attributes:
-        container: the open file; one reader at a time.
-        seconds: length of the shorter of its streams that are wanted.
-        origin: time of its first stream's beginning, which counts as 0.
+        container: the file.
+        seconds: length of the shortest wanted stream.
+        origin: start of its first stream, which counts as 0.
         height, width, fps: of the pictures; 0 if they are not wanted.
         rate, channels: of the sound; 0 if it is not wanted.
     """
@@ -54,16 +53,16 @@ class Media:
 
 
 def open_media(encoded: bytes, *, video: bool, audio: bool, max_seconds: float, max_pixels: int = 0) -> Media:
-    """Read the header, and of the streams no more than that.
+    """Read the header.
 
     Args:
         encoded: the file.
-        video, audio: which streams are wanted.
+        video, audio: whether these streams are wanted.
         max_seconds: longer files are refused.
         max_pixels: larger frames are refused.
 
     Raises:
-        BadSample: empty, no media file, a stream is missing, or too long, large or fast.
+        BadSample: empty, not a media file, a missing stream, too long, too large frames, or a rate above 1 MHz.
     """
     if not encoded:
         raise BadSample("0 bytes")
@@ -94,13 +93,13 @@ def _pictures(stream: Any, max_pixels: int) -> dict[str, Any]:
 def _sounds(stream: Any) -> dict[str, Any]:
     rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
     if not 0 < rate <= MOST_RATE or channels < 1:
-        raise BadSample(f"{channels} channels at {rate} samples a second")
+        raise BadSample(f"{channels} channels at {rate} samples per second")
     return {"rate": rate, "channels": channels}
 
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """Whatever FFmpeg makes of damage becomes a BadSample."""
+    """Raise `BadSample` for whatever FFmpeg raises on damaged files."""
     try:
         yield
     except BadSample:
@@ -110,7 +109,7 @@ def _damage() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What FFmpeg said, without the number and the name of the file."""
+    """Return FFmpeg's message, without the number and the name of the file."""
     text = getattr(error, "strerror", None) or first_line(error)
     return text.split(": '")[0][:80]
 
@@ -124,7 +123,7 @@ def _stream(container: Any, kind: str) -> Any:
 
 
 def _seconds(container: Any, stream: Any, encoded: bytes) -> float:
-    """Length of a stream by its header, else the container's, else by its packets."""
+    """Return the length of a stream by its header, else by the container's, else by its packets."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if container.duration:
@@ -141,14 +140,14 @@ def _seconds(container: Any, stream: Any, encoded: bytes) -> float:
 def frames_at(
     media: Media, times: NDArray[np.float64], take: Callable[[Picture], T], channels: int
 ) -> tuple[list[T], NDArray[np.int64]]:
-    """The frames that are on screen at given times: of variable frame rates too, by the frames' time stamps.
+    """Return the frames that are on screen at given times, by their time stamps (the frame rate may vary).
 
-    Before the first frame and after the last one, that frame stands.
+    Before the first frame and after the last one, that frame is shown.
 
     Args:
         media: the file.
         times: (n,) seconds from the beginning, in any order.
-        take: applied to each frame that is needed, once.
+        take: applied once to each frame that is needed.
         channels: 1 (grey) or 3 (RGB).
 
     Returns:
@@ -175,7 +174,7 @@ def frames_at(
 
 
 def _shown(frames: Iterable[tuple[Any, float, float]], media: Media, last: float) -> Iterator[tuple[Any, float]]:
-    """(frame, the time at which the next one replaces it); the last frame stands for ever."""
+    """Yield (frame, time at which the next one replaces it); the last frame stays on screen."""
     shown: Any = None
     end = 0.0
     for frame, time, until in frames:
@@ -185,7 +184,7 @@ def _shown(frames: Iterable[tuple[Any, float, float]], media: Media, last: float
     if shown is None:
         raise BadSample("no frame can be decoded")
     if end < min(last, media.seconds) - _slack(media):
-        raise BadSample("cut off: the pictures end before the time in the header")
+        raise BadSample("truncated: the pictures end before the time in the header")
     yield shown, math.inf
 
 
@@ -194,7 +193,7 @@ def _slack(media: Media) -> float:
 
 
 def _decoded(media: Media, first: float) -> Iterator[tuple[Any, float, float]]:
-    """(frame, its time, the time it ends), from the key frame before a time on."""
+    """Yield (frame, its time, its end), from the key frame before a time."""
     stream = _stream(media.container, "video")
     _seek(media, stream, first)
     step = 1 / media.fps if media.fps else 0.0
@@ -205,22 +204,22 @@ def _decoded(media: Media, first: float) -> Iterator[tuple[Any, float, float]]:
 
 
 def _seek(media: Media, stream: Any, time: float) -> None:
-    """To the key frame before a time."""
+    """Seek to the key frame before a time."""
     media.container.seek(int((max(time, 0.0) + media.origin) / stream.time_base), stream=stream)
 
 
 def _picture(frame: Any, channels: int) -> Picture:
-    """A frame's pixels, turned upright."""
+    """Return a frame's pixels, turned upright."""
     found = frame.to_ndarray(format="gray" if channels == 1 else "rgb24").reshape(frame.height, frame.width, channels)
     quarters, rest = divmod(round(getattr(frame, "rotation", 0)) % 360, 90)
     return np.ascontiguousarray(np.rot90(found, quarters)) if quarters and not rest else found
 
 
-def media_sound(media: Media, start: float, config: AudioConfig) -> Samples:
-    """Samples (T,) int16 from `start` seconds on; silence wherever the file has none.
+def media_sound(media: Media, start: float, config: AudioViewConfig) -> Samples:
+    """Return samples (T,) int16 from `start` seconds on, with silence where the file has none.
 
     Raises:
-        BadSample: damaged within the clip, samples that are not finite, or a missing channel.
+        BadSample: damage in the clip, NaN or infinite samples, or a missing channel.
     """
     first, count = source_span(start, config, media.rate)
     span = np.zeros((count, media.channels), np.float32)
@@ -236,26 +235,26 @@ def media_sound(media: Media, start: float, config: AudioConfig) -> Samples:
                 break
         needed = min(start + config.seconds, media.seconds)
         if end < needed - _slack(media) and end < (first + count) / media.rate - MARGIN_S:
-            raise BadSample("cut off: the sound ends before the time in the header")
+            raise BadSample("truncated: the sound ends before the time in the header")
     return finish(span, 0, count, start - first / media.rate, media.rate, config)
 
 
 def _sound(media: Media, first: float) -> Iterator[tuple[float, NDArray[np.float32]]]:
-    """(time, samples (n, channels)) of each decoded frame from a time on, or a little earlier, all at the file's rate.
+    """Yield (time, samples (n, channels)) of each decoded frame, from a time or a little earlier.
 
-    Decoders need a few packets to settle, hence the earlier start.
+    Decoders need a few packets before their output is correct, hence the earlier start.
     """
     stream = _stream(media.container, "audio")
     _seek(media, stream, first - SETTLE_S)
     for frame in media.container.decode(stream):
         if (frame.sample_rate, frame.layout.nb_channels) != (media.rate, media.channels):
-            raise BadSample("the sound's rate or channels change on the way")
+            raise BadSample("the sound's rate or channels change")
         if frame.pts is not None:
             yield float(frame.pts * frame.time_base) - media.origin, _floats(frame)
 
 
 def _floats(frame: Any) -> NDArray[np.float32]:
-    """The samples of a decoded frame of any format, (n, channels) in -1 to 1."""
+    """Return the samples of a decoded frame of any format, (n, channels) in -1 to 1."""
     found = frame.to_ndarray()
     found = found.T if frame.format.is_planar else found.reshape(-1, frame.layout.nb_channels)
     if found.dtype.kind == "f":

@@ -1,4 +1,4 @@
-"""Meshes: points drawn from their surface, each triangle by its area, as point-cloud data sets are made of them."""
+"""Meshes: points drawn from their surface by area, as in point-cloud data sets."""
 
 import io
 import re
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trimesh import Trimesh
 
 MAX_MESH_BYTES = 256 << 20
-"""Larger files are refused unread."""
+"""Larger files are refused."""
 MAX_VERTICES = 5_000_000
 """Larger meshes are refused by their header, where the format has one."""
 COUNTS = re.compile(rb"\s*C?OFF\s*(?:#[^\n]*\n\s*)*(\d+)\s+(\d+)")
@@ -24,7 +24,7 @@ def load_mesh(encoded: bytes, kind: str) -> "Trimesh":
     """Read a mesh file of the format `off` or `obj`.
 
     Raises:
-        BadSample: 0 bytes, not a mesh, too large, without faces or area, or with vertices that are not finite.
+        BadSample: 0 bytes, not a mesh, too large, without faces or area, or with NaN or infinite vertices.
     """
     _check_header(encoded, kind)
     import trimesh
@@ -33,20 +33,19 @@ def load_mesh(encoded: bytes, kind: str) -> "Trimesh":
         mesh = trimesh.load_mesh(io.BytesIO(encoded), file_type=kind, process=False)
         assert isinstance(mesh, trimesh.Trimesh), "load_mesh joins the parts of a scene"
         vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
-    except Exception as error:  # noqa: BLE001  the readers raise whatever a damaged line happens to hit
-        reason = first_line(error, 80)
-        raise BadSample(f"unreadable {kind} mesh: {reason}") from error
+    except Exception as error:  # noqa: BLE001  the readers raise many types on damaged lines
+        raise BadSample(f"unreadable {kind} mesh: {first_line(error, 80)}") from error
     if not len(vertices) or not len(faces):
         raise BadSample("a mesh without faces")
     if not np.isfinite(vertices).all():
-        raise BadSample("vertices that are not finite")
+        raise BadSample("NaN or infinite vertices")
     if not mesh.area > 0:
         raise BadSample("a mesh without area")
     return mesh
 
 
 def surface_points(mesh: "Trimesh", count: int, seed: int) -> Points:
-    """Points (count, 3) on the surface of a mesh, uniform over its area; the seed is the only source of randomness."""
+    """Return points (count, 3) on the surface of a mesh, uniform over its area and determined by the seed."""
     from trimesh.sample import sample_surface
 
     return np.asarray(sample_surface(mesh, count, seed=seed)[0], "<f4")
@@ -60,6 +59,6 @@ def _check_header(encoded: bytes, kind: str) -> None:
     if kind == "off":
         counts = COUNTS.match(encoded[:4096])
         if not counts:
-            raise BadSample("not an OFF mesh: no header OFF with the counts of vertices and faces")
+            raise BadSample("not an OFF mesh: no header OFF with the numbers of vertices and faces")
         if max(int(counts[1]), int(counts[2])) > MAX_VERTICES:
-            raise BadSample(f"more than {MAX_VERTICES} vertices or faces by the header")
+            raise BadSample(f"more than {MAX_VERTICES} vertices or faces in the header")

@@ -1,4 +1,4 @@
-"""Optical flow: two frames and the motion of each pixel of the first; files of the public data sets, views of them."""
+"""Optical flow: two frames and the motion of each pixel of the first; file formats and views."""
 
 import io
 import zipfile
@@ -13,12 +13,11 @@ from pydantic import Field, model_validator
 
 from perceiver.config import Config
 from pipelines.transforms import BadSample, check_range
-from pipelines.transforms.decode import Picture, to_image, to_picture
-from pipelines.transforms.decode import decode as decode_image
+from pipelines.transforms.decode import Picture, decode_image, to_image, to_picture
 from pipelines.transforms.resize import Pixels
 
 FLO_MAGIC = b"PIEH"
-"""202021.25 as little-endian float32, which begins a .flo file."""
+"""The start of a .flo file: 202021.25 as little-endian float32."""
 UNKNOWN = 1e9
 """Middlebury's convention: a longer flow is unknown."""
 
@@ -29,8 +28,8 @@ Valid = NDArray[np.bool_]
 class FlowViewConfig(Config):
     """Random changes to training pairs: both frames alike, the flow with them. The crop is `data.image_size`."""
 
-    flip: bool = Field(default=False, description="mirror left and right, half of the time")
-    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="zoom by a factor in this range, uniform")
+    flip: bool = Field(default=False, description="mirror left and right with probability 0.5")
+    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="range of the zoom factor, uniform")
 
     @model_validator(mode="after")
     def _ordered(self) -> "FlowViewConfig":
@@ -40,7 +39,7 @@ class FlowViewConfig(Config):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two frames (H, W, C), flow (2, H, W) from the first to the second in pixels, x first, and where it is known."""
+    """Two frames (H, W, C), the flow (2, H, W) between them in pixels, x first, and where it is known (H, W)."""
 
     first: Picture
     second: Picture
@@ -49,11 +48,9 @@ class Pair:
 
 
 def pack(files: Sequence[bytes], kind: str) -> bytes:
-    """First frame, second frame and flow as they are, in one archive without compression.
+    """Return first frame, second frame and flow unchanged in one uncompressed archive.
 
-    Args:
-        files: the three.
-        kind: of the flow, `flo` or `png`.
+    `kind` is the format of the flow, `flo` or `png`.
     """
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
@@ -62,11 +59,11 @@ def pack(files: Sequence[bytes], kind: str) -> bytes:
     return stream.getvalue()
 
 
-def decode(stored: bytes, channels: int, max_pixels: int) -> Pair:
-    """Decode what `pack` made.
+def decode_flow(stored: bytes, channels: int, max_pixels: int) -> Pair:
+    """Decode the archive of `pack`.
 
     Raises:
-        BadSample: a frame or the flow is damaged, too large, or of another size.
+        BadSample: a frame or the flow is damaged or too large, or their sizes differ.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(stored)) as archive:
@@ -90,13 +87,13 @@ def decode(stored: bytes, channels: int, max_pixels: int) -> Pair:
 
 
 def read_flo(encoded: bytes, max_pixels: int) -> tuple[Flow, Valid]:
-    """Flow (2, H, W) and validity (H, W) of a Middlebury .flo file.
+    """Read flow (2, H, W) and validity (H, W) from a Middlebury .flo file.
 
     Raises:
         BadSample: another file, truncated, or too large by its header.
     """
     if len(encoded) < 12 or encoded[:4] != FLO_MAGIC:
-        raise BadSample("no .flo file")
+        raise BadSample("not a .flo file")
     width, height = np.frombuffer(encoded, "<i4", 2, 4).tolist()
     if width < 1 or height < 1 or width * height > max_pixels:
         raise BadSample(f"a flow of {width}x{height}: wanted up to {max_pixels} pixels")
@@ -108,18 +105,18 @@ def read_flo(encoded: bytes, max_pixels: int) -> tuple[Flow, Valid]:
 
 
 def read_kitti(encoded: bytes, max_pixels: int) -> tuple[Flow, Valid]:
-    """Flow (2, H, W) and validity (H, W) of KITTI's 16-bit PNG: 2**15 + 64 times x and y, and whether it is known.
+    """Read flow (2, H, W) and validity (H, W) from KITTI's 16-bit PNG: 2**15 + 64 times x and y, and whether known.
 
     Raises:
         BadSample: another file, truncated, of other channels, or too large by its header.
     """
     if encoded[:8] != b"\x89PNG\r\n\x1a\n" or len(encoded) < 33:
-        raise BadSample("no PNG file for the flow")
+        raise BadSample("the flow is not a PNG file")
     width, height = np.frombuffer(encoded, ">u4", 2, 16).tolist()
     if width * height > max_pixels:
         raise BadSample(f"a flow of {width}x{height}: wanted up to {max_pixels} pixels")
     if encoded[24:26] != b"\x10\x02":
-        raise BadSample("a flow that is no 16-bit RGB image")
+        raise BadSample("the flow is not a 16-bit RGB image")
     values = _decode_rgb48(encoded).astype(np.float32)
     valid = values[..., 2] > 0
     flow = (values[..., :2].transpose(2, 0, 1) - 2**15) / 64
@@ -127,7 +124,7 @@ def read_kitti(encoded: bytes, max_pixels: int) -> tuple[Flow, Valid]:
 
 
 def _decode_rgb48(encoded: bytes) -> NDArray[np.uint16]:
-    """16-bit RGB (H, W, 3), which Pillow would cut to 8 bits."""
+    """Decode 16-bit RGB (H, W, 3), which Pillow would reduce to 8 bits."""
     import av
     from av.error import FFmpegError
 
@@ -135,13 +132,13 @@ def _decode_rgb48(encoded: bytes) -> NDArray[np.uint16]:
         frames = av.VideoCodecContext.create("png", "r").decode(av.Packet(encoded))
         return np.asarray(frames[0].to_ndarray(format="rgb48le"), np.uint16)
     except (FFmpegError, IndexError) as error:
-        raise BadSample("a damaged PNG file for the flow") from error
+        raise BadSample("the PNG file of the flow is damaged") from error
 
 
 def training_view(
     pair: Pair, size: tuple[int, int], config: FlowViewConfig, rng: Generator
 ) -> tuple[Pixels, Flow, Valid]:
-    """A random crop of (height, width), zoomed and mirrored: frames (2, C, H, W), flow (2, H, W), valid (H, W)."""
+    """Return a random crop, zoomed and mirrored: frames (2, C, H, W), flow (2, H, W), valid (H, W)."""
     factor = rng.uniform(*config.scale)
     if factor != 1:
         pair = _zoomed(pair, factor)
@@ -155,13 +152,13 @@ def training_view(
 
 
 def evaluation_view(pair: Pair, size: tuple[int, int]) -> tuple[Pixels, Flow, Valid]:
-    """The centre crop of (height, width)."""
+    """Return the centre crop of (height, width)."""
     height, width = pair.valid.shape
     return _cut(pair, size, max(0, height - size[0]) // 2, max(0, width - size[1]) // 2)
 
 
 def _cut(pair: Pair, size: tuple[int, int], top: int, left: int) -> tuple[Pixels, Flow, Valid]:
-    """A window; where it reaches beyond the frames, black without a known flow."""
+    """Cut a window; where it exceeds the frames, they are black and the flow is unknown."""
     part = (..., slice(top, top + size[0]), slice(left, left + size[1]))
     frames = np.stack([frame.transpose(2, 0, 1)[part] for frame in (pair.first, pair.second)])
     missing = [(0, wanted - got) for wanted, got in zip(size, frames.shape[-2:], strict=True)]
@@ -173,16 +170,15 @@ def _cut(pair: Pair, size: tuple[int, int], top: int, left: int) -> tuple[Pixels
 
 
 def _zoomed(pair: Pair, factor: float) -> Pair:
-    """The pair in another size; a flow with gaps is taken from the nearest pixel, so that gaps do not leak into it."""
+    """Resize a pair; a flow with gaps is taken from the nearest pixel, so that gaps do not leak into it."""
     before = pair.valid.shape
     height, width = (max(1, round(length * factor)) for length in before)
     rows, columns = ((np.arange(new) + 0.5) * old // new for new, old in zip((height, width), before, strict=True))
     nearest = np.ix_(rows.astype(int), columns.astype(int))
     ratio = np.array([width / before[1], height / before[0]], np.float32)
     if pair.valid.all():
-        parts = [
-            np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR)) for part in pair.flow
-        ]
+        bilinear = Image.Resampling.BILINEAR
+        parts = [np.asarray(Image.fromarray(part).resize((width, height), bilinear)) for part in pair.flow]
     else:
         parts = [part[nearest] for part in pair.flow]
     first, second = (

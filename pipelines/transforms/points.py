@@ -1,4 +1,4 @@
-"""Point clouds: from stored bytes to a normalised choice of points, as for ModelNet40 in the Perceiver paper (4.3)."""
+"""Point clouds: from stored bytes to normalised points, as for ModelNet40 in the Perceiver paper (4.3)."""
 
 import numpy as np
 from numpy.random import Generator
@@ -11,51 +11,53 @@ from pipelines.transforms import BadSample
 Points = NDArray[np.float32]
 
 
-class PointsConfig(Config):
-    """How many points, and what is random about them in training."""
+class PointsViewConfig(Config):
+    """The number of points, and their random changes in training."""
 
     count: int = Field(default=2048, ge=1, description="points in a batch; repeated if fewer are stored")
-    scale: tuple[float, float] = Field(default=(0.99, 1.01), description="factors of each point's coordinates")
+    scale: tuple[float, float] = Field(
+        default=(0.99, 1.01), description="range of the factor of each point's coordinates"
+    )
 
 
-def decode(stored: bytes) -> Points:
-    """Points (n, 3) from little-endian float32 bytes.
+def decode_points(stored: bytes) -> Points:
+    """Return points (n, 3) from little-endian float32 bytes.
 
     Raises:
-        BadSample: no points, a broken row, NaN or infinity.
+        BadSample: no points, an incomplete row, NaN or infinity.
     """
     if not stored:
         raise BadSample("no points")
     if len(stored) % 12:
-        raise BadSample(f"{len(stored)} bytes are no rows of three float32")
+        raise BadSample(f"{len(stored)} bytes are not rows of three float32")
     points = np.frombuffer(stored, "<f4").reshape(-1, 3)
     if not np.isfinite(points).all():
-        raise BadSample("points that are not finite")
+        raise BadSample("NaN or infinite points")
     return points
 
 
 def normalised(points: Points) -> Points:
-    """Points (n, 3) with zero mean, in a cube from -1 to 1."""
+    """Return points (n, 3) with zero mean, in a cube from -1 to 1."""
     return _in_cube(_centred(points.T.copy())).T
 
 
-def training_view(points: Points, config: PointsConfig, rng: Generator) -> Points:
-    """A random choice of points, centred, each scaled at random, normalised: (count, 3)."""
+def training_view(points: Points, config: PointsViewConfig, rng: Generator) -> Points:
+    """Return a random choice of points, centred, each scaled at random, normalised: (count, 3)."""
     chosen = points.take(rng.choice(len(points), config.count, len(points) < config.count, shuffle=False), axis=0)
     scales = rng.uniform(*config.scale, config.count).astype(np.float32)
     return _in_cube(_centred(_centred(chosen.T.copy()) * scales)).T
 
 
-def evaluation_view(points: Points, config: PointsConfig) -> Points:
-    """Points spread evenly over the stored order, normalised: (count, 3)."""
+def evaluation_view(points: Points, config: PointsViewConfig) -> Points:
+    """Return points spread evenly over the stored order, normalised: (count, 3)."""
     return normalised(points[np.arange(config.count) * len(points) // config.count % len(points)])
 
 
 def _centred(axes: Points) -> Points:
-    """Coordinates (3, n) with zero mean; numpy sums rows of three ten times as slowly."""
+    """Return coordinates (3, n) with zero mean; numpy sums rows of three ten times as slowly."""
     return axes - np.add.reduce(axes, axis=1, keepdims=True) / axes.shape[1]
 
 
 def _in_cube(axes: Points) -> Points:
-    """Coordinates (3, n) divided by the largest."""
+    """Return coordinates (3, n) divided by the largest."""
     return axes / max(float(np.abs(axes).max()), 1e-12)

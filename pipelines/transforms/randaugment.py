@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al. 2019) as the Perceiver's ImageNet recipe uses it: 16 operations, 4 in a row, magnitude 5.
 
-Magnitudes follow the TensorFlow reference: a level of 0 to 10 for each operation's full range. What an operation leaves
-open is filled with grey (128). At level 5 Color, Contrast, Brightness and Sharpness have the factor 1 and do nothing.
+Magnitudes follow the TensorFlow reference: a level of 0 to 10 of each operation's full range. Uncovered pixels are grey
+(128). At level 5 Color, Contrast, Brightness and Sharpness have the factor 1 and change nothing.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Operation = Callable[[Image.Image, float, Generator], Image.Image]
 
 
 class RandAugmentConfig(Config):
-    """How many operations are applied, and how strongly."""
+    """The number and strength of the operations."""
 
     layers: int = Field(default=4, ge=1, description="operations applied one after the other, each chosen uniformly")
     magnitude: float = Field(default=5.0, ge=0, le=10, description="level of all operations, of 10")
@@ -43,7 +43,7 @@ def _fill(image: Image.Image) -> int | tuple[int, ...]:
 
 
 def _affine(image: Image.Image, coefficients: tuple[float, ...]) -> Image.Image:
-    """Nearest neighbour, as in the reference; coefficients map output to input places."""
+    """Transform with nearest neighbours, as the reference does; coefficients map output to input."""
     return image.transform(
         image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST, fillcolor=_fill(image)
     )
@@ -72,7 +72,7 @@ def _solarize_add(image: Image.Image, level: float, rng: Generator) -> Image.Ima
 
 
 def _cutout(image: Image.Image, level: float, rng: Generator) -> Image.Image:
-    """A grey square of up to 80 pixels around a random place, cut at the border."""
+    """Cover a square of up to 80 pixels around a random place with grey, clipped at the border."""
     half = int(40 * level)
     x, y = int(rng.integers(image.width)), int(rng.integers(image.height))
     out = image.copy()
@@ -83,7 +83,7 @@ def _cutout(image: Image.Image, level: float, rng: Generator) -> Image.Image:
 
 
 def _enhance(kind: Any) -> Operation:
-    """An operation that mixes the image with a poorer one; all of the image, as at level 5, is the image itself."""
+    """Return an operation that blends the image with a degenerate one; factor 1, as at level 5, changes nothing."""
 
     def operation(image: Image.Image, level: float, rng: Generator) -> Image.Image:
         factor = 1.8 * level + 0.1

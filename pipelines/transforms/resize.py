@@ -1,4 +1,4 @@
-"""Resizing images by Pillow's filters, which widen as they shrink them, so that nothing is aliased."""
+"""Image resizing with antialiasing."""
 
 from typing import Literal
 
@@ -17,18 +17,18 @@ Filter = Literal["bicubic", "bilinear"]
 def resized(
     picture: Picture, size: tuple[int, int], box: Box, *, flip: bool = False, filter: Filter = "bicubic"
 ) -> Pixels:
-    """A box of an image, grey or RGB, in another size; its pixels as (C, height, width) uint8.
+    """Resize a box of an image, grey or RGB; return pixels (C, height, width) uint8.
 
-    It is cut out first. torch computes Pillow's filter with the processor's vector instructions in a third of Pillow's
-    time: the same pixels but for a level or two of 255, or more where a pass is cut off at black or white, since Pillow
-    chooses which pass comes first. torch is imported at the first box of another size.
+    The box is cut out first. torch computes Pillow's filter with vector instructions in a third of Pillow's time: the
+    same pixels up to a level or two of 255, or more where a pass is clipped at black or white, since Pillow chooses the
+    order of the passes. torch is imported at the first box of another size.
 
     Args:
         picture: pixels (H, W, C).
-        size: (height, width) wanted.
-        box: what is shown, inside the image.
+        size: (height, width) of the result.
+        box: part of the image to show.
         flip: mirror left and right.
-        filter: which.
+        filter: the interpolation.
     """
     left, top, right, bottom = box
     shown = picture[top:bottom, left:right]

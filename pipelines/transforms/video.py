@@ -24,15 +24,15 @@ class VideoAugmentConfig(Config):
     """Random changes to training clips; the defaults change nothing."""
 
     crop: CropConfig | None = Field(default=None, description="random crop, the same in all frames")
-    flip: bool = Field(default=False, description="mirror left and right, half of the time")
+    flip: bool = Field(default=False, description="mirror left and right with probability 0.5")
     colour: ColourConfig | None = Field(default=None, description="random colours")
 
 
-class VideoConfig(Config):
-    """How pictures of a recording are given to the model."""
+class VideoViewConfig(Config):
+    """How pictures of a recording are shown to the model."""
 
     frames: int = Field(default=32, ge=1, description="frames of a clip")
-    fps: float = Field(default=25.0, gt=0, le=1000, description="frames a second in a batch, taken by time stamp")
+    fps: float = Field(default=25.0, gt=0, le=1000, description="frames per second in a batch, taken by time stamp")
     size: tuple[PositiveInt, PositiveInt] | None = Field(
         default=None, description="(height, width) in a batch; null: as stored"
     )
@@ -41,45 +41,46 @@ class VideoConfig(Config):
 
     @property
     def seconds(self) -> float:
-        """Length of a clip."""
+        """Return the length of a clip."""
         return self.frames / self.fps
 
 
 def video_clips(
-    media: Media, starts: NDArray[np.float64], size: tuple[int, int], channels: int, config: VideoConfig, view: "View"
+    media: Media,
+    starts: NDArray[np.float64],
+    size: tuple[int, int],
+    channels: int,
+    config: VideoViewConfig,
+    view: "CentredView",
 ) -> NDArray[np.uint8]:
-    """Clips (K, F, C, H, W) of a video, starting at these seconds; each frame is decoded and resized once.
-
-    Raises:
-        BadSample: damaged.
-    """
+    """Return clips (K, F, C, H, W) that start at these seconds; each frame is decoded and resized once."""
     times = (starts[:, None] + np.arange(config.frames) / config.fps).ravel()
     frames, index = frames_at(media, times, lambda picture: view.fit(picture, size), channels)
     pixels = view.finish(np.stack(frames))
     return pixels[index].reshape(len(starts), config.frames, *pixels.shape[1:])
 
 
-class View:
-    """The fixed view: the largest centred box of the wanted shape, times `crop`, if the size is not the one wanted."""
+class CentredView:
+    """The fixed view: of frames of another size, the largest centred box of the wanted shape, times `crop`."""
 
     def __init__(self, crop: float) -> None:
         self.crop = crop
 
     def box(self, height: int, width: int, size: tuple[int, int]) -> Box:
-        """The part of each frame that is shown."""
+        """Return the part of each frame that is shown."""
         return evaluation_box(height, width, size, self.crop)
 
     def fit(self, picture: Picture, size: tuple[int, int]) -> Pixels:
-        """One frame in the wanted size."""
+        """Return one frame in the wanted size."""
         height, width = picture.shape[:2]
         return resized(picture, size, self.box(height, width, size), filter="bilinear")
 
     def finish(self, pixels: Pixels) -> Pixels:
-        """All frames of the clip, (F, C, H, W)."""
+        """Return all frames of the clip, (F, C, H, W)."""
         return pixels
 
 
-class RandomView(View):
+class RandomView(CentredView):
     """A random view: one crop, one flip and one change of colours for all frames."""
 
     def __init__(self, config: VideoAugmentConfig, random: Callable[[], Generator]) -> None:
@@ -89,16 +90,16 @@ class RandomView(View):
         self.chosen: Box = (0, 0, 0, 0)
 
     def box(self, height: int, width: int, size: tuple[int, int]) -> Box:
-        """A random box, chosen at the first frame."""
+        """Return a random box, chosen at the first frame."""
         if self.config.crop is None:
             return super().box(height, width, size)
         if self.shape != (height, width):
-            # A frame of another size, which is rare, gets a box of its own.
+            # Frames of another size, which are rare, have their own box.
             self.shape, self.chosen = (height, width), crop_box(height, width, self.config.crop, self.random())
         return self.chosen
 
     def finish(self, pixels: Pixels) -> Pixels:
-        """Flip and colour."""
+        """Flip the frames and change their colours."""
         flip, colour = self.config.flip and self.random().random() < 0.5, self.config.colour
         if colour and pixels.shape[1] == 3 and self.random().random() < colour.probability:
             rng = self.random()

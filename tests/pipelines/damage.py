@@ -1,4 +1,4 @@
-"""Every kind of damage that real data show, and every oddity that is none: what is stored, and what should come of it.
+"""Every kind of damage in real data, and every unusual but valid sample, with the expected result.
 
 A sample has an image, a sound, points, a text and a label. A kind of damage replaces one of them. Add a kind by adding
 a line: to `BAD` with the reason that the quarantine gives, or to `ODD` with what the model should see.
@@ -63,9 +63,9 @@ BAD: Mapping[str, tuple[str, Any, str]] = {
     "decompression bomb by its header": ("image", BOMB, "60000x60000 is more than 100000000 pixels|more than"),
     "scrambled JPEG header": ("image", JPEG[:2] + JPEG[200:], "undecodable image"),
     "empty mesh": ("points", b"", "no points"),
-    "NaN points": ("points", NOT_A_NUMBER, "points that are not finite"),
-    "infinite points": ("points", NOT_A_NUMBER.replace(b"\0\0\xc0\x7f", b"\0\0\x80\x7f"), "points that are not finite"),
-    "half a point": ("points", b"1234567", "7 bytes are no rows of three float32"),
+    "NaN points": ("points", NOT_A_NUMBER, "NaN or infinite points"),
+    "infinite points": ("points", NOT_A_NUMBER.replace(b"\0\0\xc0\x7f", b"\0\0\x80\x7f"), "NaN or infinite points"),
+    "half a point": ("points", b"1234567", "7 bytes are not rows"),
     "empty text": ("text", "", "empty text"),
     "no text": ("text", None, "empty text"),
     "invalid UTF-8": ("text", b"caf\xe9", "invalid UTF-8"),
@@ -75,12 +75,12 @@ BAD: Mapping[str, tuple[str, Any, str]] = {
     "no label": ("label", None, "label None is not one of 4 classes"),
     "0-byte sound": ("audio", b"", "0 bytes"),
     "0-length sound": ("audio", sound(np.zeros(0, np.int16)), "0 seconds of sound"),
-    "NaN sound": ("audio", sound(np.full(SAMPLES, np.nan, np.float32), subtype="FLOAT"), "samples that are not finite"),
-    "sound cut off": ("audio", sound(TONE)[:100], "cut off"),
+    "NaN sound": ("audio", sound(np.full(SAMPLES, np.nan, np.float32), subtype="FLOAT"), "NaN or infinite samples"),
+    "truncated sound": ("audio", sound(TONE)[:100], "truncated"),
     "sound longer than the cap": ("audio", LONG, "longer than 600 seconds"),
     "a picture in a sound's place": ("audio", encoded(PIXELS), "undecodable media"),
 }
-"""Kind: (part, what is stored, the reason in the quarantine)."""
+"""Kind: (part, stored value, reason in the quarantine)."""
 
 
 class Odd(NamedTuple):

@@ -32,7 +32,7 @@ class FaultyS3:
         self._thread.start()
 
     def reset(self) -> None:
-        """Nothing goes wrong, nothing is counted; what will go wrong does not depend on what did before."""
+        """Disable faults and reset the counts; later faults do not depend on earlier ones."""
         self.rate = self.delay = 0.0
         self.met: Counter[str] = Counter()
         self._random = random.Random(SEED)

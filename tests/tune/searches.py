@@ -6,8 +6,9 @@ from typing import Any
 import yaml
 
 from tests.cluster.recipes import small_tree
-from tune.config import Search, load_search
+from tune.config import Search, build_search
 from tune.record import Evaluation, SearchRecord, TrialRecord
+from tune.search_file import read_search
 
 
 def search_tree(folder: Path, url: str) -> dict[str, Any]:
@@ -33,7 +34,8 @@ def write_search(folder: Path, tree: dict[str, Any]) -> str:
 
 def load(folder: Path, tree: dict[str, Any], *overrides: str) -> Search:
     """Write a search and read it as the command does."""
-    return load_search(write_search(folder, tree), overrides)
+    path = write_search(folder, tree)
+    return build_search(*read_search(path, overrides), path)
 
 
 def trial(number: int, status: str, *scores: float, metric: str = "accuracy", **facts: Any) -> TrialRecord:
@@ -47,5 +49,5 @@ def trial(number: int, status: str, *scores: float, metric: str = "accuracy", **
 
 
 def record(*trials: TrialRecord, **metrics: str) -> SearchRecord:
-    """Return a record of trials; accuracy is to be great unless told otherwise."""
+    """Return a record of trials; by default larger accuracy is better."""
     return SearchRecord.model_validate({"metrics": metrics or {"accuracy": "max"}, "workers": 1, "trials": trials})

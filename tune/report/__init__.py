@@ -1,1 +1,1 @@
-"""What a finished search says: its page, drawings and the importance of its keys."""
+"""The report of a search: page, figures, and importance of the keys."""

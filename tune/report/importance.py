@@ -1,4 +1,4 @@
-"""Which keys of the space mattered: Optuna's fANOVA on the trials, compared where all of them have come."""
+"""Importance of the keys of a space: Optuna's fANOVA on the trials, compared at the last epoch that all reached."""
 
 import warnings
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ FEWEST = 4
 
 @dataclass(frozen=True)
 class Importance:
-    """Share of the metric's variance by key, the greatest first, and how many trials it rests on at which epoch."""
+    """Share of the metric's variance by key, the largest first, with the number of trials and the epoch."""
 
     shares: dict[str, float]
     trials: int
@@ -22,9 +22,9 @@ class Importance:
 
 
 def importance(record: SearchRecord, space: Space, base: Mapping[str, Any]) -> Importance | str:
-    """Return the importance of the keys that every trial has, or why there is none: too few trials, or all did alike.
+    """Return the importance of the keys that every trial has, or the reason why it cannot be computed.
 
-    Trials that were stopped early are compared with the others at the last epoch that all have in common.
+    Trials that were stopped early are compared with the others at the last epoch that all reached.
     """
     import optuna
 
@@ -54,11 +54,10 @@ def importance(record: SearchRecord, space: Space, base: Mapping[str, Any]) -> I
 
 
 def _too_few(count: int) -> str:
-    are = "is" if count == 1 else "are"
-    return f"there {are} {count} trial{'s' * (count != 1)} that can be compared, and it takes {FEWEST}"
+    return f"{count} comparable trial{'s' * (count != 1)}, wanted {FEWEST}"
 
 
 def score_at(trial: TrialRecord, metric: str, epoch: float) -> float | None:
-    """Return a trial's figure at the last evaluation up to an epoch."""
+    """Return a trial's metric at the last evaluation up to an epoch."""
     found = [e.metrics[metric] for e in trial.evaluations if e.epoch <= epoch * (1 + 1e-9) and metric in e.metrics]
     return found[-1] if found else None

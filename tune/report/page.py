@@ -1,4 +1,4 @@
-"""What the page of a search shows: gathered from its record, drawn and rendered by `perceiver.report`."""
+"""The report page of a search, rendered by `perceiver.report`."""
 
 import math
 from collections.abc import Mapping
@@ -10,9 +10,7 @@ from perceiver.tracking.redaction import redact_text
 from tune.config import Search
 from tune.record import SearchRecord, TrialRecord
 from tune.report.importance import Importance, importance
-from tune.report.numbers import duration, figure, short_keys
-from tune.report.verdict import verdict
-from tune.search.checks import number
+from tune.report.numbers import duration, figure, short_keys, value_text, verdict
 from tune.space.space import Choice, Int, LogUniform, Space
 
 ENDS = {"finished": "o", "stopped": "|"}
@@ -35,8 +33,8 @@ def search_page(
         record: trials and results.
         search: its settings.
         eval_samples: size of the evaluation split.
-        facts: label -> value, shown as tiles.
-        commands: caption -> command line.
+        facts: tiles by label.
+        commands: command lines by caption.
         best_recipe: the text of best.yaml.
 
     Raises:
@@ -75,7 +73,7 @@ def search_page(
                 t.number,
                 f"trial {e.donor}",
                 e.step,
-                "  ".join(f"{key}={number(value)}" for key, value in e.values.items()),
+                "  ".join(f"{key}={value_text(value)}" for key, value in e.values.items()),
             )
             for t in record.trials
             for e in t.exchanges
@@ -96,7 +94,7 @@ def _row(trial: TrialRecord, keys: list[str], record: SearchRecord, baseline: in
         "best": best is not None and trial.number == best.number,
         "status": trial.status,
         "reason": redact_text(trial.reason) if failed else "",
-        "values": [number(trial.values[key]) if key in trial.values else "" for key in keys],
+        "values": [value_text(trial.values[key]) if key in trial.values else "" for key in keys],
         "figures": []
         if failed and trial.reason and not trial.epoch
         else [f"{trial.epoch:.4g}", *shown, duration(trial.seconds), speed],
@@ -105,22 +103,22 @@ def _row(trial: TrialRecord, keys: list[str], record: SearchRecord, baseline: in
 
 def _importance_note(found: Importance | str) -> str:
     if isinstance(found, str):
-        return f"The importance of the keys is not computed: {found}."
-    few = " With so few trials it is a hint, not a finding." if found.trials < 30 else ""
+        return f"The importance of the keys cannot be computed: {found}."
+    few = " With fewer than 30 trials it is only a hint." if found.trials < 30 else ""
     return (
         f"Importance is the share of the metric's variance that a key explains (fANOVA) among {found.trials} trials, "
-        f"compared at epoch {found.epoch:.4g}, which all of them reached.{few}"
+        f"compared at epoch {found.epoch:.4g}, which all reached.{few}"
     )
 
 
 def _curve(trial: TrialRecord, metric: str) -> list[tuple[float, float, float]]:
-    """Return epoch, time and value of each evaluation that gave a finite value."""
+    """Return epoch, time and value of each evaluation with a finite value."""
     values = ((e.epoch, e.at, e.metrics.get(metric, math.nan)) for e in trial.evaluations)
     return [point for point in values if math.isfinite(point[2])]
 
 
 def _draw_trials(record: SearchRecord, baseline: int | None) -> figures.Drawing:
-    """Draw the first metric that evaluations give over epochs: the best trial strong, the base recipe second."""
+    """Draw the first metric of evaluations over epochs, with the best trial and the base recipe highlighted."""
     given = {name for trial in record.trials for e in trial.evaluations for name in e.metrics}
     metric = next(name for name in record.metrics if name in given)
     best, lines = record.best(), []
@@ -146,7 +144,7 @@ def _draw_trials(record: SearchRecord, baseline: int | None) -> figures.Drawing:
 
 
 def _draw_best(record: SearchRecord) -> figures.Drawing | None:
-    """Draw the best figure so far over the time since the first trial."""
+    """Draw the best value so far over the time since the first trial."""
     (metric, mode), *_ = record.metrics.items()
     events = sorted(point[1:] for trial in record.trials for point in _curve(trial, metric))
     if len(events) < 2:
@@ -159,7 +157,7 @@ def _draw_best(record: SearchRecord) -> figures.Drawing | None:
         (minutes, best, {"drawstyle": "steps-post", "color": figures.FIRST, "linewidth": 1.8}),
     ]
     axis = figures.metric_axis(metric, values)
-    note = "Dots are single evaluations of any trial."
+    note = "Dots are evaluations of all trials."
     return figures.plot("best", "Best so far", lines, note, xlabel="minutes since the first trial", **axis)
 
 
@@ -187,12 +185,12 @@ def _draw_front(record: SearchRecord) -> figures.Drawing:
         (*points(record.front()), {"color": figures.FIRST, "marker": "o", "markersize": 4.5, "linewidth": 1.4}),
     ]
     percent = "y" * is_share(first) + "x" * is_share(second)
-    note = "The line joins the trials that no other one beats in both."
+    note = "The line joins the trials that no other trial beats in both metrics."
     return figures.plot("front", f"{first} against {second}", lines, note, percent=percent, xlabel=second)
 
 
 def _draw_coordinates(record: SearchRecord, space: Space) -> figures.Drawing | None:
-    """Draw each trial as a line through its values, one axis for each key and the metric last."""
+    """Draw each trial as a line through its values, with an axis for each key and one for the metric."""
     metric = next(iter(record.metrics))
     trials = [trial for trial in reversed(record.ranked()) if trial.values]
     keys = [key for key in space if any(key in trial.values for trial in trials)]
@@ -216,8 +214,8 @@ def _column(name: str, dimension: Any, values: list[Any]) -> figures.Column:
             offered = sorted([*offered, *(v for v in seen if v not in offered)])
         except TypeError:
             offered = [*offered, *(v for v in seen if v not in offered)]
-        labels = list(dict.fromkeys(number(value) for value in offered))
-        return figures.label_column(name, [None if v is None else number(v) for v in values], labels)
+        labels = list(dict.fromkeys(value_text(value) for value in offered))
+        return figures.label_column(name, [None if v is None else value_text(v) for v in values], labels)
     low, high = min(dimension.low, *seen), max(dimension.high, *seen)
     log = isinstance(dimension, LogUniform) or (isinstance(dimension, Int) and dimension.log)
     return figures.number_column(name, values, low, high, log=log and low > 0)

@@ -1,1 +1,1 @@
-"""A running search: its checks, driver, trials and schedulers. Where values come from belongs to `space`."""
+"""A running search: checks, driver, trials and schedulers. The space and its samplers belong in `space`."""

@@ -1,4 +1,4 @@
-"""Whatever can be refused of a search is refused here, before anything starts: keys, values, types, data, model."""
+"""Checks of a search before anything starts: keys, values, types, data, model."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -10,22 +10,23 @@ from perceiver.config import UserError
 from pipelines.feed.ingest import DataConfig, check_files
 from pipelines.shards.manifest import Manifest, load_manifest
 from tune.config import PARAMETERS, Asha, Median, Search
+from tune.report.numbers import value_text
 from tune.space.space import Values, base_values, impossible, ordered, possible, with_values
 
 FIXED = {
     "name": "trials are named after the search",
-    "output": "trials lie in the search's folder",
-    "tracking": "all trials are tracked in one place",
-    "cluster": "every trial gets the same share of the cluster",
+    "output": "trials are stored in the search's folder",
+    "tracking": "all trials are tracked in one store",
+    "cluster": "every trial has the same share of the cluster",
 }
-"""First keys of a recipe that a space cannot hold, and why."""
+"""Top-level keys of a recipe that cannot be searched, with the reason."""
 
 KEPT_BY_EXCHANGE = ("train.global_batch", "seed", "optim.kind", "data.url", "data.train_split")
-"""Keys that must not change where trials go on from each other's checkpoints."""
+"""Keys that must not differ between trials that continue from each other's checkpoints."""
 
 
 class Checker:
-    """Checks recipes of one search; reads each data manifest, and looks for its files, once."""
+    """Checks recipes of one search; reads each data manifest and checks its files once."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
@@ -37,11 +38,7 @@ class Checker:
         return self._load(url, tuple(sorted(options.items())))
 
     def recipe(self, values: Mapping[str, Any]) -> tuple[Recipe, CheckedModel]:
-        """Return the recipe that some values make of the base, and what it comes to.
-
-        Raises:
-            UserError: it could not be trained.
-        """
+        """Return the recipe with some values set in the base, and its model, or raise `UserError`."""
         recipe = build_recipe(with_values(self.search.base, values), source=self.search.source)
         model = check_recipe(recipe, self.manifest)
         self._check_files(recipe.data, model.manifest)
@@ -62,10 +59,10 @@ class Checker:
 
 
 def check_search(search: Search) -> Checker:
-    """Check the base recipe, then each value of the space that stands for others, each on top of the base.
+    """Check the base recipe, then each extreme value of the space on top of it.
 
     Raises:
-        UserError: the first thing that some trial would fail at, with the key of the space.
+        UserError: the first reason for which a trial would fail, with the key of the space.
     """
     checker = Checker(search)
     _, base = checker.recipe({})
@@ -83,30 +80,26 @@ def check_search(search: Search) -> Checker:
 
 
 def check_metrics(search: Search, classes: int) -> None:
-    """Refuse a metric that evaluations of the recipe's task do not give.
-
-    Raises:
-        UserError: they do not; the line names those that they give.
-    """
+    """Refuse a metric that evaluations of the recipe's task do not compute."""
     known = evaluation_metrics(search.recipe, classes)
     for name in search.config.metrics:
         if name not in (*known, PARAMETERS):
             raise UserError(
-                f"metric = {name!r}: evaluations of task.kind = {kind_of(search.recipe.task)} give "
+                f"metric = {name!r}: evaluations of task.kind = {kind_of(search.recipe.task)} have "
                 f"{', '.join(known)}; set metric to one of them"
             )
 
 
 def _check_alone(search: Search) -> None:
-    """Refuse what is for a run that has the cluster for itself."""
+    """Refuse options that only a run with its own cluster supports."""
     if search.recipe.train.eval_async or "train.eval_async" in search.config.space:
-        raise UserError("train.eval_async: a search judges a trial at each evaluation before it goes on; leave it out")
+        raise UserError("train.eval_async is set, but a search waits for each evaluation of a trial: remove it")
     if search.recipe.cluster.min_workers:
-        raise UserError("cluster.min_workers: trials share the nodes by a fixed number of workers; leave it out")
+        raise UserError("cluster.min_workers is set, but trials have a fixed number of workers: remove it")
 
 
 def _check_grace(checker: Checker) -> None:
-    """Refuse a grace that ends before the first evaluation, or not before the trials do."""
+    """Refuse a grace period that ends before the first evaluation, or not before the trials do."""
     search = checker.search
     settings, every = search.config.scheduler, search.recipe.train.eval_every
     if not isinstance(settings, Asha | Median):
@@ -114,22 +107,18 @@ def _check_grace(checker: Checker) -> None:
     steps, epoch_steps = checker.total_steps({})
     if "train.eval_every" not in search.config.space and every > settings.grace * (1 + 1e-9):
         raise UserError(
-            f"scheduler.grace = {settings.grace:g}, but the first evaluation comes at epoch {every:g}: set it to at "
+            f"scheduler.grace = {settings.grace:g}, but the first evaluation is at epoch {every:g}: set it to at "
             f"least {every:g}, or train.eval_every to at most {settings.grace:g}"
         )
     if settings.grace >= steps / epoch_steps and not {"train.epochs", "train.steps"} & set(search.config.space):
         raise UserError(
-            f"scheduler.grace = {settings.grace:g}, but a trial ends at epoch {steps / epoch_steps:.4g}: none is ever "
-            "stopped; set it to less, or scheduler.kind to none"
+            f"scheduler.grace = {settings.grace:g}, but a trial ends at epoch {steps / epoch_steps:.4g}, so none is "
+            "stopped: set it to less, or scheduler.kind to none"
         )
 
 
 def check_trials(checker: Checker, trials: list[Values]) -> None:
-    """Check the trials that are known beforehand: values that are right alone may not go together.
-
-    Raises:
-        UserError: the first trial that could not be trained.
-    """
+    """Check the trials that are known beforehand, since values that are valid alone may not be valid together."""
     for number, values in enumerate(trials):
         try:
             checker.recipe(values)
@@ -139,14 +128,7 @@ def check_trials(checker: Checker, trials: list[Values]) -> None:
 
 def shown(values: Mapping[str, Any]) -> str:
     """Return values as ``key=value`` pairs."""
-    return ", ".join(f"{key}={number(value)}" for key, value in values.items())
-
-
-def number(value: Any) -> str:
-    """Return a value as a reader wants it: four significant digits."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
+    return ", ".join(f"{key}={value_text(value)}" for key, value in values.items())
 
 
 def _load(url: str, options: tuple[tuple[str, str], ...]) -> Manifest:
@@ -159,28 +141,28 @@ def _check_key(search: Search, key: str) -> None:
         raise UserError(f"space.{key}: {head} cannot be searched, {FIXED[head]}; set it in overrides")
     if search.config.exchanges and key in KEPT_BY_EXCHANGE:
         raise UserError(
-            f"space.{key}: scheduler.kind = {search.config.scheduler.kind} has trials go on from each other's "
-            "checkpoints, which must agree in it; set it in overrides"
+            f"space.{key}: trials of scheduler.kind = {search.config.scheduler.kind} continue from each other's "
+            "checkpoints, which must have the same value; set it in overrides"
         )
 
 
 def _check_value(checker: Checker, base: CheckedModel, key: str, value: Any) -> None:
-    """Check one value of one key on the base recipe, with what its conditions ask for."""
+    """Check one value of a key on the base recipe, with values that fulfil its conditions."""
     search = checker.search
     condition = _condition(search, key)
     try:
         _, model = checker.recipe({**condition, key: value})
     except UserError as error:
-        raise UserError(f"space.{key} = {number(value)}: {_reason(checker, error)}") from None
+        raise UserError(f"space.{key} = {value_text(value)}: {_reason(checker, error)}") from None
     if search.config.exchanges and model.shapes != base.shapes:
         raise UserError(
-            f"space.{key} = {number(value)} changes the model, and scheduler.kind = {search.config.scheduler.kind} "
-            "has trials take over each other's weights; leave it out, or take another scheduler"
+            f"space.{key} = {value_text(value)} changes the model, but trials of scheduler.kind = "
+            f"{search.config.scheduler.kind} take over each other's weights: remove it, or change the scheduler"
         )
 
 
 def _condition(search: Search, key: str) -> Values:
-    """Return values under which a key counts: what its ``when`` wants, and what that wants in turn."""
+    """Return values that fulfil the condition of a key, and the conditions of these values."""
     found: Values = {}
     for other, wanted in search.config.space[key].when.items():
         for place, value in possible(search.config.space, search.resolved, other, wanted).items():
@@ -195,5 +177,5 @@ def _reason(checker: Checker, error: UserError) -> str:
 
 
 def baseline(search: Search) -> Values:
-    """Return trial 0's values where that is the base recipe."""
+    """Return the base recipe's values, those of trial 0."""
     return base_values(search.config.space, search.resolved)

@@ -1,4 +1,4 @@
-"""The end of a search: the best recipe, the report, MLflow's last entries, and what to do next."""
+"""The end of a search: best recipe, report, last MLflow entries, and the commands to continue."""
 
 import json
 import logging
@@ -17,8 +17,7 @@ from cluster.record.run_folder import redacted_recipe
 from perceiver.tracking.redaction import redact_text
 from tune.config import Search
 from tune.record import DONE, SearchRecord, TrialRecord
-from tune.report.numbers import duration, figures, workers
-from tune.report.verdict import verdict
+from tune.report.numbers import duration, figures, verdict, workers
 from tune.space.space import with_values
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
-    """Say how the search ended; write best recipe, report and MLflow's last entries. Return the exit code."""
+    """Write best recipe, report and the last MLflow entries; print the results; return the exit code."""
     record, folder = launch.record, launch.folder
     status, best = outcome["status"], record.best()
     if status == "finished" and best is None:
@@ -45,40 +44,43 @@ def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
 
 
 def say_ending(launch: "SearchLaunch", status: str, outcome: Mapping[str, Any]) -> int:
-    """Say how to go on with a search that did not come to its end; return the exit code."""
+    """Print how to continue a search that did not finish; return the exit code."""
     record, folder, console = launch.record, launch.folder, launch.console
     if status == "stopped":
         left = sum(trial.status not in DONE for trial in record.trials)
         done = f"stopped with {len(record.ended())} of {launch.total} trials done, {left} saved"
-        console.say(f"{done}; go on with: {launch.go_on}")
+        console.say(f"{done}; continue with: {launch.go_on}")
     elif status == "failed":
-        console.error(outcome.get("error", "the search ended without a word"))
-        console.say(f"logs {folder.local / 'logs'}; go on with: {launch.go_on}")
+        console.error(outcome.get("error", "the search exited without an error message"))
+        console.say(f"logs {folder.local / 'logs'}; continue with: {launch.go_on}")
     return {"finished": 0, "stopped": EXIT_STOPPED}.get(status, 1)
 
 
 def all_failed(record: SearchRecord) -> str:
+    """Return the error of a search without an evaluation, with the first trial's reason."""
     reasons = [f"trial {trial.number}: {trial.reason}" for trial in record.trials if trial.reason]
-    return f"no trial of {len(record.trials)} came to an evaluation" + (f"; {reasons[0]}" if reasons else "")
+    return f"none of {len(record.trials)} trials was evaluated" + (f"; {reasons[0]}" if reasons else "")
 
 
 def best_recipe(search: Search, trial: TrialRecord, record: SearchRecord, where: str) -> str:
-    """Return the recipe of a trial as a file that ``perceiver train`` takes.
+    """Return the recipe of a trial as a file for `perceiver train`.
 
     Args:
-        search: the search; its base recipe as the user wrote it, with the overrides.
-        trial: whose values are set in it.
-        record: for the figures in its header.
+        search: the search, with the base recipe.
+        trial: its values are set in the recipe.
+        record: for the metrics in the header.
         where: the search's folder, for the header.
     """
     tree = with_values(search.base, {**trial.values, "name": f"{search.config.name}-best"})
     lines = [
         f"# Best of {len(record.trials)} trials of {where}: trial {trial.number}.",
-        f"# Reached    {figures(trial, record)} after {trial.epoch:.4g} epochs; chosen by it, so a little flattering.",
+        f"# Reached    {figures(trial, record)} after {trial.epoch:.4g} epochs; selected by it, so a bit optimistic.",
         f"# Command    perceiver train {where}/best.yaml",
     ]
     if trial.exchanges:
-        lines.append("# These are its last values; it had others, and others' weights, before: see the report.")
+        lines.append(
+            "# These are its last values. Before, it had other values and other trials' weights: see the report."
+        )
     return "\n".join(lines) + "\n" + yaml.safe_dump(redacted_recipe(tree), sort_keys=False)
 
 
@@ -88,7 +90,7 @@ def _write_best(launch: "SearchLaunch", best: TrialRecord) -> str:
 
 
 def _report(launch: "SearchLaunch") -> str | None:
-    """Write the report; a failure costs the report, not the search."""
+    """Write the report; the search does not fail if that fails."""
     from tune.report.page import search_page
 
     try:
@@ -104,8 +106,8 @@ def _report(launch: "SearchLaunch") -> str | None:
         launch.folder.write("report.html", page)
         return launch.folder.location("report.html")
     except Exception:  # noqa: BLE001  a plot that fails must not make a finished search look failed
-        log.exception("no report")
-        launch.console.say(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
+        log.exception("cannot write the report")
+        launch.console.say(f"cannot write the report, see {launch.folder.local / 'logs' / 'driver.log'}")
         return None
 
 
@@ -132,12 +134,12 @@ def report_facts(launch: "SearchLaunch") -> dict[str, str]:
 
 
 def machine() -> str:
-    """Return what this machine is, in a few words."""
+    """Return a description of this machine."""
     return f"{machine_cpus()} CPUs ({platform.machine()}), {platform.system()}"
 
 
 def commands(launch: "SearchLaunch", handle: Any = None) -> dict[str, str]:
-    """Return the commands that a user would want next, by caption."""
+    """Return the next commands by caption."""
     found = {"train it": shlex.join(["perceiver", "train", launch.folder.location("best.yaml")])}
     if handle is not None:
         store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
@@ -163,7 +165,7 @@ def _say_results(
 
 
 def finish_run(launch: "SearchLaunch", status: str, files: Sequence[str]) -> None:
-    """Send what is left to MLflow: files of the search's folder, and how the search ended."""
+    """Send files of the search's folder and its status to MLflow."""
     tracker = launch.tracker
     for name in files:
         path = launch.folder.local / name
@@ -180,7 +182,7 @@ def _facts(
     report: str | None,
     outcome: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what ``--json`` prints."""
+    """Return the content of the JSON line."""
     record = launch.record
     return {
         "status": status,

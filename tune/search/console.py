@@ -1,4 +1,4 @@
-"""What the user sees while a search goes on: a live table on a terminal, plain lines elsewhere."""
+"""The output of a running search: a live table on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
@@ -11,8 +11,7 @@ from rich.text import Text
 
 from cluster.run.console import LineConsole
 from tune.record import SearchRecord, TrialRecord
-from tune.report.numbers import duration, figure, figures, short_keys
-from tune.search.checks import number
+from tune.report.numbers import duration, figure, figures, short_keys, value_text
 
 LINE_EVERY_S = 30.0
 ROWS_SHOWN = 24
@@ -20,7 +19,7 @@ STYLES = {"running": "bold", "failed": "red", "stopped": "dim", "waiting": "dim"
 
 
 class SearchConsole(LineConsole):
-    """Shows a search: ``say`` prints a line, ``news`` takes what the desk reports, ``refresh`` redraws the table."""
+    """Shows a search: `say` prints a line, `news` takes an event of a trial, `refresh` redraws the table."""
 
     def __init__(self, record: SearchRecord, console: Console | None = None) -> None:
         super().__init__(console)
@@ -31,7 +30,7 @@ class SearchConsole(LineConsole):
         self._table: Live | None = None
 
     def open(self) -> None:
-        """Put the table up, on a terminal."""
+        """Show the table, on a terminal."""
         if self.live and self._table is None:
             self._table = Live(self.table(), console=self.console, auto_refresh=False, transient=True)
             self._table.start()
@@ -41,16 +40,16 @@ class SearchConsole(LineConsole):
         return self._table
 
     def close(self) -> None:
-        """Take the table down; the lines stay."""
+        """Remove the table; the lines stay."""
         super().close()
         self._table = None
 
     def progress(self, event: Mapping[str, Any]) -> None:
-        """Take note of how far a trial is."""
+        """Record the progress of a trial."""
         self._progress[int(event["trial"])] = event
 
     def refresh(self) -> None:
-        """Redraw the table; elsewhere say now and then how far the running trials are."""
+        """Redraw the table; without one, print a summary from time to time."""
         if self._table is not None:
             self._table.update(self.table(), refresh=True)
             return
@@ -59,13 +58,13 @@ class SearchConsole(LineConsole):
             self.say(f"  {duration(time.monotonic() - self._began)}  {self.summary()}")
 
     def news(self, what: str, trial: TrialRecord) -> None:
-        """Say what happened to a trial."""
+        """Print an event of a trial."""
         line = news_line(what, trial, self.record)
         if line and not (self.live and what == "evaluated"):
             self.say(line)
 
     def summary(self) -> str:
-        """Return how many trials are where, and the best so far."""
+        """Return the number of trials by status, and the best so far."""
         counts: dict[str, int] = {}
         for trial in self.record.trials:
             counts[trial.status] = counts.get(trial.status, 0) + 1
@@ -74,7 +73,7 @@ class SearchConsole(LineConsole):
         return text + (f"; best trial {best.number}: {figures(best, self.record)}" if best else "")
 
     def table(self) -> Group:
-        """Return a summary and the trials as a table: those that run first, then by rank."""
+        """Return a summary and the trials as a table: running ones first, then by rank."""
         named = any(trial.label for trial in self.record.trials)
         keys = [] if named else list(dict.fromkeys(key for trial in self.record.trials for key in trial.values))
         table = Table(box=None, pad_edge=False, header_style="dim")
@@ -98,7 +97,7 @@ class SearchConsole(LineConsole):
         return [
             str(trial.number),
             trial.status,
-            *([trial.label] if trial.label else (number(trial.values.get(key, "")) for key in keys)),
+            *([trial.label] if trial.label else (value_text(trial.values.get(key, "")) for key in keys)),
             f"{event.get('epoch', trial.epoch):.1f}",
             *(figure(name, scores.get(name)) for name in self.record.metrics),
             f"{speed:,.0f}" if speed else "",
@@ -107,7 +106,7 @@ class SearchConsole(LineConsole):
 
 
 def news_line(what: str, trial: TrialRecord, record: SearchRecord) -> str:
-    """Return the line for one piece of news, empty if it is none for the user."""
+    """Return the line about an event of a trial, empty if it is not printed."""
     name = f"trial {trial.number}"
     reached = (
         f"after {trial.epoch:.4g} epochs: {figures(trial, record)}" if trial.evaluations else "before an evaluation"
@@ -125,14 +124,14 @@ def news_line(what: str, trial: TrialRecord, record: SearchRecord) -> str:
         case "failed":
             return f"{name} failed: {trial.reason}"
         case "again":
-            return f"{name} failed ({trial.reason}) and starts again from its checkpoint"
+            return f"{name} failed ({trial.reason}) and restarts from its checkpoint"
         case "exchanged":
             last = trial.exchanges[-1]
-            return f"{name} goes on from trial {last.donor}'s weights of step {last.step} with {_values(trial)}"
+            return f"{name} continues from trial {last.donor}'s weights of step {last.step} with {_values(trial)}"
         case "unfinished":
             return f"{name} saved {reached}"
     return ""
 
 
 def _values(trial: TrialRecord) -> str:
-    return trial.label or "  ".join(f"{key}={number(value)}" for key, value in trial.values.items())
+    return trial.label or "  ".join(f"{key}={value_text(value)}" for key, value in trial.values.items())

@@ -1,4 +1,4 @@
-"""The desk of a running search: hands out trials, takes in what becomes of them, and keeps the record on disk."""
+"""The coordinator of a running search: starts trials, records their results, and keeps the record on disk."""
 
 import logging
 import re
@@ -14,41 +14,41 @@ from cluster.recipe.config import absolute
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
-from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, now, number_of, save_record, trial_name
-from tune.space.samplers import Ending, Source
+from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, number_of, save_record, trial_name
+from tune.space.samplers import Ending, Sampler
 from tune.space.space import Values
 
 log = logging.getLogger(__name__)
 
 PATHS = ("data.url", "train.init_from", "deepspeed.config")
-"""Keys whose value may be a path."""
+"""Keys with values that may be paths."""
 
 Listener = Callable[[str, TrialRecord], None]
-"""Is told what happened (a word) and to which trial."""
+"""Called with an event of a trial (a word) and the trial."""
 
 
-class Desk:
-    """All that changes the record goes through here, one call at a time; each change is on disk when a call returns.
+class Coordinator:
+    """The only writer of the record: one call at a time, and each change is on disk when the call returns.
 
     Args:
-        record: what is known so far.
+        record: of the search.
         folder: of the search.
-        source: gives new trials their values.
+        sampler: returns the values of new trials.
         prepare: checks a new trial's recipe and returns its parameters and optimizer steps.
         waiting: numbers of the trials to run before new ones are drawn.
-        total: how many trials there will be.
+        total: number of trials of the search.
     """
 
     def __init__(
         self,
         record: SearchRecord,
         folder: RunFolder,
-        source: Source,
+        sampler: Sampler,
         prepare: Callable[[Values], tuple[int, int]],
         waiting: list[int],
         total: int,
     ) -> None:
-        self.record, self.folder, self.source, self.prepare = record, folder, source, prepare
+        self.record, self.folder, self.sampler, self.prepare = record, folder, sampler, prepare
         self.waiting, self.total = list(waiting), total
         self.listeners: list[Listener] = []
         self.stopping = False
@@ -57,16 +57,16 @@ class Desk:
         for trial in record.ended():
             self._tell(trial)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Desk":
-        """Stay the one desk where Tune copies what refers to it."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Coordinator":
+        """Return the same coordinator: Tune copies objects that refer to it."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give Tune nothing to store: it pickles whatever it holds, and nothing reads that again."""
+        """Return an empty state: Tune pickles the coordinator, but nothing reads that."""
         return {}
 
     def next_trial(self) -> TrialRecord | None:
-        """Return the trial to run now; None if there is none left, or the search is being stopped.
+        """Return the next trial; None if there is none, or the search is being stopped.
 
         A drawn trial whose recipe cannot be trained is recorded as failed, and another one is drawn.
         """
@@ -85,7 +85,7 @@ class Desk:
         """Add the next new trial to the record."""
         with self._lock:
             number = len(self.record.trials)
-            trial = TrialRecord(number=number, values=self.source.ask(number), label=self.source.label(number))
+            trial = TrialRecord(number=number, values=self.sampler.ask(number), label=self.sampler.label(number))
             self.record.trials.append(trial)
             try:
                 trial.parameters, trial.total_steps = self.prepare(trial.values)
@@ -95,15 +95,15 @@ class Desk:
             return trial
 
     def started(self, number: int) -> None:
-        """A trial has a process."""
+        """Record that a trial has a process."""
         with self._lock:
             trial = self.record.trial(number)
-            trial.status, trial.started = "running", trial.started or now()
+            trial.status, trial.started = "running", trial.started or time.time()
             trial.attempts += 1
             self._say("started", trial)
 
     def result(self, number: int, result: Mapping[str, Any]) -> None:
-        """A trial was evaluated, or says how it ended."""
+        """Record an evaluation or the ending of a trial."""
         with self._lock:
             trial = self.record.trial(number)
             trial.seconds += result.get("seconds", 0.0)
@@ -111,7 +111,7 @@ class Desk:
             match result.get("ending"):
                 case None:
                     figures = dict(result["evaluation"])
-                    trial.add(Evaluation(step=result["step"], epoch=result["epoch"], metrics=figures, at=now()))
+                    trial.add(Evaluation(step=result["step"], epoch=result["epoch"], metrics=figures, at=time.time()))
                     self._say("evaluated", trial)
                 case "finished":
                     self._end(trial, "finished")
@@ -122,23 +122,23 @@ class Desk:
                     self._say("unfinished", trial)
 
     def over(self, number: int) -> None:
-        """Tune has ended a trial: if it did not say how, the scheduler stopped it."""
+        """Record that Tune has ended a trial: if it is still running, the scheduler stopped it."""
         with self._lock:
             trial = self.record.trial(number)
             if trial.status == "running":
                 self._end(trial, "stopped")
 
     def set_aside(self, number: int) -> None:
-        """A trial that is not running waits for --resume: the search is being stopped."""
+        """Leave a trial that is not running for --resume: the search is being stopped."""
         with self._lock:
             self.record.trial(number).status = "unfinished"
             self._save()
 
     def broke(self, number: int, reason: str, again: bool) -> None:
-        """A trial failed; it starts ``again``, or that was it."""
+        """Record a failure of a trial, which restarts (`again`) or ends."""
         with self._lock:
             trial = self.record.trial(number)
-            # A worker group of which one refused to go on dies by the trial's own hand; the reason is in its folder.
+            # If one worker refuses to continue, the trial ends its own process; the reason is in its folder.
             reason = RunFolder(self.folder.location("trials"), trial_name(number)).facts().get("refusal") or reason
             if again:
                 trial.reason = reason
@@ -147,7 +147,7 @@ class Desk:
                 self._end(trial, "failed", reason)
 
     def exchanged(self, number: int, donor: int, step: int, values: Values) -> None:
-        """A trial went on from another one's checkpoint."""
+        """Record that a trial continues from another one's checkpoint."""
         with self._lock:
             trial = self.record.trial(number)
             trial.exchanges.append(Exchange(donor=donor, step=step, values=values))
@@ -155,7 +155,7 @@ class Desk:
             self._say("exchanged", trial)
 
     def close(self) -> None:
-        """Mark what did not come to an end."""
+        """Mark the trials that have not ended as unfinished."""
         with self._lock:
             for trial in self.record.trials:
                 if trial.status not in DONE:
@@ -169,7 +169,7 @@ class Desk:
 
     def _tell(self, trial: TrialRecord) -> None:
         ending: Any = trial.status
-        self.source.tell(trial.number, trial.values, ending, trial.scores(list(self.record.metrics)), trial.step)
+        self.sampler.tell(trial.number, trial.values, ending, trial.scores(list(self.record.metrics)), trial.step)
 
     def _say(self, what: str, trial: TrialRecord) -> None:
         self._save()
@@ -182,64 +182,64 @@ class Desk:
         save_record(self.record, self.folder)
 
 
-class Asker(Searcher):
-    """Gives Tune the desk's next trial. All state is the desk's."""
+class CoordinatorSearcher(Searcher):
+    """Returns the coordinator's next trial to Tune; it has no state."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, coordinator: Coordinator) -> None:
         super().__init__(metric=None, mode=None)
-        self.desk = desk
+        self.coordinator = coordinator
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial's configuration, or that there is none."""
-        trial = self.desk.next_trial()
+        """Return the next trial's configuration, or `FINISHED`."""
+        trial = self.coordinator.next_trial()
         return Searcher.FINISHED if trial is None else configuration(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Do nothing: the desk is told by `Reporter`."""
+        """Do nothing: `CoordinatorCallback` calls the coordinator."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Do nothing: a search goes on from its own record."""
+        """Do nothing: a search resumes from its record."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Do nothing: see `save`."""
 
 
-class Reporter(TrialProgressCallback):
-    """Tells the desk what Tune sees, in the place of the callback that would print lines of Tune's own."""
+class CoordinatorCallback(TrialProgressCallback):
+    """Passes Tune's events to the coordinator; as a progress callback it replaces Tune's own output."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Desk.started`."""
-        self.desk.started(number_of(str(trial)))
+        """See `Coordinator.started`."""
+        self.coordinator.started(number_of(str(trial)))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """See `Desk.result`."""
-        self.desk.result(number_of(str(trial)), result)
+        """See `Coordinator.result`."""
+        self.coordinator.result(number_of(str(trial)), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Desk.over`."""
-        self.desk.over(number_of(str(trial)))
+        """See `Coordinator.over`."""
+        self.coordinator.over(number_of(str(trial)))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Desk.broke`."""
-        self.desk.broke(number_of(str(trial)), failure(trial), again=True)
+        """See `Coordinator.broke`."""
+        self.coordinator.broke(number_of(str(trial)), failure(trial), again=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Desk.broke`."""
-        self.desk.broke(number_of(str(trial)), failure(trial), again=False)
+        """See `Coordinator.broke`."""
+        self.coordinator.broke(number_of(str(trial)), failure(trial), again=False)
 
 
 def configuration(trial: TrialRecord) -> dict[str, Any]:
-    """Return what a trial's process is started with."""
+    """Return the configuration of a trial's process."""
     return {"number": trial.number, "values": placed(trial.values), "label": trial.label}
 
 
 def placed(values: Values) -> Values:
-    """Return values with local paths made absolute: a trial's process may stand in another folder."""
+    """Return values with absolute local paths: a trial's process may run in another folder."""
     found = {key: absolute(v) if key in PATHS and isinstance(v, str) else v for key, v in values.items()}
     if parts := values.get("data.mixture"):
         found["data.mixture"] = [{**part, "url": absolute(part["url"])} for part in parts]
@@ -247,20 +247,20 @@ def placed(values: Values) -> Values:
 
 
 def failure(trial: Any) -> str:
-    """Return why a Tune trial failed the last time, in one line."""
+    """Return the reason of a Tune trial's last failure, in one line."""
     try:
         text = str(trial.get_error() or "")
     except OSError as error:
-        log.warning("the reason of %s is lost: %s", trial, error)
+        log.warning("cannot read the reason of the failure of %s: %s", trial, error)
         text = ""
     return reason(text)
 
 
 def reason(text: str) -> str:
-    """Return the line of Ray's error file that says what happened at the last failure."""
+    """Return the line of Ray's error file about the last failure."""
     last = re.split(r"^Failure # .*$", text, flags=re.MULTILINE)[-1].strip()
     if not last:
         return "the trial's process died"
     if re.search(r"ray\.exceptions\.OutOfMemoryError|node running low on memory|NODE_OUT_OF_MEMORY", last):
-        return "out of memory: Ray ended the trial's process"
+        return "out of memory: Ray terminated the trial's process"
     return one_line(Exception(last)).removeprefix("RuntimeError: ")

@@ -1,4 +1,4 @@
-"""Handing weights from one trial to another: a small pointer travels through Tune, the checkpoint itself is copied."""
+"""Weights from one trial for another: Tune transports a small pointer, and the checkpoint is copied."""
 
 import logging
 import shutil
@@ -19,7 +19,7 @@ OVER_WAIT_S = 60.0
 
 
 class Pointer(BaseModel):
-    """What a trial gives Tune in place of a checkpoint: where the checkpoint lies."""
+    """The location of a trial's checkpoint, which Tune gets in place of the checkpoint."""
 
     number: int
     output: str
@@ -29,12 +29,12 @@ class Pointer(BaseModel):
     token: str
 
     def write(self, folder: str) -> None:
-        """Write it into a folder of Tune's."""
+        """Write the pointer into one of Tune's folders."""
         Path(folder, POINTER).write_text(self.model_dump_json())
 
     @classmethod
     def read(cls, folder: str) -> "Pointer":
-        """Read what `write` wrote."""
+        """Read a pointer."""
         return cls.model_validate_json(Path(folder, POINTER).read_text())
 
     @property
@@ -46,9 +46,8 @@ class Pointer(BaseModel):
 def take_over(own: RunFolder, pointer: Pointer) -> int | None:
     """Make another trial's checkpoint the only one of this trial's folder; return its step.
 
-    Where that step is no longer kept, the newest one that verifies is taken. Nothing is done, and None returned, if
-    this very exchange was made before (a trial that failed after it goes on from its own checkpoints) or if the other
-    trial has none.
+    If that step is no longer kept, the newest valid one is used. Return None, and do nothing, if the exchange was done
+    before (a trial that failed after it continues from its own checkpoints) or if the other trial has no checkpoint.
     """
     if own.facts().get("exchange") == pointer.token:
         return None
@@ -58,7 +57,7 @@ def take_over(own: RunFolder, pointer: Pointer) -> int | None:
     if step not in store.steps() or store.problems(step):
         newest = store.newest()
         if newest is None:
-            log.warning("%s has no checkpoint to take over", pointer.folder.url)
+            log.warning("%s has no checkpoint for another trial", pointer.folder.url)
             return None
         step = newest.step
     copy_checkpoint(store, own.checkpoints, step)
@@ -67,14 +66,14 @@ def take_over(own: RunFolder, pointer: Pointer) -> int | None:
 
 
 def _wait_until_over(own: RunFolder) -> None:
-    """Wait for the trial's former process to save for the last time: Ray has told it to end, but does not wait."""
+    """Wait for the last checkpoint of the trial's previous process, which Ray has stopped without waiting."""
     deadline = time.monotonic() + OVER_WAIT_S
     while own.facts().get("status") == "running" and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
 def copy_checkpoint(source: CheckpointStore, target: CheckpointStore, step: int) -> None:
-    """Copy one checkpoint between stores, manifest last; all that the target had goes, once the copy is at hand."""
+    """Copy one checkpoint between stores, manifest last; the target's checkpoints are deleted after the download."""
     with source.fetch(step) as local:
         files, manifest = source.manifest(step).files, source.fs.cat_file(f"{source.folder(step)}/{MANIFEST}")
         if target.fs.exists(target.root):
@@ -94,7 +93,7 @@ def _put(target: CheckpointStore, path: Path, place: str) -> None:
 
 
 def pointer_of(folder: RunFolder, number: int, values: Values, checkpoint: dict[str, Any]) -> Pointer:
-    """Return the pointer to a checkpoint that a trial has announced."""
+    """Return the pointer to a checkpoint that a trial has reported."""
     step = int(checkpoint["step"])
     return Pointer(
         number=number,

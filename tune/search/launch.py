@@ -1,4 +1,4 @@
-"""The driver of a search: check everything, start Ray and MLflow, run Ray Tune, conclude."""
+"""The driver of a search: check, start Ray and MLflow, run Ray Tune, conclude."""
 
 import logging
 import os
@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import yaml
@@ -25,13 +26,13 @@ from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_reco
 from tune.search.checks import baseline, check_search, check_trials
 from tune.search.conclude import conclude
 from tune.search.console import SearchConsole
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.dry_run import say_plan
-from tune.search.plan import Concluder, Plan, SearchLaunch, Start
+from tune.search.plan import Concluder, SearchLaunch, SearchPlan, SearchStart
 from tune.search.resources import Slots, divide
 from tune.search.tuner import build_tuner
 from tune.search_file import read_search
-from tune.space.samplers import FixedSource, OptunaSource, Source, known_trials
+from tune.space.samplers import FixedSampler, OptunaSampler, Sampler, known_trials
 from tune.space.space import Values
 
 log = logging.getLogger(__name__)
@@ -56,15 +57,15 @@ def launch_search(
     as_json: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Run a search to its end; return the exit code (0 done, 1 failed, 130 stopped).
+    """Run a search; return the exit code (0 finished, 1 failed, 130 stopped).
 
     Args:
         path: the search file.
         overrides: ``key=value``, of the search or of its base recipe.
-        resume: go on with the newest search of the name, or with ``run``.
+        resume: continue the newest search of the name, or ``run``.
         run: name of the search's folder.
         as_json: print the outcome as one JSON line at the end.
-        dry_run: say what would be done, and end.
+        dry_run: print the plan only.
 
     Raises:
         UserError: a mistake in the search, the recipe, the data or the resources, before anything starts.
@@ -80,23 +81,24 @@ def launch_search(
         say_plan(search, checker, slots, known)
         return 0
     command = shlex.join(["perceiver", "tune", path, *overrides])
-    return run_search(Plan(search, checker, slots, known), Start(command, resume, run, as_json), conclude)
+    return run_search(SearchPlan(search, checker, slots, known), SearchStart(command, resume, run, as_json), conclude)
 
 
 def set_environment() -> None:
-    """Set what Ray Tune reads from the environment, unless the user has set it."""
+    """Set Ray Tune's environment variables that the user has not set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
-def run_search(plan: Plan, start: Start, conclude: Concluder) -> int:
-    """Run what is left of a search; return the exit code of ``conclude``, 0 if nothing was left.
+def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int:
+    """Run the remaining trials of a search; return the exit code of ``conclude``, 0 if there are none.
 
     Raises:
-        UserError: there is no such search to resume, or it was begun with other settings.
+        UserError: there is no such search to resume, or it was started with other settings.
     """
     folder = _folder(plan.search, start)
-    record = load_record(folder) if start.resume else _new_record(plan.search)
+    new = SearchRecord(metrics=plan.search.config.metrics, workers=plan.search.recipe.cluster.workers)
+    record = load_record(folder) if start.resume else new
     waiting = go_on(record)
     _keep_search(plan, folder, start.resume)
     save_record(record, folder)
@@ -111,14 +113,14 @@ def run_search(plan: Plan, start: Start, conclude: Concluder) -> int:
             outcome = _search(launch)
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001  anything else is our mistake or the machine's
+        except Exception as error:  # noqa: BLE001  a defect of the program or the machine
             log.exception("the search failed")
             outcome = {"status": "failed", "error": one_line(error)}
         return conclude(launch, outcome)
 
 
 def find_slots(search: Search, known: list[Values] | None) -> Slots:
-    """Divide the cluster, or this machine, where no Ray runs yet."""
+    """Divide the cluster, or this machine if the recipe has no address."""
     import ray
     import torch
 
@@ -132,24 +134,18 @@ def find_slots(search: Search, known: list[Values] | None) -> Slots:
     return divide(search.recipe, search.config.concurrency, trials, cpus, gpus, nodes)
 
 
-def _new_record(search: Search) -> SearchRecord:
-    return SearchRecord(metrics=search.config.metrics, workers=search.recipe.cluster.workers)
-
-
-def _folder(search: Search, start: Start) -> RunFolder:
+def _folder(search: Search, start: SearchStart) -> RunFolder:
     output = search.recipe.output
     folder = choose_run(output, search.config.name, start.resume, start.run)
     if not start.resume and folder.facts():
-        raise UserError(f"search {folder.name!r} exists below {output}: add --resume to go on, or choose another --run")
+        raise UserError(
+            f"search {folder.name!r} exists in {output}: add --resume to continue it, or choose another --run"
+        )
     return folder
 
 
-def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
-    """Write ``search.yaml``; on a resume refuse one that asks for something else.
-
-    Raises:
-        UserError: a key differs that the finished trials depend on.
-    """
+def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
+    """Write `search.yaml`; on a resume refuse a change of a key that the finished trials depend on."""
     search = plan.search
     wanted = {
         "search": search.config.model_dump(mode="json"),
@@ -157,7 +153,7 @@ def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
         "rows": redacted_recipe(plan.rows),
     }
     before = yaml.safe_load(folder.read("search.yaml") or "{}") if resume else {}
-    _check_rows(folder, list(before.get("rows", {})), list(plan.rows))
+    check_same_rows(folder, list(before.get("rows", {})), list(plan.rows))
     of = {"search": "{}", "base": "{} of the base recipe", "rows": "row {}"}
     free = {"search": FREE_ON_RESUME + (("space",) * bool(plan.rows)), "base": ("cluster", "tracking", "output")}
     for part, name in of.items():
@@ -165,23 +161,19 @@ def _keep_search(plan: Plan, folder: RunFolder, resume: bool) -> None:
             old, new = before[part][key], wanted[part].get(key)
             if key not in free.get(part, ()) and old != new:
                 raise UserError(
-                    f"{folder.url} was begun with another {name.format(key)} ({_short(old)}, now {_short(new)}): "
-                    f"resume with what {folder.location('search.yaml')} says, or start a new one without --resume"
+                    f"{folder.url} was started with another {name.format(key)} ({_short(old)}, now {_short(new)}): "
+                    f"resume with the value in {folder.location('search.yaml')}, or start again without --resume"
                 )
     folder.note(search=search.config.name, status="running")
     folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
 
 
-def _check_rows(folder: RunFolder, before: Sequence[str], now: Sequence[str]) -> None:
-    """Refuse other rows than a table was begun with: a trial belongs to the row at its place.
-
-    Raises:
-        UserError: a row was added, left out or moved.
-    """
+def check_same_rows(folder: RunFolder, before: Sequence[str], now: Sequence[str]) -> None:
+    """Refuse rows that were added, removed or moved since a table was started: trials belong to rows by position."""
     if before and before != now:
         raise UserError(
-            f"{folder.url} was begun with the rows {', '.join(before)}, now they are {', '.join(now)}: give them "
-            "in that order, or start a new table without --resume"
+            f"{folder.url} was started with the rows {', '.join(before)}, now they are {', '.join(now)}: restore "
+            "their order, or start a new table without --resume"
         )
 
 
@@ -191,7 +183,7 @@ def _short(value: Any) -> str:
 
 
 def _search(launch: SearchLaunch) -> dict[str, Any]:
-    """Run the trials to their end; return how that went, with ``status`` finished, stopped or failed."""
+    """Run the trials; return the outcome, with ``status`` finished, stopped or failed."""
     folder, recipe = launch.folder, launch.search.recipe
     _say_header(launch)
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
@@ -211,28 +203,30 @@ def _say_header(launch: SearchLaunch) -> None:
     )
     if launch.start.resume:
         done = len(launch.record.ended())
-        console.say(f"resuming {launch.folder.name}: {done} trials are done, {len(launch.waiting)} go on")
+        console.say(f"resuming {launch.folder.name}: {done} trials are done, {len(launch.waiting)} continue")
 
 
-def _source(launch: SearchLaunch) -> Source:
+def _sampler(launch: SearchLaunch) -> Sampler:
     settings = launch.search.config.search
     if isinstance(settings, OptunaSearch):
         told = len(launch.record.trials)
-        return OptunaSource(launch.search, settings, launch.search.config.metrics, told)
+        return OptunaSampler(launch.search, settings, launch.search.config.metrics, told)
     assert launch.plan.known is not None
-    return FixedSource(launch.plan.known, launch.plan.labels)
+    return FixedSampler(launch.plan.known, launch.plan.labels)
 
 
 def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
-    """Run Ray Tune in a thread, so that this one shows progress and takes the user's signals."""
+    """Run Ray Tune in a thread; this one prints progress and handles the user's signals."""
     control = ActorMonitor()
-    desk = Desk(launch.record, launch.folder, _source(launch), _prepare(launch), launch.waiting, launch.total)
-    desk.listeners += [launch.console.news, _Tracking(launch).news]
-    _add_baseline(launch, desk)
-    tuner = build_tuner(launch, desk, control.address, _trial_tracking(launch, handle))
+    coordinator = Coordinator(
+        launch.record, launch.folder, _sampler(launch), partial(_prepare, launch), launch.waiting, launch.total
+    )
+    coordinator.listeners += [launch.console.news, _Tracking(launch).news]
+    _add_baseline(launch, coordinator)
+    tuner = build_tuner(launch, coordinator, control.address, _trial_tracking(launch, handle))
 
     def stopping(line: str) -> None:
-        desk.stopping = True
+        coordinator.stopping = True
         launch.console.say(line)
 
     fit = Fit(ThreadPoolExecutor(1, "fit").submit(tuner.fit), control)
@@ -242,33 +236,30 @@ def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
             if event["kind"] == "progress":
                 launch.console.progress(event)
             if event["kind"] == "exchange":
-                desk.exchanged(event["trial"], event["donor"], event["step"], event["values"])
+                coordinator.exchanged(event["trial"], event["donor"], event["step"], event["values"])
             if event["kind"] == "polled":
                 launch.console.refresh()
     launch.console.close()
-    desk.close()
+    coordinator.close()
     control.close()
-    return {"status": "stopped" if desk.stopping else "finished", **fit.outcome}
+    return {"status": "stopped" if coordinator.stopping else "finished", **fit.outcome}
 
 
-def _prepare(launch: SearchLaunch) -> Any:
-    def prepare(values: Values) -> tuple[int, int]:
-        _, model = launch.checker.recipe(values)
-        return model.parameters, launch.checker.total_steps(values)[0]
-
-    return prepare
+def _prepare(launch: SearchLaunch, values: Values) -> tuple[int, int]:
+    """Check a trial's recipe; return its parameters and optimizer steps."""
+    return launch.checker.recipe(values)[1].parameters, launch.checker.total_steps(values)[0]
 
 
-def _add_baseline(launch: SearchLaunch, desk: Any) -> None:
-    """Enter trials that need no drawing: the baseline of a study, and a whole population."""
+def _add_baseline(launch: SearchLaunch, coordinator: Any) -> None:
+    """Add the trials that are known before the search: the baseline of a study, and a whole population."""
     if launch.plan.known is None and launch.search.config.with_baseline and not launch.record.trials:
         values = baseline(launch.search)
-        parameters, steps = desk.prepare(values)
+        parameters, steps = coordinator.prepare(values)
         launch.record.trials.append(TrialRecord(number=0, values=values, parameters=parameters, total_steps=steps))
-        desk.waiting.append(0)
+        coordinator.waiting.append(0)
     if launch.search.config.exchanges:
         while len(launch.record.trials) < launch.total:
-            desk.waiting.append(desk.draw().number)
+            coordinator.waiting.append(coordinator.draw().number)
     save_record(launch.record, launch.folder)
 
 
@@ -286,13 +277,13 @@ def _source_tag(launch: SearchLaunch) -> dict[str, str]:
 
 
 class _Tracking:
-    """Logs what becomes of trials into the search's MLflow run, and closes the runs of those that failed."""
+    """Logs results of trials into the search's MLflow run, and closes the runs of failed trials."""
 
     def __init__(self, launch: SearchLaunch) -> None:
         self.launch = launch
 
     def news(self, what: str, trial: TrialRecord) -> None:
-        """Take note of a trial's end."""
+        """Log a trial's end."""
         if what not in ("finished", "stopped", "failed"):
             return
         record = self.launch.record

@@ -1,4 +1,4 @@
-"""A search between its checks and its end: what was planned, how it was started, and what it holds while it runs."""
+"""The state of a search: its plan after the checks, its start options, and the objects of the running search."""
 
 import time
 from collections.abc import Callable
@@ -20,31 +20,32 @@ from tune.space.space import Values
 
 
 @dataclass(frozen=True)
-class Start:
-    """How the user starts or resumes a search.
+class SearchStart:
+    """The start options of a search.
 
     Attributes:
-        command: what was typed, for the lines that say how to go on.
-        resume: go on with the newest search of the name, or with ``run``.
+        command: the command line, for the lines about how to continue.
+        resume: continue the newest search of the name, or ``run``.
         run: name of the search's folder.
         as_json: print the outcome as one JSON line at the end.
-        more: what to do for more trials when all are done.
+        more: how to add trials when all are done.
     """
 
     command: str
     resume: bool = False
     run: str | None = None
     as_json: bool = False
-    more: str = "raise trials to go on"
+    more: str = "raise trials to continue"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A search that passed its checks: ``known`` are its trials where they do not depend on results.
+class SearchPlan:
+    """A checked search.
 
     Attributes:
-        labels: what the known trials are called beside their numbers: rows of a table; empty for others.
-        rows: what each row changes, kept beside the search and compared when it is resumed.
+        known: the trials if they do not depend on results.
+        labels: labels of the known trials: rows of a table; else empty.
+        rows: the changes of each row, stored with the search and compared when it is resumed.
     """
 
     search: Search
@@ -56,16 +57,16 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Return how many trials the search comes to."""
+        """Return the number of trials of the search."""
         return len(self.known) if self.known is not None else self.search.config.trials
 
 
 @dataclass
 class SearchLaunch:
-    """One start of a search: what is searched, where it lies, and where its lines go."""
+    """One start of a search."""
 
-    plan: Plan
-    start: Start
+    plan: SearchPlan
+    start: SearchStart
     folder: RunFolder
     record: SearchRecord
     waiting: list[int]
@@ -86,17 +87,17 @@ class SearchLaunch:
 
     @property
     def slots(self) -> Slots:
-        """Return how the cluster is divided."""
+        """Return the division of the cluster."""
         return self.plan.slots
 
     @property
     def total(self) -> int:
-        """Return how many trials the search comes to."""
+        """Return the number of trials of the search."""
         return self.plan.total
 
     @property
     def go_on(self) -> str:
-        """Return the command that goes on with this search."""
+        """Return the command that continues this search."""
         return continue_command(self.start.command, self.folder)
 
     @property
@@ -106,9 +107,9 @@ class SearchLaunch:
 
     @property
     def trials_url(self) -> str:
-        """Return the folder that the trials' run folders lie in."""
+        """Return the folder of the trials' run folders."""
         return absolute(self.folder.location("trials"))
 
 
 Concluder = Callable[[SearchLaunch, dict[str, Any]], int]
-"""Says how a search ended, leaves its results behind, and returns the exit code."""
+"""Writes the results of a search, prints its outcome, and returns the exit code."""

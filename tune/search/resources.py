@@ -1,4 +1,4 @@
-"""How many trials run at a time, and what each of them holds: decided here, so that none waits for another for ever."""
+"""The number of concurrent trials and their resources, divided so that no trial waits for another one for ever."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,20 +11,20 @@ from cluster.run.trainer import Share
 from perceiver.config import UserError
 
 DRIVER_CPUS = 0.01
-"""CPUs that the process of a trial reserves beside those of its workers."""
+"""CPUs that the process of a trial reserves in addition to those of its workers."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """How the cluster is divided among trials.
+    """The division of the cluster among trials.
 
     Attributes:
         concurrency: trials at a time.
-        share: what one trial's workers and data tasks may use.
-        here: the trial's only worker runs in the trial's own process; otherwise a worker group is started for it.
+        share: resources of one trial's workers and data tasks.
+        here: the trial's only worker runs in the trial's own process; otherwise the trial has a worker group.
         portion: logical CPUs of one worker.
-        reserved: what Tune reserves for the process of a trial.
-        labels: labels that the node of a trial's process must have.
+        reserved: resources that Tune reserves for the process of a trial.
+        labels: required labels of the node of a trial's process.
     """
 
     concurrency: int
@@ -40,18 +40,17 @@ def divide(
 ) -> Slots:
     """Divide a cluster's logical CPUs and GPUs among trials of a recipe.
 
-    By default as many trials at a time as there is a CPU (or ``cluster.cpus_per_worker``) for each worker, a GPU where
-    workers want one, and room for their data tasks. Workers get what data tasks leave of their trial's share, so every
-    worker group that is waited for fits beside those that run: it starts whole or not at all, and nothing it waits for
-    waits for it. With ``cluster.autoscaling`` a trial gets what it needs, whatever there is yet.
+    By default as many trials run at a time as there are CPUs (or ``cluster.cpus_per_worker``) and GPUs for all their
+    workers, and room for their data tasks. Workers get the part of their trial's share that its data tasks do not need,
+    so each worker group fits next to those that run: it starts completely or not at all, without a deadlock. With
+    ``cluster.autoscaling`` a trial gets what it needs, whatever nodes there are now.
 
     Args:
         recipe: of the trials.
         wanted: trials at a time; None: as many as fit.
-        trials: how many there are.
-        cpus: of the cluster.
-        gpus: of the cluster.
-        nodes: of the cluster where it is known: workers must fit on single nodes, with labels and custom resources.
+        trials: number of trials.
+        cpus, gpus: of the cluster.
+        nodes: of the cluster if known: workers must fit on single nodes, with labels and custom resources.
 
     Raises:
         UserError: one trial does not fit, or not as many as wanted.
@@ -73,7 +72,7 @@ def divide(
 
 
 def _slots(recipe: Recipe, concurrency: int, cpus: float, several: bool) -> Slots:
-    """Return each trial's part of the CPUs; on several nodes no worker's is more than one node may have."""
+    """Return each trial's share of the CPUs; on several nodes no worker has more than a default share of one node."""
     cluster, here = recipe.cluster, recipe.cluster.workers == 1
     taken = 0 if here else DRIVER_CPUS
     others, share = data_cpus(recipe) + taken, cpus / concurrency
@@ -90,7 +89,7 @@ def _slots(recipe: Recipe, concurrency: int, cpus: float, several: bool) -> Slot
 
 
 def _check_room(recipe: Recipe, slots: Slots, gpus: float, nodes: Sequence[Node]) -> None:
-    """Refuse trials whose workers and data tasks the GPUs, or the single nodes, do not hold all at a time."""
+    """Refuse concurrent trials whose workers and data tasks do not fit on the GPUs or the nodes."""
     cluster, count = recipe.cluster, slots.concurrency
     needed_gpus = cluster.workers * cluster.gpus_per_worker * count
     if needed_gpus > gpus:
@@ -105,7 +104,7 @@ def _check_room(recipe: Recipe, slots: Slots, gpus: float, nodes: Sequence[Node]
 
 
 def _most(cluster: ClusterConfig, trials: int, cpus: float, gpus: float) -> int:
-    """Return how many trials at a time there are CPUs and GPUs for, at least one."""
+    """Return the number of concurrent trials that the CPUs and GPUs allow, at least one."""
     fitting = int(cpus / (cluster.workers * (cluster.cpus_per_worker or 1)))
     if cluster.gpus_per_worker:
         fitting = min(fitting, int(gpus / (cluster.workers * cluster.gpus_per_worker)))

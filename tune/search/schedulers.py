@@ -1,9 +1,10 @@
-"""Ray Tune's schedulers as a search file asks for them."""
+"""Ray Tune's schedulers for the settings of a search file."""
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import ray.tune
@@ -24,12 +25,12 @@ from tune.space.space import Choice, Int, LogUniform, QUniform, Uniform, Values
 
 FOREVER = math.inf
 TIME = "epoch"
-"""The key of a result by which schedulers measure how far a trial has come."""
+"""The key of a result by which schedulers measure the progress of a trial."""
 
 
 @dataclass(frozen=True, eq=False)
-class Past:
-    """Stands for a trial of an earlier start where its results are told to a scheduler."""
+class ReplayedTrial:
+    """A trial of a previous start whose results are replayed to a scheduler."""
 
     trial_id: str
     config: dict[str, Any]
@@ -37,12 +38,12 @@ class Past:
 
 
 class _SparesBaseline:
-    """Lets the baseline go on whatever the scheduler decides; its results count like any other's."""
+    """Never stops the baseline, whose results count like those of any other trial."""
 
     baseline = False
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide as the scheduler does, but never to stop trial 0 where that is the baseline."""
+        """Return the scheduler's decision, but never stop trial 0 if that is the baseline."""
         decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
         if decision not in (TrialScheduler.STOP, TrialScheduler.PAUSE):
             return decision
@@ -54,24 +55,24 @@ class SparingAsha(_SparesBaseline, ASHAScheduler):
 
 
 class SparingMedian(_SparesBaseline, MedianStoppingRule):
-    """The median stopping rule that spares the baseline. Built without `hard_stop`, it pauses what it would stop."""
+    """The median stopping rule that spares the baseline. Without `hard_stop` it pauses trials that it would stop."""
 
     wanted = ""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Note a trial's last result, if it ever was evaluated: the rule looks for the epoch of all that it noted."""
+        """Record a trial's last result, unless it was never evaluated: the rule needs the epoch of all results."""
         if TIME in result and self.wanted in result:
             super().on_trial_complete(tune_controller, trial, result)
 
 
-def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, desk: Any = None) -> Any:
+def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, coordinator: Any = None) -> Any:
     """Return the Ray Tune scheduler of a search.
 
     Args:
         config: the search.
         epochs: length of the longest trial.
-        concurrency: trials at a time; a population that does not fit at once takes turns.
-        desk: of the search, which a population asks whether it is being stopped.
+        concurrency: trials at a time; a larger population takes turns.
+        coordinator: of the search; a population reads whether it is being stopped.
     """
     (metric, mode), *_ = config.metrics.items()
     settings = config.scheduler
@@ -80,8 +81,8 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, desk:
             time_attr=TIME,
             metric=metric,
             mode=mode,
-            # A little less, so that an evaluation at that very epoch counts in spite of rounding; and a trial that has
-            # reached its end is not stopped there.
+            # Slightly less, so that an evaluation at exactly this epoch counts in spite of rounding, and a trial that
+            # has reached its end is not stopped there.
             max_t=max(epochs, settings.grace) * ALMOST,  # pyright: ignore[reportArgumentType]
             grace_period=settings.grace * ALMOST,  # pyright: ignore[reportArgumentType] any number of epochs
             stop_last_trials=False,
@@ -90,7 +91,7 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, desk:
         scheduler.baseline = config.with_baseline
         return scheduler
     if isinstance(settings, Median):
-        # Without the long slice it would have trials take turns, each time with a restart.
+        # With a shorter slice trials would take turns, each time with a restart.
         scheduler = SparingMedian(
             time_attr=TIME,
             metric=metric,
@@ -103,22 +104,22 @@ def build_scheduler(config: SearchConfig, epochs: float, concurrency: int, desk:
         scheduler.baseline, scheduler.wanted = config.with_baseline, metric
         return scheduler
     if isinstance(settings, Pbt | Pb2):
-        return _population(config, settings, epochs, concurrency, desk)
+        return _population(config, settings, epochs, concurrency, coordinator)
     return FIFOScheduler()
 
 
 def takes_turns(config: SearchConfig, concurrency: int) -> bool:
-    """Whether the trials of a population are more than run at a time, so that all pause after each evaluation."""
+    """Return whether a population has more trials than run at a time, so that all pause after each evaluation."""
     return config.exchanges and config.trials > concurrency
 
 
 def replay(scheduler: Any, metric: str, trials: Iterable[TrialRecord]) -> None:
-    """Tell a scheduler the results of the trials that ended in an earlier start of the search."""
+    """Replay to a scheduler the results of the trials that ended in a previous start of the search."""
     if not isinstance(scheduler, SparingAsha | SparingMedian):
         return
     for record in trials:
-        past: Any = Past(f"past-{record.number:05d}", {"number": record.number})
-        nobody: Any = _Nobody()
+        past: Any = ReplayedTrial(f"past-{record.number:05d}", {"number": record.number})
+        nobody: Any = SimpleNamespace(get_live_trials=list)
         scheduler.on_trial_add(nobody, past)
         for evaluation in record.evaluations:
             result = {TIME: evaluation.epoch, **evaluation.metrics}
@@ -126,15 +127,7 @@ def replay(scheduler: Any, metric: str, trials: Iterable[TrialRecord]) -> None:
                 scheduler.on_trial_result(nobody, past, result)
 
 
-class _Nobody:
-    """A controller without live trials."""
-
-    def get_live_trials(self) -> list[Any]:
-        """Return none."""
-        return []
-
-
-def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concurrency: int, desk: Any) -> Any:
+def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concurrency: int, coordinator: Any) -> Any:
     (metric, mode), *_ = config.metrics.items()
     base = PB2 if isinstance(settings, Pb2) else PopulationBasedTraining
     if takes_turns(config, concurrency) and not can_take_turns(base):
@@ -147,15 +140,15 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concur
         time_key=TIME,
         concurrency=concurrency,
         epochs=epochs,
-        stopping=lambda: desk is not None and desk.stopping,
-        set_aside=lambda trial: desk.set_aside(number_of(str(trial))),
+        stopping=lambda: coordinator is not None and coordinator.stopping,
+        set_aside=lambda trial: coordinator.set_aside(number_of(str(trial))),
     )
-    random.seed(config.seed)  # Ray draws from the global generator
+    random.seed(config.seed)  # Ray uses the global generator
     shared: dict[str, Any] = {
         "time_attr": TIME,
         "metric": metric,
         "mode": mode,
-        # Evaluations come at each interval, but an epoch ends within a step: two of them may lie a little closer.
+        # Evaluations are at each interval, but an epoch ends within a step: two may be slightly closer.
         "perturbation_interval": settings.interval / 2,
         "quantile_fraction": settings.quantile,
         "synch": takes_turns(config, concurrency),
@@ -168,13 +161,13 @@ def _population(config: SearchConfig, settings: Pbt | Pb2, epochs: float, concur
     return population(
         hyperparam_mutations={"values": {key: mutation(dimension) for key, dimension in config.space.items()}},
         resample_probability=settings.resample,
-        custom_explore_fn=within(config),
+        custom_explore_fn=lambda changed: {**changed, "values": clipped(config, changed["values"])},
         **shared,
     )
 
 
 def mutation(dimension: Any) -> Any:
-    """Return how PBT changes a value: a list to step along, or a distribution to draw from again."""
+    """Return how PBT changes a value: a list to step along, or a distribution to resample from."""
     match dimension:
         case Choice():
             return dimension.values
@@ -189,16 +182,6 @@ def mutation(dimension: Any) -> Any:
         case Int():
             return ray.tune.lograndint(dimension.low, dimension.high + 1)
     raise AssertionError(dimension)
-
-
-def within(config: SearchConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a function that takes changed values back into their ranges."""
-
-    def clip(changed: dict[str, Any]) -> dict[str, Any]:
-        changed["values"] = clipped(config, changed["values"])
-        return changed
-
-    return clip
 
 
 def clipped(config: SearchConfig, values: Mapping[str, Any]) -> Values:

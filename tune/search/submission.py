@@ -1,4 +1,4 @@
-"""A search as the work of a job: what travels to the cluster, and whether its trials fit there."""
+"""A search as a job: the files to upload, and whether its trials fit on the cluster."""
 
 import os
 from collections.abc import Sequence
@@ -15,20 +15,12 @@ from tune.search_file import read_search
 
 
 def is_search(path: str) -> bool:
-    """Return whether a file is a search: it names a recipe or a space, which no recipe does.
-
-    Raises:
-        UserError: there is no such file, or it is no YAML.
-    """
+    """Return whether a file is a search: it has the key recipe or space, which no recipe has."""
     return not {"recipe", "space"}.isdisjoint(read_tree(path))
 
 
 def searching(wanted: Submission) -> JobSpec:
-    """Return the work of a job that runs a search.
-
-    Raises:
-        UserError: a mistake in the search or in its base recipe.
-    """
+    """Return the job that runs a search."""
     tree, base, where = read_search(wanted.recipe, wanted.overrides)
     search = build_search(tree, base, where, wanted.recipe)
     files = [wanted.recipe, where, *named_files(base)]
@@ -39,13 +31,13 @@ def searching(wanted: Submission) -> JobSpec:
 
 
 def _found(search_file: str, recipe: str, where: str) -> bool:
-    """Return whether the search file in the package leads to the recipe there, by the key as it stands."""
+    """Return whether the unchanged key `recipe` of the search file leads to the recipe in the package."""
     beside = Path(path_in_package(search_file)).parent / recipe
     return path_in_package(where) in (os.path.normpath(beside), os.path.normpath(recipe))
 
 
 def _fit(search: Search, nodes: Sequence[Node]) -> None:
-    """Refuse a cluster that holds no trial, or fewer at a time than the search wants."""
+    """Refuse a cluster on which no trial fits, or fewer at a time than the search requires."""
     if search.recipe.cluster.autoscaling:
         return
     total = {name: sum(node.resources.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}

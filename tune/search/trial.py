@@ -1,8 +1,8 @@
-"""One trial: a whole training run inside a Ray Tune trial process, evaluated step by step.
+"""One trial: a training run inside a Ray Tune trial process.
 
 The process builds the trainer of the trial's recipe and runs it with the driver's loop (`cluster.run.driver`): a Ray
-Train worker group, or, for a single worker, the same worker function in this process, which then serves one trial after
-the other. Each evaluation of rank 0 becomes a result for Tune. Checkpoints are the run's; Tune gets a pointer to them.
+Train worker group, or, for a single worker, the same worker function in this process, which then runs one trial after
+the other. Each evaluation of rank 0 becomes a result for Tune. The run keeps the checkpoints; Tune gets a pointer.
 """
 
 import gc
@@ -45,16 +45,16 @@ class TrialPlan:
     """What all trials of a search share.
 
     Attributes:
-        base: tree of the base recipe with all overrides, meaningful in any folder.
-        output: URL of the folder that trials lie in.
-        metrics: names of the evaluation's figures that the search looks at.
+        base: tree of the base recipe with all overrides, valid in any folder.
+        output: URL of the folder of the trials.
+        metrics: names of the search's metrics in evaluations.
         share: a trial's part of the cluster.
         here: run the only worker in the trial's process.
-        pointers: wait for the checkpoint of each evaluation, to be handed to other trials.
-        turns: the run ends when Tune asks for a pointer: another trial has the next turn.
+        pointers: wait for the checkpoint of each evaluation, for other trials.
+        turns: the run ends when Tune requests a pointer: another trial has the next turn.
         tracking: MLflow's settings with store and experiment filled in.
         tags: tags of each trial's MLflow run, such as its parent.
-        control: the monitor actor of the search, which takes progress and asks to stop.
+        control: the monitor actor of the search, which receives progress and requests stops.
     """
 
     base: dict[str, Any]
@@ -76,27 +76,27 @@ class TrialPlan:
 class TrialRun(ray.tune.Trainable):
     """A trial as Ray Tune drives it.
 
-    Its name is `tune.record.trial_name`: where a population hands trials each other's configurations, ``number`` there
-    is not the trial's own. Its configuration is ``{"number": int, "values": {key: value}, "label": str}``.
+    Its configuration is ``{"number": int, "values": {key: value}, "label": str}``. Its number is that of its name
+    (`tune.record.trial_name`): in a population the configuration may be that of another trial.
     """
 
     def setup(self, config: dict[str, Any], plan: TrialPlan | None = None) -> None:
-        """Take the plan; training begins with the first step, when Tune has said whether to restore."""
+        """Set the plan; training starts with the first step, after a possible restore."""
         assert plan is not None
         self.plan: TrialPlan = plan
-        self.run: Running | None = None
+        self.run: TrialTraining | None = None
 
     def step(self) -> dict[str, Any]:
-        """Train until the next evaluation; return its figures."""
+        """Train until the next evaluation; return its metrics."""
         if self.run is None:
             number, values = number_of(self.trial_name), dict(self.config["values"])
             if refusal := self.plan.folder(number).facts().get("refusal"):
                 return {"done": True, "ending": "refused", "error": refusal, "seconds": 0.0}
-            self.run = Running(self.plan, number, values, self.config.get("label", ""))
+            self.run = TrialTraining(self.plan, number, values, self.config.get("label", ""))
         return self.run.next_result()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write a pointer to the run's newest checkpoint; where trials take turns, the run is over then."""
+        """Write a pointer to the run's newest checkpoint; if trials take turns, end the run."""
         assert self.run is not None
         pointer = self.run.pointer()
         if self.plan.turns:
@@ -104,7 +104,7 @@ class TrialRun(ray.tune.Trainable):
         pointer.write(checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Go on from the checkpoint a pointer names: the trial's own, or another trial's, which is copied."""
+        """Continue from the checkpoint of a pointer: the trial's own, or a copy of another trial's."""
         number = number_of(self.trial_name)
         pointer = Pointer.read(checkpoint)
         if pointer.number == number:
@@ -116,21 +116,21 @@ class TrialRun(ray.tune.Trainable):
             self.plan.control.push.remote({"kind": "exchange", **exchange})
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Serve another trial, after the last one has ended."""
+        """Run another trial after the last one has ended."""
         self.cleanup()
         self.config = new_config
         return True
 
     def cleanup(self) -> None:
-        """End the trial's workers; they save a checkpoint first."""
+        """Stop the trial's workers, which first save a checkpoint."""
         run, self.run = self.run, None
         if run is not None:
             run.end()
             gc.collect()
 
 
-class Running:
-    """The training run of a trial in this process: its events become results for Tune."""
+class TrialTraining:
+    """The training run of a trial in this process, whose events become results for Tune."""
 
     def __init__(self, plan: TrialPlan, number: int, values: Values, label: str = "") -> None:
         self.plan, self.number, self.values, self.label = plan, number, values, label
@@ -162,7 +162,7 @@ class Running:
 
     @property
     def outcome(self) -> dict[str, Any]:
-        """How the run ended, as far as it has."""
+        """Return the outcome of the run, empty while it runs."""
         return {**({} if self.fit.running else self.fit.outcome), **self.refusal}
 
     def _handle(self) -> RunHandle | None:
@@ -174,7 +174,7 @@ class Running:
         """Wait for the next evaluation or the end.
 
         Raises:
-            RuntimeError: the workers failed; Tune starts the trial again, or gives it up.
+            RuntimeError: the workers failed; Tune restarts the trial, or it has failed.
         """
         while True:
             event = self._next_event()
@@ -184,7 +184,7 @@ class Running:
                 return result
 
     def _next_event(self, deadline: float = math.inf) -> Event:
-        """Wait for an event of the workers, passing on a request to stop; `END` if none comes in time."""
+        """Wait for an event of the workers and pass on a request to stop; return `END` at the deadline."""
         if self._held:
             return self._held.popleft()
         while time.monotonic() < deadline and not self._over:
@@ -198,7 +198,7 @@ class Running:
         return END
 
     def _take(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Take note of an event; return a result if it is an evaluation (with pointers: its checkpoint)."""
+        """Handle an event; return a result if it is an evaluation."""
         self.figures.note(event)
         match event["kind"]:
             case "progress":
@@ -220,21 +220,21 @@ class Running:
             return None
         missing = [name for name in self.plan.metrics if name not in figures]
         if missing:
-            self._refuse(f"metric = {missing[0]}, but the evaluations give {', '.join(sorted(figures))}")
+            self._refuse(f"metric = {missing[0]}, but the evaluations have {', '.join(sorted(figures))}")
             return self._ending()
         epoch = step * self.recipe.train.global_batch / self.samples
         self.result = {"step": step, "epoch": epoch, "evaluation": figures, **figures}
         return {**self.result, **self._cost(), "throughput": self.throughput}
 
     def _refuse(self, reason: str) -> None:
-        """Note that going on makes no sense, and why."""
+        """Record that the trial cannot continue, and why."""
         self.refusal = {"status": "refused", "error": reason}
         self.folder.note(refusal=reason)
 
     def _abandon(self) -> None:
-        """End this process, and with it a worker group in which one refused to go on and the others wait for it.
+        """Exit, with a worker group in which one worker has refused to continue and the others wait for it.
 
-        Tune starts the trial again, which then finds the refusal in its folder.
+        Tune restarts the trial, which then reads the refusal in its folder.
         """
         log.error("%s: %s; the other workers are abandoned", self.folder.name, self.fit.refused)
         os._exit(1)
@@ -245,7 +245,7 @@ class Running:
         return {"seconds": self._since - before}
 
     def _ending(self) -> dict[str, Any]:
-        """Return the last result of a run that is over: the last figures again, with how it ended."""
+        """Return the last result of a run that has ended: its last metrics, and how it ended."""
         self.end()
         status = self.outcome.get("status", "failed")
         if status == "failed":
@@ -256,11 +256,7 @@ class Running:
         self.link.send(kind, {"trial": self.number, "throughput": self.throughput, **facts}, urgent=kind != "progress")
 
     def pointer(self) -> Pointer:
-        """Return the pointer to the checkpoint of the last evaluation, once it is there.
-
-        Raises:
-            UserError: none came.
-        """
+        """Wait for the checkpoint of the last evaluation; return its pointer, or raise `UserError`."""
         wanted = self.result.get("step", 0)
         deadline = time.monotonic() + SAVE_WAIT_S
         waiting: list[Event] = []
@@ -274,18 +270,16 @@ class Running:
             waiting.append(event)
         self._held.extend(waiting)
         if self.checkpoint is None:
-            raise UserError(
-                f"{self.folder.name} made no checkpoint by step {wanted} that another trial could take over"
-            )
+            raise UserError(f"{self.folder.name} has no checkpoint of step {wanted} for another trial")
         return pointer_of(self.folder, self.number, self.values, self.checkpoint)
 
     def ask_to_stop(self) -> None:
-        """Have the workers save and end."""
+        """Request the workers to save and stop."""
         self._asked = True
         self.monitor.request_stop()
 
     def end(self) -> None:
-        """Wait until nothing of the run is left, asking it to stop if it goes on; record how it ended."""
+        """Stop the run if it is running, wait for its end, and record its status."""
         if self._over:
             return
         if self.fit.running:
@@ -297,12 +291,12 @@ class Running:
         self.link.flush()
         status = self.outcome.get("status", "failed")
         self.folder.note(status=status, step=self.outcome.get("step"), error=self.outcome.get("error"))
-        if self.handle is not None and status == "refused":  # one that failed may start again
+        if self.handle is not None and status == "refused":  # a failed trial may restart
             reconcile(self.plan.tracking, self.folder.local, status="failed")
 
 
 def _alone() -> None:
-    """Make this process a process group of its own, once: DeepSpeed keeps the first one that it meets."""
+    """Initialise a process group of this process alone, once: DeepSpeed keeps the first one."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

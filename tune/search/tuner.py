@@ -1,4 +1,4 @@
-"""Ray Tune as a search needs it."""
+"""The Ray Tune `Tuner` of a search."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from cluster.recipe.config import absolute, for_workers
 from perceiver.tracking.runs import TrackingConfig
 from tune.record import PARAMETERS, trial_name
-from tune.search.coordinator import Asker, Desk, Reporter, placed
+from tune.search.coordinator import Coordinator, CoordinatorCallback, CoordinatorSearcher, placed
 from tune.search.schedulers import build_scheduler, replay, takes_turns
 from tune.search.trial import TrialPlan, TrialRun
 from tune.space.space import look_up, with_values
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 
 
 def build_tuner(
-    launch: "SearchLaunch", desk: Desk, control: Any, tracking: tuple[TrackingConfig, dict[str, str]]
+    launch: "SearchLaunch", coordinator: Coordinator, control: Any, tracking: tuple[TrackingConfig, dict[str, str]]
 ) -> Any:
-    """Return the tuner whose ``fit`` runs what is left of a search.
+    """Return the tuner whose ``fit`` runs the remaining trials of a search.
 
     Args:
         launch: the search.
-        desk: hands out the trials and takes their results.
+        coordinator: of the search.
         control: the monitor actor of the search.
         tracking: settings and tags of the trials' MLflow runs.
     """
     config, slots = launch.search.config, launch.slots
-    numbers = list(desk.waiting)
+    numbers = list(coordinator.waiting)
     left = len(numbers) + max(0, launch.total - len(launch.record.trials))
-    scheduler = build_scheduler(config, _epochs(launch), slots.concurrency, desk)
+    scheduler = build_scheduler(config, _epochs(launch), slots.concurrency, coordinator)
     replay(scheduler, next(iter(config.metrics)), launch.record.ended())
     plan = trial_plan(launch, control, tracking)
     place: Any = {"bundle_label_selector": [slots.labels]} if slots.labels else {}
     room = ray.tune.PlacementGroupFactory([slots.reserved], **place)
     trainable = ray.tune.with_resources(ray.tune.with_parameters(TrialRun, plan=plan), room)
-    settings: dict[str, Any] = {"num_samples": left, "search_alg": Asker(desk)}
+    settings: dict[str, Any] = {"num_samples": left, "search_alg": CoordinatorSearcher(coordinator)}
     space: dict[str, Any] = {}
     if config.exchanges:
-        # Ray lets no searcher choose the values of a population.
-        space = {"number": ray.tune.grid_search(numbers), "values": ray.tune.sample_from(_Values(desk))}
+        # Ray does not support a searcher for a population.
+        space = {"number": ray.tune.grid_search(numbers), "values": ray.tune.sample_from(RecordedValues(coordinator))}
         settings = {"num_samples": 1, "search_alg": BasicVariantGenerator(constant_grid_search=True)}
     return ray.tune.Tuner(
         trainable,
@@ -58,9 +58,9 @@ def build_tuner(
             name=f"start-{time.time_ns()}",
             storage_path=absolute(launch.folder.location("ray")),
             failure_config=ray.tune.FailureConfig(max_failures=config.max_failures),
-            # The checkpoints are the runs' own; only a population asks for pointers to them.
+            # Runs write their own checkpoints; only a population needs pointers to them.
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[Reporter(desk)],
+            callbacks=[CoordinatorCallback(coordinator)],
             verbose=0,
         ),
     )
@@ -87,17 +87,17 @@ def trial_plan(launch: "SearchLaunch", control: Any, tracking: tuple[TrackingCon
 
 
 def _epochs(launch: "SearchLaunch") -> float:
-    """Return the epochs of the base recipe, by which rungs are placed."""
+    """Return the epochs of the base recipe, which determine the rungs."""
     steps, epoch_steps = launch.checker.total_steps({})
     return steps / epoch_steps
 
 
-class _Values:
-    """Looks up the values of the trial whose number a configuration has."""
+class RecordedValues:
+    """Returns the recorded values of the trial of a configuration."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
 
     def __call__(self, spec: Any) -> Any:
-        """Return them; called by Ray for each trial."""
-        return placed(self.desk.record.trial(spec.config["number"]).values)
+        """Return the values; Ray calls this for each trial."""
+        return placed(self.coordinator.record.trial(spec.config["number"]).values)

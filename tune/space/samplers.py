@@ -1,4 +1,4 @@
-"""Where the values of the next trial come from: random draws, a grid, or Optuna's study."""
+"""Samplers of trials: random draws, a grid, or an Optuna study."""
 
 import itertools
 import json
@@ -9,24 +9,24 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from tune.config import Mode, OptunaSearch, Search
-from tune.space.space import Grid, Space, Values, holds, ordered, sample
+from tune.space.space import GridChoice, Space, Values, holds, ordered, sample
 
 Ending = Literal["finished", "stopped", "failed"]
 
 
-class Source(Protocol):
-    """Gives trials their values, and is told how they did."""
+class Sampler(Protocol):
+    """Chooses the values of trials and receives their results."""
 
     def ask(self, number: int) -> Values:
         """Return the values of a trial."""
         ...
 
     def label(self, number: int) -> str:
-        """Return what a trial is called beside its number; empty if it is not."""
+        """Return the label of a trial, or an empty string."""
         ...
 
     def tell(self, number: int, values: Values, ending: Ending, scores: Mapping[str, float], step: int) -> None:
-        """Take note of a trial's end, this process's or an earlier one's; no scores if it never was evaluated."""
+        """Record the end of a trial of this or an earlier process; scores are empty without an evaluation."""
         ...
 
 
@@ -56,26 +56,26 @@ class RandomDraw:
         return int(low + step * self.rng.integers((high - low) // step + 1))
 
 
-class FixedSource:
-    """Trials that are known beforehand, whatever their results."""
+class FixedSampler:
+    """Trials that do not depend on results."""
 
     def __init__(self, trials: Sequence[Values], labels: Sequence[str] = ()) -> None:
         self.trials, self.labels = trials, labels
 
     def ask(self, number: int) -> Values:
-        """See `Source`."""
+        """See `Sampler`."""
         return self.trials[number]
 
     def label(self, number: int) -> str:
-        """See `Source`."""
+        """See `Sampler`."""
         return self.labels[number] if self.labels else ""
 
     def tell(self, number: int, values: Values, ending: Ending, scores: Mapping[str, float], step: int) -> None:
-        """See `Source`."""
+        """See `Sampler`."""
 
 
 def known_trials(search: Search, base: Values) -> list[Values] | None:
-    """Return the values of all trials where they do not depend on results (random, grid), else None.
+    """Return the values of all trials if they do not depend on results (random, grid), else None.
 
     Args:
         search: the search.
@@ -92,10 +92,10 @@ def known_trials(search: Search, base: Values) -> list[Values] | None:
 
 
 def grid(search: Search) -> list[Values]:
-    """Return every combination of the grids once; keys whose condition does not hold are left out."""
+    """Return every combination of the grids once; keys whose condition is false are left out."""
     space, found = search.config.space, {}
     keys = ordered(space)
-    lists = [dimension.values for key in keys if isinstance(dimension := space[key], Grid)]
+    lists = [dimension.values for key in keys if isinstance(dimension := space[key], GridChoice)]
     for combination in itertools.product(*lists):
         values: Values = {}
         for key, value in zip(keys, combination, strict=True):
@@ -107,7 +107,7 @@ def grid(search: Search) -> list[Values]:
 
 
 class _StudyDraw:
-    """Values that an Optuna trial suggests; what is no plain value is known to it by its text."""
+    """Values that an Optuna trial suggests; lists and mappings are encoded as text."""
 
     def __init__(self, trial: Any) -> None:
         self.trial = trial
@@ -129,7 +129,7 @@ def label(value: Any) -> Any:
 
 
 class _Recorded:
-    """Gives back the values of a trial that was, and keeps the distributions that they were drawn from."""
+    """Returns the values of a recorded trial, and collects the distributions that they were drawn from."""
 
     def __init__(self, values: Values) -> None:
         self.values, self.params, self.distributions = values, {}, {}
@@ -158,7 +158,7 @@ class _Recorded:
 
 
 def _within(value: float, distribution: Any) -> bool:
-    """Return whether a number is one that a distribution of Optuna's may draw."""
+    """Return whether an Optuna distribution may draw a number."""
     if not distribution.low <= value <= distribution.high:
         return False
     steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
@@ -166,7 +166,7 @@ def _within(value: float, distribution: Any) -> bool:
 
 
 def recorded(values: Values, space: Space, base: Mapping[str, Any]) -> _Recorded | None:
-    """Return a trial's parameters and distributions in Optuna's terms; None if its values lie outside the space."""
+    """Return a trial's Optuna parameters and distributions; None if its values are outside the space."""
     draw = _Recorded(values)
     try:
         sample(space, base, draw)
@@ -175,8 +175,8 @@ def recorded(values: Values, space: Space, base: Mapping[str, Any]) -> _Recorded
     return draw
 
 
-class OptunaSource:
-    """Trials from an Optuna study. Nothing of it is stored: it is told again what the record of the search says."""
+class OptunaSampler:
+    """Trials from an Optuna study. The study is not stored, but filled from the record of the search."""
 
     def __init__(self, search: Search, settings: OptunaSearch, metrics: Mapping[str, Mode], told: int = 0) -> None:
         import optuna
@@ -187,7 +187,7 @@ class OptunaSource:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(
                 n_startup_trials=settings.startup,
-                seed=search.config.seed + told,  # after a resume not the draws of before again
+                seed=search.config.seed + told,  # no repeated draws after a resume
                 constant_liar=True,
             )
         directions: list[Any] = ["maximize" if mode == "max" else "minimize" for mode in metrics.values()]
@@ -195,17 +195,17 @@ class OptunaSource:
         self._open: dict[int, Any] = {}
 
     def ask(self, number: int) -> Values:
-        """See `Source`."""
+        """See `Sampler`."""
         trial = self.study.ask()
         self._open[number] = trial
         return sample(self.search.config.space, self.search.resolved, _StudyDraw(trial))
 
     def label(self, number: int) -> str:
-        """See `Source`."""
+        """See `Sampler`."""
         return ""
 
     def tell(self, number: int, values: Values, ending: Ending, scores: Mapping[str, float], step: int) -> None:
-        """See `Source`. The baseline, whose values may lie outside the space, is told only if they do not."""
+        """See `Sampler`. A baseline with values outside the space is ignored."""
         from optuna.trial import TrialState
 
         state = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}[ending]

@@ -1,4 +1,4 @@
-"""The space of a search: for each key of the recipe where its values come from."""
+"""The search space: a dimension for each key of the recipe."""
 
 import copy
 import math
@@ -12,11 +12,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from perceiver.config import Config, UserError
 
 Values = dict[str, Any]
-"""One trial's values by dotted key of the recipe."""
+"""Values of one trial by dotted recipe key."""
 
 
 class Draw(Protocol):
-    """Where values come from: a random generator, or a study that learns."""
+    """A source of values: a random generator, or an Optuna study."""
 
     def pick(self, key: str, values: Sequence[Any]) -> Any:
         """Return one of the values."""
@@ -33,7 +33,7 @@ class Draw(Protocol):
 
 class _Dimension(Config):
     when: dict[str, Any] = Field(
-        default={}, description="other keys and the value (or list of values) that they must have for this key to count"
+        default={}, description="values (or lists of values) of other keys that this key requires"
     )
 
     @field_validator("when")
@@ -43,10 +43,10 @@ class _Dimension(Config):
 
 
 class Choice(_Dimension):
-    """One of some values, which may be sections (`kind: choice`)."""
+    """One of several values, which may be sections (`kind: choice`)."""
 
     kind: Literal["choice"]
-    values: list[Any] = Field(min_length=1, description="what to choose from")
+    values: list[Any] = Field(min_length=1, description="the values")
 
     @field_validator("values")
     @classmethod
@@ -58,18 +58,18 @@ class Choice(_Dimension):
         return draw.pick(key, self.values)
 
     def extremes(self) -> list[Any]:
-        """Return the values that stand for all: here each one."""
+        """Return all values, which represent the dimension in checks."""
         return self.values
 
 
-class Grid(Choice):
-    """Each of some values, with each of every other grid (`kind: grid`)."""
+class GridChoice(Choice):
+    """Each of several values, combined with all other grids (`kind: grid`)."""
 
     kind: Literal["grid"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class Uniform(_Dimension):
-    """A number between two (`kind: uniform`)."""
+    """A number in [low, high] (`kind: uniform`)."""
 
     kind: Literal["uniform"]
     low: float = Field(description="least value")
@@ -86,16 +86,16 @@ class Uniform(_Dimension):
         return draw.real(key, self.low, self.high)
 
     def extremes(self) -> list[Any]:
-        """Return the values that stand for all: the ends."""
+        """Return the ends, which represent the range in checks."""
         return [self.low, self.high]
 
     def gives(self, value: Any) -> bool:
-        """Whether the value lies in the range."""
+        """Return whether the value is in the range."""
         return isinstance(value, int | float) and self.low <= value <= self.high
 
 
 class LogUniform(Uniform):
-    """A positive number between two, uniform in its logarithm (`kind: loguniform`)."""
+    """A positive number in [low, high], uniform in its logarithm (`kind: loguniform`)."""
 
     kind: Literal["loguniform"]  # pyright: ignore[reportIncompatibleVariableOverride]
     low: PositiveFloat = Field(description="least value")  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -106,10 +106,10 @@ class LogUniform(Uniform):
 
 
 class QUniform(Uniform):
-    """A number between two in steps (`kind: quniform`)."""
+    """A number in [low, high] in steps (`kind: quniform`)."""
 
     kind: Literal["quniform"]  # pyright: ignore[reportIncompatibleVariableOverride]
-    step: PositiveFloat = Field(description="distance of two values, counted from low")
+    step: PositiveFloat = Field(description="step between values, from low")
 
     def sample(self, key: str, draw: Draw) -> Any:
         """Return a value."""
@@ -117,12 +117,12 @@ class QUniform(Uniform):
 
 
 class Int(_Dimension):
-    """A whole number between two, both included (`kind: int`)."""
+    """A whole number in [low, high] (`kind: int`)."""
 
     kind: Literal["int"]
     low: int = Field(description="least value")
     high: int = Field(description="greatest value")
-    step: PositiveInt = Field(default=1, description="distance of two values, counted from low")
+    step: PositiveInt = Field(default=1, description="step between values, from low")
     log: bool = Field(default=False, description="uniform in the logarithm")
 
     @model_validator(mode="after")
@@ -130,7 +130,7 @@ class Int(_Dimension):
         if self.low >= self.high:
             raise ValueError(f"low = {self.low} and high = {self.high}: wanted low < high")
         if self.log and (self.low < 1 or self.step != 1):
-            raise ValueError("log: true wants low >= 1 and no step")
+            raise ValueError(f"log: true with low = {self.low} and step = {self.step}: wanted low >= 1 and no step")
         return self
 
     def sample(self, key: str, draw: Draw) -> Any:
@@ -138,20 +138,20 @@ class Int(_Dimension):
         return draw.whole(key, self.low, self.high, log=self.log, step=self.step)
 
     def extremes(self) -> list[Any]:
-        """Return the values that stand for all: the ends."""
+        """Return the ends, which represent the range in checks."""
         return [self.low, self.high - (self.high - self.low) % self.step]
 
     def gives(self, value: Any) -> bool:
-        """Whether the value can be drawn."""
+        """Return whether the value can be drawn."""
         return value in range(self.low, self.high + 1, self.step)
 
 
-Dimension = Annotated[Choice | Grid | Uniform | LogUniform | QUniform | Int, Field(discriminator="kind")]
+Dimension = Annotated[Choice | GridChoice | Uniform | LogUniform | QUniform | Int, Field(discriminator="kind")]
 Space = dict[str, Dimension]
 
 
 def as_number(value: Any) -> Any:
-    """Return 1e-3 for the text '1e-3', which YAML takes for a string, and anything else as it is."""
+    """Convert text such as '1e-3', a string in YAML, to a number; return other values unchanged."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
@@ -167,11 +167,7 @@ def flatten_space(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def ordered(space: Space) -> list[str]:
-    """Return the keys so that each comes after those that its ``when`` asks for.
-
-    Raises:
-        UserError: two conditions wait for each other.
-    """
+    """Return the keys so that each comes after those in its `when`; refuse a cycle."""
     graph = {
         key: [other for wanted in dimension.when for other in space if _within(wanted, other)]
         for key, dimension in space.items()
@@ -185,19 +181,19 @@ def ordered(space: Space) -> list[str]:
 
 
 def holds(when: Mapping[str, Any], values: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
-    """Whether a condition holds for the values drawn so far, on top of the base recipe as resolved."""
+    """Return whether a condition is true for the values drawn so far, on top of the resolved base recipe."""
     return all(_value(key, values, base) in wanted for key, wanted in when.items())
 
 
 def _value(key: str, values: Mapping[str, Any], base: Mapping[str, Any]) -> Any:
-    """Return what a key comes to: a drawn value, a part of a drawn section, or the base recipe's."""
+    """Return the value of a key: drawn, part of a drawn section, or the base recipe's."""
     for section in sorted((other for other in values if _within(key, other)), key=len, reverse=True):
         return part_of(values[section], section, key)
     return look_up(base, key)
 
 
 def part_of(value: Any, section: str, key: str) -> Any:
-    """Return what a dotted key is where a section, the key itself or one above it, has a value."""
+    """Return the value of a dotted key, given that of a section: the key itself or one above it."""
     return value if key == section else look_up(value, key.removeprefix(f"{section}."))
 
 
@@ -206,28 +202,23 @@ def _within(key: str, section: str) -> bool:
 
 
 def impossible(space: Space, base: Mapping[str, Any]) -> str | None:
-    """Return the first condition that can never hold, as a reason; None if there is none.
-
-    Args:
-        space: the space.
-        base: the base recipe as resolved.
-    """
+    """Return an error about the first condition that is never true on the resolved base recipe, or None."""
     for key, dimension in space.items():
         for other, wanted in dimension.when.items():
             if not possible(space, base, other, wanted):
                 has = look_up(base, other)
                 there = "has no such key" if has is None else f"has {has}"
                 return (
-                    f"space.{key}.when: {other} = {' or '.join(map(str, wanted))} can never hold: the base recipe "
-                    f"{there} and the space gives it no such value; correct the value, or leave {key} out"
+                    f"space.{key}.when: {other} = {' or '.join(map(str, wanted))} is never true: the base recipe "
+                    f"{there}, and the space has no such value; correct the value, or remove {key}"
                 )
     return None
 
 
 def possible(space: Space, base: Mapping[str, Any], key: str, wanted: Sequence[Any]) -> Values:
-    """Return values under which a key is one of the wanted ones: none ({}) if it never is, see `holds`.
+    """Return values with which a key has one of the wanted values, or {} if there are none.
 
-    The base recipe's own value comes first, then what the space can give the key or a section that holds it.
+    The base recipe's value takes precedence over values of the key, or of a section above it, in the space.
     """
     if look_up(base, key) in wanted:
         return {key: look_up(base, key)}
@@ -243,7 +234,7 @@ def possible(space: Space, base: Mapping[str, Any], key: str, wanted: Sequence[A
 
 
 def sample(space: Space, base: Mapping[str, Any], draw: Draw) -> Values:
-    """Return one point of the space: a value for each key whose condition holds."""
+    """Draw one point of the space: a value for each key whose condition is true."""
     values: Values = {}
     for key in ordered(space):
         if holds(space[key].when, values, base):
@@ -252,7 +243,7 @@ def sample(space: Space, base: Mapping[str, Any], draw: Draw) -> Values:
 
 
 def base_values(space: Space, base: Mapping[str, Any]) -> Values:
-    """Return the base recipe's own values of the keys of the space, as far as it has them."""
+    """Return the base recipe's values of the keys of the space that it has."""
     found = {key: look_up(base, key) for key in space}
     return {key: value for key, value in found.items() if value is not None and holds(space[key].when, found, base)}
 
@@ -268,11 +259,7 @@ def look_up(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a recipe's tree with the values of dotted keys set.
-
-    Raises:
-        UserError: a key leads through a plain value.
-    """
+    """Return a copy of a recipe's tree with the values of dotted keys set; refuse a key below a plain value."""
     changed = copy.deepcopy(dict(tree))
     for key, value in values.items():
         node: Any = changed

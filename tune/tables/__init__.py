@@ -1,1 +1,1 @@
-"""`perceiver reproduce`: the papers' tables as searches whose trials are known beforehand."""
+"""`perceiver reproduce`: the papers' tables as searches with fixed trials."""

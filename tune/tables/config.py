@@ -1,7 +1,7 @@
-"""A table of the papers as a file: its rows as recipes at two scales, the papers' figures, and what they claim."""
+"""The table file: rows as recipes at two scales, the papers' results, and their claims."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,37 +19,37 @@ FOLDER = "recipes/papers"
 
 
 class Scale(Config):
-    """What all rows of a table have in common at one scale."""
+    """What all rows of a table share at one scale."""
 
     recipe: str = Field(description="the base recipe: a path from here, or from the table's folder")
-    data: str = Field(description="what it trains on, in words")
-    prepare: str = Field(description="the command that makes the data")
+    data: str = Field(description="description of the data")
+    prepare: str = Field(description="the command that prepares the data")
     overrides: dict[str, Any] = Field(default={}, description="keys of the base recipe to change, nested or dotted")
     metric: str = Field(default="accuracy", description="metric of the evaluations that is compared")
-    mode: Mode = Field(default="max", description="whether it should be great or small")
-    seeds: PositiveInt = Field(default=1, description="how many seeds unless --seeds says")
+    mode: Mode = Field(default="max", description="whether larger or smaller is better")
+    seeds: PositiveInt = Field(default=1, description="number of seeds without --seeds")
 
 
 class Row(Config):
-    """A row: the paper's figure, and the keys of the base recipe that make it."""
+    """A row: the paper's result, and the changed keys of the base recipe."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="what claims call it")
-    label: str = Field(description="what the table calls it")
-    paper: float | None = Field(default=None, description="the paper's figure")
-    source: str = Field(default="", description="where that stands, if not where the table's other figures do")
-    full: dict[str, Any] | None = Field(default=None, description="keys to change with the papers' data; none: not run")
-    small: dict[str, Any] | None = Field(default=None, description="keys to change on small data; none: not run")
-    note: str = Field(default="", description="what is to be known of it, or why it is not run")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="name in claims")
+    label: str = Field(description="name in the table")
+    paper: float | None = Field(default=None, description="the paper's result")
+    source: str = Field(default="", description="origin of the result, if not that of the table")
+    full: dict[str, Any] | None = Field(default=None, description="keys to change with the papers' data; null: not run")
+    small: dict[str, Any] | None = Field(default=None, description="keys to change on small data; null: not run")
+    note: str = Field(default="", description="a remark, or why it is not run")
 
 
 class Claim(Config):
-    """What a paper's figures say about rows, to be held against ours."""
+    """A claim of a paper about rows, to be compared with our results."""
 
     text: str = Field(description="the claim in words")
     better: str | None = Field(default=None, description="name of a row ...")
     than: str | None = Field(default=None, description="... that is better than this one")
-    by: float = Field(default=0, ge=0, description="by so many points at least")
-    same: tuple[str, str] | None = Field(default=None, description="names of two rows that differ by chance alone")
+    by: float = Field(default=0, ge=0, description="at least by this many points")
+    same: tuple[str, str] | None = Field(default=None, description="names of two rows that differ only by chance")
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Claim":
@@ -66,21 +66,21 @@ class Claim(Config):
 class TableConfig(Config):
     """A table file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="output folders are named after it")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="prefix of the output folders")
     title: str = Field(description="the heading")
-    source: str = Field(description="paper and table that the figures are from")
-    figure: str = Field(description="what the paper's figures measure, with the unit")
-    open: list[str] = Field(default=[], description="settings that the papers leave open, and what stands here instead")
+    source: str = Field(description="paper and table of the results")
+    figure: str = Field(description="metric of the paper's results, with the unit")
+    open: list[str] = Field(default=[], description="settings that the papers do not give, with ours")
     full: Scale = Field(description="with the user's own copy of the papers' data")
-    small: Scale = Field(description="with data that packages carry, in minutes on two CPU cores")
+    small: Scale = Field(description="with data from Python packages, in minutes on two CPU cores")
     rows: list[Row] = Field(min_length=1, description="the rows, in the table's order")
-    claims: list[Claim] = Field(default=[], description="what the figures say")
+    claims: list[Claim] = Field(default=[], description="the paper's claims")
 
     @model_validator(mode="after")
     def _known_rows(self) -> "TableConfig":
         names = [row.name for row in self.rows]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two rows are called {twice[0]!r}: rename one")
+            raise ValueError(f"two rows have the name {twice[0]!r}: rename one")
         for claim in self.claims:
             if unknown := [name for name in claim.rows if name not in names]:
                 raise ValueError(f"claim {claim.text!r}: no row {unknown[0]!r}{_near(unknown[0], names)}")
@@ -101,32 +101,28 @@ class TableConfig(Config):
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table as read, and the file that it stands in."""
+class PaperTable:
+    """A table and its file."""
 
     config: TableConfig
     path: str
 
 
-def load_table(name: str) -> Table:
-    """Read a table by its name, or by the path of a file.
-
-    Raises:
-        UserError: there is none (with the nearest name), or a mistake in it.
-    """
+def load_table(name: str) -> PaperTable:
+    """Read a table by its name, or by the path of a file, or raise `UserError`."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else tables().get(name)
     if path is None:
         known = list(tables())
         raise UserError(f"no table {name!r}{_near(name, known) or '; perceiver reproduce --list names them'}")
     tree = read_tree(path)
     try:
-        return Table(TableConfig.model_validate(tree), str(path))
+        return PaperTable(TableConfig.model_validate(tree), str(path))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, TableConfig)}") from None
 
 
 def tables() -> dict[str, Path]:
-    """Return the tables by name: those of this folder, else those beside the installed code."""
+    """Return the tables by name: those of the current folder, else those of the installation."""
     return {path.stem: path for folder in _folders() for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -138,8 +134,3 @@ def _folders() -> Iterator[Path]:
 def _near(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def values_of(changes: Mapping[str, Any], seed: int, theirs: Mapping[str, Any]) -> Values:
-    """Return a trial's values: a row's changes without the keys that the user sets for all rows, and its seed."""
-    return {key: value for key, value in changes.items() if key not in theirs} | {"seed": seed}

@@ -1,4 +1,4 @@
-"""The driver of a table: its rows become a search's trials, and their results the table."""
+"""The driver of a table: its rows are the trials of a search, and their results the table."""
 
 import json
 import logging
@@ -13,13 +13,12 @@ from perceiver.config import UserError
 from tune.config import Search, build_search
 from tune.search.checks import Checker
 from tune.search.conclude import all_failed, finish_run, machine, say_ending
-from tune.search.dry_run import say_resources
-from tune.search.estimate import estimate, say_estimate
+from tune.search.dry_run import estimate, say_estimate, say_resources
 from tune.search.launch import find_slots, run_search, set_environment
-from tune.search.plan import Plan, SearchLaunch, Start
+from tune.search.plan import SearchLaunch, SearchPlan, SearchStart
 from tune.search_file import RECIPE_KEYS, flat, recipe_path
 from tune.space.space import Values, with_values
-from tune.tables.config import Row, Scale, ScaleName, Table, load_table, values_of
+from tune.tables.config import PaperTable, Row, Scale, ScaleName, load_table
 from tune.tables.outputs import HEAD, NOT_RUN, TableReport, aligned, cells, markdown, write_json, write_page
 from tune.tables.results import Cost, judge, results
 
@@ -30,24 +29,24 @@ FILES = ("table.md", "table.html", "table.json", "trials.json", "search.yaml")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A table at one scale, as its trials are made from it.
+class TableRun:
+    """A table at one scale, with the number of seeds.
 
     Attributes:
-        table: as read.
+        table: the table.
         scale: name of the scale.
-        seeds: how many; each row is trained with seeds 0, 1, ...
+        seeds: their number; each row is trained with seeds 0, 1, ...
         theirs: recipe keys that the user sets for all rows, dotted.
     """
 
-    table: Table
+    table: PaperTable
     scale: ScaleName
     seeds: int
     theirs: Mapping[str, Any]
 
     @property
     def common(self) -> Scale:
-        """Return what the rows have in common."""
+        """Return the settings that all rows share."""
         return self.table.config.scale(self.scale)
 
     @property
@@ -56,8 +55,9 @@ class Rows:
         return self.table.config.run_rows(self.scale)
 
     def values(self, row: Row, seed: int = 0) -> Values:
-        """Return the values of a row's trial."""
-        return values_of(self.table.config.changes(row, self.scale) or {}, seed, self.theirs)
+        """Return a trial's values: its seed, and the row's changes except keys that the user sets for all rows."""
+        changes = self.table.config.changes(row, self.scale) or {}
+        return {key: value for key, value in changes.items() if key not in self.theirs} | {"seed": seed}
 
     def trials(self) -> list[tuple[Row, int]]:
         """Return row and seed of each trial: all rows with one seed, then all with the next."""
@@ -75,14 +75,14 @@ def reproduce(
     as_json: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Train the rows of a table and set the figures beside the paper's; return the exit code (0, 1, 130 stopped).
+    """Train the rows of a table and compare them with the paper; return the exit code (0, 1, 130 stopped).
 
     Args:
         name: of the table, or its file.
         overrides: ``key=value`` for the recipes of all rows; ``concurrency`` and ``max_failures`` as in a search.
-        scale: small data that packages carry, or the papers' data.
-        seeds: how many seeds each row is trained with; default: the table's.
-        resume: go on with the newest start of this table and scale, or with ``run``.
+        scale: small data from Python packages, or the papers' data.
+        seeds: number of seeds of each row; default: the table's.
+        resume: continue the newest start of this table and scale, or ``run``.
         run: name of the output folder.
         as_json: print the outcome as one JSON line at the end.
         dry_run: print rows and resources, and end.
@@ -98,29 +98,25 @@ def reproduce(
     known = [rows.values(row, seed) for row, seed in trials]
     slots = find_slots(search, known)
     if dry_run:
-        _say_plan(rows, Plan(search, Checker(search), slots, known), costs)
+        _say_plan(rows, SearchPlan(search, Checker(search), slots, known), costs)
         return 0
     labels = tuple(f"{row.name}, seed {seed}" for row, seed in trials)
-    plan = Plan(search, Checker(search), slots, known, labels, {row.name: rows.values(row) for row in rows.run})
+    plan = SearchPlan(search, Checker(search), slots, known, labels, {row.name: rows.values(row) for row in rows.run})
     options = ["--scale", scale, *(["--seeds", str(seeds)] if seeds else [])]
     command = shlex.join(["perceiver", "reproduce", name, *options, *overrides])
-    start = Start(command, resume, run, as_json, "raise --seeds to go on")
+    start = SearchStart(command, resume, run, as_json, "raise --seeds to continue")
     return run_search(plan, start, lambda launch, outcome: _conclude(launch, outcome, rows, costs))
 
 
 def read_rows(
-    table: Table, scale: ScaleName, seeds: int | None, overrides: Sequence[str]
-) -> tuple[Rows, dict[str, Any], dict[str, Any], str]:
-    """Return the rows, the user's keys of the search, the base recipe's tree, and its file.
-
-    Raises:
-        UserError: an override is not of the form key=value or not the user's to set, or there is no base recipe.
-    """
+    table: PaperTable, scale: ScaleName, seeds: int | None, overrides: Sequence[str]
+) -> tuple[TableRun, dict[str, Any], dict[str, Any], str]:
+    """Return the rows, the user's keys of the search, the base recipe's tree, and its file."""
     common, trees = table.config.scale(scale), {True: {}, False: {}}
     for override in overrides:
         head = override.partition("=")[0].split(".")[0]
         if head == "seed":
-            raise UserError(f"override {override!r}: each row is trained with seeds 0, 1, ...; set --seeds")
+            raise UserError(f"override {override!r}: each row is trained with seeds 0, 1, ...: set --seeds instead")
         if head not in (*RECIPE_KEYS, *SEARCH_KEYS):
             raise UserError(
                 f"override {override!r}: unknown key {head}; wanted a key of the recipes ({', '.join(RECIPE_KEYS)}), "
@@ -130,15 +126,11 @@ def read_rows(
     theirs = flat(trees[False])
     where = recipe_path(common.recipe, table.path)
     base = with_values(read_tree(where), flat(common.overrides) | theirs)
-    return Rows(table, scale, seeds or common.seeds, theirs), trees[True], base, where
+    return TableRun(table, scale, seeds or common.seeds, theirs), trees[True], base, where
 
 
-def build_rows(rows: Rows, search_keys: Mapping[str, Any], base: Mapping[str, Any], where: str) -> Search:
-    """Return the search whose trials the rows are: a grid without a scheduler.
-
-    Raises:
-        UserError: the base recipe or one of the keys is wrong.
-    """
+def build_rows(rows: TableRun, search_keys: Mapping[str, Any], base: Mapping[str, Any], where: str) -> Search:
+    """Return the search whose trials the rows are: a grid without a scheduler."""
     tree = {
         **search_keys,
         "name": f"{rows.table.config.name}-{rows.scale}",
@@ -153,12 +145,8 @@ def build_rows(rows: Rows, search_keys: Mapping[str, Any], base: Mapping[str, An
     return build_search(tree, base, where, rows.table.path)
 
 
-def check_rows(search: Search, rows: Rows) -> dict[str, Cost]:
-    """Check each row's recipe on its data; return what the models cost, by the rows' names.
-
-    Raises:
-        UserError: the first row that could not be trained, or data that is not there.
-    """
+def check_rows(search: Search, rows: TableRun) -> dict[str, Cost]:
+    """Check each row's recipe on its data; return what the models cost, by the rows' names."""
     checker, costs = Checker(search), {}
     _check_data(checker, rows)
     for row in rows.run:
@@ -169,23 +157,25 @@ def check_rows(search: Search, rows: Rows) -> dict[str, Cost]:
             reason = str(error).removeprefix(f"{search.source}: ")
             raise UserError(f"{rows.table.path}: row {row.name}: {reason}") from None
         if recipe.cluster != search.recipe.cluster:
-            raise UserError(f"{rows.table.path}: row {row.name} changes cluster, which all rows share: set it for all")
+            raise UserError(
+                f"{rows.table.path}: row {row.name} changes cluster, which all rows share: set it for all rows"
+            )
         costs[row.name] = Cost(found.parameters, found.forward_flops)
     return costs
 
 
-def _check_data(checker: Checker, rows: Rows) -> None:
-    """Refuse data that is not there, and say how it is made."""
+def _check_data(checker: Checker, rows: TableRun) -> None:
+    """Refuse missing data with the command that prepares it."""
     data = checker.search.recipe.data
     try:
         checker.manifest(data.url, data.storage_options)
     except UserError as error:
         reason = str(error).split(": make it with")[0]
-        fix = "make it with" if rows.scale == "small" else "set data.url=URL to yours, made with"
+        fix = "make it with" if rows.scale == "small" else "set data.url=URL to your data, prepared with"
         raise UserError(f"{reason}: {fix} `{rows.common.prepare}`") from None
 
 
-def _say_plan(rows: Rows, plan: Plan, costs: Mapping[str, Cost]) -> None:
+def _say_plan(rows: TableRun, plan: SearchPlan, costs: Mapping[str, Cost]) -> None:
     config = rows.table.config
     print(f"{config.title} ({config.source}), {rows.scale} scale: {rows.common.data}")
     say_resources(plan.search, plan.slots)
@@ -201,8 +191,8 @@ def _say_plan(rows: Rows, plan: Plan, costs: Mapping[str, Cost]) -> None:
         print(line)
 
 
-def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: Rows, costs: Mapping[str, Cost]) -> int:
-    """Write the table of what was measured, MLflow's last entries, and how to go on. Return the exit code."""
+def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: TableRun, costs: Mapping[str, Cost]) -> int:
+    """Write the table and the last MLflow entries; print how to continue; return the exit code."""
     record, folder, say = launch.record, launch.folder, launch.console.say
     status = outcome["status"]
     if status == "finished" and record.best() is None:
@@ -230,7 +220,7 @@ def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: Rows, costs: 
 
 
 def machine_words(launch: SearchLaunch) -> str:
-    """Return where the rows were trained, and how many at a time: their wall times depend on it."""
+    """Return the machine or cluster and the number of concurrent trials, on which wall times depend."""
     cluster, slots = launch.search.recipe.cluster, launch.slots
     where = machine()
     if cluster.resolved_address():

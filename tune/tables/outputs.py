@@ -1,4 +1,4 @@
-"""A finished table as Markdown, HTML, JSON and lines for the terminal: pure functions of the results."""
+"""A table as Markdown, HTML, JSON and lines for the terminal: pure functions of the results."""
 
 import json
 import shlex
@@ -11,34 +11,34 @@ from perceiver.report.page import render
 from perceiver.tracking.redaction import MASK, is_secret_key, redact_text
 from tune.report.numbers import duration
 from tune.tables.config import Scale, ScaleName, TableConfig
-from tune.tables.results import Judged, Result, is_share, seed_noise
+from tune.tables.results import JudgedClaim, RowResult, is_share, seed_noise
 
 HEAD = ("row", "paper", "ours", "seeds", "parameters", "FLOPs", "wall time")
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 NOT_RUN = "not run at this scale"
-OPEN = "What the papers leave open, and what the full scale has instead"
+OPEN = "Settings that the papers do not give, with those of the full scale"
 
 
 @dataclass(frozen=True)
 class TableReport:
-    """What the outputs are made of.
+    """The content of the outputs.
 
     Attributes:
         table: the table.
-        scale: the one that was run.
+        scale: its scale.
         found: a result for each row, in the table's order.
         judged: the claims.
-        command: what was typed.
-        machine: where it ran.
-        seconds: wall time of all trials, start-up included.
+        command: the command line.
+        machine: description of the machine or cluster.
+        seconds: wall time of all trials, including start-up.
         status: finished, stopped or failed.
-        date: day of the end.
+        date: day of the end; default: today.
     """
 
     table: TableConfig
     scale: ScaleName
-    found: Sequence[Result]
-    judged: Sequence[Judged]
+    found: Sequence[RowResult]
+    judged: Sequence[JudgedClaim]
     command: str
     machine: str
     seconds: float
@@ -47,21 +47,21 @@ class TableReport:
 
     @property
     def common(self) -> Scale:
-        """Return what the rows have in common."""
+        """Return the settings that all rows share."""
         return self.table.scale(self.scale)
 
     @property
     def facts(self) -> dict[str, str]:
-        """Return how it was measured, by caption."""
+        """Return the facts about the measurement by caption."""
         ended = {} if self.status == "finished" else {"status": f"{self.status}: not all trials finished"}
         noise, measure = seed_noise(self.found), self.common.metric.replace("_", " ")
         models = "; small models of the same structure" if self.scale == "small" else ""
-        known = f"{noise or 0:.2f} points of deviation over seeds, pooled over the rows"
+        known = f"{noise or 0:.2f} points of standard deviation over seeds, pooled over the rows"
         return {
             "paper": f"{self.table.figure}; {self.table.source}",
             "ours": f"{measure} (mean ± standard deviation over seeds); {self.common.data}{models}",
-            "noise": known if noise is not None else "unknown: it takes two seeds",
-            "wall time": f"of one trial's training, evaluations included; {duration(self.seconds)} for all of them",
+            "noise": known if noise is not None else "unknown with one seed",
+            "wall time": f"of one trial's training, including evaluations; {duration(self.seconds)} for all trials",
             "machine": self.machine,
             "command": _safe(self.command),
             "date": self.date or time.strftime("%Y-%m-%d"),
@@ -75,7 +75,7 @@ def _safe(command: str) -> str:
     return shlex.join(f"{key}={MASK}" if value and is_secret_key(key) else word for word, key, value in pairs)
 
 
-def cells(result: Result) -> list[str]:
+def cells(result: RowResult) -> list[str]:
     """Return a row of the table, in the order of `HEAD`."""
     paper = "–" if result.row.paper is None else f"{result.row.paper:.1f}"
     if result.cost is None:
@@ -96,11 +96,11 @@ def short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def notes(found: Sequence[Result]) -> Iterator[str]:
-    """Yield what is to be known of single rows: sources, notes, rows that were not run, seeds that failed."""
+def notes(found: Sequence[RowResult]) -> Iterator[str]:
+    """Yield the remarks on single rows: sources, notes, rows that were not run, seeds that failed."""
     for result in found:
         row = result.row
-        said = [f"the paper's figure: {row.source}"] if row.source else []
+        said = [f"the paper's result: {row.source}"] if row.source else []
         said += [row.note] if row.note else []
         said += [NOT_RUN] if result.cost is None else []
         said += [f"seed {seed}: {redact_text(reason)}" for seed, reason in sorted((result.failed or {}).items())]
@@ -109,14 +109,14 @@ def notes(found: Sequence[Result]) -> Iterator[str]:
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table as lines of aligned columns, the first to the left."""
+    """Return a table as lines of aligned columns."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
 
 
 def markdown(report: TableReport) -> str:
-    """Return the table, the claims, and how it was measured."""
+    """Return the table, the claims and the facts as Markdown."""
     lines = [
         f"## {report.table.title} ({report.scale} scale)",
         "",
@@ -125,7 +125,7 @@ def markdown(report: TableReport) -> str:
     ]
     lines += [f"| {' | '.join(_plain(text) for text in cells(result))} |" for result in report.found]
     if report.judged:
-        lines += ["", "| the paper's figures say | here | |", "|---|---|---|"]
+        lines += ["", "| claim of the paper | here | |", "|---|---|---|"]
         lines += [f"| {_plain(j.claim.text)} | {j.verdict} | {_plain(j.reason)} |" for j in report.judged]
     lines += ["", *(f"- {caption}: {text}" for caption, text in report.facts.items())]
     lines += [f"- {note}" for note in notes(report.found)]
@@ -139,7 +139,7 @@ def _plain(text: str) -> str:
 
 
 def write_json(report: TableReport) -> str:
-    """Return everything as JSON, each seed's score apart."""
+    """Return the report as JSON, with the score of each seed."""
     rows = [
         {
             "name": result.row.name,
@@ -191,8 +191,8 @@ def write_page(report: TableReport) -> str:
     )
 
 
-def _draw_results(found: Sequence[Result], metric: str) -> figures.Drawing | None:
-    """Draw each row's seeds, their mean and deviation, and the paper's figure; None if no row has a score of ours."""
+def _draw_results(found: Sequence[RowResult], metric: str) -> figures.Drawing | None:
+    """Draw each row's seeds with mean and deviation, and the paper's result; None if no row has a score."""
     shown = [result for result in found if result.mean is not None]
     if not shown:
         return None
@@ -210,7 +210,7 @@ def _draw_results(found: Sequence[Result], metric: str) -> figures.Drawing | Non
         "rows",
         "Our results and the paper's",
         lines,
-        "● ours: mean, deviation and single seeds. ◇ the paper's figure, measured on its own data.",
+        "● ours: mean, deviation and single seeds. ◇ the paper's result on its data.",
         size=(figures.FULL[0], 0.3 * len(shown) + 0.9),
         grid="both",
         xlabel=metric.replace("_", " ") + (", %" if is_share(metric) else ""),

@@ -1,4 +1,4 @@
-"""What trials come to as rows of a table: mean and deviation over seeds, and whether the paper's claims hold here."""
+"""The results of a table: mean and deviation of its rows over seeds, and a verdict on the paper's claims."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,29 +10,29 @@ from tune.record import TrialRecord
 from tune.tables.config import Claim, Row, ScaleName, TableConfig
 
 SHARES = ("accuracy", "mean_average_precision")
-"""Metrics that a table gives in per cent, as the papers do."""
+"""Metrics in per cent, as in the papers."""
 
 Verdict = Literal["holds", "does not hold", "open"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a row's model costs: parameters, and FLOPs of one sample's forward pass as the papers count them."""
+    """The cost of a row's model: parameters, and FLOPs of one sample's forward pass as the papers count them."""
 
     parameters: int
     flops: int
 
 
 @dataclass(frozen=True)
-class Result:
-    """A row with what was measured.
+class RowResult:
+    """A row with its measurements.
 
     Attributes:
         row: of the table.
         cost: of its model; None if it is not run at this scale.
-        scores: the metric of each seed that came to its end, in per cent where it is a share, by seed.
+        scores: the metric of each finished seed, shares in per cent, by seed.
         seconds: wall time of each of these trials' training.
-        failed: seed -> why it has no score.
+        failed: the reason why a seed has no score, by seed.
     """
 
     row: Row
@@ -58,8 +58,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A claim, what our figures say about it, and the reason in a few words."""
+class JudgedClaim:
+    """A claim with our verdict and its reason."""
 
     claim: Claim
     verdict: Verdict
@@ -67,19 +67,19 @@ class Judged:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is given in per cent."""
+    """Return whether a metric is in per cent."""
     return metric.startswith(SHARES)
 
 
 def results(
     table: TableConfig, scale: ScaleName, trials: Sequence[TrialRecord], costs: Mapping[str, Cost]
-) -> list[Result]:
+) -> list[RowResult]:
     """Gather the trials of each row.
 
     Args:
-        table: whose rows are wanted.
-        scale: the one that was run.
-        trials: all there are; each belongs to the row that its number says (`trial_row`), its values hold the seed.
+        table: the table.
+        scale: its scale.
+        trials: all trials, each with its seed among its values; their numbers determine the rows (`trial_row`).
         costs: of each row's model, by the row's name.
     """
     rows, metric = table.run_rows(scale), table.scale(scale).metric
@@ -90,16 +90,16 @@ def results(
         done = [trial for trial in own if trial.status == "finished" and trial.scores([metric])]
         scores = {int(trial.values["seed"]): factor * trial.scores([metric])[metric] for trial in done}
         failed = {int(trial.values["seed"]): trial.reason or trial.status for trial in own if trial not in done}
-        found.append(Result(row, costs.get(row.name), scores, [trial.seconds for trial in done], failed))
+        found.append(RowResult(row, costs.get(row.name), scores, [trial.seconds for trial in done], failed))
     return found
 
 
 def trial_row(rows: Sequence[Row], trial: TrialRecord) -> Row:
-    """Return the row of a trial: all rows with the first seed come first, so that more seeds only add trials."""
+    """Return the row of a trial: all rows with the first seed precede the others, so that more seeds add trials."""
     return rows[trial.number % len(rows)]
 
 
-def seed_noise(found: Sequence[Result]) -> float | None:
+def seed_noise(found: Sequence[RowResult]) -> float | None:
     """Return the standard deviation over seeds pooled over all rows; None if no row has two seeds."""
     groups = [list(result.scores.values()) for result in found if len(result.scores) > 1]
     freedom = sum(len(group) - 1 for group in groups)
@@ -108,33 +108,33 @@ def seed_noise(found: Sequence[Result]) -> float | None:
     return math.sqrt(sum((len(group) - 1) * stdev(group) ** 2 for group in groups) / freedom)
 
 
-def judge(table: TableConfig, found: Sequence[Result], mode: str = "max") -> list[Judged]:
-    """Hold the table's claims against the results.
+def judge(table: TableConfig, found: Sequence[RowResult], mode: str = "max") -> list[JudgedClaim]:
+    """Compare the table's claims with the results.
 
-    Two means are taken to differ by more than chance if they lie further apart than twice the standard error that the
-    deviation over seeds, pooled over the rows, gives their difference.
+    Two means differ by more than chance if their difference exceeds twice its standard error, by the standard deviation
+    over seeds, pooled over the rows.
     """
     by_name = {result.row.name: result for result in found}
     noise = seed_noise(found)
     return [_judge(claim, by_name, noise, mode) for claim in table.claims]
 
 
-def _judge(claim: Claim, by_name: Mapping[str, Result], noise: float | None, mode: str) -> Judged:
+def _judge(claim: Claim, by_name: Mapping[str, RowResult], noise: float | None, mode: str) -> JudgedClaim:
     first, second = (by_name[name] for name in claim.rows)
     lacking = [result.row.label for result in (first, second) if result.mean is None]
     if first.mean is None or second.mean is None:
-        return Judged(claim, "open", f"not run: {', '.join(lacking)}")
+        return JudgedClaim(claim, "open", f"not run: {', '.join(lacking)}")
     gain = (first.mean - second.mean) * (1 if mode == "max" else -1)
     wanted = f", at least {claim.by:g} apart wanted" if claim.by else ""
     words = f"{first.mean:.1f} against {second.mean:.1f}{wanted}"
     if noise is None:
         if gain < claim.by and claim.same is None:
-            return Judged(claim, "does not hold", f"{words}; one seed")
-        return Judged(claim, "open", f"{words}; one seed tells no noise")
+            return JudgedClaim(claim, "does not hold", f"{words}; one seed")
+        return JudgedClaim(claim, "open", f"{words}; unknown noise with one seed")
     margin = 2 * noise * math.sqrt(1 / len(first.scores) + 1 / len(second.scores))
     reason = f"{words}; by chance they differ by up to {margin:.1f}"
     if claim.same is not None:
-        return Judged(claim, "holds" if abs(gain) <= margin else "does not hold", reason)
+        return JudgedClaim(claim, "holds" if abs(gain) <= margin else "does not hold", reason)
     if gain >= claim.by and gain > margin:
-        return Judged(claim, "holds", reason)
-    return Judged(claim, "open" if gain + margin >= claim.by else "does not hold", reason)
+        return JudgedClaim(claim, "holds", reason)
+    return JudgedClaim(claim, "open" if gain + margin >= claim.by else "does not hold", reason)

@@ -31,8 +31,9 @@ from cluster.runtime.local_cluster import running_cluster
 from perceiver.config import UserError
 from tests.cluster.recipes import write_recipe
 from tests.homes import share_kernels
-from tune.config import load_search
+from tune.config import build_search
 from tune.search.submission import is_search, searching
+from tune.search_file import read_search
 
 pytestmark = pytest.mark.usefixtures("home")
 PERCEIVER = [sys.executable, "-m", "perceiver.cli"]
@@ -199,7 +200,7 @@ def test_a_search_and_its_recipe_find_each_other_in_the_package(
     monkeypatch.setenv("MLFLOW_URI", "sqlite:///x")
     command = job.command(job.arguments(words))
     assert command[3] == "tune" and command[-2:] == ["--run", "hunt"]
-    search = load_search(command[4], command[5:-2])
+    search = build_search(*read_search(command[4], command[5:-2]), command[4])
     assert search.config.trials == 3 and search.recipe == work.recipe
 
 

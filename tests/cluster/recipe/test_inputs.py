@@ -11,15 +11,15 @@ from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature
 from pipelines.features.base import ViewConfig
 from pipelines.feed.ingest import DataConfig
 from pipelines.shards.manifest import Manifest
-from pipelines.transforms.audio import AudioConfig
-from pipelines.transforms.video import VideoConfig
+from pipelines.transforms.audio import AudioViewConfig
+from pipelines.transforms.video import VideoViewConfig
 
 MEL = {"kind": "mel", "samples": 16_000, "rate": 16_000, "high": 7000}
 VIDEO = {"kind": "video", "frames": 8, "size": [32, 32]}
 DATA: dict[str, Any] = {
     "url": "data/x",
-    "audio": AudioConfig(rate=16_000, samples=16_000),
-    "video": VideoConfig(frames=8, size=(32, 32)),
+    "audio": AudioViewConfig(rate=16_000, samples=16_000),
+    "video": VideoViewConfig(frames=8, size=(32, 32)),
 }
 BOTH = {"kind": "multimodal", "modalities": {"sound": MEL, "video": VIDEO}}
 
@@ -55,7 +55,7 @@ def test_matching_data_pass() -> None:
         (
             MediaFeature(),
             BOTH,
-            {"video": VideoConfig(frames=4, size=(32, 32))},
+            {"video": VideoViewConfig(frames=4, size=(32, 32))},
             r"modalities.video .*frames = 8 .*size = \[32, 32\].*data.video .*4 frames of 32 x 32",
         ),
         (ImageFeature(channels=1, size=(8, 8)), {"kind": "image", "size": [8, 8]}, {}, "model.inputs.channels = 3"),

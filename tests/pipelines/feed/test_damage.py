@@ -147,7 +147,7 @@ def test_all_damage_is_caught_and_no_good_sample_is_lost(damaged: DataConfig, tm
     assert {(row["key"], row["reason"]) for row in listed} == {(p.key, p.reason) for p in found.values()}
 
 
-def test_what_is_only_odd_is_read_right(damaged: DataConfig) -> None:
+def test_unusual_samples_are_read_correctly(damaged: DataConfig) -> None:
     manifest = load_manifest(damaged.url)
     batches = eval_batches(damaged, manifest, EvalShare("train", BATCH), "cpu")
     rows = {
@@ -177,7 +177,7 @@ def test_replacements_do_not_depend_on_the_workers(damaged: DataConfig) -> None:
 
 def test_over_the_budget_the_run_stops_with_the_reasons(damaged: DataConfig) -> None:
     data = damaged.model_copy(update={"max_bad_fraction": 0.002})
-    with pytest.raises(UserError, match=r"bad samples in .* data.max_bad_fraction = 0.002 allows: \d x .*, 1 x .*"):
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction.*0\.002.*\d x .*, 1 x "):
         epoch(data, Quarantine(data.max_bad_fraction))
 
 
@@ -199,7 +199,7 @@ def shards(damaged: DataConfig, tmp_path: Path) -> tuple[Path, list[ShardInfo]]:
 def test_a_missing_shard_is_quarantined_row_by_row(shards: tuple[Path, list[ShardInfo]]) -> None:
     folder, infos = shards
     (folder / infos[2].name).unlink()
-    with pytest.raises(UserError, match=r"600 x train-2.parquet: missing|x train-2.parquet: missing"):
+    with pytest.raises(UserError, match=r"x train-2\.parquet: missing"):
         epoch(config(folder), Quarantine(0.01))
     quarantine = Quarantine(0.3)
     rows = epoch(config(folder, max_bad_fraction=0.3), quarantine)
@@ -251,10 +251,10 @@ def test_a_duplicated_shard_is_refused(shards: tuple[Path, list[ShardInfo]]) -> 
     folder, infos = shards
     raw = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(raw.replace("train-3.parquet", "train-2.parquet"))
-    with pytest.raises(UserError, match="shard train: train-2.parquet is listed twice"):
+    with pytest.raises(UserError, match=r"train: train-2\.parquet .*twice"):
         load_manifest(str(folder))
     (folder / "manifest.json").write_text(raw.replace(infos[3].sha256, infos[2].sha256))
-    with pytest.raises(UserError, match="train-3.parquet has the same content as train: train-2.parquet"):
+    with pytest.raises(UserError, match=r"train-3\.parquet .*train: train-2\.parquet"):
         load_manifest(str(folder))
 
 

@@ -90,7 +90,7 @@ def global_batches(data: DataConfig, start: int, stop: int, world: int, micro: i
 
 
 def test_splits_read_in_one_process_stay_apart(tmp_path: Path) -> None:
-    """A data task's process serves every split, so what it keeps of one must not pass for another."""
+    """A data task's process serves every split, so cached row groups of one must not be used for another."""
     write_images(tmp_path, {"train": [20], "test": [20]}, apart=True)
     data = DataConfig(url=str(tmp_path), executor="inline")
     manifest = load_manifest(data.url)
@@ -133,7 +133,7 @@ def test_global_batches_do_not_depend_on_the_world_size(toy: DataConfig, world: 
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 9])
-def test_a_restart_goes_on_with_the_same_batches(toy: DataConfig, start: int) -> None:
+def test_a_restart_continues_with_the_same_batches(toy: DataConfig, start: int) -> None:
     assert all(same(a, b) for a, b in zip(take(toy, start, 11), take(toy, 0, 11)[4 * start :], strict=True))
 
 
@@ -158,7 +158,7 @@ def test_ray_gives_the_inline_batches_across_segments(
 ) -> None:
     from pipelines.feed import stream
 
-    monkeypatch.setattr(stream, "SEGMENT", 3)
+    monkeypatch.setattr(stream, "RUNS_PER_DATASET", 3)
     data = toy.model_copy(update={"executor": "ray"})
     for world, rank, start in ((1, 0, 0), (2, 1, 7)):
         wanted = take(toy, start, 24, rank=rank, world=world)
@@ -222,7 +222,7 @@ def test_several_streams_side_by_side_change_nothing(damaged: DataConfig, small_
     data = damaged.model_copy(update={"executor": "ray", "prefetch_bytes": 2000})
     share = TrainShare(3, 24, micro, 2, 9, 1, 2)
     manifest = load_manifest(data.url)
-    works = ingest._train_works(data, manifest, ingest.sample_plan(data, manifest, seed=3, global_batch=24), share)
+    works = ingest.train_streams(data, manifest, ingest.sample_plan(data, manifest, seed=3, global_batch=24), share)
     assert [(work.rank, work.world) for work in works] == [(2, 4), (3, 4)]
     got = take(data, 2, 9, rank=1, world=2, micro=micro, quarantine=quarantine)
     assert len(got) == len(wanted) and all(same(a, b) for a, b in zip(got, wanted, strict=True))
@@ -246,7 +246,7 @@ def test_windows_read_ahead_give_the_same_rows(toy: DataConfig) -> None:
     manifest = load_manifest(toy.url)
     plan = ingest.sample_plan(toy, manifest, seed=3, global_batch=24)
     for cache in (256 << 20, 1):
-        work = ingest._work(
+        work = ingest.rank_work(
             toy.model_copy(update={"cache_bytes": cache}), manifest, plan, rank=0, world=1, seed=3, batch=24
         )
         assert len(list(plan.runs(0, 9, 9))) > 2
@@ -258,14 +258,14 @@ def test_rows_come_in_arrays_of_equal_size_across_windows(toy: DataConfig) -> No
     """Else Ray would put blocks together from pieces, and whoever reads them would copy them once more."""
     manifest = load_manifest(toy.url)
     plan = ingest.sample_plan(toy, manifest, seed=3, global_batch=24)
-    work = ingest._work(toy, manifest, plan, rank=0, world=2, seed=3, batch=12)
+    work = ingest.rank_work(toy, manifest, plan, rank=0, world=2, seed=3, batch=12)
     work = dataclasses.replace(work, chunk=36)
     assert any(start * 12 % 36 for start, _ in plan.runs(0, 8, 8)), "some windows begin within an array"
     assert [len(rows["valid"]) for rows in work.rows(0, 8)] == [36, 36, 24]
 
 
 def test_large_rows_come_from_a_stream_for_each_data_task(tmp_path: Path) -> None:
-    """Small ones only where what is shuffled together cannot wait decoded."""
+    """Small rows have several streams only if the samples shuffled together cannot wait decoded."""
     write_images(tmp_path, {"train": [20]})
     manifest = load_manifest(str(tmp_path))
     share = TrainShare(0, 8, 4, 0, 4)
@@ -273,7 +273,7 @@ def test_large_rows_come_from_a_stream_for_each_data_task(tmp_path: Path) -> Non
     def streams(**options: Any) -> int:
         data = DataConfig(url=str(tmp_path), **options)
         plan = ingest.sample_plan(data, manifest, seed=0, global_batch=8)
-        return len(ingest._train_works(data, manifest, plan, share))
+        return len(ingest.train_streams(data, manifest, plan, share))
 
     assert streams() == 1
     assert streams(image_size=(128, 128)) == 2
@@ -314,11 +314,7 @@ def test_too_many_bad_samples_stop_the_run_with_their_reasons(
     damaged: DataConfig, small_ray: None, executor: str
 ) -> None:
     data = damaged.model_copy(update={"executor": executor, "max_bad_fraction": 0.005})
-    with pytest.raises(
-        UserError,
-        match=r"bad samples in .* data.max_bad_fraction = 0.005 .* x undecodable image: .*"
-        r"example train/\d+",
-    ) as caught:
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction.*0\.005.* x undecodable image.*train/\d+") as caught:
         take(data, 0, 40)
     assert "\n" not in str(caught.value)
 
@@ -358,17 +354,17 @@ def cut(path: Path) -> None:
     "name, damage, reason, lost",
     [
         ("train-1.arrow", Path.unlink, "missing", range(20, 40)),
-        ("train-1.arrow", cut, "has another size than the manifest says", range(20, 40)),
+        ("train-1.arrow", cut, "its size differs from the manifest", range(20, 40)),
         ("train-1.arrow", flip, "record batch at byte 232 is damaged: its CRC-32", range(20, 25)),
         (
             "train-1.arrow",
             lambda path: rewrite(path, without_labels, known=False),
-            "has another size than the manifest says",
+            "its size differs from the manifest",
             range(20, 40),
         ),
         ("train-1.arrow", lambda path: rewrite(path, without_labels, known=True), "record batch at", range(20, 40)),
         ("train-1.arrow", lambda path: rewrite(path, with_float_labels, known=True), "record batch at", range(20, 40)),
-        ("train-1.parquet", cut, "has another size than the manifest says", range(20, 40)),
+        ("train-1.parquet", cut, "its size differs from the manifest", range(20, 40)),
         ("train-1.parquet", flip, "could not verify page integrity, CRC", range(20, 25)),
         (
             "train-1.parquet",
@@ -404,7 +400,7 @@ def test_a_shard_lost_in_mid_run_is_replaced_alike_everywhere(
     assert all(problem.reason.startswith(f"{name}: {reason}") for problem in quarantine.problems.values())
     assert sorted(problem.key for problem in quarantine.problems.values())[0] == f"{name}#0.0"
     assert quarantine.met == len(lost)
-    with pytest.raises(UserError, match=rf"than data.max_bad_fraction = 0.01 allows: \d+ x {name}: {reason}"):
+    with pytest.raises(UserError, match=rf"data\.max_bad_fraction.*0\.01.*\d+ x {name}: {reason}"):
         take(data.model_copy(update={"max_bad_fraction": 0.01}), 0, 2)
 
 
@@ -444,7 +440,7 @@ def test_a_shard_that_may_not_be_read_stops_the_run(tmp_path: Path, monkeypatch:
         raise PermissionError("not yours")
 
     monkeypatch.setattr(reader, "read_batch", refuse)
-    with pytest.raises(UserError, match="may not read .*/train-0.arrow: not yours; check the credentials"):
+    with pytest.raises(UserError, match=r"train-0\.arrow: not yours.*credentials"):
         take(DataConfig(url=str(tmp_path), executor="inline"), 0, 1)
 
 
@@ -484,7 +480,7 @@ def test_the_quarantine_is_written_as_a_table(tmp_path: Path) -> None:
 
 
 def test_lanes_that_do_not_divide_the_batch_are_refused(toy: DataConfig) -> None:
-    with pytest.raises(UserError, match="data.lanes = 7 does not divide"):
+    with pytest.raises(UserError, match=r"data\.lanes = 7\b"):
         take(toy.model_copy(update={"lanes": 7}), 0, 1)
 
 
@@ -492,7 +488,7 @@ def test_images_of_different_sizes_need_a_size(tmp_path: Path, toy: DataConfig) 
     manifest = load_manifest(toy.url)
     feature = manifest.features["image"].model_copy(update={"size": None})
     open_sized: Manifest = manifest.model_copy(update={"features": {**manifest.features, "image": feature}})
-    with pytest.raises(UserError, match="set data.image_size"):
+    with pytest.raises(UserError, match=r"data\.image_size"):
         batch_shapes(toy, open_sized)
     data = toy.model_copy(update={"image_size": (5, 4)})
     assert batch_shapes(data, open_sized)["image"] == (1, 5, 4)

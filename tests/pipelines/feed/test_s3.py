@@ -98,7 +98,7 @@ def test_a_server_that_never_answers_well_ends_in_one_clear_error(
     folder = open_folder("s3://data/digits", both[1].storage_options)
     s3.rate = 1.0
     policy = ReadPolicy(timeout=1.0, attempts=2, backoff=0.01)
-    with pytest.raises(ReadError, match=r"cannot read s3://data/digits/test-000000.arrow after 2 attempts"):
+    with pytest.raises(ReadError, match=r"s3://data/digits/test-000000\.arrow .*2 attempts"):
         read_range(folder, "test-000000.arrow", 0, 100, policy)
 
 

@@ -35,7 +35,7 @@ def test_damaged_and_doubled_samples_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
-def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path: Path, suffix: str) -> None:
+def test_files_that_differ_from_the_manifest_are_named(tmp_path: Path, suffix: str) -> None:
     write_images(tmp_path, {"train": [5, 5, 5, 5, 5]}, rows_per_group=3)
     if suffix == ".parquet":
         to_format_1(tmp_path)
@@ -58,8 +58,8 @@ def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path: Path, suf
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     faults = inspect(str(tmp_path), samples=False).faults
     assert [fault.split(":")[0] for fault in faults] == [f"train-{i}{suffix}" for i in (0, 2, 3, 4)]
-    counted = "1 record batches, the manifest says 2" if suffix == ".arrow" else "3 rows, the manifest says 5"
-    for fault, word in zip(faults, ("missing", "bytes, the manifest says", "columns", counted), strict=True):
+    counted = "1 record batches, wanted 2" if suffix == ".arrow" else "3 rows, wanted 5"
+    for fault, word in zip(faults, ("missing", "bytes, wanted", "columns", counted), strict=True):
         assert word in fault
     assert "checksum" in inspect(str(tmp_path), samples=False, verify=True).faults[1]
     found = inspect(str(tmp_path)).splits["train"]

@@ -18,7 +18,15 @@ from pipelines.feed.ingest import (
     sample_plan,
     train_batches,
 )
-from pipelines.order.mixture import MixedSplit, MixturePart, MixturePlan, mix, mixing_table, readable_batch, whole_parts
+from pipelines.order.mixture import (
+    MixedSplit,
+    MixturePart,
+    MixturePlan,
+    mixed_manifest,
+    mixing_table,
+    readable_batch,
+    whole_parts,
+)
 from pipelines.order.plan import RowGroups
 from pipelines.shards.quarantine import Quarantine
 from tests.pipelines.feed.test_ingest import Batches, joined, same
@@ -99,7 +107,7 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     "weights, counts",
     [([0.7, 0.3], (7, 3)), ([2, 1], (2, 1)), ([1], (1,)), ([0.1, 0.2, 0.3], (1, 2, 3)), ([5, 5], (1, 1))],
 )
-def test_weights_mean_what_their_decimals_say(weights: list[float], counts: tuple[int, ...]) -> None:
+def test_weights_are_taken_as_decimals(weights: list[float], counts: tuple[int, ...]) -> None:
     assert whole_parts(weights) == counts
 
 
@@ -107,7 +115,7 @@ def test_weights_of_many_digits_are_rounded_and_vanishing_ones_refused() -> None
     counts = whole_parts([1281167, 50021, 314.159])
     assert sum(counts) == 65536
     assert counts[0] / 65536 == pytest.approx(1281167 / 1331502.159, abs=1e-4)
-    with pytest.raises(UserError, match="weight 1 is less than 1/65536"):
+    with pytest.raises(UserError, match="weight 1 .*1/65536"):
         whole_parts([1, 1e7 + 1 / 3])
 
 
@@ -169,7 +177,7 @@ def test_a_bad_sample_is_replaced_from_its_own_data_set(tmp_path: Path) -> None:
     assert {(p.split, p.reason) for p in quarantine.problems.values()} == {
         (f"train of {tmp_path}/b", "train-0.arrow: missing")
     }
-    with pytest.raises(UserError, match=rf"1 of 2 files .*{tmp_path}/b/train-0.arrow: missing"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/b/train-0\.arrow: missing"):
         check_files(data, load_data(data))
 
 
@@ -193,10 +201,10 @@ def test_data_sets_that_do_not_agree_are_refused(mixed: DataConfig, tmp_path: Pa
         ({"features": {**manifest.features, "image": LabelFeature()}}, "feature 'image' of s3://other is"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            mix(manifest, "train", [(part, manifest.model_copy(update=change))])
+            mixed_manifest(manifest, "train", [(part, manifest.model_copy(update=change))])
         assert "\n" not in str(caught.value)
     larger = manifest.features["image"].model_copy(update={"size": (9, 9)})
     other = manifest.model_copy(update={"features": {**manifest.features, "image": larger}})
-    assert mix(manifest, "train", [(part, other)]).features["image"].model_dump()["size"] is None
-    with pytest.raises(UserError, match="leave data.lanes out"):
+    assert mixed_manifest(manifest, "train", [(part, other)]).features["image"].model_dump()["size"] is None
+    with pytest.raises(UserError, match=r"data\.lanes = 2\b"):
         sample_plan(mixed.model_copy(update={"lanes": 2}), load_data(mixed), seed=0, global_batch=20)

@@ -79,7 +79,7 @@ def readable(folder: Path, shard: ShardInfo) -> list[int]:
     return good
 
 
-def test_a_shard_is_what_the_manifest_says(tmp_path: Path) -> None:
+def test_a_shard_matches_the_manifest(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [23, 7]}, rows_per_group=10)
     shard = manifest.splits["train"].shards[0]
     raw = (tmp_path / shard.name).read_bytes()
@@ -175,7 +175,7 @@ def test_a_flipped_bit_anywhere_costs_its_batch_at_most(tmp_path: Path) -> None:
         assert readable(tmp_path, shard) == [n for n in range(3) if n not in hit]
 
 
-def test_a_truncated_file_loses_what_is_cut_off(tmp_path: Path) -> None:
+def test_a_truncated_file_loses_only_its_end(tmp_path: Path) -> None:
     shard = write(tmp_path, ROWS, 3)
     raw = (tmp_path / "a.arrow").read_bytes()
     for size in range(0, len(raw), 7):
@@ -193,7 +193,7 @@ def test_swapped_batches_are_damaged(tmp_path: Path) -> None:
     end = other + length
     (tmp_path / "a.arrow").write_bytes(raw[:start] + raw[other:end] + raw[start:other] + raw[end:])
     for batch in shard.batches[:2]:
-        with pytest.raises(OSError, match=rf"record batch at byte {batch.offset} is damaged: its CRC-32"):
+        with pytest.raises(OSError, match=rf"byte {batch.offset} .*CRC-32"):
             read(tmp_path, batch)
     assert read(tmp_path, shard.batches[2]) == rows[6:]
 

@@ -1,4 +1,4 @@
-"""Shards and the manifest: what is written is read back, what is not ready is refused in one line."""
+"""Shards and the manifest: both are read as written, and an incomplete folder is refused in one line."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from pipelines.shards.manifest import load_manifest
 from tests.pipelines.toys import write_images
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_manifest_is_loaded(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [23, 7]}, rows_per_group=10)
     assert load_manifest(str(tmp_path)) == manifest
     assert manifest.split("train").samples == 30
@@ -22,9 +22,9 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_data_set_are_refused_with_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent does not exist: make it with `perceiver prepare"):
+    with pytest.raises(UserError, match="absent .*`perceiver prepare"):
         load_manifest(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match=r"has no manifest.json .* `perceiver prepare"):
+    with pytest.raises(UserError, match=r"manifest\.json .*`perceiver prepare"):
         load_manifest(str(tmp_path))
     with pytest.raises(UserError, match="nosuch://x"):
         load_manifest("nosuch://x")
@@ -54,13 +54,13 @@ def test_broken_manifests_are_refused_in_one_line(tmp_path: Path, change, messag
 
 def test_an_unknown_split_names_the_known_ones(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, {"train": [2], "test": [2]})
-    with pytest.raises(UserError, match="no split 'val': it has train, test"):
+    with pytest.raises(UserError, match="'val'.*train, test"):
         manifest.split("val")
 
 
 def test_storage_options_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path, {"train": [2]})
-    with pytest.raises(UserError, match="no variable NOT_SET_ANYWHERE"):
+    with pytest.raises(UserError, match="NOT_SET_ANYWHERE"):
         load_manifest(str(tmp_path), {"key": "$NOT_SET_ANYWHERE"})
     monkeypatch.setenv("MKDIR", "yes")
     assert (

@@ -56,7 +56,7 @@ def test_row_groups_are_read_with_few_requests_and_retries(tmp_path: Path) -> No
         assert found["label"].to_pylist() == wanted["label"].to_pylist()
         assert found["key"].to_pylist() == [f"a.parquet#1.{row}" for row in range(8)]
         assert store.requests == 2 + failures, "the footer and the columns, which lie together"
-    with pytest.raises(ReadError, match=r"cannot read counted://x/a.parquet after 3 attempts: ConnectionResetError"):
+    with pytest.raises(ReadError, match=r"counted://x/a\.parquet .*3 attempts: ConnectionResetError"):
         read(Folder(Counted(99), str(tmp_path), "counted://x"), size, 1)  # type: ignore[arg-type]
 
 

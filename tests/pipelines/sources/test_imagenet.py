@@ -65,24 +65,24 @@ def test_every_layout_gives_the_same_samples(tmp_path: Path, layout: str) -> Non
     [
         (
             {"imagenet_2012_validation_synset_labels.txt": b"n01440764\n"},
-            "1 lines for 4 images, wanted one synset each",
+            "1 lines .*4 images",
         ),
         ({"imagenet_2012_validation_synset_labels.txt": b"490\n361\n171\n2\n"}, "such as n01440764"),
         ({"imagenet_2012_validation_synset_labels.txt": None}, "validation images without labels: add LOC_val"),
-        ({"ILSVRC2012_img_val.tar": b"x" * 2000}, "no whole tar"),
-        ({"ILSVRC2012_img_train.tar": tar({"n01440764.tar": b"y" * 700})}, "n01440764.tar in .* is no whole tar"),
+        ({"ILSVRC2012_img_val.tar": b"x" * 2000}, "truncated"),
+        ({"ILSVRC2012_img_train.tar": tar({"n01440764.tar": b"y" * 700})}, "n01440764.tar in .*truncated"),
     ],
 )
-def test_what_is_missing_is_said(tmp_path: Path, change: dict[str, bytes | None], message: str) -> None:
+def test_missing_files_are_named(tmp_path: Path, change: dict[str, bytes | None], message: str) -> None:
     files = {name: content for name, content in (LAYOUTS["tars"] | change).items() if content is not None}
     with pytest.raises(UserError, match=message):
         prepare("imagenet", str(write(tmp_path / "src", files)), str(tmp_path / "out"), OFF)
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not laid out like ImageNet"):
+    with pytest.raises(UserError, match="ImageNet"):
         prepare("imagenet", str(write(tmp_path / "src", {"cat/a.jpg": b""})), str(tmp_path / "out"), OFF)
-    with pytest.raises(UserError, match="source imagenet needs a source folder with train/"):
+    with pytest.raises(UserError, match="imagenet .*train/"):
         ImageNet().listing(None, seed=0, shard_rows=1, options={})
 
 

@@ -32,7 +32,7 @@ def cloud(row: dict) -> np.ndarray:
 
 
 def test_points_are_spread_by_area_on_the_surface() -> None:
-    """A box of 1 x 1 x 8: each long side holds 8 / 34 of the points, each end 1 / 34; all lie on a side."""
+    """A box of 1 x 1 x 8: each long side has 8 / 34 of the points, each end 1 / 34; all are on a side."""
     box = CORNERS * [1, 1, 8]
     points = surface_points(load_mesh(off(box, joined=True), "off"), 20_000, 3)
     assert points.shape == (20_000, 3) and points.dtype == np.float32
@@ -54,7 +54,7 @@ def hdf5(path: Path, **arrays: np.ndarray) -> Path:
     return path
 
 
-def test_modelnet_in_hdf5_keeps_each_row_and_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+def test_modelnet_in_hdf5_keeps_each_row_but_nan_and_infinite_ones(tmp_path: Path) -> None:
     src, rng = tmp_path / "hdf5", np.random.default_rng(0)
     clouds = rng.normal(size=(7, 16, 3)).astype(np.float32)
     clouds[6, 2, 1] = np.nan
@@ -86,7 +86,7 @@ def test_modelnet_in_hdf5_keeps_each_row_and_leaves_out_what_is_not_finite(tmp_p
     [
         ({"data": np.zeros((2, 4, 3))}, "has the arrays data: wanted data and label"),
         ({"data": np.zeros((2, 4, 3)), "label": np.zeros(3, int)}, "data is .2, 4, 3., label 3 x int64"),
-        ({"data": np.zeros((2, 4, 3)), "label": np.array([0, 7])}, "names 1 classes, the files hold labels 0 to 7"),
+        ({"data": np.zeros((2, 4, 3)), "label": np.array([0, 7])}, "1 classes.*0 to 7"),
     ],
 )
 def test_hdf5_of_another_make_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], line: str) -> None:
@@ -157,10 +157,10 @@ def test_ready_points_are_read_with_their_lists(tmp_path: Path) -> None:
         (b"solid cube", "not an OFF mesh"),
         (off()[:60], "unreadable off mesh"),
         (b"OFF\n8 0 0\n" + off().split(b"\n", 2)[2], "a mesh without faces"),
-        (off(CORNERS * np.nan), "not finite"),
+        (off(CORNERS * np.nan), "NaN or infinite"),
         (off(CORNERS * 0), "without area"),
         (off().replace(b"4 0 1 3 2", b"4 0 1 3 99"), "outside the range"),
-        (f"OFF\n{MAX_VERTICES + 1} 1 0\n".encode(), "vertices or faces by the header"),
+        (f"OFF\n{MAX_VERTICES + 1} 1 0\n".encode(), "5000000 vertices"),
     ],
 )
 def test_bad_meshes_are_named(mesh: bytes, reason: str) -> None:
@@ -171,11 +171,7 @@ def test_bad_meshes_are_named(mesh: bytes, reason: str) -> None:
 def test_a_few_bad_meshes_are_left_out_and_many_stop_the_preparation(tmp_path: Path) -> None:
     files = {f"cup/train/{i}.off": off() for i in range(9)} | {"cup/test/0.off": off()}
     src = write(tmp_path / "src", files | {"cup/train/3.off": b"", "cup/train/5.off": b"OFF\n1 1 0\n"})
-    with pytest.raises(
-        UserError,
-        match=r"2 of 10 raw items could not be read, more than the budget of 0.1 allows: "
-        r"1 x .*quarantine.parquet lists them",
-    ):
+    with pytest.raises(UserError, match=r"2 of 10 .*budget of 0\.1 .*1 x .*quarantine\.parquet"):
         prepare("modelnet40", str(src), str(tmp_path / "out"), OFF.model_copy(update={"max_bad_fraction": 0.1}))
     manifest = prepare("modelnet40", str(src), str(tmp_path / "out"), OFF.model_copy(update={"max_bad_fraction": 0.2}))
     assert manifest.rejected == 2 and manifest.splits["train"].samples == 7
@@ -183,7 +179,7 @@ def test_a_few_bad_meshes_are_left_out_and_many_stop_the_preparation(tmp_path: P
     assert {(row["split"], row["key"]) for row in found} == {("train", "cup/train/3.off"), ("train", "cup/train/5.off")}
 
 
-def test_repaired_items_are_read_when_a_preparation_goes_on(tmp_path: Path) -> None:
+def test_repaired_items_are_read_when_a_preparation_continues(tmp_path: Path) -> None:
     src = write(
         tmp_path / "src",
         {f"cup/{split}/{i}.off": off() for split in ("train", "test") for i in range(4)} | {"cup/train/1.off": b""},

@@ -80,7 +80,7 @@ def test_json_lines_are_held_out_by_content_and_bad_ones_named(tmp_path: Path) -
     problems = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
     assert manifest.rejected == 5
     assert sorted(row["reason"] for row in problems) == sorted(
-        ["no JSON object with 'body'"] * 3 + ["'body' is no string", "invalid UTF-8: invalid start byte"]
+        ["no JSON object with 'body'"] * 3 + ["'body' is not a string", "invalid UTF-8: invalid start byte"]
     )
     assert all(row["key"].startswith("a.jsonl@") for row in problems)
 

@@ -20,7 +20,7 @@ IMAGE = [png(np.full((4, 4, 3), i, np.uint8), "JPEG") for i in range(20)]
 
 
 def prepared(root: Path, tars: dict[str, bytes], **options: str) -> tuple[Manifest, dict[str, dict], list[dict]]:
-    """Manifest, samples by key, and what was left out."""
+    """Return manifest, samples by key, and rejected items."""
     src = write(root / "src", tars)
     manifest = prepare(
         "webdataset", str(src), str(root / "out"), PrepareConfig(parallel="off", max_bad_fraction=0.9, options=options)
@@ -130,7 +130,7 @@ def test_samples_that_lack_something_are_named(tmp_path: Path, change: dict, rea
 
 
 @pytest.mark.parametrize("end", [2 * 2048, 2 * 2048 + 100, 2 * 2048 + 1100, 2 * 2048 + 1400])
-def test_a_truncated_tar_gives_what_is_whole(tmp_path: Path, end: int) -> None:
+def test_a_truncated_tar_gives_its_complete_samples(tmp_path: Path, end: int) -> None:
     """A class takes 1,024 bytes in the tar, and so does an image: the cut is at a border, in a header, in an image."""
     raw = tar(
         {f"{i}{suffix}": content for i in range(6) for suffix, content in ((".cls", b"0"), (".jpg", IMAGE[i][:500]))}
@@ -142,9 +142,9 @@ def test_a_truncated_tar_gives_what_is_whole(tmp_path: Path, end: int) -> None:
 
 
 def test_folders_without_samples_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no .tar files below"):
+    with pytest.raises(UserError, match=r"\.tar"):
         prepared(tmp_path / "a", {"x.txt": b""})
-    with pytest.raises(UserError, match="begins without images, sound, video or texts"):
+    with pytest.raises(UserError, match="no images, sound, video or texts"):
         prepared(tmp_path / "b", {"x.tar": tar({"a.bin": b""})})
-    with pytest.raises(UserError, match="begins without"):
+    with pytest.raises(UserError, match="no images"):
         prepared(tmp_path / "c", {"x.tar": b"no tar"})

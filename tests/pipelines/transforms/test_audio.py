@@ -10,7 +10,7 @@ import pytest
 from pipelines.features import AudioFeature
 from pipelines.features.base import ViewConfig
 from pipelines.transforms import BadSample
-from pipelines.transforms.audio import AudioConfig, Sound
+from pipelines.transforms.audio import AudioViewConfig, Sound
 from pipelines.transforms.clip import ClipConfig, clip_starts
 from pipelines.transforms.media import Media
 from tests.pipelines.recordings import media_file, ramp, sound_file, tone
@@ -30,7 +30,7 @@ def seeded(seed: int) -> Callable[[], np.random.Generator]:
 
 def view(rate: int = 16_000, samples: int = 16_000, channel: int | None = None, **clip: Any) -> ViewConfig:
     """A view of so many samples."""
-    return ViewConfig(audio=AudioConfig(rate=rate, samples=samples, channel=channel), clip=ClipConfig(**clip))
+    return ViewConfig(audio=AudioViewConfig(rate=rate, samples=samples, channel=channel), clip=ClipConfig(**clip))
 
 
 def shown(stored: bytes, how: ViewConfig, training: bool = False, seed: int = 0) -> np.ndarray:
@@ -139,10 +139,10 @@ WAV = sound_file(ramp(2, 16_000), 16_000, "WAV")
         (None, "0 bytes"),
         (b"no sound at all" * 100, "undecodable media"),
         (sound_file(np.zeros(0, np.int16), 16_000, "WAV"), "0 seconds"),
-        (sound_file(NAN, 16_000, "WAV", "FLOAT"), "not finite"),
-        (sound_file(INFINITE, 16_000, "WAV", "FLOAT"), "not finite"),
-        (FLAC[: len(FLAC) // 3], "undecodable audio|cut off"),
-        (WAV[: len(WAV) // 2], "cut off"),
+        (sound_file(NAN, 16_000, "WAV", "FLOAT"), "NaN or infinite"),
+        (sound_file(INFINITE, 16_000, "WAV", "FLOAT"), "NaN or infinite"),
+        (FLAC[: len(FLAC) // 3], "undecodable audio|truncated"),
+        (WAV[: len(WAV) // 2], "truncated"),
         (sound_file(np.zeros(11_000, np.int16), 1000), "longer than 10 seconds"),
         (media_file([0, 1000], [1, 2]), "no audio stream"),
         (b"#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "undecodable media"),

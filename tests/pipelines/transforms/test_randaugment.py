@@ -1,4 +1,4 @@
-"""RandAugment: each operation does what its name says at the paper's magnitude."""
+"""RandAugment: each operation at the paper's magnitude."""
 
 from collections.abc import Callable
 from functools import partial

@@ -22,11 +22,11 @@ from pipelines.feed.ingest import DataConfig, EvalShare, eval_batches
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.transforms import BadSample
-from pipelines.transforms.audio import AudioConfig
+from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.clip import ClipConfig
 from pipelines.transforms.colour import ColourConfig, recoloured
 from pipelines.transforms.image import CropConfig
-from pipelines.transforms.video import VideoAugmentConfig, VideoConfig
+from pipelines.transforms.video import VideoAugmentConfig, VideoViewConfig
 from tests.pipelines.recordings import BIKES, media_file, ramp, real_video, sound_file
 
 GREY = VideoFeature(channels=1, size=(32, 32))
@@ -48,9 +48,9 @@ def view(frames: int = 4, fps: float = 25, samples: int = 1600, **settings: Any)
     of_clip = settings.keys() & {"jitter", "eval_clips", "max_seconds", "show"}
     clip = ClipConfig(**{key: settings.pop(key) for key in of_clip})
     return ViewConfig(
-        video=VideoConfig(frames=frames, fps=fps, **settings),
+        video=VideoViewConfig(frames=frames, fps=fps, **settings),
         clip=clip,
-        audio=AudioConfig(rate=16_000, samples=samples),
+        audio=AudioViewConfig(rate=16_000, samples=samples),
     )
 
 
@@ -109,7 +109,7 @@ def test_sound_and_pictures_stay_in_step() -> None:
 
 
 def test_the_real_recording_gives_its_sound_in_mono() -> None:
-    how = ViewConfig(video=VideoConfig(size=(32, 32)))
+    how = ViewConfig(video=VideoViewConfig(size=(32, 32)))
     got = shown(MediaFeature(), real_video(), how)
     assert got["audio"].shape == (61_440,) and got["audio"].dtype == np.int16 and got["audio"].std() > 10
     assert got["video"].shape == (32, 3, 32, 32)
@@ -122,7 +122,7 @@ def test_one_half_of_a_recording_can_be_left_out() -> None:
     assert set(BOTH.shapes("media", view(), 0)) == {"audio", "video"}
 
 
-def test_jitter_beyond_the_ends_holds_the_last_frame_and_silence() -> None:
+def test_jitter_beyond_the_ends_shows_the_last_frame_and_silence() -> None:
     how, most = view(frames=50, samples=32_000, jitter=0.5), 0
     for seed in range(4):
         clip = shown(BOTH, STEPS, how, True, seed)
@@ -190,7 +190,7 @@ def test_torch_is_imported_early_where_frames_need_it() -> None:
 
 
 def test_sizes_that_differ_need_a_size() -> None:
-    with pytest.raises(UserError, match="set data.video.size"):
+    with pytest.raises(UserError, match=r"data\.video\.size"):
         VideoFeature().shapes("video", ViewConfig(), 0)
 
 
@@ -223,7 +223,7 @@ ORDINARY, FRONT = mp4(), mp4("faststart")
         (GREY, None, "0 bytes"),
         (GREY, b"nothing" * 500, "undecodable media"),
         (GREY, ORDINARY[: len(ORDINARY) // 2], "undecodable media"),
-        (GREY, FRONT[: len(FRONT) // 2], "undecodable media|cut off"),
+        (GREY, FRONT[: len(FRONT) // 2], "undecodable media|truncated"),
         (GREY, media_file([0, 61_000], [1, 2]), "longer than 60 seconds"),
         (GREY, media_file([0, 40], [1, 2], size=(300, 400)), "frames of 400x300 are not 1 to 100000 pixels"),
         (GREY, sound_file(ramp(1, 16_000), 16_000), "no video stream"),
@@ -238,7 +238,7 @@ def test_damage_is_a_bad_sample(feature: Feature, stored: Any, reason: str) -> N
         shown(feature, stored, view(frames=48, max_pixels=100_000, max_seconds=60, size=(32, 32)))
 
 
-def test_the_whole_of_what_was_cut_off_is_good() -> None:
+def test_the_complete_files_of_truncated_ones_are_good() -> None:
     assert shown(GREY, FRONT, view(frames=48, size=(32, 32)))["video"].shape == (48, 1, 32, 32)
 
 
@@ -266,8 +266,8 @@ def test_clips_go_through_shards_and_batches_and_count_once(tmp_path: Path) -> N
         train_split="test",
         max_bad_fraction=1,
         clip=ClipConfig(eval_clips=3),
-        video=VideoConfig(frames=4),
-        audio=AudioConfig(rate=16_000, samples=2560),
+        video=VideoViewConfig(frames=4),
+        audio=AudioViewConfig(rate=16_000, samples=2560),
     )
     assert data.clip.eval_rows(6) == 2 and data.clip.eval_rows(1) == 1
     batches = list(eval_batches(data, load_manifest(str(tmp_path)), EvalShare("test", 2), "cpu"))

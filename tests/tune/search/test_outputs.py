@@ -22,9 +22,9 @@ from tune.report.numbers import duration, short_keys
 from tune.report.page import search_page
 from tune.search.conclude import best_recipe
 from tune.search.console import SearchConsole, news_line
-from tune.search.estimate import estimate, kept_share, say_estimate
+from tune.search.dry_run import estimate, kept_share, say_estimate
 from tune.search.exchange import copy_checkpoint, pointer_of, take_over
-from tune.search.launch import _check_rows, launch_search
+from tune.search.launch import check_same_rows, launch_search
 from tune.search.resources import divide
 
 
@@ -67,7 +67,7 @@ def test_news_in_words() -> None:
     found = some_trials()
     lines = {what: news_line(what, found.trials[3], found) for what in ("failed", "again", "started", "other")}
     assert lines["failed"] == "trial 3 failed: out of memory <b>"
-    assert lines["again"].endswith("starts again from its checkpoint")
+    assert lines["again"].endswith("restarts from its checkpoint")
     assert lines["started"].startswith("trial 3 starts") and lines["other"] == ""
     assert "trial 2's weights of step 10" in news_line("exchanged", found.trials[4], found)
 
@@ -105,7 +105,7 @@ def test_a_report_of_two_metrics_has_the_front(tmp_path: Path, tree: dict[str, A
     )
     page = search_page("hunt-001", found, load(tmp_path, tree))
     assert "accuracy against parameters" in page
-    assert "not computed: there are 2 trials that can be compared, and it takes 4" in page
+    assert "2 comparable trials, wanted 4" in page
 
 
 def test_the_best_recipe_is_the_base_with_the_values(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def test_the_best_recipe_is_the_base_with_the_values(tmp_path: Path, tree: dict[
     assert "accuracy 95.0 %" in text.splitlines()[1]
 
 
-def test_an_estimate_names_its_basis_or_says_unknown(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_an_estimate_names_its_basis_or_is_unknown(tmp_path: Path, tree: dict[str, Any]) -> None:
     search = load(tmp_path, tree)
     slots = divide(search.recipe, None, 4, 2)
     assert estimate(search, slots, 1000, 4) is None
@@ -133,7 +133,7 @@ def test_an_estimate_names_its_basis_or_says_unknown(tmp_path: Path, tree: dict[
     assert found is not None and found.longest == 2 * (1000 / 50 + 5)
 
 
-def test_a_dry_run_says_the_plan_and_starts_nothing(
+def test_a_dry_run_prints_the_plan_and_starts_nothing(
     tmp_path: Path, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree |= {"scheduler": {"kind": "asha", "grace": 1, "reduction": 2}, "overrides": {"train.epochs": 5}}
@@ -141,17 +141,17 @@ def test_a_dry_run_says_the_plan_and_starts_nothing(
     assert launch_search(write_search(tmp_path, tree), ["trials=3"], dry_run=True) == 0
     text = capsys.readouterr().out
     assert "hunt: 3 trials of small, search random, scheduler asha" in text and "25 steps of 16 samples" in text
-    assert "rungs at epoch 1, 2, 4: 1 in 2 goes on" in text and "expected time: unknown" in text
+    assert "rungs at epoch 1, 2, 4: 1 in 2 continues" in text and "expected time: unknown" in text
     assert "trial 0  optim.lr=0.01  (the base recipe)" in text and "trial 2  " in text and "trial 3" not in text
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "hunt.yaml"}
 
 
-def test_a_table_goes_on_with_the_same_rows_in_the_same_order(tmp_path: Path) -> None:
+def test_a_table_resumes_with_the_same_rows_in_the_same_order(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path), "reads-small-001")
-    _check_rows(folder, ["one", "two"], ["one", "two"])
+    check_same_rows(folder, ["one", "two"], ["one", "two"])
     for now in (["two", "one"], ["one", "two", "three"], ["one"]):
-        with pytest.raises(UserError, match="was begun with the rows one, two, now they are"):
-            _check_rows(folder, ["one", "two"], now)
+        with pytest.raises(UserError, match="rows one, two, now"):
+            check_same_rows(folder, ["one", "two"], now)
 
 
 def test_a_copy_that_fails_leaves_the_taker_its_own(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_the_share_that_halving_leaves(tmp_path: Path, tree: dict[str, Any]) -> 
 
 
 def test_weights_move_with_a_pointer_and_only_once(tmp_path: Path) -> None:
-    """The taker's store then holds the giver's checkpoint, byte for byte, and nothing of its own."""
+    """The target store then has exactly the donor's checkpoint, byte for byte."""
     from tests.perceiver.train.checkpoint.test_store import snapshot
 
     giver, taker = (RunFolder(str(tmp_path), name) for name in ("trial-000", "trial-001"))

@@ -1,4 +1,4 @@
-"""`perceiver tune` as a user runs it: real Ray, real trials, real MLflow, in processes of their own."""
+"""`perceiver tune` as a user runs it: real Ray, real trials, real MLflow, in separate processes."""
 
 import json
 import signal
@@ -68,7 +68,7 @@ def test_asha_with_a_trial_that_fails_then_a_kill_and_a_resume(tmp_path: Path, t
 
 
 def test_weights_are_exchanged_and_ctrl_c_saves(tmp_path: Path, tree: dict[str, Any]) -> None:
-    """Of two trials one cannot learn: PBT has it go on from the other's weights. Then Ctrl-C saves both."""
+    """Of two trials one cannot learn: with PBT it continues from the other's weights. Then Ctrl-C saves both."""
     tree |= {
         "trials": 2,
         **BY_LOSS,
@@ -93,7 +93,7 @@ def test_weights_are_exchanged_and_ctrl_c_saves(tmp_path: Path, tree: dict[str, 
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 130, output
-    assert "goes on from trial 1's weights" in output and "go on with: perceiver tune" in output
+    assert "continues from trial 1's weights" in output and "continue with: perceiver tune" in output
     taker = trials(folder)[0]
     losses = [e["metrics"]["loss"] for e in taker["evaluations"]]
     assert losses[before] < losses[0] - 0.05, "a rate of 1e-9 alone would not have moved it"
