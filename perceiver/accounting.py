@@ -32,29 +32,6 @@ class Account:
     executed_flops: int
     activation_bytes: int
 
-    def training_bytes(
-        self,
-        *,
-        micro_batch: int,
-        world: int = 1,
-        zero_stage: int = 0,
-        bytes_per_value: int = 4,
-        optimizer_values: int = 2,
-    ) -> int:
-        """Return the bytes one rank needs for weights, gradients, optimizer state and activations.
-
-        Args:
-            micro_batch: samples a rank holds at once.
-            world: number of ranks.
-            zero_stage: 0 keeps all on each rank; 1 divides optimizer state, 2 also gradients, 3 also weights.
-            bytes_per_value: 4 in float32; 2 in bfloat16, which adds float32 master weights to the optimizer state.
-            optimizer_values: float32 values of state a parameter (2 for AdamW and LAMB).
-        """
-        state = 4 * (optimizer_values + (1 if bytes_per_value < 4 else 0))
-        shares = [world if zero_stage >= stage else 1 for stage in (1, 2, 3)]
-        each = state / shares[0] + bytes_per_value / shares[1] + bytes_per_value / shares[2]
-        return int(self.parameters * each + micro_batch * self.activation_bytes * bytes_per_value / 4)
-
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of trained values, shared ones once."""

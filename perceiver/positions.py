@@ -72,12 +72,6 @@ def fourier_features(positions: Tensor, bands: int, max_resolution: Sequence[flo
     return torch.cat([positions, angles.sin(), angles.cos()], dim=-1)
 
 
-def grid_coordinates(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return (*shape, d) coordinates of a grid, each axis from -1 to 1 with both ends included, row first."""
-    axes = [torch.linspace(-1, 1, n, dtype=dtype) for n in shape]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
-
-
 @lru_cache(maxsize=32)
 def grid_tables(
     shape: tuple[int, ...], bands: int, max_resolution: tuple[float, ...], dtype: torch.dtype, device: torch.device

@@ -240,7 +240,7 @@ def train(
             wait_seconds=waited,
             result=result,
             flags=flags,
-            sample_ids=tuple(_ids(batch) for batch in micro_batches if "sample_id" in batch),
+            sample_ids=tuple(sample_ids(batch) for batch in micro_batches if "sample_id" in batch),
         )
         try:
             for hook in hooks:
@@ -252,7 +252,8 @@ def train(
     return span.total_steps
 
 
-def _ids(batch: Batch) -> torch.Tensor:
+def sample_ids(batch: Batch) -> torch.Tensor:
+    """Return the sample ids of a micro-batch (B,); -1 where a row is padding."""
     ids = batch["sample_id"]
     return torch.where(batch["valid"], ids, -1) if "valid" in batch else ids
 

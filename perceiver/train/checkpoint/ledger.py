@@ -12,9 +12,6 @@ always recorded; what lies behind the checkpoint that it resumes from is removed
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -99,65 +96,3 @@ def _names(fs: Any, root: str) -> list[str]:
     if not fs.exists(root):
         return []
     return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(root, detail=False))
-
-
-@dataclass
-class Audit:
-    """What a ledger says of a run.
-
-    Attributes:
-        steps: recorded steps.
-        lost: ids that the plan has in a step and the ledger has not, and steps that are not there at all.
-        doubled: ids that a step trained on more often than the plan says.
-        voided: steps that were rolled back.
-    """
-
-    steps: int = 0
-    lost: list[tuple[int, int]] = field(default_factory=list)
-    doubled: list[tuple[int, int]] = field(default_factory=list)
-    voided: set[int] = field(default_factory=set)
-
-    @property
-    def exact(self) -> bool:
-        """Whether each step trained on the planned samples, each once."""
-        return not self.lost and not self.doubled
-
-
-def read_ledger(url: str) -> Iterator[tuple[int, list[int]]]:
-    """Each stretch's rows of all ranks, as (step, ids); a step comes once for each rank and stretch that has it."""
-    import pyarrow.parquet as pq
-
-    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
-    for name in _names(fs, root):
-        if not name.startswith("steps-"):
-            continue
-        for path in sorted(fs.ls(f"{root}/{name}", detail=False)):
-            rows = pq.read_table(BytesIO(fs.cat_file(path))).to_pydict()
-            steps: dict[int, list[int]] = {}
-            for step, sample in zip(rows["step"], rows["sample_id"], strict=True):
-                steps.setdefault(step, []).append(sample)
-            yield from steps.items()
-
-
-def audit(url: str, last_step: int, planned: Callable[[int], Sequence[int]]) -> Audit:
-    """Hold a ledger against the plan.
-
-    Args:
-        url: folder of the ledger.
-        last_step: steps that the run has done.
-        planned: the ids of the global batch of a step, counted from 1.
-    """
-    found: dict[int, Counter[int]] = {}
-    for step, ids in read_ledger(url):
-        found.setdefault(step, Counter()).update(ids)
-    result = Audit(steps=len(found))
-    for step in range(1, last_step + 1):
-        wanted, there = Counter(planned(step)), found.get(step, Counter())
-        result.lost += [(step, sample) for sample in (wanted - there).elements()]
-        result.doubled += [(step, sample) for sample in (there - wanted).elements()]
-    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
-    for name in _names(fs, root):
-        if name.startswith("void-"):
-            void = json.loads(fs.cat_file(f"{root}/{name}"))
-            result.voided |= set(range(void["first"], void["last"] + 1))
-    return result

@@ -157,13 +157,6 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What `auto` means on a device: bf16 on GPUs that have it, else fp32 (bf16 is emulated on CPUs, and slow)."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-
-
 def allow_tf32(half: bool, device: torch.device) -> None:
     """In bf16 let a GPU take the products that stay in float32 as TF32, which keeps three bits more than bf16 does."""
     if half and device.type == "cuda":

@@ -1,6 +1,6 @@
 """The processes that train together: sums over them, and each one's random generators."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -34,26 +34,6 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         self.start_sum(total).wait()
         return total.tolist()
-
-    def sum_flat(self, tensors: Sequence[Tensor]) -> None:
-        """Sum many tensors over the ranks in place, in one all-reduce."""
-        if self.world == 1 or not tensors:
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with rank 0's."""
-        if self.world > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world > 1:
-            dist.barrier()
 
 
 class _Done:
