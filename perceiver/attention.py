@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from perceiver.config import UserError
 from perceiver.kernels import attend, dense
-from perceiver.positions import LAYER_NORM_EPS, Inputs
+from perceiver.positions import LAYER_NORM_EPS, Inputs, spread
 from perceiver.shared_kv import separable_moments, shared_kv
 
 Path = Literal["plain", "absorbed", "separable"]
@@ -44,6 +44,14 @@ def linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     lecun_normal_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
+    return layer
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """Make an output layer whose weights and bias are zero, so that a model starts without preferring a class."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -294,28 +302,12 @@ def _separable(q: Tensor, inputs: Inputs) -> Tensor:
     per_axis = q[..., data:] @ table.t()
     lead, width = sum(grid.shape[:-1]), grid.shape[-1]
     columns = per_axis[..., lead:]
-    rows = _spread_rows(per_axis[..., :lead], grid.shape[:-1])
+    rows = spread(per_axis[..., :lead], grid.shape[:-1]) if lead else per_axis.new_zeros(*per_axis.shape[:-1], 1)
     on_features, rows, columns = (part.expand(batch, -1, -1) for part in (on_features, rows, columns))
     moments, by_row, by_column = separable_moments(on_features, rows, columns, features, scale)
     assert by_column.shape[-1] == width
     marginals = torch.cat([*_fold_rows(by_row, grid.shape[:-1]), by_column], dim=-1)
     return torch.cat([moments[..., :data], marginals @ table], dim=-1) - moments[..., data:]
-
-
-def _spread_rows(per_axis: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Sum the leading axes' parts over their grid: (..., sum(shape)) -> (..., prod(shape))."""
-    if len(shape) == 1:
-        return per_axis
-    if not shape:
-        return per_axis.new_zeros(*per_axis.shape[:-1], 1)
-    total: Tensor | None = None
-    for axis, part in enumerate(per_axis.split(shape, dim=-1)):
-        view = [1] * len(shape)
-        view[axis] = shape[axis]
-        part = part.reshape(*part.shape[:-1], *view)
-        total = part if total is None else total + part
-    assert total is not None
-    return total.flatten(-len(shape))
 
 
 def _fold_rows(by_row: Tensor, shape: tuple[int, ...]) -> list[Tensor]:

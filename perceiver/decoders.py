@@ -11,28 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.attention import linear
+from perceiver.attention import linear, zero_linear
 from perceiver.config import Config, UserError
-from perceiver.model import latent_array
+from perceiver.model import latent_array, need_classes
 from perceiver.positions import Inputs, fourier_features
 
 
 class _Sized(Protocol):
     elements: int
     channels: int
-
-
-def _need_classes(classes: int | None) -> int:
-    if classes is None:
-        raise UserError("classes: got none for a classifier; wanted the number of classes: give classes=")
-    return classes
-
-
-def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class ClassDecoderConfig(Config):
@@ -44,7 +31,7 @@ class ClassDecoderConfig(Config):
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Make the decoder; `classes` is required."""
-        tasks = {"": _need_classes(classes)}
+        tasks = {"": need_classes(classes)}
         return MultitaskDecoder(self.channels or latent_channels, tasks, self.init_std)
 
 
@@ -71,7 +58,7 @@ class MultitaskDecoder(nn.Module):
         self.tasks = tuple(tasks)
         self.channels = self.output_channels = channels
         self.query = latent_array(len(tasks), channels, init_std)
-        self.heads = nn.ModuleList(_zero_linear(channels, classes) for classes in tasks.values())
+        self.heads = nn.ModuleList(zero_linear(channels, classes) for classes in tasks.values())
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
         """Return the queries for each sample, (B, tasks, channels)."""
@@ -137,7 +124,7 @@ class FlowDecoder(nn.Module):
         super().__init__()
         self.channels = self.output_channels = channels
         self.grid, self.scale = grid, scale
-        self.head = _zero_linear(channels, 2)
+        self.head = zero_linear(channels, 2)
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
         """Return the inputs themselves, or those of the pixels asked for."""

@@ -8,10 +8,10 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import Tensor, nn
 
 from perceiver import registry
-from perceiver.config import Config, UserError
+from perceiver.config import Config
 from perceiver.decoders import ClassDecoderConfig, DecoderConfig
 from perceiver.modalities import InputsConfig
-from perceiver.model import Encoder, Perceiver, PerceiverConfig, PerceiverIO, PerceiverIOConfig, Raw
+from perceiver.model import Encoder, Perceiver, PerceiverConfig, PerceiverIO, PerceiverIOConfig, Raw, need_classes
 from perceiver.presets import PRESETS, preset_values
 
 
@@ -23,9 +23,7 @@ class PerceiverModel(PerceiverConfig):
 
     def build(self, *, classes: int | None = None) -> nn.Module:
         """Make the module; `classes` is required."""
-        if classes is None:
-            raise UserError("classes: got none for a classifier; wanted the number of classes: give classes=")
-        return Perceiver(self, cast(Any, self.inputs).build(), classes)
+        return Perceiver(self, cast(Any, self.inputs).build(), need_classes(classes))
 
 
 class PerceiverIOModel(PerceiverIOConfig):

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend
-from perceiver.config import Config
+from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend, zero_linear
+from perceiver.config import Config, UserError
 from perceiver.positions import Inputs
 
 Raw = Tensor | Mapping[str, Tensor]
@@ -109,6 +109,17 @@ class Decoder(Protocol):
         ...
 
 
+def need_classes(classes: int | None) -> int:
+    """Return the number of classes.
+
+    Raises:
+        UserError: it is None; a classifier cannot be built without it.
+    """
+    if classes is None:
+        raise UserError("classes: got None for a classifier; wanted the number of classes: pass classes=")
+    return classes
+
+
 def latent_array(latents: int, channels: int, std: float) -> nn.Parameter:
     """Make an (N, D) learned array, truncated normal cut at two sigma (Perceiver App. C; Haiku's bounds)."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(latents, channels), std=std, a=-2 * std, b=2 * std))
@@ -201,9 +212,7 @@ class Perceiver(Encoder):
         blocks = 1 + max((i for kind, i in self.schedule if kind == "block"), default=-1)
         self.cross_attends = nn.ModuleList(self.cross_attend() for _ in range(crosses))
         self.blocks = nn.ModuleList(self.self_attends() for _ in range(blocks))
-        self.head = nn.Linear(config.latent_channels, classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zero_linear(config.latent_channels, classes)
 
     def encode(self, raw: Raw) -> Tensor:
         """Return the final latents (B, N, D)."""

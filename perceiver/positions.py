@@ -7,7 +7,7 @@ Source: Perceiver (arXiv 2103.03206v2) §3.2; DeepMind's released code for the o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import Literal
 
 import torch
@@ -96,6 +96,13 @@ def grid_tables(
     return torch.cat(rows).to(dtype=dtype, device=device)
 
 
+def spread(per_axis: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sum values given per axis index over a grid of one axis or more: (..., sum(shape)) -> (..., prod(shape))."""
+    views = [[size if other == axis else 1 for other in range(len(shape))] for axis, size in enumerate(shape)]
+    parts = [part.unflatten(-1, view) for part, view in zip(per_axis.split(shape, dim=-1), views, strict=True)]
+    return reduce(torch.add, parts).flatten(-len(shape))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Fixed Fourier positions of a grid, kept as axis tables: `table` is (sum(shape), P), see `grid_tables`."""
@@ -108,19 +115,9 @@ class Grid:
         """Number of position channels P."""
         return self.table.shape[1]
 
-    def spread(self, per_axis: Tensor) -> Tensor:
-        """Sum values given per axis index over the grid: (..., sum(shape)) -> (..., *shape)."""
-        lead = per_axis.shape[:-1]
-        total = per_axis.new_zeros(())
-        for axis, values in enumerate(per_axis.split(self.shape, dim=-1)):
-            view = [1] * len(self.shape)
-            view[axis] = self.shape[axis]
-            total = total + values.reshape(*lead, *view)
-        return total
-
     def dense(self) -> Tensor:
         """Return the (M, P) encoding of each grid point, row-major."""
-        return self.spread(self.table.t()).flatten(1).t()
+        return spread(self.table.t(), self.shape).t()
 
 
 @dataclass
@@ -179,7 +176,7 @@ class Inputs:
         assert self.grid is not None
         table = self.grid.table.to(self.data.dtype)
         data = self.data.transpose(1, 2)
-        sums = self.grid.spread(torch.stack([table.sum(1), table.square().sum(1)])).flatten(1)
+        sums = spread(torch.stack([table.sum(1), table.square().sum(1)]), self.grid.shape)
         mean = (data.sum(1) + sums[0]) / self.channels
         square = (data.square().sum(1) + sums[1]) / self.channels
         scale = (square - mean.square() + LAYER_NORM_EPS).rsqrt()

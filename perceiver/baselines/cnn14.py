@@ -5,9 +5,9 @@ from typing import Literal, cast
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.baselines._grid import Baseline, BaselineConfig, need_classes
+from perceiver.baselines._grid import Baseline, BaselineConfig
 from perceiver.config import UserError
-from perceiver.model import Raw
+from perceiver.model import Raw, need_classes
 
 
 class CNN14Config(BaselineConfig):

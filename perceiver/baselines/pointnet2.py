@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.baselines._grid import Baseline, BaselineConfig, need_classes
+from perceiver.baselines._grid import Baseline, BaselineConfig
 from perceiver.config import Config, UserError
 from perceiver.modalities.points import PointsConfig
-from perceiver.model import Raw
+from perceiver.model import Raw, need_classes
 
 
 class Level(Config):

@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.baselines._grid import Baseline, BaselineConfig, need_classes, transformers_library
-from perceiver.model import Raw
+from perceiver.baselines._grid import Baseline, BaselineConfig, transformers_library
+from perceiver.model import Raw, need_classes
 
 
 class ResNetConfig(BaselineConfig):

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from perceiver.baselines._grid import transformers_library
 from perceiver.config import UserError
 from perceiver.factory import PerceiverIOModel, build_model
 from perceiver.modalities.image import ImageConfig
@@ -271,19 +272,6 @@ def _their_model(head: str, c: PerceiverIOModel, model: nn.Module) -> Any:
     else:
         values |= _their_multimodal(inputs, cast(Any, c.decoder))
     return getattr(transformers, head)(transformers.PerceiverConfig(**values))
-
-
-def transformers_library() -> Any:
-    """Import the transformers library.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError("transformers: not installed; wanted for this conversion: pip install '.[models]'") from error
-    return transformers
 
 
 def read_transformers(folder: str) -> PerceiverIO:

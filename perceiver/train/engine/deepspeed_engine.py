@@ -5,6 +5,7 @@ optimizer, and the one operator that DeepSpeed would build on CPUs is switched o
 """
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -325,7 +326,7 @@ class DeepSpeedEngine:
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, plan: dict[str, Any]) -> Any:
     import deepspeed
 
-    with _quiet():
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints while it sets up
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan, dist_init_required=False)
     if plan["zero_optimization"]["stage"] == 3:
         _gather_for_backward(engine.module)
@@ -348,23 +349,6 @@ def _gather_for_backward(root: Any) -> None:
     for module in root.modules():
         if module is not root:
             module.register_forward_hook(hook)
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Keep DeepSpeed's prints off the user's screen while it sets up, saves or loads."""
-    with contextlib.redirect_stdout(_Sink()):
-        yield
-
-
-class _Sink:
-    """A stream that drops what is written to it."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        return None
 
 
 def _gathered(tensor: Any) -> Tensor:
