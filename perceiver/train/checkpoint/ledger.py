@@ -1,13 +1,13 @@
-"""Which samples went into which step: kept in memory since the last checkpoint, on disk if the run keeps a ledger.
+"""The samples of each step: in memory since the last checkpoint, and on disk if the run has a ledger.
 
-A ledger is a folder of Parquet files, one a rank for each stretch of steps, columns `step` and `sample_id` (-1: a row
-without a usable sample)::
+A ledger is a folder of Parquet files, one per rank and interval of steps, with columns `step` and `sample_id` (-1: a
+row without a usable sample)::
 
     ledger/steps-00000001-00000012/rank-00000.parquet
-    ledger/void-00000009-00000015.json      steps that were rolled back: their samples have left no trace in the weights
+    ledger/void-00000009-00000015.json      rolled-back steps: their samples had no effect on the weights
 
-A rank writes its part before its receipt for the checkpoint that ends the stretch, so what a resumed run builds on is
-always recorded; what lies behind the checkpoint that it resumes from is removed then, since those steps come again.
+A rank writes its part before its receipt for the checkpoint that ends the interval, so all steps before a checkpoint
+are recorded. When a run resumes, later entries are removed, because those steps run again.
 """
 
 import json
@@ -25,24 +25,24 @@ PART = re.compile(r"(?:steps|void)-(\d+)-(\d+)(?:\.json)?")
 
 
 class SampleLog:
-    """A hook that remembers the sample ids of this rank's last steps; they stay on the device until they are asked for.
+    """A hook that stores the sample ids of this rank's last steps; they stay on the device until they are written.
 
-    Put it before the hooks that may end a step early.
+    It must come before hooks that may raise.
     """
 
     def __init__(self) -> None:
         self.steps: dict[int, tuple[Tensor, ...]] = {}
 
     def __call__(self, info: StepInfo) -> None:
-        # Copies: a batch's tensors may be views into the block of data that they came in, which would be kept alive.
+        # Copies: a batch's tensors may be views that would keep a whole block of data alive.
         self.steps[info.step] = tuple(ids.clone() for ids in info.sample_ids)
 
     def forget(self, last: int) -> None:
-        """Drop the steps up to the last one."""
+        """Discard the steps up to `last`."""
         self.steps = {step: ids for step, ids in self.steps.items() if step > last}
 
     def table(self, first: int, last: int) -> bytes:
-        """The steps (first, last] as a Parquet file."""
+        """Return the steps (first, last] as a Parquet file."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -59,27 +59,27 @@ class SampleLog:
 
 
 class Ledger:
-    """The ledger of a run below a URL; each rank holds one."""
+    """The ledger of a run at a URL; each rank has one."""
 
     def __init__(self, url: str, rank: int, samples: SampleLog, start_step: int) -> None:
         self.fs, self.root = fsspec.core.url_to_fs(url.rstrip("/"))
         self.rank, self.samples, self.written = rank, samples, start_step
 
     def record(self, step: int) -> None:
-        """Write what was not written yet, up to a step; called in the background, again if it fails."""
+        """Write the steps up to `step` that are not written yet; called in the background, repeated after a failure."""
         if step > self.written:
             name = f"steps-{self.written + 1:08d}-{step:08d}/rank-{self.rank:05d}.parquet"
             self._write(name, self.samples.table(self.written, step))
             self.written = step
 
     def void(self, target: int, step: int) -> None:
-        """Note that the steps (target, step] were rolled back (rank 0)."""
+        """Record that the steps (target, step] were rolled back (rank 0)."""
         if self.rank == 0:
             steps = {"first": target + 1, "last": step}
             self._write(f"void-{target + 1:08d}-{step:08d}.json", json.dumps(steps).encode())
 
     def rewind(self, step: int) -> None:
-        """Remove what lies behind the step that the run resumes from (rank 0)."""
+        """Remove entries after the step from which the run resumes (rank 0)."""
         for name in _names(self.fs, self.root):
             found = PART.fullmatch(name)
             if found and int(found[2]) > step:
