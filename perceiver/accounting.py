@@ -18,13 +18,13 @@ from perceiver.factory import build_model, preset_config
 
 @dataclass(frozen=True)
 class Account:
-    """What a model costs.
+    """The cost of a model.
 
     Args:
         parameters: number of trained values, shared ones once.
         forward_flops: FLOPs of a forward pass of one sample as the papers count them, by the plain path.
         executed_flops: FLOPs of the matrix products that remain by the chosen path, one sample, forward.
-        activation_bytes: what a forward pass of one sample keeps for the backward pass, float32, by the chosen path.
+        activation_bytes: memory that a forward pass of one sample keeps for the backward pass, float32, chosen path.
     """
 
     parameters: int
@@ -56,7 +56,7 @@ def count_flops(model: nn.Module, batch: int = 1) -> int:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps; its numbers are never read."""
+    """Saves the tensors that a fused attention kernel saves; its values are never used."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _CountFused(TorchFunctionMode):
-    """Puts `_FusedAttention` in the place of the unfused attention that the meta device would choose."""
+    """Replaces the unfused attention of the meta device by `_FusedAttention`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
@@ -80,14 +80,14 @@ class _CountFused(TorchFunctionMode):
 
 
 def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
-    """Return the bytes that autograd keeps for the backward pass of a model on the meta device, parameters left out."""
+    """Return the bytes that autograd keeps for the backward pass of a model on the meta device, without parameters."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            # The tensor is kept too, so that no other storage takes its identity.
+            # The tensor is kept too, so that no other storage gets its id.
             kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
@@ -98,7 +98,7 @@ def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
 
 
 def account(config: Config, *, classes: int | None = None) -> Account:
-    """Return what the model of a config costs; takes a second or two, no memory for weights.
+    """Return the cost of a config's model; takes a second or two and no memory for weights.
 
     Args:
         config: a member of the `ModelConfig` union.

@@ -1,4 +1,4 @@
-"""Attention layers: self-attention over latents, and cross-attention with its exact short cuts.
+"""Attention layers: self-attention over latents, and cross-attention with exact shortcuts.
 
 Layers are pre-normalised: x += attention(LN(x)); x += MLP(LN(x)). Sources: Perceiver App. C, Perceiver IO eq. 4-6 and
 the released code. `choose_path` is the one place that decides how a cross-attention is computed.
@@ -22,11 +22,9 @@ AttentionKind = Literal["auto", "plain", "absorbed", "separable"]
 Activation = Literal["gelu_tanh", "gelu", "relu"]
 
 SEPARABLE_MAX_DATA = 16
-"""Data channels up to which the separable form's work per score stays small beside the matmul it replaces."""
-
-
+"""Data channels up to which the separable form is cheaper than the matrix product that it replaces."""
 FUSE_TOKENS = 4
-"""Tokens per channel from which a self-attention's three projections are joined to one product."""
+"""Tokens per channel from which the three projections of a self-attention are one matrix product."""
 
 
 def lecun_normal_(weight: Tensor, fan_in: int | None = None) -> Tensor:
@@ -78,7 +76,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Turn autocast off within, on devices that have it."""
+    """Return a context without autocast, on devices that have it."""
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -125,7 +123,7 @@ class SelfAttention(nn.Module):
         """Attend (B, N, D) to itself; `mask` (B, N) is True for tokens that exist."""
         layers = (self.query, self.key, self.value)
         if x.shape[0] * x.shape[1] >= FUSE_TOKENS * x.shape[2]:
-            # One product instead of three; the joined weights are small beside the activations then.
+            # One product instead of three; the concatenated weights are then small compared with the activations.
             weight = torch.cat([layer.weight for layer in layers])
             bias = torch.cat([layer.bias for layer in layers])
             parts = dense.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
@@ -177,7 +175,7 @@ def choose_path(
     - plain: the rest, and always when asked for.
 
     Raises:
-        UserError: `separable` asked for where the inputs are not a fixed grid.
+        UserError: `separable` is set but the inputs are not a fixed grid.
     """
     separable = inputs.grid is not None and inputs.fixed and inputs.mask is None
     if kind == "separable" and not separable:
@@ -311,7 +309,7 @@ def _separable(q: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _fold_rows(by_row: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
-    """Marginals per leading axis of sums given per row: (..., prod(shape)) -> one (..., shape[a]) per axis."""
+    """Return the marginal of each leading axis of sums per row: (..., prod(shape)) -> one (..., shape[a]) per axis."""
     grid = by_row.unflatten(-1, shape) if shape else by_row
     axes = range(-len(shape), 0)
     return [grid.sum([a for a in axes if a != axis]) if len(shape) > 1 else grid for axis in axes]

@@ -1,4 +1,4 @@
-"""Perceiver IO's decoders: output queries, and what the answers to them become.
+"""Decoders of Perceiver IO: output queries, and the mapping of their answers to outputs.
 
 Sources: Perceiver IO §3.2, App. E (query construction), F (language), H (flow), I (Kinetics).
 """
@@ -30,7 +30,7 @@ class ClassDecoderConfig(Config):
     init_std: float = Field(default=0.02, gt=0, description="Scale of the query's truncated normal.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
-        """Make the decoder; `classes` is required."""
+        """Build the decoder; `classes` is required."""
         tasks = {"": need_classes(classes)}
         return MultitaskDecoder(self.channels or latent_channels, tasks, self.init_std)
 
@@ -44,7 +44,7 @@ class MultitaskDecoderConfig(Config):
     init_std: float = Field(default=0.02, gt=0, description="Scale of the queries' truncated normal.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
-        """Make the decoder."""
+        """Build the decoder."""
         return MultitaskDecoder(self.channels or latent_channels, self.tasks, self.init_std)
 
 
@@ -92,7 +92,7 @@ class TokenDecoder(nn.Module):
         self.channels = self.output_channels = tokens.embedding_dim
         self.query = latent_array(length, self.channels, init_std)
         self.bias = nn.Parameter(torch.zeros(tokens.num_embeddings))
-        self._tied = (tokens,)  # in a tuple: it belongs to the inputs and must not be registered twice
+        self._tied = (tokens,)  # in a tuple, so that the inputs' module is not registered twice
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
         """Return a query for each input position, (B, M, channels)."""
@@ -107,7 +107,7 @@ class FlowDecoderConfig(Config):
     """The encoder's inputs as queries; two numbers for each pixel (Perceiver IO App. H)."""
 
     kind: Literal["flow"] = "flow"
-    scale: float = Field(default=0.01, description="What the linear layer's output is multiplied by to give pixels.")
+    scale: float = Field(default=0.01, description="Factor from the linear layer's output to pixels.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Make the decoder for inputs on an image grid."""
@@ -143,7 +143,7 @@ class GridOutput(Config):
     """An output at the points of a grid, queried by Fourier positions."""
 
     grid: tuple[int, ...] = Field(description="Shape of the grid of output elements.")
-    values: int = Field(ge=1, description="Numbers at each element.")
+    values: int = Field(ge=1, description="Values per element.")
     bands: int = Field(ge=1, description="Frequencies per axis.")
     max_resolution: tuple[float, ...] = Field(description="Sampling rate per axis.")
 
@@ -159,19 +159,19 @@ class MultimodalDecoderConfig(Config):
     """Outputs of several modalities from one cross-attention; grids may be asked at some points only (App. I)."""
 
     kind: Literal["multimodal"] = "multimodal"
-    modalities: dict[str, GridOutput | LabelOutput] = Field(description="What is decoded, by name.")
+    modalities: dict[str, GridOutput | LabelOutput] = Field(description="Outputs by name.")
     min_padding: int = Field(default=2, ge=1, description="Least width of the learned modality vectors.")
     answer_channels: int = Field(default=512, ge=1, description="Width between the decoder and the outputs.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
-        """Make the decoder."""
+        """Build the decoder."""
         return MultimodalDecoder(self)
 
 
 class MultimodalDecoder(nn.Module):
     """Queries of all modalities, padded with learned vectors to one width, in alphabetical order.
 
-    `asked[name]`, (B, q) or (q,) int64, holds row-major indices of a grid's elements; all elements if it is missing.
+    `asked[name]`, (B, q) or (q,) int64, are row-major indices of a grid's elements; all elements if it is missing.
     """
 
     def __init__(self, config: MultimodalDecoderConfig) -> None:

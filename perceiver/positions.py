@@ -1,6 +1,6 @@
 """Position encodings: Fourier features of grids and of points, learned tables, and the inputs that carry them.
 
-Legend of shape letters for the project: B batch, M inputs, N latents, C input channels, D latent channels, O outputs.
+Shape letters: B batch, M inputs, N latents, C input channels, D latent channels, O outputs.
 Source: Perceiver (arXiv 2103.03206v2) §3.2; DeepMind's released code for the order of the channels.
 """
 
@@ -78,8 +78,8 @@ def grid_tables(
 ) -> Tensor:
     """Return the axis tables of a Fourier grid, stacked: (sum(shape), P), P = d(2K+1).
 
-    The row for index i of axis a holds that axis' channels at their places in the encoding and zero elsewhere, so the
-    encoding of a grid point is the sum of one row per axis. Computed in float64, then rounded.
+    The row for index i of axis a has the channels of that axis at their positions in the encoding and zero elsewhere,
+    so the encoding of a grid point is the sum of one row per axis. Computed in float64, then rounded.
     """
     axes = len(shape)
     rows = []
@@ -122,14 +122,14 @@ class Grid:
 
 @dataclass
 class Inputs:
-    """What a Perceiver attends to: M elements of C channels, [data | position].
+    """The inputs of a cross-attention: M elements of C channels, [data | position].
 
     Args:
         data: (B, M, C_data) data channels; may be a transposed view of (B, C_data, M).
-        grid: fixed positions of a grid of M points, or None if `data` holds all channels.
+        grid: fixed positions of a grid of M points, or None if `data` has all channels.
         mask: (B, M) bool, True for an element that exists; None if all do.
         order: (M,) permutation: element i of the set is grid point order[i], its data and its position alike.
-            Attention over a set does not see it, so only `dense` applies it.
+            Attention is invariant to it, so only `dense` applies it.
     """
 
     data: Tensor
@@ -149,7 +149,7 @@ class Inputs:
 
     @property
     def fixed(self) -> bool:
-        """Whether no gradient flows into the inputs."""
+        """Whether the inputs need no gradient."""
         return not self.data.requires_grad
 
     @cached_property

@@ -63,7 +63,7 @@ class Baseline(nn.Module):
         """Return the inputs as an image (B, C, H, W).
 
         Raises:
-            UserError: if the inputs form no 2-D grid.
+            UserError: the inputs form no 2-D grid.
         """
         if len(self.grid) != 2:
             raise UserError(f"model.inputs: got inputs of grid {self.grid}; wanted an image: set model.grid, as 44, 44")

@@ -19,7 +19,7 @@ class CNN14Config(BaselineConfig):
     head_dropout: float = Field(default=0.5, ge=0, lt=1, description="Before and after the last hidden layer.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return CNN14(self, need_classes(classes))
 
 

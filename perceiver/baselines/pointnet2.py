@@ -38,7 +38,7 @@ class PointNet2Config(BaselineConfig):
     dropout: float = Field(default=0.5, ge=0, lt=1, description="After each hidden layer of the classifier.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return PointNet2(self, need_classes(classes))
 
 

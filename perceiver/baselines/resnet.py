@@ -18,7 +18,7 @@ class ResNetConfig(BaselineConfig):
     stem: int = Field(default=64, ge=1, description="Channels of the first convolution.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return ResNet(self, need_classes(classes))
 
 

@@ -24,7 +24,7 @@ class TransformerConfig(BaselineConfig):
     activation: Activation = Field(default="gelu_tanh", description="MLP activation.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return Transformer(self, need_classes(classes))
 
 

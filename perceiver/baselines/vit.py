@@ -22,7 +22,7 @@ class ViTConfig(BaselineConfig):
     init_std: float = Field(default=0.02, gt=0, description="Scale of the initial weights; narrow ones want more.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return ViT(self, need_classes(classes))
 
 

@@ -28,7 +28,7 @@ class Positions(nn.Module):
             if len(self.max_resolution) != len(grid):
                 raise UserError(
                     f"positions.max_resolution: got {len(self.max_resolution)} values for a grid of {len(grid)} axes; "
-                    "wanted one an axis"
+                    "wanted one per axis"
                 )
         elif isinstance(config, LearnedConfig):
             self.table = latent_array(math.prod(grid), config.channels, config.init_std)

@@ -47,7 +47,7 @@ class MelConfig(Config):
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
 
     def build(self) -> nn.Module:
-        """Make the module."""
+        """Build the module."""
         return Mel(self)
 
 
@@ -112,7 +112,7 @@ class Mel(nn.Module):
         return self.positions(mel.flatten(1)[..., None], grid)
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         return {"audio": torch.zeros(batch, self.config.samples, dtype=torch.int16, device=device)}
 
     def _augment(self, mel: Tensor) -> Tensor:

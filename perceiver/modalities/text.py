@@ -27,11 +27,11 @@ class TextConfig(Config):
     channels: int = Field(default=768, ge=1, description="Width of embeddings and positions.")
 
     def build(self) -> nn.Module:
-        """Make the module."""
-        return Text(self)
+        """Build the module."""
+        return TextInputs(self)
 
 
-class Text(nn.Module):
+class TextInputs(nn.Module):
     """Turns ids into inputs: embedding + position. `tokens.weight` also serves a decoder's tied output."""
 
     keys = ("text",)
@@ -46,7 +46,7 @@ class Text(nn.Module):
         self.positions = latent_array(config.length, config.channels, 0.02)
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         return {"text": torch.zeros(batch, self.config.length, dtype=torch.int64, device=device)}
 
     def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:

@@ -27,7 +27,7 @@ class ClassificationConfig(Config):
     seed: int = Field(default=0, description="Seed of MixUp and CutMix.")
 
     def build(self, *, classes: int) -> Task:
-        """Make the task."""
+        """Build the task."""
         return Classification(self, classes)
 
 

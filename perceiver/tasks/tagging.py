@@ -27,7 +27,7 @@ class TaggingConfig(Config):
     )
 
     def build(self, *, classes: int) -> Task:
-        """Make the task."""
+        """Build the task."""
         return Tagging(self, classes)
 
 
@@ -90,8 +90,8 @@ class Tagging:
     def summarise(self, sums: Mapping[str, Any], count: float) -> dict[str, float]:
         """Return loss, accuracy of single labels, and in evaluation mean_average_precision.
 
-        The latter is the middle between the bounds that the score bins give, over the classes that have a positive;
-        scikit-learn's value lies within mean_average_precision_error of it.
+        The latter is the mean of the bounds from the score bins, over the classes that have a positive; scikit-learn's
+        value is within mean_average_precision_error of it.
         """
         count = max(count, 1.0)
         metrics = {"loss": sums["loss"] / count, "label_accuracy": sums["correct"] / count}

@@ -139,14 +139,14 @@ def test_saved_and_loaded_run_continues_alike(tmp_path: Path, kind: str) -> None
 
 
 def test_loading_refuses_what_is_missing_or_foreign(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no training state"):
+    with pytest.raises(UserError, match=r"engine\.json"):
         engine().load(tmp_path)
     engine().save(tmp_path)
     other = ToyModel()
     other.leave = nn.Linear(7, 9)
     optim = OptimConfig()
     run = TorchEngine(other, ToyTask(), optim, build_schedule(ConstantSchedule(), 1, 1), device=CPU)
-    with pytest.raises(UserError, match=r"another model: leave.bias has shape \(5,\) there, \(9,\)"):
+    with pytest.raises(UserError, match=r"leave\.bias.*\(5,\).*\(9,\)"):
         run.load(tmp_path)
 
 
