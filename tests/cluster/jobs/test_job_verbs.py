@@ -135,7 +135,7 @@ def test_a_running_job_is_in_good_order(verb: Verb) -> None:
 def test_stop_says_whether_the_job_had_saved(verb: Verb) -> None:
     client = Client("RUNNING", "STOPPED")
     code, said = verb(client, "stop", "a")
-    assert code == 0 and client.stopped and "checkpoint saved\njob a-1 STOPPED\ngo on with: perceiver submit" in said
+    assert code == 0 and client.stopped and "checkpoint saved\njob a-1 STOPPED\n" in said and "perceiver submit" in said
     killed = Client("RUNNING", "STOPPED")
     killed.stop_job = lambda name: None  # type: ignore[method-assign]
     code, said = verb(killed, "stop", "a", "--json")

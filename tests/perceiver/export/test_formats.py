@@ -108,7 +108,7 @@ def test_the_card_states_licence_and_limits_also_where_the_data_cannot_be_read(t
     (tmp_path / "run" / "run.json").write_text(json.dumps({"data": facts}))
     export(source, "safetensors", tmp_path / "known")
     card = (tmp_path / "known" / "README.md").read_text()
-    assert "round, square" in card and "the data's is: ODbL" in card and "No figure is recorded" in card
+    assert "round, square" in card and "the data's is: ODbL" in card and "evaluate the model before" in card
 
 
 @pytest.mark.slow
@@ -166,12 +166,12 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
         assert isinstance(error, UserError) and "\n" not in str(error), error
         return str(error)
 
-    assert "reads its inputs once" in refused(source, "--format", "transformers")
-    assert "got nothing" in refused(str(tmp_path / "nothing"), "--format", "onnx")
+    assert "model.kind" in refused(source, "--format", "transformers")
+    assert f"{tmp_path / 'nothing'}" in refused(str(tmp_path / "nothing"), "--format", "onnx")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
-    assert "no safetensors file" in refused(str(tmp_path / "broken.safetensors"), "--format", "onnx")
+    assert "broken.safetensors" in refused(str(tmp_path / "broken.safetensors"), "--format", "onnx")
     save_file({"a": torch.zeros(2)}, tmp_path / "alone.safetensors")
-    assert "without a model's config" in refused(str(tmp_path / "alone.safetensors"), "--format", "safetensors")
+    assert "alone.safetensors" in refused(str(tmp_path / "alone.safetensors"), "--format", "safetensors")
 
 
 def test_a_checkpoint_gives_the_weights_that_the_engine_had(tmp_path):
