@@ -29,7 +29,7 @@ class MelConfig(Config):
 
     kind: Literal["mel"] = "mel"
     samples: int = Field(default=61_440, ge=1, description="Length of a clip in samples.")
-    rate: int = Field(default=48_000, ge=1, description="Samples a second.")
+    rate: int = Field(default=48_000, ge=1, description="Samples per second.")
     window: int = Field(default=2048, ge=2, description="STFT length in samples.")
     hop: int = Field(default=1024, ge=1, description="Samples between frames.")
     bins: int = Field(default=80, ge=1, description="Mel bins.")
@@ -91,7 +91,7 @@ class Mel(nn.Module):
         super().__init__()
         if config.high > config.rate / 2 or config.low >= config.high:
             raise UserError(
-                f"inputs.high: got {config.low} to {config.high} Hz at {config.rate} samples a second; wanted "
+                f"inputs.high: got {config.low} to {config.high} Hz at {config.rate} samples per second; wanted "
                 "low < high <= rate/2"
             )
         self.config = config
