@@ -1,10 +1,10 @@
-"""Scores the plan: what `perceiver plan --calibrate` foretells beside what `perceiver train` then takes here.
+"""Accuracy of the plan: the estimates of `perceiver plan --calibrate` against measurements of `perceiver train`.
 
     python benchmarks/capacity.py --recipe recipes/train/quickstart.yaml --workers 1 --workers 2 --json
 
-Prints one line a number of workers: step time and memory of a worker, foretold and measured. The step time is the mean
-of the recorded windows, the first ones left out: samples are made ahead, so that early steps share the cores with more
-decoding than late ones. The memory is a worker's peak resident set without what it shares with other processes.
+Prints one line per number of workers: step time and memory of a worker, estimated and measured. The step time is the
+mean of the recorded windows, the first ones left out: samples are made ahead, so that early steps share the cores with
+more decoding than late ones. The memory is a worker's peak resident set without what it shares with other processes.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class MemoryWatch(threading.Thread):
 
 
 def measure(recipe: str, overrides: list[str], folder: str) -> tuple[float, float]:
-    """Train; return the samples a second and the peak bytes of a worker."""
+    """Train; return samples per second and the peak bytes of a worker."""
     watch = MemoryWatch()
     watch.start()
     done = run_json("train", recipe, *overrides, f"output={folder}", "tracking.enabled=false")

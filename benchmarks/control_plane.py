@@ -11,7 +11,7 @@ few cores without a model's work between them, but start-up is bound by them: ea
 `group_s`: from the launch until the last worker had its engine; `start_s`: until all ranks had taken a step.
 `commit_s`: from the first rank's call to save until the manifest stood, the median. `step_ms`: of the loop with its
 hooks above the sleep, the median; every step is an exchange over all ranks. `end_s`: from the last step to the
-driver's return, report included. `worker_mb`: memory of a worker that it shares with no other, the largest.
+driver's return, report included. `worker_mb`: largest private memory of a worker.
 A size whose workers might not fit into the memory that is free is refused before it starts.
 """
 
@@ -38,7 +38,7 @@ SAVE_EVERY = 10
 SLEEP_S = 0.05
 SAVE_BYTES = 1 << 20
 WORKER_BYTES = 290 << 20
-"""About a worker's own memory, by which a size is refused."""
+"""Approximate private memory of a worker; sizes that need too much are refused."""
 BASE_BYTES = 2 << 30
 NOTES = "CONTROL_PLANE_NOTES"
 ENVIRONMENT = {
@@ -120,7 +120,7 @@ def prepare_images(folder: Path) -> str:
 
 
 def recipe_tree(folder: Path, url: str, workers: int) -> dict[str, Any]:
-    """The run's recipe: a tiny model, one sample a worker, a checkpoint every ten steps."""
+    """The run's recipe: a tiny model, one sample per worker, a checkpoint every ten steps."""
     inputs = {"kind": "image", "channels": 1, "size": [8, 8], "mean": [0.5], "std": [0.3]}
     epoch = SAMPLES / workers
     return {
@@ -163,7 +163,7 @@ def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
     os.environ["RAY_AUTH_MODE"] = "token"
     tree = recipe_tree(folder, url, workers)
     try:
-        # Logical CPUs for the shares of the workers, and some for what Ray starts beside them.
+        # Logical CPUs for the shares of the workers, and some for other processes of Ray.
         there = up(NodesConfig(nodes=(NodeGroup(cpus=workers // 8 + 4),)), lambda line: None)
         tree["cluster"]["address"] = there.address
         from cluster.run.launch import launch_training
@@ -206,7 +206,7 @@ def facts(folder: Path, workers: int, times: Mapping[str, float]) -> dict[str, A
 
 
 def tracked(folder: Path) -> int:
-    """How many values of the loss MLflow holds; the run must have ended well."""
+    """Return the number of loss values in MLflow; the run must have succeeded."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
@@ -216,7 +216,7 @@ def tracked(folder: Path) -> int:
 
 
 def measure(workers: int) -> dict[str, Any]:
-    """Run one size in a process of its own, and read what it left."""
+    """Run one size in a separate process, and read its results."""
     free, need = psutil.virtual_memory().available, BASE_BYTES + workers * WORKER_BYTES
     if need > free:
         return {"workers": workers, "refused": f"may need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"}

@@ -1,4 +1,4 @@
-"""Reading speed, ours beside other loaders, in one run: the same encoded samples, transforms and two processes.
+"""Reading speed, ours and other loaders in one run: the same encoded samples, transforms and two processes.
 
     pip install --target peers webdataset mosaicml-streaming litdata spdl             # the extra peers
     PYTHONPATH=peers python benchmarks/ingest.py --data /tmp/ingest                    # all rows, as a table
@@ -8,11 +8,11 @@ The first call makes the data (5,000 JPEGs of 500 x 375 and about 90 KB from pho
 carry, 4 s of sound as FLAC and as WAV, point clouds) and each loader's own layout of them below `--data`; that time is
 not measured. Every loader runs the same decoding and transforms (`Kind.sample`: Inception crop, flip and resize to
 224 x 224 uint8; a random second; a random 2,048 points, normalised) and gives torch batches of 64. Each measurement is
-a process of its own, with the allocator's settings of our training workers; the loaders take turns, `--repeats` times,
+a separate process, with the allocator's settings of our training workers; the loaders take turns, `--repeats` times,
 so that other work on the machine meets all alike.
 
-`per_second` is samples a second over `--seconds`, after as many of `--warm` (each loader's processes, the memory they
-share and the page cache are as in the middle of a run then), the median; `cpu_ms` the CPU milliseconds of a sample over
+`per_second` is samples per second over `--seconds`, after as many of `--warm` (each loader's processes, the memory they
+share and the page cache are as in the middle of a run then), the median; `cpu_ms` the CPU milliseconds per sample over
 all processes, which other work disturbs less; `memory_mb` the process tree's proportional set size when the measurement
 ends, since adding it up takes the more time from a loader the more processes it has; `first_s` the seconds from the
 loader's construction to its first batch, imports and `ray.init` apart. `ceiling` is the bare loop: two processes that
@@ -70,7 +70,7 @@ def bare_loop(kind: str, folder: str, ready: Any, done: Any) -> None:
 
 
 def ceiling(kind: Kind, folder: Path, warm: float, seconds: float) -> dict[str, float]:
-    """Samples a second of two bare loops."""
+    """Return the samples per second of two bare loops."""
     context = multiprocessing.get_context("spawn")
     ready, counts = context.Semaphore(0), [context.Value("q", 0, lock=False) for _ in range(PROCESSES)]
     for done in counts:
@@ -108,7 +108,7 @@ def _tree() -> list[psutil.Process]:
 
 
 def measure(name: str, kind: Kind, folder: Path, warm: float, seconds: float) -> dict[str, float]:
-    """Rate, CPU, time to the first batch and memory at the end of one loader; runs in a process of its own."""
+    """Rate, CPU, time to the first batch and memory at the end of one loader; runs in a separate process."""
     if name == "ceiling":
         return ceiling(kind, folder, warm, seconds)
     if name.startswith("ours"):
@@ -147,7 +147,7 @@ def leave() -> NoReturn:
 
 
 def end_below(process: psutil.Process) -> None:
-    """End all processes below one, the last first: one whose raylet is gone ends with an error of its own."""
+    """End all processes below one, the last first: one whose raylet is gone exits with an error."""
     for child in reversed(process.children(recursive=True)):
         with contextlib.suppress(psutil.Error):
             child.kill()
@@ -166,7 +166,7 @@ def _pss(process: psutil.Process) -> float:
 
 
 def serve(kind: Kind, folder: Path) -> None:
-    """An S3 server that holds the part and answers late; prints its address, and runs until its input ends."""
+    """Run an S3 server with the data that answers with a delay; print its address, and run until its input ends."""
     import boto3
 
     from tests.pipelines.faulty_s3 import FaultyS3
@@ -189,7 +189,7 @@ def serve(kind: Kind, folder: Path) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Medians over the repeats, beside the ceiling of the same kind."""
+    """Return medians over the repeats, with the ceiling of the same kind."""
     key = lambda row: (row["kind"], row["loader"])
     groups = {place: list(rows) for place, rows in itertools.groupby(sorted(results, key=key), key)}
     figures = ("per_second", "cpu_ms", "first_s", "memory_mb")
@@ -271,7 +271,7 @@ def compare(kind: Kind, options: argparse.Namespace) -> Iterator[dict[str, Any]]
 
 
 def run_one(command: list[str], env: dict[str, str], limit_s: float) -> dict[str, float] | None:
-    """A measurement in a process of its own; None if it takes longer than `limit_s`."""
+    """Return a measurement from a separate process; None if it takes longer than `limit_s`."""
     with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             printed, errors = process.communicate(timeout=limit_s)
@@ -285,7 +285,7 @@ def run_one(command: list[str], env: dict[str, str], limit_s: float) -> dict[str
 
 
 def _cannot(name: str) -> str:
-    """Why a peer cannot be imported; empty if it can. Asked in a process of its own, since imports leave traces."""
+    """Return why a peer cannot be imported, in a separate process; empty if it can."""
     code = f"from benchmarks.ingest_data import peer; peer('{name.split('_')[0]}')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""

@@ -192,7 +192,7 @@ def raw_files(kind: Kind, folder: Path) -> list[Path]:
 
 
 def once(write: Callable[[Kind, Path, Path], None]) -> Callable[[Kind, Path], Path]:
-    """Write a layout into a folder of its own the first time it is asked for."""
+    """Write a layout to its own folder on first use."""
 
     def made(kind: Kind, folder: Path) -> Path:
         target = folder / kind.name / write.__name__
@@ -258,7 +258,7 @@ def mds(kind: Kind, folder: Path, target: Path) -> None:
 
 
 class _AsLit:
-    """Reads a file for litdata's writer, which runs it in processes of its own."""
+    """Reads a file for litdata's writer, which runs this in its own processes."""
 
     def __call__(self, path: str) -> dict[str, Any]:
         return {"data": Path(path).read_bytes(), "label": int(Path(path).parent.name)}

@@ -142,7 +142,7 @@ def litdata(kind: Kind, folder: Path) -> Batches:
 
 
 def spdl_threads(kind: Kind, folder: Path) -> Batches:
-    """SPDL's pipeline over the files, a sample at a time in threads, as its guide shows it."""
+    """SPDL's pipeline over the files, one sample at a time in threads, as in its guide."""
     local = threading.local()
 
     def load(path: str) -> np.ndarray:

@@ -3,8 +3,8 @@
     python benchmarks/plan.py                     # a table of figures
     python benchmarks/plan.py --json              # one line
 
-Measured: CPU time of a rank's step (near and far into the run) and of a whole global batch; memory of the plan; that no
-sample stands twice in an epoch (by a bit set: all positions of the epoch with --all, else those of windows at its
+Measured: CPU time of a rank per step (early and late in the run) and of a whole global batch; memory of the plan; that
+no sample stands twice in an epoch (by a bit set: all positions of the epoch with --all, else those of windows at its
 beginning, middle and end); that the ranks' shares put together are the global batch; and how well a data set sorted by
 label is mixed: the mean length of runs of equal labels in a batch, and the chi-square of each batch's labels against
 drawing at random, per degree of freedom (1 is random).

@@ -1,4 +1,4 @@
-"""Test accuracy and seconds until it is reached: ours beside the public implementations, same data and steps, one run.
+"""Test accuracy and seconds until it is reached: ours and the public implementations, same data and steps, one run.
 
     perceiver prepare digits data/digits
     pip install --no-deps --target peers perceiver-pytorch==0.11.0
@@ -10,7 +10,7 @@ The model is the quickstart's: 28 x 28 pixels as 784 inputs, 16 latents of 64 ch
 self-attends after each, weights shared. Every peer is at its nearest equal configuration, its other settings are its
 own defaults. All see the same augmented batches in the same order (ours makes them beforehand and writes them to a
 file), the same number of steps, AdamW with the recipe's betas, decay, clipping and warm-up to a cosine, in the same
-plain loop, each in a process of its own with all cores, one after the other; of the learning rates given, the one that
+plain loop, each in a separate process with all cores, one after the other; of the learning rates given, the one that
 ends best counts for each model.
 
 `gflops` of a forward pass of one sample are counted by torch as executed (ours on its plain path). `accuracy` is that

@@ -16,9 +16,9 @@ second round, each a fresh start whose first steps are left out:
 included: the mean of a start's steps, since torchrun's processes decode many steps' samples at once, and the median of
 these over the rounds. `cpu_ms` is rank 0's own processor time in it, which other work on the machine disturbs less;
 Ray's data tasks and their processes are not in it. The arms must find the same losses, else the benchmark ends.
-`ray / torchrun` is Ray's overhead; `ray / memory` holds the cost of reading, too.
+`ray / torchrun` is Ray's overhead; `ray / memory` includes the cost of reading.
 
-With `--one-core` all workers compute on one core, in every arm, and the other cores are left to what runs beside them.
+With `--one-core` all workers compute on one core, in every arm, and the other cores are free for other processes.
 On a machine with as many cores as workers this tells apart what a launch costs the steps by itself and what it costs
 because no core is left for it.
 """
@@ -42,7 +42,7 @@ ARMS = ("ray", "torchrun", "memory")
 SETTINGS = {"one": (1, 1), "strong": (2, 1), "weak": (2, 2)}
 """Workers, and how many times the recipe's global batch."""
 LEFT_OUT = 100
-"""First steps of a start: by then all processes that come up beside the run are there."""
+"""First steps of a start: by then all other processes of the run have started."""
 AHEAD_BYTES = 12 << 20
 """`data.prefetch_bytes`: so little that the timed steps' samples are made while these steps run, not before; and enough
 for a window of the quickstart's samples, as the default is."""

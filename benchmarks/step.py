@@ -1,4 +1,4 @@
-"""Time and memory of a forward pass and of a training step, ours beside the public implementations, in one run.
+"""Time and memory of a forward pass and of a training step, ours and the public implementations in one run.
 
     pip install --no-deps --target peers perceiver-pytorch==0.11.0
     pip install --no-deps --ignore-requires-python --target peers perceiver-io==0.11.0     # the extra `bench`
@@ -6,8 +6,8 @@
     python benchmarks/step.py --peers peers --row small --json                # one line a measurement
 
 perceiver-io's package is called `perceiver` as ours is, and one process's memory would hide another's: each
-implementation is a process of its own. All of a row's processes are built first and then take turns, one pass each, so
-that a disturbance of the machine hits all alike. A step is forward, backward and AdamW. `seconds` is the median;
+implementation runs in a separate process. All of a row's processes are built first and then take turns, one pass each,
+so that a disturbance of the machine hits all alike. A step is forward, backward and AdamW. `seconds` is the median;
 `cpu_seconds` the median of the process's CPU time, which other work on the machine disturbs less; `memory_mb` the peak
 above the built model. The first pass of each kind warms up, and counts only where it is the only one: perceiver-pytorch
 at the size of ImageNet. `gflops` counts matrix products of one forward pass, multiply and add apart, as executed (ours
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def data(self) -> int:
-        """Data channels beside the positions."""
+        """Data channels, without positions."""
         return {"image": 3, "points": 0, "audio": 16}[self.inputs["kind"]]
 
     @property
@@ -242,7 +242,7 @@ def timed(run: Callable[[], Any]) -> dict[str, float]:
 
 def peak_of(run: Callable[[], Any], base: float) -> dict[str, float]:
     """Return the seconds of a run and its peak of resident memory above `base`, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     return {**timed(run), "memory_mb": round(resident_mb("VmHWM") - base)}
 
 
@@ -272,7 +272,7 @@ def count_flops(implementation: str, row: Row) -> float:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # transformers reads numbers out of its tensors, which the meta device has none of; our compiled kernels need it.
+    # transformers reads values of its tensors, which the meta device does not have; our compiled kernels need it.
     with torch.device("meta" if implementation in ("ours", "ours-io") else "cpu"):
         model, x = BUILDERS[implementation](row)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -306,7 +306,7 @@ def serve(row_name: str, implementation: str, threads: int) -> None:
     import torch
 
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # prints of libraries are not part of the answer
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     row = ROWS[row_name]
@@ -330,7 +330,7 @@ def serve(row_name: str, implementation: str, threads: int) -> None:
 
 
 class Child:
-    """A process that holds one implementation, and what it measured; a peer that fails is reported, not hidden."""
+    """The process of one implementation, and its measurements; a peer that fails is reported, not hidden."""
 
     def __init__(self, row: str, implementation: str, arguments: argparse.Namespace) -> None:
         self.row, self.implementation = row, implementation

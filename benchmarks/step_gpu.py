@@ -1,12 +1,12 @@
-"""Time and memory of a forward pass and of a training step on a GPU, ours beside the public implementations.
+"""Time and memory of a forward pass and of a training step on a GPU, ours and the public implementations.
 
     python benchmarks/step_gpu.py --peers peers                          # all rows, as a table; peers as in step.py
     python benchmarks/step_gpu.py --peers peers --row imagenet --batch imagenet=16
 
 The models and rows are those of `benchmarks/step.py`, at batches that occupy a GPU, under bf16 autocast.
-Each implementation is a process of its own, one after the other. `ms` is the median over CUDA events, `memory GB`
-the peak of what is allocated above the built model, in a step with gradients and AdamW's state. TFLOP/s is the GFLOP of
-`step.py` (a step: three times them) over the time. Beside ours:
+Each implementation runs in a separate process, one after the other. `ms` is the median over CUDA events, `memory GB`
+the peak allocation above the built model, in a step with gradients and AdamW's state. TFLOP/s is the GFLOP of
+`step.py` (a step: three times them) over the time. Besides ours:
 
 - ours torch: without the Triton kernel (PERCEIVER_KERNELS=0).
 - ours plain: `attention: plain`, torch's own attention over projected keys and values.
@@ -93,7 +93,7 @@ def measure(row_name: str, name: str, batch: int, repeats: int) -> dict[str, Any
 
 
 def child(row: str, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure in a process of its own; a peer that fails is reported, not hidden."""
+    """Measure in a separate process; a peer that fails is reported, not hidden."""
     environment = dict(os.environ)
     if name in PEERS:
         if arguments.peers is None:

@@ -1,5 +1,8 @@
-"""Perceiver and Perceiver IO: `perceiver.list_models()` names the models, `perceiver.create_model(name)` makes one,
-`perceiver.load_model(place)` makes one with the weights of a run, a checkpoint or a file."""
+"""Perceiver and Perceiver IO models and their training.
+
+`perceiver.list_models()` lists the presets, `perceiver.create_model(name)` builds one with initial weights, and
+`perceiver.load_model(place)` builds one with the weights of a run, a checkpoint or a file.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

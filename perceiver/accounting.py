@@ -18,42 +18,19 @@ from perceiver.factory import build_model, preset_config
 
 @dataclass(frozen=True)
 class Account:
-    """What a model costs.
+    """The cost of a model.
 
     Args:
         parameters: number of trained values, shared ones once.
         forward_flops: FLOPs of a forward pass of one sample as the papers count them, by the plain path.
         executed_flops: FLOPs of the matrix products that remain by the chosen path, one sample, forward.
-        activation_bytes: what a forward pass of one sample keeps for the backward pass, float32, by the chosen path.
+        activation_bytes: memory that a forward pass of one sample keeps for the backward pass, float32, chosen path.
     """
 
     parameters: int
     forward_flops: int
     executed_flops: int
     activation_bytes: int
-
-    def training_bytes(
-        self,
-        *,
-        micro_batch: int,
-        world: int = 1,
-        zero_stage: int = 0,
-        bytes_per_value: int = 4,
-        optimizer_values: int = 2,
-    ) -> int:
-        """Return the bytes one rank needs for weights, gradients, optimizer state and activations.
-
-        Args:
-            micro_batch: samples a rank holds at once.
-            world: number of ranks.
-            zero_stage: 0 keeps all on each rank; 1 divides optimizer state, 2 also gradients, 3 also weights.
-            bytes_per_value: 4 in float32; 2 in bfloat16, which adds float32 master weights to the optimizer state.
-            optimizer_values: float32 values of state a parameter (2 for AdamW and LAMB).
-        """
-        state = 4 * (optimizer_values + (1 if bytes_per_value < 4 else 0))
-        shares = [world if zero_stage >= stage else 1 for stage in (1, 2, 3)]
-        each = state / shares[0] + bytes_per_value / shares[1] + bytes_per_value / shares[2]
-        return int(self.parameters * each + micro_batch * self.activation_bytes * bytes_per_value / 4)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -79,7 +56,7 @@ def count_flops(model: nn.Module, batch: int = 1) -> int:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps; its numbers are never read."""
+    """Saves the tensors that a fused attention kernel saves; its values are never used."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,7 +71,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _CountFused(TorchFunctionMode):
-    """Puts `_FusedAttention` in the place of the unfused attention that the meta device would choose."""
+    """Replaces the unfused attention of the meta device by `_FusedAttention`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
@@ -103,14 +80,14 @@ class _CountFused(TorchFunctionMode):
 
 
 def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
-    """Return the bytes that autograd keeps for the backward pass of a model on the meta device, parameters left out."""
+    """Return the bytes that autograd keeps for the backward pass of a model on the meta device, without parameters."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            # The tensor is kept too, so that no other storage takes its identity.
+            # The tensor is kept too, so that no other storage gets its id.
             kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
@@ -121,7 +98,7 @@ def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
 
 
 def account(config: Config, *, classes: int | None = None) -> Account:
-    """Return what the model of a config costs; takes a second or two, no memory for weights.
+    """Return the cost of a config's model; takes a second or two and no memory for weights.
 
     Args:
         config: a member of the `ModelConfig` union.

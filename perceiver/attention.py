@@ -1,4 +1,4 @@
-"""Attention layers: self-attention over latents, and cross-attention with its exact short cuts.
+"""Attention layers: self-attention over latents, and cross-attention with exact shortcuts.
 
 Layers are pre-normalised: x += attention(LN(x)); x += MLP(LN(x)). Sources: Perceiver App. C, Perceiver IO eq. 4-6 and
 the released code. `choose_path` is the one place that decides how a cross-attention is computed.
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from perceiver.config import UserError
 from perceiver.kernels import attend, dense
-from perceiver.positions import LAYER_NORM_EPS, Inputs
+from perceiver.positions import LAYER_NORM_EPS, Inputs, spread
 from perceiver.shared_kv import separable_moments, shared_kv
 
 Path = Literal["plain", "absorbed", "separable"]
@@ -22,11 +22,9 @@ AttentionKind = Literal["auto", "plain", "absorbed", "separable"]
 Activation = Literal["gelu_tanh", "gelu", "relu"]
 
 SEPARABLE_MAX_DATA = 16
-"""Data channels up to which the separable form's work per score stays small beside the matmul it replaces."""
-
-
+"""Data channels up to which the separable form is cheaper than the matrix product that it replaces."""
 FUSE_TOKENS = 4
-"""Tokens per channel from which a self-attention's three projections are joined to one product."""
+"""Tokens per channel from which the three projections of a self-attention are one matrix product."""
 
 
 def lecun_normal_(weight: Tensor, fan_in: int | None = None) -> Tensor:
@@ -44,6 +42,14 @@ def linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     lecun_normal_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
+    return layer
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """Make an output layer whose weights and bias are zero, so that a model starts without preferring a class."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -70,7 +76,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Turn autocast off within, on devices that have it."""
+    """Return a context without autocast, on devices that have it."""
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -117,7 +123,7 @@ class SelfAttention(nn.Module):
         """Attend (B, N, D) to itself; `mask` (B, N) is True for tokens that exist."""
         layers = (self.query, self.key, self.value)
         if x.shape[0] * x.shape[1] >= FUSE_TOKENS * x.shape[2]:
-            # One product instead of three; the joined weights are small beside the activations then.
+            # One product instead of three; the concatenated weights are then small compared with the activations.
             weight = torch.cat([layer.weight for layer in layers])
             bias = torch.cat([layer.bias for layer in layers])
             parts = dense.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
@@ -169,7 +175,7 @@ def choose_path(
     - plain: the rest, and always when asked for.
 
     Raises:
-        UserError: `separable` asked for where the inputs are not a fixed grid.
+        UserError: `separable` is set but the inputs are not a fixed grid.
     """
     separable = inputs.grid is not None and inputs.fixed and inputs.mask is None
     if kind == "separable" and not separable:
@@ -294,7 +300,7 @@ def _separable(q: Tensor, inputs: Inputs) -> Tensor:
     per_axis = q[..., data:] @ table.t()
     lead, width = sum(grid.shape[:-1]), grid.shape[-1]
     columns = per_axis[..., lead:]
-    rows = _spread_rows(per_axis[..., :lead], grid.shape[:-1])
+    rows = spread(per_axis[..., :lead], grid.shape[:-1]) if lead else per_axis.new_zeros(*per_axis.shape[:-1], 1)
     on_features, rows, columns = (part.expand(batch, -1, -1) for part in (on_features, rows, columns))
     moments, by_row, by_column = separable_moments(on_features, rows, columns, features, scale)
     assert by_column.shape[-1] == width
@@ -302,24 +308,8 @@ def _separable(q: Tensor, inputs: Inputs) -> Tensor:
     return torch.cat([moments[..., :data], marginals @ table], dim=-1) - moments[..., data:]
 
 
-def _spread_rows(per_axis: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Sum the leading axes' parts over their grid: (..., sum(shape)) -> (..., prod(shape))."""
-    if len(shape) == 1:
-        return per_axis
-    if not shape:
-        return per_axis.new_zeros(*per_axis.shape[:-1], 1)
-    total: Tensor | None = None
-    for axis, part in enumerate(per_axis.split(shape, dim=-1)):
-        view = [1] * len(shape)
-        view[axis] = shape[axis]
-        part = part.reshape(*part.shape[:-1], *view)
-        total = part if total is None else total + part
-    assert total is not None
-    return total.flatten(-len(shape))
-
-
 def _fold_rows(by_row: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
-    """Marginals per leading axis of sums given per row: (..., prod(shape)) -> one (..., shape[a]) per axis."""
+    """Return the marginal of each leading axis of sums per row: (..., prod(shape)) -> one (..., shape[a]) per axis."""
     grid = by_row.unflatten(-1, shape) if shape else by_row
     axes = range(-len(shape), 0)
     return [grid.sum([a for a in axes if a != axis]) if len(shape) > 1 else grid for axis in axes]

@@ -1,4 +1,4 @@
-"""What every typed configuration shares: strictness, and the error a user sees."""
+"""The base class of all configurations, and the error for invalid user input."""
 
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     retired: ClassVar[tuple[str, ...]] = ()
-    """Keys that no longer mean anything: runs and exports of earlier versions have written them down."""
+    """Keys without a meaning in this version that recipes of earlier runs and exports contain; they are ignored."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Perceiver IO's decoders: output queries, and what the answers to them become.
+"""Decoders of Perceiver IO: output queries, and the mapping of their answers to outputs.
 
 Sources: Perceiver IO §3.2, App. E (query construction), F (language), H (flow), I (Kinetics).
 """
@@ -11,28 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.attention import linear
+from perceiver.attention import linear, zero_linear
 from perceiver.config import Config, UserError
-from perceiver.model import latent_array
+from perceiver.model import latent_array, need_classes
 from perceiver.positions import Inputs, fourier_features
 
 
 class _Sized(Protocol):
     elements: int
     channels: int
-
-
-def _need_classes(classes: int | None) -> int:
-    if classes is None:
-        raise UserError("classes: got none for a classifier; wanted the number of classes: give classes=")
-    return classes
-
-
-def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class ClassDecoderConfig(Config):
@@ -43,8 +30,8 @@ class ClassDecoderConfig(Config):
     init_std: float = Field(default=0.02, gt=0, description="Scale of the query's truncated normal.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
-        """Make the decoder; `classes` is required."""
-        tasks = {"": _need_classes(classes)}
+        """Build the decoder; `classes` is required."""
+        tasks = {"": need_classes(classes)}
         return MultitaskDecoder(self.channels or latent_channels, tasks, self.init_std)
 
 
@@ -57,7 +44,7 @@ class MultitaskDecoderConfig(Config):
     init_std: float = Field(default=0.02, gt=0, description="Scale of the queries' truncated normal.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
-        """Make the decoder."""
+        """Build the decoder."""
         return MultitaskDecoder(self.channels or latent_channels, self.tasks, self.init_std)
 
 
@@ -71,7 +58,7 @@ class MultitaskDecoder(nn.Module):
         self.tasks = tuple(tasks)
         self.channels = self.output_channels = channels
         self.query = latent_array(len(tasks), channels, init_std)
-        self.heads = nn.ModuleList(_zero_linear(channels, classes) for classes in tasks.values())
+        self.heads = nn.ModuleList(zero_linear(channels, classes) for classes in tasks.values())
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
         """Return the queries for each sample, (B, tasks, channels)."""
@@ -105,7 +92,7 @@ class TokenDecoder(nn.Module):
         self.channels = self.output_channels = tokens.embedding_dim
         self.query = latent_array(length, self.channels, init_std)
         self.bias = nn.Parameter(torch.zeros(tokens.num_embeddings))
-        self._tied = (tokens,)  # in a tuple: it belongs to the inputs and must not be registered twice
+        self._tied = (tokens,)  # in a tuple, so that the inputs' module is not registered twice
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
         """Return a query for each input position, (B, M, channels)."""
@@ -120,7 +107,7 @@ class FlowDecoderConfig(Config):
     """The encoder's inputs as queries; two numbers for each pixel (Perceiver IO App. H)."""
 
     kind: Literal["flow"] = "flow"
-    scale: float = Field(default=0.01, description="What the linear layer's output is multiplied by to give pixels.")
+    scale: float = Field(default=0.01, description="Factor from the linear layer's output to pixels.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Make the decoder for inputs on an image grid."""
@@ -137,7 +124,7 @@ class FlowDecoder(nn.Module):
         super().__init__()
         self.channels = self.output_channels = channels
         self.grid, self.scale = grid, scale
-        self.head = _zero_linear(channels, 2)
+        self.head = zero_linear(channels, 2)
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
         """Return the inputs themselves, or those of the pixels asked for."""
@@ -156,7 +143,7 @@ class GridOutput(Config):
     """An output at the points of a grid, queried by Fourier positions."""
 
     grid: tuple[int, ...] = Field(description="Shape of the grid of output elements.")
-    values: int = Field(ge=1, description="Numbers at each element.")
+    values: int = Field(ge=1, description="Values per element.")
     bands: int = Field(ge=1, description="Frequencies per axis.")
     max_resolution: tuple[float, ...] = Field(description="Sampling rate per axis.")
 
@@ -172,19 +159,19 @@ class MultimodalDecoderConfig(Config):
     """Outputs of several modalities from one cross-attention; grids may be asked at some points only (App. I)."""
 
     kind: Literal["multimodal"] = "multimodal"
-    modalities: dict[str, GridOutput | LabelOutput] = Field(description="What is decoded, by name.")
+    modalities: dict[str, GridOutput | LabelOutput] = Field(description="Outputs by name.")
     min_padding: int = Field(default=2, ge=1, description="Least width of the learned modality vectors.")
     answer_channels: int = Field(default=512, ge=1, description="Width between the decoder and the outputs.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
-        """Make the decoder."""
+        """Build the decoder."""
         return MultimodalDecoder(self)
 
 
 class MultimodalDecoder(nn.Module):
     """Queries of all modalities, padded with learned vectors to one width, in alphabetical order.
 
-    `asked[name]`, (B, q) or (q,) int64, holds row-major indices of a grid's elements; all elements if it is missing.
+    `asked[name]`, (B, q) or (q,) int64, are row-major indices of a grid's elements; all elements if it is missing.
     """
 
     def __init__(self, config: MultimodalDecoderConfig) -> None:

@@ -1,4 +1,4 @@
-"""From a recipe's `model:` to a module: the union of model configs, and building one."""
+"""Builds the model of a recipe's `model:` section; the union of all model configs."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -8,10 +8,10 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import Tensor, nn
 
 from perceiver import registry
-from perceiver.config import Config, UserError
+from perceiver.config import Config
 from perceiver.decoders import ClassDecoderConfig, DecoderConfig
 from perceiver.modalities import InputsConfig
-from perceiver.model import Encoder, Perceiver, PerceiverConfig, PerceiverIO, PerceiverIOConfig, Raw
+from perceiver.model import Encoder, Perceiver, PerceiverConfig, PerceiverIO, PerceiverIOConfig, Raw, need_classes
 from perceiver.presets import PRESETS, preset_values
 
 
@@ -22,10 +22,8 @@ class PerceiverModel(PerceiverConfig):
     inputs: InputsConfig = Field(description="The modality.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
-        if classes is None:
-            raise UserError("classes: got none for a classifier; wanted the number of classes: give classes=")
-        return Perceiver(self, cast(Any, self.inputs).build(), classes)
+        """Build the module; `classes` is required."""
+        return Perceiver(self, cast(Any, self.inputs).build(), need_classes(classes))
 
 
 class PerceiverIOModel(PerceiverIOConfig):
@@ -36,7 +34,7 @@ class PerceiverIOModel(PerceiverIOConfig):
     decoder: DecoderConfig = Field(default=ClassDecoderConfig(), description="Output queries.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required where the decoder classifies."""
+        """Build the module; `classes` is required by decoders that classify."""
         inputs = cast(Any, self.inputs).build()
         decoder = cast(Any, self.decoder).build(latent_channels=self.latent_channels, inputs=inputs, classes=classes)
         return PerceiverIO(self, inputs, decoder)
@@ -46,7 +44,7 @@ _OWN: dict[str, type[Config]] = {"perceiver": PerceiverModel, "perceiver_io": Pe
 
 
 def _with_preset(values: Any) -> Any:
-    """Write out `{preset: NAME, ...}` as the preset's section with the other keys merged in."""
+    """Replace `{preset: NAME, ...}` by the preset's section, with the other keys merged into it."""
     if not isinstance(values, Mapping) or "preset" not in values:
         return values
     return preset_values(values["preset"], {key: value for key, value in values.items() if key != "preset"})
@@ -61,17 +59,17 @@ else:
 
 
 def model_config(values: dict[str, Any]) -> Config:
-    """Validate a recipe's `model:` section, in which `preset: NAME` may stand for a preset's keys.
+    """Validate a recipe's `model:` section, where `preset: NAME` stands for the keys of a preset.
 
     Raises:
-        UserError: if there is no such preset.
-        pydantic.ValidationError: with the path of each key that is wrong.
+        UserError: there is no such preset.
+        pydantic.ValidationError: with the path of each invalid key.
     """
     return TypeAdapter(ModelConfig).validate_python(values)
 
 
 def build_model(config: Config, *, classes: int | None = None) -> nn.Module:
-    """Make the model that a config describes, on the current default device (`torch.device('meta')` costs nothing).
+    """Build the model of a config, on the current default device.
 
     Args:
         config: a member of the `ModelConfig` union.
@@ -81,7 +79,7 @@ def build_model(config: Config, *, classes: int | None = None) -> nn.Module:
         A module with `input_keys`; call it with the tensor of its one key, or a dict of several.
 
     Raises:
-        UserError: on settings that do not fit each other.
+        UserError: settings contradict each other.
     """
     return cast(Any, config).build(classes=classes)
 
@@ -95,8 +93,8 @@ def preset_config(name: str, **overrides: Any) -> tuple[Config, int | None]:
             number of classes.
 
     Raises:
-        UserError: if there is no such preset.
-        pydantic.ValidationError: if an override does not fit the config.
+        UserError: there is no such preset.
+        pydantic.ValidationError: an override is invalid.
     """
     classes = overrides.pop("classes", None)
     config = model_config({"preset": name, **overrides})
@@ -104,11 +102,11 @@ def preset_config(name: str, **overrides: Any) -> tuple[Config, int | None]:
 
 
 def create_model(name: str, *, device: torch.device | str = "cpu", **overrides: Any) -> nn.Module:
-    """Make a preset's model with fresh weights.
+    """Build a preset's model with initial weights.
 
     Args:
         name: one of `perceiver.list_models()`.
-        device: where to make it; `meta` costs neither time nor memory.
+        device: device of the model; `meta` takes neither time nor memory.
         overrides: see `preset_config`; for example `classes=10, latents=128, inputs={"size": (64, 64)}`.
     """
     config, classes = preset_config(name, **overrides)

@@ -1,4 +1,4 @@
-"""Perceiver and Perceiver IO: read the inputs into latents, process the latents, decode an answer.
+"""Perceiver and Perceiver IO: read the inputs into latents, process the latents, decode the output.
 
 Sources: Perceiver (arXiv 2103.03206v2) §3, §4.1, App. C; Perceiver IO (arXiv 2107.14795) §3, App. E; weight sharing as
 Perceiver Table 7 counts it: the first cross-attend has its own weights, the others share one set, and all latent
@@ -13,18 +13,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend
-from perceiver.config import Config
+from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend, zero_linear
+from perceiver.config import Config, UserError
 from perceiver.positions import Inputs
 
 Raw = Tensor | Mapping[str, Tensor]
 
 
 class EncoderConfig(Config):
-    """What Perceiver and Perceiver IO have in common: latents, and how they read and process."""
+    """Settings that Perceiver and Perceiver IO share: the latents and their layers."""
 
     latents: int = Field(default=512, ge=1, description="Number of latents N.")
-    latent_channels: int = Field(default=1024, ge=1, description="Width of a latent D.")
+    latent_channels: int = Field(default=1024, ge=1, description="Width D of a latent.")
     latent_init_std: float = Field(
         default=0.02, gt=0, description="Scale of the truncated normal (cut at 2 sigma) that the latents start from."
     )
@@ -53,7 +53,7 @@ class EncoderConfig(Config):
 class PerceiverConfig(EncoderConfig):
     """Perceiver: several cross-attends, each followed by a latent Transformer; the latents' mean is classified."""
 
-    cross_attends: int = Field(default=8, ge=1, description="How often the inputs are read.")
+    cross_attends: int = Field(default=8, ge=1, description="Number of cross-attends.")
     blocks: int | None = Field(
         default=None, ge=0, description="Latent Transformers; one for each cross-attend by default."
     )
@@ -69,9 +69,11 @@ class PerceiverConfig(EncoderConfig):
 class PerceiverIOConfig(EncoderConfig):
     """Perceiver IO: one cross-attend, blocks of self-attends, and a cross-attention decoder with output queries."""
 
-    blocks: int = Field(default=8, ge=1, description="How often the block of self-attends is applied.")
+    blocks: int = Field(default=8, ge=1, description="Number of times the block of self-attends is applied.")
     share_blocks: bool = Field(default=True, description="Whether the blocks share one set of weights.")
-    query_residual: bool = Field(default=True, description="Whether the decoder adds the output query to its answer.")
+    query_residual: bool = Field(
+        default=True, description="Whether the decoder adds the output query to the result of its attention."
+    )
     encoder_query_residual: bool = Field(
         default=True, description="Whether the encoder adds the latents to what it reads."
     )
@@ -109,13 +111,24 @@ class Decoder(Protocol):
         ...
 
 
+def need_classes(classes: int | None) -> int:
+    """Return the number of classes.
+
+    Raises:
+        UserError: it is None; a classifier cannot be built without it.
+    """
+    if classes is None:
+        raise UserError("classes: got None for a classifier; wanted the number of classes: pass classes=")
+    return classes
+
+
 def latent_array(latents: int, channels: int, std: float) -> nn.Parameter:
     """Make an (N, D) learned array, truncated normal cut at two sigma (Perceiver App. C; Haiku's bounds)."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(latents, channels), std=std, a=-2 * std, b=2 * std))
 
 
 class Encoder(nn.Module):
-    """Inputs and latents, and running layers with or without activation checkpointing."""
+    """Base of the models: inputs, latents, and layers with or without activation checkpointing."""
 
     def __init__(self, config: EncoderConfig, inputs: nn.Module) -> None:
         super().__init__()
@@ -138,18 +151,18 @@ class Encoder(nn.Module):
         return cast(Any, self.inputs).example(batch, device)
 
     def read(self, raw: Raw) -> tuple[Tensor, Inputs]:
-        """Return the latents (1, N, D), the same for every sample until they have read, and the batch's inputs."""
+        """Return the initial latents (1, N, D), the same for every sample, and the batch's inputs."""
         tensors = raw if isinstance(raw, Mapping) else {self.input_keys[0]: raw}
         dtype = torch.float64 if self.latents.dtype == torch.float64 else torch.float32
         inputs = self.inputs(tensors, dtype)
         return self.latents[None], inputs
 
     def run(self, layer: nn.Module, *args: Any) -> Tensor:
-        """Apply a layer, keeping its activations only if the config says so."""
+        """Apply a layer, with activation checkpointing if configured."""
         if self.config.checkpoint_activations and torch.is_grad_enabled():
             for inputs in args:
                 if isinstance(inputs, Inputs):
-                    # Made here, once: a value cached inside a checkpointed layer would be missing when it is run again.
+                    # Computed here, because a value cached in a checkpointed layer is missing when it is recomputed.
                     _ = inputs.dense, inputs.normalised
             return cast(Tensor, checkpoint(layer, *args, use_reentrant=False))
         return layer(*args)
@@ -201,9 +214,7 @@ class Perceiver(Encoder):
         blocks = 1 + max((i for kind, i in self.schedule if kind == "block"), default=-1)
         self.cross_attends = nn.ModuleList(self.cross_attend() for _ in range(crosses))
         self.blocks = nn.ModuleList(self.self_attends() for _ in range(blocks))
-        self.head = nn.Linear(config.latent_channels, classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zero_linear(config.latent_channels, classes)
 
     def encode(self, raw: Raw) -> Tensor:
         """Return the final latents (B, N, D)."""
@@ -293,7 +304,7 @@ class PerceiverIO(Encoder):
         return x, inputs
 
     def forward(self, raw: Raw, asked: Mapping[str, Tensor] | None = None) -> Any:
-        """Return the decoder's outputs; `asked` holds per-sample query indices for decoders that subsample."""
+        """Return the decoder's outputs; `asked` has per-sample query indices for decoders that subsample."""
         x, inputs = self.encode(raw)
         decoder = cast(Decoder, self.decoder)
         queries = decoder.queries(inputs, asked).dense.to(x.dtype)

@@ -1,13 +1,13 @@
 """Position encodings: Fourier features of grids and of points, learned tables, and the inputs that carry them.
 
-Legend of shape letters for the project: B batch, M inputs, N latents, C input channels, D latent channels, O outputs.
+Shape letters: B batch, M inputs, N latents, C input channels, D latent channels, O outputs.
 Source: Perceiver (arXiv 2103.03206v2) §3.2; DeepMind's released code for the order of the channels.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import Literal
 
 import torch
@@ -72,20 +72,14 @@ def fourier_features(positions: Tensor, bands: int, max_resolution: Sequence[flo
     return torch.cat([positions, angles.sin(), angles.cos()], dim=-1)
 
 
-def grid_coordinates(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return (*shape, d) coordinates of a grid, each axis from -1 to 1 with both ends included, row first."""
-    axes = [torch.linspace(-1, 1, n, dtype=dtype) for n in shape]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
-
-
 @lru_cache(maxsize=32)
 def grid_tables(
     shape: tuple[int, ...], bands: int, max_resolution: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return the axis tables of a Fourier grid, stacked: (sum(shape), P), P = d(2K+1).
 
-    The row for index i of axis a holds that axis' channels at their places in the encoding and zero elsewhere, so the
-    encoding of a grid point is the sum of one row per axis. Computed in float64, then rounded.
+    The row for index i of axis a has the channels of that axis at their positions in the encoding and zero elsewhere,
+    so the encoding of a grid point is the sum of one row per axis. Computed in float64, then rounded.
     """
     axes = len(shape)
     rows = []
@@ -102,6 +96,13 @@ def grid_tables(
     return torch.cat(rows).to(dtype=dtype, device=device)
 
 
+def spread(per_axis: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sum values given per axis index over a grid of one axis or more: (..., sum(shape)) -> (..., prod(shape))."""
+    views = [[size if other == axis else 1 for other in range(len(shape))] for axis, size in enumerate(shape)]
+    parts = [part.unflatten(-1, view) for part, view in zip(per_axis.split(shape, dim=-1), views, strict=True)]
+    return reduce(torch.add, parts).flatten(-len(shape))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Fixed Fourier positions of a grid, kept as axis tables: `table` is (sum(shape), P), see `grid_tables`."""
@@ -114,31 +115,21 @@ class Grid:
         """Number of position channels P."""
         return self.table.shape[1]
 
-    def spread(self, per_axis: Tensor) -> Tensor:
-        """Sum values given per axis index over the grid: (..., sum(shape)) -> (..., *shape)."""
-        lead = per_axis.shape[:-1]
-        total = per_axis.new_zeros(())
-        for axis, values in enumerate(per_axis.split(self.shape, dim=-1)):
-            view = [1] * len(self.shape)
-            view[axis] = self.shape[axis]
-            total = total + values.reshape(*lead, *view)
-        return total
-
     def dense(self) -> Tensor:
         """Return the (M, P) encoding of each grid point, row-major."""
-        return self.spread(self.table.t()).flatten(1).t()
+        return spread(self.table.t(), self.shape).t()
 
 
 @dataclass
 class Inputs:
-    """What a Perceiver attends to: M elements of C channels, [data | position].
+    """The inputs of a cross-attention: M elements of C channels, [data | position].
 
     Args:
         data: (B, M, C_data) data channels; may be a transposed view of (B, C_data, M).
-        grid: fixed positions of a grid of M points, or None if `data` holds all channels.
+        grid: fixed positions of a grid of M points, or None if `data` has all channels.
         mask: (B, M) bool, True for an element that exists; None if all do.
         order: (M,) permutation: element i of the set is grid point order[i], its data and its position alike.
-            Attention over a set does not see it, so only `dense` applies it.
+            Attention is invariant to it, so only `dense` applies it.
     """
 
     data: Tensor
@@ -158,7 +149,7 @@ class Inputs:
 
     @property
     def fixed(self) -> bool:
-        """Whether no gradient flows into the inputs."""
+        """Whether the inputs need no gradient."""
         return not self.data.requires_grad
 
     @cached_property
@@ -185,7 +176,7 @@ class Inputs:
         assert self.grid is not None
         table = self.grid.table.to(self.data.dtype)
         data = self.data.transpose(1, 2)
-        sums = self.grid.spread(torch.stack([table.sum(1), table.square().sum(1)])).flatten(1)
+        sums = spread(torch.stack([table.sum(1), table.square().sum(1)]), self.grid.shape)
         mean = (data.sum(1) + sums[0]) / self.channels
         square = (data.square().sum(1) + sums[1]) / self.channels
         scale = (square - mean.square() + LAYER_NORM_EPS).rsqrt()

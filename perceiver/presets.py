@@ -246,7 +246,7 @@ def preset_values(name: str, changes: Mapping[str, Any]) -> Values:
     A mapping of another `kind` replaces the whole.
 
     Raises:
-        UserError: if there is no such preset, or the changes name another kind of model.
+        UserError: there is no such preset, or the changes name another kind of model.
     """
     preset = PRESETS.get(name)
     if preset is None:

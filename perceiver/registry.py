@@ -1,4 +1,4 @@
-"""Finds the modalities, tasks and baselines: a new one is a new file whose config class has `kind` and `build`."""
+"""Finds modalities, tasks and baselines. To add one, add a file with a config class that has `kind` and `build`."""
 
 import importlib
 import pkgutil
@@ -30,6 +30,6 @@ def members(package: str) -> dict[str, type[Config]]:
 
 
 def union(*groups: dict[str, type[Config]]) -> Any:
-    """Return the pydantic union of config classes, told apart by `kind`."""
+    """Return the pydantic union of config classes, discriminated by `kind`."""
     classes = tuple(cls for group in groups for cls in group.values())
     return classes[0] if len(classes) == 1 else Annotated[Union[classes], Field(discriminator="kind")]  # noqa: UP007

@@ -1,11 +1,11 @@
-"""Exact short cuts for attention whose keys and values are one array of normalised inputs.
+"""Exact shortcuts for attention whose keys and values are one array of normalised inputs.
 
 With one normalised input array x serving as keys and values (the projections absorbed into the queries and outputs),
 attention is softmax(q x^T) x. Both functions here recompute the scores in the backward pass, so nothing of size N x M
 outlives a call, and take no gradient of inputs that have none.
 
-`shared_kv` takes x dense. `separable_moments` takes x as a function of the row beside a function of the column of a
-grid, and never forms it. A compiled kernel serves the latter on CPUs where one can be built (`perceiver.kernels`).
+`shared_kv` takes x dense. `separable_moments` takes x as a function of the row and a function of the column of a grid,
+and never forms it. It uses a compiled kernel where one can be built (`perceiver.kernels`).
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from perceiver import kernels
 from perceiver.kernels import attend
 
 CPU_SCORES = 1 << 21
-"""Scores held at once on a CPU: 8 MB in float32, about a core's share of the last-level cache."""
+"""Scores in memory at a time on a CPU: 8 MB in float32, about a core's share of the last-level cache."""
 GPU_SCORES = 1 << 28
 
 
@@ -80,7 +80,7 @@ class _SharedKV(torch.autograd.Function):
 
 
 def _compiled(q: Tensor, x: Tensor, *, learned: bool) -> bool:
-    """Whether the compiled kernel serves; gradients of x are a task for each item, which must occupy all threads."""
+    """Return whether to use the compiled kernel; its gradients of x are parallel over items only."""
     return attend.usable(q[:, None], x[:, None]) and (not learned or len(x) >= torch.get_num_threads())
 
 
@@ -113,7 +113,7 @@ class _SeparableMoments(torch.autograd.Function):
         if kernels.usable(q):
             *out, lse = kernels.forward(q, rows, columns, features, scale)
         else:
-            *out, lse = _moments_forward(q, rows, columns, features, scale)
+            *out, lse = moments_forward(q, rows, columns, features, scale)
         ctx.save_for_backward(q, rows, columns, features, scale, lse, *out)
         return out[0], out[1], out[2]
 
@@ -123,7 +123,7 @@ class _SeparableMoments(torch.autograd.Function):
         q, rows, columns, features, scale, lse, *out = ctx.saved_tensors
         slopes = [g.contiguous() for g in grads]
         delta = torch.stack([(g * o).sum(-1) for g, o in zip(slopes, out, strict=True)]).sum(0)
-        backward = kernels.backward if kernels.usable(q) else _moments_backward
+        backward = kernels.backward if kernels.usable(q) else moments_backward
         return *backward(q, rows, columns, features, scale, lse, slopes, delta), None, None
 
 
@@ -140,9 +140,10 @@ def _gather(weights: Tensor, features: Tensor, scale: Tensor, height: int) -> tu
     return moments, grid.sum(3), grid.sum(2)
 
 
-def _moments_forward(
+def moments_forward(
     q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the moments and the log-sum-exp (B, N) of `separable_moments` in plain torch."""
     out = torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
     lse = q.new_empty(q.shape[:2])
     for a, b, n in _tiles(q, scale.shape[1]):
@@ -156,7 +157,7 @@ def _moments_forward(
     return *out, lse
 
 
-def _moments_backward(
+def moments_backward(
     q: Tensor,
     rows: Tensor,
     columns: Tensor,
@@ -166,6 +167,7 @@ def _moments_backward(
     slopes: list[Tensor],
     delta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, rows and columns in plain torch."""
     out = torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
     for a, b, n in _tiles(q, scale.shape[1]):
         weights = _scores(q[a:b, n], rows[a:b, n], columns[a:b, n], features[a:b], scale[a:b])

@@ -1,4 +1,4 @@
-"""What a training pass moves: FLOPs, bytes and operations of any model, counted on the meta device for a roofline."""
+"""FLOPs, bytes and operations of a training pass, counted on the meta device for a roofline model."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,14 +16,14 @@ from perceiver.factory import build_model
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What a forward and backward pass of one sample moves.
+    """The cost of a forward and backward pass of one sample.
 
     Args:
-        flops: of matrix products and convolutions, multiply and add counted apart.
-        product_bytes: read and written by these, float32.
-        other_bytes: read and written by all other operations, float32.
-        kernel_flops: of the kernel of separable attention, which moves next to nothing; float32, no matrix products.
-        operations: number of operations of a pass, whatever the batch.
+        flops: FLOPs of matrix products and convolutions, multiplications and additions counted separately.
+        product_bytes: bytes that these read and write, float32.
+        other_bytes: bytes that all other operations read and write, float32.
+        kernel_flops: float32 FLOPs of the separable-attention kernel, which has almost no memory traffic.
+        operations: number of operations per pass, for any batch.
     """
 
     flops: int
@@ -54,7 +54,7 @@ class _Traffic(TorchDispatchMode):
 
 
 def trace_step(config: Config, *, classes: int | None = None, batch: int = 2) -> StepTrace:
-    """Return what a training pass of a config's model moves, from a pass over a batch on the meta device.
+    """Return the cost of a training pass of a config's model, from a pass over a batch on the meta device.
 
     The batch is at least two, because batch norm refuses one; traffic of the weights is shared by its samples.
     """
@@ -62,7 +62,7 @@ def trace_step(config: Config, *, classes: int | None = None, batch: int = 2) ->
         model = build_model(config, classes=classes).train()
     raw: dict[str, Tensor] = cast(Any, model).example(batch, "meta")
     inputs = next(iter(raw.values())) if len(raw) == 1 else raw
-    before = kernels.Work.flops
+    before = kernels.KernelCount.flops
     with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
         outputs = [t for t in tree_leaves(model(inputs)) if isinstance(t, Tensor) and t.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
@@ -70,6 +70,6 @@ def trace_step(config: Config, *, classes: int | None = None, batch: int = 2) ->
         flops=counter.get_total_flops() // batch,
         product_bytes=traffic.product_bytes // batch,
         other_bytes=traffic.other_bytes // batch,
-        kernel_flops=(kernels.Work.flops - before) // batch,
+        kernel_flops=(kernels.KernelCount.flops - before) // batch,
         operations=traffic.operations,
     )

@@ -29,7 +29,7 @@ MAPPED_BYTES = 1 << 20
 MOST_MAPPED = 256
 """Ranges of local files that are mapped at a time, since each keeps a file open."""
 POPULATE_READ = 22
-"""MADV_POPULATE_READ of Linux 5.14, which Python has no name for."""
+"""MADV_POPULATE_READ of Linux 5.14, which Python does not define."""
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether a store has refused access, so that another attempt cannot help."""
+    """Return whether a store has refused access, so that a retry cannot help."""
     return isinstance(error, PermissionError) or type(error).__name__ in REFUSALS
 
 
@@ -245,8 +245,8 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
             )
 
     def request() -> bytes:
-        patience = {"timeout": policy.timeout} if getattr(fs, "async_impl", False) else {}
-        return _whole(fs.cat_file(path, start=start, end=stop, **patience), stop - start)
+        limits = {"timeout": policy.timeout} if getattr(fs, "async_impl", False) else {}
+        return _whole(fs.cat_file(path, start=start, end=stop, **limits), stop - start)
 
     what = f"{folder.url}/{name}"
     try:

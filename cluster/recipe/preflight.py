@@ -12,7 +12,7 @@ from cluster.recipe.resources import machine_cpus, worker_cpus
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
 from perceiver.config import UserError
-from perceiver.export.weights import DataFacts, open_weights, plan_start
+from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model
 from perceiver.tasks import build_task
 from perceiver.tracking.redaction import redact
@@ -124,7 +124,7 @@ def describe_start(recipe: Recipe, manifest: Manifest) -> str:
         return ""
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))
-    return plan_start(model, open_weights(url)).describe(url)
+    return plan_weights(model, open_weights(url)).describe(url)
 
 
 def data_cpus(recipe: Recipe) -> float:

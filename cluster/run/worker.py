@@ -30,7 +30,7 @@ from cluster.run.monitor import ActorClient, Client, make_client
 from cluster.run.watchdog import Pulse
 from cluster.runtime.ray_internals import quiet_data_progress, rest_data_scheduler
 from perceiver.config import UserError
-from perceiver.export.weights import open_weights, start_from
+from perceiver.export.weights import load_weights, open_weights
 from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
 from perceiver.tasks import Batch, Task, build_task
@@ -266,7 +266,7 @@ def first_model(recipe: Recipe, classes: int, restored: bool = False) -> torch.n
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, classes=classes)
     if recipe.train.init_from and not restored:
-        start_from(model, open_weights(recipe.train.init_from))
+        load_weights(model, open_weights(recipe.train.init_from))
     return model
 
 

@@ -1,1 +1,1 @@
-"""What the papers compare with: one file each; a new baseline is a new file with a config of `kind` and `build`."""
+"""Baselines of the papers, one file each. A new one is a file with a config that has `kind` and `build`."""

@@ -63,7 +63,7 @@ class Baseline(nn.Module):
         """Return the inputs as an image (B, C, H, W).
 
         Raises:
-            UserError: if the inputs form no 2-D grid.
+            UserError: the inputs form no 2-D grid.
         """
         if len(self.grid) != 2:
             raise UserError(f"model.inputs: got inputs of grid {self.grid}; wanted an image: set model.grid, as 44, 44")
@@ -71,17 +71,14 @@ class Baseline(nn.Module):
         return x.transpose(1, 2).unflatten(2, cast(Any, self.grid))
 
 
-def need_classes(classes: int | None) -> int:
-    """Return the number of classes, which classifiers cannot do without."""
-    if classes is None:
-        raise UserError("classes: got none for a classifier; wanted the number of classes: give classes=")
-    return classes
-
-
 def transformers_library() -> Any:
-    """Import the transformers library, with a message for the user if it is missing."""
+    """Import the transformers library.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
-        raise UserError("transformers: not installed; wanted for this baseline: pip install '.[models]'") from error
+        raise UserError("transformers: not installed; wanted for this model: pip install '.[models]'") from error
     return transformers

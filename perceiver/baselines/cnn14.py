@@ -5,9 +5,9 @@ from typing import Literal, cast
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.baselines._grid import Baseline, BaselineConfig, need_classes
+from perceiver.baselines._grid import Baseline, BaselineConfig
 from perceiver.config import UserError
-from perceiver.model import Raw
+from perceiver.model import Raw, need_classes
 
 
 class CNN14Config(BaselineConfig):
@@ -19,7 +19,7 @@ class CNN14Config(BaselineConfig):
     head_dropout: float = Field(default=0.5, ge=0, lt=1, description="Before and after the last hidden layer.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return CNN14(self, need_classes(classes))
 
 

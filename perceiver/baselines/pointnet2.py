@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.baselines._grid import Baseline, BaselineConfig, need_classes
+from perceiver.baselines._grid import Baseline, BaselineConfig
 from perceiver.config import Config, UserError
 from perceiver.modalities.points import PointsConfig
-from perceiver.model import Raw
+from perceiver.model import Raw, need_classes
 
 
 class Level(Config):
@@ -38,7 +38,7 @@ class PointNet2Config(BaselineConfig):
     dropout: float = Field(default=0.5, ge=0, lt=1, description="After each hidden layer of the classifier.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return PointNet2(self, need_classes(classes))
 
 

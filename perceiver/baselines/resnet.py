@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.baselines._grid import Baseline, BaselineConfig, need_classes, transformers_library
-from perceiver.model import Raw
+from perceiver.baselines._grid import Baseline, BaselineConfig, transformers_library
+from perceiver.model import Raw, need_classes
 
 
 class ResNetConfig(BaselineConfig):
@@ -18,7 +18,7 @@ class ResNetConfig(BaselineConfig):
     stem: int = Field(default=64, ge=1, description="Channels of the first convolution.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return ResNet(self, need_classes(classes))
 
 

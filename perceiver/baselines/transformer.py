@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.attention import Activation, SelfAttend, linear
-from perceiver.baselines._grid import Baseline, BaselineConfig, need_classes
-from perceiver.model import Raw
+from perceiver.attention import Activation, SelfAttend, linear, zero_linear
+from perceiver.baselines._grid import Baseline, BaselineConfig
+from perceiver.model import Raw, need_classes
 
 
 class TransformerConfig(BaselineConfig):
@@ -24,7 +24,7 @@ class TransformerConfig(BaselineConfig):
     activation: Activation = Field(default="gelu_tanh", description="MLP activation.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return Transformer(self, need_classes(classes))
 
 
@@ -39,9 +39,7 @@ class Transformer(Baseline):
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zero_linear(config.width, classes)
 
     def forward(self, raw: Raw) -> Tensor:
         """Return logits (B, K); masked tokens are neither attended to nor averaged."""

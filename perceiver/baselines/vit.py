@@ -5,9 +5,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.baselines._grid import Baseline, BaselineConfig, need_classes, transformers_library
+from perceiver.baselines._grid import Baseline, BaselineConfig, transformers_library
 from perceiver.config import UserError
-from perceiver.model import Raw
+from perceiver.model import Raw, need_classes
 
 
 class ViTConfig(BaselineConfig):
@@ -22,7 +22,7 @@ class ViTConfig(BaselineConfig):
     init_std: float = Field(default=0.02, gt=0, description="Scale of the initial weights; narrow ones want more.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
-        """Make the module; `classes` is required."""
+        """Build the module; `classes` is required."""
         return ViT(self, need_classes(classes))
 
 

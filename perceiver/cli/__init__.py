@@ -1,4 +1,4 @@
-"""The command ``perceiver``: one verb a file, each loaded only when it is called."""
+"""The `perceiver` command: one module per subcommand, imported only when it is called."""
 
 import importlib
 import os
@@ -13,14 +13,14 @@ from perceiver.storage import first_line
 
 
 class Verbs(click.Group):
-    """Finds a verb ``name`` as the function ``command`` of ``perceiver/cli/name.py``."""
+    """Subcommands: `perceiver NAME` is the function `command` of `perceiver/cli/NAME.py`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the verbs, which are the modules of this package."""
+        """Return the names of the subcommands, which are the modules of this package."""
         return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one verb."""
+        """Import a subcommand; None if it does not exist."""
         if cmd_name not in self.list_commands(ctx):
             return None
         return importlib.import_module(f"perceiver.cli.{cmd_name}").command
@@ -28,12 +28,12 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the verb, and name the nearest one if there is none of that name."""
+        """Find the subcommand; suggest the nearest name if it does not exist."""
         import difflib
 
         near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1) if args else []
         if args and near and near[0] != args[0] and not args[0].startswith("-"):
-            raise UserError(f"no verb {args[0]!r}; did you mean {near[0]}?")
+            raise UserError(f"no command {args[0]!r}; did you mean {near[0]}?")
         return super().resolve_command(ctx, args)
 
 
@@ -46,19 +46,19 @@ class Verbs(click.Group):
 def cli() -> None:
     """Train Perceiver and Perceiver IO models on Ray.
 
-    Exit codes: 0 done, 1 failed while running, 2 a mistake in the input, 130 stopped by Ctrl-C.
+    Exit codes: 0 success, 1 failure at run time, 2 invalid input, 130 stopped by Ctrl-C.
     """
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: Ray may be on its way up in a thread, and its processes end with this one."""
+    """Exit without waiting for threads: Ray may still be starting in one, and its processes exit with this one."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    """Run the command line; a `UserError` becomes one line on stderr and exit code 2."""
     try:
         code = cli(standalone_mode=False)
     except UserError as error:
@@ -67,7 +67,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except Exception as error:  # noqa: BLE001  a mistake of ours: no trace unless it is asked for
+    except Exception as error:  # noqa: BLE001  a bug of ours: the traceback is shown on request only
         if os.environ.get("PERCEIVER_TRACEBACK"):
             raise
         reason = first_line(error)

@@ -1,4 +1,4 @@
-"""The options by which the job verbs reach a cluster, under the names that Ray's own commands use."""
+"""Options of the job commands for the connection to a cluster, named as in Ray's own commands."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ def access_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--address",
                 metavar="URL",
-                help="The cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or the "
+                help="Dashboard of the cluster, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or the "
                 "local cluster.",
             ),
             click.option("--headers", metavar="JSON", help="HTTP headers for a proxy; default: RAY_JOB_HEADERS."),
@@ -25,7 +25,7 @@ def access_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 default="true",
                 show_default=True,
                 metavar="FLAG|FILE",
-                help="Check TLS certificates, or against those in FILE.",
+                help="Whether to verify TLS certificates, or a FILE of certificates to verify against.",
             ),
         ]
     ):
@@ -34,10 +34,10 @@ def access_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reach(address: str | None, headers: str | None, verify: str) -> "JobServer":
-    """Connect to the cluster that the options mean.
+    """Connect to the cluster that the options name.
 
     Raises:
-        UserError: there is none, or it does not let us in.
+        UserError: the cluster does not answer or refuses access.
     """
     from cluster.jobs.server import Access, connect
 

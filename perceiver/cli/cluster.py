@@ -1,4 +1,4 @@
-"""``perceiver cluster``: a local cluster of several nodes, and files that start real ones."""
+"""`perceiver cluster`: a local cluster of several nodes, and files that start a real one."""
 
 import json
 
@@ -13,7 +13,7 @@ Examples:
   perceiver cluster down"""
 )
 def command() -> None:
-    """Start, stop and look at a local Ray cluster of several nodes; write the files that start a real one."""
+    """Manage a local Ray cluster, or write files for a real one."""
 
 
 @command.command(
@@ -24,21 +24,21 @@ Examples:
   perceiver cluster up recipes/cluster/mixed.yaml"""
 )
 @click.argument("file", required=False, type=click.Path())
-@click.option("--nodes", type=click.IntRange(1, 250), help="Number of nodes, all alike; default: 3.")
+@click.option("--nodes", type=click.IntRange(1, 250), help="Number of identical nodes; default: 3.")
 @click.option("--cpus", type=click.IntRange(0), help="Logical CPUs of each node; default: the machine's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the cluster as one JSON line.")
 def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> int:
-    """Start a local cluster, or those of its nodes that have died.
+    """Start a local cluster, or restart its dead nodes.
 
-    FILE describes nodes that differ: CPUs, GPUs and custom resources that need not exist, labels. A cluster that runs
-    is not changed: other nodes than it has are refused.
+    FILE describes nodes that differ in CPUs, GPUs, labels and custom resources; the hardware need not exist. A running
+    cluster is not changed: a request for other nodes is refused.
     """
     from cluster.runtime.local_cluster import NodeGroup, NodesConfig, equivalent, read_nodes
     from cluster.runtime.local_cluster import up as start
     from perceiver.config import UserError
 
     if file and (nodes or cpus is not None):
-        raise UserError(f"{file} says which nodes there are: leave --nodes and --cpus out")
+        raise UserError(f"{file} describes the nodes: remove --nodes and --cpus")
     config = read_nodes(file) if file else None
     if nodes or cpus is not None:
         config = NodesConfig(nodes=(NodeGroup(count=nodes or 3, cpus=cpus),))
@@ -46,9 +46,9 @@ def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> 
     if as_json:
         click.echo(json.dumps({"address": cluster.dashboard, "ray": cluster.address, "nodes": cluster.nodes}))
         return 0
-    click.echo(f"dashboard and jobs  {cluster.dashboard}   (perceiver submit and the like find it by themselves)")
+    click.echo(f"dashboard and jobs  {cluster.dashboard}   (found by perceiver submit and the other job commands)")
     click.echo(f"ray                 RAY_AUTH_MODE=token RAY_ADDRESS={cluster.address}")
-    click.echo("the same on real machines, with one token in ~/.ray/auth_token (mode 0600) of each:")
+    click.echo("the same on real machines, with the same token in ~/.ray/auth_token (mode 0600) on each:")
     for line in equivalent(cluster):
         click.echo(f"  {line}")
     return 0
@@ -60,7 +60,7 @@ def down() -> int:
     from cluster.runtime.local_cluster import down as stop
 
     ended = stop()
-    click.echo(f"{ended} processes ended" if ended else "no local cluster")
+    click.echo(f"terminated {ended} processes" if ended else "no local cluster is running")
     return 0
 
 
@@ -75,7 +75,7 @@ def status(as_json: bool) -> int:
 
     cluster = running_cluster()
     if cluster is None:
-        raise UserError("no local cluster: start one with perceiver cluster up")
+        raise UserError("no local cluster is running: start one with perceiver cluster up")
     server = connect(Access(cluster.dashboard))
     raylets, alive = cluster.raylets(), {node.name: node for node in server.nodes()}
     jobs = [job.name for job in list_jobs(server) if job.live]
@@ -108,21 +108,21 @@ Examples:
 @click.argument("kind", metavar="KIND")
 @click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("-o", "--output", "folder", required=True, metavar="FOLDER", help="Where the files go.")
+@click.option("-o", "--output", "folder", required=True, metavar="FOLDER", help="Folder to write to.")
 @click.option(
     "--machines",
     default="recipes/cluster/gpu.yaml",
     show_default=True,
     metavar="FILE",
-    help="The machines that the cluster is made of.",
+    help="Description of the machines of the cluster.",
 )
 def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: str, machines: str) -> int:
     """Write the files that start a real cluster for RECIPE.
 
-    KIND is kuberay, autoscaler-aws, autoscaler-gcp, slurm, docker, compose or grafana (a dashboard of the runs' figures
-    on Ray's Prometheus endpoint). Each file but the dashboard says in its first lines what to do with it; the commands
-    there repeat the overrides. Nodes of kuberay and the autoscalers see no folder of this machine: data and output must
-    be URLs, or absolute paths of storage that they share.
+    KIND is kuberay, autoscaler-aws, autoscaler-gcp, slurm, docker, compose or grafana (a dashboard of the runs' metrics
+    on Ray's Prometheus endpoint). The first lines of each file, except the dashboard, describe how to use it; the
+    commands there repeat the overrides. Nodes of kuberay and the autoscalers cannot read folders of this machine: data
+    and output must be URLs, or absolute paths on shared storage.
     """
     from cluster.deploy.render import read_recipe_file, write
     from cluster.deploy.render import render as make

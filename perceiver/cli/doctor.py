@@ -1,4 +1,4 @@
-"""``perceiver doctor``: what would stop a run here."""
+"""`perceiver doctor`: checks of everything that a run needs."""
 
 import json
 from dataclasses import asdict
@@ -22,7 +22,7 @@ Examples:
 @click.argument("recipe", required=False, type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @access_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line a check.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per check.")
 def command(
     recipe: str | None,
     overrides: tuple[str, ...],
@@ -31,9 +31,9 @@ def command(
     verify: str,
     as_json: bool,
 ) -> int:
-    """Look at everything a run needs on this machine, for RECIPE if one is given, and at a cluster if --address is.
+    """Check what a run needs on this machine.
 
-    With RECIPE also at its data, and whether its workers fit on this machine or, with --address, on the cluster.
+    With RECIPE, check also its data, and whether its workers fit on this machine or, with --address, on the cluster.
     Exit code 1 if something would stop the run.
     """
     from rich.console import Console
@@ -60,7 +60,11 @@ def command(
 
 
 def _nodes(address: str | None, headers: str | None, verify: str, recipe: "Recipe | None") -> str:
-    """Return one line about the cluster's nodes; refuse a cluster on which the recipe's workers do not fit."""
+    """Return one line about the cluster's nodes.
+
+    Raises:
+        UserError: the recipe's workers do not fit on them.
+    """
     from cluster.jobs.submit import check_places
     from perceiver.cli._access import reach
 

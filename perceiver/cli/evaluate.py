@@ -1,4 +1,4 @@
-"""``perceiver evaluate``: a trained model's figures on a data set."""
+"""`perceiver evaluate`: the metrics of a trained model on a data set."""
 
 import json
 from typing import Any
@@ -18,16 +18,18 @@ Examples:
 @click.argument("data", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--split", help="Split of the data; default: the run's evaluation split.")
-@click.option("--batch", type=click.IntRange(1), help="Samples of a forward pass; default: as training evaluates.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line.")
+@click.option(
+    "--batch", type=click.IntRange(1), help="Samples per forward pass; default: as in training's evaluations."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as one JSON line.")
 def command(
     run: str, data: str | None, overrides: tuple[str, ...], split: str | None, batch: int | None, as_json: bool
 ) -> int:
-    """Evaluate RUN on DATA, which is the run's own data if left out.
+    """Evaluate a trained model on a data set.
 
-    RUN is a run's folder, one of its checkpoints, what perceiver export --format safetensors wrote, or a .safetensors
-    file with its recipe.yaml beside it. Samples are shown as in training's evaluations: one centre crop, the scores of
-    all clips of a recording averaged. The model runs in this process.
+    RUN is a run's folder, one of its checkpoints, an export by perceiver export --format safetensors, or a .safetensors
+    file next to its recipe.yaml. DATA defaults to the run's own data. Samples are transformed as in training's
+    evaluations: one centre crop; the scores of all clips of a recording are averaged. The model runs in this process.
     """
     from cluster.predict.scoring import check_labels, open_scoring, ray_for
 
@@ -55,7 +57,7 @@ def command(
 
 
 def own_data(data: str | None, overrides: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """Tell data from an override where the data was left out."""
+    """Return data and overrides; an override in the place of data means that data was left out."""
     if data is not None and "=" in data and "://" not in data:
         return None, (data, *overrides)
     return data, overrides

@@ -1,4 +1,4 @@
-"""``perceiver export``: a trained model as safetensors, as a transformers folder, as ONNX or as an MLflow model."""
+"""`perceiver export`: a trained model as safetensors, transformers folder, ONNX file or MLflow model."""
 
 import json
 import os
@@ -21,23 +21,30 @@ Examples:
   perceiver export runs/quickstart-001 --format mlflow --to exported/served --register digits"""
 )
 @click.argument("source")
-@click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="What to write.")
-@click.option("--to", "target", required=True, metavar="FOLDER", help="Where to write; a path or an fsspec URL.")
-@click.option("--tolerance", default=1e-4, show_default=True, help="ONNX: greatest difference, of the largest output.")
-@click.option("--licence", metavar="TEXT", help="Licence of the weights, for the card; default: not stated by the run.")
-@click.option("--register", metavar="NAME", help="MLflow: log it into the run's MLflow run and register it as NAME.")
+@click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="Format to write.")
+@click.option("--to", "target", required=True, metavar="FOLDER", help="Folder to write to; a path or an fsspec URL.")
+@click.option(
+    "--tolerance",
+    default=1e-4,
+    show_default=True,
+    help="ONNX: largest difference allowed, relative to the largest output.",
+)
+@click.option("--licence", metavar="TEXT", help="Licence of the weights, for the model card.")
+@click.option(
+    "--register", metavar="NAME", help="MLflow: log the model to the run's MLflow run and register it as NAME."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON line.")
 def command(
     source: str, form: str, target: str, tolerance: float, licence: str | None, register: str | None, as_json: bool
 ) -> int:
-    """Write the model of SOURCE and a card (README.md) about it.
+    """Export a trained model with a model card (README.md).
 
-    SOURCE is a run's folder, one of its checkpoints, an earlier safetensors export, a .safetensors file with its
-    recipe.yaml beside it, or a folder that transformers wrote; a path or an fsspec URL. The outputs of what was written
-    are compared with the model's. The formats: safetensors with the recipe, which evaluate, predict and train.init_from
-    take like a run; transformers, onnx and mlflow for other programs.
+    SOURCE is a run's folder, one of its checkpoints, an earlier safetensors export, a .safetensors file next to its
+    recipe.yaml, or a folder that transformers wrote; a path or an fsspec URL. The exported model is loaded and compared
+    with the original. evaluate, predict and train.init_from accept a safetensors export like a run; transformers, onnx
+    and mlflow are for other programs.
     """
-    # Read when the transformers library is imported: its progress bars have no place on this screen.
+    # The transformers library reads these at import; its progress bars would fill the terminal.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from cluster.predict.scoring import trained_on
@@ -76,7 +83,7 @@ def command(
 
 
 def _mlflow(saved: Any, folder: Path, data: Any, name: str | None) -> dict[str, Any]:
-    """Write the model as MLflow keeps it, and register it if a name is given."""
+    """Write an MLflow model, and register it if a name is given."""
     from perceiver.export import mlflow_model as export_mlflow
 
     classes = data.classes if data else ()
@@ -101,4 +108,4 @@ def _put(folder: Path, target: str) -> None:
             fs.put_file(str(file), f"{path}/{inside.as_posix()}")
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"--to {target}: cannot be written ({reason}); choose another folder") from None
+        raise UserError(f"--to {target}: cannot be written ({reason}): choose another folder") from None

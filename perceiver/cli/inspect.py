@@ -1,4 +1,4 @@
-"""``perceiver inspect``: what a prepared folder holds, and whether it is sound."""
+"""`perceiver inspect`: a report on prepared data."""
 
 from pathlib import Path
 
@@ -14,22 +14,25 @@ Examples:
 )
 @click.argument("url")
 @click.option("--verify", is_flag=True, help="Read every file and compare checksums, rows and schema.")
-@click.option("--samples/--no-samples", default=True, help="Decode every sample: balance, doubles, unreadables.")
+@click.option(
+    "--samples/--no-samples", default=True, help="Decode every sample: class balance, duplicates, unreadable samples."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON line.")
 @click.option(
     "--html",
     "page",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="PAGE",
-    help="Write a page of samples to look at and listen to: one file, opens in any browser.",
+    help="Write an HTML page with samples to look at and listen to; one file.",
 )
 @click.option(
-    "--show", default=24, show_default=True, type=click.IntRange(1, 1000), help="Samples of each split on that page."
+    "--show", default=24, show_default=True, type=click.IntRange(1, 1000), help="Samples per split on that page."
 )
 def command(url: str, verify: bool, samples: bool, as_json: bool, page: Path | None, show: int) -> int:
-    """Report on the prepared data at URL: schema, counts, class balance, sizes, doubles, unreadable samples.
+    """Report on prepared data.
 
-    Exit code 1 if something is wrong with it.
+    Prints the schema, counts, class balance, sizes, duplicates and unreadable samples of the data at URL. Exit code 1
+    if a problem was found.
     """
     from pipelines.inspect.inspection import describe, inspect
 

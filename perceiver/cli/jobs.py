@@ -1,4 +1,4 @@
-"""``perceiver jobs``: the jobs of a cluster."""
+"""`perceiver jobs`: the jobs of a cluster."""
 
 import json
 
@@ -9,10 +9,13 @@ from perceiver.cli._access import access_options, reach
 
 @click.command(epilog="Example: perceiver jobs --live")
 @access_options
-@click.option("--live", is_flag=True, help="Only those that have not ended.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line a job.")
+@click.option("--live", is_flag=True, help="List only jobs that have not ended.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per job.")
 def command(address: str | None, headers: str | None, verify: str, live: bool, as_json: bool) -> int:
-    """List the jobs of a cluster, oldest first: their run, recipe and state."""
+    """List the jobs of a cluster.
+
+    Oldest first, with run, recipe and state.
+    """
     from cluster.jobs.commands import list_jobs, table
 
     found = [job for job in list_jobs(reach(address, headers, verify)) if job.live or not live]

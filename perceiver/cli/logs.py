@@ -1,4 +1,4 @@
-"""``perceiver logs``: what a job prints."""
+"""`perceiver logs`: the log of a job."""
 
 import json
 
@@ -9,11 +9,16 @@ from perceiver.cli._access import access_options, reach
 
 @click.command(epilog="Example: perceiver logs -f quickstart-1")
 @click.argument("job")
-@click.option("-f", "--follow", "follow_it", is_flag=True, help="Go on until the job ends, and exit as it did.")
+@click.option(
+    "-f", "--follow", "follow_it", is_flag=True, help="Keep printing until the job ends, and exit with its code."
+)
 @access_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line with the job and its log.")
 def command(job: str, follow_it: bool, address: str | None, headers: str | None, verify: str, as_json: bool) -> int:
-    """Print the log of JOB: its name, or that of a run, which means the run's newest job."""
+    """Print the log of a job.
+
+    JOB is the name of a job, or that of a run, which stands for its newest job.
+    """
     from cluster.jobs.commands import find_job, follow, logs
 
     server = reach(address, headers, verify)
@@ -26,7 +31,7 @@ def command(job: str, follow_it: bool, address: str | None, headers: str | None,
         try:
             found = follow(server, found, lambda text: click.echo(text, nl=False))
         except KeyboardInterrupt:
-            click.echo(f"\nthe job goes on: perceiver stop {found.name} stops it")
+            click.echo(f"\nthe job keeps running; stop it with perceiver stop {found.name}")
             return 130
     else:
         click.echo(logs(server, found), nl=False)

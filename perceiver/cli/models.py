@@ -1,4 +1,4 @@
-"""``perceiver models``: the presets, and what each costs."""
+"""`perceiver models`: the presets and their cost."""
 
 import json
 
@@ -12,13 +12,14 @@ Examples:
   perceiver models 'perceiver_io_*' --flops --json"""
 )
 @click.argument("pattern", default="*")
-@click.option("--flops", is_flag=True, help="Count the GFLOP of a forward pass too, about a quarter of a second each.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line a model.")
+@click.option("--flops", is_flag=True, help="Also count the GFLOP of a forward pass, about 0.25 s per model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per model.")
 def command(pattern: str, flops: bool, as_json: bool) -> int:
-    """List the presets whose names match PATTERN: parameters and the source's row.
+    """List the model presets.
 
-    A recipe uses one with `model: {preset: NAME}` and may add keys. GFLOP are those of one sample by the plain path,
-    multiply and add counted apart, as the papers count them.
+    Prints the parameters and the source of each preset whose name matches PATTERN. A recipe uses a preset with
+    `model: {preset: NAME}` and may override keys. GFLOP are those of one sample by the plain path, multiplications and
+    additions counted separately, as in the papers.
     """
     from perceiver.accounting import preset_cost
     from perceiver.config import UserError

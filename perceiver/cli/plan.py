@@ -1,4 +1,4 @@
-"""``perceiver plan``: what a run needs and costs, before anything is paid for."""
+"""`perceiver plan`: an estimate of what a run needs and costs."""
 
 import json
 import math
@@ -21,15 +21,17 @@ Examples:
 )
 @click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--gpu", default="h100", show_default=True, help="Device of the table; cpu for CPU cores.")
-@click.option("--gpus", type=click.IntRange(1), help="Devices, one worker each; default: cluster.workers.")
-@click.option("--nodes", type=click.IntRange(1), help="Machines; default: as few as hold the devices evenly.")
-@click.option("--data-cpus", type=float, help="CPU cores for decoding; default: the nodes' cores less one a device.")
-@click.option("--samples", type=click.IntRange(1), help="Training samples, where the data is not prepared yet.")
-@click.option("--sample-bytes", type=click.FloatRange(1), help="Stored bytes of one of them.")
+@click.option("--gpu", default="h100", show_default=True, help="Device in the hardware table; cpu for CPU cores.")
+@click.option("--gpus", type=click.IntRange(1), help="Number of devices, one worker each; default: cluster.workers.")
+@click.option(
+    "--nodes", type=click.IntRange(1), help="Number of nodes; default: the fewest that share the devices evenly."
+)
+@click.option("--data-cpus", type=float, help="CPU cores for decoding; default: the nodes' cores less one per device.")
+@click.option("--samples", type=click.IntRange(1), help="Number of training samples, if the data is not prepared yet.")
+@click.option("--sample-bytes", type=click.FloatRange(1), help="Stored bytes per sample.")
 @click.option("--classes", type=click.IntRange(1), help="Number of classes.")
-@click.option("--hardware", metavar="FILE", help="Your own table of devices and prices.")
-@click.option("--calibrate", is_flag=True, help="Measure this machine with this recipe first.")
+@click.option("--hardware", metavar="FILE", help="A hardware table with other devices and prices.")
+@click.option("--calibrate", is_flag=True, help="First measure this machine with the recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON line.")
 def command(
     recipe: str,
@@ -40,9 +42,10 @@ def command(
     as_json: bool,
     **sizes: Any,
 ) -> int:
-    """Plan a run of RECIPE: memory, step time, communication, reading, checkpoints, failures, hours and cost.
+    """Estimate the memory, time and cost of a run.
 
-    Refuses (exit code 2) what cannot fit or would wait for data, and names the key to change.
+    Prints memory, step time, communication, reading, checkpoints, failures, hours and cost of RECIPE. A run that does
+    not fit in memory or would wait for data is refused (exit code 2) with the key to change.
     """
     from cluster.capacity.calibrate import calibrate as measure
     from cluster.capacity.calibrate import check_device, load_calibration
@@ -75,10 +78,10 @@ def command(
 
 
 def _place(name: str, device: "Device", devices: int, nodes: int | None, data_cpus: float | None) -> "Machines":
-    """Where the run would be, the same number of devices on each node; on CPUs, workers and data tasks share the cores.
+    """Return the devices of the run, as many on each node; on CPUs, workers and data tasks share the cores.
 
     Raises:
-        UserError: the nodes do not hold the devices, or not evenly.
+        UserError: the nodes have too few devices, or share them unevenly.
     """
     from cluster.capacity.estimate import Machines
     from perceiver.config import UserError
@@ -94,5 +97,5 @@ def _place(name: str, device: "Device", devices: int, nodes: int | None, data_cp
         )
     if devices % machines:
         raise UserError(f"--gpus {devices} do not divide over --nodes {nodes}: set --nodes {even}")
-    beside = machines * device.node_cpus - (devices if name != "cpu" else 0)
-    return Machines(device, name, devices, machines, max(0.0, beside) if data_cpus is None else data_cpus)
+    cores = machines * device.node_cpus - (devices if name != "cpu" else 0)
+    return Machines(device, name, devices, machines, max(0.0, cores) if data_cpus is None else data_cpus)

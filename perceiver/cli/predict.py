@@ -1,4 +1,4 @@
-"""``perceiver predict``: what a trained model says about each sample of a data set, as Parquet files."""
+"""`perceiver predict`: predictions of a trained model for each sample of a data set, as Parquet files."""
 
 import json
 
@@ -15,15 +15,16 @@ Examples:
 @click.argument("run")
 @click.argument("data")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--to", "target", required=True, metavar="FOLDER", help="Where to write; a path or an fsspec URL.")
+@click.option("--to", "target", required=True, metavar="FOLDER", help="Folder to write to; a path or an fsspec URL.")
 @click.option("--split", help="Split of the data; default: the run's evaluation split, or the only one.")
-@click.option("--batch", type=click.IntRange(1), help="Samples of a forward pass; default: as training evaluates.")
+@click.option(
+    "--batch", type=click.IntRange(1), help="Samples per forward pass; default: as in training's evaluations."
+)
 @click.option(
     "--workers",
     type=click.IntRange(0),
-    help="Ray Data actors that hold the model; 0: this process. Default:"
-    " one a GPU on a cluster (RAY_ADDRESS, cluster.address) or where this machine has several, one a node on"
-    " a cluster without GPUs; else 0.",
+    help="Ray Data actors that run the model; 0: this process. Default: one per GPU on a cluster (RAY_ADDRESS,"
+    " cluster.address) or if this machine has several, one per node on a cluster without GPUs, otherwise 0.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line.")
 def command(
@@ -36,11 +37,11 @@ def command(
     workers: int | None,
     as_json: bool,
 ) -> int:
-    """Predict with the model of RUN on the prepared DATA; the same command goes on where it was broken off.
+    """Write a trained model's predictions for a data set.
 
-    A row a sample: sample_id, key (the file or row it came from), label where there is one, prediction, probability
-    and more, as the task has it. RUN is what perceiver evaluate takes. Any --workers writes the same files, and goes on
-    with those of another.
+    RUN is as for perceiver evaluate, DATA is prepared data. The files have one row per sample: sample_id, key (the file
+    or row it came from), label if there is one, and the outputs of the task (prediction, probability, ...). The same
+    command resumes an interrupted prediction. The files do not depend on --workers.
     """
     from cluster.predict.inference import predict
     from cluster.predict.scoring import open_scoring, ray_for

@@ -1,4 +1,4 @@
-"""``perceiver prepare``: raw data to shards."""
+"""`perceiver prepare`: raw data to shards."""
 
 import time
 
@@ -12,7 +12,7 @@ def _sources() -> str:
 
 
 class _WithSources(click.Command):
-    """A command whose help ends with the list of sources."""
+    """A command with the list of sources in its help."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sources, then the examples."""
@@ -31,13 +31,13 @@ Examples:
 @click.argument("name")
 @click.argument("places", nargs=-1, required=True, metavar="[SRC] DST")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the source.")
-@click.option("--seed", default=0, show_default=True, help="Seed of splits and order.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the splits and of the order.")
 @click.option(
     "--max-bad-fraction",
     default=0.01,
     show_default=True,
     type=click.FloatRange(0, 1),
-    help="Share of unreadable raw items above which nothing is prepared.",
+    help="Share of unreadable raw items above which preparation fails.",
 )
 @click.option("--index", "in_place", is_flag=True, help="Read Parquet files in place: write only a manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was prepared as one JSON line.")
@@ -50,15 +50,16 @@ def command(
     in_place: bool,
     as_json: bool,
 ) -> int:
-    """Turn the raw data of source NAME at SRC into shards and a manifest in DST.
+    """Convert raw data to shards.
 
-    SRC and DST are paths or fsspec URLs; a source that fetches its data needs no SRC. A destination that is complete is
-    left as it is; a run that was stopped goes on with the shards that are missing. Raw items that cannot be read are
-    left out and listed with their reasons in DST/quarantine.parquet.
+    Reads the raw data of source NAME at SRC, and writes shards and a manifest to DST. SRC and DST are paths or fsspec
+    URLs; a source that downloads its data needs no SRC. A complete destination is not changed; an interrupted
+    preparation continues with the missing shards. Raw items that cannot be read are skipped and listed with the reason
+    in DST/quarantine.parquet.
 
-    With --index (source `table` only), Parquet files with a row a sample stay where they are and DST gets a manifest of
-    their row groups; files that change later are refused at the start of a run. Row groups much larger than 64 MB
-    train slowly that way: prepare such data without it.
+    With --index (source `table` only), Parquet files with one row per sample stay in place and DST gets a manifest of
+    their row groups; a run refuses files that have changed since. Row groups much larger than 64 MB train slowly this
+    way: prepare such data without --index.
     """
     from perceiver.config import UserError
     from pipelines.index import HEAVY_BYTES, group_bytes, index
@@ -80,8 +81,8 @@ def command(
     click.echo(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")
     if in_place and (size := group_bytes(manifest)) > HEAVY_BYTES:
         click.echo(
-            f"row groups of up to {size / 1e6:,.0f} MB: training reads whole ones; prepare without --index if it"
-            " has to wait for data"
+            f"row groups of up to {size / 1e6:,.0f} MB: training reads whole row groups; prepare without --index"
+            " if it has to wait for data"
         )
     if manifest.rejected:
         click.echo(f"{manifest.rejected:,} raw items could not be read: see {dst.rstrip('/')}/quarantine.parquet")

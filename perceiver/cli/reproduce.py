@@ -1,4 +1,4 @@
-"""``perceiver reproduce``: the papers' tables."""
+"""`perceiver reproduce`: the papers' tables."""
 
 from typing import Any
 
@@ -25,25 +25,25 @@ Examples:
     type=click.Choice(["small", "full"]),
     default="small",
     show_default=True,
-    help="Small models on data that packages carry, or the papers' settings on your copy of their data.",
+    help="Small models on data that Python packages contain, or the papers' settings on your copy of their data.",
 )
 @click.option("--seeds", type=click.IntRange(1), help="Train each row with seeds 0, 1, ...; default: the table's.")
-@click.option("--resume", is_flag=True, help="Go on with the newest start of this table and scale (or --run).")
+@click.option("--resume", is_flag=True, help="Continue the newest run of this table and scale (or --run).")
 @click.option("--run", metavar="NAME", help="Name of the output folder; default: TABLE-SCALE-001, ...")
 @click.option("--dry-run", is_flag=True, help="Print rows, resources and expected time; start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line at the end.")
 def command(table: str | None, overrides: tuple[str, ...], as_list: bool, scale: str, **options: Any) -> None:
-    """Train the rows of TABLE and set our figures beside the paper's, as Markdown, HTML and JSON.
+    """Reproduce a table of the papers.
 
-    TABLE is one of --list, or a file of your own. Each row and seed is a trial of a search without a scheduler.
-    KEY=VALUE changes a key of all rows' recipes (data.url=...), or concurrency and max_failures. Stop with Ctrl-C: the
-    running trials save a checkpoint first.
+    Trains the rows of TABLE and writes the results next to the paper's as Markdown, HTML and JSON. TABLE is one of
+    --list, or a file. Each row and seed is a trial of a search without a scheduler. KEY=VALUE overrides a key of all
+    rows' recipes (data.url=...), or concurrency and max_failures. On Ctrl-C the running trials save a checkpoint first.
     """
     if as_list:
         list_tables()
         return
     if table is None:
-        raise UserError("no table given; perceiver reproduce --list names them")
+        raise UserError("no table was given; perceiver reproduce --list names them")
     from cluster.runtime.local import set_quiet_environment
 
     set_quiet_environment()

@@ -1,4 +1,4 @@
-"""``perceiver status``: how a job stands."""
+"""`perceiver status`: the state of a job."""
 
 import json
 
@@ -12,8 +12,9 @@ from perceiver.cli._access import access_options, reach
 @access_options
 @click.option("--json", "as_json", is_flag=True, help="Print the job as one JSON line.")
 def command(job: str, address: str | None, headers: str | None, verify: str, as_json: bool) -> int:
-    """Print how JOB (or the newest job of a run) stands, and its last line.
+    """Print the state of a job and the last line of its log.
 
+    JOB is the name of a job, or that of a run, which stands for its newest job.
     Exit code: 0 while it runs or after it has succeeded, 1 or 2 if it failed, 130 if it was stopped.
     """
     from cluster.jobs.commands import find_job, logs, table

@@ -1,4 +1,4 @@
-"""``perceiver stop``: end a job so that it can go on."""
+"""`perceiver stop`: stop a job so that its run can be resumed."""
 
 import json
 
@@ -12,9 +12,10 @@ from perceiver.cli._access import access_options, reach
 @access_options
 @click.option("--json", "as_json", is_flag=True, help="Print the job as one JSON line.")
 def command(job: str, address: str | None, headers: str | None, verify: str, as_json: bool) -> int:
-    """Stop JOB (or the newest job of a run) and wait until it has saved its checkpoint.
+    """Stop a job after it has saved a checkpoint.
 
-    Exit code 0 if it ended in good order, 1 if it was killed before it had saved (the checkpoint before that counts).
+    JOB is the name of a job, or that of a run, which stands for its newest job. Exit code 0 if the checkpoint was
+    saved, 1 if the job was killed before that (the run resumes from the previous checkpoint).
     """
     from cluster.jobs.commands import find_job, stop
     from perceiver.config import UserError
@@ -33,5 +34,5 @@ def command(job: str, address: str | None, headers: str | None, verify: str, as_
         click.echo(f"job {ended.name} {ended.status}" + ("" if saved else " before it had saved a checkpoint"))
         if found.recipe:
             run = f" --run {found.run}" if found.run else ""
-            click.echo(f"go on with: perceiver submit {found.recipe}{run}")
+            click.echo(f"continue with: perceiver submit {found.recipe}{run}")
     return 0 if saved else 1

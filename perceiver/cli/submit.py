@@ -1,4 +1,4 @@
-"""``perceiver submit``: train a recipe, or run a search, as a job of a Ray cluster."""
+"""`perceiver submit`: a training run or a search as a job of a Ray cluster."""
 
 import json
 from typing import Any
@@ -13,30 +13,28 @@ from perceiver.cli._access import access_options, reach
 Examples:
   perceiver submit recipes/train/quickstart.yaml
   perceiver submit recipes/train/imagenet.yaml --address http://127.0.0.1:8265 --no-wait
-  perceiver submit recipes/train/quickstart.yaml train.epochs=90      # goes on with the same run
+  perceiver submit recipes/train/quickstart.yaml train.epochs=90      # continues the same run
   perceiver submit recipes/tune/quickstart.yaml trials=20             # a search"""
 )
 @click.argument("recipe", type=click.Path(), metavar="RECIPE|SEARCH")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "--run", metavar="NAME", help="The run: continued if it exists, else started; default: the recipe's name."
-)
-@click.option("--tune", is_flag=True, help="The file is a search; default: if it has the keys of one.")
+@click.option("--run", metavar="NAME", help="Name of the run, continued if it exists; default: the recipe's name.")
+@click.option("--tune", is_flag=True, help="Treat the file as a search; default: decided by its keys.")
 @access_options
-@click.option("--submission-id", metavar="ID", help="Name of the job; default: the run's name and a number.")
+@click.option("--submission-id", metavar="ID", help="Name of the job; default: the run's name with a number.")
 @click.option("--runtime-env-json", metavar="JSON", help="Ray runtime environment of the job.")
 @click.option(
-    "--working-dir", metavar="DIR", help="A folder that travels along, less data, runs and files that hold secrets."
+    "--working-dir", metavar="DIR", help="Folder to upload, without data, runs and files that may contain secrets."
 )
-@click.option("--metadata-json", metavar="JSON", help="Metadata of the job; anyone on the cluster can read them.")
-@click.option(
-    "--entrypoint-num-cpus", type=click.FloatRange(0), help="CPUs reserved for the driver, on any node that has them."
-)
+@click.option("--metadata-json", metavar="JSON", help="Metadata of the job, readable by everyone on the cluster.")
+@click.option("--entrypoint-num-cpus", type=click.FloatRange(0), help="CPUs reserved for the driver, on any node.")
 @click.option("--entrypoint-num-gpus", type=click.FloatRange(0), help="GPUs reserved for the driver.")
 @click.option("--entrypoint-resources", metavar="JSON", help="Custom resources reserved for the driver.")
-@click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A variable that the cluster must hold.")
-@click.option("--env", multiple=True, metavar="NAME", help="A variable of this shell whose value the job gets.")
-@click.option("--install", is_flag=True, help="Install the dependencies at the versions of this machine for the job.")
+@click.option(
+    "--secret", "secrets", multiple=True, metavar="NAME", help="Environment variable that must be set on the cluster."
+)
+@click.option("--env", multiple=True, metavar="NAME", help="Environment variable to pass on to the job.")
+@click.option("--install", is_flag=True, help="Install the dependencies for the job, in the versions of this machine.")
 @click.option("--no-wait", is_flag=True, help="Return when the job is submitted instead of following its log.")
 @click.option("--json", "as_json", is_flag=True, help="Print the job as one JSON line at the end.")
 def command(
@@ -50,11 +48,12 @@ def command(
     entrypoint_resources: str | None,
     **options: Any,
 ) -> int:
-    """Train RECIPE, or run SEARCH (perceiver tune), as a job of a Ray cluster, and follow its log.
+    """Submit a training run or a search as a job of a Ray cluster.
 
-    The job takes along our sources and the recipe, no data. Submitting a run again continues it from its newest
-    checkpoint, in the same MLflow run; a search, with the trials that are not done. Ctrl-C leaves the job running.
-    Exit code: the job's, 130 if it was stopped.
+    The job trains RECIPE, or runs SEARCH as perceiver tune does; its log is followed. It contains this package's
+    sources and the recipe, but no data. Submitting a run again continues it from its newest checkpoint in the same
+    MLflow run; submitting a search again continues its unfinished trials. Ctrl-C leaves the job running. Exit code:
+    that of the job, 130 if it was stopped.
     """
     from cluster.jobs.commands import find_job, follow
     from cluster.jobs.config import Submission
@@ -73,11 +72,11 @@ def command(
         try:
             job = follow(server, job, lambda text: click.echo(text, nl=False))
         except KeyboardInterrupt:
-            click.echo(f"\nthe job goes on: perceiver logs -f {name}, perceiver stop {name}")
+            click.echo(f"\nthe job keeps running: perceiver logs -f {name}, perceiver stop {name}")
             return 130
         click.echo(f"job {name} {job.status}")
     elif not as_json:
-        click.echo(f"follow it with perceiver logs -f {name}, stop it with perceiver stop {name}")
+        click.echo(f"follow the job with perceiver logs -f {name}, stop it with perceiver stop {name}")
     if as_json:
         click.echo(json.dumps(job.facts()))
     return 0 if no_wait else job.code()

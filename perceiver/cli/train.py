@@ -1,4 +1,4 @@
-"""``perceiver train``: the main job."""
+"""`perceiver train`: a training run."""
 
 import shlex
 
@@ -18,9 +18,10 @@ Examples:
 @click.option("--run", metavar="NAME", help="Name of the run's folder; default: NAME-001, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line at the end.")
 def command(recipe: str, overrides: tuple[str, ...], resume: bool, run: str | None, as_json: bool) -> int:
-    """Train the model of RECIPE, evaluate it, and write checkpoint, MLflow run and report.
+    """Train the model of a recipe.
 
-    KEY=VALUE overrides a key of the recipe, in dotted form. Stop with Ctrl-C: the run saves a checkpoint first.
+    The run also evaluates the model and writes checkpoints, an MLflow run and a report. KEY=VALUE overrides a key of
+    RECIPE in dotted form. On Ctrl-C the run saves a checkpoint and stops.
     """
     from cluster.recipe.config import load_recipe
     from cluster.runtime.local import set_quiet_environment

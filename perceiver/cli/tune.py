@@ -1,4 +1,4 @@
-"""``perceiver tune``: search over recipes."""
+"""`perceiver tune`: a search over the keys of a recipe."""
 
 import click
 
@@ -15,17 +15,18 @@ Examples:
 )
 @click.argument("search", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--resume", is_flag=True, help="Go on with the newest search of this name (or --run).")
+@click.option("--resume", is_flag=True, help="Continue the newest search of this name (or --run).")
 @click.option("--run", metavar="NAME", help="Name of the search's folder; default: NAME-001, ...")
 @click.option("--dry-run", is_flag=True, help="Print trials, resources and expected time; start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line at the end.")
 def command(
     search: str, overrides: tuple[str, ...], resume: bool, run: str | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Search over the keys of a recipe as SEARCH says; leave behind trials, report and the best recipe.
+    """Search over the keys of a recipe.
 
-    KEY=VALUE overrides a key of the search file, or of its base recipe (train.epochs=3), in dotted form. Stop with
-    Ctrl-C: the running trials save a checkpoint first.
+    SEARCH is a file with the base recipe and the search space. The search writes its trials, a report and the best
+    recipe. KEY=VALUE overrides a key of the search file, or of its base recipe (train.epochs=3), in dotted form. On
+    Ctrl-C the running trials save a checkpoint first.
     """
     from cluster.runtime.local import set_quiet_environment
 

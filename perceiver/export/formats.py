@@ -1,4 +1,4 @@
-"""Leaving the house: a model as safetensors, as a transformers folder or as ONNX, with a card that says what it is."""
+"""Export of a model as safetensors, transformers folder or ONNX, with a model card."""
 
 import contextlib
 import json
@@ -22,15 +22,13 @@ from perceiver.factory import input_keys
 from perceiver.tracking.redaction import redact
 
 BATCHES = (1, 3)
-"""Batch sizes that an ONNX model is tried with; neither is the one that it is traced with."""
-
-
+"""Batch sizes with which an ONNX model is tested; it is traced with another."""
 KEPT_FACTS = ("step", "evaluation", "mlflow_run", "data", "licence")
-"""What of a run's facts goes with its weights."""
+"""The facts of a run that are exported with its weights."""
 
 
 def write_weights(saved: Saved, folder: Path) -> None:
-    """Write `model.safetensors` with the model's config among its metadata: `perceiver.load_model` reads it alone."""
+    """Write `model.safetensors` with the model's config in its metadata, for `perceiver.load_model`."""
     saved.build()
     metadata = {"format": "pt", "model": json.dumps(cast(Config, saved.model).model_dump(mode="json"))}
     tensors = {name: tensor.contiguous() for name, tensor in saved.tensors.items()}
@@ -38,7 +36,7 @@ def write_weights(saved: Saved, folder: Path) -> None:
 
 
 def export_safetensors(saved: Saved, folder: Path) -> dict[str, Any]:
-    """Write the weights, and `recipe.yaml` and `run.json` if a run trained them: the folder stands for the run."""
+    """Write the weights, with `recipe.yaml` and `run.json` if a run trained them; commands accept it like a run."""
     write_weights(saved, folder)
     files = ["model.safetensors"]
     if saved.recipe:
@@ -50,22 +48,22 @@ def export_safetensors(saved: Saved, folder: Path) -> dict[str, Any]:
 
 
 def export_transformers(saved: Saved, folder: Path) -> dict[str, Any]:
-    """Write what `PerceiverFor....from_pretrained` loads, load it again and compare every weight.
+    """Write a folder for `PerceiverFor....from_pretrained`, load it and compare every weight.
 
     Raises:
-        UserError: if the transformers library has no such model.
+        UserError: the transformers library has no equivalent model.
     """
     theirs = to_transformers(saved.build())
     theirs.save_pretrained(folder)
     again = read_transformers(str(folder)).state_dict()
     different = [name for name, tensor in saved.tensors.items() if not torch.equal(again[name], tensor)]
     if different:
-        raise RuntimeError(f"transformers: {different[0]} came back changed")
+        raise RuntimeError(f"transformers: {different[0]} differs after loading")
     return {"files": ["config.json", "model.safetensors"], "class": type(theirs).__name__}
 
 
 class _Positional(nn.Module):
-    """A model that takes its inputs one by one and returns its outputs as a tuple."""
+    """A model with positional inputs and a tuple of outputs."""
 
     def __init__(self, model: nn.Module, keys: tuple[str, ...]) -> None:
         super().__init__()
@@ -77,15 +75,15 @@ class _Positional(nn.Module):
 
 
 def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str, Any]:
-    """Write `model.onnx` with any batch size, and compare it in onnxruntime with the model by its fast path.
+    """Write `model.onnx` for any batch size, and compare it with the model.
 
     Args:
         saved: the weights.
-        folder: where to write.
-        tolerance: greatest difference allowed, as a share of the largest output.
+        folder: folder to write to.
+        tolerance: largest difference allowed, relative to the largest output.
 
     Raises:
-        UserError: if ONNX is not installed or the outputs differ by more.
+        UserError: ONNX is not installed, or the outputs differ by more.
     """
     onnxruntime = _onnx()
     plain = {"attention": "plain"} if hasattr(saved.model, "attention") else {}
@@ -93,7 +91,7 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
     raw = example(model, 2)
     net = _Positional(model, tuple(raw))
     with torch.no_grad():
-        # Run once before tracing: what the model caches must not be a tracer's stand-in.
+        # Run once before tracing: the model must not cache a tracer's proxy tensors.
         names = _output_names(model(dict(raw)))
         net(*raw.values())
     free = {0: torch.export.Dim.AUTO}
@@ -107,7 +105,7 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
     if not worst <= tolerance:
         raise UserError(
             f"onnx: got outputs that differ by {worst:.1e} of the largest; wanted at most {tolerance:g}: raise"
-            " --tolerance if that is enough"
+            " --tolerance if that is acceptable"
         )
     shapes = {name: ["batch", *tensor.shape[1:]] for name, tensor in raw.items()}
     files = sorted(path.name for path in folder.glob("model.onnx*"))
@@ -126,10 +124,10 @@ def _onnx() -> Any:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Keep a library's remarks off the screen."""
+    """Suppress a library's warnings and log messages."""
     logging.disable(logging.WARNING)
     try:
-        # Recorded, so that filters which a library sets for itself do not bring them back.
+        # Recorded, because a library may set its own filters.
         with warnings.catch_warnings(record=True):
             warnings.simplefilter("ignore")
             yield
@@ -142,7 +140,7 @@ def _output_names(output: Any) -> list[str]:
 
 
 def example(model: nn.Module, batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Return random raw inputs of the configured size; masks of what is there are left out one in four times."""
+    """Return random raw inputs of the configured size; masks are True with probability 0.75."""
     generator = torch.Generator().manual_seed(seed)
     zeros = cast(Any, model).example(batch, "cpu")
     net = cast(Any, model)
@@ -156,13 +154,13 @@ def example(model: nn.Module, batch: int, seed: int = 0) -> dict[str, Tensor]:
 def _random(like: Tensor, key: str, generator: torch.Generator) -> Tensor:
     if like.is_floating_point():
         return torch.rand(like.shape, generator=generator) * 2 - 1
-    # Ids and labels are few: the smallest vocabularies and sets of classes have them.
+    # Ids and labels of 0 and 1 exist in every vocabulary and set of classes.
     low, high = {torch.int16: (-9000, 9000), torch.uint8: (0, 256)}.get(like.dtype, (0, 2))
     return torch.randint(low, high, like.shape, generator=generator, dtype=like.dtype)
 
 
 def _difference(session: Any, model: nn.Module, batch: int) -> float:
-    """The greatest difference between onnxruntime's outputs and the model's, as a share of the largest output."""
+    """Return the largest difference between onnxruntime's and the model's outputs, relative to the largest output."""
     raw = example(model, batch, seed=batch)
     with torch.no_grad():
         expected = _Positional(model, tuple(raw))(*raw.values())
@@ -172,7 +170,7 @@ def _difference(session: Any, model: nn.Module, batch: int) -> float:
 
 
 def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None) -> str:
-    """Return a README.md that says what the model is, what it was trained on, how good it is and how to use it."""
+    """Return the model card: model, training data, metrics, limits, usage and recipe, as Markdown."""
     config = cast(Config, saved.model)
     classes = class_count(config, saved.shapes)
     costs = account(config, classes=classes)
@@ -181,16 +179,16 @@ def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None)
     rows = {
         "Model": f"`{cast(Any, config).kind}` on `{cast(Any, config).inputs.kind}` inputs",
         "Parameters": f"{costs.parameters:,}",
-        "GFLOP of a forward pass": f"{costs.forward_flops / 1e9:.4g} (one sample, multiply and add counted apart)",
+        "GFLOP of a forward pass": f"{costs.forward_flops / 1e9:.4g} (one sample; 2 per multiply-add)",
         "Files": ", ".join(f"`{file}`" for file in written["files"]),
         "Weights from": f"`{saved.place}`" + (f", step {saved.facts['step']}" if saved.facts.get("step") else ""),
         "Licence of the weights": _licence(saved, data),
     }
     if "max_difference" in written:
-        rows["ONNX against PyTorch"] = f"differs by at most {written['max_difference']:.1e} of the largest output"
+        rows["ONNX against PyTorch"] = f"difference of at most {written['max_difference']:.1e} of the largest output"
     lines += [f"| {key} | {value} |" for key, value in rows.items()]
     lines += ["", "## Data", "", _data(data, saved)]
-    lines += ["", "## Figures", "", *_figures(saved)]
+    lines += ["", "## Metrics", "", *_figures(saved)]
     lines += ["", "## Intended use and limits", "", *_limits(saved, classes, data)]
     lines += ["", "## Use", "", *_use(written, saved)]
     left_out = ("output", "cluster", "tracking")
@@ -214,48 +212,47 @@ def _licence(saved: Saved, data: DataFacts | None) -> str:
 
 
 def _limits(saved: Saved, classes: int | None, data: DataFacts | None) -> list[str]:
-    """What the model is for, and what is not known of it, as a list."""
+    """Return the intended use and the limits of the model as a list."""
     task = (saved.recipe.get("task") or {}).get("kind")
     url = saved.recipe.get("data", {}).get("url")
-    like = data.name if data else f"`{url}`" if url else "the data it was trained on, of which there is no record"
-    lines = [f"Meant for inputs like those of {like}, sized, scaled and cut as the recipe below says."]
+    like = data.name if data else f"`{url}`" if url else "its training data, of which there is no record"
+    lines = [f"Intended for inputs like those of {like}, resized, scaled and cropped as in the recipe below."]
     if saved.facts.get("evaluation"):
         lines += [
-            "The figures above are all that is recorded: of the split named there, as a whole. Inputs from "
-            "elsewhere, damaged ones and the groups within the data were not looked at apart."
+            "The metrics above are for the whole split. Inputs from other sources, damaged inputs and subgroups of the "
+            "data were not evaluated separately."
         ]
     else:
-        lines += ["No figure is recorded here: evaluate it before you rely on it (`perceiver evaluate`)."]
+        lines += ["No metrics are recorded: evaluate the model before you rely on it (`perceiver evaluate`)."]
     if classes and task == "tagging":
         lines += [
-            "Each class gets a probability of its own, cut at 0.5 for `prediction`: it knows no other class, and "
-            "the probabilities are not calibrated."
+            "Each class has its own probability, with a threshold of 0.5 for `prediction`. The model knows no other "
+            "classes, and the probabilities are not calibrated."
         ]
     elif classes:
         lines += [
-            "It names one of its classes for any input, also for one that shows none of them; its probabilities "
-            "are not calibrated."
+            "It predicts one of its classes for any input, also for one of no class; its probabilities are not "
+            "calibrated."
         ]
     if task == "masked_language":
-        lines += ["It repeats what its text says, slanted or wrong as that may be."]
-    lines += [
-        "Whoever uses it for decisions about people or safety has to test it for that use first; no such test is "
-        "recorded."
-    ]
+        lines += ["It may reproduce biased or wrong statements of its training text."]
+    lines += ["It must be tested before it is used for decisions about people or safety; no such test is recorded."]
     return [f"- {line}" for line in lines]
 
 
 def _data(data: DataFacts | None, saved: Saved) -> str:
     if data is None:
         url = saved.recipe.get("data", {}).get("url")
-        return f"Trained on `{url}`, which could not be read at export." if url else "No record of the training data."
+        return (
+            f"Trained on `{url}`, which could not be read at export." if url else "The training data is not recorded."
+        )
     return f"Trained on {data.name} (licence: {data.licence}; source: {data.source})."
 
 
 def _figures(saved: Saved) -> list[str]:
     figures = saved.facts.get("evaluation") or {}
     if not figures:
-        return ["None were recorded."]
+        return ["No metrics were recorded."]
     split = saved.recipe.get("data", {}).get("eval_split", "test")
     rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in figures.items() if math.isfinite(value)]
     return [f"| on `{split}` | |", "|---|---|", *rows]

@@ -1,4 +1,4 @@
-"""A model as MLflow keeps it: with a signature, without a pickle, ready for `mlflow models serve`."""
+"""Export as an MLflow model: with a signature, without a pickle, ready for `mlflow models serve`."""
 
 import json
 import tempfile
@@ -19,14 +19,14 @@ from perceiver.tracking.redaction import redact_text, resolve
 from perceiver.tracking.runs import TrackingConfig
 
 REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "fsspec")
-"""What the model needs where it is served; the package itself travels with it."""
+"""Requirements of the served model; it contains this package itself."""
 NAME = "model"
 EXAMPLE_VALUES = 200_000
-"""Numbers in a sample up to which one is kept beside the model as the text of a request."""
+"""Largest number of values in a sample for which the model contains an example request."""
 
 
 def export_mlflow(saved: Saved, folder: Path, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """Write an MLflow model, load it again and compare what it says of two samples with the model's task.
+    """Write an MLflow model, load it and compare its predictions for two samples with the original's.
 
     Args:
         saved: the weights and the recipe with the task.
@@ -34,7 +34,7 @@ def export_mlflow(saved: Saved, folder: Path, classes: Sequence[str] = ()) -> di
         classes: names of the classes, if the data has them.
 
     Raises:
-        UserError: if no recipe with a task came with the weights.
+        UserError: the weights have no recipe with a task.
     """
     mlflow = import_mlflow()
     inputs = _example(saved)
@@ -44,20 +44,20 @@ def export_mlflow(saved: Saved, folder: Path, classes: Sequence[str] = ()) -> di
     here = Answers(saved, _task(saved), classes)(inputs)
     different = [name for name in here if not np.array_equal(np.asarray(again[name]), here[name])]
     if different or again.keys() != here.keys():
-        raise RuntimeError(f"mlflow: {(different or list(again))[0]} came back changed")
+        raise RuntimeError(f"mlflow: {(different or list(again))[0]} differs after loading")
     files = sorted(path.name for path in folder.iterdir())
     shapes = {name: ["batch", *values.shape[1:]] for name, values in inputs.items()}
     return {"files": files, "inputs": shapes, "outputs": list(here)}
 
 
 def register(saved: Saved, name: str, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """Log the model into the run that trained it and register it as the next version of a name.
+    """Log the model to the run that trained it, and register it as the next version of a name.
 
     MLflow's store is the recipe's: `tracking.uri`, else MLFLOW_TRACKING_URI, else the SQLite file of `output`.
 
     Args:
-        saved: weights, recipe and facts; the run is that of the facts.
-        name: of the registered model.
+        saved: weights, recipe and facts, which contain the run's id.
+        name: name of the registered model.
         classes: as for `export_mlflow`.
 
     Returns:
@@ -69,7 +69,7 @@ def register(saved: Saved, name: str, classes: Sequence[str] = ()) -> dict[str, 
     mlflow = import_mlflow()
     run = saved.facts.get("mlflow_run")
     if not run:
-        raise UserError(f"--register: {saved.place} names no MLflow run; give the folder of a run that was tracked")
+        raise UserError(f"--register: {saved.place} has no MLflow run; wanted the folder of a tracked run")
     tracking = TrackingConfig.model_validate(saved.recipe.get("tracking", {}))
     uri = tracking.store_uri(Path(saved.recipe.get("output", "runs")))
     before = mlflow.get_tracking_uri()
@@ -83,14 +83,14 @@ def register(saved: Saved, name: str, classes: Sequence[str] = ()) -> dict[str, 
             )
     except (mlflow.exceptions.MlflowException, OSError) as error:
         said = " ".join(redact_text(str(error)).split())[:300]
-        raise UserError(f"--register: MLflow at {redact_text(uri)} does not take the model ({said})") from None
+        raise UserError(f"--register: MLflow at {redact_text(uri)} refuses the model ({said})") from None
     finally:
         mlflow.set_tracking_uri(before)
     return {"name": name, "version": int(logged.registered_model_version), "model_uri": logged.model_uri}
 
 
 def _parts(mlflow: Any, saved: Saved, staging: Path, classes: Sequence[str]) -> dict[str, Any]:
-    """What MLflow's save and log take: the code, the weights, the signature."""
+    """Return the arguments of MLflow's save and log: the code, the weights, the signature."""
     weights = staging / "weights"
     weights.mkdir()
     write_weights(saved, weights)
@@ -116,10 +116,10 @@ def _task(saved: Saved) -> Mapping[str, Any]:
 
 
 def _small(inputs: Mapping[str, np.ndarray]) -> bool:
-    """Whether a request of one sample can be read in an editor."""
+    """Return whether one sample is small enough for an example request."""
     return sum(values[0].size for values in inputs.values()) <= EXAMPLE_VALUES
 
 
 def _example(saved: Saved) -> dict[str, np.ndarray]:
-    """Two random samples."""
+    """Return two random samples."""
     return {name: values.numpy() for name, values in example(saved.build(), 2).items()}

@@ -1,7 +1,7 @@
-"""What an MLflow model runs where it is loaded.
+"""The code of an exported MLflow model.
 
-`perceiver export --format mlflow` has MLflow copy this file and the package into the model's folder ("models from
-code"): the folder holds safetensors, JSON and Python source, and nothing that is unpickled.
+`perceiver export --format mlflow` lets MLflow copy this file and the package to the model's folder ("models from
+code"). The folder contains safetensors, JSON and Python source, but no pickle.
 """
 
 import json
@@ -16,7 +16,7 @@ from perceiver.export.weights import open_weights
 
 
 class ServedModel(PythonModel):
-    """Raw tensors in, what the task says of each sample out."""
+    """Maps raw tensors to the task's predictions."""
 
     def load_context(self, context: Any) -> None:
         """Read the weights, the task and the names of the classes."""
@@ -24,7 +24,7 @@ class ServedModel(PythonModel):
         facts = json.loads((folder / "task.json").read_text())
         self.answers = Answers(open_weights(str(folder / "model.safetensors")), facts["task"], facts["classes"])
 
-    def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201, ARG002  MLflow takes hints for a schema
+    def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201, ARG002  MLflow would derive a schema from annotations
         """Answer a request that fits the signature."""
         return self.answers(model_input)
 

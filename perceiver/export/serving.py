@@ -1,4 +1,4 @@
-"""A trained model with its task, for arrays that come from outside: what a served model does with a request."""
+"""A trained model with its task, applied to arrays: the implementation of a served model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from perceiver.export.weights import Saved, class_count
 from perceiver.tasks import TaskConfig, build_task
 
 BATCH = 64
-"""Samples of one forward pass at most, so that a large request does not need much memory."""
+"""Largest number of samples per forward pass, to limit the memory of a large request."""
 
 
 class Answers:
-    """Maps raw arrays by name, samples along the first axis, to what the task says of each sample.
+    """Maps raw arrays by name, samples along the first axis, to the task's predictions.
 
     Args:
         saved: weights with their model's config.
@@ -35,13 +35,13 @@ class Answers:
         """Return the task's outputs (`prediction`, `probability`, ...), and `class` where classes have names.
 
         Raises:
-            ValueError: no samples, or not as many in each input.
+            ValueError: there are no samples, or the inputs differ in number.
         """
         raw = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in inputs.items()}
         counts = {name: len(values) for name, values in raw.items()}
         total = next(iter(counts.values()))
         if total == 0 or len(set(counts.values())) != 1:
-            raise ValueError(f"got {counts} samples by input; wanted at least one, and as many in each")
+            raise ValueError(f"got {counts} samples by input; wanted at least one, and the same number in each")
         parts = []
         with torch.no_grad():
             for start in range(0, total, BATCH):

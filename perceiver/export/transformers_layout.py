@@ -1,8 +1,8 @@
-"""Weights to and from the `transformers` library's Perceiver: the three image heads, masked language, sequence
-classification, optical flow and multimodal autoencoding.
+"""Conversion of weights to and from the `transformers` library's Perceiver: the three image heads, masked language,
+sequence classification, optical flow and multimodal autoencoding.
 
-Both directions rename tensors only, so nothing is lost. That library uses the exact GELU and symmetric padding in its
-convolution where the official JAX code has the tanh form and TensorFlow's SAME: the imported configs say so.
+Both directions only rename tensors, so nothing is lost. That library uses the exact GELU and symmetric padding in its
+convolution where the official JAX code has the tanh form and TensorFlow's SAME; the imported configs set the former.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from perceiver.baselines._grid import transformers_library
 from perceiver.config import UserError
 from perceiver.factory import PerceiverIOModel, build_model
 from perceiver.modalities.image import ImageConfig
@@ -42,7 +43,7 @@ def from_transformers(model: Any) -> PerceiverIO:
         `video` and `label` for autoencoding (flow comes as (B, 2, H, W), signals as (B, elements, values)).
 
     Raises:
-        UserError: for another class.
+        UserError: the class is another.
     """
     head = type(model).__name__
     values = _READERS.get(head)
@@ -60,7 +61,7 @@ def to_transformers(model: nn.Module) -> Any:
     """Build the `transformers` head that matches a Perceiver IO of ours, with its weights.
 
     Raises:
-        UserError: if the library has no head for this model or a setting differs from what that head fixes.
+        UserError: the library has no head for this model, or the head fixes another value of a setting.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, PerceiverIOModel):
@@ -89,7 +90,7 @@ def _shaped(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _refuse_differences(ours: PerceiverIOModel, theirs: PerceiverIOModel, head: str) -> None:
-    """Raise if the head would compute something else: everything but how it is computed must agree."""
+    """Raise a `UserError` if the head would compute another function."""
     how = {"attention", "checkpoint_activations", "latent_init_std"}
     mine, other = (c.model_dump(exclude=how) for c in (ours, theirs))
     for values in (mine, other):
@@ -108,7 +109,7 @@ def _refuse_differences(ours: PerceiverIOModel, theirs: PerceiverIOModel, head: 
 
 
 def _filled(key: str, values: dict[str, Any]) -> Any:
-    """A setting with its default written out, so that None and the default's value compare equal."""
+    """Return a setting with its default filled in, so that None and the default value compare equal."""
     if key in ("qk_channels", "v_channels", "decoder_qk_channels", "decoder_v_channels"):
         qk = key.replace("v_channels", "qk_channels")
         return values[key] or values[qk] or values["latent_channels"]
@@ -120,7 +121,7 @@ def _filled(key: str, values: dict[str, Any]) -> Any:
 
 
 def _common(c: Any) -> dict[str, Any]:
-    """The settings that every head has in common, from the library's config."""
+    """Return the settings that all heads share, from the library's config."""
     cross = c.qk_channels
     if cross is None and c.cross_attention_shape_for_attention == "q":
         cross = c.d_latents
@@ -236,7 +237,7 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def _their_model(head: str, c: PerceiverIOModel, model: nn.Module) -> Any:
-    """Make the library's head with the settings of ours."""
+    """Build the library's head with the settings of ours."""
     transformers = transformers_library()
     inputs = cast(Any, c.inputs)
     values: dict[str, Any] = {
@@ -273,24 +274,11 @@ def _their_model(head: str, c: PerceiverIOModel, model: nn.Module) -> Any:
     return getattr(transformers, head)(transformers.PerceiverConfig(**values))
 
 
-def transformers_library() -> Any:
-    """Import the transformers library.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError("transformers: not installed; wanted for this conversion: pip install '.[models]'") from error
-    return transformers
-
-
 def read_transformers(folder: str) -> PerceiverIO:
     """Build our model from a local folder as `save_pretrained` writes it: config.json and model.safetensors.
 
     Raises:
-        UserError: if the folder holds another class, or its weights are not in safetensors.
+        UserError: the folder contains another class, or its weights are not in safetensors.
     """
     heads = json.loads(Path(folder, "config.json").read_text()).get("architectures") or ["no class"]
     if heads[0] not in _READERS:
@@ -325,7 +313,7 @@ def _their_multimodal(inputs: MultimodalConfig, decoder: Any) -> dict[str, Any]:
 
 
 def _layer(mine: str, theirs: str, *, cross: bool) -> Names:
-    """Pairs of module names of an attention layer."""
+    """Yield pairs of module names of an attention layer."""
     yield f"{mine}.query_norm" if cross else f"{mine}.norm", f"{theirs}.attention.self.layernorm1"
     if cross:
         yield f"{mine}.attention.input_norm", f"{theirs}.attention.self.layernorm2"
@@ -338,7 +326,7 @@ def _layer(mine: str, theirs: str, *, cross: bool) -> Names:
 
 
 def _modules(config: PerceiverIOModel) -> Names:
-    """Pairs of names of modules and lone parameters: ours, theirs."""
+    """Yield pairs of names of modules and parameters: ours, theirs."""
     inputs, kind = cast(Any, config.inputs), cast(Any, config.decoder).kind
     decoder = "perceiver.decoder" if kind == "tokens" else "perceiver.decoder.decoder"
     yield "latents", "perceiver.embeddings.latents"

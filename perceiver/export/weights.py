@@ -1,4 +1,4 @@
-"""Weights from wherever they lie: a run's folder, one of its checkpoints, a safetensors file, a transformers folder."""
+"""Reads weights from a run's folder, one of its checkpoints, a safetensors file or a transformers folder."""
 
 import contextlib
 import json
@@ -22,18 +22,18 @@ from perceiver.train.checkpoint.shards import read_weights
 from perceiver.train.checkpoint.store import CheckpointStore
 
 HEADS = ("head.", "decoder.", "answer.", "net.classifier.")
-"""What belongs to a task and may start anew; everything else must be found."""
+"""Prefixes of tensors that belong to a task and may keep their initial values; all others must be in the weights."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a run records of the data that it was trained on.
+    """What a run records of its training data.
 
     Args:
-        name: of the data set.
-        licence: of the data.
-        source: where they came from.
+        name: name of the data set.
+        licence: its licence.
+        source: its origin.
         classes: names of the classes, in the order of the model's outputs.
     """
 
@@ -45,14 +45,14 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Saved:
-    """Weights, and what is known about them.
+    """Weights with their origin.
 
     Args:
         place: the file or folder that they were read from.
         tensors: the model's state by name.
-        model: its config; None if nothing says what model they belong to.
-        recipe: the recipe that trained them, empty if unknown.
-        facts: the run's facts (run.json), empty if unknown.
+        model: the model's config; None if unknown.
+        recipe: the recipe that trained them; empty if unknown.
+        facts: the run's facts (run.json); empty if unknown.
     """
 
     place: str
@@ -68,29 +68,29 @@ class Saved:
 
     @property
     def data(self) -> DataFacts | None:
-        """What the run recorded of its data; None if it did not."""
+        """The recorded training data; None if the run has no record."""
         found = self.facts.get("data")
         return DataFacts(**{**found, "classes": tuple(found["classes"])}) if found else None
 
     def build(self, **changes: Any) -> nn.Module:
-        """Make the model with these weights, in evaluation mode; `changes` replace keys of its config.
+        """Build the model with these weights, in evaluation mode; `changes` replace keys of its config.
 
         Raises:
-            UserError: if nothing says what model it is, or the weights are another's.
+            UserError: the model's config is unknown, or the weights are of another model.
         """
         if self.model is None:
-            raise UserError(f"{self.place}: got weights without a model's config; wanted a recipe.yaml beside them")
+            raise UserError(f"{self.place}: got weights without a model's config; wanted a recipe.yaml next to them")
         config = self.model.model_copy(update=changes)
         model = build_model(config, classes=class_count(self.model, self.shapes))
         missing, extra = model.load_state_dict(self.tensors, strict=False)
         if missing or extra:
             name = (missing or extra)[0]
-            raise UserError(f"{self.place}: the weights are of another model than the recipe's: see {name}")
+            raise UserError(f"{self.place}: the weights do not belong to the recipe's model: see {name}")
         return model.eval()
 
 
 def class_count(config: Config, shapes: Shapes) -> int | None:
-    """Return the number of classes that a state's shapes show; None for a model without a classifier."""
+    """Return the number of classes, derived from the shapes of a state; None for a model without a classifier."""
     one, two = _meta_state(config, 1), _meta_state(config, 2)
     return next((shapes[name][0] for name in one if name in shapes and one[name].shape != two[name].shape), None)
 
@@ -102,10 +102,10 @@ def _meta_state(config: Config, classes: int | None) -> dict[str, Tensor]:
 
 def open_weights(place: str) -> Saved:
     """Read weights from a run's folder (its model.safetensors, else its newest sound checkpoint), a checkpoint's
-    folder, a safetensors file, or a folder that transformers wrote. Folders and files may be fsspec URLs.
+    folder, a safetensors file, or a folder that transformers wrote; paths or fsspec URLs.
 
     Raises:
-        UserError: if nothing of the kind is there, or it is damaged.
+        UserError: none of these is there, or it is damaged.
     """
     fs, path = fsspec.core.url_to_fs(place.rstrip("/"))
     there = {name: fs.exists(f"{path}/{name}") for name in ("config.json", "engine.json", "recipe.yaml", _FILE)}
@@ -135,7 +135,7 @@ _FILE = "model.safetensors"
 
 @contextlib.contextmanager
 def _local(fs: Any, path: str) -> Iterator[Path]:
-    """Yield a local path of a file: its own, or that of a copy for the while."""
+    """Yield a local path of a file: its own, or that of a temporary copy."""
     if is_local(fs):
         yield Path(path)
         return
@@ -149,8 +149,10 @@ def _from_file(place: str, fs: Any, path: str) -> Saved:
         with _local(fs, path) as local, safe_open(local, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it has no __iter__
             metadata = file.metadata() or {}
-    except Exception as error:  # noqa: BLE001  safetensors has an error class of its own
-        raise UserError(f"{place}: got no safetensors file ({error}); wanted weights as a run leaves them") from None
+    except Exception as error:  # noqa: BLE001  safetensors raises its own type
+        raise UserError(
+            f"{place}: not a safetensors file ({error}); wanted model.safetensors of a run or an export"
+        ) from None
     folder = path.rpartition("/")[0]
     recipe = _read(fs, f"{folder}/recipe.yaml", yaml.safe_load)
     facts = _read(fs, f"{folder}/run.json", json.loads)
@@ -171,7 +173,7 @@ def _from_checkpoint(store: CheckpointStore, step: int) -> Saved:
     with store.fetch(step) as folder:
         tensors = read_weights(folder)
     if facts.get("step") != step:
-        facts.pop("evaluation", None)  # it is of the run's last step
+        facts.pop("evaluation", None)  # it belongs to the run's last step
     return Saved(store.location(step), tensors, model_config(recipe["model"]), recipe, {**facts, "step": step})
 
 
@@ -179,42 +181,42 @@ def _from_transformers(place: str, fs: Any, path: str) -> Saved:
     from perceiver.export.transformers_layout import read_transformers
 
     if not is_local(fs):
-        raise UserError(f"{place}: got a transformers folder behind a URL; wanted a local copy")
+        raise UserError(f"{place}: got a transformers folder at a URL; wanted a local copy")
     ours = read_transformers(path)
     return Saved(place, dict(ours.state_dict()), cast(Config, ours.config))
 
 
 def load_model(place: str, **changes: Any) -> nn.Module:
-    """Make the model that lies at a place (see `open_weights`), in evaluation mode.
+    """Build the model with the weights at a place (see `open_weights`), in evaluation mode.
 
     Args:
-        place: for example `runs/quickstart-001`.
+        place: path or URL, for example `runs/quickstart-001`.
         changes: keys of the model's config to replace, for example `attention="plain"`.
     """
     return open_weights(place).build(**changes)
 
 
 @dataclass(frozen=True)
-class Start:
-    """Which of a model's tensors come from saved weights: as they are, resized to its grid, or not at all."""
+class WeightPlan:
+    """How a model is initialized from saved weights: tensors taken, resized to its grid, or left at initial values."""
 
     taken: tuple[str, ...]
     resized: tuple[str, ...]
     fresh: tuple[str, ...]
 
     def describe(self, place: str) -> str:
-        """Say it in one line."""
+        """Return the plan in one line."""
         parts = [f"{len(self.taken)} tensors from {place}"]
         parts += [f"resized {', '.join(self.resized)}"] if self.resized else []
         parts += [f"fresh {', '.join(self.fresh)}"] if self.fresh else []
         return "starts from " + "; ".join(parts)
 
 
-def plan_start(model: nn.Module, saved: Saved) -> Start:
-    """Decide where each tensor of a model comes from; weights of the task's head that do not fit start anew.
+def plan_weights(model: nn.Module, saved: Saved) -> WeightPlan:
+    """Plan the initialization of a model from saved weights; a head that does not fit keeps its initial values.
 
     Raises:
-        UserError: if another tensor is missing or of another shape: what it is, and what to change.
+        UserError: another tensor is missing or of another shape.
     """
     shapes = saved.shapes
     taken, resized, fresh = [], [], []
@@ -228,8 +230,8 @@ def plan_start(model: nn.Module, saved: Saved) -> Start:
         else:
             has = f"has {name} of shape {list(shapes[name])}" if name in shapes else f"lacks {name}"
             raise UserError(
-                f"train.init_from: {saved.place} {has}, the recipe's model has {list(tensor.shape)}: make the model "
-                "section that of these weights"
+                f"train.init_from: {saved.place} {has}, the recipe's model has {list(tensor.shape)}: change the "
+                "recipe's model section to that of these weights"
             )
     extra = next((name for name in shapes if name not in model.state_dict() and not name.startswith(HEADS)), None)
     if extra:
@@ -237,11 +239,11 @@ def plan_start(model: nn.Module, saved: Saved) -> Start:
             f"train.init_from: {saved.place} has {extra}, which the recipe's model lacks: make the model section that "
             "of these weights"
         )
-    return Start(tuple(taken), tuple(resized), tuple(fresh))
+    return WeightPlan(tuple(taken), tuple(resized), tuple(fresh))
 
 
 def _resizable(model: nn.Module, name: str, saved: Saved) -> bool:
-    """Whether a tensor is a table of learned positions whose old grid is known and of as many axes."""
+    """Return whether a tensor is a table of learned positions whose saved grid is known and has as many axes."""
     if saved.model is None or not name.endswith("positions.table"):
         return False
     old, new = _grid(_meta_model(saved.model), name), _grid(model, name)
@@ -258,9 +260,9 @@ def _grid(model: nn.Module, name: str) -> tuple[int, ...]:
     return cast(Any, model.get_submodule(name.removesuffix(".table"))).grid
 
 
-def start_from(model: nn.Module, saved: Saved) -> Start:
-    """Fill a model with saved weights as `plan_start` decides, in place; learned positions are interpolated."""
-    start = plan_start(model, saved)
+def load_weights(model: nn.Module, saved: Saved) -> WeightPlan:
+    """Load saved weights into a model in place, by `plan_weights`; learned positions are interpolated."""
+    start = plan_weights(model, saved)
     values = {name: saved.tensors[name] for name in start.taken}
     for name in start.resized:
         old = _grid(_meta_model(cast(Config, saved.model)), name)

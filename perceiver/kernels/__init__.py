@@ -1,6 +1,6 @@
-"""The compiled kernels: C++ for CPUs, Triton for GPUs; left out where they cannot be built.
+"""The compiled kernels: C++ for CPUs, Triton for GPUs; not used where they cannot be built.
 
-The pure torch form in `perceiver.shared_kv` gives the same numbers. `PERCEIVER_KERNELS=0` turns them off.
+The pure torch form in `perceiver.shared_kv` gives the same results. `PERCEIVER_KERNELS=0` turns them off.
 """
 
 import ctypes
@@ -17,19 +17,19 @@ from perceiver.kernels._build import load
 
 log = logging.getLogger(__name__)
 FEATURES = range(2, 6)
-"""Feature counts (data channels + 1) that the kernels serve."""
+"""Feature counts (data channels + 1) that the kernels support."""
 
 
-class Work:
-    """What calls on the meta device, which compute nothing, would have computed: float32 operations, all told."""
+class KernelCount:
+    """Counts the float32 operations that calls on the meta device stand for."""
 
     flops = 0
 
 
 def usable(q: Tensor) -> bool:
-    """Whether a kernel serves queries (B, N, F): float32, F of 2 to 5, and built for the device of `q`.
+    """Return whether a kernel supports queries (B, N, F): float32, F of 2 to 5, and built for the device of `q`.
 
-    The meta device stands for one that has it, so that what is counted there is what runs.
+    The meta device counts as a device with the kernel, so that its operation counts are those of a run.
     """
     if q.dtype != torch.float32 or q.shape[2] not in FEATURES or torch.compiler.is_compiling():
         return False
@@ -40,7 +40,7 @@ def usable(q: Tensor) -> bool:
 
 @cache
 def load_triton(device: torch.device) -> ModuleType | None:
-    """Return the Triton kernels once they have been seen to work on a GPU, None where they do not, for any reason."""
+    """Return the Triton kernels if a small case works on a GPU, else None."""
     if os.environ.get("PERCEIVER_KERNELS", "1") == "0":
         return None
     try:
@@ -48,8 +48,8 @@ def load_triton(device: torch.device) -> ModuleType | None:
 
         separable_triton.prove(device)
         return separable_triton
-    except Exception as error:  # noqa: BLE001  no Triton, no C compiler, a GPU that it does not know: torch serves
-        log.warning("the Triton kernels are not used, torch's own operators are, which are slower: %s", error)
+    except Exception as error:  # noqa: BLE001  no Triton, no C compiler, an unknown GPU: torch is used
+        log.warning("using torch's slower operators instead of the Triton kernels: %s", error)
         return None
 
 
@@ -74,7 +74,7 @@ def forward(
     if q.is_cuda:
         return cast(ModuleType, load_triton(q.device)).forward(q, rows, columns, features, scale)
     if q.device.type == "meta":
-        Work.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (4 * q.shape[2] + 8)
+        KernelCount.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (4 * q.shape[2] + 8)
         return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2])
     out = (torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2]))
     _call("separable_forward", q, rows, columns, features.contiguous(), scale.contiguous(), *out)
@@ -95,7 +95,7 @@ def backward(
     if q.is_cuda:
         return cast(ModuleType, load_triton(q.device)).backward(q, rows, columns, features, scale, lse, slopes, delta)
     if q.device.type == "meta":
-        Work.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (6 * q.shape[2] + 10)
+        KernelCount.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (6 * q.shape[2] + 10)
         return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
     out = (torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns))
     _call(

@@ -1,4 +1,4 @@
-"""Builds the C++ files to a shared library once per user and machine type, and loads it."""
+"""Compiles the C++ files to a shared library, once per user and type of machine, and loads it."""
 
 import contextlib
 import ctypes
@@ -36,7 +36,7 @@ WAIT_SECONDS = BUILD_SECONDS
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """Return the library, built if it is not in the cache; None where that does not work, for whatever reason."""
+    """Return the library, built if it is not in the cache; None if that fails."""
     if os.environ.get("PERCEIVER_KERNELS", "1") == "0":
         return None
     try:
@@ -48,10 +48,10 @@ def load() -> ctypes.CDLL | None:
 
 
 def library() -> Path | None:
-    """Return the built library's path, None if there is no compiler or another process holds the build too long.
+    """Return the built library's path, None without a compiler or if another process takes too long to build.
 
     Raises:
-        OSError, subprocess.SubprocessError: if the build fails.
+        OSError, subprocess.SubprocessError: the build fails.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++") or shutil.which("clang++")
     if compiler is None or platform.system() != "Linux":
@@ -89,13 +89,13 @@ def _cpu() -> str:
 
 
 def _lanes() -> int:
-    """Floats in a vector register: 16 with AVX-512, else 8."""
+    """Return the number of floats in a vector register: 16 with AVX-512, else 8."""
     return 16 if any("avx512f" in line for line in _cpu_lines()) else 8
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Hold a lock file between processes; gives False if it was not had within WAIT_SECONDS."""
+    """Lock a file between processes; yield False if that takes longer than WAIT_SECONDS."""
     import fcntl
 
     with path.open("w") as file:

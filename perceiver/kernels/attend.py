@@ -1,7 +1,7 @@
-"""Attention by the compiled kernel: any heads and strides, keys and values apart or one array, gradients with both.
+"""Attention by the compiled kernel: any heads and strides, keys and values separate or one array, with gradients.
 
-The kernel keeps a head's tiles in the caches and multiplies them with whole vector registers, where torch's fused CPU
-attention calls MKL on small blocks. Without it the same function is torch's own.
+The kernel keeps a head's tiles in the caches and uses whole vector registers, while torch's fused CPU attention calls
+MKL on small blocks. Without the kernel, torch's function is used.
 """
 
 import ctypes
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from perceiver.kernels._build import load
 
 MIN_SCORES = 1 << 14
-"""Scores of a call from which the kernel is worth the call's own cost of some 20 microseconds."""
+"""Scores per call from which the kernel outweighs the call's overhead of about 20 microseconds."""
 
 
 def usable(q: Tensor, k: Tensor, *others: Tensor) -> bool:
-    """Whether the kernel serves (B, h, N, d) arrays: float32 on a CPU, rows contiguous, large enough, and built."""
+    """Return whether the kernel supports (B, h, N, d) arrays: float32 on a CPU, contiguous rows, large, built."""
     plain = all(
         t.device.type == "cpu" and t.dtype == torch.float32 and t.stride(-1) == 1 and t.dim() == 4
         for t in (q, k, *others)

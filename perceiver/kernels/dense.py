@@ -1,8 +1,8 @@
-"""Linear layers by oneDNN, on CPUs where torch's own float32 products leave half of each vector unit idle.
+"""Linear layers by oneDNN, on CPUs where torch's own float32 products use half of each vector unit.
 
-torch multiplies float32 matrices with MKL, which keeps to AVX2 on CPUs that Intel did not make. oneDNN, part of torch
-too, uses AVX-512 on all of them: twice the speed, the same sums to rounding. It is chosen by the CPU, never by a
-timing, so a run that is resumed on the machine it began on multiplies as before. `PERCEIVER_KERNELS=0` turns it off.
+torch multiplies float32 matrices with MKL, which uses only AVX2 on CPUs of other makers than Intel. oneDNN, also part
+of torch, uses AVX-512 on all of them: twice the speed, the same results to rounding. The choice depends on the CPU, not
+on a timing, so a run resumed on the same machine computes the same. `PERCEIVER_KERNELS=0` turns it off.
 """
 
 import os
@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 MIN_PRODUCT = 1 << 20
-"""Multiplications from which a product is worth the call's own cost of some 10 microseconds."""
+"""Multiplications from which a product outweighs the call's overhead of about 10 microseconds."""
 
 
 @cache
 def faster() -> bool:
-    """Whether this machine multiplies float32 faster by oneDNN: AVX-512, not Intel's, and a product that agrees."""
+    """Return whether oneDNN multiplies float32 faster here: AVX-512, not Intel, and a correct test product."""
     if os.environ.get("PERCEIVER_KERNELS", "1") == "0" or not _wide_and_foreign():
         return False
     try:
@@ -50,7 +50,7 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
 
 
 def usable(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` goes by oneDNN: float32 on such a CPU, outside autocast and tracing, and large enough."""
+    """Return whether `linear` uses oneDNN: float32 on such a CPU, outside autocast and tracing, and large enough."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -86,12 +86,12 @@ class _Product(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weight^T + bias, (..., K) -> (..., N), by the faster way for its size, type and machine."""
+    """Return x weight^T + bias, (..., K) -> (..., N), with the faster library for its size, type and machine."""
     return _Product.apply(x, weight, bias) if usable(x, weight) else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, multiplied by `linear`."""
+    """torch's linear layer, computed by `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""

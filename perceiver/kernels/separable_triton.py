@@ -1,14 +1,14 @@
 """`separable_moments` on GPUs, in Triton: one pass over the scores forward and one backward, none of them stored.
 
-A thread holds whole latents: it walks down the rows of a strip of columns, whose scores lie in its registers, so that
-no sum crosses threads. The rows may be cut into bands, each with its own running maximum, to occupy the GPU at small
-batches; their sums are joined by log-sum-exp afterwards. Sums are taken in a fixed order: a repeated call gives the
-same bits. Scores are in base 2.
+A thread processes whole latents: it iterates over the rows of a strip of columns with the scores in registers, so that
+no sum crosses threads. The rows may be divided into bands, each with its own running maximum, to occupy the GPU at
+small batches; their sums are combined by log-sum-exp. The order of summation is fixed: a repeated call gives the same
+bits. Scores are in base 2.
 
 `TRITON_INTERPRET=1` runs it without a GPU.
 """
 
-# Triton's language is no Python that a type checker understands.
+# Type checkers do not understand Triton's language.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
 import contextlib
@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 LATENTS = 128
-"""Latents of a program, which is one warp: four a thread, so that each feature that is loaded serves four."""
+"""Latents per program, which is one warp: four per thread, so that each loaded feature is used four times."""
 STRIP = 8
-"""Columns whose scores a thread holds at a time."""
+"""Columns whose scores a thread keeps at a time."""
 PROGRAMS = 2048
-"""Programs that occupy a large GPU; where batch and latents make fewer, the rows are cut into bands."""
+"""Programs that occupy a large GPU; if batch and latents give fewer, the rows are divided into bands."""
 MIN_BAND = 8
 LOWEST = -1.0e30
 
@@ -78,7 +78,7 @@ def forward_kernel(
     block: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """Sums of one batch item, a block of latents and a band of rows; each relative to a maximum that lies beside it."""
+    """Sums of one batch item, a block of latents and a band of rows; each relative to a stored maximum."""
     n = tl.program_id(0) * block + tl.arange(0, block)
     part, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     alive = n < latents
@@ -213,7 +213,7 @@ def _ceil(amount: int, part: int) -> int:
 
 
 class _Launch:
-    """How a call is cut up: blocks of latents, bands of rows, items of the batch."""
+    """The division of a call into programs: blocks of latents, bands of rows, items of the batch."""
 
     def __init__(self, q: Tensor, rows: Tensor, columns: Tensor) -> None:
         self.batch, self.latents, self.count = q.shape
@@ -226,7 +226,7 @@ class _Launch:
         self.grid = (blocks, self.bands, self.batch)
 
     def run(self, kernel: Any, *tensors: Tensor) -> None:
-        """Launch a kernel on these arrays, on the GPU that holds them."""
+        """Launch a kernel on the GPU of these arrays."""
         device = tensors[0].device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel[self.grid](
@@ -244,7 +244,7 @@ class _Launch:
 
 
 def _across(x: Tensor, factor: float = 1.0) -> Tensor:
-    """(B, N, K) times a factor as a (B, K, N) array, so that neighbouring latents are neighbours in memory."""
+    """Return (B, N, K) times a factor as (B, K, N), so that neighbouring latents are adjacent in memory."""
     return (x * factor if factor != 1 else x).transpose(1, 2).contiguous()
 
 
@@ -324,8 +324,8 @@ def prove(device: torch.device) -> None:
     """Run a small case.
 
     Raises:
-        RuntimeError: if the results are not those of torch.
-        Exception: whatever Triton raises if it cannot compile or run.
+        RuntimeError: the results differ from torch's.
+        Exception: of Triton, if it cannot compile or run.
     """
     generator = torch.Generator().manual_seed(0)
     height, width = 9, 2 * STRIP

@@ -1,4 +1,4 @@
-"""Raw tensors -> inputs: one file each; a new modality is a new file with a config that has `kind` and `build`."""
+"""Modalities map raw tensors to inputs, one file each. A new one is a file with a config of `kind` and `build`."""
 
 from typing import TYPE_CHECKING
 

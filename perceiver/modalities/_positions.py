@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import UserError
+from perceiver.model import latent_array
 from perceiver.positions import FourierConfig, Grid, Inputs, LearnedConfig, PositionConfig, grid_tables
 
 
@@ -27,12 +28,10 @@ class Positions(nn.Module):
             if len(self.max_resolution) != len(grid):
                 raise UserError(
                     f"positions.max_resolution: got {len(self.max_resolution)} values for a grid of {len(grid)} axes; "
-                    "wanted one an axis"
+                    "wanted one per axis"
                 )
         elif isinstance(config, LearnedConfig):
-            std = config.init_std
-            table = torch.empty(math.prod(grid), config.channels)
-            self.table = nn.Parameter(nn.init.trunc_normal_(table, std=std, a=-2 * std, b=2 * std))
+            self.table = latent_array(math.prod(grid), config.channels, config.init_std)
             self.projection = nn.Linear(config.channels, config.projection) if config.projection else None
             self.channels = config.projection or config.channels
 

@@ -24,12 +24,12 @@ class AudioConfig(Config):
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions in time.")
 
     def build(self) -> nn.Module:
-        """Make the module."""
+        """Build the module."""
         return Audio(self)
 
 
 class Audio(nn.Module):
-    """Turns audio into inputs of `patch` samples beside their position; a ragged end is padded with silence."""
+    """Turns audio into inputs of `patch` samples and their position; an incomplete patch is padded with silence."""
 
     keys = ("audio",)
 
@@ -44,7 +44,7 @@ class Audio(nn.Module):
         self.channels = config.patch + self.positions.channels
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         return {"audio": torch.zeros(batch, self.config.samples, dtype=torch.int16, device=device)}
 
     def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:

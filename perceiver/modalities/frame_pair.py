@@ -27,7 +27,7 @@ class FlowFramesConfig(Config):
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
 
     def build(self) -> nn.Module:
-        """Make the module."""
+        """Build the module."""
         return FlowFrames(self)
 
 
@@ -48,7 +48,7 @@ class FlowFrames(nn.Module):
         self.channels = config.front_end_channels + self.positions.channels
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         c = self.config
         return {"video": torch.zeros(batch, 2, c.channels, *c.size, dtype=torch.uint8, device=device)}
 

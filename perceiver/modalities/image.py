@@ -21,7 +21,7 @@ class ImageConfig(Config):
     kind: Literal["image"] = "image"
     channels: int = Field(default=3, ge=1, description="Channels of the image.")
     size: tuple[int, int] = Field(default=(224, 224), description="Height and width that the model is built for.")
-    resize: bool = Field(default=False, description="Average or spread what comes to `size` on the device.")
+    resize: bool = Field(default=False, description="Resize images to `size` on the device.")
     mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, of pixels in [0, 1].")
     std: tuple[float, ...] = Field(
         default=(0.229, 0.224, 0.225), description="Deviation per channel, of pixels in [0, 1]."
@@ -44,7 +44,7 @@ class ImageConfig(Config):
     )
 
     def build(self) -> nn.Module:
-        """Make the module."""
+        """Build the module."""
         return Image(self)
 
 
@@ -109,7 +109,7 @@ class Image(nn.Module):
         return self.positions(x.flatten(2).transpose(1, 2), grid, order=self._order(grid, x.device))
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         c = self.config
         return {"image": torch.zeros(batch, c.channels, *c.size, dtype=torch.uint8, device=device)}
 
@@ -132,8 +132,8 @@ def _check(config: ImageConfig) -> None:
     for name in ("mean", "std"):
         if len(getattr(config, name)) != config.channels:
             raise UserError(
-                f"inputs.{name}: got {len(getattr(config, name))} values for {config.channels} channels; wanted one a "
-                f"channel: give inputs.{name} a list of {config.channels}"
+                f"inputs.{name}: got {len(getattr(config, name))} values for {config.channels} channels; "
+                f"wanted {config.channels}, one per channel"
             )
     if config.front_end == "patch" and any(side % config.patch for side in config.size):
         raise UserError(f"inputs.patch: got {config.patch} for size {config.size}; wanted a divisor of both sides")

@@ -18,7 +18,7 @@ class LabelConfig(Config):
     classes: int = Field(default=700, ge=1, description="Number of classes.")
 
     def build(self) -> nn.Module:
-        """Make the module."""
+        """Build the module."""
         return Label(self)
 
 
@@ -33,7 +33,7 @@ class Label(nn.Module):
         self.elements, self.channels = 1, config.classes
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         return {"label": torch.zeros(batch, dtype=torch.int64, device=device)}
 
     def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:

@@ -29,7 +29,7 @@ class MelConfig(Config):
 
     kind: Literal["mel"] = "mel"
     samples: int = Field(default=61_440, ge=1, description="Length of a clip in samples.")
-    rate: int = Field(default=48_000, ge=1, description="Samples a second.")
+    rate: int = Field(default=48_000, ge=1, description="Samples per second.")
     window: int = Field(default=2048, ge=2, description="STFT length in samples.")
     hop: int = Field(default=1024, ge=1, description="Samples between frames.")
     bins: int = Field(default=80, ge=1, description="Mel bins.")
@@ -47,7 +47,7 @@ class MelConfig(Config):
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
 
     def build(self) -> nn.Module:
-        """Make the module."""
+        """Build the module."""
         return Mel(self)
 
 
@@ -91,7 +91,7 @@ class Mel(nn.Module):
         super().__init__()
         if config.high > config.rate / 2 or config.low >= config.high:
             raise UserError(
-                f"inputs.high: got {config.low} to {config.high} Hz at {config.rate} samples a second; wanted "
+                f"inputs.high: got {config.low} to {config.high} Hz at {config.rate} samples per second; wanted "
                 "low < high <= rate/2"
             )
         self.config = config
@@ -112,7 +112,7 @@ class Mel(nn.Module):
         return self.positions(mel.flatten(1)[..., None], grid)
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         return {"audio": torch.zeros(batch, self.config.samples, dtype=torch.int16, device=device)}
 
     def _augment(self, mel: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class MultimodalConfig(Config):
         return {name: _modality(name, one, kinds) for name, one in value.items() if one is not None}
 
     def build(self) -> nn.Module:
-        """Make the module."""
+        """Build the module."""
         return Multimodal(self)
 
 
@@ -98,7 +98,7 @@ class Multimodal(nn.Module):
         return Inputs(torch.cat([part.dense for part in parts], dim=1), mask=mask)
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         parts = [cast(Any, m).example(batch, device) for m in self.modalities.values()]
         return {key: value for part in parts for key, value in part.items()}
 

@@ -18,14 +18,14 @@ class PointsConfig(Config):
     """Points under the batch key `points` with coordinates in [-1, 1]; further columns are features."""
 
     kind: Literal["points"] = "points"
-    points: int = Field(default=2048, ge=1, description="Points of a cloud that FLOPs are counted for; any work.")
+    points: int = Field(default=2048, ge=1, description="Points per cloud for counting FLOPs; any number can be used.")
     dimensions: int = Field(default=3, ge=1, description="Coordinates of a point.")
     features: int = Field(default=0, ge=0, description="Further columns of a point, passed on as they are.")
     bands: int = Field(default=64, ge=1, description="Frequencies per coordinate.")
     max_resolution: float = Field(default=2240.0, gt=0, description="Twice the highest frequency.")
 
     def build(self) -> nn.Module:
-        """Make the module."""
+        """Build the module."""
         return Points(self)
 
 
@@ -41,7 +41,7 @@ class Points(nn.Module):
         self.channels = config.features + config.dimensions * (2 * config.bands + 1)
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         c = self.config
         return {"points": torch.zeros(batch, c.points, c.dimensions + c.features, device=device)}
 

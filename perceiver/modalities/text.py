@@ -3,7 +3,7 @@
 Source: Perceiver IO §4.1 and App. F: UTF-8 bytes shifted by six special ids, or SentencePiece ids; width 768.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -14,22 +14,8 @@ from perceiver.config import Config, UserError
 from perceiver.model import latent_array
 from perceiver.positions import Inputs
 
-PAD, BOS, EOS, MASK, CLS, SEP = range(6)
-SPECIALS = 6
-BYTE_VOCABULARY = 256 + SPECIALS
-
-
-def encode_bytes(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Encode texts as UTF-8 bytes + 6 with CLS before and SEP after, cut and padded to `length`.
-
-    Returns:
-        ids (B, length) int64 and mask (B, length) bool, True where there is text.
-    """
-    ids = torch.full((len(texts), length), PAD, dtype=torch.int64)
-    for row, text in enumerate(texts):
-        codes = [CLS, *(byte + SPECIALS for byte in text.encode()[: max(0, length - 2)]), SEP][:length]
-        ids[row, : len(codes)] = torch.tensor(codes)
-    return ids, ids != PAD
+BYTE_VOCABULARY = 256 + 6
+"""The bytes, after the ids PAD, BOS, EOS, MASK, CLS and SEP."""
 
 
 class TextConfig(Config):
@@ -41,11 +27,11 @@ class TextConfig(Config):
     channels: int = Field(default=768, ge=1, description="Width of embeddings and positions.")
 
     def build(self) -> nn.Module:
-        """Make the module."""
-        return Text(self)
+        """Build the module."""
+        return TextInputs(self)
 
 
-class Text(nn.Module):
+class TextInputs(nn.Module):
     """Turns ids into inputs: embedding + position. `tokens.weight` also serves a decoder's tied output."""
 
     keys = ("text",)
@@ -60,7 +46,7 @@ class Text(nn.Module):
         self.positions = latent_array(config.length, config.channels, 0.02)
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         return {"text": torch.zeros(batch, self.config.length, dtype=torch.int64, device=device)}
 
     def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:

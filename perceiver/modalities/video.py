@@ -30,7 +30,7 @@ class VideoConfig(Config):
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
 
     def build(self) -> nn.Module:
-        """Make the module."""
+        """Build the module."""
         return Video(self)
 
 
@@ -47,7 +47,7 @@ class Video(nn.Module):
         if len(config.mean) != config.channels or len(config.std) != config.channels:
             raise UserError(
                 f"inputs.mean: got {len(config.mean)} means and {len(config.std)} deviations; wanted "
-                f"{config.channels}, one a channel"
+                f"{config.channels}, one per channel"
             )
         self.config = config
         self.grid = tuple(side // step for side, step in zip(sides, config.patch, strict=True))
@@ -57,7 +57,7 @@ class Video(nn.Module):
         self.channels = t * h * w * config.channels + self.positions.channels
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Return raw zeros of the configured size, for counting and warming up."""
+        """Return raw zeros of the configured size for `batch` samples."""
         c = self.config
         size = (batch, c.frames, c.channels, *c.size)
         return {"video": torch.zeros(size, dtype=torch.uint8, device=device)}

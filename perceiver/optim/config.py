@@ -1,4 +1,4 @@
-"""Optimizers: their configuration, which parameters are decayed, and how they are built."""
+"""Configuration and construction of the optimizers, and which parameters are decayed."""
 
 from typing import Any, Literal
 
@@ -42,9 +42,9 @@ class OptimConfig(Config):
 
 
 def build_param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: decayed, and not decayed (biases, and all of the norm layers).
+    """Return the trainable parameters in two groups: decayed, and not decayed (biases, and all of the norm layers).
 
-    Latents, position encodings and embeddings are decayed, as in the papers' code. Empty groups are left out.
+    Latents, position encodings and embeddings are decayed, as in the papers' code. Empty groups are omitted.
     """
     exempt = {
         id(param)
@@ -60,20 +60,20 @@ def build_param_groups(module: nn.Module, weight_decay: float) -> list[dict[str,
 
 
 def default_eps(config: OptimConfig) -> float:
-    """The eps in use: the configured one, else the kind's default."""
+    """Return the configured eps, else the default of the optimizer."""
     return config.eps or _DEFAULT_EPS[config.kind]
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The configured optimizer over the module's trainable parameters, at the peak learning rate.
+    """Build the optimizer of the module's trainable parameters, at the peak learning rate.
 
-    Clipping and the schedule are the engine's: it clips before the step and sets each group's `lr`.
+    The engine clips the gradient before each step and sets the `lr` of each group.
     """
     groups = build_param_groups(module, config.weight_decay)
     eps = default_eps(config)
     if config.kind == "lamb":
         return Lamb(groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay)
-    # One kernel for all tensors: a tenth of a small model's step on a CPU.
+    # One kernel for all tensors saves a tenth of a small model's step on a CPU.
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay, fused=True
     )

@@ -22,9 +22,9 @@ from perceiver.optim.partition import FlatLayout, state_of
 class Lamb(torch.optim.Optimizer):
     """LAMB with a trust ratio per parameter tensor.
 
-    Used alone, each tensor in `params` is one parameter. Where a sharding engine replaces the parameters by flat
-    partitions, it calls `shard` to say which slice belongs to which parameter; squared norms are then summed over the
-    ranks (one small all-reduce for each flat tensor and step), so that the update is the unsharded one.
+    Without sharding, each tensor in `params` is one parameter. An engine that replaces the parameters by flat
+    partitions calls `shard` with the slices of each parameter; squared norms are then summed over the ranks (one small
+    all-reduce per flat tensor and step), so that the update equals the unsharded one.
 
     Parameters are expected in float32.
     """
@@ -42,10 +42,11 @@ class Lamb(torch.optim.Optimizer):
         self._all_reduce: Callable[[Tensor], None] | None = None
 
     def shard(self, layouts: Mapping[Tensor, FlatLayout], all_reduce: Callable[[Tensor], None]) -> None:
-        """Say how parameters lie in the flat tensors that have replaced them.
+        """Set the layout of parameters in the flat tensors that have replaced them.
 
-        layouts: the layout of each flat tensor; it must stay the same object in the parameter groups.
-        all_reduce: sums a float32 tensor over the ranks in place.
+        Args:
+            layouts: layout by flat tensor; the parameter groups must contain the same tensor objects.
+            all_reduce: sums a float32 tensor over the ranks in place.
         """
         self._layouts = {id(flat): layout for flat, layout in layouts.items()}
         self._all_reduce = all_reduce
@@ -114,11 +115,11 @@ class Lamb(torch.optim.Optimizer):
 
 
 def _squared_norms(tensors: list[Tensor]) -> Tensor:
-    """Squared L2 norms, float32 (len(tensors),)."""
+    """Return squared L2 norms, float32 (len(tensors),)."""
     return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).square_()
 
 
 def _trust_ratios(param_squares: Tensor, update_squares: Tensor) -> Tensor:
-    """|p| / |u| from squared norms, elementwise; 1 where either is 0."""
+    """Return |p| / |u| from squared norms, elementwise; 1 where either is 0."""
     ratios = (param_squares / update_squares).sqrt()
     return torch.where((param_squares > 0) & (update_squares > 0), ratios, torch.ones_like(ratios))

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions from the step to a multiplier of the learning rate.
 
-Steps are counted from 0: step s is the (s+1)-th update of the run. A schedule keeps no state, so a resumed run goes on
-exactly where it stopped.
+Steps are counted from 0: step s is the (s+1)-th update of the run. A schedule has no state, so a resumed run
+continues exactly.
 """
 
 import math
@@ -16,7 +16,7 @@ Schedule = Callable[[int], float]
 
 
 class _WarmUp(Config):
-    """Linear warm-up, which every kind of schedule may begin with: step s of W is multiplied by (s + 1) / W."""
+    """Linear warm-up, available in every schedule: step s of W is multiplied by (s + 1) / W."""
 
     warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up.")
     warmup_fraction: float = Field(
@@ -31,7 +31,7 @@ class _WarmUp(Config):
 
 
 class ConstantSchedule(_WarmUp):
-    """The learning rate as it is (ModelNet40: Perceiver §4.3)."""
+    """A constant learning rate (ModelNet40: Perceiver §4.3)."""
 
     kind: Literal["constant"] = Field(default="constant", description="Selects this schedule.")
 
@@ -65,11 +65,14 @@ ScheduleConfig = Annotated[
 
 
 def build_schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: float) -> Schedule:
-    """The schedule of a run as a function: step, counted from 0 -> multiplier of the learning rate.
+    """Return the schedule of a run: a function from the step, counted from 0, to the multiplier of the learning rate.
 
-    total_steps: optimizer steps of the whole run. steps_per_epoch: optimizer steps of one epoch (for milestones), not
-    necessarily whole.
-    The multiplier stays at its final value when asked beyond total_steps.
+    Beyond the last step the multiplier stays at its final value.
+
+    Args:
+        config: kind of schedule and warm-up.
+        total_steps: optimizer steps of the whole run.
+        steps_per_epoch: optimizer steps per epoch (for milestones), not necessarily whole.
     """
     assert total_steps > 0 and steps_per_epoch > 0, (total_steps, steps_per_epoch)
     warmup = config.warmup_steps or round(config.warmup_fraction * total_steps)
@@ -83,7 +86,7 @@ def build_schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: fl
 
 
 def _shape(config: ScheduleConfig, warmup: int, total_steps: int, steps_per_epoch: float) -> Schedule:
-    """The multiplier without the warm-up's ramp."""
+    """Return the multiplier without warm-up."""
     if isinstance(config, StepSchedule):
         starts = [milestone * steps_per_epoch for milestone in config.milestones]
         return lambda step: config.gamma ** sum(step >= start for start in starts)
@@ -96,6 +99,6 @@ def _shape(config: ScheduleConfig, warmup: int, total_steps: int, steps_per_epoc
 
 
 def _half_cosine(step: int, start: int, end: int, final: float) -> float:
-    """1 up to `start`, then down half a cosine to `final` at `end`."""
+    """Return 1 up to `start`, then half a cosine down to `final` at `end`."""
     progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,6 +1,6 @@
-"""The figures of all pages: charts as SVG that follows the page's colours, pictures and attention maps as data URIs.
+"""The figures of all pages: charts as SVG in the page's colours, pictures and attention maps as data URIs.
 
-Matplotlib is imported inside functions: whoever only needs the data classes does not pay for it.
+Matplotlib is imported in functions, because its import is slow.
 """
 
 import io
@@ -35,12 +35,12 @@ _STYLE: dict[str, dict[str, Any]] = {
     "svg": {"fonttype": "none"},
 }
 STYLE: dict[Any, Any] = {f"{group}.{key}": value for group, keys in _STYLE.items() for key, value in keys.items()}
-"""What matplotlib's settings are for all charts: a light grid, no box."""
+"""Settings of matplotlib for all charts: a light grid, no box."""
 HALF, FULL = (5.2, 2.7), (10.8, 3.6)
 """Sizes of a chart in inches: two of them in a row, or one."""
 DOTS: dict[str, Any] = {"marker": "o", "linestyle": ""}
 SMOOTH_FROM = 60
-"""A training curve of so many points or more is drawn with its running mean."""
+"""Number of points from which a training curve is drawn with its running mean."""
 SINGLE_CURVES = (
     ("learning-rate", "Learning rate", ("train/lr",)),
     ("gradient-norm", "Gradient norm before clipping", ("train/grad_norm",)),
@@ -51,7 +51,7 @@ SHARE_TICKS = (0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998,
 NEAR_ONE = 0.9999
 TICKS = 5
 PICTURE, SMALL, MAP = 256, 120, 112
-"""Pixels a side: of the largest picture on a page, below which it is kept as it is, of the largest attention map."""
+"""Pixels per side: largest picture on a page; size below which a picture stays exact; largest attention map."""
 
 Rows = Sequence[Mapping[str, Any]]
 Line = tuple[ArrayLike, ArrayLike, Mapping[str, Any]]
@@ -81,17 +81,17 @@ def plot(
     texts: Iterable[tuple[float, float, str]] = (),
     **axis: Any,
 ) -> Drawing:
-    """Draw lines in the manner of the pages: a light grid, no box.
+    """Draw lines in the style of the pages: a light grid, no box.
 
     Args:
-        slug: name of its file, different for each chart of a page.
-        title: above it.
+        slug: name of the chart's file, unique on a page.
+        title: text above the chart.
         lines: drawn in this order; those with a `label` get a legend.
-        note: below it.
+        note: text below the chart.
         size: width and height in inches.
-        percent: the axes whose shares are written in per cent: "", "x", "y" or "xy".
+        percent: the axes that are labelled in per cent: "", "x", "y" or "xy".
         grid: the axes whose ticks have grid lines: "x", "y" or "both".
-        texts: x, y and what is written there.
+        texts: x, y and text of annotations.
         axis: properties of `matplotlib.axes.Axes`, such as xlabel or ylim.
     """
     import matplotlib as mpl
@@ -115,7 +115,7 @@ def plot(
 
 
 def _svg(figure: "Figure") -> str:
-    """Return a figure as SVG with the page's CSS colours; the ids that are left are the same each time."""
+    """Return a figure as SVG with the page's CSS colours; the output is reproducible."""
     svg = _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     for colour, variable in CSS_COLOURS.items():
@@ -136,14 +136,14 @@ def _saved(figure: "Figure", **options: Any) -> bytes:
 
 
 def named_rows(names: Sequence[str]) -> dict[str, Any]:
-    """Return the axis properties for `plot` that give y = 0, 1, ... these names, from the top."""
+    """Return the axis properties for `plot` that label y = 0, 1, ... with names, from the top."""
     return {"yticks": range(len(names)), "yticklabels": names, "ylim": (len(names) - 0.5, -0.5)}
 
 
 def metric_axis(metric: str, values: Iterable[float]) -> dict[str, Any]:
     """Return the axis properties for `plot` whose y values are a metric's.
 
-    Shares near 1, where good models differ, are spread out: equal steps halve or double the error.
+    Shares near 1 are spread out: equal steps halve or double the error.
     """
     from matplotlib.scale import FuncScale
 
@@ -166,10 +166,10 @@ def _unspread(place: Any) -> Any:
 
 
 def learning_curves(rows: Rows) -> list[Drawing]:
-    """Draw what a history has finite values for, over optimizer steps, in reading order.
+    """Draw the metrics of a history that have finite values, over optimizer steps.
 
     Args:
-        rows: one mapping for each recorded moment, with `step` and figures such as `train/loss` and `eval/loss`.
+        rows: one mapping per recorded step, with `step` and metrics such as `train/loss` and `eval/loss`.
     """
     keys = {key for row in rows for key in row}
     names = ["loss", *sorted({key.removeprefix("eval/") for key in keys if key.startswith("eval/")} - {"loss"})]
@@ -271,9 +271,9 @@ class Column:
     """One axis of parallel coordinates.
 
     Attributes:
-        name: below it.
-        places: where each line crosses it, from 0 to 1; NaN where the line has no value.
-        ticks: places and what is written there.
+        name: label below the axis.
+        places: position of each line on the axis, from 0 to 1; NaN if the line has no value.
+        ticks: positions and their labels.
     """
 
     name: str
@@ -303,8 +303,8 @@ def draw_parallel(columns: Sequence[Column], best: int | None) -> Drawing:
     """Draw each line through its places on all columns.
 
     Args:
-        columns: with as many places each as there are lines; the worst line first.
-        best: index of the line that stands out.
+        columns: axes with one position per line; the worst line first.
+        best: index of the highlighted line.
     """
     lines: list[Line] = [([x, x], [0, 1], {"color": RULE, "linewidth": 1.2, "zorder": 1}) for x in range(len(columns))]
     count = len(columns[0].places)
@@ -319,7 +319,7 @@ def draw_parallel(columns: Sequence[Column], best: int | None) -> Drawing:
         "coordinates",
         "Parallel coordinates",
         lines,
-        "The stronger a line, the better the trial; the best is in the second colour.",
+        "Stronger lines are better trials; the best trial has the second colour.",
         size=FULL,
         texts=[(x + 0.02, place, label) for x, column in enumerate(columns) for place, label in column.ticks],
         xticks=range(len(columns)),
@@ -379,7 +379,7 @@ def attention_map(weights: NDArray[np.floating], image: Image.Image | None = Non
 
     Args:
         weights: (H, W), of one latent or a mean; averaged over blocks to at most `MAP` pixels a side.
-        image: what was attended to, shown dark beneath the weights; None: black.
+        image: the input image, shown dark beneath the weights; None: black.
     """
     from matplotlib import colormaps
 

@@ -1,4 +1,4 @@
-"""The jinja2 environment that every page is rendered with, and how values are written in it."""
+"""The jinja2 environment of all pages, and the formatting of values."""
 
 import base64
 import functools
@@ -20,7 +20,7 @@ def render(template: str, **values: Any) -> str:
 
     Args:
         template: file name in this folder.
-        values: what the template names. All pages take `kind` (of the page), `name`, and optionally `headline` (a
+        values: variables of the template. All pages take `kind` (of the page), `name`, and optionally `headline` (a
             figure and what it is), `facts` (caption -> value) and `commands` (caption -> command line); secrets in
             facts and commands are masked.
     """
@@ -46,7 +46,7 @@ def _environment() -> "Environment":
 
 
 def text(value: Any) -> str:
-    """Return a value as a reader wants it: thousands separated, four significant digits, secrets masked."""
+    """Return a value as text: thousands separators, four significant digits, secrets masked."""
     if value is None:
         return "–"
     if isinstance(value, bool | np.bool_):
@@ -62,7 +62,7 @@ def percent(share: float | None) -> str:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is a share between 0 and 1, shown in per cent."""
+    """Return whether a metric is a share between 0 and 1, shown in per cent."""
     return metric.startswith("accuracy")
 
 
@@ -76,7 +76,7 @@ def size(count: float) -> str:
 
 
 def yaml_text(tree: Mapping[str, Any]) -> str:
-    """Return settings as YAML, secrets masked; nothing for no settings."""
+    """Return settings as YAML, secrets masked; an empty text for none."""
     return yaml.safe_dump(redact(dict(tree)), sort_keys=False, allow_unicode=True) if tree else ""
 
 

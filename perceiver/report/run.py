@@ -1,6 +1,6 @@
-"""The report of a run: one HTML page, its figures as PNG and the figures of its classes as CSV.
+"""The report of a run: one HTML page, its figures as PNG and its per-class metrics as CSV.
 
-A pure function of plain arrays: it knows no model, no data set and no tracker.
+A pure function of arrays: independent of models, data sets and trackers.
 """
 
 import csv
@@ -16,7 +16,7 @@ from perceiver.report import figures
 from perceiver.report.page import data_uri, percent, render, text, yaml_text
 
 TABLE_CLASSES = 25
-"""More classes than that are not all on the page: their confusion matrix is a picture, the worst of them are listed."""
+"""With more classes, the confusion matrix is a picture and only the worst classes are listed."""
 LISTED_CLASSES, LISTED_PAIRS = 20, 8
 WRONG_SHOWN, RIGHT_SHOWN = 24, 12
 LATENTS_SHOWN, ATTENDS_SHOWN, ATTENTION_EXAMPLES = 6, 8, 6
@@ -26,13 +26,13 @@ CARD = 224
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report is made of. Whatever is left out, but name and history, leaves out its section.
+    """The content of a report. Only name and history are required; a section without data is omitted.
 
     Shapes: B test samples, K classes, E examples, A cross-attends, h heads, N latents, H x W positions.
     """
 
     name: str
-    history: figures.Rows  # a mapping for each recorded moment: step, train/loss, eval/loss, train/lr, ...
+    history: figures.Rows  # a mapping per recorded step: step, train/loss, eval/loss, train/lr, ...
     task: str = "classification"  # or "multilabel": a class table; any other: the curves only
     class_names: Sequence[str] = ()  # K
     sample_ids: NDArray[np.integer] | None = None  # (B,)
@@ -82,7 +82,7 @@ def run_report(data: ReportData) -> dict[str, bytes]:
 def _classification(
     data: ReportData, labels: NDArray[Any], predictions: NDArray[Any], files: dict[str, bytes]
 ) -> dict[str, Any]:
-    """Return what the page shows of a classification; put its figures into `files`."""
+    """Return the page's values for a classification; add its figures to `files`."""
     columns = data.probabilities.shape[1] if data.probabilities is not None else 0
     classes = max(int(labels.max()) + 1, int(predictions.max()) + 1, len(data.class_names), columns)
     names = class_names(data.class_names, classes)
@@ -108,7 +108,7 @@ def _classification(
 
 
 def _cells(matrix: NDArray[np.int64]) -> list[list[tuple[int, float]]]:
-    """Return counts and how strong their colours are (0 to 100), of mistakes as against the worst mistake."""
+    """Return counts and the strength of their colours (0 to 100), for mistakes relative to the most frequent one."""
     off = matrix - np.diag(np.diag(matrix))
     whole = np.where(np.eye(len(matrix), dtype=bool), matrix.sum(axis=1, keepdims=True), off.max())
     strength = np.where(matrix, 12 + 58 * np.sqrt(matrix / np.maximum(whole, 1)), 0)
@@ -123,7 +123,7 @@ def _examples(
     names: Sequence[str],
     files: dict[str, bytes],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the wrong and the right predictions to show, as far as their images were given."""
+    """Return the wrong and the right predictions to show, if there are images of them."""
     groups: dict[str, list[dict[str, Any]]] = {"wrong": [], "right": []}
     ids = data.sample_ids
     if ids is None:

@@ -1,4 +1,4 @@
-"""Targets, loss and metrics: one file each; a new task is a new file with a config that has `kind` and `build`."""
+"""Tasks define targets, loss and metrics, one file each. A new one is a file with a config of `kind` and `build`."""
 
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +13,7 @@ else:
 
 
 def build_task(config: Config, *, classes: int) -> Task:
-    """Make the task that a recipe's `task:` describes, for a data set of `classes` classes."""
+    """Build the task of a recipe's `task:` section for a data set of `classes` classes."""
     return cast(Any, config).build(classes=classes)
 
 

@@ -1,4 +1,4 @@
-"""What every task offers to the training loop, and what it gives back."""
+"""The interface of a task to the training loop."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class LossOutput:
 
     Args:
         loss_sum: 0-d, with gradient.
-        sums: without gradient; includes `loss`. Those of 0-d are given to `summarise` as floats, others as tensors.
+        sums: without gradient; includes `loss`. `summarise` gets 0-d sums as floats, others as tensors.
     """
 
     loss_sum: Tensor
@@ -46,10 +46,10 @@ class Task(Protocol):
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
-    """Return what the model is called with: the tensor of its one key, or a dict of several that are there.
+    """Return the argument of the model: the tensor of its one key, or a dict of those of its keys that the batch has.
 
     Raises:
-        UserError: if the batch lacks a key that the model reads.
+        UserError: the batch lacks a key of the model.
     """
     net = network(model)
     keys: tuple[str, ...] = tuple(net.input_keys)
@@ -62,14 +62,14 @@ def model_inputs(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
 
 
 def network(model: nn.Module) -> Any:
-    """Return the model itself, out of what wraps it for training."""
+    """Return the model without its wrappers for training."""
     while not hasattr(model, "input_keys") and isinstance(getattr(model, "module", None), nn.Module):
         model = cast(nn.Module, model.module)
     return model
 
 
 def valid_rows(batch: Batch, rows: int, device: torch.device) -> Tensor:
-    """Return which rows count, (B,) bool: all if the batch does not say."""
+    """Return which rows are valid, (B,) bool; all if the batch has no key `valid`."""
     valid = batch.get("valid")
     return torch.ones(rows, dtype=torch.bool, device=device) if valid is None else valid
 
@@ -77,8 +77,8 @@ def valid_rows(batch: Batch, rows: int, device: torch.device) -> Tensor:
 class RandomTask:
     """A task that draws random numbers while training.
 
-    The draws depend on `seed`, `step` and the first sample's id alone, so that a resumed run repeats them. The engine
-    sets `step` before each optimizer step where it can; `training` follows the model.
+    The numbers depend only on `seed`, `step` and the first sample's id, so that a resumed run repeats them. The engine
+    sets `step` before each optimizer step.
     """
 
     def __init__(self, seed: int = 0) -> None:

@@ -37,7 +37,7 @@ class AutoencodingConfig(Config):
     seed: int = Field(default=0, description="Seed of the subsampling.")
 
     def build(self, *, classes: int) -> Task:
-        """Make the task."""
+        """Build the task."""
         return Autoencoding(self)
 
 

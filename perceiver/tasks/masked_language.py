@@ -19,7 +19,7 @@ BYTE_SPACES = tuple(byte + 6 for byte in b" \t\n\r\x0b\x0c")
 
 
 class MaskedLanguageConfig(Config):
-    """Ids under the batch key `text` (B, M) with `text_mask`; words are cut at the ids of `spaces`."""
+    """Ids under the batch key `text` (B, M) with `text_mask`; the ids of `spaces` separate words."""
 
     kind: Literal["masked_language"] = "masked_language"
     probability: float = Field(default=0.15, gt=0, lt=1, description="Chance that a word is masked.")
@@ -32,7 +32,7 @@ class MaskedLanguageConfig(Config):
     seed: int = Field(default=0, description="Seed of the masks.")
 
     def build(self, *, classes: int) -> Task:
-        """Make the task."""
+        """Build the task."""
         return MaskedLanguage(self)
 
 
@@ -84,7 +84,7 @@ class MaskedLanguage(RandomTask):
         return LossOutput(loss_sum, {"loss": loss_sum.detach(), "correct": right})
 
     def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
-        """Return loss (nats a masked token), its perplexity, and accuracy."""
+        """Return loss (nats per masked token), its perplexity, and accuracy."""
         count = max(count, 1.0)
         loss = sums["loss"] / count
         return {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), "accuracy": sums["correct"] / count}

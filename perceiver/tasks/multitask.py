@@ -19,7 +19,7 @@ class MultitaskConfig(Config):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Probability spread over all classes.")
 
     def build(self, *, classes: int) -> Task:
-        """Make the task."""
+        """Build the task."""
         return Multitask(self)
 
 

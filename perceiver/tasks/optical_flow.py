@@ -16,18 +16,18 @@ class FlowConfig(Config):
 
     kind: Literal["flow"] = "flow"
     limit: float | None = Field(default=None, gt=0, description="Pixels whose true flow is longer do not count.")
-    queries: int | None = Field(default=None, ge=1, description="Pixels decoded for each sample in training; all.")
-    seed: int = Field(default=0, ge=0, description="Of the choice of these pixels.")
+    queries: int | None = Field(default=None, ge=1, description="Pixels decoded per sample in training; default: all.")
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of these pixels.")
 
     def build(self, *, classes: int) -> Task:
-        """Make the task."""
+        """Build the task."""
         return Flow(self)
 
 
 class Flow(RandomTask):
     """See `FlowConfig`: the loss is the end-point error, averaged over the valid pixels of all samples.
 
-    With `queries`, training decodes so many pixels of each sample, chosen anew at each step; a sample's sum is then the
+    With `queries`, training decodes that many random pixels of each sample in each step; a sample's sum is then the
     mean over its chosen valid pixels times the number of its valid pixels, an unbiased estimate of the whole sum.
     """
 
@@ -58,7 +58,7 @@ class Flow(RandomTask):
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Sum the end-point error over the valid pixels."""
         valid = self._valid(batch).flatten(1)
-        # Unknown flow may be stored as anything, infinity too: it must not reach the sum.
+        # Unknown flow may have any value, infinity too: it must not enter the sum.
         flow = batch["flow"].float().flatten(2).where(valid[:, None], torch.zeros((), device=valid.device))
         weight = torch.ones_like(valid, dtype=torch.float32)
         if self.config.queries is not None and model.training:

@@ -3,7 +3,6 @@
 Source: Perceiver §4.2 and App. F (AudioSet: average precision as scikit-learn computes it, unweighted mean).
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -28,34 +27,8 @@ class TaggingConfig(Config):
     )
 
     def build(self, *, classes: int) -> Task:
-        """Make the task."""
+        """Build the task."""
         return Tagging(self, classes)
-
-
-def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """Return the average precision of each class (K,): NaN where a class has no positive.
-
-    Args:
-        scores: (S, K) any monotonic scores; ties count as one threshold, as in scikit-learn.
-        targets: (S, K) 0 or 1.
-    """
-    order = scores.argsort(0, descending=True)
-    ranked, hits = scores.gather(0, order), targets.gather(0, order).double()
-    true = hits.cumsum(0)
-    precision = true / torch.arange(1, len(scores) + 1, device=scores.device, dtype=torch.float64)[:, None]
-    last = torch.ones_like(ranked, dtype=torch.bool)
-    last[:-1] = ranked[:-1] != ranked[1:]
-    result = torch.empty(scores.shape[1], dtype=torch.float64, device=scores.device)
-    for k in range(scores.shape[1]):
-        p, t = precision[last[:, k], k], true[last[:, k], k]
-        gained = torch.diff(t, prepend=t.new_zeros(1))
-        result[k] = (p * gained).sum() / t[-1] if t[-1] > 0 else math.nan
-    return result
-
-
-def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
-    """Return the unweighted mean of the classes' average precisions, of the classes that have a positive."""
-    return float(average_precision(scores, targets).nanmean())
 
 
 def precision_bounds(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,8 +90,8 @@ class Tagging:
     def summarise(self, sums: Mapping[str, Any], count: float) -> dict[str, float]:
         """Return loss, accuracy of single labels, and in evaluation mean_average_precision.
 
-        The latter is the middle between the bounds that the score bins give, over the classes that have a positive;
-        scikit-learn's value lies within mean_average_precision_error of it.
+        The latter is the mean of the bounds from the score bins, over the classes that have a positive; scikit-learn's
+        value is within mean_average_precision_error of it.
         """
         count = max(count, 1.0)
         metrics = {"loss": sums["loss"] / count, "label_accuracy": sums["correct"] / count}

@@ -1,1 +1,1 @@
-"""What a run records, and the process that sends it to MLflow; redaction of secrets. Nothing here knows a model."""
+"""The record of a run, the process that sends it to MLflow, and redaction of secrets. No models, no data."""

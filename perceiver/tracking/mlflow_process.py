@@ -1,7 +1,7 @@
-"""The MLflow process, as the process that trains sees it.
+"""Starts the MLflow process from the process that trains.
 
-Importing MLflow takes seconds and 230 MB, its retries block, and it prints to the terminal: all that happens in a
-process of its own, which runs `perceiver.tracking.mlflow_writer` and ends when its parent does.
+Importing MLflow takes seconds and 230 MB, its retries block, and it prints to the terminal. So it runs in a separate
+process (`perceiver.tracking.mlflow_writer`), which exits with its parent.
 """
 
 import json
@@ -40,7 +40,7 @@ def start(request: Request, log: Path) -> "subprocess.Popen[bytes]":
 
 
 def ask(request: Request, log: Path, timeout_s: float) -> dict[str, Any]:
-    """Return the answer of a process that is started for one request; `{"error": reason}` if there is none in time."""
+    """Start a process for one request and return its answer; `{"error": reason}` if it does not answer in time."""
     process = _popen(log, stdout=subprocess.PIPE)
     try:
         answer, _ = process.communicate(json.dumps(request).encode() + b"\n", timeout_s)
@@ -48,7 +48,7 @@ def ask(request: Request, log: Path, timeout_s: float) -> dict[str, Any]:
         process.kill()
         process.communicate()
         return {"error": "no answer in time"}
-    return json.loads(answer) if answer else {"error": f"the MLflow process ended, see {log}"}
+    return json.loads(answer) if answer else {"error": f"the MLflow process exited, see {log}"}
 
 
 def _popen(log: Path, stdout: int) -> "subprocess.Popen[bytes]":
@@ -56,7 +56,7 @@ def _popen(log: Path, stdout: int) -> "subprocess.Popen[bytes]":
     path = os.pathsep.join(entry for entry in sys.path if entry)
     with log.open("ab") as file:
         return subprocess.Popen(
-            # -P: a folder `perceiver` where the user happens to be is not the package.
+            # -P: a folder `perceiver` in the current directory is not the package.
             [sys.executable, "-P", "-m", "perceiver.tracking.mlflow_writer"],
             stdin=subprocess.PIPE,
             stdout=stdout,

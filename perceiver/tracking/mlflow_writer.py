@@ -1,12 +1,12 @@
-"""Sends the record of a run to MLflow; runs in a process of its own, and is the only module here that imports MLflow.
+"""Sends the record of a run to MLflow. Runs in a separate process, the only one that imports MLflow.
 
-MLflow is asked what it has at the start and after each failure, so it gets what it lacks, and no point twice:
+At the start and after each failure the writer reads what MLflow has, and sends what is missing, no point twice:
 
-- MLflow cannot replace a point. Of a step that ran twice, because the run resumed from an earlier checkpoint, the first
+- MLflow cannot replace a point. If a step ran twice, because the run resumed from an earlier checkpoint, the first
   point stays: per key, only steps above MLflow's last one are sent.
-- Rows that are out of order in the record (an evaluation that ended late) are always sent. MLflow's stores keep one
-  point per key, step, time and value, so sending it twice has the effect of once.
-- Tags, artifacts and states are sent again if it is not certain that they arrived, which has the effect of once, too.
+- Rows out of order in the record (a late evaluation) are always sent. MLflow's stores keep one point per key, step,
+  time and value, so sending a row twice is harmless.
+- Tags, artifacts and states are sent again if it is not certain that they arrived, which is harmless, too.
 """
 
 import json
@@ -53,7 +53,7 @@ REFUSED = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "I
 
 
 class RefusedError(Exception):
-    """MLflow answers, and will not take this however often it is tried."""
+    """MLflow refuses a request permanently."""
 
 
 def import_mlflow() -> Any:
@@ -66,7 +66,11 @@ def import_mlflow() -> Any:
 
 
 def make_client(uri: str) -> "MlflowClient":
-    """Return a client of the store at a URI or reference; OSError within 5 s if nothing listens there."""
+    """Return a client of the store at a URI or reference.
+
+    Raises:
+        OSError: nothing listens there; within 5 s.
+    """
     plain = resolve(uri)
     parts = urlsplit(plain)
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -85,7 +89,7 @@ def open_run(client: "MlflowClient", handle: RunHandle) -> tuple[RunHandle, "Run
     """Find the run of a handle by id or key, or create it with its tags; log its parameters.
 
     Returns:
-        The handle with what MLflow knows, and the run.
+        The handle, completed from MLflow, and the run.
     """
     run = None
     if handle.run_id:
@@ -115,19 +119,19 @@ def _experiment(client: "MlflowClient", handle: RunHandle) -> str:
         root = (file.absolute().parent / "mlartifacts").as_uri()
     experiment = client.get_experiment_by_name(handle.experiment)
     if experiment is None:
-        with _unless("RESOURCE_ALREADY_EXISTS"):  # another run was faster
+        with _unless("RESOURCE_ALREADY_EXISTS"):  # another run created it first
             client.create_experiment(handle.experiment, root, tags=EXPERIMENT_TAGS)
         experiment = client.get_experiment_by_name(handle.experiment)
     if experiment is None or experiment.lifecycle_stage != "active":
         raise RefusedError(
-            f"experiment {handle.experiment!r} is deleted there; restore it or set tracking.experiment to another"
+            f"experiment {handle.experiment!r} is deleted; restore it or set tracking.experiment to another"
         )
     return experiment.experiment_id
 
 
 @contextmanager
 def _unless(code: str) -> Iterator[None]:
-    """Take one error code of MLflow for an answer."""
+    """Ignore one error code of MLflow."""
     mlflow = import_mlflow()
     try:
         yield
@@ -145,7 +149,7 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 def _log_params(client: "MlflowClient", run: "Run", params: dict[str, str]) -> None:
-    """Log parameters. MLflow does not let one change: a new value of a resumed run becomes the tag `param.<key>`."""
+    """Log parameters. MLflow cannot change one: a new value of a resumed run becomes the tag `param.<key>`."""
     from mlflow.entities import Param
 
     wanted = {clean_key(key): value[:PARAM_CHARACTERS] for key, value in params.items()}
@@ -169,10 +173,10 @@ class RunWriter:
         self._highest: dict[str, int] = {}
 
     def send(self) -> None:
-        """Send all that is recorded and was not sent.
+        """Send everything that is recorded and not sent yet.
 
         Raises:
-            Exception: of MLflow, its store or the network, which cannot take it now; the next call tries again.
+            Exception: an error of MLflow, its store or the network; the next call tries again.
         """
         try:
             client = self._client or self._connect()
@@ -188,7 +192,7 @@ class RunWriter:
             raise
 
     def _connect(self) -> "MlflowClient":
-        """Find or create the run, learn the last step of each of its metrics, and start over with the record."""
+        """Find or create the run, read the last step of each of its metrics, and restart at the begin of the record."""
         if self.handle.run_id and (file := _sqlite_file(self.handle.uri)) and not file.exists():
             raise OSError(f"{file} does not exist on this machine: use a server or a shared folder")
         with _deadline(SEND_S):
@@ -197,7 +201,7 @@ class RunWriter:
         if handle != self.handle:
             self.handle = handle
             save_handle(self.folder, handle)
-        # An older point was logged by somebody else into the run that MLFLOW_RUN_ID names.
+        # An older point was logged by another program into the run of MLFLOW_RUN_ID.
         own = [metric for metric in run.data.to_proto().metrics if metric.timestamp >= handle.created_ms]
         self._there, self._highest = {metric.key: metric.step for metric in own}, {}
         sent = read_sent(self.folder)
@@ -222,7 +226,7 @@ class RunWriter:
             self._log_batch(client, metrics[start : start + METRICS_PER_BATCH])
 
     def _log_batch(self, client: "MlflowClient", metrics: "list[Metric]") -> None:
-        """Log a batch; if MLflow refuses it, its halves, so that a bad point costs only itself."""
+        """Log a batch; if MLflow refuses it, log its halves, so that only the bad point is lost."""
         mlflow = import_mlflow()
         assert self.handle.run_id is not None
         try:
@@ -271,7 +275,7 @@ class RunWriter:
                 client.set_terminated(run_id, STATUS[status], round(1000 * when))
 
     def _refuses(self, client: "MlflowClient", error: "MlflowException") -> bool:
-        """Whether MLflow will never take this; a run that was deleted gets the same answer to everything."""
+        """Return whether MLflow refuses a point permanently; a deleted run gets the same error for every request."""
         assert self.handle.run_id is not None
         if error.error_code != "INVALID_PARAMETER_VALUE":
             return False
@@ -279,7 +283,7 @@ class RunWriter:
 
 
 def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
-    """Keep one external model per run that names the newest checkpoint."""
+    """Update the external model of the run, which refers to the newest checkpoint."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     assert handle.experiment_id is not None and handle.run_id is not None
@@ -296,10 +300,10 @@ def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> Non
 
 
 def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
-    """Let the alias `best` of the run's registered model name the best checkpoint.
+    """Set the alias `best` of the run's registered model to the best checkpoint.
 
-    Each best checkpoint gets a version, whose tag `checkpoint_uri` says where it is: the store wants a source of its
-    own, and nothing is copied there.
+    Each best checkpoint gets a version with the tag `checkpoint_uri`. The store requires a source of its own; nothing
+    is copied there.
     """
     assert handle.run_id is not None
     name = re.sub(r"[^\w\-. ]", "_", f"{handle.experiment}.{handle.name}")
@@ -315,10 +319,10 @@ def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """End this process if the body takes longer: a request that hangs cannot be interrupted. The parent restarts it."""
+    """Exit if the body takes longer: a hanging request cannot be interrupted. The parent restarts the process."""
 
     def end() -> None:
-        log.error("MLflow gave no answer in %.0f s: this process ends", seconds)
+        log.error("MLflow did not answer within %.0f s: exiting", seconds)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -331,15 +335,15 @@ def _deadline(seconds: float) -> Iterator[None]:
 
 
 def follow(folder: str, handle: dict[str, Any], node: str | None, close_s: float) -> None:
-    """Send a record until the parent closes standard input or is gone, then the rest.
+    """Send a record until the parent closes standard input or exits, then send the rest.
 
     Args:
         folder: the run's folder on a local disk.
         handle: the run, as JSON.
-        node: also record the load of this machine under this name; None: do not.
-        close_s: how long to try to send the rest; 5 s at most if MLflow is known to be down.
+        node: name under which the load of this machine is recorded; None: not recorded.
+        close_s: seconds to send the rest; 5 at most if MLflow is known to be down.
     """
-    os.nice(10)  # take only what the training leaves
+    os.nice(10)  # training has priority
     run, load = RunHandle.from_json(handle), None
     ended, failing = threading.Event(), threading.Event()
     threading.Thread(target=_wait_for_end, args=(ended, failing, close_s), daemon=True).start()
@@ -358,12 +362,12 @@ def follow(folder: str, handle: dict[str, Any], node: str | None, close_s: float
         try:
             writer.send()
             if failures:
-                log.warning("MLflow is back after %d failed attempts", failures)
+                log.warning("MLflow answers again after %d failed attempts", failures)
             failures, down = 0, False
             failing.clear()
         except Exception as error:  # noqa: BLE001 - MLflow, its store or the network: try again later
             if failures == 0:
-                log.warning("MLflow cannot be reached (%s); the record waits in %s", _line(error), folder)
+                log.warning("MLflow does not answer (%s); the record is kept in %s", _line(error), folder)
             failures, down = failures + 1, down or not last
             failing.set()
         if last and (not failures or time.monotonic() - left_at > (min(DOWN_S, close_s) if down else close_s)):
@@ -374,7 +378,7 @@ def follow(folder: str, handle: dict[str, Any], node: str | None, close_s: float
 
 
 def _wait_for_end(ended: threading.Event, failing: threading.Event, close_s: float) -> None:
-    """Wait for the end of standard input; then do not let a request that hangs keep the process alive."""
+    """Wait for the end of standard input; exit afterwards even if a request hangs."""
     sys.stdin.buffer.read()
     ended.set()
     time.sleep(DOWN_S + (0.0 if failing.is_set() else close_s))
@@ -395,7 +399,7 @@ def answer(handle: RunHandle) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    """Return an error in one line, without secrets."""
+    """Return an error message in one line, without secrets."""
     return " ".join(redact_text(str(error)).split())[:500] or repr(error)
 
 
@@ -413,9 +417,9 @@ class _Redacted:
 
 
 def main() -> None:
-    """Do what a line of standard input asks for (see `perceiver.tracking.mlflow_process`)."""
+    """Serve the request on standard input (see `perceiver.tracking.mlflow_process`)."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever prints goes to the log
+    os.dup2(2, 1)  # prints go to the log
     sys.stderr = _Redacted(sys.stderr)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     request = json.loads(sys.stdin.buffer.readline())

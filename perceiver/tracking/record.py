@@ -1,9 +1,9 @@
-"""The record of a run on its local disk: files of JSON lines that one process appends and another sends to MLflow.
+"""The record of a run on a local disk: files of JSON lines that one process appends to and another sends to MLflow.
 
-history.jsonl           recorded metrics: {"step": 20, "time": 1764547200.5, "train/loss": 0.31, ...}
+history.jsonl           metrics: {"step": 20, "time": 1764547200.5, "train/loss": 0.31, ...}
 tracking/system.jsonl   load of the machine, in the same form
 tracking/notes.jsonl    tags, artifacts and states: {"time": 1764547203.1, "tag": "checkpoint_uri", "value": "..."}
-tracking/sent.json      which MLflow run has how many bytes of these files
+tracking/sent.json      the MLflow run, and the bytes of each file that it has
 tracking/run.json       the MLflow run (`perceiver.tracking.runs.RunHandle`)
 tracking/mlflow.log     messages of the MLflow process
 """
@@ -28,13 +28,13 @@ READ_BYTES = 2**20
 
 
 class LineWriter:
-    """Appends rows to a file, each as one line that is with the operating system on return. Thread-safe.
+    """Appends rows to a file as lines, each handed to the operating system on return. Thread-safe.
 
-    A full or failing disk raises nothing: the lines stay in memory and are written with the next row.
+    Errors of the disk are not raised: the lines stay in memory and are written with the next row.
 
     Args:
-        path: the file; what is in it stays.
-        replacement: lines that a new file at this path begins with, in place of the old one.
+        path: the file; it is appended to.
+        replacement: lines that replace the content of the file.
     """
 
     def __init__(self, path: Path, replacement: str | None = None) -> None:
@@ -46,7 +46,7 @@ class LineWriter:
         self._lock = threading.Lock()
         self._failing = False
         size = os.fstat(self._fd).st_size
-        # A line that a crash truncated must not take the next one with it.
+        # The next row must not be appended to a line that a crash truncated.
         torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
         self._pending = b"\n" if torn else (replacement or "").encode()
         self._write()
@@ -58,7 +58,7 @@ class LineWriter:
             self._write()
 
     def close(self) -> None:
-        """Write what is still in memory, and close the file."""
+        """Write the lines in memory, and close the file."""
         with self._lock:
             self._write()
             if self._pending:
@@ -75,14 +75,14 @@ class LineWriter:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, end)
             if not self._failing:
-                log.warning("%s cannot be written (%s); its lines wait in memory", self.path, error.strerror)
+                log.warning("%s cannot be written (%s); its lines stay in memory", self.path, error.strerror)
             self._failing = True
 
 
 def read_rows(path: Path, offset: int) -> tuple[list[Row], int]:
     """Return the rows of a file's complete lines from byte `offset` on, and the offset after them.
 
-    At most about a MiB is read; a line that is no JSON object is skipped, with a warning.
+    Reads about 1 MiB at most. A line that is not a JSON object is skipped with a warning.
     """
     try:
         with path.open("rb") as file:
@@ -97,12 +97,12 @@ def read_rows(path: Path, offset: int) -> tuple[list[Row], int]:
             try:
                 rows.append(dict(json.loads(line)))
             except (ValueError, TypeError):
-                log.warning("%s: a line that cannot be read is skipped: %.80r", path, line)
+                log.warning("%s: skipped a line that is not a JSON object: %.80r", path, line)
     return rows, offset
 
 
 def read_sent(folder: Path) -> dict[str, Any]:
-    """Return what `sent.json` of a run's folder contains; empty if nothing has been sent."""
+    """Return the content of `sent.json` in a run's folder; empty if nothing has been sent."""
     try:
         return dict(json.loads((folder / SENT).read_text()))
     except (FileNotFoundError, ValueError):
@@ -110,7 +110,7 @@ def read_sent(folder: Path) -> dict[str, Any]:
 
 
 def unsent(folder: Path) -> int:
-    """Return how many lines of a run's record MLflow does not have yet."""
+    """Return the number of lines of a run's record that MLflow lacks."""
     sent, count = read_sent(folder), 0
     for name in FILES:
         rows, end = read_rows(folder / name, offset := sent.get(name, 0))

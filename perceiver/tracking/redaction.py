@@ -1,4 +1,4 @@
-"""Keeping secrets out of what a run leaves behind: references that stay references, and redaction of the rest."""
+"""Keeps secrets out of the files of a run: references are not resolved, other secrets are masked."""
 
 import os
 import re
@@ -32,14 +32,14 @@ _HEADERS = re.compile(r"(?<=Bearer )\S+|(?<=Basic )\S+")
 
 
 def is_reference(value: object) -> bool:
-    """Whether a value names a secret (`env:NAME`, `file:PATH`) and does not hold one. `file://` URLs are not meant."""
+    """Return whether a value is a reference to a secret (`env:NAME`, `file:PATH`, but not a `file://` URL)."""
     return isinstance(value, str) and (
         value.startswith("env:") or (value.startswith("file:") and not value.startswith("file://"))
     )
 
 
 def resolve(value: str) -> str:
-    """The text that a reference stands for; any other text as it is.
+    """Return the text that a reference stands for; any other text unchanged.
 
     Raises:
         UserError: the variable is not set, or the file cannot be read.
@@ -58,9 +58,11 @@ def resolve(value: str) -> str:
 
 
 def is_secret_key(key: str) -> bool:
-    """Whether a (dotted) key names a secret: its last part has a word such as password, secret, token or credential,
-    is `key`, or is a compound such as `access_key`; places in a list (`tokens.0`) are passed over. The numbers of
-    `max_tokens` and the like are no secrets."""
+    """Return whether a (dotted) key is that of a secret.
+
+    It is if its last part has a word such as password, secret, token or credential, is `key`, or is a compound such as
+    `access_key`. Indices of lists (`tokens.0`) are ignored.
+    """
     last = next((part for part in reversed(re.split(r"[./]", key)) if not part.isdigit()), "")
     words = [word for word in _WORDS.split(_CAMEL.sub("_", last).lower()) if word]
     if not words:
@@ -71,14 +73,15 @@ def is_secret_key(key: str) -> bool:
 
 
 def redact_text(text: str) -> str:
-    """Mask what is recognisable as a secret inside a text: `user:password@` in URLs, signed query arguments, and the
-    token formats of well-known services."""
+    """Mask secrets in a text: `user:password@` in URLs, signed query arguments, and token formats of known services."""
     return _HEADERS.sub(MASK, _without_formats(text))
 
 
 def holds_secret(text: str) -> bool:
-    """Whether prose, such as a file with comments, has what `redact_text` masks; the words after Basic and Bearer are
-    not looked at, for prose has them."""
+    """Return whether prose, such as a file with comments, has what `redact_text` masks.
+
+    Words after Basic and Bearer are ignored, because they occur in prose.
+    """
     return _without_formats(text) != text
 
 
@@ -89,9 +92,9 @@ def _without_formats(text: str) -> str:
 
 
 def redact_value(key: str, value: Any) -> Any:
-    """One value, safe to show. References, numbers, booleans and None stay; containers are handled inside.
+    """Return a value that is safe to show. References, numbers, booleans and None stay; containers are traversed.
 
-    Storage options name variables as `$NAME` (`perceiver.storage`), which are references there.
+    In storage options, `$NAME` is a reference to a variable (`perceiver.storage`).
     """
     if isinstance(value, Mapping):
         return {k: redact_value(f"{key}.{k}", v) for k, v in value.items()}
@@ -106,12 +109,12 @@ def redact_value(key: str, value: Any) -> Any:
 
 
 def redact(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat or nested mapping, safe to log, show and store (see `redact_value`)."""
+    """Return a flat or nested mapping that is safe to log, show and store (see `redact_value`)."""
     return {str(key): redact_value(str(key), value) for key, value in params.items()}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys: `{"a": {"b": 1}}` -> `{"a.b": 1}`. Empty mappings are kept as `{}`."""
+    """Return nested mappings with dotted keys: `{"a": {"b": 1}}` -> `{"a.b": 1}`. Empty mappings stay `{}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -123,7 +126,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value inside mappings and lists, with its dotted key: `{"a": [{"b": 1}]}` -> `("a.0.b", 1)`."""
+    """Yield each value in mappings and lists with its dotted key: `{"a": [{"b": 1}]}` -> `("a.0.b", 1)`."""
     if isinstance(node, Mapping):
         pairs: Any = node.items()
     elif isinstance(node, list | tuple | set | frozenset):

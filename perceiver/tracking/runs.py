@@ -1,6 +1,6 @@
-"""The MLflow run of a training run: settings, creation by the driver, and the tracker of whoever logs into it.
+"""The MLflow run of a training run: settings, creation by the driver, and trackers.
 
-MLflow itself is imported in a process of its own only (`perceiver.tracking.mlflow_process`).
+MLflow is imported in a separate process only (`perceiver.tracking.mlflow_process`).
 """
 
 import getpass
@@ -33,7 +33,7 @@ ASK_S = 120.0
 
 
 class TrackingConfig(Config):
-    """Where the metrics of a run go, besides its own record (recipe key `tracking`)."""
+    """MLflow tracking of a run (recipe key `tracking`)."""
 
     enabled: bool = Field(default=True, description="log to MLflow; the report and the checkpoints do not need it")
     uri: str | None = Field(
@@ -53,7 +53,7 @@ class TrackingConfig(Config):
     system_metrics_interval: PositiveFloat = Field(default=10.0, description="seconds between two samples of that load")
     required: bool = Field(
         default=False,
-        description="refuse to start when the server does not answer; otherwise train, keep the metrics in the run's "
+        description="refuse to start if the server does not answer; otherwise train, keep the metrics in the run's "
         "folder, and create the MLflow run when the server answers",
     )
 
@@ -61,14 +61,14 @@ class TrackingConfig(Config):
         """Return the URI or reference to use for a run whose output folder is `output`.
 
         Raises:
-            UserError: a scheme that MLflow has no store for, or a reference that cannot be resolved.
+            UserError: MLflow has no store for the scheme, or a reference cannot be resolved.
         """
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(output.absolute() / "mlflow.db")
         scheme = resolve(uri).partition(":")[0].partition("+")[0]
         if scheme not in SCHEMES:
             raise UserError(
                 f"tracking.uri (or MLFLOW_TRACKING_URI): got {redact_text(uri)!r}, wanted http(s)://HOST, "
-                "sqlite:///FILE or another database URL; plain folders are not supported by MLflow any more"
+                "sqlite:///FILE or another database URL; MLflow does not support plain folders any more"
             )
         return uri
 
@@ -76,7 +76,7 @@ class TrackingConfig(Config):
 def sqlite_uri(file: Path) -> str:
     """Return the URI of an SQLite file, quoted only where SQLAlchemy would read another path (`a%20b`, `a?b`).
 
-    MLflow makes the parent folder without undoing the quotes, so a quoted path leaves an empty folder behind.
+    MLflow creates the parent folder of the path as it is quoted, so a quoted path would leave an empty folder behind.
     """
     from sqlalchemy.engine import URL, make_url
 
@@ -88,16 +88,16 @@ def sqlite_uri(file: Path) -> str:
 
 @dataclass(frozen=True)
 class RunHandle:
-    """What a worker needs to log into a run. It travels as JSON and contains no secret that was given as a reference.
+    """What a worker needs to log to a run. It is passed on as JSON; secrets given as references are not resolved in it.
 
     Attributes:
         uri: store, or a reference to it.
         experiment: name of the experiment.
         name: name of the run.
-        key: the tag `perceiver.run` of the run, by which it is found again.
-        created_ms: when it began, in milliseconds since the epoch; 0 for the time that MLflow knows.
-        run_id: None while no server has answered: the run is then created by whoever reaches the server first.
-        worker_closes: the worker records how the run ended, because nobody else does.
+        key: the tag `perceiver.run`, which identifies the run in MLflow.
+        created_ms: start of the run in milliseconds since the epoch; 0: as in MLflow.
+        run_id: None until a server has answered; the first process that reaches the server creates the run.
+        worker_closes: whether the worker, not the driver, records the final status.
     """
 
     uri: str
@@ -114,17 +114,17 @@ class RunHandle:
     worker_closes: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain types for JSON or a Ray configuration."""
+        """Return the handle as plain types."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunHandle":
-        """Return the handle that `to_json` was called on."""
+        """Return the handle for a result of `to_json`."""
         return cls(**data)
 
 
 def load_handle(folder: Path) -> RunHandle | None:
-    """Return the handle of the run that was tracked in a run's local folder, if any."""
+    """Return the handle in a run's local folder; None if it was not tracked."""
     try:
         return RunHandle.from_json(json.loads((folder / RUN).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -132,7 +132,7 @@ def load_handle(folder: Path) -> RunHandle | None:
 
 
 def save_handle(folder: Path, handle: RunHandle) -> None:
-    """Write a handle for `load_handle`. A password in the URI is masked: who reads it has the configuration for it."""
+    """Write a handle for `load_handle`. A password in the URI is masked; a reader takes it from the configuration."""
     write_whole(None, folder / RUN, json.dumps({**handle.to_json(), "uri": redact_text(handle.uri)}, indent=1))
 
 
@@ -147,14 +147,15 @@ def create_run(
 ) -> RunHandle | None:
     """Create the run, or reopen `resume` (a handle, or an MLflow run id). Called once, by the driver.
 
-    As for MLflow itself, `MLFLOW_RUN_ID` names a run to log into, `MLFLOW_RUN_NAME` a new one; `resume` comes first.
+    As in MLflow, `MLFLOW_RUN_ID` is the id of a run to log to, and `MLFLOW_RUN_NAME` the name of a new one; `resume`
+    has priority.
 
     Args:
         config: the recipe's `tracking`.
         name: name of the run, and of the experiment unless configured.
-        output: the run's folder on a local disk; a default store is made in it.
-        params: settings, nested or flat; they are flattened and redacted here.
-        tags: tags besides the configured ones.
+        output: the run's folder on a local disk; the default store is created in it.
+        params: settings, nested or flat; they are flattened and redacted.
+        tags: tags in addition to the configured ones.
         resume: the run to continue; its status becomes RUNNING again.
 
     Returns:
@@ -181,7 +182,9 @@ def create_run(
     if reason and config.required:
         raise UserError(f"MLflow at {where} does not answer ({reason}); start it, or set tracking.required=false")
     if reason:
-        log.warning("MLflow at %s does not answer (%s): the run trains, its record waits in %s", where, reason, output)
+        log.warning(
+            "MLflow at %s does not answer (%s): the run trains, its record is kept in %s", where, reason, output
+        )
         return _begin(output, handle)
     return _begin(output, RunHandle.from_json(reply["handle"]))
 
@@ -194,10 +197,9 @@ def promise_run(
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
 ) -> RunHandle | None:
-    """Return a run that its worker's tracker creates and closes, so that nobody else waits for MLflow.
+    """Return the handle of a run that its worker's tracker creates and closes, so that the driver does not wait for it.
 
-    Arguments as for `create_run`. The run that was promised for this folder before is returned again. None if tracking
-    is off.
+    Arguments as for `create_run`. A second call for a folder returns the same run. None if tracking is off.
     """
     if not config.enabled:
         return None
@@ -216,17 +218,19 @@ def open_tracker(
     system_metrics_node: str | None = None,
     close_timeout_s: float = 30.0,
 ) -> Tracker:
-    """Return a tracker for the run, in the process that logs. Returns at once; MLflow loads in a process of its own.
+    """Return a tracker for the run. Returns immediately; MLflow is loaded in a separate process.
 
-    What earlier trackers of the folder could not send is sent, too.
+    The process also sends what earlier trackers of the folder could not send.
 
     Args:
         handle: from `create_run`; None gives a `NullTracker`.
         folder: the run's folder on a local disk.
-        history: rows of the checkpoint that the run resumes from, as JSON lines: they replace those in `history.jsonl`,
-            because the steps after the checkpoint run again. None keeps the file.
-        system_metrics_node: log the load of this machine under this name ("" for a run on one machine); None: do not.
-        close_timeout_s: how long `close` waits until everything is sent; 5 s at most if the server is known to be down.
+        history: rows of the checkpoint from which the run resumes, as JSON lines; they replace those in
+            `history.jsonl`, because the steps after the checkpoint run again. None keeps the file.
+        system_metrics_node: name under which the load of this machine is logged, "" on a single machine; None: not
+            logged.
+        close_timeout_s: seconds that `close` waits until everything is sent; 5 at most if the server is known to be
+            down.
     """
     if handle is None:
         return NullTracker()
@@ -241,22 +245,22 @@ def reconcile(
     history: str | None = None,
     timeout_s: float = 60.0,
 ) -> int:
-    """Send what a run's folder records and MLflow lacks; return how many lines MLflow lacks after that.
+    """Send the part of a run's record that MLflow lacks; return the number of lines that are still missing.
 
     Args:
         config: the recipe's `tracking`.
         folder: the run's folder on a local disk.
-        status: how the run ended, if that is not recorded yet.
-        history: rows of the newest checkpoint, as JSON lines; taken if there are more than in `history.jsonl`, because
-            the run trained on another machine.
-        timeout_s: how long to try.
+        status: final status of the run, if it is not recorded yet.
+        history: rows of the newest checkpoint, as JSON lines; used if `history.jsonl` is shorter, because the run
+            trained on another machine.
+        timeout_s: seconds to try.
 
     Raises:
-        UserError: no run was tracked there.
+        UserError: no run was tracked in this folder.
     """
     handle = load_handle(folder)
     if handle is None:
-        raise UserError(f"{folder}: no tracked run there; give the output folder of a run")
+        raise UserError(f"{folder}: no tracked run; wanted the output folder of a run")
     handle = replace(handle, uri=config.store_uri(folder))
     here = (folder / HISTORY).stat().st_size if (folder / HISTORY).exists() else 0
     rows = history if history and len(history) > here else None
@@ -285,7 +289,7 @@ def _new_handle(
 
 
 def _begin(folder: Path, handle: RunHandle) -> RunHandle:
-    """Leave the handle in the run's folder, and record that the run is running, whatever was recorded before."""
+    """Write the handle to the run's folder, and record the status `running`."""
     save_handle(folder, handle)
     notes = LineWriter(folder / NOTES)
     notes.append({"time": time.time(), "status": "running"})

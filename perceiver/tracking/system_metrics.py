@@ -1,6 +1,6 @@
-"""Load of the machine, recorded like other metrics, so that an outage of the server loses none of it.
+"""Load of the machine, recorded like other metrics, so that nothing is lost when the server is down.
 
-MLflow's own monitor ends at the first failed request.
+MLflow's own monitor stops at the first failed request.
 """
 
 import threading
@@ -15,17 +15,17 @@ MEGABYTE = 1e6
 
 
 def record_load(rows: LineWriter, node: str, origin: float, interval_s: float, stop: threading.Event) -> None:
-    """Record CPU, memory, disk, network and (with `pynvml` installed) GPU figures until `stop` is set.
+    """Record CPU, memory, disk, network and (with `pynvml` installed) GPU load until `stop` is set.
 
-    The names are MLflow's, so that its "System metrics" tab shows them: `system/<node>/cpu_utilization_percentage`.
-    The step is the number of whole intervals since `origin`, so it keeps growing when a run is resumed.
+    The names are those of MLflow's "System metrics" tab: `system/<node>/cpu_utilization_percentage`. The step is the
+    number of whole intervals since `origin`, so it keeps growing when a run is resumed.
 
     Args:
-        rows: where the samples go; closed at the end.
-        node: name of this machine within the run; "" for a run on one machine.
-        origin: time of step 0 (the start of the run), in seconds since the epoch.
+        rows: receives the samples; closed at the end.
+        node: name of this machine in the run; "" for a run on one machine.
+        origin: start of the run, in seconds since the epoch.
         interval_s: seconds between two samples.
-        stop: ends the sampling.
+        stop: set to end the recording.
     """
     prefix, gpus, before = f"system/{node}/" if node else "system/", _gpu_handles(), _counters()
     psutil.cpu_percent()
@@ -56,7 +56,7 @@ def _counters() -> dict[str, float]:
 
 
 def _gpu_handles() -> list[Any]:
-    """Return NVML handles of the NVIDIA GPUs here; none without the optional `pynvml` or a driver."""
+    """Return NVML handles of the NVIDIA GPUs; empty without the optional `pynvml` or a driver."""
     try:
         import pynvml  # pyright: ignore[reportMissingImports]
     except ImportError:

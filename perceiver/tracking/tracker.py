@@ -1,6 +1,6 @@
-"""What training code may tell about a run: the interface, one that does nothing, and one that writes the run's record.
+"""Trackers: the interface, one that does nothing, and one that writes the record of a run.
 
-Nothing here can stop or slow a training run: each call appends one line to a local file.
+A tracker cannot stop or slow training: each call appends one line to a local file.
 """
 
 import logging
@@ -22,7 +22,7 @@ Status = Literal["running", "finished", "failed", "stopped"]
 
 
 class Tracker(Protocol):
-    """What training code may tell about a run. No method raises because of the disk or the server."""
+    """Interface through which training code logs. No method raises because of the disk or the server."""
 
     def log_metrics(self, step: int, metrics: Mapping[str, float], time_s: float | None = None) -> None:
         """Record metrics at an optimizer step, as of `time_s` seconds since the epoch (default: now)."""
@@ -34,10 +34,10 @@ class Tracker(Protocol):
         """Upload a file or folder to `folder` of the run's artifacts. It must stay in place until it has been sent."""
 
     def close(self, status: Status) -> None:
-        """Record how the run ended, wait for what is still to be sent, and stop. Later calls do nothing."""
+        """Record the final status, wait until everything is sent, and stop. Later calls do nothing."""
 
     def detach(self) -> None:
-        """Do what `close` does, but leave the run's status to another process."""
+        """Like `close`, but another process records the final status."""
 
 
 class NullTracker(Tracker):
@@ -79,7 +79,7 @@ class RecordTracker:
         self._note(artifact=str(Path(path).absolute()), folder=folder)
 
     def close(self, status: Status) -> None:
-        """See `Tracker`. What cannot be sent is sent by the next tracker of this folder."""
+        """See `Tracker`. The next tracker of this folder sends what is left."""
         self._note(status=status)
         self.detach()
 
@@ -102,14 +102,14 @@ class RecordTracker:
             log.warning("MLflow lacks %d lines of the record in %s, see %s there", left, self.folder, LOG)
 
     def _revive(self, pause_s: float) -> None:
-        """Start the MLflow process if it does not run and the last start is more than `pause_s` seconds ago."""
+        """Start the MLflow process if it is not running and was last started more than `pause_s` seconds ago."""
         now = time.monotonic()
         if (self._process is None or self._process.poll() is not None) and now - self._started > pause_s:
             self._started = now
             try:
                 self._process = start(self._request, self.folder / LOG)
             except OSError as error:
-                log.warning("the MLflow process cannot be started (%s); the record waits in %s", error, self.folder)
+                log.warning("the MLflow process cannot be started (%s); the record is kept in %s", error, self.folder)
 
     def _note(self, **note: str) -> None:
         if not self._closed:

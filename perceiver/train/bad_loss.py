@@ -18,17 +18,17 @@ BAD = "train/bad_loss"
 
 @dataclass
 class BadLossHook:
-    """Acts on a loss that is NaN or infinite; the same on all ranks, since the loss is that of the global batch.
+    """Handles a NaN or infinite loss; the same on all ranks, since the loss is that of the global batch.
 
-    The engine leaves the weights as they are when the gradient is not finite, so skipping a step means to continue. The
-    steps are counted over restarts, in the recorded metrics.
+    The engine does not change the weights when the gradient is not finite, so skipping a step means continuing. Bad
+    steps are counted across restarts, through the recorded metrics.
 
     Attributes:
         policy: `train.on_bad_loss`.
         limit: `train.bad_loss_limit`.
-        history: where the steps are recorded.
+        history: records the bad steps.
         keep: write the sample ids of the steps (first, last], counted from 1, to a file.
-        last_checkpoint: return the step that a roll-back restores, or None if there is no checkpoint yet.
+        last_checkpoint: return the step that a roll-back restores; None without a checkpoint.
     """
 
     policy: Literal["stop", "skip", "rollback"]
@@ -41,7 +41,7 @@ class BadLossHook:
         self.met = sum(BAD in row for row in self.history.rows)
 
     def __call__(self, info: StepInfo) -> None:
-        """Act on the step's loss.
+        """Apply the policy to the loss of a step.
 
         Raises:
             UserError: the policy is to stop, the limit is reached, or there is no checkpoint to roll back to.

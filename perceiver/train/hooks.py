@@ -1,6 +1,6 @@
-"""What is recorded after a step: training metrics and evaluations. Each hook takes one ``StepInfo``.
+"""The history of a run, and the hooks that record metrics and evaluate. A hook takes one `StepInfo`.
 
-Checkpoints are in `perceiver.train.checkpoint.hook`, the policy for a bad loss in `perceiver.train.bad_loss`.
+Other hooks: checkpoints in `perceiver.train.checkpoint`, NaN and infinite losses in `perceiver.train.bad_loss`.
 """
 
 import json
@@ -17,23 +17,23 @@ from perceiver.train.loop import StepInfo
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 600.0
-"""How long the last step waits for evaluations in other processes."""
+LAST_EVALUATION_S = 600.0
+"""Seconds that the last step waits for evaluations in other processes."""
 
 Sink = Callable[[int, Mapping[str, float], float], None]
-"""Takes the step, the metrics and the time, in seconds since the epoch, of a recorded row."""
+"""Receives the step, the metrics and the time (seconds since the epoch) of a recorded row."""
 
 
 class History:
     """The recorded metrics of a run: rows in memory, passed to sinks, saved with each checkpoint.
 
     Args:
-        text: rows recorded so far, as JSON lines.
+        text: rows of an earlier history, as JSON lines.
         sinks: called with each new row.
 
     Attributes:
         rows: ``{"step": ..., "time": ..., metric: value, ...}``, oldest first.
-        spent_s: seconds that recording has taken from the steps.
+        spent_s: seconds spent on recording.
     """
 
     def __init__(self, text: str = "", sinks: Sequence[Sink] = ()) -> None:
@@ -59,7 +59,7 @@ class History:
         return "".join(json.dumps(row) + "\n" for row in self.rows)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
-        """Return the figures of all evaluations by step, under their names with ``eval/``."""
+        """Return the metrics of all evaluations by step; the names begin with `eval/`."""
         return self._evaluations
 
     def _note(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -68,7 +68,7 @@ class History:
 
 
 class MetricsHook:
-    """Records the mean of the training metrics over each window of ``steps`` steps, and what share recording takes."""
+    """Records the mean training metrics of each `steps` steps, and the share of time that recording takes."""
 
     def __init__(self, history: History, steps: int) -> None:
         self.history, self.steps = history, steps
@@ -84,7 +84,7 @@ class MetricsHook:
 
 
 def window_metrics(window: list[StepInfo]) -> dict[str, float]:
-    """Summarise some consecutive steps: means of the task's metrics, throughput, share of time waiting for data."""
+    """Return the metrics of consecutive steps: means of the task's, throughput, share of time waiting for data."""
     seconds = sum(info.seconds for info in window)
     last = window[-1].result
     metrics = {f"train/{key}": _mean([i.result.metrics[key] for i in window]) for key in last.metrics}
@@ -100,24 +100,24 @@ def window_metrics(window: list[StepInfo]) -> dict[str, float]:
 
 
 def _mean(values: list[float]) -> float:
-    """The mean of those that are numbers; NaN if none is."""
+    """Return the mean of the finite values; NaN if there is none."""
     known = [value for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 
 
 class EvalHook:
-    """Evaluates between two steps, after each ``epochs`` epochs and at the end. Every rank has one.
+    """Evaluates between two steps, every `epochs` epochs and at the end. Every rank has one.
 
     Args:
-        history: where the figures are recorded.
-        engine: evaluates.
+        history: records the metrics.
+        engine: runs the evaluation.
         batches: return this rank's batches of the evaluation split.
-        epochs: between two evaluations; infinite: only at the end.
-        report: called on every rank after each evaluation, with the step and the figures.
+        epochs: epochs between two evaluations; infinite: only at the end.
+        report: called on every rank after each evaluation, with the step and the metrics.
 
     Attributes:
-        latest: the figures of the last evaluation.
-        latest_step: its step; -1 before the first.
+        latest: metrics of the last evaluation.
+        latest_step: its step; -1 before the first evaluation.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class EvalHook:
             self.report(info.step, figures)
 
     def figures(self, info: StepInfo) -> dict[str, float]:
-        """Return what is known of the model after this step: the loss, and the evaluation if there was one."""
+        """Return the loss of a step, and its evaluation metrics if it had an evaluation."""
         found = self.latest if self.latest_step == info.step else {}
         return {"train/loss": info.result.loss, **{f"eval/{key}": value for key, value in found.items()}}
 
@@ -150,8 +150,8 @@ class Scored:
     """An evaluated checkpoint.
 
     Attributes:
-        step: of the checkpoint.
-        metrics: the task's figures by name; empty if the evaluation failed.
+        step: step of the checkpoint.
+        metrics: the task's metrics by name; empty if the evaluation failed.
     """
 
     step: int
@@ -162,27 +162,27 @@ class Evaluator(Protocol):
     """Evaluates checkpoints in another process."""
 
     def ask(self, step: int) -> None:
-        """Start to evaluate the checkpoint of a step."""
+        """Start the evaluation of a step's checkpoint."""
         ...
 
     def results(self, wait: bool) -> list[Scored]:
-        """Return what has been evaluated since the last call; with `wait`, wait a moment for more."""
+        """Return the results since the last call; with `wait`, block shortly for more."""
         ...
 
 
 @dataclass
 class AsyncEvalHook:
-    """Has checkpoints evaluated in another process every `epochs`. Every rank has one, rank 0's has the evaluator.
+    """Evaluates checkpoints in another process every `epochs`. Every rank has one; rank 0's has the evaluator.
 
-    Where an evaluation is due a checkpoint is `wanted`; the first one saved since then is evaluated. One is evaluated
-    at a time. Of those that wait the newest is taken and the others are left out, so evaluations that take longer than
-    `epochs` of training are made less often. The run's last step waits for the rest.
+    When an evaluation is due, a checkpoint is `wanted`, and the first one saved after that is evaluated. One evaluation
+    runs at a time. Of the waiting checkpoints only the newest is evaluated, so evaluations that take longer than
+    `epochs` of training are less frequent. The last step of the run waits for the remaining ones.
 
     Attributes:
-        history: where the figures are recorded, at the step of the checkpoint.
-        epochs: of training between two evaluations.
-        evaluator: rank 0's.
-        stop_requested: whether the last step need not wait.
+        history: records the metrics, at the step of the checkpoint.
+        epochs: epochs of training between two evaluations.
+        evaluator: on rank 0 only.
+        stop_requested: return whether the last step should not wait.
     """
 
     history: History
@@ -202,8 +202,8 @@ class AsyncEvalHook:
         began = time.monotonic()
         while info.step == info.total_steps and self._running is not None and not self.stop_requested():
             self._take(wait=True)
-            if time.monotonic() - began > PATIENCE_S:
-                log.warning("the evaluation of step %d did not end in %g s: left out", self._running, PATIENCE_S)
+            if time.monotonic() - began > LAST_EVALUATION_S:
+                log.warning("skipped the evaluation of step %d after %g s", self._running, LAST_EVALUATION_S)
                 return
 
     def wanted(self, info: StepInfo) -> bool:
@@ -211,22 +211,22 @@ class AsyncEvalHook:
         return info.completes(self.epochs) and info.step != info.total_steps
 
     def saved(self, step: int) -> None:
-        """Learn that the checkpoint of a step is committed (rank 0)."""
+        """Take note of a committed checkpoint (rank 0)."""
         if self._due is not None and step >= self._due:
             self._due = None
             self._enqueue(step)
 
     def in_use(self) -> Collection[int]:
-        """Return the steps whose checkpoints are still to be read."""
+        """Return the steps whose checkpoints must not be deleted yet."""
         return {step for step in (self._running, self._waiting) if step is not None}
 
     def resume(self, step: int, steps_per_epoch: float, scored: Mapping[int, Mapping[str, float]]) -> None:
-        """Continue from a checkpoint (rank 0): record what the history lacks, ask for what a crash cut off.
+        """Resume from a checkpoint (rank 0): record what the history lacks, restart an evaluation that a crash ended.
 
         Args:
-            step: of the checkpoint that the run continues from.
-            steps_per_epoch: of the training data.
-            scored: figures of the evaluations so far, by step; those of later steps are left out.
+            step: step of the checkpoint.
+            steps_per_epoch: steps of one pass over the training data.
+            scored: metrics of the evaluations so far, by step; those of later steps are ignored.
         """
         known = self.history.evaluations()
         for at in sorted(at for at in scored if at <= step and at not in known):
@@ -250,7 +250,7 @@ class AsyncEvalHook:
             return
         for scored in self.evaluator.results(wait):
             if scored.step != self._running:
-                continue  # a worker that has died asked for it
+                continue  # requested by a worker that has died since
             self._running = None
             self._record(scored)
         self._next()
@@ -261,6 +261,6 @@ class AsyncEvalHook:
 
 
 def last_due(step: int, steps_per_epoch: float, epochs: float) -> int | None:
-    """Return the last step up to this one at which an evaluation was due; None if there was none."""
+    """Return the last step up to `step` at which an evaluation was due; None if there was none."""
     times = math.floor(step / steps_per_epoch / epochs + 1e-9)
     return math.ceil(times * epochs * steps_per_epoch - 1e-6) if times else None

@@ -1,4 +1,4 @@
-"""The training loop: batch, step, hooks. Nothing here knows Ray, DeepSpeed or MLflow."""
+"""The training loop: batch, step, hooks. Independent of Ray, DeepSpeed and MLflow."""
 
 import math
 import time
@@ -17,11 +17,11 @@ from perceiver.train.engine.protocol import Engine, Precision, StepResult
 
 
 class KeepBest(Config):
-    """Which checkpoints are kept for their metrics (recipe key ``train.keep_best``)."""
+    """Which checkpoints are kept for their metrics (recipe key `train.keep_best`)."""
 
-    metric: str = Field(default="eval/accuracy", description="recorded metric; after an evaluation, for `eval/...`")
+    metric: str = Field(default="eval/accuracy", description="recorded metric; `eval/...` for one of an evaluation")
     mode: Literal["max", "min"] = Field(default="max", description="whether a larger or a smaller value is better")
-    count: PositiveInt = Field(default=1, description="how many of the best to keep")
+    count: PositiveInt = Field(default=1, description="number of best checkpoints to keep")
 
     def better(self, one: float, other: float) -> bool:
         """Return whether the first value is strictly better; NaN is worse than anything."""
@@ -31,50 +31,52 @@ class KeepBest(Config):
 
 
 class SavingConfig(Config):
-    """When checkpoints are written and which are kept; part of the recipe's ``train:`` section."""
+    """When checkpoints are written and which are kept; part of the recipe's `train:` section."""
 
     checkpoint_every: PositiveFloat | Literal["auto"] = Field(
         default="auto",
-        description="epochs between two checkpoints; auto: by Young and Daly, from measured times and "
-        "cluster.mtbf_hours, and never so often that steps stall for more than 1 % of the time",
+        description="epochs between two checkpoints; auto: the interval of Young and Daly, from measured "
+        "times and cluster.mtbf_hours, limited so that saving takes at most 1 % of the time",
     )
-    keep_checkpoints: PositiveInt = Field(default=2, description="how many checkpoints to keep, the newest")
+    keep_checkpoints: PositiveInt = Field(default=2, description="number of newest checkpoints to keep")
     keep_every: PositiveInt | None = Field(default=None, description="keep each n-th checkpoint permanently")
-    keep_best: KeepBest | None = Field(default=None, description="also save after an evaluation that is among the best")
+    keep_best: KeepBest | None = Field(default=None, description="also save after evaluations that are among the best")
     checkpoint_misses: PositiveInt = Field(
-        default=3, description="consecutive checkpoints that cannot be saved before the run stops"
+        default=3, description="consecutive failed checkpoints after which the run stops"
     )
 
 
 class TrainConfig(SavingConfig):
-    """How long to train, batch sizes, evaluation and checkpoints (recipe key ``train``)."""
+    """How long to train, batch sizes, evaluation and checkpoints (recipe key `train`)."""
 
     epochs: PositiveFloat | None = Field(default=None, description="passes over the training data; give this or steps")
     steps: PositiveInt | None = Field(default=None, description="optimizer steps; give this or epochs")
-    global_batch: PositiveInt = Field(default=128, description="samples of one optimizer step, over all workers")
+    global_batch: PositiveInt = Field(default=128, description="samples per optimizer step, over all workers")
     micro_batch: PositiveInt | None = Field(
-        default=None, description="samples of one forward pass on one worker; default: a worker's whole share"
+        default=None, description="samples per forward pass on one worker; default: a worker's whole share"
     )
     init_from: str | None = Field(
         default=None,
-        description="weights to start from: a run's folder, a checkpoint, a .safetensors file, a transformers folder",
+        description="initial weights: a run's folder, a checkpoint, a .safetensors file or a transformers folder",
     )
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
-    log_every: PositiveInt = Field(default=10, description="steps between two recorded points of the training metrics")
+    log_every: PositiveInt = Field(default=10, description="steps between two records of the training metrics")
     eval_every: PositiveFloat = Field(default=1.0, description="epochs between two evaluations")
     eval_async: bool = Field(
         default=False,
         validation_alias=AliasChoices("eval_async", "eval_beside"),
         description="evaluate checkpoints in a separate process while training continues, instead of between two "
-        "steps; with GPUs it takes as much of one as a worker does",
+        "steps; on GPUs it needs as much of a GPU as a worker",
     )
     on_bad_loss: Literal["stop", "skip", "rollback"] = Field(
         default="stop",
         description="when the loss is NaN or infinite: stop; skip the step; or restore the weights of the last "
         "checkpoint and continue with the samples after the step",
     )
-    bad_loss_limit: PositiveInt = Field(default=10, description="steps skipped or rolled back, after which to stop")
-    ledger: bool = Field(default=False, description="record the sample ids of each step, below ledger/ of the run")
+    bad_loss_limit: PositiveInt = Field(
+        default=10, description="number of skipped or rolled-back steps after which the run stops"
+    )
+    ledger: bool = Field(default=False, description="record the sample ids of each step in the run's folder ledger/")
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -85,63 +87,63 @@ class TrainConfig(SavingConfig):
     def total_steps(self, samples: int) -> int:
         """Return the number of optimizer steps of the whole run.
 
-        With `epochs` it is samples x epochs / global batch, rounded up once for the whole run: a sample may be seen
-            once more than asked for, never once less.
+        With `epochs` it is samples x epochs / global batch, rounded up once for the whole run: no sample is seen less
+        often than requested.
 
         Args:
-            samples: in the training data.
+            samples: number of training samples.
         """
         if self.steps is not None:
             return self.steps
-        wanted = samples * Fraction(str(self.epochs))  # as it was written: 0.1 is a tenth
+        wanted = samples * Fraction(str(self.epochs))  # exact: 0.1 is a tenth
         return math.ceil(wanted / self.global_batch)
 
     def rows(self, world: int) -> int:
-        """Return the rows of one worker in each optimizer step, padding included: whole micro-batches."""
+        """Return the rows of one worker per optimizer step, padding included: whole micro-batches."""
         return self.accumulation(world) * self.micro(world)
 
     def accumulation(self, world: int) -> int:
-        """Return the number of micro-batches that one worker accumulates in a step."""
+        """Return the number of micro-batches per step on one worker."""
         return -(-self._share(world) // self.micro(world))
 
     def micro(self, world: int) -> int:
-        """Return the samples of one forward pass on one worker."""
+        """Return the samples per forward pass on one worker."""
         return min(self.micro_batch or self._share(world), self._share(world))
 
     def _share(self, world: int) -> int:
-        """Return the samples of one worker in each step, at most."""
+        """Return the largest number of samples of one worker per step."""
         return -(-self.global_batch // world)
 
 
 class Flags(NamedTuple):
-    """What a rank tells the others after each step; in `StepInfo`, what any rank has told."""
+    """State that the ranks exchange after each step; in `StepInfo` a flag is set if it is on any rank."""
 
     stop: bool = False
     """Save and stop after this step."""
     saving: bool = False
     """A checkpoint is being written in the background."""
     save_failed: bool = False
-    """Its part of the last checkpoint could not be written."""
+    """The rank's part of the last checkpoint could not be written."""
     save_refused: bool = False
-    """The store has refused the credentials: no later checkpoint can succeed."""
+    """The store refuses the credentials: no later checkpoint can succeed."""
     ask_cluster: bool = False
-    """It is time to ask the cluster whether a node is about to be removed, which all ranks must do together."""
+    """It is time for all ranks together to ask the cluster whether a node will be removed."""
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a hook is told after each optimizer step.
+    """The argument of a hook, after each optimizer step.
 
     Attributes:
-        step: optimizer steps done, this one included.
+        step: number of optimizer steps, this one included.
         total_steps: optimizer steps of the whole run.
         epoch: passes over the data so far.
         samples: samples of this step over all workers.
         seconds: wall time of this step, waiting for data included.
-        wait_seconds: the part of it spent waiting for data.
+        wait_seconds: the part of `seconds` spent waiting for data.
         result: loss, metrics, gradient norm, learning rate.
-        flags: what any rank told after this step; the same on all ranks.
-        sample_ids: ids of this rank's micro-batches; -1 is a row without a usable sample.
+        flags: flags of any rank after this step; the same on all ranks.
+        sample_ids: ids of this rank's micro-batches; -1 for a row without a usable sample.
     """
 
     step: int
@@ -155,14 +157,14 @@ class StepInfo:
     sample_ids: tuple[torch.Tensor, ...] = ()
 
     def completes(self, epochs: float) -> bool:
-        """Return whether this step completes another ``epochs`` passes over the data."""
+        """Return whether this step completes another `epochs` passes over the data."""
         before = self.epoch * (self.step - 1) / self.step
         # The tolerance keeps a boundary that falls on a step from being missed by rounding.
         return math.floor(self.epoch / epochs + 1e-9) > math.floor(before / epochs + 1e-9)
 
     @property
     def last(self) -> bool:
-        """Whether no step follows in this process."""
+        """Whether this is the last step of this process."""
         return self.flags.stop or self.step == self.total_steps
 
 
@@ -182,12 +184,12 @@ class Span:
     """Which steps to run, and how they relate to samples and epochs.
 
     Attributes:
-        start_step: steps already done.
+        start_step: number of steps already done.
         total_steps: steps of the whole run.
-        global_batch: samples of a step.
-        accumulation: micro-batches of a step on one worker.
+        global_batch: samples per step.
+        accumulation: micro-batches per step on one worker.
         steps_per_epoch: steps of one pass over the data, not necessarily whole.
-        seed: of the recipe.
+        seed: the recipe's seed.
     """
 
     start_step: int
@@ -199,7 +201,7 @@ class Span:
 
 
 def _cannot_restore(step: int) -> None:
-    raise RuntimeError(f"step {step} was to be rolled back, but this loop has no checkpoints")
+    raise RuntimeError(f"cannot roll back step {step}: this loop has no checkpoints")
 
 
 def train(
@@ -211,18 +213,19 @@ def train(
     poll: Callable[[], Flags] = Flags,
     restore: Callable[[int], None] = _cannot_restore,
 ) -> int:
-    """Run the steps of ``span`` and return the number of optimizer steps done.
+    """Run the steps of `span` and return the number of optimizer steps done.
 
-    The random state of each step is a function of (seed, step, rank): a resumed run draws what an unbroken one would.
+    The random state of each step is a function of (seed, step, rank), so a resumed run draws the same random numbers as
+    an uninterrupted one.
 
     Args:
         engine: takes the optimizer steps.
         batches: this rank's micro-batches, in order.
         hooks: called after each step, in order.
-        span: which steps.
-        poll: this rank's flags after a step. A stop that any rank asks for ends the loop on all ranks after that step.
-        restore: load the weights of the last checkpoint, because the given step is rolled back. The batches are
-            already past that step, so its samples are not used again.
+        span: the steps to run.
+        poll: return this rank's flags after a step. `stop` on any rank ends the loop on all ranks after that step.
+        restore: load the weights of the last checkpoint, to roll back the given step. The batches are already past that
+            step, so its samples are not used again.
     """
     for step in range(span.start_step, span.total_steps):
         began = time.perf_counter()
@@ -240,7 +243,7 @@ def train(
             wait_seconds=waited,
             result=result,
             flags=flags,
-            sample_ids=tuple(_ids(batch) for batch in micro_batches if "sample_id" in batch),
+            sample_ids=tuple(sample_ids(batch) for batch in micro_batches if "sample_id" in batch),
         )
         try:
             for hook in hooks:
@@ -252,11 +255,12 @@ def train(
     return span.total_steps
 
 
-def _ids(batch: Batch) -> torch.Tensor:
+def sample_ids(batch: Batch) -> torch.Tensor:
+    """Return the sample ids of a micro-batch (B,); -1 where a row is padding."""
     ids = batch["sample_id"]
     return torch.where(batch["valid"], ids, -1) if "valid" in batch else ids
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Mix the three numbers into one 63-bit seed, so that neighbours do not correlate."""
+    """Return a 63-bit seed; those of neighbouring steps and ranks are not correlated."""
     return mix64(seed * GOLDEN + step * FIRST + rank * SECOND) >> 1

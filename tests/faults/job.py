@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 
 from perceiver.tracking.record import HISTORY, read_rows
-from perceiver.train.checkpoint.ledger import Audit, audit
 from pipelines.feed.ingest import DataConfig, sample_plan
 from pipelines.shards.manifest import load_manifest
 from tests.cluster.recipes import write_recipe
+from tests.faults.audit import Audit, audit
 from tests.homes import share_kernels
 
 PERCEIVER = str(Path(sys.executable).with_name("perceiver"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import perceiver
-from perceiver.accounting import Account, account, count_activation_bytes, count_flops, count_parameters
+from perceiver.accounting import account, count_activation_bytes, count_flops, count_parameters
 from perceiver.config import UserError
 from perceiver.factory import build_model, model_config, preset_config
 
@@ -131,12 +131,6 @@ def test_activation_bytes_are_what_autograd_keeps_on_a_cpu():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(torch.zeros(4, 3, 64, 64, dtype=torch.uint8))
     assert estimate == pytest.approx(sum(t.untyped_storage().nbytes() for t in kept.values()), rel=0.02)
-
-
-def test_training_bytes_by_zero_stage():
-    costs = Account(parameters=100, forward_flops=0, executed_flops=0, activation_bytes=10)
-    sizes = [costs.training_bytes(micro_batch=3, world=4, zero_stage=stage) for stage in range(4)]
-    assert sizes == [1600 + 30, 800 + 200 + 30, 400 + 200 + 100 + 30, 400 + 30]
 
 
 def test_every_preset_is_made_on_meta_in_a_second_and_overrides_work():

@@ -12,7 +12,6 @@ from perceiver.config import UserError
 from perceiver.factory import build_model, model_config
 from perceiver.modalities.frame_pair import neighbourhoods
 from perceiver.modalities.mel import MelConfig, log_mel
-from perceiver.modalities.text import encode_bytes
 from perceiver.modalities.video import space_time_patches
 from perceiver.tasks import model_inputs
 from perceiver.tasks.masked_language import word_numbers
@@ -156,13 +155,6 @@ def test_flow_neighbourhoods():
     x = torch.randn(1, 2, 3, 5, 6)
     got = neighbourhoods(x, 3)[0, 2 * 6 + 3].view(2, 3, 3, 3)
     torch.testing.assert_close(got, x[0, :, :, 1:4, 2:5].permute(0, 2, 3, 1))
-
-
-def test_bytes():
-    ids, mask = encode_bytes(["añ", ""], 6)
-    assert ids.tolist() == [[4, 97 + 6, 0xC3 + 6, 0xB1 + 6, 5, 0], [4, 5, 0, 0, 0, 0]]
-    assert mask.sum(1).tolist() == [5, 2]
-    assert encode_bytes(["abcdef"], 4)[0].tolist() == [[4, 103, 104, 5]]
 
 
 def test_masked_text_does_not_see_padding():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perceiver.modalities._positions import Positions
-from perceiver.positions import FourierConfig, Grid, LearnedConfig, fourier_features, grid_coordinates, grid_tables
+from perceiver.positions import FourierConfig, Grid, LearnedConfig, fourier_features, grid_tables
 
 
 def test_fourier_features_by_hand():
@@ -23,13 +23,10 @@ def test_fourier_features_by_hand():
 def test_grid_tables_sum_to_the_features(shape):
     rates = tuple(2.0 * n for n in shape)
     table = grid_tables(shape, 4, rates, torch.float64, torch.device("cpu"))
-    expected = fourier_features(grid_coordinates(shape), 4, rates).flatten(0, -2)
+    axes = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in shape]
+    coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    expected = fourier_features(coordinates, 4, rates).flatten(0, -2)
     torch.testing.assert_close(Grid(shape, table).dense(), expected)
-
-
-def test_grid_is_row_first_with_both_ends():
-    grid = grid_coordinates((3, 2))
-    assert grid[0, 0].tolist() == [-1, -1] and grid[2, 1].tolist() == [1, 1] and grid[1, 0].tolist() == [0, -1]
 
 
 def test_learned_positions_are_interpolated_to_another_size():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver.modalities.text import encode_bytes
 from perceiver.storage import open_folder
 from pipelines.features import Feature, LabelsFeature, PointsFeature, TextFeature
 from pipelines.features.base import ViewConfig
@@ -25,13 +24,12 @@ def no_rng() -> np.random.Generator:
     raise AssertionError("nothing here is random")
 
 
-def test_texts_become_the_ids_that_the_model_side_makes() -> None:
-    view = ViewConfig(text_length=24)
-    ids, mask = encode_bytes(TEXTS, 24)
-    for text, wanted_ids, wanted_mask in zip(TEXTS, ids, mask, strict=True):
-        got = TextFeature().show("text", text, view, True, no_rng)
-        assert torch.equal(torch.from_numpy(got["text"]), wanted_ids)
-        assert torch.equal(torch.from_numpy(got["text_mask"]), wanted_mask)
+def test_texts_become_bytes_after_six_special_ids_between_cls_and_sep() -> None:
+    for text in TEXTS:
+        ids = [4, *(byte + 6 for byte in text.encode()[:22]), 5]
+        got = TextFeature().show("text", text, ViewConfig(text_length=24), True, no_rng)
+        assert got["text"].tolist() == ids + [0] * (24 - len(ids))
+        assert got["text_mask"].tolist() == [True] * len(ids) + [False] * (24 - len(ids))
 
 
 def test_training_points_are_a_random_normalised_choice() -> None:

@@ -1,2 +1,2 @@
-"""Checkpoints: the store, what is written and when, and the sample ledger. How a rank's state is laid out in memory
-belongs to `train/engine`."""
+"""Checkpoints: store, file format, schedule, and the sample ledger. The layout of a rank's state in memory belongs to
+`train/engine`."""

@@ -1,8 +1,8 @@
 """When checkpoints are written and which are kept: a hook that saves in the background while training continues.
 
-A save costs the step only the time to write each rank's state to its local disk. Checksums, upload, receipts, manifest
-and pruning happen in a thread (`BackgroundSaver`). One save is in flight at a time; one that is due meanwhile is
-started as soon as that has ended. How a checkpoint is stored is in `perceiver.train.checkpoint.store`.
+A save delays a step only by the time to write each rank's state to its local disk. Checksums, upload, receipts,
+manifest and pruning run in a thread (`BackgroundSaver`). One save is in progress at a time; if another is due
+meanwhile, it starts afterwards. `perceiver.train.checkpoint.store` defines how a checkpoint is stored.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from perceiver.train.loop import Flags, KeepBest, SavingConfig, StepInfo
 log = logging.getLogger(__name__)
 
 PROBE_STEPS = 5
-"""Steps before the first checkpoint of a run whose interval is chosen by measuring."""
+"""Steps before the first checkpoint of a run with a measured interval."""
 STALL_SHARE = 0.01
-"""Share of the time that checkpoints may take from training where the interval is chosen by measuring."""
+"""Largest share of the time that checkpoints may take with a measured interval."""
 UPLOADS = RetryPolicy(attempts=6, backoff=1.0, longest=30.0)
 POLL_S = 0.02
 
 
 def kept(manifests: Mapping[int, CheckpointManifest], config: SavingConfig) -> set[int]:
-    """Return the steps to keep of all complete checkpoints: the newest, each n-th, the best."""
+    """Return the steps of the checkpoints to keep: the newest, each n-th, the best."""
     steps = sorted(manifests)
     keep = set(steps[-config.keep_checkpoints :])
     if config.keep_every:
@@ -47,7 +47,7 @@ def kept(manifests: Mapping[int, CheckpointManifest], config: SavingConfig) -> s
 
 
 def best_steps(manifests: Mapping[int, CheckpointManifest], config: KeepBest | None) -> list[int]:
-    """Return the best steps, best first; of equals the earlier. Those without the metric are left out."""
+    """Return the best steps, best first, ties by the earlier step. Checkpoints without the metric are skipped."""
     if config is None:
         return []
     sign = -1 if config.mode == "max" else 1
@@ -57,20 +57,20 @@ def best_steps(manifests: Mapping[int, CheckpointManifest], config: KeepBest | N
 
 
 class Cadence(Protocol):
-    """When a checkpoint is due. Every rank has one, and all must return the same."""
+    """When a checkpoint is due. Every rank has one, and all must agree."""
 
     def due(self, step: int, completes: Callable[[float], bool]) -> bool:
-        """Return whether one is due after this step; ``completes`` tells whether the step completes so many epochs."""
+        """Return whether one is due after this step; `completes(n)` is whether the step completes n more epochs."""
         ...
 
     def saved(self, step: int, stall_s: float, step_s: float) -> None:
-        """Learn what a save cost; every rank calls this after the same step."""
+        """Take note of the cost of a save; every rank calls this after the same step."""
         ...
 
 
 @dataclass
 class EveryEpochs:
-    """Whenever another ``epochs`` passes over the data are complete."""
+    """A checkpoint every `epochs` passes over the data."""
 
     epochs: float
 
@@ -79,21 +79,21 @@ class EveryEpochs:
         return completes(self.epochs)
 
     def saved(self, step: int, stall_s: float, step_s: float) -> None:
-        """Nothing to learn."""
+        """See `Cadence`."""
 
 
 class Measured:
     """At the interval of Young and Daly: the square root of 2 x cost of a checkpoint x mean time between failures.
 
-    The cost is what a save takes from the steps, the median of the last ones; the interval is at least a hundred times
-    that. The first checkpoint is due after 5 steps: it measures, and shows early that the store cannot be written.
-    Rank 0 decides after each save, in steps, and tells the others. So the times of checkpoints depend on the machine;
-    what is computed does not depend on them.
+    The cost is the time that a save delays the steps, the median of the last ones; the interval is at least a hundred
+    times that. The first checkpoint is due after 5 steps: it measures the cost, and shows early if the store cannot be
+    written. Rank 0 decides after each save, in steps, for all ranks. The times of checkpoints depend on the machine;
+    the results of training do not.
 
     Args:
-        engine: joins the ranks.
+        engine: connects the ranks.
         mtbf_s: mean seconds between two failures of the run.
-        start_step: steps done when this process began.
+        start_step: number of steps at the start of this process.
     """
 
     def __init__(self, engine: Engine, mtbf_s: float, start_step: int) -> None:
@@ -114,7 +114,7 @@ class Measured:
 
 
 def interval_s(cost_s: float, mtbf_s: float) -> float:
-    """Return the seconds between two checkpoints (Young 1974, Daly 2006); they stall at most 1 % of the time."""
+    """Return the seconds between two checkpoints (Young 1974, Daly 2006); saving takes at most 1 % of the time."""
     return max(math.sqrt(2 * cost_s * mtbf_s), cost_s / STALL_SHARE)
 
 
@@ -122,17 +122,17 @@ class BackgroundSaver:
     """Writes the checkpoints of one run while training continues; every rank has one.
 
     Args:
-        store: where they go.
-        config: which to keep.
+        store: receives the checkpoints.
+        config: which checkpoints to keep.
         retries: attempts to upload and the pauses between them.
-        before: called with the step, by each rank in the background, before its part is published.
-        scores: figures by step that were found after the checkpoint was saved.
-        in_use: steps whose checkpoints must stay, whatever the config says.
+        before: called with the step by each rank, in the background, before its part is published.
+        scores: return metrics by step that were computed after the checkpoint was saved.
+        in_use: return steps whose checkpoints must not be deleted.
 
     Attributes:
-        failure: why this rank's last save failed; empty if it did not.
-        refused: why no later one can succeed (credentials); empty otherwise.
-        done: (step, step of the best or None) of committed checkpoints that were not announced yet.
+        failure: why this rank's last save failed; empty if it succeeded.
+        refused: why no later save can succeed (credentials); empty otherwise.
+        done: (step, step of the best or None) of committed checkpoints that are not announced yet.
     """
 
     def __init__(
@@ -155,11 +155,11 @@ class BackgroundSaver:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is in flight."""
+        """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, engine: Engine, snapshot: Snapshot) -> None:
-        """Stage a checkpoint, then publish it in the background; every rank calls this, when none is in flight."""
+        """Stage a checkpoint, then publish it in the background; every rank calls this, when no save is in progress."""
         assert not self.busy, "one save at a time"
         self._abandoned.clear()
         self.failure = ""
@@ -172,12 +172,12 @@ class BackgroundSaver:
         self._thread.start()
 
     def abandon(self) -> None:
-        """Give up the save in flight, because another rank's part of it has failed; wait for the thread."""
+        """Abandon the save in progress, because it failed on another rank; wait for the thread."""
         self._abandoned.set()
         self.join()
 
     def join(self, timeout_s: float | None = None) -> None:
-        """Wait for the save in flight, if there is one."""
+        """Wait for the save in progress, if there is one."""
         if self._thread is not None:
             self._thread.join(timeout_s)
 
@@ -185,13 +185,13 @@ class BackgroundSaver:
         """Return the manifests of the complete checkpoints in the store; each is read once."""
         found: dict[int, CheckpointManifest] = {}
         for step in self.store.steps():
-            with contextlib.suppress(UserError):  # a manifest that cannot be read makes no checkpoint: it is pruned
+            with contextlib.suppress(UserError):  # unreadable manifest: not a checkpoint, it is pruned
                 found[step] = self._manifests.get(step) or self.store.manifest(step)
         self._manifests = found
         return self.manifests()
 
     def manifests(self) -> dict[int, CheckpointManifest]:
-        """Return the manifests known so far, with the figures that were found after the checkpoint was saved."""
+        """Return the known manifests, with the metrics that were computed after the checkpoint was saved."""
         scores = self.scores()
         return {
             step: manifest.model_copy(update={"metrics": {**manifest.metrics, **scores[step]}})
@@ -226,7 +226,7 @@ class BackgroundSaver:
         self.done.append((manifest.step, self.best()))
 
     def _persist(self, work: Callable[[], None]) -> None:
-        """Do the work; retry after a pause if it fails, until the save is abandoned."""
+        """Run `work` with retries, until the save is abandoned."""
         with_retries(work, f"checkpoint upload to {self.store.url}", self.retries, self._abandoned.wait)
 
     def _fail(self, step: int, error: Exception) -> None:
@@ -238,12 +238,12 @@ class BackgroundSaver:
 
 
 def refusal(url: str, reason: str) -> str:
-    """Return the line for a store that refuses access."""
+    """Return the error message for a store that refuses access."""
     return f"{url} refuses {identity()} ({reason}): check the credentials and their right to write"
 
 
 def identity() -> str:
-    """Return who we are to an object store, without a secret: the end of the access key's id, or the user."""
+    """Return who accesses the store, without a secret: the end of the access key id, the profile or the user."""
     key = os.environ.get("AWS_ACCESS_KEY_ID", "")
     profile = os.environ.get("AWS_PROFILE", "")
     return f"access key ...{key[-4:]}" if key else f"profile {profile}" if profile else f"user {os.getuid()}"
@@ -255,13 +255,13 @@ def _ignore(step: int, url: str) -> None:
 
 @dataclass(frozen=True)
 class Listeners:
-    """Who is told of checkpoints, in the training thread.
+    """Callbacks for checkpoint events, called in the training thread.
 
     Attributes:
         saved: step and URL of a committed checkpoint (rank 0).
-        best: step and URL of the checkpoint that is the best now (rank 0).
+        best: step and URL of the new best checkpoint (rank 0).
         missed: why a checkpoint could not be saved (the rank that failed).
-        committed: step and URL of a checkpoint that all ranks know to be committed (every rank, after the same step).
+        committed: step and URL of a committed checkpoint (every rank, after the same step).
     """
 
     saved: Callable[[int, str], None] = _ignore
@@ -272,21 +272,21 @@ class Listeners:
 
 @dataclass
 class CheckpointHook:
-    """Saves when the cadence says so, after an evaluation among the best, at the end and before a stop.
+    """Saves when the cadence is due, after an evaluation among the best, at the end and before a stop.
 
-    Every rank has one. A save that fails costs that checkpoint; after `train.checkpoint_misses` consecutive ones, or
-    when the store refuses access, the run stops.
+    Every rank has one. A failed save only loses that checkpoint; after `train.checkpoint_misses` consecutive failures,
+    or if the store refuses access, the run stops.
 
     Attributes:
-        engine: whose state is saved.
+        engine: its state is saved.
         saver: writes in the background.
         cadence: when a checkpoint is due.
-        history: where the share of time that saves take is recorded.
-        snapshot: return what a save records, from the step, its figures and the number of the checkpoint.
-        figures: return what is known of the model after a step.
-        listeners: who is told.
-        wanted: return whether something else wants a checkpoint after a step; the same on all ranks.
-        started: when this process began to train, for the share of time that saves take.
+        history: records the share of time that saves take.
+        snapshot: return what a save records, from the step, its metrics and the number of the checkpoint.
+        figures: return the metrics of a step.
+        listeners: callbacks.
+        wanted: return whether a checkpoint is needed after a step for another reason; the same on all ranks.
+        started: start of training in this process, for the share of time that saves take.
     """
 
     engine: Engine
@@ -326,7 +326,7 @@ class CheckpointHook:
         if info.last:
             self._finish(info)
         elif self._improves(info):
-            # A later step would not have these figures, so the save in flight is waited for.
+            # A later checkpoint would not have these metrics, so wait for the save in progress.
             self.drain()
             self._save(info, began)
         elif due and not busy:
@@ -335,7 +335,7 @@ class CheckpointHook:
         self._stalled += time.perf_counter() - began
 
     def drain(self) -> bool:
-        """Wait for the save in flight on all ranks; return whether it was committed. Every rank calls this."""
+        """Wait for the save in progress on all ranks; return whether it was committed. Every rank calls this."""
         while (flags := self._exchange()).saving and not flags.save_failed:
             time.sleep(POLL_S)
         self._settle(flags)
@@ -357,14 +357,14 @@ class CheckpointHook:
             self.history.record(info.step, {"train/checkpoint_stall_share": share})
 
     def _finish(self, info: StepInfo) -> None:
-        """Write the last checkpoint of this process: nothing could save it later, so it must succeed."""
+        """Write the last checkpoint of this process, which must succeed."""
         self.drain()
         self._save(info, time.perf_counter())
         if not self.drain():
             raise UserError(f"the last {self._reason}; free the store, then continue with --resume")
 
     def _settle(self, flags: Flags) -> None:
-        """Count how the last save ended, once all ranks know it."""
+        """Handle the outcome of the last save, once all ranks know it."""
         ended, self._in_flight = self._in_flight, None
         self._missed = self._missed + 1 if flags.save_failed else 0
         if flags.save_failed:
@@ -376,13 +376,13 @@ class CheckpointHook:
         elif ended is not None:
             self.listeners.committed(ended, self.saver.store.location(ended))
         if flags.save_refused:
-            elsewhere = refusal(self.saver.store.url, "told by another worker, see its log")
+            elsewhere = refusal(self.saver.store.url, "reported by another worker, see its log")
             raise UserError(self.saver.refused or elsewhere)
         if self._missed >= self.saver.config.checkpoint_misses:
             raise UserError(f"{self._missed} consecutive checkpoints failed (train.checkpoint_misses): {self._reason}")
 
     def _improves(self, info: StepInfo) -> bool:
-        """Return whether this step's figures are among the best; rank 0 decides for all."""
+        """Return whether this step's metrics are among the best; rank 0 decides for all."""
         config = self.saver.config.keep_best
         value = self.figures(info).get(config.metric) if config and config.metric.startswith("eval/") else None
         if config is None or value is None:
@@ -392,7 +392,7 @@ class CheckpointHook:
         return self.engine.sum([float(better and self.engine.rank == 0)])[0] > 0
 
     def _tell(self) -> None:
-        """Announce what the background has done, and a new best one; rank 0 only."""
+        """Announce committed checkpoints and a new best one; rank 0 only."""
         store = self.saver.store
         while self.saver.done:
             step, best = self.saver.done.popleft()

@@ -1,20 +1,17 @@
-"""Which samples went into which step: kept in memory since the last checkpoint, on disk if the run keeps a ledger.
+"""The samples of each step: in memory since the last checkpoint, and on disk if the run has a ledger.
 
-A ledger is a folder of Parquet files, one a rank for each stretch of steps, columns `step` and `sample_id` (-1: a row
-without a usable sample)::
+A ledger is a folder of Parquet files, one per rank and interval of steps, with columns `step` and `sample_id` (-1: a
+row without a usable sample)::
 
     ledger/steps-00000001-00000012/rank-00000.parquet
-    ledger/void-00000009-00000015.json      steps that were rolled back: their samples have left no trace in the weights
+    ledger/void-00000009-00000015.json      rolled-back steps: their samples had no effect on the weights
 
-A rank writes its part before its receipt for the checkpoint that ends the stretch, so what a resumed run builds on is
-always recorded; what lies behind the checkpoint that it resumes from is removed then, since those steps come again.
+A rank writes its part before its receipt for the checkpoint that ends the interval, so all steps before a checkpoint
+are recorded. When a run resumes, later entries are removed, because those steps run again.
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -28,24 +25,24 @@ PART = re.compile(r"(?:steps|void)-(\d+)-(\d+)(?:\.json)?")
 
 
 class SampleLog:
-    """A hook that remembers the sample ids of this rank's last steps; they stay on the device until they are asked for.
+    """A hook that stores the sample ids of this rank's last steps; they stay on the device until they are written.
 
-    Put it before the hooks that may end a step early.
+    It must come before hooks that may raise.
     """
 
     def __init__(self) -> None:
         self.steps: dict[int, tuple[Tensor, ...]] = {}
 
     def __call__(self, info: StepInfo) -> None:
-        # Copies: a batch's tensors may be views into the block of data that they came in, which would be kept alive.
+        # Copies: a batch's tensors may be views that would keep a whole block of data alive.
         self.steps[info.step] = tuple(ids.clone() for ids in info.sample_ids)
 
     def forget(self, last: int) -> None:
-        """Drop the steps up to the last one."""
+        """Discard the steps up to `last`."""
         self.steps = {step: ids for step, ids in self.steps.items() if step > last}
 
     def table(self, first: int, last: int) -> bytes:
-        """The steps (first, last] as a Parquet file."""
+        """Return the steps (first, last] as a Parquet file."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -62,27 +59,27 @@ class SampleLog:
 
 
 class Ledger:
-    """The ledger of a run below a URL; each rank holds one."""
+    """The ledger of a run at a URL; each rank has one."""
 
     def __init__(self, url: str, rank: int, samples: SampleLog, start_step: int) -> None:
         self.fs, self.root = fsspec.core.url_to_fs(url.rstrip("/"))
         self.rank, self.samples, self.written = rank, samples, start_step
 
     def record(self, step: int) -> None:
-        """Write what was not written yet, up to a step; called in the background, again if it fails."""
+        """Write the steps up to `step` that are not written yet; called in the background, repeated after a failure."""
         if step > self.written:
             name = f"steps-{self.written + 1:08d}-{step:08d}/rank-{self.rank:05d}.parquet"
             self._write(name, self.samples.table(self.written, step))
             self.written = step
 
     def void(self, target: int, step: int) -> None:
-        """Note that the steps (target, step] were rolled back (rank 0)."""
+        """Record that the steps (target, step] were rolled back (rank 0)."""
         if self.rank == 0:
             steps = {"first": target + 1, "last": step}
             self._write(f"void-{target + 1:08d}-{step:08d}.json", json.dumps(steps).encode())
 
     def rewind(self, step: int) -> None:
-        """Remove what lies behind the step that the run resumes from (rank 0)."""
+        """Remove entries after the step from which the run resumes (rank 0)."""
         for name in _names(self.fs, self.root):
             found = PART.fullmatch(name)
             if found and int(found[2]) > step:
@@ -99,65 +96,3 @@ def _names(fs: Any, root: str) -> list[str]:
     if not fs.exists(root):
         return []
     return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(root, detail=False))
-
-
-@dataclass
-class Audit:
-    """What a ledger says of a run.
-
-    Attributes:
-        steps: recorded steps.
-        lost: ids that the plan has in a step and the ledger has not, and steps that are not there at all.
-        doubled: ids that a step trained on more often than the plan says.
-        voided: steps that were rolled back.
-    """
-
-    steps: int = 0
-    lost: list[tuple[int, int]] = field(default_factory=list)
-    doubled: list[tuple[int, int]] = field(default_factory=list)
-    voided: set[int] = field(default_factory=set)
-
-    @property
-    def exact(self) -> bool:
-        """Whether each step trained on the planned samples, each once."""
-        return not self.lost and not self.doubled
-
-
-def read_ledger(url: str) -> Iterator[tuple[int, list[int]]]:
-    """Each stretch's rows of all ranks, as (step, ids); a step comes once for each rank and stretch that has it."""
-    import pyarrow.parquet as pq
-
-    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
-    for name in _names(fs, root):
-        if not name.startswith("steps-"):
-            continue
-        for path in sorted(fs.ls(f"{root}/{name}", detail=False)):
-            rows = pq.read_table(BytesIO(fs.cat_file(path))).to_pydict()
-            steps: dict[int, list[int]] = {}
-            for step, sample in zip(rows["step"], rows["sample_id"], strict=True):
-                steps.setdefault(step, []).append(sample)
-            yield from steps.items()
-
-
-def audit(url: str, last_step: int, planned: Callable[[int], Sequence[int]]) -> Audit:
-    """Hold a ledger against the plan.
-
-    Args:
-        url: folder of the ledger.
-        last_step: steps that the run has done.
-        planned: the ids of the global batch of a step, counted from 1.
-    """
-    found: dict[int, Counter[int]] = {}
-    for step, ids in read_ledger(url):
-        found.setdefault(step, Counter()).update(ids)
-    result = Audit(steps=len(found))
-    for step in range(1, last_step + 1):
-        wanted, there = Counter(planned(step)), found.get(step, Counter())
-        result.lost += [(step, sample) for sample in (wanted - there).elements()]
-        result.doubled += [(step, sample) for sample in (there - wanted).elements()]
-    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
-    for name in _names(fs, root):
-        if name.startswith("void-"):
-            void = json.loads(fs.cat_file(f"{root}/{name}"))
-            result.voided |= set(range(void["first"], void["last"] + 1))
-    return result

@@ -1,9 +1,8 @@
 """Training state on disk, independent of how it was sharded.
 
-Every writer stores the flat tensors that its optimizer holds (weights in float32 and both moments) as safetensors,
-with an index that says which elements of which parameters they are. A reader takes from all files the elements that it
-holds now, so a state saved at one ZeRO stage and number of workers is restored at any other, and by either engine. No
-file is a pickle.
+Every writer stores the flat tensors of its optimizer (weights in float32 and both moments) as safetensors, with an
+index of the elements of parameters that they contain. A reader reads its own elements from all files, so a state saved
+at one ZeRO stage and number of workers is restored at any other. No file is a pickle.
 """
 
 import contextlib
@@ -42,10 +41,10 @@ def save_whole_shard(folder: Path, number: int, parameters: Mapping[str, Mapping
     """Write whole parameters as `shard-NUMBER.safetensors`.
 
     Args:
-        folder: of the training state.
-        number: of the shard.
-        parameters: by name, `param`, `exp_avg` and `exp_avg_sq` of each, on the CPU.
-        step: optimizer steps taken.
+        folder: folder of the training state.
+        number: number of the shard.
+        parameters: `param`, `exp_avg` and `exp_avg_sq` by name of the parameter, on the CPU.
+        step: number of optimizer steps taken.
     """
     tensors = {
         f"{position}.{part}": values.detach().reshape(-1)
@@ -57,13 +56,17 @@ def save_whole_shard(folder: Path, number: int, parameters: Mapping[str, Mapping
 
 
 def save_header(folder: Path, shapes: Mapping[str, Iterable[int]], writers: int, **facts: Any) -> None:
-    """Write `engine.json`: the model's shapes, the number of shards, and facts that a reader checks or prints."""
+    """Write `engine.json`: the model's shapes, the number of shards, and further facts."""
     header = {"format": _FORMAT, "writers": writers, **facts, "shapes": {name: list(shapes[name]) for name in shapes}}
     (folder / _HEADER).write_text(json.dumps(header, indent=1))
 
 
 def check_header(folder: Path, shapes: Mapping[str, Iterable[int]], optim: str) -> dict[str, Any]:
-    """Read `engine.json`; UserError if nothing was saved here, or by another model, optimizer or format."""
+    """Read `engine.json`.
+
+    Raises:
+        UserError: nothing was saved here, or the model, the optimizer or the format differs.
+    """
     path = folder / _HEADER
     if not path.is_file():
         raise UserError(f"no training state {path}; wanted a folder written by an engine's save")
@@ -73,7 +76,7 @@ def check_header(folder: Path, shapes: Mapping[str, Iterable[int]], optim: str) 
     _check_same_model(shapes, header["shapes"], path)
     if header["optim"] != optim:
         raise UserError(
-            f"{path} was saved with optim.kind = {header['optim']!r}, this run has {optim!r}; make them agree"
+            f"{path} was saved with optim.kind = {header['optim']!r}, this run has {optim!r}: make them agree"
         )
     return header
 
@@ -89,9 +92,12 @@ def _check_same_model(ours: Mapping[str, Iterable[int]], saved: Mapping[str, Ite
 
 
 def load_shards(folder: Path, writers: int, layouts: Layouts, optimizer: Any) -> int:
-    """Fill this rank's flat tensors and moments from all writers' shards; returns the number of steps taken.
+    """Fill this rank's flat tensors and moments from all writers' shards; return the number of steps taken.
 
-    Reads only the elements that this rank holds. Raises UserError if a shard is missing or elements are.
+    Reads only the elements of this rank.
+
+    Raises:
+        UserError: a shard or elements are missing.
     """
     with contextlib.ExitStack() as stack:
         sources = _Sources([stack.enter_context(_open(_shard_path(folder, number))) for number in range(writers)])
@@ -113,7 +119,8 @@ def read_parameters(
 ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
     """Yield each parameter's name, its whole `param`, `exp_avg` and `exp_avg_sq`, and the number of steps taken.
 
-    Raises UserError if a shard is missing or elements are.
+    Raises:
+        UserError: a shard or elements are missing.
     """
     with contextlib.ExitStack() as stack:
         sources = _Sources([stack.enter_context(_open(_shard_path(folder, number))) for number in range(writers)])
@@ -125,9 +132,10 @@ def read_parameters(
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the whole state of a saved model in float32, buffers included, whatever engine and stage wrote it.
+    """Return the whole state of a saved model in float32, buffers included, from any ZeRO stage.
 
-    Raises UserError if something is missing.
+    Raises:
+        UserError: a shard or elements are missing.
     """
     header = json.loads((folder / _HEADER).read_text())
     rest = load_tensors(folder, "rest") or {}

@@ -1,11 +1,11 @@
-"""Checkpoints that can be trusted: a folder counts once its manifest, written last, names every file and checksum.
+"""The store of checkpoints. A folder is a checkpoint once its manifest, written last, lists every file and checksum.
 
-Layout below the store's URL (any fsspec URL)::
+Layout at the store's URL (any fsspec URL)::
 
     step-00000120/
-        ...                     what the engine wrote, one set of files a rank
+        ...                     files of the engine, one set per rank
         history.jsonl           the metrics recorded so far (rank 0)
-        receipt-00000-TOKEN.json  size and SHA-256 of each file of one rank, of one attempt to save
+        receipt-00000-TOKEN.json  size and SHA-256 of the files of one rank, for one attempt to save
         manifest.json           written last; without it the folder is not a checkpoint
 """
 
@@ -46,25 +46,25 @@ class FileEntry(Config):
 
 
 class CheckpointManifest(Config):
-    """What a checkpoint holds and what made it."""
+    """Contents and origin of a checkpoint."""
 
     format: int = Field(default=FORMAT, description="version of this layout")
-    step: int = Field(description="optimizer steps done")
+    step: int = Field(description="number of optimizer steps")
     samples: int = Field(description="training samples consumed: the position in the sample plan")
-    world: int = Field(description="number of workers that wrote it")
+    world: int = Field(description="number of workers")
     engine: dict[str, Any] = Field(description="kind of engine and its ZeRO stage")
     parameters: dict[str, list[int]] = Field(description="name and shape of each parameter")
     recipe: dict[str, Any] = Field(description="the resolved recipe, secrets redacted")
     versions: dict[str, str] = Field(description="versions of the libraries")
-    metrics: dict[str, float] = Field(default={}, description="figures of this step and, if it had one, its evaluation")
-    number: int = Field(default=0, description="how many checkpoints the run had made before it")
+    metrics: dict[str, float] = Field(default={}, description="metrics of this step and of its evaluation, if any")
+    number: int = Field(default=0, description="number of earlier checkpoints of the run")
     created: float = Field(description="seconds since the epoch")
-    files: dict[str, FileEntry] = Field(description="each file below the folder")
+    files: dict[str, FileEntry] = Field(description="files in the folder")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a save records beside the engine's own files."""
+    """What a checkpoint records in addition to the engine's files."""
 
     step: int
     samples: int
@@ -101,7 +101,7 @@ def sha256(path: Path) -> str:
 
 
 class CheckpointStore:
-    """The checkpoints of one run below ``url``; all ranks hold one, and call ``save`` together."""
+    """The checkpoints of one run at a URL; every rank has a store, and all call `save` together."""
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self.url = url.rstrip("/")
@@ -109,20 +109,20 @@ class CheckpointStore:
         self.local = is_local(self.fs)
 
     def folder(self, step: int) -> str:
-        """Return the path of a step's folder inside the file system."""
+        """Return the path of a step's folder in the file system."""
         return f"{self.root}/step-{step:08d}"
 
     def location(self, step: int) -> str:
-        """Return the URL of a step's folder, as a user would write it."""
+        """Return the URL of a step's folder."""
         return f"{self.url}/step-{step:08d}"
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def stage(self, engine: Engine, snapshot: Snapshot) -> "Staged":
-        """Write this rank's state to a folder on the local disk; every rank calls this, and may train on afterwards.
+        """Write this rank's state to a folder on the local disk; every rank calls this, then training may continue.
 
-        Rank 0 removes what lies at the target. The token, the same on all ranks, tells this save's receipts from those
-        that one before it left behind.
+        Rank 0 deletes the target folder if it exists. The token, the same on all ranks, distinguishes the receipts of
+        this save from those of an earlier attempt.
         """
         target = self.folder(snapshot.step)
         token = 0.0
@@ -140,7 +140,7 @@ class CheckpointStore:
         return staged
 
     def publish(self, staged: "Staged") -> None:
-        """Move what a rank staged to its place, then leave a receipt; may be called again after a failure."""
+        """Move a rank's staged files to the store, then write a receipt; may be repeated after a failure."""
         for path in sorted(p for p in staged.folder.rglob("*") if p.is_file()):
             name = str(path.relative_to(staged.folder))
             if name not in staged.published:
@@ -151,7 +151,7 @@ class CheckpointStore:
         shutil.rmtree(staged.folder, ignore_errors=True)
 
     def commit(self, staged: "Staged", abandoned: Callable[[], bool] = lambda: False) -> CheckpointManifest | None:
-        """Wait for the receipts of all ranks, then write the manifest (rank 0); None if it was abandoned meanwhile."""
+        """Wait for the receipts of all ranks, then write the manifest (rank 0); return None if abandoned."""
         snapshot, files = staged.snapshot, {}
         for rank in range(staged.world):
             path = f"{staged.target}/{_receipt(rank, staged.token)}"
@@ -180,8 +180,8 @@ class CheckpointStore:
     def save(self, engine: Engine, snapshot: Snapshot) -> CheckpointManifest | None:
         """Write one checkpoint and wait for it; every rank calls this. Return the manifest on rank 0, None elsewhere.
 
-        The manifest is written once the receipts of all ranks are there, so a crash at any moment leaves either a whole
-        checkpoint or a folder without manifest, which is never read.
+        The manifest is written after the receipts of all ranks, so a crash leaves either a complete checkpoint or a
+        folder without a manifest, which is never read.
         """
         staged = self.stage(engine, snapshot)
         try:
@@ -198,7 +198,7 @@ class CheckpointStore:
         return self.fs.exists(path)
 
     def _staging(self, target: str, rank: int) -> Path:
-        """Where a rank stages; for a local store on the same disk, so that files move by rename."""
+        """Return a rank's staging folder; for a local store it is on the same disk, so that files are renamed."""
         if self.local:
             return Path(f"{target}/.staging-{rank:05d}")
         place = hashlib.sha256(self.url.encode()).hexdigest()[:16]
@@ -214,13 +214,13 @@ class CheckpointStore:
             self.fs.put_file(str(path), target)
 
     def _delete(self, target: str) -> None:
-        """Remove a folder, its manifest first, so that a half-removed one is not taken for whole."""
+        """Delete a folder, its manifest first, so that a partly deleted one is not a checkpoint."""
         if self.fs.exists(f"{target}/{MANIFEST}"):
             self.fs.rm_file(f"{target}/{MANIFEST}")
         self.fs.rm(target, recursive=True)
 
     def prune(self, keep: Collection[int]) -> None:
-        """Remove all checkpoints but those of the steps ``keep``, and what crashes left before the newest of them."""
+        """Delete all checkpoints but those of the steps `keep`, and incomplete ones before the newest of them."""
         newest = max(keep, default=-1)
         complete = set(self.steps())
         for step in self._folders():
@@ -230,7 +230,7 @@ class CheckpointStore:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, oldest first; folders without manifest are left out."""
+        """Return the steps of the complete checkpoints, oldest first; folders without a manifest are skipped."""
         return [step for step in self._folders() if self.fs.exists(f"{self.folder(step)}/{MANIFEST}")]
 
     def _folders(self) -> list[int]:
@@ -253,11 +253,13 @@ class CheckpointStore:
         except ValidationError as error:
             raise UserError(f"{path} is not a checkpoint manifest ({error.errors()[0]['msg']})") from None
         if manifest.format > FORMAT:
-            raise UserError(f"{path} has format {manifest.format}, this program reads up to {FORMAT}: update it")
+            raise UserError(
+                f"{path} has format {manifest.format}, this version reads up to {FORMAT}: update perceiver-train"
+            )
         return manifest
 
     def problems(self, step: int) -> list[str]:
-        """Return what is wrong with a checkpoint: missing files, wrong sizes, wrong checksums; empty if it is whole."""
+        """Return the problems of a checkpoint: missing files, wrong sizes, wrong checksums; empty if it is intact."""
         try:
             manifest = self.manifest(step)
         except UserError as error:
@@ -277,7 +279,7 @@ class CheckpointStore:
         return None if digest.hexdigest() == entry.sha256 else f"{name} does not match its checksum"
 
     def newest(self) -> CheckpointManifest | None:
-        """Return the manifest of the newest checkpoint whose every file verifies; a bad one is named in the log."""
+        """Return the manifest of the newest intact checkpoint; damaged ones are logged."""
         for step in reversed(self.steps()):
             problems = self.problems(step)
             if not problems:
@@ -291,7 +293,7 @@ class CheckpointStore:
 
     @contextmanager
     def fetch(self, step: int) -> Iterator[Path]:
-        """Yield a local folder with a checkpoint's files: the store's own if it is local, else a copy for the while."""
+        """Yield a local folder with a checkpoint's files: the store's own if it is local, else a temporary copy."""
         if self.local:
             yield Path(self.folder(step))
             return
@@ -304,7 +306,7 @@ class CheckpointStore:
 
 
 def parameter_difference(saved: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str | None:
-    """Say how two sets of parameters differ in one phrase, or None if they agree."""
+    """Return the first difference between two sets of parameters in one phrase; None if they agree."""
     for name in wanted:
         if name not in saved:
             return f"the recipe's model has a parameter {name!r} that the checkpoint lacks"

@@ -1,1 +1,1 @@
-"""Engines that take an optimizer step over all ranks: the protocol, plain torch, DeepSpeed. No data, no hooks."""
+"""Engines that take an optimizer step over all ranks: the protocol and DeepSpeed. No data, no hooks."""

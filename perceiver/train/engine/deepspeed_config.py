@@ -1,7 +1,7 @@
-"""The DeepSpeed configuration of a run, worked out from the recipe: pure, and without importing DeepSpeed.
+"""The DeepSpeed configuration of a run, derived from the recipe without importing DeepSpeed.
 
-A DeepSpeed JSON is accepted as it is. Where it says "auto", the recipe's value is filled in; where it gives a value for
-something that the recipe decides, the two must agree.
+A DeepSpeed JSON is accepted. "auto" is replaced by the recipe's value; any other value of a setting that the recipe
+decides must agree with the recipe.
 """
 
 import json
@@ -22,11 +22,11 @@ _DECIDED_BY_DEEPSPEED = 5e8  # reduce_bucket_size, elements
 
 
 class DeepSpeedConfig(Config):
-    """How DeepSpeed shards and communicates (recipe key `deepspeed`)."""
+    """Settings of DeepSpeed (recipe key `deepspeed`)."""
 
     zero_stage: Literal[0, 1, 2, 3] | None = Field(
         default=None,
-        description="What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too; default 1.",
+        description="ZeRO stage. Sharded: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights; default 1.",
     )
     config: str | dict[str, Any] | None = Field(
         default=None, description='A DeepSpeed JSON: its path, or the mapping itself; "auto" takes the recipe\'s value.'
@@ -42,13 +42,13 @@ class DeepSpeedConfig(Config):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is shared out.
+    """How a global batch is divided among the workers.
 
     Attributes:
-        micro_batch: rows of one forward pass on one worker.
-        accumulation: micro-batches of one step on one worker.
+        micro_batch: rows per forward pass on one worker.
+        accumulation: micro-batches per step on one worker.
         world: number of workers.
-        samples: of one optimizer step; default: the rows of all workers. These may be more: the rest is padding.
+        samples: samples per optimizer step; default: the rows of all workers. Rows beyond the samples are padding.
     """
 
     micro_batch: int
@@ -58,12 +58,16 @@ class BatchPlan:
 
     @property
     def rows(self) -> int:
-        """Rows of one optimizer step over all workers, padding included."""
+        """Rows per optimizer step over all workers, padding included."""
         return self.micro_batch * self.accumulation * self.world
 
 
 def read_config(section: DeepSpeedConfig) -> dict[str, Any]:
-    """The user's DeepSpeed settings as a fresh mapping; UserError if the file is missing or is not a JSON object."""
+    """Return the user's DeepSpeed settings as a new mapping.
+
+    Raises:
+        UserError: the file is missing or is not a JSON object.
+    """
     if not isinstance(section.config, str):
         return deepcopy(section.config or {})
     path = Path(section.config)
@@ -74,7 +78,7 @@ def read_config(section: DeepSpeedConfig) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"deepspeed.config = {section.config} is not valid JSON: {error}") from None
     if not isinstance(given, dict):
-        raise UserError(f"deepspeed.config = {section.config} holds {type(given).__name__}; wanted a JSON object")
+        raise UserError(f"deepspeed.config = {section.config} contains a JSON {type(given).__name__}; wanted an object")
     return given
 
 
@@ -87,11 +91,18 @@ def plan_config(
     device_type: str = "cpu",
     parameters: int | None = None,
 ) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize` with a client optimizer.
+    """Return the configuration for `deepspeed.initialize` with a client optimizer.
 
-    precision: the recipe's; "auto" follows the JSON, else it is bf16 on GPUs and fp32 on CPUs.
-    parameters: trainable elements of the model; bounds the buffers that gradients are reduced in.
-    Raises UserError, naming both keys and both values, where the JSON contradicts the recipe.
+    Args:
+        section: the recipe's `deepspeed`.
+        optim: the recipe's `optim`.
+        batch: how a global batch is divided.
+        precision: the recipe's; "auto" follows the JSON, else it is bf16 on GPUs and fp32 on CPUs.
+        device_type: "cpu" or "cuda".
+        parameters: trainable elements of the model; limits the buffers in which gradients are reduced.
+
+    Raises:
+        UserError: the JSON contradicts the recipe; the message has both keys and both values.
     """
     config = read_config(section)
     _check_optimizer(config.pop("optimizer", None), optim)
@@ -99,7 +110,7 @@ def plan_config(
     half = _wants_bf16(config, precision, device_type)
     for path, key, value in _decided_by_recipe(config, section, optim, batch):
         _settle(config, path, key, value)
-    config["train_batch_size"] = batch.rows  # DeepSpeed wants the product of its three numbers; it only counts with it
+    config["train_batch_size"] = batch.rows  # DeepSpeed requires the product of its three numbers
     _set_precision(config, half)
     _refuse_unsupported(config)
     _drop_autos(config)
@@ -110,7 +121,7 @@ def plan_config(
 def _decided_by_recipe(
     config: Mapping[str, Any], section: DeepSpeedConfig, optim: OptimConfig, batch: BatchPlan
 ) -> list[tuple[str, str, Any]]:
-    """(DeepSpeed's key, the recipe's key, the value) of all that the recipe decides."""
+    """Return (DeepSpeed's key, the recipe's key, the value) of each setting that the recipe decides."""
     stage = section.zero_stage
     if stage is None:
         stage = _get(config, "zero_optimization.stage")
@@ -131,7 +142,7 @@ def _decided_by_recipe(
 
 
 def _settle(config: dict[str, Any], path: str, key: str, value: Any) -> None:
-    """Put the recipe's value where the JSON has none or "auto"; refuse another one."""
+    """Set the recipe's value where the JSON has none or "auto"; refuse a different one."""
     given = _get(config, path)
     if given not in (None, AUTO) and given != value:
         raise UserError(
@@ -142,7 +153,7 @@ def _settle(config: dict[str, Any], path: str, key: str, value: Any) -> None:
 
 
 def _check_optimizer(given: Any, optim: OptimConfig) -> None:
-    """The JSON's optimizer must say what the recipe says; the recipe's is built as a client optimizer."""
+    """Refuse an optimizer in the JSON that differs from the recipe's, which is built as a client optimizer."""
     if given in (None, AUTO):
         return
     kind = str(given.get("type", AUTO)).lower()
@@ -172,7 +183,7 @@ def _check_optimizer(given: Any, optim: OptimConfig) -> None:
 
 
 def _check_scheduler(given: Any) -> None:
-    """The recipe's schedule is the only one: a scheduler in the JSON must leave everything to it."""
+    """Refuse a scheduler in the JSON with values of its own: the recipe's schedule is used."""
     if given in (None, AUTO):
         return
     set_there = [name for name, value in given.get("params", {}).items() if value != AUTO]
@@ -184,7 +195,7 @@ def _check_scheduler(given: Any) -> None:
 
 
 def _wants_bf16(config: Mapping[str, Any], precision: Precision, device_type: str) -> bool:
-    """Whether the run is in bf16; UserError if the JSON and the recipe disagree."""
+    """Return whether the run is in bf16; refuse a JSON that contradicts the recipe."""
     given = {path: _get(config, path) for path in ("bf16.enabled", "torch_autocast.enabled")}
     theirs = {path: bool(value) for path, value in given.items() if value not in (None, AUTO)}
     there = any(theirs.values()) if theirs else None
@@ -201,7 +212,7 @@ def _wants_bf16(config: Mapping[str, Any], precision: Precision, device_type: st
 
 
 def _set_precision(config: dict[str, Any], half: bool) -> None:
-    """bf16 by torch's autocast over float32 weights, unless the JSON asks for DeepSpeed's bf16 weights."""
+    """Set bf16 as torch's autocast over float32 weights, unless the JSON requests DeepSpeed's bf16 weights."""
     native = _get(config, "bf16.enabled") is True
     _set(config, "bf16.enabled", native)
     if native:
@@ -213,7 +224,7 @@ def _set_precision(config: dict[str, Any], half: bool) -> None:
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Refuse what would run, but not rightly."""
+    """Refuse settings that would run with wrong results."""
     if config["bf16"]["enabled"] and _get(config, "zero_optimization.stage") == 0:
         raise UserError(
             "deepspeed.config has bf16.enabled = True, which needs ZeRO here: set deepspeed.zero_stage=1, "
@@ -228,7 +239,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def _drop_autos(config: dict[str, Any]) -> None:
-    """Leave what is still "auto" to DeepSpeed's own default."""
+    """Remove settings that are still "auto", so that DeepSpeed's defaults apply."""
     for key, value in list(config.items()):
         if value == AUTO:
             del config[key]
@@ -237,7 +248,7 @@ def _drop_autos(config: dict[str, Any]) -> None:
 
 
 def _set_defaults(config: dict[str, Any], device_type: str, parameters: int | None) -> None:
-    """Our own defaults for what neither the recipe nor the JSON says."""
+    """Set our defaults where neither the recipe nor the JSON has a value."""
     zero = config["zero_optimization"]
     if parameters is not None:
         zero.setdefault("reduce_bucket_size", int(min(_DECIDED_BY_DEEPSPEED, max(parameters, 1024))))
@@ -251,7 +262,7 @@ def _set_defaults(config: dict[str, Any], device_type: str, parameters: int | No
 
 
 def _get(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path, None if absent."""
+    """Return the value at a dotted path; None if absent."""
     node: Any = config
     for name in path.split("."):
         node = node.get(name) if isinstance(node, Mapping) else None

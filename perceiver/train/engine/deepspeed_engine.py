@@ -1,10 +1,11 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 behind the engine protocol. Only this package imports deepspeed.
 
 DeepSpeed is imported when an engine is built, not with this module. Nothing is compiled: the optimizer is a client
-optimizer, and the one operator that DeepSpeed would build on CPUs is switched off before it looks.
+optimizer, and the one operator that DeepSpeed would build on CPUs is switched off first.
 """
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -60,10 +61,10 @@ from perceiver.train.engine.ranks import Ranks, random_state, set_random_state
 
 
 def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Make DeepSpeed's communication ready, over the process group that exists or over a new one.
+    """Initialize DeepSpeed's communication, over the existing process group or a new one.
 
-    Without a process group: one is made from the RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT variables if RANK is
-    set, else this process is alone. Safe to call again. Nothing is compiled, and DeepSpeed's log is cut to errors.
+    A new group is created from the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT if RANK is set, else with
+    this process alone. May be called again. DeepSpeed logs only errors afterwards.
     """
     device = default_device()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
@@ -84,7 +85,7 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
 
 
 class DeepSpeedEngine:
-    """The engine protocol on DeepSpeed, with ZeRO by one key.
+    """The engine protocol on DeepSpeed, at any ZeRO stage.
 
     Each micro-batch's summed loss is divided by the global count of valid targets before its backward pass; DeepSpeed
     averages gradients over the ranks, so the loss is multiplied by their number.
@@ -102,10 +103,20 @@ class DeepSpeedEngine:
         device: torch.device | None = None,
         precision: Precision = "auto",
     ) -> None:
-        """Build it on every rank.
+        """Build the engine on every rank.
 
-        batch: micro-batch size, accumulation and world size, for DeepSpeed's own bookkeeping.
-        Raises UserError where the DeepSpeed JSON contradicts the recipe.
+        Args:
+            module: the model, on the CPU or the device.
+            task: gives the loss and the metrics.
+            optim: optimizer and clipping.
+            schedule: multiplier of the learning rate by step.
+            config: ZeRO stage and DeepSpeed JSON.
+            batch: micro-batch size, accumulation and world size, for DeepSpeed's own bookkeeping.
+            device: default: the current GPU, else the CPU.
+            precision: see `train.precision`.
+
+        Raises:
+            UserError: the DeepSpeed JSON contradicts the recipe.
         """
         self.device = device or default_device()
         trainable = sum(param.numel() for param in module.parameters() if param.requires_grad)
@@ -125,7 +136,7 @@ class DeepSpeedEngine:
         self._optimizer = build_optimizer(optim, module.to(self.device))
         groups: list[list[Any]] = [list(group["params"]) for group in self._optimizer.param_groups]
         if plan["bf16"]["enabled"]:
-            # The weights will be bf16, the tokens that the model computes are float32: autocast brings them together.
+            # The weights will be bf16, the inputs that the model computes are float32: autocast casts them.
             module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)
         self._engine = _initialize(module, self._optimizer, plan)
         self.module: nn.Module = self._engine.module
@@ -134,14 +145,14 @@ class DeepSpeedEngine:
             if self._layouts is None:
                 raise UserError(
                     f"optim.kind = 'lamb' with deepspeed.zero_stage = {self.zero_stage}: this DeepSpeed version does "
-                    "not show how ZeRO shards tensors; set deepspeed.zero_stage=0"
+                    "not expose how ZeRO shards tensors; set deepspeed.zero_stage=0"
                 )
             self._optimizer.shard(self._layouts, self._sum_norms)
         if self._layouts is None:
             self._create_states()
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
-        """One optimizer step, number `step` counted from 0."""
+        """See `Engine`."""
         tell_step(self._task, step)
         lr = self._optim.lr * self._schedule(step)
         set_learning_rate(self._engine.optimizer, lr)
@@ -151,7 +162,7 @@ class DeepSpeedEngine:
         return StepResult(step, loss, metrics, norm, lr, skipped=not math.isfinite(norm))
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> PendingSums:
-        """Gradients of the global mean loss, reduced over the ranks as the ZeRO stage has it."""
+        """Compute the gradients of the global mean loss, reduced over the ranks as the ZeRO stage requires."""
         counts, total = count_targets(self._task, micro_batches)
         counting = self.ranks.start_sum(total)
         sums = MetricSums(self.ranks)
@@ -173,7 +184,7 @@ class DeepSpeedEngine:
         return pending
 
     def _update(self) -> float:
-        """Clip, step, clear the gradients; returns their norm before clipping, not finite if the step was skipped."""
+        """Clip, step, clear the gradients; return their norm before clipping, not finite if the step was skipped."""
         if self.zero_stage > 0:
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm())
@@ -186,17 +197,17 @@ class DeepSpeedEngine:
         return norm
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The task's metrics over all ranks' valid samples."""
+        """See `Engine`."""
         return evaluate(self._engine, self._task, batches, self.ranks)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The values summed over the ranks."""
+        """See `Engine`."""
         return self.ranks.sum(values)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's shard and generators below the folder, which may be another one on each rank.
+        """Write this rank's shard and generators to a folder, which may differ between ranks.
 
-        At stages 1 to 3 each rank writes what it holds, at stage 0 rank 0 writes all; rank 0 adds buffers and a header.
+        At stages 1 to 3 each rank writes its own part, at stage 0 rank 0 writes all; rank 0 adds buffers and a header.
         """
         folder.mkdir(parents=True, exist_ok=True)
         writers = self.world if self.zero_stage > 0 and self._layouts is not None else 1
@@ -212,9 +223,10 @@ class DeepSpeedEngine:
             save_header(folder, self._shapes, writers, **facts)
 
     def load(self, folder: Path) -> None:
-        """Restore what an engine's `save` wrote, merged into one folder: from any ZeRO stage and number of workers.
+        """Restore what `save` wrote on all ranks, merged into one folder: from any ZeRO stage and number of workers.
 
-        Raises UserError if nothing is there, it is incomplete, or it was saved from another model or optimizer.
+        Raises:
+            UserError: the state is missing, incomplete, or from another model or optimizer.
         """
         header = check_header(folder, self._shapes, self._optim.kind)
         if self._layouts is None:
@@ -230,7 +242,7 @@ class DeepSpeedEngine:
             set_random_state(generators, self.device)
 
     def _create_states(self) -> None:
-        """Make the moments known to DeepSpeed's public functions, as zeros; the weights stay as they are.
+        """Create the moments, as zeros, for DeepSpeed's public functions; the weights do not change.
 
         Stages 1 and 2 link a parameter to its moments after the first update of any group, so all must exist by then,
         and a state can be loaded only after one: this is an update with zero gradients and a learning rate of zero.
@@ -300,7 +312,7 @@ class DeepSpeedEngine:
         return [(name, param) for name, param in self.module.named_parameters() if param.requires_grad]
 
     def weights(self) -> dict[str, Tensor] | None:
-        """The full float32 CPU state dict on rank 0, None elsewhere; gathers what ZeRO has sharded."""
+        """See `Engine`; gathers what ZeRO has sharded."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         full: dict[str, Tensor] = {}
@@ -315,7 +327,7 @@ class DeepSpeedEngine:
         return full if self.rank == 0 else None
 
     def _sum_norms(self, squares: Tensor) -> None:
-        """Sum LAMB's squared norms over the ranks; they may lie on the CPU when the optimizer is offloaded."""
+        """Sum LAMB's squared norms over the ranks; they are on the CPU when the optimizer is offloaded."""
         if self.world > 1:
             there = squares.to(self.device)
             dist.all_reduce(there)
@@ -325,7 +337,7 @@ class DeepSpeedEngine:
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, plan: dict[str, Any]) -> Any:
     import deepspeed
 
-    with _quiet():
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints while it sets up
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan, dist_init_required=False)
     if plan["zero_optimization"]["stage"] == 3:
         _gather_for_backward(engine.module)
@@ -333,10 +345,10 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, plan: dict[
 
 
 def _gather_for_backward(root: Any) -> None:
-    """Have ZeRO-3 gather, before the backward pass, what modules use whose outputs are no plain tensors.
+    """Let ZeRO-3 gather the parameters of modules whose outputs are not plain tensors before the backward pass.
 
-    DeepSpeed hooks itself to a module's output tensors; a modality returns an `Inputs`, which it does not look into, so
-    its learned positions and modality vectors would be missing. The whole model gathers them instead.
+    DeepSpeed hooks a module's output tensors. A modality returns an `Inputs`, which it does not inspect, so the learned
+    positions and modality vectors would be missing. The whole model gathers them instead.
     """
     import deepspeed
 
@@ -350,25 +362,8 @@ def _gather_for_backward(root: Any) -> None:
             module.register_forward_hook(hook)
 
 
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Keep DeepSpeed's prints off the user's screen while it sets up, saves or loads."""
-    with contextlib.redirect_stdout(_Sink()):
-        yield
-
-
-class _Sink:
-    """A stream that drops what is written to it."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        return None
-
-
 def _gathered(tensor: Any) -> Tensor:
-    """The tensor in full, also if it is a frozen parameter that ZeRO-3 has cut; every rank must call it."""
+    """Return the full tensor, also of a frozen parameter that ZeRO-3 has partitioned; every rank must call this."""
     if not hasattr(tensor, "ds_id"):
         return tensor
     import deepspeed
@@ -378,7 +373,7 @@ def _gathered(tensor: Any) -> Tensor:
 
 
 def _assign(tensor: Any, value: Tensor) -> None:
-    """Overwrite a buffer or a frozen parameter, also one that ZeRO-3 has cut."""
+    """Overwrite a buffer or a frozen parameter, also one that ZeRO-3 has partitioned."""
     if not hasattr(tensor, "ds_id"):
         tensor.detach().copy_(value)
         return

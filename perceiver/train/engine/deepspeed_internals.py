@@ -1,6 +1,6 @@
-"""Every name of DeepSpeed that is not public. Each function says what happens without it.
+"""All uses of private DeepSpeed names. Each function documents what happens without it.
 
-`PERCEIVER_PUBLIC_API=1` switches all of them off; so does a DeepSpeed version that has renamed them.
+`PERCEIVER_PUBLIC_API=1` disables them all; so does a DeepSpeed version that has renamed them.
 """
 
 import logging
@@ -67,12 +67,12 @@ def flat_layouts(
             return _stage3_layouts(groups[0][0]._z3_optimizer, names, rank)
         return _stage12_layouts(groups, optimizer, names)
     except AttributeError as error:
-        log.warning("this DeepSpeed version does not show how ZeRO shards tensors (%s): they are gathered", error)
+        log.warning("this DeepSpeed version does not expose how ZeRO shards tensors (%s): they are gathered", error)
         return None
 
 
 def _stage12_layouts(groups: list[list[Any]], optimizer: Any, names: dict[int, str]) -> Layouts:
-    """Stages 1 and 2 flatten each group and cut it over the ranks, also within a parameter."""
+    """Stages 1 and 2 flatten each group and partition it over the ranks, also within a parameter."""
     layouts = {}
     for params, group in zip(groups, optimizer.param_groups, strict=True):
         (flat,) = group["params"]
@@ -87,7 +87,7 @@ def _stage12_layouts(groups: list[list[Any]], optimizer: Any, names: dict[int, s
 
 
 def _stage3_layouts(zero: Any, names: dict[int, str], rank: int) -> Layouts:
-    """Stage 3 cuts every parameter over the ranks and stores the cuts one after another, in sub-groups."""
+    """Stage 3 partitions every parameter over the ranks and stores the partitions consecutively, in sub-groups."""
     layouts = {}
     for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         pieces, offset = [], 0
@@ -104,7 +104,7 @@ def _stage3_layouts(zero: Any, names: dict[int, str], rank: int) -> Layouts:
 def refresh_weights(zero: Any, stage: int) -> None:
     """Copy the optimizer's flat tensors, which were written directly, to the model's weights.
 
-    Only called after `flat_layouts` returned layouts; the public functions that are used otherwise do both at once.
+    Only called after `flat_layouts` returned layouts; the public functions that are used otherwise do both.
     """
     if stage in (1, 2):
         zero.update_lp_params()

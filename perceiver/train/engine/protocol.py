@@ -1,10 +1,11 @@
-"""The engine protocol: what takes an optimizer step on this rank's share of a global batch, and what evaluates.
+"""The engine protocol: optimizer steps on this rank's share of a global batch, and evaluation.
 
-The training loop is given an `Engine`; `perceiver.train.engine.deepspeed_engine` implements it. This module also has
-what any implementation needs.
+`perceiver.train.engine.deepspeed_engine` implements it. This module also has the functions that any implementation
+needs.
 
 The loss is the mean over the valid targets of the whole global batch: the summed loss of every micro-batch is divided
-by the count over all ranks and micro-batches before its backward pass, so accumulation and ragged ranks are exact.
+by the count over all ranks and micro-batches before its backward pass, so accumulation and ranks with unequal shares
+are exact.
 """
 
 import math
@@ -32,17 +33,17 @@ class StepResult:
     loss: float
     """Mean over valid targets; NaN if there was none."""
     metrics: dict[str, float]
-    """What the task makes of its sums; empty if there was no valid target."""
+    """The task's metrics; empty if there was no valid target."""
     grad_norm: float | None
     """Global L2 norm of the gradient before clipping; None if the engine does not compute it."""
     lr: float
-    """The learning rate that the step used."""
+    """Learning rate of the step."""
     skipped: bool
-    """True if the gradient was not finite and the parameters were left as they were."""
+    """Whether the gradient was not finite, so that the parameters were not changed."""
 
 
 class Engine(Protocol):
-    """What the training loop needs; every method is called by every rank."""
+    """Interface of the training loop to the engine; every rank calls every method."""
 
     device: torch.device
     rank: int
@@ -50,27 +51,31 @@ class Engine(Protocol):
     module: nn.Module
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
-        """One optimizer step, number `step` counted from 0, on this rank's share of the global batch."""
+        """Take optimizer step number `step`, counted from 0, on this rank's share of the global batch."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The task's metrics over all ranks' valid samples; the same number of batches on every rank, at least one."""
+        """Return the task's metrics over all ranks' valid samples; each rank has the same number of batches, not 0."""
         ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The values summed over the ranks."""
+        """Return the values summed over the ranks."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of the training state below the folder."""
+        """Write this rank's part of the training state to a folder."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; UserError if it is missing or belongs to another model."""
+        """Restore what `save` wrote.
+
+        Raises:
+            UserError: it is missing or belongs to another model.
+        """
         ...
 
     def weights(self) -> dict[str, Tensor] | None:
-        """The full state dict on rank 0, on the CPU, floating tensors in float32; None on other ranks."""
+        """Return the full state dict on rank 0, on the CPU, floating tensors in float32; None on other ranks."""
         ...
 
 
@@ -82,14 +87,14 @@ class MetricSums:
     totals: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, output: LossOutput, count: Tensor) -> None:
-        """Take in one micro-batch."""
+        """Add the sums of one micro-batch."""
         news = {**output.sums, "loss": output.loss_sum.detach(), "": count}
         for name, value in news.items():
             value = value.double()
             self.totals[name] = self.totals[name] + value if name in self.totals else value
 
     def start(self) -> "PendingSums":
-        """Begin the one all-reduce; the sums can be read from what is returned."""
+        """Start the all-reduce and return the pending result."""
         shapes = {name: self.totals[name].shape for name in sorted(self.totals)}
         vector = torch.cat([self.totals[name].flatten() for name in shapes])
         return PendingSums(shapes, vector, self.ranks.start_sum(vector))
@@ -97,14 +102,14 @@ class MetricSums:
 
 @dataclass(frozen=True)
 class PendingSums:
-    """Sums over ranks that may still be under way."""
+    """The result of an all-reduce that may still be in progress."""
 
     shapes: dict[str, torch.Size]
     vector: Tensor
     work: Pending
 
     def summarise(self, task: Task) -> tuple[float, dict[str, float]]:
-        """Mean loss and metrics; (NaN, {}) if no target was valid."""
+        """Return the mean loss and the metrics; (NaN, {}) if no target was valid."""
         self.work.wait()
         parts = self.vector.cpu().split([shape.numel() for shape in self.shapes.values()])
         named = zip(self.shapes.items(), parts, strict=True)
@@ -116,16 +121,18 @@ class PendingSums:
 
 
 def count_targets(task: Task, micro_batches: Sequence[Batch]) -> tuple[list[Tensor], Tensor]:
-    """Valid targets of each micro-batch, and their total, 0-d float64."""
+    """Return the number of valid targets of each micro-batch, and their total, 0-d float64."""
     counts = [task.count(batch).double() for batch in micro_batches]
     return counts, torch.stack(counts).sum()
 
 
 def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks) -> dict[str, float]:
-    """The task's metrics over all ranks' valid samples.
+    """Return the task's metrics over the valid samples of all ranks.
 
     Runs in evaluation mode without gradients and restores the mode. Every rank must have the same number of batches.
-    Raises UserError if there is no batch or no valid target.
+
+    Raises:
+        UserError: there is no batch or no valid target.
     """
     sums = MetricSums(ranks)
     tell_step(task, 0)
@@ -138,7 +145,7 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Rank
     finally:
         model.train(training)
     if not sums.totals:
-        raise UserError("the evaluation set gave no batch; wanted at least one for each worker: check the data's split")
+        raise UserError("the evaluation set is empty; wanted at least one batch per worker: check the data's split")
     loss, metrics = sums.start().summarise(task)
     if math.isnan(loss) and not metrics:
         raise UserError("the evaluation set has no valid target: check the data's split and labels")
@@ -146,37 +153,30 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Rank
 
 
 def tell_step(task: Task, step: int) -> None:
-    """Tell a task that draws at random (MixUp, word masks) which step it draws for, so that a resume repeats it."""
+    """Set the step of a task that draws random numbers (MixUp, word masks), so that a resumed run repeats them."""
     if hasattr(task, "step"):
         task.step = step  # pyright: ignore[reportAttributeAccessIssue] only some tasks draw
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What `auto` means on a device: bf16 on GPUs that have it, else fp32 (bf16 is emulated on CPUs, and slow)."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-
-
 def allow_tf32(half: bool, device: torch.device) -> None:
-    """In bf16 let a GPU take the products that stay in float32 as TF32, which keeps three bits more than bf16 does."""
+    """In bf16, let a GPU compute the remaining float32 products in TF32, which has three bits more than bf16."""
     if half and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 def default_device() -> torch.device:
-    """The current CUDA device if there is one, else the CPU."""
+    """Return the current CUDA device if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def cpu_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, floating tensors as float32, all contiguous."""
+    """Return contiguous copies on the CPU, floating tensors as float32."""
     return {
         name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True).contiguous()
         for name, tensor in tensors.items()
@@ -184,7 +184,7 @@ def cpu_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def untrained(module: nn.Module) -> dict[str, Tensor]:
-    """What of the state dict the optimizer does not hold: buffers and frozen parameters, the tensors themselves."""
+    """Return the tensors of the state dict that the optimizer does not have: buffers and frozen parameters."""
     return {
         name: tensor
         for name, tensor in module.state_dict(keep_vars=True).items()

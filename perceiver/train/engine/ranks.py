@@ -1,6 +1,6 @@
-"""The processes that train together: sums over them, and each one's random generators."""
+"""The processes that train together: sums over ranks, and the random generators of a rank."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Pending(Protocol):
-    """A collective operation under way."""
+    """A collective operation in progress."""
 
     def wait(self) -> object:
-        """Return once the tensor holds the result (on GPUs: once later work on it is ordered after it)."""
+        """Block until the tensor contains the result (on GPUs: order later work after it)."""
         ...
 
 
@@ -26,34 +26,14 @@ class Ranks:
         self.world = dist.get_world_size() if self.distributed else 1
 
     def start_sum(self, tensor: Tensor) -> Pending:
-        """Begin to sum the tensor over the ranks in place; call `.wait()` on the result before reading it."""
+        """Start to sum a tensor over the ranks in place; call `.wait()` on the result before reading the tensor."""
         return cast(Pending, dist.all_reduce(tensor, async_op=True)) if self.world > 1 else _Done()
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Python numbers summed over the ranks, in float64."""
+        """Return numbers summed over the ranks, in float64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         self.start_sum(total).wait()
         return total.tolist()
-
-    def sum_flat(self, tensors: Sequence[Tensor]) -> None:
-        """Sum many tensors over the ranks in place, in one all-reduce."""
-        if self.world == 1 or not tensors:
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with rank 0's."""
-        if self.world > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world > 1:
-            dist.barrier()
 
 
 class _Done:
@@ -64,7 +44,7 @@ class _Done:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """torch's generators on this rank (dropout draws from them)."""
+    """Return the states of torch's generators on this rank (dropout draws from them)."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -72,7 +52,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put torch's generators back to where `random_state` saw them."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

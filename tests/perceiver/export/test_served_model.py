@@ -92,11 +92,11 @@ def test_what_cannot_be_registered_is_one_line(tmp_path, images):
         assert isinstance(error, UserError) and "\n" not in str(error), error
         return str(error)
 
-    assert "wanted --format mlflow" in refused(source, "--format", "onnx", "--register", "digits")
+    assert "--format mlflow" in refused(source, "--format", "onnx", "--register", "digits")
     (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "mlflow_run": "0" * 32}))
-    assert "does not take the model" in refused(source, "--format", "mlflow", "--register", "digits")
+    assert "0" * 32 in refused(source, "--format", "mlflow", "--register", "digits")
     (tmp_path / "run" / "run.json").write_text(json.dumps({"step": 7}))
-    assert "names no MLflow run" in refused(source, "--format", "mlflow", "--register", "digits")
+    assert str(tmp_path / "run") in refused(source, "--format", "mlflow", "--register", "digits")
     assert not (tmp_path / "out").exists()
 
 
@@ -104,4 +104,4 @@ def test_weights_without_a_task_are_not_served(tmp_path):
     source, _ = run_folder(tmp_path / "run", SMALL)
     assert not open_weights(source).recipe.get("task")
     error = CliRunner().invoke(cli, ["export", source, "--format", "mlflow", "--to", str(tmp_path / "out")]).exception
-    assert isinstance(error, UserError) and "without a recipe's task" in str(error)
+    assert isinstance(error, UserError) and "task" in str(error)

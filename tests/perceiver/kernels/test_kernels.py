@@ -11,7 +11,7 @@ import torch
 
 from perceiver import kernels
 from perceiver.kernels import _build, attend, dense
-from perceiver.shared_kv import _moments_backward, _moments_forward, separable_moments, shared_kv
+from perceiver.shared_kv import moments_backward, moments_forward, separable_moments, shared_kv
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -39,7 +39,7 @@ def test_kernel_against_float64(sizes, strength, threads):
         single = cast(Any, [t.float() for t in (*parameters, *fixed)])
         assert kernels.usable(single[0])
         forward = cast(Any, kernels.forward)
-        reference = cast(Any, _moments_forward)
+        reference = cast(Any, moments_forward)
         got, expected = forward(*single), reference(*parameters, *fixed)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
@@ -48,7 +48,7 @@ def test_kernel_against_float64(sizes, strength, threads):
         compiled = cast(Any, kernels.backward)
         got = compiled(*single, got[3], [s.float() for s in slopes], delta.float())
         arguments = cast(Any, [*parameters, *fixed, expected[3], slopes, delta])
-        backward = cast(Any, _moments_backward)
+        backward = cast(Any, moments_backward)
         expected = backward(*arguments)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=2e-4)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from perceiver.kernels import separable_triton
-from perceiver.shared_kv import _moments_backward, _moments_forward
+from perceiver.shared_kv import moments_backward, moments_forward
 from tests.perceiver.kernels.test_kernels import problem
 
 SMALL = [(2, 40, 4, 12, 20), (1, 130, 2, 16, 8), (2, 33, 5, 5, 7), (1, 3, 2, 1, 1)]
@@ -21,13 +21,13 @@ def differences(sizes: tuple[int, ...], strength: float, device: str) -> dict[st
     parameters, fixed = problem(*sizes, strength)
     single: Any = [t.float().to(device) for t in (*parameters, *fixed)]
     exact: Any = [t.double() for t in single]
-    wanted: Any = _moments_forward(*exact)
+    wanted: Any = moments_forward(*exact)
     got: Any = separable_triton.forward(*single)
     slopes = [torch.randn_like(t) for t in wanted[:3]]
     delta = torch.stack([(s * w).sum(-1) for s, w in zip(slopes, wanted[:3], strict=True)]).sum(0)
     single_slopes, single_delta = [s.float() for s in slopes], delta.float()
     got_back = separable_triton.backward(*single, got[3], single_slopes, single_delta)
-    wanted_back = _moments_backward(*exact, wanted[3], slopes, delta)
+    wanted_back = moments_backward(*exact, wanted[3], slopes, delta)
     again = separable_triton.backward(*single, got[3], single_slopes, single_delta)
     names = ("moments", "by_row", "by_column", "lse", "dq", "drows", "dcolumns")
     pairs = zip((*got, *got_back), (*wanted, *wanted_back), strict=True)

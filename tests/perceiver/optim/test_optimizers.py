@@ -156,7 +156,7 @@ def test_optimizer_is_built_as_configured() -> None:
 
 
 def test_bad_optim_is_refused() -> None:
-    with pytest.raises(ValidationError, match="Input should be greater than 0"):
+    with pytest.raises(ValidationError, match=r"lr\n.*0"):
         OptimConfig(lr=0)
-    with pytest.raises(ValidationError, match="Input should be 'adamw' or 'lamb'"):
+    with pytest.raises(ValidationError, match="adamw"):
         OptimConfig.model_validate({"kind": "sgd"})

@@ -61,10 +61,10 @@ def test_warmup_fraction_is_of_all_steps() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "cosine", "warmup_steps": 3, "warmup_fraction": 0.1}, "wanted one of them"),
-        ({"kind": "cosine", "milestones": [3]}, "Extra inputs are not permitted"),
-        ({"kind": "step"}, "Field required"),
-        ({"kind": "sine"}, "does not match any of the expected tags"),
+        ({"kind": "cosine", "warmup_steps": 3, "warmup_fraction": 0.1}, "warmup_steps.*warmup_fraction"),
+        ({"kind": "cosine", "milestones": [3]}, "cosine.milestones"),
+        ({"kind": "step"}, "step.milestones"),
+        ({"kind": "sine"}, "sine"),
     ],
 )
 def test_bad_schedules_are_refused(given: dict, message: str) -> None:

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from perceiver.tasks import build_task
-from perceiver.tasks._mixup import _beta, mix_images
-from perceiver.tasks.classification import ClassificationConfig
+from perceiver.tasks.classification import ClassificationConfig, mix_images
 
 
 class Linear(nn.Module):
@@ -69,8 +68,9 @@ def test_mixup_and_cutmix_pixels_follow_their_shares():
     assert mixed[32:61].flatten(1).unique(dim=1).shape[1] > 1
 
 
-def test_beta_has_the_right_moments():
-    draws = _beta(0.2, 20_000, torch.Generator().manual_seed(0))
+def test_mixup_shares_are_beta_distributed():
+    images, valid = torch.zeros(20_000, 1, 1, 1), torch.ones(20_000, dtype=torch.bool)
+    draws = mix_images(images, valid, 0.2, False, torch.Generator().manual_seed(0))[2]
     assert abs(float(draws.mean()) - 0.5) < 0.01
     assert abs(float(draws.var()) - 0.25 / 1.4) < 0.005
 

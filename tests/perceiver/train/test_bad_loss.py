@@ -63,7 +63,7 @@ class Run:
 
 def test_stop_names_the_step_and_keeps_its_samples(tmp_path: Path) -> None:
     run = Run(tmp_path, "stop")
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 8: lower optim.lr .* set train.on_bad_loss"):
+    with pytest.raises(UserError, match=r"(nan|inf).* step 8\b.*train\.on_bad_loss"):
         run.train(batches(0, LAST))
     assert run.kept == [(7, 8)]
 
@@ -82,7 +82,7 @@ def test_too_many_are_refused_over_restarts_too(tmp_path: Path) -> None:
     run = Run(tmp_path, "skip", limit=2)
     run.train(batches(0, LAST, bad=(3, 8)))
     again = Run(tmp_path, "skip", limit=2, history=run.history.text())
-    with pytest.raises(UserError, match=r"no. 3 \(train.bad_loss_limit = 2\)"):
+    with pytest.raises(UserError, match=r"3.*train\.bad_loss_limit.*2"):
         again.train(batches(0, LAST, bad=(2,)))
 
 
@@ -106,7 +106,7 @@ def test_rollback_takes_the_saved_weights_and_passes_the_window_over(tmp_path: P
 
 
 def test_rollback_without_a_checkpoint_stops(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint to roll back to"):
+    with pytest.raises(UserError, match="step 2.*no checkpoint"):
         Run(tmp_path, "rollback").train(batches(0, LAST, bad=(2,)))
 
 

@@ -83,7 +83,7 @@ def test_evaluation_is_due_after_each_epoch_and_at_the_end() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"epochs": 1, "steps": 2}])
 def test_length_is_given_once(settings: dict[str, int]) -> None:
-    with pytest.raises(ValidationError, match="exactly one of train.epochs and train.steps"):
+    with pytest.raises(ValidationError, match=r"train\.epochs.*train\.steps"):
         TrainConfig(**settings)
 
 

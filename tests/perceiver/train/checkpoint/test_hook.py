@@ -184,7 +184,7 @@ def test_too_many_misses_stop_the_run(store: CheckpointStore, monkeypatch: pytes
     hook.saver.join()
     after(hook, 2)
     hook.saver.join()
-    with pytest.raises(UserError, match=r"2 consecutive checkpoints.*train.checkpoint_misses.*No space left"):
+    with pytest.raises(UserError, match=r"2 .*train\.checkpoint_misses.*No space left"):
         after(hook, 3)
 
 
@@ -215,7 +215,7 @@ def test_a_refusal_stops_all_ranks_at_once_without_another_try(
 
 def test_the_last_checkpoint_must_be_saved(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "publish", lambda staged: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(UserError, match="the last checkpoint .* was not saved: OSError: disk full"):
+    with pytest.raises(UserError, match="last checkpoint .*step-.*disk full"):
         after(hook_of(Ranks(1), 0, store), 100)
 
 

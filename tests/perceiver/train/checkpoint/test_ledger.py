@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from perceiver.train.checkpoint.ledger import Ledger, SampleLog, audit
+from perceiver.train.checkpoint.ledger import Ledger, SampleLog
 from perceiver.train.engine.protocol import StepResult
-from perceiver.train.loop import StepInfo, _ids
+from perceiver.train.loop import StepInfo, sample_ids
+from tests.faults.audit import audit
 
 BATCH = 6
 
@@ -87,7 +88,7 @@ def test_what_a_failed_write_left_out_is_written_the_next_time(tmp_path: Path, m
 
 def test_rows_without_a_sample_are_marked() -> None:
     batch = {"sample_id": torch.tensor([3, 4]), "valid": torch.tensor([True, False])}
-    assert _ids(batch).tolist() == [3, -1]
+    assert sample_ids(batch).tolist() == [3, -1]
 
 
 def test_a_void_file_is_json(tmp_path: Path) -> None:

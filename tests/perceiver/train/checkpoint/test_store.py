@@ -133,7 +133,7 @@ def test_a_newer_format_is_refused(store: CheckpointStore) -> None:
     path = f"{store.folder(1)}/{MANIFEST}"
     tree = json.loads(store.fs.cat_file(path))
     store.fs.pipe_file(path, json.dumps({**tree, "format": 99}).encode())
-    with pytest.raises(UserError, match="has format 99, this program reads up to 1"):
+    with pytest.raises(UserError, match="manifest.json.*format 99"):
         store.manifest(1)
 
 

@@ -84,37 +84,38 @@ def test_agreeing_values_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "parts"),
     [
-        ({"train_batch_size": 32}, "train_batch_size = 32, but train.global_batch gives 24"),
-        ({"train_micro_batch_size_per_gpu": 8}, "= 8, but train.micro_batch gives 4"),
-        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps = 1, but train.global_batch / (workers x"),
-        ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5, but optim.clip gives 1.0"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3, but deepspeed.zero_stage gives 2"),
-        ({"fp16": {"enabled": True}}, "fp16.enabled = True, but train.precision gives False"),
-        ({"bf16": {"enabled": True}}, "bf16.enabled = True, but train.precision = 'fp32'"),
-        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled = True, but train.precision = 'fp32'"),
-        ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer = False, but optim.kind gives True"),
-        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op = 'sum'"),
-        ({"optimizer": {"type": "Lamb"}}, "optimizer.type = 'Lamb', but optim.kind = 'adamw'"),
-        ({"optimizer": {"params": {"lr": 2e-3}}}, "optimizer.params.lr = 0.002, but optim.lr = 0.001"),
-        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "optimizer.params.betas = [0.9, 0.95], but optim.betas ="),
-        ({"optimizer": {"params": {"momentum": 1}}}, "optimizer.params.momentum, which optim has no key for"),
-        ({"optimizer": {"params": {"adam_w_mode": False}}}, "adam_w_mode = False"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "scheduler.type = 'WarmupLR'"),
-        ({"scheduler": {"type": "OneCycle"}}, "scheduler.type = 'OneCycle', but optim.schedule"),
+        ({"train_batch_size": 32}, ("train_batch_size = 32", "train.global_batch", "24")),
+        ({"train_micro_batch_size_per_gpu": 8}, ("train_micro_batch_size_per_gpu = 8", "train.micro_batch", "4")),
+        ({"gradient_accumulation_steps": 1}, ("gradient_accumulation_steps = 1", "train.global_batch")),
+        ({"gradient_clipping": 0.5}, ("gradient_clipping = 0.5", "optim.clip", "1.0")),
+        ({"zero_optimization": {"stage": 3}}, ("zero_optimization.stage = 3", "deepspeed.zero_stage", "2")),
+        ({"fp16": {"enabled": True}}, ("fp16.enabled = True", "train.precision", "False")),
+        ({"bf16": {"enabled": True}}, ("bf16.enabled = True", "train.precision = 'fp32'")),
+        ({"torch_autocast": {"enabled": True}}, ("torch_autocast.enabled = True", "train.precision = 'fp32'")),
+        ({"zero_allow_untested_optimizer": False}, ("zero_allow_untested_optimizer = False", "optim.kind", "True")),
+        ({"gradient_allreduce_op": "sum"}, ("gradient_allreduce_op = 'sum'",)),
+        ({"optimizer": {"type": "Lamb"}}, ("optimizer.type = 'Lamb'", "optim.kind = 'adamw'")),
+        ({"optimizer": {"params": {"lr": 2e-3}}}, ("optimizer.params.lr = 0.002", "optim.lr = 0.001")),
+        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, ("optimizer.params.betas = [0.9, 0.95]", "optim.betas =")),
+        ({"optimizer": {"params": {"momentum": 1}}}, ("optimizer.params.momentum",)),
+        ({"optimizer": {"params": {"adam_w_mode": False}}}, ("adam_w_mode = False",)),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, ("scheduler.type = 'WarmupLR'",)),
+        ({"scheduler": {"type": "OneCycle"}}, ("scheduler.type = 'OneCycle'", "optim.schedule")),
     ],
 )
-def test_contradictions_name_both_sides(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
+def test_contradictions_name_both_sides(given: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
         plan(given, zero_stage=2, precision="fp32")
-    assert "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert all(part in message for part in parts) and "\n" not in message, message
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "which needs ZeRO here"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "bf16.enabled"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device = 'nvme'"),
     ],
 )
@@ -124,13 +125,13 @@ def test_what_would_not_run_rightly_is_refused(given: dict[str, Any], message: s
 
 
 def test_a_stage_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UserError, match=re.escape("zero_optimization.stage = 4; wanted 0, 1, 2 or 3")):
+    with pytest.raises(UserError, match="zero_optimization.stage.*4"):
         plan({"zero_optimization": {"stage": 4}})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no such file"), ("{", "is not valid JSON"), ("[1]", "holds list; wanted a JSON object")],
+    [(None, "ds.json.*no such file"), ("{", "ds.json.*JSON"), ("[1]", "list")],
 )
 def test_bad_files_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "ds.json"

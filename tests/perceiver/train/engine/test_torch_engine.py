@@ -10,7 +10,6 @@ from torch import nn
 from perceiver.config import UserError
 from perceiver.optim.config import OptimConfig
 from perceiver.optim.schedules import ConstantSchedule, CosineSchedule, build_schedule
-from perceiver.train.engine.protocol import resolve_precision
 from tests.perceiver.train.engine.engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
 from tests.perceiver.train.engine.torch_engine import TorchEngine
 
@@ -140,14 +139,14 @@ def test_saved_and_loaded_run_continues_alike(tmp_path: Path, kind: str) -> None
 
 
 def test_loading_refuses_what_is_missing_or_foreign(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no training state"):
+    with pytest.raises(UserError, match=r"engine\.json"):
         engine().load(tmp_path)
     engine().save(tmp_path)
     other = ToyModel()
     other.leave = nn.Linear(7, 9)
     optim = OptimConfig()
     run = TorchEngine(other, ToyTask(), optim, build_schedule(ConstantSchedule(), 1, 1), device=CPU)
-    with pytest.raises(UserError, match=r"another model: leave.bias has shape \(5,\) there, \(9,\)"):
+    with pytest.raises(UserError, match=r"leave\.bias.*\(5,\).*\(9,\)"):
         run.load(tmp_path)
 
 
@@ -186,8 +185,3 @@ def test_bf16_runs_under_autocast_and_learns_about_the_same() -> None:
     half = TorchEngine(ToyModel(), ToyTask(), optim, schedule, device=CPU, precision="bf16")
     assert losses(half, range(4)) == pytest.approx(losses(engine(optim), range(4)), rel=2e-2)
     assert half.module.get_parameter("latents").dtype == torch.float32
-
-
-def test_auto_precision_is_fp32_on_the_cpu() -> None:
-    assert resolve_precision("auto", CPU) == "fp32"
-    assert resolve_precision("bf16", CPU) == "bf16"

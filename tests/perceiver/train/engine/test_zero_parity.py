@@ -188,8 +188,8 @@ def test_the_settings_of_gpus_give_the_same(seen: Seen, world: int) -> None:
 
 def test_foreign_states_are_refused_in_one_line(seen: Seen) -> None:
     said = seen[1][0]["refused"]
-    assert "was saved with optim.kind = 'adamw', this run has 'lamb'" in said["optim"]
-    assert "no training state" in said["nothing"]
+    assert all(part in said["optim"] for part in ("optim.kind", "'adamw'", "'lamb'"))
+    assert "engine.json" in said["nothing"]
     assert "shard-00000.safetensors is missing" in said["torn"]
     assert len(said) == 3
     assert not any("\n" in message for message in said.values())

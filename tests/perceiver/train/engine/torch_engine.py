@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from perceiver.optim.config import OptimConfig, build_optimizer
@@ -31,7 +32,6 @@ from perceiver.train.engine.protocol import (
     cpu_float32,
     default_device,
     evaluate,
-    resolve_precision,
     set_learning_rate,
     tell_step,
     untrained,
@@ -42,8 +42,8 @@ from perceiver.train.engine.ranks import Ranks, random_state, set_random_state
 class TorchEngine:
     """The engine protocol with torch alone.
 
-    Parameters and optimizer state are whole on every rank; gradients are summed over the ranks in one all-reduce a
-    step. Parameters without a gradient have gradient zero, as under ZeRO. At the start all ranks take rank 0's weights.
+    Parameters and optimizer state are whole on every rank; gradients are summed over the ranks. Parameters without a
+    gradient have gradient zero, as under ZeRO. At the start all ranks take rank 0's weights.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class TorchEngine:
         schedule: Schedule,
         *,
         device: torch.device | None = None,
-        precision: Precision = "auto",
+        precision: Precision = "fp32",
     ) -> None:
         self.device = device or default_device()
-        self.precision = resolve_precision(precision, self.device)
+        self.precision = precision
         allow_tf32(self.precision == "bf16", self.device)
         self.module = module.to(self.device)
         self.ranks = Ranks(self.device)
@@ -68,7 +68,9 @@ class TorchEngine:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         named = ((name, param) for name, param in module.named_parameters() if param.requires_grad)
         self._layouts = whole_layouts(named)
-        self.ranks.broadcast([*(param.data for param in module.parameters()), *module.buffers()])
+        if self.world > 1:
+            for tensor in (*(param.data for param in module.parameters()), *module.buffers()):
+                dist.broadcast(tensor, src=0)
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """One optimizer step, number `step` counted from 0."""
@@ -106,7 +108,9 @@ class TorchEngine:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
         grads = [param.grad for param in self._params if param.grad is not None]
-        self.ranks.sum_flat(grads)
+        if self.world > 1:
+            for grad in grads:
+                dist.all_reduce(grad)
         norm = torch.nn.utils.get_total_norm(grads)
         if self._optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._params, self._optim.clip, norm)
