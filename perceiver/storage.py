@@ -3,6 +3,7 @@
 A value `$NAME` in storage options is a reference to an environment variable.
 """
 
+import itertools
 import logging
 import mmap
 import os
@@ -199,34 +200,45 @@ class ReadError(OSError):
     """A read that failed at each of its attempts."""
 
 
-def with_retries(
-    request: Callable[[], T], what: str, policy: RetryPolicy, wait: Callable[[float], Any] = time.sleep
-) -> T:
+def with_retries(request: Callable[[], T], what: str, policy: RetryPolicy) -> T:
     """Call `request` until it succeeds, and return its result.
-
-    Pauses grow exponentially, each a random share of its limit, so that many callers do not retry at the same moment.
 
     Args:
         request: may raise anything: drivers raise their own types for resets, stalls, throttling and short bodies.
         what: is done, for the log, such as "reading s3://bucket/x".
         policy: number of attempts and pauses.
-        wait: called with each pause in seconds; a true result ends the attempts.
 
     Raises:
-        Exception: what the last attempt raised, or the first one if a retry cannot help: a file that does not exist, a
-            refused access.
+        Exception: what the last attempt raised, or the first one if a retry cannot help, see `retry_pause`.
     """
-    for attempt in range(1, policy.attempts + 1):
+    for attempt in itertools.count(1):
         try:
             return request()
-        except Exception as error:
-            if attempt == policy.attempts or isinstance(error, FINAL_ERRORS) or is_refusal(error):
-                raise
-            pause = random.random() * min(policy.longest, policy.backoff * 2 ** (attempt - 1))
-            log.warning("%s failed (%s: %s); retrying in %.1f s", what, type(error).__name__, first_line(error), pause)
-            if wait(pause):
-                raise
-    raise AssertionError("unreachable: at least one attempt is made")
+        except Exception as error:  # noqa: BLE001  `retry_pause` raises it again if no retry can help
+            time.sleep(retry_pause(error, attempt, what, policy))
+    raise AssertionError("unreachable")
+
+
+def retry_pause(error: Exception, attempt: int, what: str, policy: RetryPolicy) -> float:
+    """Log a failed attempt and return the seconds to wait before the next one.
+
+    Pauses grow exponentially, each a random share of its limit, so that many callers do not retry at the same moment.
+
+    Args:
+        error: what the attempt raised.
+        attempt: its number, from 1.
+        what: was done, for the log.
+        policy: number of attempts and pauses.
+
+    Raises:
+        Exception: `error` itself, if it was the last attempt or a retry cannot help: a file that does not exist, a
+            refused access.
+    """
+    if attempt >= policy.attempts or isinstance(error, FINAL_ERRORS) or is_refusal(error):
+        raise error
+    pause = random.random() * min(policy.longest, policy.backoff * 2 ** (attempt - 1))
+    log.warning("%s failed (%s: %s); retrying in %.1f s", what, type(error).__name__, first_line(error), pause)
+    return pause
 
 
 def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPolicy) -> Bytes:

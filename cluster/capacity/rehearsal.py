@@ -30,6 +30,7 @@ from cluster.runtime.ray_internals import rest_data_scheduler
 from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
 from perceiver.tasks import Batch, build_task
+from perceiver.tracking.redaction import Unshown
 from perceiver.train.engine.deepspeed_config import BatchPlan
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
 from perceiver.train.loop import Span, train
@@ -49,7 +50,7 @@ LEFT_OUT = 3
 
 def rehearse(config: Mapping[str, Any]) -> dict[str, Any]:
     """Measure as a worker; return the figures of `measure`, and ``seconds``: the mean of a real step."""
-    recipe, me = build_recipe(config["recipe"]), find_rank(1)
+    recipe, me = build_recipe(config["recipe"].value), find_rank(1)
     figures = measure(recipe, config["micro"], config["seconds"])
     number = max(SHORTEST, round(TIMES * config["seconds"] / figures["timings"][-1][1]))
     steps = torch.tensor(number, device=me.device)
@@ -221,7 +222,7 @@ def main() -> None:
     cluster = recipe.cluster
     trainer = TorchTrainer(
         rehearse,
-        train_loop_config=task,
+        train_loop_config={**task, "recipe": Unshown(task["recipe"])},
         torch_config=torch_config(cluster),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,

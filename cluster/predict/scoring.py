@@ -17,6 +17,7 @@ from cluster.recipe.config import Recipe, build_recipe, eval_rows
 from cluster.recipe.file import apply_override
 from cluster.recipe.preflight import check_inputs
 from cluster.runtime.local import set_quiet_environment, start_ray
+from cluster.runtime.ray_internals import quiet_data_progress
 from perceiver.config import UserError
 from perceiver.export.weights import DataFacts, Saved, class_count, open_weights
 from perceiver.tasks import Batch, build_task
@@ -194,6 +195,7 @@ def ray_for(scoring: Scoring) -> Iterator[None]:
 
     set_quiet_environment()
     start_ray(scoring.recipe.cluster)
+    quiet_data_progress()
     try:
         yield
     finally:

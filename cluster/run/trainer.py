@@ -20,6 +20,7 @@ from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from cluster.run.worker import train_worker
 from cluster.runtime.process_group import torch_config
+from perceiver.tracking.redaction import Unshown
 from perceiver.tracking.runs import RunHandle
 
 RESIZE_S = 15.0
@@ -157,10 +158,10 @@ def worker_config(
 ) -> dict[str, Any]:
     """Return the argument of `cluster.run.worker.train_worker`."""
     return {
-        "recipe": for_workers(recipe),
+        "recipe": Unshown(for_workers(recipe)),
         "run": folder.name,
         "monitor": monitor,
-        "mlflow": handle.to_json() if handle else None,
+        "mlflow": Unshown(handle.to_json() if handle else None),
         "local": str(folder.local.resolve()),
         "runs": share.runs,
         "on_cluster": recipe.cluster.resolved_address() is not None,

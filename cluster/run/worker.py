@@ -92,7 +92,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with contextlib.ExitStack() as resources:
             # The recipe, its data, and the checkpoint to continue from.
-            recipe = build_recipe(config["recipe"])
+            recipe = build_recipe(config["recipe"].value)
             training = recipe.train
             folder = RunFolder(recipe.output, config["run"])
             manifest = load_data(recipe.data)
@@ -132,7 +132,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 
             # Recording.
             recorded = folder.checkpoints.history(span.start_step) if resumed else ""
-            handle = RunHandle.from_json(config["mlflow"]) if config["mlflow"] else None
+            handle = RunHandle.from_json(config["mlflow"].value) if config["mlflow"].value else None
             tracker: Tracker = NullTracker()
             if first:
                 tracker = open_tracker(handle, Path(config["local"]), history=recorded, system_metrics_node="")

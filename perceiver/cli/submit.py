@@ -12,7 +12,7 @@ from perceiver.cli._access import access_options, reach
     epilog="""\b
 Examples:
   perceiver submit recipes/train/quickstart.yaml
-  perceiver submit recipes/train/imagenet.yaml --address http://127.0.0.1:8265 --no-wait
+  perceiver submit recipes/train/imagenet_perceiver.yaml --address http://127.0.0.1:8265 --no-wait
   perceiver submit recipes/train/quickstart.yaml train.epochs=90      # continues the same run
   perceiver submit recipes/tune/quickstart.yaml trials=20             # a search"""
 )

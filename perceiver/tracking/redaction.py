@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,19 @@ def redact_value(key: str, value: Any) -> Any:
     if is_reference(text) or ("storage_options" in key.split(".") and _VARIABLE.fullmatch(text)):
         return text
     return MASK if text and is_secret_key(key) else redact_text(text)
+
+
+@dataclass(frozen=True, repr=False)
+class Unshown:
+    """A value whose text form does not show it, for arguments that a library displays.
+
+    Ray's dashboard and its export files show the `train_loop_config` of each Ray Train run.
+    """
+
+    value: Any
+
+    def __repr__(self) -> str:
+        return "not shown: may contain secrets"
 
 
 def redact(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ meanwhile, it starts afterwards. `perceiver.train.checkpoint.store` defines how 
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Protocol
 from safetensors import SafetensorError
 
 from perceiver.config import UserError
-from perceiver.storage import RetryPolicy, first_line, is_refusal, with_retries
+from perceiver.storage import RetryPolicy, first_line, is_refusal, retry_pause
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore, Snapshot, Staged
 from perceiver.train.engine.protocol import Engine
 from perceiver.train.hooks import History
@@ -227,7 +228,14 @@ class BackgroundSaver:
 
     def _persist(self, work: Callable[[], None]) -> None:
         """Run `work` with retries, until the save is abandoned."""
-        with_retries(work, f"checkpoint upload to {self.store.url}", self.retries, self._abandoned.wait)
+        for attempt in itertools.count(1):
+            try:
+                work()
+                return
+            except Exception as error:
+                pause = retry_pause(error, attempt, f"checkpoint upload to {self.store.url}", self.retries)
+                if self._abandoned.wait(pause):
+                    raise
 
     def _fail(self, step: int, error: Exception) -> None:
         reason = first_line(error)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
-from perceiver.tracking.redaction import MASK, flatten, holds_secret, leaves, redact, redact_text, resolve
+from perceiver.tracking.redaction import MASK, Unshown, flatten, holds_secret, leaves, redact, redact_text, resolve
 
 
 @pytest.mark.parametrize(
@@ -97,3 +97,9 @@ def test_references_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         resolve("env:NOT_SET")
     with pytest.raises(UserError, match="cannot read"):
         resolve(f"file:{tmp_path / 'absent'}")
+
+
+def test_an_unshown_value_is_in_no_text_of_it() -> None:
+    shown = {"mlflow": Unshown({"uri": "http://me:hunter2@mlflow"})}
+    assert shown["mlflow"].value["uri"] == "http://me:hunter2@mlflow"
+    assert "hunter2" not in f"{shown} {shown['mlflow']}"
