@@ -5,7 +5,6 @@ Every figure is a function of the workload (`workload`), the machines (`hardware
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cluster.capacity.calibrate import Calibration
@@ -283,13 +282,6 @@ def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, f
         2 * values / (world if stage else 1) + (values / world if stage in (1, 2) else 0),
         min(values, 4.0 * BUCKET_ELEMENTS) if world > 1 or stage else 0,
     )
-
-
-def _stage_memory(
-    workload: Workload, machines: Machines, sizes: Sequence[int], stage: int, calibration: Calibration | None
-) -> StageMemory:
-    totals = {micro: memory(workload, machines, micro, stage, calibration).total for micro in sizes}
-    return StageMemory(totals, largest_micro_batch(workload, machines, stage, calibration))
 
 
 def largest_micro_batch(workload: Workload, machines: Machines, stage: int, calibration: Calibration | None) -> int:
