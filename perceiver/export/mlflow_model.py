@@ -1,6 +1,7 @@
 """Export as an MLflow model: with a signature, without a pickle, ready for `mlflow models serve`."""
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -72,10 +73,11 @@ def register(saved: Saved, name: str, classes: Sequence[str] = ()) -> dict[str, 
         raise UserError(f"--register: {saved.place} has no MLflow run; wanted the folder of a tracked run")
     tracking = TrackingConfig.model_validate(saved.recipe.get("tracking", {}))
     uri = tracking.store_uri(Path(saved.recipe.get("output", "runs")))
-    before = mlflow.get_tracking_uri()
+    before, experiment = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_EXPERIMENT_ID")
     mlflow.set_tracking_uri(resolve(uri))
     try:
-        mlflow.get_run(run)
+        # Otherwise the model is logged to the default experiment, whose artifacts may be below the current folder.
+        os.environ["MLFLOW_EXPERIMENT_ID"] = mlflow.get_run(run).info.experiment_id
         with tempfile.TemporaryDirectory(prefix="mlflow-") as staging, silent():
             parts = _parts(mlflow, saved, Path(staging), classes)
             logged = mlflow.models.Model.log(
@@ -86,6 +88,9 @@ def register(saved: Saved, name: str, classes: Sequence[str] = ()) -> dict[str, 
         raise UserError(f"--register: MLflow at {redact_text(uri)} refuses the model ({said})") from None
     finally:
         mlflow.set_tracking_uri(before)
+        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+        if experiment is not None:
+            os.environ["MLFLOW_EXPERIMENT_ID"] = experiment
     return {"name": name, "version": int(logged.registered_model_version), "model_uri": logged.model_uri}
 
 

@@ -61,7 +61,7 @@ def test_a_registered_model_answers_requests_as_the_run_does(tmp_path, images, m
     version = MlflowClient(tracking_uri=store).get_model_version("digits", "1")
     assert version.run_id == json.loads((tmp_path / "run" / "run.json").read_text())["mlflow_run"]
     kept = {path.suffix for path in (tmp_path / "artifacts").rglob("*") if path.is_file()}
-    assert not kept & {".pkl", ".pt", ".pth", ".bin"}, kept
+    assert kept and not kept & {".pkl", ".pt", ".pth", ".bin"}, kept
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/digits/1", "--env-manager", "local"]
