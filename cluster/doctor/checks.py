@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import os
+import platform
 import shutil
 import socket
 import stat
@@ -13,13 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from cluster.doctor.report import FAIL, OK, WARN, Finding, Patient, Result
 from cluster.doctor.run_checks import check_cluster, check_output, check_recipe_and_data, check_tracking, check_workers
-from cluster.jobs.package import DISTRIBUTION
 from cluster.recipe.resources import machine_cpus
+from perceiver.versions import ENGINES, unsupported_libraries, unsupported_python
 
 GIB = 2**30
 NCCL_S = 120
@@ -45,29 +44,16 @@ def examine(patient: Patient) -> Iterator[Finding]:
 
 def check_python(patient: Patient) -> Result:
     """Compare this Python with what our package asks for."""
-    wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"]
-    version = ".".join(map(str, sys.version_info[:3]))
-    good = SpecifierSet(wanted).contains(version)
-    return (OK if good else FAIL), version, "" if good else f"use Python {wanted}"
+    version, wrong = platform.python_version(), unsupported_python()
+    return (FAIL, wrong, "install our package with such a Python") if wrong else (OK, version, "")
 
 
 def check_libraries(patient: Patient) -> Result:
     """Compare the installed libraries with what our package asks for."""
-    wrong = []
-    needs = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or []]
-    needs = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
-    for need in needs:
-        try:
-            version = importlib.metadata.version(need.name)
-        except importlib.metadata.PackageNotFoundError:
-            wrong.append(f"{need.name} is missing")
-            continue
-        if not need.specifier.contains(version, prereleases=True):
-            wrong.append(f"{need.name} {version} is not {need.specifier}")
+    wrong, fix = unsupported_libraries()
     if wrong:
-        return FAIL, "; ".join(wrong), "pip install -c constraints.txt -e . (make setup)"
-    shown = ("ray", "torch", "deepspeed", "mlflow")
-    return OK, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown), ""
+        return FAIL, "; ".join(wrong), fix
+    return OK, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ENGINES), ""
 
 
 def check_cpus(patient: Patient) -> Result:

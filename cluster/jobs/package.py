@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from pathspec import GitIgnoreSpec
 
 from perceiver.config import UserError
+from perceiver.versions import DISTRIBUTION
 
 OURS = ("perceiver", "pipelines", "cluster", "tune")
-DISTRIBUTION = "perceiver-train"
 LIMIT_BYTES = 100 * 1024 * 1024
 """What the dashboard takes; Ray's own limit for a working directory is the same."""
 
