@@ -81,17 +81,13 @@ def build_trainer(
     """
     cluster = recipe.cluster
     elastic = cluster.resolved_address() is not None and cluster.min_workers not in (None, cluster.workers)
-    # Ray 2.54 has no such key.
-    resize: Any = {"elastic_resize_monitor_interval_s": RESIZE_S}
-    if not hasattr(ray.train.ScalingConfig, "elastic_resize_monitor_interval_s"):
-        resize = {}
     return TorchTrainer(
         train_worker,
         train_loop_config=worker_config(recipe, folder, monitor, handle, share),
         torch_config=torch_config(cluster),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(cluster.min_workers or 1, cluster.workers) if elastic else cluster.workers,
-            **resize,
+            elastic_resize_monitor_interval_s=RESIZE_S,
             resources_per_worker=worker_resources(recipe, share),
             use_gpu=cluster.gpus_per_worker > 0,
             label_selector=cluster.worker_labels or None,
