@@ -65,7 +65,7 @@ def ours_s3(kind: Kind, folder: Path) -> Batches:
 
 def part_of(kind: Kind, folder: Path) -> Path:
     """A folder with the first shards only."""
-    from pipelines.shards.io import open_folder
+    from perceiver.storage import open_folder
     from pipelines.shards.manifest import load_manifest, save_manifest
 
     whole, part = ingest_data.arrow_shards(kind, folder), folder / kind.name / "arrow_part"

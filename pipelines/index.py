@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, ReadPolicy, first_line, open_folder
 from pipelines.prepare import PrepareConfig, existing, fingerprint
-from pipelines.shards.io import Folder, ReadPolicy, first_line, open_folder
 from pipelines.shards.listing import file_tag, listed
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest, split_url
 from pipelines.shards.parquet import column_at, fit, read_footer

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.io import Folder, open_folder
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.shards.quarantine import QUARANTINE, Problem, count_reasons, write_problems
 from pipelines.sources import Listing, Rejected, Sample, Source, Unit, load_source
@@ -94,7 +94,7 @@ def prepare(
     source = load_source(source_name)
     listing = source.listing(src, seed=config.seed, shard_rows=config.shard_rows, options=config.options)
     try:
-        folder.write_text(f"{RECEIPTS}/fingerprint", mark)
+        folder.write(f"{RECEIPTS}/fingerprint", mark)
     except OSError as error:
         raise UserError(f"cannot write to {dst}: {error}; give a folder you may write to") from error
     jobs = _jobs(source, source_name, listing, dst, config, mark)
@@ -189,7 +189,7 @@ def write_shard(job: _Job) -> Receipt:
         writer.write(_accepted(load_source(job.source_name).samples(job.unit), rejected))
         shard = writer.close()
     receipt = Receipt(fingerprint=job.fingerprint, split=job.unit.split, shard=shard, rejected=tuple(rejected))
-    folder.write_text(name, receipt.model_dump_json())
+    folder.write(name, receipt.model_dump_json())
     return receipt
 
 

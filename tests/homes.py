@@ -3,9 +3,9 @@
 import contextlib
 from pathlib import Path
 
-from perceiver.kernels._build import _cache_folder
+from perceiver.storage import cache_folder
 
-KERNELS = _cache_folder()
+KERNELS = cache_folder("kernels")
 
 
 def share_kernels(home: Path) -> Path:

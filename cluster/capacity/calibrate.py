@@ -17,6 +17,7 @@ from cluster.recipe.resources import machine_cpus
 from cluster.runtime.hardware import Device
 from cluster.runtime.local import set_quiet_environment
 from perceiver.config import UserError
+from perceiver.storage import write_whole
 from pipelines.feed.ingest import load_data
 
 TIMEOUT_S = 300
@@ -84,8 +85,7 @@ def calibrate(recipe: Recipe, workers: int, seconds: float = SECONDS) -> Calibra
     slowed = _surroundings(recipe, result, found)
     result = result.model_copy(update={"timings": (*kept, *_timings(found, slowed))})
     path = calibration_file(recipe)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(result.model_dump_json(indent=1))
+    write_whole(None, path, result.model_dump_json(indent=1))
     return result
 
 

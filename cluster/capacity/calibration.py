@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from cluster.recipe.config import Recipe
 from perceiver.config import Config
+from perceiver.storage import cache_folder
 
 
 class Timing(Config):
@@ -95,8 +95,7 @@ def calibration_file(recipe: Recipe) -> Path:
     parts: dict[str, Any] = dict.fromkeys(("model", "task", "optim", "data", "deepspeed"), True)
     facts = recipe.model_dump(mode="json", include={**parts, "train": {"precision"}})
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PERCEIVER_CACHE") or Path(base) / "perceiver") / "calibrations" / f"{name}.json"
+    return cache_folder("calibrations", f"{name}.json")
 
 
 def load_calibration(recipe: Recipe, device: str) -> Calibration | None:

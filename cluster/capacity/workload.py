@@ -7,8 +7,8 @@ from cluster.recipe.config import Recipe, zero_stage
 from perceiver.accounting import Account, account
 from perceiver.config import UserError
 from perceiver.step_trace import StepTrace, trace_step
+from perceiver.storage import open_folder
 from pipelines.feed.ingest import load_data
-from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import MANIFEST, Manifest
 
 CPU_NS_A_BYTE = {"image": 31.0, "audio": 10.0, "mel": 10.0, "video": 60.0, "clip": 60.0, "flow": 31.0}

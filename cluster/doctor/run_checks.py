@@ -10,6 +10,7 @@ from cluster.doctor.report import FAIL, OK, WARN, Patient, Result, refusal
 from cluster.recipe import preflight
 from cluster.runtime.local import check_reachable
 from perceiver.config import UserError
+from perceiver.storage import first_line, is_local
 from perceiver.tracking.redaction import redact_text, resolve
 from pipelines.feed.ingest import check_files
 
@@ -57,12 +58,12 @@ def check_output(patient: Patient) -> Result:
         fs.pipe_file(path, b"doctor")
         same = fs.cat_file(path) == b"doctor"
         fs.rm_file(path)
-        if made and "file" in fs.protocol:
+        if made and is_local(fs):
             fs.rmdir(parent)
     except ImportError as error:
         return FAIL, f"{shown}: {error}", "pip install 'perceiver-train[s3]'"
     except Exception as error:  # noqa: BLE001  each store raises its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error, 120)
         return (
             FAIL,
             f"{shown}: {redact_text(reason)}",

@@ -14,8 +14,9 @@ from cluster.recipe.placement import RESERVED
 from cluster.record.failures import one_line
 from cluster.record.run_folder import named_run
 from perceiver.config import UserError
+from perceiver.storage import is_refusal
 from perceiver.tracking.redaction import redact_text
-from perceiver.train.checkpoint.hook import is_refusal, refusal
+from perceiver.train.checkpoint.hook import refusal
 
 REFUSED = 2
 

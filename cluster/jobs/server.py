@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from cluster.runtime.local import check_reachable
 from cluster.runtime.local_cluster import running_cluster
 from cluster.runtime.ray_internals import job_client_class
 from perceiver.config import UserError
+from perceiver.storage import first_line
 from perceiver.tracking.redaction import redact_text
 
 CONNECT_S = 5
@@ -106,7 +107,7 @@ def connect(access: Access) -> "JobServer":
         UserError: it does not answer, wants another token, or runs another version of Ray.
     """
     url, headers, verify = access.url(), access.json_headers(), access.trust()
-    _use_mode(url, headers, verify)
+    headers = _with_token(url, headers, verify)
     # Ray lets the environment overrule the argument.
     os.environ["RAY_API_SERVER_ADDRESS"] = url
     import ray
@@ -168,26 +169,38 @@ def check_listening(url: str) -> None:
         ) from None
 
 
-def _use_mode(url: str, headers: Mapping[str, str], verify: bool | str) -> None:
-    """Ask whether the cluster wants a token, before Ray reads its environment, and send none to one that does not."""
+def _with_token(url: str, headers: dict[str, str], verify: bool | str) -> dict[str, str]:
+    """Return the headers with this machine's token if the cluster asks for one, and set RAY_AUTH_MODE to its answer.
+
+    The header is needed where Ray was imported before: it reads RAY_AUTH_MODE at its import only.
+    """
+    token = _token()
+    # A busy server may not answer in time; then a token that is there is sent.
+    unknown = os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")
     try:
         answer = requests.get(f"{url}/api/authentication_mode", timeout=CONNECT_S, headers=headers, verify=verify)
         mode = answer.json().get("authentication_mode", "disabled") if answer.ok else "disabled"
     except requests.exceptions.SSLError:
         raise UserError(f"{shown(url)} shows a certificate that is not trusted: give --verify FILE") from None
     except (requests.RequestException, ValueError):
-        mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-    if mode == "token" and not headers and not _has_token():
+        mode = unknown
+    if mode == "token" and not headers and not token:
         raise UserError(
             f"{shown(url)} asks for a token and there is none here: put the cluster's into ~/.ray/auth_token "
             "(mode 0600), or name its file in RAY_AUTH_TOKEN_PATH"
         )
     os.environ["RAY_AUTH_MODE"] = mode if mode in ("token", "disabled") else "token"
+    if mode == "disabled" or not token or any(name.lower() == "authorization" for name in headers):
+        return headers
+    return {**headers, "Authorization": f"Bearer {token}"}
 
 
-def _has_token() -> bool:
+def _token() -> str:
+    """Return the token that Ray would send: RAY_AUTH_TOKEN, else its file's; empty if there is none."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return "RAY_AUTH_TOKEN" in os.environ or path.is_file()
+    with contextlib.suppress(OSError):
+        return os.environ.get("RAY_AUTH_TOKEN") or path.read_text().strip()
+    return ""
 
 
 def _token_line(url: str, reason: str) -> str:
@@ -204,7 +217,7 @@ def shown(url: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return redact_text((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+    return redact_text(first_line(error))
 
 
 class JobServer:

@@ -23,6 +23,7 @@ from cluster.record.run_folder import named_run
 from cluster.runtime.local import QUIET_ENVIRONMENT
 from cluster.runtime.session import GO_ON
 from perceiver.config import UserError
+from perceiver.storage import first_line
 from perceiver.tracking.redaction import redact_text
 
 
@@ -189,7 +190,7 @@ def _given_env(text: str) -> dict[str, Any]:
     try:
         read = RuntimeEnv(**given).to_dict()
     except (TypeError, ValueError, OSError, RuntimeError) as error:
-        line = redact_text((str(error).splitlines() or [type(error).__name__])[0])
+        line = redact_text(first_line(error))
         raise UserError(f"--runtime-env-json: {line}") from None
     return {**given, **{key: read[key] for key in ("pip", "uv", "conda") if key in read}, **folder}
 

@@ -15,7 +15,7 @@ import torch
 from cluster.predict.outputs import parquet, predicted
 from cluster.predict.scoring import Scoring
 from perceiver.config import UserError
-from pipelines.shards.io import Folder, open_folder
+from perceiver.storage import Folder, open_folder
 from pipelines.shards.quarantine import Quarantine, write_problems
 from pipelines.shards.reader import Reader
 
@@ -105,7 +105,7 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
             ids, name = parts.ids(part), parts.name(part)
             if bad := sorted(problem for problem in quarantine.problems.values() if problem.sample_id in ids):
                 write_problems(folder, bad, f"{BAD}/{name}")
-            folder.write_bytes(name, parquet(rows))
+            folder.write(name, parquet(rows))
             written += rows.num_rows
             if progress:
                 progress(ids.stop, scoring.samples)
@@ -183,7 +183,7 @@ def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
         if strange := [name for name in folder.names() if name.endswith(".parquet")]:
             name = f"{folder.url} holds {strange[0]}"
             raise UserError(f"{name}, which perceiver predict did not write: choose another --to")
-        folder.write_text(FACTS, json.dumps(facts, indent=1))
+        folder.write(FACTS, json.dumps(facts, indent=1))
         return
     before = json.loads(folder.read_text(FACTS))
     changed = [name for name, value in facts.items() if before.get(name) != value]

@@ -22,6 +22,7 @@ import fsspec
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
+from perceiver.storage import is_local, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class LeaseFile:
     def __post_init__(self) -> None:
         self.fs, folder = fsspec.core.url_to_fs(self.url.rstrip("/"), **dict(self.storage_options or {}))
         self.folder, self.path = folder, f"{folder}/{FILE}"
-        self.local = "file" in ((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
+        self.local = is_local(self.fs)
 
     def read(self) -> Owner | None:
         """Who holds the run; None if nobody does, or the file is no lease."""
@@ -105,12 +106,7 @@ class LeaseFile:
 
     def write(self, owner: Owner) -> None:
         """Replace the lease, whole."""
-        if not self.local:
-            self.fs.pipe_file(self.path, owner.model_dump_json().encode())
-            return
-        scratch = Path(f"{self.path}.{owner.id}")
-        scratch.write_text(owner.model_dump_json())
-        scratch.replace(self.path)
+        write_whole(self.fs, self.path, owner.model_dump_json())
 
     def create(self, owner: Owner) -> bool:
         """Write the lease where there is none; False if another driver was faster."""

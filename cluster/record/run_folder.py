@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -13,26 +12,16 @@ from typing import Any, TypeVar
 import fsspec
 
 from perceiver.config import UserError
-from perceiver.train.checkpoint.hook import is_refusal
+from perceiver.storage import RetryPolicy, cache_folder, is_local, with_retries, write_whole
 from perceiver.train.checkpoint.store import CheckpointStore
 
-log = logging.getLogger(__name__)
-
-PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+RETRIES = RetryPolicy(attempts=5, backoff=1.0)
 T = TypeVar("T")
 
 
-def patiently(fs: Any, work: Callable[[], T]) -> T:
-    """Do something with a store; if it is a remote one and fails for a reason that may pass, again after a pause."""
-    for pause in PAUSES_S:
-        try:
-            return work()
-        except Exception as error:  # noqa: BLE001  each store raises its own
-            if "file" in fs.protocol or isinstance(error, FileNotFoundError) or is_refusal(error):
-                raise
-            log.warning("the store failed (%s: %s); again in %g s", type(error).__name__, str(error)[:200], pause)
-            time.sleep(pause)
-    return work()
+def retried(fs: Any, what: str, work: Callable[[], T]) -> T:
+    """Call `work`; if the store is a remote one, retry for the reasons that `with_retries` names."""
+    return work() if is_local(fs) else with_retries(work, what, RETRIES)
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ class RunFolder:
     @property
     def local(self) -> Path:
         """Return the folder for what must lie on a local disk (logs, metrics): the run's own if it is local."""
-        return Path(self.url) if "://" not in self.url else Path.home() / ".cache" / "perceiver" / "runs" / self.name
+        return Path(self.url) if "://" not in self.url else cache_folder("runs", self.name)
 
     def location(self, *parts: str) -> str:
         """Return the URL of something inside."""
@@ -68,18 +57,8 @@ class RunFolder:
             UserError: the place cannot be written to.
         """
         fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
-        blob = data.encode() if isinstance(data, str) else data
-
-        def work() -> None:
-            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            if "file" in fs.protocol:
-                fs.pipe_file(f"{path}.tmp", blob)
-                fs.mv(f"{path}.tmp", path)
-            else:
-                fs.pipe_file(path, blob)
-
         try:
-            patiently(fs, work)
+            retried(fs, f"writing {self.location(part)}", lambda: write_whole(fs, path, data))
         except OSError as error:
             raise UserError(
                 f"cannot write {self.location(part)} ({error.strerror or error}): set output= to a folder that you may "
@@ -89,7 +68,7 @@ class RunFolder:
     def read(self, part: str) -> str | None:
         """Return a file's text, or None if it is not there."""
         fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
-        return patiently(fs, lambda: fs.cat_file(path).decode() if fs.exists(path) else None)
+        return retried(fs, f"reading {self.location(part)}", lambda: _text(fs, path))
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json holds; an empty mapping before the run has started."""
@@ -99,6 +78,10 @@ class RunFolder:
         """Add facts to run.json."""
         merged = {"name": self.name, "created": time.time(), **self.facts(), **facts}
         self.write("run.json", json.dumps(merged, indent=1) + "\n")
+
+
+def _text(fs: Any, path: str) -> str | None:
+    return fs.cat_file(path).decode() if fs.exists(path) else None
 
 
 def named_run(output: str, name: str) -> RunFolder:

@@ -14,9 +14,10 @@ from typing import Any
 import fsspec
 
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, for_workers
-from cluster.record.run_folder import RunFolder, patiently
+from cluster.record.run_folder import RunFolder, retried
 from cluster.run.monitor import ActorClient, ActorMonitor
 from perceiver.config import UserError
+from perceiver.storage import first_line
 from perceiver.train.hooks import Scored
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class EvaluationTasks:
         except (RayError, UserError) as error:
             self.monitor.post({"step": step, "metrics": {}})
             log.error("the evaluation of step %d failed: %s", step, error)
-            reason = (str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(getattr(error, "cause", None) or error)
             self.show({"kind": "unscored", "rank": 0, "step": step, "reason": reason})
         else:
             self.monitor.post({"step": step, "metrics": metrics})
@@ -160,4 +161,4 @@ def read_scores(folder: RunFolder) -> dict[int, Mapping[str, float]]:
         fs.invalidate_cache()
         return [json.loads(fs.cat_file(path)) for path in fs.glob(f"{root}/step-*.json")]
 
-    return {scored["step"]: scored["metrics"] for scored in patiently(fs, read)}
+    return {scored["step"]: scored["metrics"] for scored in retried(fs, f"reading {folder.location(FOLDER)}", read)}

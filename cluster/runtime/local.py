@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.recipe.resources import ClusterConfig, machine_cpus
 from perceiver.config import UserError
+from perceiver.storage import first_line
 from perceiver.tracking.redaction import redact_text
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def start_ray(config: ClusterConfig) -> RaySession:
         try:
             context = ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = redact_text((str(error).strip().splitlines() or [type(error).__name__])[0])
+            reason = redact_text(first_line(error))
             raise UserError(
                 f"no Ray cluster answers at {redact_text(address)} ({reason}): check cluster.address or RAY_ADDRESS"
             ) from None

@@ -22,6 +22,7 @@ from cluster.recipe.file import read_config
 from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
 from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token
 from perceiver.config import Config, UserError
+from perceiver.storage import cache_folder, write_whole
 
 MARK = "PERCEIVER_CLUSTER"
 """Environment variable by which all processes of a cluster are found again."""
@@ -92,8 +93,7 @@ class LocalCluster:
 
 def state_file() -> Path:
     """Return the file that remembers the local cluster."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "perceiver" / "cluster.json"
+    return cache_folder("cluster.json")
 
 
 def running_cluster() -> LocalCluster | None:
@@ -273,8 +273,7 @@ def _start_head(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster
     """
     for _ in range(TRIES):
         cluster = _planned(config)
-        state_file().parent.mkdir(parents=True, exist_ok=True)
-        state_file().write_text(json.dumps(asdict(cluster), indent=1))
+        write_whole(None, state_file(), json.dumps(asdict(cluster), indent=1))
         reason = _try(cluster, cluster.nodes[0], say)
         if not reason:
             return cluster

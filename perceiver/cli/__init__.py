@@ -9,6 +9,7 @@ from typing import NoReturn
 import click
 
 from perceiver.config import UserError
+from perceiver.storage import first_line
 
 
 class Verbs(click.Group):
@@ -75,7 +76,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001  a mistake of ours: no trace unless it is asked for
         if os.environ.get("PERCEIVER_TRACEBACK"):
             raise
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         click.echo(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
         code = 1
     except (KeyboardInterrupt, click.Abort):

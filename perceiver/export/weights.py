@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from perceiver.config import Config, UserError
 from perceiver.factory import build_model, model_config
 from perceiver.modalities._positions import resize_table
+from perceiver.storage import is_local
 from perceiver.train.checkpoint.shards import read_weights
 from perceiver.train.checkpoint.store import CheckpointStore
 
@@ -135,7 +136,7 @@ _FILE = "model.safetensors"
 @contextlib.contextmanager
 def _local(fs: Any, path: str) -> Iterator[Path]:
     """Yield a local path of a file: its own, or that of a copy for the while."""
-    if "file" in fs.protocol:
+    if is_local(fs):
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
@@ -177,7 +178,7 @@ def _from_checkpoint(store: CheckpointStore, step: int) -> Saved:
 def _from_transformers(place: str, fs: Any, path: str) -> Saved:
     from perceiver.export.transformers_layout import read_transformers
 
-    if "file" not in fs.protocol:
+    if not is_local(fs):
         raise UserError(f"{place}: got a transformers folder behind a URL; wanted a local copy")
     ours = read_transformers(path)
     return Saved(place, dict(ours.state_dict()), cast(Config, ours.config))

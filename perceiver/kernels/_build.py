@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from perceiver.storage import cache_folder
+
 log = logging.getLogger(__name__)
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("separable.cpp", "attention.cpp"))
 HEADER = Path(__file__).with_name("vector.h")
@@ -57,7 +59,7 @@ def library() -> Path | None:
     flags = (*FLAGS, f"-DLANES={_lanes()}")
     texts = [path.read_text() for path in (*SOURCES, HEADER)]
     key = hashlib.sha256("\n".join([*texts, compiler, *flags, _cpu()]).encode()).hexdigest()[:20]
-    folder = _cache_folder()
+    folder = cache_folder("kernels")
     path = folder / f"kernels-{key}.so"
     if path.exists():
         return path
@@ -73,11 +75,6 @@ def library() -> Path | None:
             subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
             built.rename(path)
     return path
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "perceiver" / "kernels"
 
 
 def _cpu_lines() -> list[str]:

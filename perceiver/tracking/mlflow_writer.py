@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
+from perceiver.storage import write_whole
 from perceiver.tracking.mlflow_process import ENVIRONMENT
-from perceiver.tracking.record import FILES, NOTES, SENT, SYSTEM, LineWriter, Row, read_rows, read_sent, write_whole
+from perceiver.tracking.record import FILES, NOTES, SENT, SYSTEM, LineWriter, Row, read_rows, read_sent
 from perceiver.tracking.redaction import redact_text, resolve
 from perceiver.tracking.runs import KEY_TAG, SERVER_S, RunHandle, save_handle
 from perceiver.tracking.system_metrics import record_load
@@ -180,7 +181,7 @@ class RunWriter:
                 while end > self._offsets[name]:
                     (self._notes if name == NOTES else self._metrics)(client, rows)
                     self._offsets[name] = end
-                    write_whole(self.folder / SENT, json.dumps({"run_id": self.handle.run_id, **self._offsets}))
+                    write_whole(None, self.folder / SENT, json.dumps({"run_id": self.handle.run_id, **self._offsets}))
                     rows, end = read_rows(self.folder / name, end)
         except Exception:
             self._client = None

@@ -101,14 +101,6 @@ def read_rows(path: Path, offset: int) -> tuple[list[Row], int]:
     return rows, offset
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file by rename, so that nobody reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def read_sent(folder: Path) -> dict[str, Any]:
     """Return what `sent.json` of a run's folder contains; empty if nothing has been sent."""
     try:

@@ -91,7 +91,7 @@ def _without_formats(text: str) -> str:
 def redact_value(key: str, value: Any) -> Any:
     """One value, safe to show. References, numbers, booleans and None stay; containers are handled inside.
 
-    Storage options name variables as `$NAME` (`pipelines.shards.io`), which are references there.
+    Storage options name variables as `$NAME` (`perceiver.storage`), which are references there.
     """
     if isinstance(value, Mapping):
         return {k: redact_value(f"{key}.{k}", v) for k, v in value.items()}

@@ -17,8 +17,9 @@ from typing import Any
 from pydantic import Field, PositiveFloat
 
 from perceiver.config import Config, UserError
+from perceiver.storage import write_whole
 from perceiver.tracking.mlflow_process import ask
-from perceiver.tracking.record import HISTORY, LOG, NOTES, RUN, LineWriter, unsent, write_whole
+from perceiver.tracking.record import HISTORY, LOG, NOTES, RUN, LineWriter, unsent
 from perceiver.tracking.redaction import flatten, redact, redact_text, resolve
 from perceiver.tracking.tracker import NullTracker, RecordTracker, Status, Tracker
 
@@ -132,7 +133,7 @@ def load_handle(folder: Path) -> RunHandle | None:
 
 def save_handle(folder: Path, handle: RunHandle) -> None:
     """Write a handle for `load_handle`. A password in the URI is masked: who reads it has the configuration for it."""
-    write_whole(folder / RUN, json.dumps({**handle.to_json(), "uri": redact_text(handle.uri)}, indent=1))
+    write_whole(None, folder / RUN, json.dumps({**handle.to_json(), "uri": redact_text(handle.uri)}, indent=1))
 
 
 def create_run(

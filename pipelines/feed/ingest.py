@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from perceiver.config import UserError
+from perceiver.storage import ReadPolicy
 from pipelines.features.base import ViewConfig
 from pipelines.feed.samples import PROBLEM, Plan, SampleSpec, Work
 from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mix
 from pipelines.order.plan import EvalPlan, RowGroups, SamplePlan
-from pipelines.shards.io import ReadPolicy
 from pipelines.shards.listing import check_listing
 from pipelines.shards.manifest import Manifest, load_manifest
 from pipelines.shards.quarantine import Problem, Quarantine

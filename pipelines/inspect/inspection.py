@@ -13,10 +13,10 @@ from pydantic import Field
 
 from perceiver.config import Config
 from perceiver.report.page import text
+from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.samples import measure
-from pipelines.shards.io import Folder, first_line, open_folder
 from pipelines.shards.listing import file_tag
 from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, load_manifest, split_url
 from pipelines.shards.parquet import column_at, fit

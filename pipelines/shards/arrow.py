@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from isal.isal_zlib import crc32
 
-from pipelines.shards.io import Folder, ReadPolicy, first_line, read_range
+from perceiver.storage import Folder, ReadPolicy, first_line, make_parent, read_range
 from pipelines.shards.manifest import MAGIC_BYTES, BatchInfo, ShardInfo
 
 
@@ -95,7 +95,7 @@ class ShardWriter:
         self._batches: list[BatchInfo] = []
         self._digest = hashlib.sha256()
         self._path = folder.file(f"{name}.{os.getpid()}.partial" if folder.local else name)
-        folder.make_room(self._path)
+        make_parent(folder.fs, self._path)
         self._stream = folder.fs.open(self._path, "wb")
         self._sink = _Sink()
         media = any(pa.types.is_binary(field.type) for field in schema)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from perceiver.config import UserError
-from pipelines.shards.io import Folder, first_line, open_folder
+from perceiver.storage import Folder, first_line, open_folder
 from pipelines.shards.manifest import ShardInfo, Split, split_url
 
 ASKED = 1000

@@ -13,8 +13,8 @@ import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 
 from perceiver.config import Config, UserError
+from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import Feature
-from pipelines.shards.io import Folder, first_line, open_folder
 
 FORMAT_VERSION = 2
 """Version 1 had Parquet files as shards, which are still read."""
@@ -209,7 +209,7 @@ def save_manifest(manifest: Manifest, folder: Folder) -> None:
     """Write the manifest atomically: from here on the folder is a data set."""
     text = manifest.model_dump_json(indent=1)
     one_line = re.sub(r"\[\n *(\d+),\n *(\d+),\n *(\d+),\n *(\d+)\n *\]", r"[\1, \2, \3, \4]", text)  # of each batch
-    folder.write_text(MANIFEST, one_line + "\n")
+    folder.write(MANIFEST, one_line + "\n")
 
 
 def split_url(url: str, name: str) -> tuple[str, str]:

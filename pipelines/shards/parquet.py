@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.shards.io import Bytes, Folder, ReadPolicy, read_range
+from perceiver.storage import Bytes, Folder, ReadPolicy, read_range
 from pipelines.shards.manifest import KEY
 
 

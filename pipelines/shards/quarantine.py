@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
-from pipelines.shards.io import Folder, open_folder
+from perceiver.storage import Folder, open_folder
 
 QUARANTINE = "quarantine.parquet"
 SCHEMA = pa.schema([("split", pa.string()), ("sample_id", pa.int64()), ("key", pa.string()), ("reason", pa.string())])
@@ -71,10 +71,10 @@ class Quarantine:
 
 def write_problems(folder: Folder, problems: Sequence[Problem], name: str = QUARANTINE) -> None:
     """Write problems as a Parquet table (split, sample_id, key, reason)."""
-    folder.make_room(folder.file(name))
     table = pa.table({field: [getattr(problem, field) for problem in problems] for field in SCHEMA.names}, SCHEMA)
-    with folder.fs.open(folder.file(name), "wb") as stream:
-        pq.write_table(table, stream)
+    stream = pa.BufferOutputStream()
+    pq.write_table(table, stream)
+    folder.write(name, stream.getvalue().to_pybytes())
 
 
 def count_reasons(problems: Collection[Problem]) -> str:

@@ -13,10 +13,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, ReadError, ReadPolicy, first_line, open_folder
 from pipelines.order.mixture import folders_of
 from pipelines.order.plan import RowGroups
 from pipelines.shards.arrow import read_batch
-from pipelines.shards.io import Folder, ReadError, ReadPolicy, first_line, open_folder
 from pipelines.shards.manifest import KEY, BatchInfo, Manifest, Split, arrow_schema, split_url
 from pipelines.shards.parquet import read_row_group, row_key
 

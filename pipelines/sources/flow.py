@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.features.flow import FlowFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, choice, find_files, hold_out, share, shuffled_units, source_folder
 from pipelines.transforms.optical_flow import pack

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from PIL import Image
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.features import ImageFeature, LabelFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, share, shuffled_units
 from pipelines.transforms.decode import upright_size

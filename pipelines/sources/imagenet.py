@@ -13,8 +13,8 @@ import tarfile
 from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.features import ImageFeature, LabelFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import find_files, shuffled_units, source_folder
 

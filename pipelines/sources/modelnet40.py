@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import LabelFeature, PointsFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
 from pipelines.sources._common import base_name, find_files, item_seed, number, shuffled_units, source_folder
 from pipelines.transforms import BadSample
@@ -93,7 +93,7 @@ def read_points(name: str, encoded: bytes, count: int, seed: int) -> Points:
             values = np.loadtxt(io.BytesIO(encoded), delimiter="," if b"," in encoded[:256] else None, ndmin=2)
         points = np.ascontiguousarray(values[:, :3], "<f4")
     except (ValueError, IndexError, TypeError) as error:
-        raise BadSample(f"no rows of x, y, z: {(str(error).splitlines() or ['?'])[0][:80]}") from error
+        raise BadSample(f"no rows of x, y, z: {first_line(error, 80)}") from error
     return decode(points.tobytes())
 
 

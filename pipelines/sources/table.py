@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import Feature, ImageFeature, LabelFeature, TextFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, split_of
 
@@ -67,7 +67,7 @@ class Table:
             try:
                 table = _read(folder, name, group, columns)
             except (OSError, pa.ArrowException) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+                reason = first_line(error, 120)
                 yield from (Rejected(f"{name}#{group}.{row}", f"unreadable row group: {reason}") for row in range(rows))
                 continue
             for row in range(table.num_rows):
@@ -123,7 +123,7 @@ def _metadata(folder: Folder, name: str) -> pq.FileMetaData:
         with folder.fs.open(folder.file(name), "rb") as stream:
             return pq.read_metadata(stream)
     except pa.ArrowException as error:
-        reason = (str(error).splitlines() or ["?"])[0][:120]
+        reason = first_line(error, 120)
         raise UserError(
             f"{folder.url}/{name} is no whole Parquet file ({reason}): fetch it again, or move it away"
         ) from error

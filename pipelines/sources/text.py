@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, open_folder
 from pipelines.features import TextFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import (
     base_name,

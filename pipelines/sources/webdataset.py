@@ -17,8 +17,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
+from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, TextFeature, VideoFeature
-from pipelines.shards.io import Folder, open_folder
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, shuffled_units, source_folder, split_of
 
@@ -117,7 +117,7 @@ def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
             if name.endswith(".tar") and folder.fs.size(folder.file(name)) < archive.offset + tarfile.BLOCKSIZE:
                 raise EOFError("no end of the archive")
     except (tarfile.TarError, EOFError, OSError) as error:
-        yield Rejected("", f"a damaged tar, read up to there: {(str(error).splitlines() or ['?'])[0][:80]}")
+        yield Rejected("", f"a damaged tar, read up to there: {first_line(error, 80)}")
 
 
 def unsafe(member: tarfile.TarInfo) -> str:

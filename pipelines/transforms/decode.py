@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.ExifTags import Base
 
+from perceiver.storage import first_line
 from pipelines.transforms import BadSample
 
 Picture = NDArray[np.uint8]
@@ -152,7 +153,7 @@ def _turned(image: Image.Image) -> int:
 
 def _reason(error: Exception) -> str:
     """The error's first line, without the memory addresses that would make each reason unique."""
-    return (str(error).splitlines() or [type(error).__name__])[0].split(" <")[0][:80]
+    return first_line(error).split(" <")[0][:80]
 
 
 def _mode(image: Image.Image, mode: str) -> Image.Image:

@@ -15,6 +15,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from perceiver.storage import first_line
 from pipelines.transforms import BadSample
 from pipelines.transforms.audio import MARGIN_S, MOST_RATE, AudioConfig, Samples, check_length, finish, source_span
 from pipelines.transforms.decode import Picture
@@ -112,7 +113,7 @@ def _damage() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What FFmpeg said, without the number and the name of the file."""
-    text = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    text = getattr(error, "strerror", None) or first_line(error)
     return text.split(": '")[0][:80]
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from perceiver.storage import first_line
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import Points
 
@@ -33,7 +34,7 @@ def load_mesh(encoded: bytes, kind: str) -> "Trimesh":
         assert isinstance(mesh, trimesh.Trimesh), "load_mesh joins the parts of a scene"
         vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
     except Exception as error:  # noqa: BLE001  the readers raise whatever a damaged line happens to hit
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        reason = first_line(error, 80)
         raise BadSample(f"unreadable {kind} mesh: {reason}") from error
     if not len(vertices) or not len(faces):
         raise BadSample("a mesh without faces")

@@ -141,7 +141,10 @@ def node_joins(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 
 @scenario("node lost, none to spare: one worker goes on; a node joins")
 def elastic(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """With `cluster.min_workers` the run goes on with what is left; the node that joins costs no step."""
+    """With `cluster.min_workers` the run continues on the other node, and on both again when one joins.
+
+    Ray Train stops the workers to use a node that joins: the steps since the last checkpoint run twice.
+    """
     with job_on_nodes(folder, tree, 2, outcome, ELASTIC_STEPS, min_workers=1) as (nodes, job):
         raylet = nodes.raylet(place_of(job.worker(1)))
         fault = time.time()
@@ -149,13 +152,9 @@ def elastic(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         detected = job.wait_line("; the workers start again")
         job.wait_line("training goes on with 1 worker in place of 2")
         nodes.up()
-        job.wait_line("a node has joined, step")
         job.wait_line("training goes on with 2 workers in place of 1")
         outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
         job.judge(outcome, fault, detected, ELASTIC_STEPS, resume=0)
-        joined = next(line for _, line in job.lines if "a node has joined, step" in line)
-        step = int(joined.partition("a node has joined, step ")[2].split()[0])
-        outcome.expect(any(f"resumed at step {step} " in line for _, line in job.lines), "no step lost to the new node")
 
 
 @scenario("node drained with 30 s grace")
@@ -166,7 +165,7 @@ def node_drained(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         ip = place_of(worker)
         fault = time.time()
         nodes.drain(ip)
-        detected = job.wait_line("is drained, step")
+        detected = job.wait_line("is about to be removed, step")
         resumed = job.wait_line("resumed at step")
         outcome.expect(place_of(job.worker(1)) != ip, "the worker is on another node")
         manifest = job.run / "checkpoints" / f"step-{_step_of(job, resumed):08d}" / "manifest.json"

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from perceiver.modalities.text import encode_bytes
+from perceiver.storage import open_folder
 from pipelines.features import Feature, LabelsFeature, PointsFeature, TextFeature
 from pipelines.features.base import ViewConfig
 from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, batch_shapes, eval_batches, train_batches
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import PointsConfig, evaluation_view, training_view

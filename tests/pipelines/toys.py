@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from perceiver.storage import open_folder
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.sources.digits import MEMBER
 

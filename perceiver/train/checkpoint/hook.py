@@ -9,7 +9,6 @@ import contextlib
 import logging
 import math
 import os
-import random
 import shutil
 import statistics
 import threading
@@ -22,6 +21,7 @@ from typing import Protocol
 from safetensors import SafetensorError
 
 from perceiver.config import UserError
+from perceiver.storage import RetryPolicy, first_line, is_refusal, with_retries
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore, Snapshot, Staged
 from perceiver.train.engine.protocol import Engine
 from perceiver.train.hooks import History
@@ -33,10 +33,8 @@ PROBE_STEPS = 5
 """Steps before the first checkpoint of a run whose interval is chosen by measuring."""
 STALL_SHARE = 0.01
 """Share of the time that checkpoints may take from training where the interval is chosen by measuring."""
-ATTEMPTS = 6
-BACKOFF_S = (1.0, 30.0)
+UPLOADS = RetryPolicy(attempts=6, backoff=1.0, longest=30.0)
 POLL_S = 0.02
-REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
 
 
 def kept(manifests: Mapping[int, CheckpointManifest], config: SavingConfig) -> set[int]:
@@ -126,8 +124,7 @@ class BackgroundSaver:
     Args:
         store: where they go.
         config: which to keep.
-        attempts: how often an upload is tried.
-        backoff_s: first and longest pause between two attempts; doubled each time, with jitter.
+        retries: attempts to upload and the pauses between them.
         before: called with the step, by each rank in the background, before its part is published.
         scores: figures by step that were found after the checkpoint was saved.
         in_use: steps whose checkpoints must stay, whatever the config says.
@@ -143,13 +140,12 @@ class BackgroundSaver:
         store: CheckpointStore,
         config: SavingConfig,
         *,
-        attempts: int = ATTEMPTS,
-        backoff_s: tuple[float, float] = BACKOFF_S,
+        retries: RetryPolicy = UPLOADS,
         before: Callable[[int], None] | None = None,
         scores: Callable[[], Mapping[int, Mapping[str, float]]] = dict,
         in_use: Callable[[], Collection[int]] = tuple,
     ) -> None:
-        self.store, self.config, self.attempts, self.backoff_s = store, config, attempts, backoff_s
+        self.store, self.config, self.retries = store, config, retries
         self.before, self.scores, self.in_use = before, scores, in_use
         self.failure = self.refused = ""
         self.done: deque[tuple[int, int | None]] = deque()
@@ -230,29 +226,15 @@ class BackgroundSaver:
         self.done.append((manifest.step, self.best()))
 
     def _persist(self, work: Callable[[], None]) -> None:
-        """Do the work, again after a pause if it fails; what cannot get better is raised at once."""
-        for attempt in range(1, self.attempts + 1):
-            try:
-                work()
-                return
-            except Exception as error:  # noqa: BLE001  each store raises its own
-                if is_refusal(error) or attempt == self.attempts or self._abandoned.is_set():
-                    raise
-                pause = min(self.backoff_s[1], self.backoff_s[0] * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
-                log.warning("checkpoint upload to %s failed (%s); retrying in %.0f s", self.store.url, error, pause)
-                self._abandoned.wait(pause)
+        """Do the work; retry after a pause if it fails, until the save is abandoned."""
+        with_retries(work, f"checkpoint upload to {self.store.url}", self.retries, self._abandoned.wait)
 
     def _fail(self, step: int, error: Exception) -> None:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         if is_refusal(error):
             self.refused = refusal(self.store.url, reason)
         self.failure = f"checkpoint {self.store.location(step)} was not saved: {type(error).__name__}: {reason}"
         log.error("%s", self.failure)
-
-
-def is_refusal(error: Exception) -> bool:
-    """Return whether a store has refused access, so that another attempt cannot help."""
-    return isinstance(error, PermissionError) or type(error).__name__ in REFUSALS
 
 
 def refusal(url: str, reason: str) -> str:

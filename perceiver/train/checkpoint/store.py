@@ -28,6 +28,7 @@ import fsspec
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
+from perceiver.storage import cache_folder, is_local, write_whole
 from perceiver.train.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class CheckpointStore:
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self.url = url.rstrip("/")
         self.fs, self.root = fsspec.core.url_to_fs(self.url, **dict(storage_options or {}))
-        self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        self.local = is_local(self.fs)
 
     def folder(self, step: int) -> str:
         """Return the path of a step's folder inside the file system."""
@@ -146,7 +147,7 @@ class CheckpointStore:
                 entry = {"bytes": path.stat().st_size, "sha256": sha256(path)}
                 self._put(path, f"{staged.target}/{name}")
                 staged.published[name] = entry
-        self._write_text(f"{staged.target}/{_receipt(staged.rank, staged.token)}", json.dumps(staged.published))
+        write_whole(self.fs, f"{staged.target}/{_receipt(staged.rank, staged.token)}", json.dumps(staged.published))
         shutil.rmtree(staged.folder, ignore_errors=True)
 
     def commit(self, staged: "Staged", abandoned: Callable[[], bool] = lambda: False) -> CheckpointManifest | None:
@@ -173,7 +174,7 @@ class CheckpointStore:
             created=time.time(),
             files=files,
         )
-        self._write_text(f"{staged.target}/{MANIFEST}", manifest.model_dump_json(indent=1))
+        write_whole(self.fs, f"{staged.target}/{MANIFEST}", manifest.model_dump_json(indent=1))
         return manifest
 
     def save(self, engine: Engine, snapshot: Snapshot) -> CheckpointManifest | None:
@@ -201,7 +202,7 @@ class CheckpointStore:
         if self.local:
             return Path(f"{target}/.staging-{rank:05d}")
         place = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return Path.home() / ".cache" / "perceiver" / "staging" / place / f"{rank:05d}"
+        return cache_folder("staging", place, f"{rank:05d}")
 
     def _put(self, path: Path, target: str) -> None:
         if self.local:
@@ -211,18 +212,6 @@ class CheckpointStore:
             path.replace(target)
         else:
             self.fs.put_file(str(path), target)
-
-    def _write_text(self, target: str, text: str) -> None:
-        """Write a small file so that a reader sees all of it or nothing."""
-        if not self.local:
-            self.fs.pipe_file(target, text.encode())
-            return
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=Path(target).parent, delete=False) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).replace(target)
 
     def _delete(self, target: str) -> None:
         """Remove a folder, its manifest first, so that a half-removed one is not taken for whole."""

@@ -294,8 +294,11 @@ def test_the_dashboard_shows_every_figure(source: Source, settings: Settings) ->
 
 # Characters that end a line, a quote, a comment or a value somewhere, and any others.
 HOSTILE = st.text(
-    st.one_of(st.sampled_from("'\"`$\\#:{}[]%&!|>-~ \t\n\r\x85\u2028"), st.characters()), min_size=1, max_size=30
+    st.one_of(st.sampled_from("'\"`$\\#:{}[]%&!|>-~ \t\n\r\x85\u2028"), st.characters(codec="utf-8")),
+    min_size=1,
+    max_size=30,
 )
+"""Text that a recipe can contain: pydantic refuses lone surrogates."""
 BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 
 

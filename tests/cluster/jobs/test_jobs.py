@@ -26,6 +26,7 @@ from cluster.jobs.config import Submission
 from cluster.jobs.server import Access, connect
 from cluster.recipe.placement import Node
 from cluster.record.run_folder import RunFolder
+from cluster.runtime.local import free_port
 from cluster.runtime.local_cluster import running_cluster
 from perceiver.config import UserError
 from tests.cluster.recipes import write_recipe
@@ -130,6 +131,17 @@ def test_a_cluster_that_asks_for_a_token_is_refused_when_there_is_none(dashboard
     dashboard.answers["/api/authentication_mode"] = (200, {"authentication_mode": "token"})
     with pytest.raises(UserError, match="asks for a token and there is none here"):
         connect(Access(dashboard.url))
+
+
+def test_the_token_is_sent_to_a_cluster_that_asks_for_one_though_ray_was_imported_before(
+    dashboard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard.answers["/api/authentication_mode"] = (200, {"authentication_mode": "token"})
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    connect(Access(dashboard.url))
+    assert dashboard.headers[-1]["Authorization"] == "Bearer secret"
+    connect(Access(dashboard.url, headers='{"authorization": "mine"}'))
+    assert dashboard.headers[-1].get_all("Authorization") == ["mine"]
 
 
 def test_a_run_that_exists_is_resumed_and_what_is_missing_there_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -300,7 +312,8 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
     tree["data"] |= {"task_labels": {"role": "data"}, "tasks": 1}
     tree["train"] |= {"epochs": 4000, "checkpoint_every": 4, "eval_every": 1000}
     recipe = str(write_recipe(home, tree))
-    (home / "nodes.yaml").write_text(NODES)
+    ports = f"port: {free_port('127.0.0.2')}\ndashboard_port: {free_port('127.0.0.1')}\n"
+    (home / "nodes.yaml").write_text(NODES + ports)
     share_kernels(home)
     try:
         shown = perceiver(home, "cluster", "up", "nodes.yaml")

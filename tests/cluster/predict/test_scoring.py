@@ -26,10 +26,10 @@ from perceiver.cli import evaluate as evaluate_verb
 from perceiver.cli import predict as predict_verb
 from perceiver.config import UserError
 from perceiver.factory import build_model
+from perceiver.storage import open_folder
 from pipelines.features import AudioFeature, LabelsFeature
 from pipelines.prepare import prepare
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, save_manifest
 from tests.cluster.recipes import write_images
 from tests.pipelines import toys

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from perceiver.tracking.record import HISTORY, NOTES, SENT, LineWriter, read_rows, unsent, write_whole
+from perceiver.storage import write_whole
+from perceiver.tracking.record import HISTORY, NOTES, SENT, LineWriter, read_rows, unsent
 
 CRASH = """
 import sys
@@ -110,5 +111,5 @@ def test_lines_that_mlflow_does_not_have_are_counted(tmp_path: Path) -> None:
             writer.append({"step": step})
     assert unsent(tmp_path) == 6
     size = (tmp_path / HISTORY).stat().st_size
-    write_whole(tmp_path / SENT, json.dumps({"run_id": "x", HISTORY: size, NOTES: size // 3}))
+    write_whole(None, tmp_path / SENT, json.dumps({"run_id": "x", HISTORY: size, NOTES: size // 3}))
     assert unsent(tmp_path) == 2

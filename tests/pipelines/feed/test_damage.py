@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from perceiver.config import UserError
+from perceiver.storage import open_folder
 from pipelines.features import AudioFeature, ImageFeature, LabelFeature, PointsFeature, TextFeature
 from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.inspect.inspection import inspect
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.shards.quarantine import Quarantine
 from tests.pipelines.damage import BAD, ODD, POINTS, RATE, SAMPLES, SIDE, numbered

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from perceiver.config import UserError
+from perceiver.storage import open_folder
 from pipelines.feed import ingest
 from pipelines.feed.ingest import (
     DataConfig,
@@ -26,7 +27,6 @@ from pipelines.feed.ingest import (
 )
 from pipelines.shards import reader
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import Manifest, Split, load_manifest, save_manifest
 from pipelines.shards.quarantine import Problem, Quarantine
 from pipelines.transforms.image import AugmentConfig

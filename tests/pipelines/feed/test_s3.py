@@ -8,10 +8,10 @@ import boto3
 import pytest
 
 from perceiver.config import UserError
+from perceiver.storage import ReadError, ReadPolicy, open_folder, read_range, with_retries
 from pipelines.feed.ingest import DataConfig, EvalShare, TrainShare, eval_batches, train_batches
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards import reader
-from pipelines.shards.io import ReadError, ReadPolicy, open_folder, read_range, with_retries
 from pipelines.shards.manifest import load_manifest
 from tests.pipelines.faulty_s3 import FaultyS3
 from tests.pipelines.feed.test_ingest import joined, same

@@ -14,6 +14,7 @@ from PIL import Image
 
 from perceiver.cli.inspect import command
 from perceiver.config import UserError
+from perceiver.storage import open_folder
 from pipelines.features import (
     AudioFeature,
     Feature,
@@ -27,7 +28,6 @@ from pipelines.inspect.inspection import describe, inspect
 from pipelines.inspect.page import spread_places, write_page
 from pipelines.inspect.samples import flow_colours
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, save_manifest
 from pipelines.shards.quarantine import Problem, write_problems
 from tests.perceiver.report.pages import Page

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from isal.isal_zlib import crc32
 
 from perceiver.config import UserError
+from perceiver.storage import MAPPED_BYTES, ReadPolicy, open_folder
 from pipelines.features import Feature, ImageFeature, LabelFeature, LabelsFeature, TextFeature
 from pipelines.shards.arrow import ShardWriter, read_batch
-from pipelines.shards.io import MAPPED_BYTES, ReadPolicy, open_folder
 from pipelines.shards.manifest import (
     BatchInfo,
     Manifest,

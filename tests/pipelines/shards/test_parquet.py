@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.shards.io import Folder, ReadError, ReadPolicy, open_folder
+from perceiver.storage import Folder, ReadError, ReadPolicy, open_folder
 from pipelines.shards.parquet import read_footer, read_row_group
 
 SCHEMA = pa.schema([("key", pa.string()), ("image", pa.binary()), ("label", pa.int64())])

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from perceiver.config import UserError
+from perceiver.storage import open_folder
 from pipelines.features import Feature, LabelFeature, MediaFeature, VideoFeature
 from pipelines.features.base import ViewConfig
 from pipelines.feed.ingest import DataConfig, EvalShare, eval_batches
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.io import open_folder
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.transforms import BadSample
 from pipelines.transforms.audio import AudioConfig

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from perceiver.config import UserError
+from perceiver.storage import RetryPolicy
 from perceiver.train.checkpoint.hook import (
     BackgroundSaver,
     CheckpointHook,
@@ -86,7 +87,7 @@ def hook_of(ranks: Ranks, rank: int, store: CheckpointStore, **options: Any) -> 
     attempts, figures = options.pop("attempts", 3), options.pop("figures", lambda info: {})
     listeners = options.pop("listeners", Listeners())
     config = SavingConfig(**{"checkpoint_every": 0.1, **options})
-    saver = BackgroundSaver(store, config, attempts=attempts, backoff_s=(0.001, 0.002))
+    saver = BackgroundSaver(store, config, retries=RetryPolicy(attempts=attempts, backoff=0.001))
     assert config.checkpoint_every != "auto"
     cadence = EveryEpochs(config.checkpoint_every)
     return CheckpointHook(engine_of(ranks, rank), saver, cadence, History(), snapshot, figures, listeners)

@@ -1,11 +1,13 @@
-"""Files on any fsspec file system: folders, atomic writes, and range reads with time-out and retries.
+"""Files on any fsspec file system: folders, atomic writes, retries, range reads, and the cache folder.
 
 A value `$NAME` in storage options is a reference to an environment variable.
 """
 
+import logging
 import mmap
 import os
 import random
+import secrets
 import sys
 import time
 import weakref
@@ -21,6 +23,7 @@ from perceiver.config import Config, UserError
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
 MAPPED_BYTES = 1 << 20
 """Ranges of local files from this size on are memory-mapped, smaller ones are copied."""
 MOST_MAPPED = 256
@@ -28,16 +31,73 @@ MOST_MAPPED = 256
 POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14, which Python has no name for."""
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Bytes = bytes | memoryview
 
 _MAPPED: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 
 
-def first_line(error: BaseException) -> str:
-    """Return the error's first line, or its type if it has no text."""
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of an error's message, at most `limit` characters, or its type if it has no message."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return (text.splitlines() or [type(error).__name__])[0]
+    return (text.strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether a store has refused access, so that another attempt cannot help."""
+    return isinstance(error, PermissionError) or type(error).__name__ in REFUSALS
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return a folder of ours in the user's cache: `$PERCEIVER_CACHE`, else `$XDG_CACHE_HOME/perceiver`.
+
+    The default of `$XDG_CACHE_HOME` is `~/.cache`. The folder may not exist yet.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PERCEIVER_CACHE") or Path(base) / "perceiver", *parts)
+
+
+def is_local(fs: Any) -> bool:
+    """Return whether an fsspec file system is the local one, where half-written files are visible."""
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def write_whole(fs: Any, path: str | Path, content: str | bytes) -> None:
+    """Write a small file so that a reader sees all of it or nothing, also after a crash; text as UTF-8.
+
+    On a local file system the file is written under another name, synchronized to the disk and renamed. An object store
+    shows an object only once it is complete.
+
+    Args:
+        fs: the fsspec file system; None for the local one.
+        path: of the file; a missing parent folder is created.
+        content: what to write.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if fs is not None and not is_local(fs):
+        make_parent(fs, str(path))
+        fs.pipe_file(str(path), data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_parent(fs: Any, path: str) -> None:
+    """Create the parent folder of a file, except in object stores, which have none and would create a bucket."""
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if not protocols & OBJECT_STORES:
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
 
 
 def resolve_options(options: Mapping[str, str]) -> dict[str, str]:
@@ -78,13 +138,8 @@ class Folder:
 
     @property
     def local(self) -> bool:
-        """Whether the folder is on a local file system, where half-written files are visible."""
-        return "file" in self.protocols
-
-    def make_room(self, path: str) -> None:
-        """Create the parent folder of a file, except in object stores, which have none and would create a bucket."""
-        if not self.protocols & OBJECT_STORES:
-            self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        """Whether the folder is on a local file system, see `is_local`."""
+        return is_local(self.fs)
 
     def exists(self, name: str) -> bool:
         """Return whether the file exists; never answered from a cached listing."""
@@ -100,18 +155,9 @@ class Folder:
         """Return the content of a small UTF-8 file."""
         return self.fs.cat_file(self.file(name)).decode("utf-8")
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small UTF-8 file atomically."""
-        self.write_bytes(name, text.encode("utf-8"))
-
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a small file atomically: a reader sees all of it or nothing."""
-        target = self.file(name)
-        self.make_room(target)
-        scratch = f"{target}.{os.getpid()}.partial" if self.local else target
-        self.fs.pipe_file(scratch, content)
-        if scratch != target:
-            self.fs.mv(scratch, target)
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a small file atomically, see `write_whole`."""
+        write_whole(self.fs, self.file(name), content)
 
 
 def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
@@ -130,15 +176,20 @@ def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
     return Folder(fs, path, os.fspath(url))
 
 
-class ReadPolicy(Config):
+class RetryPolicy(Config):
+    """How often a request is repeated, and how long to wait in between."""
+
+    attempts: int = Field(default=8, ge=1, description="requests before giving up")
+    backoff: float = Field(default=0.1, ge=0, description="seconds before the second attempt, doubled for each further")
+    longest: float = Field(default=10.0, ge=0, description="seconds between attempts at most")
+
+
+class ReadPolicy(RetryPolicy):
     """Time-out and retries of reads from a remote file system."""
 
     retired: ClassVar[tuple[str, ...]] = ("checksums",)
 
     timeout: float = Field(default=30.0, gt=0, description="seconds a single request may take")
-    attempts: int = Field(default=8, ge=1, description="requests before a read fails")
-    backoff: float = Field(default=0.1, ge=0, description="seconds before the second attempt, doubled for each further")
-    longest: float = Field(default=10.0, ge=0, description="seconds between attempts at most")
 
     def __hash__(self) -> int:  # Pydantic adds the same to frozen models, unseen by type checkers.
         return hash(tuple(self.__dict__.values()))
@@ -148,26 +199,33 @@ class ReadError(OSError):
     """A read that failed at each of its attempts."""
 
 
-def with_retries(request: Callable[[], T], what: str, policy: ReadPolicy) -> T:
+def with_retries(
+    request: Callable[[], T], what: str, policy: RetryPolicy, wait: Callable[[float], Any] = time.sleep
+) -> T:
     """Call `request` until it succeeds, and return its result.
 
-    Pauses grow exponentially, each a random share of its limit, so that many readers do not retry at the same moment.
+    Pauses grow exponentially, each a random share of its limit, so that many callers do not retry at the same moment.
+
+    Args:
+        request: may raise anything: drivers raise their own types for resets, stalls, throttling and short bodies.
+        what: is done, for the log, such as "reading s3://bucket/x".
+        policy: number of attempts and pauses.
+        wait: called with each pause in seconds; a true result ends the attempts.
 
     Raises:
-        FileNotFoundError, PermissionError: from the first attempt, since a retry does not help.
-        ReadError: the last attempt failed.
+        Exception: what the last attempt raised, or the first one if a retry cannot help: a file that does not exist, a
+            refused access.
     """
-    for attempt in range(policy.attempts):
+    for attempt in range(1, policy.attempts + 1):
         try:
             return request()
-        except FINAL_ERRORS:
-            raise
-        except Exception as error:  # Drivers raise their own types for resets, stalls, throttling and short bodies.
-            if attempt == policy.attempts - 1:
-                raise ReadError(
-                    f"cannot read {what} after {policy.attempts} attempts: {type(error).__name__} {first_line(error)}"
-                ) from error
-            time.sleep(random.random() * min(policy.longest, policy.backoff * 2**attempt))
+        except Exception as error:
+            if attempt == policy.attempts or isinstance(error, FINAL_ERRORS) or is_refusal(error):
+                raise
+            pause = random.random() * min(policy.longest, policy.backoff * 2 ** (attempt - 1))
+            log.warning("%s failed (%s: %s); retrying in %.1f s", what, type(error).__name__, first_line(error), pause)
+            if wait(pause):
+                raise
     raise AssertionError("unreachable: at least one attempt is made")
 
 
@@ -176,7 +234,8 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
 
     Raises:
         OSError: a local file cannot be read or is too short.
-        ReadError: a remote file cannot be read, see `with_retries`.
+        FileNotFoundError, PermissionError: a remote file does not exist, or may not be read.
+        ReadError: each attempt to read a remote file failed.
     """
     path, fs = folder.file(name), folder.fs
     if folder.local:
@@ -189,7 +248,14 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
         patience = {"timeout": policy.timeout} if getattr(fs, "async_impl", False) else {}
         return _whole(fs.cat_file(path, start=start, end=stop, **patience), stop - start)
 
-    return with_retries(request, f"{folder.url}/{name}", policy)
+    what = f"{folder.url}/{name}"
+    try:
+        return with_retries(request, f"reading {what}", policy)
+    except FINAL_ERRORS:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__} {first_line(error)}"
+        raise ReadError(f"cannot read {what} after {policy.attempts} attempts: {reason}") from error
 
 
 def _whole(data: bytes, size: int) -> bytes:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.shards import io
-from pipelines.shards.io import MAPPED_BYTES, Bytes, ReadPolicy, open_folder, read_range
+from perceiver import storage
+from perceiver.storage import MAPPED_BYTES, Bytes, ReadPolicy, open_folder, read_range
 
 CONTENT = bytes(range(256)) * (3 * MAPPED_BYTES // 256)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems copy")
@@ -40,7 +40,7 @@ def test_a_small_range_is_a_copy(path: Path) -> None:
 
 @linux
 def test_views_keep_their_pages_and_few_files_are_kept_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(io, "MOST_MAPPED", 2)
+    monkeypatch.setattr(storage, "MOST_MAPPED", 2)
     views = [read(path, 0, MAPPED_BYTES) for _ in range(4)]
     assert bytes in map(type, views) and memoryview in map(type, views)
     path.unlink()
@@ -64,6 +64,6 @@ def test_a_file_cut_short_after_it_was_mapped_is_an_error(path: Path, monkeypatc
             os.truncate(path, 100)
             return pages
 
-    monkeypatch.setattr(io.mmap, "mmap", Late)
+    monkeypatch.setattr(storage.mmap, "mmap", Late)
     with pytest.raises(OSError, match=rf"got 100 of {2 * MAPPED_BYTES} bytes"):
         read(path, 0, 2 * MAPPED_BYTES)
