@@ -96,4 +96,4 @@ def test_the_oldest_set_is_the_lower_bounds() -> None:
         if one.operator == ">="
     )
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
-    assert sorted(line for line in lines if not line.startswith("#")) == bounds
+    assert sorted(line for line in lines if "==" in line) == bounds
