@@ -7,7 +7,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help setup train test check faults soak clean
+.PHONY: help setup train test check compat faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -40,6 +40,11 @@ faults: $(READY)  ## put faults upon real runs and print the table (about an hou
 
 soak: $(READY)  ## train for an hour with a fault a minute and print what is left
 	@$(BIN)/python -m tests.faults.soak
+
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
+compat: $(READY)  ## fast tests and quickstart on the oldest and the newest versions, each in an environment of its own
+	@$(BIN)/python -m tests.compat oldest=$(OLDEST_PYTHON) newest=$(NEWEST_PYTHON)
 
 clean:  ## remove what was made here, .venv too
 	rm -rf $(VENV) data runs build *.egg-info .pytest_cache .ruff_cache

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import os
+import platform
 import shutil
 import socket
 import stat
@@ -16,10 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
-from cluster.jobs.package import DISTRIBUTION
 from cluster.recipe import preflight
 from cluster.recipe.config import Recipe
 from cluster.recipe.resources import SHARED_MEMORY, ClusterConfig, machine_cpus
@@ -28,6 +26,7 @@ from perceiver.config import UserError
 from perceiver.storage import first_line, is_local
 from perceiver.tracking.redaction import redact_text, resolve
 from perceiver.tracking.runs import TrackingConfig
+from perceiver.versions import ENGINES, unsupported_libraries, unsupported_python
 from pipelines.feed.ingest import check_files
 
 GIB = 2**30
@@ -119,29 +118,16 @@ def examine(setup: Setup) -> Iterator[Finding]:
 
 def check_python(setup: Setup) -> Result:
     """Check the version of Python against the package's requirement."""
-    wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"]
-    version = ".".join(map(str, sys.version_info[:3]))
-    good = SpecifierSet(wanted).contains(version)
-    return (OK if good else FAIL), version, "" if good else f"use Python {wanted}"
+    version, wrong = platform.python_version(), unsupported_python()
+    return (FAIL, wrong, "install the package with a supported Python") if wrong else (OK, version, "")
 
 
 def check_libraries(setup: Setup) -> Result:
     """Check the versions of the installed libraries against the package's requirements."""
-    wrong = []
-    needs = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or []]
-    needs = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
-    for need in needs:
-        try:
-            version = importlib.metadata.version(need.name)
-        except importlib.metadata.PackageNotFoundError:
-            wrong.append(f"{need.name} is missing")
-            continue
-        if not need.specifier.contains(version, prereleases=True):
-            wrong.append(f"{need.name} {version} is installed, wanted {need.specifier}")
+    wrong, fix = unsupported_libraries()
     if wrong:
-        return FAIL, "; ".join(wrong), "pip install -c constraints.txt -e . (make setup)"
-    shown = ("ray", "torch", "deepspeed", "mlflow")
-    return OK, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown), ""
+        return FAIL, "; ".join(wrong), fix
+    return OK, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ENGINES), ""
 
 
 def check_cpus(setup: Setup) -> Result:

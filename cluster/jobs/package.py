@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from pathspec import GitIgnoreSpec
 
 from perceiver.config import UserError
+from perceiver.versions import DISTRIBUTION
 
 OURS = ("perceiver", "pipelines", "cluster", "tune")
-DISTRIBUTION = "perceiver-train"
 LIMIT_BYTES = 100 * 1024 * 1024
 """The dashboard's limit, which is also Ray's limit for a working directory."""
 

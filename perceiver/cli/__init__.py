@@ -28,12 +28,17 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the subcommand; suggest the nearest name if it does not exist."""
+        """Find the subcommand, suggest the nearest name if it does not exist, and refuse unsupported libraries."""
         import difflib
 
         near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1) if args else []
         if args and near and near[0] != args[0] and not args[0].startswith("-"):
             raise UserError(f"no command {args[0]!r}; did you mean {near[0]}?")
+        # `doctor` lists the versions in its table.
+        if args and args[0] != "doctor" and not {"-h", "--help"}.intersection(args):
+            from perceiver.versions import check_versions
+
+            check_versions()
         return super().resolve_command(ctx, args)
 
 

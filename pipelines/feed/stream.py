@@ -90,14 +90,19 @@ class _RunningDataset:
         self.batches.close()
 
 
-def cut(blocks: Generator[Tensors, None, None], rows: int) -> Generator[Tensors, None, None]:
-    """Yield batches of `rows` rows from blocks of any size; whole batches in a block are views, not copies.
+def cut(
+    blocks: Generator[Tensors, None, None], rows: int, device: torch.device | str = "cpu"
+) -> Generator[Tensors, None, None]:
+    """Yield batches of `rows` rows on a device from blocks of any size; whole batches in a block are views, not copies.
 
-    If Ray cut the blocks, each batch would pass on its own through all stages that a block passes through.
+    If Ray cut the blocks, each batch would pass on its own through all stages that a block passes through. In a Ray
+    Train worker Ray has already moved a block to the worker's device, in a background thread. It is not asked for
+    `device`, which older versions (2.57 does) refuse together with `collate_fn`.
     """
     with contextlib.closing(blocks):
         rest: Tensors = {}
         for block in blocks:
+            block = {name: tensor.to(device, non_blocking=True) for name, tensor in block.items()}
             if rest:
                 block = {name: torch.cat([rest[name], tensor]) for name, tensor in block.items()}
             count = len(next(iter(block.values())))
@@ -166,12 +171,10 @@ class RayBatches:
         dataset = make_dataset(self.work, runs, self.options)
         ahead = math.ceil(self.options.prefetch_batches * self.batch_size / self.work.chunk)
         blocks: Any = iter(
-            dataset.iter_torch_batches(
-                batch_size=None, device=str(self.device), prefetch_batches=ahead, collate_fn=Collate(self.problems)
-            )
+            dataset.iter_torch_batches(batch_size=None, prefetch_batches=ahead, collate_fn=Collate(self.problems))
         )
         rows = sum(stop - start for start, stop in runs) * self.work.rows_per_step
-        return _RunningDataset(cut(blocks, self.batch_size), rows // self.batch_size)
+        return _RunningDataset(cut(blocks, self.batch_size, self.device), rows // self.batch_size)
 
 
 def steps_of(streams: Sequence[RayBatches], micro_batch: int) -> Generator[tuple[Tensors, list[str]], None, None]:

@@ -80,7 +80,9 @@ def open_media(encoded: bytes, *, video: bool, audio: bool, max_seconds: float, 
 
 
 def _open(encoded: bytes) -> Any:
-    return av.open(io.BytesIO(encoded), metadata_errors="ignore", options={"format_whitelist": FORMATS})
+    # PyAV 19 takes titles of any encoding and has no such argument; before, one that was not UTF-8 was an error.
+    lenient: Any = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    return av.open(io.BytesIO(encoded), options={"format_whitelist": FORMATS}, **lenient)
 
 
 def _pictures(stream: Any, max_pixels: int) -> dict[str, Any]:
