@@ -77,13 +77,21 @@ def sqlite_uri(file: Path) -> str:
     """Return the URI of an SQLite file, quoted only where SQLAlchemy would read another path (`a%20b`, `a?b`).
 
     MLflow creates the parent folder of the path as it is quoted, so a quoted path would leave an empty folder behind.
+
+    Raises:
+        UserError: this SQLAlchemy has no URI for the path; version 2.0 has none for special characters such as `?`.
     """
     from sqlalchemy.engine import URL, make_url
 
     plain = f"sqlite:///{file}"
     if make_url(plain).database == str(file):
         return plain
-    return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+    quoted = URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+    if make_url(quoted).database != str(file):
+        raise UserError(
+            f"output: SQLAlchemy has no URI for {file}: rename the folder, or pip install 'sqlalchemy>=2.1'"
+        )
+    return quoted
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import sqlalchemy
 from pydantic import ValidationError
 
 from perceiver.config import UserError
@@ -67,7 +68,13 @@ def new_run(uri: str, output: Path, **options: Any) -> RunHandle:
     return handle
 
 
-@pytest.mark.parametrize("place", ["plain", "a%20b?c#ü d"])
+SPECIAL = pytest.param(
+    "a%20b?c#ü d",
+    marks=pytest.mark.skipif(sqlalchemy.__version__ < "2.1", reason="SQLAlchemy 2.0 has no URI for such a path"),
+)
+
+
+@pytest.mark.parametrize("place", ["plain", SPECIAL])
 def test_a_run_from_beginning_to_end_in_the_default_store(tmp_path: Path, place: str) -> None:
     folder = tmp_path / place
     config = TrackingConfig(tags={"team": "x"}, system_metrics_interval=0.2)
