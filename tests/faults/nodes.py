@@ -165,7 +165,7 @@ def node_drained(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         ip = place_of(worker)
         fault = time.time()
         nodes.drain(ip)
-        detected = job.wait_line("is about to be removed, step")
+        detected = job.wait_line("is about to be preempted, step")
         resumed = job.wait_line("resumed at step")
         outcome.expect(place_of(job.worker(1)) != ip, "the worker is on another node")
         manifest = job.run / "checkpoints" / f"step-{_step_of(job, resumed):08d}" / "manifest.json"
