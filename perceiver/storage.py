@@ -3,6 +3,7 @@
 A value `$NAME` in storage options is a reference to an environment variable.
 """
 
+import hashlib
 import itertools
 import logging
 import mmap
@@ -25,6 +26,8 @@ from perceiver.config import Config, UserError
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
+BLOCK_BYTES = 8 << 20
+"""Blocks in which a whole remote file is read."""
 MAPPED_BYTES = 1 << 20
 """Ranges of local files from this size on are memory-mapped, smaller ones are copied."""
 MOST_MAPPED = 256
@@ -60,21 +63,26 @@ def cache_folder(*parts: str) -> Path:
     return Path(os.environ.get("PERCEIVER_CACHE") or Path(base) / "perceiver", *parts)
 
 
+def protocols(fs: Any) -> set[str]:
+    """Return the names of an fsspec file system, such as {"s3", "s3a"}."""
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
 def is_local(fs: Any) -> bool:
     """Return whether an fsspec file system is the local one, where half-written files are visible."""
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+    return "file" in protocols(fs)
 
 
-def write_whole(fs: Any, path: str | Path, content: str | bytes) -> None:
+def write_whole(path: str | Path, content: str | bytes, fs: Any = None) -> None:
     """Write a small file so that a reader sees all of it or nothing, also after a crash; text as UTF-8.
 
     On a local file system the file is written under another name, synchronized to the disk and renamed. An object store
     shows an object only once it is complete.
 
     Args:
-        fs: the fsspec file system; None for the local one.
-        path: of the file; a missing parent folder is created.
-        content: what to write.
+        path: path of the file; a missing parent folder is created.
+        content: the whole content.
+        fs: the fsspec file system; default: the local one.
     """
     data = content.encode() if isinstance(content, str) else content
     if fs is not None and not is_local(fs):
@@ -94,10 +102,20 @@ def write_whole(fs: Any, path: str | Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def file_sha256(path: str | Path, fs: Any = None) -> str:
+    """Return the SHA-256 of a file in hex, read in blocks.
+
+    Args:
+        path: path of the file.
+        fs: the fsspec file system; default: the local one.
+    """
+    with Path(path).open("rb") if fs is None else fs.open(str(path), "rb", block_size=BLOCK_BYTES) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def make_parent(fs: Any, path: str) -> None:
     """Create the parent folder of a file, except in object stores, which have none and would create a bucket."""
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    if not protocols & OBJECT_STORES:
+    if not protocols(fs) & OBJECT_STORES:
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
 
 
@@ -133,11 +151,6 @@ class Folder:
         return f"{self.path.rstrip('/')}/{name}"
 
     @property
-    def protocols(self) -> set[str]:
-        """Names of the file system, such as {"s3", "s3a"}."""
-        return {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-
-    @property
     def local(self) -> bool:
         """Whether the folder is on a local file system, see `is_local`."""
         return is_local(self.fs)
@@ -158,7 +171,7 @@ class Folder:
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a small file atomically, see `write_whole`."""
-        write_whole(self.fs, self.file(name), content)
+        write_whole(self.file(name), content, self.fs)
 
 
 def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
@@ -219,7 +232,13 @@ def with_retries(request: Callable[[], T], what: str, policy: RetryPolicy) -> T:
     raise AssertionError("unreachable")
 
 
-def retry_pause(error: Exception, attempt: int, what: str, policy: RetryPolicy) -> float:
+def retry_pause(
+    error: Exception,
+    attempt: int,
+    what: str,
+    policy: RetryPolicy,
+    final: tuple[type[Exception], ...] = FINAL_ERRORS,
+) -> float:
     """Log a failed attempt and return the seconds to wait before the next one.
 
     Pauses grow exponentially, each a random share of its limit, so that many callers do not retry at the same moment.
@@ -229,12 +248,12 @@ def retry_pause(error: Exception, attempt: int, what: str, policy: RetryPolicy) 
         attempt: its number, from 1.
         what: was done, for the log.
         policy: number of attempts and pauses.
+        final: errors that are not retried; a refused access never is.
 
     Raises:
-        Exception: `error` itself, if it was the last attempt or a retry cannot help: a file that does not exist, a
-            refused access.
+        Exception: `error` itself, if it was the last attempt or a retry cannot help.
     """
-    if attempt >= policy.attempts or isinstance(error, FINAL_ERRORS) or is_refusal(error):
+    if attempt >= policy.attempts or isinstance(error, final) or is_refusal(error):
         raise error
     pause = random.random() * min(policy.longest, policy.backoff * 2 ** (attempt - 1))
     log.warning("%s failed (%s: %s); retrying in %.1f s", what, type(error).__name__, first_line(error), pause)
@@ -246,7 +265,8 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
 
     Raises:
         OSError: a local file cannot be read or is too short.
-        FileNotFoundError, PermissionError: a remote file does not exist, or may not be read.
+        FileNotFoundError: a remote file does not exist.
+        PermissionError: a remote file may not be read, or there are no credentials.
         ReadError: each attempt to read a remote file failed.
     """
     path, fs = folder.file(name), folder.fs
@@ -267,6 +287,8 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
         raise
     except Exception as error:
         reason = f"{type(error).__name__} {first_line(error)}"
+        if is_refusal(error):
+            raise PermissionError(reason) from error
         raise ReadError(f"cannot read {what} after {policy.attempts} attempts: {reason}") from error
 
 

@@ -182,7 +182,7 @@ def calibrate(recipe: Recipe, workers: int, seconds: float = SECONDS) -> Calibra
     slowed = _surroundings(recipe, result, found)
     result = result.model_copy(update={"timings": (*kept, *_timings(found, slowed))})
     path = calibration_file(recipe)
-    write_whole(None, path, result.model_dump_json(indent=1))
+    write_whole(path, result.model_dump_json(indent=1))
     return result
 
 

@@ -104,7 +104,7 @@ class LeaseFile:
 
     def write(self, owner: Owner) -> None:
         """Replace the lease atomically."""
-        write_whole(self.fs, self.path, owner.model_dump_json())
+        write_whole(self.path, owner.model_dump_json(), self.fs)
 
     def create(self, owner: Owner) -> bool:
         """Create the lease; return False if another driver was faster."""

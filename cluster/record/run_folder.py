@@ -59,7 +59,7 @@ class RunFolder:
         """
         fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
         try:
-            retried(fs, f"writing {self.location(part)}", lambda: write_whole(fs, path, data))
+            retried(fs, f"writing {self.location(part)}", lambda: write_whole(path, data, fs))
         except OSError as error:
             raise UserError(
                 f"cannot write {self.location(part)} ({error.strerror or error}): set output= to a writable folder"

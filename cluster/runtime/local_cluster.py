@@ -256,7 +256,7 @@ def _start_all(config: NodesConfig, say: Callable[[str], None]) -> LocalCluster:
     line, reason = "node {} did not start ({}); nothing is left running: try fewer nodes", ""
     for _ in range(TRIES):  # the head; each attempt chooses its ports again, since others may take them first
         cluster = plan_cluster(config)
-        write_whole(None, state_file(), json.dumps(asdict(cluster), indent=1))
+        write_whole(state_file(), json.dumps(asdict(cluster), indent=1))
         if not (reason := _try(cluster, cluster.nodes[0], say)):
             break
         down()  # otherwise the next attempt would find the old object store

@@ -185,7 +185,7 @@ class RunWriter:
                 while end > self._offsets[name]:
                     (self._notes if name == NOTES else self._metrics)(client, rows)
                     self._offsets[name] = end
-                    write_whole(None, self.folder / SENT, json.dumps({"run_id": self.handle.run_id, **self._offsets}))
+                    write_whole(self.folder / SENT, json.dumps({"run_id": self.handle.run_id, **self._offsets}))
                     rows, end = read_rows(self.folder / name, end)
         except Exception:
             self._client = None

@@ -141,7 +141,7 @@ def load_handle(folder: Path) -> RunHandle | None:
 
 def save_handle(folder: Path, handle: RunHandle) -> None:
     """Write a handle for `load_handle`. A password in the URI is masked; a reader takes it from the configuration."""
-    write_whole(None, folder / RUN, json.dumps({**handle.to_json(), "uri": redact_text(handle.uri)}, indent=1))
+    write_whole(folder / RUN, json.dumps({**handle.to_json(), "uri": redact_text(handle.uri)}, indent=1))
 
 
 def create_run(

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from perceiver.config import Config
 from perceiver.report.page import text
-from perceiver.storage import Folder, first_line, open_folder
+from perceiver.storage import Folder, file_sha256, first_line, open_folder
 from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.samples import measure
@@ -30,7 +30,6 @@ LOOK = ViewConfig.model_validate(
 """Recordings are decoded at four places, one second of sound each."""
 LISTED = 20
 """Damaged and duplicate samples that are named; all are counted."""
-BLOCK = 8 << 20
 BINS = 24
 
 Progress = Callable[[str], None]
@@ -184,22 +183,13 @@ def shard_fault(
                     fit(column_at(schema.empty_table(), split.columns[column.name]), column, manifest.classes)
         elif {column.name: column.type for column in schema} != {column.name: column.type for column in wanted}:
             return f"columns {schema.names}, wanted {wanted.names} with their types"
-        if whole and shard.sha256 and (found := checksum(folder, name)) != shard.sha256:
+        if whole and shard.sha256 and (found := file_sha256(folder.file(name), folder.fs)) != shard.sha256:
             return f"checksum {found[:12]}, wanted {shard.sha256[:12]}"
     except FileNotFoundError:
         return "missing"
     except (pa.ArrowException, OSError, KeyError) as error:
         return first_line(error)
     return ""
-
-
-def checksum(folder: Folder, name: str) -> str:
-    """Return the SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with folder.fs.open(folder.file(name), "rb", block_size=BLOCK) as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def stored_row(group: RowGroup, row: int) -> dict[str, Any]:

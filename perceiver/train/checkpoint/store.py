@@ -28,7 +28,7 @@ import fsspec
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
-from perceiver.storage import cache_folder, is_local, write_whole
+from perceiver.storage import cache_folder, file_sha256, is_local, write_whole
 from perceiver.train.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
@@ -94,12 +94,6 @@ def _receipt(rank: int, token: int) -> str:
     return f"receipt-{rank:05d}-{token:013x}.json"
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a local file in hex, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class CheckpointStore:
     """The checkpoints of one run at a URL; every rank has a store, and all call `save` together."""
 
@@ -144,10 +138,10 @@ class CheckpointStore:
         for path in sorted(p for p in staged.folder.rglob("*") if p.is_file()):
             name = str(path.relative_to(staged.folder))
             if name not in staged.published:
-                entry = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                entry = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
                 self._put(path, f"{staged.target}/{name}")
                 staged.published[name] = entry
-        write_whole(self.fs, f"{staged.target}/{_receipt(staged.rank, staged.token)}", json.dumps(staged.published))
+        write_whole(f"{staged.target}/{_receipt(staged.rank, staged.token)}", json.dumps(staged.published), self.fs)
         shutil.rmtree(staged.folder, ignore_errors=True)
 
     def commit(self, staged: "Staged", abandoned: Callable[[], bool] = lambda: False) -> CheckpointManifest | None:
@@ -174,7 +168,7 @@ class CheckpointStore:
             created=time.time(),
             files=files,
         )
-        write_whole(self.fs, f"{staged.target}/{MANIFEST}", manifest.model_dump_json(indent=1))
+        write_whole(f"{staged.target}/{MANIFEST}", manifest.model_dump_json(indent=1), self.fs)
         return manifest
 
     def save(self, engine: Engine, snapshot: Snapshot) -> CheckpointManifest | None:
@@ -272,11 +266,7 @@ class CheckpointStore:
             return f"{name} is missing"
         if (size := self.fs.size(path)) != entry.bytes:
             return f"{name} has {size} bytes, expected {entry.bytes}"
-        with self.fs.open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 22):
-                digest.update(block)
-        return None if digest.hexdigest() == entry.sha256 else f"{name} does not match its checksum"
+        return None if file_sha256(path, self.fs) == entry.sha256 else f"{name} does not match its checksum"
 
     def newest(self) -> CheckpointManifest | None:
         """Return the manifest of the newest intact checkpoint; damaged ones are logged."""

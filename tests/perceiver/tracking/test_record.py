@@ -111,5 +111,5 @@ def test_lines_that_mlflow_does_not_have_are_counted(tmp_path: Path) -> None:
             writer.append({"step": step})
     assert unsent(tmp_path) == 6
     size = (tmp_path / HISTORY).stat().st_size
-    write_whole(None, tmp_path / SENT, json.dumps({"run_id": "x", HISTORY: size, NOTES: size // 3}))
+    write_whole(tmp_path / SENT, json.dumps({"run_id": "x", HISTORY: size, NOTES: size // 3}))
     assert unsent(tmp_path) == 2
