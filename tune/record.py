@@ -138,7 +138,7 @@ def load_record(folder: RunFolder) -> SearchRecord:
     return SearchRecord.model_validate(tree)
 
 
-def go_on(record: SearchRecord) -> list[int]:
+def reopen(record: SearchRecord) -> list[int]:
     """Mark the trials that have not ended as unfinished; return their numbers."""
     open_trials = [trial for trial in record.trials if trial.status not in DONE]
     for trial in open_trials:

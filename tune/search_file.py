@@ -20,7 +20,7 @@ def read_search(path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
     Raises:
         UserError: a file is missing or not YAML, or an override is not of the form key=value.
     """
-    theirs = [override for override in overrides if _head(override) in RECIPE_KEYS]
+    theirs = [override for override in overrides if head_key(override) in RECIPE_KEYS]
     tree = read_tree(path, [override for override in overrides if override not in theirs])
     recipe, changes = tree.get("recipe"), tree.get("overrides") or {}
     if not isinstance(recipe, str):
@@ -51,5 +51,6 @@ def recipe_path(recipe: str, search_file: str) -> str:
     return str(beside) if beside.is_file() and not Path(recipe).is_file() else recipe
 
 
-def _head(override: str) -> str:
+def head_key(override: str) -> str:
+    """Return the first part of the key that an override sets."""
     return override.partition("=")[0].split(".")[0]

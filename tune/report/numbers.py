@@ -1,7 +1,7 @@
 """Numbers, keys and the conclusion of a search as text, for the terminal and the report."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.recipe.config import Recipe
@@ -41,6 +41,11 @@ def short_keys(keys: Sequence[str]) -> list[str]:
 def value_text(value: Any) -> str:
     """Return a value of the space as text: floats with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def values_text(values: Mapping[str, Any], between: str = "  ") -> str:
+    """Return values of the space as ``key=value`` pairs."""
+    return between.join(f"{key}={value_text(value)}" for key, value in values.items())
 
 
 def workers(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from perceiver.tracking.redaction import redact_text
 from tune.config import Search
 from tune.record import SearchRecord, TrialRecord
 from tune.report.importance import Importance, importance
-from tune.report.numbers import duration, figure, short_keys, value_text, verdict
+from tune.report.numbers import duration, figure, short_keys, value_text, values_text, verdict
 from tune.space.space import Choice, Int, LogUniform, Space
 
 ENDS = {"finished": "o", "stopped": "|"}
@@ -73,7 +73,7 @@ def search_page(
                 t.number,
                 f"trial {e.donor}",
                 e.step,
-                "  ".join(f"{key}={value_text(value)}" for key, value in e.values.items()),
+                values_text(e.values),
             )
             for t in record.trials
             for e in t.exchanges

@@ -10,7 +10,7 @@ from perceiver.config import UserError
 from pipelines.feed.ingest import DataConfig, check_files
 from pipelines.shards.manifest import Manifest, load_manifest
 from tune.config import PARAMETERS, Asha, Median, Search
-from tune.report.numbers import value_text
+from tune.report.numbers import value_text, values_text
 from tune.space.space import Values, base_values, impossible, ordered, possible, with_values
 
 FIXED = {
@@ -53,9 +53,13 @@ class Checker:
 
     def total_steps(self, values: Mapping[str, Any]) -> tuple[int, float]:
         """Return a trial's optimizer steps, and those of one epoch."""
-        recipe, model = self.recipe(values)
-        samples = model.manifest.split(recipe.data.train_split).samples
-        return recipe.train.total_steps(samples), samples / recipe.train.global_batch
+        return steps_of(*self.recipe(values))
+
+
+def steps_of(recipe: Recipe, model: CheckedModel) -> tuple[int, float]:
+    """Return the optimizer steps of a checked recipe, and those of one epoch."""
+    samples = model.manifest.split(recipe.data.train_split).samples
+    return recipe.train.total_steps(samples), samples / recipe.train.global_batch
 
 
 def check_search(search: Search) -> Checker:
@@ -123,12 +127,7 @@ def check_trials(checker: Checker, trials: list[Values]) -> None:
         try:
             checker.recipe(values)
         except UserError as error:
-            raise UserError(f"trial {number} ({shown(values)}): {_reason(checker, error)}") from None
-
-
-def shown(values: Mapping[str, Any]) -> str:
-    """Return values as ``key=value`` pairs."""
-    return ", ".join(f"{key}={value_text(value)}" for key, value in values.items())
+            raise UserError(f"trial {number} ({values_text(values, ', ')}): {_reason(checker, error)}") from None
 
 
 def _load(url: str, options: tuple[tuple[str, str], ...]) -> Manifest:

@@ -28,11 +28,8 @@ log = logging.getLogger(__name__)
 
 def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
     """Write best recipe, report and the last MLflow entries; print the results; return the exit code."""
-    record, folder = launch.record, launch.folder
-    status, best = outcome["status"], record.best()
-    if status == "finished" and best is None:
-        status, outcome["error"] = "failed", all_failed(record)
-    folder.note(status=status, seconds=record.seconds)
+    record = launch.record
+    status, best = settle(launch, outcome), record.best()
     recipe = _write_best(launch, best) if best else None
     report = _report(launch) if best else None
     finish_run(launch, status, ("search.yaml", "best.yaml", "report.html", "trials.json"))
@@ -43,16 +40,25 @@ def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
     return say_ending(launch, status, outcome)
 
 
+def settle(launch: "SearchLaunch", outcome: dict[str, Any]) -> str:
+    """Record the status of a search that has ended, and return it; without an evaluation it has failed."""
+    record, status = launch.record, outcome["status"]
+    if status == "finished" and record.best() is None:
+        status, outcome["error"] = "failed", all_failed(record)
+    launch.folder.note(status=status, seconds=record.seconds)
+    return status
+
+
 def say_ending(launch: "SearchLaunch", status: str, outcome: Mapping[str, Any]) -> int:
     """Print how to continue a search that did not finish; return the exit code."""
     record, folder, console = launch.record, launch.folder, launch.console
     if status == "stopped":
         left = sum(trial.status not in DONE for trial in record.trials)
         done = f"stopped with {len(record.ended())} of {launch.total} trials done, {left} saved"
-        console.say(f"{done}; continue with: {launch.go_on}")
+        console.say(f"{done}; continue with: {launch.continue_with}")
     elif status == "failed":
         console.error(outcome.get("error", "the search exited without an error message"))
-        console.say(f"logs {folder.local / 'logs'}; continue with: {launch.go_on}")
+        console.say(f"logs {folder.local / 'logs'}; continue with: {launch.continue_with}")
     return {"finished": 0, "stopped": EXIT_STOPPED}.get(status, 1)
 
 
@@ -145,7 +151,7 @@ def commands(launch: "SearchLaunch", handle: Any = None) -> dict[str, str]:
         store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
         found["mlflow"] = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
     more = launch.total * 2
-    return {**found, "search on": f"{launch.go_on} trials={more}"}
+    return {**found, "search on": f"{launch.continue_with} trials={more}"}
 
 
 def _say_results(

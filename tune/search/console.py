@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cluster.run.console import LineConsole
 from tune.record import SearchRecord, TrialRecord
-from tune.report.numbers import duration, figure, figures, short_keys, value_text
+from tune.report.numbers import duration, figure, figures, short_keys, value_text, values_text
 
 LINE_EVERY_S = 30.0
 ROWS_SHOWN = 24
@@ -134,4 +134,4 @@ def news_line(what: str, trial: TrialRecord, record: SearchRecord) -> str:
 
 
 def _values(trial: TrialRecord) -> str:
-    return trial.label or "  ".join(f"{key}={value_text(value)}" for key, value in trial.values.items())
+    return trial.label or values_text(trial.values)

@@ -14,7 +14,17 @@ from cluster.recipe.config import absolute
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
-from tune.record import DONE, Evaluation, Exchange, SearchRecord, TrialRecord, number_of, save_record, trial_name
+from tune.record import (
+    DONE,
+    Evaluation,
+    Exchange,
+    SearchRecord,
+    TrialRecord,
+    number_of,
+    reopen,
+    save_record,
+    trial_name,
+)
 from tune.space.samplers import Ending, Sampler
 from tune.space.space import Values
 
@@ -157,9 +167,7 @@ class Coordinator:
     def close(self) -> None:
         """Mark the trials that have not ended as unfinished."""
         with self._lock:
-            for trial in self.record.trials:
-                if trial.status not in DONE:
-                    trial.status = "unfinished"
+            reopen(self.record)
             self._save()
 
     def _end(self, trial: TrialRecord, ending: Ending, reason: str = "") -> None:

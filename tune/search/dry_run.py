@@ -11,7 +11,7 @@ import numpy as np
 from cluster.record.run_folder import RunFolder, run_names
 from tune.config import Asha, Search
 from tune.record import load_record
-from tune.report.numbers import duration, value_text, workers
+from tune.report.numbers import duration, values_text, workers
 from tune.search.checks import Checker
 from tune.search.resources import Slots
 from tune.space.samplers import RandomDraw
@@ -72,7 +72,7 @@ def _say_trials(search: Search, known: list[Values] | None, total: int) -> None:
         trials = known
     for index, values in enumerate(trials[:SHOWN]):
         base = "  (the base recipe)" if index == 0 and known is not None and search.config.with_baseline else ""
-        print(f"  trial {index}  " + "  ".join(f"{key}={value_text(value)}" for key, value in values.items()) + base)
+        print(f"  trial {index}  " + values_text(values) + base)
     if len(trials) > SHOWN:
         print(f"  and {len(trials) - SHOWN} more")
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cluster.record.run_folder import RunFolder
+from perceiver.storage import write_whole
 from perceiver.train.checkpoint.store import MANIFEST, CheckpointStore
 from tune.space.space import Values
 
@@ -81,7 +82,7 @@ def copy_checkpoint(source: CheckpointStore, target: CheckpointStore, step: int)
         for name in files:
             _put(target, local / name, f"{target.folder(step)}/{name}")
     target.fs.invalidate_cache()
-    target.fs.pipe_file(f"{target.folder(step)}/{MANIFEST}", manifest)
+    write_whole(f"{target.folder(step)}/{MANIFEST}", manifest, target.fs)
 
 
 def _put(target: CheckpointStore, path: Path, place: str) -> None:

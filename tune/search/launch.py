@@ -22,8 +22,8 @@ from cluster.runtime.session import Tracked, log_file, ray_and_mlflow, stop_on_s
 from perceiver.config import UserError
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
 from tune.config import OptunaSearch, Search, build_search
-from tune.record import SearchRecord, TrialRecord, go_on, load_record, save_record, trial_name
-from tune.search.checks import baseline, check_search, check_trials
+from tune.record import SearchRecord, TrialRecord, load_record, reopen, save_record, trial_name
+from tune.search.checks import baseline, check_search, check_trials, steps_of
 from tune.search.conclude import conclude
 from tune.search.console import SearchConsole
 from tune.search.coordinator import Coordinator
@@ -99,7 +99,7 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
     folder = _folder(plan.search, start)
     new = SearchRecord(metrics=plan.search.config.metrics, workers=plan.search.recipe.cluster.workers)
     record = load_record(folder) if start.resume else new
-    waiting = go_on(record)
+    waiting = reopen(record)
     _keep_search(plan, folder, start.resume)
     save_record(record, folder)
     with SearchConsole(record) as console, ExitStack() as stack:
@@ -247,7 +247,8 @@ def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
 
 def _prepare(launch: SearchLaunch, values: Values) -> tuple[int, int]:
     """Check a trial's recipe; return its parameters and optimizer steps."""
-    return launch.checker.recipe(values)[1].parameters, launch.checker.total_steps(values)[0]
+    recipe, model = launch.checker.recipe(values)
+    return model.parameters, steps_of(recipe, model)[0]
 
 
 def _add_baseline(launch: SearchLaunch, coordinator: Any) -> None:

@@ -96,7 +96,7 @@ class SearchLaunch:
         return self.plan.total
 
     @property
-    def go_on(self) -> str:
+    def continue_with(self) -> str:
         """Return the command that continues this search."""
         return continue_command(self.start.command, self.folder)
 

@@ -9,7 +9,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from cluster.recipe.config import absolute, for_workers
 from perceiver.tracking.runs import TrackingConfig
 from tune.record import PARAMETERS, trial_name
-from tune.search.coordinator import Coordinator, CoordinatorCallback, CoordinatorSearcher, placed
+from tune.search.coordinator import PATHS, Coordinator, CoordinatorCallback, CoordinatorSearcher, placed
 from tune.search.schedulers import build_scheduler, replay, takes_turns
 from tune.search.trial import TrialPlan, TrialRun
 from tune.space.space import look_up, with_values
@@ -70,8 +70,7 @@ def trial_plan(launch: "SearchLaunch", control: Any, tracking: tuple[TrackingCon
     """Return what all trials share."""
     config, tags = tracking
     resolved = for_workers(launch.search.recipe)
-    keys = ("data.url", "data.mixture", "train.init_from", "deepspeed.config")
-    places = {key: value for key in keys if (value := look_up(resolved, key))}
+    places = {key: value for key in (*PATHS, "data.mixture") if (value := look_up(resolved, key))}
     return TrialPlan(
         base=with_values(launch.search.base, places),
         output=launch.trials_url,

@@ -11,12 +11,13 @@ from cluster.recipe.file import apply_override, read_tree
 from perceiver.accounting import account
 from perceiver.config import UserError
 from tune.config import Search, build_search
+from tune.report.numbers import workers
 from tune.search.checks import Checker
-from tune.search.conclude import all_failed, finish_run, machine, say_ending
+from tune.search.conclude import finish_run, machine, say_ending, settle
 from tune.search.dry_run import estimate, say_estimate, say_resources
 from tune.search.launch import find_slots, run_search, set_environment
 from tune.search.plan import SearchLaunch, SearchPlan, SearchStart
-from tune.search_file import RECIPE_KEYS, flat, recipe_path
+from tune.search_file import RECIPE_KEYS, flat, head_key, recipe_path
 from tune.space.space import Values, with_values
 from tune.tables.config import PaperTable, Row, Scale, ScaleName, load_table
 from tune.tables.outputs import HEAD, NOT_RUN, TableReport, aligned, cells, markdown, write_json, write_page
@@ -93,15 +94,16 @@ def reproduce(
     rows, search_keys, base, where = read_rows(load_table(name), scale, seeds, overrides)
     set_environment()
     search = build_rows(rows, search_keys, base, where)
-    costs = check_rows(search, rows)
+    checker = Checker(search)
+    costs = check_rows(checker, rows)
     trials = rows.trials()
     known = [rows.values(row, seed) for row, seed in trials]
     slots = find_slots(search, known)
     if dry_run:
-        _say_plan(rows, SearchPlan(search, Checker(search), slots, known), costs)
+        _say_plan(rows, SearchPlan(search, checker, slots, known), costs)
         return 0
     labels = tuple(f"{row.name}, seed {seed}" for row, seed in trials)
-    plan = SearchPlan(search, Checker(search), slots, known, labels, {row.name: rows.values(row) for row in rows.run})
+    plan = SearchPlan(search, checker, slots, known, labels, {row.name: rows.values(row) for row in rows.run})
     options = ["--scale", scale, *(["--seeds", str(seeds)] if seeds else [])]
     command = shlex.join(["perceiver", "reproduce", name, *options, *overrides])
     start = SearchStart(command, resume, run, as_json, "raise --seeds to continue")
@@ -114,7 +116,7 @@ def read_rows(
     """Return the rows, the user's keys of the search, the base recipe's tree, and its file."""
     common, trees = table.config.scale(scale), {True: {}, False: {}}
     for override in overrides:
-        head = override.partition("=")[0].split(".")[0]
+        head = head_key(override)
         if head == "seed":
             raise UserError(f"override {override!r}: each row is trained with seeds 0, 1, ...: set --seeds instead")
         if head not in (*RECIPE_KEYS, *SEARCH_KEYS):
@@ -145,9 +147,9 @@ def build_rows(rows: TableRun, search_keys: Mapping[str, Any], base: Mapping[str
     return build_search(tree, base, where, rows.table.path)
 
 
-def check_rows(search: Search, rows: TableRun) -> dict[str, Cost]:
+def check_rows(checker: Checker, rows: TableRun) -> dict[str, Cost]:
     """Check each row's recipe on its data; return what the models cost, by the rows' names."""
-    checker, costs = Checker(search), {}
+    search, costs = checker.search, {}
     _check_data(checker, rows)
     for row in rows.run:
         try:
@@ -194,10 +196,7 @@ def _say_plan(rows: TableRun, plan: SearchPlan, costs: Mapping[str, Cost]) -> No
 def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: TableRun, costs: Mapping[str, Cost]) -> int:
     """Write the table and the last MLflow entries; print how to continue; return the exit code."""
     record, folder, say = launch.record, launch.folder, launch.console.say
-    status = outcome["status"]
-    if status == "finished" and record.best() is None:
-        status, outcome["error"] = "failed", all_failed(record)
-    folder.note(status=status, seconds=record.seconds)
+    status = settle(launch, outcome)
     config = rows.table.config
     found = results(config, rows.scale, record.trials, costs)
     judged = judge(config, found, rows.common.mode)
@@ -226,5 +225,5 @@ def machine_words(launch: SearchLaunch) -> str:
     if cluster.resolved_address():
         where = f"a cluster of {slots.share.cpus * slots.concurrency:g} CPUs"
     gpus = cluster.workers * cluster.gpus_per_worker
-    each = f"{cluster.workers} worker{'s' * (cluster.workers > 1)}" + (f" and {gpus:g} GPUs" if gpus else "")
+    each = f"{workers(launch.search.recipe)}" + (f" and {gpus:g} GPUs" if gpus else "")
     return f"{where}; {slots.concurrency} trials at a time, {each} each"

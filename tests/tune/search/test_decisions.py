@@ -13,7 +13,7 @@ from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
 from tests.tune.searches import load, record, trial
 from tune.config import SearchConfig
-from tune.record import SearchRecord, go_on, load_record, number_of, save_record, trial_name
+from tune.record import SearchRecord, load_record, number_of, reopen, save_record, trial_name
 from tune.report.importance import Importance, importance
 from tune.report.numbers import verdict
 from tune.search.coordinator import Coordinator, CoordinatorCallback, CoordinatorSearcher, placed, reason
@@ -303,7 +303,7 @@ def test_a_stop_starts_no_trial_and_open_ones_resume(tmp_path: Path) -> None:
     coordinator.over(0)
     coordinator.close()
     kept = load_record(coordinator.folder)
-    assert go_on(kept) == [0]
+    assert reopen(kept) == [0]
     again = Coordinator(kept, coordinator.folder, coordinator.sampler, coordinator.prepare, [0], 3)
     trials = [again.next_trial(), again.next_trial(), again.next_trial()]
     assert [t.number if t else None for t in trials] == [0, 2, None]

@@ -18,6 +18,7 @@ from tests.tune.commands import all_gone, left_behind, run
 from tests.tune.commands import trials as recorded
 from tests.tune.searches import trial
 from tune.record import TrialRecord
+from tune.search.checks import Checker
 from tune.search_file import recipe_path
 from tune.space.space import with_values
 from tune.tables.config import TableConfig, load_table, tables
@@ -68,7 +69,7 @@ def write(folder: Path, tree: dict[str, Any]) -> str:
 
 def rows_of(path: str, *overrides: str) -> tuple[TableRun, dict[str, Cost]]:
     rows, search_keys, base, where = read_rows(load_table(path), "small", None, overrides)
-    return rows, check_rows(build_rows(rows, search_keys, base, where), rows)
+    return rows, check_rows(Checker(build_rows(rows, search_keys, base, where)), rows)
 
 
 def finished(number: int, seed: int, score: float, **facts: Any) -> TrialRecord:
