@@ -119,6 +119,14 @@ def make_parent(fs: Any, path: str) -> None:
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
 
 
+def entry_names(fs: Any, path: str) -> list[str]:
+    """Return the names of a folder's entries, sorted; empty if it does not exist. Never answered from a cache."""
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return []
+    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+
+
 def resolve_options(options: Mapping[str, str]) -> dict[str, str]:
     """Replace each value of the form `$NAME` by the environment variable NAME, so that no recipe contains a secret.
 

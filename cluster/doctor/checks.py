@@ -23,7 +23,7 @@ from cluster.recipe.config import Recipe
 from cluster.recipe.resources import SHARED_MEMORY, ClusterConfig, machine_cpus
 from cluster.runtime.local import check_reachable, token_file
 from perceiver.config import UserError
-from perceiver.storage import first_line, is_local
+from perceiver.storage import first_line, is_local, write_whole
 from perceiver.tracking.redaction import redact_text, resolve
 from perceiver.tracking.runs import TrackingConfig
 from perceiver.versions import ENGINES, unsupported_libraries, unsupported_python
@@ -298,8 +298,7 @@ def check_output(setup: Setup) -> Result:
         fs, path = fsspec.core.url_to_fs(f"{setup.output.rstrip('/')}/.doctor-{uuid.uuid4().hex}")
         parent = path.rsplit("/", 1)[0]
         made = not fs.exists(parent)
-        fs.makedirs(parent, exist_ok=True)
-        fs.pipe_file(path, b"doctor")
+        write_whole(path, b"doctor", fs)
         same = fs.cat_file(path) == b"doctor"
         fs.rm_file(path)
         if made and is_local(fs):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from perceiver.config import UserError
-from perceiver.storage import RetryPolicy, cache_folder, is_local, with_retries, write_whole
+from perceiver.storage import RetryPolicy, cache_folder, entry_names, is_local, with_retries, write_whole
 from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointStore
 
@@ -104,12 +104,8 @@ def new_run(output: str, name: str) -> RunFolder:
 def run_names(output: str, name: str) -> list[str]:
     """Return the runs of a recipe below ``output``, oldest first."""
     fs, root = fsspec.core.url_to_fs(output)
-    if not fs.exists(root):
-        return []
-    names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(root, detail=False)]
-    return sorted(
-        (n for n in names if re.fullmatch(re.escape(name) + r"-\d+", n)), key=lambda n: int(n.rsplit("-", 1)[1])
-    )
+    runs = [entry for entry in entry_names(fs, root) if re.fullmatch(re.escape(name) + r"-\d+", entry)]
+    return sorted(runs, key=lambda run: int(run.rsplit("-", 1)[1]))
 
 
 def find_run(output: str, recipe_name: str, run: str | None = None) -> RunFolder:

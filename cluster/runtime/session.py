@@ -16,7 +16,7 @@ from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import start_ray
 from perceiver.tracking.record import HISTORY
 from perceiver.tracking.redaction import redact_text
-from perceiver.tracking.runs import RunHandle, TrackingConfig, create_run, load_handle, sqlite_uri
+from perceiver.tracking.runs import RunHandle, TrackingConfig, create_run, load_handle
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,7 @@ def tracking_of(config: TrackingConfig, folder: RunFolder, name: str) -> Trackin
         folder: of the run; without a URI all runs in the same output folder share one SQLite file.
         name: the experiment, unless the section or MLFLOW_EXPERIMENT_NAME names another.
     """
-    store = folder.local.parent.resolve() / "mlflow.db"
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(store)
+    uri = config.store_uri(folder.local.parent.resolve()) if config.enabled else config.uri
     experiment = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
     return config.model_copy(update={"uri": uri, "experiment": experiment})
 

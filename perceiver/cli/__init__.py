@@ -9,7 +9,6 @@ from typing import NoReturn
 import click
 
 from perceiver.config import UserError
-from perceiver.storage import first_line
 
 
 class Verbs(click.Group):
@@ -75,6 +74,8 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001  a bug of ours: the traceback is shown on request only
         if os.environ.get("PERCEIVER_TRACEBACK"):
             raise
+        from perceiver.storage import first_line
+
         reason = first_line(error)
         click.echo(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
         code = 1

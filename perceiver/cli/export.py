@@ -98,14 +98,14 @@ def _put(folder: Path, target: str) -> None:
     import fsspec
 
     from perceiver.config import UserError
+    from perceiver.storage import make_parent
 
     fs, path = fsspec.core.url_to_fs(target)
     try:
-        fs.makedirs(path, exist_ok=True)
         for file in sorted(each for each in folder.rglob("*") if each.is_file()):
-            inside = file.relative_to(folder)
-            fs.makedirs(f"{path}/{inside.parent.as_posix()}", exist_ok=True)
-            fs.put_file(str(file), f"{path}/{inside.as_posix()}")
+            place = f"{path}/{file.relative_to(folder).as_posix()}"
+            make_parent(fs, place)
+            fs.put_file(str(file), place)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--to {target}: cannot be written ({reason}): choose another folder") from None

@@ -19,7 +19,7 @@ from perceiver.factory import build_model, model_config
 from perceiver.modalities._positions import resize_table
 from perceiver.storage import is_local
 from perceiver.train.checkpoint.shards import read_weights
-from perceiver.train.checkpoint.store import CheckpointStore
+from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore
 
 HEADS = ("head.", "decoder.", "answer.", "net.classifier.")
 """Prefixes of tensors that belong to a task and may keep their initial values; all others must be in the weights."""
@@ -115,7 +115,10 @@ def open_weights(place: str) -> Saved:
         return _from_transformers(place, fs, path)
     if there["engine.json"]:
         folder, _, name = place.rstrip("/").rpartition("/")
-        return _from_checkpoint(CheckpointStore(folder), int(name.removeprefix("step-")))
+        store, step = CheckpointStore(folder), int(name.removeprefix("step-"))
+        if problems := store.problems(step):
+            raise UserError(f"{store.location(step)}: {problems[0]}; take another checkpoint")
+        return _from_checkpoint(store, store.manifest(step))
     if there[_FILE]:
         return _from_file(f"{place.rstrip('/')}/{_FILE}", fs, f"{path}/{_FILE}")
     if there["recipe.yaml"]:
@@ -123,7 +126,7 @@ def open_weights(place: str) -> Saved:
         newest = store.newest()
         if newest is None:
             raise UserError(f"{place}: got a run without weights or a sound checkpoint; train it with --resume first")
-        return _from_checkpoint(store, newest.step)
+        return _from_checkpoint(store, newest)
     raise UserError(
         f"{place}: got {'neither weights nor a run' if fs.exists(path) else 'nothing'}; wanted a run's "
         "folder, a checkpoint, a .safetensors file or a folder that transformers wrote"
@@ -164,11 +167,8 @@ def _read(fs: Any, path: str, parse: Any) -> dict[str, Any]:
     return parse(fs.cat_file(path)) if fs.exists(path) else {}
 
 
-def _from_checkpoint(store: CheckpointStore, step: int) -> Saved:
-    problems = store.problems(step)
-    if problems:
-        raise UserError(f"{store.location(step)}: {problems[0]}; take another checkpoint")
-    recipe = store.manifest(step).recipe
+def _from_checkpoint(store: CheckpointStore, manifest: CheckpointManifest) -> Saved:
+    step, recipe = manifest.step, manifest.recipe
     facts = _read(store.fs, f"{store.root.rpartition('/')[0]}/run.json", json.loads)
     with store.fetch(step) as folder:
         tensors = read_weights(folder)

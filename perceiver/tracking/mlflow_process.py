@@ -1,7 +1,7 @@
 """Starts the MLflow process from the process that trains.
 
 Importing MLflow takes seconds and 230 MB, its retries block, and it prints to the terminal. So it runs in a separate
-process (`perceiver.tracking.mlflow_writer`), which exits with its parent.
+process (`perceiver.tracking.mlflow_writer`), which sends the rest and exits after its parent.
 """
 
 import json

@@ -9,6 +9,7 @@ At the start and after each failure the writer reads what MLflow has, and sends 
 - Tags, artifacts and states are sent again if it is not certain that they arrived, which is harmless, too.
 """
 
+import functools
 import json
 import logging
 import math
@@ -79,6 +80,7 @@ def make_client(uri: str) -> "MlflowClient":
     return import_mlflow().MlflowClient(tracking_uri=plain, registry_uri=plain)
 
 
+@functools.cache
 def clean_key(key: str) -> str:
     """Return a metric, parameter or tag key that MLflow accepts: other characters become `_`, paths are normalized."""
     key = re.sub(r"[^\w\-. :/]", "_", key)
@@ -192,7 +194,7 @@ class RunWriter:
             raise
 
     def _connect(self) -> "MlflowClient":
-        """Find or create the run, read the last step of each of its metrics, and restart at the begin of the record."""
+        """Find or create the run, read the last step of each metric, and restart at the beginning of the record."""
         if self.handle.run_id and (file := _sqlite_file(self.handle.uri)) and not file.exists():
             raise OSError(f"{file} does not exist on this machine: use a server or a shared folder")
         with _deadline(SEND_S):

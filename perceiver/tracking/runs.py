@@ -261,7 +261,7 @@ def reconcile(
         status: final status of the run, if it is not recorded yet.
         history: rows of the newest checkpoint, as JSON lines; used if `history.jsonl` is shorter, because the run
             trained on another machine.
-        timeout_s: seconds to try.
+        timeout_s: seconds to try; 5 at most if the server is down.
 
     Raises:
         UserError: no run was tracked in this folder.

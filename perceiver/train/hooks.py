@@ -37,7 +37,8 @@ class History:
     """
 
     def __init__(self, text: str = "", sinks: Sequence[Sink] = ()) -> None:
-        self.rows: list[dict[str, float]] = [json.loads(line) for line in text.splitlines() if line]
+        self._lines = [line for line in text.splitlines() if line]
+        self.rows: list[dict[str, float]] = [json.loads(line) for line in self._lines]
         self.sinks = tuple(sinks)
         self.spent_s = 0.0
         self._evaluations: dict[int, dict[str, float]] = {}
@@ -49,6 +50,7 @@ class History:
         began = time.perf_counter()
         now = time.time()
         self.rows.append({"step": step, "time": now, **metrics})
+        self._lines.append(json.dumps(self.rows[-1]))
         self._note(step, metrics)
         for sink in self.sinks:
             sink(step, metrics, now)
@@ -56,7 +58,7 @@ class History:
 
     def text(self) -> str:
         """Return all rows as JSON lines."""
-        return "".join(json.dumps(row) + "\n" for row in self.rows)
+        return "".join(line + "\n" for line in self._lines)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Return the metrics of all evaluations by step; the names begin with `eval/`."""

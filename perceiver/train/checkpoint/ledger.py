@@ -13,12 +13,12 @@ are recorded. When a run resumes, later entries are removed, because those steps
 import json
 import re
 from io import BytesIO
-from typing import Any
 
 import fsspec
 import torch
 from torch import Tensor
 
+from perceiver.storage import entry_names, write_whole
 from perceiver.train.loop import StepInfo
 
 PART = re.compile(r"(?:steps|void)-(\d+)-(\d+)(?:\.json)?")
@@ -80,19 +80,10 @@ class Ledger:
 
     def rewind(self, step: int) -> None:
         """Remove entries after the step from which the run resumes (rank 0)."""
-        for name in _names(self.fs, self.root):
+        for name in entry_names(self.fs, self.root):
             found = PART.fullmatch(name)
             if found and int(found[2]) > step:
                 self.fs.rm(f"{self.root}/{name}", recursive=True)
 
     def _write(self, name: str, blob: bytes) -> None:
-        path = f"{self.root}/{name}"
-        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        self.fs.pipe_file(path, blob)
-
-
-def _names(fs: Any, root: str) -> list[str]:
-    fs.invalidate_cache()
-    if not fs.exists(root):
-        return []
-    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(root, detail=False))
+        write_whole(f"{self.root}/{name}", blob, self.fs)

@@ -28,7 +28,7 @@ import fsspec
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
-from perceiver.storage import cache_folder, file_sha256, is_local, write_whole
+from perceiver.storage import cache_folder, entry_names, file_sha256, is_local, write_whole
 from perceiver.train.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
@@ -229,10 +229,7 @@ class CheckpointStore:
 
     def _folders(self) -> list[int]:
         """Return the steps of all folders, complete or not, oldest first."""
-        if not self.fs.exists(self.root):
-            return []
-        self.fs.invalidate_cache()
-        names = [str(name).rstrip("/").rsplit("/", 1)[-1] for name in self.fs.ls(self.root, detail=False)]
+        names = entry_names(self.fs, self.root)
         return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name)))
 
     def manifest(self, step: int) -> CheckpointManifest:

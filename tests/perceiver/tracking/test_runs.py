@@ -303,10 +303,10 @@ def test_experiment_run_name_and_run_id_of_the_environment(
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "never made")
     monkeypatch.setenv("MLFLOW_RUN_ID", str(first.run_id))
     second = new_run(store, tmp_path / "b")
-    assert (second.run_id, second.experiment) == (first.run_id, "elsewhere"), "the run says in which experiment it is"
+    assert (second.run_id, second.experiment) == (first.run_id, "elsewhere"), "the run's own experiment counts"
     assert client(store).get_experiment_by_name("never made") is None
     monkeypatch.setenv("MLFLOW_RUN_ID", "other")
-    assert new_run(store, tmp_path / "a", resume=first).run_id == first.run_id, "a run goes on where it was"
+    assert new_run(store, tmp_path / "a", resume=first).run_id == first.run_id, "a run continues where it was"
 
 
 def test_a_package_of_the_same_name_in_the_current_folder_does_not_disturb(
