@@ -6,7 +6,7 @@ shuffled among a few row groups, and a row group is read as a whole. Files that 
 starts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, ReadPolicy, first_line, open_folder
-from pipelines.prepare import PrepareConfig, existing, fingerprint
+from pipelines.prepare import PrepareConfig, Progress, existing, fingerprint
 from pipelines.shards.listing import file_tag, listed
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest, split_url
 from pipelines.shards.parquet import column_at, fit, read_footer
@@ -24,8 +24,6 @@ from pipelines.sources import Listing, load_source
 SOURCE = "table"
 THREADS = 16
 HEAVY_BYTES = 64 << 20
-
-Progress = Callable[[int, str], None]
 
 
 def index(

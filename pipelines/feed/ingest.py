@@ -206,7 +206,7 @@ def train_batches(
         runs = plan.runs(share.start_step, share.stop_step, most)
         batches = _execute(data, works[0], runs, share.micro_batch, device)
     else:
-        batches = _side_by_side(data, manifest, works, share, device)
+        batches = _side_by_side(data, works, share, device)
     yield from _checked(
         batches, works[0], math.ceil(plan.samples / share.world), quarantine or Quarantine(data.max_bad_fraction)
     )
@@ -233,7 +233,7 @@ def train_streams(
 
 
 def _side_by_side(
-    data: DataConfig, manifest: Manifest, works: list[RankWork], share: TrainShare, device: "torch.device | str"
+    data: DataConfig, works: list[RankWork], share: TrainShare, device: "torch.device | str"
 ) -> "Checkable":
     """Yield micro-batches of steps whose parts come from several streams, with one task at a time each."""
     from pipelines.feed.stream import RayBatches, steps_of

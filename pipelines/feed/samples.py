@@ -96,12 +96,12 @@ class RankWork:
     chunk: int
     rows_wanted: int | None = None
 
-    @property
+    @functools.cached_property
     def rows_per_step(self) -> int:
         """Return the rows of this rank in each step."""
         return self.plan.share(0, 1, self.rank, self.world, self.rows_wanted).ids.size
 
-    @property
+    @functools.cached_property
     def stored_bytes(self) -> float:
         """Return the mean bytes of a stored sample."""
         return sum(sum(files.sizes) for files in self.reader.files) / self.reader.groups.samples

@@ -17,7 +17,7 @@ from perceiver.storage import Folder, file_sha256, first_line, open_folder
 from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.samples import measure
-from pipelines.shards.listing import file_tag
+from pipelines.shards.listing import file_fault
 from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, load_manifest, split_url
 from pipelines.shards.parquet import column_at, fit
 from pipelines.shards.quarantine import QUARANTINE
@@ -162,11 +162,8 @@ def shard_fault(
     folder_url, name = split_url(url, shard.name)
     folder = open_folder(folder_url, options)
     try:
-        info = folder.fs.info(folder.file(name))
-        if info["size"] != shard.bytes:
-            return f"{info['size']} bytes, wanted {shard.bytes}"
-        if shard.tag and file_tag(info) != shard.tag:
-            return "changed since it was indexed"
+        if fault := file_fault(shard, folder.fs.info(folder.file(name))):
+            return fault
         with folder.fs.open(folder.file(name), "rb") as stream:
             if shard.batches:
                 file = pa.ipc.open_file(stream)

@@ -9,6 +9,7 @@ import numpy as np
 from perceiver.config import UserError
 from perceiver.report.figures import SMALL
 from perceiver.report.page import render, size, text
+from perceiver.storage import write_whole
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.inspection import Inspection, stored_row
 from pipelines.inspect.samples import CardPart, show
@@ -54,8 +55,7 @@ def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Map
         width=_card_width(manifest),
     )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        write_whole(path, page)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give --html a file in a writable folder") from error
     return path

@@ -73,7 +73,7 @@ class RowGroups:
         runs, places = [], []
         for number, shard in enumerate(split.shards):
             first = 0
-            for rows, size in shard.groups or ((shard.rows, shard.rows_per_group),):
+            for rows, size in shard.runs:
                 runs.append((rows, size))
                 places.append((number, first))
                 first += -(-rows // size)
@@ -125,8 +125,8 @@ class SamplePlan:
         groups: row groups of the training split.
         seed: of all shuffling.
         global_batch: samples of a step over all ranks (B).
-        lanes: places that are read at a time (L), a divisor of B; default: the largest divisor up to B / 8.
-        window: samples that are shuffled together in a lane; default: four row groups.
+        lanes: places that are read at a time (L), a divisor of B.
+        window: samples that are shuffled together in a lane.
     """
 
     groups: RowGroups
@@ -139,7 +139,7 @@ class SamplePlan:
     def build(
         cls, groups: RowGroups, *, seed: int, global_batch: int, lanes: int | None = None, window: int | None = None
     ) -> "SamplePlan":
-        """Return a plan; lanes and window that are not given follow from the batch and the row groups.
+        """Return a plan; by default with the largest divisor of B up to B / 8 as lanes, and a window of four row groups.
 
         Raises:
             ValueError: a size is not positive, or the lanes do not divide the global batch.

@@ -79,7 +79,9 @@ def check_listing(url: str, split: Split, options: Mapping[str, str] | None = No
         except Exception as error:  # noqa: BLE001  each file system has its own exceptions
             raise UserError(f"cannot list {parent}: {first_line(error)}; check access") from error
         faults += [
-            f"{parent}/{name}: {fault}" for name, shard in shards.items() if (fault := _fault(shard, found.get(name)))
+            f"{parent}/{name}: {fault}"
+            for name, shard in shards.items()
+            if (fault := file_fault(shard, found.get(name)))
         ]
     if faults:
         more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
@@ -91,7 +93,13 @@ def check_listing(url: str, split: Split, options: Mapping[str, str] | None = No
         )
 
 
-def _fault(shard: ShardInfo, info: Mapping[str, Any] | None) -> str:
+def file_fault(shard: ShardInfo, info: Mapping[str, Any] | None) -> str:
+    """Return how a file differs from its entry in the manifest, or "".
+
+    Args:
+        shard: the entry.
+        info: the file in the store's listing; None if it is missing, with size None if the store was not asked.
+    """
     if info is None:
         return "missing"
     size = info.get("size")

@@ -69,7 +69,7 @@ class ShardInfo(Config):
     @model_validator(mode="after")
     def _index_is_consistent(self) -> "ShardInfo":
         """Refuse contradictory numbers before anything is read or allocated by them."""
-        runs = self.groups or ((self.rows, self.rows_per_group),)
+        runs = self.runs
         if sum(rows for rows, _ in runs) != self.rows:
             raise ValueError(f"groups {runs} do not add up to {self.rows} rows")
         count = sum(-(-rows // size) for rows, size in runs)
@@ -90,10 +90,14 @@ class ShardInfo(Config):
             end = stop
         return self
 
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """The row groups as runs of (rows, rows of each group but the last)."""
+        return self.groups or ((self.rows, self.rows_per_group),)
+
     def group_sizes(self) -> list[int]:
         """Return the rows of each row group."""
-        runs = self.groups or ((self.rows, self.rows_per_group),)
-        return [min(size, rows - first) for rows, size in runs for first in range(0, rows, size)]
+        return [min(size, rows - first) for rows, size in self.runs for first in range(0, rows, size)]
 
 
 class Split(Config):

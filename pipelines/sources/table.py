@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from perceiver.config import UserError
 from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import ImageFeature, LabelFeature, TextFeature
+from pipelines.shards.parquet import row_key
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, source_folder, split_of
 
@@ -57,10 +58,12 @@ class TableSource:
                 table = _read(folder, name, group, columns)
             except (OSError, pa.ArrowException) as error:
                 reason = first_line(error, 120)
-                yield from (Rejected(f"{name}#{group}.{row}", f"unreadable row group: {reason}") for row in range(rows))
+                yield from (
+                    Rejected(row_key(name, group, row), f"unreadable row group: {reason}") for row in range(rows)
+                )
                 continue
             for row in range(table.num_rows):
-                key = f"{name}#{group}.{row}"
+                key = row_key(name, group, row)
                 try:
                     sample = {feature: _value(table.column(feature)[row].as_py()) for feature in columns}
                 except UnicodeDecodeError as error:
