@@ -43,7 +43,7 @@ soak: $(READY)  ## train for an hour with a fault a minute and print what is lef
 
 OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.13
-compat: $(READY)  ## fast tests and quickstart on the oldest and the newest versions, each in an environment of its own
+compat: $(READY)  ## fast tests and quickstart on the oldest and the newest versions, each in a separate environment
 	@$(BIN)/python -m tests.compat oldest=$(OLDEST_PYTHON) newest=$(NEWEST_PYTHON)
 
 clean:  ## remove what was made here, .venv too

@@ -1,6 +1,6 @@
 """`python -m tests.compat [oldest=PYTHON] [newest=PYTHON]`: fast tests and quickstart on the ends of our ranges.
 
-Each set has an environment of its own, `build/compat/NAME`: the oldest one has the lower bounds of pyproject.toml
+Each set has a separate environment, `build/compat/NAME`: the oldest one has the lower bounds of pyproject.toml
 (`constraints-oldest.txt`), any other what pip resolves today. Prints one table; exit code 1 if something failed.
 """
 

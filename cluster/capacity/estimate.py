@@ -193,15 +193,14 @@ def _fewest(workload: Workload, machines: Machines, calibration: Calibration | N
     train, least = workload.recipe.train, workload.recipe.cluster.min_workers
     if least is None or least >= machines.devices:
         return None
-    count = least
-    nodes = math.ceil(count * machines.nodes / machines.devices)
-    small = replace(machines, devices=count, nodes=nodes, data_cpus=machines.data_cpus * nodes / machines.nodes)
-    if largest_micro_batch(workload, small, workload.zero_stage, calibration) < train.micro(count):
+    nodes = math.ceil(least * machines.nodes / machines.devices)
+    small = replace(machines, devices=least, nodes=nodes, data_cpus=machines.data_cpus * nodes / machines.nodes)
+    if largest_micro_batch(workload, small, workload.zero_stage, calibration) < train.micro(least):
         raise UserError(
-            f"cluster.min_workers = {least}: a micro-batch of {train.micro(count)} samples does not fit on {count} "
+            f"cluster.min_workers = {least}: a micro-batch of {train.micro(least)} samples does not fit on {least} "
             "devices: set train.micro_batch, or a larger cluster.min_workers"
         )
-    return count, step_time(workload, small, train.micro(count), train.accumulation(count), calibration).total
+    return least, step_time(workload, small, train.micro(least), train.accumulation(least), calibration).total
 
 
 def check_starving(plan: Estimate, workload: Workload) -> None:
@@ -298,8 +297,6 @@ def step_time(
 ) -> Step:
     """Return the seconds of a step's parts, from the calibration or a roofline over the traced operations."""
     wire_bytes, wire_seconds = communication(workload, machines, calibration)
-    cores = machines.data_cpus
-    reading = workload.recipe.train.global_batch * decode_cpu(workload, calibration) / max(cores, 1e-9)
     if calibration:
         alone = calibration.step_seconds(
             workload.recipe.train.global_batch, micro, accumulation, machines.devices, machines.nodes
@@ -313,6 +310,7 @@ def step_time(
     )
     moved = 7 * 4 * workload.account.parameters / (machines.devices if workload.zero_stage else 1)
     optimizer = moved / speed
+    reading = workload.recipe.train.global_batch * decode_cpu(workload, None) / max(machines.data_cpus, 1e-9)
     return Step(compute, traffic, optimizer, wire_seconds, wire_bytes, reading)
 
 

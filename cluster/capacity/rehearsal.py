@@ -27,7 +27,6 @@ from cluster.run.worker import WorkerRank, build_engine, find_rank, first_model,
 from cluster.runtime.local import cluster_cpus, start_ray
 from cluster.runtime.process_group import torch_config
 from cluster.runtime.ray_internals import rest_data_scheduler
-from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
 from perceiver.tasks import Batch, build_task
 from perceiver.tracking.redaction import Unshown
@@ -145,12 +144,10 @@ def _batch(recipe: Recipe, micro: int, most_s: float) -> tuple[Batch, float]:
 
 
 def _engine(recipe: Recipe, classes: int, micro: int) -> DeepSpeedEngine:
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, classes=classes)
     schedule = build_schedule(recipe.optim.schedule, 1_000_000, 1000.0)
     plan = BatchPlan(micro, 1, dist.get_world_size())
     return DeepSpeedEngine(
-        model,
+        first_model(recipe, classes, restored=True),
         build_task(recipe.task, classes=classes),
         recipe.optim,
         schedule,

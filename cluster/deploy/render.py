@@ -19,7 +19,7 @@ from cluster.deploy.settings import Settings, labels, placement_overrides, train
 from cluster.jobs.config import Submission
 from cluster.jobs.paths import check_paths
 from cluster.jobs.secrets import check_secret_files, check_secrets, needed
-from cluster.jobs.submit import training
+from cluster.jobs.submit import job_words, training
 from cluster.recipe.config import Recipe
 from cluster.run.metrics import FIGURES
 from perceiver.config import UserError
@@ -80,8 +80,7 @@ def job_command(source: RecipeFile, file: str, overrides: Sequence[str]) -> str:
         file: path of the recipe on the cluster.
         overrides: all overrides.
     """
-    words = ["python", "-m", "cluster.jobs.entrypoint", "--run", source.recipe.name, "--output", source.recipe.output]
-    words += ["--needs", ",".join(source.needs)] if source.needs else []
+    words = job_words(source.recipe.name, source.recipe.output, source.needs)
     return shlex.join([*words, "train", file, *overrides])
 
 
@@ -140,7 +139,12 @@ def render(
 def _values(kind: str, source: RecipeFile, settings: Settings, folder: str) -> dict[str, Any]:
     """Return the variables of the templates."""
     recipe = source.recipe
-    image, _, tag = settings.image.partition(":")
+    *registry, last = settings.image.split("/")
+    image, _, tag = last.partition(":")
+    if kind == "compose":
+        ours = store_overrides(source, settings.services.bucket)
+    else:
+        ours = autoscaling_overrides(source, settings)
     values: dict[str, Any] = {
         "kind": kind,
         "source": source,
@@ -152,13 +156,11 @@ def _values(kind: str, source: RecipeFile, settings: Settings, folder: str) -> d
         "train_nodes": train_nodes(recipe, settings) if kind in (*ELSEWHERE, "slurm") else 0,
         "folder": folder,
         "root": os.path.relpath(Path.cwd(), folder),
-        "mlflow_image": f"{image}-mlflow:{tag or 'latest'}",
+        "mlflow_image": "/".join([*registry, f"{image}-mlflow:{tag or 'latest'}"]),
         "figures": FIGURES,
         "job": job_command(source, source.file, source.overrides),
-        "submit": submit_command(source, autoscaling_overrides(source, settings)),
+        "submit": submit_command(source, ours),
     }
-    if kind == "compose":
-        values["submit"] = submit_command(source, store_overrides(source, settings.services.bucket))
     if kind == "kuberay":
         check_secret_files([source.file])
         file = f"{RECIPE_FOLDER}/{Path(source.file).name}"

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from pathspec import GitIgnoreSpec
 
 from perceiver.config import UserError
-from perceiver.versions import DISTRIBUTION
+from perceiver.versions import DISTRIBUTION, installed_version
 
 OURS = ("perceiver", "pipelines", "cluster", "tune")
 LIMIT_BYTES = 100 * 1024 * 1024
@@ -215,16 +215,8 @@ def _requirements(name: str) -> Iterator[Requirement]:
         wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if name == DISTRIBUTION and requirement.marker is not None:
             wanted = wanted or requirement.marker.evaluate({"extra": "s3"})
-        if wanted and _installed(requirement.name):
+        if wanted and installed_version(requirement.name):
             yield requirement
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _source(name: str) -> Path:

@@ -5,8 +5,9 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,12 +17,10 @@ import requests
 from cluster.recipe.placement import Node
 from cluster.runtime.local import check_reachable, token_file
 from cluster.runtime.local_cluster import running_cluster
-from cluster.runtime.ray_internals import job_client_class
+from cluster.runtime.ray_internals import ANSWER_S, CONNECT_S, job_client_class
 from perceiver.config import UserError
 from perceiver.storage import first_line
 from perceiver.tracking.redaction import redact_text
-
-CONNECT_S = 5
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,11 @@ class Access:
         Raises:
             UserError: there is no address, or nothing listens there.
         """
+        address = self.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+        if address and "://" in address:
+            return _http_url(address)
         local = running_cluster()
-        environment = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-        address = self.address or environment or (local.dashboard if local else None)
+        address = address or (local.dashboard if local else None)
         if not address:
             raise UserError(
                 "no cluster: give --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS, or start one on this "
@@ -121,7 +122,7 @@ def connect(access: Access) -> "JobServer":
         raise UserError(
             f"no Ray job server answers at {display_url(url)} ({_reason(error)}): check --address"
         ) from None
-    server = JobServer(url, client)
+    server = JobServer(url, client, headers, verify)
     there = server.get("/api/version").get("ray_version", "unknown")
     if there != ray.__version__:
         raise UserError(
@@ -228,15 +229,23 @@ class JobServer:
     Args:
         url: its address; the attribute `url` has the login masked.
         client: Ray's job client.
+        headers: HTTP headers of requests that Ray's client has no method for.
+        verify: as in `Access.trust`.
     """
 
-    def __init__(self, url: str, client: Any) -> None:
+    def __init__(
+        self, url: str, client: Any, headers: Mapping[str, str] | None = None, verify: bool | str = True
+    ) -> None:
         self.url, self.client = display_url(url), client
+        self._request = partial(requests.get, headers=headers, verify=verify, timeout=(CONNECT_S, ANSWER_S))
+        self._address = url
 
     def get(self, path: str) -> dict[str, Any]:
         """Return the JSON response of a path of the dashboard."""
         with self.answers():
-            response = self.client._do_request("GET", path)
+            response = self._request(self._address + path)
+            if response.status_code in (401, 403):
+                raise UserError(_token_line(self.url, response.text))
             response.raise_for_status()
             return response.json()
 

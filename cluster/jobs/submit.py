@@ -4,12 +4,12 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.jobs.commands import LIVE, OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
+from cluster.jobs.commands import OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
 from cluster.jobs.config import JobSpec, Submission
 from cluster.jobs.package import build_package, locked_requirements, named_files, path_in_package
 from cluster.jobs.paths import check_paths, is_here, tracking_note
@@ -94,15 +94,19 @@ def entrypoint(wanted: Submission, work: JobSpec, run: str, folder: str | None) 
         run: name of the run.
         folder: the current folder if the cluster's nodes see it too; None if the job has only its package.
     """
-    needs = needed(work.tree, wanted)
-    words = ["python", "-m", "cluster.jobs.entrypoint", "--run", run, "--output", work.recipe.output]
-    words += ["--needs", ",".join(needs)] if needs else []
+    words = job_words(run, work.recipe.output, needed(work.tree, wanted))
     words += ["--folder", folder] if folder else []
     reserved = _reserved(wanted)
     words += ["--reserved", json.dumps(reserved)] if reserved else []
     words += [work.verb, wanted.recipe if folder else path_in_package(wanted.recipe), *wanted.overrides]
     words += [] if folder else work.found_by
     return "exec " + shlex.join(words)
+
+
+def job_words(run: str, output: str, needs: Collection[str]) -> list[str]:
+    """Return the first words of a job's command: the entrypoint, the run, and the variables that it needs."""
+    words = ["python", "-m", "cluster.jobs.entrypoint", "--run", run, "--output", output]
+    return [*words, "--needs", ",".join(needs)] if needs else words
 
 
 def check_places(nodes: Sequence[Node], recipe: Recipe) -> None:
@@ -143,7 +147,7 @@ def free_name(server: JobServer, wanted: Submission, run: str, output: str) -> s
         UserError: the user's name is in use, or a live job trains the same run.
     """
     jobs = list_jobs(server)
-    busy = next((job for job in jobs if job.run == run and job.output == output and job.status in LIVE), None)
+    busy = next((job for job in jobs if job.run == run and job.output == output and job.live), None)
     if busy is not None:
         raise UserError(
             f"run {run!r} is being trained by the job {busy.name} ({busy.status}): follow it with perceiver logs -f "

@@ -161,7 +161,7 @@ def worker_config(
         "recipe": Unshown(for_workers(recipe)),
         "run": folder.name,
         "monitor": monitor,
-        "mlflow": Unshown(handle.to_json() if handle else None),
+        "mlflow": Unshown(handle),
         "local": str(folder.local.resolve()),
         "runs": share.runs,
         "on_cluster": recipe.cluster.resolved_address() is not None,

@@ -132,7 +132,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 
             # Recording.
             recorded = folder.checkpoints.history(span.start_step) if resumed else ""
-            handle = RunHandle.from_json(config["mlflow"].value) if config["mlflow"].value else None
+            handle: RunHandle | None = config["mlflow"].value
             tracker: Tracker = NullTracker()
             if first:
                 tracker = open_tracker(handle, Path(config["local"]), history=recorded, system_metrics_node="")

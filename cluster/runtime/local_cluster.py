@@ -98,11 +98,16 @@ def state_file() -> Path:
 
 def running_cluster() -> LocalCluster | None:
     """Return the local cluster if its head is alive, otherwise None."""
+    cluster = _recorded()
+    return cluster if cluster and cluster.nodes[0]["ip"] in cluster.raylets() else None
+
+
+def _recorded() -> LocalCluster | None:
+    """Return the cluster of the state file, alive or not; None without one."""
     try:
-        cluster = LocalCluster(**json.loads(state_file().read_text()))
+        return LocalCluster(**json.loads(state_file().read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return cluster if cluster.nodes[0]["ip"] in cluster.raylets() else None
 
 
 def read_nodes(path: str | Path) -> NodesConfig:
@@ -147,9 +152,8 @@ def up(config: NodesConfig | None = None, say: Callable[[str], None] = print) ->
 
 def down() -> int:
     """Stop the local cluster and everything that runs on it; return the number of stopped processes, 0 without one."""
-    try:
-        cluster = LocalCluster(**json.loads(state_file().read_text()))
-    except (OSError, ValueError, TypeError):
+    cluster = _recorded()
+    if cluster is None:
         return 0
     ended = 0
     while processes := cluster.processes():
@@ -287,7 +291,7 @@ def _revive(cluster: LocalCluster, say: Callable[[str], None]) -> None:
 
 
 def start_node(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
-    """Start a node other than the head; return the reason if it did not start, empty if it did.
+    """Start a node; return the reason if it did not start, empty if it did.
 
     It gets several attempts, because Ray waits at most 30 s for a slow machine.
     """

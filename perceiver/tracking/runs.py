@@ -96,7 +96,7 @@ def sqlite_uri(file: Path) -> str:
 
 @dataclass(frozen=True)
 class RunHandle:
-    """What a worker needs to log to a run. It is passed on as JSON; secrets given as references are not resolved in it.
+    """What a worker needs to log to a run; secrets given as references are not resolved in it.
 
     Attributes:
         uri: store, or a reference to it.

@@ -139,7 +139,7 @@ class SamplePlan:
     def build(
         cls, groups: RowGroups, *, seed: int, global_batch: int, lanes: int | None = None, window: int | None = None
     ) -> "SamplePlan":
-        """Return a plan; by default with the largest divisor of B up to B / 8 as lanes, and a window of four row groups.
+        """Return a plan; default: the largest divisor of B up to B / 8 as lanes, and a window of four row groups.
 
         Raises:
             ValueError: a size is not positive, or the lanes do not divide the global batch.

@@ -111,7 +111,7 @@ class Job:
             self.lines.append((time.time(), line.rstrip()))
 
     def _follow_record(self, process: subprocess.Popen[str]) -> None:
-        """Keep when which step was recorded: a resume drops the rows of steps that run again."""
+        """Keep the time at which each step was recorded: a resume drops the rows of steps that run again."""
         offset = 0
         while process.poll() is None:
             size = self.record.stat().st_size if self.record.exists() else 0

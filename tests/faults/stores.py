@@ -35,7 +35,7 @@ def disk_full(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         limit_files(job, resource.RLIM_INFINITY)
         expect_finished(job, outcome)
         outcome.expect(job.steps()[-1] == STEPS > before, "the last checkpoint is there")
-        outcome.expect(not job.said("restarting the workers"), "training went on")
+        outcome.expect(not job.said("restarting the workers"), "training continued")
         outcome.expect(not (found := places_of_the_secret(job)), f"the secret stands in {found[:5]}")
         job.judge(outcome, fault, detected, STEPS)
     finally:

@@ -80,7 +80,7 @@ def best_recipe(search: Search, trial: TrialRecord, record: SearchRecord, where:
     tree = with_values(search.base, {**trial.values, "name": f"{search.config.name}-best"})
     lines = [
         f"# Best of {len(record.trials)} trials of {where}: trial {trial.number}.",
-        f"# Reached    {figures(trial, record)} after {trial.epoch:.4g} epochs; selected by it, so a bit optimistic.",
+        f"# Reached    {figures(trial, record)} after {trial.epoch:.4g} epochs; selected by it, so it is optimistic.",
         f"# Command    perceiver train {where}/best.yaml",
     ]
     if trial.exchanges:

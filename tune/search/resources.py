@@ -1,4 +1,4 @@
-"""The number of concurrent trials and their resources, divided so that no trial waits for another one for ever."""
+"""The number of concurrent trials and their resources, divided so that no trial waits indefinitely for another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
