@@ -19,10 +19,10 @@ from PIL import Image
 from perceiver.storage import open_folder
 from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, PointsFeature
 from pipelines.feed.ingest import DataConfig
+from pipelines.packages import Package, fetch
 from pipelines.prepare import PrepareConfig, group_rows
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, save_manifest
-from pipelines.sources._packages import Package, fetch
 from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.image import AugmentConfig, CropConfig
 

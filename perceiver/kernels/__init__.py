@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from perceiver.kernels._build import load
+from perceiver.kernels.extension import load
 
 log = logging.getLogger(__name__)
 FEATURES = range(2, 6)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from perceiver.kernels._build import load
+from perceiver.kernels.extension import load
 
 MIN_SCORES = 1 << 14
 """Scores per call from which the kernel outweighs the call's overhead of about 20 microseconds."""

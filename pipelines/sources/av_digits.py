@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from perceiver.config import UserError
 from pipelines.features import LabelFeature, MediaFeature
+from pipelines.packages import fetch
 from pipelines.sources import Listing, Sample, Unit, digits, notes, refuse_options
 from pipelines.sources._common import item_seed, units_of
-from pipelines.sources._packages import fetch
 
 FRAMES, FPS = 4, 8
 SIDE = 32

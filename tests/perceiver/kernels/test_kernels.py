@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from perceiver import kernels
-from perceiver.kernels import _build, attend, dense
+from perceiver.kernels import attend, dense, extension
 from perceiver.shared_kv import moments_backward, moments_forward, separable_moments, shared_kv
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -61,12 +61,12 @@ def test_pure_torch_when_turned_off(monkeypatch):
     single = cast(Any, [t.float() for t in (*parameters, *fixed)])
     expected = separable_moments(*single)
     monkeypatch.setenv("PERCEIVER_KERNELS", "0")
-    _build.load.cache_clear()
+    extension.load.cache_clear()
     try:
         assert not kernels.usable(single[0])
         torch.testing.assert_close(separable_moments(*single), expected, rtol=1e-4, atol=1e-5)
     finally:
-        _build.load.cache_clear()
+        extension.load.cache_clear()
 
 
 def test_silent_without_a_compiler_or_with_a_broken_one(monkeypatch, tmp_path, capfd):
@@ -77,10 +77,10 @@ def test_silent_without_a_compiler_or_with_a_broken_one(monkeypatch, tmp_path, c
     for compiler_path in (str(broken), None):
         monkeypatch.setenv("CXX", compiler_path or "g++")
         if compiler_path is None:
-            monkeypatch.setattr(_build.shutil, "which", lambda _: None)
-        _build.load.cache_clear()
-        assert _build.load() is None
-    _build.load.cache_clear()
+            monkeypatch.setattr(extension.shutil, "which", lambda _: None)
+        extension.load.cache_clear()
+        assert extension.load() is None
+    extension.load.cache_clear()
     assert capfd.readouterr() == ("", "")
 
 
@@ -90,7 +90,7 @@ def test_two_processes_build_once(tmp_path):
     counter = tmp_path / "g++"
     counter.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/runs"\nexec {shutil.which("g++")} "$@"\n')
     counter.chmod(0o755)
-    code = "from perceiver.kernels._build import load; import sys; sys.exit(load() is None)"
+    code = "from perceiver.kernels.extension import load; import sys; sys.exit(load() is None)"
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(counter)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
     assert [p.wait(180) for p in processes] == [0, 0]

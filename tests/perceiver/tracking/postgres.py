@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.sources._packages import Package, fetch
+from pipelines.packages import Package, fetch
 from tests.perceiver.tracking.mlflow_server import free_port
 
 PROGRAMS = Package(

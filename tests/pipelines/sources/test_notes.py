@@ -8,8 +8,8 @@ import pytest
 
 from perceiver.config import UserError
 from pipelines.features.base import ViewConfig
+from pipelines.packages import fetch
 from pipelines.sources import Unit, av_digits, notes
-from pipelines.sources._packages import fetch
 from pipelines.sources._soundfont import Note, play, read_font
 from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.video import VideoViewConfig

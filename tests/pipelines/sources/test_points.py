@@ -15,9 +15,9 @@ import pytest
 from perceiver.config import UserError
 from pipelines.features import PointsFeature
 from pipelines.features.base import ViewConfig
+from pipelines.packages import Package
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.sources import furniture
-from pipelines.sources._packages import Package
 from pipelines.transforms import BadSample
 from pipelines.transforms.mesh import MAX_VERTICES, load_mesh, surface_points
 from tests.pipelines.raw import CORNERS, off, write

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from ray.train import Checkpoint
-from ray.train._internal.session import _TrainingResult
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining
 
@@ -69,13 +68,23 @@ def test_median_does_without_a_trial_that_was_never_evaluated(tmp_path: Path, tr
         assert decide(scheduler, number, 1, 0.5) == "CONTINUE"
 
 
+class SavedTrial(Trial):
+    """A trial whose first checkpoint is set by the test, and a later one by an exchange."""
+
+    saved: Checkpoint | None = None
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        return super().checkpoint or self.saved
+
+
 class Controller:
     """A stand-in for Ray's controller: runs the trials that the scheduler chooses."""
 
     def __init__(self, config: SearchConfig, concurrency: int, coordinator: Any = None) -> None:
         self.scheduler = build_scheduler(config, 4.0, concurrency, coordinator)
         configs = [{"number": number, "values": {"optim.lr": 0.01}} for number in range(4)]
-        self.trials: list[Any] = [Trial("x", stub=True, config=config) for config in configs]
+        self.trials: list[Any] = [SavedTrial("x", stub=True, config=config) for config in configs]
         self.live, self.search_alg = set(self.trials), None
         for number, one in enumerate(self.trials):
             one.custom_trial_name = trial_name(number)
@@ -103,7 +112,7 @@ class Controller:
     def tell(self, number: int, epoch: float) -> None:
         """Evaluate a running trial, and pause it if the scheduler decides so."""
         one = self.trials[number]
-        one.run_metadata.checkpoint_manager._latest_checkpoint_result = _TrainingResult(Checkpoint(f"/{number}"), {})
+        one.saved = Checkpoint(f"/{number}")
         result = {"epoch": epoch, "accuracy": 0.1 * number}
         if self.scheduler.on_trial_result(self, one, result) == "PAUSE":
             one.set_status("PAUSED")

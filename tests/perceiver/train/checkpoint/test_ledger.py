@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from perceiver.train.checkpoint import ledger as ledgers
 from perceiver.train.checkpoint.ledger import Ledger, SampleLog
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.loop import StepInfo, sample_ids
@@ -78,7 +79,7 @@ def test_what_a_failed_write_left_out_is_written_the_next_time(tmp_path: Path, m
     ledger = Ledger(str(tmp_path / "ledger"), 0, samples, 0)
     samples(info(1, 0, world=1))
     with monkeypatch.context() as broken, pytest.raises(OSError):
-        broken.setattr(ledger, "_write", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        broken.setattr(ledgers, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("full")))
         ledger.record(1)
     samples(info(2, 0, world=1))
     ledger.record(2)
