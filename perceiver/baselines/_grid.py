@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from perceiver.config import Config, UserError
 from perceiver.modalities import InputsConfig
 from perceiver.model import Raw
+from perceiver.storage import first_line
 
 
 class BaselineConfig(Config):
@@ -75,10 +76,17 @@ def transformers_library() -> Any:
     """Import the transformers library.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or does not work with this version of torch.
     """
     try:
         import transformers
     except ImportError as error:
         raise UserError("transformers: not installed; wanted for this model: pip install '.[models]'") from error
+    try:
+        _ = transformers.PreTrainedModel  # imported on first use
+    except ImportError as error:
+        raise UserError(
+            f"transformers {transformers.__version__} does not work with torch {torch.__version__} "
+            f"({first_line(error, 80)}): install a later torch or an earlier transformers"
+        ) from error
     return transformers

@@ -24,7 +24,8 @@ def load_mesh(encoded: bytes, kind: str) -> "Trimesh":
     """Read a mesh file of the format `off` or `obj`.
 
     Raises:
-        BadSample: 0 bytes, not a mesh, too large, without faces or area, or with NaN or infinite vertices.
+        BadSample: 0 bytes, not a mesh, too large, without faces or area, with NaN or infinite vertices, or with
+            faces of missing vertices.
     """
     _check_header(encoded, kind)
     import trimesh
@@ -39,6 +40,8 @@ def load_mesh(encoded: bytes, kind: str) -> "Trimesh":
         raise BadSample("a mesh without faces")
     if not np.isfinite(vertices).all():
         raise BadSample("NaN or infinite vertices")
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise BadSample(f"a face with a vertex outside the range of {len(vertices)} vertices")
     if not mesh.area > 0:
         raise BadSample("a mesh without area")
     return mesh
