@@ -26,7 +26,7 @@ WINDOWS_LEFT_OUT = 3
 
 def run_json(*command: str) -> dict[str, Any]:
     """Run a verb with --json and return its last line."""
-    done = subprocess.run([sys.executable, "-m", "perceiver.cli", *command, "--json"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "perceiver", *command, "--json"], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"perceiver {' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

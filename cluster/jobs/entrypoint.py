@@ -47,7 +47,7 @@ def command(given: argparse.Namespace) -> list[str]:
             f"{', '.join(missing)} is not set on the cluster: set it where the nodes start (a Kubernetes secret, the "
             "autoscaler's setup commands, the shell of `perceiver cluster up`)"
         )
-    words = [sys.executable, "-m", "perceiver.cli", given.verb, given.file, *given.overrides, "--run", given.run]
+    words = [sys.executable, "-m", "perceiver", given.verb, given.file, *given.overrides, "--run", given.run]
     return [*words, "--resume"] if exists(given.output, given.run) else words
 
 

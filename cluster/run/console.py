@@ -1,5 +1,6 @@
 """The console output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+log = logging.getLogger(__name__)
 
 
 class Drawn(Protocol):
@@ -46,12 +49,14 @@ class LineConsole:
             drawn.stop()
 
     def say(self, line: str) -> None:
-        """Print one line."""
+        """Print one line, and write it to the driver's log."""
+        log.info("%s", line)
         drawn = self.drawn()
         (drawn.console if drawn is not None else self.console).print(line, markup=False)
 
     def error(self, text: str) -> None:
-        """Print an error to stderr."""
+        """Print an error to stderr, and write it to the driver's log."""
+        log.info("error: %s", text)
         self.close()
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
 

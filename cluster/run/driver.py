@@ -4,7 +4,7 @@ import concurrent.futures
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.record.failures import failure_reason
@@ -26,13 +26,17 @@ class Fit:
     Args:
         future: the result of `fit` of a trainer or a tuner.
         monitor: receives the workers' events.
+        ended: returns which process has ended without which Ray does not work, empty if none has.
 
     Attributes:
         refused: why a worker refused to continue, or empty. The others may then still run after `events` has ended.
+        lost: the process of Ray that has ended, or empty. Ray must not be called then: it would wait for that process.
     """
 
-    def __init__(self, future: "concurrent.futures.Future[Any]", monitor: Monitor) -> None:
-        self.future, self.monitor, self.refused = future, monitor, ""
+    def __init__(
+        self, future: "concurrent.futures.Future[Any]", monitor: Monitor, ended: Callable[[], str] = str
+    ) -> None:
+        self.future, self.monitor, self.ended, self.refused, self.lost = future, monitor, ended, "", ""
 
     @property
     def running(self) -> bool:
@@ -40,9 +44,12 @@ class Fit:
         return not self.future.done()
 
     def events(self) -> Iterator[Event]:
-        """Yield the workers' events, and `POLLED` after each poll, until `fit` has returned."""
+        """Yield the workers' events, and `POLLED` after each poll, until `fit` has returned or Ray has ended."""
         deadline = math.inf
         while self.running and time.monotonic() < deadline:
+            self.lost = self.ended()
+            if self.lost:
+                return
             yield from self._poll()
             yield POLLED
             if self.refused:
@@ -61,6 +68,8 @@ class Fit:
         """The workers' result (``status`` finished or stopped), or ``status`` failed or refused with ``error``."""
         if self.refused:
             return {"status": "refused", "error": self.refused}
+        if self.lost:
+            return {"status": "failed", "error": self.lost}
         if error := self.future.exception():
             log.error("fit failed", exc_info=error)
             return {"status": "failed", "error": failure_reason(error)}

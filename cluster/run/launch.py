@@ -28,12 +28,13 @@ from cluster.runtime.local import cluster_cpus
 from cluster.runtime.session import (
     Tracked,
     log_file,
+    raise_on_signal,
     ray_and_mlflow,
-    sigterm_as_interrupt,
     stop_on_signal,
     tracking_of,
 )
 from perceiver.config import UserError
+from perceiver.tracking.runs import load_handle
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def launch_training(
     folder = choose_run(recipe.output, recipe.name, resume, run)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
-        stack.enter_context(sigterm_as_interrupt())
+        stack.enter_context(raise_on_signal())
         lease = stack.enter_context(hold(folder.url))
         stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
@@ -75,6 +76,8 @@ def launch_training(
             outcome = run_workers(launch)
         except UserError:
             raise
+        except KeyboardInterrupt:
+            outcome = {"status": "stopped", "handle": load_handle(folder.local)}
         except Exception as error:  # noqa: BLE001  a bug, or a failure of the machine
             log.exception("the run failed")
             outcome = {"status": "failed", "error": one_line(error)}
@@ -85,13 +88,13 @@ def run_workers(launch: Launch) -> dict[str, Any]:
     """Run the workers; return their result, with ``status`` finished, stopped, refused or failed."""
     recipe, folder, console = launch.recipe, launch.folder, launch.console
     tracked = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
-    with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as handle:
+    with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as (session, handle):
         monitor = ActorMonitor()
         trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus()))
         watchdog = Watchdog(recipe.cluster.hang_s)
         evaluations = EvaluationTasks(recipe, folder, monitor, console.show)
         figures = RunMetrics(ray_export(folder.name), saved_at=launch.saved_at)
-        fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor)
+        fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor, session.ended)
         with stop_on_signal(monitor.request_stop, console.say, STOPPING):
             for event in fit.events():
                 watchdog.note(event, time.monotonic())
@@ -111,9 +114,10 @@ def run_workers(launch: Launch) -> dict[str, Any]:
                         raise UserError(
                             f"{folder.url}: {launch.lease.lost}; this driver stops, its work since then is discarded"
                         )
-        evaluations.cancel()
         console.close()
-        monitor.close()
+        if not fit.lost:
+            evaluations.cancel()
+            monitor.close()
         return {**fit.outcome, "handle": handle}
 
 

@@ -15,6 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Event = dict[str, Any]
 
+ANSWER_S = 2.0
+"""A call of `ActorMonitor.events` waits this long; the events of a slower answer are returned by the next call."""
+
 
 class _State:
     """The state of the actor: events, the request to stop, and messages to rank 0."""
@@ -58,11 +61,17 @@ class ActorMonitor:
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(_State)
+        self._asked: Any = None
         self.address: Any = actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
     def events(self) -> list[Event]:
         """Return the events since the last call, in the order in which they were sent."""
-        return ray.get(self.address.drain.remote())
+        self._asked = self._asked or self.address.drain.remote()
+        ready, _ = ray.wait([self._asked], timeout=ANSWER_S)
+        if not ready:
+            return []
+        asked, self._asked = self._asked, None
+        return ray.get(asked)
 
     def request_stop(self) -> None:
         """Ask the workers to save a checkpoint and stop."""

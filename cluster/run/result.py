@@ -42,6 +42,8 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
         say(f"{left:,} rows of the run's history in {folder.local} are not in mlflow yet: --resume sends them")
     if status == "finished":
         _say_results(launch, outcome, report)
+    elif status == "stopped" and "step" not in outcome:
+        say(f"stopped at once, without a new checkpoint; {continue_with}")
     elif status == "stopped":
         say(f"stopped after step {outcome['step']} of {outcome['total_steps']}, checkpoint saved; {continue_with}")
     else:

@@ -5,12 +5,19 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
+import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cluster.recipe.resources import ClusterConfig, machine_cpus
+from cluster.runtime.ray_internals import LOOPBACK, loopback_address
 from perceiver.config import UserError
 from perceiver.storage import first_line
 from perceiver.tracking.redaction import redact_text
@@ -37,6 +44,13 @@ QUIET_ENVIRONMENT = {
 }
 
 
+MARK = "PERCEIVER_RAY"
+"""Environment variable that identifies all processes of a local Ray instance."""
+
+LONGEST_TEMPORARY = 36
+"""Longest temporary folder in bytes: the path of a socket has at most 107, of which Ray's part takes up to 70."""
+
+
 def set_quiet_environment() -> None:
     """Turn telemetry off and reduce log output, unless the user's environment says otherwise."""
     for name, value in QUIET_ENVIRONMENT.items():
@@ -51,17 +65,44 @@ class RaySession:
         own: whether this process started it.
         folder: session folder on this machine.
         dashboard: address of the dashboard; empty without one.
+        processes: those without which a local instance does not work.
+        agents: those that the raylet has started, which hide their environment and may outlive it.
+        mark: value of the variable `MARK` in all processes of a local instance.
     """
 
     own: bool
     folder: str
     dashboard: str
+    processes: tuple[psutil.Process, ...] = ()
+    agents: tuple[psutil.Process, ...] = ()
+    mark: str = ""
+
+    def ended(self) -> str:
+        """Return the process of a local instance that has ended, empty if all are running.
+
+        The others are killed at once then: Ray would print their logs to the terminal.
+        """
+        lost = next((each for each in self.processes if not _runs(each)), None)
+        if lost is None:
+            return ""
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return f"Ray's process {lost.pid} ({lost.name()}) has ended"
 
     def stop(self, keep_logs: Path) -> None:
         """Disconnect; stop a local instance and copy its logs to `keep_logs`, which is replaced if it exists."""
         import ray
 
-        ray.shutdown()
+        if self.ended():
+            # `ray.shutdown` would wait for the process.
+            for process in (*self.agents, *marked_processes(MARK, self.mark)):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        else:
+            if self.own:
+                end_monitors()
+            ray.shutdown()
         logs = Path(self.folder, "logs")
         if self.own and logs.is_dir():
             shutil.rmtree(keep_logs, ignore_errors=True)
@@ -80,6 +121,9 @@ def start_ray(config: ClusterConfig) -> RaySession:
     import ray
 
     context: Any
+    processes: list[psutil.Process] = []
+    agents: list[psutil.Process] = []
+    mark = secrets.token_hex(4)
     address = config.resolved_address()
     if address is not None or config.dashboard:
         # The dashboard's Train page reads what this actor collects.
@@ -88,18 +132,28 @@ def start_ray(config: ClusterConfig) -> RaySession:
     if address is None:
         if os.environ.get("RAY_AUTH_MODE") != "disabled":  # by default Ray requires a token
             make_token()
-        context = ray.init(
-            address="local",
-            num_cpus=machine_cpus(),
-            object_store_memory=config.store_mb * 1_000_000,
-            include_dashboard=config.dashboard,
-            dashboard_host="127.0.0.1",
-            **quiet,
-        )
+        shorten_temporary_folder()
+        os.environ[MARK] = mark
+        try:
+            with sigterm_blocked():
+                context = ray.init(
+                    address="local",
+                    num_cpus=machine_cpus(),
+                    object_store_memory=config.store_mb * 1_000_000,
+                    include_dashboard=config.dashboard,
+                    dashboard_host=LOOPBACK,
+                    **loopback_address(),
+                    **quiet,
+                )
+        finally:
+            del os.environ[MARK]
+        processes = [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]
+        agents = [child for each in processes for child in each.children()]
     else:
         check_reachable(address)
         try:
-            context = ray.init(address=address, **quiet)
+            with sigterm_blocked():
+                context = ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = redact_text(first_line(error))
             raise UserError(
@@ -110,7 +164,72 @@ def start_ray(config: ClusterConfig) -> RaySession:
         own=address is None,
         folder=str(context.address_info.get("session_dir") or ""),
         dashboard=(context.dashboard_url or "") if shown else "",
+        processes=tuple(processes),
+        agents=tuple(agents),
+        mark=mark,
     )
+
+
+@contextlib.contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    """Block SIGTERM in the processes that this one starts; afterwards this process handles it as before.
+
+    Slurm's time limit, systemd and GNU timeout send SIGTERM to every process of a run. If Ray's processes and the
+    workers ended with it, the driver could not save a checkpoint. Ray stops processes with SIGKILL after a second.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # `ray.init` sets its own
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def marked_processes(name: str, value: str) -> list[psutil.Process]:
+    """Return the processes that were started with a value of an environment variable, and all their descendants."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(name) == value:
+                found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
+    return list(found.values())
+
+
+def end_monitors() -> None:
+    """Kill the log and metrics monitors of a local Ray instance, for each of which `ray.shutdown` waits a second."""
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any("/ray/" in word and word.endswith(".py") for word in process.cmdline()):
+                process.kill()
+
+
+def shorten_temporary_folder() -> None:
+    """Let Ray use /tmp if the names of its sockets would be too long in the temporary folder.
+
+    Raises:
+        UserError: /tmp cannot be used either, or RAY_TMPDIR is too long.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(folder)) <= LONGEST_TEMPORARY:
+        return
+    if os.environ.get("RAY_TMPDIR") or not os.access("/tmp", os.W_OK):
+        name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+        raise UserError(
+            f"{name}={folder} has {len(os.fsencode(folder))} bytes, which makes the names of Ray's sockets too long: "
+            f"set RAY_TMPDIR to a folder of at most {LONGEST_TEMPORARY} bytes"
+        )
+    os.environ["RAY_TMPDIR"] = "/tmp"
 
 
 def check_reachable(address: str) -> None:

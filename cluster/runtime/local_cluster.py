@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster.recipe.file import read_yaml_config
 from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
-from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token
+from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token, marked_processes
 from perceiver.config import Config, UserError
 from perceiver.storage import cache_folder, write_whole
 
@@ -73,12 +73,7 @@ class LocalCluster:
 
     def processes(self) -> list[psutil.Process]:
         """Return all processes of the cluster, including those of its jobs."""
-        found: dict[int, psutil.Process] = {}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self.name:
-                    found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
-        return list(found.values())
+        return marked_processes(MARK, self.name)
 
     def raylets(self) -> dict[str, int]:
         """Return the process id of each live node's raylet, by the node's address."""

@@ -1,11 +1,16 @@
-"""The process group of a run's workers: NCCL or Gloo, at the nodes' addresses in Ray."""
+"""The process group of a run's workers: NCCL or Gloo, at the nodes' addresses in Ray, on one machine on loopback."""
 
 import os
 import socket
+import tempfile
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
+import ray.train
 import ray.util
 from ray.train.torch import TorchConfig
 
@@ -13,20 +18,33 @@ from cluster.recipe.resources import ClusterConfig
 
 
 def use_node_interface() -> None:
-    """Set `GLOO_SOCKET_IFNAME` to the interface of this node's address in Ray, unless it is set.
+    """Set `GLOO_SOCKET_IFNAME` and `NCCL_SOCKET_IFNAME` to the interface of this node's address in Ray, unless set.
 
     By default Gloo uses the address that the host's name resolves to, which on many machines (Debian's /etc/hosts) is
     127.0.1.1: workers on different machines then do not find each other. If no interface has the node's address,
-    nothing is set.
+    nothing is set. NCCL's own choice is left alone but on one machine, where it is loopback, too.
     """
-    if os.environ.get("GLOO_SOCKET_IFNAME"):
-        return
     here = ray.util.get_node_ip_address()
     families = (socket.AF_INET, socket.AF_INET6)
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.family in families and each.address == here for each in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            if here == "127.0.0.1":
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
             return
+
+
+def join_by_file(path: str, backend: str, timeout_s: float) -> None:
+    """Join the process group of workers on one machine, which meet at a file."""
+    import torch.distributed as dist
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    ranks = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": context.get_local_rank()}
+    ranks |= {"LOCAL_WORLD_SIZE": context.get_local_world_size(), "NODE_RANK": context.get_node_rank()}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=world, timeout=timeout)
 
 
 class NodeAddressBackend(TorchConfig().backend_cls):
@@ -38,16 +56,35 @@ class NodeAddressBackend(TorchConfig().backend_cls):
         super().on_start(worker_group, backend_config)
 
 
+class LoopbackBackend(NodeAddressBackend):
+    """Ray Train's backend for torch on one machine: the workers meet at a file, since torch's TCPStore listens on all
+    interfaces and asks for no password.
+    """
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Start the process group. Ray calls this in the controller, at each start of the workers with a new file."""
+        worker_group.execute(use_node_interface)
+        path = str(Path(tempfile.mkdtemp(prefix="perceiver-"), "rendezvous"))
+        worker_group.execute(join_by_file, path, str(backend_config.backend), backend_config.timeout_s)
+
+
 @dataclass
 class NodeAddressTorchConfig(TorchConfig):
-    """`ray.train.torch.TorchConfig` with `NodeAddressBackend`."""
+    """`ray.train.torch.TorchConfig` with `NodeAddressBackend`, or `LoopbackBackend` on one machine.
+
+    Attributes:
+        one_machine: whether all workers run on the driver's machine.
+    """
+
+    one_machine: bool = False
 
     @property
     def backend_cls(self) -> type:
         """Return the class of the backend."""
-        return NodeAddressBackend
+        return LoopbackBackend if self.one_machine else NodeAddressBackend
 
 
 def torch_config(cluster: ClusterConfig) -> TorchConfig:
     """Return the torch backend of a run's workers: NCCL on GPUs, otherwise Gloo."""
-    return NodeAddressTorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo")
+    backend = "nccl" if cluster.gpus_per_worker else "gloo"
+    return NodeAddressTorchConfig(backend=backend, one_machine=cluster.resolved_address() is None)

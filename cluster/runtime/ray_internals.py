@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 REST_S = 0.01
 ALMOST = 1 - 1e-6
 """Share of an epoch that counts as the whole, in spite of rounding."""
+LOOPBACK = "127.0.0.1"
 CONNECT_S, ANSWER_S = 5, 30
 """Seconds for a connection to the job server, and for its answer."""
 
@@ -80,6 +81,14 @@ def job_client_class() -> Any:
             return super()._do_request(method, endpoint, **{"timeout": (CONNECT_S, ANSWER_S), **options})
 
     return Client
+
+
+def loopback_address() -> dict[str, Any]:
+    """Return the argument of `ray.init` that lets all processes of a local Ray instance listen on loopback only.
+
+    Without this they listen on all interfaces, the metrics port among them, which asks for no token.
+    """
+    return {"_node_ip_address": LOOPBACK} if allowed() else {}
 
 
 def quiet_data_progress() -> None:

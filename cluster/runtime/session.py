@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.recipe.resources import ClusterConfig
 from cluster.record.run_folder import RunFolder
-from cluster.runtime.local import start_ray
+from cluster.runtime.local import RaySession, start_ray
 from perceiver.tracking.record import HISTORY
 from perceiver.tracking.redaction import redact_text
 from perceiver.tracking.runs import RunHandle, TrackingConfig, create_run, load_handle
@@ -58,7 +58,7 @@ def ray_and_mlflow(
     run: Tracked,
     background: ThreadPoolExecutor,
     say: Callable[[str], None],
-) -> Iterator[RunHandle | None]:
+) -> Iterator[tuple[RaySession, RunHandle | None]]:
     """Connect to Ray and open the MLflow run, both at the same time; on exit, stop Ray in the background.
 
     Args:
@@ -80,7 +80,7 @@ def ray_and_mlflow(
         say(f"logs {folder.local / 'logs' / 'driver.log'} and {ray_session.folder}/logs")
         if ray_session.dashboard:
             say(f"dashboard http://{ray_session.dashboard}")
-        yield handle
+        yield ray_session, handle
     finally:
         background.submit(ray_session.stop, folder.local / "logs" / "ray")  # while the report is written
 
@@ -110,6 +110,17 @@ def _say_tracking(folder: RunFolder, handle: RunHandle | None, say: Callable[[st
 
 
 @contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle Ctrl-C and SIGTERM by a function."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
 def stop_on_signal(request_stop: Callable[[], None], say: Callable[[str], None], line: str) -> Iterator[None]:
     """Call `request_stop` and print `line` at the first Ctrl-C or SIGTERM; raise KeyboardInterrupt at the second.
 
@@ -125,26 +136,19 @@ def stop_on_signal(request_stop: Callable[[], None], say: Callable[[str], None],
         elif time.monotonic() - asked[0] > 1.0:
             raise KeyboardInterrupt
 
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(handler):
         yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM while a run starts, so that its lease is released."""
+def raise_on_signal() -> Iterator[None]:
+    """Raise KeyboardInterrupt on Ctrl-C and SIGTERM while a run starts, so that its lease is released."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, handler)
-    try:
+    with handled(handler):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

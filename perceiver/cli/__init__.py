@@ -59,27 +59,3 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def main() -> None:
-    """Run the command line; a `UserError` becomes one line on stderr and exit code 2."""
-    try:
-        code = cli(standalone_mode=False)
-    except UserError as error:
-        click.echo(f"error: {error}", err=True)
-        leave(2)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except Exception as error:  # noqa: BLE001  a bug of ours: the traceback is shown on request only
-        if os.environ.get("PERCEIVER_TRACEBACK"):
-            raise
-        from perceiver.storage import first_line
-
-        reason = first_line(error)
-        click.echo(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
-        code = 1
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped", err=True)
-        code = 130
-    sys.exit(code or 0)

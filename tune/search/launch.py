@@ -17,8 +17,8 @@ from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder, choose_run, redacted_recipe
 from cluster.run.driver import Fit
 from cluster.run.monitor import ActorMonitor
-from cluster.runtime.local import start_ray
-from cluster.runtime.session import Tracked, log_file, ray_and_mlflow, stop_on_signal
+from cluster.runtime.local import RaySession, start_ray
+from cluster.runtime.session import Tracked, log_file, raise_on_signal, ray_and_mlflow, stop_on_signal
 from perceiver.config import UserError
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
 from tune.config import OptunaSearch, Search, build_search
@@ -103,6 +103,7 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
     _keep_search(plan, folder, start.resume)
     save_record(record, folder)
     with SearchConsole(record) as console, ExitStack() as stack:
+        stack.enter_context(raise_on_signal())
         stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
         launch = SearchLaunch(plan, start, folder, record, waiting, console, background)
@@ -113,6 +114,8 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
             outcome = _search(launch)
         except UserError:
             raise
+        except KeyboardInterrupt:
+            outcome = {"status": "stopped"}
         except Exception as error:  # noqa: BLE001  a defect of the program or the machine
             log.exception("the search failed")
             outcome = {"status": "failed", "error": one_line(error)}
@@ -188,10 +191,10 @@ def _search(launch: SearchLaunch) -> dict[str, Any]:
     _say_header(launch)
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
     run = Tracked(launch.tracking, params, _source_tag(launch))
-    with ray_and_mlflow(recipe.cluster, folder, run, launch.background, launch.console.say) as handle:
+    with ray_and_mlflow(recipe.cluster, folder, run, launch.background, launch.console.say) as (session, handle):
         if handle is not None:
             launch.tracker = open_tracker(handle, folder.local, system_metrics_node="")
-        return {**_tune(launch, handle), "handle": handle}
+        return {**_tune(launch, session, handle), "handle": handle}
 
 
 def _say_header(launch: SearchLaunch) -> None:
@@ -215,7 +218,7 @@ def _sampler(launch: SearchLaunch) -> Sampler:
     return FixedSampler(launch.plan.known, launch.plan.labels)
 
 
-def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
+def _tune(launch: SearchLaunch, session: RaySession, handle: RunHandle | None) -> dict[str, Any]:
     """Run Ray Tune in a thread; this one prints progress and handles the user's signals."""
     control = ActorMonitor()
     coordinator = Coordinator(
@@ -229,7 +232,7 @@ def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
         coordinator.stopping = True
         launch.console.say(line)
 
-    fit = Fit(ThreadPoolExecutor(1, "fit").submit(tuner.fit), control)
+    fit = Fit(ThreadPoolExecutor(1, "fit").submit(tuner.fit), control, session.ended)
     launch.console.open()
     with stop_on_signal(control.request_stop, stopping, STOPPING):
         for event in fit.events():
@@ -241,7 +244,8 @@ def _tune(launch: SearchLaunch, handle: RunHandle | None) -> dict[str, Any]:
                 launch.console.refresh()
     launch.console.close()
     coordinator.close()
-    control.close()
+    if not fit.lost:
+        control.close()
     return {"status": "stopped" if coordinator.stopping else "finished", **fit.outcome}
 
 

@@ -176,7 +176,7 @@ def test_the_command_exits_with_1_after_a_failure(home: Path) -> None:
     token.parent.mkdir()
     token.write_text("x")
     token.chmod(0o604)
-    words = [sys.executable, "-m", "perceiver.cli", "doctor", "--json"]
+    words = [sys.executable, "-m", "perceiver", "doctor", "--json"]
     done = subprocess.run(
         words, cwd=home, env={**os.environ, "HOME": str(home)}, capture_output=True, text=True, check=False
     )

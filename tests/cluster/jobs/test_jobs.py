@@ -36,7 +36,7 @@ from tune.search.submission import is_search, searching
 from tune.search_file import read_search
 
 pytestmark = pytest.mark.usefixtures("home")
-PERCEIVER = [sys.executable, "-m", "perceiver.cli"]
+PERCEIVER = [sys.executable, "-m", "perceiver"]
 POLL_S = 0.2
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.record.lease import FILE, LeaseFile, Owner, acquire, hold
-from cluster.runtime.session import sigterm_as_interrupt
+from cluster.runtime.session import raise_on_signal
 from perceiver.config import UserError
 
 LIFE = 0.8
@@ -123,7 +123,7 @@ def test_the_lease_of_a_killed_driver_is_free_on_its_machine(tmp_path: Path) -> 
 
 def test_a_driver_that_is_terminated_while_it_starts_releases_its_lease(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt(), hold(str(tmp_path), 30):
+    with pytest.raises(KeyboardInterrupt), raise_on_signal(), hold(str(tmp_path), 30):
         signal.raise_signal(signal.SIGTERM)
     assert not (tmp_path / FILE).exists() and signal.getsignal(signal.SIGTERM) is before
 

@@ -17,7 +17,7 @@ def losses(folder: Path, tree: dict[str, Any], *starts: list[str], **environment
     folder.mkdir()
     recipe = write_recipe(folder, {**tree, "output": str(folder / "runs")})
     for words in starts:
-        command = [sys.executable, "-m", "perceiver.cli", "train", str(recipe), *words]
+        command = [sys.executable, "-m", "perceiver", "train", str(recipe), *words]
         done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=550)
         assert done.returncode == 0, done.stdout + done.stderr
     history = folder / "runs" / "small-001" / "checkpoints" / "step-00000008" / "history.jsonl"

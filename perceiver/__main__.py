@@ -1,0 +1,66 @@
+"""`perceiver` and `python -m perceiver`: signals, the command line, and the exit code of each end."""
+
+import contextlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+
+def main() -> None:
+    """Run the command line; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+        import click
+
+        from perceiver.cli import cli, leave
+        from perceiver.config import UserError
+    except KeyboardInterrupt:
+        stopped()
+    try:
+        code = cli(standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        stopped()
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        leave(2)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except Exception as error:  # noqa: BLE001  a bug of ours: the traceback is shown on request only
+        if os.environ.get("PERCEIVER_TRACEBACK"):
+            raise
+        from perceiver.storage import first_line
+
+        reason = first_line(error)
+        click.echo(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
+        code = 1
+    if code:
+        leave(code)
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C and SIGTERM: raise KeyboardInterrupt, or end the process at once during an import.
+
+    Libraries turn a KeyboardInterrupt in their imports into other errors, and nothing needs to be cleaned up there:
+    commands that start processes or take a lease set handlers of their own first.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            stopped()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def stopped() -> NoReturn:
+    """Say that the command was stopped, and exit without waiting for threads, in which Ray may still be starting."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()
