@@ -1,8 +1,13 @@
-"""The base class of all configurations, and the error for invalid user input."""
+"""The base class of all configurations, the ranges of their numbers, and the error for invalid user input.
 
-from typing import Any, ClassVar
+Every number of a configuration has a lower and an upper bound in its type, so that help and schema show them. The
+bounds exclude what cannot work; they are generous otherwise. What exceeds this machine is refused by
+`cluster.recipe.preflight`, which knows the whole recipe.
+"""
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class UserError(Exception):
@@ -27,3 +32,61 @@ class Config(BaseModel):
         if not cls.retired or not isinstance(given, dict):
             return given
         return {key: value for key, value in given.items() if key not in cls.retired}
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()}, wanted a number")
+    return value
+
+
+def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"{list(limits)}: wanted [low, high] with low <= high")
+    return limits
+
+
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+"""A whole number; the bounds are in the field."""
+Real = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+"""A finite number; the bounds are in the field."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""The first part of a folder's name."""
+
+Seed = Annotated[Whole, Field(ge=0, lt=1 << 63)]
+"""The seed of a random generator."""
+Size = Annotated[Whole, Field(gt=0, le=1 << 24)]
+"""Elements along an axis of a tensor: channels, latents, tokens, pixels, samples."""
+Layers = Annotated[Whole, Field(gt=0, le=1000)]
+"""Layers of a network, each of which is built."""
+Count = Annotated[Whole, Field(gt=0, le=1_000_000_000)]
+"""A number of things of which there is at least one: steps, samples, rows."""
+CountOrNone = Annotated[Whole, Field(ge=0, le=1_000_000_000)]
+"""A number of things of which there may be none."""
+Bytes = Annotated[Whole, Field(gt=0, le=1 << 50)]
+"""An amount of memory or storage."""
+
+Positive = Annotated[Real, Field(gt=0, le=1e9)]
+"""A positive amount: seconds, epochs, rates."""
+NonNegative = Annotated[Real, Field(ge=0, le=1e9)]
+"""An amount that may be zero."""
+Probability = Annotated[Real, Field(ge=0, le=1)]
+"""A probability or share."""
+Seconds = Annotated[Real, Field(ge=0, le=86_400)]
+"""A pause of up to a day."""
+Widening = Annotated[Real, Field(gt=0, le=1000)]
+"""Inner width of an MLP over its width."""
+Scale = Annotated[Real, Field(ge=1e-12, le=1e6)]
+"""A factor or standard deviation; its reciprocal is finite in float32."""
+Shift = Annotated[Real, Field(ge=-1e6, le=1e6)]
+"""A mean or offset."""
+
+Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ordered)]
+"""[low, high] of a random number, which may be zero."""
+_Factor = Annotated[Real, Field(ge=1e-3, le=1e3)]
+Factors = Annotated[tuple[_Factor, _Factor], AfterValidator(_ordered)]
+"""[low, high] of a random factor."""
+_Share = Annotated[Real, Field(gt=0, le=1)]
+Shares = Annotated[tuple[_Share, _Share], AfterValidator(_ordered)]
+"""[low, high] of a random share."""

@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
 
 from perceiver import registry
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Probability, Size, UserError
 from perceiver.model import latent_array
 from perceiver.positions import Inputs
 
@@ -24,11 +24,11 @@ class MultimodalConfig(Config):
     modalities: dict[str, SerializeAsAny[Config]] = Field(
         description="Modality configs (each with its kind) by name; null: left out."
     )
-    min_padding: int = Field(default=4, ge=1, description="Least width of the learned modality vectors.")
-    dropout: dict[str, float] = Field(
+    min_padding: Size = Field(default=4, description="Least width of the learned modality vectors.")
+    dropout: dict[str, Probability] = Field(
         default={}, description="Chance per sample that a modality's data are zeroed in training (video 0.3 in §4.2)."
     )
-    mask: dict[str, float] = Field(
+    mask: dict[str, Probability] = Field(
         default={}, description="Chance per sample that a learned vector stands for a modality in training (label 0.5)."
     )
     hide: tuple[str, ...] = Field(

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config
+from perceiver.config import Config, Whole
 from perceiver.tasks._base import Batch, LossOutput, Task, valid_rows
 from perceiver.tasks._clips import clip_logits, mean_sigmoid
 
@@ -22,8 +22,11 @@ class TaggingConfig(Config):
     """Each sample has any number of classes: batch key `label` (B, K), 0 or 1."""
 
     kind: Literal["tagging"] = "tagging"
-    bins: int = Field(
-        default=8192, ge=2, description="Score bins of the mean average precision in evaluation; 16 bytes a class each."
+    bins: Whole = Field(
+        default=8192,
+        ge=2,
+        le=1 << 20,
+        description="Score bins of the mean average precision in evaluation; 16 bytes a class each.",
     )
 
     def build(self, *, classes: int) -> Task:

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Real, UserError
 from perceiver.storage import write_whole
 from perceiver.tracking.mlflow_process import ask
 from perceiver.tracking.record import HISTORY, LOG, NOTES, RUN, LineWriter, unsent
@@ -50,7 +50,9 @@ class TrackingConfig(Config):
     )
     tags: dict[str, str] = Field(default_factory=dict, description="tags of the run")
     system_metrics: bool = Field(default=True, description="log CPU, memory, network and GPU load of each node")
-    system_metrics_interval: PositiveFloat = Field(default=10.0, description="seconds between two samples of that load")
+    system_metrics_interval: Real = Field(
+        default=10.0, ge=0.1, le=86_400, description="seconds between two samples of that load"
+    )
     required: bool = Field(
         default=False,
         description="refuse to start if the server does not answer; otherwise train, keep the metrics in the run's "
