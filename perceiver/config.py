@@ -5,9 +5,21 @@ bounds exclude what cannot work; they are generous otherwise. What exceeds this 
 `cluster.recipe.preflight`, which knows the whole recipe.
 """
 
+import re
 from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Characters that break a line or change a terminal."""
+
+
+def shown(text: str, longest: int = 80) -> str:
+    """Return text for a message: on one line, without control characters, and the middle cut out if it is long."""
+    if len(text) > longest:
+        text = f"{text[: longest * 2 // 3]}...{text[-longest // 4 :]}"
+    return CONTROL.sub(" ", text)
 
 
 class UserError(Exception):
@@ -16,6 +28,9 @@ class UserError(Exception):
     The message is one line: what was got, what was wanted, the key or file, and the fix. The command line prints it
     without a traceback and exits with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message, 1500))
 
 
 class Config(BaseModel):
@@ -54,12 +69,27 @@ Real = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 """The first part of a folder's name."""
 
+
+def _parseable(url: str) -> str:
+    try:
+        if "://" in url:
+            _ = urlsplit(url).port
+    except ValueError:  # its message would quote a part of the URL, which may be a password
+        raise ValueError("the host or the port of the URL cannot be parsed") from None
+    return url
+
+
+Location = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_parseable)]
+"""A local path, or a URL that fsspec knows."""
+
 Seed = Annotated[Whole, Field(ge=0, lt=1 << 63)]
 """The seed of a random generator."""
 Size = Annotated[Whole, Field(gt=0, le=1 << 24)]
 """Elements along an axis of a tensor: channels, latents, tokens, pixels, samples."""
 Layers = Annotated[Whole, Field(gt=0, le=1000)]
 """Layers of a network, each of which is built."""
+Bands = Annotated[Whole, Field(gt=0, le=4096)]
+"""Frequencies of Fourier positions, per axis."""
 Count = Annotated[Whole, Field(gt=0, le=1_000_000_000)]
 """A number of things of which there is at least one: steps, samples, rows."""
 CountOrNone = Annotated[Whole, Field(ge=0, le=1_000_000_000)]
@@ -68,7 +98,11 @@ Bytes = Annotated[Whole, Field(gt=0, le=1 << 50)]
 """An amount of memory or storage."""
 
 Positive = Annotated[Real, Field(gt=0, le=1e9)]
-"""A positive amount: seconds, epochs, rates."""
+"""A positive amount: seconds, pixels."""
+Epochs = Annotated[Real, Field(ge=1e-6, le=1e9)]
+"""Passes over the training data."""
+Resource = Annotated[Real, Field(ge=0.001, le=1e15)]
+"""An amount of a resource that Ray counts: CPUs, bytes of memory, custom ones."""
 NonNegative = Annotated[Real, Field(ge=0, le=1e9)]
 """An amount that may be zero."""
 Probability = Annotated[Real, Field(ge=0, le=1)]

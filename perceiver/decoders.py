@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.attention import linear, zero_linear
-from perceiver.config import Config, Scale, Size, UserError
+from perceiver.config import Bands, Config, Scale, Size, UserError
 from perceiver.model import latent_array, need_classes
 from perceiver.positions import Inputs, fourier_features
 
@@ -144,7 +144,7 @@ class GridOutput(Config):
 
     grid: tuple[Size, ...] = Field(description="Shape of the grid of output elements.")
     values: Size = Field(description="Values per element.")
-    bands: Size = Field(description="Frequencies per axis.")
+    bands: Bands = Field(description="Frequencies per axis.")
     max_resolution: tuple[Scale, ...] = Field(description="Sampling rate per axis.")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +18,10 @@ from perceiver.config import Config, Layers, Scale, Size, UserError, Whole, Wide
 from perceiver.positions import Inputs
 
 Raw = Tensor | Mapping[str, Tensor]
+
+
+MOST_LAYERS = 2_000
+"""Layers of latent Transformers that are applied to a sample."""
 
 
 class EncoderConfig(Config):
@@ -50,6 +54,16 @@ class EncoderConfig(Config):
     checkpoint_activations: bool = Field(
         default=False, description="Recompute each layer in the backward pass: less memory, a third more time."
     )
+
+    @model_validator(mode="after")
+    def _few_layers(self) -> "EncoderConfig":
+        blocks = getattr(self, "blocks", None) or getattr(self, "cross_attends", 1)
+        if blocks * self.self_attends_per_block > MOST_LAYERS:
+            raise ValueError(
+                f"{blocks} blocks with self_attends_per_block = {self.self_attends_per_block} are more than "
+                f"{MOST_LAYERS:,} layers: lower one of them"
+            )
+        return self
 
 
 class PerceiverConfig(EncoderConfig):

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, Scale, Size
+from perceiver.config import Bands, Config, Scale, Size
 
 LAYER_NORM_EPS = 1e-5
 
@@ -23,7 +23,7 @@ class FourierConfig(Config):
     """Fourier features: for each axis the coordinate in [-1, 1] and sin, cos at linearly spaced frequencies."""
 
     kind: Literal["fourier"] = "fourier"
-    bands: Size = Field(default=64, description="Frequencies per axis (K).")
+    bands: Bands = Field(default=64, description="Frequencies per axis (K).")
     max_resolution: tuple[Scale, ...] | None = Field(
         default=None,
         description="Sampling rate per axis (mu); the highest frequency is mu/2. Default: the grid's size.",

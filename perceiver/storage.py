@@ -190,7 +190,7 @@ def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
     """
     try:
         fs, path = fsspec.core.url_to_fs(os.fspath(url), **resolve_options(options or {}))
-    except (ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(
             f"cannot open {url}: {error}; wanted a path or a URL that fsspec knows"
             " (for s3:// install perceiver-train[s3])"

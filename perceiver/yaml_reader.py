@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from perceiver.config import UserError
+from perceiver.config import CONTROL, UserError, shown
 
 LARGEST_BYTES = 1_000_000
 DEEPEST = 30
 MOST_VALUES = 20_000
 """Values in a document, aliases expanded."""
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_LAYOUT = str.maketrans("", "", "\t\n\r")
 _MERGE = "tag:yaml.org,2002:merge"
 _TEXT = "tag:yaml.org,2002:str"
 
@@ -52,12 +52,6 @@ def parse_yaml(data: str | bytes, source: str) -> Any:
         line = text[:position].count("\n") + 1 if isinstance(position, int) else 1
         character = f"U+{getattr(error, 'character', 0):04X}"
         raise UserError(f"{source}, line {line}: not valid YAML: the character {character} is not allowed") from None
-
-
-def shown(text: str, longest: int = 80) -> str:
-    """Return text for a message: on one line, without control characters, and cut if it is long."""
-    line = _CONTROL.sub("?", " ".join(text[: 4 * longest].split()))
-    return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 class _Refused(yaml.MarkedYAMLError):
@@ -101,7 +95,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: Any) -> Any:
         node = super().compose_scalar_node(anchor)
-        if found := _CONTROL.search(node.value):
+        if found := CONTROL.search(node.value.translate(_LAYOUT)):
             problem = f"the character U+{ord(found[0]):04X} is not allowed in text"
             raise _Refused(problem=problem, problem_mark=node.start_mark)
         return node

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.file import explain
-from perceiver.config import Config, Count, CountOrNone, Name, Positive, Probability, Real, UserError, Whole
+from perceiver.config import Config, Count, CountOrNone, Epochs, Name, Probability, Real, UserError, Whole
 from tune.space.space import Choice, GridChoice, Space, flatten_space, with_values
 
 KEPT = 4
@@ -31,7 +31,7 @@ class Asha(Config):
     """Asynchronous successive halving: at each rung only the best share of the trials continues (`kind: asha`)."""
 
     kind: Literal["asha"]
-    grace: Positive = Field(default=1.0, description="epochs before a trial may be stopped: the first rung")
+    grace: Epochs = Field(default=1.0, description="epochs before a trial may be stopped: the first rung")
     reduction: Real = Field(
         default=3.0, gt=1, le=1e6, description="one in this many continues; each rung is this many times later"
     )
@@ -49,7 +49,7 @@ class Median(Config):
     """Stop a trial whose best is worse than the median of the others' means (`kind: median`)."""
 
     kind: Literal["median"]
-    grace: Positive = Field(default=1.0, description="epochs before a trial may be stopped")
+    grace: Epochs = Field(default=1.0, description="epochs before a trial may be stopped")
     min_trials: Count = Field(default=3, description="other trials that must have reached the same epoch")
 
 
@@ -57,7 +57,7 @@ class Pbt(Config):
     """Population based training: bad trials continue from good ones' weights with changed values (`kind: pbt`)."""
 
     kind: Literal["pbt"]
-    interval: Positive = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
+    interval: Epochs = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
     quantile: Real = Field(default=0.25, gt=0, le=0.5, description="share of the trials that take over and are taken")
     resample: Probability = Field(default=0.25, description="probability of a new value instead of a changed one")
 
@@ -66,7 +66,7 @@ class Pb2(Config):
     """PBT with values from a Gaussian process; ranges only (`kind: pb2`)."""
 
     kind: Literal["pb2"]
-    interval: Positive = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
+    interval: Epochs = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
     quantile: Real = Field(default=0.25, gt=0, le=0.5, description="share of the trials that take over and are taken")
 
 

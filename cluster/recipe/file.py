@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from perceiver.config import Config, UserError
-from perceiver.yaml_reader import DEEPEST, LARGEST_BYTES, parse_yaml, shown
+from perceiver.config import Config, UserError, shown
+from perceiver.yaml_reader import DEEPEST, LARGEST_BYTES, parse_yaml
 
 Kind = TypeVar("Kind", bound=Config)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from perceiver.config import Config, Positive, Real, UserError, Whole
+from perceiver.config import Config, Real, Resource, UserError, Whole
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_STORE_MB, STORE_MB = 80, 400
@@ -34,12 +34,12 @@ class ClusterConfig(Config):
         description="on a cluster: train with at least this many workers while nodes are missing, and with up to "
         "cluster.workers as nodes join; default: cluster.workers",
     )
-    cpus_per_worker: Positive | None = Field(
+    cpus_per_worker: Resource | None = Field(
         default=None,
         description="logical CPUs per worker; default: on this machine an equal share of what data tasks leave",
     )
     gpus_per_worker: Real = Field(default=0, ge=0, le=1000, description="GPUs per worker")
-    worker_resources: dict[str, Positive] = Field(
+    worker_resources: dict[str, Resource] = Field(
         default={}, description="custom resources per worker, in addition to CPUs and GPUs"
     )
     worker_labels: dict[str, str] = Field(
@@ -55,12 +55,17 @@ class ClusterConfig(Config):
         default=600, gt=0, le=86_400, description="seconds for a stopped job to save its checkpoint before it is killed"
     )
     max_failures: Whole = Field(default=3, ge=0, le=1_000_000, description="worker failures after which the run fails")
-    hang_s: Positive = Field(
+    hang_s: Real = Field(
         default=60,
+        ge=0.1,
+        le=1e6,
         description="seconds without a heartbeat, or without a batch that others got, until a worker is killed",
     )
-    mtbf_hours: Positive = Field(
-        default=24, description="mean hours between failures of a run, for train.checkpoint_every=auto"
+    mtbf_hours: Real = Field(
+        default=24,
+        ge=0.001,
+        le=1e6,
+        description="mean hours between failures of a run, for train.checkpoint_every=auto",
     )
     dashboard: bool = Field(
         default=False, description="dashboard of a local Ray instance, on loopback: ten processes, 1 GB of memory"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.record.failures import failure_reason
+from cluster.record.failures import TRANSIENT, failure_reason
 from cluster.run.monitor import Event, Monitor
 
 log = logging.getLogger(__name__)
@@ -28,11 +28,13 @@ class Fit:
         monitor: receives the workers' events.
 
     Attributes:
-        refused: why a worker refused to continue, or empty. The others may then still run after `events` has ended.
+        refused: why a worker refused to continue, or failed twice in the same way without a step in between; else
+            empty. The others may then still run after `events` has ended.
     """
 
     def __init__(self, future: "concurrent.futures.Future[Any]", monitor: Monitor) -> None:
         self.future, self.monitor, self.refused = future, monitor, ""
+        self._failure = ""
 
     @property
     def running(self) -> bool:
@@ -52,8 +54,16 @@ class Fit:
 
     def _poll(self) -> Iterator[Event]:
         for event in self.monitor.events():
-            if event["kind"] == "refused":
-                self.refused = self.refused or event["error"]
+            match event["kind"]:
+                case "refused":
+                    self.refused = self.refused or event["error"]
+                case "progress":
+                    self._failure = ""
+                case "failure" if event.get("raised") and not TRANSIENT.search(event["reason"]):
+                    if event["reason"] == self._failure:
+                        self.refused = self.refused or f"twice before the first step: {event['reason']}"
+                        continue
+                    self._failure = event["reason"]
             yield event
 
     @property

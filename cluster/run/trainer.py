@@ -62,7 +62,8 @@ class FailureReporter(UserCallback):
         before, self._reported = self._reported, (rank, reason, time.monotonic())
         if before and before[:2] == (rank, reason) and time.monotonic() - before[2] < REPEAT_S:
             return
-        self.monitor.push.remote({"kind": "failure", "rank": 0, "failed": rank, "reason": reason})
+        raised = str(error).startswith("Traceback")  # by the worker function; otherwise the process is lost
+        self.monitor.push.remote({"kind": "failure", "rank": 0, "failed": rank, "reason": reason, "raised": raised})
 
 
 def build_trainer(

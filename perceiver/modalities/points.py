@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, Scale, Size, UserError, Whole
+from perceiver.config import Bands, Config, Scale, Size, UserError, Whole
 from perceiver.positions import Inputs, fourier_features
 
 
@@ -23,7 +23,7 @@ class PointsConfig(Config):
     features: Whole = Field(
         default=0, ge=0, le=1 << 24, description="Further columns of a point, passed on as they are."
     )
-    bands: Size = Field(default=64, description="Frequencies per coordinate.")
+    bands: Bands = Field(default=64, description="Frequencies per coordinate.")
     max_resolution: Scale = Field(default=2240.0, description="Twice the highest frequency.")
 
     def build(self) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from perceiver.config import Config, Positive, Real
+from perceiver.config import Config, Real
 from perceiver.optim.lamb import Lamb
 from perceiver.optim.schedules import ConstantSchedule, ScheduleConfig
 
@@ -38,7 +38,9 @@ class OptimConfig(Config):
         default=None, gt=0, le=1, description="Added to the root of the second moment; 1e-8, LAMB 1e-6."
     )
     weight_decay: Real = Field(default=0.01, ge=0, le=100, description="Decoupled decay; biases and norms have none.")
-    clip: Positive | None = Field(default=None, description="Global gradient norm to clip to; null switches it off.")
+    clip: Real | None = Field(
+        default=None, ge=1e-9, le=1e9, description="Global gradient norm to clip to; null switches it off."
+    )
     schedule: ScheduleConfig = Field(default=ConstantSchedule(), description="Multiplier of lr over the run.")
 
 

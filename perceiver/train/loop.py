@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import AliasChoices, Field, model_validator
 
-from perceiver.config import Config, Count, Positive, Real
+from perceiver.config import Config, Count, Epochs, Location, Size
 from perceiver.hashing import FIRST, GOLDEN, SECOND, mix64
 from perceiver.tasks import Batch
 from perceiver.train.engine.protocol import Engine, Precision, StepResult
@@ -33,7 +33,7 @@ class KeepBest(Config):
 class SavingConfig(Config):
     """When checkpoints are written and which are kept; part of the recipe's `train:` section."""
 
-    checkpoint_every: Positive | Literal["auto"] = Field(
+    checkpoint_every: Epochs | Literal["auto"] = Field(
         default="auto",
         description="epochs between two checkpoints; auto: the interval of Young and Daly, from measured "
         "times and cluster.mtbf_hours, limited so that saving takes at most 1 % of the time",
@@ -47,21 +47,19 @@ class SavingConfig(Config):
 class TrainConfig(SavingConfig):
     """How long to train, batch sizes, evaluation and checkpoints (recipe key `train`)."""
 
-    epochs: Real | None = Field(
-        default=None, gt=0, le=1e9, description="passes over the training data; give this or steps"
-    )
+    epochs: Epochs | None = Field(default=None, description="passes over the training data; give this or steps")
     steps: Count | None = Field(default=None, description="optimizer steps; give this or epochs")
-    global_batch: Count = Field(default=128, description="samples per optimizer step, over all workers")
+    global_batch: Size = Field(default=128, description="samples per optimizer step, over all workers")
     micro_batch: Count | None = Field(
         default=None, description="samples per forward pass on one worker; default: a worker's whole share"
     )
-    init_from: str | None = Field(
+    init_from: Location | None = Field(
         default=None,
         description="initial weights: a run's folder, a checkpoint, a .safetensors file or a transformers folder",
     )
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     log_every: Count = Field(default=10, description="steps between two records of the training metrics")
-    eval_every: Positive = Field(default=1.0, description="epochs between two evaluations")
+    eval_every: Epochs = Field(default=1.0, description="epochs between two evaluations")
     eval_async: bool = Field(
         default=False,
         validation_alias=AliasChoices("eval_async", "eval_beside"),

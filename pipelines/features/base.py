@@ -30,7 +30,7 @@ class ViewConfig(Config):
         default=None, description="(height, width) in a batch; null: as stored"
     )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training images")
-    eval_crop: Real = Field(default=0.875, gt=0, le=1, description="share of a larger image that evaluation shows")
+    eval_crop: Real = Field(default=0.875, ge=0.01, le=1, description="share of a larger image that evaluation shows")
     max_pixels: Count = Field(default=MAX_PIXELS, description="larger images are bad samples")
     text_length: Whole = Field(default=2048, ge=2, le=1 << 24, description="tokens of a text, which is cut or padded")
     points: PointsViewConfig = Field(

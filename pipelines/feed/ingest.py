@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from perceiver.config import Bytes, Count, Probability, Real, UserError, Whole
+from perceiver.config import Bytes, Count, Location, Probability, Real, UserError, Whole
 from perceiver.storage import ReadPolicy
 from pipelines.features.base import ViewConfig
 from pipelines.feed.samples import PROBLEM, Plan, RankWork, SampleSpec
@@ -50,7 +50,7 @@ class DataConfig(ViewConfig):
 
     retired: ClassVar[tuple[str, ...]] = ("read_apart",)
 
-    url: str = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
+    url: Location = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
     mixture: tuple[MixturePart, ...] = Field(
         default=(), description="data sets to train on by weight; `url` is then only evaluated on"
     )
@@ -58,7 +58,7 @@ class DataConfig(ViewConfig):
     eval_split: str = Field(default="test", description="split to evaluate on")
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
     cpus_per_task: Real = Field(
-        default=0.25, gt=0, le=10_000, description="CPUs that a data task reserves; below 1 it shares a core"
+        default=0.25, ge=0.001, le=10_000, description="CPUs that a data task reserves; below 1 it shares a core"
     )
     tasks: Whole = Field(default=2, gt=0, le=10_000, description="data tasks at a time for each worker")
     task_memory: Whole = Field(default=0, ge=0, le=1 << 50, description="bytes of memory a data task reserves; 0: none")

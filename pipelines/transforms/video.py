@@ -32,7 +32,7 @@ class VideoViewConfig(Config):
     """How pictures of a recording are shown to the model."""
 
     frames: Size = Field(default=32, description="frames of a clip")
-    fps: Real = Field(default=25.0, gt=0, le=1000, description="frames per second in a batch, taken by time stamp")
+    fps: Real = Field(default=25.0, ge=0.001, le=1000, description="frames per second in a batch, taken by time stamp")
     size: tuple[Size, Size] | None = Field(default=None, description="(height, width) in a batch; null: as stored")
     augment: VideoAugmentConfig = Field(default=VideoAugmentConfig(), description="random changes to training clips")
     max_pixels: Size = Field(default=MAX_PIXELS, description="videos of larger frames are bad samples")
