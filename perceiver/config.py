@@ -6,10 +6,12 @@ bounds exclude what cannot work; they are generous otherwise. What exceeds this 
 """
 
 import re
+import types
+import typing
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Characters that break a line or change a terminal."""
@@ -33,6 +35,16 @@ class UserError(Exception):
         super().__init__(shown(message, 1500))
 
 
+def _is_number(annotation: Any) -> bool:
+    """Return whether a type is that of a number, perhaps an optional one."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _is_number(parts[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return bool not in parts and any(map(_is_number, parts))
+    return annotation in (int, float)
+
+
 class Config(BaseModel):
     """Base of all configuration classes: unknown keys are errors, instances do not change, defaults are checked."""
 
@@ -43,16 +55,13 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_retired(cls, given: Any) -> Any:
-        if not cls.retired or not isinstance(given, dict):
+    def _check_given(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
             return given
-        return {key: value for key, value in given.items() if key not in cls.retired}
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"{str(value).lower()}, wanted a number")
-    return value
+        for key, value in given.items():
+            if isinstance(value, bool) and key in cls.model_fields and _is_number(cls.model_fields[key].annotation):
+                raise ValueError(f"{key} = {str(value).lower()}, wanted a number")
+        return {key: value for key, value in given.items() if key not in cls.retired} if cls.retired else given
 
 
 def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
@@ -61,9 +70,7 @@ def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
-Whole = Annotated[int, BeforeValidator(_no_bool)]
-"""A whole number; the bounds are in the field."""
-Real = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
 """A finite number; the bounds are in the field."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -82,19 +89,19 @@ def _parseable(url: str) -> str:
 Location = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_parseable)]
 """A local path, or a URL that fsspec knows."""
 
-Seed = Annotated[Whole, Field(ge=0, lt=1 << 63)]
+Seed = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 """The seed of a random generator."""
-Size = Annotated[Whole, Field(gt=0, le=1 << 24)]
+Size = Annotated[int, Field(gt=0, le=1 << 24)]
 """Elements along an axis of a tensor: channels, latents, tokens, pixels, samples."""
-Layers = Annotated[Whole, Field(gt=0, le=1000)]
+Layers = Annotated[int, Field(gt=0, le=1000)]
 """Layers of a network, each of which is built."""
-Bands = Annotated[Whole, Field(gt=0, le=4096)]
+Bands = Annotated[int, Field(gt=0, le=4096)]
 """Frequencies of Fourier positions, per axis."""
-Count = Annotated[Whole, Field(gt=0, le=1_000_000_000)]
+Count = Annotated[int, Field(gt=0, le=1_000_000_000)]
 """A number of things of which there is at least one: steps, samples, rows."""
-CountOrNone = Annotated[Whole, Field(ge=0, le=1_000_000_000)]
+CountOrNone = Annotated[int, Field(ge=0, le=1_000_000_000)]
 """A number of things of which there may be none."""
-Bytes = Annotated[Whole, Field(gt=0, le=1 << 50)]
+Bytes = Annotated[int, Field(gt=0, le=1 << 50)]
 """An amount of memory or storage."""
 
 Positive = Annotated[Real, Field(gt=0, le=1e9)]
@@ -111,7 +118,7 @@ Seconds = Annotated[Real, Field(ge=0, le=86_400)]
 """A pause of up to a day."""
 Widening = Annotated[Real, Field(gt=0, le=1000)]
 """Inner width of an MLP over its width."""
-Scale = Annotated[Real, Field(ge=1e-12, le=1e6)]
+Scale = Annotated[Real, Field(ge=1e-6, le=1e6)]
 """A factor or standard deviation; its reciprocal is finite in float32."""
 Shift = Annotated[Real, Field(ge=-1e6, le=1e6)]
 """A mean or offset."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend, zero_linear
-from perceiver.config import Config, Layers, Scale, Size, UserError, Whole, Widening
+from perceiver.config import Config, Layers, Scale, Size, UserError, Widening
 from perceiver.positions import Inputs
 
 Raw = Tensor | Mapping[str, Tensor]
@@ -32,7 +32,7 @@ class EncoderConfig(Config):
     latent_init_std: Scale = Field(
         default=0.02, description="Scale of the truncated normal (cut at 2 sigma) that the latents start from."
     )
-    self_attends_per_block: Whole = Field(
+    self_attends_per_block: int = Field(
         default=6, ge=0, le=1000, description="Self-attention layers in a latent Transformer."
     )
     heads: Size = Field(default=8, description="Heads of a self-attention.")
@@ -70,7 +70,7 @@ class PerceiverConfig(EncoderConfig):
     """Perceiver: several cross-attends, each followed by a latent Transformer; the latents' mean is classified."""
 
     cross_attends: Layers = Field(default=8, description="Number of cross-attends.")
-    blocks: Whole | None = Field(
+    blocks: int | None = Field(
         default=None, ge=0, le=1000, description="Latent Transformers; one for each cross-attend by default."
     )
     placement: Literal["interleaved", "start"] = Field(

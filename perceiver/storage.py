@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 import fsspec
 from pydantic import Field
 
-from perceiver.config import Config, Real, Seconds, UserError, Whole
+from perceiver.config import Config, Real, Seconds, UserError
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -201,7 +201,7 @@ def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
 class RetryPolicy(Config):
     """How often a request is repeated, and how long to wait in between."""
 
-    attempts: Whole = Field(default=8, ge=1, le=1000, description="requests before giving up")
+    attempts: int = Field(default=8, ge=1, le=1000, description="requests before giving up")
     backoff: Seconds = Field(default=0.1, description="seconds before the second attempt, doubled for each further")
     longest: Seconds = Field(default=10.0, description="seconds between attempts at most")
 

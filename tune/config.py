@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.file import explain
-from perceiver.config import Config, Count, CountOrNone, Epochs, Name, Probability, Real, UserError, Whole
+from perceiver.config import Config, Count, CountOrNone, Epochs, Name, Probability, Real, UserError
 from tune.space.space import Choice, GridChoice, Space, flatten_space, with_values
 
 KEPT = 4
@@ -98,7 +98,7 @@ class SearchConfig(Config):
     space: Space = Field(min_length=1, description="dimensions by dotted recipe key")
     metric: str | list[str] = Field(default="accuracy", description="metric of the evaluations, or `parameters`")
     mode: Mode | list[Mode] = Field(default="max", description="whether larger or smaller is better")
-    trials: Whole = Field(default=10, ge=1, le=100_000, description="number of trials, including the baseline")
+    trials: int = Field(default=10, ge=1, le=100_000, description="number of trials, including the baseline")
     baseline: bool | None = Field(
         default=None, description="trial 0 is the base recipe and is never stopped; default: not with pbt, pb2, grid"
     )
@@ -108,7 +108,7 @@ class SearchConfig(Config):
     search: Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="kind")] = Field(
         default=RandomSearch(), description="how values are chosen"
     )
-    seed: Whole = Field(default=0, ge=0, le=1 << 31, description="seed of the draws; training has the recipe's seed")
+    seed: int = Field(default=0, ge=0, le=1 << 31, description="seed of the draws; training has the recipe's seed")
     concurrency: Count | None = Field(default=None, description="trials at a time; default: as many as fit")
     max_failures: CountOrNone = Field(default=1, description="restarts of a trial that fails")
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cluster.recipe.config import Recipe
 from cluster.recipe.file import read_yaml_config
-from perceiver.config import Config, Count, CountOrNone, Positive, UserError, Whole
+from perceiver.config import Config, Count, CountOrNone, Positive, UserError
 
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
 """Labels of training and data nodes, unless the recipe sets others."""
@@ -23,7 +23,7 @@ class Machine(Config):
     gpus: CountOrNone = Field(default=0, description="GPUs")
     shm_gb: Positive = Field(default=8, description="shared memory for Ray's object store, in GiB")
     min: CountOrNone = Field(default=0, description="smallest number of nodes")
-    max: Whole = Field(default=8, ge=1, le=100_000, description="largest number of nodes")
+    max: int = Field(default=8, ge=1, le=100_000, description="largest number of nodes")
     aws: str = Field(default="", description="EC2 instance type")
     gcp: str = Field(default="", description="Compute Engine machine type")
     gcp_accelerator: str = Field(default="", description="Compute Engine accelerator type, such as nvidia-tesla-a100")

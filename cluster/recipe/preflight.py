@@ -52,7 +52,7 @@ class CheckedModel:
         parameters: number of parameters.
         shapes: shape of each parameter by name.
         weight_bytes: memory of parameters and buffers; each worker builds all of them.
-        sample_bytes: memory of a sample in a batch, without what the model computes from it.
+        sample_bytes: memory of a sample in a batch and of its latents after each layer; a training step needs more.
     """
 
     manifest: Manifest
@@ -76,6 +76,8 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         check_memory(recipe, model)
     else:
         check_reachable(address)
+    if recipe.tracking.enabled:
+        recipe.tracking.store_uri(folder.local.parent)
     checkpoint = folder.checkpoints.newest() if resume else None
     if checkpoint is not None:
         check_resume(recipe, folder, checkpoint, model.shapes)
@@ -133,8 +135,16 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
         parameters,
         {name: list(p.shape) for name, p in model.named_parameters()},
         sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
-        max(data, sum(4 * tensor.numel() for tensor in example.values())),
+        max(data, sum(4 * tensor.numel() for tensor in example.values())) + _latent_bytes(recipe.model),
     )
+
+
+def _latent_bytes(model: Any) -> int:
+    """Return the bytes of a sample's latents after each layer, 0 for a model without latents."""
+    if not hasattr(model, "latents"):
+        return 0
+    blocks = model.blocks if model.blocks is not None else model.cross_attends
+    return 4 * model.latents * model.latent_channels * (1 + blocks * model.self_attends_per_block)
 
 
 def check_memory(recipe: Recipe, model: CheckedModel) -> None:
@@ -150,7 +160,11 @@ def check_memory(recipe: Recipe, model: CheckedModel) -> None:
     batch = recipe.train.micro(workers) * model.sample_bytes
     for what, size, fix in (
         (f"the weights of {model.parameters:,} parameters", workers * model.weight_bytes, SMALLER),
-        ("one micro-batch of the samples", workers * batch, "lower train.micro_batch or the size of a sample"),
+        (
+            "the samples and latents of one micro-batch",
+            workers * batch,
+            "lower train.micro_batch, model.latents or the size of a sample",
+        ),
         (f"cluster.object_store_mb = {recipe.cluster.object_store_mb}", store, "lower it"),
     ):
         if size > memory:

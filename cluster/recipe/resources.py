@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from perceiver.config import Config, Real, Resource, UserError, Whole
+from perceiver.config import Config, Real, Resource, UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_STORE_MB, STORE_MB = 80, 400
@@ -17,7 +17,7 @@ SMALLEST_SHARE = 0.05
 """The smallest share of a CPU that a worker reserves, and the step of default shares."""
 
 
-Workers = Annotated[Whole, Field(ge=1, le=100_000)]
+Workers = Annotated[int, Field(ge=1, le=100_000)]
 """A number of workers."""
 
 
@@ -51,10 +51,10 @@ class ClusterConfig(Config):
     autoscaling: bool = Field(
         default=False, description="the cluster adds nodes on demand: accept resources that no node has yet"
     )
-    stop_wait_s: Whole = Field(
+    stop_wait_s: int = Field(
         default=600, gt=0, le=86_400, description="seconds for a stopped job to save its checkpoint before it is killed"
     )
-    max_failures: Whole = Field(default=3, ge=0, le=1_000_000, description="worker failures after which the run fails")
+    max_failures: int = Field(default=3, ge=0, le=1_000_000, description="worker failures after which the run fails")
     hang_s: Real = Field(
         default=60,
         ge=0.1,
@@ -70,7 +70,7 @@ class ClusterConfig(Config):
     dashboard: bool = Field(
         default=False, description="dashboard of a local Ray instance, on loopback: ten processes, 1 GB of memory"
     )
-    object_store_mb: Whole | None = Field(
+    object_store_mb: int | None = Field(
         default=None,
         ge=LEAST_STORE_MB,
         le=100_000_000,

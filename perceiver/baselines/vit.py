@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.baselines._grid import Baseline, BaselineConfig, transformers_library
-from perceiver.config import Layers, Scale, Size, UserError, Whole
+from perceiver.config import Layers, Scale, Size, UserError
 from perceiver.model import Raw, need_classes
 
 
@@ -18,7 +18,7 @@ class ViTConfig(BaselineConfig):
     width: Size = Field(default=768, description="Width of a token.")
     layers: Layers = Field(default=12, description="Transformer layers.")
     heads: Size = Field(default=12, description="Attention heads.")
-    widening: Whole = Field(default=4, ge=1, le=1000, description="Inner width of the MLP over the width.")
+    widening: int = Field(default=4, ge=1, le=1000, description="Inner width of the MLP over the width.")
     init_std: Scale = Field(default=0.02, description="Scale of the initial weights; narrow ones want more.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:

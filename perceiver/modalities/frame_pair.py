@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.attention import linear
-from perceiver.config import Config, Size, UserError, Whole
+from perceiver.config import Config, Size, UserError
 from perceiver.modalities._positions import Positions
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
@@ -22,7 +22,7 @@ class FlowFramesConfig(Config):
     kind: Literal["flow_frames"] = "flow_frames"
     channels: Size = Field(default=3, description="Channels of a frame.")
     size: tuple[Size, Size] = Field(default=(368, 496), description="Height and width.")
-    window: Whole = Field(default=3, ge=1, le=99, description="Side of the neighbourhood of a pixel; odd.")
+    window: int = Field(default=3, ge=1, le=99, description="Side of the neighbourhood of a pixel; odd.")
     front_end_channels: Size = Field(default=64, description="Width after the linear layer.")
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
 

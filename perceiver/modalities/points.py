@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Bands, Config, Scale, Size, UserError, Whole
+from perceiver.config import Bands, Config, Scale, Size, UserError
 from perceiver.positions import Inputs, fourier_features
 
 
@@ -19,10 +19,8 @@ class PointsConfig(Config):
 
     kind: Literal["points"] = "points"
     points: Size = Field(default=2048, description="Points per cloud for counting FLOPs; any number can be used.")
-    dimensions: Whole = Field(default=3, ge=1, le=1000, description="Coordinates of a point.")
-    features: Whole = Field(
-        default=0, ge=0, le=1 << 24, description="Further columns of a point, passed on as they are."
-    )
+    dimensions: int = Field(default=3, ge=1, le=1000, description="Coordinates of a point.")
+    features: int = Field(default=0, ge=0, le=1 << 24, description="Further columns of a point, passed on as they are.")
     bands: Bands = Field(default=64, description="Frequencies per coordinate.")
     max_resolution: Scale = Field(default=2240.0, description="Twice the highest frequency.")
 

@@ -12,13 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, Real, Seed, Whole
+from perceiver.config import Config, Real, Seed
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
 
 BYTE_SPACES = tuple(byte + 6 for byte in b" \t\n\r\x0b\x0c")
 
 
-TokenId = Annotated[Whole, Field(ge=0, le=1 << 24)]
+TokenId = Annotated[int, Field(ge=0, le=1 << 24)]
 """A token of the vocabulary."""
 
 

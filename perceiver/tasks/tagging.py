@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, Whole
+from perceiver.config import Config
 from perceiver.tasks._base import Batch, LossOutput, Task, valid_rows
 from perceiver.tasks._clips import clip_logits, mean_sigmoid
 
@@ -22,7 +22,7 @@ class TaggingConfig(Config):
     """Each sample has any number of classes: batch key `label` (B, K), 0 or 1."""
 
     kind: Literal["tagging"] = "tagging"
-    bins: Whole = Field(
+    bins: int = Field(
         default=8192,
         ge=2,
         le=1 << 20,

@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.random import Generator
 from pydantic import Field
 
-from perceiver.config import Config, Count, Real, Size, Whole
+from perceiver.config import Config, Count, Real, Size
 from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.clip import ClipConfig
 from pipelines.transforms.decode import MAX_PIXELS
@@ -32,7 +32,7 @@ class ViewConfig(Config):
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training images")
     eval_crop: Real = Field(default=0.875, ge=0.01, le=1, description="share of a larger image that evaluation shows")
     max_pixels: Count = Field(default=MAX_PIXELS, description="larger images are bad samples")
-    text_length: Whole = Field(default=2048, ge=2, le=1 << 24, description="tokens of a text, which is cut or padded")
+    text_length: int = Field(default=2048, ge=2, le=1 << 24, description="tokens of a text, which is cut or padded")
     points: PointsViewConfig = Field(
         default=PointsViewConfig(), description="number of points and their random changes"
     )

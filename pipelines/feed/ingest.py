@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from perceiver.config import Bytes, Count, Location, Probability, Real, UserError, Whole
+from perceiver.config import Bytes, Count, Location, Probability, Real, UserError
 from perceiver.storage import ReadPolicy
 from pipelines.features.base import ViewConfig
 from pipelines.feed.samples import PROBLEM, Plan, RankWork, SampleSpec
@@ -60,8 +60,8 @@ class DataConfig(ViewConfig):
     cpus_per_task: Real = Field(
         default=0.25, ge=0.001, le=10_000, description="CPUs that a data task reserves; below 1 it shares a core"
     )
-    tasks: Whole = Field(default=2, gt=0, le=10_000, description="data tasks at a time for each worker")
-    task_memory: Whole = Field(default=0, ge=0, le=1 << 50, description="bytes of memory a data task reserves; 0: none")
+    tasks: int = Field(default=2, gt=0, le=10_000, description="data tasks at a time for each worker")
+    task_memory: int = Field(default=0, ge=0, le=1 << 50, description="bytes of memory a data task reserves; 0: none")
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
     run_samples: Count = Field(
         default=2048,
@@ -70,7 +70,7 @@ class DataConfig(ViewConfig):
     run_bytes: Bytes = Field(
         default=384 << 20, description="stored bytes that a data task reads, approximately; there 4 times as many"
     )
-    prefetch_batches: Whole = Field(
+    prefetch_batches: int = Field(
         default=4, ge=0, le=100_000, description="batches ahead of the training step, in whole blocks"
     )
     prefetch_bytes: Bytes = Field(default=128 << 20, description="decoded bytes waiting for each worker")

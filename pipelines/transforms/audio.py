@@ -15,7 +15,7 @@ import soxr
 from numpy.typing import NDArray
 from pydantic import Field
 
-from perceiver.config import Config, Size, Whole
+from perceiver.config import Config, Size
 from perceiver.storage import first_line
 from pipelines.transforms import BadSample
 
@@ -34,9 +34,9 @@ UNKNOWN_SIZE = 0xFFFFFFFF
 class AudioViewConfig(Config):
     """How sound is shown to the model, mono."""
 
-    rate: Whole = Field(default=48_000, ge=100, le=MOST_RATE, description="samples per second; others are resampled")
+    rate: int = Field(default=48_000, ge=100, le=MOST_RATE, description="samples per second; others are resampled")
     samples: Size = Field(default=61_440, description="samples of a clip (paper: 61,440, 1.28 s); silence at the end")
-    channel: Whole | None = Field(default=None, ge=0, le=1000, description="channel to use; null: the mean of all")
+    channel: int | None = Field(default=None, ge=0, le=1000, description="channel to use; null: the mean of all")
 
     @property
     def seconds(self) -> float:
@@ -56,7 +56,7 @@ class Sound:
     """
 
     file: soundfile.SoundFile
-    rate: Whole
+    rate: int
     frames: int
     channels: int
 
@@ -115,7 +115,7 @@ def sound_clip(sound: Sound, start: float, config: AudioViewConfig) -> Samples:
     return finish(found, begin - first, count, start - first / sound.rate, sound.rate, config)
 
 
-def source_span(start: float, config: AudioViewConfig, rate: Whole) -> tuple[int, int]:
+def source_span(start: float, config: AudioViewConfig, rate: int) -> tuple[int, int]:
     """Return the first sample (may be negative) and the number of samples to read for a clip at the source's rate."""
     if rate == config.rate:
         return round(start * rate), config.samples
@@ -123,7 +123,7 @@ def source_span(start: float, config: AudioViewConfig, rate: Whole) -> tuple[int
     return first, math.ceil((start + config.seconds + MARGIN_S) * rate) - first
 
 
-def finish(found: Found, offset: int, count: int, lead: float, rate: Whole, config: AudioViewConfig) -> Samples:
+def finish(found: Found, offset: int, count: int, lead: float, rate: int, config: AudioViewConfig) -> Samples:
     """Mix, pad, resample and cut the samples that were read.
 
     Args:

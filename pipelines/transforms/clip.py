@@ -8,7 +8,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import Field
 
-from perceiver.config import Config, Positive, Seconds, Whole
+from perceiver.config import Config, Positive, Seconds
 
 
 class ClipConfig(Config):
@@ -19,7 +19,7 @@ class ClipConfig(Config):
         description="seconds that a training clip's start varies about the middle, also beyond the ends (silence,"
         " still frames); null: anywhere in the recording",
     )
-    eval_clips: Whole = Field(
+    eval_clips: int = Field(
         default=1,
         ge=1,
         le=10_000,

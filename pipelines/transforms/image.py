@@ -8,7 +8,7 @@ from numpy.random import Generator
 from PIL import Image
 from pydantic import Field
 
-from perceiver.config import Config, Factors, Real, Shares, Whole
+from perceiver.config import Config, Factors, Real, Shares
 from pipelines.transforms.decode import Picture, to_image, to_picture
 from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
 from pipelines.transforms.resize import Box, Pixels, resized
@@ -30,7 +30,7 @@ class AugmentConfig(Config):
 
     crop: CropConfig | None = Field(default=None, description="random crop, resized to the image size")
     flip: bool = Field(default=False, description="mirror left and right with probability 0.5")
-    shift: Whole = Field(
+    shift: int = Field(
         default=0, ge=0, le=100_000, description="largest move in x and y in pixels, uniform; black moves in"
     )
     rotate: Real = Field(default=0.0, ge=0, le=180, description="largest turn in degrees, uniform")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
-from perceiver.config import Config, Count, Real, UserError, Whole
+from perceiver.config import Config, Count, Real, UserError
 
 Values = dict[str, Any]
 """Values of one trial by dotted recipe key."""
@@ -31,7 +31,7 @@ class Draw(Protocol):
 
 
 Bound = Annotated[Real, Field(ge=-1e12, le=1e12)]
-WholeBound = Annotated[Whole, Field(ge=-(1 << 53), le=1 << 53)]
+WholeBound = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 
 
 class _Dimension(Config):

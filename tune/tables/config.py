@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.recipe.file import explain, read_tree
-from perceiver.config import Config, Name, NonNegative, Shift, UserError, Whole
+from perceiver.config import Config, Name, NonNegative, Shift, UserError
 from tune.config import Mode
 from tune.search_file import flat
 from tune.space.space import Values
@@ -27,7 +27,7 @@ class Scale(Config):
     overrides: dict[str, Any] = Field(default={}, description="keys of the base recipe to change, nested or dotted")
     metric: str = Field(default="accuracy", description="metric of the evaluations that is compared")
     mode: Mode = Field(default="max", description="whether larger or smaller is better")
-    seeds: Whole = Field(default=1, ge=1, le=1000, description="number of seeds without --seeds")
+    seeds: int = Field(default=1, ge=1, le=1000, description="number of seeds without --seeds")
 
 
 class Row(Config):
