@@ -5,7 +5,6 @@ bounds exclude what cannot work; they are generous otherwise. What exceeds this 
 `cluster.recipe.preflight`, which knows the whole recipe.
 """
 
-import re
 import types
 import typing
 from typing import Annotated, Any, ClassVar
@@ -13,15 +12,12 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Characters that break a line or change a terminal."""
-
 
 def shown(text: str, longest: int = 80) -> str:
-    """Return text for a message: on one line, without control characters, and the middle cut out if it is long."""
+    """Return text for a message: on one line, of printable characters, and the middle cut out if it is long."""
     if len(text) > longest:
         text = f"{text[: longest * 2 // 3]}...{text[-longest // 4 :]}"
-    return CONTROL.sub(" ", text)
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 class UserError(Exception):

@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
-from perceiver.config import CONTROL, UserError, shown
+from perceiver.config import UserError, shown
 
 LARGEST_BYTES = 1_000_000
 DEEPEST = 30
 MOST_VALUES = 20_000
 """Values in a document, aliases expanded."""
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LAYOUT = str.maketrans("", "", "\t\n\r")
 _MERGE = "tag:yaml.org,2002:merge"
 _TEXT = "tag:yaml.org,2002:str"
@@ -95,7 +96,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: Any) -> Any:
         node = super().compose_scalar_node(anchor)
-        if found := CONTROL.search(node.value.translate(_LAYOUT)):
+        if found := _CONTROL.search(node.value.translate(_LAYOUT)):
             problem = f"the character U+{ord(found[0]):04X} is not allowed in text"
             raise _Refused(problem=problem, problem_mark=node.start_mark)
         return node

@@ -81,7 +81,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 @st.composite
 def changes(draw: st.DrawFn, tree: dict[str, Any]) -> dict[str, Any]:
-    """Draw new values of one to three keys of a recipe: of their type, or of any type, also of keys it does not have."""
+    """Draw new values of one to three keys of a recipe: of their type or any, also of unknown keys."""
     own, every = dict(leaves(tree)), sorted(known_keys(Recipe))
     changed = {}
     for _ in range(draw(st.integers(1, 3))):
