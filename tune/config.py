@@ -1,5 +1,6 @@
 """The search file: base recipe, space, search and scheduler; typed, with dotted overrides."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ KEPT = 4
 """Checkpoints of a trial in a population: those of its evaluation and of its last step before a pause, of the round of
 the exchange and of the next round, which it may have trained before another trial takes over its weights."""
 
+MOST_TRIALS = 100_000
 Mode = Literal["max", "min"]
 PARAMETERS = "parameters"
 """The metric that does not come from evaluations: the number of the model's parameters."""
@@ -98,7 +100,7 @@ class SearchConfig(Config):
     space: Space = Field(min_length=1, description="dimensions by dotted recipe key")
     metric: str | list[str] = Field(default="accuracy", description="metric of the evaluations, or `parameters`")
     mode: Mode | list[Mode] = Field(default="max", description="whether larger or smaller is better")
-    trials: int = Field(default=10, ge=1, le=100_000, description="number of trials, including the baseline")
+    trials: int = Field(default=10, ge=1, le=MOST_TRIALS, description="number of trials, including the baseline")
     baseline: bool | None = Field(
         default=None, description="trial 0 is the base recipe and is never stopped; default: not with pbt, pb2, grid"
     )
@@ -216,6 +218,11 @@ def _space_problems(config: SearchConfig) -> list[str]:
         found.append(
             f"space.{grids[0]} is a grid, but search.kind = {config.search.kind}: set search.kind to grid, or its kind "
             "to choice"
+        )
+    combinations = math.prod(len(config.space[key].extremes()) for key in grids)
+    if combinations > MOST_TRIALS:
+        found.append(
+            f"space: the grids have {combinations:.1e} combinations, wanted at most {MOST_TRIALS:,}: remove values"
         )
     if not config.exchanges:
         return found
