@@ -85,4 +85,4 @@ def test_no_numeric_key_accepts_an_impossible_value(value: float) -> None:
 def test_bounds_are_in_the_schema() -> None:
     schema = Recipe.model_json_schema()
     lr = schema["$defs"]["OptimConfig"]["properties"]["lr"]
-    assert lr["exclusiveMinimum"] == 0 and lr["maximum"] == 100
+    assert lr["exclusiveMinimum"] == 0 and lr["maximum"] == 1e6
