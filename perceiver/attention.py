@@ -59,6 +59,8 @@ class MLP(nn.Module):
     def __init__(self, channels: int, widening: float = 1, activation: Activation = "gelu_tanh") -> None:
         super().__init__()
         inner = int(channels * widening)
+        if inner < 1:
+            raise UserError(f"widening: got {widening:g} of {channels} channels, which is less than 1: raise it")
         self.expand = linear(channels, inner)
         self.contract = linear(inner, channels)
         self.activation: Activation = activation

@@ -1,8 +1,23 @@
-"""The base class of all configurations, and the error for invalid user input."""
+"""The base class of all configurations, the ranges of their numbers, and the error for invalid user input.
 
-from typing import Any, ClassVar
+Every number of a configuration has a lower and an upper bound in its type, so that help and schema show them. The
+bounds exclude what cannot work; they are generous otherwise. What exceeds this machine is refused by
+`cluster.recipe.preflight`, which knows the whole recipe.
+"""
 
-from pydantic import BaseModel, ConfigDict, model_validator
+import types
+import typing
+from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def shown(text: str, longest: int = 80) -> str:
+    """Return text for a message: on one line, of printable characters, and the middle cut out if it is long."""
+    if len(text) > longest:
+        text = f"{text[: longest * 2 // 3]}...{text[-longest // 4 :]}"
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 class UserError(Exception):
@@ -11,6 +26,19 @@ class UserError(Exception):
     The message is one line: what was got, what was wanted, the key or file, and the fix. The command line prints it
     without a traceback and exits with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message, 1500))
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return whether a type is that of a number, perhaps an optional one."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _is_number(parts[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return bool not in parts and any(map(_is_number, parts))
+    return annotation in (int, float)
 
 
 class Config(BaseModel):
@@ -23,7 +51,79 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_retired(cls, given: Any) -> Any:
-        if not cls.retired or not isinstance(given, dict):
+    def _check_given(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
             return given
-        return {key: value for key, value in given.items() if key not in cls.retired}
+        for key, value in given.items():
+            if isinstance(value, bool) and key in cls.model_fields and _is_number(cls.model_fields[key].annotation):
+                raise ValueError(f"{key} = {str(value).lower()}, wanted a number")
+        return {key: value for key, value in given.items() if key not in cls.retired} if cls.retired else given
+
+
+def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"{list(limits)}: wanted [low, high] with low <= high")
+    return limits
+
+
+Real = Annotated[float, Field(allow_inf_nan=False)]
+"""A finite number; the bounds are in the field."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""The first part of a folder's name."""
+
+
+def _parseable(url: str) -> str:
+    try:
+        if "://" in url:
+            _ = urlsplit(url).port
+    except ValueError:  # its message would quote a part of the URL, which may be a password
+        raise ValueError("the host or the port of the URL cannot be parsed") from None
+    return url
+
+
+Location = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_parseable)]
+"""A local path, or a URL that fsspec knows."""
+
+Seed = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+"""The seed of a random generator."""
+Size = Annotated[int, Field(gt=0, le=1 << 24)]
+"""Elements along an axis of a tensor: channels, latents, tokens, pixels, samples."""
+Layers = Annotated[int, Field(gt=0, le=1000)]
+"""Layers of a network, each of which is built."""
+Bands = Annotated[int, Field(gt=0, le=4096)]
+"""Frequencies of Fourier positions, per axis."""
+Count = Annotated[int, Field(gt=0, le=1_000_000_000)]
+"""A number of things of which there is at least one: steps, samples, rows."""
+CountOrNone = Annotated[int, Field(ge=0, le=1_000_000_000)]
+"""A number of things of which there may be none."""
+Bytes = Annotated[int, Field(gt=0, le=1 << 50)]
+"""An amount of memory or storage."""
+
+Positive = Annotated[Real, Field(gt=0, le=1e9)]
+"""A positive amount: seconds, pixels."""
+Epochs = Annotated[Real, Field(ge=1e-6, le=1e9)]
+"""Passes over the training data."""
+Resource = Annotated[Real, Field(ge=0.001, le=1e15)]
+"""An amount of a resource that Ray counts: CPUs, bytes of memory, custom ones."""
+NonNegative = Annotated[Real, Field(ge=0, le=1e9)]
+"""An amount that may be zero."""
+Probability = Annotated[Real, Field(ge=0, le=1)]
+"""A probability or share."""
+Seconds = Annotated[Real, Field(ge=0, le=86_400)]
+"""A pause of up to a day."""
+Widening = Annotated[Real, Field(gt=0, le=1000)]
+"""Inner width of an MLP over its width."""
+Scale = Annotated[Real, Field(ge=1e-6, le=1e6)]
+"""A factor or standard deviation; its reciprocal is finite in float32."""
+Shift = Annotated[Real, Field(ge=-1e6, le=1e6)]
+"""A mean or offset."""
+
+Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ordered)]
+"""[low, high] of a random number, which may be zero."""
+_Factor = Annotated[Real, Field(ge=1e-3, le=1e3)]
+Factors = Annotated[tuple[_Factor, _Factor], AfterValidator(_ordered)]
+"""[low, high] of a random factor."""
+_Share = Annotated[Real, Field(gt=0, le=1)]
+Shares = Annotated[tuple[_Share, _Share], AfterValidator(_ordered)]
+"""[low, high] of a random share."""

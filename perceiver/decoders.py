@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.attention import linear, zero_linear
-from perceiver.config import Config, UserError
+from perceiver.config import Bands, Config, Scale, Size, UserError
 from perceiver.model import latent_array, need_classes
 from perceiver.positions import Inputs, fourier_features
 
@@ -26,8 +26,8 @@ class ClassDecoderConfig(Config):
     """One learned query whose answer is a label (Perceiver IO App. A; the released ClassificationDecoder)."""
 
     kind: Literal["class"] = "class"
-    channels: int | None = Field(default=None, description="Width of the query; the latents' by default.")
-    init_std: float = Field(default=0.02, gt=0, description="Scale of the query's truncated normal.")
+    channels: Size | None = Field(default=None, description="Width of the query; the latents' by default.")
+    init_std: Scale = Field(default=0.02, description="Scale of the query's truncated normal.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Build the decoder; `classes` is required."""
@@ -39,9 +39,9 @@ class MultitaskDecoderConfig(Config):
     """One learned query for each classification task (Perceiver IO §4.1, multitask queries)."""
 
     kind: Literal["multitask"] = "multitask"
-    tasks: dict[str, int] = Field(description="Number of classes by task name.")
-    channels: int | None = Field(default=None, description="Width of the queries; the latents' by default.")
-    init_std: float = Field(default=0.02, gt=0, description="Scale of the queries' truncated normal.")
+    tasks: dict[str, Size] = Field(min_length=1, description="Number of classes by task name.")
+    channels: Size | None = Field(default=None, description="Width of the queries; the latents' by default.")
+    init_std: Scale = Field(default=0.02, description="Scale of the queries' truncated normal.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Build the decoder."""
@@ -74,7 +74,7 @@ class TokenDecoderConfig(Config):
     """A learned query for each position; logits over the vocabulary by the inputs' embedding (Perceiver IO App. F)."""
 
     kind: Literal["tokens"] = "tokens"
-    init_std: float = Field(default=0.02, gt=0, description="Scale of the queries' truncated normal.")
+    init_std: Scale = Field(default=0.02, description="Scale of the queries' truncated normal.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Make the decoder for text inputs."""
@@ -107,7 +107,7 @@ class FlowDecoderConfig(Config):
     """The encoder's inputs as queries; two numbers for each pixel (Perceiver IO App. H)."""
 
     kind: Literal["flow"] = "flow"
-    scale: float = Field(default=0.01, description="Factor from the linear layer's output to pixels.")
+    scale: Scale = Field(default=0.01, description="Factor from the linear layer's output to pixels.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Make the decoder for inputs on an image grid."""
@@ -142,17 +142,17 @@ class FlowDecoder(nn.Module):
 class GridOutput(Config):
     """An output at the points of a grid, queried by Fourier positions."""
 
-    grid: tuple[int, ...] = Field(description="Shape of the grid of output elements.")
-    values: int = Field(ge=1, description="Values per element.")
-    bands: int = Field(ge=1, description="Frequencies per axis.")
-    max_resolution: tuple[float, ...] = Field(description="Sampling rate per axis.")
+    grid: tuple[Size, ...] = Field(description="Shape of the grid of output elements.")
+    values: Size = Field(description="Values per element.")
+    bands: Bands = Field(description="Frequencies per axis.")
+    max_resolution: tuple[Scale, ...] = Field(description="Sampling rate per axis.")
 
 
 class LabelOutput(Config):
     """One class label, queried by a learned vector."""
 
-    classes: int = Field(ge=1, description="Number of classes.")
-    channels: int = Field(default=1024, ge=1, description="Width of the query.")
+    classes: Size = Field(description="Number of classes.")
+    channels: Size = Field(default=1024, description="Width of the query.")
 
 
 class MultimodalDecoderConfig(Config):
@@ -160,8 +160,8 @@ class MultimodalDecoderConfig(Config):
 
     kind: Literal["multimodal"] = "multimodal"
     modalities: dict[str, GridOutput | LabelOutput] = Field(description="Outputs by name.")
-    min_padding: int = Field(default=2, ge=1, description="Least width of the learned modality vectors.")
-    answer_channels: int = Field(default=512, ge=1, description="Width between the decoder and the outputs.")
+    min_padding: Size = Field(default=2, description="Least width of the learned modality vectors.")
+    answer_channels: Size = Field(default=512, description="Width between the decoder and the outputs.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Build the decoder."""

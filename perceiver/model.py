@@ -9,38 +9,44 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend, zero_linear
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Layers, Scale, Size, UserError, Widening
 from perceiver.positions import Inputs
 
 Raw = Tensor | Mapping[str, Tensor]
 
 
+MOST_LAYERS = 2_000
+"""Layers of latent Transformers that are applied to a sample."""
+
+
 class EncoderConfig(Config):
     """Settings that Perceiver and Perceiver IO share: the latents and their layers."""
 
-    latents: int = Field(default=512, ge=1, description="Number of latents N.")
-    latent_channels: int = Field(default=1024, ge=1, description="Width D of a latent.")
-    latent_init_std: float = Field(
-        default=0.02, gt=0, description="Scale of the truncated normal (cut at 2 sigma) that the latents start from."
+    latents: Size = Field(default=512, description="Number of latents N.")
+    latent_channels: Size = Field(default=1024, description="Width D of a latent.")
+    latent_init_std: Scale = Field(
+        default=0.02, description="Scale of the truncated normal (cut at 2 sigma) that the latents start from."
     )
-    self_attends_per_block: int = Field(default=6, ge=0, description="Self-attention layers in a latent Transformer.")
-    heads: int = Field(default=8, ge=1, description="Heads of a self-attention.")
-    cross_heads: int = Field(default=1, ge=1, description="Heads of a cross-attention that reads inputs.")
-    qk_channels: int | None = Field(default=None, description="Query/key width of self-attention; D by default.")
-    v_channels: int | None = Field(default=None, description="Value width of self-attention; qk_channels by default.")
-    cross_qk_channels: int | None = Field(
+    self_attends_per_block: int = Field(
+        default=6, ge=0, le=1000, description="Self-attention layers in a latent Transformer."
+    )
+    heads: Size = Field(default=8, description="Heads of a self-attention.")
+    cross_heads: Size = Field(default=1, description="Heads of a cross-attention that reads inputs.")
+    qk_channels: Size | None = Field(default=None, description="Query/key width of self-attention; D by default.")
+    v_channels: Size | None = Field(default=None, description="Value width of self-attention; qk_channels by default.")
+    cross_qk_channels: Size | None = Field(
         default=None, description="Query/key width of reading; input width by default."
     )
-    cross_v_channels: int | None = Field(
+    cross_v_channels: Size | None = Field(
         default=None, description="Value width of reading; cross_qk_channels by default."
     )
-    widening: float = Field(default=1, gt=0, description="Inner width of a self-attention layer's MLP over D.")
-    cross_widening: float = Field(default=1, gt=0, description="Inner width of a cross-attention layer's MLP over D.")
+    widening: Widening = Field(default=1, description="Inner width of a self-attention layer's MLP over D.")
+    cross_widening: Widening = Field(default=1, description="Inner width of a cross-attention layer's MLP over D.")
     activation: Activation = Field(default="gelu_tanh", description="MLP activation; gelu_tanh is the papers'.")
     attention: AttentionKind = Field(
         default="auto", description="Path of the cross-attentions; 'plain' is the reference."
@@ -49,13 +55,23 @@ class EncoderConfig(Config):
         default=False, description="Recompute each layer in the backward pass: less memory, a third more time."
     )
 
+    @model_validator(mode="after")
+    def _few_layers(self) -> "EncoderConfig":
+        blocks = getattr(self, "blocks", None) or getattr(self, "cross_attends", 1)
+        if blocks * self.self_attends_per_block > MOST_LAYERS:
+            raise ValueError(
+                f"{blocks} blocks with self_attends_per_block = {self.self_attends_per_block} are more than "
+                f"{MOST_LAYERS:,} layers: lower one of them"
+            )
+        return self
+
 
 class PerceiverConfig(EncoderConfig):
     """Perceiver: several cross-attends, each followed by a latent Transformer; the latents' mean is classified."""
 
-    cross_attends: int = Field(default=8, ge=1, description="Number of cross-attends.")
+    cross_attends: Layers = Field(default=8, description="Number of cross-attends.")
     blocks: int | None = Field(
-        default=None, ge=0, description="Latent Transformers; one for each cross-attend by default."
+        default=None, ge=0, le=1000, description="Latent Transformers; one for each cross-attend by default."
     )
     placement: Literal["interleaved", "start"] = Field(
         default="interleaved", description="Cross-attends spread between the blocks, or all before the first block."
@@ -69,7 +85,7 @@ class PerceiverConfig(EncoderConfig):
 class PerceiverIOConfig(EncoderConfig):
     """Perceiver IO: one cross-attend, blocks of self-attends, and a cross-attention decoder with output queries."""
 
-    blocks: int = Field(default=8, ge=1, description="Number of times the block of self-attends is applied.")
+    blocks: Layers = Field(default=8, description="Number of times the block of self-attends is applied.")
     share_blocks: bool = Field(default=True, description="Whether the blocks share one set of weights.")
     query_residual: bool = Field(
         default=True, description="Whether the decoder adds the output query to the result of its attention."
@@ -77,12 +93,12 @@ class PerceiverIOConfig(EncoderConfig):
     encoder_query_residual: bool = Field(
         default=True, description="Whether the encoder adds the latents to what it reads."
     )
-    decoder_heads: int = Field(default=1, ge=1, description="Heads of the decoder's cross-attention.")
-    decoder_qk_channels: int | None = Field(default=None, description="Decoder query/key width; D by default.")
-    decoder_v_channels: int | None = Field(
+    decoder_heads: Size = Field(default=1, description="Heads of the decoder's cross-attention.")
+    decoder_qk_channels: Size | None = Field(default=None, description="Decoder query/key width; D by default.")
+    decoder_v_channels: Size | None = Field(
         default=None, description="Decoder value width; decoder_qk_channels by default."
     )
-    decoder_widening: float = Field(default=1, gt=0, description="Inner width of the decoder's MLP.")
+    decoder_widening: Widening = Field(default=1, description="Inner width of the decoder's MLP.")
 
 
 class Modality(Protocol):

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config
+from perceiver.config import Bands, Config, Scale, Size
 
 LAYER_NORM_EPS = 1e-5
 
@@ -23,8 +23,8 @@ class FourierConfig(Config):
     """Fourier features: for each axis the coordinate in [-1, 1] and sin, cos at linearly spaced frequencies."""
 
     kind: Literal["fourier"] = "fourier"
-    bands: int = Field(default=64, ge=1, description="Frequencies per axis (K).")
-    max_resolution: tuple[float, ...] | None = Field(
+    bands: Bands = Field(default=64, description="Frequencies per axis (K).")
+    max_resolution: tuple[Scale, ...] | None = Field(
         default=None,
         description="Sampling rate per axis (mu); the highest frequency is mu/2. Default: the grid's size.",
     )
@@ -38,9 +38,9 @@ class LearnedConfig(Config):
     """A learned vector for each index, concatenated to the data."""
 
     kind: Literal["learned"] = "learned"
-    channels: int = Field(default=128, ge=1, description="Width of the learned table.")
-    init_std: float = Field(default=1.0, gt=0, description="Scale of the truncated normal it starts from.")
-    projection: int | None = Field(
+    channels: Size = Field(default=128, description="Width of the learned table.")
+    init_std: Scale = Field(default=1.0, description="Scale of the truncated normal it starts from.")
+    projection: Size | None = Field(
         default=None, description="Width of a linear layer after the table; none by default."
     )
 
@@ -74,7 +74,7 @@ def fourier_features(positions: Tensor, bands: int, max_resolution: Sequence[flo
 
 @lru_cache(maxsize=32)
 def grid_tables(
-    shape: tuple[int, ...], bands: int, max_resolution: tuple[float, ...], dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...], bands: int, max_resolution: tuple[Scale, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return the axis tables of a Fourier grid, stacked: (sum(shape), P), P = d(2K+1).
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 import fsspec
 from pydantic import Field
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Real, Seconds, UserError
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -190,7 +190,7 @@ def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
     """
     try:
         fs, path = fsspec.core.url_to_fs(os.fspath(url), **resolve_options(options or {}))
-    except (ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(
             f"cannot open {url}: {error}; wanted a path or a URL that fsspec knows"
             " (for s3:// install perceiver-train[s3])"
@@ -201,9 +201,9 @@ def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
 class RetryPolicy(Config):
     """How often a request is repeated, and how long to wait in between."""
 
-    attempts: int = Field(default=8, ge=1, description="requests before giving up")
-    backoff: float = Field(default=0.1, ge=0, description="seconds before the second attempt, doubled for each further")
-    longest: float = Field(default=10.0, ge=0, description="seconds between attempts at most")
+    attempts: int = Field(default=8, ge=1, le=1000, description="requests before giving up")
+    backoff: Seconds = Field(default=0.1, description="seconds before the second attempt, doubled for each further")
+    longest: Seconds = Field(default=10.0, description="seconds between attempts at most")
 
 
 class ReadPolicy(RetryPolicy):
@@ -211,7 +211,7 @@ class ReadPolicy(RetryPolicy):
 
     retired: ClassVar[tuple[str, ...]] = ("checksums",)
 
-    timeout: float = Field(default=30.0, gt=0, description="seconds a single request may take")
+    timeout: Real = Field(default=30.0, gt=0, le=86_400, description="seconds a single request may take")
 
     def __hash__(self) -> int:  # Pydantic adds the same to frozen models, unseen by type checkers.
         return hash(tuple(self.__dict__.values()))

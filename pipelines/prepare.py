@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from perceiver.config import Config, UserError
+from perceiver.config import Bytes, Config, Count, Probability, Seed, UserError
 from perceiver.storage import Folder, open_folder
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
@@ -28,15 +28,15 @@ Progress = Callable[[int, str], None]
 class PrepareConfig(Config):
     """How shards are written."""
 
-    seed: int = Field(default=0, description="seed of splits and order")
-    shard_rows: int = Field(default=8192, gt=0, description="samples of a shard, the unit of parallel work")
-    group_rows: int = Field(default=128, gt=0, description="most rows of a row group")
-    group_bytes: int = Field(default=4 << 20, gt=0, description="most bytes of a row group, approximately")
+    seed: Seed = Field(default=0, description="seed of splits and order")
+    shard_rows: Count = Field(default=8192, description="samples of a shard, the unit of parallel work")
+    group_rows: Count = Field(default=128, description="most rows of a row group")
+    group_bytes: Bytes = Field(default=4 << 20, description="most bytes of a row group, approximately")
     parallel: Literal["auto", "ray", "off"] = Field(
         default="auto", description="write with Ray tasks; auto: if Ray is running"
     )
-    in_flight: int = Field(default=64, gt=0, description="Ray tasks at a time")
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="largest share of unreadable raw items")
+    in_flight: Count = Field(default=64, description="Ray tasks at a time")
+    max_bad_fraction: Probability = Field(default=0.01, description="largest share of unreadable raw items")
     options: dict[str, str] = Field(default={}, description="options of the source")
     storage_options: dict[str, str] = Field(
         default={}, description="options of the destination; `$NAME`: environment variable"

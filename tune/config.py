@@ -1,29 +1,23 @@
 """The search file: base recipe, space, search and scheduler; typed, with dotted overrides."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.file import explain
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Count, CountOrNone, Epochs, Name, Probability, Real, UserError
 from tune.space.space import Choice, GridChoice, Space, flatten_space, with_values
 
 KEPT = 4
 """Checkpoints of a trial in a population: those of its evaluation and of its last step before a pause, of the round of
 the exchange and of the next round, which it may have trained before another trial takes over its weights."""
 
+MOST_TRIALS = 100_000
 Mode = Literal["max", "min"]
 PARAMETERS = "parameters"
 """The metric that does not come from evaluations: the number of the model's parameters."""
@@ -39,9 +33,9 @@ class Asha(Config):
     """Asynchronous successive halving: at each rung only the best share of the trials continues (`kind: asha`)."""
 
     kind: Literal["asha"]
-    grace: PositiveFloat = Field(default=1.0, description="epochs before a trial may be stopped: the first rung")
-    reduction: float = Field(
-        default=3.0, gt=1, description="one in this many continues; each rung is this many times later"
+    grace: Epochs = Field(default=1.0, description="epochs before a trial may be stopped: the first rung")
+    reduction: Real = Field(
+        default=3.0, gt=1, le=1e6, description="one in this many continues; each rung is this many times later"
     )
 
     def rungs(self, epochs: float) -> list[float]:
@@ -57,25 +51,25 @@ class Median(Config):
     """Stop a trial whose best is worse than the median of the others' means (`kind: median`)."""
 
     kind: Literal["median"]
-    grace: PositiveFloat = Field(default=1.0, description="epochs before a trial may be stopped")
-    min_trials: PositiveInt = Field(default=3, description="other trials that must have reached the same epoch")
+    grace: Epochs = Field(default=1.0, description="epochs before a trial may be stopped")
+    min_trials: Count = Field(default=3, description="other trials that must have reached the same epoch")
 
 
 class Pbt(Config):
     """Population based training: bad trials continue from good ones' weights with changed values (`kind: pbt`)."""
 
     kind: Literal["pbt"]
-    interval: PositiveFloat = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
-    quantile: float = Field(default=0.25, gt=0, le=0.5, description="share of the trials that take over and are taken")
-    resample: float = Field(default=0.25, ge=0, le=1, description="probability of a new value instead of a changed one")
+    interval: Epochs = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
+    quantile: Real = Field(default=0.25, gt=0, le=0.5, description="share of the trials that take over and are taken")
+    resample: Probability = Field(default=0.25, description="probability of a new value instead of a changed one")
 
 
 class Pb2(Config):
     """PBT with values from a Gaussian process; ranges only (`kind: pb2`)."""
 
     kind: Literal["pb2"]
-    interval: PositiveFloat = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
-    quantile: float = Field(default=0.25, gt=0, le=0.5, description="share of the trials that take over and are taken")
+    interval: Epochs = Field(default=1.0, description="epochs between two exchanges; evaluations happen then")
+    quantile: Real = Field(default=0.25, gt=0, le=0.5, description="share of the trials that take over and are taken")
 
 
 class RandomSearch(Config):
@@ -94,19 +88,19 @@ class OptunaSearch(Config):
     """Optuna's tree-structured Parzen estimator; several metrics give a Pareto front (`kind: optuna`)."""
 
     kind: Literal["optuna"]
-    startup: NonNegativeInt = Field(default=5, description="random trials before it learns")
+    startup: CountOrNone = Field(default=5, description="random trials before it learns")
 
 
 class SearchConfig(Config):
     """The content of a search file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="prefix of the search folders")
+    name: Name = Field(description="prefix of the search folders")
     recipe: str = Field(description="the base recipe: a path from here, or from the search file's folder")
     overrides: dict[str, Any] = Field(default={}, description="keys of the base recipe to change, nested or dotted")
     space: Space = Field(min_length=1, description="dimensions by dotted recipe key")
     metric: str | list[str] = Field(default="accuracy", description="metric of the evaluations, or `parameters`")
     mode: Mode | list[Mode] = Field(default="max", description="whether larger or smaller is better")
-    trials: PositiveInt = Field(default=10, description="number of trials, including the baseline")
+    trials: int = Field(default=10, ge=1, le=MOST_TRIALS, description="number of trials, including the baseline")
     baseline: bool | None = Field(
         default=None, description="trial 0 is the base recipe and is never stopped; default: not with pbt, pb2, grid"
     )
@@ -116,9 +110,9 @@ class SearchConfig(Config):
     search: Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="kind")] = Field(
         default=RandomSearch(), description="how values are chosen"
     )
-    seed: NonNegativeInt = Field(default=0, description="seed of the draws; training has the recipe's seed")
-    concurrency: PositiveInt | None = Field(default=None, description="trials at a time; default: as many as fit")
-    max_failures: NonNegativeInt = Field(default=1, description="restarts of a trial that fails")
+    seed: int = Field(default=0, ge=0, le=1 << 31, description="seed of the draws; training has the recipe's seed")
+    concurrency: Count | None = Field(default=None, description="trials at a time; default: as many as fit")
+    max_failures: CountOrNone = Field(default=1, description="restarts of a trial that fails")
 
     @field_validator("space", mode="before")
     @classmethod
@@ -224,6 +218,11 @@ def _space_problems(config: SearchConfig) -> list[str]:
         found.append(
             f"space.{grids[0]} is a grid, but search.kind = {config.search.kind}: set search.kind to grid, or its kind "
             "to choice"
+        )
+    combinations = math.prod(len(config.space[key].extremes()) for key in grids)
+    if combinations > MOST_TRIALS:
+        found.append(
+            f"space: the grids have {combinations:.1e} combinations, wanted at most {MOST_TRIALS:,}: remove values"
         )
     if not config.exchanges:
         return found

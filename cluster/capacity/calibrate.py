@@ -8,16 +8,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, ValidationError
 
 from cluster.recipe.config import Recipe, for_workers
 from cluster.recipe.resources import machine_cpus
 from cluster.runtime.hardware import Device
 from cluster.runtime.local import set_quiet_environment
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Count, NonNegative, Positive, Real, UserError
 from perceiver.storage import cache_folder, write_whole
 from pipelines.feed.ingest import load_data
 
@@ -26,19 +26,26 @@ SECONDS = 1.5
 """Approximate seconds spent on each size."""
 
 
+Amount = Annotated[Real, Field(ge=0, le=1e15)]
+"""Bytes, measured."""
+Rate = Annotated[Real, Field(gt=0, le=1e15)]
+"""Bytes per second, measured."""
+
+
 class Timing(Config):
     """Time and memory of a training pass on each of several concurrent processes."""
 
-    processes: PositiveInt = Field(description="workers on the machine")
-    micro_batch: PositiveInt = Field(description="samples per pass")
-    seconds: PositiveFloat = Field(description="median of a step with the optimizer, without the gradient all-reduce")
-    bytes: float = Field(ge=0, description="peak memory of a step: weights, optimizer and activations")
-    base_bytes: PositiveFloat = Field(
+    processes: Count = Field(description="workers on the machine")
+    micro_batch: Count = Field(description="samples per pass")
+    seconds: Positive = Field(description="median of a step with the optimizer, without the gradient all-reduce")
+    bytes: Amount = Field(description="peak memory of a step: weights, optimizer and activations")
+    base_bytes: Amount = Field(
         description="memory of a process before it builds a model, without what it shares with other processes"
     )
-    surroundings: float = Field(
+    surroundings: Real = Field(
         default=1.0,
         ge=1,
+        le=1e6,
         description="factor by which a step takes longer in a real run: Ray's own processes, data tasks, waiting for "
         "other workers",
     )
@@ -48,12 +55,12 @@ class Calibration(Config):
     """Measurements of one recipe on one machine."""
 
     device: str = Field(description="name of the device, or cpu")
-    cores: PositiveInt = Field(description="CPU cores of the machine")
+    cores: Count = Field(description="CPU cores of the machine")
     timings: tuple[Timing, ...] = Field(min_length=2, description="time and memory of training passes")
-    sample_cpu_seconds: PositiveFloat = Field(description="CPU time to read, decode and augment a sample")
-    exchange_latency: float = Field(ge=0, description="seconds of a small all-reduce")
-    exchange_bytes_s: PositiveFloat = Field(description="bytes per second that a process sends in a large all-reduce")
-    save_bytes_s: PositiveFloat = Field(description="bytes per second written to the output folder")
+    sample_cpu_seconds: Positive = Field(description="CPU time to read, decode and augment a sample")
+    exchange_latency: NonNegative = Field(description="seconds of a small all-reduce")
+    exchange_bytes_s: Rate = Field(description="bytes per second that a process sends in a large all-reduce")
+    save_bytes_s: Rate = Field(description="bytes per second written to the output folder")
 
     def compute_seconds(self, micro: int, processes: int) -> float:
         """Return the seconds of a training pass of `micro` samples on each of `processes` concurrent processes.

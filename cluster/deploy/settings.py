@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from cluster.recipe.config import Recipe
 from cluster.recipe.file import read_yaml_config
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Count, CountOrNone, Positive, UserError
 
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
 """Labels of training and data nodes, unless the recipe sets others."""
@@ -18,12 +18,12 @@ LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
 class Machine(Config):
     """A kind of node."""
 
-    cpus: PositiveInt = Field(description="logical CPUs")
-    memory_gb: PositiveFloat = Field(description="memory, in GiB")
-    gpus: NonNegativeInt = Field(default=0, description="GPUs")
-    shm_gb: PositiveFloat = Field(default=8, description="shared memory for Ray's object store, in GiB")
-    min: NonNegativeInt = Field(default=0, description="smallest number of nodes")
-    max: PositiveInt = Field(default=8, description="largest number of nodes")
+    cpus: Count = Field(description="logical CPUs")
+    memory_gb: Positive = Field(description="memory, in GiB")
+    gpus: CountOrNone = Field(default=0, description="GPUs")
+    shm_gb: Positive = Field(default=8, description="shared memory for Ray's object store, in GiB")
+    min: CountOrNone = Field(default=0, description="smallest number of nodes")
+    max: int = Field(default=8, ge=1, le=100_000, description="largest number of nodes")
     aws: str = Field(default="", description="EC2 instance type")
     gcp: str = Field(default="", description="Compute Engine machine type")
     gcp_accelerator: str = Field(default="", description="Compute Engine accelerator type, such as nvidia-tesla-a100")
@@ -35,7 +35,7 @@ class Aws(Config):
     region: str = Field(default="us-west-2", description="region")
     zones: str = Field(default="us-west-2a,us-west-2b", description="availability zones, separated by commas")
     instance_profile: str = Field(default="perceiver-nodes", description="IAM profile with access to the bucket")
-    disk_gb: PositiveInt = Field(default=200, description="root disk of each node, in GB")
+    disk_gb: Count = Field(default=200, description="root disk of each node, in GB")
 
 
 class Gcp(Config):
@@ -49,7 +49,7 @@ class Gcp(Config):
         default="projects/deeplearning-platform-release/global/images/family/common-cu128-ubuntu-2204",
         description="image with Docker and the GPU driver",
     )
-    disk_gb: PositiveInt = Field(default=200, description="boot disk of each node, in GB")
+    disk_gb: Count = Field(default=200, description="boot disk of each node, in GB")
 
 
 class Slurm(Config):
@@ -91,8 +91,8 @@ class Settings(Config):
     spot: bool = Field(
         default=True, description="use preemptible training nodes first, on-demand ones if none are available"
     )
-    idle_minutes: PositiveInt = Field(default=5, description="minutes after which an idle node is released")
-    drain_s: PositiveInt = Field(default=300, description="seconds between a node's preemption notice and its removal")
+    idle_minutes: Count = Field(default=5, description="minutes after which an idle node is released")
+    drain_s: Count = Field(default=300, description="seconds between a node's preemption notice and its removal")
     namespace: str = Field(default="default", description="Kubernetes namespace")
     token_secret: str = Field(default="perceiver-token", description="Kubernetes secret with the key auth_token")
     env_secrets: tuple[str, ...] = Field(

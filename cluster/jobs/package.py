@@ -226,17 +226,12 @@ def _source(name: str) -> Path:
 
 
 def named_files(tree: Mapping[str, Any]) -> list[str]:
-    """Return the local files that a recipe names by relative path and reads when it starts."""
-    texts = [value for value in _texts(tree) if value.endswith((".json", ".yaml", ".yml"))]
-    return [text for text in texts if not Path(text).is_absolute() and "://" not in text and Path(text).is_file()]
+    """Return the local files that a recipe names by relative path and reads when it starts: the DeepSpeed JSON.
 
-
-def _texts(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for value in node.values():
-            yield from _texts(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _texts(value)
-    elif isinstance(node, str):
-        yield node
+    Only keys that are paths of such files count: another value may have the name of a file by chance, or on purpose.
+    """
+    section = tree.get("deepspeed")
+    file = section.get("config") if isinstance(section, Mapping) else None
+    if not isinstance(file, str) or Path(file).is_absolute() or "://" in file or not Path(file).is_file():
+        return []
+    return [file]

@@ -86,7 +86,7 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _is_packaged(file: str) -> bool:
     """Return whether a file is part of the package, at the path that the recipe names."""
-    return file in named_files({"file": file}) and path_in_package(file) == os.path.normpath(file)
+    return file in named_files({"deepspeed": {"config": file}}) and path_in_package(file) == os.path.normpath(file)
 
 
 def tracking_note(recipe: Recipe, here: bool, known: Collection[str]) -> str:

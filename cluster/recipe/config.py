@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from cluster.recipe.file import explain, read_tree
 from cluster.recipe.resources import ClusterConfig
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Location, Name, Seed, UserError
 from perceiver.factory import ModelConfig
 from perceiver.optim.config import OptimConfig
 from perceiver.tasks import TaskConfig
@@ -21,11 +21,9 @@ from pipelines.feed.ingest import DataConfig
 class Recipe(Config):
     """Everything that a run depends on. Each section is defined next to the code that it configures."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run folders are named after it")
-    seed: int = Field(
-        default=0, ge=0, description="seed of the initial weights, the sample order and the augmentations"
-    )
-    output: str = Field(default="runs", description="folder or fsspec URL below which each run gets a folder")
+    name: Name = Field(description="run folders are named after it")
+    seed: Seed = Field(default=0, description="seed of the initial weights, the sample order and the augmentations")
+    output: Location = Field(default="runs", description="folder or fsspec URL below which each run gets a folder")
     data: DataConfig = Field(description="the prepared data and its augmentation")
     model: ModelConfig = Field(description="the model")
     task: TaskConfig = Field(description="targets, loss and metrics")

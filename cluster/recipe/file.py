@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, UserError, shown
+from perceiver.yaml_reader import DEEPEST, LARGEST_BYTES, parse_yaml
 
 Kind = TypeVar("Kind", bound=Config)
 
@@ -34,22 +34,24 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"no recipe file {path}{hint}")
     tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise UserError(f"{path} is a {type(tree).__name__}, wanted a mapping of sections such as data: and model:")
+        got = "empty" if tree is None else f"a {type(tree).__name__}"
+        raise UserError(f"{path} is {got}, wanted a mapping of sections such as data: and model:")
     return tree
 
 
 def read_yaml(path: str | Path, hint: str = "see recipes/") -> Any:
-    """Read a YAML file.
+    """Read a YAML file, see `perceiver.yaml_reader.parse_yaml`.
 
     Raises:
         UserError: it cannot be read (the message ends with the hint), or is not valid YAML.
     """
     try:
-        return yaml.safe_load(Path(path).read_text())
+        if not Path(path).is_file():
+            raise UserError(f"cannot read {path} (no such file, or not a regular file); {hint}")
+        with Path(path).open("rb") as file:
+            return parse_yaml(file.read(LARGEST_BYTES + 1), str(path))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); {hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def read_yaml_config(path: str | Path, kind: type[Kind], hint: str = "see recipes/") -> Kind:
@@ -59,7 +61,8 @@ def read_yaml_config(path: str | Path, kind: type[Kind], hint: str = "see recipe
         UserError: it cannot be read, is not valid YAML, or has a wrong key or value.
     """
     try:
-        return kind.model_validate(read_yaml(path, hint) or {})
+        tree = read_yaml(path, hint)
+        return kind.model_validate({} if tree is None else tree)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, kind)}") from None
 
@@ -73,7 +76,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """
     errors = error.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(part) for part in _key_path(model, first["loc"]))
+    key = shown(".".join(str(part) for part in _key_path(model, first["loc"])))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     context = first.get("ctx", {})
     match first["type"]:
@@ -85,12 +88,12 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             return f"the key {key}.kind is missing{more}"
         case "union_tag_invalid":
             kinds = context["expected_tags"].replace("'", "")
-            return f"{key}.kind = {context['tag']!r}: wanted one of {kinds}{more}"
+            return f"{key}.kind = {shown(context['tag'])!r}: wanted one of {kinds}{more}"
         case "value_error":
-            reason = first["msg"].removeprefix("Value error, ")
+            reason = shown(first["msg"].removeprefix("Value error, "), 300)
             return (f"{key}: " if key else "") + reason + more
         case _:
-            got = f"{key} = {first['input']!r}: " if key else ""
+            got = f"{key} = {shown(repr(first['input']))}: " if key else ""
             return f"{got}{first['msg'][0].lower()}{first['msg'][1:]}{more}"
 
 
@@ -151,14 +154,14 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form key=value, for example optim.lr=2e-3")
+        raise UserError(f"override {shown(override)!r} is not of the form key=value, for example optim.lr=2e-3")
     node: Any = tree
-    *parents, leaf = key.split(".")
+    *parents, leaf = key.split(".", DEEPEST)
     for depth, name in enumerate(parents):
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+            raise UserError(f"override {shown(override)!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it for the shell") from None
+        node[leaf] = parse_yaml(text, key)
+    except UserError as error:
+        raise UserError(f"override {shown(override)!r}: {error}; quote the value for the shell") from None

@@ -1,9 +1,11 @@
 """The checks before a worker starts; each refuses a mistake in one line that names the fix."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
+import psutil
 import torch
 
 from cluster.recipe.config import Recipe, kind_of
@@ -23,6 +25,8 @@ from pipelines.shards.manifest import Manifest, load_manifest
 
 TARGETS = {"classification": "label", "tagging": "labels"}
 """Kind of the feature ``label`` that a task needs."""
+MOST_PARAMETERS = 1_000_000_000_000
+SMALLER = "lower model.latents, the channels or the layers"
 NEEDS = {"flow": "flow", "masked_language": "text"}
 """Batch key that a task without labels needs."""
 
@@ -41,11 +45,21 @@ class Preflight:
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """The data and the model of a recipe: the number of parameters and their shapes by name."""
+    """The data and the model of a recipe.
+
+    Attributes:
+        manifest: of the data.
+        parameters: number of parameters.
+        shapes: shape of each parameter by name.
+        weight_bytes: memory of parameters and buffers; each worker builds all of them.
+        sample_bytes: memory of a sample in a batch and of its latents after each layer; a training step needs more.
+    """
 
     manifest: Manifest
     parameters: int
     shapes: dict[str, list[int]]
+    weight_bytes: int
+    sample_bytes: int
 
 
 def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
@@ -59,8 +73,11 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     address = recipe.cluster.resolved_address()
     if address is None:
         check_machine(recipe)
+        check_memory(recipe, model)
     else:
         check_reachable(address)
+    if recipe.tracking.enabled:
+        recipe.tracking.store_uri(folder.local.parent)
     checkpoint = folder.checkpoints.newest() if resume else None
     if checkpoint is not None:
         check_resume(recipe, folder, checkpoint, model.shapes)
@@ -107,9 +124,54 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
     check_best(recipe, len(manifest.classes))
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))
+        example: dict[str, torch.Tensor] = cast(Any, model).example(1, "meta")
     parameters = sum(p.numel() for p in model.parameters())
+    if parameters > MOST_PARAMETERS:
+        raise UserError(f"the model has {parameters:.1e} parameters, wanted at most {MOST_PARAMETERS:.0e}: {SMALLER}")
     check_deepspeed(recipe, parameters)
-    return CheckedModel(manifest, parameters, {name: list(p.shape) for name, p in model.named_parameters()})
+    data = sum(4 * math.prod(shape) for shape in batch_shapes(recipe.data, manifest).values())
+    return CheckedModel(
+        manifest,
+        parameters,
+        {name: list(p.shape) for name, p in model.named_parameters()},
+        sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+        max(data, sum(4 * tensor.numel() for tensor in example.values())) + _latent_bytes(recipe.model),
+    )
+
+
+def _latent_bytes(model: Any) -> int:
+    """Return the bytes of a sample's latents after each layer, 0 for a model without latents."""
+    if not hasattr(model, "latents"):
+        return 0
+    blocks = model.blocks if model.blocks is not None else model.cross_attends
+    return 4 * model.latents * model.latent_channels * (1 + blocks * model.self_attends_per_block)
+
+
+def check_memory(recipe: Recipe, model: CheckedModel) -> None:
+    """Refuse weights, batches or an object store that this machine's memory cannot contain, whatever else is computed.
+
+    `perceiver plan` estimates the memory of a run; this refuses only what is certain to fail.
+
+    Raises:
+        UserError: the message names the keys to lower.
+    """
+    workers, memory = recipe.cluster.workers, psutil.virtual_memory().total
+    store = (recipe.cluster.object_store_mb or 0) * 1_000_000
+    batch = recipe.train.micro(workers) * model.sample_bytes
+    for what, size, fix in (
+        (f"the weights of {model.parameters:,} parameters", workers * model.weight_bytes, SMALLER),
+        (
+            "the samples and latents of one micro-batch",
+            workers * batch,
+            "lower train.micro_batch, model.latents or the size of a sample",
+        ),
+        (f"cluster.object_store_mb = {recipe.cluster.object_store_mb}", store, "lower it"),
+    ):
+        if size > memory:
+            raise UserError(
+                f"{what} need{'s' * (size == store)} {size / 1e9:,.0f} GB in {workers} worker{'s' * (workers > 1)}, "
+                f"this machine has {memory / 1e9:,.0f} GB: {fix}"
+            )
 
 
 def data_facts(manifest: Manifest) -> dict[str, Any]:

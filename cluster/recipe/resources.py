@@ -4,17 +4,21 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Real, Resource, UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_STORE_MB, STORE_MB = 80, 400
 """Ray needs an object store of at least 75 MiB. By default up to 360 MB of large samples wait for a worker."""
 SMALLEST_SHARE = 0.05
 """The smallest share of a CPU that a worker reserves, and the step of default shares."""
+
+
+Workers = Annotated[int, Field(ge=1, le=100_000)]
+"""A number of workers."""
 
 
 class ClusterConfig(Config):
@@ -24,18 +28,18 @@ class ClusterConfig(Config):
         default=None,
         description="address of a running Ray cluster; default: RAY_ADDRESS, otherwise a local Ray instance",
     )
-    workers: PositiveInt = Field(default=1, description="training workers, one process each")
-    min_workers: PositiveInt | None = Field(
+    workers: Workers = Field(default=1, description="training workers, one process each")
+    min_workers: Workers | None = Field(
         default=None,
         description="on a cluster: train with at least this many workers while nodes are missing, and with up to "
         "cluster.workers as nodes join; default: cluster.workers",
     )
-    cpus_per_worker: PositiveFloat | None = Field(
+    cpus_per_worker: Resource | None = Field(
         default=None,
         description="logical CPUs per worker; default: on this machine an equal share of what data tasks leave",
     )
-    gpus_per_worker: NonNegativeFloat = Field(default=0, description="GPUs per worker")
-    worker_resources: dict[str, PositiveFloat] = Field(
+    gpus_per_worker: Real = Field(default=0, ge=0, le=1000, description="GPUs per worker")
+    worker_resources: dict[str, Resource] = Field(
         default={}, description="custom resources per worker, in addition to CPUs and GPUs"
     )
     worker_labels: dict[str, str] = Field(
@@ -47,16 +51,21 @@ class ClusterConfig(Config):
     autoscaling: bool = Field(
         default=False, description="the cluster adds nodes on demand: accept resources that no node has yet"
     )
-    stop_wait_s: PositiveInt = Field(
-        default=600, description="seconds for a stopped job to save its checkpoint before it is killed"
+    stop_wait_s: int = Field(
+        default=600, gt=0, le=86_400, description="seconds for a stopped job to save its checkpoint before it is killed"
     )
-    max_failures: NonNegativeInt = Field(default=3, description="worker failures after which the run fails")
-    hang_s: PositiveFloat = Field(
+    max_failures: int = Field(default=3, ge=0, le=1_000_000, description="worker failures after which the run fails")
+    hang_s: Real = Field(
         default=60,
+        ge=0.1,
+        le=1e6,
         description="seconds without a heartbeat, or without a batch that others got, until a worker is killed",
     )
-    mtbf_hours: PositiveFloat = Field(
-        default=24, description="mean hours between failures of a run, for train.checkpoint_every=auto"
+    mtbf_hours: Real = Field(
+        default=24,
+        ge=0.001,
+        le=1e6,
+        description="mean hours between failures of a run, for train.checkpoint_every=auto",
     )
     dashboard: bool = Field(
         default=False, description="dashboard of a local Ray instance, on loopback: ten processes, 1 GB of memory"
@@ -64,6 +73,7 @@ class ClusterConfig(Config):
     object_store_mb: int | None = Field(
         default=None,
         ge=LEAST_STORE_MB,
+        le=100_000_000,
         description=f"size of the object store of a local Ray instance, in MB; default: {STORE_MB} per worker, as far "
         "as they fit into /dev/shm",
     )

@@ -6,6 +6,24 @@ EXIT_STOPPED = 130
 """Exit code of a stopped run, and of commands that waited for it."""
 
 
+FINAL = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError, ValueError)
+"""Errors of wrong values and of code: the same call raises them again."""
+
+
+TRANSIENT = re.compile(r"connect|gloo|nccl|timed? ?out|memory|ray\.|OSError", re.IGNORECASE)
+"""Part of a reason for a failure that a later start may not meet again."""
+
+
+def is_final(error: BaseException) -> bool:
+    """Return whether an error of a worker's set-up or first step would be raised again by the next start.
+
+    Others, such as RuntimeError, may come from torch's connections, from a device or from a lack of memory.
+    """
+    from ray.exceptions import RayError
+
+    return isinstance(error, FINAL) and not isinstance(error, OSError | RayError)
+
+
 def failure_reason(error: BaseException) -> str:
     """Return one line about a failed `fit`: the first worker's own exception, without Ray's frames."""
     failures = getattr(error, "worker_failures", None)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from perceiver.config import UserError
-from perceiver.storage import RetryPolicy, cache_folder, entry_names, is_local, with_retries, write_whole
+from perceiver.storage import RetryPolicy, cache_folder, entry_names, is_local, open_folder, with_retries, write_whole
 from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointStore
 
@@ -103,8 +103,8 @@ def new_run(output: str, name: str) -> RunFolder:
 
 def run_names(output: str, name: str) -> list[str]:
     """Return the runs of a recipe below ``output``, oldest first."""
-    fs, root = fsspec.core.url_to_fs(output)
-    runs = [entry for entry in entry_names(fs, root) if re.fullmatch(re.escape(name) + r"-\d+", entry)]
+    folder = open_folder(output)
+    runs = [entry for entry in entry_names(folder.fs, folder.path) if re.fullmatch(re.escape(name) + r"-\d+", entry)]
     return sorted(runs, key=lambda run: int(run.rsplit("-", 1)[1]))
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster.record.failures import failure_reason
+from cluster.record.failures import TRANSIENT, failure_reason
 from cluster.run.monitor import Event, Monitor
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ class Fit:
         ended: returns which process has ended without which Ray does not work, empty if none has.
 
     Attributes:
-        refused: why a worker refused to continue, or empty. The others may then still run after `events` has ended.
+        refused: why a worker refused to continue, or failed twice in the same way without a step in between; else
+            empty. The others may then still run after `events` has ended.
         lost: the process of Ray that has ended, or empty. Ray must not be called then: it would wait for that process.
     """
 
@@ -37,6 +38,7 @@ class Fit:
         self, future: "concurrent.futures.Future[Any]", monitor: Monitor, ended: Callable[[], str] = str
     ) -> None:
         self.future, self.monitor, self.ended, self.refused, self.lost = future, monitor, ended, "", ""
+        self._failure = ""
 
     @property
     def running(self) -> bool:
@@ -59,8 +61,16 @@ class Fit:
 
     def _poll(self) -> Iterator[Event]:
         for event in self.monitor.events():
-            if event["kind"] == "refused":
-                self.refused = self.refused or event["error"]
+            match event["kind"]:
+                case "refused":
+                    self.refused = self.refused or event["error"]
+                case "progress":
+                    self._failure = ""
+                case "failure" if event.get("raised") and not TRANSIENT.search(event["reason"]):
+                    if event["reason"] == self._failure:
+                        self.refused = self.refused or f"twice before the first step: {event['reason']}"
+                        continue
+                    self._failure = event["reason"]
             yield event
 
     @property

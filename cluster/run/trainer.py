@@ -58,11 +58,13 @@ class FailureReporter(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Report the first failed worker. Ray calls this by keyword, in the controller's process."""
         rank, error = sorted(worker_exceptions.items())[0]
-        reason = one_line(getattr(error, "cause", None) or error)
+        cause = getattr(error, "cause", None) or error
+        reason = one_line(cause)
         before, self._reported = self._reported, (rank, reason, time.monotonic())
         if before and before[:2] == (rank, reason) and time.monotonic() - before[2] < REPEAT_S:
             return
-        self.monitor.push.remote({"kind": "failure", "rank": 0, "failed": rank, "reason": reason})
+        raised = not type(cause).__module__.startswith("ray.")  # by the worker function; Ray's own: a lost process
+        self.monitor.push.remote({"kind": "failure", "rank": 0, "failed": rank, "reason": reason, "raised": raised})
 
 
 def build_trainer(

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 
 from cluster.predict.outputs import parquet, predicted
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, zero_stage
+from cluster.record.failures import is_final, one_line
 from cluster.record.run_folder import RunFolder, redacted_recipe
 from cluster.run.evaluation import RemoteEvaluator, read_scores
 from cluster.run.monitor import ActorClient, Client, make_client
@@ -80,8 +82,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         config: see `cluster.run.trainer.worker_config`.
 
     Returns:
-        ``{"status": "finished" | "stopped" | "refused", ...}``; a UserError is returned, not raised, because Ray would
-        restart the workers.
+        ``{"status": "finished" | "stopped" | "refused", ...}``; an error that a restart cannot avoid is returned, not
+        raised, because Ray would restart the workers: a UserError, or see `is_final` before the first step.
     """
     began = time.perf_counter()
     # A converged model has gradients and moments below 1e-38, which make a CPU 10 times slower.
@@ -89,6 +91,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
     me = find_rank(config["runs"])
     first = me.rank == 0
     monitor = make_client(config["monitor"], me.rank)
+    stepped = threading.Event()
     try:
         with contextlib.ExitStack() as resources:
             # The recipe, its data, and the checkpoint to continue from.
@@ -197,7 +200,16 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 [partial(tell_progress, monitor), MetricsHook(history, training.log_every)] if first else []
             )
             asynchronous: list[Hook] = [evaluations] if evaluations else []
-            hooks: list[Hook] = [sample_log, bad_loss, preemption, *report, *asynchronous, evaluation, checkpoints]
+            hooks: list[Hook] = [
+                lambda info: stepped.set(),
+                sample_log,
+                bad_loss,
+                preemption,
+                *report,
+                *asynchronous,
+                evaluation,
+                checkpoints,
+            ]
 
             def poll() -> Flags:
                 stop = monitor.stop_requested() or preemption.announced
@@ -227,10 +239,16 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             if handle is not None and handle.worker_closes:
                 tracker.close("finished")
             return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
-    except UserError as error:
-        monitor.send("refused", {"error": str(error)}, urgent=True)
+    except Exception as error:
+        if not isinstance(error, UserError) and (stepped.is_set() or not is_final(error)):
+            raise
+        reason = str(error)
+        if not isinstance(error, UserError):
+            log.exception("worker %d failed before the first step", me.rank)
+            reason = f"worker {me.rank} failed before the first step, and would fail again: {one_line(error)}"
+        monitor.send("refused", {"error": reason}, urgent=True)
         monitor.flush()
-        return {"status": "refused", "error": str(error)}
+        return {"status": "refused", "error": reason}
 
 
 def find_rank(runs: int) -> WorkerRank:

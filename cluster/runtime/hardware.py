@@ -3,10 +3,10 @@
 import difflib
 from pathlib import Path
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from cluster.recipe.file import read_yaml_config
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Count, NonNegative, Positive, Real, UserError
 
 BUILT_IN = Path(__file__).with_name("hardware.yaml")
 
@@ -16,23 +16,23 @@ class Device(Config):
 
     title: str = Field(description="name for users")
     match: str = Field(description="part of the device name that the machine reports; for calibrations")
-    bf16_tflops: PositiveFloat = Field(description="peak of dense bfloat16 products, 10^12 FLOP/s")
-    fp32_tflops: PositiveFloat = Field(description="peak of dense float32 products, 10^12 FLOP/s")
-    efficiency: PositiveFloat = Field(default=0.45, le=1, description="share of the peak that products reach")
-    kernel_efficiency: PositiveFloat = Field(
-        default=0.24, le=1, description="share of fp32_tflops that the separable kernel reaches (an H200: 0.24)"
+    bf16_tflops: Positive = Field(description="peak of dense bfloat16 products, 10^12 FLOP/s")
+    fp32_tflops: Positive = Field(description="peak of dense float32 products, 10^12 FLOP/s")
+    efficiency: Real = Field(default=0.45, gt=0, le=1, description="share of the peak that products reach")
+    kernel_efficiency: Real = Field(
+        default=0.24, gt=0, le=1, description="share of fp32_tflops that the separable kernel reaches (an H200: 0.24)"
     )
-    memory_gb: PositiveFloat = Field(description="device memory, 10^9 bytes")
-    memory_gbytes_s: PositiveFloat = Field(description="memory bandwidth, 10^9 bytes/s")
-    memory_efficiency: PositiveFloat = Field(default=0.8, le=1, description="share of it that elementwise work reaches")
-    launch_us: PositiveFloat = Field(default=5.0, description="least time of an operation, microseconds")
-    context_gb: PositiveFloat = Field(default=1.5, description="memory of libraries and allocator before a model")
-    link_gbytes_s: PositiveFloat = Field(description="to another device of the node, one direction, 10^9 bytes/s")
-    network_gbytes_s: PositiveFloat = Field(description="to another node, per device, 10^9 bytes/s each way")
-    devices_per_node: PositiveInt = Field(description="devices per node")
-    node_cpus: PositiveInt = Field(description="CPU cores (as Ray counts them) per node")
-    price_hour: float = Field(ge=0, description="price per device and hour, on demand")
-    price_hour_spot: float = Field(ge=0, description="price per device and hour, preemptible")
+    memory_gb: Positive = Field(description="device memory, 10^9 bytes")
+    memory_gbytes_s: Positive = Field(description="memory bandwidth, 10^9 bytes/s")
+    memory_efficiency: Real = Field(default=0.8, gt=0, le=1, description="share of it that elementwise work reaches")
+    launch_us: Positive = Field(default=5.0, description="least time of an operation, microseconds")
+    context_gb: Positive = Field(default=1.5, description="memory of libraries and allocator before a model")
+    link_gbytes_s: Positive = Field(description="to another device of the node, one direction, 10^9 bytes/s")
+    network_gbytes_s: Positive = Field(description="to another node, per device, 10^9 bytes/s each way")
+    devices_per_node: Count = Field(description="devices per node")
+    node_cpus: Count = Field(description="CPU cores (as Ray counts them) per node")
+    price_hour: NonNegative = Field(description="price per device and hour, on demand")
+    price_hour_spot: NonNegative = Field(description="price per device and hour, preemptible")
 
 
 class Hardware(Config):

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from cluster.recipe.file import read_yaml_config
 from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
 from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token, marked_processes
-from perceiver.config import Config, UserError
+from perceiver.config import Config, CountOrNone, Resource, UserError
 from perceiver.storage import cache_folder, write_whole
 
 MARK = "PERCEIVER_CLUSTER"
@@ -35,10 +35,10 @@ END_TIMEOUT_S = 15
 class NodeGroup(Config):
     """Nodes of one kind. Their resources are what Ray's scheduler assumes, not what the machine has."""
 
-    count: PositiveInt = Field(default=1, description="nodes of this kind")
-    cpus: NonNegativeInt | None = Field(default=None, description="logical CPUs of each; default: the machine's")
-    gpus: NonNegativeInt = Field(default=0, description="GPUs of each; they need not exist")
-    resources: dict[str, PositiveFloat] = Field(default={}, description="custom resources of each")
+    count: int = Field(default=1, ge=1, le=1000, description="nodes of this kind")
+    cpus: CountOrNone | None = Field(default=None, description="logical CPUs of each; default: the machine's")
+    gpus: CountOrNone = Field(default=0, description="GPUs of each; they need not exist")
+    resources: dict[str, Resource] = Field(default={}, description="custom resources of each")
     labels: dict[str, str] = Field(default={}, description="labels of each, such as role: train")
 
 
@@ -47,7 +47,7 @@ class NodesConfig(Config):
 
     nodes: tuple[NodeGroup, ...] = Field(default=(NodeGroup(count=3),), min_length=1, description="groups of nodes")
     object_store_mb: int = Field(
-        default=STORE_MB, ge=LEAST_STORE_MB, description="size of the object store of each node, in MB"
+        default=STORE_MB, ge=LEAST_STORE_MB, le=100_000_000, description="size of the object store of each node, in MB"
     )
     port: int = Field(default=6379, ge=1, le=65535, description="port of the head; another if it is in use")
     dashboard_port: int = Field(default=8265, ge=1, le=65535, description="port of dashboard and jobs; likewise")

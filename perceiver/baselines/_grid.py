@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Size, UserError
 from perceiver.modalities import InputsConfig
 from perceiver.model import Raw
 from perceiver.storage import first_line
@@ -17,7 +17,7 @@ class BaselineConfig(Config):
     """What the baselines have in common: the modality whose inputs they read."""
 
     inputs: InputsConfig = Field(description="The modality; Fourier positions make the (FF) rows of the tables.")
-    grid: tuple[int, int] | None = Field(
+    grid: tuple[Size, Size] | None = Field(
         default=None, description="Grid that unordered points are laid out on in the order given (44 x 44 in §4.3)."
     )
 

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.baselines._grid import Baseline, BaselineConfig
-from perceiver.config import UserError
+from perceiver.config import Real, Size, UserError
 from perceiver.model import Raw, need_classes
 
 
@@ -14,9 +14,9 @@ class CNN14Config(BaselineConfig):
     """Six blocks of two 3x3 convolutions; inputs of kind mel, layout grid, positions none (64 bins in the source)."""
 
     kind: Literal["cnn14"] = "cnn14"
-    widths: tuple[int, ...] = Field(default=(64, 128, 256, 512, 1024, 2048), description="Channels of each block.")
-    dropout: float = Field(default=0.2, ge=0, lt=1, description="After each block.")
-    head_dropout: float = Field(default=0.5, ge=0, lt=1, description="Before and after the last hidden layer.")
+    widths: tuple[Size, ...] = Field(default=(64, 128, 256, 512, 1024, 2048), description="Channels of each block.")
+    dropout: Real = Field(default=0.2, ge=0, lt=1, description="After each block.")
+    head_dropout: Real = Field(default=0.5, ge=0, lt=1, description="Before and after the last hidden layer.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
         """Build the module; `classes` is required."""

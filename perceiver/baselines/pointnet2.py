@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.baselines._grid import Baseline, BaselineConfig
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Real, Scale, Size, UserError
 from perceiver.modalities.points import PointsConfig
 from perceiver.model import Raw, need_classes
 
@@ -16,10 +16,10 @@ from perceiver.model import Raw, need_classes
 class Level(Config):
     """A set abstraction: centres, and an MLP over each one's neighbours."""
 
-    centres: int = Field(ge=1, description="Points kept, by farthest point sampling.")
-    radius: float = Field(gt=0, description="Reach of a centre, for clouds in the unit ball.")
-    neighbours: int = Field(ge=1, description="Points taken within reach; the nearest is repeated if there are fewer.")
-    widths: tuple[int, ...] = Field(description="Channels of the MLP's layers.")
+    centres: Size = Field(description="Points kept, by farthest point sampling.")
+    radius: Scale = Field(description="Reach of a centre, for clouds in the unit ball.")
+    neighbours: Size = Field(description="Points taken within reach; the nearest is repeated if there are fewer.")
+    widths: tuple[Size, ...] = Field(description="Channels of the MLP's layers.")
 
 
 class PointNet2Config(BaselineConfig):
@@ -33,9 +33,9 @@ class PointNet2Config(BaselineConfig):
         ),
         description="Set abstractions, finest first.",
     )
-    last: tuple[int, ...] = Field(default=(256, 512, 1024), description="MLP over all points of the last level.")
-    head: tuple[int, ...] = Field(default=(512, 256), description="Hidden layers of the classifier.")
-    dropout: float = Field(default=0.5, ge=0, lt=1, description="After each hidden layer of the classifier.")
+    last: tuple[Size, ...] = Field(default=(256, 512, 1024), description="MLP over all points of the last level.")
+    head: tuple[Size, ...] = Field(default=(512, 256), description="Hidden layers of the classifier.")
+    dropout: Real = Field(default=0.5, ge=0, lt=1, description="After each hidden layer of the classifier.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
         """Build the module; `classes` is required."""

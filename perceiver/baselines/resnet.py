@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.baselines._grid import Baseline, BaselineConfig, transformers_library
+from perceiver.config import Layers, Size
 from perceiver.model import Raw, need_classes
 
 
@@ -13,9 +14,9 @@ class ResNetConfig(BaselineConfig):
     """A bottleneck ResNet from the transformers library; 50 layers by default."""
 
     kind: Literal["resnet"] = "resnet"
-    depths: tuple[int, ...] = Field(default=(3, 4, 6, 3), description="Blocks of each stage.")
-    widths: tuple[int, ...] = Field(default=(256, 512, 1024, 2048), description="Channels of each stage.")
-    stem: int = Field(default=64, ge=1, description="Channels of the first convolution.")
+    depths: tuple[Layers, ...] = Field(default=(3, 4, 6, 3), description="Blocks of each stage.")
+    widths: tuple[Size, ...] = Field(default=(256, 512, 1024, 2048), description="Channels of each stage.")
+    stem: Size = Field(default=64, description="Channels of the first convolution.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
         """Build the module; `classes` is required."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perceiver.attention import Activation, SelfAttend, linear, zero_linear
 from perceiver.baselines._grid import Baseline, BaselineConfig
+from perceiver.config import Layers, Size, Widening
 from perceiver.model import Raw, need_classes
 
 
@@ -17,10 +18,10 @@ class TransformerConfig(BaselineConfig):
     """Self-attention layers over all inputs, their mean classified."""
 
     kind: Literal["transformer"] = "transformer"
-    width: int = Field(default=512, ge=1, description="Width of a token.")
-    layers: int = Field(default=8, ge=1, description="Self-attention layers.")
-    heads: int = Field(default=8, ge=1, description="Heads of each.")
-    widening: float = Field(default=1, gt=0, description="Inner width of the MLP over the width.")
+    width: Size = Field(default=512, description="Width of a token.")
+    layers: Layers = Field(default=8, description="Self-attention layers.")
+    heads: Size = Field(default=8, description="Heads of each.")
+    widening: Widening = Field(default=1, description="Inner width of the MLP over the width.")
     activation: Activation = Field(default="gelu_tanh", description="MLP activation.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.baselines._grid import Baseline, BaselineConfig, transformers_library
-from perceiver.config import UserError
+from perceiver.config import Layers, Scale, Size, UserError
 from perceiver.model import Raw, need_classes
 
 
@@ -14,12 +14,12 @@ class ViTConfig(BaselineConfig):
     """A ViT from the transformers library; B/16 by default. An image that patches do not divide is padded."""
 
     kind: Literal["vit"] = "vit"
-    patch: int = Field(default=16, ge=1, description="Side of a patch.")
-    width: int = Field(default=768, ge=1, description="Width of a token.")
-    layers: int = Field(default=12, ge=1, description="Transformer layers.")
-    heads: int = Field(default=12, ge=1, description="Attention heads.")
-    widening: int = Field(default=4, ge=1, description="Inner width of the MLP over the width.")
-    init_std: float = Field(default=0.02, gt=0, description="Scale of the initial weights; narrow ones want more.")
+    patch: Size = Field(default=16, description="Side of a patch.")
+    width: Size = Field(default=768, description="Width of a token.")
+    layers: Layers = Field(default=12, description="Transformer layers.")
+    heads: Size = Field(default=12, description="Attention heads.")
+    widening: int = Field(default=4, ge=1, le=1000, description="Inner width of the MLP over the width.")
+    init_std: Scale = Field(default=0.02, description="Scale of the initial weights; narrow ones want more.")
 
     def build(self, *, classes: int | None = None) -> nn.Module:
         """Build the module; `classes` is required."""

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import fsspec
 import torch
-import yaml
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from perceiver.modalities._positions import resize_table
 from perceiver.storage import is_local
 from perceiver.train.checkpoint.shards import read_weights
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore
+from perceiver.yaml_reader import parse_yaml
 
 HEADS = ("head.", "decoder.", "answer.", "net.classifier.")
 """Prefixes of tensors that belong to a task and may keep their initial values; all others must be in the weights."""
@@ -157,7 +157,9 @@ def _from_file(place: str, fs: Any, path: str) -> Saved:
             f"{place}: not a safetensors file ({error}); wanted model.safetensors of a run or an export"
         ) from None
     folder = path.rpartition("/")[0]
-    recipe = _read(fs, f"{folder}/recipe.yaml", yaml.safe_load)
+    recipe = _read(fs, f"{folder}/recipe.yaml", lambda data: parse_yaml(data, f"{folder}/recipe.yaml") or {})
+    if not isinstance(recipe, dict):
+        raise UserError(f"{folder}/recipe.yaml is a {type(recipe).__name__}, wanted the recipe of a run: remove it")
     facts = _read(fs, f"{folder}/run.json", json.loads)
     values = json.loads(metadata["model"]) if "model" in metadata else recipe.get("model")
     return Saved(place, tensors, model_config(values) if values else None, recipe, facts)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Size, UserError
 from perceiver.modalities._positions import Positions
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
@@ -19,8 +19,8 @@ class AudioConfig(Config):
     """Mono audio under the batch key `audio`: int16 is scaled to [-1, 1), floats are taken as they are."""
 
     kind: Literal["audio"] = "audio"
-    samples: int = Field(default=61_440, ge=1, description="Length of a clip in samples (1.28 s at 48 kHz).")
-    patch: int = Field(default=128, ge=1, description="Samples in one input.")
+    samples: Size = Field(default=61_440, description="Length of a clip in samples (1.28 s at 48 kHz).")
+    patch: Size = Field(default=128, description="Samples in one input.")
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions in time.")
 
     def build(self) -> nn.Module:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.attention import linear
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Size, UserError
 from perceiver.modalities._positions import Positions
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
@@ -20,10 +20,10 @@ class FlowFramesConfig(Config):
     """Two frames under the batch key `video` (B, 2, C, H, W): uint8 is mapped to [-1, 1], floats are taken as such."""
 
     kind: Literal["flow_frames"] = "flow_frames"
-    channels: int = Field(default=3, ge=1, description="Channels of a frame.")
-    size: tuple[int, int] = Field(default=(368, 496), description="Height and width.")
-    window: int = Field(default=3, ge=1, description="Side of the neighbourhood of a pixel; odd.")
-    front_end_channels: int = Field(default=64, ge=1, description="Width after the linear layer.")
+    channels: Size = Field(default=3, description="Channels of a frame.")
+    size: tuple[Size, Size] = Field(default=(368, 496), description="Height and width.")
+    window: int = Field(default=3, ge=1, le=99, description="Side of the neighbourhood of a pixel; odd.")
+    front_end_channels: Size = Field(default=64, description="Width after the linear layer.")
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
 
     def build(self) -> nn.Module:

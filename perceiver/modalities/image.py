@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Scale, Seed, Shift, Size, UserError
 from perceiver.modalities._positions import Positions
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
@@ -19,26 +19,26 @@ class ImageConfig(Config):
     """Images under the batch key `image`: uint8 is normalised on the device, floats are taken as normalised."""
 
     kind: Literal["image"] = "image"
-    channels: int = Field(default=3, ge=1, description="Channels of the image.")
-    size: tuple[int, int] = Field(default=(224, 224), description="Height and width that the model is built for.")
+    channels: Size = Field(default=3, description="Channels of the image.")
+    size: tuple[Size, Size] = Field(default=(224, 224), description="Height and width that the model is built for.")
     resize: bool = Field(default=False, description="Resize images to `size` on the device.")
-    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, of pixels in [0, 1].")
-    std: tuple[float, ...] = Field(
+    mean: tuple[Shift, ...] = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, of pixels in [0, 1].")
+    std: tuple[Scale, ...] = Field(
         default=(0.229, 0.224, 0.225), description="Deviation per channel, of pixels in [0, 1]."
     )
     front_end: Literal["none", "patch", "conv", "1x1"] = Field(
         default="none",
         description="Before the positions: raw pixels, patches, 7x7 stride 2 conv with max-pool, or 1x1 conv.",
     )
-    patch: int = Field(default=1, ge=1, description="Side of a patch (front_end: patch).")
-    front_end_channels: int | None = Field(
+    patch: Size = Field(default=1, description="Side of a patch (front_end: patch).")
+    front_end_channels: Size | None = Field(
         default=None, description="Channels after the front end: patch raw by default, conv 64, 1x1 256."
     )
     conv_padding: Literal["same", "symmetric"] = Field(
         default="same", description="TensorFlow's padding (56 of 224), or the transformers library's (55 of 224)."
     )
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
-    permute: int | None = Field(
+    permute: Seed | None = Field(
         default=None,
         description="Seed of one fixed permutation of the inputs, applied after the positions (Perceiver §4.1).",
     )
@@ -155,7 +155,7 @@ def _front_end(config: ImageConfig, channels: int) -> tuple[nn.Module | None, in
     return None, data
 
 
-def normalise_pixels(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+def normalise_pixels(x: Tensor, mean: tuple[Shift, ...], std: tuple[Scale, ...], dtype: torch.dtype) -> Tensor:
     """Map uint8 pixels (B, ..., C, H, W) to (x/255 - mean)/std; floats only change their type."""
     if x.is_floating_point():
         return x.to(dtype)

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config
+from perceiver.config import Config, Size
 from perceiver.positions import Inputs
 
 
@@ -15,7 +15,7 @@ class LabelConfig(Config):
     """A class id under the batch key `label`; where the batch has none, or the id is negative, zeros."""
 
     kind: Literal["label"] = "label"
-    classes: int = Field(default=700, ge=1, description="Number of classes.")
+    classes: Size = Field(default=700, description="Number of classes.")
 
     def build(self) -> nn.Module:
         """Build the module."""

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.attention import no_autocast
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Real, Scale, Shift, Size, UserError
 from perceiver.modalities._positions import Positions
 from perceiver.modalities.audio import normalise_audio
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
@@ -28,22 +28,24 @@ class MelConfig(Config):
     """
 
     kind: Literal["mel"] = "mel"
-    samples: int = Field(default=61_440, ge=1, description="Length of a clip in samples.")
-    rate: int = Field(default=48_000, ge=1, description="Samples per second.")
-    window: int = Field(default=2048, ge=2, description="STFT length in samples.")
-    hop: int = Field(default=1024, ge=1, description="Samples between frames.")
-    bins: int = Field(default=80, ge=1, description="Mel bins.")
-    low: float = Field(default=80.0, ge=0, description="Lowest frequency in Hz.")
-    high: float = Field(default=7600.0, gt=0, description="Highest frequency in Hz.")
+    samples: Size = Field(default=61_440, description="Length of a clip in samples.")
+    rate: int = Field(default=48_000, ge=100, le=1_000_000, description="Samples per second.")
+    window: int = Field(default=2048, ge=2, le=1 << 20, description="STFT length in samples.")
+    hop: Size = Field(default=1024, description="Samples between frames.")
+    bins: int = Field(default=80, ge=1, le=1 << 16, description="Mel bins.")
+    low: Real = Field(default=80.0, ge=0, le=1e6, description="Lowest frequency in Hz.")
+    high: Real = Field(default=7600.0, gt=0, le=1e6, description="Highest frequency in Hz.")
     layout: Literal["sequence", "grid"] = Field(
         default="sequence", description="1-D positions over all scalars (paper), or 2-D over frames and bins."
     )
-    mean: float = Field(default=0.0, description="Subtracted from the log-mel values.")
-    std: float = Field(default=1.0, gt=0, description="The values are divided by it, after the mean.")
-    time_masks: int = Field(default=0, ge=0, description="SpecAugment: masked stretches of frames in training.")
-    time_width: int = Field(default=10, ge=0, description="SpecAugment: most frames in a stretch.")
-    frequency_masks: int = Field(default=0, ge=0, description="SpecAugment: masked bands in training.")
-    frequency_width: int = Field(default=10, ge=0, description="SpecAugment: most bins in a band.")
+    mean: Shift = Field(default=0.0, description="Subtracted from the log-mel values.")
+    std: Scale = Field(default=1.0, description="The values are divided by it, after the mean.")
+    time_masks: int = Field(
+        default=0, ge=0, le=1000, description="SpecAugment: masked stretches of frames in training."
+    )
+    time_width: int = Field(default=10, ge=0, le=1 << 24, description="SpecAugment: most frames in a stretch.")
+    frequency_masks: int = Field(default=0, ge=0, le=1000, description="SpecAugment: masked bands in training.")
+    frequency_width: int = Field(default=10, ge=0, le=1 << 24, description="SpecAugment: most bins in a band.")
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
 
     def build(self) -> nn.Module:

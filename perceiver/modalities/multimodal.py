@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+from pydantic_core import InitErrorDetails
 from torch import Tensor, nn
 
 from perceiver import registry
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Probability, Size, UserError
 from perceiver.model import latent_array
 from perceiver.positions import Inputs
+
+_POSITION_KINDS = ("fourier", "learned", "none")
 
 
 class MultimodalConfig(Config):
@@ -24,11 +27,11 @@ class MultimodalConfig(Config):
     modalities: dict[str, SerializeAsAny[Config]] = Field(
         description="Modality configs (each with its kind) by name; null: left out."
     )
-    min_padding: int = Field(default=4, ge=1, description="Least width of the learned modality vectors.")
-    dropout: dict[str, float] = Field(
+    min_padding: Size = Field(default=4, description="Least width of the learned modality vectors.")
+    dropout: dict[str, Probability] = Field(
         default={}, description="Chance per sample that a modality's data are zeroed in training (video 0.3 in §4.2)."
     )
-    mask: dict[str, float] = Field(
+    mask: dict[str, Probability] = Field(
         default={}, description="Chance per sample that a learned vector stands for a modality in training (label 0.5)."
     )
     hide: tuple[str, ...] = Field(
@@ -55,7 +58,18 @@ def _modality(name: str, value: Any, kinds: dict[str, type[Config]]) -> Config:
     if kind not in kinds or kind == "multimodal":
         known = ", ".join(sorted(set(kinds) - {"multimodal"}))
         raise ValueError(f"modality '{name}': got kind {kind!r}; wanted one of {known}")
-    return kinds[kind].model_validate(value)
+    try:
+        return kinds[kind].model_validate(value)
+    except ValidationError as error:
+        raise ValidationError.from_exception_data(
+            error.title, [_below(name, line) for line in error.errors()]
+        ) from None
+
+
+def _below(name: str, line: Any) -> InitErrorDetails:
+    """Return an error of a modality with its name in the location, and without tags of unions, which are no keys."""
+    location = (name, *(part for part in line["loc"] if part not in _POSITION_KINDS))
+    return InitErrorDetails(type=line["type"], loc=location, input=line["input"], ctx=line.get("ctx", {}))
 
 
 class Multimodal(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, UserError
+from perceiver.config import Bands, Config, Scale, Size, UserError
 from perceiver.positions import Inputs, fourier_features
 
 
@@ -18,11 +18,11 @@ class PointsConfig(Config):
     """Points under the batch key `points` with coordinates in [-1, 1]; further columns are features."""
 
     kind: Literal["points"] = "points"
-    points: int = Field(default=2048, ge=1, description="Points per cloud for counting FLOPs; any number can be used.")
-    dimensions: int = Field(default=3, ge=1, description="Coordinates of a point.")
-    features: int = Field(default=0, ge=0, description="Further columns of a point, passed on as they are.")
-    bands: int = Field(default=64, ge=1, description="Frequencies per coordinate.")
-    max_resolution: float = Field(default=2240.0, gt=0, description="Twice the highest frequency.")
+    points: Size = Field(default=2048, description="Points per cloud for counting FLOPs; any number can be used.")
+    dimensions: int = Field(default=3, ge=1, le=1000, description="Coordinates of a point.")
+    features: int = Field(default=0, ge=0, le=1 << 24, description="Further columns of a point, passed on as they are.")
+    bands: Bands = Field(default=64, description="Frequencies per coordinate.")
+    max_resolution: Scale = Field(default=2240.0, description="Twice the highest frequency.")
 
     def build(self) -> nn.Module:
         """Build the module."""

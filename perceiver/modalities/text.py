@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Size, UserError
 from perceiver.model import latent_array
 from perceiver.positions import Inputs
 
@@ -22,9 +22,9 @@ class TextConfig(Config):
     """Token ids under the batch key `text`, and `text_mask`, True where there is a token (all, if not given)."""
 
     kind: Literal["text"] = "text"
-    vocabulary: int = Field(default=BYTE_VOCABULARY, ge=1, description="Number of ids; 262 for bytes.")
-    length: int = Field(default=2048, ge=1, description="Most tokens of a text.")
-    channels: int = Field(default=768, ge=1, description="Width of embeddings and positions.")
+    vocabulary: Size = Field(default=BYTE_VOCABULARY, description="Number of ids; 262 for bytes.")
+    length: Size = Field(default=2048, description="Most tokens of a text.")
+    channels: Size = Field(default=768, description="Width of embeddings and positions.")
 
     def build(self) -> nn.Module:
         """Build the module."""

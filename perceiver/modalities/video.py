@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Scale, Shift, Size, UserError
 from perceiver.modalities._positions import Positions
 from perceiver.modalities.image import normalise_pixels
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
@@ -21,12 +21,12 @@ class VideoConfig(Config):
     """Video under the batch key `video`: uint8 is normalised on the device, floats are taken as normalised."""
 
     kind: Literal["video"] = "video"
-    frames: int = Field(default=32, ge=1, description="Frames of a clip.")
-    channels: int = Field(default=3, ge=1, description="Channels of a frame.")
-    size: tuple[int, int] = Field(default=(224, 224), description="Height and width of a frame.")
-    patch: tuple[int, int, int] = Field(default=(2, 8, 8), description="Frames, height and width of a patch.")
-    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, in [0, 1].")
-    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), description="Deviation per channel, in [0, 1].")
+    frames: Size = Field(default=32, description="Frames of a clip.")
+    channels: Size = Field(default=3, description="Channels of a frame.")
+    size: tuple[Size, Size] = Field(default=(224, 224), description="Height and width of a frame.")
+    patch: tuple[Size, Size, Size] = Field(default=(2, 8, 8), description="Frames, height and width of a patch.")
+    mean: tuple[Shift, ...] = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, in [0, 1].")
+    std: tuple[Scale, ...] = Field(default=(0.229, 0.224, 0.225), description="Deviation per channel, in [0, 1].")
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
 
     def build(self) -> nn.Module:
@@ -69,7 +69,7 @@ class Video(nn.Module):
         return self.positions(x, grid)
 
 
-def space_time_patches(x: Tensor, patch: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
+def space_time_patches(x: Tensor, patch: tuple[Size, Size, Size]) -> tuple[Tensor, tuple[int, int, int]]:
     """Map (B, F, C, H, W) to patches (B, M, t*h*w*C) in row-major order, and the grid's shape."""
     b, f, c, height, width = x.shape
     t, h, w = patch

@@ -1,12 +1,12 @@
 """Configuration and construction of the optimizers, and which parameters are decayed."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field
 from torch import nn
 
-from perceiver.config import Config
+from perceiver.config import Config, Real
 from perceiver.optim.lamb import Lamb
 from perceiver.optim.schedules import ConstantSchedule, ScheduleConfig
 
@@ -24,19 +24,22 @@ _NORMS = (
 )
 _DEFAULT_EPS = {"adamw": 1e-8, "lamb": 1e-6}
 
+Beta = Annotated[Real, Field(ge=0, lt=1)]
+"""Decay of a moving average."""
+
 
 class OptimConfig(Config):
     """Optimizer and learning rate (recipe key `optim`)."""
 
     kind: Literal["adamw", "lamb"] = Field(default="adamw", description="Optimizer; the papers train with LAMB.")
-    lr: PositiveFloat = Field(default=1e-3, description="Peak learning rate, multiplied by the schedule.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
-    eps: PositiveFloat | None = Field(
-        default=None, description="Added to the root of the second moment; 1e-8, LAMB 1e-6."
+    lr: Real = Field(default=1e-3, gt=0, le=1e6, description="Peak learning rate, multiplied by the schedule.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
+    eps: Real | None = Field(
+        default=None, gt=0, le=1e6, description="Added to the root of the second moment; 1e-8, LAMB 1e-6."
     )
-    weight_decay: NonNegativeFloat = Field(default=0.01, description="Decoupled decay; biases and norms have none.")
-    clip: PositiveFloat | None = Field(
-        default=None, description="Global gradient norm to clip to; null switches it off."
+    weight_decay: Real = Field(default=0.01, ge=0, le=100, description="Decoupled decay; biases and norms have none.")
+    clip: Real | None = Field(
+        default=None, ge=1e-9, le=1e9, description="Global gradient norm to clip to; null switches it off."
     )
     schedule: ScheduleConfig = Field(default=ConstantSchedule(), description="Multiplier of lr over the run.")
 

@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
-from perceiver.config import Config
+from perceiver.config import Config, CountOrNone, Positive, Probability, Real, Scale
 
 Schedule = Callable[[int], float]
 
@@ -18,8 +18,8 @@ Schedule = Callable[[int], float]
 class _WarmUp(Config):
     """Linear warm-up, available in every schedule: step s of W is multiplied by (s + 1) / W."""
 
-    warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up.")
-    warmup_fraction: float = Field(
+    warmup_steps: CountOrNone = Field(default=0, description="Steps of linear warm-up.")
+    warmup_fraction: Real = Field(
         default=0.0, ge=0, lt=1, description="Warm-up as a share of all steps, instead of warmup_steps."
     )
 
@@ -40,23 +40,23 @@ class StepSchedule(_WarmUp):
     """Multiply by gamma at each milestone (ImageNet: 0.1 at epochs 84, 102, 114, Perceiver §4.1)."""
 
     kind: Literal["step"] = Field(default="step", description="Selects this schedule.")
-    milestones: tuple[PositiveFloat, ...] = Field(description="Epochs at whose start the rate is multiplied by gamma.")
-    gamma: PositiveFloat = Field(default=0.1, description="Factor at each milestone.")
+    milestones: tuple[Positive, ...] = Field(description="Epochs at whose start the rate is multiplied by gamma.")
+    gamma: Scale = Field(default=0.1, description="Factor at each milestone.")
 
 
 class CosineSchedule(_WarmUp):
     """Half a cosine from the end of the warm-up to the end of the run."""
 
     kind: Literal["cosine"] = Field(default="cosine", description="Selects this schedule.")
-    final: float = Field(default=0.0, ge=0, le=1, description="Multiplier at the end of the run.")
+    final: Probability = Field(default=0.0, description="Multiplier at the end of the run.")
 
 
 class FlatCosineSchedule(_WarmUp):
     """Constant, then half a cosine to the end (ImageNet: half and half, Perceiver IO appendix A.1)."""
 
     kind: Literal["flat_cosine"] = Field(default="flat_cosine", description="Selects this schedule.")
-    flat_fraction: float = Field(default=0.5, ge=0, lt=1, description="Share of all steps before the decay begins.")
-    final: float = Field(default=0.0, ge=0, le=1, description="Multiplier at the end of the run.")
+    flat_fraction: Real = Field(default=0.5, ge=0, lt=1, description="Share of all steps before the decay begins.")
+    final: Probability = Field(default=0.0, description="Multiplier at the end of the run.")
 
 
 ScheduleConfig = Annotated[

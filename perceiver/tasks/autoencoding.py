@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config
+from perceiver.config import Config, NonNegative, Seed, Size
 from perceiver.modalities.audio import normalise_audio
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
 
@@ -24,17 +24,17 @@ class AutoencodingConfig(Config):
     """Reconstructs the batch keys `video` (B, F, C, H, W), `audio` (B, T) and predicts `label` (B,), as weighted."""
 
     kind: Literal["autoencoding"] = "autoencoding"
-    weights: dict[Literal["video", "audio", "label"], float] = Field(
+    weights: dict[Literal["video", "audio", "label"], NonNegative] = Field(
         default={"video": 0.03, "audio": 1.0, "label": 1e-4}, description="Loss weight by modality; 0 or none is off."
     )
-    audio_patch: int = Field(default=16, ge=1, description="Samples in one audio output.")
-    queries: dict[Literal["video", "audio"], int] = Field(
+    audio_patch: Size = Field(default=16, description="Samples in one audio output.")
+    queries: dict[Literal["video", "audio"], Size] = Field(
         default={"video": 512, "audio": 512}, description="Elements decoded per sample in training."
     )
-    evaluation_queries: dict[Literal["video", "audio"], int] = Field(
+    evaluation_queries: dict[Literal["video", "audio"], Size] = Field(
         default={"video": 8192, "audio": 1920}, description="Elements decoded per sample in evaluation."
     )
-    seed: int = Field(default=0, description="Seed of the subsampling.")
+    seed: Seed = Field(default=0, description="Seed of the subsampling.")
 
     def build(self, *, classes: int) -> Task:
         """Build the task."""

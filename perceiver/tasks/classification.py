@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Real, Seed, UserError
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, valid_rows
 from perceiver.tasks._clips import clip_logits, mean_softmax
 
@@ -19,12 +19,14 @@ class ClassificationConfig(Config):
     """Each sample has one class under the batch key `label`."""
 
     kind: Literal["classification"] = "classification"
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Probability spread evenly over all classes.")
-    mixup_alpha: float = Field(default=0.0, ge=0, description="Beta parameter of MixUp; 0 is off (Perceiver IO: 0.2).")
+    label_smoothing: Real = Field(default=0.0, ge=0, lt=1, description="Probability spread evenly over all classes.")
+    mixup_alpha: Real = Field(
+        default=0.0, ge=0, le=1000, description="Beta parameter of MixUp; 0 is off (Perceiver IO: 0.2)."
+    )
     cutmix: bool = Field(
         default=False, description="CutMix with a uniform area; with MixUp, each on half of the batch."
     )
-    seed: int = Field(default=0, description="Seed of MixUp and CutMix.")
+    seed: Seed = Field(default=0, description="Seed of MixUp and CutMix.")
 
     def build(self, *, classes: int) -> Task:
         """Build the task."""

@@ -6,30 +6,34 @@ together; the loss is over masked positions only.
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config
+from perceiver.config import Config, Real, Seed
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
 
 BYTE_SPACES = tuple(byte + 6 for byte in b" \t\n\r\x0b\x0c")
+
+
+TokenId = Annotated[int, Field(ge=0, le=1 << 24)]
+"""A token of the vocabulary."""
 
 
 class MaskedLanguageConfig(Config):
     """Ids under the batch key `text` (B, M) with `text_mask`; the ids of `spaces` separate words."""
 
     kind: Literal["masked_language"] = "masked_language"
-    probability: float = Field(default=0.15, gt=0, lt=1, description="Chance that a word is masked.")
-    mask_id: int = Field(default=3, ge=0, description="Id that stands for a masked token.")
-    specials: int = Field(default=6, ge=0, description="Ids below this are special and never masked.")
-    spaces: tuple[int, ...] = Field(default=BYTE_SPACES, description="Ids between words (bytes + 6 by default).")
-    word_start: tuple[int, ...] = Field(
+    probability: Real = Field(default=0.15, gt=0, lt=1, description="Chance that a word is masked.")
+    mask_id: TokenId = Field(default=3, description="Id that stands for a masked token.")
+    specials: TokenId = Field(default=6, description="Ids below this are special and never masked.")
+    spaces: tuple[TokenId, ...] = Field(default=BYTE_SPACES, description="Ids between words (bytes + 6 by default).")
+    word_start: tuple[TokenId, ...] = Field(
         default=(), description="Ids that begin a word (SentencePiece); used in place of `spaces` if any are given."
     )
-    seed: int = Field(default=0, description="Seed of the masks.")
+    seed: Seed = Field(default=0, description="Seed of the masks.")
 
     def build(self, *, classes: int) -> Task:
         """Build the task."""

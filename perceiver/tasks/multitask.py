@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, NonNegative, Real, UserError
 from perceiver.tasks._base import Batch, LossOutput, Task, model_inputs, valid_rows
 
 
@@ -15,8 +15,8 @@ class MultitaskConfig(Config):
     """Labels under `label_NAME` (B,) int64 for each task; a negative label does not count."""
 
     kind: Literal["multitask"] = "multitask"
-    tasks: dict[str, float] = Field(description="Weight of the loss by task name.")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Probability spread over all classes.")
+    tasks: dict[str, NonNegative] = Field(min_length=1, description="Weight of the loss by task name.")
+    label_smoothing: Real = Field(default=0.0, ge=0, lt=1, description="Probability spread over all classes.")
 
     def build(self, *, classes: int) -> Task:
         """Build the task."""

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config
+from perceiver.config import Config, Positive, Seed, Size
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
 
 
@@ -15,9 +15,9 @@ class FlowConfig(Config):
     """Flow under the batch key `flow` (B, 2, H, W) in pixels, horizontal first; `flow_valid` (B, H, W) if partial."""
 
     kind: Literal["flow"] = "flow"
-    limit: float | None = Field(default=None, gt=0, description="Pixels whose true flow is longer do not count.")
-    queries: int | None = Field(default=None, ge=1, description="Pixels decoded per sample in training; default: all.")
-    seed: int = Field(default=0, ge=0, description="Seed of the choice of these pixels.")
+    limit: Positive | None = Field(default=None, description="Pixels whose true flow is longer do not count.")
+    queries: Size | None = Field(default=None, description="Pixels decoded per sample in training; default: all.")
+    seed: Seed = Field(default=0, description="Seed of the choice of these pixels.")
 
     def build(self, *, classes: int) -> Task:
         """Build the task."""

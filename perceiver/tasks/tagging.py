@@ -23,7 +23,10 @@ class TaggingConfig(Config):
 
     kind: Literal["tagging"] = "tagging"
     bins: int = Field(
-        default=8192, ge=2, description="Score bins of the mean average precision in evaluation; 16 bytes a class each."
+        default=8192,
+        ge=2,
+        le=1 << 20,
+        description="Score bins of the mean average precision in evaluation; 16 bytes a class each.",
     )
 
     def build(self, *, classes: int) -> Task:

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Location, Real, UserError
 from perceiver.storage import write_whole
 from perceiver.tracking.mlflow_process import ask
 from perceiver.tracking.record import HISTORY, LOG, NOTES, RUN, LineWriter, unsent
@@ -44,13 +45,15 @@ class TrackingConfig(Config):
     experiment: str | None = Field(
         default=None, description="MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, else the recipe's name"
     )
-    artifact_root: str | None = Field(
+    artifact_root: Location | None = Field(
         default=None,
         description="folder or URL for artifacts of a new experiment; default: next to a SQLite file, or the server's",
     )
     tags: dict[str, str] = Field(default_factory=dict, description="tags of the run")
     system_metrics: bool = Field(default=True, description="log CPU, memory, network and GPU load of each node")
-    system_metrics_interval: PositiveFloat = Field(default=10.0, description="seconds between two samples of that load")
+    system_metrics_interval: Real = Field(
+        default=10.0, ge=0.1, le=86_400, description="seconds between two samples of that load"
+    )
     required: bool = Field(
         default=False,
         description="refuse to start if the server does not answer; otherwise train, keep the metrics in the run's "
@@ -64,6 +67,15 @@ class TrackingConfig(Config):
             UserError: MLflow has no store for the scheme, or a reference cannot be resolved.
         """
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(output.absolute() / "mlflow.db")
+        try:
+            port = urlsplit(resolve(uri)).port
+        except ValueError:  # its message would quote a part of the URI, which may be a password
+            port = -1
+        if port in (-1, 0):
+            raise UserError(
+                "tracking.uri (or MLFLOW_TRACKING_URI): the host or the port cannot be parsed; wanted "
+                "SCHEME://HOST:PORT with a port from 1 to 65535, special characters of a password percent-encoded"
+            )
         scheme = resolve(uri).partition(":")[0].partition("+")[0]
         if scheme not in SCHEMES:
             raise UserError(
@@ -115,7 +127,7 @@ class RunHandle:
     created_ms: int
     run_id: str | None = None
     experiment_id: str | None = None
-    artifact_root: str | None = None
+    artifact_root: Location | None = None
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     system_metrics_interval: float | None = None

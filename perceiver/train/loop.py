@@ -8,9 +8,9 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import AliasChoices, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
-from perceiver.config import Config
+from perceiver.config import Config, Count, Epochs, Location, Size
 from perceiver.hashing import FIRST, GOLDEN, SECOND, mix64
 from perceiver.tasks import Batch
 from perceiver.train.engine.protocol import Engine, Precision, StepResult
@@ -21,7 +21,7 @@ class KeepBest(Config):
 
     metric: str = Field(default="eval/accuracy", description="recorded metric; `eval/...` for one of an evaluation")
     mode: Literal["max", "min"] = Field(default="max", description="whether a larger or a smaller value is better")
-    count: PositiveInt = Field(default=1, description="number of best checkpoints to keep")
+    count: Count = Field(default=1, description="number of best checkpoints to keep")
 
     def better(self, one: float, other: float) -> bool:
         """Return whether the first value is strictly better; NaN is worse than anything."""
@@ -33,35 +33,33 @@ class KeepBest(Config):
 class SavingConfig(Config):
     """When checkpoints are written and which are kept; part of the recipe's `train:` section."""
 
-    checkpoint_every: PositiveFloat | Literal["auto"] = Field(
+    checkpoint_every: Epochs | Literal["auto"] = Field(
         default="auto",
         description="epochs between two checkpoints; auto: the interval of Young and Daly, from measured "
         "times and cluster.mtbf_hours, limited so that saving takes at most 1 % of the time",
     )
-    keep_checkpoints: PositiveInt = Field(default=2, description="number of newest checkpoints to keep")
-    keep_every: PositiveInt | None = Field(default=None, description="keep each n-th checkpoint permanently")
+    keep_checkpoints: Count = Field(default=2, description="number of newest checkpoints to keep")
+    keep_every: Count | None = Field(default=None, description="keep each n-th checkpoint permanently")
     keep_best: KeepBest | None = Field(default=None, description="also save after evaluations that are among the best")
-    checkpoint_misses: PositiveInt = Field(
-        default=3, description="consecutive failed checkpoints after which the run stops"
-    )
+    checkpoint_misses: Count = Field(default=3, description="consecutive failed checkpoints after which the run stops")
 
 
 class TrainConfig(SavingConfig):
     """How long to train, batch sizes, evaluation and checkpoints (recipe key `train`)."""
 
-    epochs: PositiveFloat | None = Field(default=None, description="passes over the training data; give this or steps")
-    steps: PositiveInt | None = Field(default=None, description="optimizer steps; give this or epochs")
-    global_batch: PositiveInt = Field(default=128, description="samples per optimizer step, over all workers")
-    micro_batch: PositiveInt | None = Field(
+    epochs: Epochs | None = Field(default=None, description="passes over the training data; give this or steps")
+    steps: Count | None = Field(default=None, description="optimizer steps; give this or epochs")
+    global_batch: Size = Field(default=128, description="samples per optimizer step, over all workers")
+    micro_batch: Count | None = Field(
         default=None, description="samples per forward pass on one worker; default: a worker's whole share"
     )
-    init_from: str | None = Field(
+    init_from: Location | None = Field(
         default=None,
         description="initial weights: a run's folder, a checkpoint, a .safetensors file or a transformers folder",
     )
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
-    log_every: PositiveInt = Field(default=10, description="steps between two records of the training metrics")
-    eval_every: PositiveFloat = Field(default=1.0, description="epochs between two evaluations")
+    log_every: Count = Field(default=10, description="steps between two records of the training metrics")
+    eval_every: Epochs = Field(default=1.0, description="epochs between two evaluations")
     eval_async: bool = Field(
         default=False,
         validation_alias=AliasChoices("eval_async", "eval_beside"),
@@ -73,7 +71,7 @@ class TrainConfig(SavingConfig):
         description="when the loss is NaN or infinite: stop; skip the step; or restore the weights of the last "
         "checkpoint and continue with the samples after the step",
     )
-    bad_loss_limit: PositiveInt = Field(
+    bad_loss_limit: Count = Field(
         default=10, description="number of skipped or rolled-back steps after which the run stops"
     )
     ledger: bool = Field(default=False, description="record the sample ids of each step in the run's folder ledger/")

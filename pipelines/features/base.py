@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 from numpy.random import Generator
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from perceiver.config import Config
+from perceiver.config import Config, Count, Real, Size
 from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.clip import ClipConfig
 from pipelines.transforms.decode import MAX_PIXELS
@@ -26,13 +26,13 @@ RngFactory = Callable[[], Generator]
 class ViewConfig(Config):
     """How samples are shown to the model: a part of the recipe's `data:` section."""
 
-    image_size: tuple[PositiveInt, PositiveInt] | None = Field(
+    image_size: tuple[Size, Size] | None = Field(
         default=None, description="(height, width) in a batch; null: as stored"
     )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training images")
-    eval_crop: float = Field(default=0.875, gt=0, le=1, description="share of a larger image that evaluation shows")
-    max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="larger images are bad samples")
-    text_length: int = Field(default=2048, ge=2, description="tokens of a text, which is cut or padded")
+    eval_crop: Real = Field(default=0.875, ge=0.01, le=1, description="share of a larger image that evaluation shows")
+    max_pixels: Count = Field(default=MAX_PIXELS, description="larger images are bad samples")
+    text_length: int = Field(default=2048, ge=2, le=1 << 24, description="tokens of a text, which is cut or padded")
     points: PointsViewConfig = Field(
         default=PointsViewConfig(), description="number of points and their random changes"
     )

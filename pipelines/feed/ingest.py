@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from perceiver.config import UserError
+from perceiver.config import Bytes, Count, Location, Probability, Real, UserError
 from perceiver.storage import ReadPolicy
 from pipelines.features.base import ViewConfig
 from pipelines.feed.samples import PROBLEM, Plan, RankWork, SampleSpec
@@ -50,34 +50,35 @@ class DataConfig(ViewConfig):
 
     retired: ClassVar[tuple[str, ...]] = ("read_apart",)
 
-    url: str = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
+    url: Location = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
     mixture: tuple[MixturePart, ...] = Field(
         default=(), description="data sets to train on by weight; `url` is then only evaluated on"
     )
     train_split: str = Field(default="train", description="split to train on")
     eval_split: str = Field(default="test", description="split to evaluate on")
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
-    cpus_per_task: float = Field(
-        default=0.25, gt=0, description="CPUs that a data task reserves; below 1 it shares a core"
+    cpus_per_task: Real = Field(
+        default=0.25, ge=0.001, le=10_000, description="CPUs that a data task reserves; below 1 it shares a core"
     )
-    tasks: int = Field(default=2, gt=0, description="data tasks at a time for each worker")
-    task_memory: int = Field(default=0, ge=0, description="bytes of memory a data task reserves; 0: none")
+    tasks: int = Field(default=2, gt=0, le=10_000, description="data tasks at a time for each worker")
+    task_memory: int = Field(default=0, ge=0, le=1 << 50, description="bytes of memory a data task reserves; 0: none")
     task_labels: dict[str, str] = Field(default={}, description="labels of the nodes that data tasks run on")
-    run_samples: int = Field(
+    run_samples: Count = Field(
         default=2048,
-        gt=0,
         description="most samples of a data task, approximately; 16 times as many if tasks split each step",
     )
-    run_bytes: int = Field(
-        default=384 << 20, gt=0, description="stored bytes that a data task reads, approximately; there 4 times as many"
+    run_bytes: Bytes = Field(
+        default=384 << 20, description="stored bytes that a data task reads, approximately; there 4 times as many"
     )
-    prefetch_batches: int = Field(default=4, ge=0, description="batches ahead of the training step, in whole blocks")
-    prefetch_bytes: int = Field(default=128 << 20, gt=0, description="decoded bytes waiting for each worker")
+    prefetch_batches: int = Field(
+        default=4, ge=0, le=100_000, description="batches ahead of the training step, in whole blocks"
+    )
+    prefetch_bytes: Bytes = Field(default=128 << 20, description="decoded bytes waiting for each worker")
     read: ReadPolicy = Field(default=ReadPolicy(), description="time-out and retries of remote reads")
-    cache_bytes: int = Field(default=256 << 20, gt=0, description="row groups cached in each data task's process")
-    window: int | None = Field(default=None, gt=0, description="samples that are shuffled together; null: by size")
-    lanes: int | None = Field(default=None, gt=0, description="places that are read at a time; null: by batch size")
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1, description="largest share of bad samples")
+    cache_bytes: Bytes = Field(default=256 << 20, description="row groups cached in each data task's process")
+    window: Count | None = Field(default=None, description="samples that are shuffled together; null: by size")
+    lanes: Count | None = Field(default=None, description="places that are read at a time; null: by batch size")
+    max_bad_fraction: Probability = Field(default=0.01, description="largest share of bad samples")
     storage_options: dict[str, str] = Field(
         default={}, description="options of the file system; `$NAME`: environment variable"
     )

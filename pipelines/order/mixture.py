@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Location, Real, UserError
 from pipelines.features import Feature
 from pipelines.order.permutation import keys
 from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, even_runs, padded, rank_positions
@@ -36,8 +36,8 @@ PASSES = 4
 class MixturePart(Config):
     """One data set of a mixture (an item of the recipe's `data.mixture`)."""
 
-    url: str = Field(description="prepared folder: a path or an fsspec URL")
-    weight: float = Field(gt=0, description="share of the training samples, relative to the other weights")
+    url: Location = Field(description="prepared folder: a path or an fsspec URL")
+    weight: Real = Field(ge=1e-6, le=1e6, description="share of the training samples, relative to the other weights")
     split: str | None = Field(default=None, description="its split to train on; null: data.train_split")
 
 

@@ -15,7 +15,7 @@ import soxr
 from numpy.typing import NDArray
 from pydantic import Field
 
-from perceiver.config import Config
+from perceiver.config import Config, Size
 from perceiver.storage import first_line
 from pipelines.transforms import BadSample
 
@@ -35,10 +35,8 @@ class AudioViewConfig(Config):
     """How sound is shown to the model, mono."""
 
     rate: int = Field(default=48_000, ge=100, le=MOST_RATE, description="samples per second; others are resampled")
-    samples: int = Field(
-        default=61_440, ge=1, description="samples of a clip (paper: 61,440, 1.28 s); silence at the end"
-    )
-    channel: int | None = Field(default=None, ge=0, description="channel to use; null: the mean of all")
+    samples: Size = Field(default=61_440, description="samples of a clip (paper: 61,440, 1.28 s); silence at the end")
+    channel: int | None = Field(default=None, ge=0, le=1000, description="channel to use; null: the mean of all")
 
     @property
     def seconds(self) -> float:

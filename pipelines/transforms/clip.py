@@ -8,27 +8,27 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import Field
 
-from perceiver.config import Config
+from perceiver.config import Config, Positive, Seconds
 
 
 class ClipConfig(Config):
     """Where clips of recordings start, for audio and video, as in the Perceiver paper (4.2)."""
 
-    jitter: float | None = Field(
+    jitter: Seconds | None = Field(
         default=None,
-        ge=0,
         description="seconds that a training clip's start varies about the middle, also beyond the ends (silence,"
         " still frames); null: anywhere in the recording",
     )
     eval_clips: int = Field(
         default=1,
         ge=1,
+        le=10_000,
         description="evenly spaced clips of an evaluation sample, whose scores are averaged (paper: 16); 1: the middle",
     )
     show: Literal["both", "audio", "video"] = Field(
         default="both", description="streams to decode of a recording with sound and pictures"
     )
-    max_seconds: float = Field(default=600.0, gt=0, description="longer recordings are bad samples")
+    max_seconds: Positive = Field(default=600.0, description="longer recordings are bad samples")
 
     def axes(self, training: bool) -> tuple[int, ...]:
         """Return the axis in front of a sample's shape: (K,) in an evaluation of K > 1 clips."""

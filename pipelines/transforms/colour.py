@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from perceiver.config import Config
+from perceiver.config import Config, Probability, Range, Real
 from pipelines.transforms.resize import Pixels
 
 if TYPE_CHECKING:
@@ -16,14 +16,14 @@ TINY = 1e-6
 class ColourConfig(Config):
     """Random colours, the same for all frames of a clip."""
 
-    probability: float = Field(default=0.8, ge=0, le=1, description="chance that a clip's colours are changed")
-    brightness: float = Field(default=32 / 255, ge=0, le=1, description="largest change, as a share of white")
-    saturation: tuple[float, float] = Field(default=(0.6, 1.4), description="factors, uniform")
-    contrast: tuple[float, float] = Field(default=(0.6, 1.4), description="factors about each frame's mean, uniform")
-    hue: float = Field(default=0.2, ge=0, le=0.5, description="largest turn of the hue, as a share of the circle")
+    probability: Probability = Field(default=0.8, description="chance that a clip's colours are changed")
+    brightness: Probability = Field(default=32 / 255, description="largest change, as a share of white")
+    saturation: Range = Field(default=(0.6, 1.4), description="factors, uniform")
+    contrast: Range = Field(default=(0.6, 1.4), description="factors about each frame's mean, uniform")
+    hue: Real = Field(default=0.2, ge=0, le=0.5, description="largest turn of the hue, as a share of the circle")
 
 
-def recoloured(frame: Pixels, brightness: float, saturation: float, contrast: float, hue: float) -> Pixels:
+def recoloured(frame: Pixels, brightness: float, saturation: float, contrast: float, hue: Real) -> Pixels:
     """Return a frame (3, H, W) in other colours, in DMVR's order, clipped at the end. Imports torch.
 
     Args:

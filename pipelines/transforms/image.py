@@ -6,10 +6,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from perceiver.config import Config
-from pipelines.transforms import check_range
+from perceiver.config import Config, Factors, Real, Shares
 from pipelines.transforms.decode import Picture, to_image, to_picture
 from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
 from pipelines.transforms.resize import Box, Pixels, resized
@@ -22,14 +21,8 @@ ROUNDING = 1e-6
 class CropConfig(Config):
     """Random resized crop, as in Inception and in the Perceiver's ImageNet pipeline."""
 
-    area: tuple[float, float] = Field(default=(0.08, 1.0), description="share of the image's area, uniform")
-    aspect: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="width / height, log-uniform")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "CropConfig":
-        check_range("area", self.area, 1)
-        check_range("aspect", self.aspect)
-        return self
+    area: Shares = Field(default=(0.08, 1.0), description="share of the image's area, uniform")
+    aspect: Factors = Field(default=(3 / 4, 4 / 3), description="width / height, log-uniform")
 
 
 class AugmentConfig(Config):
@@ -37,16 +30,13 @@ class AugmentConfig(Config):
 
     crop: CropConfig | None = Field(default=None, description="random crop, resized to the image size")
     flip: bool = Field(default=False, description="mirror left and right with probability 0.5")
-    shift: int = Field(default=0, ge=0, description="largest move in x and y in pixels, uniform; black moves in")
-    rotate: float = Field(default=0.0, ge=0, le=180, description="largest turn in degrees, uniform")
-    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="range of the zoom factor, uniform")
+    shift: int = Field(
+        default=0, ge=0, le=100_000, description="largest move in x and y in pixels, uniform; black moves in"
+    )
+    rotate: Real = Field(default=0.0, ge=0, le=180, description="largest turn in degrees, uniform")
+    scale: Factors = Field(default=(1.0, 1.0), description="range of the zoom factor, uniform")
     rand_augment: RandAugmentConfig | None = Field(default=None, description="random operations before resizing")
-    shear: float = Field(default=0.0, ge=0, lt=90, description="largest shear in degrees, uniform")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "AugmentConfig":
-        check_range("scale", self.scale)
-        return self
+    shear: Real = Field(default=0.0, ge=0, lt=90, description="largest shear in degrees, uniform")
 
     @property
     def affine(self) -> bool:

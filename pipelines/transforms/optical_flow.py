@@ -9,10 +9,10 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from perceiver.config import Config
-from pipelines.transforms import BadSample, check_range
+from perceiver.config import Config, Factors
+from pipelines.transforms import BadSample
 from pipelines.transforms.decode import Picture, decode_image, to_image, to_picture
 from pipelines.transforms.resize import Pixels
 
@@ -29,12 +29,7 @@ class FlowViewConfig(Config):
     """Random changes to training pairs: both frames alike, the flow with them. The crop is `data.image_size`."""
 
     flip: bool = Field(default=False, description="mirror left and right with probability 0.5")
-    scale: tuple[float, float] = Field(default=(1.0, 1.0), description="range of the zoom factor, uniform")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "FlowViewConfig":
-        check_range("scale", self.scale)
-        return self
+    scale: Factors = Field(default=(1.0, 1.0), description="range of the zoom factor, uniform")
 
 
 @dataclass(frozen=True)

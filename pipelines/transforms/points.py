@@ -5,7 +5,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import Field
 
-from perceiver.config import Config
+from perceiver.config import Config, Factors, Size
 from pipelines.transforms import BadSample
 
 Points = NDArray[np.float32]
@@ -14,10 +14,8 @@ Points = NDArray[np.float32]
 class PointsViewConfig(Config):
     """The number of points, and their random changes in training."""
 
-    count: int = Field(default=2048, ge=1, description="points in a batch; repeated if fewer are stored")
-    scale: tuple[float, float] = Field(
-        default=(0.99, 1.01), description="range of the factor of each point's coordinates"
-    )
+    count: Size = Field(default=2048, description="points in a batch; repeated if fewer are stored")
+    scale: Factors = Field(default=(0.99, 1.01), description="range of the factor of each point's coordinates")
 
 
 def decode_points(stored: bytes) -> Points:

@@ -11,7 +11,7 @@ from numpy.random import Generator
 from PIL import Image, ImageEnhance, ImageOps
 from pydantic import Field
 
-from perceiver.config import Config
+from perceiver.config import Config, Real
 
 FILL = 128
 SOLARIZE_ADD_BELOW = 128
@@ -23,8 +23,10 @@ Operation = Callable[[Image.Image, float, Generator], Image.Image]
 class RandAugmentConfig(Config):
     """The number and strength of the operations."""
 
-    layers: int = Field(default=4, ge=1, description="operations applied one after the other, each chosen uniformly")
-    magnitude: float = Field(default=5.0, ge=0, le=10, description="level of all operations, of 10")
+    layers: int = Field(
+        default=4, ge=1, le=100, description="operations applied one after the other, each chosen uniformly"
+    )
+    magnitude: Real = Field(default=5.0, ge=0, le=10, description="level of all operations, of 10")
 
 
 def rand_augment(image: Image.Image, config: RandAugmentConfig, rng: Generator) -> Image.Image:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from perceiver.config import Config
+from perceiver.config import Config, Real, Size
 from pipelines.transforms.colour import ColourConfig, recoloured
 from pipelines.transforms.decode import Picture
 from pipelines.transforms.image import CropConfig, crop_box, evaluation_box
@@ -31,13 +31,11 @@ class VideoAugmentConfig(Config):
 class VideoViewConfig(Config):
     """How pictures of a recording are shown to the model."""
 
-    frames: int = Field(default=32, ge=1, description="frames of a clip")
-    fps: float = Field(default=25.0, gt=0, le=1000, description="frames per second in a batch, taken by time stamp")
-    size: tuple[PositiveInt, PositiveInt] | None = Field(
-        default=None, description="(height, width) in a batch; null: as stored"
-    )
+    frames: Size = Field(default=32, description="frames of a clip")
+    fps: Real = Field(default=25.0, ge=0.001, le=1000, description="frames per second in a batch, taken by time stamp")
+    size: tuple[Size, Size] | None = Field(default=None, description="(height, width) in a batch; null: as stored")
     augment: VideoAugmentConfig = Field(default=VideoAugmentConfig(), description="random changes to training clips")
-    max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="videos of larger frames are bad samples")
+    max_pixels: Size = Field(default=MAX_PIXELS, description="videos of larger frames are bad samples")
 
     @property
     def seconds(self) -> float:

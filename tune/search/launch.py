@@ -21,6 +21,7 @@ from cluster.runtime.local import RaySession, start_ray
 from cluster.runtime.session import Tracked, log_file, raise_on_signal, ray_and_mlflow, stop_on_signal
 from perceiver.config import UserError
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
+from perceiver.yaml_reader import parse_yaml
 from tune.config import OptunaSearch, Search, build_search
 from tune.record import SearchRecord, TrialRecord, load_record, reopen, save_record, trial_name
 from tune.search.checks import baseline, check_search, check_trials, steps_of
@@ -155,7 +156,7 @@ def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
         "base": redacted_recipe(search.recipe.model_dump(mode="json")),
         "rows": redacted_recipe(plan.rows),
     }
-    before = yaml.safe_load(folder.read("search.yaml") or "{}") if resume else {}
+    before = parse_yaml(folder.read("search.yaml") or "{}", folder.location("search.yaml")) if resume else {}
     check_same_rows(folder, list(before.get("rows", {})), list(plan.rows))
     of = {"search": "{}", "base": "{} of the base recipe", "rows": "row {}"}
     free = {"search": FREE_ON_RESUME + (("space",) * bool(plan.rows)), "base": ("cluster", "tracking", "output")}

@@ -1,15 +1,14 @@
 """The search space: a dimension for each key of the recipe."""
 
 import copy
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Count, Real, UserError
 
 Values = dict[str, Any]
 """Values of one trial by dotted recipe key."""
@@ -29,6 +28,10 @@ class Draw(Protocol):
     def whole(self, key: str, low: int, high: int, *, log: bool = False, step: int = 1) -> int:
         """Return an integer of [low, high]."""
         ...
+
+
+Bound = Annotated[Real, Field(ge=-1e12, le=1e12)]
+WholeBound = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 
 
 class _Dimension(Config):
@@ -72,13 +75,13 @@ class Uniform(_Dimension):
     """A number in [low, high] (`kind: uniform`)."""
 
     kind: Literal["uniform"]
-    low: float = Field(description="least value")
-    high: float = Field(description="greatest value")
+    low: Bound = Field(description="least value")
+    high: Bound = Field(description="greatest value")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Uniform":
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"low = {self.low:g} and high = {self.high:g}: wanted two finite numbers with low < high")
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low:g} and high = {self.high:g}: wanted low < high")
         return self
 
     def sample(self, key: str, draw: Draw) -> Any:
@@ -98,7 +101,7 @@ class LogUniform(Uniform):
     """A positive number in [low, high], uniform in its logarithm (`kind: loguniform`)."""
 
     kind: Literal["loguniform"]  # pyright: ignore[reportIncompatibleVariableOverride]
-    low: PositiveFloat = Field(description="least value")  # pyright: ignore[reportIncompatibleVariableOverride]
+    low: Real = Field(gt=0, le=1e12, description="least value")  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def sample(self, key: str, draw: Draw) -> Any:
         """Return a value."""
@@ -109,7 +112,7 @@ class QUniform(Uniform):
     """A number in [low, high] in steps (`kind: quniform`)."""
 
     kind: Literal["quniform"]  # pyright: ignore[reportIncompatibleVariableOverride]
-    step: PositiveFloat = Field(description="step between values, from low")
+    step: Real = Field(ge=1e-9, le=1e12, description="step between values, from low")
 
     def sample(self, key: str, draw: Draw) -> Any:
         """Return a value."""
@@ -120,9 +123,9 @@ class Int(_Dimension):
     """A whole number in [low, high] (`kind: int`)."""
 
     kind: Literal["int"]
-    low: int = Field(description="least value")
-    high: int = Field(description="greatest value")
-    step: PositiveInt = Field(default=1, description="step between values, from low")
+    low: WholeBound = Field(description="least value")
+    high: WholeBound = Field(description="greatest value")
+    step: Count = Field(default=1, description="step between values, from low")
     log: bool = Field(default=False, description="uniform in the logarithm")
 
     @model_validator(mode="after")

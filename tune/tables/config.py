@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cluster.recipe.file import explain, read_tree
-from perceiver.config import Config, UserError
+from perceiver.config import Config, Name, NonNegative, Shift, UserError
 from tune.config import Mode
 from tune.search_file import flat
 from tune.space.space import Values
@@ -27,15 +27,15 @@ class Scale(Config):
     overrides: dict[str, Any] = Field(default={}, description="keys of the base recipe to change, nested or dotted")
     metric: str = Field(default="accuracy", description="metric of the evaluations that is compared")
     mode: Mode = Field(default="max", description="whether larger or smaller is better")
-    seeds: PositiveInt = Field(default=1, description="number of seeds without --seeds")
+    seeds: int = Field(default=1, ge=1, le=1000, description="number of seeds without --seeds")
 
 
 class Row(Config):
     """A row: the paper's result, and the changed keys of the base recipe."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="name in claims")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=100, description="name in claims")
     label: str = Field(description="name in the table")
-    paper: float | None = Field(default=None, description="the paper's result")
+    paper: Shift | None = Field(default=None, description="the paper's result")
     source: str = Field(default="", description="origin of the result, if not that of the table")
     full: dict[str, Any] | None = Field(default=None, description="keys to change with the papers' data; null: not run")
     small: dict[str, Any] | None = Field(default=None, description="keys to change on small data; null: not run")
@@ -48,7 +48,7 @@ class Claim(Config):
     text: str = Field(description="the claim in words")
     better: str | None = Field(default=None, description="name of a row ...")
     than: str | None = Field(default=None, description="... that is better than this one")
-    by: float = Field(default=0, ge=0, description="at least by this many points")
+    by: NonNegative = Field(default=0, description="at least by this many points")
     same: tuple[str, str] | None = Field(default=None, description="names of two rows that differ only by chance")
 
     @model_validator(mode="after")
@@ -66,7 +66,7 @@ class Claim(Config):
 class TableConfig(Config):
     """A table file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="prefix of the output folders")
+    name: Name = Field(description="prefix of the output folders")
     title: str = Field(description="the heading")
     source: str = Field(description="paper and table of the results")
     figure: str = Field(description="metric of the paper's results, with the unit")

@@ -37,6 +37,8 @@ class DeepSpeedConfig(Config):
     def _strings_name_files(cls, config: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
         if isinstance(config, str) and not config.strip():
             raise ValueError("an empty path; wanted a JSON file, a mapping, or null")
+        if isinstance(config, dict):
+            json.dumps(config, allow_nan=False)
         return config
 
 
@@ -71,15 +73,21 @@ def read_config(section: DeepSpeedConfig) -> dict[str, Any]:
     if not isinstance(section.config, str):
         return deepcopy(section.config or {})
     path = Path(section.config)
-    if not path.is_file():
-        raise UserError(f"deepspeed.config = {section.config}: no such file; wanted a DeepSpeed JSON")
     try:
-        given = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        if not path.is_file():
+            raise UserError(f"deepspeed.config = {section.config}: no such file; wanted a DeepSpeed JSON")
+        given = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"deepspeed.config = {section.config} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"deepspeed.config = {section.config} is not valid JSON: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"deepspeed.config = {section.config} contains a JSON {type(given).__name__}; wanted an object")
     return given
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name}, wanted a finite number")
 
 
 def plan_config(

@@ -335,3 +335,17 @@ def test_what_is_submitted(tree: dict[str, Any], tmp_path: Path, monkeypatch: py
     assert given["runtime_env"]["env_vars"]["A"] == "1" and "excludes" not in given["runtime_env"]
     assert {"helper.py", "small.yaml", "cluster/jobs/entrypoint.py"} <= client.files and ".env" not in client.files
     assert [line.split(":")[1].split()[0] for line in said] == ["no", ".env"]
+
+
+def test_only_keys_that_are_paths_name_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("private.json", "private.yaml", "ds.json"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    tree = {
+        "name": "private.yaml",
+        "tracking": {"tags": {"note": "private.json"}, "experiment": "private.yaml"},
+        "data": {"url": "private.json", "storage_options": {"config": "private.json"}},
+        "deepspeed": {"config": "ds.json"},
+    }
+    assert package.named_files(tree) == ["ds.json"]
+    assert package.named_files({**tree, "deepspeed": {"config": {"file": "private.json"}}}) == []

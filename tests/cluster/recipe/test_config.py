@@ -75,7 +75,10 @@ def test_a_missing_file_names_the_nearest() -> None:
         read_tree("recipes/train/quickstrt.yaml")
 
 
-@pytest.mark.parametrize(("text", "part"), [("a: [1", "broken.yaml .*YAML"), ("- 1", "broken.yaml .*list.*mapping")])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("a: [1", "broken.yaml, line 1: .*YAML"), ("- 1", "broken.yaml .*list.*mapping"), ("", "broken.yaml is empty")],
+)
 def test_a_broken_file_is_named(tmp_path: Path, text: str, part: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)

@@ -250,7 +250,7 @@ def test_ranges_out_of_order_are_refused() -> None:
     with pytest.raises(ValidationError, match="low <= high"):
         AugmentConfig(scale=(1.1, 0.9))
     for wrong in ({"area": (0.5, 0.2)}, {"area": (0, 1)}, {"area": (0.5, 1.5)}, {"aspect": (-1, 2)}):
-        with pytest.raises(ValidationError, match=f"{next(iter(wrong))} .*0 < low <= high"):
+        with pytest.raises(ValidationError, match=next(iter(wrong))):
             CropConfig.model_validate(wrong)
     with pytest.raises(ValidationError, match="greater than 0"):
         ViewConfig(image_size=(0, 32))

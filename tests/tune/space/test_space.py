@@ -100,6 +100,14 @@ def test_a_grid_is_every_combination_once(tmp_path: Path, tree: dict[str, Any]) 
     assert all(("optim.clip" in row) == (row["optim.kind"] == "lamb") for row in rows)
 
 
+def test_a_grid_that_never_ends_is_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["search"] = {"kind": "grid"}
+    many = {"kind": "grid", "values": list(range(1, 61))}
+    tree["space"] = {f"model.{key}": many for key in ("latents", "latent_channels", "heads", "cross_heads")}
+    with pytest.raises(UserError, match="space: .*combinations"):
+        load(tmp_path, tree)
+
+
 def test_optuna_learns_from_replayed_trials(tmp_path: Path, tree: dict[str, Any]) -> None:
     """After many recorded trials whose best are at lr = 0.05, new ones are drawn there."""
     tree |= {"search": {"kind": "optuna", "startup": 3}}
