@@ -79,8 +79,14 @@ Size = Annotated[int, Field(strict=True, ge=1, lt=1 << 48)]
 """A number of rows, bytes or elements in a file from outside; sums of them fit into 64 bits."""
 Position = Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]
 """Like `Size`, or 0."""
+Number = Annotated[float, Field(strict=True)]
+"""A number in a file from outside, not a text or true or false; it may be NaN."""
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hex."""
+
+
+class NotRegularError(OSError):
+    """A path that must not be opened: not a regular file, or a link that leaves its folder."""
 
 
 def existing_file(fs: Any, folder: str, name: str) -> str:
@@ -92,8 +98,8 @@ def existing_file(fs: Any, folder: str, name: str) -> str:
         name: name of the file in it, see `safe_name`.
 
     Raises:
-        OSError: on a local disk it is not a regular file (reading a FIFO or a device may never end), or it is a link to
-            a file outside the folder.
+        NotRegularError: on a local disk it is not a regular file (reading a FIFO or a device may never end), or it is a
+            link to a file outside the folder.
         ValueError: the name is not a plain one.
     """
     path = f"{folder.rstrip('/')}/{safe_name(name)}"
@@ -104,11 +110,11 @@ def existing_file(fs: Any, folder: str, name: str) -> str:
         if stat.S_ISLNK(mode) or "/" in name:
             mode = Path(path).stat().st_mode
             if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
-                raise OSError(f"{name} is a link to a file outside its folder")
+                raise NotRegularError(f"{name} is a link to a file outside its folder")
     except FileNotFoundError:
         return path  # Reading it reports that.
     if not stat.S_ISREG(mode):
-        raise OSError(f"{name} is {NOT_REGULAR}")
+        raise NotRegularError(f"{name} is {NOT_REGULAR}")
     return path
 
 
@@ -373,7 +379,7 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
     if folder.local:
         with open(path, "rb", buffering=0, opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(f"{name} is {NOT_REGULAR}")
+                raise NotRegularError(f"{name} is {NOT_REGULAR}")
             return _mapped(file.fileno(), start, stop) or _whole(
                 os.pread(file.fileno(), stop - start, start), stop - start
             )
