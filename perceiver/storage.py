@@ -73,6 +73,15 @@ def safe_name(name: str) -> str:
     return name
 
 
+def printable(name: str) -> str:
+    """Return a name that a message may show; `ValueError` if it has control characters or is very long."""
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(f"got {name[:80]!r}, wanted a name that can be printed")
+    return name
+
+
+Name = Annotated[str, AfterValidator(printable)]
+"""A name in a file from outside, see `printable`."""
 FileName = Annotated[str, AfterValidator(safe_name)]
 """The name of a file in a manifest, see `safe_name`."""
 Size = Annotated[int, Field(strict=True, ge=1, lt=1 << 48)]
@@ -142,7 +151,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 def invalid_key(error: ValidationError) -> str:
     """Return the first error of a pydantic model in one line: the key, what is wrong, and the value if it is short."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part)[:80] for part in first["loc"])
+    key = ".".join(repr(part)[1:-1][:80] if isinstance(part, str) else str(part) for part in first["loc"])
     got = first["input"]
     value = f", got {got!r}" if isinstance(got, int | float | str | None) and len(repr(got)) <= 40 else ""
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{value}"

@@ -22,6 +22,8 @@ FORMAT = 1
 class Evaluation(BaseModel):
     """The metrics of a trial at one step."""
 
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # A metric may be NaN.
+
     step: Position
     epoch: Amount
     metrics: dict[str, Number]
@@ -39,7 +41,7 @@ class Exchange(BaseModel):
 class TrialRecord(BaseModel):
     """One trial."""
 
-    model_config = ConfigDict(validate_assignment=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(validate_assignment=True)
 
     number: Position
     values: Values
@@ -77,8 +79,6 @@ class TrialRecord(BaseModel):
 
 class SearchRecord(BaseModel):
     """All trials of a search, in the order of their numbers."""
-
-    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     format: Size = FORMAT
     metrics: dict[str, Mode] = Field(min_length=1)

@@ -97,6 +97,8 @@ def open_weights(place: str) -> Saved:
     """
     saved = _open(place)
     for name, tensor in saved.tensors.items():
+        if not name.isprintable():
+            raise UserError(f"{saved.place}: got tensor {name[:80]!r}; wanted names that can be printed")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{saved.place}: tensor {name} has NaN or infinite values: use weights of an earlier step")
     return saved
@@ -184,7 +186,7 @@ def _recipe(fs: Any, folder: str) -> dict[str, Any]:
 def _sections(tree: Any, where: str) -> dict[str, Any]:
     """Return a recipe as it was read; refuse one without the form of a recipe."""
     whole = isinstance(tree, dict)
-    wrong = [key for key in ("data", "task", "model") if not isinstance(tree.get(key) or {}, dict)] if whole else [""]
+    wrong = [key for key in ("data", "task", "model") if not isinstance(tree.get(key, {}), dict)] if whole else [""]
     if wrong:
         raise UserError(f"{where} is not a recipe: {wrong[0] or 'it'} is not a section with keys: restore it")
     return tree

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from perceiver.config import UserError
 from perceiver.optim.partition import Layouts, state_of
-from perceiver.storage import Position, Size, first_line, invalid_key, parse_json
+from perceiver.storage import Name, Position, Size, first_line, invalid_key, parse_json
 
 _HEADER = "engine.json"
 _FORMAT = 1
@@ -34,15 +34,15 @@ class Header(BaseModel):
 
     format: Size
     writers: Annotated[int, Field(strict=True, ge=1, le=1 << 20, description="number of shards")]
-    optim: str = Field(default="", description="kind of the optimizer")
-    shapes: dict[str, list[Position]] = Field(description="shape of each tensor of the model")
+    optim: Name = Field(default="", description="kind of the optimizer")
+    shapes: dict[Name, list[Position]] = Field(description="shape of each tensor of the model")
 
 
 class _Entry(BaseModel):
     """The index of one flat tensor of a shard: (parameter, its first element, place in the tensor, elements)."""
 
     step: Position
-    pieces: list[tuple[str, Position, Position, Position]]
+    pieces: list[tuple[Name, Position, Position, Position]]
 
 
 _INDEX = TypeAdapter(list[_Entry])

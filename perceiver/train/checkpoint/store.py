@@ -31,6 +31,7 @@ from perceiver.config import Config, UserError
 from perceiver.storage import (
     Checksum,
     FileName,
+    Name,
     NotRegularError,
     Number,
     Position,
@@ -71,10 +72,10 @@ class CheckpointManifest(Config):
     samples: Position = Field(description="training samples consumed: the position in the sample plan")
     world: Size = Field(description="number of workers")
     engine: dict[str, Any] = Field(description="kind of engine and its ZeRO stage")
-    parameters: dict[str, list[Size]] = Field(description="name and shape of each parameter")
+    parameters: dict[Name, list[Size]] = Field(description="name and shape of each parameter")
     recipe: dict[str, Any] = Field(description="the resolved recipe, secrets redacted")
     versions: dict[str, str] = Field(description="versions of the libraries")
-    metrics: dict[str, Number] = Field(default={}, description="metrics of this step and of its evaluation, if any")
+    metrics: dict[Name, Number] = Field(default={}, description="metrics of this step and of its evaluation, if any")
     number: Position = Field(default=0, description="number of earlier checkpoints of the run")
     created: Number = Field(allow_inf_nan=False, description="seconds since the epoch")
     files: dict[FileName, FileEntry] = Field(description="files in the folder")
