@@ -151,10 +151,11 @@ def parse_json(text: str | bytes, where: str) -> Any:
 def invalid_key(error: ValidationError) -> str:
     """Return the first error of a pydantic model in one line: the key, what is wrong, and the value if it is short."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(repr(part)[1:-1][:80] if isinstance(part, str) else str(part) for part in first["loc"])
+    key = ".".join(str(part)[:80] for part in first["loc"])
     got = first["input"]
     value = f", got {got!r}" if isinstance(got, int | float | str | None) and len(repr(got)) <= 40 else ""
-    return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{value}"
+    text = f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')[:300]}{value}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def cache_folder(*parts: str) -> Path:

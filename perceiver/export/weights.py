@@ -66,14 +66,18 @@ class Saved:
             raise UserError(f"{self.place}: got weights without a model's config; wanted a recipe.yaml next to them")
         config = self.model.model_copy(update=changes)
         classes = class_count(self.model, self.shapes)
-        for name, tensor in _meta_state(config, classes).items():
-            if self.shapes.get(name, shape := tuple(tensor.shape)) != shape:
-                raise UserError(f"{self.place}: {name} has shape {self.shapes[name]}, the model's config wants {shape}")
+        wanted = _meta_state(config, classes)
+        if strange := wanted.keys() ^ self.tensors.keys():
+            raise UserError(f"{self.place}: the weights do not belong to the recipe's model: see {min(strange)}")
+        for name, tensor in self.tensors.items():
+            like = wanted[name]
+            if tensor.shape != like.shape or tensor.is_floating_point() != like.is_floating_point():
+                raise UserError(
+                    f"{self.place}: got {name} {tensor.dtype} of shape {list(tensor.shape)}; wanted {like.dtype} of"
+                    f" shape {list(like.shape)} for the recipe's model"
+                )
         model = build_model(config, classes=classes)
-        missing, extra = model.load_state_dict(self.tensors, strict=False)
-        if missing or extra:
-            name = (missing or extra)[0]
-            raise UserError(f"{self.place}: the weights do not belong to the recipe's model: see {name}")
+        model.load_state_dict(self.tensors)
         return model.eval()
 
 
