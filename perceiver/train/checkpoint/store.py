@@ -40,7 +40,6 @@ from perceiver.storage import (
     entry_names,
     existing_file,
     file_sha256,
-    first_line,
     invalid_key,
     is_local,
     parse_json,
@@ -292,7 +291,7 @@ class CheckpointStore:
         try:
             return existing_file(self.fs, self.root, f"step-{step:08d}/{name}")
         except NotRegularError as error:
-            raise UserError(f"{self.location(step)}: {first_line(error)}: take another checkpoint") from None
+            raise UserError(f"{self.url}/{error}: take another checkpoint") from None
 
     def problems(self, step: int) -> list[str]:
         """Return the problems of a checkpoint: missing files, wrong sizes, wrong checksums; empty if it is intact."""
