@@ -50,9 +50,17 @@ _MAPPED: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """Return the first line of an error's message, at most `limit` characters, or its type if it has no message."""
+    """Return the first line of an error's message, at most `limit` characters, or its type if it has no message.
+
+    Characters that cannot be printed are escaped.
+    """
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0][:limit]
+    return escaped((text.strip().splitlines() or [type(error).__name__])[0][:limit])
+
+
+def escaped(text: str) -> str:
+    """Return a text with characters that cannot be printed, such as line breaks, as in a Python string."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -154,8 +162,7 @@ def invalid_key(error: ValidationError) -> str:
     key = ".".join(str(part)[:80] for part in first["loc"])
     got = first["input"]
     value = f", got {got!r}" if isinstance(got, int | float | str | None) and len(repr(got)) <= 40 else ""
-    text = f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')[:300]}{value}"
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return escaped(f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')[:300]}{value}")
 
 
 def cache_folder(*parts: str) -> Path:

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from perceiver.config import Config, UserError
 from perceiver.storage import (
     Folder,
+    Name,
     Position,
     Size,
     first_line,
@@ -124,7 +125,7 @@ class Split(Config):
     shards: tuple[ShardInfo, ...] = Field(
         min_length=1, description="its files; sample ids run through them in this order"
     )
-    columns: dict[str, str] = Field(
+    columns: dict[Name, Name] = Field(
         default={}, description="column of each feature in indexed files, `a.b` for a field of a struct; else empty"
     )
 
@@ -141,10 +142,10 @@ class Manifest(Config):
     """The content of a prepared folder."""
 
     format_version: Size = Field(default=FORMAT_VERSION, description="version of this layout")
-    name: str = Field(description="name of the data set")
-    features: dict[str, Feature] = Field(min_length=1, description="the parts of a sample, by batch key")
+    name: Name = Field(description="name of the data set")
+    features: dict[Name, Feature] = Field(min_length=1, description="the parts of a sample, by batch key")
     classes: tuple[str, ...] = Field(default=(), description="class names; a label is an index into them")
-    splits: dict[str, Split] = Field(min_length=1, description="the parts, by name")
+    splits: dict[Name, Split] = Field(min_length=1, description="the parts, by name")
     licence: str = Field(description="terms of use of the data")
     source: str = Field(description="origin of the data")
     fingerprint: str = Field(default="", description="hash of source and options of `prepare`: recognises a rerun")
