@@ -128,7 +128,7 @@ def existing_file(fs: Any, folder: str, name: str) -> str:
             mode = Path(path).stat().st_mode
             if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
                 raise NotRegularError(f"{name} is a link to a file outside its folder")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return path  # Reading it reports that.
     if not stat.S_ISREG(mode):
         raise NotRegularError(f"{name} is {NOT_REGULAR}")
