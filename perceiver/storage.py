@@ -5,21 +5,24 @@ A value `$NAME` in storage options is a reference to an environment variable.
 
 import hashlib
 import itertools
+import json
 import logging
 import mmap
 import os
 import random
 import secrets
+import stat
 import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import fsspec
-from pydantic import Field
+import pydantic_core
+from pydantic import AfterValidator, Field, ValidationError
 
 from perceiver.config import Config, Real, Seconds, UserError
 
@@ -32,6 +35,9 @@ MAPPED_BYTES = 1 << 20
 """Ranges of local files from this size on are memory-mapped, smaller ones are copied."""
 MOST_MAPPED = 256
 """Ranges of local files that are mapped at a time, since each keeps a file open."""
+NOT_REGULAR = "not a regular file, but a folder, device, FIFO or socket"
+LONGEST_NAME = 1000
+"""Characters of a file name in a manifest."""
 POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14, which Python does not define."""
 
@@ -44,14 +50,119 @@ _MAPPED: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """Return the first line of an error's message, at most `limit` characters, or its type if it has no message."""
+    """Return the first line of an error's message, at most `limit` characters, or its type if it has no message.
+
+    Characters that cannot be printed are escaped.
+    """
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0][:limit]
+    return escaped((text.strip().splitlines() or [type(error).__name__])[0][:limit])
+
+
+def escaped(text: str) -> str:
+    """Return a text with characters that cannot be printed, such as line breaks, as in a Python string."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def is_refusal(error: BaseException) -> bool:
     """Return whether a store has refused access, so that a retry cannot help."""
     return isinstance(error, PermissionError) or type(error).__name__ in REFUSALS
+
+
+def safe_name(name: str) -> str:
+    """Return the name of a file from a manifest if it is a plain relative path below the manifest's folder.
+
+    Raises:
+        ValueError: it is empty, absolute or a URL, or has `.` or `..`, a colon, a backslash, or a character that cannot
+            be printed.
+    """
+    plain = name.isprintable() and not {":", "\\"} & set(name) and len(name) <= LONGEST_NAME
+    if not plain or {"", ".", ".."} & set(name.split("/")):
+        raise ValueError(f"got file name {name[:80]!r}, wanted a plain name below the folder")
+    return name
+
+
+def printable(name: str) -> str:
+    """Return a name that a message may show; `ValueError` if it has control characters or is very long."""
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(f"got {name[:80]!r}, wanted a name that can be printed")
+    return name
+
+
+Name = Annotated[str, AfterValidator(printable)]
+"""A name in a file from outside, see `printable`."""
+FileName = Annotated[str, AfterValidator(safe_name)]
+"""The name of a file in a manifest, see `safe_name`."""
+Size = Annotated[int, Field(strict=True, ge=1, lt=1 << 48)]
+"""A number of rows, bytes or elements in a file from outside; sums of them fit into 64 bits."""
+Position = Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]
+"""Like `Size`, or 0."""
+Number = Annotated[float, Field(strict=True)]
+"""A number in a file from outside, not a text or true or false; it may be NaN."""
+Checksum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""A SHA-256 in hex."""
+
+
+class NotRegularError(OSError):
+    """A path that must not be opened: not a regular file, or a link that leaves its folder."""
+
+
+def existing_file(fs: Any, folder: str, name: str) -> str:
+    """Return the path of a file that is about to be read.
+
+    Args:
+        fs: the fsspec file system.
+        folder: path of the folder.
+        name: name of the file in it, see `safe_name`.
+
+    Raises:
+        NotRegularError: on a local disk it is not a regular file (reading a FIFO or a device may never end), or it is a
+            link to a file outside the folder.
+        ValueError: the name is not a plain one.
+    """
+    path = f"{folder.rstrip('/')}/{safe_name(name)}"
+    if not is_local(fs):
+        return path
+    try:
+        mode = Path(path).lstat().st_mode
+        if stat.S_ISLNK(mode) or "/" in name:
+            mode = Path(path).stat().st_mode
+            if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+                raise NotRegularError(f"{name} is a link to a file outside its folder")
+    except (FileNotFoundError, NotADirectoryError):
+        return path  # Reading it reports that.
+    if not stat.S_ISREG(mode):
+        raise NotRegularError(f"{name} is {NOT_REGULAR}")
+    return path
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Parse JSON from outside.
+
+    Raises:
+        UserError: it is not JSON, an object has a key twice, or it is nested more than 200 levels deep.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+            raise ValueError(f"key {twice[:80]!r} appears twice")
+        return found
+
+    try:
+        pydantic_core.from_json(text)  # which limits the depth
+        return json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON ({first_line(error)}): restore the file") from None
+
+
+def invalid_key(error: ValidationError) -> str:
+    """Return the first error of a pydantic model in one line: the key, what is wrong, and the value if it is short."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part)[:80] for part in first["loc"])
+    got = first["input"]
+    value = f", got {got!r}" if isinstance(got, int | float | str | None) and len(repr(got)) <= 40 else ""
+    return escaped(f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')[:300]}{value}")
 
 
 def cache_folder(*parts: str) -> Path:
@@ -173,6 +284,10 @@ class Folder:
         self.fs.invalidate_cache()
         return sorted(path.rpartition("/")[2] for path in self.fs.find(self.path, maxdepth=1))
 
+    def existing(self, name: str) -> str:
+        """Return the path of a file that is about to be read, see `existing_file`."""
+        return existing_file(self.fs, self.path, name)
+
     def read_text(self, name: str) -> str:
         """Return the content of a small UTF-8 file."""
         return self.fs.cat_file(self.file(name)).decode("utf-8")
@@ -272,14 +387,16 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
     """Return the bytes [start, stop) of a file; large ranges of a local file are memory-mapped, not copied.
 
     Raises:
-        OSError: a local file cannot be read or is too short.
+        OSError: a local file cannot be read, is too short, or is not a regular file.
         FileNotFoundError: a remote file does not exist.
         PermissionError: a remote file may not be read, or there are no credentials.
         ReadError: each attempt to read a remote file failed.
     """
     path, fs = folder.file(name), folder.fs
     if folder.local:
-        with Path(path).open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise NotRegularError(f"{name} is {NOT_REGULAR}")
             return _mapped(file.fileno(), start, stop) or _whole(
                 os.pread(file.fileno(), stop - start, start), stop - start
             )
@@ -298,6 +415,11 @@ def read_range(folder: Folder, name: str, start: int, stop: int, policy: ReadPol
         if is_refusal(error):
             raise PermissionError(reason) from error
         raise ReadError(f"cannot read {what} after {policy.attempts} attempts: {reason}") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a FIFO without a writer does not block."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _whole(data: bytes, size: int) -> bytes:

@@ -1,18 +1,19 @@
 """The record of a search: its trials and their results in one JSON file, from which it resumes."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
+from perceiver.storage import Number, Position, Size, invalid_key, parse_json
 from tune.config import PARAMETERS, Mode
 from tune.space.space import Values
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed", "unfinished"]
+Amount = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 DONE: tuple[Status, ...] = ("finished", "stopped", "failed")
 
 FORMAT = 1
@@ -21,17 +22,19 @@ FORMAT = 1
 class Evaluation(BaseModel):
     """The metrics of a trial at one step."""
 
-    step: int
-    epoch: float
-    metrics: dict[str, float]
-    at: float = Field(description="seconds since the epoch")
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # A metric may be NaN.
+
+    step: Position
+    epoch: Amount
+    metrics: dict[str, Number]
+    at: Amount = Field(description="seconds since the epoch")
 
 
 class Exchange(BaseModel):
     """A trial continued from another one's checkpoint with other values."""
 
-    donor: int = Field(description="number of the trial that the weights come from")
-    step: int = Field(description="of the checkpoint")
+    donor: Position = Field(description="number of the trial that the weights come from")
+    step: Position = Field(description="of the checkpoint")
     values: Values = Field(description="the new values")
 
 
@@ -40,19 +43,19 @@ class TrialRecord(BaseModel):
 
     model_config = ConfigDict(validate_assignment=True)
 
-    number: int
+    number: Position
     values: Values
     label: str = Field(default="", description="row of a table; else empty")
     status: Status = "waiting"
     reason: str = Field(default="", description="of a failure")
-    parameters: int = Field(default=0, description="of the model")
-    total_steps: int = Field(default=0, description="optimizer steps of the whole trial")
+    parameters: Position = Field(default=0, description="of the model")
+    total_steps: Position = Field(default=0, description="optimizer steps of the whole trial")
     evaluations: list[Evaluation] = []
     exchanges: list[Exchange] = []
-    attempts: int = Field(default=0, description="number of starts")
-    seconds: float = Field(default=0, description="wall time of training over all attempts")
-    samples_per_s: float | None = Field(default=None, description="the latest throughput")
-    started: float | None = None
+    attempts: Position = Field(default=0, description="number of starts")
+    seconds: Amount = Field(default=0, description="wall time of training over all attempts")
+    samples_per_s: Amount | None = Field(default=None, description="the latest throughput")
+    started: Amount | None = None
 
     @property
     def step(self) -> int:
@@ -77,11 +80,22 @@ class TrialRecord(BaseModel):
 class SearchRecord(BaseModel):
     """All trials of a search, in the order of their numbers."""
 
-    format: int = FORMAT
-    metrics: dict[str, Mode]
-    workers: int = Field(description="training workers of each trial")
+    format: Size = FORMAT
+    metrics: dict[str, Mode] = Field(min_length=1)
+    workers: Size = Field(description="training workers of each trial")
     trials: list[TrialRecord] = []
-    seconds: float = Field(default=0, description="wall time of the search, over all its starts")
+    seconds: Amount = Field(default=0, description="wall time of the search, over all its starts")
+
+    @model_validator(mode="after")
+    def _numbers_are_places(self) -> "SearchRecord":
+        """Refuse trials that are missing or doubled; those that others continued from are among them."""
+        numbers = [trial.number for trial in self.trials]
+        if numbers != list(range(len(numbers))):
+            raise ValueError(f"trials: got numbers {str(numbers)[:80]}, wanted 0 to {len(numbers) - 1} in order")
+        for trial in self.trials:
+            if strange := [e.donor for e in trial.exchanges if e.donor >= len(numbers)]:
+                raise ValueError(f"trials.{trial.number}: continued from trial {strange[0]} of {len(numbers)}")
+        return self
 
     def trial(self, number: int) -> TrialRecord:
         """Return a trial by its number."""
@@ -127,15 +141,22 @@ def save_record(record: SearchRecord, folder: RunFolder) -> None:
 
 
 def load_record(folder: RunFolder) -> SearchRecord:
-    """Read `trials.json`, or raise `UserError` if it is missing or of a newer format."""
-    text = folder.read("trials.json")
+    """Read `trials.json`.
+
+    Raises:
+        UserError: it is missing, damaged, or of a newer format.
+    """
+    text, where = folder.read("trials.json"), folder.location("trials.json")
     if text is None:
         raise UserError(f"{folder.url} has no trials.json: the search was never started; start it without --resume")
-    tree: Mapping[str, Any] = json.loads(text)
-    if tree.get("format", 0) > FORMAT:
-        where = folder.location("trials.json")
-        raise UserError(f"{where} has format {tree['format']}, this version reads up to {FORMAT}: install a newer one")
-    return SearchRecord.model_validate(tree)
+    tree = parse_json(text, where)
+    version = tree.get("format", FORMAT) if isinstance(tree, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise UserError(f"{where} has format {version}, this version reads up to {FORMAT}: install a newer one")
+    try:
+        return SearchRecord.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where} is damaged: {invalid_key(error)}: restore it") from None
 
 
 def reopen(record: SearchRecord) -> list[int]:

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -61,8 +60,8 @@ def exists(output: str, run: str) -> bool:
     shown = redact_text(folder.url)
     try:
         return bool(folder.facts())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{shown}/run.json is damaged ({error}): restore it, or give another --run") from None
+    except UserError as error:
+        raise UserError(f"{redact_text(str(error))}, or give another --run") from None
     except ImportError as error:
         raise UserError(
             f"the cluster cannot read {shown} ({error}): install perceiver-train[s3] in its image, or submit with "

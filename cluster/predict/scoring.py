@@ -126,7 +126,7 @@ def open_scoring(
     tree = json.loads(json.dumps(saved.recipe))
     for override in overrides:
         apply_override(tree, override)
-    tree["data"] = {**tree["data"], **({"url": url, "mixture": []} if url else {})}
+    tree["data"] = {**tree.get("data", {}), **({"url": url, "mixture": []} if url else {})}
     recipe = build_recipe(tree, source=f"the recipe of {place}")
     manifest = load_data(recipe.data)
     wanted = split or _split(recipe, manifest)
@@ -174,12 +174,15 @@ def check_labels(scoring: Scoring) -> None:
 
 
 def trained_on(saved: Saved) -> DataFacts | None:
-    """Return the recorded facts of the run's data, otherwise those of its manifest; None if neither exists."""
-    section = saved.recipe.get("data", {})
-    if saved.data or "url" not in section:
+    """Return the recorded facts of the run's data, otherwise those of its manifest; None if neither exists.
+
+    A manifest at a URL is not read: whoever wrote the weights would choose where requests and credentials go.
+    """
+    url = saved.recipe.get("data", {}).get("url")
+    if saved.data or not isinstance(url, str) or "://" in url:
         return saved.data
     try:
-        manifest = load_manifest(section["url"], section.get("storage_options"))
+        manifest = load_manifest(url)
     except UserError:
         return None
     return DataFacts(manifest.name, manifest.licence, manifest.source, manifest.classes)

@@ -318,10 +318,11 @@ def check_resume(
             f"{where} is of another model: {difference}: resume with the run's recipe "
             f"({folder.location('recipe.yaml')}), or start a new run without --resume"
         )
-    saved = checkpoint.recipe
+    section = checkpoint.recipe.get("train")
+    batch = section.get("global_batch") if isinstance(section, dict) else None
     for key, old, new in (
-        ("train.global_batch", saved["train"]["global_batch"], recipe.train.global_batch),
-        ("seed", saved["seed"], recipe.seed),
+        ("train.global_batch", batch, recipe.train.global_batch),
+        ("seed", checkpoint.recipe.get("seed"), recipe.seed),
     ):
         if old != new:
             raise UserError(

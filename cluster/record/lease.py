@@ -21,7 +21,7 @@ import fsspec
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
-from perceiver.storage import is_local, write_whole
+from perceiver.storage import NotRegularError, Number, Position, Size, existing_file, is_local, parse_json, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,12 @@ class Owner(Config):
     id: str = Field(description="random id of the driver")
     host: str = Field(description="its machine")
     boot: str = Field(description="identifies the machine's last start and its process table, empty if unknown")
-    pid: int = Field(description="its process")
+    pid: Size = Field(description="its process")
     began: str = Field(description="start of that process, since process ids are reused")
-    beat: int = Field(default=0, description="number of renewals")
-    life_s: float = Field(default=LIFE_S, description="seconds after a renewal at which the lease expires")
+    beat: Position = Field(default=0, description="number of renewals")
+    life_s: Number = Field(
+        default=LIFE_S, gt=0, le=86_400, description="seconds after a renewal at which the lease expires"
+    )
 
     @classmethod
     def here(cls, life_s: float) -> "Owner":
@@ -95,11 +97,18 @@ class LeaseFile:
         self.local = is_local(self.fs)
 
     def read(self) -> Owner | None:
-        """Return the owner; None without a lease, or if the file is not a valid one."""
+        """Return the owner; None without a lease, or if the file is not a valid one.
+
+        Raises:
+            UserError: it is a folder, a device or a link that leaves the run's folder.
+        """
         self.fs.invalidate_cache()
         try:
-            return Owner.model_validate_json(self.fs.cat_file(self.path))
-        except (FileNotFoundError, ValidationError):
+            content = self.fs.cat_file(existing_file(self.fs, self.folder, FILE))
+            return Owner.model_validate(parse_json(content, self.url))
+        except NotRegularError as error:
+            raise UserError(f"{self.url}: {error}: remove it") from None
+        except (FileNotFoundError, ValidationError, UserError):
             return None
 
     def write(self, owner: Owner) -> None:

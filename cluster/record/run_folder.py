@@ -12,7 +12,19 @@ from typing import Any, TypeVar
 import fsspec
 
 from perceiver.config import UserError
-from perceiver.storage import RetryPolicy, cache_folder, entry_names, is_local, open_folder, with_retries, write_whole
+from perceiver.facts import FACTS, parse_facts
+from perceiver.storage import (
+    NotRegularError,
+    RetryPolicy,
+    cache_folder,
+    entry_names,
+    existing_file,
+    first_line,
+    is_local,
+    open_folder,
+    with_retries,
+    write_whole,
+)
 from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointStore
 
@@ -66,18 +78,29 @@ class RunFolder:
             ) from None
 
     def read(self, part: str) -> str | None:
-        """Return a file's text, or None if it does not exist."""
-        fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
-        return retried(fs, f"reading {self.location(part)}", lambda: _text(fs, path))
+        """Return a file's text, or None if it does not exist.
+
+        Raises:
+            UserError: it is a folder, FIFO or device, a link that leaves the run's folder, or not UTF-8.
+        """
+        fs, folder = fsspec.core.url_to_fs(self.url)
+        try:
+            return retried(fs, f"reading {self.location(part)}", lambda: _text(fs, existing_file(fs, folder, part)))
+        except (IsADirectoryError, UnicodeDecodeError, NotRegularError) as error:
+            raise UserError(f"{self.location(part)} cannot be read ({first_line(error)}): restore it") from None
 
     def facts(self) -> dict[str, Any]:
-        """Return the contents of run.json; empty before the run has started."""
-        return json.loads(self.read("run.json") or "{}")
+        """Return the contents of run.json; empty before the run has started.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return parse_facts(self.read(FACTS) or "{}", self.location(FACTS))
 
     def note(self, **facts: Any) -> None:
         """Add entries to run.json."""
         merged = {"name": self.name, "created": time.time(), **self.facts(), **facts}
-        self.write("run.json", json.dumps(merged, indent=1) + "\n")
+        self.write(FACTS, json.dumps(merged, indent=1) + "\n")
 
 
 def _text(fs: Any, path: str) -> str | None:

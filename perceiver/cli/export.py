@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+LIST = "export.json"
+"""The files that export wrote to a folder, with their checksums; only these are overwritten."""
 FORMATS = ("safetensors", "transformers", "onnx", "mlflow")
 
 
@@ -41,8 +43,8 @@ def command(
 
     SOURCE is a run's folder, one of its checkpoints, an earlier safetensors export, a .safetensors file next to its
     recipe.yaml, or a folder that transformers wrote; a path or an fsspec URL. The exported model is loaded and compared
-    with the original. evaluate, predict and train.init_from accept a safetensors export like a run; transformers, onnx
-    and mlflow are for other programs.
+    with the original. Files in FOLDER that export did not write are not overwritten. evaluate, predict and
+    train.init_from accept a safetensors export like a run; transformers, onnx and mlflow are for other programs.
     """
     # The transformers library reads these at import; its progress bars would fill the terminal.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -70,7 +72,7 @@ def command(
             )
         (folder / "README.md").write_text(export.model_card(saved, written, data))
         _put(folder, target)
-    files = [*written.pop("files"), "README.md"]
+    files = [*written.pop("files"), "README.md", LIST]
     if as_json:
         click.echo(json.dumps({"to": target, "format": form, "files": files, **written}))
         return 0
@@ -94,18 +96,34 @@ def _mlflow(saved: Any, folder: Path, data: Any, name: str | None) -> dict[str, 
 
 
 def _put(folder: Path, target: str) -> None:
-    """Copy the files of a folder to a path or URL."""
+    """Copy the files of a folder to a path or URL, with the list `export.json` of them and their checksums.
+
+    Raises:
+        UserError: a file exists there that is not listed or has been changed since, or the folder cannot be written.
+    """
     import fsspec
 
     from perceiver.config import UserError
-    from perceiver.storage import make_parent
+    from perceiver.storage import existing_file, file_sha256, make_parent, parse_json, write_whole
 
     fs, path = fsspec.core.url_to_fs(target)
+    files = {each.relative_to(folder).as_posix(): each for each in sorted(folder.rglob("*")) if each.is_file()}
     try:
-        for file in sorted(each for each in folder.rglob("*") if each.is_file()):
-            place = f"{path}/{file.relative_to(folder).as_posix()}"
-            make_parent(fs, place)
-            fs.put_file(str(file), place)
+        listed = f"{path}/{LIST}"
+        written = parse_json(fs.cat_file(existing_file(fs, path, LIST)), listed) if fs.exists(listed) else {}
+        for name in files:
+            place = f"{path}/{name}"
+            if fs.exists(place) and (
+                not isinstance(written, dict)
+                or name not in written
+                or file_sha256(existing_file(fs, path, name), fs) != written[name]
+            ):
+                raise UserError(f"--to {target}: has {name}, which export did not write there: choose another folder")
+        for name, file in files.items():
+            make_parent(fs, f"{path}/{name}")
+            fs.put_file(str(file), f"{path}/{name}")
+        sums = {name: file_sha256(file) for name, file in files.items()}
+        write_whole(listed, json.dumps({**written, **sums}, indent=1), fs)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--to {target}: cannot be written ({reason}): choose another folder") from None

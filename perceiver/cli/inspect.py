@@ -17,6 +17,7 @@ Examples:
 @click.option(
     "--samples/--no-samples", default=True, help="Decode every sample: class balance, duplicates, unreadable samples."
 )
+@click.option("--files", multiple=True, metavar="URL", help="Folder in another store that an index may name files of.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON line.")
 @click.option(
     "--html",
@@ -28,7 +29,9 @@ Examples:
 @click.option(
     "--show", default=24, show_default=True, type=click.IntRange(1, 1000), help="Samples per split on that page."
 )
-def command(url: str, verify: bool, samples: bool, as_json: bool, page: Path | None, show: int) -> int:
+def command(
+    url: str, verify: bool, samples: bool, files: tuple[str, ...], as_json: bool, page: Path | None, show: int
+) -> int:
     """Report on prepared data.
 
     Prints the schema, counts, class balance, sizes, duplicates and unreadable samples of the data at URL. Exit code 1
@@ -36,7 +39,7 @@ def command(url: str, verify: bool, samples: bool, as_json: bool, page: Path | N
     """
     from pipelines.inspect.inspection import describe, inspect
 
-    found = inspect(url, verify=verify, samples=samples)
+    found = inspect(url, verify=verify, samples=samples, files=files)
     click.echo(found.model_dump_json() if as_json else "\n".join(describe(found)))
     if page is not None:
         from pipelines.inspect.page import write_page

@@ -5,11 +5,12 @@ Both directions only rename tensors, so nothing is lost. That library uses the e
 convolution where the official JAX code has the tanh form and TensorFlow's SAME; the imported configs set the former.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from perceiver.baselines._grid import transformers_library
@@ -18,6 +19,8 @@ from perceiver.factory import PerceiverIOModel, build_model
 from perceiver.modalities.image import ImageConfig
 from perceiver.modalities.multimodal import MultimodalConfig
 from perceiver.model import PerceiverIO
+from perceiver.storage import existing_file, first_line, parse_json
+from perceiver.train.checkpoint.shards import open_tensors
 
 Names = Iterator[tuple[str, str]]
 _ATTENTION = {"query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value"}
@@ -280,16 +283,38 @@ def read_transformers(folder: str) -> PerceiverIO:
     Raises:
         UserError: the folder contains another class, or its weights are not in safetensors.
     """
-    heads = json.loads(Path(folder, "config.json").read_text()).get("architectures") or ["no class"]
-    if heads[0] not in _READERS:
-        raise UserError(f"{folder}/config.json: got {heads[0]}; wanted one of {', '.join(_READERS)}")
-    if not Path(folder, "model.safetensors").is_file():
+    where = Path(folder, "config.json")
+    try:
+        values = parse_json(Path(existing_file(LocalFileSystem(), folder, "config.json")).read_bytes(), str(where))
+        weights = existing_file(LocalFileSystem(), folder, "model.safetensors")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
+    heads = values.get("architectures") if isinstance(values, dict) else None
+    name = heads[0] if isinstance(heads, list) and heads else "no class"
+    if not isinstance(name, str) or name not in _READERS:
+        raise UserError(f"{where}: got {name!r:.80}; wanted one of {', '.join(_READERS)}")
+    if not Path(weights).is_file():
         raise UserError(
             f"{folder}: got no model.safetensors; pickled weights are not read: convert them with transformers, "
-            f"{heads[0]}.from_pretrained({folder!r}).save_pretrained('NEW')"
+            f"{name}.from_pretrained({folder!r}).save_pretrained('NEW')"
         )
-    head = getattr(transformers_library(), heads[0])
-    return from_transformers(head.from_pretrained(folder, local_files_only=True, use_safetensors=True))
+    # Not from_pretrained: a config may name weights or adapters elsewhere.
+    with open_tensors(Path(weights)) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it has no __iter__
+    library = transformers_library()
+    try:
+        with torch.device("meta"):
+            theirs = getattr(library, name)(library.PerceiverConfig.from_dict(values))
+        for key, wanted in theirs.state_dict().items():
+            if key not in tensors or tensors[key].shape != wanted.shape:
+                has = list(tensors[key].shape) if key in tensors else "none"
+                raise UserError(f"{folder}: got {has} as tensor {key}; wanted shape {list(wanted.shape)}")
+        theirs.load_state_dict(tensors, strict=False, assign=True)
+        return from_transformers(theirs)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  the library raises many types for a wrong config
+        raise UserError(f"{where}: not the config of a {name} ({first_line(error)})") from None
 
 
 def _classes(model: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Reads weights from a run's folder, one of its checkpoints, a safetensors file or a transformers folder."""
 
 import contextlib
-import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,37 +10,21 @@ from typing import Any, cast
 
 import fsspec
 import torch
-from safetensors import safe_open
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from perceiver.config import Config, UserError
 from perceiver.factory import build_model, model_config
+from perceiver.facts import FACTS, DataFacts, parse_facts
 from perceiver.modalities._positions import resize_table
-from perceiver.storage import is_local
-from perceiver.train.checkpoint.shards import read_weights
+from perceiver.storage import existing_file, first_line, invalid_key, is_local, parse_json
+from perceiver.train.checkpoint.shards import open_tensors, read_weights
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore
 from perceiver.yaml_reader import parse_yaml
 
 HEADS = ("head.", "decoder.", "answer.", "net.classifier.")
 """Prefixes of tensors that belong to a task and may keep their initial values; all others must be in the weights."""
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What a run records of its training data.
-
-    Args:
-        name: name of the data set.
-        licence: its licence.
-        source: its origin.
-        classes: names of the classes, in the order of the model's outputs.
-    """
-
-    name: str
-    licence: str
-    source: str
-    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +54,7 @@ class Saved:
     def data(self) -> DataFacts | None:
         """The recorded training data; None if the run has no record."""
         found = self.facts.get("data")
-        return DataFacts(**{**found, "classes": tuple(found["classes"])}) if found else None
+        return TypeAdapter(DataFacts).validate_python(found) if found else None
 
     def build(self, **changes: Any) -> nn.Module:
         """Build the model with these weights, in evaluation mode; `changes` replace keys of its config.
@@ -81,11 +65,19 @@ class Saved:
         if self.model is None:
             raise UserError(f"{self.place}: got weights without a model's config; wanted a recipe.yaml next to them")
         config = self.model.model_copy(update=changes)
-        model = build_model(config, classes=class_count(self.model, self.shapes))
-        missing, extra = model.load_state_dict(self.tensors, strict=False)
-        if missing or extra:
-            name = (missing or extra)[0]
-            raise UserError(f"{self.place}: the weights do not belong to the recipe's model: see {name}")
+        classes = class_count(self.model, self.shapes)
+        wanted = _meta_state(config, classes)
+        if strange := wanted.keys() ^ self.tensors.keys():
+            raise UserError(f"{self.place}: the weights do not belong to the recipe's model: see {min(strange)}")
+        for name, tensor in self.tensors.items():
+            like = wanted[name]
+            if tensor.shape != like.shape or tensor.is_floating_point() != like.is_floating_point():
+                raise UserError(
+                    f"{self.place}: got {name} {tensor.dtype} of shape {list(tensor.shape)}; wanted {like.dtype} of"
+                    f" shape {list(like.shape)} for the recipe's model"
+                )
+        model = build_model(config, classes=classes)
+        model.load_state_dict(self.tensors)
         return model.eval()
 
 
@@ -105,8 +97,18 @@ def open_weights(place: str) -> Saved:
     folder, a safetensors file, or a folder that transformers wrote; paths or fsspec URLs.
 
     Raises:
-        UserError: none of these is there, or it is damaged.
+        UserError: none of these is there, it is damaged, or a tensor has NaN or infinite values.
     """
+    saved = _open(place)
+    for name, tensor in saved.tensors.items():
+        if not name.isprintable():
+            raise UserError(f"{saved.place}: got tensor {name[:80]!r}; wanted names that can be printed")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{saved.place}: tensor {name} has NaN or infinite values: use weights of an earlier step")
+    return saved
+
+
+def _open(place: str) -> Saved:
     fs, path = fsspec.core.url_to_fs(place.rstrip("/"))
     there = {name: fs.exists(f"{path}/{name}") for name in ("config.json", "engine.json", "recipe.yaml", _FILE)}
     if fs.isfile(path):
@@ -115,6 +117,8 @@ def open_weights(place: str) -> Saved:
         return _from_transformers(place, fs, path)
     if there["engine.json"]:
         folder, _, name = place.rstrip("/").rpartition("/")
+        if not re.fullmatch(r"step-\d{8,15}", name):
+            raise UserError(f"{place}: got a checkpoint's files in a folder named {name}; wanted step- and 8 digits")
         store, step = CheckpointStore(folder), int(name.removeprefix("step-"))
         if problems := store.problems(step):
             raise UserError(f"{store.location(step)}: {problems[0]}; take another checkpoint")
@@ -148,35 +152,64 @@ def _local(fs: Any, path: str) -> Iterator[Path]:
 
 
 def _from_file(place: str, fs: Any, path: str) -> Saved:
+    folder, _, name = path.rpartition("/")
     try:
-        with _local(fs, path) as local, safe_open(local, framework="pt") as file:
+        existing_file(fs, folder, name)
+        with _local(fs, path) as local, open_tensors(local, place) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it has no __iter__
             metadata = file.metadata() or {}
-    except Exception as error:  # noqa: BLE001  safetensors raises its own type
-        raise UserError(
-            f"{place}: not a safetensors file ({error}); wanted model.safetensors of a run or an export"
-        ) from None
-    folder = path.rpartition("/")[0]
-    recipe = _read(fs, f"{folder}/recipe.yaml", lambda data: parse_yaml(data, f"{folder}/recipe.yaml") or {})
-    if not isinstance(recipe, dict):
-        raise UserError(f"{folder}/recipe.yaml is a {type(recipe).__name__}, wanted the recipe of a run: remove it")
-    facts = _read(fs, f"{folder}/run.json", json.loads)
-    values = json.loads(metadata["model"]) if "model" in metadata else recipe.get("model")
-    return Saved(place, tensors, model_config(values) if values else None, recipe, facts)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place}: cannot be read ({first_line(error)})") from None
+    recipe, facts = _recipe(fs, folder), _facts(fs, folder)
+    values = parse_json(metadata["model"], f"{place}: model") if "model" in metadata else recipe.get("model")
+    return Saved(place, tensors, _model(values, place) if values else None, recipe, facts)
 
 
-def _read(fs: Any, path: str, parse: Any) -> dict[str, Any]:
-    return parse(fs.cat_file(path)) if fs.exists(path) else {}
+def _read(fs: Any, folder: str, name: str) -> bytes | None:
+    """Return the content of a file, or None if it does not exist."""
+    try:
+        path = existing_file(fs, folder, name)
+        return fs.cat_file(path) if fs.exists(path) else None
+    except OSError as error:
+        raise UserError(f"{folder}/{name} cannot be read: {first_line(error)}") from None
+
+
+def _facts(fs: Any, folder: str) -> dict[str, Any]:
+    return parse_facts(_read(fs, folder, FACTS) or "{}", f"{folder}/{FACTS}")
+
+
+def _recipe(fs: Any, folder: str) -> dict[str, Any]:
+    where = f"{folder}/recipe.yaml"
+    return _sections(parse_yaml(_read(fs, folder, "recipe.yaml") or b"", where) or {}, where)
+
+
+def _sections(tree: Any, where: str) -> dict[str, Any]:
+    """Return a recipe as it was read; refuse one without the form of a recipe."""
+    whole = isinstance(tree, dict)
+    wrong = [key for key in ("data", "task", "model") if not isinstance(tree.get(key, {}), dict)] if whole else [""]
+    if wrong:
+        raise UserError(f"{where} is not a recipe: {wrong[0] or 'it'} is not a section with keys: restore it")
+    return tree
+
+
+def _model(values: Any, where: str) -> Config:
+    try:
+        return model_config(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: model.{invalid_key(error)}") from None
 
 
 def _from_checkpoint(store: CheckpointStore, manifest: CheckpointManifest) -> Saved:
-    step, recipe = manifest.step, manifest.recipe
-    facts = _read(store.fs, f"{store.root.rpartition('/')[0]}/run.json", json.loads)
+    step, where = manifest.step, store.location(manifest.step)
+    recipe = _sections(manifest.recipe, where)
+    if "model" not in recipe:
+        raise UserError(f"{where}: its recipe has no model section: take another checkpoint")
+    facts = _facts(store.fs, store.root.rpartition("/")[0])
     with store.fetch(step) as folder:
         tensors = read_weights(folder)
     if facts.get("step") != step:
         facts.pop("evaluation", None)  # it belongs to the run's last step
-    return Saved(store.location(step), tensors, model_config(recipe["model"]), recipe, {**facts, "step": step})
+    return Saved(where, tensors, _model(recipe["model"], where), recipe, {**facts, "step": step})
 
 
 def _from_transformers(place: str, fs: Any, path: str) -> Saved:

@@ -1,12 +1,12 @@
 """The base class of all kinds of feature, and the recipe options that they share."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.random import Generator
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from perceiver.config import Config, Count, Real, Size
 from pipelines.transforms.audio import AudioViewConfig
@@ -17,6 +17,18 @@ from pipelines.transforms.optical_flow import FlowViewConfig
 from pipelines.transforms.points import PointsViewConfig
 from pipelines.transforms.video import VideoViewConfig
 
+
+def _grey_or_rgb(channels: int) -> int:
+    if channels == 2:
+        raise ValueError("wanted 1 (grey) or 3 (RGB)")
+    return channels
+
+
+Channels = Annotated[int, Field(strict=True, ge=1, le=3), AfterValidator(_grey_or_rgb)]
+"""Channels of an image or frame."""
+_Side = Annotated[int, Field(strict=True, ge=1, le=1 << 14)]
+PixelSize = tuple[_Side, _Side]
+"""(height, width) of images or frames."""
 Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]
 """Shape of one sample and type, by batch key."""
 RngFactory = Callable[[], Generator]

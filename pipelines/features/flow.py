@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from perceiver.config import UserError
-from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
+from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.optical_flow import decode_flow, evaluation_view, training_view
 
 
@@ -22,8 +22,8 @@ class FlowFeature(BaseFeature):
 
     arrow: ClassVar[pa.DataType] = pa.binary()
     kind: Literal["flow"] = "flow"
-    channels: int = Field(default=3, description="channels of a frame after decoding: 1 (grey) or 3 (RGB)")
-    size: tuple[int, int] | None = Field(default=None, description="(height, width) of all frames; null if they differ")
+    channels: Channels = Field(default=3, description="channels of a frame after decoding: 1 (grey) or 3 (RGB)")
+    size: PixelSize | None = Field(default=None, description="(height, width) of all frames; null if they differ")
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return frames (2, C, H, W) uint8, flow (2, H, W) float32 and validity (H, W) bool."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from perceiver.config import UserError
-from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
+from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.decode import decode_image
 from pipelines.transforms.image import evaluation_view, training_view
 
@@ -19,8 +19,8 @@ class ImageFeature(BaseFeature):
 
     arrow: ClassVar[pa.DataType] = pa.binary()
     kind: Literal["image"] = "image"
-    channels: int = Field(description="channels after decoding: 1 (grey) or 3 (RGB)")
-    size: tuple[int, int] | None = Field(default=None, description="(height, width) of all images; null if they differ")
+    channels: Channels = Field(description="channels after decoding: 1 (grey) or 3 (RGB)")
+    size: PixelSize | None = Field(default=None, description="(height, width) of all images; null if they differ")
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (C, height, width) uint8."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import UserError
-from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
+from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.clip import clip_starts
 from pipelines.transforms.media import Media, media_sound, open_media
 from pipelines.transforms.video import CentredView, RandomView, video_clips
@@ -25,8 +25,8 @@ class VideoFeature(BaseFeature):
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
     kind: Literal["video"] = "video"
-    channels: int = Field(default=3, description="channels after decoding: 1 (grey) or 3 (RGB)")
-    size: tuple[int, int] | None = Field(default=None, description="(height, width) of all frames; null if they differ")
+    channels: Channels = Field(default=3, description="channels after decoding: 1 (grey) or 3 (RGB)")
+    size: PixelSize | None = Field(default=None, description="(height, width) of all frames; null if they differ")
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (F, C, height, width) uint8."""
@@ -57,8 +57,8 @@ class MediaFeature(BaseFeature):
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
     kind: Literal["media"] = "media"
-    channels: int = Field(default=3, description="channels of a frame after decoding: 1 (grey) or 3 (RGB)")
-    size: tuple[int, int] | None = Field(default=None, description="(height, width) of all frames; null if they differ")
+    channels: Channels = Field(default=3, description="channels of a frame after decoding: 1 (grey) or 3 (RGB)")
+    size: PixelSize | None = Field(default=None, description="(height, width) of all frames; null if they differ")
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (F, C, height, width) uint8 and (T,) int16, or the one that data.clip.show names."""

@@ -21,7 +21,7 @@ from pipelines.feed.samples import PROBLEM, Plan, RankWork, SampleSpec
 from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mixed_manifest
 from pipelines.order.plan import EvalPlan, RowGroups, SamplePlan
 from pipelines.shards.listing import check_listing
-from pipelines.shards.manifest import Manifest, load_manifest
+from pipelines.shards.manifest import Manifest, check_places, load_manifest
 from pipelines.shards.quarantine import Problem, Quarantine
 from pipelines.shards.reader import Reader
 
@@ -53,6 +53,9 @@ class DataConfig(ViewConfig):
     url: Location = Field(description="prepared folder: a path or an fsspec URL such as s3://bucket/folder")
     mixture: tuple[MixturePart, ...] = Field(
         default=(), description="data sets to train on by weight; `url` is then only evaluated on"
+    )
+    files: tuple[str, ...] = Field(
+        default=(), description="folders in other stores that an index (`prepare --index`) may name files of"
     )
     train_split: str = Field(default="train", description="split to train on")
     eval_split: str = Field(default="test", description="split to evaluate on")
@@ -92,12 +95,19 @@ def load_data(data: DataConfig, load: Callable[[str, dict[str, str]], Manifest] 
         load: reads a manifest, given URL and storage options.
 
     Raises:
-        UserError: a folder is not a prepared data set, or the data sets of a mixture do not agree.
+        UserError: a folder is not a prepared data set or an index of files elsewhere, or the data sets of a mixture do
+            not agree.
     """
-    manifest = load(data.url, data.storage_options)
+
+    def checked(url: str) -> Manifest:
+        manifest = load(url, data.storage_options)
+        check_places(url, manifest, data.files)
+        return manifest
+
+    manifest = checked(data.url)
     if not data.mixture:
         return manifest
-    parts = [(part, load(part.url, data.storage_options)) for part in data.mixture]
+    parts = [(part, checked(part.url)) for part in data.mixture]
     return mixed_manifest(manifest, data.train_split, parts)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,9 @@ from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.samples import measure
 from pipelines.shards.listing import file_fault
-from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, load_manifest, split_url
+from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, check_places, load_manifest, split_url
 from pipelines.shards.parquet import column_at, fit
-from pipelines.shards.quarantine import QUARANTINE
+from pipelines.shards.quarantine import QUARANTINE, SCHEMA
 from pipelines.shards.reader import Reader, RowGroup
 from pipelines.transforms import BadSample
 
@@ -93,6 +93,7 @@ def inspect(
     verify: bool = False,
     samples: bool = True,
     options: Mapping[str, str] | None = None,
+    files: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Inspection:
     """Report on a prepared folder.
@@ -102,14 +103,16 @@ def inspect(
         verify: read every file and compare its checksum, rows and schema with the manifest.
         samples: decode every sample, for class balance, sizes, duplicates and unreadable samples.
         options: storage options.
+        files: folders in other stores that an index may name files of.
         progress: called with the name of each shard before it is read.
 
     Memory: about 300 bytes per sample for the search for duplicates, plus one row group.
 
     Raises:
-        UserError: the folder has no readable manifest.
+        UserError: the folder has no readable manifest, or it is an index of files elsewhere.
     """
     manifest = load_manifest(url, options)
+    check_places(url, manifest, files)
     folder = open_folder(url, options)
     faults: list[str] = []
     seen: dict[bytes, str] = {}
@@ -140,15 +143,23 @@ def inspect(
         features={key: value.model_dump() for key, value in manifest.features.items()},
         faults=faults,
         rejected=manifest.rejected,
-        rejected_items=_rejected(folder) if manifest.rejected else [],
+        rejected_items=_rejected(folder, manifest.rejected, faults),
     )
 
 
-def _rejected(folder: Folder) -> list[str]:
-    """Return the first raw items that `prepare` listed as unreadable."""
-    with folder.fs.open(folder.file(QUARANTINE), "rb") as stream:
-        rows = pq.read_table(stream).slice(0, LISTED).to_pylist()
-    return [f"{row['split']}: {row['key']}: {row['reason']}" for row in rows]
+def _rejected(folder: Folder, count: int, faults: list[str]) -> list[str]:
+    """Return the first of `count` raw items that `prepare` listed as unreadable; add a fault if the list is damaged."""
+    if not count:
+        return []
+    try:
+        with folder.fs.open(folder.existing(QUARANTINE), "rb") as stream:
+            table = pq.read_table(stream, schema=SCHEMA)
+        if table.num_rows != count:
+            raise OSError(f"{table.num_rows} rows, wanted {count}")
+        return [f"{row['split']}: {row['key']}: {row['reason']}" for row in table.slice(0, LISTED).to_pylist()]
+    except Exception as error:  # noqa: BLE001  Arrow raises many types for a damaged file
+        faults.append(f"{QUARANTINE}: {first_line(error)}")
+        return []
 
 
 def shard_fault(
@@ -162,7 +173,7 @@ def shard_fault(
     folder_url, name = split_url(url, shard.name)
     folder = open_folder(folder_url, options)
     try:
-        if fault := file_fault(shard, folder.fs.info(folder.file(name))):
+        if fault := file_fault(shard, folder.fs.info(folder.file(name)), folder):
             return fault
         with folder.fs.open(folder.file(name), "rb") as stream:
             if shard.batches:
@@ -184,7 +195,7 @@ def shard_fault(
             return f"checksum {found[:12]}, wanted {shard.sha256[:12]}"
     except FileNotFoundError:
         return "missing"
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001  Arrow raises many types for a damaged file
         return first_line(error)
     return ""
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, first_line, open_folder, protocols
+from perceiver.storage import NOT_REGULAR, Folder, first_line, open_folder, protocols
 from pipelines.shards.manifest import ShardInfo, Split, split_url
 
 ASKED = 1000
@@ -81,7 +81,7 @@ def check_listing(url: str, split: Split, options: Mapping[str, str] | None = No
         faults += [
             f"{parent}/{name}: {fault}"
             for name, shard in shards.items()
-            if (fault := file_fault(shard, found.get(name)))
+            if (fault := file_fault(shard, found.get(name), folder))
         ]
     if faults:
         more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
@@ -93,15 +93,23 @@ def check_listing(url: str, split: Split, options: Mapping[str, str] | None = No
         )
 
 
-def file_fault(shard: ShardInfo, info: Mapping[str, Any] | None) -> str:
+def file_fault(shard: ShardInfo, info: Mapping[str, Any] | None, folder: Folder) -> str:
     """Return how a file differs from its entry in the manifest, or "".
 
     Args:
         shard: the entry.
         info: the file in the store's listing; None if it is missing, with size None if the store was not asked.
+        folder: its folder.
     """
     if info is None:
         return "missing"
+    if info.get("type", "file") != "file":
+        return NOT_REGULAR
+    if info.get("islink") and not shard.tag:
+        try:
+            folder.existing(shard.name)
+        except OSError as error:
+            return first_line(error)
     size = info.get("size")
     if size is not None and size != shard.bytes:
         return f"{size} bytes, wanted {shard.bytes}"

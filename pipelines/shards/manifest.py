@@ -4,16 +4,25 @@ A prepared data set is a folder of Arrow IPC files (one row per sample, encoded 
 batches) and a `manifest.json` that is written last: a folder without one is incomplete and is never read.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 
 from perceiver.config import Config, UserError
-from perceiver.storage import Folder, first_line, open_folder
+from perceiver.storage import (
+    Folder,
+    Name,
+    Position,
+    Size,
+    first_line,
+    invalid_key,
+    open_folder,
+    parse_json,
+    safe_name,
+)
 from pipelines.features import Feature
 
 FORMAT_VERSION = 2
@@ -22,8 +31,10 @@ MANIFEST = "manifest.json"
 KEY = "key"
 MAGIC_BYTES = 8
 """An Arrow IPC file begins with `ARROW1` and two bytes of padding."""
-Count = Annotated[int, Field(gt=0, lt=1 << 48)]
-"""A number of rows or bytes; sums of them fit into 64 bits."""
+BLOCK_BYTES, TRAILER_BYTES = 24, 26
+"""The end of an Arrow IPC file: the schema, this many bytes for each record batch, and this many of markers."""
+TOLERANCE_BYTES = 64
+"""By which a version of Arrow may differ in that; the smallest record batch has several times as many."""
 
 
 def arrow_schema(features: Mapping[str, Feature]) -> pa.Schema:
@@ -44,22 +55,26 @@ class BatchInfo(NamedTuple):
         crc32: checksum of the message, continued from that of the columns' names and types (`key string`, ... by line).
     """
 
-    offset: int
-    length: int
-    rows: int
-    crc32: int
+    offset: Position
+    length: Size
+    rows: Size
+    crc32: Annotated[int, Field(strict=True, ge=0, lt=1 << 32)]
 
 
 class ShardInfo(Config):
     """One file: a shard, or a Parquet file that was indexed."""
 
     name: str = Field(description="file name, relative to the manifest, or the URL of a file that was indexed")
-    rows: Count = Field(description="samples in it")
-    rows_per_group: Count = Field(description="rows of each row group but the last, which has the rest")
-    bytes: Count = Field(description="size of the file")
-    sha256: str = Field(default="", description="checksum of the file; empty: indexed without reading all of it")
+    rows: Size = Field(description="samples in it")
+    rows_per_group: Size = Field(description="rows of each row group but the last, which has the rest")
+    bytes: Size = Field(description="size of the file")
+    sha256: str = Field(
+        default="",
+        pattern="^([0-9a-f]{64})?$",
+        description="checksum of the file; empty: indexed without reading all of it",
+    )
     tag: str = Field(default="", description="version of an indexed file: the store's ETag, or its modification time")
-    groups: tuple[tuple[Count, Count], ...] = Field(
+    groups: tuple[tuple[Size, Size], ...] = Field(
         default=(), description="uneven row groups, as runs of (rows, rows of each group but the last); else empty"
     )
     batches: tuple[BatchInfo, ...] = Field(
@@ -75,19 +90,23 @@ class ShardInfo(Config):
         count = sum(-(-rows // size) for rows, size in runs)
         if count > self.bytes or self.batches and count != len(self.batches):
             raise ValueError(f"{count} row groups in {self.bytes} bytes and {len(self.batches)} batches")
-        end = MAGIC_BYTES
-        for number, (batch, rows) in enumerate(zip(self.batches, self.group_sizes() if self.batches else ())):
+        if not self.batches:
+            return self
+        end = max(MAGIC_BYTES, self.batches[0].offset)
+        for number, (batch, rows) in enumerate(zip(self.batches, self.group_sizes(), strict=True)):
             stop = batch.offset + batch.length
             if batch.rows != rows:
                 raise ValueError(f"batch {number} has {batch.rows} rows, wanted {rows}")
-            if batch.offset < end or batch.offset % 8 or batch.length < 1 or stop > self.bytes:
+            if batch.offset != end or batch.offset % 8 or stop > self.bytes:
                 raise ValueError(
-                    f"batch {number} at [{batch.offset}, {stop}): wanted ranges one after the other, from multiples of"
+                    f"batch {number} at [{batch.offset}, {stop}): wanted ranges without gaps, from multiples of"
                     f" 8, in [{MAGIC_BYTES}, {self.bytes})"
                 )
-            if not 0 <= batch.crc32 < 1 << 32:
-                raise ValueError(f"batch {number} has CRC-32 {batch.crc32}, wanted 0 to 2**32 - 1")
             end = stop
+        schema_bytes = self.batches[0].offset - MAGIC_BYTES
+        wanted = end + schema_bytes + BLOCK_BYTES * count + TRAILER_BYTES
+        if abs(self.bytes - wanted) > TOLERANCE_BYTES:
+            raise ValueError(f"{count} batches up to byte {end} make a file of {wanted} bytes, got {self.bytes}")
         return self
 
     @property
@@ -103,8 +122,10 @@ class ShardInfo(Config):
 class Split(Config):
     """A part of a data set, such as train or test."""
 
-    shards: tuple[ShardInfo, ...] = Field(description="its files; sample ids run through them in this order")
-    columns: dict[str, str] = Field(
+    shards: tuple[ShardInfo, ...] = Field(
+        min_length=1, description="its files; sample ids run through them in this order"
+    )
+    columns: dict[Name, Name] = Field(
         default={}, description="column of each feature in indexed files, `a.b` for a field of a struct; else empty"
     )
 
@@ -120,15 +141,39 @@ class Split(Config):
 class Manifest(Config):
     """The content of a prepared folder."""
 
-    format_version: int = Field(default=FORMAT_VERSION, description="version of this layout")
-    name: str = Field(description="name of the data set")
-    features: dict[str, Feature] = Field(description="the parts of a sample, by batch key")
+    format_version: Size = Field(default=FORMAT_VERSION, description="version of this layout")
+    name: Name = Field(description="name of the data set")
+    features: dict[Name, Feature] = Field(min_length=1, description="the parts of a sample, by batch key")
     classes: tuple[str, ...] = Field(default=(), description="class names; a label is an index into them")
-    splits: dict[str, Split] = Field(description="the parts, by name")
+    splits: dict[Name, Split] = Field(min_length=1, description="the parts, by name")
     licence: str = Field(description="terms of use of the data")
     source: str = Field(description="origin of the data")
     fingerprint: str = Field(default="", description="hash of source and options of `prepare`: recognises a rerun")
-    rejected: int = Field(default=0, ge=0, description="raw items left out, listed in quarantine.parquet next to this")
+    rejected: Position = Field(default=0, description="raw items left out, listed in quarantine.parquet next to this")
+
+    @model_validator(mode="after")
+    def _shards_are_of_these_features(self) -> "Manifest":
+        """Refuse columns of other features, file names that leave the folder, and first batches not after the schema.
+
+        Indexed files are elsewhere: their names are absolute, see `check_places`.
+        """
+        if KEY in self.features:
+            raise ValueError(f"features: {KEY!r} is the column of the samples' origin; wanted another name")
+        first = MAGIC_BYTES + arrow_schema(self.features).serialize().size
+        for split, part in self.splits.items():
+            if part.columns and part.columns.keys() != self.features.keys():
+                raise ValueError(f"splits.{split}.columns has {[*part.columns]}, wanted {[*self.features]}")
+            for number, shard in enumerate(part.shards):
+                where = f"splits.{split}.shards.{number}"
+                if shard.batches and abs(shard.batches[0].offset - first) > TOLERANCE_BYTES:
+                    raise ValueError(f"{where}: batch 0 at {shard.batches[0].offset}, wanted {first} after the schema")
+                if part.columns and (shard.batches or shard.sha256):
+                    raise ValueError(f"{where} has batches or a checksum, which an indexed file does not have")
+                try:
+                    _check_name(shard.name, indexed=bool(part.columns))
+                except ValueError as error:
+                    raise ValueError(f"{where}.name: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _each_shard_once(self) -> "Manifest":
@@ -155,6 +200,46 @@ class Manifest(Config):
         return self.splits[name]
 
 
+def _check_name(name: str, indexed: bool) -> None:
+    """Raise `ValueError` unless it is a plain name, or for an indexed file an absolute path or URL."""
+    if not indexed and "/" in safe_name(name):
+        raise ValueError(f"got {name[:80]!r}, wanted a file next to the manifest")
+    if indexed:
+        _, _, path = name.partition("://")
+        if not (name.startswith("/") or path):
+            raise ValueError(f"got {name[:80]!r}, wanted an absolute path or URL of an indexed file")
+        safe_name((path or name).strip("/").replace(":", ""))
+
+
+def check_places(url: str, manifest: Manifest, places: Sequence[str] = ()) -> None:
+    """Refuse an index whose files are in another store than the manifest, unless the user has named their folder.
+
+    Otherwise whoever wrote the manifest could make its reader send requests to any address.
+
+    Args:
+        url: folder of the manifest.
+        manifest: its content.
+        places: folders of indexed files, as paths or URLs.
+
+    Raises:
+        UserError: a file is elsewhere.
+    """
+    for split in manifest.splits.values():
+        for shard in split.shards if split.columns else ():
+            below = any(shard.name.startswith(place.rstrip("/") + "/") for place in places)
+            if not below and _store(shard.name) != _store(url):
+                raise UserError(
+                    f"{url}/{MANIFEST} is an index of {shard.name}, which is in another store: if you trust it, set"
+                    f" data.files=['{shard.name.rpartition('/')[0]}'] (inspect: --files)"
+                )
+
+
+def _store(url: str) -> str:
+    """Return protocol and host or bucket of a URL; empty for a local path."""
+    protocol, found, path = url.partition("://")
+    return f"{protocol}://{path.split('/')[0]}" if found and protocol not in ("file", "local") else ""
+
+
 def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifest:
     """Read the manifest of a prepared folder.
 
@@ -165,9 +250,9 @@ def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifes
     Raises:
         UserError: no such folder, no manifest in it, invalid JSON, a newer format, or a contradictory index.
     """
-    folder = open_folder(url, options)
+    folder, where = open_folder(url, options), f"{url}/{MANIFEST}"
     try:
-        raw = json.loads(folder.read_text(MANIFEST))
+        text = folder.fs.cat_file(folder.existing(MANIFEST))
     except FileNotFoundError:
         there = folder.fs.exists(folder.path)
         what = f"has no {MANIFEST} (not prepared, or incomplete)" if there else "does not exist"
@@ -179,10 +264,8 @@ def load_manifest(url: str, options: Mapping[str, str] | None = None) -> Manifes
             f"data folder {url} is a file: set data.url to the folder that `perceiver prepare` wrote"
         ) from None
     except Exception as error:  # noqa: BLE001  each file system has its own exceptions
-        raise UserError(
-            f"cannot read {url}/{MANIFEST}: {first_line(error)}; check access, or prepare the data again"
-        ) from error
-    return _parse_manifest(raw, f"{url}/{MANIFEST}")
+        raise UserError(f"cannot read {where}: {first_line(error)}; check access, or prepare the data again") from error
+    return _parse_manifest(parse_json(text, where), where)
 
 
 def _parse_manifest(raw: Any, where: str) -> Manifest:
@@ -197,9 +280,7 @@ def _parse_manifest(raw: Any, where: str) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {key}: {first['msg']}; prepare the data again") from error
+        raise UserError(f"{where}: {invalid_key(error)}; prepare the data again") from error
 
 
 def save_manifest(manifest: Manifest, folder: Folder) -> None:

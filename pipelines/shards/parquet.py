@@ -7,8 +7,10 @@ import functools
 import io
 from collections.abc import Mapping
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from perceiver.storage import Bytes, Folder, ReadPolicy, read_range
 from pipelines.shards.manifest import KEY
@@ -55,6 +57,7 @@ def read_row_group(
     name: str,
     size: int,
     group: int,
+    groups: NDArray[np.int64],
     schema: pa.Schema,
     columns: Mapping[str, str],
     classes: tuple[str, ...],
@@ -66,6 +69,7 @@ def read_row_group(
         folder, name: the file.
         size: its bytes, from the manifest.
         group: its index.
+        groups: rows of each row group of the file, from the manifest.
         schema: names and types of the result: `key` and the features.
         columns: column of each feature in an indexed file, see `Split`; empty for a shard, which has the features' own
             names and a column of keys.
@@ -73,21 +77,24 @@ def read_row_group(
         policy: time-out and retries of the requests.
 
     Raises:
-        OSError: the file cannot be read, see `read_range`.
+        OSError: the file cannot be read, see `read_range`, or it has other row groups.
         KeyError, pyarrow.ArrowException: it is damaged, or a column is missing or of another type.
     """
     paths = {field.name: columns.get(field.name, field.name) for field in schema if field.name != KEY or not columns}
     footer = read_footer(folder, name, size, policy)
+    found, wanted = (footer.num_rows, footer.num_row_groups), (int(groups.sum()), groups.size)
+    if found != wanted or footer.row_group(group).num_rows != groups[group]:
+        raise OSError(f"{found[0]} rows in {found[1]} row groups, wanted {wanted[0]} in {wanted[1]}, each as listed")
     stream = _RangeFile(folder, name, size, policy)
     with pq.ParquetFile(stream, metadata=footer, page_checksum_verification=True, pre_buffer=True) as file:
         table = file.read_row_group(group, columns=list(paths.values()), use_threads=False)
-    found = []
-    for wanted in schema:
-        if wanted.name in paths:
-            found.append(fit(column_at(table, paths[wanted.name]), wanted, classes if columns else ()))
+    arrays = []
+    for field in schema:
+        if field.name in paths:
+            arrays.append(fit(column_at(table, paths[field.name]), field, classes if columns else ()))
         else:
-            found.append(pa.array([row_key(name, group, row) for row in range(table.num_rows)], pa.string()))
-    return pa.RecordBatch.from_arrays(found, schema=schema)
+            arrays.append(pa.array([row_key(name, group, row) for row in range(table.num_rows)], pa.string()))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def row_key(name: str, group: int, row: int) -> str:

@@ -7,21 +7,45 @@ at one ZeRO stage and number of workers is restored at any other. No file is a p
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from perceiver.config import UserError
 from perceiver.optim.partition import Layouts, state_of
+from perceiver.storage import Name, Position, Size, first_line, invalid_key, parse_json
 
 _HEADER = "engine.json"
 _FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Header(BaseModel):
+    """The content of `engine.json`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Size
+    writers: Annotated[int, Field(strict=True, ge=1, le=1 << 20, description="number of shards")]
+    optim: Name = Field(default="", description="kind of the optimizer")
+    shapes: dict[Name, list[Position]] = Field(description="shape of each tensor of the model")
+
+
+class _Entry(BaseModel):
+    """The index of one flat tensor of a shard: (parameter, its first element, place in the tensor, elements)."""
+
+    step: Position
+    pieces: list[tuple[Name, Position, Position, Position]]
+
+
+_INDEX = TypeAdapter(list[_Entry])
 
 
 def save_shard(folder: Path, number: int, layouts: Layouts, optimizer: Any) -> None:
@@ -61,23 +85,32 @@ def save_header(folder: Path, shapes: Mapping[str, Iterable[int]], writers: int,
     (folder / _HEADER).write_text(json.dumps(header, indent=1))
 
 
-def check_header(folder: Path, shapes: Mapping[str, Iterable[int]], optim: str) -> dict[str, Any]:
+def read_header(folder: Path) -> Header:
     """Read `engine.json`.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format.
+    """
+    path = _regular(folder / _HEADER)
+    try:
+        header = Header.model_validate(parse_json(path.read_bytes(), str(path)))
+    except ValidationError as error:
+        raise UserError(f"{path} is not a training state: {invalid_key(error)}; take another checkpoint") from None
+    if header.format != _FORMAT:
+        raise UserError(f"{path} has format {header.format}; this version reads {_FORMAT}")
+    return header
+
+
+def check_header(folder: Path, shapes: Mapping[str, Iterable[int]], optim: str) -> Header:
+    """Read `engine.json` and compare it with this run.
 
     Raises:
         UserError: nothing was saved here, or the model, the optimizer or the format differs.
     """
-    path = folder / _HEADER
-    if not path.is_file():
-        raise UserError(f"no training state {path}; wanted a folder written by an engine's save")
-    header = json.loads(path.read_text())
-    if header.get("format") != _FORMAT:
-        raise UserError(f"{path} has format {header.get('format')!r}; this version reads {_FORMAT}")
-    _check_same_model(shapes, header["shapes"], path)
-    if header["optim"] != optim:
-        raise UserError(
-            f"{path} was saved with optim.kind = {header['optim']!r}, this run has {optim!r}: make them agree"
-        )
+    header, path = read_header(folder), folder / _HEADER
+    _check_same_model(shapes, header.shapes, path)
+    if header.optim != optim:
+        raise UserError(f"{path} was saved with optim.kind = {header.optim!r}, this run has {optim!r}: make them agree")
     return header
 
 
@@ -97,10 +130,10 @@ def load_shards(folder: Path, writers: int, layouts: Layouts, optimizer: Any) ->
     Reads only the elements of this rank.
 
     Raises:
-        UserError: a shard or elements are missing.
+        UserError: a shard or elements are missing, or a shard is damaged.
     """
     with contextlib.ExitStack() as stack:
-        sources = _Sources([stack.enter_context(_open(_shard_path(folder, number))) for number in range(writers)])
+        sources = _Sources(stack, folder, writers)
         for flat, layout in layouts.items():
             state = state_of(optimizer, flat)
             for part, tensor in {"param": flat.detach(), **{key: state[key] for key in MOMENTS}}.items():
@@ -120,10 +153,10 @@ def read_parameters(
     """Yield each parameter's name, its whole `param`, `exp_avg` and `exp_avg_sq`, and the number of steps taken.
 
     Raises:
-        UserError: a shard or elements are missing.
+        UserError: a shard or elements are missing, or a shard is damaged.
     """
     with contextlib.ExitStack() as stack:
-        sources = _Sources([stack.enter_context(_open(_shard_path(folder, number))) for number in range(writers)])
+        sources = _Sources(stack, folder, writers)
         for name, shape in shapes.items():
             parts = {part: torch.empty(tuple(shape), dtype=torch.float32) for part in ("param", *MOMENTS)}
             for part, tensor in parts.items():
@@ -135,32 +168,58 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return the whole state of a saved model in float32, buffers included, from any ZeRO stage.
 
     Raises:
-        UserError: a shard or elements are missing.
+        UserError: a shard or elements are missing, or a shard is damaged.
     """
-    header = json.loads((folder / _HEADER).read_text())
+    header = read_header(folder)
     rest = load_tensors(folder, "rest") or {}
     tensors: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_open(_shard_path(folder, number))) for number in range(header["writers"])]
-        sources = _Sources(files)
-        for name, shape in header["shapes"].items():
+        sources = _Sources(stack, folder, header.writers)
+        for name, shape in header.shapes.items():
             if name not in rest:
+                sources.check(name, math.prod(shape))
                 tensors[name] = torch.empty(shape, dtype=torch.float32)
                 sources.fill(tensors[name].view(-1), "param", name, 0)
-    return {name: rest[name] if name in rest else tensors[name] for name in header["shapes"]}
+    return {name: rest[name] if name in rest else tensors[name] for name in header.shapes}
 
 
 class _Sources:
     """The shards of a saved state, searched by parameter."""
 
-    def __init__(self, files: list[Any]) -> None:
+    def __init__(self, stack: contextlib.ExitStack, folder: Path, writers: int) -> None:
         self._found: dict[str, list[tuple[Any, int, int, int, int]]] = {}
-        self.step = 0
-        for file in files:
-            for position, entry in enumerate(json.loads(file.metadata()["index"])):
-                self.step = max(self.step, entry["step"])
-                for name, start, offset, length in entry["pieces"]:
+        self.step, self.folder = 0, folder
+        for number in range(writers):
+            path = _regular(_shard_path(folder, number))
+            file = stack.enter_context(open_tensors(path))
+            try:
+                index = _INDEX.validate_python(parse_json((file.metadata() or {}).get("index", ""), f"{path}: index"))
+            except ValidationError as error:
+                raise UserError(f"{path}: index: {invalid_key(error)}; take another checkpoint") from None
+            for position, entry in enumerate(index):
+                self.step = max(self.step, entry.step)
+                size = min(_flat_size(file, path, f"{position}.{part}") for part in ("param", *MOMENTS))
+                for name, start, offset, length in entry.pieces:
+                    if offset + length > size:
+                        raise UserError(
+                            f"{path}: index: {name} has elements up to {offset + length}, the tensor {size};"
+                            " take another checkpoint"
+                        )
                     self._found.setdefault(name, []).append((file, position, start, offset, length))
+
+    def check(self, name: str, elements: int) -> None:
+        """Refuse a parameter of which elements are missing or stored twice."""
+        end = 0
+        for _, _, start, _, length in sorted(self._found.get(name, []), key=lambda piece: piece[2]):
+            if start != end:
+                break
+            end += length
+        found = sum(length for *_, length in self._found.get(name, []))
+        if not end == found == elements:
+            raise UserError(
+                f"the training state {self.folder} is incomplete: {found} of {elements} elements of {name} were found,"
+                f" {end} of them in order; take another checkpoint"
+            )
 
     def fill(self, target: Tensor, part: str, name: str, start: int) -> None:
         """Copy the elements [start, start + len(target)) of a parameter's weights or moment into the target."""
@@ -178,12 +237,41 @@ class _Sources:
             )
 
 
+def _flat_size(file: Any, path: Path, name: str) -> int:
+    """Return the elements of a flat tensor of real numbers."""
+    try:
+        found = file.get_slice(name)
+    except SafetensorError:
+        raise UserError(f"{path} has no tensor {name}; take another checkpoint") from None
+    shape, kind = found.get_shape(), found.get_dtype()
+    if len(shape) != 1 or kind not in ("F32", "F64", "F16", "BF16"):
+        raise UserError(f"{path}: tensor {name} is {kind} of shape {shape}, wanted F32 of one axis")
+    return shape[0]
+
+
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise UserError(f"the training state is incomplete: {path} is missing; take another checkpoint")
-    with safe_open(path, framework="pt") as file:
-        yield file
+def open_tensors(path: Path, where: str = "") -> Iterator[Any]:
+    """Open a safetensors file, which checks its header against its size.
+
+    Args:
+        path: the file.
+        where: what to call it in an error; default: its path.
+
+    Raises:
+        UserError: it is damaged, or a tensor read in the `with` block is missing.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{where or path} is not a sound safetensors file ({first_line(error)})") from None
+
+
+def _regular(path: Path) -> Path:
+    """Return the path if it is a regular file, not a link, a folder or a FIFO."""
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"the training state is incomplete: {path} is missing or no file; take another checkpoint")
+    return path
 
 
 def _shard_path(folder: Path, number: int) -> Path:
@@ -196,7 +284,26 @@ def save_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None
     save_file(copies, folder / f"{name}.safetensors")
 
 
-def load_tensors(folder: Path, name: str) -> dict[str, Tensor] | None:
-    """Read what `save_tensors` wrote; None if there is no such file."""
+def load_tensors(
+    folder: Path, name: str, shapes: Mapping[str, Iterable[int]] | None = None
+) -> dict[str, Tensor] | None:
+    """Read what `save_tensors` wrote; None if there is no such file.
+
+    Args:
+        folder: folder of the training state.
+        name: of the file, without its suffix.
+        shapes: shapes of tensors that must be there.
+
+    Raises:
+        UserError: the file is damaged, or a tensor is missing or of another shape.
+    """
     path = folder / f"{name}.safetensors"
-    return load_file(path) if path.is_file() else None
+    if not path.exists() and not shapes:
+        return None
+    with open_tensors(_regular(path)) as file:
+        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it has no __iter__
+    for key, shape in (shapes or {}).items():
+        if key not in found or found[key].shape != torch.Size(shape):
+            has = f"has {key} of shape {list(found[key].shape)}" if key in found else f"lacks {key}"
+            raise UserError(f"{path} {has}, wanted shape {list(shape)}; take another checkpoint")
+    return found

@@ -25,10 +25,26 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perceiver.config import Config, UserError
-from perceiver.storage import cache_folder, entry_names, file_sha256, is_local, write_whole
+from perceiver.storage import (
+    Checksum,
+    FileName,
+    Name,
+    NotRegularError,
+    Number,
+    Position,
+    Size,
+    cache_folder,
+    entry_names,
+    existing_file,
+    file_sha256,
+    invalid_key,
+    is_local,
+    parse_json,
+    write_whole,
+)
 from perceiver.train.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
@@ -41,25 +57,36 @@ HISTORY = "history.jsonl"
 class FileEntry(Config):
     """One file of a checkpoint."""
 
-    bytes: int
-    sha256: str
+    bytes: Position
+    sha256: Checksum
 
 
 class CheckpointManifest(Config):
     """Contents and origin of a checkpoint."""
 
-    format: int = Field(default=FORMAT, description="version of this layout")
-    step: int = Field(description="number of optimizer steps")
-    samples: int = Field(description="training samples consumed: the position in the sample plan")
-    world: int = Field(description="number of workers")
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # A metric may be NaN.
+
+    format: Size = Field(default=FORMAT, description="version of this layout")
+    step: Position = Field(description="number of optimizer steps")
+    samples: Position = Field(description="training samples consumed: the position in the sample plan")
+    world: Size = Field(description="number of workers")
     engine: dict[str, Any] = Field(description="kind of engine and its ZeRO stage")
-    parameters: dict[str, list[int]] = Field(description="name and shape of each parameter")
+    parameters: dict[Name, list[Size]] = Field(description="name and shape of each parameter")
     recipe: dict[str, Any] = Field(description="the resolved recipe, secrets redacted")
     versions: dict[str, str] = Field(description="versions of the libraries")
-    metrics: dict[str, float] = Field(default={}, description="metrics of this step and of its evaluation, if any")
-    number: int = Field(default=0, description="number of earlier checkpoints of the run")
-    created: float = Field(description="seconds since the epoch")
-    files: dict[str, FileEntry] = Field(description="files in the folder")
+    metrics: dict[Name, Number] = Field(default={}, description="metrics of this step and of its evaluation, if any")
+    number: Position = Field(default=0, description="number of earlier checkpoints of the run")
+    created: Number = Field(allow_inf_nan=False, description="seconds since the epoch")
+    files: dict[FileName, FileEntry] = Field(description="files in the folder")
+
+
+class HistoryRow(BaseModel):
+    """A line of the history: metrics by name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Number]
+
+    step: Position
 
 
 @dataclass(frozen=True)
@@ -210,7 +237,7 @@ class CheckpointStore:
     def _delete(self, target: str) -> None:
         """Delete a folder, its manifest first, so that a partly deleted one is not a checkpoint."""
         if self.fs.exists(f"{target}/{MANIFEST}"):
-            self.fs.rm_file(f"{target}/{MANIFEST}")
+            self.fs.rm(f"{target}/{MANIFEST}", recursive=True)
         self.fs.rm(target, recursive=True)
 
     def prune(self, keep: Collection[int]) -> None:
@@ -236,18 +263,35 @@ class CheckpointStore:
         """Read a step's manifest.
 
         Raises:
-            UserError: it cannot be parsed, or a newer version of this program wrote it.
+            UserError: it is missing or invalid, is that of another step, or a newer version of this program wrote it.
         """
-        path = f"{self.location(step)}/{MANIFEST}"
+        where = f"{self.location(step)}/{MANIFEST}"
+        tree = parse_json(self._read(step, MANIFEST), where)
         try:
-            manifest = CheckpointManifest.model_validate_json(self.fs.cat_file(f"{self.folder(step)}/{MANIFEST}"))
+            manifest = CheckpointManifest.model_validate(tree)
         except ValidationError as error:
-            raise UserError(f"{path} is not a checkpoint manifest ({error.errors()[0]['msg']})") from None
+            raise UserError(f"{where} is not a checkpoint manifest ({invalid_key(error)})") from None
         if manifest.format > FORMAT:
             raise UserError(
-                f"{path} has format {manifest.format}, this version reads up to {FORMAT}: update perceiver-train"
+                f"{where} has format {manifest.format}, this version reads up to {FORMAT}: update perceiver-train"
             )
+        if manifest.step != step:
+            raise UserError(f"{where} has step {manifest.step}, wanted {step}, the step of its folder")
         return manifest
+
+    def _read(self, step: int, name: str) -> bytes:
+        """Return the content of a file of a checkpoint; raise `UserError` if it is missing or not a regular file."""
+        try:
+            return self.fs.cat_file(self._file(step, name))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise UserError(f"{self.location(step)}/{name} is missing or a folder: take another checkpoint") from None
+
+    def _file(self, step: int, name: str) -> str:
+        """Return the path of a file of a checkpoint, see `existing_file`."""
+        try:
+            return existing_file(self.fs, self.root, f"step-{step:08d}/{name}")
+        except NotRegularError as error:
+            raise UserError(f"{self.url}/{error}: take another checkpoint") from None
 
     def problems(self, step: int) -> list[str]:
         """Return the problems of a checkpoint: missing files, wrong sizes, wrong checksums; empty if it is intact."""
@@ -258,7 +302,10 @@ class CheckpointStore:
         return [problem for name, entry in manifest.files.items() if (problem := self._problem(step, name, entry))]
 
     def _problem(self, step: int, name: str, entry: FileEntry) -> str | None:
-        path = f"{self.folder(step)}/{name}"
+        try:
+            path = self._file(step, name)
+        except UserError as error:
+            return str(error)
         if not self.fs.exists(path):
             return f"{name} is missing"
         if (size := self.fs.size(path)) != entry.bytes:
@@ -275,8 +322,20 @@ class CheckpointStore:
         return None
 
     def history(self, step: int) -> str:
-        """Return the recorded metrics (JSON lines) up to a checkpoint."""
-        return self.fs.cat_file(f"{self.folder(step)}/{HISTORY}").decode()
+        """Return the recorded metrics (JSON lines) up to a checkpoint.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        text = self._read(step, HISTORY).decode(errors="replace")
+        for number, line in enumerate(text.splitlines(), 1):
+            where = f"{self.location(step)}/{HISTORY}, line {number},"
+            row = parse_json(line, where) if line else {"step": 0}
+            try:
+                HistoryRow.model_validate(row)
+            except ValidationError as error:
+                raise UserError(f"{where} is not a row of metrics ({invalid_key(error)})") from None
+        return text
 
     @contextmanager
     def fetch(self, step: int) -> Iterator[Path]:
@@ -288,7 +347,7 @@ class CheckpointStore:
             for name in self.manifest(step).files:
                 target = Path(folder, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self.fs.get_file(f"{self.folder(step)}/{name}", str(target))
+                self.fs.get_file(self._file(step, name), str(target))
             yield Path(folder)
 
 

@@ -230,12 +230,13 @@ class DeepSpeedEngine:
         """
         header = check_header(folder, self._shapes, self._optim.kind)
         if self._layouts is None:
-            self._engine.global_steps = self._load_gathered(folder, header["writers"])
+            self._engine.global_steps = self._load_gathered(folder, header.writers)
         else:
-            self._engine.global_steps = load_shards(folder, header["writers"], self._layouts, self._optimizer)
+            self._engine.global_steps = load_shards(folder, header.writers, self._layouts, self._optimizer)
             refresh_weights(self._engine.optimizer, self.zero_stage)
-        rest = load_tensors(folder, "rest") or {}
-        for name, tensor in untrained(self.module).items():
+        others = untrained(self.module)
+        rest = load_tensors(folder, "rest", {name: self._shapes[name] for name in others}) or {}
+        for name, tensor in others.items():
             _assign(tensor, rest[name])
         generators = load_tensors(folder, f"rng-{self.rank:05d}")
         if generators is not None:

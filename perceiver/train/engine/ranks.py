@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from perceiver.config import UserError
+from perceiver.storage import first_line
+
 
 class Pending(Protocol):
     """A collective operation in progress."""
@@ -52,7 +55,10 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore the states that `random_state` returned."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    """Restore the states that `random_state` returned; raise `UserError` if they are not states of generators."""
+    try:
+        torch.set_rng_state(state["cpu"].cpu())
+        if device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"the checkpoint's random state is damaged ({first_line(error)}): take another") from None

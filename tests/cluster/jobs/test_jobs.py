@@ -245,7 +245,7 @@ def test_an_unknown_job_is_refused_with_the_existing_jobs(dashboard: Any) -> Non
     [
         (type("NoCredentialsError", (Exception,), {})("Unable to locate"), "s3:.*Unable to locate"),
         (ImportError("Install s3fs to access S3"), r"Install s3fs .*perceiver-train\[s3\]"),
-        (json.JSONDecodeError("Expecting value", "", 0), "run.json"),
+        (UserError("s3://u:hunter2@bucket/a/run.json is not valid JSON"), r"run\.json .*--run"),
         (ValueError("Protocol not known: s4"), r"bucket/a .*Protocol not known"),
     ],
 )

@@ -1,5 +1,6 @@
 """Leases: one driver per run, whatever the clocks show and however the previous driver ended."""
 
+import json
 import os
 import signal
 import subprocess
@@ -150,3 +151,33 @@ def test_one_of_many_concurrent_drivers_gets_the_lease(tmp_path: Path) -> None:
 def test_an_invalid_lease_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     acquire(LeaseFile(str(tmp_path))).release()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"life_s": 1e300},
+        {"life_s": 0},
+        {"life_s": float("nan")},
+        {"pid": -1},
+        {"pid": "1"},
+        {"beat": 1 << 70},
+        {"id": 1},
+    ],
+)
+def test_a_lease_with_values_out_of_range_is_none(file: LeaseFile, change: dict[str, Any]) -> None:
+    file.fs.makedirs(file.folder, exist_ok=True)
+    file.fs.pipe_file(file.path, json.dumps({**Owner.here(LIFE).model_dump(), **change}).encode())
+    assert file.read() is None
+    with hold(file.url, 30) as lease:
+        assert not lease.lost
+
+
+def test_a_lease_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(UserError, match=FILE), hold(str(tmp_path), 30):
+        pass
+    (tmp_path / FILE).rmdir()
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(UserError, match=FILE), hold(str(tmp_path), 30):
+        pass

@@ -41,8 +41,8 @@ class Counted:
         return self.local.cat_file(path, start=start, end=end)
 
 
-def read(folder: Folder, size: int, group: int) -> pa.RecordBatch:
-    return read_row_group(folder, "a.parquet", size, group, SCHEMA, COLUMNS, (), POLICY)
+def read(folder: Folder, size: int, group: int, groups: tuple[int, ...] = (12, 8)) -> pa.RecordBatch:
+    return read_row_group(folder, "a.parquet", size, group, np.array(groups), SCHEMA, COLUMNS, (), POLICY)
 
 
 def test_row_groups_are_read_with_few_requests_and_retries(tmp_path: Path) -> None:
@@ -70,6 +70,13 @@ def test_damage_is_an_error(tmp_path: Path) -> None:
             read(open_folder(str(tmp_path)), size, 0)
 
 
+@pytest.mark.parametrize("groups", [(12,), (12, 7), (12, 8, 1), (8, 12), (20,)])
+def test_other_row_groups_than_the_manifest_lists_are_an_error(tmp_path: Path, groups: tuple[int, ...]) -> None:
+    size = write(tmp_path)
+    with pytest.raises(OSError, match=f"20 rows in 2 row groups, wanted {sum(groups)} in {len(groups)}"):
+        read(open_folder(str(tmp_path)), size, 0, groups)
+
+
 @pytest.mark.parametrize(
     "column, error",
     [
@@ -84,4 +91,4 @@ def test_other_types_are_named(tmp_path: Path, column: pa.Array | None, error: s
     pq.write_table(table if column is None else table.append_column("label", column), tmp_path / "a.parquet")
     read_footer.cache_clear()
     with pytest.raises((pa.ArrowTypeError, KeyError), match=error):
-        read(open_folder(str(tmp_path)), (tmp_path / "a.parquet").stat().st_size, 0)
+        read(open_folder(str(tmp_path)), (tmp_path / "a.parquet").stat().st_size, 0, (20,))

@@ -1,5 +1,7 @@
 """Schedulers, ranking and the coordinator: decided without any process."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
 from tests.tune.searches import load, record, trial
 from tune.config import SearchConfig
-from tune.record import SearchRecord, load_record, number_of, reopen, save_record, trial_name
+from tune.record import Evaluation, SearchRecord, TrialRecord, load_record, number_of, reopen, save_record, trial_name
 from tune.report.importance import Importance, importance
 from tune.report.numbers import verdict
 from tune.search.coordinator import Coordinator, CoordinatorCallback, CoordinatorSearcher, placed, reason
@@ -325,6 +327,61 @@ def test_a_record_of_a_newer_program_is_refused(tmp_path: Path) -> None:
     save_record(SearchRecord(metrics={"accuracy": "max"}, workers=1, format=9), folder)
     with pytest.raises(UserError, match="format 9"):
         load_record(folder)
+
+
+@pytest.mark.parametrize(
+    "keys, value",
+    [
+        ((), []),
+        (("metrics",), {}),
+        (("metrics",), {"accuracy": "best"}),
+        (("workers",), 0),
+        (("workers",), True),
+        (("seconds",), float("nan")),
+        (("trials",), {}),
+        (("trials", 0, "number"), 1),
+        (("trials", 1, "number"), "1"),
+        (("trials", 0, "status"), "asleep"),
+        (("trials", 0, "seconds"), -1.0),
+        (("trials", 0, "parameters"), 1 << 80),
+        (("trials", 0, "evaluations"), [{"step": -1, "epoch": 0, "metrics": {}, "at": 0}]),
+        (("trials", 0, "evaluations"), [{"step": 1, "epoch": 0, "metrics": {"a": "b"}, "at": 0}]),
+        (("trials", 0, "exchanges"), [{"donor": 2, "step": 1, "values": {}}]),
+        (("trials", 0, "values"), None),
+    ],
+)
+def test_a_record_with_values_out_of_range_is_one_line_with_the_key(
+    tmp_path: Path, keys: tuple[Any, ...], value: Any
+) -> None:
+    folder = RunFolder(str(tmp_path), "hunt-001")
+    trials = [TrialRecord(number=number, values={}) for number in range(2)]
+    save_record(SearchRecord(metrics={"accuracy": "max"}, workers=1, trials=trials), folder)
+    assert len(load_record(folder).trials) == 2
+    tree: Any = {"": json.loads(folder.read("trials.json") or "")}
+    node = tree
+    for key in ("", *keys)[:-1]:
+        node = node[key]
+    node[("", *keys)[-1]] = value
+    folder.write("trials.json", json.dumps(tree[""]))
+    with pytest.raises(UserError, match=rf"trials\.json is damaged: {'.'.join(map(str, keys[:1]))}") as caught:
+        load_record(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 99_999, '{"format": 1, "format": 1}'])
+def test_a_record_that_is_no_json_is_one_line(tmp_path: Path, text: str) -> None:
+    folder = RunFolder(str(tmp_path), "hunt-001")
+    folder.write("trials.json", text)
+    with pytest.raises(UserError, match=r"trials\.json is not valid JSON"):
+        load_record(folder)
+
+
+def test_a_metric_that_is_nan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "hunt-001")
+    trial = TrialRecord(number=0, values={})
+    trial.add(Evaluation(step=1, epoch=1.0, metrics={"accuracy": math.nan}, at=0.0))
+    save_record(SearchRecord(metrics={"accuracy": "max"}, workers=1, trials=[trial]), folder)
+    assert math.isnan(load_record(folder).trials[0].evaluations[0].metrics["accuracy"])
 
 
 def test_the_reason_of_a_refusal_outlives_the_process_that_refused(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_copy_that_fails_leaves_the_taker_its_own(tmp_path: Path) -> None:
     giver, taker = (RunFolder(str(tmp_path), name) for name in ("trial-000", "trial-001"))
     for folder, step in ((giver, 20), (taker, 30)):
         folder.checkpoints.save(toy_engine(), snapshot(step))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="step-00000021"):
         copy_checkpoint(giver.checkpoints, taker.checkpoints, 21)
     assert taker.checkpoints.steps() == [30] and not taker.checkpoints.problems(30)
 

@@ -1,11 +1,18 @@
 """Checkpoints: whole or not there, verified before use, newest good one first."""
 
 import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perceiver.config import UserError
+from perceiver.export.weights import open_weights
 from perceiver.train.checkpoint.store import MANIFEST, CheckpointStore, Snapshot, parameter_difference
 from perceiver.train.loop import Span, train
 from tests.perceiver.train.toy import toy_batches, toy_engine
@@ -142,3 +149,104 @@ def test_difference_of_parameters_is_one_phrase() -> None:
     assert "'b'" in (parameter_difference({"a": [1]}, {"a": [1], "b": [2]}) or "")
     assert "[1] in the checkpoint, [2] in the recipe" in (parameter_difference({"a": [1]}, {"a": [2]}) or "")
     assert "lacks" in (parameter_difference({"a": [1], "c": [3]}, {"a": [1]}) or "")
+
+
+def change(store: CheckpointStore, at: int, /, **values: Any) -> None:
+    """Replace keys of a manifest."""
+    path = f"{store.folder(at)}/{MANIFEST}"
+    store.fs.pipe_file(path, json.dumps({**json.loads(store.fs.cat_file(path)), **values}).encode())
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../x", "/x", "http://127.0.0.1:1/x", "C:x", "a\\b", "", ".", "a//b", "a\nb"]
+)
+def test_a_file_name_that_leaves_the_folder_is_refused_before_anything_is_written(
+    store: CheckpointStore, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    store.save(toy_engine(), snapshot(1))
+    store.save(toy_engine(), snapshot(2))
+    change(store, 2, files={name: store.manifest(2).files["engine.json"].model_dump()})
+    before = sorted(tmp_path.rglob("*"))
+    reads: list[Callable[[], Any]] = [lambda: store.manifest(2), lambda: open_weights(store.location(2))]
+    if not store.local:
+        reads.append(lambda: store.fetch(2).__enter__())
+    for read in reads:
+        with pytest.raises(UserError, match=r"manifest\.json.* plain name below the folder") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    newest = store.newest()
+    assert newest is not None and newest.step == 1
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("step", 3),
+        ("step", -1),
+        ("step", 2.0),
+        ("world", 0),
+        ("world", "1"),
+        ("samples", 1 << 63),
+        ("samples", True),
+        ("format", 0),
+        ("created", "now"),
+        ("created", float("nan")),
+        ("parameters", {"a": [0]}),
+        ("parameters", {"a": [1 << 60]}),
+        ("metrics", {"loss": "low"}),
+        ("files", {"a": {"bytes": -1, "sha256": "0" * 64}}),
+        ("files", {"a": {"bytes": 1, "sha256": "0" * 65}}),
+        ("files", {"a": {"bytes": 1, "sha256": "x" * 64}}),
+        ("files", ["a"]),
+        ("recipe", None),
+        ("other", 1),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_key(store: CheckpointStore, key: str, value: Any) -> None:
+    store.save(toy_engine(), snapshot(2))
+    change(store, 2, **{key: value})
+    with pytest.raises(UserError, match=rf"step-00000002/manifest\.json.*\b{key}\b") as caught:
+        store.manifest(2)
+    assert "\n" not in str(caught.value) and store.newest() is None
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "engine.json"])
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
+def test_what_is_not_a_regular_file_is_not_opened_and_the_one_before_is_used(
+    tmp_path: Path, name: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    for step in (1, 2):
+        store.save(toy_engine(), snapshot(step))
+    path = Path(store.folder(2), name)
+    path.rename(tmp_path / "elsewhere")
+    if kind == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    newest = store.newest()
+    assert newest is not None and newest.step == 1 and "step-00000002 is not used" in caplog.text
+    with pytest.raises(UserError, match=name):
+        open_weights(store.location(2))
+    store.save(toy_engine(), snapshot(2))
+    assert store.problems(2) == []
+
+
+def test_a_metric_that_is_nan_is_read_as_it_was_written(store: CheckpointStore) -> None:
+    store.save(toy_engine(), replace(snapshot(1), metrics={"loss": math.nan, "best": math.inf}))
+    assert math.isnan(store.manifest(1).metrics["loss"]) and store.manifest(1).metrics["best"] == math.inf
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '{"step": -1}', '{"step": 1, "step": 2}', '{"step": 1, "loss": "x"}', "1"]
+)
+def test_a_damaged_history_is_refused_with_its_line(store: CheckpointStore, line: str) -> None:
+    store.save(toy_engine(), replace(snapshot(1), history='{"step": 1, "loss": NaN}\n' + line + "\n"))
+    with pytest.raises(UserError, match=r"history\.jsonl, line 2,") as caught:
+        store.history(1)
+    assert "\n" not in str(caught.value)

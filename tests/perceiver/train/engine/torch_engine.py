@@ -140,9 +140,10 @@ class TorchEngine:
         Raises UserError if nothing is there, or it was saved from another model or optimizer.
         """
         header = check_header(folder, self._shapes, self._optim.kind)
-        load_shards(folder, header["writers"], self._layouts, self._optimizer)
-        rest = load_tensors(folder, "rest") or {}
-        for name, tensor in untrained(self.module).items():
+        load_shards(folder, header.writers, self._layouts, self._optimizer)
+        others = untrained(self.module)
+        rest = load_tensors(folder, "rest", {name: self._shapes[name] for name in others}) or {}
+        for name, tensor in others.items():
             tensor.detach().copy_(rest[name])
         generators = load_tensors(folder, f"rng-{self.rank:05d}")
         if generators is not None:

@@ -1,0 +1,64 @@
+"""The facts of a run, `run.json` in its folder, as they are read from outside."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from perceiver.config import UserError
+from perceiver.storage import Number, Position, invalid_key, parse_json
+
+FACTS = "run.json"
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a run records of its training data.
+
+    Args:
+        name: name of the data set.
+        licence: its licence.
+        source: its origin.
+        classes: names of the classes, in the order of the model's outputs.
+    """
+
+    name: str
+    licence: str
+    source: str
+    classes: tuple[str, ...] = ()
+
+
+class RunFacts(BaseModel):
+    """The keys of run.json that commands use, absent or null until they are known; others are not checked."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = None
+    created: Annotated[Number, Field(allow_inf_nan=False)] | None = None
+    status: str | None = None
+    step: Position | None = None
+    evaluation: dict[str, Number] | None = None
+    data: DataFacts | None = None
+    licence: str | None = None
+    mlflow_run: str | None = None
+    workers: dict[str, dict[str, Any]] = {}
+    exchange: str | None = None
+    refusal: str | None = None
+
+
+def parse_facts(text: str | bytes, where: str) -> dict[str, Any]:
+    """Return the content of a run.json.
+
+    Args:
+        text: the file.
+        where: its place, for errors.
+
+    Raises:
+        UserError: it is not a JSON object, or a value is not of its key's type.
+    """
+    tree = parse_json(text, where)
+    try:
+        RunFacts.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where} is damaged: {invalid_key(error)}: restore it") from None
+    return tree
