@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from perceiver.printable import safe_line
 
 
 class Drawn(Protocol):
@@ -48,12 +51,12 @@ class LineConsole:
     def say(self, line: str) -> None:
         """Print one line."""
         drawn = self.drawn()
-        (drawn.console if drawn is not None else self.console).print(line, markup=False)
+        (drawn.console if drawn is not None else self.console).print(safe_line(line), markup=False)
 
     def error(self, text: str) -> None:
         """Print an error to stderr."""
         self.close()
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(safe_line(f"error: {text}"), markup=False)
 
 
 class RunConsole(LineConsole):
@@ -149,7 +152,7 @@ class RunConsole(LineConsole):
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=event["total_steps"], completed=event["step"])
             self._bar.start()
-        self._bar.update(self._task, completed=event["step"], description=_status(event))
+        self._bar.update(self._task, completed=event["step"], description=escape(safe_line(_status(event))))
 
 
 class _Elapsed(ProgressColumn):

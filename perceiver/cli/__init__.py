@@ -9,6 +9,7 @@ from typing import NoReturn
 import click
 
 from perceiver.config import UserError
+from perceiver.printable import say
 
 
 class Verbs(click.Group):
@@ -66,7 +67,7 @@ def main() -> None:
     try:
         code = cli(standalone_mode=False)
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         leave(2)
     except click.ClickException as error:
         error.show()
@@ -77,7 +78,7 @@ def main() -> None:
         from perceiver.storage import first_line
 
         reason = first_line(error)
-        click.echo(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
+        say(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
         code = 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)

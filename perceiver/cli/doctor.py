@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from perceiver.cli._access import access_options
+from perceiver.printable import safe_line
 
 if TYPE_CHECKING:
     from cluster.recipe.config import Recipe
@@ -48,13 +49,15 @@ def command(
     if as_json:
         click.echo("\n".join(json.dumps(asdict(finding)) for finding in findings))
     else:
+        from rich.text import Text
+
         colours = {"ok": "green", "warn": "yellow", "fail": "red"}
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in ("check", "", "found", "what to do"):
             table.add_column(column, overflow="fold")
         for finding in findings:
-            state = f"[{colours[finding.state]}]{finding.state}[/]"
-            table.add_row(finding.check, state, finding.found.replace("[", "\\["), finding.fix.replace("[", "\\["))
+            state = Text(finding.state, colours[finding.state])
+            table.add_row(finding.check, state, Text(safe_line(finding.found)), Text(safe_line(finding.fix)))
         Console(highlight=False).print(table)
     return 1 if any(finding.state == FAIL for finding in findings) else 0
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from perceiver.printable import say
+
 
 @click.command(
     epilog="""\b
@@ -37,7 +39,7 @@ def command(
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
     check_labels(scoring)
     if note := scoring.note():
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     with ray_for(scoring):
         figures = scoring.metrics()
     facts: dict[str, Any] = {
@@ -50,9 +52,9 @@ def command(
     if as_json:
         click.echo(json.dumps(facts))
         return 0
-    click.echo(f"{scoring.saved.place} on {scoring.recipe.data.url}, {scoring.samples:,} {scoring.split} samples")
+    say(f"{scoring.saved.place} on {scoring.recipe.data.url}, {scoring.samples:,} {scoring.split} samples")
     for name, value in figures.items():
-        click.echo(f"  {name:<16} {value:.6g}")
+        say(f"  {name:<16} {value:.6g}")
     return 0
 
 

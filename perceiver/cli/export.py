@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from perceiver.printable import say
+
 FORMATS = ("safetensors", "transformers", "onnx", "mlflow")
 
 
@@ -74,11 +76,11 @@ def command(
     if as_json:
         click.echo(json.dumps({"to": target, "format": form, "files": files, **written}))
         return 0
-    click.echo(f"{target}: {', '.join(files)}")
+    say(f"{target}: {', '.join(files)}")
     if "max_difference" in written:
-        click.echo(f"outputs differ by at most {written['max_difference']:.1e} of the largest (onnxruntime)")
+        say(f"outputs differ by at most {written['max_difference']:.1e} of the largest (onnxruntime)")
     if "registered" in written:
-        click.echo("registered in MLflow as {name}, version {version}".format(**written["registered"]))
+        say("registered in MLflow as {name}, version {version}".format(**written["registered"]))
     return 0
 
 

@@ -1,8 +1,11 @@
 """`perceiver inspect`: a report on prepared data."""
 
+import json
 from pathlib import Path
 
 import click
+
+from perceiver.printable import say, say_all
 
 
 @click.command(
@@ -37,10 +40,13 @@ def command(url: str, verify: bool, samples: bool, as_json: bool, page: Path | N
     from pipelines.inspect.inspection import describe, inspect
 
     found = inspect(url, verify=verify, samples=samples)
-    click.echo(found.model_dump_json() if as_json else "\n".join(describe(found)))
+    if as_json:
+        click.echo(json.dumps(found.model_dump(mode="json")))
+    else:
+        say_all(describe(found))
     if page is not None:
         from pipelines.inspect.page import write_page
 
         write_page(found, page, samples=show)
-        click.echo(f"page {page}", err=as_json)
+        say(f"page {page}", err=as_json)
     return 0 if found.sound else 1

@@ -5,6 +5,7 @@ import json
 import click
 
 from perceiver.cli._access import access_options, reach
+from perceiver.printable import say, say_log
 
 
 @click.command(epilog="Example: perceiver logs -f quickstart-1")
@@ -29,10 +30,11 @@ def command(job: str, follow_it: bool, address: str | None, headers: str | None,
         click.echo(json.dumps({**found.facts(), "log": logs(server, found)}))
     elif follow_it:
         try:
-            found = follow(server, found, lambda text: click.echo(text, nl=False))
+            found = follow(server, found, say_log)
         except KeyboardInterrupt:
-            click.echo(f"\nthe job keeps running; stop it with perceiver stop {found.name}")
+            say()
+            say(f"the job keeps running; stop it with perceiver stop {found.name}")
             return 130
     else:
-        click.echo(logs(server, found), nl=False)
+        say_log(logs(server, found))
     return found.code() if follow_it else 0

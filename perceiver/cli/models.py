@@ -4,6 +4,8 @@ import json
 
 import click
 
+from perceiver.printable import say
+
 
 @click.command(
     epilog="""\b
@@ -37,5 +39,5 @@ def command(pattern: str, flops: bool, as_json: bool) -> int:
             click.echo(json.dumps({**facts, "source": preset.note}))
         else:
             cost = "" if gflop is None else f"{gflop:>9.1f} GFLOP"
-            click.echo(f"{name:<32}{parameters:>13,} parameters{cost}  {preset.note}")
+            say(f"{name:<32}{parameters:>13,} parameters{cost}  {preset.note}")
     return 0

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from perceiver.printable import say, say_all
+
 if TYPE_CHECKING:
     from cluster.capacity.estimate import Machines
     from cluster.runtime.hardware import Device
@@ -65,15 +67,18 @@ def command(
     )
     if calibrate:
         check_device(gpu, place.device)
-        click.echo("measuring this machine ...", err=True)
+        say("measuring this machine ...", err=True)
         began = time.monotonic()
         measure(plan_of, place.devices)
-        click.echo(f"measured in {time.monotonic() - began:.0f} s", err=True)
+        say(f"measured in {time.monotonic() - began:.0f} s", err=True)
     calibration = load_calibration(plan_of, place.device.match)
     work = build_workload(plan_of, **sizes)
     found = estimate(work, place, calibration)
     check_starving(found, work)
-    click.echo(json.dumps(tree(found, work)) if as_json else "\n".join(describe(found, work)))
+    if as_json:
+        click.echo(json.dumps(tree(found, work)))
+    else:
+        say_all(describe(found, work))
     return 0
 
 

@@ -4,6 +4,8 @@ import json
 
 import click
 
+from perceiver.printable import say
+
 
 @click.command(
     epilog="""\b
@@ -48,16 +50,16 @@ def command(
 
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
     if note := scoring.note():
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
 
     def show(done: int, total: int) -> None:
         if not as_json:
-            click.echo(f"  {done:,} of {total:,}")
+            say(f"  {done:,} of {total:,}")
 
     with ray_for(scoring):
         written = predict(scoring, target, show, workers)
     if as_json:
         click.echo(json.dumps({"to": target, "samples": scoring.samples, "written": written}))
     else:
-        click.echo(f"{target}: {written:,} samples written, {scoring.samples:,} in {data} ({scoring.split})")
+        say(f"{target}: {written:,} samples written, {scoring.samples:,} in {data} ({scoring.split})")
     return 0

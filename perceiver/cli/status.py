@@ -5,6 +5,7 @@ import json
 import click
 
 from perceiver.cli._access import access_options, reach
+from perceiver.printable import say_all
 
 
 @click.command(epilog="Example: perceiver status quickstart-1 --json")
@@ -24,7 +25,7 @@ def command(job: str, address: str | None, headers: str | None, verify: str, as_
     if as_json:
         click.echo(json.dumps(found.facts()))
     else:
-        click.echo("\n".join(table([found])))
+        say_all(table([found]))
         last = [line for line in logs(server, found).splitlines() if line.strip()][-1:]
-        click.echo("\n".join(last or ([found.message] if found.message else [])))
+        say_all(last or [found.message or ""])
     return 0 if found.live else found.code()

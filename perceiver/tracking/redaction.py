@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from perceiver.config import UserError
 
 MASK = "***"
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _STRONG = frozenset(
@@ -125,6 +127,26 @@ def resolve(value: str) -> str:
         return Path(name).read_text().strip()
     except OSError as error:
         raise UserError(f"{value}: cannot read the file ({error.strerror}); give a readable file") from None
+
+
+def server_address(url: str, key: str) -> tuple[str, int | None]:
+    """Return host and port of a URL; host "" if it has none, the port by the scheme if it is not given.
+
+    Args:
+        url: the URL, with secrets.
+        key: setting or option of the URL, for the error.
+
+    Raises:
+        UserError: the URL cannot be split. Python's error would quote a part of the password.
+    """
+    try:
+        parts = urlsplit(url)
+        return parts.hostname or "", parts.port or _PORTS.get(parts.scheme.partition("+")[0])
+    except ValueError:
+        raise UserError(
+            f"{key}: got {redact_text(url)!r}, wanted SCHEME://HOST:PORT with a port up to 65535; write / ? # @ : in a "
+            "password as %2F %3F %23 %40 %3A"
+        ) from None
 
 
 def _words(key: str) -> list[str]:
