@@ -161,4 +161,4 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it for the shell") from None
+        raise UserError(f"override of {key}: the value is not YAML; quote it for the shell") from None
