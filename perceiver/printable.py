@@ -1,8 +1,9 @@
 """Text from outside in a form that a terminal, a log or a page shows as it is: names, keys, reasons, lines of a job."""
 
+import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
@@ -74,6 +75,19 @@ def say_all(lines: Iterable[str]) -> None:
     """Print lines to stdout, see `safe_line`."""
     for line in lines:
         say(line)
+
+
+def say_json(tree: Any) -> None:
+    """Print a tree as one line of JSON in ASCII; the texts in it are without secrets."""
+    click.echo(json.dumps(_redacted(tree)))
+
+
+def _redacted(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _redacted(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_redacted(value) for value in tree]
+    return redact_text(tree) if isinstance(tree, str) else tree
 
 
 def say_log(text: str) -> None:

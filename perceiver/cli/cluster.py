@@ -1,10 +1,8 @@
 """`perceiver cluster`: a local cluster of several nodes, and files that start a real one."""
 
-import json
-
 import click
 
-from perceiver.printable import say
+from perceiver.printable import say, say_json
 
 
 @click.group(
@@ -46,7 +44,7 @@ def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> 
         config = NodesConfig(nodes=(NodeGroup(count=nodes or 3, cpus=cpus),))
     cluster = start(config, (lambda line: None) if as_json else say)
     if as_json:
-        click.echo(json.dumps({"address": cluster.dashboard, "ray": cluster.address, "nodes": cluster.nodes}))
+        say_json({"address": cluster.dashboard, "ray": cluster.address, "nodes": cluster.nodes})
         return 0
     say(f"dashboard and jobs  {cluster.dashboard}   (found by perceiver submit and the other job commands)")
     say(f"ray                 RAY_AUTH_MODE=token RAY_ADDRESS={cluster.address}")
@@ -91,7 +89,7 @@ def status(as_json: bool) -> int:
         for node in cluster.nodes
     ]
     if as_json:
-        click.echo(json.dumps({"address": cluster.dashboard, "ray": cluster.address, "nodes": rows, "jobs": jobs}))
+        say_json({"address": cluster.dashboard, "ray": cluster.address, "nodes": rows, "jobs": jobs})
         return 0
     say(f"{cluster.dashboard}, {sum(row['alive'] for row in rows)} of {len(rows)} nodes")
     for row in rows:

@@ -1,13 +1,12 @@
 """`perceiver doctor`: checks of everything that a run needs."""
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from perceiver.cli._access import access_options
-from perceiver.printable import safe_line
+from perceiver.printable import safe_line, say_json
 
 if TYPE_CHECKING:
     from cluster.recipe.config import Recipe
@@ -47,7 +46,8 @@ def command(
     nodes = (lambda: _nodes(address, headers, verify, loaded)) if address else None
     findings = list(examine(setup_of(loaded, nodes)))
     if as_json:
-        click.echo("\n".join(json.dumps(asdict(finding)) for finding in findings))
+        for finding in findings:
+            say_json(asdict(finding))
     else:
         from rich.text import Text
 

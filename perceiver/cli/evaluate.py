@@ -1,11 +1,10 @@
 """`perceiver evaluate`: the metrics of a trained model on a data set."""
 
-import json
 from typing import Any
 
 import click
 
-from perceiver.printable import say
+from perceiver.printable import say, say_json
 
 
 @click.command(
@@ -50,7 +49,7 @@ def command(
         **figures,
     }
     if as_json:
-        click.echo(json.dumps(facts))
+        say_json(facts)
         return 0
     say(f"{scoring.saved.place} on {scoring.recipe.data.url}, {scoring.samples:,} {scoring.split} samples")
     for name, value in figures.items():

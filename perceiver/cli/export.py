@@ -1,6 +1,5 @@
 """`perceiver export`: a trained model as safetensors, transformers folder, ONNX file or MLflow model."""
 
-import json
 import os
 import tempfile
 from dataclasses import asdict, replace
@@ -9,7 +8,7 @@ from typing import Any
 
 import click
 
-from perceiver.printable import say
+from perceiver.printable import say, say_json
 
 FORMATS = ("safetensors", "transformers", "onnx", "mlflow")
 
@@ -74,7 +73,7 @@ def command(
         _put(folder, target)
     files = [*written.pop("files"), "README.md"]
     if as_json:
-        click.echo(json.dumps({"to": target, "format": form, "files": files, **written}))
+        say_json({"to": target, "format": form, "files": files, **written})
         return 0
     say(f"{target}: {', '.join(files)}")
     if "max_difference" in written:

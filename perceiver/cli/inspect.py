@@ -1,11 +1,10 @@
 """`perceiver inspect`: a report on prepared data."""
 
-import json
 from pathlib import Path
 
 import click
 
-from perceiver.printable import say, say_all
+from perceiver.printable import say, say_all, say_json
 
 
 @click.command(
@@ -41,7 +40,7 @@ def command(url: str, verify: bool, samples: bool, as_json: bool, page: Path | N
 
     found = inspect(url, verify=verify, samples=samples)
     if as_json:
-        click.echo(json.dumps(found.model_dump(mode="json")))
+        say_json(found.model_dump(mode="json"))
     else:
         say_all(describe(found))
     if page is not None:

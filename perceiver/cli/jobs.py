@@ -1,11 +1,9 @@
 """`perceiver jobs`: the jobs of a cluster."""
 
-import json
-
 import click
 
 from perceiver.cli._access import access_options, reach
-from perceiver.printable import say_all
+from perceiver.printable import say_all, say_json
 
 
 @click.command(epilog="Example: perceiver jobs --live")
@@ -21,7 +19,8 @@ def command(address: str | None, headers: str | None, verify: str, live: bool, a
 
     found = [job for job in list_jobs(reach(address, headers, verify)) if job.live or not live]
     if as_json:
-        click.echo("\n".join(json.dumps(job.facts()) for job in found))
+        for job in found:
+            say_json(job.facts())
     else:
         say_all(table(found))
     return 0

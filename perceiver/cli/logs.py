@@ -1,11 +1,9 @@
 """`perceiver logs`: the log of a job."""
 
-import json
-
 import click
 
 from perceiver.cli._access import access_options, reach
-from perceiver.printable import say, say_log
+from perceiver.printable import say, say_json, say_log
 
 
 @click.command(epilog="Example: perceiver logs -f quickstart-1")
@@ -27,7 +25,7 @@ def command(job: str, follow_it: bool, address: str | None, headers: str | None,
     if as_json:
         if follow_it:
             found = follow(server, found, lambda text: None)
-        click.echo(json.dumps({**found.facts(), "log": logs(server, found)}))
+        say_json({**found.facts(), "log": logs(server, found)})
     elif follow_it:
         try:
             found = follow(server, found, say_log)

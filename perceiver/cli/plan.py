@@ -1,13 +1,12 @@
 """`perceiver plan`: an estimate of what a run needs and costs."""
 
-import json
 import math
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from perceiver.printable import say, say_all
+from perceiver.printable import say, say_all, say_json
 
 if TYPE_CHECKING:
     from cluster.capacity.estimate import Machines
@@ -76,7 +75,7 @@ def command(
     found = estimate(work, place, calibration)
     check_starving(found, work)
     if as_json:
-        click.echo(json.dumps(tree(found, work)))
+        say_json(tree(found, work))
     else:
         say_all(describe(found, work))
     return 0

@@ -1,10 +1,8 @@
 """`perceiver predict`: predictions of a trained model for each sample of a data set, as Parquet files."""
 
-import json
-
 import click
 
-from perceiver.printable import say
+from perceiver.printable import say, say_json
 
 
 @click.command(
@@ -59,7 +57,7 @@ def command(
     with ray_for(scoring):
         written = predict(scoring, target, show, workers)
     if as_json:
-        click.echo(json.dumps({"to": target, "samples": scoring.samples, "written": written}))
+        say_json({"to": target, "samples": scoring.samples, "written": written})
     else:
         say(f"{target}: {written:,} samples written, {scoring.samples:,} in {data} ({scoring.split})")
     return 0

@@ -1,11 +1,10 @@
 """`perceiver prepare`: raw data to shards."""
 
-import json
 import time
 
 import click
 
-from perceiver.printable import say
+from perceiver.printable import say, say_json
 
 
 def _sources() -> str:
@@ -78,7 +77,7 @@ def command(
     work = index if in_place else prepare
     manifest = work(name, src, dst, config, progress=lambda rows, shard: say(f"  {rows:,} samples, {shard}"))
     if as_json:
-        click.echo(json.dumps(manifest.model_dump(mode="json")))
+        say_json(manifest.model_dump(mode="json"))
         return 0
     rows = ", ".join(f"{split.samples:,} {key}" for key, split in manifest.splits.items())
     say(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")

@@ -1,11 +1,9 @@
 """`perceiver stop`: stop a job so that its run can be resumed."""
 
-import json
-
 import click
 
 from perceiver.cli._access import access_options, reach
-from perceiver.printable import say, say_all
+from perceiver.printable import say, say_all, say_json
 
 
 @click.command(epilog="Example: perceiver stop quickstart-1")
@@ -29,7 +27,7 @@ def command(job: str, address: str | None, headers: str | None, verify: str, as_
     told = any(line.startswith("stopped ") and " saved" in line for line in lines)
     saved = told or found.status == "PENDING" or ended.status == "SUCCEEDED"
     if as_json:
-        click.echo(json.dumps({**ended.facts(), "saved": saved, "lines": lines}))
+        say_json({**ended.facts(), "saved": saved, "lines": lines})
     else:
         say_all(lines)
         say(f"job {ended.name} {ended.status}" + ("" if saved else " before it had saved a checkpoint"))

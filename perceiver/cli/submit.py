@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from perceiver.cli._access import access_options, reach
-from perceiver.printable import say, say_log
+from perceiver.printable import say, say_json, say_log
 
 
 @click.command(
@@ -80,7 +80,7 @@ def command(
     elif not as_json:
         say(f"follow the job with perceiver logs -f {name}, stop it with perceiver stop {name}")
     if as_json:
-        click.echo(json.dumps(job.facts()))
+        say_json(job.facts())
     return 0 if no_wait else job.code()
 
 

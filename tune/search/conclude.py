@@ -1,6 +1,5 @@
 """The end of a search: best recipe, report, last MLflow entries, and the commands to continue."""
 
-import json
 import logging
 import platform
 import shlex
@@ -13,6 +12,7 @@ import yaml
 
 from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import EXIT_STOPPED
+from perceiver.printable import say_json
 from perceiver.tracking.redaction import redact, redact_text
 from tune.config import Search
 from tune.record import DONE, SearchRecord, TrialRecord
@@ -35,7 +35,7 @@ def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
     if best:
         _say_results(launch, best, recipe, report, outcome.get("handle"))
     if launch.start.as_json:
-        print(json.dumps(_facts(launch, status, best, recipe, report, outcome)))
+        say_json(_facts(launch, status, best, recipe, report, outcome))
     return say_ending(launch, status, outcome)
 
 

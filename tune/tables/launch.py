@@ -1,6 +1,5 @@
 """The driver of a table: its rows are the trials of a search, and their results the table."""
 
-import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 from cluster.recipe.file import apply_override, read_tree
 from perceiver.accounting import account
 from perceiver.config import UserError
-from perceiver.printable import say
+from perceiver.printable import say, say_json
 from tune.config import Search, build_search
 from tune.report.numbers import workers
 from tune.search.checks import Checker
@@ -215,7 +214,7 @@ def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: TableRun, cos
             say(f"{one.verdict}: {one.claim.text} ({one.reason})")
     say(f"table       {folder.location('table.html')} (.md, .json)")
     if launch.start.as_json:
-        print(json.dumps({"status": status, "table": folder.location("table.json"), "error": outcome.get("error")}))
+        say_json({"status": status, "table": folder.location("table.json"), "error": outcome.get("error")})
     return say_ending(launch, status, outcome)
 
 
