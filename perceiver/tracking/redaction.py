@@ -59,7 +59,7 @@ _SIGNED = frozenset(["sig", "signature", "key", "token", "password", "secret", "
 _FORMATS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|gh[opsru]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{12,}"
-    r"|hf_[A-Za-z0-9]{16,}|npm_[A-Za-z0-9]{16,}|dapi[0-9a-f]{24,}(?:-\d)?|AIza[\w-]{24,}|xox[abeoprs]-[\w-]{8,}"
+    r"|hf_[A-Za-z0-9]{16,}|npm_[A-Za-z0-9]{16,}|dapi(?=[A-Za-z]*\d)[0-9A-Za-z]{24,}(?:-\d)?|AIza[\w-]{24,}|xox[abeoprs]-[\w-]{8,}"
     r"|sk-(?=[a-z-]*[A-Z0-9])[\w-]{16,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}|pypi-[\w-]{24,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
 )

@@ -234,6 +234,20 @@ def test_random_prose_is_unchanged(text: str) -> None:
     assert redact_text(text) == text
 
 
+@pytest.mark.parametrize(
+    "token",
+    [
+        "AKIAIOSFODNN7EXAMPLE",
+        "ASIAIOSFODNN7EXAMPLE",
+        "dapi0123456789abcdef0123456789abcdef",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w5N",
+        "sk_live_0123456789abcdefABCDEF",
+    ],
+)
+def test_tokens_of_a_fixed_form_are_masked(token: str) -> None:
+    assert redact_text(f"x={token}") == f"x={MASK}" and redact_text(f"see {token}.") in (f"see {MASK}.", f"see {MASK}")
+
+
 def test_a_private_key_is_masked_to_its_end() -> None:
     key = "-----BEGIN RSA PRIVATE KEY-----\nMIIabc\ndef\n-----END RSA PRIVATE KEY-----"
     assert redact_text(f"private_key: {key}\nnext") == f"private_key: {MASK}\nnext"
