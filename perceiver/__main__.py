@@ -17,6 +17,7 @@ def main() -> None:
 
         from perceiver.cli import cli, leave
         from perceiver.config import UserError
+        from perceiver.tracking.printable import say
     except KeyboardInterrupt:
         stopped()
     try:
@@ -24,7 +25,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         stopped()
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         leave(2)
     except click.ClickException as error:
         error.show()
@@ -35,7 +36,7 @@ def main() -> None:
         from perceiver.storage import first_line
 
         reason = first_line(error)
-        click.echo(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
+        say(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
         code = 1
     if code:
         leave(code)

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, ReadPolicy, first_line, open_folder
+from perceiver.tracking.redaction import redact_text
 from pipelines.prepare import PrepareConfig, Progress, existing, fingerprint
 from pipelines.shards.listing import file_tag, listed
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest, split_url
@@ -70,7 +71,7 @@ def index(
         classes=listing.classes,
         splits=splits,
         licence=listing.licence,
-        source=listing.origin,
+        source=redact_text(listing.origin),
         fingerprint=mark,
     )
     try:

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from perceiver.config import Bytes, Config, Count, Probability, Seed, UserError
 from perceiver.storage import Folder, open_folder
+from perceiver.tracking.redaction import redact_text
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
 from pipelines.shards.quarantine import QUARANTINE, Problem, count_reasons, write_problems
@@ -112,7 +113,7 @@ def prepare(
         splits=splits,
         rejected=len(rejected),
         licence=listing.licence,
-        source=listing.origin,
+        source=redact_text(listing.origin),
         fingerprint=mark,
     )
     save_manifest(manifest, folder)

@@ -10,6 +10,7 @@ from pydantic import Field
 from cluster.recipe.config import Recipe
 from cluster.recipe.file import read_yaml_config
 from perceiver.config import Config, Count, CountOrNone, Positive, UserError
+from perceiver.tracking.redaction import contains_secret, leaves
 
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
 """Labels of training and data nodes, unless the recipe sets others."""
@@ -110,9 +111,15 @@ def read_settings(path: str | Path) -> Settings:
     """Read a file of settings.
 
     Raises:
-        UserError: no such file, or a wrong key or value.
+        UserError: no such file, a wrong key or value, or a secret, which the rendered files would show.
     """
-    return read_yaml_config(path, Settings, "see recipes/cluster/")
+    settings = read_yaml_config(path, Settings, "see recipes/cluster/")
+    for key, value in leaves(settings.model_dump()):
+        if contains_secret(str(value)):
+            raise UserError(
+                f"{path}: {key} contains a secret, which the files would show: set it where the nodes start"
+            )
+    return settings
 
 
 def train_nodes(recipe: Recipe, settings: Settings) -> int:

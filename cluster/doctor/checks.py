@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 
@@ -24,7 +23,7 @@ from cluster.recipe.resources import SHARED_MEMORY, ClusterConfig, machine_cpus
 from cluster.runtime.local import check_reachable, token_file
 from perceiver.config import UserError
 from perceiver.storage import first_line, is_local, write_whole
-from perceiver.tracking.redaction import redact_text, resolve
+from perceiver.tracking.redaction import redact_text, resolve, server_address
 from perceiver.tracking.runs import TrackingConfig
 from perceiver.versions import ENGINES, unsupported_libraries, unsupported_python
 from pipelines.feed.ingest import check_files
@@ -337,13 +336,12 @@ def _unreachable(uri: str) -> str | None:
     """Return why the server of a URI counts as down, or None if it answers."""
     import requests
 
-    parts = urlsplit(uri)
     try:
-        if parts.scheme in ("http", "https"):
+        if uri.startswith(("http://", "https://")):
             answer = requests.get(f"{uri.rstrip('/')}/health", timeout=ANSWER_S)
             return None if answer.ok else f"answers with HTTP {answer.status_code}"
-        port = parts.port or {"postgresql": 5432, "mysql": 3306, "mssql": 1433}.get(parts.scheme.partition("+")[0], 0)
-        socket.create_connection((parts.hostname or "", port), timeout=ANSWER_S).close()
+        host, port = server_address(uri, "tracking.uri")
+        socket.create_connection((host, port or 0), timeout=ANSWER_S).close()
     except (OSError, requests.RequestException) as error:
         return f"does not answer ({type(error).__name__})"
     return None

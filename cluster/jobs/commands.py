@@ -12,6 +12,7 @@ from typing import Any
 from cluster.jobs.server import JobServer
 from cluster.record.failures import EXIT_STOPPED
 from perceiver.config import UserError
+from perceiver.tracking.printable import safe_line
 
 RUN, OUTPUT, RECIPE, STOP_WAIT = "perceiver.run", "perceiver.output", "perceiver.recipe", "perceiver.stop_wait_s"
 """Metadata keys of a job."""
@@ -183,10 +184,11 @@ def _job(detail: Any) -> Job:
 
 def table(jobs: list[Job]) -> list[str]:
     """Return the lines of a table of jobs."""
-    rows = [("JOB", "STATUS", "RUN", "RECIPE", "BEGAN", "TOOK")]
+    rows: list[tuple[str, ...]] = [("JOB", "STATUS", "RUN", "RECIPE", "BEGAN", "TOOK")]
     for job in jobs:
         began = datetime.fromtimestamp(job.began).strftime("%m-%d %H:%M:%S") if job.began else "-"
-        rows.append((job.name, job.status, job.run or "-", job.recipe or "-", began, _took(job)))
+        row = (job.name, job.status, job.run or "-", job.recipe or "-", began, _took(job))
+        rows.append(tuple(map(safe_line, row)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -14,6 +14,7 @@ from cluster.record.failures import one_line
 from cluster.record.run_folder import named_run
 from perceiver.config import UserError
 from perceiver.storage import is_refusal
+from perceiver.tracking.printable import say
 from perceiver.tracking.redaction import redact_text
 from perceiver.train.checkpoint.hook import refusal
 
@@ -85,7 +86,7 @@ def main(words: Sequence[str]) -> int:  # noqa: RET503  execve does not return
             os.chdir(given.folder)
         argv = command(given)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", err=True)
         return REFUSED
     # The package's sources take precedence over sources in the folder.
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))

@@ -1,17 +1,16 @@
 """Checks that a job contains no secret: its package, command, environment and metadata are visible to other users."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from cluster.jobs.config import Submission
 from cluster.jobs.server import text_object
 from cluster.recipe.file import apply_override
 from perceiver.config import UserError
-from perceiver.tracking.redaction import MASK, holds_secret, is_reference, leaves, redact_value
+from perceiver.tracking.redaction import contains_secret, leaves, redact_text, secret_keys
+from perceiver.yaml_reader import parse_yaml
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 BY_REFERENCE = "write env:NAME or $NAME there and set NAME where the cluster's nodes start"
@@ -33,18 +32,23 @@ def check_secrets(tree: Mapping[str, Any], wanted: Submission, runtime_env: Mapp
     """
     for name in wanted.secrets:
         if not NAME.fullmatch(name):
-            raise UserError(f"--secret {name.split('=')[0]}: wanted the name of an environment variable on the cluster")
-    for key in _hidden(tree):
+            raise UserError(
+                f"--secret {redact_text(name.split('=')[0])}: wanted the name of an environment variable on the cluster"
+            )
+    for key in secret_keys(tree):
         raise UserError(f"{key} contains a secret, which would be uploaded with the job: {BY_REFERENCE}")
     for override in wanted.overrides:
         alone: dict[str, Any] = {}
         apply_override(alone, override)
-        for key in _hidden(alone):
+        for key in secret_keys(alone):
             raise UserError(f"the override of {key} contains a secret, and the job's command shows it: {BY_REFERENCE}")
+    words = {"RECIPE": wanted.recipe, "--run": wanted.run, "--submission-id": wanted.submission_id}
+    for option in secret_keys({name: word or "" for name, word in words.items()}):
+        raise UserError(f"{option} contains a secret, which all users of the cluster can see: use another name")
     metadata = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
-    for key in _hidden(metadata):
+    for key in secret_keys(metadata):
         raise UserError(_visible("--metadata-json", key))
-    for key in _hidden(runtime_env):
+    for key in secret_keys(runtime_env):
         section, _, name = key.partition(".")
         if section == "env_vars":
             raise UserError(_visible(f"--env {name}" if name in wanted.env else "--runtime-env-json", name))
@@ -63,25 +67,17 @@ def check_secret_files(files: Sequence[str]) -> None:
     for file in files:
         text = Path(file).read_text(errors="replace")
         try:
-            tree = yaml.safe_load(text)  # JSON is YAML
-        except yaml.YAMLError:
+            tree = parse_yaml(text, file)  # JSON is YAML
+        except UserError:
             tree = None
-        for key in _hidden(tree):
+        for key in secret_keys(tree):
             raise UserError(
                 f"{file}: {key} contains a secret, and the file is uploaded unchanged, also if the key is overridden: "
                 f"{BY_REFERENCE}"
             )
         for number, line in enumerate(text.splitlines(), 1):
-            if holds_secret(line):
+            if contains_secret(line):
                 raise UserError(f"{file}: line {number} contains a secret, and the file is uploaded: remove it")
-
-
-def _hidden(tree: Any) -> Iterator[str]:
-    """Yield the key of each value that redaction would mask."""
-    for key, value in leaves(tree):
-        known = is_reference(value) or (isinstance(value, str) and (value.startswith("$") or MASK in value))
-        if isinstance(value, str) and not known and MASK in str(redact_value(key, value)):
-            yield key
 
 
 def _visible(option: str, key: str) -> str:

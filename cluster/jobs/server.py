@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 
@@ -20,7 +19,7 @@ from cluster.runtime.local_cluster import running_cluster
 from cluster.runtime.ray_internals import ANSWER_S, CONNECT_S, job_client_class
 from perceiver.config import UserError
 from perceiver.storage import first_line
-from perceiver.tracking.redaction import redact_text
+from perceiver.tracking.redaction import redact_text, server_address
 
 
 @dataclass(frozen=True)
@@ -157,12 +156,8 @@ def _http_url(address: str) -> str:
 
 def check_listening(url: str) -> None:
     """Raise a UserError within a few seconds if nothing listens at a URL."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError as error:
-        raise UserError(f"--address {display_url(url)}: {error}; wanted http://HOST:PORT") from None
-    if not host or parts.scheme not in ("http", "https"):
+    host, port = server_address(url, "--address")
+    if not host or not url.lower().startswith(("http://", "https://")):
         raise UserError(f"--address {display_url(url)}: wanted the cluster's dashboard, http://HOST:8265")
     try:
         socket.create_connection((host, port), timeout=CONNECT_S).close()

@@ -164,4 +164,4 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         node[leaf] = parse_yaml(text, key)
     except UserError as error:
-        raise UserError(f"override {shown(override)!r}: {error}; quote the value for the shell") from None
+        raise UserError(f"override of {key}: {error}; quote the value for the shell") from None

@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from perceiver.config import UserError
-from perceiver.facts import FACTS, parse_facts
+from perceiver.export.facts import FACTS, parse_facts
 from perceiver.storage import (
     NotRegularError,
     RetryPolicy,
@@ -25,7 +25,6 @@ from perceiver.storage import (
     with_retries,
     write_whole,
 )
-from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointStore
 
 RETRIES = RetryPolicy(attempts=5, backoff=1.0)
@@ -159,11 +158,3 @@ def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> 
     if resume:
         return find_run(output, name, run)
     return named_run(output, run) if run else new_run(output, name)
-
-
-def redacted_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's tree with secrets masked, for files and logs: values of secret keys, logins in URLs."""
-    return {
-        key: redacted_recipe(value) if isinstance(value, Mapping) else redact({key: value})[key]
-        for key, value in tree.items()
-    }

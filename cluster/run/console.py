@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from perceiver.tracking.printable import safe_line
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +55,13 @@ class LineConsole:
         """Print one line, and write it to the driver's log."""
         log.info("%s", line)
         drawn = self.drawn()
-        (drawn.console if drawn is not None else self.console).print(line, markup=False)
+        (drawn.console if drawn is not None else self.console).print(safe_line(line), markup=False)
 
     def error(self, text: str) -> None:
         """Print an error to stderr, and write it to the driver's log."""
         log.info("error: %s", text)
         self.close()
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(safe_line(f"error: {text}"), markup=False)
 
 
 class RunConsole(LineConsole):
@@ -154,7 +157,7 @@ class RunConsole(LineConsole):
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=event["total_steps"], completed=event["step"])
             self._bar.start()
-        self._bar.update(self._task, completed=event["step"], description=_status(event))
+        self._bar.update(self._task, completed=event["step"], description=escape(safe_line(_status(event))))
 
 
 class _Elapsed(ProgressColumn):

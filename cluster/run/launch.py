@@ -14,7 +14,7 @@ from cluster.recipe.config import Recipe, kind_of, zero_stage
 from cluster.recipe.preflight import check, data_facts
 from cluster.record.failures import one_line
 from cluster.record.lease import hold
-from cluster.record.run_folder import choose_run, redacted_recipe
+from cluster.record.run_folder import choose_run
 from cluster.run.console import RunConsole
 from cluster.run.context import Launch
 from cluster.run.driver import Fit
@@ -34,6 +34,7 @@ from cluster.runtime.session import (
     tracking_of,
 )
 from perceiver.config import UserError
+from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import load_handle
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def launch_training(
         stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
         launch = Launch(recipe, folder, preflight, console, resume, began, command, background, lease)
-        folder.write("recipe.yaml", yaml.safe_dump(redacted_recipe(recipe.model_dump(mode="json")), sort_keys=False))
+        folder.write("recipe.yaml", yaml.safe_dump(redact(recipe.model_dump(mode="json")), sort_keys=False))
         folder.note(data=data_facts(preflight.manifest))
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to continue")

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from cluster.recipe.config import Recipe, kind_of
-from cluster.record.run_folder import RunFolder, redacted_recipe
+from cluster.record.run_folder import RunFolder
 from perceiver.factory import attention_maps, build_model
 from perceiver.report.run import ReportData, choose_examples, run_report
+from perceiver.tracking.redaction import redact
 from perceiver.train.hooks import History
 from pipelines.feed.ingest import EvalShare, eval_batches
 from pipelines.shards.manifest import Manifest
@@ -42,7 +43,7 @@ def build_report(
         images=images,
         attention_ids=shown,
         attention=_attention(recipe, folder, manifest, [images[i] for i in shown]) if shown else None,
-        recipe=redacted_recipe(recipe.model_dump(mode="json")),
+        recipe=redact(recipe.model_dump(mode="json")),
         facts={**facts, **_rates(history)},
         commands=commands,
         checkpoints=[{"step": step, "path": folder.checkpoints.location(step)} for step in steps],

@@ -1,6 +1,5 @@
 """The end of a run: report, MLflow's last entries, and the commands for the next step."""
 
-import json
 import logging
 import platform
 import shlex
@@ -15,6 +14,7 @@ from cluster.record.failures import EXIT_STOPPED
 from cluster.run.context import Launch
 from cluster.runtime.session import continue_command
 from perceiver.config import UserError
+from perceiver.tracking.printable import say_json
 from perceiver.tracking.record import unsent
 from perceiver.tracking.redaction import redact_text
 from perceiver.tracking.runs import TrackingConfig, load_handle, open_tracker, reconcile
@@ -55,7 +55,7 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
             "run": folder.url,
             **{k: v for k, v in outcome.items() if k not in ("handle", "status")},
         }
-        print(json.dumps(facts))
+        say_json(facts)
     return code
 
 

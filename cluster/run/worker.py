@@ -26,7 +26,7 @@ import torch
 from cluster.predict.outputs import parquet, predicted
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, zero_stage
 from cluster.record.failures import is_final, one_line
-from cluster.record.run_folder import RunFolder, redacted_recipe
+from cluster.record.run_folder import RunFolder
 from cluster.run.evaluation import RemoteEvaluator, read_scores
 from cluster.run.monitor import ActorClient, Client, make_client
 from cluster.run.watchdog import Pulse
@@ -36,6 +36,7 @@ from perceiver.export.weights import load_weights, open_weights
 from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
 from perceiver.tasks import Batch, Task, build_task
+from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, open_tracker
 from perceiver.tracking.tracker import NullTracker, Tracker
 from perceiver.train.bad_loss import BadLossHook
@@ -423,7 +424,7 @@ def take_snapshot(
         samples=info.step * recipe.train.global_batch,
         engine={"kind": type(engine).__name__, "zero_stage": zero_stage(recipe)},
         parameters=parameter_shapes(engine.module),
-        recipe=redacted_recipe(recipe.model_dump(mode="json")),
+        recipe=redact(recipe.model_dump(mode="json")),
         versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         history=history.text(),
         metrics=metrics,

@@ -235,7 +235,7 @@ def shorten_temporary_folder() -> None:
 def check_reachable(address: str) -> None:
     """Raise a UserError if nothing listens at an address; Ray itself would try for a minute."""
     host, _, port = address.rsplit("/", 1)[-1].rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         return
     try:
         socket.create_connection((host, int(port)), timeout=5).close()

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.recipe.resources import ClusterConfig
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import RaySession, start_ray
+from perceiver.tracking.printable import SafeFormatter
 from perceiver.tracking.record import HISTORY
 from perceiver.tracking.redaction import redact_text
 from perceiver.tracking.runs import RunHandle, TrackingConfig, create_run, load_handle
@@ -157,7 +158,7 @@ def log_file(folder: RunFolder) -> Iterator[None]:
     path = folder.local / "logs" / "driver.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -1,8 +1,8 @@
 """`perceiver cluster`: a local cluster of several nodes, and files that start a real one."""
 
-import json
-
 import click
+
+from perceiver.tracking.printable import say, say_json
 
 
 @click.group(
@@ -42,15 +42,15 @@ def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> 
     config = read_nodes(file) if file else None
     if nodes or cpus is not None:
         config = NodesConfig(nodes=(NodeGroup(count=nodes or 3, cpus=cpus),))
-    cluster = start(config, (lambda line: None) if as_json else click.echo)
+    cluster = start(config, (lambda line: None) if as_json else say)
     if as_json:
-        click.echo(json.dumps({"address": cluster.dashboard, "ray": cluster.address, "nodes": cluster.nodes}))
+        say_json({"address": cluster.dashboard, "ray": cluster.address, "nodes": cluster.nodes})
         return 0
-    click.echo(f"dashboard and jobs  {cluster.dashboard}   (found by perceiver submit and the other job commands)")
-    click.echo(f"ray                 RAY_AUTH_MODE=token RAY_ADDRESS={cluster.address}")
-    click.echo("the same on real machines, with the same token in ~/.ray/auth_token (mode 0600) on each:")
+    say(f"dashboard and jobs  {cluster.dashboard}   (found by perceiver submit and the other job commands)")
+    say(f"ray                 RAY_AUTH_MODE=token RAY_ADDRESS={cluster.address}")
+    say("the same on real machines, with the same token in ~/.ray/auth_token (mode 0600) on each:")
     for line in equivalent(cluster):
-        click.echo(f"  {line}")
+        say(f"  {line}")
     return 0
 
 
@@ -60,7 +60,7 @@ def down() -> int:
     from cluster.runtime.local_cluster import down as stop
 
     ended = stop()
-    click.echo(f"terminated {ended} processes" if ended else "no local cluster is running")
+    say(f"terminated {ended} processes" if ended else "no local cluster is running")
     return 0
 
 
@@ -89,13 +89,13 @@ def status(as_json: bool) -> int:
         for node in cluster.nodes
     ]
     if as_json:
-        click.echo(json.dumps({"address": cluster.dashboard, "ray": cluster.address, "nodes": rows, "jobs": jobs}))
+        say_json({"address": cluster.dashboard, "ray": cluster.address, "nodes": rows, "jobs": jobs})
         return 0
-    click.echo(f"{cluster.dashboard}, {sum(row['alive'] for row in rows)} of {len(rows)} nodes")
+    say(f"{cluster.dashboard}, {sum(row['alive'] for row in rows)} of {len(rows)} nodes")
     for row in rows:
         state = f"pid {row['pid']}" if row["alive"] else "dead"
-        click.echo(f"  {row['node']:<12} {state:<12} {' '.join(row['options'])}")
-    click.echo(f"live jobs: {', '.join(jobs) or 'none'}")
+        say(f"  {row['node']:<12} {state:<12} {' '.join(row['options'])}")
+    say(f"live jobs: {', '.join(jobs) or 'none'}")
     return 0
 
 
@@ -128,7 +128,7 @@ def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: str, mach
     from cluster.deploy.render import render as make
     from cluster.deploy.settings import read_settings
 
-    files = make(kind, read_recipe_file(recipe, overrides), read_settings(machines), folder, click.echo)
+    files = make(kind, read_recipe_file(recipe, overrides), read_settings(machines), folder, say)
     for path in write(files, folder):
-        click.echo(path)
+        say(str(path))
     return 0

@@ -1,12 +1,12 @@
 """`perceiver doctor`: checks of everything that a run needs."""
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from perceiver.cli._access import access_options
+from perceiver.tracking.printable import safe_line, say_json
 
 if TYPE_CHECKING:
     from cluster.recipe.config import Recipe
@@ -46,15 +46,18 @@ def command(
     nodes = (lambda: _nodes(address, headers, verify, loaded)) if address else None
     findings = list(examine(setup_of(loaded, nodes)))
     if as_json:
-        click.echo("\n".join(json.dumps(asdict(finding)) for finding in findings))
+        for finding in findings:
+            say_json(asdict(finding))
     else:
+        from rich.text import Text
+
         colours = {"ok": "green", "warn": "yellow", "fail": "red"}
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in ("check", "", "found", "what to do"):
             table.add_column(column, overflow="fold")
         for finding in findings:
-            state = f"[{colours[finding.state]}]{finding.state}[/]"
-            table.add_row(finding.check, state, finding.found.replace("[", "\\["), finding.fix.replace("[", "\\["))
+            state = Text(finding.state, colours[finding.state])
+            table.add_row(finding.check, state, Text(safe_line(finding.found)), Text(safe_line(finding.fix)))
         Console(highlight=False).print(table)
     return 1 if any(finding.state == FAIL for finding in findings) else 0
 

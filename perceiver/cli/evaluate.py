@@ -1,9 +1,10 @@
 """`perceiver evaluate`: the metrics of a trained model on a data set."""
 
-import json
 from typing import Any
 
 import click
+
+from perceiver.tracking.printable import say, say_json
 
 
 @click.command(
@@ -37,7 +38,7 @@ def command(
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
     check_labels(scoring)
     if note := scoring.note():
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     with ray_for(scoring):
         figures = scoring.metrics()
     facts: dict[str, Any] = {
@@ -48,11 +49,11 @@ def command(
         **figures,
     }
     if as_json:
-        click.echo(json.dumps(facts))
+        say_json(facts)
         return 0
-    click.echo(f"{scoring.saved.place} on {scoring.recipe.data.url}, {scoring.samples:,} {scoring.split} samples")
+    say(f"{scoring.saved.place} on {scoring.recipe.data.url}, {scoring.samples:,} {scoring.split} samples")
     for name, value in figures.items():
-        click.echo(f"  {name:<16} {value:.6g}")
+        say(f"  {name:<16} {value:.6g}")
     return 0
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from perceiver.tracking.printable import say, say_json
+
 LIST = "export.json"
 """The files that export wrote to a folder, with their checksums; only these are overwritten."""
 FORMATS = ("safetensors", "transformers", "onnx", "mlflow")
@@ -74,13 +76,13 @@ def command(
         _put(folder, target)
     files = [*written.pop("files"), "README.md", LIST]
     if as_json:
-        click.echo(json.dumps({"to": target, "format": form, "files": files, **written}))
+        say_json({"to": target, "format": form, "files": files, **written})
         return 0
-    click.echo(f"{target}: {', '.join(files)}")
+    say(f"{target}: {', '.join(files)}")
     if "max_difference" in written:
-        click.echo(f"outputs differ by at most {written['max_difference']:.1e} of the largest (onnxruntime)")
+        say(f"outputs differ by at most {written['max_difference']:.1e} of the largest (onnxruntime)")
     if "registered" in written:
-        click.echo("registered in MLflow as {name}, version {version}".format(**written["registered"]))
+        say("registered in MLflow as {name}, version {version}".format(**written["registered"]))
     return 0
 
 

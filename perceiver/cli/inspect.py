@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from perceiver.tracking.printable import say, say_all, say_json
+
 
 @click.command(
     epilog="""\b
@@ -40,10 +42,13 @@ def command(
     from pipelines.inspect.inspection import describe, inspect
 
     found = inspect(url, verify=verify, samples=samples, files=files)
-    click.echo(found.model_dump_json() if as_json else "\n".join(describe(found)))
+    if as_json:
+        say_json(found.model_dump(mode="json"))
+    else:
+        say_all(describe(found))
     if page is not None:
         from pipelines.inspect.page import write_page
 
         write_page(found, page, samples=show)
-        click.echo(f"page {page}", err=as_json)
+        say(f"page {page}", err=as_json)
     return 0 if found.sound else 1

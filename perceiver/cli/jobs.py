@@ -1,10 +1,9 @@
 """`perceiver jobs`: the jobs of a cluster."""
 
-import json
-
 import click
 
 from perceiver.cli._access import access_options, reach
+from perceiver.tracking.printable import say_all, say_json
 
 
 @click.command(epilog="Example: perceiver jobs --live")
@@ -19,5 +18,9 @@ def command(address: str | None, headers: str | None, verify: str, live: bool, a
     from cluster.jobs.commands import list_jobs, table
 
     found = [job for job in list_jobs(reach(address, headers, verify)) if job.live or not live]
-    click.echo("\n".join(json.dumps(job.facts()) for job in found) if as_json else "\n".join(table(found)))
+    if as_json:
+        for job in found:
+            say_json(job.facts())
+    else:
+        say_all(table(found))
     return 0

@@ -1,10 +1,9 @@
 """`perceiver logs`: the log of a job."""
 
-import json
-
 import click
 
 from perceiver.cli._access import access_options, reach
+from perceiver.tracking.printable import say, say_json, say_log
 
 
 @click.command(epilog="Example: perceiver logs -f quickstart-1")
@@ -26,13 +25,14 @@ def command(job: str, follow_it: bool, address: str | None, headers: str | None,
     if as_json:
         if follow_it:
             found = follow(server, found, lambda text: None)
-        click.echo(json.dumps({**found.facts(), "log": logs(server, found)}))
+        say_json({**found.facts(), "log": logs(server, found)})
     elif follow_it:
         try:
-            found = follow(server, found, lambda text: click.echo(text, nl=False))
+            found = follow(server, found, say_log)
         except KeyboardInterrupt:
-            click.echo(f"\nthe job keeps running; stop it with perceiver stop {found.name}")
+            say()
+            say(f"the job keeps running; stop it with perceiver stop {found.name}")
             return 130
     else:
-        click.echo(logs(server, found), nl=False)
+        say_log(logs(server, found))
     return found.code() if follow_it else 0

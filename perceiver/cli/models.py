@@ -1,8 +1,8 @@
 """`perceiver models`: the presets and their cost."""
 
-import json
-
 import click
+
+from perceiver.tracking.printable import say, say_json
 
 
 @click.command(
@@ -34,8 +34,8 @@ def command(pattern: str, flops: bool, as_json: bool) -> int:
         gflop = None if count is None else count / 1e9
         if as_json:
             facts = {"name": name, "parameters": parameters, "gflop": gflop, "classes": preset.classes}
-            click.echo(json.dumps({**facts, "source": preset.note}))
+            say_json({**facts, "source": preset.note})
         else:
             cost = "" if gflop is None else f"{gflop:>9.1f} GFLOP"
-            click.echo(f"{name:<32}{parameters:>13,} parameters{cost}  {preset.note}")
+            say(f"{name:<32}{parameters:>13,} parameters{cost}  {preset.note}")
     return 0

@@ -1,11 +1,12 @@
 """`perceiver plan`: an estimate of what a run needs and costs."""
 
-import json
 import math
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from perceiver.tracking.printable import say, say_all, say_json
 
 if TYPE_CHECKING:
     from cluster.capacity.estimate import Machines
@@ -65,15 +66,18 @@ def command(
     )
     if calibrate:
         check_device(gpu, place.device)
-        click.echo("measuring this machine ...", err=True)
+        say("measuring this machine ...", err=True)
         began = time.monotonic()
         measure(plan_of, place.devices)
-        click.echo(f"measured in {time.monotonic() - began:.0f} s", err=True)
+        say(f"measured in {time.monotonic() - began:.0f} s", err=True)
     calibration = load_calibration(plan_of, place.device.match)
     work = build_workload(plan_of, **sizes)
     found = estimate(work, place, calibration)
     check_starving(found, work)
-    click.echo(json.dumps(tree(found, work)) if as_json else "\n".join(describe(found, work)))
+    if as_json:
+        say_json(tree(found, work))
+    else:
+        say_all(describe(found, work))
     return 0
 
 

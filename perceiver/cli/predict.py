@@ -1,8 +1,8 @@
 """`perceiver predict`: predictions of a trained model for each sample of a data set, as Parquet files."""
 
-import json
-
 import click
+
+from perceiver.tracking.printable import say, say_json
 
 
 @click.command(
@@ -48,16 +48,16 @@ def command(
 
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
     if note := scoring.note():
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
 
     def show(done: int, total: int) -> None:
         if not as_json:
-            click.echo(f"  {done:,} of {total:,}")
+            say(f"  {done:,} of {total:,}")
 
     with ray_for(scoring):
         written = predict(scoring, target, show, workers)
     if as_json:
-        click.echo(json.dumps({"to": target, "samples": scoring.samples, "written": written}))
+        say_json({"to": target, "samples": scoring.samples, "written": written})
     else:
-        click.echo(f"{target}: {written:,} samples written, {scoring.samples:,} in {data} ({scoring.split})")
+        say(f"{target}: {written:,} samples written, {scoring.samples:,} in {data} ({scoring.split})")
     return 0

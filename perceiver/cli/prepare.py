@@ -4,6 +4,8 @@ import time
 
 import click
 
+from perceiver.tracking.printable import say, say_json
+
 
 def _sources() -> str:
     from pipelines.sources import load_source, source_names
@@ -73,19 +75,19 @@ def command(
     began = time.monotonic()
     config = PrepareConfig(seed=seed, options=pairs, max_bad_fraction=max_bad_fraction)
     work = index if in_place else prepare
-    manifest = work(name, src, dst, config, progress=lambda rows, shard: click.echo(f"  {rows:,} samples, {shard}"))
+    manifest = work(name, src, dst, config, progress=lambda rows, shard: say(f"  {rows:,} samples, {shard}"))
     if as_json:
-        click.echo(manifest.model_dump_json())
+        say_json(manifest.model_dump(mode="json"))
         return 0
     rows = ", ".join(f"{split.samples:,} {key}" for key, split in manifest.splits.items())
-    click.echo(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")
+    say(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")
     if in_place and (size := group_bytes(manifest)) > HEAVY_BYTES:
-        click.echo(
+        say(
             f"row groups of up to {size / 1e6:,.0f} MB: training reads whole row groups; prepare without --index"
             " if it has to wait for data"
         )
     if manifest.rejected:
-        click.echo(f"{manifest.rejected:,} raw items could not be read: see {dst.rstrip('/')}/quarantine.parquet")
+        say(f"{manifest.rejected:,} raw items could not be read: see {dst.rstrip('/')}/quarantine.parquet")
     return 0
 
 

@@ -6,6 +6,7 @@ import click
 
 from perceiver.cli import leave
 from perceiver.config import UserError
+from perceiver.tracking.printable import say
 
 
 @click.command(
@@ -58,4 +59,4 @@ def list_tables() -> None:
 
     for name in tables():
         table = load_table(name).config
-        click.echo(f"{name:<24}{len(table.rows):>3} rows  {table.title} ({table.source})")
+        say(f"{name:<24}{len(table.rows):>3} rows  {table.title} ({table.source})")

@@ -1,10 +1,9 @@
 """`perceiver status`: the state of a job."""
 
-import json
-
 import click
 
 from perceiver.cli._access import access_options, reach
+from perceiver.tracking.printable import say_all, say_json
 
 
 @click.command(epilog="Example: perceiver status quickstart-1 --json")
@@ -22,9 +21,9 @@ def command(job: str, address: str | None, headers: str | None, verify: str, as_
     server = reach(address, headers, verify)
     found = find_job(server, job)
     if as_json:
-        click.echo(json.dumps(found.facts()))
+        say_json(found.facts())
     else:
-        click.echo("\n".join(table([found])))
+        say_all(table([found]))
         last = [line for line in logs(server, found).splitlines() if line.strip()][-1:]
-        click.echo("\n".join(last or ([found.message] if found.message else [])))
+        say_all(last or [found.message or ""])
     return 0 if found.live else found.code()

@@ -1,10 +1,9 @@
 """`perceiver stop`: stop a job so that its run can be resumed."""
 
-import json
-
 import click
 
 from perceiver.cli._access import access_options, reach
+from perceiver.tracking.printable import say, say_all, say_json
 
 
 @click.command(epilog="Example: perceiver stop quickstart-1")
@@ -28,11 +27,11 @@ def command(job: str, address: str | None, headers: str | None, verify: str, as_
     told = any(line.startswith("stopped ") and " saved" in line for line in lines)
     saved = told or found.status == "PENDING" or ended.status == "SUCCEEDED"
     if as_json:
-        click.echo(json.dumps({**ended.facts(), "saved": saved, "lines": lines}))
+        say_json({**ended.facts(), "saved": saved, "lines": lines})
     else:
-        click.echo("\n".join(lines))
-        click.echo(f"job {ended.name} {ended.status}" + ("" if saved else " before it had saved a checkpoint"))
+        say_all(lines)
+        say(f"job {ended.name} {ended.status}" + ("" if saved else " before it had saved a checkpoint"))
         if found.recipe:
             run = f" --run {found.run}" if found.run else ""
-            click.echo(f"continue with: perceiver submit {found.recipe}{run}")
+            say(f"continue with: perceiver submit {found.recipe}{run}")
     return 0 if saved else 1

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from perceiver.cli._access import access_options, reach
+from perceiver.tracking.printable import say, say_json, say_log
 
 
 @click.command(
@@ -64,21 +65,22 @@ def command(
     wanted = Submission(recipe=recipe, entrypoint_resources=resources, **options)
     work = searching(wanted) if tune or is_search(recipe) else training(wanted)
     server = reach(address, headers, verify)
-    name = submit(server, wanted, work, click.echo)
+    name = submit(server, wanted, work, say)
     job = find_job(server, name)
     if not as_json or not no_wait:
-        click.echo(f"job {name} {'runs search' if work.verb == 'tune' else 'trains run'} {job.run} at {server.url}")
+        say(f"job {name} {'runs search' if work.verb == 'tune' else 'trains run'} {job.run} at {server.url}")
     if not no_wait:
         try:
-            job = follow(server, job, lambda text: click.echo(text, nl=False))
+            job = follow(server, job, say_log)
         except KeyboardInterrupt:
-            click.echo(f"\nthe job keeps running: perceiver logs -f {name}, perceiver stop {name}")
+            say()
+            say(f"the job keeps running: perceiver logs -f {name}, perceiver stop {name}")
             return 130
-        click.echo(f"job {name} {job.status}")
+        say(f"job {name} {job.status}")
     elif not as_json:
-        click.echo(f"follow the job with perceiver logs -f {name}, stop it with perceiver stop {name}")
+        say(f"follow the job with perceiver logs -f {name}, stop it with perceiver stop {name}")
     if as_json:
-        click.echo(json.dumps(job.facts()))
+        say_json(job.facts())
     return 0 if no_wait else job.code()
 
 

@@ -19,6 +19,7 @@ from perceiver.config import Config, UserError
 from perceiver.export.transformers_layout import read_transformers, to_transformers
 from perceiver.export.weights import DataFacts, Saved, class_count
 from perceiver.factory import input_keys
+from perceiver.tracking.printable import markdown_code, markdown_text
 from perceiver.tracking.redaction import redact
 
 BATCHES = (1, 3)
@@ -175,14 +176,14 @@ def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None)
     classes = class_count(config, saved.shapes)
     costs = account(config, classes=classes)
     name = saved.recipe.get("name") or Path(saved.place.rstrip("/")).name
-    lines = [f"# {name}", "", _what(config, classes, data), "", "| | |", "|---|---|"]
+    lines = [f"# {markdown_text(str(name))}", "", _what(config, classes, data), "", "| | |", "|---|---|"]
     rows = {
         "Model": f"`{cast(Any, config).kind}` on `{cast(Any, config).inputs.kind}` inputs",
         "Parameters": f"{costs.parameters:,}",
         "GFLOP of a forward pass": f"{costs.forward_flops / 1e9:.4g} (one sample; 2 per multiply-add)",
-        "Files": ", ".join(f"`{file}`" for file in written["files"]),
-        "Weights from": f"`{saved.place}`" + (f", step {saved.facts['step']}" if saved.facts.get("step") else ""),
-        "Licence of the weights": _licence(saved, data),
+        "Files": ", ".join(map(markdown_code, written["files"])),
+        "Weights from": markdown_code(saved.place) + (f", step {step}" if (step := saved.facts.get("step")) else ""),
+        "Licence of the weights": markdown_text(_licence(saved, data)),
     }
     if "max_difference" in written:
         rows["ONNX against PyTorch"] = f"difference of at most {written['max_difference']:.1e} of the largest output"
@@ -194,14 +195,15 @@ def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None)
     left_out = ("output", "cluster", "tracking")
     section = {key: value for key, value in saved.recipe.items() if key not in left_out}
     section = section or {"model": config.model_dump(mode="json")}
-    lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(section, sort_keys=False).rstrip(), "```", ""]
+    # Within a fence of this length no text of the recipe ends it.
+    lines += ["", "## Recipe", "", "`````yaml", yaml.safe_dump(redact(section), sort_keys=False).rstrip(), "`````", ""]
     return "\n".join(lines)
 
 
 def _what(config: Any, classes: int | None, data: DataFacts | None) -> str:
     kind = config.inputs.kind
     task = f"sorts {kind} inputs into {classes} classes" if classes else f"reads {kind} inputs"
-    names = f" ({', '.join(data.classes)})" if data and 0 < len(data.classes) <= 20 else ""
+    names = f" ({markdown_text(', '.join(data.classes))})" if data and 0 < len(data.classes) <= 20 else ""
     return f"A model that {task}{names}."
 
 
@@ -215,7 +217,8 @@ def _limits(saved: Saved, classes: int | None, data: DataFacts | None) -> list[s
     """Return the intended use and the limits of the model as a list."""
     task = (saved.recipe.get("task") or {}).get("kind")
     url = saved.recipe.get("data", {}).get("url")
-    like = data.name if data else f"`{url}`" if url else "its training data, of which there is no record"
+    known = markdown_code(url) if url else "its training data, of which there is no record"
+    like = markdown_text(data.name) if data else known
     lines = [f"Intended for inputs like those of {like}, resized, scaled and cropped as in the recipe below."]
     if saved.facts.get("evaluation"):
         lines += [
@@ -244,9 +247,11 @@ def _data(data: DataFacts | None, saved: Saved) -> str:
     if data is None:
         url = saved.recipe.get("data", {}).get("url")
         return (
-            f"Trained on `{url}`, which could not be read at export." if url else "The training data is not recorded."
+            f"Trained on {markdown_code(url)}, which could not be read at export."
+            if url
+            else "The training data is not recorded."
         )
-    return f"Trained on {data.name} (licence: {data.licence}; source: {data.source})."
+    return markdown_text(f"Trained on {data.name} (licence: {data.licence}; source: {data.source}).")
 
 
 def _figures(saved: Saved) -> list[str]:
@@ -254,8 +259,9 @@ def _figures(saved: Saved) -> list[str]:
     if not figures:
         return ["No metrics were recorded."]
     split = saved.recipe.get("data", {}).get("eval_split", "test")
-    rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in figures.items() if math.isfinite(value)]
-    return [f"| on `{split}` | |", "|---|---|", *rows]
+    known = {markdown_text(name.replace("_", " ")): value for name, value in figures.items() if math.isfinite(value)}
+    rows = [f"| {name} | {value:.4g} |" for name, value in known.items()]
+    return [f"| on {markdown_code(split)} | |", "|---|---|", *rows]
 
 
 def _use(written: Mapping[str, Any], saved: Saved) -> list[str]:

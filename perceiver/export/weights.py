@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from perceiver.config import Config, UserError
+from perceiver.export.facts import FACTS, DataFacts, parse_facts
 from perceiver.factory import build_model, model_config
-from perceiver.facts import FACTS, DataFacts, parse_facts
 from perceiver.modalities._positions import resize_table
 from perceiver.storage import existing_file, first_line, invalid_key, is_local, parse_json
 from perceiver.train.checkpoint.shards import open_tensors, read_weights

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from perceiver.report.page import data_uri, is_share
+from perceiver.tracking.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,7 +117,8 @@ def plot(
 
 def _svg(figure: "Figure") -> str:
     """Return a figure as SVG with the page's CSS colours; the output is reproducible."""
-    svg = _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
+    saved = _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = printable(saved.decode(), lines=True)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     for colour, variable in CSS_COLOURS.items():
         svg = svg.replace(colour, variable)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from perceiver.tracking.printable import printable
 from perceiver.tracking.redaction import redact, redact_text
 
 if TYPE_CHECKING:
@@ -37,12 +38,20 @@ def _environment() -> "Environment":
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_safe,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(text=text, percent=percent, size=size)
     return environment
+
+
+def _safe(value: Any) -> Any:
+    """Return what an expression of a template shows: texts are printable and without secrets; markup stays."""
+    if not isinstance(value, str) or hasattr(value, "__html__") or value.startswith("data:"):
+        return value
+    return printable(redact_text(value), lines=True)
 
 
 def text(value: Any) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from perceiver.report import figures
 from perceiver.report.page import data_uri, percent, render, text, yaml_text
+from perceiver.tracking.printable import csv_cell
 
 TABLE_CLASSES = 25
 """With more classes, the confusion matrix is a picture and only the worst classes are listed."""
@@ -174,9 +175,9 @@ def _attention(data: ReportData, files: dict[str, bytes]) -> list[dict[str, Any]
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     sink = io.StringIO()
-    writer = csv.DictWriter(sink, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(sink)
+    for row in (rows[0], *(row.values() for row in rows)):
+        writer.writerow(map(csv_cell, row))
     return sink.getvalue().encode()
 
 

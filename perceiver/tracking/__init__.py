@@ -1,1 +1,1 @@
-"""The record of a run, the process that sends it to MLflow, and redaction of secrets. No models, no data."""
+"""The record of a run, the process that sends it to MLflow, redaction of secrets, and texts that are safe to print."""

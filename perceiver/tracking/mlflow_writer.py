@@ -26,12 +26,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
-from urllib.parse import urlsplit
 
 from perceiver.storage import write_whole
 from perceiver.tracking.mlflow_process import ENVIRONMENT
 from perceiver.tracking.record import FILES, NOTES, SENT, SYSTEM, LineWriter, Row, read_rows, read_sent
-from perceiver.tracking.redaction import redact_text, resolve
+from perceiver.tracking.redaction import redact_text, resolve, server_address
 from perceiver.tracking.runs import KEY_TAG, SERVER_S, RunHandle, save_handle
 from perceiver.tracking.system_metrics import record_load
 
@@ -73,10 +72,9 @@ def make_client(uri: str) -> "MlflowClient":
         OSError: nothing listens there; within 5 s.
     """
     plain = resolve(uri)
-    parts = urlsplit(plain)
-    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    if parts.hostname and port:
-        socket.create_connection((parts.hostname, port), timeout=DOWN_S).close()
+    host, port = server_address(plain, "tracking.uri")
+    if host and port:
+        socket.create_connection((host, port), timeout=DOWN_S).close()
     return import_mlflow().MlflowClient(tracking_uri=plain, registry_uri=plain)
 
 

@@ -1,35 +1,106 @@
-"""Keeps secrets out of the files of a run: references are not resolved, other secrets are masked."""
+"""Keeps secrets out of what a run or a job shows, stores and uploads.
 
+One rule serves two purposes: redaction masks what it finds, and `perceiver submit` refuses it (`secret_keys`,
+`contains_secret`). References to secrets (`env:NAME`, `file:PATH`) are neither resolved nor masked.
+"""
+
+import base64
+import binascii
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from perceiver.config import UserError
 
 MASK = "***"
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
-_WORDS = re.compile(r"[^a-z0-9]+")
-_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-_SECRET_WORDS = frozenset(
-    ["password", "passwd", "passphrase", "pwd", "secret", "secrets", "token", "credential", "credentials"]
-    + ["apikey", "accesskey", "secretkey", "privatekey", "authorization", "bearer", "sas"]
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_STRONG = frozenset(
+    ["password", "passwords", "passwd", "passphrase", "passcode", "pwd", "secret", "secrets", "credential"]
+    + ["credentials", "apikey", "apikeys", "accesskey", "accesskeys", "secretkey", "privatekey", "accountkey"]
+    + ["signingkey", "encryptionkey", "sshkey", "masterkey", "accesstoken", "authtoken", "apitoken", "idtoken"]
+    + ["refreshtoken", "sessiontoken", "bearertoken", "authorization", "bearer", "sas", "dsn", "connectionstring"]
+    + ["connstr", "cookie", "cookies", "amzsignature", "googsignature"]
 )
-_KEY_KINDS = frozenset(["api", "access", "secret", "private", "account", "signing", "encryption", "ssh", "master"])
-_URL_USER = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/?#\s]*@", re.IGNORECASE)
-_QUERY = re.compile(
-    r"(?P<name>[?&;][^=&;#\s]*(?:sig|signature|token|secret|key|password|credential)[^=&;#\s]*=)[^&;#\s]+",
+"""Words, and pairs of words joined, that make a key one of a secret wherever they are in it."""
+_LAST = frozenset(["token", "pass", "auth", "pat"])
+"""Words that do so only at its end: `hf_token` is a secret, `token_length` is a number."""
+_ENDINGS = ("password", "passwd", "passphrase", "passcode", "apikey", "secretkey")
+_QUALITIES = frozenset(
+    ["length", "len", "count", "size", "limit", "min", "max", "dim", "index", "id", "name", "names", "file", "files"]
+    + [
+        "path",
+        "paths",
+        "folder",
+        "error",
+        "exception",
+        "warning",
+        "type",
+        "kind",
+        "mode",
+        "policy",
+        "expires",
+        "field",
+        "prompt",
+        "env",
+    ]
+)
+"""Last words of keys that describe a secret: `password_file`, `secret_name`."""
+_SYMBOLS = frozenset(["cls", "mask", "masked", "pad", "eos", "bos", "unk", "sep", "per", "special", "class", "query"])
+"""Words before `token` in the vocabulary of models: `pad_token`, `loss_per_token`."""
+_SIGNED = frozenset(["sig", "signature", "key", "token", "password", "secret", "credential"])
+"""Further words of query arguments that authorize a request."""
+
+_FORMATS = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|gh[opsru]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{12,}"
+    r"|hf_[A-Za-z0-9]{16,}|npm_[A-Za-z0-9]{16,}|dapi(?=[A-Za-z]*\d)[0-9A-Za-z]{24,}(?:-\d)?|AIza[\w-]{24,}|xox[abeoprs]-[\w-]{8,}"
+    r"|sk-(?=[a-z-]*[A-Z0-9])[\w-]{16,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}|pypi-[\w-]{24,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
+)
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----[\s\S]*?"
+    r"(?:-----END [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----|\Z)"
+)
+_SCHEME = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*://")
+_NEXT_URL = re.compile(r"[\s,;\"'(<>|]+[A-Za-z][A-Za-z0-9+.-]*://")
+_LOGIN = re.compile(r"[^/?#\s\"'<>@:\[]*(?P<colon>:?)")
+_PORT = re.compile(r"\d{2,5}(?:/\S*)?[\s,;)].*", re.DOTALL)
+_AUTHORITY = re.compile(r"[^/?#\s\"'<>]*@")
+_QUERY = re.compile(r"(?P<lead>[?&;#])(?P<name>[^=&;#\s\"'?]+)=(?P<value>[^&;#\s\"']+)")
+_ASSIGNED = re.compile(
+    r"(?P<dashes>(?<![\w-])--?)?(?P<key>[A-Za-z_][\w.-]*)(?:\[\w+\])?(?P<quote>\\*[\"']\]?)?"
+    r"(?P<sep>[ \t]*=(?!=)[ \t]*|[ \t]*:(?!//|:)[ \t]*|[ \t]+)"
+)
+_VALUE = re.compile(
+    r"(?P<got>got[ \t]+)?(?P<scheme>(?:Bearer|Basic|Digest|Token)[ \t]+)?(?P<open>\\*[\"'])?", re.IGNORECASE
+)
+_WORD = re.compile(r"\S+")
+_CLAUSE = re.compile(r"[^\n]*?(?=[,;)}\]](?:\s|$)|\\?[\"'](?:[,;)}\]\s]|$)|\n|$)")
+_LINE = re.compile(r"[^\r\n]*")
+_LINE_START = re.compile(r"[ \t>#-]*(?:export[ \t]+)?[\"']?")
+_PROSE = re.compile(
+    r"(?:the|is|are|was|a|an|no|not|cannot|must|wanted|expected|missing|unknown|invalid|set|give|pass|see|use|this"
+    r"|that|in|of|for|from|with|has|does|must|should|may|will|and|or)(?=[\s,.:;]|$)"
+)
+_ORDINARY = re.compile(
+    r"(?:none|null|true|false|undefined|~|\d{1,3}(?:\.\d+)?[ ]?(?:[mnu]?s|min|h|%)?|\d*\.\d+(?:e[+-]?\d+)?"
+    r"|\d+(?:\.\d*)?e[+-]?\d+)?",
     re.IGNORECASE,
 )
-_FORMATS = re.compile(
-    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bhf_[A-Za-z0-9]{20,}"
-    r"|\bsk-[A-Za-z0-9_-]{20,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
-)
+"""Values under a secret's key that are none: empty, switches, and small or fractional numbers."""
+_MASKED = re.compile(r"\*{3}(?:[&;#]|$)")
+_REFERENCE = re.compile(r"env:\w+|file:(?!//)\S+|\$[A-Z_][A-Z0-9_]*|\$\{\w+\}|\$\(cat [^)]*\)|\*{3}")
+_NAME = re.compile(r"[A-Z][A-Z0-9_]*(?![\w.-])")
+"""The name of a variable, which `perceiver submit --secret` takes."""
 _VARIABLE = re.compile(r"\$[A-Za-z_]\w*")
-_HEADERS = re.compile(r"(?<=Bearer )\S+|(?<=Basic )\S+")
+_AUTH_HEADER = re.compile(r"\b(?P<kind>bearer|basic)(?P<space>[ \t]+)(?P<value>[\w.~+/=-]+)", re.IGNORECASE)
+_SPOKEN = frozenset(["authentication", "authorization", "credential", "credentials", "token", "tokens"])
 
 
 def is_reference(value: object) -> bool:
@@ -58,55 +129,215 @@ def resolve(value: str) -> str:
         raise UserError(f"{value}: cannot read the file ({error.strerror}); give a readable file") from None
 
 
+def server_address(url: str, key: str) -> tuple[str, int | None]:
+    """Return host and port of a URL; host "" if it has none, the port by the scheme if it is not given.
+
+    Args:
+        url: the URL, with secrets.
+        key: setting or option of the URL, for the error.
+
+    Raises:
+        UserError: the URL cannot be split. Python's error would quote a part of the password.
+    """
+    try:
+        parts = urlsplit(url)
+        return parts.hostname or "", parts.port or _PORTS.get(parts.scheme.partition("+")[0])
+    except ValueError:
+        raise UserError(
+            f"{key}: got {redact_text(url)!r}, wanted SCHEME://HOST:PORT with a port up to 65535; write / ? # @ : in a "
+            "password as %2F %3F %23 %40 %3A"
+        ) from None
+
+
+def _words(key: str) -> list[str]:
+    """Return the lower-case words of a key, indices left out: `s3.accessKeys.0` -> `s3`, `access`, `keys`."""
+    return [word for word in re.split(r"[^a-z0-9]+", _CAMEL.sub("_", key).lower()) if word and not word.isdigit()]
+
+
+def _is_strong(words: list[str]) -> bool:
+    pairs = map("".join, zip(words, words[1:], strict=False))
+    return bool(_STRONG.intersection([*words, *pairs])) or any(word.endswith(_ENDINGS) for word in words)
+
+
 def is_secret_key(key: str) -> bool:
     """Return whether a (dotted) key is that of a secret.
 
-    It is if its last part has a word such as password, secret, token or credential, is `key`, or is a compound such as
-    `access_key`. Indices of lists (`tokens.0`) are ignored.
+    It is if its last part has a word such as password, secret or credential, ends with token, pass, auth or pat, is
+    `key`, or is a compound such as `access_key`; also if a part above has a word such as password. Parts are split at
+    `_`, `-`, spaces and capitals; case and indices of lists (`token.0`) are ignored.
     """
-    last = next((part for part in reversed(re.split(r"[./]", key)) if not part.isdigit()), "")
-    words = [word for word in _WORDS.split(_CAMEL.sub("_", last).lower()) if word]
-    if not words:
+    parts = [words for part in re.split(r"[./]", key) if (words := _words(part))]
+    if not parts:
         return False
-    if _SECRET_WORDS.intersection(words) or words == ["key"]:
+    last = parts[-1]
+    if last[-1] in _QUALITIES:
+        return False
+    if any(map(_is_strong, parts)) or last == ["key"]:
         return True
-    return any(word == "key" and before in _KEY_KINDS for before, word in zip(words, words[1:], strict=False))
+    if last[-1] in ("value", "text", "string") and len(last) > 1:
+        last = last[:-1]
+    return last[-1] in _LAST and (last[-1] != "token" or len(last) == 1 or last[-2] not in _SYMBOLS)
 
 
 def redact_text(text: str) -> str:
-    """Mask secrets in a text: `user:password@` in URLs, signed query arguments, and token formats of known services."""
-    return _HEADERS.sub(MASK, _without_formats(text))
+    """Mask the secrets in a text.
 
-
-def holds_secret(text: str) -> bool:
-    """Return whether prose, such as a file with comments, has what `redact_text` masks.
-
-    Words after Basic and Bearer are ignored, because they occur in prose.
+    They are passwords in URLs, arguments of signed queries, values of secret keys (`key=value`, `key: value`,
+    `--key value`, JSON), `Bearer` and `Basic` headers, and the token formats of known services.
     """
-    return _without_formats(text) != text
+    text = _QUERY.sub(_without_signature, _without_logins(_PRIVATE_KEY.sub(MASK, text)))
+    return _FORMATS.sub(MASK, _AUTH_HEADER.sub(_without_header, _without_assigned(text)))
 
 
-def _without_formats(text: str) -> str:
-    text = _URL_USER.sub(rf"\g<scheme>{MASK}@", text)
-    text = _QUERY.sub(rf"\g<name>{MASK}", text)
-    return _FORMATS.sub(MASK, text)
+def contains_secret(text: str) -> bool:
+    """Return whether a text has what `redact_text` masks."""
+    return redact_text(text) != text
+
+
+def _without_logins(text: str) -> str:
+    """Mask `user:password@` and `token@` after `scheme://`; the password may contain `/ ? # @ :` and spaces."""
+    done, place = "", 0
+    while found := _SCHEME.search(text, place):
+        start, quote = found.end(), text[found.start() - 1 : found.start()]
+        end = _closing(text, start, quote) if quote in ("'", '"') else _LINE.match(text, start).end()  # type: ignore[union-attr]
+        following = _NEXT_URL.search(text, start, end)
+        length = _login_length(text[start : following.start()]) if following else 0
+        length = length or _login_length(text[start:end])
+        done += text[place:start] + (MASK + "@" if length else "")
+        place = start + length
+    return done + text[place:]
+
+
+def _closing(text: str, start: int, quote: str) -> int:
+    """Return the position of the closing quote, that of the end if there is none; backslashes escape."""
+    while start < len(text) and text[start] != quote:
+        start += 2 if text[start] == "\\" else 1
+    return min(start, len(text))
+
+
+def _login_length(body: str) -> int:
+    """Return the length of `user:password@` at the start of what follows `scheme://`, 0 if there is none."""
+    login, authority = _LOGIN.match(body), _AUTHORITY.match(body)
+    if login is None or not login["colon"]:
+        return authority.end() if authority else 0
+    # A port may be followed by an @ later on the line: "http://head:8265, or ssh me@head".
+    if authority is None and _PORT.fullmatch(body[login.end() : body.rfind("@") + 1]):
+        return 0
+    return body.rfind("@") + 1
+
+
+def _without_signature(found: re.Match[str]) -> str:
+    name = found["name"]
+    secret = is_secret_key(name) or not _SIGNED.isdisjoint(_words(name))
+    return f"{found['lead']}{name}={MASK}" if secret and not _is_plain(found["value"]) else found[0]
+
+
+def _is_plain(value: str) -> bool:
+    """Return whether a value under a secret's key is no secret: empty, a switch, a small number, a reference."""
+    return bool(_ORDINARY.fullmatch(value) or _REFERENCE.fullmatch(value))
+
+
+def _without_assigned(text: str) -> str:
+    done, place = "", 0
+    for found in _ASSIGNED.finditer(text):
+        if found.start() < place or not _names_secret(found):
+            continue
+        begin, end = _value(text, found)
+        value = text[begin:end]
+        if _is_plain(value) or _is_plain(value.rstrip(",;)}].")) or _MASKED.match(value):
+            continue
+        done += text[place:begin] + MASK
+        place = end
+    return done + text[place:]
+
+
+def _names_secret(found: re.Match[str]) -> bool:
+    """Return whether an assignment in a text is one to a secret's key; after a space it is one to an option only."""
+    key, option, by_space = found["key"], found["dashes"], found["sep"].isspace()
+    if (by_space and not option) or key.lower() == "key":
+        return False
+    named = option and key == "secret" and _NAME.match(found.string, found.end())
+    return is_secret_key(key) and not named
+
+
+def _value(text: str, found: re.Match[str]) -> tuple[int, int]:
+    """Return the span of the value of an assignment."""
+    lead = _VALUE.match(text, found.end())
+    assert lead is not None, "each of its parts is optional"
+    begin = lead.end()
+    if lead["open"]:
+        quote = lead["open"][-1]
+        if len(lead["open"]) == 1:
+            return begin, _closing(text, begin, quote)
+        close = re.compile(r"(?<!\\)" + re.escape(lead["open"])).search(text, begin)
+        return begin, close.start() if close else len(text)
+    before = text[found.start() - 1 : found.start()]
+    if not found["quote"] and before and before in "'\"":
+        return begin, _closing(text, begin, before)
+    separator = found["sep"]
+    if not lead["got"] and separator.strip() != "=" and _PROSE.match(text, begin):
+        return begin, begin
+    if separator.isspace() and text.startswith("--", begin):
+        return begin, begin
+    spaced = separator.strip() == ":" and separator != ":" or separator.endswith((" ", "\t")) and "=" in separator
+    if not spaced:
+        pattern = _WORD
+    elif not lead["got"] and _LINE_START.fullmatch(text, text.rfind("\n", 0, found.start()) + 1, found.start()):
+        pattern = _LINE
+    else:
+        pattern = _CLAUSE
+    rest = pattern.match(text, begin)
+    return begin, rest.end() if rest else begin
+
+
+def _without_header(found: re.Match[str]) -> str:
+    kind, value = found["kind"], found["value"].rstrip(".")
+    secret = _is_basic(value) if kind.lower() == "basic" else len(value) >= 6 and value.lower() not in _SPOKEN
+    return f"{kind}{found['space']}{MASK}" if secret else found[0]
+
+
+def _is_basic(value: str) -> bool:
+    """Return whether a word is `user:password` in base64."""
+    try:
+        return b":" in base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        return False
 
 
 def redact_value(key: str, value: Any) -> Any:
-    """Return a value that is safe to show. References, numbers, booleans and None stay; containers are traversed.
+    """Return a value that is safe to show. References, booleans, None and ordinary numbers stay.
 
-    In storage options, `$NAME` is a reference to a variable (`perceiver.storage`).
+    Containers are traversed. In storage options, any `$name` is a reference to a variable (`perceiver.storage`);
+    elsewhere `$NAME` in capitals and `${name}` are.
     """
     if isinstance(value, Mapping):
-        return {k: redact_value(f"{key}.{k}", v) for k, v in value.items()}
+        return {redact_text(str(k)): redact_value(f"{key}.{k}" if key else str(k), v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [redact_value(key, item) for item in value]
-    if value is None or isinstance(value, bool | int | float):
+        items = list(value)
+        return [_redact_item(key, before, item) for before, item in zip([None, *items], items, strict=False)]
+    if value is None or isinstance(value, bool):
         return value
     text = value if isinstance(value, str) else str(value)
-    if is_reference(text) or ("storage_options" in key.split(".") and _VARIABLE.fullmatch(text)):
+    if is_reference(text):
+        return redact_text(text)
+    if "storage_options" in key.split(".") and _VARIABLE.fullmatch(text):
         return text
-    return MASK if text and is_secret_key(key) else redact_text(text)
+    if is_secret_key(key):
+        return value if _is_plain(text) else MASK
+    return value if isinstance(value, int | float) else redact_text(text)
+
+
+def _redact_item(key: str, before: Any, item: Any) -> Any:
+    """Redact an item of a list, which may be the value of an option before it: `["--password", "..."]`."""
+    option = isinstance(before, str) and before.startswith("-") and "=" not in before and is_secret_key(before)
+    return redact_value(before if option and isinstance(item, str) else key, item)
+
+
+def secret_keys(tree: Any, key: str = "") -> Iterator[str]:
+    """Yield the dotted key of each value that redaction masks."""
+    for (name, value), (shown, redacted) in zip(leaves(tree, key), leaves(redact_value(key, tree), key), strict=False):
+        if name != shown or str(value) != str(redacted):
+            yield shown
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -21,7 +20,7 @@ from perceiver.config import Config, Location, Real, UserError
 from perceiver.storage import write_whole
 from perceiver.tracking.mlflow_process import ask
 from perceiver.tracking.record import HISTORY, LOG, NOTES, RUN, LineWriter, unsent
-from perceiver.tracking.redaction import flatten, redact, redact_text, resolve
+from perceiver.tracking.redaction import flatten, redact, redact_text, resolve, server_address
 from perceiver.tracking.tracker import NullTracker, RecordTracker, Status, Tracker
 
 log = logging.getLogger(__name__)
@@ -64,18 +63,10 @@ class TrackingConfig(Config):
         """Return the URI or reference to use for a run whose output folder is `output`.
 
         Raises:
-            UserError: MLflow has no store for the scheme, or a reference cannot be resolved.
+            UserError: MLflow has no store for the scheme, the URL is malformed, or a reference cannot be resolved.
         """
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(output.absolute() / "mlflow.db")
-        try:
-            port = urlsplit(resolve(uri)).port
-        except ValueError:  # its message would quote a part of the URI, which may be a password
-            port = -1
-        if port in (-1, 0):
-            raise UserError(
-                "tracking.uri (or MLFLOW_TRACKING_URI): the host or the port cannot be parsed; wanted "
-                "SCHEME://HOST:PORT with a port from 1 to 65535, special characters of a password percent-encoded"
-            )
+        server_address(resolve(uri), "tracking.uri (or MLFLOW_TRACKING_URI)")
         scheme = resolve(uri).partition(":")[0].partition("+")[0]
         if scheme not in SCHEMES:
             raise UserError(

@@ -1,9 +1,15 @@
 """Helpers of several sources: options, lists of files, units of items, seeds."""
 
+import gzip
 import hashlib
+import io
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import stat
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
@@ -21,6 +27,15 @@ SPLIT_NAMES = {
 }
 """Splits by their names in file and folder names."""
 
+MAX_FILE = 512 << 20
+"""Largest file, or member of a tar, in bytes, that is read as a whole: a sample, or a list of labels."""
+MAX_HEADER = 1 << 20
+MAX_CLASSES = 1_000_000
+IN_PARTS = (".tar", ".gz", ".tgz", ".parquet", ".txt", ".jsonl", ".h5", ".hdf5")
+"""Endings of files that are read in parts and may be larger than `MAX_FILE`."""
+TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, zlib.error)
+"""What reading a damaged tar may raise."""
+
 
 def source_folder(name: str, src: str | None, wanted: str) -> Folder:
     """Open the source folder that the user gave, or raise `UserError`."""
@@ -33,9 +48,97 @@ def source_folder(name: str, src: str | None, wanted: str) -> Folder:
 
 
 def find_files(folder: Folder, suffixes: tuple[str, ...]) -> list[str]:
-    """Return all files below a folder with one of these (lower-case) endings, relative to it and sorted."""
-    root = folder.path.rstrip("/") + "/"
-    return sorted(path[len(root) :] for path in folder.fs.find(folder.path) if path.lower().endswith(suffixes))
+    """Return all files below a folder with one of these (lower-case) endings, relative to it and sorted.
+
+    Raises:
+        UserError: one of them is a FIFO, a socket or a device, which could be read for ever, or too large.
+    """
+    root, names = folder.path.rstrip("/") + "/", []
+    for path, facts in folder.fs.find(folder.path, detail=True).items():
+        if not path.lower().endswith(suffixes):
+            continue
+        special = _special(path) if folder.local and facts.get("type") != "file" else ""
+        if special:
+            raise UserError(f"{path} is a {special}: wanted a regular file; move it away")
+        if (facts.get("size") or 0) > MAX_FILE and not path.lower().endswith(IN_PARTS):
+            raise UserError(f"{path} has {facts['size']:,} bytes, more than {MAX_FILE:,}: move it away")
+        names.append(path[len(root) :])
+    return sorted(names)
+
+
+def _special(path: str) -> str:
+    """Return the kind of a local file that is not a regular one, links followed; empty for regular and missing ones."""
+    kinds = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+    try:
+        return kinds.get(stat.S_IFMT(Path(path).stat().st_mode), "")
+    except OSError:
+        return ""
+
+
+class TarBytes:
+    """The bytes of a tar, decompressed, for `tarfile`; a header that would fill the memory is an error.
+
+    Args:
+        stream: the file, plain or with gzip.
+        forward: it is read forwards, without seeking, as a compressed one always is.
+
+    Attributes:
+        forward: as above.
+        allowed: bytes that may be read until this is set again if it is read forwards, else those of one call.
+    """
+
+    def __init__(self, stream: Any, forward: bool) -> None:
+        self.compressed = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        self._stream: Any = gzip.GzipFile(fileobj=stream) if self.compressed else stream
+        self.forward = forward or self.compressed
+        self.seek, self.tell, self.seekable = self._stream.seek, self._stream.tell, self._stream.seekable
+        self.allowed = MAX_HEADER
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes."""
+        if size > self.allowed:
+            raise tarfile.ReadError(f"a header of more than {MAX_HEADER} bytes")
+        found = self._stream.read(size)
+        self.allowed -= len(found) if self.forward else 0
+        return found
+
+
+def tar_members(stream: BinaryIO | Any, *, forward: bool = False) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the members of a tar, and the archive to extract the member from before the next one is taken.
+
+    Args:
+        stream: the file, plain or with gzip.
+        forward: read without seeking, and raise `EOFError` if the end of the archive is missing.
+
+    Raises:
+        one of `TAR_ERRORS`: the tar is damaged.
+    """
+    content: Any = TarBytes(stream, forward)
+    with tarfile.open(fileobj=content, mode="r|" if content.forward else "r:") as archive:
+        for member in archive:
+            content.allowed = max(0, member.size) + MAX_HEADER
+            yield archive, member
+        if forward and not content.compressed and stream.seek(0, io.SEEK_END) < archive.offset + tarfile.BLOCKSIZE:
+            raise EOFError("no end of the archive")
+
+
+def numbered_classes(largest: int, where: str) -> list[str]:
+    """Return the names "0", "1", ... of classes that are known by numbers only.
+
+    Args:
+        largest: the largest label; -1 without labels.
+        where: the labels, for the error.
+
+    Raises:
+        UserError: there are more than `MAX_CLASSES`.
+    """
+    if largest >= MAX_CLASSES:
+        raise UserError(
+            f"{where}: got the label {largest}, wanted class numbers below {MAX_CLASSES}: number the classes from 0, "
+            "or give --option classes=NAME,..."
+        )
+    return [str(label) for label in range(largest + 1)]
 
 
 def split_of(name: str) -> str:

@@ -5,7 +5,7 @@ import numpy as np
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, first_line
-from pipelines.sources._common import find_files
+from pipelines.sources._common import MAX_FILE, find_files, numbered_classes
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import Points, decode_points
 
@@ -34,7 +34,7 @@ def find_rows(folder: Folder) -> tuple[list[str], dict[str, list[Row]]] | None:
         splits["test" if "test" in name.rsplit("/", 1)[-1].lower() else "train"] += rows
     labels = sorted({label for rows in splits.values() for _, label in rows})
     lists = find_files(folder, (NAMES,))
-    names = folder.read_text(lists[0]).split() if lists else [str(label) for label in range(labels[-1] + 1)]
+    names = folder.read_text(lists[0]).split() if lists else numbered_classes(labels[-1], f"{folder.url}: {ARRAYS[1]}")
     if not 0 <= labels[0] <= labels[-1] < len(names):
         raise UserError(
             f"{folder.url}/{lists[0]} names {len(names)} classes, the files have labels {labels[0]} to"
@@ -52,7 +52,12 @@ def _labels(folder: Folder, name: str) -> list[int]:
                     f"{folder.url}/{name} has the arrays {', '.join(file) or 'none'}: wanted"
                     f" {' and '.join(ARRAYS)} of shapes (n, points, 3) and (n, 1)"
                 )
-            shape, labels = data.shape, np.asarray(label[()]).ravel()
+            shape = data.shape
+            sizes = {"label": label.nbytes, "a row of data": data.nbytes // max(1, shape[0] if shape else 1)}
+            for what, size in sizes.items():
+                if size > MAX_FILE:
+                    raise UserError(f"{folder.url}/{name}: {what} has {size:,} bytes, more than {MAX_FILE:,}")
+            labels = np.asarray(label[()]).ravel()
     except OSError as error:
         raise UserError(f"{folder.url}/{name} is not a readable HDF5 file: {first_line(error, 80)}") from error
     if len(shape) != 3 or shape[2] < 3 or shape[0] != labels.size or labels.dtype.kind not in "ui":

@@ -7,14 +7,13 @@ with `SRC/test/CLASS/...` (also `val`, `validation`), whose splits are kept. Fil
 import random
 from collections.abc import Iterator, Mapping
 
-from PIL import Image
-
 from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, share, shuffled_units, source_folder
-from pipelines.transforms.decode import upright_size
+from pipelines.transforms import BadSample
+from pipelines.transforms.decode import open_image, upright_size
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = {"train": "train", "test": "test", "val": "val", "validation": "val"}
@@ -92,10 +91,10 @@ def _probe(folder: Folder, members: list[Labelled], options: Mapping[str, str]) 
     sizes, modes = set(), set()
     for name, _ in members:
         try:
-            with folder.fs.open(folder.file(name), "rb") as stream, Image.open(stream) as image:
+            with folder.fs.open(folder.file(name), "rb") as stream, open_image(stream) as image:
                 sizes.add(upright_size(image))
                 modes.add(image.mode)
-        except (OSError, Image.DecompressionBombError):
+        except (OSError, BadSample):
             continue
     found = channels(options, "1" if modes <= {"L", "1"} and modes else "3")
     return ImageFeature(channels=found, size=sizes.pop() if len(sizes) == 1 else None)

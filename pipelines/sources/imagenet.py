@@ -16,7 +16,7 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import find_files, shuffled_units, source_folder
+from pipelines.sources._common import MAX_FILE, TAR_ERRORS, find_files, shuffled_units, source_folder, tar_members
 
 SYNSET = re.compile(r"n\d{8}")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}")
@@ -55,6 +55,9 @@ class ImageNet:
         """Read the unit's images unchanged."""
         folder = open_folder(unit.content["src"])
         for key, name, offset, size, label in unit.content["items"]:
+            if size > MAX_FILE:
+                yield Rejected(key, f"{size} bytes, more than {MAX_FILE}")
+                continue
             try:
                 part = {} if size < 0 else {"start": offset, "end": offset + size}
                 yield {"key": key, "image": folder.fs.cat_file(folder.file(name), **part), "label": label}
@@ -101,27 +104,26 @@ def find_val(folder: Folder, names: list[str]) -> Iterator[ImageLocation]:
 def _members(folder: Folder, name: str) -> list[tarfile.TarInfo]:
     """Return the plain files of a tar."""
     try:
-        with folder.fs.open(folder.file(name), "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            return [member for member in archive.getmembers() if member.isfile()]
-    except tarfile.TarError as error:
+        with folder.fs.open(folder.file(name), "rb") as stream:
+            return [member for _, member in tar_members(stream) if member.isfile()]
+    except TAR_ERRORS as error:
         raise UserError(f"{folder.url}/{name} is truncated or not a tar ({error}): download it again") from error
 
 
 def _train_tar(folder: Folder, name: str) -> Iterator[ImageLocation]:
     """Yield the images of a tar of tars, by their offset in the outer one."""
-    with folder.fs.open(folder.file(name), "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as outer:
-        for member in outer:
+    with folder.fs.open(folder.file(name), "rb") as stream:
+        for outer, member in tar_members(stream):
             synset = member.name.rsplit("/", 1)[-1].removesuffix(".tar")
             inside = outer.extractfile(member) if member.isfile() and SYNSET.fullmatch(synset) else None
             if inside is None:
                 continue
             try:
-                with tarfile.open(fileobj=inside, mode="r:") as inner:
-                    for image in inner:
-                        if image.isfile():
-                            offset = member.offset_data + image.offset_data
-                            yield f"train/{synset}/{image.name}", name, offset, image.size, synset
-            except tarfile.TarError as error:
+                for _, image in tar_members(inside):
+                    if image.isfile():
+                        offset = member.offset_data + image.offset_data
+                        yield f"train/{synset}/{image.name}", name, offset, image.size, synset
+            except TAR_ERRORS as error:
                 where = f"{member.name} in {folder.url}/{name}"
                 raise UserError(f"{where} is truncated or not a tar ({error}): download it again") from error
 

@@ -7,6 +7,7 @@ HDF5 files `*train*.h5` and `*test*.h5`, as in `modelnet40_ply_hdf5_2048` (`_hdf
 """
 
 import io
+import math
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -73,13 +74,27 @@ def read_points(name: str, encoded: bytes, count: int, seed: int) -> Points:
         raise BadSample("0 bytes")
     try:
         if suffix == "npy":
-            values = np.load(io.BytesIO(encoded), allow_pickle=False)
+            values = _read_npy(encoded)
         else:
             values = np.loadtxt(io.BytesIO(encoded), delimiter="," if b"," in encoded[:256] else None, ndmin=2)
         points = np.ascontiguousarray(values[:, :3], "<f4")
-    except (ValueError, IndexError, TypeError) as error:
+    except (ValueError, IndexError, TypeError, OverflowError) as error:
         raise BadSample(f"no rows of x, y, z: {first_line(error, 80)}") from error
     return decode_points(points.tobytes())
+
+
+def _read_npy(encoded: bytes) -> Any:
+    """Return the array of numbers in a .npy file, or raise `ValueError`; memory is allocated for what is there only."""
+    stream = io.BytesIO(encoded)
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the .npy format")
+    shape, columns_first, kind = readers[version](stream)
+    content = memoryview(encoded)[stream.tell() :]
+    if kind.kind not in "fiu" or len(shape) != 2 or math.prod(shape) * kind.itemsize != len(content):
+        raise ValueError(f"{shape} x {kind} in the header, {len(content)} bytes follow")
+    return np.frombuffer(content, kind).reshape(shape, order="F" if columns_first else "C")
 
 
 def find_objects(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:

@@ -18,9 +18,13 @@ from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import ImageFeature, LabelFeature, TextFeature
 from pipelines.shards.parquet import row_key
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, channels, find_files, source_folder, split_of
+from pipelines.sources._common import base_name, channels, find_files, numbered_classes, source_folder, split_of
 
 OPTIONS = ("image", "text", "label", "classes", "channels")
+
+MAX_ROWS = 10_000_000
+MAX_BYTES = 4 << 30
+"""Limits of a row group, which is read as a whole."""
 
 GroupLocation = tuple[str, int, int]
 """A file relative to the source folder, a row group, and its rows."""
@@ -164,7 +168,7 @@ def class_names(
     if not all(isinstance(label, str) for label in found):
         if min(found) < 0:
             raise UserError(f"label {min(found)} in column {columns['label']}: wanted 0, 1, 2, ... or strings")
-        return [str(number) for number in range(max(found) + 1)]
+        return numbered_classes(max(found), f"{folder.url}: column {columns['label']}")
     return sorted(found)
 
 
@@ -173,7 +177,14 @@ def _units(folder: Folder, files: list[str], seed: int, shard_rows: int) -> Iter
     places: list[GroupLocation] = []
     for name in files:
         facts = _metadata(folder, name)
-        places += [(name, group, facts.row_group(group).num_rows) for group in range(facts.num_row_groups)]
+        for number in range(facts.num_row_groups):
+            group = facts.row_group(number)
+            if not 0 <= group.num_rows <= MAX_ROWS or group.total_byte_size > MAX_BYTES:
+                raise UserError(
+                    f"{folder.url}/{name}: row group {number} has {group.num_rows:,} rows and "
+                    f"{group.total_byte_size:,} bytes, wanted up to {MAX_ROWS:,} and {MAX_BYTES:,}"
+                )
+            places.append((name, number, group.num_rows))
     random.Random(seed).shuffle(places)
     unit: list[GroupLocation] = []
     rows = 0

@@ -143,7 +143,8 @@ def documents(stream: BinaryIO, start: int, stop: int, by: str) -> Iterator[tupl
     # The start of the file counts as the end of a line.
     before = b"\n" * (start <= 3) + stream.read(start - stream.tell())
     if not before.endswith(b"\n"):
-        before += stream.readline()  # a range may begin within an empty line, between its \r and \n
+        # A range may begin within an empty line, between its \r and \n.
+        before = (before + _rest_of_line(stream))[-3:]
     fresh = not start or by == "line" or before.endswith((b"\n\n", b"\n\r\n"))
     begin, lines, kept = start, [], 0
     while line := stream.readline(LONGEST + 1):
@@ -162,6 +163,16 @@ def documents(stream: BinaryIO, start: int, stop: int, by: str) -> Iterator[tupl
             lines, kept, fresh = [], 0, True
     if lines:
         yield begin, b"".join(lines)
+
+
+def _rest_of_line(stream: BinaryIO) -> bytes:
+    """Read to the end of the line; return its last bytes."""
+    last = b""
+    while part := stream.readline(LONGEST):
+        last = (last + part)[-3:]
+        if part.endswith(b"\n"):
+            break
+    return last
 
 
 def decode(key: str, raw: bytes, column: str) -> str:

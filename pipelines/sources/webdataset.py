@@ -20,7 +20,18 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, TextFeature, VideoFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, channels, find_files, shuffled_units, source_folder, split_of
+from pipelines.sources._common import (
+    MAX_FILE,
+    TAR_ERRORS,
+    base_name,
+    channels,
+    find_files,
+    numbered_classes,
+    shuffled_units,
+    source_folder,
+    split_of,
+    tar_members,
+)
 
 KINDS = {
     "image": ("jpg", "jpeg", "png", "webp"),
@@ -33,7 +44,7 @@ KIND_OF = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffix
 LABELS = KINDS["label"]
 PICKLES = ("pkl", "pickle", "pyd", "pt", "pth", "joblib", "dill")
 """Suffixes that other readers of this format unpickle."""
-MAX_MEMBER = 1 << 30
+MAX_LABEL = 1 << 20
 OPTIONS = ("classes", "label", "channels")
 PROBE = 256
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")
@@ -95,8 +106,8 @@ class WebDataset:
 def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
     """Yield the members of a tar in order; unsafe ones and the place of damage as `Rejected`."""
     try:
-        with folder.fs.open(folder.file(name), "rb") as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
-            for member in archive:
+        with folder.fs.open(folder.file(name), "rb") as stream:
+            for archive, member in tar_members(stream, forward=True):
                 if member.isdir():
                     continue
                 reason = unsafe(member)
@@ -108,9 +119,7 @@ def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
                 assert inside is not None, "a regular file"
                 place = member.name[: len(member.name) - len(suffix) - 1] if suffix else base
                 yield Member(place, suffix.lower().rsplit(".", 1)[-1], inside.read())
-            if name.endswith(".tar") and folder.fs.size(folder.file(name)) < archive.offset + tarfile.BLOCKSIZE:
-                raise EOFError("no end of the archive")
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except TAR_ERRORS as error:
         yield Rejected("", f"a damaged tar, read up to the damage: {first_line(error, 80)}")
 
 
@@ -124,7 +133,8 @@ def unsafe(member: tarfile.TarInfo) -> str:
         return "a link" if member.islnk() or member.issym() else "a device or another special file"
     if member.name.lower().rsplit(".", 1)[-1] in PICKLES:
         return "a pickle"
-    return "" if member.size <= MAX_MEMBER else f"a member of {member.size} bytes, more than {MAX_MEMBER}"
+    most = MAX_LABEL if member.name.lower().endswith((".cls", ".json")) else MAX_FILE
+    return "" if member.size <= most else f"a member of {member.size} bytes, more than {most}"
 
 
 def samples_of(found: Iterable[Member | Rejected], layout: "SampleLayout") -> Iterator[Sample | Rejected]:
@@ -240,12 +250,8 @@ def class_names(folder: Folder, names: Iterable[str], labels: str, key: str) -> 
     """Return the names of the classes by the labels of all tars: numbers up to the largest, or the strings in order."""
     found: set[str | int] = set()
     for name in names:
-        with (
-            contextlib.suppress(tarfile.TarError, EOFError),
-            folder.fs.open(folder.file(name), "rb") as stream,
-            tarfile.open(fileobj=stream, mode="r:*") as archive,
-        ):
-            for info in archive:
+        with contextlib.suppress(*TAR_ERRORS), folder.fs.open(folder.file(name), "rb") as stream:
+            for archive, info in tar_members(stream):
                 wanted = info.name.endswith(f".{labels}") and not unsafe(info)
                 inside = archive.extractfile(info) if wanted else None
                 if inside:
@@ -253,7 +259,7 @@ def class_names(folder: Folder, names: Iterable[str], labels: str, key: str) -> 
                         found.add(raw_label(Member("", labels, inside.read()), key))
     words = sorted(label for label in found if isinstance(label, str))
     numbers = [label for label in found if isinstance(label, int) and label >= 0]
-    return words or [str(label) for label in range(max(numbers, default=-1) + 1)]
+    return words or numbered_classes(max(numbers, default=-1), f"{folder.url}: the labels of the samples")
 
 
 source = WebDataset()

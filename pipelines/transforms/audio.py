@@ -25,6 +25,7 @@ Found = NDArray[Any]
 
 FULL_SCALE = 32768
 MOST_RATE = 1_000_000
+MOST_CHANNELS = 32
 MARGIN_S = 0.02
 """Read beyond a clip's ends, so that resampling does not start from silence."""
 UNKNOWN_SIZE = 0xFFFFFFFF
@@ -70,7 +71,7 @@ def open_sound(encoded: bytes, max_seconds: float) -> Sound | None:
     """Read the header; return None if libsndfile does not know the format.
 
     Raises:
-        BadSample: empty, no samples, too long, truncated, or a rate above 1 MHz.
+        BadSample: empty, no samples, too long, truncated, a rate above 1 MHz, or more than 32 channels.
     """
     if not encoded:
         raise BadSample("0 bytes")
@@ -80,12 +81,19 @@ def open_sound(encoded: bytes, max_seconds: float) -> Sound | None:
         return None
     sound = Sound(file, file.samplerate, file.frames, file.channels)
     check_length(sound.seconds if sound.frames < 2**62 else math.inf, max_seconds)
-    if sound.rate > MOST_RATE:
-        raise BadSample(f"{sound.rate} samples per second is more than {MOST_RATE}")
+    check_rate(sound.rate, sound.channels)
     size = int.from_bytes(encoded[4:8], "little")
     if encoded[:4] == b"RIFF" and size != UNKNOWN_SIZE and size + 7 > len(encoded):
         raise BadSample("truncated: the file is shorter than its header states")
     return sound
+
+
+def check_rate(rate: int, channels: int) -> None:
+    """Raise `BadSample` for a rate or a number of channels that would take much memory."""
+    if not 0 < rate <= MOST_RATE or not 0 < channels <= MOST_CHANNELS:
+        raise BadSample(
+            f"{channels} channels at {rate} samples per second: wanted up to {MOST_CHANNELS} at up to {MOST_RATE}"
+        )
 
 
 def check_length(seconds: float, max_seconds: float) -> None:

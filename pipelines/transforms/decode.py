@@ -4,12 +4,14 @@ import io
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL
 
 from perceiver.storage import first_line
 from pipelines.transforms import BadSample
@@ -19,6 +21,10 @@ Picture = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused by their header, before memory is allocated."""
+MAX_BYTES = 512 << 20
+"""Images whose decoding and conversion would take more memory are refused by their header."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats that Pillow may open. Others are refused: for EPS, for example, it would start the program `gs`."""
 EXIF = b"Exif\0\0"
 
 _TURNS: dict[int, Callable[[Picture], Picture]] = {
@@ -32,6 +38,7 @@ _TURNS: dict[int, Callable[[Picture], Picture]] = {
 }
 """Functions that turn a picture upright, by Exif orientation; 1 is upright."""
 SIDEWAYS = (5, 6, 7, 8)
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 
 
@@ -40,13 +47,32 @@ def decode_image(encoded: bytes | memoryview, channels: int, max_pixels: int = M
 
     16-bit grey is scaled to 8 bits, alpha is composited over white, CMYK and palettes are converted.
 
+    Of a file with several pictures the first is decoded.
+
     Raises:
-        BadSample: empty, truncated, not an image, or larger than `max_pixels`.
+        BadSample: empty, truncated, not of `FORMATS`, larger than `max_pixels`, or decoding would take more than
+            `MAX_BYTES`.
     """
     if not encoded:
         raise BadSample("0 bytes")
     picture = _plain_jpeg(encoded, channels, max_pixels)
     return _by_pillow(encoded, channels, max_pixels) if picture is None else picture
+
+
+def open_image(stream: BinaryIO) -> Image.Image:
+    """Open an image of one of `FORMATS`; only its header is read. Every image from outside is opened here.
+
+    Raises:
+        BadSample: the file is none of these, damaged, or announces pictures beyond Pillow's limit.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(stream, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"more than {MAX_PIXELS} pixels") from error
+    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files (struct, Value, Syntax, ...).
+        raise BadSample(f"undecodable image: {_reason(error)}") from error
 
 
 def to_image(picture: Picture) -> Image.Image:
@@ -76,7 +102,12 @@ def _plain_jpeg(encoded: bytes | memoryview, channels: int, max_pixels: int) -> 
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
         pixels, exif = int(height) * int(width), _exif(encoded)
         grey = colours == "Gray"
-        if exif is None or not (grey or channels == 3 and colours in ("YCbCr", "RGB")) or pixels > max_pixels:
+        if (
+            exif is None
+            or not (grey or channels == 3 and colours in ("YCbCr", "RGB"))
+            or pixels > max_pixels
+            or pixels * channels > MAX_BYTES
+        ):
             return None
         picture = simplejpeg.decode_jpeg(encoded, "GRAY" if channels == 1 else "RGB")
     except ValueError:
@@ -122,20 +153,44 @@ def _loaded(exif: bytes) -> Image.Exif:
 
 
 def _by_pillow(encoded: bytes | memoryview, channels: int, max_pixels: int) -> Picture:
+    image = open_image(io.BytesIO(encoded))
+    pixels, size = image.width * image.height, f"{image.width}x{image.height}"
+    if pixels > max_pixels:
+        raise BadSample(f"{size} is more than {max_pixels} pixels")
     try:
+        if _memory(image, channels) > MAX_BYTES:
+            raise BadSample(f"decoding {size} pixels of mode {image.mode} takes more than {MAX_BYTES >> 20} MiB")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(encoded))
-            if image.width * image.height > max_pixels:
-                raise BadSample(f"{image.width}x{image.height} is more than {max_pixels} pixels")
             image.load()
     except BadSample:
         raise
-    except Image.DecompressionBombError as error:
-        raise BadSample(f"more than {max_pixels} pixels") from error
-    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files (struct, Value, Syntax, ...).
+    except Exception as error:  # as in `open_image`
         raise BadSample(f"undecodable image: {_reason(error)}") from error
     return _upright(to_picture(_mode(image, "L" if channels == 1 else "RGB")), _turned(image))
+
+
+def _memory(image: Image.Image, channels: int) -> int:
+    """Return about how many bytes decoding takes at most: Pillow's pixels, those of conversions, and two copies.
+
+    A tile of a TIFF may be larger than its image.
+    """
+    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    if image.mode == ("L" if channels == 1 else "RGB"):
+        converted = 2 * channels
+    elif image.mode.startswith("I") or image.mode == "F":
+        converted = 10
+    else:
+        converted = max(12 if _has_alpha(image) else 0, (1 if channels == 1 else 4) + 2 * channels)
+    stored += 8 if image.format == "WEBP" else 0  # its decoder has two canvases of its own
+    tags = getattr(image, "tag_v2", {})
+    width, height, samples = (int(tags.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH, SAMPLESPERPIXEL))
+    tile = width * height * max(samples, 1) * -(-max(tags.get(BITSPERSAMPLE, (8,))) // 8)
+    return image.width * image.height * (stored + converted) + tile
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
 def _turned(image: Image.Image) -> int:
@@ -153,10 +208,12 @@ def _mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == mode:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, np.float64)
+        pixels = np.array(image, np.float32)
         top = 65535.0 if pixels.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((pixels.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
-    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        pixels.clip(0, top, out=pixels)
+        pixels *= np.float32(255.0 / top)
+        image = Image.fromarray(pixels.round(out=pixels).astype(np.uint8))
+    elif _has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)

@@ -1,6 +1,7 @@
 """Media containers (MP4, Matroska, WebM, AVI, ...) through FFmpeg: header, frames at given times, sound of a clip.
 
-Only known containers are opened, and only from memory: a playlist cannot make FFmpeg read a file or an address.
+Only known containers are opened, only from memory and with no protocol allowed: neither a playlist nor a reference in
+a container makes FFmpeg read a file or an address.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from perceiver.storage import first_line
 from pipelines.transforms import BadSample
-from pipelines.transforms.audio import MARGIN_S, MOST_RATE, AudioViewConfig, Samples, check_length, finish, source_span
+from pipelines.transforms.audio import MARGIN_S, AudioViewConfig, Samples, check_length, check_rate, finish, source_span
 from pipelines.transforms.decode import Picture
 
 FORMATS = (
@@ -26,6 +27,7 @@ FORMATS = (
 SHORT_S = 0.25
 """A stream may end this much plus a fiftieth of its length before the end in the header."""
 SETTLE_S = 0.1
+PROBED_PIXELS = 7680 * 4320
 
 T = TypeVar("T")
 
@@ -62,12 +64,13 @@ def open_media(encoded: bytes, *, video: bool, audio: bool, max_seconds: float, 
         max_pixels: larger frames are refused.
 
     Raises:
-        BadSample: empty, not a media file, a missing stream, too long, too large frames, or a rate above 1 MHz.
+        BadSample: empty, not a media file, a missing stream, too long, too large frames, a rate above 1 MHz, or more
+            than 32 channels.
     """
     if not encoded:
         raise BadSample("0 bytes")
     with _damage():
-        container = _open(encoded)
+        container = _open(encoded, max_pixels)
         streams = [_stream(container, kind) for kind, wanted in (("video", video), ("audio", audio)) if wanted]
         starts = [float(stream.start_time * stream.time_base) for stream in streams if stream.start_time is not None]
         seconds = min(_seconds(container, stream, encoded) for stream in streams)
@@ -75,27 +78,32 @@ def open_media(encoded: bytes, *, video: bool, audio: bool, max_seconds: float, 
         facts: dict[str, Any] = {}
         for stream in streams:
             stream.codec_context.thread_count = 1
+            if stream.type == "video":  # also of frames that are larger than the header's
+                stream.codec_context.options = {"max_pixels": str(max_pixels)}
             facts |= _pictures(stream, max_pixels) if stream.type == "video" else _sounds(stream)
         return Media(container, seconds, min(starts, default=0.0), **facts)
 
 
-def _open(encoded: bytes) -> Any:
+def _open(encoded: bytes, max_pixels: int = 0) -> Any:
+    """Open a container. FFmpeg decodes the first frames for that, but none of more than 8K."""
+    probed = str(max(max_pixels, PROBED_PIXELS))
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none", "max_pixels": probed}
     # PyAV 19 takes titles of any encoding and has no such argument; before, one that was not UTF-8 was an error.
     lenient: Any = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
-    return av.open(io.BytesIO(encoded), options={"format_whitelist": FORMATS}, **lenient)
+    return av.open(io.BytesIO(encoded), options=options, **lenient)
 
 
 def _pictures(stream: Any, max_pixels: int) -> dict[str, Any]:
     height, width = stream.codec_context.height, stream.codec_context.width
     if not 0 < height * width <= max_pixels:
-        raise BadSample(f"frames of {width}x{height} are not 1 to {max_pixels} pixels")
+        size = f"{width}x{height}" if height * width else "an unreadable size"
+        raise BadSample(f"frames of {size} are not 1 to {max_pixels} pixels")
     return {"height": height, "width": width, "fps": float(stream.average_rate or 0)}
 
 
 def _sounds(stream: Any) -> dict[str, Any]:
     rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
-    if not 0 < rate <= MOST_RATE or channels < 1:
-        raise BadSample(f"{channels} channels at {rate} samples per second")
+    check_rate(rate, channels)
     return {"rate": rate, "channels": channels}
 
 

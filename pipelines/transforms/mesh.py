@@ -13,8 +13,8 @@ from pipelines.transforms.points import Points
 if TYPE_CHECKING:
     from trimesh import Trimesh
 
-MAX_MESH_BYTES = 256 << 20
-"""Larger files are refused."""
+MAX_MESH_BYTES = 64 << 20
+"""Larger files are refused; reading one takes about thirty times as much memory."""
 MAX_VERTICES = 5_000_000
 """Larger meshes are refused by their header, where the format has one."""
 COUNTS = re.compile(rb"\s*C?OFF\s*(?:#[^\n]*\n\s*)*(\d+)\s+(\d+)")

@@ -1,6 +1,5 @@
 """The end of a search: best recipe, report, last MLflow entries, and the commands to continue."""
 
-import json
 import logging
 import platform
 import shlex
@@ -13,8 +12,8 @@ import yaml
 
 from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import EXIT_STOPPED
-from cluster.record.run_folder import redacted_recipe
-from perceiver.tracking.redaction import redact_text
+from perceiver.tracking.printable import say_json
+from perceiver.tracking.redaction import redact, redact_text
 from tune.config import Search
 from tune.record import DONE, SearchRecord, TrialRecord
 from tune.report.numbers import duration, figures, verdict, workers
@@ -36,7 +35,7 @@ def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
     if best:
         _say_results(launch, best, recipe, report, outcome.get("handle"))
     if launch.start.as_json:
-        print(json.dumps(_facts(launch, status, best, recipe, report, outcome)))
+        say_json(_facts(launch, status, best, recipe, report, outcome))
     return say_ending(launch, status, outcome)
 
 
@@ -87,7 +86,7 @@ def best_recipe(search: Search, trial: TrialRecord, record: SearchRecord, where:
         lines.append(
             "# These are its last values. Before, it had other values and other trials' weights: see the report."
         )
-    return "\n".join(lines) + "\n" + yaml.safe_dump(redacted_recipe(tree), sort_keys=False)
+    return "\n".join(lines) + "\n" + yaml.safe_dump(redact(tree), sort_keys=False)
 
 
 def _write_best(launch: "SearchLaunch", best: TrialRecord) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.run.console import LineConsole
+from perceiver.tracking.printable import safe_line
 from tune.record import SearchRecord, TrialRecord
 from tune.report.numbers import duration, figure, figures, short_keys, value_text, values_text
 
@@ -79,16 +80,18 @@ class SearchConsole(LineConsole):
         table = Table(box=None, pad_edge=False, header_style="dim")
         what = ["row"] if named else short_keys(keys)
         for column in ("trial", "status", *what, "epoch", *self.record.metrics, "samples/s", "time"):
-            table.add_column(column, justify="left" if column in ("status", "row") else "right", no_wrap=True)
+            table.add_column(
+                Text(safe_line(column)), justify="left" if column in ("status", "row") else "right", no_wrap=True
+            )
         ranked = {trial.number: rank for rank, trial in enumerate(self.record.ranked())}
         trials = sorted(
             self.record.trials, key=lambda t: (t.status != "running", ranked.get(t.number, len(ranked)), t.number)
         )
         for trial in trials[:ROWS_SHOWN]:
-            table.add_row(*self._cells(trial, keys), style=STYLES.get(trial.status))
+            table.add_row(*(Text(safe_line(cell)) for cell in self._cells(trial, keys)), style=STYLES.get(trial.status))
         if len(trials) > ROWS_SHOWN:
             table.caption = f"and {len(trials) - ROWS_SHOWN} more"
-        return Group(Text(self.summary()), table)
+        return Group(Text(safe_line(self.summary())), table)
 
     def _cells(self, trial: TrialRecord, keys: list[str]) -> list[str]:
         event = self._progress.get(trial.number, {}) if trial.status == "running" else {}

@@ -9,6 +9,7 @@ import fsspec
 import numpy as np
 
 from cluster.record.run_folder import RunFolder, run_names
+from perceiver.tracking.printable import say
 from tune.config import Asha, Search
 from tune.record import load_record
 from tune.report.numbers import duration, values_text, workers
@@ -34,17 +35,17 @@ def say_plan(search: Search, checker: Checker, slots: Slots, known: list[Values]
     config, recipe = search.config, search.recipe
     total = len(known) if known is not None else config.trials
     steps, epoch_steps = checker.total_steps({})
-    print(
+    say(
         f"{config.name}: {total} trials of {recipe.name}, search {config.search.kind}, "
         f"scheduler {config.scheduler.kind}"
     )
-    print(f"one trial: {steps:,} steps of {recipe.train.global_batch} samples ({steps / epoch_steps:.4g} epochs)")
+    say(f"one trial: {steps:,} steps of {recipe.train.global_batch} samples ({steps / epoch_steps:.4g} epochs)")
     if isinstance(config.scheduler, Asha):
         ladder = ", ".join(f"{rung:.4g}" for rung in config.scheduler.rungs(steps / epoch_steps))
-        print(f"rungs at epoch {ladder}: 1 in {config.scheduler.reduction:g} continues")
+        say(f"rungs at epoch {ladder}: 1 in {config.scheduler.reduction:g} continues")
     say_resources(search, slots)
     samples = steps * recipe.train.global_batch
-    print(say_estimate(estimate(search, slots, samples, total)))
+    say(say_estimate(estimate(search, slots, samples, total)))
     _say_trials(search, known, total)
 
 
@@ -57,7 +58,7 @@ def say_resources(search: Search, slots: Slots) -> None:
         if recipe.cluster.gpus_per_worker
         else ""
     )
-    print(
+    say(
         f"{slots.concurrency} trials at a time, each {workers(recipe)} ({where}) with data tasks "
         f"on {slots.share.cpus:.4g} CPUs{gpus}"
     )
@@ -65,16 +66,16 @@ def say_resources(search: Search, slots: Slots) -> None:
 
 def _say_trials(search: Search, known: list[Values] | None, total: int) -> None:
     if known is None:
-        print("the trials depend on the results; random examples:")
+        say("the trials depend on the results; random examples:")
         draw = RandomDraw(search.config.seed)
         trials = [sample(search.config.space, search.resolved, draw) for _ in range(min(3, total))]
     else:
         trials = known
     for index, values in enumerate(trials[:SHOWN]):
         base = "  (the base recipe)" if index == 0 and known is not None and search.config.with_baseline else ""
-        print(f"  trial {index}  " + values_text(values) + base)
+        say(f"  trial {index}  " + values_text(values) + base)
     if len(trials) > SHOWN:
-        print(f"  and {len(trials) - SHOWN} more")
+        say(f"  and {len(trials) - SHOWN} more")
 
 
 @dataclass(frozen=True)

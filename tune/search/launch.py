@@ -14,12 +14,13 @@ import yaml
 from cluster.recipe.placement import Node, connected_nodes
 from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import one_line
-from cluster.record.run_folder import RunFolder, choose_run, redacted_recipe
+from cluster.record.run_folder import RunFolder, choose_run
 from cluster.run.driver import Fit
 from cluster.run.monitor import ActorMonitor
 from cluster.runtime.local import RaySession, start_ray
 from cluster.runtime.session import Tracked, log_file, raise_on_signal, ray_and_mlflow, stop_on_signal
 from perceiver.config import UserError
+from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
 from perceiver.yaml_reader import parse_yaml
 from tune.config import OptunaSearch, Search, build_search
@@ -153,8 +154,8 @@ def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
     search = plan.search
     wanted = {
         "search": search.config.model_dump(mode="json"),
-        "base": redacted_recipe(search.recipe.model_dump(mode="json")),
-        "rows": redacted_recipe(plan.rows),
+        "base": redact(search.recipe.model_dump(mode="json")),
+        "rows": redact(plan.rows),
     }
     before = parse_yaml(folder.read("search.yaml") or "{}", folder.location("search.yaml")) if resume else {}
     check_same_rows(folder, list(before.get("rows", {})), list(plan.rows))

@@ -22,12 +22,13 @@ import ray.tune
 
 from cluster.recipe.config import build_recipe
 from cluster.recipe.preflight import data_facts
-from cluster.record.run_folder import RunFolder, redacted_recipe
+from cluster.record.run_folder import RunFolder
 from cluster.run.driver import POLLED, Fit
 from cluster.run.metrics import RunMetrics, ray_export
 from cluster.run.monitor import ActorClient, ActorMonitor, Event, LocalMonitor, Monitor
 from cluster.run.trainer import Share, build_local_trainer, build_trainer
 from perceiver.config import UserError
+from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, promise_run, reconcile
 from pipelines.feed.ingest import load_data
 from tune.record import number_of, trial_name
@@ -147,7 +148,7 @@ class TrialTraining:
         self._since = time.monotonic()
         manifest = load_data(self.recipe.data)
         self.samples = manifest.split(self.recipe.data.train_split).samples
-        tree = redacted_recipe(self.recipe.model_dump(mode="json"))
+        tree = redact(self.recipe.model_dump(mode="json"))
         self.folder.write("recipe.yaml", json.dumps(tree, indent=1))  # JSON is YAML
         self.folder.note(values=self.values, status="running", data=data_facts(manifest))
         self.handle = self._handle()

@@ -1,6 +1,5 @@
 """The driver of a table: its rows are the trials of a search, and their results the table."""
 
-import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from cluster.recipe.file import apply_override, read_tree
 from perceiver.accounting import account
 from perceiver.config import UserError
+from perceiver.tracking.printable import say, say_json
 from tune.config import Search, build_search
 from tune.report.numbers import workers
 from tune.search.checks import Checker
@@ -179,18 +179,18 @@ def _check_data(checker: Checker, rows: TableRun) -> None:
 
 def _say_plan(rows: TableRun, plan: SearchPlan, costs: Mapping[str, Cost]) -> None:
     config = rows.table.config
-    print(f"{config.title} ({config.source}), {rows.scale} scale: {rows.common.data}")
+    say(f"{config.title} ({config.source}), {rows.scale} scale: {rows.common.data}")
     say_resources(plan.search, plan.slots)
     steps = {row.name: plan.checker.total_steps(rows.values(row))[0] for row in rows.run}
     samples = plan.search.recipe.train.global_batch * sum(steps.values()) / len(steps)
-    print(say_estimate(estimate(plan.search, plan.slots, samples, plan.total)))
+    say(say_estimate(estimate(plan.search, plan.slots, samples, plan.total)))
     seeds = f"{rows.seeds} seed{'s' * (rows.seeds > 1)}"
-    print(f"{plan.total} trials: {len(rows.run)} rows with {seeds} each")
+    say(f"{plan.total} trials: {len(rows.run)} rows with {seeds} each")
     head = ("row", "paper", "steps", "parameters", "FLOPs")
     lines = [cells(result) for result in results(config, rows.scale, [], costs)]
     told = [f"{steps[row.name]:,}" if row.name in steps else NOT_RUN for row in config.rows]
     for line in aligned(head, [(c[0], c[1], told[i], c[4], c[5]) for i, c in enumerate(lines)]):
-        print(line)
+        say(line)
 
 
 def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: TableRun, costs: Mapping[str, Cost]) -> int:
@@ -214,7 +214,7 @@ def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: TableRun, cos
             say(f"{one.verdict}: {one.claim.text} ({one.reason})")
     say(f"table       {folder.location('table.html')} (.md, .json)")
     if launch.start.as_json:
-        print(json.dumps({"status": status, "table": folder.location("table.json"), "error": outcome.get("error")}))
+        say_json({"status": status, "table": folder.location("table.json"), "error": outcome.get("error")})
     return say_ending(launch, status, outcome)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from perceiver.report import figures
 from perceiver.report.page import render
+from perceiver.tracking.printable import markdown_text
 from perceiver.tracking.redaction import MASK, is_secret_key, redact_text
 from tune.report.numbers import duration
 from tune.tables.config import Scale, ScaleName, TableConfig
@@ -118,24 +119,20 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def markdown(report: TableReport) -> str:
     """Return the table, the claims and the facts as Markdown."""
     lines = [
-        f"## {report.table.title} ({report.scale} scale)",
+        f"## {markdown_text(report.table.title)} ({report.scale} scale)",
         "",
         f"| {' | '.join(HEAD)} |",
         "|---" + "|---:" * 6 + "|",
     ]
-    lines += [f"| {' | '.join(_plain(text) for text in cells(result))} |" for result in report.found]
+    lines += [f"| {' | '.join(map(markdown_text, cells(result)))} |" for result in report.found]
     if report.judged:
         lines += ["", "| claim of the paper | here | |", "|---|---|---|"]
-        lines += [f"| {_plain(j.claim.text)} | {j.verdict} | {_plain(j.reason)} |" for j in report.judged]
-    lines += ["", *(f"- {caption}: {text}" for caption, text in report.facts.items())]
-    lines += [f"- {note}" for note in notes(report.found)]
+        lines += [f"| {markdown_text(j.claim.text)} | {j.verdict} | {markdown_text(j.reason)} |" for j in report.judged]
+    lines += ["", *(f"- {caption}: {markdown_text(text)}" for caption, text in report.facts.items())]
+    lines += [f"- {markdown_text(note)}" for note in notes(report.found)]
     if report.table.open:
-        lines += ["", f"{OPEN}:", "", *(f"- {line}" for line in report.table.open)]
+        lines += ["", f"{OPEN}:", "", *(f"- {markdown_text(line)}" for line in report.table.open)]
     return "\n".join(lines) + "\n"
-
-
-def _plain(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def write_json(report: TableReport) -> str:

@@ -223,6 +223,10 @@ def test_a_secret_value_is_refused(settings: Settings, tmp_path: Path) -> None:
         read_recipe_file(RECIPE, ["data.storage_options.secret=hunter2hunter2"])
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(Path(RECIPE).read_text().replace("url: data/digits", "url: s3://me:hunter2hunter2@host/digits"))
+    machines = tmp_path / "machines.yaml"
+    machines.write_text("train: {cpus: 4, memory_gb: 8}\nslurm: {setup: export HF_TOKEN=hunter2hunter2}\n")
+    with pytest.raises(UserError, match=r"machines\.yaml: slurm\.setup .*secret"):
+        read_settings(machines)
     with pytest.raises(UserError, match=r"mine\.yaml: data\.url .*secret"):
         files("kuberay", read_recipe_file(str(recipe), SHARED), settings)
 

@@ -1,13 +1,27 @@
 """What is secret is masked, what is not stays."""
 
+import base64
+import json
+from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
-from perceiver.tracking.redaction import MASK, Unshown, flatten, holds_secret, leaves, redact, redact_text, resolve
+from perceiver.tracking.redaction import (
+    MASK,
+    Unshown,
+    contains_secret,
+    flatten,
+    leaves,
+    redact,
+    redact_text,
+    resolve,
+    secret_keys,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +88,8 @@ def test_leaves_are_found_in_lists_of_mappings() -> None:
 
 
 def test_prose_is_no_secret_but_what_it_quotes_may_be() -> None:
-    assert not holds_secret("# Basic settings; the Bearer of news; https://host/x; env:TOKEN")
-    assert holds_secret("# once: https://me:hunter2@host") and not holds_secret(f"# https://{MASK}@host")
+    assert not contains_secret("# Basic settings; the Bearer of news; https://host/x; env:TOKEN")
+    assert contains_secret("# once: https://me:hunter2@host") and not contains_secret(f"# https://{MASK}@host")
 
 
 WORDS = st.text("abc", min_size=1)
@@ -103,3 +117,138 @@ def test_an_unshown_value_is_in_no_text_of_it() -> None:
     shown = {"mlflow": Unshown({"uri": "http://me:hunter2@mlflow"})}
     assert shown["mlflow"].value["uri"] == "http://me:hunter2@mlflow"
     assert "hunter2" not in f"{shown} {shown['mlflow']}"
+
+
+PIECE = st.from_regex(r"[a-z][A-Za-z0-9]{7,14}", fullmatch=True)
+"""A part of a secret that is looked for in the output; not all digits, which a text may contain anyway."""
+KEYS = (
+    ["password", "passwd", "pwd", "pass", "passcode", "passphrase", "dsn", "auth", "cookie", "pat", "db_pass", "secret"]
+    + ["connection_string", "connectionString", "CONNECTION-STRING", "token", "api_key", "API-Key", "apiKey", "HFToken"]
+    + ["credential", "credentials", "private_key", "privateKey", "AWS_SECRET_ACCESS_KEY", "client-secret", "GITHUB_PAT"]
+)
+TEXTS = [
+    "{key}={secret}",
+    "export {key}={secret}",
+    "{key}: {secret}",
+    "  - {key}: {secret}",
+    "{key} = {secret}",
+    "run --{key} {secret} --next 3",
+    "run --{key}={secret} --next 3",
+    '{{"n": 1, "{key}": "{secret}"}}',
+    "{{'{key}': '{secret}', 'n': 1}}",
+    r"{{\"{key}\": \"{secret}\"}}",
+    "error: data.storage_options.{key}: got '{secret}', wanted a reference",
+    "error: data.storage_options.{key}: got {secret}, wanted a reference",
+    "see {key}: {secret}, and more",
+    "https://host/path?x=1&{key}={secret}&y=2",
+]
+FORMATS = [
+    ("ghp_", 36), ("gho_", 36), ("github_pat_", 40), ("glpat-", 20), ("hf_", 34), ("npm_", 36), ("AIza", 35),
+    ("sk-", 40), ("xoxb-", 24), ("xoxp-", 24),
+]  # fmt: skip
+
+
+@given(st.sampled_from(KEYS), st.sampled_from(TEXTS), PIECE)
+def test_a_random_value_of_a_secret_key_is_masked_in_every_form(key: str, form: str, secret: str) -> None:
+    text = form.format(key=key, secret=secret)
+    assert secret not in redact_text(text) and contains_secret(text)
+    assert redact_text(redact_text(text)) == redact_text(text)
+    assert secret not in redact_text(f"before\n{text}\nafter")
+
+
+@given(
+    st.sampled_from(["http", "https", "s3", "postgresql+psycopg2", "REDIS"]),
+    st.lists(PIECE, min_size=1, max_size=4),
+    st.lists(st.sampled_from(["/", "?", "#", "@", ":", " ", "%40", "&", "=", "://", "@/", " @ "]), min_size=3),
+    st.sampled_from(["{url}", "uri = {url} is down", '{{"uri": "{url}", "n": 1}}', "at '{url}': a@b", "--uri={url}"]),
+)  # fmt: skip
+def test_a_random_password_in_a_url_is_masked(scheme: str, pieces: list[str], signs: list[str], form: str) -> None:
+    password = "".join(chain(*zip_longest(pieces, signs[: len(pieces) - 1], fillvalue="")))
+    url = f"{scheme}://me:{password}@host:80/path"
+    shown = redact_text(form.format(url=url))
+    assert not any(piece in shown for piece in pieces) and "host:80/path" in shown
+    assert list(secret_keys({"a": [{"b": form.format(url=url)}]})) == ["a.0.b"]
+
+
+@given(st.sampled_from(FORMATS), st.data(), st.sampled_from(["{}", "note {} here", "x={}", '"{}"', "<{}>", "({})."]))
+def test_a_random_token_of_a_known_service_is_masked(kind: tuple[str, int], data: st.DataObject, form: str) -> None:
+    prefix, length = kind
+    body = data.draw(st.text("abcXYZ0189", min_size=length, max_size=length))
+    assert body not in redact_text(form.format(prefix + body))
+
+
+@given(st.sampled_from(["Bearer", "bearer", "BEARER", "Basic", "basic", "BASIC"]), PIECE)
+def test_random_headers_are_masked(kind: str, secret: str) -> None:
+    value = secret if kind.lower() == "bearer" else base64.b64encode(f"me:{secret}".encode()).decode()
+    for form in ("{} {}", "sent Authorization: {} {}", "-H '{} {}'", '{{"Authorization": "{} {}"}}'):
+        assert value not in redact_text(form.format(kind, value))
+
+
+TREES = st.recursive(
+    st.builds(lambda key, secret: ({key: secret}, secret), st.sampled_from(KEYS), PIECE)
+    | st.builds(lambda piece: ({"url": f"s3://u:{piece}@h"}, piece), PIECE)
+    | st.builds(lambda piece: ({f"https://u:{piece}@h": 1}, piece), PIECE)
+    | st.builds(lambda key, piece: (["run", f"--{key}", piece], piece), st.sampled_from(KEYS), PIECE),
+    lambda inner: st.builds(lambda found: ({"a": [1, found[0]]}, found[1]), inner),
+    max_leaves=3,
+)
+
+
+@given(TREES)
+def test_a_random_secret_is_masked_and_refused_at_any_depth(found: tuple[Any, str]) -> None:
+    tree, secret = found
+    shown = redact({"data": tree})
+    assert secret not in repr(shown) and list(secret_keys(tree)) and not list(secret_keys(shown))
+    assert not any(secret in key for key in secret_keys(tree))
+
+
+@given(st.integers(1000, 10**12))
+def test_a_password_of_digits_is_masked(number: int) -> None:
+    assert redact({"db": {"password": number}}) == {"db": {"password": MASK}}
+    assert str(number) not in redact_text(f"password={number}")
+
+
+PLAIN = [
+    "model.num_self_attends_per_block=6", "max_tokens: 512", "tokens=100", "token_length = 2048", "compass: north",
+    "author: someone", "path: /data/x", "pattern=*.jpg", "attention: flash", "passes=3",
+    "--max-tokens 512", "key=a.jpg",
+    "step 30  loss 1.234  accuracy 51.2%  1,234 samples/s", "forward pass: 12.3 ms", "http://localhost:8265/#/jobs",
+    "http://head:8265, or ssh me@head", "s3://bucket/a@b/c", "https://docs.ray.io/en/latest: write to me@example.com",
+    "basic settings", "Basic ResNet-50 block", "the bearer of news", "token: env:HF_TOKEN", "password=$DB_PASSWORD",
+    "--secret MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN: the environment variable is not set", "RAY_AUTH_MODE=token",
+    "set RAY_AUTH_TOKEN_PATH to its file", "loss_per_token: 0.33", "pad_token: [PAD]", "NoCredentialsError: Unable to",
+    "sqlite:////tmp/a@b.db", "git@github.com:a/b.git", "password: ***", "pass its name with --secret NAME", "12:30:01",
+    "sha256:0123456789abcdef0123456789abcdef", "task-classification-of-images-with-perceiver", "authority: us",
+    "model.decoder.token_dim=3000", "secret_name: perceiver-token", "tokenizer: bytes", "password_file: /run/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_plain_texts_are_unchanged(text: str) -> None:
+    assert redact_text(text) == text
+    assert redact({"note": text}) == {"note": text}
+
+
+@given(st.text("abcdef ghijk.,-_/()[]0123456789\n", max_size=200))
+def test_random_prose_is_unchanged(text: str) -> None:
+    assert redact_text(text) == text
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "AKIAIOSFODNN7EXAMPLE",
+        "ASIAIOSFODNN7EXAMPLE",
+        "dapi0123456789abcdef0123456789abcdef",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w5N",
+        "sk_live_0123456789abcdefABCDEF",
+    ],
+)
+def test_tokens_of_a_fixed_form_are_masked(token: str) -> None:
+    assert redact_text(f"x={token}") == f"x={MASK}" and redact_text(f"see {token}.") in (f"see {MASK}.", f"see {MASK}")
+
+
+def test_a_private_key_is_masked_to_its_end() -> None:
+    key = "-----BEGIN RSA PRIVATE KEY-----\nMIIabc\ndef\n-----END RSA PRIVATE KEY-----"
+    assert redact_text(f"private_key: {key}\nnext") == f"private_key: {MASK}\nnext"
+    assert "MII" not in redact_text(json.dumps({"note": key})) and "MII" not in redact_text(key[:45])
