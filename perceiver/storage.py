@@ -81,15 +81,15 @@ def safe_name(name: str) -> str:
     return name
 
 
-def printable(name: str) -> str:
+def check_printable(name: str) -> str:
     """Return a name that a message may show; `ValueError` if it has control characters or is very long."""
     if not name.isprintable() or len(name) > LONGEST_NAME:
         raise ValueError(f"got {name[:80]!r}, wanted a name that can be printed")
     return name
 
 
-Name = Annotated[str, AfterValidator(printable)]
-"""A name in a file from outside, see `printable`."""
+Name = Annotated[str, AfterValidator(check_printable)]
+"""A name in a file from outside, see `check_printable`."""
 FileName = Annotated[str, AfterValidator(safe_name)]
 """The name of a file in a manifest, see `safe_name`."""
 Size = Annotated[int, Field(strict=True, ge=1, lt=1 << 48)]

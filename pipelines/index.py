@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, ReadPolicy, first_line, open_folder
+from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
 from pipelines.prepare import PrepareConfig, Progress, existing, fingerprint
 from pipelines.shards.listing import file_tag, listed
@@ -66,7 +67,7 @@ def index(
         files.setdefault(unit.split, {}).update(dict.fromkeys(name for name, *_ in unit.content["places"]))
     splits = {split: _split(src, sorted(names), columns, listing, progress) for split, names in files.items()}
     manifest = Manifest(
-        name=listing.name,
+        name=safe_line(listing.name),
         features=dict(listing.features),
         classes=listing.classes,
         splits=splits,

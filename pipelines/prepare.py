@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from perceiver.config import Bytes, Config, Count, Probability, Seed, UserError
 from perceiver.storage import Folder, open_folder
+from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
@@ -107,7 +108,7 @@ def prepare(
     splits, rejected = _collect(runner, progress)
     _check_rejected(folder, rejected, sum(split.samples for split in splits.values()), config.max_bad_fraction)
     manifest = Manifest(
-        name=listing.name,
+        name=safe_line(listing.name),
         features=dict(listing.features),
         classes=listing.classes,
         splits=splits,

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from cluster.recipe.resources import ClusterConfig, machine_cpus
-from cluster.runtime.ray_internals import LOOPBACK, loopback_address
+from cluster.runtime.ray_internals import LOOPBACK, loopback_only
 from perceiver.config import UserError
 from perceiver.storage import first_line
 from perceiver.tracking.redaction import redact_text
@@ -135,14 +135,13 @@ def start_ray(config: ClusterConfig) -> RaySession:
         shorten_temporary_folder()
         os.environ[MARK] = mark
         try:
-            with sigterm_blocked():
+            with sigterm_blocked(), loopback_only():
                 context = ray.init(
                     address="local",
                     num_cpus=machine_cpus(),
                     object_store_memory=config.store_mb * 1_000_000,
                     include_dashboard=config.dashboard,
                     dashboard_host=LOOPBACK,
-                    **loopback_address(),
                     **quiet,
                 )
         finally:

@@ -3,12 +3,13 @@
 `PERCEIVER_PUBLIC_API=1` disables all of them; so does a Ray version that has renamed them.
 """
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -83,12 +84,25 @@ def job_client_class() -> Any:
     return Client
 
 
-def loopback_address() -> dict[str, Any]:
-    """Return the argument of `ray.init` that lets all processes of a local Ray instance listen on loopback only.
+@contextlib.contextmanager
+def loopback_only() -> Iterator[None]:
+    """Let the processes of a local Ray instance that is started inside listen on loopback only.
 
-    Without this they listen on all interfaces, the metrics port among them, which asks for no token.
+    Without this they listen on all interfaces, the metrics port among them, which asks for no token. On macOS and
+    Windows it is Ray's default.
     """
-    return {"_node_ip_address": LOOPBACK} if allowed() else {}
+    constants: Any = None
+    with contextlib.suppress(ImportError):
+        constants = importlib.import_module("ray._private.ray_constants") if allowed() else None
+    before = getattr(constants, "ENABLE_RAY_CLUSTER", None)
+    if before is None:
+        yield
+        return
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def quiet_data_progress() -> None:

@@ -112,8 +112,8 @@ def test_data_that_is_missing_or_does_not_fit_fails(tree: dict[str, Any], tmp_pa
 
 def test_an_object_store_larger_than_shared_memory_is_a_warning(tmp_path: Path) -> None:
     assert doctor.check_shared_memory(Setup(shm=tmp_path, cluster=ClusterConfig(object_store_mb=80)))[0] == OK
-    state, found, fix = doctor.check_shared_memory(Setup(shm=tmp_path, cluster=ClusterConfig(object_store_mb=10**9)))
-    assert state == WARN and "cluster.object_store_mb = 1000000000" in found and "--shm-size=1000000100m" in fix
+    state, found, fix = doctor.check_shared_memory(Setup(shm=tmp_path, cluster=ClusterConfig(object_store_mb=10**8)))
+    assert state == WARN and "cluster.object_store_mb = 100000000" in found and "--shm-size=100000100m" in fix
 
 
 @pytest.mark.parametrize(("free", "store"), [(10_000, 800), (500, 450), (64, 800), (0, 800)])

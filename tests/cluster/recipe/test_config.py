@@ -64,7 +64,7 @@ def test_a_missing_section_is_named(tmp_path: Path, tree: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(
     ("override", "part"),
-    [("optim.lr", "'optim.lr'"), ("name.x=1", "'name.x=1'"), ("a={", "'a={'")],
+    [("optim.lr", "'optim.lr'"), ("name.x=1", "'name.x=1'"), ("a={", "override of a:")],
 )
 def test_a_malformed_override_is_named(tmp_path: Path, tree: dict[str, Any], override: str, part: str) -> None:
     assert part in refused(tmp_path, tree, override)

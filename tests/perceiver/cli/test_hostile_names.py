@@ -53,7 +53,7 @@ def prepared(tmp_path: Path) -> Path:
     names = (f"one {ESCAPES}{HARM}", "=2+2")
     splits = {"train": Split(shards=(info,))}
     manifest = Manifest(
-        name=f"data {ESCAPES}{HARM}", features=features, classes=names, splits=splits, rejected=1,
+        name=f"data {HARM}", features=features, classes=names, splits=splits, rejected=1,
         licence=f"free {ESCAPES}", source=SECRET,
     )  # fmt: skip
     save_manifest(manifest, folder)

@@ -159,7 +159,7 @@ def test_a_random_value_of_a_secret_key_is_masked_in_every_form(key: str, form: 
 @given(
     st.sampled_from(["http", "https", "s3", "postgresql+psycopg2", "REDIS"]),
     st.lists(PIECE, min_size=1, max_size=4),
-    st.lists(st.sampled_from(["/", "?", "#", "@", ":", " ", "%40", "&", "=", "://", "@/", " @ "]), min_size=3),
+    st.lists(st.sampled_from(["/", "?", "#", "@", ":", " ", "%40", "&", "=", "@/", " @ "]), min_size=3),
     st.sampled_from(["{url}", "uri = {url} is down", '{{"uri": "{url}", "n": 1}}', "at '{url}': a@b", "--uri={url}"]),
 )  # fmt: skip
 def test_a_random_password_in_a_url_is_masked(scheme: str, pieces: list[str], signs: list[str], form: str) -> None:
