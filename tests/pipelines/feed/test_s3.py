@@ -70,7 +70,7 @@ def batches(data: DataConfig) -> dict:
 
 def test_one_request_a_row_group(both: tuple[DataConfig, DataConfig], s3: FaultyS3) -> None:
     local, away = both
-    data = away.model_copy(update={"cache_bytes": 64 << 20})
+    data = away.model_copy(update={"cache_bytes": 64 << 20, "read": ReadPolicy()})
     manifest = load_manifest(data.url, data.storage_options)
     s3.met.clear()
     rows = joined(list(eval_batches(data, manifest, EvalShare("test", 16), "cpu")))
