@@ -106,9 +106,11 @@ def one_line(error: UserError) -> bool:
 
 
 @pytest.fixture(scope="module")
-def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("fuzz")
-    return build_recipe(small_tree(folder, prepare_images(folder))).model_dump(mode="json")
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(folder)  # a changed `output` may be a relative path, whose folder is made
+        yield build_recipe(small_tree(folder, prepare_images(folder))).model_dump(mode="json")
 
 
 @settings(FUZZ, max_examples=150)
