@@ -95,7 +95,7 @@ Bands = Annotated[int, Field(gt=0, le=4096)]
 """Frequencies of Fourier positions, per axis."""
 Count = Annotated[int, Field(gt=0, le=1_000_000_000)]
 """A number of things of which there is at least one: steps, samples, rows."""
-CountOrNone = Annotated[int, Field(ge=0, le=1_000_000_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
 """A number of things of which there may be none."""
 Bytes = Annotated[int, Field(gt=0, le=1 << 50)]
 """An amount of memory or storage."""

@@ -88,15 +88,15 @@ def check_printable(name: str) -> str:
     return name
 
 
-Name = Annotated[str, AfterValidator(check_printable)]
+PrintableName = Annotated[str, AfterValidator(check_printable)]
 """A name in a file from outside, see `check_printable`."""
 FileName = Annotated[str, AfterValidator(safe_name)]
 """The name of a file in a manifest, see `safe_name`."""
-Size = Annotated[int, Field(strict=True, ge=1, lt=1 << 48)]
+PositiveCount = Annotated[int, Field(strict=True, ge=1, lt=1 << 48)]
 """A number of rows, bytes or elements in a file from outside; sums of them fit into 64 bits."""
-Position = Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]
-"""Like `Size`, or 0."""
-Number = Annotated[float, Field(strict=True)]
+NonNegativeCount = Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]
+"""Like `PositiveCount`, or 0."""
+StrictNumber = Annotated[float, Field(strict=True)]
 """A number in a file from outside, not a text or true or false; it may be NaN."""
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hex."""

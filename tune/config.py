@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.file import explain
-from perceiver.config import Config, Count, CountOrNone, Epochs, Name, Probability, Real, UserError
+from perceiver.config import Config, Count, CountOrZero, Epochs, Name, Probability, Real, UserError
 from tune.space.space import Choice, GridChoice, Space, flatten_space, with_values
 
 KEPT = 4
@@ -88,7 +88,7 @@ class OptunaSearch(Config):
     """Optuna's tree-structured Parzen estimator; several metrics give a Pareto front (`kind: optuna`)."""
 
     kind: Literal["optuna"]
-    startup: CountOrNone = Field(default=5, description="random trials before it learns")
+    startup: CountOrZero = Field(default=5, description="random trials before it learns")
 
 
 class SearchConfig(Config):
@@ -112,7 +112,7 @@ class SearchConfig(Config):
     )
     seed: int = Field(default=0, ge=0, le=1 << 31, description="seed of the draws; training has the recipe's seed")
     concurrency: Count | None = Field(default=None, description="trials at a time; default: as many as fit")
-    max_failures: CountOrNone = Field(default=1, description="restarts of a trial that fails")
+    max_failures: CountOrZero = Field(default=1, description="restarts of a trial that fails")
 
     @field_validator("space", mode="before")
     @classmethod

@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
-from perceiver.storage import Number, Position, Size, invalid_key, parse_json
+from perceiver.storage import NonNegativeCount, PositiveCount, StrictNumber, invalid_key, parse_json
 from tune.config import PARAMETERS, Mode
 from tune.space.space import Values
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed", "unfinished"]
-Amount = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Amount = Annotated[StrictNumber, Field(ge=0, allow_inf_nan=False)]
 DONE: tuple[Status, ...] = ("finished", "stopped", "failed")
 
 FORMAT = 1
@@ -24,17 +24,17 @@ class Evaluation(BaseModel):
 
     model_config = ConfigDict(ser_json_inf_nan="constants")  # A metric may be NaN.
 
-    step: Position
+    step: NonNegativeCount
     epoch: Amount
-    metrics: dict[str, Number]
+    metrics: dict[str, StrictNumber]
     at: Amount = Field(description="seconds since the epoch")
 
 
 class Exchange(BaseModel):
     """A trial continued from another one's checkpoint with other values."""
 
-    donor: Position = Field(description="number of the trial that the weights come from")
-    step: Position = Field(description="of the checkpoint")
+    donor: NonNegativeCount = Field(description="number of the trial that the weights come from")
+    step: NonNegativeCount = Field(description="of the checkpoint")
     values: Values = Field(description="the new values")
 
 
@@ -43,16 +43,16 @@ class TrialRecord(BaseModel):
 
     model_config = ConfigDict(validate_assignment=True)
 
-    number: Position
+    number: NonNegativeCount
     values: Values
     label: str = Field(default="", description="row of a table; else empty")
     status: Status = "waiting"
     reason: str = Field(default="", description="of a failure")
-    parameters: Position = Field(default=0, description="of the model")
-    total_steps: Position = Field(default=0, description="optimizer steps of the whole trial")
+    parameters: NonNegativeCount = Field(default=0, description="of the model")
+    total_steps: NonNegativeCount = Field(default=0, description="optimizer steps of the whole trial")
     evaluations: list[Evaluation] = []
     exchanges: list[Exchange] = []
-    attempts: Position = Field(default=0, description="number of starts")
+    attempts: NonNegativeCount = Field(default=0, description="number of starts")
     seconds: Amount = Field(default=0, description="wall time of training over all attempts")
     samples_per_s: Amount | None = Field(default=None, description="the latest throughput")
     started: Amount | None = None
@@ -80,9 +80,9 @@ class TrialRecord(BaseModel):
 class SearchRecord(BaseModel):
     """All trials of a search, in the order of their numbers."""
 
-    format: Size = FORMAT
+    format: PositiveCount = FORMAT
     metrics: dict[str, Mode] = Field(min_length=1)
-    workers: Size = Field(description="training workers of each trial")
+    workers: PositiveCount = Field(description="training workers of each trial")
     trials: list[TrialRecord] = []
     seconds: Amount = Field(default=0, description="wall time of the search, over all its starts")
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cluster.recipe.config import Recipe
 from cluster.recipe.file import read_yaml_config
-from perceiver.config import Config, Count, CountOrNone, Positive, UserError
+from perceiver.config import Config, Count, CountOrZero, Positive, UserError
 from perceiver.tracking.redaction import contains_secret, leaves
 
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
@@ -21,9 +21,9 @@ class Machine(Config):
 
     cpus: Count = Field(description="logical CPUs")
     memory_gb: Positive = Field(description="memory, in GiB")
-    gpus: CountOrNone = Field(default=0, description="GPUs")
+    gpus: CountOrZero = Field(default=0, description="GPUs")
     shm_gb: Positive = Field(default=8, description="shared memory for Ray's object store, in GiB")
-    min: CountOrNone = Field(default=0, description="smallest number of nodes")
+    min: CountOrZero = Field(default=0, description="smallest number of nodes")
     max: int = Field(default=8, ge=1, le=100_000, description="largest number of nodes")
     aws: str = Field(default="", description="EC2 instance type")
     gcp: str = Field(default="", description="Compute Engine machine type")

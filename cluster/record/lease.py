@@ -21,7 +21,16 @@ import fsspec
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
-from perceiver.storage import NotRegularError, Number, Position, Size, existing_file, is_local, parse_json, write_whole
+from perceiver.storage import (
+    NonNegativeCount,
+    NotRegularError,
+    PositiveCount,
+    StrictNumber,
+    existing_file,
+    is_local,
+    parse_json,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +49,10 @@ class Owner(Config):
     id: str = Field(description="random id of the driver")
     host: str = Field(description="its machine")
     boot: str = Field(description="identifies the machine's last start and its process table, empty if unknown")
-    pid: Size = Field(description="its process")
+    pid: PositiveCount = Field(description="its process")
     began: str = Field(description="start of that process, since process ids are reused")
-    beat: Position = Field(default=0, description="number of renewals")
-    life_s: Number = Field(
+    beat: NonNegativeCount = Field(default=0, description="number of renewals")
+    life_s: StrictNumber = Field(
         default=LIFE_S, gt=0, le=86_400, description="seconds after a renewal at which the lease expires"
     )
 

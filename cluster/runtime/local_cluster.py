@@ -21,7 +21,7 @@ from pydantic import Field
 from cluster.recipe.file import read_yaml_config
 from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
 from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token, marked_processes
-from perceiver.config import Config, CountOrNone, Resource, UserError
+from perceiver.config import Config, CountOrZero, Resource, UserError
 from perceiver.storage import cache_folder, write_whole
 
 MARK = "PERCEIVER_CLUSTER"
@@ -36,8 +36,8 @@ class NodeGroup(Config):
     """Nodes of one kind. Their resources are what Ray's scheduler assumes, not what the machine has."""
 
     count: int = Field(default=1, ge=1, le=1000, description="nodes of this kind")
-    cpus: CountOrNone | None = Field(default=None, description="logical CPUs of each; default: the machine's")
-    gpus: CountOrNone = Field(default=0, description="GPUs of each; they need not exist")
+    cpus: CountOrZero | None = Field(default=None, description="logical CPUs of each; default: the machine's")
+    gpus: CountOrZero = Field(default=0, description="GPUs of each; they need not exist")
     resources: dict[str, Resource] = Field(default={}, description="custom resources of each")
     labels: dict[str, str] = Field(default={}, description="labels of each, such as role: train")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perceiver.config import UserError
-from perceiver.storage import Number, Position, invalid_key, parse_json
+from perceiver.storage import NonNegativeCount, StrictNumber, invalid_key, parse_json
 
 FACTS = "run.json"
 
@@ -34,10 +34,10 @@ class RunFacts(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     name: str | None = None
-    created: Annotated[Number, Field(allow_inf_nan=False)] | None = None
+    created: Annotated[StrictNumber, Field(allow_inf_nan=False)] | None = None
     status: str | None = None
-    step: Position | None = None
-    evaluation: dict[str, Number] | None = None
+    step: NonNegativeCount | None = None
+    evaluation: dict[str, StrictNumber] | None = None
     data: DataFacts | None = None
     licence: str | None = None
     mlflow_run: str | None = None

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from perceiver.config import Config, CountOrNone, Positive, Probability, Real, Scale
+from perceiver.config import Config, CountOrZero, Positive, Probability, Real, Scale
 
 Schedule = Callable[[int], float]
 
@@ -18,7 +18,7 @@ Schedule = Callable[[int], float]
 class _WarmUp(Config):
     """Linear warm-up, available in every schedule: step s of W is multiplied by (s + 1) / W."""
 
-    warmup_steps: CountOrNone = Field(default=0, description="Steps of linear warm-up.")
+    warmup_steps: CountOrZero = Field(default=0, description="Steps of linear warm-up.")
     warmup_fraction: Real = Field(
         default=0.0, ge=0, lt=1, description="Warm-up as a share of all steps, instead of warmup_steps."
     )

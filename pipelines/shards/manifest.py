@@ -14,9 +14,9 @@ from pydantic import Field, ValidationError, model_validator
 from perceiver.config import Config, UserError
 from perceiver.storage import (
     Folder,
-    Name,
-    Position,
-    Size,
+    NonNegativeCount,
+    PositiveCount,
+    PrintableName,
     first_line,
     invalid_key,
     open_folder,
@@ -55,9 +55,9 @@ class BatchInfo(NamedTuple):
         crc32: checksum of the message, continued from that of the columns' names and types (`key string`, ... by line).
     """
 
-    offset: Position
-    length: Size
-    rows: Size
+    offset: NonNegativeCount
+    length: PositiveCount
+    rows: PositiveCount
     crc32: Annotated[int, Field(strict=True, ge=0, lt=1 << 32)]
 
 
@@ -65,16 +65,16 @@ class ShardInfo(Config):
     """One file: a shard, or a Parquet file that was indexed."""
 
     name: str = Field(description="file name, relative to the manifest, or the URL of a file that was indexed")
-    rows: Size = Field(description="samples in it")
-    rows_per_group: Size = Field(description="rows of each row group but the last, which has the rest")
-    bytes: Size = Field(description="size of the file")
+    rows: PositiveCount = Field(description="samples in it")
+    rows_per_group: PositiveCount = Field(description="rows of each row group but the last, which has the rest")
+    bytes: PositiveCount = Field(description="size of the file")
     sha256: str = Field(
         default="",
         pattern="^([0-9a-f]{64})?$",
         description="checksum of the file; empty: indexed without reading all of it",
     )
     tag: str = Field(default="", description="version of an indexed file: the store's ETag, or its modification time")
-    groups: tuple[tuple[Size, Size], ...] = Field(
+    groups: tuple[tuple[PositiveCount, PositiveCount], ...] = Field(
         default=(), description="uneven row groups, as runs of (rows, rows of each group but the last); else empty"
     )
     batches: tuple[BatchInfo, ...] = Field(
@@ -125,7 +125,7 @@ class Split(Config):
     shards: tuple[ShardInfo, ...] = Field(
         min_length=1, description="its files; sample ids run through them in this order"
     )
-    columns: dict[Name, Name] = Field(
+    columns: dict[PrintableName, PrintableName] = Field(
         default={}, description="column of each feature in indexed files, `a.b` for a field of a struct; else empty"
     )
 
@@ -141,15 +141,17 @@ class Split(Config):
 class Manifest(Config):
     """The content of a prepared folder."""
 
-    format_version: Size = Field(default=FORMAT_VERSION, description="version of this layout")
-    name: Name = Field(description="name of the data set")
-    features: dict[Name, Feature] = Field(min_length=1, description="the parts of a sample, by batch key")
+    format_version: PositiveCount = Field(default=FORMAT_VERSION, description="version of this layout")
+    name: PrintableName = Field(description="name of the data set")
+    features: dict[PrintableName, Feature] = Field(min_length=1, description="the parts of a sample, by batch key")
     classes: tuple[str, ...] = Field(default=(), description="class names; a label is an index into them")
-    splits: dict[Name, Split] = Field(min_length=1, description="the parts, by name")
+    splits: dict[PrintableName, Split] = Field(min_length=1, description="the parts, by name")
     licence: str = Field(description="terms of use of the data")
     source: str = Field(description="origin of the data")
     fingerprint: str = Field(default="", description="hash of source and options of `prepare`: recognises a rerun")
-    rejected: Position = Field(default=0, description="raw items left out, listed in quarantine.parquet next to this")
+    rejected: NonNegativeCount = Field(
+        default=0, description="raw items left out, listed in quarantine.parquet next to this"
+    )
 
     @model_validator(mode="after")
     def _shards_are_of_these_features(self) -> "Manifest":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from perceiver.config import UserError
 from perceiver.optim.partition import Layouts, state_of
-from perceiver.storage import Name, Position, Size, first_line, invalid_key, parse_json
+from perceiver.storage import NonNegativeCount, PositiveCount, PrintableName, first_line, invalid_key, parse_json
 
 _HEADER = "engine.json"
 _FORMAT = 1
@@ -32,17 +32,17 @@ class Header(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    format: Size
+    format: PositiveCount
     writers: Annotated[int, Field(strict=True, ge=1, le=1 << 20, description="number of shards")]
-    optim: Name = Field(default="", description="kind of the optimizer")
-    shapes: dict[Name, list[Position]] = Field(description="shape of each tensor of the model")
+    optim: PrintableName = Field(default="", description="kind of the optimizer")
+    shapes: dict[PrintableName, list[NonNegativeCount]] = Field(description="shape of each tensor of the model")
 
 
 class _Entry(BaseModel):
     """The index of one flat tensor of a shard: (parameter, its first element, place in the tensor, elements)."""
 
-    step: Position
-    pieces: list[tuple[Name, Position, Position, Position]]
+    step: NonNegativeCount
+    pieces: list[tuple[PrintableName, NonNegativeCount, NonNegativeCount, NonNegativeCount]]
 
 
 _INDEX = TypeAdapter(list[_Entry])

@@ -31,11 +31,11 @@ from perceiver.config import Config, UserError
 from perceiver.storage import (
     Checksum,
     FileName,
-    Name,
+    NonNegativeCount,
     NotRegularError,
-    Number,
-    Position,
-    Size,
+    PositiveCount,
+    PrintableName,
+    StrictNumber,
     cache_folder,
     entry_names,
     existing_file,
@@ -57,7 +57,7 @@ HISTORY = "history.jsonl"
 class FileEntry(Config):
     """One file of a checkpoint."""
 
-    bytes: Position
+    bytes: NonNegativeCount
     sha256: Checksum
 
 
@@ -66,17 +66,19 @@ class CheckpointManifest(Config):
 
     model_config = ConfigDict(ser_json_inf_nan="constants")  # A metric may be NaN.
 
-    format: Size = Field(default=FORMAT, description="version of this layout")
-    step: Position = Field(description="number of optimizer steps")
-    samples: Position = Field(description="training samples consumed: the position in the sample plan")
-    world: Size = Field(description="number of workers")
+    format: PositiveCount = Field(default=FORMAT, description="version of this layout")
+    step: NonNegativeCount = Field(description="number of optimizer steps")
+    samples: NonNegativeCount = Field(description="training samples consumed: the position in the sample plan")
+    world: PositiveCount = Field(description="number of workers")
     engine: dict[str, Any] = Field(description="kind of engine and its ZeRO stage")
-    parameters: dict[Name, list[Size]] = Field(description="name and shape of each parameter")
+    parameters: dict[PrintableName, list[PositiveCount]] = Field(description="name and shape of each parameter")
     recipe: dict[str, Any] = Field(description="the resolved recipe, secrets redacted")
     versions: dict[str, str] = Field(description="versions of the libraries")
-    metrics: dict[Name, Number] = Field(default={}, description="metrics of this step and of its evaluation, if any")
-    number: Position = Field(default=0, description="number of earlier checkpoints of the run")
-    created: Number = Field(allow_inf_nan=False, description="seconds since the epoch")
+    metrics: dict[PrintableName, StrictNumber] = Field(
+        default={}, description="metrics of this step and of its evaluation, if any"
+    )
+    number: NonNegativeCount = Field(default=0, description="number of earlier checkpoints of the run")
+    created: StrictNumber = Field(allow_inf_nan=False, description="seconds since the epoch")
     files: dict[FileName, FileEntry] = Field(description="files in the folder")
 
 
@@ -84,9 +86,9 @@ class HistoryRow(BaseModel):
     """A line of the history: metrics by name."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Number]
+    __pydantic_extra__: dict[str, StrictNumber]
 
-    step: Position
+    step: NonNegativeCount
 
 
 @dataclass(frozen=True)
