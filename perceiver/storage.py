@@ -15,6 +15,7 @@ import stat
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"key {twice[:80]!r} appears twice")
         return found
 

@@ -232,6 +232,9 @@ def named_files(tree: Mapping[str, Any]) -> list[str]:
     """
     section = tree.get("deepspeed")
     file = section.get("config") if isinstance(section, Mapping) else None
-    if not isinstance(file, str) or Path(file).is_absolute() or "://" in file or not Path(file).is_file():
-        return []
-    return [file]
+    return [file] if isinstance(file, str) and is_named_file(file) else []
+
+
+def is_named_file(file: str) -> bool:
+    """Return whether a text is the relative path of a file here."""
+    return not Path(file).is_absolute() and "://" not in file and Path(file).is_file()

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from cluster.jobs.package import named_files, path_in_package
+from cluster.jobs.package import is_named_file, path_in_package
 from cluster.recipe.config import Recipe
 from cluster.recipe.placement import Node
 from cluster.runtime.local_cluster import running_cluster
@@ -86,7 +86,7 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _is_packaged(file: str) -> bool:
     """Return whether a file is part of the package, at the path that the recipe names."""
-    return file in named_files({"deepspeed": {"config": file}}) and path_in_package(file) == os.path.normpath(file)
+    return is_named_file(file) and path_in_package(file) == os.path.normpath(file)
 
 
 def tracking_note(recipe: Recipe, here: bool, known: Collection[str]) -> str:

@@ -241,15 +241,22 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 tracker.close("finished")
             return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
     except Exception as error:
-        if not isinstance(error, UserError) and (stepped.is_set() or not is_final(error)):
+        reason = refusal_reason(error, me.rank, stepped.is_set())
+        if not reason:
             raise
-        reason = str(error)
-        if not isinstance(error, UserError):
-            log.exception("worker %d failed before the first step", me.rank)
-            reason = f"worker {me.rank} failed before the first step, and would fail again: {one_line(error)}"
         monitor.send("refused", {"error": reason}, urgent=True)
         monitor.flush()
         return {"status": "refused", "error": reason}
+
+
+def refusal_reason(error: Exception, rank: int, stepped: bool) -> str:
+    """Return why a restart of the workers would fail in the same way; empty if it may not."""
+    if isinstance(error, UserError):
+        return str(error)
+    if stepped or not is_final(error):
+        return ""
+    log.error("worker %d failed before the first step", rank, exc_info=error)
+    return f"worker {rank} failed before the first step, and would fail again: {one_line(error)}"
 
 
 def find_rank(runs: int) -> WorkerRank:

@@ -44,6 +44,9 @@ QUIET_ENVIRONMENT = {
 }
 
 
+QUIET_INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+"""Arguments of `ray.init`: Ray's logs stay in its files."""
+
 MARK = "PERCEIVER_RAY"
 """Environment variable that identifies all processes of a local Ray instance."""
 
@@ -118,53 +121,54 @@ def start_ray(config: ClusterConfig) -> RaySession:
     Raises:
         UserError: the address does not answer.
     """
-    import ray
-
-    context: Any
-    processes: list[psutil.Process] = []
-    agents: list[psutil.Process] = []
-    mark = secrets.token_hex(4)
     address = config.resolved_address()
     if address is not None or config.dashboard:
         # The dashboard's Train page reads what this actor collects.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if address is None:
-        if os.environ.get("RAY_AUTH_MODE") != "disabled":  # by default Ray requires a token
-            make_token()
-        shorten_temporary_folder()
-        os.environ[MARK] = mark
-        try:
-            with sigterm_blocked(), loopback_only():
-                context = ray.init(
-                    address="local",
-                    num_cpus=machine_cpus(),
-                    object_store_memory=config.store_mb * 1_000_000,
-                    include_dashboard=config.dashboard,
-                    dashboard_host=LOOPBACK,
-                    **quiet,
-                )
-        finally:
-            del os.environ[MARK]
-        processes = [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]
-        agents = [child for each in processes for child in each.children()]
-    else:
-        check_reachable(address)
-        try:
-            with sigterm_blocked():
-                context = ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = redact_text(first_line(error))
-            raise UserError(
-                f"no Ray cluster answers at {redact_text(address)} ({reason}): check cluster.address or RAY_ADDRESS"
-            ) from None
-    shown = address is not None or config.dashboard
+    return _start_instance(config) if address is None else _connect(address)
+
+
+def _connect(address: str) -> RaySession:
+    import ray
+
+    check_reachable(address)
+    try:
+        with sigterm_blocked():
+            context: Any = ray.init(address=address, **QUIET_INIT)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = redact_text(first_line(error))
+        raise UserError(
+            f"no Ray cluster answers at {redact_text(address)} ({reason}): check cluster.address or RAY_ADDRESS"
+        ) from None
+    return RaySession(False, str(context.address_info.get("session_dir") or ""), context.dashboard_url or "")
+
+
+def _start_instance(config: ClusterConfig) -> RaySession:
+    import ray
+
+    if os.environ.get("RAY_AUTH_MODE") != "disabled":  # by default Ray requires a token
+        make_token()
+    shorten_temporary_folder()
+    os.environ[MARK] = mark = secrets.token_hex(4)
+    try:
+        with sigterm_blocked(), loopback_only():
+            context: Any = ray.init(
+                address="local",
+                num_cpus=machine_cpus(),
+                object_store_memory=config.store_mb * 1_000_000,
+                include_dashboard=config.dashboard,
+                dashboard_host=LOOPBACK,
+                **QUIET_INIT,
+            )
+    finally:
+        del os.environ[MARK]
+    processes = [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]
     return RaySession(
-        own=address is None,
+        own=True,
         folder=str(context.address_info.get("session_dir") or ""),
-        dashboard=(context.dashboard_url or "") if shown else "",
+        dashboard=(context.dashboard_url or "") if config.dashboard else "",
         processes=tuple(processes),
-        agents=tuple(agents),
+        agents=tuple(child for each in processes for child in each.children()),
         mark=mark,
     )
 
@@ -222,8 +226,8 @@ def shorten_temporary_folder() -> None:
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(os.fsencode(folder)) <= LONGEST_TEMPORARY:
         return
-    if os.environ.get("RAY_TMPDIR") or not os.access("/tmp", os.W_OK):
-        name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    if name == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK):
         raise UserError(
             f"{name}={folder} has {len(os.fsencode(folder))} bytes, which makes the names of Ray's sockets too long: "
             f"set RAY_TMPDIR to a folder of at most {LONGEST_TEMPORARY} bytes"

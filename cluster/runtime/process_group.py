@@ -1,6 +1,7 @@
 """The process group of a run's workers: NCCL or Gloo, at the nodes' addresses in Ray, on one machine on loopback."""
 
 import os
+import shutil
 import socket
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import ray.util
 from ray.train.torch import TorchConfig
 
 from cluster.recipe.resources import ClusterConfig
+from cluster.runtime.ray_internals import LOOPBACK
 
 
 def use_node_interface() -> None:
@@ -22,14 +24,14 @@ def use_node_interface() -> None:
 
     By default Gloo uses the address that the host's name resolves to, which on many machines (Debian's /etc/hosts) is
     127.0.1.1: workers on different machines then do not find each other. If no interface has the node's address,
-    nothing is set. NCCL's own choice is left alone but on one machine, where it is loopback, too.
+    nothing is set. NCCL chooses for itself, except on one machine, where it uses loopback too.
     """
     here = ray.util.get_node_ip_address()
     families = (socket.AF_INET, socket.AF_INET6)
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.family in families and each.address == here for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            if here == "127.0.0.1":
+            if here == LOOPBACK:
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
             return
 
@@ -57,15 +59,26 @@ class NodeAddressBackend(TorchConfig().backend_cls):
 
 
 class LoopbackBackend(NodeAddressBackend):
-    """Ray Train's backend for torch on one machine: the workers meet at a file, since torch's TCPStore listens on all
-    interfaces and asks for no password.
+    """Ray Train's backend for torch on one machine, where the workers meet at a file.
+
+    A TCPStore of torch would listen on all interfaces and ask for no password.
     """
+
+    _folder = ""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Start the process group. Ray calls this in the controller, at each start of the workers with a new file."""
         worker_group.execute(use_node_interface)
-        path = str(Path(tempfile.mkdtemp(prefix="perceiver-"), "rendezvous"))
+        self._folder = tempfile.mkdtemp(prefix="perceiver-")
+        path = str(Path(self._folder, "rendezvous"))
         worker_group.execute(join_by_file, path, str(backend_config.backend), backend_config.timeout_s)
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """End the process group, and remove the folder of its file."""
+        try:
+            super().on_shutdown(worker_group, backend_config)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @dataclass

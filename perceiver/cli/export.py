@@ -113,13 +113,11 @@ def _put(folder: Path, target: str) -> None:
     try:
         listed = f"{path}/{LIST}"
         written = parse_json(fs.cat_file(existing_file(fs, path, LIST)), listed) if fs.exists(listed) else {}
+        if not isinstance(written, dict):
+            raise UserError(f"--to {target}: has {LIST}, which export did not write there: choose another folder")
         for name in files:
-            place = f"{path}/{name}"
-            if fs.exists(place) and (
-                not isinstance(written, dict)
-                or name not in written
-                or file_sha256(existing_file(fs, path, name), fs) != written[name]
-            ):
+            known = written.get(name)
+            if fs.exists(f"{path}/{name}") and file_sha256(existing_file(fs, path, name), fs) != known:
                 raise UserError(f"--to {target}: has {name}, which export did not write there: choose another folder")
         for name, file in files.items():
             make_parent(fs, f"{path}/{name}")

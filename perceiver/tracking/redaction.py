@@ -33,22 +33,8 @@ _LAST = frozenset(["token", "pass", "auth", "pat"])
 _ENDINGS = ("password", "passwd", "passphrase", "passcode", "apikey", "secretkey")
 _QUALITIES = frozenset(
     ["length", "len", "count", "size", "limit", "min", "max", "dim", "index", "id", "name", "names", "file", "files"]
-    + [
-        "path",
-        "paths",
-        "folder",
-        "error",
-        "exception",
-        "warning",
-        "type",
-        "kind",
-        "mode",
-        "policy",
-        "expires",
-        "field",
-        "prompt",
-        "env",
-    ]
+    + ["path", "paths", "folder", "error", "exception", "warning", "type", "kind", "mode", "policy", "expires"]
+    + ["field", "prompt", "env"]
 )
 """Last words of keys that describe a secret: `password_file`, `secret_name`."""
 _SYMBOLS = frozenset(["cls", "mask", "masked", "pad", "eos", "bos", "unk", "sep", "per", "special", "class", "query"])

@@ -1,6 +1,7 @@
 """Raw files of the public formats, written by hand: meshes, flows, tars. Nothing of the code under test is used."""
 
 import io
+import os
 import struct
 import tarfile
 import zlib
@@ -68,3 +69,14 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     return root
+
+
+def make_irregular(path: Path, kind: str, elsewhere: Path) -> None:
+    """Move a file elsewhere, and leave a `link` to it, a `fifo` or a `folder` in its place."""
+    path.rename(elsewhere)
+    if kind == "link":
+        path.symlink_to(elsewhere)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()

@@ -1,7 +1,6 @@
 """Shards and the manifest: both are read as written, and an incomplete folder is refused in one line."""
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pipelines.feed.ingest import DataConfig, check_files, load_data
 from pipelines.inspect.inspection import inspect
 from pipelines.shards.manifest import load_manifest
 from pipelines.shards.reader import Reader
+from tests.pipelines.raw import make_irregular
 from tests.pipelines.toys import write_images
 
 
@@ -209,13 +209,7 @@ def test_json_with_repeated_keys_or_depth_is_refused(tmp_path: Path, change: Any
 def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path, file: str, kind: str) -> None:
     data = DataConfig(url=str(tmp_path / "data"), executor="inline")
     path = write_images_to(tmp_path / "data").with_name(file)
-    path.rename(tmp_path / "elsewhere")
-    if kind == "link":
-        path.symlink_to(tmp_path / "elsewhere")
-    elif kind == "fifo":
-        os.mkfifo(path)
-    else:
-        path.mkdir()
+    make_irregular(path, kind, tmp_path / "elsewhere")
     with pytest.raises(UserError, match=rf"{file}.* (not a regular file|link to a file outside)"):
         check_files(data, load_data(data))
     if file != "manifest.json":

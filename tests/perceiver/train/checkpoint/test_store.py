@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from perceiver.export.weights import open_weights
 from perceiver.train.checkpoint.store import MANIFEST, CheckpointStore, Snapshot, parameter_difference
 from perceiver.train.loop import Span, train
 from tests.perceiver.train.toy import toy_batches, toy_engine
+from tests.pipelines.raw import make_irregular
 
 
 def snapshot(step: int) -> Snapshot:
@@ -222,13 +222,7 @@ def test_what_is_not_a_regular_file_is_not_opened_and_the_one_before_is_used(
     for step in (1, 2):
         store.save(toy_engine(), snapshot(step))
     path = Path(store.folder(2), name)
-    path.rename(tmp_path / "elsewhere")
-    if kind == "link":
-        path.symlink_to(tmp_path / "elsewhere")
-    elif kind == "fifo":
-        os.mkfifo(path)
-    else:
-        path.mkdir()
+    make_irregular(path, kind, tmp_path / "elsewhere")
     newest = store.newest()
     assert newest is not None and newest.step == 1 and "step-00000002 is not used" in caplog.text
     with pytest.raises(UserError, match=name):
