@@ -69,7 +69,7 @@ class Video(nn.Module):
         return self.positions(x, grid)
 
 
-def space_time_patches(x: Tensor, patch: tuple[Size, Size, Size]) -> tuple[Tensor, tuple[int, int, int]]:
+def space_time_patches(x: Tensor, patch: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
     """Map (B, F, C, H, W) to patches (B, M, t*h*w*C) in row-major order, and the grid's shape."""
     b, f, c, height, width = x.shape
     t, h, w = patch

@@ -23,7 +23,7 @@ class ColourConfig(Config):
     hue: Real = Field(default=0.2, ge=0, le=0.5, description="largest turn of the hue, as a share of the circle")
 
 
-def recoloured(frame: Pixels, brightness: float, saturation: float, contrast: float, hue: Real) -> Pixels:
+def recoloured(frame: Pixels, brightness: float, saturation: float, contrast: float, hue: float) -> Pixels:
     """Return a frame (3, H, W) in other colours, in DMVR's order, clipped at the end. Imports torch.
 
     Args:
