@@ -156,21 +156,20 @@ def check_memory(recipe: Recipe, model: CheckedModel) -> None:
         UserError: the message names the keys to lower.
     """
     workers, memory = recipe.cluster.workers, psutil.virtual_memory().total
-    store = (recipe.cluster.object_store_mb or 0) * 1_000_000
-    batch = recipe.train.micro(workers) * model.sample_bytes
+    store = recipe.cluster.object_store_mb or 0
     for what, size, fix in (
         (f"the weights of {model.parameters:,} parameters", workers * model.weight_bytes, SMALLER),
         (
             "the samples and latents of one micro-batch",
-            workers * batch,
+            workers * recipe.train.micro(workers) * model.sample_bytes,
             "lower train.micro_batch, model.latents or the size of a sample",
         ),
-        (f"cluster.object_store_mb = {recipe.cluster.object_store_mb}", store, "lower it"),
+        (f"cluster.object_store_mb = {store}", store * 1_000_000, "lower it"),
     ):
         if size > memory:
             raise UserError(
-                f"{what} need{'s' * (size == store)} {size / 1e9:,.0f} GB in {workers} worker{'s' * (workers > 1)}, "
-                f"this machine has {memory / 1e9:,.0f} GB: {fix}"
+                f"{what}: {size / 1e9:,.0f} GB for {workers} worker{'s' * (workers > 1)}, this machine has "
+                f"{memory / 1e9:,.0f} GB: {fix}"
             )
 
 

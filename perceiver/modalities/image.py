@@ -155,7 +155,7 @@ def _front_end(config: ImageConfig, channels: int) -> tuple[nn.Module | None, in
     return None, data
 
 
-def normalise_pixels(x: Tensor, mean: tuple[Shift, ...], std: tuple[Scale, ...], dtype: torch.dtype) -> Tensor:
+def normalise_pixels(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Map uint8 pixels (B, ..., C, H, W) to (x/255 - mean)/std; floats only change their type."""
     if x.is_floating_point():
         return x.to(dtype)
