@@ -9,7 +9,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ QUIET_INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.E
 
 MARK = "PERCEIVER_RAY"
 """Environment variable that identifies all processes of a local Ray instance."""
+
+API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
+"""Ray Train asks the API server whether a run's controller is alive, and ends the workers if it is not known there. An
+instance without a dashboard records the default port, 8265, at which another instance may listen, such as that of
+`perceiver cluster up`; at this address nothing answers, which Ray Train takes for temporary."""
 
 LONGEST_TEMPORARY = 36
 """Longest temporary folder in bytes: the path of a socket has at most 107, of which Ray's part takes up to 70."""
@@ -149,19 +154,17 @@ def _start_instance(config: ClusterConfig) -> RaySession:
     if os.environ.get("RAY_AUTH_MODE") != "disabled":  # by default Ray requires a token
         make_token()
     shorten_temporary_folder()
-    os.environ[MARK] = mark = secrets.token_hex(4)
-    try:
-        with sigterm_blocked(), loopback_only():
-            context: Any = ray.init(
-                address="local",
-                num_cpus=machine_cpus(),
-                object_store_memory=config.store_mb * 1_000_000,
-                include_dashboard=config.dashboard,
-                dashboard_host=LOOPBACK,
-                **QUIET_INIT,
-            )
-    finally:
-        del os.environ[MARK]
+    mark = secrets.token_hex(4)
+    inherited = {MARK: mark, API_SERVER: None if config.dashboard else NO_API_SERVER}
+    with environment(inherited), sigterm_blocked(), loopback_only():
+        context: Any = ray.init(
+            address="local",
+            num_cpus=machine_cpus(),
+            object_store_memory=config.store_mb * 1_000_000,
+            include_dashboard=config.dashboard,
+            dashboard_host=LOOPBACK,
+            **QUIET_INIT,
+        )
     processes = [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]
     return RaySession(
         own=True,
@@ -171,6 +174,25 @@ def _start_instance(config: ClusterConfig) -> RaySession:
         agents=tuple(child for each in processes for child in each.children()),
         mark=mark,
     )
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set variables for the processes that this one starts, or remove those with None; restore them afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    try:
+        _set_environment(values)
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

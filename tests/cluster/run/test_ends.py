@@ -86,6 +86,8 @@ def test_sigterm_to_every_process_saves_a_checkpoint(run: Callable[[], Run], tmp
                     process.name(),
                     each.laddr,
                 )
+    # Otherwise Ray Train would ask whichever instance has its dashboard at the default port about this run.
+    assert started.named("raylet").environ()["RAY_API_SERVER_ADDRESS"].endswith(":9")
     for process in started.processes:
         process.send_signal(signal.SIGTERM)
     code, text = started.end()
