@@ -17,7 +17,11 @@ def main() -> None:
 
         from perceiver.cli import cli, leave
         from perceiver.config import UserError
+        from perceiver.environment import bypass_proxies, use_utf8
         from perceiver.tracking.printable import say
+
+        use_utf8()
+        bypass_proxies()
     except KeyboardInterrupt:
         stopped()
     try:
@@ -33,10 +37,10 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001  a bug of ours: the traceback is shown on request only
         if os.environ.get("PERCEIVER_TRACEBACK"):
             raise
-        from perceiver.storage import first_line
+        from perceiver.storage import first_line, unusable_file
 
-        reason = first_line(error)
-        say(f"error: unexpected {type(error).__name__}: {reason} (PERCEIVER_TRACEBACK=1 shows where)", err=True)
+        bug = f"unexpected {type(error).__name__}: {first_line(error)} (PERCEIVER_TRACEBACK=1 shows where)"
+        say(f"error: {unusable_file(error) or bug}", err=True)
         code = 1
     if code:
         leave(code)

@@ -3,6 +3,7 @@
 A value `$NAME` in storage options is a reference to an environment variable.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -36,6 +37,7 @@ MAPPED_BYTES = 1 << 20
 """Ranges of local files from this size on are memory-mapped, smaller ones are copied."""
 MOST_MAPPED = 256
 """Ranges of local files that are mapped at a time, since each keeps a file open."""
+_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 NOT_REGULAR = "not a regular file, but a folder, device, FIFO or socket"
 LONGEST_NAME = 1000
 """Characters of a file name in a manifest."""
@@ -173,6 +175,14 @@ def cache_folder(*parts: str) -> Path:
     """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("PERCEIVER_CACHE") or Path(base) / "perceiver", *parts)
+
+
+def unusable_file(error: Exception) -> str | None:
+    """Return a line about a file that cannot be used for want of permission or space; None for other errors."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
+        return None
+    name = escaped(os.fsdecode(error.filename))
+    return f"{name}: {error.strerror} (caches are in PERCEIVER_CACHE or ~/.cache, temporary files in TMPDIR)"
 
 
 def protocols(fs: Any) -> set[str]:

@@ -166,7 +166,7 @@ def _values(kind: str, source: RecipeFile, settings: Settings, folder: str) -> d
         file = f"{RECIPE_FOLDER}/{Path(source.file).name}"
         values["job"] = job_command(source, file, autoscaling_overrides(source, settings, contents=True))
         values |= {"recipe_folder": RECIPE_FOLDER, "recipe_name": Path(source.file).name}
-        values["recipe_text"] = Path(source.file).read_text()
+        values["recipe_text"] = Path(source.file).read_text(encoding="utf-8")
     return values
 
 
@@ -181,7 +181,7 @@ def write(files: Mapping[str, str], folder: str) -> list[Path]:
         path = Path(folder) / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {path} ({error.strerror}): choose another -o FOLDER") from None
         written.append(path)

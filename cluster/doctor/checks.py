@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import resource
 import shutil
 import socket
 import stat
@@ -20,12 +21,12 @@ import psutil
 from cluster.recipe import preflight
 from cluster.recipe.config import Recipe
 from cluster.recipe.resources import SHARED_MEMORY, ClusterConfig, machine_cpus
-from cluster.runtime.local import check_reachable, token_file
+from cluster.runtime.local import LONGEST_TEMPORARY, check_reachable, temporary_folder, token_file
 from perceiver.config import UserError
-from perceiver.storage import first_line, is_local, write_whole
+from perceiver.environment import ENGINES, PROXIES, unsupported_libraries, unsupported_python
+from perceiver.storage import cache_folder, first_line, is_local, write_whole
 from perceiver.tracking.redaction import redact_text, resolve, server_address
 from perceiver.tracking.runs import TrackingConfig
-from perceiver.versions import ENGINES, unsupported_libraries, unsupported_python
 from pipelines.feed.ingest import check_files
 
 GIB = 2**30
@@ -39,6 +40,9 @@ torch.cuda.synchronize()
 assert all(part[-1].item() == len(parts) for part in parts), "the all-reduce returned a wrong sum"
 """
 
+
+FEW_FILES = 1024
+"""Limit of open files that a run of several workers and data tasks may reach."""
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -215,6 +219,42 @@ def check_compiler(setup: Setup) -> Result:
     return (OK, found, "") if found else (WARN, "none", "apt-get install g++: the fused kernel needs a compiler")
 
 
+def check_caches(setup: Setup) -> Result:
+    """Check that the folders of the cache and of the token, usually in the home folder, can be written."""
+    for name, folder in (("PERCEIVER_CACHE", cache_folder()), ("RAY_AUTH_TOKEN_PATH", token_file().parent)):
+        place = next(place for place in (folder, *folder.parents) if place.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            return WARN, f"{folder} cannot be written", f"set {name} to a place that can be written"
+    return OK, f"{cache_folder()}", ""
+
+
+def check_temporary_folder(setup: Setup) -> Result:
+    """Check that the names of Ray's sockets in the temporary folder are short enough."""
+    folder = temporary_folder()
+    if len(os.fsencode(folder)) <= LONGEST_TEMPORARY:
+        return OK, folder, ""
+    found = f"{folder} has more than {LONGEST_TEMPORARY} bytes, too many for Ray's sockets"
+    if "RAY_TMPDIR" in os.environ or not os.access("/tmp", os.W_OK):
+        return FAIL, found, f"set RAY_TMPDIR to a folder of at most {LONGEST_TEMPORARY} bytes"
+    return WARN, found, "nothing, Ray uses /tmp; RAY_TMPDIR sets another folder"
+
+
+def check_open_files(setup: Setup) -> Result:
+    """Check the limit of open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (soft, hard) or hard >= FEW_FILES:
+        return OK, f"{'unlimited' if soft == resource.RLIM_INFINITY else soft} at a time", ""
+    return WARN, f"{hard} at a time, enough for few workers", f"ulimit -n {FEW_FILES}, or LimitNOFILE= in the service"
+
+
+def check_proxies(setup: Setup) -> Result:
+    """List the proxies of the environment."""
+    names = sorted({name.lower() for name, value in os.environ.items() if name.lower() in PROXIES and value})
+    if not names:
+        return OK, "none", ""
+    return OK, f"{', '.join(names)}; not for this machine, nor for no_proxy={os.environ.get('no_proxy', '')}", ""
+
+
 def check_token(setup: Setup) -> Result:
     """Check Ray's authentication token and the mode of its file."""
     path = token_file()
@@ -375,6 +415,10 @@ CHECKS: tuple[Callable[[Setup], Result], ...] = (
     check_output,
     check_disk,
     check_tracking,
+    check_caches,
+    check_temporary_folder,
+    check_open_files,
+    check_proxies,
     check_token,
     check_ports,
     check_cluster,

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from pathspec import GitIgnoreSpec
 
 from perceiver.config import UserError
-from perceiver.versions import DISTRIBUTION, installed_version
+from perceiver.environment import DISTRIBUTION, installed_version
 
 OURS = ("perceiver", "pipelines", "cluster", "tune")
 LIMIT_BYTES = 100 * 1024 * 1024
@@ -120,7 +120,9 @@ def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], 
         seen.add(real)
         for name in ignore_files:
             if (place / name).is_file():
-                rules = (*rules, (place, GitIgnoreSpec.from_lines((place / name).read_text().splitlines())))
+                # Names of files that are not UTF-8 are read alike.
+                lines = (place / name).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+                rules = (*rules, (place, GitIgnoreSpec.from_lines(lines)))
         for path in sorted(place.iterdir()):
             shown = "/" * path.is_dir()
             if any(spec.match_file(f"{path.relative_to(base)}{shown}") for base, spec in rules):

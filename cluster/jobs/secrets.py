@@ -65,7 +65,7 @@ def check_secret_files(files: Sequence[str]) -> None:
         UserError: there is a secret; the message names the file and the key or line.
     """
     for file in files:
-        text = Path(file).read_text(errors="replace")
+        text = Path(file).read_text(encoding="utf-8", errors="replace")
         try:
             tree = parse_yaml(text, file)  # JSON is YAML
         except UserError:

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -152,7 +153,10 @@ def _start_instance(config: ClusterConfig) -> RaySession:
     import ray
 
     if os.environ.get("RAY_AUTH_MODE") != "disabled":  # by default Ray requires a token
-        make_token()
+        try:
+            make_token()
+        except OSError:  # such as a read-only home: this instance gets a token of its own
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     shorten_temporary_folder()
     mark = secrets.token_hex(4)
     inherited = {MARK: mark, API_SERVER: None if config.dashboard else NO_API_SERVER}
@@ -239,13 +243,18 @@ def end_monitors() -> None:
                 process.kill()
 
 
+def temporary_folder() -> str:
+    """Return the folder in which Ray creates its sockets."""
+    return os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+
+
 def shorten_temporary_folder() -> None:
     """Let Ray use /tmp if the names of its sockets would be too long in the temporary folder.
 
     Raises:
         UserError: /tmp cannot be used either, or RAY_TMPDIR is too long.
     """
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    folder = temporary_folder()
     if len(os.fsencode(folder)) <= LONGEST_TEMPORARY:
         return
     name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
@@ -292,7 +301,11 @@ def token_file() -> Path:
 
 
 def make_token() -> None:
-    """Create Ray's authentication token, in a file that only this user can read, unless it exists."""
+    """Create Ray's authentication token, in a file that only this user can read, unless it exists.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     if os.environ.get("RAY_AUTH_TOKEN"):
         return
     path = token_file()
@@ -302,7 +315,8 @@ def make_token() -> None:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(secrets.token_hex(32))
-    path.chmod(0o600)
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        path.chmod(0o600)
 
 
 def cluster_cpus() -> float:

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from cluster.recipe.file import read_yaml_config
 from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
-from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token, marked_processes
+from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token, marked_processes, token_file
 from perceiver.config import Config, CountOrZero, Resource, UserError
 from perceiver.storage import cache_folder, write_whole
 
@@ -133,7 +133,7 @@ def up(config: NodesConfig | None = None, say: Callable[[str], None] = print) ->
     running = running_cluster()
     if running is None:
         down()
-        make_token()
+        _check_writable()
         return _start_all(config or NodesConfig(), say)
     if config is not None and (wanted := _nodes(config)) != running.nodes:
         raise UserError(
@@ -160,6 +160,18 @@ def down() -> int:
     shutil.rmtree(cluster.folder, ignore_errors=True)
     state_file().unlink(missing_ok=True)
     return ended
+
+
+def _check_writable() -> None:
+    """Create the token and the folder of the state file, which later commands read, before a node is started."""
+    try:
+        make_token()
+        state_file().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}: set RAY_AUTH_TOKEN_PATH={token_file()} and "
+            f"PERCEIVER_CACHE={state_file().parent} to places that can be written"
+        ) from None
 
 
 def _ends_first(process: psutil.Process) -> bool:
@@ -329,7 +341,7 @@ def run_start(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:
 
 
 def _reason(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no message")[:200]
 
 

@@ -72,7 +72,7 @@ def command(
             written = {"safetensors": export.export_safetensors, "transformers": export.export_transformers}[form](
                 saved, folder
             )
-        (folder / "README.md").write_text(export.model_card(saved, written, data))
+        (folder / "README.md").write_text(export.model_card(saved, written, data), encoding="utf-8")
         _put(folder, target)
     files = [*written.pop("files"), "README.md", LIST]
     if as_json:

@@ -57,7 +57,7 @@ def library() -> Path | None:
     if compiler is None or platform.system() != "Linux":
         return None
     flags = (*FLAGS, f"-DLANES={_lanes()}")
-    texts = [path.read_text() for path in (*SOURCES, HEADER)]
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
     key = hashlib.sha256("\n".join([*texts, compiler, *flags, _cpu()]).encode()).hexdigest()[:20]
     folder = cache_folder("kernels")
     path = folder / f"kernels-{key}.so"

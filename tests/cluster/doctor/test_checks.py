@@ -61,6 +61,31 @@ def test_an_empty_token_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert doctor.check_token(Setup())[:2] == (FAIL, "RAY_AUTH_TOKEN is empty")
 
 
+def test_a_long_temporary_folder_is_a_warning_a_long_ray_tmpdir_a_failure(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = home / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    assert doctor.check_temporary_folder(Setup())[0] == WARN
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    assert doctor.check_temporary_folder(Setup())[0] == FAIL
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert doctor.check_temporary_folder(Setup())[:2] == (OK, "/tmp")
+
+
+def test_folders_that_cannot_be_written_and_few_open_files_are_warnings(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor.check_caches(Setup())[0] == doctor.check_open_files(Setup())[0] == OK
+    (home / "file").touch()
+    monkeypatch.setenv("PERCEIVER_CACHE", str(home / "file" / "cache"))
+    monkeypatch.setattr("resource.getrlimit", lambda _: (256, 256))
+    assert doctor.check_caches(Setup())[::2] == (WARN, "set PERCEIVER_CACHE to a place that can be written")
+    assert doctor.check_open_files(Setup())[0] == WARN
+
+
 @pytest.mark.parametrize(("required", "expected"), [(False, WARN), (True, FAIL)])
 def test_an_mlflow_server_that_is_down_fails_only_if_it_is_required(required: bool, expected: str) -> None:
     """Nothing listens on port 9; the password is not shown."""

@@ -28,8 +28,12 @@ class Run:
 
     def __init__(self, recipe: Path, log: Path) -> None:
         self.log, command = log, [sys.executable, "-m", "perceiver", "train", str(recipe)]
+        # Neither a home folder nor a working proxy is needed.
+        strange = {"HOME": str(recipe / "none"), "PERCEIVER_CACHE": "", "http_proxy": "http://127.0.0.1:9"}
         with log.open("w") as sink:
-            self.command = subprocess.Popen(command, stdout=sink, stderr=sink, start_new_session=True)
+            self.command = subprocess.Popen(
+                command, stdout=sink, stderr=sink, start_new_session=True, env=os.environ | strange
+            )
         self.root = psutil.Process(self.command.pid)
         self.processes: list[psutil.Process] = []
 

@@ -1,9 +1,15 @@
-"""Check the versions of Python and of libraries against the ranges of pyproject.toml, read from our metadata."""
+"""The environment that commands run in: versions of Python and libraries, locale, proxies.
+
+Versions are checked against the ranges of pyproject.toml, read from our metadata.
+"""
 
 import contextlib
 import importlib.metadata
+import locale
+import os
 import platform
 import shlex
+import sys
 from collections.abc import Collection
 
 from packaging.requirements import Requirement
@@ -14,6 +20,9 @@ from perceiver.config import UserError
 DISTRIBUTION = "perceiver-train"
 ENGINES = ("ray", "torch", "deepspeed", "mlflow")
 """The libraries that every command but `doctor` checks at its start."""
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+LOOPBACK = "localhost,127.0.0.1,127.0.0.0/8,::1"
 
 
 def check_versions() -> None:
@@ -73,3 +82,17 @@ def installed_version(name: str) -> str:
 def _text(specifier: SpecifierSet) -> str:
     """Return a range with its lower bound first."""
     return ",".join(sorted(map(str, specifier), reverse=True))
+
+
+def use_utf8() -> None:
+    """Start again in Python's UTF-8 mode under a locale that cannot write every character, as Python 3.15 does."""
+    if locale.getencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"  # for Ray's processes, too
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def bypass_proxies() -> None:
+    """Send requests to this machine (MLflow, Ray's job server) past the proxies that the environment names."""
+    if any(value and name.lower() in PROXIES for name, value in os.environ.items()):
+        given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (given, LOOPBACK)))

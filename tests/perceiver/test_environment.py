@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from perceiver.cli import cli
 from perceiver.config import UserError
-from perceiver.versions import ENGINES, check_versions
+from perceiver.environment import ENGINES, check_versions
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +80,7 @@ def test_verbs_refuse_help_and_the_doctor_do_not(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_check_imports_no_library() -> None:
-    code = "import sys; from perceiver.versions import check_versions; check_versions(); print(*sys.modules)"
+    code = "import sys; from perceiver.environment import check_versions; check_versions(); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not set(ENGINES) & set(result.stdout.split())
 
