@@ -35,6 +35,8 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # The driver names a lost process itself; Ray would print the last lines of the log.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^Raylet is terminated",
     # Otherwise Ray stops idle data processes after a second and restarts them: stalls of seconds on few CPUs.
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
     # Otherwise a local start creates a dozen mostly waiting processes, one per CPU at a time: 10 s more on two cores.
@@ -47,9 +49,6 @@ QUIET_ENVIRONMENT = {
 
 QUIET_INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 """Arguments of `ray.init`: Ray's logs stay in its files."""
-
-MARK = "PERCEIVER_RAY"
-"""Environment variable that identifies all processes of a local Ray instance."""
 
 API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
 """Ray Train asks the API server whether a run's controller is alive, and ends the workers if it is not known there. An
@@ -75,16 +74,12 @@ class RaySession:
         folder: session folder on this machine.
         dashboard: address of the dashboard; empty without one.
         processes: those without which a local instance does not work.
-        agents: those that the raylet has started, which hide their environment and may outlive it.
-        mark: value of the variable `MARK` in all processes of a local instance.
     """
 
     own: bool
     folder: str
     dashboard: str
     processes: tuple[psutil.Process, ...] = ()
-    agents: tuple[psutil.Process, ...] = ()
-    mark: str = ""
 
     def ended(self) -> str:
         """Return the process of a local instance that has ended, empty if all are running.
@@ -105,7 +100,7 @@ class RaySession:
 
         if self.ended():
             # `ray.shutdown` would wait for the process.
-            for process in (*self.agents, *marked_processes(MARK, self.mark)):
+            for process in writing_processes(self.folder):
                 with contextlib.suppress(psutil.Error):
                     process.kill()
         else:
@@ -158,8 +153,7 @@ def _start_instance(config: ClusterConfig) -> RaySession:
         except OSError:  # such as a read-only home: this instance gets a token of its own
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     shorten_temporary_folder()
-    mark = secrets.token_hex(4)
-    inherited = {MARK: mark, API_SERVER: None if config.dashboard else NO_API_SERVER}
+    inherited = {API_SERVER: None if config.dashboard else NO_API_SERVER}
     with environment(inherited), sigterm_blocked(), loopback_only():
         context: Any = ray.init(
             address="local",
@@ -175,8 +169,6 @@ def _start_instance(config: ClusterConfig) -> RaySession:
         folder=str(context.address_info.get("session_dir") or ""),
         dashboard=(context.dashboard_url or "") if config.dashboard else "",
         processes=tuple(processes),
-        agents=tuple(child for each in processes for child in each.children()),
-        mark=mark,
     )
 
 
@@ -233,6 +225,23 @@ def marked_processes(name: str, value: str) -> list[psutil.Process]:
             if process.environ().get(name) == value:
                 found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
     return list(found.values())
+
+
+def writing_processes(folder: str) -> list[psutil.Process]:
+    """Return the other processes of this user that write to a file below a folder.
+
+    Each of Ray's writes a log. Their environment cannot tell them apart: they replace it by their titles.
+    """
+
+    def writes(process: psutil.Process) -> bool:
+        return any(file.path.startswith(f"{folder}/") and file.mode != "r" for file in process.open_files())
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and writes(process):
+                found.append(process)
+    return found
 
 
 def end_monitors() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cluster.recipe.placement import DataNeed, Node, check_task_memory, place
 from cluster.recipe.preflight import data_need
 from cluster.recipe.resources import ClusterConfig
 from cluster.runtime import local_cluster
+from cluster.runtime.local import writing_processes
 from cluster.runtime.local_cluster import LocalCluster, NodeGroup, NodesConfig, equivalent, read_nodes
 from perceiver.config import UserError
 from tests.cluster.recipes import small_tree
@@ -243,3 +245,19 @@ def test_the_recipe_of_mixed_nodes_gives_the_documented_options() -> None:
     assert "--num-cpus=0" in head["options"] and "--labels=role=data" in data["options"]
     assert {"--num-gpus=1", "--labels=role=train"} < set(first["options"]) and first["options"] == second["options"]
     assert "--num-gpus" not in str(head["options"] + data["options"])
+
+
+def test_processes_are_found_by_the_files_that_they_write(tmp_path: Path) -> None:
+    """A log that somebody only reads is no reason to end that process."""
+    (tmp_path / "log").touch()
+    code = "import sys; file = open(sys.argv[1], sys.argv[2]); print(flush=True); input()"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "log", mode], **pipes) for mode in "ra"]
+    try:
+        for each in started:
+            assert each.stdout and each.stdout.readline()
+        assert [each.pid for each in writing_processes(str(tmp_path))] == [started[1].pid]
+        assert writing_processes(str(tmp_path / "l")) == []
+    finally:
+        for each in started:
+            each.communicate()
