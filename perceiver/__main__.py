@@ -31,8 +31,13 @@ def main() -> None:
     except UserError as error:
         say(f"error: {error}", err=True)
         leave(2)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        code = error.exit_code
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = f": see {context.command_path} --help" if context else ""
+        say(f"error: {error.format_message().rstrip('.')}{hint}", err=True)
         code = error.exit_code
     except Exception as error:  # noqa: BLE001  a bug of ours: the traceback is shown on request only
         if os.environ.get("PERCEIVER_TRACEBACK"):

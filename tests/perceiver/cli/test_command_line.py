@@ -38,6 +38,9 @@ def perceiver(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("train", "recipes/train/quickstart.yaml", "cluster.min_workers=3"), "cluster.min_workers = 3"),
         (("prepare", "digitz", "x"), "did you mean 'digits'?"),
         (("prepare", "digits", "a", "b", "c"), "wanted [SRC] DST"),
+        (("train",), "argument 'RECIPE': see perceiver train --help"),
+        (("train", "--job", "x"), "'--job'"),
+        (("plan", "x", "--nodes=password=hunter2\x1b[0m"), "'password=***' is not"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], wanted: str) -> None:
