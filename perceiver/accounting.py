@@ -81,20 +81,20 @@ class _CountFused(TorchFunctionMode):
 
 def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
     """Return the bytes that autograd keeps for the backward pass of a model on the meta device, without parameters."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}
+    # Storages by their ids; they are kept, so that no other one gets the same id.
+    own = {id(storage): storage for storage in (p.untyped_storage() for p in model.parameters())}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            # The tensor is kept too, so that no other storage gets its id.
-            kept[storage._cdata] = (storage.nbytes(), tensor)
+        if id(storage) not in own:
+            kept[id(storage)] = storage
         return tensor
 
     with _CountFused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = _run(model.train(), batch)
     del output
-    return sum(size for size, _ in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def account(config: Config, *, classes: int | None = None) -> Account:

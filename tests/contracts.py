@@ -1,7 +1,8 @@
 """`python -m tests.contracts`: what the sources must keep to and import-linter cannot say; exit code 1 if they do not.
 
 Private names of other libraries stand in `ray_internals.py` and `deepspeed_internals.py` alone (triton and torch's C++
-extensions in `perceiver/kernels/` aside). No import cycle, imports in functions and under `TYPE_CHECKING` included. No
+extensions, and one oneDNN operator, in `perceiver/kernels/` aside); other modules read no underscore attribute but their
+own. No import cycle, imports in functions and under `TYPE_CHECKING` included. No
 folder of more than 16 modules, apart from those with one module for each thing.
 """
 
@@ -13,10 +14,15 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 OURS = ("perceiver", "pipelines", "cluster", "tune")
+USERS = ("tests", "benchmarks")
 LIBRARIES = {"ray", "deepspeed", "torch", "optuna", "fsspec", "mlflow", "pyarrow", "transformers", "pydantic"}
-ALLOWED = re.compile(r"(ray_internals|deepspeed_internals)\.py$|^perceiver/kernels/")
+ALLOWED = re.compile(
+    r"(ray_internals|deepspeed_internals)\.py$|^perceiver/kernels/(extension|dense|separable_triton)\.py$"
+)
 PUBLIC_BY_USE = re.compile(r"^torch\._foreach_\w+$|^torch\.utils\._(python_dispatch|pytree)\b")
 """Names with an underscore that torch's own documentation tells users to call."""
+PUBLIC_ATTRIBUTES = {"_exit", "_getframe", "_replace", "_asdict", "_label_trainable_num_channels"}
+"""Attributes that are documented: of os, sys and named tuples, and a key of transformers' configuration files."""
 LARGE = {"pipelines/sources", "perceiver/cli", "perceiver/tasks", "perceiver/modalities", "perceiver/baselines"}
 MOST = 16
 
@@ -50,6 +56,20 @@ def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
+def foreign(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each underscore attribute of an object that this module does not define."""
+    nodes = list(ast.walk(tree))
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr)]
+    mine = [isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") for node in attributes]
+    own |= {node.attr for node, here in zip(attributes, mine, strict=True) if here}
+    for node, here in zip(attributes, mine, strict=True):
+        shown = ast.unparse(node)
+        if not here and node.attr not in own | PUBLIC_ATTRIBUTES and not PUBLIC_BY_USE.search(shown):
+            yield node.lineno, shown
+
+
 def overrides(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield line and name of each method that overrides a private one of its base class and calls it."""
     for node in ast.walk(tree):
@@ -75,10 +95,12 @@ def problems(root: Path) -> Iterator[str]:
     modules = {".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
-        tree, place = ast.parse(path.read_text()), path.relative_to(root).as_posix()
-        graph[name] = imported(tree, modules) - {name}
+        graph[name] = imported(ast.parse(path.read_text(encoding="utf-8")), modules) - {name}
+    for path in (*files, *(path for top in USERS for path in sorted((root / top).rglob("*.py")))):
+        tree, place = ast.parse(path.read_text(encoding="utf-8")), path.relative_to(root).as_posix()
         if not ALLOWED.search(place):
-            found = {(line, what) for line, what in names(tree) if private(what)} | set(overrides(tree))
+            found = {(line, what) for line, what in names(tree) if private(what)}
+            found |= {*overrides(tree), *foreign(tree)}
             yield from (f"{place}:{line}: private name {what}" for line, what in sorted(found))
     try:
         TopologicalSorter(graph).prepare()

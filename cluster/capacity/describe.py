@@ -22,7 +22,7 @@ def flops(count: float) -> str:
     return f"{count / 1e6:.3g} MFLOP"
 
 
-def duration(seconds: float) -> str:
+def with_unit(seconds: float) -> str:
     """Return a duration in seconds with a unit."""
     for unit, scale in (("days", 86400 * 2), ("h", 3600), ("min", 120), ("s", 1)):
         if seconds >= scale:
@@ -45,11 +45,11 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         )
     )
     computing = (
-        f"{duration(step.compute)} including data tasks and Ray's processes"
+        f"{with_unit(step.compute)} including data tasks and Ray's processes"
         if plan.calibrated
         else (
-            f"compute {duration(step.compute)} ({duration(step.traffic)} of it not matrix products), optimizer "
-            f"{duration(step.optimizer)}"
+            f"compute {with_unit(step.compute)} ({with_unit(step.traffic)} of it not matrix products), optimizer "
+            f"{with_unit(step.optimizer)}"
         )
     )
     batch, rows = workload.recipe.train.global_batch, machines.devices * plan.micro_batch * plan.accumulation
@@ -65,7 +65,7 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         f"weights {size(used.weights)}, gradients {size(used.gradients)}, optimizer {size(used.optimizer)}, "
         f"buffers {size(used.buffers)}, activations {size(used.activations)}, libraries {size(used.context)}",
         *_stages(plan),
-        f"step          {duration(step.total)}: {computing}, communication {duration(step.communication)} "
+        f"step          {with_unit(step.total)}: {computing}, communication {with_unit(step.communication)} "
         f"({size(step.communication_bytes)} sent by each device)",
         f"  FLOPs       {flops(done)} forward and backward, {flops(done / machines.devices)} on each device",
         f"  basis       {basis}",
@@ -74,11 +74,11 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         f"reading       {size(reading.bytes_s)}/s in {reading.requests_s:,.1f} requests/s, {reading.cores_wanted:,.1f} "
         f"of {reading.cores_there:,.1f} CPU cores to decode"
         + ("" if plan.calibrated else f" (assumed: {data.cpu_seconds * 1e3:.3g} ms per sample)"),
-        f"checkpoint    {size(relied.checkpoint_bytes)}, {duration(relied.save_seconds)} to write, every "
-        f"{duration(relied.interval_seconds)} (Young-Daly)",
+        f"checkpoint    {size(relied.checkpoint_bytes)}, {with_unit(relied.save_seconds)} to write, every "
+        f"{with_unit(relied.interval_seconds)} (Young-Daly)",
         f"failures      {relied.failures:.2g} expected (one per {DEVICE_HOURS_PER_FAILURE:,} device hours), "
         f"{RECOVERY_SECONDS:.0f} s to recover; goodput {relied.goodput:.1%}",
-        f"run           {plan.steps:,} steps, {duration(plan.hours * 3600)}, {plan.device_hours:,.1f} device hours",
+        f"run           {plan.steps:,} steps, {with_unit(plan.hours * 3600)}, {plan.device_hours:,.1f} device hours",
         f"cost          {demand:,.2f} on demand, {spot:,.2f} preemptible (prices of the table)",
         f"breaks first  {bottleneck(plan)}",
     ]
@@ -107,7 +107,7 @@ def _extras(plan: Estimate) -> list[str]:
     if plan.fewest:
         count, seconds = plan.fewest
         few = f"{count} of {plan.machines.devices} devices"
-        lines.append(f"elastic       continues with {few}: a step then takes {duration(seconds)}")
+        lines.append(f"elastic       continues with {few}: a step then takes {with_unit(seconds)}")
     return lines
 
 

@@ -194,6 +194,6 @@ def duration(seconds: float | None) -> str:
     """Return seconds as 0:05, 1:05 or 1:01:40; -:-- for None."""
     if seconds is None:
         return "-:--"
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

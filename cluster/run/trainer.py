@@ -10,7 +10,7 @@ from typing import Any
 import ray.train
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # the base of TorchTrainer
 
 from cluster.recipe.config import Recipe, for_workers
 from cluster.recipe.placement import check_task_memory, connected_nodes, worker_need

@@ -197,7 +197,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 training.on_bad_loss, training.bad_loss_limit, history, keep_samples, last_checkpoint
             )
             preemption = PreemptionHook(asks=first and config["on_cluster"])
-            report: list[Hook] = (
+            recording: list[Hook] = (
                 [partial(tell_progress, monitor), MetricsHook(history, training.log_every)] if first else []
             )
             asynchronous: list[Hook] = [evaluations] if evaluations else []
@@ -206,7 +206,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 sample_log,
                 bad_loss,
                 preemption,
-                *report,
+                *recording,
                 *asynchronous,
                 evaluation,
                 checkpoints,
@@ -347,10 +347,15 @@ def build_async_evaluation(
     if not recipe.train.eval_async:
         return None
     evaluator = RemoteEvaluator(monitor) if me.rank == 0 and isinstance(monitor, ActorClient) else None
-    hook = AsyncEvalHook(history, recipe.train.eval_every, evaluator, stop_requested=monitor.stop_requested)
-    if evaluator is not None and span.start_step:
-        hook.resume(span.start_step, span.steps_per_epoch, read_scores(folder))
-    return hook
+    return AsyncEvalHook(
+        history,
+        recipe.train.eval_every,
+        evaluator,
+        stop_requested=monitor.stop_requested,
+        start_step=span.start_step,
+        steps_per_epoch=span.steps_per_epoch,
+        scored=read_scores(folder) if evaluator is not None and span.start_step else {},
+    )
 
 
 class RayReporter:

@@ -216,4 +216,9 @@ def population_class(
 
 def can_take_turns(base: Any) -> bool:
     """Return whether a population may be larger than the number of concurrent trials."""
-    return allowed() and hasattr(base, "_save_trial_state")
+    if not allowed() or not hasattr(base, "_save_trial_state"):
+        return False
+    from ray.tune.schedulers import PopulationBasedTraining
+
+    wanted = {"_trial_state", "_synch", "_next_perturbation_sync", "_perturbation_interval"}
+    return wanted <= vars(PopulationBasedTraining(hyperparam_mutations={"any": [0, 1]})).keys()

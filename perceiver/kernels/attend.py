@@ -27,7 +27,8 @@ def usable(q: Tensor, k: Tensor, *others: Tensor) -> bool:
         for t in (q, k, *others)
     )
     large = plain and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] >= MIN_SCORES
-    return large and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None and load() is not None
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  it is documented
+    return large and not torch.compiler.is_compiling() and not tracing and load() is not None
 
 
 def _call(name: str, scale: float, arrays: Sequence[Tensor | None], mask: Tensor | None, *rows: Tensor | None) -> None:

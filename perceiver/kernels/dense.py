@@ -56,10 +56,10 @@ def usable(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= MIN_PRODUCT
         and faster()
-        and torch._C._get_mkldnn_enabled()
+        and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  it is documented
     )
 
 

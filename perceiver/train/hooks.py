@@ -185,15 +185,32 @@ class AsyncEvalHook:
         epochs: epochs of training between two evaluations.
         evaluator: on rank 0 only.
         stop_requested: return whether the last step should not wait.
+        start_step: step of the checkpoint from which the run is resumed. The history gets the scores that it lacks, and
+            an evaluation that a crash ended is started again.
+        steps_per_epoch: steps of one pass over the training data.
+        scored: metrics of the evaluations so far, by step; those after `start_step` are ignored.
     """
 
     history: History
     epochs: float
     evaluator: Evaluator | None = None
     stop_requested: Callable[[], bool] = lambda: False
+    start_step: int = 0
+    steps_per_epoch: float = 1.0
+    scored: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     _due: int | None = field(default=None, init=False)
     _waiting: int | None = field(default=None, init=False)
     _running: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.evaluator is None or not self.start_step:
+            return
+        known, step = self.history.evaluations(), self.start_step
+        for at in sorted(at for at in self.scored if at <= step and at not in known):
+            self._record(Scored(at, self.scored[at]))
+        due = last_due(step, self.steps_per_epoch, self.epochs)
+        if due is not None and all(at < due for at in (*known, *(at for at in self.scored if at <= step))):
+            self._enqueue(step)
 
     def __call__(self, info: StepInfo) -> None:
         if self.evaluator is None:
@@ -221,21 +238,6 @@ class AsyncEvalHook:
     def in_use(self) -> Collection[int]:
         """Return the steps whose checkpoints must not be deleted yet."""
         return {step for step in (self._running, self._waiting) if step is not None}
-
-    def resume(self, step: int, steps_per_epoch: float, scored: Mapping[int, Mapping[str, float]]) -> None:
-        """Resume from a checkpoint (rank 0): record what the history lacks, restart an evaluation that a crash ended.
-
-        Args:
-            step: step of the checkpoint.
-            steps_per_epoch: steps of one pass over the training data.
-            scored: metrics of the evaluations so far, by step; those of later steps are ignored.
-        """
-        known = self.history.evaluations()
-        for at in sorted(at for at in scored if at <= step and at not in known):
-            self._record(Scored(at, scored[at]))
-        due = last_due(step, steps_per_epoch, self.epochs)
-        if due is not None and all(at < due for at in (*known, *(at for at in scored if at <= step))):
-            self._enqueue(step)
 
     def _enqueue(self, step: int) -> None:
         self._waiting = step

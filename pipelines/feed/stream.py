@@ -21,6 +21,7 @@ from ray.data.util.torch_utils import arrow_batch_to_tensors
 from ray.exceptions import RayTaskError
 
 from perceiver.config import UserError
+from perceiver.storage import escaped
 from pipelines.feed.samples import PROBLEM, RankWork, produce
 
 RUNS_PER_DATASET = 64
@@ -120,7 +121,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except RayTaskError as error:
         if isinstance(cause := error.cause, UserError):
-            raise UserError(str(cause).splitlines()[0]) from None
+            raise UserError(escaped(str(cause).partition("\n")[0])) from None
         raise
 
 

@@ -20,13 +20,6 @@ def figures(trial: TrialRecord, record: SearchRecord) -> str:
     return "  ".join(f"{name} {figure(name, scores.get(name))}" for name in record.metrics)
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as 0:05, 1:05 or 1:01:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def short_keys(keys: Sequence[str]) -> list[str]:
     """Return the last parts of each dotted key, as many as make the keys different."""
     parts = 1

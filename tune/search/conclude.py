@@ -12,11 +12,12 @@ import yaml
 
 from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import EXIT_STOPPED
+from cluster.run.console import duration
 from perceiver.tracking.printable import say_json
 from perceiver.tracking.redaction import redact, redact_text
 from tune.config import Search
 from tune.record import DONE, SearchRecord, TrialRecord
-from tune.report.numbers import duration, figures, verdict, workers
+from tune.report.numbers import figures, verdict, workers
 from tune.space.space import with_values
 
 if TYPE_CHECKING:

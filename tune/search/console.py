@@ -9,10 +9,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.run.console import LineConsole
+from cluster.run.console import LineConsole, duration
 from perceiver.tracking.printable import safe_line
 from tune.record import SearchRecord, TrialRecord
-from tune.report.numbers import duration, figure, figures, short_keys, value_text, values_text
+from tune.report.numbers import figure, figures, short_keys, value_text, values_text
 
 LINE_EVERY_S = 30.0
 ROWS_SHOWN = 24

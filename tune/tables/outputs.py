@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cluster.run.console import duration
 from perceiver.report import figures
 from perceiver.report.page import render
 from perceiver.tracking.printable import markdown_text
 from perceiver.tracking.redaction import MASK, is_secret_key, redact_text
-from tune.report.numbers import duration
 from tune.tables.config import Scale, ScaleName, TableConfig
 from tune.tables.results import JudgedClaim, RowResult, is_share, seed_noise
 

@@ -140,7 +140,8 @@ class DeepSpeedEngine:
             module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)
         self._engine = _initialize(module, self._optimizer, plan)
         self.module: nn.Module = self._engine.module
-        self._layouts = flat_layouts(groups, self._optimizer, names, self.zero_stage, self.rank)
+        zero = self._engine.optimizer
+        self._layouts = flat_layouts(groups, self._optimizer, zero, names, self.zero_stage, self.rank)
         if isinstance(self._optimizer, Lamb) and self.zero_stage > 0:
             if self._layouts is None:
                 raise UserError(

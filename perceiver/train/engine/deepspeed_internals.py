@@ -11,6 +11,13 @@ from perceiver.optim.partition import FlatLayout, Layouts, Piece, whole_layouts
 
 log = logging.getLogger(__name__)
 
+REFRESHING = {
+    1: ("update_lp_params",),
+    2: ("update_lp_params",),
+    3: ("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters", "_post_step"),
+}
+"""Methods by stage that `refresh_weights` calls."""
+
 
 def allowed() -> bool:
     """Return whether private names may be used."""
@@ -44,7 +51,7 @@ def external_parameters(module: Any) -> list[Any]:
 
 
 def flat_layouts(
-    groups: list[list[Any]], optimizer: Any, names: dict[int, str], stage: int, rank: int
+    groups: list[list[Any]], optimizer: Any, zero: Any, names: dict[int, str], stage: int, rank: int
 ) -> Layouts | None:
     """Return which elements of which parameters the optimizer's tensors contain on this rank.
 
@@ -54,6 +61,7 @@ def flat_layouts(
     Args:
         groups: the parameters of each group as they were before DeepSpeed replaced them.
         optimizer: the client optimizer, whose groups now have DeepSpeed's tensors.
+        zero: DeepSpeed's optimizer around it.
         names: name of each parameter by its id.
         stage: the ZeRO stage.
         rank: of this process.
@@ -63,8 +71,10 @@ def flat_layouts(
     if not allowed():
         return None
     try:
+        for name in REFRESHING[stage]:
+            getattr(zero, name)
         if stage == 3:
-            return _stage3_layouts(groups[0][0]._z3_optimizer, names, rank)
+            return _stage3_layouts(zero, names, rank)
         return _stage12_layouts(groups, optimizer, names)
     except AttributeError as error:
         log.warning("this DeepSpeed version does not expose how ZeRO shards tensors (%s): they are gathered", error)

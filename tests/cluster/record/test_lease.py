@@ -150,7 +150,10 @@ def test_one_of_many_concurrent_drivers_gets_the_lease(tmp_path: Path) -> None:
 
 def test_an_invalid_lease_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
-    acquire(LeaseFile(str(tmp_path))).release()
+    lease = acquire(LeaseFile(str(tmp_path)))
+    assert json.loads((tmp_path / FILE).read_text())["life_s"] > 0
+    lease.release()
+    assert not (tmp_path / FILE).exists()
 
 
 @pytest.mark.parametrize(

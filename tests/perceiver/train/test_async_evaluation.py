@@ -122,16 +122,15 @@ def test_a_resume_makes_up_for_what_was_cut_off(
     scored: dict[int, dict[str, float]], recorded: dict[int, float], asked: list[int]
 ) -> None:
     desk, history = Desk(), History()
-    hook = AsyncEvalHook(history, 1.0, desk)
-    hook.resume(25, EPOCH, scored)
+    AsyncEvalHook(history, 1.0, desk, start_step=25, steps_per_epoch=EPOCH, scored=scored)
     assert evaluations(history) == recorded and desk.asked == asked
 
 
 def test_a_resume_takes_from_the_history_what_it_knows() -> None:
     desk = Desk()
-    hook = AsyncEvalHook(History('{"step": 20, "eval/accuracy": 0.4}\n'), 1.0, desk)
-    hook.resume(25, EPOCH, {20: {"accuracy": 0.4}})
-    assert len(hook.history.rows) == 1 and desk.asked == []
+    history = History('{"step": 20, "eval/accuracy": 0.4}\n')
+    AsyncEvalHook(history, 1.0, desk, start_step=25, steps_per_epoch=EPOCH, scored={20: {"accuracy": 0.4}})
+    assert len(history.rows) == 1 and desk.asked == []
 
 
 @pytest.mark.parametrize(

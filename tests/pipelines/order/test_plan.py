@@ -1,7 +1,6 @@
 """The sample plan: every sample once an epoch, the same batches at every world size and from every step."""
 
 import math
-import time
 import tracemalloc
 
 import numpy as np
@@ -125,17 +124,15 @@ def test_lanes_follow_from_the_batch(batch: int, lanes: int) -> None:
     assert SamplePlan.build(RowGroups([500], [10]), seed=0, global_batch=batch).lanes == lanes
 
 
-def test_a_thousand_ranks_and_a_billion_samples_fit_in_little_memory_and_time() -> None:
+def test_a_thousand_ranks_and_a_billion_samples_fit_in_little_memory() -> None:
     groups = RowGroups(np.full(20_000, 50_003), np.full(20_000, 128))
     plan = SamplePlan.build(groups, seed=0, global_batch=16_384)
     tracemalloc.start()
-    began = time.perf_counter()
     for step in (0, 61_000, 10_000_000):
         batches = [plan.share(step, step + 2, rank, 1024) for rank in (0, 1, 511, 1023)]
         whole = plan.share(step, step + 1).ids[0]
         assert np.unique(whole).size == whole.size == 16_384
         assert (batches[0].ids[0] == whole[:16]).all() and (batches[-1].ids[0] == whole[-16:]).all()
-    assert time.perf_counter() - began < 10
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
 

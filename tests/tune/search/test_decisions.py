@@ -11,6 +11,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining
 
 from cluster.record.run_folder import RunFolder
+from cluster.runtime.ray_internals import can_take_turns
 from perceiver.config import UserError
 from tests.tune.searches import load, record, trial
 from tune.config import SearchConfig
@@ -205,12 +206,31 @@ def test_changed_values_stay_in_their_ranges(tmp_path: Path, tree: dict[str, Any
 
 
 @pytest.mark.parametrize("kind", ["pbt", "pb2"])
-def test_weights_may_be_exchanged_at_each_evaluation(tmp_path: Path, tree: dict[str, Any], kind: str) -> None:
+def test_weights_may_be_exchanged_at_each_evaluation(
+    tmp_path: Path, tree: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With 31.25 steps an epoch, evaluations come after 32 and 63 steps: less than an epoch apart."""
     tree["scheduler"] = {"kind": kind, "interval": 1}
     tree["space"] = {"optim.lr": {"kind": "uniform", "low": 1e-3, "high": 1e-2}}
-    scheduler = build_scheduler(load(tmp_path, tree).config, 4.0, 2)
-    assert scheduler._perturbation_interval < 2.016 - 1.024
+    monkeypatch.setattr("tune.search.schedulers.population_class", lambda base, **_: dict)  # keep its arguments
+    scheduler: Any = build_scheduler(load(tmp_path, tree).config, 4.0, 2)
+    assert scheduler["perturbation_interval"] < 2.016 - 1.024
+
+
+@pytest.mark.parametrize("name", ["_trial_state", "_synch", "_next_perturbation_sync", "_perturbation_interval"])
+def test_a_population_takes_no_turns_if_ray_has_renamed_what_that_needs(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    base = PopulationBasedTraining
+    assert can_take_turns(base) and not can_take_turns(object)
+    started = base.__init__
+
+    def renamed(self: Any, *args: Any, **options: Any) -> None:
+        started(self, *args, **options)
+        vars(self)[f"{name}_renamed"] = vars(self).pop(name)
+
+    monkeypatch.setattr(base, "__init__", renamed)
+    assert not can_take_turns(base)
 
 
 def test_the_best_is_the_best_of_those_that_finished(tmp_path: Path) -> None:

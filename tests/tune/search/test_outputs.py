@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster.recipe.config import build_recipe
 from cluster.record.run_folder import RunFolder
+from cluster.run.console import duration
 from perceiver.config import UserError
 from perceiver.train.checkpoint.store import CheckpointStore
 from tests.perceiver.report.pages import Page
@@ -18,7 +19,7 @@ from tests.perceiver.train.toy import toy_engine
 from tests.tune.searches import load, record, trial, write_search
 from tune.config import Asha
 from tune.record import Exchange, save_record
-from tune.report.numbers import duration, short_keys
+from tune.report.numbers import short_keys
 from tune.report.page import search_page
 from tune.search.conclude import best_recipe
 from tune.search.console import SearchConsole, news_line
