@@ -141,7 +141,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             if first:
                 tracker = open_tracker(handle, Path(config["local"]), history=recorded, system_metrics_node="")
             resources.callback(tracker.detach)
-            history = History(recorded, [tracker.log_metrics, partial(tell_metrics, monitor)] if first else [])
+            history = History(recorded, [tracker.log_metrics, partial(send_metrics, monitor)] if first else [])
             reporter = RayReporter(history, on_ray=isinstance(monitor, ActorClient))
 
             # Hooks.
@@ -177,7 +177,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 snapshot=partial(take_snapshot, recipe, engine, history),
                 figures=evaluation.figures,
                 listeners=Listeners(
-                    saved=partial(tell_saved, monitor, tracker, evaluations),
+                    saved=partial(announce_saved, monitor, tracker, evaluations),
                     best=lambda step, url: tracker.set_tag("best_checkpoint_uri", url),
                     missed=lambda reason: monitor.send("missed", {"reason": reason}, urgent=True),
                     committed=partial(note_committed, sample_log, reporter),
@@ -198,7 +198,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             )
             preemption = PreemptionHook(asks=first and config["on_cluster"])
             recording: list[Hook] = (
-                [partial(tell_progress, monitor), MetricsHook(history, training.log_every)] if first else []
+                [partial(send_progress, monitor), MetricsHook(history, training.log_every)] if first else []
             )
             asynchronous: list[Hook] = [evaluations] if evaluations else []
             hooks: list[Hook] = [
@@ -221,7 +221,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 target = newest_step(folder.checkpoints, me)
                 restore(engine, folder.checkpoints, target)
                 if ledger is not None:
-                    ledger.void(target, step)
+                    ledger.discard(target, step)
                 if first:
                     monitor.send("rolled_back", {"step": step, "target": target}, urgent=True)
 
@@ -455,7 +455,7 @@ def note_committed(sample_log: SampleLog, reporter: RayReporter, step: int, url:
     reporter.committed(step, url)
 
 
-def tell_saved(monitor: Client, tracker: Tracker, evaluations: AsyncEvalHook | None, step: int, url: str) -> None:
+def announce_saved(monitor: Client, tracker: Tracker, evaluations: AsyncEvalHook | None, step: int, url: str) -> None:
     """Notify the driver, MLflow and the asynchronous evaluation of a committed checkpoint (rank 0)."""
     monitor.send("checkpoint", {"step": step, "url": url}, urgent=True)
     tracker.set_tag("checkpoint_uri", url)
@@ -463,13 +463,13 @@ def tell_saved(monitor: Client, tracker: Tracker, evaluations: AsyncEvalHook | N
         evaluations.saved(step)
 
 
-def tell_metrics(monitor: Client, step: int, metrics: Mapping[str, float], time_s: float) -> None:
+def send_metrics(monitor: Client, step: int, metrics: Mapping[str, float], time_s: float) -> None:
     """Send a recorded row to the driver: each with an evaluation or a skipped step, others at a limited rate."""
     urgent = bool(metrics.get("train/skipped_steps")) or any(key.startswith("eval/") for key in metrics)
     monitor.send("metrics", {"step": step, "metrics": dict(metrics)}, urgent=urgent)
 
 
-def tell_progress(monitor: Client, info: StepInfo) -> None:
+def send_progress(monitor: Client, info: StepInfo) -> None:
     """Send the progress of a step to the driver."""
     payload = {
         "step": info.step,

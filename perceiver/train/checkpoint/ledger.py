@@ -72,7 +72,7 @@ class Ledger:
             self._write(name, self.samples.table(self.written, step))
             self.written = step
 
-    def void(self, target: int, step: int) -> None:
+    def discard(self, target: int, step: int) -> None:
         """Record that the steps (target, step] were rolled back (rank 0)."""
         if self.rank == 0:
             steps = {"first": target + 1, "last": step}

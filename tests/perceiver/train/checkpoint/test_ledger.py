@@ -67,7 +67,7 @@ def test_lost_and_doubled_samples_are_found(tmp_path: Path) -> None:
 
 def test_rolled_back_steps_are_said(url: str) -> None:
     run(url, 0, [4, 8], 8)
-    Ledger(url, 0, SampleLog(), 8).void(4, 7)
+    Ledger(url, 0, SampleLog(), 8).discard(4, 7)
     found = audit(url, 8, planned)
     assert found.exact and found.voided == {5, 6, 7}
     Ledger(url, 0, SampleLog(), 4).rewind(4)
@@ -93,7 +93,7 @@ def test_rows_without_a_sample_are_marked() -> None:
 
 
 def test_a_void_file_is_json(tmp_path: Path) -> None:
-    Ledger(str(tmp_path), 0, SampleLog(), 0).void(2, 5)
+    Ledger(str(tmp_path), 0, SampleLog(), 0).discard(2, 5)
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text()) == {"first": 3, "last": 5}
 
