@@ -31,7 +31,7 @@ from pipelines.shards.quarantine import Quarantine
 from tests.perceiver.export.test_formats import SMALL, made, run_folder
 from tests.perceiver.train.engine.torch_engine import TorchEngine
 from tests.pipelines.toys import write_images
-from tune.record import Evaluation, SearchRecord, TrialRecord, load_record, save_record
+from tune.search_record import Evaluation, SearchRecord, TrialRecord, load_record, save_record
 
 Place = tuple[str | int, ...]
 DEEP: Any = []

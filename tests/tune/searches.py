@@ -7,8 +7,8 @@ import yaml
 
 from tests.cluster.recipes import small_tree
 from tune.config import Search, build_search
-from tune.record import Evaluation, SearchRecord, TrialRecord
 from tune.search_file import read_search
+from tune.search_record import Evaluation, SearchRecord, TrialRecord
 
 
 def search_tree(folder: Path, url: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tune.record import SearchRecord, TrialRecord
+from tune.search_record import SearchRecord, TrialRecord
 from tune.space.samplers import recorded
 from tune.space.space import Space
 

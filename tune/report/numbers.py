@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.recipe.config import Recipe
 from perceiver.report.page import is_share, percent, text
-from tune.record import SearchRecord, TrialRecord
+from tune.search_record import SearchRecord, TrialRecord
 
 
 def figure(name: str, value: float | None) -> str:

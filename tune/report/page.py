@@ -9,9 +9,9 @@ from perceiver.report import figures
 from perceiver.report.page import is_share, render, yaml_text
 from perceiver.tracking.redaction import redact_text
 from tune.config import Search
-from tune.record import SearchRecord, TrialRecord
 from tune.report.importance import Importance, importance
 from tune.report.numbers import figure, short_keys, value_text, values_text, verdict
+from tune.search_record import SearchRecord, TrialRecord
 from tune.space.space import Choice, Int, LogUniform, Space
 
 ENDS = {"finished": "o", "stopped": "|"}

@@ -16,12 +16,12 @@ from cluster.run.console import duration
 from perceiver.tracking.printable import say_json
 from perceiver.tracking.redaction import redact, redact_text
 from tune.config import Search
-from tune.record import DONE, SearchRecord, TrialRecord
 from tune.report.numbers import figures, verdict, workers
+from tune.search_record import DONE, SearchRecord, TrialRecord
 from tune.space.space import with_values
 
 if TYPE_CHECKING:
-    from tune.search.plan import SearchLaunch
+    from tune.search.state import SearchLaunch
 
 log = logging.getLogger(__name__)
 

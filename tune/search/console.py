@@ -11,8 +11,8 @@ from rich.text import Text
 
 from cluster.run.console import LineConsole, duration
 from perceiver.tracking.printable import safe_line
-from tune.record import SearchRecord, TrialRecord
 from tune.report.numbers import figure, figures, short_keys, value_text, values_text
+from tune.search_record import SearchRecord, TrialRecord
 
 LINE_EVERY_S = 30.0
 ROWS_SHOWN = 24

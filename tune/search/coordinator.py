@@ -14,7 +14,7 @@ from cluster.recipe.config import absolute
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
-from tune.record import (
+from tune.search_record import (
     DONE,
     Evaluation,
     Exchange,

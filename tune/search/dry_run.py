@@ -12,10 +12,10 @@ from cluster.record.run_folder import RunFolder, run_names
 from cluster.run.console import duration
 from perceiver.tracking.printable import say
 from tune.config import Asha, Search
-from tune.record import load_record
 from tune.report.numbers import values_text, workers
 from tune.search.checks import Checker
 from tune.search.resources import Slots
+from tune.search_record import load_record
 from tune.space.samplers import RandomDraw
 from tune.space.space import Values, sample
 

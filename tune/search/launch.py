@@ -24,16 +24,16 @@ from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
 from perceiver.yaml_reader import parse_yaml
 from tune.config import OptunaSearch, Search, build_search
-from tune.record import SearchRecord, TrialRecord, load_record, reopen, save_record, trial_name
 from tune.search.checks import baseline, check_search, check_trials, steps_of
 from tune.search.conclude import conclude
 from tune.search.console import SearchConsole
 from tune.search.coordinator import Coordinator
 from tune.search.dry_run import say_plan
-from tune.search.plan import Concluder, SearchLaunch, SearchPlan, SearchStart
 from tune.search.resources import Slots, divide
+from tune.search.state import Concluder, SearchLaunch, SearchPlan, SearchStart
 from tune.search.tuner import build_tuner
 from tune.search_file import read_search
+from tune.search_record import SearchRecord, TrialRecord, load_record, reopen, save_record, trial_name
 from tune.space.samplers import FixedSampler, OptunaSampler, Sampler, known_trials
 from tune.space.space import Values
 

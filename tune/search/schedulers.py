@@ -20,7 +20,7 @@ from ray.tune.schedulers.pb2 import PB2
 from cluster.runtime.ray_internals import ALMOST, can_take_turns, population_class
 from perceiver.config import UserError
 from tune.config import Asha, Median, Pb2, Pbt, SearchConfig
-from tune.record import TrialRecord, number_of
+from tune.search_record import TrialRecord, number_of
 from tune.space.space import Choice, Int, LogUniform, QUniform, Uniform, Values
 
 FOREVER = math.inf

@@ -31,8 +31,8 @@ from perceiver.config import UserError
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, promise_run, reconcile
 from pipelines.feed.ingest import load_data
-from tune.record import number_of, trial_name
 from tune.search.exchange import Pointer, pointer_of, take_over
+from tune.search_record import number_of, trial_name
 from tune.space.space import Values, with_values
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class TrialRun(ray.tune.Trainable):
     """A trial as Ray Tune drives it.
 
     Its configuration is ``{"number": int, "values": {key: value}, "label": str}``. Its number is that of its name
-    (`tune.record.trial_name`): in a population the configuration may be that of another trial.
+    (`tune.search_record.trial_name`): in a population the configuration may be that of another trial.
     """
 
     def setup(self, config: dict[str, Any], plan: TrialPlan | None = None) -> None:

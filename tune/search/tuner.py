@@ -8,14 +8,14 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cluster.recipe.config import absolute, for_workers
 from perceiver.tracking.runs import TrackingConfig
-from tune.record import PARAMETERS, trial_name
 from tune.search.coordinator import PATHS, Coordinator, CoordinatorCallback, CoordinatorSearcher, placed
 from tune.search.schedulers import build_scheduler, replay, takes_turns
 from tune.search.trial import TrialPlan, TrialRun
+from tune.search_record import PARAMETERS, trial_name
 from tune.space.space import look_up, with_values
 
 if TYPE_CHECKING:
-    from tune.search.plan import SearchLaunch
+    from tune.search.state import SearchLaunch
 
 
 def build_tuner(

@@ -16,7 +16,7 @@ from tune.search.checks import Checker
 from tune.search.conclude import finish_run, machine, say_ending, settle
 from tune.search.dry_run import estimate, say_estimate, say_resources
 from tune.search.launch import find_slots, run_search, set_environment
-from tune.search.plan import SearchLaunch, SearchPlan, SearchStart
+from tune.search.state import SearchLaunch, SearchPlan, SearchStart
 from tune.search_file import RECIPE_KEYS, flat, head_key, recipe_path
 from tune.space.space import Values, with_values
 from tune.tables.config import PaperTable, Row, Scale, ScaleName, load_table

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from tune.record import TrialRecord
+from tune.search_record import TrialRecord
 from tune.tables.config import Claim, Row, ScaleName, TableConfig
 
 SHARES = ("accuracy", "mean_average_precision")

@@ -15,12 +15,21 @@ from cluster.runtime.ray_internals import can_take_turns
 from perceiver.config import UserError
 from tests.tune.searches import load, record, trial
 from tune.config import SearchConfig
-from tune.record import Evaluation, SearchRecord, TrialRecord, load_record, number_of, reopen, save_record, trial_name
 from tune.report.importance import Importance, importance
 from tune.report.numbers import verdict
 from tune.search.coordinator import Coordinator, CoordinatorCallback, CoordinatorSearcher, placed, reason
 from tune.search.schedulers import ReplayedTrial, build_scheduler, clipped, replay, takes_turns
 from tune.search.tuner import RecordedValues
+from tune.search_record import (
+    Evaluation,
+    SearchRecord,
+    TrialRecord,
+    load_record,
+    number_of,
+    reopen,
+    save_record,
+    trial_name,
+)
 from tune.space.samplers import FixedSampler
 
 

@@ -18,7 +18,6 @@ from tests.perceiver.report.pages import Page
 from tests.perceiver.train.toy import toy_engine
 from tests.tune.searches import load, record, trial, write_search
 from tune.config import Asha
-from tune.record import Exchange, save_record
 from tune.report.numbers import short_keys
 from tune.report.page import search_page
 from tune.search.conclude import best_recipe
@@ -27,6 +26,7 @@ from tune.search.dry_run import estimate, kept_share, say_estimate
 from tune.search.exchange import copy_checkpoint, pointer_of, take_over
 from tune.search.launch import check_same_rows, launch_search
 from tune.search.resources import divide
+from tune.search_record import Exchange, save_record
 
 
 def some_trials() -> Any:

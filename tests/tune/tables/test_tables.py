@@ -17,9 +17,9 @@ from tests.perceiver.report.pages import Page
 from tests.tune.commands import all_gone, left_behind, run
 from tests.tune.commands import trials as recorded
 from tests.tune.searches import trial
-from tune.record import TrialRecord
 from tune.search.checks import Checker
 from tune.search_file import recipe_path
+from tune.search_record import TrialRecord
 from tune.space.space import with_values
 from tune.tables.config import TableConfig, load_table, tables
 from tune.tables.launch import TableRun, build_rows, check_rows, read_rows, reproduce

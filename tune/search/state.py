@@ -12,10 +12,10 @@ from cluster.runtime.session import continue_command, tracking_of
 from perceiver.tracking.runs import TrackingConfig
 from perceiver.tracking.tracker import NullTracker, Tracker
 from tune.config import Search
-from tune.record import SearchRecord
 from tune.search.checks import Checker
 from tune.search.console import SearchConsole
 from tune.search.resources import Slots
+from tune.search_record import SearchRecord
 from tune.space.space import Values
 
 
