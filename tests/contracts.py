@@ -1,9 +1,9 @@
 """`python -m tests.contracts`: what the sources must keep to and import-linter cannot say; exit code 1 if they do not.
 
 Private names of other libraries stand in `ray_internals.py` and `deepspeed_internals.py` alone; triton, the C++
-extension and one oneDNN operator in `perceiver/kernels/` aside. Other modules, tests and benchmarks included, read no underscore
-attribute but their own. No import cycle, imports in functions and under `TYPE_CHECKING` included. No folder of more
-than 16 modules, apart from those with one module for each thing.
+extension and one oneDNN operator in `perceiver/kernels/` aside. Other modules, tests and benchmarks too, read no
+underscore attribute but their own. No import cycle, imports in functions and under `TYPE_CHECKING` included. No folder
+of more than 16 modules, apart from those with one module for each thing.
 """
 
 import ast
