@@ -11,8 +11,9 @@ from typing import NoReturn
 def main() -> None:
     """Run the command line; a `UserError` becomes one line on stderr and exit code 2."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` does
+                signal.signal(number, interrupt)
         import click
 
         from perceiver.cli import cli, leave
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """Handle Ctrl-C and SIGTERM: raise KeyboardInterrupt, or end the process at once during an import.
+    """Handle Ctrl-C, SIGTERM and SIGHUP: raise KeyboardInterrupt, or end the process at once during an import.
 
     Libraries turn a KeyboardInterrupt in their imports into other errors, and nothing needs to be cleaned up there:
     commands that start processes or take a lease set handlers of their own first.

@@ -1,5 +1,6 @@
 """The console output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -25,6 +26,12 @@ class Drawn(Protocol):
     def stop(self) -> None:
         """Remove the display."""
         ...
+
+
+def _print(console: Console, line: str) -> None:
+    """Print one line; a terminal that is closed, or a pipe that nobody reads, does not end the run."""
+    with contextlib.suppress(OSError, SystemExit):  # `rich` exits if a pipe is closed
+        console.print(safe_line(line), markup=False)
 
 
 class LineConsole:
@@ -55,13 +62,13 @@ class LineConsole:
         """Print one line, and write it to the driver's log."""
         log.info("%s", line)
         drawn = self.drawn()
-        (drawn.console if drawn is not None else self.console).print(safe_line(line), markup=False)
+        _print(drawn.console if drawn is not None else self.console, line)
 
     def error(self, text: str) -> None:
         """Print an error to stderr, and write it to the driver's log."""
         log.info("error: %s", text)
         self.close()
-        Console(stderr=True, highlight=False, soft_wrap=True).print(safe_line(f"error: {text}"), markup=False)
+        _print(Console(stderr=True, highlight=False, soft_wrap=True), f"error: {text}")
 
 
 class RunConsole(LineConsole):

@@ -55,6 +55,9 @@ API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
 instance without a dashboard records the default port, 8265, at which another instance may listen, such as that of
 `perceiver cluster up`; at this address nothing answers, which Ray Train takes for temporary."""
 
+ENDS = {signal.SIGTERM, signal.SIGHUP}
+"""Signals by which others end a run."""
+
 LONGEST_TEMPORARY = 36
 """Longest temporary folder in bytes: the path of a socket has at most 107, of which Ray's part takes up to 70."""
 
@@ -134,7 +137,7 @@ def _connect(address: str) -> RaySession:
 
     check_reachable(address)
     try:
-        with sigterm_blocked():
+        with ends_blocked():
             context: Any = ray.init(address=address, **QUIET_INIT)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = redact_text(first_line(error))
@@ -154,15 +157,19 @@ def _start_instance(config: ClusterConfig) -> RaySession:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     shorten_temporary_folder()
     inherited = {API_SERVER: None if config.dashboard else NO_API_SERVER}
-    with environment(inherited), sigterm_blocked(), loopback_only():
-        context: Any = ray.init(
-            address="local",
-            num_cpus=machine_cpus(),
-            object_store_memory=config.store_mb * 1_000_000,
-            include_dashboard=config.dashboard,
-            dashboard_host=LOOPBACK,
-            **QUIET_INIT,
-        )
+    try:
+        with environment(inherited), ends_blocked(), loopback_only():
+            context: Any = ray.init(
+                address="local",
+                num_cpus=machine_cpus(),
+                object_store_memory=config.store_mb * 1_000_000,
+                include_dashboard=config.dashboard,
+                dashboard_host=LOOPBACK,
+                **QUIET_INIT,
+            )
+    except BaseException:
+        end_ray_children()
+        raise
     processes = [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]
     return RaySession(
         own=True,
@@ -192,22 +199,39 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 @contextlib.contextmanager
-def sigterm_blocked() -> Iterator[None]:
-    """Block SIGTERM in the processes that this one starts; afterwards this process handles it as before.
+def ends_blocked() -> Iterator[None]:
+    """Block SIGTERM and SIGHUP in the processes that this one starts; afterwards this process handles them as before.
 
-    Slurm's time limit, systemd and GNU timeout send SIGTERM to every process of a run. If Ray's processes and the
-    workers ended with it, the driver could not save a checkpoint. Ray stops processes with SIGKILL after a second.
+    Slurm's time limit, systemd and GNU timeout send SIGTERM to every process of a run, and a terminal that is closed
+    sends SIGHUP. If Ray's processes and the workers ended with it, the driver could not save a checkpoint. Ray stops
+    processes with SIGKILL after a second.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    handlers = {number: signal.getsignal(number) for number in ENDS}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
     try:
         yield
+    except SystemExit:
+        # Ray's own handler, which it sets while it starts; another thread may have received the signal.
+        raise KeyboardInterrupt from None
     finally:
-        signal.signal(signal.SIGTERM, handler)  # `ray.init` sets its own
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+
+
+def end_ray_children() -> None:
+    """Kill the processes of a local Ray instance that was interrupted while it started."""
+    import ray
+
+    folder = str(Path(ray.__file__).parent)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if line.startswith("ray::") or folder in line:
+                process.kill()
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.recipe.resources import ClusterConfig
 from cluster.record.run_folder import RunFolder
-from cluster.runtime.local import RaySession, start_ray
+from cluster.runtime.local import ENDS, RaySession, start_ray
 from perceiver.tracking.printable import SafeFormatter
 from perceiver.tracking.record import HISTORY
 from perceiver.tracking.redaction import redact_text
@@ -112,8 +112,9 @@ def _say_tracking(folder: RunFolder, handle: RunHandle | None, say: Callable[[st
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM by a function."""
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Handle Ctrl-C, SIGTERM and SIGHUP (a closed terminal; not under `nohup`, which ignores it) by a function."""
+    numbers = [each for each in (signal.SIGINT, *ENDS) if signal.getsignal(each) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -132,8 +133,8 @@ def stop_on_signal(request_stop: Callable[[], None], say: Callable[[str], None],
     def handler(signum: int, frame: FrameType | None) -> None:
         if not asked:
             asked.append(time.monotonic())
-            say(line)
             request_stop()
+            say(line)
         elif time.monotonic() - asked[0] > 1.0:
             raise KeyboardInterrupt
 
