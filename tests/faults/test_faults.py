@@ -1,4 +1,4 @@
-"""The part of the fault table that every test run can afford; `make faults` prints all of it."""
+"""The cheapest rows of the fault table; `make faults` runs all of them."""
 
 from pathlib import Path
 from typing import Any
