@@ -43,7 +43,7 @@ def place(devices: int = 8, nodes: int = 1, device: Device = H100, cpus: float =
 
 @pytest.fixture
 def workload(tree: dict[str, Any]) -> Workload:
-    """A fictitious model of 10^9 parameters with the small recipe, 64 samples per step."""
+    """Return a fictitious model of 10^9 parameters with the small recipe, 64 samples per step."""
     tree["train"] = {"steps": 1000, "global_batch": 64, "precision": "bf16"}
     account = Account(10**9, 2 * 10**12, 2 * 10**12, 10**9)
     trace = StepTrace(6 * 10**12, 10**9, 10**9, 0, 1000)
