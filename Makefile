@@ -35,10 +35,10 @@ test: check  ## check, then the whole test suite: the fast tests on two cores at
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations 15
 
-faults: $(READY)  ## put faults upon real runs and print the table (about an hour)
+faults: $(READY)  ## inject faults into real runs and print the table (about an hour)
 	@$(BIN)/python -m tests.faults
 
-soak: $(READY)  ## train for an hour with a fault a minute and print what is left
+soak: $(READY)  ## train for an hour with a fault injected per minute and print the goodput
 	@$(BIN)/python -m tests.faults.soak
 
 OLDEST_PYTHON ?= python3.11

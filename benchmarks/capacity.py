@@ -63,7 +63,7 @@ def measure(recipe: str, overrides: list[str], folder: str) -> tuple[float, floa
 
 
 def main() -> None:
-    """Foretell, measure, print."""
+    """Estimate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="recipes/train/quickstart.yaml")
     parser.add_argument("--workers", type=int, action="append")

@@ -78,7 +78,7 @@ class FakeEngine:
         return {"loss": float(self.sum([float(len(list(batches)))])[0]), "accuracy": 0.5}
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The values summed over the ranks."""
+        """Return the values summed over the ranks."""
         return self.ranks.sum(values)
 
     def save(self, folder: Path) -> None:
@@ -87,15 +87,15 @@ class FakeEngine:
         (folder / f"state-{self.rank:05d}.bin").write_bytes(bytes(SAVE_BYTES))
 
     def load(self, folder: Path) -> None:
-        """Nothing was kept."""
+        """Load nothing: nothing was saved."""
 
     def weights(self) -> Any:
-        """The weights that the model began with, on rank 0."""
+        """Return the weights that the model began with, on rank 0."""
         return {k: v.contiguous() for k, v in self.module.state_dict().items()} if self.rank == 0 else None
 
 
 def worker(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs: ours, with the fake engine."""
+    """Run our worker function with the fake engine in a Ray Train worker."""
     from cluster.run import worker as ours
 
     folder = Path(os.environ[NOTES])
@@ -120,7 +120,7 @@ def prepare_images(folder: Path) -> str:
 
 
 def recipe_tree(folder: Path, url: str, workers: int) -> dict[str, Any]:
-    """The run's recipe: a tiny model, one sample per worker, a checkpoint every ten steps."""
+    """Return the run's recipe: a tiny model, one sample per worker, a checkpoint every ten steps."""
     inputs = {"kind": "image", "channels": 1, "size": [8, 8], "mean": [0.5], "std": [0.3]}
     epoch = SAMPLES / workers
     return {
@@ -180,12 +180,12 @@ def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
 
 
 def facts(folder: Path, workers: int, times: Mapping[str, float]) -> dict[str, Any]:
-    """What the ranks' notes, the checkpoints and MLflow's store say of a run."""
+    """Return what the ranks' notes, the checkpoints and MLflow's store contain about a run."""
     ranks = [[json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("notes/*.jsonl")]
     assert len(ranks) == workers, f"{len(ranks)} of {workers} workers left notes"
 
     def at(what: str, pick: Callable[[Iterable[float]], float]) -> list[float]:
-        """The n-th time that it happened, the first or the last of the ranks."""
+        """Return the n-th time that it happened, the first or the last of the ranks."""
         columns = zip(*([t for name, _, t in rank if name == what] for rank in ranks), strict=True)
         return [pick(column) for column in columns]
 

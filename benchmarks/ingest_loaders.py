@@ -44,7 +44,7 @@ class View:
 
 
 def ours(kind: Kind, folder: Path, url: str | None = None, **options: Any) -> Batches:
-    """`train_batches` on Ray Data."""
+    """Read with `train_batches` on Ray Data."""
     from pipelines.feed.ingest import TrainShare, load_data, train_batches
 
     data = kind.view.model_copy(update={"url": url or str(ingest_data.arrow_shards(kind, folder)), **options})
@@ -53,18 +53,18 @@ def ours(kind: Kind, folder: Path, url: str | None = None, **options: Any) -> Ba
 
 
 def ours_part(kind: Kind, folder: Path) -> Batches:
-    """The first shards alone, from the disk."""
+    """Read the first shards alone, from the disk."""
     return ours(kind, folder, url=str(part_of(kind, folder)))
 
 
 def ours_s3(kind: Kind, folder: Path) -> Batches:
-    """The same shards from the S3 server of the parent process."""
+    """Read the same shards from the S3 server of the parent process."""
     options = {**SECRET, "endpoint_url": os.environ["BENCHMARK_S3"]}
     return ours(kind, folder, url=f"s3://{BUCKET}/{kind.name}", storage_options=options)
 
 
 def part_of(kind: Kind, folder: Path) -> Path:
-    """A folder with the first shards only."""
+    """Return a folder with the first shards only."""
     from perceiver.storage import open_folder
     from pipelines.shards.manifest import load_manifest, save_manifest
 
@@ -82,7 +82,7 @@ def part_of(kind: Kind, folder: Path) -> Path:
 
 
 def torch_files(kind: Kind, folder: Path) -> Batches:
-    """torch's DataLoader over the files."""
+    """Read with torch's DataLoader over the files."""
     import torch.utils.data
 
     files, view = ingest_data.raw_files(kind, folder), View(kind.name)
@@ -101,7 +101,7 @@ def torch_files(kind: Kind, folder: Path) -> Batches:
 
 
 def webdataset(kind: Kind, folder: Path) -> Batches:
-    """webdataset over tars."""
+    """Read with webdataset over tars."""
     wds = ingest_data.peer("webdataset")
     urls = sorted(map(str, ingest_data.tars(kind, folder).glob("*.tar")))
     data = (
@@ -115,7 +115,7 @@ def webdataset(kind: Kind, folder: Path) -> Batches:
 
 
 def streaming(kind: Kind, folder: Path) -> Batches:
-    """MosaicML Streaming over MDS."""
+    """Read with MosaicML Streaming over MDS."""
     from torch.utils.data import DataLoader
 
     view = View(kind.name, "data")
@@ -130,7 +130,7 @@ def streaming(kind: Kind, folder: Path) -> Batches:
 
 
 def litdata(kind: Kind, folder: Path) -> Batches:
-    """litdata over its chunks."""
+    """Read with litdata over its chunks."""
     lit = ingest_data.peer("litdata")
     data = lit.StreamingDataset(
         str(ingest_data.chunks(kind, folder)), shuffle=True, drop_last=True, transform=View(kind.name, "data")
@@ -142,7 +142,7 @@ def litdata(kind: Kind, folder: Path) -> Batches:
 
 
 def spdl_threads(kind: Kind, folder: Path) -> Batches:
-    """SPDL's pipeline over the files, one sample at a time in threads, as in its guide."""
+    """Read with SPDL's pipeline over the files, one sample at a time in threads, as in its guide."""
     local = threading.local()
 
     def load(path: str) -> np.ndarray:
@@ -156,7 +156,7 @@ def spdl_threads(kind: Kind, folder: Path) -> Batches:
 
 
 def spdl_processes(kind: Kind, folder: Path) -> Batches:
-    """SPDL's pipeline over the files, a batch at a time in processes, since Python's transforms share a lock."""
+    """Read with SPDL's pipeline over the files, one batch at a time in processes, since Python has a global lock."""
     pool = ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("forkserver"))
     builder = ingest_data.peer("spdl.pipeline").PipelineBuilder().add_source(_endless_files(kind, folder))
     load = LoadBatch(View(kind.name))
@@ -196,7 +196,7 @@ def _sunk(builder: Any) -> Batches:
 
 
 def plain_ray(kind: Kind, folder: Path) -> Batches:
-    """Ray Data as its guide shows it: `read_images` and a map (other kinds: `read_binary_files`); one epoch a pass."""
+    """Read with Ray Data as in its guide: `read_images` (or `read_binary_files`) and a map; one epoch per pass."""
     import ray.data
 
     from pipelines.transforms.image import training_view

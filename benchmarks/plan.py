@@ -34,12 +34,12 @@ BLOCK_STEPS = 64
 
 
 def rss_mb() -> float:
-    """Peak memory of this process."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def cpu_ms(plan: SamplePlan | MixturePlan, steps: int, world: int) -> float:
-    """CPU milliseconds of one rank's step when planned `steps` at a time, as a data task does."""
+    """Return the CPU milliseconds of one rank's step when planned `steps` at a time, as a data task does."""
     began = time.process_time()
     for start in (0, 10**6, 10**9):
         plan.share(start, start + steps, world // 3, world)
@@ -47,7 +47,7 @@ def cpu_ms(plan: SamplePlan | MixturePlan, steps: int, world: int) -> float:
 
 
 def shares_are_the_batch(plan: SamplePlan | MixturePlan, step: int) -> bool:
-    """Whether the 1,024 ranks' samples, one after the other, are the global batch."""
+    """Return whether the 1,024 ranks' samples, one after the other, are the global batch."""
     whole = plan.share(step, step + 1).ids[0]
     return bool(
         (np.concatenate([plan.share(step, step + 1, rank, RANKS).ids[0] for rank in range(RANKS)]) == whole).all()
@@ -77,7 +77,7 @@ def each_once(plan: SamplePlan, epoch: int, whole: bool) -> dict[str, int | bool
 
 
 def _windows(plan: SamplePlan, epoch: int) -> Iterator[tuple[int, int]]:
-    """Steps of windows at the beginning, in the middle and before the end of an epoch, away from its ragged ends."""
+    """Return steps of windows at the beginning, middle and end of an epoch, not at its ragged ends."""
     steps = plan.samples // plan.global_batch
     for place in (1, steps // 2, steps - 2 * plan.window // plan.draw - 2):
         first = epoch * steps + epoch + place
@@ -85,7 +85,7 @@ def _windows(plan: SamplePlan, epoch: int) -> Iterator[tuple[int, int]]:
 
 
 def mixing(samples: int, batch: int) -> dict[str, float]:
-    """How a data set stored class by class comes out."""
+    """Measure how well a data set stored class by class is mixed."""
     plan = SamplePlan.build(
         RowGroups([50_000] * (samples // 50_000), [GROUP_ROWS] * (samples // 50_000)), seed=0, global_batch=batch
     )
@@ -105,7 +105,7 @@ def mixing(samples: int, batch: int) -> dict[str, float]:
 
 
 def _chi_square(labels: np.ndarray) -> float:
-    """Mean over the batches, per degree of freedom."""
+    """Return the mean over the batches, per degree of freedom."""
     expected = labels.shape[1] / CLASSES
     counts = np.stack([np.bincount(batch, minlength=CLASSES) for batch in labels])
     return float((((counts - expected) ** 2 / expected).sum(axis=1) / (CLASSES - 1)).mean())
@@ -114,7 +114,7 @@ def _chi_square(labels: np.ndarray) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--all", action="store_true", help="hold every sample of an epoch against a bit set")
+    parser.add_argument("--all", action="store_true", help="check every sample of an epoch with a bit set")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     options = parser.parse_args()
     base = rss_mb()

@@ -59,7 +59,7 @@ def write_batches(given: argparse.Namespace, folder: Path) -> None:
 
 
 def ours(_: argparse.Namespace, *, plain: bool = False) -> Any:
-    """The quickstart's own model."""
+    """Return the quickstart's model."""
     from cluster.recipe.config import load_recipe
     from perceiver.factory import build_model
 
@@ -68,7 +68,7 @@ def ours(_: argparse.Namespace, *, plain: bool = False) -> Any:
 
 
 def perceiver_io(_: argparse.Namespace) -> Any:
-    """krasserm's perceiver-io: encoder, and a decoder with one query."""
+    """Return krasserm's perceiver-io: encoder, and a decoder with one query."""
     import torch
     from torch import nn
 
@@ -108,7 +108,7 @@ def perceiver_io(_: argparse.Namespace) -> Any:
 
 
 def perceiver_pytorch(_: argparse.Namespace) -> Any:
-    """lucidrains' perceiver-pytorch."""
+    """Return lucidrains' perceiver-pytorch."""
     library: Any = importlib.import_module("perceiver_pytorch")
     return library.Perceiver(
         num_freq_bands=8,
@@ -146,7 +146,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     model = BUILDERS[name](given)
 
     def shown(pixels: Any) -> Any:
-        """What the model takes: raw pixels (B, 1, 28, 28) for ours, scaled ones (B, 28, 28, 1) for the peers."""
+        """Return the model's inputs: raw pixels (B, 1, 28, 28) for ours, scaled ones (B, 28, 28, 1) for the peers."""
         return pixels if name == "ours" else (pixels.movedim(1, -1).float() / 255 - MEAN) / STD
 
     counter = FlopCounterMode(display=False)
@@ -204,7 +204,7 @@ def take(given: argparse.Namespace, name: str, lr: float, folder: str) -> dict[s
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     wall, cpu = row["seconds_to"], row["cpu_seconds_to"]
     to = [f"{wall[goal]:.0f} ({cpu[goal]:.0f})" if goal in wall else "-" for goal in map(str, GOALS)]
     cells = [

@@ -74,7 +74,7 @@ def timed_engine(build_engine: Any, *what: Any) -> Any:
 
 
 def worker(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs: ours, with the engine that takes notes."""
+    """Run our worker function with the recording engine in a Ray Train worker."""
     from cluster.run import worker as ours
 
     with mock.patch.object(ours, "build_engine", partial(timed_engine, ours.build_engine)):
@@ -129,7 +129,7 @@ def plain_arm(tree: dict[str, Any], in_memory: bool) -> None:
 
 
 def recipe_tree(given: argparse.Namespace, setting: str, folder: Path) -> dict[str, Any]:
-    """The recipe of a setting: so many steps without interruption."""
+    """Return the recipe of a setting: that many steps without interruption."""
     from cluster.recipe.config import for_workers, load_recipe
 
     workers, times = SETTINGS[setting]
@@ -207,7 +207,7 @@ def measure(given: argparse.Namespace, setting: str) -> list[dict[str, Any]]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What follows from the steps: overheads, speed-up (ideal 2) and weak efficiency (ideal 1)."""
+    """Return what follows from the steps: overheads, speed-up (ideal 2) and weak efficiency (ideal 1)."""
     step = {(row["setting"], row["arm"]): row["step_ms"] for row in rows}
     found = []
     for setting in SETTINGS:

@@ -16,7 +16,7 @@ product that ours takes where it is faster. Every peer is at its nearest equal c
 
 - perceiver-io: the same depths and widths, weights shared as in ours, decoded by one query instead of a mean.
 - perceiver-pytorch: the same depths and widths, weights tied; its MLP is a GEGLU of four times the width.
-- transformers: Perceiver IO, one cross-attend; to be held against `ours-io`.
+- transformers: Perceiver IO, one cross-attend; to be compared with `ours-io`.
 Points and audio are given to the peers with their Fourier features made beforehand; ours makes them in the step.
 """
 
@@ -77,7 +77,7 @@ ONCE = {("imagenet", "perceiver-pytorch")}
 
 
 def ours(row: Row, kind: str) -> tuple[Any, Any]:
-    """Our model and raw inputs."""
+    """Return our model and raw inputs."""
     import torch
 
     from perceiver.factory import build_model, model_config
@@ -100,7 +100,7 @@ def ours(row: Row, kind: str) -> tuple[Any, Any]:
 
 
 def perceiver_io(row: Row) -> tuple[Any, Any]:
-    """krasserm's perceiver-io: encoder, and a decoder with one query."""
+    """Return krasserm's perceiver-io: encoder, and a decoder with one query."""
     import torch
     from torch import nn
 
@@ -141,7 +141,7 @@ def perceiver_io(row: Row) -> tuple[Any, Any]:
 
 
 def perceiver_pytorch(row: Row) -> tuple[Any, Any]:
-    """lucidrains' perceiver-pytorch."""
+    """Return lucidrains' perceiver-pytorch."""
     library: Any = importlib.import_module("perceiver_pytorch")
     image = row.inputs["kind"] == "image"
     model = library.Perceiver(
@@ -165,7 +165,7 @@ def perceiver_pytorch(row: Row) -> tuple[Any, Any]:
 
 
 def transformers_perceiver(row: Row) -> tuple[Any, Any]:
-    """The transformers library's Perceiver with a classification decoder."""
+    """Return the transformers library's Perceiver with a classification decoder."""
     from torch import nn
 
     module: Any = importlib.import_module("transformers.models.perceiver.modeling_perceiver")
@@ -209,7 +209,7 @@ def transformers_perceiver(row: Row) -> tuple[Any, Any]:
 
 
 def dense_inputs(row: Row) -> Any:
-    """Pixels (B, H, W, 3), or elements (B, M, C) with their features."""
+    """Return pixels (B, H, W, 3), or elements (B, M, C) with their features."""
     import torch
 
     last = 3 if row.inputs["kind"] == "image" else row.channels
@@ -302,7 +302,7 @@ def products(implementation: str, row: Row) -> tuple[Callable[[], None], float]:
 
 
 def serve(row_name: str, implementation: str, threads: int) -> None:
-    """Build one implementation in this process, tell its facts, then run the passes that standard input names."""
+    """Build one implementation in this process, print its facts, then run the passes that standard input names."""
     import torch
 
     answers = os.fdopen(os.dup(1), "w")

@@ -29,7 +29,7 @@ MODELS = ("ours", "ours torch", "ours plain", "ours-io", "transformers", "percei
 
 
 def plain(row: Row) -> tuple[Any, Any]:
-    """Our model with torch's own attention, and its inputs."""
+    """Return our model with torch's own attention, and its inputs."""
     from perceiver.attention import CrossAttention
 
     model, x = BUILDERS["ours"](row)

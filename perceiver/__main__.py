@@ -56,7 +56,7 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
     """Handle Ctrl-C, SIGTERM and SIGHUP: raise KeyboardInterrupt, or end the process at once during an import.
 
     Libraries turn a KeyboardInterrupt in their imports into other errors, and nothing needs to be cleaned up there:
-    commands that start processes or take a lease set handlers of their own first.
+    commands that start processes or take a lease set their own handlers first.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -66,7 +66,7 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def stopped() -> NoReturn:
-    """Say that the command was stopped, and exit without waiting for threads, in which Ray may still be starting."""
+    """Print that the command was stopped, and exit without waiting for threads, in which Ray may still be starting."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os.write(2, b"stopped\n")

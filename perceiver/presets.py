@@ -1,7 +1,7 @@
 """Named models: every row of the papers' tables that the sources give, and small ones to start from.
 
-A preset is a recipe's `model:` section, the number of classes and where it comes from; a recipe may say
-`model: {preset: NAME}` and add keys of its own. What the papers leave open is marked OPEN in the note. Sources:
+A preset is a recipe's `model:` section, the number of classes and where it comes from; a recipe may contain
+`model: {preset: NAME}` and add keys. What the papers leave open is marked OPEN in the note. Sources:
 P = Perceiver (arXiv 2103.03206v2), IO = Perceiver IO (arXiv 2107.14795).
 """
 

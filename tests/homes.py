@@ -1,4 +1,4 @@
-"""Homes of their own for commands under test, which share one thing: the compiled kernels."""
+"""Separate homes for commands under test, which share only the compiled kernels."""
 
 import contextlib
 from pathlib import Path
@@ -9,7 +9,7 @@ KERNELS = cache_folder("kernels")
 
 
 def share_kernels(home: Path) -> Path:
-    """Let a home find this machine's kernels, which are then compiled once a machine, not once a home; return it."""
+    """Link this machine's compiled kernels into a home, so that they are compiled once per machine; return the home."""
     KERNELS.mkdir(parents=True, exist_ok=True, mode=0o700)
     place = home / ".cache" / "perceiver" / "kernels"
     place.parent.mkdir(parents=True, exist_ok=True)

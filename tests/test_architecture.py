@@ -1,4 +1,4 @@
-"""The import contract, and what importing the model must not drag in."""
+"""The import contract, and what an import of the model must not import."""
 
 import subprocess
 import sys
@@ -28,6 +28,6 @@ def test_what_talks_to_a_cluster_does_not_import_ray_first() -> None:
 
 
 def test_data_tasks_do_without_torch() -> None:
-    """What Ray has them import: two seconds and 200 MB more for each process otherwise."""
+    """Importing torch would cost each of their processes two seconds and 200 MB."""
     modules = "pipelines.feed.samples, cluster.runtime.ray_internals"
     subprocess.run([sys.executable, "-c", f"import sys, {modules}; sys.exit('torch' in sys.modules)"], check=True)

@@ -1,4 +1,4 @@
-"""Damaged and malicious manifests and state files: each ends in a one-line refusal, a quarantine or a right result.
+"""Damaged and malicious manifests and state files: each ends in a one-line refusal, a quarantine or a correct result.
 
 `pytest -s` prints how many of each kind were tried and how they ended.
 """
@@ -172,7 +172,7 @@ def test_checkpoint_manifests_and_headers(tmp_path: Path, url: str, monkeypatch:
         for other, content in sound.items():
             store.fs.pipe_file(f"{store.folder(5)}/{other}", content)
         store.fs.pipe_file(f"{store.folder(5)}/{name}", text.encode())
-        if name != MANIFEST:  # which whoever changed the file would adapt
+        if name != MANIFEST:  # which the author of such a change would adapt
             entry = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
             files = {**manifest.model_dump()["files"], name: entry}
             changed = json.dumps({**manifest.model_dump(), "files": files})

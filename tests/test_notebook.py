@@ -13,7 +13,7 @@ NOTEBOOK = ROOT / "docs" / "first-run.ipynb"
 
 
 def write_digits(folder: Path) -> None:
-    """Ten classes of 28 x 28 pixels that differ in where they are bright."""
+    """Write ten classes of 28 x 28 pixels that differ in where they are bright."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 4)):
         for label in range(10):

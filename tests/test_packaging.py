@@ -1,4 +1,4 @@
-"""Wheels hold every file that the program reads at run time."""
+"""Wheels contain every file that the program reads at run time."""
 
 import subprocess
 import tomllib

@@ -47,8 +47,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def recipe_path(recipe: str, search_file: str) -> str:
     """Return the base recipe's path: relative to the current folder, else to the search file's folder."""
-    beside = Path(search_file).parent / recipe
-    return str(beside) if beside.is_file() and not Path(recipe).is_file() else recipe
+    sibling = Path(search_file).parent / recipe
+    return str(sibling) if sibling.is_file() and not Path(recipe).is_file() else recipe
 
 
 def head_key(override: str) -> str:

@@ -78,7 +78,7 @@ def forward_kernel(
     block: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """Sums of one batch item, a block of latents and a band of rows; each relative to a stored maximum."""
+    """Compute the sums of one batch item, a block of latents and a band of rows, each relative to a stored maximum."""
     n = tl.program_id(0) * block + tl.arange(0, block)
     part, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     alive = n < latents
@@ -157,7 +157,7 @@ def backward_kernel(
     block: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """Gradients of one batch item, a block of latents and a band of rows."""
+    """Compute the gradients of one batch item, a block of latents and a band of rows."""
     n = tl.program_id(0) * block + tl.arange(0, block)
     part, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     alive = n < latents

@@ -1,6 +1,6 @@
 """Two frames for optical flow: 3x3 neighbourhoods of both, stacked, through a linear layer, with 2-D positions.
 
-Source: Perceiver IO §4.2 and App. H: images in [-1, 1], 54 values a pixel -> 64, Fourier 64 bands at (368, 496).
+Source: Perceiver IO §4.2 and App. H: images in [-1, 1], 54 values per pixel -> 64, Fourier 64 bands at (368, 496).
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class FlowFramesConfig(Config):
 
 
 class FlowFrames(nn.Module):
-    """Turns two frames into inputs, one a pixel: [64 of both frames' neighbourhood | position]."""
+    """Turns two frames into inputs, one per pixel: [64 of both frames' neighbourhood | position]."""
 
     keys = ("video",)
 

@@ -121,7 +121,7 @@ class Multimodal(nn.Module):
         return torch.ones(part.data.shape[:2], dtype=torch.bool, device=part.data.device)
 
     def _part(self, name: str, raw: Mapping[str, Tensor], dtype: torch.dtype, batch: int) -> Inputs:
-        """One modality's elements, padded, dropped or masked."""
+        """Return one modality's elements, padded, dropped or masked."""
         module = cast(Any, self.modalities[name])
         if not self.training and name in self.config.hide:
             return Inputs(self.masks[name].to(dtype).expand(batch, module.elements, -1))

@@ -195,7 +195,7 @@ def choose_examples(
         predictions: (B,) int.
         confidence: (B,) probability of the predicted class.
         wrong: greatest number of mistakes.
-        right: greatest number of right ones: of each class in turn the least confident first, which tell the most.
+        right: greatest number of right ones: of each class in turn the least confident first.
     """
     mistakes = np.flatnonzero(labels != predictions)
     mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")][:wrong]

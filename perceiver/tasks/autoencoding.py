@@ -102,7 +102,7 @@ class Autoencoding(RandomTask):
         return LossOutput(loss_sum, {"loss": loss_sum.detach(), **sums})
 
     def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
-        """Return loss, PSNR in dB of each signal (range 2, as values lie in [-1, 1]) and the label's accuracy."""
+        """Return loss, PSNR in dB of each signal (range 2, as values are in [-1, 1]) and the label's accuracy."""
         count = max(count, 1.0)
         metrics = {"loss": sums["loss"] / count}
         for name in self.grids:

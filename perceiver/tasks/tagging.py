@@ -26,7 +26,7 @@ class TaggingConfig(Config):
         default=8192,
         ge=2,
         le=1 << 20,
-        description="Score bins of the mean average precision in evaluation; 16 bytes a class each.",
+        description="Score bins of the mean average precision in evaluation; 16 bytes per class each.",
     )
 
     def build(self, *, classes: int) -> Task:
@@ -80,7 +80,7 @@ class Tagging:
         return LossOutput(loss_sum, sums)
 
     def _histograms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Counts of positives and negatives (K, bins) by class and score bin, best scores first."""
+        """Count positives and negatives (K, bins) by class and score bin, best scores first."""
         bins = self.config.bins
         index = ((SPAN - logits) / (2 * SPAN) * bins).nan_to_num().clamp(0, bins - 1).long()
         index = index + torch.arange(self.classes, device=logits.device) * bins

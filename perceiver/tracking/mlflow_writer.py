@@ -302,7 +302,7 @@ def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> Non
 def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
     """Set the alias `best` of the run's registered model to the best checkpoint.
 
-    Each best checkpoint gets a version with the tag `checkpoint_uri`. The store requires a source of its own; nothing
+    Each best checkpoint gets a version with the tag `checkpoint_uri`. The store requires a source for it; nothing
     is copied there.
     """
     assert handle.run_id is not None

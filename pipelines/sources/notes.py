@@ -86,7 +86,7 @@ def render(font: SoundFont, place: NoteId) -> NDArray[np.int16]:
 
 
 def flac(samples: NDArray[np.int16]) -> bytes:
-    """Samples (T,) at 16 kHz as FLAC."""
+    """Encode samples (T,) at 16 kHz as FLAC."""
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, RATE, format="FLAC", subtype="PCM_16")
     return encoded.getvalue()

@@ -182,7 +182,7 @@ def _memory(image: Image.Image, channels: int) -> int:
         converted = 10
     else:
         converted = max(12 if _has_alpha(image) else 0, (1 if channels == 1 else 4) + 2 * channels)
-    stored += 8 if image.format == "WEBP" else 0  # its decoder has two canvases of its own
+    stored += 8 if image.format == "WEBP" else 0  # its decoder allocates two canvases
     tags = getattr(image, "tag_v2", {})
     width, height, samples = (int(tags.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH, SAMPLESPERPIXEL))
     tile = width * height * max(samples, 1) * -(-max(tags.get(BITSPERSAMPLE, (8,))) // 8)

@@ -10,13 +10,13 @@ from tests.cluster.recipes import small_tree
 
 @pytest.fixture
 def tree(tmp_path: Path, images: str) -> dict[str, Any]:
-    """The tree of a small recipe on the images."""
+    """Return the tree of a small recipe on the images."""
     return small_tree(tmp_path, images)
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home folder, and an environment without a token or a cluster."""
+    """Return an empty home folder; set an environment without a token or a cluster."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")  # so that values set by a test are removed again

@@ -1,1 +1,1 @@
-"""Faults put upon real runs: `make faults` prints one table, the tests hold a part of it."""
+"""Inject faults into real runs; `make faults` prints the table, the tests run part of it."""

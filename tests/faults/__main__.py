@@ -1,4 +1,4 @@
-"""`python -m tests.faults [NAME ...]`: put the faults upon real runs and print one table; exit code 1 if one failed."""
+"""`python -m tests.faults [NAME ...]`: inject faults into real runs and print a table; exit code 1 if a row failed."""
 
 import platform
 import signal
@@ -15,7 +15,7 @@ HEAD = ("fault", "detected in s", "first new step in s", "steps lost", "samples 
 
 
 def main(names: list[str]) -> int:
-    """Run the scenarios whose name holds one of the given words, all if there is none."""
+    """Run the scenarios whose names contain one of the given texts, or all if none is given."""
     rows = chosen(names)
     outcomes: list[Outcome] = []
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, Python {platform.python_version()}\n")
@@ -27,7 +27,7 @@ def main(names: list[str]) -> int:
             folder.mkdir()
             try:
                 outcomes.append(run(folder, small_tree(folder, url)))
-            except Exception as error:  # noqa: BLE001  one that breaks must not hide the others
+            except Exception as error:  # noqa: BLE001  an error in one must not hide the others
                 outcomes.append(Outcome(name, failures=[f"{type(error).__name__}: {error}"]))
             cells = [cell.replace("\n", " / ").replace("|", "/") for cell in row(outcomes[-1])]
             print("| " + " | ".join(cells) + " |", flush=True)
@@ -35,5 +35,7 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is ended
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that started processes are terminated
     sys.exit(main(sys.argv[1:]))

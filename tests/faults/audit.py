@@ -16,7 +16,7 @@ class Audit:
 
     Attributes:
         steps: number of recorded steps.
-        lost: (step, id) of samples that the plan has and the ledger lacks.
+        lost: (step, id) of samples that are in the plan but not in the ledger.
         doubled: (step, id) of samples that a step trained on more often than the plan has them.
         voided: steps that were rolled back.
     """

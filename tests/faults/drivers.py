@@ -1,4 +1,4 @@
-"""Faults of the driver and its run: killed, asked to end, damaged checkpoints, two at once, a clock that is off."""
+"""Faults of the driver and its run: killed, terminated, damaged checkpoints, two drivers, a wrong clock."""
 
 import os
 import signal
@@ -38,11 +38,11 @@ time_t time(time_t *t) {
   return now;
 }
 """
-"""A library that, loaded first, sets the clock of a process an hour ahead."""
+"""Return a library that, if preloaded, sets the clock of a process an hour ahead."""
 
 
 def _kill_driver(job: Job, outcome: Outcome) -> float:
-    """Kill the driver; what it leaves behind must end by itself."""
+    """Kill the driver; the processes that it leaves behind must exit by themselves."""
     assert job.process is not None
     job.process.kill()
     fault = time.time()
@@ -56,7 +56,7 @@ def _kill_driver(job: Job, outcome: Outcome) -> float:
 
 @scenario("driver SIGKILL, then --resume")
 def driver_killed(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The lease of the dead driver must not stand in the way; what it left behind must end by itself."""
+    """The lease of the killed driver must not block the resume; its remaining processes must exit by themselves."""
     job = Job(folder, fault_tree(tree, STEPS)).start()
     try:
         job.wait_checkpoint()
@@ -88,16 +88,16 @@ def terminated(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         outcome.expect(job.facts().get("step") == stopped, "the last step is saved")
         job.start("--resume")
         expect_finished(job, outcome)
-        outcome.expect(job.said(f"resumed at step {stopped} "), "went on from there")
+        outcome.expect(job.said(f"resumed at step {stopped} "), "resumed from there")
         job.judge(outcome, fault, detected, STEPS, graceful=True)
-        outcome.first_step_s = None  # it lies with the user
+        outcome.first_step_s = None  # the user decides when
     finally:
         job.kill()
 
 
 @scenario("checkpoint truncated and flipped")
 def checkpoint_damaged(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The newest two checkpoints are harmed while the run stands; the one before them is used."""
+    """The newest two checkpoints are damaged while the run is stopped; the one before them is used."""
     job = Job(folder, fault_tree(tree, STEPS, keep_checkpoints=4)).start()
     try:
         job.wait(lambda: len(job.steps()) >= 3, "three checkpoints")
@@ -111,7 +111,7 @@ def checkpoint_damaged(folder: Path, tree: dict[str, Any], outcome: Outcome) -> 
             harm(max(shards, key=lambda path: path.stat().st_size))
         job.start("--resume")
         expect_finished(job, outcome)
-        outcome.expect(job.said(f"resumed at step {steps[-3]} "), f"went on from step {steps[-3]}\n{job.output}")
+        outcome.expect(job.said(f"resumed at step {steps[-3]} "), f"resumed from step {steps[-3]}\n{job.output}")
         logs = "".join(path.read_text(errors="replace") for path in (job.run / "logs").rglob("*") if path.is_file())
         for step in steps[-2:]:
             outcome.expect(f"step-{step:08d} is not used" in logs, f"step {step} named in the log")
@@ -132,7 +132,7 @@ def _flip(path: Path) -> None:
 
 @scenario("two drivers, one name")
 def two_drivers(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The second is refused at once and told who holds the run; the first does not notice."""
+    """The second driver is refused at once with the name of the owner; the first one is not affected."""
     tree = fault_tree(tree, LONG)
     job, second = Job(folder, tree).paced().start(), Job(folder, tree)
     try:
@@ -151,7 +151,7 @@ def two_drivers(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 
 @scenario("clock an hour ahead")
 def clock_off(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """A driver with such a clock is refused while the run lives, and goes on with it once its driver was killed."""
+    """A driver with such a clock is refused while the run is active, and resumes it once its driver was killed."""
     tree, library = fault_tree(tree, LONG), folder / "clock.so"
     source = library.with_suffix(".c")
     source.write_text(CLOCK)
@@ -166,7 +166,7 @@ def clock_off(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         ahead.start("--resume")
         expect_finished(ahead, outcome)
         ahead.judge(outcome, fault, None, LONG)
-        outcome.first_step_s = None  # its times are of another clock
+        outcome.first_step_s = None  # its times are from another clock
     finally:
         job.kill()
         ahead.kill()
@@ -174,7 +174,7 @@ def clock_off(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 
 @scenario("kill at each stage of a checkpoint write")
 def killed_while_saving(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """A process of its own saves and is killed before its n-th touch of the disk, for every n; nothing is ever half."""
+    """A separate process saves and is killed before its n-th file operation, for every n; no checkpoint is partial."""
     stages, wrong = killed_at_each_stage(folder)
     outcome.fault += f" ({stages})"
-    outcome.expect(stages > 5 and not wrong, f"after a kill at stage {wrong}: not whole")
+    outcome.expect(stages > 5 and not wrong, f"after a kill at stage {wrong}: no complete checkpoint")

@@ -1,4 +1,4 @@
-"""An S3 server (moto) that fails, stalls or takes back the right to write, and runs whose store it is."""
+"""An S3 server (moto) that fails, stalls or revokes write access, and runs that use it as their store."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from tests.faults.job import RUN, Job
 BUCKET = "bucket"
 IDENTITY = "testing-1234"
 OBSERVER = "observer"
-"""The access key that is always served: the harness looks with it."""
+"""The access key that is always served; the harness uses it."""
 ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}</Message></Error>"
 
 
@@ -27,10 +27,10 @@ class FaultyS3:
     """The server, with the faults that can be switched on while it runs.
 
     Attributes:
-        refusing: set, it denies everything but reads.
-        answering: cleared, everybody waits until it is set.
-        failing: share of the requests that are answered with an error of the server.
-        harmed: requests that were refused, held up or failed.
+        refusing: while set, everything but reads is denied.
+        answering: while cleared, all requests wait.
+        failing: share of the requests that get a server error.
+        harmed: number of requests that were refused, delayed or failed.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class FaultyS3:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._random = random.Random(0)
         self._moto = DomainDispatcherApplication(create_backend_app)
-        s3_backends.reset()  # what an earlier server of this process held
+        s3_backends.reset()  # the data of an earlier server in this process
         self._server = make_server("127.0.0.1", 0, self._application, threaded=True)
         self._server.daemon_threads = True  # pyright: ignore[reportAttributeAccessIssue] of the threaded server
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -74,7 +74,7 @@ class FaultyS3:
 
 
 class S3Job(Job):
-    """A run whose output lies on such a server."""
+    """A run whose output is on such a server."""
 
     def __init__(self, folder: Path, tree: dict[str, Any], server: FaultyS3) -> None:
         keys = {"AWS_ACCESS_KEY_ID": IDENTITY, "AWS_SECRET_ACCESS_KEY": "testing", "AWS_ENDPOINT_URL": server.url}
@@ -87,16 +87,16 @@ class S3Job(Job):
         self.record = folder / ".cache" / "perceiver" / "runs" / RUN / HISTORY
 
     def facts(self) -> dict[str, Any]:
-        """What run.json holds."""
+        """Return the content of run.json."""
         return json.loads(self.fs.cat_file(f"{self.remote}/run.json")) if self.fs.exists(self.remote) else {}
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints."""
+        """Return the steps of the complete checkpoints."""
         manifests = self.fs.glob(f"{self.remote}/checkpoints/step-*/manifest.json")
         return sorted(int(str(path).split("/")[-2].removeprefix("step-")) for path in manifests)
 
     def end(self) -> int:
-        """Wait for the command's end, take a copy of the run, return the exit code."""
+        """Wait for the end of the command, copy the run to the local folder, and return the exit code."""
         code = super().end()
         if self.fs.exists(self.remote):
             self.fs.get(self.remote, str(self.run), recursive=True)

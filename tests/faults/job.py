@@ -1,4 +1,4 @@
-"""A real `perceiver train` in a process of its own, and what can be read off it while and after faults happen."""
+"""A real `perceiver train` in a separate process, and its state during and after faults."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ PERCEIVER = str(Path(sys.executable).with_name("perceiver"))
 PATIENCE_S = 400.0
 RUN = "small-001"
 SHOWN = 2000
-"""Characters of a promise that was not kept; it may have the command's output in it."""
+"""Most characters of a failure that are shown; it may include the command's output."""
 INJECT = Path(__file__).with_name("inject")
 PACE = {"PYTHONPATH": str(INJECT), "FAULT_STEP_S": "0.1"}
 
@@ -44,12 +44,12 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether all that was promised held."""
+        """Whether all expectations were met."""
         return not self.failures
 
-    def expect(self, holds: Any, promise: str) -> None:
-        """Note a promise that was not kept."""
-        if not holds:
+    def expect(self, condition: Any, promise: str) -> None:
+        """Record a failure unless the condition is true."""
+        if not condition:
             self.failures.append(promise if len(promise) < SHOWN else f"{promise[:200]} ... {promise[-SHOWN:]}")
 
 
@@ -57,7 +57,7 @@ class Job:
     """A run of the small recipe below a folder; times are seconds since the epoch.
 
     Args:
-        folder: of its own; also its home.
+        folder: used by this run alone; also its home.
         tree: the recipe; see `fault_tree`.
         environment: variables to set.
     """
@@ -77,7 +77,7 @@ class Job:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def start(self, *arguments: str) -> "Job":
-        """Start the command; its lines are read as they come."""
+        """Start the command; a thread reads its output."""
         self.lines = []
         self.process = subprocess.Popen(
             [PERCEIVER, self.words[0], str(write_recipe(self.folder, self.tree)), *self.words[1:], *arguments],
@@ -94,14 +94,14 @@ class Job:
         return self
 
     def inject(self, kind: str, step: int, rank: int = 0) -> "Job":
-        """Plan harm to one step of one rank (see `inject/sitecustomize.py`), before the run is started."""
+        """Plan a fault in one step of one rank (see `inject/sitecustomize.py`); call it before the run is started."""
         plan = self.folder / "inject.json"
         plan.write_text(json.dumps({"kind": kind, "step": step, "rank": rank}))
         self.environment |= {"PYTHONPATH": str(INJECT), "FAULT_INJECT": str(plan)}
         return self
 
     def paced(self) -> "Job":
-        """Have each step take a tenth of a second more, so that the run is still there when the fault comes."""
+        """Make each step a tenth of a second longer, so that the run is still active when the fault is injected."""
         self.environment |= PACE
         return self
 
@@ -111,7 +111,7 @@ class Job:
             self.lines.append((time.time(), line.rstrip()))
 
     def _follow_record(self, process: subprocess.Popen[str]) -> None:
-        """Keep the time at which each step was recorded: a resume drops the rows of steps that run again."""
+        """Record when each step was done: a resume drops the rows of steps that run again."""
         offset = 0
         while process.poll() is None:
             size = self.record.stat().st_size if self.record.exists() else 0
@@ -121,11 +121,11 @@ class Job:
 
     @property
     def output(self) -> str:
-        """All lines so far."""
+        """The output so far."""
         return "\n".join(line for _, line in self.lines)
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
-        """Wait until something holds and return it; the command must not end before."""
+        """Wait until a condition is true and return its value; the command must not end before."""
         assert self.process is not None
         until = time.monotonic() + PATIENCE_S
         while not (found := condition()):
@@ -135,11 +135,11 @@ class Job:
         return found
 
     def wait_line(self, text: str) -> float:
-        """Wait for a line with this text; return when it came."""
+        """Wait for a line with this text; return when it was printed."""
         return self.wait(lambda: self.said(text), f"line {text!r}")
 
     def said(self, text: str) -> float | None:
-        """When the first line with this text came."""
+        """Return when the first line with this text was printed, None if it was not."""
         return next((when for when, line in self.lines if text in line), None)
 
     def end(self) -> int:
@@ -150,7 +150,7 @@ class Job:
         return code
 
     def kill(self) -> None:
-        """Make sure that nothing of the run is left."""
+        """Kill all processes of the run."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -161,7 +161,7 @@ class Job:
         psutil.wait_procs(left, 30)
 
     def leftovers(self) -> list[psutil.Process]:
-        """Processes of the run's Ray that are still there."""
+        """Return the processes of the run's Ray instance that are still alive."""
         session = Path(str(self.facts().get("ray_session", ""))).name
         found = []
         for process in psutil.process_iter():
@@ -173,41 +173,41 @@ class Job:
         return found
 
     def shared_left(self) -> set[str]:
-        """Files of shared memory that were not there before the run and that nobody uses: other tests have theirs."""
+        """Return the unused files of shared memory that did not exist before the run; other tests use theirs."""
         left = shared_memory() - self._shared
         return left - mapped_memory() if left else left
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        """What run.json holds."""
+        """Return the content of run.json."""
         path = self.run / "run.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def worker(self, rank: int) -> psutil.Process:
-        """The process of a worker."""
+        """Return the process of a worker."""
         return psutil.Process(self.facts()["workers"][str(rank)]["pid"])
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints."""
+        """Return the steps of the complete checkpoints."""
         manifests = self.run.glob("checkpoints/step-*/manifest.json")
         return sorted(int(path.parent.name.removeprefix("step-")) for path in manifests)
 
     def wait_checkpoint(self, after: int = 0) -> int:
-        """Wait for a checkpoint behind a step; return the newest's step."""
+        """Wait for a checkpoint later than a step; return the step of the newest."""
         return self.wait(lambda: max((step for step in self.steps() if step > after), default=0), "checkpoint")
 
     def history(self) -> list[dict[str, float]]:
-        """The rows that the newest checkpoint records."""
+        """Return the rows that the newest checkpoint records."""
         newest = self.run / "checkpoints" / f"step-{self.steps()[-1]:08d}" / "history.jsonl"
         return [json.loads(line) for line in newest.read_text().splitlines()]
 
     def losses(self) -> dict[int, float]:
-        """The loss of each step."""
+        """Return the loss of each step."""
         return {int(row["step"]): row["train/loss"] for row in self.history() if "train/loss" in row}
 
     def data_tasks(self) -> list[psutil.Process]:
-        """The data tasks' processes that are at work."""
+        """Return the processes of the running data tasks."""
         session = Path(str(self.facts()["ray_session"])).name
         raylets = [
             p
@@ -229,11 +229,11 @@ class Job:
         unrecorded: Collection[int] = (),
         resume: int = -1,
     ) -> Outcome:
-        """Fill a row from the finished run's records: when it was found, when steps came again, what was lost.
+        """Fill a row from the finished run's records: times of detection and of the next new step, and losses.
 
-        Lost are the steps between the one that the run went on from and the last that was done before the fault, or,
-        where it is ``graceful``, before the first step after the resume. ``unrecorded`` are the steps whose loss is
-        rightly not there, ``resume`` which of the resumes was the fault's, if there were several.
+        Lost are the steps between the one that the run was resumed from and the last one done before the fault, or,
+        with ``graceful``, before the first step after the resume. ``unrecorded`` are the steps without a recorded
+        loss, ``resume`` is the index of the resume after the fault.
         """
         outcome.detected_s = None if detected is None else detected - fault
         rows = [row for row in self.history() if "train/loss" in row]
@@ -249,29 +249,29 @@ class Job:
         outcome.expect(found.exact, f"samples: {found.lost[:3]} lost, {found.doubled[:3]} doubled")
         wanted = [step for step in range(1, last_step + 1) if step not in unrecorded]
         outcome.expect([int(row["step"]) for row in rows] == wanted, "each step recorded once")
-        outcome.expect("Traceback" not in self.output, "no trace on the screen")
+        outcome.expect("Traceback" not in self.output, "no traceback in the output")
         return outcome
 
     def audit(self, last_step: int) -> Audit:
-        """Hold the ledger against the plan."""
+        """Compare the ledger with the plan."""
         data = DataConfig(**self.tree["data"])
         batch = self.tree["train"]["global_batch"]
         plan = sample_plan(data, load_manifest(data.url), seed=self.tree.get("seed", 0), global_batch=batch)
         return audit(str(self.run / "ledger"), last_step, lambda step: plan.share(step - 1, step).ids.ravel().tolist())
 
     def _last_step_before(self, fault: float) -> int:
-        """The last step that was recorded before a moment."""
+        """Return the last step that was recorded before a time."""
         return max((step for when, step in self.recorded if when < fault), default=0)
 
 
 def shared_memory() -> set[str]:
-    """The names of the files in /dev/shm; the folders there are those of the MLflow servers that the rows kill."""
+    """Return the names of the files in /dev/shm; killed MLflow servers leave folders there."""
     place = Path("/dev/shm")
     return {path.name for path in place.iterdir() if not path.is_dir()} if place.is_dir() else set()
 
 
 def mapped_memory() -> set[str]:
-    """The names of the files in /dev/shm that a living process has mapped."""
+    """Return the names of the files in /dev/shm that a process has mapped."""
     found: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
@@ -280,7 +280,7 @@ def mapped_memory() -> set[str]:
 
 
 def home(folder: Path) -> dict[str, str]:
-    """The environment of a command whose home is a folder, without what names other places."""
+    """Return the environment of a command with this home, without variables that name servers or other folders."""
     named = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "XDG_CACHE_HOME")
     kept = {name: value for name, value in os.environ.items() if name not in named}
     return {**kept, "HOME": str(share_kernels(folder)), "COLUMNS": "200"}
@@ -294,21 +294,21 @@ def title(process: psutil.Process) -> str:
 
 
 def fault_tree(tree: dict[str, Any], steps: int, **train: Any) -> dict[str, Any]:
-    """The small recipe for faults: many short steps, a checkpoint every second one, each step recorded."""
+    """Return the small recipe for faults: many short steps, a checkpoint every second step, each step recorded."""
     settings = {"steps": steps, "global_batch": 16, "log_every": 1, "eval_every": 1000, "checkpoint_every": 0.4}
     cluster = {"workers": 2, "hang_s": 10, "object_store_mb": 100}
     return {**tree, "train": {**settings, "ledger": True, **train}, "cluster": cluster}
 
 
 def send(process: psutil.Process, number: signal.Signals) -> float:
-    """Send a signal; return when."""
+    """Send a signal; return the time."""
     now = time.time()
     process.send_signal(number)
     return now
 
 
 def row(outcome: Outcome) -> Iterable[str]:
-    """The cells of a row."""
+    """Return the cells of a row."""
 
     def seconds(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f}"

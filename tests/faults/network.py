@@ -1,4 +1,4 @@
-"""A network cut that is real: one node lives in a network namespace of its own, whose link goes down. Wants root."""
+"""A real network cut: one node runs in a separate network namespace, whose link is taken down. Requires root."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HERE, AWAY, SPARE = f"{NET}.3", f"{NET}.2", f"{NET}.4"
 
 @contextmanager
 def namespace() -> Iterator[str]:
-    """A network namespace joined to this one by a pair of interfaces; yields its name, which is its end's too."""
+    """Yield the name of a network namespace connected to this one, and of its interface."""
     name = f"cut{secrets.token_hex(3)}"
     near = f"{name}n"
     inside = ["ip", "netns", "exec", name, "ip"]
@@ -50,7 +50,7 @@ def namespace() -> Iterator[str]:
 
 
 def cut(name: str) -> float:
-    """Take the link down; return when."""
+    """Take the link down; return the time."""
     subprocess.run(["ip", "netns", "exec", name, "ip", "link", "set", name, "down"], check=True, timeout=30)
     return time.time()
 
@@ -74,19 +74,19 @@ def start(folder: Path, name: str) -> None:
 
 
 def _away_command(cluster: local.LocalCluster, node: dict[str, Any]) -> list[str]:
-    """The command of a node whose address is not of this namespace, where no free port can be looked for."""
+    """Return the command of a node in the other namespace; free ports for it cannot be found from this one."""
     words = local.start_command(cluster, {**node, "ip": HERE})
     return [word.replace(f"--node-ip-address={HERE}", f"--node-ip-address={node['ip']}") for word in words]
 
 
 @scenario("network of a node cut")
 def network_cut(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """No packet reaches the node of one worker any more, and nobody is told; a spare node takes over.
+    """Packets to the node of one worker are dropped without an error; a spare node takes over.
 
-    The watchdog is kept out: here it could kill the worker, which is a process of the same machine.
+    The watchdog is disabled: here it could kill the worker, which is a process of the same machine.
     """
     if os.geteuid() != 0:
-        outcome.expect(False, "network namespaces, which want root")
+        outcome.expect(False, "network namespaces, which require root")
         return
     nodes, job = Nodes(folder, 3), Job(folder, fault_tree(tree, STEPS))
     job.tree["cluster"] |= {"worker_resources": {"slot": 1}, "placement": "spread", "hang_s": 600}

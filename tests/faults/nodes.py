@@ -30,7 +30,7 @@ class Nodes:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.file = folder, folder / "nodes.yaml"
         nodes = [{"cpus": 1}, {"count": count, "cpus": 1, "resources": {"slot": 1}}]
-        # Ports of its own: the usual ones may be those of another cluster that starts at the same moment.
+        # Separate ports: another cluster that starts at the same time may use the default ones.
         ports = {"port": free_port(), "dashboard_port": free_port()}
         self.file.write_text(yaml.safe_dump({"nodes": nodes, "object_store_mb": 100, **ports}))
 
@@ -56,15 +56,15 @@ class Nodes:
 
     @property
     def cluster(self) -> LocalCluster:
-        """What is kept of the cluster."""
+        """The record of the cluster."""
         return LocalCluster(**json.loads((self.folder / ".cache" / "perceiver" / "cluster.json").read_text()))
 
     def raylet(self, ip: str) -> psutil.Process:
-        """The process of a node."""
+        """Return the raylet process of a node."""
         return psutil.Process(self.cluster.raylets()[ip])
 
     def placement_groups(self) -> list[str]:
-        """The states of the placement groups that are not removed."""
+        """Return the states of the placement groups that are not removed."""
         code = (
             "import ray; from ray.util import placement_group_table\n"
             f"ray.init(address={self.cluster.address!r}, log_to_driver=False)\n"
@@ -76,7 +76,7 @@ class Nodes:
         return done.stdout.split()
 
     def drain(self, ip: str) -> None:
-        """Announce to Ray that a node is taken away in 30 s."""
+        """Announce to Ray that a node will be removed in 30 s."""
         option = next(part for part in self.raylet(ip).cmdline() if part.startswith("--node_id="))
         words = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.cluster.address]
         words += ["--node-id", option.partition("=")[2], "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
@@ -89,7 +89,7 @@ class Nodes:
 def job_on_nodes(
     folder: Path, tree: dict[str, Any], count: int, outcome: Outcome, steps: int = STEPS, **cluster: Any
 ) -> Iterator[tuple[Nodes, Job]]:
-    """Bring up a cluster, submit the run to it and wait for a checkpoint; in the end nothing of it may be left."""
+    """Start a cluster, submit the run to it and wait for a checkpoint; check that nothing of it is left at the end."""
     nodes, job = Nodes(folder, count), Job(folder, fault_tree(tree, steps, keep_checkpoints=steps))
     job.tree["cluster"] |= {"worker_resources": {"slot": 1}, "max_failures": 3, **cluster}
     job.words = ["submit", "--run", RUN]
@@ -108,7 +108,7 @@ def job_on_nodes(
 
 
 def place_of(worker: psutil.Process) -> str:
-    """The address of the node that a worker runs on."""
+    """Return the address of the node of a worker."""
     option = next(part for part in worker.parent().cmdline() if part.startswith("--node_ip_address="))  # type: ignore[union-attr]
     return option.partition("=")[2]
 
@@ -128,7 +128,7 @@ def node_lost(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 
 @scenario("node lost, none to spare; a node joins")
 def node_joins(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The run waits for room, and goes on when a node joins. The time to the first step has the node's start in it."""
+    """The run waits until a node joins, then resumes. The time to the first step includes the node's start."""
     with job_on_nodes(folder, tree, 2, outcome) as (nodes, job):
         raylet = nodes.raylet(place_of(job.worker(1)))
         fault = time.time()
@@ -139,7 +139,7 @@ def node_joins(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         job.judge(outcome, fault, detected, STEPS)
 
 
-@scenario("node lost, none to spare: one worker goes on; a node joins")
+@scenario("node lost, none to spare: one worker continues; a node joins")
 def elastic(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """With `cluster.min_workers` the run continues on the other node, and on both again when one joins.
 
@@ -159,7 +159,7 @@ def elastic(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 
 @scenario("node drained with 30 s grace")
 def node_drained(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The workers save and leave before the deadline, at which the node is killed; no step is lost."""
+    """The workers save and exit before the deadline, at which the node is killed; no step is lost."""
     with job_on_nodes(folder, tree, 3, outcome) as (nodes, job):
         worker = job.worker(1)
         ip = place_of(worker)
@@ -170,7 +170,7 @@ def node_drained(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         outcome.expect(place_of(job.worker(1)) != ip, "the worker is on another node")
         manifest = job.run / "checkpoints" / f"step-{_step_of(job, resumed):08d}" / "manifest.json"
         outcome.expect(manifest.stat().st_mtime - fault <= GRACE_S, "a checkpoint is committed before the deadline")
-        if raylet := nodes.cluster.raylets().get(ip):  # a node with nothing left to do may have ended by itself
+        if raylet := nodes.cluster.raylets().get(ip):  # an idle node may have exited by itself
             psutil.Process(raylet).kill()
         outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
         job.judge(outcome, fault, detected, STEPS, graceful=True)
@@ -178,23 +178,25 @@ def node_drained(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 
 
 def _step_of(job: Job, resumed: float) -> int:
-    """The step that the line of a resume names."""
+    """Return the step in the line of a resume."""
     return next(int(line.split()[3]) for when, line in job.lines if when == resumed)
 
 
 @scenario("head lost, cluster started again, job submitted again")
 def head_lost(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The job ends with the head; the same command on the new cluster goes on with the run."""
+    """The job ends with the head; the same command on the new cluster resumes the run."""
     with job_on_nodes(folder, tree, 2, outcome) as (nodes, job):
         fault = time.time()
         for process in nodes.cluster.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):  # it went with its parent
+            with contextlib.suppress(psutil.NoSuchProcess):  # it exited with its parent
                 process.kill()
         job.end()
         nodes.command("cluster", "down")
         nodes.up()
         again = time.time()
         job.start()
-        outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")  # the cluster's processes rightly stay
+        outcome.expect(
+            job.end() == 0, f"exit code 0\n{job.output}"
+        )  # the cluster's processes keep running, as they should
         job.judge(outcome, fault, again, STEPS)
         outcome.detected_s = None  # by the user

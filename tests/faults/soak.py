@@ -1,7 +1,8 @@
-"""`python -m tests.faults.soak [--minutes 60] [--every 60]`: one run, a fault every so many seconds, and what is left.
+"""`python -m tests.faults.soak [--minutes 60] [--every 60]`: one run with a fault every N seconds.
 
-The faults take turns. Goodput is the share of the time that the steps which count would have taken undisturbed: their
-number times the median step, over the time from the first step to the end, the restarts by the harness included.
+The faults take turns. Goodput is the share of the time that the steps of the final history would have taken without
+faults: their number times the median step, over the time from the first step to the end, including the restarts by the
+harness.
 """
 
 import argparse
@@ -33,7 +34,7 @@ LOG_EVERY = 10
 
 @dataclass
 class Soak:
-    """The run, its MLflow server, and the faults that it has met: name and time."""
+    """The run, its MLflow server, and the name and time of each injected fault."""
 
     job: Job
     server: Server
@@ -41,62 +42,62 @@ class Soak:
     failures: list[str] = field(default_factory=list)
 
     def worker_killed(self) -> None:
-        """SIGKILL to worker 1."""
+        """Send SIGKILL to worker 1."""
         send(self.job.worker(1), signal.SIGKILL)
 
     def tracker_killed(self) -> None:
-        """The MLflow server is gone until the next fault."""
+        """Stop the MLflow server until the next fault."""
         self.server.stop()
 
     def tracker_stopped(self) -> None:
-        """The MLflow server takes connections and answers none until the next fault."""
+        """Let the MLflow server accept connections but answer none until the next fault."""
         assert self.server.process is not None
         os.killpg(self.server.process.pid, signal.SIGSTOP)
 
     def heal_tracker(self) -> None:
-        """Have the server back, whatever happened to it."""
+        """Start or continue the server."""
         if self.server.process is None:
             self.server.start()
         else:
             os.killpg(self.server.process.pid, signal.SIGCONT)
 
     def second_driver(self) -> None:
-        """The same command again, which must be refused."""
+        """Run the same command again, which must be refused."""
         second = Job(self.job.folder, self.job.tree)
         if second.start("--resume").end() != 2 or not second.said("is in use by process"):
             self.failures.append(f"a second driver was not refused: {second.output[-500:]}")
 
     def data_task_killed(self) -> None:
-        """SIGKILL to a data task, if one is at work."""
+        """Send SIGKILL to a data task, if one is running."""
         for task in self.job.data_tasks()[:1]:
             send(task, signal.SIGKILL)
 
     def worker_stopped(self) -> None:
-        """SIGSTOP to worker 1."""
+        """Send SIGSTOP to worker 1."""
         send(self.job.worker(1), signal.SIGSTOP)
 
     def disk_full(self) -> None:
-        """The workers can write no files for a while."""
+        """Let the workers write no files for a while."""
         limit_files(self.job, 1024)
         self.job.wait(lambda: time.time() - self.met[-1][1] > DISK_FULL_S, "end of the full disk")
         limit_files(self.job, resource.RLIM_INFINITY)
 
     def driver_killed(self) -> None:
-        """SIGKILL to the driver, then `--resume`."""
+        """Send SIGKILL to the driver, then run `--resume`."""
         assert self.job.process is not None
         self.job.process.kill()
         self.job.end()
         self.job.start("--resume")
 
     def terminated(self) -> None:
-        """SIGTERM to the driver, then `--resume`."""
+        """Send SIGTERM to the driver, then run `--resume`."""
         assert self.job.process is not None
         self.job.process.terminate()
         self.job.end()
         self.job.start("--resume")
 
     def kinds(self) -> dict[str, Callable[[], None]]:
-        """The faults in the order in which they take turns."""
+        """Return the faults in the order in which they take turns."""
         return {
             "a second driver": self.second_driver,
             "MLflow server SIGSTOP": self.tracker_stopped,
@@ -110,9 +111,9 @@ class Soak:
         }
 
     def run(self, seconds: float, every: float) -> None:
-        """Put faults upon the run at fixed times until the time is over, then ask it to stop.
+        """Inject faults into the run at fixed times until the time is over, then stop it.
 
-        A fault that falls due before the run has saved since the one before waits for that; the next does not.
+        A fault that is due waits until the run has saved since the previous one; the one after it keeps its time.
         """
         began, kinds = time.time(), list(self.kinds().items())
         for number in range(1, math.ceil(seconds / every)):
@@ -120,7 +121,7 @@ class Soak:
             self.job.wait(lambda due=due: time.time() > due, "next fault")
             self.heal_tracker()
             name, harm = kinds[len(self.met) % len(kinds)]
-            self.job.wait_checkpoint(after=self.newest())  # the one before may still be on its way back
+            self.job.wait_checkpoint(after=self.newest())  # it may still be recovering from the previous fault
             self.met.append((name, time.time()))
             harm()
         self.job.wait(lambda: time.time() - began > seconds, "end of the soak")
@@ -130,12 +131,12 @@ class Soak:
         self.job.process.terminate()
 
     def newest(self) -> int:
-        """The step of the newest checkpoint, 0 for none."""
+        """Return the step of the newest checkpoint, 0 if there is none."""
         return max(self.job.steps(), default=0)
 
 
 def soak_tree(tree: dict[str, Any], every: float, uri: str) -> dict[str, Any]:
-    """A recipe that trains without end, and saves as its failures suggest."""
+    """Return a recipe that trains without end, with a save interval that suits its failures."""
     train = {"steps": 1_000_000, "global_batch": 64, "log_every": LOG_EVERY, "eval_every": 1e6, "ledger": True}
     model = {**tree["model"], "latents": 64, "latent_channels": 128, "self_attends_per_block": 4}
     cluster = {"workers": 2, "hang_s": 10, "object_store_mb": 100, "max_failures": 10_000, "mtbf_hours": every / 3600}
@@ -144,7 +145,7 @@ def soak_tree(tree: dict[str, Any], every: float, uri: str) -> dict[str, Any]:
 
 
 def gaps(rows: Sequence[dict[str, float]], met: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
-    """The longest time without a new step that counts after each fault, by the fault's name."""
+    """Return the longest time without a new step of the final history after each fault, by the fault's name."""
     found: dict[str, list[float]] = {}
     for (name, fault), until in zip(met, [when for _, when in met[1:]] + [time.time()], strict=True):
         times = [row["time"] for row in rows]
@@ -154,7 +155,7 @@ def gaps(rows: Sequence[dict[str, float]], met: Sequence[tuple[str, float]]) -> 
 
 
 def judge(soak: Soak, outcome: Outcome) -> float:
-    """Hold the records of the run against what is promised; return the goodput."""
+    """Check the records of the run; return the goodput."""
     job, rows = soak.job, [row for row in soak.job.history() if "train/samples_per_s" in row]
     last = int(rows[-1]["step"])
     step_s = statistics.median(64 / row["train/samples_per_s"] for row in rows)
@@ -165,7 +166,7 @@ def judge(soak: Soak, outcome: Outcome) -> float:
     outcome.expect(found.exact, f"samples: {len(found.lost)} lost, {len(found.doubled)} doubled")
     steps = [int(row["step"]) for row in rows]
     outcome.expect(len(set(steps)) == len(steps), "each row recorded once")
-    left = reconcile(TrackingConfig(uri=soak.server.uri), job.run)  # what the server missed before it was back
+    left = reconcile(TrackingConfig(uri=soak.server.uri), job.run)  # what the server missed while it was down
     outcome.expect(left == 0 and set(steps) <= set(logged(soak.server)), "all rows are at the MLflow server")
     outcome.expect(not (found_alive := job.leftovers()), f"processes left behind: {[p.pid for p in found_alive]}")
     print(f"\n{last} steps of {1000 * step_s:.0f} ms, {last * 64} samples, {len(found.lost)} lost, ", end="")
@@ -174,7 +175,7 @@ def judge(soak: Soak, outcome: Outcome) -> float:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run it and print the table; exit code 1 if something that is promised was not kept."""
+    """Run it and print the table; exit code 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="how long")
     parser.add_argument("--every", type=float, default=60, help="seconds from one fault to the next")
@@ -205,5 +206,7 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is ended
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that started processes are terminated
     sys.exit(main(sys.argv[1:]))

@@ -15,10 +15,10 @@ EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtr
 
 
 def killed_at_each_stage(folder: Path) -> tuple[int, list[int]]:
-    """Kill a save of step 2 before its first, second, ... operation on its files until it gets through.
+    """Kill a save of step 2 before its first, second, ... file operation, until one completes.
 
     Returns:
-        The number of operations, and those after which there was no whole checkpoint.
+        The number of operations, and those after which there was no complete checkpoint.
     """
     command = [sys.executable, "-m", "tests.faults.stages", str(folder)]
     done = subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE)
@@ -43,11 +43,11 @@ def main(folder: Path) -> None:
         if got_through:
             print(json.dumps({"stages": stage - 1, "wrong": wrong}))
             return
-    raise AssertionError("the save never got through")
+    raise AssertionError("no save was completed")
 
 
 def save_until_killed(place: str, stage: int) -> None:
-    """Save step 1 undisturbed, then step 2 with the kill on its way."""
+    """Save step 1 without a fault, then step 2 with the kill."""
     engine, store = toy_engine(), CheckpointStore(place)
     store.save(engine, Snapshot(1, 8, {}, {}, {}, {}, "{}\n"))
     left = stage

@@ -1,4 +1,4 @@
-"""Faults of the store: a disk that is full, an object store that fails, stalls or refuses; and all at once."""
+"""Faults of the store: a full disk, an object store that fails, stalls or refuses."""
 
 import resource
 import time
@@ -12,20 +12,20 @@ from tests.faults.job import Job, Outcome, fault_tree
 from tests.faults.table import STEPS, expect_finished, scenario
 
 PLANTED = "planted-7c1f9ab2e04d"
-"""A secret without a known form: it must be kept out by its place."""
+"""A secret without a known form: only its key shows that it is one."""
 REFUSED_WITHIN_S = 30
 STALL_S = 20.0
 
 
 def limit_files(job: Job, most: int) -> None:
-    """Let the workers write files of so many bytes and no more, as if the disk were full."""
+    """Limit the size of the files that the workers write, as if the disk were full."""
     for rank in (0, 1):
         job.worker(rank).rlimit(psutil.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
 
 @scenario("disk full for a while (file size limit)")
 def disk_full(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """No checkpoint can be written, then again: training goes on, the next ones count."""
+    """For a while no checkpoint can be written: training continues, and later checkpoints are saved."""
     job = planted_job(folder, fault_tree(tree, STEPS, checkpoint_misses=1000)).start()
     try:
         before = job.wait_checkpoint()
@@ -36,28 +36,28 @@ def disk_full(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         expect_finished(job, outcome)
         outcome.expect(job.steps()[-1] == STEPS > before, "the last checkpoint is there")
         outcome.expect(not job.said("restarting the workers"), "training continued")
-        outcome.expect(not (found := places_of_the_secret(job)), f"the secret stands in {found[:5]}")
+        outcome.expect(not (found := places_of_the_secret(job)), f"the secret is in {found[:5]}")
         job.judge(outcome, fault, detected, STEPS)
     finally:
         job.kill()
 
 
 def planted_job(folder: Path, tree: dict[str, Any]) -> Job:
-    """A run that is given a secret in each way that a user might: by reference, in a tag, in the environment."""
+    """Return a run with a secret where a user might put one: by reference, in tags, in the environment."""
     tree["data"] = {**tree["data"], "storage_options": {"token": "$PLANTED_TOKEN"}}
     tree["tracking"] = {"tags": {"api_key": PLANTED, "note": f"https://user:{PLANTED}@example.org/"}}
     return Job(folder, tree, {"PLANTED_TOKEN": PLANTED, "AWS_SECRET_ACCESS_KEY": PLANTED})
 
 
 def places_of_the_secret(job: Job) -> list[str]:
-    """The files that the run left behind with the secret in them, and the screen if it was there."""
+    """Return the files of the run that contain the secret, and "the output" if that does."""
     left = (path for path in (job.folder / "runs").rglob("*") if path.is_file())
     files = [str(path.relative_to(job.folder)) for path in left if PLANTED.encode() in path.read_bytes()]
-    return files + (["the screen"] if PLANTED in job.output else [])
+    return files + (["the output"] if PLANTED in job.output else [])
 
 
 def _failing(folder: Path, tree: dict[str, Any], outcome: Outcome, share: float) -> None:
-    """A share of all requests fails from the first checkpoint on; the run finishes and its records are whole."""
+    """A share of all requests fails from the first checkpoint on; the run finishes and its records are complete."""
     with FaultyS3() as server:
         job = S3Job(folder, fault_tree(tree, STEPS), server).start()
         try:
@@ -93,7 +93,7 @@ def store_fails_often(folder: Path, tree: dict[str, Any], outcome: Outcome) -> N
 
 @scenario("object store stalls for 20 s")
 def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """No request is answered for 20 s: steps go on meanwhile, and no worker starts again."""
+    """No request is answered for 20 s: training continues, and no worker is restarted."""
     steps = 300
     with FaultyS3() as server:
         job = S3Job(folder, fault_tree(tree, steps), server).paced().start()
@@ -104,11 +104,11 @@ def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
             job.wait(lambda: time.time() - fault > STALL_S, "end of the stall")
             server.answering.set()
             outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
-            outcome.expect(server.harmed > 0, "requests were held up")
+            outcome.expect(server.harmed > 0, "requests were delayed")
             times = [row["time"] - fault for row in job.history() if "train/loss" in row]
-            outcome.expect(done := sum(STALL_S / 2 < t < STALL_S for t in times), "steps went on while it stalled")
+            outcome.expect(done := sum(STALL_S / 2 < t < STALL_S for t in times), "training continued while it stalled")
             outcome.fault += f" ({done} steps in its second half)"
-            outcome.expect(not job.said("restarting the workers"), "no worker started again")
+            outcome.expect(not job.said("restarting the workers"), "no worker was restarted")
             job.judge(outcome, fault, None, steps)
         finally:
             job.kill()
@@ -116,7 +116,7 @@ def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 
 @scenario("store refuses credentials in mid-run")
 def credentials_refused(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The run stops within 30 s, names URL and identity, and does not try again."""
+    """The run stops within 30 s, names URL and identity, and does not retry."""
     with FaultyS3() as server:
         job = S3Job(folder, fault_tree(tree, 1000, ledger=False), server).paced().start()
         try:

@@ -1,4 +1,4 @@
-"""The table of faults: each row is a function that starts a real run, harms it, and says what became of it."""
+"""The table of faults: each row is a function that starts a real run, injects a fault, and reports the outcome."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario(name: str) -> Callable[[Row], Scenario]:
-    """Enter a function into the table; it is given a folder, the small recipe's tree and the row to fill."""
+    """Register a function in the table; it gets a folder, the small recipe's tree and the row to fill."""
 
     def enter(function: Row) -> Scenario:
         def run(folder: Path, tree: dict[str, Any]) -> Outcome:
@@ -28,7 +28,7 @@ def scenario(name: str) -> Callable[[Row], Scenario]:
 
 
 def chosen(names: list[str]) -> dict[str, Scenario]:
-    """The rows whose name holds one of the given texts, all if none is given; a text that fits none is refused."""
+    """Return the rows whose names contain one of the texts, all if none is given; refuse a text that matches none."""
     for name in names:
         if not any(name in row for row in SCENARIOS):
             raise SystemExit(f"no fault is called {name!r}; there are: {', '.join(SCENARIOS)}")
@@ -36,7 +36,7 @@ def chosen(names: list[str]) -> dict[str, Scenario]:
 
 
 def expect_finished(job: Job, outcome: Outcome) -> None:
-    """The command ends with code 0 and leaves no process and no shared memory behind."""
+    """Expect the command to exit with code 0 and to leave no process and no shared memory behind."""
     outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
     outcome.expect(not (left := job.leftovers()), f"processes left behind: {[process.pid for process in left]}")
     outcome.expect(not (files := job.shared_left()), f"left in /dev/shm: {sorted(files)[:5]}")

@@ -1,4 +1,4 @@
-"""The part of the fault table that every test run can afford; `make faults` prints all of it."""
+"""The cheapest rows of the fault table; `make faults` runs all of them."""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,6 @@ def test_a_fault_costs_what_is_promised(tmp_path: Path, images: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_at_any_stage_of_a_save_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     outcome = SCENARIOS["kill at each stage of a checkpoint write"](tmp_path, {})
     assert outcome.passed, outcome

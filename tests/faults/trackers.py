@@ -18,21 +18,21 @@ from tests.perceiver.tracking.mlflow_server import Server, free_port
 
 
 def logged(server: Server) -> dict[int, int]:
-    """How often the server has a loss of each step, counting equal points at different times apart."""
+    """Return how many losses the server has for each step; equal points at different times count separately."""
     query = "select step, count(*) from metrics where key = 'train/loss' group by step"
     with sqlite3.connect(server.store) as store:
         return dict(store.execute(query).fetchall())
 
 
 def status(server: Server) -> list[str]:
-    """The states of the runs that the server knows."""
+    """Return the states of the runs at the server."""
     with sqlite3.connect(server.store) as store:
         return [row[0] for row in store.execute("select status from runs").fetchall()]
 
 
 @contextmanager
 def tracked(folder: Path, tree: dict[str, Any], make: Callable[..., Job] = Job) -> Iterator[tuple[Server, Job]]:
-    """Yield an MLflow server and a run that is tracked there, neither of them started; in the end nothing is left."""
+    """Yield an MLflow server and a run that is tracked there, neither of them started; kill both at the end."""
     server = Server(folder / "server", free_port())
     job = make(folder, {**tree, "tracking": {"uri": server.uri}})
     try:
@@ -43,7 +43,7 @@ def tracked(folder: Path, tree: dict[str, Any], make: Callable[..., Job] = Job) 
 
 
 def expect_all_sent(server: Server, outcome: Outcome, steps: int) -> None:
-    """Expect one finished run with one loss for each step."""
+    """Expect one finished run with one loss per step."""
     outcome.expect(logged(server) == dict.fromkeys(range(1, steps + 1), 1), "each step is there once")
     outcome.expect(status(server) == ["FINISHED"], f"one run, finished: {status(server)}")
 
@@ -53,7 +53,7 @@ def down_throughout(folder: Path, tree: dict[str, Any], outcome: Outcome) -> Non
     """Nothing listens: the run finishes; once there is a server, `--resume` sends it all metrics."""
     with tracked(folder, fault_tree(tree, STEPS)) as (server, job):
         expect_finished(job.start(), outcome)
-        outcome.expect(job.said("mlflow does not answer"), "said so")
+        outcome.expect(job.said("mlflow does not answer"), "the outage is reported")
         server.start()
         expect_finished(job.start("--resume"), outcome)
         outcome.expect(job.said("mlflow has all metrics now"), f"all metrics are sent\n{job.output}")
@@ -75,7 +75,7 @@ def down_for_a_part(folder: Path, tree: dict[str, Any], outcome: Outcome) -> Non
         outcome.expect(max(logged(server)) < steps, "the server missed steps")
         server.start()
         expect_finished(job, outcome)
-        # A server that was not back in time gets the rest by the same command again.
+        # If the server was not back in time, the same command sends the rest.
         expect_finished(job.start("--resume"), outcome)
         expect_all_sent(server, outcome, steps)
         share = [row for row in job.history() if "train/recording_share" in row][-1]["train/recording_share"]

@@ -1,4 +1,4 @@
-"""Faults of workers and data tasks: killed, stopped, out of memory, an exception, a loss that is no number."""
+"""Faults of workers and data tasks: killed, stopped, out of memory, an exception, a loss that is NaN."""
 
 import json
 import os
@@ -18,13 +18,13 @@ HUNG_WITHIN_S = 120
 
 
 def _start_again(job: Job, outcome: Outcome, harm: Callable[[Job], float], said: str) -> None:
-    """Harm a worker once there is a checkpoint; the group must start again and finish."""
+    """Inject a fault into a worker once there is a checkpoint; the workers must restart and finish."""
     try:
         job.start().wait_checkpoint()
         fault = harm(job)
         detected = job.wait_line(said)
         expect_finished(job, outcome)
-        outcome.expect(job.said("resumed at step"), "the workers went on from a checkpoint")
+        outcome.expect(job.said("resumed at step"), "the workers resumed from a checkpoint")
         job.judge(outcome, fault, detected, STEPS)
     finally:
         job.kill()
@@ -32,7 +32,7 @@ def _start_again(job: Job, outcome: Outcome, harm: Callable[[Job], float], said:
 
 @scenario("worker SIGKILL")
 def worker_killed(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """A worker is gone without a word."""
+    """A worker is killed."""
     job = Job(folder, fault_tree(tree, STEPS))
     _start_again(job, outcome, lambda job: send(job.worker(1), signal.SIGKILL), "worker 1 failed")
     outcome.expect((outcome.detected_s or 0) <= KILLED_WITHIN_S, "detected within 15 s")
@@ -40,7 +40,7 @@ def worker_killed(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 
 @scenario("worker SIGSTOP (hang)")
 def worker_stopped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """A worker stands still, so that the others wait for it in a collective operation."""
+    """A worker is stopped, so that the others wait for it in a collective operation."""
     tree = fault_tree(tree, STEPS)
     tree["cluster"]["hang_s"] = float(os.environ.get("FAULT_HANG_S", "60"))
     job = Job(folder, tree)
@@ -50,7 +50,7 @@ def worker_stopped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None
 
 @scenario("worker out of memory (rlimit)")
 def worker_out_of_memory(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """A worker gets no more memory: an ordinary exception, or its end."""
+    """A worker cannot allocate memory: it raises an exception, or is terminated."""
 
     def harm(job: Job) -> float:
         process = job.worker(1)
@@ -86,14 +86,14 @@ def data_task_killed(folder: Path, tree: dict[str, Any], outcome: Outcome) -> No
         fault = send(job.wait(job.data_tasks, "data task")[0], signal.SIGKILL)
         expect_finished(job, outcome)
         job.judge(outcome, fault, None, STEPS)
-        outcome.expect(not job.said("restarting the workers"), f"no worker started again\n{job.output}")
+        outcome.expect(not job.said("restarting the workers"), f"no worker was restarted\n{job.output}")
     finally:
         job.kill()
 
 
 @scenario("loss NaN: stop")
 def bad_loss_stops(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The run ends and says at which step; the sample ids are there; `--resume` goes on as if nothing had been."""
+    """The run ends and reports the step; the sample ids are saved; `--resume` continues without the fault."""
     job = Job(folder, fault_tree(tree, STEPS)).inject("nan", 30).start()
     try:
         outcome.expect(job.end() == 2, f"exit code 2\n{job.output}")
@@ -102,14 +102,14 @@ def bad_loss_stops(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None
         outcome.expect(len(_kept(job, 30)) == 16, "the ids of the step's 16 samples are kept")
         outcome.expect(job.start("--resume").end() == 0, f"exit code 0\n{job.output}")
         job.judge(outcome, fault, detected, STEPS)
-        outcome.first_step_s = None  # it lies with the user
+        outcome.first_step_s = None  # the user decides when
     finally:
         job.kill()
 
 
 @scenario("loss NaN: skip")
 def bad_loss_is_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The step leaves the weights as they were, and the run goes on."""
+    """The step does not change the weights, and the run continues."""
     job = Job(folder, fault_tree(tree, STEPS, on_bad_loss="skip")).inject("nan", 30).start()
     try:
         expect_finished(job, outcome)
@@ -122,29 +122,29 @@ def bad_loss_is_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) ->
 
 @scenario("loss NaN: roll back")
 def bad_loss_is_rolled_back(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """The weights of the last checkpoint are taken; the samples since then are passed over and kept by name."""
+    """The last checkpoint is restored; the samples since then are skipped and their ids saved."""
     job = Job(folder, fault_tree(tree, STEPS, on_bad_loss="rollback")).inject("nan", 31).start()
     try:
         expect_finished(job, outcome)
         found = job.said("the loss of step 31 was NaN or infinite: rolled back")
-        outcome.expect(found, f"the roll-back is told\n{job.output}")
+        outcome.expect(found, f"the roll-back is reported\n{job.output}")
         job.judge(outcome, fault := _poisoned(job), found, STEPS, unrecorded={31})
         (void,) = [json.loads(path.read_text()) for path in (job.run / "ledger").glob("void-*.json")]
         outcome.steps_lost = passed = void["last"] - void["first"] + 1
         rows = {int(row["step"]): row["time"] for row in job.history() if "train/loss" in row}
-        outcome.first_step_s = max(0.0, rows[32] - (found or fault))  # the line comes a moment later
+        outcome.first_step_s = max(0.0, rows[32] - (found or fault))  # the line is printed a moment later
         outcome.expect(len(_kept(job, void["first"], 31)) == 16 * passed, "the ids of its samples are kept")
     finally:
         job.kill()
 
 
 def _poisoned(job: Job) -> float:
-    """When the injection was taken."""
+    """Return when the fault was injected."""
     return (job.folder / "inject.json.taken").stat().st_ctime
 
 
 def _kept(job: Job, first: int, last: int | None = None) -> list[int]:
-    """The sample ids that all ranks left behind for the steps from the first to the last."""
+    """Return the sample ids that all ranks saved for the steps from the first to the last."""
     import pyarrow.parquet as pq
 
     folder = job.run / "bad-loss" / f"steps-{first:08d}-{last or first:08d}"

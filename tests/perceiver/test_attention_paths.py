@@ -1,4 +1,4 @@
-"""The fast cross-attentions are the plain one: same outputs, same gradients of every parameter."""
+"""The fast cross-attentions equal the plain one: same outputs, same gradients of every parameter."""
 
 import pytest
 import torch
@@ -198,7 +198,7 @@ def test_whole_model_in_float32_by_kernels_is_the_plain_one_in_float64(inputs, k
         out = model(torch.rand(raw.shape))
         out.square().sum().backward()
         results.append([out, *(p.grad for p in model.parameters())])
-    # The key biases' true gradient is zero: they are held against the largest gradient.
+    # The key biases' true gradient is zero: they are compared with the largest gradient.
     largest = max(float(t.abs().max()) for t in results[0][1:])
     for expected, got in zip(*results, strict=True):
         scale = max(1e-3 * largest, float(expected.detach().abs().max()))

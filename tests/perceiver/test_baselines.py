@@ -1,4 +1,4 @@
-"""Every baseline trains through the same door; who cares for the order of the pixels and who does not."""
+"""Every baseline trains through the same interface; which ones depend on the order of the pixels."""
 
 from typing import Any
 

@@ -81,7 +81,7 @@ def test_preset_counts_in_millions(name, millions):
 
 
 def test_audioset_count_to_the_unit():
-    """20,972,126 is the count with one channel of audio's own (a mel scalar without position) beside video's 483."""
+    """20,972,126 is the count with one channel of audio (a mel scalar without position) next to video's 483."""
     mel = {"modalities": {"audio": {"positions": {"kind": "none"}}}}
     model = perceiver.create_model("perceiver_audioset_av_mel_12", device="meta", inputs=mel)
     assert count_parameters(model) == 20_972_126
@@ -101,7 +101,7 @@ def test_audioset_count_to_the_unit():
     ],
 )
 def test_flops_within_one_percent(name, published):
-    """Perceiver Tables 5 and 6, Perceiver IO Tables 1 and 7: billions, multiply and add counted apart."""
+    """Perceiver Tables 5 and 6, Perceiver IO Tables 1 and 7: billions, multiply and add counted separately."""
     model = perceiver.create_model(name, device="meta", attention="plain")
     assert abs(count_flops(model) / 1e9 / published - 1) < 0.01
 

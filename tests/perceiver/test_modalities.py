@@ -1,4 +1,4 @@
-"""Every modality: shapes, a classifier that trains on it, and what each one computes, worked out independently."""
+"""Every modality: shapes, a classifier that trains on it, and what each one computes, calculated independently."""
 
 import math
 from typing import Any
@@ -143,7 +143,7 @@ def test_papers_audio_and_video_sizes():
     assert video.channels == 483
 
 
-def test_patches_hold_frames_rows_columns_channels():
+def test_patches_contain_frames_rows_columns_channels():
     x = torch.arange(2 * 4 * 3 * 4 * 6).view(2, 4, 3, 4, 6)
     patches, grid = space_time_patches(x, (2, 2, 3))
     assert grid == (2, 2, 2)

@@ -1,4 +1,4 @@
-"""Fourier features against values worked out by hand from Perceiver §3.2."""
+"""Fourier features against values calculated by hand from Perceiver §3.2."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Presets in recipes, and the verb that lists them."""
+"""Presets in recipes, and the command that lists them."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_every_preset_is_a_models_section(name):
     assert recipe({"preset": name}).model == model_config(PRESETS[name].model)
 
 
-def test_overrides_are_merged_and_the_resolved_recipe_says_all():
+def test_overrides_are_merged_and_the_resolved_recipe_is_complete():
     made = recipe({"preset": "perceiver_digits", "latents": 5, "inputs": {"positions": {"bands": 3}}})
     tree = made.model_dump(mode="json")
     assert tree["model"]["latents"] == 5 and tree["model"]["kind"] == "perceiver" and "preset" not in tree["model"]

@@ -56,7 +56,7 @@ def test_a_file_that_is_too_short_is_an_error(path: Path) -> None:
 
 @linux
 def test_a_file_cut_short_after_it_was_mapped_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Touching such pages would end the process; the system is asked for them first."""
+    """Access to such pages would terminate the process; the system is asked for them first."""
 
     class Late(mmap.mmap):
         def __new__(cls, *args: Any, **options: Any) -> "Late":

@@ -1,4 +1,4 @@
-"""One small Ray for all tests of this folder that need it."""
+"""One small Ray instance for all tests of this folder that need it."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="package")
 def small_ray() -> Iterator[None]:
-    """A local Ray of two CPUs; the variables keep idle processes and spare the network."""
+    """Start a local Ray instance of two CPUs; the variables keep idle workers and avoid network requests."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     import ray

@@ -1,7 +1,7 @@
 """Every kind of damage in real data, and every unusual but valid sample, with the expected result.
 
 A sample has an image, a sound, points, a text and a label. A kind of damage replaces one of them. Add a kind by adding
-a line: to `BAD` with the reason that the quarantine gives, or to `ODD` with what the model should see.
+a line: to `BAD` with the reason that the quarantine gives, or to `ODD` with what the model should get.
 """
 
 import io
@@ -20,21 +20,21 @@ TONE = (np.sin(np.arange(SAMPLES) / 3) * 12_000).astype(np.int16)
 
 
 def encoded(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """An image file."""
+    """Encode an image file."""
     stream = io.BytesIO()
     (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(stream, kind, **options)
     return stream.getvalue()
 
 
 def sound(samples: np.ndarray, rate: int = RATE, kind: str = "WAV", subtype: str | None = None) -> bytes:
-    """A sound file."""
+    """Encode a sound file."""
     stream = io.BytesIO()
     soundfile.write(stream, samples, rate, subtype=subtype, format=kind)
     return stream.getvalue()
 
 
 def numbered(number: int) -> dict[str, Any]:
-    """A good sample that tells its number in each of its parts."""
+    """Return a valid sample with its number in each of its parts."""
     rng = np.random.default_rng(number)
     pixels = PIXELS.copy()
     pixels[0, 0] = number % 256, number // 256, 7
@@ -84,13 +84,13 @@ BAD: Mapping[str, tuple[str, Any, str]] = {
 
 
 class Odd(NamedTuple):
-    """Something unusual that is read right.
+    """Something unusual that is read correctly.
 
     Attributes:
-        part: which of the sample.
+        part: the part of the sample.
         stored: what is stored.
-        seen: what the model should see of it.
-        within: how far a value may be from that.
+        seen: what the model should get.
+        within: largest difference of a value from that.
     """
 
     part: str

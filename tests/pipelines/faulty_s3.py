@@ -1,4 +1,4 @@
-"""An S3 server (moto) in a thread that answers some requests badly, as real ones do."""
+"""An S3 server (moto) in a thread that answers some requests with faults, as real ones do."""
 
 import random
 import threading
@@ -15,7 +15,7 @@ SEED = 1
 
 
 class FaultyS3:
-    """The server; `rate` is the share of GET requests that go wrong, each fault equally often.
+    """The server; `rate` is the share of GET requests that fail, each fault equally often.
 
     Args:
         stall: seconds that a stalled answer hangs in the middle of its body.

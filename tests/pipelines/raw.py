@@ -14,7 +14,7 @@ SIDES = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (
 
 
 def off(corners: np.ndarray = CORNERS, joined: bool = False) -> bytes:
-    """A box as an OFF mesh of four-cornered faces; `joined` writes the header as many files of ModelNet40 have it."""
+    """Return a box as an OFF mesh of four-cornered faces; `joined` gives it the header of many files of ModelNet40."""
     lines = [f"OFF{'' if joined else chr(10)}{len(corners)} {len(SIDES)} 0"]
     lines += [" ".join(map(str, corner)) for corner in corners]
     lines += ["4 " + " ".join(map(str, side)) for side in SIDES]
@@ -22,13 +22,13 @@ def off(corners: np.ndarray = CORNERS, joined: bool = False) -> bytes:
 
 
 def flo(flow: np.ndarray) -> bytes:
-    """Flow (H, W, 2) as a Middlebury .flo file."""
+    """Encode flow (H, W, 2) as a Middlebury .flo file."""
     height, width = flow.shape[:2]
     return struct.pack("<fii", 202021.25, width, height) + flow.astype("<f4").tobytes()
 
 
 def png16(pixels: np.ndarray, claimed: tuple[int, int] | None = None) -> bytes:
-    """16-bit RGB (H, W, 3) as a PNG, whose header may claim another (height, width)."""
+    """Encode 16-bit RGB (H, W, 3) as a PNG, whose header may claim another (height, width)."""
     height, width = claimed or pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
 
@@ -40,13 +40,13 @@ def png16(pixels: np.ndarray, claimed: tuple[int, int] | None = None) -> bytes:
 
 
 def kitti(flow: np.ndarray, valid: np.ndarray) -> bytes:
-    """Flow (H, W, 2) and validity (H, W) as KITTI stores them."""
+    """Encode flow (H, W, 2) and validity (H, W) as KITTI stores them."""
     scaled = np.round(flow * 64 + 2**15)
     return png16(np.concatenate([scaled, valid[..., None]], axis=2).astype(np.uint16))
 
 
 def tar(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
-    """A tar of plain files, in order; a `TarInfo` is added as it is."""
+    """Return a tar of plain files, in order; a `TarInfo` is added as it is."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for name, content in members.items():
@@ -57,7 +57,7 @@ def tar(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
 
 
 def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
-    """A link as a member of a tar."""
+    """Return a link as a member of a tar."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info

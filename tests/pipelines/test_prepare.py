@@ -20,13 +20,13 @@ from tests.pipelines.toys import digits_archive, png, read_shard, to_format_1
 
 
 def rows_of(folder: Path, manifest: Manifest, split: str) -> list[dict]:
-    """All samples of a split, as stored."""
+    """Return all samples of a split, as stored."""
     return [row for shard in manifest.splits[split].shards for row in read_shard(folder / shard.name).to_pylist()]
 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> tuple[str, np.ndarray]:
-    """A package file with 200 digits, and its table."""
+    """Write a package file with 200 digits; return it and its table."""
     return str(tmp_path / "digits.whl"), digits_archive(tmp_path / "digits.whl")
 
 
@@ -114,7 +114,7 @@ def test_ray_writes_the_same_shards(tmp_path: Path, archive: tuple[str, np.ndarr
     assert here == ray
 
 
-def test_row_groups_hold_a_bounded_number_of_rows_and_bytes() -> None:
+def test_row_groups_have_a_bounded_number_of_rows_and_bytes() -> None:
     samples = [{"key": "k", "image": bytes(100_000)}] * 4
     assert group_rows(samples, 128, 8 << 20) == 83
     assert group_rows(samples, 64, 8 << 20) == 64
@@ -186,7 +186,7 @@ def test_languages_are_read_from_catalogues(tmp_path: Path) -> None:
 
 
 def image_tree(root: Path, folders: list[str], count: int = 5, size: tuple[int, int] = (9, 7)) -> None:
-    """Folders with `count` images each."""
+    """Write folders with `count` images each."""
     for number, folder in enumerate(folders):
         (root / folder).mkdir(parents=True)
         for i in range(count):
@@ -210,7 +210,7 @@ def test_image_folders_hold_out_a_share_of_each_class(tmp_path: Path) -> None:
 
 
 def test_the_size_of_images_is_that_of_upright_ones(tmp_path: Path) -> None:
-    """A phone held upright stores pictures that lie on their side."""
+    """Phones store upright pictures rotated by a quarter turn."""
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "src" / "a").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Small data sets for the tests of the data pipeline: made in a moment, nothing downloaded."""
+"""Small data sets for the tests of the data pipeline: generated quickly, without downloads."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ def png(pixels: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def numbered_image(number: int, side: int = 8) -> np.ndarray:
-    """A picture that tells its number: the first two pixels are its bytes."""
+    """Return a picture whose first two pixels are the bytes of its number."""
     pixels = np.random.default_rng(number).integers(0, 256, (side, side), dtype=np.uint8)
     pixels[0, :2] = number % 256, number // 256
     return pixels
@@ -44,9 +44,9 @@ def write_images(
     apart: bool = False,
     start: int = 0,
 ) -> Manifest:
-    """A prepared data set of numbered images; `splits` gives the rows of each shard, `bad` the ids to damage.
+    """Write a prepared data set of numbered images; `splits` gives the rows of each shard, `bad` the ids to damage.
 
-    With `apart`, the numbers of a split go on where the one before ended; else each split counts from `start`.
+    With `apart`, the numbers of a split continue those of the one before; otherwise each split counts from `start`.
     """
     features = {"image": ImageFeature(channels=1, size=(side, side)), "label": LabelFeature()}
     target = open_folder(str(folder))
@@ -81,7 +81,7 @@ def write_images(
 
 
 def read_shard(path: Path) -> pa.Table:
-    """A shard's rows as any Arrow reader sees them."""
+    """Return a shard's rows as any Arrow reader reads them."""
     with pa.OSFile(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
 
@@ -94,7 +94,7 @@ def flip(path: Path) -> None:
 
 
 def write_parquet_shard(path: Path, table: pa.Table, rows_per_group: int) -> ShardInfo:
-    """A shard as format version 1 had them, and its entry in the manifest."""
+    """Write a shard of format version 1; return its entry in the manifest."""
     binary = {field.name: "none" if pa.types.is_binary(field.type) else "zstd" for field in table.schema}
     pq.write_table(
         table,
@@ -132,7 +132,7 @@ def to_format_1(folder: Path) -> Manifest:
 
 
 def digits_archive(path: Path, per_class: int = 20) -> np.ndarray:
-    """A file laid out like the package that carries the digits; returns its table (n, 785)."""
+    """Write a file laid out like the package of the digits; return its table (n, 785)."""
     rng = np.random.default_rng(0)
     table = rng.integers(0, 256, (10 * per_class, 785))
     table[:, -1] = np.repeat(np.arange(10), per_class)

@@ -39,7 +39,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, str]:
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
-    """Wait until a condition holds; the process must not end before."""
+    """Wait until a condition is true; the process must not end before."""
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -64,7 +64,7 @@ def left_behind(tmp_path: Path) -> list[str]:
 
 
 def all_gone(tmp_path: Path) -> bool:
-    """Whether nothing of the test's commands is left, within the time that helpers take to notice."""
+    """Return whether all processes of the test's commands end within the time that helpers take to notice."""
     deadline = time.monotonic() + 60
     while left_behind(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -10,5 +10,5 @@ from tests.tune.searches import search_tree
 
 @pytest.fixture
 def tree(tmp_path: Path, images: str) -> dict[str, Any]:
-    """A small search's tree; its base recipe is in the same folder."""
+    """Return a small search's tree; its base recipe is in the same folder."""
     return search_tree(tmp_path, images)

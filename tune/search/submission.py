@@ -32,8 +32,8 @@ def searching(wanted: Submission) -> JobSpec:
 
 def _found(search_file: str, recipe: str, where: str) -> bool:
     """Return whether the unchanged key `recipe` of the search file leads to the recipe in the package."""
-    beside = Path(path_in_package(search_file)).parent / recipe
-    return path_in_package(where) in (os.path.normpath(beside), os.path.normpath(recipe))
+    sibling = Path(path_in_package(search_file)).parent / recipe
+    return path_in_package(where) in (os.path.normpath(sibling), os.path.normpath(recipe))
 
 
 def _fit(search: Search, nodes: Sequence[Node]) -> None:

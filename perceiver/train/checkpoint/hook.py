@@ -370,7 +370,7 @@ class CheckpointHook:
         self.drain()
         self._save(info, time.perf_counter())
         if not self.drain():
-            raise UserError(f"the last {self._reason}; free the store, then continue with --resume")
+            raise UserError(f"the last {self._reason}; free space in the store, then continue with --resume")
 
     def _settle(self, flags: Flags) -> None:
         """Handle the outcome of the last save, once all ranks know it."""

@@ -191,7 +191,7 @@ def _check_optimizer(given: Any, optim: OptimConfig) -> None:
 
 
 def _check_scheduler(given: Any) -> None:
-    """Refuse a scheduler in the JSON with values of its own: the recipe's schedule is used."""
+    """Refuse a scheduler with its own values in the JSON: the recipe's schedule is used."""
     if given in (None, AUTO):
         return
     set_there = [name for name, value in given.get("params", {}).items() if value != AUTO]

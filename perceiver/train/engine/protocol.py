@@ -165,7 +165,7 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 
 def allow_tf32(half: bool, device: torch.device) -> None:
-    """In bf16, let a GPU compute the remaining float32 products in TF32, which has three bits more than bf16."""
+    """Let a GPU compute the float32 products that remain in bf16 in TF32, which has three bits more than bf16."""
     if half and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 

@@ -43,7 +43,7 @@ def place(devices: int = 8, nodes: int = 1, device: Device = H100, cpus: float =
 
 @pytest.fixture
 def workload(tree: dict[str, Any]) -> Workload:
-    """A fictitious model of 10^9 parameters with the small recipe, 64 samples per step."""
+    """Return a fictitious model of 10^9 parameters with the small recipe, 64 samples per step."""
     tree["train"] = {"steps": 1000, "global_batch": 64, "precision": "bf16"}
     account = Account(10**9, 2 * 10**12, 2 * 10**12, 10**9)
     trace = StepTrace(6 * 10**12, 10**9, 10**9, 0, 1000)
@@ -142,8 +142,8 @@ def test_asynchronous_evaluation_costs_a_device_and_an_elastic_run_shows_its_slo
         return replace(workload, recipe=workload.recipe.model_copy(update=parts))
 
     usual = estimate(workload, place())
-    beside = estimate(asked(train={"eval_async": True}), place())
-    assert beside.device_hours == pytest.approx(usual.hours * 9) and beside.cost[0] > usual.cost[0]
+    evaluated = estimate(asked(train={"eval_async": True}), place())
+    assert evaluated.device_hours == pytest.approx(usual.hours * 9) and evaluated.cost[0] > usual.cost[0]
     elastic = estimate(asked(cluster={"workers": 8, "min_workers": 4}), place())
     assert usual.fewest is None and elastic.fewest is not None
     count, seconds = elastic.fewest

@@ -399,10 +399,12 @@ def test_a_template_that_inserts_without_a_filter_is_refused(
         files("slurm", source, settings)
 
 
-def test_the_mlflow_image_is_beside_the_image_in_a_registry_with_a_port(source: RecipeFile, settings: Settings) -> None:
-    for image, beside in (
+def test_the_mlflow_image_is_next_to_the_image_in_a_registry_with_a_port(
+    source: RecipeFile, settings: Settings
+) -> None:
+    for image, mlflow in (
         ("host:5000/team/train", "host:5000/team/train-mlflow:latest"),
         ("host:5000/train:1.2", "host:5000/train-mlflow:1.2"),
     ):
         rendered = files("compose", source, settings.model_copy(update={"image": image}))["compose.yaml"]
-        assert beside in {service.get("image") for service in yaml.safe_load(rendered)["services"].values()}
+        assert mlflow in {service.get("image") for service in yaml.safe_load(rendered)["services"].values()}

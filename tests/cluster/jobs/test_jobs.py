@@ -1,4 +1,4 @@
-"""Jobs: the connection to a cluster, the entrypoint, and the whole life of a run on a real cluster."""
+"""Jobs: the connection to a cluster, the entrypoint, and a run on a real cluster from start to end."""
 
 import http.server
 import json
@@ -42,7 +42,7 @@ POLL_S = 0.2
 
 @pytest.fixture
 def dashboard() -> Iterator[Any]:
-    """A server that responds as a dashboard does; ``answers`` maps a path to status and JSON."""
+    """Yield a server that responds as a dashboard does; ``answers`` maps a path to status and JSON."""
     answers: dict[str, tuple[int, Any]] = {
         "/api/authentication_mode": (200, {"authentication_mode": "disabled"}),
         "/api/version": (200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "x"}),

@@ -29,7 +29,7 @@ TEXTS = st.sampled_from(
 
 
 def values(key: str, text: str, secret: str) -> list[dict[str, str]]:
-    """Mappings that contain the secret under its key, and in a text under an ordinary key."""
+    """Return mappings that contain the secret under its key, and in a text under an ordinary key."""
     return [{key: secret}, {"note": text.format(secret)}]
 
 

@@ -40,7 +40,7 @@ from tests.pipelines.recordings import sound_file
 
 @pytest.fixture
 def run(tree: dict[str, Any], tmp_path: Path) -> Path:
-    """The folder of a run with random weights and its recipe; data is read in the process."""
+    """Return the folder of a run with random weights and its recipe; data is read in the process."""
     tree["data"]["executor"] = "inline"
     tree["train"]["global_batch"] = 16
     return write_run(tmp_path / "runs" / "small-001", tree, 2)
@@ -171,7 +171,7 @@ def other_names(folder: Path) -> str:
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_predictions_have_the_class_names_of_the_run(recorded: bool, run: Path, tmp_path: Path) -> None:
-    """The names are recorded with the run, or those of its own data; never those of the predicted data."""
+    """The names are those recorded with the run, or of its training data; never those of the predicted data."""
     names = ["black", "white"] if recorded else ["dark", "light"]
     if recorded:
         facts = {"name": "small", "licence": "none", "source": "made up", "classes": names}

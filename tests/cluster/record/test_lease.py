@@ -36,7 +36,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> LeaseFile:
     return LeaseFile(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run")
 
 
-def test_a_second_driver_is_refused_and_told_the_owner_and_the_expiry(file: LeaseFile) -> None:
+def test_a_second_driver_is_refused_with_the_owner_and_the_expiry(file: LeaseFile) -> None:
     with hold(file.url, 30):
         with pytest.raises(UserError, match=rf"process {os.getpid()} on .*\d\d:\d\d:\d\d") as caught:
             acquire(file, 30)

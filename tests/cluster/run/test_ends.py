@@ -19,7 +19,7 @@ START_S, END_S = 200, 120
 
 
 class Run:
-    """A `perceiver train` of many steps in a session of its own, which is past its first step.
+    """A `perceiver train` of many steps in a separate session, which is past its first step.
 
     Attributes:
         root: the process of the command.

@@ -67,7 +67,7 @@ LONGER = {"epochs": 12, "checkpoint_every": 0.4, "keep_checkpoints": 3}
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, images: str) -> tuple[Path, dict[str, Any], str]:
-    """The folder, recipe and output of an undisturbed run with asynchronous evaluation."""
+    """Return the folder, recipe and output of an undisturbed run with asynchronous evaluation."""
     home = tmp_path_factory.mktemp("unbroken")
     tree = small_tree(home, images)
     best = {"metric": "eval/loss", "mode": "min", "count": 9}
@@ -81,7 +81,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, images: str) -> tuple[Pat
     return home, tree, output
 
 
-def test_the_whole_job(unbroken: tuple[Path, dict[str, Any], str]) -> None:
+def test_a_job_from_start_to_end(unbroken: tuple[Path, dict[str, Any], str]) -> None:
     """From raw images to a trained, evaluated, tracked model with a report; a finished run is not trained again."""
     tmp_path, tree, output = unbroken
     folder = tmp_path / "runs" / "small-001"
@@ -147,7 +147,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_do_not_change(
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An S3 endpoint with an empty bucket named `bucket`, which the environment names."""
+    """Yield an S3 endpoint with an empty bucket named `bucket`, which the environment names."""
     import boto3
     import fsspec
     from moto.server import ThreadedMotoServer

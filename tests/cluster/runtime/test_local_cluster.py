@@ -133,7 +133,7 @@ def test_there_is_no_cluster_without_a_live_head(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Neither cluster nor token; starting a node succeeds without a process, except for 127.0.0.3."""
+    """Remove cluster and token; let the start of a node succeed without a process, except for 127.0.0.3."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
@@ -190,7 +190,7 @@ def test_a_failed_head_leaves_nothing_running_for_the_next_attempt(here: Path, m
 
 @pytest.fixture
 def running(here: Path, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
-    """A cluster of four nodes, of which 127.0.0.3 and 127.0.0.5 have died."""
+    """Return a cluster of four nodes, of which 127.0.0.3 and 127.0.0.5 have died."""
     cluster = local_cluster.plan_cluster(nodes_config(4))
     monkeypatch.setattr(local_cluster, "running_cluster", lambda: cluster)
     monkeypatch.setattr(LocalCluster, "raylets", lambda self: {"127.0.0.2": 1, "127.0.0.4": 2})
@@ -248,7 +248,7 @@ def test_the_recipe_of_mixed_nodes_gives_the_documented_options() -> None:
 
 
 def test_processes_are_found_by_the_files_that_they_write(tmp_path: Path) -> None:
-    """A log that somebody only reads is no reason to end that process."""
+    """A process that only reads a log is not terminated."""
     (tmp_path / "log").touch()
     code = "import sys; file = open(sys.argv[1], sys.argv[2]); print(flush=True); input()"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -1,4 +1,4 @@
-"""Python loads this module in each process of a run that has it on its path: steps are harmed, or slowed down.
+"""Python loads this module in each process of a run that has it on its path: steps fail or are slowed down.
 
 `FAULT_INJECT` names a JSON file ``{"kind": "nan" | "raise", "step": 12, "rank": 0}``: that step of that rank is harmed,
 once; who takes it renames it. `FAULT_STEP_S` are seconds that each step of a run waits, so that it lasts for some time;
@@ -23,7 +23,7 @@ MODULE, RUN = "perceiver.train.engine.deepspeed_engine", "perceiver.train.loop"
 
 
 class Patch(MetaPathFinder):
-    """Changes the engine when its module is loaded."""
+    """Wraps the engine when its module is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -66,7 +66,7 @@ def harm_steps(engine: Any) -> None:
 
 
 class Poisoned:
-    """A task whose loss is no number."""
+    """A task whose loss is NaN."""
 
     def __init__(self, task: Any) -> None:
         self._task = task
@@ -75,13 +75,13 @@ class Poisoned:
         return getattr(self._task, name)
 
     def loss(self, module: Any, batch: Any) -> Any:
-        """The task's output with its loss spoilt, and thereby the gradients."""
+        """Return the task's output with a NaN loss, which makes the gradients NaN, too."""
         output = self._task.loss(module, batch)
         return dataclasses.replace(output, loss_sum=output.loss_sum * float("nan"))
 
 
 def taken(rank: int, step: int) -> str | None:
-    """What is planned for this step of this rank; whoever asks first gets it."""
+    """Return the fault planned for this step of this rank; only the first caller gets it."""
     try:
         with open(PLAN) as file:  # noqa: PTH123  pathlib would be imported in every process
             plan = json.load(file)

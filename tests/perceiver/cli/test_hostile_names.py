@@ -41,7 +41,7 @@ def controls(text: str) -> set[str]:
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    """A prepared folder all of whose names are hostile."""
+    """Return a prepared folder all of whose names are hostile."""
     features = {"text": TextFeature(), "label": LabelFeature()}
     rows = [{"key": f"k{ESCAPES}", "text": "", "label": 0}, {"key": "b", "text": "x", "label": 1}]
     rows.append({"key": "=1+1", "text": "x", "label": 7})

@@ -1,4 +1,4 @@
-"""`perceiver export` on small runs, and training that starts from what it or a run leaves."""
+"""`perceiver export` on small runs, and training that starts from its files or from a run."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ EVALUATION = {"loss": 0.25, "accuracy": 0.875}
 
 
 def made(values: dict[str, Any], classes: int | None = 4) -> Any:
-    """A model whose head is not zero, as after training."""
+    """Return a model whose head is not zero, as after training."""
     torch.manual_seed(0)
     model = build_model(model_config(values), classes=classes).eval()
     for parameter in model.parameters():
@@ -61,7 +61,7 @@ def made(values: dict[str, Any], classes: int | None = 4) -> Any:
 
 
 def run_folder(folder: Path, values: dict[str, Any], url: str = "nowhere") -> tuple[str, Any]:
-    """A run's folder as training leaves it, and the model in it."""
+    """Return a run's folder as training leaves it, and the model in it."""
     model = made(values, 2)
     folder.mkdir()
     recipe = {"name": "tiny", "output": "/secret/place", "data": {"url": url}, "model": values}
@@ -80,7 +80,7 @@ def export(source: str, form: str, target: Path, *more: str) -> dict[str, Any]:
     return written
 
 
-def test_safetensors_are_loaded_alone_and_the_card_says_what_they_are(tmp_path):
+def test_safetensors_are_loaded_alone_and_described_by_the_card(tmp_path):
     source, model = run_folder(tmp_path / "run", SMALL, prepare_images(tmp_path, per_class=2))
     export(source, "safetensors", tmp_path / "out")
     again = perceiver.load_model(str(tmp_path / "out" / "model.safetensors"))
@@ -184,7 +184,7 @@ def test_a_checkpoint_gives_the_weights_that_the_engine_had(tmp_path):
     assert list(got) == list(wanted) and all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-def test_other_classes_start_the_head_anew_and_keep_the_rest(tmp_path):
+def test_other_classes_initialize_a_new_head_and_keep_the_rest(tmp_path):
     source, trained = run_folder(tmp_path / "run", SMALL)
     model = made(SMALL, classes=9)
     start = load_weights(model, open_weights(source))
@@ -231,7 +231,7 @@ def test_weights_of_another_model_are_refused(tmp_path, change, wanted):
 
 
 def fine_tuning(url: str, model: dict[str, Any], place: Path) -> Recipe:
-    """A recipe that starts from weights and has two classes."""
+    """Return a recipe that starts from weights and has two classes."""
     return build_recipe(
         {
             "name": "tuned",
@@ -257,7 +257,7 @@ def test_training_starts_from_an_export(tmp_path, images):
     assert not torch.equal(restored.get_parameter("latents"), wanted["latents"]), "what a checkpoint will replace"
 
 
-def test_training_starts_from_official_weights_with_a_head_of_its_own(tmp_path, images):
+def test_training_starts_from_official_weights_with_a_new_head(tmp_path, images):
     transformers = pytest.importorskip("transformers")
     config = transformers.PerceiverConfig(
         num_latents=5,

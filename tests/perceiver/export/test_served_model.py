@@ -25,7 +25,7 @@ CLASSES = ["dark", "light"]
 
 
 def tracked_run(folder: Path, url: str, **task: Any) -> tuple[str, Any, str]:
-    """A run's folder whose figures are in MLflow, its model, and the store's URI."""
+    """Return a run's folder whose figures are in MLflow, its model, and the store's URI."""
     source, model = run_folder(folder / "run", SMALL, url)
     store = f"sqlite:///{folder / 'mlflow.db'}"
     client = MlflowClient(tracking_uri=store)

@@ -68,7 +68,7 @@ def theirs_of(head: str, **values: Any) -> Any:
 
 
 def check_there_and_back(theirs: Any, raw: Any, expected: Any, *asked: Any) -> None:
-    """Our outputs equal theirs to 1e-4 relative to the largest, by the fast paths; the export equals the original."""
+    """Check that our outputs equal theirs to 1e-4 of the largest, by the fast paths, and the export the original."""
     ours = from_transformers(theirs)
     with torch.no_grad():
         got = ours(raw, *asked)
@@ -183,7 +183,7 @@ def test_what_the_library_cannot_express_is_refused():
 
 @pytest.mark.slow
 def test_an_image_head_at_full_size():
-    """The one with 50,176 inputs; what the other two have of their own is in the small case."""
+    """The model with 50,176 inputs; the small case covers what is specific to the other two."""
     image_case("Fourier", 1, **FULL_IMAGE)
 
 

@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def refused(run: Path, message: str, tmp_path: Path) -> None:
-    """Each command that reads weights refuses the run in one line."""
+    """Expect each command that reads weights to refuse the run in one line."""
     for words in (
         ["evaluate", str(run)],
         ["predict", str(run), str(tmp_path / "data"), "--to", str(tmp_path / "predicted")],

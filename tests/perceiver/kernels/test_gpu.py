@@ -1,4 +1,4 @@
-"""What runs on a GPU is what runs on a CPU. Without one only the Triton kernels are tested, by Triton's interpreter."""
+"""Results on a GPU equal those on a CPU. Without a GPU only the Triton kernels are tested, by Triton's interpreter."""
 
 import os
 import subprocess

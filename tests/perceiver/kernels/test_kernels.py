@@ -86,7 +86,7 @@ def test_silent_without_a_compiler_or_with_a_broken_one(monkeypatch, tmp_path, c
 
 @compiler
 def test_two_processes_build_once(tmp_path):
-    """Both end with the same library, built by one compiler run each at most, and no scratch is left."""
+    """Both processes load the same library, built by at most one compiler run each, and no temporary files are left."""
     counter = tmp_path / "g++"
     counter.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/runs"\nexec {shutil.which("g++")} "$@"\n')
     counter.chmod(0o755)
@@ -138,7 +138,7 @@ def assert_close_to_float64(function: Any, reference: Any, exact: list[torch.Ten
 
 @pytest.fixture
 def all_sizes(monkeypatch):
-    """The kernels serve arrays of any size, not only those large enough to be worth it."""
+    """Use the kernels for arrays of any size, not only for those that are large enough to gain."""
     monkeypatch.setattr(attend, "MIN_SCORES", 1)
     monkeypatch.setattr(dense, "MIN_PRODUCT", 1)
 

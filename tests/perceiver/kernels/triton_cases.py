@@ -1,6 +1,6 @@
 """`python -m tests.perceiver.kernels.triton_cases`: the Triton kernels against float64, on the GPU if there is one.
 
-Without a GPU it wants TRITON_INTERPRET=1, and then takes small sizes only. Exit code 1 if a case differs.
+Without a GPU it requires TRITON_INTERPRET=1, and uses small sizes only. Exit code 1 if a case differs.
 """
 
 import sys

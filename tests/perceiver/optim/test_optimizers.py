@@ -18,7 +18,7 @@ LR, BETA1, BETA2, EPS, DECAY = 0.01, 0.9, 0.99, 1e-6, 0.1
 
 
 def lamb_in_numpy(param: np.ndarray, grads: list[np.ndarray], decay: float) -> np.ndarray:
-    """One tensor's trajectory, in float64: Adam scaling, + decay, trust ratio (1 if a norm is 0), -lr."""
+    """Return one tensor's trajectory, in float64: Adam scaling, + decay, trust ratio (1 if a norm is 0), -lr."""
     first = second = np.zeros_like(param)
     for t, grad in enumerate(grads, start=1):
         first = BETA1 * first + (1 - BETA1) * grad
@@ -67,7 +67,7 @@ def test_lamb_zero_gradient_and_no_decay_changes_nothing() -> None:
 
 
 def test_lamb_on_flat_partitions_equals_lamb_on_parameters() -> None:
-    """Two 'ranks' hold halves of a flattened group, cut through the middle of a parameter, the last one padded."""
+    """Two 'ranks' have halves of a flattened group, cut in the middle of a parameter, the last one padded."""
     starts = [drawn(shape, seed) for seed, shape in enumerate(SHAPES)]  # 12 + 5 + 8 = 25 elements, halves of 13
     flat = np.concatenate([start.ravel() for start in starts] + [np.zeros(1)])
     pieces = [

@@ -1,4 +1,4 @@
-"""Schedules against values worked out by hand from the papers' descriptions."""
+"""Schedules against values calculated by hand from the papers' descriptions."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_constant_is_one() -> None:
 
 
 def test_step_drops_at_the_start_of_its_epochs() -> None:
-    """Perceiver's ImageNet recipe: 0.1 at epochs 84, 102, 114 of 120, here with 10 steps an epoch."""
+    """Perceiver's ImageNet recipe: 0.1 at epochs 84, 102, 114 of 120, here with 10 steps per epoch."""
     config = StepSchedule(milestones=(84, 102, 114))
     multiplier = build_schedule(config, total_steps=1200, steps_per_epoch=10)
     expected = {0: 1, 839: 1, 840: 0.1, 1019: 0.1, 1020: 0.01, 1139: 0.01, 1140: 0.001, 1199: 0.001}

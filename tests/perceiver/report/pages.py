@@ -1,4 +1,4 @@
-"""Reads a page as its tests ask about it."""
+"""Parse HTML pages for their tests."""
 
 from html.parser import HTMLParser
 
@@ -41,19 +41,19 @@ class Page(HTMLParser):
 
     @property
     def words(self) -> list[str]:
-        """The texts alone."""
+        """Return the texts."""
         return [text for _, text in self.texts]
 
     def all(self, tag: str) -> list[dict[str, str]]:
-        """The attributes of each element of that name."""
+        """Return the attributes of each element of that name."""
         return [attrs for name, attrs in self.tags if name == tag]
 
     def count(self, tag: str) -> int:
-        """How many elements of that name there are."""
+        """Return the number of elements of that name."""
         return len(self.all(tag))
 
     def fetched(self) -> list[str]:
-        """What a browser would fetch from elsewhere."""
+        """Return what a browser would fetch from other addresses."""
         names = ("src", "href", "data", "poster", "action")
         urls = [attrs[name] for _, attrs in self.tags for name in names if name in attrs]
         return [url for url in urls if not url.startswith(("data:", "#"))]

@@ -1,4 +1,4 @@
-"""What all pages have in common, and how values are written on them."""
+"""What all pages have in common, and how they format values."""
 
 import math
 from pathlib import Path

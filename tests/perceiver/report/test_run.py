@@ -1,4 +1,4 @@
-"""The report: right numbers, a page that stands alone, and data of every awkward kind."""
+"""The report: correct numbers, a self-contained page, and unusual data of each kind."""
 
 import io
 import math
@@ -69,7 +69,7 @@ def page(data: ReportData) -> Page:
     return Page(run_report(data)["index.html"].decode())
 
 
-def test_a_full_report_stands_alone_and_holds_every_section() -> None:
+def test_a_full_report_is_self_contained_and_has_every_section() -> None:
     data = full()
     files = run_report(data)
     html = files["index.html"].decode()
@@ -101,7 +101,7 @@ def test_every_part_may_be_missing(missing: str) -> None:
     assert "Classes" in headings(found)
 
 
-def test_values_that_are_not_finite_are_left_out_and_said() -> None:
+def test_values_that_are_not_finite_are_left_out_and_reported() -> None:
     rows = [{"step": step, "train/loss": math.nan if step % 3 else 1 / step} for step in range(1, 100)]
     rows += [{"step": 100, "train/loss": math.inf, "train/lr": math.nan}]
     found = page(ReportData(name="nan", history=rows))
@@ -220,7 +220,7 @@ def test_smoothing_keeps_a_line_and_skips_gaps() -> None:
 
 
 def test_a_large_map_is_averaged_over_blocks() -> None:
-    """Two of four weights of each block are 1, so that the map is as even as one of its own."""
+    """Two of four weights of each block are 1, so that the map is as even as that of one block."""
     weights = np.tile([[0.0, 1.0], [1.0, 0.0]], (112, 112))
     shown = np.asarray(attention_map(weights))
     assert shown.shape == (112, 112, 3) and len(np.unique(shown.reshape(-1, 3), axis=0)) == 1

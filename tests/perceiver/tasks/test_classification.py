@@ -1,4 +1,4 @@
-"""Classification: sums are additive, padding rows do not count, mixing keeps its promises."""
+"""Classification: sums are additive, padding rows do not count, mixed images and labels correspond."""
 
 import torch
 from torch import nn

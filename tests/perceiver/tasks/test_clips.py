@@ -1,4 +1,4 @@
-"""Several clips a sample: folded into the batch, scores averaged; macro mAP at AudioSet's size."""
+"""Several clips per sample: folded into the batch, scores averaged; macro mAP at AudioSet's size."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def test_one_clip_is_as_no_clip_axis():
     torch.testing.assert_close(folded.softmax(1), model(single["audio"]).softmax(1))
 
 
-def test_inputs_without_clips_stand_beside_each_clip():
+def test_inputs_without_clips_are_added_to_each_clip():
     inputs = {"kind": "multimodal", "modalities": {"audio": AUDIO, "video": VIDEO}}
     model, batch = small(inputs), recordings()
     still = {**batch, "video": batch["video"][:, 0]}
@@ -137,7 +137,7 @@ def test_mean_average_precision_of_527_classes_in_evaluation_is_scikit_learns():
     assert error < 0.01  # most of it from the 40 classes of tied scores
 
 
-def test_bounds_hold_whatever_lies_in_a_bin():
+def test_bounds_are_valid_for_any_content_of_a_bin():
     rng = np.random.default_rng(1)
     for _ in range(200):
         size = int(rng.integers(2, 60))

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def setting(kind: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """A task, a model with random outputs in evaluation mode, and a batch of six, the last two rows padding."""
+    """Return a task, a model with random outputs in evaluation mode, and a batch of six, the last two rows padding."""
     options, values = CASES[kind]
     torch.manual_seed(0)
     task = build_task(TypeAdapter(TaskConfig).validate_python({"kind": kind, **options}), classes=4)
@@ -99,7 +99,7 @@ def test_every_task_has_a_case():
 def test_padding_rows_do_not_count(kind):
     task, model, batch = setting(kind)
     padded, whole = task.loss(model, batch), task.loss(model, rows(batch, slice(0, 4)))
-    if kind not in ("masked_language", "autoencoding"):  # these draw by batch, so the same rows may be drawn otherwise
+    if kind not in ("masked_language", "autoencoding"):  # these draw per batch, so the same rows may get other draws
         torch.testing.assert_close(padded.sums, whole.sums, rtol=1e-4, atol=1e-4)
     spoiled = {**batch}
     for key in ("audio", "video", "flow", "label", "label_a"):
@@ -200,7 +200,7 @@ def test_subsampled_decoding_agrees_with_decoding_all():
     torch.testing.assert_close(task.targets(batch, "video")[1, 64 + 8 * 2 + 3], pixels[1, 1, :, 2, 3])
 
 
-def test_flow_of_some_pixels_estimates_the_whole_loss():
+def test_flow_of_some_pixels_estimates_the_full_loss():
     """All pixels in any order give the whole loss and gradient; a quarter of them gives it on average."""
     _, model, batch = setting("flow")
     nn.init.normal_(model.decoder.head.weight)

@@ -1,4 +1,4 @@
-"""A real MLflow server for tests, which can go away and come back."""
+"""A real MLflow server for tests, which can be stopped and started again."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens at."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -23,7 +23,7 @@ class Server:
     def __init__(self, folder: Path, port: int, database: str = "", **environment: str) -> None:
         self.folder, self.port, self.store = folder, port, folder / "mlflow.db"
         self.database = database or f"sqlite:///{self.store}"
-        # Else the server brings up eight processes more, for evaluations of language models.
+        # Otherwise the server starts eight more processes, for evaluations of language models.
         self.environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
         self.uri = f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -44,7 +44,7 @@ class Server:
 
 
 def listening(command: list[str], port: int, log: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-    """Start a command in a process group of its own and wait until it listens at a port."""
+    """Start a command in a separate process group and wait until it listens on a port."""
     with log.open("ab") as file:
         env = {**os.environ, **environment}
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for tests, from Python packages that carry its programs and driver; nothing is installed."""
+"""A real PostgreSQL server for tests, from Python packages with its programs and driver; nothing is installed."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ DRIVER = Package(
     "930e7e58b33a4f9c39e7532d7a40147925cf3372baed4229cbebe0cf3ba9ce6b",
 )
 FITS = sys.platform == "linux" and platform.machine() == "x86_64" and sys.version_info[:2] == (3, 11)
-"""Whether those packages are for this machine."""
+"""Return whether those packages support this machine."""
 
 
 class Postgres:
@@ -51,7 +51,7 @@ class Postgres:
 
     @property
     def uri(self) -> str:
-        """The database as SQLAlchemy names it."""
+        """Return the URI of the database for SQLAlchemy."""
         return f"postgresql+psycopg2://mlflow:{self.password}@127.0.0.1:{self.port}/postgres"
 
     def _start(self) -> "subprocess.Popen[bytes]":
@@ -81,7 +81,7 @@ class Postgres:
         pytest.fail((self.folder / "log").read_text())
 
     def stop(self) -> None:
-        """End it and remove its files."""
+        """Stop it and remove its files."""
         self.process.send_signal(signal.SIGINT)  # not SIGTERM, which waits for clients
         self.process.wait(30)
         shutil.rmtree(self.folder, ignore_errors=True)

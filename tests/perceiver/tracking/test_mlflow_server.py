@@ -1,4 +1,4 @@
-"""A real MLflow server that goes away and comes back during a run."""
+"""A real MLflow server that is stopped and started again during a run."""
 
 import math
 import time
@@ -27,7 +27,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def wait_until_sent(folder: Path) -> None:
-    """Wait until MLflow has all that a run has recorded so far."""
+    """Wait until MLflow has all rows that a run has recorded so far."""
     deadline = time.monotonic() + 120
     while unsent(folder):
         assert time.monotonic() < deadline, f"{unsent(folder)} lines were not sent"

@@ -1,4 +1,4 @@
-"""What arrives in a real MLflow store: all of a record, once, whatever fails on the way."""
+"""What arrives in a real MLflow store: each row of a record once, whatever fails in between."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from perceiver.tracking.runs import RunHandle, load_handle
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A SQLite store shared by the tests of this file, since making one takes a second."""
+    """Return a SQLite store shared by the tests of this file, since making one takes a second."""
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
@@ -33,7 +33,7 @@ def new_handle(uri: str, **fields: Any) -> RunHandle:
 
 
 def record(folder: Path, name: str, *rows: dict[str, Any]) -> None:
-    """Append rows to a file of the record; rows of metrics get a time by their place."""
+    """Append rows to a file of the record; rows of metrics get a time by their position."""
     writer = LineWriter(folder / name)
     for number, row in enumerate(rows):
         writer.append({"time": 1000.0 + number, **row})
@@ -57,7 +57,7 @@ def send(folder: Path, handle: RunHandle) -> None:
     RunWriter(folder, handle).send()
 
 
-def test_a_record_arrives_whole_and_once(store: str, client: Any, tmp_path: Path) -> None:
+def test_a_record_arrives_complete_and_once(store: str, client: Any, tmp_path: Path) -> None:
     handle = new_handle(store, params={"lr": "0.1"}, tags={"team": "x"})
     record(tmp_path, HISTORY, *({"step": step, "loss": 1 / (step + 1)} for step in range(700)))
     record(tmp_path, HISTORY, {"step": 700, "nan": math.nan, "inf": math.inf, "odd key (%)!": 3})
@@ -89,7 +89,7 @@ def test_rows_wider_than_a_batch(store: str, client: Any, tmp_path: Path) -> Non
 
 
 class Flaky:
-    """A client whose requests are done, or not, before they fail, as often as is asked for."""
+    """A client whose requests fail a given number of times, before or after they take effect."""
 
     def __init__(self, client: Any, failures: Iterator[str]) -> None:
         self.client, self.failures = client, failures
@@ -149,7 +149,7 @@ def test_a_row_that_comes_late_arrives(store: str, client: Any, tmp_path: Path) 
     assert sorted(points(client, tmp_path, "eval/loss")) == [(5, 0.5), (7, 0.7), (9, 0.9)]
 
 
-def test_points_of_others_in_a_named_run_hold_up_nothing(store: str, client: Any, tmp_path: Path) -> None:
+def test_points_of_others_in_a_named_run_block_nothing(store: str, client: Any, tmp_path: Path) -> None:
     _, run = open_run(client, new_handle(store))
     client.log_metric(run.info.run_id, "loss", 9.0, timestamp=500_000, step=1000)
     handle = new_handle(store, run_id=run.info.run_id, created_ms=900_000)
@@ -175,7 +175,7 @@ def test_a_run_that_was_deleted_is_replaced_and_gets_everything(store: str, clie
     assert (second.data.tags["resumed_from"], second.data.tags["a"]) == (first, "1")
 
 
-def test_what_mlflow_refuses_holds_up_nothing_and_is_said(
+def test_what_mlflow_refuses_blocks_nothing_and_is_reported(
     store: str, client: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     record(tmp_path, HISTORY, *({"step": step, "loss": 1.0, "time": -5 if step == 2 else 5} for step in range(1, 5)))

@@ -1,4 +1,4 @@
-"""The record of a run: what was logged is in its files, whatever becomes of process and disk."""
+"""The record of a run: what was logged is in its files, whatever happens to process and disk."""
 
 import json
 import math
@@ -92,7 +92,7 @@ def test_a_full_disk_stops_nothing_and_nothing_is_lost(tmp_path: Path, monkeypat
     assert steps(writer.path) == [0, 1, 2, 3]
 
 
-def test_what_a_full_disk_did_lose_is_said(
+def test_what_a_full_disk_lost_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = LineWriter(tmp_path / "rows.jsonl")

@@ -1,4 +1,4 @@
-"""What is secret is masked, what is not stays."""
+"""Secrets are masked, other values are not."""
 
 import base64
 import json
@@ -120,7 +120,7 @@ def test_an_unshown_value_is_in_no_text_of_it() -> None:
 
 
 PIECE = st.from_regex(r"[a-z][A-Za-z0-9]{7,14}", fullmatch=True)
-"""A part of a secret that is looked for in the output; not all digits, which a text may contain anyway."""
+"""A part of a secret to search for in the output; not all digits, which a text may contain anyway."""
 KEYS = (
     ["password", "passwd", "pwd", "pass", "passcode", "passphrase", "dsn", "auth", "cookie", "pat", "db_pass", "secret"]
     + ["connection_string", "connectionString", "CONNECTION-STRING", "token", "api_key", "API-Key", "apiKey", "HFToken"]

@@ -41,7 +41,7 @@ def no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A SQLite store shared by the tests of this file, since making one takes a second."""
+    """Return a SQLite store shared by the tests of this file, since making one takes a second."""
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
@@ -210,7 +210,7 @@ def test_a_server_that_is_down_costs_one_line_and_the_run_is_created_later(
     assert run.info.start_time == handle.created_ms
 
 
-def test_the_history_of_a_checkpoint_stands_in_for_a_record_on_another_machine(store: str, tmp_path: Path) -> None:
+def test_the_history_of_a_checkpoint_replaces_a_record_on_another_machine(store: str, tmp_path: Path) -> None:
     handle = new_run(store, tmp_path)
     history = '{"step": 1, "time": 4e9, "loss": 1.0}\n{"step": 2, "time": 4e9, "loss": 2.0}\n'
     assert reconcile(TrackingConfig(uri=store), tmp_path, history=history, status="failed") == 0

@@ -1,4 +1,4 @@
-"""Evaluation in a separate process: when it is asked for, what is recorded and kept, what a resume catches up on."""
+"""Evaluation in a separate process: when it is requested, what is recorded and kept, what a resume repeats."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def info(step: int) -> StepInfo:
 
 
 class Desk:
-    """Evaluates when the test says so."""
+    """Evaluates on the test's call."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -39,7 +39,7 @@ class Desk:
         return ready
 
     def answer(self, **metrics: float) -> None:
-        """Finish the evaluation that was asked for last."""
+        """Finish the evaluation that was requested last."""
         self.ready.append(Scored(self.asked[-1], metrics))
 
 
@@ -112,7 +112,7 @@ def test_one_that_failed_and_one_nobody_waits_for_leave_no_figures() -> None:
 @pytest.mark.parametrize(
     ("scored", "recorded", "asked"),
     [
-        ({}, {}, [25]),  # the evaluation that fell due at step 20 was cut off
+        ({}, {}, [25]),  # the evaluation due at step 20 was interrupted
         ({10: {"accuracy": 0.1}}, {10: 0.1}, [25]),
         ({20: {"accuracy": 0.2}}, {20: 0.2}, []),
         ({22: {"accuracy": 0.2}, 30: {"accuracy": 0.9}}, {22: 0.2}, []),  # 30 is after the checkpoint: discarded
@@ -150,7 +150,7 @@ def test_the_step_at_which_an_evaluation_fell_due_last(
 
 
 def test_the_best_is_found_by_figures_that_come_later(tmp_path: Path) -> None:
-    """A checkpoint is kept until it is evaluated, and for good if it is the best; MLflow is told."""
+    """A checkpoint is kept until it is evaluated, and permanently if it is the best; MLflow is notified."""
     told: list[int] = []
     desk, history, engine = Desk(), History(), toy_engine()
     config = SavingConfig(keep_checkpoints=1, keep_best=KeepBest(metric="eval/accuracy"))
@@ -163,7 +163,7 @@ def test_the_best_is_found_by_figures_that_come_later(tmp_path: Path) -> None:
     for step in range(1, TOTAL + 1):
         desk.on_wait = lambda: desk.answer(accuracy=0.5)
         if step == 19:
-            desk.answer(accuracy=0.9)  # of step 10, which is behind the newest by then
+            desk.answer(accuracy=0.9)  # of step 10, which is no longer the newest
         if step == 27:
             desk.answer(accuracy=0.6)  # of step 20
         hook(info(step))

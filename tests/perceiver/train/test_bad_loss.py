@@ -1,4 +1,4 @@
-"""A loss that is no number: stopped, skipped or rolled back, always alike, with the samples named."""
+"""A loss that is NaN or infinite: stopped, skipped or rolled back, the same on all ranks, with the samples named."""
 
 import json
 import os
@@ -24,7 +24,7 @@ BAD_STEP, SAVED, LAST = 8, 5, 12
 
 
 def batches(start: int, stop: int, bad: tuple[int, ...] = (BAD_STEP,)) -> Iterator[Batch]:
-    """Toy batches with sample ids; those of the bad steps, counted from 1, hold infinity."""
+    """Yield toy batches with sample ids; those of the bad steps, counted from 1, contain infinity."""
     for index, batch in enumerate(toy_batches(start, stop), start):
         if index + 1 in bad:
             batch["x"] = batch["x"] * torch.inf
@@ -32,7 +32,7 @@ def batches(start: int, stop: int, bad: tuple[int, ...] = (BAD_STEP,)) -> Iterat
 
 
 class Run:
-    """A toy run that saves at one step and keeps account of what the hook does."""
+    """A toy run that saves at one step and records what the hook does."""
 
     def __init__(self, folder: Path, policy: Any, limit: int = 10, history: str = "") -> None:
         self.engine, self.store, self.history = toy_engine(), CheckpointStore(str(folder)), History(history)
@@ -68,7 +68,7 @@ def test_stop_names_the_step_and_keeps_its_samples(tmp_path: Path) -> None:
     assert run.kept == [(7, 8)]
 
 
-def test_skip_leaves_the_weights_and_goes_on(tmp_path: Path) -> None:
+def test_skip_leaves_the_weights_and_continues(tmp_path: Path) -> None:
     run = Run(tmp_path, "skip")
     run.train(batches(0, LAST))
     assert list(run.losses) == list(range(1, LAST + 1)) and run.kept == [(7, 8)]
@@ -87,14 +87,14 @@ def test_too_many_are_refused_over_restarts_too(tmp_path: Path) -> None:
 
 
 def rolled_back(folder: Path) -> Run:
-    """A run that rolls back once."""
+    """Train a run that rolls back once."""
     run = Run(folder, "rollback")
     run.train(batches(0, LAST))
     assert run.restored == [BAD_STEP]
     return run
 
 
-def test_rollback_takes_the_saved_weights_and_passes_the_window_over(tmp_path: Path) -> None:
+def test_rollback_restores_the_saved_weights_and_skips_the_window(tmp_path: Path) -> None:
     run = rolled_back(tmp_path / "a")
     assert run.kept == [(BAD_STEP - 1, BAD_STEP), (SAVED, BAD_STEP)]
     reference = Run(tmp_path / "b", "stop")
@@ -112,7 +112,7 @@ def test_rollback_without_a_checkpoint_stops(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_engine_goes_back_as_if_it_had_just_been_started(tmp_path: Path) -> None:
-    """Weights, moments and what ZeRO keeps of them: none of the passed steps leaves a trace."""
+    """The skipped steps change neither weights nor moments, nor ZeRO's copies of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

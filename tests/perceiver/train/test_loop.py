@@ -27,7 +27,7 @@ def test_hooks_see_every_step_in_order() -> None:
     assert [last for _, _, last in seen] == [False] * 9 + [True]
 
 
-def test_a_stop_ends_after_the_step_and_is_told_to_the_hooks() -> None:
+def test_a_stop_ends_after_the_step_and_reaches_the_hooks() -> None:
     seen: list[StepInfo] = []
     done = train(toy_engine(), toy_batches(0, 10), [seen.append], span(0, 10), poll=lambda: Flags(stop=len(seen) == 3))
     assert done == 4
@@ -48,7 +48,7 @@ def test_a_roll_back_skips_the_later_hooks_and_continues_with_the_next_batch() -
 
 
 def test_two_halves_with_dropout_equal_one_run() -> None:
-    """The random state is a function of the step, so going on draws what an unbroken run would."""
+    """The random state is a function of the step, so a resumed run draws what an unbroken one would."""
     whole, halves = toy_engine(dropout=0.5), toy_engine(dropout=0.5)
     losses: list[float] = []
     train(whole, toy_batches(0, 6), [lambda i: losses.append(i.result.loss)], span(0, 6))

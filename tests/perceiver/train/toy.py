@@ -1,4 +1,4 @@
-"""A tiny task and batches for tests of the training room: linear regression onto a fixed target."""
+"""A tiny task and batches for tests of training: linear regression onto a fixed target."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""One data set, a sample in a hundred damaged: all are caught by name, replaced alike everywhere, no good one is lost.
+"""One data set, a sample in a hundred damaged: all are named and replaced by the same ones everywhere, none is lost.
 
-The kinds stand in `damage.py`. What is damaged before a data set is prepared (members of tars, meshes, rows of tables)
-is tested with the sources; what can only happen to whole shards comes last here.
+The kinds are in `damage.py`. What is damaged before a data set is prepared (members of tars, meshes, rows of tables)
+is tested with the sources; damage of shards comes last here.
 """
 
 import re
@@ -39,7 +39,7 @@ ODD_IDS = {5 + number * 151: kind for number, kind in enumerate(ODD)}
 
 
 def table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows of a shard; a text may be any bytes, as in files that other programs wrote."""
+    """Return rows of a shard; a text may be any bytes, as in files that other programs wrote."""
     columns = {}
     for name, kind in zip(arrow_schema(FEATURES).names, arrow_schema(FEATURES).types, strict=True):
         values = [row[name] for row in rows]
@@ -52,12 +52,12 @@ def table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def write_shard(folder: Path, name: str, rows: pa.Table) -> ShardInfo:
-    """A Parquet shard, since other programs may write damaged texts into one, and its entry in the manifest."""
+    """Write a Parquet shard, which other programs may write with damaged texts; return its entry in the manifest."""
     return write_parquet_shard(folder / name, rows, GROUP)
 
 
 def write_manifest(folder: Path, shards: list[ShardInfo], format_version: int = 1) -> Manifest:
-    """The manifest; one split serves training and evaluation."""
+    """Write the manifest; one split serves training and evaluation."""
     manifest = Manifest(
         format_version=format_version,
         name="damaged",
@@ -72,7 +72,7 @@ def write_manifest(folder: Path, shards: list[ShardInfo], format_version: int = 
 
 
 def sample(number: int) -> dict[str, Any]:
-    """The sample of that id, damaged if its turn has come."""
+    """Return the sample of that id, damaged if it is one of the bad ones."""
     found = numbered(number)
     if number in BAD_IDS:
         part, stored, _ = BAD[BAD_IDS[number]]
@@ -84,7 +84,7 @@ def sample(number: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """The data set: 2,400 samples in four shards, a hundredth of them bad, some others odd."""
+    """Write the data set: 2,400 samples in four shards, a hundredth of them bad, some others odd."""
     assert len(BAD) >= 20 and len(BAD) <= TOTAL // 100 and not BAD_IDS.keys() & ODD_IDS.keys()
     assert max(*BAD_IDS, *ODD_IDS) < TOTAL
     folder = tmp_path_factory.mktemp("damaged")
@@ -100,7 +100,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 def config(folder: Path, **changes: Any) -> DataConfig:
-    """How the tests read it: in this process, without augmentation."""
+    """Return the config to read it in this process, without augmentation."""
     return DataConfig.model_validate(
         {
             "url": str(folder),
@@ -115,7 +115,7 @@ def config(folder: Path, **changes: Any) -> DataConfig:
 
 
 def epoch(data: DataConfig, quarantine: Quarantine, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
-    """One rank's rows of an epoch."""
+    """Return one rank's rows of an epoch."""
     share = TrainShare(
         seed=1,
         rank=rank,
@@ -191,7 +191,7 @@ def test_inspect_names_the_same_samples(damaged: DataConfig) -> None:
 
 @pytest.fixture
 def shards(damaged: DataConfig, tmp_path: Path) -> tuple[Path, list[ShardInfo]]:
-    """A copy of the data set whose files may be spoilt, and its shards."""
+    """Return a copy of the data set whose files may be damaged, and its shards."""
     shutil.copytree(damaged.url, tmp_path, dirs_exist_ok=True)
     return tmp_path, list(load_manifest(damaged.url).splits["train"].shards)
 
@@ -210,7 +210,7 @@ def test_a_missing_shard_is_quarantined_row_by_row(shards: tuple[Path, list[Shar
 
 
 def changed(rows: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """The rows with another column of that name."""
+    """Return the rows with another column of that name."""
     return rows.set_column(rows.schema.get_field_index(name), name, column)
 
 

@@ -47,7 +47,7 @@ Batches = list[dict[str, torch.Tensor]]
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """103 training images in two ragged shards, 21 to evaluate on."""
+    """Write 103 training images in two ragged shards, and 21 to evaluate on."""
     folder = tmp_path_factory.mktemp("toy")
     write_images(folder, {"train": [60, 43], "test": [21]})
     return DataConfig(url=str(folder), executor="inline", augment=AUGMENT, run_samples=40, window=10)
@@ -64,23 +64,23 @@ def take(
     batch: int = 24,
     **options: Any,
 ) -> Batches:
-    """One rank's micro-batches."""
+    """Return one rank's micro-batches."""
     share = TrainShare(3, batch, micro, start, stop, rank, world)
     return list(train_batches(data, load_manifest(data.url), share, "cpu", **options))
 
 
 def joined(batches: Batches) -> dict[str, torch.Tensor]:
-    """All rows in order."""
+    """Return all rows in order."""
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two batches are equal in every bit."""
+    """Return whether two batches are equal in every bit."""
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 def global_batches(data: DataConfig, start: int, stop: int, world: int, micro: int) -> list[dict[str, torch.Tensor]]:
-    """The global batch of each step, put together from all ranks."""
+    """Return the global batch of each step, put together from all ranks."""
     per_step = 24 // world // micro
     ranks = [take(data, start, stop, rank=rank, world=world, micro=micro) for rank in range(world)]
     return [
@@ -90,7 +90,7 @@ def global_batches(data: DataConfig, start: int, stop: int, world: int, micro: i
 
 
 def test_splits_read_in_one_process_stay_apart(tmp_path: Path) -> None:
-    """A data task's process serves every split, so cached row groups of one must not be used for another."""
+    """The process of a data task reads every split, so cached row groups of one must not be used for another."""
     write_images(tmp_path, {"train": [20], "test": [20]}, apart=True)
     data = DataConfig(url=str(tmp_path), executor="inline")
     manifest = load_manifest(data.url)
@@ -208,7 +208,7 @@ BAD = (3, 4, 50, 99)
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """The toy with four truncated images in train and two in test (3 and 4 are neighbours in a row group)."""
+    """Write the toy with four truncated images in train and two in test (3 and 4 are neighbours in a row group)."""
     folder = tmp_path_factory.mktemp("damaged")
     write_images(folder, {"train": [60, 43], "test": [21]}, bad=BAD)
     return DataConfig(url=str(folder), executor="inline", max_bad_fraction=0.2, run_samples=40, window=10)
@@ -216,7 +216,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 @pytest.mark.parametrize("micro", [6, 12])
 def test_several_streams_side_by_side_change_nothing(damaged: DataConfig, small_ray: None, micro: int) -> None:
-    """2,000 bytes hold too few decoded rows for a window, so each step is cut between two tasks."""
+    """In 2,000 bytes fit too few decoded rows for a window, so each step is divided between two tasks."""
     wanted = take(damaged, 2, 9, rank=1, world=2, micro=micro)
     quarantine = Quarantine()
     data = damaged.model_copy(update={"executor": "ray", "prefetch_bytes": 2000})
@@ -242,7 +242,7 @@ def test_runs_are_joined_up_to_a_length() -> None:
 
 
 def test_windows_read_ahead_give_the_same_rows(toy: DataConfig) -> None:
-    """One run over several windows, with room to read ahead and without."""
+    """One run over several windows, with memory to read ahead and without."""
     manifest = load_manifest(toy.url)
     plan = ingest.sample_plan(toy, manifest, seed=3, global_batch=24)
     for cache in (256 << 20, 1):
@@ -255,7 +255,7 @@ def test_windows_read_ahead_give_the_same_rows(toy: DataConfig) -> None:
 
 
 def test_rows_come_in_arrays_of_equal_size_across_windows(toy: DataConfig) -> None:
-    """Else Ray would put blocks together from pieces, and whoever reads them would copy them once more."""
+    """Otherwise Ray would join blocks from pieces, and their reader would copy them once more."""
     manifest = load_manifest(toy.url)
     plan = ingest.sample_plan(toy, manifest, seed=3, global_batch=24)
     work = ingest.rank_work(toy, manifest, plan, rank=0, world=2, seed=3, batch=12)
@@ -320,7 +320,7 @@ def test_too_many_bad_samples_stop_the_run_with_their_reasons(
 
 
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table], *, known: bool) -> None:
-    """Write a shard again with other columns, in the same row groups; the manifest may know the new file."""
+    """Write a shard again with other columns, in the same row groups; the manifest may describe the new file."""
     manifest = load_manifest(str(path.parent))
     shards = list(manifest.splits["train"].shards)
     number = next(number for number, shard in enumerate(shards) if shard.name == path.name)

@@ -1,4 +1,4 @@
-"""A prepared data set on S3: written and read by the same code as a local one, whatever goes wrong on the way."""
+"""A prepared data set on S3: written and read by the same code as a local one, whatever requests fail."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ SECRET = {"key": "testing", "secret": "testing"}
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[FaultyS3]:
-    """The server with an empty bucket."""
+    """Yield the server with an empty bucket."""
     server = FaultyS3()
     boto3.client(
         "s3",
@@ -37,7 +37,7 @@ def s3() -> Iterator[FaultyS3]:
 
 @pytest.fixture(scope="module")
 def both(s3: FaultyS3, tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, DataConfig]:
-    """The same digits prepared into a local folder and into the bucket."""
+    """Return the same digits prepared into a local folder and into the bucket."""
     folder = tmp_path_factory.mktemp("digits")
     digits_archive(folder / "digits.whl", per_class=60)
     options = {**SECRET, "endpoint_url": s3.url}
@@ -56,13 +56,13 @@ def both(s3: FaultyS3, tmp_path_factory: pytest.TempPathFactory) -> tuple[DataCo
 
 @pytest.fixture(autouse=True)
 def cold(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing cached, nothing faulty."""
+    """Clear the caches and disable the faults."""
     monkeypatch.setattr(reader, "CACHE", reader.RowGroupCache())
     s3.reset()
 
 
 def batches(data: DataConfig) -> dict:
-    """A little more than an epoch of training rows."""
+    """Return a little more than an epoch of training rows."""
     return joined(
         list(train_batches(data, load_manifest(data.url, data.storage_options), TrainShare(1, 32, 16, 0, 16), "cpu"))
     )

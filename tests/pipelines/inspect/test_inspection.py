@@ -29,7 +29,7 @@ def test_a_sound_folder_is_described(tmp_path: Path) -> None:
 
 
 def test_damaged_and_doubled_samples_are_named(tmp_path: Path) -> None:
-    """Both splits hold the images 0, 1, 2, ...: those of the second are doubles, but for the damaged ones' equals."""
+    """Both splits contain the images 0, 1, 2, ...: those of the second are duplicates, except those of damaged ones."""
     write_images(tmp_path, {"train": [6], "test": [3]}, bad=(4,))
     found = inspect(str(tmp_path))
     assert not found.sound and not found.faults
@@ -99,7 +99,7 @@ def test_flipped_bits_are_named_with_their_file_and_the_other_files_are_read(tmp
 
 
 def forget() -> None:
-    """Empty the caches of what was read."""
+    """Clear the caches of read files."""
     read_footer.cache_clear()
     CACHE.put(("", "", (), 0), RowGroup({}, 0, 0), -1)
 

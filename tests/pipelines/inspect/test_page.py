@@ -44,7 +44,7 @@ def page_of(folder: Path, samples: int = 24) -> tuple[str, Page]:
 def write_samples(
     folder: Path, features: dict[str, Feature], rows: list[dict[str, Any]], classes: tuple[str, ...] = ("a", "b")
 ) -> None:
-    """A prepared data set of one shard with these rows."""
+    """Write a prepared data set of one shard with these rows."""
     with ShardWriter(open_folder(str(folder)), "train.arrow", arrow_schema(features), 2) as writer:
         writer.write(rows)
         info = writer.close()

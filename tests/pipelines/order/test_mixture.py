@@ -1,4 +1,4 @@
-"""Mixtures: weights held at every point of the run, each data set in its own epochs, the same batches everywhere."""
+"""Mixtures: exact weights at every point of the run, each data set in its own epochs, the same batches everywhere."""
 
 import shutil
 from pathlib import Path
@@ -37,7 +37,7 @@ COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=7).map(tuple)
 
 @st.composite
 def plans(draw: st.DrawFn) -> MixturePlan:
-    """Mixtures of one to four data sets of all shapes."""
+    """Draw mixtures of one to four data sets of all shapes."""
     sets = draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=4))
     groups = [RowGroups([rows], [per_group]) for rows, per_group, _ in sets]
     return MixturePlan.build(
@@ -51,20 +51,22 @@ def plans(draw: st.DrawFn) -> MixturePlan:
 
 @settings(max_examples=40, deadline=None)
 @given(COUNTS, st.integers(0, 2**40))
-def test_the_weights_hold_within_one_sample_from_the_start_and_two_anywhere(counts: tuple[int, ...], seed: int) -> None:
+def test_the_weights_are_kept_within_one_sample_from_the_start_and_two_anywhere(
+    counts: tuple[int, ...], seed: int
+) -> None:
     which, before = mixing_table(counts, seed)
     assert which.size % sum(counts) == 0
     drawn = np.cumsum(which[:, None] == np.arange(len(counts)), axis=0)
     ahead = drawn * sum(counts) - np.arange(1, which.size + 1)[:, None] * np.array(counts)
     assert (np.abs(ahead) < sum(counts)).all(), "each prefix is within one sample of the weights"
-    assert (ahead[-1] == 0).all(), "the whole table holds them exactly, so its repetitions do, too"
+    assert (ahead[-1] == 0).all(), "the complete table has them exactly, so its repetitions do, too"
     assert ((ahead.max(axis=0) - ahead.min(axis=0)) < 2 * sum(counts)).all(), "a stretch is the difference of prefixes"
     assert (before == (drawn - (which[:, None] == np.arange(len(counts))))[np.arange(which.size), which]).all()
 
 
 @settings(max_examples=25, deadline=None)
 @given(plans(), st.integers(0, 3))
-def test_each_data_set_runs_through_epochs_of_its_own(plan: MixturePlan, epoch: int) -> None:
+def test_each_data_set_has_its_own_epochs(plan: MixturePlan, epoch: int) -> None:
     turns = max(
         -(-part.samples * sum(plan.counts) // count) for part, count in zip(plan.plans, plan.counts, strict=True)
     )
@@ -128,7 +130,7 @@ def test_a_data_set_s_batch_divides_into_lanes(share: float, batch: int) -> None
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """70 images numbered from 0 and 30 numbered from 1000, mixed three to two."""
+    """Mix 70 images numbered from 0 and 30 numbered from 1000, three to two."""
     root = tmp_path_factory.mktemp("mixed")
     write_images(root / "a", {"train": [40, 30], "test": [10]})
     write_images(root / "b", {"train": [30], "test": [5]}, start=1000)
@@ -137,7 +139,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 def take(data: DataConfig, start: int, stop: int, rank: int = 0, world: int = 1, **options: Quarantine) -> Batches:
-    """One rank's batches of 20 / world."""
+    """Return one rank's batches of 20 / world."""
     share = TrainShare(3, 20, 20 // world, start, stop, rank, world)
     return list(train_batches(data, load_data(data), share, "cpu", **options))
 

@@ -1,4 +1,4 @@
-"""The sample plan: every sample once an epoch, the same batches at every world size and from every step."""
+"""The sample plan: every sample once per epoch, the same batches at every world size and from every step."""
 
 import math
 import tracemalloc
@@ -18,7 +18,7 @@ SHARDS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1,
 
 @st.composite
 def plans(draw: st.DrawFn) -> SamplePlan:
-    """Plans of all shapes: ragged shards, several row group sizes, batches larger than an epoch."""
+    """Draw plans of all shapes: ragged shards, several row group sizes, batches larger than an epoch."""
     shards = draw(SHARDS)
     lanes = draw(st.integers(1, 6))
     return SamplePlan.build(
@@ -155,7 +155,7 @@ def test_permute_is_a_permutation(size: int, key: int) -> None:
 
 @pytest.mark.parametrize("size", [3, 5, 31, 100])
 def test_permutations_are_even(size: int) -> None:
-    """Each element lands in each place equally often over many keys: chi-square per degree of freedom near 1."""
+    """Each element gets each position equally often over many keys: chi-square per degree of freedom near 1."""
     draws = 5000
     out = permute(np.arange(size)[None, :], size, keys(7, np.arange(draws))[:, None])
     counts = np.stack([(out == value).sum(axis=0) for value in range(size)])

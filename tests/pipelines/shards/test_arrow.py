@@ -65,7 +65,7 @@ def read(folder: Path, batch: BatchInfo, schema: pa.Schema = SCHEMA) -> list[dic
 
 
 def readable(folder: Path, shard: ShardInfo) -> list[int]:
-    """Numbers of the batches of `ROWS` that can be read; their values are right."""
+    """Return the numbers of the batches of `ROWS` that can be read; check their values."""
     good = []
     for number, batch in enumerate(shard.batches):
         try:
@@ -199,7 +199,7 @@ def test_swapped_batches_are_damaged(tmp_path: Path) -> None:
 
 
 def test_columns_of_another_name_or_type_are_damage(tmp_path: Path) -> None:
-    """A record batch has no schema: floats would else be read as integers, sounds as images."""
+    """A record batch has no schema: otherwise floats would be read as integers, sounds as images."""
     shard = write(tmp_path, ROWS, 3)
     for schema in (
         SCHEMA.set(2, pa.field("label", pa.float64())),

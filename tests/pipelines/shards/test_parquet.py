@@ -18,7 +18,7 @@ POLICY = ReadPolicy(attempts=3, backoff=0)
 
 
 def write(folder: Path) -> int:
-    """A file of two row groups as hubs have them; returns its size."""
+    """Write a file of two row groups as hubs have them; return its size."""
     rng = np.random.default_rng(0)
     images = [{"bytes": rng.bytes(5000), "path": f"{n}.png"} for n in range(20)]
     labels = pa.array([n % 3 for n in range(20)], pa.int32())

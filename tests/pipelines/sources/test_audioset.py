@@ -24,12 +24,12 @@ RECIPES = Path(__file__).parents[3] / "recipes" / "train"
 
 
 def video_id(number: int) -> str:
-    """Eleven characters, some of them the difficult ones."""
+    """Return eleven characters, some of them special ones."""
     return f"-{number:08d}_Y"
 
 
 def write_lists(folder: Path, train: int, test: int) -> None:
-    """Lists and classes as Google gives them: comments, spaces after commas, quoted labels."""
+    """Write lists and classes as Google publishes them: comments, spaces after commas, quoted labels."""
     mids = [f"/m/{number:05x}" for number in range(CLASSES)]
     with (folder / "class_labels_indices.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -47,7 +47,7 @@ def write_lists(folder: Path, train: int, test: int) -> None:
 
 @pytest.fixture
 def sounds(tmp_path: Path) -> Path:
-    """Seven clips to train on, two without a file, and four to test on: FLAC files in the downloaders' namings."""
+    """Write seven clips to train on, two without a file, and four to test on: FLAC files named as downloaders do."""
     write_lists(tmp_path, 7, 4)
     for number in [0, 1, 2, 3, 4, 100, 101, 102, 103]:
         name = [
@@ -109,7 +109,7 @@ def test_unusable_data_are_refused(sounds: Path, tmp_path: Path, options: dict[s
 
 
 def audioset_recipe(name: str, url: str) -> Recipe:
-    """A recipe of the repository on other data."""
+    """Return a recipe of the repository with other data."""
     values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     values["data"]["url"] = url
     return build_recipe(values)

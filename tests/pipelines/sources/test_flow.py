@@ -28,14 +28,14 @@ MOTION = (3, -2)
 
 
 def scene(height: int = 40, width: int = 56) -> tuple[bytes, bytes, np.ndarray]:
-    """Two frames of noise that moved by `MOTION`, and the flow (H, W, 2)."""
+    """Return two frames of noise that moved by `MOTION`, and the flow (H, W, 2)."""
     big = RNG.integers(0, 256, (height + 8, width + 8, 3), dtype=np.uint8)
     first, second = big[4:-4, 4:-4], big[4 - MOTION[1] : 4 - MOTION[1] + height, 4 - MOTION[0] : 4 - MOTION[0] + width]
     return png(first), png(second), np.broadcast_to(np.array(MOTION, np.float32), (height, width, 2))
 
 
 def chairs(count: int) -> dict[str, bytes]:
-    """Files of that many pairs as FlyingChairs names them."""
+    """Write the files of that many pairs as FlyingChairs names them."""
     files: dict[str, bytes] = {}
     for i in range(count):
         first, second, flow = scene()
@@ -50,7 +50,7 @@ def prepared(src: Path, out: Path, **options: str) -> Manifest:
 
 
 def keys(out: Path, manifest: Manifest) -> dict[str, list[str]]:
-    """The samples of each split."""
+    """Return the samples of each split."""
     return {split: sorted(row["key"] for row in rows_of(out, manifest, split)) for split in manifest.splits}
 
 

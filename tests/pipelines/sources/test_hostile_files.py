@@ -1,4 +1,4 @@
-"""Raw data from outside: special files, bombs and programs in disguise are refused or quarantined, quickly."""
+"""Raw data from outside: special files, bombs and disguised programs are refused or quarantined, quickly."""
 
 import gzip
 import io
@@ -86,7 +86,7 @@ def test_an_eps_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def long_name(size: int, *, compress: bool) -> bytes:
-    """A tar whose first header announces a file name of `size` bytes, which follow as zeros."""
+    """Return a tar whose first header announces a file name of `size` bytes, which follow as zeros."""
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, size
     head = header.tobuf(tarfile.GNU_FORMAT)

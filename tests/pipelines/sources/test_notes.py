@@ -17,12 +17,12 @@ from pipelines.transforms.video import VideoViewConfig
 
 @pytest.fixture(scope="module")
 def font() -> Any:
-    """The real soundfont."""
+    """Return the real soundfont."""
     return notes.soundfont(str(fetch(notes.PACKAGE)))
 
 
 def pitch(samples: np.ndarray, rate: int, near: float) -> float:
-    """The strongest frequency within a third of an octave about one."""
+    """Return the strongest frequency within a third of an octave about one."""
     spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples)), 1 << 17))
     frequencies = np.fft.rfftfreq(1 << 17, 1 / rate)
     spectrum[(frequencies < near / 1.25) | (frequencies > near * 1.25)] = 0
@@ -39,7 +39,7 @@ def test_notes_sound_at_their_pitch(font: Any, program: int, key: int) -> None:
     assert abs(12 * np.log2(pitch(samples, 16_000, wanted) / wanted)) < 0.35
 
 
-def test_a_released_key_falls_silent_and_a_held_one_sounds_on(font: Any) -> None:
+def test_a_released_key_becomes_silent_and_a_held_one_does_not(font: Any) -> None:
     organ = play(font, Note(0, 19, 60, seconds=2.0, held=1.0), 16_000)
     level = [float(np.sqrt(np.mean(part**2))) for part in np.split(organ, 8)]
     assert min(level[1:4]) > 0.5 * max(level) and level[7] < 0.05 * max(level)

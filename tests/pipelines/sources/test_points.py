@@ -27,12 +27,12 @@ OFF = PrepareConfig(parallel="off", shard_rows=3)
 
 
 def cloud(row: dict) -> np.ndarray:
-    """The stored points of a row."""
+    """Return the stored points of a row."""
     return np.frombuffer(row["points"], "<f4").reshape(-1, 3)
 
 
 def test_points_are_spread_by_area_on_the_surface() -> None:
-    """A box of 1 x 1 x 8: each long side has 8 / 34 of the points, each end 1 / 34; all are on a side."""
+    """A box of 1 x 1 x 8: each long side gets 8 / 34 of the points, each end 1 / 34; all are on the surface."""
     box = CORNERS * [1, 1, 8]
     points = surface_points(load_mesh(off(box, joined=True), "off"), 20_000, 3)
     assert points.shape == (20_000, 3) and points.dtype == np.float32
@@ -46,7 +46,7 @@ def test_points_are_spread_by_area_on_the_surface() -> None:
 
 
 def hdf5(path: Path, **arrays: np.ndarray) -> Path:
-    """An HDF5 file."""
+    """Write an HDF5 file."""
     path.parent.mkdir(exist_ok=True)
     with h5py.File(path, "w") as file:
         for name, values in arrays.items():
@@ -193,7 +193,7 @@ def test_repaired_items_are_read_when_a_preparation_continues(tmp_path: Path) ->
 
 
 def obj(corners: np.ndarray) -> bytes:
-    """A box as an OBJ mesh."""
+    """Return a box as an OBJ mesh."""
     return "\n".join(
         ["o box"]
         + ["v " + " ".join(map(str, corner)) for corner in corners]
@@ -206,7 +206,7 @@ def obj(corners: np.ndarray) -> bytes:
 
 @pytest.fixture
 def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package laid out like the one that carries the furniture: ten boxes of two categories, and a light."""
+    """Write a package laid out like that of the furniture: ten boxes of two categories, and a light."""
     path = tmp_path / "furniture.tar.gz"
     facts: dict[str, str] = {}
     with tarfile.open(path, "w:gz") as package:

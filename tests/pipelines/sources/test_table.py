@@ -18,7 +18,7 @@ OFF = PrepareConfig(parallel="off")
 
 
 def hub_table(path: Path, first: int, count: int, names: list[str] | None) -> None:
-    """A file as the Hugging Face libraries write images: a struct of bytes and path, class names in the metadata."""
+    """Write a file as the Hugging Face libraries write images: structs of bytes and path, classes in the metadata."""
     rows = [
         {"image": {"bytes": png(numbered_image(i)), "path": f"{i}.png"}, "label": i % 3}
         for i in range(first, first + count)
@@ -32,7 +32,7 @@ def hub_table(path: Path, first: int, count: int, names: list[str] | None) -> No
 
 
 def keys_of(folder: Path, manifest: Manifest, split: str) -> list[str]:
-    """The keys of a split, in order."""
+    """Return the keys of a split, in order."""
     return [row["key"] for row in rows_of(folder, manifest, split)]
 
 

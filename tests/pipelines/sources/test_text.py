@@ -1,4 +1,4 @@
-"""Plain text: every document once whatever the ranges, pieces of whole characters, no document on both sides."""
+"""Plain text: every document once whatever the ranges, pieces of complete characters, no document in both splits."""
 
 import io
 import json
@@ -21,7 +21,7 @@ LINES = st.lists(st.sampled_from([b"", b"a", b"bc def", "é ü".encode(), b"x" *
 
 
 def config(**options: str) -> PrepareConfig:
-    """In this process, small shards, all texts allowed to be bad."""
+    """Return the config: in this process, small shards, any share of bad texts."""
     return PrepareConfig(parallel="off", shard_rows=4, max_bad_fraction=1, options=options)
 
 

@@ -31,7 +31,7 @@ def prepared(root: Path, tars: dict[str, bytes], **options: str) -> tuple[Manife
 
 
 def numbered(start: int, stop: int) -> dict[str, bytes | tarfile.TarInfo]:
-    """Images with classes by number."""
+    """Return images with classes by number."""
     return {
         f"{i:06d}{suffix}": content
         for i in range(start, stop)
@@ -74,7 +74,7 @@ def test_pictures_with_captions_and_facts_without_a_label(tmp_path: Path) -> Non
 
 
 class Trap:
-    """Leaves a trace when it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __reduce__(self) -> tuple:
         return open, ("/tmp/trap-was-sprung", "w")
@@ -131,7 +131,7 @@ def test_samples_that_lack_something_are_named(tmp_path: Path, change: dict, rea
 
 @pytest.mark.parametrize("end", [2 * 2048, 2 * 2048 + 100, 2 * 2048 + 1100, 2 * 2048 + 1400])
 def test_a_truncated_tar_gives_its_complete_samples(tmp_path: Path, end: int) -> None:
-    """A class takes 1,024 bytes in the tar, and so does an image: the cut is at a border, in a header, in an image."""
+    """A class takes 1,024 bytes in the tar, and so does an image: truncate between them, in a header, in an image."""
     raw = tar(
         {f"{i}{suffix}": content for i in range(6) for suffix, content in ((".cls", b"0"), (".jpg", IMAGE[i][:500]))}
     )

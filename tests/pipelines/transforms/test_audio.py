@@ -19,28 +19,28 @@ FEATURE = AudioFeature()
 
 
 def no_rng() -> np.random.Generator:
-    """For views without randomness."""
+    """Fail the test: for views without randomness."""
     raise AssertionError("nothing here is random")
 
 
 def seeded(seed: int) -> Callable[[], np.random.Generator]:
-    """One sample's generator."""
+    """Return one sample's generator."""
     return functools.cache(functools.partial(np.random.default_rng, seed))
 
 
 def view(rate: int = 16_000, samples: int = 16_000, channel: int | None = None, **clip: Any) -> ViewConfig:
-    """A view of so many samples."""
+    """Return a view of so many samples."""
     return ViewConfig(audio=AudioViewConfig(rate=rate, samples=samples, channel=channel), clip=ClipConfig(**clip))
 
 
 def shown(stored: bytes, how: ViewConfig, training: bool = False, seed: int = 0) -> np.ndarray:
-    """What a batch gets."""
+    """Return what a batch gets."""
     decoded = FEATURE.decode(stored, how, 0)
     return np.asarray(FEATURE.show("audio", decoded, how, training, seeded(seed) if training else no_rng)["audio"])
 
 
 def frequency(samples: np.ndarray, rate: int) -> float:
-    """The loudest frequency."""
+    """Return the loudest frequency."""
     return float(np.abs(np.fft.rfft(samples * np.hanning(len(samples)))).argmax()) * rate / len(samples)
 
 
@@ -95,7 +95,7 @@ def test_silence_is_a_recording() -> None:
     assert not shown(sound_file(np.zeros(16_000, np.int16), 16_000), view()).any()
 
 
-def test_training_clips_lie_anywhere_and_depend_on_the_seed_alone() -> None:
+def test_training_clips_start_anywhere_and_depend_on_the_seed_alone() -> None:
     stored, how = sound_file(ramp(4, 16_000), 16_000), view(samples=1600)
     starts = [shown(stored, how, True, seed)[0] for seed in range(200)]
     assert min(starts) < 500 and max(starts) > 9000
@@ -110,12 +110,12 @@ def test_jitter_moves_the_middle_clip_also_beyond_the_ends() -> None:
     stored, how = sound_file(ramp(1, 16_000) + np.int16(1), 16_000), view(jitter=0.05)
     clips = [shown(stored, how, True, seed) for seed in range(40)]
     assert any(clip[0] == 0 for clip in clips) and any(clip[-1] == 0 for clip in clips)
-    # Moved, not stretched: neighbours differ as in the recording.
+    # Shifted, not stretched: neighbours differ as in the recording.
     assert all(np.diff(clip[np.flatnonzero(clip)].astype(int)).max() <= 1 for clip in clips)
 
 
 def test_evaluation_clips_overlap_and_cover_the_recording() -> None:
-    """Sixteen clips of 1.28 s over 10 s (Perceiver 4.2) lie (10 - 1.28) / 15 s apart."""
+    """Sixteen clips of 1.28 s over 10 s (Perceiver 4.2) begin (10 - 1.28) / 15 s apart."""
     starts = clip_starts(10.0, 1.28, ClipConfig(eval_clips=16), False, no_rng)
     assert starts[0] == 0 and starts[-1] == pytest.approx(8.72) and np.allclose(np.diff(starts), 8.72 / 15)
     sound = ramp(10, 1000)

@@ -82,7 +82,7 @@ def test_alpha_is_composited_over_white() -> None:
     ],
 )
 def test_jpegs_are_decoded_as_by_pillow(options: dict[str, object], channels: int) -> None:
-    """Whichever of the two decodes them."""
+    """Both decoders give the same."""
     smooth = Image.fromarray(COLOUR).resize((75, 43))
     for image in (smooth, smooth.convert("L"), smooth.convert("CMYK")):
         if image.mode != "RGB" and "keep_rgb" in options:
@@ -93,7 +93,7 @@ def test_jpegs_are_decoded_as_by_pillow(options: dict[str, object], channels: in
 
 
 def test_exif_rotation_is_applied() -> None:
-    """Each way a camera can be turned; a JPEG's by us, the others' by what Pillow has read."""
+    """Each orientation of a camera; a JPEG's is read by us, the others' by Pillow."""
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -127,7 +127,7 @@ def test_metadata_that_cannot_be_read_costs_no_image(kind: str, exif: bytes, rec
 
 
 def test_damage_that_pillow_reads_over_is_no_bad_sample() -> None:
-    """Scanned and re-saved archives are full of it, and Pillow has the last word."""
+    """Scanned and re-saved archives often have it; Pillow decides."""
     data = saved(Image.fromarray(COLOUR).resize((64, 64)), "JPEG")
     place = data.index(b"\xff\xda") + 40
     for bad in (
@@ -139,7 +139,7 @@ def test_damage_that_pillow_reads_over_is_no_bad_sample() -> None:
 
 
 def _huge_png() -> bytes:
-    """A file of 60 bytes that claims 100,000 x 100,000 pixels."""
+    """Return a file of 60 bytes that claims 100,000 x 100,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -229,8 +229,8 @@ def test_the_evaluation_crop_is_the_central_share_of_the_shorter_side() -> None:
     assert evaluation_view(image, (50, 100), 1.0).shape == (3, 50, 100)
 
 
-def test_boxes_lie_on_the_papers_pixels() -> None:
-    """The side is cut off to whole pixels, and what is left over and odd is one more before it than behind it."""
+def test_boxes_are_on_the_papers_pixels() -> None:
+    """The side is rounded down to whole pixels; an odd rest puts one pixel more before the crop than after it."""
     for height, width, side in ((375, 500, 328), (256, 256, 224), (333, 500, 291), (8, 1000, 7), (1, 3, 1)):
         left, top, right, bottom = centred_box(height, width, (224, 224), 224 / 256)
         assert right - left == bottom - top == side
@@ -258,7 +258,7 @@ def test_ranges_out_of_order_are_refused() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_a_resized_box_is_pillows_but_for_rounding(mode: str) -> None:
-    """Of noise that stays clear of black and white, where each pass is cut off and Pillow chooses the first axis."""
+    """Noise without black and white, where each pass is clipped and Pillow chooses the first axis."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(80, 176, (60, 80, 3), np.uint8)).convert(mode)
     for seed in range(60):
@@ -272,7 +272,7 @@ def test_a_resized_box_is_pillows_but_for_rounding(mode: str) -> None:
         assert (resized(to_picture(noise), (height, width), box, flip=True) == ours[:, :, ::-1]).all()
 
 
-def test_images_are_resized_by_torch_only_where_the_processes_were_told() -> None:
+def test_images_are_resized_by_torch_only_where_it_is_imported_early() -> None:
     stored, free = ImageFeature(channels=3, size=(28, 28)), ImageFeature(channels=3)
     assert stored.imports(ViewConfig()) == () == stored.imports(ViewConfig(image_size=(28, 28)))
     assert stored.imports(ViewConfig(image_size=(14, 14))) == ("torch",) == free.imports(ViewConfig(image_size=(9, 9)))
@@ -280,7 +280,7 @@ def test_images_are_resized_by_torch_only_where_the_processes_were_told() -> Non
 
 
 def test_transforms_know_neither_ray_nor_torch() -> None:
-    """But for resizing, which imports torch when it is first wanted: see tests/test_architecture.py."""
+    """Except resizing, which imports torch at its first use: see tests/test_architecture.py."""
     folder = Path(__file__).parents[3] / "pipelines"
     for name in (
         "transforms/image.py",

@@ -19,7 +19,7 @@ from pipelines.transforms.mesh import load_mesh
 
 
 def png(width: int, height: int, bits: int, colours: int) -> bytes:
-    """A PNG of zeros, which is a thousandth of its pixels' size."""
+    """Return a PNG of zeros, which is a thousandth of its pixels' size."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -38,7 +38,7 @@ def saved(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def tiled(width: int, height: int) -> bytes:
-    """A TIFF of 16 x 16 pixels in one tile of this size, 240 bytes."""
+    """Return a TIFF of 16 x 16 pixels in one tile of this size, 240 bytes."""
     facts = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, width), (323, height), (324, 200)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*facts, (325, 20)])
     return (b"II*\0" + struct.pack("<IH", 8, len(facts) + 1) + entries + bytes(4)).ljust(240, b"\0")

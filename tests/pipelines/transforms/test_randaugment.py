@@ -15,7 +15,7 @@ GREY = 128
 
 
 def applied(name: str, pixels: np.ndarray = COLOUR, level: float = 0.5, seed: int = 0) -> np.ndarray:
-    """The pixels after one operation."""
+    """Return the pixels after one operation."""
     return np.asarray(OPERATIONS[name](Image.fromarray(pixels), level, np.random.default_rng(seed)))
 
 

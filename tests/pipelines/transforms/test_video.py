@@ -34,17 +34,17 @@ BOTH = MediaFeature(channels=1, size=(32, 32))
 
 
 def no_rng() -> np.random.Generator:
-    """For views without randomness."""
+    """Fail the test: for views without randomness."""
     raise AssertionError("nothing here is random")
 
 
 def seeded(seed: int) -> Callable[[], np.random.Generator]:
-    """One sample's generator."""
+    """Return one sample's generator."""
     return functools.cache(functools.partial(np.random.default_rng, seed))
 
 
 def view(frames: int = 4, fps: float = 25, samples: int = 1600, **settings: Any) -> ViewConfig:
-    """A view of so many frames."""
+    """Return a view of so many frames."""
     of_clip = settings.keys() & {"jitter", "eval_clips", "max_seconds", "show"}
     clip = ClipConfig(**{key: settings.pop(key) for key in of_clip})
     return ViewConfig(
@@ -57,18 +57,18 @@ def view(frames: int = 4, fps: float = 25, samples: int = 1600, **settings: Any)
 def shown(
     feature: Feature, stored: Any, how: ViewConfig, training: bool = False, seed: int = 0
 ) -> dict[str, NDArray[Any]]:
-    """What a batch gets."""
+    """Return what a batch gets."""
     decoded = feature.decode(stored, how, 0)
     return dict(feature.show("video", decoded, how, training, seeded(seed) if training else no_rng))
 
 
 def greys(frames: NDArray[Any]) -> list[int]:
-    """The grey of each frame."""
+    """Return the grey of each frame."""
     return frames[:, 0, 0, 0].tolist()
 
 
 STEPS = media_file([40 * i for i in range(50)], [5 * i for i in range(50)], sound=ramp(2, 16_000))
-"""Two seconds: frame i is of grey 5 i, and the sound tells its time too."""
+"""Two seconds: frame i is of grey 5 i, and the sound encodes its time, too."""
 
 
 def test_frames_come_by_time_stamp_also_of_variable_rates() -> None:
@@ -130,7 +130,7 @@ def test_jitter_beyond_the_ends_shows_the_last_frame_and_silence() -> None:
         assert pictures == sorted(pictures)
         still = sum(grey == pictures[0] for grey in pictures), sum(grey == pictures[-1] for grey in pictures)
         silent = np.flatnonzero(clip["audio"] > 4)[[0, -1]]
-        # As many frames stand still at one end as there is silence, in frames of 640 samples.
+        # The first or last frame is repeated for as long as there is silence, in frames of 640 samples.
         assert still[0] == pytest.approx(silent[0] / 640 + 1, abs=1.1)
         assert still[1] == pytest.approx((32_000 - silent[1]) / 640 + 1, abs=1.1)
         most = max(most, *still)
@@ -141,7 +141,7 @@ def test_one_crop_flip_and_colour_for_all_frames() -> None:
     stored = real_video(BIKES)
     augment = VideoAugmentConfig(crop=CropConfig(), flip=True, colour=ColourConfig())
     how = view(frames=3, fps=1000, size=(24, 24), augment=augment)
-    # At 1,000 frames a second all three are the same picture, so all must be changed alike.
+    # At 1,000 frames a second all three are the same picture, so all must be changed in the same way.
     clips = [shown(VideoFeature(), stored, how, True, seed)["video"] for seed in range(4)]
     for clip in clips:
         assert (clip[0] == clip[1]).all() or (clip[1] == clip[2]).all()
@@ -165,7 +165,7 @@ def test_colours_change_as_in_hsv() -> None:
 
 @pytest.mark.parametrize("saturation, hue", [(1.4, 0), (0.6, 0), (1, 0.2), (1, -0.2), (1, 0.5), (1.4, -0.13)])
 def test_saturation_and_hue_are_those_of_colorsys(saturation: float, hue: float) -> None:
-    """Grey, black, white and the corners of the colour cube among them; without rounding or cutting off in between."""
+    """Grey, black, white and the corners of the colour cube among them; without rounding or clipping in between."""
     levels = np.random.default_rng(1).integers(0, 256, (3, 200), dtype=np.uint8)
     corners = np.array(list(itertools.product((0, 128, 255), repeat=3)), np.uint8).T
     pixels = np.concatenate([levels, corners], axis=1)
@@ -178,7 +178,7 @@ def test_saturation_and_hue_are_those_of_colorsys(saturation: float, hue: float)
 
 
 def test_colours_are_cut_off_once_at_the_end() -> None:
-    """White made brighter and then of less contrast is not the white that was cut off first."""
+    """White after more brightness and less contrast differs if it is clipped in between."""
     halves = np.repeat(np.array([0, 255], np.uint8), 8)[None].repeat(3, 0)[..., None]
     assert np.unique(recoloured(halves, 0.1, 1, 0.6, 0)).tolist() == [76, 230]
 
@@ -195,7 +195,7 @@ def test_sizes_that_differ_need_a_size() -> None:
 
 
 def mp4(flags: str = "") -> bytes:
-    """Two seconds of noise as MP4, which does not compress."""
+    """Encode two seconds of noise as MP4, which does not compress."""
     rng = np.random.default_rng(0)
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
         return _mp4(file.name, flags, rng)

@@ -129,7 +129,7 @@ def test_exchanged_weights_must_fit(tmp_path: Path, tree: dict[str, Any]) -> Non
     assert "space.train.global_batch" in refusal(tmp_path, tree)
 
 
-def test_overrides_of_the_recipe_are_told_by_their_first_key() -> None:
+def test_overrides_of_the_recipe_are_recognized_by_their_first_key() -> None:
     assert set(RECIPE_KEYS) == set(Recipe.model_fields) - set(SearchConfig.model_fields)
 
 

@@ -1,4 +1,4 @@
-"""Schedulers, ranking and the coordinator: decided without any process."""
+"""Schedulers, ranking and the coordinator: decisions tested without processes."""
 
 import json
 import math
@@ -153,7 +153,7 @@ def test_a_population_takes_turns_and_exchanges_at_each_round(population: Search
 
 @pytest.mark.parametrize("ending", ["ERROR", "TERMINATED"])
 def test_a_population_does_not_wait_for_a_trial_that_is_over(population: SearchConfig, ending: str) -> None:
-    """Ray would: it asks whether all are there only when a result arrives, and counts a failed trial among them."""
+    """Ray would: it checks whether all have arrived only at a result, and counts a failed trial among them."""
     controller = Controller(population, 2)
     controller.start()
     controller.tell(0, 1.0)
@@ -182,7 +182,7 @@ def test_a_stopped_population_leaves_waiting_trials_for_a_resume(tmp_path: Path,
     assert controller.start() == [1]
     assert [one.status for one in controller.trials] == ["TERMINATED", "RUNNING", "TERMINATED", "TERMINATED"]
     coordinator.over(0)
-    assert coordinator.record.trial(0).status == "unfinished", "it goes on with --resume"
+    assert coordinator.record.trial(0).status == "unfinished", "it continues with --resume"
 
 
 def test_a_resumed_search_compares_new_trials_with_old_ones(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -218,7 +218,7 @@ def test_changed_values_stay_in_their_ranges(tmp_path: Path, tree: dict[str, Any
 def test_weights_may_be_exchanged_at_each_evaluation(
     tmp_path: Path, tree: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With 31.25 steps an epoch, evaluations come after 32 and 63 steps: less than an epoch apart."""
+    """With 31.25 steps per epoch, evaluations come after 32 and 63 steps: less than an epoch apart."""
     tree["scheduler"] = {"kind": kind, "interval": 1}
     tree["space"] = {"optim.lr": {"kind": "uniform", "low": 1e-3, "high": 1e-2}}
     monkeypatch.setattr("tune.search.schedulers.population_class", lambda base, **_: dict)  # keep its arguments
@@ -414,7 +414,7 @@ def test_a_metric_that_is_nan_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_reason_of_a_refusal_outlives_the_process_that_refused(tmp_path: Path) -> None:
-    """With several workers the trial ends its own process, which alone would be no reason."""
+    """With several workers the trial ends its own process; that alone would not explain the refusal."""
     coordinator = make_coordinator(tmp_path)
     coordinator.next_trial()
     coordinator.started(0)
@@ -451,7 +451,7 @@ def test_the_reason_of_a_failure_is_one_line(text: str, wanted: str) -> None:
 
 
 def test_objects_for_tune_are_pickled_without_the_record(tmp_path: Path) -> None:
-    """Tune writes it down at its start; a coordinator has locks and caches."""
+    """Tune serializes it at its start; a coordinator has locks and caches."""
     from ray import cloudpickle
 
     coordinator = make_coordinator(tmp_path)

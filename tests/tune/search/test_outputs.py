@@ -1,4 +1,4 @@
-"""What a search shows and leaves behind: table, lines, report, best recipe, estimate, exchanged checkpoints."""
+"""What a search prints and writes: table, lines, report, best recipe, estimate, exchanged checkpoints."""
 
 import io
 import json
@@ -189,7 +189,7 @@ def test_weights_move_with_a_pointer_and_only_once(tmp_path: Path) -> None:
     store: CheckpointStore = taker.checkpoints
     for name in store.manifest(20).files:
         assert Path(store.folder(20), name).read_bytes() == Path(giver.checkpoints.folder(20), name).read_bytes()
-    assert take_over(taker, pointer) is None, "a trial that failed after it goes on from its own checkpoints"
+    assert take_over(taker, pointer) is None, "a trial that failed after it continues from its own checkpoints"
 
     giver.checkpoints.save(engines["giver"], snapshot(40))
     giver.checkpoints.prune([40])

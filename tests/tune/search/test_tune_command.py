@@ -14,7 +14,7 @@ from tests.tune.searches import write_search
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-BY_LOSS = {"metric": "loss", "mode": "min"}  # even weights that never moved tell the classes apart
+BY_LOSS = {"metric": "loss", "mode": "min"}  # even initial weights separate the classes
 
 
 def test_asha_with_a_trial_that_fails_then_a_kill_and_a_resume(tmp_path: Path, tree: dict[str, Any]) -> None:

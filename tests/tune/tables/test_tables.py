@@ -41,7 +41,7 @@ CLASSES = {"audioset": {"small": 10, "full": 527}, "modelnet40": {"small": 10, "
 
 @pytest.fixture
 def paper(tmp_path: Path, tree: dict[str, Any], images: str) -> dict[str, Any]:
-    """A table's tree of two rows on small images, and one that is not run; its base recipe is in the same folder."""
+    """Return a table's tree: two rows on small images, one that is not run; its base recipe is in the same folder."""
     scale = {"recipe": "small.yaml", "data": "images", "prepare": "perceiver prepare image_folder photos data/photos"}
     rows = [
         {"name": "one", "label": "one | read", "paper": 76.7, "small": {}, "full": {}},
@@ -227,7 +227,7 @@ def test_rows_are_means_over_the_seeds_that_finished(tmp_path: Path, paper: dict
         ((), (80.0,), {}, "open"),
     ],
 )
-def test_claims_are_held_against_the_noise_of_seeds(
+def test_claims_are_compared_with_the_noise_of_seeds(
     paper: dict[str, Any], first: tuple[float, ...], second: tuple[float, ...], keys: dict[str, Any], verdict: str
 ) -> None:
     rows: dict[str, Any] = {"same": ["one", "two"]} if keys.get("same") else {"better": "one", "than": "two", **keys}
@@ -247,7 +247,7 @@ def test_less_may_be_better(paper: dict[str, Any]) -> None:
     assert judge(table, found, "max")[0].verdict == "does not hold"
 
 
-def test_the_outputs_hold_every_row_claim_and_fact(tmp_path: Path, paper: dict[str, Any]) -> None:
+def test_the_outputs_contain_every_row_claim_and_fact(tmp_path: Path, paper: dict[str, Any]) -> None:
     table = load_table(write(tmp_path, paper)).config
     trials = [finished(0, 0, 0.9), finished(1, 0, 0.8), trial(2, "failed", reason="<b>", values={"seed": 1})]
     found = results(table, "small", trials, {"one": Cost(44_912_254, 707_000_000_000), "two": Cost(1, 1)})
@@ -285,7 +285,7 @@ def test_counts_are_short_and_columns_aligned() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_table_is_run_and_gets_another_seed(tmp_path: Path, paper: dict[str, Any]) -> None:
-    """Real Ray, real trials, real MLflow: two rows with one seed, then the same with two, of which one is there."""
+    """Real Ray, real trials, real MLflow: two rows with one seed, then the same with two, of which one is done."""
     path, folder = write(tmp_path, paper), tmp_path / "runs" / "reads-small-001"
     code, output = run(tmp_path, "reproduce", path, "--seeds", "1", "train.epochs=2", "--json")
     assert code == 0 and "Traceback" not in output, output

@@ -1,4 +1,4 @@
-"""Checkpoints beside training: in the background, on a schedule, retried, pruned; alike on all ranks."""
+"""Checkpoints during training: in the background, on a schedule, retried, pruned; the same on all ranks."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ class Ranks:
         return [float(value) for value in total]
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
-        """Do the work on all ranks; return what each gave, or the exception that it raised."""
+        """Do the work on all ranks; return what each returned, or the exception that it raised."""
         found: list[Any] = [None] * self.world
 
         def body(rank: int) -> None:
@@ -60,7 +60,7 @@ class Ranks:
 
 
 def engine_of(ranks: Ranks, rank: int) -> Any:
-    """A toy engine that says it is one of several and writes a file of its own."""
+    """Return a toy engine that reports several ranks and writes one file per rank."""
     engine: Any = toy_engine()
     engine.rank, engine.world = rank, ranks.world
     engine.sum = lambda values: ranks.sum(rank, values)
@@ -83,7 +83,7 @@ def snapshot(info: StepInfo, metrics: Mapping[str, float], number: int) -> Snaps
 
 
 def hook_of(ranks: Ranks, rank: int, store: CheckpointStore, **options: Any) -> CheckpointHook:
-    """A hook; options: attempts, figures, listeners, and keys of `SavingConfig`."""
+    """Return a hook; options: attempts, figures, listeners, and keys of `SavingConfig`."""
     attempts, figures = options.pop("attempts", 3), options.pop("figures", lambda info: {})
     listeners = options.pop("listeners", Listeners())
     config = SavingConfig(**{"checkpoint_every": 0.1, **options})
@@ -94,7 +94,7 @@ def hook_of(ranks: Ranks, rank: int, store: CheckpointStore, **options: Any) -> 
 
 
 class Gate:
-    """Holds every upload until it is opened."""
+    """Blocks every upload until it is opened."""
 
     def __init__(self, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, publish = threading.Event(), store.publish
@@ -112,10 +112,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(url)
 
 
-def test_training_goes_on_while_a_checkpoint_is_uploaded(
+def test_training_continues_while_a_checkpoint_is_uploaded(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A save that falls due meanwhile is taken once the one in flight has ended; the last one is waited for."""
+    """A save that becomes due during another one starts when that has ended; the loop waits for the last one."""
     gate, saved = Gate(store, monkeypatch), []
     hook = hook_of(Ranks(1), 0, store, listeners=Listeners(saved=lambda step, url: saved.append(step)))
     after(hook, 1)
@@ -133,7 +133,7 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded(
     assert 0 < row["train/checkpoint_stall_share"] <= 1
 
 
-def test_all_ranks_save_together_and_only_whole_checkpoints_count(store: CheckpointStore) -> None:
+def test_all_ranks_save_together_and_only_complete_checkpoints_count(store: CheckpointStore) -> None:
     ranks = Ranks(3)
 
     def work(rank: int) -> None:
@@ -147,7 +147,7 @@ def test_all_ranks_save_together_and_only_whole_checkpoints_count(store: Checkpo
     assert {"shard-0", "shard-1", "shard-2", "history.jsonl"} == set(manifest.files)
 
 
-def test_a_failure_of_one_rank_costs_one_checkpoint_and_is_said(
+def test_a_failure_of_one_rank_costs_one_checkpoint_and_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks, said = Ranks(2), []

@@ -1,4 +1,4 @@
-"""The ledger: every step's samples on disk, whatever ended the process; the audit finds what is lost or doubled."""
+"""The ledger: every step's samples are on disk, however the process ended; the audit finds lost and doubled ones."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def info(step: int, rank: int, world: int = 2) -> StepInfo:
 
 
 def run(url: str, start: int, saves: list[int], stop: int, world: int = 2) -> None:
-    """Take the steps after ``start`` up to ``stop``, recording at the saves; then die."""
+    """Take the steps after ``start`` up to ``stop``, recording at the saves; then end without a last save."""
     for rank in range(world):
         samples = SampleLog()
         ledger = Ledger(url, rank, samples, start)
@@ -44,9 +44,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "ledger") if request.param == "local" else f"memory://{tmp_path.name}/ledger"
 
 
-def test_a_run_that_died_and_went_on_with_more_workers_is_exact(url: str) -> None:
+def test_a_run_that_was_killed_and_resumed_with_more_workers_is_exact(url: str) -> None:
     run(url, 0, [4, 8], 10)
-    run(url, 4, [6], 8)  # the checkpoint at 8 was damaged: the steps after 4 come again
+    run(url, 4, [6], 8)  # the checkpoint at 8 was damaged: the steps after 4 are repeated
     run(url, 6, [9, 12], 12, world=3)
     found = audit(url, 12, planned)
     assert found.exact and found.steps == 12 and not found.voided
@@ -65,7 +65,7 @@ def test_lost_and_doubled_samples_are_found(tmp_path: Path) -> None:
     assert {step for step, _ in found.doubled} == {1, 2, 3, 4}
 
 
-def test_rolled_back_steps_are_said(url: str) -> None:
+def test_rolled_back_steps_are_reported(url: str) -> None:
     run(url, 0, [4, 8], 8)
     Ledger(url, 0, SampleLog(), 8).discard(4, 7)
     found = audit(url, 8, planned)

@@ -1,4 +1,4 @@
-"""Training state on disk: damage in its index and header is one line, and nothing is read outside the tensors."""
+"""Training state on disk: damage in index and header is a one-line error, and only tensors are read."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, message: str) -> None:
-    """Loading and reading both refuse the folder in one line."""
+    """Expect loading and reading to refuse the folder in one line."""
     for read in (read_weights, toy_engine().load):
         with pytest.raises(UserError, match=message) as caught:
             read(folder)
@@ -104,7 +104,7 @@ HEADERS = {
 
 
 def header(**tensor: Any) -> bytes:
-    """A file of eight bytes of data with one tensor."""
+    """Return a file with one tensor of eight bytes."""
     text = json.dumps({"0.param": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **tensor}}).encode()
     return len(text).to_bytes(8, "little") + text + bytes(8)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified before use, newest good one first."""
+"""Checkpoints: complete or absent, verified before use, newest valid one first."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def run(engine, start: int, stop: int) -> list[float]:
     return losses
 
 
-def test_going_on_from_a_checkpoint_equals_an_unbroken_run(store: CheckpointStore) -> None:
+def test_resuming_from_a_checkpoint_equals_an_unbroken_run(store: CheckpointStore) -> None:
     unbroken = run(toy_engine(), 0, 6)
     first = toy_engine()
     run(first, 0, 3)
@@ -97,7 +97,7 @@ def test_a_save_that_dies_before_the_manifest_leaves_the_one_before(store: Check
     assert store.steps() == [1, 2]
 
 
-def test_prune_keeps_what_it_is_told_and_removes_what_crashes_left(store: CheckpointStore) -> None:
+def test_prune_keeps_the_named_steps_and_removes_what_crashes_left(store: CheckpointStore) -> None:
     for step in (1, 2, 3, 4):
         store.save(toy_engine(), snapshot(step))
     store.fs.rm_file(f"{store.folder(2)}/{MANIFEST}")
@@ -107,7 +107,7 @@ def test_prune_keeps_what_it_is_told_and_removes_what_crashes_left(store: Checkp
     assert not store.fs.exists(store.folder(2)) and store.fs.exists(store.folder(4))
 
 
-def test_an_upload_that_fails_halfway_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_fails_halfway_continues_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(f"memory://{tmp_path.name}/checkpoints")
     staged = store.stage(toy_engine(), snapshot(1))
     put, calls = store.fs.put_file, []

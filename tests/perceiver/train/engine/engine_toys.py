@@ -60,7 +60,7 @@ class ToyTask:
 
 
 def toy_rows(step: int, rows: int) -> Batch:
-    """The rows of one global batch: row r of step s is the same however many rows are asked for; a fifth is padding."""
+    """Return the rows of one global batch: row r of step s is the same for any number; a fifth is padding."""
     drawn = [torch.Generator().manual_seed(1000 * step + row) for row in range(rows)]
     inputs = torch.stack([torch.randn(FEATURES, generator=generator) for generator in drawn])
     label = torch.stack([torch.randint(CLASSES, (), generator=generator) for generator in drawn])
@@ -68,6 +68,6 @@ def toy_rows(step: int, rows: int) -> Batch:
 
 
 def share(batch: Batch, rank: int, world: int, micro_batches: int) -> list[Batch]:
-    """This rank's micro-batches: a contiguous part of the rows, cut into equal pieces."""
+    """Return this rank's micro-batches: a contiguous part of the rows, cut into equal pieces."""
     parts = {name: tensor.chunk(world)[rank].chunk(micro_batches) for name, tensor in batch.items()}
     return [{name: pieces[index] for name, pieces in parts.items()} for index in range(micro_batches)]

@@ -1,4 +1,4 @@
-"""A process that goes back to a saved state in the middle of its life.
+"""A process that returns to a saved state between steps.
 
 `python -m tests.perceiver.train.engine.roll_back_worker FOLDER` with RANK, WORLD_SIZE, MASTER_ADDR and
 MASTER_PORT set. Prints one JSON line.
@@ -13,7 +13,7 @@ from tests.perceiver.train.engine.zero_worker import ENGINES, build, mine, poiso
 
 
 def roll_back(engine: str, folder: Path) -> dict[str, bool]:
-    """Steps, a save, more steps, one whose gradient is no number, the saved state: then on, as a fresh engine does."""
+    """Restore a saved state after a bad step; return whether it was skipped, and then the same as a new engine."""
     lived = build(engine, "adamw")
     run(lived, range(3))
     save(lived, folder)

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: filled from the recipe, a JSON taken as it is, contradictions refused with both keys."""
+"""DeepSpeed's configuration: filled from the recipe, a JSON unchanged, contradictions refused with both keys."""
 
 import json
 import re

@@ -27,7 +27,7 @@ def losses(engine: TorchEngine, steps: range, micro_batches: int = 1) -> list[fl
 
 
 def test_step_is_the_mean_over_valid_rows() -> None:
-    """Loss, gradient norm and update of one SGD-like step, worked out with plain torch on the valid rows alone."""
+    """Loss, gradient norm and update of one SGD-like step, calculated with plain torch on the valid rows alone."""
     batch = toy_rows(0, 20)
     model, valid = ToyModel(), batch["valid"]
     logits = model(batch["inputs"][valid])
@@ -44,7 +44,7 @@ def test_step_is_the_mean_over_valid_rows() -> None:
 
 
 def test_accumulation_does_not_change_the_run() -> None:
-    """Micro-batches hold different numbers of valid rows, so a mean of means would differ."""
+    """Micro-batches have different numbers of valid rows, so a mean of means would differ."""
     whole, pieces = losses(engine(), range(6)), losses(engine(), range(6), micro_batches=5)
     assert pieces == pytest.approx(whole, rel=1e-5)
     assert whole[-1] != pytest.approx(whole[0], rel=1e-3)
@@ -70,7 +70,7 @@ def test_learning_rate_comes_from_the_step_number() -> None:
     assert [run.step([toy_rows(0, 20)], step).lr for step in (0, 1, 6)] == pytest.approx([0.25, 0.5, 0.25])
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_said() -> None:
+def test_a_gradient_that_is_not_finite_is_skipped_and_reported() -> None:
     run = engine()
     before = {name: tensor.clone() for name, tensor in run.module.state_dict().items()}
     bad = toy_rows(0, 20)
@@ -82,7 +82,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_said() -> None:
     assert not good.skipped and math.isfinite(good.loss)
 
 
-def test_a_batch_without_valid_rows_is_no_number() -> None:
+def test_a_batch_without_valid_rows_has_a_loss_of_nan() -> None:
     batch = toy_rows(0, 20)
     batch["valid"] = torch.zeros(20, dtype=torch.bool)
     result = engine().step([batch], 0)
@@ -90,7 +90,7 @@ def test_a_batch_without_valid_rows_is_no_number() -> None:
 
 
 class ModeProbe(ToyModel):
-    """Remembers in which mode and with which gradient setting it ran."""
+    """Records in which mode and with which gradient setting it ran."""
 
     seen: list[tuple[bool, bool]]
 
@@ -150,7 +150,7 @@ def test_loading_refuses_what_is_missing_or_foreign(tmp_path: Path) -> None:
         run.load(tmp_path)
 
 
-def test_weights_are_whole_and_float32() -> None:
+def test_weights_are_complete_and_float32() -> None:
     run = engine()
     weights = run.weights()
     assert weights is not None and weights.keys() == run.module.state_dict().keys()
@@ -159,7 +159,7 @@ def test_weights_are_whole_and_float32() -> None:
     assert not torch.equal(weights["latents"], run.module.state_dict()["latents"])
 
 
-def test_a_task_that_draws_is_told_the_step() -> None:
+def test_a_task_that_draws_gets_the_step() -> None:
     class Drawing(ToyTask):
         step = -1
 

@@ -42,7 +42,7 @@ from perceiver.train.engine.ranks import Ranks, random_state, set_random_state
 class TorchEngine:
     """The engine protocol with torch alone.
 
-    Parameters and optimizer state are whole on every rank; gradients are summed over the ranks. Parameters without a
+    Parameters and optimizer state are complete on every rank; gradients are summed over the ranks. Parameters without a
     gradient have gradient zero, as under ZeRO. At the start all ranks take rank 0's weights.
     """
 
@@ -73,7 +73,7 @@ class TorchEngine:
                 dist.broadcast(tensor, src=0)
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
-        """One optimizer step, number `step` counted from 0."""
+        """Take one optimizer step; `step` counts from 0."""
         tell_step(self._task, step)
         lr = self._optim.lr * self._schedule(step)
         set_learning_rate(self._optimizer, lr)
@@ -87,7 +87,7 @@ class TorchEngine:
         return StepResult(step, loss, metrics, norm, lr, skipped)
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> PendingSums:
-        """Gradients of the global mean loss into this rank's `.grad`, up to the sum over ranks."""
+        """Add this rank's part of the gradients of the global mean loss to `.grad`."""
         counts, total = count_targets(self._task, micro_batches)
         counting = self.ranks.start_sum(total)
         sums = MetricSums(self.ranks)
@@ -117,12 +117,12 @@ class TorchEngine:
         return float(norm)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The task's metrics over all ranks' valid samples."""
+        """Return the task's metrics over all ranks' valid samples."""
         with self._autocast():
             return evaluate(self.module, self._task, batches, self.ranks)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The values summed over the ranks."""
+        """Return the values summed over the ranks."""
         return self.ranks.sum(values)
 
     def save(self, folder: Path) -> None:
@@ -150,7 +150,7 @@ class TorchEngine:
             set_random_state(generators, self.device)
 
     def weights(self) -> dict[str, Tensor] | None:
-        """The full float32 CPU state dict on rank 0, None elsewhere."""
+        """Return the full float32 CPU state dict on rank 0, None elsewhere."""
         return cpu_float32(self.module.state_dict()) if self.rank == 0 else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

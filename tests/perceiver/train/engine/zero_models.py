@@ -1,4 +1,4 @@
-"""Perceivers for the ZeRO tests: what reads weights in other ways than through a layer's own forward pass."""
+"""Perceivers for the ZeRO tests: weights that are read outside their layer's forward pass."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.perceiver.train.engine.torch_engine import TorchEngine
 
 ROWS, STEPS, CLASSES = 16, 3, 3
 CUT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-"""Without it ZeRO-3 leaves small parameters whole on every rank, and nothing would be tested."""
+"""Without it ZeRO-3 leaves small parameters unpartitioned on every rank, and nothing would be tested."""
 WIDTHS = {"latents": 8, "latent_channels": 8, "self_attends_per_block": 2, "heads": 2}
 TEXT = {"kind": "text", "vocabulary": 40, "length": 12, "channels": 8}
 IMAGE = {
@@ -57,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def rows(step: int) -> Batch:
-    """A global batch; sample ids tell the masked language model's masks apart, so each rank's rows are its own."""
+    """Return a global batch; the language model's masks depend on the sample ids, so the ranks' rows differ."""
     generator = torch.Generator().manual_seed(step)
     return {
         "text": torch.randint(6, 40, (ROWS, 12), generator=generator),
@@ -69,7 +69,7 @@ def rows(step: int) -> Batch:
 
 
 def train_model(name: str, engine: str) -> dict[str, Any]:
-    """Some steps of two micro-batches: losses, norms, and each weight's sum of absolute values.
+    """Take some steps of two micro-batches; return losses, norms, and each weight's sum of absolute values.
 
     Biases of keys are left out: softmax does not see them, so their gradients are rounding errors, which LAMB enlarges.
     """

@@ -1,7 +1,7 @@
-"""One process of the ZeRO tests: runs every scenario in turn and writes what it saw as JSON.
+"""One process of the ZeRO tests: runs every scenario and writes the results as JSON.
 
 `python -m tests.perceiver.train.engine.zero_worker train BASE`, then `restore BASE`, with RANK, WORLD_SIZE, MASTER_ADDR
-and MASTER_PORT set. BASE/WORLD holds what a group of that size saves and sees; the second call restores the states of
+and MASTER_PORT set. BASE/WORLD contains the results of a group of that size; the second call restores the states of
 all sizes.
 """
 
@@ -45,7 +45,7 @@ GPU_DEFAULTS = {"contiguous_gradients": True, "reduce_scatter": True, "overlap_c
 
 
 def build(engine: str, kind: str, seed: int = 0, precision: Precision = "fp32", **config: Any) -> Engine:
-    """The named engine over the toy model, with clipping, decay and a schedule."""
+    """Return the named engine over the toy model, with clipping, decay and a schedule."""
     optim = OptimConfig.model_validate(
         {"kind": kind, "lr": 2e-2, "weight_decay": 0.1, "clip": 0.5, "schedule": {"kind": "cosine", "warmup_steps": 2}}
     )
@@ -63,13 +63,13 @@ def mine(batch: Batch) -> list[Batch]:
 
 
 def ragged(step: int) -> Batch:
-    """A global batch whose valid rows are all but one in the last two thirds: rank 0 of 2 has few of them."""
+    """Return a global batch whose valid rows are all but one in the last two thirds: rank 0 of 2 has few of them."""
     batch = toy_rows(step, ROWS)
     return {**batch, "valid": (torch.arange(ROWS) >= 10) | (torch.arange(ROWS) == 3)}
 
 
 def poisoned(step: int) -> Batch:
-    """A global batch with an infinite input in its last row, which the last rank has."""
+    """Return a global batch with an infinite input in its last row, which the last rank has."""
     batch = toy_rows(step, ROWS)
     batch["inputs"][-1] = torch.inf
     return batch
@@ -87,7 +87,7 @@ def run(engine: Engine, steps: range) -> dict[str, list[Any]]:
 
 
 def train_save_resume(engine: str, kind: str, folder: Path) -> dict[str, Any]:
-    """Six steps with a save in the middle; a fresh engine with other weights loads it and repeats the last three."""
+    """Take six steps and save in the middle; a new engine with other weights loads that and repeats the last three."""
     first = build(engine, kind)
     seen: dict[str, Any] = {"first": run(first, range(3))}
     save(first, folder)
@@ -106,7 +106,7 @@ def train_save_resume(engine: str, kind: str, folder: Path) -> dict[str, Any]:
 
 
 def save(engine: Engine, folder: Path) -> None:
-    """Save as workers on several machines do: each into a folder of its own, merged afterwards."""
+    """Save as workers on several machines do: each into a separate folder, merged afterwards."""
     own = folder.with_name(f"{folder.name}-rank{engine.rank}")
     engine.save(own)
     dist.barrier()
@@ -117,7 +117,7 @@ def save(engine: Engine, folder: Path) -> None:
 
 
 def skip(engine: str, kind: str) -> dict[str, Any]:
-    """A step whose gradient is not finite leaves the weights alone and is reported; the next one is as usual."""
+    """Take a step whose gradient is not finite, which must be reported and not change the weights, and a usual one."""
     run_ = build(engine, kind)
     run_.step(mine(toy_rows(0, ROWS)), 0)
     before = run_.weights()
@@ -128,7 +128,7 @@ def skip(engine: str, kind: str) -> dict[str, Any]:
 
 
 def refused_loads(folder: Path) -> dict[str, str]:
-    """The messages when a state saved with AdamW is loaded by something else, or is not whole."""
+    """Return the messages when a state saved with AdamW is loaded by another optimizer, or is incomplete."""
     said = {}
     (torn := folder.with_name(f"torn-{dist.get_rank()}")).mkdir()
     shutil.copy(folder / "engine.json", torn)
@@ -145,7 +145,7 @@ def refused_loads(folder: Path) -> dict[str, str]:
 
 
 def restore_all(base: Path) -> dict[str, list[float]]:
-    """Two steps after loading each saved state into each engine of this world size: "WORLD/ENGINE-KIND > ENGINE"."""
+    """Load each saved state into each engine of this world size and take two steps: "WORLD/ENGINE-KIND > ENGINE"."""
     return {
         f"{world}/{source}-{kind} > {engine}": restored_losses(engine, kind, base / world / f"{source}-{kind}")
         for kind, sources in SAVED.items()
@@ -161,7 +161,7 @@ def restored_losses(engine: str, kind: str, folder: Path) -> list[float]:
 
 
 def with_public_names(folder: Path) -> dict[str, Any]:
-    """The same run without a private name of DeepSpeed, and its state read with them."""
+    """Repeat the run without private names of DeepSpeed, and read its state with them."""
     os.environ["PERCEIVER_PUBLIC_API"] = "1"
     seen = {name: train_save_resume(name, "adamw", folder / f"public-{name}") for name in ENGINES[2:]}
     del os.environ["PERCEIVER_PUBLIC_API"]
@@ -195,7 +195,7 @@ def main(phase: str, base: Path) -> None:
     (folder / f"{phase}-{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()
-    time.sleep(0.2)  # gloo's threads let go of their last tensors before the interpreter ends
+    time.sleep(0.2)  # gloo's threads release their last tensors before the interpreter ends
 
 
 if __name__ == "__main__":
