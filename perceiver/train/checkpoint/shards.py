@@ -22,7 +22,7 @@ from perceiver.config import UserError
 from perceiver.optim.partition import Layouts, state_of
 from perceiver.storage import NonNegativeCount, PositiveCount, PrintableName, first_line, invalid_key, parse_json
 
-_HEADER = "engine.json"
+HEADER = "engine.json"
 _FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -58,7 +58,7 @@ def save_shard(folder: Path, number: int, layouts: Layouts, optimizer: Any) -> N
             tensors[f"{position}.{part}"] = values.detach().reshape(-1).to("cpu", copy=True)
         pieces = [[layout.names[piece.parameter], piece.start, piece.offset, piece.length] for piece in layout.pieces]
         index.append({"step": int(state["step"]), "pieces": pieces})
-    save_file(tensors, _shard_path(folder, number), {"index": json.dumps(index)})
+    save_file(tensors, folder / shard_name(number), {"index": json.dumps(index)})
 
 
 def save_whole_shard(folder: Path, number: int, parameters: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
@@ -76,13 +76,13 @@ def save_whole_shard(folder: Path, number: int, parameters: Mapping[str, Mapping
         for part, values in parts.items()
     }
     index = [{"step": step, "pieces": [[name, 0, 0, parts["param"].numel()]]} for name, parts in parameters.items()]
-    save_file(tensors, _shard_path(folder, number), {"index": json.dumps(index)})
+    save_file(tensors, folder / shard_name(number), {"index": json.dumps(index)})
 
 
 def save_header(folder: Path, shapes: Mapping[str, Iterable[int]], writers: int, **facts: Any) -> None:
     """Write `engine.json`: the model's shapes, the number of shards, and further facts."""
     header = {"format": _FORMAT, "writers": writers, **facts, "shapes": {name: list(shapes[name]) for name in shapes}}
-    (folder / _HEADER).write_text(json.dumps(header, indent=1))
+    (folder / HEADER).write_text(json.dumps(header, indent=1))
 
 
 def read_header(folder: Path) -> Header:
@@ -91,13 +91,18 @@ def read_header(folder: Path) -> Header:
     Raises:
         UserError: it is missing, damaged, or of another format.
     """
-    path = _regular(folder / _HEADER)
+    path = _regular(folder / HEADER)
+    return parse_header(path.read_bytes(), str(path))
+
+
+def parse_header(content: bytes, where: str) -> Header:
+    """Return the content of an `engine.json`; see `read_header`."""
     try:
-        header = Header.model_validate(parse_json(path.read_bytes(), str(path)))
+        header = Header.model_validate(parse_json(content, where))
     except ValidationError as error:
-        raise UserError(f"{path} is not a training state: {invalid_key(error)}; take another checkpoint") from None
+        raise UserError(f"{where} is not a training state: {invalid_key(error)}; take another checkpoint") from None
     if header.format != _FORMAT:
-        raise UserError(f"{path} has format {header.format}; this version reads {_FORMAT}")
+        raise UserError(f"{where} has format {header.format}; this version reads {_FORMAT}")
     return header
 
 
@@ -107,7 +112,7 @@ def check_header(folder: Path, shapes: Mapping[str, Iterable[int]], optim: str) 
     Raises:
         UserError: nothing was saved here, or the model, the optimizer or the format differs.
     """
-    header, path = read_header(folder), folder / _HEADER
+    header, path = read_header(folder), folder / HEADER
     _check_same_model(shapes, header.shapes, path)
     if header.optim != optim:
         raise UserError(f"{path} was saved with optim.kind = {header.optim!r}, this run has {optim!r}: make them agree")
@@ -190,7 +195,7 @@ class _Sources:
         self._found: dict[str, list[tuple[Any, int, int, int, int]]] = {}
         self.step, self.folder = 0, folder
         for number in range(writers):
-            path = _regular(_shard_path(folder, number))
+            path = _regular(folder / shard_name(number))
             file = stack.enter_context(open_tensors(path))
             try:
                 index = _INDEX.validate_python(parse_json((file.metadata() or {}).get("index", ""), f"{path}: index"))
@@ -274,8 +279,9 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.safetensors"
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:05d}.safetensors"
 
 
 def save_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:

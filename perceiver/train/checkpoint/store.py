@@ -45,6 +45,7 @@ from perceiver.storage import (
     parse_json,
     write_whole,
 )
+from perceiver.train.checkpoint.shards import HEADER, parse_header, shard_name
 from perceiver.train.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
@@ -299,9 +300,18 @@ class CheckpointStore:
         """Return the problems of a checkpoint: missing files, wrong sizes, wrong checksums; empty if it is intact."""
         try:
             manifest = self.manifest(step)
+            found = [problem for name, entry in manifest.files.items() if (problem := self._problem(step, name, entry))]
+            return found or self._unnamed(step, manifest.files)
         except UserError as error:
             return [str(error)]
-        return [problem for name, entry in manifest.files.items() if (problem := self._problem(step, name, entry))]
+
+    def _unnamed(self, step: int, named: Collection[str]) -> list[str]:
+        """Return the files that would be read, or are wanted, although the manifest does not name them."""
+        wanted = {name for name in entry_names(self.fs, self.folder(step)) if name.endswith(".safetensors")}
+        if HEADER in named:
+            header = parse_header(self._read(step, HEADER), f"{self.location(step)}/{HEADER}")
+            wanted |= {shard_name(number) for number in range(header.writers)}
+        return [f"{name} is not in {MANIFEST}" for name in sorted({HEADER, *wanted} - set(named))]
 
     def _problem(self, step: int, name: str, entry: FileEntry) -> str | None:
         try:

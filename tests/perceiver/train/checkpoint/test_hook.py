@@ -20,6 +20,7 @@ from perceiver.train.checkpoint.hook import (
     interval_s,
     kept,
 )
+from perceiver.train.checkpoint.shards import HEADER, save_header, shard_name
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore, Snapshot
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.hooks import History
@@ -64,7 +65,13 @@ def engine_of(ranks: Ranks, rank: int) -> Any:
     engine: Any = toy_engine()
     engine.rank, engine.world = rank, ranks.world
     engine.sum = lambda values: ranks.sum(rank, values)
-    engine.save = lambda folder: (folder / f"shard-{rank}").write_bytes(bytes([rank]) * 1000)
+
+    def save(folder: Path) -> None:
+        (folder / shard_name(rank)).write_bytes(bytes([rank]) * 1000)
+        if rank == 0:
+            save_header(folder, {}, ranks.world)
+
+    engine.save = save
     return engine
 
 
@@ -144,7 +151,7 @@ def test_all_ranks_save_together_and_only_complete_checkpoints_count(store: Chec
     assert ranks.run(work) == [None] * 3
     manifest = store.newest()
     assert manifest is not None and manifest.step == 3 and manifest.world == 3
-    assert {"shard-0", "shard-1", "shard-2", "history.jsonl"} == set(manifest.files)
+    assert {HEADER, *map(shard_name, range(3)), "history.jsonl"} == set(manifest.files)
 
 
 def test_a_failure_of_one_rank_costs_one_checkpoint_and_is_reported(
@@ -155,7 +162,7 @@ def test_a_failure_of_one_rank_costs_one_checkpoint_and_is_reported(
     put = store.fs.put_file
 
     def flaky(source: str, target: str) -> None:
-        if "step-00000001/shard-1" in target:
+        if f"step-00000001/{shard_name(1)}" in target:
             raise ConnectionError("reset by peer")
         put(source, target)
 

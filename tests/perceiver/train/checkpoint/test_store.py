@@ -97,6 +97,22 @@ def test_a_save_that_dies_before_the_manifest_leaves_the_one_before(store: Check
     assert store.steps() == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["engine.json", "shard-00000.safetensors"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_files_that_the_manifest_does_not_name_are_not_read(store: CheckpointStore, name: str, kept: bool) -> None:
+    """They have no checksum: the checkpoint is refused, whether they are there or not."""
+    store.save(toy_engine(), snapshot(1))
+    manifest = store.manifest(1)
+    assert store.problems(1) == []
+    files = {known: entry for known, entry in manifest.files.items() if known != name}
+    store.fs.pipe_file(
+        f"{store.folder(1)}/{MANIFEST}", manifest.model_copy(update={"files": files}).model_dump_json().encode()
+    )
+    if not kept:
+        store.fs.rm_file(f"{store.folder(1)}/{name}")
+    assert name in store.problems(1)[0] and MANIFEST in store.problems(1)[0]
+
+
 def test_prune_keeps_the_named_steps_and_removes_what_crashes_left(store: CheckpointStore) -> None:
     for step in (1, 2, 3, 4):
         store.save(toy_engine(), snapshot(step))

@@ -115,7 +115,7 @@ def test_ragged_ranks_give_the_exact_mean(seen: Seen, world: int, engine: str, k
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_state_is_restored_at_any_stage_and_world_size(seen: Seen, restored: Seen, world: int) -> None:
-    """Saved by one engine and number of processes, loaded by another: the run goes on alike."""
+    """Saved by one engine and number of processes, loaded by another: the run continues alike."""
     ours = restored[world][0]
     assert len(ours) == len(ENGINES) * sum(len(sources) for sources in SAVED.values())
     for route, losses in ours.items():
