@@ -12,7 +12,7 @@ def main() -> None:
     """Run the command line; a `UserError` becomes one line on stderr and exit code 2."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` does
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores it
                 signal.signal(number, interrupt)
         import click
 

@@ -31,7 +31,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in Path("recipes").rglob("*.yaml")], 1)
         hint = f"; did you mean {near[0]}?" if near else "; see recipes/train/"
-        raise UserError(f"no recipe file {path}{hint}")
+        raise UserError(f"{path} is not a regular file{hint}" if path.exists() else f"no recipe file {path}{hint}")
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         got = "empty" if tree is None else f"a {type(tree).__name__}"

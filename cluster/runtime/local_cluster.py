@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Self
 
 import psutil
-from pydantic import Field
+from pydantic import Field, TypeAdapter, model_validator
+from typing_extensions import TypedDict
 
 from cluster.recipe.file import read_yaml_config
 from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
@@ -29,13 +30,14 @@ MARK = "PERCEIVER_CLUSTER"
 
 START_TIMEOUT_S = 180
 TRIES = 3
+MOST_NODES = 250
 END_TIMEOUT_S = 15
 
 
 class NodeGroup(Config):
     """Nodes of one kind. Their resources are what Ray's scheduler assumes, not what the machine has."""
 
-    count: int = Field(default=1, ge=1, le=1000, description="nodes of this kind")
+    count: int = Field(default=1, ge=1, le=MOST_NODES, description="nodes of this kind")
     cpus: CountOrZero | None = Field(default=None, description="logical CPUs of each; default: the machine's")
     gpus: CountOrZero = Field(default=0, description="GPUs of each; they need not exist")
     resources: dict[str, Resource] = Field(default={}, description="custom resources of each")
@@ -51,6 +53,19 @@ class NodesConfig(Config):
     )
     port: int = Field(default=6379, ge=1, le=65535, description="port of the head; another if it is in use")
     dashboard_port: int = Field(default=8265, ge=1, le=65535, description="port of dashboard and jobs; likewise")
+
+    @model_validator(mode="after")
+    def _check_count(self) -> Self:
+        if (count := sum(group.count for group in self.nodes)) > MOST_NODES:
+            raise ValueError(f"nodes: {count} in all, wanted at most {MOST_NODES}")
+        return self
+
+
+class StartedNode(TypedDict):
+    """A node as recorded in the state file: its address and `ray start` options."""
+
+    ip: str
+    options: list[str]
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ class LocalCluster:
     address: str
     dashboard: str
     folder: str
-    nodes: list[dict[str, Any]]
+    nodes: Annotated[list[StartedNode], Field(min_length=1)]
 
     def processes(self) -> list[psutil.Process]:
         """Return all processes of the cluster, including those of its jobs."""
@@ -100,9 +115,10 @@ def running_cluster() -> LocalCluster | None:
 def _recorded() -> LocalCluster | None:
     """Return the cluster of the state file, alive or not; None without one."""
     try:
-        return LocalCluster(**json.loads(state_file().read_text()))
-    except (OSError, ValueError, TypeError):
+        cluster = TypeAdapter(LocalCluster).validate_json(state_file().read_bytes())
+    except (OSError, ValueError):
         return None
+    return cluster if Path(cluster.folder).name == _folder_name(cluster.name) else None  # `down` deletes it
 
 
 def read_nodes(path: str | Path) -> NodesConfig:
@@ -134,7 +150,12 @@ def up(config: NodesConfig | None = None, say: Callable[[str], None] = print) ->
     if running is None:
         down()
         _check_writable()
-        return _start_all(config or NodesConfig(), say)
+        try:
+            return _start_all(config or NodesConfig(), say)
+        except KeyboardInterrupt:
+            say("stopping the nodes that have started")
+            down()
+            raise
     if config is not None and (wanted := _nodes(config)) != running.nodes:
         raise UserError(
             f"the local cluster {running.name} at {running.dashboard} has {_described(running.nodes)}, wanted "
@@ -205,18 +226,22 @@ def plan_cluster(config: NodesConfig) -> LocalCluster:
         address=f"{head}:{port}",
         dashboard=f"http://127.0.0.1:{dashboard}",
         # Short, because the paths of Unix sockets below it have at most 107 characters.
-        folder=str(Path(tempfile.gettempdir()) / f"perceiver-{name}"),
+        folder=str(Path(tempfile.gettempdir()) / _folder_name(name)),
         nodes=nodes,
     )
 
 
-def _nodes(config: NodesConfig) -> list[dict[str, Any]]:
+def _folder_name(name: str) -> str:
+    return f"perceiver-{name}"
+
+
+def _nodes(config: NodesConfig) -> list[StartedNode]:
     """Return address and `ray start` options of each node."""
     groups = [group for group in config.nodes for _ in range(group.count)]
     return [{"ip": f"127.0.0.{2 + number}", "options": _options(group, config)} for number, group in enumerate(groups)]
 
 
-def _described(nodes: list[dict[str, Any]]) -> str:
+def _described(nodes: list[StartedNode]) -> str:
     """Return the number of nodes of each kind, as text."""
     kinds = Counter(" ".join(node["options"]) for node in nodes)
     return f"{len(nodes)} nodes ({'; '.join(f'{count} with {options}' for options, count in kinds.items())})"
@@ -234,7 +259,7 @@ def _options(group: NodeGroup, config: NodesConfig) -> list[str]:
     return options
 
 
-def start_command(cluster: LocalCluster, node: dict[str, Any]) -> list[str]:
+def start_command(cluster: LocalCluster, node: StartedNode) -> list[str]:
     """Return the `ray start` command of a node."""
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={node['ip']}"]
     ports = [f"--dashboard-agent-listen-port={free_port(node['ip'])}", "--disable-usage-stats"]
@@ -297,7 +322,7 @@ def _revive(cluster: LocalCluster, say: Callable[[str], None]) -> None:
         )
 
 
-def start_node(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
+def start_node(cluster: LocalCluster, node: StartedNode, say: Callable[[str], None]) -> str:
     """Start a node; return the reason if it did not start, empty if it did.
 
     It gets several attempts, because Ray waits at most 30 s for a slow machine.
@@ -312,7 +337,7 @@ def start_node(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str],
     return reason
 
 
-def _try(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]) -> str:
+def _try(cluster: LocalCluster, node: StartedNode, say: Callable[[str], None]) -> str:
     """Make one attempt to start a node; return the reason if it did not start, empty if it did."""
     Path(cluster.folder).mkdir(mode=0o700, exist_ok=True)
     log = Path(cluster.folder) / f"start-{node['ip']}.log"
@@ -322,7 +347,7 @@ def _try(cluster: LocalCluster, node: dict[str, Any], say: Callable[[str], None]
     return ""
 
 
-def run_start(cluster: LocalCluster, node: dict[str, Any], log: Path) -> bool:
+def run_start(cluster: LocalCluster, node: StartedNode, log: Path) -> bool:
     """Run `ray start` for a node; return whether it succeeded."""
     with log.open("w") as sink:
         process = subprocess.Popen(

@@ -113,8 +113,8 @@ def _say_tracking(folder: RunFolder, handle: RunHandle | None, say: Callable[[st
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Handle Ctrl-C, SIGTERM and SIGHUP (a closed terminal; not under `nohup`, which ignores it) by a function."""
-    numbers = [each for each in (signal.SIGINT, *ENDS) if signal.getsignal(each) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    previous = {number: signal.signal(number, handler) for number in {signal.SIGINT, *ENDS} - ignored}
     try:
         yield
     finally:

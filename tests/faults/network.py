@@ -62,7 +62,7 @@ def start(folder: Path, name: str) -> None:
     ports = {"port": free_port(), "dashboard_port": free_port()}
     plan = local.plan_cluster(local.NodesConfig(nodes=(local.NodeGroup(cpus=1), group), object_store_mb=100, **ports))
     ips = [f"{NET}.1", HERE, AWAY, SPARE]
-    planned = [{**node, "ip": ip} for node, ip in zip(plan.nodes, ips, strict=True)]
+    planned: list[local.StartedNode] = [{**node, "ip": ip} for node, ip in zip(plan.nodes, ips, strict=True)]
     cluster = replace(plan, nodes=planned, address=f"{NET}.1:{plan.address.rpartition(':')[2]}")
     local.state_file().parent.mkdir(parents=True, exist_ok=True)
     local.state_file().write_text(json.dumps(asdict(cluster)))
@@ -73,7 +73,7 @@ def start(folder: Path, name: str) -> None:
     subprocess.run(within, env=local.node_environment(cluster), check=True, timeout=local.START_TIMEOUT_S)
 
 
-def _away_command(cluster: local.LocalCluster, node: dict[str, Any]) -> list[str]:
+def _away_command(cluster: local.LocalCluster, node: local.StartedNode) -> list[str]:
     """Return the command of a node in the other namespace; free ports for it cannot be found from this one."""
     words = local.start_command(cluster, {**node, "ip": HERE})
     return [word.replace(f"--node-ip-address={HERE}", f"--node-ip-address={node['ip']}") for word in words]

@@ -124,11 +124,27 @@ def test_there_is_no_cluster_without_a_live_head(tmp_path: Path, monkeypatch: py
     assert local_cluster.running_cluster() is None and local_cluster.down() == 0
     state = local_cluster.state_file()
     state.parent.mkdir()
-    state.write_text(
-        '{"name": "gone", "address": "127.0.0.2:1", "dashboard": "", "folder": "/nowhere", "nodes": [{"ip": "x"}]}'
-    )
+    gone = {"name": "gone", "address": "127.0.0.2:1", "dashboard": "", "folder": "/nowhere/perceiver-gone"}
+    state.write_text(json.dumps({**gone, "nodes": [{"ip": "127.0.0.2", "options": []}]}))
     assert LocalCluster("gone", "", "", "", []).processes() == []
     assert local_cluster.running_cluster() is None and local_cluster.down() == 0 and not state.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"nodes": []}, {"nodes": [{}]}, {"nodes": 5}, {"folder": None}, {"folder": "FOREIGN"}, {"name": 2}]
+)
+def test_a_damaged_state_file_counts_as_no_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """Its folder is deleted with the cluster, so it must be one that the cluster has made."""
+    monkeypatch.setenv("PERCEIVER_CACHE", str(tmp_path))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    tree: dict[str, Any] = {"name": "a", "address": "", "dashboard": "", "folder": "/nowhere/perceiver-a"}
+    tree["nodes"] = [{"ip": "127.0.0.2", "options": []}]
+    tree |= {key: str(foreign) if value == "FOREIGN" else value for key, value in change.items()}
+    local_cluster.state_file().write_text(json.dumps(tree))
+    assert local_cluster.running_cluster() is None and local_cluster.down() == 0 and foreign.exists()
 
 
 @pytest.fixture
