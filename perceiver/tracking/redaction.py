@@ -85,8 +85,8 @@ _PORT = re.compile(r"\d{2,5}(?:/\S*)?[\s,;)].*", re.DOTALL)
 _AUTHORITY = re.compile(r"[^/?#\s\"'<>]*@")
 _QUERY = re.compile(r"(?P<lead>[?&;#])(?P<name>[^=&;#\s\"'?]+)=(?P<value>[^&;#\s\"']+)")
 _ASSIGNED = re.compile(
-    r"(?P<dashes>(?<![\w-])--?)?(?P<key>(?i:(?:api|access|secret|private|account|signing|encryption|ssh|master|license)"
-    r"[ \t]+keys?|connection[ \t]+string)(?![\w.-])|[A-Za-z_][\w.-]*)(?:\[\w+\])?(?P<quote>\\*[\"']\]?)?"
+    r"(?P<dashes>(?<![\w-])--?)?(?<![A-Za-z_])(?P<key>(?i:(?:api|access|secret|private|account|signing|encryption|ssh|master|license)"
+    r"[ \t]+keys?|connection[ \t]+string)(?![\w.-])|[A-Za-z_][\w.-]*+)(?:\[\w+\])?(?P<quote>\\*[\"']\]?)?"
     r"(?P<sep>[ \t]*(?:=>|:=|=(?!=)|:(?!//|:))[ \t]*|[ \t]+)"
 )
 _PAIR = re.compile(
@@ -102,7 +102,7 @@ _COMMAND_LOGIN = re.compile(
 """A login as commands take it: `curl -u me:...`, `sshpass -p ...`."""
 _SAID = re.compile(
     r"(?P<lead>(?P<whose>\b(?:my|our|your)[ \t]{1,9}(?:\w{1,40}[ \t]{1,9})??)?(?<![\w.-])"
-    r"(?P<key>(?:api|access|secret|private)[ \t]key|[a-z_][\w-]*)[ \t]{1,9}(?:is|was)(?:[ \t]?:)?[ \t]{1,9}"
+    r"(?P<key>(?:api|access|secret|private)[ \t]key|[a-z_][\w-]*+)[ \t]{1,9}(?:is|was)(?:[ \t]?:)?[ \t]{1,9}"
     r"(?P<quote>[\"'`]?))(?P<value>[^\s\"'`]+)(?P<end>[\"'`]?[ \t]*$)?",
     re.IGNORECASE | re.MULTILINE,
 )
