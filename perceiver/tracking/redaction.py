@@ -85,7 +85,8 @@ _PORT = re.compile(r"\d{2,5}(?:/\S*)?[\s,;)].*", re.DOTALL)
 _AUTHORITY = re.compile(r"[^/?#\s\"'<>]*@")
 _QUERY = re.compile(r"(?P<lead>[?&;#])(?P<name>[^=&;#\s\"'?]+)=(?P<value>[^&;#\s\"']+)")
 _ASSIGNED = re.compile(
-    r"(?P<dashes>(?<![\w-])--?)?(?<![A-Za-z_])(?P<key>(?i:(?:api|access|secret|private|account|signing|encryption|ssh|master|license)"
+    r"(?P<dashes>(?<![\w-])--?)?(?<![A-Za-z_])(?<![A-Za-z_][.-])"
+    r"(?P<key>(?i:(?:api|access|secret|private|account|signing|encryption|ssh|master|license)"
     r"[ \t]+keys?|connection[ \t]+string)(?![\w.-])|[A-Za-z_][\w.-]*+)(?:\[\w+\])?(?P<quote>\\*[\"']\]?)?"
     r"(?P<sep>[ \t]*(?:=>|:=|=(?!=)|:(?!//|:))[ \t]*|[ \t]+)"
 )
