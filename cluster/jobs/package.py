@@ -1,6 +1,5 @@
 """The package of a job: our sources, the recipe and the files it names, and a folder of the user's."""
 
-import fnmatch
 import importlib.metadata
 import importlib.util
 import os
@@ -15,6 +14,7 @@ from pathspec import GitIgnoreSpec
 
 from perceiver.config import UserError
 from perceiver.environment import DISTRIBUTION, installed_version
+from perceiver.train.engine.deepspeed_config import DeepSpeedConfig, read_config
 
 OURS = ("perceiver", "pipelines", "cluster", "tune")
 LIMIT_BYTES = 100 * 1024 * 1024
@@ -41,28 +41,70 @@ LEFT_OUT = shutil.ignore_patterns(
 BUILT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.pyd", "*.o")
 """Names that are not copied from our sources, whose folders may be called data or runs: caches, built libraries."""
 
+SECRET_FOLDERS = (
+    ".ssh",
+    ".gnupg",
+    ".aws",
+    ".azure",
+    ".kube",
+    ".docker",
+    ".config/gcloud",
+    ".huggingface",
+    ".cache/huggingface/token*",
+    ".password-store",
+)
 SECRET_FILES = (
+    *SECRET_FOLDERS,
+    ".git",
     ".env",
     ".env.*",
+    ".envrc",
     "*.pem",
     "*.key",
     "*.p12",
     "*.pfx",
+    "*.jks",
+    "*.keystore",
+    "*.kdb",
+    "*.kdbx",
+    "*.ppk",
     "id_rsa*",
     "id_dsa*",
     "id_ecdsa*",
     "id_ed25519*",
     ".netrc",
+    "_netrc",
     ".pypirc",
     ".npmrc",
+    ".pgpass",
+    ".my.cnf",
     ".git-credentials",
+    ".vault-token",
+    ".dockercfg",
+    ".databrickscfg",
+    ".s3cfg",
+    ".boto",
+    ".htpasswd",
+    "kubeconfig",
+    "*.kubeconfig",
+    "credentials*.json",
+    "client_secret*.json",
+    "secrets.y*ml",
+    "secrets.json",
+    "secrets.toml",
     "auth_token",
-    ".ssh",
-    ".aws",
-    ".azure",
-    ".kube",
 )
-"""Names of files and folders that may contain secrets; they are not uploaded."""
+"""Names of files and folders that may contain secrets, in any case; they are not uploaded."""
+
+
+def _pattern(names: Iterable[str]) -> re.Pattern[str]:
+    """Return the pattern of paths that have one of the names as a part."""
+    parts = "|".join(re.escape(name).replace(r"\*", "[^/]*") for name in names)
+    return re.compile(rf"(?:^|/)(?:{parts})(?:/|\Z)", re.IGNORECASE)
+
+
+_SECRET_FOLDER, _SECRET_FILE = _pattern(SECRET_FOLDERS), _pattern(SECRET_FILES)
+
 
 IGNORE_FILES = (".gitignore", ".rayignore")
 """Applied when a folder is copied, and not copied themselves: Ray would apply them to our sources, too."""
@@ -80,7 +122,7 @@ def build_package(
         excludes: patterns in .gitignore syntax of files in that folder that are not uploaded.
 
     Returns:
-        Files of the folder that are not uploaded because they may contain secrets.
+        Files of the folder that are not uploaded because they may contain secrets or are links that leave it.
 
     Raises:
         UserError: a file is missing or cannot be read, or the package exceeds the job server's limit.
@@ -103,11 +145,18 @@ def build_package(
 
 
 def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
-    """Return the files of a folder to upload, by the rules of ``ray job submit`` and ours, and the secret ones.
+    """Return the files of a folder to upload, by the rules of ``ray job submit`` and ours.
+
+    Returns:
+        The files to upload, and the names of those left out: they or what they link to may contain secrets, or they are
+        links that leave the folder.
 
     Raises:
-        UserError: a file cannot be read, or the files exceed the job server's limit.
+        UserError: a file cannot be read, the folder is one of secrets, or the files exceed the job server's limit.
     """
+    home = folder.resolve()
+    if _SECRET_FOLDER.search(home.as_posix()):
+        raise UserError(f"--working-dir {folder} may contain secrets, and would be uploaded: give another folder")
     ignore_files = IGNORE_FILES if os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE") != "1" else (".rayignore",)
     kept: list[Path] = []
     secret: list[str] = []
@@ -127,10 +176,10 @@ def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], 
             shown = "/" * path.is_dir()
             if any(spec.match_file(f"{path.relative_to(base)}{shown}") for base, spec in rules):
                 continue
-            if any(fnmatch.fnmatch(path.name, pattern) for pattern in SECRET_FILES):
-                secret.append(str(path.relative_to(folder)))
-            elif LEFT_OUT(str(place), [path.name]) or path.name in IGNORE_FILES:
+            if LEFT_OUT(str(place), [path.name]) or path.name in IGNORE_FILES:
                 continue
+            if _may_be_secret(path, folder) or path.is_symlink() and path.exists() and _leads_astray(path, home):
+                secret.append(str(path.relative_to(folder)))
             elif path.is_dir():
                 visit(path, rules)
             elif path.is_file() and os.access(path, os.R_OK):
@@ -147,6 +196,19 @@ def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], 
         raise UserError(f"--working-dir: {lost[0]} {what}: remove it, or add it to {folder / '.rayignore'}")
     _check_sizes({str(path.relative_to(folder)): path.stat().st_size for path in kept}, LIMIT_BYTES)
     return kept, secret
+
+
+def _leads_astray(link: Path, home: Path) -> bool:
+    """Return whether a link leaves the folder, or leads to a file in it that may contain secrets."""
+    real = link.resolve()
+    return not real.is_relative_to(home) or _may_be_secret(real, home)
+
+
+def _may_be_secret(path: Path, folder: Path) -> bool:
+    """Return whether a file or folder, or one above it below `folder`, has the name of one that may contain secrets."""
+    if _SECRET_FILE.search(path.relative_to(folder).as_posix()):
+        return True
+    return path.name.lower().startswith("id_") and not path.suffix and path.is_file()  # an SSH key of any name
 
 
 def _places(recipes: Iterable[str]) -> dict[str, Path]:
@@ -230,13 +292,23 @@ def _source(name: str) -> Path:
 def named_files(tree: Mapping[str, Any]) -> list[str]:
     """Return the local files that a recipe names by relative path and reads when it starts: the DeepSpeed JSON.
 
-    Only keys that are paths of such files count: another value may have the name of a file by chance, or on purpose.
+    Only keys that are paths of such files count: another value may have the name of a file by chance, or on purpose. A
+    file outside the current folder is none of them (`is_named_file`).
+
+    Raises:
+        UserError: the file is not a JSON object.
     """
     section = tree.get("deepspeed")
     file = section.get("config") if isinstance(section, Mapping) else None
-    return [file] if isinstance(file, str) and is_named_file(file) else []
+    if not isinstance(file, str) or not is_named_file(file):
+        return []
+    read_config(DeepSpeedConfig(config=file))
+    return [file]
 
 
 def is_named_file(file: str) -> bool:
-    """Return whether a text is the relative path of a file here."""
-    return not Path(file).is_absolute() and "://" not in file and Path(file).is_file()
+    """Return whether a text is the relative path of a file below the current folder, not of a link that leaves it."""
+    path = Path(file)
+    if path.is_absolute() or ".." in path.parts or "://" in file or not path.is_file():
+        return False
+    return path.resolve().is_relative_to(Path.cwd().resolve())

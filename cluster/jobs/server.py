@@ -1,7 +1,6 @@
 """The job server of a cluster: its address, token and version are checked, and its errors become one line."""
 
 import contextlib
-import json
 import os
 import socket
 import ssl
@@ -18,7 +17,7 @@ from cluster.runtime.local import check_reachable, token_file
 from cluster.runtime.local_cluster import running_cluster
 from cluster.runtime.ray_internals import ANSWER_S, CONNECT_S, job_client_class
 from perceiver.config import UserError
-from perceiver.storage import first_line
+from perceiver.storage import first_line, parse_json
 from perceiver.tracking.redaction import redact_text, server_address
 
 
@@ -92,8 +91,8 @@ def text_object(text: str, option: str) -> dict[str, str]:
         UserError: the text is not such an object.
     """
     try:
-        tree = json.loads(text)
-    except ValueError:
+        tree = parse_json(text, option)
+    except UserError:
         tree = None
     if not isinstance(tree, dict) or not all(isinstance(value, str) for value in tree.values()):
         raise UserError(f"""{option} is not a JSON object of strings such as '{{"team": "vision"}}'""")
@@ -181,7 +180,7 @@ def _with_token(url: str, headers: dict[str, str], verify: bool | str) -> dict[s
         mode = answer.json().get("authentication_mode", "disabled") if answer.ok else "disabled"
     except requests.exceptions.SSLError:
         raise UserError(f"{display_url(url)} has an untrusted TLS certificate: trust it with --verify FILE") from None
-    except (requests.RequestException, ValueError):
+    except (requests.RequestException, ValueError, RecursionError):
         mode = unknown
     if mode == "token" and not headers and not token:
         raise UserError(

@@ -23,7 +23,7 @@ from cluster.record.run_folder import named_run
 from cluster.runtime.local import QUIET_ENVIRONMENT
 from cluster.runtime.session import CONTINUE_COMMAND
 from perceiver.config import UserError
-from perceiver.storage import first_line
+from perceiver.storage import first_line, parse_json
 from perceiver.tracking.redaction import redact_text
 
 
@@ -190,9 +190,9 @@ def _given_env(text: str) -> dict[str, Any]:
     from ray.runtime_env import RuntimeEnv
 
     try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"--runtime-env-json is not JSON ({error})") from None
+        given = parse_json(text, "--runtime-env-json")
+    except UserError as error:
+        raise UserError(redact_text(str(error).removesuffix(": restore the file"))) from None
     if not isinstance(given, dict) or not isinstance(given.get("env_vars", {}), dict):
         raise UserError("""--runtime-env-json is not an object such as '{"env_vars": {"NCCL_DEBUG": "INFO"}}'""")
     folder = {key: given.pop(key) for key in ("working_dir",) if key in given}

@@ -17,20 +17,45 @@ from urllib.parse import urlsplit
 from perceiver.config import UserError
 
 MASK = "***"
+LARGEST_FILE = 64 * 1024
+"""Limit in bytes of a file that a reference names."""
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _STRONG = frozenset(
     ["password", "passwords", "passwd", "passphrase", "passcode", "pwd", "secret", "secrets", "credential"]
-    + ["credentials", "apikey", "apikeys", "accesskey", "accesskeys", "secretkey", "privatekey", "accountkey"]
-    + ["signingkey", "encryptionkey", "sshkey", "masterkey", "accesstoken", "authtoken", "apitoken", "idtoken"]
-    + ["refreshtoken", "sessiontoken", "bearertoken", "authorization", "bearer", "sas", "dsn", "connectionstring"]
-    + ["connstr", "cookie", "cookies", "amzsignature", "googsignature"]
+    + ["credentials", "cred", "creds", "apikey", "apikeys", "accesskey", "accesskeys", "secretkey", "privatekey"]
+    + ["accountkey", "signingkey", "encryptionkey", "sshkey", "masterkey", "licensekey", "accesstoken", "authtoken"]
+    + ["apitoken", "idtoken", "refreshtoken", "sessiontoken", "bearertoken", "authorization", "bearer", "sas", "dsn"]
+    + ["connectionstring", "connectionstr", "connstring", "connstr", "cookie", "cookies", "jwt", "jwts", "psk"]
+    + ["amzsignature", "googsignature"]
 )
 """Words, and pairs of words joined, that make a key one of a secret wherever they are in it."""
-_LAST = frozenset(["token", "pass", "auth", "pat"])
+_ENDINGS = tuple(_STRONG - {"cred", "bearer", "sas", "dsn", "psk", "jwt", "jwts"})
+"""Those that do so at the end of a longer word, too: `PGPASSWORD`, `CLIENTSECRET`; `sacred` is a word."""
+_LAST = frozenset(["token", "pass", "auth", "oauth", "pat", "pw"])
 """Words that do so only at its end: `hf_token` is a secret, `token_length` is a number."""
-_ENDINGS = ("password", "passwd", "passphrase", "passcode", "apikey", "secretkey")
+_SERVICES = (
+    "hf|huggingface|hub|github|gh|gitlab|bitbucket|wandb|comet|neptune|mlflow|openai|anthropic|cohere|mistral|aws|azure|gcp"
+    "|google|slack|discord|telegram|stripe|twilio|sendgrid|npm|pypi|docker|databricks|snowflake|datadog|sentry|vault|kaggle"
+    "|cloudflare|replicate|ngc|nvidia|api|access|auth|bearer|refresh|session|oauth|service|deploy"
+)
+_OWNERS = (
+    "db|database|user|admin|root|my|sql|mysql|pg|postgres|redis|mongo|smtp|imap|s?ftp|e?mail|ssh|sudo|login|ldap|http|proxy"
+    "|auth|key|(?:key|trust)?store|vault|wifi|ssl|tls|cert|app|service|svc|master|client|server|host"
+)
+_JOINED = re.compile(rf"(?:{_SERVICES})_?(?:tokens?|keys?)|(?:{_OWNERS})(?:pass|pw)")
+"""Words such as `hftoken` and `dbpass`, and pairs such as `hf_tokens`; not `compass`, `max_tokens`, `sort_key`."""
+_ORDINARY_KEY = re.compile(
+    "metric|sort|partition|public|primary|foreign|group|cache|index|sample|image|label|row|object|s|feature|data|column"
+    "|join|hash|search|lookup|shard|dict|config|map|field|item|registry|host|event"
+)
+"""Words before `KEY` in the name of an environment variable that is no secret: `SORT_KEY`."""
+_TAIL = re.compile(
+    "value|text|string|headers?|prod|production|dev|development|stage|staging|test|testing|qa|live|sandbox|old|new|backup"
+    "|previous|current|default|main|primary|secondary"
+)
+"""Last words of keys that tell which secret it is or in which form: `token_prod`, `auth_header`."""
 _QUALITIES = frozenset(
     ["length", "len", "count", "size", "limit", "min", "max", "dim", "index", "id", "name", "names", "file", "files"]
     + ["path", "paths", "folder", "error", "exception", "warning", "type", "kind", "mode", "policy", "expires"]
@@ -60,9 +85,37 @@ _PORT = re.compile(r"\d{2,5}(?:/\S*)?[\s,;)].*", re.DOTALL)
 _AUTHORITY = re.compile(r"[^/?#\s\"'<>]*@")
 _QUERY = re.compile(r"(?P<lead>[?&;#])(?P<name>[^=&;#\s\"'?]+)=(?P<value>[^&;#\s\"']+)")
 _ASSIGNED = re.compile(
-    r"(?P<dashes>(?<![\w-])--?)?(?P<key>[A-Za-z_][\w.-]*)(?:\[\w+\])?(?P<quote>\\*[\"']\]?)?"
-    r"(?P<sep>[ \t]*=(?!=)[ \t]*|[ \t]*:(?!//|:)[ \t]*|[ \t]+)"
+    r"(?P<dashes>(?<![\w-])--?)?(?<![A-Za-z_])(?<![A-Za-z_][.-])"
+    r"(?P<key>(?i:(?:api|access|secret|private|account|signing|encryption|ssh|master|license)"
+    r"[ \t]+keys?|connection[ \t]+string)(?![\w.-])|[A-Za-z_][\w.-]*+)(?:\[\w+\])?(?P<quote>\\*[\"']\]?)?"
+    r"(?P<sep>[ \t]*(?:=>|:=|=(?!=)|:(?!//|:))[ \t]*|[ \t]+)"
 )
+_PAIR = re.compile(
+    r"(?P<dashes>--)?(?<![\w.-])(?i:name|key)\\*[\"']?[ \t]*[:=][ \t]*\\*[\"']?(?P<key>[\w.-]+)(?![\w.-])\\*[\"']?"
+    r"(?:[ \t]*,)?[\s#]{0,80}\\*[\"']?(?i:value)(?P<quote>\\*[\"'])?(?P<sep>[ \t]*[:=][ \t]*)"
+)
+"""A key and its value as two entries: `{"name": "DB_PASSWORD", "value": "..."}`."""
+_COMMAND_LOGIN = re.compile(
+    r"(?P<lead>(?:\b(?:curl|wget|https?|xh)\b[^\n|;&]{0,400}?[ \t](?:-u|--user|--proxy-user|-U|-a|--auth)[ \t=]{0,9}"
+    r"(?P<open>[\"'])?[^\s:\"']+:|\bsshpass[ \t]+-p[ \t]{0,9}(?P<quote>[\"'])?))"
+    r"(?P<value>(?(open)[^\"'\n]+|(?(quote)[^\"'\n]+|[^\s\"']+)))"
+)
+"""A login as commands take it: `curl -u me:...`, `sshpass -p ...`."""
+_SAID = re.compile(
+    r"(?P<lead>(?P<whose>\b(?:my|our|your)[ \t]{1,9}(?:\w{1,40}[ \t]{1,9})??)?(?<![\w.-])"
+    r"(?P<key>(?:api|access|secret|private)[ \t]key|[a-z_][\w-]*+)[ \t]{1,9}(?:is|was)(?:[ \t]?:)?[ \t]{1,9}"
+    r"(?P<quote>[\"'`]?))(?P<value>[^\s\"'`]+)(?P<end>[\"'`]?[ \t]*$)?",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""A secret in a sentence: `my password is ...`."""
+_LIKE_A_SECRET = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])|\S*[a-z][A-Z]")
+_SAID_PROSE = re.compile(
+    r"\w+ed|not|set|unset|wrong|right|missing|empty|invalid|valid|unknown|incorrect|correct|ok|fine|weak|strong|short|long"
+    r"|safe|secret|secure|public|private|new|old|shown|hidden|known|given|there|here|gone|stale|bad|good|unsafe|insecure"
+    r"|absent|present|optional|mandatory|unavailable|available|confidential",
+    re.IGNORECASE,
+)
+"""Last words of sentences such as `your token is invalid`."""
 _VALUE = re.compile(
     r"(?P<got>got[ \t]+)?(?P<scheme>(?:Bearer|Basic|Digest|Token)[ \t]+)?(?P<open>\\*[\"'])?", re.IGNORECASE
 )
@@ -100,7 +153,8 @@ def resolve(value: str) -> str:
     """Return the text that a reference stands for; any other text unchanged.
 
     Raises:
-        UserError: the variable is not set, or the file cannot be read.
+        UserError: the variable is not set, or the file cannot be read, is not a regular one, has more than 64 KiB or is
+            not UTF-8.
     """
     if not is_reference(value):
         return value
@@ -110,69 +164,90 @@ def resolve(value: str) -> str:
             raise UserError(f"{value}: the environment variable {name} is not set; set it or give another reference")
         return os.environ[name]
     try:
-        return Path(name).read_text().strip()
+        if Path(name).exists() and not Path(name).is_file():
+            raise UserError(f"{value}: not a regular file; give a file that contains the secret alone")
+        with Path(name).open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise UserError(f"{value}: the file has more than 64 KiB; give a file that contains the secret alone")
+        return content.decode().strip()
     except OSError as error:
         raise UserError(f"{value}: cannot read the file ({error.strerror}); give a readable file") from None
+    except ValueError:  # whose text quotes the content
+        raise UserError(f"{value}: cannot read the file (not UTF-8, or an invalid name); give a text file") from None
 
 
 def server_address(url: str, key: str) -> tuple[str, int | None]:
     """Return host and port of a URL; host "" if it has none, the port by the scheme if it is not given.
 
     Args:
-        url: the URL, with secrets.
+        url: the URL, with secrets, or what a reference to it stands for.
         key: setting or option of the URL, for the error.
 
     Raises:
-        UserError: the URL cannot be split. Python's error would quote a part of the password.
+        UserError: the URL cannot be split. It is not quoted: it may be a secret as a whole.
     """
     try:
         parts = urlsplit(url)
         return parts.hostname or "", parts.port or _PORTS.get(parts.scheme.partition("+")[0])
     except ValueError:
         raise UserError(
-            f"{key}: got {redact_text(url)!r}, wanted SCHEME://HOST:PORT with a port up to 65535; write / ? # @ : in a "
-            "password as %2F %3F %23 %40 %3A"
+            f"{key}: got an invalid URL (not shown), wanted SCHEME://HOST:PORT with a port up to 65535; write / ? # @ "
+            ": [ ] in a password as %2F %3F %23 %40 %3A %5B %5D"
         ) from None
 
 
 def _words(key: str) -> list[str]:
-    """Return the lower-case words of a key, indices left out: `s3.accessKeys.0` -> `s3`, `access`, `keys`."""
-    return [word for word in re.split(r"[^a-z0-9]+", _CAMEL.sub("_", key).lower()) if word and not word.isdigit()]
+    """Return the lower-case words of a key without numbers: `s3.accessKeys.0` -> `s`, `access`, `keys`."""
+    words = (word.rstrip("0123456789") for word in re.split(r"[^a-z0-9]+", _CAMEL.sub("_", key).lower()))
+    return [word for word in words if word]
 
 
 def _is_strong(words: list[str]) -> bool:
     pairs = map("".join, zip(words, words[1:], strict=False))
-    return bool(_STRONG.intersection([*words, *pairs])) or any(word.endswith(_ENDINGS) for word in words)
+    return bool(_STRONG.intersection([*words, *pairs])) or any(
+        word.endswith(_ENDINGS) or _JOINED.fullmatch(word) for word in words
+    )
 
 
 def is_secret_key(key: str) -> bool:
     """Return whether a (dotted) key is that of a secret.
 
-    It is if its last part has a word such as password, secret or credential, ends with token, pass, auth or pat, is
-    `key`, or is a compound such as `access_key`; also if a part above has a word such as password. Parts are split at
-    `_`, `-`, spaces and capitals; case and indices of lists (`token.0`) are ignored.
+    It is if its last part has a word such as password, secret or credential, ends with token, pass, auth, pat or pw, is
+    `key`, is a compound such as `access_key`, or is a service's key or tokens; also if a part above has a word such as
+    password. Parts are split at `_`, `-`, spaces and capitals; case, numbers (`token.0`, `password1`), and last words
+    such as `prod`, `header` and `value` are ignored.
     """
     parts = [words for part in re.split(r"[./]", key) if (words := _words(part))]
     if not parts:
         return False
+    if parts[-1] == ["key"] and not re.search(r"key\d", key.lower()):
+        return True
+    if parts[-1] == ["value"] and len(parts) > 1 and parts[-2] != ["key"]:
+        parts.pop()
     last = parts[-1]
+    while len(last) > 1 and _TAIL.fullmatch(last[-1]):
+        last = last[:-1]
     if last[-1] in _QUALITIES:
         return False
-    if any(map(_is_strong, parts)) or last == ["key"]:
+    if any(map(_is_strong, parts)) or _JOINED.fullmatch("_".join(last[-2:])):
         return True
-    if last[-1] in ("value", "text", "string") and len(last) > 1:
-        last = last[:-1]
-    return last[-1] in _LAST and (last[-1] != "token" or len(last) == 1 or last[-2] not in _SYMBOLS)
+    if last[-1] == "key" and len(last) > 1:
+        return re.split(r"[./]", key)[-1].isupper() and not _ORDINARY_KEY.fullmatch(last[-2])
+    return last[-1] in _LAST and (last[-1] != "token" or _SYMBOLS.isdisjoint(last[-2:-1]))
 
 
 def redact_text(text: str) -> str:
     """Mask the secrets in a text.
 
     They are passwords in URLs, arguments of signed queries, values of secret keys (`key=value`, `key: value`,
-    `--key value`, JSON), `Bearer` and `Basic` headers, and the token formats of known services.
+    `--key value`, JSON, `"name": key, "value": ...`, `my password is ...`), logins of `curl`, `Bearer` and `Basic`
+    headers, and the token formats of known services.
     """
     text = _QUERY.sub(_without_signature, _without_logins(_PRIVATE_KEY.sub(MASK, text)))
-    return _FORMATS.sub(MASK, _AUTH_HEADER.sub(_without_header, _without_assigned(text)))
+    text = _without_assigned(_without_assigned(text, _PAIR), _ASSIGNED)
+    text = _SAID.sub(_without_said, _COMMAND_LOGIN.sub(_without_login, text))
+    return _FORMATS.sub(MASK, _AUTH_HEADER.sub(_without_header, text))
 
 
 def contains_secret(text: str) -> bool:
@@ -223,9 +298,26 @@ def _is_plain(value: str) -> bool:
     return bool(_ORDINARY.fullmatch(value) or _REFERENCE.fullmatch(value))
 
 
-def _without_assigned(text: str) -> str:
+def _without_login(found: re.Match[str]) -> str:
+    value = found["value"]
+    return found[0] if value.isdigit() or _is_plain(value) else found["lead"] + MASK  # docker -u 1000:1000
+
+
+def _without_said(found: re.Match[str]) -> str:
+    """Mask the value in `my password is ...`, but not the last word of `the password is missing`."""
+    value, words = found["value"].rstrip(".,;:!?)"), _words(found["key"])
+    strong = _is_strong(words)
+    if not is_secret_key(found["key"]) or not strong and words[-1] not in ("token", "pw") or _is_plain(value):
+        return found[0]
+    secret = bool(found["quote"] or _LIKE_A_SECRET.match(value) and (strong or len(value) >= 8))
+    secret = secret or bool(found["whose"] and found["end"] is not None and not _SAID_PROSE.fullmatch(value))
+    rest = found[0][len(found["lead"]) + len(value) :]
+    return found["lead"] + MASK + rest if secret else found[0]
+
+
+def _without_assigned(text: str, form: re.Pattern[str]) -> str:
     done, place = "", 0
-    for found in _ASSIGNED.finditer(text):
+    for found in form.finditer(text):
         if found.start() < place or not _names_secret(found):
             continue
         begin, end = _value(text, found)
@@ -297,7 +389,10 @@ def redact_value(key: str, value: Any) -> Any:
     elsewhere `$NAME` in capitals and `${name}` are.
     """
     if isinstance(value, Mapping):
-        return {redact_text(str(k)): redact_value(f"{key}.{k}" if key else str(k), v) for k, v in value.items()}
+        named = {k: _named(value, str(k)) for k in value}
+        return {
+            redact_text(str(k)): redact_value(f"{key}.{named[k]}" if key else named[k], v) for k, v in value.items()
+        }
     if isinstance(value, list | tuple | set | frozenset):
         items = list(value)
         return [_redact_item(key, before, item) for before, item in zip([None, *items], items, strict=False)]
@@ -311,6 +406,17 @@ def redact_value(key: str, value: Any) -> Any:
     if is_secret_key(key):
         return value if _is_plain(text) else MASK
     return value if isinstance(value, int | float) else redact_text(text)
+
+
+def _named(mapping: Mapping[Any, Any], key: str) -> str:
+    """Return the key of a value, which an entry of its own may be: `{"name": "DB_PASSWORD", "value": ...}`."""
+    if not key.lower().endswith("value"):
+        return key
+    for word in ("name", "key", "Name", "Key"):
+        name = mapping.get(key[:-5] + word)
+        if isinstance(name, str) and name.lower() != "key" and is_secret_key(name):
+            return name
+    return key
 
 
 def _redact_item(key: str, before: Any, item: Any) -> Any:
@@ -341,7 +447,7 @@ class Unshown:
 
 def redact(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return a flat or nested mapping that is safe to log, show and store (see `redact_value`)."""
-    return {str(key): redact_value(str(key), value) for key, value in params.items()}
+    return redact_value("", params)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 
 from perceiver.config import Config, UserError
 from perceiver.optim.config import OptimConfig, default_eps
+from perceiver.storage import parse_json
 from perceiver.train.engine.protocol import Precision
 
 AUTO = "auto"
@@ -76,10 +77,12 @@ def read_config(section: DeepSpeedConfig) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise UserError(f"deepspeed.config = {section.config}: no such file; wanted a DeepSpeed JSON")
-        given = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        content = path.read_bytes()
+        parse_json(content, f"deepspeed.config = {section.config}")
+        given = json.loads(content, parse_constant=_refuse_constant)
     except OSError as error:
         raise UserError(f"deepspeed.config = {section.config} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"deepspeed.config = {section.config} is not valid JSON: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"deepspeed.config = {section.config} contains a JSON {type(given).__name__}; wanted an object")

@@ -65,6 +65,11 @@ def test_dependencies_are_pinned_to_what_is_installed_here() -> None:
         ({"metadata_json": '{"api_token": "hunter2"}'}, "--metadata-json: api_token"),
         ({"runtime_env_json": '{"env_vars": {"AWS_SECRET_ACCESS_KEY": "hunter2"}}'}, "AWS_SECRET_ACCESS_KEY"),
         ({"runtime_env_json": "[]"}, "--runtime-env-json"),
+        ({"runtime_env_json": '{"config":' + "[" * 100_000}, "^--runtime-env-json is not valid JSON"),
+        ({"runtime_env_json": '{"env_vars": {}, "env_vars": {"A": "hunter2"}}'}, "^--runtime-env-json .*twice"),
+        ({"runtime_env_json": '{"env_vars": {"CREDS": "hunter2"}}'}, "env-json: CREDS"),
+        ({"runtime_env_json": '{"env_vars": {"WANDB_KEY": "hunter2"}}'}, "env-json: WANDB_KEY"),
+        ({"metadata_json": '{"a":' * 100_000}, "^--metadata-json is not a JSON object"),
         ({"env": ["NOT_SET_ANYWHERE"]}, "--env NOT_SET_ANYWHERE"),
         ({"env": ["MY_TOKEN"]}, "^--env MY_TOKEN: MY_TOKEN .*secret"),
         ({"runtime_env_json": '{"pip": ["--extra-index-url https://u:hunter2@h"]}'}, r"-json: pip\.packages\.0"),
@@ -243,6 +248,44 @@ def test_a_broken_link_is_refused(tmp_path: Path) -> None:
     assert package.travelling(mine, ["gone"]) == ([mine / "a"], [])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [".ENV", ".envrc", ".env.local", "CA.PEM", ".pgpass", ".vault-token", ".dockercfg", ".databrickscfg", ".s3cfg"]
+    + [".docker/config.json", ".gnupg/x", ".AWS/credentials", ".azure/x", ".config/gcloud/x.db", ".kube/config"]
+    + ["kubeconfig", "credentials-prod.json", "secrets.yaml", "Secrets.yml", ".netrc", ".npmrc", ".pypirc", ".htpasswd"]
+    + [".git-credentials", ".boto", "a.p12", "a.PFX", "a.jks", "a.kdbx", "id_rsa", "ID_ED25519", "id_github"],
+)
+def test_secret_files_are_found_in_any_case_and_through_links(name: str, tmp_path: Path) -> None:
+    mine = write_folder(tmp_path / "mine", "a.py", "id_map.json", "id_tools/b.py", "config/gcloud.py", f"sub/{name}")
+    (mine / "harmless.txt").symlink_to(mine / "sub" / name)
+    (mine / "visible").symlink_to((mine / "sub" / name).parent)
+    kept, left = package.travelling(mine)
+    names = {str(file.relative_to(mine)) for file in kept}
+    assert names == {"a.py", "id_map.json", "id_tools/b.py", "config/gcloud.py"}
+    assert "harmless.txt" in left and any(f"sub/{name}".startswith(place) for place in left if place != "harmless.txt")
+
+
+def test_links_that_leave_the_folder_are_left_out_and_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "other", "x/deep.txt", "y.txt")
+    mine = write_folder(tmp_path / "mine", "a.py", "sub/b.py", ".git/config")
+    (mine / "out").symlink_to(tmp_path / "other")
+    (mine / "sub/y").symlink_to("../../other/y.txt")
+    (mine / "inside").symlink_to("a.py")
+    (mine / "repository").symlink_to(".git")
+    kept, left = package.travelling(mine)
+    assert {str(file.relative_to(mine)) for file in kept} == {"a.py", "sub/b.py", "inside"}
+    assert left == ["out", "repository", "sub/y"]
+
+
+@pytest.mark.parametrize("name", [".ssh", ".AWS", ".config/gcloud/configurations"])
+def test_a_folder_of_secrets_is_refused(name: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / name, "config")
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for folder in (tmp_path / name, tmp_path / "link"):
+        with pytest.raises(UserError, match="--working-dir .* may contain secrets"):
+            package.travelling(folder)
+
+
 # -- names, the driver's resources, what is submitted ------------------------------------------------------------------
 
 
@@ -349,3 +392,32 @@ def test_only_keys_that_are_paths_name_files(tmp_path: Path, monkeypatch: pytest
     }
     assert package.named_files(tree) == ["ds.json"]
     assert package.named_files({**tree, "deepspeed": {"config": {"file": "private.json"}}}) == []
+
+
+@pytest.mark.parametrize("file", ["../out.json", "sub/../../out.json", "link.json", "away/out.json", "{here}/ds.json"])
+def test_a_file_outside_the_current_folder_is_not_uploaded(
+    file: str, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = write_folder(tmp_path / "here", "sub/x")
+    for name in ("out.json", "here/ds.json"):
+        (tmp_path / name).write_text("{}")
+    (here / "link.json").symlink_to(tmp_path / "out.json")
+    (here / "away").symlink_to(tmp_path)
+    monkeypatch.chdir(here)
+    file = file.format(here=here)
+    tree["data"]["url"], tree["output"], tree["deepspeed"] = "s3://b/data", "s3://b/runs", {"config": file}
+    assert package.named_files(tree) == []
+    if not file.startswith("/"):
+        with pytest.raises(UserError, match=f"deepspeed.config = {file} is a path on this machine"):
+            list(submit.check_paths(build_recipe(tree), False, "http://head:8265"))
+
+
+@pytest.mark.parametrize("text", ["root:x:0:0", "[1]", "3", "[" * 100_000, '{"a": ' * 300 + "1" + "}" * 300])
+def test_a_named_file_that_is_not_a_json_object_is_refused(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^deepspeed.config = ds\.json .*JSON") as caught:
+        package.named_files({"deepspeed": {"config": "ds.json"}})
+    assert "root" not in str(caught.value) and "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,20 @@ def test_references_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         resolve(f"file:{tmp_path / 'absent'}")
 
 
+def test_a_file_that_is_no_secret_is_refused_without_its_content(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    (tmp_path / "large").write_bytes(b"a" * 65_537)
+    (tmp_path / "fits").write_bytes(b"a" * 65_536)
+    (tmp_path / "latin").write_bytes(b"hunter2\xe9")
+    assert len(resolve(f"file:{tmp_path / 'fits'}")) == 65_536
+    names = ["/dev/zero", "", "a\0b", *(str(tmp_path / name) for name in ("", "fifo", "link", "large", "latin"))]
+    for reference in (f"file:{name}" for name in names):
+        with pytest.raises(UserError) as caught:
+            resolve(reference)
+        assert str(caught.value).startswith(str(UserError(f"{reference}: "))) and "hunter2" not in str(caught.value)
+
+
 def test_an_unshown_value_is_in_no_text_of_it() -> None:
     shown = {"mlflow": Unshown({"uri": "http://me:hunter2@mlflow"})}
     assert shown["mlflow"].value["uri"] == "http://me:hunter2@mlflow"
@@ -125,6 +140,31 @@ KEYS = (
     ["password", "passwd", "pwd", "pass", "passcode", "passphrase", "dsn", "auth", "cookie", "pat", "db_pass", "secret"]
     + ["connection_string", "connectionString", "CONNECTION-STRING", "token", "api_key", "API-Key", "apiKey", "HFToken"]
     + ["credential", "credentials", "private_key", "privateKey", "AWS_SECRET_ACCESS_KEY", "client-secret", "GITHUB_PAT"]
+    + [
+        "password1",
+        "pass1",
+        "token2",
+        "secret2",
+        "dbpass",
+        "userpass",
+        "token_prod",
+        "auth_prod",
+        "pass_prod",
+        "hf_tokens",
+    ]
+    + ["auth_header", "CLIENTSECRET", "AWSSECRETACCESSKEY", "creds", "jwt", "pw", "conn_string", "token.value"]
+    + [
+        "WANDB_KEY",
+        "DBPASS",
+        "PASSWORD1",
+        "TOKEN_PROD",
+        "CREDS",
+        "JWT",
+        "SOME_KEY",
+        "PGPASSWORD",
+        "hftoken",
+        "openai_key",
+    ]
 )
 TEXTS = [
     "{key}={secret}",
@@ -141,6 +181,14 @@ TEXTS = [
     "error: data.storage_options.{key}: got {secret}, wanted a reference",
     "see {key}: {secret}, and more",
     "https://host/path?x=1&{key}={secret}&y=2",
+    "{key} => {secret}",
+    "'{key}' => '{secret}'",
+    "{key} := {secret}",
+    '{{"name": "{key}", "value": "{secret}"}}',
+    '{{"Key":"{key}","Value":"{secret}"}}',
+    r"{{\"name\": \"{key}\", \"value\": \"{secret}\"}}",
+    "- name: {key}\n  value: {secret}",
+    "[{{name: {key}, value: {secret}}}]",
 ]
 FORMATS = [
     ("ghp_", 36), ("gho_", 36), ("github_pat_", 40), ("glpat-", 20), ("hf_", 34), ("npm_", 36), ("AIza", 35),
@@ -184,11 +232,29 @@ def test_random_headers_are_masked(kind: str, secret: str) -> None:
         assert value not in redact_text(form.format(kind, value))
 
 
+SAID = [
+    "api key: {}", "API key = {}", "secret key: {}", "connection string: {}", "curl -u me:{} https://h",
+    "my password is {}",
+    "curl -s --user me:{}", "curl -u 'me:two {}' h", 'curl -u "me:{}"', "sshpass -p {} ssh h", "wget --user me:{} h",
+    "the password is {}.", "our db password was: {}", "My API key is {}", "the token is '{}'",
+    "the secret is {}, I think",
+]  # fmt: skip
+
+
+@given(st.sampled_from(SAID), PIECE)
+def test_a_random_secret_in_a_sentence_or_command_is_masked(form: str, piece: str) -> None:
+    text = form.format(f"{piece}7Z")
+    assert f"{piece}7Z" not in redact_text(f"before\n{text}\nafter")
+    assert redact_text(redact_text(text)) == redact_text(text)
+
+
 TREES = st.recursive(
     st.builds(lambda key, secret: ({key: secret}, secret), st.sampled_from(KEYS), PIECE)
     | st.builds(lambda piece: ({"url": f"s3://u:{piece}@h"}, piece), PIECE)
     | st.builds(lambda piece: ({f"https://u:{piece}@h": 1}, piece), PIECE)
-    | st.builds(lambda key, piece: (["run", f"--{key}", piece], piece), st.sampled_from(KEYS), PIECE),
+    | st.builds(lambda key, piece: (["run", f"--{key}", piece], piece), st.sampled_from(KEYS), PIECE)
+    | st.builds(lambda key, piece: ([{"name": key, "value": piece}], piece), st.sampled_from(KEYS), PIECE)
+    | st.builds(lambda key, piece: ({"Value": piece, "Key": key}, piece), st.sampled_from(KEYS), PIECE),
     lambda inner: st.builds(lambda found: ({"a": [1, found[0]]}, found[1]), inner),
     max_leaves=3,
 )
@@ -220,6 +286,18 @@ PLAIN = [
     "sqlite:////tmp/a@b.db", "git@github.com:a/b.git", "password: ***", "pass its name with --secret NAME", "12:30:01",
     "sha256:0123456789abcdef0123456789abcdef", "task-classification-of-images-with-perceiver", "authority: us",
     "model.decoder.token_dim=3000", "secret_name: perceiver-token", "tokenizer: bytes", "password_file: /run/x",
+    "metric_key: accuracy", "sort_key=name", "partition_key: day", "PUBLIC_KEY=abc", "SORT_KEY=label", "S3_KEY=a/b.jpg",
+    "max_tokens=4096", "num_tokens: 100000", "tokens: 16384", "bypass: everything", "encompass: much", "lowpass=butter",
+    "the password is wrong", "the password is missing", "your token is not set", "the password is not set",
+    "keys: a, b",
+    "your token is invalid", "my token is expired", "the token is 16x16 pixels", "a secret is a value", "key1: value",
+    "the password is read from env:DB_PASSWORD", "the secret is in the file", "the key is image0", "sacred: music",
+    "docker run -u 1000:1000 image", "x => y", "name: DB_PASSWORD",
+    '{"name": "lr", "value": 0.1}', "curl -u me https://h",
+    '{"name": "sort_key", "value": "label"}', "the forward pass is O(n2)", "each token is a patch",
+    "cache_key: abc",
+    "api keys are needed", "latent_tokens=20000", "key_value: abc", "use the api key of the team",
+    "token_ids: [1, 20000]",
 ]  # fmt: skip
 
 
@@ -252,3 +330,10 @@ def test_a_private_key_is_masked_to_its_end() -> None:
     key = "-----BEGIN RSA PRIVATE KEY-----\nMIIabc\ndef\n-----END RSA PRIVATE KEY-----"
     assert redact_text(f"private_key: {key}\nnext") == f"private_key: {MASK}\nnext"
     assert "MII" not in redact_text(json.dumps({"note": key})) and "MII" not in redact_text(key[:45])
+
+
+@pytest.mark.parametrize("part", ["a", "a-", "token ", "curl -u ", "name: a ", "my ", "x is ", " ", "\\", "'"])
+def test_a_long_text_is_unchanged(part: str) -> None:
+    """A quadratic search would take minutes."""
+    text = part * (200_000 // len(part))
+    assert redact_text(text) == text

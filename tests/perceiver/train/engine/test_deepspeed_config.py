@@ -131,7 +131,8 @@ def test_a_stage_that_does_not_exist_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "ds.json.*no such file"), ("{", "ds.json.*JSON"), ("[1]", "list")],
+    [(None, "ds.json.*no such file"), ("{", "ds.json.*JSON"), ("[1]", "list")]
+    + [("[" * 100_000, "ds.json.*JSON"), ('{"a": NaN}', "ds.json.*NaN"), ('{"a": 1, "a": 2}', "ds.json.*twice")],
 )
 def test_bad_files_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "ds.json"
