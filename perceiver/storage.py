@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import random
+import re
 import secrets
 import shutil
 import stat
@@ -23,7 +24,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
-from urllib.parse import urlsplit
 
 import fsspec
 import pydantic_core
@@ -31,6 +31,8 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from perceiver.config import Config, Real, Seconds, UserError
 
+READ_ONLY = {"data", "git", "github", "gist", "http", "https", "libarchive", "reference", "tar"}
+"""File systems to which nothing can be written."""
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
@@ -233,7 +235,9 @@ def put_whole(file: Path, folder: "Folder", name: str) -> None:
     """
     if folder.local:
         with _replacement(Path(folder.file(name))) as partial:
-            shutil.copyfile(file, partial)
+            # Unlike `shutil.copyfile`, a full disk is then no error of the source file.
+            with file.open("rb") as source, partial.open("wb") as sink:
+                shutil.copyfileobj(source, sink, BLOCK_BYTES)
         return
     make_parent(folder.fs, folder.file(name))
     folder.fs.put_file(str(file), folder.file(name))
@@ -364,8 +368,8 @@ def open_url(url: str, options: Mapping[str, str] | None = None) -> tuple[Any, s
     try:
         if not text or "\0" in text:
             raise ValueError("it is empty" if not text else "it has a zero byte")
-        if "://" in text and (urlsplit(text).netloc.rpartition("@")[2].startswith("[") or urlsplit(text).port == 0):
-            raise ValueError("fsspec cannot read IPv6 addresses or port 0: use a host name")
+        if re.match(r"\w+://[^/]*\[", text):
+            raise ValueError("fsspec takes no IPv6 addresses: use a host name")
         fs, path = fsspec.core.url_to_fs(text, **resolved)
         return fs, str(path)
     except Exception as error:  # noqa: BLE001  each driver raises its own types for arguments that it lacks
@@ -386,6 +390,20 @@ def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
     """
     fs, path = open_url(url, options)
     return Folder(fs, path, os.fspath(url))
+
+
+def open_target(url: str, options: Mapping[str, str] | None = None) -> Folder:
+    """Open a folder that will be written to.
+
+    Raises:
+        UserError: the URL cannot be opened (see `open_url`) or written to, or is a local file.
+    """
+    folder = open_folder(url, options)
+    if kind := protocols(folder.fs) & READ_ONLY:
+        raise UserError(f"got {url} to write to, but {min(kind)} can only be read: give a path or a bucket's URL")
+    if folder.local and os.path.lexists(folder.path) and not Path(folder.path).is_dir():
+        raise UserError(f"got {url} to write to, which is not a folder: give a folder or a new path")
+    return folder
 
 
 @contextmanager

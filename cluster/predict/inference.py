@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +15,7 @@ import torch
 from cluster.predict.outputs import parquet, predicted
 from cluster.predict.scoring import Scoring
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder, parse_json, refusing
+from perceiver.storage import Folder, open_target, parse_json, refusing
 from pipelines.shards.quarantine import Quarantine, write_problems
 from pipelines.shards.reader import Reader
 
@@ -94,7 +92,7 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
     Raises:
         UserError: the folder contains predictions of another model or other data, or cannot be used.
     """
-    folder = open_folder(target)
+    folder = open_target(target)
     with refusing(f"--to {target}", FIX):
         _claim(folder, _fingerprint(scoring))
     parts = Parts(scoring.samples, scoring.batch, max(1, ROWS_PER_PART // scoring.batch))
@@ -187,13 +185,10 @@ def check_target(target: str) -> None:
     """Check the folder for predictions before the model is loaded.
 
     Raises:
-        UserError: it cannot be opened, is a file, or contains files that `predict` did not write.
+        UserError: it cannot be written to, is a file, or contains files that `predict` did not write.
     """
-    folder = open_folder(target)
     with refusing(f"--to {target}", FIX):
-        if folder.local and os.path.lexists(folder.path) and not Path(folder.path).is_dir():
-            raise NotADirectoryError("it is not a folder")
-        _written(folder)
+        _written(open_target(target))
 
 
 def _written(folder: Folder) -> dict[str, Any] | None:

@@ -60,11 +60,11 @@ def command(
     from perceiver.config import UserError
     from perceiver.export import formats as export
     from perceiver.export.weights import open_weights
-    from perceiver.storage import open_folder
+    from perceiver.storage import open_target
 
     if register and form != "mlflow":
         raise UserError(f"--register: got it with --format {form}; wanted --format mlflow")
-    _listed(open_folder(target), target)
+    _listed(open_target(target), target)
     saved = open_weights(source)
     data = trained_on(saved)
     facts = {"data": asdict(data)} if data else {}
@@ -111,11 +111,11 @@ def _listed(place: "Folder", target: str) -> dict[str, str]:
         UserError: the folder or its list cannot be read, or is another program's.
     """
     from perceiver.config import UserError
-    from perceiver.storage import parse_json, refusing
+    from perceiver.storage import NotRegularError, parse_json, refusing
 
     with refusing(f"--to {target}", "choose another folder"):
-        if place.local and os.path.lexists(place.path) and not Path(place.path).is_dir():
-            raise NotADirectoryError("it is not a folder")
+        if place.local and Path(place.file(LIST)).is_symlink():
+            raise NotRegularError(f"{LIST} is a link")
         written = parse_json(place.fs.cat_file(place.existing(LIST)), f"{target}/{LIST}") if place.exists(LIST) else {}
     if not isinstance(written, dict) or not all(isinstance(sums, str) for sums in written.values()):
         raise UserError(f"--to {target}: has {LIST}, which export did not write there: choose another folder")
@@ -147,9 +147,9 @@ def _put(folder: Path, target: str) -> None:
     Raises:
         UserError: a file exists there that is not listed or has been changed since, or the folder cannot be written.
     """
-    from perceiver.storage import file_sha256, open_folder, put_whole, refusing
+    from perceiver.storage import file_sha256, open_target, put_whole, refusing
 
-    place = open_folder(target)
+    place = open_target(target)
     files = {each.relative_to(folder).as_posix(): each for each in sorted(folder.rglob("*")) if each.is_file()}
     sums = {name: file_sha256(file) for name, file in files.items()}
     written = _listed(place, target)
