@@ -234,10 +234,9 @@ def put_whole(file: Path, folder: "Folder", name: str) -> None:
         UserError: the target is local and not a regular file.
     """
     if folder.local:
-        with _replacement(Path(folder.file(name))) as partial:
-            # Unlike `shutil.copyfile`, a full disk is then no error of the source file.
-            with file.open("rb") as source, partial.open("wb") as sink:
-                shutil.copyfileobj(source, sink, BLOCK_BYTES)
+        target = Path(folder.file(name))
+        with _replacement(target) as partial, file.open("rb") as source, partial.open("wb") as sink:
+            shutil.copyfileobj(source, sink, BLOCK_BYTES)  # `copyfile` would name the source if the disk is full
         return
     make_parent(folder.fs, folder.file(name))
     folder.fs.put_file(str(file), folder.file(name))

@@ -257,7 +257,7 @@ def test_a_destination_that_cannot_be_written_is_refused(
     tmp_path: Path, archive: tuple[str, np.ndarray], place: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="/out: .*writable"):
+    with pytest.raises(UserError, match="/out .*writable"):
         prepare("digits", archive[0], str(tmp_path / place))
 
 
