@@ -77,7 +77,7 @@ class Config(BaseModel):
         for key, value in given.items():
             numeric = key in cls.model_fields and _takes_numbers(cls.model_fields[key].annotation, value)
             if numeric and (found := _boolean(value)) is not None:
-                raise ValueError(f"{key} has {str(found).lower()}, wanted a number")
+                raise ValueError(f"{key} {'=' if found is value else 'has'} {str(found).lower()}, wanted a number")
         return {key: value for key, value in given.items() if key not in cls.retired} if cls.retired else given
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from perceiver.config import Bytes, Config, Count, Probability, Seed, UserError
-from perceiver.storage import Folder, open_folder, open_target, refusing
+from perceiver.storage import Folder, NotRegularError, open_folder, open_target, refusing
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
 from pipelines.shards.arrow import ShardWriter
@@ -196,8 +196,8 @@ def _accepted(samples: Iterable[Sample | Rejected], rejected: list[tuple[str, st
 
 def _read_receipt(folder: Folder, name: str) -> Receipt | None:
     try:
-        return Receipt.model_validate_json(folder.read_text(name))
-    except (FileNotFoundError, ValidationError):
+        return Receipt.model_validate_json(folder.fs.cat_file(folder.existing(name)))
+    except (FileNotFoundError, NotRegularError, ValidationError):  # writing it refuses a file that is not regular
         return None
 
 

@@ -64,8 +64,17 @@ class Parts:
         return range(part * size, min(self.samples, (part + 1) * size))
 
     def done(self, folder: Folder) -> int:
-        """Return the number of finished files, counted from the first one without a gap."""
-        return next((part for part in range(self.count) if not folder.exists(self.name(part))), self.count)
+        """Return the number of finished files, counted from the first one without a gap.
+
+        Raises:
+            UserError: something else has the name of a file.
+        """
+        for part in range(self.count):
+            with refusing(folder.url, FIX):
+                folder.existing(self.name(part))  # refuses a FIFO or a link to elsewhere
+                if not folder.exists(self.name(part)):
+                    return part
+        return self.count
 
     def name(self, part: int) -> str:
         """Return the name of a file."""
@@ -107,9 +116,11 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
             rows = _named(scoring, pa.concat_tables(islice(outcomes, parts.batches_of(part))))
             rows = rows.append_column("key", pa.array(reader.keys(rows["sample_id"].to_numpy()), pa.string()))
             ids, name = parts.ids(part), parts.name(part)
-            if bad := sorted(problem for problem in quarantine.problems.values() if problem.sample_id in ids):
-                write_problems(folder, bad, f"{BAD}/{name}")
-            folder.write(name, parquet(rows))
+            bad = sorted(problem for problem in quarantine.problems.values() if problem.sample_id in ids)
+            with refusing(f"--to {target}", FIX):
+                if bad:
+                    write_problems(folder, bad, f"{BAD}/{name}")
+                folder.write(name, parquet(rows))
             written += rows.num_rows
             if progress:
                 progress(ids.stop, scoring.samples)

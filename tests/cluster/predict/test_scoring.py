@@ -124,6 +124,16 @@ def test_damaged_facts_are_refused_before_the_model_is_loaded(content: str | Non
     assert isinstance(done.exception, UserError) and inference.FACTS in str(done.exception)
 
 
+def test_a_file_of_predictions_that_is_a_fifo_is_refused(run: Path, tmp_path: Path) -> None:
+    scoring = open_scoring(str(run))
+    predict(scoring, str(tmp_path / "out"))
+    part = next((tmp_path / "out").glob("part-*"))
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(UserError, match=f"{part.name} is not a regular file.*--to"):
+        predict(scoring, str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("target", ["", os.devnull, "http://127.0.0.1:1/x", "reference://x", "foo://x"])
 @pytest.mark.parametrize("verb", ["predict", "export"])
 def test_a_target_that_cannot_be_used_is_refused_before_the_model_is_loaded(verb: str, target: str) -> None:
