@@ -5,7 +5,6 @@ bounds exclude what cannot work; they are generous otherwise. What exceeds this 
 `cluster.recipe.preflight`, which knows the whole recipe.
 """
 
-import types
 import typing
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
@@ -31,14 +30,35 @@ class UserError(Exception):
         super().__init__(shown(message, 1500))
 
 
-def _is_number(annotation: Any) -> bool:
-    """Return whether a type is that of a number, perhaps an optional one."""
+def _scalars(annotation: Any) -> set[Any]:
+    """Return the types in a type that are not containers; a literal is of the type of its values."""
     parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) is Annotated:
-        return _is_number(parts[0])
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return bool not in parts and any(map(_is_number, parts))
-    return annotation in (int, float)
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _scalars(parts[0])
+    if origin is typing.Literal:
+        return set(map(type, parts))
+    if origin is dict:
+        parts = parts[1:]
+    return set().union(*map(_scalars, parts)) if parts else {annotation}
+
+
+def _takes_numbers(annotation: Any, value: Any) -> bool:
+    """Return whether a value of a type is a number or consists of numbers, and true and false are no values of it."""
+    found = _scalars(annotation)
+    sections = isinstance(value, dict | list | tuple) and any(
+        isinstance(scalar, type) and issubclass(scalar, BaseModel) for scalar in found
+    )
+    return bool(found & {int, float}) and not found & {bool, Any} and not sections
+
+
+def _boolean(value: Any) -> bool | None:
+    """Return true or false if it is the value, or in a list or section of it; otherwise None."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return next((found for part in value if (found := _boolean(part)) is not None), None)
+    return value if isinstance(value, bool) else None
 
 
 class Config(BaseModel):
@@ -55,8 +75,9 @@ class Config(BaseModel):
         if not isinstance(given, dict):
             return given
         for key, value in given.items():
-            if isinstance(value, bool) and key in cls.model_fields and _is_number(cls.model_fields[key].annotation):
-                raise ValueError(f"{key} = {str(value).lower()}, wanted a number")
+            numeric = key in cls.model_fields and _takes_numbers(cls.model_fields[key].annotation, value)
+            if numeric and (found := _boolean(value)) is not None:
+                raise ValueError(f"{key} {'=' if found is value else 'has'} {str(found).lower()}, wanted a number")
         return {key: value for key, value in given.items() if key not in cls.retired} if cls.retired else given
 
 

@@ -11,13 +11,16 @@ import logging
 import mmap
 import os
 import random
+import re
 import secrets
+import shutil
 import stat
 import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -28,6 +31,8 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from perceiver.config import Config, Real, Seconds, UserError
 
+READ_ONLY = {"data", "git", "github", "gist", "http", "https", "libarchive", "reference", "tar"}
+"""File systems to which nothing can be written."""
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
@@ -179,8 +184,12 @@ def cache_folder(*parts: str) -> Path:
 
 def unusable_file(error: Exception) -> str | None:
     """Return a line about a file that cannot be used for want of permission or space; None for other errors."""
-    if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
+    if not isinstance(error, OSError) or error.errno not in _UNUSABLE:
         return None
+    if error.filename is None:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return None
+        return "no space left on the device: free some space, or choose another place for the output"
     name = escaped(os.fsdecode(error.filename))
     return f"{name}: {error.strerror} (caches are in PERCEIVER_CACHE or ~/.cache, temporary files in TMPDIR)"
 
@@ -205,23 +214,58 @@ def write_whole(path: str | Path, content: str | bytes, fs: Any = None) -> None:
         path: path of the file; a missing parent folder is created.
         content: the whole content.
         fs: the fsspec file system; default: the local one.
+
+    Raises:
+        UserError: a local path is a folder, device, FIFO or socket, or a link to one.
     """
     data = content.encode() if isinstance(content, str) else content
     if fs is not None and not is_local(fs):
         make_parent(fs, str(path))
         fs.pipe_file(str(path), data)
         return
-    target = Path(path)
+    with _replacement(Path(path)) as partial, partial.open("wb") as file:
+        file.write(data)
+
+
+def put_whole(file: Path, folder: "Folder", name: str) -> None:
+    """Copy a local file to a folder like `write_whole`, without reading all of it at once.
+
+    Raises:
+        UserError: the target is local and not a regular file.
+    """
+    if folder.local:
+        target = Path(folder.file(name))
+        with _replacement(target) as partial, file.open("rb") as source, partial.open("wb") as sink:
+            shutil.copyfileobj(source, sink, BLOCK_BYTES)  # `copyfile` would name the source if the disk is full
+        return
+    make_parent(folder.fs, folder.file(name))
+    folder.fs.put_file(str(file), folder.file(name))
+
+
+@contextmanager
+def _replacement(target: Path) -> Iterator[Path]:
+    """Yield the path of a file that replaces a local file once it is written and synchronized to the disk."""
+    check_regular(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse a local path that exists and must not be replaced by a file.
+
+    Raises:
+        UserError: it is a folder, device, FIFO or socket, or a link to one.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise UserError(f"{path} is {NOT_REGULAR}: it is not overwritten; give another path")
 
 
 def file_sha256(path: str | Path, fs: Any = None) -> str:
@@ -308,20 +352,74 @@ class Folder:
         write_whole(self.file(name), content, self.fs)
 
 
+def open_url(url: str, options: Mapping[str, str] | None = None) -> tuple[Any, str]:
+    """Return the fsspec file system of a path or URL that a user gave, and the path in it.
+
+    Args:
+        url: a path, or a URL such as `s3://bucket/x`.
+        options: storage options; a value `$NAME` is taken from the environment.
+
+    Raises:
+        UserError: it is empty, no URL, of an unknown protocol, or one whose driver is not installed or refuses it; or
+            an option names an unset variable.
+    """
+    text, resolved = os.fspath(url), resolve_options(options or {})
+    try:
+        if not text or "\0" in text:
+            raise ValueError("it is empty" if not text else "it has a zero byte")
+        if re.match(r"\w+://[^/]*\[", text):
+            raise ValueError("fsspec takes no IPv6 addresses: use a host name")
+        fs, path = fsspec.core.url_to_fs(text, **resolved)
+        return fs, str(path)
+    except Exception as error:  # noqa: BLE001  each driver raises its own types for arguments that it lacks
+        reason = (
+            f"lacks what its driver needs ({first_line(error)})" if isinstance(error, TypeError) else first_line(error)
+        )
+        raise UserError(
+            f"cannot open {text!r} ({reason}): wanted a path, or a URL such as s3://, gs://, abfs://, file:// or http://"
+            " that fsspec can open (for s3:// install perceiver-train[s3])"
+        ) from error
+
+
 def open_folder(url: str, options: Mapping[str, str] | None = None) -> Folder:
     """Open a folder by path or fsspec URL (`s3://bucket/x`, `gs://`, `file://`, a plain path).
 
     Raises:
-        UserError: the protocol is unknown, its driver is not installed, or an option names an unset variable.
+        UserError: the URL cannot be opened, see `open_url`.
+    """
+    fs, path = open_url(url, options)
+    return Folder(fs, path, os.fspath(url))
+
+
+def open_target(url: str, options: Mapping[str, str] | None = None) -> Folder:
+    """Open a folder that will be written to.
+
+    Raises:
+        UserError: the URL cannot be opened (see `open_url`) or written to, or is a local file.
+    """
+    folder = open_folder(url, options)
+    if kind := protocols(folder.fs) & READ_ONLY:
+        raise UserError(f"got {url} to write to, but {min(kind)} can only be read: give a path or a bucket's URL")
+    if folder.local and os.path.lexists(folder.path) and not Path(folder.path).is_dir():
+        raise UserError(f"got {url} to write to, which is not a folder: give a folder or a new path")
+    return folder
+
+
+@contextmanager
+def refusing(what: str, fix: str) -> Iterator[None]:
+    """Turn the errors of a file system in a `with` block into a `UserError`: what was used, the reason, the fix.
+
+    A full disk is not the user's mistake, and its error is raised as it is.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(os.fspath(url), **resolve_options(options or {}))
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(
-            f"cannot open {url}: {error}; wanted a path or a URL that fsspec knows"
-            " (for s3:// install perceiver-train[s3])"
-        ) from error
-    return Folder(fs, path, os.fspath(url))
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.filename else None
+        raise UserError(f"{what} cannot be used ({reason or first_line(error)}): {fix}") from error
 
 
 class RetryPolicy(Config):

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, ReadPolicy, first_line, open_folder
+from perceiver.storage import Folder, ReadPolicy, first_line, open_folder, open_target
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
 from pipelines.prepare import PrepareConfig, Progress, existing, fingerprint
@@ -54,7 +54,7 @@ def index(
             f"--index reads Parquet files in place (perceiver prepare {SOURCE} SRC DST --index);"
             f" source {source_name} must be converted: remove --index"
         )
-    folder = open_folder(dst, config.storage_options)
+    folder = open_target(dst, config.storage_options)
     mark = fingerprint(f"index {source_name}", src, config)
     if folder.exists(MANIFEST):
         return existing(dst, config, mark)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from perceiver.config import Bytes, Config, Count, Probability, Seed, UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, NotRegularError, open_folder, open_target, refusing
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
 from pipelines.shards.arrow import ShardWriter
@@ -93,16 +93,17 @@ def prepare(
             writable, or more unreadable raw items than the budget allows (they are listed in any case).
     """
     config = config or PrepareConfig()
-    folder = open_folder(dst, config.storage_options)
+    folder = open_target(dst, config.storage_options)
     mark = fingerprint(source_name, src, config)
-    if folder.exists(MANIFEST):
+    fix = "give a writable folder"
+    with refusing(dst, fix):
+        finished = folder.exists(MANIFEST)
+    if finished:
         return existing(dst, config, mark)
     source = load_source(source_name)
     listing = source.listing(src, seed=config.seed, shard_rows=config.shard_rows, options=config.options)
-    try:
+    with refusing(dst, fix):
         folder.write(f"{RECEIPTS}/fingerprint", mark)
-    except OSError as error:
-        raise UserError(f"cannot write to {dst}: {error}; give a writable folder") from error
     jobs = _jobs(source, source_name, listing, dst, config, mark)
     runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
     splits, rejected = _collect(runner, progress)
@@ -195,8 +196,8 @@ def _accepted(samples: Iterable[Sample | Rejected], rejected: list[tuple[str, st
 
 def _read_receipt(folder: Folder, name: str) -> Receipt | None:
     try:
-        return Receipt.model_validate_json(folder.read_text(name))
-    except (FileNotFoundError, ValidationError):
+        return Receipt.model_validate_json(folder.fs.cat_file(folder.existing(name)))
+    except (FileNotFoundError, NotRegularError, ValidationError):  # writing it refuses a file that is not regular
         return None
 
 

@@ -82,6 +82,25 @@ def test_no_numeric_key_accepts_an_impossible_value(value: float) -> None:
     assert not accepting
 
 
+class _Numbers(Config):
+    pair: tuple[float, float] = (0.0, 1.0)
+    rows: tuple[tuple[int, ...], ...] = ()
+    named: dict[str, float] | None = None
+    either: bool | int = 0
+    flags: tuple[bool, ...] = ()
+
+
+@pytest.mark.parametrize("tree", [{"pair": [True, 1]}, {"rows": [[1], [False]]}, {"named": {"a": True}}])
+def test_true_and_false_are_no_numbers_in_lists_and_sections(tree: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"{next(iter(tree))} has (true|false), wanted a number"):
+        _Numbers.model_validate(tree)
+
+
+def test_true_and_false_stay_where_they_are_wanted() -> None:
+    found = _Numbers.model_validate({"either": True, "flags": [True, False], "pair": [0, 1]})
+    assert found.either is True and found.flags == (True, False)
+
+
 def test_bounds_are_in_the_schema() -> None:
     schema = Recipe.model_json_schema()
     lr = schema["$defs"]["OptimConfig"]["properties"]["lr"]

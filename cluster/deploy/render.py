@@ -23,6 +23,7 @@ from cluster.jobs.submit import job_words, training
 from cluster.recipe.config import Recipe
 from cluster.run.metrics import FIGURES
 from perceiver.config import UserError
+from perceiver.storage import write_whole
 from perceiver.train.engine.deepspeed_config import read_config
 
 KINDS = {
@@ -180,8 +181,7 @@ def write(files: Mapping[str, str], folder: str) -> list[Path]:
     for name, text in files.items():
         path = Path(folder) / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
         except OSError as error:
             raise UserError(f"cannot write {path} ({error.strerror}): choose another -o FOLDER") from None
         written.append(path)

@@ -15,13 +15,14 @@ import torch
 from cluster.predict.outputs import parquet, predicted
 from cluster.predict.scoring import Scoring
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, open_target, parse_json, refusing
 from pipelines.shards.quarantine import Quarantine, write_problems
 from pipelines.shards.reader import Reader
 
 FACTS = "_predictions.json"
 """Readers of a folder of Parquet files ignore it, and `_quarantine`, because of the underscore."""
 BAD = "_quarantine"
+FIX = "choose another --to"
 ROWS_PER_PART = 4096
 """Approximate number of samples per file of predictions."""
 
@@ -63,8 +64,17 @@ class Parts:
         return range(part * size, min(self.samples, (part + 1) * size))
 
     def done(self, folder: Folder) -> int:
-        """Return the number of finished files, counted from the first one without a gap."""
-        return next((part for part in range(self.count) if not folder.exists(self.name(part))), self.count)
+        """Return the number of finished files, counted from the first one without a gap.
+
+        Raises:
+            UserError: something else has the name of a file.
+        """
+        for part in range(self.count):
+            with refusing(folder.url, FIX):
+                folder.existing(self.name(part))  # refuses a FIFO or a link to elsewhere
+                if not folder.exists(self.name(part)):
+                    return part
+        return self.count
 
     def name(self, part: int) -> str:
         """Return the name of a file."""
@@ -89,10 +99,11 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
         Number of samples that this call predicted.
 
     Raises:
-        UserError: the folder contains predictions of another model or other data.
+        UserError: the folder contains predictions of another model or other data, or cannot be used.
     """
-    folder = open_folder(target)
-    _claim(folder, _fingerprint(scoring))
+    folder = open_target(target)
+    with refusing(f"--to {target}", FIX):
+        _claim(folder, _fingerprint(scoring))
     parts = Parts(scoring.samples, scoring.batch, max(1, ROWS_PER_PART // scoring.batch))
     done, written = parts.done(folder), 0
     if done == parts.count:
@@ -105,9 +116,11 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
             rows = _named(scoring, pa.concat_tables(islice(outcomes, parts.batches_of(part))))
             rows = rows.append_column("key", pa.array(reader.keys(rows["sample_id"].to_numpy()), pa.string()))
             ids, name = parts.ids(part), parts.name(part)
-            if bad := sorted(problem for problem in quarantine.problems.values() if problem.sample_id in ids):
-                write_problems(folder, bad, f"{BAD}/{name}")
-            folder.write(name, parquet(rows))
+            bad = sorted(problem for problem in quarantine.problems.values() if problem.sample_id in ids)
+            with refusing(f"--to {target}", FIX):
+                if bad:
+                    write_problems(folder, bad, f"{BAD}/{name}")
+                folder.write(name, parquet(rows))
             written += rows.num_rows
             if progress:
                 progress(ids.stop, scoring.samples)
@@ -120,7 +133,7 @@ def _quarantine(scoring: Scoring, folder: Folder, parts: Parts, done: int) -> Qu
     found.seen = done * parts.each * parts.batch
     bad = Folder(folder.fs, folder.file(BAD), f"{folder.url}/{BAD}")
     for name in {parts.name(part) for part in range(done)}.intersection(bad.names()):
-        with bad.fs.open(bad.file(name), "rb") as stream:
+        with refusing(f"{bad.url}/{name}", FIX), bad.fs.open(bad.existing(name), "rb") as stream:
             found.met += pq.read_metadata(stream).num_rows
     return found
 
@@ -179,18 +192,38 @@ def _short(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
-    """Write the fingerprint to the folder, or check that it is the same."""
+def check_target(target: str) -> None:
+    """Check the folder for predictions before the model is loaded.
+
+    Raises:
+        UserError: it cannot be written to, is a file, or contains files that `predict` did not write.
+    """
+    with refusing(f"--to {target}", FIX):
+        _written(open_target(target))
+
+
+def _written(folder: Folder) -> dict[str, Any] | None:
+    """Return the fingerprint of the predictions in a folder; None if there are none."""
     if not folder.exists(FACTS):
         if strange := [name for name in folder.names() if name.endswith(".parquet")]:
             name = f"{folder.url} contains {strange[0]}"
-            raise UserError(f"{name}, which perceiver predict did not write: choose another --to")
+            raise UserError(f"{name}, which perceiver predict did not write: {FIX}")
+        return None
+    found = parse_json(folder.fs.cat_file(folder.existing(FACTS)), f"{folder.url}/{FACTS}")
+    if not isinstance(found, dict):
+        raise UserError(f"{folder.url}/{FACTS} is not a JSON object: {FIX}")
+    return found
+
+
+def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
+    """Write the fingerprint to the folder, or check that it is the same."""
+    before = _written(folder)
+    if before is None:
         folder.write(FACTS, json.dumps(facts, indent=1))
         return
-    before = json.loads(folder.read_text(FACTS))
     changed = [name for name, value in facts.items() if before.get(name) != value]
     if changed:
         raise UserError(
             f"{folder.url} was written with {changed[0]} = {before.get(changed[0])}, this call uses "
-            f"{facts[changed[0]]}: choose another --to"
+            f"{facts[changed[0]]}: {FIX}"
         )

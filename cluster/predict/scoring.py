@@ -114,7 +114,7 @@ def open_scoring(
         place: a run's folder, one of its checkpoints, or an exported safetensors file with its recipe.yaml.
         url: prepared data; default: the run's own.
         split: of the data; default: the only split, otherwise the run's evaluation split.
-        batch: samples per forward pass; default: as in training.
+        batch: samples per forward pass, at most those of the split; default: as in training.
         overrides: dotted keys of the recipe, such as data.clip.eval_clips=16.
 
     Raises:
@@ -126,7 +126,7 @@ def open_scoring(
     tree = json.loads(json.dumps(saved.recipe))
     for override in overrides:
         apply_override(tree, override)
-    tree["data"] = {**tree.get("data", {}), **({"url": url, "mixture": []} if url else {})}
+    tree["data"] = {**tree.get("data", {}), **({} if url is None else {"url": url, "mixture": []})}
     recipe = build_recipe(tree, source=f"the recipe of {place}")
     manifest = load_data(recipe.data)
     wanted = split or _split(recipe, manifest)
@@ -135,7 +135,7 @@ def open_scoring(
     manifest.split(wanted)
     check_inputs(recipe.model, batch_shapes(data, manifest), data, manifest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = batch or eval_rows(recipe, recipe.cluster.workers)
+    size = min(batch or eval_rows(recipe, recipe.cluster.workers), max(1, manifest.split(wanted).samples))
     return Scoring(saved, recipe, manifest, saved.build().to(device), size, _class_names(saved))
 
 

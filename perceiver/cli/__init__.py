@@ -1,5 +1,6 @@
 """The `perceiver` command: one module per subcommand, imported only when it is called."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -56,6 +57,7 @@ def cli() -> None:
 
 def leave(code: int) -> NoReturn:
     """Exit without waiting for threads: Ray may still be starting in one, and its processes exit with this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full device, a closed pipe
+            stream.flush()
     os._exit(code)

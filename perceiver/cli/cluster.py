@@ -1,7 +1,10 @@
 """`perceiver cluster`: a local cluster of several nodes, and files that start a real one."""
 
+from pathlib import Path
+
 import click
 
+from perceiver.cli._types import LocalPath
 from perceiver.tracking.printable import say, say_json
 
 
@@ -25,7 +28,7 @@ Examples:
 )
 @click.argument("file", required=False, type=click.Path())
 @click.option("--nodes", type=click.IntRange(1, 250), help="Number of identical nodes; default: 3.")
-@click.option("--cpus", type=click.IntRange(0), help="Logical CPUs of each node; default: the machine's.")
+@click.option("--cpus", type=click.IntRange(0, 10_000), help="Logical CPUs of each node; default: the machine's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the cluster as one JSON line.")
 def up(file: str | None, nodes: int | None, cpus: int | None, as_json: bool) -> int:
     """Start a local cluster, or restart its dead nodes.
@@ -108,7 +111,15 @@ Examples:
 @click.argument("kind", metavar="KIND")
 @click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("-o", "--output", "folder", required=True, metavar="FOLDER", help="Folder to write to.")
+@click.option(
+    "-o",
+    "--output",
+    "folder",
+    type=LocalPath(folder=True),
+    required=True,
+    metavar="FOLDER",
+    help="Folder to write to.",
+)
 @click.option(
     "--machines",
     default="recipes/cluster/gpu.yaml",
@@ -116,7 +127,7 @@ Examples:
     metavar="FILE",
     help="Description of the machines of the cluster.",
 )
-def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: str, machines: str) -> int:
+def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: Path, machines: str) -> int:
     """Write the files that start a real cluster for RECIPE.
 
     KIND is kuberay, autoscaler-aws, autoscaler-gcp, slurm, docker, compose or grafana (a dashboard of the runs' metrics
@@ -128,7 +139,7 @@ def render(kind: str, recipe: str, overrides: tuple[str, ...], folder: str, mach
     from cluster.deploy.render import render as make
     from cluster.deploy.settings import read_settings
 
-    files = make(kind, read_recipe_file(recipe, overrides), read_settings(machines), folder, say)
-    for path in write(files, folder):
+    files = make(kind, read_recipe_file(recipe, overrides), read_settings(machines), str(folder), say)
+    for path in write(files, str(folder)):
         say(str(path))
     return 0

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from perceiver.cli._types import BATCH
 from perceiver.tracking.printable import say, say_json
 
 
@@ -19,9 +20,7 @@ Examples:
 @click.argument("data", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--split", help="Split of the data; default: the run's evaluation split.")
-@click.option(
-    "--batch", type=click.IntRange(1), help="Samples per forward pass; default: as in training's evaluations."
-)
+@click.option("--batch", type=BATCH, help="Samples per forward pass; default: as in training's evaluations.")
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as one JSON line.")
 def command(
     run: str, data: str | None, overrides: tuple[str, ...], split: str | None, batch: int | None, as_json: bool

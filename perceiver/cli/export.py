@@ -5,11 +5,15 @@ import os
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from perceiver.cli._types import Number
 from perceiver.tracking.printable import say, say_json
+
+if TYPE_CHECKING:
+    from perceiver.storage import Folder
 
 LIST = "export.json"
 """The files that export wrote to a folder, with their checksums; only these are overwritten."""
@@ -29,6 +33,7 @@ Examples:
 @click.option("--to", "target", required=True, metavar="FOLDER", help="Folder to write to; a path or an fsspec URL.")
 @click.option(
     "--tolerance",
+    type=Number(0, 1),
     default=1e-4,
     show_default=True,
     help="ONNX: largest difference allowed, relative to the largest output.",
@@ -55,9 +60,11 @@ def command(
     from perceiver.config import UserError
     from perceiver.export import formats as export
     from perceiver.export.weights import open_weights
+    from perceiver.storage import open_target
 
     if register and form != "mlflow":
         raise UserError(f"--register: got it with --format {form}; wanted --format mlflow")
+    _listed(open_target(target), target)
     saved = open_weights(source)
     data = trained_on(saved)
     facts = {"data": asdict(data)} if data else {}
@@ -97,33 +104,60 @@ def _mlflow(saved: Any, folder: Path, data: Any, name: str | None) -> dict[str, 
     return written
 
 
+def _listed(place: "Folder", target: str) -> dict[str, str]:
+    """Return the files that an earlier export wrote to a folder, and their checksums; of some, a new one too.
+
+    Raises:
+        UserError: the folder or its list cannot be read, or is another program's.
+    """
+    from perceiver.config import UserError
+    from perceiver.storage import NotRegularError, parse_json, refusing
+
+    with refusing(f"--to {target}", "choose another folder"):
+        if place.local and Path(place.file(LIST)).is_symlink():
+            raise NotRegularError(f"{LIST} is a link")
+        written = parse_json(place.fs.cat_file(place.existing(LIST)), f"{target}/{LIST}") if place.exists(LIST) else {}
+    if not isinstance(written, dict) or not all(isinstance(sums, str) for sums in written.values()):
+        raise UserError(f"--to {target}: has {LIST}, which export did not write there: choose another folder")
+    return written
+
+
+def _check_kept(place: "Folder", target: str, name: str, known: str) -> None:
+    """Refuse to overwrite a file that is not one of ours; links are never followed.
+
+    Raises:
+        UserError: it exists with a checksum that is not known, or it or a folder on its way is a link.
+    """
+    from perceiver.config import UserError
+    from perceiver.storage import file_sha256
+
+    parts = name.split("/")
+    ways = [Path(place.path, *parts[: number + 1]) for number in range(len(parts))] if place.local else []
+    linked = any(way.is_symlink() for way in ways)
+    if linked or (place.exists(name) and file_sha256(place.existing(name), place.fs) not in known.split()):
+        raise UserError(f"--to {target}: has {name}, which export did not write there: choose another folder")
+
+
 def _put(folder: Path, target: str) -> None:
     """Copy the files of a folder to a path or URL, with the list `export.json` of them and their checksums.
+
+    The list is written first, with the old and the new checksum of each file, so that an interrupted export can be
+    repeated.
 
     Raises:
         UserError: a file exists there that is not listed or has been changed since, or the folder cannot be written.
     """
-    import fsspec
+    from perceiver.storage import file_sha256, open_target, put_whole, refusing
 
-    from perceiver.config import UserError
-    from perceiver.storage import existing_file, file_sha256, make_parent, parse_json, write_whole
-
-    fs, path = fsspec.core.url_to_fs(target)
+    place = open_target(target)
     files = {each.relative_to(folder).as_posix(): each for each in sorted(folder.rglob("*")) if each.is_file()}
-    try:
-        listed = f"{path}/{LIST}"
-        written = parse_json(fs.cat_file(existing_file(fs, path, LIST)), listed) if fs.exists(listed) else {}
-        if not isinstance(written, dict):
-            raise UserError(f"--to {target}: has {LIST}, which export did not write there: choose another folder")
+    sums = {name: file_sha256(file) for name, file in files.items()}
+    written = _listed(place, target)
+    with refusing(f"--to {target}", "choose another folder"):
         for name in files:
-            known = written.get(name)
-            if fs.exists(f"{path}/{name}") and file_sha256(existing_file(fs, path, name), fs) != known:
-                raise UserError(f"--to {target}: has {name}, which export did not write there: choose another folder")
+            _check_kept(place, target, name, written.get(name, ""))
+        both = {name: f"{written.get(name, '')} {new}".strip() for name, new in sums.items()}
+        place.write(LIST, json.dumps({**written, **both}, indent=1))
         for name, file in files.items():
-            make_parent(fs, f"{path}/{name}")
-            fs.put_file(str(file), f"{path}/{name}")
-        sums = {name: file_sha256(file) for name, file in files.items()}
-        write_whole(listed, json.dumps({**written, **sums}, indent=1), fs)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--to {target}: cannot be written ({reason}): choose another folder") from None
+            put_whole(file, place, name)
+        place.write(LIST, json.dumps({**written, **sums}, indent=1))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from perceiver.cli._types import LocalPath
 from perceiver.tracking.printable import say, say_all, say_json
 
 
@@ -24,7 +25,7 @@ Examples:
 @click.option(
     "--html",
     "page",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=LocalPath(),
     metavar="PAGE",
     help="Write an HTML page with samples to look at and listen to; one file.",
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from perceiver.cli._types import Number
 from perceiver.tracking.printable import say, say_all, say_json
 
 if TYPE_CHECKING:
@@ -23,14 +24,26 @@ Examples:
 @click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--gpu", default="h100", show_default=True, help="Device in the hardware table; cpu for CPU cores.")
-@click.option("--gpus", type=click.IntRange(1), help="Number of devices, one worker each; default: cluster.workers.")
 @click.option(
-    "--nodes", type=click.IntRange(1), help="Number of nodes; default: the fewest that share the devices evenly."
+    "--gpus", type=click.IntRange(1, 100_000), help="Number of devices, one worker each; default: cluster.workers."
 )
-@click.option("--data-cpus", type=float, help="CPU cores for decoding; default: the nodes' cores less one per device.")
-@click.option("--samples", type=click.IntRange(1), help="Number of training samples, if the data is not prepared yet.")
-@click.option("--sample-bytes", type=click.FloatRange(1), help="Stored bytes per sample.")
-@click.option("--classes", type=click.IntRange(1), help="Number of classes.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1, 100_000),
+    help="Number of nodes; default: the fewest that share the devices evenly.",
+)
+@click.option(
+    "--data-cpus",
+    type=Number(0, 10_000_000),
+    help="CPU cores for decoding; default: the nodes' cores less one per device.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 10**12),
+    help="Number of training samples, if the data is not prepared yet.",
+)
+@click.option("--sample-bytes", type=Number(1, 1e12), help="Stored bytes per sample.")
+@click.option("--classes", type=click.IntRange(1, 1_000_000), help="Number of classes.")
 @click.option("--hardware", metavar="FILE", help="A hardware table with other devices and prices.")
 @click.option("--calibrate", is_flag=True, help="First measure this machine with the recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON line.")

@@ -2,6 +2,7 @@
 
 import click
 
+from perceiver.cli._types import BATCH
 from perceiver.tracking.printable import say, say_json
 
 
@@ -17,12 +18,10 @@ Examples:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--to", "target", required=True, metavar="FOLDER", help="Folder to write to; a path or an fsspec URL.")
 @click.option("--split", help="Split of the data; default: the run's evaluation split, or the only one.")
-@click.option(
-    "--batch", type=click.IntRange(1), help="Samples per forward pass; default: as in training's evaluations."
-)
+@click.option("--batch", type=BATCH, help="Samples per forward pass; default: as in training's evaluations.")
 @click.option(
     "--workers",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 10_000),
     help="Ray Data actors that run the model; 0: this process. Default: one per GPU on a cluster (RAY_ADDRESS,"
     " cluster.address) or if this machine has several, one per node on a cluster without GPUs, otherwise 0.",
 )
@@ -43,9 +42,10 @@ def command(
     or row it came from), label if there is one, and the outputs of the task (prediction, probability, ...). The same
     command resumes an interrupted prediction. The files do not depend on --workers.
     """
-    from cluster.predict.inference import predict
+    from cluster.predict.inference import check_target, predict
     from cluster.predict.scoring import open_scoring, ray_for
 
+    check_target(target)
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
     if note := scoring.note():
         say(f"note: {note}", err=True)

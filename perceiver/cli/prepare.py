@@ -4,6 +4,7 @@ import time
 
 import click
 
+from perceiver.cli._types import Number
 from perceiver.tracking.printable import say, say_json
 
 
@@ -33,12 +34,18 @@ Examples:
 @click.argument("name")
 @click.argument("places", nargs=-1, required=True, metavar="[SRC] DST")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the source.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the splits and of the order.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, (1 << 63) - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the splits and of the order.",
+)
 @click.option(
     "--max-bad-fraction",
     default=0.01,
     show_default=True,
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Share of unreadable raw items above which preparation fails.",
 )
 @click.option("--index", "in_place", is_flag=True, help="Read Parquet files in place: write only a manifest.")

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from perceiver.cli import leave
+from perceiver.cli._types import RunName
 from perceiver.config import UserError
 from perceiver.tracking.printable import say
 
@@ -28,9 +29,11 @@ Examples:
     show_default=True,
     help="Small models on data that Python packages contain, or the papers' settings on your copy of their data.",
 )
-@click.option("--seeds", type=click.IntRange(1), help="Train each row with seeds 0, 1, ...; default: the table's.")
+@click.option(
+    "--seeds", type=click.IntRange(1, 1000), help="Train each row with seeds 0, 1, ...; default: the table's."
+)
 @click.option("--resume", is_flag=True, help="Continue the newest run of this table and scale (or --run).")
-@click.option("--run", metavar="NAME", help="Name of the output folder; default: TABLE-SCALE-001, ...")
+@click.option("--run", type=RunName(), metavar="NAME", help="Name of the output folder; default: TABLE-SCALE-001, ...")
 @click.option("--dry-run", is_flag=True, help="Print rows, resources and expected time; start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line at the end.")
 def command(table: str | None, overrides: tuple[str, ...], as_list: bool, scale: str, **options: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from perceiver.cli._access import access_options, reach
+from perceiver.cli._types import Number, RunName
 from perceiver.tracking.printable import say, say_json, say_log
 
 
@@ -19,7 +20,12 @@ Examples:
 )
 @click.argument("recipe", type=click.Path(), metavar="RECIPE|SEARCH")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--run", metavar="NAME", help="Name of the run, continued if it exists; default: the recipe's name.")
+@click.option(
+    "--run",
+    type=RunName(),
+    metavar="NAME",
+    help="Name of the run, continued if it exists; default: the recipe's name.",
+)
 @click.option("--tune", is_flag=True, help="Treat the file as a search; default: decided by its keys.")
 @access_options
 @click.option("--submission-id", metavar="ID", help="Name of the job; default: the run's name with a number.")
@@ -28,8 +34,8 @@ Examples:
     "--working-dir", metavar="DIR", help="Folder to upload, without data, runs and files that may contain secrets."
 )
 @click.option("--metadata-json", metavar="JSON", help="Metadata of the job, readable by everyone on the cluster.")
-@click.option("--entrypoint-num-cpus", type=click.FloatRange(0), help="CPUs reserved for the driver, on any node.")
-@click.option("--entrypoint-num-gpus", type=click.FloatRange(0), help="GPUs reserved for the driver.")
+@click.option("--entrypoint-num-cpus", type=Number(0, 10_000), help="CPUs reserved for the driver, on any node.")
+@click.option("--entrypoint-num-gpus", type=Number(0, 10_000), help="GPUs reserved for the driver.")
 @click.option("--entrypoint-resources", metavar="JSON", help="Custom resources reserved for the driver.")
 @click.option(
     "--secret", "secrets", multiple=True, metavar="NAME", help="Environment variable that must be set on the cluster."
@@ -89,6 +95,11 @@ def _resources(text: str | None) -> dict[str, float]:
 
     try:
         tree = json.loads(text or "{}")
-        return {str(name): float(amount) for name, amount in tree.items()}
-    except (ValueError, TypeError, AttributeError):
+        amounts = {str(name): float(amount) for name, amount in tree.items()}
+        if any(isinstance(amount, bool) for amount in tree.values()) or not all(
+            0 <= amount <= 1e15 for amount in amounts.values()
+        ):
+            raise ValueError("not amounts")
+        return amounts
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"--entrypoint-resources {text!r}: wanted JSON such as '{{\"storage\": 1}}'") from None

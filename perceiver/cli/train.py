@@ -4,6 +4,8 @@ import shlex
 
 import click
 
+from perceiver.cli._types import RunName
+
 
 @click.command(
     epilog="""\b
@@ -15,7 +17,7 @@ Examples:
 @click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--resume", is_flag=True, help="Continue the recipe's newest run (or --run) from its last checkpoint.")
-@click.option("--run", metavar="NAME", help="Name of the run's folder; default: NAME-001, ...")
+@click.option("--run", type=RunName(), metavar="NAME", help="Name of the run's folder; default: NAME-001, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line at the end.")
 def command(recipe: str, overrides: tuple[str, ...], resume: bool, run: str | None, as_json: bool) -> int:
     """Train the model of a recipe.

@@ -3,6 +3,7 @@
 import click
 
 from perceiver.cli import leave
+from perceiver.cli._types import RunName
 
 
 @click.command(
@@ -16,7 +17,7 @@ Examples:
 @click.argument("search", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--resume", is_flag=True, help="Continue the newest search of this name (or --run).")
-@click.option("--run", metavar="NAME", help="Name of the search's folder; default: NAME-001, ...")
+@click.option("--run", type=RunName(), metavar="NAME", help="Name of the search's folder; default: NAME-001, ...")
 @click.option("--dry-run", is_flag=True, help="Print trials, resources and expected time; start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line at the end.")
 def command(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import fsspec
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from perceiver.config import Config, UserError
 from perceiver.export.facts import FACTS, DataFacts, parse_facts
 from perceiver.factory import build_model, model_config
 from perceiver.modalities._positions import resize_table
-from perceiver.storage import existing_file, first_line, invalid_key, is_local, parse_json
+from perceiver.storage import existing_file, first_line, invalid_key, is_local, open_url, parse_json, refusing
 from perceiver.train.checkpoint.shards import open_tensors, read_weights
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore
 from perceiver.yaml_reader import parse_yaml
@@ -109,9 +108,11 @@ def open_weights(place: str) -> Saved:
 
 
 def _open(place: str) -> Saved:
-    fs, path = fsspec.core.url_to_fs(place.rstrip("/"))
-    there = {name: fs.exists(f"{path}/{name}") for name in ("config.json", "engine.json", "recipe.yaml", _FILE)}
-    if fs.isfile(path):
+    fs, path = open_url(place.rstrip("/") or place)
+    with refusing(place, "check the place and the access to it"):
+        there = {name: fs.exists(f"{path}/{name}") for name in ("config.json", "engine.json", "recipe.yaml", _FILE)}
+        is_file = fs.isfile(path)
+    if is_file:
         return _from_file(place, fs, path)
     if there["config.json"]:
         return _from_transformers(place, fs, path)

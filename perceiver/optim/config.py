@@ -35,7 +35,7 @@ class OptimConfig(Config):
     lr: Real = Field(default=1e-3, gt=0, le=1e6, description="Peak learning rate, multiplied by the schedule.")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
     eps: Real | None = Field(
-        default=None, gt=0, le=1e6, description="Added to the root of the second moment; 1e-8, LAMB 1e-6."
+        default=None, ge=1e-20, le=1e6, description="Added to the root of the second moment; 1e-8, LAMB 1e-6."
     )
     weight_decay: Real = Field(default=0.01, ge=0, le=100, description="Decoupled decay; biases and norms have none.")
     clip: Real | None = Field(

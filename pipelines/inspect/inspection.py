@@ -112,6 +112,8 @@ def inspect(
         UserError: the folder has no readable manifest, or it is an index of files elsewhere.
     """
     manifest = load_manifest(url, options)
+    for place in files:
+        open_folder(place, options)
     check_places(url, manifest, files)
     folder = open_folder(url, options)
     faults: list[str] = []

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from isal.isal_zlib import crc32
 
-from perceiver.storage import Folder, ReadPolicy, first_line, make_parent, read_range
+from perceiver.storage import Folder, ReadPolicy, check_regular, first_line, make_parent, read_range
 from pipelines.shards.manifest import MAGIC_BYTES, BatchInfo, ShardInfo
 
 
@@ -87,6 +87,9 @@ class ShardWriter:
         name: file name.
         schema: columns, see `arrow_schema`.
         rows_per_group: rows of a row group; memory in use is about two row groups.
+
+    Raises:
+        UserError: a folder, device, FIFO or socket has the file's name.
     """
 
     def __init__(self, folder: Folder, name: str, schema: pa.Schema, rows_per_group: int) -> None:
@@ -95,6 +98,8 @@ class ShardWriter:
         self._batches: list[BatchInfo] = []
         self._digest = hashlib.sha256()
         self._path = folder.file(f"{name}.{os.getpid()}.partial" if folder.local else name)
+        if folder.local:
+            check_regular(folder.file(name))
         make_parent(folder.fs, self._path)
         self._stream = folder.fs.open(self._path, "wb")
         self._sink = _Sink()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, open_folder, refusing
 from pipelines.sources import Unit
 
 SPLIT_NAMES = {
@@ -42,7 +42,9 @@ def source_folder(name: str, src: str | None, wanted: str) -> Folder:
     if src is None:
         raise UserError(f"source {name} needs a source folder with {wanted}: perceiver prepare {name} SRC DST")
     folder = open_folder(src)
-    if not folder.fs.isdir(folder.path):
+    with refusing(f"source folder {src}", "check the place and the access to it"):
+        there = folder.fs.isdir(folder.path)
+    if not there:
         raise UserError(f"source folder {src} does not exist: wanted a folder with {wanted}")
     return folder
 
@@ -54,7 +56,9 @@ def find_files(folder: Folder, suffixes: tuple[str, ...]) -> list[str]:
         UserError: one of them is a FIFO, a socket or a device, which could be read for ever, or too large.
     """
     root, names = folder.path.rstrip("/") + "/", []
-    for path, facts in folder.fs.find(folder.path, detail=True).items():
+    with refusing(f"source folder {folder.url}", "check the place and the access to it"):
+        found = folder.fs.find(folder.path, detail=True)
+    for path, facts in found.items():
         if not path.lower().endswith(suffixes):
             continue
         special = _special(path) if folder.local and facts.get("type") != "file" else ""

@@ -1,15 +1,30 @@
-"""Ranges of local files: views of the system's pages, and an error in place of a signal when a file is cut short."""
+"""Ranges of local files as views of the system's pages; URLs and targets that cannot be used; files written whole."""
 
+import errno
 import mmap
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perceiver import storage
-from perceiver.storage import MAPPED_BYTES, Bytes, ReadPolicy, open_folder, read_range
+from perceiver.config import UserError
+from perceiver.storage import (
+    MAPPED_BYTES,
+    Bytes,
+    ReadPolicy,
+    open_folder,
+    open_target,
+    open_url,
+    put_whole,
+    read_range,
+    refusing,
+    unusable_file,
+    write_whole,
+)
 
 CONTENT = bytes(range(256)) * (3 * MAPPED_BYTES // 256)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems copy")
@@ -67,3 +82,71 @@ def test_a_file_cut_short_after_it_was_mapped_is_an_error(path: Path, monkeypatc
     monkeypatch.setattr(storage.mmap, "mmap", Late)
     with pytest.raises(OSError, match=rf"got 100 of {2 * MAPPED_BYTES} bytes"):
         read(path, 0, 2 * MAPPED_BYTES)
+
+
+URLS = ("", "a\0b", "foo://x", "reference://x", "jlab://x", "generic://x", "tar://x::/etc/passwd", "http://[::1")
+
+
+@pytest.mark.parametrize("url", [*URLS, "http://[::1]:80/x", "ftp://127.0.0.1:1/x", "blockcache://x", "zip://x"])
+def test_a_url_that_cannot_be_opened_is_one_line(url: str) -> None:
+    with pytest.raises(UserError, match="cannot open .*wanted a path, or a URL"):
+        open_url(url)
+
+
+def test_a_chain_of_urls_is_opened(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("a/x", b"content")
+    folder = open_folder(f"zip://a::{tmp_path / 'data.zip'}")
+    assert folder.fs.cat_file("a/x") == b"content"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/x", "https://127.0.0.1/x", "data:,x", "/dev/null", "file"])
+def test_a_target_that_cannot_be_written_to_is_refused(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="to write to"):
+        open_target(url)
+    assert open_target("new").local
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "link"])
+def test_only_regular_files_are_replaced(kind: str, tmp_path: Path) -> None:
+    target, source = tmp_path / "target", tmp_path / "source"
+    source.write_text("new")
+    if kind == "fifo":
+        os.mkfifo(target)
+    elif kind == "folder":
+        target.mkdir()
+    target = Path(os.devnull) if kind == "device" else target
+    if kind == "link":
+        target.symlink_to(os.devnull)
+    for write in (
+        lambda: write_whole(target, "new"),
+        lambda: put_whole(source, open_folder(str(target.parent)), target.name),
+    ):
+        with pytest.raises(UserError, match="not a regular file"):
+            write()
+    assert not target.is_file() and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_is_replaced_and_its_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "new").write_text("new")
+    for name in ("link", "dangling", "made/below"):
+        put_whole(tmp_path / "new", open_folder(str(tmp_path)), name)
+        assert (tmp_path / name).read_text() == "new"
+    assert (tmp_path / "theirs").read_text() == "old" and not (tmp_path / "nowhere").exists()
+
+
+def test_errors_of_a_store_are_one_line_but_a_full_disk_is_no_mistake() -> None:
+    with pytest.raises(UserError, match=r"--to x .*no route\): choose"), refusing("--to x", "choose another"):
+        raise RuntimeError("no route\ndetails")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError) as caught, refusing("--to x", "choose another"):
+        raise full
+    assert caught.value is full and "no space left" in (unusable_file(full) or "")
+    assert unusable_file(OSError(errno.EIO, "I/O error")) is None

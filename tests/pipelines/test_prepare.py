@@ -252,12 +252,22 @@ def test_a_folder_without_images_and_wrong_shares_are_refused(tmp_path: Path) ->
         prepare("image_folder", str(tmp_path / "src"), str(tmp_path / "out"), PrepareConfig(options={"held_out": "2"}))
 
 
+@pytest.mark.parametrize("name", ["test-000000.arrow", "_receipts/test-000000.arrow.json"])
+def test_a_fifo_is_neither_read_nor_replaced(tmp_path: Path, archive: tuple[str, np.ndarray], name: str) -> None:
+    fifo = tmp_path / "out" / name
+    fifo.parent.mkdir(parents=True)
+    os.mkfifo(fifo)
+    with pytest.raises(UserError, match="not a regular file"):
+        prepare("digits", archive[0], str(tmp_path / "out"))
+    assert fifo.is_fifo()
+
+
 @pytest.mark.parametrize("place", ["file/out", "/proc/out"])
 def test_a_destination_that_cannot_be_written_is_refused(
     tmp_path: Path, archive: tuple[str, np.ndarray], place: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="/out: .*writable"):
+    with pytest.raises(UserError, match="/out .*writable"):
         prepare("digits", archive[0], str(tmp_path / place))
 
 

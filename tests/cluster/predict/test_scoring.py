@@ -1,6 +1,7 @@
 """Evaluation and prediction with a trained model, in this process; one slow test uses Ray and actors."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -112,6 +113,38 @@ def test_other_files_are_not_mixed_with_predictions(run: Path, tmp_path: Path) -
     (tmp_path / "theirs" / "part-00000.parquet").write_bytes(b"what training left")
     with pytest.raises(UserError, match=r"part-00000.parquet.*--to"):
         predict(open_scoring(str(run)), str(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1, "a": 2}', None])
+def test_damaged_facts_are_refused_before_the_model_is_loaded(content: str | None, tmp_path: Path) -> None:
+    facts = tmp_path / "out" / inference.FACTS
+    facts.parent.mkdir()
+    facts.write_text(content) if content else os.mkfifo(facts)
+    done = CliRunner().invoke(cli, ["predict", "no-run", "no-data", "--to", str(tmp_path / "out")])
+    assert isinstance(done.exception, UserError) and inference.FACTS in str(done.exception)
+
+
+def test_a_file_of_predictions_that_is_a_fifo_is_refused(run: Path, tmp_path: Path) -> None:
+    scoring = open_scoring(str(run))
+    predict(scoring, str(tmp_path / "out"))
+    part = next((tmp_path / "out").glob("part-*"))
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(UserError, match=f"{part.name} is not a regular file.*--to"):
+        predict(scoring, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("target", ["", os.devnull, "http://127.0.0.1:1/x", "reference://x", "foo://x"])
+@pytest.mark.parametrize("verb", ["predict", "export"])
+def test_a_target_that_cannot_be_used_is_refused_before_the_model_is_loaded(verb: str, target: str) -> None:
+    more = ["no-data"] if verb == "predict" else ["--format", "onnx"]
+    done = CliRunner().invoke(cli, [verb, "no-run", *more, "--to", target])
+    assert isinstance(done.exception, UserError) and repr(target)[1:-1] in str(done.exception)
+    assert "no-run" not in str(done.exception)
+
+
+def test_a_batch_has_no_more_samples_than_the_split(run: Path) -> None:
+    assert open_scoring(str(run), batch=65_536).batch == 40
 
 
 def test_data_that_does_not_fit_is_refused(run: Path, tmp_path: Path) -> None:

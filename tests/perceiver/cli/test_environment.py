@@ -66,3 +66,12 @@ def test_a_file_that_cannot_be_written_is_one_line() -> None:
     code += "m.command.callback = fail; sys.argv = ['perceiver', 'models']; p.main()\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith(b"error: /x: Read-only file system (")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_device_as_stdout_is_one_line() -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "perceiver", "models", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith(b"error: no space left on the device")
+    assert len(done.stderr.splitlines()) == 1

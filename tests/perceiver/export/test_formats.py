@@ -1,5 +1,6 @@
 """`perceiver export` on small runs, and training that starts from its files or from a run."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import perceiver
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.preflight import describe_start
 from cluster.run.worker import first_model
+from perceiver import storage
 from perceiver.cli import cli
 from perceiver.config import UserError
 from perceiver.export.weights import load_model, load_weights, open_weights, plan_weights
@@ -172,6 +174,40 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
     assert "broken.safetensors" in refused(str(tmp_path / "broken.safetensors"), "--format", "onnx")
     save_file({"a": torch.zeros(2)}, tmp_path / "alone.safetensors")
     assert "alone.safetensors" in refused(str(tmp_path / "alone.safetensors"), "--format", "safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "export.json"])
+def test_an_export_does_not_write_through_links(tmp_path, name):
+    source, _ = run_folder(tmp_path / "run", SMALL)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    command = ["export", source, "--format", "safetensors", "--to", str(tmp_path / "out")]
+    error = CliRunner().invoke(cli, command).exception
+    assert isinstance(error, UserError) and name in str(error)
+    assert not (tmp_path / "elsewhere").exists() and len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_an_export_that_a_full_disk_ended_is_repeated(tmp_path, monkeypatch):
+    source, _ = run_folder(tmp_path / "run", SMALL)
+    out = tmp_path / "out"
+    export(source, "safetensors", out)
+
+    def full(file: Path, folder: Any, name: str) -> None:
+        if name == "model.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put_whole(file, folder, name)
+
+    put_whole = storage.put_whole
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "put_whole", full)
+        command = ["export", source, "--format", "safetensors", "--to", str(out), "--licence", "CC0-1.0"]
+        error = CliRunner().invoke(cli, command).exception
+    assert isinstance(error, OSError) and error.errno == errno.ENOSPC
+    assert "CC0-1.0" in (out / "README.md").read_text(), "one file was replaced, the others not"
+    export(source, "safetensors", out, "--licence", "MIT")
+    (out / "README.md").write_text("mine")
+    command = ["export", source, "--format", "safetensors", "--to", str(out)]
+    assert "README.md" in str(CliRunner().invoke(cli, command).exception)
 
 
 def test_a_checkpoint_gives_the_weights_that_the_engine_had(tmp_path):
