@@ -140,6 +140,8 @@ def _http_url(address: str) -> str:
     elif not address.startswith("ray://"):
         check_listening(address)
         return address.rstrip("/")
+    elif not server_address(address, "--address")[1]:
+        raise UserError(f"--address {display_url(address)}: has no port, wanted http://HOST:8265 or ray://HOST:10001")
     check_reachable(address)
     from ray.dashboard.utils import get_address_for_submission_client
 

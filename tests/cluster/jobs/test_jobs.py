@@ -76,6 +76,8 @@ def test_an_address_where_nothing_listens_is_refused() -> None:
         connect(Access("ray://me:hunter2@127.0.0.1:9"))
     with pytest.raises(UserError, match=r"http://127.0.0.1:9 .*--address"):
         connect(Access("http://127.0.0.1:9"))
+    with pytest.raises(UserError, match="--address ray://host: has no port"):
+        connect(Access("ray://host"))
     with pytest.raises(UserError, match="--address ftp://host"):
         connect(Access("ftp://host"))
     with pytest.raises(UserError, match="perceiver cluster up"):
