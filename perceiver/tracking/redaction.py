@@ -192,7 +192,7 @@ def server_address(url: str, key: str) -> tuple[str, int | None]:
         return parts.hostname or "", parts.port or _PORTS.get(parts.scheme.partition("+")[0])
     except ValueError:
         raise UserError(
-            f"{key}: got an invalid URL (not shown, it may be a secret), wanted http://HOST:PORT or the like with a port "
+            f"{key}: got an invalid URL (not shown: it may be secret), wanted http://HOST:PORT or the like with a port "
             "up to 65535; in a password, percent-encode every character that is not a letter or digit (/ is %2F)"
         ) from None
 
