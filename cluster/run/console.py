@@ -28,10 +28,25 @@ class Drawn(Protocol):
         ...
 
 
-def _print(console: Console, line: str) -> None:
-    """Print one line; a terminal that is closed, or a pipe that nobody reads, does not end the run."""
-    with contextlib.suppress(OSError, SystemExit):  # `rich` exits if a pipe is closed
-        console.print(safe_line(line), markup=False)
+class _Output:
+    """A stream whose errors are ignored: a closed terminal, or a pipe that nobody reads, does not end a run."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, if the stream takes it."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, if it takes that."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class LineConsole:
@@ -40,7 +55,8 @@ class LineConsole:
     def __init__(self, console: Console | None = None) -> None:
         # Notebooks set FORCE_COLOR, but are not terminals on which lines can be rewritten.
         terminal = None if sys.stdout.isatty() else False
-        self.console = console or Console(highlight=False, soft_wrap=True, force_terminal=terminal)
+        output: Any = _Output(sys.stdout)
+        self.console = console or Console(file=output, highlight=False, soft_wrap=True, force_terminal=terminal)
         self.live = self.console.is_terminal
 
     def __enter__(self) -> Self:
@@ -62,13 +78,14 @@ class LineConsole:
         """Print one line, and write it to the driver's log."""
         log.info("%s", line)
         drawn = self.drawn()
-        _print(drawn.console if drawn is not None else self.console, line)
+        (drawn.console if drawn is not None else self.console).print(safe_line(line), markup=False)
 
     def error(self, text: str) -> None:
         """Print an error to stderr, and write it to the driver's log."""
         log.info("error: %s", text)
         self.close()
-        _print(Console(stderr=True, highlight=False, soft_wrap=True), f"error: {text}")
+        output: Any = _Output(sys.stderr)
+        Console(file=output, highlight=False, soft_wrap=True).print(safe_line(f"error: {text}"), markup=False)
 
 
 class RunConsole(LineConsole):

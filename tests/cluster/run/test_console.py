@@ -80,3 +80,20 @@ def test_a_failure_is_one_line_without_rays_frames() -> None:
         "AttributeError: no attribute 'x'"
     )
     assert one_line(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError()])
+def test_a_closed_terminal_does_not_end_the_run(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    monkeypatch.setattr("sys.stderr", Closed())
+    console = RunConsole()
+    console.say("one line")
+    console.error("one more")
+    console.close()
