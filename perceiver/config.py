@@ -19,6 +19,10 @@ def shown(text: str, longest: int = 80) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
+PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""Pattern of names of which folders are named, such as a run's."""
+
+
 class UserError(Exception):
     """A mistake in the user's input.
 
@@ -90,7 +94,7 @@ def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
 Real = Annotated[float, Field(allow_inf_nan=False)]
 """A finite number; the bounds are in the field."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Name = Annotated[str, Field(pattern=rf"^{PLAIN_NAME}$", max_length=100)]
 """The first part of a folder's name."""
 
 

@@ -91,8 +91,13 @@ def use_utf8() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+def proxies() -> list[str]:
+    """Return the names of the proxies that the environment sets, in lower case."""
+    return sorted({name.lower() for name, value in os.environ.items() if value and name.lower() in PROXIES})
+
+
 def bypass_proxies() -> None:
     """Send requests to this machine (MLflow, Ray's job server) past the proxies that the environment names."""
-    if any(value and name.lower() in PROXIES for name, value in os.environ.items()):
+    if proxies():
         given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (given, LOOPBACK)))

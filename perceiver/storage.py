@@ -143,8 +143,13 @@ def existing_file(fs: Any, folder: str, name: str) -> str:
     return path
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, *, finite: bool = False) -> Any:
     """Parse JSON from outside.
+
+    Args:
+        text: the JSON.
+        where: file or option, for the error.
+        finite: refuse NaN and infinite numbers, which Python reads and JSON does not have.
 
     Raises:
         UserError: it is not JSON, an object has a key twice, or it is nested more than 200 levels deep.
@@ -157,9 +162,12 @@ def parse_json(text: str | bytes, where: str) -> Any:
             raise ValueError(f"key {twice[:80]!r} appears twice")
         return found
 
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name}, wanted a finite number")
+
     try:
         pydantic_core.from_json(text)  # which limits the depth
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse if finite else None)
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON ({first_line(error)}): restore the file") from None
 

@@ -21,9 +21,9 @@ import psutil
 from cluster.recipe import preflight
 from cluster.recipe.config import Recipe
 from cluster.recipe.resources import SHARED_MEMORY, ClusterConfig, machine_cpus
-from cluster.runtime.local import LONGEST_TEMPORARY, check_reachable, temporary_folder, token_file
+from cluster.runtime.local import check_reachable, socket_folder, token_file
 from perceiver.config import UserError
-from perceiver.environment import ENGINES, PROXIES, unsupported_libraries, unsupported_python
+from perceiver.environment import ENGINES, proxies, unsupported_libraries, unsupported_python
 from perceiver.storage import cache_folder, first_line, is_local, write_whole
 from perceiver.tracking.redaction import redact_text, resolve, server_address
 from perceiver.tracking.runs import TrackingConfig
@@ -230,13 +230,14 @@ def check_caches(setup: Setup) -> Result:
 
 def check_temporary_folder(setup: Setup) -> Result:
     """Check that the names of Ray's sockets in the temporary folder are short enough."""
-    folder = temporary_folder()
-    if len(os.fsencode(folder)) <= LONGEST_TEMPORARY:
-        return OK, folder, ""
-    found = f"{folder} has more than {LONGEST_TEMPORARY} bytes, too many for Ray's sockets"
-    if "RAY_TMPDIR" in os.environ or not os.access("/tmp", os.W_OK):
-        return FAIL, found, f"set RAY_TMPDIR to a folder of at most {LONGEST_TEMPORARY} bytes"
-    return WARN, found, "nothing, Ray uses /tmp; RAY_TMPDIR sets another folder"
+    folder = tempfile.gettempdir()
+    try:
+        used = socket_folder()
+    except UserError as error:
+        return as_result(FAIL, error)
+    if used == "/tmp" != folder and not os.environ.get("RAY_TMPDIR"):
+        return WARN, f"{folder} is too long for Ray's sockets", "nothing, Ray uses /tmp; RAY_TMPDIR sets another folder"
+    return OK, used, ""
 
 
 def check_open_files(setup: Setup) -> Result:
@@ -249,8 +250,7 @@ def check_open_files(setup: Setup) -> Result:
 
 def check_proxies(setup: Setup) -> Result:
     """List the proxies of the environment."""
-    names = sorted({name.lower() for name, value in os.environ.items() if name.lower() in PROXIES and value})
-    if not names:
+    if not (names := proxies()):
         return OK, "none", ""
     return OK, f"{', '.join(names)}; not for this machine, nor for no_proxy={os.environ.get('no_proxy', '')}", ""
 

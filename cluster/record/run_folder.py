@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from perceiver.config import UserError
+from perceiver.config import PLAIN_NAME, UserError
 from perceiver.export.facts import FACTS, parse_facts
 from perceiver.storage import (
     NotRegularError,
@@ -112,7 +112,7 @@ def named_run(output: str, name: str) -> RunFolder:
     Raises:
         UserError: the name is not a plain folder name.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(PLAIN_NAME, name):
         raise UserError(f"--run {name!r} is not a plain name: use letters, digits, dot, dash and underscore")
     return RunFolder(output, name)
 

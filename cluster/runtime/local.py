@@ -10,7 +10,7 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,7 @@ class RaySession:
         lost = next((each for each in self.processes if not _runs(each)), None)
         if lost is None:
             return ""
-        for process in self.processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill(self.processes)
         return f"Ray's process {lost.pid} ({lost.name()}) has ended"
 
     def stop(self, keep_logs: Path) -> None:
@@ -102,10 +100,7 @@ class RaySession:
         import ray
 
         if self.ended():
-            # `ray.shutdown` would wait for the process.
-            for process in writing_processes(self.folder):
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            kill(writing_processes(self.folder))  # `ray.shutdown` would wait for the process
         else:
             if self.own:
                 end_monitors()
@@ -155,7 +150,8 @@ def _start_instance(config: ClusterConfig) -> RaySession:
             make_token()
         except OSError:  # such as a read-only home: this instance gets a token of its own
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    shorten_temporary_folder()
+    if socket_folder() == "/tmp":
+        os.environ["RAY_TMPDIR"] = "/tmp"
     inherited = {API_SERVER: None if config.dashboard else NO_API_SERVER}
     try:
         with environment(inherited), ends_blocked(), loopback_only():
@@ -234,21 +230,18 @@ def end_ray_children() -> None:
                 process.kill()
 
 
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Kill processes, some of which may have ended."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
 def _runs(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def marked_processes(name: str, value: str) -> list[psutil.Process]:
-    """Return the processes that were started with a value of an environment variable, and all their descendants."""
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(name) == value:
-                found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
-    return list(found.values())
 
 
 def writing_processes(folder: str) -> list[psutil.Process]:
@@ -276,27 +269,22 @@ def end_monitors() -> None:
                 process.kill()
 
 
-def temporary_folder() -> str:
-    """Return the folder in which Ray creates its sockets."""
-    return os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-
-
-def shorten_temporary_folder() -> None:
-    """Let Ray use /tmp if the names of its sockets would be too long in the temporary folder.
+def socket_folder() -> str:
+    """Return the folder of Ray's sockets: RAY_TMPDIR, else the temporary folder, or /tmp if that is too long.
 
     Raises:
         UserError: /tmp cannot be used either, or RAY_TMPDIR is too long.
     """
-    folder = temporary_folder()
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(os.fsencode(folder)) <= LONGEST_TEMPORARY:
-        return
+        return folder
     name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     if name == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK):
         raise UserError(
             f"{name}={folder} has {len(os.fsencode(folder))} bytes, which makes the names of Ray's sockets too long: "
             f"set RAY_TMPDIR to a folder of at most {LONGEST_TEMPORARY} bytes"
         )
-    os.environ["RAY_TMPDIR"] = "/tmp"
+    return "/tmp"
 
 
 def check_reachable(address: str) -> None:

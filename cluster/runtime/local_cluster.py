@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from cluster.recipe.file import read_yaml_config
 from cluster.recipe.resources import LEAST_STORE_MB, STORE_MB, machine_cpus
-from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, make_token, marked_processes, token_file
+from cluster.runtime.local import QUIET_ENVIRONMENT, free_port, kill, make_token, token_file
 from perceiver.config import Config, CountOrZero, Resource, UserError
 from perceiver.storage import cache_folder, write_whole
 
@@ -99,6 +99,16 @@ class LocalCluster:
                     option = next(a for a in process.cmdline() if a.startswith("--node_ip_address="))
                     found[option.partition("=")[2]] = process.pid
         return found
+
+
+def marked_processes(name: str, value: str) -> list[psutil.Process]:
+    """Return the processes that were started with a value of an environment variable, and all their descendants."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(name) == value:
+                found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
+    return list(found.values())
 
 
 def state_file() -> Path:
@@ -208,9 +218,7 @@ def _end(processes: list[psutil.Process]) -> None:
         with contextlib.suppress(psutil.Error):
             process.terminate()
     _, alive = psutil.wait_procs(processes, END_TIMEOUT_S)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    kill(alive)
     psutil.wait_procs(alive, END_TIMEOUT_S)
 
 

@@ -7,6 +7,10 @@ from typing import Any
 
 import click
 
+from perceiver.config import PLAIN_NAME
+
+LONGEST_NAME = 200
+
 
 class Number(click.FloatRange):
     """A number in a range; NaN is in none."""
@@ -49,7 +53,7 @@ class RunName(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name; `click.BadParameter` if it is not a plain one."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", str(value)):
+        if len(str(value)) > LONGEST_NAME or not re.fullmatch(PLAIN_NAME, str(value)):
             self.fail(f"{value!r} is not a plain name: use letters, digits, dot, dash and underscore.", param, ctx)
         return str(value)
 

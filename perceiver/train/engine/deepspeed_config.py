@@ -77,20 +77,12 @@ def read_config(section: DeepSpeedConfig) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise UserError(f"deepspeed.config = {section.config}: no such file; wanted a DeepSpeed JSON")
-        content = path.read_bytes()
-        parse_json(content, f"deepspeed.config = {section.config}")
-        given = json.loads(content, parse_constant=_refuse_constant)
+        given = parse_json(path.read_bytes(), f"deepspeed.config = {section.config}", finite=True)
     except OSError as error:
         raise UserError(f"deepspeed.config = {section.config} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"deepspeed.config = {section.config} is not valid JSON: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"deepspeed.config = {section.config} contains a JSON {type(given).__name__}; wanted an object")
     return given
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name}, wanted a finite number")
 
 
 def plan_config(
