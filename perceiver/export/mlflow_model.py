@@ -73,7 +73,9 @@ def register(saved: Saved, name: str, classes: Sequence[str] = ()) -> dict[str, 
         raise UserError(f"--register: {saved.place} has no MLflow run; wanted the folder of a tracked run")
     tracking = TrackingConfig.model_validate(saved.recipe.get("tracking", {}))
     uri = tracking.store_uri(Path(saved.recipe.get("output", "runs")))
-    before, experiment = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_EXPERIMENT_ID")
+    # MLflow's default must not be set afterwards: later runs would go to a file in the current folder.
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
     mlflow.set_tracking_uri(resolve(uri))
     try:
         # Otherwise the model is logged to the default experiment, whose artifacts may be below the current folder.

@@ -56,7 +56,9 @@ def ask(port: int, body: Any) -> Any:
 @pytest.mark.slow
 def test_a_registered_model_answers_requests_as_the_run_does(tmp_path, images, monkeypatch):
     source, model, store = tracked_run(tmp_path, images)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     written = export(source, "--to", str(tmp_path / "out"), "--register", "digits")
+    assert "MLFLOW_TRACKING_URI" not in os.environ, "later runs would go to another store"
     assert written["inputs"] == {"image": ["batch", 1, 8, 8]} and written["registered"]["version"] == 1
     version = MlflowClient(tracking_uri=store).get_model_version("digits", "1")
     assert version.run_id == json.loads((tmp_path / "run" / "run.json").read_text())["mlflow_run"]
