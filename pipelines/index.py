@@ -17,7 +17,7 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, ReadPolicy, first_line, open_folder, open_target
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
-from pipelines.prepare import PrepareConfig, Progress, existing, fingerprint
+from pipelines.prepare import Note, PrepareConfig, Progress, existing, fingerprint
 from pipelines.shards.listing import file_tag, listed
 from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest, split_url
 from pipelines.shards.parquet import column_at, fit, read_footer
@@ -35,6 +35,7 @@ def index(
     config: PrepareConfig | None = None,
     *,
     progress: Progress | None = None,
+    note: Note | None = None,
 ) -> Manifest:
     """Write a manifest of Parquet files that stay in place.
 
@@ -44,6 +45,7 @@ def index(
         dst: folder for the manifest.
         config: `options` of the source, for columns and classes; `storage_options` of `dst`.
         progress: called after each file with the number of samples so far and the file's name.
+        note: called with each of the listing's notes.
 
     Raises:
         UserError: another source, no files, files that differ in their columns, or `dst` contains another data set.

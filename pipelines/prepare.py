@@ -13,10 +13,19 @@ from pydantic import Field, ValidationError
 
 from perceiver.config import Bytes, Config, Count, Probability, Seed, UserError
 from perceiver.storage import Folder, NotRegularError, open_folder, open_target, refusing
-from perceiver.tracking.printable import safe_line
+from perceiver.tracking.printable import printable, safe_line
 from perceiver.tracking.redaction import redact_text
 from pipelines.shards.arrow import ShardWriter
-from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, load_manifest, save_manifest
+from pipelines.shards.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    Split,
+    arrow_schema,
+    load_manifest,
+    save_manifest,
+    utf8_name,
+)
 from pipelines.shards.quarantine import QUARANTINE, Problem, count_reasons, write_problems
 from pipelines.sources import Listing, Rejected, Sample, Source, Unit, load_source
 
@@ -25,6 +34,8 @@ PROBE = 64
 
 Progress = Callable[[int, str], None]
 """Called after each shard with the number of samples so far and the shard's name."""
+Note = Callable[[str], None]
+"""Called with a line about the data, such as what was taken for splits and classes."""
 
 
 class PrepareConfig(Config):
@@ -75,6 +86,7 @@ def prepare(
     config: PrepareConfig | None = None,
     *,
     progress: Progress | None = None,
+    note: Note | None = None,
 ) -> Manifest:
     """Turn raw data into a prepared folder.
 
@@ -87,6 +99,7 @@ def prepare(
         dst: folder to write, a path or fsspec URL.
         config: sizes, order, parallelism.
         progress: called after each shard.
+        note: called with each of the listing's notes, before anything is written.
 
     Raises:
         UserError: unknown source or option, missing source data, a destination that contains another data set or is not
@@ -102,20 +115,24 @@ def prepare(
         return existing(dst, config, mark)
     source = load_source(source_name)
     listing = source.listing(src, seed=config.seed, shard_rows=config.shard_rows, options=config.options)
+    if note:
+        for line in listing.notes:
+            note(line)
     with refusing(dst, fix):
         folder.write(f"{RECEIPTS}/fingerprint", mark)
     jobs = _jobs(source, source_name, listing, dst, config, mark)
     runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
     splits, rejected = _collect(runner, progress)
+    rejected += [Problem("", -1, utf8_name(found.key), found.reason) for found in listing.rejected]
     _check_rejected(folder, rejected, sum(split.samples for split in splits.values()), config.max_bad_fraction)
     manifest = Manifest(
-        name=safe_line(listing.name),
+        name=safe_line(utf8_name(listing.name)),
         features=dict(listing.features),
-        classes=listing.classes,
+        classes=tuple(printable(utf8_name(name)) for name in listing.classes),
         splits=splits,
         rejected=len(rejected),
         licence=listing.licence,
-        source=redact_text(listing.origin),
+        source=redact_text(utf8_name(listing.origin)),
         fingerprint=mark,
     )
     save_manifest(manifest, folder)
@@ -189,9 +206,9 @@ def _accepted(samples: Iterable[Sample | Rejected], rejected: list[tuple[str, st
     """Yield the samples; add rejected items to the list."""
     for sample in samples:
         if isinstance(sample, Rejected):
-            rejected.append((sample.key, sample.reason))
+            rejected.append((utf8_name(sample.key), sample.reason))
         else:
-            yield sample
+            yield {**sample, "key": utf8_name(sample["key"])}
 
 
 def _read_receipt(folder: Folder, name: str) -> Receipt | None:

@@ -1,6 +1,7 @@
 """`perceiver prepare`: raw data to shards."""
 
 import time
+from collections.abc import Callable
 
 import click
 
@@ -82,7 +83,12 @@ def command(
     began = time.monotonic()
     config = PrepareConfig(seed=seed, options=pairs, max_bad_fraction=max_bad_fraction)
     work = index if in_place else prepare
-    manifest = work(name, src, dst, config, progress=lambda rows, shard: say(f"  {rows:,} samples, {shard}"))
+
+    def note(line: str) -> None:
+        if not as_json:
+            say(f"  {line}")
+
+    manifest = work(name, src, dst, config, progress=_progress(note), note=note)
     if as_json:
         say_json(manifest.model_dump(mode="json"))
         return 0
@@ -96,6 +102,17 @@ def command(
     if manifest.rejected:
         say(f"{manifest.rejected:,} raw items could not be read: see {dst.rstrip('/')}/quarantine.parquet")
     return 0
+
+
+def _progress(show: Callable[[str], None]) -> Callable[[int, str], None]:
+    before = 0
+
+    def progress(total: int, shard: str) -> None:
+        nonlocal before
+        show(f"{shard}: {total - before:,} samples ({total:,} so far)")
+        before = total
+
+    return progress
 
 
 def _pair(option: str) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from pipelines.features import Feature
 
 FORMAT_VERSION = 2
 """Version 1 has Parquet files as shards, which are still read."""
+_ESCAPE = re.compile("%(25|[89A-F][0-9A-F])")
 MANIFEST = "manifest.json"
 KEY = "key"
 MAGIC_BYTES = 8
@@ -298,3 +299,20 @@ def split_url(url: str, name: str) -> tuple[str, str]:
         return url, name
     folder, _, file = name.rpartition("/")
     return folder, file
+
+
+def utf8_name(name: str) -> str:
+    """Return a name of a raw file as a key, which must be UTF-8.
+
+    Bytes that are not UTF-8, which Python reads as half of a surrogate pair, become `%80` to `%FF`. A `%` stays as it
+    is unless it would read as one of these or as `%25`, by which it is then replaced: different names have different
+    keys, and replacing these three-letter codes by their bytes gives the name.
+    """
+    if name.isascii() and "%" not in name:
+        return name
+    name = _ESCAPE.sub(r"%25\1", name)
+    return (
+        "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in name)
+        .encode("utf-8", "replace")
+        .decode()
+    )

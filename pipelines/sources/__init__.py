@@ -49,7 +49,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Listing:
-    """The content of a source before any sample is read: facts for the manifest, and the units to read."""
+    """The content of a source before any sample is read: facts for the manifest, and the units to read.
+
+    Attributes:
+        name: of the data set.
+        features: by name.
+        classes: names of the classes by index; empty without labels.
+        licence, origin: for the manifest.
+        units: the samples.
+        notes: lines about what was taken for splits and classes, and what was left out.
+        rejected: unusable items that were found while listing.
+    """
 
     name: str
     features: Mapping[str, Feature]
@@ -57,6 +67,8 @@ class Listing:
     licence: str
     origin: str
     units: Iterable[Unit]
+    notes: tuple[str, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
 
 
 class Source(Protocol):

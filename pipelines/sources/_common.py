@@ -1,38 +1,24 @@
-"""Helpers of several sources: options, lists of files, units of items, seeds."""
+"""Helpers of several sources: options, tars, lists, units of items, seeds."""
 
 import gzip
 import hashlib
 import io
 import random
-import stat
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder, refusing
 from pipelines.sources import Unit
 
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "dev": "val",
-}
-"""Splits by their names in file and folder names."""
-
 MAX_FILE = 512 << 20
 """Largest file, or member of a tar, in bytes, that is read as a whole: a sample, or a list of labels."""
 MAX_HEADER = 1 << 20
+HEAD = 1024
+"""First bytes by which an encoding is recognized."""
 MAX_CLASSES = 1_000_000
-IN_PARTS = (".tar", ".gz", ".tgz", ".parquet", ".txt", ".jsonl", ".h5", ".hdf5")
-"""Endings of files that are read in parts and may be larger than `MAX_FILE`."""
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, zlib.error)
 """What reading a damaged tar may raise."""
 
@@ -47,36 +33,6 @@ def source_folder(name: str, src: str | None, wanted: str) -> Folder:
     if not there:
         raise UserError(f"source folder {src} does not exist: wanted a folder with {wanted}")
     return folder
-
-
-def find_files(folder: Folder, suffixes: tuple[str, ...]) -> list[str]:
-    """Return all files below a folder with one of these (lower-case) endings, relative to it and sorted.
-
-    Raises:
-        UserError: one of them is a FIFO, a socket or a device, which could be read for ever, or too large.
-    """
-    root, names = folder.path.rstrip("/") + "/", []
-    with refusing(f"source folder {folder.url}", "check the place and the access to it"):
-        found = folder.fs.find(folder.path, detail=True)
-    for path, facts in found.items():
-        if not path.lower().endswith(suffixes):
-            continue
-        special = _special(path) if folder.local and facts.get("type") != "file" else ""
-        if special:
-            raise UserError(f"{path} is a {special}: wanted a regular file; move it away")
-        if (facts.get("size") or 0) > MAX_FILE and not path.lower().endswith(IN_PARTS):
-            raise UserError(f"{path} has {facts['size']:,} bytes, more than {MAX_FILE:,}: move it away")
-        names.append(path[len(root) :])
-    return sorted(names)
-
-
-def _special(path: str) -> str:
-    """Return the kind of a local file that is not a regular one, links followed; empty for regular and missing ones."""
-    kinds = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
-    try:
-        return kinds.get(stat.S_IFMT(Path(path).stat().st_mode), "")
-    except OSError:
-        return ""
 
 
 class TarBytes:
@@ -127,6 +83,43 @@ def tar_members(stream: BinaryIO | Any, *, forward: bool = False) -> Iterator[tu
             raise EOFError("no end of the archive")
 
 
+def other_encoding(head: bytes) -> str:
+    """Return the encoding of a text that is not UTF-8 by its first bytes; empty for UTF-8, which has no zero bytes."""
+    if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return "UTF-32"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16"
+    return "UTF-16 or a binary file" if b"\0" in head else ""
+
+
+def decode_utf8(content: bytes) -> str:
+    """Return a text in UTF-8 without its byte order mark.
+
+    Raises:
+        ValueError: it is in another encoding; the message is a reason for the quarantine.
+    """
+    if found := other_encoding(content[:HEAD]):
+        raise ValueError(f"{found}, wanted UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8: {error.reason}") from error
+
+
+def read_list(folder: Folder, name: str) -> str:
+    """Return the text of a small file, such as a list of labels.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return decode_utf8(folder.fs.cat_file(folder.file(name)))
+    except ValueError as error:
+        raise UserError(
+            f"{folder.file(name)} is not readable ({error}): convert it, for example iconv -f UTF-16 -t UTF-8"
+        ) from error
+
+
 def numbered_classes(largest: int, where: str) -> list[str]:
     """Return the names "0", "1", ... of classes that are known by numbers only.
 
@@ -143,12 +136,6 @@ def numbered_classes(largest: int, where: str) -> list[str]:
             "or give --option classes=NAME,..."
         )
     return [str(label) for label in range(largest + 1)]
-
-
-def split_of(name: str) -> str:
-    """Return the split that a file's name begins with, else the one that a folder above it names, else train."""
-    words = [name.rsplit("/", 1)[-1].split(".")[0].split("-")[0].split("_")[0], *reversed(name.split("/")[:-1])]
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
 
 
 def base_name(src: str) -> str:

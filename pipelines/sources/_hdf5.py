@@ -1,11 +1,14 @@
 """Point clouds in HDF5 files as in `modelnet40_ply_hdf5_2048`: `data` (n, points, 3) and `label` (n, 1)."""
 
+from collections.abc import Mapping
+
 import h5py
 import numpy as np
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, first_line
-from pipelines.sources._common import MAX_FILE, find_files, numbered_classes
+from pipelines.sources._common import MAX_FILE, numbered_classes, read_list
+from pipelines.sources._layout import splits_of_files
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import Points, decode_points
 
@@ -17,24 +20,31 @@ Row = tuple[str, int]
 """`FILE#ROW` relative to the folder, and the class."""
 
 
-def find_rows(folder: Folder) -> tuple[list[str], dict[str, list[Row]]] | None:
-    """Return class names in order, and each split's rows (by `train` or `test` in the file name); None without files.
+def find_rows(
+    folder: Folder, found: list[str], options: Mapping[str, str]
+) -> tuple[list[str], dict[str, list[Row]]] | None:
+    """Return class names in order, and each split's rows, see `_layout.splits_of_files`; None without files.
 
     The class names are in `shape_names.txt`, one per line; without it they are numbers.
+
+    Args:
+        folder: the source folder.
+        found: its files.
+        options: of the source.
 
     Raises:
         UserError: a file is not HDF5, lacks an array, or its arrays do not match.
     """
-    files = find_files(folder, SUFFIXES)
+    files = [name for name in found if name.lower().endswith(SUFFIXES)]
     if not files:
         return None
-    splits: dict[str, list[Row]] = {"train": [], "test": []}
-    for name in files:
-        rows = [(f"{name}#{row}", label) for row, label in enumerate(_labels(folder, name))]
-        splits["test" if "test" in name.rsplit("/", 1)[-1].lower() else "train"] += rows
+    splits: dict[str, list[Row]] = {
+        split: [(f"{name}#{row}", label) for name in names for row, label in enumerate(_labels(folder, name))]
+        for split, names in splits_of_files(folder, files, options).items()
+    }
     labels = sorted({label for rows in splits.values() for _, label in rows})
-    lists = find_files(folder, (NAMES,))
-    names = folder.read_text(lists[0]).split() if lists else numbered_classes(labels[-1], f"{folder.url}: {ARRAYS[1]}")
+    lists = [name for name in found if name.endswith(NAMES)]
+    names = read_list(folder, lists[0]).split() if lists else numbered_classes(labels[-1], f"{folder.url}: {ARRAYS[1]}")
     if not 0 <= labels[0] <= labels[-1] < len(names):
         raise UserError(
             f"{folder.url}/{lists[0]} names {len(names)} classes, the files have labels {labels[0]} to"

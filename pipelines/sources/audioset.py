@@ -18,7 +18,8 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
 from pipelines.features import AudioFeature, Feature, LabelsFeature, MediaFeature, VideoFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import choice, find_files, shuffled_units, source_folder
+from pipelines.sources._common import choice, read_list, shuffled_units, source_folder
+from pipelines.sources._layout import Found, look
 
 SOUND = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aac")
 VIDEO = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -58,26 +59,32 @@ class AudioSet:
         media = choice(options, "media", KINDS, "both")
         part = choice(options, "train", ("all", "balanced", "unbalanced"), "all")
         name, feature, suffixes = KINDS[media]
-        lists = {
-            base: path
-            for path in find_files(folder, (".csv", ".json"))
-            if (base := path.rsplit("/", 1)[-1]) in (*LISTS, LABELS, ONTOLOGY)
-        }
+        found = look(folder, (".csv", ".json", *suffixes))
+        lists = {base: path for path in found.names if (base := path.rsplit("/", 1)[-1]) in (*LISTS, LABELS, ONTOLOGY)}
         wanted = [base for base, (_, half) in LISTS.items() if base in lists and part in ("all", half or part)]
         if not wanted:
             raise UserError(f"no segment lists below {folder.url}: wanted {', '.join(LISTS)}")
         classes = read_classes(folder, lists)
-        files = media_files(folder, suffixes)
+        files = media_files(found, suffixes)
         if not files:
             raise UserError(f"no media files below {folder.url}: wanted {', '.join(suffixes)} named after the videos")
         splits: dict[str, list[Any]] = {}
         for base in wanted:
-            found = read_segments(folder, lists[base], {mid: number for number, mid in enumerate(classes)})
-            splits.setdefault(LISTS[base][0], []).extend(_item(segment, files) for segment in found)
+            segments = read_segments(folder, lists[base], {mid: number for number, mid in enumerate(classes)})
+            splits.setdefault(LISTS[base][0], []).extend(_item(segment, files) for segment in segments)
         units = shuffled_units(splits, random.Random(seed), shard_rows, src=src, feature=name)
         licence = "labels CC BY 4.0 (Google), the clips under their own terms on YouTube"
         features = {name: feature, "label": LabelsFeature()}
-        return Listing("audioset", features, tuple(classes.values()), licence, str(src), units)
+        return Listing(
+            "audioset",
+            features,
+            tuple(classes.values()),
+            licence,
+            str(src),
+            units,
+            notes=(f"lists: {', '.join(lists[base] for base in wanted)}", *found.notes()),
+            rejected=tuple(found.rejected),
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's files unchanged."""
@@ -95,13 +102,13 @@ def read_classes(folder: Folder, lists: Mapping[str, str]) -> dict[str, str]:
     """Return class names by machine id (`/m/09x0r`), in the order of their indices."""
     try:
         if LABELS in lists:
-            rows = list(csv.DictReader(folder.read_text(lists[LABELS]).splitlines()))
+            rows = list(csv.DictReader(read_list(folder, lists[LABELS]).splitlines()))
             return {row["mid"]: row["display_name"] for row in sorted(rows, key=lambda row: int(row["index"]))}
         if ONTOLOGY in lists:
             hidden = {"abstract", "blacklist"}
             return {
                 entry["id"]: entry["name"]
-                for entry in json.loads(folder.read_text(lists[ONTOLOGY]))
+                for entry in json.loads(read_list(folder, lists[ONTOLOGY]))
                 if not hidden & set(entry.get("restrictions", ()))
             }
     except (KeyError, ValueError, TypeError) as error:
@@ -114,7 +121,7 @@ def read_classes(folder: Folder, lists: Mapping[str, str]) -> dict[str, str]:
 
 def read_segments(folder: Folder, path: str, classes: Mapping[str, int]) -> Iterator[Segment]:
     """Yield the segments of a list; labels of unknown classes are left out."""
-    lines = csv.reader(folder.read_text(path).splitlines(), skipinitialspace=True)
+    lines = csv.reader(read_list(folder, path).splitlines(), skipinitialspace=True)
     for number, line in enumerate(lines, 1):
         if not line or line[0].startswith("#"):
             continue
@@ -126,13 +133,15 @@ def read_segments(folder: Folder, path: str, classes: Mapping[str, int]) -> Iter
             raise UserError(f'{where}: wanted video, start, end, "labels", got {line}') from error
 
 
-def media_files(folder: Folder, suffixes: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the paths of the media files by video."""
+def media_files(found: Found, suffixes: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return the paths of the media files by video; others are counted as left out."""
     files: dict[str, list[str]] = {}
-    for path in find_files(folder, suffixes):
+    for path in found.names:
         match = FILE_NAME.match(path.rsplit("/", 1)[-1])
-        if match:
+        if match and path.lower().endswith(suffixes):
             files.setdefault(match[1], []).append(path)
+        elif path.lower().endswith(suffixes):
+            found.ignore("media files that are not named after a video", path)
     return files
 
 

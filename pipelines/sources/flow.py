@@ -13,7 +13,8 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
 from pipelines.features.flow import FlowFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, choice, find_files, hold_out, share, shuffled_units, source_folder
+from pipelines.sources._common import base_name, choice, hold_out, read_list, share, shuffled_units, source_folder
+from pipelines.sources._layout import Found, look
 from pipelines.transforms.optical_flow import pack
 
 FRAMES = ("ppm", "png", "jpg", "jpeg")
@@ -40,16 +41,26 @@ class FlowPairs:
         """List the pairs below `src`."""
         refuse_options(options, OPTIONS)
         folder = source_folder("flow", src, "a flow data set (FlyingChairs, Sintel or KITTI as unpacked)")
-        scenes = find_pairs(folder, choice(options, "pass", ("clean", "final"), "clean"))
+        found = look(folder, (".flo", "train_val.txt", *(f".{suffix}" for suffix in FRAMES)))
+        scenes = find_pairs(folder, found, choice(options, "pass", ("clean", "final"), "clean"))
         split, rng = choice(options, "split", ("auto", "train", "test"), "auto"), random.Random(seed)
         if split == "auto":
             part = share(options, "held_out", "0.2")
-            splits = _listed(folder, scenes) or _hold_out_scenes(scenes, part, rng)
+            splits = _listed(folder, found.names, scenes) or _hold_out_scenes(scenes, part, rng)
         else:
             splits = {split: [pair for pairs in scenes.values() for pair in pairs]}
         units = shuffled_units(splits, rng, shard_rows, src=folder.url)
         licence = "not stated: see the data set (all three are for research)"
-        return Listing(base_name(folder.url), {"flow": FlowFeature()}, (), licence, folder.url, units)
+        return Listing(
+            base_name(folder.url),
+            {"flow": FlowFeature()},
+            (),
+            licence,
+            folder.url,
+            units,
+            notes=(f"scenes: {len(scenes):,}", *found.notes()),
+            rejected=tuple(found.rejected),
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's files unchanged."""
@@ -63,12 +74,11 @@ class FlowPairs:
             yield {"key": flow, "flow": pack(files, "flo" if flow.endswith(".flo") else "png")}
 
 
-def find_pairs(folder: Folder, passes: str) -> dict[str, list[PairFiles]]:
-    """Return the pairs by scene; a pair whose frames are missing is left out."""
-    names = find_files(folder, (".flo", *(f".{suffix}" for suffix in FRAMES)))
-    there = set(names)
+def find_pairs(folder: Folder, files: Found, passes: str) -> dict[str, list[PairFiles]]:
+    """Return the pairs by scene; a pair whose frames are missing is added to the rejected files."""
+    there = set(files.names)
     scenes: dict[str, list[PairFiles]] = {}
-    for name in names:
+    for name in files.names:
         scene, stems = _frames_of(name, passes)
         frames = [
             next((f"{stem}.{suffix}" for suffix in FRAMES if f"{stem}.{suffix}" in there), None) for stem in stems
@@ -77,6 +87,8 @@ def find_pairs(folder: Folder, passes: str) -> dict[str, list[PairFiles]]:
         found = next(((first, second) for first, second in pairs if first and second), None)
         if found:
             scenes.setdefault(scene, []).append((*found, name))
+        elif stems:
+            files.rejected.append(Rejected(name, "a flow without its two frames"))
     if not scenes:
         raise UserError(
             f"no pairs with flow below {folder.url}: wanted *_img1.ppm, *_img2.ppm and *_flow.flo"
@@ -97,12 +109,12 @@ def _frames_of(name: str, passes: str) -> tuple[str, list[str]]:
     return "", []
 
 
-def _listed(folder: Folder, scenes: Mapping[str, list[PairFiles]]) -> dict[str, list[PairFiles]]:
+def _listed(folder: Folder, names: list[str], scenes: Mapping[str, list[PairFiles]]) -> dict[str, list[PairFiles]]:
     """Return the splits of FlyingChairs' list: a line per pair in order, 1 to train on, 2 to test."""
-    lists = find_files(folder, ("train_val.txt",))
+    lists = [name for name in names if name.endswith("train_val.txt")]
     if not lists:
         return {}
-    marks = folder.read_text(lists[0]).split()
+    marks = read_list(folder, lists[0]).split()
     pairs = [pair for scene in sorted(scenes) for pair in scenes[scene]]
     if len(marks) != len(pairs):
         raise UserError(

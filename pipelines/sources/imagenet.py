@@ -16,7 +16,8 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import MAX_FILE, TAR_ERRORS, find_files, shuffled_units, source_folder, tar_members
+from pipelines.sources._common import MAX_FILE, TAR_ERRORS, read_list, shuffled_units, source_folder, tar_members
+from pipelines.sources._layout import class_notes, look
 
 SYNSET = re.compile(r"n\d{8}")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}")
@@ -36,7 +37,8 @@ class ImageNet:
         """List the images below `src`."""
         refuse_options(options)
         folder = source_folder("imagenet", src, WANTED)
-        names = find_files(folder, (".jpeg", ".jpg", ".png", ".tar", ".txt", ".csv"))
+        found = look(folder, (".jpeg", ".jpg", ".png", ".tar", ".txt", ".csv"))
+        names = found.names
         splits = {"train": list(find_train(folder, names)), "val": list(find_val(folder, names))}
         if not splits["train"] and not splits["val"]:
             raise UserError(f"{folder.url} is not laid out like ImageNet: wanted {WANTED}")
@@ -49,7 +51,16 @@ class ImageNet:
         units = shuffled_units(items, random.Random(seed), shard_rows, src=folder.url)
         features = {"image": ImageFeature(channels=3), "label": LabelFeature()}
         classes = tuple(f"{synset} {words[synset]}" if synset in words else synset for synset in synsets)
-        return Listing("imagenet", features, classes, LICENCE, folder.url, units)
+        return Listing(
+            "imagenet",
+            features,
+            classes,
+            LICENCE,
+            folder.url,
+            units,
+            notes=(*class_notes(classes), *found.notes()),
+            rejected=tuple(found.rejected),
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's images unchanged."""
@@ -132,11 +143,11 @@ def val_labels(folder: Folder, names: list[str], images: int) -> dict[str, str]:
     """Return the synset of each validation image, by its file name without suffix."""
     for name in names:
         if name.endswith("val_solution.csv"):
-            rows = [line.split(",") for line in folder.read_text(name).splitlines()[1:]]
+            rows = [line.split(",") for line in read_list(folder, name).splitlines()[1:]]
             return {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1]}
     for name in names:
         if name.endswith("synset_labels.txt"):
-            synsets = folder.read_text(name).split()
+            synsets = read_list(folder, name).split()
             if len(synsets) < images or not all(map(SYNSET.fullmatch, synsets)):
                 raise UserError(
                     f"{folder.url}/{name}: {len(synsets)} lines for {images} images, wanted one synset"
@@ -153,7 +164,7 @@ def synset_words(folder: Folder, names: list[str]) -> dict[str, str]:
     """Return the first word of each synset, if a list is there."""
     for name in names:
         if name.endswith(("synset_mapping.txt", "synset_words.txt")):
-            lines = [line.partition(" ") for line in folder.read_text(name).splitlines() if line.strip()]
+            lines = [line.partition(" ") for line in read_list(folder, name).splitlines() if line.strip()]
             return {synset: words.split(",")[0].strip() for synset, _, words in lines}
     return {}
 

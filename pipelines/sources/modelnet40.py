@@ -9,6 +9,7 @@ HDF5 files `*train*.h5` and `*test*.h5`, as in `modelnet40_ply_hdf5_2048` (`_hdf
 import io
 import math
 import random
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, first_line, open_folder
 from pipelines.features import LabelFeature, PointsFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
-from pipelines.sources._common import base_name, find_files, item_seed, number, shuffled_units, source_folder
+from pipelines.sources._common import base_name, item_seed, number, read_list, shuffled_units, source_folder
+from pipelines.sources._layout import ClassFiles, Found, class_files, class_notes, hold_out_classes, look
 from pipelines.transforms import BadSample
 from pipelines.transforms.mesh import load_mesh, surface_points
 from pipelines.transforms.points import Points, decode_points
@@ -26,26 +28,48 @@ from pipelines.transforms.points import Points, decode_points
 LISTS = {"train": "_train.txt", "test": "_test.txt"}
 WANTED = "CLASS/train/*.off with CLASS/test/*.off, or CLASS/*.txt with lists *_train.txt and *_test.txt; or *train*.h5"
 
-Labelled = tuple[str, int]
-"""A file relative to the source folder and its class."""
+OBJECTS = (".off", ".npy", ".txt")
+SUFFIXES = (*OBJECTS, *_hdf5.SUFFIXES)
+OPTIONS = ("points", "held_out", "splits")
+LICENCE = "ModelNet: for academic research, copyright of the models with their authors"
+# fmt: off
+CLASSES = {
+    "airplane", "bathtub", "bed", "bench", "bookshelf", "bottle", "bowl", "car", "chair", "cone", "cup",
+    "curtain", "desk", "door", "dresser", "flower_pot", "glass_box", "guitar", "keyboard", "lamp", "laptop",
+    "mantel", "monitor", "night_stand", "person", "piano", "plant", "radio", "range_hood", "sink", "sofa",
+    "stairs", "stool", "table", "tent", "toilet", "tv_stand", "vase", "wardrobe", "xbox",
+}
+# fmt: on
+"""Of ModelNet40; data with other classes are not ModelNet's."""
 
 
 class ModelNet40:
-    """The source. Option `points`: the number of points drawn from each mesh (default 2,048)."""
+    """The source.
+
+    Options: `points` (drawn from each mesh, 2,048), `held_out` (share of each class, 0.2 if no name states a split),
+    `splits` (`names` or `none`, see `_layout.class_files`).
+    """
 
     title = "ModelNet40 and similar data: OFF meshes (SRC/CLASS/train/*.off) or point clouds (.txt, .npy, .h5)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the objects below `src`."""
-        refuse_options(options, ("points",))
+        refuse_options(options, OPTIONS)
         folder = source_folder("modelnet40", src, WANTED)
-        classes, splits = _hdf5.find_rows(folder) or find_objects(folder)
-        units = shuffled_units(
-            splits, random.Random(seed), shard_rows, src=folder.url, seed=seed, points=number(options, "points", 2048)
+        found = look(folder, SUFFIXES)
+        rng = random.Random(seed)
+        files = hold_out_classes(find_objects(folder, found, options), folder, options, "0.2", rng)
+        content = {"src": folder.url, "seed": seed, "points": number(options, "points", 2048)}
+        return Listing(
+            name=base_name(folder.url),
+            features={"points": PointsFeature(), "label": LabelFeature()},
+            classes=tuple(files.classes),
+            licence=LICENCE if set(files.classes) <= CLASSES else "not stated: the user's own data",
+            origin=folder.url,
+            units=shuffled_units(files.splits, rng, shard_rows, **content),
+            notes=(*files.notes, *found.notes()),
+            rejected=tuple(found.rejected),
         )
-        features = {"points": PointsFeature(), "label": LabelFeature()}
-        licence = "ModelNet: for academic research, copyright of the models with their authors"
-        return Listing(base_name(folder.url), features, tuple(classes), licence, folder.url, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Draw or read the points of each object."""
@@ -70,6 +94,7 @@ def read_points(name: str, encoded: bytes, count: int, seed: int) -> Points:
     suffix = name.rsplit(".", 1)[-1].lower()
     if suffix == "off":
         return surface_points(load_mesh(encoded, "off"), count, seed)
+    encoded = encoded.removeprefix(BOM_UTF8)
     if not encoded:
         raise BadSample("0 bytes")
     try:
@@ -97,31 +122,36 @@ def _read_npy(encoded: bytes) -> Any:
     return np.frombuffer(content, kind).reshape(shape, order="F" if columns_first else "C")
 
 
-def find_objects(folder: Folder) -> tuple[list[str], dict[str, list[Labelled]]]:
-    """Return class names in order, and the files of each split."""
-    names = find_files(folder, (".off", ".npy", ".txt"))
-    inner = [name.split("/") for name in names if name.count("/") >= 1]
-    by_folder = [parts for parts in inner if len(parts) >= 3 and parts[-2] in LISTS]
-    if by_folder:
-        found = [(parts[-2], parts[-3], "/".join(parts)) for parts in by_folder]
-    else:
-        found = list(_listed(folder, names))
-    classes = sorted({label for _, label, _ in found})
-    splits = {split: [(name, classes.index(label)) for part, label, name in found if part == split] for split in LISTS}
+def find_objects(folder: Folder, found: Found, options: Mapping[str, str]) -> ClassFiles:
+    """Return the classes and the objects of each split: by HDF5 files, by lists of names, or by folders."""
+    if rows := _hdf5.find_rows(folder, found.names, options):
+        return ClassFiles(*rows, tuple(class_notes(rows[0])))
+    members = list(_listed(folder, found))
+    if not members:
+        found.names = [name for name in found.names if name.lower().endswith(OBJECTS)]
+        if not found.names:
+            raise UserError(f"no objects below {folder.url}: wanted {WANTED}")
+        return class_files(folder, found, options)
+    classes = sorted({label for _, label, _ in members})
+    splits = {
+        split: [(name, classes.index(label)) for part, label, name in members if part == split] for split in LISTS
+    }
     if not splits["train"]:
-        raise UserError(f"no objects below {folder.url}: wanted {WANTED}")
-    return classes, {split: members for split, members in splits.items() if members}
+        raise UserError(f"the lists of {folder.url} name no objects to train on: wanted {WANTED}")
+    return ClassFiles(classes, {split: names for split, names in splits.items() if names}, tuple(class_notes(classes)))
 
 
-def _listed(folder: Folder, names: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (split, class, file) by the lists of names at the top; a name without a file is left out."""
-    files = {name.rsplit("/", 1)[-1].rsplit(".", 1)[0]: name for name in names if "/" in name}
+def _listed(folder: Folder, found: Found) -> Iterator[tuple[str, str, str]]:
+    """Yield (split, class, file) by the lists of names at the top; a name without a file is rejected."""
+    files = {name.rsplit("/", 1)[-1].rsplit(".", 1)[0]: name for name in found.names if "/" in name}
     for split, ending in LISTS.items():
         # There are lists for ModelNet10, too: the longest one has all classes.
-        lists = [folder.read_text(name).split() for name in names if "/" not in name and name.endswith(ending)]
+        lists = [read_list(folder, name).split() for name in found.names if "/" not in name and name.endswith(ending)]
         for entry in max(lists, key=len, default=[]):
             if entry in files:
                 yield split, files[entry].split("/")[-2], files[entry]
+            else:
+                found.rejected.append(Rejected(entry, f"in the list of {split}, but without a file"))
 
 
 source = ModelNet40()

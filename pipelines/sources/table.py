@@ -1,37 +1,54 @@
 """Parquet tables with one row per sample, in the layout of data hubs: `SRC/**/train-*.parquet`, `test-*.parquet`, ...
 
 Options name the columns; the defaults are `image` (binary, or a struct with `bytes`), `text` (string) and `label`
-(integer or string). Class names come from the option `classes` (with commas), from the metadata that the Hugging Face
-libraries write, or, for string labels, from the labels.
+(whole number, boolean, string, or a dictionary of these). Class names come from the option `classes` (with commas),
+from the metadata that the Hugging Face libraries write, or from the labels.
 """
 
-import json
+import io
 import random
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, first_line, open_folder
-from pipelines.features import ImageFeature, LabelFeature, TextFeature
+from pipelines.features import LabelFeature, TextFeature
+from pipelines.order.permutation import keys, permute
 from pipelines.shards.parquet import row_key
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, channels, find_files, numbered_classes, source_folder, split_of
+from pipelines.sources._common import base_name, source_folder
+from pipelines.sources._labels import classes_of, is_label, is_text, label_number, same_names, stored_names, unsuitable
+from pipelines.sources._layout import class_notes, held_out_share, look, split_notes, splits_of_files
+from pipelines.sources._probe import PROBE, image_feature
 
-OPTIONS = ("image", "text", "label", "classes", "channels")
+OPTIONS = ("image", "text", "label", "classes", "channels", "held_out", "splits")
 
 MAX_ROWS = 10_000_000
 MAX_BYTES = 4 << 30
 """Limits of a row group, which is read as a whole."""
 
-GroupLocation = tuple[str, int, int]
-"""A file relative to the source folder, a row group, and its rows."""
+
+class Group(NamedTuple):
+    """A row group: the file relative to the source folder, its number, its rows, and the rows of all groups before."""
+
+    name: str
+    number: int
+    rows: int
+    first: int
 
 
 class TableSource:
-    """The source: Parquet files. Row groups are shuffled over the shards; rows keep their order within them."""
+    """The source: Parquet files. Row groups are shuffled over the shards; rows keep their order within them.
+
+    Options: `image`, `text`, `label` (columns; empty: without), `classes` (names with commas), `channels` (1 or 3;
+    default: as found), `held_out` (share of the rows, 0.2 if no file is named after a split), `splits` (`names` or
+    `none`, see `_layout.splits_of_files`).
+    """
 
     title = "Parquet tables with a row per sample (images as bytes, or texts; SRC/train-*.parquet, SRC/test-*.parquet)"
 
@@ -39,43 +56,62 @@ class TableSource:
         """List the row groups below `src`."""
         refuse_options(options, OPTIONS)
         folder = source_folder("table", src, "train-*.parquet, test-*.parquet, ...")
-        files = find_tables(folder)
-        schema = _metadata(folder, files[0][1]).schema.to_arrow_schema()
+        found = look(folder, (".parquet",))
+        if not found.names:
+            raise UserError(f"no .parquet files below {folder.url}: wanted train-*.parquet, test-*.parquet, ...")
+        splits = splits_of_files(folder, found.names, options)
+        files = [name for names in splits.values() for name in names]
+        schema = _metadata(folder, files[0]).schema.to_arrow_schema()
         columns = find_columns(schema, options)
-        classes = class_names(folder, schema, columns, [name for _, name in files], options)
-        units = [
-            Unit(split, {"src": src, "columns": columns, "classes": classes, "places": places})
-            for split in dict.fromkeys(split for split, _ in files)
-            for places in _units(folder, [name for found, name in files if found == split], seed, shard_rows)
-        ]
-        known = {"image": ImageFeature(channels=channels(options)), "text": TextFeature(), "label": LabelFeature()}
-        features = {name: feature for name, feature in known.items() if name in columns}
-        return Listing(base_name(folder.url), features, tuple(classes), "not stated: see the source", str(src), units)
+        classes = class_names(folder, schema, columns, files, options)
+        groups = {split or "train": _groups(folder, names) for split, names in splits.items()}
+        held_out = held_out_share(splits, folder, options, "0.2")
+        return Listing(
+            name=base_name(folder.url),
+            features=_features(folder, columns, groups, options),
+            classes=tuple(classes),
+            licence="not stated: see the source",
+            origin=str(src),
+            units=_units(groups, held_out, seed, shard_rows, {"src": src, "columns": columns, "classes": classes}),
+            notes=(*_column_notes(columns, schema, classes), *split_notes(splits, held_out), *found.notes()),
+            rejected=tuple(found.rejected),
+        )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's row groups, one at a time."""
         content = unit.content
         folder, columns = open_folder(content["src"]), content["columns"]
         index = {name: number for number, name in enumerate(content["classes"])}
-        for name, group, rows in content["places"]:
+        for place in content["places"]:
+            group = Group(*place)
+            rows = _rows_of(group, unit)
             try:
-                table = _read(folder, name, group, columns)
+                table = _read(folder, group.name, group.number, columns)
             except (OSError, pa.ArrowException) as error:
-                reason = first_line(error, 120)
-                yield from (
-                    Rejected(row_key(name, group, row), f"unreadable row group: {reason}") for row in range(rows)
-                )
+                reason = f"unreadable row group: {first_line(error, 120)}"
+                yield from (Rejected(row_key(group.name, group.number, row), reason) for row in rows)
                 continue
-            for row in range(table.num_rows):
-                key = row_key(name, group, row)
+            for row in rows:
+                key = row_key(group.name, group.number, row)
                 try:
                     sample = {feature: _value(table.column(feature)[row].as_py()) for feature in columns}
+                    if "label" in sample:
+                        sample["label"] = label_number(sample["label"], index, len(index))
                 except UnicodeDecodeError as error:
                     yield Rejected(key, f"invalid UTF-8: {error.reason}")
-                    continue
-                if isinstance(sample.get("label"), str):
-                    sample["label"] = index.get(sample["label"], -1)
-                yield {"key": key, **sample}
+                except ValueError as error:
+                    yield Rejected(key, str(error))
+                else:
+                    yield {"key": key, **sample}
+
+
+def _rows_of(group: Group, unit: Unit) -> list[int]:
+    """Return the rows of a row group that belong to the unit's split."""
+    if not unit.content["held_out"]:
+        return list(range(group.rows))
+    cut, total, seed = unit.content["held_out"]
+    places = permute(np.arange(group.first, group.first + group.rows), total, keys(seed))
+    return np.flatnonzero((places < cut) == (unit.split == "test")).tolist()
 
 
 def _read(folder: Folder, name: str, group: int, columns: Mapping[str, str]) -> pa.Table:
@@ -86,15 +122,6 @@ def _read(folder: Folder, name: str, group: int, columns: Mapping[str, str]) -> 
                 raise pa.ArrowTypeError(f"no column {column} for {feature}")
         table = file.read_row_group(group, columns=list(columns.values()), use_threads=False)
     return table.select(list(columns.values())).rename_columns(list(columns))
-
-
-def find_tables(folder: Folder) -> list[tuple[str, str]]:
-    """Return (split, file) of all Parquet files, train first; a file whose name gives no split belongs to train."""
-    names = find_files(folder, (".parquet",))
-    if not names:
-        raise UserError(f"no .parquet files below {folder.url}: wanted train-*.parquet, test-*.parquet, ...")
-    splits = [(split_of(name), name) for name in names]
-    return sorted(splits, key=lambda item: (item[0] != "train", item))
 
 
 def _metadata(folder: Folder, name: str) -> pq.FileMetaData:
@@ -110,15 +137,26 @@ def _metadata(folder: Folder, name: str) -> pq.FileMetaData:
 
 
 def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str]:
-    """Return the table's column for each feature."""
+    """Return the table's column for each feature.
+
+    Raises:
+        UserError: a column does not exist, exists twice, or has a type that cannot be the feature; or there are neither
+            images nor texts.
+    """
     columns = {}
-    for feature, kinds in KINDS.items():
+    for feature, suitable in KINDS.items():
         name = options.get(feature, feature)
-        if name in schema.names and kinds(schema.field(name).type):
+        if schema.names.count(name) > 1:
+            raise UserError(f"column {name} exists {schema.names.count(name)} times: rename the others")
+        if name in schema.names:
+            kind = schema.field(name).type
+            if not suitable(kind):
+                others = [field.name for field in schema if suitable(field.type)]
+                raise unsuitable(feature, name, kind, WANTED[feature], others)
             columns[feature] = name
-        elif feature in options:
+        elif name and feature in options:
             raise UserError(
-                f"option {feature}={name}: no such column of a suitable type; the table has "
+                f"option {feature}={name}: no such column; the table has "
                 + ", ".join(f"{field.name} ({field.type})" for field in schema)
             )
     if not columns.keys() & {"image", "text"}:
@@ -135,46 +173,88 @@ def _is_image(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _is_label(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or _is_text(kind)
-
-
-KINDS = {"image": _is_image, "text": _is_text, "label": _is_label}
+KINDS = {"image": _is_image, "text": is_text, "label": is_label}
+WANTED = {
+    "image": "binary or a struct with the field bytes",
+    "text": "string",
+    "label": "a whole number, boolean, string or dictionary",
+}
 
 
 def class_names(
     folder: Folder, schema: pa.Schema, columns: Mapping[str, str], files: list[str], options: Mapping[str, str]
 ) -> list[str]:
-    """Return the names of the classes, by label."""
+    """Return the names of the classes, by label.
+
+    Raises:
+        UserError: the files disagree, or the labels cannot be numbered, see `_labels`.
+    """
     if "label" not in columns:
         return []
     if "classes" in options:
         return options["classes"].split(",")
-    facts = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = facts.get("info", {}).get("features", {}).get(columns["label"], {}).get("names")
-    if names:
-        return list(names)
-    found: set[Any] = set()
+    column = columns["label"]
+    stored = {name: stored_names(_metadata(folder, name).schema.to_arrow_schema().metadata, column) for name in files}
+    where = f"{folder.url}: column {column}"
+    return same_names(stored, where) or classes_of(
+        _label_values(folder, column, files), schema.field(column).type, where
+    )
+
+
+def _label_values(folder: Folder, column: str, files: list[str]) -> Iterator[set[Any]]:
+    """Yield the different labels of each file; a row group that cannot be read is rejected when it is prepared."""
     for name in files:
         with folder.fs.open(folder.file(name), "rb") as stream, pq.ParquetFile(stream) as file:
-            if columns["label"] in file.schema_arrow.names:
-                for batch in file.iter_batches(columns=[columns["label"]]):
-                    found |= set(batch.column(0).unique().to_pylist())
-    found.discard(None)
-    if not all(isinstance(label, str) for label in found):
-        if min(found) < 0:
-            raise UserError(f"label {min(found)} in column {columns['label']}: wanted 0, 1, 2, ... or strings")
-        return numbered_classes(max(found), f"{folder.url}: column {columns['label']}")
-    return sorted(found)
+            if column not in file.schema_arrow.names or not is_label(file.schema_arrow.field(column).type):
+                continue
+            for group in range(file.num_row_groups):
+                try:
+                    values = file.read_row_group(group, columns=[column], use_threads=False).column(0)
+                    yield set(values.unique().to_pylist())
+                except (OSError, ValueError, pa.ArrowException):
+                    continue
 
 
-def _units(folder: Folder, files: list[str], seed: int, shard_rows: int) -> Iterator[list[GroupLocation]]:
-    """Yield row groups in random order, gathered up to `shard_rows` rows; a larger group is one unit."""
-    places: list[GroupLocation] = []
+def _features(
+    folder: Folder, columns: Mapping[str, str], groups: Mapping[str, Sequence[Group]], options: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the features; those of images by looking at a few."""
+    features: dict[str, Any] = {"text": TextFeature(), "label": LabelFeature()}
+    if "image" in columns:
+        features["image"] = image_feature(
+            options, [partial(io.BytesIO, image) for image in _images(folder, columns, groups)]
+        )
+    return {name: features[name] for name in columns}
+
+
+def _images(folder: Folder, columns: Mapping[str, str], groups: Mapping[str, Sequence[Group]]) -> list[bytes]:
+    """Return the first images; none if they cannot be read."""
+    group = next((group for found in groups.values() for group in found if group.rows), None)
+    if group is None:
+        return []
+    try:
+        with folder.fs.open(folder.file(group.name), "rb") as stream, pq.ParquetFile(stream) as file:
+            batch = next(file.iter_batches(PROBE, row_groups=[group.number], columns=[columns["image"]]))
+        return [_value(image) or b"" for image in batch.column(0).to_pylist()]
+    except (OSError, KeyError, pa.ArrowException):
+        return []
+
+
+def _column_notes(columns: Mapping[str, str], schema: pa.Schema, classes: Sequence[str]) -> tuple[str, ...]:
+    taken = ", ".join(f"{feature} from {name} ({schema.field(name).type})" for feature, name in columns.items())
+    others = [name for name in schema.names if name not in columns.values()]
+    notes = [f"columns: {taken}" + (f"; not used: {', '.join(others)}" if others else "")]
+    return (*notes, *class_notes(classes)) if "label" in columns else tuple(notes)
+
+
+def _groups(folder: Folder, files: Sequence[str]) -> list[Group]:
+    """Return the row groups of some files, in order.
+
+    Raises:
+        UserError: a file is not Parquet, or a row group is too large.
+    """
+    groups: list[Group] = []
+    first = 0
     for name in files:
         facts = _metadata(folder, name)
         for number in range(facts.num_row_groups):
@@ -184,16 +264,42 @@ def _units(folder: Folder, files: list[str], seed: int, shard_rows: int) -> Iter
                     f"{folder.url}/{name}: row group {number} has {group.num_rows:,} rows and "
                     f"{group.total_byte_size:,} bytes, wanted up to {MAX_ROWS:,} and {MAX_BYTES:,}"
                 )
-            places.append((name, number, group.num_rows))
-    random.Random(seed).shuffle(places)
-    unit: list[GroupLocation] = []
-    rows = 0
-    for place in places:
-        if unit and rows + place[2] > shard_rows:
+            groups.append(Group(name, number, group.num_rows, first))
+            first += group.num_rows
+    return groups
+
+
+def _units(
+    splits: Mapping[str, list[Group]], held_out: float, seed: int, shard_rows: int, content: Mapping[str, Any]
+) -> list[Unit]:
+    """Return units of row groups in random order, gathered up to `shard_rows` rows; a larger group is one unit."""
+    parts = {split: (groups, 1.0) for split, groups in splits.items()}
+    exact = None
+    if held_out:
+        groups = splits["train"]
+        total = sum(group.rows for group in groups)
+        exact = [max(1, round(held_out * total)), total, seed] if total > 1 else None
+    if exact:
+        parts = {"train": (splits["train"], 1 - held_out), "test": (splits["train"], held_out)}
+    units: list[Unit] = []
+    for split, (groups, taken) in parts.items():
+        shuffled = list(groups)
+        random.Random(seed).shuffle(shuffled)
+        units += [
+            Unit(split, {**content, "held_out": exact, "places": places})
+            for places in _gathered(shuffled, int(shard_rows / taken))
+        ]
+    return units
+
+
+def _gathered(groups: Sequence[Group], rows: int) -> Iterator[list[Group]]:
+    """Yield groups together, up to a number of rows."""
+    unit: list[Group] = []
+    for group in groups:
+        if unit and sum(found.rows for found in unit) + group.rows > rows:
             yield unit
-            unit, rows = [], 0
-        unit.append(place)
-        rows += place[2]
+            unit = []
+        unit.append(group)
     if unit:
         yield unit
 

@@ -1,35 +1,38 @@
 """Plain text (`.txt`) and JSON lines (`.jsonl`) for masked language modelling: documents, cut to a length in bytes.
 
 Perceiver IO (appendix F) trains on ten concatenated documents, cut to 2,048 tokens. A file is read in ranges of bytes,
-so that a large one is prepared in parallel. Files whose name or folder contains train, test or validation keep that
-split; if there are none, documents are held out by a hash of their content, so that equal ones are in the same split.
+so that a large one is prepared in parallel. Files whose name or folder contains a split's name belong to that split;
+without a split to test on, documents are held out by a hash of their content, so that equal ones are in the same split.
 """
 
 import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, open_folder, refusing
 from pipelines.features import TextFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import (
+    HEAD,
     base_name,
     choice,
-    find_files,
+    decode_utf8,
     number,
-    share,
+    other_encoding,
     shuffled_units,
     source_folder,
-    split_of,
 )
+from pipelines.sources._layout import held_out_share, look, split_notes, splits_of_files
 
 SUFFIXES = (".txt", ".jsonl")
-OPTIONS = ("length", "join", "document", "column", "held_out")
+OPTIONS = ("length", "join", "document", "column", "held_out", "splits")
 LENGTH = 2046
 """With two special ids around it, a piece has 2,048 tokens."""
+THREADS = 16
 LONGEST = 64 << 20
 """Longer documents are rejected, so that they do not fill the memory."""
 
@@ -44,7 +47,7 @@ class TextSource:
 
     Options: `length` (most bytes of a sample, 2,046), `join` (documents joined before they are cut, 1; in the paper
     10), `document` (the end of one in a .txt: `blank` line, `line`, or `file`), `column` (of JSON lines, `text`),
-    `held_out` (share, 0.05).
+    `held_out` (share, 0.05), `splits` (`names` or `none`, see `_layout.splits_of_files`).
     """
 
     title = "plain text and JSON lines, cut to a length (SRC/**/*.txt, *.jsonl), without labels"
@@ -53,9 +56,10 @@ class TextSource:
         """List ranges of the files below `src`."""
         refuse_options(options, OPTIONS)
         folder = source_folder("text", src, "*.txt or *.jsonl")
-        names = find_files(folder, SUFFIXES)
-        if not names:
+        found = look(folder, SUFFIXES)
+        if not found.names:
             raise UserError(f"no .txt or .jsonl files below {folder.url}")
+        _check_encoding(folder, found.names)
         content = {
             "src": folder.url,
             "length": number(options, "length", LENGTH, least=8),
@@ -63,20 +67,23 @@ class TextSource:
             "column": options.get("column", "text"),
             "document": choice(options, "document", ("blank", "line", "file"), "blank"),
         }
-        splits = {name: split_of(name) for name in names}
+        splits = splits_of_files(folder, found.names, options)
         rng, whole = random.Random(seed), content["document"] == "file"
         size = shard_rows * content["length"]
-        parts = {
-            split: list(_ranges(folder, [name for name in names if splits[name] == split], size, whole))
-            for split in ("train", "val", "test")
-            if split in splits.values()
-        }
-        held_out = share(options, "held_out", "0.05") if parts.keys() == {"train"} else 0.0
+        parts = {split or "train": list(_ranges(folder, names, size, whole)) for split, names in splits.items()}
+        default = "0.05" if splits.keys() == {"train"} else None
+        held_out = held_out_share(splits, folder, {"held_out": default, **options} if default else options, "0.05")
         if held_out:
             parts["test"] = parts["train"]
-        units = _range_units(parts, rng, size, content, held_out=held_out)
         return Listing(
-            base_name(folder.url), {"text": TextFeature()}, (), "not stated: the user's own data", folder.url, units
+            name=base_name(folder.url),
+            features={"text": TextFeature()},
+            classes=(),
+            licence="not stated: the user's own data",
+            origin=folder.url,
+            units=_range_units(parts, rng, size, content, held_out=held_out),
+            notes=(*split_notes(splits, held_out), *found.notes()),
+            rejected=tuple(found.rejected),
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
@@ -97,6 +104,20 @@ class TextSource:
                 yield from _cut(texts, content["length"])
                 texts = []
         yield from _cut(texts, content["length"])
+
+
+def _check_encoding(folder: Folder, names: list[str]) -> None:
+    """Refuse a file in UTF-16, whose lines are not found; `UserError` names it."""
+
+    def head(name: str) -> bytes:
+        return folder.fs.cat_file(folder.file(name), start=0, end=HEAD)
+
+    with refusing(f"source folder {folder.url}", "check the access to it"), ThreadPoolExecutor(THREADS) as pool:
+        for name, found in zip(names, pool.map(head, names), strict=True):
+            if encoding := other_encoding(found):
+                raise UserError(
+                    f"{folder.file(name)} is {encoding}, wanted UTF-8: convert it, for example iconv -f UTF-16 -t UTF-8"
+                )
 
 
 def _ranges(folder: Folder, names: Iterable[str], size: int, whole: bool) -> Iterator[Range]:
@@ -179,10 +200,7 @@ def decode(key: str, raw: bytes, column: str) -> str:
     """Return the text of a document, or raise `ValueError` with the reason for the quarantine."""
     if len(raw) > LONGEST:
         raise ValueError(f"a document of more than {LONGEST >> 20} MiB")
-    try:
-        text = raw.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8: {error.reason}") from error
+    text = decode_utf8(raw).strip()
     if not key.rsplit("@", 1)[0].lower().endswith(".jsonl") or not text:
         return text
     try:

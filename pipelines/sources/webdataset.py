@@ -1,5 +1,8 @@
 """WebDataset tars: `SRC/train-000000.tar`, ...; members that share a name up to the first dot are one sample.
 
+If several complete samples share such a name, as `22.05.jpg`, `22.05.cls`, `22.06.jpg`, `22.06.cls` do, the last dot
+counts.
+
 Kinds of member: .jpg .jpeg .png .webp (image), .flac .wav .ogg .mp3 (audio), .mp4 .mkv .webm .avi (video), .txt
 (text), .cls (class as a number or name), .json (its `label`, or the key that the option `label` names). A tar is read
 sequentially and never unpacked. Members with `..` or an absolute path, links, devices and pickles are never opened:
@@ -7,31 +10,34 @@ each is listed with key and reason in the quarantine; the other members of its s
 """
 
 import contextlib
+import io
 import json
 import random
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, first_line, open_folder
-from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, TextFeature, VideoFeature
+from pipelines.features import AudioFeature, Feature, LabelFeature, TextFeature, VideoFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import (
     MAX_FILE,
     TAR_ERRORS,
     base_name,
-    channels,
-    find_files,
+    decode_utf8,
+    item_seed,
     numbered_classes,
     shuffled_units,
     source_folder,
-    split_of,
     tar_members,
 )
+from pipelines.sources._layout import class_notes, held_out_share, hidden, look, split_notes, splits_of_files
+from pipelines.sources._probe import PROBE, image_feature
 
 KINDS = {
     "image": ("jpg", "jpeg", "png", "webp"),
@@ -45,62 +51,86 @@ LABELS = KINDS["label"]
 PICKLES = ("pkl", "pickle", "pyd", "pt", "pth", "joblib", "dill")
 """Suffixes that other readers of this format unpickle."""
 MAX_LABEL = 1 << 20
-OPTIONS = ("classes", "label", "channels")
-PROBE = 256
+OPTIONS = ("classes", "label", "channels", "held_out", "splits")
+PROBE_MEMBERS = 256
+MOST_PARTS = 100
+"""Incomplete samples of one group that are kept in memory."""
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 class Member(NamedTuple):
-    """A safe member: the sample's name, the suffix, the content."""
+    """A safe member: its name up to the first dot, its name up to the last one, the suffix after it, the content."""
 
+    group: str
     name: str
     suffix: str
     content: bytes
 
 
 class WebDataset:
-    """The source. Options: `classes` (names with commas), `label` (key of the .json), `channels` of images (1 or 3)."""
+    """The source.
+
+    Options: `classes` (names with commas), `label` (key of the .json), `channels` of images (1 or 3; default: as
+    found), `held_out` (share of the samples, 0.2 if no tar is named after a split), `splits` (`names` or `none`, see
+    `_layout.splits_of_files`).
+    """
 
     title = "WebDataset tars (SRC/train-*.tar, SRC/val-*.tar) of images, sound, video or texts, with .cls or .json"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
-        """List the tars below `src`; each becomes one shard."""
+        """List the tars below `src`; each becomes one shard, two if a share of its samples is held out."""
         refuse_options(options, OPTIONS)
         folder = source_folder("webdataset", src, "*.tar")
-        names = find_files(folder, (".tar", ".tar.gz", ".tgz"))
-        if not names:
+        found = look(folder, (".tar", ".tar.gz", ".tgz"))
+        if not found.names:
             raise UserError(f"no .tar files below {folder.url}: wanted train-000000.tar, ...")
+        splits = splits_of_files(folder, found.names, options)
         key = options.get("label", "label")
-        kinds, labels = probe(folder, names[0], key)
-        found = (
-            ImageFeature(channels=channels(options)),
-            AudioFeature(),
-            VideoFeature(),
-            TextFeature(),
-            LabelFeature(),
-        )
-        features: dict[str, Feature] = {feature.kind: feature for feature in found if feature.kind in kinds}
-        named = options["classes"].split(",") if "classes" in options else None
-        classes = (named or class_names(folder, names, labels, key)) if labels else []
-        splits = {
-            split: [name for name in names if split_of(name) == split]
-            for split in dict.fromkeys(sorted((split_of(name) for name in names), key="train val test".index))
+        probed = probe(folder, next(iter(splits.values()))[0], key)
+        kinds = {"audio": AudioFeature(), "video": VideoFeature(), "text": TextFeature(), "label": LabelFeature()}
+        features: dict[str, Feature] = {
+            "image": image_feature(options, [partial(io.BytesIO, image) for image in probed.images]),
+            **kinds,
         }
-        units = shuffled_units(
-            splits, random.Random(seed), 1, src=folder.url, reading=[list(features), labels, key, classes]
+        named = options["classes"].split(",") if "classes" in options else None
+        classes = (named or class_names(folder, found.names, probed.labels, key)) if probed.labels else []
+        held_out = held_out_share(splits, folder, options, "0.2")
+        tars = {split or "train": names for split, names in splits.items()}
+        tars |= {"test": tars["train"]} if held_out else {}
+        content = {
+            "src": folder.url,
+            "reading": [probed.kinds, probed.labels, key, classes],
+            "held_out": held_out,
+            "seed": seed,
+        }
+        return Listing(
+            name=base_name(folder.url),
+            features={kind: features[kind] for kind in features if kind in probed.kinds},
+            classes=tuple(classes),
+            licence="not stated: see the source",
+            origin=folder.url,
+            units=shuffled_units(tars, random.Random(seed), 1, **content),
+            notes=(
+                f"kinds: {', '.join(probed.kinds)}",
+                *(class_notes(classes) if probed.labels else ()),
+                *split_notes(splits, held_out),
+                *found.notes(),
+            ),
+            rejected=tuple(found.rejected),
         )
-        return Listing(base_name(folder.url), features, tuple(classes), "not stated: see the source", folder.url, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's tar."""
         content = unit.content
-        folder = open_folder(content["src"])
+        folder, share = open_folder(content["src"]), content["held_out"]
         for name in content["items"]:
             for found in samples_of(members(folder, name), SampleLayout(*content["reading"])):
-                if isinstance(found, Rejected):
-                    yield Rejected(f"{name}/{found.key}" if found.key else name, found.reason)
-                else:
-                    yield {**found, "key": f"{name}/{found['key']}"}
+                rejected = isinstance(found, Rejected)
+                own = found.key if rejected else found["key"]
+                key = f"{name}/{own}" if own else name
+                if share and (item_seed(content["seed"], key) < share * 2**64) != (unit.split == "test"):
+                    continue  # in the other split, which reads the same tar
+                yield Rejected(key, found.reason) if rejected else {**found, "key": key}
 
 
 def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
@@ -108,17 +138,18 @@ def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
     try:
         with folder.fs.open(folder.file(name), "rb") as stream:
             for archive, member in tar_members(stream, forward=True):
-                if member.isdir():
+                if member.isdir() or hidden(member.name):
                     continue
                 reason = unsafe(member)
                 if reason:
                     yield Rejected(member.name, reason)
                     continue
-                base, _, suffix = member.name.rsplit("/", 1)[-1].partition(".")
                 inside = archive.extractfile(member)
                 assert inside is not None, "a regular file"
-                place = member.name[: len(member.name) - len(suffix) - 1] if suffix else base
-                yield Member(place, suffix.lower().rsplit(".", 1)[-1], inside.read())
+                above, _, file = member.name.rpartition("/")
+                above += "/" if above else ""
+                name_, _, suffix = file.rpartition(".") if "." in file else (file, "", "")
+                yield Member(above + file.split(".")[0], above + name_, suffix.lower(), inside.read())
     except TAR_ERRORS as error:
         yield Rejected("", f"a damaged tar, read up to the damage: {first_line(error, 80)}")
 
@@ -139,21 +170,19 @@ def unsafe(member: tarfile.TarInfo) -> str:
 
 def samples_of(found: Iterable[Member | Rejected], layout: "SampleLayout") -> Iterator[Sample | Rejected]:
     """Join the members of one name to a sample; an incomplete one is `Rejected`."""
-    name, sample, reason = "", {}, ""
+    group = Group("", layout)
     for member in found:
         if isinstance(member, Rejected):
             yield member
             continue
-        if member.name != name:
-            yield from layout.finished(name, sample, reason)
-            name, sample, reason = member.name, {}, ""
         kind = layout.kind(member)
-        if kind and kind not in sample:
-            try:
-                sample[kind] = layout.value(member, kind)
-            except ValueError as error:
-                reason = reason or str(error)
-    yield from layout.finished(name, sample, reason)
+        if kind is None:
+            continue
+        if member.group != group.name:
+            yield from group.finished()
+            group = Group(member.group, layout)
+        yield from group.add(member, kind)
+    yield from group.finished()
 
 
 @dataclass(frozen=True)
@@ -182,29 +211,76 @@ class SampleLayout:
     def value(self, member: Member, kind: str) -> Any:
         """Return what is stored of a member, or raise `ValueError` with the reason for the quarantine."""
         if kind == "text":
-            return utf8(member.content)
+            return decode_utf8(member.content).strip()
         return number_of(raw_label(member, self.key), self.classes) if kind == "label" else member.content
 
-    def finished(self, name: str, sample: Mapping[str, Any], reason: str) -> Iterator[Sample | Rejected]:
-        """Yield the sample if it is complete; nothing if none of its members is wanted."""
-        missing = [kind for kind in self.kinds if kind not in sample]
-        if reason or (sample and missing):
-            yield Rejected(name, reason or f"a sample without {' and '.join(missing)}")
-        elif sample:
-            yield {"key": name, **sample}
+    def sample(self, name: str, parts: Mapping[str, Any]) -> Sample | Rejected:
+        """Return a sample of its parts by kind; `Rejected` if one is missing or an error."""
+        errors = [str(value) for value in parts.values() if isinstance(value, ValueError)]
+        missing = [kind for kind in self.kinds if kind not in parts]
+        if errors or missing:
+            return Rejected(name, errors[0] if errors else f"a sample without {' and '.join(missing)}")
+        return {"key": name, **parts}
 
 
-def utf8(content: bytes) -> str:
-    """Decode a text, or raise `ValueError`."""
-    try:
-        return content.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8: {error.reason}") from error
+class Group:
+    """Consecutive members that share their name up to the first dot: usually one sample.
+
+    Args:
+        name: that part of the name.
+        layout: the members of a sample.
+    """
+
+    def __init__(self, name: str, layout: SampleLayout) -> None:
+        self.name, self.layout = name, layout
+        self._incomplete: dict[str, dict[str, Any]] = {}
+        self._complete: set[str] = set()
+        self._last: tuple[str, dict[str, Any]] | None = None
+
+    def add(self, member: Member, kind: str) -> Iterator[Sample | Rejected]:
+        """Add a member; yield the samples that are complete, except for the last one."""
+        if member.name in self._complete or kind in self._incomplete.get(member.name, {}):
+            yield Rejected(f"{member.name}.{member.suffix}", f"a second {kind} of its sample")
+            return
+        parts = self._incomplete.setdefault(member.name, {})
+        try:
+            parts[kind] = self.layout.value(member, kind)
+        except ValueError as error:
+            parts[kind] = error
+        if len(parts) == len(self.layout.kinds):
+            del self._incomplete[member.name]
+            self._complete.add(member.name)
+            if self._last:
+                yield self.layout.sample(*self._last)
+            self._last = member.name, parts
+        elif len(self._incomplete) > MOST_PARTS:
+            first = next(iter(self._incomplete))
+            yield self.layout.sample(first, self._incomplete.pop(first))
+
+    def finished(self) -> Iterator[Sample | Rejected]:
+        """Yield the remaining samples.
+
+        If no sample is complete by the last dot, all members are one sample, whose suffixes have several parts. Next to
+        the sample `x`, members such as `x.mask.png` belong to it and are not used.
+        """
+        if self._last:
+            single = len(self._complete) == 1 and not self._incomplete
+            yield self.layout.sample(self.name if single else self._last[0], self._last[1])
+            if self._complete == {self.name}:
+                return
+        kinds = [kind for parts in self._incomplete.values() for kind in parts]
+        if kinds and not self._last and len(set(kinds)) == len(kinds):
+            yield self.layout.sample(
+                self.name, {kind: value for parts in self._incomplete.values() for kind, value in parts.items()}
+            )
+            return
+        for name, parts in self._incomplete.items():
+            yield self.layout.sample(name, parts)
 
 
 def raw_label(member: Member, key: str) -> str | int:
     """Return the label as written in a .cls or .json, or raise `ValueError`."""
-    text = utf8(member.content)
+    text = decode_utf8(member.content).strip()
     if member.suffix == "json":
         try:
             value = json.loads(text)[key]
@@ -225,15 +301,29 @@ def number_of(label: str | int, classes: Sequence[str]) -> int:
     raise ValueError("an unknown label")
 
 
-def probe(folder: Folder, name: str, key: str) -> tuple[list[str], str]:
-    """Return the kinds of the first samples of a tar, and the suffix of their label."""
+class Probed(NamedTuple):
+    """The kinds of the first samples of a tar, the suffix of their label (empty without), and some images."""
+
+    kinds: list[str]
+    labels: str
+    images: list[bytes]
+
+
+def probe(folder: Folder, name: str, key: str) -> Probed:
+    """Look at the first members of a tar.
+
+    Raises:
+        UserError: none is of a known kind.
+    """
     kinds: set[str] = set()
-    labels = ""
-    for member in islice(members(folder, name), PROBE):
+    labels, images = "", []
+    for member in islice(members(folder, name), PROBE_MEMBERS):
         if isinstance(member, Rejected):
             continue
         if member.suffix not in LABELS:
-            kinds |= {KIND_OF[member.suffix]} if member.suffix in KIND_OF else set()
+            kind = KIND_OF.get(member.suffix)
+            kinds |= {kind} if kind else set()
+            images += [member.content] if kind == "image" and len(images) < PROBE else []
         elif labels != "cls":
             with contextlib.suppress(ValueError):
                 raw_label(member, key)
@@ -243,7 +333,7 @@ def probe(folder: Folder, name: str, key: str) -> tuple[list[str], str]:
             f"{folder.url}/{name} has no images, sound, video or texts at its beginning: wanted members such as"
             " 000000.jpg and 000000.cls"
         )
-    return [*sorted(kinds), *(["label"] if labels else [])], labels
+    return Probed([*sorted(kinds), *(["label"] if labels else [])], labels, images)
 
 
 def class_names(folder: Folder, names: Iterable[str], labels: str, key: str) -> list[str]:
@@ -252,11 +342,11 @@ def class_names(folder: Folder, names: Iterable[str], labels: str, key: str) -> 
     for name in names:
         with contextlib.suppress(*TAR_ERRORS), folder.fs.open(folder.file(name), "rb") as stream:
             for archive, info in tar_members(stream):
-                wanted = info.name.endswith(f".{labels}") and not unsafe(info)
+                wanted = info.name.lower().endswith(f".{labels}") and not hidden(info.name) and not unsafe(info)
                 inside = archive.extractfile(info) if wanted else None
                 if inside:
                     with contextlib.suppress(ValueError):
-                        found.add(raw_label(Member("", labels, inside.read()), key))
+                        found.add(raw_label(Member("", "", labels, inside.read()), key))
     words = sorted(label for label in found if isinstance(label, str))
     numbers = [label for label in found if isinstance(label, int) and label >= 0]
     return words or numbered_classes(max(numbers, default=-1), f"{folder.url}: the labels of the samples")

@@ -25,6 +25,7 @@ MAX_BYTES = 512 << 20
 """Images whose decoding and conversion would take more memory are refused by their header."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that Pillow may open. Others are refused: for EPS, for example, it would start the program `gs`."""
+FLOAT_SLACK = 1e-3
 EXIF = b"Exif\0\0"
 
 _TURNS: dict[int, Callable[[Picture], Picture]] = {
@@ -45,13 +46,14 @@ _APP1, _START_OF_SCAN = 0xE1, 0xDA
 def decode_image(encoded: bytes | memoryview, channels: int, max_pixels: int = MAX_PIXELS) -> Picture:
     """Decode to pixels (H, W, C) uint8, grey (1 channel) or RGB (3), turned upright by the Exif tag.
 
-    16-bit grey is scaled to 8 bits, alpha is composited over white, CMYK and palettes are converted.
+    16-bit grey and floats from 0 to 1 are scaled to 8 bits, alpha is composited over white, CMYK and palettes are
+    converted.
 
     Of a file with several pictures the first is decoded.
 
     Raises:
-        BadSample: empty, truncated, not of `FORMATS`, larger than `max_pixels`, or decoding would take more than
-            `MAX_BYTES`.
+        BadSample: empty, truncated, not of `FORMATS`, larger than `max_pixels`, decoding would take more than
+            `MAX_BYTES`, or pixels have no known range.
     """
     if not encoded:
         raise BadSample("0 bytes")
@@ -204,14 +206,29 @@ def _reason(error: Exception) -> str:
     return first_line(error).split(" <")[0][:80]
 
 
+def _white(image: Image.Image, pixels: NDArray[np.float32]) -> float:
+    """Return the value of white of an image of wide numbers, which is that of its type, not of its brightest pixel.
+
+    Raises:
+        BadSample: the type has no usual range, or pixels are outside it.
+    """
+    bits = max(getattr(image, "tag_v2", {}).get(BITSPERSAMPLE, (16,)))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return 2 ** min(bits, 16) - 1
+    if image.mode == "I":
+        raise BadSample("pixels of 32 bits or with a sign, which have no usual white: convert them to 8 or 16 bits")
+    if not (pixels.min(initial=0) >= -FLOAT_SLACK and pixels.max(initial=0) <= 1 + FLOAT_SLACK):
+        raise BadSample("pixels as floats outside 0 to 1: scale them, or convert them to 8 or 16 bits")
+    pixels.clip(0, 1, out=pixels)
+    return 1.0
+
+
 def _mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == mode:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.array(image, np.float32)
-        top = 65535.0 if pixels.max(initial=0) > 255 else 255.0
-        pixels.clip(0, top, out=pixels)
-        pixels *= np.float32(255.0 / top)
+        pixels *= np.float32(255 / _white(image, pixels))
         image = Image.fromarray(pixels.round(out=pixels).astype(np.uint8))
     elif _has_alpha(image):
         image = image.convert("RGBA")

@@ -2,6 +2,7 @@
 
 import io
 import re
+from codecs import BOM_UTF8
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ def load_mesh(encoded: bytes, kind: str) -> "Trimesh":
         BadSample: 0 bytes, not a mesh, too large, without faces or area, with NaN or infinite vertices, or with
             faces of missing vertices.
     """
+    encoded = encoded.removeprefix(BOM_UTF8)
     _check_header(encoded, kind)
     import trimesh
 

@@ -66,7 +66,7 @@ def test_texts_with_string_labels_and_named_columns(tmp_path: Path) -> None:
         "table",
         str(tmp_path / "src"),
         str(tmp_path / "out"),
-        PrepareConfig(parallel="off", options={"text": "sentence", "label": "language"}),
+        PrepareConfig(parallel="off", options={"text": "sentence", "label": "language", "held_out": "none"}),
     )
     assert manifest.classes == ("de", "en", "es", "fr")
     assert {row["text"]: manifest.classes[row["label"]] for row in rows_of(tmp_path / "out", manifest, "train")} == {
@@ -85,7 +85,7 @@ def test_numbered_labels_without_names_get_their_numbers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"image": "photo"}, r"option image=photo: no such column .*the table has image \(struct.*label \(int64\)"),
+        ({"image": "photo"}, r"option image=photo: no such column; the table has image \(struct.*label \(int64\)"),
         ({"channels": "2"}, "channels=2: wanted"),
         ({"colour": "x"}, "unknown option 'colour'"),
     ],

@@ -1,0 +1,468 @@
+"""The layout of a folder of raw data: which files are data, and which splits and classes their names state.
+
+Shared by all sources that read files. What these rules take for a split or a class, and what they leave out, is told in
+`Listing.notes`, which `perceiver prepare` prints.
+"""
+
+import os
+import random
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perceiver.config import UserError
+from perceiver.storage import Folder, refusing
+from pipelines.sources import Rejected
+from pipelines.sources._common import MAX_FILE, choice, share
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "trainval": ("trainval",),
+    "val": ("val", "valid", "validation"),
+    "dev": ("dev",),
+    "test": ("test", "testing"),
+    "eval": ("eval", "evaluation"),
+}
+"""Spellings of the splits, in any case."""
+STORED_AS = {"trainval": "train", "dev": "val", "eval": "test"}
+ORDER = ("train", "val", "test")
+SYSTEM_NAMES = {
+    "__macosx",
+    "thumbs.db",
+    "desktop.ini",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+}
+IN_PARTS = (".tar", ".gz", ".tgz", ".parquet", ".txt", ".jsonl", ".h5", ".hdf5")
+"""Endings of files that are read in parts and may be larger than `MAX_FILE`."""
+SHOWN = 3
+"""Names that a line or an error shows."""
+NOTHING_TO_EVALUATE = "no split to evaluate on: --option held_out=0.2 holds out a share of train"
+SPECIAL = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+MOST_VISITS = 100
+"""How often a folder may be reached over links; a few links to each other would otherwise be an endless tree."""
+LINKS = DEAD_LINK, LOOP = "a dead link", "a link to a folder above it"
+
+_KNOWN = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+_LETTERS = re.compile(r"[^\W\d_]+")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+Entry = tuple[str, str, int]
+"""A file relative to the source folder, what it is unless it is a regular file, and its bytes."""
+Labelled = tuple[str, int]
+"""A path relative to the source folder, and its class."""
+
+
+@dataclass
+class Found:
+    """The files below a folder.
+
+    Attributes:
+        names: files with the wanted endings, relative to the folder and sorted. Links are followed.
+        rejected: links that lead nowhere or to a folder above them.
+        ignored: number and an example of the files that were left out, by reason.
+    """
+
+    names: list[str] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    ignored: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def ignore(self, reason: str, name: str) -> None:
+        """Count a file that is left out."""
+        count, example = self.ignored.get(reason, (0, name))
+        self.ignored[reason] = count + 1, min(example, name)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return one line that counts what was left out, with an example of each; none if nothing was."""
+        parts = [f"{count:,} {reason} ({example})" for reason, (count, example) in self.ignored.items()]
+        return (f"left out: {', '.join(parts)}",) if parts else ()
+
+
+def hidden(name: str) -> bool:
+    """Return whether a path has a hidden part, or a file or folder that operating systems and editors leave behind."""
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM_NAMES for part in name.split("/")
+    )
+
+
+def look(folder: Folder, suffixes: tuple[str, ...]) -> Found:
+    """Find all files below a folder with one of these (lower-case) endings; hidden and system files are left out.
+
+    Raises:
+        UserError: the folder cannot be listed, or a wanted file is a FIFO, a socket or a device, which could be read
+            for ever, or too large.
+    """
+    found = Found()
+    with refusing(f"source folder {folder.url}", "check the place and the access to it"):
+        for name, kind, size in _local_entries(folder.path, Counter()) if folder.local else _remote_entries(folder):
+            wanted = name.lower().endswith(suffixes)
+            if hidden(name):
+                found.ignore("hidden or system files", name)
+            elif kind in LINKS:
+                if wanted or "." not in name.rsplit("/", 1)[-1]:
+                    found.rejected.append(Rejected(name, kind))
+            elif not wanted:
+                found.ignore("files with other endings", name)
+            elif kind:
+                raise UserError(f"{folder.file(name)} is a {kind}: wanted a regular file; move it away")
+            elif size > MAX_FILE and not name.lower().endswith(IN_PARTS):
+                raise UserError(f"{folder.file(name)} has {size:,} bytes, more than {MAX_FILE:,}: move it away")
+            else:
+                found.names.append(name)
+    found.names.sort()
+    return found
+
+
+def find_files(folder: Folder, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the names of `look`."""
+    return look(folder, suffixes).names
+
+
+def _remote_entries(folder: Folder) -> Iterator[Entry]:
+    """Yield the files below a folder of a store."""
+    root = folder.path.rstrip("/") + "/"
+    for path, facts in folder.fs.find(folder.path, detail=True).items():
+        yield path[len(root) :], "", facts.get("size") or 0
+
+
+def _local_entries(
+    path: str, visits: Counter[tuple[int, int]], prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Entry]:
+    """Yield the files below a local folder, and hidden folders with a slash; links are followed.
+
+    Args:
+        path: the folder.
+        visits: how often each folder, by device and number, was read.
+        prefix: its name relative to the first one, with a slash.
+        above: the folders above it, to detect loops.
+    """
+    facts = Path(path).stat()
+    here = facts.st_dev, facts.st_ino
+    above = above | {here}
+    visits[here] += 1
+    if visits[here] > MOST_VISITS:
+        raise UserError(f"{path} is reached by more than {MOST_VISITS} links: remove them")
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            try:
+                facts = entry.stat()
+            except OSError:  # the target does not exist, or the link leads to itself
+                yield name, DEAD_LINK, 0
+                continue
+            if not stat.S_ISDIR(facts.st_mode):
+                yield name, SPECIAL.get(stat.S_IFMT(facts.st_mode), ""), facts.st_size
+            elif hidden(entry.name):
+                yield name + "/", "", 0
+            elif (facts.st_dev, facts.st_ino) in above:
+                yield name, LOOP, 0
+            else:
+                yield from _local_entries(entry.path, visits, name + "/", above)
+
+
+def split_words(name: str) -> list[str]:
+    """Return the splits that the words of a file's or folder's name spell: `TrainImages_2017` has the word train."""
+    words = (word for run in _LETTERS.findall(name) for word in (run, *_CAMEL.split(run)))
+    return list(dict.fromkeys(_KNOWN[word.lower()] for word in words if word.lower() in _KNOWN))
+
+
+def _base(name: str) -> str:
+    """Return a file's name without folders and ending."""
+    return name.rsplit("/", 1)[-1].split(".")[0] or name.rsplit("/", 1)[-1]
+
+
+def split_option(options: Mapping[str, str]) -> bool:
+    """Return whether names state splits: the option `splits`, names (default) or none."""
+    return choice(options, "splits", ("names", "none"), "names") == "names"
+
+
+def splits_of_files(folder: Folder, names: Sequence[str], options: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return files by split, train first: a word of the file's name decides, else one of the nearest folder's.
+
+    Files without such a word belong to train; if no file has one, the only split is "", of which a share may be held
+    out.
+
+    Raises:
+        UserError: a name states two splits, or several spellings are used for one, so that they may be different sets.
+    """
+    if not split_option(options):
+        return {"": list(names)}
+    stated: dict[str, str] = {}
+    for name in names:
+        own = split_words(_base(name))
+        outer = next((words for part in reversed(name.split("/")[:-1]) if (words := split_words(part))), [])
+        if len(own) > 1 or len(outer) > 1 or (own and outer and own != outer and "train" in own + outer):
+            raise UserError(
+                f"{folder.url}/{name} names more than one split ({', '.join([*outer, *own])}): rename it or its"
+                " folder, or set --option splits=none to take no split from names"
+            )
+        stated[name] = "".join(own or outer)
+    if not any(stated.values()):
+        return {"": list(names)}
+    return by_split(folder, stated)
+
+
+def by_split(folder: Folder, stated: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return files by the split that they are stored as.
+
+    Args:
+        folder: the source folder, for the error.
+        stated: each file's split as it is spelled; empty for train.
+
+    Raises:
+        UserError: two spellings are stored as one split.
+    """
+    examples: dict[str, dict[str, str]] = {}
+    splits: dict[str, list[str]] = {}
+    for name, spelled in stated.items():
+        split = STORED_AS.get(spelled, spelled or "train")
+        examples.setdefault(split, {}).setdefault(spelled or "train", name)
+        splits.setdefault(split, []).append(name)
+    for split, names in examples.items():
+        if len(names) > 1:
+            found = " and ".join(f"{spelled} ({name})" for spelled, name in names.items())
+            raise UserError(
+                f"{folder.url} has {found}, which would both be the split {split}: move one away, or prepare them apart"
+            )
+    return {split: splits[split] for split in ORDER if split in splits}
+
+
+@dataclass(frozen=True)
+class ClassFiles:
+    """Files of a tree with a folder per class.
+
+    Attributes:
+        classes: the names of the classes, sorted.
+        splits: the files of each split with their classes; only "" if no name states a split.
+        notes: what was taken for splits and classes.
+    """
+
+    classes: list[str]
+    splits: dict[str, list[Labelled]]
+    notes: tuple[str, ...]
+
+
+def class_files(folder: Folder, found: Found, options: Mapping[str, str]) -> ClassFiles:
+    """Find splits and classes of files by the names of their folders.
+
+    The layouts are `CLASS/**/FILE`, `SPLIT/CLASS/**/FILE` and `CLASS/SPLIT/**/FILE`, also below folders that contain
+    nothing else. A split is never taken for a class. Files without a class, and training files that are named after
+    another split, are left out and counted in `found`.
+
+    Args:
+        folder: the source folder.
+        found: its files.
+        options: of the source; `splits=none` takes all folders as classes.
+
+    Raises:
+        UserError: there are no classes, a class has no training files, or folders of splits and of classes lie next to
+            each other.
+    """
+    tree = [(name, name.split("/")[:-1]) for name in found.names]
+    depth = _split_depth(folder, [folders for _, folders in tree]) if split_option(options) else None
+    members = list(_in_classes(tree, found) if depth is None else _in_splits(tree, depth, found))
+    if split_option(options):
+        members = list(_without_others(members, found))
+    if not members:
+        raise UserError(
+            f"{folder.url} has {len(found.names):,} files, but none in the folder of a class: wanted CLASS/FILE, or"
+            " train/CLASS/FILE with test/CLASS/FILE"
+        )
+    classes = sorted({label for _, label, _ in members})
+    index = {label: number for number, label in enumerate(classes)}
+    labels = {name: index[label] for _, label, name in members}
+    files = by_split(folder, {name: split for split, _, name in members}) if depth is not None else {"": list(labels)}
+    splits = {split: [(name, labels[name]) for name in names] for split, names in files.items()}
+    _check_classes(folder, classes, splits)
+    return ClassFiles(classes, splits, _tree_notes(classes, splits, members))
+
+
+def _split_depth(folder: Folder, tree: list[list[str]]) -> int | None:
+    """Return the depth at which the folders are splits; None if none are."""
+    for depth in range(max(map(len, tree), default=0)):
+        level = {folders[depth] for folders in tree if len(folders) > depth}
+        exact = {name for name in level if _exact_split(name)}
+        spelled = {word for name in level for word in split_words(name)[:1]}
+        all_spelled = len(spelled) > 1 and "train" in spelled and all(map(split_words, level))
+        outside = [folders for folders in tree if depth and len(folders) <= depth]
+        if (all_spelled or (exact and exact == level)) and not outside:
+            return depth
+        if exact:
+            others = sorted(level - exact) or ["/".join(folders) for folders in outside]
+            raise UserError(
+                f"{folder.url} has folders of splits ({', '.join(sorted(exact)[:SHOWN])}) next to others"
+                f" ({', '.join(others[:SHOWN])}{', ...' if len(others) > SHOWN else ''}): move the others away, or set"
+                " --option splits=none if all are classes"
+            )
+        if len(level) > 1 and depth >= 1:
+            return None
+    return None
+
+
+def _exact_split(name: str) -> bool:
+    """Return whether a folder's name is a split and nothing else but digits and signs."""
+    words = _LETTERS.findall(name)
+    return len(words) == 1 and words[0].lower() in _KNOWN
+
+
+def _in_splits(tree: list[tuple[str, list[str]]], depth: int, found: Found) -> Iterator[tuple[str, str, str]]:
+    """Yield (split, class, file) of a tree with folders of splits at a depth."""
+    inner = []
+    for name, folders in tree:
+        if len(folders) > depth:
+            split, below = split_words(folders[depth])[0], folders[depth + 1 :]
+            # Archives that were unpacked into a folder of their own name: seg_train/seg_train/CLASS.
+            below = below[1:] if below and split_words(below[0])[:1] == [split] else below
+            inner.append((name, split, folders[:depth], below))
+        else:
+            found.ignore("files outside the folders of the splits", name)
+    outer = {tuple(above) for _, _, above, _ in inner}
+    classes_first = depth > 0 and (len(outer) > 1 or not any(below for _, _, _, below in inner))
+    for name, split, above, below in inner:
+        if classes_first or below:
+            yield split, above[-1] if classes_first else below[0], name
+        else:
+            found.ignore(f"files of {split} without the folder of a class", name)
+
+
+def _in_classes(tree: list[tuple[str, list[str]]], found: Found) -> Iterator[tuple[str, str, str]]:
+    """Yield ("", class, file) of a tree of classes, also below folders that contain nothing else."""
+    levels = [
+        {folders[depth] for _, folders in tree}
+        for depth in range(min((len(folders) for _, folders in tree), default=0))
+    ]
+    depth = next((depth for depth, level in enumerate(levels) if len(level) > 1), 0)
+    for name, folders in tree:
+        if len(folders) > depth:
+            yield "", folders[depth], name
+        else:
+            found.ignore("files outside the folders of classes", name)
+
+
+def _without_others(members: list[tuple[str, str, str]], found: Found) -> Iterator[tuple[str, str, str]]:
+    """Yield the members without training files that are named after another split, whose place is unclear."""
+    for split, label, name in members:
+        words = split_words(_base(name)) if split in ("", "train", "trainval") else []
+        if words and not {"train", "trainval"} & set(words):
+            found.ignore("training files named after another split (--option splits=none takes them)", name)
+        else:
+            yield split, label, name
+
+
+def _check_classes(folder: Folder, classes: Sequence[str], splits: Mapping[str, Sequence[Labelled]]) -> None:
+    """Refuse classes without training files."""
+    if "train" not in splits:
+        if "" not in splits:
+            raise UserError(
+                f"{folder.url} has files of {', '.join(splits)} only, in folders of classes: wanted train/CLASS/FILE"
+            )
+        return
+    trained = {label for _, label in splits["train"]}
+    missing = [name for number, name in enumerate(classes) if number not in trained]
+    if missing:
+        number = classes.index(missing[0])
+        example = next(name for members in splits.values() for name, label in members if label == number)
+        raise UserError(
+            f"{folder.url}: {len(missing)} of {len(classes)} classes have no training files:"
+            f" {', '.join(missing[:SHOWN])} (for example {example}): move held-out files into the folders of their"
+            " classes, or move these away"
+        )
+
+
+def _tree_notes(
+    classes: Sequence[str], splits: Mapping[str, Sequence[Labelled]], members: Iterable[tuple[str, str, str]]
+) -> tuple[str, ...]:
+    spelled = Counter(split for split, _, _ in members)
+    found = [
+        f"{STORED_AS.get(split, split)} ({count:,} files{f' of {split}' if split in STORED_AS else ''})"
+        for split, count in spelled.items()
+        if split
+    ]
+    notes = [*class_notes(classes), f"splits: {', '.join(found) or 'none named'}"]
+    if set(splits) == {"train"}:
+        notes.append(NOTHING_TO_EVALUATE)
+    return tuple(notes)
+
+
+def split_notes(splits: Mapping[str, Sequence[str]], held_out: float) -> tuple[str, ...]:
+    """Return a line about the files of each split, with an example of each.
+
+    Args:
+        splits: files by split, see `splits_of_files`.
+        held_out: the share that is held out; 0 if none is.
+    """
+    found = ", ".join(f"{split} {len(names):,} files ({names[0]})" for split, names in splits.items() if split)
+    notes = [f"splits: {found or 'none named'}" + (f"; {held_out:g} held out as test" if held_out else "")]
+    if set(splits) == {"train"} and not held_out:
+        notes.append(NOTHING_TO_EVALUATE)
+    return tuple(notes)
+
+
+def class_notes(classes: Sequence[str]) -> list[str]:
+    """Return lines about the classes."""
+    shown = ", ".join(classes[:SHOWN]) + (", ..." if len(classes) > SHOWN else "")
+    notes = [f"classes: {len(classes):,} ({shown})"]
+    return notes if len(classes) > 1 else [*notes, "fewer than two classes: there is nothing to classify"]
+
+
+def hold_out_classes(
+    found: ClassFiles, folder: Folder, options: Mapping[str, str], default: str, rng: random.Random
+) -> ClassFiles:
+    """Return the files with a share of each class as split `test`, if they have no split to evaluate on.
+
+    Args:
+        found: the files.
+        folder: the source folder, for the error.
+        options: of the source; `held_out` is the share.
+        default: the share if no name states a split.
+        rng: decides which files.
+
+    Raises:
+        UserError: `held_out` is given, but the data have a split to evaluate on.
+    """
+    part = held_out_share(found.splits, folder, options, default)
+    if not part:
+        splits = {split or "train": members for split, members in found.splits.items()}
+        return ClassFiles(found.classes, splits, found.notes)
+    by_class: dict[int, list[Labelled]] = {}
+    for member in next(iter(found.splits.values())):
+        by_class.setdefault(member[1], []).append(member)
+    splits: dict[str, list[Labelled]] = {"train": [], "test": []}
+    for label in sorted(by_class):
+        rng.shuffle(by_class[label])
+        cut = round(len(by_class[label]) * part)
+        splits["test"] += by_class[label][:cut]
+        splits["train"] += by_class[label][cut:]
+    splits = {split: members for split, members in splits.items() if members}
+    notes = [note for note in found.notes if note != NOTHING_TO_EVALUATE]
+    return ClassFiles(found.classes, splits, (*notes, f"held out: {part:g} of the files of each class, as test"))
+
+
+def held_out_share(splits: Mapping[str, Any], folder: Folder, options: Mapping[str, str], default: str) -> float:
+    """Return the share of the only split to hold out as `test`; 0 if nothing is.
+
+    Args:
+        splits: as the names state them: only "" if they state none.
+        folder: the source folder, for the error.
+        options: of the source; `held_out` is the share, or `none`.
+        default: the share if the names state no splits.
+
+    Raises:
+        UserError: `held_out` is given, but the data have a split to evaluate on.
+    """
+    if options.get("held_out") == "none" or not ("" in splits or "held_out" in options):
+        return 0.0
+    if "" in splits:
+        return share(options, "held_out", default)
+    if set(splits) != {"train"}:
+        raise UserError(
+            f"option held_out={options['held_out']}: {folder.url} has the splits {', '.join(splits)} by its names;"
+            " remove the option, or set splits=none"
+        )
+    return share(options, "held_out", default)
