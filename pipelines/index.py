@@ -60,7 +60,13 @@ def index(
     mark = fingerprint(f"index {source_name}", src, config)
     if folder.exists(MANIFEST):
         return existing(dst, config, mark)
-    listing = load_source(source_name).listing(src, seed=0, shard_rows=config.shard_rows, options=config.options)
+    if config.options.get("held_out", "none") != "none":
+        raise UserError("--index cannot hold out rows of a file: remove the option held_out, or convert the data")
+    options = {**config.options, "held_out": "none"}
+    listing = load_source(source_name).listing(src, seed=0, shard_rows=config.shard_rows, options=options)
+    if note:
+        for line in listing.notes:
+            note(line)
     assert src is not None, "the source refuses None"
     files: dict[str, dict[str, None]] = {}
     columns: Mapping[str, str] = {}

@@ -17,6 +17,7 @@ from perceiver.config import UserError
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model
 from perceiver.tasks import build_task
+from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
@@ -121,6 +122,11 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
     check_worker_range(recipe)
     manifest = load_data(recipe.data, load)
     check_data(recipe, manifest)
+    if recipe.task.kind == "classification" and len(manifest.classes) == 1:
+        raise UserError(
+            f"data set {manifest.name} at {recipe.data.url} has one class ({safe_line(manifest.classes[0])}), wanted at"
+            " least two: any model would be right; prepare the data with one folder or label per class"
+        )
     check_best(recipe, len(manifest.classes))
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))

@@ -94,6 +94,8 @@ def command(
         return 0
     rows = ", ".join(f"{split.samples:,} {key}" for key, split in manifest.splits.items())
     say(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")
+    if "test" not in manifest.splits and "val" in manifest.splits:
+        say("no split test: evaluate on val with data.eval_split=val")
     if in_place and (size := group_bytes(manifest)) > HEAVY_BYTES:
         say(
             f"row groups of up to {size / 1e6:,.0f} MB: training reads whole row groups; prepare without --index"

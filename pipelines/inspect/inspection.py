@@ -158,7 +158,9 @@ def _rejected(folder: Folder, count: int, faults: list[str]) -> list[str]:
             table = pq.read_table(stream, schema=SCHEMA)
         if table.num_rows != count:
             raise OSError(f"{table.num_rows} rows, wanted {count}")
-        return [f"{row['split']}: {row['key']}: {row['reason']}" for row in table.slice(0, LISTED).to_pylist()]
+        return [
+            f"{row['split'] or 'raw data'}: {row['key']}: {row['reason']}" for row in table.slice(0, LISTED).to_pylist()
+        ]
     except Exception as error:  # noqa: BLE001  Arrow raises many types for a damaged file
         faults.append(f"{QUARANTINE}: {first_line(error)}")
         return []

@@ -80,8 +80,8 @@ class Found:
 
     def notes(self) -> tuple[str, ...]:
         """Return one line that counts what was left out, with an example of each; none if nothing was."""
-        parts = [f"{count:,} {reason} ({example})" for reason, (count, example) in self.ignored.items()]
-        return (f"left out: {', '.join(parts)}",) if parts else ()
+        parts = [f"{reason}: {count:,} ({example})" for reason, (count, example) in self.ignored.items()]
+        return (f"left out: {'; '.join(parts)}",) if parts else ()
 
 
 def hidden(name: str) -> bool:

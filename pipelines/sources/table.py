@@ -241,7 +241,8 @@ def _images(folder: Folder, columns: Mapping[str, str], groups: Mapping[str, Seq
 
 
 def _column_notes(columns: Mapping[str, str], schema: pa.Schema, classes: Sequence[str]) -> tuple[str, ...]:
-    taken = ", ".join(f"{feature} from {name} ({schema.field(name).type})" for feature, name in columns.items())
+    kinds = {name: str(schema.field(name).type).partition("<")[0] for name in columns.values()}
+    taken = ", ".join(f"{feature} from {name} ({kinds[name]})" for feature, name in columns.items())
     others = [name for name in schema.names if name not in columns.values()]
     notes = [f"columns: {taken}" + (f"; not used: {', '.join(others)}" if others else "")]
     return (*notes, *class_notes(classes)) if "label" in columns else tuple(notes)

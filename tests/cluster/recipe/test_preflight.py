@@ -1,5 +1,7 @@
 """The checks before any worker starts; each error is one line that names the fix."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,14 @@ def test_missing_data(tree: dict[str, Any], tmp_path: Path) -> None:
 def test_a_missing_split(tree: dict[str, Any]) -> None:
     tree["data"]["eval_split"] = "validation"
     assert "'validation'" in refused(tree)
+
+
+def test_data_of_one_class(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["data"]["url"] = str(shutil.copytree(tree["data"]["url"], tmp_path / "data"))
+    manifest = tmp_path / "data" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**facts, "classes": ["cat"]}))
+    assert "one class (cat)" in refused(tree)
 
 
 def test_images_of_another_size(tree: dict[str, Any]) -> None:

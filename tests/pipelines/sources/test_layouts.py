@@ -13,6 +13,7 @@ from PIL import Image
 
 from perceiver.config import UserError
 from pipelines.features import ImageFeature
+from pipelines.index import index
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards.manifest import Manifest, utf8_name
 from pipelines.sources._layout import split_words
@@ -445,3 +446,10 @@ def test_dots_in_names_of_a_tar(tmp_path: Path, name: str) -> None:
     found = prepared(tmp_path, "webdataset", bad=1.0)
     assert found.rows["train"].keys() == {f"train-0.tar/{key}" for key in ["a", *kept]}
     assert found.rejected.keys() == {f"train-0.tar/{key}" for key in rejected}
+
+
+def test_an_index_takes_whole_files(tmp_path: Path) -> None:
+    table(tmp_path / "src" / "pets.parquet", image=images(10), label=[0, 1] * 5)
+    assert index("table", str(tmp_path / "src"), str(tmp_path / "out")).split("train").samples == 10
+    with pytest.raises(UserError, match="held_out"):
+        index("table", str(tmp_path / "src"), str(tmp_path / "b"), PrepareConfig(options={"held_out": "0.2"}))
