@@ -46,6 +46,11 @@ def label_number(value: LabelValue, index: Mapping[str, int], classes: int) -> i
     return int(number)
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names of classes in order: numbers by their value, then texts."""
+    return sorted(names, key=lambda name: (not name.isdecimal(), len(name) * name.isdecimal(), name))
+
+
 def stored_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[str]:
     """Return the class names that the Hugging Face libraries store in a file's metadata; empty if there are none."""
     try:

@@ -6,24 +6,19 @@ and `*_test.txt` of names, as in `modelnet40_normal_resampled`; or `.npy` arrays
 HDF5 files `*train*.h5` and `*test*.h5`, as in `modelnet40_ply_hdf5_2048` (`_hdf5`).
 """
 
-import io
-import math
 import random
-from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from perceiver.config import UserError
-from perceiver.storage import Folder, first_line, open_folder
+from perceiver.storage import Folder, open_folder
 from pipelines.features import LabelFeature, PointsFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
 from pipelines.sources._common import base_name, item_seed, number, read_list, shuffled_units, source_folder
 from pipelines.sources._layout import ClassFiles, Found, class_files, class_notes, hold_out_classes, look
 from pipelines.transforms import BadSample
-from pipelines.transforms.mesh import load_mesh, surface_points
-from pipelines.transforms.points import Points, decode_points
+from pipelines.transforms.cloud import read_points
+from pipelines.transforms.points import Points
 
 LISTS = {"train": "_train.txt", "test": "_test.txt"}
 WANTED = "CLASS/train/*.off with CLASS/test/*.off, or CLASS/*.txt with lists *_train.txt and *_test.txt; or *train*.h5"
@@ -87,39 +82,6 @@ class ModelNet40:
     def _points(folder: Folder, name: str, content: Mapping[str, Any]) -> Points:
         encoded = folder.fs.cat_file(folder.file(name))
         return read_points(name, encoded, content["points"], item_seed(content["seed"], name))
-
-
-def read_points(name: str, encoded: bytes, count: int, seed: int) -> Points:
-    """Return the points (n, 3) of one file, drawn from a mesh or all that are stored, or raise `BadSample`."""
-    suffix = name.rsplit(".", 1)[-1].lower()
-    if suffix == "off":
-        return surface_points(load_mesh(encoded, "off"), count, seed)
-    encoded = encoded.removeprefix(BOM_UTF8)
-    if not encoded:
-        raise BadSample("0 bytes")
-    try:
-        if suffix == "npy":
-            values = _read_npy(encoded)
-        else:
-            values = np.loadtxt(io.BytesIO(encoded), delimiter="," if b"," in encoded[:256] else None, ndmin=2)
-        points = np.ascontiguousarray(values[:, :3], "<f4")
-    except (ValueError, IndexError, TypeError, OverflowError) as error:
-        raise BadSample(f"no rows of x, y, z: {first_line(error, 80)}") from error
-    return decode_points(points.tobytes())
-
-
-def _read_npy(encoded: bytes) -> Any:
-    """Return the array of numbers in a .npy file, or raise `ValueError`; memory is allocated for what is there only."""
-    stream = io.BytesIO(encoded)
-    version = np.lib.format.read_magic(stream)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"version {version} of the .npy format")
-    shape, columns_first, kind = readers[version](stream)
-    content = memoryview(encoded)[stream.tell() :]
-    if kind.kind not in "fiu" or len(shape) != 2 or math.prod(shape) * kind.itemsize != len(content):
-        raise ValueError(f"{shape} x {kind} in the header, {len(content)} bytes follow")
-    return np.frombuffer(content, kind).reshape(shape, order="F" if columns_first else "C")
 
 
 def find_objects(folder: Folder, found: Found, options: Mapping[str, str]) -> ClassFiles:

@@ -18,17 +18,17 @@ class PointsViewConfig(Config):
     scale: Factors = Field(default=(0.99, 1.01), description="range of the factor of each point's coordinates")
 
 
-def decode_points(stored: bytes) -> Points:
-    """Return points (n, 3) from little-endian float32 bytes.
+def decode_points(stored: bytes, columns: int = 3) -> Points:
+    """Return points (n, columns) from little-endian float32 bytes.
 
     Raises:
         BadSample: no points, an incomplete row, NaN or infinity.
     """
     if not stored:
         raise BadSample("no points")
-    if len(stored) % 12:
-        raise BadSample(f"{len(stored)} bytes are not rows of three float32")
-    points = np.frombuffer(stored, "<f4").reshape(-1, 3)
+    if len(stored) % (4 * columns):
+        raise BadSample(f"{len(stored)} bytes are not rows of {columns} float32")
+    points = np.frombuffer(stored, "<f4").reshape(-1, columns)
     if not np.isfinite(points).all():
         raise BadSample("NaN or infinite points")
     return points
@@ -40,15 +40,29 @@ def normalised(points: Points) -> Points:
 
 
 def training_view(points: Points, config: PointsViewConfig, rng: Generator) -> Points:
-    """Return a random choice of points, centred, each scaled at random, normalised: (count, 3)."""
+    """Return a random choice of points: coordinates centred, each scaled at random, normalised.
+
+    Args:
+        points: (n, 3 + features); the features stay as they are.
+        config: the number of points, and the range of the scale.
+        rng: of the choice.
+
+    Returns:
+        (count, 3 + features).
+    """
     chosen = points.take(rng.choice(len(points), config.count, len(points) < config.count, shuffle=False), axis=0)
     scales = rng.uniform(*config.scale, config.count).astype(np.float32)
-    return _in_cube(_centred(_centred(chosen.T.copy()) * scales)).T
+    return _with_features(_in_cube(_centred(_centred(chosen[:, :3].T.copy()) * scales)).T, chosen)
 
 
 def evaluation_view(points: Points, config: PointsViewConfig) -> Points:
-    """Return points spread evenly over the stored order, normalised: (count, 3)."""
-    return normalised(points[np.arange(config.count) * len(points) // config.count % len(points)])
+    """Return points spread evenly over the stored order, normalised: (count, 3 + features)."""
+    chosen = points[np.arange(config.count) * len(points) // config.count % len(points)]
+    return _with_features(normalised(chosen[:, :3]), chosen)
+
+
+def _with_features(coordinates: Points, points: Points) -> Points:
+    return coordinates if points.shape[1] == 3 else np.hstack([coordinates, points[:, 3:]])
 
 
 def _centred(axes: Points) -> Points:

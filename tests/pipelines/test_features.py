@@ -53,7 +53,7 @@ def test_evaluation_points_are_spread_over_the_stored_ones() -> None:
     "feature, stored, reason",
     [
         (PointsFeature(), b"", "no points"),
-        (PointsFeature(), b"1234567", "rows of three"),
+        (PointsFeature(), b"1234567", "rows of 3 float32"),
         (PointsFeature(), np.array([0, np.nan, 1], "<f4").tobytes(), "NaN or infinite"),
         (PointsFeature(), np.array([0, np.inf, 1], "<f4").tobytes(), "NaN or infinite"),
         (TextFeature(), "", "empty text"),

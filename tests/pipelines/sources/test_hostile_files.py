@@ -20,9 +20,9 @@ from perceiver.cli import inspect as inspect_verb
 from perceiver.config import UserError
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.sources._common import MAX_CLASSES, MAX_FILE
-from pipelines.sources.modelnet40 import read_points
 from pipelines.sources.text import documents
 from pipelines.transforms import BadSample
+from pipelines.transforms.cloud import read_points
 from tests.pipelines.raw import tar, write
 from tests.pipelines.toys import png
 

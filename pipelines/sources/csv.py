@@ -1,0 +1,305 @@
+"""Tables of files, texts and labels: CSV, TSV or JSON lines with a row per sample; options map columns to features.
+
+SRC is such a table, or a folder with tables. Columns `image`, `audio`, `video` and `points` have paths of files below
+the table's folder, `text` has texts. Files are stored as by the sources of folders.
+"""
+
+import io
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from perceiver.config import UserError
+from perceiver.storage import Folder, open_folder, refusing, safe_name
+from pipelines.features import (
+    AudioFeature,
+    Feature,
+    LabelFeature,
+    LabelsFeature,
+    PointsFeature,
+    TextFeature,
+    VideoFeature,
+)
+from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
+from pipelines.sources._common import base_name, item_seed, number, shuffled_units
+from pipelines.sources._labels import in_order, label_number
+from pipelines.sources._layout import (
+    STORED_AS,
+    Found,
+    class_notes,
+    held_out_share,
+    look,
+    split_notes,
+    split_words,
+    splits_of_files,
+)
+from pipelines.sources._metadata import table_rows
+from pipelines.sources._probe import PROBE, image_feature
+from pipelines.transforms import BadSample
+from pipelines.transforms.cloud import read_points
+
+FEATURES: Mapping[str, Callable[[], Feature]] = {
+    "audio": AudioFeature,
+    "video": VideoFeature,
+    "text": TextFeature,
+    "label": LabelFeature,
+    "labels": LabelsFeature,
+}
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+FILES = ("image", "audio", "video", "points")
+COLUMNS = (*FILES, "text", "label", "labels", "split", "group")
+OPTIONS = (*COLUMNS, "separator", "classes", "channels", "features", "held_out", "splits")
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        key: the table and the row's number.
+        above: the table's folder, with a slash, relative to the source folder.
+        cells: by column.
+    """
+
+    key: str
+    above: str
+    cells: Mapping[str, Any]
+
+
+class CsvSource:
+    """The source.
+
+    Options: the columns of the features `image`, `audio`, `video`, `points` (paths), `text`, `label` (the class),
+    `labels` (several classes: a list in JSON, else separated by `separator`, `;`), `split` (a split's name), `group`
+    (rows with the same value stay in one split); each is taken by its name where the table has it, and left out with
+    an empty value. `classes` (names with commas), `channels`, `features` (columns of a point after x, y, z),
+    `held_out` (share of the rows, 0.2), `splits` (`names`: by names of the tables; `none`).
+    """
+
+    title = "tables of files, texts and labels (SRC/*.csv, tsv, jsonl, or one of them; options map the columns)"
+
+    def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
+        """Read the tables of `src`, and list their rows."""
+        refuse_options(options, OPTIONS)
+        folder, found = _tables(src)
+        splits = splits_of_files(folder, found.names, options)
+        rows = {split: [row for name in names for row in _rows(folder, name)] for split, names in splits.items()}
+        first = next((row for part in rows.values() for row in part), None)
+        if first is None:
+            raise UserError(f"{folder.url}: the tables have no rows")
+        columns = find_columns(folder, first, options)
+        if "split" in columns:
+            rows = _by_column([row for part in rows.values() for row in part], columns["split"])
+        classes = class_names(folder, rows, columns, options)
+        held_out = held_out_share(rows, folder, options, "0.2")
+        parts = _held_out(rows[next(iter(rows))], held_out, columns.get("group"), seed) if held_out else rows
+        content = {"src": folder.url, "columns": columns, "classes": classes, "seed": seed, "options": dict(options)}
+        taken = ", ".join(f"{feature} from {column}" for feature, column in columns.items())
+        return Listing(
+            name=base_name(folder.url),
+            features=_features(folder, parts, columns, options),
+            classes=tuple(classes),
+            licence="not stated: the user's own data",
+            origin=str(src),
+            units=shuffled_units(
+                {split or "train": part for split, part in parts.items()}, random.Random(seed), shard_rows, **content
+            ),
+            notes=(
+                f"columns: {taken}; not used: {', '.join(set(first.cells) - set(columns.values())) or 'none'}",
+                *(class_notes(classes) if {"label", "labels"} & set(columns) else ()),
+                *split_notes({split: [row.key for row in part] for split, part in rows.items()}, held_out),
+                *found.notes(),
+            ),
+            rejected=tuple(found.rejected),
+        )
+
+    def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
+        """Read the files of the unit's rows."""
+        content = unit.content
+        read = RowReader(open_folder(content["src"]), content)
+        for item in content["items"]:
+            row = Row(*item)
+            try:
+                yield {"key": row.key, **{feature: read(feature, row) for feature in read.features}}
+            except BadSample as error:
+                yield Rejected(row.key, str(error))
+            except ValueError as error:
+                yield Rejected(row.key, str(error))
+            except OSError as error:
+                yield Rejected(row.key, f"unreadable file: {type(error).__name__}")
+
+
+class RowReader:
+    """Reads the features of rows; what is called with a feature's name and a row.
+
+    Args:
+        folder: the source folder.
+        content: of the unit.
+    """
+
+    def __init__(self, folder: Folder, content: Mapping[str, Any]) -> None:
+        self.folder, self.content = folder, content
+        self.index = {name: number for number, name in enumerate(content["classes"])}
+        self.features = [
+            "label" if name == "labels" else name for name in content["columns"] if name not in ("split", "group")
+        ]
+
+    def __call__(self, feature: str, row: Row) -> Any:
+        """Return what is stored; raise `ValueError`, `BadSample` or `OSError` if the row cannot be used."""
+        columns, options = self.content["columns"], self.content["options"]
+        if feature == "label" and "labels" in columns:
+            names = several(row.cells.get(columns["labels"]), options)
+            return [label_number(name, self.index, len(self.index)) for name in names]
+        value = row.cells.get(columns[feature])
+        if feature == "label":
+            return label_number(one_label(value), self.index, len(self.index))
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"no {feature}")
+        if feature == "text":
+            return value.strip()
+        encoded = self.folder.fs.cat_file(self.folder.file(row.above + safe_name(value.removeprefix("./"))))
+        if feature != "points":
+            return encoded
+        seed = item_seed(self.content["seed"], row.key)
+        return read_points(value, encoded, 2048, seed, number(options, "features", 0, least=0)).tobytes()
+
+
+def _tables(src: str | None) -> tuple[Folder, Found]:
+    """Return the folder and its tables; of a table, its folder and itself."""
+    wanted = "*.csv, *.tsv or *.jsonl"
+    if src is None:
+        raise UserError(f"source csv needs a table or a folder with {wanted}: perceiver prepare csv SRC DST")
+    if src.lower().endswith(SUFFIXES):
+        above, _, name = src.rpartition("/")
+        folder = open_folder(above or ("/" if src.startswith("/") else "."))
+        with refusing(f"table {src}", "check the place and the access to it"):
+            if not folder.fs.isfile(folder.file(name)):
+                raise UserError(f"table {src} does not exist or is no file")
+        return folder, Found([name])
+    folder = open_folder(src)
+    found = look(folder, SUFFIXES)
+    if not found.names:
+        raise UserError(f"no tables below {folder.url}: wanted {wanted}")
+    found.ignored.clear()  # the files that the tables name
+    return folder, found
+
+
+def _rows(folder: Folder, name: str) -> Iterator[Row]:
+    above = name.rpartition("/")[0]
+    for line, cells in enumerate(table_rows(folder, name), 1):
+        yield Row(f"{name}#{line}", above and above + "/", cells)
+
+
+def find_columns(folder: Folder, first: Row, options: Mapping[str, str]) -> dict[str, str]:
+    """Return the column of each feature, and of `split` and `group`.
+
+    Raises:
+        UserError: a column does not exist, there is no input, or both `label` and `labels`.
+    """
+    columns = {}
+    for feature in COLUMNS:
+        name = options.get(feature, feature)
+        if name in first.cells:
+            columns[feature] = name
+        elif name and feature in options:
+            raise UserError(
+                f"option {feature}={name}: {folder.url} has no such column; it has {', '.join(first.cells)}"
+            )
+    if not columns.keys() & {*FILES, "text"}:
+        raise UserError(
+            f"{folder.url}: none of the columns {', '.join(first.cells)} is an input: set --option image=COLUMN (or"
+            " audio, video, points, text)"
+        )
+    if {"label", "labels"} <= columns.keys():
+        raise UserError(f"{folder.url} has label and labels: leave one out, for example --option labels=")
+    return columns
+
+
+def _by_column(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
+    """Return the rows by the split that a column names."""
+    splits: dict[str, list[Row]] = {}
+    for row in rows:
+        words = split_words(str(row.cells.get(column)))
+        if len(words) != 1:
+            raise UserError(
+                f"{row.key}: the column {column} has {str(row.cells.get(column))[:40]!r}, wanted train, val or test"
+            )
+        splits.setdefault(STORED_AS.get(words[0], words[0]), []).append(row)
+    return splits
+
+
+def one_label(value: Any) -> str | None:
+    """Return a cell as the name of a class; None if it is empty. Raise `ValueError` if it cannot be one."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, float | list | dict):
+        raise ValueError(f"a label that is a {type(value).__name__}")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def several(value: Any, options: Mapping[str, str]) -> list[str]:
+    """Return a cell as names of classes: a list in JSON, or a text with separators; none if it is empty."""
+    parts = value if isinstance(value, list) else str(value or "").split(options.get("separator") or ";")
+    names = [one_label(part.strip() if isinstance(part, str) else part) for part in parts]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def class_names(
+    folder: Folder, rows: Mapping[str, Sequence[Row]], columns: Mapping[str, str], options: Mapping[str, str]
+) -> list[str]:
+    """Return the names of the classes, numbers before texts; of the option `classes`, or all that are found."""
+    if not {"label", "labels"} & columns.keys():
+        return []
+    if "classes" in options:
+        return options["classes"].split(",")
+    names: set[str] = set()
+    for row in (row for part in rows.values() for row in part):
+        if "labels" in columns:
+            names.update(several(row.cells.get(columns["labels"]), options))
+        elif not isinstance(value := row.cells.get(columns["label"]), float | list | dict):
+            name = one_label(value)
+            names.update([name] if name is not None else [])
+    if not names:
+        raise UserError(f"{folder.url}: no row has a label in the column {columns.get('label') or columns['labels']}")
+    return in_order(names)
+
+
+def _held_out(rows: Sequence[Row], part: float, group: str | None, seed: int) -> dict[str, list[Row]]:
+    """Return the rows with a share of them as `test`; rows of one group stay together."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.cells.get(group)) if group else row.key, []).append(row)
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    splits: dict[str, list[Row]] = {"train": [], "test": []}
+    for name in order:
+        wanted = "test" if len(splits["test"]) < round(part * len(rows)) and name != order[-1] else "train"
+        splits[wanted] += groups[name]
+    return {split: members for split, members in splits.items() if members}
+
+
+def _features(
+    folder: Folder,
+    rows: Mapping[str, Sequence[Row]],
+    columns: Mapping[str, str],
+    options: Mapping[str, str],
+) -> dict[str, Feature]:
+    """Return the features by name; those of images by looking at a few."""
+    found = {"label" if name == "labels" else name: FEATURES[name]() for name in columns if name in FEATURES}
+    if "points" in columns:
+        found["points"] = PointsFeature(features=number(options, "features", 0, least=0))
+    if "image" in columns:
+        some = [row for part in rows.values() for row in part][:PROBE]
+        read = RowReader(folder, {"columns": columns, "classes": [], "options": options, "seed": 0})
+        found["image"] = image_feature(options, [partial(_opened, read, row) for row in some])
+    return found
+
+
+def _opened(read: RowReader, row: Row) -> Any:
+    try:
+        return io.BytesIO(read("image", row))
+    except ValueError as error:
+        raise BadSample(str(error)) from error
+
+
+source = CsvSource()
