@@ -146,6 +146,8 @@ def _folder(search: Search, start: SearchStart) -> RunFolder:
         raise UserError(
             f"search {folder.name!r} exists in {output}: add --resume to continue it, or choose another --run"
         )
+    if not start.resume:
+        folder.set_aside_record()
     return folder
 
 
