@@ -11,7 +11,7 @@ import torch
 from cluster.recipe.config import Recipe, kind_of
 from cluster.recipe.placement import DataNeed, Node, check_evaluation, place
 from cluster.recipe.resources import machine_cpus, worker_cpus
-from cluster.recipe.resume import check_same_data, check_same_recipe, check_schedule, recipe_before
+from cluster.recipe.resume import check_same_data, check_same_recipe, check_schedule, check_start, recipe_before
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
 from perceiver.config import UserError
@@ -98,6 +98,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     start = describe_start(recipe, model.manifest) if checkpoint is None else ""
     samples = model.manifest.split(recipe.data.train_split).samples
     epoch_steps, total_steps = samples / recipe.train.global_batch, recipe.train.total_steps(samples)
+    check_start(recipe, total_steps)
     if before is not None:
         check_schedule(recipe, before, samples)
     folder.note(recipe=recipe.name)

@@ -189,7 +189,7 @@ def _pairs(found: Mapping[str, Any]) -> str:
 
 
 def check_schedule(recipe: Recipe, before: Before, samples: int) -> None:
-    """Refuse a schedule that begins after the run, and a new length that alone would raise the learning rate.
+    """Refuse a new length that alone would raise the learning rate.
 
     Args:
         recipe: the recipe to continue with.
@@ -210,6 +210,16 @@ def check_schedule(recipe: Recipe, before: Before, samples: int) -> None:
             f"{old.train.epochs or old.train.steps:g}: this alone would raise the learning rate from {was:.2g} to "
             f"{now:.2g} at step {step}: add {gentle(recipe, step)} for a new schedule from there, or set both to "
             "other values"
+        )
+
+
+def check_start(recipe: Recipe, total_steps: int) -> None:
+    """Refuse a schedule that begins after the last step."""
+    start = recipe.optim.schedule.start
+    if start >= total_steps:
+        raise UserError(
+            f"optim.schedule.start = {start}, but the run has {total_steps} steps: set it to the step from which the "
+            "run is resumed, or to 0"
         )
 
 

@@ -164,6 +164,9 @@ def test_more_epochs_do_not_raise_the_learning_rate_silently(run: dict[str, Any]
     proposed = longer(build_recipe({**run, "train": {**run["train"], "epochs": 2}}), STEP, SAMPLES)
     assert proposed == "train.epochs=4 optim.schedule.start=10 optim.lr=0.001"
     run["optim"]["lr"] = 0.001
+    run["optim"]["schedule"]["start"] = 20
+    with pytest.raises(UserError, match=r"optim\.schedule\.start = 20"):
+        resumed(run)
     run["optim"]["schedule"]["start"] = STEP
     assert resumed(run).total_steps == 20
     assert longer(build_recipe(run), 20, SAMPLES) == "train.epochs=8 optim.schedule.start=20"
