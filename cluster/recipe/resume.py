@@ -64,7 +64,7 @@ JUMP = 1.5
 """A longer run is refused if its length alone would raise the learning rate by more than this factor."""
 GENTLE = 0.1
 """The proposed peak of the learning rate of a longer run, as a share of the first one."""
-LONGEST_VALUE, LONGEST_CHANGE = 60, 500
+SHOWN, LONGEST_VALUE, LONGEST_CHANGE = 4, 60, 500
 
 
 @dataclass(frozen=True)
@@ -109,21 +109,16 @@ def check_same_recipe(recipe: Recipe, before: Before) -> tuple[str, ...]:
     refused = {key: pair for key, pair in changed.items() if not any(fnmatchcase(key, known) for known in MAY_CHANGE)}
     if refused:
         listed = [f"{key} = {_value(new)}, the run has {_value(old)}" for key, (old, new) in refused.items()]
-        more = f" (and {len(listed) - 3} more)" if len(listed) > 3 else ""
+        more = f" (and {len(listed) - SHOWN} more)" if len(listed) > SHOWN else ""
+        fix = " ".join(f"{key}={_value(pair[0])}" for key, pair in [*refused.items()][:SHOWN])
         raise UserError(
-            f"--resume: {'; '.join(listed[:3])}{more} ({before.place}): set {_fix(refused)}, or start a new run "
-            "without --resume; train.init_from starts it from this run's weights"
+            f"--resume: {'; '.join(listed[:SHOWN])}{more} ({before.place}): set {fix}, or start a new run without "
+            "--resume; train.init_from starts it from this run's weights"
         )
     return tuple(
         f"{key}: {_value(old, LONGEST_CHANGE)} -> {_value(new, LONGEST_CHANGE)}"
         for key, (old, new) in sorted(changed.items())
     )
-
-
-def _fix(refused: Mapping[str, tuple[Any, Any]]) -> str:
-    """Return the override that restores the first refused key."""
-    key, (old, _) = next(iter(refused.items()))
-    return f"{key}={_value(old)}"
 
 
 def _flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -238,7 +233,8 @@ def gentle(recipe: Recipe, step: int) -> str:
 def longer(recipe: Recipe, step: int, samples: int) -> str:
     """Return the overrides that train a finished run as long again, without a jump of the learning rate."""
     train = recipe.train
-    length = {"epochs": train.epochs * 2} if train.epochs else {"steps": step * 2}
+    done = step * train.global_batch / samples
+    length = {"epochs": 2 * max(train.epochs, float(f"{done:.4g}"))} if train.epochs else {"steps": step * 2}
     twice = recipe.model_copy(update={"train": train.model_copy(update=length)})
     words = " ".join(f"train.{key}={value:g}" for key, value in length.items())
     jumps = rate(twice, step, samples) > JUMP * rate(recipe, step - 1, samples)
