@@ -23,7 +23,7 @@ from cluster.run.driver import Fit
 from cluster.run.evaluation import EvaluationTasks
 from cluster.run.metrics import RunMetrics, find_peak, ray_export
 from cluster.run.monitor import ActorMonitor
-from cluster.run.result import conclude, is_concluded, send_waiting
+from cluster.run.result import conclude, is_concluded, note_end, send_waiting
 from cluster.run.trainer import Share, build_trainer, keep_reference
 from cluster.run.watchdog import Watchdog, end
 from cluster.runtime.local import cluster_cpus
@@ -79,6 +79,8 @@ def launch_training(
         try:
             outcome = run_workers(launch)
         except UserError:
+            if not lease.lost:
+                note_end(launch, {}, "refused")
             raise
         except KeyboardInterrupt:
             outcome = {"status": "stopped", "handle": load_handle(folder.local)}

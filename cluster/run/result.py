@@ -29,7 +29,7 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     """Write the report and MLflow's last entries, and print the outcome and the next commands; return the exit code."""
     status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
     if status != "finished":
-        _note_end(launch, outcome, status)
+        note_end(launch, outcome, status)
     continue_with = f"continue with: {continue_command(launch.command, folder)}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
     handle = outcome.get("handle")
@@ -37,7 +37,7 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     report = _report(launch, outcome) if status == "finished" else None
     _finish_run(launch, tracker, status, report)
     if status == "finished":  # noted last: a driver that dies before leaves a run that --resume concludes
-        _note_end(launch, outcome, status)
+        note_end(launch, outcome, status)
     if handle and (left := unsent(folder.local)):
         say(f"{left:,} rows of the run's history in {folder.local} are not in mlflow yet: --resume sends them")
     if status == "finished":
@@ -59,7 +59,7 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     return code
 
 
-def _note_end(launch: Launch, outcome: Mapping[str, Any], status: str) -> None:
+def note_end(launch: Launch, outcome: Mapping[str, Any], status: str) -> None:
     """Record in run.json how the session has ended."""
     folder = launch.folder
     try:

@@ -15,6 +15,7 @@ from cluster.record.sessions import begin_session, work_time
 from cluster.run import launch as launching
 from cluster.run.context import Launch
 from cluster.runtime.session import tracking_of
+from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.tracking.record import HISTORY
 from perceiver.tracking.runs import create_run, load_handle
@@ -73,7 +74,7 @@ def folder_of(tree: dict[str, Any]) -> RunFolder:
 
 
 @pytest.mark.parametrize(
-    "place", ["cluster.run.report.build_report", "cluster.run.result.open_tracker", "cluster.run.result._note_end"]
+    "place", ["cluster.run.report.build_report", "cluster.run.result.open_tracker", "cluster.run.result.note_end"]
 )
 def test_a_driver_that_dies_while_it_concludes(
     tree: dict[str, Any],
@@ -138,6 +139,19 @@ def test_the_files_of_a_finished_run_stay_until_the_longer_run_has_its_own(
     assert train(tree, resume=True) == 130
     assert folder.facts()["status"] == "stopped"
     assert {part: Path(folder.location(part)).read_bytes() for part in parts} == before
+
+
+def test_a_start_that_is_refused_is_recorded(
+    tree: dict[str, Any], workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(launch: Launch) -> dict[str, Any]:
+        raise UserError("the cluster does not answer")
+
+    monkeypatch.setattr(launching, "run_workers", refuse)
+    with pytest.raises(UserError, match="does not answer"):
+        train(tree)
+    facts = folder_of(tree).facts()
+    assert facts["status"] == "refused" and facts["sessions"][0][1] is not None
 
 
 def test_a_finished_run_keeps_its_recipe(tree: dict[str, Any], workers: Workers) -> None:
