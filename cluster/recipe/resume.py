@@ -234,7 +234,8 @@ def longer(recipe: Recipe, step: int, samples: int) -> str:
     """Return the overrides that train a finished run as long again, without a jump of the learning rate."""
     train = recipe.train
     done = step * train.global_batch / samples
-    length = {"epochs": 2 * max(train.epochs, float(f"{done:.4g}"))} if train.epochs else {"steps": step * 2}
+    epochs = train.epochs if train.total_steps(samples) >= step else float(f"{done:.4g}")
+    length = {"epochs": epochs * 2} if epochs else {"steps": step * 2}
     twice = recipe.model_copy(update={"train": train.model_copy(update=length)})
     words = " ".join(f"train.{key}={value:g}" for key, value in length.items())
     jumps = rate(twice, step, samples) > JUMP * rate(recipe, step - 1, samples)

@@ -177,6 +177,7 @@ def test_more_epochs_of_a_constant_rate_need_nothing_else(tree: dict[str, Any]) 
     tree["train"]["epochs"] = 4
     assert resumed(tree).changes == ("train.epochs: 2.0 -> 4.0",)
     assert longer(build_recipe(tree), 20, SAMPLES) == "train.epochs=8"
+    assert longer(build_recipe(tree), 40, SAMPLES) == "train.epochs=16", "the run is longer than the recipe says"
 
 
 def test_a_new_run_is_not_started_on_the_checkpoints_of_another(run: dict[str, Any]) -> None:
