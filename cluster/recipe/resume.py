@@ -233,9 +233,10 @@ def gentle(recipe: Recipe, step: int) -> str:
 def longer(recipe: Recipe, step: int, samples: int) -> str:
     """Return the overrides that train a finished run as long again, without a jump of the learning rate."""
     train = recipe.train
-    done = step * train.global_batch / samples
-    epochs = train.epochs if train.total_steps(samples) >= step else float(f"{done:.4g}")
-    length = {"epochs": epochs * 2} if epochs else {"steps": step * 2}
+    length: dict[str, float] = {"steps": step * 2}
+    if train.epochs:
+        done = float(f"{step * train.global_batch / samples:.4g}")
+        length = {"epochs": 2 * (train.epochs if train.total_steps(samples) >= step else done)}
     twice = recipe.model_copy(update={"train": train.model_copy(update=length)})
     words = " ".join(f"train.{key}={value:g}" for key, value in length.items())
     jumps = rate(twice, step, samples) > JUMP * rate(recipe, step - 1, samples)
