@@ -5,6 +5,7 @@ bounds exclude what cannot work; they are generous otherwise. What exceeds this 
 `cluster.recipe.preflight`, which knows the whole recipe.
 """
 
+import os
 import typing
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
@@ -107,8 +108,16 @@ def _parseable(url: str) -> str:
     return url
 
 
-Location = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_parseable)]
-"""A local path, or a URL that fsspec knows."""
+def expand_home(place: str) -> str:
+    """Return a path with a leading `~` replaced by the home folder, as a shell does; a URL unchanged.
+
+    A shell leaves `output=~/x` as it is. fsspec would expand it and pathlib would not, so that a run had two folders.
+    """
+    return os.path.expanduser(place) if place.startswith("~") else place  # noqa: PTH111  pathlib raises without a home
+
+
+Location = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_parseable), AfterValidator(expand_home)]
+"""A local path, in which a leading `~` is expanded, or a URL that fsspec knows."""
 
 Seed = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 """The seed of a random generator."""

@@ -29,7 +29,7 @@ import fsspec
 import pydantic_core
 from pydantic import AfterValidator, Field, ValidationError
 
-from perceiver.config import Config, Real, Seconds, UserError
+from perceiver.config import Config, Real, Seconds, UserError, expand_home
 
 READ_ONLY = {"data", "git", "github", "gist", "http", "https", "libarchive", "reference", "tar"}
 """File systems to which nothing can be written."""
@@ -187,7 +187,7 @@ def cache_folder(*parts: str) -> Path:
     The default of `$XDG_CACHE_HOME` is `~/.cache`. The folder may not exist yet.
     """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PERCEIVER_CACHE") or Path(base) / "perceiver", *parts)
+    return Path(expand_home(os.environ.get("PERCEIVER_CACHE") or f"{base}/perceiver"), *parts)
 
 
 def unusable_file(error: Exception) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from perceiver.config import UserError
+from perceiver.config import UserError, expand_home
 from perceiver.storage import Folder, ReadPolicy, first_line, open_folder, open_target
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
@@ -94,7 +94,7 @@ def _split(
     src: str, names: Sequence[str], columns: Mapping[str, str], listing: Listing, progress: Progress | None
 ) -> Split:
     """Return one split; footers are read several at a time."""
-    root = src.rstrip("/") if "://" in src else str(Path(src).resolve())
+    root = src.rstrip("/") if "://" in src else str(Path(expand_home(src)).resolve())
     folders: dict[str, list[str]] = {}
     for name in names:
         parent, file = split_url("", f"{root}/{name}")

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from perceiver.config import UserError
+from perceiver.config import UserError, expand_home
 from perceiver.storage import cache_folder, file_sha256
 
 
@@ -29,7 +29,7 @@ def fetch(package: Package, src: str | None = None) -> Path:
     Raises:
         UserError: pip failed (offline, blocked index), or the file is not the pinned one.
     """
-    path = Path(src) if src else cache_folder(package.file)
+    path = Path(expand_home(src)) if src else cache_folder(package.file)
     if src and not path.is_file():
         raise UserError(f"no file {src}: give the path of {package.file}, or no source path to download it")
     found = file_sha256(path) if path.is_file() else ""

@@ -1,9 +1,11 @@
 """A recipe: the typed configuration of a run, read from a YAML file with dotted overrides."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from pydantic import Field, ValidationError
 
 from cluster.recipe.file import explain, read_tree
@@ -68,7 +70,9 @@ def for_workers(recipe: Recipe) -> dict[str, Any]:
 
 
 def absolute(url: str) -> str:
-    """Return a local path as an absolute path, a URL unchanged."""
+    """Return a local path or `file://` URL as an absolute path, another URL unchanged."""
+    if re.match(r"(file|local)://", url):
+        return str(fsspec.core.url_to_fs(url)[1])
     return url if "://" in url else str(Path(url).resolve())
 
 

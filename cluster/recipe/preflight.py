@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import psutil
@@ -11,6 +11,7 @@ import torch
 from cluster.recipe.config import Recipe, kind_of
 from cluster.recipe.placement import DataNeed, Node, check_evaluation, place
 from cluster.recipe.resources import machine_cpus, worker_cpus
+from cluster.recipe.resume import check_same_data, check_same_recipe, check_schedule, check_start, recipe_before
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
 from perceiver.config import UserError
@@ -22,7 +23,7 @@ from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
 from pipelines.feed.ingest import DataConfig, batch_shapes, check_files, load_data, sample_plan
-from pipelines.shards.manifest import Manifest, load_manifest
+from pipelines.shards.manifest import Manifest, content_digest, load_manifest
 
 TARGETS = {"classification": "label", "tagging": "labels"}
 """Kind of the feature ``label`` that a task needs."""
@@ -34,7 +35,10 @@ NEEDS = {"flow": "flow", "masked_language": "text"}
 
 @dataclass(frozen=True)
 class Preflight:
-    """Results of the checks, for the header and the launch; `start` describes `train.init_from`."""
+    """Results of the checks, for the header and the launch.
+
+    `start` describes `train.init_from`; `changes` are the keys of a resumed run that have changed.
+    """
 
     manifest: Manifest
     parameters: int
@@ -42,6 +46,7 @@ class Preflight:
     total_steps: int
     checkpoint: CheckpointManifest | None
     start: str = ""
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     Raises:
         UserError: the first problem that would stop the run, with its fix.
     """
+    checkpoint = folder.checkpoints.newest() if resume else None
+    before = recipe_before(folder, checkpoint) if resume else None
+    changes = check_same_recipe(recipe, before) if before else ()
+    if resume:
+        check_same_data(recipe.data.url, data_facts(recipe.data, load_data(recipe.data)), folder)
     model = check_recipe(recipe)
     check_files(recipe.data, model.manifest)
     address = recipe.cluster.resolved_address()
@@ -79,18 +89,20 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         check_reachable(address)
     if recipe.tracking.enabled:
         recipe.tracking.store_uri(folder.local.parent)
-    checkpoint = folder.checkpoints.newest() if resume else None
     if checkpoint is not None:
-        check_resume(recipe, folder, checkpoint, model.shapes)
-    elif not resume and folder.facts():
+        check_same_parameters(folder, checkpoint, model.shapes)
+    if not resume and (folder.facts() or folder.checkpoints.steps()):
         raise UserError(
             f"run {folder.name!r} exists below {folder.output}: add --resume to continue, or choose another --run"
         )
     start = describe_start(recipe, model.manifest) if checkpoint is None else ""
-    folder.note(recipe=recipe.name)
     samples = model.manifest.split(recipe.data.train_split).samples
     epoch_steps, total_steps = samples / recipe.train.global_batch, recipe.train.total_steps(samples)
-    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start)
+    check_start(recipe, total_steps)
+    if before is not None:
+        check_schedule(recipe, before, samples)
+    folder.note(recipe=recipe.name)
+    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start, changes)
 
 
 def check_machine(recipe: Recipe) -> tuple[int, int]:
@@ -179,9 +191,16 @@ def check_memory(recipe: Recipe, model: CheckedModel) -> None:
             )
 
 
-def data_facts(manifest: Manifest) -> dict[str, Any]:
-    """Return the entry ``data`` of run.json, without secrets."""
-    return redact(asdict(DataFacts(manifest.name, manifest.licence, manifest.source, manifest.classes)))
+def data_facts(data: DataConfig, manifest: Manifest) -> DataFacts:
+    """Return what a run records of its training and evaluation data, without secrets."""
+    splits = (data.train_split, data.eval_split)
+    texts = {key: getattr(manifest, key) for key in ("name", "licence", "source", "classes")}
+    return DataFacts(
+        **redact(texts),
+        samples={name: manifest.split(name).samples for name in splits},
+        features={name: kind_of(feature) for name, feature in sorted(manifest.features.items())},
+        digest=content_digest(manifest, splits),
+    )
 
 
 def describe_start(recipe: Recipe, manifest: Manifest) -> str:
@@ -191,7 +210,7 @@ def describe_start(recipe: Recipe, manifest: Manifest) -> str:
         return ""
     with torch.device("meta"):
         model = build_model(recipe.model, classes=len(manifest.classes))
-    return plan_weights(model, open_weights(url)).describe(url)
+    return plan_weights(model, open_weights(url), manifest.classes).describe(url)
 
 
 def data_cpus(recipe: Recipe) -> float:
@@ -312,28 +331,14 @@ def check_targets(recipe: Recipe, manifest: Manifest) -> None:
         )
 
 
-def check_resume(
-    recipe: Recipe, folder: RunFolder, checkpoint: CheckpointManifest, shapes: dict[str, list[int]]
-) -> None:
-    """Refuse to resume from a checkpoint of another model, batch or seed."""
-    where = folder.checkpoints.location(checkpoint.step)
+def check_same_parameters(folder: RunFolder, checkpoint: CheckpointManifest, shapes: dict[str, list[int]]) -> None:
+    """Refuse to resume from a checkpoint of another model."""
     difference = parameter_difference(checkpoint.parameters, shapes)
     if difference:
         raise UserError(
-            f"{where} is of another model: {difference}: resume with the run's recipe "
-            f"({folder.location('recipe.yaml')}), or start a new run without --resume"
+            f"{folder.checkpoints.location(checkpoint.step)} is of another model: {difference}: resume with the run's "
+            f"recipe ({folder.location('recipe.yaml')}), or start a new run without --resume"
         )
-    section = checkpoint.recipe.get("train")
-    batch = section.get("global_batch") if isinstance(section, dict) else None
-    for key, old, new in (
-        ("train.global_batch", batch, recipe.train.global_batch),
-        ("seed", checkpoint.recipe.get("seed"), recipe.seed),
-    ):
-        if old != new:
-            raise UserError(
-                f"{where} was trained with {key} = {old}, the recipe has {new}, which changes the order of the data: "
-                f"set {key}={old}, or start a new run without --resume"
-            )
 
 
 Shapes = Mapping[str, tuple[int, ...]]

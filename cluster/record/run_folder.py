@@ -1,10 +1,11 @@
 """The folder of a run: its name, its files, and how ``--resume`` finds it."""
 
 import difflib
+import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +26,12 @@ from perceiver.storage import (
     with_retries,
     write_whole,
 )
+from perceiver.tracking.record import HISTORY, RECORD
 from perceiver.train.checkpoint.store import CheckpointStore
 
 RETRIES = RetryPolicy(attempts=5, backoff=1.0)
 T = TypeVar("T")
+WEIGHTS, REPORT = "model.safetensors", "report/index.html"
 
 
 def retried(fs: Any, what: str, work: Callable[[], T]) -> T:
@@ -50,8 +53,16 @@ class RunFolder:
 
     @property
     def local(self) -> Path:
-        """Return the local folder for logs and metrics: the run's own if it is local, otherwise one in the cache."""
-        return Path(self.url) if "://" not in self.url else cache_folder("runs", self.name)
+        """Return the local folder for logs and metrics: the run's own if it is local, otherwise one in the cache.
+
+        Runs of one name at two URLs have two folders there.
+        """
+        if "://" not in self.url:
+            return Path(self.url)
+        fs, path = fsspec.core.url_to_fs(self.url)
+        if is_local(fs):
+            return Path(path)
+        return cache_folder("runs", f"{self.name}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}")
 
     def location(self, *parts: str) -> str:
         """Return the URL of a file or folder of the run."""
@@ -88,6 +99,17 @@ class RunFolder:
         except (IsADirectoryError, UnicodeDecodeError, NotRegularError) as error:
             raise UserError(f"{self.location(part)} cannot be read ({first_line(error)}): restore it") from None
 
+    def exists(self, part: str) -> bool:
+        """Return whether a file exists."""
+        fs, path = fsspec.core.url_to_fs(self.location(part))
+        return retried(fs, f"looking for {self.location(part)}", lambda: fs.exists(path))
+
+    def remove(self, part: str, keep: Collection[str]) -> None:
+        """Delete the files in a folder of the run but those of some names."""
+        fs, path = fsspec.core.url_to_fs(self.location(part))
+        for name in set(entry_names(fs, path)) - set(keep):
+            fs.rm(f"{path}/{name}")
+
     def facts(self) -> dict[str, Any]:
         """Return the contents of run.json; empty before the run has started.
 
@@ -95,6 +117,12 @@ class RunFolder:
             UserError: it is damaged.
         """
         return parse_facts(self.read(FACTS) or "{}", self.location(FACTS))
+
+    def set_aside_record(self) -> None:
+        """Rename the record of a deleted run of this URL, so that a new run does not take up its MLflow run."""
+        for name in (HISTORY, RECORD):
+            if (self.local / name).exists():
+                (self.local / name).rename(self.local / f"{name}.before-{time.time_ns()}")
 
     def note(self, **facts: Any) -> None:
         """Add entries to run.json."""

@@ -20,7 +20,6 @@ class Launch:
         preflight: results of the checks.
         console: prints lines.
         resume: whether the run is resumed.
-        began: `time.monotonic()` of the start.
         command: the command as typed, without ``--resume`` and ``--run``.
         background: executor for the work that nobody waits for.
         lease: lease of the run.
@@ -31,10 +30,25 @@ class Launch:
     preflight: Preflight
     console: RunConsole
     resume: bool
-    began: float
     command: str
     background: ThreadPoolExecutor
     lease: Lease
+
+    @property
+    def start_step(self) -> int:
+        """Step of the checkpoint to resume from; 0 without one."""
+        return self.preflight.checkpoint.step if self.preflight.checkpoint else 0
+
+    @property
+    def trained(self) -> bool:
+        """Whether all steps are done, so that only results may be missing."""
+        return self.start_step >= self.preflight.total_steps
+
+    @property
+    def change_tag(self) -> dict[str, str]:
+        """What has changed since the last start, by the name of its tag in MLflow; empty if nothing has."""
+        changes = self.preflight.changes
+        return {f"changed.step-{self.start_step:08d}": "\n".join(changes)} if changes else {}
 
     @property
     def saved_at(self) -> float | None:

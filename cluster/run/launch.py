@@ -12,21 +12,24 @@ import yaml
 
 from cluster.recipe.config import Recipe, kind_of, zero_stage
 from cluster.recipe.preflight import check, data_facts
+from cluster.recipe.resume import longer
 from cluster.record.failures import one_line
 from cluster.record.lease import hold
 from cluster.record.run_folder import choose_run
+from cluster.record.sessions import begin_session
 from cluster.run.console import RunConsole
 from cluster.run.context import Launch
 from cluster.run.driver import Fit
 from cluster.run.evaluation import EvaluationTasks
 from cluster.run.metrics import RunMetrics, find_peak, ray_export
 from cluster.run.monitor import ActorMonitor
-from cluster.run.result import conclude, send_waiting
+from cluster.run.result import conclude, is_concluded, note_end, send_waiting
 from cluster.run.trainer import Share, build_trainer, keep_reference
 from cluster.run.watchdog import Watchdog, end
 from cluster.runtime.local import cluster_cpus
 from cluster.runtime.session import (
     Tracked,
+    continue_command,
     log_file,
     raise_on_signal,
     ray_and_mlflow,
@@ -57,7 +60,7 @@ def launch_training(
     Raises:
         UserError: a mistake in the recipe, the data or the resources, before any worker starts.
     """
-    began = time.monotonic()
+    began = time.time()
     folder = choose_run(recipe.output, recipe.name, resume, run)
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
@@ -65,17 +68,19 @@ def launch_training(
         lease = stack.enter_context(hold(folder.url))
         stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
-        launch = Launch(recipe, folder, preflight, console, resume, began, command, background, lease)
-        folder.write("recipe.yaml", yaml.safe_dump(redact(recipe.model_dump(mode="json")), sort_keys=False))
-        folder.note(data=data_facts(preflight.manifest))
-        if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
-            console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to continue")
+        launch = Launch(recipe, folder, preflight, console, resume, command, background, lease)
+        if launch.trained and is_concluded(launch):
+            _say_finished(launch)
             send_waiting(launch, tracking_of(recipe.tracking, folder, recipe.name))
             return 0
+        begin_session(folder, began, preflight.checkpoint)
+        _note_start(launch)
         _say_header(launch)
         try:
             outcome = run_workers(launch)
         except UserError:
+            if not lease.lost:
+                note_end(launch, {}, "refused")
             raise
         except KeyboardInterrupt:
             outcome = {"status": "stopped", "handle": load_handle(folder.local)}
@@ -88,7 +93,8 @@ def launch_training(
 def run_workers(launch: Launch) -> dict[str, Any]:
     """Run the workers; return their result, with ``status`` finished, stopped, refused or failed."""
     recipe, folder, console = launch.recipe, launch.folder, launch.console
-    tracked = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
+    params = recipe.model_dump(mode="json")
+    tracked = Tracked(tracking_of(recipe.tracking, folder, recipe.name), params, changes=launch.change_tag)
     with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as (session, handle):
         monitor = ActorMonitor()
         trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus()))
@@ -122,6 +128,27 @@ def run_workers(launch: Launch) -> dict[str, Any]:
         return {**fit.outcome, "handle": handle}
 
 
+def _note_start(launch: Launch) -> None:
+    """Write the recipe, the data, and what has changed since the last start to the run's folder."""
+    folder, preflight = launch.folder, launch.preflight
+    if not launch.resume:
+        folder.set_aside_record()
+    recipe = redact(launch.recipe.model_dump(mode="json"))
+    folder.write("recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    data = asdict(data_facts(launch.recipe.data, preflight.manifest))
+    changes = {**folder.facts().get("changes", {}), **launch.change_tag}
+    folder.note(status="running", data=data, **({"changes": changes} if changes else {}))
+
+
+def _say_finished(launch: Launch) -> None:
+    """Print that a run is finished, and how it could be trained on."""
+    step, samples = launch.start_step, launch.preflight.manifest.split(launch.recipe.data.train_split).samples
+    launch.console.say(
+        f"{launch.folder.url} is finished (step {step}); to train on: "
+        f"{continue_command(launch.command, launch.folder)} {longer(launch.recipe, step, samples)}"
+    )
+
+
 def _say_header(launch: Launch) -> None:
     recipe, preflight, console = launch.recipe, launch.preflight, launch.console
     splits = preflight.manifest.splits
@@ -145,6 +172,10 @@ def _say_header(launch: Launch) -> None:
             else "the start: no checkpoint yet"
         )
         console.say(f"resuming {launch.folder.name} from {place}")
+        for change in preflight.changes:
+            console.say(f"  {change}")
+        if launch.trained:
+            console.say("  all steps are done: evaluating again, and writing what the last start did not finish")
 
 
 def _note_worker(launch: Launch, figures: RunMetrics, event: Mapping[str, Any]) -> None:

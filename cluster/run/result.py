@@ -3,14 +3,16 @@
 import logging
 import platform
 import shlex
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.recipe.config import kind_of, zero_stage
 from cluster.recipe.resources import machine_cpus
+from cluster.recipe.resume import longer
 from cluster.record.failures import EXIT_STOPPED
+from cluster.record.run_folder import REPORT, WEIGHTS, RunFolder
+from cluster.record.sessions import ended_sessions, work_time
 from cluster.run.context import Launch
 from cluster.runtime.session import continue_command
 from perceiver.config import UserError
@@ -26,18 +28,16 @@ log = logging.getLogger(__name__)
 def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     """Write the report and MLflow's last entries, and print the outcome and the next commands; return the exit code."""
     status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
-    try:
-        folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
-    except UserError as error:
-        if status == "finished":
-            raise
-        log.error("%s", error)  # the failed store may be the cause of the outcome, which is printed below
+    if status != "finished":
+        note_end(launch, outcome, status)
     continue_with = f"continue with: {continue_command(launch.command, folder)}"
     code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
     handle = outcome.get("handle")
     tracker = open_tracker(handle, folder.local)
     report = _report(launch, outcome) if status == "finished" else None
     _finish_run(launch, tracker, status, report)
+    if status == "finished":  # noted last: a driver that dies before leaves a run that --resume concludes
+        note_end(launch, outcome, status)
     if handle and (left := unsent(folder.local)):
         say(f"{left:,} rows of the run's history in {folder.local} are not in mlflow yet: --resume sends them")
     if status == "finished":
@@ -57,6 +57,26 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
         }
         say_json(facts)
     return code
+
+
+def note_end(launch: Launch, outcome: Mapping[str, Any], status: str) -> None:
+    """Record in run.json how the session has ended."""
+    folder = launch.folder
+    try:
+        sessions = ended_sessions(folder)
+        folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"), sessions=sessions)
+    except UserError as error:
+        if status == "finished":
+            raise
+        log.error("%s", error)  # the failed store may be the cause of the outcome, which is printed below
+
+
+def is_concluded(launch: Launch) -> bool:
+    """Return whether a run whose steps are done has its weights, its report and its status."""
+    facts, folder = launch.folder.facts(), launch.folder
+    if facts.get("status") != "finished" or facts.get("step") != launch.start_step:
+        return False
+    return all(folder.exists(part) for part in (WEIGHTS, REPORT))
 
 
 def send_waiting(launch: Launch, config: TrackingConfig) -> None:
@@ -90,10 +110,17 @@ def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
         "data": f"{recipe.data.url} ({preflight.manifest.name})",
         "workers": f"{recipe.cluster.workers}, ZeRO stage {zero_stage(recipe)}",
         "steps": f"{outcome['step']:,} of {recipe.train.global_batch} samples",
-        "wall time": f"{time.monotonic() - launch.began:.0f} s, start-up included",
+        "wall time": str(work_time(launch.folder)),
         "machine": f"{machine_cpus()} CPUs ({platform.machine()}), {platform.system()}",
         "checkpoint": launch.folder.checkpoints.location(outcome["step"]),
+        **_changes(launch.folder),
     }
+
+
+def _changes(folder: RunFolder) -> dict[str, str]:
+    """Return the keys with which the run was resumed, by step."""
+    found = folder.facts().get("changes", {})
+    return {f"changed at step {int(tag[-8:]):,}": "; ".join(text.split("\n")) for tag, text in found.items()}
 
 
 def _finish_run(launch: Launch, tracker: Tracker, status: str, report: str | None) -> None:
@@ -103,6 +130,7 @@ def _finish_run(launch: Launch, tracker: Tracker, status: str, report: str | Non
         tracker.log_artifact(recipe)
     if report and "://" not in report:
         tracker.log_artifact(Path(report).parent, "report")
+    tracker.set_tag("wall_time_s", f"{work_time(launch.folder).seconds:.1f}")
     tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
 
 
@@ -115,6 +143,7 @@ def _say_results(launch: Launch, outcome: Mapping[str, Any], report: str | None)
         say(f"{recipe.data.eval_split} accuracy {100 * figures.pop('accuracy'):.1f} %")
     for name, value in figures.items():
         say(f"{recipe.data.eval_split} {name.replace('_', ' ')} {value:.4g}")
+    say(f"wall time   {work_time(folder)}")
     say(f"checkpoint  {folder.checkpoints.location(outcome['step'])}")
     say(f"weights     {folder.location('model.safetensors')}")
     if report:
@@ -126,7 +155,7 @@ def _say_results(launch: Launch, outcome: Mapping[str, Any], report: str | None)
 def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     """Return useful next commands by caption."""
     recipe, handle = launch.recipe, outcome.get("handle")
-    more = f"train.epochs={recipe.train.epochs * 2:g}" if recipe.train.epochs else f"train.steps={outcome['step'] * 2}"
+    more = longer(recipe, outcome["step"], launch.preflight.manifest.split(recipe.data.train_split).samples)
     store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
     commands = {"mlflow": f"mlflow ui --backend-store-uri {shlex.quote(store)}"} if handle else {}
     return {**commands, "train on": f"{continue_command(launch.command, launch.folder)} {more}"}

@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +26,7 @@ import torch
 from cluster.predict.outputs import parquet, predicted
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, zero_stage
 from cluster.record.failures import is_final, one_line
-from cluster.record.run_folder import RunFolder
+from cluster.record.run_folder import WEIGHTS, RunFolder
 from cluster.run.evaluation import RemoteEvaluator, read_scores
 from cluster.run.monitor import ActorClient, Client, make_client
 from cluster.run.watchdog import Pulse
@@ -101,9 +101,10 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             folder = RunFolder(recipe.output, config["run"])
             manifest = load_data(recipe.data)
             samples, classes = manifest.split(recipe.data.train_split).samples, len(manifest.classes)
+            start_step = newest_step(folder.checkpoints, me)
             span = Span(
-                start_step=newest_step(folder.checkpoints, me),
-                total_steps=training.total_steps(samples),
+                start_step=start_step,
+                total_steps=max(start_step, training.total_steps(samples)),
                 global_batch=training.global_batch,
                 accumulation=training.accumulation(me.world),
                 steps_per_epoch=samples / training.global_batch,
@@ -113,7 +114,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 
             # Model and engine.
             task = build_task(recipe.task, classes=classes)
-            engine = build_engine(recipe, first_model(recipe, classes, restored=resumed), task, span, me)
+            model = first_model(recipe, classes, manifest.classes, restored=resumed)
+            engine = build_engine(recipe, model, task, span, me)
             if resumed:
                 restore(engine, folder.checkpoints, span.start_step)
                 if first:
@@ -236,7 +238,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 return {"status": "stopped", "step": step, "total_steps": span.total_steps}
             figures = evaluation.latest or engine.evaluate(evaluation_batches())
             write_predictions(folder, me, task, engine, evaluation_batches())
-            write_weights(folder, recipe, engine)
+            write_weights(folder, recipe, engine, manifest.classes, {"step": step, "evaluation": figures})
             if handle is not None and handle.worker_closes:
                 tracker.close("finished")
             return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
@@ -281,18 +283,19 @@ def newest_step(store: CheckpointStore, me: WorkerRank) -> int:
     return int(chosen)
 
 
-def first_model(recipe: Recipe, classes: int, restored: bool = False) -> torch.nn.Module:
+def first_model(recipe: Recipe, classes: int, names: Sequence[str] = (), restored: bool = False) -> torch.nn.Module:
     """Return the initial model: random weights by the seed, then those of ``train.init_from``, if set.
 
     Args:
         recipe: with the model, the seed and ``train.init_from``.
         classes: number of classes of the data.
+        names: their names, with which those of ``train.init_from`` are compared.
         restored: whether a checkpoint is loaded afterwards, so that ``train.init_from`` is not read.
     """
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, classes=classes)
     if recipe.train.init_from and not restored:
-        load_weights(model, open_weights(recipe.train.init_from))
+        load_weights(model, open_weights(recipe.train.init_from), names)
     return model
 
 
@@ -498,17 +501,30 @@ def write_predictions(folder: RunFolder, me: WorkerRank, task: Task, engine: Eng
     with torch.inference_mode():
         rows = pa.concat_tables([predicted(task, engine.module, batch) for batch in batches])
     folder.write(f"predictions/part-{me.rank:05d}.parquet", parquet(rows))
+    if me.rank == 0:
+        folder.remove("predictions", keep=[f"part-{rank:05d}.parquet" for rank in range(me.world)])
 
 
-def write_weights(folder: RunFolder, recipe: Recipe, engine: Engine) -> None:
-    """Write ``model.safetensors`` (rank 0; every rank calls this)."""
+def write_weights(
+    folder: RunFolder, recipe: Recipe, engine: Engine, classes: Sequence[str], facts: Mapping[str, Any]
+) -> None:
+    """Write ``model.safetensors`` (rank 0; every rank calls this).
+
+    Args:
+        folder: of the run.
+        recipe: with the model.
+        engine: with the weights.
+        classes: names of the classes.
+        facts: step and evaluation of the weights, which run.json has only until the run is resumed.
+    """
     import safetensors.torch
 
     weights = engine.weights()
     if weights is not None:
         model = json.dumps(recipe.model.model_dump(mode="json"))
-        metadata = {"format": "pt", "recipe": recipe.name, "model": model}
-        folder.write("model.safetensors", safetensors.torch.save(weights, metadata))
+        known = {"classes": json.dumps(list(classes)), "facts": json.dumps(dict(facts))}
+        metadata = {"format": "pt", "recipe": recipe.name, "model": model, **known}
+        folder.write(WEIGHTS, safetensors.torch.save(weights, metadata))
 
 
 def _where() -> dict[str, Any]:

@@ -32,11 +32,15 @@ def continue_command(command: str, folder: RunFolder) -> str:
 
 @dataclass(frozen=True)
 class Tracked:
-    """The MLflow run of a driver: its tracking section (see `tracking_of`), parameters and tags."""
+    """The MLflow run of a driver: its tracking section (see `tracking_of`), parameters and tags.
+
+    `changes` are tags that a run gets also if it is continued.
+    """
 
     config: TrackingConfig
     params: Mapping[str, Any]
     tags: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, str] = field(default_factory=dict)
 
 
 def tracking_of(config: TrackingConfig, folder: RunFolder, name: str) -> TrackingConfig:
@@ -94,6 +98,7 @@ def _create_run(folder: RunFolder, run: Tracked) -> RunHandle | None:
         output=folder.local,
         params=run.params,
         tags=run.tags,
+        changes=run.changes,
         # A driver on another machine finds the run's id only in the output folder.
         resume=load_handle(folder.local) or folder.facts().get("mlflow_run"),
     )

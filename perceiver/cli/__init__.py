@@ -9,11 +9,15 @@ from typing import NoReturn
 
 import click
 
-from perceiver.config import UserError
+from perceiver.config import UserError, expand_home
 
 
 class Verbs(click.Group):
     """Subcommands: `perceiver NAME` is the function `command` of `perceiver/cli/NAME.py`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; `~` is the home folder also in `output=~/x`, which shells leave as it is."""
+        return super().parse_args(ctx, [_expand(argument) for argument in args])
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the subcommands, which are the modules of this package."""
@@ -40,6 +44,12 @@ class Verbs(click.Group):
 
             check_versions()
         return super().resolve_command(ctx, args)
+
+
+def _expand(argument: str) -> str:
+    """Return an argument, or the value after its first equals sign, with a leading `~` expanded."""
+    key, equals, value = argument.partition("=")
+    return f"{key}={expand_home(value)}" if equals and not key.startswith("~") else expand_home(argument)
 
 
 @click.group(

@@ -1,6 +1,7 @@
 """The facts of a run, `run.json` in its folder, as they are read from outside."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,12 +21,18 @@ class DataFacts:
         licence: its licence.
         source: its origin.
         classes: names of the classes, in the order of the model's outputs.
+        samples: number of samples of the training and of the evaluation split, by its name.
+        features: kind of each feature.
+        digest: of the content, see `pipelines.shards.manifest.content_digest`; empty: not recorded.
     """
 
     name: str
     licence: str
     source: str
     classes: tuple[str, ...] = ()
+    samples: Mapping[str, NonNegativeCount] = field(default_factory=dict)
+    features: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
 
 
 class RunFacts(BaseModel):
@@ -44,6 +51,8 @@ class RunFacts(BaseModel):
     workers: dict[str, dict[str, Any]] = {}
     exchange: str | None = None
     refusal: str | None = None
+    sessions: list[tuple[StrictNumber, StrictNumber | None]] = []
+    changes: dict[str, str] = {}
 
 
 def parse_facts(text: str | bytes, where: str) -> dict[str, Any]:
@@ -62,3 +71,15 @@ def parse_facts(text: str | bytes, where: str) -> dict[str, Any]:
     except ValidationError as error:
         raise UserError(f"{where} is damaged: {invalid_key(error)}: restore it") from None
     return tree
+
+
+def parse_classes(text: str, where: str) -> list[str]:
+    """Return the names of classes from a JSON list.
+
+    Raises:
+        UserError: it is not a list of texts.
+    """
+    found = parse_json(text, where)
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise UserError(f"{where} is not a list of names: restore the file")
+    return found

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +12,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from perceiver.config import Config, UserError
-from perceiver.export.facts import FACTS, DataFacts, parse_facts
+from perceiver.config import Config, UserError, shown
+from perceiver.export.facts import FACTS, DataFacts, parse_classes, parse_facts
 from perceiver.factory import build_model, model_config
 from perceiver.modalities._positions import resize_table
 from perceiver.storage import existing_file, first_line, invalid_key, is_local, open_url, parse_json, refusing
@@ -36,6 +36,7 @@ class Saved:
         model: the model's config; None if unknown.
         recipe: the recipe that trained them; empty if unknown.
         facts: the run's facts (run.json); empty if unknown.
+        classes: names of the classes, in the order of the model's outputs; None if unknown.
     """
 
     place: str
@@ -43,6 +44,7 @@ class Saved:
     model: Config | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -82,8 +84,13 @@ class Saved:
 
 def class_count(config: Config, shapes: Shapes) -> int | None:
     """Return the number of classes, derived from the shapes of a state; None for a model without a classifier."""
+    return next((shapes[name][0] for name in class_tensors(config) if name in shapes), None)
+
+
+def class_tensors(config: Config) -> tuple[str, ...]:
+    """Return the tensors of a model that have one row for each class, by name."""
     one, two = _meta_state(config, 1), _meta_state(config, 2)
-    return next((shapes[name][0] for name in one if name in shapes and one[name].shape != two[name].shape), None)
+    return tuple(name for name in one if one[name].shape != two[name].shape)
 
 
 def _meta_state(config: Config, classes: int | None) -> dict[str, Tensor]:
@@ -161,9 +168,19 @@ def _from_file(place: str, fs: Any, path: str) -> Saved:
             metadata = file.metadata() or {}
     except (OSError, ValueError) as error:
         raise UserError(f"{place}: cannot be read ({first_line(error)})") from None
-    recipe, facts = _recipe(fs, folder), _facts(fs, folder)
+    recipe, facts, classes = _recipe(fs, folder), _facts(fs, folder), None
+    if "facts" in metadata:  # those of the run may have been of a longer training that has not ended yet
+        facts |= parse_facts(metadata["facts"], f"{place}: facts")
+    if "classes" in metadata:
+        classes = tuple(parse_classes(metadata["classes"], f"{place}: classes"))
     values = parse_json(metadata["model"], f"{place}: model") if "model" in metadata else recipe.get("model")
-    return Saved(place, tensors, _model(values, place) if values else None, recipe, facts)
+    model = _model(values, place) if values else None
+    return Saved(place, tensors, model, recipe, facts, classes or _recorded_classes(facts))
+
+
+def _recorded_classes(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes in a run's facts; None if it has none."""
+    return tuple((facts.get("data") or {}).get("classes", ())) or None
 
 
 def _read(fs: Any, folder: str, name: str) -> bytes | None:
@@ -210,7 +227,8 @@ def _from_checkpoint(store: CheckpointStore, manifest: CheckpointManifest) -> Sa
         tensors = read_weights(folder)
     if facts.get("step") != step:
         facts.pop("evaluation", None)  # it belongs to the run's last step
-    return Saved(where, tensors, _model(recipe["model"], where), recipe, {**facts, "step": step})
+    model = _model(recipe["model"], where)
+    return Saved(where, tensors, model, recipe, {**facts, "step": step}, _recorded_classes(facts))
 
 
 def _from_transformers(place: str, fs: Any, path: str) -> Saved:
@@ -234,30 +252,49 @@ def load_model(place: str, **changes: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """How a model is initialized from saved weights: tensors taken, resized to its grid, or left at initial values."""
+    """How a model is initialized from saved weights: tensors taken, resized to its grid, or left at initial values.
+
+    `order` has the row in the saved tensors of each class, if the classes are the same in another order; `remark` says
+    in what the classes differ.
+    """
 
     taken: tuple[str, ...]
     resized: tuple[str, ...]
     fresh: tuple[str, ...]
+    order: tuple[int, ...] = ()
+    remark: str = ""
 
     def describe(self, place: str) -> str:
         """Return the plan in one line."""
         parts = [f"{len(self.taken)} tensors from {place}"]
         parts += [f"resized {', '.join(self.resized)}"] if self.resized else []
         parts += [f"fresh {', '.join(self.fresh)}"] if self.fresh else []
+        parts += [self.remark] if self.remark else []
         return "starts from " + "; ".join(parts)
 
 
-def plan_weights(model: nn.Module, saved: Saved) -> WeightPlan:
+def plan_weights(model: nn.Module, saved: Saved, classes: Sequence[str] = ()) -> WeightPlan:
     """Plan the initialization of a model from saved weights; a head that does not fit keeps its initial values.
+
+    The tensors with one row for each class keep them also if the classes have other names; classes of the same names in
+    another order are reordered.
+
+    Args:
+        model: to initialize.
+        saved: the weights.
+        classes: names of the classes of the data.
 
     Raises:
         UserError: another tensor is missing or of another shape.
     """
     shapes = saved.shapes
     taken, resized, fresh = [], [], []
+    rows = class_tensors(saved.model) if classes and saved.model else ()
+    fits = any(shapes.get(name, ())[:1] == (len(classes),) for name in rows)
+    order, remark = _compare_classes(saved, classes) if fits else ((), "")
+    other = bool(remark) and not order and saved.classes is not None
     for name, tensor in model.state_dict().items():
-        if shapes.get(name) == tuple(tensor.shape):
+        if shapes.get(name) == tuple(tensor.shape) and not (other and name in rows):
             taken.append(name)
         elif name.startswith(HEADS):
             fresh.append(name)
@@ -275,7 +312,23 @@ def plan_weights(model: nn.Module, saved: Saved) -> WeightPlan:
             f"train.init_from: {saved.place} has {extra}, which the recipe's model lacks: make the model section that "
             "of these weights"
         )
-    return WeightPlan(tuple(taken), tuple(resized), tuple(fresh))
+    return WeightPlan(tuple(taken), tuple(resized), tuple(fresh), order, remark)
+
+
+def _compare_classes(saved: Saved, classes: Sequence[str]) -> tuple[tuple[int, ...], str]:
+    """Return the row of each class in saved weights, if only the order differs, and a remark if anything does."""
+    known = saved.classes
+    if known is None:
+        return (), "its head is taken, although the names of its classes are unknown"
+    if tuple(classes) == known:
+        return (), ""
+    if sorted(classes) == sorted(known) and len(set(known)) == len(known):
+        return tuple(known.index(name) for name in classes), "its classes are in another order: its head is reordered"
+    return (), f"new head: its classes are {_some(known)}, those of the data {_some(classes)}"
+
+
+def _some(classes: Sequence[str]) -> str:
+    return f"{len(classes)} ({shown(', '.join(classes), 60)})"
 
 
 def _resizable(model: nn.Module, name: str, saved: Saved) -> bool:
@@ -296,10 +349,13 @@ def _grid(model: nn.Module, name: str) -> tuple[int, ...]:
     return cast(Any, model.get_submodule(name.removesuffix(".table"))).grid
 
 
-def load_weights(model: nn.Module, saved: Saved) -> WeightPlan:
+def load_weights(model: nn.Module, saved: Saved, classes: Sequence[str] = ()) -> WeightPlan:
     """Load saved weights into a model in place, by `plan_weights`; learned positions are interpolated."""
-    start = plan_weights(model, saved)
+    start = plan_weights(model, saved, classes)
     values = {name: saved.tensors[name] for name in start.taken}
+    if start.order:
+        rows = set(class_tensors(cast(Config, saved.model))) & values.keys()
+        values |= {name: values[name][list(start.order)] for name in rows}
     for name in start.resized:
         old = _grid(_meta_model(cast(Config, saved.model)), name)
         values[name] = resize_table(saved.tensors[name].float(), old, _grid(model, name))

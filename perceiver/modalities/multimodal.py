@@ -55,7 +55,7 @@ def _modality(name: str, value: Any, kinds: dict[str, type[Config]]) -> Config:
     if isinstance(value, Config):
         return value
     kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind not in kinds or kind == "multimodal":
+    if not isinstance(kind, str) or kind not in kinds or kind == "multimodal":
         known = ", ".join(sorted(set(kinds) - {"multimodal"}))
         raise ValueError(f"modality '{name}': got kind {kind!r}; wanted one of {known}")
     try:

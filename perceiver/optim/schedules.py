@@ -18,6 +18,11 @@ Schedule = Callable[[int], float]
 class _WarmUp(Config):
     """Linear warm-up, available in every schedule: step s of W is multiplied by (s + 1) / W."""
 
+    start: CountOrZero = Field(
+        default=0,
+        description="Step at which the schedule begins, warm-up included: the last step of a finished run that is "
+        "resumed for longer. Steps before it have the rate of the first one.",
+    )
     warmup_steps: CountOrZero = Field(default=0, description="Steps of linear warm-up.")
     warmup_fraction: Real = Field(
         default=0.0, ge=0, lt=1, description="Warm-up as a share of all steps, instead of warmup_steps."
@@ -67,7 +72,7 @@ ScheduleConfig = Annotated[
 def build_schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: float) -> Schedule:
     """Return the schedule of a run: a function from the step, counted from 0, to the multiplier of the learning rate.
 
-    Beyond the last step the multiplier stays at its final value.
+    Beyond the last step the multiplier stays at its final value. A schedule with a `start` runs from there to the end.
 
     Args:
         config: kind of schedule and warm-up.
@@ -75,10 +80,12 @@ def build_schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: fl
         steps_per_epoch: optimizer steps per epoch (for milestones), not necessarily whole.
     """
     assert total_steps > 0 and steps_per_epoch > 0, (total_steps, steps_per_epoch)
-    warmup = config.warmup_steps or round(config.warmup_fraction * total_steps)
-    shape = _shape(config, warmup, total_steps, steps_per_epoch)
+    length = max(1, total_steps - config.start)
+    warmup = config.warmup_steps or round(config.warmup_fraction * length)
+    shape = _shape(config, warmup, length, steps_per_epoch)
 
     def multiplier(step: int) -> float:
+        step = max(0, step - config.start)
         ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
         return ramp * shape(step)
 

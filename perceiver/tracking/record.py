@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
+RECORD = "tracking"
+"""The folder of what the MLflow process needs."""
 HISTORY, SYSTEM, NOTES = FILES = ("history.jsonl", "tracking/system.jsonl", "tracking/notes.jsonl")
 SENT, RUN, LOG = "tracking/sent.json", "tracking/run.json", "tracking/mlflow.log"
 READ_BYTES = 2**20

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from perceiver.config import UserError
+from perceiver.config import UserError, expand_home
 
 MASK = "***"
 LARGEST_FILE = 64 * 1024
@@ -164,6 +164,7 @@ def resolve(value: str) -> str:
             raise UserError(f"{value}: the environment variable {name} is not set; set it or give another reference")
         return os.environ[name]
     try:
+        name = expand_home(name)
         if Path(name).exists() and not Path(name).is_file():
             raise UserError(f"{value}: not a regular file; give a file that contains the secret alone")
         with Path(name).open("rb") as file:

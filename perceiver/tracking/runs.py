@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from perceiver.config import Config, Location, Real, UserError
+from perceiver.config import Config, Location, Real, UserError, expand_home
 from perceiver.storage import write_whole
 from perceiver.tracking.mlflow_process import ask
 from perceiver.tracking.record import HISTORY, LOG, NOTES, RUN, LineWriter, unsent
@@ -66,6 +66,8 @@ class TrackingConfig(Config):
             UserError: MLflow has no store for the scheme, the URL is malformed, or a reference cannot be resolved.
         """
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(output.absolute() / "mlflow.db")
+        if uri.startswith("sqlite:///~"):
+            uri = sqlite_uri(Path(expand_home(uri.removeprefix("sqlite:///"))).absolute())
         server_address(resolve(uri), "tracking.uri (or MLFLOW_TRACKING_URI)")
         scheme = resolve(uri).partition(":")[0].partition("+")[0]
         if scheme not in SCHEMES:
@@ -154,6 +156,7 @@ def create_run(
     output: Path,
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
+    changes: Mapping[str, str] | None = None,
     resume: RunHandle | str | None = None,
 ) -> RunHandle | None:
     """Create the run, or reopen `resume` (a handle, or an MLflow run id). Called once, by the driver.
@@ -167,6 +170,7 @@ def create_run(
         output: the run's folder on a local disk; the default store is created in it.
         params: settings, nested or flat; they are flattened and redacted.
         tags: tags in addition to the configured ones.
+        changes: tags that are also set if the run is continued.
         resume: the run to continue; its status becomes RUNNING again.
 
     Returns:
@@ -196,8 +200,8 @@ def create_run(
         log.warning(
             "MLflow at %s does not answer (%s): the run trains, its record is kept in %s", where, reason, output
         )
-        return _begin(output, handle)
-    return _begin(output, RunHandle.from_json(reply["handle"]))
+        return _begin(output, handle, changes)
+    return _begin(output, RunHandle.from_json(reply["handle"]), changes)
 
 
 def promise_run(
@@ -299,10 +303,12 @@ def _new_handle(
     )
 
 
-def _begin(folder: Path, handle: RunHandle) -> RunHandle:
-    """Write the handle to the run's folder, and record the status `running`."""
+def _begin(folder: Path, handle: RunHandle, tags: Mapping[str, str] | None = None) -> RunHandle:
+    """Write the handle to the run's folder, and record tags and the status `running`."""
     save_handle(folder, handle)
     notes = LineWriter(folder / NOTES)
+    for key, value in redact(tags or {}).items():
+        notes.append({"time": time.time(), "tag": key, "value": value})
     notes.append({"time": time.time(), "status": "running"})
     notes.close()
     return handle

@@ -54,7 +54,7 @@ class DataConfig(ViewConfig):
     mixture: tuple[MixturePart, ...] = Field(
         default=(), description="data sets to train on by weight; `url` is then only evaluated on"
     )
-    files: tuple[str, ...] = Field(
+    files: tuple[Location, ...] = Field(
         default=(), description="folders in other stores that an index (`prepare --index`) may name files of"
     )
     train_split: str = Field(default="train", description="split to train on")

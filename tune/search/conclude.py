@@ -41,11 +41,10 @@ def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
 
 
 def settle(launch: "SearchLaunch", outcome: dict[str, Any]) -> str:
-    """Record the status of a search that has ended, and return it; without an evaluation it has failed."""
+    """Return the status of a search that has ended; without an evaluation it has failed."""
     record, status = launch.record, outcome["status"]
     if status == "finished" and record.best() is None:
         status, outcome["error"] = "failed", all_failed(record)
-    launch.folder.note(status=status, seconds=record.seconds)
     return status
 
 
@@ -171,13 +170,17 @@ def _say_results(
 
 
 def finish_run(launch: "SearchLaunch", status: str, files: Sequence[str]) -> None:
-    """Send files of the search's folder and its status to MLflow."""
+    """Send files of the search's folder and its status to MLflow, then record the status in run.json.
+
+    It comes last: a driver that dies before leaves a search that --resume concludes.
+    """
     tracker = launch.tracker
     for name in files:
         path = launch.folder.local / name
         if path.exists():
             tracker.log_artifact(path)
     tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
+    launch.folder.note(status=status, seconds=launch.record.seconds)
 
 
 def _facts(

@@ -6,13 +6,16 @@ import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import yaml
 
 from cluster.recipe.placement import Node, connected_nodes
+from cluster.recipe.preflight import data_facts
 from cluster.recipe.resources import machine_cpus
+from cluster.recipe.resume import check_same_data
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder, choose_run
 from cluster.run.driver import Fit
@@ -23,6 +26,7 @@ from perceiver.config import UserError
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
 from perceiver.yaml_reader import parse_yaml
+from pipelines.feed.ingest import load_data
 from tune.config import OptunaSearch, Search, build_search
 from tune.search.checks import baseline, check_search, check_trials, steps_of
 from tune.search.conclude import conclude
@@ -101,7 +105,7 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
     folder = _folder(plan.search, start)
     new = SearchRecord(metrics=plan.search.config.metrics, workers=plan.search.recipe.cluster.workers)
     record = load_record(folder) if start.resume else new
-    waiting = reopen(record)
+    waiting, concluded = reopen(record), folder.facts().get("status") == "finished"
     _keep_search(plan, folder, start.resume)
     save_record(record, folder)
     with SearchConsole(record) as console, ExitStack() as stack:
@@ -110,8 +114,12 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
         background = stack.enter_context(ThreadPoolExecutor(2))
         launch = SearchLaunch(plan, start, folder, record, waiting, console, background)
         if start.resume and not waiting and len(record.trials) >= launch.total:
-            console.say(f"{folder.url} is finished ({len(record.trials)} trials); {start.more}")
-            return 0
+            if concluded:
+                console.say(f"{folder.url} is finished ({len(record.trials)} trials); {start.more}")
+                return 0
+            console.say(f"all {len(record.trials)} trials are done: writing what the last start did not finish")
+            return conclude(launch, _reopened(launch))
+        folder.note(status="running")
         try:
             outcome = _search(launch)
         except UserError:
@@ -122,6 +130,16 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
             log.exception("the search failed")
             outcome = {"status": "failed", "error": one_line(error)}
         return conclude(launch, outcome)
+
+
+def _reopened(launch: SearchLaunch) -> dict[str, Any]:
+    """Return the outcome of a search whose trials are done and whose driver died while it concluded."""
+    folder = launch.folder
+    handle = load_handle(folder.local)
+    if handle is not None:
+        handle = replace(handle, uri=launch.tracking.store_uri(folder.local.parent))
+        launch.tracker = open_tracker(handle, folder.local)
+    return {"status": "finished", "handle": handle}
 
 
 def find_slots(search: Search, known: list[Values] | None) -> Slots:
@@ -146,6 +164,8 @@ def _folder(search: Search, start: SearchStart) -> RunFolder:
         raise UserError(
             f"search {folder.name!r} exists in {output}: add --resume to continue it, or choose another --run"
         )
+    if not start.resume:
+        folder.set_aside_record()
     return folder
 
 
@@ -169,7 +189,10 @@ def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
                     f"{folder.url} was started with another {name.format(key)} ({_short(old)}, now {_short(new)}): "
                     f"resume with the value in {folder.location('search.yaml')}, or start again without --resume"
                 )
-    folder.note(search=search.config.name, status="running")
+    data = data_facts(search.recipe.data, load_data(search.recipe.data))
+    if resume:
+        check_same_data(search.recipe.data.url, data, folder)
+    folder.note(search=search.config.name, data=asdict(data))
     folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
 
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
@@ -149,8 +149,10 @@ class TrialTraining:
         manifest = load_data(self.recipe.data)
         self.samples = manifest.split(self.recipe.data.train_split).samples
         tree = redact(self.recipe.model_dump(mode="json"))
+        if not self.folder.facts():
+            self.folder.set_aside_record()
         self.folder.write("recipe.yaml", json.dumps(tree, indent=1))  # JSON is YAML
-        self.folder.note(values=self.values, status="running", data=data_facts(manifest))
+        self.folder.note(values=self.values, status="running", data=asdict(data_facts(self.recipe.data, manifest)))
         self.handle = self._handle()
         self.monitor: Monitor = LocalMonitor() if plan.here else ActorMonitor()
         build = build_local_trainer if plan.here else build_trainer

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from perceiver.config import Config, UserError
+from perceiver.config import Config, UserError, expand_home
 from perceiver.optim.config import OptimConfig, default_eps
 from perceiver.storage import parse_json
 from perceiver.train.engine.protocol import Precision
@@ -38,6 +38,8 @@ class DeepSpeedConfig(Config):
     def _strings_name_files(cls, config: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
         if isinstance(config, str) and not config.strip():
             raise ValueError("an empty path; wanted a JSON file, a mapping, or null")
+        if isinstance(config, str):
+            return expand_home(config)
         if isinstance(config, dict):
             json.dumps(config, allow_nan=False)
         return config

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
-from cluster.recipe.config import build_recipe, for_workers, load_recipe, zero_stage
+from cluster.recipe.config import absolute, build_recipe, for_workers, load_recipe, zero_stage
 from cluster.recipe.file import read_tree
 from perceiver.config import UserError
+from perceiver.storage import cache_folder
+from perceiver.tracking.redaction import resolve
 from tests.cluster.recipes import write_recipe
 
 
@@ -108,3 +110,29 @@ def test_workers_get_absolute_paths_and_the_deepspeed_json(tmp_path: Path, tree:
     assert Path(sent["output"]).is_absolute()
     assert sent["deepspeed"]["config"] == {"zero_optimization": {"stage": 2}}
     assert zero_stage(recipe) == zero_stage(build_recipe(sent)) == 2
+
+
+def test_a_leading_tilde_is_the_home_folder_in_every_path(
+    tree: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec expands it and pathlib does not: a run would have two folders."""
+    tree |= {"output": "~/runs", "deepspeed": {"config": "~/ds.json"}}
+    tree["data"] |= {"url": "~/data", "files": ["~/files"], "mixture": [{"url": "~/more", "weight": 1}]}
+    tree["train"]["init_from"] = "~/weights"
+    tree["tracking"] = {"uri": "sqlite:///~/mlflow.db", "artifact_root": "~/artifacts"}
+    recipe = build_recipe(tree)
+    assert recipe.output == f"{home}/runs" and recipe.data.url == f"{home}/data"
+    assert recipe.data.files == (f"{home}/files",) and recipe.data.mixture[0].url == f"{home}/more"
+    assert recipe.train.init_from == f"{home}/weights" and recipe.tracking.artifact_root == f"{home}/artifacts"
+    assert recipe.deepspeed.config == f"{home}/ds.json"
+    assert recipe.tracking.store_uri(home) == f"sqlite:///{home}/mlflow.db"
+    (home / "secret").write_text("x")
+    assert resolve("file:~/secret") == "x"
+    monkeypatch.setenv("PERCEIVER_CACHE", "~/cache")
+    assert cache_folder("a") == home / "cache" / "a"
+    assert absolute(f"file://{home}/x") == absolute(f"{home}/x") == f"{home}/x"
+
+
+def test_what_is_no_home_folder_stays(tree: dict[str, Any]) -> None:
+    for place in ("./~/runs", "s3://bucket/~x", "runs~"):
+        assert build_recipe({**tree, "output": place}).output == place

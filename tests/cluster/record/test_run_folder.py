@@ -9,6 +9,8 @@ import pytest
 
 from cluster.record.run_folder import RunFolder, find_run
 from perceiver.config import UserError
+from perceiver.tracking.record import HISTORY
+from perceiver.tracking.runs import RunHandle, load_handle, save_handle
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -64,3 +66,32 @@ def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path, kind: str) -> 
     make.get(kind, lambda: path.symlink_to(tmp_path / "elsewhere"))()
     with pytest.raises(UserError, match=r"run\.json"):
         folder.facts()
+
+
+def test_runs_of_one_name_at_two_urls_have_two_local_folders(tmp_path: Path) -> None:
+    """The local folder has the id of the run in MLflow, so a shared one would be a shared MLflow run."""
+    places = ["s3://bucket/a", "s3://bucket/b", "memory://a", f"file://{tmp_path}/a", f"file://{tmp_path}/b"]
+    found = [RunFolder(place, "small-001").local for place in places]
+    assert len(set(found)) == len(places)
+    assert found[3] == tmp_path / "a" / "small-001", "a file:// URL is local itself"
+    assert RunFolder("s3://bucket/a/", "small-001").local == found[0]
+    assert found[0].parent == found[1].parent, "they share the default store"
+
+
+def test_a_new_run_takes_up_no_record_of_a_deleted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERCEIVER_CACHE", str(tmp_path))
+    folder = RunFolder(f"memory://{tmp_path.name}", "small-001")
+    save_handle(folder.local, RunHandle("sqlite:///x", "e", "small-001", "key", 0, run_id="1"))
+    (folder.local / HISTORY).write_text("{}\n")
+    folder.set_aside_record()
+    assert load_handle(folder.local) is None and not (folder.local / HISTORY).exists()
+    assert len(list(folder.local.iterdir())) == 2, "nothing is deleted"
+
+
+def test_files_but_those_to_keep_are_removed(folder: RunFolder) -> None:
+    for part in ("predictions/part-0", "predictions/part-1", "report/index.html"):
+        folder.write(part, "x")
+    folder.remove("predictions", keep=["part-0"])
+    assert [folder.exists(part) for part in ("predictions/part-0", "predictions/part-1")] == [True, False]
+    folder.remove("nothing", keep=[])
+    assert folder.exists("report/index.html")

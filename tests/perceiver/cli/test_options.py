@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from perceiver.cli import cli
+from perceiver.cli import Verbs, cli
 from perceiver.cli._types import LocalPath, Number, RunName
 from perceiver.cli.submit import command as submit
 
@@ -85,3 +85,14 @@ def test_a_folder_to_write_is_no_file_and_no_url(tmp_path: Path) -> None:
 def test_resources_of_a_job_are_amounts(text: str) -> None:
     done = CliRunner().invoke(submit, ["recipes/train/quickstart.yaml", "--entrypoint-resources", text])
     assert "--entrypoint-resources" in str(done.exception)
+
+
+def test_a_tilde_is_expanded_where_shells_leave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen: list[list[str]] = []
+    group = Verbs("perceiver", result_callback=None)
+    monkeypatch.setattr(click.Group, "parse_args", lambda self, ctx, args: seen.append(args) or [])
+    group.parse_args(click.Context(group), ["train", "~/a.yaml", "output=~/x", "--to=~/y", "a=b=~", "x~", "s3://~/z"])
+    assert seen == [
+        ["train", f"{tmp_path}/a.yaml", f"output={tmp_path}/x", f"--to={tmp_path}/y", "a=b=~", "x~", "s3://~/z"]
+    ]

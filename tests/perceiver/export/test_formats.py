@@ -286,7 +286,7 @@ def test_training_starts_from_an_export(tmp_path, images):
     export(source, "safetensors", tmp_path / "out")
     recipe = fine_tuning(images, SMALL, tmp_path / "out")
     said, wanted = describe_start(recipe, load_manifest(images)), trained.state_dict()
-    assert said == f"starts from {len(wanted)} tensors from {tmp_path / 'out'}"
+    assert said.startswith(f"starts from {len(wanted)} tensors from {tmp_path / 'out'}; its head is taken, although ")
     begun = first_model(recipe, 2).state_dict()
     assert all(torch.equal(begun[name], wanted[name]) for name in wanted)
     restored = first_model(recipe, 2, restored=True)

@@ -70,3 +70,17 @@ def test_warmup_fraction_is_of_all_steps() -> None:
 def test_bad_schedules_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TypeAdapter(ScheduleConfig).validate_python(given)
+
+
+def test_a_schedule_that_begins_at_a_step_is_that_of_a_run_of_the_rest() -> None:
+    kinds = (
+        CosineSchedule(warmup_steps=4),
+        FlatCosineSchedule(warmup_fraction=0.25, final=0.1),
+        StepSchedule(milestones=(1, 2)),
+    )
+    for config in kinds:
+        whole = build_schedule(config.model_copy(update={"start": 100}), total_steps=112, steps_per_epoch=3)
+        rest = build_schedule(config, total_steps=12, steps_per_epoch=3)
+        assert [whole(step) for step in range(100, 112)] == [rest(step) for step in range(12)]
+        assert whole(7) == rest(0)
+    assert build_schedule(CosineSchedule(start=20), total_steps=10, steps_per_epoch=5)(3) == 1.0
