@@ -23,6 +23,7 @@ from perceiver.export.weights import DataFacts, Saved, class_count, open_weights
 from perceiver.tasks import Batch, build_task
 from perceiver.train.engine.protocol import evaluate
 from perceiver.train.engine.ranks import Ranks
+from pipelines.feed.excess import describe_excess
 from pipelines.feed.ingest import EvalShare, batch_shapes, eval_batches, load_data
 from pipelines.shards.manifest import Manifest, load_manifest
 from pipelines.shards.quarantine import Quarantine
@@ -71,6 +72,14 @@ class Scoring:
     def task(self) -> Any:
         """Return the run's task."""
         return build_task(self.recipe.task, classes=self.classes)
+
+    def notes(self) -> list[str]:
+        """Return notes for the user: about the names of the classes, and about samples that are shown in part."""
+        about_classes = self.note()
+        return [
+            *([about_classes] if about_classes else []),
+            *describe_excess(self.recipe.data, self.manifest, self.split),
+        ]
 
     def note(self) -> str:
         """Return a note for the user about the names of the classes; usually empty."""

@@ -21,6 +21,7 @@ from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
+from pipelines.feed.excess import describe_excess
 from pipelines.feed.ingest import DataConfig, batch_shapes, check_files, load_data, sample_plan
 from pipelines.shards.manifest import Manifest, load_manifest
 
@@ -34,7 +35,16 @@ NEEDS = {"flow": "flow", "masked_language": "text"}
 
 @dataclass(frozen=True)
 class Preflight:
-    """Results of the checks, for the header and the launch; `start` describes `train.init_from`."""
+    """Results of the checks, for the header and the launch.
+
+    Attributes:
+        manifest: of the data.
+        parameters: number of parameters.
+        epoch_steps, total_steps: optimizer steps of an epoch and of the run.
+        checkpoint: the one to resume from.
+        start: describes `train.init_from`.
+        notes: what of the samples is not shown, a line each.
+    """
 
     manifest: Manifest
     parameters: int
@@ -42,6 +52,7 @@ class Preflight:
     total_steps: int
     checkpoint: CheckpointManifest | None
     start: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,8 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     folder.note(recipe=recipe.name)
     samples = model.manifest.split(recipe.data.train_split).samples
     epoch_steps, total_steps = samples / recipe.train.global_batch, recipe.train.total_steps(samples)
-    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start)
+    notes = tuple(describe_excess(recipe.data, model.manifest, recipe.data.train_split))
+    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start, notes)
 
 
 def check_machine(recipe: Recipe) -> tuple[int, int]:

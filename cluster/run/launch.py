@@ -136,6 +136,8 @@ def _say_header(launch: Launch) -> None:
         f"{preflight.total_steps:,} steps of {batch} ({epochs:.4g} epochs)"
         + (f" and {padding} row{'s' * (padding > 1)} of padding" if padding else "")
     )
+    for note in preflight.notes:
+        console.say(f"note: {note}")
     if preflight.start:
         console.say(preflight.start)
     if launch.resume:

@@ -40,8 +40,14 @@ def normalised(points: Points) -> Points:
 
 
 def training_view(points: Points, config: PointsViewConfig, rng: Generator) -> Points:
-    """Return a random choice of points, centred, each scaled at random, normalised: (count, 3)."""
-    chosen = points.take(rng.choice(len(points), config.count, len(points) < config.count, shuffle=False), axis=0)
+    """Return a random choice of points, centred, each scaled at random, normalised: (count, 3).
+
+    If fewer are stored all are shown, as in an evaluation; those that are repeated are chosen at random.
+    """
+    rounds, rest = divmod(config.count, len(points))
+    chosen = points.take(rng.choice(len(points), rest, replace=False, shuffle=False), axis=0)
+    if rounds:
+        chosen = np.concatenate([*[points] * rounds, chosen])
     scales = rng.uniform(*config.scale, config.count).astype(np.float32)
     return _in_cube(_centred(_centred(chosen.T.copy()) * scales)).T
 

@@ -14,6 +14,7 @@ from cluster.record.run_folder import RunFolder, find_run, named_run, new_run
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.train.checkpoint.store import Snapshot
+from pipelines.prepare import prepare
 from tests.perceiver.train.toy import toy_engine
 
 
@@ -166,3 +167,22 @@ def test_resuming_with_another_batch_or_seed(tree: dict[str, Any]) -> None:
     tree["seed"] = 7
     message = refused(tree, resume=True)
     assert "seed = 0" in message and "7" in message
+
+
+def test_samples_that_are_not_shown_whole_are_noted(tree: dict[str, Any], tmp_path: Path) -> None:
+    raw = tmp_path / "raw" / "train.txt"
+    raw.parent.mkdir()
+    raw.write_text("\n\n".join(["short", "a text of thirty letters or more"] * 10))
+    (raw.parent / "test.txt").write_text("short")
+    prepare("text", str(raw.parent), str(tmp_path / "text"))
+    tree["data"] = {"url": str(tmp_path / "text"), "text_length": 20}
+    tree["model"], tree["task"] = {"preset": "perceiver_io_mlm_bytes"}, {"kind": "masked_language"}
+    found = check(build_recipe(tree), RunFolder(tree["output"], "small-001"), resume=False)
+    assert len(found.notes) == 1 and "50%" in found.notes[0] and "data.text_length = 20" in found.notes[0]
+
+
+def test_a_default_that_depends_on_a_wrong_key_is_no_second_mistake(tree: dict[str, Any]) -> None:
+    tree["data"]["augment"] = 3
+    with pytest.raises(UserError, match=r"data\.augment = 3") as caught:
+        build_recipe(tree)
+    assert "more" not in str(caught.value)
