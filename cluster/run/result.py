@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
-    """Write the report and MLflow's last entries, and print the outcome and the next commands; return the exit code."""
+    """Write the report and MLflow's last entries, and print the outcome and the next commands; return the exit code.
+
+    The code is 1 if the report of a finished run could not be written.
+    """
     status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
     try:
         folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"))
@@ -37,6 +40,8 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     handle = outcome.get("handle")
     tracker = open_tracker(handle, folder.local)
     report = _report(launch, outcome) if status == "finished" else None
+    if status == "finished" and report is None:
+        code = 1
     _finish_run(launch, tracker, status, report)
     if handle and (left := unsent(folder.local)):
         say(f"{left:,} rows of the run's history in {folder.local} are not in mlflow yet: --resume sends them")
@@ -70,15 +75,15 @@ def send_waiting(launch: Launch, config: TrackingConfig) -> None:
 
 
 def _report(launch: Launch, outcome: Mapping[str, Any]) -> str | None:
-    """Write the report and return its URL; None if that fails, which does not fail the run."""
+    """Write the report and return its URL; None if that fails: the weights and figures are still recorded."""
     from cluster.run.report import build_report
 
     try:
         manifest = launch.preflight.manifest
         return build_report(launch.recipe, launch.folder, manifest, _facts(launch, outcome), _commands(launch, outcome))
-    except Exception:  # noqa: BLE001  an error in a plot must not fail a finished run
+    except Exception:  # noqa: BLE001  an error in a plot must not lose the rest
         log.exception("the report failed")
-        launch.console.say(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
+        launch.console.error(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
         return None
 
 
