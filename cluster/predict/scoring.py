@@ -15,7 +15,7 @@ from torch import nn
 
 from cluster.recipe.config import Recipe, build_recipe, eval_rows
 from cluster.recipe.file import apply_override
-from cluster.recipe.preflight import check_inputs
+from cluster.recipe.inputs import check_inputs
 from cluster.runtime.local import set_quiet_environment, start_ray
 from cluster.runtime.ray_internals import quiet_data_progress
 from perceiver.config import UserError
@@ -142,7 +142,7 @@ def open_scoring(
     data = recipe.data.model_copy(update={"eval_split": wanted, "train_split": wanted})
     recipe = recipe.model_copy(update={"data": data})
     manifest.split(wanted)
-    check_inputs(recipe.model, batch_shapes(data, manifest), data, manifest)
+    check_inputs(recipe.model, batch_shapes(data, manifest), data, manifest, trained=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = min(batch or eval_rows(recipe, recipe.cluster.workers), max(1, manifest.split(wanted).samples))
     return Scoring(saved, recipe, manifest, saved.build().to(device), size, _class_names(saved))

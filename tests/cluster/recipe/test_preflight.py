@@ -81,6 +81,23 @@ def test_a_task_that_does_not_fit_the_labels(tree: dict[str, Any]) -> None:
     assert "task.kind = 'tagging'" in message and "task.kind=classification" in message
 
 
+@pytest.mark.parametrize(
+    ("task", "model", "wanted"),
+    [
+        ({"kind": "multitask", "tasks": {"hue": 1.0}}, {}, "needs 'label_hue'"),
+        ({"kind": "autoencoding", "weights": {"video": 1.0}}, {}, "needs 'video'"),
+        ({"kind": "autoencoding", "weights": {"label": 1.0}}, {}, "model.kind = 'perceiver' is a classifier"),
+        ({"kind": "classification"}, {"preset": "perceiver_io_flow"}, "model.decoder.kind = 'flow'"),
+    ],
+)
+def test_a_task_without_its_targets_or_its_decoder(
+    task: dict[str, Any], model: dict[str, Any], wanted: str, tree: dict[str, Any]
+) -> None:
+    """A multitask run once started and failed at its first batch."""
+    tree["task"], tree["model"] = task, model or tree["model"]
+    assert wanted in refused(tree)
+
+
 def test_an_unknown_metric_of_the_best_checkpoint(tree: dict[str, Any]) -> None:
     tree["train"]["keep_best"] = {"metric": "eval/acuracy"}
     message = refused(tree)
