@@ -114,16 +114,25 @@ def test_the_card_states_licence_and_limits_also_where_the_data_cannot_be_read(t
 
 
 @pytest.mark.slow
-def test_onnx_of_a_run_has_a_free_batch_and_the_same_outputs(tmp_path):
+def test_onnx_of_a_run_has_a_free_batch_and_the_same_outputs(tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     source, model = run_folder(tmp_path / "run", SMALL)
+    facts = {"name": "shapes", "licence": "ODbL", "source": "a friend", "classes": ["round", 'a "square"\n```']}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"data": facts}))
     written = export(source, "onnx", tmp_path / "out")
     assert written["max_difference"] <= written["tolerance"] and written["inputs"] == {"image": ["batch", 1, 8, 8]}
+    assert written["dtypes"] == {"image": "uint8"}
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
     pixels = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
     (got,) = session.run(None, {"image": pixels.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), model(pixels).detach(), rtol=1e-4, atol=1e-5)
-    assert "could not be read at export" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| `image` | uint8 | batch, 1, 8, 8 | pixels of 0 to 255" in card and "divided by 255 give a wrong" in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path / "out")
+    shown: list[str] = []
+    exec(code, {"print": shown.append})
+    assert shown[0] in facts["classes"]
 
 
 def test_a_transformers_folder_there_and_back(tmp_path):
