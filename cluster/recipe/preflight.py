@@ -1,5 +1,6 @@
 """The checks before a worker starts; each refuses a mistake in one line that names the fix."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,9 +25,11 @@ from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
 from pipelines.feed.excess import describe_excess
-from pipelines.feed.ingest import batch_shapes, check_files, load_data, sample_plan
-from pipelines.shards.manifest import Manifest, load_manifest
+from pipelines.feed.ingest import DataConfig, batch_shapes, check_files, load_data, sample_plan
+from pipelines.shards.manifest import Manifest, content_digest, load_manifest
 
+DIGEST_CHARACTERS = 36
+"""The longest digest of a data set that MLflow accepts."""
 MOST_PARAMETERS = 1_000_000_000_000
 SMALLER = "lower model.latents, the channels or the layers"
 
@@ -192,6 +195,21 @@ def check_memory(recipe: Recipe, model: CheckedModel) -> None:
 def data_facts(manifest: Manifest) -> dict[str, Any]:
     """Return the entry ``data`` of run.json, without secrets."""
     return redact(asdict(DataFacts(manifest.name, manifest.licence, manifest.source, manifest.classes)))
+
+
+def tracked_data(data: DataConfig, manifest: Manifest) -> list[dict[str, str]]:
+    """Return the training and the evaluation data as MLflow's inputs of a run, without secrets."""
+    urls = {"url": data.url, **({"mixture": [part.url for part in data.mixture]} if data.mixture else {})}
+    return [
+        {
+            "name": f"{manifest.name} {split}",
+            "digest": content_digest(manifest, [split])[:DIGEST_CHARACTERS],
+            "context": context,
+            "source": json.dumps(redact({**urls, "split": split})),
+            "profile": json.dumps({"samples": manifest.split(split).samples, "classes": len(manifest.classes)}),
+        }
+        for split, context in {data.eval_split: "evaluation", data.train_split: "training"}.items()
+    ]
 
 
 def describe_start(recipe: Recipe, manifest: Manifest) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.recipe.config import Recipe, kind_of, zero_stage
-from cluster.recipe.preflight import check, data_facts
+from cluster.recipe.preflight import check, data_facts, tracked_data
 from cluster.record.failures import one_line
 from cluster.record.lease import hold
 from cluster.record.run_folder import choose_run
@@ -34,6 +34,7 @@ from cluster.runtime.session import (
     tracking_of,
 )
 from perceiver.config import UserError
+from perceiver.tracking.code import code_facts
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import load_handle
 
@@ -67,7 +68,7 @@ def launch_training(
         background = stack.enter_context(ThreadPoolExecutor(2))
         launch = Launch(recipe, folder, preflight, console, resume, began, command, background, lease)
         folder.write("recipe.yaml", yaml.safe_dump(redact(recipe.model_dump(mode="json")), sort_keys=False))
-        folder.note(data=data_facts(preflight.manifest))
+        folder.note(data=data_facts(preflight.manifest), code=code_facts())
         if preflight.checkpoint and preflight.checkpoint.step >= preflight.total_steps:
             console.say(f"{folder.url} is finished (step {preflight.checkpoint.step}); raise train.epochs to continue")
             send_waiting(launch, tracking_of(recipe.tracking, folder, recipe.name))
@@ -88,7 +89,11 @@ def launch_training(
 def run_workers(launch: Launch) -> dict[str, Any]:
     """Run the workers; return their result, with ``status`` finished, stopped, refused or failed."""
     recipe, folder, console = launch.recipe, launch.folder, launch.console
-    tracked = Tracked(tracking_of(recipe.tracking, folder, recipe.name), recipe.model_dump(mode="json"))
+    tracked = Tracked(
+        tracking_of(recipe.tracking, folder, recipe.name),
+        recipe.model_dump(mode="json"),
+        datasets=tracked_data(recipe.data, launch.preflight.manifest),
+    )
     with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as (session, handle):
         monitor = ActorMonitor()
         trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus()))

@@ -19,6 +19,7 @@ import random
 import re
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from perceiver.storage import write_whole
+from perceiver.tracking.code import DISTRIBUTION, TAGS, code_facts
 from perceiver.tracking.mlflow_process import ENVIRONMENT
 from perceiver.tracking.record import FILES, NOTES, SENT, SYSTEM, LineWriter, Row, read_rows, read_sent
 from perceiver.tracking.redaction import redact_text, resolve, server_address
@@ -49,6 +51,8 @@ METRICS_PER_BATCH, TEXTS_PER_BATCH = 1000, 100
 KEY_CHARACTERS, PARAM_CHARACTERS, TAG_CHARACTERS = 250, 6000, 8000
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page for training, not for agents
+REFERENCE, REFERENCE_LOADER = "checkpoint.json", "perceiver.export.checkpoint_model"
+"""The file of a best checkpoint's model in MLflow that contains its location, and the module that loads it."""
 REFUSED = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_STATE")
 
 
@@ -107,9 +111,40 @@ def open_run(client: "MlflowClient", handle: RunHandle) -> tuple[RunHandle, "Run
     else:
         experiment = client.get_experiment(experiment_id).name
         handle = replace(handle, key=run.data.tags.get(KEY_TAG, handle.key), experiment=experiment)
+        _renew_code_tags(client, run, handle)
     _log_params(client, run, handle.params)
+    _log_datasets(client, run, handle)
     created_ms = handle.created_ms or run.info.start_time
     return replace(handle, run_id=run.info.run_id, experiment_id=experiment_id, created_ms=created_ms), run
+
+
+def _renew_code_tags(client: "MlflowClient", run: "Run", handle: RunHandle) -> None:
+    """Set the tags of the code to those of this start; not in a run of another program (MLFLOW_RUN_ID)."""
+    for key in TAGS.values():
+        if KEY_TAG in run.data.tags and handle.tags.get(key, run.data.tags.get(key)) != run.data.tags.get(key):
+            client.set_tag(run.info.run_id, key, handle.tags[key])
+
+
+def _log_datasets(client: "MlflowClient", run: "Run", handle: RunHandle) -> None:
+    """Log the data sets of a run as its inputs, as `mlflow.log_input` does."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+
+    there = {(found.dataset.name, found.dataset.digest) for found in (run.inputs.dataset_inputs if run.inputs else ())}
+    inputs = [
+        DatasetInput(
+            Dataset(each["name"], each["digest"], "perceiver", each["source"], profile=each["profile"]),
+            [InputTag("mlflow.data.context", each["context"])],
+        )
+        for each in handle.datasets
+        if (each["name"], each["digest"]) not in there
+    ]
+    if not inputs:
+        return
+    try:
+        client.log_inputs(run.info.run_id, inputs)
+    except MlflowException as error:  # an older server has no such request; metrics matter more
+        log.error("MLflow refuses the run's data sets (%s)", _line(error))
 
 
 def _experiment(client: "MlflowClient", handle: RunHandle) -> str:
@@ -302,8 +337,8 @@ def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> Non
 def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
     """Set the alias `best` of the run's registered model to the best checkpoint.
 
-    Each best checkpoint gets a version with the tag `checkpoint_uri`. The store requires a source for it; nothing
-    is copied there.
+    Each best checkpoint gets a version with the tag `checkpoint_uri`. Its artifacts are a model that refers to the
+    checkpoint (`perceiver.export.checkpoint_model`); no weights are copied.
     """
     assert handle.run_id is not None
     name = re.sub(r"[^\w\-. ]", "_", f"{handle.experiment}.{handle.name}")
@@ -312,9 +347,23 @@ def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
     found = client.search_model_versions(f"name = '{name}'")
     version = next((each for each in found if each.tags.get("checkpoint_uri") == uri), None)
     if version is None:
-        source = f"{client.get_run(handle.run_id).info.artifact_uri}/best-checkpoint"
+        folder = f"best-checkpoint/{re.sub(r'[^A-Za-z0-9._-]', '_', uri.rstrip('/').rpartition('/')[2])}"
+        _log_reference(client, handle.run_id, folder, uri)
+        source = f"{client.get_run(handle.run_id).info.artifact_uri}/{folder}"
         version = client.create_model_version(name, source, handle.run_id, tags={"checkpoint_uri": uri})
     client.set_registered_model_alias(name, "best", version.version)
+
+
+def _log_reference(client: "MlflowClient", run_id: str, folder: str, uri: str) -> None:
+    """Log an MLflow model whose data are the location of a checkpoint."""
+    with tempfile.TemporaryDirectory(prefix="mlflow-") as staging:
+        reference, model = Path(staging, REFERENCE), Path(staging, "model")
+        reference.write_text(json.dumps({"checkpoint_uri": uri}))
+        package = f"{DISTRIBUTION}=={found}" if (found := code_facts().get("version")) else DISTRIBUTION
+        import_mlflow().pyfunc.save_model(
+            model, loader_module=REFERENCE_LOADER, data_path=str(reference), pip_requirements=[package]
+        )
+        client.log_artifacts(run_id, str(model), folder)
 
 
 @contextmanager

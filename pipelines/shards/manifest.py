@@ -4,8 +4,10 @@ A prepared data set is a folder of Arrow IPC files (one row per sample, encoded 
 batches) and a `manifest.json` that is written last: a folder without one is incomplete and is never read.
 """
 
+import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
@@ -201,6 +203,22 @@ class Manifest(Config):
                 " set data.train_split or data.eval_split"
             )
         return self.splits[name]
+
+
+def content_digest(manifest: Manifest, splits: Collection[str]) -> str:
+    """Return a SHA-256 of features, classes and the shards of some splits, the same for a copy in another place.
+
+    Names of files and of the data set, and terms of use, do not count.
+    """
+    content = {
+        "features": {name: manifest.features[name].model_dump(mode="json") for name in sorted(manifest.features)},
+        "classes": manifest.classes,
+        "splits": {
+            name: [shard.model_dump(mode="json", exclude={"name", "tag"}) for shard in manifest.split(name).shards]
+            for name in sorted(set(splits))
+        },
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_name(name: str, indexed: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from cluster.recipe.placement import Node, connected_nodes
+from cluster.recipe.preflight import tracked_data
 from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder, choose_run
@@ -23,6 +24,7 @@ from perceiver.config import UserError
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
 from perceiver.yaml_reader import parse_yaml
+from pipelines.feed.ingest import load_data
 from tune.config import OptunaSearch, Search, build_search
 from tune.search.checks import baseline, check_search, check_trials, steps_of
 from tune.search.conclude import conclude
@@ -192,7 +194,7 @@ def _search(launch: SearchLaunch) -> dict[str, Any]:
     folder, recipe = launch.folder, launch.search.recipe
     _say_header(launch)
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
-    run = Tracked(launch.tracking, params, _source_tag(launch))
+    run = Tracked(launch.tracking, params, _source_tag(launch), tracked_data(recipe.data, load_data(recipe.data)))
     with ray_and_mlflow(recipe.cluster, folder, run, launch.background, launch.console.say) as (session, handle):
         if handle is not None:
             launch.tracker = open_tracker(handle, folder.local, system_metrics_node="")
