@@ -70,11 +70,9 @@ def _check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig
 
 
 def _other_channels(key: str, inputs: Any, channels: int, what: str, trained: bool) -> UserError:
-    fix = (
-        f"use data prepared with --option channels={inputs.channels}"
-        if trained
-        else f"set it to {channels}, and as many values in mean and std"
-    )
+    fix = f"set it to {channels}, and give mean and std as many values"
+    if trained:
+        fix = f"use data prepared with --option channels={inputs.channels}"
     of = " of the trained model" * trained
     return UserError(f"{key}.channels = {inputs.channels}{of}, but {what} have {channels}: {fix}")
 
