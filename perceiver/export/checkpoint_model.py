@@ -14,7 +14,7 @@ import torch
 from perceiver.config import UserError
 from perceiver.export.serving import Answers
 from perceiver.export.weights import open_weights
-from perceiver.tracking.mlflow_writer import REFERENCE
+from perceiver.tracking.mlflow_links import REFERENCE
 
 
 class CheckpointModel:

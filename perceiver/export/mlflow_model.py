@@ -15,7 +15,7 @@ from perceiver.config import UserError
 from perceiver.export.formats import describe_inputs, example, silent, write_weights
 from perceiver.export.serving import Answers
 from perceiver.export.weights import Saved
-from perceiver.tracking.mlflow_writer import import_mlflow
+from perceiver.tracking.mlflow_links import import_mlflow
 from perceiver.tracking.redaction import redact_text, resolve
 from perceiver.tracking.runs import TrackingConfig
 
