@@ -228,11 +228,12 @@ def test_the_best_checkpoint_is_loaded_from_the_registry(store: str, client: Any
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump({**tree, "task": {"kind": "classification"}}))
     record(tmp_path, NOTES, {"tag": "best_checkpoint_uri", "value": source})
     send(tmp_path, new_handle(store, name="loaded"))
-    mlflow.set_tracking_uri(store)
+    api: Any = mlflow
+    api.set_tracking_uri(store)
     try:
-        loaded = mlflow.pyfunc.load_model("models:/direct.loaded@best")
+        loaded = api.pyfunc.load_model("models:/direct.loaded@best")
     finally:
-        mlflow.set_tracking_uri(None)
+        api.set_tracking_uri(None)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8)
     with torch.no_grad():
         wanted = model(torch.from_numpy(pixels)).softmax(1)
