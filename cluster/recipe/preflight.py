@@ -135,7 +135,7 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
     check_worker_range(recipe)
     manifest = load_data(recipe.data, load)
     check_data(recipe, manifest)
-    if recipe.task.kind == "classification" and len(manifest.classes) == 1:
+    if kind_of(recipe.task) == "classification" and len(manifest.classes) == 1:
         raise UserError(
             f"data set {manifest.name} at {recipe.data.url} has one class ({safe_line(manifest.classes[0])}), wanted at"
             " least two: any model would be right; prepare the data with one folder or label per class"

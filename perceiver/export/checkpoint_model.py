@@ -6,7 +6,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class CheckpointModel:
         if not task:
             raise UserError(f"{location}: got weights without a recipe's task; wanted a checkpoint of a run")
         self.answers = Answers(saved, task, saved.data.classes if saved.data else ())
-        self.like: dict[str, torch.Tensor] = self.answers.net.example(1, "cpu")
+        self.like: dict[str, torch.Tensor] = cast(Any, self.answers.net).example(1, "cpu")
 
     def predict(self, model_input: Mapping[str, Any], params: Any = None) -> dict[str, np.ndarray]:
         """Answer a request.

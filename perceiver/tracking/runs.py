@@ -186,7 +186,9 @@ def create_run(
     if not config.enabled:
         return None
     handle = _new_handle(config, name, output, params, tags)
-    handle = replace(handle, datasets=redact(list(datasets)), name=os.environ.get("MLFLOW_RUN_NAME") or name)
+    handle = replace(
+        handle, datasets=tuple(redact(dict(each)) for each in datasets), name=os.environ.get("MLFLOW_RUN_NAME") or name
+    )
     if isinstance(resume, RunHandle):
         handle = replace(handle, name=resume.name, key=resume.key, run_id=resume.run_id, created_ms=resume.created_ms)
     elif resume:
@@ -223,7 +225,7 @@ def promise_run(
     if not config.enabled:
         return None
     handle = _new_handle(config, name, output, params, tags)
-    handle = replace(handle, datasets=redact(list(datasets)), worker_closes=True)
+    handle = replace(handle, datasets=tuple(redact(dict(each)) for each in datasets), worker_closes=True)
     if before := load_handle(output):
         known = {"key": before.key, "run_id": before.run_id, "experiment_id": before.experiment_id}
         handle = replace(handle, **known, created_ms=before.created_ms)
