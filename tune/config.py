@@ -1,8 +1,10 @@
 """The search file: base recipe, space, search and scheduler; typed, with dotted overrides."""
 
+import contextlib
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -11,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.file import explain
 from perceiver.config import Config, Count, CountOrZero, Epochs, Name, Probability, Real, UserError
-from tune.space.space import Choice, GridChoice, Space, flatten_space, with_values
+from tune.space.space import Choice, GridChoice, Space, flatten_space, fulfilling, look_up, ordered, with_values
 
 KEPT = 4
 """Checkpoints of a trial in a population: those of its evaluation and of its last step before a pause, of the round of
@@ -179,7 +181,39 @@ def build_search(tree: Mapping[str, Any], base: Mapping[str, Any], where: str, s
         base = with_values(base, {"train.eval_every": every, "train.checkpoint_every": every})
         kept = max(KEPT, build_recipe(base, source=where).train.keep_checkpoints)
         base = with_values(base, {"train.keep_checkpoints": kept})
-    return Search(config, dict(base), build_recipe(base, source=where), source)
+    search = Search(config, dict(base), build_recipe(base, source=where), source)
+    return replace(search, config=_typed(search))
+
+
+def _typed(search: Search) -> SearchConfig:
+    """Return the settings with each choice as the recipe's types spell it: [16, 16] becomes [16.0, 16.0].
+
+    Otherwise the base recipe's value, which has these types, would not be recognised as one of the choices.
+
+    Raises:
+        UserError: conditions of the space wait for each other.
+    """
+    ordered(search.config.space)
+    space = {
+        key: dimension.model_copy(update={"values": _typed_values(search, key, dimension.values)})
+        if isinstance(dimension, Choice)
+        else dimension
+        for key, dimension in search.config.space.items()
+    }
+    return search.config.model_copy(update={"space": space})
+
+
+def _typed_values(search: Search, key: str, values: list[Any]) -> list[Any]:
+    """Return the different values of a key in the recipe's types; sections, and what a recipe refuses, as they are."""
+    condition, found = fulfilling(search.config.space, search.resolved, key), {}
+    for value in values:
+        if not isinstance(value, Mapping | None):
+            with contextlib.suppress(UserError):
+                tree = build_recipe(with_values(search.base, {**condition, key: value})).model_dump(mode="json")
+                typed = look_up(tree, key)
+                value = value if typed is None else typed
+        found[json.dumps(value, sort_keys=True, default=str)] = value
+    return list(found.values())
 
 
 def _problems(config: SearchConfig) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from cluster.recipe.config import Recipe, build_recipe, eval_rows
 from cluster.recipe.file import apply_override
-from cluster.recipe.preflight import check_inputs
+from cluster.recipe.inputs import check_inputs
 from cluster.runtime.local import set_quiet_environment, start_ray
 from cluster.runtime.ray_internals import quiet_data_progress
 from perceiver.config import UserError
@@ -23,6 +23,7 @@ from perceiver.export.weights import DataFacts, Saved, class_count, open_weights
 from perceiver.tasks import Batch, build_task
 from perceiver.train.engine.protocol import evaluate
 from perceiver.train.engine.ranks import Ranks
+from pipelines.feed.excess import describe_excess
 from pipelines.feed.ingest import EvalShare, batch_shapes, eval_batches, load_data
 from pipelines.shards.manifest import Manifest, load_manifest
 from pipelines.shards.quarantine import Quarantine
@@ -71,6 +72,14 @@ class Scoring:
     def task(self) -> Any:
         """Return the run's task."""
         return build_task(self.recipe.task, classes=self.classes)
+
+    def notes(self) -> list[str]:
+        """Return notes for the user: about the names of the classes, and about samples that are shown in part."""
+        about_classes = self.note()
+        return [
+            *([about_classes] if about_classes else []),
+            *describe_excess(self.recipe.data, self.manifest, self.split),
+        ]
 
     def note(self) -> str:
         """Return a note for the user about the names of the classes; usually empty."""
@@ -133,7 +142,7 @@ def open_scoring(
     data = recipe.data.model_copy(update={"eval_split": wanted, "train_split": wanted})
     recipe = recipe.model_copy(update={"data": data})
     manifest.split(wanted)
-    check_inputs(recipe.model, batch_shapes(data, manifest), data, manifest)
+    check_inputs(recipe.model, batch_shapes(data, manifest), data, manifest, trained=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = min(batch or eval_rows(recipe, recipe.cluster.workers), max(1, manifest.split(wanted).samples))
     return Scoring(saved, recipe, manifest, saved.build().to(device), size, _class_names(saved))

@@ -74,7 +74,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         error: the error of pydantic.
         model: the configuration that was validated.
     """
-    errors = error.errors(include_url=False)
+    # The default of a key that depends on others is not computed if one of them is wrong, which is no second mistake.
+    errors = [e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"]
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     key = shown(".".join(str(part) for part in _key_path(model, first["loc"])))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

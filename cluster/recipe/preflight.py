@@ -1,7 +1,8 @@
 """The checks before a worker starts; each refuses a mistake in one line that names the fix."""
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,9 +10,11 @@ import psutil
 import torch
 
 from cluster.recipe.config import Recipe, kind_of
+from cluster.recipe.inputs import check_inputs
 from cluster.recipe.placement import DataNeed, Node, check_evaluation, place
 from cluster.recipe.resources import machine_cpus, worker_cpus
 from cluster.recipe.resume import check_same_data, check_same_recipe, check_schedule, check_start, recipe_before
+from cluster.recipe.targets import check_targets
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
 from perceiver.config import UserError
@@ -22,22 +25,28 @@ from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
+from pipelines.feed.excess import describe_excess
 from pipelines.feed.ingest import DataConfig, batch_shapes, check_files, load_data, sample_plan
 from pipelines.shards.manifest import Manifest, content_digest, load_manifest
 
-TARGETS = {"classification": "label", "tagging": "labels"}
-"""Kind of the feature ``label`` that a task needs."""
+DIGEST_CHARACTERS = 36
+"""The longest digest of a data set that MLflow accepts."""
 MOST_PARAMETERS = 1_000_000_000_000
 SMALLER = "lower model.latents, the channels or the layers"
-NEEDS = {"flow": "flow", "masked_language": "text"}
-"""Batch key that a task without labels needs."""
 
 
 @dataclass(frozen=True)
 class Preflight:
     """Results of the checks, for the header and the launch.
 
-    `start` describes `train.init_from`; `changes` are the keys of a resumed run that have changed.
+    Attributes:
+        manifest: of the data.
+        parameters: number of parameters.
+        epoch_steps, total_steps: optimizer steps of an epoch and of the run.
+        checkpoint: the one to resume from.
+        start: describes `train.init_from`.
+        changes: the keys of a resumed run that have changed.
+        notes: what of the samples is not shown, a line each.
     """
 
     manifest: Manifest
@@ -47,6 +56,7 @@ class Preflight:
     checkpoint: CheckpointManifest | None
     start: str = ""
     changes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,8 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     if before is not None:
         check_schedule(recipe, before, samples)
     folder.note(recipe=recipe.name)
-    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start, changes)
+    notes = tuple(describe_excess(recipe.data, model.manifest, recipe.data.train_split))
+    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start, changes, notes)
 
 
 def check_machine(recipe: Recipe) -> tuple[int, int]:
@@ -201,6 +212,21 @@ def data_facts(data: DataConfig, manifest: Manifest) -> DataFacts:
         features={name: kind_of(feature) for name, feature in sorted(manifest.features.items())},
         digest=content_digest(manifest, splits),
     )
+
+
+def tracked_data(data: DataConfig, manifest: Manifest) -> list[dict[str, str]]:
+    """Return the training and the evaluation data as MLflow's inputs of a run, without secrets."""
+    urls = {"url": data.url, **({"mixture": [part.url for part in data.mixture]} if data.mixture else {})}
+    return [
+        {
+            "name": f"{manifest.name} {split}",
+            "digest": content_digest(manifest, [split])[:DIGEST_CHARACTERS],
+            "context": context,
+            "source": json.dumps(redact({**urls, "split": split})),
+            "profile": json.dumps({"samples": manifest.split(split).samples, "classes": len(manifest.classes)}),
+        }
+        for split, context in {data.eval_split: "evaluation", data.train_split: "training"}.items()
+    ]
 
 
 def describe_start(recipe: Recipe, manifest: Manifest) -> str:
@@ -308,27 +334,8 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
     manifest.split(recipe.data.eval_split)
     shapes = batch_shapes(recipe.data, manifest)
     sample_plan(recipe.data, manifest, seed=recipe.seed, global_batch=recipe.train.global_batch)
-    check_targets(recipe, manifest)
-    needed = NEEDS.get(kind_of(recipe.task))
-    if needed and needed not in shapes:
-        raise UserError(
-            f"task.kind = {kind_of(recipe.task)!r} needs {needed!r}, but {recipe.data.url} has the features "
-            f"{', '.join(manifest.features)}: set data.url to data with {needed!r}"
-        )
+    check_targets(recipe, manifest, shapes)
     check_inputs(recipe.model, shapes, recipe.data, manifest)
-
-
-def check_targets(recipe: Recipe, manifest: Manifest) -> None:
-    """Refuse a task whose targets are not in the data."""
-    wanted = TARGETS.get(kind_of(recipe.task))
-    feature = manifest.features.get("label")
-    if wanted and kind_of(feature) != wanted:
-        has = f"the kind {kind_of(feature)!r}" if feature else "no feature 'label'"
-        fits = next((task for task, kind in TARGETS.items() if feature and kind == kind_of(feature)), None)
-        raise UserError(
-            f"task.kind = {kind_of(recipe.task)!r} needs a feature 'label' of the kind {wanted!r}, "
-            f"{recipe.data.url} has {has}: " + (f"set task.kind={fits}" if fits else "prepare the data with labels")
-        )
 
 
 def check_same_parameters(folder: RunFolder, checkpoint: CheckpointManifest, shapes: dict[str, list[int]]) -> None:
@@ -339,104 +346,3 @@ def check_same_parameters(folder: RunFolder, checkpoint: CheckpointManifest, sha
             f"{folder.checkpoints.location(checkpoint.step)} is of another model: {difference}: resume with the run's "
             f"recipe ({folder.location('recipe.yaml')}), or start a new run without --resume"
         )
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of one sample by batch key."""
-
-
-def check_inputs(model: Any, shapes: Shapes, data: DataConfig, manifest: Manifest) -> None:
-    """Refuse data without the model's inputs, or with inputs of another shape.
-
-    Args:
-        model: the recipe's model section.
-        shapes: shapes of a training batch.
-        data: the recipe's data section.
-        manifest: of the data.
-
-    Raises:
-        UserError: the message names both keys of the recipe that must agree.
-    """
-    for key, inputs in input_sections(model):
-        with torch.device("meta"):
-            wanted = inputs.build().example(1, "meta")
-        for name, tensor in wanted.items():
-            if name not in shapes:
-                has = ", ".join(manifest.features)
-                reads = "" if name == inputs.kind else f", which reads '{name}'"
-                raise UserError(f"{key}.kind = {inputs.kind!r}{reads}, but {data.url} has the features {has}")
-            check = CHECKS.get(name)
-            if check and shapes[name] != tuple(tensor.shape[1:]):
-                check(key, inputs, shapes[name], data)
-        if inputs.kind == "mel" and inputs.rate != data.audio.rate:
-            raise UserError(
-                f"{key}.rate = {inputs.rate}, but data.audio.rate = {data.audio.rate}: set both to the same"
-            )
-
-
-def input_sections(model: Any) -> list[tuple[str, Any]]:
-    """Return the model's input sections with their dotted keys, one per modality."""
-    inputs = getattr(model, "inputs", None)
-    if inputs is None or not hasattr(inputs, "kind"):
-        return []
-    if inputs.kind != "multimodal":
-        return [("model.inputs", inputs)]
-    return [(f"model.inputs.modalities.{name}", one) for name, one in inputs.modalities.items()]
-
-
-def _check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
-    if not hasattr(inputs, "size"):
-        return
-    channels, height, width = shape
-    if inputs.channels != channels:
-        raise UserError(
-            f"{key}.channels = {inputs.channels}, but the images of {data.url} have {channels}: set it to that"
-        )
-    if getattr(inputs, "resize", False):
-        return
-    raise UserError(
-        f"{key}.size = {list(inputs.size)}, but the images of {data.url} come as {height} x {width}: "
-        f"set {key}.size to [{height}, {width}], or data.image_size to {list(inputs.size)}"
-    )
-
-
-def _check_audio(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
-    raise UserError(f"{key}.samples = {inputs.samples}, but data.audio.samples = {shape[0]}: set both to the same")
-
-
-def _check_text(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
-    if shape[0] > inputs.length:
-        raise UserError(
-            f"{key}.length = {inputs.length}, but data.text_length = {shape[0]}: set both to the same, or the first "
-            "to more"
-        )
-
-
-def _check_frames(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
-    _, channels, height, width = shape
-    wanted, got = (inputs.channels, *inputs.size), (channels, height, width)
-    if wanted != got:
-        raise UserError(
-            f"{key} has channels = {inputs.channels} and size = {list(inputs.size)}, but the pairs of {data.url} come "
-            f"as {channels} x {height} x {width}: set {key} to that, or data.image_size to {list(inputs.size)}"
-        )
-
-
-def _check_video(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig) -> None:
-    if inputs.kind == "flow_frames":
-        _check_frames(key, inputs, shape, data)
-    if not hasattr(inputs, "frames"):
-        return
-    frames, channels, height, width = shape
-    if inputs.channels != channels:
-        raise UserError(
-            f"{key}.channels = {inputs.channels}, but the videos of {data.url} have {channels}: set it to that"
-        )
-    raise UserError(
-        f"{key} has frames = {inputs.frames} and size = {list(inputs.size)}, but data.video gives {frames} frames of "
-        f"{height} x {width}: set {key} and data.video to the same"
-    )
-
-
-CHECKS = {"image": _check_image, "audio": _check_audio, "video": _check_video, "text": _check_text}
-"""Checks of a batch key whose shape is not the model's; other inputs accept any size."""

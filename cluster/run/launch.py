@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.recipe.config import Recipe, kind_of, zero_stage
-from cluster.recipe.preflight import check, data_facts
+from cluster.recipe.preflight import check, data_facts, tracked_data
 from cluster.recipe.resume import longer
 from cluster.record.failures import one_line
 from cluster.record.lease import hold
@@ -37,6 +37,7 @@ from cluster.runtime.session import (
     tracking_of,
 )
 from perceiver.config import UserError
+from perceiver.tracking.code import code_facts
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import load_handle
 
@@ -93,8 +94,12 @@ def launch_training(
 def run_workers(launch: Launch) -> dict[str, Any]:
     """Run the workers; return their result, with ``status`` finished, stopped, refused or failed."""
     recipe, folder, console = launch.recipe, launch.folder, launch.console
-    params = recipe.model_dump(mode="json")
-    tracked = Tracked(tracking_of(recipe.tracking, folder, recipe.name), params, changes=launch.change_tag)
+    tracked = Tracked(
+        tracking_of(recipe.tracking, folder, recipe.name),
+        recipe.model_dump(mode="json"),
+        changes=launch.change_tag,
+        datasets=tracked_data(recipe.data, launch.preflight.manifest),
+    )
     with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as (session, handle):
         monitor = ActorMonitor()
         trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus()))
@@ -137,7 +142,7 @@ def _note_start(launch: Launch) -> None:
     folder.write("recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     data = asdict(data_facts(launch.recipe.data, preflight.manifest))
     changes = {**folder.facts().get("changes", {}), **launch.change_tag}
-    folder.note(status="running", data=data, **({"changes": changes} if changes else {}))
+    folder.note(status="running", data=data, code=code_facts(), **({"changes": changes} if changes else {}))
 
 
 def _say_finished(launch: Launch) -> None:
@@ -163,6 +168,8 @@ def _say_header(launch: Launch) -> None:
         f"{preflight.total_steps:,} steps of {batch} ({epochs:.4g} epochs)"
         + (f" and {padding} row{'s' * (padding > 1)} of padding" if padding else "")
     )
+    for note in preflight.notes:
+        console.say(f"note: {note}")
     if preflight.start:
         console.say(preflight.start)
     if launch.resume:

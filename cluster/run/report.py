@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
@@ -11,14 +12,22 @@ import torch
 from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import RunFolder
 from perceiver.factory import attention_maps, build_model
+from perceiver.report.page import CardPart
 from perceiver.report.run import ReportData, choose_examples, run_report
 from perceiver.tracking.redaction import redact
 from perceiver.train.hooks import History
-from pipelines.feed.ingest import EvalShare, eval_batches
+from pipelines.feed.ingest import DataConfig, sample_spec
+from pipelines.feed.samples import make_sample
+from pipelines.inspect.inspection import stored_row
+from pipelines.inspect.page import card_width
+from pipelines.inspect.samples import show
 from pipelines.shards.manifest import Manifest
+from pipelines.shards.reader import Reader
+from pipelines.transforms import BadSample
 
 ATTENTION_EXAMPLES = 4
-SEARCHED_SAMPLES = 20_000
+LARGE_EXAMPLES = (12, 6)
+"""Wrong and right samples that are shown where each is a text, a recording or a cloud of points."""
 
 
 def build_report(
@@ -28,19 +37,23 @@ def build_report(
     predictions = read_predictions(folder)
     steps = folder.checkpoints.steps()
     history = History(folder.checkpoints.history(steps[-1])).rows
-    wanted, shown = _examples(predictions)
-    images = read_images(recipe, manifest, wanted | set(shown)) if "image" in manifest.features else {}
+    wanted, shown = _examples(recipe, manifest, predictions)
+    found = read_samples(recipe, manifest, wanted | set(shown))
+    images = {number: sample.image for number, sample in found.items() if sample.image is not None}
     shown = [i for i in shown if i in images]
     data = ReportData(
         name=folder.name,
         history=history,
-        task=kind_of(recipe.task),
+        task="multilabel" if kind_of(recipe.task) == "tagging" else kind_of(recipe.task),
         class_names=manifest.classes,
         sample_ids=predictions.get("sample_id"),
         labels=predictions.get("label"),
         predictions=predictions.get("prediction"),
         probabilities=predictions.get("probability"),
         images=images,
+        parts={number: sample.parts for number, sample in found.items() if sample.parts},
+        keys={number: sample.key for number, sample in found.items()},
+        card_width=None if images else card_width(manifest),
         attention_ids=shown,
         attention=_attention(recipe, folder, manifest, [images[i] for i in shown]) if shown else None,
         recipe=redact(recipe.model_dump(mode="json")),
@@ -67,30 +80,62 @@ def read_predictions(folder: RunFolder) -> dict[str, np.ndarray]:
     return {name: np.array(table[name].to_pylist()) for name in table.column_names}
 
 
-def _examples(predictions: Mapping[str, np.ndarray]) -> tuple[set[int], list[int]]:
-    """Return the ids of the samples in the image grid, and of those whose attention maps are shown."""
-    if "prediction" not in predictions or "label" not in predictions:
+def _examples(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.ndarray]) -> tuple[set[int], list[int]]:
+    """Return the ids of the wrong and right samples to show, and of those whose attention maps are shown."""
+    if kind_of(recipe.task) != "classification" or not predictions:
         return set(), []
     ids, labels, guesses = (predictions[k] for k in ("sample_id", "label", "prediction"))
-    near = ids < SEARCHED_SAMPLES
-    wrong, right = choose_examples(labels[near], guesses[near], predictions["probability"][near].max(1))
+    counts = () if "image" in manifest.features else LARGE_EXAMPLES
+    wrong, right = choose_examples(labels, guesses, predictions["probability"].max(1), *counts)
     # One image per class, for a variety of maps.
-    first = [int(ids[near][labels[near] == k][0]) for k in np.unique(labels[near])[:ATTENTION_EXAMPLES]]
-    return {int(ids[near][i]) for i in (*wrong, *right)}, first
+    first = [int(ids[labels == k][0]) for k in np.unique(labels)[:ATTENTION_EXAMPLES]] if not counts else []
+    return {int(ids[i]) for i in (*wrong, *right)}, first
 
 
-def read_images(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict[int, np.ndarray]:
-    """Return evaluation images (H, W, C), uint8, by sample id, as the evaluation reads them."""
-    missing, found = set(ids), {}
-    data = recipe.data.model_copy(update={"executor": "inline"})
-    for batch in eval_batches(data, manifest, EvalShare(data.eval_split, 256), "cpu"):
-        for index, number in enumerate(batch["sample_id"].tolist()):
-            if number in missing:
-                found[number] = batch["image"][index].permute(1, 2, 0).numpy()
-                missing.discard(number)
-        if not missing or int(batch["sample_id"].max()) >= SEARCHED_SAMPLES:
-            break
+@dataclass(frozen=True)
+class Sample:
+    """An evaluation sample as the report shows it.
+
+    Attributes:
+        key: where it came from.
+        image: pixels (H, W, C), uint8, as the model reads them; None for other kinds of data.
+        parts: text, spectrogram and player, frames or points of other kinds of data.
+    """
+
+    key: str
+    image: np.ndarray | None
+    parts: list[CardPart]
+
+
+def read_samples(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict[int, Sample]:
+    """Return evaluation samples by id; those that cannot be read are left out."""
+    data, found = recipe.data, dict[int, Sample]()
+    split = manifest.split(data.eval_split)
+    spec = sample_spec(data, manifest, split=data.eval_split, training=False)
+    reader = Reader.of(data.url, manifest, split, data.storage_options, policy=data.read)
+    for number in sorted(ids):
+        place = np.array([number])
+        shard, index, row = reader.locate(place)[0]
+        group = reader.row_groups({(shard, index)})[shard, index]
+        if group.error:
+            continue
+        try:
+            if "image" in manifest.features:
+                pixels = make_sample(spec, group, row, np.random.default_rng)["image"]
+                found[number] = Sample(reader.keys(place)[0], pixels.transpose(1, 2, 0), [])
+            else:
+                found[number] = Sample(reader.keys(place)[0], None, _parts(stored_row(group, row), manifest, data))
+        except BadSample:
+            continue
     return found
+
+
+def _parts(row: Mapping[str, Any], manifest: Manifest, data: DataConfig) -> list[CardPart]:
+    """Return the parts that show a stored row."""
+    parts: list[CardPart] = []
+    for name, feature in manifest.features.items():
+        parts += show(feature.kind, row[name], feature.decode(row[name], data, len(manifest.classes)))
+    return parts
 
 
 def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: list[np.ndarray]) -> np.ndarray | None:

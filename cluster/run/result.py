@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
-    """Write the report and MLflow's last entries, and print the outcome and the next commands; return the exit code."""
+    """Write the report and MLflow's last entries, and print the outcome and the next commands; return the exit code.
+
+    The code is 1 if the report of a finished run could not be written.
+    """
     status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
     if status != "finished":
         note_end(launch, outcome, status)
@@ -35,6 +38,8 @@ def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
     handle = outcome.get("handle")
     tracker = open_tracker(handle, folder.local)
     report = _report(launch, outcome) if status == "finished" else None
+    if status == "finished" and report is None:
+        code = 1
     _finish_run(launch, tracker, status, report)
     if status == "finished":  # noted last: a driver that dies before leaves a run that --resume concludes
         note_end(launch, outcome, status)
@@ -90,15 +95,15 @@ def send_waiting(launch: Launch, config: TrackingConfig) -> None:
 
 
 def _report(launch: Launch, outcome: Mapping[str, Any]) -> str | None:
-    """Write the report and return its URL; None if that fails, which does not fail the run."""
+    """Write the report and return its URL; None if that fails: the weights and figures are still recorded."""
     from cluster.run.report import build_report
 
     try:
         manifest = launch.preflight.manifest
         return build_report(launch.recipe, launch.folder, manifest, _facts(launch, outcome), _commands(launch, outcome))
-    except Exception:  # noqa: BLE001  an error in a plot must not fail a finished run
+    except Exception:  # noqa: BLE001  an error in a plot must not lose the rest
         log.exception("the report failed")
-        launch.console.say(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
+        launch.console.error(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
         return None
 
 

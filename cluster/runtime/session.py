@@ -17,7 +17,7 @@ from cluster.runtime.local import ENDS, RaySession, start_ray
 from perceiver.tracking.printable import SafeFormatter
 from perceiver.tracking.record import HISTORY
 from perceiver.tracking.redaction import redact_text
-from perceiver.tracking.runs import RunHandle, TrackingConfig, create_run, load_handle
+from perceiver.tracking.runs import Datasets, RunHandle, TrackingConfig, create_run, load_handle
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def continue_command(command: str, folder: RunFolder) -> str:
 
 @dataclass(frozen=True)
 class Tracked:
-    """The MLflow run of a driver: its tracking section (see `tracking_of`), parameters and tags.
+    """The MLflow run of a driver: its tracking section (see `tracking_of`), parameters, tags and data sets.
 
     `changes` are tags that a run gets also if it is continued.
     """
@@ -41,6 +41,7 @@ class Tracked:
     params: Mapping[str, Any]
     tags: Mapping[str, str] = field(default_factory=dict)
     changes: Mapping[str, str] = field(default_factory=dict)
+    datasets: Datasets = ()
 
 
 def tracking_of(config: TrackingConfig, folder: RunFolder, name: str) -> TrackingConfig:
@@ -99,6 +100,7 @@ def _create_run(folder: RunFolder, run: Tracked) -> RunHandle | None:
         params=run.params,
         tags=run.tags,
         changes=run.changes,
+        datasets=run.datasets,
         # A driver on another machine finds the run's id only in the output folder.
         resume=load_handle(folder.local) or folder.facts().get("mlflow_run"),
     )

@@ -36,7 +36,7 @@ def command(
     data, overrides = own_data(data, overrides)
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
     check_labels(scoring)
-    if note := scoring.note():
+    for note in scoring.notes():
         say(f"note: {note}", err=True)
     with ray_for(scoring):
         figures = scoring.metrics()

@@ -47,7 +47,7 @@ def command(
 
     check_target(target)
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
-    if note := scoring.note():
+    for note in scoring.notes():
         say(f"note: {note}", err=True)
 
     def show(done: int, total: int) -> None:

@@ -24,6 +24,8 @@ from perceiver.tracking.redaction import redact
 
 BATCHES = (1, 3)
 """Batch sizes with which an ONNX model is tested; it is traced with another."""
+CLASSES = "classes"
+"""The key of an ONNX file's metadata with the names of the classes, as JSON."""
 KEPT_FACTS = ("step", "evaluation", "mlflow_run", "data", "licence")
 """The facts of a run that are exported with its weights."""
 
@@ -100,6 +102,8 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
         program = torch.export.export(net, tuple(raw.values()), dynamic_shapes=((free,) * len(raw),), strict=False)
         written = torch.onnx.export(program, input_names=list(raw), output_names=names, verbose=False)
         assert written is not None
+        if classes := named_classes(saved):
+            written.model.metadata_props[CLASSES] = json.dumps(classes)
         written.save(folder / "model.onnx")
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     worst = max(_difference(session, saved.build(), batch) for batch in BATCHES)
@@ -108,9 +112,23 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
             f"onnx: got outputs that differ by {worst:.1e} of the largest; wanted at most {tolerance:g}: raise"
             " --tolerance if that is acceptable"
         )
-    shapes = {name: ["batch", *tensor.shape[1:]] for name, tensor in raw.items()}
     files = sorted(path.name for path in folder.glob("model.onnx*"))
-    return {"files": files, "inputs": shapes, "outputs": names, "max_difference": worst, "tolerance": tolerance}
+    described = {**describe_inputs(raw), "outputs": names}
+    return {"files": files, **described, "max_difference": worst, "tolerance": tolerance}
+
+
+def named_classes(saved: Saved) -> list[str]:
+    """Return the names of the model's classes; empty if they are not recorded."""
+    names = saved.data.classes if saved.data else ()
+    return list(names) if saved.model and len(names) == class_count(saved.model, saved.shapes) else []
+
+
+def describe_inputs(raw: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Return shape and type of each raw input, for the model card and `--json`."""
+    return {
+        "inputs": {name: ["batch", *tensor.shape[1:]] for name, tensor in raw.items()},
+        "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in raw.items()},
+    }
 
 
 def _onnx() -> Any:
@@ -203,7 +221,11 @@ def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None)
 def _what(config: Any, classes: int | None, data: DataFacts | None) -> str:
     kind = config.inputs.kind
     task = f"sorts {kind} inputs into {classes} classes" if classes else f"reads {kind} inputs"
-    names = f" ({markdown_text(', '.join(data.classes))})" if data and 0 < len(data.classes) <= 20 else ""
+    names = (
+        f" ({markdown_text(', '.join(data.classes[:20]))}{', ...' * (len(data.classes) > 20)})"
+        if data and data.classes
+        else ""
+    )
     return f"A model that {task}{names}."
 
 
@@ -264,21 +286,63 @@ def _figures(saved: Saved) -> list[str]:
     return [f"| on {markdown_code(split)} | |", "|---|---|", *rows]
 
 
+VALUES = {
+    "image": "pixels of 0 to 255, not divided by 255",
+    "video": "pixels of 0 to 255, not divided by 255",
+    "audio": "samples of -32,768 to 32,767",
+    "text": "bytes + 6 between 4 (start) and 5 (end), then 0; or the ids of the model's own vocabulary",
+    "points": "centred coordinates in -1 to 1",
+}
+"""What the numbers of a raw input mean, by its key."""
+
+
 def _use(written: Mapping[str, Any], saved: Saved) -> list[str]:
     if "inputs" in written:
-        shapes = "; ".join(f"`{name}` {shape}" for name, shape in written["inputs"].items())
-        outputs = ", ".join(f"`{name}`" for name in written["outputs"])
-        if "MLmodel" in written["files"]:
-            body = json.dumps({"inputs": dict.fromkeys(written["inputs"], "...")})
-            code = [
-                "mlflow models serve -m . --env-manager local --port 5001",
-                f"curl -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:5001/invocations",
-            ]
-            return [f"Inputs: {shapes}. Outputs: {outputs}.", "", "```", *code, "```"]
-        code = ['session = onnxruntime.InferenceSession("model.onnx")', "outputs = session.run(None, inputs)"]
-        return [f"Inputs: {shapes}. Outputs: {outputs}.", "", "```python", "import onnxruntime", "", *code, "```"]
+        return _use_arrays(written, bool(named_classes(saved)))
     if "class" in written:
         head = written["class"]
         code = [f"from transformers import {head}", "", f'model = {head}.from_pretrained(".")']
         return ["```python", *code, "```"]
     return ["```python", "import perceiver", "", 'model = perceiver.load_model("model.safetensors")', "```"]
+
+
+def _use_arrays(written: Mapping[str, Any], named: bool) -> list[str]:
+    """Return inputs, outputs and an example of a model that takes arrays: ONNX, or an MLflow model."""
+    rows = ["| input | type | shape | values |", "|---|---|---|---|"]
+    for name, shape in written["inputs"].items():
+        kind = written["dtypes"][name]
+        values = VALUES.get(name, "True where there is an element" if kind == "bool" else "")
+        if name in ("image", "video") and kind != "uint8":
+            values = ""
+        rows.append(f"| `{name}` | {kind} | {', '.join(map(str, shape))} | {values} |")
+    outputs = ", ".join(f"`{name}`" for name in written["outputs"])
+    lines = [*rows, "", f"Outputs: {outputs}."]
+    if "uint8" in written["dtypes"].values():
+        lines += [
+            "",
+            "The model normalises the pixels itself. Pixels divided by 255 give a wrong result: as uint8 they are all "
+            "0 or 1, and MLflow's server converts the numbers of a request without an error.",
+        ]
+    if "MLmodel" in written["files"]:
+        body = json.dumps({"inputs": dict.fromkeys(written["inputs"], "...")})
+        code = [
+            "```",
+            "mlflow models serve -m . --env-manager local --port 5001",
+            f"curl -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:5001/invocations",
+        ]
+    else:
+        arrays = [
+            f'    "{name}": np.zeros({tuple(1 if side == "batch" else side for side in shape)}, np.{_numpy(kind)}),'
+            for (name, shape), kind in zip(written["inputs"].items(), written["dtypes"].values(), strict=True)
+        ]
+        code = ["```python", *["import json", ""] * named, "import numpy as np", "import onnxruntime", ""]
+        code += ["inputs = {  # one sample", *arrays, "}"]
+        code += ['session = onnxruntime.InferenceSession("model.onnx")', "outputs = session.run(None, inputs)"]
+        if named:
+            code += [f'classes = json.loads(session.get_modelmeta().custom_metadata_map["{CLASSES}"])']
+            code += ["print(classes[outputs[0][0].argmax()])"]
+    return [*lines, "", *code, "```"]
+
+
+def _numpy(kind: str) -> str:
+    return "bool_" if kind == "bool" else kind

@@ -12,10 +12,10 @@ import numpy as np
 
 import perceiver
 from perceiver.config import UserError
-from perceiver.export.formats import example, silent, write_weights
+from perceiver.export.formats import describe_inputs, example, silent, write_weights
 from perceiver.export.serving import Answers
 from perceiver.export.weights import Saved
-from perceiver.tracking.mlflow_writer import import_mlflow
+from perceiver.tracking.mlflow_links import import_mlflow
 from perceiver.tracking.redaction import redact_text, resolve
 from perceiver.tracking.runs import TrackingConfig
 
@@ -47,8 +47,7 @@ def export_mlflow(saved: Saved, folder: Path, classes: Sequence[str] = ()) -> di
     if different or again.keys() != here.keys():
         raise RuntimeError(f"mlflow: {(different or list(again))[0]} differs after loading")
     files = sorted(path.name for path in folder.iterdir())
-    shapes = {name: ["batch", *values.shape[1:]] for name, values in inputs.items()}
-    return {"files": files, "inputs": shapes, "outputs": list(here)}
+    return {"files": files, **describe_inputs(example(saved.build(), 1)), "outputs": list(here)}
 
 
 def register(saved: Saved, name: str, classes: Sequence[str] = ()) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from perceiver.baselines._grid import transformers_library
 from perceiver.config import UserError
+from perceiver.export.safetensors_folder import read_tensors
 from perceiver.factory import PerceiverIOModel, build_model
 from perceiver.modalities.image import ImageConfig
 from perceiver.modalities.multimodal import MultimodalConfig
 from perceiver.model import PerceiverIO
 from perceiver.storage import existing_file, first_line, parse_json
-from perceiver.train.checkpoint.shards import open_tensors
 
 Names = Iterator[tuple[str, str]]
 _ATTENTION = {"query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value"}
@@ -278,7 +278,9 @@ def _their_model(head: str, c: PerceiverIOModel, model: nn.Module) -> Any:
 
 
 def read_transformers(folder: str) -> PerceiverIO:
-    """Build our model from a local folder as `save_pretrained` writes it: config.json and model.safetensors.
+    """Build our model from a local folder as `save_pretrained` writes it.
+
+    It reads config.json, and model.safetensors or shards with an index.
 
     Raises:
         UserError: the folder contains another class, or its weights are not in safetensors.
@@ -286,21 +288,13 @@ def read_transformers(folder: str) -> PerceiverIO:
     where = Path(folder, "config.json")
     try:
         values = parse_json(Path(existing_file(LocalFileSystem(), folder, "config.json")).read_bytes(), str(where))
-        weights = existing_file(LocalFileSystem(), folder, "model.safetensors")
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
     heads = values.get("architectures") if isinstance(values, dict) else None
     name = heads[0] if isinstance(heads, list) and heads else "no class"
     if not isinstance(name, str) or name not in _READERS:
         raise UserError(f"{where}: got {name!r:.80}; wanted one of {', '.join(_READERS)}")
-    if not Path(weights).is_file():
-        raise UserError(
-            f"{folder}: got no model.safetensors; pickled weights are not read: convert them with transformers, "
-            f"{name}.from_pretrained({folder!r}).save_pretrained('NEW')"
-        )
-    # Not from_pretrained: a config may name weights or adapters elsewhere.
-    with open_tensors(Path(weights)) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it has no __iter__
+    tensors = read_tensors(folder, name)  # not from_pretrained: a config may name weights or adapters elsewhere
     library = transformers_library()
     try:
         with torch.device("meta"):

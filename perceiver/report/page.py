@@ -3,6 +3,7 @@
 import base64
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,21 @@ from perceiver.tracking.redaction import redact, redact_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+
+@dataclass(frozen=True)
+class CardPart:
+    """A picture, strip, audio, video, points or text on the page.
+
+    Attributes:
+        kind: one of these words.
+        content: a data URI; a text itself; for points base64 of int8 x, y, z.
+        note: text below it.
+    """
+
+    kind: str
+    content: str
+    note: str = ""
 
 
 def render(template: str, **values: Any) -> str:

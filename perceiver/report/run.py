@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver.report import figures
-from perceiver.report.page import data_uri, percent, render, text, yaml_text
+from perceiver.report.page import CardPart, data_uri, percent, render, text, yaml_text
 from perceiver.tracking.printable import csv_cell
 
 TABLE_CLASSES = 25
@@ -41,6 +41,9 @@ class ReportData:
     predictions: NDArray[Any] | None = None  # (B,) int class; not used for "multilabel"
     probabilities: NDArray[np.floating] | None = None  # (B, K)
     images: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)  # sample id -> (H, W, C), those to be shown
+    parts: Mapping[int, Sequence[CardPart]] = field(default_factory=dict)  # of other samples: sound, texts, ...
+    keys: Mapping[int, str] = field(default_factory=dict)  # sample id -> where it came from, such as a file
+    card_width: int | None = None  # of an example in pixels; None: a small picture's
     attention_ids: Sequence[int] = ()  # E sample ids
     attention: NDArray[np.floating] | None = None  # (E, A, h, N, H, W) weights of the latents over input positions
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved; secrets are masked here
@@ -75,6 +78,8 @@ def run_report(data: ReportData) -> dict[str, bytes]:
         "columns": columns,
         "checkpoints": [[text(row.get(key)) for key in columns] for row in data.checkpoints],
         "recipe": yaml_text(data.recipe),
+        "card_width": data.card_width,
+        "points": any(part.kind == "points" for parts in data.parts.values() for part in parts),
     }
     files["index.html"] = render("run.html", kind="Training report", **page).encode()
     return files
@@ -124,26 +129,31 @@ def _examples(
     names: Sequence[str],
     files: dict[str, bytes],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the wrong and the right predictions to show, if there are images of them."""
+    """Return the wrong and the right predictions to show, if there are images or other parts of them."""
     groups: dict[str, list[dict[str, Any]]] = {"wrong": [], "right": []}
     ids = data.sample_ids
     if ids is None:
         return groups
     sure = confidence if confidence is not None else np.zeros(len(labels))
     for (kind, group), indices in zip(groups.items(), choose_examples(labels, predictions, sure), strict=True):
-        shown = [index for index in indices if int(ids[index]) in data.images]
-        images = [figures.picture(data.images[int(ids[index])]) for index in shown]
+        images = {i: figures.picture(data.images[i]) for i in map(int, ids[indices]) if i in data.images}
         if images:
-            rows = [images[start : start + 8] for start in range(0, len(images), 8)]
+            rows = [list(images.values())[start : start + 8] for start in range(0, len(images), 8)]
             files[f"figures/{kind}.png"] = figures.png_bytes(figures.montage(rows, figures.MAP))
-        for index, image in zip(shown, images, strict=True):
+        pictures = {i: [CardPart("picture", figures.image_uri(image, CARD))] for i, image in images.items()}
+        parts = {**data.parts, **pictures}
+        for index in indices:
+            number = int(ids[index])
+            if number not in parts:
+                continue
             group.append(
                 {
-                    "id": int(ids[index]),
+                    "id": number,
+                    "key": data.keys.get(number, ""),
+                    "parts": parts[number],
                     "label": names[int(labels[index])],
                     "prediction": names[int(predictions[index])],
                     "confidence": None if confidence is None else float(confidence[index]),
-                    "image": figures.image_uri(image, CARD),
                 }
             )
     return groups
@@ -168,7 +178,12 @@ def _attention(data: ReportData, files: dict[str, bytes]) -> list[dict[str, Any]
         cells = [list(zip(*row, strict=True)) for row in zip(uris, peaks, strict=True)]
         shown = figures.image_uri(image, CARD) if image else None
         sections.append(
-            {"id": sample, "image": shown, "latents": latents, "rows": list(zip(attends + 1, cells, strict=True))}
+            {
+                "key": data.keys.get(sample, f"#{sample}"),
+                "image": shown,
+                "latents": latents,
+                "rows": list(zip(attends + 1, cells, strict=True)),
+            }
         )
     return sections
 

@@ -1,4 +1,4 @@
-"""Sends the record of a run to MLflow. Runs in a separate process, the only one that imports MLflow.
+"""Sends the record of a run to MLflow. Runs in a separate process.
 
 At the start and after each failure the writer reads what MLflow has, and sends what is missing, no point twice:
 
@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from perceiver.storage import write_whole
-from perceiver.tracking.mlflow_process import ENVIRONMENT
+from perceiver.tracking.code import TAGS
+from perceiver.tracking.mlflow_links import (
+    TAG_CHARACTERS,
+    alias_best,
+    import_mlflow,
+    line,
+    link_checkpoint,
+    log_datasets,
+    unless,
+)
 from perceiver.tracking.record import FILES, NOTES, SENT, SYSTEM, LineWriter, Row, read_rows, read_sent
 from perceiver.tracking.redaction import redact_text, resolve, server_address
 from perceiver.tracking.runs import KEY_TAG, SERVER_S, RunHandle, save_handle
@@ -46,7 +55,7 @@ BACKOFF_S = (1.0, 60.0)
 DOWN_S = 5.0
 SEND_S, UPLOAD_S = 60.0, 1800.0
 METRICS_PER_BATCH, TEXTS_PER_BATCH = 1000, 100
-KEY_CHARACTERS, PARAM_CHARACTERS, TAG_CHARACTERS = 250, 6000, 8000
+KEY_CHARACTERS, PARAM_CHARACTERS = 250, 6000
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page for training, not for agents
 REFUSED = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_STATE")
@@ -54,15 +63,6 @@ REFUSED = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "I
 
 class RefusedError(Exception):
     """MLflow refuses a request permanently."""
-
-
-def import_mlflow() -> Any:
-    """Import MLflow with telemetry and pickle loading off."""
-    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "False"
-    import mlflow
-
-    return mlflow
 
 
 def make_client(uri: str) -> "MlflowClient":
@@ -93,7 +93,7 @@ def open_run(client: "MlflowClient", handle: RunHandle) -> tuple[RunHandle, "Run
     """
     run = None
     if handle.run_id:
-        with _unless("RESOURCE_DOES_NOT_EXIST"):
+        with unless("RESOURCE_DOES_NOT_EXIST"):
             run = client.get_run(handle.run_id)
     if run is None or run.info.lifecycle_stage != "active":
         experiment_id, by_key = _experiment(client, handle), f"tags.`{KEY_TAG}` = '{handle.key}'"
@@ -107,9 +107,18 @@ def open_run(client: "MlflowClient", handle: RunHandle) -> tuple[RunHandle, "Run
     else:
         experiment = client.get_experiment(experiment_id).name
         handle = replace(handle, key=run.data.tags.get(KEY_TAG, handle.key), experiment=experiment)
+        _renew_code_tags(client, run, handle)
     _log_params(client, run, handle.params)
+    log_datasets(client, run, handle)
     created_ms = handle.created_ms or run.info.start_time
     return replace(handle, run_id=run.info.run_id, experiment_id=experiment_id, created_ms=created_ms), run
+
+
+def _renew_code_tags(client: "MlflowClient", run: "Run", handle: RunHandle) -> None:
+    """Set the tags of the code to those of this start; not in a run of another program (MLFLOW_RUN_ID)."""
+    for key in TAGS.values():
+        if KEY_TAG in run.data.tags and handle.tags.get(key, run.data.tags.get(key)) != run.data.tags.get(key):
+            client.set_tag(run.info.run_id, key, handle.tags[key])
 
 
 def _experiment(client: "MlflowClient", handle: RunHandle) -> str:
@@ -119,7 +128,7 @@ def _experiment(client: "MlflowClient", handle: RunHandle) -> str:
         root = (file.absolute().parent / "mlartifacts").as_uri()
     experiment = client.get_experiment_by_name(handle.experiment)
     if experiment is None:
-        with _unless("RESOURCE_ALREADY_EXISTS"):  # another run created it first
+        with unless("RESOURCE_ALREADY_EXISTS"):  # another run created it first
             client.create_experiment(handle.experiment, root, tags=EXPERIMENT_TAGS)
         experiment = client.get_experiment_by_name(handle.experiment)
     if experiment is None or experiment.lifecycle_stage != "active":
@@ -127,17 +136,6 @@ def _experiment(client: "MlflowClient", handle: RunHandle) -> str:
             f"experiment {handle.experiment!r} is deleted; restore it or set tracking.experiment to another"
         )
     return experiment.experiment_id
-
-
-@contextmanager
-def _unless(code: str) -> Iterator[None]:
-    """Ignore one error code of MLflow."""
-    mlflow = import_mlflow()
-    try:
-        yield
-    except mlflow.exceptions.MlflowException as error:
-        if error.error_code != code:
-            raise
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -236,7 +234,7 @@ class RunWriter:
             if not self._refuses(client, error):
                 raise
             if len(metrics) == 1:
-                log.error("MLflow refuses %s of step %d (%s)", metrics[0].key, metrics[0].step, _line(error))
+                log.error("MLflow refuses %s of step %d (%s)", metrics[0].key, metrics[0].step, line(error))
             else:
                 half = len(metrics) // 2
                 self._log_batch(client, metrics[:half])
@@ -251,7 +249,7 @@ class RunWriter:
             except (mlflow.exceptions.MlflowException, FileNotFoundError) as error:
                 if not isinstance(error, FileNotFoundError) and not self._refuses(client, error):
                     raise
-                log.error("MLflow refuses %s (%s)", note, _line(error))
+                log.error("MLflow refuses %s (%s)", note, line(error))
 
     def _send_note(self, client: "MlflowClient", note: Row) -> None:
         run_id = self.handle.run_id
@@ -260,9 +258,9 @@ class RunWriter:
             case {"tag": key, "value": value}:
                 client.set_tag(run_id, clean_key(key), value[:TAG_CHARACTERS])
                 if key == "checkpoint_uri":
-                    _link_checkpoint(client, self.handle, value)
+                    link_checkpoint(client, self.handle, value)
                 if key == "best_checkpoint_uri":
-                    _alias_best(client, self.handle, value)
+                    alias_best(client, self.handle, value)
             case {"artifact": path, "folder": folder} if Path(path).is_dir():
                 client.log_artifacts(run_id, path, folder or None)
             case {"artifact": path, "folder": folder}:
@@ -280,41 +278,6 @@ class RunWriter:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             return False
         return client.get_run(self.handle.run_id).info.lifecycle_stage == "active"
-
-
-def _link_checkpoint(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
-    """Update the external model of the run, which refers to the newest checkpoint."""
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-    assert handle.experiment_id is not None and handle.run_id is not None
-    models = client.search_logged_models([handle.experiment_id], f"source_run_id = '{handle.run_id}'", max_results=1)
-    if models:
-        model = models[0]
-    else:
-        model = client.create_logged_model(handle.experiment_id, name="checkpoint", source_run_id=handle.run_id)
-        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    outputs = client.get_run(handle.run_id).outputs
-    if outputs is None or model.model_id not in [output.model_id for output in outputs.model_outputs]:
-        client.log_outputs(handle.run_id, [LoggedModelOutput(model.model_id, step=0)])
-    client.set_logged_model_tags(model.model_id, {"checkpoint_uri": uri[:TAG_CHARACTERS]})
-
-
-def _alias_best(client: "MlflowClient", handle: RunHandle, uri: str) -> None:
-    """Set the alias `best` of the run's registered model to the best checkpoint.
-
-    Each best checkpoint gets a version with the tag `checkpoint_uri`. The store requires a source for it; nothing
-    is copied there.
-    """
-    assert handle.run_id is not None
-    name = re.sub(r"[^\w\-. ]", "_", f"{handle.experiment}.{handle.name}")
-    with _unless("RESOURCE_ALREADY_EXISTS"):
-        client.create_registered_model(name, description="checkpoints that were the best of this run when saved")
-    found = client.search_model_versions(f"name = '{name}'")
-    version = next((each for each in found if each.tags.get("checkpoint_uri") == uri), None)
-    if version is None:
-        source = f"{client.get_run(handle.run_id).info.artifact_uri}/best-checkpoint"
-        version = client.create_model_version(name, source, handle.run_id, tags={"checkpoint_uri": uri})
-    client.set_registered_model_alias(name, "best", version.version)
 
 
 @contextmanager
@@ -367,7 +330,7 @@ def follow(folder: str, handle: dict[str, Any], node: str | None, close_s: float
             failing.clear()
         except Exception as error:  # noqa: BLE001 - MLflow, its store or the network: try again later
             if failures == 0:
-                log.warning("MLflow does not answer (%s); the record is kept in %s", _line(error), folder)
+                log.warning("MLflow does not answer (%s); the record is kept in %s", line(error), folder)
             failures, down = failures + 1, down or not last
             failing.set()
         if last and (not failures or time.monotonic() - left_at > (min(DOWN_S, close_s) if down else close_s)):
@@ -395,12 +358,7 @@ def answer(handle: RunHandle) -> dict[str, Any]:
         return {"handle": handle.to_json()}
     except Exception as error:  # noqa: BLE001 - whatever fails must become an answer
         refused = isinstance(error, RefusedError) or getattr(error, "error_code", "") in REFUSED
-        return {"refused" if refused else "error": _line(error)}
-
-
-def _line(error: Exception) -> str:
-    """Return an error message in one line, without secrets."""
-    return " ".join(redact_text(str(error)).split())[:500] or repr(error)
+        return {"refused" if refused else "error": line(error)}
 
 
 class _Redacted:

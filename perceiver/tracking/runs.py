@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pydantic import Field
 
 from perceiver.config import Config, Location, Real, UserError, expand_home
 from perceiver.storage import write_whole
+from perceiver.tracking.code import code_tags
 from perceiver.tracking.mlflow_process import ask
 from perceiver.tracking.record import HISTORY, LOG, NOTES, RUN, LineWriter, unsent
 from perceiver.tracking.redaction import flatten, redact, redact_text, resolve, server_address
@@ -26,6 +27,8 @@ from perceiver.tracking.tracker import NullTracker, RecordTracker, Status, Track
 log = logging.getLogger(__name__)
 
 KEY_TAG = "perceiver.run"
+Datasets = Sequence[Mapping[str, str]]
+"""Data sets with the keys name, digest (up to 36 characters), source and profile (JSON), and context ("training")."""
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 SERVER_S = 10.0
 ASK_S = 120.0
@@ -110,6 +113,7 @@ class RunHandle:
         key: the tag `perceiver.run`, which identifies the run in MLflow.
         created_ms: start of the run in milliseconds since the epoch; 0: as in MLflow.
         run_id: None until a server has answered; the first process that reaches the server creates the run.
+        datasets: the data of the run, MLflow's inputs.
         worker_closes: whether the worker, not the driver, records the final status.
     """
 
@@ -123,6 +127,7 @@ class RunHandle:
     artifact_root: Location | None = None
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
+    datasets: Datasets = ()
     system_metrics_interval: float | None = None
     worker_closes: bool = False
 
@@ -157,6 +162,7 @@ def create_run(
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
     changes: Mapping[str, str] | None = None,
+    datasets: Datasets = (),
     resume: RunHandle | str | None = None,
 ) -> RunHandle | None:
     """Create the run, or reopen `resume` (a handle, or an MLflow run id). Called once, by the driver.
@@ -171,6 +177,7 @@ def create_run(
         params: settings, nested or flat; they are flattened and redacted.
         tags: tags in addition to the configured ones.
         changes: tags that are also set if the run is continued.
+        datasets: the data of the run.
         resume: the run to continue; its status becomes RUNNING again.
 
     Returns:
@@ -183,7 +190,9 @@ def create_run(
     if not config.enabled:
         return None
     handle = _new_handle(config, name, output, params, tags)
-    handle = replace(handle, name=os.environ.get("MLFLOW_RUN_NAME") or name)
+    handle = replace(
+        handle, datasets=tuple(redact(dict(each)) for each in datasets), name=os.environ.get("MLFLOW_RUN_NAME") or name
+    )
     if isinstance(resume, RunHandle):
         handle = replace(handle, name=resume.name, key=resume.key, run_id=resume.run_id, created_ms=resume.created_ms)
     elif resume:
@@ -211,6 +220,7 @@ def promise_run(
     output: Path,
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
+    datasets: Datasets = (),
 ) -> RunHandle | None:
     """Return the handle of a run that its worker's tracker creates and closes, so that the driver does not wait for it.
 
@@ -218,7 +228,8 @@ def promise_run(
     """
     if not config.enabled:
         return None
-    handle = replace(_new_handle(config, name, output, params, tags), worker_closes=True)
+    handle = _new_handle(config, name, output, params, tags)
+    handle = replace(handle, datasets=tuple(redact(dict(each)) for each in datasets), worker_closes=True)
     if before := load_handle(output):
         known = {"key": before.key, "run_id": before.run_id, "experiment_id": before.experiment_id}
         handle = replace(handle, **known, created_ms=before.created_ms)
@@ -290,6 +301,7 @@ def _new_handle(
     config: TrackingConfig, name: str, output: Path, params: Mapping[str, Any], tags: Mapping[str, str] | None
 ) -> RunHandle:
     standard = {"mlflow.user": _user(), "mlflow.source.name": "perceiver train", "mlflow.source.type": "LOCAL"}
+    standard |= code_tags()
     return RunHandle(
         uri=config.store_uri(output),
         experiment=config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or name,

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.audio import AudioViewConfig, Samples, Sound, open_sound, sound_clip
-from pipelines.transforms.clip import clip_starts
+from pipelines.transforms.clip import clip_starts, clips_excess, exceeds_clips
 from pipelines.transforms.media import Media, media_sound, open_media
 
 
@@ -21,6 +21,7 @@ class AudioFeature(BaseFeature):
 
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     kind: Literal["audio"] = "audio"
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
@@ -31,6 +32,14 @@ class AudioFeature(BaseFeature):
         """Read the header; return a `Sound`, or a `Media` where libsndfile does not know the format."""
         sound = open_sound(stored or b"", view.clip.max_seconds)
         return sound or open_media(stored, video=False, audio=True, max_seconds=view.clip.max_seconds)
+
+    def exceeds(self, decoded: Any, view: ViewConfig) -> bool:
+        """Return whether the clips of an evaluation are not all of the recording."""
+        return exceeds_clips(decoded.seconds, view.audio.seconds, view.clip)
+
+    def excess(self, view: ViewConfig) -> str:
+        """See `BaseFeature`."""
+        return clips_excess(view.audio.seconds, view.clip)
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Return the samples of a clip (T,); in an evaluation of K clips (K, T)."""

@@ -35,6 +35,11 @@ RngFactory = Callable[[], Generator]
 """Returns the sample's generator. It is made only if needed, since that takes as long as decoding a small image."""
 
 
+def _share_of_training(given: dict[str, Any]) -> float:
+    """Return the default of `eval_crop`: random crops show objects larger, as the papers' centre crop does."""
+    return 0.875 if given["augment"].crop or given["video"].augment.crop else 1.0
+
+
 class ViewConfig(Config):
     """How samples are shown to the model: a part of the recipe's `data:` section."""
 
@@ -42,7 +47,6 @@ class ViewConfig(Config):
         default=None, description="(height, width) in a batch; null: as stored"
     )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training images")
-    eval_crop: Real = Field(default=0.875, ge=0.01, le=1, description="share of a larger image that evaluation shows")
     max_pixels: Count = Field(default=MAX_PIXELS, description="larger images are bad samples")
     text_length: int = Field(default=2048, ge=2, le=1 << 24, description="tokens of a text, which is cut or padded")
     points: PointsViewConfig = Field(
@@ -52,6 +56,13 @@ class ViewConfig(Config):
     video: VideoViewConfig = Field(default=VideoViewConfig(), description="frames, their size and random changes")
     flow: FlowViewConfig = Field(default=FlowViewConfig(), description="random changes to frames and their flow")
     clip: ClipConfig = Field(default=ClipConfig(), description="where clips of recordings start")
+    eval_crop: Real = Field(
+        default_factory=_share_of_training,
+        ge=0.01,
+        le=1,
+        description="share of the shorter side that evaluation shows of an image or frame of another size; default: "
+        "what training saw, 0.875 (the papers') with augment.crop or video.augment.crop, otherwise 1",
+    )
 
 
 class BaseFeature(Config):
@@ -61,6 +72,8 @@ class BaseFeature(Config):
     """Type of its column in a shard."""
     clips: ClassVar[bool] = False
     """Whether an evaluation sample may have several clips; its arrays then have a leading axis of clips."""
+    bounded: ClassVar[bool] = False
+    """Whether a view has a greatest length, so that a part of a longer sample may not be shown."""
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return shape and type of what the feature puts into a batch; for recordings, of one clip.
@@ -84,6 +97,14 @@ class BaseFeature(Config):
         Raises:
             BadSample: it is damaged.
         """
+        raise NotImplementedError
+
+    def exceeds(self, decoded: Any, view: ViewConfig) -> bool:
+        """Return whether an evaluation leaves a part of a decoded sample out: of a text or a recording."""
+        return False
+
+    def excess(self, view: ViewConfig) -> str:
+        """Return what happens to samples that exceed the view, and how to change that; for `pipelines.feed.excess`."""
         raise NotImplementedError
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:

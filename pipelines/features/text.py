@@ -19,6 +19,7 @@ class TextFeature(BaseFeature):
     """One text per sample; in a batch int64 (M,) ids and, as `<name>_mask`, bool (M,), True where there is a token."""
 
     arrow: ClassVar[pa.DataType] = pa.string()
+    bounded: ClassVar[bool] = True
     kind: Literal["text"] = "text"
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
@@ -32,6 +33,17 @@ class TextFeature(BaseFeature):
         if not isinstance(stored, str):
             raise BadSample("invalid UTF-8")
         return stored
+
+    def exceeds(self, decoded: Any, view: ViewConfig) -> bool:
+        """Return whether the text is cut."""
+        return len(decoded.encode()) > view.text_length - 2
+
+    def excess(self, view: ViewConfig) -> str:
+        """See `BaseFeature`."""
+        return (
+            f"longer than data.text_length = {view.text_length:,} tokens (bytes and 2) and cut there: raise it, and "
+            "model.inputs.length with it"
+        )
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Return ids and mask. The task masks words for masked language modelling, on the device."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from perceiver.config import UserError
 from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
-from pipelines.transforms.clip import clip_starts
+from pipelines.transforms.clip import clip_starts, clips_excess, exceeds_clips
 from pipelines.transforms.media import Media, media_sound, open_media
 from pipelines.transforms.video import CentredView, RandomView, video_clips
 
@@ -24,6 +24,7 @@ class VideoFeature(BaseFeature):
 
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     kind: Literal["video"] = "video"
     channels: Channels = Field(default=3, description="channels after decoding: 1 (grey) or 3 (RGB)")
     size: PixelSize | None = Field(default=None, description="(height, width) of all frames; null if they differ")
@@ -39,6 +40,14 @@ class VideoFeature(BaseFeature):
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """Read the header; return a `Media`."""
         return _open(stored, view, video=True, audio=False)
+
+    def exceeds(self, decoded: Any, view: ViewConfig) -> bool:
+        """Return whether the clips of an evaluation are not all of the recording."""
+        return exceeds_clips(decoded.seconds, view.video.seconds, view.clip)
+
+    def excess(self, view: ViewConfig) -> str:
+        """See `BaseFeature`."""
+        return clips_excess(view.video.seconds, view.clip)
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Return the pixels of a clip; in an evaluation of K clips (K, F, C, H, W)."""
@@ -56,6 +65,7 @@ class MediaFeature(BaseFeature):
 
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     kind: Literal["media"] = "media"
     channels: Channels = Field(default=3, description="channels of a frame after decoding: 1 (grey) or 3 (RGB)")
     size: PixelSize | None = Field(default=None, description="(height, width) of all frames; null if they differ")
@@ -77,11 +87,18 @@ class MediaFeature(BaseFeature):
         """Read the header; return a `Media`."""
         return _open(stored, view, video=view.clip.show != "audio", audio=view.clip.show != "video")
 
+    def exceeds(self, decoded: Any, view: ViewConfig) -> bool:
+        """Return whether the clips of an evaluation are not all of the recording."""
+        return exceeds_clips(decoded.seconds, _clip_seconds(view), view.clip)
+
+    def excess(self, view: ViewConfig) -> str:
+        """See `BaseFeature`."""
+        return clips_excess(_clip_seconds(view), view.clip)
+
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Return pixels and samples of a clip; in an evaluation of K clips each with a leading axis of K."""
         keys = self.shapes(name, view, 0)
-        length = max(view.video.seconds if "video" in keys else 0.0, view.audio.seconds if "audio" in keys else 0.0)
-        starts = clip_starts(decoded.seconds, length, view.clip, training, rng)
+        starts = clip_starts(decoded.seconds, _clip_seconds(view), view.clip, training, rng)
         shown: dict[str, NDArray[Any]] = {}
         if "video" in keys:
             shown["video"] = _pixels(decoded, starts, (self.channels, self.size), view, training, rng)
@@ -93,6 +110,12 @@ class MediaFeature(BaseFeature):
 def _open(stored: Any, view: ViewConfig, *, video: bool, audio: bool) -> Media:
     limits = {"max_seconds": view.clip.max_seconds, "max_pixels": view.video.max_pixels}
     return open_media(stored or b"", video=video, audio=audio, **limits)
+
+
+def _clip_seconds(view: ViewConfig) -> float:
+    """Return the length of a clip of the streams that are shown."""
+    of_video, of_audio = view.clip.show != "audio", view.clip.show != "video"
+    return max(view.video.seconds if of_video else 0.0, view.audio.seconds if of_audio else 0.0)
 
 
 def _frames_shape(

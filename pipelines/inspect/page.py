@@ -8,15 +8,16 @@ import numpy as np
 
 from perceiver.config import UserError
 from perceiver.report.figures import SMALL
-from perceiver.report.page import render, size, text
+from perceiver.report.page import CardPart, render, size, text
 from perceiver.storage import write_whole
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.inspection import Inspection, stored_row
-from pipelines.inspect.samples import CardPart, show
+from pipelines.inspect.samples import show
 from pipelines.shards.manifest import Manifest, Split, load_manifest
 from pipelines.shards.reader import Reader
 from pipelines.transforms import BadSample
 
+WIDE_PX, PICTURE_PX = 320, 210
 WIDE = {"text", "audio", "video", "media", "flow"}
 
 
@@ -52,7 +53,7 @@ def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Map
         checked=checked,
         unreadable=sum(split.unreadable for split in splits),
         cards=cards,
-        width=_card_width(manifest),
+        width=card_width(manifest),
     )
     try:
         write_whole(path, page)
@@ -99,9 +100,9 @@ def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> dict[str, A
     return {"place": place, "key": row["key"], "labels": labels, "parts": parts, "problem": "; ".join(problems)}
 
 
-def _card_width(manifest: Manifest) -> int:
+def card_width(manifest: Manifest) -> int:
     """Return the minimum width of a card in pixels: small for pictures, larger for texts and recordings."""
     features = manifest.features.values()
     if any(feature.kind in WIDE for feature in features):
-        return 320
-    return SMALL if any(max(getattr(feature, "size", None) or [SMALL]) < SMALL for feature in features) else 210
+        return WIDE_PX
+    return SMALL if any(max(getattr(feature, "size", None) or [SMALL]) < SMALL for feature in features) else PICTURE_PX

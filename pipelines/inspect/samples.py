@@ -2,7 +2,6 @@
 
 import base64
 import io
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from perceiver.report.figures import image_uri, montage
-from perceiver.report.page import data_uri
+from perceiver.report.page import CardPart, data_uri
 from pipelines.features.audio import clip
 from pipelines.transforms.audio import AudioViewConfig, Sound
 from pipelines.transforms.decode import to_image
@@ -28,21 +27,6 @@ SPECTROGRAM_WIDTH, FLOOR_DB = 320, 80.0
 FRAMES, FRAME_HEIGHT, STRIP_WIDTH = 6, 120, 960
 PLAYABLE, PLAYED_BYTES = {"h264", "vp8", "vp9", "av1"}, 1_000_000
 """Codecs that browsers play; larger videos are shown as frames only."""
-
-
-@dataclass(frozen=True)
-class CardPart:
-    """A picture, strip, audio, video, points or text on the page.
-
-    Attributes:
-        kind: one of these words.
-        content: a data URI; a text itself; for points base64 of int8 x, y, z.
-        note: text below it.
-    """
-
-    kind: str
-    content: str
-    note: str = ""
 
 
 def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:

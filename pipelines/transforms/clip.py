@@ -39,6 +39,27 @@ class ClipConfig(Config):
         return max(1, micro_batch // self.eval_clips)
 
 
+def exceeds_clips(seconds: float, length: float, config: ClipConfig) -> bool:
+    """Return whether the clips of an evaluation leave more than a hundredth of a recording out.
+
+    Args:
+        seconds: length of the recording.
+        length: of a clip, in seconds.
+        config: the number of clips.
+    """
+    return seconds > 1.01 * length * config.eval_clips
+
+
+def clips_excess(length: float, config: ClipConfig) -> str:
+    """Return what happens to recordings that `exceeds_clips`."""
+    clips = f"{config.eval_clips} clips" if config.eval_clips > 1 else "the middle"
+    where = "a random part" if config.jitter is None else f"a part up to {config.jitter:g} s off the middle"
+    return (
+        f"longer than what an evaluation shows, {clips} of {length:.4g} s (training: {where}): raise "
+        "data.clip.eval_clips, whose scores are averaged, or the length of a clip"
+    )
+
+
 def clip_starts(
     seconds: float, length: float, config: ClipConfig, training: bool, random: Callable[[], Generator]
 ) -> NDArray[np.float64]:

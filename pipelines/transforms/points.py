@@ -42,6 +42,8 @@ def normalised(points: Points) -> Points:
 def training_view(points: Points, config: PointsViewConfig, rng: Generator) -> Points:
     """Return a random choice of points: coordinates centred, each scaled at random, normalised.
 
+    If fewer are stored all are shown, as in an evaluation; those that are repeated are chosen at random.
+
     Args:
         points: (n, 3 + features); the features stay as they are.
         config: the number of points, and the range of the scale.
@@ -50,7 +52,10 @@ def training_view(points: Points, config: PointsViewConfig, rng: Generator) -> P
     Returns:
         (count, 3 + features).
     """
-    chosen = points.take(rng.choice(len(points), config.count, len(points) < config.count, shuffle=False), axis=0)
+    rounds, rest = divmod(config.count, len(points))
+    chosen = points.take(rng.choice(len(points), rest, replace=False, shuffle=False), axis=0)
+    if rounds:
+        chosen = np.concatenate([*[points] * rounds, chosen])
     scales = rng.uniform(*config.scale, config.count).astype(np.float32)
     return _with_features(_in_cube(_centred(_centred(chosen[:, :3].T.copy()) * scales)).T, chosen)
 

@@ -42,6 +42,15 @@ def test_training_points_are_a_random_normalised_choice() -> None:
     assert training_view(cloud[:50], PointsViewConfig(count=200), np.random.default_rng(1)).shape == (200, 3)
 
 
+def test_training_shows_every_point_of_a_small_cloud_as_evaluation_does() -> None:
+    """Points drawn with replacement were once 63 % of a cloud of one point too few."""
+    cloud = np.random.default_rng(0).normal(size=(49, 3)).astype(np.float32)
+    for count in (49, 50, 120):
+        config = PointsViewConfig(count=count, scale=(1, 1))
+        for found in (training_view(cloud, config, np.random.default_rng(1)), evaluation_view(cloud, config)):
+            assert len(found) == count and len(np.unique(found, axis=0)) == 49
+
+
 def test_evaluation_points_are_spread_over_the_stored_ones() -> None:
     line = np.stack([np.arange(100), np.zeros(100), np.zeros(100)], axis=1).astype(np.float32)
     view = evaluation_view(line, PointsViewConfig(count=10))

@@ -215,7 +215,8 @@ def _column(name: str, dimension: Any, values: list[Any]) -> figures.Column:
             offered = sorted([*offered, *(v for v in seen if v not in offered)])
         except TypeError:
             offered = [*offered, *(v for v in seen if v not in offered)]
-        labels = list(dict.fromkeys(value_text(value) for value in offered))
+        # A trial of an earlier version may spell an equal value in another way.
+        labels = list(dict.fromkeys(value_text(value) for value in [*offered, *seen]))
         return figures.label_column(name, [None if v is None else value_text(v) for v in values], labels)
     low, high = min(dimension.low, *seen), max(dimension.high, *seen)
     log = isinstance(dimension, LogUniform) or (isinstance(dimension, Int) and dimension.log)

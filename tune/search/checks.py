@@ -11,7 +11,7 @@ from pipelines.feed.ingest import DataConfig, check_files
 from pipelines.shards.manifest import Manifest, load_manifest
 from tune.config import PARAMETERS, Asha, Median, Search
 from tune.report.numbers import value_text, values_text
-from tune.space.space import Values, base_values, impossible, ordered, possible, with_values
+from tune.space.space import Values, base_values, fulfilling, impossible, ordered, with_values
 
 FIXED = {
     "name": "trials are named after the search",
@@ -148,7 +148,7 @@ def _check_key(search: Search, key: str) -> None:
 def _check_value(checker: Checker, base: CheckedModel, key: str, value: Any) -> None:
     """Check one value of a key on the base recipe, with values that fulfil its conditions."""
     search = checker.search
-    condition = _condition(search, key)
+    condition = fulfilling(search.config.space, search.resolved, key)
     try:
         _, model = checker.recipe({**condition, key: value})
     except UserError as error:
@@ -158,17 +158,6 @@ def _check_value(checker: Checker, base: CheckedModel, key: str, value: Any) -> 
             f"space.{key} = {value_text(value)} changes the model, but trials of scheduler.kind = "
             f"{search.config.scheduler.kind} take over each other's weights: remove it, or change the scheduler"
         )
-
-
-def _condition(search: Search, key: str) -> Values:
-    """Return values that fulfil the condition of a key, and the conditions of these values."""
-    found: Values = {}
-    for other, wanted in search.config.space[key].when.items():
-        for place, value in possible(search.config.space, search.resolved, other, wanted).items():
-            if place in search.config.space:
-                found |= _condition(search, place)
-            found[place] = value
-    return found
 
 
 def _reason(checker: Checker, error: UserError) -> str:

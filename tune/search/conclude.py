@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 
 
 def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
-    """Write best recipe, report and the last MLflow entries; print the results; return the exit code."""
+    """Write best recipe, report and the last MLflow entries; print the results; return the exit code.
+
+    The code is 1 if the report could not be written.
+    """
     record = launch.record
     status, best = settle(launch, outcome), record.best()
     recipe = _write_best(launch, best) if best else None
@@ -37,7 +40,8 @@ def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
         _say_results(launch, best, recipe, report, outcome.get("handle"))
     if launch.start.as_json:
         say_json(_facts(launch, status, best, recipe, report, outcome))
-    return say_ending(launch, status, outcome)
+    code = say_ending(launch, status, outcome)
+    return 1 if best and report is None and code == 0 else code
 
 
 def settle(launch: "SearchLaunch", outcome: dict[str, Any]) -> str:
@@ -95,7 +99,7 @@ def _write_best(launch: "SearchLaunch", best: TrialRecord) -> str:
 
 
 def _report(launch: "SearchLaunch") -> str | None:
-    """Write the report; the search does not fail if that fails."""
+    """Write the report; return None if that fails, so that the other results are still written and shown."""
     from tune.report.page import search_page
 
     try:
@@ -110,9 +114,9 @@ def _report(launch: "SearchLaunch") -> str | None:
         )
         launch.folder.write("report.html", page)
         return launch.folder.location("report.html")
-    except Exception:  # noqa: BLE001  a plot that fails must not make a finished search look failed
+    except Exception:  # noqa: BLE001  a plot that fails must not lose the best recipe
         log.exception("cannot write the report")
-        launch.console.say(f"cannot write the report, see {launch.folder.local / 'logs' / 'driver.log'}")
+        launch.console.error(f"cannot write the report, see {launch.folder.local / 'logs' / 'driver.log'}")
         return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from cluster.recipe.placement import Node, connected_nodes
-from cluster.recipe.preflight import data_facts
+from cluster.recipe.preflight import data_facts, tracked_data
 from cluster.recipe.resources import machine_cpus
 from cluster.recipe.resume import check_same_data
 from cluster.record.failures import one_line
@@ -215,7 +215,8 @@ def _search(launch: SearchLaunch) -> dict[str, Any]:
     folder, recipe = launch.folder, launch.search.recipe
     _say_header(launch)
     params = {"search": launch.search.config.model_dump(mode="json"), "base": recipe.model_dump(mode="json")}
-    run = Tracked(launch.tracking, params, _source_tag(launch))
+    datasets = tracked_data(recipe.data, load_data(recipe.data))
+    run = Tracked(launch.tracking, params, _source_tag(launch), datasets=datasets)
     with ray_and_mlflow(recipe.cluster, folder, run, launch.background, launch.console.say) as (session, handle):
         if handle is not None:
             launch.tracker = open_tracker(handle, folder.local, system_metrics_node="")

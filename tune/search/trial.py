@@ -21,13 +21,14 @@ import ray
 import ray.tune
 
 from cluster.recipe.config import build_recipe
-from cluster.recipe.preflight import data_facts
+from cluster.recipe.preflight import data_facts, tracked_data
 from cluster.record.run_folder import RunFolder
 from cluster.run.driver import POLLED, Fit
 from cluster.run.metrics import RunMetrics, ray_export
 from cluster.run.monitor import ActorClient, ActorMonitor, Event, LocalMonitor, Monitor
 from cluster.run.trainer import Share, build_local_trainer, build_trainer
 from perceiver.config import UserError
+from perceiver.tracking.code import code_facts
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, promise_run, reconcile
 from pipelines.feed.ingest import load_data
@@ -152,7 +153,9 @@ class TrialTraining:
         if not self.folder.facts():
             self.folder.set_aside_record()
         self.folder.write("recipe.yaml", json.dumps(tree, indent=1))  # JSON is YAML
-        self.folder.note(values=self.values, status="running", data=asdict(data_facts(self.recipe.data, manifest)))
+        data = asdict(data_facts(self.recipe.data, manifest))
+        self.folder.note(values=self.values, status="running", data=data, code=code_facts())
+        self.datasets = tracked_data(self.recipe.data, manifest)
         self.handle = self._handle()
         self.monitor: Monitor = LocalMonitor() if plan.here else ActorMonitor()
         build = build_local_trainer if plan.here else build_trainer
@@ -171,7 +174,8 @@ class TrialTraining:
     def _handle(self) -> RunHandle | None:
         config = self.plan.tracking
         tags = {**self.plan.tags, **({"perceiver.row": self.label} if self.label else {})}
-        return promise_run(config, self.name, output=self.folder.local, params=self.values, tags=tags)
+        known = {"params": self.values, "tags": tags, "datasets": self.datasets}
+        return promise_run(config, self.name, output=self.folder.local, **known)
 
     def next_result(self) -> dict[str, Any]:
         """Wait for the next evaluation or the end.

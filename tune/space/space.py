@@ -154,7 +154,9 @@ Space = dict[str, Dimension]
 
 
 def as_number(value: Any) -> Any:
-    """Convert text such as '1e-3', a string in YAML, to a number; return other values unchanged."""
+    """Convert text such as '1e-3', a string in YAML, to a number, also in lists; return other values unchanged."""
+    if isinstance(value, list):
+        return [as_number(part) for part in value]
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
@@ -234,6 +236,17 @@ def possible(space: Space, base: Mapping[str, Any], key: str, wanted: Sequence[A
         if fitting:
             return {section: fitting[0]}
     return {}
+
+
+def fulfilling(space: Space, base: Mapping[str, Any], key: str) -> Values:
+    """Return values that fulfil the condition of a key, and the conditions of these values."""
+    found: Values = {}
+    for other, wanted in space[key].when.items():
+        for place, value in possible(space, base, other, wanted).items():
+            if place in space:
+                found |= fulfilling(space, base, place)
+            found[place] = value
+    return found
 
 
 def sample(space: Space, base: Mapping[str, Any], draw: Draw) -> Values:

@@ -4,10 +4,19 @@ from typing import Any
 
 import pytest
 
-from cluster.recipe.preflight import check_inputs
+from cluster.recipe.inputs import check_inputs
 from perceiver.config import UserError
 from perceiver.factory import model_config
-from pipelines.features import AudioFeature, Feature, ImageFeature, LabelFeature, MediaFeature
+from pipelines.features import (
+    AudioFeature,
+    Feature,
+    FlowFeature,
+    ImageFeature,
+    LabelFeature,
+    MediaFeature,
+    TextFeature,
+    VideoFeature,
+)
 from pipelines.features.base import ViewConfig
 from pipelines.feed.ingest import DataConfig
 from pipelines.shards.manifest import Manifest, ShardInfo, Split
@@ -24,20 +33,20 @@ DATA: dict[str, Any] = {
 BOTH = {"kind": "multimodal", "modalities": {"sound": MEL, "video": VIDEO}}
 
 
-def check(feature: Feature, inputs: dict[str, Any], **changes: Any) -> None:
+def check(feature: Feature, inputs: dict[str, Any], trained: bool = False, **changes: Any) -> None:
     """Check a model with these inputs against data of one feature."""
     data = DataConfig(**{**DATA, **changes})
     splits = {"train": Split(shards=(ShardInfo(name="a", rows=1, rows_per_group=1, bytes=9),))}
     features = {"x": feature, "label": LabelFeature()}
     manifest = Manifest(name="x", features=features, splits=splits, licence="", source="")
-    kind = feature.kind if feature.kind in ("image", "audio") else "x"
+    kind = feature.kind if feature.kind in ("image", "audio", "text", "video") else "x"
     shapes = {
         key: shape
         for key, (shape, _) in feature.shapes(
             kind, ViewConfig(audio=data.audio, video=data.video, clip=data.clip), 0
         ).items()
     }
-    check_inputs(model_config({"kind": "perceiver", "inputs": inputs}), shapes, data, manifest)
+    check_inputs(model_config({"kind": "perceiver", "inputs": inputs}), shapes, data, manifest, trained=trained)
 
 
 def test_matching_data_pass() -> None:
@@ -67,6 +76,31 @@ def test_matching_data_pass() -> None:
 def test_other_data_are_refused(feature: Feature, inputs: Any, changes: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         check(feature, inputs, **changes)
+
+
+@pytest.mark.parametrize(
+    "feature, inputs, changes, fix",
+    [
+        (ImageFeature(channels=1, size=(8, 8)), {"kind": "image", "size": [8, 8]}, {}, "--option channels=3"),
+        (
+            ImageFeature(channels=3, size=(9, 8)),
+            {"kind": "image", "size": [8, 8]},
+            {},
+            r"set data.image_size to \[8, 8\]$",
+        ),
+        (AudioFeature(), {**MEL, "samples": 8000}, {}, "set data.audio.samples to 8000$"),
+        (AudioFeature(), {**MEL, "rate": 48_000}, {}, "set data.audio.rate to 48000$"),
+        (TextFeature(), {"kind": "text", "length": 64}, {}, "set data.text_length to 64$"),
+        (VideoFeature(channels=1), VIDEO, {}, "--option channels=3"),
+        (VideoFeature(), {**VIDEO, "frames": 4}, {}, "set data.video to the same$"),
+        (FlowFeature(channels=1, size=(16, 16)), {"kind": "flow_frames", "size": [16, 16]}, {}, "--option channels=3"),
+    ],
+)
+def test_of_a_trained_model_only_the_data_can_change(feature: Feature, inputs: Any, changes: Any, fix: str) -> None:
+    """The advice was once to set model.inputs.channels of a model with its weights."""
+    with pytest.raises(UserError, match=fix) as caught:
+        check(feature, inputs, trained=True, **changes)
+    assert "set model." not in str(caught.value) and "set it" not in str(caught.value)
 
 
 def test_a_model_that_resizes_accepts_any_size() -> None:

@@ -62,7 +62,7 @@ def test_recipes_fit_the_data_of_their_source(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("flow", "data.image_size=[368, 504]", "3 x 368 x 504.*data.image_size"),
+        ("flow", "data.image_size=[368, 504]", "come as 368 x 504.*data.image_size"),
         ("flow", "task.kind=masked_language", "task.kind = 'masked_language' .*'text'.* flow"),
         ("mlm_bytes", "data.text_length=2050", "model.inputs.length = 2048.*data.text_length = 2050"),
         ("modelnet40", "task.kind=flow", "task.kind = 'flow' .*'flow'.* points, label"),

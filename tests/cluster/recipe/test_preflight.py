@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from cluster.recipe.config import build_recipe
-from cluster.recipe.preflight import check
+from cluster.recipe.preflight import check, tracked_data
 from cluster.recipe.resources import ClusterConfig, machine_cpus, worker_cpus
 from cluster.record.run_folder import RunFolder, find_run, named_run, new_run
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from perceiver.train.checkpoint.store import Snapshot
+from pipelines.prepare import prepare
+from pipelines.shards.manifest import load_manifest
 from tests.perceiver.train.toy import toy_engine
 
 
@@ -78,6 +80,23 @@ def test_a_task_that_does_not_fit_the_labels(tree: dict[str, Any]) -> None:
     tree["task"] = {"kind": "tagging"}
     message = refused(tree)
     assert "task.kind = 'tagging'" in message and "task.kind=classification" in message
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "wanted"),
+    [
+        ({"kind": "multitask", "tasks": {"hue": 1.0}}, {}, "needs 'label_hue'"),
+        ({"kind": "autoencoding", "weights": {"video": 1.0}}, {}, "needs 'video'"),
+        ({"kind": "autoencoding", "weights": {"label": 1.0}}, {}, "model.kind = 'perceiver' is a classifier"),
+        ({"kind": "classification"}, {"preset": "perceiver_io_flow"}, "model.decoder.kind = 'flow'"),
+    ],
+)
+def test_a_task_without_its_targets_or_its_decoder(
+    task: dict[str, Any], model: dict[str, Any], wanted: str, tree: dict[str, Any]
+) -> None:
+    """A multitask run once started and failed at its first batch."""
+    tree["task"], tree["model"] = task, model or tree["model"]
+    assert wanted in refused(tree)
 
 
 def test_an_unknown_metric_of_the_best_checkpoint(tree: dict[str, Any]) -> None:
@@ -166,3 +185,39 @@ def test_resuming_with_another_batch_or_seed(tree: dict[str, Any]) -> None:
     tree["seed"] = 7
     message = refused(tree, resume=True)
     assert "seed = 7" in message and "seed=0" in message
+
+
+def test_samples_that_are_not_shown_whole_are_noted(tree: dict[str, Any], tmp_path: Path) -> None:
+    raw = tmp_path / "raw" / "train.txt"
+    raw.parent.mkdir()
+    raw.write_text("\n\n".join(["short", "a text of thirty letters or more"] * 10))
+    (raw.parent / "test.txt").write_text("short")
+    prepare("text", str(raw.parent), str(tmp_path / "text"))
+    tree["data"] = {"url": str(tmp_path / "text"), "text_length": 20}
+    tree["model"], tree["task"] = {"preset": "perceiver_io_mlm_bytes"}, {"kind": "masked_language"}
+    found = check(build_recipe(tree), RunFolder(tree["output"], "small-001"), resume=False)
+    assert len(found.notes) == 1 and "50%" in found.notes[0] and "data.text_length = 20" in found.notes[0]
+
+
+def test_the_data_as_inputs_of_a_run(tree: dict[str, Any], tmp_path: Path) -> None:
+    """One entry for each split; the same digest in another place, another one for other content; no secret."""
+    recipe = build_recipe(tree)
+    manifest = load_manifest(recipe.data.url)
+    held_out, trained = tracked_data(recipe.data, manifest)
+    assert (held_out["context"], trained["context"]) == ("evaluation", "training")
+    assert held_out["digest"] != trained["digest"] and len(trained["digest"]) == 36
+    elsewhere = recipe.data.model_copy(update={"url": "s3://id:hunter2@bucket/x"})
+    copied = tracked_data(elsewhere, manifest.model_copy(update={"name": "copy", "licence": "other"}))
+    assert [each["digest"] for each in copied] == [held_out["digest"], trained["digest"]]
+    assert "hunter2" not in str(copied)
+    other = manifest.model_copy(update={"classes": ("light", "dark")})
+    assert tracked_data(recipe.data, other)[1]["digest"] != trained["digest"]
+    same = recipe.data.model_copy(update={"eval_split": "train"})
+    assert [each["context"] for each in tracked_data(same, manifest)] == ["training"]
+
+
+def test_a_default_that_depends_on_a_wrong_key_is_no_second_mistake(tree: dict[str, Any]) -> None:
+    tree["data"]["augment"] = 3
+    with pytest.raises(UserError, match=r"data\.augment = 3") as caught:
+        build_recipe(tree)
+    assert "more" not in str(caught.value)

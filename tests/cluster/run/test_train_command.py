@@ -99,6 +99,9 @@ def test_a_job_from_start_to_end(unbroken: tuple[Path, dict[str, Any], str]) -> 
     assert tracked.data.tags["checkpoint_uri"].endswith("step-00000060")
     assert tracked.data.metrics["eval/accuracy"] == pytest.approx(outcome["evaluation"]["accuracy"])
     assert "Traceback" not in output
+    assert tracked.data.tags["perceiver.version"] == json.loads((folder / "run.json").read_text())["code"]["version"]
+    contexts = [found.tags[0].value for found in tracked.inputs.dataset_inputs]
+    assert sorted(contexts) == ["evaluation", "training"]
 
     code, output = run(tmp_path, tree, "--resume")
     assert code == 0 and "small-001 is finished (step 60)" in output and "train.epochs" in output

@@ -114,16 +114,25 @@ def test_the_card_states_licence_and_limits_also_where_the_data_cannot_be_read(t
 
 
 @pytest.mark.slow
-def test_onnx_of_a_run_has_a_free_batch_and_the_same_outputs(tmp_path):
+def test_onnx_of_a_run_has_a_free_batch_and_the_same_outputs(tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     source, model = run_folder(tmp_path / "run", SMALL)
+    facts = {"name": "shapes", "licence": "ODbL", "source": "a friend", "classes": ["round", 'a "square"\n```']}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"data": facts}))
     written = export(source, "onnx", tmp_path / "out")
     assert written["max_difference"] <= written["tolerance"] and written["inputs"] == {"image": ["batch", 1, 8, 8]}
+    assert written["dtypes"] == {"image": "uint8"}
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
     pixels = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
     (got,) = session.run(None, {"image": pixels.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), model(pixels).detach(), rtol=1e-4, atol=1e-5)
-    assert "could not be read at export" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| `image` | uint8 | batch, 1, 8, 8 | pixels of 0 to 255" in card and "divided by 255 give a wrong" in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path / "out")
+    shown: list[str] = []
+    exec(code, {"print": shown.append})
+    assert shown[0] in facts["classes"]
 
 
 def test_a_transformers_folder_there_and_back(tmp_path):
@@ -137,6 +146,53 @@ def test_a_transformers_folder_there_and_back(tmp_path):
         torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
     again = load_model(str(tmp_path / "out"))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def sharded(folder: Path) -> tuple[Any, Path]:
+    """Write a transformers folder of several shards; return our model and the index."""
+    transformers = pytest.importorskip("transformers")
+    source, model = run_folder(folder / "run", WORDS)
+    export(source, "transformers", folder / "one")
+    theirs = transformers.PerceiverForMaskedLM.from_pretrained(folder / "one")
+    theirs.save_pretrained(folder / "many", max_shard_size="20KB")
+    assert not (folder / "many" / "model.safetensors").exists()
+    return model, folder / "many" / "model.safetensors.index.json"
+
+
+def test_a_transformers_folder_of_shards(tmp_path):
+    """Such a folder was once refused as pickled weights."""
+    model, index = sharded(tmp_path)
+    again = load_model(str(index.parent)).state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+    places = json.loads(index.read_text())["weight_map"]
+    name, shard = next(iter(places.items()))
+
+    def refused(tree: Any) -> str:
+        index.write_text(json.dumps(tree))
+        with pytest.raises(UserError) as caught:
+            open_weights(str(index.parent))
+        return str(caught.value)
+
+    for strange in ("../one/model.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors", 3, "pickle.bin"):
+        assert repr(strange) in refused({"weight_map": {**places, name: strange}})
+    (index.parent / "link.safetensors").symlink_to(tmp_path / "one" / "model.safetensors")
+    assert "link" in refused({"weight_map": {**places, name: "link.safetensors"}})
+    assert "none.safetensors is missing" in refused({"weight_map": {**places, name: "none.safetensors"}})
+    assert "no tensor other" in refused({"weight_map": {**places, "other": shard}})
+    for tree in ([], {}, {"weight_map": []}):
+        assert "weight_map" in refused(tree)
+    index.unlink()
+    assert "no weights" in refused_without(index.parent)
+    (index.parent / "pytorch_model.bin").write_bytes(b"")
+    assert "pickled weights (pytorch_model.bin)" in refused_without(index.parent)
+
+
+def refused_without(folder: Path) -> str:
+    """Return the message for a folder without safetensors."""
+    with pytest.raises(UserError) as caught:
+        open_weights(str(folder))
+    return str(caught.value)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -60,6 +61,10 @@ def test_a_registered_model_answers_requests_as_the_run_does(tmp_path, images, m
     written = export(source, "--to", str(tmp_path / "out"), "--register", "digits")
     assert "MLFLOW_TRACKING_URI" not in os.environ, "later runs would go to another store"
     assert written["inputs"] == {"image": ["batch", 1, 8, 8]} and written["registered"]["version"] == 1
+    assert "divided by 255 give a wrong result" in (tmp_path / "out" / "README.md").read_text()
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "out"))
+    with pytest.raises(mlflow.exceptions.MlflowException, match="uint8"):
+        loaded.predict({"image": np.zeros((1, 1, 8, 8), np.float32)})
     version = MlflowClient(tracking_uri=store).get_model_version("digits", "1")
     assert version.run_id == json.loads((tmp_path / "run" / "run.json").read_text())["mlflow_run"]
     kept = {path.suffix for path in (tmp_path / "artifacts").rglob("*") if path.is_file()}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perceiver.report.figures import attention_map, learning_curves, picture, series, smooth
+from perceiver.report.page import CardPart
 from perceiver.report.run import (
     ReportData,
     average_precision,
@@ -86,6 +87,38 @@ def test_a_full_report_is_self_contained_and_has_every_section() -> None:
     for name in names:
         Image.open(io.BytesIO(files[f"figures/{name}"])).verify()
     assert len(files["per_class.csv"].decode().splitlines()) == 11
+
+
+def test_examples_are_named_by_their_keys_and_may_be_of_any_kind() -> None:
+    data = full(60)
+    keys = {int(number): f"train/cats/{number}.png" for number in np.asarray(data.sample_ids)}
+    found = page(replace(data, keys=keys))
+    shown = [word for tag, word in found.texts if tag == "bdi"]
+    assert shown and set(shown) <= set(keys.values()) and not [word for word in found.words if word.startswith("#")]
+    assert {row["title"].split()[-1] for row in found.all("small") if row.get("class") == "key"} <= set(keys.values())
+
+    parts = {number: [CardPart("text", "<b>a text</b>", "8 characters")] for number in keys}
+    found = page(replace(data, images={}, attention=None, keys=keys, parts=parts, card_width=320))
+    assert "<b>a text</b>" in found.words and found.count("script") == 0
+    assert [row for row in found.all("div") if row.get("style") == "--card:320px"]
+    sound = [CardPart("strip", "data:image/png;base64,"), CardPart("audio", "data:audio/flac;base64,")]
+    found = page(replace(data, images={}, attention=None, parts=dict.fromkeys(keys, sound)))
+    assert found.count("audio") and found.fetched() == []
+    cloud = [CardPart("points", "AAAA")]
+    assert page(replace(data, images={}, attention=None, parts=dict.fromkeys(keys, cloud))).count("script") == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "wide", "tall"),
+    [(8, "a long name", False, 8), (12, "a long name", True, 12), (10, "", True, 0)],
+)
+def test_a_confusion_matrix_of_many_classes_has_the_width_of_the_page(
+    classes: int, names: str, wide: bool, tall: int
+) -> None:
+    """With 25 classes, the most of a table, rows of 34 pixels and a name of 9 em fit into 1,080."""
+    found = page(replace(full(300, classes), class_names=[f"{names}{index}" for index in range(classes)]))
+    assert bool([row for row in found.all("div") if row.get("style") == "--column:100%"]) == wide
+    assert sum(row.get("class") == "tall" for row in found.all("th")) == tall
 
 
 def test_only_a_name_and_a_history_are_needed() -> None:

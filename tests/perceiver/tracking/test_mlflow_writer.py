@@ -2,18 +2,26 @@
 
 import json
 import math
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import numpy as np
 import pytest
+import torch
+import yaml
 
+from perceiver.config import UserError
+from perceiver.export.checkpoint_model import CheckpointModel
 from perceiver.tracking import mlflow_writer
 from perceiver.tracking.mlflow_writer import RefusedError, RunWriter, clean_key, make_client, open_run
 from perceiver.tracking.record import HISTORY, NOTES, SENT, SYSTEM, LineWriter, unsent
 from perceiver.tracking.runs import RunHandle, load_handle
+from tests.perceiver.export.test_formats import SMALL, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +219,47 @@ def test_the_newest_and_the_best_checkpoint(store: str, client: Any, tmp_path: P
     version = client.get_model_version_by_alias("direct.best of", "best")
     assert version.tags["checkpoint_uri"] == "s3://bucket/step-300"
     assert (int(version.version), version.run_id) == (2, run.info.run_id)
+
+
+def test_the_best_checkpoint_is_loaded_from_the_registry(store: str, client: Any, tmp_path: Path) -> None:
+    """The version refers to the checkpoint, which is read when the model is loaded; here the run's folder."""
+    source, model = run_folder(tmp_path / "run", SMALL)
+    tree = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump({**tree, "task": {"kind": "classification"}}))
+    record(tmp_path, NOTES, {"tag": "best_checkpoint_uri", "value": source})
+    send(tmp_path, new_handle(store, name="loaded"))
+    api: Any = mlflow
+    api.set_tracking_uri(store)
+    try:
+        loaded = api.pyfunc.load_model("models:/direct.loaded@best")
+    finally:
+        api.set_tracking_uri(None)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(pixels)).softmax(1)
+    for image in (pixels, pixels.tolist(), pixels.astype(np.int64)):
+        np.testing.assert_allclose(loaded.predict({"image": image})["probability"], wanted, rtol=1e-5, atol=1e-7)
+    for wrong in (pixels / 255, pixels.astype(int) * 2, pixels[:, :, :5], pixels.astype(int) - 300):
+        with pytest.raises(ValueError, match="image"):
+            loaded.predict({"image": wrong})
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="nothing"):
+        CheckpointModel(source)
+
+
+def test_data_and_code_are_inputs_and_tags_of_a_run(store: str, client: Any) -> None:
+    data = {"name": "digits train", "digest": "0" * 36, "source": "{}", "profile": "{}", "context": "training"}
+    tags = {"mlflow.source.git.commit": "1" * 40, "perceiver.git.dirty": "true"}
+    handle, _ = open_run(client, new_handle(store, datasets=[data], tags=tags))
+    handle, _ = open_run(client, replace(handle, tags={**tags, "perceiver.git.dirty": "false"}))
+    run = client.get_run(handle.run_id)
+    (found,) = run.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == (data["name"], data["digest"])
+    assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "training"}
+    assert run.data.tags["perceiver.git.dirty"] == "false", "a resumed run has the code of its last start"
+    foreign = client.create_run(handle.experiment_id, tags={"mlflow.source.git.commit": "theirs"})
+    open_run(client, new_handle(store, run_id=foreign.info.run_id, tags=tags))
+    assert client.get_run(foreign.info.run_id).data.tags["mlflow.source.git.commit"] == "theirs"
 
 
 def test_a_store_that_this_machine_does_not_have_is_not_made(tmp_path: Path) -> None:

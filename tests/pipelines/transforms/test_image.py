@@ -293,3 +293,26 @@ def test_transforms_know_neither_ray_nor_torch() -> None:
     ):
         text = (folder / name).read_text()
         assert "import torch" not in text and "\nimport ray" not in text, name
+
+
+@pytest.mark.parametrize("side", [56, 29, 20])
+@pytest.mark.parametrize("augment", [{}, {"flip": True}, {"shift": 2, "rotate": 10, "scale": [0.9, 1.1]}])
+def test_without_random_crops_evaluation_shows_what_training_shows(side: int, augment: dict[str, object]) -> None:
+    """Grey pictures of 56 x 56 were once trained on whole and evaluated by their inner 87.5 %."""
+    picture = np.random.default_rng(side).integers(0, 256, (side, side + 4, 1), dtype=np.uint8)
+    view = ViewConfig.model_validate({"image_size": [28, 28], "augment": augment})
+    still = view.model_copy(update={"augment": AugmentConfig()})
+    seen, judged = (
+        ImageFeature(channels=1).show("image", picture, shown, training, partial(np.random.default_rng, 0))["image"]
+        for shown, training in ((still, True), (view, False))
+    )
+    assert (seen == judged).all()
+
+
+def test_the_share_that_evaluation_shows_follows_the_random_crop() -> None:
+    crop = {"augment": {"crop": {}}}
+    assert ViewConfig().eval_crop == 1.0
+    assert ViewConfig.model_validate(crop).eval_crop == 0.875
+    assert ViewConfig.model_validate({"video": crop}).eval_crop == 0.875
+    assert ViewConfig.model_validate({**crop, "eval_crop": 0.9}).eval_crop == 0.9
+    assert ViewConfig.model_validate(ViewConfig().model_dump(mode="json")).eval_crop == 1.0

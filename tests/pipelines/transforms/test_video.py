@@ -275,3 +275,9 @@ def test_clips_go_through_shards_and_batches_and_count_once(tmp_path: Path) -> N
     assert tuple(batches[0]["audio"].shape) == (2, 3, 2560) and batches[0]["audio"].dtype == torch.int16
     assert torch.cat([batch["valid"] for batch in batches]).tolist() == [True, True, True, False, True, False]
     assert batches[0]["video"][0, 2, 3, 0, 0, 0] == 245
+
+
+def test_without_random_crops_evaluation_shows_what_training_shows() -> None:
+    """The real video, resized; a clip without jitter is in the middle."""
+    stored, how = real_video(), view(frames=2, size=(36, 64), jitter=0)
+    assert (shown(VideoFeature(), stored, how, True)["video"] == shown(VideoFeature(), stored, how)["video"]).all()

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.tune.searches import load, record, trial, write_search
 from tune.config import Asha
 from tune.report.numbers import short_keys
 from tune.report.page import search_page
+from tune.search import conclude
 from tune.search.conclude import best_recipe
 from tune.search.console import SearchConsole, news_line
 from tune.search.dry_run import estimate, kept_share, say_estimate
@@ -201,3 +203,29 @@ def test_keys_and_times_in_words() -> None:
     assert short_keys(["optim.lr", "model.a.lr", "seed"]) == ["optim.lr", "a.lr", "seed"]
     assert short_keys(["optim.lr", "model.latents"]) == ["lr", "latents"]
     assert [duration(s) for s in (5, 65, 3700)] == ["0:05", "1:05", "1:01:40"]
+
+
+def test_the_report_has_every_spelling_of_a_list(tmp_path: Path, tree: dict[str, Any]) -> None:
+    """The page once failed on a base value of [16.0, 16.0] next to a choice of [16, 16]."""
+    key = "model.inputs.positions.max_resolution"
+    tree["overrides"] = {key: [16, 16]}
+    tree["space"] = {key: {"kind": "choice", "values": [[16, 16], [8, 8]]}}
+    search = load(tmp_path, tree)
+    values = ([16.0, 16.0], [8.0, 8.0], [16, 16])
+    found = record(*(trial(n, "finished", 0.5 + n / 10, values={key: value}) for n, value in enumerate(values)))
+    assert "[8.0, 8.0]" in Page(search_page("hunt-001", found, search)).text
+
+
+def test_a_lost_report_is_in_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch: Any = SimpleNamespace(record=some_trials(), start=SimpleNamespace(as_json=False))
+    for name, result in {
+        "settle": "finished",
+        "_write_best": "best.yaml",
+        "finish_run": None,
+        "_say_results": None,
+    }.items():
+        monkeypatch.setattr(conclude, name, lambda *_, result=result: result)
+    for code, report, wanted in ((0, "report.html", 0), (0, None, 1), (130, None, 130)):
+        monkeypatch.setattr(conclude, "_report", lambda *_, report=report: report)
+        monkeypatch.setattr(conclude, "say_ending", lambda *_, code=code: code)
+        assert conclude.conclude(launch, {"status": "finished"}) == wanted

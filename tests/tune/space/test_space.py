@@ -9,7 +9,7 @@ import pytest
 from perceiver.config import UserError
 from tests.tune.searches import load
 from tune.search.checks import check_search
-from tune.space.samplers import OptunaSampler, RandomDraw, grid, known_trials
+from tune.space.samplers import OptunaSampler, RandomDraw, grid, known_trials, recorded
 from tune.space.space import base_values, flatten_space, sample, with_values
 
 
@@ -143,3 +143,33 @@ def test_values_are_set_in_a_copy_and_a_value_is_no_section() -> None:
 def test_a_space_may_be_written_nested() -> None:
     tree = {"optim": {"lr": {"kind": "grid", "values": [1]}}, "model.latents": {"kind": "int", "low": 1, "high": 2}}
     assert [key for key, _ in flatten_space(tree)] == ["optim.lr", "model.latents"]
+
+
+def test_choices_are_spelled_as_the_recipe_spells_them(tmp_path: Path, tree: dict[str, Any]) -> None:
+    """The base recipe's [16.0, 16.0] is one of [16, 16] and [8, 8]; sections stay as they are written."""
+    key = "model.inputs.positions.max_resolution"
+    tree["overrides"] = {key: [16, 16]}
+    tree["space"] = {
+        key: {"kind": "choice", "values": [[16, 16], ["8e0", 8], [16.0, 16]]},
+        "optim.betas": {"kind": "choice", "values": [["9e-1", 0.99]], "when": {"optim.kind": "adamw"}},
+        "optim": {"kind": "choice", "values": [{"kind": "sgd"}, {"kind": "adamw", "lr": 1}]},
+        "train.epochs": {"kind": "choice", "values": [1, 2.5]},
+        "data.augment": {"kind": "choice", "values": [None, {"flip": True}]},
+    }
+    search = load(tmp_path, tree)
+    space = {name: dimension.model_dump()["values"] for name, dimension in search.config.space.items()}
+    assert space[key] == [[16.0, 16.0], [8.0, 8.0]] and all(isinstance(n, float) for pair in space[key] for n in pair)
+    assert space["optim.betas"] == [[0.9, 0.99]]
+    assert space["optim"] == [{"kind": "sgd"}, {"kind": "adamw", "lr": 1}]
+    assert [type(value) for value in space["train.epochs"]] == [float, float]
+    assert space["data.augment"] == [None, {"flip": True}]
+    values = base_values(search.config.space, search.resolved)
+    assert recorded({**values, "optim": {"kind": "sgd"}, "data.augment": None}, {key: search.config.space[key]}, {})
+
+
+def test_values_that_no_recipe_takes_are_left_for_the_checks(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["space"] = {"optim.lr": {"kind": "choice", "values": ["fast", 0.1]}}
+    search = load(tmp_path, tree)
+    assert search.config.space["optim.lr"].extremes() == ["fast", 0.1]
+    with pytest.raises(UserError, match=r"space\.optim\.lr = fast"):
+        check_search(search)

@@ -1,0 +1,103 @@
+"""The report of a run shows samples of any kind with the keys of the data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cluster.predict.outputs import parquet
+from cluster.recipe.config import Recipe, build_recipe
+from cluster.record.run_folder import RunFolder
+from cluster.run.report import build_report, read_samples
+from perceiver.storage import open_folder
+from perceiver.train.checkpoint.store import CheckpointStore
+from pipelines.features import AudioFeature, Feature, LabelFeature, LabelsFeature, PointsFeature, TextFeature
+from pipelines.shards.arrow import ShardWriter
+from pipelines.shards.manifest import Manifest, Split, arrow_schema, load_manifest, save_manifest
+from tests.perceiver.report.pages import Page
+from tests.pipelines.recordings import sound_file
+
+KINDS: dict[str, tuple[Feature, Any]] = {
+    "text": (TextFeature(), lambda n: f"the words of {n}"),
+    "audio": (AudioFeature(), lambda n: sound_file(np.full(800, n, np.int16), 8000)),
+    "points": (PointsFeature(), lambda n: np.random.default_rng(n).normal(size=(20, 3)).astype("<f4").tobytes()),
+}
+
+
+def written(folder: Path, kind: str, tree: dict[str, Any], label: Feature, count: int = 6) -> tuple[Recipe, Manifest]:
+    """Write data of one kind with two classes; return a recipe of it."""
+    feature, make = KINDS[kind]
+    target, features = open_folder(str(folder / "data")), {kind: feature, "label": label}
+    rows = [
+        {"key": f"{kind}/{n}.raw", kind: make(n), "label": n % 2 if label.kind == "label" else [n % 2]}
+        for n in range(count)
+    ]
+    with ShardWriter(target, "a.arrow", arrow_schema(features), 2) as writer:
+        writer.write(rows)
+        shard = writer.close()
+    assert shard is not None
+    splits = {"test": Split(shards=(shard,))}
+    save_manifest(
+        Manifest(name="x", features=features, classes=("no", "yes"), splits=splits, licence="", source=""), target
+    )
+    tree["data"] = {"url": str(folder / "data"), "executor": "inline"}
+    return build_recipe(tree), load_manifest(str(folder / "data"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """Return a run's folder with a checkpoint's history."""
+    monkeypatch.setattr(CheckpointStore, "steps", lambda self: [1])
+    monkeypatch.setattr(
+        CheckpointStore, "history", lambda self, step: json.dumps({"step": 1, "train/loss": 1.0}) + "\n"
+    )
+    (tmp_path / "runs").mkdir()
+    return RunFolder(str(tmp_path / "runs"), "small-001")
+
+
+def predict(folder: RunFolder, **columns: Any) -> None:
+    folder.write("predictions/part-00000.parquet", parquet(pa.table(columns)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mistakes_of_every_kind_are_shown_with_their_keys(
+    kind: str, folder: RunFolder, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe, manifest = written(tmp_path, kind, tree, LabelFeature())
+    predict(
+        folder,
+        sample_id=list(range(6)),
+        label=[0, 1] * 3,
+        prediction=[0, 1, 1, 1, 0, 1],
+        probability=[[0.5, 0.5]] * 6,
+    )
+    build_report(recipe, folder, manifest, {}, {})
+    found = Page((folder.local / "report" / "index.html").read_text())
+    assert sorted(word for tag, word in found.texts if tag == "bdi") == [f"{kind}/{n}.raw" for n in range(6)]
+    assert len([row for row in found.all("figure") if row.get("class") == "card wrong"]) == 1
+    what = {"text": lambda: "the words of 2" in found.words, "audio": lambda: found.count("audio") == 6}
+    assert what.get(kind, lambda: found.count("canvas") == 6)()
+
+
+def test_a_tagging_run_has_a_table_of_its_classes(folder: RunFolder, tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["task"] = {"kind": "tagging"}
+    recipe, manifest = written(tmp_path, "text", tree, LabelsFeature())
+    labels = [[1.0, 0.0], [0.0, 1.0]] * 3
+    predict(folder, sample_id=list(range(6)), label=labels, prediction=[[True, False]] * 6, probability=labels)
+    build_report(recipe, folder, manifest, {}, {})
+    assert (folder.local / "report" / "per_class.csv").read_text().splitlines()[1].startswith("no,1.0,1.0,1.0,3")
+
+
+def test_images_are_shown_as_the_model_reads_them(tree: dict[str, Any]) -> None:
+    """The last sample of a split, too; a damaged one is left out by its id."""
+    tree["data"]["image_size"] = [6, 6]
+    recipe = build_recipe(tree)
+    manifest = load_manifest(recipe.data.url)
+    last = manifest.split("test").samples - 1
+    found = read_samples(recipe, manifest, {0, last})
+    assert sorted(found) == [0, last]
+    for sample in found.values():
+        assert sample.image is not None and sample.image.shape == (6, 6, 1) and sample.key.endswith(".png")
