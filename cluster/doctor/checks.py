@@ -306,9 +306,9 @@ def check_workers(setup: Setup) -> Result:
     if setup.recipe is None:
         return OK, "no recipe given", ""
     wanted = f"cluster.workers = {setup.cluster.workers}"
-    if setup.nodes or setup.cluster.resolved_address():
-        return OK, f"{wanted}, on the cluster's nodes", ""
     try:
+        if setup.nodes or setup.cluster.resolved_address():
+            return OK, f"{wanted}, on the cluster's nodes", ""
         cpus, gpus = preflight.check_machine(setup.recipe)
     except UserError as error:
         return as_result(FAIL, error)
