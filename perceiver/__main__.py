@@ -38,7 +38,7 @@ def main() -> None:
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f": see {context.command_path} --help" if context else ""
-        say(f"error: {error.format_message().rstrip('.')}{hint}", err=True)
+        say(f"error: {' '.join(error.format_message().split()).rstrip('.')}{hint}", err=True)
         code = error.exit_code
     except Exception as error:  # noqa: BLE001  a bug of ours: the traceback is shown on request only
         if os.environ.get("PERCEIVER_TRACEBACK"):

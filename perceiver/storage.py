@@ -29,7 +29,7 @@ import fsspec
 import pydantic_core
 from pydantic import AfterValidator, Field, ValidationError
 
-from perceiver.config import Config, Real, Seconds, UserError
+from perceiver.config import NO_CHAINS, Config, Real, Seconds, UserError
 
 READ_ONLY = {"data", "git", "github", "gist", "http", "https", "libarchive", "reference", "tar"}
 """File systems to which nothing can be written."""
@@ -368,8 +368,8 @@ def open_url(url: str, options: Mapping[str, str] | None = None) -> tuple[Any, s
         options: storage options; a value `$NAME` is taken from the environment.
 
     Raises:
-        UserError: it is empty, no URL, of an unknown protocol, or one whose driver is not installed or refuses it; or
-            an option names an unset variable.
+        UserError: it is empty, no URL, a chain of URLs (`zip://a::s3://b`), of an unknown protocol, or one whose driver
+            is not installed or refuses it; or an option names an unset variable.
     """
     text, resolved = os.fspath(url), resolve_options(options or {})
     try:
@@ -377,6 +377,8 @@ def open_url(url: str, options: Mapping[str, str] | None = None) -> tuple[Any, s
             raise ValueError("it is empty" if not text else "it has a zero byte")
         if re.match(r"\w+://[^/]*\[", text):
             raise ValueError("fsspec takes no IPv6 addresses: use a host name")
+        if "::" in text:
+            raise ValueError(NO_CHAINS)
         fs, path = fsspec.core.url_to_fs(text, **resolved)
         return fs, str(path)
     except Exception as error:  # noqa: BLE001  each driver raises its own types for arguments that it lacks

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-
 from perceiver.config import PLAIN_NAME, UserError
 from perceiver.export.facts import FACTS, parse_facts
 from perceiver.storage import (
@@ -22,6 +20,7 @@ from perceiver.storage import (
     first_line,
     is_local,
     open_folder,
+    open_url,
     with_retries,
     write_whole,
 )
@@ -68,7 +67,7 @@ class RunFolder:
         Raises:
             UserError: the file cannot be written.
         """
-        fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
+        fs, path = open_url(self.location(*part.split("/")))
         try:
             retried(fs, f"writing {self.location(part)}", lambda: write_whole(path, data, fs))
         except OSError as error:
@@ -82,7 +81,7 @@ class RunFolder:
         Raises:
             UserError: it is a folder, FIFO or device, a link that leaves the run's folder, or not UTF-8.
         """
-        fs, folder = fsspec.core.url_to_fs(self.url)
+        fs, folder = open_url(self.url)
         try:
             return retried(fs, f"reading {self.location(part)}", lambda: _text(fs, existing_file(fs, folder, part)))
         except (IsADirectoryError, UnicodeDecodeError, NotRegularError) as error:

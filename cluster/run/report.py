@@ -4,7 +4,6 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 
@@ -12,6 +11,7 @@ from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import RunFolder
 from perceiver.factory import attention_maps, build_model
 from perceiver.report.run import ReportData, choose_examples, run_report
+from perceiver.storage import open_url
 from perceiver.tracking.redaction import redact
 from perceiver.train.hooks import History
 from pipelines.feed.ingest import EvalShare, eval_batches
@@ -58,7 +58,7 @@ def read_predictions(folder: RunFolder) -> dict[str, np.ndarray]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fs, root = fsspec.core.url_to_fs(folder.location("predictions"))
+    fs, root = open_url(folder.location("predictions"))
     parts = sorted(fs.glob(f"{root}/part-*.parquet"))
     if not parts:
         return {}
@@ -98,7 +98,7 @@ def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: li
     import safetensors.torch
 
     model = build_model(recipe.model, classes=len(manifest.classes))
-    fs, path = fsspec.core.url_to_fs(folder.location("model.safetensors"))
+    fs, path = open_url(folder.location("model.safetensors"))
     model.load_state_dict(safetensors.torch.load(fs.cat_file(path)))
     model.eval()
     grid = getattr(getattr(model, "inputs", None), "grid", None)
