@@ -1,6 +1,7 @@
 """`perceiver` and `python -m perceiver`: signals, the command line, and the exit code of each end."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ def main() -> None:
         from perceiver.environment import bypass_proxies, use_utf8
         from perceiver.tracking.printable import say
 
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of a driver's tasks that nobody awaits
         use_utf8()
         bypass_proxies()
     except KeyboardInterrupt:

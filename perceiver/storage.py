@@ -35,6 +35,8 @@ READ_ONLY = {"data", "git", "github", "gist", "http", "https", "libarchive", "re
 """File systems to which nothing can be written."""
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+NETWORK = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"}
+"""Packages whose errors tell that a store does not answer, unless drivers turn them into those of files."""
 REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
 BLOCK_BYTES = 8 << 20
 """Blocks in which a whole remote file is read."""
@@ -74,6 +76,19 @@ def escaped(text: str) -> str:
 def is_refusal(error: BaseException) -> bool:
     """Return whether a store has refused access, so that a retry cannot help."""
     return isinstance(error, PermissionError) or type(error).__name__ in REFUSALS
+
+
+def is_unanswered(error: BaseException) -> bool:
+    """Return whether a store has not answered: there is no connection, it broke, or the time is over."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    lost = isinstance(error, ConnectionError | TimeoutError | ReadError) or bool(packages & NETWORK)
+    return lost and not isinstance(error, BrokenPipeError) and not is_refusal(error)
+
+
+def raise_unanswered(error: Exception) -> None:
+    """Raise the error of a store that does not answer again; any other error concerns one file."""
+    if is_unanswered(error):
+        raise error
 
 
 def safe_name(name: str) -> str:
@@ -191,7 +206,12 @@ def cache_folder(*parts: str) -> Path:
 
 
 def unusable_file(error: Exception) -> str | None:
-    """Return a line about a file that cannot be used for want of permission or space; None for other errors."""
+    """Return a line about a file that cannot be used for want of permission, space or an answer; None for others."""
+    if is_unanswered(error):
+        return (
+            f"a store or server does not answer ({first_line(error)}): check the network, then run the same command "
+            "again, which continues where it can"
+        )
     if not isinstance(error, OSError) or error.errno not in _UNUSABLE:
         return None
     if error.filename is None:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, share, shuffled_units, source_folder
@@ -49,6 +49,7 @@ class ImageFolder:
             try:
                 yield {"key": name, "image": folder.fs.cat_file(folder.file(name)), "label": label}
             except OSError as error:
+                raise_unanswered(error)
                 yield Rejected(name, f"unreadable file: {type(error).__name__}")
 
 

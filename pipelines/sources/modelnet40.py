@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, first_line, open_folder
+from perceiver.storage import Folder, first_line, open_folder, raise_unanswered
 from pipelines.features import LabelFeature, PointsFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
 from pipelines.sources._common import base_name, find_files, item_seed, number, shuffled_units, source_folder
@@ -57,6 +57,7 @@ class ModelNet40:
                     points = rows.read(name) if _hdf5.is_row(name) else self._points(folder, name, content)
                     yield {"key": name, "points": points.tobytes(), "label": label}
                 except (BadSample, OSError) as error:
+                    raise_unanswered(error)
                     yield Rejected(name, str(error))
 
     @staticmethod

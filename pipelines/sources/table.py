@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, first_line, open_folder
+from perceiver.storage import Folder, first_line, open_folder, raise_unanswered
 from pipelines.features import ImageFeature, LabelFeature, TextFeature
 from pipelines.shards.parquet import row_key
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
@@ -61,6 +61,7 @@ class TableSource:
             try:
                 table = _read(folder, name, group, columns)
             except (OSError, pa.ArrowException) as error:
+                raise_unanswered(error)
                 reason = first_line(error, 120)
                 yield from (
                     Rejected(row_key(name, group, row), f"unreadable row group: {reason}") for row in range(rows)
