@@ -405,6 +405,8 @@ def open_url(url: str, options: Mapping[str, str] | None = None) -> tuple[Any, s
         reason = (
             f"lacks what its driver needs ({first_line(error)})" if isinstance(error, TypeError) else first_line(error)
         )
+        if login := re.match(r"[\w+]+://[^/@]*?:([^@]+)@", text):  # which the driver may quote in another form
+            reason = reason.replace(login[1], "***")
         raise UserError(
             f"cannot open {text!r} ({reason}): wanted a path, or a URL such as s3://, gs://, abfs://, file:// or http://"
             " that fsspec can open (for s3:// install perceiver-train[s3])"

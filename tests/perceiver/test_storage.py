@@ -25,6 +25,7 @@ from perceiver.storage import (
     unusable_file,
     write_whole,
 )
+from perceiver.tracking.redaction import redact_text
 from perceiver.train.checkpoint.store import CheckpointStore
 
 CONTENT = bytes(range(256)) * (3 * MAPPED_BYTES // 256)
@@ -92,6 +93,16 @@ URLS = ("", "a\0b", "foo://x", "reference://x", "jlab://x", "generic://x", "http
 def test_a_url_that_cannot_be_opened_is_one_line(url: str) -> None:
     with pytest.raises(UserError, match="cannot open .*wanted a path, or a URL"):
         open_url(url)
+
+
+def test_a_driver_s_reason_does_not_quote_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(url: str, **_: object) -> None:
+        raise ValueError("no /repos/me/hunter2/git")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
+    with pytest.raises(UserError) as caught:
+        open_url("github://me:hunter2@c")
+    assert "hunter2" not in redact_text(str(caught.value))
 
 
 @pytest.mark.parametrize(
