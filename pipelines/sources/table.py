@@ -16,15 +16,14 @@ import pyarrow.parquet as pq
 from perceiver.config import UserError
 from perceiver.storage import Folder, first_line, open_folder, raise_unanswered
 from pipelines.features import ImageFeature, LabelFeature, TextFeature
-from pipelines.shards.parquet import row_key
+from pipelines.shards.parquet import MAX_BYTES, row_key
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, channels, find_files, numbered_classes, source_folder, split_of
 
 OPTIONS = ("image", "text", "label", "classes", "channels")
 
 MAX_ROWS = 10_000_000
-MAX_BYTES = 4 << 30
-"""Limits of a row group, which is read as a whole."""
+"""Limit of a row group, which is read as a whole; that of its bytes is `MAX_BYTES`."""
 
 GroupLocation = tuple[str, int, int]
 """A file relative to the source folder, a row group, and its rows."""
