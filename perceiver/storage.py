@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -153,6 +153,10 @@ def existing_file(fs: Any, folder: str, name: str) -> str:
                 raise NotRegularError(f"{name} is a link to a file outside its folder")
     except (FileNotFoundError, NotADirectoryError):
         return path  # Reading it reports that.
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            raise
+        raise NotRegularError(f"{name} is a link to itself") from None
     if not stat.S_ISREG(mode):
         raise NotRegularError(f"{name} is {NOT_REGULAR}")
     return path
@@ -291,9 +295,16 @@ def check_regular(path: str | Path) -> None:
     Raises:
         UserError: it is a folder, device, FIFO or socket, or a link to one.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise UserError(f"{path} is {NOT_REGULAR}: it is not overwritten; give another path")
+    try:
+        regular = stat.S_ISREG(Path(path).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        regular = False  # a link to itself
+    if not regular:
+        raise UserError(f"{path} is {NOT_REGULAR}: it is not overwritten; give another path")
 
 
 def file_sha256(path: str | Path, fs: Any = None) -> str:
