@@ -86,8 +86,9 @@ class FakeEngine:
         self.note("save")
         (folder / f"state-{self.rank:05d}.bin").write_bytes(bytes(SAVE_BYTES))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> int:
         """Load nothing: nothing was saved."""
+        return 0
 
     def weights(self) -> Any:
         """Return the weights that the model began with, on rank 0."""

@@ -1,6 +1,7 @@
 """`perceiver` and `python -m perceiver`: signals, the command line, and the exit code of each end."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ def main() -> None:
         from perceiver.environment import bypass_proxies, use_utf8
         from perceiver.tracking.printable import say
 
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of a driver's tasks that nobody awaits
         use_utf8()
         bypass_proxies()
     except KeyboardInterrupt:
@@ -38,7 +40,7 @@ def main() -> None:
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f": see {context.command_path} --help" if context else ""
-        say(f"error: {error.format_message().rstrip('.')}{hint}", err=True)
+        say(f"error: {' '.join(error.format_message().split()).rstrip('.')}{hint}", err=True)
         code = error.exit_code
     except Exception as error:  # noqa: BLE001  a bug of ours: the traceback is shown on request only
         if os.environ.get("PERCEIVER_TRACEBACK"):

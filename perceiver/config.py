@@ -99,7 +99,12 @@ Name = Annotated[str, Field(pattern=rf"^{PLAIN_NAME}$", max_length=100)]
 """The first part of a folder's name."""
 
 
+NO_CHAINS = "chained URLs such as zip://a::s3://b are not supported, unpack or copy the files first"
+
+
 def _parseable(url: str) -> str:
+    if "::" in url and "[" not in url:
+        raise ValueError(NO_CHAINS)
     try:
         if "://" in url:
             _ = urlsplit(url).port

@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -29,12 +29,14 @@ import fsspec
 import pydantic_core
 from pydantic import AfterValidator, Field, ValidationError
 
-from perceiver.config import Config, Real, Seconds, UserError, expand_home
+from perceiver.config import NO_CHAINS, Config, Real, Seconds, UserError, expand_home
 
 READ_ONLY = {"data", "git", "github", "gist", "http", "https", "libarchive", "reference", "tar"}
 """File systems to which nothing can be written."""
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+NETWORK = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"}
+"""Packages whose errors tell that a store does not answer, unless drivers turn them into those of files."""
 REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
 BLOCK_BYTES = 8 << 20
 """Blocks in which a whole remote file is read."""
@@ -74,6 +76,19 @@ def escaped(text: str) -> str:
 def is_refusal(error: BaseException) -> bool:
     """Return whether a store has refused access, so that a retry cannot help."""
     return isinstance(error, PermissionError) or type(error).__name__ in REFUSALS
+
+
+def is_unanswered(error: BaseException) -> bool:
+    """Return whether a store has not answered: there is no connection, it broke, or the time is over."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    lost = isinstance(error, ConnectionError | TimeoutError | ReadError) or bool(packages & NETWORK)
+    return lost and not isinstance(error, BrokenPipeError) and not is_refusal(error)
+
+
+def raise_unanswered(error: Exception) -> None:
+    """Raise the error of a store that does not answer again; any other error concerns one file."""
+    if is_unanswered(error):
+        raise error
 
 
 def safe_name(name: str) -> str:
@@ -138,6 +153,10 @@ def existing_file(fs: Any, folder: str, name: str) -> str:
                 raise NotRegularError(f"{name} is a link to a file outside its folder")
     except (FileNotFoundError, NotADirectoryError):
         return path  # Reading it reports that.
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            raise
+        raise NotRegularError(f"{name} is a link to itself") from None
     if not stat.S_ISREG(mode):
         raise NotRegularError(f"{name} is {NOT_REGULAR}")
     return path
@@ -191,7 +210,12 @@ def cache_folder(*parts: str) -> Path:
 
 
 def unusable_file(error: Exception) -> str | None:
-    """Return a line about a file that cannot be used for want of permission or space; None for other errors."""
+    """Return a line about a file that cannot be used for want of permission, space or an answer; None for others."""
+    if is_unanswered(error):
+        return (
+            f"a store or server does not answer ({first_line(error)}): check the network, then run the same command "
+            "again, which continues where it can"
+        )
     if not isinstance(error, OSError) or error.errno not in _UNUSABLE:
         return None
     if error.filename is None:
@@ -271,9 +295,16 @@ def check_regular(path: str | Path) -> None:
     Raises:
         UserError: it is a folder, device, FIFO or socket, or a link to one.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise UserError(f"{path} is {NOT_REGULAR}: it is not overwritten; give another path")
+    try:
+        regular = stat.S_ISREG(Path(path).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        regular = False  # a link to itself
+    if not regular:
+        raise UserError(f"{path} is {NOT_REGULAR}: it is not overwritten; give another path")
 
 
 def file_sha256(path: str | Path, fs: Any = None) -> str:
@@ -368,8 +399,8 @@ def open_url(url: str, options: Mapping[str, str] | None = None) -> tuple[Any, s
         options: storage options; a value `$NAME` is taken from the environment.
 
     Raises:
-        UserError: it is empty, no URL, of an unknown protocol, or one whose driver is not installed or refuses it; or
-            an option names an unset variable.
+        UserError: it is empty, no URL, a chain of URLs (`zip://a::s3://b`), of an unknown protocol, or one whose driver
+            is not installed or refuses it; or an option names an unset variable.
     """
     text, resolved = os.fspath(url), resolve_options(options or {})
     try:
@@ -377,12 +408,16 @@ def open_url(url: str, options: Mapping[str, str] | None = None) -> tuple[Any, s
             raise ValueError("it is empty" if not text else "it has a zero byte")
         if re.match(r"\w+://[^/]*\[", text):
             raise ValueError("fsspec takes no IPv6 addresses: use a host name")
+        if "::" in text:
+            raise ValueError(NO_CHAINS)
         fs, path = fsspec.core.url_to_fs(text, **resolved)
         return fs, str(path)
     except Exception as error:  # noqa: BLE001  each driver raises its own types for arguments that it lacks
         reason = (
             f"lacks what its driver needs ({first_line(error)})" if isinstance(error, TypeError) else first_line(error)
         )
+        if login := re.match(r"[\w+]+://[^/@]*?:([^@]+)@", text):  # which the driver may quote in another form
+            reason = reason.replace(login[1], "***")
         raise UserError(
             f"cannot open {text!r} ({reason}): wanted a path, or a URL such as s3://, gs://, abfs://, file:// or http://"
             " that fsspec can open (for s3:// install perceiver-train[s3])"

@@ -18,7 +18,7 @@ from cluster.recipe.resources import machine_cpus
 from cluster.runtime.hardware import Device
 from cluster.runtime.local import set_quiet_environment
 from perceiver.config import Config, Count, NonNegative, Positive, Real, UserError
-from perceiver.storage import cache_folder, write_whole
+from perceiver.storage import cache_folder, refusing, write_whole
 from pipelines.feed.ingest import load_data
 
 TIMEOUT_S = 300
@@ -165,10 +165,8 @@ def calibrate(recipe: Recipe, workers: int, seconds: float = SECONDS) -> Calibra
     load_data(recipe.data)
     if "://" in recipe.output:
         raise UserError(f"--calibrate measures writing to a local folder; output = {recipe.output}: set output= to one")
-    try:
+    with refusing(recipe.output, "set output= to a writable folder"):
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {recipe.output} ({error.strerror}): set output= to a writable folder") from None
     most = torch.cuda.device_count() if torch.cuda.is_available() else machine_cpus()
     found = _rehearse(recipe, min(workers, most), seconds)
     before = load_calibration(recipe, this_device())

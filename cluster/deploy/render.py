@@ -23,7 +23,7 @@ from cluster.jobs.submit import job_words, training
 from cluster.recipe.config import Recipe
 from cluster.run.metrics import FIGURES
 from perceiver.config import UserError
-from perceiver.storage import write_whole
+from perceiver.storage import refusing, write_whole
 from perceiver.train.engine.deepspeed_config import read_config
 
 KINDS = {
@@ -180,10 +180,8 @@ def write(files: Mapping[str, str], folder: str) -> list[Path]:
     written = []
     for name, text in files.items():
         path = Path(folder) / name
-        try:
+        with refusing(str(path), "choose another -o FOLDER"):
             write_whole(path, text)
-        except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror}): choose another -o FOLDER") from None
         written.append(path)
     return written
 

@@ -24,7 +24,7 @@ from cluster.recipe.resources import SHARED_MEMORY, ClusterConfig, machine_cpus
 from cluster.runtime.local import check_reachable, socket_folder, token_file
 from perceiver.config import UserError
 from perceiver.environment import ENGINES, proxies, unsupported_libraries, unsupported_python
-from perceiver.storage import cache_folder, first_line, is_local, write_whole
+from perceiver.storage import cache_folder, first_line, is_local, open_url, write_whole
 from perceiver.tracking.redaction import redact_text, resolve, server_address
 from perceiver.tracking.runs import TrackingConfig
 from pipelines.feed.ingest import check_files
@@ -306,9 +306,9 @@ def check_workers(setup: Setup) -> Result:
     if setup.recipe is None:
         return OK, "no recipe given", ""
     wanted = f"cluster.workers = {setup.cluster.workers}"
-    if setup.nodes or setup.cluster.resolved_address():
-        return OK, f"{wanted}, on the cluster's nodes", ""
     try:
+        if setup.nodes or setup.cluster.resolved_address():
+            return OK, f"{wanted}, on the cluster's nodes", ""
         cpus, gpus = preflight.check_machine(setup.recipe)
     except UserError as error:
         return as_result(FAIL, error)
@@ -330,11 +330,9 @@ def check_recipe_and_data(setup: Setup) -> Result:
 
 def check_output(setup: Setup) -> Result:
     """Write, read and delete a small file in the output folder."""
-    import fsspec
-
     shown = redact_text(setup.output)
     try:
-        fs, path = fsspec.core.url_to_fs(f"{setup.output.rstrip('/')}/.doctor-{uuid.uuid4().hex}")
+        fs, path = open_url(f"{setup.output.rstrip('/')}/.doctor-{uuid.uuid4().hex}")
         parent = path.rsplit("/", 1)[0]
         made = not fs.exists(parent)
         write_whole(path, b"doctor", fs)
@@ -342,8 +340,8 @@ def check_output(setup: Setup) -> Result:
         fs.rm_file(path)
         if made and is_local(fs):
             fs.rmdir(parent)
-    except ImportError as error:
-        return FAIL, f"{shown}: {error}", "pip install 'perceiver-train[s3]'"
+    except UserError as error:
+        return as_result(FAIL, error)
     except Exception as error:  # noqa: BLE001  each store raises its own
         reason = redact_text(first_line(error, 120))
         return FAIL, f"{shown}: {reason}", "set output= to a writable folder or URL; check its credentials"

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from perceiver.environment import DISTRIBUTION, installed_version
 from perceiver.train.engine.deepspeed_config import DeepSpeedConfig, read_config
 
 OURS = ("perceiver", "pipelines", "cluster", "tune")
+MOST_FOLDERS = 20_000
 LIMIT_BYTES = 100 * 1024 * 1024
 """The dashboard's limit, which is also Ray's limit for a working directory."""
 
@@ -161,12 +163,13 @@ def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], 
     kept: list[Path] = []
     secret: list[str] = []
     lost: list[Path] = []
-    seen: set[Path] = set()
+    visits = itertools.count(1)
 
-    def visit(place: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...]) -> None:
-        if (real := place.resolve()) in seen:
+    def visit(place: Path, rules: tuple[tuple[Path, GitIgnoreSpec], ...], above: frozenset[Path]) -> None:
+        if (real := place.resolve()) in above:
             return  # a link to a folder above
-        seen.add(real)
+        if next(visits) > MOST_FOLDERS:
+            raise ValueError(f"more than {MOST_FOLDERS:,} folders, those behind links included")
         for name in ignore_files:
             if (place / name).is_file():
                 # Names of files that are not UTF-8 are read alike.
@@ -181,15 +184,15 @@ def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], 
             if _may_be_secret(path, folder) or path.is_symlink() and path.exists() and _leads_astray(path, home):
                 secret.append(str(path.relative_to(folder)))
             elif path.is_dir():
-                visit(path, rules)
+                visit(path, rules, above | {real})
             elif path.is_file() and os.access(path, os.R_OK):
                 kept.append(path)
             else:
                 lost.append(path)
 
     try:
-        visit(folder, ((folder, GitIgnoreSpec.from_lines(excludes)),))
-    except (OSError, ValueError) as error:
+        visit(folder, ((folder, GitIgnoreSpec.from_lines(excludes)),), frozenset())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--working-dir {folder} cannot be read ({error}): repair it or leave it out") from None
     if lost:
         what = "is a broken link" if lost[0].is_symlink() else "cannot be read"

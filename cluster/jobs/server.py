@@ -1,9 +1,11 @@
 """The job server of a cluster: its address, token and version are checked, and its errors become one line."""
 
 import contextlib
+import logging
 import os
 import socket
 import ssl
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -142,17 +144,19 @@ def _http_url(address: str) -> str:
         return address.rstrip("/")
     elif not server_address(address, "--address")[1]:
         raise UserError(f"--address {display_url(address)}: has no port, wanted http://HOST:8265 or ray://HOST:10001")
-    check_reachable(address)
+    fix = "set --address to its dashboard, http://HEAD:8265"
+    check_reachable(address, fix)
+    for name in ("RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S"):
+        os.environ.setdefault(name, "3")  # for each of three attempts; read by Ray's import
     from ray.dashboard.utils import get_address_for_submission_client
 
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    logging.getLogger("ray.client_builder").setLevel(logging.WARNING)
     try:
-        return get_address_for_submission_client(address)
+        with warnings.catch_warnings(action="ignore"):
+            return get_address_for_submission_client(address)
     except Exception as error:  # noqa: BLE001  Ray raises whatever its client meets
-        raise UserError(
-            f"no Ray cluster answers at {display_url(address)} ({_reason(error)}): set --address to its dashboard, "
-            "http://HEAD:8265"
-        ) from None
+        raise UserError(f"no Ray cluster answers at {display_url(address)} ({_reason(error)}): {fix}") from None
 
 
 def check_listening(url: str) -> None:

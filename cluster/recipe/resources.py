@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from perceiver.config import Config, Real, Resource, UserError
+from perceiver.tracking.redaction import redact_text
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_STORE_MB, STORE_MB = 80, 400
@@ -87,8 +88,19 @@ class ClusterConfig(Config):
         return min(wanted, free * 9 // 10) if free > STORE_MB else wanted
 
     def resolved_address(self) -> str | None:
-        """Return the address to connect to, or None for a local Ray instance."""
-        return self.address or os.environ.get("RAY_ADDRESS") or None
+        """Return the address to connect to, or None for a local Ray instance.
+
+        Raises:
+            UserError: it is a URL. Ray Client (`ray://`) runs no training, and a dashboard takes jobs.
+        """
+        address = self.address or os.environ.get("RAY_ADDRESS") or None
+        if address and "://" in address:
+            raise UserError(
+                f"{'cluster.address' if self.address else 'RAY_ADDRESS'}={redact_text(address)}: wanted HOST:PORT of "
+                "the cluster, such as HEAD:6379; from outside the cluster use perceiver submit --address "
+                "http://HEAD:8265"
+            )
+        return address
 
 
 def machine_cpus() -> int:

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 from pydantic import Field, ValidationError
 
 from perceiver.config import Config, UserError
@@ -28,6 +27,7 @@ from perceiver.storage import (
     StrictNumber,
     existing_file,
     is_local,
+    open_url,
     parse_json,
     write_whole,
 )
@@ -101,7 +101,7 @@ class LeaseFile:
     url: str
 
     def __post_init__(self) -> None:
-        self.fs, folder = fsspec.core.url_to_fs(self.url.rstrip("/"))
+        self.fs, folder = open_url(self.url.rstrip("/"))
         self.folder, self.path = folder, f"{folder}/{FILE}"
         self.local = is_local(self.fs)
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-
 from perceiver.config import PLAIN_NAME, UserError
 from perceiver.export.facts import FACTS, parse_facts
 from perceiver.storage import (
@@ -23,6 +21,7 @@ from perceiver.storage import (
     first_line,
     is_local,
     open_folder,
+    open_url,
     with_retries,
     write_whole,
 )
@@ -59,7 +58,7 @@ class RunFolder:
         """
         if "://" not in self.url:
             return Path(self.url)
-        fs, path = fsspec.core.url_to_fs(self.url)
+        fs, path = open_url(self.url)
         if is_local(fs):
             return Path(path)
         return cache_folder("runs", f"{self.name}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}")
@@ -79,7 +78,7 @@ class RunFolder:
         Raises:
             UserError: the file cannot be written.
         """
-        fs, path = fsspec.core.url_to_fs(self.location(*part.split("/")))
+        fs, path = open_url(self.location(*part.split("/")))
         try:
             retried(fs, f"writing {self.location(part)}", lambda: write_whole(path, data, fs))
         except OSError as error:
@@ -93,7 +92,7 @@ class RunFolder:
         Raises:
             UserError: it is a folder, FIFO or device, a link that leaves the run's folder, or not UTF-8.
         """
-        fs, folder = fsspec.core.url_to_fs(self.url)
+        fs, folder = open_url(self.url)
         try:
             return retried(fs, f"reading {self.location(part)}", lambda: _text(fs, existing_file(fs, folder, part)))
         except (IsADirectoryError, UnicodeDecodeError, NotRegularError) as error:
@@ -101,12 +100,12 @@ class RunFolder:
 
     def exists(self, part: str) -> bool:
         """Return whether a file exists."""
-        fs, path = fsspec.core.url_to_fs(self.location(part))
+        fs, path = open_url(self.location(part))
         return retried(fs, f"looking for {self.location(part)}", lambda: fs.exists(path))
 
     def remove(self, part: str, keep: Collection[str]) -> None:
         """Delete the files in a folder of the run but those of some names."""
-        fs, path = fsspec.core.url_to_fs(self.location(part))
+        fs, path = open_url(self.location(part))
         for name in set(entry_names(fs, path)) - set(keep):
             fs.rm(f"{path}/{name}")
 

@@ -11,13 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
-
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, for_workers
 from cluster.record.run_folder import RunFolder, retried
 from cluster.run.monitor import ActorClient, ActorMonitor
 from perceiver.config import UserError
-from perceiver.storage import first_line
+from perceiver.storage import first_line, open_url
 from perceiver.train.hooks import Scored
 
 log = logging.getLogger(__name__)
@@ -156,7 +154,7 @@ def write_score(folder: RunFolder, scored: Scored) -> None:
 
 def read_scores(folder: RunFolder) -> dict[int, Mapping[str, float]]:
     """Return the metrics of asynchronous evaluations in a run's folder, by step."""
-    fs, root = fsspec.core.url_to_fs(folder.location(FOLDER))
+    fs, root = open_url(folder.location(FOLDER))
 
     def read() -> list[dict[str, Any]]:
         fs.invalidate_cache()

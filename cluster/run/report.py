@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 
@@ -14,6 +13,7 @@ from cluster.record.run_folder import RunFolder
 from perceiver.factory import attention_maps, build_model
 from perceiver.report.page import CardPart
 from perceiver.report.run import ReportData, choose_examples, run_report
+from perceiver.storage import open_url
 from perceiver.tracking.redaction import redact
 from perceiver.train.hooks import History
 from pipelines.feed.ingest import DataConfig, sample_spec
@@ -71,7 +71,7 @@ def read_predictions(folder: RunFolder) -> dict[str, np.ndarray]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fs, root = fsspec.core.url_to_fs(folder.location("predictions"))
+    fs, root = open_url(folder.location("predictions"))
     parts = sorted(fs.glob(f"{root}/part-*.parquet"))
     if not parts:
         return {}
@@ -143,7 +143,7 @@ def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: li
     import safetensors.torch
 
     model = build_model(recipe.model, classes=len(manifest.classes))
-    fs, path = fsspec.core.url_to_fs(folder.location("model.safetensors"))
+    fs, path = open_url(folder.location("model.safetensors"))
     model.load_state_dict(safetensors.torch.load(fs.cat_file(path)))
     model.eval()
     grid = getattr(getattr(model, "inputs", None), "grid", None)

@@ -315,9 +315,15 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, span: Span,
 
 
 def restore(engine: Engine, store: CheckpointStore, step: int) -> None:
-    """Load the checkpoint of a step; every rank calls this."""
+    """Load the checkpoint of a step; every rank calls this.
+
+    Raises:
+        UserError: its state contains more updates than steps. It may have fewer, as bad losses make none.
+    """
     with store.fetch(step) as local:
-        engine.load(local)
+        updates = engine.load(local)
+    if updates > step:
+        raise UserError(f"{store.location(step)}: its shards are of step {updates}; take another checkpoint")
 
 
 def training_batches(

@@ -58,6 +58,13 @@ instance without a dashboard records the default port, 8265, at which another in
 ENDS = {signal.SIGTERM, signal.SIGHUP}
 """Signals by which others end a run."""
 
+CONNECT_S, SETTINGS_S = 5, 8
+"""Seconds for a connection to a Ray cluster, and for the first bytes of its answer."""
+HTTP2_START = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+"""How a client of HTTP/2, and so of gRPC, begins: a fixed text and a frame with its (no) settings."""
+SETTINGS = b"\x04"
+"""Type of the frame with which a server of HTTP/2 begins; the three bytes before it are its length."""
+
 LONGEST_TEMPORARY = 36
 """Longest temporary folder in bytes: the path of a socket has at most 107, of which Ray's part takes up to 70."""
 
@@ -287,18 +294,26 @@ def socket_folder() -> str:
     return "/tmp"
 
 
-def check_reachable(address: str) -> None:
-    """Raise a UserError if nothing listens at an address; Ray itself would try for a minute."""
+def check_reachable(
+    address: str, fix: str = "check cluster.address or RAY_ADDRESS, or unset them to run on this machine"
+) -> None:
+    """Raise a UserError within seconds if no gRPC server answers at an address; Ray itself would try for minutes."""
     host, _, port = address.rsplit("/", 1)[-1].rpartition(":")
     if not host or not port.isdecimal():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError as error:
-        raise UserError(
-            f"nothing answers at {redact_text(address)} ({error.strerror or error}): check cluster.address or "
-            "RAY_ADDRESS, or unset them to run on this machine"
-        ) from None
+        with socket.create_connection((host, int(port)), timeout=CONNECT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return
+            connection.sendall(HTTP2_START)
+            connection.settimeout(SETTINGS_S)
+            reason = "" if connection.recv(9)[3:4] == SETTINGS else "it is no gRPC server"
+    except TimeoutError:
+        reason = "no answer in time"
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = str(getattr(error, "strerror", None) or error)
+    if reason:
+        raise UserError(f"no Ray cluster answers at {redact_text(address)} ({reason}): {fix}")
 
 
 def free_port(host: str, wanted: int = 0) -> int:

@@ -96,11 +96,17 @@ _PAIR = re.compile(
 )
 """A key and its value as two entries: `{"name": "DB_PASSWORD", "value": "..."}`."""
 _COMMAND_LOGIN = re.compile(
-    r"(?P<lead>(?:\b(?:curl|wget|https?|xh)\b[^\n|;&]{0,400}?[ \t](?:-u|--user|--proxy-user|-U|-a|--auth)[ \t=]{0,9}"
-    r"(?P<open>[\"'])?[^\s:\"']+:|\bsshpass[ \t]+-p[ \t]{0,9}(?P<quote>[\"'])?))"
+    r"(?P<lead>(?:\b(?:curl|wget|https?|xh)\b[^\n|;&]{0,400}?[ \t\"',](?:-u|--user|--proxy-user|-U|-a|--auth)"
+    r"(?:[\"']?,[ \t]{0,9}|[ \t=]{0,9})(?P<open>[\"'])?[^\s:\"']+:"
+    r"|\bsshpass(?:[ \t]+|[\"']?,[ \t]{0,9}[\"']?)-p(?:[\"']?,[ \t]{0,9}|[ \t]{0,9})(?P<quote>[\"'])?))"
     r"(?P<value>(?(open)[^\"'\n]+|(?(quote)[^\"'\n]+|[^\s\"']+)))"
 )
-"""A login as commands take it: `curl -u me:...`, `sshpass -p ...`."""
+"""A login as commands take it: `curl -u me:...`, `sshpass -p ...`, also as lists of arguments."""
+_ARGUMENT = re.compile(
+    r"(?P<lead>(?<![\w-])(?P<key>--?[A-Za-z][\w-]*)(?:[\"']?[ \t]{0,9},\s{0,80}|[\"']?\s{0,9}\n[ \t]{0,80}-[ \t]{1,9})"
+    r"(?P<open>[\"'])?)(?P<value>(?(open)[^\"'\n]+|[^\s\"',\]]+))"
+)
+"""An option and its value in a list of arguments: `["--password", "..."]`, in JSON or YAML."""
 _SAID = re.compile(
     r"(?P<lead>(?P<whose>\b(?:my|our|your)[ \t]{1,9}(?:\w{1,40}[ \t]{1,9})??)?(?<![\w.-])"
     r"(?P<key>(?:api|access|secret|private)[ \t]key|[a-z_][\w-]*+)[ \t]{1,9}(?:is|was)(?:[ \t]?:)?[ \t]{1,9}"
@@ -246,7 +252,7 @@ def redact_text(text: str) -> str:
     headers, and the token formats of known services.
     """
     text = _QUERY.sub(_without_signature, _without_logins(_PRIVATE_KEY.sub(MASK, text)))
-    text = _without_assigned(_without_assigned(text, _PAIR), _ASSIGNED)
+    text = _ARGUMENT.sub(_without_argument, _without_assigned(_without_assigned(text, _PAIR), _ASSIGNED))
     text = _SAID.sub(_without_said, _COMMAND_LOGIN.sub(_without_login, text))
     return _FORMATS.sub(MASK, _AUTH_HEADER.sub(_without_header, text))
 
@@ -302,6 +308,13 @@ def _is_plain(value: str) -> bool:
 def _without_login(found: re.Match[str]) -> str:
     value = found["value"]
     return found[0] if value.isdigit() or _is_plain(value) else found["lead"] + MASK  # docker -u 1000:1000
+
+
+def _without_argument(found: re.Match[str]) -> str:
+    value = found["value"]
+    prose = value.startswith("-") or not found["open"] and _PROSE.match(value)
+    secret = is_secret_key(found["key"]) and not prose and not _is_plain(value)
+    return found["lead"] + MASK if secret else found[0]
 
 
 def _without_said(found: re.Match[str]) -> str:
@@ -396,7 +409,8 @@ def redact_value(key: str, value: Any) -> Any:
         }
     if isinstance(value, list | tuple | set | frozenset):
         items = list(value)
-        return [_redact_item(key, before, item) for before, item in zip([None, *items], items, strict=False)]
+        program = next((item.rpartition("/")[2] for item in items if isinstance(item, str)), "")
+        return [_redact_item(key, program, before, item) for before, item in zip([None, *items], items, strict=False)]
     if value is None or isinstance(value, bool):
         return value
     text = value if isinstance(value, str) else str(value)
@@ -420,10 +434,22 @@ def _named(mapping: Mapping[Any, Any], key: str) -> str:
     return key
 
 
-def _redact_item(key: str, before: Any, item: Any) -> Any:
-    """Redact an item of a list, which may be the value of an option before it: `["--password", "..."]`."""
-    option = isinstance(before, str) and before.startswith("-") and "=" not in before and is_secret_key(before)
-    return redact_value(before if option and isinstance(item, str) else key, item)
+def _redact_item(key: str, program: str, before: Any, item: Any) -> Any:
+    """Redact an item of a list, which may be the value of the option before it: `["--password", "..."]`.
+
+    Args:
+        key: of the list.
+        program: its first text, which may be a command: `["curl", "-u", "me:..."]`.
+        before: the item before this one.
+        item: the item.
+    """
+    if not isinstance(item, str) or not isinstance(before, str) or not before.startswith("-") or "=" in before:
+        return redact_value(key, item)
+    command = f"{program} {before} "
+    found = _COMMAND_LOGIN.fullmatch(command + item.replace(" ", "_"))
+    if found and found["lead"].startswith(command) and _without_login(found) != found[0]:
+        return found["lead"].removeprefix(command) + MASK
+    return redact_value(before if is_secret_key(before) else key, item)
 
 
 def secret_keys(tree: Any, key: str = "") -> Iterator[str]:

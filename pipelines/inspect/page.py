@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from perceiver.config import UserError
 from perceiver.report.figures import SMALL
 from perceiver.report.page import CardPart, render, size, text
-from perceiver.storage import write_whole
+from perceiver.storage import refusing, write_whole
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.inspection import Inspection, stored_row
 from pipelines.inspect.samples import show
@@ -55,10 +54,8 @@ def write_page(found: Inspection, path: Path, *, samples: int = 24, options: Map
         cards=cards,
         width=card_width(manifest),
     )
-    try:
+    with refusing(str(path), "give --html a file in a writable folder"):
         write_whole(path, page)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give --html a file in a writable folder") from error
     return path
 
 

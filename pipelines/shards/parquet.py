@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from perceiver.storage import Bytes, Folder, ReadPolicy, read_range
 from pipelines.shards.manifest import KEY
 
+MAX_BYTES = 4 << 30
+"""Limit of a row group's bytes, by the footer."""
+
 
 class _RangeFile(io.RawIOBase):
     """A read-only file; each read is a range request with the retries of a policy."""
@@ -85,6 +88,8 @@ def read_row_group(
     found, wanted = (footer.num_rows, footer.num_row_groups), (int(groups.sum()), groups.size)
     if found != wanted or footer.row_group(group).num_rows != groups[group]:
         raise OSError(f"{found[0]} rows in {found[1]} row groups, wanted {wanted[0]} in {wanted[1]}, each as listed")
+    if footer.row_group(group).total_byte_size > MAX_BYTES:
+        raise OSError(f"a row group of {footer.row_group(group).total_byte_size:,} bytes, wanted up to {MAX_BYTES:,}")
     stream = _RangeFile(folder, name, size, policy)
     with pq.ParquetFile(stream, metadata=footer, page_checksum_verification=True, pre_buffer=True) as file:
         table = file.read_row_group(group, columns=list(paths.values()), use_threads=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import Feature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, item_seed, shuffled_units, source_folder
@@ -53,7 +53,10 @@ class ClassFolder:
         found = look(folder, (*self.suffixes, *METADATA))
         tables = take_tables(found)
         if not found.names:
-            raise UserError(f"no files {', '.join(self.suffixes)} below {folder.url}: wanted CLASS/FILE in it")
+            others = ", ".join(self.suffixes[1:])
+            raise UserError(
+                f"no files for {self.name} below {folder.url}: wanted CLASS/*{self.suffixes[0]} (or {others}) in it"
+            )
         rng = random.Random(seed)
         files = labelled_files(folder, found, tables, options) if tables else class_files(folder, found, options)
         files = hold_out_classes(files, folder, options, "0.2", rng)
@@ -84,6 +87,7 @@ class ClassFolder:
             except BadSample as error:
                 yield Rejected(name, str(error))
             except OSError as error:
+                raise_unanswered(error)
                 yield Rejected(name, f"unreadable file: {type(error).__name__}")
 
 

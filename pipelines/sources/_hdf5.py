@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, first_line
+from perceiver.storage import Folder, first_line, raise_unanswered
 from pipelines.sources._common import MAX_FILE, numbered_classes, read_list
 from pipelines.sources._layout import splits_of_files
 from pipelines.transforms import BadSample
@@ -102,6 +102,7 @@ class Hdf5Rows:
             assert isinstance(data, h5py.Dataset), "_labels() is called first"
             values = np.ascontiguousarray(data[int(number), :, :3], "<f4")
         except (OSError, ValueError, KeyError) as error:
+            raise_unanswered(error)
             raise BadSample(f"unreadable: {first_line(error, 80)}") from error
         return decode_points(values.tobytes())
 

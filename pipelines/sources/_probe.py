@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from perceiver.storage import raise_unanswered
 from pipelines.features import ImageFeature
 from pipelines.sources._common import channels
 from pipelines.transforms import BadSample
@@ -29,7 +30,7 @@ def image_feature(options: Mapping[str, str], files: Iterable[Callable[[], Any]]
             with opened() as stream, open_image(stream) as image:
                 sizes.add(upright_size(image))
                 modes.add(image.mode.split(";")[0])
-        except (OSError, BadSample):
-            continue
+        except (OSError, BadSample) as error:
+            raise_unanswered(error)
     found = channels(options, "1" if modes <= GREY and modes else "3")
     return ImageFeature(channels=found, size=sizes.pop() if len(sizes) == 1 else None)

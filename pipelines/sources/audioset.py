@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import AudioFeature, Feature, LabelsFeature, MediaFeature, VideoFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, read_list, shuffled_units, source_folder
@@ -95,7 +95,11 @@ class AudioSet:
             elif not labels:
                 yield Rejected(key, "no known label")
             else:
-                yield {"key": key, unit.content["feature"]: folder.fs.cat_file(folder.file(path)), "label": labels}
+                try:
+                    yield {"key": key, unit.content["feature"]: folder.fs.cat_file(folder.file(path)), "label": labels}
+                except OSError as error:
+                    raise_unanswered(error)
+                    yield Rejected(key, f"unreadable file: {type(error).__name__}")
 
 
 def read_classes(folder: Folder, lists: Mapping[str, str]) -> dict[str, str]:

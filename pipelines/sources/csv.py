@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder, refusing, safe_name
+from perceiver.storage import Folder, open_folder, raise_unanswered, refusing, safe_name
 from pipelines.features import (
     AudioFeature,
     Feature,
@@ -126,6 +126,7 @@ class CsvSource:
             except ValueError as error:
                 yield Rejected(row.key, str(error))
             except OSError as error:
+                raise_unanswered(error)
                 yield Rejected(row.key, f"unreadable file: {type(error).__name__}")
 
 

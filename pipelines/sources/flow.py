@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features.flow import FlowFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, choice, hold_out, read_list, share, shuffled_units, source_folder
@@ -69,6 +69,7 @@ class FlowPairs:
             try:
                 files = [folder.fs.cat_file(folder.file(name)) for name in (first, second, flow)]
             except OSError as error:
+                raise_unanswered(error)
                 yield Rejected(flow, f"unreadable file: {type(error).__name__}")
                 continue
             yield {"key": flow, "flow": pack(files, "flo" if flow.endswith(".flo") else "png")}

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import MAX_FILE, TAR_ERRORS, read_list, shuffled_units, source_folder, tar_members
@@ -73,6 +73,7 @@ class ImageNet:
                 part = {} if size < 0 else {"start": offset, "end": offset + size}
                 yield {"key": key, "image": folder.fs.cat_file(folder.file(name), **part), "label": label}
             except OSError as error:
+                raise_unanswered(error)
                 yield Rejected(key, f"unreadable file: {type(error).__name__}")
 
 
@@ -118,6 +119,7 @@ def _members(folder: Folder, name: str) -> list[tarfile.TarInfo]:
         with folder.fs.open(folder.file(name), "rb") as stream:
             return [member for _, member in tar_members(stream) if member.isfile()]
     except TAR_ERRORS as error:
+        raise_unanswered(error)
         raise UserError(f"{folder.url}/{name} is truncated or not a tar ({error}): download it again") from error
 
 
@@ -135,6 +137,7 @@ def _train_tar(folder: Folder, name: str) -> Iterator[ImageLocation]:
                         offset = member.offset_data + image.offset_data
                         yield f"train/{synset}/{image.name}", name, offset, image.size, synset
             except TAR_ERRORS as error:
+                raise_unanswered(error)
                 where = f"{member.name} in {folder.url}/{name}"
                 raise UserError(f"{where} is truncated or not a tar ({error}): download it again") from error
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder
+from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import LabelFeature, PointsFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
 from pipelines.sources._common import base_name, item_seed, number, read_list, shuffled_units, source_folder
@@ -76,6 +76,7 @@ class ModelNet40:
                     points = rows.read(name) if _hdf5.is_row(name) else self._points(folder, name, content)
                     yield {"key": name, "points": points.tobytes(), "label": label}
                 except (BadSample, OSError) as error:
+                    raise_unanswered(error)
                     yield Rejected(name, str(error))
 
     @staticmethod

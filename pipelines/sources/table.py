@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, first_line, open_folder
+from perceiver.storage import Folder, first_line, open_folder, raise_unanswered
 from pipelines.features import LabelFeature, TextFeature
 from pipelines.order.permutation import keys, permute
-from pipelines.shards.parquet import row_key
+from pipelines.shards.parquet import MAX_BYTES, row_key
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, source_folder
 from pipelines.sources._labels import classes_of, is_label, is_text, label_number, same_names, stored_names, unsuitable
@@ -29,8 +29,7 @@ from pipelines.sources._probe import PROBE, image_feature
 OPTIONS = ("image", "text", "label", "classes", "channels", "held_out", "splits")
 
 MAX_ROWS = 10_000_000
-MAX_BYTES = 4 << 30
-"""Limits of a row group, which is read as a whole."""
+"""Limit of a row group, which is read as a whole; that of its bytes is `MAX_BYTES`."""
 
 
 class Group(NamedTuple):
@@ -88,6 +87,7 @@ class TableSource:
             try:
                 table = _read(folder, group.name, group.number, columns)
             except (OSError, pa.ArrowException) as error:
+                raise_unanswered(error)
                 reason = f"unreadable row group: {first_line(error, 120)}"
                 yield from (Rejected(row_key(group.name, group.number, row), reason) for row in rows)
                 continue
@@ -211,8 +211,8 @@ def _label_values(folder: Folder, column: str, files: list[str]) -> Iterator[set
                 try:
                     values = file.read_row_group(group, columns=[column], use_threads=False).column(0)
                     yield set(values.unique().to_pylist())
-                except (OSError, ValueError, pa.ArrowException):
-                    continue
+                except (OSError, ValueError, pa.ArrowException) as error:
+                    raise_unanswered(error)
 
 
 def _features(
@@ -236,7 +236,8 @@ def _images(folder: Folder, columns: Mapping[str, str], groups: Mapping[str, Seq
         with folder.fs.open(folder.file(group.name), "rb") as stream, pq.ParquetFile(stream) as file:
             batch = next(file.iter_batches(PROBE, row_groups=[group.number], columns=[columns["image"]]))
         return [_value(image) or b"" for image in batch.column(0).to_pylist()]
-    except (OSError, KeyError, pa.ArrowException):
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise_unanswered(error)
         return []
 
 

@@ -22,7 +22,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, first_line, open_folder
+from perceiver.storage import Folder, first_line, open_folder, raise_unanswered
 from pipelines.features import AudioFeature, Feature, LabelFeature, TextFeature, VideoFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import (
@@ -151,6 +151,7 @@ def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
                 name_, _, suffix = file.rpartition(".") if "." in file else (file, "", "")
                 yield Member(above + file.split(".")[0], above + name_, suffix.lower(), inside.read())
     except TAR_ERRORS as error:
+        raise_unanswered(error)
         yield Rejected("", f"a damaged tar, read up to the damage: {first_line(error, 80)}")
 
 
@@ -336,17 +337,25 @@ def probe(folder: Folder, name: str, key: str) -> Probed:
     return Probed([*sorted(kinds), *(["label"] if labels else [])], labels, images)
 
 
+def _labels(folder: Folder, name: str, suffix: str, key: str) -> Iterator[str | int]:
+    """Yield the labels of a tar; those that cannot be read are left out."""
+    with folder.fs.open(folder.file(name), "rb") as stream:
+        for archive, info in tar_members(stream):
+            wanted = info.name.lower().endswith(f".{suffix}") and not hidden(info.name) and not unsafe(info)
+            inside = archive.extractfile(info) if wanted else None
+            if inside:
+                with contextlib.suppress(ValueError):
+                    yield raw_label(Member("", "", suffix, inside.read()), key)
+
+
 def class_names(folder: Folder, names: Iterable[str], labels: str, key: str) -> list[str]:
     """Return the names of the classes by the labels of all tars: numbers up to the largest, or the strings in order."""
     found: set[str | int] = set()
     for name in names:
-        with contextlib.suppress(*TAR_ERRORS), folder.fs.open(folder.file(name), "rb") as stream:
-            for archive, info in tar_members(stream):
-                wanted = info.name.lower().endswith(f".{labels}") and not hidden(info.name) and not unsafe(info)
-                inside = archive.extractfile(info) if wanted else None
-                if inside:
-                    with contextlib.suppress(ValueError):
-                        found.add(raw_label(Member("", "", labels, inside.read()), key))
+        try:
+            found.update(_labels(folder, name, labels, key))
+        except TAR_ERRORS as error:  # `samples` reports the damage
+            raise_unanswered(error)
     words = sorted(label for label in found if isinstance(label, str))
     numbers = [label for label in found if isinstance(label, int) and label >= 0]
     return words or numbered_classes(max(numbers, default=-1), f"{folder.url}: the labels of the samples")

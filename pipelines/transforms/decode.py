@@ -161,7 +161,9 @@ def _by_pillow(encoded: bytes | memoryview, channels: int, max_pixels: int) -> P
         raise BadSample(f"{size} is more than {max_pixels} pixels")
     try:
         if _memory(image, channels) > MAX_BYTES:
-            raise BadSample(f"decoding {size} pixels of mode {image.mode} takes more than {MAX_BYTES >> 20} MiB")
+            raise BadSample(
+                f"decoding {size} pixels of mode {image.mode} takes more than {MAX_BYTES >> 20} MiB: resize it"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()

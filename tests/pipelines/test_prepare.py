@@ -6,16 +6,20 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from perceiver.config import UserError
+from perceiver.storage import open_folder, unusable_file
 from pipelines import packages
 from pipelines import prepare as preparing
 from pipelines.features.base import ViewConfig
 from pipelines.prepare import PrepareConfig, group_rows, prepare
 from pipelines.shards.manifest import Manifest, load_manifest
 from pipelines.sources import load_source, source_names
+from tests.pipelines import raw
 from tests.pipelines.toys import digits_archive, png, read_shard, to_format_1
 
 
@@ -304,3 +308,40 @@ def test_a_cached_package_is_used_only_if_it_is_the_pinned_one(tmp_path: Path, m
 def test_every_source_has_a_title() -> None:
     for name in source_names():
         assert load_source(name).title
+
+
+def table(names: list[str]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": [png(np.zeros((4, 4), np.uint8)) for _ in names], "label": names}), sink)
+    return sink.getvalue()
+
+
+PNG = png(np.zeros((4, 4), np.uint8))
+RAW = {
+    "image_folder": {f"{label}/{number}.png": PNG for label in "ab" for number in range(4)},
+    "table": {"train.parquet": table(["a", "b"])},
+    "webdataset": {"train-0.tar": raw.tar({f"{number}.{kind}": PNG for number in range(2) for kind in ("png", "x")})},
+}
+
+
+@pytest.mark.parametrize("source", RAW)
+def test_a_store_that_stops_answering_ends_the_preparation_and_rejects_nothing(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{tmp_path.name}"
+    store = open_folder(url)
+    for name, content in RAW[source].items():
+        store.write(name, content)
+    listing = load_source(source).listing(url, seed=0, shard_rows=100, options={})
+    unit = next(iter(listing.units))
+
+    unreachable = type("EndpointConnectionError", (Exception,), {"__module__": "botocore.exceptions"})
+
+    def lost(*_: object, **__: object) -> None:
+        raise unreachable("Could not connect")
+
+    for method in ("cat_file", "open"):
+        monkeypatch.setattr(store.fs, method, lost)
+    with pytest.raises(unreachable) as caught:
+        list(load_source(source).samples(unit))
+    assert "Could not connect" in (unusable_file(caught.value) or "")

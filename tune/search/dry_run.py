@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from cluster.record.run_folder import RunFolder, run_names
 from cluster.run.console import duration
+from perceiver.storage import open_url
 from perceiver.tracking.printable import say
 from tune.config import Asha, Search
 from tune.report.numbers import values_text, workers
@@ -156,6 +156,6 @@ def _former_run(search: Search, slots: Slots) -> tuple[float, str] | None:
 
 def _history(folder: RunFolder) -> list[Mapping[str, Any]]:
     """Return the metrics in the newest checkpoint of a run."""
-    fs, root = fsspec.core.url_to_fs(folder.location("checkpoints"))
+    fs, root = open_url(folder.location("checkpoints"))
     files = sorted(fs.glob(f"{root}/step-*/history.jsonl"))
     return [json.loads(line) for line in fs.cat_file(files[-1]).decode().splitlines()] if files else []

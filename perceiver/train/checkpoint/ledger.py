@@ -14,11 +14,10 @@ import json
 import re
 from io import BytesIO
 
-import fsspec
 import torch
 from torch import Tensor
 
-from perceiver.storage import entry_names, write_whole
+from perceiver.storage import entry_names, open_url, write_whole
 from perceiver.train.loop import StepInfo
 
 PART = re.compile(r"(?:steps|void)-(\d+)-(\d+)(?:\.json)?")
@@ -62,7 +61,7 @@ class Ledger:
     """The ledger of a run at a URL; each rank has one."""
 
     def __init__(self, url: str, rank: int, samples: SampleLog, start_step: int) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(url.rstrip("/"))
+        self.fs, self.root = open_url(url.rstrip("/"))
         self.rank, self.samples, self.written = rank, samples, start_step
 
     def record(self, step: int) -> None:

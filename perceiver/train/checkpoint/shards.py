@@ -193,7 +193,8 @@ class _Sources:
 
     def __init__(self, stack: contextlib.ExitStack, folder: Path, writers: int) -> None:
         self._found: dict[str, list[tuple[Any, int, int, int, int]]] = {}
-        self.step, self.folder = 0, folder
+        self.folder = folder
+        steps: set[int] = set()
         for number in range(writers):
             path = _regular(folder / shard_name(number))
             file = stack.enter_context(open_tensors(path))
@@ -202,7 +203,7 @@ class _Sources:
             except ValidationError as error:
                 raise UserError(f"{path}: index: {invalid_key(error)}; take another checkpoint") from None
             for position, entry in enumerate(index):
-                self.step = max(self.step, entry.step)
+                steps.add(entry.step)
                 size = min(_flat_size(file, path, f"{position}.{part}") for part in ("param", *MOMENTS))
                 for name, start, offset, length in entry.pieces:
                     if offset + length > size:
@@ -211,6 +212,9 @@ class _Sources:
                             " take another checkpoint"
                         )
                     self._found.setdefault(name, []).append((file, position, start, offset, length))
+        self.step = max(steps, default=0)
+        if len(steps) > 1:
+            raise UserError(f"{folder}: its shards are of steps {min(steps)} to {self.step}; take another checkpoint")
 
     def check(self, name: str, elements: int) -> None:
         """Refuse a parameter of which elements are missing or stored twice."""

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perceiver.config import Config, UserError
@@ -42,6 +41,7 @@ from perceiver.storage import (
     file_sha256,
     invalid_key,
     is_local,
+    open_url,
     parse_json,
     write_whole,
 )
@@ -127,9 +127,9 @@ def _receipt(rank: int, token: int) -> str:
 class CheckpointStore:
     """The checkpoints of one run at a URL; every rank has a store, and all call `save` together."""
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self.fs, self.root = fsspec.core.url_to_fs(self.url, **dict(storage_options or {}))
+        self.fs, self.root = open_url(self.url)
         self.local = is_local(self.fs)
 
     def folder(self, step: int) -> str:

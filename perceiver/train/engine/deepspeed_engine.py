@@ -223,8 +223,10 @@ class DeepSpeedEngine:
             facts = {"optim": self._optim.kind, "world": self.world, "zero_stage": self.zero_stage}
             save_header(folder, self._shapes, writers, **facts)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> int:
         """Restore what `save` wrote on all ranks, merged into one folder: from any ZeRO stage and number of workers.
+
+        Returns the number of updates that it contains.
 
         Raises:
             UserError: the state is missing, incomplete, or from another model or optimizer.
@@ -242,6 +244,7 @@ class DeepSpeedEngine:
         generators = load_tensors(folder, f"rng-{self.rank:05d}")
         if generators is not None:
             set_random_state(generators, self.device)
+        return self._engine.global_steps
 
     def _create_states(self) -> None:
         """Create the moments, as zeros, for DeepSpeed's public functions; the weights do not change.

@@ -66,8 +66,8 @@ class Engine(Protocol):
         """Write this rank's part of the training state to a folder."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote.
+    def load(self, folder: Path) -> int:
+        """Restore what `save` wrote; return the number of updates that it contains.
 
         Raises:
             UserError: it is missing or belongs to another model.

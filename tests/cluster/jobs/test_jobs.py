@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -25,8 +26,9 @@ from cluster.jobs.commands import Job, find_job, table
 from cluster.jobs.config import Submission
 from cluster.jobs.server import Access, connect
 from cluster.recipe.placement import Node
+from cluster.recipe.resources import ClusterConfig
 from cluster.record.run_folder import RunFolder
-from cluster.runtime.local import free_port
+from cluster.runtime.local import check_reachable, free_port
 from cluster.runtime.local_cluster import running_cluster
 from perceiver.config import UserError
 from tests.cluster.recipes import write_recipe
@@ -82,6 +84,30 @@ def test_an_address_where_nothing_listens_is_refused() -> None:
         connect(Access("ftp://host"))
     with pytest.raises(UserError, match="perceiver cluster up"):
         connect(Access())
+
+
+def test_a_server_that_is_silent_or_speaks_http_only_is_refused(
+    dashboard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.runtime.local.SETTINGS_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"ray://{address} \(no answer in time\): set --address"):
+            connect(Access(f"ray://{address}"))
+        with pytest.raises(UserError, match=rf"{address} \(no answer in time\): check cluster.address"):
+            check_reachable(address)
+    with pytest.raises(UserError, match="no gRPC server"):
+        check_reachable(dashboard.url.removeprefix("http://"))
+
+
+@pytest.mark.parametrize("url", ["ray://head:10001", "http://head:8265"])
+def test_a_driver_takes_no_url_as_its_cluster(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=f"cluster.address={url}.*perceiver submit"):
+        ClusterConfig(address=url).resolved_address()
+    monkeypatch.setenv("RAY_ADDRESS", url)
+    with pytest.raises(UserError, match=f"RAY_ADDRESS={url}"):
+        ClusterConfig().resolved_address()
 
 
 def test_another_version_of_ray_is_refused(dashboard: Any) -> None:

@@ -265,6 +265,24 @@ def test_secret_files_are_found_in_any_case_and_through_links(name: str, tmp_pat
     assert "harmless.txt" in left and any(f"sub/{name}".startswith(place) for place in left if place != "harmless.txt")
 
 
+def test_a_folder_is_uploaded_by_its_own_name_and_by_that_of_a_link(tmp_path: Path) -> None:
+    mine = write_folder(tmp_path / "mine", "b/x.py", "b/c/y.py")
+    (mine / "a").symlink_to("b")
+    (mine / "b/c/loop").symlink_to("../../b")
+    kept, left = package.travelling(mine)
+    assert {str(file.relative_to(mine)) for file in kept} == {"a/x.py", "a/c/y.py", "b/x.py", "b/c/y.py"} and not left
+
+
+def test_links_that_multiply_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "MOST_FOLDERS", 100)
+    mine = write_folder(tmp_path / "mine", *(f"d{number}/x" for number in range(9)))
+    for number in range(8):
+        for name in "ab":
+            (mine / f"d{number}/{name}").symlink_to(f"../d{number + 1}")
+    with pytest.raises(UserError, match="more than 100 folders"):
+        package.travelling(mine)
+
+
 def test_links_that_leave_the_folder_are_left_out_and_named(tmp_path: Path) -> None:
     write_folder(tmp_path / "other", "x/deep.txt", "y.txt")
     mine = write_folder(tmp_path / "mine", "a.py", "sub/b.py", ".git/config")

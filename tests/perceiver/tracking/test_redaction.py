@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,9 +21,12 @@ from perceiver.tracking.redaction import (
     leaves,
     redact,
     redact_text,
+    redact_value,
     resolve,
     secret_keys,
 )
+
+SECRET = "Xq7h2Lm9"
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,20 @@ def test_other_values_and_references_stay(key: str, value: object) -> None:
 )
 def test_secrets_inside_texts_are_masked(text: str, expected: str) -> None:
     assert redact_text(text) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--password", SECRET], ["mysql", "--password", SECRET], ["curl", "-s", "-u", f"me:{SECRET}"]]
+    + [["/usr/bin/curl", "--user", f"me:{SECRET} and more"], ["sshpass", "-p", SECRET, "ssh", "host"]],
+)
+def test_lists_of_arguments_show_no_secret(words: list[str]) -> None:
+    assert SECRET not in str(redact_value("arguments", words)) and list(secret_keys({"arguments": words}))
+    block = [yaml.safe_dump(words)] if "--password" in words else []
+    for text in (json.dumps(words), str(words), f"run: [{', '.join(words)}]", *block):
+        assert SECRET not in redact_text(text)
+    plain = ["docker", "-u", "1000:1000", "--password-file", "a", "--password", "env:X"]
+    assert redact_value("arguments", plain) == plain and redact_text(json.dumps(plain)) == json.dumps(plain)
 
 
 def test_redaction_reaches_into_containers() -> None:

@@ -1,6 +1,7 @@
 """The page of samples: complete, self-contained, escaped; the pictures, points and texts are those that are stored."""
 
 import base64
+import errno
 import io
 import re
 from pathlib import Path
@@ -147,8 +148,15 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     assert len(Page((tmp_path / "x.html").read_text()).all("img")) == 3
 
 
-def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path, {"train": [2]})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):  # not the user's mistake
+        patched.setattr("pipelines.inspect.page.write_whole", full)
+        write_page(inspect(str(tmp_path)), tmp_path / "page.html")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"page\.html.*--html"):
         write_page(inspect(str(tmp_path)), tmp_path / "file" / "page.html")

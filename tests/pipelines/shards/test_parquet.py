@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from perceiver.storage import Folder, ReadError, ReadPolicy, open_folder
+from pipelines.shards import parquet
 from pipelines.shards.parquet import read_footer, read_row_group
 
 SCHEMA = pa.schema([("key", pa.string()), ("image", pa.binary()), ("label", pa.int64())])
@@ -68,6 +69,13 @@ def test_damage_is_an_error(tmp_path: Path) -> None:
         read_footer.cache_clear()
         with pytest.raises((OSError, pa.ArrowException)):
             read(open_folder(str(tmp_path)), size, 0)
+
+
+def test_a_row_group_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = write(tmp_path)
+    monkeypatch.setattr(parquet, "MAX_BYTES", 10)
+    with pytest.raises(OSError, match="a row group of .* bytes, wanted up to 10"):
+        read(open_folder(str(tmp_path)), size, 0)
 
 
 @pytest.mark.parametrize("groups", [(12,), (12, 7), (12, 8, 1), (8, 12), (20,)])

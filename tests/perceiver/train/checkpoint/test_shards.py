@@ -48,6 +48,7 @@ def index_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[Any]]:
         (lambda index: index[0]["pieces"][0].__setitem__(1, 1), "incomplete|in order"),
         (lambda index: index[0]["pieces"][0].__setitem__(0, 7), r"index: 0\.pieces\.0\.0"),
         (lambda index: index[0].__setitem__("step", "x"), r"index: 0\.step"),
+        (lambda index: index[-1].__setitem__("step", 9), "shards are of steps 0 to 9"),
         (lambda index: index.append({"step": 0, "pieces": []}), "has no tensor"),
     ],
 )

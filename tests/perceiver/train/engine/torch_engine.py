@@ -134,13 +134,15 @@ class TorchEngine:
             save_tensors(folder, "rest", untrained(self.module))
             save_header(folder, self._shapes, writers=1, optim=self._optim.kind, world=self.world, zero_stage=None)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> int:
         """Restore what an engine's `save` wrote, at any world size; the generators too if this rank saved them.
+
+        Returns the number of updates that it contains.
 
         Raises UserError if nothing is there, or it was saved from another model or optimizer.
         """
         header = check_header(folder, self._shapes, self._optim.kind)
-        load_shards(folder, header.writers, self._layouts, self._optimizer)
+        steps = load_shards(folder, header.writers, self._layouts, self._optimizer)
         others = untrained(self.module)
         rest = load_tensors(folder, "rest", {name: self._shapes[name] for name in others}) or {}
         for name, tensor in others.items():
@@ -148,6 +150,7 @@ class TorchEngine:
         generators = load_tensors(folder, f"rng-{self.rank:05d}")
         if generators is not None:
             set_random_state(generators, self.device)
+        return steps
 
     def weights(self) -> dict[str, Tensor] | None:
         """Return the full float32 CPU state dict on rank 0, None elsewhere."""
