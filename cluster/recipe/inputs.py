@@ -114,5 +114,22 @@ def _check_video(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig
     )
 
 
-CHECKS = {"image": _check_image, "audio": _check_audio, "video": _check_video, "text": _check_text}
+def _check_points(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig, trained: bool) -> None:
+    wanted = inputs.dimensions + inputs.features
+    if shape[1] != wanted:
+        fix = f"set {key}.features to {shape[1] - inputs.dimensions}" if shape[1] >= inputs.dimensions else ""
+        again = f"prepare the data with --option features={inputs.features}"
+        raise UserError(
+            f"{key} has {inputs.dimensions} coordinates and {inputs.features} features, but the points of {data.url}"
+            f" have {shape[1]} columns: " + (again if trained or not fix else f"{fix}, or {again}")
+        )
+
+
+CHECKS = {
+    "image": _check_image,
+    "audio": _check_audio,
+    "video": _check_video,
+    "text": _check_text,
+    "points": _check_points,
+}
 """Checks of a batch key whose shape is not the model's; other inputs accept any size."""

@@ -14,6 +14,7 @@ from pipelines.features import (
     ImageFeature,
     LabelFeature,
     MediaFeature,
+    PointsFeature,
     TextFeature,
     VideoFeature,
 )
@@ -39,7 +40,7 @@ def check(feature: Feature, inputs: dict[str, Any], trained: bool = False, **cha
     splits = {"train": Split(shards=(ShardInfo(name="a", rows=1, rows_per_group=1, bytes=9),))}
     features = {"x": feature, "label": LabelFeature()}
     manifest = Manifest(name="x", features=features, splits=splits, licence="", source="")
-    kind = feature.kind if feature.kind in ("image", "audio", "text", "video") else "x"
+    kind = feature.kind if feature.kind in ("image", "audio", "text", "video", "points") else "x"
     shapes = {
         key: shape
         for key, (shape, _) in feature.shapes(
@@ -69,6 +70,8 @@ def test_matching_data_pass() -> None:
             {"video": VideoViewConfig(frames=4, size=(32, 32))},
             r"modalities.video .*frames = 8 .*size = \[32, 32\].*data.video .*4 frames of 32 x 32",
         ),
+        (PointsFeature(features=3), {"kind": "points"}, {}, "0 features.*data/x have 6 columns: set .*features to 3"),
+        (PointsFeature(), {"kind": "points", "features": 3}, {}, "3 features.*3 columns: set .*features to 0"),
         (ImageFeature(channels=1, size=(8, 8)), {"kind": "image", "size": [8, 8]}, {}, "model.inputs.channels = 3"),
         (ImageFeature(channels=3, size=(9, 8)), {"kind": "image", "size": [8, 8]}, {}, r"data.image_size .*\[8, 8\]"),
     ],
@@ -93,6 +96,7 @@ def test_other_data_are_refused(feature: Feature, inputs: Any, changes: Any, rea
         (TextFeature(), {"kind": "text", "length": 64}, {}, "set data.text_length to 64$"),
         (VideoFeature(channels=1), VIDEO, {}, "--option channels=3"),
         (VideoFeature(), {**VIDEO, "frames": 4}, {}, "set data.video to the same$"),
+        (PointsFeature(features=3), {"kind": "points"}, {}, "--option features=0"),
         (FlowFeature(channels=1, size=(16, 16)), {"kind": "flow_frames", "size": [16, 16]}, {}, "--option channels=3"),
     ],
 )
