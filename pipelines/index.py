@@ -14,12 +14,20 @@ from typing import Any
 import pyarrow as pa
 
 from perceiver.config import UserError, expand_home
-from perceiver.storage import Folder, ReadPolicy, first_line, open_folder, open_target
+from perceiver.storage import Folder, ReadPolicy, first_line, open_folder, open_target, safe_name
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
 from pipelines.prepare import Note, PrepareConfig, Progress, existing, fingerprint
 from pipelines.shards.listing import file_tag, listed
-from pipelines.shards.manifest import MANIFEST, Manifest, ShardInfo, Split, arrow_schema, save_manifest, split_url
+from pipelines.shards.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    Split,
+    arrow_schema,
+    save_manifest,
+    split_url,
+)
 from pipelines.shards.parquet import column_at, fit, read_footer
 from pipelines.sources import Listing, load_source
 
@@ -97,6 +105,10 @@ def _split(
     root = src.rstrip("/") if "://" in src else str(Path(expand_home(src)).resolve())
     folders: dict[str, list[str]] = {}
     for name in names:
+        try:
+            safe_name(name.replace(":", ""))
+        except ValueError as error:
+            raise UserError(f"{error}: rename the file, or convert the data without --index") from None
         parent, file = split_url("", f"{root}/{name}")
         folders.setdefault(parent, []).append(file)
     shards: list[ShardInfo] = []

@@ -128,7 +128,7 @@ def fit(array: pa.Array, wanted: pa.Field, classes: tuple[str, ...]) -> pa.Array
         return array
     if pa.types.is_dictionary(kind):
         return fit(array.dictionary_decode(), wanted, classes)
-    if pa.types.is_integer(kind) and pa.types.is_int64(wanted.type):
+    if (pa.types.is_integer(kind) or pa.types.is_boolean(kind)) and pa.types.is_int64(wanted.type):
         return array.cast(wanted.type)
     if kind in (pa.large_binary(), pa.large_string(), pa.binary_view(), pa.string_view()) and (
         pa.types.is_binary(wanted.type) or pa.types.is_string(wanted.type)
@@ -136,7 +136,7 @@ def fit(array: pa.Array, wanted: pa.Field, classes: tuple[str, ...]) -> pa.Array
         return array.cast(wanted.type)
     if pa.types.is_list(wanted.type) and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return array.cast(wanted.type)
-    if pa.types.is_int64(wanted.type) and (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and classes:
+    if pa.types.is_int64(wanted.type) and kind in (pa.string(), pa.large_string(), pa.string_view()) and classes:
         numbers = {name: number for number, name in enumerate(classes)}
         return pa.array([numbers.get(label, -1) for label in array.to_pylist()], wanted.type)
     raise pa.ArrowTypeError(f"column {wanted.name} is {kind}, wanted {wanted.type}")

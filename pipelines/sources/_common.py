@@ -138,6 +138,18 @@ def numbered_classes(largest: int, where: str) -> list[str]:
     return [str(label) for label in range(largest + 1)]
 
 
+def path_below(name: str) -> str:
+    """Return a path in a table of files, relative to the table's folder; names may have any character.
+
+    Raises:
+        ValueError: it is empty, absolute or a URL, or has `..` or an empty part.
+    """
+    name = name.removeprefix("./")
+    if {"", ".", ".."} & set(name.split("/")) or "\0" in name:
+        raise ValueError(f"got file name {name[:80]!r}, wanted a path below the table's folder, such as images/a.png")
+    return name
+
+
 def base_name(src: str) -> str:
     """Return the last part of a path or URL."""
     return src.rstrip("/").rsplit("/", 1)[-1]

@@ -44,7 +44,14 @@ def find_rows(
     }
     labels = sorted({label for rows in splits.values() for _, label in rows})
     lists = [name for name in found if name.endswith(NAMES)]
-    names = read_list(folder, lists[0]).split() if lists else numbered_classes(labels[-1], f"{folder.url}: {ARRAYS[1]}")
+    if not labels:
+        raise UserError(f"{folder.url}: the HDF5 files have no rows")
+    lines = read_list(folder, lists[0]).split("\n") if lists else []
+    names = (
+        [line.strip() for line in lines if line.strip()]
+        if lists
+        else numbered_classes(labels[-1], f"{folder.url}: {ARRAYS[1]}")
+    )
     if not 0 <= labels[0] <= labels[-1] < len(names):
         raise UserError(
             f"{folder.url}/{lists[0]} names {len(names)} classes, the files have labels {labels[0]} to"

@@ -93,11 +93,15 @@ def classes_of(values: Iterable[Collection[Any]], kind: pa.DataType, where: str)
         where: the column, for the error.
 
     Raises:
-        UserError: numbers and texts are mixed, or a number is negative or very large.
+        UserError: there are none, numbers and texts are mixed, or a number is negative or very large.
     """
-    if pa.types.is_boolean(kind):
-        return BOOLEANS
     found = {value for part in values for value in part} - {None}
+    if not found:
+        raise UserError(
+            f"{where} has no labels: name another column by --option label=COLUMN, or leave it out by --option label="
+        )
+    if pa.types.is_boolean(kind) or all(isinstance(value, bool) for value in found):
+        return BOOLEANS
     if len({isinstance(value, str) for value in found}) > 1:
         numbers = next(value for value in found if not isinstance(value, str))
         raise UserError(f"{where} has texts and numbers ({numbers}): convert the column to one type in all files")

@@ -271,15 +271,15 @@ def class_files(folder: Folder, found: Found, options: Mapping[str, str]) -> Cla
         members = list(_without_others(members, found))
     if not members:
         raise UserError(
-            f"{folder.url} has {len(found.names):,} files, but none in the folder of a class: wanted CLASS/FILE, or"
-            " train/CLASS/FILE with test/CLASS/FILE"
+            f"{folder.url} has {counted(len(found.names), 'file')}, but none in the folder of a class to train on:"
+            f" wanted CLASS/FILE, or train/CLASS/FILE with test/CLASS/FILE{'; '.join(['', *found.notes()])}"
         )
     classes = sorted({label for _, label, _ in members})
     index = {label: number for number, label in enumerate(classes)}
     labels = {name: index[label] for _, label, name in members}
     files = by_split(folder, {name: split for split, _, name in members}) if depth is not None else {"": list(labels)}
     splits = {split: [(name, labels[name]) for name in names] for split, names in files.items()}
-    _check_classes(folder, classes, splits)
+    check_classes(folder, classes, splits)
     return ClassFiles(classes, splits, _tree_notes(classes, splits, members))
 
 
@@ -355,7 +355,7 @@ def _without_others(members: list[tuple[str, str, str]], found: Found) -> Iterat
             yield split, label, name
 
 
-def _check_classes(folder: Folder, classes: Sequence[str], splits: Mapping[str, Sequence[Labelled]]) -> None:
+def check_classes(folder: Folder, classes: Sequence[str], splits: Mapping[str, Sequence[Labelled]]) -> None:
     """Refuse classes without training files."""
     if "train" not in splits:
         if "" not in splits:
@@ -380,7 +380,7 @@ def _tree_notes(
 ) -> tuple[str, ...]:
     spelled = Counter(split for split, _, _ in members)
     found = [
-        f"{STORED_AS.get(split, split)} ({count:,} files{f' of {split}' if split in STORED_AS else ''})"
+        f"{STORED_AS.get(split, split)} ({counted(count, 'file')}{f' of {split}' if split in STORED_AS else ''})"
         for split, count in spelled.items()
         if split
     ]
@@ -390,14 +390,20 @@ def _tree_notes(
     return tuple(notes)
 
 
-def split_notes(splits: Mapping[str, Sequence[str]], held_out: float) -> tuple[str, ...]:
-    """Return a line about the files of each split, with an example of each.
+def counted(count: int, unit: str) -> str:
+    """Return a number of things in words, such as `1 file` or `2 files`."""
+    return f"{count:,} {unit}{'' if count == 1 else 's'}"
+
+
+def split_notes(splits: Mapping[str, Sequence[str]], held_out: float, unit: str = "file") -> tuple[str, ...]:
+    """Return a line about the files, or rows, of each split, with an example of each.
 
     Args:
         splits: files by split, see `splits_of_files`.
         held_out: the share that is held out; 0 if none is.
+        unit: what the names are of.
     """
-    found = ", ".join(f"{split} {len(names):,} files ({names[0]})" for split, names in splits.items() if split)
+    found = ", ".join(f"{split} {counted(len(names), unit)} ({names[0]})" for split, names in splits.items() if split)
     notes = [f"splits: {found or 'none named'}" + (f"; {held_out:g} held out as test" if held_out else "")]
     if set(splits) == {"train"} and not held_out:
         notes.append(NOTHING_TO_EVALUATE)
@@ -436,12 +442,17 @@ def hold_out_classes(
     splits: dict[str, list[Labelled]] = {"train": [], "test": []}
     for label in sorted(by_class):
         rng.shuffle(by_class[label])
-        cut = round(len(by_class[label]) * part)
+        cut = min(round(len(by_class[label]) * part), len(by_class[label]) - 1)
         splits["test"] += by_class[label][:cut]
         splits["train"] += by_class[label][cut:]
     splits = {split: members for split, members in splits.items() if members}
     notes = [note for note in found.notes if note != NOTHING_TO_EVALUATE]
-    return ClassFiles(found.classes, splits, (*notes, f"held out: {part:g} of the files of each class, as test"))
+    if "test" in splits:
+        return ClassFiles(found.classes, splits, (*notes, f"held out: {part:g} of the files of each class, as test"))
+    note = (
+        f"no split to evaluate on: the classes have too few files to hold out {part:g} of each: set --option held_out"
+    )
+    return ClassFiles(found.classes, splits, (*notes, note))
 
 
 def held_out_share(splits: Mapping[str, Any], folder: Folder, options: Mapping[str, str], default: str) -> float:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, first_line, safe_name
+from perceiver.storage import Folder, first_line
 from pipelines.sources import Rejected
-from pipelines.sources._common import read_list
+from pipelines.sources._common import path_below, read_list
 from pipelines.sources._labels import in_order
-from pipelines.sources._layout import SHOWN, ClassFiles, Found, Labelled, class_notes, splits_of_files
+from pipelines.sources._layout import SHOWN, ClassFiles, Found, Labelled, class_notes, counted, splits_of_files
 
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 FILE_COLUMN = "file_name"
@@ -38,15 +38,17 @@ def labelled_files(folder: Folder, found: Found, tables: Sequence[str], options:
     there = set(found.names)
     classes_of: dict[str, str] = {}
     for table in tables:
-        for number, row in enumerate(table_rows(folder, table), 1):
+        rows = list(table_rows(folder, table))
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        if rows and column not in columns:
+            raise UserError(
+                f"{folder.file(table)}: no column {column}; it has {', '.join(columns)}: set --option label=COLUMN"
+            )
+        for number, row in enumerate(rows, 1):
             name = _file_of(folder, table, row, number)
-            if column not in row:
-                raise UserError(
-                    f"{folder.file(table)}: no column {column}; it has {', '.join(row)}: set --option label=COLUMN"
-                )
             if name in classes_of:
                 raise UserError(f"{folder.file(table)}: row {number} names {name} a second time: remove one")
-            value = row[column]
+            value = row.get(column)  # lines of JSON may lack it
             if name not in there:
                 found.rejected.append(Rejected(name, "in the table of labels, but without a file"))
             elif value is None or value == "" or isinstance(value, float | list | dict):
@@ -65,7 +67,8 @@ def labelled_files(folder: Folder, found: Found, tables: Sequence[str], options:
     }
     notes = [*class_notes(classes), f"labels: column {column} of {', '.join(tables[:SHOWN])}"]
     notes.append(
-        "splits: " + (", ".join(f"{s} {len(names):,} files" for s, names in splits.items() if s) or "none named")
+        "splits: "
+        + (", ".join(f"{s} {counted(len(names), 'file')}" for s, names in splits.items() if s) or "none named")
     )
     return ClassFiles(classes, splits, tuple(notes))
 
@@ -77,7 +80,7 @@ def _file_of(folder: Folder, table: str, row: Mapping[str, Any], number: int) ->
     if not isinstance(value, str) or not value:
         raise UserError(f"{where}: wanted a file in the column {FILE_COLUMN}; it has {', '.join(row)}")
     try:
-        name = safe_name(value.removeprefix("./"))
+        name = path_below(value)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     above = table.rpartition("/")[0]
@@ -96,6 +99,7 @@ def table_rows(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
         yield from _json_rows(text, where)
         return
     lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if name.lower().endswith(".tsv") else ",")
+    csv.field_size_limit(len(text) + 1)
     try:
         header = next(lines, [])
         if not header or len(set(header)) < len(header):
@@ -110,7 +114,7 @@ def table_rows(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(text: str, where: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # strings of JSON may have other line separators
         if not line.strip():
             continue
         try:

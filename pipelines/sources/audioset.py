@@ -72,6 +72,9 @@ class AudioSet:
         for base in wanted:
             segments = read_segments(folder, lists[base], {mid: number for number, mid in enumerate(classes)})
             splits.setdefault(LISTS[base][0], []).extend(_item(segment, files) for segment in segments)
+        used = {path for items in splits.values() for _, path, _ in items}
+        for path in sorted({path for paths in files.values() for path in paths} - used):
+            found.ignore("media files of no segment in these lists, or a second file of one", path)
         units = shuffled_units(splits, random.Random(seed), shard_rows, src=src, feature=name)
         licence = "labels CC BY 4.0 (Google), the clips under their own terms on YouTube"
         features = {name: feature, "label": LabelsFeature()}

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder, raise_unanswered, refusing, safe_name
+from perceiver.storage import Folder, open_folder, raise_unanswered, refusing
 from pipelines.features import (
     AudioFeature,
     Feature,
@@ -22,11 +22,11 @@ from pipelines.features import (
     VideoFeature,
 )
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, item_seed, number, shuffled_units
+from pipelines.sources._common import base_name, item_seed, number, path_below, shuffled_units
 from pipelines.sources._labels import in_order, label_number
 from pipelines.sources._layout import (
-    STORED_AS,
     Found,
+    by_split,
     class_notes,
     held_out_share,
     look,
@@ -84,16 +84,18 @@ class CsvSource:
         folder, found = _tables(src)
         splits = splits_of_files(folder, found.names, options)
         rows = {split: [row for name in names for row in _rows(folder, name)] for split, names in splits.items()}
-        first = next((row for part in rows.values() for row in part), None)
-        if first is None:
+        if not any(rows.values()):
             raise UserError(f"{folder.url}: the tables have no rows")
-        columns = find_columns(folder, first, options)
+        columns = find_columns(folder, _column_names(rows), options)
         if "split" in columns:
-            rows = _by_column([row for part in rows.values() for row in part], columns["split"])
+            rows = _by_column(folder, [row for part in rows.values() for row in part], columns)
         classes = class_names(folder, rows, columns, options)
+        _check_groups(rows, columns.get("group"))
         held_out = held_out_share(rows, folder, options, "0.2")
         parts = _held_out(rows[next(iter(rows))], held_out, columns.get("group"), seed) if held_out else rows
+        held_out = held_out if "test" in parts else 0.0
         content = {"src": folder.url, "columns": columns, "classes": classes, "seed": seed, "options": dict(options)}
+        others = [name for name in _column_names(rows) if name not in columns.values()]
         taken = ", ".join(f"{feature} from {column}" for feature, column in columns.items())
         return Listing(
             name=base_name(folder.url),
@@ -105,9 +107,9 @@ class CsvSource:
                 {split or "train": part for split, part in parts.items()}, random.Random(seed), shard_rows, **content
             ),
             notes=(
-                f"columns: {taken}; not used: {', '.join(set(first.cells) - set(columns.values())) or 'none'}",
+                f"columns: {taken}; not used: {', '.join(others) or 'none'}",
                 *(class_notes(classes) if {"label", "labels"} & set(columns) else ()),
-                *split_notes({split: [row.key for row in part] for split, part in rows.items()}, held_out),
+                *split_notes({split: [row.key for row in part] for split, part in rows.items()}, held_out, "row"),
                 *found.notes(),
             ),
             rejected=tuple(found.rejected),
@@ -158,7 +160,7 @@ class RowReader:
             raise ValueError(f"no {feature}")
         if feature == "text":
             return value.strip()
-        encoded = self.folder.fs.cat_file(self.folder.file(row.above + safe_name(value.removeprefix("./"))))
+        encoded = self.folder.fs.cat_file(self.folder.file(row.above + path_below(value)))
         if feature != "points":
             return encoded
         seed = item_seed(self.content["seed"], row.key)
@@ -191,7 +193,12 @@ def _rows(folder: Folder, name: str) -> Iterator[Row]:
         yield Row(f"{name}#{line}", above and above + "/", cells)
 
 
-def find_columns(folder: Folder, first: Row, options: Mapping[str, str]) -> dict[str, str]:
+def _column_names(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Return the columns of all rows, in order: a line of JSON may lack some, and tables may differ."""
+    return list(dict.fromkeys(name for part in rows.values() for row in part for name in row.cells))
+
+
+def find_columns(folder: Folder, there: Sequence[str], options: Mapping[str, str]) -> dict[str, str]:
     """Return the column of each feature, and of `split` and `group`.
 
     Raises:
@@ -200,15 +207,13 @@ def find_columns(folder: Folder, first: Row, options: Mapping[str, str]) -> dict
     columns = {}
     for feature in COLUMNS:
         name = options.get(feature, feature)
-        if name in first.cells:
+        if name in there:
             columns[feature] = name
         elif name and feature in options:
-            raise UserError(
-                f"option {feature}={name}: {folder.url} has no such column; it has {', '.join(first.cells)}"
-            )
+            raise UserError(f"option {feature}={name}: {folder.url} has no such column; it has {', '.join(there)}")
     if not columns.keys() & {*FILES, "text"}:
         raise UserError(
-            f"{folder.url}: none of the columns {', '.join(first.cells)} is an input: set --option image=COLUMN (or"
+            f"{folder.url}: none of the columns {', '.join(there)} is an input: set --option image=COLUMN (or"
             " audio, video, points, text)"
         )
     if {"label", "labels"} <= columns.keys():
@@ -216,17 +221,38 @@ def find_columns(folder: Folder, first: Row, options: Mapping[str, str]) -> dict
     return columns
 
 
-def _by_column(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
+def _by_column(folder: Folder, rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, list[Row]]:
     """Return the rows by the split that a column names."""
-    splits: dict[str, list[Row]] = {}
+    column = columns["split"]
+    stated = {}
     for row in rows:
         words = split_words(str(row.cells.get(column)))
         if len(words) != 1:
             raise UserError(
                 f"{row.key}: the column {column} has {str(row.cells.get(column))[:40]!r}, wanted train, val or test"
             )
-        splits.setdefault(STORED_AS.get(words[0], words[0]), []).append(row)
-    return splits
+        stated[row.key] = words[0]
+    by_key = {row.key: row for row in rows}
+    return {split: [by_key[key] for key in keys] for split, keys in by_split(folder, stated).items()}
+
+
+def _group_of(row: Row, group: str | None) -> str:
+    """Return the group of a row; a row without one is its own."""
+    value = row.cells.get(group) if group else None
+    return f"row {row.key}" if value is None or value == "" else f"group {value}"
+
+
+def _check_groups(rows: Mapping[str, Sequence[Row]], group: str | None) -> None:
+    """Refuse a group that lies in two splits."""
+    places: dict[str, tuple[str, str]] = {}
+    for split, row in ((split, row) for split, part in rows.items() for row in part):
+        name = _group_of(row, group)
+        other, key = places.setdefault(name, (split, row.key))
+        if other != split:
+            raise UserError(
+                f"{name} is in {other} ({key}) and in {split} ({row.key}): correct the column {group}, or leave it out"
+                " with --option group="
+            )
 
 
 def one_label(value: Any) -> str | None:
@@ -266,16 +292,26 @@ def class_names(
 
 
 def _held_out(rows: Sequence[Row], part: float, group: str | None, seed: int) -> dict[str, list[Row]]:
-    """Return the rows with a share of them as `test`; rows of one group stay together."""
+    """Return the rows with a share of them as `test`; rows of one group stay together.
+
+    The share is exact where the groups allow it, and not larger unless the smallest group is.
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str(row.cells.get(group)) if group else row.key, []).append(row)
+        groups.setdefault(_group_of(row, group), []).append(row)
     order = sorted(groups)
     random.Random(seed).shuffle(order)
+    wanted = min(max(1, round(part * len(rows))), len(rows) - 1)
     splits: dict[str, list[Row]] = {"train": [], "test": []}
     for name in order:
-        wanted = "test" if len(splits["test"]) < round(part * len(rows)) and name != order[-1] else "train"
-        splits[wanted] += groups[name]
+        split = "test" if len(splits["test"]) + len(groups[name]) <= wanted else "train"
+        splits[split] += groups[name]
+    if not splits["test"] and len(order) > 1:
+        smallest = min(order, key=lambda name: len(groups[name]))
+        splits = {
+            "train": [row for name in order if name != smallest for row in groups[name]],
+            "test": groups[smallest],
+        }
     return {split: members for split, members in splits.items() if members}
 
 

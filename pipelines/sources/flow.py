@@ -90,6 +90,12 @@ def find_pairs(folder: Folder, files: Found, passes: str) -> dict[str, list[Pair
             scenes.setdefault(scene, []).append((*found, name))
         elif stems:
             files.rejected.append(Rejected(name, "a flow without its two frames"))
+        elif name.endswith(".flo"):
+            files.ignore("flows that are named after no data set's rule", name)
+    used = {name for pairs in scenes.values() for pair in pairs for name in pair}
+    for name in files.names:
+        if name.endswith(FRAMES) and name not in used:
+            files.ignore("images of no pair with flow", name)
     if not scenes:
         raise UserError(
             f"no pairs with flow below {folder.url}: wanted *_img1.ppm, *_img2.ppm and *_flow.flo"
@@ -123,6 +129,8 @@ def _listed(folder: Folder, names: list[str], scenes: Mapping[str, list[PairFile
             " or remove the list to hold out a share"
         )
     parts = {"train": "1", "test": "2"}
+    if others := set(marks) - set(parts.values()):
+        raise UserError(f"{folder.url}/{lists[0]} has the line {min(others)!r}: wanted 1 (train) or 2 (test) per pair")
     return {
         split: [pair for pair, found in zip(pairs, marks, strict=True) if found == mark]
         for split, mark in parts.items()

@@ -17,8 +17,9 @@ from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import MAX_FILE, TAR_ERRORS, read_list, shuffled_units, source_folder, tar_members
-from pipelines.sources._layout import class_notes, look
+from pipelines.sources._layout import Found, class_notes, look
 
+IMAGES = (".jpeg", ".jpg", ".png")
 SYNSET = re.compile(r"n\d{8}")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}")
 WANTED = "train/n01440764/*.JPEG and val/..., or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
@@ -37,9 +38,10 @@ class ImageNet:
         """List the images below `src`."""
         refuse_options(options)
         folder = source_folder("imagenet", src, WANTED)
-        found = look(folder, (".jpeg", ".jpg", ".png", ".tar", ".txt", ".csv"))
+        found = look(folder, (*IMAGES, ".tar", ".txt", ".csv"))
         names = found.names
         splits = {"train": list(find_train(folder, names)), "val": list(find_val(folder, names))}
+        _check_places(folder, found, splits)
         if not splits["train"] and not splits["val"]:
             raise UserError(f"{folder.url} is not laid out like ImageNet: wanted {WANTED}")
         synsets = sorted({place[-1] for places in splits.values() for place in places})
@@ -83,7 +85,7 @@ def find_train(folder: Folder, names: list[str]) -> Iterator[ImageLocation]:
         parts = name.split("/")
         if parts[-1].endswith("img_train.tar"):
             yield from _train_tar(folder, name)
-        elif "train" in parts[:-2] and SYNSET.fullmatch(parts[-2]) and not name.endswith((".tar", ".txt", ".csv")):
+        elif "train" in parts[:-2] and SYNSET.fullmatch(parts[-2]) and name.lower().endswith(IMAGES):
             yield f"train/{parts[-2]}/{parts[-1]}", name, 0, -1, parts[-2]
 
 
@@ -98,10 +100,10 @@ def find_val(folder: Folder, names: list[str]) -> Iterator[ImageLocation]:
                 for member in _members(folder, name)
                 if VAL_IMAGE.search(member.name)
             ]
-        elif "val" in parts[:-1] and VAL_IMAGE.match(parts[-1]):
-            if SYNSET.fullmatch(parts[-2]):
+        elif "val" in parts[:-1] and name.lower().endswith(IMAGES):
+            if "val" in parts[:-2] and SYNSET.fullmatch(parts[-2]):
                 yield f"val/{parts[-2]}/{parts[-1]}", name, 0, -1, parts[-2]
-            else:
+            elif VAL_IMAGE.match(parts[-1]):
                 flat.append((f"val/{parts[-1]}", name, 0, -1))
     if flat:
         labels = val_labels(folder, names, len(flat))
@@ -111,6 +113,22 @@ def find_val(folder: Folder, names: list[str]) -> Iterator[ImageLocation]:
             if image[0] not in labels:
                 raise UserError(f"no label for {place[0]} in the list of validation labels of {folder.url}")
             yield *place, labels[image[0]]
+
+
+def _check_places(folder: Folder, found: Found, splits: Mapping[str, list[ImageLocation]]) -> None:
+    """Count the images that have no place in the layout as left out; refuse two images of one key."""
+    places = [place for part in splits.values() for place in part]
+    taken = {place[1] for place in places}
+    for name in found.names:
+        if name not in taken and name.lower().endswith(IMAGES):
+            found.ignore("images outside train/SYNSET/ and val/", name)
+    first: dict[str, str] = {}
+    for key, name, *_ in places:
+        if key in first:
+            raise UserError(
+                f"{folder.url} has {key} twice, in {first[key]} and in {name}: keep the tar or the unpacked folder"
+            )
+        first[key] = name
 
 
 def _members(folder: Folder, name: str) -> list[tarfile.TarInfo]:

@@ -7,7 +7,7 @@ HDF5 files `*train*.h5` and `*test*.h5`, as in `modelnet40_ply_hdf5_2048` (`_hdf
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from perceiver.config import UserError
@@ -15,7 +15,17 @@ from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import LabelFeature, PointsFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
 from pipelines.sources._common import base_name, item_seed, number, read_list, shuffled_units, source_folder
-from pipelines.sources._layout import ClassFiles, Found, class_files, class_notes, hold_out_classes, look
+from pipelines.sources._layout import (
+    ClassFiles,
+    Found,
+    Labelled,
+    check_classes,
+    class_files,
+    class_notes,
+    hold_out_classes,
+    look,
+    split_notes,
+)
 from pipelines.transforms import BadSample
 from pipelines.transforms.cloud import read_points
 from pipelines.transforms.points import Points
@@ -88,7 +98,10 @@ class ModelNet40:
 def find_objects(folder: Folder, found: Found, options: Mapping[str, str]) -> ClassFiles:
     """Return the classes and the objects of each split: by HDF5 files, by lists of names, or by folders."""
     if rows := _hdf5.find_rows(folder, found.names, options):
-        return ClassFiles(*rows, tuple(class_notes(rows[0])))
+        for name in found.names:
+            if name.lower().endswith(OBJECTS) and not name.endswith(_hdf5.NAMES):
+                found.ignore("files next to HDF5 files", name)
+        return ClassFiles(*rows, (*class_notes(rows[0]), *split_notes(_names(rows[1]), 0, "object")))
     members = list(_listed(folder, found))
     if not members:
         found.names = [name for name in found.names if name.lower().endswith(OBJECTS)]
@@ -101,20 +114,44 @@ def find_objects(folder: Folder, found: Found, options: Mapping[str, str]) -> Cl
     }
     if not splits["train"]:
         raise UserError(f"the lists of {folder.url} name no objects to train on: wanted {WANTED}")
-    return ClassFiles(classes, {split: names for split, names in splits.items() if names}, tuple(class_notes(classes)))
+    check_classes(folder, classes, splits)
+    splits = {split: objects for split, objects in splits.items() if objects}
+    return ClassFiles(classes, splits, (*class_notes(classes), *split_notes(_names(splits), 0, "object")))
+
+
+def _names(splits: Mapping[str, Sequence[Labelled]]) -> dict[str, list[str]]:
+    return {split: [name for name, _ in objects] for split, objects in splits.items()}
 
 
 def _listed(folder: Folder, found: Found) -> Iterator[tuple[str, str, str]]:
     """Yield (split, class, file) by the lists of names at the top; a name without a file is rejected."""
-    files = {name.rsplit("/", 1)[-1].rsplit(".", 1)[0]: name for name in found.names if "/" in name}
+    files: dict[str, list[str]] = {}
+    for path in (name for name in found.names if "/" in name and name.lower().endswith(OBJECTS)):
+        stem, file = path.rsplit(".", 1)[0], path.rsplit("/", 1)[-1]
+        for name in {file.rsplit(".", 1)[0], file, "/".join(stem.split("/")[-2:]), "/".join(path.split("/")[-2:])}:
+            files.setdefault(name, []).append(path)
+    split_of: dict[str, str] = {}
+    listed = False
     for split, ending in LISTS.items():
         # There are lists for ModelNet10, too: the longest one has all classes.
-        lists = [read_list(folder, name).split() for name in found.names if "/" not in name and name.endswith(ending)]
-        for entry in max(lists, key=len, default=[]):
-            if entry in files:
-                yield split, files[entry].split("/")[-2], files[entry]
+        lists = [
+            read_list(folder, name).split("\n") for name in found.names if "/" not in name and name.endswith(ending)
+        ]
+        listed |= bool(lists)
+        for entry in filter(None, map(str.strip, max(lists, key=len, default=[]))):
+            paths = files.get(entry, [])
+            if len(paths) != 1:
+                why = "without a file" if not paths else f"of {len(paths)} files, such as {paths[0]}"
+                found.rejected.append(Rejected(entry, f"in the list of {split}, but {why}"))
+            elif split_of.setdefault(paths[0], split) != split:
+                raise UserError(
+                    f"{folder.url}: {entry} is in the lists of {split_of[paths[0]]} and {split}: remove one"
+                )
             else:
-                found.rejected.append(Rejected(entry, f"in the list of {split}, but without a file"))
+                yield split, paths[0].split("/")[-2], paths[0]
+    for name in found.names if listed else ():
+        if "/" in name and name not in split_of and name.lower().endswith(OBJECTS):
+            found.ignore("objects in no list", name)
 
 
 source = ModelNet40()

@@ -95,6 +95,8 @@ class TableSource:
                 key = row_key(group.name, group.number, row)
                 try:
                     sample = {feature: _value(table.column(feature)[row].as_py()) for feature in columns}
+                    if missing := [name for name, value in sample.items() if value is None]:
+                        raise ValueError(f"no {missing[0]}")
                     if "label" in sample:
                         sample["label"] = label_number(sample["label"], index, len(index))
                 except UnicodeDecodeError as error:
@@ -280,7 +282,7 @@ def _units(
     if held_out:
         groups = splits["train"]
         total = sum(group.rows for group in groups)
-        exact = [max(1, round(held_out * total)), total, seed] if total > 1 else None
+        exact = [min(max(1, round(held_out * total)), total - 1), total, seed] if total > 1 else None
     if exact:
         parts = {"train": (splits["train"], 1 - held_out), "test": (splits["train"], held_out)}
     units: list[Unit] = []

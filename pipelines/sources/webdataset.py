@@ -55,6 +55,7 @@ OPTIONS = ("classes", "label", "channels", "held_out", "splits")
 PROBE_MEMBERS = 256
 MOST_PARTS = 100
 """Incomplete samples of one group that are kept in memory."""
+NUMBER = re.compile(r"-?[0-9]{1,18}")
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
@@ -124,13 +125,20 @@ class WebDataset:
         content = unit.content
         folder, share = open_folder(content["src"]), content["held_out"]
         for name in content["items"]:
+            keys: set[str] = set()
             for found in samples_of(members(folder, name), SampleLayout(*content["reading"])):
                 rejected = isinstance(found, Rejected)
                 own = found.key if rejected else found["key"]
                 key = f"{name}/{own}" if own else name
                 if share and (item_seed(content["seed"], key) < share * 2**64) != (unit.split == "test"):
                     continue  # in the other split, which reads the same tar
-                yield Rejected(key, found.reason) if rejected else {**found, "key": key}
+                if rejected:
+                    yield Rejected(key, found.reason)
+                elif key in keys:
+                    yield Rejected(key, "a second sample of this name in the tar")
+                else:
+                    keys.add(key)
+                    yield {**found, "key": key}
 
 
 def members(folder: Folder, name: str) -> Iterator[Member | Rejected]:
@@ -176,13 +184,12 @@ def samples_of(found: Iterable[Member | Rejected], layout: "SampleLayout") -> It
         if isinstance(member, Rejected):
             yield member
             continue
-        kind = layout.kind(member)
-        if kind is None:
-            continue
         if member.group != group.name:
             yield from group.finished()
             group = Group(member.group, layout)
-        yield from group.add(member, kind)
+        kind = layout.kind(member)
+        if kind is not None:
+            yield from group.add(member, kind)
     yield from group.finished()
 
 
@@ -264,6 +271,9 @@ class Group:
         If no sample is complete by the last dot, all members are one sample, whose suffixes have several parts. Next to
         the sample `x`, members such as `x.mask.png` belong to it and are not used.
         """
+        if self.name and not self._last and not self._incomplete:
+            # Its members are of other kinds.
+            yield self.layout.sample(self.name, {})
         if self._last:
             single = len(self._complete) == 1 and not self._incomplete
             yield self.layout.sample(self.name if single else self._last[0], self._last[1])
@@ -290,7 +300,7 @@ def raw_label(member: Member, key: str) -> str | int:
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise ValueError(f"'{key}' is neither a number nor a string")
         return value
-    return int(text) if text.lstrip("-").isdecimal() else text
+    return int(text) if NUMBER.fullmatch(text) else text
 
 
 def number_of(label: str | int, classes: Sequence[str]) -> int:
@@ -357,6 +367,12 @@ def class_names(folder: Folder, names: Iterable[str], labels: str, key: str) -> 
         except TAR_ERRORS as error:  # `samples` reports the damage
             raise_unanswered(error)
     words = sorted(label for label in found if isinstance(label, str))
+    if words and len(words) < len(found):
+        number = next(label for label in found if isinstance(label, int))
+        raise UserError(
+            f"{folder.url}: the labels of the samples are texts ({words[0]}) and numbers ({number}): convert them to"
+            " one kind, or give --option classes=NAME,..."
+        )
     numbers = [label for label in found if isinstance(label, int) and label >= 0]
     return words or numbered_classes(max(numbers, default=-1), f"{folder.url}: the labels of the samples")
 

@@ -4,7 +4,7 @@ import io
 import math
 import zipfile
 import zlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ def read_points(name: str, encoded: bytes, count: int, seed: int, features: int 
         BadSample: the file is damaged, too large, or has too few columns.
     """
     kind = "." + name.rsplit(".", 1)[-1].lower()
+    if kind not in ARRAYS and encoded.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise BadSample("UTF-16, wanted UTF-8")
     if kind in MESHES and not (kind == ".ply" and is_cloud(encoded)):
         if features not in (0, 3):
             raise BadSample(f"a mesh, which has 0 or 3 features (normals), wanted {features}")
