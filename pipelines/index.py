@@ -75,6 +75,8 @@ def index(
     if note:
         for line in listing.notes:
             note(line)
+        for rejected in listing.rejected:
+            note(f"left out: {safe_line(rejected.key)}: {rejected.reason}")
     assert src is not None, "the source refuses None"
     files: dict[str, dict[str, None]] = {}
     columns: Mapping[str, str] = {}

@@ -113,10 +113,13 @@ def read_list(folder: Folder, name: str) -> str:
         UserError: it is not UTF-8.
     """
     try:
-        return decode_utf8(folder.fs.cat_file(folder.file(name)))
+        with refusing(folder.file(name), "check the access to it"):
+            content = folder.fs.cat_file(folder.file(name))
+        return decode_utf8(content)
     except ValueError as error:
+        known = "UTF-16" if "wanted" in str(error) else "LATIN1"
         raise UserError(
-            f"{folder.file(name)} is not readable ({error}): convert it, for example iconv -f UTF-16 -t UTF-8"
+            f"{folder.file(name)} is not readable ({error}): convert it, for example iconv -f {known} -t UTF-8"
         ) from error
 
 

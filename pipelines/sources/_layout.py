@@ -47,6 +47,7 @@ NOTHING_TO_EVALUATE = "no split to evaluate on: --option held_out=0.2 holds out 
 SPECIAL = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 MOST_VISITS = 100
 """How often a folder may be reached over links; a few links to each other would otherwise be an endless tree."""
+VERSION = "?versionId="
 LINKS = DEAD_LINK, LOOP = "a dead link", "a link to a folder above it"
 
 _KNOWN = {word: split for split, words in SPLIT_WORDS.items() for word in words}
@@ -107,6 +108,8 @@ def look(folder: Folder, suffixes: tuple[str, ...]) -> Found:
             elif kind in LINKS:
                 if wanted or "." not in name.rsplit("/", 1)[-1]:
                     found.rejected.append(Rejected(name, kind))
+            elif VERSION in name and not folder.local:
+                found.rejected.append(Rejected(name, f"{VERSION} in a name, which stores read as a version: rename it"))
             elif not wanted:
                 found.ignore("files with other endings", name)
             elif kind:

@@ -131,10 +131,11 @@ def _metadata(folder: Folder, name: str) -> pq.FileMetaData:
     try:
         with folder.fs.open(folder.file(name), "rb") as stream:
             return pq.read_metadata(stream)
-    except pa.ArrowException as error:
+    except (OSError, pa.ArrowException) as error:
+        raise_unanswered(error)
         where, reason = f"{folder.url}/{name}", first_line(error, 120)
         raise UserError(
-            f"{where} is truncated or not a Parquet file ({reason}): download it again, or move it away"
+            f"{where} is truncated, not readable, or not a Parquet file ({reason}): download it again, or move it away"
         ) from error
 
 

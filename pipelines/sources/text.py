@@ -6,6 +6,7 @@ without a split to test on, documents are held out by a hash of their content, s
 """
 
 import hashlib
+import io
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ OPTIONS = ("length", "join", "document", "column", "held_out", "splits")
 LENGTH = 2046
 """With two special ids around it, a piece has 2,048 tokens."""
 THREADS = 16
+BUFFER = 1 << 20
 LONGEST = 64 << 20
 """Longer documents are rejected, so that they do not fill the memory."""
 
@@ -144,7 +146,9 @@ def unit_documents(content: Mapping[str, Any]) -> Iterator[Document]:
     folder = open_folder(content["src"])
     for name, start, stop in content["items"]:
         by = "line" if name.lower().endswith(".jsonl") else content["document"]
-        with folder.fs.open(folder.file(name), "rb") as stream:
+        with folder.fs.open(folder.file(name), "rb") as opened:
+            # Files of a store cannot limit the length of a line; the reader can.
+            stream = opened if folder.local else io.BufferedReader(opened, BUFFER)
             for place, raw in documents(stream, start, stop, by):
                 yield f"{name}@{place}", raw
 

@@ -167,11 +167,12 @@ def _by_pillow(encoded: bytes | memoryview, channels: int, max_pixels: int) -> P
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
+            converted = _mode(image, "L" if channels == 1 else "RGB")
     except BadSample:
         raise
     except Exception as error:  # as in `open_image`
         raise BadSample(f"undecodable image: {_reason(error)}") from error
-    return _upright(to_picture(_mode(image, "L" if channels == 1 else "RGB")), _turned(image))
+    return _upright(to_picture(converted), _turned(image))
 
 
 def _memory(image: Image.Image, channels: int) -> int:
@@ -180,7 +181,7 @@ def _memory(image: Image.Image, channels: int) -> int:
     A tile of a TIFF may be larger than its image.
     """
     stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
-    if image.mode == ("L" if channels == 1 else "RGB"):
+    if image.mode == ("L" if channels == 1 else "RGB") and not _has_alpha(image):
         converted = 2 * channels
     elif image.mode.startswith("I") or image.mode == "F":
         converted = 10
@@ -226,12 +227,14 @@ def _white(image: Image.Image, pixels: NDArray[np.float32]) -> float:
 
 
 def _mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == mode:
+    if image.mode == mode and not _has_alpha(image):
         return image
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.array(image, np.float32)
         pixels *= np.float32(255 / _white(image, pixels))
         image = Image.fromarray(pixels.round(out=pixels).astype(np.uint8))
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # Pillow has no other conversion of it
     elif _has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

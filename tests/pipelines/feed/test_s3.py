@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import pyarrow.parquet as pq
 import pytest
 
 from perceiver.config import UserError
@@ -118,3 +119,22 @@ def test_a_missing_file_is_not_asked_for_again(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         with_retries(request, "x", ReadPolicy())
     assert len(asked) == 1
+
+
+def test_sources_read_files_of_any_name_from_a_store(
+    s3: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", SECRET["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET["secret"])
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    names = ["a b", "%E9", "#x", "q?v", "s;t", "*", "[a]", "a:b", "-x", "q?versionId=1"]
+    client = boto3.client("s3")
+    for number, name in enumerate(names):
+        client.put_object(Bucket="data", Key=f"texts/{name}.txt", Body=b"one %d\n\ntwo %d\n" % (number, number))
+    notes: list[str] = []
+    config = PrepareConfig(parallel="off", options={"held_out": "none"}, max_bad_fraction=0.5)
+    manifest = prepare("text", "s3://data/texts", str(tmp_path / "out"), config, note=notes.append)
+    assert manifest.splits["train"].samples == 18
+    listed = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    assert [row["key"] for row in listed] == ["q?versionId=1.txt"]

@@ -1,18 +1,22 @@
 """What goes into a source comes out: as a sample, in the quarantine, or in a line about what was left out."""
 
+import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from perceiver.config import UserError
 from pipelines.index import index
 from pipelines.prepare import PrepareConfig
+from pipelines.transforms.decode import decode_image
 from tests.pipelines.raw import off, tar, write
 from tests.pipelines.sources.test_layouts import PICTURES, Prepared, pictures, prepared, table
 
@@ -196,6 +200,24 @@ def test_labels_of_any_type_are_indexed(tmp_path: Path, kind: pa.DataType) -> No
 def test_a_file_of_a_name_that_a_manifest_cannot_have_is_not_indexed(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "src" / "a.parquet")
-    os.rename(tmp_path / "src" / "a.parquet", os.fsencode(tmp_path / "src") + b"/\xe9.parquet")
+    (tmp_path / "src" / "a.parquet").rename(os.fsdecode(os.fsencode(tmp_path / "src") + b"/\xe9.parquet"))
     with pytest.raises(UserError, match="rename the file"):
         index("table", str(tmp_path / "src"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode, clear", [("L", 10), ("RGB", (10, 10, 10)), ("P", 10), ("1", 0)])
+def test_a_transparent_colour_is_white(mode: str, clear: Any, channels: int) -> None:
+    image = Image.new(mode, (2, 2), clear if mode != "P" else 10)
+    if mode == "P":
+        image.putpalette([10, 10, 10] * 256)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", transparency=clear)
+    assert (decode_image(stream.getvalue(), channels) == 255).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_in_lab_are_converted(channels: int) -> None:
+    stream = io.BytesIO()
+    Image.new("LAB", (2, 2), (128, 128, 128)).save(stream, "TIFF")
+    assert decode_image(stream.getvalue(), channels).shape == (2, 2, channels)
