@@ -111,7 +111,8 @@ def _progress(show: Callable[[str], None]) -> Callable[[int, str], None]:
 
     def progress(total: int, shard: str) -> None:
         nonlocal before
-        show(f"{shard}: {total - before:,} samples ({total:,} so far)")
+        count = total - before
+        show(f"{shard}: {count:,} sample{'' if count == 1 else 's'} ({total:,} so far)")
         before = total
 
     return progress

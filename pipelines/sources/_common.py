@@ -7,6 +7,7 @@ import random
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from perceiver.config import UserError
@@ -154,8 +155,9 @@ def path_below(name: str) -> str:
 
 
 def base_name(src: str) -> str:
-    """Return the last part of a path or URL."""
-    return src.rstrip("/").rsplit("/", 1)[-1]
+    """Return the last part of a path or URL; of `.` and `..` the name of that folder."""
+    name = src.rstrip("/").rsplit("/", 1)[-1]
+    return (Path(src).resolve().name or "data") if name in ("", ".", "..") else name
 
 
 def choice(options: Mapping[str, str], key: str, allowed: Iterable[str], default: str) -> str:

@@ -98,7 +98,7 @@ class CsvSource:
         others = [name for name in _column_names(rows) if name not in columns.values()]
         taken = ", ".join(f"{feature} from {column}" for feature, column in columns.items())
         return Listing(
-            name=base_name(folder.url),
+            name=base_name(str(src)).removesuffix(".csv").removesuffix(".tsv").removesuffix(".jsonl"),
             features=_features(folder, parts, columns, options),
             classes=tuple(classes),
             licence="not stated: the user's own data",

@@ -15,7 +15,7 @@ from PIL import Image
 
 from perceiver.config import UserError
 from pipelines.index import index
-from pipelines.prepare import PrepareConfig
+from pipelines.prepare import PrepareConfig, prepare
 from pipelines.transforms.decode import decode_image
 from tests.pipelines.raw import off, tar, write
 from tests.pipelines.sources.test_layouts import PICTURES, Prepared, pictures, prepared, table
@@ -221,3 +221,11 @@ def test_pictures_in_lab_are_converted(channels: int) -> None:
     stream = io.BytesIO()
     Image.new("LAB", (2, 2), (128, 128, 128)).save(stream, "TIFF")
     assert decode_image(stream.getvalue(), channels).shape == (2, 2, channels)
+
+
+def test_a_data_set_is_named_after_its_table_or_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv_rows(tmp_path, "text", "a", "b")
+    monkeypatch.chdir(tmp_path / "src")
+    config = PrepareConfig(parallel="off")
+    assert prepare("csv", "a.csv", str(tmp_path / "1"), config).name == "a"
+    assert prepare("csv", ".", str(tmp_path / "2"), config).name == "src"
