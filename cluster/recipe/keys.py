@@ -151,7 +151,7 @@ def type_text(node: Node, known: Mapping[str, Node]) -> str:
     if kind == "object":
         inner = node.get("additionalProperties")
         return f"names to {type_text(inner, known)}" if isinstance(inner, dict) else "section"
-    return {"string": "text"}.get(kind, kind)
+    return "text" if kind == "string" else str(kind)
 
 
 def _range(node: Node) -> str:

@@ -1,5 +1,6 @@
 """Helpers of several sources: options, tars, lists, units of items, seeds."""
 
+import csv
 import gzip
 import hashlib
 import io
@@ -16,6 +17,7 @@ from pipelines.sources import Unit
 
 MAX_FILE = 512 << 20
 """Largest file, or member of a tar, in bytes, that is read as a whole: a sample, or a list of labels."""
+csv.field_size_limit(MAX_FILE)  # of the whole process; a cell of 128 KiB would be an error
 MAX_HEADER = 1 << 20
 HEAD = 1024
 """First bytes by which an encoding is recognized."""
