@@ -12,7 +12,8 @@ from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import Feature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, item_seed, shuffled_units, source_folder
-from pipelines.sources._layout import Found, class_files, hold_out_classes, look
+from pipelines.sources._files import Found, look
+from pipelines.sources._layout import class_files, hold_out_classes
 from pipelines.sources._metadata import METADATA, labelled_files
 from pipelines.transforms import BadSample
 

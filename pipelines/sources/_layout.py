@@ -1,23 +1,20 @@
-"""The layout of a folder of raw data: which files are data, and which splits and classes their names state.
+"""The layout of a folder of raw data: which splits and classes the names of its files and folders state.
 
 Shared by all sources that read files. What these rules take for a split or a class, and what they leave out, is told in
 `Listing.notes`, which `perceiver prepare` prints.
 """
 
-import os
 import random
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, refusing
-from pipelines.sources import Rejected
-from pipelines.sources._common import MAX_FILE, choice, share
+from perceiver.storage import Folder
+from pipelines.sources._common import choice, share
+from pipelines.sources._files import Found
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -30,143 +27,16 @@ SPLIT_WORDS = {
 """Spellings of the splits, in any case."""
 STORED_AS = {"trainval": "train", "dev": "val", "eval": "test"}
 ORDER = ("train", "val", "test")
-SYSTEM_NAMES = {
-    "__macosx",
-    "thumbs.db",
-    "desktop.ini",
-    "@eadir",
-    "$recycle.bin",
-    "system volume information",
-    "lost+found",
-}
-IN_PARTS = (".tar", ".gz", ".tgz", ".parquet", ".txt", ".jsonl", ".h5", ".hdf5")
-"""Endings of files that are read in parts and may be larger than `MAX_FILE`."""
 SHOWN = 3
 """Names that a line or an error shows."""
 NOTHING_TO_EVALUATE = "no split to evaluate on: --option held_out=0.2 holds out a share of train"
-SPECIAL = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
-MOST_VISITS = 100
-"""How often a folder may be reached over links; a few links to each other would otherwise be an endless tree."""
-VERSION = "?versionId="
-LINKS = DEAD_LINK, LOOP = "a dead link", "a link to a folder above it"
 
 _KNOWN = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _LETTERS = re.compile(r"[^\W\d_]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
-Entry = tuple[str, str, int]
-"""A file relative to the source folder, what it is unless it is a regular file, and its bytes."""
 Labelled = tuple[str, int]
 """A path relative to the source folder, and its class."""
-
-
-@dataclass
-class Found:
-    """The files below a folder.
-
-    Attributes:
-        names: files with the wanted endings, relative to the folder and sorted. Links are followed.
-        rejected: links that lead nowhere or to a folder above them.
-        ignored: number and an example of the files that were left out, by reason.
-    """
-
-    names: list[str] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    ignored: dict[str, tuple[int, str]] = field(default_factory=dict)
-
-    def ignore(self, reason: str, name: str) -> None:
-        """Count a file that is left out."""
-        count, example = self.ignored.get(reason, (0, name))
-        self.ignored[reason] = count + 1, min(example, name)
-
-    def notes(self) -> tuple[str, ...]:
-        """Return one line that counts what was left out, with an example of each; none if nothing was."""
-        parts = [f"{reason}: {count:,} ({example})" for reason, (count, example) in self.ignored.items()]
-        return (f"left out: {'; '.join(parts)}",) if parts else ()
-
-
-def hidden(name: str) -> bool:
-    """Return whether a path has a hidden part, or a file or folder that operating systems and editors leave behind."""
-    return any(
-        (part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM_NAMES for part in name.split("/")
-    )
-
-
-def look(folder: Folder, suffixes: tuple[str, ...]) -> Found:
-    """Find all files below a folder with one of these (lower-case) endings; hidden and system files are left out.
-
-    Raises:
-        UserError: the folder cannot be listed, or a wanted file is a FIFO, a socket or a device, which could be read
-            for ever, or too large.
-    """
-    found = Found()
-    with refusing(f"source folder {folder.url}", "check the place and the access to it"):
-        for name, kind, size in _local_entries(folder.path, Counter()) if folder.local else _remote_entries(folder):
-            wanted = name.lower().endswith(suffixes)
-            if hidden(name):
-                found.ignore("hidden or system files", name)
-            elif kind in LINKS:
-                if wanted or "." not in name.rsplit("/", 1)[-1]:
-                    found.rejected.append(Rejected(name, kind))
-            elif VERSION in name and not folder.local:
-                found.rejected.append(Rejected(name, f"{VERSION} in a name, which stores read as a version: rename it"))
-            elif not wanted:
-                found.ignore("files with other endings", name)
-            elif kind:
-                raise UserError(f"{folder.file(name)} is a {kind}: wanted a regular file; move it away")
-            elif size > MAX_FILE and not name.lower().endswith(IN_PARTS):
-                raise UserError(f"{folder.file(name)} has {size:,} bytes, more than {MAX_FILE:,}: move it away")
-            else:
-                found.names.append(name)
-    found.names.sort()
-    return found
-
-
-def find_files(folder: Folder, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the names of `look`."""
-    return look(folder, suffixes).names
-
-
-def _remote_entries(folder: Folder) -> Iterator[Entry]:
-    """Yield the files below a folder of a store."""
-    root = folder.path.rstrip("/") + "/"
-    for path, facts in folder.fs.find(folder.path, detail=True).items():
-        yield path[len(root) :], "", facts.get("size") or 0
-
-
-def _local_entries(
-    path: str, visits: Counter[tuple[int, int]], prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[Entry]:
-    """Yield the files below a local folder, and hidden folders with a slash; links are followed.
-
-    Args:
-        path: the folder.
-        visits: how often each folder, by device and number, was read.
-        prefix: its name relative to the first one, with a slash.
-        above: the folders above it, to detect loops.
-    """
-    facts = Path(path).stat()
-    here = facts.st_dev, facts.st_ino
-    above = above | {here}
-    visits[here] += 1
-    if visits[here] > MOST_VISITS:
-        raise UserError(f"{path} is reached by more than {MOST_VISITS} links: remove them")
-    with os.scandir(path) as entries:
-        for entry in entries:
-            name = prefix + entry.name
-            try:
-                facts = entry.stat()
-            except OSError:  # the target does not exist, or the link leads to itself
-                yield name, DEAD_LINK, 0
-                continue
-            if not stat.S_ISDIR(facts.st_mode):
-                yield name, SPECIAL.get(stat.S_IFMT(facts.st_mode), ""), facts.st_size
-            elif hidden(entry.name):
-                yield name + "/", "", 0
-            elif (facts.st_dev, facts.st_ino) in above:
-                yield name, LOOP, 0
-            else:
-                yield from _local_entries(entry.path, visits, name + "/", above)
 
 
 def split_words(name: str) -> list[str]:

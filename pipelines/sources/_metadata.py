@@ -10,8 +10,9 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, first_line
 from pipelines.sources import Rejected
 from pipelines.sources._common import path_below, read_list
+from pipelines.sources._files import Found
 from pipelines.sources._labels import in_order
-from pipelines.sources._layout import SHOWN, ClassFiles, Found, Labelled, class_notes, counted, splits_of_files
+from pipelines.sources._layout import SHOWN, ClassFiles, Labelled, class_notes, counted, splits_of_files
 
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 FILE_COLUMN = "file_name"

@@ -19,7 +19,7 @@ from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import AudioFeature, Feature, LabelsFeature, MediaFeature, VideoFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, read_list, shuffled_units, source_folder
-from pipelines.sources._layout import Found, look
+from pipelines.sources._files import Found, look
 
 SOUND = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aac")
 VIDEO = (".mp4", ".mkv", ".webm", ".avi", ".mov")

@@ -23,17 +23,9 @@ from pipelines.features import (
 )
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, item_seed, number, path_below, shuffled_units
+from pipelines.sources._files import Found, look
 from pipelines.sources._labels import in_order, label_number
-from pipelines.sources._layout import (
-    Found,
-    by_split,
-    class_notes,
-    held_out_share,
-    look,
-    split_notes,
-    split_words,
-    splits_of_files,
-)
+from pipelines.sources._layout import by_split, class_notes, held_out_share, split_notes, split_words, splits_of_files
 from pipelines.sources._metadata import table_rows
 from pipelines.sources._probe import PROBE, image_feature
 from pipelines.transforms import BadSample

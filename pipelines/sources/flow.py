@@ -14,7 +14,7 @@ from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features.flow import FlowFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, choice, hold_out, read_list, share, shuffled_units, source_folder
-from pipelines.sources._layout import Found, look
+from pipelines.sources._files import Found, look
 from pipelines.transforms.optical_flow import pack
 
 FRAMES = ("ppm", "png", "jpg", "jpeg")

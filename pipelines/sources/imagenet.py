@@ -17,7 +17,8 @@ from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import MAX_FILE, TAR_ERRORS, read_list, shuffled_units, source_folder, tar_members
-from pipelines.sources._layout import Found, class_notes, look
+from pipelines.sources._files import Found, look
+from pipelines.sources._layout import class_notes
 
 IMAGES = (".jpeg", ".jpg", ".png")
 SYNSET = re.compile(r"n\d{8}")

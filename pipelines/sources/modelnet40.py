@@ -15,15 +15,14 @@ from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import LabelFeature, PointsFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, _hdf5, refuse_options
 from pipelines.sources._common import base_name, item_seed, number, read_list, shuffled_units, source_folder
+from pipelines.sources._files import Found, look
 from pipelines.sources._layout import (
     ClassFiles,
-    Found,
     Labelled,
     check_classes,
     class_files,
     class_notes,
     hold_out_classes,
-    look,
     split_notes,
 )
 from pipelines.transforms import BadSample

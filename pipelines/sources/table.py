@@ -22,8 +22,9 @@ from pipelines.order.permutation import keys, permute
 from pipelines.shards.parquet import MAX_BYTES, row_key
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, source_folder
+from pipelines.sources._files import look
 from pipelines.sources._labels import classes_of, is_label, is_text, label_number, same_names, stored_names, unsuitable
-from pipelines.sources._layout import class_notes, held_out_share, look, split_notes, splits_of_files
+from pipelines.sources._layout import class_notes, held_out_share, split_notes, splits_of_files
 from pipelines.sources._probe import PROBE, image_feature
 
 OPTIONS = ("image", "text", "label", "classes", "channels", "held_out", "splits")

@@ -27,7 +27,8 @@ from pipelines.sources._common import (
     shuffled_units,
     source_folder,
 )
-from pipelines.sources._layout import held_out_share, look, split_notes, splits_of_files
+from pipelines.sources._files import look
+from pipelines.sources._layout import held_out_share, split_notes, splits_of_files
 
 SUFFIXES = (".txt", ".jsonl")
 OPTIONS = ("length", "join", "document", "column", "held_out", "splits")

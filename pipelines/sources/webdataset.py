@@ -36,7 +36,8 @@ from pipelines.sources._common import (
     source_folder,
     tar_members,
 )
-from pipelines.sources._layout import class_notes, held_out_share, hidden, look, split_notes, splits_of_files
+from pipelines.sources._files import hidden, look
+from pipelines.sources._layout import class_notes, held_out_share, split_notes, splits_of_files
 from pipelines.sources._probe import PROBE, image_feature
 
 KINDS = {
