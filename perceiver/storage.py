@@ -307,6 +307,17 @@ def check_regular(path: str | Path) -> None:
         raise UserError(f"{path} is {NOT_REGULAR}: it is not overwritten; give another path")
 
 
+def check_own_file(path: str | Path) -> None:
+    """Refuse a local path that is to be read and continued as a file of a run, and might lead elsewhere.
+
+    Raises:
+        UserError: it is a link, folder, device, FIFO or socket.
+    """
+    if Path(path).is_symlink():
+        raise UserError(f"{path} is a link, and a run writes into its own folder only: remove the link")
+    check_regular(path)
+
+
 def file_sha256(path: str | Path, fs: Any = None) -> str:
     """Return the SHA-256 of a file in hex, read in blocks.
 

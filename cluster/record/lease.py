@@ -233,7 +233,7 @@ def acquire(file: LeaseFile, life_s: float = LIFE_S) -> Lease:
         if left > 0:
             raise UserError(_held(file, found, left))
         log.warning("taking over %s from %s", file.url, found)
-    if found is not None or file.fs.exists(file.path):
+    if found is not None or (os.path.lexists if file.local else file.fs.exists)(file.path):  # also a dead link
         file.remove(owner)
     if not file.create(owner):
         raise UserError(_held(file, file.read() or owner, life_s))

@@ -16,6 +16,7 @@ from perceiver.storage import (
     NotRegularError,
     RetryPolicy,
     cache_folder,
+    check_own_file,
     entry_names,
     existing_file,
     first_line,
@@ -25,12 +26,12 @@ from perceiver.storage import (
     with_retries,
     write_whole,
 )
-from perceiver.tracking.record import HISTORY, RECORD
+from perceiver.tracking.record import FILES, HISTORY, LOG, RECORD, RUN, SENT
 from perceiver.train.checkpoint.store import CheckpointStore
 
 RETRIES = RetryPolicy(attempts=5, backoff=1.0)
 T = TypeVar("T")
-WEIGHTS, REPORT = "model.safetensors", "report/index.html"
+WEIGHTS, REPORT, DRIVER_LOG = "model.safetensors", "report/index.html", "logs/driver.log"
 
 
 def retried(fs: Any, what: str, work: Callable[[], T]) -> T:
@@ -180,8 +181,13 @@ def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> 
     """Return the folder of a command's run: an existing one with ``resume``, otherwise a new one.
 
     Raises:
-        UserError: there is no run to resume, or ``run`` is not a plain name.
+        UserError: there is no run to resume, ``run`` is not a plain name, or a file that the run continues is a link or
+            not a regular file.
     """
     if resume:
-        return find_run(output, name, run)
-    return named_run(output, run) if run else new_run(output, name)
+        folder = find_run(output, name, run)
+    else:
+        folder = named_run(output, run) if run else new_run(output, name)
+    for part in (DRIVER_LOG, *FILES, SENT, RUN, LOG):
+        check_own_file(folder.local / part)
+    return folder

@@ -11,7 +11,7 @@ from cluster.recipe.config import kind_of, zero_stage
 from cluster.recipe.resources import machine_cpus
 from cluster.recipe.resume import longer
 from cluster.record.failures import EXIT_STOPPED
-from cluster.record.run_folder import REPORT, WEIGHTS, RunFolder
+from cluster.record.run_folder import DRIVER_LOG, REPORT, WEIGHTS, RunFolder
 from cluster.record.sessions import ended_sessions, work_time
 from cluster.run.context import Launch
 from cluster.runtime.session import continue_command
@@ -103,7 +103,7 @@ def _report(launch: Launch, outcome: Mapping[str, Any]) -> str | None:
         return build_report(launch.recipe, launch.folder, manifest, _facts(launch, outcome), _commands(launch, outcome))
     except Exception:  # noqa: BLE001  an error in a plot must not lose the rest
         log.exception("the report failed")
-        launch.console.error(f"the report could not be written, see {launch.folder.local / 'logs' / 'driver.log'}")
+        launch.console.error(f"the report could not be written, see {launch.folder.local / DRIVER_LOG}")
         return None
 
 

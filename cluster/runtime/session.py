@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from cluster.recipe.resources import ClusterConfig
-from cluster.record.run_folder import RunFolder
+from cluster.record.run_folder import DRIVER_LOG, RunFolder
 from cluster.runtime.local import ENDS, RaySession, start_ray
 from perceiver.tracking.printable import SafeFormatter
 from perceiver.tracking.record import HISTORY
@@ -83,7 +83,7 @@ def ray_and_mlflow(
         handle = created.result()
         folder.note(ray_session=ray_session.folder)
         _say_tracking(folder, handle, say)
-        say(f"logs {folder.local / 'logs' / 'driver.log'} and {ray_session.folder}/logs")
+        say(f"logs {folder.local / DRIVER_LOG} and {ray_session.folder}/logs")
         if ray_session.dashboard:
             say(f"dashboard http://{ray_session.dashboard}")
         yield ray_session, handle
@@ -163,7 +163,7 @@ def raise_on_signal() -> Iterator[None]:
 @contextmanager
 def log_file(folder: RunFolder) -> Iterator[None]:
     """Write the log of this process to ``logs/driver.log`` instead of the terminal."""
-    path = folder.local / "logs" / "driver.log"
+    path = folder.local / DRIVER_LOG
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perceiver.storage import check_own_file
+
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
@@ -41,6 +43,7 @@ class LineWriter:
 
     def __init__(self, path: Path, replacement: str | None = None) -> None:
         self.path = path
+        check_own_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if replacement is not None:
             path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import yaml
 
 from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import EXIT_STOPPED
+from cluster.record.run_folder import DRIVER_LOG
 from cluster.run.console import duration
 from perceiver.tracking.printable import say_json
 from perceiver.tracking.redaction import redact, redact_text
@@ -116,7 +117,7 @@ def _report(launch: "SearchLaunch") -> str | None:
         return launch.folder.location("report.html")
     except Exception:  # noqa: BLE001  a plot that fails must not lose the best recipe
         log.exception("cannot write the report")
-        launch.console.error(f"cannot write the report, see {launch.folder.local / 'logs' / 'driver.log'}")
+        launch.console.error(f"cannot write the report, see {launch.folder.local / DRIVER_LOG}")
         return None
 
 

@@ -1,16 +1,14 @@
 """The plan of a search: trials, resources, and expected time by the speed of a previous run."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from cluster.record.run_folder import RunFolder, run_names
 from cluster.run.console import duration
-from perceiver.storage import open_url
+from perceiver.config import UserError
 from perceiver.tracking.printable import say
+from perceiver.train.hooks import History
 from tune.config import Asha, Search
 from tune.report.numbers import values_text, workers
 from tune.search.checks import Checker
@@ -146,16 +144,13 @@ def _former_run(search: Search, slots: Slots) -> tuple[float, str] | None:
     """Return the samples per second of the newest previous run of the recipe, divided among concurrent trials."""
     for name in reversed(run_names(search.recipe.output, search.recipe.name)):
         folder = RunFolder(search.recipe.output, name)
-        rates = [row["train/samples_per_s"] for row in _history(folder) if "train/samples_per_s" in row]
+        try:
+            rows = [History(folder.checkpoints.history(step)).rows for step in folder.checkpoints.steps()[-1:]]
+        except UserError:  # a damaged run tells no speed
+            continue
+        rates = [row["train/samples_per_s"] for row in sum(rows, []) if "train/samples_per_s" in row]
         if rates:
             whole = float(np.median(rates))
             speed = whole / slots.concurrency
             return speed, f"{whole:,.0f} samples/s of {folder.url}, shared by {slots.concurrency} trials"
     return None
-
-
-def _history(folder: RunFolder) -> list[Mapping[str, Any]]:
-    """Return the metrics in the newest checkpoint of a run."""
-    fs, root = open_url(folder.location("checkpoints"))
-    files = sorted(fs.glob(f"{root}/step-*/history.jsonl"))
-    return [json.loads(line) for line in fs.cat_file(files[-1]).decode().splitlines()] if files else []

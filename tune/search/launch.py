@@ -174,10 +174,14 @@ def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
     search = plan.search
     wanted = {
         "search": search.config.model_dump(mode="json"),
-        "base": redact(search.recipe.model_dump(mode="json")),
-        "rows": redact(plan.rows),
+        "base": search.recipe.model_dump(mode="json"),
+        "rows": plan.rows,
     }
+    wanted = redact(wanted)
     before = parse_yaml(folder.read("search.yaml") or "{}", folder.location("search.yaml")) if resume else {}
+    if not isinstance(before, dict) or not all(isinstance(before.get(part, {}), dict) for part in wanted):
+        raise UserError(f"{folder.location('search.yaml')} is not a search: wanted keys and values; restore it")
+    before = redact(before)
     check_same_rows(folder, list(before.get("rows", {})), list(plan.rows))
     of = {"search": "{}", "base": "{} of the base recipe", "rows": "row {}"}
     free = {"search": FREE_ON_RESUME + (("space",) * bool(plan.rows)), "base": ("cluster", "tracking", "output")}

@@ -21,12 +21,29 @@ from perceiver.storage import unusable_file
 from perceiver.train.checkpoint.store import CheckpointStore, Snapshot
 from tests.cluster.recipes import small_tree, write_recipe
 from tests.perceiver.train.engine.torch_engine import TorchEngine
+from tests.tune.searches import record, search_tree, trial, write_search
 
-CHECKPOINT = "checkpoints/step-00000005"
-FILES = ("run.json", "recipe.yaml", "model.safetensors", "lease.json", f"{CHECKPOINT}/manifest.json")
-FILES += (f"{CHECKPOINT}/engine.json", f"{CHECKPOINT}/history.jsonl", f"{CHECKPOINT}/shard-00000.safetensors")
-TEXTS = ("", "[1]", "\0", '{"step": NaN}', '{"step": -' + "9" * 5000 + "}", "[" * 5000)
-TEXTS += ('{"step": "x", "format": [], "name": {}}',)
+RUN, SEARCH, CHECKPOINT = "runs/small-001", "runs/hunt-001", "runs/small-001/checkpoints/step-00000005"
+READERS = {
+    f"{RUN}/run.json": ("train", "evaluate", "export", "predict"),
+    f"{RUN}/recipe.yaml": ("train", "evaluate", "export"),
+    f"{RUN}/model.safetensors": ("evaluate", "export"),
+    f"{RUN}/lease.json": ("train",),
+    f"{RUN}/history.jsonl": ("train",),
+    f"{RUN}/logs/driver.log": ("train",),
+    f"{RUN}/tracking/sent.json": ("train",),
+    f"{CHECKPOINT}/manifest.json": ("train", "evaluate"),
+    f"{CHECKPOINT}/engine.json": ("train",),
+    f"{CHECKPOINT}/history.jsonl": ("train", "dry run"),
+    f"{CHECKPOINT}/shard-00000.safetensors": ("train", "evaluate"),
+    f"{SEARCH}/trials.json": ("tune", "dry run"),
+    f"{SEARCH}/run.json": ("tune",),
+    f"{SEARCH}/search.yaml": ("tune",),
+    "shards/manifest.json": ("inspect", "train", "evaluate"),
+}
+"""The verbs that read a file. Those of jobs (`status`, `logs`, `stop`) ask the cluster and read no run."""
+TEXTS = ("", "[1]", '{"step": NaN}', '{"step": -' + "9" * 5000 + "}", "[" * 5000)
+TEXTS += ('{"step": "x", "format": [], "name": {}, "search": 3, "rows": 3}',)
 
 
 def irregular(make: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -38,10 +55,8 @@ def irregular(make: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    **{f"text {text[:20]!r}": lambda path, text=text: path.write_text(text) for text in TEXTS},
     "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "no text": lambda path: path.write_bytes(b"\xff\xfe" * 64),
-    "longest header": lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()),
+    "no text, longest header": lambda path: path.write_bytes(b"\xff\xfe" * 64),
     "missing": lambda path: path.unlink(),
     "folder": irregular(Path.mkdir),
     "fifo": irregular(os.mkfifo),
@@ -49,27 +64,37 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "link to itself": irregular(lambda path: path.symlink_to(path.name)),
     "device": irregular(lambda path: path.symlink_to("/dev/zero")),
 }
+OF_TEXTS = {f"text {text[:20]!r}": lambda path, text=text: path.write_text(text) for text in TEXTS}
 
 
 @pytest.fixture(scope="module")
 def sound(images: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a recipe and a run, as if it had trained for five steps."""
+    """Return a folder with data, a recipe, a run as if it had trained for five steps, and a search of two trials."""
     home = tmp_path_factory.mktemp("home")
-    tree = small_tree(home, images)
-    path = write_recipe(home, tree)
-    recipe = load_recipe(str(path), ())
+    shutil.copytree(images, home / "shards")
+    tree = small_tree(home, "shards") | {"output": "runs"}
+    recipe = load_recipe(str(write_recipe(home, tree)), ())
     values = recipe.model_dump(mode="json")
-    run = home / "runs" / "small-001"
+    run, search = home / RUN, home / SEARCH
     run.mkdir(parents=True)
     model = build_model(model_config(values["model"]), classes=2)
     (run / "recipe.yaml").write_text(yaml.safe_dump(values))
     (run / "run.json").write_text(json.dumps({"name": "small-001", "step": 5, "status": "stopped"}))
     (run / "lease.json").write_text("{}")
+    for name in ("history.jsonl", "logs/driver.log", "tracking/sent.json"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("{}\n")
     save_file(model.state_dict(), run / "model.safetensors", {"format": "pt"})
     engine = TorchEngine(model, None, OptimConfig(), lambda step: 1.0)  # type: ignore[arg-type]
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     snapshot = Snapshot(5, 40, {"kind": "torch"}, shapes, values, {}, '{"step": 5}\n', {})
     assert CheckpointStore(str(run / "checkpoints")).save(engine, snapshot)
+    search.mkdir()
+    write_search(home, search_tree(home, "shards") | {"overrides": {"output": "runs"}})
+    write_recipe(home, tree)
+    (search / "search.yaml").write_text((home / "hunt.yaml").read_text())
+    (search / "run.json").write_text(json.dumps({"name": "hunt-001", "status": "stopped"}))
+    (search / "trials.json").write_text(record(trial(0, "finished", 0.5), trial(1, "running")).model_dump_json())
     return home
 
 
@@ -87,35 +112,39 @@ def end_of(*words: str) -> str:
     return ""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
-def test_a_damaged_file_is_one_line_from_every_verb(
-    file: str, sound: Path, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("file", READERS)
+def test_a_damaged_file_is_one_line_from_every_verb_that_reads_it(
+    file: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_ray(*_: object, **__: object) -> None:
         raise UserError("Ray would start")
 
     monkeypatch.setattr(ray, "init", no_ray)
+    monkeypatch.setattr("perceiver.cli.tune.leave", lambda code: None)  # which ends the process
     monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.chdir(tmp_path)
-    output = tmp_path / "runs"
-    run = output / "small-001"
     verbs = {
-        "train": ("train", str(sound / "small.yaml"), "--resume", f"output={output}", "tracking.enabled=false"),
-        "evaluate": ("evaluate", str(run), images, "data.executor=inline", "--batch", "64"),
-        "export": ("export", str(run), "--format", "safetensors", "--to", str(tmp_path / "out")),
-        "predict": ("predict", str(run), images, "--to", str(tmp_path / "predictions")),
+        "train": ("train", "small.yaml", "--resume", "tracking.enabled=false"),
+        "evaluate": ("evaluate", RUN, "shards", "data.executor=inline", "--batch", "64"),
+        "export": ("export", RUN, "--format", "safetensors", "--to", "out"),
+        "predict": ("predict", RUN, "shards", "--to", "predictions"),
+        "tune": ("tune", "hunt.yaml", "--resume", "tracking.enabled=false"),
+        "dry run": ("tune", "hunt.yaml", "--dry-run"),
+        "inspect": ("inspect", "shards", "--no-samples"),
     }
-    for name, damage in DAMAGES.items():
-        for verb, words in verbs.items():
-            if file != "run.json" and verb == "predict":  # which opens a run as `evaluate` does
-                continue
-            shutil.rmtree(output, ignore_errors=True)
-            shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            shutil.copytree(sound / "runs", output)
-            damage(run / file)
+    damages = DAMAGES if file.endswith(".safetensors") else {**OF_TEXTS, **DAMAGES}
+    for name, damage in damages.items():
+        for verb in READERS[file]:
+            home = tmp_path / "home"
+            shutil.copytree(sound, home)
+            monkeypatch.chdir(home)
+            damage(home / file)
+            if verb == "evaluate" and "checkpoints" in file:
+                (home / RUN / "model.safetensors").unlink()  # so that the checkpoint is read
             try:
-                line = end_of(*words)
+                line = end_of(*verbs[verb])
             except Exception as error:
                 raise AssertionError(f"{verb} with {file}, {name}") from error
+            assert not (home / file).with_name("nowhere").exists(), f"{verb} with {file} has followed a link"
             assert "\n" not in line and len(line) < 1600, f"{verb} with {file}, {name}: {line}"
+            monkeypatch.chdir(tmp_path)
+            shutil.rmtree(home)
