@@ -184,8 +184,10 @@ def share(options: Mapping[str, str], key: str, default: str) -> float:
 def number(options: Mapping[str, str], key: str, default: int, *, least: int = 1) -> int:
     """Return an option that is a whole number of at least `least`, or raise `UserError`."""
     text = options.get(key, str(default))
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"option {key}={text}: wanted a whole number of at least {least}, such as {default}")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9 and int(text) >= least):
+        raise UserError(
+            f"option {key}={text[:80]}: wanted a whole number of at least {least}, below 10^9, such as {default}"
+        )
     return int(text)
 
 

@@ -95,6 +95,22 @@ def look(folder: Folder, suffixes: tuple[str, ...]) -> Found:
     return found
 
 
+def read_file(folder: Folder, name: str) -> bytes:
+    """Read a file that a table names.
+
+    Raises:
+        ValueError: it is a FIFO, socket, device or folder, or larger than `MAX_FILE`; the message is a reason for the
+            quarantine.
+        OSError: it does not exist or cannot be read.
+    """
+    facts = folder.fs.info(folder.file(name))
+    if folder.local and not stat.S_ISREG(Path(folder.file(name)).stat().st_mode):
+        raise ValueError("not a regular file")
+    if (facts.get("size") or 0) > MAX_FILE:
+        raise ValueError(f"{facts['size']:,} bytes, more than {MAX_FILE:,}")
+    return folder.fs.cat_file(folder.file(name))
+
+
 def _remote_entries(folder: Folder) -> Iterator[Entry]:
     """Yield the files below a folder of a store."""
     root = folder.path.rstrip("/") + "/"

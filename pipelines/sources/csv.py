@@ -23,7 +23,7 @@ from pipelines.features import (
 )
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, item_seed, number, path_below, shuffled_units
-from pipelines.sources._files import Found, look
+from pipelines.sources._files import Found, look, read_file
 from pipelines.sources._labels import in_order, label_number
 from pipelines.sources._layout import by_split, class_notes, held_out_share, split_notes, split_words, splits_of_files
 from pipelines.sources._metadata import table_rows
@@ -152,7 +152,7 @@ class RowReader:
             raise ValueError(f"no {feature}")
         if feature == "text":
             return value.strip()
-        encoded = self.folder.fs.cat_file(self.folder.file(row.above + path_below(value)))
+        encoded = read_file(self.folder, row.above + path_below(value))
         if feature != "points":
             return encoded
         seed = item_seed(self.content["seed"], row.key)

@@ -86,11 +86,14 @@ def _is_number(word: bytes) -> bool:
 def _read_npy(encoded: bytes) -> Any:
     """Return the array of numbers in a .npy file, or raise `ValueError`; memory is allocated for what is there only."""
     stream = io.BytesIO(encoded)
-    version = np.lib.format.read_magic(stream)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"version {version} of the .npy format")
-    shape, columns_first, kind = readers[version](stream)
+    try:
+        version = np.lib.format.read_magic(stream)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise ValueError(f"version {version} of the .npy format")
+        shape, columns_first, kind = readers[version](stream)
+    except Exception as error:  # the header is parsed as Python literals, which raises a dozen types
+        raise ValueError(f"a damaged header: {first_line(error, 80)}") from error
     content = memoryview(encoded)[stream.tell() :]
     if kind.kind not in "fiu" or len(shape) != 2 or math.prod(shape) * kind.itemsize != len(content):
         raise ValueError(f"{shape} x {kind} in the header, {len(content)} bytes follow")
@@ -105,6 +108,8 @@ def _read_npz(encoded: bytes) -> Any:
             name = "points.npy" if "points.npy" in names else names[0] if len(names) == 1 else ""
             if not name:
                 raise ValueError(f"arrays {', '.join(names[:8])}, wanted one, or one called points")
+            if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("a compression that NumPy does not write")
             with archive.open(name) as member:
                 content = member.read(MAX_ARRAY + 1)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:

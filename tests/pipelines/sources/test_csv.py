@@ -1,6 +1,7 @@
 """Tables of files, texts and labels as a source."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from perceiver.config import UserError
 from pipelines.features import AudioFeature, ImageFeature, LabelsFeature, PointsFeature, TextFeature
 from pipelines.prepare import PrepareConfig, prepare
+from pipelines.sources._common import MAX_FILE
 from tests.pipelines.raw import write
 from tests.pipelines.sources.test_layouts import PICTURES, prepared
 
@@ -54,6 +56,20 @@ def test_rows_of_a_group_stay_together(tmp_path: Path) -> None:
     assert found.samples == {"train": 35, "test": 15}
     groups = [{(int(key.split("#")[1]) - 1) // 5 for key in rows} for rows in found.rows.values()]
     assert not groups[0] & groups[1]
+
+
+def test_special_and_large_files_are_not_read(tmp_path: Path) -> None:
+    write(
+        tmp_path / "src",
+        {"a.wav": b"sound", "t.csv": lines("audio", "a.wav", "fifo.wav", "zero.wav", "large.wav", "x")},
+    )
+    os.mkfifo(tmp_path / "src" / "fifo.wav")
+    (tmp_path / "src" / "zero.wav").symlink_to("/dev/zero")
+    (tmp_path / "src" / "x").mkdir()
+    with (tmp_path / "src" / "large.wav").open("wb") as file:
+        file.truncate(MAX_FILE + 1)
+    found = prepared(tmp_path, "csv", bad=1.0, held_out="none")
+    assert found.samples == {"train": 1} and found.rejected.keys() == {f"t.csv#{row}" for row in (2, 3, 4, 5)}
 
 
 def test_rows_that_cannot_be_used_are_quarantined(tmp_path: Path) -> None:

@@ -104,11 +104,18 @@ BOMB = io.BytesIO()
 with zipfile.ZipFile(BOMB, "w", zipfile.ZIP_DEFLATED) as archive:
     archive.writestr("points.npy", bytes(600 << 20))
 
+LZMA = io.BytesIO()
+with zipfile.ZipFile(LZMA, "w", zipfile.ZIP_LZMA) as archive:
+    archive.writestr("points.npy", npy(CLOUD))
+
 DAMAGED = {
     "a.npz": b"PK\x03\x04 no archive",
     "b.npz": npz(a=CLOUD, b=CLOUD),
     "c.npz": BOMB.getvalue(),
     "a.npy": npy(np.array([[None]], object)),
+    "b.npy": npy(CLOUD).replace(b"{", b"\\", 1),
+    "c.npy": npy(CLOUD).replace(b"(5, 6)", b"((((((", 1),
+    "d.npz": LZMA.getvalue(),
     "a.ply": b"ply\nformat ascii 1.0\nelement vertex 99999999999\nproperty float x\nend_header\n",
     "b.ply": b"ply\nformat ascii 1.0\nelement vertex 4\nelement face 99999999999999999999999\nend_header\n",
     "c.ply": b"",
