@@ -94,7 +94,7 @@ def recipe_before(folder: RunFolder, checkpoint: CheckpointManifest | None) -> B
         recipe = build_recipe(tree, place)
         tree = redact(for_workers(recipe))  # with today's defaults for keys that it lacks
     except UserError:
-        recipe = None
+        recipe, tree = None, redact(tree)
     return Before(tree, recipe, checkpoint.step if checkpoint else 0, place)
 
 
