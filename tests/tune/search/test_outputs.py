@@ -127,6 +127,7 @@ def test_an_estimate_names_its_basis_or_is_unknown(tmp_path: Path, tree: dict[st
     assert estimate(search, slots, 1000, 4) is None
     assert "unknown" in say_estimate(None)
     run = RunFolder(search.recipe.output, "small-001")
+    run.write("checkpoints/step-00000010/manifest.json", "{}")
     run.write("checkpoints/step-00000010/history.jsonl", json.dumps({"step": 10, "train/samples_per_s": 200.0}) + "\n")
     found = estimate(search, slots, 1000, 4)
     assert found is not None and found.longest == 2 * (1000 / 100 + 5)
