@@ -87,9 +87,11 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     checkpoint = folder.checkpoints.newest() if resume else None
     before = recipe_before(folder, checkpoint) if resume else None
     changes = check_same_recipe(recipe, before) if before else ()
+    check_worker_range(recipe)
+    manifest = load_data(recipe.data)
     if resume:
-        check_same_data(recipe.data.url, data_facts(recipe.data, load_data(recipe.data)), folder)
-    model = check_recipe(recipe)
+        check_same_data(recipe.data.url, data_facts(recipe.data, manifest), folder)
+    model = check_model(recipe, manifest)
     check_files(recipe.data, model.manifest)
     address = recipe.cluster.resolved_address()
     if address is None:
@@ -143,7 +145,15 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
         UserError: the first problem that would stop the run, with its fix.
     """
     check_worker_range(recipe)
-    manifest = load_data(recipe.data, load)
+    return check_model(recipe, load_data(recipe.data, load))
+
+
+def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
+    """Check a recipe's data, task and model against each other.
+
+    Raises:
+        UserError: the first problem that would stop the run, with its fix.
+    """
     check_data(recipe, manifest)
     if kind_of(recipe.task) == "classification" and len(manifest.classes) == 1:
         raise UserError(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cluster.recipe.config import Recipe, kind_of
-from cluster.record.run_folder import RunFolder
+from cluster.record.run_folder import WEIGHTS, RunFolder
 from perceiver.factory import attention_maps, build_model
 from perceiver.report.page import CardPart
 from perceiver.report.run import ReportData, choose_examples, run_report
@@ -143,7 +143,7 @@ def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: li
     import safetensors.torch
 
     model = build_model(recipe.model, classes=len(manifest.classes))
-    fs, path = open_url(folder.location("model.safetensors"))
+    fs, path = open_url(folder.location(WEIGHTS))
     model.load_state_dict(safetensors.torch.load(fs.cat_file(path)))
     model.eval()
     grid = getattr(getattr(model, "inputs", None), "grid", None)

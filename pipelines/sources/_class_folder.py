@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder, raise_unanswered
+from perceiver.storage import Folder, open_folder
 from pipelines.features import Feature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, item_seed, shuffled_units, source_folder
-from pipelines.sources._files import Found, look
+from pipelines.sources._files import Found, look, unreadable
 from pipelines.sources._layout import class_files, hold_out_classes
 from pipelines.sources._metadata import METADATA, labelled_files
 from pipelines.transforms import BadSample
@@ -88,8 +88,7 @@ class ClassFolder:
             except BadSample as error:
                 yield Rejected(name, str(error))
             except OSError as error:
-                raise_unanswered(error)
-                yield Rejected(name, f"unreadable file: {type(error).__name__}")
+                yield unreadable(name, error)
 
 
 def take_tables(found: Found) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, refusing
+from perceiver.storage import Folder, raise_unanswered, refusing
 from pipelines.sources import Rejected
 from pipelines.sources._common import MAX_FILE
 
@@ -109,6 +109,12 @@ def read_file(folder: Folder, name: str) -> bytes:
     if (facts.get("size") or 0) > MAX_FILE:
         raise ValueError(f"{facts['size']:,} bytes, more than {MAX_FILE:,}")
     return folder.fs.cat_file(folder.file(name))
+
+
+def unreadable(key: str, error: OSError) -> Rejected:
+    """Return a file that cannot be read as rejected; raise the error of a store that does not answer again."""
+    raise_unanswered(error)
+    return Rejected(key, f"unreadable file: {type(error).__name__}")
 
 
 def _remote_entries(folder: Folder) -> Iterator[Entry]:

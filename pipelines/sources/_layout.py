@@ -138,9 +138,10 @@ def class_files(folder: Folder, found: Found, options: Mapping[str, str]) -> Cla
             each other.
     """
     tree = [(name, name.split("/")[:-1]) for name in found.names]
-    depth = _split_depth(folder, [folders for _, folders in tree]) if split_option(options) else None
+    by_name = split_option(options)
+    depth = _split_depth(folder, [folders for _, folders in tree]) if by_name else None
     members = list(_in_classes(tree, found) if depth is None else _in_splits(tree, depth, found))
-    if split_option(options):
+    if by_name:
         members = list(_without_others(members, found))
     if not members:
         raise UserError(

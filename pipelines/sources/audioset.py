@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder, raise_unanswered
+from perceiver.storage import Folder, open_folder
 from pipelines.features import AudioFeature, Feature, LabelsFeature, MediaFeature, VideoFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, read_list, shuffled_units, source_folder
-from pipelines.sources._files import Found, look
+from pipelines.sources._files import Found, look, unreadable
 
 SOUND = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aac")
 VIDEO = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -101,8 +101,7 @@ class AudioSet:
                 try:
                     yield {"key": key, unit.content["feature"]: folder.fs.cat_file(folder.file(path)), "label": labels}
                 except OSError as error:
-                    raise_unanswered(error)
-                    yield Rejected(key, f"unreadable file: {type(error).__name__}")
+                    yield unreadable(key, error)
 
 
 def read_classes(folder: Folder, lists: Mapping[str, str]) -> dict[str, str]:

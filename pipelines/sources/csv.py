@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder, raise_unanswered, refusing
+from perceiver.storage import Folder, open_folder, refusing
 from pipelines.features import (
     AudioFeature,
     Feature,
@@ -23,7 +23,7 @@ from pipelines.features import (
 )
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, item_seed, number, path_below, shuffled_units
-from pipelines.sources._files import Found, look, read_file
+from pipelines.sources._files import Found, look, read_file, unreadable
 from pipelines.sources._labels import in_order, label_number
 from pipelines.sources._layout import by_split, class_notes, held_out_share, split_notes, split_words, splits_of_files
 from pipelines.sources._metadata import table_rows
@@ -115,13 +115,10 @@ class CsvSource:
             row = Row(*item)
             try:
                 yield {"key": row.key, **{feature: read(feature, row) for feature in read.features}}
-            except BadSample as error:
-                yield Rejected(row.key, str(error))
-            except ValueError as error:
+            except (BadSample, ValueError) as error:
                 yield Rejected(row.key, str(error))
             except OSError as error:
-                raise_unanswered(error)
-                yield Rejected(row.key, f"unreadable file: {type(error).__name__}")
+                yield unreadable(row.key, error)
 
 
 class RowReader:
@@ -144,10 +141,10 @@ class RowReader:
         columns, options = self.content["columns"], self.content["options"]
         if feature == "label" and "labels" in columns:
             names = several(row.cells.get(columns["labels"]), options)
-            return [label_number(name, self.index, len(self.index)) for name in names]
+            return [label_number(name, self.index, len(self.content["classes"])) for name in names]
         value = row.cells.get(columns[feature])
         if feature == "label":
-            return label_number(one_label(value), self.index, len(self.index))
+            return label_number(one_label(value), self.index, len(self.content["classes"]))
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"no {feature}")
         if feature == "text":

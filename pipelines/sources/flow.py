@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_folder, raise_unanswered
+from perceiver.storage import Folder, open_folder
 from pipelines.features.flow import FlowFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, choice, hold_out, read_list, share, shuffled_units, source_folder
-from pipelines.sources._files import Found, look
+from pipelines.sources._files import Found, look, unreadable
 from pipelines.transforms.optical_flow import pack
 
 FRAMES = ("ppm", "png", "jpg", "jpeg")
@@ -69,8 +69,7 @@ class FlowPairs:
             try:
                 files = [folder.fs.cat_file(folder.file(name)) for name in (first, second, flow)]
             except OSError as error:
-                raise_unanswered(error)
-                yield Rejected(flow, f"unreadable file: {type(error).__name__}")
+                yield unreadable(flow, error)
                 continue
             yield {"key": flow, "flow": pack(files, "flo" if flow.endswith(".flo") else "png")}
 

@@ -17,7 +17,7 @@ from perceiver.storage import Folder, open_folder, raise_unanswered
 from pipelines.features import ImageFeature, LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import MAX_FILE, TAR_ERRORS, read_list, shuffled_units, source_folder, tar_members
-from pipelines.sources._files import Found, look
+from pipelines.sources._files import Found, look, unreadable
 from pipelines.sources._layout import class_notes
 
 IMAGES = (".jpeg", ".jpg", ".png")
@@ -76,8 +76,7 @@ class ImageNet:
                 part = {} if size < 0 else {"start": offset, "end": offset + size}
                 yield {"key": key, "image": folder.fs.cat_file(folder.file(name), **part), "label": label}
             except OSError as error:
-                raise_unanswered(error)
-                yield Rejected(key, f"unreadable file: {type(error).__name__}")
+                yield unreadable(key, error)
 
 
 def find_train(folder: Folder, names: list[str]) -> Iterator[ImageLocation]:

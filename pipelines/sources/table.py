@@ -42,6 +42,14 @@ class Group(NamedTuple):
     first: int
 
 
+class Table(NamedTuple):
+    """What a listing needs of a file's footer: the rows of its row groups, and the class names that it stores."""
+
+    name: str
+    rows: list[int]
+    classes: list[str]
+
+
 class TableSource:
     """The source: Parquet files. Row groups are shuffled over the shards; rows keep their order within them.
 
@@ -63,8 +71,12 @@ class TableSource:
         files = [name for names in splits.values() for name in names]
         schema = _metadata(folder, files[0]).schema.to_arrow_schema()
         columns = find_columns(schema, options)
-        classes = class_names(folder, schema, columns, files, options)
-        groups = {split or "train": _groups(folder, names) for split, names in splits.items()}
+        label = columns.get("label", "")
+        tables = {
+            split or "train": [read_facts(folder, name, label) for name in names] for split, names in splits.items()
+        }
+        classes = class_names(folder, schema, columns, [table for found in tables.values() for table in found], options)
+        groups = {split: _groups(found) for split, found in tables.items()}
         held_out = held_out_share(splits, folder, options, "0.2")
         return Listing(
             name=base_name(folder.url),
@@ -99,7 +111,7 @@ class TableSource:
                     if missing := [name for name, value in sample.items() if value is None]:
                         raise ValueError(f"no {missing[0]}")
                     if "label" in sample:
-                        sample["label"] = label_number(sample["label"], index, len(index))
+                        sample["label"] = label_number(sample["label"], index, len(content["classes"]))
                 except UnicodeDecodeError as error:
                     yield Rejected(key, f"invalid UTF-8: {error.reason}")
                 except ValueError as error:
@@ -186,7 +198,7 @@ WANTED = {
 
 
 def class_names(
-    folder: Folder, schema: pa.Schema, columns: Mapping[str, str], files: list[str], options: Mapping[str, str]
+    folder: Folder, schema: pa.Schema, columns: Mapping[str, str], tables: Sequence[Table], options: Mapping[str, str]
 ) -> list[str]:
     """Return the names of the classes, by label.
 
@@ -198,10 +210,9 @@ def class_names(
     if "classes" in options:
         return options["classes"].split(",")
     column = columns["label"]
-    stored = {name: stored_names(_metadata(folder, name).schema.to_arrow_schema().metadata, column) for name in files}
     where = f"{folder.url}: column {column}"
-    return same_names(stored, where) or classes_of(
-        _label_values(folder, column, files), schema.field(column).type, where
+    return same_names({table.name: table.classes for table in tables}, where) or classes_of(
+        _label_values(folder, column, [table.name for table in tables]), schema.field(column).type, where
     )
 
 
@@ -253,25 +264,33 @@ def _column_notes(columns: Mapping[str, str], schema: pa.Schema, classes: Sequen
     return (*notes, *class_notes(classes)) if "label" in columns else tuple(notes)
 
 
-def _groups(folder: Folder, files: Sequence[str]) -> list[Group]:
-    """Return the row groups of some files, in order.
+def read_facts(folder: Folder, name: str, label: str) -> Table:
+    """Read the footer of a file; `label` is the column of the labels, empty without.
 
     Raises:
-        UserError: a file is not Parquet, or a row group is too large.
+        UserError: it is not Parquet, or a row group is too large.
     """
+    footer = _metadata(folder, name)
+    rows = []
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        if not 0 <= group.num_rows <= MAX_ROWS or group.total_byte_size > MAX_BYTES:
+            raise UserError(
+                f"{folder.url}/{name}: row group {number} has {group.num_rows:,} rows and "
+                f"{group.total_byte_size:,} bytes, wanted up to {MAX_ROWS:,} and {MAX_BYTES:,}"
+            )
+        rows.append(group.num_rows)
+    return Table(name, rows, stored_names(footer.schema.to_arrow_schema().metadata, label))
+
+
+def _groups(tables: Sequence[Table]) -> list[Group]:
+    """Return the row groups of some files, in order."""
     groups: list[Group] = []
     first = 0
-    for name in files:
-        facts = _metadata(folder, name)
-        for number in range(facts.num_row_groups):
-            group = facts.row_group(number)
-            if not 0 <= group.num_rows <= MAX_ROWS or group.total_byte_size > MAX_BYTES:
-                raise UserError(
-                    f"{folder.url}/{name}: row group {number} has {group.num_rows:,} rows and "
-                    f"{group.total_byte_size:,} bytes, wanted up to {MAX_ROWS:,} and {MAX_BYTES:,}"
-                )
-            groups.append(Group(name, number, group.num_rows, first))
-            first += group.num_rows
+    for table in tables:
+        for number, rows in enumerate(table.rows):
+            groups.append(Group(table.name, number, rows, first))
+            first += rows
     return groups
 
 
@@ -301,11 +320,13 @@ def _units(
 def _gathered(groups: Sequence[Group], rows: int) -> Iterator[list[Group]]:
     """Yield groups together, up to a number of rows."""
     unit: list[Group] = []
+    size = 0
     for group in groups:
-        if unit and sum(found.rows for found in unit) + group.rows > rows:
+        if unit and size + group.rows > rows:
             yield unit
-            unit = []
+            unit, size = [], 0
         unit.append(group)
+        size += group.rows
     if unit:
         yield unit
 

@@ -145,10 +145,11 @@ def _former_run(search: Search, slots: Slots) -> tuple[float, str] | None:
     for name in reversed(run_names(search.recipe.output, search.recipe.name)):
         folder = RunFolder(search.recipe.output, name)
         try:
-            rows = [History(folder.checkpoints.history(step)).rows for step in folder.checkpoints.steps()[-1:]]
+            steps = folder.checkpoints.steps()
+            rows = History(folder.checkpoints.history(steps[-1])).rows if steps else []
         except UserError:  # a damaged run tells no speed
             continue
-        rates = [row["train/samples_per_s"] for row in sum(rows, []) if "train/samples_per_s" in row]
+        rates = [row["train/samples_per_s"] for row in rows if "train/samples_per_s" in row]
         if rates:
             whole = float(np.median(rates))
             speed = whole / slots.concurrency

@@ -453,3 +453,13 @@ def test_an_index_takes_whole_files(tmp_path: Path) -> None:
     assert index("table", str(tmp_path / "src"), str(tmp_path / "out")).split("train").samples == 10
     with pytest.raises(UserError, match="held_out"):
         index("table", str(tmp_path / "src"), str(tmp_path / "b"), PrepareConfig(options={"held_out": "0.2"}))
+
+
+def test_class_names_that_repeat_keep_their_numbers(tmp_path: Path) -> None:
+    """ImageNet has two classes called crane; a label after them was once rejected."""
+    (tmp_path / "src").mkdir()
+    facts = '{"info": {"features": {"label": {"names": ["crane", "crane", "heron"]}}}}'
+    made = pa.table({"image": images(3), "label": [0, 1, 2]}).replace_schema_metadata({"huggingface": facts})
+    pq.write_table(made, tmp_path / "src" / "train-0.parquet")
+    found = prepared(tmp_path, "table")
+    assert sorted(row["label"] for row in found.rows["train"].values()) == [0, 1, 2] and not found.rejected
