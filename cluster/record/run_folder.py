@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,11 +104,17 @@ class RunFolder:
         fs, path = open_url(self.location(part))
         return retried(fs, f"looking for {self.location(part)}", lambda: fs.exists(path))
 
-    def remove(self, part: str, keep: Collection[str]) -> None:
-        """Delete the files in a folder of the run but those of some names."""
+    def remove_parts(self, part: str, workers: int) -> None:
+        """Delete the `part-<rank>.*` files in a folder of the run that workers of higher ranks wrote earlier.
+
+        Args:
+            part: the folder.
+            workers: how many there are now; their files, and what they are writing, stay.
+        """
         fs, path = open_url(self.location(part))
-        for name in set(entry_names(fs, path)) - set(keep):
-            fs.rm(f"{path}/{name}")
+        for name in entry_names(fs, path):
+            if (found := re.fullmatch(r"part-(\d+)\.\w+", name)) and int(found[1]) >= workers:
+                fs.rm(f"{path}/{name}")
 
     def facts(self) -> dict[str, Any]:
         """Return the contents of run.json; empty before the run has started.

@@ -508,7 +508,7 @@ def write_predictions(folder: RunFolder, me: WorkerRank, task: Task, engine: Eng
         rows = pa.concat_tables([predicted(task, engine.module, batch) for batch in batches])
     folder.write(f"predictions/part-{me.rank:05d}.parquet", parquet(rows))
     if me.rank == 0:
-        folder.remove("predictions", keep=[f"part-{rank:05d}.parquet" for rank in range(me.world)])
+        folder.remove_parts("predictions", me.world)
 
 
 def write_weights(

@@ -88,10 +88,10 @@ def test_a_new_run_takes_up_no_record_of_a_deleted_one(tmp_path: Path, monkeypat
     assert len(list(folder.local.iterdir())) == 2, "nothing is deleted"
 
 
-def test_files_but_those_to_keep_are_removed(folder: RunFolder) -> None:
-    for part in ("predictions/part-0", "predictions/part-1", "report/index.html"):
-        folder.write(part, "x")
-    folder.remove("predictions", keep=["part-0"])
-    assert [folder.exists(part) for part in ("predictions/part-0", "predictions/part-1")] == [True, False]
-    folder.remove("nothing", keep=[])
-    assert folder.exists("report/index.html")
+def test_the_parts_of_former_workers_are_removed_and_nothing_else(folder: RunFolder) -> None:
+    written = ["part-00000.parquet", "part-00001.parquet", ".part-00001.parquet.tmp-1", "notes.txt"]
+    for name in written:
+        folder.write(f"predictions/{name}", "x")
+    folder.remove_parts("predictions", workers=1)
+    assert [name for name in written if not folder.exists(f"predictions/{name}")] == ["part-00001.parquet"]
+    folder.remove_parts("nothing", workers=1)

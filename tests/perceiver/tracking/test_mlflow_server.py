@@ -61,6 +61,7 @@ def test_a_server_that_is_down_for_a_part_of_the_run_loses_nothing(server: Serve
     assert created is not None and created.run_id
     assert [m.step for m in client(server.uri).get_metric_history(created.run_id, "loss")] == list(range(300))
     assert client(server.uri).get_run(created.run_id).info.status == "FINISHED"
-    assert [file.path for file in client(server.uri).list_artifacts(created.run_id)] == ["note.txt"]
+    artifacts = [file.path for file in client(server.uri).list_artifacts(created.run_id)]
+    assert artifacts == ["best-checkpoint", "note.txt"]
     best = client(server.uri).get_model_version_by_alias("a run.a run", "best")
     assert best.tags["checkpoint_uri"] == str(tmp_path / "step-100")
