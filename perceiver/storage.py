@@ -313,9 +313,18 @@ def check_own_file(path: str | Path) -> None:
     Raises:
         UserError: it is a link, folder, device, FIFO or socket.
     """
+    check_no_link(path)
+    check_regular(path)
+
+
+def check_no_link(path: str | Path) -> None:
+    """Refuse a local path that is a link, whatever it leads to: a run writes and deletes in its own folder only.
+
+    Raises:
+        UserError: it is a link.
+    """
     if Path(path).is_symlink():
         raise UserError(f"{path} is a link, and a run writes into its own folder only: remove the link")
-    check_regular(path)
 
 
 def file_sha256(path: str | Path, fs: Any = None) -> str:

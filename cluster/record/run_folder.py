@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from perceiver.storage import (
     NotRegularError,
     RetryPolicy,
     cache_folder,
+    check_no_link,
     check_own_file,
     entry_names,
     existing_file,
@@ -187,8 +189,8 @@ def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> 
     """Return the folder of a command's run: an existing one with ``resume``, otherwise a new one.
 
     Raises:
-        UserError: there is no run to resume, ``run`` is not a plain name, or a file that the run continues is a link or
-            not a regular file.
+        UserError: there is no run to resume, ``run`` is not a plain name, a file that the run continues is not a
+            regular file, or anything in the run's folder is a link.
     """
     if resume:
         folder = find_run(output, name, run)
@@ -196,4 +198,7 @@ def choose_run(output: str, name: str, resume: bool, run: str | None = None) -> 
         folder = named_run(output, run) if run else new_run(output, name)
     for part in (DRIVER_LOG, *FILES, SENT, RUN, LOG):
         check_own_file(folder.local / part)
+    for parent, folders, files in os.walk(folder.local):
+        for name in folders + files:
+            check_no_link(Path(parent, name))
     return folder

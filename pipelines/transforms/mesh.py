@@ -37,7 +37,7 @@ def load_mesh(encoded: bytes, kind: str) -> "Trimesh":
     import trimesh
 
     try:
-        mesh = trimesh.load_mesh(io.BytesIO(encoded), file_type=kind, process=False)
+        mesh = trimesh.load_mesh(io.BytesIO(encoded), file_type=kind, process=False, skip_materials=True)
         assert isinstance(mesh, trimesh.Trimesh), "load_mesh joins the parts of a scene"
         vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
     except Exception as error:  # noqa: BLE001  the readers raise many types on damaged lines
@@ -65,7 +65,7 @@ def load_cloud(encoded: bytes) -> Points:
     import trimesh
 
     try:
-        cloud: Any = trimesh.load(io.BytesIO(encoded), file_type="ply", process=False)
+        cloud: Any = trimesh.load(io.BytesIO(encoded), file_type="ply", process=False, skip_materials=True)
         return np.asarray(cloud.vertices, "<f4")
     except Exception as error:  # noqa: BLE001  as in `load_mesh`
         raise BadSample(f"unreadable ply cloud: {first_line(error, 80)}") from error

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.record.run_folder import RunFolder, find_run
+from cluster.record.run_folder import RunFolder, choose_run, find_run
 from perceiver.config import UserError
 from perceiver.tracking.record import HISTORY
 from perceiver.tracking.runs import RunHandle, load_handle, save_handle
@@ -95,3 +95,17 @@ def test_the_parts_of_former_workers_are_removed_and_nothing_else(folder: RunFol
     folder.remove_parts("predictions", workers=1)
     assert [name for name in written if not folder.exists(f"predictions/{name}")] == ["part-00001.parquet"]
     folder.remove_parts("nothing", workers=1)
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "logs", "predictions", "checkpoints/step-00000005", "report/x.png"])
+def test_a_link_anywhere_in_a_run_is_refused_before_it_is_resumed(tmp_path: Path, place: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder = RunFolder(str(tmp_path / "runs"), "small-001")
+    folder.note(step=3)
+    link = folder.local / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"{link} is a link"):
+        choose_run(folder.output, "small", resume=True)
+    assert not list(elsewhere.iterdir())

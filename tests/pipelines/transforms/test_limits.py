@@ -129,3 +129,11 @@ def test_a_recording_whose_header_announces_hours_is_refused() -> None:
 def test_a_mesh_that_announces_more_than_it_has_is_refused(counts: str) -> None:
     with pytest.raises(BadSample, match="in the header|unreadable off mesh"):
         load_mesh(f"OFF\n{counts} 0\n0 0 0\n".encode(), "off")
+
+
+def test_a_mesh_that_names_a_texture_is_read_without_it(caplog: pytest.LogCaptureFixture) -> None:
+    form = "format ascii 1.0\ncomment TextureFile ../secret.png\nelement vertex 3\n"
+    form += "".join(f"property float {axis}\n" for axis in "xyz")
+    form += "element face 1\nproperty list uchar int vertex_indices\nend_header\n"
+    mesh = load_mesh(f"ply\n{form}0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n".encode(), "ply")
+    assert mesh.area == 0.5 and not caplog.records
