@@ -7,7 +7,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help setup train test check compat faults soak clean
+.PHONY: help setup train docs test check compat faults soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -24,7 +24,10 @@ train: $(READY)  ## prepare the quickstart data, train, evaluate, report
 	@$(BIN)/perceiver prepare digits data/digits
 	@$(BIN)/perceiver train recipes/train/quickstart.yaml
 
-check: $(READY)  ## lint, format, types, import contracts, private names
+docs: $(READY)  ## build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: $(READY) docs  ## lint, format, types, import contracts, private names, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

@@ -37,6 +37,7 @@ from pipelines.sources._common import (
     tar_members,
 )
 from pipelines.sources._files import hidden, look
+from pipelines.sources._labels import label_number
 from pipelines.sources._layout import class_notes, held_out_share, split_notes, splits_of_files
 from pipelines.sources._probe import PROBE, image_feature
 
@@ -125,9 +126,11 @@ class WebDataset:
         """Read the unit's tar."""
         content = unit.content
         folder, share = open_folder(content["src"]), content["held_out"]
+        kinds, labels, label_key, classes = content["reading"]
+        layout = SampleLayout(kinds, labels, label_key, len(classes), {name: i for i, name in enumerate(classes)})
         for name in content["items"]:
             keys: set[str] = set()
-            for found in samples_of(members(folder, name), SampleLayout(*content["reading"])):
+            for found in samples_of(members(folder, name), layout):
                 rejected = isinstance(found, Rejected)
                 own = found.key if rejected else found["key"]
                 key = f"{name}/{own}" if own else name
@@ -202,13 +205,15 @@ class SampleLayout:
         kinds: of the members; all are required.
         labels: suffix of the member with the label, cls or json.
         key: of the label in a .json.
-        classes: their names.
+        classes: number of classes.
+        index: their numbers by name.
     """
 
     kinds: Sequence[str]
     labels: str
     key: str
-    classes: Sequence[str]
+    classes: int
+    index: Mapping[str, int]
 
     def kind(self, member: Member) -> str | None:
         """Return the kind of a wanted member, else None."""
@@ -221,7 +226,9 @@ class SampleLayout:
         """Return what is stored of a member, or raise `ValueError` with the reason for the quarantine."""
         if kind == "text":
             return decode_utf8(member.content).strip()
-        return number_of(raw_label(member, self.key), self.classes) if kind == "label" else member.content
+        if kind == "label":
+            return label_number(raw_label(member, self.key), self.index, self.classes)
+        return member.content
 
     def sample(self, name: str, parts: Mapping[str, Any]) -> Sample | Rejected:
         """Return a sample of its parts by kind; `Rejected` if one is missing or an error."""
@@ -302,15 +309,6 @@ def raw_label(member: Member, key: str) -> str | int:
             raise ValueError(f"'{key}' is neither a number nor a string")
         return value
     return int(text) if NUMBER.fullmatch(text) else text
-
-
-def number_of(label: str | int, classes: Sequence[str]) -> int:
-    """Return the class of a label by its number or name, or raise `ValueError`."""
-    if isinstance(label, int) and 0 <= label < len(classes):
-        return label
-    if isinstance(label, str) and label in classes:
-        return classes.index(label)
-    raise ValueError("an unknown label")
 
 
 class Probed(NamedTuple):
