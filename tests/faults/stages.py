@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.train.checkpoint.store import CheckpointStore, Snapshot
+from tests.perceiver.train.engine.torch_engine import TorchEngine
 from tests.perceiver.train.toy import toy_engine
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate"}
@@ -27,7 +28,8 @@ def killed_at_each_stage(folder: Path) -> tuple[int, list[int]]:
 
 
 def main(folder: Path) -> None:
-    """Fork a process for each stage, so that what they need is imported once."""
+    """Fork a process for each stage; what they need is imported once, also what the first save imports."""
+    save(toy_engine(), CheckpointStore(str(folder / "first")), 1)
     wrong = []
     for stage in range(1, 200):
         place = str(folder / f"stage-{stage:03d}")
@@ -49,7 +51,7 @@ def main(folder: Path) -> None:
 def save_until_killed(place: str, stage: int) -> None:
     """Save step 1 without a fault, then step 2 with the kill."""
     engine, store = toy_engine(), CheckpointStore(place)
-    store.save(engine, Snapshot(1, 8, {}, {}, {}, {}, "{}\n"))
+    save(engine, store, 1)
     left = stage
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -60,7 +62,12 @@ def save_until_killed(place: str, stage: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    store.save(engine, Snapshot(2, 16, {}, {}, {}, {}, "{}\n"))
+    save(engine, store, 2)
+
+
+def save(engine: TorchEngine, store: CheckpointStore, step: int) -> None:
+    """Save a checkpoint of a step."""
+    store.save(engine, Snapshot(step, 8 * step, {}, {}, {}, {}, "{}\n"))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from cluster.runtime.local import check_reachable, free_port
 from cluster.runtime.local_cluster import running_cluster
 from perceiver.config import UserError
 from tests.cluster.recipes import write_recipe
+from tests.faults.job import PACE
 from tests.homes import share_kernels
 from tune.config import build_search
 from tune.search.submission import is_search, searching
@@ -333,7 +334,7 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
     (home / "nodes.yaml").write_text(NODES + ports)
     share_kernels(home)
     try:
-        shown = perceiver(home, "cluster", "up", "nodes.yaml")
+        shown = perceiver(home, "cluster", "up", "nodes.yaml", **PACE)  # leaves the processor to the commands below
         assert "ray start --address=HEAD" in shown and (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
         perceiver(home, "submit", recipe, "--run", "life", "--no-wait")
         placed = wait_for_tasks(home)

@@ -38,11 +38,11 @@ def run(tmp_path: Path, tree: dict[str, Any], *arguments: str) -> tuple[int, str
     return process.returncode, output
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], poll_s: float = 0.1) -> None:
     """Wait until a condition is true; the process must not end before."""
     while not condition():
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+        time.sleep(poll_s)
 
 
 def history(folder: Path) -> list[dict[str, float]]:
@@ -186,7 +186,7 @@ def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
         return [json.loads(line) for line in lines]
 
     process = start(tmp_path, tree)
-    wait_for(steps, process)
+    wait_for(steps, process, 1.0)  # each poll takes requests, which the server answers in this process
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 130, output
@@ -196,7 +196,7 @@ def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
     assert rows()[-1]["step"] == stopped
 
     process = start(tmp_path, tree, "--resume")
-    wait_for(lambda: max(steps(), default=0) > stopped, process)
+    wait_for(lambda: max(steps(), default=0) > stopped, process, 1.0)
     process.kill()
     process.communicate(timeout=400)
 
