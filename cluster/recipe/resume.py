@@ -195,8 +195,10 @@ def check_schedule(recipe: Recipe, before: Before, samples: int) -> None:
         UserError: the message has the keys that continue without a jump.
     """
     step, old = before.step, before.recipe
-    if old is None or not step or old.optim != recipe.optim or step >= recipe.train.total_steps(samples):
+    if old is None or not step or step >= recipe.train.total_steps(samples):
         return
+    if (old.optim.lr, old.optim.schedule) != (recipe.optim.lr, recipe.optim.schedule):
+        return  # the new rate was asked for
     was, now = rate(old, min(step, old.train.total_steps(samples) - 1), samples), rate(recipe, step, samples)
     if now > JUMP * was:
         key = "train.epochs" if recipe.train.epochs else "train.steps"

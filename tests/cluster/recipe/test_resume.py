@@ -172,6 +172,12 @@ def test_more_epochs_do_not_raise_the_learning_rate_silently(run: dict[str, Any]
     assert longer(build_recipe(run), 20, SAMPLES) == "train.epochs=8 optim.schedule.start=20"
 
 
+def test_another_key_of_the_optimizer_does_not_allow_a_jump_of_the_rate(run: dict[str, Any]) -> None:
+    run["train"]["epochs"] = 4
+    run["optim"]["weight_decay"] = 0.2
+    assert "optim.schedule.start=10" in refused(run)
+
+
 def test_more_epochs_of_a_constant_rate_need_nothing_else(tree: dict[str, Any]) -> None:
     start(tree, STEP)
     tree["train"]["epochs"] = 4
