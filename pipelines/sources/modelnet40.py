@@ -96,7 +96,7 @@ class ModelNet40:
 
 
 def is_modelnet(files: ClassFiles) -> bool:
-    """Return whether classes and files have ModelNet40's names, such as `chair_0001.off`; otherwise they are others'."""
+    """Return whether classes and files have ModelNet40's names, such as `chair_0001.off`."""
     if not set(files.classes) <= CLASSES:
         return False
     stems = (

@@ -97,7 +97,7 @@ def test_other_data_are_refused(feature: Feature, inputs: Any, changes: Any, rea
         (VideoFeature(channels=1), VIDEO, {}, "use data with as many$"),
         (VideoFeature(), {**VIDEO, "frames": 4}, {}, "set data.video to the same$"),
         (PointsFeature(features=3), {"kind": "points"}, {}, "--option features=0"),
-        (FlowFeature(channels=1, size=(16, 16)), {"kind": "flow_frames", "size": [16, 16]}, {}, "use data with as many$"),
+        (FlowFeature(channels=1, size=(16, 16)), {"kind": "flow_frames", "size": [16, 16]}, {}, "with as many$"),
     ],
 )
 def test_of_a_trained_model_only_the_data_can_change(feature: Feature, inputs: Any, changes: Any, fix: str) -> None:
