@@ -83,7 +83,7 @@ def test_keys_of_another_run_are_refused_by_name(run: dict[str, Any], key: str, 
     with_key(run, key, value)
     message = refused(run)
     first = "data.augment.shift" if key == "data.augment" else key
-    assert f"{first} = " in message and "the run has" in message and f"set {first}=" in message
+    assert f"{first} = " in message and "the run has" in message and f"set {first}=" in message.replace("set '", "set ")
     assert "init_from" in message
 
 
@@ -91,6 +91,7 @@ def test_inputs_of_another_size_are_refused_before_they_are_compared_with_the_da
     run["model"]["inputs"]["size"] = [6, 6]
     message = refused(run)
     assert "model.inputs.size = [6, 6], the run has [12, 12]" in message
+    assert "set 'model.inputs.size=[12, 12]'" in message, "it can be pasted into a shell"
 
 
 def test_keys_that_may_change_are_listed(run: dict[str, Any]) -> None:
