@@ -16,6 +16,7 @@ from cluster.predict.outputs import parquet, predicted
 from cluster.predict.scoring import Scoring
 from perceiver.config import UserError
 from perceiver.storage import Folder, open_target, parse_json, refusing
+from pipelines.shards.manifest import content_digest
 from pipelines.shards.quarantine import Quarantine, write_problems
 from pipelines.shards.reader import Reader
 
@@ -180,6 +181,7 @@ def _fingerprint(scoring: Scoring) -> dict[str, Any]:
     return {
         "weights": digest.hexdigest()[:16],
         "data": scoring.recipe.data.url,
+        "content": content_digest(scoring.manifest, [scoring.split])[:16],
         "split": scoring.split,
         "samples": scoring.samples,
         "batch": scoring.batch,

@@ -59,7 +59,7 @@ def _check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig
         return
     channels, height, width = shape
     if inputs.channels != channels:
-        raise _other_channels(key, inputs, channels, f"the images of {data.url}", trained)
+        raise _other_channels(key, inputs, channels, f"the images of {data.url}", trained, "--option channels={}")
     if getattr(inputs, "resize", False):
         return
     raise UserError(
@@ -69,10 +69,10 @@ def _check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig
     )
 
 
-def _other_channels(key: str, inputs: Any, channels: int, what: str, trained: bool) -> UserError:
+def _other_channels(key: str, inputs: Any, channels: int, what: str, trained: bool, option: str = "") -> UserError:
     fix = f"set it to {channels}, and give mean and std as many values"
     if trained:
-        fix = f"use data prepared with --option channels={inputs.channels}"
+        fix = "use data with as many" + f", prepared with {option.format(inputs.channels)}" * bool(option)
     of = " of the trained model" * trained
     return UserError(f"{key}.channels = {inputs.channels}{of}, but {what} have {channels}: {fix}")
 

@@ -1,6 +1,7 @@
 """What a resumed run must have in common with its first start: the recipe but for some keys, and the data."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -110,7 +111,7 @@ def check_same_recipe(recipe: Recipe, before: Before) -> tuple[str, ...]:
     if refused:
         listed = [f"{key} = {_value(new)}, the run has {_value(old)}" for key, (old, new) in refused.items()]
         more = f" (and {len(listed) - SHOWN} more)" if len(listed) > SHOWN else ""
-        fix = " ".join(f"{key}={_value(pair[0])}" for key, pair in [*refused.items()][:SHOWN])
+        fix = " ".join(shlex.quote(f"{key}={_value(pair[0])}") for key, pair in [*refused.items()][:SHOWN])
         raise UserError(
             f"--resume: {'; '.join(listed[:SHOWN])}{more} ({before.place}): set {fix}, or start a new run without "
             "--resume; train.init_from starts it from this run's weights"
@@ -195,8 +196,10 @@ def check_schedule(recipe: Recipe, before: Before, samples: int) -> None:
         UserError: the message has the keys that continue without a jump.
     """
     step, old = before.step, before.recipe
-    if old is None or not step or old.optim != recipe.optim or step >= recipe.train.total_steps(samples):
+    if old is None or not step or step >= recipe.train.total_steps(samples):
         return
+    if (old.optim.lr, old.optim.schedule) != (recipe.optim.lr, recipe.optim.schedule):
+        return  # the new rate was asked for
     was, now = rate(old, min(step, old.train.total_steps(samples) - 1), samples), rate(recipe, step, samples)
     if now > JUMP * was:
         key = "train.epochs" if recipe.train.epochs else "train.steps"

@@ -93,7 +93,8 @@ def command(
         say_json(manifest.model_dump(mode="json"))
         return 0
     rows = ", ".join(f"{split.samples:,} {key}" for key, split in manifest.splits.items())
-    say(f"{dst}: {manifest.name}, {rows}, {len(manifest.classes)} classes ({time.monotonic() - began:.1f} s)")
+    classes = f"{len(manifest.classes)} class{'es' * (len(manifest.classes) != 1)}"
+    say(f"{dst}: {manifest.name}, {rows}, {classes} ({time.monotonic() - began:.1f} s)")
     if "test" not in manifest.splits and "val" in manifest.splits:
         say("no split test: evaluate on val with data.eval_split=val")
     if in_place and (size := group_bytes(manifest)) > HEAVY_BYTES:

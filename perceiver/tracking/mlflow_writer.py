@@ -156,8 +156,9 @@ def _log_params(client: "MlflowClient", run: "Run", params: dict[str, str]) -> N
     for start in range(0, len(new), TEXTS_PER_BATCH):
         client.log_batch(run_id, params=new[start : start + TEXTS_PER_BATCH])
     for key, value in wanted.items():
-        if there.get(key, value) != value:
-            client.set_tag(run_id, clean_key(f"param.{key}"), value)
+        tag = clean_key(f"param.{key}")
+        if run.data.tags.get(tag, there.get(key, value)) != value:  # also one that has its first value again
+            client.set_tag(run_id, tag, value)
 
 
 class RunWriter:

@@ -7,6 +7,7 @@ HDF5 files `*train*.h5` and `*test*.h5`, as in `modelnet40_ply_hdf5_2048` (`_hdf
 """
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ CLASSES = {
     "stairs", "stool", "table", "tent", "toilet", "tv_stand", "vase", "wardrobe", "xbox",
 }
 # fmt: on
-"""Of ModelNet40; data with other classes are not ModelNet's."""
+"""Of ModelNet40."""
 
 
 class ModelNet40:
@@ -68,7 +69,7 @@ class ModelNet40:
             name=base_name(folder.url),
             features={"points": PointsFeature(), "label": LabelFeature()},
             classes=tuple(files.classes),
-            licence=LICENCE if set(files.classes) <= CLASSES else "not stated: the user's own data",
+            licence=LICENCE if is_modelnet(files) else "not stated: the user's own data",
             origin=folder.url,
             units=shuffled_units(files.splits, rng, shard_rows, **content),
             notes=(*files.notes, *found.notes()),
@@ -92,6 +93,19 @@ class ModelNet40:
     def _points(folder: Folder, name: str, content: Mapping[str, Any]) -> Points:
         encoded = folder.fs.cat_file(folder.file(name))
         return read_points(name, encoded, content["points"], item_seed(content["seed"], name))
+
+
+def is_modelnet(files: ClassFiles) -> bool:
+    """Return whether classes and files have ModelNet40's names, such as `chair_0001.off`."""
+    if not set(files.classes) <= CLASSES:
+        return False
+    stems = (
+        (files.classes[label], name.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+        for objects in files.splits.values()
+        for name, label in objects
+        if not _hdf5.is_row(name)
+    )
+    return all(re.fullmatch(rf"{label}_\d{{4}}", stem) for label, stem in stems)
 
 
 def find_objects(folder: Folder, found: Found, options: Mapping[str, str]) -> ClassFiles:

@@ -108,6 +108,18 @@ def test_predictions_of_other_weights_are_not_mixed(run: Path, tmp_path: Path) -
         predict(open_scoring(str(run)), str(tmp_path / "out"))
 
 
+def test_predictions_of_data_that_were_prepared_again_are_not_mixed(run: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "again", str(tmp_path / "out")
+    for side in (12, 13):
+        shutil.rmtree(data, ignore_errors=True)
+        toys.write_images(data, {"test": [4]}, side=side)
+        scoring = open_scoring(str(run), str(data), overrides=["data.image_size=[12, 12]"])
+        if side == 12:
+            assert predict(scoring, out) == 4
+    with pytest.raises(UserError, match="content = .*--to"):
+        predict(scoring, out)
+
+
 def test_other_files_are_not_mixed_with_predictions(run: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "part-00000.parquet").write_bytes(b"what training left")

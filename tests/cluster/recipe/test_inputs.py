@@ -94,10 +94,10 @@ def test_other_data_are_refused(feature: Feature, inputs: Any, changes: Any, rea
         (AudioFeature(), {**MEL, "samples": 8000}, {}, "set data.audio.samples to 8000$"),
         (AudioFeature(), {**MEL, "rate": 48_000}, {}, "set data.audio.rate to 48000$"),
         (TextFeature(), {"kind": "text", "length": 64}, {}, "set data.text_length to 64$"),
-        (VideoFeature(channels=1), VIDEO, {}, "--option channels=3"),
+        (VideoFeature(channels=1), VIDEO, {}, "use data with as many$"),
         (VideoFeature(), {**VIDEO, "frames": 4}, {}, "set data.video to the same$"),
         (PointsFeature(features=3), {"kind": "points"}, {}, "--option features=0"),
-        (FlowFeature(channels=1, size=(16, 16)), {"kind": "flow_frames", "size": [16, 16]}, {}, "--option channels=3"),
+        (FlowFeature(channels=1, size=(16, 16)), {"kind": "flow_frames", "size": [16, 16]}, {}, "with as many$"),
     ],
 )
 def test_of_a_trained_model_only_the_data_can_change(feature: Feature, inputs: Any, changes: Any, fix: str) -> None:

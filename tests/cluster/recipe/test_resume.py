@@ -83,7 +83,7 @@ def test_keys_of_another_run_are_refused_by_name(run: dict[str, Any], key: str, 
     with_key(run, key, value)
     message = refused(run)
     first = "data.augment.shift" if key == "data.augment" else key
-    assert f"{first} = " in message and "the run has" in message and f"set {first}=" in message
+    assert f"{first} = " in message and "the run has" in message and f"set {first}=" in message.replace("set '", "set ")
     assert "init_from" in message
 
 
@@ -91,6 +91,7 @@ def test_inputs_of_another_size_are_refused_before_they_are_compared_with_the_da
     run["model"]["inputs"]["size"] = [6, 6]
     message = refused(run)
     assert "model.inputs.size = [6, 6], the run has [12, 12]" in message
+    assert "set 'model.inputs.size=[12, 12]'" in message, "it can be pasted into a shell"
 
 
 def test_keys_that_may_change_are_listed(run: dict[str, Any]) -> None:
@@ -170,6 +171,12 @@ def test_more_epochs_do_not_raise_the_learning_rate_silently(run: dict[str, Any]
     run["optim"]["schedule"]["start"] = STEP
     assert resumed(run).total_steps == 20
     assert longer(build_recipe(run), 20, SAMPLES) == "train.epochs=8 optim.schedule.start=20"
+
+
+def test_another_key_of_the_optimizer_does_not_allow_a_jump_of_the_rate(run: dict[str, Any]) -> None:
+    run["train"]["epochs"] = 4
+    run["optim"]["weight_decay"] = 0.2
+    assert "optim.schedule.start=10" in refused(run)
 
 
 def test_more_epochs_of_a_constant_rate_need_nothing_else(tree: dict[str, Any]) -> None:

@@ -287,6 +287,8 @@ def test_a_parameter_that_changes_becomes_a_tag(store: str, client: Any) -> None
     data = client.get_run(first.run_id).data
     assert (len(data.params), data.params["p1"], data.params["new"]) == (251, "1", "3")
     assert {key: value for key, value in data.tags.items() if key.startswith("param.")} == {"param.p1": "2"}
+    open_run(client, replace(first, params={"p1": "1"}))
+    assert client.get_run(first.run_id).data.tags["param.p1"] == "1", "it has its first value again"
 
 
 def test_a_deleted_experiment_is_refused_with_the_fix(store: str, client: Any) -> None:

@@ -282,6 +282,13 @@ def test_byte_order_marks_and_line_ends_of_windows(tmp_path: Path) -> None:
     assert found.samples == {"train": 8, "test": 2} and "own data" in found.manifest.licence
 
 
+@pytest.mark.parametrize(("stem", "licence"), [("{}_000{}", "ModelNet"), ("{}-{}", "own data"), ("{1}", "own data")])
+def test_own_clouds_of_ordinary_things_do_not_get_modelnets_licence(tmp_path: Path, stem: str, licence: str) -> None:
+    names = [f"{c}/{stem.format(c, i)}.off" for c in ("chair", "table") for i in range(5)]
+    write(tmp_path / "src", dict.fromkeys(names, off()))
+    assert licence in prepared(tmp_path, "modelnet40").manifest.licence
+
+
 def encoded(pixels: np.ndarray, kind: str = "PNG", mode: str = "", **options: Any) -> bytes:
     stream = io.BytesIO()
     image = Image.fromarray(pixels)
