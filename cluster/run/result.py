@@ -2,7 +2,6 @@
 
 import logging
 import platform
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from cluster.record.failures import EXIT_STOPPED
 from cluster.record.run_folder import DRIVER_LOG, REPORT, WEIGHTS, RunFolder
 from cluster.record.sessions import ended_sessions, work_time
 from cluster.run.context import Launch
-from cluster.runtime.session import continue_command
+from cluster.runtime.session import continue_command, mlflow_place
 from perceiver.config import UserError
 from perceiver.tracking.printable import say_json
 from perceiver.tracking.record import unsent
-from perceiver.tracking.redaction import redact_text
 from perceiver.tracking.runs import TrackingConfig, load_handle, open_tracker, reconcile
 from perceiver.tracking.tracker import Tracker
 
@@ -161,6 +159,5 @@ def _commands(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     """Return useful next commands by caption."""
     recipe, handle = launch.recipe, outcome.get("handle")
     more = longer(recipe, outcome["step"], launch.preflight.manifest.split(recipe.data.train_split).samples)
-    store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///") if handle else ""
-    commands = {"mlflow": f"mlflow ui --backend-store-uri {shlex.quote(store)}"} if handle else {}
+    commands = {"mlflow": mlflow_place(handle.uri)} if handle else {}
     return {**commands, "train on": f"{continue_command(launch.command, launch.folder)} {more}"}

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,6 +30,16 @@ CONTINUE_COMMAND = "PERCEIVER_CONTINUE_COMMAND"
 def continue_command(command: str, folder: RunFolder) -> str:
     """Return the command that continues a run: the job's, otherwise `command` with ``--resume``."""
     return os.environ.get(CONTINUE_COMMAND) or f"{command} --resume --run {folder.name}"
+
+
+def mlflow_place(uri: str) -> str:
+    """Return the address of an MLflow server or the reference to it, or the command that opens another store."""
+    store = redact_text(uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
+    return (
+        store
+        if uri.startswith(("http", "databricks", "env:", "file:"))
+        else f"mlflow ui --backend-store-uri {shlex.quote(store)}"
+    )
 
 
 @dataclass(frozen=True)

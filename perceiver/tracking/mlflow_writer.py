@@ -378,8 +378,8 @@ class _Redacted:
 def main() -> None:
     """Serve the request on standard input (see `perceiver.tracking.mlflow_process`)."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # prints go to the log
-    sys.stderr = _Redacted(sys.stderr)
+    os.dup2(2, 1)  # what libraries print goes to the log: MLflow prints a run's address, with its login
+    sys.stdout = sys.stderr = _Redacted(sys.stderr)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     request = json.loads(sys.stdin.buffer.readline())
     import_mlflow()

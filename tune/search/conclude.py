@@ -5,7 +5,6 @@ import platform
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,8 +13,9 @@ from cluster.recipe.resources import machine_cpus
 from cluster.record.failures import EXIT_STOPPED
 from cluster.record.run_folder import DRIVER_LOG
 from cluster.run.console import duration
+from cluster.runtime.session import mlflow_place
 from perceiver.tracking.printable import say_json
-from perceiver.tracking.redaction import redact, redact_text
+from perceiver.tracking.redaction import redact
 from tune.config import Search
 from tune.report.numbers import figures, verdict, workers
 from tune.search_record import DONE, SearchRecord, TrialRecord
@@ -152,8 +152,7 @@ def commands(launch: "SearchLaunch", handle: Any = None) -> dict[str, str]:
     """Return the next commands by caption."""
     found = {"train it": shlex.join(["perceiver", "train", launch.folder.location("best.yaml")])}
     if handle is not None:
-        store = redact_text(handle.uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
-        found["mlflow"] = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
+        found["mlflow"] = mlflow_place(handle.uri)
     more = launch.total * 2
     return {**found, "search on": f"{launch.continue_with} trials={more}"}
 

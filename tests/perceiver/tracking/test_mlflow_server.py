@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perceiver.tracking.record import unsent
+from perceiver.tracking.record import LOG, unsent
 from perceiver.tracking.runs import TrackingConfig, create_run, load_handle, open_tracker
 from tests.perceiver.tracking.mlflow_server import Server, free_port
 
@@ -36,7 +36,8 @@ def wait_until_sent(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_that_is_down_for_a_part_of_the_run_loses_nothing(server: Server, tmp_path: Path) -> None:
-    handle = create_run(TrackingConfig(uri=server.uri, system_metrics=False), "a run", output=tmp_path, params={})
+    login = server.uri.replace("://", "://me:hunter2@")  # the server asks for none
+    handle = create_run(TrackingConfig(uri=login, system_metrics=False), "a run", output=tmp_path, params={})
     assert handle is not None and handle.run_id is None
     tracker = open_tracker(handle, tmp_path)
     tracker.log_metrics(0, {"loss": 1.0})
@@ -65,3 +66,5 @@ def test_a_server_that_is_down_for_a_part_of_the_run_loses_nothing(server: Serve
     assert artifacts == ["best-checkpoint", "note.txt"]
     best = client(server.uri).get_model_version_by_alias("a run.a run", "best")
     assert best.tags["checkpoint_uri"] == str(tmp_path / "step-100")
+    log = (tmp_path / LOG).read_text()
+    assert "://***@127.0.0.1" in log and "hunter2" not in log, "MLflow prints the address of a run"
