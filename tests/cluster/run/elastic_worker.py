@@ -11,7 +11,6 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  a step imports it otherwise, in each worker
 import torch.distributed as dist
 
 from cluster.recipe.config import load_recipe
@@ -67,6 +66,7 @@ def fork(recipe_file: str, folder: Path, world: int, rank: int, port: int) -> in
 
 def main(recipe_file: str, folder: Path, worlds: list[int]) -> int:
     """Run with each number of workers, one after the other; return the number of workers that failed."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()  # imports what each worker would import
     failed = 0
     for world in worlds:
         port = free_port("127.0.0.1")

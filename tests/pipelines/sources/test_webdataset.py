@@ -117,7 +117,7 @@ def test_unsafe_members_are_named_and_their_samples_kept(tmp_path: Path) -> None
     "change, reason",
     [
         ({"000001.cls": b"x"}, "an unknown label"),
-        ({"000001.cls": b"7"}, "label 7 is not one of"),
+        ({"000001.cls": b"7"}, "label 7 is not one of 3 classes"),
         ({"000001.cls": b"\xff"}, "invalid UTF-8: invalid start byte"),
         ({"000001.cls": None}, "a sample without label"),
         ({"000001.jpg": None}, "a sample without image"),
