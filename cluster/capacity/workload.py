@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.recipe.config import Recipe, zero_stage
+from cluster.recipe.targets import with_targets
 from perceiver.accounting import Account, account
 from perceiver.config import UserError
 from perceiver.step_trace import StepTrace, trace_step
 from perceiver.storage import open_folder
+from perceiver.tasks import output_count
 from pipelines.feed.ingest import load_data
 from pipelines.shards.manifest import MANIFEST, Manifest
 
@@ -91,7 +93,7 @@ def _data_volume(recipe: Recipe, samples: int | None, sample_bytes: float | None
     return DataVolume(
         samples or split.samples,
         each,
-        classes or len(manifest.classes) or None,
+        classes or output_count(with_targets(recipe, manifest).task, len(manifest.classes)) or None,
         split.shards[0].rows_per_group * each,
         decode_seconds(_kinds(recipe, manifest), each),
     )

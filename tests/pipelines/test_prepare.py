@@ -237,7 +237,7 @@ def test_image_folders_with_splits_are_kept(tmp_path: Path) -> None:
     "name, options, message",
     [
         ("digit", {}, "no source named 'digit', did you mean 'digits'"),
-        ("digits", {"size": "3"}, "unknown option 'size' of this source; it takes none"),
+        ("digits", {"size": "3"}, "unknown option 'size' of this source; it takes label"),
         ("image_folder", {}, "does not exist"),
         ("image_folder", {"held_out": "2"}, "does not exist"),
     ],
