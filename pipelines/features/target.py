@@ -9,10 +9,10 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from perceiver.config import Real
-from perceiver.storage import PrintableName
 from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms import BadSample
 
+_Name = Annotated[str, Field(pattern=r"^\w+$", max_length=200)]
 _Mean = Annotated[Real, Field(ge=-1e30, le=1e30)]
 _Deviation = Annotated[Real, Field(ge=1e-30, le=1e30)]
 
@@ -25,7 +25,7 @@ class TargetFeature(BaseFeature):
 
     arrow: ClassVar[pa.DataType] = pa.list_(pa.float64())
     kind: Literal["target"] = "target"
-    names: tuple[PrintableName, ...] = Field(min_length=1, description="name of each number")
+    names: tuple[_Name, ...] = Field(min_length=1, description="name of each number, of letters, digits and _")
     mean: tuple[_Mean, ...] = Field(default=(), description="mean of each over the training split; empty: unknown")
     std: tuple[_Deviation, ...] = Field(default=(), description="its standard deviation; empty: unknown")
 

@@ -4,8 +4,7 @@ A cloud is 1,024 points drawn from the surface of an object that is turned about
 default each object is a class, and its held-out clouds are other points at other angles; with the option
 `label=category` the class is one of the catalogue's 8 categories, and whole objects are held out. With `label=size`
 there are no classes but three targets, the catalogue's width, depth and height in centimetres, and whole objects are
-held out, too: what a model sees has lost its scale, so a size is a guess from the shape. `label=catalogue` has both,
-the category as `label_category`.
+held out, too: what a model sees has lost its scale, so a size is a guess from the shape.
 """
 
 import functools
@@ -96,7 +95,7 @@ def cloud(mesh: bytes, seed: int) -> Points:
 class Furniture:
     """The source.
 
-    Options: `label` (object, category, size or catalogue), `clouds` and `held_out` (clouds per object, 40 and 10).
+    Options: `label` (object, category or size), `clouds` and `held_out` (clouds per object, 40 and 10).
     """
 
     title = "92 pieces of furniture as clouds of 1,024 points (meshes in the streamlit_sweethome3d package)"
@@ -105,7 +104,7 @@ class Furniture:
         """List the clouds to draw; `src` is a copy of the package's file, downloaded if None."""
         refuse_options(options, ("label", "clouds", "held_out"))
         pieces = read_archive(str(fetch(PACKAGE, src)))
-        kind = choice(options, "label", ("object", "category", "size", "catalogue"), "object")
+        kind = choice(options, "label", ("object", "category", "size"), "object")
         clouds, held_out = number(options, "clouds", 40), number(options, "held_out", 10)
         if kind == "object":
             classes = tuple(piece.name for piece in pieces)
@@ -117,10 +116,8 @@ class Furniture:
             classes = tuple(sorted({piece.category for piece in pieces}))
             splits = _by_category(pieces, classes, {"train": clouds, "test": held_out}, seed)
         what: dict[str, Feature] = {"label": LabelFeature()}
-        if kind in ("size", "catalogue"):
-            what = {"target": TargetFeature(names=SIDES)}
-            what |= {"label_category": LabelFeature(classes=classes)} if kind == "catalogue" else {}
-            classes = ()
+        if kind == "size":
+            classes, what = (), {"target": TargetFeature(names=SIDES)}
         units = shuffled_units(splits, random.Random(seed), shard_rows, path=src, seed=seed, kind=kind)
         features = {"points": PointsFeature(), **what}
         origin = f"{PACKAGE.requirement}, {CATALOGUE}"
@@ -133,9 +130,8 @@ class Furniture:
             key = f"{pieces[row].name}/{view}"
             try:
                 points = cloud(pieces[row].mesh, item_seed(unit.content["seed"], key))
-                size = {"target": list(pieces[row].size)}
-                known = {"size": size, "catalogue": {"label_category": label, **size}}
-                yield {"key": key, "points": points.tobytes(), **known.get(unit.content["kind"], {"label": label})}
+                known = {"target": list(pieces[row].size)} if unit.content["kind"] == "size" else {"label": label}
+                yield {"key": key, "points": points.tobytes(), **known}
             except BadSample as error:
                 yield Rejected(key, str(error))
 
