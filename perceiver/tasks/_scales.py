@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from perceiver.config import Config, Real, UserError
 
 Loss = Literal["mse", "l1", "huber"]
-_Mean = Annotated[Real, Field(ge=-1e30, le=1e30)]
-_Deviation = Annotated[Real, Field(ge=1e-30, le=1e30)]
+_Mean = Annotated[Real, Field(ge=-1e15, le=1e15)]
+_Deviation = Annotated[Real, Field(ge=1e-15, le=1e15)]
 
 
 class Targets(Config):

@@ -13,8 +13,8 @@ from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms import BadSample
 
 _Name = Annotated[str, Field(pattern=r"^\w+$", max_length=200)]
-_Mean = Annotated[Real, Field(ge=-1e30, le=1e30)]
-_Deviation = Annotated[Real, Field(ge=1e-30, le=1e30)]
+_Mean = Annotated[Real, Field(ge=-1e15, le=1e15)]
+_Deviation = Annotated[Real, Field(ge=1e-15, le=1e15)]
 
 
 class TargetFeature(BaseFeature):

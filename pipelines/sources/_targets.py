@@ -72,6 +72,6 @@ def _number(value: Any, column: str) -> float:
         number = float(value)
     except (ValueError, OverflowError):
         raise ValueError(f"target {column} is not a number") from None
-    if not math.isfinite(number) or abs(number) > 1e30:
-        raise ValueError(f"target {column} is NaN, infinite or above 1e30")
+    if not math.isfinite(number) or abs(number) > 1e15:
+        raise ValueError(f"target {column} is NaN, infinite or above 1e15")
     return number

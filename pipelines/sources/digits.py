@@ -83,7 +83,7 @@ class Digits:
         images, labels = unit_archive(unit)
         for row in unit.content["rows"]:
             key, encoded = f"mnist_5k/{row}", png(images[row])
-            if unit.content["masks"]:
+            if unit.content.get("masks"):
                 mask = np.where(images[row] >= INK, labels[row] + 1, 0).astype(np.uint8)
                 yield {"key": key, "image": pack(encoded, png(mask), 11)}
             else:

@@ -130,7 +130,7 @@ class Furniture:
             key = f"{pieces[row].name}/{view}"
             try:
                 points = cloud(pieces[row].mesh, item_seed(unit.content["seed"], key))
-                known = {"target": list(pieces[row].size)} if unit.content["kind"] == "size" else {"label": label}
+                known = {"target": list(pieces[row].size)} if unit.content.get("kind") == "size" else {"label": label}
                 yield {"key": key, "points": points.tobytes(), **known}
             except BadSample as error:
                 yield Rejected(key, str(error))

@@ -141,7 +141,7 @@ class Notes:
                 "family": {"label": label},
                 "pitch": {"target": [float(key)]},
                 "both": {"label_family": label, "target": [float(key)]},
-            }[unit.content["kind"]]
+            }[unit.content.get("kind", "family")]
             yield {"key": f"TimGM6mb/{bank}/{program}/{key}", "audio": audio, **known}
 
 

@@ -47,7 +47,7 @@ def test_statistics_are_the_same_whatever_the_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("cell", "reason"),
-    [("nan", "NaN"), ("", "no target price"), ("-inf", "infinite"), ("cheap", "not a number"), ("1e300", "1e30")],
+    [("nan", "NaN"), ("", "no target price"), ("-inf", "infinite"), ("cheap", "not a number"), ("1e150", "1e15")],
 )
 def test_unusable_cells_are_quarantined(tmp_path: Path, cell: str, reason: str) -> None:
     write(tmp_path / "src", {"t.csv": lines("text,price", f"bad,{cell}", *(f"text {i},{i}" for i in range(9)))})
@@ -67,7 +67,7 @@ def test_parquet_with_numbers_of_several_types(tmp_path: Path) -> None:
     table(tmp_path / "src", text=["a", "b", "c", "d"], price=numbers, width=[0.5, float("nan"), 1.0, 2.0])
     found = prepared(tmp_path, "table", target="price,width", held_out="none")
     assert sorted(row["target"] for row in found.rows["train"].values()) == [[1.0, 0.5], [4.0, 2.0]]
-    assert sorted(found.rejected.values()) == ["no target price", "target width is NaN, infinite or above 1e30"]
+    assert sorted(found.rejected.values()) == ["no target price", "target width is NaN, infinite or above 1e15"]
 
 
 def test_a_constant_target_is_refused(tmp_path: Path) -> None:
