@@ -100,7 +100,7 @@ def _segmented(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.
     cards = []
     for number, sample in found.items():
         if sample.image is not None and sample.mask is not None:
-            guess = decode_mask(guesses[number], sample.mask.size, IGNORED)
+            guess = decode_mask(bytes(guesses[number]), sample.mask.size, IGNORED)
             colours = [mask_colours(mask) for mask in (sample.mask, guess)]
             cards.append((sample.key, strip([picture(sample.image).convert("RGB"), *colours], sample.key)))
     return cards

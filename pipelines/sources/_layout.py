@@ -117,7 +117,7 @@ class ClassFiles:
     """
 
     classes: list[str]
-    splits: dict[str, list[Labelled]]
+    splits: Mapping[str, Sequence[Labelled]]
     notes: tuple[str, ...]
 
 

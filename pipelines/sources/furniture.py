@@ -115,7 +115,7 @@ class Furniture:
         else:
             classes = tuple(sorted({piece.category for piece in pieces}))
             splits = _by_category(pieces, classes, {"train": clouds, "test": held_out}, seed)
-        what: dict[str, Feature] = {"label": LabelFeature()}
+        what: Mapping[str, Feature] = {"label": LabelFeature()}
         if kind == "size":
             classes, what = (), {"target": TargetFeature(names=SIDES)}
         units = shuffled_units(splits, random.Random(seed), shard_rows, path=src, seed=seed, kind=kind)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
@@ -296,10 +295,14 @@ def _label_values(folder: Folder, column: str, files: list[str]) -> Iterator[set
             for group in range(file.num_row_groups):
                 try:
                     values = file.read_row_group(group, columns=[column], use_threads=False).column(0)
-                    flat = pc.list_flatten(values) if is_labels(kind) else values
-                    yield set(flat.unique().to_pylist())
+                    yield {value for chunk in values.chunks for value in _flat(chunk, kind).unique().to_pylist()}
                 except (OSError, ValueError, pa.ArrowException) as error:
                     raise_unanswered(error)
+
+
+def _flat(chunk: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Return the labels of a chunk, of lists those in them."""
+    return chunk.flatten() if is_labels(kind) else chunk
 
 
 def _features(

@@ -128,7 +128,8 @@ def training_view(
 
 def evaluation_view(found: Masked, size: tuple[int, int], crop: float) -> tuple[Pixels, Mask]:
     """Return the fixed view of an evaluation sample."""
-    box = evaluation_box(*found.mask.shape, size, crop)
+    height, width = found.mask.shape
+    box = evaluation_box(height, width, size, crop)
     return resized(found.picture, size, box), nearest(found.mask, size, box)
 
 

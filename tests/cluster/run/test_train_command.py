@@ -225,10 +225,10 @@ def test_a_regression_keeps_the_units_of_its_data_when_resumed(tmp_path: Path) -
     options = {"image": "file", "target": "price"}
     prepare("csv", str(tmp_path / "raw"), str(tmp_path / "data"), PrepareConfig(parallel="off", options=options))
     tree = small_tree(tmp_path, str(tmp_path / "data"))
-    tree["task"] = {"kind": "regression", "loss": "l1"}
+    tree |= {"task": {"kind": "regression", "loss": "l1"}, "optim": {"lr": 0.01, "schedule": {"kind": "constant"}}}
     code, output = run(tmp_path, tree, "--json")
     assert code == 0 and {"mae", "rmse", "r2"} < set(json.loads(output.splitlines()[-1])["evaluation"]), output
-    code, output = run(tmp_path, tree, "train.epochs=3", "optim.schedule.start=4", "--resume", "--json")
+    code, output = run(tmp_path, tree, "train.epochs=3", "--resume", "--json")
     assert code == 0, output
     folder = tmp_path / "runs" / "small-001"
     targets = yaml.safe_load((folder / "recipe.yaml").read_text())["task"]["targets"]
