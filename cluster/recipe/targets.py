@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster.recipe.config import Recipe, kind_of
 from perceiver.config import UserError
-from perceiver.tasks import Targets, TaskTarget, balanced, balanced_positives
+from perceiver.tasks import Targets, TaskTarget, balanced, balanced_positives, label_key
 from pipelines.shards.manifest import Manifest
 
 TARGETS = {
@@ -67,7 +67,7 @@ def _with_several(recipe: Recipe, manifest: Manifest) -> Recipe:
     if section.targets is None:
         found: dict[str, TaskTarget] = {}
         for name in section.tasks:
-            label: Any = manifest.features.get(f"label_{name}")
+            label: Any = manifest.features.get(label_key(name))
             if kind_of(label) == "label":
                 found[name] = TaskTarget(classes=label.classes or manifest.classes)
             elif kind_of(numbers) == "target" and name in numbers.names:
@@ -76,7 +76,7 @@ def _with_several(recipe: Recipe, manifest: Manifest) -> Recipe:
                 found[name] = TaskTarget(column=column, scale=scale)
         recipe = _with_task(recipe, targets=found)
     weights = {
-        name: _balanced(recipe, manifest, f"label_{name}") if value == "balanced" else value
+        name: _balanced(recipe, manifest, label_key(name)) if value == "balanced" else value
         for name, value in section.class_weights.items()
     }
     return _with_task(recipe, class_weights=weights) if weights else recipe
@@ -88,13 +88,13 @@ def _check_several(recipe: Recipe, manifest: Manifest) -> None:
     numbers: Any = manifest.features.get("target")
     url = recipe.data.url
     for name in section.tasks:
-        target, label = (section.targets or {}).get(name), manifest.features.get(f"label_{name}")
+        target, label = (section.targets or {}).get(name), manifest.features.get(label_key(name))
         if target is not None and target.scale is not None:
             if kind_of(numbers) != "target" or numbers.names[target.column : target.column + 1] != (name,):
                 raise UserError(f"task.tasks has {name}, a number, but {url} has no target {name} in its place")
         elif kind_of(label) != "label":
             raise UserError(
-                f"task.kind = 'multitask' needs 'label_{name}' for task.tasks.{name}, or a target of that name, but"
+                f"task.kind = 'multitask' needs '{label_key(name)}' for task.tasks.{name}, or a target of its name, but"
                 f" {url} has the features {', '.join(manifest.features)}"
                 + (f" (targets {', '.join(numbers.names)})" if kind_of(numbers) == "target" else "")
                 + ": prepare the data with --option label=A,B or target=C,D, or remove the task"

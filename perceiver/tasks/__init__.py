@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 from perceiver import registry
 from perceiver.config import Config
 from perceiver.tasks._base import Batch, LossOutput, Task, model_inputs
-from perceiver.tasks._scales import Targets, TaskTarget
+from perceiver.tasks._scales import Targets, TaskTarget, label_key
 from perceiver.tasks._weights import balanced, balanced_positives
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
     "build_task",
     "known_classes",
     "known_targets",
+    "label_key",
     "model_inputs",
     "output_count",
 ]

@@ -29,6 +29,11 @@ class Targets(Config):
         return self
 
 
+def label_key(name: str) -> str:
+    """Return the feature, and the batch key, of the class that a task of several predicts."""
+    return name if name == "label" else f"label_{name}"
+
+
 class TaskTarget(Config):
     """What one of the tasks predicts: a class, or a number of the batch key `target`."""
 

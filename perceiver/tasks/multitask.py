@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from perceiver.config import Config, NonNegative, Positive, Real, UserError
 from perceiver.tasks._base import Batch, LossOutput, Task, model_inputs, valid_rows
-from perceiver.tasks._scales import Loss, Scale, TaskTarget, elementwise, error_figures, error_sums
+from perceiver.tasks._scales import Loss, Scale, TaskTarget, elementwise, error_figures, error_sums, label_key
 from perceiver.tasks._weights import ClassWeights, weight_tensor
 
 
 class MultitaskConfig(Config):
     """For each task a class under `label_NAME` (B,) int64, or a number of that name in `target` (B, k), in units.
 
-    A negative label does not count.
+    The task `label` has the class under `label`. A negative label does not count.
     """
 
     kind: Literal["multitask"] = "multitask"
@@ -66,7 +66,7 @@ class Multitask:
 
     def _target(self, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
         """Return the class (B,) int64 or the number (B, 1) normalised, and the valid rows (B,)."""
-        key = "target" if name in self.columns else f"label_{name}"
+        key = "target" if name in self.columns else label_key(name)
         if key not in batch:
             raise UserError(f"batch: got keys {sorted(batch)}; wanted '{key}' for task '{name}': check task.tasks")
         found = batch[key]
@@ -142,8 +142,8 @@ class Multitask:
         """Return `label_NAME` and `target_NAME` (B,) of the tasks whose true values the batch has."""
         result = {}
         for name in self.config.tasks:
-            if name not in self.columns and f"label_{name}" in batch:
-                result[f"label_{name}"] = batch[f"label_{name}"]
+            if name not in self.columns and label_key(name) in batch:
+                result[label_key(name)] = batch[label_key(name)]
             elif name in self.columns and "target" in batch and batch["target"].shape[1] > self.columns[name]:
                 result[f"target_{name}"] = batch["target"][:, self.columns[name]]
         return result

@@ -84,3 +84,16 @@ def test_weights_of_classes() -> None:
 def test_names_must_be_tasks() -> None:
     with pytest.raises(ValueError, match="class_weights has size"):
         MultitaskConfig(tasks={"hue": 1.0}, class_weights={"size": "balanced"})
+
+
+def test_the_only_label_of_the_data_is_a_task_of_that_name() -> None:
+    class Label(nn.Module):
+        input_keys = ("image",)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"label": OUTPUTS["hue"]}
+
+    task = MultitaskConfig(tasks={"label": 1.0}).build(classes=0)
+    batch = {"image": BATCH["image"], "label": torch.tensor([0, 1, 1])}
+    assert float(task.loss(Label(), batch).sums["correct/label"]) == 2
+    assert set(known_targets(task, batch)) == {"label"}
