@@ -308,8 +308,8 @@ def hold_out_classes(
     """
     part = held_out_share(found.splits, folder, options, default)
     if not part:
-        splits = {split or "train": members for split, members in found.splits.items()}
-        return ClassFiles(found.classes, splits, found.notes)
+        whole = {split or "train": members for split, members in found.splits.items()}
+        return ClassFiles(found.classes, whole, found.notes)
     by_class: dict[int, list[Labelled]] = {}
     for member in next(iter(found.splits.values())):
         by_class.setdefault(member[1] if isinstance(member[1], int) else 0, []).append(member)
