@@ -45,7 +45,8 @@ class MultitaskDecoderConfig(Config):
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Build the decoder."""
-        return MultitaskDecoder(self.channels or latent_channels, self.tasks, self.init_std)
+        # Sorted, because a recipe that was stored and read again may have its keys in another order.
+        return MultitaskDecoder(self.channels or latent_channels, dict(sorted(self.tasks.items())), self.init_std)
 
 
 class MultitaskDecoder(nn.Module):
@@ -137,6 +138,48 @@ class FlowDecoder(nn.Module):
         """Map answers (B, H*W, C) to flow (B, 2, H, W), or (B, q, C) to (B, 2, q)."""
         flow = (self.head(answers) * self.scale).transpose(1, 2)
         return flow if asked else flow.unflatten(2, self.grid)
+
+
+class PixelDecoderConfig(Config):
+    """The encoder's inputs as queries, as for flow; the logits of a class for each (Perceiver IO App. H)."""
+
+    kind: Literal["pixels"] = "pixels"
+
+    def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
+        """Make the decoder for inputs on an image grid; `classes` is required."""
+        grid = getattr(inputs, "grid", ())
+        if len(grid) != 2:
+            raise UserError(
+                f"decoder.kind: got 'pixels' for inputs of grid {tuple(grid)}; wanted model.inputs.kind image"
+            )
+        if getattr(cast(Any, inputs).config, "permute", None) is not None:
+            raise UserError("decoder.kind: got 'pixels' for permuted inputs; wanted inputs.permute null")
+        return PixelDecoder(cast(_Sized, inputs).channels, (int(grid[0]), int(grid[1])), need_classes(classes))
+
+
+class PixelDecoder(nn.Module):
+    """Inputs (B, h*w, C) as queries -> logits (B, K, h, w) on the inputs' grid; zero at the start.
+
+    Asked for `pixels` (B, q), numbered row by row: (B, K, q).
+    """
+
+    def __init__(self, channels: int, grid: tuple[int, int], classes: int) -> None:
+        super().__init__()
+        self.channels = self.output_channels = channels
+        self.grid = grid
+        self.head = zero_linear(channels, classes)
+
+    def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
+        """Return the inputs themselves, or those of the pixels asked for."""
+        if not asked:
+            return inputs
+        index = asked["pixels"][..., None].expand(-1, -1, self.channels)
+        return Inputs(inputs.dense.expand(len(index), -1, -1).gather(1, index))
+
+    def outputs(self, answers: Tensor, asked: Mapping[str, Tensor] | None) -> Any:
+        """Map answers (B, h*w, C) to logits (B, K, h, w), or (B, q, C) to (B, K, q)."""
+        logits = self.head(answers).transpose(1, 2)
+        return logits if asked else logits.unflatten(2, self.grid)
 
 
 class GridOutput(Config):
@@ -240,6 +283,11 @@ def grid_queries(spec: GridOutput, points: Tensor | None, dtype: torch.dtype, de
 
 
 DecoderConfig = Annotated[
-    ClassDecoderConfig | MultitaskDecoderConfig | TokenDecoderConfig | FlowDecoderConfig | MultimodalDecoderConfig,
+    ClassDecoderConfig
+    | MultitaskDecoderConfig
+    | TokenDecoderConfig
+    | FlowDecoderConfig
+    | PixelDecoderConfig
+    | MultimodalDecoderConfig,
     Field(discriminator="kind"),
 ]

@@ -70,7 +70,9 @@ def index(
         return existing(dst, config, mark)
     if config.options.get("held_out", "none") != "none":
         raise UserError("--index cannot hold out rows of a file: remove the option held_out, or convert the data")
-    options = {**config.options, "held_out": "none"}
+    if named := [key for key in ("target", "labels") if config.options.get(key)]:
+        raise UserError(f"--index cannot take the option {named[0]}: convert the data without --index")
+    options = {"labels": "", **config.options, "held_out": "none"}
     listing = load_source(source_name).listing(src, seed=0, shard_rows=config.shard_rows, options=options)
     if note:
         for line in listing.notes:

@@ -15,6 +15,7 @@ from perceiver.config import Bytes, Config, Count, Probability, Seed, UserError
 from perceiver.storage import Folder, NotRegularError, open_folder, open_target, refusing
 from perceiver.tracking.printable import printable, safe_line
 from perceiver.tracking.redaction import redact_text
+from pipelines.measured import Measured, Meter, class_counts, with_measured
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import (
     MANIFEST,
@@ -63,6 +64,7 @@ class Receipt(Config):
     split: str
     shard: ShardInfo | None
     rejected: tuple[tuple[str, str], ...] = ()
+    measured: dict[str, Measured] = {}
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,15 @@ def prepare(
         folder.write(f"{RECEIPTS}/fingerprint", mark)
     jobs = _jobs(source, source_name, listing, dst, config, mark)
     runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
-    splits, rejected = _collect(runner, progress)
+    receipts = list(_reported(runner, progress))
+    splits, rejected = _collect(receipts)
     rejected += [Problem("", -1, utf8_name(found.key), found.reason) for found in listing.rejected]
     _check_rejected(folder, rejected, sum(split.samples for split in splits.values()), config.max_bad_fraction)
+    measured = _measured(receipts)
     manifest = Manifest(
         name=safe_line(utf8_name(listing.name)),
-        features=dict(listing.features),
+        features=with_measured(listing.features, *measured),
+        class_counts=class_counts(listing.features, *measured, len(listing.classes)),
         classes=tuple(printable(utf8_name(name)) for name in listing.classes),
         splits=splits,
         rejected=len(rejected),
@@ -194,10 +199,17 @@ def write_shard(job: _Job) -> Receipt:
     if finished and kept and (not finished.shard or folder.exists(job.name)):
         return finished
     rejected: list[tuple[str, str]] = []
+    meter = Meter(job.features)
     with ShardWriter(folder, job.name, arrow_schema(job.features), job.rows_per_group) as writer:
-        writer.write(_accepted(load_source(job.source_name).samples(job.unit), rejected))
+        writer.write(meter.watch(_accepted(load_source(job.source_name).samples(job.unit), rejected)))
         shard = writer.close()
-    receipt = Receipt(fingerprint=job.fingerprint, split=job.unit.split, shard=shard, rejected=tuple(rejected))
+    receipt = Receipt(
+        fingerprint=job.fingerprint,
+        split=job.unit.split,
+        shard=shard,
+        rejected=tuple(rejected),
+        measured=meter.found(),
+    )
     folder.write(name, receipt.model_dump_json())
     return receipt
 
@@ -234,18 +246,33 @@ def _run_on_ray(jobs: Iterator[_Job], in_flight: int) -> Iterator[Receipt]:
         running += [task.remote(job) for job in islice(jobs, 1)]
 
 
-def _collect(receipts: Iterable[Receipt], progress: Progress | None) -> tuple[dict[str, Split], list[Problem]]:
+def _reported(receipts: Iterable[Receipt], progress: Progress | None) -> Iterator[Receipt]:
+    """Yield the receipts and report each shard."""
+    done = 0
+    for receipt in receipts:
+        if receipt.shard:
+            done += receipt.shard.rows
+            if progress:
+                progress(done, receipt.shard.name)
+        yield receipt
+
+
+def _collect(receipts: Iterable[Receipt]) -> tuple[dict[str, Split], list[Problem]]:
+    """Return the splits and the rejected items."""
     shards: dict[str, list[ShardInfo]] = {}
     rejected: list[Problem] = []
-    done = 0
     for receipt in receipts:
         rejected += [Problem(receipt.split, -1, key, reason) for key, reason in receipt.rejected]
         if receipt.shard:
             shards.setdefault(receipt.split, []).append(receipt.shard)
-            done += receipt.shard.rows
-            if progress:
-                progress(done, receipt.shard.name)
     return {split: Split(shards=tuple(infos)) for split, infos in shards.items()}, rejected
+
+
+def _measured(receipts: Iterable[Receipt]) -> tuple[list[dict[str, Measured]], int]:
+    """Return what was measured on each shard of the training split, and the number of its samples."""
+    train = [receipt for receipt in receipts if receipt.split == "train" and receipt.shard]
+    rows = sum(receipt.shard.rows for receipt in train if receipt.shard)
+    return [receipt.measured for receipt in train], rows
 
 
 def _check_rejected(folder: Folder, rejected: list[Problem], samples: int, budget: float) -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchTrainer
 
 from cluster.recipe.config import Recipe, build_recipe
+from cluster.recipe.targets import with_targets
 from cluster.record.failures import failure_reason
 from cluster.run.trainer import Share, worker_resources
 from cluster.run.worker import WorkerRank, build_engine, find_rank, first_model, training_batches
@@ -61,7 +62,7 @@ def _real_steps(recipe: Recipe, me: WorkerRank, steps: int) -> float:
     """Take a worker's steps without evaluation, checkpoints and tracking; return the mean seconds of a step."""
     rest_data_scheduler()
     manifest, training = load_data(recipe.data), recipe.train
-    classes = len(manifest.classes)
+    recipe, classes = with_targets(recipe, manifest), len(manifest.classes)
     epoch_steps = manifest.split(recipe.data.train_split).samples / training.global_batch
     span = Span(0, steps, training.global_batch, training.accumulation(me.world), epoch_steps, recipe.seed)
     batches = training_batches(recipe, manifest, me, (0, steps), Quarantine())
@@ -115,7 +116,8 @@ def measure(recipe: Recipe, micro: Sequence[int], seconds: float) -> dict[str, A
     figures: dict[str, Any] = {"base_bytes": _base_bytes()}
     batch, figures["sample_cpu_seconds"] = _batch(recipe, max(micro), seconds)
     before = _peak_bytes(reset=True)
-    engine = _engine(recipe, len(load_data(recipe.data).classes), max(micro))
+    manifest = load_data(recipe.data)
+    engine = _engine(with_targets(recipe, manifest), len(manifest.classes), max(micro))
     figures["save_bytes_s"] = _write(Path(recipe.output)) if dist.get_rank() == 0 else 0.0
     figures["exchange"] = _exchange(engine) if dist.get_world_size() > 1 else (0.0, 1e12)
     figures["timings"] = []

@@ -4,14 +4,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.recipe.config import Recipe, zero_stage
+from cluster.recipe.targets import with_targets
 from perceiver.accounting import Account, account
 from perceiver.config import UserError
 from perceiver.step_trace import StepTrace, trace_step
 from perceiver.storage import open_folder
+from perceiver.tasks import output_count
 from pipelines.feed.ingest import load_data
 from pipelines.shards.manifest import MANIFEST, Manifest
 
-CPU_NS_PER_BYTE = {"image": 31.0, "audio": 10.0, "mel": 10.0, "video": 60.0, "clip": 60.0, "flow": 31.0}
+CPU_NS_PER_BYTE = {
+    "image": 31.0,
+    "segmentation": 31.0,
+    "audio": 10.0,
+    "mel": 10.0,
+    "video": 60.0,
+    "clip": 60.0,
+    "flow": 31.0,
+}
 """CPU nanoseconds to decode and augment one stored byte, by feature, assumed without a calibration. Images: a JPEG of
 90 KB takes 1.3 ms with the papers' augmentation on an idle core of an AMD EPYC, 15 ns per byte, and twice that on an
 older or shared core; the others are of that order."""
@@ -91,7 +101,7 @@ def _data_volume(recipe: Recipe, samples: int | None, sample_bytes: float | None
     return DataVolume(
         samples or split.samples,
         each,
-        classes or len(manifest.classes) or None,
+        classes or output_count(with_targets(recipe, manifest).task, len(manifest.classes)) or None,
         split.shards[0].rows_per_group * each,
         decode_seconds(_kinds(recipe, manifest), each),
     )

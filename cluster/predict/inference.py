@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from cluster.predict.outputs import parquet, predicted
 from cluster.predict.scoring import Scoring
+from cluster.recipe.config import kind_of
 from perceiver.config import UserError
 from perceiver.storage import Folder, open_target, parse_json, refusing
+from perceiver.tasks import known_classes
 from pipelines.shards.manifest import content_digest
 from pipelines.shards.quarantine import Quarantine, write_problems
 from pipelines.shards.reader import Reader
@@ -86,8 +89,9 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
     """Write predictions as Parquet files; continue an interrupted call.
 
     One row per sample: `sample_id`, `key` (the sample's origin), `label` if the data has one, the task's outputs
-    (`prediction`, `probability`, ...), and `class` for a classifier whose classes have names. Bad samples are left out;
-    those of each file are listed in a file of the same name in `_quarantine/`, which is written first.
+    (`prediction`, `probability`, ...), and `class` (of a tagging `classes`) for a classifier whose classes have
+    names. Bad samples are left out; those of each file are listed in a file of the same name in `_quarantine/`,
+    which is written first.
 
     Args:
         scoring: the model and the data.
@@ -163,11 +167,17 @@ def _in_process(scoring: Scoring, first: int, quarantine: Quarantine) -> Generat
 
 
 def _named(scoring: Scoring, rows: pa.Table) -> pa.Table:
-    """Add the names of the predicted classes, if the prediction is a class and the names are known."""
+    """Add the names of the predicted classes, if the prediction is a class or several, and the names are known."""
     names = scoring.names
+    for task, classes in known_classes(scoring.recipe.task).items():
+        found = [classes[number] for number in rows[f"prediction_{task}"].to_pylist()]
+        rows = rows.append_column(f"class_{task}", pa.array(found, pa.string()))
     if names and "prediction" in rows.column_names and pa.types.is_integer(rows.schema.field("prediction").type):
         found = [names[number] for number in rows["prediction"].to_pylist()]
         rows = rows.append_column("class", pa.array(found, pa.string()))
+    if names and kind_of(scoring.recipe.task) == "tagging":
+        several = [[names[number] for number in np.flatnonzero(row)] for row in rows["prediction"].to_pylist()]
+        rows = rows.append_column("classes", pa.array(several, pa.list_(pa.string())))
     return rows
 
 

@@ -6,29 +6,34 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
-from perceiver.tasks import Batch
+from perceiver.tasks import Batch, known_targets
 
-FIRST = ("sample_id", "key", "label", "prediction", "class")
+FIRST = ("sample_id", "key", "label", "prediction", "class", "classes")
 """The first columns, if present."""
 
 
 def predicted(task: Any, model: nn.Module, batch: Batch) -> pa.Table:
-    """Return one row per sample of the batch: `sample_id`, `label` if there is one, and the task's outputs.
+    """Return one row per sample of the batch: `sample_id`, the true values if there are any, and the task's outputs.
 
-    Padding and bad samples are left out. Outputs with more axes become lists.
+    Padding and bad samples are left out. Outputs with more axes become lists, masks (B, H, W) uint8 PNG files.
     """
     keep = batch["valid"]
     found = {
         "sample_id": batch["sample_id"],
-        **({"label": batch["label"]} if "label" in batch else {}),
+        **known_targets(task, batch),
         **task.predict(model, batch),
     }
     return pa.table({name: _column(values[keep]) for name, values in found.items()})
 
 
 def _column(values: Tensor) -> pa.Array:
+    if values.dtype == torch.uint8 and values.ndim == 3:
+        return pa.array([_png(mask) for mask in values.cpu().numpy()], pa.binary())
     array = (values.float() if values.is_floating_point() else values).cpu().numpy()
     column = pa.array(array.ravel())
     for axis in range(array.ndim - 1, 0, -1):
@@ -36,6 +41,12 @@ def _column(values: Tensor) -> pa.Array:
         rows = int(np.prod(array.shape[:axis]))
         column = pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * size, column)
     return column
+
+
+def _png(mask: NDArray[np.uint8]) -> bytes:
+    sink = BytesIO()
+    Image.fromarray(mask).save(sink, "PNG")
+    return sink.getvalue()
 
 
 def parquet(rows: pa.Table) -> bytes:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.recipe.config import Recipe, build_recipe, eval_rows
+from cluster.recipe.config import Recipe, build_recipe, eval_rows, kind_of
 from cluster.recipe.file import apply_override
 from cluster.recipe.inputs import check_inputs
+from cluster.recipe.targets import check_feature, with_targets
 from cluster.runtime.local import set_quiet_environment, start_ray
 from cluster.runtime.ray_internals import quiet_data_progress
 from perceiver.config import UserError
@@ -85,6 +86,8 @@ class Scoring:
         """Return a note for the user about the names of the classes; usually empty."""
         theirs, url = self.manifest.classes, self.recipe.data.url
         if not self.names:
+            if kind_of(self.recipe.task) == "regression":
+                return ""
             unknown = class_count(self.recipe.model, self.saved.shapes) is not None
             return (
                 f"{self.saved.place} has no names of classes, and its data cannot be read: classes are only given by "
@@ -140,7 +143,7 @@ def open_scoring(
     manifest = load_data(recipe.data)
     wanted = split or _split(recipe, manifest)
     data = recipe.data.model_copy(update={"eval_split": wanted, "train_split": wanted})
-    recipe = recipe.model_copy(update={"data": data})
+    recipe = with_targets(recipe.model_copy(update={"data": data}), manifest)
     manifest.split(wanted)
     check_inputs(recipe.model, batch_shapes(data, manifest), data, manifest, trained=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,6 +153,8 @@ def open_scoring(
 
 def _class_names(saved: Saved) -> tuple[str, ...]:
     """Return the names of the model's classes; empty if they are unknown or their number differs."""
+    if (saved.recipe.get("task") or {}).get("kind") == "regression":
+        return ()
     found = trained_on(saved)
     assert saved.model is not None
     return found.classes if found and len(found.classes) == class_count(saved.model, saved.shapes) else ()
@@ -165,11 +170,15 @@ def _split(recipe: Recipe, manifest: Manifest) -> str:
 
 
 def check_labels(scoring: Scoring) -> None:
-    """Refuse data with other classes than the model.
+    """Refuse data without the targets of the task, or with other classes than the model.
 
     Raises:
-        UserError: the number of classes differs, or the same names are in another order.
+        UserError: the data lack the task's targets, the number of classes differs, or the same names are in another
+            order.
     """
+    check_feature(scoring.recipe, scoring.manifest)
+    if kind_of(scoring.recipe.task) == "regression":
+        return
     theirs, names, url = scoring.manifest.classes, scoring.names, scoring.recipe.data.url
     classes = class_count(scoring.recipe.model, scoring.saved.shapes)
     if classes and len(theirs) != classes:

@@ -14,13 +14,13 @@ from cluster.recipe.inputs import check_inputs
 from cluster.recipe.placement import DataNeed, Node, check_evaluation, place
 from cluster.recipe.resources import machine_cpus, worker_cpus
 from cluster.recipe.resume import check_same_data, check_same_recipe, check_schedule, check_start, recipe_before
-from cluster.recipe.targets import check_targets
+from cluster.recipe.targets import check_targets, class_names, with_targets
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
 from perceiver.config import UserError
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model
-from perceiver.tasks import build_task
+from perceiver.tasks import build_task, output_count
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
@@ -91,6 +91,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     manifest = load_data(recipe.data)
     if resume:
         check_same_data(recipe.data.url, data_facts(recipe.data, manifest), folder)
+    recipe = with_targets(recipe, manifest)
     model = check_model(recipe, manifest)
     check_files(recipe.data, model.manifest)
     address = recipe.cluster.resolved_address()
@@ -154,6 +155,7 @@ def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
     Raises:
         UserError: the first problem that would stop the run, with its fix.
     """
+    recipe = with_targets(recipe, manifest)
     check_data(recipe, manifest)
     if kind_of(recipe.task) == "classification" and len(manifest.classes) == 1:
         raise UserError(
@@ -162,7 +164,7 @@ def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
         )
     check_best(recipe, len(manifest.classes))
     with torch.device("meta"):
-        model = build_model(recipe.model, classes=len(manifest.classes))
+        model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
         example: dict[str, torch.Tensor] = cast(Any, model).example(1, "meta")
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > MOST_PARAMETERS:
@@ -245,8 +247,8 @@ def describe_start(recipe: Recipe, manifest: Manifest) -> str:
     if not url:
         return ""
     with torch.device("meta"):
-        model = build_model(recipe.model, classes=len(manifest.classes))
-    return plan_weights(model, open_weights(url), manifest.classes).describe(url)
+        model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
+    return plan_weights(model, open_weights(url), class_names(recipe, manifest)).describe(url)
 
 
 def data_cpus(recipe: Recipe) -> float:
@@ -296,7 +298,8 @@ class _Sums(dict[str, Any]):
 def evaluation_metrics(recipe: Recipe, classes: int) -> list[str]:
     """Return the names of the metrics of the recipe's task, such as "accuracy"."""
     bins = torch.ones(classes, 2)
-    sums = _Sums(positive=bins, negative=bins)  # for the average precision of tagging
+    # For the average precision of tagging, and the mean IoU of a segmentation.
+    sums = _Sums(positive=bins, negative=bins, confusion=torch.ones(classes, classes))
     return sorted(build_task(recipe.task, classes=classes).summarise(sums, 1.0))
 
 

@@ -1,23 +1,142 @@
-"""The checks that the data have the targets of the task, and that the model has the outputs that it reads."""
+"""The targets of a task: what it takes from the data, and the checks that data and model have what it reads."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from cluster.recipe.config import Recipe, kind_of
 from perceiver.config import UserError
+from perceiver.tasks import Targets, TaskTarget, balanced, balanced_positives, label_key
 from pipelines.shards.manifest import Manifest
 
-TARGETS = {"classification": "label", "tagging": "labels"}
-"""Kind of the feature ``label`` that a task needs."""
+TARGETS = {
+    "classification": ("label", "label"),
+    "tagging": ("label", "labels"),
+    "regression": ("target", "target"),
+    "segmentation": ("image", "segmentation"),
+}
+"""Name and kind of the feature that a task needs."""
+AGAIN = {
+    "target": "prepare the data with --option target=COLUMN",
+    "segmentation": "prepare the data with masks (source csv with the column mask, or segmentation_folder)",
+}
+"""How data get features of a kind."""
 DECODERS = {
     "masked_language": "tokens",
     "autoencoding": "multimodal",
     "flow": "flow",
     "multitask": "multitask",
+    "segmentation": "pixels",
 }
 """The decoder whose outputs a task reads; the other tasks read those of a classifier."""
 CLASSIFIER = "class"
 """The decoder of a classifier; models without a decoder are classifiers."""
+
+
+def with_targets(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """Return the recipe with what its task takes from the data, such as means and deviations of targets.
+
+    A run's own recipe keeps it, so that the trained model has the same units whatever it is applied to later.
+
+    Raises:
+        UserError: the data do not have what the task needs.
+    """
+    section: Any = recipe.task
+    if kind_of(section) == "regression" and section.targets is None:
+        check_feature(recipe, manifest)
+        return _with_task(recipe, targets=_scale(recipe, manifest, "target"))
+    if kind_of(section) == "multitask":
+        return _with_several(recipe, manifest)
+    if getattr(section, "class_weights", None) == "balanced":
+        check_feature(recipe, manifest)
+        return _with_task(recipe, class_weights=_balanced(recipe, manifest, "label"))
+    return recipe
+
+
+def takes_from_data(recipe: Recipe) -> bool:
+    """Return whether `with_targets` needs the manifest of the data."""
+    section: Any = recipe.task
+    weights = getattr(section, "class_weights", None)
+    weighted = "balanced" in (weights.values() if isinstance(weights, Mapping) else [weights])
+    return weighted or (kind_of(section) in ("regression", "multitask") and section.targets is None)
+
+
+def _with_several(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """Return the recipe with what each task of a multitask predicts; `check_targets` refuses one without a target."""
+    section: Any = recipe.task
+    numbers: Any = manifest.features.get("target")
+    if section.targets is None:
+        found: dict[str, TaskTarget] = {}
+        for name in section.tasks:
+            label: Any = manifest.features.get(label_key(name))
+            if kind_of(label) == "label":
+                found[name] = TaskTarget(classes=label.classes or manifest.classes)
+            elif kind_of(numbers) == "target" and name in numbers.names:
+                whole, column = _scale(recipe, manifest, "target"), numbers.names.index(name)
+                scale = Targets(names=(name,), mean=(whole.mean[column],), std=(whole.std[column],))
+                found[name] = TaskTarget(column=column, scale=scale)
+        recipe = _with_task(recipe, targets=found)
+    weights = {
+        name: _balanced(recipe, manifest, label_key(name)) if value == "balanced" else value
+        for name, value in section.class_weights.items()
+    }
+    return _with_task(recipe, class_weights=weights) if weights else recipe
+
+
+def _check_several(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuse data whose targets are not those that a multitask predicts."""
+    section: Any = recipe.task
+    numbers: Any = manifest.features.get("target")
+    url = recipe.data.url
+    for name in section.tasks:
+        target, label = (section.targets or {}).get(name), manifest.features.get(label_key(name))
+        if target is not None and target.scale is not None:
+            if kind_of(numbers) != "target" or numbers.names[target.column : target.column + 1] != (name,):
+                raise UserError(f"task.tasks has {name}, a number, but {url} has no target {name} in its place")
+        elif kind_of(label) != "label":
+            raise UserError(
+                f"task.kind = 'multitask' needs '{label_key(name)}' for task.tasks.{name}, or a target of its name, but"
+                f" {url} has the features {', '.join(manifest.features)}"
+                + (f" (targets {', '.join(numbers.names)})" if kind_of(numbers) == "target" else "")
+                + ": prepare the data with --option label=A,B or target=C,D, or remove the task"
+            )
+        elif target is not None and target.classes != (getattr(label, "classes", ()) or manifest.classes):
+            raise UserError(
+                f"{url} has other classes of {name} than task.targets.{name}: use data with the same classes"
+            )
+
+
+def class_names(recipe: Recipe, manifest: Manifest) -> tuple[str, ...]:
+    """Return the names of the model's outputs that are classes: those of the data, none for a regression."""
+    return () if kind_of(recipe.task) == "regression" else manifest.classes
+
+
+def _with_task(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update=changes)})
+
+
+def _balanced(recipe: Recipe, manifest: Manifest, name: str) -> tuple[float, ...]:
+    """Return the balanced weights of the classes of a label feature."""
+    counts = manifest.class_counts.get(name, ())
+    if not counts or recipe.data.train_split != "train":
+        why = "is a mixture" if recipe.data.mixture else "has no counts of its classes in the split train"
+        raise UserError(
+            f"task.class_weights = balanced, but {recipe.data.url} {why}: set it to a list of numbers, or prepare the"
+            " data with this version"
+        )
+    if kind_of(manifest.features[name]) == "labels":
+        return balanced_positives(counts, manifest.split("train").samples)
+    return balanced(counts)
+
+
+def _scale(recipe: Recipe, manifest: Manifest, name: str) -> Targets:
+    """Return names, means and deviations of a target feature."""
+    feature: Any = manifest.features[name]
+    if not feature.mean:
+        raise UserError(
+            f"{recipe.data.url} has no means and deviations of {', '.join(feature.names)}, since it has no split train:"
+            " set task.targets (names, mean, std), or prepare the data with a split train"
+        )
+    return Targets(names=feature.names, mean=feature.mean, std=feature.std)
 
 
 def check_targets(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -28,7 +147,7 @@ def check_targets(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tuple
         manifest: of the data.
         shapes: shape of one sample by batch key.
     """
-    _check_label(recipe, manifest)
+    check_feature(recipe, manifest)
     for needed, shape in _needed_keys(recipe.task).items():
         if needed not in shapes or shape not in (None, shapes[needed]):
             raise UserError(
@@ -47,12 +166,10 @@ def _needed_keys(task: Any) -> dict[str, tuple[int, ...] | None]:
             return {"flow": None}
         case "masked_language":
             return {"text": None}
-        case "multitask":
-            return {f"label_{name}": () for name in task.tasks}
         case "autoencoding":
             return {name: () if name == "label" else None for name, weight in task.weights.items() if weight}
         case _:
-            return {}  # see `_check_label`
+            return {}  # see `check_feature`
 
 
 def _check_decoder(recipe: Recipe) -> None:
@@ -70,22 +187,42 @@ def _check_decoder(recipe: Recipe) -> None:
             f"task.kind = {task!r} reads the outputs of a decoder of kind {wanted!r}, but {has}: "
             + " or ".join(filter(None, (fix, f"set task.kind to {fits}")))
         )
-    missing = set(section.tasks) - set(decoder.tasks) if task == "multitask" and decoder else ()
+    if task == "multitask" and decoder:
+        _check_sizes(section, decoder)
+
+
+def _check_sizes(section: Any, decoder: Any) -> None:
+    """Refuse a multitask decoder without one of the tasks, or with another number of outputs for it."""
+    missing = set(section.tasks) - set(decoder.tasks)
     if missing:
         raise UserError(
             f"task.tasks has {', '.join(sorted(missing))}, which model.decoder.tasks has not: give it the number of "
-            "classes there"
+            "classes there, or 1 for a number"
         )
+    for name, target in (section.targets or {}).items():
+        size = 1 if target.scale is not None else len(target.classes)
+        if size and decoder.tasks[name] != size:
+            what = "is a number" if target.scale is not None else f"has {size} classes"
+            raise UserError(f"model.decoder.tasks.{name} = {decoder.tasks[name]}, but {name} {what}: set it to {size}")
 
 
-def _check_label(recipe: Recipe, manifest: Manifest) -> None:
+def check_feature(recipe: Recipe, manifest: Manifest) -> None:
     """Refuse a task whose targets are not in the data."""
-    wanted = TARGETS.get(kind_of(recipe.task))
-    feature = manifest.features.get("label")
+    task: Any = recipe.task
+    if kind_of(task) == "multitask":
+        _check_several(recipe, manifest)
+    name, wanted = TARGETS.get(kind_of(task), ("", ""))
+    feature: Any = manifest.features.get(name)
     if wanted and kind_of(feature) != wanted:
-        has = f"the kind {kind_of(feature)!r}" if feature else "no feature 'label'"
-        fits = next((task for task, kind in TARGETS.items() if feature and kind == kind_of(feature)), None)
+        has = f"the kind {kind_of(feature)!r}" if feature else f"no feature {name!r}"
+        fits = next((task for task, need in TARGETS.items() if feature and need == (name, kind_of(feature))), None)
+        again = AGAIN.get(wanted, "prepare the data with labels")
         raise UserError(
-            f"task.kind = {kind_of(recipe.task)!r} needs a feature 'label' of the kind {wanted!r}, "
-            f"{recipe.data.url} has {has}: " + (f"set task.kind={fits}" if fits else "prepare the data with labels")
+            f"task.kind = {kind_of(task)!r} needs a feature {name!r} of the kind {wanted!r}, "
+            f"{recipe.data.url} has {has}: " + (f"set task.kind={fits}" if fits else again)
+        )
+    if wanted == "target" and task.targets and feature.names != task.targets.names:
+        raise UserError(
+            f"{recipe.data.url} has the targets {', '.join(feature.names)}, task.targets.names are"
+            f" {', '.join(task.targets.names)}: set data.url to data with the same targets in the same order"
         )

@@ -13,6 +13,7 @@ import yaml
 from cluster.recipe.config import Recipe, kind_of, zero_stage
 from cluster.recipe.preflight import check, data_facts, tracked_data
 from cluster.recipe.resume import longer
+from cluster.recipe.targets import takes_from_data, with_targets
 from cluster.record.failures import one_line
 from cluster.record.lease import hold
 from cluster.record.run_folder import choose_run
@@ -37,9 +38,11 @@ from cluster.runtime.session import (
     tracking_of,
 )
 from perceiver.config import UserError
+from perceiver.tasks import output_count
 from perceiver.tracking.code import code_facts
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import load_handle
+from pipelines.feed.ingest import load_data
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ def launch_training(
     """
     began = time.time()
     folder = choose_run(recipe.output, recipe.name, resume, run)
+    if takes_from_data(recipe):
+        recipe = with_targets(recipe, load_data(recipe.data))
     preflight = check(recipe, folder, resume)
     with RunConsole() as console, ExitStack() as stack:
         stack.enter_context(raise_on_signal())
@@ -191,5 +196,5 @@ def _note_worker(launch: Launch, figures: RunMetrics, event: Mapping[str, Any]) 
     workers = {**folder.facts().get("workers", {}), str(event["rank"]): {"pid": event["pid"], "node": event["node"]}}
     folder.note(workers=workers)
     if event["rank"] == 0:
-        classes = len(launch.preflight.manifest.classes) or None
+        classes = output_count(launch.recipe.task, len(launch.preflight.manifest.classes)) or None
         find_peak(figures, launch.recipe, classes, event["device"], event["world"])

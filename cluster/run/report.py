@@ -11,21 +11,26 @@ import torch
 from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import WEIGHTS, RunFolder
 from perceiver.factory import attention_maps, build_model
+from perceiver.report.figures import picture
 from perceiver.report.page import CardPart
 from perceiver.report.run import ReportData, choose_examples, run_report
 from perceiver.storage import open_url
+from perceiver.tasks import output_count
 from perceiver.tracking.redaction import redact
 from perceiver.train.hooks import History
 from pipelines.feed.ingest import DataConfig, sample_spec
 from pipelines.feed.samples import make_sample
 from pipelines.inspect.inspection import stored_row
 from pipelines.inspect.page import card_width
-from pipelines.inspect.samples import show
+from pipelines.inspect.samples import show, strip
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.reader import Reader
 from pipelines.transforms import BadSample
+from pipelines.transforms.mask import IGNORED, decode_mask, mask_colours
 
 ATTENTION_EXAMPLES = 4
+SEGMENTED = 12
+"""Samples of a segmentation that are shown."""
 LARGE_EXAMPLES = (12, 6)
 """Wrong and right samples that are shown where each is a text, a recording or a cloud of points."""
 
@@ -39,6 +44,7 @@ def build_report(
     history = History(folder.checkpoints.history(steps[-1])).rows
     wanted, shown = _examples(recipe, manifest, predictions)
     found = read_samples(recipe, manifest, wanted | set(shown))
+    masks = _segmented(recipe, manifest, predictions)
     images = {number: sample.image for number, sample in found.items() if sample.image is not None}
     shown = [i for i in shown if i in images]
     data = ReportData(
@@ -50,6 +56,8 @@ def build_report(
         labels=predictions.get("label"),
         predictions=predictions.get("prediction"),
         probabilities=predictions.get("probability"),
+        numbers=_numbers(predictions),
+        cards=masks,
         images=images,
         parts={number: sample.parts for number, sample in found.items() if sample.parts},
         keys={number: sample.key for number, sample in found.items()},
@@ -77,7 +85,31 @@ def read_predictions(folder: RunFolder) -> dict[str, np.ndarray]:
         return {}
     table = pa.concat_tables(pq.read_table(io.BytesIO(fs.cat_file(part))) for part in parts)
     table = table.sort_by("sample_id")
-    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+    kinds = {column.name: object if pa.types.is_binary(column.type) else None for column in table.schema}
+    return {name: np.array(table[name].to_pylist(), kinds[name]) for name in table.column_names}
+
+
+def _segmented(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.ndarray]) -> list[tuple[str, CardPart]]:
+    """Return key and picture (image, mask, predicted mask) of some evaluation samples of a segmentation."""
+    if kind_of(recipe.task) != "segmentation" or not predictions:
+        return []
+    ids = predictions["sample_id"]
+    chosen = np.unique(np.linspace(0, len(ids) - 1, SEGMENTED).astype(int))
+    found = read_samples(recipe, manifest, {int(ids[place]) for place in chosen})
+    guesses = {int(ids[place]): predictions["prediction"][place] for place in chosen}
+    cards = []
+    for number, sample in found.items():
+        if sample.image is not None and sample.mask is not None:
+            guess = decode_mask(bytes(guesses[number]), sample.mask.size, IGNORED)
+            colours = [mask_colours(mask) for mask in (sample.mask, guess)]
+            cards.append((sample.key, strip([picture(sample.image).convert("RGB"), *colours], sample.key)))
+    return cards
+
+
+def _numbers(predictions: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return true and predicted values of each number that was predicted."""
+    names = [name.removeprefix("target_") for name in predictions if name.startswith("target_")]
+    return {name: (predictions[f"target_{name}"], predictions[f"prediction_{name}"]) for name in names}
 
 
 def _examples(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.ndarray]) -> tuple[set[int], list[int]]:
@@ -100,11 +132,13 @@ class Sample:
         key: where it came from.
         image: pixels (H, W, C), uint8, as the model reads them; None for other kinds of data.
         parts: text, spectrogram and player, frames or points of other kinds of data.
+        mask: classes of the pixels (H, W), if the data have them.
     """
 
     key: str
     image: np.ndarray | None
     parts: list[CardPart]
+    mask: np.ndarray | None = None
 
 
 def read_samples(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict[int, Sample]:
@@ -121,8 +155,9 @@ def read_samples(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict
             continue
         try:
             if "image" in manifest.features:
-                pixels = make_sample(spec, group, row, np.random.default_rng)["image"]
-                found[number] = Sample(reader.keys(place)[0], pixels.transpose(1, 2, 0), [])
+                shown = make_sample(spec, group, row, np.random.default_rng)
+                key = reader.keys(place)[0]
+                found[number] = Sample(key, shown["image"].transpose(1, 2, 0), [], shown.get("mask"))
             else:
                 found[number] = Sample(reader.keys(place)[0], None, _parts(stored_row(group, row), manifest, data))
         except BadSample:
@@ -142,7 +177,7 @@ def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: li
     """Return the attention maps of the latents, (example, cross-attend, head, latent, H, W), None for other models."""
     import safetensors.torch
 
-    model = build_model(recipe.model, classes=len(manifest.classes))
+    model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
     fs, path = open_url(folder.location(WEIGHTS))
     model.load_state_dict(safetensors.torch.load(fs.cat_file(path)))
     model.eval()

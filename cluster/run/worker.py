@@ -25,6 +25,7 @@ import torch
 
 from cluster.predict.outputs import parquet, predicted
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, zero_stage
+from cluster.recipe.targets import class_names, with_targets
 from cluster.record.failures import is_final, one_line
 from cluster.record.run_folder import WEIGHTS, RunFolder
 from cluster.run.evaluation import RemoteEvaluator, read_scores
@@ -35,7 +36,7 @@ from perceiver.config import UserError
 from perceiver.export.weights import load_weights, open_weights
 from perceiver.factory import build_model
 from perceiver.optim.schedules import build_schedule
-from perceiver.tasks import Batch, Task, build_task
+from perceiver.tasks import Batch, Task, build_task, output_count
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, open_tracker
 from perceiver.tracking.tracker import NullTracker, Tracker
@@ -100,6 +101,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             training = recipe.train
             folder = RunFolder(recipe.output, config["run"])
             manifest = load_data(recipe.data)
+            recipe = with_targets(recipe, manifest)
             samples, classes = manifest.split(recipe.data.train_split).samples, len(manifest.classes)
             start_step = newest_step(folder.checkpoints, me)
             span = Span(
@@ -114,7 +116,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 
             # Model and engine.
             task = build_task(recipe.task, classes=classes)
-            model = first_model(recipe, classes, manifest.classes, restored=resumed)
+            model = first_model(recipe, classes, class_names(recipe, manifest), restored=resumed)
             engine = build_engine(recipe, model, task, span, me)
             if resumed:
                 restore(engine, folder.checkpoints, span.start_step)
@@ -238,7 +240,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 return {"status": "stopped", "step": step, "total_steps": span.total_steps}
             figures = evaluation.latest or engine.evaluate(evaluation_batches())
             write_predictions(folder, me, task, engine, evaluation_batches())
-            write_weights(folder, recipe, engine, manifest.classes, {"step": step, "evaluation": figures})
+            write_weights(folder, recipe, engine, class_names(recipe, manifest), {"step": step, "evaluation": figures})
             if handle is not None and handle.worker_closes:
                 tracker.close("finished")
             return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
@@ -293,7 +295,7 @@ def first_model(recipe: Recipe, classes: int, names: Sequence[str] = (), restore
         restored: whether a checkpoint is loaded afterwards, so that ``train.init_from`` is not read.
     """
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, classes=classes)
+    model = build_model(recipe.model, classes=output_count(recipe.task, classes))
     if recipe.train.init_from and not restored:
         load_weights(model, open_weights(recipe.train.init_from), names)
     return model

@@ -5,12 +5,13 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from perceiver.config import Config, UserError
 from perceiver.export.transformers_layout import read_transformers, to_transformers
 from perceiver.export.weights import DataFacts, Saved, class_count
 from perceiver.factory import input_keys
+from perceiver.tasks import Task, TaskConfig, build_task
 from perceiver.tracking.printable import markdown_code, markdown_text
 from perceiver.tracking.redaction import redact
 
@@ -26,6 +28,8 @@ BATCHES = (1, 3)
 """Batch sizes with which an ONNX model is tested; it is traced with another."""
 CLASSES = "classes"
 """The key of an ONNX file's metadata with the names of the classes, as JSON."""
+TARGETS = "targets"
+"""The key with what the outputs mean, as JSON: names of a regression's columns, classes of each task of several."""
 KEPT_FACTS = ("step", "evaluation", "mlflow_run", "data", "licence")
 """The facts of a run that are exported with its weights."""
 
@@ -66,14 +70,14 @@ def export_transformers(saved: Saved, folder: Path) -> dict[str, Any]:
 
 
 class _Positional(nn.Module):
-    """A model with positional inputs and a tuple of outputs."""
+    """A model with positional inputs and a tuple of outputs, which `finish` maps to what its task gives."""
 
-    def __init__(self, model: nn.Module, keys: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, keys: tuple[str, ...], finish: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.model, self.keys = model, keys
+        self.model, self.keys, self.finish = model, keys, finish
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        output = self.model(dict(zip(self.keys, tensors, strict=True)))
+        output = self.finish(self.model(dict(zip(self.keys, tensors, strict=True))))
         return tuple(output.values()) if isinstance(output, dict) else (output,)
 
 
@@ -92,10 +96,12 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
     plain = {"attention": "plain"} if hasattr(saved.model, "attention") else {}
     model = saved.build(**plain)
     raw = example(model, 2)
-    net = _Positional(model, tuple(raw))
+    task = trained_task(saved)
+    finish = getattr(task, "finish", _unchanged)
+    net = _Positional(model, tuple(raw), finish)
     with torch.no_grad():
         # Run once before tracing: the model must not cache a tracer's proxy tensors.
-        names = _output_names(model(dict(raw)))
+        names = _output_names(finish(model(dict(raw))))
         net(*raw.values())
     free = {0: torch.export.Dim.AUTO}
     with silent(), torch.no_grad():
@@ -104,9 +110,11 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
         assert written is not None
         if classes := named_classes(saved):
             written.model.metadata_props[CLASSES] = json.dumps(classes)
+        if targets := getattr(task, "described", ()):
+            written.model.metadata_props[TARGETS] = json.dumps(targets)
         written.save(folder / "model.onnx")
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    worst = max(_difference(session, saved.build(), batch) for batch in BATCHES)
+    worst = max(_difference(session, saved.build(), batch, finish) for batch in BATCHES)
     if not worst <= tolerance:
         raise UserError(
             f"onnx: got outputs that differ by {worst:.1e} of the largest; wanted at most {tolerance:g}: raise"
@@ -117,10 +125,29 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
     return {"files": files, **described, "max_difference": worst, "tolerance": tolerance}
 
 
+def trained_task(saved: Saved) -> Task | None:
+    """Return the task that the weights were trained for; None without a recipe that this version can read."""
+    try:
+        config = TypeAdapter(TaskConfig).validate_python(saved.recipe["task"])
+        return build_task(config, classes=class_count(cast(Config, saved.model), saved.shapes) or 0)
+    except (KeyError, ValidationError):
+        return None
+
+
+def _unchanged(output: Any) -> Any:
+    return output
+
+
 def named_classes(saved: Saved) -> list[str]:
     """Return the names of the model's classes; empty if they are not recorded."""
-    names = saved.data.classes if saved.data else ()
+    names = saved.data.classes if saved.data and not predicted_numbers(saved) else ()
     return list(names) if saved.model and len(names) == class_count(saved.model, saved.shapes) else []
+
+
+def predicted_numbers(saved: Saved) -> tuple[str, ...]:
+    """Return the names of the numbers that a regression predicts; empty for other tasks."""
+    found = ((saved.recipe.get("task") or {}).get("targets") or {}).get("names", ())
+    return tuple(str(name) for name in found)
 
 
 def describe_inputs(raw: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -178,11 +205,11 @@ def _random(like: Tensor, key: str, generator: torch.Generator) -> Tensor:
     return torch.randint(low, high, like.shape, generator=generator, dtype=like.dtype)
 
 
-def _difference(session: Any, model: nn.Module, batch: int) -> float:
+def _difference(session: Any, model: nn.Module, batch: int, finish: Callable[[Any], Any]) -> float:
     """Return the largest difference between onnxruntime's and the model's outputs, relative to the largest output."""
     raw = example(model, batch, seed=batch)
     with torch.no_grad():
-        expected = _Positional(model, tuple(raw))(*raw.values())
+        expected = _Positional(model, tuple(raw), finish)(*raw.values())
     got = session.run(None, {name: tensor.numpy() for name, tensor in raw.items()})
     pairs = [(torch.from_numpy(a), b) for a, b in zip(got, expected, strict=True)]
     return max(float((a - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in pairs)
@@ -194,7 +221,9 @@ def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None)
     classes = class_count(config, saved.shapes)
     costs = account(config, classes=classes)
     name = saved.recipe.get("name") or Path(saved.place.rstrip("/")).name
-    lines = [f"# {markdown_text(str(name))}", "", _what(config, classes, data), "", "| | |", "|---|---|"]
+    numbers = predicted_numbers(saved)
+    what = _what_numbers(config, numbers) if numbers else _what(config, classes, data)
+    lines = [f"# {markdown_text(str(name))}", "", what, "", "| | |", "|---|---|"]
     rows = {
         "Model": f"`{cast(Any, config).kind}` on `{cast(Any, config).inputs.kind}` inputs",
         "Parameters": f"{costs.parameters:,}",
@@ -208,7 +237,7 @@ def model_card(saved: Saved, written: Mapping[str, Any], data: DataFacts | None)
     lines += [f"| {key} | {value} |" for key, value in rows.items()]
     lines += ["", "## Data", "", _data(data, saved)]
     lines += ["", "## Metrics", "", *_figures(saved)]
-    lines += ["", "## Intended use and limits", "", *_limits(saved, classes, data)]
+    lines += ["", "## Intended use and limits", "", *_limits(saved, None if numbers else classes, data)]
     lines += ["", "## Use", "", *_use(written, saved)]
     left_out = ("output", "cluster", "tracking")
     section = {key: value for key, value in saved.recipe.items() if key not in left_out}
@@ -227,6 +256,11 @@ def _what(config: Any, classes: int | None, data: DataFacts | None) -> str:
         else ""
     )
     return f"A model that {task}{names}."
+
+
+def _what_numbers(config: Any, names: tuple[str, ...]) -> str:
+    named = markdown_text(", ".join(names[:20])) + ", ..." * (len(names) > 20)
+    return f"A model that predicts {named} from {config.inputs.kind} inputs, in the units of its training data."
 
 
 def _licence(saved: Saved, data: DataFacts | None) -> str:
@@ -259,6 +293,8 @@ def _limits(saved: Saved, classes: int | None, data: DataFacts | None) -> list[s
             "It predicts one of its classes for any input, also for one of no class; its probabilities are not "
             "calibrated."
         ]
+    if task == "regression":
+        lines += ["It predicts numbers for any input, also for one unlike its training data, without a range of error."]
     if task == "masked_language":
         lines += ["It may reproduce biased or wrong statements of its training text."]
     lines += ["It must be tested before it is used for decisions about people or safety; no such test is recorded."]
@@ -298,7 +334,7 @@ VALUES = {
 
 def _use(written: Mapping[str, Any], saved: Saved) -> list[str]:
     if "inputs" in written:
-        return _use_arrays(written, bool(named_classes(saved)))
+        return _use_arrays(written, saved)
     if "class" in written:
         head = written["class"]
         code = [f"from transformers import {head}", "", f'model = {head}.from_pretrained(".")']
@@ -306,8 +342,9 @@ def _use(written: Mapping[str, Any], saved: Saved) -> list[str]:
     return ["```python", "import perceiver", "", 'model = perceiver.load_model("model.safetensors")', "```"]
 
 
-def _use_arrays(written: Mapping[str, Any], named: bool) -> list[str]:
+def _use_arrays(written: Mapping[str, Any], saved: Saved) -> list[str]:
     """Return inputs, outputs and an example of a model that takes arrays: ONNX, or an MLflow model."""
+    named = bool(named_classes(saved))
     rows = ["| input | type | shape | values |", "|---|---|---|---|"]
     for name, shape in written["inputs"].items():
         kind = written["dtypes"][name]
@@ -335,12 +372,20 @@ def _use_arrays(written: Mapping[str, Any], named: bool) -> list[str]:
             f'    "{name}": np.zeros({tuple(1 if side == "batch" else side for side in shape)}, np.{_numpy(kind)}),'
             for (name, shape), kind in zip(written["inputs"].items(), written["dtypes"].values(), strict=True)
         ]
-        code = ["```python", *["import json", ""] * named, "import numpy as np", "import onnxruntime", ""]
+        json_used = named or written["outputs"] == ["prediction"]
+        code = ["```python", *["import json", ""] * json_used, "import numpy as np", "import onnxruntime", ""]
         code += ["inputs = {  # one sample", *arrays, "}"]
         code += ['session = onnxruntime.InferenceSession("model.onnx")', "outputs = session.run(None, inputs)"]
+        if written["outputs"] == ["prediction"]:
+            code += [f'print(json.loads(session.get_modelmeta().custom_metadata_map["{TARGETS}"]), outputs[0])']
         if named:
             code += [f'classes = json.loads(session.get_modelmeta().custom_metadata_map["{CLASSES}"])']
-            code += ["print(classes[outputs[0][0].argmax()])"]
+            each = {
+                "tagging": "print([classes[number] for number in np.flatnonzero(outputs[0][0] > 0)])  # above 0.5",
+                "segmentation": "mask = outputs[0][0].argmax(0)  # the class of each pixel",
+            }
+            kind = (saved.recipe.get("task") or {}).get("kind")
+            code += [each.get(str(kind), "print(classes[outputs[0][0].argmax()])")]
     return [*lines, "", *code, "```"]
 
 

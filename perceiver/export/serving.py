@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter
 
 from perceiver.export.weights import Saved, class_count
-from perceiver.tasks import TaskConfig, build_task
+from perceiver.tasks import TaskConfig, build_task, known_classes
 
 BATCH = 64
 """Largest number of samples per forward pass, to limit the memory of a large request."""
@@ -29,6 +29,7 @@ class Answers:
         self.classes = np.array(classes)
         assert saved.model is not None
         config = TypeAdapter(TaskConfig).validate_python(task)
+        self.several = known_classes(config)
         self.task = build_task(config, classes=class_count(saved.model, saved.shapes) or len(classes))
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -48,6 +49,8 @@ class Answers:
                 batch = {name: values[start : start + BATCH].to(self.device) for name, values in raw.items()}
                 parts.append(self.task.predict(self.net, batch))
         found = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+        for name, classes in self.several.items():
+            found[f"class_{name}"] = np.array(classes)[found[f"prediction_{name}"]]
         best = found.get("prediction")
         if self.classes.size and best is not None and best.ndim == 1:
             found["class"] = self.classes[best]

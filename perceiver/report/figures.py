@@ -40,6 +40,8 @@ STYLE: dict[Any, Any] = {f"{group}.{key}": value for group, keys in _STYLE.items
 HALF, FULL = (5.2, 2.7), (10.8, 3.6)
 """Sizes of a chart in inches: two of them in a row, or one."""
 DOTS: dict[str, Any] = {"marker": "o", "linestyle": ""}
+MOST_DOTS = 2000
+"""Samples that a chart of single samples shows."""
 SMOOTH_FROM = 60
 """Number of points from which a training curve is drawn with its running mean."""
 SINGLE_CURVES = (
@@ -241,6 +243,22 @@ def draw_calibration(confidence: NDArray[np.floating], right: NDArray[np.bool_])
     axis: dict[str, Any] = {"xlabel": "confidence", "xlim": (0, 1.02), "ylim": (0, 1.06), "percent": "xy"}
     drawing = plot("calibration", "Accuracy over confidence", lines, **axis)
     return drawing, float(np.sum(shares * np.abs(accuracy - mean)))
+
+
+def draw_errors(name: str, true: NDArray[np.floating], predicted: NDArray[np.floating]) -> Drawing:
+    """Draw predicted over true values of one number, (B,) each; on the dashed line they are the same."""
+    keep = np.isfinite(true) & np.isfinite(predicted)
+    true, predicted = true[keep], predicted[keep]
+    low, high = (float(f(np.concatenate([true, predicted]))) for f in (np.min, np.max)) if len(true) else (0.0, 1.0)
+    chosen = np.linspace(0, len(true) - 1, min(len(true), MOST_DOTS)).astype(int)
+    lines: list[Line] = [
+        ([low, high], [low, high], {"color": RULE, "linewidth": 1.2, "dashes": (4, 3)}),
+        (true[chosen], predicted[chosen], {**DOTS, "color": FIRST, "markersize": 3.2, "alpha": 0.5}),
+    ]
+    error = predicted - true
+    note = f"{len(true):,} samples, mean absolute error {np.abs(error).mean():.4g}" if len(true) else "no sample"
+    note += f"; {len(chosen):,} of them are drawn" * (len(chosen) < len(true))
+    return plot(f"predicted-{name}", name, lines, f"{note}.", xlabel=f"true {name}", ylabel="predicted", grid="both")
 
 
 def draw_confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> bytes:

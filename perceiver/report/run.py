@@ -40,8 +40,10 @@ class ReportData:
     labels: NDArray[Any] | None = None  # (B,) int class, or (B, K) 0/1 for "multilabel"
     predictions: NDArray[Any] | None = None  # (B,) int class; not used for "multilabel"
     probabilities: NDArray[np.floating] | None = None  # (B, K)
+    numbers: Mapping[str, tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=dict)  # name -> true, predicted
     images: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)  # sample id -> (H, W, C), those to be shown
     parts: Mapping[int, Sequence[CardPart]] = field(default_factory=dict)  # of other samples: sound, texts, ...
+    cards: Sequence[tuple[str, CardPart]] = ()  # key and picture of samples with their predictions, such as masks
     keys: Mapping[int, str] = field(default_factory=dict)  # sample id -> where it came from, such as a file
     card_width: int | None = None  # of an example in pixels; None: a small picture's
     attention_ids: Sequence[int] = ()  # E sample ids
@@ -66,7 +68,8 @@ def run_report(data: ReportData) -> dict[str, bytes]:
     if rows := page["classes"]:
         page["listed"] = rows if len(rows) <= TABLE_CLASSES else worst(rows)
         files["per_class.csv"] = _csv(rows)
-    drawings = [*curves, *([page["calibration"]] if page.get("calibration") else [])]
+    errors = [figures.draw_errors(name, true, predicted) for name, (true, predicted) in data.numbers.items()]
+    drawings = [*curves, *errors, *([page["calibration"]] if page.get("calibration") else [])]
     files |= {f"figures/{drawing.slug}.png": drawing.png for drawing in drawings}
     columns = list(dict.fromkeys(key for row in data.checkpoints for key in row))
     page |= {
@@ -74,6 +77,8 @@ def run_report(data: ReportData) -> dict[str, bytes]:
         "facts": data.facts,
         "commands": data.commands,
         "curves": curves,
+        "errors": errors,
+        "samples": data.cards,
         "attention": _attention(data, files),
         "columns": columns,
         "checkpoints": [[text(row.get(key)) for key in columns] for row in data.checkpoints],

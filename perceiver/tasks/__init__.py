@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, cast
 from perceiver import registry
 from perceiver.config import Config
 from perceiver.tasks._base import Batch, LossOutput, Task, model_inputs
+from perceiver.tasks._scales import Targets, TaskTarget, label_key
+from perceiver.tasks._weights import balanced, balanced_positives
 
 if TYPE_CHECKING:
     TaskConfig = Config
@@ -17,4 +19,38 @@ def build_task(config: Config, *, classes: int) -> Task:
     return cast(Any, config).build(classes=classes)
 
 
-__all__ = ["Batch", "LossOutput", "Task", "TaskConfig", "build_task", "model_inputs"]
+def output_count(config: Config, classes: int) -> int:
+    """Return the number of outputs of a classifier or regressor: of a task that knows it, else the data's classes."""
+    return int(getattr(config, "outputs", classes))
+
+
+def known_classes(config: Config) -> dict[str, tuple[str, ...]]:
+    """Return the names of the classes of each task that predicts a class, of a multitask that took them from data."""
+    targets = getattr(config, "targets", None)
+    return {name: t.classes for name, t in targets.items() if t.classes} if isinstance(targets, dict) else {}
+
+
+def known_targets(task: Task, batch: Batch) -> Batch:
+    """Return the true values that predictions are written with: the task's `known`, else `label` if there is one."""
+    known = getattr(task, "known", None)
+    if known is not None:
+        return known(batch)
+    return {"label": batch["label"]} if "label" in batch else {}
+
+
+__all__ = [
+    "Batch",
+    "LossOutput",
+    "Targets",
+    "Task",
+    "TaskConfig",
+    "TaskTarget",
+    "balanced",
+    "balanced_positives",
+    "build_task",
+    "known_classes",
+    "known_targets",
+    "label_key",
+    "model_inputs",
+    "output_count",
+]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from perceiver.config import Config, Real, Seed, UserError
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, valid_rows
 from perceiver.tasks._clips import clip_logits, mean_softmax
+from perceiver.tasks._weights import WEIGHTS, ClassWeights, weight_tensor
 
 
 class ClassificationConfig(Config):
@@ -20,6 +21,7 @@ class ClassificationConfig(Config):
 
     kind: Literal["classification"] = "classification"
     label_smoothing: Real = Field(default=0.0, ge=0, lt=1, description="Probability spread evenly over all classes.")
+    class_weights: ClassWeights = WEIGHTS
     mixup_alpha: Real = Field(
         default=0.0, ge=0, le=1000, description="Beta parameter of MixUp; 0 is off (Perceiver IO: 0.2)."
     )
@@ -39,6 +41,7 @@ class Classification(RandomTask):
     def __init__(self, config: ClassificationConfig, classes: int) -> None:
         super().__init__(config.seed)
         self.config, self.classes = config, classes
+        self.weights = weight_tensor(config.class_weights, classes)
 
     def count(self, batch: Batch) -> Tensor:
         """Return the number of valid samples."""
@@ -77,7 +80,8 @@ class Classification(RandomTask):
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.config.label_smoothing
-        return nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        weight = None if self.weights is None else self.weights.to(logits.device)
+        return nn.functional.cross_entropy(logits, labels, weight, reduction="none", label_smoothing=smoothing)
 
     def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
         """Return loss, accuracy and (for more than five classes) accuracy_top5."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from perceiver.config import Config
 from perceiver.tasks._base import Batch, LossOutput, Task, valid_rows
 from perceiver.tasks._clips import clip_logits, mean_sigmoid
+from perceiver.tasks._weights import ClassWeights, weight_tensor
 
 SPAN = 20.0
 """Logits are counted in even bins from -SPAN to SPAN; float32 scores beyond are all but certain."""
@@ -22,6 +23,10 @@ class TaggingConfig(Config):
     """Each sample has any number of classes: batch key `label` (B, K), 0 or 1."""
 
     kind: Literal["tagging"] = "tagging"
+    class_weights: ClassWeights = Field(
+        default=None,
+        description="Weight of each class's positives: numbers, or `balanced` (its negatives / its positives).",
+    )
     bins: int = Field(
         default=8192,
         ge=2,
@@ -59,6 +64,7 @@ class Tagging:
 
     def __init__(self, config: TaggingConfig, classes: int) -> None:
         self.config, self.classes = config, classes
+        self.weights = weight_tensor(config.class_weights, classes)
 
     def count(self, batch: Batch) -> Tensor:
         """Return the number of valid samples."""
@@ -69,7 +75,9 @@ class Tagging:
         labels = batch["label"].float()
         valid = valid_rows(batch, len(labels), labels.device)
         logits = clip_logits(model, batch, mean_sigmoid)
-        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+        weight = None if self.weights is None else self.weights.to(logits.device)
+        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none", pos_weight=weight)
+        each = each.mean(1)
         loss_sum = (each * valid).sum()
         sums = {"loss": loss_sum.detach()}
         with torch.no_grad():

@@ -9,6 +9,8 @@ from pipelines.features.flow import FlowFeature
 from pipelines.features.image import ImageFeature
 from pipelines.features.label import LabelFeature, LabelsFeature
 from pipelines.features.points import PointsFeature
+from pipelines.features.segmentation import SegmentationFeature
+from pipelines.features.target import TargetFeature
 from pipelines.features.text import TextFeature
 from pipelines.features.video import MediaFeature, VideoFeature
 
@@ -16,6 +18,8 @@ Feature = Annotated[
     ImageFeature
     | LabelFeature
     | LabelsFeature
+    | TargetFeature
+    | SegmentationFeature
     | TextFeature
     | PointsFeature
     | AudioFeature
@@ -34,6 +38,8 @@ __all__ = [
     "LabelsFeature",
     "MediaFeature",
     "PointsFeature",
+    "SegmentationFeature",
+    "TargetFeature",
     "TextFeature",
     "VideoFeature",
 ]

@@ -1,7 +1,7 @@
 """The base class of all kinds of feature, and the recipe options that they share."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -74,6 +74,10 @@ class BaseFeature(Config):
     """Whether an evaluation sample may have several clips; its arrays then have a leading axis of clips."""
     bounded: ClassVar[bool] = False
     """Whether a view has a greatest length, so that a part of a longer sample may not be shown."""
+
+    def plain(self) -> Self:
+        """Return the feature without what `prepare` measures on the data: what parts of a mixture must agree in."""
+        return self
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return shape and type of what the feature puts into a batch; for recordings, of one clip.

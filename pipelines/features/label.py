@@ -5,16 +5,21 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms import BadSample
 
 
 class LabelFeature(BaseFeature):
-    """One class index per sample; int64 () in a batch."""
+    """One class index per sample; int64 () in a batch.
+
+    One of several labels of a sample has classes of its own, and is -1 where it is unknown.
+    """
 
     arrow: ClassVar[pa.DataType] = pa.int64()
     kind: Literal["label"] = "label"
+    classes: tuple[str, ...] = Field(default=(), description="names of its classes; empty: those of the data set")
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return () int64."""
@@ -22,7 +27,9 @@ class LabelFeature(BaseFeature):
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """Return the class index."""
-        return _checked(stored, classes)
+        if self.classes and stored is None:
+            return -1
+        return _checked(stored, len(self.classes) or classes)
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Return the class index."""

@@ -14,7 +14,7 @@ from pydantic import Field
 from perceiver.config import Config
 from perceiver.report.page import text
 from perceiver.storage import Folder, file_sha256, first_line, open_folder
-from pipelines.features import Feature, LabelFeature, LabelsFeature
+from pipelines.features import Feature, LabelFeature, LabelsFeature, TargetFeature
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.samples import measure
 from pipelines.shards.listing import file_fault
@@ -253,10 +253,13 @@ class _Tally:
         self.reasons[reason] += 1
 
     def _look(self, name: str, feature: Feature, decoded: Any, stored: Any) -> None:
-        if isinstance(feature, LabelFeature):
+        if isinstance(feature, LabelFeature) and not feature.classes:
             self.labels[decoded] += 1
         elif isinstance(feature, LabelsFeature):
             self.labels.update(stored)
+        elif isinstance(feature, TargetFeature):
+            for target, number in zip(feature.names, decoded.tolist(), strict=True):
+                self.sizes.setdefault(f"{name} {target}", []).append(number)
         for quantity, value in measure(feature.kind, decoded).items():
             title = quantity if quantity == name else f"{name} {quantity}"
             self.sizes.setdefault(title, []).append(value)

@@ -9,6 +9,7 @@ import numpy as np
 from perceiver.report.figures import SMALL
 from perceiver.report.page import CardPart, render, size, text
 from perceiver.storage import refusing, write_whole
+from pipelines.features import TargetFeature
 from pipelines.features.base import ViewConfig
 from pipelines.inspect.inspection import Inspection, stored_row
 from pipelines.inspect.samples import show
@@ -92,7 +93,10 @@ def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> dict[str, A
             continue
         if feature.kind in ("label", "labels"):
             numbers = [decoded] if feature.kind == "label" else row[name]
-            labels += [manifest.classes[number] for number in numbers]
+            classes = getattr(feature, "classes", ()) or manifest.classes
+            labels += [classes[number] for number in numbers if number >= 0]
+        if isinstance(feature, TargetFeature):
+            labels += [f"{target} {text(value)}" for target, value in zip(feature.names, decoded.tolist(), strict=True)]
         parts += show(feature.kind, row[name], decoded)
     return {"place": place, "key": row["key"], "labels": labels, "parts": parts, "problem": "; ".join(problems)}
 

@@ -14,6 +14,7 @@ from perceiver.report.page import CardPart, data_uri
 from pipelines.features.audio import clip
 from pipelines.transforms.audio import AudioViewConfig, Sound
 from pipelines.transforms.decode import to_image
+from pipelines.transforms.mask import mask_colours
 from pipelines.transforms.media import Media, frames_at
 from pipelines.transforms.optical_flow import Pair
 from pipelines.transforms.points import normalised
@@ -48,11 +49,14 @@ def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
             return _show_video(stored, decoded)
         case "media":
             return [*_show_video(stored, decoded), *_show_audio(decoded)]
+        case "segmentation":
+            image = to_image(decoded.picture).convert("RGB")
+            return [strip([image, mask_colours(decoded.mask)], f"{image.width} × {image.height}, image and mask")]
         case "flow":
             images = [to_image(frame).convert("RGB") for frame in (decoded.first, decoded.second)]
             longest = float(np.hypot(*decoded.flow)[decoded.valid].max(initial=0.0))
             note = f"{_size(decoded)}, up to {longest:.3g} pixels of motion"
-            return [_strip([*images, flow_colours(decoded.flow, decoded.valid)], note)]
+            return [strip([*images, flow_colours(decoded.flow, decoded.valid)], note)]
     return []
 
 
@@ -72,6 +76,8 @@ def measure(kind: str, decoded: Any) -> dict[str, float]:
             size = {"height": decoded.height, "width": decoded.width}
             sound = {"rate": decoded.rate} if kind == "media" else {}
             return {"seconds": decoded.seconds, "frames per second": decoded.fps, **size, **sound}
+        case "segmentation":
+            return {"height": decoded.mask.shape[0], "width": decoded.mask.shape[1]}
         case "flow":
             known = np.hypot(*decoded.flow)[decoded.valid]
             height, width = decoded.valid.shape
@@ -112,7 +118,7 @@ def _show_video(stored: Any, decoded: Media) -> list[CardPart]:
     times = decoded.seconds * (np.arange(FRAMES) + 0.5) / FRAMES
     images, index = frames_at(decoded, times, to_image, 3)
     note = f"{decoded.width} × {decoded.height}, {decoded.seconds:.3g} s, {decoded.fps:.3g} frames per second"
-    parts = [_strip([images[number] for number in index], note)]
+    parts = [strip([images[number] for number in index], note)]
     codec = decoded.container.streams.video[0].codec_context.name
     if codec in PLAYABLE and len(stored) <= PLAYED_BYTES:
         parts.append(CardPart("video", data_uri(stored, "video/mp4" if stored[4:8] == b"ftyp" else "video/webm")))
@@ -130,7 +136,7 @@ def flow_colours(flow: NDArray[np.float32], valid: NDArray[np.bool_]) -> Image.I
     return Image.fromarray((np.where(valid[..., None], colours, 0.5) * 255).astype(np.uint8))
 
 
-def _strip(images: list[Image.Image], note: str) -> CardPart:
+def strip(images: list[Image.Image], note: str) -> CardPart:
     """Return images in a row, all of one height."""
     height = min(FRAME_HEIGHT, max(image.height for image in images))
     return CardPart("strip", image_uri(montage([images], height, (128, 128, 128), gap=4), STRIP_WIDTH), note)

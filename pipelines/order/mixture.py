@@ -83,7 +83,9 @@ def mixed_manifest(manifest: Manifest, split: str, parts: Sequence[tuple[Mixture
         features = _agreed(features, other.features, part.url, manifest.name)
     folders = tuple(SplitFolder(part.url, other.split(part.split or split), part.weight) for part, other in parts)
     mixed = MixedSplit(shards=tuple(shard for folder in folders for shard in folder.split.shards), parts=folders)
-    return manifest.model_copy(update={"features": features, "splits": {**manifest.splits, split: mixed}})
+    return manifest.model_copy(
+        update={"features": features, "class_counts": {}, "splits": {**manifest.splits, split: mixed}}
+    )
 
 
 def _first_difference(wanted: Sequence[str], got: Sequence[str]) -> str:
@@ -105,7 +107,7 @@ def _agreed(wanted: Mapping[str, Feature], got: Mapping[str, Feature], url: str,
         other = got[key]
         if feature != other and hasattr(feature, "size"):
             feature, other = (f.model_copy(update={"size": None}) for f in (feature, other))
-        if feature != other:
+        if feature.plain() != other.plain():
             raise UserError(
                 f"data.mixture: feature '{key}' of {url} is {other!r}, of data set {name} {feature!r}:"
                 " mix data sets of the same features"

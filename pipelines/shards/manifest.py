@@ -148,6 +148,9 @@ class Manifest(Config):
     name: PrintableName = Field(description="name of the data set")
     features: dict[PrintableName, Feature] = Field(min_length=1, description="the parts of a sample, by batch key")
     classes: tuple[str, ...] = Field(default=(), description="class names; a label is an index into them")
+    class_counts: dict[PrintableName, tuple[NonNegativeCount, ...]] = Field(
+        default={}, description="samples of each class in the split train, by feature; empty: not counted"
+    )
     splits: dict[PrintableName, Split] = Field(min_length=1, description="the parts, by name")
     licence: str = Field(description="terms of use of the data")
     source: str = Field(description="origin of the data")
@@ -211,7 +214,7 @@ def content_digest(manifest: Manifest, splits: Collection[str]) -> str:
     Names of files and of the data set, and terms of use, do not count.
     """
     content = {
-        "features": {name: manifest.features[name].model_dump(mode="json") for name in sorted(manifest.features)},
+        "features": {name: _content(manifest.features[name]) for name in sorted(manifest.features)},
         "classes": manifest.classes,
         "splits": {
             name: [shard.model_dump(mode="json", exclude={"name", "tag"}) for shard in manifest.split(name).shards]
@@ -219,6 +222,12 @@ def content_digest(manifest: Manifest, splits: Collection[str]) -> str:
         },
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _content(feature: Feature) -> dict[str, Any]:
+    """Return a feature as it counts in a digest; a label without classes of its own counts as in earlier versions."""
+    found = feature.model_dump(mode="json")
+    return {key: value for key, value in found.items() if key != "classes" or value}
 
 
 def _check_name(name: str, indexed: bool) -> None:

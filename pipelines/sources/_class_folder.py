@@ -9,7 +9,7 @@ from typing import Any
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
-from pipelines.features import Feature, LabelFeature
+from pipelines.features import Feature, LabelFeature, LabelsFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, item_seed, shuffled_units, source_folder
 from pipelines.sources._files import Found, look, unreadable
@@ -17,7 +17,7 @@ from pipelines.sources._layout import class_files, hold_out_classes
 from pipelines.sources._metadata import METADATA, labelled_files
 from pipelines.transforms import BadSample
 
-OPTIONS = ("held_out", "splits", "label")
+OPTIONS = ("held_out", "splits", "label", "labels", "separator")
 
 Probe = Callable[[Folder, Sequence[str], Mapping[str, str]], tuple[str, Feature]]
 """Returns name and feature of the files, by looking at some, and the options."""
@@ -62,11 +62,12 @@ class ClassFolder:
         files = labelled_files(folder, found, tables, options) if tables else class_files(folder, found, options)
         files = hold_out_classes(files, folder, options, "0.2", rng)
         first = [name for name, _ in next(iter(files.splits.values()))]
+        several = any(not isinstance(label, int) for members in files.splits.values() for _, label in members)
         name, feature = self.probe(folder, first, options)
         content = {"src": src, "feature": name, "seed": seed, "options": dict(options)}
         return Listing(
             name=base_name(str(src)),
-            features={name: feature, "label": LabelFeature()},
+            features={name: feature, "label": LabelsFeature() if several else LabelFeature()},
             classes=tuple(files.classes),
             licence="not stated: the user's own data",
             origin=str(src),

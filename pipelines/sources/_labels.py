@@ -22,6 +22,12 @@ def is_label(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_boolean(kind) or is_text(kind)
 
 
+def is_labels(kind: pa.DataType) -> bool:
+    """Return whether values of a type can be several classes: lists of labels."""
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return lists and is_label(kind.value_type)
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Return whether a type is one of Arrow's strings."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
@@ -46,6 +52,22 @@ def label_number(value: LabelValue, index: Mapping[str, int], classes: int) -> i
     return int(number)
 
 
+def one_label(value: Any) -> str | None:
+    """Return a cell as the name of a class; None if it is empty. Raise `ValueError` if it cannot be one."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, float | list | dict):
+        raise ValueError(f"a label that is a {type(value).__name__}")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def several(value: Any, options: Mapping[str, str]) -> list[str]:
+    """Return a cell as names of classes: a list in JSON, or a text with separators; none if it is empty."""
+    parts = value if isinstance(value, list) else str(value or "").split(options.get("separator") or ";")
+    names = [one_label(part.strip() if isinstance(part, str) else part) for part in parts]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Return names of classes in order: numbers by their value, then texts."""
     return sorted(names, key=lambda name: (not name.isdecimal(), len(name) * name.isdecimal(), name))
@@ -55,9 +77,11 @@ def stored_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[st
     """Return the class names that the Hugging Face libraries store in a file's metadata; empty if there are none."""
     try:
         facts = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-        names = facts["info"]["features"][column]["names"]
+        feature = facts["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list
+        names = feature["names"]
         return [str(name) for name in names]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return []
 
 

@@ -35,8 +35,8 @@ _KNOWN = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _LETTERS = re.compile(r"[^\W\d_]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
-Labelled = tuple[str, int]
-"""A path relative to the source folder, and its class."""
+Labelled = tuple[str, int | tuple[int, ...]]
+"""A path relative to the source folder, and its class, or its classes where it may have several."""
 
 
 def split_words(name: str) -> list[str]:
@@ -117,7 +117,7 @@ class ClassFiles:
     """
 
     classes: list[str]
-    splits: dict[str, list[Labelled]]
+    splits: Mapping[str, Sequence[Labelled]]
     notes: tuple[str, ...]
 
 
@@ -308,11 +308,11 @@ def hold_out_classes(
     """
     part = held_out_share(found.splits, folder, options, default)
     if not part:
-        splits = {split or "train": members for split, members in found.splits.items()}
-        return ClassFiles(found.classes, splits, found.notes)
+        whole = {split or "train": members for split, members in found.splits.items()}
+        return ClassFiles(found.classes, whole, found.notes)
     by_class: dict[int, list[Labelled]] = {}
     for member in next(iter(found.splits.values())):
-        by_class.setdefault(member[1], []).append(member)
+        by_class.setdefault(member[1] if isinstance(member[1], int) else 0, []).append(member)
     splits: dict[str, list[Labelled]] = {"train": [], "test": []}
     for label in sorted(by_class):
         rng.shuffle(by_class[label])
@@ -321,8 +321,10 @@ def hold_out_classes(
         splits["train"] += by_class[label][cut:]
     splits = {split: members for split, members in splits.items() if members}
     notes = [note for note in found.notes if note != NOTHING_TO_EVALUATE]
+    several = any(not isinstance(label, int) for members in splits.values() for _, label in members)
     if "test" in splits:
-        return ClassFiles(found.classes, splits, (*notes, f"held out: {part:g} of the files of each class, as test"))
+        of = "the files" if several else "the files of each class"
+        return ClassFiles(found.classes, splits, (*notes, f"held out: {part:g} of {of}, as test"))
     note = (
         f"no split to evaluate on: the classes have too few files to hold out {part:g} of each: set --option held_out"
     )

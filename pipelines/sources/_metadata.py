@@ -11,20 +11,21 @@ from perceiver.storage import Folder, first_line
 from pipelines.sources import Rejected
 from pipelines.sources._common import path_below, read_list
 from pipelines.sources._files import Found
-from pipelines.sources._labels import in_order
+from pipelines.sources._labels import in_order, several
 from pipelines.sources._layout import SHOWN, ClassFiles, Labelled, class_notes, counted, splits_of_files
 
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 FILE_COLUMN = "file_name"
-LABEL_COLUMN = "label"
+LABEL_COLUMN, LABELS_COLUMN = "label", "labels"
 
 
 def labelled_files(folder: Folder, found: Found, tables: Sequence[str], options: Mapping[str, str]) -> ClassFiles:
     """Return classes and splits of files that tables label.
 
     The column `file_name` has paths relative to the table's folder; the column `label`, or the one that the option
-    `label` names, has the class. Splits are those of `_layout.splits_of_files`. Files that no table names, and rows
-    without a file or a label, are rejected.
+    `label` names, has the class, or `labels` several classes (a list in JSON, or texts with `;` between them).
+    Splits are those of `_layout.splits_of_files`. Files that no table names, and rows without a file or a label,
+    are rejected.
 
     Args:
         folder: the source folder.
@@ -35,15 +36,16 @@ def labelled_files(folder: Folder, found: Found, tables: Sequence[str], options:
     Raises:
         UserError: a table cannot be read or lacks a column, names a file outside the folder or a file twice.
     """
-    column = options.get("label", LABEL_COLUMN)
+    read = {table: list(table_rows(folder, table)) for table in tables}
+    multiple, column = _label_column(options, [row for rows in read.values() for row in rows])
     there = set(found.names)
-    classes_of: dict[str, str] = {}
-    for table in tables:
-        rows = list(table_rows(folder, table))
+    classes_of: dict[str, list[str]] = {}
+    for table, rows in read.items():
         columns = list(dict.fromkeys(name for row in rows for name in row))
         if rows and column not in columns:
             raise UserError(
                 f"{folder.file(table)}: no column {column}; it has {', '.join(columns)}: set --option label=COLUMN"
+                " (or labels, for several classes)"
             )
         for number, row in enumerate(rows, 1):
             name = _file_of(folder, table, row, number)
@@ -52,18 +54,24 @@ def labelled_files(folder: Folder, found: Found, tables: Sequence[str], options:
             value = row.get(column)  # lines of JSON may lack it
             if name not in there:
                 found.rejected.append(Rejected(name, "in the table of labels, but without a file"))
+            elif multiple:
+                try:
+                    classes_of[name] = several(value, options)
+                except ValueError as error:
+                    found.rejected.append(Rejected(name, str(error)))
             elif value is None or value == "" or isinstance(value, float | list | dict):
                 found.rejected.append(Rejected(name, "no label" if value in (None, "") else "a label that is no class"))
             else:
-                classes_of[name] = str(value)
+                classes_of[name] = [str(value)]
     known = {*classes_of, *(rejected.key for rejected in found.rejected)}
     found.rejected += [Rejected(name, "in no table of labels") for name in found.names if name not in known]
-    if not classes_of:
+    if not any(classes_of.values()):
         raise UserError(f"{folder.url}: none of the files has a label in {', '.join(tables[:SHOWN])}")
-    classes = in_order(set(classes_of.values()))
+    classes = in_order({label for labels in classes_of.values() for label in labels})
     index = {name: number for number, name in enumerate(classes)}
+    numbers = {name: tuple(index[label] for label in labels) for name, labels in classes_of.items()}
     splits: dict[str, list[Labelled]] = {
-        split: [(name, index[classes_of[name]]) for name in names]
+        split: [(name, numbers[name] if multiple else numbers[name][0]) for name in names]
         for split, names in splits_of_files(folder, sorted(classes_of), options).items()
     }
     notes = [*class_notes(classes), f"labels: column {column} of {', '.join(tables[:SHOWN])}"]
@@ -72,6 +80,18 @@ def labelled_files(folder: Folder, found: Found, tables: Sequence[str], options:
         + (", ".join(f"{s} {counted(len(names), 'file')}" for s, names in splits.items() if s) or "none named")
     )
     return ClassFiles(classes, splits, tuple(notes))
+
+
+def _label_column(options: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> tuple[bool, str]:
+    """Return whether files may have several classes, and the column of the class or classes."""
+    if "label" in options and "labels" in options:
+        raise UserError(f"options label={options['label']} and labels={options['labels']}: give one of them")
+    if "labels" in options:
+        return True, options["labels"]
+    there = {name for row in rows for name in row}
+    if "label" not in options and LABEL_COLUMN not in there and LABELS_COLUMN in there:
+        return True, LABELS_COLUMN
+    return False, options.get("label", LABEL_COLUMN)
 
 
 def _file_of(folder: Folder, table: str, row: Mapping[str, Any], number: int) -> str:

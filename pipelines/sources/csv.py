@@ -6,7 +6,7 @@ the table's folder, `text` has texts. Files are stored as by the sources of fold
 
 import io
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,18 +18,22 @@ from pipelines.features import (
     LabelFeature,
     LabelsFeature,
     PointsFeature,
+    SegmentationFeature,
     TextFeature,
     VideoFeature,
 )
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import base_name, item_seed, number, path_below, shuffled_units
 from pipelines.sources._files import Found, look, read_file, unreadable
-from pipelines.sources._labels import in_order, label_number
+from pipelines.sources._labels import in_order, label_number, one_label, several
 from pipelines.sources._layout import by_split, class_notes, held_out_share, split_notes, split_words, splits_of_files
+from pipelines.sources._masks import mask_classes
 from pipelines.sources._metadata import table_rows
 from pipelines.sources._probe import PROBE, image_feature
+from pipelines.sources._targets import LABEL, label_columns, target_columns, target_feature, target_values
 from pipelines.transforms import BadSample
 from pipelines.transforms.cloud import read_points
+from pipelines.transforms.mask import pack
 
 FEATURES: Mapping[str, Callable[[], Feature]] = {
     "audio": AudioFeature,
@@ -40,8 +44,8 @@ FEATURES: Mapping[str, Callable[[], Feature]] = {
 }
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 FILES = ("image", "audio", "video", "points")
-COLUMNS = (*FILES, "text", "label", "labels", "split", "group")
-OPTIONS = (*COLUMNS, "separator", "classes", "channels", "features", "held_out", "splits")
+COLUMNS = (*FILES, "mask", "text", "label", "labels", "split", "group")
+OPTIONS = (*COLUMNS, "target", "separator", "classes", "channels", "features", "held_out", "splits")
 
 
 class Row(NamedTuple):
@@ -62,9 +66,11 @@ class CsvSource:
     """The source.
 
     Options: the columns of the features `image`, `audio`, `video`, `points` (paths), `text`, `label` (the class),
-    `labels` (several classes: a list in JSON, else separated by `separator`, `;`), `split` (a split's name), `group`
-    (rows with the same value stay in one split); each is taken by its name where the table has it, and left out with
-    an empty value. `classes` (names with commas), `channels`, `features` (columns of a point after x, y, z),
+    `mask` (a PNG with a class for each pixel, whose names `classes` gives), `labels` (several classes of one kind:
+    a list in JSON, else separated by `separator`, `;`), `split` (a split's name), `group` (rows with the same value
+    stay in one split); each is taken by its name where the table has it, and left out with an empty value. `label`
+    may name several columns with commas, which are labels with classes of their own. `target` names columns of
+    numbers, with commas. `classes` (names with commas), `channels`, `features` (columns of a point after x, y, z),
     `held_out` (share of the rows, 0.2), `splits` (`names`: by names of the tables; `none`).
     """
 
@@ -82,16 +88,24 @@ class CsvSource:
         if "split" in columns:
             rows = _by_column(folder, [row for part in rows.values() for row in part], columns)
         classes = class_names(folder, rows, columns, options)
+        own = {
+            feature: _names(folder, column, (row.cells.get(column) for part in rows.values() for row in part))
+            for feature, column in columns.items()
+            if feature.startswith(LABEL)
+        }
         _check_groups(rows, columns.get("group"))
         held_out = held_out_share(rows, folder, options, "0.2")
         parts = _held_out(rows[next(iter(rows))], held_out, columns.get("group"), seed) if held_out else rows
         held_out = held_out if "test" in parts else 0.0
-        content = {"src": folder.url, "columns": columns, "classes": classes, "seed": seed, "options": dict(options)}
-        others = [name for name in _column_names(rows) if name not in columns.values()]
+        content = {"src": folder.url, "columns": columns, "classes": classes, "own": own, "seed": seed}
+        content["options"] = dict(options)
+        used = {*columns.values(), *columns.get("target", "").split(",")}
+        others = [name for name in _column_names(rows) if name not in used]
         taken = ", ".join(f"{feature} from {column}" for feature, column in columns.items())
         return Listing(
             name=base_name(str(src)).removesuffix(".csv").removesuffix(".tsv").removesuffix(".jsonl"),
-            features=_features(folder, parts, columns, options),
+            features=_features(folder, parts, columns, options)
+            | {feature: LabelFeature(classes=tuple(names)) for feature, names in own.items()},
             classes=tuple(classes),
             licence="not stated: the user's own data",
             origin=str(src),
@@ -100,7 +114,7 @@ class CsvSource:
             ),
             notes=(
                 f"columns: {taken}; not used: {', '.join(others) or 'none'}",
-                *(class_notes(classes) if {"label", "labels"} & set(columns) else ()),
+                *(class_notes(classes) if {"label", "labels", "mask"} & set(columns) else ()),
                 *split_notes({split: [row.key for row in part] for split, part in rows.items()}, held_out, "row"),
                 *found.notes(),
             ),
@@ -132,8 +146,13 @@ class RowReader:
     def __init__(self, folder: Folder, content: Mapping[str, Any]) -> None:
         self.folder, self.content = folder, content
         self.index = {name: number for number, name in enumerate(content["classes"])}
+        self.own = {
+            feature: {name: number for number, name in enumerate(names)} for feature, names in content["own"].items()
+        }
         self.features = [
-            "label" if name == "labels" else name for name in content["columns"] if name not in ("split", "group")
+            "label" if name == "labels" else name
+            for name in content["columns"]
+            if name not in ("split", "group", "mask")
         ]
 
     def __call__(self, feature: str, row: Row) -> Any:
@@ -143,13 +162,26 @@ class RowReader:
             names = several(row.cells.get(columns["labels"]), options)
             return [label_number(name, self.index, len(self.content["classes"])) for name in names]
         value = row.cells.get(columns[feature])
+        if feature in self.own:
+            name = one_label(value)
+            if name is None and not any(one_label(row.cells.get(columns[other])) for other in self.own):
+                raise ValueError("no label")
+            return None if name is None else label_number(name, self.own[feature], len(self.own[feature]))
         if feature == "label":
             return label_number(one_label(value), self.index, len(self.content["classes"]))
+        if feature == "target":
+            return target_values(row.cells, columns["target"].split(","))
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"no {feature}")
         if feature == "text":
             return value.strip()
         encoded = read_file(self.folder, row.above + path_below(value))
+        if feature == "image" and "mask" in columns:
+            mask = row.cells.get(columns["mask"])
+            if not isinstance(mask, str) or not mask.strip():
+                raise ValueError("no mask")
+            other = read_file(self.folder, row.above + path_below(mask))
+            return pack(encoded, other, len(self.content["classes"]))
         if feature != "points":
             return encoded
         seed = item_seed(self.content["seed"], row.key)
@@ -188,7 +220,7 @@ def _column_names(rows: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def find_columns(folder: Folder, there: Sequence[str], options: Mapping[str, str]) -> dict[str, str]:
-    """Return the column of each feature, and of `split` and `group`.
+    """Return the column of each feature, those of `target` with commas, and of `split` and `group`.
 
     Raises:
         UserError: a column does not exist, there is no input, or both `label` and `labels`.
@@ -198,12 +230,22 @@ def find_columns(folder: Folder, there: Sequence[str], options: Mapping[str, str
         name = options.get(feature, feature)
         if name in there:
             columns[feature] = name
+        elif feature == "label" and "," in name:
+            columns |= label_columns(options, there, folder.url)
         elif name and feature in options:
             raise UserError(f"option {feature}={name}: {folder.url} has no such column; it has {', '.join(there)}")
+    if targets := target_columns(options, there, folder.url):
+        columns["target"] = ",".join(targets)
     if not columns.keys() & {*FILES, "text"}:
         raise UserError(
             f"{folder.url}: none of the columns {', '.join(there)} is an input: set --option image=COLUMN (or"
             " audio, video, points, text)"
+        )
+    if "mask" in columns and (kinds := {"label", "labels"} & columns.keys() or {"image"} - columns.keys()):
+        raise UserError(
+            f"{folder.url} has the column {columns['mask']} of masks"
+            + (" without images" if kinds == {"image"} else f" and {min(kinds)}, whose classes would be the same")
+            + f": leave it out with --option mask=, or correct {min(kinds)}"
         )
     if {"label", "labels"} <= columns.keys():
         raise UserError(f"{folder.url} has label and labels: leave one out, for example --option labels=")
@@ -244,40 +286,31 @@ def _check_groups(rows: Mapping[str, Sequence[Row]], group: str | None) -> None:
             )
 
 
-def one_label(value: Any) -> str | None:
-    """Return a cell as the name of a class; None if it is empty. Raise `ValueError` if it cannot be one."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, float | list | dict):
-        raise ValueError(f"a label that is a {type(value).__name__}")
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def several(value: Any, options: Mapping[str, str]) -> list[str]:
-    """Return a cell as names of classes: a list in JSON, or a text with separators; none if it is empty."""
-    parts = value if isinstance(value, list) else str(value or "").split(options.get("separator") or ";")
-    names = [one_label(part.strip() if isinstance(part, str) else part) for part in parts]
-    return list(dict.fromkeys(name for name in names if name is not None))
-
-
 def class_names(
     folder: Folder, rows: Mapping[str, Sequence[Row]], columns: Mapping[str, str], options: Mapping[str, str]
 ) -> list[str]:
     """Return the names of the classes, numbers before texts; of the option `classes`, or all that are found."""
+    if "mask" in columns:
+        return list(mask_classes(options))
     if not {"label", "labels"} & columns.keys():
         return []
     if "classes" in options:
         return options["classes"].split(",")
-    names: set[str] = set()
-    for row in (row for part in rows.values() for row in part):
-        if "labels" in columns:
-            names.update(several(row.cells.get(columns["labels"]), options))
-        elif not isinstance(value := row.cells.get(columns["label"]), float | list | dict):
-            name = one_label(value)
-            names.update([name] if name is not None else [])
+    every = [row for part in rows.values() for row in part]
+    if "label" in columns:
+        return _names(folder, columns["label"], (row.cells.get(columns["label"]) for row in every))
+    names = {name for row in every for name in several(row.cells.get(columns["labels"]), options)}
     if not names:
-        raise UserError(f"{folder.url}: no row has a label in the column {columns.get('label') or columns['labels']}")
+        raise UserError(f"{folder.url}: no row has a label in the column {columns['labels']}")
     return in_order(names)
+
+
+def _names(folder: Folder, column: str, values: Iterable[Any]) -> list[str]:
+    """Return the names of the classes in a column, numbers before texts."""
+    found = {one_label(value) for value in values if not isinstance(value, float | list | dict)}
+    if not found - {None}:
+        raise UserError(f"{folder.url}: no row has a label in the column {column}")
+    return in_order(name for name in found if name is not None)
 
 
 def _held_out(rows: Sequence[Row], part: float, group: str | None, seed: int) -> dict[str, list[Row]]:
@@ -312,12 +345,17 @@ def _features(
 ) -> dict[str, Feature]:
     """Return the features by name; those of images by looking at a few."""
     found = {"label" if name == "labels" else name: FEATURES[name]() for name in columns if name in FEATURES}
+    if "target" in columns:
+        found["target"] = target_feature(columns["target"].split(","))
     if "points" in columns:
         found["points"] = PointsFeature(features=number(options, "features", 0, least=0))
     if "image" in columns:
         some = [row for part in rows.values() for row in part][:PROBE]
-        read = RowReader(folder, {"columns": columns, "classes": [], "options": options, "seed": 0})
-        found["image"] = image_feature(options, [partial(_opened, read, row) for row in some])
+        plain = {name: column for name, column in columns.items() if name != "mask"}
+        read = RowReader(folder, {"columns": plain, "classes": [], "own": {}, "options": options, "seed": 0})
+        image = image_feature(options, [partial(_opened, read, row) for row in some])
+        masked = SegmentationFeature(channels=image.channels, size=image.size)
+        found["image"] = masked if "mask" in columns else image
     return found
 
 

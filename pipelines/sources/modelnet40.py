@@ -103,7 +103,7 @@ def is_modelnet(files: ClassFiles) -> bool:
         (files.classes[label], name.rsplit("/", 1)[-1].rsplit(".", 1)[0])
         for objects in files.splits.values()
         for name, label in objects
-        if not _hdf5.is_row(name)
+        if isinstance(label, int) and not _hdf5.is_row(name)
     )
     return all(re.fullmatch(rf"{label}_\d{{4}}", stem) for label, stem in stems)
 

@@ -9,15 +9,16 @@ import functools
 import io
 import random
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from pipelines.features import AudioFeature, LabelFeature
+from pipelines.features import AudioFeature, Feature, LabelFeature, TargetFeature
 from pipelines.packages import Package, fetch, read_member
 from pipelines.sources import Listing, Sample, Unit, refuse_options
-from pipelines.sources._common import units_of
+from pipelines.sources._common import choice, units_of
 from pipelines.sources._soundfont import Note, SoundFont, play, read_font
 
 PACKAGE = Package(
@@ -103,23 +104,45 @@ def split_notes(font: SoundFont, seed: int) -> dict[str, list[NoteId]]:
 
 
 class Notes:
-    """The source: notes and their family."""
+    """The source: notes and their family.
+
+    Option: `label` (family; pitch: the target is the MIDI key in semitones, without drums; both: the family as
+    `label_family` and the pitch).
+    """
 
     title = "4,844 one-second notes of 10 instrument families (soundfont in the pretty_midi package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the notes; `src` is a copy of the package's file, downloaded if None."""
-        refuse_options(options)
-        units = units_of(split_notes(soundfont(str(src or fetch(PACKAGE))), seed), shard_rows, "notes", path=src)
-        features = {"audio": AudioFeature(), "label": LabelFeature()}
-        return Listing("notes", features, CLASSES, LICENCE, f"{PACKAGE.requirement}, {MEMBER}", units)
+        refuse_options(options, ("label",))
+        kind = choice(options, "label", ("family", "pitch", "both"), "family")
+        splits = split_notes(soundfont(str(src or fetch(PACKAGE))), seed)
+        if kind != "family":
+            splits = {split: [note for note in notes if note[0] != DRUMS] for split, notes in splits.items()}
+        features: dict[str, Feature] = {
+            "family": {"label": LabelFeature()},
+            "pitch": {"target": TargetFeature(names=("pitch",))},
+            "both": {
+                "label_family": LabelFeature(classes=tuple(FAMILIES)),
+                "target": TargetFeature(names=("pitch",)),
+            },
+        }[kind]
+        classes, name = (CLASSES, "notes") if kind == "family" else ((), f"notes_{kind}")
+        units = units_of(splits, shard_rows, "notes", path=src, kind=kind)
+        features = {"audio": AudioFeature(), **features}
+        return Listing(name, features, classes, LICENCE, f"{PACKAGE.requirement}, {MEMBER}", units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Play the unit's notes and encode them as FLAC."""
         font = soundfont(unit.content["path"] or str(fetch(PACKAGE)))
         for bank, program, key, label in unit.content["notes"]:
             audio = flac(render(font, (bank, program, key, label)))
-            yield {"key": f"TimGM6mb/{bank}/{program}/{key}", "label": label, "audio": audio}
+            known: dict[str, Any] = {
+                "family": {"label": label},
+                "pitch": {"target": [float(key)]},
+                "both": {"label_family": label, "target": [float(key)]},
+            }[unit.content.get("kind", "family")]
+            yield {"key": f"TimGM6mb/{bank}/{program}/{key}", "audio": audio, **known}
 
 
 source = Notes()

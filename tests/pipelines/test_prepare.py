@@ -19,6 +19,7 @@ from pipelines.features.base import ViewConfig
 from pipelines.prepare import PrepareConfig, group_rows, prepare
 from pipelines.shards.manifest import Manifest, load_manifest
 from pipelines.sources import load_source, source_names
+from pipelines.transforms.mask import unpack
 from tests.pipelines import raw
 from tests.pipelines.toys import digits_archive, png, read_shard, to_format_1
 
@@ -32,6 +33,15 @@ def rows_of(folder: Path, manifest: Manifest, split: str) -> list[dict]:
 def archive(tmp_path: Path) -> tuple[str, np.ndarray]:
     """Write a package file with 200 digits; return it and its table."""
     return str(tmp_path / "digits.whl"), digits_archive(tmp_path / "digits.whl")
+
+
+def test_digits_have_masks_of_their_ink(tmp_path: Path, archive: tuple[str, np.ndarray]) -> None:
+    manifest = prepare("digits", archive[0], str(tmp_path / "out"), PrepareConfig(options={"label": "mask"}))
+    assert manifest.classes == ("background", *map(str, range(10)))
+    for row in rows_of(tmp_path / "out", manifest, "test"):
+        found, table = unpack(row["image"], 1, 1000, 11), archive[1][int(row["key"].split("/")[1])]
+        ink = table[:-1].reshape(28, 28) >= 128
+        assert (found.mask == np.where(ink, table[-1] + 1, 0)).all()
 
 
 def test_digits_become_lossless_stratified_shards(tmp_path: Path, archive: tuple[str, np.ndarray]) -> None:
@@ -237,7 +247,7 @@ def test_image_folders_with_splits_are_kept(tmp_path: Path) -> None:
     "name, options, message",
     [
         ("digit", {}, "no source named 'digit', did you mean 'digits'"),
-        ("digits", {"size": "3"}, "unknown option 'size' of this source; it takes none"),
+        ("digits", {"size": "3"}, "unknown option 'size' of this source; it takes label"),
         ("image_folder", {}, "does not exist"),
         ("image_folder", {"held_out": "2"}, "does not exist"),
     ],

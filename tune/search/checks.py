@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.recipe.config import Recipe, build_recipe, kind_of
 from cluster.recipe.preflight import CheckedModel, check_recipe, describe_start, evaluation_metrics
+from cluster.recipe.targets import with_targets
 from perceiver.config import UserError
 from pipelines.feed.ingest import DataConfig, check_files
 from pipelines.shards.manifest import Manifest, load_manifest
@@ -41,6 +42,7 @@ class Checker:
         """Return the recipe with some values set in the base, and its model, or raise `UserError`."""
         recipe = build_recipe(with_values(self.search.base, values), source=self.search.source)
         model = check_recipe(recipe, self.manifest)
+        recipe = with_targets(recipe, model.manifest)
         self._check_files(recipe.data, model.manifest)
         describe_start(recipe, model.manifest)
         return recipe, model
@@ -69,8 +71,8 @@ def check_search(search: Search) -> Checker:
         UserError: the first reason for which a trial would fail, with the key of the space.
     """
     checker = Checker(search)
-    _, base = checker.recipe({})
-    check_metrics(search, len(base.manifest.classes))
+    recipe, base = checker.recipe({})
+    check_metrics(search, recipe, len(base.manifest.classes))
     _check_alone(search)
     _check_grace(checker)
     keys = ordered(search.config.space)
@@ -83,9 +85,9 @@ def check_search(search: Search) -> Checker:
     return checker
 
 
-def check_metrics(search: Search, classes: int) -> None:
-    """Refuse a metric that evaluations of the recipe's task do not compute."""
-    known = evaluation_metrics(search.recipe, classes)
+def check_metrics(search: Search, recipe: Recipe, classes: int) -> None:
+    """Refuse a metric that evaluations of the checked recipe's task do not compute."""
+    known = evaluation_metrics(recipe, classes)
     for name in search.config.metrics:
         if name not in (*known, PARAMETERS):
             raise UserError(

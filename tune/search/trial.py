@@ -22,6 +22,7 @@ import ray.tune
 
 from cluster.recipe.config import build_recipe
 from cluster.recipe.preflight import data_facts, tracked_data
+from cluster.recipe.targets import with_targets
 from cluster.record.run_folder import RunFolder
 from cluster.run.driver import POLLED, Fit
 from cluster.run.metrics import RunMetrics, ray_export
@@ -148,6 +149,7 @@ class TrialTraining:
         self._asked = self._over = False
         self._since = time.monotonic()
         manifest = load_data(self.recipe.data)
+        self.recipe = with_targets(self.recipe, manifest)
         self.samples = manifest.split(self.recipe.data.train_split).samples
         tree = redact(self.recipe.model_dump(mode="json"))
         if not self.folder.facts():

@@ -9,6 +9,7 @@ from typing import Any
 from cluster.recipe.file import apply_override, read_tree
 from perceiver.accounting import account
 from perceiver.config import UserError
+from perceiver.tasks import output_count
 from perceiver.tracking.printable import say, say_json
 from tune.config import Search, build_search
 from tune.report.numbers import workers
@@ -154,7 +155,7 @@ def check_rows(checker: Checker, rows: TableRun) -> dict[str, Cost]:
     for row in rows.run:
         try:
             recipe, model = checker.recipe(rows.values(row))
-            found = account(recipe.model, classes=len(model.manifest.classes) or None)
+            found = account(recipe.model, classes=output_count(recipe.task, len(model.manifest.classes)) or None)
         except UserError as error:
             reason = str(error).removeprefix(f"{search.source}: ")
             raise UserError(f"{rows.table.path}: row {row.name}: {reason}") from None

@@ -137,19 +137,25 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Rank
     sums = MetricSums(ranks)
     tell_step(task, 0)
     training = model.training
-    model.eval()
+    _set_training(model, False)
     try:
         with torch.no_grad():
             for batch in batches:
                 sums.add(task.loss(model, batch), task.count(batch))
     finally:
-        model.train(training)
+        _set_training(model, training)
     if not sums.totals:
         raise UserError("the evaluation set is empty; wanted at least one batch per worker: check the data's split")
     loss, metrics = sums.start().summarise(task)
     if math.isnan(loss) and not metrics:
         raise UserError("the evaluation set has no valid target: check the data's split and labels")
     return metrics
+
+
+def _set_training(model: nn.Module, mode: bool) -> None:
+    """Set the mode of a model and of what wraps it: DeepSpeed's engine sets that of its module, but not its own."""
+    model.train(mode)
+    model.training = mode
 
 
 def tell_step(task: Task, step: int) -> None:

@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from PIL import Image
 
+from pipelines.prepare import PrepareConfig, prepare
 from tests.cluster.recipes import small_tree, write_recipe
 from tests.faults.job import PACE
 from tests.homes import share_kernels
@@ -208,3 +212,29 @@ def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
     assert store.exists(f"{folder}/report/index.html")
     (tracked,) = mlflow_runs(tmp_path / ".cache" / "perceiver" / "runs")
     assert tracked.info.status == "FINISHED"
+
+
+def test_a_regression_keeps_the_units_of_its_data_when_resumed(tmp_path: Path) -> None:
+    """What a run takes from its data is in its recipe, in the predictions, and the same when it is resumed."""
+    rows = ["file,price"]
+    (tmp_path / "raw").mkdir()
+    for number in range(40):
+        Image.new("L", (12, 12), 6 * number).save(tmp_path / "raw" / f"{number}.png")
+        rows.append(f"{number}.png,{1000 + number}")
+    (tmp_path / "raw" / "t.csv").write_text("\n".join(rows))
+    options = {"image": "file", "target": "price"}
+    prepare("csv", str(tmp_path / "raw"), str(tmp_path / "data"), PrepareConfig(parallel="off", options=options))
+    tree = small_tree(tmp_path, str(tmp_path / "data"))
+    tree |= {"task": {"kind": "regression", "loss": "l1"}, "optim": {"lr": 0.01, "schedule": {"kind": "constant"}}}
+    code, output = run(tmp_path, tree, "--json")
+    assert code == 0 and {"mae", "rmse", "r2"} < set(json.loads(output.splitlines()[-1])["evaluation"]), output
+    code, output = run(tmp_path, tree, "train.epochs=3", "--resume", "--json")
+    assert code == 0, output
+    folder = tmp_path / "runs" / "small-001"
+    targets = yaml.safe_load((folder / "recipe.yaml").read_text())["task"]["targets"]
+    assert targets["names"] == ["price"] and 1010 < targets["mean"][0] < 1030
+    table = pq.read_table(folder / "predictions").to_pylist()
+    errors = [abs(row["prediction_price"] - row["target_price"]) for row in table]
+    figures = json.loads(output.splitlines()[-1])["evaluation"]
+    assert len(table) == 8 and sum(errors) / 8 == pytest.approx(figures["mae"], rel=1e-3)
+    assert "Predicted and true values" in (folder / "report" / "index.html").read_text()

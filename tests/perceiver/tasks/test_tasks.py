@@ -40,6 +40,10 @@ AUTOENCODER = {
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "classification": ({}, {"inputs": AUDIO}),
     "tagging": ({}, {"inputs": AUDIO}),
+    "regression": (
+        {"targets": {"names": list("abcd"), "mean": [1.0, 0.0, -1.0, 5.0], "std": [1.0, 2.0, 3.0, 0.5]}},
+        {"inputs": AUDIO},
+    ),
     "multitask": (
         {"tasks": {"a": 1.0, "b": 0.5}},
         {"inputs": AUDIO, "decoder": {"kind": "multitask", "tasks": {"a": 4, "b": 3}}},
@@ -57,6 +61,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             "inputs": {"kind": "flow_frames", "size": (8, 8), "positions": FEW},
             "decoder": {"kind": "flow"},
+            "query_residual": False,
+        },
+    ),
+    "segmentation": (
+        {},
+        {
+            "inputs": {"kind": "image", "channels": 3, "size": (8, 8), "positions": FEW},
+            "decoder": {"kind": "pixels"},
             "query_residual": False,
         },
     ),
@@ -78,7 +90,10 @@ def setting(kind: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
         "video": torch.randint(0, 256, (6, 2, 3, 8, 8), dtype=torch.uint8),
         "text": torch.randint(6, 60, (6, 20)),
         "flow": torch.randn(6, 2, 8, 8),
+        "image": torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8),
+        "mask": torch.randint(0, 4, (6, 8, 8), dtype=torch.uint8),
         "label": (torch.rand(6, 4) > 0.5).float() if kind == "tagging" else torch.randint(0, 4, (6,)),
+        "target": torch.randn(6, 4),
         "label_a": torch.tensor([0, 1, -1, 3, 0, 0]),
         "label_b": torch.tensor([2, 1, 1, 0, 0, 0]),
         "sample_id": torch.arange(6),
@@ -102,7 +117,7 @@ def test_padding_rows_do_not_count(kind):
     if kind not in ("masked_language", "autoencoding"):  # these draw per batch, so the same rows may get other draws
         torch.testing.assert_close(padded.sums, whole.sums, rtol=1e-4, atol=1e-4)
     spoiled = {**batch}
-    for key in ("audio", "video", "flow", "label", "label_a"):
+    for key in ("audio", "video", "flow", "label", "target", "mask", "label_a"):
         spoiled[key] = batch[key].clone()
         spoiled[key][4:] = 3 if key.startswith("label") else 100
     torch.testing.assert_close(task.loss(model, spoiled).sums, padded.sums, rtol=1e-4, atol=1e-4)
@@ -127,7 +142,7 @@ def test_loss_trains_and_summary_is_finite(kind):
     assert all(len(value) == 6 for value in task.predict(model, batch).values())
 
 
-@pytest.mark.parametrize("kind", ["classification", "tagging", "multitask", "flow"])
+@pytest.mark.parametrize("kind", ["classification", "tagging", "regression", "multitask", "flow", "segmentation"])
 def test_sums_add_up_over_micro_batches(kind):
     task, model, batch = setting(kind)
     whole = task.loss(model, batch).sums

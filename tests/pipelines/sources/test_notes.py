@@ -48,6 +48,15 @@ def test_a_released_key_becomes_silent_and_a_held_one_does_not(font: Any) -> Non
     assert not play(font, Note(5, 0, 60), 16_000).any()
 
 
+def test_the_pitch_is_the_key_and_drums_have_none(font: Any) -> None:
+    both = notes.source.listing(None, seed=0, shard_rows=4, options={"label": "both"})
+    sample: Any = next(iter(notes.source.samples(next(iter(both.units)))))
+    program, key = (int(part) for part in sample["key"].split("/")[2:])
+    family: Any = both.features["label_family"]
+    assert sample["target"] == [key] and program in notes.FAMILIES[family.classes[sample["label_family"]]]
+    assert not any(bank == notes.DRUMS for unit in both.units for bank, *_ in unit.content["notes"])
+
+
 def test_the_split_holds_out_pitches_of_every_family(font: Any) -> None:
     splits = notes.split_notes(font, 0)
     assert {name: len(places) for name, places in splits.items()} == {"train": 3897, "test": 947}

@@ -6,6 +6,7 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -217,16 +218,17 @@ def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             package.addfile(info, io.BytesIO(content))
 
         for number in range(1, 12):
-            place = f"lib/resources/models/box{number}.zip"
+            file = f"lib/resources/models/box{number}.zip"
             facts |= {
-                f"model#{number}": f"{place}!/box{number}.obj",
+                f"model#{number}": f"{file}!/box{number}.obj",
                 f"name#{number}": "Box",
                 f"category#{number}": "Bedroom" if number % 2 else "Kitchen",
+                **{f"{side}#{number}": str(number * 10 + place) for place, side in enumerate(furniture.SIDES)},
             }
             inner = io.BytesIO()
             with zipfile.ZipFile(inner, "w") as archive:
                 archive.writestr(f"box{number}.obj", obj(CORNERS * [1, number, 1]) if number < 11 else b"v 0 0 0\n")
-            add(furniture.RESOURCES + place, inner.getvalue())
+            add(furniture.RESOURCES + file, inner.getvalue())
         facts |= {"model#12": facts["model#1"], "name#12": "The same again", "category#12": "Bedroom"}
         add(furniture.CATALOGUE, json.dumps(facts).encode())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -254,6 +256,16 @@ def test_furniture_by_category_holds_out_whole_objects(tmp_path: Path, catalogue
         for split in manifest.splits
     }
     assert len(objects["train"]) == 8 and len(objects["test"]) == 2 and not objects["train"] & objects["test"]
+
+
+def test_furniture_sizes_are_those_of_whole_objects_held_out(tmp_path: Path, catalogue: str) -> None:
+    config = PrepareConfig(parallel="off", options={"label": "size", "clouds": "2", "held_out": "2"})
+    manifest = prepare("furniture", catalogue, str(tmp_path / "out"), config)
+    feature: Any = manifest.features["target"]
+    assert manifest.classes == () and feature.names == ("width", "depth", "height") and len(feature.std) == 3
+    for row in rows_of(tmp_path / "out", manifest, "test"):
+        number = int(row["key"].split("/")[0].removeprefix("box"))
+        assert row["target"] == [number * 10.0, number * 10 + 1.0, number * 10 + 2.0]
 
 
 def test_the_view_repeats_points_if_too_few_are_stored() -> None:

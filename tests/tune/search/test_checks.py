@@ -101,7 +101,7 @@ def test_each_task_s_metrics_are_known(
 ) -> None:
     for name in wanted:
         search = load(tmp_path, {**tree, "overrides": {"task": task}, "metric": name})
-        check_metrics(search, 3)
+        check_metrics(search, search.recipe, 3)
 
 
 def test_shards_that_are_missing_are_refused(tmp_path: Path, tree: dict[str, Any], images: str) -> None:

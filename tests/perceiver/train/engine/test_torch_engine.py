@@ -10,6 +10,9 @@ from torch import nn
 from perceiver.config import UserError
 from perceiver.optim.config import OptimConfig
 from perceiver.optim.schedules import ConstantSchedule, CosineSchedule, build_schedule
+from perceiver.tasks import LossOutput
+from perceiver.train.engine.protocol import evaluate
+from perceiver.train.engine.ranks import Ranks
 from tests.perceiver.train.engine.engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
 from tests.perceiver.train.engine.torch_engine import TorchEngine
 
@@ -185,3 +188,34 @@ def test_bf16_runs_under_autocast_and_learns_about_the_same() -> None:
     half = TorchEngine(ToyModel(), ToyTask(), optim, schedule, device=CPU, precision="bf16")
     assert losses(half, range(4)) == pytest.approx(losses(engine(optim), range(4)), rel=2e-2)
     assert half.module.get_parameter("latents").dtype == torch.float32
+
+
+def test_an_evaluation_is_one_also_for_a_wrapper_that_changes_only_its_module() -> None:
+    """DeepSpeed's engine stays in training mode when it is told otherwise; tasks ask the engine."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(1, 1)
+
+        def train(self, mode: bool = True) -> "Wrapper":
+            self.module.train(mode)
+            return self
+
+    class Watching:
+        def count(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.ones(())
+
+        def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
+            assert not model.training and not model.module.training
+            return LossOutput(torch.zeros(()), {})
+
+        def summarise(self, sums: dict[str, float], count: float) -> dict[str, float]:
+            return {"count": count}
+
+        def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {}
+
+    model = Wrapper()
+    assert evaluate(model, Watching(), [{}], Ranks(torch.device("cpu"))) == {"count": 1.0}
+    assert model.training and model.module.training
