@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-import perceiver
 from perceiver.config import UserError
 from perceiver.export.formats import describe_inputs, example, silent, write_weights
 from perceiver.export.serving import Answers
@@ -102,7 +101,7 @@ def _parts(mlflow: Any, saved: Saved, staging: Path, classes: Sequence[str]) -> 
     write_weights(saved, weights)
     (weights / "task.json").write_text(json.dumps({"task": _task(saved), "classes": classes}))
     inputs = _example(saved)
-    package = Path(perceiver.__file__).parent
+    package = Path(__file__).parents[1]
     return {
         "python_model": str(package / "export" / "served_model.py"),
         "artifacts": {"weights": str(weights)},
