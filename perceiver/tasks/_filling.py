@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from perceiver.modalities.text import CLS, SEP, SPECIALS
 from perceiver.tasks._base import network
 
 MASK = "[MASK]"
 LONGEST, GUESS = 12, 5
 """Most bytes of a word whose length is not given, and how many stand for one that is filled later."""
-PAD, CLS, SEP, SPECIALS = 0, 4, 5, 6
-"""The special ids of Perceiver IO's byte models (appendix F); ids of the 256 bytes follow."""
+PAD = 0
 _RUNS = re.compile(rf"(?:{re.escape(MASK)})+")
 
 
