@@ -66,7 +66,12 @@ class LineConsole:
         terminal = None if sys.stdout.isatty() else False
         output: Any = _Output(sys.stdout)
         self.console = console or Console(
-            file=output, highlight=False, soft_wrap=True, force_terminal=terminal, quiet=show == "nothing"
+            file=output,
+            highlight=False,
+            soft_wrap=True,
+            force_terminal=terminal,
+            force_jupyter=False,  # a line would be a page of HTML
+            quiet=show == "nothing",
         )
         self.live = self.console.is_terminal and show != "nothing"
 

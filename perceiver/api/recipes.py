@@ -2,7 +2,9 @@
 
 import copy
 import json
+import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,9 @@ def set_up() -> None:
     from cluster.runtime.local import set_quiet_environment
     from perceiver.environment import bypass_proxies, check_versions
 
+    # What Ray and tqdm say in a notebook without widgets.
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="IProgress not found")
     check_versions()
     set_quiet_environment()
     bypass_proxies()
@@ -42,12 +47,14 @@ def words(overrides: Mapping[str, Any], data: "Place | None" = None) -> list[str
 
 def _text(key: str, value: Any) -> str:
     try:
-        return json.dumps(value, default=os.fspath)
+        text = json.dumps(value, default=os.fspath)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"override of {key}: got {shown(repr(value))} ({error}), wanted a text, a number, true or false, None, or a"
             " list or dict of these"
         ) from None
+    # To YAML 1e-05 is a text, 1.0e-05 a number.
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
 def read_recipe(recipe: "RecipeLike", overrides: list[str]) -> "Recipe":
