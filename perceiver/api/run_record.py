@@ -1,5 +1,6 @@
 """What a run has left behind: `perceiver.Run`."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,14 +66,19 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The recorded metrics in order: `step`, `time`, `train/loss`, `eval/accuracy`, ..."""
+        """The recorded metrics in order: `step`, `time`, `train/loss`, `eval/accuracy`, ...
+
+        Of a run that trained on another machine, those up to its newest checkpoint.
+        """
         from perceiver.tracking.record import HISTORY, read_rows
 
-        found, offset = [], 0
-        while rows := read_rows(place_of(self).local / HISTORY, offset):
+        path, found, offset = place_of(self).local / HISTORY, [], 0
+        if not path.exists():
+            store = place_of(self).checkpoints
+            steps = store.steps()
+            return [json.loads(line) for line in store.history(steps[-1]).splitlines() if line] if steps else []
+        while (rows := read_rows(path, offset))[1] > offset:
             found += rows[0]
-            if rows[1] == offset:
-                break
             offset = rows[1]
         return found
 

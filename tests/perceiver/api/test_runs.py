@@ -15,6 +15,7 @@ from cluster.recipe.config import build_recipe
 from cluster.record.run_folder import RunFolder
 from cluster.run import launch as launching
 from cluster.run.context import Launch
+from cluster.runtime.local import NO_API_SERVER
 from tests.cluster.recipes import small_tree, write_recipe
 from tests.homes import share_kernels
 
@@ -199,5 +200,7 @@ def test_in_a_ray_task_as_a_trainer_and_in_the_background(tree: dict[str, Any], 
     environment = {**os.environ, "HOME": str(share_kernels(tmp_path))}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)
+    # Otherwise Ray Train asks whatever listens on the default port whether the run is known there.
+    environment["RAY_API_SERVER_ADDRESS"] = NO_API_SERVER
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
