@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from perceiver.api.background import BackgroundRun
     from perceiver.api.data import Data, prepare
     from perceiver.api.exports import export
-    from perceiver.api.jobs import submit
-    from perceiver.api.models import evaluate, load_model, predict
+    from perceiver.api.jobs import SubmittedJob, submit
+    from perceiver.api.models import Predictions, evaluate, load_model, predict
     from perceiver.api.run_record import Run, RunError
     from perceiver.api.runs import build_trainer, resume, train
-    from perceiver.api.searches import SearchError, tune
+    from perceiver.api.searches import SearchError, SearchRun, tune
     from perceiver.config import UserError
     from perceiver.factory import create_model
     from perceiver.presets import list_models
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
 __all__ = [
     "BackgroundRun",
     "Data",
+    "Predictions",
     "Recipe",
     "Run",
     "RunError",
     "SearchError",
+    "SearchRun",
+    "SubmittedJob",
     "UserError",
     "build_trainer",
     "create_model",
@@ -49,10 +52,13 @@ __all__ = [
 HOMES = {
     "BackgroundRun": "perceiver.api.background",
     "Data": "perceiver.api.data",
+    "Predictions": "perceiver.api.models",
     "Recipe": "cluster.recipe.config",
     "Run": "perceiver.api.run_record",
     "RunError": "perceiver.api.run_record",
     "SearchError": "perceiver.api.searches",
+    "SearchRun": "perceiver.api.searches",
+    "SubmittedJob": "perceiver.api.jobs",
     "UserError": "perceiver.config",
     "build_trainer": "perceiver.api.runs",
     "create_model": "perceiver.factory",
