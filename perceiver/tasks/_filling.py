@@ -51,6 +51,7 @@ def fill(model: nn.Module, texts: Sequence[str], mask_id: int = 3) -> list[Fille
 
 
 def _fill(model: nn.Module, text: str, mask_id: int) -> Filled:
+    most = cast(Any, network(model)).example(1, "cpu")["text"].shape[1]
     parts: list[bytes] = [part.encode() for part in _RUNS.split(text)]
     counts = [len(run) // len(MASK) for run in _RUNS.findall(text)]
     words: list[bytes] = []
@@ -60,7 +61,12 @@ def _fill(model: nn.Module, text: str, mask_id: int) -> Filled:
         later = [GUESS if other == 1 else other for other in counts[place + 1 :]]
         lengths = range(1, LONGEST + 1) if count == 1 else [count]
         rows = [_ids(before, parts[place + 1 :], [length, *later], mask_id) for length in lengths]
-        found = [_best(*each, len(before) + 1) for each in zip(_probabilities(model, rows), lengths, strict=True)]
+        if len(rows[0]) > most:
+            raise ValueError(f"{len(rows[0]):,} tokens with its masks, the model has {most:,}")
+        rows = [row for row in rows if len(row) <= most]
+        found = [
+            _best(*each, len(before) + 1) for each in zip(_probabilities(model, rows, most), lengths, strict=False)
+        ]
         word, share = max(found, key=lambda each: each[1])
         words.append(word)
         shares.append(share)
@@ -76,12 +82,9 @@ def _ids(before: bytes, after: Sequence[bytes], lengths: Sequence[int], mask_id:
     return [*ids, SEP]
 
 
-def _probabilities(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Return the probabilities (B, M, 256) of the bytes at each position."""
-    like = cast(Any, network(model)).example(1, "cpu")["text"]
-    length, device = like.shape[1], next(model.parameters()).device
-    if (longest := max(map(len, rows))) > length:
-        raise ValueError(f"{longest:,} tokens with its masks, the model has {length:,}")
+def _probabilities(model: nn.Module, rows: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Return the probabilities (B, M, 256) of the bytes at each of M = `length` positions."""
+    device = next(model.parameters()).device
     ids = torch.full((len(rows), length), PAD, dtype=torch.int64)
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.tensor(row)

@@ -1,20 +1,28 @@
 """What clients send to a served model: texts, encoded images, and arrays whose types are checked."""
 
 import base64
+import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from perceiver.export.requests import Requests
 from perceiver.modalities.text import byte_ids
 from pipelines.features.text import byte_tokens
 from pipelines.transforms.decode import decode_image
 from pipelines.transforms.image import evaluation_view
-from tests.perceiver.export.test_served_model import png
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Return pixels (H, W) or (H, W, C) as a PNG file."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
 
 
 class Model(torch.nn.Module):

@@ -1,7 +1,6 @@
 """`perceiver export --format mlflow`: the model in MLflow's registry, and served."""
 
 import base64
-import io
 import json
 import os
 import sys
@@ -17,12 +16,12 @@ import torch
 import yaml
 from click.testing import CliRunner
 from mlflow import MlflowClient
-from PIL import Image
 
 from perceiver.cli import cli
 from perceiver.config import UserError
 from perceiver.export.weights import open_weights
 from tests.perceiver.export.test_formats import SMALL, run_folder
+from tests.perceiver.export.test_requests import png
 from tests.perceiver.tracking.mlflow_server import end, free_port, listening
 
 CLASSES = ["dark", "light"]
@@ -41,12 +40,6 @@ def tracked_run(folder: Path, url: str, **task: Any) -> tuple[str, Any, str]:
     facts = json.loads((folder / "run" / "run.json").read_text())
     (folder / "run" / "run.json").write_text(json.dumps({**facts, "mlflow_run": run}))
     return source, model, store
-
-
-def png(pixels: np.ndarray) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG")
-    return sink.getvalue()
 
 
 def export(*arguments: str) -> dict[str, Any]:

@@ -54,5 +54,5 @@ def test_words_that_the_model_knows_are_found(text: str, words: tuple[str, ...])
 
 def test_a_text_that_is_too_long_is_refused() -> None:
     task: Any = build_task(MaskedLanguageConfig(), classes=0)
-    with pytest.raises(ValueError, match="41 tokens with its masks, the model has 32"):
-        task.fill(Memory(), ["[MASK]" + "x" * 27])
+    with pytest.raises(ValueError, match="43 tokens with its masks, the model has 32"):
+        task.fill(Memory(), ["[MASK]" + "x" * 40])
