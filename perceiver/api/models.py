@@ -176,7 +176,7 @@ def predictions(
         check_target(os.fspath(to))
     with ExitStack() as stack:
         target = os.fspath(to) if to is not None else stack.enter_context(tempfile.TemporaryDirectory())
-        write_predictions(saved, model, request, target, show, warn)
+        write_predictions(saved, model, request, target, show, partial(warn, level=5))
         return read_predictions(target)
 
 
@@ -240,9 +240,9 @@ def read_predictions(target: str) -> Predictions:
     return Predictions(pa.concat_tables(tables(folder), promote_options="default"), rejected)
 
 
-def warn(line: str) -> None:
-    """Issue a warning of Python for the caller of the interface."""
-    warnings.warn(line, stacklevel=4)
+def warn(line: str, level: int = 4) -> None:
+    """Issue a warning of Python for the caller of the interface, `level` frames above."""
+    warnings.warn(line, stacklevel=level)
 
 
 def evaluate(

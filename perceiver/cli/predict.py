@@ -87,9 +87,9 @@ def command(
             say_json({"predictions": list(found), "rejected": list(rejected)})
             return 0
         for row in found:
-            say(f"{row['key']}\t{described(row)}")
+            say(f"{row['key']}  {described(row)}")
         for problem in rejected:
-            say(f"{problem['key']}\tnot used: {problem['reason']}", err=True)
+            say(f"{problem['key']}  not used: {problem['reason']}", err=True)
         return 0
     counted = {"samples": scoring.samples + unread, "written": written}
     if as_json:

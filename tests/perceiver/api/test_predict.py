@@ -124,11 +124,11 @@ def test_tables_give_their_rows(run: str, photos: Path, tmp_path: Path) -> None:
 
 def test_the_command_prints_or_writes(run: str, photos: Path, tmp_path: Path) -> None:
     files = [photos / "raw" / "test" / name / "0.png" for name in CLASSES]
-    lines = call(run, *files, "data.eval_crop=0.9").output.splitlines()
-    assert [line.split("\t")[0] for line in lines] == list(map(str, files)) and lines[0].endswith("%")
-    told = json.loads(call(run, *files, "--json").output)
+    lines = call(run, *files, "data.eval_crop=0.9").stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines] == list(map(str, files)) and lines[0].endswith("%")
+    told = json.loads(call(run, *files, "--json").stdout)
     assert [row["key"] for row in told["predictions"]] == list(map(str, files)) and told["rejected"] == []
-    told = json.loads(call(run, photos / "raw" / "test", "--to", tmp_path / "out", "--json").output)
+    told = json.loads(call(run, photos / "raw" / "test", "--to", tmp_path / "out", "--json").stdout)
     assert told == {"to": str(tmp_path / "out"), "samples": 4, "written": 4, "rejected": 0}
 
 
@@ -170,6 +170,6 @@ def test_masks_are_filled(text_run: str, tmp_path: Path, monkeypatch: pytest.Mon
         first["text"],
         "no mask",
     ]
-    assert call(text_run, "--text", masked[1]).output == "text#1\tno mask\n"
+    assert call(text_run, "--text", masked[1]).stdout == "text#1  no mask\n"
     prepared = perceiver.predict(text_run, tmp_path / "texts", split="train", **{"data.executor": "inline"})
     assert {"prediction", "probability"} <= set(prepared.table.column_names), "tokens of prepared texts"
