@@ -127,10 +127,10 @@ def held_cpus() -> float:
     """Return the logical CPUs that the calling Ray task or actor reserves; 0 in a driver."""
     import ray
 
-    context = ray.get_runtime_context()
-    if context.get_task_id() is None and context.get_actor_id() is None:
+    try:
+        return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0))
+    except AssertionError:  # this is a driver; asking for the task would print a warning there
         return 0.0
-    return float(context.get_assigned_resources().get("CPU", 0.0))
 
 
 @contextmanager

@@ -174,7 +174,7 @@ assert metrics["accuracy"] > 0.4 and steps[-1] == 10, (metrics, steps)
 trainer = perceiver.build_trainer(tree, data=data, progress=False)
 assert isinstance(trainer, ray.train.torch.TorchTrainer)
 result = trainer.fit()
-assert result.metrics["step"] == 10 and "accuracy" in result.metrics, result.metrics
+assert result.metrics["step"] == 10 and "eval/accuracy" in result.metrics, result.metrics
 with result.checkpoint.as_directory() as place:
     facts = __import__("json").load(open(place + "/checkpoint.json"))
 assert facts["uri"] == perceiver.Run(folder[:-1] + "2").checkpoint and facts["step"] == 10, facts
