@@ -20,7 +20,6 @@ from pipelines.features import (
     TextFeature,
     VideoFeature,
 )
-from pipelines.shards.manifest import content_digest
 from pipelines.shards.quarantine import Problem
 from pipelines.unprepared import SPLIT, Inputs, write_unprepared
 
@@ -125,4 +124,4 @@ def open_places(
             height, width = cast(Any, net).example(1, "cpu")["image"].shape[-2:]
             given.append(f"data.image_size=[{height}, {width}]")
         scoring = open_scoring(saved, folder, split=SPLIT, batch=batch, overrides=[*given, *overrides], model=model)
-        yield replace(scoring, origin=f"{places} ({content_digest(manifest, [SPLIT])[:16]})"), problems
+        yield replace(scoring, origin=str(places)), problems

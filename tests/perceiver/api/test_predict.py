@@ -98,7 +98,7 @@ def test_what_cannot_be_used_is_named_and_counted(run: str, photos: Path, tmp_pa
     again = call(run, tmp_path / "mine", "--to", tmp_path / "out")
     assert "0 samples written, 3 in" in again.output and "2 could not be used" in again.output
     broken.write_bytes(good.read_bytes())
-    with pytest.raises(perceiver.UserError, match="was written with data"):
+    with pytest.raises(perceiver.UserError, match="was written with content"):
         perceiver.predict(run, tmp_path / "mine", to=tmp_path / "out")
 
 
