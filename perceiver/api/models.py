@@ -23,6 +23,22 @@ if TYPE_CHECKING:
     Several = Place | Sequence[Place]
     """One place, or several files, folders, globs and tables."""
 
+    class LoadedModel(nn.Module):
+        """The type of a model that `load_model` returns: its own class, with one more method."""
+
+        def predict(
+            self,
+            places: Several = (),
+            *,
+            texts: Sequence[str] = (),
+            split: str | None = None,
+            batch: int | None = None,
+            options: Mapping[str, str] | None = None,
+            **overrides: Any,
+        ) -> "Predictions":
+            """Return predictions, see `perceiver.predict`; the model runs in this process, where it is."""
+            ...
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -70,7 +86,7 @@ class Request:
     overrides: tuple[str, ...] = ()
 
 
-def load_model(place: "Place", **changes: Any) -> "nn.Module":
+def load_model(place: "Place", **changes: Any) -> "LoadedModel":
     """Build the model with the weights at a place, in evaluation mode.
 
     The model also has the method `predict`, which takes what `perceiver.predict` takes after the run, and runs in the
@@ -87,9 +103,9 @@ def load_model(place: "Place", **changes: Any) -> "nn.Module":
     from perceiver.export.weights import open_weights
 
     saved = open_weights(os.fspath(place))
-    model = saved.build(**changes)
+    model: Any = saved.build(**changes)
     saved = replace(saved, tensors=dict(model.state_dict()))  # the same memory
-    model.predict = partial(_predict_with, saved, model)  # pyright: ignore[reportAttributeAccessIssue]
+    model.predict = partial(_predict_with, saved, model)
     return model
 
 
@@ -150,7 +166,9 @@ def _predict_with(
 
 
 def _several(places: "Several") -> tuple[str, ...]:
-    return (os.fspath(places),) if isinstance(places, str | os.PathLike) else tuple(map(os.fspath, places))
+    return (
+        (os.fspath(places),) if isinstance(places, str | os.PathLike) else tuple(os.fspath(place) for place in places)
+    )
 
 
 def predictions(

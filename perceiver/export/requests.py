@@ -85,7 +85,7 @@ class Requests:
             raise ValueError(f"{name}: got the shape {found.shape}; wanted {('samples', *like.shape[1:])}")
         kind = like.dtype
         if np.issubdtype(kind, np.integer):
-            limits = np.iinfo(kind)
+            limits = np.iinfo(cast(Any, kind))
             whole = np.issubdtype(found.dtype, np.integer) or not found.size
             if not whole or (found.size and not limits.min <= found.min() <= found.max() <= limits.max):
                 raise ValueError(
