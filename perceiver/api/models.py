@@ -105,7 +105,7 @@ def load_model(place: "Place", **changes: Any) -> "LoadedModel":
     saved = open_weights(os.fspath(place))
     model: Any = saved.build(**changes)
     saved = replace(saved, tensors=dict(model.state_dict()))  # the same memory
-    model.predict = partial(_predict_with, saved, model)
+    model.predict = _Predict(saved, model)
     return model
 
 
@@ -148,21 +148,26 @@ def predict(
     return predictions(open_weights(os.fspath(run)), None, request, to, progress)
 
 
-def _predict_with(
-    saved: "Saved",
-    model: "nn.Module",
-    places: "Several" = (),
-    *,
-    texts: Sequence[str] = (),
-    split: str | None = None,
-    batch: int | None = None,
-    options: Mapping[str, str] | None = None,
-    **overrides: Any,
-) -> Predictions:
-    """Return the predictions of a loaded model, see `predict`; it runs in this process."""
-    overrides = {"data.executor": "inline", **overrides}
-    request = Request(_several(places), _several(texts), split, batch, None, options, tuple(words(overrides)))
-    return predictions(saved, model, request, None, False)
+@dataclass(frozen=True, repr=False)
+class _Predict:
+    """The method `predict` of a loaded model, see `perceiver.predict`; the model runs in this process, where it is."""
+
+    saved: "Saved"
+    model: "nn.Module"
+
+    def __call__(
+        self,
+        places: "Several" = (),
+        *,
+        texts: Sequence[str] = (),
+        split: str | None = None,
+        batch: int | None = None,
+        options: Mapping[str, str] | None = None,
+        **overrides: Any,
+    ) -> Predictions:
+        overrides = {"data.executor": "inline", **overrides}
+        request = Request(_several(places), _several(texts), split, batch, None, options, tuple(words(overrides)))
+        return predictions(self.saved, self.model, request, None, False)
 
 
 def _several(places: "Several") -> tuple[str, ...]:
