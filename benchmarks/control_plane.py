@@ -171,7 +171,7 @@ def launch(folder: Path, workers: int, url: str) -> dict[str, Any]:
 
         began = time.time()
         with mock.patch("cluster.run.trainer.train_worker", worker):
-            code = launch_training(build_recipe(tree), command="control", run="control")
+            code = launch_training(build_recipe(tree), command="control", run="control").code
         ended = time.time()
     finally:
         down()

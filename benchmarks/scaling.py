@@ -90,7 +90,7 @@ def ray_arm(tree: dict[str, Any]) -> None:
     from cluster.run.launch import launch_training
 
     with mock.patch("cluster.run.trainer.train_worker", worker):
-        code = launch_training(build_recipe(tree), command="scaling")
+        code = launch_training(build_recipe(tree), command="scaling").code
     if code:
         raise SystemExit(f"the run ended with code {code}: see {tree['output']}")
 

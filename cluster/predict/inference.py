@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,16 +17,27 @@ from cluster.predict.outputs import parquet, predicted
 from cluster.predict.scoring import Scoring
 from cluster.recipe.config import kind_of
 from perceiver.config import UserError
-from perceiver.storage import Folder, open_target, parse_json, refusing
+from perceiver.storage import Folder, open_folder, open_target, parse_json, refusing
 from perceiver.tasks import known_classes
 from pipelines.shards.manifest import content_digest
-from pipelines.shards.quarantine import Quarantine, write_problems
+from pipelines.shards.quarantine import Problem, Quarantine, write_problems
 from pipelines.shards.reader import Reader
 
+UNREAD = "unread.parquet"
+"""The file in `_quarantine/` of what could not be read, so that it has no place among the samples."""
 FACTS = "_predictions.json"
 """Readers of a folder of Parquet files ignore it, and `_quarantine`, because of the underscore."""
 BAD = "_quarantine"
 FIX = "choose another --to"
+FILLED = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("text", pa.string()),
+        ("words", pa.list_(pa.string())),
+        ("probability", pa.list_(pa.float64())),
+    ]
+)
+"""Columns of texts whose masks are filled."""
 ROWS_PER_PART = 4096
 """Approximate number of samples per file of predictions."""
 
@@ -85,7 +96,13 @@ class Parts:
         return f"part-{part:06d}.parquet"
 
 
-def predict(scoring: Scoring, target: str, progress: Progress | None = None, workers: int | None = None) -> int:
+def predict(
+    scoring: Scoring,
+    target: str,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    unread: Sequence[Problem] = (),
+) -> int:
     """Write predictions as Parquet files; continue an interrupted call.
 
     One row per sample: `sample_id`, `key` (the sample's origin), `label` if the data has one, the task's outputs
@@ -99,6 +116,7 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
         progress: called after each file.
         workers: Ray Data actors with the model, 0 for this process; default: see
             `cluster.predict.actors.default_workers`. The files do not depend on it.
+        unread: what could not be read of data that are not prepared; listed in `_quarantine/`.
 
     Returns:
         Number of samples that this call predicted.
@@ -109,6 +127,8 @@ def predict(scoring: Scoring, target: str, progress: Progress | None = None, wor
     folder = open_target(target)
     with refusing(f"--to {target}", FIX):
         _claim(folder, _fingerprint(scoring))
+        if unread:
+            write_problems(folder, unread, f"{BAD}/{UNREAD}")
     parts = Parts(scoring.samples, scoring.batch, max(1, ROWS_PER_PART // scoring.batch))
     done, written = parts.done(folder), 0
     if done == parts.count:
@@ -147,6 +167,8 @@ def _outcomes(
     scoring: Scoring, workers: int | None, first: int, quarantine: Quarantine
 ) -> Generator[pa.Table, None, None]:
     """Yield the predictions of each batch, starting with batch `first`."""
+    if scoring.origin and hasattr(scoring.task(), "fill"):
+        return _filled(scoring, first, quarantine)
     if scoring.recipe.data.executor == "inline":
         if workers:
             raise UserError(f"--workers {workers} needs Ray, the run has data.executor = inline: add data.executor=ray")
@@ -155,6 +177,33 @@ def _outcomes(
 
     count = connected_workers(scoring) if workers is None else workers
     return predict_in_actors(scoring, count, first, quarantine) if count else _in_process(scoring, first, quarantine)
+
+
+def _filled(scoring: Scoring, first: int, quarantine: Quarantine) -> Generator[pa.Table, None, None]:
+    """Yield the texts of unprepared data with their masks filled, in place of each position's token."""
+    task, texts = scoring.task(), _texts(scoring)
+    for start in range(first * scoring.batch, scoring.samples, scoring.batch):
+        rows = []
+        for sample_id in range(start, min(start + scoring.batch, scoring.samples)):
+            key, text = texts[sample_id]
+            try:
+                found = task.fill(scoring.model, [text])[0]
+            except ValueError as error:
+                bad = Problem(scoring.split, sample_id, key, str(error))
+                quarantine.add([bad], met=1, seen=0, epoch_share=scoring.samples)
+            else:
+                rows.append({"sample_id": sample_id, **asdict(found)})
+        yield pa.Table.from_pylist(rows, FILLED)
+
+
+def _texts(scoring: Scoring) -> list[tuple[str, str]]:
+    """Return key and text of each sample."""
+    folder = open_folder(scoring.recipe.data.url)
+    found = []
+    for shard in scoring.manifest.split(scoring.split).shards:
+        with folder.fs.open(folder.existing(shard.name), "rb") as stream:
+            found += pa.ipc.open_file(stream).read_all().select(["key", "text"]).to_pylist()
+    return [(row["key"], row["text"]) for row in found]
 
 
 def _in_process(scoring: Scoring, first: int, quarantine: Quarantine) -> Generator[pa.Table, None, None]:
@@ -187,10 +236,11 @@ def _fingerprint(scoring: Scoring) -> dict[str, Any]:
     for name in sorted(scoring.saved.tensors):
         digest.update(name.encode())
         digest.update(scoring.saved.tensors[name].contiguous().view(torch.uint8).numpy().data)
-    view = scoring.recipe.data.model_dump(mode="json", exclude={"storage_options"})
+    moved = {"storage_options", *({"url"} if scoring.origin else ())}
+    view = scoring.recipe.data.model_dump(mode="json", exclude=moved)
     return {
         "weights": digest.hexdigest()[:16],
-        "data": scoring.recipe.data.url,
+        "data": scoring.origin or scoring.recipe.data.url,
         "content": content_digest(scoring.manifest, [scoring.split])[:16],
         "split": scoring.split,
         "samples": scoring.samples,

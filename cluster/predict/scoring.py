@@ -17,8 +17,9 @@ from cluster.recipe.config import Recipe, build_recipe, eval_rows, kind_of
 from cluster.recipe.file import apply_override
 from cluster.recipe.inputs import check_inputs
 from cluster.recipe.targets import check_feature, with_targets
-from cluster.runtime.local import set_quiet_environment, start_ray
+from cluster.runtime.local import set_quiet_environment
 from cluster.runtime.ray_internals import quiet_data_progress
+from cluster.runtime.session import connected
 from perceiver.config import UserError
 from perceiver.export.weights import DataFacts, Saved, class_count, open_weights
 from perceiver.tasks import Batch, build_task
@@ -41,6 +42,7 @@ class Scoring:
         model: on its device, in evaluation mode.
         batch: samples per forward pass.
         names: names of the model's classes; empty if unknown.
+        origin: identifies data that are not prepared, of which the recipe's are a copy; else empty.
     """
 
     saved: Saved
@@ -49,6 +51,7 @@ class Scoring:
     model: nn.Module
     batch: int
     names: tuple[str, ...] = ()
+    origin: str = ""
 
     @property
     def split(self) -> str:
@@ -113,33 +116,38 @@ class Scoring:
 
 
 def open_scoring(
-    place: str,
+    place: str | Saved,
     url: str | None = None,
     *,
     split: str | None = None,
     batch: int | None = None,
     overrides: Sequence[str] = (),
+    model: nn.Module | None = None,
 ) -> Scoring:
     """Load a run's weights, and apply its recipe to a data set.
 
     Args:
-        place: a run's folder, one of its checkpoints, or an exported safetensors file with its recipe.yaml.
+        place: a run's folder, one of its checkpoints, or an exported safetensors file with its recipe.yaml; or what
+            was read from it.
         url: prepared data; default: the run's own.
         split: of the data; default: the only split, otherwise the run's evaluation split.
         batch: samples per forward pass, at most those of the split; default: as in training.
         overrides: dotted keys of the recipe, such as data.clip.eval_clips=16.
+        model: the model with these weights, used where it is; default: a new one, on the GPU if there is one.
 
     Raises:
         UserError: the weights or their recipe are missing, or the data do not fit the model.
     """
-    saved = open_weights(place)
+    saved = open_weights(place) if isinstance(place, str) else place
     if not saved.recipe:
-        raise UserError(f"{place}: weights without a recipe; wanted a run's folder, or recipe.yaml next to the file")
+        raise UserError(
+            f"{saved.place}: weights without a recipe; wanted a run's folder, or recipe.yaml next to the file"
+        )
     tree = json.loads(json.dumps(saved.recipe))
     for override in overrides:
         apply_override(tree, override)
     tree["data"] = {**tree.get("data", {}), **({} if url is None else {"url": url, "mixture": []})}
-    recipe = build_recipe(tree, source=f"the recipe of {place}")
+    recipe = build_recipe(tree, source=f"the recipe of {saved.place}")
     manifest = load_data(recipe.data)
     wanted = split or _split(recipe, manifest)
     data = recipe.data.model_copy(update={"eval_split": wanted, "train_split": wanted})
@@ -148,7 +156,8 @@ def open_scoring(
     check_inputs(recipe.model, batch_shapes(data, manifest), data, manifest, trained=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = min(batch or eval_rows(recipe, recipe.cluster.workers), max(1, manifest.split(wanted).samples))
-    return Scoring(saved, recipe, manifest, saved.build().to(device), size, _class_names(saved))
+    net = saved.build().to(device) if model is None else model.eval()
+    return Scoring(saved, recipe, manifest, net, size, _class_names(saved))
 
 
 def _class_names(saved: Saved) -> tuple[str, ...]:
@@ -212,12 +221,7 @@ def ray_for(scoring: Scoring) -> Iterator[None]:
     if scoring.recipe.data.executor == "inline":
         yield
         return
-    import ray
-
     set_quiet_environment()
-    start_ray(scoring.recipe.cluster)
-    quiet_data_progress()
-    try:
+    with connected(scoring.recipe.cluster):
+        quiet_data_progress()
         yield
-    finally:
-        ray.shutdown()

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,9 @@ from rich.text import Text
 from perceiver.tracking.printable import safe_line
 
 log = logging.getLogger(__name__)
+
+Show = Literal["shell", "progress", "nothing"]
+"""What a run prints: everything, with errors and the next commands, as in a shell; only its progress; or nothing."""
 
 
 class Drawn(Protocol):
@@ -50,14 +53,27 @@ class _Output:
 
 
 class LineConsole:
-    """Prints lines, on a terminal above the live display, if there is one."""
+    """Prints lines, on a terminal above the live display, if there is one.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Args:
+        console: where to print; default: stdout.
+        show: what to print.
+    """
+
+    def __init__(self, console: Console | None = None, show: Show = "shell") -> None:
+        self.shell = show == "shell"
         # Notebooks set FORCE_COLOR, but are not terminals on which lines can be rewritten.
         terminal = None if sys.stdout.isatty() else False
         output: Any = _Output(sys.stdout)
-        self.console = console or Console(file=output, highlight=False, soft_wrap=True, force_terminal=terminal)
-        self.live = self.console.is_terminal
+        self.console = console or Console(
+            file=output,
+            highlight=False,
+            soft_wrap=True,
+            force_terminal=terminal,
+            force_jupyter=False,  # a line would be a page of HTML
+            quiet=show == "nothing",
+        )
+        self.live = self.console.is_terminal and show != "nothing"
 
     def __enter__(self) -> Self:
         return self
@@ -81,9 +97,11 @@ class LineConsole:
         (drawn.console if drawn is not None else self.console).print(safe_line(line), markup=False)
 
     def error(self, text: str) -> None:
-        """Print an error to stderr, and write it to the driver's log."""
+        """Print an error to stderr, in a shell, and write it to the driver's log."""
         log.info("error: %s", text)
         self.close()
+        if not self.shell:  # the caller raises it
+            return
         output: Any = _Output(sys.stderr)
         Console(file=output, highlight=False, soft_wrap=True).print(safe_line(f"error: {text}"), markup=False)
 
@@ -91,8 +109,8 @@ class LineConsole:
 class RunConsole(LineConsole):
     """Shows the events of the workers."""
 
-    def __init__(self, console: Console | None = None, line_every: float = 10.0) -> None:
-        super().__init__(console)
+    def __init__(self, console: Console | None = None, line_every: float = 10.0, show: Show = "shell") -> None:
+        super().__init__(console, show)
         self.line_every = line_every
         self._bar: Progress | None = None
         self._task: Any = None

@@ -74,6 +74,11 @@ class Fit:
             yield event
 
     @property
+    def result(self) -> Any:
+        """What `fit` has returned; None if it has not, or has failed."""
+        return self.future.result() if self.future.done() and self.future.exception() is None else None
+
+    @property
     def outcome(self) -> dict[str, Any]:
         """The workers' result (``status`` finished or stopped), or ``status`` failed or refused with ``error``."""
         if self.refused:
@@ -83,4 +88,4 @@ class Fit:
         if error := self.future.exception():
             log.error("fit failed", exc_info=error)
             return {"status": "failed", "error": failure_reason(error)}
-        return dict(getattr(self.future.result(), "return_value", None) or {})
+        return dict(getattr(self.result, "return_value", None) or {})

@@ -18,20 +18,22 @@ from cluster.record.failures import one_line
 from cluster.record.lease import hold
 from cluster.record.run_folder import choose_run
 from cluster.record.sessions import begin_session
-from cluster.run.console import RunConsole
+from cluster.run.console import RunConsole, Show
 from cluster.run.context import Launch
 from cluster.run.driver import Fit
 from cluster.run.evaluation import EvaluationTasks
 from cluster.run.metrics import RunMetrics, find_peak, ray_export
 from cluster.run.monitor import ActorMonitor
-from cluster.run.result import conclude, is_concluded, note_end, send_waiting
+from cluster.run.result import RunEnd, conclude, is_concluded, note_end, send_waiting
 from cluster.run.trainer import Share, build_trainer, keep_reference
 from cluster.run.watchdog import Watchdog, end
 from cluster.runtime.local import cluster_cpus
 from cluster.runtime.session import (
     Tracked,
     continue_command,
+    held_cpus,
     log_file,
+    on_joined_ray,
     raise_on_signal,
     ray_and_mlflow,
     stop_on_signal,
@@ -50,26 +52,29 @@ STOPPING = "stopping: the workers save a checkpoint first (again to leave at onc
 
 
 def launch_training(
-    recipe: Recipe, *, command: str, resume: bool = False, run: str | None = None, as_json: bool = False
-) -> int:
-    """Train a recipe; return the exit code (0 finished, 1 failed, 2 refused, 130 stopped).
+    recipe: Recipe, *, command: str, resume: bool = False, run: str | None = None, show: Show = "shell"
+) -> RunEnd:
+    """Train a recipe: `perceiver train`, `perceiver.train` and `perceiver.build_trainer`; return how the run has ended.
+
+    Uses the Ray that this process has initialised, if there is one.
 
     Args:
         recipe: the recipe.
         command: the command as typed, without ``--resume`` and ``--run``, for the commands that are shown.
         resume: resume the newest run of the recipe, or ``run``.
         run: name of the run's folder; default: the recipe's name and the next free number.
-        as_json: print the outcome as one JSON line at the end.
+        show: what to print.
 
     Raises:
         UserError: a mistake in the recipe, the data or the resources, before any worker starts.
     """
     began = time.time()
+    recipe = on_joined_ray(recipe)
     folder = choose_run(recipe.output, recipe.name, resume, run)
     if takes_from_data(recipe):
         recipe = with_targets(recipe, load_data(recipe.data))
     preflight = check(recipe, folder, resume)
-    with RunConsole() as console, ExitStack() as stack:
+    with RunConsole(show=show) as console, ExitStack() as stack:
         stack.enter_context(raise_on_signal())
         lease = stack.enter_context(hold(folder.url))
         stack.enter_context(log_file(folder))
@@ -78,7 +83,7 @@ def launch_training(
         if launch.trained and is_concluded(launch):
             _say_finished(launch)
             send_waiting(launch, tracking_of(recipe.tracking, folder, recipe.name))
-            return 0
+            return RunEnd(folder, "finished", facts={"step": launch.start_step, "total_steps": preflight.total_steps})
         begin_session(folder, began, preflight.checkpoint)
         _note_start(launch)
         _say_header(launch)
@@ -93,7 +98,7 @@ def launch_training(
         except Exception as error:  # noqa: BLE001  a bug, or a failure of the machine
             log.exception("the run failed")
             outcome = {"status": "failed", "error": one_line(error)}
-        return conclude(launch, outcome, as_json)
+        return conclude(launch, outcome)
 
 
 def run_workers(launch: Launch) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def run_workers(launch: Launch) -> dict[str, Any]:
     )
     with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as (session, handle):
         monitor = ActorMonitor()
-        trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus()))
+        trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus(), held_cpus()))
         watchdog = Watchdog(recipe.cluster.hang_s)
         evaluations = EvaluationTasks(recipe, folder, monitor, console.show)
         figures = RunMetrics(ray_export(folder.name), saved_at=launch.saved_at)
@@ -135,7 +140,7 @@ def run_workers(launch: Launch) -> dict[str, Any]:
         if not fit.lost:
             evaluations.cancel()
             monitor.close()
-        return {**fit.outcome, "handle": handle}
+        return {**fit.outcome, "handle": handle, "result": fit.result}
 
 
 def _note_start(launch: Launch) -> None:

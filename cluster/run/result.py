@@ -3,6 +3,7 @@
 import logging
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +16,70 @@ from cluster.record.sessions import ended_sessions, work_time
 from cluster.run.context import Launch
 from cluster.runtime.session import continue_command, mlflow_place
 from perceiver.config import UserError
-from perceiver.tracking.printable import say_json
 from perceiver.tracking.record import unsent
 from perceiver.tracking.runs import TrackingConfig, load_handle, open_tracker, reconcile
 from perceiver.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
+EXIT_CODES = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}
 
-def conclude(launch: Launch, outcome: Mapping[str, Any], as_json: bool) -> int:
-    """Write the report and MLflow's last entries, and print the outcome and the next commands; return the exit code.
 
-    The code is 1 if the report of a finished run could not be written.
+@dataclass(frozen=True)
+class RunEnd:
+    """How a start of a run has ended.
+
+    Attributes:
+        folder: of the run.
+        status: finished, stopped, refused or failed.
+        error: what went wrong; empty if nothing did.
+        code: exit code of the command (0 finished, 1 failed, 2 refused, 130 stopped).
+        facts: what the workers returned: step, total_steps, evaluation, ...
+        result: Ray's `Result`; None without one.
+    """
+
+    folder: RunFolder
+    status: str
+    error: str = ""
+    code: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    result: Any = None
+
+
+def conclude(launch: Launch, outcome: Mapping[str, Any]) -> RunEnd:
+    """Write the report and MLflow's last entries, and print the outcome and the next commands; return the end.
+
+    Its code is 1 if the report of a finished run could not be written.
     """
     status, folder, say = outcome.get("status", "failed"), launch.folder, launch.console.say
     if status != "finished":
         note_end(launch, outcome, status)
     continue_with = f"continue with: {continue_command(launch.command, folder)}"
-    code = {"finished": 0, "stopped": EXIT_STOPPED, "refused": 2}.get(status, 1)
+    code, error = EXIT_CODES.get(status, 1), ""
     handle = outcome.get("handle")
     tracker = open_tracker(handle, folder.local)
     report = _report(launch, outcome) if status == "finished" else None
     if status == "finished" and report is None:
-        code = 1
+        code, error = 1, f"the report could not be written, see {folder.local / DRIVER_LOG}"
+        launch.console.error(error)
     _finish_run(launch, tracker, status, report)
     if status == "finished":  # noted last: a driver that dies before leaves a run that --resume concludes
         note_end(launch, outcome, status)
     if handle and (left := unsent(folder.local)):
         say(f"{left:,} rows of the run's history in {folder.local} are not in mlflow yet: --resume sends them")
     if status == "finished":
-        _say_results(launch, outcome, report)
+        if launch.console.shell:
+            _say_results(launch, outcome, report)
     elif status == "stopped" and "step" not in outcome:
         say(f"stopped at once, without a new checkpoint; {continue_with}")
     elif status == "stopped":
         say(f"stopped after step {outcome['step']} of {outcome['total_steps']}, checkpoint saved; {continue_with}")
     else:
-        launch.console.error(f"{outcome.get('error', 'the workers exited without an error message')}")
+        error = str(outcome.get("error", "the workers exited without an error message"))
+        launch.console.error(error)
         say(f"logs {folder.local / 'logs'}" + ("" if status == "refused" else f"; {continue_with}"))
-    if as_json:
-        facts = {
-            "status": status,
-            "run": folder.url,
-            **{k: v for k, v in outcome.items() if k not in ("handle", "status")},
-        }
-        say_json(facts)
-    return code
+    facts = {name: value for name, value in outcome.items() if name not in ("handle", "status", "result")}
+    return RunEnd(folder, status, error, code, facts, outcome.get("result"))
 
 
 def note_end(launch: Launch, outcome: Mapping[str, Any], status: str) -> None:
@@ -101,7 +121,6 @@ def _report(launch: Launch, outcome: Mapping[str, Any]) -> str | None:
         return build_report(launch.recipe, launch.folder, manifest, _facts(launch, outcome), _commands(launch, outcome))
     except Exception:  # noqa: BLE001  an error in a plot must not lose the rest
         log.exception("the report failed")
-        launch.console.error(f"the report could not be written, see {launch.folder.local / DRIVER_LOG}")
         return None
 
 

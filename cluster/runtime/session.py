@@ -4,6 +4,8 @@ import logging
 import os
 import shlex
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster.recipe.config import Recipe
 from cluster.recipe.resources import ClusterConfig
 from cluster.record.run_folder import DRIVER_LOG, RunFolder
 from cluster.runtime.local import ENDS, RaySession, start_ray
@@ -69,6 +72,67 @@ def tracking_of(config: TrackingConfig, folder: RunFolder, name: str) -> Trackin
     return config.model_copy(update={"uri": uri, "experiment": experiment})
 
 
+class JoinedRay(RaySession):
+    """A Ray that the calling program has initialised: it is used, and stays when the run ends."""
+
+    def stop(self, keep_logs: Path) -> None:
+        """Do nothing."""
+
+
+def is_joined() -> bool:
+    """Return whether this process has initialised Ray, or is a Ray task or actor; does not import Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def open_ray(config: ClusterConfig) -> RaySession:
+    """Return the Ray that this process has initialised, otherwise connect to a cluster or start a local instance.
+
+    Raises:
+        UserError: the address does not answer.
+    """
+    return JoinedRay(own=False, folder="", dashboard="") if is_joined() else start_ray(config)
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Connect to Ray in a `with` block, see `open_ray`; a Ray that the calling program has initialised stays."""
+    import ray
+
+    joined = is_joined()
+    open_ray(config)
+    try:
+        yield
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def on_joined_ray(recipe: Recipe) -> Recipe:
+    """Return a recipe with the address of the Ray that this process has initialised, if that has several nodes.
+
+    With one node the workers are placed as on a local instance.
+    """
+    if not is_joined() or recipe.cluster.resolved_address() is not None:
+        return recipe
+    import ray
+
+    if sum(node["Alive"] for node in ray.nodes()) < 2:
+        return recipe
+    address = ray.get_runtime_context().gcs_address
+    return recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"address": address})})
+
+
+def held_cpus() -> float:
+    """Return the logical CPUs that the calling Ray task or actor reserves; 0 in a driver."""
+    import ray
+
+    try:
+        return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0))
+    except AssertionError:  # this is a driver; asking for the task would print a warning there
+        return 0.0
+
+
 @contextmanager
 def ray_and_mlflow(
     config: ClusterConfig,
@@ -90,12 +154,12 @@ def ray_and_mlflow(
         UserError: the cluster or a required MLflow server does not answer.
     """
     created = background.submit(_create_run, folder, run)
-    ray_session = start_ray(config)
+    ray_session = open_ray(config)
     try:
         handle = created.result()
         folder.note(ray_session=ray_session.folder)
         _say_tracking(folder, handle, say)
-        say(f"logs {folder.local / DRIVER_LOG} and {ray_session.folder}/logs")
+        say(f"logs {folder.local / DRIVER_LOG}" + (f" and {ray_session.folder}/logs" if ray_session.folder else ""))
         if ray_session.dashboard:
             say(f"dashboard http://{ray_session.dashboard}")
         yield ray_session, handle
@@ -131,7 +195,13 @@ def _say_tracking(folder: RunFolder, handle: RunHandle | None, say: Callable[[st
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle Ctrl-C, SIGTERM and SIGHUP (a closed terminal; not under `nohup`, which ignores it) by a function."""
+    """Handle Ctrl-C, SIGTERM and SIGHUP (a closed terminal; not under `nohup`, which ignores it) by a function.
+
+    Only the main thread may set handlers; in other threads this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     previous = {number: signal.signal(number, handler) for number in {signal.SIGINT, *ENDS} - ignored}
     try:
@@ -180,10 +250,12 @@ def log_file(folder: RunFolder) -> Iterator[None]:
     handler = logging.FileHandler(path)
     handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    level = root.level
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     try:
         yield
     finally:
         root.removeHandler(handler)
+        root.setLevel(level)
         handler.close()

@@ -31,15 +31,12 @@ def command(
     file next to its recipe.yaml. DATA defaults to the run's own data. Samples are transformed as in training's
     evaluations: one centre crop; the scores of all clips of a recording are averaged. The model runs in this process.
     """
-    from cluster.predict.scoring import check_labels, open_scoring, ray_for
+    from cluster.predict.scoring import open_scoring
+    from perceiver.api.models import measured
 
     data, overrides = own_data(data, overrides)
     scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
-    check_labels(scoring)
-    for note in scoring.notes():
-        say(f"note: {note}", err=True)
-    with ray_for(scoring):
-        figures = scoring.metrics()
+    figures = measured(scoring, lambda line: say(f"note: {line}", err=True))
     facts: dict[str, Any] = {
         "run": run,
         "data": scoring.recipe.data.url,

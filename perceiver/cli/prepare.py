@@ -1,7 +1,6 @@
 """`perceiver prepare`: raw data to shards."""
 
 import time
-from collections.abc import Callable
 
 import click
 
@@ -71,24 +70,14 @@ def command(
     their row groups; a run refuses files that have changed since. Row groups much larger than 64 MB train slowly this
     way: prepare such data without --index.
     """
-    from perceiver.config import UserError
-    from pipelines.index import HEAVY_BYTES, group_bytes, index
-    from pipelines.prepare import PrepareConfig, prepare
+    from perceiver.api.data import pairs, write_data
+    from pipelines.index import HEAVY_BYTES, group_bytes
+    from pipelines.prepare import PrepareConfig
 
-    if not 1 <= len(places) <= 2:
-        raise UserError(f"got {len(places)} places ({', '.join(places)}), wanted [SRC] DST")
-    *source, dst = places
-    src = source[0] if source else None
-    pairs = dict(_pair(option) for option in options)
     began = time.monotonic()
-    config = PrepareConfig(seed=seed, options=pairs, max_bad_fraction=max_bad_fraction)
-    work = index if in_place else prepare
-
-    def note(line: str) -> None:
-        if not as_json:
-            say(f"  {line}")
-
-    manifest = work(name, src, dst, config, progress=_progress(note), note=note)
+    config = PrepareConfig(seed=seed, options=dict(pairs(options)), max_bad_fraction=max_bad_fraction)
+    data = write_data(name, places, config, index=in_place, show=not as_json)
+    dst, manifest = data.url, data.manifest
     if as_json:
         say_json(manifest.model_dump(mode="json"))
         return 0
@@ -105,24 +94,3 @@ def command(
     if manifest.rejected:
         say(f"{manifest.rejected:,} raw items could not be read: see {dst.rstrip('/')}/quarantine.parquet")
     return 0
-
-
-def _progress(show: Callable[[str], None]) -> Callable[[int, str], None]:
-    before = 0
-
-    def progress(total: int, shard: str) -> None:
-        nonlocal before
-        count = total - before
-        show(f"{shard}: {count:,} sample{'' if count == 1 else 's'} ({total:,} so far)")
-        before = total
-
-    return progress
-
-
-def _pair(option: str) -> tuple[str, str]:
-    from perceiver.config import UserError
-
-    key, equals, value = option.partition("=")
-    if not equals or not key:
-        raise UserError(f"--option {option!r} is not of the form KEY=VALUE")
-    return key, value

@@ -62,19 +62,16 @@ def command(
     MLflow run; submitting a search again continues its unfinished trials. Ctrl-C leaves the job running. Exit code:
     that of the job, 130 if it was stopped.
     """
-    from cluster.jobs.commands import find_job, follow
+    from cluster.jobs.commands import follow
     from cluster.jobs.config import Submission
-    from cluster.jobs.submit import submit, training
-    from tune.search.submission import is_search, searching
+    from perceiver.api.jobs import start_job
 
     resources = _resources(entrypoint_resources)
     wanted = Submission(recipe=recipe, entrypoint_resources=resources, **options)
-    work = searching(wanted) if tune or is_search(recipe) else training(wanted)
-    server = reach(address, headers, verify)
-    name = submit(server, wanted, work, say)
-    job = find_job(server, name)
+    submitted = start_job(wanted, lambda: reach(address, headers, verify), progress=True, search=tune)
+    name, server, job = submitted.name, submitted.server, submitted.job()
     if not as_json or not no_wait:
-        say(f"job {name} {'runs search' if work.verb == 'tune' else 'trains run'} {job.run} at {server.url}")
+        say(f"job {name} {'runs search' if submitted.verb == 'tune' else 'trains run'} {job.run} at {server.url}")
     if not no_wait:
         try:
             job = follow(server, job, say_log)

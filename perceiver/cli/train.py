@@ -5,6 +5,7 @@ import shlex
 import click
 
 from perceiver.cli._types import RunName
+from perceiver.tracking.printable import say_json
 
 
 @click.command(
@@ -33,4 +34,7 @@ def command(recipe: str, overrides: tuple[str, ...], resume: bool, run: str | No
     from cluster.run.launch import launch_training
 
     typed = shlex.join(["perceiver", "train", recipe, *overrides])
-    return launch_training(wanted, command=typed, resume=resume, run=run, as_json=as_json)
+    end = launch_training(wanted, command=typed, resume=resume, run=run)
+    if as_json:
+        say_json({"status": end.status, "run": end.folder.url, **end.facts})
+    return end.code

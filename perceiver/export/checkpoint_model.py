@@ -6,19 +6,18 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 
 from perceiver.config import UserError
-from perceiver.export.serving import Answers
+from perceiver.export.serving import Answers, view_of
 from perceiver.export.weights import open_weights
 from perceiver.tracking.mlflow_links import REFERENCE
 
 
 class CheckpointModel:
-    """Maps raw tensors by name, samples along the first axis, to the task's predictions.
+    """Maps samples by name (see `perceiver.export.requests`) to the task's predictions.
 
     Args:
         location: the checkpoint's folder, a path or URL that this machine can read.
@@ -32,8 +31,7 @@ class CheckpointModel:
         task = saved.recipe.get("task")
         if not task:
             raise UserError(f"{location}: got weights without a recipe's task; wanted a checkpoint of a run")
-        self.answers = Answers(saved, task, saved.data.classes if saved.data else ())
-        self.like: dict[str, torch.Tensor] = cast(Any, self.answers.net).example(1, "cpu")
+        self.answers = Answers(saved, task, saved.data.classes if saved.data else (), view_of(saved.recipe))
 
     def predict(self, model_input: Mapping[str, Any], params: Any = None) -> dict[str, np.ndarray]:
         """Answer a request.
@@ -42,27 +40,7 @@ class CheckpointModel:
             ValueError: an input is missing or unknown, of another shape, or its numbers are not of the input's type,
                 such as pixels divided by 255.
         """
-        if not isinstance(model_input, Mapping) or not self.like.keys() & model_input.keys():
-            raise ValueError(f"wanted arrays by name: {', '.join(self.like)}")
-        return self.answers({name: self._array(name, values) for name, values in model_input.items()})
-
-    def _array(self, name: str, values: Any) -> np.ndarray:
-        found = np.asarray(values)
-        like = self.like.get(name)
-        if like is None:
-            return found
-        wanted = like.numpy()
-        if found.shape[1:] != wanted.shape[1:]:
-            raise ValueError(f"{name}: got the shape {found.shape}; wanted {('samples', *wanted.shape[1:])}")
-        if np.issubdtype(wanted.dtype, np.integer):
-            limits = np.iinfo(wanted.dtype)
-            whole = np.issubdtype(found.dtype, np.integer) or not found.size
-            if not whole or (found.size and not limits.min <= found.min() <= found.max() <= limits.max):
-                raise ValueError(
-                    f"{name}: wanted whole numbers of {limits.min} to {limits.max}"
-                    + (", pixels that are not divided by 255" if wanted.dtype == np.uint8 else "")
-                )
-        return found.astype(wanted.dtype)
+        return self.answers(model_input)
 
 
 def _load_pyfunc(data_path: str) -> CheckpointModel:

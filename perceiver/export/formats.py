@@ -332,6 +332,17 @@ VALUES = {
 """What the numbers of a raw input mean, by its key."""
 
 
+CLIENT = {
+    "image": (
+        "`image` also takes encoded images (JPEG, PNG, ...) as base64 texts; they are resized and cropped as in "
+        "training's evaluations.",
+        "BASE64",
+    ),
+    "text": ("`text` also takes texts, of a model of bytes.", "A text."),
+}
+"""What a served model takes instead of arrays, in words and in a request."""
+
+
 def _use(written: Mapping[str, Any], saved: Saved) -> list[str]:
     if "inputs" in written:
         return _use_arrays(written, saved)
@@ -354,14 +365,14 @@ def _use_arrays(written: Mapping[str, Any], saved: Saved) -> list[str]:
         rows.append(f"| `{name}` | {kind} | {', '.join(map(str, shape))} | {values} |")
     outputs = ", ".join(f"`{name}`" for name in written["outputs"])
     lines = [*rows, "", f"Outputs: {outputs}."]
+    served = "MLmodel" in written["files"]
     if "uint8" in written["dtypes"].values():
-        lines += [
-            "",
-            "The model normalises the pixels itself. Pixels divided by 255 give a wrong result: as uint8 they are all "
-            "0 or 1, and MLflow's server converts the numbers of a request without an error.",
-        ]
-    if "MLmodel" in written["files"]:
-        body = json.dumps({"inputs": dict.fromkeys(written["inputs"], "...")})
+        wrong = "are refused" if served else "give a wrong result: as uint8 they are all 0 or 1"
+        lines += ["", f"The model normalises the pixels itself. Pixels divided by 255 {wrong}."]
+    if served:
+        lines += [line for name in CLIENT if name in written["inputs"] for line in ("", CLIENT[name][0])]
+        shown = {name: [CLIENT[name][1]] if name in CLIENT else "..." for name in written["inputs"]}
+        body = json.dumps({"inputs": {name: values for name, values in shown.items() if name != "text_mask"}})
         code = [
             "```",
             "mlflow models serve -m . --env-manager local --port 5001",

@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-import perceiver
 from perceiver.config import UserError
 from perceiver.export.formats import describe_inputs, example, silent, write_weights
-from perceiver.export.serving import Answers
+from perceiver.export.serving import Answers, view_of
 from perceiver.export.weights import Saved
 from perceiver.tracking.mlflow_links import import_mlflow
 from perceiver.tracking.redaction import redact_text, resolve
 from perceiver.tracking.runs import TrackingConfig
 
-REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "fsspec")
+REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "fsspec", "pillow", "simplejpeg")
 """Requirements of the served model; it contains this package itself."""
+PACKAGES = ("perceiver", "pipelines")
+"""What it contains: the model, and how images are decoded."""
 NAME = "model"
 EXAMPLE_VALUES = 200_000
 """Largest number of values in a sample for which the model contains an example request."""
@@ -42,7 +43,7 @@ def export_mlflow(saved: Saved, folder: Path, classes: Sequence[str] = ()) -> di
     with tempfile.TemporaryDirectory(prefix="mlflow-") as staging, silent():
         mlflow.pyfunc.save_model(folder, **_parts(mlflow, saved, Path(staging), classes))
         again = mlflow.pyfunc.load_model(str(folder)).predict(inputs)
-    here = Answers(saved, _task(saved), classes)(inputs)
+    here = _answers(saved, classes)(inputs)
     different = [name for name in here if not np.array_equal(np.asarray(again[name]), here[name])]
     if different or again.keys() != here.keys():
         raise RuntimeError(f"mlflow: {(different or list(again))[0]} differs after loading")
@@ -100,18 +101,26 @@ def _parts(mlflow: Any, saved: Saved, staging: Path, classes: Sequence[str]) -> 
     weights = staging / "weights"
     weights.mkdir()
     write_weights(saved, weights)
-    (weights / "task.json").write_text(json.dumps({"task": _task(saved), "classes": classes}))
+    (weights / "task.json").write_text(
+        json.dumps({"task": _task(saved), "classes": classes, "view": view_of(saved.recipe)})
+    )
     inputs = _example(saved)
-    package = Path(perceiver.__file__).parent
+    package = Path(__file__).parents[1]
+    # Without inputs: MLflow would convert the numbers of a JSON request to the signature's type before it checks them.
+    outputs = mlflow.models.infer_signature(inputs, _answers(saved, classes)(inputs)).outputs
     return {
         "python_model": str(package / "export" / "served_model.py"),
         "artifacts": {"weights": str(weights)},
-        "code_paths": [str(package)],
-        "signature": mlflow.models.infer_signature(inputs, Answers(saved, _task(saved), classes)(inputs)),
+        "code_paths": [str(package.parent / name) for name in PACKAGES],
+        "signature": mlflow.models.ModelSignature(outputs=outputs),
         "pip_requirements": [f"{each}=={version(each).partition('+')[0]}" for each in REQUIREMENTS],
         "input_example": {name: values[:1] for name, values in inputs.items()} if _small(inputs) else None,
         "metadata": {"recipe": saved.recipe.get("name"), "step": saved.facts.get("step")},
     }
+
+
+def _answers(saved: Saved, classes: Sequence[str]) -> Answers:
+    return Answers(saved, _task(saved), classes, view_of(saved.recipe))
 
 
 def _task(saved: Saved) -> Mapping[str, Any]:

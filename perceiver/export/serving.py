@@ -1,12 +1,14 @@
-"""A trained model with its task, applied to arrays: the implementation of a served model."""
+"""A trained model with its task, applied to requests: the implementation of a served model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 
+from perceiver.export.requests import Requests, is_text
 from perceiver.export.weights import Saved, class_count
 from perceiver.tasks import TaskConfig, build_task, known_classes
 
@@ -15,30 +17,43 @@ BATCH = 64
 
 
 class Answers:
-    """Maps raw arrays by name, samples along the first axis, to the task's predictions.
+    """Maps samples by name, as `perceiver.export.requests.Requests` takes them, to the task's predictions.
 
     Args:
         saved: weights with their model's config.
         task: the recipe's `task` section.
         classes: names of the classes; empty if they have none.
+        view: `eval_crop` and `max_pixels` of the recipe's `data` section.
     """
 
-    def __init__(self, saved: Saved, task: Mapping[str, Any], classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        saved: Saved,
+        task: Mapping[str, Any],
+        classes: Sequence[str] = (),
+        view: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.net = saved.build().to(self.device)
+        self.requests = Requests(self.net, view)
         self.classes = np.array(classes)
         assert saved.model is not None
         config = TypeAdapter(TaskConfig).validate_python(task)
         self.several = known_classes(config)
         self.task = build_task(config, classes=class_count(saved.model, saved.shapes) or len(classes))
 
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the task's outputs (`prediction`, `probability`, ...), and `class` where classes have names.
 
+        A masked language model returns texts with their `[MASK]` filled as `text`.
+
         Raises:
-            ValueError: there are no samples, or the inputs differ in number.
+            ValueError: there are no samples, the inputs differ in number, or see `Requests`.
         """
-        raw = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in inputs.items()}
+        if hasattr(self.task, "fill") and isinstance(inputs, Mapping) and is_text(inputs.get("text", ())):
+            return {"text": np.array([found.text for found in self._fill(inputs["text"])])}
+        arrays = self.requests(inputs)
+        raw = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
         counts = {name: len(values) for name, values in raw.items()}
         total = next(iter(counts.values()))
         if total == 0 or len(set(counts.values())) != 1:
@@ -55,3 +70,12 @@ class Answers:
         if self.classes.size and best is not None and best.ndim == 1:
             found["class"] = self.classes[best]
         return found
+
+    def _fill(self, texts: Any) -> list[Any]:
+        return cast(Any, self.task).fill(self.net, np.ravel(texts).tolist())
+
+
+def view_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a recipe's `data` section decides how a sample is shown."""
+    data = recipe.get("data") or {}
+    return {name: data[name] for name in ("eval_crop", "max_pixels") if name in data}

@@ -240,16 +240,6 @@ def _from_transformers(place: str, fs: Any, path: str) -> Saved:
     return Saved(place, dict(ours.state_dict()), cast(Config, ours.config))
 
 
-def load_model(place: str, **changes: Any) -> nn.Module:
-    """Build the model with the weights at a place (see `open_weights`), in evaluation mode.
-
-    Args:
-        place: path or URL, for example `runs/quickstart-001`.
-        changes: keys of the model's config to replace, for example `attention="plain"`.
-    """
-    return open_weights(place).build(**changes)
-
-
 @dataclass(frozen=True)
 class WeightPlan:
     """How a model is initialized from saved weights: tensors taken, resized to its grid, or left at initial values.

@@ -18,6 +18,14 @@ BYTE_VOCABULARY = 256 + 6
 """The bytes, after the ids PAD, BOS, EOS, MASK, CLS and SEP."""
 
 
+CLS, SEP, SPECIALS = 4, 5, 6
+
+
+def byte_ids(text: str, length: int) -> list[int]:
+    """Return the ids of a text: CLS, its UTF-8 bytes + 6, SEP; a longer text is cut before SEP to `length` ids."""
+    return [CLS, *(byte + SPECIALS for byte in text.encode()[: length - 2]), SEP]
+
+
 class TextConfig(Config):
     """Token ids under the batch key `text`, and `text_mask`, True where there is a token (all, if not given)."""
 

@@ -5,7 +5,7 @@ together; the loss is over masked positions only.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from perceiver.config import Config, Real, Seed
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
+from perceiver.tasks._filling import Filled, fill
 
 BYTE_SPACES = tuple(byte + 6 for byte in b" \t\n\r\x0b\x0c")
 
@@ -98,3 +99,7 @@ class MaskedLanguage(RandomTask):
         """Return the most likely ids (B, M) as `prediction` and their `probability` (B, M), without further masking."""
         top = model(model_inputs(model, batch)).float().softmax(-1).max(-1)
         return {"prediction": top.indices, "probability": top.values}
+
+    def fill(self, model: nn.Module, texts: Sequence[str]) -> list[Filled]:
+        """Fill `[MASK]` in texts, see `perceiver.tasks._filling.fill`; for models of bytes."""
+        return fill(model, texts, self.config.mask_id)

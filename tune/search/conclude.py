@@ -37,7 +37,7 @@ def conclude(launch: "SearchLaunch", outcome: dict[str, Any]) -> int:
     recipe = _write_best(launch, best) if best else None
     report = _report(launch) if best else None
     finish_run(launch, status, ("search.yaml", "best.yaml", "report.html", "trials.json"))
-    if best:
+    if best and launch.console.shell:
         _say_results(launch, best, recipe, report, outcome.get("handle"))
     if launch.start.as_json:
         say_json(_facts(launch, status, best, recipe, report, outcome))

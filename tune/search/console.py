@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.run.console import LineConsole, duration
+from cluster.run.console import LineConsole, Show, duration
 from perceiver.tracking.printable import safe_line
 from tune.report.numbers import figure, figures, short_keys, value_text, values_text
 from tune.search_record import SearchRecord, TrialRecord
@@ -22,8 +22,8 @@ STYLES = {"running": "bold", "failed": "red", "stopped": "dim", "waiting": "dim"
 class SearchConsole(LineConsole):
     """Shows a search: `say` prints a line, `news` takes an event of a trial, `refresh` redraws the table."""
 
-    def __init__(self, record: SearchRecord, console: Console | None = None) -> None:
-        super().__init__(console)
+    def __init__(self, record: SearchRecord, console: Console | None = None, show: Show = "shell") -> None:
+        super().__init__(console, show)
         self.record = record
         self._progress: dict[int, Mapping[str, Any]] = {}
         self._began = time.monotonic()

@@ -18,10 +18,19 @@ from cluster.recipe.resources import machine_cpus
 from cluster.recipe.resume import check_same_data
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder, choose_run
+from cluster.run.console import Show
 from cluster.run.driver import Fit
 from cluster.run.monitor import ActorMonitor
-from cluster.runtime.local import RaySession, start_ray
-from cluster.runtime.session import Tracked, log_file, raise_on_signal, ray_and_mlflow, stop_on_signal
+from cluster.runtime.local import RaySession
+from cluster.runtime.session import (
+    Tracked,
+    connected,
+    is_joined,
+    log_file,
+    raise_on_signal,
+    ray_and_mlflow,
+    stop_on_signal,
+)
 from perceiver.config import UserError
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
@@ -62,6 +71,7 @@ def launch_search(
     run: str | None = None,
     as_json: bool = False,
     dry_run: bool = False,
+    show: Show = "shell",
 ) -> int:
     """Run a search; return the exit code (0 finished, 1 failed, 130 stopped).
 
@@ -72,6 +82,7 @@ def launch_search(
         run: name of the search's folder.
         as_json: print the outcome as one JSON line at the end.
         dry_run: print the plan only.
+        show: what to print.
 
     Raises:
         UserError: a mistake in the search, the recipe, the data or the resources, before anything starts.
@@ -87,7 +98,8 @@ def launch_search(
         say_plan(search, checker, slots, known)
         return 0
     command = shlex.join(["perceiver", "tune", path, *overrides])
-    return run_search(SearchPlan(search, checker, slots, known), SearchStart(command, resume, run, as_json), conclude)
+    start = SearchStart(command, resume, run, as_json, show=show)
+    return run_search(SearchPlan(search, checker, slots, known), start, conclude)
 
 
 def set_environment() -> None:
@@ -108,7 +120,7 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
     waiting, concluded = reopen(record), folder.facts().get("status") == "finished"
     _keep_search(plan, folder, start.resume)
     save_record(record, folder)
-    with SearchConsole(record) as console, ExitStack() as stack:
+    with SearchConsole(record, show=start.show) as console, ExitStack() as stack:
         stack.enter_context(raise_on_signal())
         stack.enter_context(log_file(folder))
         background = stack.enter_context(ThreadPoolExecutor(2))
@@ -144,14 +156,12 @@ def _reopened(launch: SearchLaunch) -> dict[str, Any]:
 
 def find_slots(search: Search, known: list[Values] | None) -> Slots:
     """Divide the cluster, or this machine if the recipe has no address."""
-    import ray
     import torch
 
     nodes = [Node("this machine", {"CPU": machine_cpus(), "GPU": torch.cuda.device_count()})]
-    if search.recipe.cluster.resolved_address():
-        start_ray(search.recipe.cluster)
-        nodes = connected_nodes()
-        ray.shutdown()
+    if search.recipe.cluster.resolved_address() or is_joined():
+        with connected(search.recipe.cluster):
+            nodes = connected_nodes()
     cpus, gpus = (sum(float(node.resources.get(name, 0)) for node in nodes) for name in ("CPU", "GPU"))
     trials = len(known) if known is not None else search.config.trials
     return divide(search.recipe, search.config.concurrency, trials, cpus, gpus, nodes)

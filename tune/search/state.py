@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.recipe.config import absolute
 from cluster.record.run_folder import RunFolder
+from cluster.run.console import Show
 from cluster.runtime.session import continue_command, tracking_of
 from perceiver.tracking.runs import TrackingConfig
 from perceiver.tracking.tracker import NullTracker, Tracker
@@ -29,6 +30,7 @@ class SearchStart:
         run: name of the search's folder.
         as_json: print the outcome as one JSON line at the end.
         more: how to add trials when all are done.
+        show: what to print.
     """
 
     command: str
@@ -36,6 +38,7 @@ class SearchStart:
     run: str | None = None
     as_json: bool = False
     more: str = "raise trials to continue"
+    show: Show = "shell"
 
 
 @dataclass(frozen=True)

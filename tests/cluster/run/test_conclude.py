@@ -65,7 +65,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
 
 
 def train(tree: dict[str, Any], resume: bool = False) -> int:
-    return launching.launch_training(build_recipe(tree), command="perceiver train small.yaml", resume=resume)
+    return launching.launch_training(build_recipe(tree), command="perceiver train small.yaml", resume=resume).code
 
 
 def folder_of(tree: dict[str, Any]) -> RunFolder:

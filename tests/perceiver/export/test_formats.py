@@ -18,7 +18,7 @@ from cluster.run.worker import first_model
 from perceiver import storage
 from perceiver.cli import cli
 from perceiver.config import UserError
-from perceiver.export.weights import load_model, load_weights, open_weights, plan_weights
+from perceiver.export.weights import load_weights, open_weights, plan_weights
 from perceiver.factory import build_model, model_config
 from perceiver.optim.config import OptimConfig
 from pipelines.shards.manifest import load_manifest
@@ -144,7 +144,7 @@ def test_a_transformers_folder_there_and_back(tmp_path):
     ids = torch.randint(6, 40, (2, 12))
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
-    again = load_model(str(tmp_path / "out"))
+    again = perceiver.load_model(str(tmp_path / "out"))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
@@ -162,7 +162,7 @@ def sharded(folder: Path) -> tuple[Any, Path]:
 def test_a_transformers_folder_of_shards(tmp_path):
     """Such a folder was once refused as pickled weights."""
     model, index = sharded(tmp_path)
-    again = load_model(str(index.parent)).state_dict()
+    again = perceiver.load_model(str(index.parent)).state_dict()
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
     places = json.loads(index.read_text())["weight_map"]

@@ -1,5 +1,6 @@
 """`perceiver export --format mlflow`: the model in MLflow's registry, and served."""
 
+import base64
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from perceiver.cli import cli
 from perceiver.config import UserError
 from perceiver.export.weights import open_weights
 from tests.perceiver.export.test_formats import SMALL, run_folder
+from tests.perceiver.export.test_requests import png
 from tests.perceiver.tracking.mlflow_server import end, free_port, listening
 
 CLASSES = ["dark", "light"]
@@ -61,7 +63,8 @@ def test_a_registered_model_answers_requests_as_the_run_does(tmp_path, images, m
     written = export(source, "--to", str(tmp_path / "out"), "--register", "digits")
     assert "MLFLOW_TRACKING_URI" not in os.environ, "later runs would go to another store"
     assert written["inputs"] == {"image": ["batch", 1, 8, 8]} and written["registered"]["version"] == 1
-    assert "divided by 255 give a wrong result" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "divided by 255 are refused" in card and '{"inputs": {"image": ["BASE64"]}}' in card
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "out"))
     with pytest.raises(mlflow.exceptions.MlflowException, match="uint8"):
         loaded.predict({"image": np.zeros((1, 1, 8, 8), np.float32)})
@@ -85,7 +88,13 @@ def test_a_registered_model_answers_requests_as_the_run_does(tmp_path, images, m
         assert got["class"] == [CLASSES[number] for number in got["prediction"]]
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(port, {"inputs": {"image": pixels[:, :, :5].tolist()}})
-        assert refused.value.code == 400 and "does not match expected shape" in refused.value.read().decode()
+        assert refused.value.code == 400 and "image: got the shape (70, 1, 5, 8)" in refused.value.read().decode()
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(port, {"inputs": {"image": (pixels / 255).tolist()}})
+        assert refused.value.code == 400 and "wanted uint8: whole numbers" in refused.value.read().decode()
+        encoded = [base64.b64encode(png(each[0].numpy())).decode() for each in pixels[:3]]
+        got = ask(port, {"inputs": {"image": [encoded[0], f"data:image/png;base64,{encoded[1]}", encoded[2]]}})
+        np.testing.assert_allclose(got["predictions"]["probability"], probability[:3], rtol=1e-5, atol=1e-7)
     finally:
         end(server)
 

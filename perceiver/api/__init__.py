@@ -1,0 +1,4 @@
+"""The Python interface `perceiver.NAME`: what the commands do, with return values and exceptions.
+
+Each function is what the command of its name calls, or calls what that command calls.
+"""

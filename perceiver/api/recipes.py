@@ -1,0 +1,76 @@
+"""Recipes and overrides as Python values: how they become what a command is given."""
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from perceiver.config import UserError, shown
+
+if TYPE_CHECKING:
+    from cluster.recipe.config import Recipe
+
+    Place = str | os.PathLike[str]
+    RecipeLike = Place | Mapping[str, Any] | Recipe
+    """A recipe file, a tree of settings, or a recipe."""
+
+
+def set_up() -> None:
+    """Prepare the environment as the command line does: versions, telemetry off, proxies."""
+    from cluster.runtime.local import set_quiet_environment
+    from perceiver.environment import bypass_proxies, check_versions
+
+    # What Ray and tqdm say in a notebook without widgets.
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    check_versions()
+    set_quiet_environment()
+    bypass_proxies()
+
+
+def words(overrides: Mapping[str, Any], data: "Place | None" = None) -> list[str]:
+    """Return overrides as `KEY=VALUE`, the form of the commands.
+
+    Args:
+        overrides: values by dotted key; a path becomes its text.
+        data: value of `data.url`; None to leave it.
+
+    Raises:
+        UserError: a value is not made of texts, numbers, lists and mappings.
+    """
+    given = {**({} if data is None else {"data.url": os.fspath(data)}), **overrides}
+    return [f"{key}={_text(key, value)}" for key, value in given.items()]
+
+
+def _text(key: str, value: Any) -> str:
+    try:
+        text = json.dumps(value, default=os.fspath)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"override of {key}: got {shown(repr(value))} ({error}), wanted a text, a number, true or false, None, or a"
+            " list or dict of these"
+        ) from None
+    # To YAML 1e-05 is a text, 1.0e-05 a number.
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
+
+
+def read_recipe(recipe: "RecipeLike", overrides: list[str]) -> "Recipe":
+    """Return a recipe with overrides.
+
+    Raises:
+        UserError: no such file, or a wrong key or value.
+    """
+    from cluster.recipe.config import Recipe, build_recipe, load_recipe
+    from cluster.recipe.file import apply_override
+
+    if isinstance(recipe, str | os.PathLike):
+        return load_recipe(os.fspath(recipe), overrides)
+    if not isinstance(recipe, Recipe | Mapping):
+        raise UserError(f"recipe: got {shown(repr(recipe))}, wanted the path of a file, a dict or a Recipe")
+    tree = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else copy.deepcopy(dict(recipe))
+    for override in overrides:
+        apply_override(tree, override)
+    return build_recipe(tree)
