@@ -20,5 +20,10 @@ _HOMES = {"create_model": "factory", "list_models": "presets", "load_model": "ex
 def __getattr__(name: str) -> Any:
     # Imported on use, so that `import perceiver` does not load torch.
     if name in _HOMES:
-        return getattr(importlib.import_module(f"perceiver.{_HOMES[name]}"), name)
+        try:
+            return getattr(importlib.import_module(f"perceiver.{_HOMES[name]}"), name)
+        except ModuleNotFoundError as error:
+            from perceiver_train.extras import lacks
+
+            raise ImportError(lacks(f"perceiver.{name}", error) or str(error), name=error.name) from error
     raise AttributeError(f"module 'perceiver' has no attribute {name!r}")

@@ -1,13 +1,13 @@
 """The entrypoint of a job on the cluster: check its environment, then start or resume `perceiver train` or `tune`.
 
-``python -m cluster.jobs.entrypoint --run NAME --output URL [--needs A,B] [--folder DIR] VERB FILE [key=value ...]``
+``python -P -m perceiver_train.module cluster.jobs.entrypoint --run NAME --output URL [--needs A,B] [--folder DIR]
+VERB FILE [key=value ...]``
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from cluster.recipe.placement import RESERVED
 from cluster.record.failures import one_line
@@ -23,7 +23,7 @@ REFUSED = 2
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.jobs.entrypoint", description=__doc__)
+    parser = argparse.ArgumentParser(prog="cluster.jobs.entrypoint", description=__doc__)
     parser.add_argument("--run", required=True, help="name of the run, continued if it exists")
     parser.add_argument("--output", required=True, help="folder or URL that contains the run's folder")
     parser.add_argument("--needs", default="", help="environment variables that must be set on the cluster")
@@ -47,7 +47,7 @@ def command(given: argparse.Namespace) -> list[str]:
             f"{', '.join(missing)} is not set on the cluster: set it where the nodes start (a Kubernetes secret, the "
             "autoscaler's setup commands, the shell of `perceiver cluster up`)"
         )
-    words = [sys.executable, "-m", "perceiver", given.verb, given.file, *given.overrides, "--run", given.run]
+    words = [sys.executable, "-m", "perceiver_train", given.verb, given.file, *given.overrides, "--run", given.run]
     return [*words, "--resume"] if exists(given.output, given.run) else words
 
 
@@ -80,7 +80,6 @@ def exists(output: str, run: str) -> bool:
 def main(words: Sequence[str]) -> int:  # noqa: RET503  execve does not return
     """Replace this process by the command; return exit code 2 if the job is refused."""
     given = arguments(words)
-    package = str(Path.cwd())
     try:
         if given.folder:
             os.chdir(given.folder)
@@ -88,10 +87,8 @@ def main(words: Sequence[str]) -> int:  # noqa: RET503  execve does not return
     except (UserError, OSError) as error:
         say(f"error: {error}", err=True)
         return REFUSED
-    # The package's sources take precedence over sources in the folder.
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     held = {RESERVED: given.reserved} if given.reserved else {}
-    os.execve(argv[0], argv, {**os.environ, **held, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"})
+    os.execve(argv[0], argv, {**os.environ, **held, "PYTHONSAFEPATH": "1"})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ from typing import Any
 
 from cluster.jobs.commands import OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
 from cluster.jobs.config import JobSpec, Submission
-from cluster.jobs.package import build_package, locked_requirements, named_files, path_in_package
+from cluster.jobs.package import (
+    build_package,
+    copy_sources,
+    locked_requirements,
+    named_files,
+    path_in_package,
+    recipe_files,
+)
 from cluster.jobs.paths import check_paths, is_here, tracking_note
 from cluster.jobs.secrets import check_secret_files, check_secrets, needed
 from cluster.jobs.server import JobServer, text_object
@@ -35,7 +42,7 @@ def training(wanted: Submission) -> JobSpec:
     """
     tree = read_tree(wanted.recipe, wanted.overrides)
     recipe = build_recipe(tree, source=wanted.recipe)
-    files = [wanted.recipe, *named_files(tree)]
+    files = [*recipe_files(wanted.recipe), *named_files(tree)]
     return JobSpec("train", recipe, recipe.name, tree, files, partial(check_places, recipe=recipe))
 
 
@@ -69,10 +76,14 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
     given = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
     own, excludes = runtime_env.pop("working_dir", None), runtime_env.pop("excludes", [])
     with tempfile.TemporaryDirectory(prefix="perceiver-job-") as folder:
-        left = build_package(Path(folder), work.files, own, excludes)
+        working = Path(folder, "files")
+        working.mkdir()
+        left = build_package(working, work.files, own, excludes)
         if left:
             say(f"note: {', '.join(left)} of {own} not uploaded: may contain secrets")
-        runtime_env["working_dir"] = folder
+        runtime_env["working_dir"] = str(working)
+        # Ray puts them before the working directory on PYTHONPATH.
+        runtime_env["py_modules"] = [str(copy_sources(Path(folder))), *runtime_env.get("py_modules", [])]
         with server.answers(f"the job {name}"):
             return server.client.submit_job(
                 entrypoint=entrypoint(wanted, work, run, str(Path.cwd()) if here else None),
@@ -105,7 +116,17 @@ def entrypoint(wanted: Submission, work: JobSpec, run: str, folder: str | None) 
 
 def job_words(run: str, output: str, needs: Collection[str]) -> list[str]:
     """Return the first words of a job's command: the entrypoint, the run, and the variables that it needs."""
-    words = ["python", "-m", "cluster.jobs.entrypoint", "--run", run, "--output", output]
+    words = [
+        "python",
+        "-P",
+        "-m",
+        "perceiver_train.module",
+        "cluster.jobs.entrypoint",
+        "--run",
+        run,
+        "--output",
+        output,
+    ]
     return [*words, "--needs", ",".join(needs)] if needs else words
 
 
