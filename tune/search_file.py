@@ -7,7 +7,7 @@ from cluster.recipe.file import apply_override, packaged, read_tree
 from perceiver.config import UserError
 from tune.space.space import with_values
 
-RECIPE_KEYS = ("output", "data", "model", "task", "optim", "train", "deepspeed", "cluster", "tracking")
+RECIPE_KEYS = ("output", "data", "model", "task", "optim", "train", "deepspeed", "cluster", "tracking", "hooks")
 """Top-level keys that only a recipe has: their overrides change the base recipe."""
 
 

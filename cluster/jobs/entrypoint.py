@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cluster.jobs.plugins import check_installed
 from cluster.recipe.placement import RESERVED
 from cluster.record.failures import one_line
 from cluster.record.run_folder import named_run
@@ -28,6 +29,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder or URL that contains the run's folder")
     parser.add_argument("--needs", default="", help="environment variables that must be set on the cluster")
     parser.add_argument("--folder", help="folder that relative paths start from; default: the package")
+    parser.add_argument("--packages", default="", help="packages, name==version, whose plug-ins the recipe uses")
     parser.add_argument("--reserved", help="JSON of the resources that this command reserves on its node")
     parser.add_argument("verb")
     parser.add_argument("file", help="a recipe, or a search")
@@ -39,7 +41,7 @@ def command(given: argparse.Namespace) -> list[str]:
     """Return the `perceiver` command of this start: with ``--resume`` if the run exists.
 
     Raises:
-        UserError: a variable is not set here, or the run's folder cannot be read.
+        UserError: a variable is not set here, a plug-in is not installed, or the run's folder cannot be read.
     """
     missing = [name for name in given.needs.split(",") if name and name not in os.environ]
     if missing:
@@ -47,6 +49,7 @@ def command(given: argparse.Namespace) -> list[str]:
             f"{', '.join(missing)} is not set on the cluster: set it where the nodes start (a Kubernetes secret, the "
             "autoscaler's setup commands, the shell of `perceiver cluster up`)"
         )
+    check_installed([package for package in given.packages.split(",") if package])
     words = [sys.executable, "-m", "perceiver_train", given.verb, given.file, *given.overrides, "--run", given.run]
     return [*words, "--resume"] if exists(given.output, given.run) else words
 

@@ -1,5 +1,6 @@
 """Submit a recipe or a search as a Ray job; everything that would stop the job on the cluster is refused first."""
 
+import itertools
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ from cluster.jobs.package import (
     recipe_files,
 )
 from cluster.jobs.paths import check_paths, is_here, tracking_note
+from cluster.jobs.plugins import needed_packages, unpack
 from cluster.jobs.secrets import check_secret_files, check_secrets, needed
 from cluster.jobs.server import JobServer, text_object
 from cluster.recipe.config import Recipe, build_recipe
@@ -56,7 +58,7 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
     run = named_run(recipe.output, wanted.run or work.name).name
     runtime_env = build_runtime_env(recipe, wanted)
     runtime_env["env_vars"][CONTINUE_COMMAND] = shlex.join(
-        ["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run]
+        ["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run, *_plugin_words(wanted)]
     )
     nodes = server.nodes()
     check_secrets(work.tree, wanted, runtime_env)
@@ -83,7 +85,9 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
             say(f"note: {', '.join(left)} of {own} not uploaded: may contain secrets")
         runtime_env["working_dir"] = str(working)
         # Ray puts them before the working directory on PYTHONPATH.
-        runtime_env["py_modules"] = [str(copy_sources(Path(folder))), *runtime_env.get("py_modules", [])]
+        taken = [unpack(place, Path(folder, f"plugin-{number}")) for number, place in enumerate(wanted.plugins)]
+        modules = [str(copy_sources(Path(folder))), *itertools.chain(*taken)]
+        runtime_env["py_modules"] = [*modules, *runtime_env.get("py_modules", [])]
         with server.answers(f"the job {name}"):
             return server.client.submit_job(
                 entrypoint=entrypoint(wanted, work, run, str(Path.cwd()) if here else None),
@@ -107,11 +111,17 @@ def entrypoint(wanted: Submission, work: JobSpec, run: str, folder: str | None) 
     """
     words = job_words(run, work.recipe.output, needed(work.tree, wanted))
     words += ["--folder", folder] if folder else []
+    packages = needed_packages(work.recipe)
+    words += ["--packages", ",".join(packages)] if packages else []
     reserved = _reserved(wanted)
     words += ["--reserved", json.dumps(reserved)] if reserved else []
     words += [work.verb, wanted.recipe if folder else path_in_package(wanted.recipe), *wanted.overrides]
     words += [] if folder else work.found_by
     return "exec " + shlex.join(words)
+
+
+def _plugin_words(wanted: Submission) -> list[str]:
+    return [word for place in wanted.plugins for word in ("--plugin", place)]
 
 
 def job_words(run: str, output: str, needs: Collection[str]) -> list[str]:
@@ -216,6 +226,8 @@ def _given_env(text: str) -> dict[str, Any]:
         raise UserError(redact_text(str(error).removesuffix(": restore the file"))) from None
     if not isinstance(given, dict) or not isinstance(given.get("env_vars", {}), dict):
         raise UserError("""--runtime-env-json is not an object such as '{"env_vars": {"NCCL_DEBUG": "INFO"}}'""")
+    if "worker_process_setup_hook" in given:
+        raise UserError("--runtime-env-json: worker_process_setup_hook is used by perceiver itself: remove it")
     folder = {key: given.pop(key) for key in ("working_dir",) if key in given}
     try:
         read = RuntimeEnv(**given).to_dict()
