@@ -10,7 +10,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
 WORKDIR /opt/perceiver
 COPY . .
-RUN pip install -c constraints.txt '.[s3]'
+RUN pip install -c constraints.txt '.[train,s3]'
 USER perceiver
 WORKDIR /work
 CMD ["sh", "-c", "perceiver prepare digits data/digits && perceiver train /opt/perceiver/recipes/train/quickstart.yaml"]

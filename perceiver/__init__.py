@@ -74,11 +74,22 @@ HOMES = {
     "tune": "perceiver.api.searches",
 }
 """The module of each name, imported on use: `import perceiver` loads neither torch nor Ray."""
+ALONE = ("UserError", "create_model", "list_models")
+"""Names that need none of our other packages, so that modules of a user's may have their names."""
 
 
 def __getattr__(name: str) -> Any:
     if name in HOMES:
-        return getattr(importlib.import_module(HOMES[name]), name)
+        if name not in ALONE:
+            import perceiver_train
+
+            perceiver_train.pin()  # a script's folder may contain files with the names of our packages
+        try:
+            return getattr(importlib.import_module(HOMES[name]), name)
+        except ModuleNotFoundError as error:
+            from perceiver_train.extras import lacks
+
+            raise ImportError(lacks(f"perceiver.{name}", error) or str(error), name=error.name) from error
     raise AttributeError(f"module 'perceiver' has no attribute {name!r}")
 
 

@@ -27,6 +27,10 @@ def main() -> None:
         bypass_proxies()
     except KeyboardInterrupt:
         stopped()
+    except ModuleNotFoundError as error:
+        from perceiver_train.extras import lacks
+
+        sys.exit(f"error: {lacks('this command', error) or error}")
     try:
         code = cli(standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
@@ -46,9 +50,11 @@ def main() -> None:
         if os.environ.get("PERCEIVER_TRACEBACK"):
             raise
         from perceiver.storage import first_line, unusable_file
+        from perceiver_train.extras import lacks
 
+        missing = lacks("this command", error) if isinstance(error, ModuleNotFoundError) else ""
         bug = f"unexpected {type(error).__name__}: {first_line(error)} (PERCEIVER_TRACEBACK=1 shows where)"
-        say(f"error: {unusable_file(error) or bug}", err=True)
+        say(f"error: {missing or unusable_file(error) or bug}", err=True)
         code = 1
     if code:
         leave(code)

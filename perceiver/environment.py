@@ -10,12 +10,15 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import perceiver_train
 from perceiver.config import UserError
+from perceiver_train.extras import EXTRA
 
 DISTRIBUTION = "perceiver-train"
 ENGINES = ("ray", "torch", "deepspeed", "mlflow")
@@ -42,6 +45,39 @@ def check_versions() -> None:
             raise UserError(f"unsupported: {'; '.join(wrong)}: {fix}")
 
 
+def check_names() -> str:
+    """Return one line if another installed distribution has a package of one of our names; empty if none has.
+
+    Raises:
+        UserError: it is in the same folder as ours, so that the files of both are mixed.
+    """
+    home = Path(perceiver_train.__file__).resolve().parents[1]
+    for folder, name, owner in _owners(Path(place) for place in sys.path if place.endswith("-packages")):
+        if folder.resolve() == home:
+            raise UserError(
+                f"{owner} and {DISTRIBUTION} both own {name} in {folder}, so that their files are mixed: install "
+                f"{DISTRIBUTION} in a separate environment"
+            )
+        return f"note: {owner} owns {name} in {folder}; this command uses {home / name}"
+    return ""
+
+
+def _owners(folders: Iterable[Path]) -> Iterator[tuple[Path, str, str]]:
+    """Yield folder, name and distribution of each module there that has one of our names but is of somebody else."""
+    for folder in folders:
+        names = [name for name in perceiver_train.PACKAGES if _exists(folder, name)]
+        for record in folder.glob("*.dist-info/RECORD") if names else ():
+            owner = record.parent.name.partition("-")[0]
+            files = b"\n" + record.read_bytes()
+            for name in names if owner != DISTRIBUTION.replace("-", "_") else ():
+                if any(f"\n{name}{end}".encode() in files for end in ("/", ".py,")):
+                    yield folder, name, owner
+
+
+def _exists(folder: Path, module: str) -> bool:
+    return (folder / module).is_dir() or (folder / f"{module}.py").is_file()
+
+
 def unsupported_python() -> str:
     """Return this Python's version and the range that our package requires; empty if it is within."""
     wanted = SpecifierSet(importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"])
@@ -60,15 +96,21 @@ def unsupported_libraries(names: Collection[str] = ()) -> tuple[list[str], str]:
     """
     wrong, fixes = [], []
     for need in map(Requirement, importlib.metadata.requires(DISTRIBUTION) or []):
-        if names and need.name not in names or need.marker is not None and not need.marker.evaluate({"extra": ""}):
+        if names and need.name not in names or not needed(need, ("", EXTRA)):
             continue
         found = installed_version(need.name)
         if not found or not need.specifier.contains(found, prereleases=True):
             wanted = _text(need.specifier)
             wrong.append(f"{need.name} {found or 'is missing'}, wanted {wanted}")
             extras = f"[{','.join(sorted(need.extras))}]" if need.extras else ""
-            fixes.append(shlex.quote(f"{need.name}{extras}{wanted}"))
-    return wrong, f"pip install {' '.join(fixes)}" if fixes else ""
+            whole = not found and not needed(need, [""])  # the extra was not installed
+            fixes.append(shlex.quote(f"{DISTRIBUTION}[{EXTRA}]" if whole else f"{need.name}{extras}{wanted}"))
+    return wrong, f"pip install {' '.join(dict.fromkeys(fixes))}" if fixes else ""
+
+
+def needed(need: Requirement, extras: Collection[str]) -> bool:
+    """Return whether a requirement applies to this platform and Python, with any of the extras ("" is none)."""
+    return need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras)
 
 
 def installed_version(name: str) -> str:

@@ -26,7 +26,7 @@ def install(name: str, interpreter: str) -> Path:
     constraints = ["--constraint", "constraints-oldest.txt"] if name == "oldest" else []
     pip = [place / "bin/python", "-m", "pip", "install", "--quiet", "--upgrade"]
     subprocess.run([*pip, "pip"], check=True)  # that of Python 3.11 and 3.13 takes many minutes to find the versions
-    for wanted in (".", ".[test]"):  # what the tests need must not limit the versions of what the package needs
+    for wanted in (".[train]", ".[test]"):  # what the tests need must not limit the versions of what the package needs
         subprocess.run([*pip, *constraints, "--editable", wanted], cwd=ROOT, check=True)
     return place / "bin"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-OURS = ("perceiver", "pipelines", "cluster", "tune")
+OURS = ("perceiver", "perceiver_train", "pipelines", "cluster", "tune")
 USERS = ("tests", "benchmarks")
 LIBRARIES = {"ray", "deepspeed", "torch", "optuna", "fsspec", "mlflow", "pyarrow", "transformers", "pydantic"}
 ALLOWED = re.compile(

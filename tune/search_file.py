@@ -1,14 +1,13 @@
 """The files of a search as plain trees, read before anything slow is imported."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from cluster.recipe.file import apply_override, read_tree
+from cluster.recipe.file import apply_override, packaged, read_tree
 from perceiver.config import UserError
 from tune.space.space import with_values
 
-RECIPE_KEYS = ("output", "data", "model", "task", "optim", "train", "deepspeed", "cluster", "tracking")
+RECIPE_KEYS = ("output", "data", "model", "task", "optim", "train", "deepspeed", "cluster", "tracking", "hooks")
 """Top-level keys that only a recipe has: their overrides change the base recipe."""
 
 
@@ -47,8 +46,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def recipe_path(recipe: str, search_file: str) -> str:
     """Return the base recipe's path: relative to the current folder, else to the search file's folder."""
-    sibling = Path(search_file).parent / recipe
-    return str(sibling) if sibling.is_file() and not Path(recipe).is_file() else recipe
+    sibling = packaged(search_file).parent / recipe
+    return str(sibling) if sibling.is_file() and not packaged(recipe).is_file() else recipe
 
 
 def head_key(override: str) -> str:

@@ -227,7 +227,7 @@ def _rehearse(recipe: Recipe, most: int, seconds: float) -> dict[str, Any]:
         task = {"recipe": tree, "micro": _sizes(recipe, workers), "seconds": seconds, "folder": folder}
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "cluster.capacity.rehearsal"],
+                [sys.executable, "-P", "-m", "perceiver_train.module", "cluster.capacity.rehearsal"],
                 input=json.dumps(task),
                 env=environment,
                 text=True,

@@ -1,4 +1,4 @@
-"""Workers of Ray Train that measure: `python -m cluster.capacity.rehearsal`, its task as JSON on stdin.
+"""Workers of Ray Train that measure: `cluster.capacity.rehearsal`, its task as JSON on stdin.
 
 Each worker first takes optimizer steps on fixed samples, at the same time as the others. Then it takes real steps with
 Ray Data, which show what a step costs in addition: data tasks, Ray's own processes, and waiting for other workers.

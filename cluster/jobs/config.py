@@ -18,6 +18,7 @@ class Submission:
         run: name of the run, continued if it exists; default: the recipe's name.
         secrets: environment variables that must be set on the cluster; only their names are sent.
         env: environment variables of this machine whose values are sent.
+        plugins: packages with plug-ins that the job takes along: folders or wheels.
         install: install the locked dependencies for the job instead of using the cluster's.
     """
 
@@ -33,6 +34,7 @@ class Submission:
     entrypoint_resources: Mapping[str, float] = field(default_factory=dict)
     secrets: Sequence[str] = ()
     env: Sequence[str] = ()
+    plugins: Sequence[str] = ()
     install: bool = False
 
 

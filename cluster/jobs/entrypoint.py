@@ -1,14 +1,15 @@
 """The entrypoint of a job on the cluster: check its environment, then start or resume `perceiver train` or `tune`.
 
-``python -m cluster.jobs.entrypoint --run NAME --output URL [--needs A,B] [--folder DIR] VERB FILE [key=value ...]``
+``python -P -m perceiver_train.module cluster.jobs.entrypoint --run NAME --output URL [--needs A,B] [--folder DIR]
+VERB FILE [key=value ...]``
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from cluster.jobs.plugins import check_installed
 from cluster.recipe.placement import RESERVED
 from cluster.record.failures import one_line
 from cluster.record.run_folder import named_run
@@ -23,11 +24,12 @@ REFUSED = 2
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.jobs.entrypoint", description=__doc__)
+    parser = argparse.ArgumentParser(prog="cluster.jobs.entrypoint", description=__doc__)
     parser.add_argument("--run", required=True, help="name of the run, continued if it exists")
     parser.add_argument("--output", required=True, help="folder or URL that contains the run's folder")
     parser.add_argument("--needs", default="", help="environment variables that must be set on the cluster")
     parser.add_argument("--folder", help="folder that relative paths start from; default: the package")
+    parser.add_argument("--packages", default="", help="packages, name==version, whose plug-ins the recipe uses")
     parser.add_argument("--reserved", help="JSON of the resources that this command reserves on its node")
     parser.add_argument("verb")
     parser.add_argument("file", help="a recipe, or a search")
@@ -39,7 +41,7 @@ def command(given: argparse.Namespace) -> list[str]:
     """Return the `perceiver` command of this start: with ``--resume`` if the run exists.
 
     Raises:
-        UserError: a variable is not set here, or the run's folder cannot be read.
+        UserError: a variable is not set here, a plug-in is not installed, or the run's folder cannot be read.
     """
     missing = [name for name in given.needs.split(",") if name and name not in os.environ]
     if missing:
@@ -47,7 +49,8 @@ def command(given: argparse.Namespace) -> list[str]:
             f"{', '.join(missing)} is not set on the cluster: set it where the nodes start (a Kubernetes secret, the "
             "autoscaler's setup commands, the shell of `perceiver cluster up`)"
         )
-    words = [sys.executable, "-m", "perceiver", given.verb, given.file, *given.overrides, "--run", given.run]
+    check_installed([package for package in given.packages.split(",") if package])
+    words = [sys.executable, "-m", "perceiver_train", given.verb, given.file, *given.overrides, "--run", given.run]
     return [*words, "--resume"] if exists(given.output, given.run) else words
 
 
@@ -80,7 +83,6 @@ def exists(output: str, run: str) -> bool:
 def main(words: Sequence[str]) -> int:  # noqa: RET503  execve does not return
     """Replace this process by the command; return exit code 2 if the job is refused."""
     given = arguments(words)
-    package = str(Path.cwd())
     try:
         if given.folder:
             os.chdir(given.folder)
@@ -88,10 +90,8 @@ def main(words: Sequence[str]) -> int:  # noqa: RET503  execve does not return
     except (UserError, OSError) as error:
         say(f"error: {error}", err=True)
         return REFUSED
-    # The package's sources take precedence over sources in the folder.
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     held = {RESERVED: given.reserved} if given.reserved else {}
-    os.execve(argv[0], argv, {**os.environ, **held, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"})
+    os.execve(argv[0], argv, {**os.environ, **held, "PYTHONSAFEPATH": "1"})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The package of a job: our sources, the recipe and the files it names, and a folder of the user's."""
+"""What a job takes along: our sources; the recipe, the files that it names, and a folder of the user's."""
 
 import importlib.metadata
 import importlib.util
@@ -13,11 +13,13 @@ from typing import Any
 from packaging.requirements import Requirement
 from pathspec import GitIgnoreSpec
 
+import perceiver_train
+from cluster.recipe.file import base_files, packaged
 from perceiver.config import UserError
-from perceiver.environment import DISTRIBUTION, installed_version
+from perceiver.environment import DISTRIBUTION, installed_version, needed
 from perceiver.train.engine.deepspeed_config import DeepSpeedConfig, read_config
+from perceiver_train.extras import EXTRA
 
-OURS = ("perceiver", "pipelines", "cluster", "tune")
 MOST_FOLDERS = 20_000
 LIMIT_BYTES = 100 * 1024 * 1024
 """The dashboard's limit, which is also Ray's limit for a working directory."""
@@ -115,7 +117,7 @@ IGNORE_FILES = (".gitignore", ".rayignore")
 def build_package(
     target: Path, recipes: Iterable[str], folder: str | None = None, excludes: Sequence[str] = ()
 ) -> list[str]:
-    """Copy everything that a job needs into a folder, the job's working directory.
+    """Copy the user's files that a job needs into a folder, the job's working directory.
 
     Args:
         target: an empty folder.
@@ -137,13 +139,23 @@ def build_package(
             place = target / file.relative_to(root)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, place)
-    for name in OURS:
-        shutil.copytree(_source(name), target / name, dirs_exist_ok=True, ignore=BUILT)
     for place, recipe in _places(recipes).items():
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(recipe, target / place)
     check_size(target)
     return sorted(secret)
+
+
+def copy_sources(target: Path) -> Path:
+    """Copy our sources into a folder; return the package `perceiver_train` with the others in it, see its docstring.
+
+    A separate upload (``py_modules``), so that files of the user's may have the names of our packages.
+    """
+    place = target / perceiver_train.__name__
+    shutil.copytree(_source(perceiver_train.__name__), place, ignore=BUILT)
+    for name in perceiver_train.PACKAGES:
+        shutil.copytree(_source(name), place / name, ignore=BUILT)
+    return place
 
 
 def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
@@ -222,7 +234,7 @@ def _places(recipes: Iterable[str]) -> dict[str, Path]:
     """
     places: dict[str, Path] = {}
     for recipe in recipes:
-        file = Path(recipe).resolve()
+        file = packaged(recipe).resolve()
         if places.setdefault(path_in_package(recipe), file) != file:
             raise UserError(
                 f"{places[path_in_package(recipe)]} and {file} would have the same path in the package: submit from a "
@@ -279,10 +291,8 @@ def _requirements(name: str) -> Iterator[Requirement]:
     """Yield the requirements of an installed distribution on this platform, and our optional ones if installed."""
     for text in importlib.metadata.requires(name) or []:
         requirement = Requirement(text)
-        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if name == DISTRIBUTION and requirement.marker is not None:
-            wanted = wanted or requirement.marker.evaluate({"extra": "s3"})
-        if wanted and installed_version(requirement.name):
+        extras = ("", EXTRA, "s3") if name == DISTRIBUTION else ("",)
+        if needed(requirement, extras) and installed_version(requirement.name):
             yield requirement
 
 
@@ -290,6 +300,20 @@ def _source(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.submodule_search_locations, name
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def recipe_files(recipe: str) -> list[str]:
+    """Return a recipe's file and its bases.
+
+    Raises:
+        UserError: a base would not be where the recipe finds it in the package.
+    """
+    bases, place = base_files(recipe), packaged(recipe).resolve()
+    for base in bases:
+        wanted = Path(path_in_package(recipe)).parent / Path(base).resolve().relative_to(place.parent)
+        if Path(path_in_package(base)) != wanted:
+            raise UserError(f"{recipe}: its base {base} is in another folder: submit from {place.parent}")
+    return [recipe, *bases]
 
 
 def named_files(tree: Mapping[str, Any]) -> list[str]:

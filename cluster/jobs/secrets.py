@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cluster.jobs.config import Submission
 from cluster.jobs.server import text_object
-from cluster.recipe.file import apply_override
+from cluster.recipe.file import apply_override, packaged
 from perceiver.config import UserError
 from perceiver.tracking.redaction import contains_secret, leaves, redact_text, secret_keys
 from perceiver.yaml_reader import parse_yaml
@@ -65,7 +64,7 @@ def check_secret_files(files: Sequence[str]) -> None:
         UserError: there is a secret; the message names the file and the key or line.
     """
     for file in files:
-        text = Path(file).read_text(encoding="utf-8", errors="replace")
+        text = packaged(file).read_text(encoding="utf-8", errors="replace")
         try:
             tree = parse_yaml(text, file)  # JSON is YAML
         except UserError:

@@ -1,5 +1,6 @@
 """Submit a recipe or a search as a Ray job; everything that would stop the job on the cluster is refused first."""
 
+import itertools
 import json
 import os
 import shlex
@@ -11,8 +12,16 @@ from typing import Any
 
 from cluster.jobs.commands import OUTPUT, RECIPE, RUN, STOP_WAIT, list_jobs
 from cluster.jobs.config import JobSpec, Submission
-from cluster.jobs.package import build_package, locked_requirements, named_files, path_in_package
+from cluster.jobs.package import (
+    build_package,
+    copy_sources,
+    locked_requirements,
+    named_files,
+    path_in_package,
+    recipe_files,
+)
 from cluster.jobs.paths import check_paths, is_here, tracking_note
+from cluster.jobs.plugins import needed_packages, unpack
 from cluster.jobs.secrets import check_secret_files, check_secrets, needed
 from cluster.jobs.server import JobServer, text_object
 from cluster.recipe.config import Recipe, build_recipe
@@ -35,7 +44,7 @@ def training(wanted: Submission) -> JobSpec:
     """
     tree = read_tree(wanted.recipe, wanted.overrides)
     recipe = build_recipe(tree, source=wanted.recipe)
-    files = [wanted.recipe, *named_files(tree)]
+    files = [*recipe_files(wanted.recipe), *named_files(tree)]
     return JobSpec("train", recipe, recipe.name, tree, files, partial(check_places, recipe=recipe))
 
 
@@ -49,7 +58,7 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
     run = named_run(recipe.output, wanted.run or work.name).name
     runtime_env = build_runtime_env(recipe, wanted)
     runtime_env["env_vars"][CONTINUE_COMMAND] = shlex.join(
-        ["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run]
+        ["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run, *_plugin_words(wanted)]
     )
     nodes = server.nodes()
     check_secrets(work.tree, wanted, runtime_env)
@@ -69,10 +78,16 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
     given = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
     own, excludes = runtime_env.pop("working_dir", None), runtime_env.pop("excludes", [])
     with tempfile.TemporaryDirectory(prefix="perceiver-job-") as folder:
-        left = build_package(Path(folder), work.files, own, excludes)
+        working = Path(folder, "files")
+        working.mkdir()
+        left = build_package(working, work.files, own, excludes)
         if left:
             say(f"note: {', '.join(left)} of {own} not uploaded: may contain secrets")
-        runtime_env["working_dir"] = folder
+        runtime_env["working_dir"] = str(working)
+        # Ray puts them before the working directory on PYTHONPATH.
+        taken = [unpack(place, Path(folder, f"plugin-{number}")) for number, place in enumerate(wanted.plugins)]
+        modules = [str(copy_sources(Path(folder))), *itertools.chain(*taken)]
+        runtime_env["py_modules"] = [*modules, *runtime_env.get("py_modules", [])]
         with server.answers(f"the job {name}"):
             return server.client.submit_job(
                 entrypoint=entrypoint(wanted, work, run, str(Path.cwd()) if here else None),
@@ -96,6 +111,8 @@ def entrypoint(wanted: Submission, work: JobSpec, run: str, folder: str | None) 
     """
     words = job_words(run, work.recipe.output, needed(work.tree, wanted))
     words += ["--folder", folder] if folder else []
+    packages = needed_packages(work.recipe)
+    words += ["--packages", ",".join(packages)] if packages else []
     reserved = _reserved(wanted)
     words += ["--reserved", json.dumps(reserved)] if reserved else []
     words += [work.verb, wanted.recipe if folder else path_in_package(wanted.recipe), *wanted.overrides]
@@ -103,9 +120,23 @@ def entrypoint(wanted: Submission, work: JobSpec, run: str, folder: str | None) 
     return "exec " + shlex.join(words)
 
 
+def _plugin_words(wanted: Submission) -> list[str]:
+    return [word for place in wanted.plugins for word in ("--plugin", place)]
+
+
 def job_words(run: str, output: str, needs: Collection[str]) -> list[str]:
     """Return the first words of a job's command: the entrypoint, the run, and the variables that it needs."""
-    words = ["python", "-m", "cluster.jobs.entrypoint", "--run", run, "--output", output]
+    words = [
+        "python",
+        "-P",
+        "-m",
+        "perceiver_train.module",
+        "cluster.jobs.entrypoint",
+        "--run",
+        run,
+        "--output",
+        output,
+    ]
     return [*words, "--needs", ",".join(needs)] if needs else words
 
 
@@ -195,6 +226,8 @@ def _given_env(text: str) -> dict[str, Any]:
         raise UserError(redact_text(str(error).removesuffix(": restore the file"))) from None
     if not isinstance(given, dict) or not isinstance(given.get("env_vars", {}), dict):
         raise UserError("""--runtime-env-json is not an object such as '{"env_vars": {"NCCL_DEBUG": "INFO"}}'""")
+    if "worker_process_setup_hook" in given:
+        raise UserError("--runtime-env-json: worker_process_setup_hook is used by perceiver itself: remove it")
     folder = {key: given.pop(key) for key in ("working_dir",) if key in given}
     try:
         read = RuntimeEnv(**given).to_dict()

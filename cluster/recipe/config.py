@@ -17,6 +17,7 @@ from perceiver.tasks import TaskConfig
 from perceiver.tracking.runs import TrackingConfig
 from perceiver.train.engine.deepspeed_config import DeepSpeedConfig, read_config
 from perceiver.train.loop import TrainConfig
+from perceiver.train.offered_hooks import HookConfig
 from pipelines.feed.ingest import DataConfig
 
 
@@ -34,6 +35,9 @@ class Recipe(Config):
     deepspeed: DeepSpeedConfig = Field(default=DeepSpeedConfig(), description="ZeRO stage and other settings")
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="workers and their resources")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="MLflow")
+    hooks: tuple[HookConfig, ...] = Field(
+        default=(), max_length=100, description="what installed packages do after each step, in this order"
+    )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

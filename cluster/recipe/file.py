@@ -1,35 +1,106 @@
-"""Read the user's YAML files: recipes with dotted overrides as plain trees, and typed configurations."""
+"""Read the user's YAML files: recipes with their bases and dotted overrides as plain trees, typed configurations."""
 
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+import perceiver
 from perceiver.config import Config, UserError, shown
 from perceiver.yaml_reader import DEEPEST, LARGEST_BYTES, parse_yaml
 
 Kind = TypeVar("Kind", bound=Config)
 
+BASE = "base"
+"""Key of a recipe: the file whose settings it changes."""
+MOST_BASES = 8
+RECIPES = Path(str(perceiver.__file__)).with_name("recipes")
+"""The recipes that come with the package."""
+
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe file and apply dotted overrides such as ``optim.lr=2e-3``; keys are not checked here.
+    """Read a recipe file, merge it into its base, and apply overrides such as ``optim.lr=2e-3``; keys are not checked.
 
     Raises:
-        UserError: no such file, broken YAML, or an override that is not of the form key=value.
+        UserError: no such file, broken YAML, a wrong base, or an override that is not of the form key=value.
     """
-    tree = _read_recipe(Path(path))
+    tree: dict[str, Any] = {}
+    for _, changes in reversed(_with_bases(path)):
+        tree = merged(tree, changes)
     for override in overrides:
         apply_override(tree, override)
     return tree
 
 
+def base_files(path: str | Path) -> list[str]:
+    """Return the files that a recipe's key `base` names, the nearest first.
+
+    Raises:
+        UserError: as `read_tree`.
+    """
+    return [str(file) for file, _ in _with_bases(path)[1:]]
+
+
+def _with_bases(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return a recipe and its bases with their trees, without the key `base`.
+
+    Raises:
+        UserError: a base is missing, outside the recipe's folder, or repeated.
+    """
+    file = packaged(path)
+    home, found = file.resolve().parent, [(Path(path), _read_recipe(Path(path)))]
+    while (base := found[-1][1].pop(BASE, None)) is not None:
+        named, place = f"{found[-1][0]}: base = {shown(str(base))}", packaged(found[-1][0]).parent / str(base)
+        if not isinstance(base, str) or "://" in base or place.suffix.lower() not in (".yaml", ".yml"):
+            raise UserError(f"{named}: wanted the path of a .yaml file, from the folder of this one")
+        if Path(base).is_absolute() or not place.resolve().is_relative_to(home):
+            raise UserError(f"{named} is outside {home}, the recipe's folder: copy the file into it")
+        if not place.is_file():
+            raise UserError(f"{named}: no such file; wanted one in {place.parent}")
+        if any(place.samefile(packaged(before)) for before, _ in found) or len(found) > MOST_BASES:
+            chain = " -> ".join(str(before) for before, _ in found)
+            raise UserError(f"{named}: {chain} -> {place} is a cycle, or longer than {MOST_BASES} bases: remove one")
+        found.append((place, _read_recipe(place)))
+    return found
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree with changes; a section that is empty or names `kind` or `preset` replaces the one before."""
+    tree = dict(base)
+    for key, value in changes.items():
+        before = tree.get(key)
+        merges = isinstance(value, Mapping) and value and not {"kind", "preset"} & set(value)
+        tree[key] = merged(before, value) if merges and isinstance(before, Mapping) else value
+    return tree
+
+
+def packaged(path: str | Path) -> Path:
+    """Return a path; for ``recipes/...`` that does not exist here, that of the file that comes with the package."""
+    path = Path(path)
+    ours = RECIPES.joinpath(*path.parts[1:])
+    if path.parts[:1] == (RECIPES.name,) and ".." not in path.parts and not path.exists() and ours.exists():
+        return ours
+    return path
+
+
+def packaged_file(name: str) -> Path:
+    """Return a file that comes with the package, by its path from the folder of recipes."""
+    return RECIPES / name
+
+
+def packaged_recipes() -> list[str]:
+    """Return the paths of the recipes that come with the package, as commands take them (``recipes/train/...``)."""
+    return sorted(str(Path(RECIPES.name, path.relative_to(RECIPES))) for path in RECIPES.rglob("*.yaml"))
+
+
 def _read_recipe(path: Path) -> dict[str, Any]:
+    path = packaged(path)
     if not path.is_file():
-        near = difflib.get_close_matches(str(path), [str(p) for p in Path("recipes").rglob("*.yaml")], 1)
+        near = difflib.get_close_matches(str(path), packaged_recipes(), 1)
         hint = f"; did you mean {near[0]}?" if near else "; see recipes/train/"
         raise UserError(f"{path} is not a regular file{hint}" if path.exists() else f"no recipe file {path}{hint}")
     tree = read_yaml(path)
@@ -45,10 +116,11 @@ def read_yaml(path: str | Path, hint: str = "see recipes/") -> Any:
     Raises:
         UserError: it cannot be read (the message ends with the hint), or is not valid YAML.
     """
+    path = packaged(path)
     try:
-        if not Path(path).is_file():
+        if not path.is_file():
             raise UserError(f"cannot read {path} (no such file, or not a regular file); {hint}")
-        with Path(path).open("rb") as file:
+        with path.open("rb") as file:
             return parse_yaml(file.read(LARGEST_BYTES + 1), str(path))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); {hint}") from None

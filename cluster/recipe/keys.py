@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.recipe.config import Recipe
+from cluster.recipe.file import BASE
 from perceiver.presets import PRESETS
 
 Node = Mapping[str, Any]
@@ -49,6 +50,8 @@ def recipe_schema() -> dict[str, Any]:
     }
     inputs = schema["$defs"]["PerceiverModel"]["properties"]["inputs"]
     several = schema["$defs"]["MultimodalConfig"]["properties"]["modalities"]
+    base = {"type": "string", "description": "a recipe, by its path from this one's folder, that this one changes"}
+    schema["properties"] = {BASE: base, **schema["properties"]}
     several["additionalProperties"] = {"anyOf": [inputs, {"type": "null"}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -170,6 +173,10 @@ def markdown() -> str:
         "",
         "Made by `perceiver keys --markdown`. A key without a default is required, or is taken from the preset. `*`",
         "stands for any name or number. A section with several kinds has the keys of its kind, by the last column.",
+        "",
+        "The key `base` of a recipe file names another one, by its path from the file's folder, which must contain it:",
+        "the file then gives only what it changes. A section that is empty or names `kind` or `preset` replaces the",
+        "base's, other sections are merged. A run records the merged recipe.",
     ]
     found = recipe_keys()
     for section in dict.fromkeys(key.name.split(".")[0] for key in found):

@@ -59,6 +59,8 @@ MAY_CHANGE = (
     "optim.weight_decay",
     "optim.clip",
     "optim.schedule.*",
+    "hooks",
+    "hooks.*",
 )
 """Patterns of the keys that may differ between two starts of a run. All others must stay as they are."""
 JUMP = 1.5

@@ -49,6 +49,7 @@ from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
 from perceiver.train.engine.protocol import Engine
 from perceiver.train.hooks import AsyncEvalHook, EvalHook, History, MetricsHook
 from perceiver.train.loop import Flags, Hook, Span, StepInfo, train
+from perceiver.train.offered_hooks import build_hooks
 from pipelines.feed.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.quarantine import Quarantine
@@ -211,6 +212,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 bad_loss,
                 preemption,
                 *recording,
+                *build_hooks(recipe.hooks, me.rank, me.world),
                 *asynchronous,
                 evaluation,
                 checkpoints,

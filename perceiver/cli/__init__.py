@@ -40,9 +40,11 @@ class Verbs(click.Group):
             raise UserError(f"no command {args[0]!r}; did you mean {near[0]}?")
         # `doctor` lists the versions in its table.
         if args and args[0] != "doctor" and not {"-h", "--help"}.intersection(args):
-            from perceiver.environment import check_versions
+            from perceiver.environment import check_names, check_versions
 
             check_versions()
+            if note := check_names():
+                click.echo(note, err=True)
         return super().resolve_command(ctx, args)
 
 

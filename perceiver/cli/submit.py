@@ -41,6 +41,13 @@ Examples:
     "--secret", "secrets", multiple=True, metavar="NAME", help="Environment variable that must be set on the cluster."
 )
 @click.option("--env", multiple=True, metavar="NAME", help="Environment variable to pass on to the job.")
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="PATH|WHEEL",
+    help="Package with plug-ins that the job takes along; others must be installed on the cluster.",
+)
 @click.option("--install", is_flag=True, help="Install the dependencies for the job, in the versions of this machine.")
 @click.option("--no-wait", is_flag=True, help="Return when the job is submitted instead of following its log.")
 @click.option("--json", "as_json", is_flag=True, help="Print the job as one JSON line at the end.")

@@ -11,7 +11,12 @@ from perceiver.tasks._weights import balanced, balanced_positives
 if TYPE_CHECKING:
     TaskConfig = Config
 else:
-    TaskConfig = registry.union(registry.members(__name__))
+
+    def __getattr__(name: str) -> Any:
+        # Made on use, since a plug-in that imports this package may be the first to do so.
+        if name == "TaskConfig":
+            return registry.union(registry.members(__name__))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build_task(config: Config, *, classes: int) -> Task:

@@ -56,8 +56,7 @@ def _popen(log: Path, stdout: int) -> "subprocess.Popen[bytes]":
     path = os.pathsep.join(entry for entry in sys.path if entry)
     with log.open("ab") as file:
         return subprocess.Popen(
-            # -P: a folder `perceiver` in the current directory is not the package.
-            [sys.executable, "-P", "-m", "perceiver.tracking.mlflow_writer"],
+            [sys.executable, "-P", "-m", "perceiver_train.module", "perceiver.tracking.mlflow_writer"],
             stdin=subprocess.PIPE,
             stdout=stdout,
             stderr=file,

@@ -1,9 +1,10 @@
 """Features, the parts of a sample: one file per kind defines how it is stored, decoded and shown to the model."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 from pydantic import Field
 
+from perceiver import registry
 from pipelines.features.audio import AudioFeature
 from pipelines.features.flow import FlowFeature
 from pipelines.features.image import ImageFeature
@@ -28,6 +29,18 @@ Feature = Annotated[
     | FlowFeature,
     Field(discriminator="kind"),
 ]
+
+if not TYPE_CHECKING:
+    _OWN = get_args(get_args(Feature)[0])
+    del Feature
+
+    def __getattr__(name: str) -> Any:
+        # Made on use, since a plug-in that imports this package may be the first to do so.
+        if name == "Feature":
+            offered = registry.offered("feature", [kind.model_fields["kind"].default for kind in _OWN])
+            return Annotated[Union[(*_OWN, *offered.values())], Field(discriminator="kind")]  # noqa: UP007
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AudioFeature",

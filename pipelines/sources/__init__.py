@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from perceiver import registry
 from perceiver.config import UserError
 from pipelines.features import Feature
 
@@ -87,8 +88,12 @@ class Source(Protocol):
 
 
 def source_names() -> list[str]:
-    """Return the names of all sources: the modules of this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    """Return the names of all sources: the modules of this package, and those that installed packages offer."""
+    return sorted([*_own_names(), *registry.offered("source", _own_names())])
+
+
+def _own_names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
 def load_source(name: str) -> Source:
@@ -98,6 +103,8 @@ def load_source(name: str) -> Source:
         near = difflib.get_close_matches(name, names, 1)
         hint = f", did you mean '{near[0]}'?" if near else ""
         raise UserError(f"no source named '{name}'{hint} Sources: {', '.join(names)}")
+    if name in (offered := registry.offered("source", _own_names())):
+        return offered[name]
     return importlib.import_module(f"{__name__}.{name}").source
 
 

@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 def install(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     installed = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or installed(name))
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: versions[name] if name in versions else installed(name)
+    )
 
 
 def test_what_is_installed_is_supported() -> None:
@@ -57,6 +59,12 @@ def test_a_missing_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_versions()
 
 
+def test_a_core_installation_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, ray="", mlflow="")
+    with pytest.raises(UserError, match=r"ray is missing.*: pip install 'perceiver-train\[train\]'$"):
+        check_versions()
+
+
 def test_an_unsupported_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "python_version", lambda: "3.10.9")
     with pytest.raises(UserError, match=r"Python 3\.10\.9, wanted >=3\.11"):
@@ -88,7 +96,14 @@ def test_the_check_imports_no_library() -> None:
 def test_the_oldest_set_is_the_lower_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    needs = [*project["dependencies"], *optional["s3"], *optional["models"], *optional["onnx"], *optional["notebook"]]
+    needs = [
+        *project["dependencies"],
+        *optional["train"],
+        *optional["s3"],
+        *optional["models"],
+        *optional["onnx"],
+        *optional["notebook"],
+    ]
     bounds = sorted(
         f"{need.name}=={one.version}"
         for need in map(Requirement, needs)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from cluster.jobs.config import JobSpec, Submission
-from cluster.jobs.package import named_files, path_in_package
+from cluster.jobs.package import named_files, path_in_package, recipe_files
 from cluster.recipe.file import read_tree
 from cluster.recipe.placement import Node
 from tune.config import Search, build_search
@@ -23,7 +23,7 @@ def searching(wanted: Submission) -> JobSpec:
     """Return the job that runs a search."""
     tree, base, where = read_search(wanted.recipe, wanted.overrides)
     search = build_search(tree, base, where, wanted.recipe)
-    files = [wanted.recipe, where, *named_files(base)]
+    files = [*recipe_files(wanted.recipe), *recipe_files(where), *named_files(base)]
     found_by = [] if _found(wanted.recipe, str(tree["recipe"]), where) else [f"recipe={path_in_package(where)}"]
     return JobSpec(
         "tune", search.recipe, search.config.name, {**base, "search": tree}, files, partial(_fit, search), found_by

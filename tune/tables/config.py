@@ -1,14 +1,13 @@
 """The table file: rows as recipes at two scales, the papers' results, and their claims."""
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from cluster.recipe.file import explain, read_tree
+from cluster.recipe.file import explain, packaged, read_tree
 from perceiver.config import Config, Name, NonNegative, Shift, UserError
 from tune.config import Mode
 from tune.search_file import flat
@@ -123,12 +122,7 @@ def load_table(name: str) -> PaperTable:
 
 def tables() -> dict[str, Path]:
     """Return the tables by name: those of the current folder, else those of the installation."""
-    return {path.stem: path for folder in _folders() for path in sorted(folder.glob("*.yaml"))}
-
-
-def _folders() -> Iterator[Path]:
-    here = Path(FOLDER)
-    yield here if here.is_dir() else Path(__file__).parents[2] / FOLDER
+    return {path.stem: path for path in sorted(packaged(FOLDER).glob("*.yaml"))}
 
 
 def _near(name: str, known: list[str]) -> str:

@@ -148,7 +148,7 @@ def commands(rendered: dict[str, str]) -> list[list[str]]:
     lines = [line.lstrip("# ") for text in rendered.values() for line in text.splitlines()]
     shown = [line for line in lines if "perceiver submit" in line]
     if "train.sbatch" in rendered:
-        shown += [line.removesuffix(" &") for line in lines if line.startswith("python -m cluster.jobs.entrypoint")]
+        shown += [line.removesuffix(" &") for line in lines if line.startswith("python -P -m perceiver_train.module")]
     if "rayjob.yaml" in rendered:
         shown += [list(yaml.safe_load_all(rendered["rayjob.yaml"]))[1]["spec"]["entrypoint"]]
     return [shlex.split(line) for line in shown]
@@ -173,8 +173,8 @@ def test_every_command_trains_the_recipe_that_the_files_were_rendered_for(
             file, overrides = words[2], words[3 : words.index("--address")]
             assert words[-2:] == ["--address", "http://127.0.0.1:8265"]
         else:
-            assert words[:3] == ["python", "-m", "cluster.jobs.entrypoint"]
-            given = job.arguments(words[3:])
+            assert words[:5] == ["python", "-P", "-m", "perceiver_train.module", "cluster.jobs.entrypoint"]
+            given = job.arguments(words[5:])
             assert (given.run, given.output, given.verb) == ("quickstart", "s3://bucket/runs", "train")
             file, overrides = given.file, given.overrides
         assert file == ("/etc/perceiver/quickstart.yaml" if "python" in words and kind == "kuberay" else RECIPE)
@@ -188,7 +188,7 @@ def test_the_command_of_a_job_names_the_required_variables(kind: str, settings: 
     named = ["tracking.uri=env:STORE", "data.storage_options.secret=$KEY"]
     rendered = files(kind, read_recipe_file(RECIPE, [*SHARED, *named]), settings)
     (words,) = (words for words in commands(rendered) if "python" in words)
-    given = job.arguments(words[3:])
+    given = job.arguments(words[5:])
     assert given.needs == "KEY,STORE" and given.overrides[2:4] == named
 
 
@@ -199,7 +199,7 @@ def test_the_contents_of_a_deepspeed_file_are_sent_to_pods(
     Path("ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     source = read_recipe_file(RECIPE, [*SHARED, "deepspeed.config=ds.json"])
     (words,) = (words for words in commands(files("kuberay", source, settings)) if "python" in words)
-    config = load_recipe(RECIPE, job.arguments(words[3:]).overrides).deepspeed.config
+    config = load_recipe(RECIPE, job.arguments(words[5:]).overrides).deepspeed.config
     assert config == {"zero_optimization": {"stage": 2}}
 
 

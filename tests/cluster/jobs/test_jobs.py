@@ -33,13 +33,13 @@ from cluster.runtime.local_cluster import running_cluster
 from perceiver.config import UserError
 from tests.cluster.recipes import write_recipe
 from tests.faults.job import PACE
-from tests.homes import share_kernels
+from tests.homes import share_kernels, write_names
 from tune.config import build_search
 from tune.search.submission import is_search, searching
 from tune.search_file import read_search
 
 pytestmark = pytest.mark.usefixtures("home")
-PERCEIVER = [sys.executable, "-m", "perceiver"]
+PERCEIVER = [str(Path(sys.executable).with_name("perceiver"))]
 POLL_S = 0.2
 
 
@@ -189,9 +189,9 @@ def test_an_existing_run_is_resumed_and_missing_variables_are_named(tmp_path: Pa
 
 def job_words(entrypoint: str) -> list[str]:
     """Return the arguments that the job's command passes to `cluster.jobs.entrypoint`."""
-    exec_, python, module, name, *words = shlex.split(entrypoint)
-    assert (exec_, python, module, name) == ("exec", "python", "-m", "cluster.jobs.entrypoint")
-    return words
+    start = "exec python -P -m perceiver_train.module cluster.jobs.entrypoint "
+    assert entrypoint.startswith(start)
+    return shlex.split(entrypoint.removeprefix(start))
 
 
 # -- searches ----------------------------------------------------------------------------------------------------------
@@ -332,11 +332,12 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
     recipe = str(write_recipe(home, tree))
     ports = f"port: {free_port('127.0.0.2')}\ndashboard_port: {free_port('127.0.0.1')}\n"
     (home / "nodes.yaml").write_text(NODES + ports)
-    share_kernels(home)
+    write_names(share_kernels(home), packages=True)  # the current folder of the driver
+    mine = str(write_names(home / "mine", packages=False))
     try:
         shown = perceiver(home, "cluster", "up", "nodes.yaml", **PACE)  # leaves the processor to the commands below
         assert "ray start --address=HEAD" in shown and (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
-        perceiver(home, "submit", recipe, "--run", "life", "--no-wait")
+        perceiver(home, "submit", recipe, "--run", "life", "--no-wait", "--working-dir", mine)
         placed = wait_for_tasks(home)
         assert placed["RayTrainWorker"] == {"127.0.0.3"} and placed["MapBatches(produce)"] == {"127.0.0.4"}
         assert "slot" in perceiver(home, "submit", recipe, "cluster.worker_resources.slot=2", "--run", "b", code=2)

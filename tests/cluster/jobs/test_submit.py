@@ -1,6 +1,7 @@
 """The package of a job, and the checks before it is submitted."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,13 +36,25 @@ def test_the_package_contains_our_sources_and_the_recipe_only(tmp_path: Path, mo
     target = tmp_path / "package"
     target.mkdir()
     package.build_package(target, ["recipes/a.yaml"])
-    top = {path.name for path in target.iterdir()}
-    assert top == {"perceiver", "pipelines", "cluster", "tune", "recipes"}
-    assert (target / "perceiver/kernels/separable.cpp").is_file() and not list(target.rglob("__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.jobs.entrypoint", "--help"], cwd=target, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert {path.name for path in target.iterdir()} == {"recipes"}
+    sources = package.copy_sources(tmp_path / "sources")
+    assert (sources / "perceiver/kernels/separable.cpp").is_file() and not list(sources.rglob("__pycache__"))
+
+
+def test_a_job_imports_our_sources_and_keeps_files_of_the_same_names(tmp_path: Path) -> None:
+    """As on a cluster: our sources come first on PYTHONPATH, the working directory is the current folder."""
+    names = ["perceiver/__init__.py", "pipelines.py", "cluster.py", "tune/__init__.py"]
+    mine = write_folder(tmp_path / "mine", *names)
+    target = tmp_path / "package"
+    target.mkdir()
+    package.build_package(target, [], str(mine))
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*.py")) == sorted(names)
+    sources = package.copy_sources(tmp_path / "sources")
+    path = os.pathsep.join([str(sources.parent), str(target)])
+    command = [sys.executable, "-P", "-m", "perceiver_train.module", "cluster.jobs.entrypoint", "--help"]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=target, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--run" in done.stdout, done.stderr
 
 
 def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path) -> None:
@@ -226,8 +239,7 @@ def test_a_folder_is_uploaded_without_ignored_and_secret_files(tmp_path: Path) -
     left = package.build_package(target, [str(recipe)], str(mine), ["/skip.me"])
     assert left == [".env", "id_rsa.pub", "keys/server.pem"]
     there = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    assert {name for name in there if name.partition("/")[0] not in package.OURS} == {"a.py", "sub/b.txt", "r.yaml"}
-    assert "cluster/jobs/entrypoint.py" in there
+    assert there == {"a.py", "sub/b.txt", "r.yaml"}
 
 
 def test_a_folder_is_measured_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,8 +378,9 @@ class FakeClient:
 
     def submit_job(self, **given: Any) -> str:
         self.given = given
-        folder = Path(given["runtime_env"]["working_dir"])
+        folder, (sources,) = Path(given["runtime_env"]["working_dir"]), map(Path, given["runtime_env"]["py_modules"])
         self.files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        self.files |= {str(path.relative_to(sources.parent)) for path in sources.rglob("entrypoint.py")}
         return given["submission_id"]
 
 
@@ -394,7 +407,7 @@ def test_what_is_submitted(tree: dict[str, Any], tmp_path: Path, monkeypatch: py
     assert given["entrypoint_num_cpus"] == 1 and given["entrypoint_resources"] == {"slot": 2}
     assert '--reserved \'{"CPU": 1, "slot": 2}\'' in given["entrypoint"]
     assert given["runtime_env"]["env_vars"]["A"] == "1" and "excludes" not in given["runtime_env"]
-    assert {"helper.py", "small.yaml", "cluster/jobs/entrypoint.py"} <= client.files and ".env" not in client.files
+    assert client.files == {"helper.py", "small.yaml", "perceiver_train/cluster/jobs/entrypoint.py"}
     assert [line.split(":")[1].split()[0] for line in said] == ["no", ".env"]
 
 

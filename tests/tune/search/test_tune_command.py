@@ -9,6 +9,7 @@ import pytest
 
 from cluster.recipe.config import load_recipe
 from cluster.recipe.preflight import check_recipe
+from tests.homes import write_names
 from tests.tune.commands import all_gone, left_behind, run, start, trials, wait_for
 from tests.tune.searches import write_search
 
@@ -29,7 +30,7 @@ def test_asha_with_a_trial_that_fails_then_a_kill_and_a_resume(tmp_path: Path, t
         "search": {"kind": "grid"},
         "space": {"optim.lr": {"kind": "grid", "values": [0.01, 1e6, 1e-9]}},
     }
-    search = write_search(tmp_path, tree)
+    search = write_search(write_names(tmp_path, packages=False), tree)  # the current folder of all processes
     folder = tmp_path / "runs" / "hunt-001"
     process = start(tmp_path, "tune", search)
     wait_for(lambda: any(len(t["evaluations"]) > 1 for t in trials(folder)), process)
