@@ -218,7 +218,9 @@ def test_the_report_has_every_spelling_of_a_list(tmp_path: Path, tree: dict[str,
 
 
 def test_a_lost_report_is_in_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch: Any = SimpleNamespace(record=some_trials(), start=SimpleNamespace(as_json=False))
+    launch: Any = SimpleNamespace(
+        record=some_trials(), start=SimpleNamespace(as_json=False), console=SimpleNamespace(shell=True)
+    )
     for name, result in {
         "settle": "finished",
         "_write_best": "best.yaml",
