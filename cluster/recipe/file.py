@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-import perceiver
+from perceiver import config
 from perceiver.config import Config, UserError, shown
 from perceiver.yaml_reader import DEEPEST, LARGEST_BYTES, parse_yaml
 
@@ -18,7 +18,7 @@ Kind = TypeVar("Kind", bound=Config)
 BASE = "base"
 """Key of a recipe: the file whose settings it changes."""
 MOST_BASES = 8
-RECIPES = Path(str(perceiver.__file__)).with_name("recipes")
+RECIPES = Path(config.__file__).with_name("recipes")
 """The recipes that come with the package."""
 
 
