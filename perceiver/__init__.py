@@ -82,14 +82,11 @@ def __getattr__(name: str) -> Any:
     if name in HOMES:
         if name not in ALONE:
             import perceiver_train
+            from perceiver_train.extras import check
 
+            check(f"perceiver.{name}")
             perceiver_train.pin()  # a script's folder may contain files with the names of our packages
-        try:
-            return getattr(importlib.import_module(HOMES[name]), name)
-        except ModuleNotFoundError as error:
-            from perceiver_train.extras import lacks
-
-            raise ImportError(lacks(f"perceiver.{name}", error) or str(error), name=error.name) from error
+        return getattr(importlib.import_module(HOMES[name]), name)
     raise AttributeError(f"module 'perceiver' has no attribute {name!r}")
 
 

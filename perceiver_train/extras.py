@@ -1,5 +1,7 @@
 """The optional dependencies of pyproject.toml: models alone need torch, numpy and pydantic, the rest is an extra."""
 
+import importlib.util
+
 EXTRA = "train"
 """What every command needs, and every function of the Python interface but `create_model` and `list_models`."""
 OTHERS = {
@@ -11,6 +13,20 @@ OTHERS = {
     "onnxscript": "onnx",
 }
 OURS = {"perceiver", "perceiver_train", "pipelines", "cluster", "tune"}
+
+
+def check(what: str) -> None:
+    """Check that the extra is installed.
+
+    Raises:
+        ImportError: it is not; the message names it.
+    """
+    try:
+        installed = importlib.util.find_spec("ray") is not None
+    except ModuleNotFoundError:
+        installed = False
+    if not installed:
+        raise ImportError(lacks(what, ModuleNotFoundError(name="ray")), name="ray")
 
 
 def lacks(what: str, error: ModuleNotFoundError) -> str:

@@ -235,11 +235,12 @@ def _in_table(folder: Folder, name: str, inputs: Inputs) -> Iterator[Item]:
     where = folder.file(name)
     if not rows:
         raise UserError(f"{where} has no rows")
-    wanted = {column: "" for column in (*FILES, "text", "labels") if column != inputs.column}
+    wanted = {column: "" for column in (*FILES, "mask", "text", "labels") if column != inputs.column}
     columns = find_columns(Folder(folder.fs, folder.path, where), there, {**wanted, **inputs.options})
     content = {
         "columns": {inputs.column: columns[inputs.column]},
         "classes": [],
+        "own": {},
         "options": dict(inputs.options),
         "seed": 0,
     }
