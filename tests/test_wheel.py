@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from pipelines.prepare import prepare
+from tests.homes import write_names
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[1]
@@ -36,10 +37,16 @@ def build_wheel(folder: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink() or source.exists():
             shutil.copy2(source, target, follow_symlinks=False)
+    return wheel_of(folder / "source")
+
+
+def wheel_of(source: Path) -> Path:
+    """Build the wheel of a project's folder, and delete that."""
+    target = source.with_name(f"{source.name}-wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", folder, folder / "source"], check=True)
-    shutil.rmtree(folder / "source")
-    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*command, "--wheel-dir", target, source], check=True)
+    shutil.rmtree(source)
+    (wheel,) = target.glob("*.whl")
     return wheel
 
 
@@ -50,15 +57,16 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv/bin/python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, build_wheel(folder)], check=True)
+    shutil.copytree(ROOT / "tests/example_plugin", folder / "plugin")
+    subprocess.run([*pip, build_wheel(folder), wheel_of(folder / "plugin")], check=True)
     (site,) = (folder / "venv/lib").glob("python*/site-packages")
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
 
 
-def run(programs: Path, folder: Path, *words: str) -> str:
-    """Run a program of the environment in a folder; return its output."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(programs: Path, folder: Path, *words: str, path: str = "") -> str:
+    """Run a program of the environment in a folder, with a PYTHONPATH; return its output."""
+    env = {**os.environ, "PYTHONPATH": path}
     command = [str(programs / words[0]), *words[1:]]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,17 +90,27 @@ def test_the_wheel_contains_recipes_templates_and_types(programs: Path, tmp_path
     }
 
 
-def test_from_an_empty_folder_to_a_trained_model(programs: Path, tmp_path: Path) -> None:
-    """`perceiver init --quickstart` finds prepared data there, since tests do not download."""
+def test_from_an_empty_folder_to_predictions(programs: Path, tmp_path: Path) -> None:
+    """With a task and a hook of another package, and among files that have the names of our packages.
+
+    `perceiver init --quickstart` finds prepared data there, since tests do not download.
+    """
     assert "permuted-imagenet" in run(programs, tmp_path, "perceiver", "reproduce", "--list")
     run(programs, tmp_path, "perceiver", "cluster", "render", "slurm", "recipes/train/quickstart.yaml", "-o", "deploy")
     assert list((tmp_path / "deploy").iterdir())
     write_digits(tmp_path)
     assert "perceiver train quickstart.yaml" in run(programs, tmp_path, "perceiver", "init", "--quickstart")
     assert json.loads((tmp_path / "quickstart.schema.json").read_text())["properties"]["base"]
-    words = ["train.epochs=1", "train.global_batch=16", "model.latents=4", "cluster.workers=1"]
-    run(programs, tmp_path, "perceiver", "train", "quickstart.yaml", *words)
+    write_names(tmp_path, packages=True)
+    path = str(write_names(tmp_path / "path", packages=False))
+    log = tmp_path / "steps.txt"
+    hooks = json.dumps([{"kind": "step_log", "file": str(log), "every": 1}])
+    words = ["train.epochs=1", "train.global_batch=16", "model.latents=4", "task={kind: brier}", f"hooks={hooks}"]
+    run(programs, tmp_path, "perceiver", "train", "quickstart.yaml", *words, path=path)
     assert json.loads((tmp_path / "runs/quickstart-001/run.json").read_text())["status"] == "finished"
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["1", "2"]
+    words = ["runs/quickstart-001", "data/digits", "--to", "predictions", "--workers", "2"]
+    assert "2 workers" in run(programs, tmp_path, "perceiver", "predict", *words, path=path)
 
 
 def write_digits(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Plug-ins: what an installed package offers is there by name; clashes are refused, failures are one line."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -149,16 +148,3 @@ def test_the_contract_finds_mistakes(site: Path, old: str, new: str, line: str) 
     )
     done = run_with(site, "-c", code)
     assert f"AssertionError: {line}" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_with_a_task_and_a_hook_of_a_package(site: Path, tmp_path: Path, images: str) -> None:
-    tree = small_tree(tmp_path, images)
-    log = tmp_path / "steps.txt"
-    tree |= {"task": {"kind": "brier"}, "hooks": [{"kind": "step_log", "file": str(log), "every": 5}]}
-    done = run_with(site, "-m", "perceiver_train", "train", str(write_recipe(tmp_path, tree)), cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[0] for line in log.read_text().splitlines()] == ["5", "10"]
-    outcome = json.loads((tmp_path / "runs/small-001/run.json").read_text())
-    assert outcome["status"] == "finished" and sys.executable

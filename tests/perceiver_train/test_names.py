@@ -11,7 +11,6 @@ import pytest
 from perceiver.config import UserError
 from perceiver.environment import check_names
 from perceiver_train import PACKAGES, pin
-from tests.cluster.recipes import small_tree, write_recipe
 from tests.homes import write_names
 
 
@@ -67,21 +66,3 @@ def test_another_distribution_with_one_of_the_names_is_named(tmp_path: Path, mon
     monkeypatch.setattr("perceiver_train.__file__", str(place / "perceiver_train/__init__.py"))
     with pytest.raises(UserError, match="perceiver_io and perceiver-train both own perceiver in"):
         check_names()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_its_evaluation_and_its_predictions_among_such_files(tmp_path: Path, images: str) -> None:
-    """In one folder packages, on PYTHONPATH single files."""
-    folder = write_names(tmp_path / "mine", packages=True)
-    path = str(write_names(tmp_path / "path", packages=False))
-    tree = small_tree(folder, images)
-    tree["train"] |= {"epochs": 1, "checkpoint_every": 5}
-    write_recipe(folder, tree)
-    for verb in (
-        ["train", "small.yaml"],
-        ["evaluate", "runs/small-001"],
-        ["predict", "runs/small-001", images, "--to", "predictions", "--workers", "2"],
-    ):
-        done = perceiver(folder, *verb, PYTHONPATH=path)
-        assert done.returncode == 0, done.stdout + done.stderr
