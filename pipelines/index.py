@@ -17,7 +17,7 @@ from perceiver.config import UserError, expand_home
 from perceiver.storage import Folder, ReadPolicy, first_line, open_folder, open_target, safe_name
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
-from pipelines.prepare import Note, PrepareConfig, Progress, existing, fingerprint
+from pipelines.prepare import Note, PrepareConfig, Progress, completed, existing, fingerprint
 from pipelines.shards.listing import file_tag, listed
 from pipelines.shards.manifest import (
     MANIFEST,
@@ -30,6 +30,7 @@ from pipelines.shards.manifest import (
 )
 from pipelines.shards.parquet import column_at, fit, read_footer
 from pipelines.sources import Listing, load_source
+from pipelines.statistics import with_statistics
 
 SOURCE = "table"
 THREADS = 16
@@ -67,7 +68,7 @@ def index(
     folder = open_target(dst, config.storage_options)
     mark = fingerprint(f"index {source_name}", src, config)
     if folder.exists(MANIFEST):
-        return existing(dst, config, mark)
+        return completed(existing(dst, config, mark), dst, config)
     if config.options.get("held_out", "none") != "none":
         raise UserError("--index cannot hold out rows of a file: remove the option held_out, or convert the data")
     options = {**config.options, "held_out": "none"}
@@ -93,6 +94,7 @@ def index(
         source=redact_text(listing.origin),
         fingerprint=mark,
     )
+    manifest = with_statistics(manifest, dst, config.storage_options, config.spectrogram)
     try:
         save_manifest(manifest, folder)
     except OSError as error:

@@ -28,6 +28,7 @@ from pipelines.shards.manifest import (
 )
 from pipelines.shards.quarantine import QUARANTINE, Problem, count_reasons, write_problems
 from pipelines.sources import Listing, Rejected, Sample, Source, Unit, load_source
+from pipelines.statistics import with_statistics
 
 RECEIPTS = "_receipts"
 PROBE = 64
@@ -51,6 +52,9 @@ class PrepareConfig(Config):
     in_flight: Count = Field(default=64, description="Ray tasks at a time")
     max_bad_fraction: Probability = Field(default=0.01, description="largest share of unreadable raw items")
     options: dict[str, str] = Field(default={}, description="options of the source")
+    spectrogram: dict[str, float] = Field(
+        default={}, description="settings of the log-mel spectrogram whose statistics are measured"
+    )
     storage_options: dict[str, str] = Field(
         default={}, description="options of the destination; `$NAME`: environment variable"
     )
@@ -90,8 +94,8 @@ def prepare(
 ) -> Manifest:
     """Turn raw data into a prepared folder.
 
-    Idempotent: a complete destination of the same source and settings is not changed, and a stopped run continues with
-    the missing shards.
+    Idempotent: of a complete destination of the same source and settings at most the statistics are completed, and a
+    stopped run continues with the missing shards.
 
     Args:
         source_name: a module of `pipelines.sources`.
@@ -112,7 +116,7 @@ def prepare(
     with refusing(dst, fix):
         finished = folder.exists(MANIFEST)
     if finished:
-        return existing(dst, config, mark)
+        return completed(existing(dst, config, mark), dst, config)
     source = load_source(source_name)
     listing = source.listing(src, seed=config.seed, shard_rows=config.shard_rows, options=config.options)
     if note:
@@ -135,6 +139,7 @@ def prepare(
         source=redact_text(utf8_name(listing.origin)),
         fingerprint=mark,
     )
+    manifest = with_statistics(manifest, dst, config.storage_options, config.spectrogram)
     save_manifest(manifest, folder)
     folder.fs.rm(folder.file(RECEIPTS), recursive=True)
     return manifest
@@ -156,6 +161,15 @@ def existing(dst: str, config: PrepareConfig, mark: str) -> Manifest:
             " give another folder, or delete this one first"
         )
     return manifest
+
+
+def completed(manifest: Manifest, dst: str, config: PrepareConfig) -> Manifest:
+    """Return the manifest of a complete destination with the statistics that it lacks, which are added to it."""
+    found = with_statistics(manifest, dst, config.storage_options, config.spectrogram)
+    if found != manifest:
+        with refusing(dst, "give a writable folder"):
+            save_manifest(found, open_target(dst, config.storage_options))
+    return found
 
 
 def _jobs(

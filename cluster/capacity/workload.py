@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.recipe.config import Recipe, zero_stage
+from cluster.recipe.statistics import with_statistics
 from perceiver.accounting import Account, account
 from perceiver.config import UserError
 from perceiver.step_trace import StepTrace, trace_step
@@ -74,6 +75,7 @@ def build_workload(
     Raises:
         UserError: the data are neither prepared nor described.
     """
+    recipe = with_statistics(recipe, None)
     data = _data_volume(recipe, samples, sample_bytes, classes)
     return Workload(
         recipe, account(recipe.model, classes=data.classes), trace_step(recipe.model, classes=data.classes), data

@@ -64,6 +64,7 @@ def launch_training(
     began = time.time()
     folder = choose_run(recipe.output, recipe.name, resume, run)
     preflight = check(recipe, folder, resume)
+    recipe = preflight.recipe
     with RunConsole() as console, ExitStack() as stack:
         stack.enter_context(raise_on_signal())
         lease = stack.enter_context(hold(folder.url))

@@ -49,6 +49,11 @@ Examples:
     type=Number(0, 1),
     help="Share of unreadable raw items above which preparation fails.",
 )
+@click.option(
+    "--spectrogram",
+    metavar="KEY=NUMBER,...",
+    help="Settings (rate, window, hop, bins, low, high) of the log-mel spectrogram to measure; default: the model's.",
+)
 @click.option("--index", "in_place", is_flag=True, help="Read Parquet files in place: write only a manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was prepared as one JSON line.")
 def command(
@@ -57,15 +62,19 @@ def command(
     options: tuple[str, ...],
     seed: int,
     max_bad_fraction: float,
+    spectrogram: str | None,
     in_place: bool,
     as_json: bool,
 ) -> int:
     """Convert raw data to shards.
 
     Reads the raw data of source NAME at SRC, and writes shards and a manifest to DST. SRC and DST are paths or fsspec
-    URLs; a source that downloads its data needs no SRC. A complete destination is not changed; an interrupted
-    preparation continues with the missing shards. Raw items that cannot be read are skipped and listed with the reason
-    in DST/quarantine.parquet.
+    URLs; a source that downloads its data needs no SRC. Samples of a complete destination are not changed; an
+    interrupted preparation continues with the missing shards. Raw items that cannot be read are skipped and listed with
+    the reason in DST/quarantine.parquet.
+
+    Mean and deviation of the training split are measured on a sample of it, for recipes with `mean: data`. Given again,
+    the command adds those that a complete destination lacks, such as those of another --spectrogram.
 
     With --index (source `table` only), Parquet files with one row per sample stay in place and DST gets a manifest of
     their row groups; a run refuses files that have changed since. Row groups much larger than 64 MB train slowly this
@@ -81,7 +90,9 @@ def command(
     src = source[0] if source else None
     pairs = dict(_pair(option) for option in options)
     began = time.monotonic()
-    config = PrepareConfig(seed=seed, options=pairs, max_bad_fraction=max_bad_fraction)
+    config = PrepareConfig(
+        seed=seed, options=pairs, max_bad_fraction=max_bad_fraction, spectrogram=_numbers(spectrogram or "")
+    )
     work = index if in_place else prepare
 
     def note(line: str) -> None:
@@ -119,10 +130,20 @@ def _progress(show: Callable[[str], None]) -> Callable[[int, str], None]:
     return progress
 
 
-def _pair(option: str) -> tuple[str, str]:
+def _numbers(option: str) -> dict[str, float]:
+    from perceiver.config import UserError
+
+    pairs = dict(_pair(part, "--spectrogram") for part in option.split(",") if part)
+    try:
+        return {key: float(value) for key, value in pairs.items()}
+    except ValueError as error:
+        raise UserError(f"--spectrogram {option!r}: {error}; wanted numbers, as rate=16000,bins=64") from None
+
+
+def _pair(option: str, of: str = "--option") -> tuple[str, str]:
     from perceiver.config import UserError
 
     key, equals, value = option.partition("=")
     if not equals or not key:
-        raise UserError(f"--option {option!r} is not of the form KEY=VALUE")
+        raise UserError(f"{of} {option!r} is not of the form KEY=VALUE")
     return key, value

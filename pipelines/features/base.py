@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 from numpy.random import Generator
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from perceiver.config import Config, Count, Real, Size
@@ -90,6 +91,18 @@ class BaseFeature(Config):
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
         """Return the modules that its transforms import on first use, for processes that are started early."""
         return ()
+
+    def normalised(self, name: str) -> dict[str, int]:
+        """Return the number of channels of each batch key whose values a model may normalise by their statistics."""
+        return {}
+
+    def values(self, name: str, stored: Any) -> Mapping[str, NDArray[np.floating]]:
+        """Return some values (n, channels) of a sample for each key of `normalised`, in the units that models see.
+
+        Raises:
+            BadSample: it is damaged.
+        """
+        return {}
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """Decode a stored value, without anything random.

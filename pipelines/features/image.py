@@ -6,12 +6,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import UserError
 from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.decode import decode_image
-from pipelines.transforms.image import evaluation_view, training_view
+from pipelines.transforms.image import evaluation_view, some_pixels, training_view
 
 
 class ImageFeature(BaseFeature):
@@ -34,6 +35,14 @@ class ImageFeature(BaseFeature):
     def decoded_bytes(self) -> int:
         """Return the size of the pixels, if all images have the same size."""
         return self.channels * math.prod(self.size) if self.size else 0
+
+    def normalised(self, name: str) -> dict[str, int]:
+        """Return the channels."""
+        return {name: self.channels}
+
+    def values(self, name: str, stored: Any) -> Mapping[str, NDArray[np.floating]]:
+        """Return pixels in [0, 1], of a large image some of them."""
+        return {name: some_pixels(decode_image(stored or b"", self.channels))}
 
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
         """Return torch if images are resized."""

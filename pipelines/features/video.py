@@ -9,10 +9,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import UserError
+from pipelines.features.audio import some_sound
 from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.clip import clip_starts, clips_excess, exceeds_clips
-from pipelines.transforms.media import Media, media_sound, open_media
+from pipelines.transforms.image import some_pixels
+from pipelines.transforms.media import Media, frames_at, media_sound, open_media
 from pipelines.transforms.video import CentredView, RandomView, video_clips
+
+MEASURED_FRAMES = 4
+"""Frames of a recording that are looked at for the statistics of a data set."""
 
 
 class VideoFeature(BaseFeature):
@@ -32,6 +37,14 @@ class VideoFeature(BaseFeature):
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (F, C, height, width) uint8."""
         return {name: _frames_shape(name, self.channels, self.size, view)}
+
+    def normalised(self, name: str) -> dict[str, int]:
+        """Return the channels of a frame."""
+        return {name: self.channels}
+
+    def values(self, name: str, stored: Any) -> Mapping[str, NDArray[np.floating]]:
+        """Return pixels in [0, 1] of some frames."""
+        return {name: _some_frames(_open(stored, ViewConfig(), video=True, audio=False), self.channels)}
 
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
         """Return torch if frames are resized or their colours change."""
@@ -79,6 +92,15 @@ class MediaFeature(BaseFeature):
             shapes["audio"] = ((view.audio.samples,), np.int16)
         return shapes
 
+    def normalised(self, name: str) -> dict[str, int]:
+        """Return the channels of a frame, and one of the sound."""
+        return {"video": self.channels, "audio": 1}
+
+    def values(self, name: str, stored: Any) -> Mapping[str, NDArray[np.floating]]:
+        """Return pixels in [0, 1] of some frames, and samples in [-1, 1) of ten seconds about the middle."""
+        media = _open(stored, ViewConfig(), video=True, audio=True)
+        return {"video": _some_frames(media, self.channels), "audio": some_sound(media)}
+
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
         """Return torch if frames are shown, and are resized or their colours change."""
         return _imports(self.size, view) if view.clip.show != "audio" else ()
@@ -110,6 +132,12 @@ class MediaFeature(BaseFeature):
 def _open(stored: Any, view: ViewConfig, *, video: bool, audio: bool) -> Media:
     limits = {"max_seconds": view.clip.max_seconds, "max_pixels": view.video.max_pixels}
     return open_media(stored or b"", video=video, audio=audio, **limits)
+
+
+def _some_frames(media: Media, channels: int) -> NDArray[np.float32]:
+    """Return pixels (n, channels) in [0, 1] of a few evenly spaced frames."""
+    times = media.seconds * (np.arange(MEASURED_FRAMES) + 0.5) / MEASURED_FRAMES
+    return np.concatenate(frames_at(media, times, some_pixels, channels)[0])
 
 
 def _clip_seconds(view: ViewConfig) -> float:

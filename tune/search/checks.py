@@ -39,8 +39,10 @@ class Checker:
 
     def recipe(self, values: Mapping[str, Any]) -> tuple[Recipe, CheckedModel]:
         """Return the recipe with some values set in the base, and its model, or raise `UserError`."""
-        recipe = build_recipe(with_values(self.search.base, values), source=self.search.source)
-        model = check_recipe(recipe, self.manifest)
+        model = check_recipe(
+            build_recipe(with_values(self.search.base, values), source=self.search.source), self.manifest
+        )
+        recipe = model.recipe
         self._check_files(recipe.data, model.manifest)
         describe_start(recipe, model.manifest)
         return recipe, model
