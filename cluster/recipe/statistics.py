@@ -34,9 +34,9 @@ def with_statistics(recipe: Recipe, manifest: Manifest | None) -> Recipe:
         found = None if manifest is None else _statistics(key, inputs, recipe.data.url, manifest)
         for field in _fields(inputs):
             channels = 1 if inputs.kind in SCALARS else inputs.channels
-            values = getattr(found, field, ())
+            values: tuple[float, ...] = getattr(found, field, ())
             if len(values) != channels:  # no data, or other channels, which `check_inputs` refuses
-                values = [float(field == "std")] * channels
+                values = (float(field == "std"),) * channels
             node[field] = values[0] if inputs.kind in SCALARS else list(values)
     return build_recipe(tree, source=f"statistics of {recipe.data.url}")
 
@@ -48,7 +48,7 @@ def _fields(inputs: Any) -> list[str]:
 def _statistics(key: str, inputs: Any, url: str, manifest: Manifest) -> Statistics:
     """Return the statistics of the inputs of a section."""
     field = _fields(inputs)[0]
-    again = f"prepare {url} again with the command that wrote it, which adds them"
+    again = f"give the command `perceiver prepare ... {url}` that wrote it again, it adds them"
     if inputs.kind != "mel":
         if inputs.kind not in manifest.statistics:
             raise UserError(
@@ -60,6 +60,6 @@ def _statistics(key: str, inputs: Any, url: str, manifest: Manifest) -> Statisti
         if one.spectrogram == wanted:
             return one
     raise UserError(
-        f"{key}.{field} = data, but {url} has no statistics of this spectrogram: {again}: perceiver prepare ... "
+        f"{key}.{field} = data, but {url} has no statistics of this spectrogram: {again} with "
         f"--spectrogram {wanted.option()}"
     )

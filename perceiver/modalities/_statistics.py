@@ -7,8 +7,10 @@ from perceiver.config import Scale, Shift, UserError
 
 FromData = Literal["data"]
 """Stands for the statistics of the prepared data; a run replaces it by the numbers before it builds the model."""
-Mean, Deviation = Shift | FromData, Scale | FromData
-Means, Deviations = tuple[Shift, ...] | FromData, tuple[Scale, ...] | FromData
+Mean = Shift | FromData
+Deviation = Scale | FromData
+Means = tuple[Shift, ...] | FromData
+Deviations = tuple[Scale, ...] | FromData
 
 
 def numbers(key: str, value: float | Sequence[float] | FromData, channels: int = 1) -> tuple[float, ...]:

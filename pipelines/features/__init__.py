@@ -9,6 +9,7 @@ from pipelines.features.flow import FlowFeature
 from pipelines.features.image import ImageFeature
 from pipelines.features.label import LabelFeature, LabelsFeature
 from pipelines.features.points import PointsFeature
+from pipelines.features.series import SeriesFeature
 from pipelines.features.text import TextFeature
 from pipelines.features.video import MediaFeature, VideoFeature
 
@@ -18,6 +19,7 @@ Feature = Annotated[
     | LabelsFeature
     | TextFeature
     | PointsFeature
+    | SeriesFeature
     | AudioFeature
     | VideoFeature
     | MediaFeature
@@ -34,6 +36,7 @@ __all__ = [
     "LabelsFeature",
     "MediaFeature",
     "PointsFeature",
+    "SeriesFeature",
     "TextFeature",
     "VideoFeature",
 ]

@@ -16,6 +16,7 @@ from pipelines.transforms.decode import MAX_PIXELS
 from pipelines.transforms.image import AugmentConfig
 from pipelines.transforms.optical_flow import FlowViewConfig
 from pipelines.transforms.points import PointsViewConfig
+from pipelines.transforms.series import SeriesViewConfig
 from pipelines.transforms.video import VideoViewConfig
 
 
@@ -53,6 +54,7 @@ class ViewConfig(Config):
     points: PointsViewConfig = Field(
         default=PointsViewConfig(), description="number of points and their random changes"
     )
+    series: SeriesViewConfig = Field(default=SeriesViewConfig(), description="length of series of numbers")
     audio: AudioViewConfig = Field(default=AudioViewConfig(), description="rate and length of sound")
     video: VideoViewConfig = Field(default=VideoViewConfig(), description="frames, their size and random changes")
     flow: FlowViewConfig = Field(default=FlowViewConfig(), description="random changes to frames and their flow")

@@ -83,7 +83,7 @@ def training_view(
 def some_pixels(picture: Picture) -> NDArray[np.float32]:
     """Return pixels (n, channels) of an image in [0, 1]: all of a small one, else those of an even grid."""
     step = max(1, min(picture.shape[:2]) // MEASURED_SIDE)
-    return picture[::step, ::step].reshape(-1, picture.shape[2]).astype(np.float32) / 255
+    return picture[::step, ::step].reshape(-1, picture.shape[2]).astype(np.float32) / np.float32(255)
 
 
 def evaluation_view(picture: Picture, size: tuple[int, int], crop: float) -> Pixels:

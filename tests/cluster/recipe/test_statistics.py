@@ -46,7 +46,7 @@ def test_data_without_statistics_are_refused_with_the_command(tmp_path: Path) ->
     url = prepare_images(tmp_path, 20)
     manifest = load_manifest(url).model_copy(update={"statistics": {}})
     recipe = from_data(tmp_path, url, std=[0.3])
-    with pytest.raises(UserError, match=r"model\.inputs\.mean = data.*no statistics of 'image': prepare"):
+    with pytest.raises(UserError, match=r"inputs\.mean = data.*no statistics of 'image': give .*`perceiver prepare"):
         with_statistics(recipe, manifest)
     with pytest.raises(UserError, match="channels = 3, but the images"):
         check_recipe(from_data(tmp_path, url, channels=3))
