@@ -71,7 +71,10 @@ def index(
         return completed(existing(dst, config, mark), dst, config)
     if config.options.get("held_out", "none") != "none":
         raise UserError("--index cannot hold out rows of a file: remove the option held_out, or convert the data")
-    options = {**config.options, "held_out": "none"}
+    if named := [key for key in ("split", "group", "series", "points") if config.options.get(key)]:
+        raise UserError(f"--index cannot take the option {named[0]}: convert the data without --index")
+    without = dict.fromkeys(("split", "group", "series", "points"), "")
+    options = {**without, **config.options, "held_out": "none"}
     listing = load_source(source_name).listing(src, seed=0, shard_rows=config.shard_rows, options=options)
     if note:
         for line in listing.notes:
