@@ -65,6 +65,10 @@ def index(
             f"--index reads Parquet files in place (perceiver prepare {SOURCE} SRC DST --index);"
             f" source {source_name} must be converted: remove --index"
         )
+    if config.media.given:
+        raise UserError(
+            f"--{config.media.given[0]} stores media anew, --index leaves them in place: remove one of them"
+        )
     folder = open_target(dst, config.storage_options)
     mark = fingerprint(f"index {source_name}", src, config)
     if folder.exists(MANIFEST):

@@ -49,6 +49,10 @@ Examples:
     type=Number(0, 1),
     help="Share of unreadable raw items above which preparation fails.",
 )
+@click.option("--resize", type=click.IntRange(1, 1 << 24), help="Shorter side of images and videos in pixels, at most.")
+@click.option("--fps", type=Number(0.001, 1000), help="Frames per second of videos, at most.")
+@click.option("--rate", type=click.IntRange(100, 1_000_000), help="Samples per second of sound, at most.")
+@click.option("--quality", type=click.IntRange(1, 100), help="Of JPEG and H.264; default: 90 of images, 75 of videos.")
 @click.option(
     "--spectrogram",
     metavar="KEY=NUMBER,...",
@@ -63,6 +67,10 @@ def command(
     seed: int,
     max_bad_fraction: float,
     spectrogram: str | None,
+    resize: int | None,
+    fps: float | None,
+    rate: int | None,
+    quality: int | None,
     in_place: bool,
     as_json: bool,
 ) -> int:
@@ -72,6 +80,9 @@ def command(
     URLs; a source that downloads its data needs no SRC. Samples of a complete destination are not changed; an
     interrupted preparation continues with the missing shards. Raw items that cannot be read are skipped and listed with
     the reason in DST/quarantine.parquet.
+
+    With --resize, --fps, --rate and --quality, media are stored at the size at which they are used: smaller ones stay
+    as they are, others are encoded again (JPEG, H.264 with AAC, FLAC).
 
     Mean and deviation of the training split are measured on a sample of it, for recipes with `mean: data`. Given again,
     the command adds those that a complete destination lacks, such as those of another --spectrogram.
@@ -83,6 +94,7 @@ def command(
     from perceiver.config import UserError
     from pipelines.index import HEAVY_BYTES, group_bytes, index
     from pipelines.prepare import PrepareConfig, prepare
+    from pipelines.transforms.store import StoreConfig
 
     if not 1 <= len(places) <= 2:
         raise UserError(f"got {len(places)} places ({', '.join(places)}), wanted [SRC] DST")
@@ -91,7 +103,11 @@ def command(
     pairs = dict(_pair(option) for option in options)
     began = time.monotonic()
     config = PrepareConfig(
-        seed=seed, options=pairs, max_bad_fraction=max_bad_fraction, spectrogram=_numbers(spectrogram or "")
+        seed=seed,
+        options=pairs,
+        max_bad_fraction=max_bad_fraction,
+        spectrogram=_numbers(spectrogram or ""),
+        media=StoreConfig(resize=resize, fps=fps, rate=rate, quality=quality),
     )
     work = index if in_place else prepare
 

@@ -1,7 +1,7 @@
 """The base class of all kinds of feature, and the recipe options that they share."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from pipelines.transforms.image import AugmentConfig
 from pipelines.transforms.optical_flow import FlowViewConfig
 from pipelines.transforms.points import PointsViewConfig
 from pipelines.transforms.series import SeriesViewConfig
+from pipelines.transforms.store import StoreConfig
 from pipelines.transforms.video import VideoViewConfig
 
 
@@ -75,8 +76,22 @@ class BaseFeature(Config):
     """Type of its column in a shard."""
     clips: ClassVar[bool] = False
     """Whether an evaluation sample may have several clips; its arrays then have a leading axis of clips."""
+    stores: ClassVar[tuple[str, ...]] = ()
+    """Settings of `StoreConfig` that apply to it."""
     bounded: ClassVar[bool] = False
     """Whether a view has a greatest length, so that a part of a longer sample may not be shown."""
+
+    def smaller(self, stored: Any, config: StoreConfig) -> Any:
+        """Return a stored value at the size of a configuration, one of whose settings is in `stores`.
+
+        Raises:
+            BadSample: it is damaged.
+        """
+        return stored
+
+    def after(self, config: StoreConfig) -> Self:
+        """Return the feature of values that `smaller` returns."""
+        return self
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return shape and type of what the feature puts into a batch; for recordings, of one clip.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +13,25 @@ from perceiver.config import UserError
 from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.decode import decode_image
 from pipelines.transforms.image import evaluation_view, some_pixels, training_view
+from pipelines.transforms.store import StoreConfig, fitted_size, stored_image
 
 
 class ImageFeature(BaseFeature):
     """One encoded image per sample; uint8 (C, H, W) in a batch."""
 
     arrow: ClassVar[pa.DataType] = pa.binary()
+    stores: ClassVar[tuple[str, ...]] = ("resize", "quality")
     kind: Literal["image"] = "image"
     channels: Channels = Field(description="channels after decoding: 1 (grey) or 3 (RGB)")
     size: PixelSize | None = Field(default=None, description="(height, width) of all images; null if they differ")
+
+    def smaller(self, stored: Any, config: StoreConfig) -> Any:
+        """Return a JPEG of the smaller image."""
+        return stored_image(stored or b"", self.channels, config)
+
+    def after(self, config: StoreConfig) -> Self:
+        """Return the feature with the size of the smaller images."""
+        return self.model_copy(update={"size": self.size and fitted_size(*self.size, config.resize)})
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (C, height, width) uint8."""

@@ -1,7 +1,7 @@
 """Encoded video, with or without its sound."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory
 from pipelines.transforms.clip import clip_starts, clips_excess, exceeds_clips
 from pipelines.transforms.image import some_pixels
 from pipelines.transforms.media import Media, frames_at, media_sound, open_media
+from pipelines.transforms.store import StoreConfig, fitted_size, stored_video
 from pipelines.transforms.video import CentredView, RandomView, video_clips
 
 MEASURED_FRAMES = 4
@@ -30,9 +31,18 @@ class VideoFeature(BaseFeature):
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    stores: ClassVar[tuple[str, ...]] = ("resize", "fps", "quality")
     kind: Literal["video"] = "video"
     channels: Channels = Field(default=3, description="channels after decoding: 1 (grey) or 3 (RGB)")
     size: PixelSize | None = Field(default=None, description="(height, width) of all frames; null if they differ")
+
+    def smaller(self, stored: Any, config: StoreConfig) -> Any:
+        """Return H.264 without sound."""
+        return stored_video(stored or b"", config, sound=False)
+
+    def after(self, config: StoreConfig) -> Self:
+        """Return the feature with the size of the smaller frames."""
+        return self.model_copy(update={"size": _even_size(self.size, config)})
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (F, C, height, width) uint8."""
@@ -79,9 +89,18 @@ class MediaFeature(BaseFeature):
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    stores: ClassVar[tuple[str, ...]] = ("resize", "fps", "rate", "quality")
     kind: Literal["media"] = "media"
     channels: Channels = Field(default=3, description="channels of a frame after decoding: 1 (grey) or 3 (RGB)")
     size: PixelSize | None = Field(default=None, description="(height, width) of all frames; null if they differ")
+
+    def smaller(self, stored: Any, config: StoreConfig) -> Any:
+        """Return H.264 with the sound as AAC."""
+        return stored_video(stored or b"", config, sound=True)
+
+    def after(self, config: StoreConfig) -> Self:
+        """Return the feature with the size of the smaller frames."""
+        return self.model_copy(update={"size": _even_size(self.size, config)})
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (F, C, height, width) uint8 and (T,) int16, or the one that data.clip.show names."""
@@ -127,6 +146,14 @@ class MediaFeature(BaseFeature):
         if "audio" in keys:
             shown["audio"] = np.stack([media_sound(decoded, float(start), view.audio) for start in starts])
         return shown if view.clip.axes(training) else {key: clips[0] for key, clips in shown.items()}
+
+
+def _even_size(size: tuple[int, int] | None, config: StoreConfig) -> tuple[int, int] | None:
+    """Return the size of re-encoded frames of one size; of different or unknown ones None."""
+    if size is None:
+        return None
+    height, width = fitted_size(*size, config.resize)
+    return height + height % 2, width + width % 2
 
 
 def _open(stored: Any, view: ViewConfig, *, video: bool, audio: bool) -> Media:

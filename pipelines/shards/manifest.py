@@ -27,6 +27,7 @@ from perceiver.storage import (
 )
 from pipelines.features import Feature
 from pipelines.shards.statistics import SpectrogramStatistics, Statistics
+from pipelines.transforms.store import StoreConfig
 
 FORMAT_VERSION = 2
 """Version 1 has Parquet files as shards, which are still read."""
@@ -153,6 +154,9 @@ class Manifest(Config):
     licence: str = Field(description="terms of use of the data")
     source: str = Field(description="origin of the data")
     fingerprint: str = Field(default="", description="hash of source and options of `prepare`: recognises a rerun")
+    stored: StoreConfig = Field(
+        default=StoreConfig(), description="what `prepare` limited media to; all null: stored as they came"
+    )
     statistics: dict[PrintableName, Statistics] = Field(
         default={}, description="mean and deviation of the training split, by batch key; empty: not measured"
     )

@@ -233,10 +233,15 @@ def find_series(
     """Return the columns of the feature `series`, None without; the first file's rows show channels and length."""
 
     def numeric(name: str) -> bool:
+        if schema.names.count(name) > 1:
+            return False
         kind = schema.field(name).type
         return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
     names = series_names(schema.names, columns.values(), numeric, options)
+    for name in names:
+        if schema.names.count(name) > 1:
+            raise UserError(f"column {name} exists {schema.names.count(name)} times: rename the others")
     if not names:
         return None
     read = partial(read_below, folder, f"{first.rpartition('/')[0]}/".removeprefix("/"))
