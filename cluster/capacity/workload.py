@@ -12,7 +12,7 @@ from perceiver.storage import open_folder
 from pipelines.feed.ingest import load_data
 from pipelines.shards.manifest import MANIFEST, Manifest
 
-CPU_NS_PER_BYTE = {"image": 31.0, "audio": 10.0, "mel": 10.0, "video": 60.0, "clip": 60.0, "flow": 31.0}
+CPU_NS_PER_BYTE = {"image": 31.0, "audio": 10.0, "mel": 10.0, "video": 60.0, "media": 60.0, "clip": 60.0, "flow": 31.0}
 """CPU nanoseconds to decode and augment one stored byte, by feature, assumed without a calibration. Images: a JPEG of
 90 KB takes 1.3 ms with the papers' augmentation on an idle core of an AMD EPYC, 15 ns per byte, and twice that on an
 older or shared core; the others are of that order."""
