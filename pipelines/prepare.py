@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from perceiver.config import Bytes, Config, Count, Probability, Seed, UserError
+from perceiver.config import Bytes, Config, Count, NonNegative, Probability, Seed, UserError
 from perceiver.storage import Folder, NotRegularError, open_folder, open_target, refusing
 from perceiver.tracking.printable import printable, safe_line
 from perceiver.tracking.redaction import redact_text
@@ -57,7 +57,7 @@ class PrepareConfig(Config):
     max_bad_fraction: Probability = Field(default=0.01, description="largest share of unreadable raw items")
     options: dict[str, str] = Field(default={}, description="options of the source")
     media: StoreConfig = Field(default=StoreConfig(), description="the size at which media are stored")
-    spectrogram: dict[str, float] = Field(
+    spectrogram: dict[str, NonNegative] = Field(
         default={}, description="settings of the log-mel spectrogram whose statistics are measured"
     )
     storage_options: dict[str, str] = Field(

@@ -16,8 +16,8 @@ from perceiver.modalities._positions import Positions
 from perceiver.modalities._statistics import FromData, numbers
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
-_Mean = Annotated[Real, Field(ge=-1e30, le=1e30)]
-_Deviation = Annotated[Real, Field(ge=1e-30, le=1e30)]
+_Mean = Annotated[Real, Field(ge=-1e18, le=1e18)]
+_Deviation = Annotated[Real, Field(ge=1e-18, le=1e18)]
 
 
 class SeriesConfig(Config):

@@ -121,7 +121,7 @@ def check_groups(
         for name, part in column_parts(folder, names, [group, *[split] * bool(split)]):
             values = part.column(0).to_pylist()
             stated = map(str, part.column(1).to_pylist()) if split else [named] * len(values)
-            for value, place in set(zip(values, stated, strict=True)):
+            for value, place in dict.fromkeys(zip(values, stated, strict=True)):
                 here = of.get(place, place)
                 if value is not None and places.setdefault(value, here) != here:
                     raise UserError(
