@@ -34,10 +34,10 @@ def with_statistics(recipe: Recipe, manifest: Manifest | None) -> Recipe:
         found = None if manifest is None else _statistics(key, inputs, recipe.data.url, manifest)
         for field in _fields(inputs):
             channels = 1 if inputs.kind in SCALARS else inputs.channels
-            values: tuple[float, ...] = getattr(found, field, ())
+            values: list[float] = list(getattr(found, field, ()))
             if len(values) != channels:  # no data, or other channels, which `check_inputs` refuses
-                values = (float(field == "std"),) * channels
-            node[field] = values[0] if inputs.kind in SCALARS else list(values)
+                values = [float(field == "std")] * channels
+            node[field] = values[0] if inputs.kind in SCALARS else values
     return build_recipe(tree, source=f"statistics of {recipe.data.url}")
 
 
