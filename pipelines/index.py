@@ -17,7 +17,7 @@ from perceiver.config import UserError, expand_home
 from perceiver.storage import Folder, ReadPolicy, first_line, open_folder, open_target, safe_name
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
-from pipelines.prepare import Note, PrepareConfig, Progress, existing, fingerprint
+from pipelines.prepare import Note, PrepareConfig, Progress, completed, existing, fingerprint
 from pipelines.shards.listing import file_tag, listed
 from pipelines.shards.manifest import (
     MANIFEST,
@@ -30,10 +30,13 @@ from pipelines.shards.manifest import (
 )
 from pipelines.shards.parquet import column_at, fit, read_footer
 from pipelines.sources import Listing, load_source
+from pipelines.statistics import with_statistics
 
 SOURCE = "table"
 THREADS = 16
 HEAVY_BYTES = 64 << 20
+CONVERTED = ("target", "labels", "split", "group", "series", "points")
+"""Options of the source whose columns must be converted, or whose rows must be divided."""
 
 
 def index(
@@ -64,15 +67,19 @@ def index(
             f"--index reads Parquet files in place (perceiver prepare {SOURCE} SRC DST --index);"
             f" source {source_name} must be converted: remove --index"
         )
+    if config.media.given:
+        raise UserError(
+            f"--{config.media.given[0]} stores media anew, --index leaves them in place: remove one of them"
+        )
     folder = open_target(dst, config.storage_options)
     mark = fingerprint(f"index {source_name}", src, config)
     if folder.exists(MANIFEST):
-        return existing(dst, config, mark)
+        return completed(existing(dst, config, mark), dst, config)
     if config.options.get("held_out", "none") != "none":
         raise UserError("--index cannot hold out rows of a file: remove the option held_out, or convert the data")
-    if named := [key for key in ("target", "labels") if config.options.get(key)]:
+    if named := [key for key in CONVERTED if config.options.get(key)]:
         raise UserError(f"--index cannot take the option {named[0]}: convert the data without --index")
-    options = {"labels": "", **config.options, "held_out": "none"}
+    options = {**dict.fromkeys(CONVERTED, ""), **config.options, "held_out": "none"}
     listing = load_source(source_name).listing(src, seed=0, shard_rows=config.shard_rows, options=options)
     if note:
         for line in listing.notes:
@@ -95,6 +102,7 @@ def index(
         source=redact_text(listing.origin),
         fingerprint=mark,
     )
+    manifest = with_statistics(manifest, dst, config.storage_options, config.spectrogram)
     try:
         save_manifest(manifest, folder)
     except OSError as error:

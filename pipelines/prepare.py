@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from perceiver.config import Bytes, Config, Count, Probability, Seed, UserError
+from perceiver.config import Bytes, Config, Count, NonNegative, Probability, Seed, UserError
 from perceiver.storage import Folder, NotRegularError, open_folder, open_target, refusing
 from perceiver.tracking.printable import printable, safe_line
 from perceiver.tracking.redaction import redact_text
+from pipelines.features import Feature
 from pipelines.measured import Measured, Meter, class_counts, with_measured
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import (
@@ -29,9 +30,13 @@ from pipelines.shards.manifest import (
 )
 from pipelines.shards.quarantine import QUARANTINE, Problem, count_reasons, write_problems
 from pipelines.sources import Listing, Rejected, Sample, Source, Unit, load_source
+from pipelines.statistics import with_statistics
+from pipelines.transforms import BadSample
+from pipelines.transforms.store import StoreConfig, check_encoder
 
 RECEIPTS = "_receipts"
-PROBE = 64
+PROBE, MEDIA_PROBE = 64, 8
+"""Samples by which the size of row groups is chosen; fewer if media are encoded for it."""
 
 Progress = Callable[[int, str], None]
 """Called after each shard with the number of samples so far and the shard's name."""
@@ -52,6 +57,10 @@ class PrepareConfig(Config):
     in_flight: Count = Field(default=64, description="Ray tasks at a time")
     max_bad_fraction: Probability = Field(default=0.01, description="largest share of unreadable raw items")
     options: dict[str, str] = Field(default={}, description="options of the source")
+    media: StoreConfig = Field(default=StoreConfig(), description="the size at which media are stored")
+    spectrogram: dict[str, NonNegative] = Field(
+        default={}, description="settings of the log-mel spectrogram whose statistics are measured"
+    )
     storage_options: dict[str, str] = Field(
         default={}, description="options of the destination; `$NAME`: environment variable"
     )
@@ -79,6 +88,7 @@ class _Job:
     rows_per_group: int
     fingerprint: str
     storage_options: Mapping[str, str]
+    media: StoreConfig
 
 
 def prepare(
@@ -92,8 +102,8 @@ def prepare(
 ) -> Manifest:
     """Turn raw data into a prepared folder.
 
-    Idempotent: a complete destination of the same source and settings is not changed, and a stopped run continues with
-    the missing shards.
+    Idempotent: of a complete destination of the same source and settings at most the statistics are completed, and a
+    stopped run continues with the missing shards.
 
     Args:
         source_name: a module of `pipelines.sources`.
@@ -114,12 +124,13 @@ def prepare(
     with refusing(dst, fix):
         finished = folder.exists(MANIFEST)
     if finished:
-        return existing(dst, config, mark)
+        return completed(existing(dst, config, mark), dst, config)
     source = load_source(source_name)
     listing = source.listing(src, seed=config.seed, shard_rows=config.shard_rows, options=config.options)
     if note:
         for line in listing.notes:
             note(line)
+    check_media(listing, config.media)
     with refusing(dst, fix):
         folder.write(f"{RECEIPTS}/fingerprint", mark)
     jobs = _jobs(source, source_name, listing, dst, config, mark)
@@ -128,11 +139,13 @@ def prepare(
     splits, rejected = _collect(receipts)
     rejected += [Problem("", -1, utf8_name(found.key), found.reason) for found in listing.rejected]
     _check_rejected(folder, rejected, sum(split.samples for split in splits.values()), config.max_bad_fraction)
+    features = {name: _after(feature, config.media) for name, feature in listing.features.items()}
     measured = _measured(receipts)
     manifest = Manifest(
         name=safe_line(utf8_name(listing.name)),
-        features=with_measured(listing.features, *measured),
-        class_counts=class_counts(listing.features, *measured, len(listing.classes)),
+        features=with_measured(features, *measured),
+        class_counts=class_counts(features, *measured, len(listing.classes)),
+        stored=config.media,
         classes=tuple(printable(utf8_name(name)) for name in listing.classes),
         splits=splits,
         rejected=len(rejected),
@@ -140,6 +153,7 @@ def prepare(
         source=redact_text(utf8_name(listing.origin)),
         fingerprint=mark,
     )
+    manifest = with_statistics(manifest, dst, config.storage_options, config.spectrogram)
     save_manifest(manifest, folder)
     folder.fs.rm(folder.file(RECEIPTS), recursive=True)
     return manifest
@@ -148,6 +162,8 @@ def prepare(
 def fingerprint(source_name: str, src: str | None, config: PrepareConfig) -> str:
     """Return a hash of source and settings, but not of the format: a folder of format 1 counts as prepared."""
     facts = config.model_dump(include={"seed", "shard_rows", "group_rows", "group_bytes", "options"})
+    if config.media.given:
+        facts["media"] = config.media.model_dump()
     text = json.dumps([1, source_name, src, facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -163,6 +179,15 @@ def existing(dst: str, config: PrepareConfig, mark: str) -> Manifest:
     return manifest
 
 
+def completed(manifest: Manifest, dst: str, config: PrepareConfig) -> Manifest:
+    """Return the manifest of a complete destination with the statistics that it lacks, which are added to it."""
+    found = with_statistics(manifest, dst, config.storage_options, config.spectrogram)
+    if found != manifest:
+        with refusing(dst, "give a writable folder"):
+            save_manifest(found, open_target(dst, config.storage_options))
+    return found
+
+
 def _jobs(
     source: Source, source_name: str, listing: Listing, dst: str, config: PrepareConfig, mark: str
 ) -> Iterator[_Job]:
@@ -171,13 +196,14 @@ def _jobs(
     first = next(units, None)
     if first is None:
         raise UserError(f"source {source_name} has no samples: check its path")
-    probe = [sample for sample in islice(source.samples(first), PROBE) if not isinstance(sample, Rejected)]
+    some = islice(source.samples(first), MEDIA_PROBE if config.media.given else PROBE)
+    probe = [sample for sample in _smaller(some, listing.features, config.media) if not isinstance(sample, Rejected)]
     rows_per_group = group_rows(probe, config.group_rows, config.group_bytes)
     counts: dict[str, int] = {}
     for unit in chain([first], units):
         number = counts[unit.split] = counts.get(unit.split, -1) + 1
         name, features = f"{unit.split}-{number:06d}.arrow", dict(listing.features)
-        yield _Job(source_name, unit, name, dst, features, rows_per_group, mark, config.storage_options)
+        yield _Job(source_name, unit, name, dst, features, rows_per_group, mark, config.storage_options, config.media)
 
 
 def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:
@@ -201,7 +227,8 @@ def write_shard(job: _Job) -> Receipt:
     rejected: list[tuple[str, str]] = []
     meter = Meter(job.features)
     with ShardWriter(folder, job.name, arrow_schema(job.features), job.rows_per_group) as writer:
-        writer.write(meter.watch(_accepted(load_source(job.source_name).samples(job.unit), rejected)))
+        samples = _smaller(load_source(job.source_name).samples(job.unit), job.features, job.media)
+        writer.write(meter.watch(_accepted(samples, rejected)))
         shard = writer.close()
     receipt = Receipt(
         fingerprint=job.fingerprint,
@@ -212,6 +239,45 @@ def write_shard(job: _Job) -> Receipt:
     )
     folder.write(name, receipt.model_dump_json())
     return receipt
+
+
+def check_media(listing: Listing, media: StoreConfig) -> None:
+    """Refuse a size of media that the data do not have, and one that cannot be encoded here."""
+    stores = {key for feature in listing.features.values() for key in feature.stores}
+    for key in media.given:
+        if key not in stores:
+            raise UserError(
+                f"--{key} {getattr(media, key)} does not apply to the features {', '.join(listing.features)} of"
+                f" {listing.name}"
+                + (f", which take {', '.join(f'--{one}' for one in sorted(stores))}" * bool(stores))
+                + ": remove it"
+            )
+    for feature in listing.features.values():
+        if "fps" in feature.stores and media.given:
+            check_encoder(media, sound="rate" in feature.stores)
+
+
+def _applies(feature: Feature, media: StoreConfig) -> bool:
+    return bool(set(feature.stores) & set(media.given))
+
+
+def _after(feature: Feature, media: StoreConfig) -> Feature:
+    return feature.after(media) if _applies(feature, media) else feature
+
+
+def _smaller(
+    samples: Iterable[Sample | Rejected], features: Mapping[str, Feature], media: StoreConfig
+) -> Iterator[Sample | Rejected]:
+    """Yield the samples with their media at the wanted size; those that cannot be decoded are rejected."""
+    changed = {name: feature for name, feature in features.items() if _applies(feature, media)}
+    for sample in samples:
+        if isinstance(sample, Rejected) or not changed:
+            yield sample
+            continue
+        try:
+            yield {**sample, **{name: feature.smaller(sample[name], media) for name, feature in changed.items()}}
+        except BadSample as error:
+            yield Rejected(sample["key"], str(error))
 
 
 def _accepted(samples: Iterable[Sample | Rejected], rejected: list[tuple[str, str]]) -> Iterator[Sample]:

@@ -237,6 +237,8 @@ def _in_table(folder: Folder, name: str, inputs: Inputs) -> Iterator[Item]:
         raise UserError(f"{where} has no rows")
     wanted = {column: "" for column in (*FILES, "mask", "text", "labels") if column != inputs.column}
     columns = find_columns(Folder(folder.fs, folder.path, where), there, {**wanted, **inputs.options})
+    if inputs.column not in columns:
+        raise _no_column(where, inputs.column, there, inputs)
     content = {
         "columns": {inputs.column: columns[inputs.column]},
         "classes": [],
@@ -259,9 +261,7 @@ def _in_parquet(folder: Folder, name: str, inputs: Inputs) -> Iterator[Item]:
             there = file.schema_arrow.names
             column = inputs.options.get(inputs.column, inputs.column)
             if column not in there:
-                raise UserError(
-                    f"{where} has no column {column}; it has {', '.join(there)}: set --option {inputs.column}=COLUMN"
-                )
+                raise _no_column(where, column, there, inputs)
             label = inputs.options.get("label", "label")
             labels = (
                 file.read(columns=[label]).column(0).to_pylist() if label in there else [None] * file.metadata.num_rows
@@ -277,6 +277,10 @@ def _in_parquet(folder: Folder, name: str, inputs: Inputs) -> Iterator[Item]:
             found = _label(labels[first + row], inputs.classes)
             yield Item(key, found, functools.partial(_cell, group_values, number, row, inputs.name))
         first += count
+
+
+def _no_column(where: str, column: str, there: Sequence[str], inputs: Inputs) -> UserError:
+    return UserError(f"{where} has no column {column}; it has {', '.join(there)}: set --option {inputs.column}=COLUMN")
 
 
 def _values(folder: Folder, name: str, column: str, group: int) -> list[Any]:

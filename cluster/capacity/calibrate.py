@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from cluster.recipe.config import Recipe, for_workers
 from cluster.recipe.resources import machine_cpus
+from cluster.recipe.statistics import with_statistics
 from cluster.runtime.hardware import Device
 from cluster.runtime.local import set_quiet_environment
 from perceiver.config import Config, Count, NonNegative, Positive, Real, UserError
@@ -162,13 +163,13 @@ def calibrate(recipe: Recipe, workers: int, seconds: float = SECONDS) -> Calibra
         UserError: the recipe's data is missing, the output is not a local folder, or a process failed.
     """
     set_quiet_environment()
-    load_data(recipe.data)
+    manifest = load_data(recipe.data)
     if "://" in recipe.output:
         raise UserError(f"--calibrate measures writing to a local folder; output = {recipe.output}: set output= to one")
     with refusing(recipe.output, "set output= to a writable folder"):
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
     most = torch.cuda.device_count() if torch.cuda.is_available() else machine_cpus()
-    found = _rehearse(recipe, min(workers, most), seconds)
+    found = _rehearse(with_statistics(recipe, manifest), min(workers, most), seconds)
     before = load_calibration(recipe, this_device())
     before = before if before and before.cores == machine_cpus() else None
     latency, rate = found["exchange"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.recipe.config import Recipe, zero_stage
+from cluster.recipe.statistics import with_statistics
 from cluster.recipe.targets import with_targets
 from perceiver.accounting import Account, account
 from perceiver.config import UserError
@@ -19,6 +20,7 @@ CPU_NS_PER_BYTE = {
     "audio": 10.0,
     "mel": 10.0,
     "video": 60.0,
+    "media": 60.0,
     "clip": 60.0,
     "flow": 31.0,
 }
@@ -84,6 +86,7 @@ def build_workload(
     Raises:
         UserError: the data are neither prepared nor described.
     """
+    recipe = with_statistics(recipe, None)
     data = _data_volume(recipe, samples, sample_bytes, classes)
     return Workload(
         recipe, account(recipe.model, classes=data.classes), trace_step(recipe.model, classes=data.classes), data

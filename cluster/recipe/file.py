@@ -190,7 +190,7 @@ def _key_path(node: Any, location: Sequence[int | str]) -> Iterator[int | str]:
         if len(variants) > 1 and part in tags:
             node = next(v for v in variants if _tag(v) == part)
             continue
-        if any(part == v.__name__ for v in variants):
+        if any(part == v.__name__ for v in variants) or "[" in str(part):  # such as tuple[float, ...]
             continue
         yield part
         fields = {name: f for v in variants for name, f in v.model_fields.items()}

@@ -125,11 +125,26 @@ def _check_points(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfi
         )
 
 
+def _check_series(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig, trained: bool) -> None:
+    length, channels = shape
+    if inputs.channels != channels:
+        raise UserError(
+            f"{key}.channels = {inputs.channels}, but the series of {data.url} have {channels}: "
+            + ("use data of the same columns" if trained else f"set it to {channels}")
+        )
+    raise UserError(
+        f"{key}.length = {inputs.length}, but the series of {data.url} come with {length} steps: "
+        + ("" if trained else f"set it to {length}, or ")
+        + f"{'set ' * trained}data.series.length to {inputs.length}"
+    )
+
+
 CHECKS = {
     "image": _check_image,
     "audio": _check_audio,
     "video": _check_video,
     "text": _check_text,
     "points": _check_points,
+    "series": _check_series,
 }
 """Checks of a batch key whose shape is not the model's; other inputs accept any size."""

@@ -14,6 +14,7 @@ from cluster.recipe.inputs import check_inputs
 from cluster.recipe.placement import DataNeed, Node, check_evaluation, place
 from cluster.recipe.resources import machine_cpus, worker_cpus
 from cluster.recipe.resume import check_same_data, check_same_recipe, check_schedule, check_start, recipe_before
+from cluster.recipe.statistics import with_statistics
 from cluster.recipe.targets import check_targets, class_names, with_targets
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
@@ -47,8 +48,10 @@ class Preflight:
         start: describes `train.init_from`.
         changes: the keys of a resumed run that have changed.
         notes: what of the samples is not shown, a line each.
+        recipe: the recipe, with the data's statistics.
     """
 
+    recipe: Recipe
     manifest: Manifest
     parameters: int
     epoch_steps: float
@@ -64,6 +67,7 @@ class CheckedModel:
     """The data and the model of a recipe.
 
     Attributes:
+        recipe: the recipe, with the data's statistics.
         manifest: of the data.
         parameters: number of parameters.
         shapes: shape of each parameter by name.
@@ -71,6 +75,7 @@ class CheckedModel:
         sample_bytes: memory of a sample in a batch and of its latents after each layer; a training step needs more.
     """
 
+    recipe: Recipe
     manifest: Manifest
     parameters: int
     shapes: dict[str, list[int]]
@@ -86,12 +91,12 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     """
     checkpoint = folder.checkpoints.newest() if resume else None
     before = recipe_before(folder, checkpoint) if resume else None
-    changes = check_same_recipe(recipe, before) if before else ()
     check_worker_range(recipe)
     manifest = load_data(recipe.data)
+    recipe = with_targets(with_statistics(recipe, manifest), manifest)
+    changes = check_same_recipe(recipe, before) if before else ()
     if resume:
         check_same_data(recipe.data.url, data_facts(recipe.data, manifest), folder)
-    recipe = with_targets(recipe, manifest)
     model = check_model(recipe, manifest)
     check_files(recipe.data, model.manifest)
     address = recipe.cluster.resolved_address()
@@ -116,7 +121,8 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         check_schedule(recipe, before, samples)
     folder.note(recipe=recipe.name)
     notes = tuple(describe_excess(recipe.data, model.manifest, recipe.data.train_split))
-    return Preflight(model.manifest, model.parameters, epoch_steps, total_steps, checkpoint, start, changes, notes)
+    steps = epoch_steps, total_steps
+    return Preflight(recipe, model.manifest, model.parameters, *steps, checkpoint, start, changes, notes)
 
 
 def check_machine(recipe: Recipe) -> tuple[int, int]:
@@ -146,7 +152,8 @@ def check_recipe(recipe: Recipe, load: Callable[[str, dict[str, str]], Manifest]
         UserError: the first problem that would stop the run, with its fix.
     """
     check_worker_range(recipe)
-    return check_model(recipe, load_data(recipe.data, load))
+    manifest = load_data(recipe.data, load)
+    return check_model(with_statistics(recipe, manifest), manifest)
 
 
 def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
@@ -172,6 +179,7 @@ def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
     check_deepspeed(recipe, parameters)
     data = sum(4 * math.prod(shape) for shape in batch_shapes(recipe.data, manifest).values())
     return CheckedModel(
+        recipe,
         manifest,
         parameters,
         {name: list(p.shape) for name, p in model.named_parameters()},

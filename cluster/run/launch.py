@@ -13,7 +13,6 @@ import yaml
 from cluster.recipe.config import Recipe, kind_of, zero_stage
 from cluster.recipe.preflight import check, data_facts, tracked_data
 from cluster.recipe.resume import longer
-from cluster.recipe.targets import takes_from_data, with_targets
 from cluster.record.failures import one_line
 from cluster.record.lease import hold
 from cluster.record.run_folder import choose_run
@@ -44,7 +43,6 @@ from perceiver.tasks import output_count
 from perceiver.tracking.code import code_facts
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import load_handle
-from pipelines.feed.ingest import load_data
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +69,8 @@ def launch_training(
     began = time.time()
     recipe = on_joined_ray(recipe)
     folder = choose_run(recipe.output, recipe.name, resume, run)
-    if takes_from_data(recipe):
-        recipe = with_targets(recipe, load_data(recipe.data))
     preflight = check(recipe, folder, resume)
+    recipe = preflight.recipe
     with RunConsole(show=show) as console, ExitStack() as stack:
         stack.enter_context(raise_on_signal())
         lease = stack.enter_context(hold(folder.url))

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from perceiver.api.recipes import set_up
 from perceiver.config import UserError
 
@@ -48,6 +50,11 @@ def prepare(
     *places: "Place",
     seed: int = 0,
     max_bad_fraction: float = 0.01,
+    resize: int | None = None,
+    fps: float | None = None,
+    rate: int | None = None,
+    quality: int | None = None,
+    spectrogram: Mapping[str, float] | None = None,
     index: bool = False,
     progress: bool = True,
     **options: Any,
@@ -60,6 +67,12 @@ def prepare(
             folder.
         seed: of the splits and of the order.
         max_bad_fraction: share of unreadable raw items above which preparation fails.
+        resize: shorter side of images and videos in pixels, at most; default: media stay as they came.
+        fps: frames per second of videos, at most.
+        rate: samples per second of sound, at most.
+        quality: of JPEG and H.264, 1 to 100; default: 90 of images, 75 of videos that are stored smaller.
+        spectrogram: settings (rate, window, hop, bins, low, high) of the log-mel spectrogram whose mean and deviation
+            are measured; default: the model's.
         index: read Parquet files in place (source `table`).
         progress: print notes about the data and the progress to stdout.
         options: of the source, such as `held_out=0.1`.
@@ -67,12 +80,32 @@ def prepare(
     Raises:
         UserError: an unknown source or option, missing data, a destination with other data, too many unreadable items.
     """
+    set_up()
+    config = prepare_config(
+        "perceiver.prepare",
+        seed=seed,
+        max_bad_fraction=max_bad_fraction,
+        options={name: str(value) for name, value in options.items()},
+        media={"resize": resize, "fps": fps, "rate": rate, "quality": quality},
+        spectrogram=dict(spectrogram or {}),
+    )
+    return write_data(source, [os.fspath(place) for place in places], config, index=index, show=progress)
+
+
+def prepare_config(where: str, **settings: Any) -> "PrepareConfig":
+    """Return the settings of a preparation; refuse a value that is out of range.
+
+    Args:
+        where: begins the error.
+        settings: by the names of `pipelines.prepare.PrepareConfig`.
+    """
+    from perceiver.storage import invalid_key
     from pipelines.prepare import PrepareConfig
 
-    set_up()
-    pairs = {name: str(value) for name, value in options.items()}
-    config = PrepareConfig(seed=seed, options=pairs, max_bad_fraction=max_bad_fraction)
-    return write_data(source, [os.fspath(place) for place in places], config, index=index, show=progress)
+    try:
+        return PrepareConfig.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"{where}: {invalid_key(error)}") from None
 
 
 def write_data(source: str, places: Sequence[str], config: "PrepareConfig", *, index: bool, show: bool) -> Data:
@@ -106,12 +139,20 @@ def _progress(show: Callable[[str], None]) -> Callable[[int, str], None]:
     return progress
 
 
-def pairs(options: Sequence[str]) -> Mapping[str, str]:
-    """Return options of the form KEY=VALUE by key."""
+def pairs(option: str, values: Sequence[str]) -> dict[str, str]:
+    """Return values of the form KEY=VALUE of an option by key."""
     found = {}
-    for option in options:
-        key, equals, value = option.partition("=")
+    for given in values:
+        key, equals, value = given.partition("=")
         if not equals or not key:
-            raise UserError(f"--option {option!r} is not of the form KEY=VALUE")
+            raise UserError(f"{option} {given!r} is not of the form KEY=VALUE")
         found[key] = value
     return found
+
+
+def numbers(option: str, values: Sequence[str]) -> dict[str, float]:
+    """Return values of the form KEY=NUMBER of an option by key."""
+    try:
+        return {key: float(value) for key, value in pairs(option, values).items()}
+    except ValueError as error:
+        raise UserError(f"{option} {','.join(values)!r}: {error}; wanted numbers, as rate=16000,bins=64") from None

@@ -69,7 +69,7 @@ def command(
     places = tuple(word for word in given if word not in overrides)
     if target is not None:
         check_target(target)
-    request = Request(places, texts, split, batch, workers, pairs(options), overrides)
+    request = Request(places, texts, split, batch, workers, pairs("--option", options), overrides)
 
     def show(done: int, total: int) -> None:
         if not as_json and target is not None:

@@ -48,6 +48,15 @@ Examples:
     type=Number(0, 1),
     help="Share of unreadable raw items above which preparation fails.",
 )
+@click.option("--resize", type=click.IntRange(1, 1 << 24), help="Shorter side of images and videos in pixels, at most.")
+@click.option("--fps", type=Number(0.001, 1000), help="Frames per second of videos, at most.")
+@click.option("--rate", type=click.IntRange(100, 1_000_000), help="Samples per second of sound, at most.")
+@click.option("--quality", type=click.IntRange(1, 100), help="Of JPEG and H.264; default: 90 of images, 75 of videos.")
+@click.option(
+    "--spectrogram",
+    metavar="KEY=NUMBER,...",
+    help="Settings (rate, window, hop, bins, low, high) of the log-mel spectrogram to measure; default: the model's.",
+)
 @click.option("--index", "in_place", is_flag=True, help="Read Parquet files in place: write only a manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was prepared as one JSON line.")
 def command(
@@ -56,26 +65,43 @@ def command(
     options: tuple[str, ...],
     seed: int,
     max_bad_fraction: float,
+    resize: int | None,
+    fps: float | None,
+    rate: int | None,
+    quality: int | None,
+    spectrogram: str | None,
     in_place: bool,
     as_json: bool,
 ) -> int:
     """Convert raw data to shards.
 
     Reads the raw data of source NAME at SRC, and writes shards and a manifest to DST. SRC and DST are paths or fsspec
-    URLs; a source that downloads its data needs no SRC. A complete destination is not changed; an interrupted
-    preparation continues with the missing shards. Raw items that cannot be read are skipped and listed with the reason
-    in DST/quarantine.parquet.
+    URLs; a source that downloads its data needs no SRC. Samples of a complete destination are not changed; an
+    interrupted preparation continues with the missing shards. Raw items that cannot be read are skipped and listed with
+    the reason in DST/quarantine.parquet.
+
+    With --resize, --fps, --rate and --quality, media are stored at the size at which they are used: smaller ones stay
+    as they are, others are encoded again (JPEG, H.264 with AAC, FLAC).
+
+    Mean and deviation of the training split are measured on a sample of it, for recipes with `mean: data`. Given again,
+    the command adds those that a complete destination lacks, such as those of another --spectrogram.
 
     With --index (source `table` only), Parquet files with one row per sample stay in place and DST gets a manifest of
     their row groups; a run refuses files that have changed since. Row groups much larger than 64 MB train slowly this
     way: prepare such data without --index.
     """
-    from perceiver.api.data import pairs, write_data
+    from perceiver.api.data import numbers, pairs, prepare_config, write_data
     from pipelines.index import HEAVY_BYTES, group_bytes
-    from pipelines.prepare import PrepareConfig
 
     began = time.monotonic()
-    config = PrepareConfig(seed=seed, options=dict(pairs(options)), max_bad_fraction=max_bad_fraction)
+    config = prepare_config(
+        "perceiver prepare",
+        seed=seed,
+        options=pairs("--option", options),
+        max_bad_fraction=max_bad_fraction,
+        media={"resize": resize, "fps": fps, "rate": rate, "quality": quality},
+        spectrogram=numbers("--spectrogram", spectrogram.split(",") if spectrogram else ()),
+    )
     data = write_data(name, places, config, index=in_place, show=not as_json)
     dst, manifest = data.url, data.manifest
     if as_json:

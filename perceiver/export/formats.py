@@ -327,6 +327,7 @@ VALUES = {
     "video": "pixels of 0 to 255, not divided by 255",
     "audio": "samples of -32,768 to 32,767",
     "text": "bytes + 6 between 4 (start) and 5 (end), then 0; or the ids of the model's own vocabulary",
+    "series": "numbers as in the data, not normalised",
     "points": "centred coordinates in -1 to 1",
 }
 """What the numbers of a raw input mean, by its key."""

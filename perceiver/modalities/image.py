@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, Scale, Seed, Shift, Size, UserError
+from perceiver.config import Config, Seed, Size, UserError
 from perceiver.modalities._positions import Positions
+from perceiver.modalities._statistics import Deviations, Means, numbers
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
 
@@ -22,9 +23,11 @@ class ImageConfig(Config):
     channels: Size = Field(default=3, description="Channels of the image.")
     size: tuple[Size, Size] = Field(default=(224, 224), description="Height and width that the model is built for.")
     resize: bool = Field(default=False, description="Resize images to `size` on the device.")
-    mean: tuple[Shift, ...] = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, of pixels in [0, 1].")
-    std: tuple[Scale, ...] = Field(
-        default=(0.229, 0.224, 0.225), description="Deviation per channel, of pixels in [0, 1]."
+    mean: Means = Field(
+        default=(0.485, 0.456, 0.406), description="Mean per channel, of pixels in [0, 1]; data: as measured."
+    )
+    std: Deviations = Field(
+        default=(0.229, 0.224, 0.225), description="Deviation per channel, of pixels in [0, 1]; data: as measured."
     )
     front_end: Literal["none", "patch", "conv", "1x1"] = Field(
         default="none",
@@ -89,6 +92,7 @@ class Image(nn.Module):
         super().__init__()
         _check(config)
         self.config = config
+        self.mean, self.std = (numbers(key, getattr(config, key), config.channels) for key in ("mean", "std"))
         (height, width), c = config.size, config.channels
         self.grid = (_elements(height, config), _elements(width, config))
         self.front_end, data = _front_end(config, c)
@@ -98,7 +102,7 @@ class Image(nn.Module):
 
     def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
         """Map pixels (B, C, H, W), uint8 or float, to inputs."""
-        x = normalise_pixels(raw["image"], self.config.mean, self.config.std, dtype)
+        x = normalise_pixels(raw["image"], self.mean, self.std, dtype)
         if self.config.resize and x.shape[2:] != self.config.size:
             x = nn.functional.interpolate(x, self.config.size, mode="area")
         if self.config.front_end == "patch":
@@ -129,12 +133,6 @@ def _elements(side: int, config: ImageConfig) -> int:
 
 
 def _check(config: ImageConfig) -> None:
-    for name in ("mean", "std"):
-        if len(getattr(config, name)) != config.channels:
-            raise UserError(
-                f"inputs.{name}: got {len(getattr(config, name))} values for {config.channels} channels; "
-                f"wanted {config.channels}, one per channel"
-            )
     if config.front_end == "patch" and any(side % config.patch for side in config.size):
         raise UserError(f"inputs.patch: got {config.patch} for size {config.size}; wanted a divisor of both sides")
     if config.permute is not None and config.front_end == "conv":

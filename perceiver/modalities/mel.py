@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.attention import no_autocast
-from perceiver.config import Config, Real, Scale, Shift, Size, UserError
+from perceiver.config import Config, Real, Size, UserError
 from perceiver.modalities._positions import Positions
+from perceiver.modalities._statistics import Deviation, Mean, numbers
 from perceiver.modalities.audio import normalise_audio
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
@@ -38,8 +39,8 @@ class MelConfig(Config):
     layout: Literal["sequence", "grid"] = Field(
         default="sequence", description="1-D positions over all scalars (paper), or 2-D over frames and bins."
     )
-    mean: Shift = Field(default=0.0, description="Subtracted from the log-mel values.")
-    std: Scale = Field(default=1.0, description="The values are divided by it, after the mean.")
+    mean: Mean = Field(default=0.0, description="Subtracted from the log-mel values; data: as measured.")
+    std: Deviation = Field(default=1.0, description="The values are divided by it, after the mean; data: as measured.")
     time_masks: int = Field(
         default=0, ge=0, le=1000, description="SpecAugment: masked stretches of frames in training."
     )
@@ -97,6 +98,7 @@ class Mel(nn.Module):
                 "low < high <= rate/2"
             )
         self.config = config
+        (self.mean,), (self.std,) = (numbers(key, getattr(config, key)) for key in ("mean", "std"))
         frames = -(-config.samples // config.hop)
         self.elements = frames * config.bins
         self.grid = (frames, config.bins) if config.layout == "grid" else (self.elements,)
@@ -109,7 +111,7 @@ class Mel(nn.Module):
             mel = log_mel(normalise_audio(raw["audio"], dtype), self.config)
             if self.training:
                 mel = self._augment(mel)
-            mel = (mel - self.config.mean) / self.config.std
+            mel = (mel - self.mean) / self.std
         grid = (mel.shape[1], mel.shape[2]) if self.config.layout == "grid" else (mel.shape[1] * mel.shape[2],)
         return self.positions(mel.flatten(1)[..., None], grid)
 

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, Scale, Shift, Size, UserError
+from perceiver.config import Config, Size, UserError
 from perceiver.modalities._positions import Positions
+from perceiver.modalities._statistics import Deviations, Means, numbers
 from perceiver.modalities.image import normalise_pixels
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
@@ -25,8 +26,10 @@ class VideoConfig(Config):
     channels: Size = Field(default=3, description="Channels of a frame.")
     size: tuple[Size, Size] = Field(default=(224, 224), description="Height and width of a frame.")
     patch: tuple[Size, Size, Size] = Field(default=(2, 8, 8), description="Frames, height and width of a patch.")
-    mean: tuple[Shift, ...] = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, in [0, 1].")
-    std: tuple[Scale, ...] = Field(default=(0.229, 0.224, 0.225), description="Deviation per channel, in [0, 1].")
+    mean: Means = Field(default=(0.485, 0.456, 0.406), description="Mean per channel, in [0, 1]; data: as measured.")
+    std: Deviations = Field(
+        default=(0.229, 0.224, 0.225), description="Deviation per channel, in [0, 1]; data: as measured."
+    )
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
 
     def build(self) -> nn.Module:
@@ -44,12 +47,8 @@ class Video(nn.Module):
         sides = (config.frames, *config.size)
         if any(side % step for side, step in zip(sides, config.patch, strict=True)):
             raise UserError(f"inputs.patch: got {config.patch} for frames and size {sides}; wanted divisors of each")
-        if len(config.mean) != config.channels or len(config.std) != config.channels:
-            raise UserError(
-                f"inputs.mean: got {len(config.mean)} means and {len(config.std)} deviations; wanted "
-                f"{config.channels}, one per channel"
-            )
         self.config = config
+        self.mean, self.std = (numbers(key, getattr(config, key), config.channels) for key in ("mean", "std"))
         self.grid = tuple(side // step for side, step in zip(sides, config.patch, strict=True))
         self.elements = self.grid[0] * self.grid[1] * self.grid[2]
         self.positions = Positions(config.positions, self.grid)
@@ -64,7 +63,7 @@ class Video(nn.Module):
 
     def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
         """Map frames (B, F, C, H, W), uint8 or float, to inputs."""
-        x = normalise_pixels(raw["video"], self.config.mean, self.config.std, dtype)
+        x = normalise_pixels(raw["video"], self.mean, self.std, dtype)
         x, grid = space_time_patches(x, self.config.patch)
         return self.positions(x, grid)
 

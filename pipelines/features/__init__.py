@@ -11,6 +11,7 @@ from pipelines.features.image import ImageFeature
 from pipelines.features.label import LabelFeature, LabelsFeature
 from pipelines.features.points import PointsFeature
 from pipelines.features.segmentation import SegmentationFeature
+from pipelines.features.series import SeriesFeature
 from pipelines.features.target import TargetFeature
 from pipelines.features.text import TextFeature
 from pipelines.features.video import MediaFeature, VideoFeature
@@ -23,6 +24,7 @@ Feature = Annotated[
     | SegmentationFeature
     | TextFeature
     | PointsFeature
+    | SeriesFeature
     | AudioFeature
     | VideoFeature
     | MediaFeature
@@ -52,6 +54,7 @@ __all__ = [
     "MediaFeature",
     "PointsFeature",
     "SegmentationFeature",
+    "SeriesFeature",
     "TargetFeature",
     "TextFeature",
     "VideoFeature",

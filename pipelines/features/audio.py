@@ -5,11 +5,16 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
-from pipelines.transforms.audio import AudioViewConfig, Samples, Sound, open_sound, sound_clip
+from pipelines.transforms.audio import FULL_SCALE, AudioViewConfig, Samples, Sound, open_sound, sound_clip
 from pipelines.transforms.clip import clip_starts, clips_excess, exceeds_clips
 from pipelines.transforms.media import Media, media_sound, open_media
+from pipelines.transforms.store import MAX_SECONDS, StoreConfig, stored_sound
+
+MEASURED_S = 10.0
+"""Seconds of a recording that are looked at for the statistics of a data set."""
 
 
 class AudioFeature(BaseFeature):
@@ -22,11 +27,26 @@ class AudioFeature(BaseFeature):
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    stores: ClassVar[tuple[str, ...]] = ("rate",)
     kind: Literal["audio"] = "audio"
+
+    def smaller(self, stored: Any, config: StoreConfig) -> Any:
+        """Return FLAC of the lower rate."""
+        sound = open_sound(stored or b"", MAX_SECONDS)
+        recording = sound or open_media(stored, video=False, audio=True, max_seconds=MAX_SECONDS)
+        return stored_sound(stored, recording, config)
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (T,) int16, T = data.audio.samples."""
         return {name: ((view.audio.samples,), np.int16)}
+
+    def normalised(self, name: str) -> dict[str, int]:
+        """Return one channel: sound is shown mono."""
+        return {name: 1}
+
+    def values(self, name: str, stored: Any) -> Mapping[str, NDArray[np.floating]]:
+        """Return samples in [-1, 1) of ten seconds about the middle, at their own rate."""
+        return {name: some_sound(self.decode(stored, ViewConfig(), 0))}
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """Read the header; return a `Sound`, or a `Media` where libsndfile does not know the format."""
@@ -46,6 +66,13 @@ class AudioFeature(BaseFeature):
         starts = clip_starts(decoded.seconds, view.audio.seconds, view.clip, training, rng)
         clips = [clip(decoded, float(start), view.audio) for start in starts]
         return {name: np.stack(clips) if view.clip.axes(training) else clips[0]}
+
+
+def some_sound(recording: Sound | Media, rate: int = 0) -> NDArray[np.float32]:
+    """Return samples (n, 1) in [-1, 1) of up to ten seconds about the middle, at a rate; 0: the recording's."""
+    rate, seconds = rate or recording.rate, min(recording.seconds, MEASURED_S)
+    view = AudioViewConfig(rate=rate, samples=max(1, int(seconds * rate)))
+    return clip(recording, (recording.seconds - seconds) / 2, view).astype(np.float32)[:, None] / np.float32(FULL_SCALE)
 
 
 def clip(recording: Sound | Media, start: float, config: AudioViewConfig) -> Samples:

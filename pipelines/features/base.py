@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 from numpy.random import Generator
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from perceiver.config import Config, Count, Real, Size
@@ -15,6 +16,8 @@ from pipelines.transforms.decode import MAX_PIXELS
 from pipelines.transforms.image import AugmentConfig
 from pipelines.transforms.optical_flow import FlowViewConfig
 from pipelines.transforms.points import PointsViewConfig
+from pipelines.transforms.series import SeriesViewConfig
+from pipelines.transforms.store import StoreConfig
 from pipelines.transforms.video import VideoViewConfig
 
 
@@ -52,6 +55,7 @@ class ViewConfig(Config):
     points: PointsViewConfig = Field(
         default=PointsViewConfig(), description="number of points and their random changes"
     )
+    series: SeriesViewConfig = Field(default=SeriesViewConfig(), description="length of series of numbers")
     audio: AudioViewConfig = Field(default=AudioViewConfig(), description="rate and length of sound")
     video: VideoViewConfig = Field(default=VideoViewConfig(), description="frames, their size and random changes")
     flow: FlowViewConfig = Field(default=FlowViewConfig(), description="random changes to frames and their flow")
@@ -72,11 +76,25 @@ class BaseFeature(Config):
     """Type of its column in a shard."""
     clips: ClassVar[bool] = False
     """Whether an evaluation sample may have several clips; its arrays then have a leading axis of clips."""
+    stores: ClassVar[tuple[str, ...]] = ()
+    """Settings of `StoreConfig` that apply to it."""
     bounded: ClassVar[bool] = False
     """Whether a view has a greatest length, so that a part of a longer sample may not be shown."""
 
     def plain(self) -> Self:
         """Return the feature without what `prepare` measures on the data: what parts of a mixture must agree in."""
+        return self
+
+    def smaller(self, stored: Any, config: StoreConfig) -> Any:
+        """Return a stored value at the size of a configuration, one of whose settings is in `stores`.
+
+        Raises:
+            BadSample: it is damaged.
+        """
+        return stored
+
+    def after(self, config: StoreConfig) -> Self:
+        """Return the feature of values that `smaller` returns."""
         return self
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
@@ -94,6 +112,18 @@ class BaseFeature(Config):
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
         """Return the modules that its transforms import on first use, for processes that are started early."""
         return ()
+
+    def normalised(self, name: str) -> dict[str, int]:
+        """Return the number of channels of each batch key whose values a model may normalise by their statistics."""
+        return {}
+
+    def values(self, name: str, stored: Any) -> Mapping[str, NDArray[np.floating]]:
+        """Return some values (n, channels) of a sample for each key of `normalised`, in the units that models see.
+
+        Raises:
+            BadSample: it is damaged.
+        """
+        return {}
 
     def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
         """Decode a stored value, without anything random.

@@ -6,11 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import UserError
 from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
-from pipelines.transforms.mask import evaluation_view, training_view, unpack
+from pipelines.transforms.decode import MAX_PIXELS
+from pipelines.transforms.image import some_pixels
+from pipelines.transforms.mask import IGNORED, evaluation_view, training_view, unpack
 
 
 class SegmentationFeature(BaseFeature):
@@ -39,6 +42,14 @@ class SegmentationFeature(BaseFeature):
     def decoded_bytes(self) -> int:
         """Return the size of pixels and mask, if all images have the same size."""
         return (self.channels + 1) * math.prod(self.size) if self.size else 0
+
+    def normalised(self, name: str) -> dict[str, int]:
+        """Return the channels of the image."""
+        return {"image": self.channels}
+
+    def values(self, name: str, stored: Any) -> Mapping[str, NDArray[np.floating]]:
+        """Return pixels of the image in [0, 1], of a large one some of them."""
+        return {"image": some_pixels(unpack(stored or b"", self.channels, MAX_PIXELS, IGNORED).picture)}
 
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
         """Return torch if images are resized."""

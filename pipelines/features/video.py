@@ -1,7 +1,7 @@
 """Encoded video, with or without its sound."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -9,10 +9,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import UserError
+from pipelines.features.audio import some_sound
 from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.clip import clip_starts, clips_excess, exceeds_clips
-from pipelines.transforms.media import Media, media_sound, open_media
+from pipelines.transforms.image import some_pixels
+from pipelines.transforms.media import Media, frames_at, media_sound, open_media
+from pipelines.transforms.store import StoreConfig, fitted_size, stored_video
 from pipelines.transforms.video import CentredView, RandomView, video_clips
+
+MEASURED_FRAMES = 4
+"""Frames of a recording that are looked at for the statistics of a data set."""
 
 
 class VideoFeature(BaseFeature):
@@ -25,13 +31,30 @@ class VideoFeature(BaseFeature):
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    stores: ClassVar[tuple[str, ...]] = ("resize", "fps", "quality")
     kind: Literal["video"] = "video"
     channels: Channels = Field(default=3, description="channels after decoding: 1 (grey) or 3 (RGB)")
     size: PixelSize | None = Field(default=None, description="(height, width) of all frames; null if they differ")
 
+    def smaller(self, stored: Any, config: StoreConfig) -> Any:
+        """Return H.264 without sound."""
+        return stored_video(stored or b"", config, sound=False)
+
+    def after(self, config: StoreConfig) -> Self:
+        """Return the feature with the size of the smaller frames."""
+        return self.model_copy(update={"size": _even_size(self.size, config)})
+
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (F, C, height, width) uint8."""
         return {name: _frames_shape(name, self.channels, self.size, view)}
+
+    def normalised(self, name: str) -> dict[str, int]:
+        """Return the channels of a frame."""
+        return {name: self.channels}
+
+    def values(self, name: str, stored: Any) -> Mapping[str, NDArray[np.floating]]:
+        """Return pixels in [0, 1] of some frames."""
+        return {name: _some_frames(_open(stored, ViewConfig(), video=True, audio=False), self.channels)}
 
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
         """Return torch if frames are resized or their colours change."""
@@ -66,9 +89,18 @@ class MediaFeature(BaseFeature):
     arrow: ClassVar[pa.DataType] = pa.binary()
     clips: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    stores: ClassVar[tuple[str, ...]] = ("resize", "fps", "rate", "quality")
     kind: Literal["media"] = "media"
     channels: Channels = Field(default=3, description="channels of a frame after decoding: 1 (grey) or 3 (RGB)")
     size: PixelSize | None = Field(default=None, description="(height, width) of all frames; null if they differ")
+
+    def smaller(self, stored: Any, config: StoreConfig) -> Any:
+        """Return H.264 with the sound as AAC."""
+        return stored_video(stored or b"", config, sound=True)
+
+    def after(self, config: StoreConfig) -> Self:
+        """Return the feature with the size of the smaller frames."""
+        return self.model_copy(update={"size": _even_size(self.size, config)})
 
     def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
         """Return (F, C, height, width) uint8 and (T,) int16, or the one that data.clip.show names."""
@@ -78,6 +110,15 @@ class MediaFeature(BaseFeature):
         if view.clip.show != "video":
             shapes["audio"] = ((view.audio.samples,), np.int16)
         return shapes
+
+    def normalised(self, name: str) -> dict[str, int]:
+        """Return the channels of a frame, and one of the sound."""
+        return {"video": self.channels, "audio": 1}
+
+    def values(self, name: str, stored: Any) -> Mapping[str, NDArray[np.floating]]:
+        """Return pixels in [0, 1] of some frames, and samples in [-1, 1) of ten seconds about the middle."""
+        media = _open(stored, ViewConfig(), video=True, audio=True)
+        return {"video": _some_frames(media, self.channels), "audio": some_sound(media)}
 
     def imports(self, view: ViewConfig) -> tuple[str, ...]:
         """Return torch if frames are shown, and are resized or their colours change."""
@@ -107,9 +148,23 @@ class MediaFeature(BaseFeature):
         return shown if view.clip.axes(training) else {key: clips[0] for key, clips in shown.items()}
 
 
+def _even_size(size: tuple[int, int] | None, config: StoreConfig) -> tuple[int, int] | None:
+    """Return the size of re-encoded frames of one size; of different or unknown ones None."""
+    if size is None:
+        return None
+    height, width = fitted_size(*size, config.resize)
+    return height + height % 2, width + width % 2
+
+
 def _open(stored: Any, view: ViewConfig, *, video: bool, audio: bool) -> Media:
     limits = {"max_seconds": view.clip.max_seconds, "max_pixels": view.video.max_pixels}
     return open_media(stored or b"", video=video, audio=audio, **limits)
+
+
+def _some_frames(media: Media, channels: int) -> NDArray[np.float32]:
+    """Return pixels (n, channels) in [0, 1] of a few evenly spaced frames."""
+    times = media.seconds * (np.arange(MEASURED_FRAMES) + 0.5) / MEASURED_FRAMES
+    return np.concatenate(frames_at(media, times, some_pixels, channels)[0])
 
 
 def _clip_seconds(view: ViewConfig) -> float:

@@ -25,6 +25,8 @@ HEARD_S, HEARD_RATE = 5.0, 24_000
 """Limits of the sound on the page; longer recordings are cut, higher rates resampled."""
 SPECTROGRAM_WIDTH, FLOOR_DB = 320, 80.0
 """Pixels, and decibels below the loudest that are black."""
+NUMBERS, PLOTTED, PLOT_HEIGHT = 8, 8, 80
+"""Of a series: numbers that are written, channels that are drawn, and pixels."""
 FRAMES, FRAME_HEIGHT, STRIP_WIDTH = 6, 120, 960
 PLAYABLE, PLAYED_BYTES = {"h264", "vp8", "vp9", "av1"}, 1_000_000
 """Codecs that browsers play; larger videos are shown as frames only."""
@@ -43,6 +45,8 @@ def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
             chosen = decoded[np.linspace(0, len(decoded) - 1, min(len(decoded), POINTS)).astype(int), :3]
             coarse = np.round(127 * normalised(chosen)).astype(np.int8)
             return [CardPart("points", base64.b64encode(coarse.tobytes()).decode(), f"{len(decoded):,} points")]
+        case "series":
+            return [CardPart("strip", image_uri(_plot(decoded), STRIP_WIDTH), _numbers(decoded))]
         case "audio":
             return _show_audio(decoded)
         case "video":
@@ -70,6 +74,8 @@ def measure(kind: str, decoded: Any) -> dict[str, float]:
         case "points":
             extent = decoded[:, :3].max(axis=0) - decoded[:, :3].min(axis=0)
             return {"points": len(decoded), "longest side": float(extent.max())}
+        case "series":
+            return {"steps": len(decoded), "smallest": float(decoded.min()), "largest": float(decoded.max())}
         case "audio":
             return {"seconds": decoded.seconds, "rate": decoded.rate}
         case "video" | "media":
@@ -85,6 +91,25 @@ def measure(kind: str, decoded: Any) -> dict[str, float]:
             share = float(decoded.valid.mean())
             return {"height": height, "width": width, "known share": share, "mean pixels of motion": motion}
     return {}
+
+
+def _numbers(steps: NDArray[np.float32]) -> str:
+    """Return size and first numbers of a series, (length, channels)."""
+    first = ", ".join(f"{value:.4g}" for value in steps.ravel()[:NUMBERS])
+    return f"{len(steps):,} × {steps.shape[1]}: {first}" + ", …" * (steps.size > NUMBERS)
+
+
+def _plot(steps: NDArray[np.float32]) -> Image.Image:
+    """Return the channels of a series over time, each from its smallest to its largest; of one step, its channels."""
+    lines = steps if len(steps) > 1 else steps.T
+    size = lines.max(0) - lines.min(0)
+    height = (lines - lines.min(0)) / np.where(size > 0, size, 1)
+    picture = np.full((PLOT_HEIGHT, SPECTROGRAM_WIDTH), 255, np.uint8)
+    across = np.linspace(0, len(lines) - 1, SPECTROGRAM_WIDTH)
+    for channel in height.T[:PLOTTED]:
+        rows = np.interp(across, np.arange(len(lines)), channel)
+        picture[np.round((1 - rows) * (PLOT_HEIGHT - 1)).astype(int), np.arange(SPECTROGRAM_WIDTH)] = 0
+    return Image.fromarray(picture)
 
 
 def _show_audio(decoded: Sound | Media) -> list[CardPart]:

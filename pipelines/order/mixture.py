@@ -25,6 +25,7 @@ from pipelines.features import Feature
 from pipelines.order.permutation import keys
 from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, even_runs, padded, rank_positions
 from pipelines.shards.manifest import Manifest, Split
+from pipelines.shards.statistics import SpectrogramStatistics, Statistics
 
 LONGEST = 1 << 16
 """Most positions of the table; weights that need more are rounded to this many equal parts."""
@@ -83,9 +84,35 @@ def mixed_manifest(manifest: Manifest, split: str, parts: Sequence[tuple[Mixture
         features = _agreed(features, other.features, part.url, manifest.name)
     folders = tuple(SplitFolder(part.url, other.split(part.split or split), part.weight) for part, other in parts)
     mixed = MixedSplit(shards=tuple(shard for folder in folders for shard in folder.split.shards), parts=folders)
-    return manifest.model_copy(
-        update={"features": features, "class_counts": {}, "splits": {**manifest.splits, split: mixed}}
-    )
+    measured = [(part.weight, other.statistics) for part, other in parts]
+    changed = {"features": features, "class_counts": {}, "splits": {**manifest.splits, split: mixed}}
+    changed |= {"statistics": _mixed_statistics(measured), "spectrograms": _spectrograms(parts)}
+    return manifest.model_copy(update=changed)
+
+
+def _spectrograms(parts: Sequence[tuple[MixturePart, Manifest]]) -> tuple[SpectrogramStatistics, ...]:
+    """Return the statistics of the spectrograms that all parts have."""
+    found = [
+        (part.weight, {one.spectrogram.option(): one for one in manifest.spectrograms}) for part, manifest in parts
+    ]
+    first = found[0][1]
+    mixed = _mixed_statistics(found)
+    return tuple(SpectrogramStatistics(**dict(one), spectrogram=first[key].spectrogram) for key, one in mixed.items())
+
+
+def _mixed_statistics(parts: Sequence[tuple[float, Mapping[str, Statistics]]]) -> dict[str, Statistics]:
+    """Return mean and deviation of the mixture of each key that all parts have, by weight."""
+    weights = np.array([weight for weight, _ in parts]) / sum(weight for weight, _ in parts)
+    mixed = {}
+    for key in parts[0][1]:
+        found = [statistics[key] for _, statistics in parts if key in statistics]
+        if len(found) == len(parts):
+            means, deviations = np.array([one.mean for one in found]), np.array([one.std for one in found])
+            mean = weights @ means
+            deviation = np.sqrt(weights @ (deviations**2 + (means - mean) ** 2))
+            samples = sum(one.samples for one in found)
+            mixed[key] = Statistics(mean=tuple(mean.tolist()), std=tuple(deviation.tolist()), samples=samples)
+    return mixed
 
 
 def _first_difference(wanted: Sequence[str], got: Sequence[str]) -> str:

@@ -26,6 +26,8 @@ from perceiver.storage import (
     safe_name,
 )
 from pipelines.features import Feature
+from pipelines.shards.statistics import SpectrogramStatistics, Statistics
+from pipelines.transforms.store import StoreConfig
 
 FORMAT_VERSION = 2
 """Version 1 has Parquet files as shards, which are still read."""
@@ -155,6 +157,15 @@ class Manifest(Config):
     licence: str = Field(description="terms of use of the data")
     source: str = Field(description="origin of the data")
     fingerprint: str = Field(default="", description="hash of source and options of `prepare`: recognises a rerun")
+    stored: StoreConfig = Field(
+        default=StoreConfig(), description="what `prepare` limited media to; all null: stored as they came"
+    )
+    statistics: dict[PrintableName, Statistics] = Field(
+        default={}, description="mean and deviation of the training split, by batch key; empty: not measured"
+    )
+    spectrograms: tuple[SpectrogramStatistics, ...] = Field(
+        default=(), description="those of log-mel spectrograms of its sound"
+    )
     rejected: NonNegativeCount = Field(
         default=0, description="raw items left out, listed in quarantine.parquet next to this"
     )
@@ -181,6 +192,17 @@ class Manifest(Config):
                     _check_name(shard.name, indexed=bool(part.columns))
                 except ValueError as error:
                     raise ValueError(f"{where}.name: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_are_of_these_features(self) -> "Manifest":
+        """Refuse statistics of other features or of another number of channels."""
+        channels = {key: c for name, feature in self.features.items() for key, c in feature.normalised(name).items()}
+        found = [(f"statistics.{key}", key, each) for key, each in self.statistics.items()]
+        found += [(f"spectrograms.{number}", "audio", each) for number, each in enumerate(self.spectrograms)]
+        for where, key, each in found:
+            if channels.get(key) != len(each.mean):
+                raise ValueError(f"{where} has {len(each.mean)} channels, wanted {channels.get(key, 'no such entry')}")
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from pathlib import Path
 from perceiver.config import UserError
 from perceiver.storage import Folder, raise_unanswered, refusing
 from pipelines.sources import Rejected
-from pipelines.sources._common import MAX_FILE
+from pipelines.sources._common import MAX_FILE, path_below
 
 SYSTEM_NAMES = {
     "__macosx",
@@ -109,6 +109,17 @@ def read_file(folder: Folder, name: str) -> bytes:
     if (facts.get("size") or 0) > MAX_FILE:
         raise ValueError(f"{facts['size']:,} bytes, more than {MAX_FILE:,}")
     return folder.fs.cat_file(folder.file(name))
+
+
+def read_below(folder: Folder, above: str, name: str) -> bytes:
+    """Read a file that a cell of a table names; see `read_file`.
+
+    Args:
+        folder: the source folder.
+        above: the table's folder, with a slash, relative to it.
+        name: the path, relative to the table's folder.
+    """
+    return read_file(folder, above + path_below(name))
 
 
 def unreadable(key: str, error: OSError) -> Rejected:

@@ -24,8 +24,12 @@ def is_label(kind: pa.DataType) -> bool:
 
 def is_labels(kind: pa.DataType) -> bool:
     """Return whether values of a type can be several classes: lists of labels."""
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return lists and is_label(kind.value_type)
+    return is_list(kind) and is_label(kind.value_type)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -23,13 +23,22 @@ from pipelines.features import (
     VideoFeature,
 )
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, item_seed, number, path_below, shuffled_units
-from pipelines.sources._files import Found, look, read_file, unreadable
+from pipelines.sources._common import base_name, item_seed, number, shuffled_units
+from pipelines.sources._files import Found, look, read_below, unreadable
 from pipelines.sources._labels import in_order, label_number, one_label, several
 from pipelines.sources._layout import by_split, class_notes, held_out_share, split_notes, split_words, splits_of_files
 from pipelines.sources._masks import mask_classes
 from pipelines.sources._metadata import table_rows
 from pipelines.sources._probe import PROBE, image_feature
+from pipelines.sources._series import (
+    ALL,
+    LOOKED_AT,
+    SeriesColumns,
+    are_numbers,
+    counted_columns,
+    series_columns,
+    series_names,
+)
 from pipelines.sources._targets import LABEL, label_columns, target_columns, target_feature, target_values
 from pipelines.transforms import BadSample
 from pipelines.transforms.cloud import read_points
@@ -45,7 +54,7 @@ FEATURES: Mapping[str, Callable[[], Feature]] = {
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 FILES = ("image", "audio", "video", "points")
 COLUMNS = (*FILES, "mask", "text", "label", "labels", "split", "group")
-OPTIONS = (*COLUMNS, "target", "separator", "classes", "channels", "features", "held_out", "splits")
+OPTIONS = (*COLUMNS, "target", "series", "length", "separator", "classes", "channels", "features", "held_out", "splits")
 
 
 class Row(NamedTuple):
@@ -70,7 +79,8 @@ class CsvSource:
     a list in JSON, else separated by `separator`, `;`), `split` (a split's name), `group` (rows with the same value
     stay in one split); each is taken by its name where the table has it, and left out with an empty value. `label`
     may name several columns with commas, which are labels with classes of their own. `target` names columns of
-    numbers, with commas. `classes` (names with commas), `channels`, `features` (columns of a point after x, y, z),
+    numbers, with commas. `series` (columns of numbers with commas, or `all`, see `_series`), `length` (its steps, or
+    `any`), `classes` (names with commas), `channels`, `features` (columns of a point after x, y, z),
     `held_out` (share of the rows, 0.2), `splits` (`names`: by names of the tables; `none`).
     """
 
@@ -85,6 +95,8 @@ class CsvSource:
         if not any(rows.values()):
             raise UserError(f"{folder.url}: the tables have no rows")
         columns = find_columns(folder, _column_names(rows), options)
+        series = find_series(folder, rows, columns, options)
+        check_input(folder, _column_names(rows), [*columns, *["series"] * bool(series)])
         if "split" in columns:
             rows = _by_column(folder, [row for part in rows.values() for row in part], columns)
         classes = class_names(folder, rows, columns, options)
@@ -98,14 +110,16 @@ class CsvSource:
         parts = _held_out(rows[next(iter(rows))], held_out, columns.get("group"), seed) if held_out else rows
         held_out = held_out if "test" in parts else 0.0
         content = {"src": folder.url, "columns": columns, "classes": classes, "own": own, "seed": seed}
-        content["options"] = dict(options)
-        used = {*columns.values(), *columns.get("target", "").split(",")}
+        content |= {"series": series, "options": dict(options)}
+        used = [*_used(columns), *(series.columns if series else ())]
         others = [name for name in _column_names(rows) if name not in used]
         taken = ", ".join(f"{feature} from {column}" for feature, column in columns.items())
+        taken += f"{', ' * bool(taken)}series from {counted_columns(series.columns)}" if series else ""
         return Listing(
             name=base_name(str(src)).removesuffix(".csv").removesuffix(".tsv").removesuffix(".jsonl"),
             features=_features(folder, parts, columns, options)
-            | {feature: LabelFeature(classes=tuple(names)) for feature, names in own.items()},
+            | {feature: LabelFeature(classes=tuple(names)) for feature, names in own.items()}
+            | ({"series": series.feature()} if series else {}),
             classes=tuple(classes),
             licence="not stated: the user's own data",
             origin=str(src),
@@ -147,17 +161,23 @@ class RowReader:
         self.folder, self.content = folder, content
         self.index = {name: number for number, name in enumerate(content["classes"])}
         self.own = {
-            feature: {name: number for number, name in enumerate(names)} for feature, names in content["own"].items()
+            feature: {name: number for number, name in enumerate(names)}
+            for feature, names in content.get("own", {}).items()
         }
         self.features = [
             "label" if name == "labels" else name
             for name in content["columns"]
             if name not in ("split", "group", "mask")
         ]
+        self.series = SeriesColumns(*content["series"]) if content.get("series") else None
+        self.features += ["series"] * (self.series is not None)
 
     def __call__(self, feature: str, row: Row) -> Any:
         """Return what is stored; raise `ValueError`, `BadSample` or `OSError` if the row cannot be used."""
         columns, options = self.content["columns"], self.content["options"]
+        if feature == "series" and self.series:
+            separator = options.get("separator") or ";"
+            return self.series.read(row.cells, separator, partial(read_below, self.folder, row.above))
         if feature == "label" and "labels" in columns:
             names = several(row.cells.get(columns["labels"]), options)
             return [label_number(name, self.index, len(self.content["classes"])) for name in names]
@@ -175,12 +195,12 @@ class RowReader:
             raise ValueError(f"no {feature}")
         if feature == "text":
             return value.strip()
-        encoded = read_file(self.folder, row.above + path_below(value))
+        encoded = read_below(self.folder, row.above, value)
         if feature == "image" and "mask" in columns:
             mask = row.cells.get(columns["mask"])
             if not isinstance(mask, str) or not mask.strip():
                 raise ValueError("no mask")
-            other = read_file(self.folder, row.above + path_below(mask))
+            other = read_below(self.folder, row.above, mask)
             return pack(encoded, other, len(self.content["classes"]))
         if feature != "points":
             return encoded
@@ -208,6 +228,11 @@ def _tables(src: str | None) -> tuple[Folder, Found]:
     return folder, found
 
 
+def _used(columns: Mapping[str, str]) -> list[str]:
+    """Return the table's columns of the features; `target` has several."""
+    return [one for feature, name in columns.items() for one in (name.split(",") if feature == "target" else [name])]
+
+
 def _rows(folder: Folder, name: str) -> Iterator[Row]:
     above = name.rpartition("/")[0]
     for line, cells in enumerate(table_rows(folder, name), 1):
@@ -223,7 +248,7 @@ def find_columns(folder: Folder, there: Sequence[str], options: Mapping[str, str
     """Return the column of each feature, those of `target` with commas, and of `split` and `group`.
 
     Raises:
-        UserError: a column does not exist, there is no input, or both `label` and `labels`.
+        UserError: a column does not exist, or both `label` and `labels`.
     """
     columns = {}
     for feature in COLUMNS:
@@ -236,11 +261,6 @@ def find_columns(folder: Folder, there: Sequence[str], options: Mapping[str, str
             raise UserError(f"option {feature}={name}: {folder.url} has no such column; it has {', '.join(there)}")
     if targets := target_columns(options, there, folder.url):
         columns["target"] = ",".join(targets)
-    if not columns.keys() & {*FILES, "text"}:
-        raise UserError(
-            f"{folder.url}: none of the columns {', '.join(there)} is an input: set --option image=COLUMN (or"
-            " audio, video, points, text)"
-        )
     if "mask" in columns and (kinds := {"label", "labels"} & columns.keys() or {"image"} - columns.keys()):
         raise UserError(
             f"{folder.url} has the column {columns['mask']} of masks"
@@ -250,6 +270,31 @@ def find_columns(folder: Folder, there: Sequence[str], options: Mapping[str, str
     if {"label", "labels"} <= columns.keys():
         raise UserError(f"{folder.url} has label and labels: leave one out, for example --option labels=")
     return columns
+
+
+def check_input(folder: Folder, there: Sequence[str], features: Sequence[str]) -> None:
+    """Refuse a table without a column for an input."""
+    if not {*FILES, "text", "series"} & set(features):
+        raise UserError(
+            f"{folder.url}: none of the columns {', '.join(there)} is an input: set --option image=COLUMN (or"
+            f" audio, video, points, text, series), or --option series={ALL} for all columns of numbers"
+        )
+
+
+def find_series(
+    folder: Folder, rows: Mapping[str, Sequence[Row]], columns: Mapping[str, str], options: Mapping[str, str]
+) -> SeriesColumns | None:
+    """Return the columns of the feature `series`, None without."""
+    found = [row for part in rows.values() for row in part]
+
+    def numeric(name: str) -> bool:
+        return are_numbers(row.cells.get(name) for row in found[:LOOKED_AT])
+
+    names = series_names(_column_names(rows), _used(columns), numeric, options)
+    if not names:
+        return None
+    some = [(row.cells, partial(read_below, folder, row.above)) for row in found[:PROBE]]
+    return series_columns(names, some, options, folder.url)
 
 
 def _by_column(folder: Folder, rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, list[Row]]:
@@ -352,7 +397,7 @@ def _features(
     if "image" in columns:
         some = [row for part in rows.values() for row in part][:PROBE]
         plain = {name: column for name, column in columns.items() if name != "mask"}
-        read = RowReader(folder, {"columns": plain, "classes": [], "own": {}, "options": options, "seed": 0})
+        read = RowReader(folder, {"columns": plain, "classes": [], "options": options, "seed": 0})
         image = image_feature(options, [partial(_opened, read, row) for row in some])
         masked = SegmentationFeature(channels=image.channels, size=image.size)
         found["image"] = masked if "mask" in columns else image

@@ -1,76 +1,82 @@
 """Parquet tables with one row per sample, in the layout of data hubs: `SRC/**/train-*.parquet`, `test-*.parquet`, ...
 
-Options name the columns; the defaults are `image` (binary, or a struct with `bytes`), `text` (string) and `label`
-(whole number, boolean, string, or a dictionary of these). Class names come from the option `classes` (with commas),
-from the metadata that the Hugging Face libraries write, or from the labels.
+Options name the columns; the defaults are `image`, `audio` and `video` (binary, or a struct with `bytes` and `path`),
+`points` (lists of coordinates), `series` (numbers, or lists of them), `text` (string), `label` (whole number, boolean,
+string, or a dictionary of these) and `labels` (lists of these); `target` names columns of numbers to predict, `split`
+and `group` divide the rows. Class names come from the option `classes` (with commas), from the metadata that the
+Hugging Face libraries write, or from the labels.
 """
 
 import io
-import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, first_line, open_folder, raise_unanswered
-from pipelines.features import LabelFeature, LabelsFeature, TextFeature
-from pipelines.order.permutation import keys, permute
-from pipelines.shards.parquet import MAX_BYTES, row_key
+from pipelines.features import (
+    AudioFeature,
+    Feature,
+    LabelFeature,
+    LabelsFeature,
+    PointsFeature,
+    TextFeature,
+    VideoFeature,
+)
+from pipelines.shards.parquet import row_key
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, source_folder
-from pipelines.sources._files import look
+from pipelines.sources._columns import INPUTS, TARGET, check_input, check_once, find_columns, fits, is_number
+from pipelines.sources._common import base_name, number, source_folder
+from pipelines.sources._division import COLUMNS, Division, divide
+from pipelines.sources._files import look, read_below, unreadable
 from pipelines.sources._labels import (
+    LabelValue,
     classes_of,
     is_label,
     is_labels,
-    is_text,
     label_number,
     same_names,
     stored_names,
-    unsuitable,
 )
 from pipelines.sources._layout import class_notes, held_out_share, split_notes, splits_of_files
-from pipelines.sources._probe import PROBE, image_feature
-from pipelines.sources._targets import LABEL, label_columns, target_columns, target_feature, target_values
+from pipelines.sources._probe import image_feature
+from pipelines.sources._row_groups import (
+    Group,
+    Table,
+    divided_units,
+    first_rows,
+    groups_of,
+    metadata,
+    read_facts,
+    rows_of,
+    units_of,
+)
+from pipelines.sources._series import ReadFile, SeriesColumns, counted_columns, series_columns, series_names
+from pipelines.sources._targets import LABEL, target_feature, target_values
+from pipelines.transforms import BadSample
+from pipelines.transforms.points import points_of_rows
 
-OPTIONS = ("image", "text", "label", "labels", "target", "classes", "channels", "held_out", "splits")
-
-MAX_ROWS = 10_000_000
-"""Limit of a row group, which is read as a whole; that of its bytes is `MAX_BYTES`."""
-
-
-class Group(NamedTuple):
-    """A row group: the file relative to the source folder, its number, its rows, and the rows of all groups before."""
-
-    name: str
-    number: int
-    rows: int
-    first: int
-
-
-class Table(NamedTuple):
-    """What a listing needs of a file's footer: the rows of its row groups, and the class names that it stores."""
-
-    name: str
-    rows: list[int]
-    classes: list[str]
+OPTIONS = (
+    *(*INPUTS, "series", "label", "labels", "target", *COLUMNS),
+    *("classes", "channels", "features", "length", "held_out", "splits"),
+)
 
 
 class TableSource:
     """The source: Parquet files. Row groups are shuffled over the shards; rows keep their order within them.
 
-    Options: `image`, `text`, `label`, `labels` (columns, `labels` of lists; `label` of several columns: labels with
-    classes of their own; empty: without), `target` (columns of numbers, with commas), `classes` (names with
-    commas), `channels` (1 or 3; default: as found), `held_out` (share of the rows, 0.2 if no file is named after a
-    split), `splits` (`names` or `none`, see `_layout.splits_of_files`).
+    Options: `image`, `audio`, `video`, `points`, `text`, `label`, `labels` (columns, `labels` of lists; `label` of
+    several columns: labels with classes of their own; empty: without), `series` (columns of numbers with commas, or
+    `all`, see `_series`), `length` (its steps, or `any`), `target` (columns of numbers, with commas), `split` (the
+    column of each row's split), `group` (rows with the same value stay in one split), `classes` (names with commas),
+    `features` (columns of a point after x, y, z), `channels` (1 or 3; default: as found), `held_out` (share of the
+    rows, 0.2 if no file is named after a split), `splits` (`names` or `none`, see `_layout.splits_of_files`).
     """
 
-    title = "Parquet tables with a row per sample (images as bytes, or texts; SRC/train-*.parquet, SRC/test-*.parquet)"
+    title = "Parquet tables with a row per sample (media as bytes, texts, numbers; SRC/train-*.parquet, ...)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the row groups below `src`."""
@@ -81,8 +87,10 @@ class TableSource:
             raise UserError(f"no .parquet files below {folder.url}: wanted train-*.parquet, test-*.parquet, ...")
         splits = splits_of_files(folder, found.names, options)
         files = [name for names in splits.values() for name in names]
-        schema = _metadata(folder, files[0]).schema.to_arrow_schema()
+        schema = metadata(folder, files[0]).schema.to_arrow_schema()
         columns = find_columns(schema, options)
+        series = find_series(folder, schema, files[0], columns, options)
+        check_input(schema, [*columns, *["series"] * (series is not None)])
         label = columns.get("label") or columns.get("labels", "")
         tables = {
             split or "train": [read_facts(folder, name, label) for name in names] for split, names in splits.items()
@@ -94,175 +102,150 @@ class TableSource:
             for feature, column in columns.items()
             if feature.startswith(LABEL)
         }
-        groups = {split: _groups(found) for split, found in tables.items()}
-        held_out = held_out_share(splits, folder, options, "0.2")
+        groups = {split: groups_of(found) for split, found in tables.items()}
+        division, shares, notes = divide(folder, splits, columns, options, seed)
+        held_out = 0.0 if division.active else held_out_share(splits, folder, options, "0.2")
+        content = {"src": src, "columns": columns, "classes": classes, "own": own, "series": series}
+        content |= {"division": division, "features": number(options, "features", 0, least=0)}
         return Listing(
             name=base_name(folder.url),
             features=_features(folder, columns, groups, options)
-            | {feature: LabelFeature(classes=tuple(names)) for feature, names in own.items()},
+            | {feature: LabelFeature(classes=tuple(names)) for feature, names in own.items()}
+            | ({"series": series.feature()} if series else {}),
             classes=tuple(classes),
             licence="not stated: see the source",
             origin=str(src),
-            units=_units(
-                groups, held_out, seed, shard_rows, {"src": src, "columns": columns, "classes": classes, "own": own}
+            units=divided_units(groups, shares, seed, shard_rows, content | {"held_out": None})
+            if division.active
+            else units_of(groups, held_out, seed, shard_rows, content),
+            notes=(
+                *_column_notes(columns, series, schema, classes),
+                *(notes or split_notes(splits, held_out)),
+                *found.notes(),
             ),
-            notes=(*_column_notes(columns, schema, classes), *split_notes(splits, held_out), *found.notes()),
             rejected=tuple(found.rejected),
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's row groups, one at a time."""
-        content = unit.content
-        folder, columns = open_folder(content["src"]), content["columns"]
-        index = {name: number for number, name in enumerate(content["classes"])}
-        own = {feature: (names, {name: n for n, name in enumerate(names)}) for feature, names in content["own"].items()}
-        for place in content["places"]:
+        reader = RowReader(unit.content)
+        folder, division = open_folder(unit.content["src"]), Division(*unit.content["division"])
+        for place in unit.content["places"]:
             group = Group(*place)
-            rows = _rows_of(group, unit)
+            rows = rows_of(group, unit)
             try:
-                table = _read(folder, group.name, group.number, columns)
+                table, numbers = _read(folder, group.name, group.number, reader.columns, reader.series)
             except (OSError, pa.ArrowException) as error:
                 raise_unanswered(error)
+                if division.active and unit.split != division.first:
+                    continue
                 reason = f"unreadable row group: {first_line(error, 120)}"
                 yield from (Rejected(row_key(group.name, group.number, row), reason) for row in rows)
                 continue
+            if division.active:
+                rows = division.rows(table, unit.split, f"{group.name}#{group.number}")
+            read = partial(read_below, folder, f"{group.name.rpartition('/')[0]}/".removeprefix("/"))
             for row in rows:
                 key = row_key(group.name, group.number, row)
                 try:
-                    sample = {feature: _value(table.column(feature)[row].as_py()) for feature in columns}
-                    if targets := [feature for feature in columns if feature.startswith(TARGET)]:
-                        cells = {columns[feature]: sample.pop(feature) for feature in targets}
-                        sample["target"] = target_values(cells, [columns[feature] for feature in targets])
-                    if missing := [name for name, value in sample.items() if value is None and name not in own]:
-                        raise ValueError(f"no {missing[0]}")
-                    if own and all(sample[name] is None for name in own):
-                        raise ValueError("no label")
-                    for name, (names, numbers) in own.items():
-                        if sample[name] is not None:
-                            sample[name] = label_number(sample[name], numbers, len(names))
-                    if "labels" in sample:
-                        several = dict.fromkeys(sample.pop("labels"))
-                        sample["label"] = [label_number(one, index, len(content["classes"])) for one in several]
-                    elif "label" in sample:
-                        sample["label"] = label_number(sample["label"], index, len(content["classes"]))
+                    sample = reader(table, numbers, row, read)
                 except UnicodeDecodeError as error:
                     yield Rejected(key, f"invalid UTF-8: {error.reason}")
-                except ValueError as error:
+                except (BadSample, ValueError) as error:
                     yield Rejected(key, str(error))
+                except OSError as error:
+                    yield unreadable(key, error)
                 else:
                     yield {"key": key, **sample}
 
 
-def _rows_of(group: Group, unit: Unit) -> list[int]:
-    """Return the rows of a row group that belong to the unit's split."""
-    if not unit.content["held_out"]:
-        return list(range(group.rows))
-    cut, total, seed = unit.content["held_out"]
-    places = permute(np.arange(group.first, group.first + group.rows), total, keys(seed))
-    return np.flatnonzero((places < cut) == (unit.split == "test")).tolist()
+class RowReader:
+    """Reads the features of rows.
+
+    Args:
+        content: of the unit.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.columns: Mapping[str, str] = content["columns"]
+        self.series = SeriesColumns(*content["series"]) if content["series"] else None
+        self.point_features: int = content["features"]
+        self.numbered = _numbering(content["classes"])
+        self.own = {feature: _numbering(names) for feature, names in content["own"].items()}
+        self.targets = [column for feature, column in self.columns.items() if feature.startswith(TARGET)]
+        self.features = [
+            feature for feature in self.columns if feature not in COLUMNS and not feature.startswith(TARGET)
+        ]
+
+    def __call__(self, table: pa.Table, numbers: pa.Table, row: int, read: ReadFile) -> dict[str, Any]:
+        """Return what is stored; raise `ValueError`, `BadSample` or `OSError` if the row cannot be used.
+
+        Args:
+            table, numbers: see `_read`.
+            row: its number in the row group.
+            read: reads a file that a cell names.
+        """
+        sample = {feature: _value(table.column(feature)[row].as_py(), read) for feature in self.features}
+        if missing := [name for name, value in sample.items() if value is None and name not in self.own]:
+            raise ValueError(f"no {missing[0]}")
+        if self.own and all(sample[name] is None for name in self.own):
+            raise ValueError("no label")
+        for name, numbered in self.own.items():
+            if sample[name] is not None:
+                sample[name] = numbered(sample[name])
+        if "labels" in sample:
+            sample["label"] = [self.numbered(one) for one in dict.fromkeys(sample.pop("labels"))]
+        elif "label" in sample:
+            sample["label"] = self.numbered(sample["label"])
+        if "points" in sample:
+            sample["points"] = points_of_rows(sample["points"], self.point_features).tobytes()
+        if self.targets:
+            cells = {name: table.column(f"{TARGET}{name}")[row].as_py() for name in self.targets}
+            sample["target"] = target_values(cells, self.targets)
+        if self.series:
+            cells = {name: numbers.column(name)[row].as_py() for name in self.series.columns}
+            sample["series"] = self.series.read(cells, ";", read)
+        return sample
 
 
-def _read(folder: Folder, name: str, group: int, columns: Mapping[str, str]) -> pa.Table:
-    """Read the columns of a row group; name them after the features."""
+def _numbering(names: Sequence[str]) -> Callable[[LabelValue], int]:
+    """Return what numbers the labels of some classes, of which several may have one name; see `label_number`."""
+    return partial(label_number, index={name: place for place, name in enumerate(names)}, classes=len(names))
+
+
+def _read(
+    folder: Folder, name: str, group: int, columns: Mapping[str, str], series: SeriesColumns | None
+) -> tuple[pa.Table, pa.Table]:
+    """Read the columns of a row group, named after the features, and those of a series under their own names."""
+    numbers = list(series.columns) if series else []
     with folder.fs.open(folder.file(name), "rb") as stream, pq.ParquetFile(stream) as file:
         for feature, column in columns.items():
-            suitable = KINDS[re.split("[:_]", feature)[0]]
-            if column not in file.schema_arrow.names or not suitable(file.schema_arrow.field(column).type):
+            if not fits(feature, file.schema_arrow, column):
                 raise pa.ArrowTypeError(f"no column {column} for {feature}")
-        table = file.read_row_group(group, columns=list(columns.values()), use_threads=False)
-    return table.select(list(columns.values())).rename_columns(list(columns))
+        for column in numbers:
+            if column not in file.schema_arrow.names:
+                raise pa.ArrowTypeError(f"no column {column} for series")
+        wanted = list(dict.fromkeys([*columns.values(), *numbers]))
+        table = file.read_row_group(group, columns=wanted, use_threads=False)
+    return table.select(list(columns.values())).rename_columns(list(columns)), table.select(numbers)
 
 
-def _metadata(folder: Folder, name: str) -> pq.FileMetaData:
-    """Read the footer of a file."""
-    try:
-        with folder.fs.open(folder.file(name), "rb") as stream:
-            return pq.read_metadata(stream)
-    except (OSError, pa.ArrowException) as error:
-        raise_unanswered(error)
-        where, reason = f"{folder.url}/{name}", first_line(error, 120)
-        raise UserError(
-            f"{where} is truncated, not readable, or not a Parquet file ({reason}): download it again, or move it away"
-        ) from error
+def find_series(
+    folder: Folder, schema: pa.Schema, first: str, columns: Mapping[str, str], options: Mapping[str, str]
+) -> SeriesColumns | None:
+    """Return the columns of the feature `series`, None without; the first file's rows show channels and length."""
 
+    def numeric(name: str) -> bool:
+        return schema.names.count(name) == 1 and is_number(schema.field(name).type)
 
-def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str]:
-    """Return the table's column for each feature.
-
-    Raises:
-        UserError: a column does not exist, exists twice, or has a type that cannot be the feature; or there are neither
-            images nor texts.
-    """
-    columns = {}
-    for feature in ("image", "text", "label", "labels"):
-        suitable = KINDS[feature]
-        name = options.get(feature, feature)
-        if schema.names.count(name) > 1:
-            raise UserError(f"column {name} exists {schema.names.count(name)} times: rename the others")
-        if feature == "labels" and feature not in options and name in schema.names:
-            name = name if is_labels(schema.field(name).type) and "label" not in columns else ""
-        if feature == "label" and name not in schema.names and "," in name:
-            several = label_columns(options, schema.names, "the table")
-            for column in several.values():
-                if not is_label(kind := schema.field(column).type):
-                    raise unsuitable("label", column, kind, WANTED["label"], _suitable(schema, is_label))
-            columns |= several
-            continue
-        if name in schema.names:
-            kind = schema.field(name).type
-            if not suitable(kind):
-                raise unsuitable(feature, name, kind, WANTED[feature], _suitable(schema, suitable))
-            columns[feature] = name
-        elif name and feature in options:
-            raise UserError(
-                f"option {feature}={name}: no such column; the table has "
-                + ", ".join(f"{field.name} ({field.type})" for field in schema)
-            )
-    if {"label", "labels"} <= columns.keys():
-        raise UserError("the table has label and labels: leave one out, for example --option labels=")
-    for name in target_columns(options, schema.names, "the table"):
-        kind = schema.field(name).type
-        if not is_number(kind):
-            raise unsuitable("target", name, kind, WANTED["target"], _suitable(schema, is_number))
-        columns[f"{TARGET}{name}"] = name
-    if not columns.keys() & {"image", "text"}:
-        raise UserError(
-            f"no images or texts in the columns {', '.join(schema.names)}: set --option image=COLUMN or"
-            " --option text=COLUMN"
-        )
-    return columns
-
-
-def _suitable(schema: pa.Schema, suitable: Callable[[pa.DataType], bool]) -> list[str]:
-    return [field.name for field in schema if suitable(field.type)]
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def is_number(kind: pa.DataType) -> bool:
-    """Return whether values of a type are numbers."""
-    return (
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_decimal(kind)
-        or pa.types.is_boolean(kind)
-    )
-
-
-TARGET = "target:"
-"""Begins the key of a target's column among the columns of features."""
-KINDS = {"image": _is_image, "text": is_text, "label": is_label, "labels": is_labels, "target": is_number}
-WANTED = {
-    "image": "binary or a struct with the field bytes",
-    "text": "string",
-    "label": "a whole number, boolean, string or dictionary",
-    "labels": "a list of whole numbers, booleans, strings or dictionaries",
-    "target": "a number",
-}
+    names = series_names(schema.names, columns.values(), numeric, options)
+    for name in names:
+        check_once(schema, name)
+    if not names:
+        return None
+    read = partial(read_below, folder, f"{first.rpartition('/')[0]}/".removeprefix("/"))
+    some = [(cells, read) for cells in first_rows(folder, Group(first, 0, 0, 0), names)]
+    return series_columns(names, some, options, folder.url)
 
 
 def class_names(
@@ -307,20 +290,19 @@ def _flat(chunk: pa.Array, kind: pa.DataType) -> pa.Array:
 
 def _features(
     folder: Folder, columns: Mapping[str, str], groups: Mapping[str, Sequence[Group]], options: Mapping[str, str]
-) -> dict[str, Any]:
+) -> dict[str, Feature]:
     """Return the features; those of images by looking at a few."""
-    features: dict[str, Any] = {"text": TextFeature(), "label": LabelFeature()}
-    if "labels" in columns:
-        features["label"] = LabelsFeature()
+    features: dict[str, Feature] = {"text": TextFeature(), "audio": AudioFeature(), "video": VideoFeature()}
+    features["points"] = PointsFeature(features=number(options, "features", 0, least=0))
+    features["label"] = LabelsFeature() if "labels" in columns else LabelFeature()
     if "image" in columns:
         features["image"] = image_feature(
             options, [partial(io.BytesIO, image) for image in _images(folder, columns, groups)]
         )
     named = ["label" if name == "labels" else name for name in columns]
     found = {name: features[name] for name in named if name in features}
-    if targets := [name for feature, name in columns.items() if feature.startswith(TARGET)]:
-        found["target"] = target_feature(targets)
-    return found
+    targets = [column for feature, column in columns.items() if feature.startswith(TARGET)]
+    return found | ({"target": target_feature(targets)} if targets else {})
 
 
 def _images(folder: Folder, columns: Mapping[str, str], groups: Mapping[str, Sequence[Group]]) -> list[bytes]:
@@ -328,92 +310,28 @@ def _images(folder: Folder, columns: Mapping[str, str], groups: Mapping[str, Seq
     group = next((group for found in groups.values() for group in found if group.rows), None)
     if group is None:
         return []
-    try:
-        with folder.fs.open(folder.file(group.name), "rb") as stream, pq.ParquetFile(stream) as file:
-            batch = next(file.iter_batches(PROBE, row_groups=[group.number], columns=[columns["image"]]))
-        return [_value(image) or b"" for image in batch.column(0).to_pylist()]
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise_unanswered(error)
-        return []
+    return [_value(cells[columns["image"]], None) or b"" for cells in first_rows(folder, group, [columns["image"]])]
 
 
-def _column_notes(columns: Mapping[str, str], schema: pa.Schema, classes: Sequence[str]) -> tuple[str, ...]:
+def _column_notes(
+    columns: Mapping[str, str], series: SeriesColumns | None, schema: pa.Schema, classes: Sequence[str]
+) -> tuple[str, ...]:
     kinds = {name: str(schema.field(name).type).partition("<")[0] for name in columns.values()}
     taken = ", ".join(f"{feature} from {name} ({kinds[name]})" for feature, name in columns.items())
-    others = [name for name in schema.names if name not in columns.values()]
+    used = [*columns.values(), *(series.columns if series else ())]
+    others = [name for name in schema.names if name not in used]
+    taken += f"{', ' * bool(taken)}series from {counted_columns(series.columns)}" if series else ""
     notes = [f"columns: {taken}" + (f"; not used: {', '.join(others)}" if others else "")]
     return (*notes, *class_notes(classes)) if {"label", "labels"} & columns.keys() else tuple(notes)
 
 
-def read_facts(folder: Folder, name: str, label: str) -> Table:
-    """Read the footer of a file; `label` is the column of the labels, empty without.
-
-    Raises:
-        UserError: it is not Parquet, or a row group is too large.
-    """
-    footer = _metadata(folder, name)
-    rows = []
-    for number in range(footer.num_row_groups):
-        group = footer.row_group(number)
-        if not 0 <= group.num_rows <= MAX_ROWS or group.total_byte_size > MAX_BYTES:
-            raise UserError(
-                f"{folder.url}/{name}: row group {number} has {group.num_rows:,} rows and "
-                f"{group.total_byte_size:,} bytes, wanted up to {MAX_ROWS:,} and {MAX_BYTES:,}"
-            )
-        rows.append(group.num_rows)
-    return Table(name, rows, stored_names(footer.schema.to_arrow_schema().metadata, label))
-
-
-def _groups(tables: Sequence[Table]) -> list[Group]:
-    """Return the row groups of some files, in order."""
-    groups: list[Group] = []
-    first = 0
-    for table in tables:
-        for number, rows in enumerate(table.rows):
-            groups.append(Group(table.name, number, rows, first))
-            first += rows
-    return groups
-
-
-def _units(
-    splits: Mapping[str, list[Group]], held_out: float, seed: int, shard_rows: int, content: Mapping[str, Any]
-) -> list[Unit]:
-    """Return units of row groups in random order, gathered up to `shard_rows` rows; a larger group is one unit."""
-    parts = {split: (groups, 1.0) for split, groups in splits.items()}
-    exact = None
-    if held_out:
-        groups = splits["train"]
-        total = sum(group.rows for group in groups)
-        exact = [min(max(1, round(held_out * total)), total - 1), total, seed] if total > 1 else None
-    if exact:
-        parts = {"train": (splits["train"], 1 - held_out), "test": (splits["train"], held_out)}
-    units: list[Unit] = []
-    for split, (groups, taken) in parts.items():
-        shuffled = list(groups)
-        random.Random(seed).shuffle(shuffled)
-        units += [
-            Unit(split, {**content, "held_out": exact, "places": places})
-            for places in _gathered(shuffled, int(shard_rows / taken))
-        ]
-    return units
-
-
-def _gathered(groups: Sequence[Group], rows: int) -> Iterator[list[Group]]:
-    """Yield groups together, up to a number of rows."""
-    unit: list[Group] = []
-    size = 0
-    for group in groups:
-        if unit and size + group.rows > rows:
-            yield unit
-            unit, size = [], 0
-        unit.append(group)
-        size += group.rows
-    if unit:
-        yield unit
-
-
-def _value(value: Any) -> Any:
-    return value["bytes"] if isinstance(value, dict) else value
+def _value(value: Any, read: ReadFile | None) -> Any:
+    """Return a cell; of a struct its bytes, or those of the file that its path names relative to the table."""
+    if not isinstance(value, dict):
+        return value
+    if value["bytes"] is None and value.get("path") and read:
+        return read(value["path"])
+    return value["bytes"]
 
 
 source = TableSource()

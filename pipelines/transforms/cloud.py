@@ -5,6 +5,7 @@ import math
 import zipfile
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def _read_rows(kind: str, encoded: bytes) -> Any:
     """Return an array (n, columns), or raise `ValueError`."""
     match kind:
         case ".npy":
-            return _read_npy(encoded)
+            return read_npy(encoded)
         case ".npz":
             return _read_npz(encoded)
         case ".ply":
@@ -83,8 +84,12 @@ def _is_number(word: bytes) -> bool:
     return True
 
 
-def _read_npy(encoded: bytes) -> Any:
-    """Return the array of numbers in a .npy file, or raise `ValueError`; memory is allocated for what is there only."""
+def read_npy(encoded: bytes, dimensions: Collection[int] = (2,)) -> Any:
+    """Return the array of numbers in a .npy file; memory is allocated for what is there only.
+
+    Raises:
+        ValueError: the file is damaged, or has objects or another number of dimensions.
+    """
     stream = io.BytesIO(encoded)
     try:
         version = np.lib.format.read_magic(stream)
@@ -95,7 +100,7 @@ def _read_npy(encoded: bytes) -> Any:
     except Exception as error:  # the header is parsed as Python literals, which raises a dozen types
         raise ValueError(f"a damaged header: {first_line(error, 80)}") from error
     content = memoryview(encoded)[stream.tell() :]
-    if kind.kind not in "fiu" or len(shape) != 2 or math.prod(shape) * kind.itemsize != len(content):
+    if kind.kind not in "fiu" or len(shape) not in dimensions or math.prod(shape) * kind.itemsize != len(content):
         raise ValueError(f"{shape} x {kind} in the header, {len(content)} bytes follow")
     return np.frombuffer(content, kind).reshape(shape, order="F" if columns_first else "C")
 
@@ -116,4 +121,4 @@ def _read_npz(encoded: bytes) -> Any:
         raise ValueError(f"not a .npz: {first_line(error, 80)}") from error
     if len(content) > MAX_ARRAY:
         raise ValueError(f"an array of more than {MAX_ARRAY} bytes")
-    return _read_npy(content)
+    return read_npy(content)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
@@ -14,6 +15,8 @@ from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
 from pipelines.transforms.resize import Box, Pixels, resized
 
 CROP_ATTEMPTS = 10
+MEASURED_SIDE = 128
+"""About how many rows and columns of an image, at least, are looked at for the statistics of a data set."""
 ROUNDING = 1e-6
 """Pixels by which a product of fractions may miss a whole number."""
 
@@ -75,6 +78,12 @@ def training_view(
         down, right = rng.integers(-config.shift, config.shift + 1, 2)
         return shifted(pixels, int(down), int(right))
     return pixels
+
+
+def some_pixels(picture: Picture) -> NDArray[np.float32]:
+    """Return pixels (n, channels) of an image in [0, 1]: all of a small one, else those of an even grid."""
+    step = max(1, min(picture.shape[:2]) // MEASURED_SIDE)
+    return picture[::step, ::step].reshape(-1, picture.shape[2]).astype(np.float32) / np.float32(255)
 
 
 def evaluation_view(picture: Picture, size: tuple[int, int], crop: float) -> Pixels:

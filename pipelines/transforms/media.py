@@ -183,6 +183,22 @@ def frames_at(
     return images, index
 
 
+def pictures_at_rate(media: Media, fps: float) -> Iterator[Picture]:
+    """Yield the pixels (H, W, 3) that are on screen at each multiple of 1/fps seconds, one at a time.
+
+    Raises:
+        BadSample: damaged or truncated.
+    """
+    count, done = max(1, math.ceil(media.seconds * fps - 1e-6)), 0
+    with _damage():
+        for frame, until in _shown(_decoded(media, 0.0), media, media.seconds):
+            picture: Picture | None = None
+            while done < count and done / fps < until - 1e-3:
+                picture = _picture(frame, 3) if picture is None else picture
+                yield picture
+                done += 1
+
+
 def _shown(frames: Iterable[tuple[Any, float, float]], media: Media, last: float) -> Iterator[tuple[Any, float]]:
     """Yield (frame, time at which the next one replaces it); the last frame stays on screen."""
     shown: Any = None
@@ -247,6 +263,21 @@ def media_sound(media: Media, start: float, config: AudioViewConfig) -> Samples:
         if end < needed - _slack(media) and end < (first + count) / media.rate - MARGIN_S:
             raise BadSample("truncated: the sound ends before the time in the header")
     return finish(span, 0, count, start - first / media.rate, media.rate, config)
+
+
+def sound_blocks(media: Media) -> Iterator[NDArray[np.float32]]:
+    """Yield all samples (n, channels) in -1 to 1, frame by frame.
+
+    Raises:
+        BadSample: damaged or truncated, or the rate changes.
+    """
+    end = 0.0
+    with _damage():
+        for time, samples in _sound(media, 0.0):
+            end = time + len(samples) / media.rate
+            yield samples
+        if end < media.seconds - _slack(media):
+            raise BadSample("truncated: the sound ends before the time in the header")
 
 
 def _sound(media: Media, first: float) -> Iterator[tuple[float, NDArray[np.float32]]]:

@@ -34,6 +34,22 @@ def decode_points(stored: bytes, columns: int = 3) -> Points:
     return points
 
 
+def points_of_rows(rows: list[list[float]], features: int = 0) -> Points:
+    """Return float32 (n, 3 + features) of lists of numbers; further columns are left out.
+
+    Raises:
+        BadSample: no points, too few columns, rows of different lengths, NaN or infinity.
+    """
+    try:
+        values = np.asarray(rows, np.float64)
+    except (ValueError, TypeError) as error:
+        raise BadSample("rows of different lengths, or no numbers") from error
+    if values.ndim != 2 or values.shape[1] < 3 + features:
+        raise BadSample(f"an array of {values.shape}, wanted points of {3 + features} columns")
+    with np.errstate(over="ignore"):
+        return decode_points(np.ascontiguousarray(values[:, : 3 + features], "<f4").tobytes(), 3 + features)
+
+
 def normalised(points: Points) -> Points:
     """Return points (n, 3) with zero mean, in a cube from -1 to 1."""
     return _in_cube(_centred(points.T.copy())).T

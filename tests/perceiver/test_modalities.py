@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "video": {"kind": "video", "frames": 4, "size": (8, 8), "patch": (2, 4, 4), "positions": FEW},
     "points": {"kind": "points", "points": 11, "bands": 3},
+    "series": {"kind": "series", "length": 10, "channels": 2, "patch": 3, "embedding": 5, "positions": FEW},
     "text": {"kind": "text", "length": 20, "channels": 12},
     "label": {"kind": "label", "classes": 5},
     "flow_frames": {"kind": "flow_frames", "size": (6, 8), "positions": FEW},
@@ -107,6 +108,24 @@ def test_uint8_pixels_are_normalised():
     model = model_of({**SMALL["image"], "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0)})
     _, inputs = model.read(torch.full((1, 3, 8, 6), 255, dtype=torch.uint8))
     torch.testing.assert_close(inputs.data[0, 0], torch.tensor([1.0, 3.0, 1.0]))
+
+
+@pytest.mark.parametrize("elements", ["steps", "values"])
+def test_series_are_normalised_and_masked(elements):
+    values = {"kind": "series", "length": 4, "channels": 2, "elements": elements, "mean": (1.0, 2.0), "std": (2.0, 4.0)}
+    model = model_of({**values, "positions": {"kind": "learned", "channels": 4}})
+    series, mask = torch.randn(3, 4, 2), torch.arange(4) < torch.tensor([[4], [2], [1]])
+    _, inputs = model.read({"series": series, "series_mask": mask})
+    wanted = (series - torch.tensor([1.0, 2.0])) / torch.tensor([2.0, 4.0])
+    size = 1 if elements == "values" else 2
+    torch.testing.assert_close(inputs.data[0, :, :size].reshape(4, 2), wanted[0])
+    assert inputs.mask.sum(1).tolist() == [count * (2 if elements == "values" else 1) for count in (4, 2, 1)]
+    hidden = torch.where(mask[..., None], series, 99.0)
+    torch.testing.assert_close(
+        model({"series": series, "series_mask": mask}), model({"series": hidden, "series_mask": mask})
+    )
+    row = model_of({**values, "length": 1, "elements": "values"})
+    assert row.inputs.grid == (2,) and row({"series": torch.randn(3, 1, 2)}).shape == (3, 3)
 
 
 def test_a_finer_image_than_configured():

@@ -6,7 +6,6 @@ from typing import Any
 
 from cluster.recipe.config import Recipe, build_recipe, kind_of
 from cluster.recipe.preflight import CheckedModel, check_recipe, describe_start, evaluation_metrics
-from cluster.recipe.targets import with_targets
 from perceiver.config import UserError
 from pipelines.feed.ingest import DataConfig, check_files
 from pipelines.shards.manifest import Manifest, load_manifest
@@ -40,9 +39,9 @@ class Checker:
 
     def recipe(self, values: Mapping[str, Any]) -> tuple[Recipe, CheckedModel]:
         """Return the recipe with some values set in the base, and its model, or raise `UserError`."""
-        recipe = build_recipe(with_values(self.search.base, values), source=self.search.source)
-        model = check_recipe(recipe, self.manifest)
-        recipe = with_targets(recipe, model.manifest)
+        given = build_recipe(with_values(self.search.base, values), source=self.search.source)
+        model = check_recipe(given, self.manifest)
+        recipe = model.recipe
         self._check_files(recipe.data, model.manifest)
         describe_start(recipe, model.manifest)
         return recipe, model

@@ -22,6 +22,7 @@ import ray.tune
 
 from cluster.recipe.config import build_recipe
 from cluster.recipe.preflight import data_facts, tracked_data
+from cluster.recipe.statistics import with_statistics
 from cluster.recipe.targets import with_targets
 from cluster.record.run_folder import RunFolder
 from cluster.run.driver import POLLED, Fit
@@ -140,7 +141,9 @@ class TrialTraining:
         self.folder = plan.folder(number)
         self.name = "/".join([plan.output.rstrip("/").split("/")[-2], self.folder.name])
         self.figures = RunMetrics(ray_export(self.name))
-        self.recipe = build_recipe(with_values(plan.base, {**values, "name": self.folder.name, "output": plan.output}))
+        recipe = build_recipe(with_values(plan.base, {**values, "name": self.folder.name, "output": plan.output}))
+        manifest = load_data(recipe.data)
+        self.recipe = with_targets(with_statistics(recipe, manifest), manifest)
         self.link = ActorClient(plan.control, rank=0, interval=0.5)
         self.refusal: dict[str, Any] = {}
         self.checkpoint: dict[str, Any] | None = None
@@ -148,8 +151,6 @@ class TrialTraining:
         self.result: dict[str, Any] = {}
         self._asked = self._over = False
         self._since = time.monotonic()
-        manifest = load_data(self.recipe.data)
-        self.recipe = with_targets(self.recipe, manifest)
         self.samples = manifest.split(self.recipe.data.train_split).samples
         tree = redact(self.recipe.model_dump(mode="json"))
         if not self.folder.facts():

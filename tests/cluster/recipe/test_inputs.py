@@ -15,6 +15,7 @@ from pipelines.features import (
     LabelFeature,
     MediaFeature,
     PointsFeature,
+    SeriesFeature,
     TextFeature,
     VideoFeature,
 )
@@ -40,7 +41,7 @@ def check(feature: Feature, inputs: dict[str, Any], trained: bool = False, **cha
     splits = {"train": Split(shards=(ShardInfo(name="a", rows=1, rows_per_group=1, bytes=9),))}
     features = {"x": feature, "label": LabelFeature()}
     manifest = Manifest(name="x", features=features, splits=splits, licence="", source="")
-    kind = feature.kind if feature.kind in ("image", "audio", "text", "video", "points") else "x"
+    kind = feature.kind if feature.kind in ("image", "audio", "text", "video", "points", "series") else "x"
     shapes = {
         key: shape
         for key, (shape, _) in feature.shapes(
@@ -71,6 +72,8 @@ def test_matching_data_pass() -> None:
             r"modalities.video .*frames = 8 .*size = \[32, 32\].*data.video .*4 frames of 32 x 32",
         ),
         (PointsFeature(features=3), {"kind": "points"}, {}, "0 features.*data/x have 6 columns: set .*features to 3"),
+        (SeriesFeature(length=9), {"kind": "series"}, {}, "inputs.length = 128.* 9 steps: set it to 9"),
+        (SeriesFeature(channels=2, length=128), {"kind": "series"}, {}, "channels = 1.* have 2: set it to 2"),
         (PointsFeature(), {"kind": "points", "features": 3}, {}, "3 features.*3 columns: set .*features to 0"),
         (ImageFeature(channels=1, size=(8, 8)), {"kind": "image", "size": [8, 8]}, {}, "model.inputs.channels = 3"),
         (ImageFeature(channels=3, size=(9, 8)), {"kind": "image", "size": [8, 8]}, {}, r"data.image_size .*\[8, 8\]"),

@@ -25,6 +25,21 @@ def test_prepared_data_are_returned(tmp_path: Path, capsys: pytest.CaptureFixtur
         perceiver.prepare("digits")
 
 
+def test_media_are_stored_smaller_and_their_statistics_measured(tmp_path: Path) -> None:
+    raw = write_images(tmp_path / "raw", 4)
+    data = perceiver.prepare("image_folder", raw, tmp_path / "small", resize=6, quality=80, progress=False)
+    stored = data.manifest.stored
+    assert (stored.resize, stored.quality) == (6, 80) and "image" in data.manifest.statistics
+    for wrong, named in (
+        ({"resize": 0}, "media.resize: .*got 0"),
+        ({"fps": 25}, "--fps 25.0 does not apply"),
+        ({"spectrogram": {"rate": 8000}}, "no feature audio"),
+        ({"spectrogram": {"rate": -1}}, "spectrogram.rate"),
+    ):
+        with pytest.raises(perceiver.UserError, match=named):
+            perceiver.prepare("image_folder", raw, tmp_path / "other", progress=False, **wrong)
+
+
 def test_an_export_is_loaded_like_the_run(tmp_path: Path) -> None:
     source, model = run_folder(tmp_path / "run", SMALL)
     written = perceiver.export(perceiver.Run(source), "safetensors", tmp_path / "out", licence="CC0-1.0")

@@ -22,6 +22,7 @@ from pipelines.features import (
     LabelFeature,
     MediaFeature,
     PointsFeature,
+    SeriesFeature,
     TextFeature,
     VideoFeature,
 )
@@ -115,6 +116,19 @@ def test_points_are_drawn_from_all_over_the_cloud(tmp_path: Path) -> None:
     wanted = cloud[np.linspace(0, 4999, 2048).astype(int)]
     assert np.corrcoef(drawn[:, 0], wanted[:, 0])[0, 1] > 0.999
     assert "5,000 points" in page.text
+
+
+def test_series_are_drawn_and_measured(tmp_path: Path) -> None:
+    series = [np.arange(12, dtype="<f4").reshape(-1, 2), np.ones((1, 2), "<f4")]
+    write_samples(
+        tmp_path,
+        {"series": SeriesFeature(channels=2), "label": LabelFeature()},
+        [{"key": str(i), "series": steps.tobytes(), "label": i} for i, steps in enumerate(series)],
+        classes=("a", "b"),
+    )
+    _, page = page_of(tmp_path)
+    assert "6 × 2: 0, 1, 2, 3, 4, 5, 6, 7, …" in page.text and "1 × 2: 1, 1" in page.text
+    assert any("largest: 1 to 11" in line for line in describe(inspect(str(tmp_path))))
 
 
 def test_raw_items_that_were_left_out_are_listed(tmp_path: Path) -> None:

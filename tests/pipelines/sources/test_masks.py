@@ -45,6 +45,7 @@ def test_folders_of_images_and_masks(tmp_path: Path) -> None:
     found = prepared(tmp_path, "segmentation_folder", classes="sky,tree,road")
     assert found.samples == {"train": 2, "val": 3} and found.manifest.classes == ("sky", "tree", "road")
     assert found.manifest.features == {"image": SegmentationFeature(channels=3, size=(4, 4))}
+    assert found.manifest.statistics["image"].samples == 2
     assert found.rejected == {
         "train/images/1.png": "a mask of 4x3 for an image of 4x4",
         "train/images/2.png": "a mask with the class 5, wanted 0 to 2 or 255",
