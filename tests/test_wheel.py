@@ -83,6 +83,7 @@ def test_the_wheel_contains_recipes_templates_and_types(programs: Path, tmp_path
     assert list((site / "cluster/deploy/templates").glob("*.j2"))
     assert {path.name for path in site.iterdir() if path.is_dir() and "." not in path.name} - {"__pycache__"} == {
         "perceiver",
+        "perceiver_example",
         "perceiver_train",
         "pipelines",
         "cluster",
@@ -110,7 +111,7 @@ def test_from_an_empty_folder_to_predictions(programs: Path, tmp_path: Path) -> 
     assert json.loads((tmp_path / "runs/quickstart-001/run.json").read_text())["status"] == "finished"
     assert [line.split()[0] for line in log.read_text().splitlines()] == ["1", "2"]
     words = ["runs/quickstart-001", "data/digits", "--to", "predictions", "--workers", "2"]
-    assert "2 workers" in run(programs, tmp_path, "perceiver", "predict", *words, path=path)
+    assert "32 samples written" in run(programs, tmp_path, "perceiver", "predict", *words, path=path)
 
 
 def write_digits(folder: Path) -> None:

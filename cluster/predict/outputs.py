@@ -23,11 +23,9 @@ def predicted(task: Any, model: nn.Module, batch: Batch) -> pa.Table:
     Padding and bad samples are left out. Outputs with more axes become lists, masks (B, H, W) uint8 PNG files.
     """
     keep = batch["valid"]
-    found = {
-        "sample_id": batch["sample_id"],
-        **known_targets(task, batch),
-        **task.predict(model, batch),
-    }
+    with torch.inference_mode():
+        outputs = task.predict(model, batch)
+    found = {"sample_id": batch["sample_id"], **known_targets(task, batch), **outputs}
     return pa.table({name: _column(values[keep]) for name, values in found.items()})
 
 
