@@ -5,9 +5,7 @@ the ids of the samples that it used to FOLDER/WORLD-RANK.json.
 """
 
 import json
-import os
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -15,12 +13,12 @@ import torch.distributed as dist
 
 from cluster.recipe.config import load_recipe
 from cluster.run.worker import WorkerRank, build_engine, first_model, training_batches
-from cluster.runtime.local import free_port
 from perceiver.tasks import build_task
 from perceiver.train.engine.deepspeed_engine import init_distributed
 from perceiver.train.loop import Span, StepInfo, train
 from pipelines.feed.ingest import load_data
 from pipelines.shards.quarantine import Quarantine
+from tests.forks import failed, import_what_a_step_imports, start_ranks
 
 
 def work(recipe_file: str, folder: Path) -> None:
@@ -48,31 +46,10 @@ def work(recipe_file: str, folder: Path) -> None:
     dist.barrier()
 
 
-def fork(recipe_file: str, folder: Path, world: int, rank: int, port: int) -> int:
-    """Start a worker; return its process."""
-    child = os.fork()
-    if child:
-        return child
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    os.environ |= {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    try:
-        work(recipe_file, folder)
-    except Exception:  # noqa: BLE001  a fork must not return from here
-        traceback.print_exc()
-        os._exit(1)
-    finally:
-        os._exit(0)  # Gloo's threads may hold tensors while the interpreter ends
-
-
 def main(recipe_file: str, folder: Path, worlds: list[int]) -> int:
     """Run with each number of workers, one after the other; return the number of workers that failed."""
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()  # imports what each worker would import
-    failed = 0
-    for world in worlds:
-        port = free_port("127.0.0.1")
-        workers = [fork(recipe_file, folder, world, rank, port) for rank in range(world)]
-        failed += sum(os.waitpid(worker, 0)[1] != 0 for worker in workers)
-    return failed
+    import_what_a_step_imports()
+    return sum(failed(start_ranks(lambda: work(recipe_file, folder), world)) for world in worlds)
 
 
 if __name__ == "__main__":

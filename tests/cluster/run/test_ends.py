@@ -64,6 +64,7 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path, tree: dict[str, Any]) -> Iterator[Callable[[], Run]]:
+    tree["cluster"] = {"workers": 1}
     tree["train"] = {"steps": 100_000, "global_batch": 16, "log_every": 1}
     started: list[Run] = []
 

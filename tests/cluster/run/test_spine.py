@@ -18,6 +18,7 @@ def losses(folder: Path, images: str, **environment: str) -> dict[int, float]:
     """Train in a new folder, and return the recorded loss of each step."""
     folder.mkdir(exist_ok=True)
     tree = small_tree(folder, images)
+    tree |= {"cluster": {"workers": 1}, "tracking": {"enabled": False}}
     tree["train"] = {"steps": STEPS, "global_batch": 16, "log_every": 1}
     command = [sys.executable, "-m", "perceiver", "train", str(write_recipe(folder, tree))]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=550)

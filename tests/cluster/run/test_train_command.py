@@ -179,6 +179,7 @@ def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
     store.put(f"{tree['data']['url']}/", "bucket/shards/", recursive=True)
     tree["data"]["url"], tree["output"] = "s3://bucket/shards", "s3://bucket/runs"
     tree["train"] |= {"epochs": 60, "checkpoint_every": 0.4}
+    tree["cluster"] = {"workers": 1}
     folder = "bucket/runs/small-001"
 
     def steps() -> list[int]:
@@ -204,7 +205,7 @@ def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
     process.kill()
     process.communicate(timeout=400)
 
-    code, output = run(tmp_path, tree, "--resume", "train.epochs=14", "train.checkpoint_every=4", "cluster.workers=1")
+    code, output = run(tmp_path, tree, "--resume", "train.epochs=14", "train.checkpoint_every=4", "cluster.workers=2")
     assert code == 0, output
     assert "resuming small-001 from the checkpoint at step" in output and "experiment small" in output
     assert "from s3://bucket/runs/small-001/checkpoints/step-" in output
@@ -225,6 +226,7 @@ def test_a_regression_keeps_the_units_of_its_data_when_resumed(tmp_path: Path) -
     options = {"image": "file", "target": "price"}
     prepare("csv", str(tmp_path / "raw"), str(tmp_path / "data"), PrepareConfig(parallel="off", options=options))
     tree = small_tree(tmp_path, str(tmp_path / "data"))
+    tree |= {"cluster": {"workers": 1}, "tracking": {"enabled": False}}
     tree |= {"task": {"kind": "regression", "loss": "l1"}, "optim": {"lr": 0.01, "schedule": {"kind": "constant"}}}
     code, output = run(tmp_path, tree, "--json")
     assert code == 0 and {"mae", "rmse", "r2"} < set(json.loads(output.splitlines()[-1])["evaluation"]), output

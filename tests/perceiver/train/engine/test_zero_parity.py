@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,27 +17,6 @@ WORLDS = (1, 2)
 TIGHT = 2e-6  # relative: float32 sums in another order
 
 Seen = dict[int, list[dict[str, Any]]]
-
-
-def launch(phase: str, world: int, base: Path) -> list[subprocess.Popen[str]]:
-    """Start a phase of the scenarios in `world` processes over gloo on loopback."""
-    (base / str(world)).mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    environment = {**os.environ, **common, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.perceiver.train.engine.zero_worker", phase, str(base)],
-            cwd=REPOSITORY,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +35,18 @@ def restored(base: Path, runs: tuple[Seen, str]) -> Seen:
 
 
 def run_phase(phase: str, base: Path) -> tuple[Seen, str]:
-    """What each rank saw at each world size, and all that the processes printed."""
-    processes = [process for world in WORLDS for process in launch(phase, world, base)]
-    try:
-        printed = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(printed)
+    """Run a phase of the scenarios; return what each rank saw at each world size, and what the processes printed."""
+    for world in WORLDS:
+        (base / str(world)).mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.perceiver.train.engine.zero_worker", phase, base, *map(str, WORLDS)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
     seen = {
         world: [json.loads((base / str(world) / f"{phase}-{rank}.json").read_text()) for rank in range(world)]
         for world in WORLDS
     }
-    return seen, "".join(printed)
+    return seen, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,13 @@
-"""One process of the ZeRO tests: runs every scenario and writes the results as JSON.
+"""The ZeRO tests: runs every scenario in several numbers of processes and writes the results as JSON.
 
-`python -m tests.perceiver.train.engine.zero_worker train BASE`, then `restore BASE`, with RANK, WORLD_SIZE, MASTER_ADDR
-and MASTER_PORT set. BASE/WORLD contains the results of a group of that size; the second call restores the states of
-all sizes.
+`python -m tests.perceiver.train.engine.zero_worker train BASE WORLD...`, then `restore BASE WORLD...`. BASE/WORLD
+contains the results of a group of that size; the second call restores the states of all sizes.
 """
 
 import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from perceiver.optim.schedules import build_schedule
 from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from perceiver.train.engine.protocol import Engine, Precision
+from tests.forks import failed, import_what_a_step_imports, start_ranks
 from tests.perceiver.train.engine.engine_toys import Batch, ToyModel, ToyTask, share, toy_rows
 from tests.perceiver.train.engine.torch_engine import TorchEngine
 from tests.perceiver.train.engine.zero_models import MODELS, train_model
@@ -187,7 +186,8 @@ def train_all(folder: Path) -> dict[str, Any]:
     return seen
 
 
-def main(phase: str, base: Path) -> None:
+def work(phase: str, base: Path) -> None:
+    """Run a phase as the rank that the environment names."""
     torch.set_num_threads(1)
     init_distributed()
     folder = base / str(dist.get_world_size())
@@ -195,8 +195,13 @@ def main(phase: str, base: Path) -> None:
     (folder / f"{phase}-{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()
-    time.sleep(0.2)  # gloo's threads release their last tensors before the interpreter ends
+
+
+def main(phase: str, base: Path, worlds: list[int]) -> int:
+    """Run a phase in all numbers of processes at once; return how many processes failed."""
+    import_what_a_step_imports()
+    return failed([process for world in worlds for process in start_ranks(lambda: work(phase, base), world)])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), [int(world) for world in sys.argv[3:]]))
