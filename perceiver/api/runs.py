@@ -150,7 +150,11 @@ def build_trainer(
     with `checkpoint.json`, which names the checkpoint by step and URL.
 
     Args:
-        recipe, data, run, progress, overrides: see `train`.
+        recipe: see `train`.
+        data: see `train`.
+        run: see `train`.
+        progress: see `train`.
+        overrides: see `train`.
 
     Raises:
         UserError: a mistake in the recipe. `fit` raises it for data and resources, and `RunError`.
