@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Yield the words of each `perceiver` command in a page's blocks; what is in brackets or abbreviated is left out."""
+    """Yield the words of each `perceiver` command in a page's blocks, but for abbreviated ones."""
     for block in re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
             if found := re.match(r"\s*(?:\$ )?(perceiver \w.*)", line):
