@@ -52,6 +52,11 @@ class SampleSpec:
     training: bool
     keep_decoded: bool
 
+    @functools.cached_property
+    def decoding(self) -> dict[str, str]:
+        """Return what a decoded value depends on, by name: the process's cache may contain those of another run."""
+        return {name: f"{name} {feature!r} {self.view!r} {self.classes}" for name, feature in self.features.items()}
+
     def shapes(self) -> Shapes:
         """Return the shape (without the batch axis) and type of each key of a batch.
 
@@ -314,10 +319,11 @@ def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: RngFactory) ->
     """Decode one row of a group and return its view by key; raise `BadSample` if it is damaged."""
     values: dict[str, Any] = {}
     for name, feature in spec.features.items():
-        decoded = group.decoded.get((name, row))
+        key = spec.decoding[name], row
+        decoded = group.decoded.get(key)
         if decoded is None:
             decoded = feature.decode(_stored(group, name, row), spec.view, spec.classes)
             if spec.keep_decoded and feature.decoded_bytes():
-                group.decoded[name, row] = decoded
+                group.decoded[key] = decoded
         values.update(feature.show(name, decoded, spec.view, spec.training, rng))
     return values

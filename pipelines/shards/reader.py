@@ -23,8 +23,11 @@ from pipelines.shards.parquet import read_row_group, row_key
 READ_THREADS, LOCAL_READ_THREADS = 8, 2
 """Row groups read at a time. From a local disk's cache, two threads read with a fifth less CPU time than eight."""
 
-CacheKey = tuple[str, str, tuple[str, ...], int]
-"""Folder, file, columns, row group; one process serves every split."""
+CacheKey = tuple[str, str, int, str, int, tuple[int, ...]]
+"""Folder, file and its size, columns and their types, row group and its place and checksum.
+
+One process serves every split, and data may be prepared again at the same place while it runs.
+"""
 RowAddress = tuple[int, int, int]
 """Shard, row group within the shard, row within the group."""
 
@@ -237,7 +240,12 @@ class Reader:
 
     def _key(self, shard: int, group: int) -> CacheKey:
         files, number = self._files(shard)
-        return files.url, files.names[number], tuple(self.schema.names), group
+        batch = tuple(files.index[files.first[number] + group].tolist())
+        return files.url, files.names[number], files.sizes[number], self._types, group, batch
+
+    @functools.cached_property
+    def _types(self) -> str:
+        return str(self.schema)
 
     def _read(self, shard: int, group: int) -> RowGroup:
         files, number = self._files(shard)
