@@ -494,3 +494,13 @@ def test_images_of_different_sizes_need_a_size(tmp_path: Path, toy: DataConfig) 
     assert batch_shapes(data, open_sized)["image"] == (1, 5, 4)
     assert take(data, 0, 1)[0]["image"].shape == (6, 1, 5, 4)
     assert len(png(numbered_image(1))) > 0
+
+
+def test_data_written_again_in_the_same_place_are_read_again(tmp_path: Path) -> None:
+    """In one process, as in a notebook, whose cache has the former ones."""
+    data = DataConfig(url=str(tmp_path / "data"), executor="inline")
+    for start in (0, 10):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        write_images(tmp_path / "data", {"test": [4]}, start=start)
+        batches = list(eval_batches(data, load_manifest(data.url), EvalShare("test", 4), "cpu"))
+        assert joined(batches)["image"][:, 0, 0, 0].tolist() == list(range(start, start + 4))
