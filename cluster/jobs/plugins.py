@@ -2,7 +2,6 @@
 
 import configparser
 import lzma
-import os
 import shutil
 import subprocess
 import sys
@@ -133,7 +132,7 @@ def _build(source: Path, folder: Path) -> Path:
 
 
 def _left_out(source: Path, folder: str, names: list[str]) -> set[str]:
-    top = os.path.samefile(folder, source)
+    top = Path(folder).samefile(source)
     return NO_SOURCES(folder, names) | (NO_TOP(folder, names) if top else set())
 
 
