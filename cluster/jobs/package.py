@@ -308,11 +308,13 @@ def recipe_files(recipe: str) -> list[str]:
     Raises:
         UserError: a base would not be where the recipe finds it in the package.
     """
-    bases, place = base_files(recipe), packaged(recipe).resolve()
+    bases, place = base_files(recipe), packaged(recipe)
     for base in bases:
-        wanted = Path(path_in_package(recipe)).parent / Path(base).resolve().relative_to(place.parent)
-        if Path(path_in_package(base)) != wanted:
-            raise UserError(f"{recipe}: its base {base} is in another folder: submit from {place.parent}")
+        written, target = os.path.relpath(base, place.parent), Path(base).resolve()
+        if place.resolve().parent / written != target:
+            raise UserError(f"{recipe}: its base {base} is a link to {target}: name that file, or copy it")
+        if Path(path_in_package(base)) != Path(path_in_package(recipe)).parent / written:
+            raise UserError(f"{recipe}: its base {base} is in another folder: submit from {place.resolve().parent}")
     return [recipe, *bases]
 
 
