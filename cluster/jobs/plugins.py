@@ -117,7 +117,7 @@ def _build(source: Path, folder: Path) -> Path:
     """Build the wheel of a package from a copy of its folder; return the file."""
     copy = folder / "source"
     try:
-        shutil.copytree(source, copy, symlinks=True, ignore=lambda at, names: _left_out(source, at, names))
+        shutil.copytree(source, copy, symlinks=True, ignore=lambda at, names: _left_out(source, str(at), names))
     except OSError as error:  # shutil.Error too, with a list of files
         raise UserError(f"--plugin {source}: cannot be copied ({shown(str(error), 200)}): repair it") from None
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
