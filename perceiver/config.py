@@ -7,6 +7,7 @@ bounds exclude what cannot work; they are generous otherwise. What exceeds this 
 
 import os
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -29,10 +30,16 @@ class UserError(Exception):
 
     The message is one line: what was got, what was wanted, the key or file, and the fix. The command line prints it
     without a traceback and exits with status 2.
+
+    Attributes:
+        mask: masks the secrets in a message. `perceiver.tracking.redaction` sets it, which every function of
+            `perceiver.api` imports; models alone meet no secrets.
     """
 
+    mask: ClassVar[Callable[[str], str]] = staticmethod(str)
+
     def __init__(self, message: str) -> None:
-        super().__init__(shown(message, 1500))
+        super().__init__(shown(type(self).mask(message), 1500))
 
 
 def _scalars(annotation: Any) -> set[Any]:

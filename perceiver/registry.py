@@ -17,6 +17,7 @@ from typing import Annotated, Any, Union
 
 from pydantic import Field
 
+import perceiver_train
 from perceiver.config import Config, UserError, shown
 
 PACKAGES = {"perceiver.modalities": "modality", "perceiver.tasks": "task", "perceiver.baselines": "model"}
@@ -156,13 +157,8 @@ def installed(package: str) -> bool:
         return False
 
 
-@cache
-def _entry_points() -> Any:  # of one class in Python 3.11, of another one later
-    return importlib.metadata.entry_points()
-
-
 def _points(kind: str) -> importlib.metadata.EntryPoints:
-    return _entry_points().select(group=group(kind))
+    return perceiver_train.entry_points().select(group=group(kind))
 
 
 def _package(point: EntryPoint) -> str:

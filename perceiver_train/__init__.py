@@ -5,9 +5,12 @@ that of Ray's workers too. This package has a name that nobody else uses and imp
 """
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("perceiver", "pipelines", "cluster", "tune")
 PIN = f"{__name__}.pin"
@@ -21,11 +24,13 @@ PLACES = [str(_HERE), str(_HERE.parent)]
 def pin() -> None:
     """Import our packages, whatever `sys.path` finds under their names; later imports of their modules follow them.
 
-    Ray calls this in each worker, before the worker adds the driver's folders to its `sys.path`.
+    Ray calls this in each worker, before the worker adds the driver's folders to its `sys.path`. So plug-ins are
+    those of the path until then, too, and not a `NAME.dist-info` in the driver's folders.
 
     Raises:
         ImportError: a module of another origin with such a name is imported already, or ours is missing.
     """
+    entry_points()
     for name in PACKAGES:
         spec = importlib.machinery.PathFinder.find_spec(name, PLACES)
         if spec is None or spec.loader is None or spec.origin is None:
@@ -36,6 +41,12 @@ def pin() -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
+
+
+@cache
+def entry_points() -> Any:  # of one class in Python 3.11, of another one later
+    """Return the entry points of the installed packages, as the first call finds them."""
+    return importlib.metadata.entry_points()
 
 
 def _check_origin(name: str, ours: Path) -> None:

@@ -6,6 +6,8 @@ be read is a `Problem`; what cannot be decoded becomes one in the prediction.
 
 import functools
 import glob
+import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import MANIFEST, Manifest, Split, arrow_schema, save_manifest, utf8_name
 from pipelines.shards.quarantine import Problem, count_reasons
 from pipelines.sources import Rejected, Sample, load_source
-from pipelines.sources._common import decode_utf8, item_seed
+from pipelines.sources._common import MAX_FILE, decode_utf8, item_seed
 from pipelines.sources._files import look, read_file, unreadable
 from pipelines.sources._metadata import table_rows
 from pipelines.sources.csv import FILES, Row, RowReader, find_columns
@@ -38,6 +40,10 @@ SOURCES = {
 TABLES = (".csv", ".tsv", ".jsonl")
 COLUMNAR = (".parquet",)
 LINES = ".txt"
+MOST_SAMPLES = 2_000_000
+"""Most samples of all places together, whose keys are in memory; about 400 bytes each."""
+BREAKS = re.compile(rb"\r\n|[\n\r\v\f\x1c-\x1e]|\xc2\x85|\xe2\x80[\xa8\xa9]")
+"""Where `str.splitlines` ends a line, in UTF-8."""
 GROUP_ROWS = {"video": 1, "media": 1, "audio": 8}
 """Rows of a row group, which is held in memory; 32 for other features."""
 
@@ -103,12 +109,14 @@ def write_unprepared(
         target: folder to write to.
 
     Raises:
-        UserError: a place does not exist or has no such data, or nothing could be read.
+        UserError: a place does not exist, has no such data or more than `MOST_SAMPLES`; a table is not a regular file
+            or too large; or nothing could be read.
     """
     items = [Item(f"text#{number}", None, functools.partial(_text, text)) for number, text in enumerate(texts, 1)]
     rejected: list[Rejected] = []
     for place in places:
         for found in _items(place, inputs):
+            _check_count(place, len(items) + len(rejected) + 1)
             (rejected if isinstance(found, Rejected) else items).append(found)  # pyright: ignore[reportArgumentType]
     labelled = bool(items) and all(item.label is not None for item in items)
     features = {inputs.name: inputs.feature, **({"label": LabelFeature()} if labelled else {})}
@@ -132,6 +140,24 @@ def write_unprepared(
     )
     save_manifest(manifest, folder)
     return manifest, problems
+
+
+def _check_count(place: str, count: int) -> None:
+    if count > MOST_SAMPLES:
+        raise UserError(
+            f"{place}: got more than {MOST_SAMPLES:,} samples with the places before it; wanted fewer: prepare the data"
+            " with perceiver prepare, or split them"
+        )
+
+
+def _check_file(fs: Any, path: str, place: str) -> None:
+    """Raise a UserError if a table is not a regular file, or is read as a whole and too large."""
+    facts = fs.info(path)
+    if facts["type"] != "file":
+        raise UserError(f"{place} is a FIFO, a socket or a device: wanted a regular file")
+    size = facts.get("size") or 0
+    if size > MAX_FILE and not place.lower().endswith(COLUMNAR):
+        raise UserError(f"{place} has {size:,} bytes, more than {MAX_FILE:,}: split it")
 
 
 def _samples(items: Iterable[Item], name: str, labelled: bool, rejected: list[Rejected]) -> Iterator[Sample]:
@@ -164,10 +190,10 @@ def _items(place: str, inputs: Inputs) -> Iterator[Item | Rejected]:
             f"{place} does not exist: wanted prepared data, a folder, a glob, a file or a table ({', '.join(TABLES)},"
             f" {COLUMNAR[0]})"
         )
-    elif place.lower().endswith(TABLES):
-        yield from _in_table(*_parent(place), inputs)
-    elif place.lower().endswith(COLUMNAR):
-        yield from _in_parquet(*_parent(place), inputs)
+    elif place.lower().endswith((*TABLES, *COLUMNAR)):
+        _check_file(fs, path, place)
+        read = _in_table if place.lower().endswith(TABLES) else _in_parquet
+        yield from read(*_parent(place), inputs)
     elif inputs.name == "text":
         yield from _in_lines(*_parent(place), place)
     else:
@@ -210,7 +236,9 @@ def _read_file(folder: Folder, name: str, inputs: Inputs) -> Any:
 def _in_lines(folder: Folder, name: str, key: str) -> Iterator[Item | Rejected]:
     """Yield the lines of a text file that are not empty."""
     try:
-        lines = decode_utf8(read_file(folder, name)).splitlines()
+        content = read_file(folder, name)
+        _check_count(key, sum(1 for _ in itertools.islice(BREAKS.finditer(content), MOST_SAMPLES + 1)))
+        lines = decode_utf8(content).splitlines()
     except ValueError as error:
         yield Rejected(key, str(error))
         return
@@ -230,7 +258,9 @@ def _text(text: str) -> str:
 
 def _in_table(folder: Folder, name: str, inputs: Inputs) -> Iterator[Item]:
     """Yield the rows of a CSV, a TSV or JSON lines, read as the source csv does."""
-    rows = [Row(f"{name}#{line}", "", cells) for line, cells in enumerate(table_rows(folder, name), 1)]
+    cells = itertools.islice(table_rows(folder, name), MOST_SAMPLES + 1)
+    rows = [Row(f"{name}#{line}", "", row) for line, row in enumerate(cells, 1)]
+    _check_count(folder.file(name), len(rows))
     there = list(dict.fromkeys(column for row in rows for column in row.cells))
     where = folder.file(name)
     if not rows:
@@ -258,6 +288,7 @@ def _in_parquet(folder: Folder, name: str, inputs: Inputs) -> Iterator[Item]:
     where = folder.file(name)
     try:
         with folder.fs.open(where, "rb") as stream, pq.ParquetFile(stream) as file:
+            _check_count(where, file.metadata.num_rows)
             there = file.schema_arrow.names
             column = inputs.options.get(inputs.column, inputs.column)
             if column not in there:

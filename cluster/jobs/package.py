@@ -193,7 +193,7 @@ def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], 
                 continue
             if LEFT_OUT(str(place), [path.name]) or path.name in IGNORE_FILES:
                 continue
-            if _may_be_secret(path, folder) or path.is_symlink() and path.exists() and _leads_astray(path, home):
+            if may_be_secret(path, folder) or path.is_symlink() and path.exists() and _leads_astray(path, home):
                 secret.append(str(path.relative_to(folder)))
             elif path.is_dir():
                 visit(path, rules, above | {real})
@@ -216,10 +216,10 @@ def travelling(folder: Path, excludes: Sequence[str] = ()) -> tuple[list[Path], 
 def _leads_astray(link: Path, home: Path) -> bool:
     """Return whether a link leaves the folder, or leads to a file in it that may contain secrets."""
     real = link.resolve()
-    return not real.is_relative_to(home) or _may_be_secret(real, home)
+    return not real.is_relative_to(home) or may_be_secret(real, home)
 
 
-def _may_be_secret(path: Path, folder: Path) -> bool:
+def may_be_secret(path: Path, folder: Path) -> bool:
     """Return whether a file or folder, or one above it below `folder`, has the name of one that may contain secrets."""
     if _SECRET_FILE.search(path.relative_to(folder).as_posix()):
         return True
@@ -308,11 +308,13 @@ def recipe_files(recipe: str) -> list[str]:
     Raises:
         UserError: a base would not be where the recipe finds it in the package.
     """
-    bases, place = base_files(recipe), packaged(recipe).resolve()
+    bases, place = base_files(recipe), packaged(recipe)
     for base in bases:
-        wanted = Path(path_in_package(recipe)).parent / Path(base).resolve().relative_to(place.parent)
-        if Path(path_in_package(base)) != wanted:
-            raise UserError(f"{recipe}: its base {base} is in another folder: submit from {place.parent}")
+        written, target = os.path.relpath(base, place.parent), Path(base).resolve()
+        if place.resolve().parent / written != target:
+            raise UserError(f"{recipe}: its base {base} is a link to {target}: name that file, or copy it")
+        if Path(path_in_package(base)) != Path(path_in_package(recipe)).parent / written:
+            raise UserError(f"{recipe}: its base {base} is in another folder: submit from {place.resolve().parent}")
     return [recipe, *bases]
 
 

@@ -46,11 +46,11 @@ def check_secrets(tree: Mapping[str, Any], wanted: Submission, runtime_env: Mapp
         raise UserError(f"{option} contains a secret, which all users of the cluster can see: use another name")
     metadata = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
     for key in secret_keys(metadata):
-        raise UserError(_visible("--metadata-json", key))
+        raise UserError(_visible("--metadata-json:", key))
     for key in secret_keys(runtime_env):
         section, _, name = key.partition(".")
         if section == "env_vars":
-            raise UserError(_visible(f"--env {name}" if name in wanted.env else "--runtime-env-json", name))
+            raise UserError(_visible("--env" if name in wanted.env else "--runtime-env-json:", name))
         raise UserError(
             f"--runtime-env-json: {key} contains a secret, which all users of the cluster can see: remove it and set "
             "it where the nodes start (PIP_INDEX_URL, ~/.netrc, the image)"
@@ -81,6 +81,6 @@ def check_secret_files(files: Sequence[str]) -> None:
 
 def _visible(option: str, key: str) -> str:
     return (
-        f"{option}: {key} looks like a secret, which all users of the cluster can see: pass its name with --secret "
+        f"{option} {key} looks like a secret, which all users of the cluster can see: pass its name with --secret "
         f"{key} and set it where the cluster's nodes start"
     )

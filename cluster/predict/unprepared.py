@@ -100,7 +100,8 @@ def open_places(
     """Yield a trained model with unprepared data, and the samples that could not be read.
 
     The data are copied to a temporary folder for the time of the `with` block. They are decoded in this process; from
-    `RAY_SAMPLES` samples on, or with `workers`, by the recipe's executor. Bad samples do not stop a prediction.
+    `RAY_SAMPLES` samples on, or with `workers`, by the recipe's executor, on a local Ray instance: other nodes cannot
+    read the temporary folder. Bad samples do not stop a prediction.
 
     Args:
         saved: the weights and their recipe.
@@ -117,7 +118,7 @@ def open_places(
         manifest, problems = write_unprepared(
             places.places, places.texts, inputs_of(saved, net, places.options), folder
         )
-        given = ["data.max_bad_fraction=1", "data.task_labels={}"]
+        given = ["data.max_bad_fraction=1", "data.task_labels={}", "cluster.address=null"]
         if not workers and (workers == 0 or manifest.split(SPLIT).samples < RAY_SAMPLES):
             given.append("data.executor=inline")
         if (saved.recipe.get("data") or {}).get("image_size") is None and "image" in manifest.features:

@@ -57,9 +57,13 @@ def _with_bases(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
         named, place = f"{found[-1][0]}: base = {shown(str(base))}", packaged(found[-1][0]).parent / str(base)
         if not isinstance(base, str) or "://" in base or place.suffix.lower() not in (".yaml", ".yml"):
             raise UserError(f"{named}: wanted the path of a .yaml file, from the folder of this one")
-        if Path(base).is_absolute() or not place.resolve().is_relative_to(home):
+        try:
+            inside, there = place.resolve().is_relative_to(home), place.is_file()
+        except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
+            raise UserError(f"{named} cannot be found ({shown(str(error))}): wanted one in {place.parent}") from None
+        if Path(base).is_absolute() or not inside:
             raise UserError(f"{named} is outside {home}, the recipe's folder: copy the file into it")
-        if not place.is_file():
+        if not there:
             raise UserError(f"{named}: no such file; wanted one in {place.parent}")
         if any(place.samefile(packaged(before)) for before, _ in found) or len(found) > MOST_BASES:
             chain = " -> ".join(str(before) for before, _ in found)

@@ -2,3 +2,5 @@
 
 Each function is what the command of its name calls, or calls what that command calls.
 """
+
+from perceiver.tracking import redaction as redaction  # errors show no secrets

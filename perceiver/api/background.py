@@ -39,7 +39,7 @@ class BackgroundRun:
             yaml.safe_dump(recipe.model_dump(mode="json"), file, sort_keys=False)
             file.flush()
             file.seek(0)
-            command = [sys.executable, "-P", "-m", "perceiver", "train", f"/dev/fd/{file.fileno()}", *words]
+            command = [sys.executable, "-P", "-m", "perceiver_train", "train", f"/dev/fd/{file.fileno()}", *words]
             self._process = subprocess.Popen(
                 command,
                 env=environment,

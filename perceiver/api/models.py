@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from perceiver.api.recipes import set_up, words
 from perceiver.config import UserError
+from perceiver.tracking.redaction import redact_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -264,8 +265,8 @@ def read_predictions(target: str) -> Predictions:
 
 
 def warn(line: str, level: int = 4) -> None:
-    """Issue a warning of Python for the caller of the interface, `level` frames above."""
-    warnings.warn(line, stacklevel=level)
+    """Issue a warning of Python for the caller of the interface, `level` frames above; secrets are masked."""
+    warnings.warn(redact_text(line), stacklevel=level)
 
 
 def evaluate(

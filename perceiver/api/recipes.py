@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     Place = str | os.PathLike[str]
     RecipeLike = Place | Mapping[str, Any] | Recipe
     """A recipe file, a tree of settings, or a recipe."""
+
+
+_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|(?<![.\d])(\d+)e')
+"""In JSON, a text, or the start of a number with an exponent and no decimal point."""
 
 
 def set_up() -> None:
@@ -47,14 +52,15 @@ def words(overrides: Mapping[str, Any], data: "Place | None" = None) -> list[str
 
 def _text(key: str, value: Any) -> str:
     try:
-        text = json.dumps(value, default=os.fspath)
+        text = json.dumps(value, default=os.fspath, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"override of {key}: got {shown(repr(value))} ({error}), wanted a text, a number, true or false, None, or a"
             " list or dict of these"
         ) from None
+    text = text.replace("\x85", "\\u0085")  # to YAML a line break, which it would turn into a space
     # To YAML 1e-05 is a text, 1.0e-05 a number.
-    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
+    return _NUMBER.sub(lambda found: f"{found[1]}.0e" if found[1] else found[0], text)
 
 
 def read_recipe(recipe: "RecipeLike", overrides: list[str]) -> "Recipe":

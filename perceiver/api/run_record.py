@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from perceiver.config import UserError
+from perceiver.tracking.redaction import redact_text
 
 if TYPE_CHECKING:
     from cluster.record.run_folder import RunFolder
@@ -21,7 +22,7 @@ class RunError(Exception):
     """
 
     def __init__(self, message: str, run: "Run") -> None:
-        super().__init__(message)
+        super().__init__(redact_text(message))
         self.run = run
 
 

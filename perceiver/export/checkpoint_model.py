@@ -40,7 +40,10 @@ class CheckpointModel:
             ValueError: an input is missing or unknown, of another shape, or its numbers are not of the input's type,
                 such as pixels divided by 255.
         """
-        return self.answers(model_input)
+        try:
+            return self.answers(model_input)
+        except UserError as error:
+            raise ValueError(str(error)) from None
 
 
 def _load_pyfunc(data_path: str) -> CheckpointModel:

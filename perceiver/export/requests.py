@@ -29,31 +29,56 @@ class Requests:
     def __init__(self, model: nn.Module, view: Mapping[str, Any]) -> None:
         self.like: Arrays = {name: like.numpy() for name, like in cast(Any, model).example(1, "cpu").items()}
         self.optional: Sequence[str] = tuple(getattr(model, "optional_keys", ()))
+        tables = [getattr(module, "tokens", None) for module in model.modules()]
+        self.vocabulary = min((table.num_embeddings for table in tables if isinstance(table, nn.Embedding)), default=0)
         self.view = view
 
-    def __call__(self, inputs: Any) -> Arrays:
+    def samples(self, inputs: Any) -> dict[str, Any]:
+        """Return the inputs of a request by name, as sequences of samples: lists of texts, or arrays.
+
+        Raises:
+            ValueError: an input is missing, a single value, or mixes texts with others.
+        """
+        if not isinstance(inputs, Mapping) or not self.like.keys() & inputs.keys():
+            raise ValueError(f"got {_described(inputs)}; wanted samples by name: {', '.join(self.like)}")
+        found: dict[str, Any] = {}
+        for name, values in inputs.items():
+            texts = texts_in(values)
+            if texts is None and _has_text(values):  # NumPy would make all of them as wide as the longest text
+                raise ValueError(f"{name}: got texts among other values")
+            found[name] = np.asarray(values) if texts is None else texts
+            if np.ndim(found[name]) == 0:
+                raise ValueError(f"{name}: got a single value; wanted samples")
+        if missing := [name for name in self.like if name not in found and name not in self.optional]:
+            raise ValueError(f"got {_described(inputs)} without {', '.join(missing)}")
+        return found
+
+    def __call__(self, inputs: Any, first: int = 0) -> Arrays:
         """Return the arrays of a request.
+
+        Args:
+            inputs: samples by name.
+            first: number of the first one, for errors.
 
         Raises:
             ValueError: an input is missing or unknown, of another shape or type, or cannot be decoded.
         """
-        if not isinstance(inputs, Mapping) or not self.like.keys() & inputs.keys():
-            raise ValueError(f"got {_described(inputs)}; wanted samples by name: {', '.join(self.like)}")
         found: Arrays = {}
-        for name, values in inputs.items():
-            if name == "text" and is_text(values):
-                found["text"], found["text_mask"] = self._ids(np.ravel(values).tolist())
-            elif name == "image" and is_text(values):
-                found["image"] = np.stack(
-                    [self._pixels(number, value) for number, value in enumerate(np.ravel(values))]
-                )
+        for name, values in self.samples(inputs).items():
+            if name == "text" and isinstance(values, list):
+                found["text"], found["text_mask"] = self._ids(as_text(values))
+            elif name == "image" and isinstance(values, list):
+                found["image"] = np.stack([self._pixels(number, value) for number, value in enumerate(values, first)])
             else:
                 found[name] = self._array(name, values)
+        ids = found.get("text")
+        if self.vocabulary and ids is not None and ids.size and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            raise ValueError(f"text: got ids of {ids.min()} to {ids.max()}; wanted ids of 0 to {self.vocabulary - 1}")
         return found
 
     def _ids(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
         length = self.like["text"].shape[1]
-        pairs = [byte_ids(text, length) for text in texts]
+        pairs = [byte_ids(text[:length], length) for text in texts]
         ids = np.zeros((len(pairs), length), np.int64)
         for row, found in zip(ids, pairs, strict=True):
             row[: len(found)] = found
@@ -94,17 +119,41 @@ class Requests:
                 )
         elif not np.issubdtype(found.dtype, np.number) and found.dtype != np.bool_:
             raise ValueError(f"{name}: got {found.dtype}; wanted {kind}")
-        elif kind != np.bool_ and not np.isfinite(found).all():
-            raise ValueError(f"{name}: got NaN or infinite numbers")
-        return found.astype(kind)
+        with np.errstate(over="ignore"):  # a number that is too large becomes infinite
+            cast_to = found.astype(kind)
+        if not np.isfinite(cast_to).all():
+            raise ValueError(f"{name}: got NaN or infinite numbers, or too large ones for {kind}")
+        return cast_to
 
 
-def is_text(values: Any) -> bool:
-    """Return whether the values of an input are texts or bytes."""
-    array = np.asarray(values)
-    if array.dtype == object:
-        return array.size > 0 and all(isinstance(value, str | bytes) for value in array.ravel())
-    return array.dtype.kind in "US"
+def texts_in(values: Any) -> list[str | bytes] | None:
+    """Return the texts or bytes of an input in their order; None if it has none, or other values."""
+    if isinstance(values, str | bytes):
+        return [values]
+    if not isinstance(values, list | tuple):  # a list would become an array as wide as its longest text
+        array = np.asarray(values)
+        if array.ndim == 0 or array.dtype.kind not in "USO":
+            return None
+        values = array.ravel().tolist()
+    found: list[str | bytes] = []
+    for value in values:
+        part = texts_in(value)
+        if part is None:
+            return None
+        found += part
+    return found or None
+
+
+def _has_text(values: Any) -> bool:
+    if not isinstance(values, list | tuple):
+        return False
+    kinds = set(map(type, values))
+    return not kinds.isdisjoint((str, bytes)) or not kinds.isdisjoint((list, tuple)) and any(map(_has_text, values))
+
+
+def as_text(values: Sequence[str | bytes]) -> list[str]:
+    """Return texts, those that are bytes decoded as UTF-8; what is not UTF-8 becomes U+FFFD."""
+    return [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
 
 
 def _described(inputs: Any) -> str:

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
+from perceiver.config import UserError
 from perceiver.export.serving import Answers
 from perceiver.export.weights import open_weights
 
@@ -30,7 +31,7 @@ class ServedModel(PythonModel):
         """Answer a request; one that is wrong has status 400 and one line with the reason."""
         try:
             return self.answers(model_input)
-        except ValueError as error:
+        except (ValueError, UserError) as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
 

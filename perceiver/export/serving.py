@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from perceiver.export.requests import Requests, is_text
+from perceiver.export.requests import Requests, as_text
 from perceiver.export.weights import Saved, class_count
 from perceiver.tasks import TaskConfig, build_task, known_classes
 
@@ -50,18 +50,20 @@ class Answers:
         Raises:
             ValueError: there are no samples, the inputs differ in number, or see `Requests`.
         """
-        if hasattr(self.task, "fill") and isinstance(inputs, Mapping) and is_text(inputs.get("text", ())):
-            return {"text": np.array([found.text for found in self._fill(inputs["text"])])}
-        arrays = self.requests(inputs)
-        raw = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
-        counts = {name: len(values) for name, values in raw.items()}
+        samples = self.requests.samples(inputs)
+        if hasattr(self.task, "fill") and isinstance(samples.get("text"), list):
+            filled = [found.text for found in self._fill(as_text(samples["text"]))]
+            return {"text": np.array(filled, dtype=object)}  # not as wide as the longest
+        counts = {name: len(values) for name, values in samples.items()}
         total = next(iter(counts.values()))
         if total == 0 or len(set(counts.values())) != 1:
             raise ValueError(f"got {counts} samples by input; wanted at least one, and the same number in each")
         parts = []
         with torch.no_grad():
             for start in range(0, total, BATCH):
-                batch = {name: values[start : start + BATCH].to(self.device) for name, values in raw.items()}
+                arrays = self.requests({name: values[start : start + BATCH] for name, values in samples.items()}, start)
+                raw = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
+                batch = {name: values.to(self.device) for name, values in raw.items()}
                 parts.append(self.task.predict(self.net, batch))
         found = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
         for name, classes in self.several.items():
@@ -71,8 +73,8 @@ class Answers:
             found["class"] = self.classes[best]
         return found
 
-    def _fill(self, texts: Any) -> list[Any]:
-        return cast(Any, self.task).fill(self.net, np.ravel(texts).tolist())
+    def _fill(self, texts: Sequence[str]) -> list[Any]:
+        return cast(Any, self.task).fill(self.net, texts)
 
 
 def view_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

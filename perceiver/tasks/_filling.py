@@ -14,6 +14,8 @@ from perceiver.tasks._base import network
 MASK = "[MASK]"
 LONGEST, GUESS = 12, 5
 """Most bytes of a word whose length is not given, and how many stand for one that is filled later."""
+MOST_MASKS = 32
+"""Most masks of a text, several next to each other counted once; each takes up to `LONGEST` forward passes."""
 PAD = 0
 _RUNS = re.compile(rf"(?:{re.escape(MASK)})+")
 
@@ -45,7 +47,7 @@ def fill(model: nn.Module, texts: Sequence[str], mask_id: int = 3) -> list[Fille
         mask_id: id of a masked byte.
 
     Raises:
-        ValueError: a text has more bytes than the model's inputs.
+        ValueError: a text has more bytes than the model's inputs, or more than 32 masks.
     """
     return [_fill(model, text, mask_id) for text in texts]
 
@@ -54,6 +56,10 @@ def _fill(model: nn.Module, text: str, mask_id: int) -> Filled:
     most = cast(Any, network(model)).example(1, "cpu")["text"].shape[1]
     parts: list[bytes] = [part.encode() for part in _RUNS.split(text)]
     counts = [len(run) // len(MASK) for run in _RUNS.findall(text)]
+    if len(counts) > MOST_MASKS:
+        raise ValueError(f"{len(counts):,} masks in a text; wanted at most {MOST_MASKS}: give shorter texts")
+    if counts and (least := 2 + sum(map(len, parts)) + sum(counts)) > most:
+        raise ValueError(f"{least:,} tokens with its masks, the model has {most:,}")
     words: list[bytes] = []
     shares: list[float] = []
     for place, count in enumerate(counts):

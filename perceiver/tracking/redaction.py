@@ -257,6 +257,9 @@ def redact_text(text: str) -> str:
     return _FORMATS.sub(MASK, _AUTH_HEADER.sub(_without_header, text))
 
 
+UserError.mask = staticmethod(redact_text)
+
+
 def contains_secret(text: str) -> bool:
     """Return whether a text has what `redact_text` masks."""
     return redact_text(text) != text

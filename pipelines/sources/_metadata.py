@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -134,7 +135,8 @@ def table_rows(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(text: str, where: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # strings of JSON may have other line separators
+    lines = re.finditer(r"[^\n]*\n?", text)  # strings of JSON may have other line separators
+    for number, line in enumerate((found[0] for found in lines), 1):
         if not line.strip():
             continue
         try:

@@ -12,6 +12,7 @@ from perceiver.config import UserError
 from perceiver.environment import check_names
 from perceiver_train import PACKAGES, pin
 from tests.homes import write_names
+from tests.installed import write_metadata
 
 
 def perceiver(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +37,17 @@ def test_a_worker_is_pinned_before_its_path_is_extended(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", code, place]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": place}, capture_output=True, text=True, check=False)
     assert done.stdout == "ours\n", done.stderr
+
+
+def test_plug_ins_are_those_of_the_path_before_the_drivers_folders(tmp_path: Path) -> None:
+    write_metadata(tmp_path, "evil", "1.0", "[perceiver.tasks]\nevil = evil:Config\n")
+    (tmp_path / "evil.py").write_text("print('evil')")
+    code = "import sys, perceiver_train; perceiver_train.pin(); sys.path.insert(0, sys.argv[1])"
+    code += "; from perceiver import registry; print('evil' in registry.offered('task'))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_another_module_that_is_imported_already_is_named(tmp_path: Path) -> None:

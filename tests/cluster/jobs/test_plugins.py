@@ -61,6 +61,11 @@ def test_a_wheel_is_unpacked(tmp_path: Path) -> None:
         ({"/mine.py": "", **POINTS}, "cannot be placed"),
         ({"mine-1.0.data/scripts/x": "", **POINTS}, "cannot be placed"),
         ({"perceiver/tasks/x.py": "", **POINTS}, "it contains a package perceiver"),
+        ({"mine/.env": "A=1\n", **POINTS}, "mine/.env may contain secrets"),
+        ({"mine/id_rsa": "x", **POINTS}, "mine/id_rsa may contain secrets"),
+        ({"mine/conf.yaml": "a: 1\npassword: s3cret-Value\n", **POINTS}, "mine/conf.yaml, line 2 contains a secret"),
+        ({"mine/conf.yaml": "password:\n  [s3cret-Value]\n", **POINTS}, "conf.yaml: password.0 contains a secret"),
+        ({"mine/a.py": "", "mine-1.0.dist-info/entry_points.txt": "[x\n"}, "its entry_points.txt cannot be read"),
         ({"mine/__init__.py": "KEY = 'AKIAIOSFODNN7EXAMPLE'\n", **POINTS}, "__init__.py, line 1 contains a secret"),
     ],
 )
@@ -68,6 +73,28 @@ def test_a_wheel_that_is_no_plug_in_is_refused(tmp_path: Path, files: dict[str, 
     with pytest.raises(UserError, match=line):
         unpack(write_wheel(tmp_path, files), tmp_path / "out")
     assert not (tmp_path / "mine.py").exists()
+
+
+def test_a_wheel_is_checked_before_it_is_unpacked(tmp_path: Path) -> None:
+    name = str(tmp_path / "mine-1.0-py3-none-any.whl")
+    with zipfile.ZipFile(name, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(2):
+            archive.writestr(f"mine/{number}", bytes(60 * 2**20))
+    with pytest.raises(UserError, match="2 files of 120.0 MiB; wanted at most"):
+        unpack(name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    content = zipped = Path(write_wheel(tmp_path, {"mine/a.py": "text" * 50, **POINTS})).read_bytes()
+    encrypted = bytearray(zipped)
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        encrypted[content.index(signature) + flags] |= 1
+    with zipfile.ZipFile(name, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("mine/a.py", "text" * 50)
+    damaged = bytearray(Path(name).read_bytes())
+    damaged[39:44] = b"\xff" * 5  # after a header of 30 bytes and a name of 9
+    for broken in (encrypted, damaged):
+        Path(name).write_bytes(broken)
+        with pytest.raises(UserError, match="not a wheel"):
+            unpack(name, tmp_path / "out")
 
 
 def test_what_is_neither_a_folder_nor_a_pure_wheel_is_refused(tmp_path: Path) -> None:

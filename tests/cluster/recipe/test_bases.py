@@ -58,6 +58,8 @@ def test_an_empty_section_and_one_of_a_kind_replace_the_base(tmp_path: Path) -> 
         (".env", "wanted the path of a .yaml file"),
         ("3", "wanted the path of a .yaml file"),
         ("list.yaml", "list.yaml is a list, wanted a mapping"),
+        ("a" * 300 + ".yaml", "base = aaa.* cannot be found"),
+        ("self.yaml", "base = self.yaml cannot be found"),
     ],
 )
 def test_a_wrong_base_is_refused(tmp_path: Path, base: str, line: str) -> None:
@@ -66,6 +68,7 @@ def test_a_wrong_base_is_refused(tmp_path: Path, base: str, line: str) -> None:
     write(tmp_path / "folder/loop.yaml", "base: mine.yaml\n")
     write(tmp_path / "folder/list.yaml", "[1]\n")
     (tmp_path / "folder/link.yaml").symlink_to(tmp_path / "other.yaml")
+    (tmp_path / "folder/self.yaml").symlink_to("self.yaml")
     with pytest.raises(UserError, match=line) as error:
         read_tree(mine)
     assert "\n" not in str(error.value)
@@ -97,6 +100,21 @@ def test_a_base_that_would_not_be_found_in_a_job_is_refused(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match=f"another folder: submit from {tmp_path / 'there'}"):
+        package.recipe_files(str(mine))
+
+
+@pytest.mark.parametrize("base", ["link.yaml", "linked/small.yaml"])
+def test_a_base_that_is_a_link_does_not_travel(
+    tmp_path: Path, tree: dict[str, Any], base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    small = write_recipe(tmp_path / "sub", tree)
+    (tmp_path / "link.yaml").symlink_to(small)
+    (tmp_path / "linked").symlink_to("sub")
+    mine = write(tmp_path / "mine.yaml", f"base: {base}\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_tree(mine) == read_tree(small)
+    with pytest.raises(UserError, match=f"{base} is a link to {small}: name that file"):
         package.recipe_files(str(mine))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 import perceiver
+from cluster.predict.unprepared import Places, open_places
 from perceiver.cli import cli
+from perceiver.export.weights import open_weights
 from pipelines.prepare import prepare
 from tests.cluster.predict.test_scoring import write_run
 from tests.cluster.recipes import CLASSES, prepare_images, small_tree
@@ -120,6 +123,14 @@ def test_tables_give_their_rows(run: str, photos: Path, tmp_path: Path) -> None:
     assert hub.table["key"].to_pylist() == [f"hub.parquet#{number}" for number in (1, 2, 4)]
     assert hub.table["label"].to_pylist() == [0, 0, 1] and hub.rejected[0]["reason"] == "no image"
     (photos / "raw" / "test" / "mine.csv").unlink()
+
+
+def test_unprepared_data_are_read_on_this_machine(run: str, photos: Path) -> None:
+    saved = open_weights(run)
+    recipe = {**saved.recipe, "cluster": {**saved.recipe["cluster"], "address": "10.0.0.1:6379"}}
+    places = Places([str(photos / "raw" / "test")])
+    with open_places(replace(saved, recipe=recipe), places, workers=1) as (scoring, _):
+        assert scoring.recipe.data.executor != "inline" and scoring.recipe.cluster.address is None
 
 
 def test_the_command_prints_or_writes(run: str, photos: Path, tmp_path: Path) -> None:

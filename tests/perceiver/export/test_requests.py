@@ -2,6 +2,7 @@
 
 import base64
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from perceiver.export.requests import Requests
+from perceiver.export.serving import Answers
 from perceiver.modalities.text import byte_ids
 from pipelines.features.text import byte_tokens
 from pipelines.transforms.decode import decode_image
@@ -96,3 +98,38 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         points({"points": np.full((1, 4, 3), np.nan)})
     assert points({"points": np.ones((1, 4, 3))})["points"].dtype == np.float32
+    with pytest.raises(ValueError, match="too large ones for float32"):
+        points({"points": np.full((1, 4, 3), 1e39)})
+
+
+def test_ids_outside_the_vocabulary_and_missing_inputs_are_refused() -> None:
+    model = Model(text=torch.zeros(1, 4, dtype=torch.int64), audio=torch.zeros(1, 2))
+    model.tokens = torch.nn.Embedding(262, 2)
+    both = Requests(model, {})
+    for ids in (262, -1):
+        with pytest.raises(ValueError, match=f"text: got ids of .*{ids}.*; wanted ids of 0 to 261"):
+            both({"text": np.full((1, 4), ids), "audio": np.zeros((1, 2))})
+    with pytest.raises(ValueError, match="got the inputs text without audio"):
+        both({"text": ["a"]})
+    with pytest.raises(ValueError, match="audio: got a single value"):
+        both({"text": ["a"], "audio": 1})
+    with pytest.raises(ValueError, match="text: got texts among other values"):
+        both({"text": [[1, 2], [3, "a"]], "audio": np.zeros((2, 2))})
+
+
+def test_bytes_are_texts() -> None:
+    sent = [[b"abc", b"\xff"], np.array([b"abc", b"\xff"])]
+    for values in sent:
+        found = TEXTS({"text": values})["text"]
+        assert found[0, :5].tolist() == byte_ids("abc", 12) and found[1, :5].tolist() == byte_ids("\ufffd", 12)
+
+
+def test_a_large_request_is_expanded_batch_by_batch() -> None:
+    seen: list[int] = []
+    task = SimpleNamespace(predict=lambda _, batch: seen.append(len(batch["text"])) or {"size": batch["text"].sum(1)})
+    answers = object.__new__(Answers)
+    answers.requests, answers.task, answers.net = TEXTS, task, torch.nn.Identity()  # type: ignore[assignment]
+    answers.device, answers.several, answers.classes = torch.device("cpu"), {}, np.array([])
+    assert answers({"text": ["a"] * 130})["size"].shape == (130,) and seen == [64, 64, 2]
+    with pytest.raises(ValueError, match="wanted at least one, and the same number in each"):
+        answers({"text": np.zeros((0, 12), np.int64)})

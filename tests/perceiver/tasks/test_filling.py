@@ -56,3 +56,9 @@ def test_a_text_that_is_too_long_is_refused() -> None:
     task: Any = build_task(MaskedLanguageConfig(), classes=0)
     with pytest.raises(ValueError, match="43 tokens with its masks, the model has 32"):
         task.fill(Memory(), ["[MASK]" + "x" * 40])
+
+
+def test_a_text_with_many_masks_is_refused_before_it_is_expanded() -> None:
+    task: Any = build_task(MaskedLanguageConfig(), classes=0)
+    with pytest.raises(ValueError, match="100,000 masks in a text; wanted at most 32"):
+        task.fill(Memory(), ["[MASK] " * 100_000])
