@@ -1,7 +1,9 @@
 """The targets of a task: what it takes from the data, and the checks that data and model have what it reads."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from cluster.recipe.config import Recipe, kind_of
 from perceiver.config import UserError
@@ -157,6 +159,23 @@ def check_targets(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tuple
                 f"{needed!r}, or task to a task that the data have the targets of"
             )
     _check_decoder(recipe)
+    if kind_of(recipe.task) == "segmentation":
+        _check_queries(recipe, shapes["mask"])
+
+
+def _check_queries(recipe: Recipe, mask: tuple[int, ...]) -> None:
+    """Refuse to decode some pixels of masks whose pixels are not the model's inputs."""
+    model, queries = recipe.model, getattr(recipe.task, "queries", None)
+    if queries is None:
+        return
+    with torch.device("meta"):
+        grid: tuple[int, ...] = tuple(cast(Any, model).inputs.build().grid)
+    if grid != mask:
+        raise UserError(
+            f"task.queries = {queries} needs an input for each pixel of the masks, which are {mask[0]} x {mask[1]}, but"
+            f" model.inputs has {' x '.join(map(str, grid))}: set task.queries to null, or model.inputs.size to"
+            f" {list(mask)} with front_end none or 1x1"
+        )
 
 
 def _needed_keys(task: Any) -> dict[str, tuple[int, ...] | None]:

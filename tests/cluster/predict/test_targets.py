@@ -223,6 +223,14 @@ def test_a_segmentation_needs_masks_and_pixels(data: dict[str, str], tmp_path: P
         recipe(tmp_path, data["masks"], {"kind": "segmentation"}, IO)
 
 
+def test_queries_need_an_input_for_each_pixel_of_the_mask(data: dict[str, str], tmp_path: Path) -> None:
+    inputs = {**INPUTS, "front_end": "patch", "patch": 2, "positions": {"kind": "fourier", "bands": 3}}
+    model = {**IO, "decoder": {"kind": "pixels"}}
+    recipe(tmp_path, data["masks"], {"kind": "segmentation", "queries": 9}, model)
+    with pytest.raises(UserError, match="task.queries = 9 .* 8 x 8, but model.inputs has 4 x 4"):
+        recipe(tmp_path, data["masks"], {"kind": "segmentation", "queries": 9}, {**model, "inputs": inputs})
+
+
 def test_balanced_weights_need_counts(data: dict[str, str], tmp_path: Path) -> None:
     manifest = load_manifest(data["tags"]).model_copy(update={"class_counts": {}})
     model = PLAIN
