@@ -77,6 +77,9 @@ def _with_several(recipe: Recipe, manifest: Manifest) -> Recipe:
                 scale = Targets(names=(name,), mean=(whole.mean[column],), std=(whole.std[column],))
                 found[name] = TaskTarget(column=column, scale=scale)
         recipe = _with_task(recipe, targets=found)
+    for name in section.class_weights:
+        if getattr((cast(Any, recipe.task).targets or {}).get(name), "scale", None):
+            raise UserError(f"task.class_weights has {name}, which is a number: wanted only tasks that are classes")
     weights = {
         name: _balanced(recipe, manifest, label_key(name)) if value == "balanced" else value
         for name, value in section.class_weights.items()
@@ -88,7 +91,12 @@ def _check_several(recipe: Recipe, manifest: Manifest) -> None:
     """Refuse data whose targets are not those that a multitask predicts."""
     section: Any = recipe.task
     numbers: Any = manifest.features.get("target")
-    url = recipe.data.url
+    url, clips = recipe.data.url, recipe.data.clip.eval_clips
+    if clips > 1 and any(feature.clips for feature in manifest.features.values()):
+        raise UserError(
+            f"data.clip.eval_clips = {clips}, but task.kind = 'multitask' does not average the scores of clips: set it"
+            " to 1"
+        )
     for name in section.tasks:
         target, label = (section.targets or {}).get(name), manifest.features.get(label_key(name))
         if target is not None and target.scale is not None:
