@@ -14,6 +14,9 @@ from pipelines.sources import Sample
 LEAST_DEVIATION = 1e-5
 """Targets are float32 in a batch: below this share of the mean, their differences are lost."""
 
+SMALLEST = 1e-15
+"""The smallest deviation that a manifest may have, see `TargetFeature`."""
+
 
 class Measured(Config):
     """Figures of one feature in one shard, which add up exactly.
@@ -126,5 +129,9 @@ def _scaled(feature: TargetFeature, parts: Sequence[Measured], rows: int) -> Tar
             raise UserError(
                 f"target {target} is {mean[number]:.8g} in all {rows:,} training samples, or varies by less than"
                 f" {LEAST_DEVIATION:g} of that: leave it out of --option target=, or subtract a constant"
+            )
+        if std[number] < SMALLEST:
+            raise UserError(
+                f"target {target} has the deviation {std[number]:.3g}, wanted {SMALLEST:g} or more: use smaller units"
             )
     return feature.model_copy(update={"mean": tuple(mean.tolist()), "std": tuple(std.tolist())})

@@ -153,9 +153,9 @@ def _moments(values: NDArray[np.floating]) -> Moments:
 
 
 def _joined(moments: list[Moments]) -> dict[str, Any]:
-    """Return mean and deviation over samples of equal weight, as far as six digits."""
+    """Return mean and deviation over samples of equal weight, the mean to 12 digits, the deviation to 6."""
     means, variances = (np.stack(part) for part in zip(*moments, strict=True))
     mean, deviation = means.mean(0), np.sqrt(variances.mean(0) + means.var(0))
     deviation[deviation <= np.maximum(FLAT * np.abs(mean), np.finfo(np.float32).tiny)] = 1.0
-    digits = [[float(f"{value:.6g}") for value in part] for part in (mean, deviation)]
+    digits = [[float(f"{value:.{n}g}") for value in part] for part, n in ((mean, 12), (deviation, 6))]
     return {"mean": digits[0], "std": digits[1], "samples": len(moments)}

@@ -1,7 +1,9 @@
 """The targets of a task: what it takes from the data, and the checks that data and model have what it reads."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from cluster.recipe.config import Recipe, kind_of
 from perceiver.config import UserError
@@ -75,6 +77,9 @@ def _with_several(recipe: Recipe, manifest: Manifest) -> Recipe:
                 scale = Targets(names=(name,), mean=(whole.mean[column],), std=(whole.std[column],))
                 found[name] = TaskTarget(column=column, scale=scale)
         recipe = _with_task(recipe, targets=found)
+    for name in section.class_weights:
+        if getattr((cast(Any, recipe.task).targets or {}).get(name), "scale", None):
+            raise UserError(f"task.class_weights has {name}, which is a number: wanted only tasks that are classes")
     weights = {
         name: _balanced(recipe, manifest, label_key(name)) if value == "balanced" else value
         for name, value in section.class_weights.items()
@@ -86,7 +91,12 @@ def _check_several(recipe: Recipe, manifest: Manifest) -> None:
     """Refuse data whose targets are not those that a multitask predicts."""
     section: Any = recipe.task
     numbers: Any = manifest.features.get("target")
-    url = recipe.data.url
+    url, clips = recipe.data.url, recipe.data.clip.eval_clips
+    if clips > 1 and any(feature.clips for feature in manifest.features.values()):
+        raise UserError(
+            f"data.clip.eval_clips = {clips}, but task.kind = 'multitask' does not average the scores of clips: set it"
+            " to 1"
+        )
     for name in section.tasks:
         target, label = (section.targets or {}).get(name), manifest.features.get(label_key(name))
         if target is not None and target.scale is not None:
@@ -157,6 +167,23 @@ def check_targets(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tuple
                 f"{needed!r}, or task to a task that the data have the targets of"
             )
     _check_decoder(recipe)
+    if kind_of(recipe.task) == "segmentation":
+        _check_queries(recipe, shapes["mask"])
+
+
+def _check_queries(recipe: Recipe, mask: tuple[int, ...]) -> None:
+    """Refuse to decode some pixels of masks whose pixels are not the model's inputs."""
+    model, queries = recipe.model, getattr(recipe.task, "queries", None)
+    if queries is None:
+        return
+    with torch.device("meta"):
+        grid: tuple[int, ...] = tuple(cast(Any, model).inputs.build().grid)
+    if grid != mask:
+        raise UserError(
+            f"task.queries = {queries} needs an input for each pixel of the masks, which are {mask[0]} x {mask[1]}, but"
+            f" model.inputs has {' x '.join(map(str, grid))}: set task.queries to null, or model.inputs.size to"
+            f" {list(mask)} with front_end none or 1x1"
+        )
 
 
 def _needed_keys(task: Any) -> dict[str, tuple[int, ...] | None]:

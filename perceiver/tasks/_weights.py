@@ -9,7 +9,8 @@ from torch import Tensor
 
 from perceiver.config import Real, UserError
 
-_Weight = Annotated[Real, Field(ge=0, le=1e6)]
+MOST = 1e6
+_Weight = Annotated[Real, Field(ge=0, le=MOST)]
 ClassWeights = Literal["balanced"] | tuple[_Weight, ...] | None
 """`balanced`, which a run replaces by numbers from its data, or one number per class."""
 WEIGHTS: Any = Field(default=None, description="Weight of each class in the loss: numbers, or `balanced` by frequency.")
@@ -18,15 +19,15 @@ WEIGHTS: Any = Field(default=None, description="Weight of each class in the loss
 def balanced(counts: Sequence[int]) -> tuple[float, ...]:
     """Return the weights with which all classes count alike: samples / (classes * samples of the class).
 
-    A class without samples has the weight 1, and is not among those that count.
+    A class without samples has the weight 1, and is not among those that count. No weight is above `MOST`.
     """
     there = sum(count > 0 for count in counts)
-    return tuple(sum(counts) / (there * count) if count else 1.0 for count in counts)
+    return tuple(min(sum(counts) / (there * count), MOST) if count else 1.0 for count in counts)
 
 
 def balanced_positives(counts: Sequence[int], samples: int) -> tuple[float, ...]:
     """Return the weight of each class's positives with which they count as its negatives do; 1 without positives."""
-    return tuple((samples - count) / count if 0 < count < samples else 1.0 for count in counts)
+    return tuple(min((samples - count) / count, MOST) if 0 < count < samples else 1.0 for count in counts)
 
 
 def weight_tensor(weights: ClassWeights, classes: int) -> Tensor | None:

@@ -34,8 +34,8 @@ class Segmentation(RandomTask):
     """See `SegmentationConfig`: cross-entropy, averaged over the valid pixels of all samples.
 
     The model's outputs are logits (B, K, h, w), enlarged to the mask's size where they are coarser. With `queries`,
-    training decodes that many random pixels of each sample; a sample's sum is then the mean over its chosen valid
-    pixels times the number of its valid pixels, an unbiased estimate of the whole sum.
+    for which both sizes must be the same, training decodes that many random pixels of each sample; a sample's sum is
+    then the mean over its chosen valid pixels times the number of its valid pixels, an unbiased estimate of the whole.
     """
 
     def __init__(self, config: SegmentationConfig, classes: int) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from perceiver.config import Config, Location, Real, UserError
-from pipelines.features import Feature
+from pipelines.features import Feature, TargetFeature
 from pipelines.order.permutation import keys
 from pipelines.order.plan import I64, LANE_DRAW, Planned, RowGroups, SamplePlan, even_runs, padded, rank_positions
 from pipelines.shards.manifest import Manifest, Split
@@ -82,6 +82,9 @@ def mixed_manifest(manifest: Manifest, split: str, parts: Sequence[tuple[Mixture
                 " prepare both with the same classes"
             )
         features = _agreed(features, other.features, part.url, manifest.name)
+    for name, feature in features.items():
+        if isinstance(feature, TargetFeature):
+            features[name] = _mixed_target([(part.weight, other.features[name]) for part, other in parts])
     folders = tuple(SplitFolder(part.url, other.split(part.split or split), part.weight) for part, other in parts)
     mixed = MixedSplit(shards=tuple(shard for folder in folders for shard in folder.split.shards), parts=folders)
     measured = [(part.weight, other.statistics) for part, other in parts]
@@ -100,18 +103,34 @@ def _spectrograms(parts: Sequence[tuple[MixturePart, Manifest]]) -> tuple[Spectr
     return tuple(SpectrogramStatistics(**dict(one), spectrogram=first[key].spectrogram) for key, one in mixed.items())
 
 
+def _mixed_target(parts: Sequence[tuple[float, Any]]) -> TargetFeature:
+    """Return a target with the mean and deviation of the mixture; without them if one part has none."""
+    feature: TargetFeature = parts[0][1].plain()
+    if not all(target.mean for _, target in parts):
+        return feature
+    mean, std = _mixed_moments([(weight, target.mean, target.std) for weight, target in parts])
+    return feature.model_copy(update={"mean": mean, "std": std})
+
+
+def _mixed_moments(
+    parts: Sequence[tuple[float, Sequence[float], Sequence[float]]],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of the mixture of parts of some weight, mean and deviation."""
+    weights, means, deviations = (np.array(column) for column in zip(*parts, strict=True))
+    weights = weights / weights.sum()
+    mean = weights @ means
+    deviation = np.sqrt(weights @ (deviations**2 + (means - mean) ** 2))
+    return tuple(mean.tolist()), tuple(deviation.tolist())
+
+
 def _mixed_statistics(parts: Sequence[tuple[float, Mapping[str, Statistics]]]) -> dict[str, Statistics]:
     """Return mean and deviation of the mixture of each key that all parts have, by weight."""
-    weights = np.array([weight for weight, _ in parts]) / sum(weight for weight, _ in parts)
     mixed = {}
     for key in parts[0][1]:
-        found = [statistics[key] for _, statistics in parts if key in statistics]
+        found = [(weight, statistics[key]) for weight, statistics in parts if key in statistics]
         if len(found) == len(parts):
-            means, deviations = np.array([one.mean for one in found]), np.array([one.std for one in found])
-            mean = weights @ means
-            deviation = np.sqrt(weights @ (deviations**2 + (means - mean) ** 2))
-            samples = sum(one.samples for one in found)
-            mixed[key] = Statistics(mean=tuple(mean.tolist()), std=tuple(deviation.tolist()), samples=samples)
+            mean, std = _mixed_moments([(weight, one.mean, one.std) for weight, one in found])
+            mixed[key] = Statistics(mean=mean, std=std, samples=sum(one.samples for _, one in found))
     return mixed
 
 

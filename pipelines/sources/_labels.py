@@ -66,10 +66,26 @@ def one_label(value: Any) -> str | None:
 
 
 def several(value: Any, options: Mapping[str, str]) -> list[str]:
-    """Return a cell as names of classes: a list in JSON, or a text with separators; none if it is empty."""
-    parts = value if isinstance(value, list) else str(value or "").split(options.get("separator") or ";")
+    """Return a cell as names of classes: a list, also as JSON in a text, or a text with separators; none if empty.
+
+    Raises:
+        ValueError: one of them cannot be a class.
+    """
+    if isinstance(value, str):
+        parts = _json_list(value)
+        parts = value.split(options.get("separator") or ";") if parts is None else parts
+    else:
+        parts = value if isinstance(value, list) else [value]
     names = [one_label(part.strip() if isinstance(part, str) else part) for part in parts]
     return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _json_list(text: str) -> list[Any] | None:
+    """Return the list that a text is in JSON; None if it is another text."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -16,10 +16,15 @@ def label_columns(options: Mapping[str, str], there: Sequence[str], where: str) 
     """Return the columns that the option `label` names with commas, by feature: `label_NAME`.
 
     Raises:
-        UserError: a column does not exist, or two get the same name.
+        UserError: a column does not exist, two get the same name, or one is named `label`.
     """
     columns = _columns("label", options, there, where)
-    return {f"{LABEL}{name}": column for name, column in zip(_plain_names("label", columns), columns, strict=True)}
+    if "label" in (names := _plain_names("label", columns)):
+        raise UserError(
+            f"option label={options['label']}: the column {columns[names.index('label')]} cannot be"
+            " one of several labels, since the feature label is a single one: rename it"
+        )
+    return {f"{LABEL}{name}": column for name, column in zip(names, columns, strict=True)}
 
 
 def target_columns(options: Mapping[str, str], there: Sequence[str], where: str) -> list[str]:

@@ -4,6 +4,7 @@ SRC is such a table, or a folder with tables. Columns `image`, `audio`, `video` 
 the table's folder, `text` has texts. Files are stored as by the sources of folders.
 """
 
+import contextlib
 import io
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -344,7 +345,10 @@ def class_names(
     every = [row for part in rows.values() for row in part]
     if "label" in columns:
         return _names(folder, columns["label"], (row.cells.get(columns["label"]) for row in every))
-    names = {name for row in every for name in several(row.cells.get(columns["labels"]), options)}
+    names: set[str] = set()
+    for row in every:
+        with contextlib.suppress(ValueError):  # `samples` rejects the row
+            names.update(several(row.cells.get(columns["labels"]), options))
     if not names:
         raise UserError(f"{folder.url}: no row has a label in the column {columns['labels']}")
     return in_order(names)

@@ -97,7 +97,7 @@ class TableSource:
         }
         classes = class_names(folder, schema, columns, [table for found in tables.values() for table in found], options)
         own = {
-            feature: stored_names(schema.metadata, column)
+            feature: _names_in_files(folder, files, column)
             or classes_of(_label_values(folder, column, files), schema.field(column).type, f"column {column}")
             for feature, column in columns.items()
             if feature.startswith(LABEL)
@@ -266,6 +266,12 @@ def class_names(
     return same_names({table.name: table.classes for table in tables}, where) or classes_of(
         _label_values(folder, column, [table.name for table in tables]), kind, where
     )
+
+
+def _names_in_files(folder: Folder, files: Sequence[str], column: str) -> list[str]:
+    """Return the class names of a column that all files store; refuse files that differ, see `same_names`."""
+    stored = {name: stored_names(metadata(folder, name).schema.to_arrow_schema().metadata, column) for name in files}
+    return same_names(stored, f"{folder.url}: column {column}")
 
 
 def _label_values(folder: Folder, column: str, files: list[str]) -> Iterator[set[Any]]:

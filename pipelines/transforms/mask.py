@@ -27,6 +27,8 @@ from pipelines.transforms.resize import Box, Pixels, resized
 IGNORED = 255
 """Pixels of this class do not count, and those that move in at the border."""
 MODES = ("L", "P", "1")
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Grey values of 2 and 4 bits are decoded as multiples of these, so that the lightest one is 255."""
 
 Mask = NDArray[np.uint8]
 """Classes (H, W)."""
@@ -88,8 +90,9 @@ def decode_mask(encoded: bytes, max_pixels: int, classes: int) -> Mask:
             raise BadSample(f"a mask of {image.width}x{image.height}: wanted up to {max_pixels} pixels")
         if image.format == "JPEG" or image.mode not in MODES:
             raise BadSample(f"a mask of format {image.format} and mode {image.mode}: wanted a grey PNG, or a palette")
+        step = GREY_STEPS.get(str(image.tile[0].args), 1) if image.mode == "L" and image.tile else 1
         try:
-            mask = np.array(image, np.uint8)
+            mask = np.array(image, np.uint8) // step
         except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
             raise BadSample("undecodable mask") from error
     strange = mask[(mask >= classes) & (mask != IGNORED)]

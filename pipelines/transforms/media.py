@@ -265,8 +265,8 @@ def media_sound(media: Media, start: float, config: AudioViewConfig) -> Samples:
     return finish(span, 0, count, start - first / media.rate, media.rate, config)
 
 
-def sound_blocks(media: Media) -> Iterator[NDArray[np.float32]]:
-    """Yield all samples (n, channels) in -1 to 1, frame by frame.
+def sound_blocks(media: Media) -> Iterator[tuple[float, NDArray[np.float32]]]:
+    """Yield (seconds from the origin, samples (n, channels) in -1 to 1) of the whole sound, frame by frame.
 
     Raises:
         BadSample: damaged or truncated, or the rate changes.
@@ -275,7 +275,7 @@ def sound_blocks(media: Media) -> Iterator[NDArray[np.float32]]:
     with _damage():
         for time, samples in _sound(media, 0.0):
             end = time + len(samples) / media.rate
-            yield samples
+            yield time, samples
         if end < media.seconds - _slack(media):
             raise BadSample("truncated: the sound ends before the time in the header")
 

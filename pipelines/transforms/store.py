@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -30,6 +31,8 @@ AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 ENCODERS = ("libx264", "libopenh264")
 BLOCK = 1 << 16
 """Samples of each channel that are resampled at a time."""
+GAP_S = 0.05
+"""A longer gap between the time stamps of sound is kept; a shorter one may be their rounding."""
 
 
 class StoreConfig(Config):
@@ -104,7 +107,7 @@ def stored_sound(encoded: bytes, recording: Sound | Media, config: StoreConfig) 
 def _blocks(recording: Sound | Media) -> Iterator[NDArray[np.float32]]:
     """Yield the samples of a recording (n, channels) in -1 to 1."""
     if isinstance(recording, Media):
-        yield from sound_blocks(recording)
+        yield from (samples for _, samples in sound_blocks(recording))
         return
     try:
         recording.file.seek(0)
@@ -153,7 +156,7 @@ def stored_video(encoded: bytes, config: StoreConfig, sound: bool) -> bytes:
             container.mux(packet)
         if sound:
             again = open_media(encoded, video=False, audio=True, max_seconds=MAX_SECONDS)
-            for packet in _sound_packets(streams[1], again):
+            for packet in _sound_packets(streams[1], replace(again, origin=media.origin)):
                 container.mux(packet)
     return sink.getvalue()
 
@@ -189,12 +192,15 @@ def _sound_stream(container: Any, media: Media, config: StoreConfig) -> Any:
 
 
 def _sound_packets(stream: Any, media: Media) -> Iterator[Any]:
-    """Yield the encoded sound."""
+    """Yield the encoded sound, which starts as long after the origin as before, with its gaps."""
     context = stream.codec_context
     resampler = av.AudioResampler(format="fltp", layout=context.layout, rate=context.sample_rate)
     given = {1: "mono", 2: "stereo"}
-    done = 0
-    for block in sound_blocks(media):
+    done: int | None = None
+    for time, block in sound_blocks(media):
+        start = round(time * media.rate)
+        if done is None or start - done > GAP_S * media.rate:
+            done = start
         found = block if media.channels in given else block.mean(1, keepdims=True)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(found.T), format="fltp", layout=given[found.shape[1]])
         frame.sample_rate, frame.pts, frame.time_base = media.rate, done, Fraction(1, media.rate)

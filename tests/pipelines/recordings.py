@@ -55,8 +55,13 @@ def media_file(
     size: tuple[int, int] = (32, 32),
     kind: str = "matroska",
     channels: int = 1,
+    sound_at: float = 0.0,
+    gap: float = 0.0,
 ) -> bytes:
-    """Encode a lossless video whose frame i appears at `times_ms[i]`, all of grey `grey[i]`; mono sound or none."""
+    """Encode a lossless video whose frame i appears at `times_ms[i]`, all of grey `grey[i]`; mono sound or none.
+
+    The sound starts at `sound_at` seconds, and has a gap of `gap` seconds in its middle.
+    """
     sink = io.BytesIO()
     with av.open(sink, "w", format=kind) as container:
         video: Any = container.add_stream("ffv1", rate=25)
@@ -71,9 +76,13 @@ def media_file(
             frame.pts, frame.time_base = time, Fraction(1, 1000)
             container.mux(video.encode(frame))
         if sound is not None:
-            block = av.AudioFrame.from_ndarray(sound[None], format="s16", layout="mono")
-            block.sample_rate, block.pts, block.time_base = rate, 0, Fraction(1, rate)
-            container.mux(audio.encode(block))
+            middle = len(sound) // 2 if gap else len(sound)
+            for start, part in ((0, sound[:middle]), (middle + round(gap * rate), sound[middle:])):
+                if len(part):
+                    block = av.AudioFrame.from_ndarray(part[None], format="s16", layout="mono")
+                    block.sample_rate, block.time_base = rate, Fraction(1, rate)
+                    block.pts = round(sound_at * rate) + start
+                    container.mux(audio.encode(block))
             container.mux(audio.encode(None))
         container.mux(video.encode(None))
     return sink.getvalue()

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from perceiver.config import UserError
 from perceiver.modalities.mel import MelConfig, log_mel
+from pipelines.features import TargetFeature
 from pipelines.order.mixture import MixturePart, mixed_manifest
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards.manifest import MANIFEST, load_manifest
@@ -161,5 +163,11 @@ def test_a_mixture_has_the_statistics_of_its_parts_by_weight(tmp_path: Path) -> 
     parts = [MixturePart(url=f"data{number}", weight=weight) for number, weight in enumerate((3, 1))]
     mixed = mixed_manifest(flat[0], "train", list(zip(parts, flat, strict=True))).statistics["image"]
     assert np.allclose([*mixed.mean, *mixed.std], [0.25, np.sqrt(1e-6 + 0.75 * 0.05**2 + 0.25 * 0.15**2)])
+    targets = [
+        one.model_copy(update={"features": {"target": TargetFeature(names=("a",), mean=(mean,), std=(0.1,))}})
+        for one, mean in zip(flat, (0.2, 0.4), strict=True)
+    ]
+    target: Any = mixed_manifest(targets[1], "train", list(zip(parts, targets, strict=True))).features["target"]
+    assert np.allclose([*target.mean, *target.std], [0.25, np.sqrt(0.01 + 0.75 * 0.05**2 + 0.25 * 0.15**2)])
     without = [flat[0], flat[1].model_copy(update={"statistics": {}})]
     assert not mixed_manifest(flat[0], "train", list(zip(parts, without, strict=True))).statistics

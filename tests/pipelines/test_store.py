@@ -101,6 +101,19 @@ def test_videos_are_smaller_slower_and_stay_in_step() -> None:
         stored_video(encoded[: len(encoded) // 2], config, sound=True)
 
 
+def test_sound_that_starts_later_or_has_a_gap_stays_in_step() -> None:
+    sound, times = (tone(440, 1, 16_000) * 32767).astype(np.int16), list(range(0, 2000, 50))
+    encoded = media_file(times, [100] * len(times), sound=sound, sound_at=0.4, gap=0.3, channels=3)
+    found = stored_video(encoded, StoreConfig(fps=5, rate=8000), sound=True)
+    view, loud = AudioViewConfig(rate=8000, samples=8000 * 9 // 5), []
+    for one in (encoded, found):
+        media = open_media(one, video=True, audio=True, max_seconds=60, max_pixels=10**7)
+        loud.append(np.abs(media_sound(media, 0.0, view).astype(float)).reshape(-1, 400).mean(1) > 3000)
+    original, heard = loud
+    assert not original[:8].any() and original[9:16].all() and not original[19:23].any() and original[25:33].all()
+    assert np.sum(heard != original) <= 3  # windows of 50 ms at the edges
+
+
 def test_a_prepared_folder_records_it_and_rejects_what_cannot_be_decoded(tmp_path: Path) -> None:
     for number in range(8):
         place = tmp_path / "raw" / "train" / "ab"[number % 2]

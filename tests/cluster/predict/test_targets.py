@@ -17,7 +17,7 @@ from cluster.predict.inference import predict
 from cluster.predict.scoring import check_labels, open_scoring
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.preflight import check_model
-from cluster.recipe.targets import takes_from_data, with_targets
+from cluster.recipe.targets import check_feature, takes_from_data, with_targets
 from cluster.record.run_folder import RunFolder
 from cluster.run.report import build_report
 from perceiver.config import UserError
@@ -25,6 +25,7 @@ from perceiver.export.checkpoint_model import CheckpointModel
 from perceiver.export.formats import export_onnx, model_card
 from perceiver.export.weights import open_weights
 from perceiver.train.checkpoint.store import CheckpointStore
+from pipelines.features import AudioFeature
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards.manifest import load_manifest
 from tests.cluster.predict.test_scoring import rows, write_run
@@ -201,6 +202,24 @@ def test_tasks_that_do_not_fit_the_data(
         recipe(tmp_path, data["several"], {"kind": "multitask", "tasks": tasks}, model)
 
 
+def test_weights_of_a_number_are_refused(data: dict[str, str], tmp_path: Path) -> None:
+    task = {"kind": "multitask", "tasks": {"price": 1.0}, "class_weights": {"price": "balanced"}}
+    with pytest.raises(UserError, match="task.class_weights has price, which is a number"):
+        recipe(tmp_path, data["several"], task, {**IO, "decoder": {"kind": "multitask", "tasks": {"price": 1}}})
+
+
+def test_clips_of_several_tasks_are_refused(data: dict[str, str], tmp_path: Path) -> None:
+    model = {**IO, "decoder": {"kind": "multitask", "tasks": {"hue": 2}}}
+    found = recipe(tmp_path, data["several"], {"kind": "multitask", "tasks": {"hue": 1.0}}, model)
+    clip = found.data.clip.model_copy(update={"eval_clips": 4})
+    clips = found.model_copy(update={"data": found.data.model_copy(update={"clip": clip})})
+    manifest = load_manifest(data["several"])
+    sound = manifest.model_copy(update={"features": {**manifest.features, "audio": AudioFeature()}})
+    check_feature(clips, manifest)
+    with pytest.raises(UserError, match="data.clip.eval_clips = 4"):
+        check_feature(clips, sound)
+
+
 def test_segmentation(data: dict[str, str], tmp_path: Path, page: Any) -> None:
     found = recipe(tmp_path, data["masks"], {"kind": "segmentation"}, {**IO, "decoder": {"kind": "pixels"}})
     run = trained(tmp_path, found, 2)
@@ -221,6 +240,14 @@ def test_a_segmentation_needs_masks_and_pixels(data: dict[str, str], tmp_path: P
         recipe(tmp_path, data["numbers"], {"kind": "segmentation"}, {**IO, "decoder": {"kind": "pixels"}})
     with pytest.raises(UserError, match="wanted|decoder of kind 'pixels'"):
         recipe(tmp_path, data["masks"], {"kind": "segmentation"}, IO)
+
+
+def test_queries_need_an_input_for_each_pixel_of_the_mask(data: dict[str, str], tmp_path: Path) -> None:
+    inputs = {**INPUTS, "front_end": "patch", "patch": 2, "positions": {"kind": "fourier", "bands": 3}}
+    model = {**IO, "decoder": {"kind": "pixels"}}
+    recipe(tmp_path, data["masks"], {"kind": "segmentation", "queries": 9}, model)
+    with pytest.raises(UserError, match="task.queries = 9 .* 8 x 8, but model.inputs has 4 x 4"):
+        recipe(tmp_path, data["masks"], {"kind": "segmentation", "queries": 9}, {**model, "inputs": inputs})
 
 
 def test_balanced_weights_need_counts(data: dict[str, str], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def test_balanced_weights_are_scikit_learns() -> None:
     assert balanced([3, 1, 2]) == pytest.approx(compute_class_weight("balanced", classes=np.arange(3), y=labels))
     assert balanced([3, 0, 3]) == (1.0, 1.0, 1.0)
     assert balanced_positives([2, 0, 8], 8) == (3.0, 1.0, 1.0)
+    assert balanced([1, 10**8])[0] == balanced_positives([1], 10**8)[0] == 1e6
 
 
 def test_a_weighted_classification_is_torchs() -> None:

@@ -50,6 +50,16 @@ def test_json_lines_with_lists_and_points(tmp_path: Path) -> None:
     assert found.rejected == {"t.jsonl#3": "a label that is a float"}
 
 
+def test_lists_in_json_zero_and_false_are_labels_and_floats_are_rejected(tmp_path: Path) -> None:
+    rows = [{"text": "a", "labels": label} for label in (0, False, '["x", 0]', "[]", "[x];y", None, [1.5])]
+    write(tmp_path / "src", {"t.jsonl": lines(*map(json.dumps, rows))})
+    found = prepared(tmp_path, "csv", held_out="none")
+    assert found.manifest.classes == ("0", "[x]", "false", "x", "y")
+    labels = [found.rows["train"][f"t.jsonl#{number}"]["label"] for number in range(1, 7)]
+    assert labels == [[0], [2], [3, 0], [], [1, 4], []]
+    assert found.rejected == {"t.jsonl#7": "a label that is a float"}
+
+
 def test_rows_of_a_group_stay_together(tmp_path: Path) -> None:
     write(tmp_path / "src", {"t.csv": lines("text,label,who", *(f"text {i},{i % 2},{i // 5}" for i in range(50)))})
     found = prepared(tmp_path, "csv", group="who", held_out="0.3")

@@ -1,6 +1,8 @@
 """Images with masks, from folders and tables to batches."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,20 @@ def test_masks_need_names_of_classes(tmp_path: Path, classes: str) -> None:
     write(tmp_path / "src", {"images/a.png": PICTURES[0], "masks/a.png": grey(MASK)})
     with pytest.raises(UserError, match="set --option classes="):
         prepared(tmp_path, "segmentation_folder", classes=classes)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_values_of_few_bits_are_classes(bits: int) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    classes = [0, 1, 2**bits - 1, 0, 1, 0, 0, 1]
+    row = int("".join(f"{value:0{bits}b}" for value in classes), 2).to_bytes(bits, "big")
+    header = struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0)
+    content = b"".join(
+        (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")),
+    )
+    assert decode_mask(b"\x89PNG\r\n\x1a\n" + content, 100, 16).tolist() == [classes]
 
 
 def test_masks_of_other_kinds_are_bad_samples() -> None:

@@ -76,6 +76,18 @@ def test_a_constant_target_is_refused(tmp_path: Path) -> None:
         prepared(tmp_path, "csv", target="price", held_out="none")
 
 
+def test_a_target_in_units_that_are_far_too_large_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "src", {"t.csv": lines("text,price", *(f"text {i},{i}e-17" for i in range(9)))})
+    with pytest.raises(UserError, match="target price has the deviation 2.58e-17, wanted 1e-15"):
+        prepared(tmp_path, "csv", target="price", held_out="none")
+
+
+def test_a_column_named_label_is_not_one_of_several_labels(tmp_path: Path) -> None:
+    write(tmp_path / "src", {"t.csv": lines("text,label,size", *(f"text {i},{i % 2},{i % 3}" for i in range(9)))})
+    with pytest.raises(UserError, match="column label cannot be one of several labels"):
+        prepared(tmp_path, "csv", label="label,size", held_out="none")
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
