@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
@@ -32,7 +33,7 @@ from pipelines.features import (
 )
 from pipelines.inspect.sizes import sample_sizes
 from pipelines.prepare import prepare
-from pipelines.shards.manifest import Manifest, ShardInfo, Split
+from pipelines.shards.manifest import Manifest, ShardInfo, Split, load_manifest
 from pipelines.shards.statistics import Spectrogram, SpectrogramStatistics, Statistics
 from tests.cluster.recipes import prepare_images, write_images
 from tests.pipelines.toys import write_images as write_shards
@@ -146,7 +147,7 @@ def test_the_recipe_of_each_kind_of_data_passes_the_checks_of_a_run(name: str) -
     assert yaml.safe_load(text) == full.tree, "the text is the recipe"
     recipe = build_recipe(yaml.safe_load(text))
     assert check_recipe(recipe, lambda url, options: data).parameters == model.parameters
-    batch = random_batch(model, 2, "cpu")
+    batch = random_batch(model, 2, torch.device("cpu"))
     net = build_model(model.recipe.model, classes=output_count(model.recipe.task, len(data.classes)))
     loss = build_task(model.recipe.task, classes=len(data.classes)).loss(net, batch)
     assert loss.loss_sum.isfinite()
@@ -274,7 +275,5 @@ def test_minutes_out_of_range_are_refused(minutes: str) -> None:
 
 def test_a_step_is_timed(tmp_path: Path) -> None:
     url = prepare_images(tmp_path, per_class=8)
-    from pipelines.shards.manifest import load_manifest
-
     found = draft_recipe(url, load_manifest(url), {}, CPU, 2)
     assert step_seconds(check_recipe(build_recipe(found.tree)), most_s=0.0) > 0
