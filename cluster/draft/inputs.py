@@ -236,7 +236,7 @@ class _Drafts:
 
     def _text(self, name: str) -> Part:
         wanted = 2 + self._size(name, "bytes", self.limits.text, COVERED)
-        length = min(self.limits.text, max(32, 1 << math.ceil(math.log2(wanted))))
+        length = min(self.limits.text, 32 * math.ceil(wanted / 32))
         inputs = {"kind": "text", "length": length, "channels": 64}
         return Part(f"of {length} bytes", inputs, {"text_length": length})
 

@@ -32,10 +32,8 @@ from pipelines.features import (
     VideoFeature,
 )
 from pipelines.inspect.sizes import sample_sizes
-from pipelines.prepare import prepare
-from pipelines.shards.manifest import Manifest, ShardInfo, Split, load_manifest
+from pipelines.shards.manifest import Manifest, ShardInfo, Split
 from pipelines.shards.statistics import Spectrogram, SpectrogramStatistics, Statistics
-from tests.cluster.recipes import prepare_images, write_images
 from tests.pipelines.toys import write_images as write_shards
 
 CPU = Machine(cpus=2)
@@ -240,7 +238,7 @@ def test_the_sizes_of_samples_are_measured_and_damaged_ones_left_out(tmp_path: P
 def test_the_command_writes_a_recipe_and_never_over_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cluster.draft.length.MEASURE_S", 0.0)
-    prepare("image_folder", str(write_images(tmp_path / "raw", 8)), "data/pictures")
+    write_shards(tmp_path / "data/pictures", {"train": [40], "test": [8]})
     done = CliRunner().invoke(command, ["data/pictures", "--minutes", "1", "--workers", "1"], catch_exceptions=False)
     assert done.exit_code == 0 and len(done.output.splitlines()) == 3
     assert "perceiver train pictures.yaml" in done.output
@@ -249,7 +247,7 @@ def test_the_command_writes_a_recipe_and_never_over_one(tmp_path: Path, monkeypa
     assert (tmp_path / "pictures.schema.json").is_file()
     recipe = load_recipe("pictures.yaml")
     assert recipe.name == "pictures" and recipe.cluster.workers == 1
-    assert check_recipe(recipe).recipe.model.model_dump()["inputs"]["mean"][0] > 0
+    assert check_recipe(recipe).parameters > 0
     with pytest.raises(UserError, match=r"pictures\.yaml exists"):
         CliRunner().invoke(command, ["data/pictures"], catch_exceptions=False)
     assert (tmp_path / "pictures.yaml").read_text() == text
@@ -274,6 +272,5 @@ def test_minutes_out_of_range_are_refused(minutes: str) -> None:
 
 
 def test_a_step_is_timed(tmp_path: Path) -> None:
-    url = prepare_images(tmp_path, per_class=8)
-    found = draft_recipe(url, load_manifest(url), {}, CPU, 2)
+    found = draft_recipe(str(tmp_path), write_shards(tmp_path, {"train": [40], "test": [8]}), {}, CPU, 2)
     assert step_seconds(check_recipe(build_recipe(found.tree)), most_s=0.0) > 0
