@@ -204,7 +204,7 @@ class _Drafts:
         """Return a log-mel spectrogram: one whose statistics the data have, else that of recipes/train/notes.yaml."""
         notes: tuple[str, ...] = ()
         if self.manifest.spectrograms:
-            shape = self.manifest.spectrograms[0].spectrogram.model_dump()
+            shape: dict[str, Any] = self.manifest.spectrograms[0].spectrogram.model_dump()
             statistics: dict[str, Any] = {"mean": "data", "std": "data"}
         else:
             rate = int(self._size(name, "rate", 16_000))
