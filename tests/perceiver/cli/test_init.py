@@ -237,7 +237,7 @@ def test_the_sizes_of_samples_are_measured_and_damaged_ones_left_out(tmp_path: P
 
 def test_the_command_writes_a_recipe_and_never_over_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cluster.draft.length.MEASURE_S", 0.0)
+    monkeypatch.setattr("cluster.draft.length.step_seconds", lambda checked: 0.1)
     write_shards(tmp_path / "data/pictures", {"train": [40], "test": [8]})
     done = CliRunner().invoke(command, ["data/pictures", "--minutes", "1", "--workers", "1"], catch_exceptions=False)
     assert done.exit_code == 0 and len(done.output.splitlines()) == 3
