@@ -64,7 +64,8 @@ def describe_data(manifest: Manifest, url: str) -> str:
         for name, feature in manifest.features.items()
     )
     counts = [count for values in manifest.class_counts.values() for count in values]
-    each = f" of {min(counts):,} to {max(counts):,} samples" if counts else ""
+    spread = f"{min(counts):,} to {max(counts):,}" if len(set(counts)) > 1 else f"{counts[0]:,}" if counts else ""
+    each = f" of {spread} samples" * bool(counts)
     names = ", ".join(name[:40] for name in manifest.classes[:NAMES]) + ", ..." * (len(manifest.classes) > NAMES)
     classes = f"; {len(manifest.classes)} classes{each}: {names}" if manifest.classes else ""
     return f"{manifest.name} in {url}: {splits} samples; features {features}{classes}"
@@ -74,7 +75,9 @@ def describe_length(length: Length) -> str:
     """Return epochs, steps and minutes as one line."""
     minutes = f"{length.minutes:.2g}" if length.minutes < 10 else f"{length.minutes:.0f}"
     batch = length.train["global_batch"]
-    return f"{length.epochs:.3g} epochs = {length.steps:,} steps of {batch}, about {minutes} minutes here and start-up"
+    return (
+        f"{length.epochs:.3g} epochs = {length.steps:,} steps of {batch}, about {minutes} minutes here, plus start-up"
+    )
 
 
 def _comment(text: str, indent: int = 0) -> list[str]:
