@@ -74,10 +74,8 @@ def describe_data(manifest: Manifest, url: str) -> str:
 def describe_length(length: Length) -> str:
     """Return epochs, steps and minutes as one line."""
     minutes = f"{length.minutes:.2g}" if length.minutes < 10 else f"{length.minutes:.0f}"
-    batch = length.train["global_batch"]
-    return (
-        f"{length.epochs:.3g} epochs = {length.steps:,} steps of {batch}, about {minutes} minutes here, plus start-up"
-    )
+    steps = f"{length.steps:,} steps of {length.train['global_batch']}"
+    return f"{length.epochs:.3g} epochs = {steps}, about {minutes} minutes here, plus start-up"
 
 
 def _comment(text: str, indent: int = 0) -> list[str]:
