@@ -4,29 +4,115 @@ from pathlib import Path
 
 import click
 
-from perceiver.tracking.printable import say
+from perceiver.cli._types import LocalPath, Number
+from perceiver.tracking.printable import say, say_all
 
 QUICKSTART = "quickstart.yaml"
+LONGEST = 100_000
+"""Minutes, 69 days."""
 
 
 @click.command(
     epilog="""\b
-Example:
-  perceiver init --quickstart && perceiver train quickstart.yaml"""
+Examples:
+  perceiver init --quickstart && perceiver train quickstart.yaml
+  perceiver init data/digits --minutes 5 && perceiver train digits.yaml"""
+)
+@click.argument("data", required=False)
+@click.option("-o", "--to", "target", type=LocalPath(), help="The recipe; default: the data's folder's name .yaml.")
+@click.option("--minutes", type=Number(0.1, LONGEST), default=10, show_default=True, help="Time to train, about.")
+@click.option(
+    "--workers", type=click.IntRange(1, 100_000), help="Workers; default: this machine's GPUs, else its cores up to 4."
 )
 @click.option("--quickstart", is_flag=True, help="Write quickstart.yaml, and prepare its data in data/digits.")
-def command(quickstart: bool) -> int:
+def command(data: str | None, target: Path | None, minutes: float, workers: int | None, quickstart: bool) -> int:
     """Write a recipe into the current folder, for editors with the JSON schema of its keys.
 
-    A recipe that is there already is not changed; prepared data are kept.
+    DATA is a folder that `perceiver prepare` wrote. Features, splits, sizes and statistics decide input and task; the
+    model is that of the nearest recipe that comes with the package; a few steps of it are timed here, so that training
+    takes about --minutes. A recipe that is there already is not changed; prepared data are kept.
     """
     from perceiver.config import UserError
 
-    if not quickstart:
-        raise UserError("init: nothing to write: give --quickstart")
-    write_quickstart(Path(QUICKSTART))
-    say(f"{QUICKSTART}: train it with perceiver train {QUICKSTART}; perceiver keys lists its keys")
+    if quickstart == bool(data):
+        raise UserError("init: give prepared data, such as perceiver init data/digits, or --quickstart")
+    if quickstart:
+        write_quickstart(target or Path(QUICKSTART))
+        name = target or QUICKSTART
+        say(f"{name}: train it with perceiver train {name}; perceiver keys lists its keys")
+    else:
+        say_all(write_for_data(str(data), target, minutes, workers))
     return 0
+
+
+def write_for_data(url: str, target: Path | None, minutes: float, workers: int | None) -> list[str]:
+    """Write a recipe for prepared data and its schema next to each other; return what it will do, in three lines.
+
+    Raises:
+        UserError: the file exists, there are no such data, no task or input fits their features, or they do not fit on
+            this machine with as many workers.
+    """
+    from cluster.draft.length import fit_length, step_seconds
+    from cluster.draft.recipe import draft_recipe, recipe_name, this_machine, training_split
+    from cluster.draft.text import describe_length, recipe_text
+    from cluster.recipe.config import build_recipe
+    from cluster.recipe.preflight import check_machine, check_memory, check_recipe
+    from perceiver.yaml_reader import parse_yaml
+    from pipelines.inspect.sizes import sample_sizes
+    from pipelines.shards.manifest import load_manifest
+
+    manifest = load_manifest(url)
+    target = target or Path(f"{recipe_name(url, manifest)}.yaml")
+    check_new(target)
+    machine = this_machine()
+    draft = draft_recipe(url, manifest, sample_sizes(url, manifest, training_split(manifest)), machine, workers)
+    checked = check_recipe(build_recipe(draft.tree, source=f"recipe for {url}"))
+    if checked.recipe.cluster.resolved_address() is None:
+        check_machine(checked.recipe)
+        check_memory(checked.recipe, checked)
+    seconds = step_seconds(checked)
+    data, train = checked.recipe.data, checked.recipe.train
+    samples, held_out = (manifest.split(name).samples for name in (data.train_split, data.eval_split))
+    length = fit_length(samples, held_out, train.global_batch, seconds, minutes)
+    text = recipe_text(draft.with_length(length.train, length.steps), checked, length, machine, seconds, str(target))
+    check_recipe(build_recipe(parse_yaml(text.encode(), str(target)), source=str(target)))
+    write_recipe(target, text)
+    return [
+        f"model   {draft.tree['model']['kind']} of {checked.parameters:,} parameters, from {draft.part.facts}",
+        f"task    {draft.goal.facts}; {describe_length(length)}",
+        f"train   perceiver train {target}",
+    ]
+
+
+def check_new(target: Path) -> None:
+    """Refuse a recipe that exists.
+
+    Raises:
+        UserError: the file exists.
+    """
+    from perceiver.config import UserError
+
+    if target.exists():
+        raise UserError(f"{target} exists: move it, or train it with perceiver train {target}")
+
+
+def write_recipe(target: Path, text: str) -> None:
+    """Write a recipe, with a header by which editors find its JSON schema, and the schema next to it.
+
+    Raises:
+        UserError: the recipe exists, or the folder cannot be written to.
+    """
+    import json
+
+    from cluster.recipe.keys import recipe_schema
+    from perceiver.storage import refusing, write_whole
+
+    check_new(target)
+    schema = target.with_suffix(".schema.json")
+    with refusing(str(target), "give a file in a folder that exists, with -o"):
+        write_whole(schema, json.dumps(recipe_schema(), indent=1) + "\n")
+        with target.open("x", encoding="utf-8") as file:
+            file.write(f"# yaml-language-server: $schema={schema.name}\n{text}")
 
 
 def write_quickstart(target: Path) -> None:
@@ -35,21 +121,13 @@ def write_quickstart(target: Path) -> None:
     Raises:
         UserError: the recipe exists, or the data cannot be downloaded.
     """
-    import json
-
     from cluster.recipe.file import packaged_file, read_tree
-    from cluster.recipe.keys import recipe_schema
-    from perceiver.config import UserError
     from pipelines.prepare import prepare
     from pipelines.shards.manifest import MANIFEST
 
-    if target.exists():
-        raise UserError(f"{target} exists: move it, or train it with perceiver train {target}")
+    check_new(target)
     source = packaged_file(f"train/{QUICKSTART}")
     url = read_tree(source)["data"]["url"]
     if not Path(url, MANIFEST).exists():
         prepare("digits", None, url, note=lambda line: say(f"  {line}"))
-    schema = target.with_suffix(".schema.json")
-    schema.write_text(json.dumps(recipe_schema(), indent=1) + "\n", encoding="utf-8")
-    header = f"# yaml-language-server: $schema={schema.name}\n"
-    target.write_text(header + source.read_text(encoding="utf-8"), encoding="utf-8")
+    write_recipe(target, source.read_text(encoding="utf-8"))
