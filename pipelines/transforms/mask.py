@@ -3,7 +3,7 @@
 import io
 import zipfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -90,7 +90,8 @@ def decode_mask(encoded: bytes, max_pixels: int, classes: int) -> Mask:
             raise BadSample(f"a mask of {image.width}x{image.height}: wanted up to {max_pixels} pixels")
         if image.format == "JPEG" or image.mode not in MODES:
             raise BadSample(f"a mask of format {image.format} and mode {image.mode}: wanted a grey PNG, or a palette")
-        step = GREY_STEPS.get(str(image.tile[0].args), 1) if image.mode == "L" and image.tile else 1
+        tiles: Any = getattr(image, "tile", [])
+        step = GREY_STEPS.get(str(tiles[0].args), 1) if image.mode == "L" and tiles else 1
         try:
             mask = np.array(image, np.uint8) // step
         except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
