@@ -202,5 +202,5 @@ def test_in_a_ray_task_as_a_trainer_and_in_the_background(tree: dict[str, Any], 
         environment.pop(name, None)
     # Otherwise Ray Train asks whatever listens on the default port whether the run is known there.
     environment["RAY_API_SERVER_ADDRESS"] = NO_API_SERVER
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=tmp_path, env=environment)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
