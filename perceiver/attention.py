@@ -233,7 +233,25 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, inputs: Inputs) -> Tensor:
         """Return (B, N, output_channels); queries of batch 1 serve every item of the inputs' batch."""
-        path = choose_path(
+        path = self._path(query, inputs)
+        q = _heads(self.query(query), self.heads)
+        context = self._plain(q, inputs) if path == "plain" else self._absorbed(q, inputs, path)
+        return self.output(_drop_empty(_merge(context), inputs.mask))
+
+    def share(self, query: Tensor, inputs: Inputs) -> None:
+        """Compute and keep what the attention reads of the inputs, which may be shared by several layers.
+
+        A value that is first computed within a compiled or a checkpointed layer would not be kept.
+        """
+        path = self._path(query, inputs)
+        _ = {
+            "plain": lambda: inputs.dense,
+            "absorbed": lambda: inputs.normalised,
+            "separable": lambda: inputs.separable_factors,
+        }[path]()
+
+    def _path(self, query: Tensor, inputs: Inputs) -> Path:
+        return choose_path(
             self.kind,
             inputs,
             queries=query.shape[1],
@@ -241,9 +259,6 @@ class CrossAttention(nn.Module):
             qk_channels=self.key.out_features,
             v_channels=self.value.out_features,
         )
-        q = _heads(self.query(query), self.heads)
-        context = self._plain(q, inputs) if path == "plain" else self._absorbed(q, inputs, path)
-        return self.output(_drop_empty(_merge(context), inputs.mask))
 
     def _plain(self, q: Tensor, inputs: Inputs) -> Tensor:
         x = self.input_norm(inputs.dense.to(self.input_norm.weight.dtype))

@@ -6,6 +6,7 @@ Transformers share theirs.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend, zero_linear
+from perceiver.compiled import CompiledLayers
 from perceiver.config import Config, Layers, Scale, Size, UserError, Widening
 from perceiver.positions import Inputs
 
@@ -151,6 +153,10 @@ class Encoder(nn.Module):
         self.config = config
         self.inputs = inputs
         self.latents = latent_array(config.latents, config.latent_channels, config.latent_init_std)
+        self.compiled: CompiledLayers | None = None
+        """Set to compile the layers for training (`train.compile`)."""
+        self.half_residual = False
+        """Whether the latents between layers are in autocast's type (`train.bf16_residual`); float32 by default."""
 
     @property
     def input_keys(self) -> tuple[str, ...]:
@@ -171,17 +177,19 @@ class Encoder(nn.Module):
         tensors = raw if isinstance(raw, Mapping) else {self.input_keys[0]: raw}
         dtype = torch.float64 if self.latents.dtype == torch.float64 else torch.float32
         inputs = self.inputs(tensors, dtype)
-        return self.latents[None], inputs
+        latents, device = self.latents[None], self.latents.device.type
+        if self.half_residual and torch.is_autocast_enabled(device):
+            latents = latents.to(torch.get_autocast_dtype(device))
+        return latents, inputs
 
     def run(self, layer: nn.Module, *args: Any) -> Tensor:
-        """Apply a layer, with activation checkpointing if configured."""
+        """Apply a layer, compiled and with activation checkpointing if configured."""
+        if isinstance(layer, CrossAttend):
+            layer.attention.share(*args)
+        apply = layer if self.compiled is None else partial(self.compiled, layer)
         if self.config.checkpoint_activations and torch.is_grad_enabled():
-            for inputs in args:
-                if isinstance(inputs, Inputs):
-                    # Computed here, because a value cached in a checkpointed layer is missing when it is recomputed.
-                    _ = inputs.dense, inputs.normalised
-            return cast(Tensor, checkpoint(layer, *args, use_reentrant=False))
-        return layer(*args)
+            return cast(Tensor, checkpoint(apply, *args, use_reentrant=False))
+        return apply(*args)
 
     def self_attends(self) -> nn.ModuleList:
         """Make one block of self-attention layers."""

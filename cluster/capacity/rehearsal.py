@@ -156,6 +156,8 @@ def _engine(recipe: Recipe, classes: int, micro: int) -> DeepSpeedEngine:
         recipe.deepspeed,
         plan,
         precision=recipe.train.precision,
+        compile=recipe.train.compile,
+        half_residual=recipe.train.bf16_residual,
     )
 
 

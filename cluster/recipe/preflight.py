@@ -9,7 +9,7 @@ from typing import Any, cast
 import psutil
 import torch
 
-from cluster.recipe.config import Recipe, kind_of
+from cluster.recipe.config import Recipe, kind_of, zero_stage
 from cluster.recipe.inputs import check_inputs
 from cluster.recipe.placement import DataNeed, Node, check_evaluation, place
 from cluster.recipe.resources import machine_cpus, worker_cpus
@@ -339,6 +339,11 @@ def check_deepspeed(recipe: Recipe, parameters: int) -> None:
     training = recipe.train
     batch = BatchPlan(training.micro(workers), training.accumulation(workers), workers, training.global_batch)
     device = "cuda" if recipe.cluster.gpus_per_worker else "cpu"
+    if training.compile == "on" and zero_stage(recipe) == 3:
+        raise UserError(
+            "train.compile = 'on' with deepspeed.zero_stage = 3, which gathers the weights layer by layer: set "
+            "train.compile=auto, which does not compile there, or deepspeed.zero_stage=2"
+        )
     plan_config(
         recipe.deepspeed,
         recipe.optim,

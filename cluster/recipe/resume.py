@@ -44,6 +44,8 @@ MAY_CHANGE = (
     "train.steps",
     "train.micro_batch",
     "train.precision",
+    "train.compile",
+    "train.bf16_residual",
     "train.log_every",
     "train.eval_every",
     "train.eval_async",

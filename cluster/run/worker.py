@@ -315,6 +315,8 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, span: Span,
         BatchPlan(training.micro(me.world), training.accumulation(me.world), me.world, training.global_batch),
         device=me.device,
         precision=training.precision,
+        compile=training.compile,
+        half_residual=training.bf16_residual,
     )
 
 

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from perceiver.kernels.extension import load
 
@@ -31,11 +32,18 @@ def usable(q: Tensor) -> bool:
 
     The meta device counts as a device with the kernel, so that its operation counts are those of a run.
     """
-    if q.dtype != torch.float32 or q.shape[2] not in FEATURES or torch.compiler.is_compiling():
+    if q.dtype != torch.float32 or q.shape[2] not in FEATURES:
         return False
     if q.device.type == "meta":
         return True
-    return load_triton(q.device) is not None if q.is_cuda else q.device.type == "cpu" and load() is not None
+    if q.is_cuda:
+        return _triton_works(q.device.index)
+    return q.device.type == "cpu" and not torch.compiler.is_compiling() and load() is not None
+
+
+@torch.compiler.assume_constant_result
+def _triton_works(index: int) -> bool:
+    return load_triton(torch.device("cuda", index)) is not None
 
 
 @cache
@@ -72,7 +80,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the three moments of `perceiver.shared_kv.separable_moments` and the log-sum-exp (B, N)."""
     if q.is_cuda:
-        return cast(ModuleType, load_triton(q.device)).forward(q, rows, columns, features, scale)
+        return triton_forward(q, rows, columns, features, scale)
     if q.device.type == "meta":
         KernelCount.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (4 * q.shape[2] + 8)
         return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2])
@@ -93,7 +101,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, rows and columns given the moments' gradients `slopes` and delta (B, N)."""
     if q.is_cuda:
-        return cast(ModuleType, load_triton(q.device)).backward(q, rows, columns, features, scale, lse, slopes, delta)
+        return triton_backward(q, rows, columns, features, scale, lse, slopes, delta)
     if q.device.type == "meta":
         KernelCount.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (6 * q.shape[2] + 10)
         return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
@@ -111,3 +119,50 @@ def backward(
         *out,
     )
     return out
+
+
+# Operators, so that torch.compile leaves the Triton kernels as they are and compiles what is around them.
+
+
+@custom_op("perceiver::separable_forward", mutates_args=())
+def triton_forward(
+    q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward` on a GPU."""
+    return cast(ModuleType, load_triton(q.device)).forward(q, rows, columns, features, scale)
+
+
+@triton_forward.register_fake
+def _(
+    q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2])
+
+
+@custom_op("perceiver::separable_backward", mutates_args=())
+def triton_backward(
+    q: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    features: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    slopes: list[Tensor],
+    delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` on a GPU."""
+    return cast(ModuleType, load_triton(q.device)).backward(q, rows, columns, features, scale, lse, slopes, delta)
+
+
+@triton_backward.register_fake
+def _(
+    q: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    features: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    slopes: list[Tensor],
+    delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)

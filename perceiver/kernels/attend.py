@@ -22,13 +22,15 @@ MIN_SCORES = 1 << 14
 
 def usable(q: Tensor, k: Tensor, *others: Tensor) -> bool:
     """Return whether the kernel supports (B, h, N, d) arrays: float32 on a CPU, contiguous rows, large, built."""
+    if torch.compiler.is_compiling():
+        return False
     plain = all(
         t.device.type == "cpu" and t.dtype == torch.float32 and t.stride(-1) == 1 and t.dim() == 4
         for t in (q, k, *others)
     )
     large = plain and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] >= MIN_SCORES
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  it is documented
-    return large and not torch.compiler.is_compiling() and not tracing and load() is not None
+    return large and not tracing and load() is not None
 
 
 def _call(name: str, scale: float, arrays: Sequence[Tensor | None], mask: Tensor | None, *rows: Tensor | None) -> None:

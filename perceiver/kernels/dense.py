@@ -52,13 +52,13 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
 def usable(x: Tensor, weight: Tensor) -> bool:
     """Return whether `linear` uses oneDNN: float32 on such a CPU, outside autocast and tracing, and large enough."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= MIN_PRODUCT
         and faster()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  it is documented
     )
 

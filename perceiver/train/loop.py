@@ -13,7 +13,7 @@ from pydantic import AliasChoices, Field, model_validator
 from perceiver.config import Config, Count, Epochs, Location, Size
 from perceiver.hashing import FIRST, GOLDEN, SECOND, mix64
 from perceiver.tasks import Batch
-from perceiver.train.engine.protocol import Engine, Precision, StepResult
+from perceiver.train.engine.protocol import Compile, Engine, Precision, StepResult
 
 
 class KeepBest(Config):
@@ -58,6 +58,14 @@ class TrainConfig(SavingConfig):
         description="initial weights: a run's folder, a checkpoint, a .safetensors file or a transformers folder",
     )
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
+    compile: Compile = Field(
+        default="auto",
+        description="torch.compile of a Perceiver's layers; auto: on GPUs, with ZeRO stages 0 to 2",
+    )
+    bf16_residual: bool = Field(
+        default=False,
+        description="also keep the latents between layers in bf16, under precision bf16: less memory and time",
+    )
     log_every: Count = Field(default=10, description="steps between two records of the training metrics")
     eval_every: Epochs = Field(default=1.0, description="epochs between two evaluations")
     eval_async: bool = Field(

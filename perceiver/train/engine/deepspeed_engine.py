@@ -44,6 +44,7 @@ from perceiver.train.engine.deepspeed_internals import (
     skip_shared_memory_build,
 )
 from perceiver.train.engine.protocol import (
+    Compile,
     MetricSums,
     PendingSums,
     Precision,
@@ -53,6 +54,7 @@ from perceiver.train.engine.protocol import (
     cpu_float32,
     default_device,
     evaluate,
+    set_layers,
     set_learning_rate,
     tell_step,
     untrained,
@@ -102,6 +104,8 @@ class DeepSpeedEngine:
         *,
         device: torch.device | None = None,
         precision: Precision = "auto",
+        compile: Compile = "auto",
+        half_residual: bool = False,
     ) -> None:
         """Build the engine on every rank.
 
@@ -114,6 +118,8 @@ class DeepSpeedEngine:
             batch: micro-batch size, accumulation and world size, for DeepSpeed's own bookkeeping.
             device: default: the current GPU, else the CPU.
             precision: see `train.precision`.
+            compile: see `train.compile`.
+            half_residual: see `train.bf16_residual`.
 
         Raises:
             UserError: the DeepSpeed JSON contradicts the recipe.
@@ -129,6 +135,7 @@ class DeepSpeedEngine:
         self.rank, self.world = self.ranks.rank, self.ranks.world
         assert self.world == batch.world, (self.world, batch.world)
         self.zero_stage: int = plan["zero_optimization"]["stage"]
+        set_layers(module, compile, half_residual=half_residual, zero_stage=self.zero_stage, device=self.device)
         self._task, self._optim, self._schedule = task, optim, schedule
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self._params = [param for param in module.parameters() if param.requires_grad]

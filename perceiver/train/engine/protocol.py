@@ -17,11 +17,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from perceiver.compiled import CompiledLayers
 from perceiver.config import UserError
+from perceiver.model import Encoder
 from perceiver.tasks import Batch, LossOutput, Task
 from perceiver.train.engine.ranks import Pending, Ranks
 
 Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,20 @@ def allow_tf32(half: bool, device: torch.device) -> None:
     """Let a GPU compute the float32 products that remain in bf16 in TF32, which has three bits more than bf16."""
     if half and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+def set_layers(
+    module: nn.Module, compile: Compile, *, half_residual: bool, zero_stage: int, device: torch.device
+) -> None:
+    """Set whether a Perceiver's layers are compiled and its latents kept in bf16; other models have no such layers.
+
+    They are not compiled at ZeRO stage 3, whose hooks gather each layer's weights.
+    """
+    on = (compile == "on" or (compile == "auto" and device.type == "cuda")) and zero_stage < 3
+    for part in module.modules():
+        if isinstance(part, Encoder):
+            part.compiled = CompiledLayers() if on else None
+            part.half_residual = half_residual
 
 
 def default_device() -> torch.device:
