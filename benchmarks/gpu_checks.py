@@ -61,7 +61,7 @@ MODEL: dict[str, Any] = {
     "self_attends_per_block": 2,
     "heads": 4,
 }
-BATCH, MICRO_BATCHES = 128, 2
+BATCH, TINY_BATCH, MICRO_BATCHES = 128, 32, 2
 FROZEN = "latents"
 STAGES = (0, 1, 2, 3)
 OPTIMIZERS = ("adamw", "lamb")
@@ -89,15 +89,15 @@ def digits(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 class Digits:
     """The batches of a step: the same rows at every call, for any device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, rows: int = BATCH) -> None:
+        self.device, self.rows = device, rows
         self.images, self.labels = digits(device)
 
     def batch(self, step: int) -> Batch:
         """Return the global batch of a step."""
         generator = torch.Generator().manual_seed(step)
-        rows = torch.randint(len(self.images), (BATCH,), generator=generator).to(self.device)
-        valid = torch.ones(BATCH, dtype=torch.bool, device=self.device)
+        rows = torch.randint(len(self.images), (self.rows,), generator=generator).to(self.device)
+        valid = torch.ones(self.rows, dtype=torch.bool, device=self.device)
         return {"image": self.images[rows], "label": self.labels[rows], "valid": valid, "sample_id": rows}
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -127,7 +127,7 @@ def loop(data: Digits, steps: int, half: bool) -> Curve:
     losses = []
     for step in range(steps):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=half):
-            loss = task.loss(trained, data.batch(step)).loss_sum / BATCH
+            loss = task.loss(trained, data.batch(step)).loss_sum / data.rows
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), config.clip or math.inf)
         optimizer.step()
@@ -138,7 +138,7 @@ def loop(data: Digits, steps: int, half: bool) -> Curve:
 
 def check_bf16(data: Digits, tiny: bool) -> Iterator[Verdict]:
     """Compare the ends of two loss curves."""
-    curves = {half: loop(data, 40 if tiny else 200, half) for half in (False, True)}
+    curves = {half: loop(data, 60 if tiny else 200, half) for half in (False, True)}
     single, half = (statistics.fmean(curves[half][-LAST:]) for half in (False, True))
     close = abs(half - single) <= CLOSE * max(half, single) + NEAR
     learned = single < curves[False][0] / 2
@@ -151,7 +151,7 @@ def check_bf16(data: Digits, tiny: bool) -> Iterator[Verdict]:
 
 
 def engine(
-    kind: str, stage: int, seed: int = 0, precision: Precision = "fp32", frozen: bool = False
+    rows: int, kind: str, stage: int, seed: int = 0, precision: Precision = "fp32", frozen: bool = False
 ) -> DeepSpeedEngine:
     """Return an engine over the model; each of its tensors is cut at stage 3, however small."""
     module = model(seed)
@@ -161,7 +161,7 @@ def engine(
     section = DeepSpeedConfig.model_validate({"zero_stage": stage, "config": settings})
     task, plan = (
         build_task(ClassificationConfig(), classes=CLASSES),
-        BatchPlan(BATCH // MICRO_BATCHES, MICRO_BATCHES, 1),
+        BatchPlan(rows // MICRO_BATCHES, MICRO_BATCHES, 1),
     )
     return DeepSpeedEngine(module, task, optim(kind), lambda step: 1.0, section, plan, precision=precision)
 
@@ -174,7 +174,7 @@ def check_zero(data: Digits, tiny: bool) -> Iterator[Verdict]:
     """Compare the losses of the ZeRO stages, step by step."""
     count = 6 if tiny else 20
     for kind in OPTIMIZERS:
-        curves = {stage: steps(engine(kind, stage), data, range(count)) for stage in STAGES}
+        curves = {stage: steps(engine(data.rows, kind, stage), data, range(count)) for stage in STAGES}
         worst = max(abs(a / b - 1) for curve in curves.values() for a, b in zip(curve, curves[0], strict=True))
         result = {f"zero{stage}": curve[-1] for stage, curve in curves.items()} | {"largest_difference": worst}
         falls = curves[0][-1] < curves[0][0]
@@ -189,12 +189,12 @@ def check_zero(data: Digits, tiny: bool) -> Iterator[Verdict]:
 def resumed(data: Digits, kind: str, stage: int, count: int, precision: Precision) -> tuple[Any, bool]:
     """Train, save in the middle, continue in a new engine; return the last losses, and whether all bits are equal."""
     middle = count // 2
-    first = engine(kind, stage, precision=precision, frozen=True)
+    first = engine(data.rows, kind, stage, precision=precision, frozen=True)
     before = steps(first, data, range(middle))
     with tempfile.TemporaryDirectory() as place:
         first.save(Path(place))
         wanted, weights = steps(first, data, range(middle, count)), first.weights()
-        again = engine(kind, stage, seed=1, precision=precision, frozen=True)
+        again = engine(data.rows, kind, stage, seed=1, precision=precision, frozen=True)
         loaded = again.load(Path(place))
     found, others = steps(again, data, range(middle, count)), again.weights()
     assert weights is not None and others is not None
@@ -297,8 +297,8 @@ def main() -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: cuBLAS gives the same bits
     device = default_device()
     names = arguments.check or (["tests", *CHECKS] if device.type == "cuda" else [*CHECKS])
-    passed = True
-    for check, result, wanted, good in verdicts(names, Digits(device), arguments.tiny):
+    data, passed = Digits(device, TINY_BATCH if arguments.tiny else BATCH), True
+    for check, result, wanted, good in verdicts(names, data, arguments.tiny):
         line = {"table": "checks", "check": check, "result": result, "wanted": wanted, "passed": good}
         print(json.dumps(line), flush=True)
         passed &= good

@@ -87,8 +87,8 @@ def write_files(make: Callable[[int], bytes], folder: Path, count: int, suffix: 
     return sum(sizes) / count
 
 
-def prepare(source: str, raw: Path, target: Path) -> None:
-    """Prepare a folder of files; a tenth is held out as split `test`."""
+def prepare(source: str, raw: Path, target: Path, count: int) -> None:
+    """Prepare a folder of that many files; a tenth, at least one per class, is held out as split `test`."""
     import perceiver
 
-    perceiver.prepare(source, raw, target, progress=False, held_out=0.1)
+    perceiver.prepare(source, raw, target, progress=False, held_out=max(0.1, CLASSES / count))

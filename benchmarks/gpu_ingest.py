@@ -115,16 +115,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="40 samples, few batches")
     parser.add_argument("--kind", choices=KINDS, action="append", help="all by default")
-    parser.add_argument("--step-ms", type=float, action="append", help="of a batch, besides 0; default 150 and 300")
+    parser.add_argument("--step-ms", type=float, action="append", help="of a batch, besides 0; default 200")
     parser.add_argument("--tasks", type=int, default=8, help="data tasks at a time")
-    parser.add_argument("--skip", type=int, default=16, help="batches of each pace that are left out")
+    parser.add_argument("--skip", type=int, default=24, help="batches of each pace that are left out")
     parser.add_argument("--count", type=int, help="samples to make; default 1500 JPEGs, 320 videos")
     given = parser.parse_args()
     set_quiet_environment()
     from perceiver.train.engine.protocol import default_device
 
     device = default_device()
-    paces, skip, tasks = [0.0, *(given.step_ms or [150.0, 300.0])], given.skip, given.tasks
+    paces, skip, tasks = [0.0, *(given.step_ms or [200.0])], given.skip, given.tasks
     if given.tiny:
         paces, skip, tasks = [0.0, 20.0], 2, 1
     start_ray(ClusterConfig())
@@ -135,8 +135,9 @@ def main() -> None:
             if given.tiny:
                 kind.shrink()
             try:
-                size = gpu_data.write_files(kind.make, folder / "raw", given.count or kind.count, kind.suffix)
-                gpu_data.prepare(kind.source, folder / "raw", folder / "prepared")
+                count = given.count or kind.count
+                size = gpu_data.write_files(kind.make, folder / "raw", count, kind.suffix)
+                gpu_data.prepare(kind.source, folder / "raw", folder / "prepared", count)
                 for found in measure(kind, folder / "prepared", tasks, paces, skip, device):
                     print(json.dumps({**line, "mean_bytes": round(size), **found}), flush=True)
             except Exception as error:  # noqa: BLE001  the other kind is measured all the same
