@@ -306,23 +306,28 @@ def _dense(q: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _separable(q: Tensor, inputs: Inputs) -> Tensor:
-    """softmax(q x^T) x for x the normalised inputs on a grid, from its axis tables: (B, N, C) -> (B, N, C)."""
+    """softmax(q x^T) x for x the normalised inputs on a grid, from its axis tables: (B, N, C) -> (B, N, C).
+
+    An element of x is its channels minus their mean, times a scale. A query without its own mean gives the same scores
+    from the channels alone, and the result without its mean is that of x: the elements' means are never used.
+    """
     grid = inputs.grid
     assert grid is not None
     features, scale = inputs.separable_factors
     batch = features.shape[0]
     table = grid.table.to(q.dtype)
     data = inputs.data.shape[2]
-    on_features = torch.cat([q[..., :data], -q.sum(-1, keepdim=True)], dim=-1)
+    q = q - q.mean(-1, keepdim=True)
     per_axis = q[..., data:] @ table.t()
     lead, width = sum(grid.shape[:-1]), grid.shape[-1]
     columns = per_axis[..., lead:]
     rows = spread(per_axis[..., :lead], grid.shape[:-1]) if lead else per_axis.new_zeros(*per_axis.shape[:-1], 1)
-    on_features, rows, columns = (part.expand(batch, -1, -1) for part in (on_features, rows, columns))
+    on_features, rows, columns = (part.expand(batch, -1, -1) for part in (q[..., :data], rows, columns))
     moments, by_row, by_column = separable_moments(on_features, rows, columns, features, scale)
     assert by_column.shape[-1] == width
     marginals = torch.cat([*_fold_rows(by_row, grid.shape[:-1]), by_column], dim=-1)
-    return torch.cat([moments[..., :data], marginals @ table], dim=-1) - moments[..., data:]
+    out = torch.cat([moments, marginals @ table], dim=-1)
+    return out - out.mean(-1, keepdim=True)
 
 
 def _fold_rows(by_row: Tensor, shape: tuple[int, ...]) -> list[Tensor]:

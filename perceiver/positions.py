@@ -169,9 +169,9 @@ class Inputs:
 
     @cached_property
     def separable_factors(self) -> tuple[Tensor, Tensor]:
-        """The factors of `normalised` on a grid: features (B, C_data + 1, M) and scale (B, M), never (B, M, C).
+        """The factors of `normalised` on a grid: features (B, C_data, M) and scale (B, M), never (B, M, C).
 
-        With mean m and scale r = 1/std of an element: normalised = r (x - m). The features are r * data and r * m.
+        With mean m and scale r = 1/std of an element: normalised = r (x - m). The features are r * data.
         """
         assert self.grid is not None
         table = self.grid.table.to(self.data.dtype)
@@ -180,4 +180,4 @@ class Inputs:
         mean = (data.sum(1) + sums[0]) / self.channels
         square = (data.square().sum(1) + sums[1]) / self.channels
         scale = (square - mean.square() + LAYER_NORM_EPS).rsqrt()
-        return torch.cat([data, mean[:, None]], dim=1) * scale[:, None], scale
+        return data * scale[:, None], scale

@@ -17,8 +17,8 @@ from torch.library import custom_op
 from perceiver.kernels.extension import load
 
 log = logging.getLogger(__name__)
-FEATURES = range(2, 6)
-"""Feature counts (data channels + 1) that the kernels support."""
+FEATURES = range(1, 6)
+"""Feature counts (data channels) that the kernels support."""
 
 
 class KernelCount:

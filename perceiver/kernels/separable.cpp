@@ -201,8 +201,8 @@ void backward(const Shape& s, int threads, const float* q, const float* rows, co
 }  // namespace
 
 #define FOR_FEATURES(CALL) \
-    switch (features_count) { case 2: CALL(2); break; case 3: CALL(3); break; case 4: CALL(4); break; \
-                              case 5: CALL(5); break; default: return 1; } return 0;
+    switch (features_count) { case 1: CALL(1); break; case 2: CALL(2); break; case 3: CALL(3); break; \
+                              case 4: CALL(4); break; case 5: CALL(5); break; default: return 1; } return 0;
 
 extern "C" {
 

@@ -1,0 +1,459 @@
+"""`separable_moments` on GPUs, in Triton, with a fixed reference in place of the running maximum of `separable_triton`.
+
+A softmax is the same for any reference that its scores are relative to, as long as nothing overflows. The reference of
+a latent is the maximum of its scores in the first row of a band, so no sum is ever rescaled. A band whose sums exceed
+`LIMIT` (a score far above that row's) is computed again with its true maximum. Everything else is as in
+`separable_triton`: a thread processes whole latents, the order of summation is fixed, scores are in base 2.
+"""
+
+# Type checkers do not understand Triton's language.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a pass is divided.
+
+    Args:
+        part: columns of a tile, and
+        parts: tiles next to each other: `part * parts` columns are a strip, whose sums a thread keeps.
+        block: latents per program.
+        warps: warps per program, which divide its latents.
+        programs: programs that occupy the GPU; if batch and latents give fewer, the rows are divided into bands.
+        stages: rows of features in flight, in shared memory if more than one.
+        registers: most registers per thread, to have more warps per multiprocessor; None for the compiler's choice.
+    """
+
+    part: int = 8
+    parts: int = 1
+    block: int = 128
+    warps: int = 1
+    programs: int = 2048
+    stages: int = 1
+    registers: int | None = None
+
+
+CANDIDATES = {
+    "8 columns": Plan(programs=1056),
+    "8 columns, 2048 programs": Plan(),
+    "8 columns, staged": Plan(programs=1056, stages=2),
+    "2 x 4 columns, 168 registers": Plan(part=4, parts=2, programs=1584, registers=168),
+    "2 x 4 columns, staged, 168 registers": Plan(part=4, parts=2, programs=1584, stages=2, registers=168),
+    "4 columns, 128 registers": Plan(part=4, programs=2112, registers=128),
+    "8 columns, 512 latents": Plan(block=512, warps=4, programs=264),
+}
+"""What `benchmarks/gpu_kernel.py` measures; the fastest one stays."""
+FORWARD = CANDIDATES["8 columns"]
+BACKWARD = CANDIDATES["8 columns"]
+MIN_BAND = 8
+TILE = 32
+"""Side of the tiles that are transposed."""
+LIMIT = 1.0e30
+"""Greatest sum of weights that leaves room for its products with features in float32."""
+
+
+@triton.jit
+def _vectors(source, n, alive, latents, count: tl.constexpr):
+    """Return `count` vectors over the latents, (count, N) in memory."""
+    loaded = ()
+    for index in tl.static_range(count):
+        loaded += (tl.load(source + index * latents + n, mask=alive, other=0.0),)
+    return loaded
+
+
+@triton.jit
+def _columns(source, left, n, alive, latents, width, part: tl.constexpr, parts: tl.constexpr):
+    """Return `parts` tiles (part, latents) of one strip, (W, N) in memory."""
+    tiles = ()
+    for index in tl.static_range(parts):
+        x = left + index * part + tl.arange(0, part)
+        reach = (x < width)[:, None] & alive[None, :]
+        tiles += (tl.load(source + x[:, None] * latents + n[None, :], mask=reach, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _store_columns(target, tiles, left, n, alive, latents, width, part: tl.constexpr, parts: tl.constexpr):
+    for index in tl.static_range(parts):
+        x = left + index * part + tl.arange(0, part)
+        reach = (x < width)[:, None] & alive[None, :]
+        tl.store(target + x[:, None] * latents + n[None, :], tiles[index], mask=reach)
+
+
+@triton.jit
+def _inputs(features_at, scale_at, x, y, size, width, count: tl.constexpr, whole: tl.constexpr):
+    """Return the features and the scale, each (columns, 1), of one row's inputs."""
+    at = y * width + x
+    features = ()
+    if whole:
+        scale = tl.load(scale_at + at)
+        for index in tl.static_range(count):
+            features += (tl.load(features_at + index * size + at)[:, None],)
+    else:
+        scale = tl.load(scale_at + at, mask=x < width, other=0.0)
+        for index in tl.static_range(count):
+            features += (tl.load(features_at + index * size + at, mask=x < width, other=0.0)[:, None],)
+    return features, scale[:, None]
+
+
+@triton.jit
+def _scores(start, q, column, row, features, scale, count: tl.constexpr):
+    """Return (columns, latents) start + q . features + scale * (row + column)."""
+    scores = features[0] * q[0][None, :] + start[None, :]
+    for index in tl.static_range(1, count):
+        scores += features[index] * q[index][None, :]
+    return scores + (column + row[None, :]) * scale
+
+
+@triton.jit
+def forward_kernel(
+    q_at,
+    rows_at,
+    columns_at,
+    features_at,
+    scale_at,
+    moments_at,
+    by_row_at,
+    by_column_at,
+    top_at,
+    total_at,
+    latents,
+    height,
+    width,
+    band,
+    count: tl.constexpr,
+    part: tl.constexpr,
+    parts: tl.constexpr,
+    block: tl.constexpr,
+    whole: tl.constexpr,
+    stages: tl.constexpr,
+    limit: tl.constexpr,
+):
+    """Compute the sums of one batch item, a block of latents and a band of rows, relative to the stored `top`."""
+    n = tl.program_id(0) * block + tl.arange(0, block)
+    number, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    alive = n < latents
+    size = height * width
+    slot = number * tl.num_programs(2) + item
+    q = _vectors(q_at + item * count * latents, n, alive, latents, count)
+    columns_at += item * width * latents
+    features_at += item * count * size
+    scale_at += item * size
+    first, last = number * band, tl.minimum(number * band + band, height)
+    seen = first + 1
+    trial = 0
+    while trial < 2:
+        top = tl.full([block], -1.0e30, tl.float32)
+        for left in range(0, width, part):
+            x = left + tl.arange(0, part)
+            (column,) = _columns(columns_at, left, n, alive, latents, width, part, 1)
+            for y in range(first, seen):
+                row = tl.load(rows_at + (item * height + y) * latents + n, mask=alive, other=0.0)
+                features, scale = _inputs(features_at, scale_at, x, y, size, width, count, whole)
+                scores = _scores(tl.zeros([block], tl.float32), q, column, row, features, scale, count)
+                if not whole:
+                    scores = tl.where((x < width)[:, None], scores, -1.0e30)
+                top = tl.maximum(top, tl.max(scores, 0))
+        total = tl.zeros([block], tl.float32)
+        moments = ()
+        for _ in tl.static_range(count):
+            moments += (tl.zeros([block], tl.float32),)
+        for left in range(0, width, part * parts):
+            columns = _columns(columns_at, left, n, alive, latents, width, part, parts)
+            by_columns = ()
+            for _ in tl.static_range(parts):
+                by_columns += (tl.zeros([part, block], tl.float32),)
+            for y in tl.range(first, last, num_stages=stages):
+                line = (item * height + y) * latents + n
+                row = tl.load(rows_at + line, mask=alive, other=0.0)
+                by_row = tl.load(by_row_at + line, mask=alive & (left > 0), other=0.0)
+                faded = ()
+                for index in tl.static_range(parts):
+                    x = left + index * part + tl.arange(0, part)
+                    features, scale = _inputs(features_at, scale_at, x, y, size, width, count, whole)
+                    scores = _scores(-top, q, columns[index], row, features, scale, count)
+                    if not whole:
+                        scores = tl.where((x < width)[:, None], scores, -1.0e30)
+                    weights = tl.exp2(scores)
+                    total += tl.sum(weights, 0)
+                    added = ()
+                    for feature in tl.static_range(count):
+                        added += (moments[feature] + tl.sum(weights * features[feature], 0),)
+                    moments = added
+                    by_row += tl.sum(weights * scale, 0)
+                    faded += (by_columns[index] + weights * scale,)
+                by_columns = faded
+                tl.store(by_row_at + line, by_row, mask=alive)
+            target = by_column_at + slot * width * latents
+            _store_columns(target, by_columns, left, n, alive, latents, width, part, parts)
+            tl.debug_barrier()
+        for index in tl.static_range(count):
+            tl.store(moments_at + (slot * count + index) * latents + n, moments[index], mask=alive)
+        tl.store(top_at + slot * latents + n, top, mask=alive)
+        tl.store(total_at + slot * latents + n, total, mask=alive)
+        trial = tl.where(tl.min((total < limit).to(tl.int32), 0) > 0, 2, trial + 1)
+        seen = last
+
+
+@triton.jit
+def backward_kernel(
+    q_at,
+    rows_at,
+    columns_at,
+    features_at,
+    scale_at,
+    lse_at,
+    slope_q_at,
+    slope_rows_at,
+    slope_columns_at,
+    delta_at,
+    dq_at,
+    drows_at,
+    dcolumns_at,
+    latents,
+    height,
+    width,
+    band,
+    count: tl.constexpr,
+    part: tl.constexpr,
+    parts: tl.constexpr,
+    block: tl.constexpr,
+    whole: tl.constexpr,
+    stages: tl.constexpr,
+):
+    """Compute the gradients of one batch item, a block of latents and a band of rows."""
+    n = tl.program_id(0) * block + tl.arange(0, block)
+    number, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    alive = n < latents
+    size = height * width
+    slot = number * tl.num_programs(2) + item
+    q = _vectors(q_at + item * count * latents, n, alive, latents, count)
+    slope_q = _vectors(slope_q_at + item * count * latents, n, alive, latents, count)
+    lse = tl.load(lse_at + item * latents + n, mask=alive, other=0.0)
+    delta = tl.load(delta_at + item * latents + n, mask=alive, other=0.0)
+    columns_at += item * width * latents
+    slope_columns_at += item * width * latents
+    features_at += item * count * size
+    scale_at += item * size
+    first, last = number * band, tl.minimum(number * band + band, height)
+    dq = ()
+    for _ in tl.static_range(count):
+        dq += (tl.zeros([block], tl.float32),)
+    for left in range(0, width, part * parts):
+        columns = _columns(columns_at, left, n, alive, latents, width, part, parts)
+        slope_columns = _columns(slope_columns_at, left, n, alive, latents, width, part, parts)
+        dcolumns = ()
+        for _ in tl.static_range(parts):
+            dcolumns += (tl.zeros([part, block], tl.float32),)
+        for y in tl.range(first, last, num_stages=stages):
+            line = (item * height + y) * latents + n
+            row = tl.load(rows_at + line, mask=alive, other=0.0)
+            slope_row = tl.load(slope_rows_at + line, mask=alive, other=0.0)
+            drow = tl.load(drows_at + line, mask=alive & (left > 0), other=0.0)
+            grown = ()
+            for index in tl.static_range(parts):
+                x = left + index * part + tl.arange(0, part)
+                features, scale = _inputs(features_at, scale_at, x, y, size, width, count, whole)
+                scores = _scores(-lse, q, columns[index], row, features, scale, count)
+                slope = _scores(-delta, slope_q, slope_columns[index], slope_row, features, scale, count)
+                weights = tl.exp2(scores) * slope
+                if not whole:
+                    weights = tl.where((x < width)[:, None], weights, 0.0)
+                added = ()
+                for feature in tl.static_range(count):
+                    added += (dq[feature] + tl.sum(weights * features[feature], 0),)
+                dq = added
+                drow += tl.sum(weights * scale, 0)
+                grown += (dcolumns[index] + weights * scale,)
+            dcolumns = grown
+            tl.store(drows_at + line, drow, mask=alive)
+        target = dcolumns_at + slot * width * latents
+        _store_columns(target, dcolumns, left, n, alive, latents, width, part, parts)
+        tl.debug_barrier()
+    for index in tl.static_range(count):
+        tl.store(dq_at + (slot * count + index) * latents + n, dq[index], mask=alive)
+
+
+@triton.jit
+def transpose_kernel(source_at, target_at, height, width, factor, tile: tl.constexpr):
+    """Write (B, height, width) times a factor as (B, width, height)."""
+    x, y = (tl.program_id(axis) * tile + tl.arange(0, tile) for axis in (0, 1))
+    item = tl.program_id(2).to(tl.int64) * height * width
+    inside = (y < height)[:, None] & (x < width)[None, :]
+    block = tl.load(source_at + item + y[:, None] * width + x[None, :], mask=inside, other=0.0)
+    tl.store(target_at + item + x[:, None] * height + y[None, :], tl.trans(block * factor), mask=tl.trans(inside))
+
+
+@triton.jit
+def join_kernel(
+    parts_at, factor_at, target_at, latents, length, parts, band, weighted: tl.constexpr, tile: tl.constexpr
+):
+    """Write the sum of (parts, B, length, N), `weighted` by (bands, B, N), as (B, N, length).
+
+    With `band` not 0 there is one part, and the weight of its element k is that of the band k // band.
+    """
+    n, k = tl.program_id(0) * tile + tl.arange(0, tile), tl.program_id(1) * tile + tl.arange(0, tile)
+    item, batch = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    inside = (k < length)[:, None] & (n < latents)[None, :]
+    total = tl.zeros([tile, tile], tl.float32)
+    for number in range(parts):
+        slot = number * batch + item
+        block = tl.load(parts_at + (slot * length + k[:, None]) * latents + n[None, :], mask=inside, other=0.0)
+        if weighted:
+            slots = tl.where(band > 0, k // tl.maximum(band, 1), number) * batch + item
+            block *= tl.load(factor_at + slots[:, None] * latents + n[None, :], mask=inside, other=0.0)
+        total += block
+    tl.store(target_at + (item * latents + n[:, None]) * length + k[None, :], tl.trans(total), mask=tl.trans(inside))
+
+
+def _ceil(amount: int, part: int) -> int:
+    return -(-amount // part)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class _Launch:
+    """The division of a call into programs: blocks of latents, bands of rows, items of the batch."""
+
+    def __init__(self, q: Tensor, rows: Tensor, columns: Tensor, plan: Plan) -> None:
+        self.plan = plan
+        self.batch, self.latents, self.count = q.shape
+        self.height, self.width = rows.shape[2], columns.shape[2]
+        blocks = _ceil(self.latents, plan.block)
+        bands = max(1, min(plan.programs // (self.batch * blocks), self.height // MIN_BAND))
+        self.band = _ceil(self.height, bands)
+        self.bands = _ceil(self.height, self.band)
+        self.grid = (blocks, self.bands, self.batch)
+
+    def run(self, kernel: Any, *tensors: Tensor, **constants: Any) -> None:
+        """Launch a kernel on the GPU of these arrays."""
+        plan = self.plan
+        if plan.registers is not None and tensors[0].is_cuda:
+            constants["maxnreg"] = plan.registers
+        with _on(tensors[0].device):
+            kernel[self.grid](
+                *tensors,
+                self.latents,
+                self.height,
+                self.width,
+                self.band,
+                count=self.count,
+                part=plan.part,
+                parts=plan.parts,
+                block=plan.block,
+                whole=self.width % (plan.part * plan.parts) == 0,
+                stages=plan.stages,
+                num_warps=plan.warps,
+                **constants,
+            )
+
+    def join(self, parts: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Return the sum over bands of (bands, B, K, N), or all bands' rows (1, B, H, N), as (B, N, K).
+
+        Args:
+            parts: the bands' sums.
+            factor: (bands, B, N) factors of the bands.
+        """
+        length = parts.shape[2]
+        joined = parts.new_empty(self.batch, self.latents, length)
+        by_row = factor is not None and len(parts) < len(factor)
+        with _on(parts.device):
+            join_kernel[_ceil(self.latents, TILE), _ceil(length, TILE), self.batch](
+                parts,
+                parts if factor is None else factor,
+                joined,
+                self.latents,
+                length,
+                len(parts),
+                self.band if by_row else 0,
+                weighted=factor is not None,
+                tile=TILE,
+            )
+        return joined
+
+
+def _across(x: Tensor, factor: float = 1.0) -> Tensor:
+    """Return (B, N, K) times a factor as (B, K, N), so that neighbouring latents are adjacent in memory."""
+    x = x.contiguous()
+    batch, latents, length = x.shape
+    turned = x.new_empty(batch, length, latents)
+    with _on(x.device):
+        transpose_kernel[_ceil(length, TILE), _ceil(latents, TILE), batch](
+            x, turned, latents, length, factor, tile=TILE
+        )
+    return turned
+
+
+def forward(
+    q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor, plan: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the three moments of `perceiver.shared_kv.separable_moments` and the log-sum-exp (B, N)."""
+    launch = _Launch(q, rows, columns, plan or FORWARD)
+    parts = (launch.bands, launch.batch)
+    moments = q.new_empty(*parts, launch.count, launch.latents)
+    by_row = q.new_empty(1, launch.batch, launch.height, launch.latents)
+    by_column = q.new_empty(*parts, launch.width, launch.latents)
+    top, total = q.new_empty(2, *parts, launch.latents)
+    launch.run(
+        forward_kernel,
+        *(_across(x, LOG2E) for x in (q, rows, columns)),
+        features.contiguous(),
+        scale.contiguous(),
+        moments,
+        by_row,
+        by_column,
+        top,
+        total,
+        limit=LIMIT,
+    )
+    highest = top.amax(0)
+    factor = (top - highest).exp2()
+    total = (total * factor).sum(0)
+    factor = factor / total
+    lse = (highest + total.log2()) / LOG2E
+    return *(launch.join(part, factor) for part in (moments, by_row, by_column)), lse  # type: ignore[return-value]
+
+
+def backward(
+    q: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    features: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    slopes: list[Tensor],
+    delta: Tensor,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, rows and columns given the moments' gradients `slopes` and delta (B, N)."""
+    launch = _Launch(q, rows, columns, plan or BACKWARD)
+    dq = q.new_empty(launch.bands, launch.batch, launch.count, launch.latents)
+    drows = q.new_empty(1, launch.batch, launch.height, launch.latents)
+    dcolumns = q.new_empty(launch.bands, launch.batch, launch.width, launch.latents)
+    launch.run(
+        backward_kernel,
+        *(_across(x, LOG2E) for x in (q, rows, columns)),
+        features.contiguous(),
+        scale.contiguous(),
+        lse * LOG2E,
+        *map(_across, slopes),
+        delta.contiguous(),
+        dq,
+        drows,
+        dcolumns,
+    )
+    return launch.join(dq), launch.join(drows), launch.join(dcolumns)
