@@ -1,4 +1,4 @@
-"""The DeepSpeed engine's step beside the bare one on a GPU: what ZeRO, clipping and the metrics add, and the host's waits.
+"""The DeepSpeed engine's step beside the bare one on a GPU: what ZeRO, clipping and metrics add, the host's waits.
 
     python benchmarks/gpu_engine.py            # JSON lines; one rank
     python benchmarks/gpu_engine.py --tiny     # a small model on the CPU, to try the script

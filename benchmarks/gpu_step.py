@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -331,7 +332,7 @@ def optimizers(setting: Setting) -> None:
 
 
 def start(setting: Setting) -> None:
-    """Time the first step of a process with an empty compiler cache and of one that finds it, and compare their bits."""
+    """Time the first step with an empty compiler cache and with a full one, and compare the weights' bits."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         for cache, name in ((one, "empty cache"), (one, "same cache"), (other, "another empty cache")):
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}

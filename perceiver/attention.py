@@ -79,7 +79,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Return a context without autocast, on devices that have it."""
-    if not torch.amp.is_autocast_available(device_type):
+    # A device type that can be compiled for has autocast, and torch 2.11 cannot trace the question.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
