@@ -16,7 +16,6 @@ signal after a signal.
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
@@ -218,9 +217,10 @@ def follow(process: subprocess.Popen[bytes], limit: float, stop: Stop) -> Iterat
 
 
 def last_lines(log: BinaryIO, start: int) -> str:
-    """Return the last lines of a log, from a position on."""
+    """Return the last lines of a log, from a position on, without the name of this host (NCCL's lines have it)."""
     log.seek(max(start, log.seek(0, os.SEEK_END) - 8192))
-    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    text = re.sub(rf"\b{re.escape(platform.node())}\b", "HOST", log.read().decode(errors="replace"))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n".join(line[:ERROR_WIDTH] for line in lines[-ERROR_LINES:])
 
 
@@ -276,11 +276,10 @@ def describe() -> dict[str, Any]:
         device = torch.cuda.get_device_properties(0)
         found |= {"gpu": device.name, "gpu_gib": round(device.total_memory / 2**30)}
     found |= {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": None}
-    for package in ("triton", "pytorch-triton"):
-        try:
-            found["triton"] = found["triton"] or importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    with contextlib.suppress(ImportError):
+        import triton
+
+        found["triton"] = triton.__version__
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
     limits = Path("/sys/fs/cgroup")  # of a container

@@ -219,6 +219,9 @@ def test_the_lines_have_no_paths_outside_the_repository(out: Path, jobs: Callabl
     _, line, closing = records(out)
     wanted = "benchmarks/step.py, …/x.bin, -I…/include, file://…/b.py, 3 samples/s/GPU"
     assert line["note"] == [wanted] and closing["error"] == wanted
+    jobs(shown="import os, sys; sys.exit(os.uname().nodename + ':1 NCCL WARN')")
+    gpu.main(["--out", str(out)])
+    assert records(out)[-1]["error"] == "HOST:1 NCCL WARN"
 
 
 def test_render_shows_tables_and_what_is_missing(
