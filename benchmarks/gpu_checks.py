@@ -10,14 +10,16 @@ is a small Perceiver on their 64 pixels, in one process with a process group of 
 
 - tests: `pytest tests/perceiver/kernels/test_gpu.py`: the Triton kernels against float64, loss and gradients of small
   models against the CPU. Only on a GPU.
-- bf16: the mean loss of the last 20 of 200 steps in a plain loop of torch, under bf16 autocast and in float32.
-- zero: the losses of 20 steps through DeepSpeed at ZeRO 0 to 3, AdamW and LAMB.
+- bf16: the mean loss of the last 20 of 200 steps in a plain loop of torch, under bf16 autocast and in float32, over
+  three seeds.
+- zero: the losses of 20 steps through DeepSpeed at ZeRO 0 to 3, AdamW and LAMB; deterministic algorithms.
 - resume: saved in the middle, loaded into a new engine with other weights: the same bits of losses and weights, with
   `torch.use_deterministic_algorithms(True)`. One of the parameters is frozen.
 - resume bf16: the same under DeepSpeed's autocast, ZeRO 1 and 3. Last: DeepSpeed keeps autocast on in the process.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -66,11 +68,12 @@ FROZEN = "latents"
 STAGES = (0, 1, 2, 3)
 OPTIMIZERS = ("adamw", "lamb")
 LAST = 20
-CLOSE = 0.1
-"""The mean losses under bf16 and in float32 may differ by this part of the larger one, and by `NEAR`."""
-NEAR = 0.02
-ROUNDING = 1e-3
-"""Relative difference of the losses of two ZeRO stages: their sums have another order, and 20 steps enlarge that."""
+CLOSE = 0.05
+"""The mean losses under bf16 and in float32 may differ by this part of the first loss. From one seed they are not much
+closer, in either direction: a curve that falls quickly falls a little earlier or later with other rounding."""
+EARLY, EARLY_ROUNDING, ROUNDING = 5, 1e-5, 2e-2
+"""Relative differences of the losses of two ZeRO stages in the first steps and in all: their sums have another order,
+and each update enlarges that, since AdamW divides gradients that are all rounding by their own size."""
 
 Verdict = tuple[str, Any, Any, bool]
 """Check, result, wanted, passed."""
@@ -119,9 +122,9 @@ def optim(kind: str) -> OptimConfig:
 # bf16 against float32
 
 
-def loop(data: Digits, steps: int, half: bool) -> Curve:
+def loop(data: Digits, seed: int, steps: int, half: bool) -> Curve:
     """Train with torch alone; return the losses."""
-    trained = model(0).to(data.device).train()
+    trained = model(seed).to(data.device).train()
     task, config = build_task(ClassificationConfig(), classes=CLASSES), optim("adamw")
     optimizer = build_optimizer(config, trained)
     losses = []
@@ -137,14 +140,16 @@ def loop(data: Digits, steps: int, half: bool) -> Curve:
 
 
 def check_bf16(data: Digits, tiny: bool) -> Iterator[Verdict]:
-    """Compare the ends of two loss curves."""
-    curves = {half: loop(data, 60 if tiny else 200, half) for half in (False, True)}
-    single, half = (statistics.fmean(curves[half][-LAST:]) for half in (False, True))
-    close = abs(half - single) <= CLOSE * max(half, single) + NEAR
-    learned = single < curves[False][0] / 2
-    result = {"fp32": round(single, 5), "bf16": round(half, 5), "fp32_first_step": round(curves[False][0], 5)}
-    wanted = f"bf16 within {CLOSE:.0%} + {NEAR} of fp32, and fp32 below half of its first loss"
-    yield f"mean loss of the last {LAST} of {len(curves[False])} steps", result, wanted, close and learned
+    """Compare the ends of loss curves."""
+    count, seeds = (60, 1) if tiny else (200, 3)
+    curves = {half: [loop(data, seed, count, half) for seed in range(seeds)] for half in (False, True)}
+    ends = {half: [statistics.fmean(curve[-LAST:]) for curve in curves[half]] for half in curves}
+    single, half, first = statistics.fmean(ends[False]), statistics.fmean(ends[True]), curves[False][0][0]
+    good = abs(half - single) <= CLOSE * first and single < first / 2
+    result: dict[str, Any] = {"fp32": round(single, 5), "bf16": round(half, 5), "first_step": round(first, 5)}
+    result["seeds"] = [[round(value, 5) for value in ends[kind]] for kind in (False, True)]
+    wanted = f"bf16 within {CLOSE:.0%} of the first loss of fp32, fp32 below half of the first loss"
+    yield f"mean loss of the last {LAST} of {count} steps", result, wanted, good
 
 
 # DeepSpeed
@@ -170,20 +175,30 @@ def steps(trained: DeepSpeedEngine, data: Digits, which: range) -> Curve:
     return [trained.step(data.micro_batches(step), step).loss for step in which]
 
 
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Let torch choose deterministic algorithms, and raise where it has none."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def check_zero(data: Digits, tiny: bool) -> Iterator[Verdict]:
     """Compare the losses of the ZeRO stages, step by step."""
     count = 6 if tiny else 20
-    for kind in OPTIMIZERS:
-        curves = {stage: steps(engine(data.rows, kind, stage), data, range(count)) for stage in STAGES}
-        worst = max(abs(a / b - 1) for curve in curves.values() for a, b in zip(curve, curves[0], strict=True))
-        result = {f"zero{stage}": curve[-1] for stage, curve in curves.items()} | {"largest_difference": worst}
-        falls = curves[0][-1] < curves[0][0]
-        yield (
-            f"loss after {count} steps, {kind}",
-            result,
-            f"within {ROUNDING} at each step",
-            worst <= ROUNDING and falls,
-        )
+    wanted = f"differences within {EARLY_ROUNDING} in the first {EARLY} steps, {ROUNDING} in all; the loss falls"
+    with deterministic():
+        for kind in OPTIMIZERS:
+            curves = {stage: steps(engine(data.rows, kind, stage), data, range(count)) for stage in STAGES}
+            pairs = [zip(curve, curves[0], strict=True) for curve in curves.values()]
+            differences = [max(abs(a / b - 1) for a, b in at) for at in zip(*pairs, strict=True)]
+            early, worst = max(differences[:EARLY]), max(differences)
+            result = {f"zero{stage}": curve[-1] for stage, curve in curves.items()}
+            good = early <= EARLY_ROUNDING and worst <= ROUNDING and curves[0][-1] < curves[0][0]
+            yield f"loss after {count} steps, {kind}", {**result, "early": early, "largest": worst}, wanted, good
 
 
 def resumed(data: Digits, kind: str, stage: int, count: int, precision: Precision) -> tuple[Any, bool]:
@@ -209,14 +224,10 @@ def check_resume(data: Digits, tiny: bool, precision: Precision = "fp32") -> Ite
     cases = [(kind, stage) for kind in OPTIMIZERS for stage in STAGES]
     if precision == "bf16":
         cases = [("adamw", 1), ("lamb", 1), ("lamb", 3)]
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         for kind, stage in cases:
             name = f"resume after {count // 2} of {count} steps, {kind}, ZeRO {stage}, {precision}"
             yield from attempt(name, lambda kind=kind, stage=stage: resumed(data, kind, stage, count, precision))
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
 
 
 def check_resume_bf16(data: Digits, tiny: bool) -> Iterator[Verdict]:
