@@ -46,17 +46,18 @@ class Plan:
 
 
 CANDIDATES = {
-    "8 columns": Plan(programs=1056),
-    "8 columns, 2048 programs": Plan(),
-    "8 columns, staged": Plan(programs=1056, stages=2),
-    "2 x 4 columns, 168 registers": Plan(part=4, parts=2, programs=1584, registers=168),
-    "2 x 4 columns, staged, 168 registers": Plan(part=4, parts=2, programs=1584, stages=2, registers=168),
-    "4 columns, 128 registers": Plan(part=4, programs=2112, registers=128),
-    "8 columns, 512 latents": Plan(block=512, warps=4, programs=264),
+    "8 x 128": Plan(programs=1056),
+    "8 x 128, short bands": Plan(programs=2112),
+    "8 x 64": Plan(block=64, programs=1584),
+    "8 x 64, 128 registers": Plan(block=64, programs=2112, registers=128),
+    "8 x 64, 128 registers, short bands": Plan(block=64, programs=4224, registers=128),
+    "8 x 64, 128 registers, staged": Plan(block=64, programs=2112, stages=2, registers=128),
+    "16 x 64, 168 registers": Plan(parts=2, block=64, programs=1584, registers=168),
+    "2 x 4 x 128, 168 registers": Plan(part=4, parts=2, programs=1584, registers=168),
+    "4 x 128, 168 registers": Plan(part=4, programs=1584, registers=168),
 }
 """What `benchmarks/gpu_kernel.py` measures; the fastest one stays."""
-FORWARD = CANDIDATES["8 columns"]
-BACKWARD = CANDIDATES["8 columns"]
+FORWARD = BACKWARD = CANDIDATES["8 x 64"]
 MIN_BAND = 8
 TILE = 32
 """Side of the tiles that are transposed."""
@@ -118,6 +119,13 @@ def _scores(start, q, column, row, features, scale, count: tl.constexpr):
 
 
 @triton.jit
+def _add(total, x, part: tl.constexpr):
+    """Return total + the sum of x (columns, latents) over the columns, as one chain of fused multiply-adds."""
+    first = (tl.arange(0, part) == 0)[:, None]
+    return tl.sum(tl.where(first, x + total[None, :], x), 0)
+
+
+@triton.jit
 def forward_kernel(
     q_at,
     rows_at,
@@ -139,10 +147,11 @@ def forward_kernel(
     block: tl.constexpr,
     whole: tl.constexpr,
     stages: tl.constexpr,
+    each: tl.constexpr,
     limit: tl.constexpr,
 ):
     """Compute the sums of one batch item, a block of latents and a band of rows, relative to the stored `top`."""
-    n = tl.program_id(0) * block + tl.arange(0, block)
+    n = tl.max_contiguous(tl.program_id(0) * block + tl.arange(0, block), each)
     number, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     alive = n < latents
     size = height * width
@@ -187,12 +196,12 @@ def forward_kernel(
                     if not whole:
                         scores = tl.where((x < width)[:, None], scores, -1.0e30)
                     weights = tl.exp2(scores)
-                    total += tl.sum(weights, 0)
+                    total = _add(total, weights, part)
                     added = ()
                     for feature in tl.static_range(count):
-                        added += (moments[feature] + tl.sum(weights * features[feature], 0),)
+                        added += (_add(moments[feature], weights * features[feature], part),)
                     moments = added
-                    by_row += tl.sum(weights * scale, 0)
+                    by_row = _add(by_row, weights * scale, part)
                     faded += (by_columns[index] + weights * scale,)
                 by_columns = faded
                 tl.store(by_row_at + line, by_row, mask=alive)
@@ -232,9 +241,10 @@ def backward_kernel(
     block: tl.constexpr,
     whole: tl.constexpr,
     stages: tl.constexpr,
+    each: tl.constexpr,
 ):
     """Compute the gradients of one batch item, a block of latents and a band of rows."""
-    n = tl.program_id(0) * block + tl.arange(0, block)
+    n = tl.max_contiguous(tl.program_id(0) * block + tl.arange(0, block), each)
     number, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     alive = n < latents
     size = height * width
@@ -273,9 +283,9 @@ def backward_kernel(
                     weights = tl.where((x < width)[:, None], weights, 0.0)
                 added = ()
                 for feature in tl.static_range(count):
-                    added += (dq[feature] + tl.sum(weights * features[feature], 0),)
+                    added += (_add(dq[feature], weights * features[feature], part),)
                 dq = added
-                drow += tl.sum(weights * scale, 0)
+                drow = _add(drow, weights * scale, part)
                 grown += (dcolumns[index] + weights * scale,)
             dcolumns = grown
             tl.store(drows_at + line, drow, mask=alive)
@@ -357,6 +367,7 @@ class _Launch:
                 block=plan.block,
                 whole=self.width % (plan.part * plan.parts) == 0,
                 stages=plan.stages,
+                each=plan.block // (32 * plan.warps),
                 num_warps=plan.warps,
                 **constants,
             )

@@ -19,7 +19,7 @@ SMALL = [(2, 40, 4, 12, 20), (1, 130, 2, 16, 8), (2, 33, 5, 5, 7), (1, 3, 1, 1, 
 LARGE = [(2, 512, 3, 224, 224), (1, 512, 4, 500, 333), (3, 100, 5, 64, 50), (64, 128, 2, 64, 64)]
 PLANS = {"one tile": Plan(), "two tiles": Plan(part=2, parts=2, block=64, programs=4, stages=2)}
 """The divisions that a candidate may have; strength 100 needs the true maximum instead of the first row's."""
-SMALL_FOR_PLANS = [(2, 20, 3, 9, 8), (1, 70, 1, 5, 7), (1, 3, 5, 1, 1)]
+SMALL_FOR_PLANS = [(1, 20, 3, 17, 8), (1, 70, 1, 5, 7), (1, 3, 5, 1, 1)]
 
 
 def differences(
