@@ -213,13 +213,17 @@ def objective(row: Row, outputs: Any, raw: Any, targets: dict[str, Tensor]) -> T
     if row.loss == "tokens":
         return functional.cross_entropy(outputs.flatten(0, 1), raw.flatten())
     if row.loss == "autoencoding":
-        return sum((value.float().abs().mean() for value in outputs.values()), torch.zeros((), device=raw["video"].device))
+        return sum(
+            (value.float().abs().mean() for value in outputs.values()), torch.zeros((), device=raw["video"].device)
+        )
     if row.loss == "flow":
         return (outputs.float() - 1).abs().mean()
     if "y" not in targets:
         shape, device = outputs.shape, outputs.device
         is_class = row.loss == "class"
-        targets["y"] = torch.randint(shape[1], shape[:1], device=device) if is_class else torch.zeros(shape, device=device)
+        targets["y"] = (
+            torch.randint(shape[1], shape[:1], device=device) if is_class else torch.zeros(shape, device=device)
+        )
     loss = functional.cross_entropy if row.loss == "class" else functional.binary_cross_entropy_with_logits
     return loss(outputs, targets["y"])
 
