@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ from perceiver.compiled import CompiledLayers  # noqa: E402
 from perceiver.factory import build_model, model_config  # noqa: E402
 from perceiver.model import Encoder  # noqa: E402
 from perceiver.optim.lamb import Lamb  # noqa: E402
+from perceiver.train.engine.cuda_graph import GraphedForward  # noqa: E402
 
 PEAK = 989.0
 """TFLOP/s of dense bf16 products by the vendor's datasheet for H100 and H200."""
@@ -148,57 +149,50 @@ def stepper(setting: Setting, model: nn.Module, batch: int, optimizer: Any = Non
 VARIANTS: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"compiled": CompiledLayers},
+    "compiled, CUDA graphs": {"compiled": CompiledLayers, "graphed": True},
+    "compiled, CUDA graphs, bf16 residual": {"compiled": CompiledLayers, "graphed": True, "half_residual": True},
     "compiled, bf16 residual": {"compiled": CompiledLayers, "half_residual": True},
-    "compiled self-attends only": {"compiled": OnlySelfAttends},
-    "compiled, cuDNN attention": {"compiled": CompiledLayers, "backend": "CUDNN_ATTENTION"},
-    "eager, bf16 residual": {"half_residual": True},
+    "eager, CUDA graphs": {"graphed": True},
+    "compiled self-attends only, CUDA graphs": {"compiled": OnlySelfAttends, "graphed": True},
 }
+PROFILED = ("compiled", "compiled, CUDA graphs, bf16 residual")
 
 
 def variant(setting: Setting, name: str, profiled: bool) -> None:
     """Measure forward pass and step of one variant."""
     torch.compiler.reset()
     how = dict(VARIANTS[name])
-    backend = how.pop("backend", None)
-    attention = sdpa_kernel(getattr(SDPBackend, backend)) if backend and setting.device == "cuda" else nullcontext()
-    with attention:
-        compiled = how.pop("compiled", None)
-        model = setting.model(compiled(setting.backend) if compiled else None, **how)
-        images, _ = setting.data(setting.batch)
-        step = stepper(setting, model, setting.batch)
+    compiled, graphed = how.pop("compiled", None), how.pop("graphed", False)
+    model = setting.model(compiled(setting.backend) if compiled else None, **how)
+    if graphed and setting.device == "cuda":
+        model.forward = GraphedForward(model, model.forward)
+    step = stepper(setting, model, setting.batch)
+    with setting.memory() as memory:
         began = time.perf_counter()
         step()
         setting.synchronize()
         first = time.perf_counter() - began
-
-        def forward() -> None:
-            with torch.autocast(setting.device, torch.bfloat16):
-                model(images)
-
-        forward_ms = setting.ms(forward)
-        with setting.memory() as memory:
-            step_ms = setting.ms(step)
-        tflops = 3 * setting.flops * setting.batch / step_ms / 1e9
-        works = model.compiled.works if model.compiled else None
-        emit(
-            "step",
-            variant=name,
-            batch=setting.batch,
-            forward_ms=forward_ms,
-            step_ms=step_ms,
-            **memory,
-            tflops=tflops,
-            share_of_peak=tflops / PEAK,
-            first_s=first,
-            compiled=works,
-        )
-        if profiled:
-            profile(setting, name, step)
+        step_ms = setting.ms(step)
+    tflops = 3 * setting.flops * setting.batch / step_ms / 1e9
+    emit(
+        "step",
+        variant=name,
+        batch=setting.batch,
+        step_ms=step_ms,
+        **memory,
+        tflops=tflops,
+        share_of_peak=tflops / PEAK,
+        first_s=first,
+        compiled=model.compiled.works if model.compiled else None,
+        graphed=getattr(model.forward, "works", None),
+    )
+    if profiled:
+        profile(setting, name, step)
 
 
 KINDS = {
     "attention": ("flash", "fmha", "sdpa", "cudnn_generated"),
-    "cross-attend kernel": ("forward_kernel", "backward_kernel"),
+    "cross-attend kernel": ("forward_kernel", "backward_kernel", "transpose_kernel", "join_kernel"),
     "matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas"),
     "optimizer": ("multi_tensor",),
     "compiled": ("triton_",),
@@ -256,32 +250,16 @@ def attention_backends(setting: Setting) -> None:
 
 
 def small(setting: Setting) -> None:
-    """Time forward and backward of small batches: launched by the host, and replayed as one CUDA graph."""
+    """Time the step of small batches, which the host launches more slowly than the GPU computes."""
     for batch in (1, 4):
-        for name in ("eager", "compiled"):
+        for name in ("eager", "compiled", "compiled, CUDA graphs"):
             torch.compiler.reset()
-            model = setting.model(CompiledLayers(setting.backend) if name == "compiled" else None)
-            images, labels = setting.data(batch)
-
-            def both(model: Encoder = model, images: Tensor = images, labels: Tensor = labels) -> None:
-                setting.loss(model, images, labels).backward()
-
-            emit("small", batch=batch, variant=name, ms=setting.ms(both))
-            if setting.device != "cuda":
-                continue
-            try:
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(3):
-                        both()
-                torch.cuda.current_stream().wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    both()
-                emit("small", batch=batch, variant=f"{name}, CUDA graph", ms=setting.ms(graph.replay))
-            except RuntimeError as error:
-                emit("small", batch=batch, variant=f"{name}, CUDA graph", error=str(error).splitlines()[0][:160])
+            model = setting.model(None if name == "eager" else CompiledLayers(setting.backend))
+            if name.endswith("graphs") and setting.device == "cuda":
+                model.forward = GraphedForward(model, model.forward)
+            step = stepper(setting, model, batch)
+            step()
+            emit("small", batch=batch, variant=name, step_ms=setting.ms(step))
 
 
 def accuracy(setting: Setting) -> None:

@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "train.precision",
     "train.compile",
     "train.bf16_residual",
+    "train.cuda_graphs",
     "train.log_every",
     "train.eval_every",
     "train.eval_async",

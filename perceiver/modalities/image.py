@@ -4,6 +4,7 @@ Sources: Perceiver §4.1 and App. B (raw pixels, learned positions); Perceiver I
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -157,6 +158,15 @@ def normalise_pixels(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...],
     """Map uint8 pixels (B, ..., C, H, W) to (x/255 - mean)/std; floats only change their type."""
     if x.is_floating_point():
         return x.to(dtype)
-    gain = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=x.device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=x.device)[:, None, None]
+    gain, shift = _pixel_scale(tuple(mean), tuple(std), dtype, x.device)
     return torch.addcmul(shift, x.to(dtype), gain)
+
+
+@lru_cache(maxsize=32)
+def _pixel_scale(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return what uint8 pixels are multiplied by, and what is then added, (C, 1, 1); copied to a device once."""
+    gain = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=device)
+    return gain[:, None, None], shift[:, None, None]
