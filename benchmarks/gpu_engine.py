@@ -49,7 +49,7 @@ def bare(setting: Setting, model: nn.Module) -> Callable[[int], Any]:
     return step
 
 
-def engine(setting: Setting, stage: int) -> Callable[[int], Any]:
+def engine(setting: Setting, stage: int, **how: Any) -> Callable[[int], Any]:
     """Return the step of the DeepSpeed engine."""
     images, labels = setting.data(setting.batch)
     built = DeepSpeedEngine(
@@ -62,6 +62,7 @@ def engine(setting: Setting, stage: int) -> Callable[[int], Any]:
         device=torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu"),
         precision="bf16",
         compile="off" if setting.tiny else "on",
+        **how,
     )
     batch = {"image": images, "label": labels, "valid": torch.ones_like(labels, dtype=torch.bool)}
     return lambda number: built.step([batch], number)
@@ -113,8 +114,18 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     setting = Setting(arguments.tiny)
     measure(setting, "bare", bare(setting, setting.model(None if setting.tiny else CompiledLayers())))
-    for stage in (1, 0, 2):
-        measure(setting, f"ZeRO {stage}", engine(setting, stage))
+    graphs: dict[str, Any] = {"cuda_graphs": True}
+    for name, stage, how in (
+        ("ZeRO 1", 1, {}),
+        ("ZeRO 1, CUDA graphs", 1, graphs),
+        ("ZeRO 1, CUDA graphs, bf16 residual", 1, {**graphs, "half_residual": True}),
+        ("ZeRO 0, CUDA graphs", 0, graphs),
+        ("ZeRO 2, CUDA graphs", 2, graphs),
+    ):
+        try:
+            measure(setting, name, engine(setting, stage, **how))
+        except Exception as error:  # noqa: BLE001  the next measurement may work
+            emit("engine", variant=name, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
 
 
 if __name__ == "__main__":

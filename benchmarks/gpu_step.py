@@ -351,7 +351,7 @@ def main() -> None:
         return
     parts: dict[str, Callable[[], None]] = {
         **{
-            f"step:{name}": (lambda name=name: variant(setting, name, name in ("eager", "compiled")))
+            f"step:{name}": (lambda name=name: variant(setting, name, name in PROFILED))
             for name in VARIANTS
         },
         "attention": lambda: attention_backends(setting),
