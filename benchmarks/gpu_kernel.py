@@ -56,7 +56,8 @@ class Case:
         if exact:
             *moments, lse = moments_forward(*(x.double() for x in self.forward))
             delta = torch.stack([(s * m).sum(-1) for s, m in zip(slopes, moments, strict=True)]).sum(0)
-            gradients = moments_backward(*(x.double() for x in self.forward), lse, [s.double() for s in slopes], delta)
+            doubled: Any = [*(x.double() for x in self.forward), lse, [s.double() for s in slopes], delta]
+            gradients = moments_backward(*doubled)
             self.wanted = {"forward": (*moments, lse), "backward": gradients}
             lse, delta = lse.float(), delta.float()
         else:

@@ -23,7 +23,11 @@ SMALL_FOR_PLANS = [(1, 20, 3, 17, 8), (1, 70, 1, 5, 7), (1, 3, 5, 1, 1)]
 
 
 def differences(
-    sizes: tuple[int, ...], strength: float, device: str, forward: Callable[..., Any], backward: Callable[..., Any]
+    sizes: tuple[int, int, int, int, int],
+    strength: float,
+    device: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
 ) -> dict[str, float]:
     """Return the greatest difference of each result, relative to its own greatest value (0.1 at least)."""
     parameters, fixed = problem(*sizes, strength)
@@ -35,7 +39,8 @@ def differences(
     delta = torch.stack([(s * w).sum(-1) for s, w in zip(slopes, wanted[:3], strict=True)]).sum(0)
     single_slopes, single_delta = [s.float() for s in slopes], delta.float()
     got_back = backward(*single, got[3], single_slopes, single_delta)
-    wanted_back = moments_backward(*exact, wanted[3], slopes, delta)
+    arguments: Any = [*exact, wanted[3], slopes, delta]
+    wanted_back = moments_backward(*arguments)
     names = ("moments", "by_row", "by_column", "lse", "dq", "drows", "dcolumns")
     pairs = zip((*got, *got_back), (*wanted, *wanted_back), strict=True)
     found = {
@@ -53,7 +58,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     separable_triton.prove(torch.device(device))
     large = LARGE if device == "cuda" else []
-    cases: list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[int, ...], float]] = [
+    cases: list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[int, int, int, int, int], float]] = [
         ("", separable_triton.forward, separable_triton.backward, sizes, strength)
         for sizes in SMALL + large
         for strength in (0.5, 20.0)
