@@ -265,7 +265,7 @@ def backward_kernel(
 @triton.jit
 def transpose_kernel(source_at, target_at, height, width, factor, tile: tl.constexpr):
     """Write (B, height, width) times a factor as (B, width, height)."""
-    x, y = (tl.program_id(axis) * tile + tl.arange(0, tile) for axis in (0, 1))
+    x, y = tl.program_id(0) * tile + tl.arange(0, tile), tl.program_id(1) * tile + tl.arange(0, tile)
     item = tl.program_id(2).to(tl.int64) * height * width
     inside = (y < height)[:, None] & (x < width)[None, :]
     block = tl.load(source_at + item + y[:, None] * width + x[None, :], mask=inside, other=0.0)
