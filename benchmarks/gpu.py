@@ -35,6 +35,7 @@ from typing import Any, BinaryIO
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 3.0  # between SIGTERM and SIGKILL
 POLL_S = 0.1
+DESCRIBE_S = 90.0
 ERROR_LINES, ERROR_WIDTH = 8, 300
 RESERVED = {"header", "job", "done"}
 PLACE = re.compile(r"(?:(?<![\w/.~-])|(?<=-[IL])|(?<=file://))(?:/[^\s/'\"`<>|,;:()\[\]{}]+){2,}")
@@ -294,7 +295,10 @@ def describe() -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Return `describe()` of a separate process, so that this one uses no memory of the GPU."""
     command = [sys.executable, __file__, "--describe"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=DESCRIBE_S)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer in {DESCRIBE_S:.0f} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:ERROR_WIDTH]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -321,7 +325,7 @@ def run(jobs: list[Job], path: Path, total: float, least: float, tiny: bool) -> 
                 return 128 + stop.number
             left = deadline - clock() - GRACE_S
             closing: dict[str, Any] = {"job": job.name, "done": "no time", "rc": None, "seconds": 0.0}
-            if job.needs == "cuda" and not tiny and not head.get("gpu"):
+            if job.needs == "cuda" and not tiny and "gpu" in head and not head["gpu"]:
                 closing |= {"done": "failed", "error": "needs a GPU"}
                 append(out, closing)
             elif left < least:

@@ -28,7 +28,7 @@ class KernelCount:
 
 
 def usable(q: Tensor) -> bool:
-    """Return whether a kernel supports queries (B, N, F): float32, F of 2 to 5, and built for the device of `q`.
+    """Return whether a kernel supports queries (B, N, F): float32, F of 1 to 5, and built for the device of `q`.
 
     The meta device counts as a device with the kernel, so that its operation counts are those of a run.
     """

@@ -24,40 +24,42 @@ LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Plan:
-    """How a pass is divided.
+    """How a pass is divided into programs of one warp.
 
     Args:
-        part: columns of a tile, and
-        parts: tiles next to each other: `part * parts` columns are a strip, whose sums a thread keeps.
-        block: latents per program.
-        warps: warps per program, which divide its latents.
-        programs: programs that occupy the GPU; if batch and latents give fewer, the rows are divided into bands.
-        stages: rows of features in flight, in shared memory if more than one.
-        registers: most registers per thread, to have more warps per multiprocessor; None for the compiler's choice.
+        strip: columns whose sums a thread keeps.
+        block: latents per program, a multiple of 32.
+        programs: programs that the GPU runs at a time (132 multiprocessors of an H200 times 8, 12 or 16 for up to 255,
+            168 or 128 registers), or twice that; the rows are divided into as many bands as give no more.
+        registers: most registers per thread; None for the compiler's choice.
     """
 
-    part: int = 8
-    parts: int = 1
-    block: int = 128
-    warps: int = 1
-    programs: int = 2048
-    stages: int = 1
+    strip: int = 8
+    block: int = 64
+    programs: int = 1584
     registers: int | None = None
 
 
-CANDIDATES = {
-    "8 x 128": Plan(programs=1056),
-    "8 x 128, short bands": Plan(programs=2112),
-    "8 x 64": Plan(block=64, programs=1584),
-    "8 x 64, 128 registers": Plan(block=64, programs=2112, registers=128),
-    "8 x 64, 128 registers, short bands": Plan(block=64, programs=4224, registers=128),
-    "8 x 64, 128 registers, staged": Plan(block=64, programs=2112, stages=2, registers=128),
-    "16 x 64, 168 registers": Plan(parts=2, block=64, programs=1584, registers=168),
-    "2 x 4 x 128, 168 registers": Plan(part=4, parts=2, programs=1584, registers=168),
-    "4 x 128, 168 registers": Plan(part=4, programs=1584, registers=168),
+FORWARD_CANDIDATES = {
+    "8 x 128": Plan(block=128, programs=1056),
+    "8 x 128, short bands": Plan(block=128, programs=2112),
+    "8 x 128, 168 registers": Plan(block=128, registers=168),
+    "8 x 64": Plan(programs=2112),
+    "8 x 64, short bands": Plan(programs=4224),
+    "16 x 64": Plan(strip=16, registers=168),
+    "16 x 64, short bands": Plan(strip=16, programs=3168, registers=168),
+    "4 x 128": Plan(strip=4, block=128, registers=168),
 }
-"""What `benchmarks/gpu_kernel.py` measures; the fastest one stays."""
-FORWARD = BACKWARD = CANDIDATES["8 x 64"]
+BACKWARD_CANDIDATES = {
+    "8 x 128": Plan(block=128, programs=1056),
+    "8 x 64": Plan(programs=2112, registers=128),
+    "8 x 64, short bands": Plan(programs=4224, registers=128),
+    "16 x 64": Plan(strip=16, registers=168),
+    "16 x 64, short bands": Plan(strip=16, programs=3168, registers=168),
+    "4 x 128": Plan(strip=4, block=128, registers=168),
+}
+"""What `benchmarks/gpu_kernel.py` measures; the fastest one of each pass stays."""
+FORWARD, BACKWARD = FORWARD_CANDIDATES["8 x 64"], BACKWARD_CANDIDATES["8 x 64"]
 MIN_BAND = 8
 TILE = 32
 """Side of the tiles that are transposed."""
@@ -72,25 +74,6 @@ def _vectors(source, n, alive, latents, count: tl.constexpr):
     for index in tl.static_range(count):
         loaded += (tl.load(source + index * latents + n, mask=alive, other=0.0),)
     return loaded
-
-
-@triton.jit
-def _columns(source, left, n, alive, latents, width, part: tl.constexpr, parts: tl.constexpr):
-    """Return `parts` tiles (part, latents) of one strip, (W, N) in memory."""
-    tiles = ()
-    for index in tl.static_range(parts):
-        x = left + index * part + tl.arange(0, part)
-        reach = (x < width)[:, None] & alive[None, :]
-        tiles += (tl.load(source + x[:, None] * latents + n[None, :], mask=reach, other=0.0),)
-    return tiles
-
-
-@triton.jit
-def _store_columns(target, tiles, left, n, alive, latents, width, part: tl.constexpr, parts: tl.constexpr):
-    for index in tl.static_range(parts):
-        x = left + index * part + tl.arange(0, part)
-        reach = (x < width)[:, None] & alive[None, :]
-        tl.store(target + x[:, None] * latents + n[None, :], tiles[index], mask=reach)
 
 
 @triton.jit
@@ -119,9 +102,9 @@ def _scores(start, q, column, row, features, scale, count: tl.constexpr):
 
 
 @triton.jit
-def _add(total, x, part: tl.constexpr):
+def _add(total, x, strip: tl.constexpr):
     """Return total + the sum of x (columns, latents) over the columns, as one chain of fused multiply-adds."""
-    first = (tl.arange(0, part) == 0)[:, None]
+    first = (tl.arange(0, strip) == 0)[:, None]
     return tl.sum(tl.where(first, x + total[None, :], x), 0)
 
 
@@ -142,32 +125,29 @@ def forward_kernel(
     width,
     band,
     count: tl.constexpr,
-    part: tl.constexpr,
-    parts: tl.constexpr,
+    strip: tl.constexpr,
     block: tl.constexpr,
     whole: tl.constexpr,
-    stages: tl.constexpr,
-    each: tl.constexpr,
     limit: tl.constexpr,
 ):
     """Compute the sums of one batch item, a block of latents and a band of rows, relative to the stored `top`."""
-    n = tl.max_contiguous(tl.program_id(0) * block + tl.arange(0, block), each)
-    number, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tl.max_contiguous(tl.program_id(0) * block + tl.arange(0, block), block // 32)  # a thread's are neighbours
+    part, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     alive = n < latents
     size = height * width
-    slot = number * tl.num_programs(2) + item
+    slot = part * tl.num_programs(2) + item
     q = _vectors(q_at + item * count * latents, n, alive, latents, count)
-    columns_at += item * width * latents
     features_at += item * count * size
     scale_at += item * size
-    first, last = number * band, tl.minimum(number * band + band, height)
+    first, last = part * band, tl.minimum(part * band + band, height)
     seen = first + 1
     trial = 0
     while trial < 2:
         top = tl.full([block], -1.0e30, tl.float32)
-        for left in range(0, width, part):
-            x = left + tl.arange(0, part)
-            (column,) = _columns(columns_at, left, n, alive, latents, width, part, 1)
+        for left in range(0, width, strip):
+            x = left + tl.arange(0, strip)
+            reach = (x < width)[:, None] & alive[None, :]
+            column = tl.load(columns_at + (item * width + x[:, None]) * latents + n[None, :], mask=reach, other=0.0)
             for y in range(first, seen):
                 row = tl.load(rows_at + (item * height + y) * latents + n, mask=alive, other=0.0)
                 features, scale = _inputs(features_at, scale_at, x, y, size, width, count, whole)
@@ -179,34 +159,29 @@ def forward_kernel(
         moments = ()
         for _ in tl.static_range(count):
             moments += (tl.zeros([block], tl.float32),)
-        for left in range(0, width, part * parts):
-            columns = _columns(columns_at, left, n, alive, latents, width, part, parts)
-            by_columns = ()
-            for _ in tl.static_range(parts):
-                by_columns += (tl.zeros([part, block], tl.float32),)
-            for y in tl.range(first, last, num_stages=stages):
+        for left in range(0, width, strip):
+            x = left + tl.arange(0, strip)
+            reach = (x < width)[:, None] & alive[None, :]
+            column = tl.load(columns_at + (item * width + x[:, None]) * latents + n[None, :], mask=reach, other=0.0)
+            by_column = tl.zeros([strip, block], tl.float32)
+            for y in range(first, last):
                 line = (item * height + y) * latents + n
                 row = tl.load(rows_at + line, mask=alive, other=0.0)
                 by_row = tl.load(by_row_at + line, mask=alive & (left > 0), other=0.0)
-                faded = ()
-                for index in tl.static_range(parts):
-                    x = left + index * part + tl.arange(0, part)
-                    features, scale = _inputs(features_at, scale_at, x, y, size, width, count, whole)
-                    scores = _scores(-top, q, columns[index], row, features, scale, count)
-                    if not whole:
-                        scores = tl.where((x < width)[:, None], scores, -1.0e30)
-                    weights = tl.exp2(scores)
-                    total = _add(total, weights, part)
-                    added = ()
-                    for feature in tl.static_range(count):
-                        added += (_add(moments[feature], weights * features[feature], part),)
-                    moments = added
-                    by_row = _add(by_row, weights * scale, part)
-                    faded += (by_columns[index] + weights * scale,)
-                by_columns = faded
-                tl.store(by_row_at + line, by_row, mask=alive)
-            target = by_column_at + slot * width * latents
-            _store_columns(target, by_columns, left, n, alive, latents, width, part, parts)
+                features, scale = _inputs(features_at, scale_at, x, y, size, width, count, whole)
+                scores = _scores(-top, q, column, row, features, scale, count)
+                if not whole:
+                    scores = tl.where((x < width)[:, None], scores, -1.0e30)
+                weights = tl.exp2(scores)
+                total = _add(total, weights, strip)
+                added = ()
+                for index in tl.static_range(count):
+                    added += (_add(moments[index], weights * features[index], strip),)
+                moments = added
+                weights *= scale
+                by_column += weights
+                tl.store(by_row_at + line, _add(by_row, weights, strip), mask=alive)
+            tl.store(by_column_at + (slot * width + x[:, None]) * latents + n[None, :], by_column, mask=reach)
             tl.debug_barrier()
         for index in tl.static_range(count):
             tl.store(moments_at + (slot * count + index) * latents + n, moments[index], mask=alive)
@@ -236,61 +211,52 @@ def backward_kernel(
     width,
     band,
     count: tl.constexpr,
-    part: tl.constexpr,
-    parts: tl.constexpr,
+    strip: tl.constexpr,
     block: tl.constexpr,
     whole: tl.constexpr,
-    stages: tl.constexpr,
-    each: tl.constexpr,
 ):
     """Compute the gradients of one batch item, a block of latents and a band of rows."""
-    n = tl.max_contiguous(tl.program_id(0) * block + tl.arange(0, block), each)
-    number, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tl.max_contiguous(tl.program_id(0) * block + tl.arange(0, block), block // 32)
+    part, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     alive = n < latents
     size = height * width
-    slot = number * tl.num_programs(2) + item
+    slot = part * tl.num_programs(2) + item
     q = _vectors(q_at + item * count * latents, n, alive, latents, count)
     slope_q = _vectors(slope_q_at + item * count * latents, n, alive, latents, count)
     lse = tl.load(lse_at + item * latents + n, mask=alive, other=0.0)
     delta = tl.load(delta_at + item * latents + n, mask=alive, other=0.0)
-    columns_at += item * width * latents
-    slope_columns_at += item * width * latents
     features_at += item * count * size
     scale_at += item * size
-    first, last = number * band, tl.minimum(number * band + band, height)
+    first, last = part * band, tl.minimum(part * band + band, height)
     dq = ()
     for _ in tl.static_range(count):
         dq += (tl.zeros([block], tl.float32),)
-    for left in range(0, width, part * parts):
-        columns = _columns(columns_at, left, n, alive, latents, width, part, parts)
-        slope_columns = _columns(slope_columns_at, left, n, alive, latents, width, part, parts)
-        dcolumns = ()
-        for _ in tl.static_range(parts):
-            dcolumns += (tl.zeros([part, block], tl.float32),)
-        for y in tl.range(first, last, num_stages=stages):
+    for left in range(0, width, strip):
+        x = left + tl.arange(0, strip)
+        reach = (x < width)[:, None] & alive[None, :]
+        place = (item * width + x[:, None]) * latents + n[None, :]
+        column = tl.load(columns_at + place, mask=reach, other=0.0)
+        slope_column = tl.load(slope_columns_at + place, mask=reach, other=0.0)
+        dcolumn = tl.zeros([strip, block], tl.float32)
+        for y in range(first, last):
             line = (item * height + y) * latents + n
             row = tl.load(rows_at + line, mask=alive, other=0.0)
             slope_row = tl.load(slope_rows_at + line, mask=alive, other=0.0)
             drow = tl.load(drows_at + line, mask=alive & (left > 0), other=0.0)
-            grown = ()
-            for index in tl.static_range(parts):
-                x = left + index * part + tl.arange(0, part)
-                features, scale = _inputs(features_at, scale_at, x, y, size, width, count, whole)
-                scores = _scores(-lse, q, columns[index], row, features, scale, count)
-                slope = _scores(-delta, slope_q, slope_columns[index], slope_row, features, scale, count)
-                weights = tl.exp2(scores) * slope
-                if not whole:
-                    weights = tl.where((x < width)[:, None], weights, 0.0)
-                added = ()
-                for feature in tl.static_range(count):
-                    added += (_add(dq[feature], weights * features[feature], part),)
-                dq = added
-                drow = _add(drow, weights * scale, part)
-                grown += (dcolumns[index] + weights * scale,)
-            dcolumns = grown
-            tl.store(drows_at + line, drow, mask=alive)
-        target = dcolumns_at + slot * width * latents
-        _store_columns(target, dcolumns, left, n, alive, latents, width, part, parts)
+            features, scale = _inputs(features_at, scale_at, x, y, size, width, count, whole)
+            scores = _scores(-lse, q, column, row, features, scale, count)
+            slope = _scores(-delta, slope_q, slope_column, slope_row, features, scale, count)
+            weights = tl.exp2(scores) * slope
+            if not whole:
+                weights = tl.where((x < width)[:, None], weights, 0.0)
+            added = ()
+            for index in tl.static_range(count):
+                added += (_add(dq[index], weights * features[index], strip),)
+            dq = added
+            weights *= scale
+            dcolumn += weights
+            tl.store(drows_at + line, _add(drow, weights, strip), mask=alive)
+        tl.store(dcolumns_at + (slot * width + x[:, None]) * latents + n[None, :], dcolumn, mask=reach)
         tl.debug_barrier()
     for index in tl.static_range(count):
         tl.store(dq_at + (slot * count + index) * latents + n, dq[index], mask=alive)
@@ -299,7 +265,7 @@ def backward_kernel(
 @triton.jit
 def transpose_kernel(source_at, target_at, height, width, factor, tile: tl.constexpr):
     """Write (B, height, width) times a factor as (B, width, height)."""
-    x, y = (tl.program_id(axis) * tile + tl.arange(0, tile) for axis in (0, 1))
+    x, y = tl.program_id(0) * tile + tl.arange(0, tile), tl.program_id(1) * tile + tl.arange(0, tile)
     item = tl.program_id(2).to(tl.int64) * height * width
     inside = (y < height)[:, None] & (x < width)[None, :]
     block = tl.load(source_at + item + y[:, None] * width + x[None, :], mask=inside, other=0.0)
@@ -362,13 +328,10 @@ class _Launch:
                 self.width,
                 self.band,
                 count=self.count,
-                part=plan.part,
-                parts=plan.parts,
+                strip=plan.strip,
                 block=plan.block,
-                whole=self.width % (plan.part * plan.parts) == 0,
-                stages=plan.stages,
-                each=plan.block // (32 * plan.warps),
-                num_warps=plan.warps,
+                whole=self.width % plan.strip == 0,
+                num_warps=1,
                 **constants,
             )
 
