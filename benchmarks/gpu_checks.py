@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from perceiver.tasks import Batch, build_task  # noqa: E402
 from perceiver.tasks.classification import ClassificationConfig  # noqa: E402
 from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig  # noqa: E402
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine  # noqa: E402
-from perceiver.train.engine.protocol import Precision, default_device  # noqa: E402
+from perceiver.train.engine.protocol import Compile, Precision, default_device  # noqa: E402
 
 CLASSES = 10
 MODEL: dict[str, Any] = {
@@ -156,9 +157,16 @@ def check_bf16(data: Digits, tiny: bool) -> Iterator[Verdict]:
 
 
 def engine(
-    rows: int, kind: str, stage: int, seed: int = 0, precision: Precision = "fp32", frozen: bool = False
+    rows: int,
+    kind: str,
+    stage: int,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    frozen: bool = False,
+    compiled: bool = False,
 ) -> DeepSpeedEngine:
     """Return an engine over the model; each of its tensors is cut at stage 3, however small."""
+    torch.compiler.reset()  # a process compiles a function for a few models only
     module = model(seed)
     if frozen:
         dict(module.named_parameters())[FROZEN].requires_grad_(False)
@@ -168,7 +176,10 @@ def engine(
         build_task(ClassificationConfig(), classes=CLASSES),
         BatchPlan(rows // MICRO_BATCHES, MICRO_BATCHES, 1),
     )
-    return DeepSpeedEngine(module, task, optim(kind), lambda step: 1.0, section, plan, precision=precision)
+    mode: Compile = "on" if compiled else "off"
+    return DeepSpeedEngine(
+        module, task, optim(kind), lambda step: 1.0, section, plan, precision=precision, compile=mode
+    )
 
 
 def steps(trained: DeepSpeedEngine, data: Digits, which: range) -> Curve:
@@ -201,15 +212,15 @@ def check_zero(data: Digits, tiny: bool) -> Iterator[Verdict]:
             yield f"loss after {count} steps, {kind}", {**result, "early": early, "largest": worst}, wanted, good
 
 
-def resumed(data: Digits, kind: str, stage: int, count: int, precision: Precision) -> tuple[Any, bool]:
+def resumed(data: Digits, kind: str, stage: int, count: int, precision: Precision, compiled: bool) -> tuple[Any, bool]:
     """Train, save in the middle, continue in a new engine; return the last losses, and whether all bits are equal."""
     middle = count // 2
-    first = engine(data.rows, kind, stage, precision=precision, frozen=True)
+    first = engine(data.rows, kind, stage, precision=precision, frozen=True, compiled=compiled)
     before = steps(first, data, range(middle))
     with tempfile.TemporaryDirectory() as place:
         first.save(Path(place))
         wanted, weights = steps(first, data, range(middle, count)), first.weights()
-        again = engine(data.rows, kind, stage, seed=1, precision=precision, frozen=True)
+        again = engine(data.rows, kind, stage, seed=1, precision=precision, frozen=True, compiled=compiled)
         loaded = again.load(Path(place))
     found, others = steps(again, data, range(middle, count)), again.weights()
     assert weights is not None and others is not None
@@ -218,20 +229,27 @@ def resumed(data: Digits, kind: str, stage: int, count: int, precision: Precisio
     return result, found == wanted and not different and loaded == middle
 
 
-def check_resume(data: Digits, tiny: bool, precision: Precision = "fp32") -> Iterator[Verdict]:
+def check_resume(data: Digits, tiny: bool, precision: Precision = "fp32", compiled: bool = False) -> Iterator[Verdict]:
     """Compare the bits of interrupted and uninterrupted runs."""
     count = 4 if tiny else 20
     cases = [(kind, stage) for kind in OPTIMIZERS for stage in STAGES]
     if precision == "bf16":
         cases = [("adamw", 1), ("lamb", 1), ("lamb", 3)]
+    if compiled:
+        cases = [("adamw", 0), ("lamb", 1)]
     with deterministic():
         for kind, stage in cases:
             name = f"resume after {count // 2} of {count} steps, {kind}, ZeRO {stage}, {precision}"
-            yield from attempt(name, lambda kind=kind, stage=stage: resumed(data, kind, stage, count, precision))
+            name += ", compiled" if compiled else ""
+            yield from attempt(name, partial(resumed, data, kind, stage, count, precision, compiled))
 
 
 def check_resume_bf16(data: Digits, tiny: bool) -> Iterator[Verdict]:
     yield from check_resume(data, tiny, "bf16")
+
+
+def check_resume_compiled(data: Digits, tiny: bool) -> Iterator[Verdict]:
+    yield from check_resume(data, tiny, "bf16", compiled=not tiny)  # a CPU compiles for minutes
 
 
 def attempt(name: str, compute: Callable[[], tuple[Any, bool]]) -> Iterator[Verdict]:
@@ -277,6 +295,7 @@ CHECKS: dict[str, Callable[[Digits, bool], Iterator[Verdict]]] = {
     "zero": check_zero,
     "resume": check_resume,
     "resume bf16": check_resume_bf16,
+    "resume compiled": check_resume_compiled,
 }
 
 

@@ -6,6 +6,7 @@
 
 - imagenet: `recipes/train/imagenet_perceiver.yaml` (44.9 M parameters, RandAugment, LAMB, ZeRO 1, bf16) on JPEGs of
   500 x 375 that are made first, with one worker at batch 64.
+- imagenet, CUDA graphs: the same with `train.cuda_graphs=true train.bf16_residual=true`.
 - quickstart: `recipes/train/quickstart.yaml` with one worker, for some steps.
 
 A run is a subprocess; the figures come from its `history.jsonl`. The first steps are left out: they wait for the first
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,15 +130,21 @@ def measure(recipe: str, keys: list[str], output: Path, length: Length, batch: i
     return {"batch": batch, **found, "test_loss": loss, "seconds": round(seconds, 1), "status": outcome["status"]}
 
 
-def imagenet(folder: Path, gpus: int, count: int, tiny: bool) -> dict[str, Any]:
-    """Make photographs, train on them."""
+GRAPHS = ("train.cuda_graphs=true", "train.bf16_residual=true")
+
+
+def imagenet(folder: Path, gpus: int, count: int, tiny: bool, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Make photographs unless they are there, train on them."""
     began = time.perf_counter()
-    size = gpu_data.write_files(gpu_data.jpeg, folder / "photos", count, ".jpg")
+    size = 0.0
+    if not (folder / "prepared").exists():
+        size = gpu_data.write_files(gpu_data.jpeg, folder / "photos", count, ".jpg")
     made = time.perf_counter()
-    gpu_data.prepare("image_folder", folder / "photos", folder / "prepared", count)
+    if size:
+        gpu_data.prepare("image_folder", folder / "photos", folder / "prepared", count)
     prepared = time.perf_counter()
     batch, length = (4, Length(3, 1, 1)) if tiny else (64, Length(45, 5, 5))
-    keys = [f"data.url={folder / 'prepared'}", "data.eval_split=test", f"cluster.gpus_per_worker={gpus}"]
+    keys = [*keys, f"data.url={folder / 'prepared'}", "data.eval_split=test", f"cluster.gpus_per_worker={gpus}"]
     keys += [f"train.micro_batch={batch}", *(TINY if tiny else ())]
     found = measure("imagenet_perceiver", keys, folder / "runs", length, batch, LIMIT_S if tiny else 110)
     facts = {"jpegs": count, "mean_bytes": round(size)}
@@ -158,7 +165,9 @@ def main() -> int:
     """Run the command line described at the top."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny model, 40 JPEGs, 3 steps")
-    parser.add_argument("--run", choices=["imagenet", "quickstart"], action="append", help="both by default")
+    parser.add_argument(
+        "--run", choices=["imagenet", "imagenet, CUDA graphs", "quickstart"], action="append", help="all by default"
+    )
     parser.add_argument("--count", type=int, help="JPEGs to make; default 1500, 40 with --tiny")
     parser.add_argument("--digits", type=Path, default=ROOT / "data/digits", help="prepared digits, made if missing")
     given = parser.parse_args()
@@ -167,17 +176,18 @@ def main() -> int:
     gpus, count = int(torch.cuda.is_available()), given.count or (40 if given.tiny else 1500)
     runs = {
         "imagenet": lambda folder: imagenet(folder, gpus, count, given.tiny),
+        "imagenet, CUDA graphs": lambda folder: imagenet(folder, gpus, count, given.tiny, GRAPHS),
         "quickstart": lambda folder: quickstart(folder, gpus, given.digits.resolve(), given.tiny),
     }
     code = 0
-    for name in given.run or runs:
-        line: dict[str, Any] = {"table": "runs", "run": name, "device": "gpu" if gpus else "cpu"}
-        with tempfile.TemporaryDirectory(prefix="gpu-run-") as place:
+    with tempfile.TemporaryDirectory(prefix="gpu-run-") as place:
+        for name in given.run or runs:
+            line: dict[str, Any] = {"table": "runs", "run": name, "device": "gpu" if gpus else "cpu"}
             try:
                 line |= runs[name](Path(place))
             except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
                 line["error"], code = str(error)[-800:], 1
-        print(json.dumps(line), flush=True)
+            print(json.dumps(line), flush=True)
     return code
 
 

@@ -350,10 +350,7 @@ def main() -> None:
         three_steps(setting)
         return
     parts: dict[str, Callable[[], None]] = {
-        **{
-            f"step:{name}": (lambda name=name: variant(setting, name, name in PROFILED))
-            for name in VARIANTS
-        },
+        **{f"step:{name}": (lambda name=name: variant(setting, name, name in PROFILED)) for name in VARIANTS},
         "attention": lambda: attention_backends(setting),
         "optimizer": lambda: optimizers(setting),
         "small": lambda: small(setting),

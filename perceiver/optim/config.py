@@ -58,7 +58,7 @@ def build_param_groups(module: nn.Module, weight_decay: float) -> list[dict[str,
     trainable = [param for param in module.parameters() if param.requires_grad]
     # ZeRO places a group's tensors one after the other: those that would displace the others by less than 16 bytes are
     # the last ones, because compiled layers need aligned weights.
-    trainable.sort(key=lambda param: param.numel() * param.element_size() % 16 != 0)
+    trainable.sort(key=lambda param: param.numel() % 8 != 0)
     decayed = [param for param in trainable if id(param) not in exempt]
     undecayed = [param for param in trainable if id(param) in exempt]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
