@@ -72,7 +72,7 @@ JOBS = [
     Job("rows", ("gpu_rows.py",), 200, "rows of the papers' models"),
     Job("run", ("gpu_run.py",), 180, "a training run from the command line"),
     Job("ingest", ("gpu_ingest.py",), 120, "data on the way to the GPU"),
-    Job("plan", ("gpu_plan.py",), 90, "the plan's estimates against measured steps"),
+    Job("plan", ("gpu_plan.py",), 90, "`perceiver plan --calibrate` of the quickstart, the step before and after"),
 ]
 
 
