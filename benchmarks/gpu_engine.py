@@ -24,7 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from perceiver.compiled import CompiledLayers  # noqa: E402
+from perceiver.kernels.compiled import CompiledLayers  # noqa: E402
 from perceiver.optim.config import OptimConfig  # noqa: E402
 from perceiver.optim.lamb import Lamb  # noqa: E402
 from perceiver.tasks.classification import ClassificationConfig  # noqa: E402

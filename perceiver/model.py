@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend, zero_linear
-from perceiver.compiled import CompiledLayers
 from perceiver.config import Config, Layers, Scale, Size, UserError, Widening
+from perceiver.kernels.compiled import CompiledLayers
 from perceiver.positions import Inputs
 
 Raw = Tensor | Mapping[str, Tensor]

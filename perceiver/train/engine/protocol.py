@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from perceiver.compiled import CompiledLayers
 from perceiver.config import UserError
+from perceiver.kernels.compiled import CompiledLayers
 from perceiver.model import Encoder
 from perceiver.tasks import Batch, LossOutput, Task
 from perceiver.train.engine.ranks import Pending, Ranks

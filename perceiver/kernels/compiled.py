@@ -1,4 +1,4 @@
-"""Layers compiled by `torch.compile`: each kind of layer once, whatever the depth.
+"""Layers compiled by `torch.compile` for training: each kind of layer once, whatever the depth.
 
 The layers of a latent Transformer run the same code on the same shapes, so one compiled function serves them all. What
 is between the matrix products (layer norms, casts, GELU, residuals) becomes a few kernels instead of some thirty.

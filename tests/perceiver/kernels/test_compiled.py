@@ -5,9 +5,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from perceiver import compiled
-from perceiver.compiled import CompiledLayers
 from perceiver.factory import build_model, model_config
+from perceiver.kernels import compiled
+from perceiver.kernels.compiled import CompiledLayers
 from perceiver.model import Encoder
 from perceiver.train.engine.protocol import Compile, set_layers
 
