@@ -6,9 +6,10 @@
     python benchmarks/gpu_plan.py --tiny                         # measures a row at a tiny size here and compares it
 
 The lines are those of `gpu_rows.py` and `gpu_step.py`, or the file of `gpu.py`, which has both. Compared are the steps
-of `ours` and `ours plain` with the parameters of their row's preset, and the step `eager` of the ImageNet Perceiver. The
-plan is that of one device without ZeRO, as the steps were measured, without reading. Memory is without the libraries'
-(`context_gb` of the hardware table), which torch's allocator does not count. A ratio is predicted over measured.
+of `ours` (also compiled) and `ours plain` with the parameters of their row's preset, and the steps `eager` and
+`compiled` of the ImageNet Perceiver. The plan, which knows nothing of compilation, is that of one device without ZeRO,
+as the steps were measured, and without reading. Memory is without the libraries' (`context_gb` of the hardware table),
+which torch's allocator does not count. A ratio is predicted over measured.
 
 Parts of a step: `products_ms` by FLOPs or `moved_ms` by their traffic, the larger of both; `kernel_ms` of separable
 attention; `other_ms`, all other operations by traffic; or, if that is longer, `launch_ms`, the least time of all
@@ -41,7 +42,10 @@ from cluster.recipe.config import build_recipe  # noqa: E402
 from cluster.runtime.hardware import Device, load_hardware  # noqa: E402
 from perceiver.config import UserError  # noqa: E402
 
-CHANGES: dict[str, dict[str, Any]] = {"ours": {}, "ours plain": {"attention": "plain"}}
+CHANGES: dict[str, dict[str, Any]] = {"ours": {}, "ours compiled": {}, "ours plain": {"attention": "plain"}}
+PLANNED = set(ROWS) - {"autoencoding"}
+"""Rows with a plan: that of autoencoding would decode every element, and training decodes some."""
+VARIANTS = {"eager": "ours", "compiled": "ours compiled"}
 COLUMNS = ("predicted_ms", "measured_ms", "step_ratio", "predicted_gb", "measured_gb", "memory_ratio")
 RECIPE = ["recipes/train/quickstart.yaml", "cluster.workers=1"]
 Values = dict[str, Any]
@@ -91,19 +95,17 @@ def measured_steps(lines: Iterable[Values]) -> Iterator[Values]:
     for line in lines:
         if line.get("error"):
             continue
-        if line.get("table") == "step" and line.get("variant") == "eager" and line.get("step_ms"):
+        if line.get("table") == "step" and line.get("variant") in VARIANTS and line.get("step_ms"):
             # Its memory is above weights, gradients and moments, which are there before the step.
             yield {
                 "row": "image perceiver",
-                "implementation": "ours",
+                "implementation": VARIANTS[line["variant"]],
                 "batch": line["batch"],
                 "ms": line["step_ms"],
                 "memory_above_gb": line.get("memory_gb"),
             }
-        elif line.get("pass") == "step" and line.get("implementation") in CHANGES and line.get("row") in ROWS:
-            # The plan of autoencoding is that of decoding every element; training decodes some.
-            if line.get("ms") and line["row"] != "autoencoding":
-                yield line
+        elif line.get("row") in PLANNED and line.get("implementation") in CHANGES and line.get("pass") == "step":
+            yield line
 
 
 def compare(lines: Iterable[Values], device: Device, tiny: bool = False) -> Iterator[Values]:

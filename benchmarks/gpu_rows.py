@@ -9,16 +9,17 @@ Each row is a preset. A step is forward, backward and fused AdamW under bf16 aut
 device. `ms` is the median over CUDA events, at least three after two to warm up; `memory_gb` the peak allocation with
 weights, gradients and the optimizer's state. A batch that needs more than --memory-gb is halved, which `note` states.
 
-- ours; ours plain: `attention: plain`, torch's own attention over projected keys and values.
-- ours plain compiled: the same, each cross-attend and self-attend compiled by `torch.compile`, the first passes included
-  in the warm-up (compiling a whole model of 12 to 26 layers takes minutes).
+- ours; ours plain: `attention: plain`, torch's own attention over projected keys and values. Both eager.
+- ours compiled: with `train.compile`, which compiles the layers of a training step, not of a forward pass alone.
+- ours plain compiled: the plain model, each cross-attend and self-attend compiled by `torch.compile`, in both passes
+  (compiling the whole model of 12 to 26 layers takes minutes). Compiling is a part of the warm-up.
 - transformers: that library's model of the same function and shapes, where it has one. Its flow model gets 3 x 3
   neighbourhoods made beforehand; ours makes them in the step.
 
 `tflops_executed` counts the matrix products and convolutions that the chosen path executes, forward and backward, and
-`share_of_peak` is their share of the dense bf16 peak of the hardware table; `tflops_paper` counts those of the plain
+`share_of_peak` is their share of the dense bf16 peak of the hardware table. `tflops_paper` counts those of the plain
 path forward, as the papers do, and three times as many for a step. The products of transformers are counted as those of
-the plain path, whose function it computes. Separable attention's float32 kernel is no matrix product and counts nothing.
+the plain path, whose function it computes. Separable attention's float32 kernel is no matrix product and not counted.
 """
 
 import argparse
@@ -43,6 +44,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from perceiver.accounting import account, count_parameters  # noqa: E402
+from perceiver.attention import CrossAttend, SelfAttend  # noqa: E402
+from perceiver.compiled import CompiledLayers  # noqa: E402
 from perceiver.config import Config  # noqa: E402
 from perceiver.factory import build_model, model_config  # noqa: E402
 from perceiver.presets import PRESETS, preset_values  # noqa: E402
@@ -53,6 +56,7 @@ WARM, LEAST, MOST = 2, 3, 20
 TINY_BATCH = 2
 COMPILE_S = 40.0
 """Seconds for compiling, in addition to a row's own."""
+COMPILED = ("ours compiled", "ours plain compiled")
 COLUMNS = ("batch", "pass", "ms", "memory_gb", "tflops_executed", "share_of_peak", "tflops_paper", "parameters")
 COLUMNS += ("note", "error")
 Values = dict[str, Any]
@@ -77,8 +81,8 @@ class Row:
         return PRESETS[self.preset].model["kind"] in ("perceiver", "perceiver_io")
 
     @property
-    def implementations(self) -> list[str]:
-        """What is measured, except for what is compiled."""
+    def eager(self) -> list[str]:
+        """Implementations that are not compiled."""
         return ["ours", *["ours plain"] * self.plain, *["transformers"] * self.transformers]
 
 
@@ -124,8 +128,8 @@ ROWS = {
     "video": Row("perceiver_audioset_video", 128, "tags", {**_TINY, "inputs": _CLIP}),
     "autoencoding": Row("perceiver_io_kinetics", 16, "autoencoding", {**_TINY, **_TINY_SIGNALS}),
     "vit": Row("vit_b16", 256, "class", {"width": 16, "layers": 1, "heads": 2, **_PIXELS}),
-    "transformer": Row("transformer_64x64", 32, "class", {"width": 16, "layers": 1, "heads": 2, "inputs": {"size": (8, 8)}}),
-}  # fmt: skip
+    "transformer": Row("transformer_64x64", 32, "class", {"width": 16, "layers": 1, "heads": 2, **_PIXELS}),
+}
 FIRST = list(ROWS).index("resnet50") + 1
 """Number of rows before the compiled implementations."""
 
@@ -157,6 +161,8 @@ def build(row: Row, implementation: str, batch: int, device: str, tiny: bool) ->
         raw = {name: random_like(tensor) for name, tensor in model.example(batch, device).items()}
         if implementation == "transformers":
             model, raw = transformers_model(model), transformers_inputs(raw)
+    if implementation == "ours compiled":
+        model.compiled = CompiledLayers("eager" if tiny else "inductor")
     if implementation == "ours plain compiled":
         compile_layers(model, tiny)
     return model.to(device).train(), raw if isinstance(raw, Tensor) or len(raw) > 1 else next(iter(raw.values()))
@@ -200,8 +206,6 @@ def transformers_inputs(raw: Mapping[str, Tensor]) -> Tensor:
 
 def compile_layers(model: nn.Module, tiny: bool) -> None:
     """Compile each cross-attend and self-attend; layers of equal shapes share the code."""
-    from perceiver.attention import CrossAttend, SelfAttend
-
     for module in model.modules():
         if isinstance(module, CrossAttend | SelfAttend):
             module.compile(dynamic=False, backend="eager" if tiny else "inductor")
@@ -359,7 +363,7 @@ class Setting:
 def measure(row: Row, implementation: str, batch: int, setting: Setting) -> list[Values]:
     """Build an implementation and measure a forward pass and a step; return a dictionary for each."""
     device = setting.device
-    seconds = 0.0 if setting.tiny else setting.seconds / 4 / (len(row.implementations) + row.compiled)
+    seconds = 0.0 if setting.tiny else setting.seconds / 4 / (len(row.eager) + len(COMPILED) * row.compiled)
     torch.manual_seed(0)
     model, raw = build(row, implementation, batch, device, setting.tiny)
     found = []
@@ -373,7 +377,7 @@ def measure(row: Row, implementation: str, batch: int, setting: Setting) -> list
 
 
 def shrinking(row: Row, implementation: str, setting: Setting) -> tuple[int, str | None, list[Values]]:
-    """Measure at the row's batch, halved as long as memory runs out; return the batch, a note and `measure`'s result."""
+    """Measure at the row's batch, halved as long as memory runs out; return batch, note and measurements."""
     batch = first = TINY_BATCH if setting.tiny else row.batch
     while True:
         try:
@@ -398,7 +402,7 @@ def lines(name: str, implementation: str, setting: Setting, counts: Values) -> I
         text = (str(error).strip().splitlines() or [""])[0]
         yield line(name, implementation, error=f"{type(error).__name__}: {text}"[:200])
         return
-    path = counts.get(name, {}).get("ours" if implementation == "ours" else "plain")
+    path = counts.get(name, {}).get("ours" if implementation in ("ours", "ours compiled") else "plain")
     for values in found:
         if path:
             times = batch / values["ms"] / 1e9
@@ -416,9 +420,9 @@ def line(name: str, implementation: str, **values: Any) -> Values:
 
 def order(names: list[str]) -> list[tuple[str, str]]:
     """Return rows and implementations in order of value: the first rows, what is compiled, the other rows."""
-    eager = [(name, each) for name in names for each in ROWS[name].implementations]
+    eager = [(name, each) for name in names for each in ROWS[name].eager]
     first = [pair for pair in eager if list(ROWS).index(pair[0]) < FIRST]
-    compiled = [(name, "ours plain compiled") for name in names if ROWS[name].compiled]
+    compiled = [(name, each) for name in names if ROWS[name].compiled for each in COMPILED]
     return [*first, *compiled, *(pair for pair in eager if pair not in first)]
 
 
