@@ -13,6 +13,7 @@ weights, gradients and the optimizer's state. A batch that needs more than --mem
 - ours compiled: with `train.compile`, which compiles the layers of a training step, not of a forward pass alone.
 - ours plain compiled: the plain model, each cross-attend and self-attend compiled by `torch.compile`, in both passes
   (compiling the whole model of 12 to 26 layers takes minutes). Compiling is a part of the warm-up.
+  Steps of both compiled ones are replayed as CUDA graphs (`train.cuda_graphs`), so that the host's speed counts less.
 - transformers: that library's model of the same function and shapes, where it has one. Its flow model gets 3 x 3
   neighbourhoods made beforehand; ours makes them in the step.
 
@@ -45,11 +46,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from perceiver.accounting import account, count_parameters  # noqa: E402
 from perceiver.attention import CrossAttend, SelfAttend  # noqa: E402
-from perceiver.compiled import CompiledLayers  # noqa: E402
 from perceiver.config import Config  # noqa: E402
 from perceiver.factory import build_model, model_config  # noqa: E402
+from perceiver.kernels.compiled import CompiledLayers  # noqa: E402
 from perceiver.presets import PRESETS, preset_values  # noqa: E402
 from perceiver.step_trace import trace_step  # noqa: E402
+from perceiver.train.engine.cuda_graph import GraphedForward  # noqa: E402
 
 TABLE = "models at the papers' sizes"
 WARM, LEAST, MOST = 2, 3, 20
@@ -232,7 +234,7 @@ def objective(row: Row, outputs: Any, raw: Any, targets: dict[str, Tensor]) -> T
     return loss(outputs, targets["y"])
 
 
-def passes(row: Row, model: nn.Module, raw: Any, device: str) -> dict[str, Callable[[], None]]:
+def passes(row: Row, model: nn.Module, raw: Any, device: str, compiled: bool = False) -> dict[str, Callable[[], None]]:
     """Return what a forward pass and a training step do."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     arguments, targets = (raw,), {}
@@ -254,6 +256,8 @@ def passes(row: Row, model: nn.Module, raw: Any, device: str) -> dict[str, Calla
         loss.backward()
         optimizer.step()
 
+    if compiled and device != "cpu":
+        model.forward = GraphedForward(model, model.forward)
     return {"forward": forward, "step": step}
 
 
@@ -367,7 +371,7 @@ def measure(row: Row, implementation: str, batch: int, setting: Setting) -> list
     torch.manual_seed(0)
     model, raw = build(row, implementation, batch, device, setting.tiny)
     found = []
-    for name, run in passes(row, model, raw, device).items():
+    for name, run in passes(row, model, raw, device, implementation in COMPILED).items():
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         ms = timed(run, device, seconds)

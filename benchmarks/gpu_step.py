@@ -32,11 +32,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from perceiver import kernels  # noqa: E402
 from perceiver.accounting import count_flops  # noqa: E402
 from perceiver.attention import SelfAttend  # noqa: E402
 from perceiver.factory import build_model, model_config  # noqa: E402
-from perceiver.kernels import separable_fixed  # noqa: E402
 from perceiver.kernels.compiled import CompiledLayers  # noqa: E402
 from perceiver.model import Encoder  # noqa: E402
 from perceiver.optim.lamb import Lamb  # noqa: E402
@@ -156,14 +154,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled, bf16 residual": {"compiled": CompiledLayers, "half_residual": True},
     "eager, CUDA graphs": {"graphed": True},
     "compiled self-attends only, CUDA graphs": {"compiled": OnlySelfAttends, "graphed": True},
-    "compiled, CUDA graphs, bf16 residual, fixed reference": {
-        "compiled": CompiledLayers,
-        "graphed": True,
-        "half_residual": True,
-        "fixed": True,
-    },
 }
-PROFILED = ("compiled", "compiled, CUDA graphs, bf16 residual, fixed reference")
+PROFILED = ("compiled", "compiled, CUDA graphs, bf16 residual")
 
 
 def variant(setting: Setting, name: str, profiled: bool) -> None:
@@ -171,8 +163,6 @@ def variant(setting: Setting, name: str, profiled: bool) -> None:
     torch.compiler.reset()
     how = dict(VARIANTS[name])
     compiled, graphed = how.pop("compiled", None), how.pop("graphed", False)
-    if how.pop("fixed", False) and setting.device == "cuda":
-        kernels.load_triton = cast(Any, lambda device: separable_fixed)
     model = setting.model(compiled(setting.backend) if compiled else None, **how)
     if graphed and setting.device == "cuda":
         model.forward = GraphedForward(model, model.forward)
@@ -361,10 +351,10 @@ def main() -> None:
         return
     parts: dict[str, Callable[[], None]] = {
         **{f"step:{name}": (lambda name=name: variant(setting, name, name in PROFILED)) for name in VARIANTS},
-        "attention": lambda: attention_backends(setting),
-        "optimizer": lambda: optimizers(setting),
         "small": lambda: small(setting),
         "accuracy": lambda: accuracy(setting),
+        "attention": lambda: attention_backends(setting),
+        "optimizer": lambda: optimizers(setting),
         "start": lambda: start(setting),
     }
     for name, run in parts.items():
