@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import Setting, emit
+from gpu_step import Setting, emit, free
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -126,6 +126,7 @@ def main() -> None:
             measure(setting, name, engine(setting, stage, **how))
         except Exception as error:  # noqa: BLE001  the next measurement may work
             emit("engine", variant=name, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        free(setting)
 
 
 if __name__ == "__main__":

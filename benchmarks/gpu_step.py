@@ -12,6 +12,7 @@ and one without: seconds to the first step, and whether the weights after three 
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -131,6 +132,13 @@ class Setting:
 def emit(table: str, **values: Any) -> None:
     """Print one line."""
     print(json.dumps({"table": table, **values}), flush=True)
+
+
+def free(setting: Setting) -> None:
+    """Free the memory of models that are no longer used, which refer to themselves through their graphs."""
+    gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def stepper(setting: Setting, model: nn.Module, batch: int, optimizer: Any = None) -> Callable[[], None]:
@@ -260,6 +268,8 @@ def small(setting: Setting) -> None:
             step = stepper(setting, model, batch)
             step()
             emit("small", batch=batch, variant=name, step_ms=setting.ms(step))
+            del model, step
+            free(setting)
 
 
 def accuracy(setting: Setting) -> None:
@@ -367,8 +377,7 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001  the next measurement may work
             emit(table, variant=name, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
         print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
-        if setting.device == "cuda":
-            torch.cuda.empty_cache()
+        free(setting)
 
 
 if __name__ == "__main__":
