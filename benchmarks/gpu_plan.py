@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,11 +36,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from gpu_rows import ROWS, Setting, configure, prepare, shrinking  # noqa: E402
 
-from cluster.capacity.estimate import Machines, memory, other_bytes, step_time  # noqa: E402
-from cluster.capacity.workload import Workload, build_workload  # noqa: E402
-from cluster.recipe.config import build_recipe  # noqa: E402
-from cluster.runtime.hardware import Device, load_hardware  # noqa: E402
 from perceiver.config import UserError  # noqa: E402
+
+if TYPE_CHECKING:
+    from cluster.capacity.workload import Workload
+    from cluster.runtime.hardware import Device
 
 CHANGES: dict[str, dict[str, Any]] = {"ours": {}, "ours compiled": {}, "ours plain": {"attention": "plain"}}
 PLANNED = set(ROWS) - {"autoencoding"}
@@ -51,8 +51,12 @@ RECIPE = ["recipes/train/quickstart.yaml", "cluster.workers=1"]
 Values = dict[str, Any]
 
 
-def workload(row: str, implementation: str, tiny: bool) -> Workload:
+def workload(row: str, implementation: str, tiny: bool) -> "Workload":
     """Return the workload of a row, traced on the meta device."""
+    # Imported where they are used: the calibration's line of a machine without them names what is missing.
+    from cluster.capacity.workload import build_workload
+    from cluster.recipe.config import build_recipe
+
     config, classes = configure(ROWS[row], tiny, CHANGES[implementation])
     recipe = build_recipe(
         {
@@ -68,8 +72,10 @@ def workload(row: str, implementation: str, tiny: bool) -> Workload:
     return build_workload(recipe, samples=1, sample_bytes=1.0, classes=classes)
 
 
-def predict(work: Workload, device: Device, batch: int) -> Values:
+def predict(work: "Workload", device: "Device", batch: int) -> Values:
     """Return the plan's step in milliseconds, its memory in GB without the libraries', and the parts of both."""
+    from cluster.capacity.estimate import Machines, memory, other_bytes, step_time
+
     place = Machines(device, "device", devices=1, nodes=1, data_cpus=1.0)
     step, used, trace = step_time(work, place, batch, 1, None), memory(work, place, batch, 0, None), work.trace
     speed = device.memory_gbytes_s * 1e9 * device.memory_efficiency
@@ -108,7 +114,7 @@ def measured_steps(lines: Iterable[Values]) -> Iterator[Values]:
             yield line
 
 
-def compare(lines: Iterable[Values], device: Device, tiny: bool = False) -> Iterator[Values]:
+def compare(lines: Iterable[Values], device: "Device", tiny: bool = False) -> Iterator[Values]:
     """Yield prediction and measurement of each measured step."""
     works: dict[tuple[str, str], Workload] = {}
     for line in measured_steps(lines):
@@ -148,6 +154,8 @@ def device_name() -> str:
     Raises:
         UserError: the table has no such device.
     """
+    from cluster.runtime.hardware import load_hardware
+
     if not torch.cuda.is_available():
         return "cpu"
     here = torch.cuda.get_device_name()
@@ -204,13 +212,16 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes")
     parser.add_argument("recipe", nargs="*", help="recipe to calibrate with, and KEY=VALUE")
     given = parser.parse_args(words)
+    if not given.lines and not given.tiny:
+        print(json.dumps(calibration(given.recipe or RECIPE)), flush=True)
+        return 0
+    from cluster.runtime.hardware import load_hardware
+
     if given.lines:
         lines = [json.loads(text) for text in given.lines.read_text().splitlines() if text.startswith("{")]
         show(compare(lines, load_hardware(None).device(given.gpu), given.tiny), given.json)
-    elif given.tiny:
-        show(compare(measure_tiny(), load_hardware(None).device("cpu"), tiny=True), as_json=True)
     else:
-        print(json.dumps(calibration(given.recipe or RECIPE)), flush=True)
+        show(compare(measure_tiny(), load_hardware(None).device("cpu"), tiny=True), as_json=True)
     return 0
 
 
