@@ -1,12 +1,12 @@
-"""Time, memory and error of the kernels of separable cross-attention on a GPU: today's and the candidates.
+"""Time, memory and error of the kernels of separable cross-attention on a GPU, divided into programs in several ways.
 
     python benchmarks/gpu_kernel.py             # 512 latents, 224 x 224 inputs, batch 32
     TRITON_INTERPRET=1 python benchmarks/gpu_kernel.py --tiny     # without a GPU: no time, tiny sizes
 
 It prints one JSON line per variant and pass. `ms` is the median over CUDA events of a whole call; `kernel_ms` is the
 time of the kernel that processes the scores in one call, as torch's profiler reports it, without the transpositions
-and sums around it. `ms_large` is `ms` with scores of strength 20, where a candidate's forward pass may have to compute
-bands again. `error_small` and `error_large` are the greatest difference from float64 of any result, relative to
+and sums around it. `ms_large` is `ms` with scores of strength 20, where the forward pass may have to compute bands
+again. `error_small` and `error_large` are the greatest difference from float64 of any result, relative to
 the result's greatest value, at a smaller size with scores of strength 0.5 and 20; `repeats` tells whether a repeated
 call gives the same bits. A variant that fails has `error` instead.
 """
@@ -22,24 +22,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perceiver.kernels import separable_fixed, separable_triton
+from perceiver.kernels import separable_triton
+from perceiver.kernels.separable_triton import BACKWARD, FORWARD, Plan
 from perceiver.shared_kv import moments_backward, moments_forward
 
-Passes = dict[str, Callable[..., Any]]
 TINY, SMALLER, FULL = (1, 16, 3, 8), (2, 512, 64, 48), (32, 512, 224, 224)
 REPEATS = 15
 STRENGTHS = 0.5, 20.0
 
 
-def variants(features: int) -> Iterator[tuple[str, int, Passes]]:
-    """Yield the name, the number of features and the passes of each variant."""
-    today: Passes = {"forward": separable_triton.forward, "backward": separable_triton.backward}
-    yield "today", features + 1, today  # with each input's mean as a feature, as the model had it at first
-    yield "today", features, today
-    for name, plan in separable_fixed.FORWARD_CANDIDATES.items():
-        yield name, features, {"forward": partial(separable_fixed.forward, plan=plan)}
-    for name, plan in separable_fixed.BACKWARD_CANDIDATES.items():
-        yield name, features, {"backward": partial(separable_fixed.backward, plan=plan)}
+FORWARDS = {
+    "chosen": FORWARD,
+    "8 x 128": Plan(block=128, programs=1056),
+    "8 x 128, short bands": Plan(block=128, programs=2112),
+    "8 x 128, 168 registers": Plan(block=128, registers=168),
+    "8 x 64, short bands": Plan(programs=4224),
+    "16 x 64": Plan(strip=16, registers=168),
+    "16 x 64, short bands": Plan(strip=16, programs=3168, registers=168),
+    "4 x 128": Plan(strip=4, block=128, registers=168),
+}
+BACKWARDS = {
+    "chosen": BACKWARD,
+    "8 x 128": Plan(block=128, programs=1056),
+    "8 x 64": Plan(programs=2112, registers=128),
+    "16 x 64": Plan(strip=16, registers=168),
+    "16 x 64, short bands": Plan(strip=16, programs=3168, registers=168),
+    "4 x 128": Plan(strip=4, block=128, registers=168),
+}
+"""Columns x latents of a program, registers and length of the bands."""
+
+
+def variants() -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """Yield the name, the pass and its function of each variant."""
+    for name, plan in FORWARDS.items():
+        yield name, "forward", partial(separable_triton.forward, plan=plan)
+    for name, plan in BACKWARDS.items():
+        yield name, "backward", partial(separable_triton.backward, plan=plan)
 
 
 class Case:
@@ -134,20 +152,16 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cpu" if arguments.tiny else "cuda"
     batch = 1 if arguments.tiny else arguments.batch
-    known: dict[int, tuple[list[Case], list[Case]]] = {}
-    for variant, features, passes in variants(arguments.features):
-        if features not in known:
-            sizes, large = TINY if arguments.tiny else SMALLER, (batch, *FULL[1:])
-            cases = [Case(sizes, features, strength, device, exact=True) for strength in STRENGTHS]
-            full = [] if arguments.tiny else [Case(large, features, s, device, exact=False) for s in STRENGTHS]
-            known[features] = cases, full
-        for name, run in passes.items():
-            line = {"table": "kernel", "variant": variant, "pass": name, "batch": batch, "features": features}
-            try:
-                line |= measure(name, run, *known[features])
-            except Exception as error:  # noqa: BLE001  a variant that does not compile is a result
-                line["error"] = f"{type(error).__name__}: {error}"[:300]
-            print(json.dumps(line), flush=True)
+    sizes, large = TINY if arguments.tiny else SMALLER, (batch, *FULL[1:])
+    cases = [Case(sizes, arguments.features, strength, device, exact=True) for strength in STRENGTHS]
+    full = [] if arguments.tiny else [Case(large, arguments.features, s, device, exact=False) for s in STRENGTHS]
+    for variant, name, run in variants():
+        line = {"table": "kernel", "variant": variant, "pass": name, "batch": batch, "features": arguments.features}
+        try:
+            line |= measure(name, run, cases, full)
+        except Exception as error:  # noqa: BLE001  a variant that does not compile is a result
+            line["error"] = f"{type(error).__name__}: {error}"[:300]
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ weights, gradients and the optimizer's state. A batch that needs more than --mem
 - ours compiled: with `train.compile`, which compiles the layers of a training step, not of a forward pass alone.
 - ours plain compiled: the plain model, each cross-attend and self-attend compiled by `torch.compile`, in both passes
   (compiling the whole model of 12 to 26 layers takes minutes). Compiling is a part of the warm-up.
-  Steps of both compiled ones are replayed as CUDA graphs (`train.cuda_graphs`), so that the host's speed counts less.
+  Steps of both compiled ones are replayed as CUDA graphs (`cuda_graphs.py`), so that the host's speed counts less.
 - transformers: that library's model of the same function and shapes, where it has one. Its flow model gets 3 x 3
   neighbourhoods made beforehand; ours makes them in the step.
 
@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.cuda_graphs import GraphedForward  # noqa: E402
 from perceiver.accounting import account, count_parameters  # noqa: E402
 from perceiver.attention import CrossAttend, SelfAttend  # noqa: E402
 from perceiver.config import Config  # noqa: E402
@@ -51,7 +52,6 @@ from perceiver.factory import build_model, model_config  # noqa: E402
 from perceiver.kernels.compiled import CompiledLayers  # noqa: E402
 from perceiver.presets import PRESETS, preset_values  # noqa: E402
 from perceiver.step_trace import trace_step  # noqa: E402
-from perceiver.train.engine.cuda_graph import GraphedForward  # noqa: E402
 
 TABLE = "models at the papers' sizes"
 WARM, LEAST, MOST = 2, 3, 20

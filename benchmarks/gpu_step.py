@@ -33,13 +33,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.cuda_graphs import GraphedForward  # noqa: E402
 from perceiver.accounting import count_flops  # noqa: E402
 from perceiver.attention import SelfAttend  # noqa: E402
 from perceiver.factory import build_model, model_config  # noqa: E402
 from perceiver.kernels.compiled import CompiledLayers  # noqa: E402
 from perceiver.model import Encoder  # noqa: E402
 from perceiver.optim.lamb import Lamb  # noqa: E402
-from perceiver.train.engine.cuda_graph import GraphedForward  # noqa: E402
 
 PEAK = 989.0
 """TFLOP/s of dense bf16 products by the vendor's datasheet for H100 and H200."""

@@ -158,7 +158,6 @@ def _engine(recipe: Recipe, classes: int, micro: int) -> DeepSpeedEngine:
         precision=recipe.train.precision,
         compile=recipe.train.compile,
         half_residual=recipe.train.bf16_residual,
-        cuda_graphs=recipe.train.cuda_graphs,
     )
 
 

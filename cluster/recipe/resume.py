@@ -46,7 +46,6 @@ MAY_CHANGE = (
     "train.precision",
     "train.compile",
     "train.bf16_residual",
-    "train.cuda_graphs",
     "train.log_every",
     "train.eval_every",
     "train.eval_async",

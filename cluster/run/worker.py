@@ -317,7 +317,6 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, span: Span,
         precision=training.precision,
         compile=training.compile,
         half_residual=training.bf16_residual,
-        cuda_graphs=training.cuda_graphs,
     )
 
 

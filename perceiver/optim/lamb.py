@@ -39,6 +39,7 @@ class Lamb(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._layouts: dict[int, FlatLayout] = {}
+        self._numbers: dict[int, Tensor] = {}
         self._all_reduce: Callable[[Tensor], None] | None = None
 
     def shard(self, layouts: Mapping[Tensor, FlatLayout], all_reduce: Callable[[Tensor], None]) -> None:
@@ -49,6 +50,11 @@ class Lamb(torch.optim.Optimizer):
             all_reduce: sums a float32 tensor over the ranks in place.
         """
         self._layouts = {id(flat): layout for flat, layout in layouts.items()}
+        # On the device once: a copy in each step would wait for the GPU.
+        self._numbers = {
+            id(flat): torch.tensor([piece.parameter for piece in layout.pieces], dtype=torch.int64, device=flat.device)
+            for flat, layout in layouts.items()
+        }
         self._all_reduce = all_reduce
 
     @torch.no_grad()
@@ -102,7 +108,7 @@ class Lamb(torch.optim.Optimizer):
         layout = self._layouts[id(param)]
         squares = torch.zeros(2, len(layout.names), dtype=torch.float32, device=param.device)
         parts = [update.narrow(0, piece.offset, piece.length) for piece in layout.pieces]
-        numbers = torch.tensor([piece.parameter for piece in layout.pieces], dtype=torch.int64, device=param.device)
+        numbers = self._numbers[id(param)]
         if parts:
             mine = [param.narrow(0, piece.offset, piece.length) for piece in layout.pieces]
             squares[0].index_add_(0, numbers, _squared_norms(mine))

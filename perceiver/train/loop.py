@@ -66,11 +66,6 @@ class TrainConfig(SavingConfig):
         default=False,
         description="also keep the latents between layers in bf16, under precision bf16: less memory and time",
     )
-    cuda_graphs: bool = Field(
-        default=False,
-        description="on GPUs, with ZeRO stages 0 to 2: replay forward and backward pass as CUDA graphs, for models "
-        "that compute faster than the host can launch",
-    )
     log_every: Count = Field(default=10, description="steps between two records of the training metrics")
     eval_every: Epochs = Field(default=1.0, description="epochs between two evaluations")
     eval_async: bool = Field(

@@ -36,7 +36,6 @@ from perceiver.train.checkpoint.shards import (
     save_tensors,
     save_whole_shard,
 )
-from perceiver.train.engine.cuda_graph import GraphedForward
 from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig, plan_config
 from perceiver.train.engine.deepspeed_internals import (
     external_parameters,
@@ -107,7 +106,6 @@ class DeepSpeedEngine:
         precision: Precision = "auto",
         compile: Compile = "auto",
         half_residual: bool = False,
-        cuda_graphs: bool = False,
     ) -> None:
         """Build the engine on every rank.
 
@@ -122,7 +120,6 @@ class DeepSpeedEngine:
             precision: see `train.precision`.
             compile: see `train.compile`.
             half_residual: see `train.bf16_residual`.
-            cuda_graphs: see `train.cuda_graphs`.
 
         Raises:
             UserError: the DeepSpeed JSON contradicts the recipe.
@@ -150,8 +147,6 @@ class DeepSpeedEngine:
             module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)
         self._engine = _initialize(module, self._optimizer, plan)
         self.module: nn.Module = self._engine.module
-        if cuda_graphs and self.device.type == "cuda" and self.zero_stage < 3:
-            self.module.forward = GraphedForward(self.module, self.module.forward)
         zero = self._engine.optimizer
         self._layouts = flat_layouts(groups, self._optimizer, zero, names, self.zero_stage, self.rank)
         if isinstance(self._optimizer, Lamb) and self.zero_stage > 0:

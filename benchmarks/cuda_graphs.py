@@ -3,6 +3,9 @@
 A step of the ImageNet Perceiver launches thousands of kernels. Where the host needs longer for that than the GPU for
 computing (small micro-batches, slow CPUs), the GPU waits; replaying graphs ends that. A graph has fixed memory and
 shapes, so each shape of inputs has its own, and its activations stay allocated.
+
+Not used in training: under DeepSpeed, which keeps autograd's nodes of another stream, the capture failed (torch 2.11,
+benchmarks/results/2026-11-29-gpu.md).
 """
 
 import logging
@@ -70,7 +73,7 @@ class GraphedForward:
             except Exception as error:  # noqa: BLE001  whatever cannot be captured, or the model itself, raises
                 self.works = False
                 out = self._original(raw)
-                log.warning("train.cuda_graphs: not used, because the capture failed: %s", first_line(error))
+                log.warning("CUDA graphs are not used, because the capture failed: %s", first_line(error))
                 return out
         return self._graphs[kind](*tensors)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from perceiver.train.engine import cuda_graph
-from perceiver.train.engine.cuda_graph import MOST_GRAPHS, GraphedForward
+from benchmarks import cuda_graphs
+from benchmarks.cuda_graphs import MOST_GRAPHS, GraphedForward
 
 
 class Model(nn.Module):
@@ -111,6 +111,6 @@ def test_a_failed_capture_is_reported_once(monkeypatch: pytest.MonkeyPatch, capl
     model, forward = graphed()
     for _ in range(2):
         forward(torch.ones(1, 2)).sum().backward()
-    (record,) = [record for record in caplog.records if record.name == cuda_graph.__name__]
-    assert "train.cuda_graphs: not used" in record.getMessage() and not forward.works
+    (record,) = [record for record in caplog.records if record.name == cuda_graphs.__name__]
+    assert "not used" in record.getMessage() and not forward.works
     torch.testing.assert_close(model.scale.grad, torch.tensor([2.0, 2.0]))
