@@ -13,9 +13,9 @@ from cluster.record.run_folder import WEIGHTS, RunFolder
 from perceiver.factory import attention_maps, build_model
 from perceiver.report.figures import picture
 from perceiver.report.page import CardPart
-from perceiver.report.run import ReportData, choose_examples, run_report
+from perceiver.report.run import Classified, ReportData, choose_examples, run_report
 from perceiver.storage import open_url
-from perceiver.tasks import output_count
+from perceiver.tasks import known_classes, label_key, output_count
 from perceiver.tracking.redaction import redact
 from perceiver.train.hooks import History
 from pipelines.feed.ingest import DataConfig, sample_spec
@@ -57,6 +57,7 @@ def build_report(
         predictions=predictions.get("prediction"),
         probabilities=predictions.get("probability"),
         numbers=_numbers(predictions),
+        several=_several(recipe, predictions),
         cards=masks,
         images=images,
         parts={number: sample.parts for number, sample in found.items() if sample.parts},
@@ -110,6 +111,16 @@ def _numbers(predictions: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarra
     """Return true and predicted values of each number that was predicted."""
     names = [name.removeprefix("target_") for name in predictions if name.startswith("target_")]
     return {name: (predictions[f"target_{name}"], predictions[f"prediction_{name}"]) for name in names}
+
+
+def _several(recipe: Recipe, predictions: Mapping[str, np.ndarray]) -> dict[str, Classified]:
+    """Return labels and predictions of each task of a multitask that predicts a class, of the samples with a label."""
+    found = {}
+    for name, classes in known_classes(recipe.task).items():
+        labels = predictions.get(label_key(name))
+        if labels is not None and (there := labels >= 0).any():
+            found[name] = Classified(classes, labels[there], predictions[f"prediction_{name}"][there])
+    return found
 
 
 def _examples(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.ndarray]) -> tuple[set[int], list[int]]:

@@ -64,6 +64,9 @@ API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
 instance without a dashboard records the default port, 8265, at which another instance may listen, such as that of
 `perceiver cluster up`; at this address nothing answers, which Ray Train takes for temporary."""
 
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Whether Ray Train starts a process per run that asks for preempted nodes. An instance of one machine has none."""
+
 ENDS = {signal.SIGTERM, signal.SIGHUP}
 """Signals by which others end a run."""
 
@@ -168,7 +171,7 @@ def _start_instance(config: ClusterConfig) -> RaySession:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     if socket_folder() == "/tmp":
         os.environ["RAY_TMPDIR"] = "/tmp"
-    inherited = {API_SERVER: None if config.dashboard else NO_API_SERVER}
+    inherited = {API_SERVER: None if config.dashboard else NO_API_SERVER, PREEMPTION_WATCHER: "0"}
     try:
         with environment(inherited), ends_blocked(), loopback_only():
             context: Any = ray.init(

@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster.recipe.config import Recipe
 from cluster.recipe.resources import ClusterConfig
+from cluster.record.failures import one_line
 from cluster.record.run_folder import DRIVER_LOG, RunFolder
 from cluster.runtime.local import ENDS, RaySession, start_ray
 from perceiver.tracking.printable import SafeFormatter
@@ -96,13 +97,21 @@ def open_ray(config: ClusterConfig) -> RaySession:
 
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
-    """Connect to Ray in a `with` block, see `open_ray`; a Ray that the calling program has initialised stays."""
+    """Connect to Ray in a `with` block, see `open_ray`; a Ray that the calling program has initialised stays.
+
+    Raises:
+        RuntimeError: Ray raised an error inside: its cause in one line, and the folder of Ray's logs.
+    """
     import ray
+    from ray.exceptions import RayError
 
     joined = is_joined()
-    open_ray(config)
+    session = open_ray(config)
     try:
         yield
+    except RayError as error:
+        place = f"; Ray's logs: {session.folder}/logs" if session.folder else ""
+        raise RuntimeError(f"{one_line(error)}{place}") from error
     finally:
         if not joined:
             ray.shutdown()

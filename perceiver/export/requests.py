@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from perceiver.modalities.text import byte_ids
+from perceiver.modalities.text import BYTE_VOCABULARY, byte_ids
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -34,10 +34,11 @@ class Requests:
         self.view = view
 
     def samples(self, inputs: Any) -> dict[str, Any]:
-        """Return the inputs of a request by name, as sequences of samples: lists of texts, or arrays.
+        """Check a whole request; return its inputs by name: texts and encoded images as lists, others as arrays.
 
         Raises:
-            ValueError: an input is missing, a single value, or mixes texts with others.
+            ValueError: an input is missing or unknown, a single value, mixes texts with others, or is of another shape
+                or type; or there are no samples, or the inputs differ in number.
         """
         if not isinstance(inputs, Mapping) or not self.like.keys() & inputs.keys():
             raise ValueError(f"got {_described(inputs)}; wanted samples by name: {', '.join(self.like)}")
@@ -46,34 +47,41 @@ class Requests:
             texts = texts_in(values)
             if texts is None and _has_text(values):  # NumPy would make all of them as wide as the longest text
                 raise ValueError(f"{name}: got texts among other values")
-            found[name] = np.asarray(values) if texts is None else texts
-            if np.ndim(found[name]) == 0:
-                raise ValueError(f"{name}: got a single value; wanted samples")
+            found[name] = (
+                texts if texts and name in self.like and name in ("text", "image") else self._array(name, values)
+            )
         if missing := [name for name in self.like if name not in found and name not in self.optional]:
             raise ValueError(f"got {_described(inputs)} without {', '.join(missing)}")
+        counts = {name: len(values) for name, values in found.items()}
+        if set(counts.values()) == {0} or len(set(counts.values())) != 1:
+            raise ValueError(f"got {counts} samples by input; wanted at least one, and the same number in each")
+        ids = found.get("text")
+        if isinstance(ids, list) and self.vocabulary and self.vocabulary < BYTE_VOCABULARY:
+            raise ValueError(
+                f"text: got texts; wanted ids of 0 to {self.vocabulary - 1}: the model is not one of bytes"
+            )
+        if isinstance(ids, np.ndarray) and self.vocabulary and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            raise ValueError(f"text: got ids of {ids.min()} to {ids.max()}; wanted ids of 0 to {self.vocabulary - 1}")
         return found
 
-    def __call__(self, inputs: Any, first: int = 0) -> Arrays:
-        """Return the arrays of a request.
+    def __call__(self, samples: Mapping[str, Any], first: int = 0) -> Arrays:
+        """Return the arrays of consecutive samples: texts become ids, encoded images pixels.
 
         Args:
-            inputs: samples by name.
+            samples: what `samples` returned, or the same part of each of its inputs.
             first: number of the first one, for errors.
 
         Raises:
-            ValueError: an input is missing or unknown, of another shape or type, or cannot be decoded.
+            ValueError: an image cannot be decoded.
         """
         found: Arrays = {}
-        for name, values in self.samples(inputs).items():
-            if name == "text" and isinstance(values, list):
+        for name, values in samples.items():
+            if not isinstance(values, list):
+                found[name] = values
+            elif name == "text":
                 found["text"], found["text_mask"] = self._ids(as_text(values))
-            elif name == "image" and isinstance(values, list):
-                found["image"] = np.stack([self._pixels(number, value) for number, value in enumerate(values, first)])
             else:
-                found[name] = self._array(name, values)
-        ids = found.get("text")
-        if self.vocabulary and ids is not None and ids.size and not 0 <= ids.min() <= ids.max() < self.vocabulary:
-            raise ValueError(f"text: got ids of {ids.min()} to {ids.max()}; wanted ids of 0 to {self.vocabulary - 1}")
+                found["image"] = np.stack([self._pixels(number, value) for number, value in enumerate(values, first)])
         return found
 
     def _ids(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -100,7 +108,12 @@ class Requests:
         return evaluation_view(picture, (height, width), self.view.get("eval_crop", 1.0))
 
     def _array(self, name: str, values: Any) -> NDArray[Any]:
-        found = np.asarray(values)
+        try:
+            found = np.asarray(values)
+        except ValueError:  # NumPy does not name the input
+            raise ValueError(f"{name}: got samples of different shapes") from None
+        if found.ndim == 0:
+            raise ValueError(f"{name}: got a single value; wanted samples")
         like = self.like.get(name)
         if like is None and name in self.optional:
             like = np.zeros(self.like[name.removesuffix("_mask")].shape, np.bool_)

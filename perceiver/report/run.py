@@ -26,6 +26,15 @@ CARD = 224
 
 
 @dataclass(frozen=True)
+class Classified:
+    """Labels and predictions (B,) of a task that predicts one of the K named classes."""
+
+    class_names: Sequence[str]
+    labels: NDArray[Any]
+    predictions: NDArray[Any]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """The content of a report. Only name and history are required; a section without data is omitted.
 
@@ -41,6 +50,7 @@ class ReportData:
     predictions: NDArray[Any] | None = None  # (B,) int class; not used for "multilabel"
     probabilities: NDArray[np.floating] | None = None  # (B, K)
     numbers: Mapping[str, tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=dict)  # name -> true, predicted
+    several: Mapping[str, "Classified"] = field(default_factory=dict)  # of a multitask, by the tasks' names
     images: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)  # sample id -> (H, W, C), those to be shown
     parts: Mapping[int, Sequence[CardPart]] = field(default_factory=dict)  # of other samples: sound, texts, ...
     cards: Sequence[tuple[str, CardPart]] = ()  # key and picture of samples with their predictions, such as masks
@@ -68,6 +78,10 @@ def run_report(data: ReportData) -> dict[str, bytes]:
     if rows := page["classes"]:
         page["listed"] = rows if len(rows) <= TABLE_CLASSES else worst(rows)
         files["per_class.csv"] = _csv(rows)
+    several = {}
+    for number, (name, found) in enumerate(data.several.items(), 1):
+        matrix = confusion(found.labels, found.predictions, len(found.class_names))
+        several[name], files[f"figures/confusion-{number}.png"] = _confused(matrix, found.class_names)
     errors = [figures.draw_errors(name, true, predicted) for name, (true, predicted) in data.numbers.items()]
     drawings = [*curves, *errors, *([page["calibration"]] if page.get("calibration") else [])]
     files |= {f"figures/{drawing.slug}.png": drawing.png for drawing in drawings}
@@ -78,6 +92,7 @@ def run_report(data: ReportData) -> dict[str, bytes]:
         "commands": data.commands,
         "curves": curves,
         "errors": errors,
+        "several": several,
         "samples": data.cards,
         "attention": _attention(data, files),
         "columns": columns,
@@ -98,7 +113,7 @@ def _classification(
     classes = max(int(labels.max()) + 1, int(predictions.max()) + 1, len(data.class_names), columns)
     names = class_names(data.class_names, classes)
     matrix = confusion(labels, predictions, classes)
-    files["figures/confusion.png"] = png = figures.draw_confusion(matrix, names)
+    confused, files["figures/confusion.png"] = _confused(matrix, names)
     calibration, error, confidence = None, None, None
     if data.probabilities is not None:
         confidence = np.nan_to_num(data.probabilities[np.arange(len(labels)), predictions].astype(np.float64))
@@ -106,16 +121,25 @@ def _classification(
     accuracy = percent(float(np.mean(labels == predictions)))
     return {
         "headline": data.headline or (accuracy, f"test accuracy, {len(labels):,} samples"),
-        "tested": len(labels),
-        "names": names,
-        "matrix": _cells(matrix) if classes <= TABLE_CLASSES else None,
-        "confusion": data_uri(png),
-        "pairs": confused_pairs(matrix, names, LISTED_PAIRS),
+        "confused": confused,
         "classes": class_table(matrix, names),
         "calibration": calibration,
         "calibration_error": error,
         "examples": _examples(data, labels, predictions, confidence, names, files),
     }
+
+
+def _confused(matrix: NDArray[np.int64], names: Sequence[str]) -> tuple[dict[str, Any], bytes]:
+    """Return the page's values for a confusion matrix, and its picture."""
+    png = figures.draw_confusion(matrix, names)
+    return {
+        "tested": int(matrix.sum()),
+        "right": ratio(np.trace(matrix), matrix.sum()),
+        "names": names,
+        "matrix": _cells(matrix) if len(matrix) <= TABLE_CLASSES else None,
+        "picture": data_uri(png),
+        "pairs": confused_pairs(matrix, names, LISTED_PAIRS),
+    }, png
 
 
 def _cells(matrix: NDArray[np.int64]) -> list[list[tuple[int, float]]]:

@@ -49,17 +49,23 @@ def fill(model: nn.Module, texts: Sequence[str], mask_id: int = 3) -> list[Fille
     Raises:
         ValueError: a text has more bytes than the model's inputs, or more than 32 masks.
     """
-    return [_fill(model, text, mask_id) for text in texts]
-
-
-def _fill(model: nn.Module, text: str, mask_id: int) -> Filled:
     most = cast(Any, network(model)).example(1, "cpu")["text"].shape[1]
-    parts: list[bytes] = [part.encode() for part in _RUNS.split(text)]
+    split = [_split(text, most) for text in texts]  # all of them are checked before the first is filled
+    return [_fill(model, *parts, most, mask_id) for parts in split]
+
+
+def _split(text: str, most: int) -> tuple[list[bytes], list[int]]:
+    """Return the parts between a text's masks, and for each mask how many stand next to each other."""
+    parts = [part.encode() for part in _RUNS.split(text)]
     counts = [len(run) // len(MASK) for run in _RUNS.findall(text)]
     if len(counts) > MOST_MASKS:
         raise ValueError(f"{len(counts):,} masks in a text; wanted at most {MOST_MASKS}: give shorter texts")
     if counts and (least := 2 + sum(map(len, parts)) + sum(counts)) > most:
         raise ValueError(f"{least:,} tokens with its masks, the model has {most:,}")
+    return parts, counts
+
+
+def _fill(model: nn.Module, parts: Sequence[bytes], counts: Sequence[int], most: int, mask_id: int) -> Filled:
     words: list[bytes] = []
     shares: list[float] = []
     for place, count in enumerate(counts):

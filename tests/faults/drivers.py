@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.job import Job, Outcome, fault_tree
+from tests.faults.job import Job, Outcome, fault_tree, send
 from tests.faults.stages import killed_at_each_stage
 from tests.faults.table import STEPS, expect_finished, scenario
 
@@ -66,6 +66,26 @@ def driver_killed(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         expect_finished(job, outcome)
         job.judge(outcome, fault, again, STEPS)
         outcome.detected_s = None  # by the user
+    finally:
+        job.kill()
+
+
+@scenario("gcs_server SIGKILL, then --resume")
+def instance_lost(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The driver names the process of its Ray instance that is lost, and ends; a raylet's is in the test suite."""
+    job = Job(folder, fault_tree(tree, STEPS)).start()
+    try:
+        job.wait_checkpoint()
+        (lost,) = [process for process in job.leftovers() if process.name() == "gcs_server"]
+        fault = send(lost, signal.SIGKILL)
+        outcome.expect(job.end() == 1, f"exit code 1\n{job.output}")
+        ended = time.time()
+        errors = [line for _, line in job.lines if line.startswith("error:")]
+        outcome.expect(len(errors) == 1 and "gcs_server" in errors[0], f"one error names it\n{job.output}")
+        outcome.expect(job.facts().get("status") == "failed", "the run failed")
+        job.start("--resume")
+        expect_finished(job, outcome)
+        job.judge(outcome, fault, ended, STEPS)
     finally:
         job.kill()
 

@@ -16,9 +16,9 @@ from tests.homes import share_kernels
 PERCEIVER = str(Path(sys.executable).with_name("perceiver"))
 
 
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start the command in its own folder with its own home."""
-    environment = {**os.environ, "HOME": str(share_kernels(tmp_path)), "COLUMNS": "200"}
+def start(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """Start the command in its own folder with its own home, and with environment variables."""
+    environment = {**os.environ, **variables, "HOME": str(share_kernels(tmp_path)), "COLUMNS": "200"}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)
     return subprocess.Popen(

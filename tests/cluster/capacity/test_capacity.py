@@ -33,6 +33,7 @@ from perceiver.factory import build_model, model_config
 from perceiver.step_trace import StepTrace, trace_step
 from tests.cluster.recipes import write_recipe
 from tests.faults.job import PACE
+from tests.homes import share_kernels
 
 H100 = load_hardware(None).device("h100")
 
@@ -299,7 +300,7 @@ def test_another_precision_has_another_calibration(tree: dict[str, Any]) -> None
 @pytest.mark.slow
 def test_measuring_this_machine(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with two workers; the earlier measurement with one is kept."""
-    monkeypatch.setenv("PERCEIVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PERCEIVER_CACHE", str(share_kernels(tmp_path) / ".cache" / "perceiver"))
     for name, value in PACE.items():  # other load could slow the isolated steps more than the real ones
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("cluster.capacity.calibrate.machine_cpus", lambda: 2)

@@ -40,7 +40,7 @@ from tune.search_file import read_search
 
 pytestmark = pytest.mark.usefixtures("home")
 PERCEIVER = [str(Path(sys.executable).with_name("perceiver"))]
-POLL_S = 0.2
+POLL_S = 1.0
 
 
 @pytest.fixture
@@ -323,12 +323,11 @@ object_store_mb: 100
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str, Any]) -> None:
-    """One run, two jobs, one MLflow run; workers and data tasks on the nodes that their labels name."""
-    from mlflow.tracking import MlflowClient
-
+    """One run, two jobs; workers and data tasks on the nodes that their labels name."""
+    tree["tracking"] = {"enabled": False}
     tree["cluster"] = {"workers": 1, "worker_labels": {"role": "train"}, "worker_resources": {"slot": 1}}
     tree["data"] |= {"task_labels": {"role": "data"}, "tasks": 1}
-    tree["train"] |= {"epochs": 4000, "checkpoint_every": 4, "eval_every": 1000}
+    tree["train"] |= {"epochs": 4000, "checkpoint_every": 10, "eval_every": 1000}
     recipe = str(write_recipe(home, tree))
     ports = f"port: {free_port('127.0.0.2')}\ndashboard_port: {free_port('127.0.0.1')}\n"
     (home / "nodes.yaml").write_text(NODES + ports)
@@ -340,7 +339,6 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
         perceiver(home, "submit", recipe, "--run", "life", "--no-wait", "--working-dir", mine)
         placed = wait_for_tasks(home)
         assert placed["RayTrainWorker"] == {"127.0.0.3"} and placed["MapBatches(produce)"] == {"127.0.0.4"}
-        assert "slot" in perceiver(home, "submit", recipe, "cluster.worker_resources.slot=2", "--run", "b", code=2)
         assert "being trained by the job life-1" in perceiver(home, "submit", recipe, "--run", "life", code=2)
         assert "the token is not this cluster's" in perceiver(home, "jobs", code=2, RAY_AUTH_TOKEN="f" * 64)
         stopped = perceiver(home, "stop", "life")
@@ -348,13 +346,12 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
         assert "checkpoint saved" in stopped and f": perceiver submit {recipe} --run life" in stopped
         step = json.loads((home / "runs/life/run.json").read_text())["step"]
         followed = perceiver(home, "submit", recipe, "--run", "life", f"train.epochs={step / 5 + 2}")
-        assert f"resumed at step {step}" in followed and "experiment small" in followed
+        assert f"resumed at step {step}" in followed
         assert "job life-2 SUCCEEDED" in followed
         assert [json.loads(line)["status"] for line in perceiver(home, "jobs", "--json").splitlines()] == [
             "STOPPED",
             "SUCCEEDED",
         ]
-        assert "resumed at step" in perceiver(home, "logs", "life-2")
         perceiver(home, "status", "life-1", code=130)
         cluster = running_cluster()
         assert cluster is not None
@@ -363,9 +360,8 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
         down = perceiver(home, "cluster", "down")
     assert "processes" in down and not folder.exists()
     assert not [process for process in processes if process.is_running() and process.status() != "zombie"]
-    client = MlflowClient(f"sqlite:///{home / 'runs/mlflow.db'}")
-    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert run.info.status == "FINISHED" and run.info.run_name == "life"
+    facts = json.loads((home / "runs/life/run.json").read_text())
+    assert facts["status"] == "finished" and facts["step"] == step + 10
 
 
 def wait_for_tasks(home: Path) -> dict[str, set[str]]:

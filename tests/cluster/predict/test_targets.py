@@ -160,7 +160,7 @@ def test_tagging(data: dict[str, str], tmp_path: Path) -> None:
     assert outputs[0].shape == (2, 3) and "dark" in session.get_modelmeta().custom_metadata_map["classes"]
 
 
-def test_several_tasks(data: dict[str, str], tmp_path: Path) -> None:
+def test_several_tasks(data: dict[str, str], tmp_path: Path, page: Any) -> None:
     task = {
         "kind": "multitask",
         "tasks": {"hue": 1.0, "form": 0.5, "price": 2.0},
@@ -175,6 +175,9 @@ def test_several_tasks(data: dict[str, str], tmp_path: Path) -> None:
     predict(scoring, str(tmp_path / "out"))
     table = rows(tmp_path / "out")
     right = [row["prediction_hue"] == row["label_hue"] for row in table]
+    shown = page(found, tmp_path / "out")
+    assert "hue: where it is right and wrong" in shown and shown.count('<table class="confusion">') == 2
+    assert f"{100 * np.mean(right):.1f} % of 6 samples" in shown and "form: where it is right" in shown
     assert figures["accuracy_hue"] == pytest.approx(np.mean(right))
     assert {row["class_hue"] for row in table} <= set(CLASSES) and {row["class_form"] for row in table} == {"round"}
     errors = [abs(row["prediction_price"] - row["target_price"]) for row in table]

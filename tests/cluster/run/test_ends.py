@@ -64,7 +64,7 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path, tree: dict[str, Any]) -> Iterator[Callable[[], Run]]:
-    tree["cluster"] = {"workers": 1}
+    tree |= {"cluster": {"workers": 1}, "tracking": {"enabled": False}}
     tree["train"] = {"steps": 100_000, "global_batch": 16, "log_every": 1}
     started: list[Run] = []
 
@@ -104,13 +104,13 @@ def test_sigterm_to_every_process_saves_a_checkpoint(run: Callable[[], Run], tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
-def test_a_lost_process_of_ray_is_named(run: Callable[[], Run], tmp_path: Path, name: str) -> None:
+def test_a_lost_process_of_ray_is_named(run: Callable[[], Run], tmp_path: Path) -> None:
+    """The raylet; `make faults` kills the other one, gcs_server."""
     started = run()
-    started.named(name).kill()
+    started.named("raylet").kill()
     code, text = started.end()
     (error,) = [line for line in text.splitlines() if line.startswith("error:")]
-    assert code == 1 and name in error and "--resume --run small-001" in text
+    assert code == 1 and "raylet" in error and "--resume --run small-001" in text
     assert "[20" not in text and "Raylet" not in text, "no log of Ray"
     assert json.loads((tmp_path / "runs" / "small-001" / "run.json").read_text())["status"] == "failed"
 

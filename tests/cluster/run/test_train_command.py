@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-import yaml
-from PIL import Image
 
-from pipelines.prepare import PrepareConfig, prepare
 from tests.cluster.recipes import small_tree, write_recipe
 from tests.faults.job import PACE
 from tests.homes import share_kernels
@@ -25,9 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PERCEIVER = [str(Path(sys.executable).with_name("perceiver")), "train"]
 
 
-def start(tmp_path: Path, tree: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
-    """Start the command in its own folder, with its own home folder."""
-    environment = {**os.environ, "HOME": str(share_kernels(tmp_path)), "COLUMNS": "200"}
+def start(tmp_path: Path, tree: dict[str, Any], *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """Start the command in its own folder, with its own home folder, and with environment variables."""
+    environment = {**os.environ, **variables, "HOME": str(share_kernels(tmp_path)), "COLUMNS": "200"}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)
     command = [*PERCEIVER, str(write_recipe(tmp_path, tree)), *arguments]
@@ -42,7 +39,7 @@ def run(tmp_path: Path, tree: dict[str, Any], *arguments: str) -> tuple[int, str
     return process.returncode, output
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], poll_s: float = 0.1) -> None:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], poll_s: float) -> None:
     """Wait until a condition is true; the process must not end before."""
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -133,25 +130,6 @@ def test_asynchronous_evaluation(unbroken: tuple[Path, dict[str, Any], str]) -> 
     assert "evaluation at step 20: " in output
 
 
-def test_a_killed_worker_is_replaced_and_the_losses_do_not_change(
-    tmp_path: Path, tree: dict[str, Any], unbroken: tuple[Path, dict[str, Any], str]
-) -> None:
-    tree["train"] |= LONGER
-    process = start(tmp_path, tree)
-    folder = tmp_path / "runs" / "small-001"
-    wait_for(lambda: list(folder.glob("checkpoints/step-*/manifest.json")), process)
-    worker = json.loads((folder / "run.json").read_text())["workers"]["1"]["pid"]
-    os.kill(worker, signal.SIGKILL)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
-    assert "worker 1 failed" in output and "restarting the workers" in output
-    assert "resumed at step" in output
-    assert [run.info.status for run in mlflow_runs(tmp_path / "runs")] == ["FINISHED"]
-    broken = losses(folder)
-    assert list(broken) == list(range(1, 61))
-    assert losses(unbroken[0] / "runs" / "small-001") == broken
-
-
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Yield an S3 endpoint with an empty bucket named `bucket`, which the environment names."""
@@ -172,71 +150,46 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         server.stop()
 
 
-def test_stop_then_kill_the_driver_then_resume_in_one_mlflow_run(
-    tmp_path: Path, tree: dict[str, Any], store: Any
+def test_a_killed_worker_and_a_killed_driver_do_not_change_the_losses(
+    tmp_path: Path, tree: dict[str, Any], store: Any, unbroken: tuple[Path, dict[str, Any], str]
 ) -> None:
-    """Shards and the run are on S3; the run is resumed from there, finally with another world size."""
+    """Shards and the run are on S3; the run continues from there twice, at last with another world size."""
     store.put(f"{tree['data']['url']}/", "bucket/shards/", recursive=True)
     tree["data"]["url"], tree["output"] = "s3://bucket/shards", "s3://bucket/runs"
-    tree["train"] |= {"epochs": 60, "checkpoint_every": 0.4}
-    tree["cluster"] = {"workers": 1}
+    tree["train"] |= LONGER
     folder = "bucket/runs/small-001"
 
     def steps() -> list[int]:
         found = store.glob(f"{folder}/checkpoints/step-*/manifest.json")
         return sorted(int(path.split("/")[-2].removeprefix("step-")) for path in found)
 
-    def rows() -> list[dict[str, float]]:
-        lines = store.cat_file(f"{folder}/checkpoints/step-{steps()[-1]:08d}/history.jsonl").decode().splitlines()
-        return [json.loads(line) for line in lines]
+    def losses_at(step: int) -> dict[int, float]:
+        lines = store.cat_file(f"{folder}/checkpoints/step-{step:08d}/history.jsonl").decode().splitlines()
+        return {int(row["step"]): row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row}
 
-    process = start(tmp_path, tree)
+    def worker() -> int:
+        return json.loads(store.cat_file(f"{folder}/run.json"))["workers"]["1"]["pid"]
+
+    process = start(tmp_path, tree, **(PACE | {"FAULT_STEP_S": "0.4"}))
     wait_for(steps, process, 1.0)  # each poll takes requests, which the server answers in this process
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 130, output
-    assert "checkpoint saved" in output and ": perceiver train" in output and "--resume --run small-001" in output
-    stopped = json.loads(store.cat_file(f"{folder}/run.json"))["step"]
-    assert 0 < stopped < 300
-    assert rows()[-1]["step"] == stopped
-
-    process = start(tmp_path, tree, "--resume")
-    wait_for(lambda: max(steps(), default=0) > stopped, process, 1.0)
+    killed = worker()
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: worker() != killed, process, 1.0)
+    before = steps()[-1]
+    wait_for(lambda: steps()[-1] > before, process, 1.0)
     process.kill()
-    process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=400)
+    assert "worker 1 failed" in output and "restarting the workers" in output and "resumed at step" in output
 
-    code, output = run(tmp_path, tree, "--resume", "train.epochs=14", "train.checkpoint_every=4", "cluster.workers=2")
+    code, output = run(tmp_path, tree, "--resume", "cluster.workers=1")
     assert code == 0, output
     assert "resuming small-001 from the checkpoint at step" in output and "experiment small" in output
-    assert "from s3://bucket/runs/small-001/checkpoints/step-" in output
-    assert [int(row["step"]) for row in rows() if "train/loss" in row] == list(range(1, max(70, steps()[-1]) + 1))
+    (resumed,) = re.findall(r"from s3://bucket/runs/small-001/checkpoints/step-0*(\d+)", output)
+    wanted, found = losses(unbroken[0] / "runs" / "small-001"), losses_at(60)
+    assert before < int(resumed) < 60 and list(found) == list(range(1, 61))
+    two = range(1, int(resumed) + 1)  # steps of two workers
+    assert [found[step] for step in two] == [wanted[step] for step in two]
+    assert list(found.values()) == pytest.approx(list(wanted.values()), rel=1e-3, abs=1e-6)
     assert store.exists(f"{folder}/report/index.html")
     (tracked,) = mlflow_runs(tmp_path / ".cache" / "perceiver" / "runs")
     assert tracked.info.status == "FINISHED"
-
-
-def test_a_regression_keeps_the_units_of_its_data_when_resumed(tmp_path: Path) -> None:
-    """What a run takes from its data is in its recipe, in the predictions, and the same when it is resumed."""
-    rows = ["file,price"]
-    (tmp_path / "raw").mkdir()
-    for number in range(40):
-        Image.new("L", (12, 12), 6 * number).save(tmp_path / "raw" / f"{number}.png")
-        rows.append(f"{number}.png,{1000 + number}")
-    (tmp_path / "raw" / "t.csv").write_text("\n".join(rows))
-    options = {"image": "file", "target": "price"}
-    prepare("csv", str(tmp_path / "raw"), str(tmp_path / "data"), PrepareConfig(parallel="off", options=options))
-    tree = small_tree(tmp_path, str(tmp_path / "data"))
-    tree |= {"cluster": {"workers": 1}, "tracking": {"enabled": False}}
-    tree |= {"task": {"kind": "regression", "loss": "l1"}, "optim": {"lr": 0.01, "schedule": {"kind": "constant"}}}
-    code, output = run(tmp_path, tree, "--json")
-    assert code == 0 and {"mae", "rmse", "r2"} < set(json.loads(output.splitlines()[-1])["evaluation"]), output
-    code, output = run(tmp_path, tree, "train.epochs=3", "--resume", "--json")
-    assert code == 0, output
-    folder = tmp_path / "runs" / "small-001"
-    targets = yaml.safe_load((folder / "recipe.yaml").read_text())["task"]["targets"]
-    assert targets["names"] == ["price"] and 1010 < targets["mean"][0] < 1030
-    table = pq.read_table(folder / "predictions").to_pylist()
-    errors = [abs(row["prediction_price"] - row["target_price"]) for row in table]
-    figures = json.loads(output.splitlines()[-1])["evaluation"]
-    assert len(table) == 8 and sum(errors) / 8 == pytest.approx(figures["mae"], rel=1e-3)
-    assert "Predicted and true values" in (folder / "report" / "index.html").read_text()

@@ -56,6 +56,8 @@ def test_a_text_that_is_too_long_is_refused() -> None:
     task: Any = build_task(MaskedLanguageConfig(), classes=0)
     with pytest.raises(ValueError, match="43 tokens with its masks, the model has 32"):
         task.fill(Memory(), ["[MASK]" + "x" * 40])
+    with pytest.raises(ValueError, match="32"):  # before the first one is filled
+        task.fill(Memory(), ["one [MASK]", "[MASK] " * 100_000])
 
 
 def test_a_text_with_many_masks_is_refused_before_it_is_expanded() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.recipe.config import load_recipe
 from cluster.recipe.preflight import check_recipe
+from tests.faults.job import PACE
 from tests.homes import write_names
 from tests.tune.commands import all_gone, left_behind, run, start, trials, wait_for
 from tests.tune.searches import write_search
@@ -74,7 +75,7 @@ def test_weights_are_exchanged_and_ctrl_c_saves(tmp_path: Path, tree: dict[str, 
         "trials": 2,
         **BY_LOSS,
         "scheduler": {"kind": "pbt", "interval": 2, "quantile": 0.5, "resample": 0.0},
-        "overrides": {"train.epochs": 400},
+        "overrides": {"train.epochs": 400, "tracking.enabled": False},
         "space": {"optim.lr": {"kind": "choice", "values": [1e-9, 0.01]}},
     }
     from tests.tune.searches import load
@@ -87,7 +88,7 @@ def test_weights_are_exchanged_and_ctrl_c_saves(tmp_path: Path, tree: dict[str, 
     tree["seed"] = next(seed for seed, pair in rates.items() if pair == [1e-9, 0.01])
     search = write_search(tmp_path, tree)
     folder = tmp_path / "runs" / "hunt-001"
-    process = start(tmp_path, "tune", search)
+    process = start(tmp_path, "tune", search, **PACE)  # leaves the processor to the exchange
     wait_for(lambda: trials(folder) and trials(folder)[0]["exchanges"], process)
     before = len(trials(folder)[0]["evaluations"])
     wait_for(lambda: len(trials(folder)[0]["evaluations"]) > before, process)

@@ -1,6 +1,7 @@
 """Record the call stacks of a run; Python loads this module in each process that has it on its path.
 
-`SPINE_FOLDER` receives our own frames of the first call of each of `POINTS` in each process.
+`SPINE_FOLDER` receives our own frames of the first call of each of `POINTS` in each process. `SPINE_UNBUILT` names
+operators of DeepSpeed that it shall not compile.
 """
 
 import functools
@@ -10,7 +11,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -59,29 +60,49 @@ def recorded(owner: Any, name: str) -> None:
     setattr(owner, name, wrapper)
 
 
+def recorded_points(module: ModuleType) -> None:
+    """Wrap the method of `POINTS` in its module."""
+    owner, name = POINTS[module.__name__]
+    recorded(getattr(module, owner), name)
+
+
+def unbuilt(module: ModuleType) -> None:
+    """Let DeepSpeed take operators for incompatible with this machine."""
+    module.__compatible_ops__ = dict.fromkeys(os.environ["SPINE_UNBUILT"].split(","), False)  # type: ignore[attr-defined]
+
+
 class Patch(MetaPathFinder):
-    """Wraps the methods of `POINTS` when their modules are loaded."""
+    """Changes modules when they are loaded.
+
+    Args:
+        changes: a function of each module, by its name.
+    """
+
+    def __init__(self, changes: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self.changes = changes
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """See the base class."""
-        if fullname not in POINTS:
+        if fullname not in self.changes:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         sys.meta_path.insert(0, self)
         assert spec is not None and spec.loader is not None
-        load, (owner, name) = spec.loader.exec_module, POINTS[fullname]
+        load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            recorded(getattr(module, owner), name)
+            self.changes[fullname](module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+if "SPINE_UNBUILT" in os.environ:
+    sys.meta_path.insert(0, Patch({"deepspeed.ops": unbuilt}))
 if "SPINE_FOLDER" in os.environ:
-    sys.meta_path.insert(0, Patch())
+    sys.meta_path.insert(0, Patch(dict.fromkeys(POINTS, recorded_points)))
     remember_starters()
