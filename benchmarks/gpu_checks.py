@@ -44,7 +44,7 @@ from perceiver.tasks import Batch, build_task  # noqa: E402
 from perceiver.tasks.classification import ClassificationConfig  # noqa: E402
 from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig  # noqa: E402
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine  # noqa: E402
-from perceiver.train.engine.protocol import Compile, Precision, default_device  # noqa: E402
+from perceiver.train.engine.protocol import Precision, default_device  # noqa: E402
 
 CLASSES = 10
 MODEL: dict[str, Any] = {
@@ -176,9 +176,8 @@ def engine(
         build_task(ClassificationConfig(), classes=CLASSES),
         BatchPlan(rows // MICRO_BATCHES, MICRO_BATCHES, 1),
     )
-    mode: Compile = "on" if compiled else "off"
     return DeepSpeedEngine(
-        module, task, optim(kind), lambda step: 1.0, section, plan, precision=precision, compile=mode
+        module, task, optim(kind), lambda step: 1.0, section, plan, precision=precision, compile=compiled
     )
 
 

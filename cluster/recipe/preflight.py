@@ -339,9 +339,9 @@ def check_deepspeed(recipe: Recipe, parameters: int) -> None:
     training = recipe.train
     batch = BatchPlan(training.micro(workers), training.accumulation(workers), workers, training.global_batch)
     device = "cuda" if recipe.cluster.gpus_per_worker else "cpu"
-    if training.compile == "on" and zero_stage(recipe) == 3:
+    if training.compile is True and zero_stage(recipe) == 3:
         raise UserError(
-            "train.compile = 'on' with deepspeed.zero_stage = 3, which gathers the weights layer by layer: set "
+            "train.compile = true with deepspeed.zero_stage = 3, which gathers the weights layer by layer: set "
             "train.compile=auto, which does not compile there, or deepspeed.zero_stage=2"
         )
     plan_config(

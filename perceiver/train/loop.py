@@ -60,7 +60,7 @@ class TrainConfig(SavingConfig):
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     compile: Compile = Field(
         default="auto",
-        description="torch.compile of a Perceiver's layers; auto: on GPUs, with ZeRO stages 0 to 2",
+        description="compile a Perceiver's layers by torch.compile; auto: on GPUs, with ZeRO stages 0 to 2",
     )
     bf16_residual: bool = Field(
         default=False,

@@ -24,7 +24,7 @@ from perceiver.tasks import Batch, LossOutput, Task
 from perceiver.train.engine.ranks import Pending, Ranks
 
 Precision = Literal["auto", "fp32", "bf16"]
-Compile = Literal["auto", "on", "off"]
+Compile = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def set_layers(
 
     They are not compiled at ZeRO stage 3, whose hooks gather each layer's weights.
     """
-    on = (compile == "on" or (compile == "auto" and device.type == "cuda")) and zero_stage < 3
+    on = (device.type == "cuda" if compile == "auto" else compile) and zero_stage < 3
     for part in module.modules():
         if isinstance(part, Encoder):
             part.compiled = CompiledLayers() if on else None

@@ -76,6 +76,13 @@ def test_deepspeed_settings_that_contradict_the_recipe(tree: dict[str, Any], tmp
     assert "missing.json" in refused(tree)
 
 
+def test_compiled_layers_with_sharded_weights(tree: dict[str, Any]) -> None:
+    tree["deepspeed"] = {"zero_stage": 3}
+    tree["train"]["compile"] = True
+    message = refused(tree)
+    assert "train.compile = true with deepspeed.zero_stage = 3" in message and "train.compile=auto" in message
+
+
 def test_a_task_that_does_not_fit_the_labels(tree: dict[str, Any]) -> None:
     tree["task"] = {"kind": "tagging"}
     message = refused(tree)

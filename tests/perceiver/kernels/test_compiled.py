@@ -114,8 +114,8 @@ def test_an_error_of_the_model_is_raised():
         ("auto", 1, "cpu", False),
         ("auto", 2, "cuda", True),
         ("auto", 3, "cuda", False),
-        ("on", 1, "cpu", True),
-        ("off", 0, "cuda", False),
+        (True, 1, "cpu", True),
+        (False, 0, "cuda", False),
     ],
 )
 def test_when_layers_are_compiled(value: Compile, stage, device, wanted):
