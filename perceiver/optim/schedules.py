@@ -56,6 +56,21 @@ class CosineSchedule(_WarmUp):
     final: Probability = Field(default=0.0, description="Multiplier at the end of the run.")
 
 
+class LinearSchedule(_WarmUp):
+    """A straight line from the end of the warm-up to the end of the run."""
+
+    kind: Literal["linear"] = Field(default="linear", description="Selects this schedule.")
+    final: Probability = Field(default=0.0, description="Multiplier at the end of the run.")
+
+
+class PolynomialSchedule(_WarmUp):
+    """(1 - progress) ** power from the end of the warm-up to the end of the run; power 1 is the linear schedule."""
+
+    kind: Literal["polynomial"] = Field(default="polynomial", description="Selects this schedule.")
+    power: Real = Field(default=2.0, gt=0, le=100, description="Exponent of the decay.")
+    final: Probability = Field(default=0.0, description="Multiplier at the end of the run.")
+
+
 class FlatCosineSchedule(_WarmUp):
     """Constant, then half a cosine to the end (ImageNet: half and half, Perceiver IO appendix A.1)."""
 
@@ -65,7 +80,8 @@ class FlatCosineSchedule(_WarmUp):
 
 
 ScheduleConfig = Annotated[
-    ConstantSchedule | StepSchedule | CosineSchedule | FlatCosineSchedule, Field(discriminator="kind")
+    ConstantSchedule | StepSchedule | LinearSchedule | PolynomialSchedule | CosineSchedule | FlatCosineSchedule,
+    Field(discriminator="kind"),
 ]
 
 
@@ -102,10 +118,17 @@ def _shape(config: ScheduleConfig, warmup: int, total_steps: int, steps_per_epoc
     if isinstance(config, FlatCosineSchedule):
         start = round(config.flat_fraction * total_steps)
         return lambda step: _half_cosine(step, start, total_steps, config.final)
+    if isinstance(config, LinearSchedule | PolynomialSchedule):
+        power = config.power if isinstance(config, PolynomialSchedule) else 1.0
+        return lambda step: config.final + (1 - config.final) * (1 - _progress(step, warmup, total_steps)) ** power
     return lambda step: 1.0
 
 
 def _half_cosine(step: int, start: int, end: int, final: float) -> float:
     """Return 1 up to `start`, then half a cosine down to `final` at `end`."""
-    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * _progress(step, start, end)))
+
+
+def _progress(step: int, start: int, end: int) -> float:
+    """Return the share of the steps from `start` to `end` that are done, in [0, 1]."""
+    return min(1.0, max(0.0, (step - start) / max(1, end - start)))

@@ -3,12 +3,15 @@
 import math
 
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from perceiver.optim.schedules import (
     ConstantSchedule,
     CosineSchedule,
     FlatCosineSchedule,
+    LinearSchedule,
+    PolynomialSchedule,
     ScheduleConfig,
     StepSchedule,
     build_schedule,
@@ -45,6 +48,27 @@ def test_cosine_ends_at_its_final_value() -> None:
     assert multiplier(10) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_polynomial_and_linear_decay_as_torch_does(power: float) -> None:
+    """After a warm-up of 4 steps, against torch's own scheduler over the rest."""
+    kinds = [PolynomialSchedule(power=power, warmup_steps=4), *([LinearSchedule(warmup_steps=4)] if power == 1 else [])]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=8, power=power)
+    wanted = [0.25, 0.5, 0.75, 1.0]
+    for _ in range(10):
+        wanted.append(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+    for config in kinds:
+        multiplier = build_schedule(config, total_steps=12, steps_per_epoch=3)
+        assert [multiplier(step) for step in range(14)] == pytest.approx(wanted)
+
+
+def test_linear_ends_at_its_final_value() -> None:
+    multiplier = build_schedule(LinearSchedule(final=0.2), total_steps=10, steps_per_epoch=5)
+    assert [multiplier(step) for step in (0, 5, 10, 99)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+
+
 def test_flat_cosine_is_half_and_half() -> None:
     """Perceiver IO: 55 epochs flat, 55 epochs of cosine to 0."""
     multiplier = build_schedule(FlatCosineSchedule(), total_steps=110, steps_per_epoch=1)
@@ -65,6 +89,9 @@ def test_warmup_fraction_is_of_all_steps() -> None:
         ({"kind": "cosine", "milestones": [3]}, "cosine.milestones"),
         ({"kind": "step"}, "step.milestones"),
         ({"kind": "sine"}, "sine"),
+        ({"kind": "polynomial", "power": 0}, "polynomial.power"),
+        ({"kind": "linear", "final": 1.5}, "linear.final"),
+        ({"kind": "linear", "power": 2}, "linear.power"),
     ],
 )
 def test_bad_schedules_are_refused(given: dict, message: str) -> None:
@@ -77,6 +104,8 @@ def test_a_schedule_that_begins_at_a_step_is_that_of_a_run_of_the_rest() -> None
         CosineSchedule(warmup_steps=4),
         FlatCosineSchedule(warmup_fraction=0.25, final=0.1),
         StepSchedule(milestones=(1, 2)),
+        LinearSchedule(warmup_steps=3),
+        PolynomialSchedule(power=1.5, final=0.1),
     )
     for config in kinds:
         whole = build_schedule(config.model_copy(update={"start": 100}), total_steps=112, steps_per_epoch=3)
