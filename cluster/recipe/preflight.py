@@ -21,6 +21,7 @@ from cluster.runtime.local import check_reachable
 from perceiver.config import UserError
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model
+from perceiver.optim.freezing import freeze
 from perceiver.tasks import build_task, output_count
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact
@@ -42,12 +43,13 @@ class Preflight:
 
     Attributes:
         manifest: of the data.
-        parameters: number of parameters.
+        parameters: number of parameters, frozen ones included.
         epoch_steps, total_steps: optimizer steps of an epoch and of the run.
         checkpoint: the one to resume from.
         start: describes `train.init_from`.
         changes: the keys of a resumed run that have changed.
         notes: what of the samples is not shown, a line each.
+        frozen: number of parameters that `train.freeze` excludes.
         recipe: the recipe, with the data's statistics.
     """
 
@@ -60,6 +62,12 @@ class Preflight:
     start: str = ""
     changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    frozen: int = 0
+
+    @property
+    def size(self) -> str:
+        """The number of parameters for people."""
+        return f"{self.parameters:,} parameters" + (f" ({self.frozen:,} frozen)" if self.frozen else "")
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,11 @@ class CheckedModel:
     Attributes:
         recipe: the recipe, with the data's statistics.
         manifest: of the data.
-        parameters: number of parameters.
+        parameters: number of parameters, frozen ones included.
         shapes: shape of each parameter by name.
         weight_bytes: memory of parameters and buffers; each worker builds all of them.
         sample_bytes: memory of a sample in a batch and of its latents after each layer; a training step needs more.
+        frozen: number of parameters that `train.freeze` excludes.
     """
 
     recipe: Recipe
@@ -81,6 +90,7 @@ class CheckedModel:
     shapes: dict[str, list[int]]
     weight_bytes: int
     sample_bytes: int
+    frozen: int = 0
 
 
 def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
@@ -122,7 +132,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     folder.note(recipe=recipe.name)
     notes = tuple(describe_excess(recipe.data, model.manifest, recipe.data.train_split))
     steps = epoch_steps, total_steps
-    return Preflight(recipe, model.manifest, model.parameters, *steps, checkpoint, start, changes, notes)
+    return Preflight(recipe, model.manifest, model.parameters, *steps, checkpoint, start, changes, notes, model.frozen)
 
 
 def check_machine(recipe: Recipe) -> tuple[int, int]:
@@ -176,6 +186,7 @@ def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > MOST_PARAMETERS:
         raise UserError(f"the model has {parameters:.1e} parameters, wanted at most {MOST_PARAMETERS:.0e}: {SMALLER}")
+    frozen = freeze(model, recipe.train.freeze) if recipe.train.freeze else 0
     check_deepspeed(recipe, parameters)
     data = sum(4 * math.prod(shape) for shape in batch_shapes(recipe.data, manifest).values())
     return CheckedModel(
@@ -185,6 +196,7 @@ def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
         {name: list(p.shape) for name, p in model.named_parameters()},
         sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
         max(data, sum(4 * tensor.numel() for tensor in example.values())) + _latent_bytes(recipe.model),
+        frozen,
     )
 
 

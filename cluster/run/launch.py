@@ -168,7 +168,7 @@ def _say_header(launch: Launch) -> None:
     epochs = preflight.total_steps / preflight.epoch_steps
     workers, batch = recipe.cluster.workers, recipe.train.global_batch
     padding = recipe.train.rows(workers) * workers - batch
-    console.say(f"{launch.folder.url}: {kind_of(recipe.model)}, {preflight.parameters:,} parameters")
+    console.say(f"{launch.folder.url}: {kind_of(recipe.model)}, {preflight.size}")
     console.say(
         f"data {recipe.data.url} ({', '.join(f'{n:,} {name}' for name, n in rows.items())}) · "
         f"{workers} worker{'s' * (workers > 1)}, ZeRO stage {zero_stage(recipe)} · "

@@ -128,7 +128,7 @@ def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
     """Return the report's summary table."""
     recipe, preflight = launch.recipe, launch.preflight
     return {
-        "model": f"{kind_of(recipe.model)}, {preflight.parameters:,} parameters",
+        "model": f"{kind_of(recipe.model)}, {preflight.size}",
         "data": f"{recipe.data.url} ({preflight.manifest.name})",
         "workers": f"{recipe.cluster.workers}, ZeRO stage {zero_stage(recipe)}",
         "steps": f"{outcome['step']:,} of {recipe.train.global_batch} samples",

@@ -35,6 +35,7 @@ from cluster.runtime.ray_internals import quiet_data_progress, rest_data_schedul
 from perceiver.config import UserError
 from perceiver.export.weights import load_weights, open_weights
 from perceiver.factory import build_model
+from perceiver.optim.freezing import freeze
 from perceiver.optim.schedules import build_schedule
 from perceiver.tasks import Batch, Task, build_task, output_count
 from perceiver.tracking.redaction import redact
@@ -290,8 +291,10 @@ def newest_step(store: CheckpointStore, me: WorkerRank) -> int:
 def first_model(recipe: Recipe, classes: int, names: Sequence[str] = (), restored: bool = False) -> torch.nn.Module:
     """Return the initial model: random weights by the seed, then those of ``train.init_from``, if set.
 
+    The parameters of ``train.freeze`` are frozen.
+
     Args:
-        recipe: with the model, the seed and ``train.init_from``.
+        recipe: with the model, the seed, ``train.init_from`` and ``train.freeze``.
         classes: number of classes of the data.
         names: their names, with which those of ``train.init_from`` are compared.
         restored: whether a checkpoint is loaded afterwards, so that ``train.init_from`` is not read.
@@ -300,6 +303,7 @@ def first_model(recipe: Recipe, classes: int, names: Sequence[str] = (), restore
     model = build_model(recipe.model, classes=output_count(recipe.task, classes))
     if recipe.train.init_from and not restored:
         load_weights(model, open_weights(recipe.train.init_from), names)
+    freeze(model, recipe.train.freeze)
     return model
 
 

@@ -3,12 +3,13 @@
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from perceiver.config import Config, Real
 from perceiver.optim.lamb import Lamb
 from perceiver.optim.schedules import ConstantSchedule, ScheduleConfig
+from perceiver.optim.sgd import Sgd
 
 _NORMS = (
     nn.LayerNorm,
@@ -22,7 +23,15 @@ _NORMS = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
-_DEFAULT_EPS = {"adamw": 1e-8, "lamb": 1e-6}
+_DEFAULT_EPS = {"adamw": 1e-8, "adam": 1e-8, "lamb": 1e-6}
+_USED_BY = {
+    "betas": ("adamw", "adam", "lamb"),
+    "eps": ("adamw", "adam", "lamb"),
+    "amsgrad": ("adamw", "adam"),
+    "momentum": ("sgd",),
+    "nesterov": ("sgd",),
+}
+"""The kinds that use a key; all use the others."""
 
 Beta = Annotated[Real, Field(ge=0, lt=1)]
 """Decay of a moving average."""
@@ -31,17 +40,46 @@ Beta = Annotated[Real, Field(ge=0, lt=1)]
 class OptimConfig(Config):
     """Optimizer and learning rate (recipe key `optim`)."""
 
-    kind: Literal["adamw", "lamb"] = Field(default="adamw", description="Optimizer; the papers train with LAMB.")
+    kind: Literal["adamw", "adam", "sgd", "lamb"] = Field(
+        default="adamw", description="Optimizer; the Perceiver papers train with LAMB."
+    )
     lr: Real = Field(default=1e-3, gt=0, le=1e6, description="Peak learning rate, multiplied by the schedule.")
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
+    betas: tuple[Beta, Beta] = Field(
+        default=(0.9, 0.999), description="Decay of the first and second moment; not for sgd."
+    )
     eps: Real | None = Field(
         default=None, ge=1e-20, le=1e6, description="Added to the root of the second moment; 1e-8, LAMB 1e-6."
     )
-    weight_decay: Real = Field(default=0.01, ge=0, le=100, description="Decoupled decay; biases and norms have none.")
+    amsgrad: bool = Field(default=False, description="Divide by the largest second moment so far; for adamw and adam.")
+    momentum: Beta = Field(default=0.0, description="Decay of the sum of gradients; for sgd.")
+    nesterov: bool = Field(default=False, description="Nesterov momentum; for sgd with momentum.")
+    weight_decay: Real = Field(
+        default=0.01,
+        ge=0,
+        le=100,
+        description="Decoupled for adamw and lamb, added to the gradient (L2) for adam and sgd; biases and norms have "
+        "none.",
+    )
     clip: Real | None = Field(
         default=None, ge=1e-9, le=1e9, description="Global gradient norm to clip to; null switches it off."
     )
     schedule: ScheduleConfig = Field(default=ConstantSchedule(), description="Multiplier of lr over the run.")
+
+    @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> "OptimConfig":
+        for key, kinds in _USED_BY.items():
+            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"kind = {self.kind!r} has no {key}; wanted kind = {' or '.join(kinds)}, or no {key}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov = True, but momentum = 0; wanted momentum > 0, such as 0.9")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of the optimizer besides its parameters, by torch's names."""
+        values = {key: getattr(self, key) for key, kinds in _USED_BY.items() if self.kind in kinds}
+        if "eps" in values:
+            values["eps"] = self.eps or _DEFAULT_EPS[self.kind]
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **values}
 
 
 def build_param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -65,21 +103,14 @@ def build_param_groups(module: nn.Module, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def default_eps(config: OptimConfig) -> float:
-    """Return the configured eps, else the default of the optimizer."""
-    return config.eps or _DEFAULT_EPS[config.kind]
-
-
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of the module's trainable parameters, at the peak learning rate.
 
     The engine clips the gradient before each step and sets the `lr` of each group.
     """
     groups = build_param_groups(module, config.weight_decay)
-    eps = default_eps(config)
     if config.kind == "lamb":
-        return Lamb(groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay)
+        return Lamb(groups, **config.settings())
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": Sgd}
     # One kernel for all tensors saves a tenth of a small model's step on a CPU.
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=eps, weight_decay=config.weight_decay, fused=True
-    )
+    return kinds[config.kind](groups, **config.settings(), fused=True)

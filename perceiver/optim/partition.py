@@ -49,16 +49,29 @@ def whole_layouts(parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, Flat
     return {param: FlatLayout((name,), (Piece(0, 0, 0, param.numel()),)) for name, param in parameters}
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Return the names of the tensors that an optimizer keeps for each of its tensors, which have the same shape.
+
+    They are torch's names: the momentum of SGD, if it has any; the two moments of Adam, AdamW and LAMB, and with
+    AMSGrad the maximum of the second.
+    """
+    defaults = optimizer.defaults
+    if "momentum" in defaults:
+        return ("momentum_buffer",) if defaults["momentum"] else ()
+    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if defaults.get("amsgrad") else ()))
+
+
 def state_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:
     """Return the optimizer's state of one tensor, created as zeros before the first step.
 
     Returns:
-        `step` (0-d float32), `exp_avg` and `exp_avg_sq` (like the tensor), as in torch's AdamW. `step` is on the
-        tensor's device where the optimizer is fused, otherwise on the CPU.
+        `step` (0-d float32) and the tensors of `moments_of`, as in torch's optimizers. `step` is on the tensor's
+        device for a fused Adam or AdamW, otherwise on the CPU.
     """
     state = optimizer.state[tensor]
     if not state:
-        state["step"] = torch.zeros((), device=tensor.device if optimizer.defaults.get("fused") else "cpu")
-        state["exp_avg"] = torch.zeros_like(tensor)
-        state["exp_avg_sq"] = torch.zeros_like(tensor)
+        on_device = optimizer.defaults.get("fused") and "momentum" not in optimizer.defaults
+        state["step"] = torch.zeros((), device=tensor.device if on_device else "cpu")
+        for name in moments_of(optimizer):
+            state[name] = torch.zeros_like(tensor)
     return state

@@ -57,6 +57,11 @@ class TrainConfig(SavingConfig):
         default=None,
         description="initial weights: a run's folder, a checkpoint, a .safetensors file or a transformers folder",
     )
+    freeze: tuple[str, ...] = Field(
+        default=(),
+        max_length=1000,
+        description="patterns of the names of parameters that are not trained, such as [cross_attends.*, latents]",
+    )
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     compile: Compile = Field(
         default="auto",

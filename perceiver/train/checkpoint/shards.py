@@ -1,14 +1,14 @@
 """Training state on disk, independent of how it was sharded.
 
-Every writer stores the flat tensors of its optimizer (weights in float32 and both moments) as safetensors, with an
-index of the elements of parameters that they contain. A reader reads its own elements from all files, so a state saved
-at one ZeRO stage and number of workers is restored at any other. No file is a pickle.
+Every writer stores the flat tensors of its optimizer (weights in float32 and the optimizer's moments) as safetensors,
+with an index of the elements of parameters that they contain. A reader reads its own elements from all files, so a
+state saved at one ZeRO stage and number of workers is restored at any other. No file is a pickle.
 """
 
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perceiver.config import UserError
-from perceiver.optim.partition import Layouts, state_of
+from perceiver.optim.partition import Layouts, moments_of, state_of
 from perceiver.storage import NonNegativeCount, PositiveCount, PrintableName, first_line, invalid_key, parse_json
 
 HEADER = "engine.json"
 _FORMAT = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Header(BaseModel):
@@ -54,7 +53,7 @@ def save_shard(folder: Path, number: int, layouts: Layouts, optimizer: Any) -> N
     index = []
     for position, (flat, layout) in enumerate(layouts.items()):
         state = state_of(optimizer, flat)
-        for part, values in {"param": flat, **{key: state[key] for key in MOMENTS}}.items():
+        for part, values in {"param": flat, **{key: state[key] for key in moments_of(optimizer)}}.items():
             tensors[f"{position}.{part}"] = values.detach().reshape(-1).to("cpu", copy=True)
         pieces = [[layout.names[piece.parameter], piece.start, piece.offset, piece.length] for piece in layout.pieces]
         index.append({"step": int(state["step"]), "pieces": pieces})
@@ -67,7 +66,7 @@ def save_whole_shard(folder: Path, number: int, parameters: Mapping[str, Mapping
     Args:
         folder: folder of the training state.
         number: number of the shard.
-        parameters: `param`, `exp_avg` and `exp_avg_sq` by name of the parameter, on the CPU.
+        parameters: `param` and the moments of each, by name of the parameter, on the CPU.
         step: number of optimizer steps taken.
     """
     tensors = {
@@ -138,10 +137,11 @@ def load_shards(folder: Path, writers: int, layouts: Layouts, optimizer: Any) ->
         UserError: a shard or elements are missing, or a shard is damaged.
     """
     with contextlib.ExitStack() as stack:
-        sources = _Sources(stack, folder, writers)
+        moments = moments_of(optimizer)
+        sources = _Sources(stack, folder, writers, moments)
         for flat, layout in layouts.items():
             state = state_of(optimizer, flat)
-            for part, tensor in {"param": flat.detach(), **{key: state[key] for key in MOMENTS}}.items():
+            for part, tensor in {"param": flat.detach(), **{key: state[key] for key in moments}}.items():
                 line = tensor.contiguous().view(-1)
                 for piece in layout.pieces:
                     target = line.narrow(0, piece.offset, piece.length)
@@ -153,17 +153,17 @@ def load_shards(folder: Path, writers: int, layouts: Layouts, optimizer: Any) ->
 
 
 def read_parameters(
-    folder: Path, writers: int, shapes: Mapping[str, Iterable[int]]
+    folder: Path, writers: int, shapes: Mapping[str, Iterable[int]], moments: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
-    """Yield each parameter's name, its whole `param`, `exp_avg` and `exp_avg_sq`, and the number of steps taken.
+    """Yield each parameter's name, its whole `param` and moments, and the number of steps taken.
 
     Raises:
         UserError: a shard or elements are missing, or a shard is damaged.
     """
     with contextlib.ExitStack() as stack:
-        sources = _Sources(stack, folder, writers)
+        sources = _Sources(stack, folder, writers, moments)
         for name, shape in shapes.items():
-            parts = {part: torch.empty(tuple(shape), dtype=torch.float32) for part in ("param", *MOMENTS)}
+            parts = {part: torch.empty(tuple(shape), dtype=torch.float32) for part in ("param", *moments)}
             for part, tensor in parts.items():
                 sources.fill(tensor.view(-1), part, name, 0)
             yield name, parts, sources.step
@@ -179,7 +179,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     rest = load_tensors(folder, "rest") or {}
     tensors: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
-        sources = _Sources(stack, folder, header.writers)
+        sources = _Sources(stack, folder, header.writers, ())
         for name, shape in header.shapes.items():
             if name not in rest:
                 sources.check(name, math.prod(shape))
@@ -189,9 +189,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 class _Sources:
-    """The shards of a saved state, searched by parameter."""
+    """The shards of a saved state, searched by parameter: the weights, and the named moments."""
 
-    def __init__(self, stack: contextlib.ExitStack, folder: Path, writers: int) -> None:
+    def __init__(self, stack: contextlib.ExitStack, folder: Path, writers: int, moments: Sequence[str]) -> None:
         self._found: dict[str, list[tuple[Any, int, int, int, int]]] = {}
         self.folder = folder
         steps: set[int] = set()
@@ -204,7 +204,7 @@ class _Sources:
                 raise UserError(f"{path}: index: {invalid_key(error)}; take another checkpoint") from None
             for position, entry in enumerate(index):
                 steps.add(entry.step)
-                size = min(_flat_size(file, path, f"{position}.{part}") for part in ("param", *MOMENTS))
+                size = min(_flat_size(file, path, f"{position}.{part}") for part in ("param", *moments))
                 for name, start, offset, length in entry.pieces:
                     if offset + length > size:
                         raise UserError(

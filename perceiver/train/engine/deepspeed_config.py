@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from perceiver.config import Config, UserError, expand_home
-from perceiver.optim.config import OptimConfig, default_eps
+from perceiver.optim.config import OptimConfig
 from perceiver.storage import parse_json
 from perceiver.train.engine.protocol import Precision
 
@@ -167,10 +167,9 @@ def _check_optimizer(given: Any, optim: OptimConfig) -> None:
             f"deepspeed.config has optimizer.type = {given['type']!r}, but optim.kind = {optim.kind!r}; "
             "remove it there, or make the two agree"
         )
-    wanted: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
-    wanted |= {"betas": list(optim.betas), "eps": default_eps(optim)}
     params = dict(given.get("params", {}))
-    for name, value in wanted.items():
+    for name, value in optim.settings().items():
+        value = list(value) if isinstance(value, tuple) else value
         theirs = params.pop(name, AUTO)
         theirs = list(theirs) if isinstance(theirs, tuple) else theirs
         if theirs not in (AUTO, value):
@@ -180,10 +179,16 @@ def _check_optimizer(given: Any, optim: OptimConfig) -> None:
             )
     unknown = sorted(set(params) - {"adam_w_mode", "torch_adam", "bias_correction", "fused"})
     if unknown:
-        raise UserError(f"deepspeed.config has optimizer.params.{unknown[0]}, which optim has no key for; remove it")
-    if params.get("adam_w_mode") is False:
         raise UserError(
-            "deepspeed.config has optimizer.params.adam_w_mode = False, but optim.kind = 'adamw' decouples decay"
+            f"deepspeed.config has optimizer.params.{unknown[0]}, which optim has no key for with optim.kind = "
+            f"{optim.kind!r}; remove it"
+        )
+    decoupled = params.get("adam_w_mode")
+    if (optim.kind, decoupled) in (("adamw", False), ("adam", True)):
+        does = "decouples decay" if optim.kind == "adamw" else "adds the decay to the gradient"
+        raise UserError(
+            f"deepspeed.config has optimizer.params.adam_w_mode = {decoupled}, but optim.kind = {optim.kind!r} {does}; "
+            "remove it, or make the two agree"
         )
 
 

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from perceiver.config import UserError
 from perceiver.optim.config import OptimConfig, build_optimizer
 from perceiver.optim.lamb import Lamb
-from perceiver.optim.partition import state_of
+from perceiver.optim.partition import moments_of, state_of
 from perceiver.optim.schedules import Schedule
 from perceiver.tasks import Batch, Task
 from perceiver.train.checkpoint.shards import (
-    MOMENTS,
     check_header,
     load_shards,
     load_tensors,
@@ -291,7 +290,8 @@ class DeepSpeedEngine:
         self._engine.step()
         self._engine.global_steps = 0
         for state in self._optimizer.state.values():
-            state["step"].zero_()
+            for values in state.values():  # L2 decay is a gradient, which the moments now contain
+                values.zero_()
 
     def _save_gathered(self, folder: Path) -> None:
         """Gather each parameter and its moments by DeepSpeed's public functions; rank 0 writes them."""
@@ -300,7 +300,7 @@ class DeepSpeedEngine:
         found: dict[str, dict[str, Tensor]] = {}
         for name, param in self._trained():
             parts: dict[str, Any] = {"param": safe_get_full_fp32_param(param)}
-            parts |= {key: safe_get_full_optimizer_state(param, key) for key in MOMENTS}
+            parts |= {key: safe_get_full_optimizer_state(param, key) for key in moments_of(self._optimizer)}
             if self.rank == 0:
                 found[name] = cpu_float32(parts)
         if self.rank == 0:
@@ -310,7 +310,7 @@ class DeepSpeedEngine:
         """Set each parameter and its moments by DeepSpeed's public functions; return the number of steps taken."""
         params, steps = dict(self._trained()), 0
         shapes = {name: self._shapes[name] for name in params}
-        for name, parts, taken in read_parameters(folder, writers, shapes):
+        for name, parts, taken in read_parameters(folder, writers, shapes, moments_of(self._optimizer)):
             steps = taken
             _assign(params[name], parts["param"])  # what the model computes with until the next update
             for key, values in parts.items():
@@ -320,7 +320,7 @@ class DeepSpeedEngine:
         return steps
 
     def _set_gathered(self, param: Any, key: str, values: Tensor) -> None:
-        """Set `param`, `exp_avg` or `exp_avg_sq` of a parameter from its whole value."""
+        """Set `param` or a moment of a parameter from its whole value."""
         import deepspeed.utils as zero
 
         if self.zero_stage < 3:

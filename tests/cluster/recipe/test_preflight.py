@@ -44,6 +44,31 @@ def test_missing_data(tree: dict[str, Any], tmp_path: Path) -> None:
     assert "manifest.json" in refused(tree)
 
 
+@pytest.mark.parametrize(
+    ("patterns", "parts"),
+    [
+        (["head.*", "encoder.*"], ("'encoder.*' matches no parameter", "latents", "head")),
+        (["*"], ("'*' freezes all parameters",)),
+        ([""], ("'' matches no parameter",)),
+        (["HEAD.*"], ("'HEAD.*' matches no parameter",)),
+    ],
+)
+def test_frozen_parameters_that_do_not_fit_the_model(
+    tree: dict[str, Any], patterns: list[str], parts: tuple[str, ...]
+) -> None:
+    tree["train"]["freeze"] = patterns
+    message = refused(tree)
+    assert message.startswith("train.freeze: ") and all(part in message for part in parts), message
+
+
+def test_frozen_parameters_are_counted(tree: dict[str, Any]) -> None:
+    tree["train"]["freeze"] = ["latents"]
+    recipe = build_recipe(tree)
+    found = check(recipe, RunFolder(recipe.output, "small-001"), resume=False)
+    assert found.frozen == build_model(recipe.model, classes=2).get_parameter("latents").numel()
+    assert f"({found.frozen:,} frozen)" in found.size
+
+
 def test_a_missing_split(tree: dict[str, Any]) -> None:
     tree["data"]["eval_split"] = "validation"
     assert "'validation'" in refused(tree)

@@ -68,6 +68,7 @@ def test_an_unchanged_recipe_continues(run: dict[str, Any]) -> None:
         ("seed", 7),
         ("train.global_batch", 8),
         ("train.init_from", "elsewhere"),
+        ("train.freeze", ["latents"]),
         ("data.train_split", "test"),
         ("data.augment", {"shift": 2}),
         ("data.window", 8),
@@ -77,6 +78,7 @@ def test_an_unchanged_recipe_continues(run: dict[str, Any]) -> None:
         ("task.label_smoothing", 0.1),
         ("optim.kind", "lamb"),
         ("optim.betas", [0.9, 0.99]),
+        ("optim.amsgrad", True),
     ],
 )
 def test_keys_of_another_run_are_refused_by_name(run: dict[str, Any], key: str, value: Any) -> None:

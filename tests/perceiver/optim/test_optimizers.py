@@ -1,6 +1,7 @@
-"""LAMB against the papers' formulas written out in numpy, and which parameters are decayed."""
+"""Optimizers against their formulas written out in numpy, and which parameters are decayed."""
 
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from perceiver.optim.config import OptimConfig, build_optimizer, build_param_groups
 from perceiver.optim.lamb import Lamb
-from perceiver.optim.partition import FlatLayout, Piece, state_of
+from perceiver.optim.partition import FlatLayout, Piece, moments_of, state_of
 from tests.perceiver.train.engine.engine_toys import ToyModel
 
 LR, BETA1, BETA2, EPS, DECAY = 0.01, 0.9, 0.99, 1e-6, 0.1
@@ -115,11 +116,68 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [param for param in module.parameters() if param.requires_grad]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def adam_in_numpy(param: np.ndarray, grads: list[np.ndarray], *, amsgrad: bool) -> np.ndarray:
+    """Return one tensor's trajectory with L2 decay; AMSGrad divides by the largest second moment so far."""
+    first = second = largest = np.zeros_like(param)
+    for t, grad in enumerate(grads, start=1):
+        grad = grad + DECAY * param
+        first = BETA1 * first + (1 - BETA1) * grad
+        second = BETA2 * second + (1 - BETA2) * grad**2
+        largest = np.maximum(largest, second) if amsgrad else second
+        param = param - LR * (first / (1 - BETA1**t)) / (np.sqrt(largest / (1 - BETA2**t)) + EPS)
+    return param
+
+
+def sgd_in_numpy(param: np.ndarray, grads: list[np.ndarray], *, momentum: float, nesterov: bool) -> np.ndarray:
+    """Return one tensor's trajectory with L2 decay."""
+    velocity = np.zeros_like(param)
+    for grad in grads:
+        grad = grad + DECAY * param
+        velocity = momentum * velocity + grad
+        param = param - LR * (grad + momentum * velocity if nesterov else velocity)
+    return param
+
+
+ADAM = {"betas": (BETA1, BETA2), "eps": EPS}
+
+
+@pytest.mark.parametrize(
+    ("settings", "formula"),
+    [
+        ({"kind": "adam", **ADAM}, partial(adam_in_numpy, amsgrad=False)),
+        ({"kind": "adam", "amsgrad": True, **ADAM}, partial(adam_in_numpy, amsgrad=True)),
+        ({"kind": "sgd"}, partial(sgd_in_numpy, momentum=0.0, nesterov=False)),
+        ({"kind": "sgd", "momentum": 0.9}, partial(sgd_in_numpy, momentum=0.9, nesterov=False)),
+        ({"kind": "sgd", "momentum": 0.9, "nesterov": True}, partial(sgd_in_numpy, momentum=0.9, nesterov=True)),
+    ],
+)
+def test_adam_and_sgd_follow_their_formulas(settings: Any, formula: Any) -> None:
+    optim = OptimConfig.model_validate({"lr": LR, "weight_decay": DECAY, **settings})
+    layer = nn.Linear(3, 4, bias=False)
+    start = layer.weight.detach().double().numpy().copy()
+    grads = [drawn((4, 3), 10 + step) / (step + 1) for step in range(6)]
+    optimizer = build_optimizer(optim, layer)
+    for grad in grads:
+        layer.weight.grad = torch.tensor(grad, dtype=torch.float32)
+        optimizer.step()
+    np.testing.assert_allclose(layer.weight.detach().numpy(), formula(start, grads), rtol=2e-5, atol=1e-6)
+    assert set(moments_of(optimizer)) | {"step"} == set(optimizer.state[layer.weight])
+
+
+EVERY_KIND = [
+    {"kind": "adamw"},
+    {"kind": "lamb"},
+    {"kind": "adam", "amsgrad": True},
+    {"kind": "sgd"},
+    {"kind": "sgd", "momentum": 0.9, "nesterov": True},
+]
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_the_state_made_before_a_step_is_the_one_that_the_step_makes(kind: Any) -> None:
     """Restoring a checkpoint fills the state of an optimizer that has not taken a step."""
     early, late = deepcopy(model := ToyModel()), model
-    optimizers = [build_optimizer(OptimConfig(kind=kind, lr=0.1), each) for each in (early, late)]
+    optimizers = [build_optimizer(OptimConfig(lr=0.1, **kind), each) for each in (early, late)]
     for tensor in _trained(early):
         state_of(optimizers[0], tensor)
     for each, optimizer in zip((early, late), optimizers, strict=True):
@@ -159,4 +217,27 @@ def test_bad_optim_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"lr\n.*0"):
         OptimConfig(lr=0)
     with pytest.raises(ValidationError, match="adamw"):
-        OptimConfig.model_validate({"kind": "sgd"})
+        OptimConfig.model_validate({"kind": "adagrad"})
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"kind": "sgd", "nesterov": True}, ("nesterov = True", "momentum = 0")),
+        ({"momentum": 0.9}, ("kind = 'adamw' has no momentum", "sgd")),
+        ({"kind": "sgd", "betas": [0.9, 0.99]}, ("kind = 'sgd' has no betas", "adamw or adam or lamb")),
+        ({"kind": "lamb", "amsgrad": True}, ("kind = 'lamb' has no amsgrad", "adamw or adam")),
+        ({"kind": "sgd", "momentum": 1}, ("momentum", "less than 1")),
+    ],
+)
+def test_keys_of_another_kind_are_refused(given: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        OptimConfig.model_validate(given)
+    assert all(part in str(caught.value) for part in parts)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_config_is_read_again_as_it_was_written(kind: dict[str, Any]) -> None:
+    """A run's recipe contains all keys, with the defaults of those that its kind does not use."""
+    optim = OptimConfig.model_validate(kind)
+    assert OptimConfig.model_validate(optim.model_dump(mode="json")) == optim

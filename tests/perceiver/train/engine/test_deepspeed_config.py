@@ -112,6 +112,34 @@ def test_contradictions_name_both_sides(given: dict[str, Any], parts: tuple[str,
     assert all(part in message for part in parts) and "\n" not in message, message
 
 
+SGD = OptimConfig(kind="sgd", momentum=0.9, nesterov=True)
+ADAM = OptimConfig(kind="adam", amsgrad=True)
+
+
+def test_the_optimizer_of_a_json_may_be_any_kind() -> None:
+    agreeing = {"lr": 0.001, "momentum": 0.9, "nesterov": True, "weight_decay": "auto"}
+    plan({"optimizer": {"type": "SGD", "params": agreeing}}, optim=SGD)
+    plan({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False, "amsgrad": True}}}, optim=ADAM)
+
+
+@pytest.mark.parametrize(
+    ("optim", "given", "parts"),
+    [
+        (SGD, {"type": "SGD", "params": {"momentum": 0.5}}, ("params.momentum = 0.5", "optim.momentum = 0.9")),
+        (SGD, {"type": "SGD", "params": {"betas": [0.9, 0.999]}}, ("params.betas", "optim.kind = 'sgd'")),
+        (SGD, {"type": "Adam"}, ("optimizer.type = 'Adam'", "optim.kind = 'sgd'")),
+        (ADAM, {"type": "Adam", "params": {"amsgrad": False}}, ("params.amsgrad = False", "optim.amsgrad = True")),
+        (ADAM, {"type": "Adam", "params": {"adam_w_mode": True}}, ("adam_w_mode = True", "optim.kind = 'adam'")),
+        (ADAM, {"type": "AdamW"}, ("optimizer.type = 'AdamW'", "optim.kind = 'adam'")),
+    ],
+)
+def test_contradictions_of_other_kinds_name_both_sides(optim: OptimConfig, given: Any, parts: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        plan({"optimizer": given}, optim=optim)
+    message = str(caught.value)
+    assert all(part in message for part in parts) and "\n" not in message, message
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

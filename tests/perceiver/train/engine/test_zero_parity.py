@@ -1,16 +1,19 @@
-"""ZeRO stages 0-3, 1 and 2 real processes, AdamW and LAMB: the same run as the torch engine's in one process."""
+"""ZeRO stages 0-3, 1 and 2 real processes, every optimizer: the same run as the torch engine's in one process."""
 
 import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
+from tests.perceiver.train.engine.engine_toys import ToyModel
 from tests.perceiver.train.engine.zero_models import MODELS
-from tests.perceiver.train.engine.zero_worker import ENGINES, KINDS, SAVED, STEPS
+from tests.perceiver.train.engine.zero_worker import ENGINES, FROZEN, KINDS, PUBLIC, SAVED, STEPS
 
 REPOSITORY = Path(__file__).parents[4]
 WORLDS = (1, 2)
@@ -96,8 +99,29 @@ def test_a_state_is_restored_at_any_stage_and_world_size(seen: Seen, restored: S
     ours = restored[world][0]
     assert len(ours) == len(ENGINES) * sum(len(sources) for sources in SAVED.values())
     for route, losses in ours.items():
-        kind = "lamb" if "lamb" in route else "adamw"
+        kind = route.split(" > ")[0].rsplit("-", 1)[1]
         assert losses == pytest.approx(seen[1][0][f"torch {kind}"]["second"]["loss"][:2], rel=TIGHT), route
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frozen_parameters_stay_and_have_no_state(seen: Seen, base: Path, world: int, engine: str) -> None:
+    """And a run with them is the same at every stage, and exact over resume."""
+    reference, ours = seen[1][0]["freeze"]["torch"], seen[world][0]["freeze"][engine]
+    for part in ("first", "second"):
+        assert ours[part]["loss"] == pytest.approx(reference[part]["loss"], rel=TIGHT)
+        assert ours[part]["norm"] == pytest.approx(reference[part]["norm"], rel=5 * TIGHT)
+    assert ours["resumed"] == ours["second"]
+    start = ToyModel().state_dict()
+    frozen = {name for name in start if any(fnmatchcase(name, pattern) for pattern in FROZEN)}
+    assert len(frozen) == 3
+    for name, values in ours["weights"].items():
+        assert (values == start[name].flatten().tolist()) == (name in frozen | {"frozen", "scale"}), name
+    saved: set[str] = set()
+    for path in (base / str(world) / f"freeze-{engine}").glob("shard-*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved |= {piece[0] for entry in json.loads(file.metadata()["index"]) for piece in entry["pieces"]}
+    assert saved == {"norm.weight", "norm.bias", "leave.weight", "leave.bias", "shift"}
 
 
 def test_training_moves_and_optimizers_differ(seen: Seen) -> None:
@@ -173,12 +197,12 @@ def test_foreign_states_are_refused_in_one_line(seen: Seen) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("engine", ENGINES[2:])
-def test_without_private_names_the_run_and_its_states_are_the_same(seen: Seen, world: int, engine: str) -> None:
-    usual, public = seen[world][0][f"{engine} adamw"], seen[world][0]["public"]
+@pytest.mark.parametrize("run", [f"{engine} {kind}" for engine in ENGINES[2:] for kind in PUBLIC])
+def test_without_private_names_the_run_and_its_states_are_the_same(seen: Seen, world: int, run: str) -> None:
+    usual, public = seen[world][0][run], seen[world][0]["public"]
     for part in ("first", "second", "resumed"):
-        assert public[engine][part] == usual[part]
-    assert public["read"][engine] == pytest.approx(usual["second"]["loss"][:2], rel=TIGHT)
+        assert public[run][part] == usual[part]
+    assert public["read"][run] == pytest.approx(usual["second"]["loss"][:2], rel=TIGHT)
 
 
 def test_nothing_is_compiled_and_nothing_printed(runs: tuple[Seen, str]) -> None:

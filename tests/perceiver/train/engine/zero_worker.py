@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from perceiver.config import UserError
 from perceiver.optim.config import OptimConfig
+from perceiver.optim.freezing import freeze
 from perceiver.optim.schedules import build_schedule
 from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
@@ -25,7 +27,8 @@ from tests.perceiver.train.engine.engine_toys import Batch, ToyModel, ToyTask, s
 from tests.perceiver.train.engine.torch_engine import TorchEngine
 from tests.perceiver.train.engine.zero_models import MODELS, train_model
 
-KINDS = ("adamw", "lamb")
+KINDS = ("adamw", "lamb", "adam", "sgd")
+SETTINGS = {"adam": {"amsgrad": True}, "sgd": {"momentum": 0.9, "nesterov": True}}
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 ROWS, MICRO_BATCHES, STEPS = 24, 3, 6
 SAVED = {
@@ -39,22 +42,30 @@ SAVED = {
         ("1", "zero3"),
         ("2", "zero3"),
     ],
+    "adam": [("2", "zero2")],
+    "sgd": [("2", "zero3")],
 }
+PUBLIC = ("adamw", "sgd")
+FROZEN = ("enter.*", "latents")
 GPU_DEFAULTS = {"contiguous_gradients": True, "reduce_scatter": True, "overlap_comm": True}
 
 
-def build(engine: str, kind: str, seed: int = 0, precision: Precision = "fp32", **config: Any) -> Engine:
+def build(
+    engine: str, kind: str, seed: int = 0, precision: Precision = "fp32", frozen: Sequence[str] = (), **config: Any
+) -> Engine:
     """Return the named engine over the toy model, with clipping, decay and a schedule."""
-    optim = OptimConfig.model_validate(
-        {"kind": kind, "lr": 2e-2, "weight_decay": 0.1, "clip": 0.5, "schedule": {"kind": "cosine", "warmup_steps": 2}}
-    )
+    schedule_config = {"kind": "cosine", "warmup_steps": 2}
+    settings = {"kind": kind, "lr": 2e-2, "weight_decay": 0.1, "clip": 0.5, "schedule": schedule_config}
+    optim = OptimConfig.model_validate(settings | SETTINGS.get(kind, {}))
     schedule = build_schedule(optim.schedule, 2 * STEPS, 5)
+    model = ToyModel(seed)
+    freeze(model, frozen)
     if engine == "torch":
-        return TorchEngine(ToyModel(seed), ToyTask(), optim, schedule, precision=precision)
+        return TorchEngine(model, ToyTask(), optim, schedule, precision=precision)
     world = dist.get_world_size()
     batch = BatchPlan(ROWS // world // MICRO_BATCHES, MICRO_BATCHES, world)
     section = DeepSpeedConfig.model_validate({"zero_stage": int(engine[-1]), "config": config or None})
-    return DeepSpeedEngine(ToyModel(seed), ToyTask(), optim, schedule, section, batch, precision=precision)
+    return DeepSpeedEngine(model, ToyTask(), optim, schedule, section, batch, precision=precision)
 
 
 def mine(batch: Batch) -> list[Batch]:
@@ -85,9 +96,9 @@ def run(engine: Engine, steps: range) -> dict[str, list[Any]]:
     }
 
 
-def train_save_resume(engine: str, kind: str, folder: Path) -> dict[str, Any]:
+def train_save_resume(engine: str, kind: str, folder: Path, frozen: Sequence[str] = ()) -> dict[str, Any]:
     """Take six steps and save in the middle; a new engine with other weights loads that and repeats the last three."""
-    first = build(engine, kind)
+    first = build(engine, kind, frozen=frozen)
     seen: dict[str, Any] = {"first": run(first, range(3))}
     save(first, folder)
     seen["second"] = run(first, range(3, STEPS))
@@ -97,7 +108,7 @@ def train_save_resume(engine: str, kind: str, folder: Path) -> dict[str, Any]:
     seen["dtypes"] = weights and sorted({str(tensor.dtype) for tensor in weights.values()})
     seen["sum"] = first.sum([1.0, first.rank])
     torch.manual_seed(first.rank)
-    again = build(engine, kind, seed=1)
+    again = build(engine, kind, seed=1, frozen=frozen)
     again.load(folder)
     seen["resumed"] = run(again, range(3, STEPS))
     seen["ragged"] = again.step(mine(ragged(90)), STEPS).loss
@@ -162,9 +173,11 @@ def restored_losses(engine: str, kind: str, folder: Path) -> list[float]:
 def with_public_names(folder: Path) -> dict[str, Any]:
     """Repeat the run without private names of DeepSpeed, and read its state with them."""
     os.environ["PERCEIVER_PUBLIC_API"] = "1"
-    seen = {name: train_save_resume(name, "adamw", folder / f"public-{name}") for name in ENGINES[2:]}
+    runs = {f"{name} {kind}": (name, kind) for name in ENGINES[2:] for kind in PUBLIC}
+    seen = {run: train_save_resume(*runs[run], folder / f"public-{run}") for run in runs}
     del os.environ["PERCEIVER_PUBLIC_API"]
-    return {**seen, "read": {name: restored_losses("zero2", "adamw", folder / f"public-{name}") for name in seen}}
+    read = {run: restored_losses("zero2", kind, folder / f"public-{run}") for run, (_, kind) in runs.items()}
+    return {**seen, "read": read}
 
 
 def train_all(folder: Path) -> dict[str, Any]:
@@ -172,6 +185,7 @@ def train_all(folder: Path) -> dict[str, Any]:
     for kind in KINDS:
         for engine in ENGINES:
             seen[f"{engine} {kind}"] = train_save_resume(engine, kind, folder / f"{engine}-{kind}")
+    seen["freeze"] = {name: train_save_resume(name, "lamb", folder / f"freeze-{name}", FROZEN) for name in ENGINES}
     seen["skip"] = {engine: skip(engine, "lamb") for engine in ENGINES}
     seen["refused"] = refused_loads(folder / "zero1-adamw")
     seen["as on GPUs"] = run(build("zero1", "lamb", zero_optimization=GPU_DEFAULTS), range(STEPS))

@@ -1,0 +1,45 @@
+"""Parameters that are not trained: they have no gradient and no optimizer state."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from perceiver.config import UserError, shown
+
+_SHOWN = 200
+
+
+def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
+    """Exclude the parameters whose names match any pattern from training; return the number of their elements.
+
+    A parameter that is used under several names is frozen if one of them matches.
+
+    Args:
+        module: the model.
+        patterns: shell patterns over the names, such as `encoder.*`; `*` also matches dots.
+
+    Raises:
+        UserError: a pattern matches no parameter, or nothing would be left to train.
+    """
+    named = list(module.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        found = [param for name, param in named if fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(
+                f"train.freeze: {pattern!r} matches no parameter of the model; its parts are "
+                f"{shown(', '.join(_parts(module)), _SHOWN)}: write a pattern such as '{_parts(module)[0]}.*'"
+            )
+        for param in found:
+            param.requires_grad_(False)
+    if patterns and not any(param.requires_grad for param in module.parameters()):
+        raise UserError(
+            f"train.freeze: {shown(', '.join(map(repr, patterns)), _SHOWN)} freezes all parameters of the model; "
+            "leave at least one to train, such as its head"
+        )
+    return sum(param.numel() for param in module.parameters() if not param.requires_grad)
+
+
+def _parts(module: nn.Module) -> list[str]:
+    """Return the first parts of the parameters' names, in order."""
+    return list(dict.fromkeys(name.split(".")[0] for name, _ in module.named_parameters()))
