@@ -11,8 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from cluster.recipe.config import load_recipe
+from cluster.recipe.config import build_recipe, load_recipe
 from cluster.recipe.targets import with_targets
+from cluster.run.worker import first_model
 from perceiver.export.weights import open_weights
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.shards.manifest import load_manifest
@@ -57,3 +58,11 @@ def test_a_regression_keeps_the_units_of_its_data_when_resumed(tmp_path: Path) -
     figures = open_weights(str(folder)).facts["evaluation"]
     assert {"mae", "rmse", "r2"} < set(figures)
     assert len(table) == 8 and sum(errors) / 8 == pytest.approx(figures["mae"], rel=1e-3)
+
+
+def test_a_worker_freezes_the_parameters_of_the_recipe(tmp_path: Path) -> None:
+    tree = small_tree(tmp_path, "nowhere")
+    tree["train"]["freeze"] = ["cross_attends.*", "latents"]
+    model = first_model(build_recipe(tree), classes=2)
+    frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith(("cross_attends.", "latents"))}
