@@ -55,14 +55,31 @@ def count_flops(model: nn.Module, batch: int = 1) -> int:
     return counter.get_total_flops()
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Saves the tensors that a fused attention kernel saves; its values are never used."""
+FUSED_HEAD_WIDTH = 256
+"""Channels per head up to which torch has a flash kernel on GPUs."""
+
+
+def is_fused(q: Tensor, v: Tensor) -> bool:
+    """Return whether torch's attention on a GPU, in half precision and without a mask, never writes its scores.
+
+    Wider heads take its memory-efficient kernel if their widths are multiples of 8, and else products over float32.
+    """
+    widths = q.shape[-1], v.shape[-1]
+    return max(widths) <= FUSED_HEAD_WIDTH or all(width % 8 == 0 for width in widths)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the tensors that torch's attention on a GPU saves; its values are never used."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, queries = q.shape[:3]
         out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        if is_fused(q, v):
+            ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        else:
+            copies = (q.new_empty(each.shape) for each in (q, k, v))
+            ctx.save_for_backward(*copies, q.new_empty(*q.shape[:-1], k.shape[-2]))
         return out
 
     @staticmethod
@@ -70,12 +87,12 @@ class _FusedAttention(torch.autograd.Function):
         raise NotImplementedError("only counts what is kept")
 
 
-class _CountFused(TorchFunctionMode):
-    """Replaces the unfused attention of the meta device by `_FusedAttention`."""
+class _CountAttention(TorchFunctionMode):
+    """Replaces the attention of the meta device by `_Attention`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])
+            return _Attention.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
@@ -91,7 +108,7 @@ def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
             kept[id(storage)] = storage
         return tensor
 
-    with _CountFused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with _CountAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = _run(model.train(), batch)
     del output
     return sum(storage.nbytes() for storage in kept.values())
