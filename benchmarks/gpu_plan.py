@@ -11,9 +11,9 @@ of `ours` (also compiled) and `ours plain` with the parameters of their row's pr
 without reading. Memory is without the libraries' (`context_gb` of the hardware table),
 which torch's allocator does not count. A ratio is predicted over measured.
 
-Parts of a step: `products_ms` and `float32_products_ms`, by FLOPs or traffic, the larger of both; `kernel_ms` of separable
-attention; `other_ms`, all other operations by traffic; or, if that is longer, `launch_ms`, the least time of all
-operations; and `optimizer_ms`.
+Parts of a step: `products_ms` and `float32_products_ms`, by FLOPs or traffic, the larger of both; `kernel_ms` of
+separable attention; `other_ms`, all other operations by traffic; or, if that is longer, `launch_ms`, the time in which the host
+launches all operations; and `optimizer_ms`.
 
 Without `--lines` the recipe, by default the quickstart with `data/digits`, is planned before and after a calibration,
 which takes Ray and DeepSpeed; without them, or without the data, the line has `error`.

@@ -27,8 +27,8 @@ Region = Literal["autocast", "float32", "fused"]
 class StepTrace:
     """The cost of a forward and backward pass, per sample where nothing else is said.
 
-    Bytes are those of float32. What autocast does not change are the scores of `shared_kv`, and those of attention whose
-    heads are too wide for torch's fused kernels on GPUs.
+    Bytes are those of float32. Autocast does not change the scores of `shared_kv`, and those of attention whose heads are
+    too wide for torch's fused kernels on GPUs.
 
     Args:
         flops: FLOPs of matrix products and convolutions, multiplications and additions counted separately.
@@ -142,8 +142,8 @@ class _GpuAttention(TorchFunctionMode):
 def trace_step(config: Config, *, classes: int | None = None, batch: int = 8) -> StepTrace:
     """Return the cost of a training pass of a config's model, from passes over two batches on the meta device.
 
-    The difference between both batches is what a sample costs; the rest is traffic of the weights. Smaller batches could
-    take other paths than those of training (`perceiver.attention.FUSE_TOKENS`).
+    The difference between both batches is what a sample costs; the rest is traffic of the weights. Smaller batches
+    could take other paths than those of training (`perceiver.attention.FUSE_TOKENS`).
     """
     with torch.device("meta"):
         model = build_model(config, classes=classes).train()

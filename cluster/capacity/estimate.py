@@ -23,8 +23,8 @@ STORE_BYTES_S = 0.5e9
 MEMORY_MARGIN = 0.92
 """Share of a device's memory that a plan may use; the rest is for fragmentation."""
 AUTOCAST_BYTES = 1.25
-"""Traffic under bf16 autocast, as a multiple of the float32 traffic of a trace, which lacks the casts: they outweigh the
-halved tensors. This and the next five are fitted to one H200 (benchmarks/results/2026-11-29-gpu.md)."""
+"""Traffic under bf16 autocast, as a multiple of the float32 traffic of a trace, which lacks the casts: they outweigh
+the halved tensors. This and the next five are fitted to one H200 (benchmarks/results/2026-11-29-gpu.md)."""
 COMPILED_BYTES = 0.5
 """Share of that traffic that remains where `train.compile` fuses a Perceiver's layers: 36 of 70 to 75 ms."""
 RESIDUAL_BYTES = 0.92
@@ -340,7 +340,7 @@ def roofline(workload: Workload, device: Device, micro: int) -> float:
 
 
 def pass_seconds(workload: Workload, device: Device, micro: int) -> dict[str, float]:
-    """Return the seconds of a pass over `micro` samples by part; `launch`, by the host, is concurrent with the others."""
+    """Return the seconds of a pass over `micro` samples by part; `launch` is the host's, beside the others."""
     trace, half = workload.trace, _half(workload, device)
     speed = device.memory_gbytes_s * 1e9 * device.memory_efficiency
     products = max(

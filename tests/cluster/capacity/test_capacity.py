@@ -89,7 +89,7 @@ def test_the_largest_micro_batch_of_each_stage(workload: Workload) -> None:
 
 
 def test_step_by_hand(workload: Workload) -> None:
-    """8 samples per device of 6 TFLOP at 61 % of 989 TFLOP/s; compiled, 0.625 GB of other traffic at 80 % of 3.35 TB/s."""
+    """8 samples of 6 TFLOP at 61 % of 989 TFLOP/s; compiled, 0.625 GB of other traffic at 80 % of 3.35 TB/s."""
     plan = estimate(workload, place())
     assert plan.step.compute == pytest.approx(8 * (6e12 / (0.61 * 989e12) + 0.625e9 / (0.8 * 3350e9)))
     assert plan.steps == 1000
