@@ -12,7 +12,7 @@ without reading. Memory is without the libraries' (`context_gb` of the hardware 
 which torch's allocator does not count. A ratio is predicted over measured.
 
 Parts of a step: `products_ms` and `float32_products_ms`, by FLOPs or traffic, the larger of both; `kernel_ms` of
-separable attention; `other_ms`, all other operations by traffic; or, if that is longer, `launch_ms`, the time in which the host
+separable attention; `other_ms`, all other operations by traffic; or, if that is longer, `launch_ms`, in which the host
 launches all operations; and `optimizer_ms`.
 
 Without `--lines` the recipe, by default the quickstart with `data/digits`, is planned before and after a calibration,
@@ -58,7 +58,7 @@ def workload(row: str, implementation: str, tiny: bool) -> "Workload":
     from cluster.recipe.config import build_recipe
 
     config, classes = configure(ROWS[row], tiny, CHANGES[implementation])
-    compile = "on" if implementation == "ours compiled" else "off"
+    compile = implementation == "ours compiled"
     recipe = build_recipe(
         {
             "name": "row",

@@ -27,8 +27,8 @@ Region = Literal["autocast", "float32", "fused"]
 class StepTrace:
     """The cost of a forward and backward pass, per sample where nothing else is said.
 
-    Bytes are those of float32. Autocast does not change the scores of `shared_kv`, and those of attention whose heads are
-    too wide for torch's fused kernels on GPUs.
+    Bytes are those of float32. Autocast does not change the scores of `shared_kv`, and those of attention whose heads
+    are too wide for torch's fused kernels on GPUs.
 
     Args:
         flops: FLOPs of matrix products and convolutions, multiplications and additions counted separately.

@@ -107,9 +107,9 @@ def test_float32_attention_weights_and_the_host_by_hand(workload: Workload) -> N
     assert found["other"] == pytest.approx((0.625 * 9e9 + 8e9) / (0.8 * 3350e9))
     assert memory(tight, place(), 8, 1, None).total - memory(workload, place(), 8, 1, None).total == 3 * 4 * 8 * 10**6
     assert found["launch"] == pytest.approx(0.01)
-    changed = workload.recipe.train.model_copy(update={"compile": "off", "cuda_graphs": True})
+    changed = workload.recipe.train.model_copy(update={"compile": False, "cuda_graphs": True})
     other = pass_seconds(replace(workload, recipe=workload.recipe.model_copy(update={"train": changed})), H100, 8)
-    assert other["launch"] == pytest.approx(0.003) and other["other"] == pytest.approx(10e9 / (0.8 * 3350e9))
+    assert other["launch"] == pytest.approx(0.004) and other["other"] == pytest.approx(10e9 / (0.8 * 3350e9))
 
 
 def test_a_ring_sends_twice_the_gradients_less_a_share(workload: Workload) -> None:
