@@ -7,13 +7,13 @@
 
 The lines are those of `gpu_rows.py` and `gpu_step.py`, or the file of `gpu.py`, which has both. Compared are the steps
 of `ours` (also compiled) and `ours plain` with the parameters of their row's preset, and the steps `eager` and
-`compiled` of the ImageNet Perceiver. The plan, which knows nothing of compilation, is that of one device without ZeRO,
-as the steps were measured, and without reading. Memory is without the libraries' (`context_gb` of the hardware table),
+`compiled` of the ImageNet Perceiver. The plan is that of one device without ZeRO, as the steps were measured, and
+without reading. Memory is without the libraries' (`context_gb` of the hardware table),
 which torch's allocator does not count. A ratio is predicted over measured.
 
-Parts of a step: `products_ms` by FLOPs or `moved_ms` by their traffic, the larger of both; `kernel_ms` of separable
-attention; `other_ms`, all other operations by traffic; or, if that is longer, `launch_ms`, the least time of all
-operations; and `optimizer_ms`.
+Parts of a step: `products_ms` and `float32_products_ms`, by FLOPs or traffic, the larger of both; `kernel_ms` of
+separable attention; `other_ms`, all other operations by traffic; or, if that is longer, `launch_ms`, in which the host
+launches all operations; and `optimizer_ms`.
 
 Without `--lines` the recipe, by default the quickstart with `data/digits`, is planned before and after a calibration,
 which takes Ray and DeepSpeed; without them, or without the data, the line has `error`.
@@ -58,6 +58,7 @@ def workload(row: str, implementation: str, tiny: bool) -> "Workload":
     from cluster.recipe.config import build_recipe
 
     config, classes = configure(ROWS[row], tiny, CHANGES[implementation])
+    compile = implementation == "ours compiled"
     recipe = build_recipe(
         {
             "name": "row",
@@ -65,7 +66,7 @@ def workload(row: str, implementation: str, tiny: bool) -> "Workload":
             "model": config.model_dump(mode="json"),
             "task": {"kind": "classification"},
             "optim": {"kind": "adamw", "lr": 1e-3},
-            "train": {"steps": 1, "global_batch": 1, "precision": "bf16"},
+            "train": {"steps": 1, "global_batch": 1, "precision": "bf16", "compile": compile},
             "deepspeed": {"zero_stage": 0},
         }
     )
@@ -74,18 +75,13 @@ def workload(row: str, implementation: str, tiny: bool) -> "Workload":
 
 def predict(work: "Workload", device: "Device", batch: int) -> Values:
     """Return the plan's step in milliseconds, its memory in GB without the libraries', and the parts of both."""
-    from cluster.capacity.estimate import Machines, memory, other_bytes, step_time
+    from cluster.capacity.estimate import Machines, memory, pass_seconds, step_time
 
     place = Machines(device, "device", devices=1, nodes=1, data_cpus=1.0)
-    step, used, trace = step_time(work, place, batch, 1, None), memory(work, place, batch, 0, None), work.trace
-    speed = device.memory_gbytes_s * 1e9 * device.memory_efficiency
+    step, used = step_time(work, place, batch, 1, None), memory(work, place, batch, 0, None)
     seconds = {
         "predicted": step.compute + step.optimizer,
-        "products": batch * trace.flops / (device.bf16_tflops * 1e12 * device.efficiency),
-        "moved": batch * trace.product_bytes / 2 / speed,
-        "kernel": batch * trace.kernel_flops / (device.fp32_tflops * 1e12 * device.kernel_efficiency),
-        "other": batch * other_bytes(work, device) / speed,
-        "launch": trace.operations * device.launch_us * 1e-6,
+        **pass_seconds(work, device, batch),
         "optimizer": step.optimizer,
     }
     sizes = {

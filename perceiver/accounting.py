@@ -31,6 +31,8 @@ class Account:
     forward_flops: int
     executed_flops: int
     activation_bytes: int
+    float32_activation_bytes: int = 0
+    """Those of them that autocast does not halve: attention by products over float32 copies, see `is_fused`."""
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -55,14 +57,32 @@ def count_flops(model: nn.Module, batch: int = 1) -> int:
     return counter.get_total_flops()
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Saves the tensors that a fused attention kernel saves; its values are never used."""
+FUSED_HEAD_WIDTH = 256
+"""Channels per head up to which torch has a flash kernel on GPUs."""
+
+
+def is_fused(q: Tensor, v: Tensor) -> bool:
+    """Return whether torch's attention on a GPU, in half precision and without a mask, never writes its scores.
+
+    Wider heads take its memory-efficient kernel if their widths are multiples of 8, and else products over float32.
+    """
+    widths = q.shape[-1], v.shape[-1]
+    return max(widths) <= FUSED_HEAD_WIDTH or all(width % 8 == 0 for width in widths)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the tensors that torch's attention on a GPU saves; its values are never used."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, count: "_CountAttention", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, queries = q.shape[:3]
         out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        if is_fused(q, v):
+            ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        else:
+            copies = [q.new_empty(each.shape) for each in (q, k, v)] + [q.new_empty(*q.shape[:-1], k.shape[-2])]
+            count.float32_bytes += sum(each.untyped_storage().nbytes() for each in copies)
+            ctx.save_for_backward(*copies)
         return out
 
     @staticmethod
@@ -70,17 +90,26 @@ class _FusedAttention(torch.autograd.Function):
         raise NotImplementedError("only counts what is kept")
 
 
-class _CountFused(TorchFunctionMode):
-    """Replaces the unfused attention of the meta device by `_FusedAttention`."""
+class _CountAttention(TorchFunctionMode):
+    """Replaces the attention of the meta device by `_Attention`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.float32_bytes = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])
+            return _Attention.apply(self, *args[:3])
         return func(*args, **(kwargs or {}))
 
 
 def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
     """Return the bytes that autograd keeps for the backward pass of a model on the meta device, without parameters."""
+    return _activation_bytes(model, batch)[0]
+
+
+def _activation_bytes(model: nn.Module, batch: int) -> tuple[int, int]:
+    """Return the bytes of `count_activation_bytes`, and those of them that stay in float32 under autocast."""
     # Storages by their ids; they are kept, so that no other one gets the same id.
     own = {id(storage): storage for storage in (p.untyped_storage() for p in model.parameters())}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -91,10 +120,10 @@ def count_activation_bytes(model: nn.Module, batch: int = 1) -> int:
             kept[id(storage)] = storage
         return tensor
 
-    with _CountFused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with _CountAttention() as attention, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = _run(model.train(), batch)
     del output
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in kept.values()), attention.float32_bytes
 
 
 def account(config: Config, *, classes: int | None = None) -> Account:
@@ -108,12 +137,14 @@ def account(config: Config, *, classes: int | None = None) -> Account:
     plain = chosen
     if "attention" in type(config).model_fields:
         plain = _meta(config.model_copy(update={"attention": "plain"}), classes)
+    # Two samples, halved: batch norm refuses one.
+    activations, float32 = _activation_bytes(chosen, batch=2)
     return Account(
         parameters=count_parameters(chosen),
         forward_flops=count_flops(plain),
         executed_flops=count_flops(chosen),
-        # Two samples, halved: batch norm refuses one.
-        activation_bytes=count_activation_bytes(chosen, batch=2) // 2,
+        activation_bytes=activations // 2,
+        float32_activation_bytes=float32 // 2,
     )
 
 

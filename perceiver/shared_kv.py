@@ -8,7 +8,7 @@ outlives a call, and take no gradient of inputs that have none.
 and never forms it. It uses a compiled kernel where one can be built (`perceiver.kernels`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,26 @@ def _tiles(q: Tensor, inputs: int) -> Iterator[tuple[int, int, slice]]:
             yield first, min(batch, first + items), slice(start, min(queries, start + rows))
 
 
+class Float32Region:
+    """The scores per sample of the `shared_kv` that runs on the meta device, 0 while none does.
+
+    A trace reads it, because autocast does not change these operations.
+    """
+
+    scores = 0
+
+
+def _marked(run: Callable[..., Any], q: Tensor, x: Tensor, *args: Any) -> Any:
+    """Return run(q, x, *args), within the `Float32Region` on the meta device."""
+    if q.device.type != "meta":
+        return run(q, x, *args)
+    Float32Region.scores = q.shape[1] * x.shape[1]
+    try:
+        return run(q, x, *args)
+    finally:
+        Float32Region.scores = 0
+
+
 class _SharedKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -42,15 +62,7 @@ class _SharedKV(torch.autograd.Function):
             out, lse = (part[:, 0] for part in attend.forward(q[:, None], x[:, None], x[:, None], mask, 1.0))
             ctx.save_for_backward(q, x, out, lse)
             return out
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        for a, b, rows in _tiles(q, x.shape[1]):
-            scores = _masked_scores(q[a:b, rows], x[a:b], mask if mask is None else mask[a:b])
-            top = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True)
-            out[a:b, rows] = torch.bmm(weights.to(x.dtype), x[a:b]).div_(total)
-            lse[a:b, rows] = (top + total.log()).squeeze(-1)
+        out, lse = _marked(_forward, q, x, mask)
         ctx.save_for_backward(q, x, out, lse)
         return out
 
@@ -62,21 +74,42 @@ class _SharedKV(torch.autograd.Function):
             rows = q[:, None], x[:, None], x[:, None]
             dq, dx, _ = attend.backward(rows, ctx.mask, 1.0, out[:, None], lse, grad[:, None], ctx.needs_input_grad[1])
             return dq[:, 0], None if dx is None else dx[:, 0], None
-        grad = grad.contiguous()
-        delta = (grad * out).sum(-1, keepdim=True)
-        dq = torch.empty_like(q)
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        for a, b, rows in _tiles(q, x.shape[1]):
-            mask = ctx.mask if ctx.mask is None else ctx.mask[a:b]
-            weights = _masked_scores(q[a:b, rows], x[a:b], mask).sub_(lse[a:b, rows, None]).exp_()
-            if dx is not None:
-                dx[a:b].baddbmm_(weights.to(x.dtype).transpose(1, 2), grad[a:b, rows])
-            slopes = torch.bmm(grad[a:b, rows], x[a:b].transpose(1, 2)).sub_(delta[a:b, rows]) * weights
-            slopes = slopes.to(x.dtype)
-            dq[a:b, rows] = torch.bmm(slopes, x[a:b])
-            if dx is not None:
-                dx[a:b].baddbmm_(slopes.transpose(1, 2), q[a:b, rows])
-        return dq, dx, None
+        return *_marked(_backward, q, x, out, lse, ctx.mask, grad, ctx.needs_input_grad[1]), None
+
+
+def _forward(q: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the result and the scores' log-sum-exp (B, N)."""
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    for a, b, rows in _tiles(q, x.shape[1]):
+        scores = _masked_scores(q[a:b, rows], x[a:b], mask if mask is None else mask[a:b])
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out[a:b, rows] = torch.bmm(weights.to(x.dtype), x[a:b]).div_(total)
+        lse[a:b, rows] = (top + total.log()).squeeze(-1)
+    return out, lse
+
+
+def _backward(
+    q: Tensor, x: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, grad: Tensor, learned: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of q and, if it is learned, of x."""
+    grad = grad.contiguous()
+    delta = (grad * out).sum(-1, keepdim=True)
+    dq = torch.empty_like(q)
+    dx = torch.zeros_like(x) if learned else None
+    for a, b, rows in _tiles(q, x.shape[1]):
+        part = mask if mask is None else mask[a:b]
+        weights = _masked_scores(q[a:b, rows], x[a:b], part).sub_(lse[a:b, rows, None]).exp_()
+        if dx is not None:
+            dx[a:b].baddbmm_(weights.to(x.dtype).transpose(1, 2), grad[a:b, rows])
+        slopes = torch.bmm(grad[a:b, rows], x[a:b].transpose(1, 2)).sub_(delta[a:b, rows]) * weights
+        slopes = slopes.to(x.dtype)
+        dq[a:b, rows] = torch.bmm(slopes, x[a:b])
+        if dx is not None:
+            dx[a:b].baddbmm_(slopes.transpose(1, 2), q[a:b, rows])
+    return dq, dx
 
 
 def _compiled(q: Tensor, x: Tensor, *, learned: bool) -> bool:

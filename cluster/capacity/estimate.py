@@ -11,6 +11,7 @@ from cluster.capacity.calibrate import Calibration
 from cluster.capacity.workload import Workload
 from cluster.runtime.hardware import Device
 from perceiver.config import UserError
+from perceiver.shared_kv import GPU_SCORES
 
 DEVICE_HOURS_PER_FAILURE = 50_700
 """Device hours between two failures that end a job: 419 unexpected interruptions in 54 days on 16,384 H100 (The Llama 3
@@ -21,9 +22,22 @@ STORE_BYTES_S = 0.5e9
 """Bytes per second that a worker writes to the object store: an assumption."""
 MEMORY_MARGIN = 0.92
 """Share of a device's memory that a plan may use; the rest is for fragmentation."""
-AUTOCAST_BYTES = 0.75
-"""Share of the float32 traffic under bf16 autocast, which halves some tensors: an assumption, confirmed on an H200
-(benchmarks/results/2026-11-27-gpu.md)."""
+AUTOCAST_BYTES = 1.25
+"""Traffic under bf16 autocast, as a multiple of the float32 traffic of a trace, which lacks the casts: they outweigh
+the halved tensors. This and the next five are fitted to one H200 (benchmarks/results/2026-11-29-gpu.md)."""
+COMPILED_BYTES = 0.5
+"""Share of that traffic that remains where `train.compile` fuses a Perceiver's layers: 36 of 70 to 75 ms."""
+RESIDUAL_BYTES = 0.92
+"""Share of traffic and activations with `train.bf16_residual`: 34 of 36 ms, 19.7 of 21.6 GB."""
+AUTOCAST_ACTIVATIONS = 0.6
+"""Share of the float32 activations that autocast keeps."""
+FLOAT32_SHARE = 0.16
+"""Share of the TF32 peak at which a step's float32 attention (`shared_kv`, and torch's for wide heads) was computed.
+Large products alone reach 0.6 to 0.8; why these are slower was not found out."""
+SCORE_COPIES = 3
+"""Arrays of float32 scores that the backward pass of `shared_kv` has in memory at a time."""
+GRAPH_LAUNCH_US = 4.0
+"""Least time of a traced operation in a CUDA graph, microseconds: 20 ms for 4,880 at a batch of 1."""
 BUCKET_ELEMENTS = 500_000_000
 """Largest number of elements in DeepSpeed's gradient buffer (perceiver/train/engine/deepspeed_config.py)."""
 
@@ -260,7 +274,12 @@ def memory(workload: Workload, machines: Machines, micro: int, stage: int, calib
     Under ZeRO 1 and 2 DeepSpeed keeps a float32 copy of the rank's part of the weights in addition to the weights;
     under ZeRO 3 only that part.
     """
-    activations = micro * workload.account.activation_bytes * (0.6 if _half(workload, machines.device) else 1.0)
+    account, device = workload.account, machines.device
+    share = AUTOCAST_ACTIVATIONS * _residual(workload) if _half(workload, device) else 1.0
+    float32 = account.float32_activation_bytes
+    activations = micro * ((account.activation_bytes - float32) * share + float32)
+    if _on_gpu(device):
+        activations += SCORE_COPIES * 4 * min(micro * workload.trace.scores, GPU_SCORES)
     context = machines.device.context_gb * 1e9
     if calibration:
         processes = machines.devices // machines.nodes
@@ -305,9 +324,8 @@ def step_time(
         return Step(alone * slowed, 0.0, 0.0, wire_seconds, wire_bytes, 0.0)
     compute = accumulation * roofline(workload, machines.device, micro)
     speed = machines.device.memory_gbytes_s * 1e9 * machines.device.memory_efficiency
-    traffic = (
-        accumulation * micro * (other_bytes(workload, machines.device) / speed + _kernel(workload, machines.device))
-    )
+    parts = pass_seconds(workload, machines.device, micro)
+    traffic = accumulation * (parts["kernel"] + parts["other"])
     moved = 7 * 4 * workload.account.parameters / (machines.devices if workload.zero_stage else 1)
     optimizer = moved / speed
     reading = workload.recipe.train.global_batch * decode_cpu(workload, None) / max(machines.data_cpus, 1e-9)
@@ -316,26 +334,53 @@ def step_time(
 
 def roofline(workload: Workload, device: Device, micro: int) -> float:
     """Return the seconds of a forward and backward pass: matrix products by FLOPs or traffic, the rest by traffic."""
-    trace = workload.trace
-    half = _half(workload, device)
+    parts = pass_seconds(workload, device, micro)
+    launch = parts.pop("launch")
+    return max(sum(parts.values()), launch)
+
+
+def pass_seconds(workload: Workload, device: Device, micro: int) -> dict[str, float]:
+    """Return the seconds of a pass over `micro` samples by part; `launch` is the host's, beside the others."""
+    trace, half = workload.trace, _half(workload, device)
     speed = device.memory_gbytes_s * 1e9 * device.memory_efficiency
     products = max(
-        trace.flops / (_peak(workload, device) * device.efficiency),
+        (trace.flops - trace.float32_flops) / (_peak(workload, device) * device.efficiency),
         trace.product_bytes * (0.5 if half else 1.0) / speed,
     )
-    kernel = _kernel(workload, device)
-    other = other_bytes(workload, device) / speed
-    return max(micro * (products + kernel + other), trace.operations * device.launch_us * 1e-6)
+    rate = device.fp32_tflops * device.efficiency
+    if half and device.tf32_tflops:  # the engine allows TF32 with bf16 alone
+        rate = device.tf32_tflops * FLOAT32_SHARE
+    float32 = max(trace.float32_flops / (1e12 * rate), trace.float32_product_bytes / speed)
+    graphs = workload.recipe.train.cuda_graphs and _on_gpu(device) and workload.zero_stage < 3
+    return {
+        "products": micro * products,
+        "float32_products": micro * float32,
+        "kernel": micro * trace.kernel_flops / (device.fp32_tflops * 1e12 * device.kernel_efficiency),
+        "other": other_bytes(workload, device, micro) / speed,
+        "launch": trace.operations * (GRAPH_LAUNCH_US if graphs else device.launch_us) * 1e-6,
+    }
 
 
-def _kernel(workload: Workload, device: Device) -> float:
-    """Return the seconds per sample in the kernel of separable attention."""
-    return workload.trace.kernel_flops / (device.fp32_tflops * 1e12 * device.kernel_efficiency)
+def other_bytes(workload: Workload, device: Device, micro: int) -> float:
+    """Return the bytes that operations other than matrix products move in a pass over `micro` samples."""
+    trace, share = workload.trace, 1.0
+    if _half(workload, device):
+        share = AUTOCAST_BYTES * _residual(workload) * (COMPILED_BYTES if _compiled(workload, device) else 1.0)
+    return share * (micro * trace.other_bytes + trace.pass_bytes) + micro * trace.float32_other_bytes
 
 
-def other_bytes(workload: Workload, device: Device) -> float:
-    """Return the bytes per sample that operations other than matrix products move; autocast halves a part of them."""
-    return workload.trace.other_bytes * (AUTOCAST_BYTES if _half(workload, device) else 1.0)
+def _on_gpu(device: Device) -> bool:
+    return device.match != "cpu"
+
+
+def _residual(workload: Workload) -> float:
+    return RESIDUAL_BYTES if workload.recipe.train.bf16_residual else 1.0
+
+
+def _compiled(workload: Workload, device: Device) -> bool:
+    """Return whether `train.compile` compiles the layers; other models than a Perceiver have none to compile."""
+    latent = "latents" in type(workload.recipe.model).model_fields
+    return latent and _on_gpu(device) and workload.recipe.train.compile is not False and workload.zero_stage < 3
 
 
 def communication(workload: Workload, machines: Machines, calibration: Calibration | None) -> tuple[float, float]:

@@ -18,14 +18,19 @@ class Device(Config):
     match: str = Field(description="part of the device name that the machine reports; for calibrations")
     bf16_tflops: Positive = Field(description="peak of dense bfloat16 products, 10^12 FLOP/s")
     fp32_tflops: Positive = Field(description="peak of dense float32 products, 10^12 FLOP/s")
+    tf32_tflops: Positive | None = Field(
+        default=None, description="peak of dense TF32 products, 10^12 FLOP/s; none: fp32_tflops"
+    )
     efficiency: Real = Field(default=0.45, gt=0, le=1, description="share of the peak that products reach")
     kernel_efficiency: Real = Field(
-        default=0.24, gt=0, le=1, description="share of fp32_tflops that the separable kernel reaches (an H200: 0.24)"
+        default=0.34, gt=0, le=1, description="share of fp32_tflops that the separable kernel reaches (an H200: 0.34)"
     )
     memory_gb: Positive = Field(description="device memory, 10^9 bytes")
     memory_gbytes_s: Positive = Field(description="memory bandwidth, 10^9 bytes/s")
     memory_efficiency: Real = Field(default=0.8, gt=0, le=1, description="share of it that elementwise work reaches")
-    launch_us: Positive = Field(default=5.0, description="least time of an operation, microseconds")
+    launch_us: Positive = Field(
+        default=10.0, description="time in which the host launches an operation, microseconds: a fast host's"
+    )
     context_gb: Positive = Field(default=1.5, description="memory of libraries and allocator before a model")
     link_gbytes_s: Positive = Field(description="to another device of the node, one direction, 10^9 bytes/s")
     network_gbytes_s: Positive = Field(description="to another node, per device, 10^9 bytes/s each way")

@@ -20,6 +20,7 @@ from cluster.capacity.estimate import (
     communication,
     estimate,
     memory,
+    pass_seconds,
     reliability,
     step_time,
 )
@@ -88,12 +89,27 @@ def test_the_largest_micro_batch_of_each_stage(workload: Workload) -> None:
 
 
 def test_step_by_hand(workload: Workload) -> None:
-    """8 samples per device of 6 TFLOP at 55 % of 989 TFLOP/s, and 0.75 GB of other traffic at 80 % of 3.35 TB/s."""
+    """8 samples of 6 TFLOP at 61 % of 989 TFLOP/s; compiled, 0.625 GB of other traffic at 80 % of 3.35 TB/s."""
     plan = estimate(workload, place())
-    assert plan.step.compute == pytest.approx(8 * (6e12 / (0.55 * 989e12) + 0.75e9 / (0.8 * 3350e9)))
+    assert plan.step.compute == pytest.approx(8 * (6e12 / (0.61 * 989e12) + 0.625e9 / (0.8 * 3350e9)))
     assert plan.steps == 1000
     assert plan.hours == pytest.approx(1000 * plan.step.total / plan.reliability.goodput / 3600)
     assert plan.cost[0] == pytest.approx(8 * plan.hours * H100.price_hour)
+
+
+def test_float32_attention_weights_and_the_host_by_hand(workload: Workload) -> None:
+    """TF32 products at 16 % of 494 TFLOP/s, their scores whole, weights once per pass; CUDA graphs launch faster."""
+    trace = replace(workload.trace, float32_flops=10**12, float32_other_bytes=10**9, pass_bytes=10**9, scores=10**6)
+    tight = replace(workload, trace=trace)
+    found = pass_seconds(tight, H100, 8)
+    assert found["products"] == pytest.approx(8 * 5e12 / (0.61 * 989e12))
+    assert found["float32_products"] == pytest.approx(8 * 1e12 / (0.16 * 494e12))
+    assert found["other"] == pytest.approx((0.625 * 9e9 + 8e9) / (0.8 * 3350e9))
+    assert memory(tight, place(), 8, 1, None).total - memory(workload, place(), 8, 1, None).total == 3 * 4 * 8 * 10**6
+    assert found["launch"] == pytest.approx(0.01)
+    changed = workload.recipe.train.model_copy(update={"compile": False, "cuda_graphs": True})
+    other = pass_seconds(replace(workload, recipe=workload.recipe.model_copy(update={"train": changed})), H100, 8)
+    assert other["launch"] == pytest.approx(0.004) and other["other"] == pytest.approx(10e9 / (0.8 * 3350e9))
 
 
 def test_a_ring_sends_twice_the_gradients_less_a_share(workload: Workload) -> None:
@@ -177,13 +193,13 @@ def test_the_traced_flops_are_three_forward_passes() -> None:
 
 
 def test_the_separable_kernel_is_counted_by_its_operations_and_moves_nothing() -> None:
-    """N x M scores of F = 4 features take 24 operations each forward, 34 backward."""
+    """N x M scores of F = 3 features take 20 operations each forward, 28 backward."""
     inputs = {"kind": "image", "channels": 3, "size": [64, 64], "positions": {"kind": "fourier", "bands": 4}}
     size = {"latents": 8, "latent_channels": 32, "heads": 2, "cross_attends": 1}
     values = {"kind": "perceiver", "inputs": inputs, **size}
     config = model_config(values)
     fused, plain = trace_step(config, classes=3), trace_step(model_config({**values, "attention": "plain"}), classes=3)
-    assert fused.kernel_flops == 8 * 64 * 64 * (24 + 34) and plain.kernel_flops == 0
+    assert fused.kernel_flops == 8 * 64 * 64 * (20 + 28) and plain.kernel_flops == 0
     assert fused.other_bytes < plain.other_bytes / 2
 
 
