@@ -19,14 +19,15 @@ CPU_NS_PER_BYTE = {
     "segmentation": 31.0,
     "audio": 10.0,
     "mel": 10.0,
-    "video": 60.0,
-    "media": 60.0,
-    "clip": 60.0,
+    "video": 250.0,
+    "media": 250.0,
+    "clip": 250.0,
     "flow": 31.0,
 }
 """CPU nanoseconds to decode and augment one stored byte, by feature, assumed without a calibration. Images: a JPEG of
 90 KB takes 1.3 ms with the papers' augmentation on an idle core of an AMD EPYC, 15 ns per byte, and twice that on an
-older or shared core; the others are of that order."""
+older or shared core; sound is of that order. Video at 224 x 224, 32 frames: 250 ns, at 720p and at 256 pixels alike
+(docs/data.md, media at the size at which they are used)."""
 CPU_SECONDS_PER_SAMPLE = 50e-6
 GROUP_BYTES = 8 << 20
 """Assumed bytes of a record batch, which a reader fetches with one request, without a manifest."""
