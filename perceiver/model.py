@@ -186,7 +186,10 @@ class Encoder(nn.Module):
         """Apply a layer, compiled and with activation checkpointing if configured."""
         if isinstance(layer, CrossAttend):
             layer.attention.share(*args)
-        apply = layer if self.compiled is None else partial(self.compiled, layer)
+        apply = layer
+        if self.compiled is not None:
+            self.compiled.prove(layer, *args)
+            apply = partial(self.compiled, layer)
         if self.config.checkpoint_activations and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(apply, *args, use_reentrant=False))
         return apply(*args)

@@ -110,6 +110,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     try:
         yield
     except RayError as error:
+        if isinstance(error, UserError):  # Ray raises a task's error as both types
+            raise
         place = f"; Ray's logs: {session.folder}/logs" if session.folder else ""
         raise RuntimeError(f"{one_line(error)}{place}") from error
     finally:

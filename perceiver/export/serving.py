@@ -48,7 +48,8 @@ class Answers:
         A masked language model returns texts with their `[MASK]` filled as `text`.
 
         Raises:
-            ValueError: see `Requests`. The whole request is checked before its first batch is computed.
+            ValueError: see `Requests`. The whole request is checked before its first batch is computed, except for
+                encoded images, which are decoded by batch.
         """
         samples = self.requests.samples(inputs)
         if hasattr(self.task, "fill") and isinstance(samples.get("text"), list):

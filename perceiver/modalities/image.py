@@ -158,7 +158,9 @@ def normalise_pixels(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...],
     """Map uint8 pixels (B, ..., C, H, W) to (x/255 - mean)/std; floats only change their type."""
     if x.is_floating_point():
         return x.to(dtype)
-    gain, shift = _pixel_scale(tuple(mean), tuple(std), dtype, x.device)
+    # While torch.export traces, a cached tensor would be one without data.
+    scale = _pixel_scale.__wrapped__ if torch.compiler.is_compiling() else _pixel_scale
+    gain, shift = scale(tuple(mean), tuple(std), dtype, x.device)
     return torch.addcmul(shift, x.to(dtype), gain)
 
 

@@ -1,5 +1,6 @@
 """Compiled layers are the same function; where they cannot be compiled, training goes on without."""
 
+import pickle
 from typing import Any, cast
 
 import pytest
@@ -96,6 +97,38 @@ def test_a_compiler_that_fails_is_reported_once_and_not_used(caplog):
         torch.testing.assert_close(got[key], gradient)
     (record,) = [record for record in caplog.records if record.name == compiled.__name__]
     assert "train.compile: layers run uncompiled" in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_a_backward_pass_that_cannot_be_compiled_is_found_in_the_first_forward_pass(caplog):
+    from torch._dynamo.backends.common import aot_autograd  # the documented way to write such a backend
+
+    def broken(module: Any, example: Any) -> Any:
+        raise RuntimeError("no Triton")
+
+    torch.compiler.reset()
+    model = model_of("shared")
+    wanted = gradients(model)
+    model.compiled = CompiledLayers(aot_autograd(fw_compiler=lambda module, example: module, bw_compiler=broken))
+    got = gradients(model)
+    assert model.compiled.works is False and "layers run uncompiled" in caplog.text
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(got[key], gradient)
+
+
+def test_many_models_in_a_process_and_a_pickled_one():
+    torch.compiler.reset()
+    counted = []
+
+    def backend(module: Any, example: Any) -> Any:
+        counted.append(module)
+        return module.forward
+
+    for number in range(4):
+        model = model_of("shared")
+        model.compiled = CompiledLayers(backend)
+        model(IMAGES).sum().backward()
+        assert len(counted) == 3 * (number + 1)
+    assert pickle.loads(pickle.dumps(CompiledLayers("aot_eager"))).works is None
 
 
 def test_an_error_of_the_model_is_raised():
