@@ -36,8 +36,6 @@ FLOAT32_SHARE = 0.16
 Large products alone reach 0.6 to 0.8; why these are slower was not found out."""
 SCORE_COPIES = 3
 """Arrays of float32 scores that the backward pass of `shared_kv` has in memory at a time."""
-GRAPH_LAUNCH_US = 4.0
-"""Least time of a traced operation in a CUDA graph, microseconds: 20 ms for 4,880 at a batch of 1."""
 BUCKET_ELEMENTS = 500_000_000
 """Largest number of elements in DeepSpeed's gradient buffer (perceiver/train/engine/deepspeed_config.py)."""
 
@@ -351,13 +349,12 @@ def pass_seconds(workload: Workload, device: Device, micro: int) -> dict[str, fl
     if half and device.tf32_tflops:  # the engine allows TF32 with bf16 alone
         rate = device.tf32_tflops * FLOAT32_SHARE
     float32 = max(trace.float32_flops / (1e12 * rate), trace.float32_product_bytes / speed)
-    graphs = workload.recipe.train.cuda_graphs and _on_gpu(device) and workload.zero_stage < 3
     return {
         "products": micro * products,
         "float32_products": micro * float32,
         "kernel": micro * trace.kernel_flops / (device.fp32_tflops * 1e12 * device.kernel_efficiency),
         "other": other_bytes(workload, device, micro) / speed,
-        "launch": trace.operations * (GRAPH_LAUNCH_US if graphs else device.launch_us) * 1e-6,
+        "launch": trace.operations * device.launch_us * 1e-6,
     }
 
 

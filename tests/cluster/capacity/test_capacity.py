@@ -98,7 +98,7 @@ def test_step_by_hand(workload: Workload) -> None:
 
 
 def test_float32_attention_weights_and_the_host_by_hand(workload: Workload) -> None:
-    """TF32 products at 16 % of 494 TFLOP/s, their scores whole, weights once per pass; CUDA graphs launch faster."""
+    """TF32 products at 16 % of 494 TFLOP/s, their scores whole, weights once per pass."""
     trace = replace(workload.trace, float32_flops=10**12, float32_other_bytes=10**9, pass_bytes=10**9, scores=10**6)
     tight = replace(workload, trace=trace)
     found = pass_seconds(tight, H100, 8)
@@ -107,9 +107,9 @@ def test_float32_attention_weights_and_the_host_by_hand(workload: Workload) -> N
     assert found["other"] == pytest.approx((0.625 * 9e9 + 8e9) / (0.8 * 3350e9))
     assert memory(tight, place(), 8, 1, None).total - memory(workload, place(), 8, 1, None).total == 3 * 4 * 8 * 10**6
     assert found["launch"] == pytest.approx(0.01)
-    changed = workload.recipe.train.model_copy(update={"compile": False, "cuda_graphs": True})
+    changed = workload.recipe.train.model_copy(update={"compile": False})
     other = pass_seconds(replace(workload, recipe=workload.recipe.model_copy(update={"train": changed})), H100, 8)
-    assert other["launch"] == pytest.approx(0.004) and other["other"] == pytest.approx(10e9 / (0.8 * 3350e9))
+    assert other["other"] == pytest.approx(10e9 / (0.8 * 3350e9))
 
 
 def test_a_ring_sends_twice_the_gradients_less_a_share(workload: Workload) -> None:
