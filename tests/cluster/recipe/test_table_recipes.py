@@ -8,7 +8,7 @@ import pytest
 from cluster.recipe.config import load_recipe
 from cluster.recipe.preflight import check_recipe
 from perceiver.factory import build_model
-from perceiver.tasks import output_count
+from perceiver.tasks import build_task, output_count
 from pipelines.feed.ingest import EvalShare, eval_batches, load_data
 from pipelines.prepare import PrepareConfig, prepare
 
@@ -44,7 +44,7 @@ def test_the_recipe_fits_its_table(tmp_path: Path, name: str) -> None:
     data = load_data(recipe.data)
     outputs = output_count(recipe.task, len(data.classes))
     model = build_model(recipe.model, classes=outputs).eval()
-    task = recipe.task.build(classes=outputs)
+    task = build_task(recipe.task, classes=outputs)
     [batch] = eval_batches(recipe.data, data, EvalShare("test", 8), "cpu")
     assert batch["series"].shape == (8, 1, COLUMNS[name])
     loss = task.loss(model, batch)
