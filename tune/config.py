@@ -97,7 +97,7 @@ class SearchConfig(Config):
     """The content of a search file."""
 
     name: Name = Field(description="prefix of the search folders")
-    recipe: str = Field(description="the base recipe: a path from here, or from the search file's folder")
+    recipe: str = Field(description="base recipe: a path from here or from the search file's folder, or sections")
     overrides: dict[str, Any] = Field(default={}, description="keys of the base recipe to change, nested or dotted")
     space: Space = Field(min_length=1, description="dimensions by dotted recipe key")
     metric: str | list[str] = Field(default="accuracy", description="metric of the evaluations, or `parameters`")

@@ -20,6 +20,7 @@ class Submission:
         env: environment variables of this machine whose values are sent.
         plugins: packages with plug-ins that the job takes along: folders or wheels.
         install: install the locked dependencies for the job instead of using the cluster's.
+        sent: the file exists in the job's package only, since its content came from Python.
     """
 
     recipe: str
@@ -36,6 +37,7 @@ class Submission:
     env: Sequence[str] = ()
     plugins: Sequence[str] = ()
     install: bool = False
+    sent: bool = False
 
 
 @dataclass(frozen=True)

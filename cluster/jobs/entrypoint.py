@@ -1,13 +1,14 @@
 """The entrypoint of a job on the cluster: check its environment, then start or resume `perceiver train` or `tune`.
 
 ``python -P -m perceiver_train.module cluster.jobs.entrypoint --run NAME --output URL [--needs A,B] [--folder DIR]
-VERB FILE [key=value ...]``
+[--sent] VERB FILE [key=value ...]``
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cluster.jobs.plugins import check_installed
 from cluster.recipe.placement import RESERVED
@@ -29,6 +30,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder or URL that contains the run's folder")
     parser.add_argument("--needs", default="", help="environment variables that must be set on the cluster")
     parser.add_argument("--folder", help="folder that relative paths start from; default: the package")
+    parser.add_argument("--sent", action="store_true", help="the file is in the package, not in that folder")
     parser.add_argument("--packages", default="", help="packages, name==version, whose plug-ins the recipe uses")
     parser.add_argument("--reserved", help="JSON of the resources that this command reserves on its node")
     parser.add_argument("verb")
@@ -84,6 +86,8 @@ def main(words: Sequence[str]) -> int:  # noqa: RET503  execve does not return
     """Replace this process by the command; return exit code 2 if the job is refused."""
     given = arguments(words)
     try:
+        if given.sent:
+            given.file = str(Path(given.file).resolve())
         if given.folder:
             os.chdir(given.folder)
         argv = command(given)

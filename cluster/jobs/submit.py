@@ -58,7 +58,7 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
     run = named_run(recipe.output, wanted.run or work.name).name
     runtime_env = build_runtime_env(recipe, wanted)
     runtime_env["env_vars"][CONTINUE_COMMAND] = shlex.join(
-        ["perceiver", "submit", wanted.recipe, *wanted.overrides, "--run", run, *_plugin_words(wanted)]
+        ["perceiver", "submit", file_name(wanted), *wanted.overrides, "--run", run, *_plugin_words(wanted)]
     )
     nodes = server.nodes()
     check_secrets(work.tree, wanted, runtime_env)
@@ -74,7 +74,7 @@ def submit(server: JobServer, wanted: Submission, work: JobSpec, say: Callable[[
     for line in filter(None, notes):
         say(line)
     name = free_name(server, wanted, run, recipe.output)
-    metadata = {RUN: run, OUTPUT: recipe.output, RECIPE: wanted.recipe, STOP_WAIT: str(recipe.cluster.stop_wait_s)}
+    metadata = {RUN: run, OUTPUT: recipe.output, RECIPE: file_name(wanted), STOP_WAIT: str(recipe.cluster.stop_wait_s)}
     given = text_object(wanted.metadata_json, "--metadata-json") if wanted.metadata_json else {}
     own, excludes = runtime_env.pop("working_dir", None), runtime_env.pop("excludes", [])
     with tempfile.TemporaryDirectory(prefix="perceiver-job-") as folder:
@@ -115,9 +115,15 @@ def entrypoint(wanted: Submission, work: JobSpec, run: str, folder: str | None) 
     words += ["--packages", ",".join(packages)] if packages else []
     reserved = _reserved(wanted)
     words += ["--reserved", json.dumps(reserved)] if reserved else []
-    words += [work.verb, wanted.recipe if folder else path_in_package(wanted.recipe), *wanted.overrides]
+    words += ["--sent"] if folder and wanted.sent else []
+    words += [work.verb, file_name(wanted) if folder else path_in_package(wanted.recipe), *wanted.overrides]
     words += [] if folder else work.found_by
     return "exec " + shlex.join(words)
+
+
+def file_name(wanted: Submission) -> str:
+    """Return the job's recipe or search as it was given, or its path in the package if it is there only."""
+    return path_in_package(wanted.recipe) if wanted.sent else wanted.recipe
 
 
 def _plugin_words(wanted: Submission) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,15 +10,15 @@ import psutil
 import torch
 
 from cluster.recipe.config import Recipe, kind_of, zero_stage
-from cluster.recipe.inputs import check_inputs
+from cluster.recipe.inputs import check_inputs, input_sections
 from cluster.recipe.placement import DataNeed, Node, check_evaluation, place
 from cluster.recipe.resources import machine_cpus, worker_cpus
 from cluster.recipe.resume import check_same_data, check_same_recipe, check_schedule, check_start, recipe_before
-from cluster.recipe.statistics import with_statistics
+from cluster.recipe.statistics import FIELDS, with_statistics
 from cluster.recipe.targets import check_targets, class_names, with_targets
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
-from perceiver.config import UserError
+from perceiver.config import Config, UserError
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model
 from perceiver.optim.freezing import freeze
@@ -268,7 +268,25 @@ def describe_start(recipe: Recipe, manifest: Manifest) -> str:
         return ""
     with torch.device("meta"):
         model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
-    return plan_weights(model, open_weights(url), class_names(recipe, manifest)).describe(url)
+    saved = open_weights(url)
+    line = plan_weights(model, saved, class_names(recipe, manifest)).describe(url)
+    return "; ".join([line, *other_normalisation(recipe.model, saved.model)])
+
+
+def other_normalisation(model: Config, of_weights: Config | None) -> Iterator[str]:
+    """Yield a remark for each input that a model normalises with other numbers than the model of saved weights."""
+    before = dict(input_sections(of_weights))
+    for key, inputs in input_sections(model):
+        now, then = (
+            ", ".join(f"{name} {_rounded(getattr(one, name))}" for name in FIELDS if getattr(one, name, None))
+            for one in (inputs, before.get(key))
+        )
+        if now and then and now != then:
+            yield f"{key} is normalised with {now}, in the model of the weights with {then}"
+
+
+def _rounded(numbers: Any) -> str:
+    return str([round(float(number), 4) for number in (numbers if isinstance(numbers, tuple | list) else [numbers])])
 
 
 def data_cpus(recipe: Recipe) -> float:

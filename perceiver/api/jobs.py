@@ -1,17 +1,25 @@
 """Jobs on a Ray cluster: `perceiver.submit`."""
 
+import contextlib
+import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver.api.recipes import set_up, words
+from perceiver.api.recipes import read_recipe, recipe_tree, search_tree, set_up, words
 
 if TYPE_CHECKING:
     from cluster.jobs.commands import Job
     from cluster.jobs.config import Submission
     from cluster.jobs.server import JobServer
-    from perceiver.api.recipes import Place
+    from cluster.recipe.config import Recipe
+    from perceiver.api.recipes import RecipeLike, SearchLike
+
+SUBMITTED = "submitted.yaml"
+"""Name of the file of a job whose recipe or search is no file."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class SubmittedJob:
 
 
 def submit(
-    recipe: "Place",
+    recipe: "RecipeLike | SearchLike",
     *,
     address: str | None = None,
     headers: str | None = None,
@@ -82,7 +90,7 @@ def submit(
     """Submit a training run or a search as a job of a Ray cluster, as `perceiver submit --no-wait` does.
 
     Args:
-        recipe: the file of a recipe or a search.
+        recipe: a recipe (a file, a dict or a `Recipe`) or a search (a file, or a dict as for `perceiver.tune`).
         address: of the cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or the
             local cluster.
         headers: JSON of HTTP headers for a proxy; default: RAY_JOB_HEADERS.
@@ -99,8 +107,40 @@ def submit(
     from cluster.jobs.config import Submission
     from cluster.jobs.server import Access, connect
 
-    wanted = Submission(recipe=os.fspath(recipe), overrides=words(overrides), run=run, **(submission or {}))
-    return start_job(wanted, lambda: connect(Access(address, headers, verify)), progress=progress)
+    is_file = isinstance(recipe, str | os.PathLike)
+    changes = words(overrides)
+    with contextlib.nullcontext(os.fspath(recipe)) if is_file else _written(recipe, changes) as path:
+        wanted = Submission(recipe=path, overrides=changes, run=run, sent=not is_file, **(submission or {}))
+        return start_job(wanted, lambda: connect(Access(address, headers, verify)), progress=progress)
+
+
+@contextlib.contextmanager
+def _written(recipe: "Mapping[str, Any] | Recipe", overrides: list[str]) -> Iterator[str]:
+    """Write a recipe, or a search with the sections of its recipe, into a temporary file; yield its path.
+
+    Raises:
+        UserError: a mistake in it.
+    """
+    import yaml
+
+    from cluster.recipe.file import read_tree
+    from tune.config import build_search
+    from tune.search.submission import is_search
+    from tune.search_file import SEARCH, read_search
+
+    tree = recipe_tree(recipe)
+    if is_search(tree):
+        tree: Any = search_tree(tree)
+        build_search(*read_search(tree, overrides), SEARCH)
+        if isinstance(tree["recipe"], str):  # relative to the current folder
+            tree["recipe"] = read_tree(tree["recipe"])
+    else:
+        tree = read_recipe(tree, overrides).model_dump(mode="json")
+    text = yaml.safe_dump(json.loads(json.dumps(tree, default=os.fspath)), sort_keys=False)
+    with tempfile.TemporaryDirectory(prefix="perceiver-submit-") as folder:
+        path = Path(folder, SUBMITTED)
+        path.write_text(text, encoding="utf-8")
+        yield str(path)
 
 
 def start_job(

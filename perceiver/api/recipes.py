@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     Place = str | os.PathLike[str]
     RecipeLike = Place | Mapping[str, Any] | Recipe
     """A recipe file, a tree of settings, or a recipe."""
+    SearchLike = Place | Mapping[str, Any]
+    """A search file, or its keys, of which `recipe` is a `RecipeLike`."""
 
 
 _NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|(?<![.\d])(\d+)e')
@@ -69,14 +71,42 @@ def read_recipe(recipe: "RecipeLike", overrides: list[str]) -> "Recipe":
     Raises:
         UserError: no such file, or a wrong key or value.
     """
-    from cluster.recipe.config import Recipe, build_recipe, load_recipe
+    from cluster.recipe.config import build_recipe, load_recipe
     from cluster.recipe.file import apply_override
 
     if isinstance(recipe, str | os.PathLike):
         return load_recipe(os.fspath(recipe), overrides)
-    if not isinstance(recipe, Recipe | Mapping):
-        raise UserError(f"recipe: got {shown(repr(recipe))}, wanted the path of a file, a dict or a Recipe")
-    tree = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else copy.deepcopy(dict(recipe))
+    tree = recipe_tree(recipe)
     for override in overrides:
         apply_override(tree, override)
     return build_recipe(tree)
+
+
+def recipe_tree(recipe: "Mapping[str, Any] | Recipe") -> dict[str, Any]:
+    """Return a copy of a recipe's sections.
+
+    Raises:
+        UserError: it is no recipe.
+    """
+    from cluster.recipe.config import Recipe
+
+    if not isinstance(recipe, Recipe | Mapping):
+        raise UserError(f"recipe: got {shown(repr(recipe))}, wanted the path of a file, a dict or a Recipe")
+    return recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else copy.deepcopy(dict(recipe))
+
+
+def search_tree(search: "SearchLike") -> str | dict[str, Any]:
+    """Return the path of a search file, or the keys of a search, with its recipe as a path or as sections.
+
+    Raises:
+        UserError: it is no search.
+    """
+    if isinstance(search, str | os.PathLike):
+        return os.fspath(search)
+    if not isinstance(search, Mapping):
+        raise UserError(f"search: got {shown(repr(search))}, wanted the path of a file, or a dict with its keys")
+    tree = dict(search)
+    if "recipe" in tree:
+        given = tree["recipe"]
+        tree["recipe"] = os.fspath(given) if isinstance(given, str | os.PathLike) else recipe_tree(given)
+    return tree

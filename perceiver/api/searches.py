@@ -1,14 +1,13 @@
 """Searches: `perceiver.tune`."""
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from perceiver.api.recipes import set_up, words
+from perceiver.api.recipes import search_tree, set_up, words
 from perceiver.api.run_record import Run, facts_of, place_of
 
 if TYPE_CHECKING:
-    from perceiver.api.recipes import Place
+    from perceiver.api.recipes import SearchLike
     from tune.search_record import SearchRecord, TrialRecord
 
 
@@ -65,12 +64,12 @@ class SearchRun:
 
 
 def tune(
-    search: "Place", *, run: str | None = None, resume: bool = False, progress: bool = True, **overrides: Any
+    search: "SearchLike", *, run: str | None = None, resume: bool = False, progress: bool = True, **overrides: Any
 ) -> SearchRun:
     """Search over the keys of a recipe, as `perceiver tune` does.
 
     Args:
-        search: the search file.
+        search: the search file, or a dict with its keys, of which `recipe` is a file, a dict or a `Recipe`.
         run: name of the search's folder; default: the search's name and the next free number, with `resume` the newest.
         resume: continue a search.
         progress: print the progress to stdout.
@@ -86,13 +85,13 @@ def tune(
     from cluster.record.run_folder import choose_run
     from tune.config import build_search
     from tune.search.launch import launch_search
-    from tune.search_file import read_search
+    from tune.search_file import SEARCH, read_search
 
-    path, given = os.fspath(search), words(overrides)
-    tree, base, where = read_search(path, given)
-    wanted = build_search(tree, base, where, path)
-    folder = choose_run(wanted.recipe.output, wanted.config.name, resume, run)
-    code = launch_search(path, given, resume=resume, run=folder.name, show="progress" if progress else "nothing")
+    wanted, given = search_tree(search), words(overrides)
+    tree, base, where = read_search(wanted, given)
+    built = build_search(tree, base, where, wanted if isinstance(wanted, str) else SEARCH)
+    folder = choose_run(built.recipe.output, built.config.name, resume, run)
+    code = launch_search(wanted, given, resume=resume, run=folder.name, show="progress" if progress else "nothing")
     if code == EXIT_STOPPED:
         raise KeyboardInterrupt(f"{folder.url} was stopped: tune(..., resume=True) continues it")
     if code:

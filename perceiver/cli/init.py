@@ -30,7 +30,7 @@ def command(data: str | None, target: Path | None, minutes: float, workers: int 
 
     DATA is a folder that `perceiver prepare` wrote. Features, splits, sizes and statistics decide input and task; the
     model is that of the nearest recipe that comes with the package; a few steps of it are timed here, so that training
-    takes about --minutes. A recipe that is there already is not changed; prepared data are kept.
+    takes about --minutes. A recipe that is there already is not changed, nor another schema; prepared data are kept.
     """
     from perceiver.config import UserError
 
@@ -49,7 +49,7 @@ def write_for_data(url: str, target: Path | None, minutes: float, workers: int |
     """Write a recipe for prepared data and its schema next to each other; return what it will do, in three lines.
 
     Raises:
-        UserError: the file exists, there are no such data, no task or input fits their features, or they do not fit on
+        UserError: a file exists, there are no such data, no task or input fits their features, or they do not fit on
             this machine with as many workers.
     """
     from cluster.draft.length import fit_length, step_seconds
@@ -85,32 +85,50 @@ def write_for_data(url: str, target: Path | None, minutes: float, workers: int |
 
 
 def check_new(target: Path) -> None:
-    """Refuse a recipe that exists.
+    """Refuse a recipe that exists, or whose schema would replace another file; the same schema is kept.
 
     Raises:
-        UserError: the file exists.
+        UserError: the recipe exists, or a file with the schema's name and another content.
     """
     from perceiver.config import UserError
+    from perceiver.storage import refusing
 
+    schema = schema_file(target)
     if target.exists():
         raise UserError(f"{target} exists: move it, or train it with perceiver train {target}")
+    with refusing(str(schema), "move it, or name another recipe with -o"):
+        if schema.exists() and schema.read_bytes() != schema_text().encode():
+            raise UserError(
+                f"{schema} exists and differs from the schema of a recipe: move it, or name another recipe with -o"
+            )
+
+
+def schema_file(target: Path) -> Path:
+    """Return the file of a recipe's schema."""
+    return target.with_suffix(".schema.json")
+
+
+def schema_text() -> str:
+    """Return the JSON schema of a recipe, indented."""
+    import json
+
+    from cluster.recipe.keys import recipe_schema
+
+    return json.dumps(recipe_schema(), indent=1) + "\n"
 
 
 def write_recipe(target: Path, text: str) -> None:
     """Write a recipe, with a header by which editors find its JSON schema, and the schema next to it.
 
     Raises:
-        UserError: the recipe exists, or the folder cannot be written to.
+        UserError: the recipe or another schema exists, or the folder cannot be written to.
     """
-    import json
-
-    from cluster.recipe.keys import recipe_schema
     from perceiver.storage import refusing, write_whole
 
     check_new(target)
-    schema = target.with_suffix(".schema.json")
+    schema = schema_file(target)
     with refusing(str(target), "give a file in a folder that exists, with -o"):
-        write_whole(schema, json.dumps(recipe_schema(), indent=1) + "\n")
+        write_whole(schema, schema_text())
         with target.open("x", encoding="utf-8") as file:
             file.write(f"# yaml-language-server: $schema={schema.name}\n{text}")
 
@@ -119,7 +137,7 @@ def write_quickstart(target: Path) -> None:
     """Write the quickstart's recipe and its schema next to each other, and prepare its data.
 
     Raises:
-        UserError: the recipe exists, or the data cannot be downloaded.
+        UserError: the recipe or another schema exists, or the data cannot be downloaded.
     """
     from cluster.recipe.file import packaged_file, read_tree
     from pipelines.prepare import prepare

@@ -3,7 +3,7 @@
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -45,7 +45,7 @@ from tune.search.dry_run import say_plan
 from tune.search.resources import Slots, divide
 from tune.search.state import Concluder, SearchLaunch, SearchPlan, SearchStart
 from tune.search.tuner import build_tuner
-from tune.search_file import read_search
+from tune.search_file import SEARCH, read_search
 from tune.search_record import SearchRecord, TrialRecord, load_record, reopen, save_record, trial_name
 from tune.space.samplers import FixedSampler, OptunaSampler, Sampler, known_trials
 from tune.space.space import Values
@@ -64,7 +64,7 @@ FREE_ON_RESUME = ("trials", "concurrency", "max_failures")
 
 
 def launch_search(
-    path: str,
+    search_file: str | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,
@@ -76,7 +76,7 @@ def launch_search(
     """Run a search; return the exit code (0 finished, 1 failed, 130 stopped).
 
     Args:
-        path: the search file.
+        search_file: the search file, or its keys.
         overrides: ``key=value``, of the search or of its base recipe.
         resume: continue the newest search of the name, or ``run``.
         run: name of the search's folder.
@@ -87,9 +87,10 @@ def launch_search(
     Raises:
         UserError: a mistake in the search, the recipe, the data or the resources, before anything starts.
     """
-    tree, base, where = read_search(path, overrides)
+    tree, base, where = read_search(search_file, overrides)
     set_environment()
-    search = build_search(tree, base, where, path)
+    path = search_file if isinstance(search_file, str) else ""
+    search = build_search(tree, base, where, path or SEARCH)
     checker = check_search(search)
     known = known_trials(search, baseline(search))
     slots = find_slots(search, known)
@@ -97,7 +98,7 @@ def launch_search(
     if dry_run:
         say_plan(search, checker, slots, known)
         return 0
-    command = shlex.join(["perceiver", "tune", path, *overrides])
+    command = shlex.join(["perceiver", "tune", path or "SEARCH", *overrides])
     start = SearchStart(command, resume, run, as_json, show=show)
     return run_search(SearchPlan(search, checker, slots, known), start, conclude)
 

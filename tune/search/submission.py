@@ -1,9 +1,10 @@
 """A search as a job: the files to upload, and whether its trials fit on the cluster."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.jobs.config import JobSpec, Submission
 from cluster.jobs.package import named_files, path_in_package, recipe_files
@@ -11,20 +12,22 @@ from cluster.recipe.file import read_tree
 from cluster.recipe.placement import Node
 from tune.config import Search, build_search
 from tune.search.resources import divide
-from tune.search_file import read_search
+from tune.search_file import INLINE, read_search
 
 
-def is_search(path: str) -> bool:
-    """Return whether a file is a search: it has the key recipe or space, which no recipe has."""
-    return not {"recipe", "space"}.isdisjoint(read_tree(path))
+def is_search(work: str | Mapping[str, Any]) -> bool:
+    """Return whether a file, or a tree, is a search: it has the key recipe or space, which no recipe has."""
+    return not {"recipe", "space"}.isdisjoint(read_tree(work) if isinstance(work, str) else work)
 
 
 def searching(wanted: Submission) -> JobSpec:
     """Return the job that runs a search."""
     tree, base, where = read_search(wanted.recipe, wanted.overrides)
     search = build_search(tree, base, where, wanted.recipe)
-    files = [*recipe_files(wanted.recipe), *recipe_files(where), *named_files(base)]
-    found_by = [] if _found(wanted.recipe, str(tree["recipe"]), where) else [f"recipe={path_in_package(where)}"]
+    inline = tree["recipe"] == INLINE
+    files = [*recipe_files(wanted.recipe), *([] if inline else recipe_files(where)), *named_files(base)]
+    found = inline or _found(wanted.recipe, str(tree["recipe"]), where)
+    found_by = [] if found else [f"recipe={path_in_package(where)}"]
     return JobSpec(
         "tune", search.recipe, search.config.name, {**base, "search": tree}, files, partial(_fit, search), found_by
     )

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from safetensors.torch import save_file
 
 from cluster.recipe.config import Recipe, build_recipe, for_workers
-from cluster.recipe.preflight import check, check_recipe
+from cluster.recipe.preflight import check, check_recipe, describe_start
 from cluster.recipe.statistics import with_statistics
 from cluster.record.run_folder import choose_run
+from cluster.run.worker import first_model
 from perceiver.config import UserError
 from perceiver.factory import build_model
 from pipelines.prepare import PrepareConfig, prepare
@@ -40,6 +42,23 @@ def test_the_numbers_of_the_manifest_are_recorded_and_survive_a_resume(tmp_path:
     with pytest.raises(UserError, match=r"model\.inputs\.mean = \[0\.5\]"):
         check(from_data(tmp_path, url, mean=[0.5]), folder, True)
     assert check_recipe(recipe).recipe == found
+
+
+def test_weights_of_other_data_are_fine_tuned_with_the_statistics_of_the_new_data(tmp_path: Path) -> None:
+    url = prepare_images(tmp_path, 20)
+    before = build_recipe(small_tree(tmp_path, url))
+    (weights := tmp_path / "weights").mkdir()
+    save_file(build_model(before.model, classes=2).state_dict(), weights / "model.safetensors")
+    (weights / "recipe.yaml").write_text(json.dumps(for_workers(before)))
+    recipe = from_data(tmp_path, url)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"init_from": str(weights)})})
+    found = check(recipe, choose_run(recipe.output, recipe.name, False, None), False)
+    new = load_manifest(url).statistics["image"]
+    assert first_model(found.recipe, 2).get_submodule("inputs").mean == new.mean
+    now = f"with mean [{round(*new.mean, 4)}], std [{round(*new.std, 4)}]"
+    assert f"{now}, in the model of the weights with mean [0.5], std [0.3]" in found.start
+    same = before.model_copy(update={"train": recipe.train})
+    assert "normalised" not in describe_start(same, load_manifest(url))
 
 
 def test_data_without_statistics_are_refused_with_the_command(tmp_path: Path) -> None:

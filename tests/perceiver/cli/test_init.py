@@ -253,6 +253,20 @@ def test_the_command_writes_a_recipe_and_never_over_one(tmp_path: Path, monkeypa
     assert (tmp_path / "pictures.yaml").read_text() == text
 
 
+def test_a_schema_of_the_user_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cluster.draft.length.step_seconds", lambda checked: 0.1)
+    write_shards(tmp_path / "data/pictures", {"train": [40], "test": [8]})
+    words, schema = ["data/pictures", "--minutes", "1", "--workers", "1"], tmp_path / "pictures.schema.json"
+    schema.write_text('{"title": "mine"}')
+    with pytest.raises(UserError, match=r"pictures\.schema\.json exists"):
+        CliRunner().invoke(command, words, catch_exceptions=False)
+    assert schema.read_text() == '{"title": "mine"}' and not (tmp_path / "pictures.yaml").exists()
+    assert CliRunner().invoke(command, [*words, "-o", "other.yaml"], catch_exceptions=False).exit_code == 0
+    (tmp_path / "other.yaml").unlink()  # its own schema is no obstacle
+    assert CliRunner().invoke(command, [*words, "-o", "other.yaml"], catch_exceptions=False).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [([], "give prepared data"), (["data/x", "--quickstart"], "give prepared data"), (["data/x"], "does not exist")],

@@ -99,6 +99,22 @@ def test_a_registered_model_answers_requests_as_the_run_does(tmp_path, images, m
         end(server)
 
 
+def test_a_regression_answers_in_the_units_of_its_targets(tmp_path):
+    source, model = run_folder(tmp_path / "run", SMALL)
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    targets = {"names": ["price", "width"], "mean": [250_000.0, 80.0], "std": [90_000.0, 12.5]}
+    recipe["task"] = {"kind": "regression", "targets": targets}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert export(source, "--to", str(tmp_path / "out"))["outputs"] == ["prediction_price", "prediction_width"]
+    pixels = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    got = mlflow.pyfunc.load_model(str(tmp_path / "out")).predict({"image": pixels.numpy()})
+    with torch.no_grad():
+        normalised = model(pixels).double().numpy()
+    assert normalised.std() > 0.1, "the model's outputs do not depend on the pixels"
+    np.testing.assert_allclose(got["prediction_price"], normalised[:, 0] * 90_000 + 250_000, rtol=1e-5)
+    np.testing.assert_allclose(got["prediction_width"], normalised[:, 1] * 12.5 + 80, rtol=1e-5)
+
+
 def test_what_cannot_be_registered_is_one_line(tmp_path, images):
     source, _, _ = tracked_run(tmp_path, images)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
