@@ -151,9 +151,9 @@ class RankWork:
 
     @functools.cached_property
     def _span_steps(self) -> int:
-        """Return the steps whose row groups are read together: in the balanced order, as many as the cache has room for.
+        """Return the steps whose row groups are read together.
 
-        There each sample is in another row group; with the read-ahead two spans are in memory.
+        In the balanced order, where each sample is in another row group, half the cache: two spans are in memory.
         """
         if not isinstance(self.plan, BalancedPlan) or self._stored_bytes((0, 1 << 40)) * 2 <= self.reader.cache_bytes:
             return sys.maxsize

@@ -1,9 +1,10 @@
 """The samples of each class: one pass over the column of labels, kept in the cache folder of the machine.
 
-Only this column is read: of a prepared shard a small range of each record batch, of an indexed Parquet file the column's
-pages. The cache is valid for the same content of the split, see `content_digest`, wherever it is.
+Only this column is read: of a prepared shard a small range of each record batch, of an indexed Parquet file the pages
+of the column. The cache is valid for the same content of the split, see `content_digest`, wherever it is.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -55,10 +56,8 @@ def class_index(
         found = _measured(url, manifest, split, options or {}, policy or ReadPolicy())
         content = io.BytesIO()
         np.savez(content, members=found.members, first=found.first)
-        try:
+        with contextlib.suppress(OSError, UserError):  # Without it, the next process passes over the labels again.
             write_whole(kept, content.getvalue())
-        except (OSError, UserError):
-            pass  # The next process passes over the labels again.
     return found
 
 
@@ -120,13 +119,12 @@ def _columns(
     wanted = arrow_schema(manifest.features).field(LABEL)
     if not shard.batches:
         groups, schema = np.array(shard.group_sizes(), np.int64), pa.schema([wanted])
-        read = (name, shard.bytes, groups, schema)
-        return [
-            read_row_group(folder, read[0], read[1], group, read[2], read[3], columns, manifest.classes, policy).column(
-                0
-            )
-            for group in range(groups.size)
-        ]
+
+        def group(number: int) -> pa.Array:
+            read = read_row_group(folder, name, shard.bytes, number, groups, schema, columns, manifest.classes, policy)
+            return read.column(0)
+
+        return [group(number) for number in range(groups.size)]
     stream = RangeFile(folder, name, shard.bytes, policy)
     with pa.ipc.open_file(stream) as file:
         number = file.schema.get_field_index(LABEL)
