@@ -48,8 +48,10 @@ class ClassIndex:
         fresh = np.ones(rows.size, bool)
         fresh[1:] = (rows[1:] != rows[:-1]) | (labels[1:] != labels[:-1])
         counts = np.bincount(labels[fresh], minlength=classes)
-        kind = np.int32 if not rows.size or rows[fresh].max() < 1 << 31 else np.int64
-        return cls(rows[fresh].astype(kind), np.concatenate([[0], np.cumsum(counts)]))
+        members = rows[fresh]
+        if not members.size or members.max() < 1 << 31:
+            members = members.astype(np.int32)
+        return cls(members, np.concatenate([[0], np.cumsum(counts)]))
 
     @property
     def counts(self) -> I64:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, ReadPolicy, cache_folder, first_line, open_folder, write_whole
@@ -141,6 +140,9 @@ def _columns(
 def _pairs(column: pa.Array) -> tuple[int, I64, I64]:
     """Return the rows of a column, and of each label its row and class; -1 where it is null."""
     if pa.types.is_list(column.type):
-        rows, labels = pc.list_parent_indices(column), column.flatten()
-        return len(column), rows.to_numpy(), labels.fill_null(-1).to_numpy(zero_copy_only=False)
+        rows, labels = (
+            np.repeat(np.arange(len(column)), column.value_lengths().fill_null(0).to_numpy()),
+            column.flatten(),
+        )
+        return len(column), rows, labels.fill_null(-1).to_numpy(zero_copy_only=False)
     return len(column), np.arange(len(column)), column.fill_null(-1).to_numpy(zero_copy_only=False)
