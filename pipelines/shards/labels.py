@@ -140,9 +140,7 @@ def _columns(
 def _pairs(column: pa.Array) -> tuple[int, I64, I64]:
     """Return the rows of a column, and of each label its row and class; -1 where it is null."""
     if pa.types.is_list(column.type):
-        rows, labels = (
-            np.repeat(np.arange(len(column)), column.value_lengths().fill_null(0).to_numpy()),
-            column.flatten(),
-        )
+        sizes = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        rows, labels = np.repeat(np.arange(len(column)), sizes), column.flatten()
         return len(column), rows, labels.fill_null(-1).to_numpy(zero_copy_only=False)
     return len(column), np.arange(len(column)), column.fill_null(-1).to_numpy(zero_copy_only=False)
