@@ -18,7 +18,8 @@ ends, since adding it up takes the more time from a loader the more processes it
 loader's construction to its first batch, imports and `ray.init` apart. `ceiling` is the bare loop: two processes that
 decode and transform samples from memory and hand nothing over. `of_ceiling` relates the rates, `of_ceiling_cpu` the CPU
 of the ceiling to that of the loader. `ours-s3` reads from an S3 server on this machine that answers each request 20 ms
-late, to be compared with `ours-part`, the same samples from the disk.
+late, to be compared with `ours-part`, the same samples from the disk. `ours-balanced` is ours with
+`data.order: balanced`.
 """
 
 import argparse

@@ -86,7 +86,7 @@ class Kind:
     def view(self) -> DataConfig:
         """Return the view: Inception crop, flip and 224 x 224 for images; a random second of sound; 2,048 points."""
         return DataConfig(
-            url="",
+            url="set by the loader",
             image_size=(224, 224),
             augment=AugmentConfig(crop=CropConfig(), flip=True),
             audio=AudioViewConfig(rate=RATE, samples=RATE),

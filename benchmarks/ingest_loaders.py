@@ -52,6 +52,11 @@ def ours(kind: Kind, folder: Path, url: str | None = None, **options: Any) -> Ba
     return (batch[kind.key] for batch in train_batches(data, load_data(data), share, "cpu"))
 
 
+def ours_balanced(kind: Kind, folder: Path) -> Batches:
+    """Read in the balanced order, whose samples are each in another row group."""
+    return ours(kind, folder, order="balanced")
+
+
 def ours_part(kind: Kind, folder: Path) -> Batches:
     """Read the first shards alone, from the disk."""
     return ours(kind, folder, url=str(part_of(kind, folder)))
@@ -226,6 +231,7 @@ LOADERS: dict[str, Callable[[Kind, Path], Batches]] = {
     "spdl": spdl_threads,
     "spdl_processes": spdl_processes,
     "ray": plain_ray,
+    "ours-balanced": ours_balanced,
     "ours-part": ours_part,
     "ours-s3": ours_s3,
 }

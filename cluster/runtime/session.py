@@ -20,6 +20,7 @@ from cluster.recipe.resources import ClusterConfig
 from cluster.record.failures import one_line
 from cluster.record.run_folder import DRIVER_LOG, RunFolder
 from cluster.runtime.local import ENDS, RaySession, start_ray
+from perceiver.config import UserError
 from perceiver.tracking.printable import SafeFormatter
 from perceiver.tracking.record import HISTORY
 from perceiver.tracking.redaction import redact_text

@@ -16,10 +16,13 @@ from pydantic import Field
 
 from perceiver.config import Bytes, Count, Location, Probability, Real, UserError
 from perceiver.storage import ReadPolicy
+from perceiver.tracking.printable import safe_line
 from pipelines.features.base import ViewConfig
 from pipelines.feed.samples import PROBLEM, Plan, RankWork, SampleSpec
+from pipelines.order.balanced import BalancedPlan
 from pipelines.order.mixture import MixturePart, MixturePlan, folders_of, mixed_manifest
 from pipelines.order.plan import EvalPlan, RowGroups, SamplePlan
+from pipelines.shards.labels import class_index
 from pipelines.shards.listing import check_listing
 from pipelines.shards.manifest import Manifest, check_places, load_manifest
 from pipelines.shards.quarantine import Problem, Quarantine
@@ -44,6 +47,10 @@ STREAM_SAMPLES, STREAM_BYTES, STREAM_READS = 16, 512 << 20, 4
 """A task with its own stream produces this many times `data.run_samples`, up to this many decoded bytes, and reads this
 many times `data.run_bytes`: the next task starts after 50 ms, but if a task dies, all its work is repeated."""
 
+SHOWN = 5
+"""Classes that a message names."""
+TrainPlan = SamplePlan | MixturePlan | BalancedPlan
+
 
 class DataConfig(ViewConfig):
     """The data and how they are read (recipe key `data:`)."""
@@ -58,6 +65,9 @@ class DataConfig(ViewConfig):
         default=(), description="folders in other stores that an index (`prepare --index`) may name files of"
     )
     train_split: str = Field(default="train", description="split to train on")
+    order: Literal["shuffled", "balanced"] = Field(
+        default="shuffled", description="each sample once an epoch, or each class equally often"
+    )
     eval_split: str = Field(default="test", description="split to evaluate on")
     executor: Literal["ray", "inline"] = Field(default="ray", description="Ray Data, or this process (debugging)")
     cpus_per_task: Real = Field(
@@ -137,11 +147,16 @@ def sample_spec(data: DataConfig, manifest: Manifest, *, split: str, training: b
     return spec
 
 
-def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> SamplePlan | MixturePlan:
+def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> TrainPlan:
     """Return the order of the training samples.
 
     The window is at least four row groups, and for small samples 8 MiB: these are shuffled thoroughly at no cost.
+
+    Raises:
+        UserError: the keys of `data` that decide the order do not fit each other or the data.
     """
+    if data.order == "balanced":
+        return _balanced_plan(data, manifest, seed=seed, global_batch=global_batch)
     folders = folders_of(data.url, manifest.split(data.train_split))
     groups = [RowGroups.of(folder.split) for folder in folders]
     windows = [
@@ -159,6 +174,23 @@ def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch
             " remove data.lanes, or set it to a divisor"
         )
     return SamplePlan.build(groups[0], seed=seed, global_batch=global_batch, lanes=data.lanes, window=windows[0])
+
+
+def _balanced_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> BalancedPlan:
+    """Return the balanced order; refuse a class without samples."""
+    for name in ("mixture", "lanes", "window"):
+        if getattr(data, name):
+            raise UserError(f"data.order = balanced cannot be combined with data.{name}: remove one of them")
+    split = manifest.split(data.train_split)
+    index = class_index(data.url, manifest, data.train_split, data.storage_options, data.read)
+    empty = [name for name, count in zip(manifest.classes, index.counts.tolist(), strict=True) if not count]
+    if empty:
+        shown = ", ".join(map(safe_line, empty[:SHOWN])) + (f" and {len(empty) - SHOWN}" * (len(empty) > SHOWN))
+        raise UserError(
+            f"data.order = balanced draws each class equally often, but split {data.train_split} of {data.url} has no"
+            f" sample of {shown}: remove data.order, or prepare the data with samples of each class"
+        )
+    return BalancedPlan(RowGroups.of(split), index, seed, global_batch)
 
 
 @dataclass(frozen=True)
@@ -223,9 +255,7 @@ def train_batches(
     )
 
 
-def train_streams(
-    data: DataConfig, manifest: Manifest, plan: SamplePlan | MixturePlan, share: TrainShare
-) -> list[RankWork]:
+def train_streams(data: DataConfig, manifest: Manifest, plan: TrainPlan, share: TrainShare) -> list[RankWork]:
     """Return the rank's streams: one, or several where rows are large or the shuffled samples cannot wait decoded.
 
     Tasks that take turns at the steps of one stream each read all row groups of the window. Several streams divide each

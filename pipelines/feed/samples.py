@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipelines.features import Feature
 from pipelines.features.base import RngFactory, Shapes, ViewConfig
+from pipelines.order.balanced import BalancedPlan
 from pipelines.order.mixture import MixturePlan
 from pipelines.order.permutation import keys
 from pipelines.order.plan import EvalPlan, SamplePlan
@@ -24,7 +26,7 @@ from pipelines.transforms import BadSample
 Arrays = dict[str, NDArray[Any]]
 Groups = dict[tuple[int, int], RowGroup]
 """Row groups by (shard, group)."""
-Plan = SamplePlan | MixturePlan | EvalPlan
+Plan = SamplePlan | MixturePlan | BalancedPlan | EvalPlan
 
 NICENESS = 10
 """Added to the niceness of a data task; on a cluster Ray starts its processes with 15, and 19 is the maximum."""
@@ -127,7 +129,7 @@ class RankWork:
         """
         left = (stop - start) * self.rows_per_step
         out, filled = self._empty(min(self.chunk, left)), 0
-        for read in self._windows(list(self.plan.runs(start, stop, stop - start))):
+        for read in self._windows(list(self.plan.runs(start, stop, min(self._span_steps, stop - start)))):
             for number in range(len(read.ids)):
                 self._fill(out, filled, read, number)
                 filled += 1
@@ -147,9 +149,22 @@ class RankWork:
                     ahead = reader.submit(self._read, *spans[number + 1])
                 yield read
 
+    @functools.cached_property
+    def _span_steps(self) -> int:
+        """Return the steps whose row groups are read together.
+
+        In the balanced order, where each sample is in another row group, half the cache: two spans are in memory.
+        """
+        if not isinstance(self.plan, BalancedPlan) or self._stored_bytes((0, 1 << 40)) * 2 <= self.reader.cache_bytes:
+            return sys.maxsize
+        return max(1, int(self.reader.cache_bytes / 2 / self._stored_bytes((0, 1))))
+
     def _stored_bytes(self, span: tuple[int, int]) -> float:
-        """Return the approximate stored bytes of this rank's rows of some steps."""
-        return (span[1] - span[0]) * self.rows_per_step * self.stored_bytes
+        """Return the approximate bytes of the row groups that this rank's rows of some steps need."""
+        stored = (span[1] - span[0]) * self.rows_per_step * self.stored_bytes
+        if isinstance(self.plan, BalancedPlan):
+            stored = min(stored * self.reader.groups.size, self.stored_bytes * self.reader.groups.samples)
+        return stored
 
     def _read(self, start: int, stop: int) -> "_Read":
         """Read the row groups of some steps; return them with the ids, epochs and addresses of the rows."""
@@ -284,7 +299,7 @@ _STREAMS = _Streams()
 def sample_streams(seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> list[int]:
     """Return where the random numbers of samples in their epochs begin in the generator's period."""
     kinds, places = np.unique(epochs, return_inverse=True)
-    high = keys(np.array([keys(seed, 5, epoch) for epoch in kinds])[places] ^ ids.astype(np.uint64))
+    high = keys(keys(seed, 5, kinds)[places] ^ ids.astype(np.uint64))
     return [first << 64 | second for first, second in zip(high.tolist(), keys(high).tolist(), strict=True)]
 
 

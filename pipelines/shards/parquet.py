@@ -19,7 +19,7 @@ MAX_BYTES = 4 << 30
 """Limit of a row group's bytes, by the footer."""
 
 
-class _RangeFile(io.RawIOBase):
+class RangeFile(io.RawIOBase):
     """A read-only file; each read is a range request with the retries of a policy."""
 
     def __init__(self, folder: Folder, name: str, size: int, policy: ReadPolicy) -> None:
@@ -52,7 +52,7 @@ def read_footer(folder: Folder, name: str, size: int, policy: ReadPolicy) -> pq.
         OSError: the file cannot be read, see `read_range`.
         pyarrow.ArrowException: it is not a Parquet file.
     """
-    return pq.read_metadata(_RangeFile(folder, name, size, policy))
+    return pq.read_metadata(RangeFile(folder, name, size, policy))
 
 
 def read_row_group(
@@ -90,7 +90,7 @@ def read_row_group(
         raise OSError(f"{found[0]} rows in {found[1]} row groups, wanted {wanted[0]} in {wanted[1]}, each as listed")
     if footer.row_group(group).total_byte_size > MAX_BYTES:
         raise OSError(f"a row group of {footer.row_group(group).total_byte_size:,} bytes, wanted up to {MAX_BYTES:,}")
-    stream = _RangeFile(folder, name, size, policy)
+    stream = RangeFile(folder, name, size, policy)
     with pq.ParquetFile(stream, metadata=footer, page_checksum_verification=True, pre_buffer=True) as file:
         table = file.read_row_group(group, columns=list(paths.values()), use_threads=False)
     arrays = []
