@@ -100,15 +100,22 @@ def test_a_compiler_that_fails_is_reported_once_and_not_used(caplog):
 
 
 def test_a_backward_pass_that_cannot_be_compiled_is_found_in_the_first_forward_pass(caplog):
-    from torch._dynamo.backends.common import aot_autograd  # the documented way to write such a backend
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+            return out.clone()
 
-    def broken(module: Any, example: Any) -> Any:
-        raise RuntimeError("no Triton")
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            raise RuntimeError("no Triton")
+
+    def backend(module: Any, example: Any) -> Any:
+        return lambda *args: [Broken.apply(out) for out in module.forward(*args)]
 
     torch.compiler.reset()
     model = model_of("shared")
     wanted = gradients(model)
-    model.compiled = CompiledLayers(aot_autograd(fw_compiler=lambda module, example: module, bw_compiler=broken))
+    model.compiled = CompiledLayers(backend)
     got = gradients(model)
     assert model.compiled.works is False and "layers run uncompiled" in caplog.text
     for key, gradient in wanted.items():
