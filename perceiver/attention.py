@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perceiver import kernels
 from perceiver.config import UserError
 from perceiver.kernels import attend, dense
 from perceiver.positions import LAYER_NORM_EPS, Inputs, spread
@@ -245,11 +246,14 @@ class CrossAttention(nn.Module):
         A value that is first computed within a compiled or a checkpointed layer would not be kept.
         """
         path = self._path(query, inputs)
-        _ = {
-            "plain": lambda: inputs.dense,
-            "absorbed": lambda: inputs.normalised,
-            "separable": lambda: inputs.separable_factors,
-        }[path]()
+        if path == "plain":
+            _ = inputs.dense
+        elif path == "absorbed":
+            _ = inputs.normalised
+        else:
+            _ = inputs.separable_factors
+            if inputs.data.is_cuda:
+                kernels.triton_works(inputs.data.device)
 
     def _path(self, query: Tensor, inputs: Inputs) -> Path:
         return choose_path(

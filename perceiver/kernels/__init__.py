@@ -37,13 +37,19 @@ def usable(q: Tensor) -> bool:
     if q.device.type == "meta":
         return True
     if q.is_cuda:
-        return _triton_works(q.device.index)
+        return triton_works(q.device)
     return q.device.type == "cpu" and not torch.compiler.is_compiling() and load() is not None
 
 
-@torch.compiler.assume_constant_result
-def _triton_works(index: int) -> bool:
-    return load_triton(torch.device("cuda", index)) is not None
+_works: dict[int, bool] = {}
+
+
+def triton_works(device: torch.device) -> bool:
+    """Return whether the Triton kernels work on a GPU; they are tried in the first call outside compiled code."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _works and not torch.compiler.is_compiling():
+        _works[index] = load_triton(device) is not None
+    return _works.get(index, False)
 
 
 @cache
