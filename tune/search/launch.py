@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -32,6 +33,7 @@ from cluster.runtime.session import (
     stop_on_signal,
 )
 from perceiver.config import UserError
+from perceiver.tracking.record import unsent
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
 from perceiver.yaml_reader import parse_yaml
@@ -265,7 +267,9 @@ def _tune(launch: SearchLaunch, session: RaySession, handle: RunHandle | None) -
     coordinator = Coordinator(
         launch.record, launch.folder, _sampler(launch), partial(_prepare, launch), launch.waiting, launch.total
     )
-    coordinator.listeners += [launch.console.news, _Tracking(launch).news]
+    tracking = _Tracking(launch)
+    tracking.resumed()
+    coordinator.listeners += [launch.console.news, tracking.news]
     _add_baseline(launch, coordinator)
     tuner = build_tuner(launch, coordinator, control.address, _trial_tracking(launch, handle))
 
@@ -341,7 +345,19 @@ class _Tracking:
             trials = {f"trial/{name}": value for name, value in trial.scores(list(record.metrics)).items()}
             self.launch.tracker.log_metrics(ended, {**figures, **trials, "trials_ended": float(ended)})
 
+    def resumed(self) -> None:
+        """Send what MLflow lacks of trials that had ended when the search was killed."""
+        for trial in self.launch.record.ended():
+            if unsent(self._folder(trial.number)):
+                self.launch.background.submit(self._send, trial.number, trial.status)
+
+    def _folder(self, number: int) -> Path:
+        return RunFolder(self.launch.trials_url, trial_name(number)).local
+
     def _close_failed(self, number: int) -> None:
-        folder = RunFolder(self.launch.trials_url, trial_name(number)).local
+        self._send(number, "failed")
+
+    def _send(self, number: int, status: str) -> None:
+        folder = self._folder(number)
         if load_handle(folder):
-            reconcile(self.launch.tracking, folder, status="failed")
+            reconcile(self.launch.tracking, folder, status="failed" if status == "failed" else None)
