@@ -8,7 +8,7 @@ import logging
 import os
 from functools import cache
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -81,16 +81,26 @@ def _call(name: str, q: Tensor, rows: Tensor, columns: Tensor, *others: Tensor) 
     assert status == 0
 
 
+def _moments(q: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return empty tensors for the results of `forward`."""
+    return *_gradients(q, rows, columns), q.new_empty(q.shape[:2])
+
+
+def _gradients(q: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty tensors for the results of `backward`."""
+    return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
+
+
 def forward(
     q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the three moments of `perceiver.shared_kv.separable_moments` and the log-sum-exp (B, N)."""
     if q.is_cuda:
         return triton_forward(q, rows, columns, features, scale)
+    out = _moments(q, rows, columns)
     if q.device.type == "meta":
         KernelCount.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (4 * q.shape[2] + 8)
-        return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2])
-    out = (torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2]))
+        return out
     _call("separable_forward", q, rows, columns, features.contiguous(), scale.contiguous(), *out)
     return out
 
@@ -108,10 +118,10 @@ def backward(
     """Return the gradients of q, rows and columns given the moments' gradients `slopes` and delta (B, N)."""
     if q.is_cuda:
         return triton_backward(q, rows, columns, features, scale, lse, slopes, delta)
+    out = _gradients(q, rows, columns)
     if q.device.type == "meta":
         KernelCount.flops += q.shape[0] * q.shape[1] * scale.shape[1] * (6 * q.shape[2] + 10)
-        return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
-    out = (torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns))
+        return out
     _call(
         "separable_backward",
         q,
@@ -139,10 +149,8 @@ def triton_forward(
 
 
 @triton_forward.register_fake
-def _(
-    q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns), q.new_empty(q.shape[:2])
+def _(q: Tensor, rows: Tensor, columns: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _moments(q, rows, columns)
 
 
 @custom_op("perceiver::separable_backward", mutates_args=())
@@ -161,14 +169,5 @@ def triton_backward(
 
 
 @triton_backward.register_fake
-def _(
-    q: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    features: Tensor,
-    scale: Tensor,
-    lse: Tensor,
-    slopes: list[Tensor],
-    delta: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(rows), torch.empty_like(columns)
+def _(q: Tensor, rows: Tensor, columns: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(q, rows, columns)

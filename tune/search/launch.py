@@ -338,7 +338,7 @@ class _Tracking:
             return
         record = self.launch.record
         if what == "failed":
-            self.launch.background.submit(self._close_failed, trial.number)
+            self.launch.background.submit(self._send, trial.number, what)
         if best := record.best():
             ended = len(record.ended())
             figures = {f"best/{name}": value for name, value in best.scores(list(record.metrics)).items()}
@@ -353,9 +353,6 @@ class _Tracking:
 
     def _folder(self, number: int) -> Path:
         return RunFolder(self.launch.trials_url, trial_name(number)).local
-
-    def _close_failed(self, number: int) -> None:
-        self._send(number, "failed")
 
     def _send(self, number: int, status: str) -> None:
         folder = self._folder(number)
