@@ -153,8 +153,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     # The default of a key that depends on others is not computed if one of them is wrong, which is no second mistake.
     errors = [e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"]
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    key = shown(".".join(str(part) for part in _key_path(model, first["loc"])))
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    keys = [shown(".".join(str(part) for part in _key_path(model, e["loc"]))) for e in errors]
+    key = keys[errors.index(first)]
+    others = len({name for name in keys if name != key})
+    more = f" (and {others} more)" if others else ""
     context = first.get("ctx", {})
     match first["type"]:
         case "extra_forbidden":
@@ -171,7 +173,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             return (f"{key}: " if key else "") + reason + more
         case _:
             got = f"{key} = {shown(repr(first['input']))}: " if key else ""
-            return f"{got}{first['msg'][0].lower()}{first['msg'][1:]}{more}"
+            # Of a union each member has an error.
+            reasons = dict.fromkeys(
+                e["msg"][0].lower() + e["msg"][1:] for e, name in zip(errors, keys, strict=True) if name == key
+            )
+            return f"{got}{', or '.join(reasons)}{more}"
 
 
 def _unknown_key(model: type[BaseModel], key: str) -> str:
@@ -187,18 +193,33 @@ def _unknown_key(model: type[BaseModel], key: str) -> str:
 
 
 def _key_path(node: Any, location: Sequence[int | str]) -> Iterator[int | str]:
-    """Yield an error's location without the tags of unions, which are not keys of the file."""
+    """Yield an error's location without the names of a union's members, which are not keys of the file."""
     for part in location:
         variants = _variants(node)
-        tags = {_tag(variant) for variant in variants}
-        if len(variants) > 1 and part in tags:
-            node = next(v for v in variants if _tag(v) == part)
+        tagged = [variant for variant in variants if part in (_tag(variant), variant.__name__)]
+        if tagged and (len(variants) > 1 or part == variants[0].__name__):
+            node = tagged[0]
             continue
-        if any(part == v.__name__ for v in variants) or "[" in str(part):  # such as tuple[float, ...]
-            continue
+        fields = {name: f.annotation for v in variants for name, f in v.model_fields.items()}
+        if isinstance(part, str) and not variants and node is not None and not _containers(node, dict):
+            continue  # such as bool of bool | Literal["auto"]
         yield part
-        fields = {name: f for v in variants for name, f in v.model_fields.items()}
-        node = fields[str(part)].annotation if str(part) in fields else None
+        if isinstance(part, int):
+            node = next(iter(_containers(node, list, tuple)), None)
+        else:
+            node = fields.get(part) or next(iter(_containers(node, dict)), None)
+
+
+def _containers(node: Any, *kinds: type) -> list[Any]:
+    """Return the types of the values of an annotation's members that are such containers."""
+    origin, parts = typing.get_origin(node), typing.get_args(node)
+    if origin in kinds:
+        return [parts[-1] if parts[-1] is not ... else parts[0]]
+    if node in kinds:
+        return [Any]
+    if origin in (typing.Union, types.UnionType, typing.Annotated):
+        return [found for part in parts for found in _containers(part, *kinds)]
+    return []
 
 
 def known_keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -338,6 +338,7 @@ def test_submit_stop_and_submit_again_on_three_nodes(home: Path, tree: dict[str,
         assert "ray start --address=HEAD" in shown and (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
         perceiver(home, "submit", recipe, "--run", "life", "--no-wait", "--working-dir", mine)
         placed = wait_for_tasks(home)
+        assert len(ask(home, "/api/train/v2/runs/v1")["train_runs"]) == 1
         assert placed["RayTrainWorker"] == {"127.0.0.3"} and placed["MapBatches(produce)"] == {"127.0.0.4"}
         assert "being trained by the job life-1" in perceiver(home, "submit", recipe, "--run", "life", code=2)
         assert "the token is not this cluster's" in perceiver(home, "jobs", code=2, RAY_AUTH_TOKEN="f" * 64)
