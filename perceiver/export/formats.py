@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,7 +101,7 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
     net = _Positional(model, tuple(raw), finish)
     with torch.no_grad():
         # Run once before tracing: the model must not cache a tracer's proxy tensors.
-        names = _output_names(finish(model(dict(raw))))
+        names = _output_names(finish(model(dict(raw))), raw)
         net(*raw.values())
     free = {0: torch.export.Dim.AUTO}
     with silent(), torch.no_grad():
@@ -181,8 +181,17 @@ def silent() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _output_names(output: Any) -> list[str]:
-    return list(output) if isinstance(output, dict) else ["output"]
+def _output_names(output: Any, inputs: Collection[str]) -> list[str]:
+    """Return the names of the outputs; one that an input has too gets the ending `_output`."""
+    names = list(output) if isinstance(output, dict) else ["output"]
+    taken = {*inputs, *names}
+    for place, name in enumerate(names):
+        if name in inputs:
+            while name in taken:
+                name += "_output"
+            names[place] = name
+            taken.add(name)
+    return names
 
 
 def example(model: nn.Module, batch: int, seed: int = 0) -> dict[str, Tensor]:

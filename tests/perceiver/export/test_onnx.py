@@ -1,0 +1,72 @@
+"""ONNX of each kind of output, with inputs and outputs of distinct names."""
+
+import typing
+from typing import Any
+
+import pytest
+import torch
+
+from perceiver.decoders import DecoderConfig
+from perceiver.export.formats import _output_names, export_onnx
+from perceiver.export.weights import Saved
+from perceiver.factory import build_model, model_config
+
+FEW = {"kind": "fourier", "bands": 2}
+IMAGE: dict[str, Any] = {"kind": "image", "size": [4, 4], "positions": FEW}
+TEXT: dict[str, Any] = {"kind": "text", "vocabulary": 20, "length": 6, "channels": 8}
+FRAMES: dict[str, Any] = {"kind": "flow_frames", "size": [3, 4], "front_end_channels": 4, "positions": FEW}
+SIGNALS: dict[str, Any] = {
+    "kind": "multimodal",
+    "modalities": {
+        "audio": {"kind": "audio", "samples": 16, "patch": 4, "positions": FEW},
+        "video": {"kind": "video", "frames": 2, "size": [2, 2], "patch": [1, 2, 2], "positions": FEW},
+        "label": {"kind": "label", "classes": 3},
+    },
+    "mask": {"label": 0.5},
+}
+ANSWERS: dict[str, Any] = {
+    "kind": "multimodal",
+    "answer_channels": 8,
+    "modalities": {
+        "audio": {"grid": [4], "values": 4, "bands": 2, "max_resolution": [4]},
+        "video": {"grid": [2, 2, 2], "values": 3, "bands": 2, "max_resolution": [2, 2, 2]},
+        "label": {"classes": 3, "channels": 6},
+    },
+}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "class": (IMAGE, {"kind": "class"}, ["output"]),
+    "multitask": (IMAGE, {"kind": "multitask", "tasks": {"image": 3, "kind": 2}}, ["image_output", "kind"]),
+    "tokens": (TEXT, {"kind": "tokens"}, ["output"]),
+    "flow": (FRAMES, {"kind": "flow"}, ["output"]),
+    "pixels": (IMAGE, {"kind": "pixels"}, ["output"]),
+    "multimodal": (SIGNALS, ANSWERS, ["audio_output", "label_output", "video_output"]),
+    "autoencoding": ({**SIGNALS, "hide": ["label"]}, ANSWERS, ["audio_output", "label", "video_output"]),
+}
+"""Inputs, decoder and names of the outputs."""
+
+
+def test_each_kind_of_output_is_tested():
+    kinds = [config.model_fields["kind"].default for config in typing.get_args(typing.get_args(DecoderConfig)[0])]
+    assert set(kinds) <= CASES.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_head_is_exported(tmp_path, case):
+    pytest.importorskip("onnxruntime")
+    inputs, decoder, names = CASES[case]
+    values = {"kind": "perceiver_io", "inputs": inputs, "decoder": decoder, "latents": 3, "latent_channels": 8}
+    sizes = {"blocks": 1, "self_attends_per_block": 1, "heads": 2, "query_residual": False}
+    config = model_config(values | sizes)
+    torch.manual_seed(0)
+    model = build_model(config, classes=3)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    written = export_onnx(Saved("here", dict(model.state_dict()), config), tmp_path)
+    assert written["outputs"] == names
+    assert written["max_difference"] <= written["tolerance"]
+
+
+def test_an_output_with_the_name_of_an_input_gets_another():
+    assert _output_names({"a": 0, "a_output": 0, "b": 0}, {"a"}) == ["a_output_output", "a_output", "b"]
