@@ -13,6 +13,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
+from perceiver.attention import Activation
 from perceiver.baselines._grid import transformers_library
 from perceiver.config import UserError
 from perceiver.export.safetensors_folder import read_tensors
@@ -29,6 +30,17 @@ _HEADS = {
     ("flow_frames", "flow"): "PerceiverForOpticalFlow",
     ("multimodal", "multimodal"): "PerceiverForMultimodalAutoencoding",
 }
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+}
+"""Our activation for each of the library's; the first of several is the one that is written."""
 _FRONT_ENDS = {"none": "Fourier", "1x1": "Learned", "conv": "ConvProcessing"}
 
 
@@ -46,10 +58,9 @@ def from_transformers(model: Any) -> PerceiverIO:
         UserError: the class is another.
     """
     head = type(model).__name__
-    values = _READERS.get(head)
-    if values is None:
+    if head not in _READERS:
         raise UserError(f"model: got {head}; wanted one of {', '.join(_READERS)}")
-    config = PerceiverIOModel.model_validate({**_common(model.config), **values(model.config)})
+    config = _settings(model)
     ours = build_model(config, classes=model.config.num_labels)
     state = model.state_dict()
     taken = {mine: _shaped(state[theirs], target) for mine, theirs, target in paired(config, ours)}
@@ -76,8 +87,7 @@ def to_transformers(model: nn.Module) -> Any:
     if head == "PerceiverForImageClassification":
         head += _FRONT_ENDS.get(inputs.front_end, "Fourier")
     theirs = _their_model(head, config, model)
-    again = PerceiverIOModel.model_validate({**_common(theirs.config), **_READERS[head](theirs.config)})
-    _refuse_differences(config, again, head)
+    _refuse_differences(config, _settings(theirs), cast(Any, model.inputs).channels, head)
     state = model.state_dict()
     target = theirs.state_dict()
     target.update({name: _shaped(state[mine], target[name]) for mine, name, _ in paired(config, model)})
@@ -85,12 +95,26 @@ def to_transformers(model: nn.Module) -> Any:
     return theirs.eval()
 
 
+def _settings(model: Any) -> PerceiverIOModel:
+    """Return the config of our model that computes what a head of the library computes."""
+    decoder = model.perceiver.decoder
+    attention = getattr(decoder, "decoder", decoder).decoding_cross_attention.attention.self
+    values = {
+        **_common(model.config),
+        "decoder_heads": attention.num_heads,
+        "decoder_qk_channels": attention.query.out_features,
+        "decoder_v_channels": attention.value.out_features,
+        **_READERS[type(model).__name__](model.config),
+    }
+    return PerceiverIOModel.model_validate(values)
+
+
 def _shaped(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(like.shape)
 
 
-def _refuse_differences(ours: PerceiverIOModel, theirs: PerceiverIOModel, head: str) -> None:
-    """Raise a `UserError` if the head would compute another function."""
+def _refuse_differences(ours: PerceiverIOModel, theirs: PerceiverIOModel, channels: int, head: str) -> None:
+    """Raise a `UserError` if the head would compute another function; `channels` is the width of an input."""
     how = {"attention", "checkpoint_activations", "latent_init_std"}
     mine, other = (c.model_dump(exclude=how) for c in (ours, theirs))
     for values in (mine, other):
@@ -101,20 +125,20 @@ def _refuse_differences(ours: PerceiverIOModel, theirs: PerceiverIOModel, head: 
         if isinstance(inputs.get("positions"), dict):
             inputs["positions"].pop("init_std", None)
     for key in mine:
-        if _filled(key, mine) != _filled(key, other):
+        if _filled(key, mine, channels) != _filled(key, other, channels):
             raise UserError(
                 f"model.{key}: got {mine[key]}; wanted {other[key]} for transformers' {head}: this model cannot be "
                 "expressed there"
             )
 
 
-def _filled(key: str, values: dict[str, Any]) -> Any:
+def _filled(key: str, values: dict[str, Any], channels: int) -> Any:
     """Return a setting with its default filled in, so that None and the default value compare equal."""
     if key in ("qk_channels", "v_channels", "decoder_qk_channels", "decoder_v_channels"):
         qk = key.replace("v_channels", "qk_channels")
         return values[key] or values[qk] or values["latent_channels"]
-    if key == "cross_v_channels":
-        return values[key] or values["cross_qk_channels"]
+    if key in ("cross_qk_channels", "cross_v_channels"):
+        return values[key] or values["cross_qk_channels"] or channels
     if key == "decoder":
         return {**values[key], "channels": values[key].get("channels") or values["latent_channels"]}
     return values[key]
@@ -138,9 +162,15 @@ def _common(c: Any) -> dict[str, Any]:
         "cross_v_channels": c.v_channels,
         "widening": c.self_attention_widening_factor,
         "cross_widening": c.cross_attention_widening_factor,
-        "activation": "gelu" if c.hidden_act == "gelu" else "gelu_tanh",
+        "activation": _activation(c.hidden_act),
         "encoder_query_residual": c.use_query_residual,
     }
+
+
+def _activation(name: Any) -> Activation:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise UserError(f"hidden_act: got {name!r:.80}; wanted one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
 
 
 def _side(c: Any) -> tuple[int, int]:
@@ -174,9 +204,6 @@ def _masked_language(c: Any) -> dict[str, Any]:
         "inputs": _text(c),
         "decoder": {"kind": "tokens"},
         "query_residual": False,
-        "decoder_heads": 8,
-        "decoder_qk_channels": 256,
-        "decoder_v_channels": c.d_model,
     }
 
 
@@ -251,11 +278,11 @@ def _their_model(head: str, c: PerceiverIOModel, model: nn.Module) -> Any:
         "v_channels": c.v_channels,
         "self_attention_widening_factor": int(c.widening),
         "cross_attention_widening_factor": int(c.cross_widening),
-        "hidden_act": "gelu" if c.activation == "gelu" else "gelu_pytorch_tanh",
+        "hidden_act": next(name for name, ours in _ACTIVATIONS.items() if ours == c.activation),
         "use_query_residual": c.encoder_query_residual,
         "attention_probs_dropout_prob": 0.0,
     }
-    if c.qk_channels is None and c.cross_qk_channels == c.latent_channels:
+    if c.qk_channels is None and _widths(c, model) != (cast(Any, model.inputs).channels, c.latent_channels):
         values["cross_attention_shape_for_attention"] = "q"
     if inputs.kind == "image":
         values |= {"image_size": inputs.size[0], "num_labels": _classes(model)}
@@ -272,6 +299,16 @@ def _their_model(head: str, c: PerceiverIOModel, model: nn.Module) -> Any:
     else:
         values |= _their_multimodal(inputs, cast(Any, c.decoder))
     return getattr(transformers, head)(transformers.PerceiverConfig(**values))
+
+
+def _widths(c: PerceiverIOModel, model: nn.Module) -> tuple[int, int]:
+    """Return the query/key widths that the library derives from one setting: of reading, and of the decoder.
+
+    The decoder of tokens has one of its own there, and that of classes has queries as wide as the latents.
+    """
+    derived = cast(Any, c.decoder).kind in ("flow", "multimodal")
+    decoder = c.decoder_qk_channels if derived else None
+    return c.cross_qk_channels or cast(Any, model.inputs).channels, decoder or c.latent_channels
 
 
 def read_transformers(folder: str) -> PerceiverIO:

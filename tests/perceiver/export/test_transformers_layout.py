@@ -131,7 +131,18 @@ def autoencoding_case(video_points: int, audio_points: int, **values: Any) -> No
 
 @pytest.mark.parametrize("kind", ["Fourier", "Learned", "ConvProcessing"])
 def test_image_heads(kind):
-    image_case(kind, 2, **SMALL)
+    image_case(kind, 2, **SMALL, cross_attention_shape_for_attention="q" if kind == "Fourier" else "kv")
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"])
+def test_activations(name):
+    masked_language_case(2, 17, **TEXT, hidden_act=name)
+
+
+def test_another_activation_is_refused():
+    """Once any other activation became the GELU's tanh form."""
+    with pytest.raises(UserError, match=r"hidden_act: got 'silu'; wanted one of gelu,"):
+        from_transformers(theirs_of("PerceiverForMaskedLM", **TEXT, hidden_act="silu"))
 
 
 def test_masked_language_head_with_padding():
@@ -145,13 +156,16 @@ def test_sequence_classification_head():
         check_there_and_back(theirs, ids, theirs(ids).logits)
 
 
-def test_optical_flow_head():
-    flow_case((6, 8), **{**SMALL, "num_blocks": 1})
+@pytest.mark.parametrize("shape", ["kv", "q"])
+def test_optical_flow_head(shape):
+    flow_case((6, 8), **{**SMALL, "num_blocks": 1, "cross_attention_shape_for_attention": shape})
 
 
-def test_multimodal_autoencoding_head():
+@pytest.mark.parametrize("shape", ["kv", "q"])
+def test_multimodal_autoencoding_head(shape):
     values = {
         **SMALL,
+        "cross_attention_shape_for_attention": shape,
         "num_frames": 4,
         "audio_samples_per_frame": 64,
         "output_shape": [1, 4, 16, 16],
