@@ -92,14 +92,14 @@ def _kinetics(latents: int) -> Values:
         "kind": "video",
         "frames": 16,
         "patch": (1, 4, 4),
-        "positions": _fourier(32, 16, 224, 224),
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
+        "positions": _fourier(32, 16, 56, 56),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
     }
     audio = {"kind": "audio", "samples": 30_720, "patch": 16, "positions": _fourier(192, 30_720)}
     outputs = {
         "audio": {"grid": (1920,), "values": 16, "bands": 192, "max_resolution": (30_720,)},
-        "video": {"grid": (16, 224, 224), "values": 3, "bands": 32, "max_resolution": (16, 224, 224)},
+        "video": {"grid": (16, 224, 224), "values": 3, "bands": 32, "max_resolution": (16, 56, 56)},
         "label": {"classes": 700, "channels": 1024},
     }
     inputs = {

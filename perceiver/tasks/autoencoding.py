@@ -27,6 +27,9 @@ class AutoencodingConfig(Config):
     weights: dict[Literal["video", "audio", "label"], NonNegative] = Field(
         default={"video": 0.03, "audio": 1.0, "label": 1e-4}, description="Loss weight by modality; 0 or none is off."
     )
+    video_range: Literal["unit", "signed"] = Field(
+        default="unit", description="Pixels are reconstructed in [0, 1] (unit, as the released model does) or [-1, 1]."
+    )
     audio_patch: Size = Field(default=16, description="Samples in one audio output.")
     queries: dict[Literal["video", "audio"], Size] = Field(
         default={"video": 512, "audio": 512}, description="Elements decoded per sample in training."
@@ -59,11 +62,14 @@ class Autoencoding(RandomTask):
         return valid_rows(batch, len(first), first.device)
 
     def targets(self, batch: Batch, name: str) -> Tensor:
-        """Return what is reconstructed, (B, elements, values) in [-1, 1]: pixels, or patches of samples."""
+        """Return what is reconstructed, (B, elements, values): pixels in `video_range`, or patches of samples."""
         x = batch[name]
         if name == "audio":
             return normalise_audio(x, torch.float32).unflatten(1, (-1, self.config.audio_patch))
-        x = x.float() if x.is_floating_point() else x.float() / 127.5 - 1
+        if x.is_floating_point():
+            x = x.float()
+        else:
+            x = x.float() / 255 if self.config.video_range == "unit" else x.float() / 127.5 - 1
         return x.transpose(2, 3).transpose(3, 4).flatten(1, 3)
 
     def asked(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
@@ -102,11 +108,15 @@ class Autoencoding(RandomTask):
         return LossOutput(loss_sum, {"loss": loss_sum.detach(), **sums})
 
     def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
-        """Return loss, PSNR in dB of each signal (range 2, as values are in [-1, 1]) and the label's accuracy."""
+        """Return loss, PSNR in dB of each signal and the label's accuracy.
+
+        The PSNR refers to the range of the values: 2 of samples in [-1, 1], of pixels that of `video_range`.
+        """
         count = max(count, 1.0)
         metrics = {"loss": sums["loss"] / count}
         for name in self.grids:
-            metrics[f"psnr_{name}"] = 10 * math.log10(4 / max(sums[f"square/{name}"] / count, 1e-12))
+            span = 1 if name == "video" and self.config.video_range == "unit" else 2
+            metrics[f"psnr_{name}"] = 10 * math.log10(span**2 / max(sums[f"square/{name}"] / count, 1e-12))
         if self.label:
             metrics["accuracy"] = sums["correct"] / count
         return metrics

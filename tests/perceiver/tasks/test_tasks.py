@@ -12,6 +12,7 @@ from torch import nn
 from perceiver import registry
 from perceiver.factory import build_model, model_config
 from perceiver.tasks import TaskConfig, build_task
+from perceiver.tasks.autoencoding import Autoencoding, AutoencodingConfig
 from perceiver.tasks.optical_flow import Flow, FlowConfig
 from perceiver.tasks.tagging import TaggingConfig
 
@@ -211,8 +212,14 @@ def test_subsampled_decoding_agrees_with_decoding_all():
         torch.testing.assert_close(every[name].gather(1, index), some[name], rtol=1e-4, atol=1e-5)
     predicted = task.predict(model, batch)
     torch.testing.assert_close(predicted["video"], every["video"], rtol=1e-4, atol=1e-5)
-    pixels = batch["video"].float() / 127.5 - 1
+    pixels = batch["video"].float() / 255
     torch.testing.assert_close(task.targets(batch, "video")[1, 64 + 8 * 2 + 3], pixels[1, 1, :, 2, 3])
+    signed = Autoencoding(AutoencodingConfig(video_range="signed"))
+    torch.testing.assert_close(signed.targets(batch, "video"), 2 * task.targets(batch, "video") - 1)
+    # The same picture, so the same signal to noise ratio: errors are twice as large in twice the range.
+    zero = {"loss": 0.0, "square/audio": 0.01, "correct": 0.0}
+    found = [t.summarise({**zero, "square/video": s}, 1)["psnr_video"] for t, s in ((task, 0.01), (signed, 0.04))]
+    assert found == pytest.approx([20, 20])
 
 
 def test_flow_of_some_pixels_estimates_the_full_loss():
