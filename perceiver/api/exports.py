@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from perceiver.config import UserError
 
 if TYPE_CHECKING:
     from perceiver.api.recipes import Place
+    from perceiver.export.weights import Saved
     from perceiver.storage import Folder
 
 LIST = "export.json"
@@ -26,6 +28,7 @@ def export(
     tolerance: float = 1e-4,
     licence: str | None = None,
     register: str | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Export a trained model with a model card (README.md), as `perceiver export` does.
 
@@ -37,6 +40,7 @@ def export(
         tolerance: ONNX: largest difference allowed, relative to the largest output.
         licence: of the weights, for the model card.
         register: MLflow: log the model to the run's MLflow run and register it under this name.
+        overrides: keys of the model that its weights fit as well, such as `**{"model.inputs.size": (256, 256)}`.
 
     Returns:
         `to`, `format`, `files`, and the facts of the format, such as inputs and outputs.
@@ -44,9 +48,23 @@ def export(
     Raises:
         UserError: weights or folder cannot be used, or the format has no equivalent of the model.
     """
+    from perceiver.api.recipes import words
+
     if format not in FORMATS:
         raise UserError(f"format {format!r}: wanted one of {', '.join(FORMATS)}")
-    target = os.fspath(to)
+    return write_export(os.fspath(source), format, os.fspath(to), tolerance, licence, register, words(overrides))
+
+
+def write_export(
+    source: str,
+    form: str,
+    target: str,
+    tolerance: float,
+    licence: str | None,
+    register: str | None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Export as `export`, with overrides of the form `KEY=VALUE`."""
     # The transformers library reads these at import; its progress bars would fill the terminal.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -55,26 +73,52 @@ def export(
     from perceiver.export.weights import open_weights
     from perceiver.storage import open_target
 
-    if register and format != "mlflow":
-        raise UserError(f"--register: got it with --format {format}; wanted --format mlflow")
+    if register and form != "mlflow":
+        raise UserError(f"--register: got it with --format {form}; wanted --format mlflow")
     _listed(open_target(target), target)
-    saved = open_weights(os.fspath(source))
+    saved = _changed(open_weights(source), overrides)
     data = trained_on(saved)
     facts = {"data": asdict(data)} if data else {}
     saved = replace(saved, facts={**saved.facts, **facts, **({"licence": licence} if licence else {})})
     with tempfile.TemporaryDirectory(prefix="export-") as staging:
         folder = Path(staging)
-        if format == "onnx":
+        if form == "onnx":
             written = formats.export_onnx(saved, folder, tolerance)
-        elif format == "mlflow":
+        elif form == "mlflow":
             written = _mlflow(saved, folder, data, register)
         else:
-            written = {"safetensors": formats.export_safetensors, "transformers": formats.export_transformers}[format](
+            written = {"safetensors": formats.export_safetensors, "transformers": formats.export_transformers}[form](
                 saved, folder
             )
         (folder / "README.md").write_text(formats.model_card(saved, written, data), encoding="utf-8")
         _put(folder, target)
-    return {"to": target, "format": format, **written, "files": [*written["files"], "README.md", LIST]}
+    return {"to": target, "format": form, **written, "files": [*written["files"], "README.md", LIST]}
+
+
+def _changed(saved: "Saved", overrides: Sequence[str]) -> "Saved":
+    """Return weights with keys of their model replaced.
+
+    Raises:
+        UserError: an override is of another form or section, or its key or value is wrong.
+    """
+    from pydantic import ValidationError
+
+    from cluster.recipe.file import apply_override, explain
+    from perceiver.factory import model_config
+
+    if not overrides or saved.model is None:
+        return saved
+    tree: dict[str, Any] = {"model": saved.model.model_dump(mode="json")}
+    for override in overrides:
+        apply_override(tree, override)
+    if other := tree.keys() - {"model"}:
+        raise UserError(f"override of {min(other)}: wanted keys of the model, such as model.inputs.size=[256,256]")
+    try:
+        model = model_config(tree["model"])
+    except ValidationError as error:
+        raise UserError(f"model: {explain(error, type(saved.model))}") from None
+    recipe = {**saved.recipe, "model": model.model_dump(mode="json")} if saved.recipe else {}
+    return replace(saved, model=model, recipe=recipe)
 
 
 def _mlflow(saved: Any, folder: Path, data: Any, name: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ Examples:
   perceiver export runs/quickstart-001 --format mlflow --to exported/served --register digits"""
 )
 @click.argument("source")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="Format to write.")
 @click.option("--to", "target", required=True, metavar="FOLDER", help="Folder to write to; a path or an fsspec URL.")
 @click.option(
@@ -32,7 +33,14 @@ Examples:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON line.")
 def command(
-    source: str, form: str, target: str, tolerance: float, licence: str | None, register: str | None, as_json: bool
+    source: str,
+    overrides: tuple[str, ...],
+    form: str,
+    target: str,
+    tolerance: float,
+    licence: str | None,
+    register: str | None,
+    as_json: bool,
 ) -> int:
     """Export a trained model with a model card (README.md).
 
@@ -40,10 +48,11 @@ def command(
     recipe.yaml, or a folder that transformers wrote; a path or an fsspec URL. The exported model is loaded and compared
     with the original. Files in FOLDER that export did not write are not overwritten. evaluate, predict and
     train.init_from accept a safetensors export like a run; transformers, onnx and mlflow are for other programs.
+    KEY=VALUE changes the model, such as model.inputs.size=[256,256]; the weights must fit as they are.
     """
-    from perceiver.api.exports import export
+    from perceiver.api.exports import write_export
 
-    written = export(source, form, target, tolerance=tolerance, licence=licence, register=register)
+    written = write_export(source, form, target, tolerance, licence, register, overrides)
     if as_json:
         say_json(written)
         return 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from perceiver.accounting import account
 from perceiver.config import Config, UserError
-from perceiver.export.transformers_layout import read_transformers, to_transformers
+from perceiver.export.transformers_layout import from_transformers, read_transformers, to_transformers
 from perceiver.export.weights import DataFacts, Saved, class_count
 from perceiver.factory import input_keys
 from perceiver.tasks import Task, TaskConfig, build_task
@@ -62,8 +62,8 @@ def export_transformers(saved: Saved, folder: Path) -> dict[str, Any]:
     """
     theirs = to_transformers(saved.build())
     theirs.save_pretrained(folder)
-    again = read_transformers(str(folder)).state_dict()
-    different = [name for name, tensor in saved.tensors.items() if not torch.equal(again[name], tensor)]
+    again, wanted = read_transformers(str(folder)).state_dict(), from_transformers(theirs).state_dict()
+    different = [name for name, tensor in wanted.items() if not torch.equal(again[name], tensor)]
     if different:
         raise RuntimeError(f"transformers: {different[0]} differs after loading")
     return {"files": ["config.json", "model.safetensors"], "class": type(theirs).__name__}

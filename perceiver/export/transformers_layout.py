@@ -1,8 +1,9 @@
 """Conversion of weights to and from the `transformers` library's Perceiver: the three image heads, masked language,
 sequence classification, optical flow and multimodal autoencoding.
 
-Both directions only rename tensors, so nothing is lost. That library uses the exact GELU and symmetric padding in its
-convolution where the official JAX code has the tanh form and TensorFlow's SAME; the imported configs set the former.
+Both directions rename tensors, so nothing is lost; `to_transformers` also folds two settings into weights. That library
+uses the exact GELU and symmetric padding in its convolution where the official JAX code has the tanh form and
+TensorFlow's SAME; the imported configs set the former.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from perceiver.attention import Activation
@@ -19,9 +21,10 @@ from perceiver.config import UserError
 from perceiver.export.safetensors_folder import read_tensors
 from perceiver.export.transformers_names import MODALITIES, paired
 from perceiver.factory import PerceiverIOModel, build_model
+from perceiver.modalities.image import ImageConfig
 from perceiver.modalities.multimodal import MultimodalConfig
 from perceiver.model import PerceiverIO
-from perceiver.storage import existing_file, first_line, parse_json
+from perceiver.storage import existing_file, first_line, invalid_key, parse_json
 
 _HEADS = {
     ("image", "class"): "PerceiverForImageClassification",
@@ -41,14 +44,18 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 """Our activation for each of the library's; the first of several is the one that is written."""
+FLOW_SCALE = 0.01
+"""Factor from the last layer of the library's optical flow to pixels."""
 _FRONT_ENDS = {"none": "Fourier", "1x1": "Learned", "conv": "ConvProcessing"}
 
 
-def from_transformers(model: Any) -> PerceiverIO:
+def from_transformers(model: Any, **inputs: Any) -> PerceiverIO:
     """Build our Perceiver IO with the weights of a `transformers` Perceiver head.
 
     Args:
         model: an instance of one of the seven head classes.
+        inputs: keys of our inputs to replace, such as `size=(256, 256)` for images. Without it images have the size
+            that the head was trained with, see `_side`.
 
     Returns:
         A model in evaluation mode that gives the same outputs. Its inputs are ours: raw frames for flow, `audio`,
@@ -60,7 +67,7 @@ def from_transformers(model: Any) -> PerceiverIO:
     head = type(model).__name__
     if head not in _READERS:
         raise UserError(f"model: got {head}; wanted one of {', '.join(_READERS)}")
-    config = _settings(model)
+    config = _settings(model, **inputs)
     ours = build_model(config, classes=model.config.num_labels)
     state = model.state_dict()
     taken = {mine: _shaped(state[theirs], target) for mine, theirs, target in paired(config, ours)}
@@ -86,17 +93,17 @@ def to_transformers(model: nn.Module) -> Any:
         raise UserError(f"model: got inputs {inputs.kind} with decoder {decoder.kind}; wanted a pair of {list(_HEADS)}")
     if head == "PerceiverForImageClassification":
         head += _FRONT_ENDS.get(inputs.front_end, "Fourier")
+    config, state = _folded(config, model.state_dict())
     theirs = _their_model(head, config, model)
-    _refuse_differences(config, _settings(theirs), cast(Any, model.inputs).channels, head)
-    state = model.state_dict()
+    _refuse_differences(config, _settings(theirs), model, head)
     target = theirs.state_dict()
     target.update({name: _shaped(state[mine], target[name]) for mine, name, _ in paired(config, model)})
     theirs.load_state_dict(target)
     return theirs.eval()
 
 
-def _settings(model: Any) -> PerceiverIOModel:
-    """Return the config of our model that computes what a head of the library computes."""
+def _settings(model: Any, **inputs: Any) -> PerceiverIOModel:
+    """Return the config of our model that computes what a head of the library computes; `inputs` replace keys."""
     decoder = model.perceiver.decoder
     attention = getattr(decoder, "decoder", decoder).decoding_cross_attention.attention.self
     values = {
@@ -106,6 +113,7 @@ def _settings(model: Any) -> PerceiverIOModel:
         "decoder_v_channels": attention.value.out_features,
         **_READERS[type(model).__name__](model.config),
     }
+    values["inputs"] |= inputs
     return PerceiverIOModel.model_validate(values)
 
 
@@ -113,35 +121,55 @@ def _shaped(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(like.shape)
 
 
-def _refuse_differences(ours: PerceiverIOModel, theirs: PerceiverIOModel, channels: int, head: str) -> None:
-    """Raise a `UserError` if the head would compute another function; `channels` is the width of an input."""
-    how = {"attention", "checkpoint_activations", "latent_init_std"}
-    mine, other = (c.model_dump(exclude=how) for c in (ours, theirs))
-    for values in (mine, other):
-        values["decoder"].pop("init_std", None)
-        inputs = values["inputs"]
-        for key in ("mean", "std", "dropout", "mask", "hide", "modalities"):
-            inputs.pop(key, None)
-        if isinstance(inputs.get("positions"), dict):
-            inputs["positions"].pop("init_std", None)
+def _folded(config: PerceiverIOModel, state: dict[str, Tensor]) -> tuple[PerceiverIOModel, dict[str, Tensor]]:
+    """Return config and state of a model that computes the same with the settings that the library's heads fix.
+
+    Its classifiers add the query to the decoder's answer: the one learned query is subtracted from the bias. Its flow
+    is divided by 100: the rest of the factor is multiplied into the last layer.
+    """
+    decoder, state = cast(Any, config.decoder), dict(state)
+    if decoder.kind == "class" and not config.query_residual:
+        config = config.model_copy(update={"query_residual": True})
+        state["answer.attention.output.bias"] = state["answer.attention.output.bias"] - state["decoder.query"][0]
+    elif decoder.kind == "flow" and decoder.scale != FLOW_SCALE:
+        config = config.model_copy(update={"decoder": decoder.model_copy(update={"scale": FLOW_SCALE})})
+        for name in ("decoder.head.weight", "decoder.head.bias"):
+            state[name] = state[name] * (decoder.scale / FLOW_SCALE)
+    return config, state
+
+
+def _refuse_differences(ours: PerceiverIOModel, theirs: PerceiverIOModel, model: nn.Module, head: str) -> None:
+    """Raise a `UserError` if the head would compute another function; `model` is built from `ours`."""
+    mine, other = (_compared(config, cast(Any, model).inputs) for config in (ours, theirs))
     for key in mine:
-        if _filled(key, mine, channels) != _filled(key, other, channels):
+        if mine[key] != other[key]:
             raise UserError(
                 f"model.{key}: got {mine[key]}; wanted {other[key]} for transformers' {head}: this model cannot be "
                 "expressed there"
             )
 
 
-def _filled(key: str, values: dict[str, Any], channels: int) -> Any:
-    """Return a setting with its default filled in, so that None and the default value compare equal."""
-    if key in ("qk_channels", "v_channels", "decoder_qk_channels", "decoder_v_channels"):
-        qk = key.replace("v_channels", "qk_channels")
-        return values[key] or values[qk] or values["latent_channels"]
-    if key in ("cross_qk_channels", "cross_v_channels"):
-        return values[key] or values["cross_qk_channels"] or channels
-    if key == "decoder":
-        return {**values[key], "channels": values[key].get("channels") or values["latent_channels"]}
-    return values[key]
+def _compared(config: PerceiverIOModel, inputs: Any) -> dict[str, Any]:
+    """Return the settings on which the function depends, with defaults filled in from the inputs' module."""
+    values = config.model_dump(exclude={"attention", "checkpoint_activations", "latent_init_std"})
+    width = values["latent_channels"]
+    for prefix, default in (("", width), ("cross_", inputs.channels), ("decoder_", width)):
+        qk = values[f"{prefix}qk_channels"] or default
+        values |= {f"{prefix}qk_channels": qk, f"{prefix}v_channels": values[f"{prefix}v_channels"] or qk}
+    values["share_blocks"] |= values["blocks"] == 1
+    values["decoder"].pop("init_std", None)
+    values["decoder"]["channels"] = values["decoder"].get("channels") or width
+    several = values["inputs"].get("modalities", {})
+    for part, module in ((values["inputs"], inputs), *((several[name], inputs.modalities[name]) for name in several)):
+        for key in ("mean", "std", "dropout", "mask", "mask_unit"):
+            part.pop(key, None)
+        if "front_end_channels" in part:
+            part["front_end_channels"] = part["front_end_channels"] or {"conv": 64, "1x1": 256}.get(part["front_end"])
+        if isinstance(positions := part.get("positions"), dict):
+            positions.pop("init_std", None)
+            if positions["kind"] == "fourier":
+                positions["max_resolution"] = positions["max_resolution"] or module.positions.max_resolution
+    return values
 
 
 def _common(c: Any) -> dict[str, Any]:
@@ -173,8 +201,17 @@ def _activation(name: Any) -> Activation:
     return _ACTIVATIONS[name]
 
 
+_UNSET, _TRAINED = 56, 224
+"""The library's default of `image_size`, and the side of the images that DeepMind's models with this value take."""
+
+
 def _side(c: Any) -> tuple[int, int]:
-    return (c.image_size, c.image_size) if isinstance(c.image_size, int) else tuple(c.image_size)
+    """Return height and width of the images of a head with Fourier positions, which computes nothing from them.
+
+    DeepMind's checkpoints keep the default, which is no size. Our exports have a list.
+    """
+    side = _TRAINED if c.image_size == _UNSET else c.image_size
+    return (side, side) if isinstance(side, int) else tuple(side)
 
 
 def _image(c: Any, **changes: Any) -> dict[str, Any]:
@@ -187,7 +224,8 @@ def _fourier(*rates: float, bands: int = 64) -> dict[str, Any]:
 
 def _learned(c: Any) -> dict[str, Any]:
     positions = {"kind": "learned", "channels": 256, "init_std": 0.02, "projection": 256}
-    return _image(c, front_end="1x1", front_end_channels=256, positions=positions)
+    size = (c.image_size, c.image_size)  # the table of positions has as many rows
+    return _image(c, size=size, front_end="1x1", front_end_channels=256, positions=positions)
 
 
 def _text(c: Any) -> dict[str, Any]:
@@ -210,18 +248,20 @@ def _masked_language(c: Any) -> dict[str, Any]:
 def _flow(c: Any) -> dict[str, Any]:
     size = tuple(c.train_size)
     inputs = {"kind": "flow_frames", "size": size, "positions": _fourier(*size)}
-    return {"inputs": inputs, "decoder": {"kind": "flow", "scale": 0.01}, "query_residual": False}
+    return {"inputs": inputs, "decoder": {"kind": "flow", "scale": FLOW_SCALE}, "query_residual": False}
 
 
 def _multimodal(c: Any) -> dict[str, Any]:
-    samples, (height, width) = c.num_frames * c.audio_samples_per_frame, _side(c)
-    rates = (c.num_frames, height, width)
+    samples = c.num_frames * c.audio_samples_per_frame
+    rates = (c.num_frames, c.image_size, c.image_size)  # no size: it only sets the frequencies
     video = {
         "kind": "video",
         "frames": c.num_frames,
-        "size": (height, width),
+        "size": tuple(c.output_shape[2:]),
         "patch": (1, 4, 4),
         "positions": _fourier(*rates, bands=32),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
     }
     audio = {
         "kind": "audio",
@@ -285,7 +325,7 @@ def _their_model(head: str, c: PerceiverIOModel, model: nn.Module) -> Any:
     if c.qk_channels is None and _widths(c, model) != (cast(Any, model.inputs).channels, c.latent_channels):
         values["cross_attention_shape_for_attention"] = "q"
     if inputs.kind == "image":
-        values |= {"image_size": inputs.size[0], "num_labels": _classes(model)}
+        values |= {"image_size": _their_side(inputs), "num_labels": _classes(model)}
     elif inputs.kind == "text":
         values |= {
             "vocab_size": inputs.vocabulary,
@@ -314,7 +354,8 @@ def _widths(c: PerceiverIOModel, model: nn.Module) -> tuple[int, int]:
 def read_transformers(folder: str) -> PerceiverIO:
     """Build our model from a local folder as `save_pretrained` writes it.
 
-    It reads config.json, and model.safetensors or shards with an index.
+    It reads config.json, model.safetensors or shards with an index, and of an image classifier size and normalisation
+    from preprocessor_config.json if there is one.
 
     Raises:
         UserError: the folder contains another class, or its weights are not in safetensors.
@@ -328,6 +369,9 @@ def read_transformers(folder: str) -> PerceiverIO:
     name = heads[0] if isinstance(heads, list) and heads else "no class"
     if not isinstance(name, str) or name not in _READERS:
         raise UserError(f"{where}: got {name!r:.80}; wanted one of {', '.join(_READERS)}")
+    seen = _seen(folder) if "ImageClassification" in name else {}
+    if name.endswith("Learned"):
+        seen.pop("size", None)  # the table of positions has one
     tensors = read_tensors(folder, name)  # not from_pretrained: a config may name weights or adapters elsewhere
     library = transformers_library()
     try:
@@ -338,11 +382,62 @@ def read_transformers(folder: str) -> PerceiverIO:
                 has = list(tensors[key].shape) if key in tensors else "none"
                 raise UserError(f"{folder}: got {has} as tensor {key}; wanted shape {list(wanted.shape)}")
         theirs.load_state_dict(tensors, strict=False, assign=True)
-        return from_transformers(theirs)
+        return from_transformers(theirs, **seen)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  the library raises many types for a wrong config
         raise UserError(f"{where}: not the config of a {name} ({first_line(error)})") from None
+
+
+class _Processor(BaseModel):
+    """What preprocessor_config.json says of images, with the library's defaults."""
+
+    do_resize: bool = True
+    size: int | dict[str, int] | None = None
+    do_rescale: bool = True
+    rescale_factor: float = Field(default=1 / 255, gt=0)
+    do_normalize: bool = True
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+
+
+def _seen(folder: str) -> dict[str, Any]:
+    """Return size, mean and std of the images that a folder's preprocessor makes; empty if it has none."""
+    name = "preprocessor_config.json"
+    where = Path(folder, name)
+    if not where.exists():
+        return {}
+    try:
+        raw = Path(existing_file(LocalFileSystem(), folder, name)).read_bytes()
+        processor = _Processor.model_validate(parse_json(raw, str(where)))
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {first_line(error)}") from None
+    except ValidationError as error:
+        raise UserError(f"{where}: {invalid_key(error)}") from None
+    found: dict[str, Any] = {}
+    size = processor.size
+    if processor.do_resize and isinstance(size, dict) and {"height", "width"} <= size.keys():
+        found["size"] = (size["height"], size["width"])
+    elif processor.do_resize and isinstance(size, int):
+        found["size"] = (size, size)
+    unit = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    if processor.do_normalize and processor.image_mean and processor.image_std:
+        found["mean"] = tuple(value / unit for value in processor.image_mean)
+        found["std"] = tuple(value / unit for value in processor.image_std)
+    elif not processor.do_normalize:
+        found |= {"mean": (0.0,) * 3, "std": (1 / unit,) * 3}
+    return found
+
+
+def _their_side(inputs: ImageConfig) -> int | list[int]:
+    """Return `image_size`, of a learned table a number; otherwise a list, which the library's default is not."""
+    if inputs.front_end != "1x1":
+        return list(inputs.size)
+    if inputs.size[0] != inputs.size[1]:
+        raise UserError(
+            f"model.inputs.size: got {list(inputs.size)}; wanted a square, for learned positions in transformers"
+        )
+    return inputs.size[0]
 
 
 def _classes(model: nn.Module) -> int:
@@ -355,7 +450,7 @@ def _their_multimodal(inputs: MultimodalConfig, decoder: Any) -> dict[str, Any]:
     audio, video, label = (cast(Any, inputs.modalities[n]) for n in ("audio", "video", "label"))
     return {
         "num_frames": video.frames,
-        "image_size": video.size[0],
+        "image_size": int(decoder.modalities["video"].max_resolution[-1]),
         "audio_samples_per_frame": audio.samples // video.frames,
         "samples_per_patch": audio.patch,
         "num_labels": label.classes,
