@@ -39,7 +39,7 @@ def build_report(
     recipe: Recipe, folder: RunFolder, manifest: Manifest, facts: Mapping[str, Any], commands: Mapping[str, str]
 ) -> str:
     """Write ``report/index.html`` of a finished run and its figures; return its URL."""
-    predictions = read_predictions(folder)
+    predictions = _labelled(recipe, read_predictions(folder))
     steps = folder.checkpoints.steps()
     history = History(folder.checkpoints.history(steps[-1])).rows
     wanted, shown = _examples(recipe, manifest, predictions)
@@ -88,6 +88,14 @@ def read_predictions(folder: RunFolder) -> dict[str, np.ndarray]:
     table = table.sort_by("sample_id")
     kinds = {column.name: object if pa.types.is_binary(column.type) else None for column in table.schema}
     return {name: np.array(table[name].to_pylist(), kinds[name]) for name in table.column_names}
+
+
+def _labelled(recipe: Recipe, predictions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the rows of a classification that have a label."""
+    if kind_of(recipe.task) != "classification" or "label" not in predictions:
+        return predictions
+    there = predictions["label"] >= 0
+    return {name: column[there] for name, column in predictions.items()}
 
 
 def _segmented(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.ndarray]) -> list[tuple[str, CardPart]]:

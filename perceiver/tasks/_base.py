@@ -74,6 +74,12 @@ def valid_rows(batch: Batch, rows: int, device: torch.device) -> Tensor:
     return torch.ones(rows, dtype=torch.bool, device=device) if valid is None else valid
 
 
+def labelled_rows(batch: Batch) -> Tensor:
+    """Return which rows are valid and have a label, (B,) bool; a negative class id is no label."""
+    labels = batch["label"]
+    return valid_rows(batch, len(labels), labels.device) & (labels >= 0)
+
+
 class RandomTask:
     """A task that draws random numbers while training.
 

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from perceiver.config import Config, NonNegative, Seed, Size
 from perceiver.modalities.audio import normalise_audio
-from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
+from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, labelled_rows, model_inputs, valid_rows
 
 Signal = Literal["video", "audio"]
 _SIGNALS: tuple[Signal, ...] = ("video", "audio")
 
 
 class AutoencodingConfig(Config):
-    """Reconstructs the batch keys `video` (B, F, C, H, W), `audio` (B, T) and predicts `label` (B,), as weighted."""
+    """Reconstructs the batch keys `video` (B, F, C, H, W), `audio` (B, T) and predicts `label` (B,), as weighted.
+
+    A sample with a negative label has none: its signals count, its label does not.
+    """
 
     kind: Literal["autoencoding"] = "autoencoding"
     weights: dict[Literal["video", "audio", "label"], NonNegative] = Field(
@@ -58,7 +61,9 @@ class Autoencoding(RandomTask):
         return self._valid(batch).sum().float()
 
     def _valid(self, batch: Batch) -> Tensor:
-        first = batch[self.grids[0] if self.grids else "label"]
+        if not self.grids:
+            return labelled_rows(batch)
+        first = batch[self.grids[0]]
         return valid_rows(batch, len(first), first.device)
 
     def targets(self, batch: Batch, name: str) -> Tensor:
@@ -99,11 +104,13 @@ class Autoencoding(RandomTask):
             losses.append(self.config.weights[name] * (error.abs().mean((1, 2)) * valid).sum())
             sums[f"square/{name}"] = (error.detach().square().mean((1, 2)) * valid).sum()
         if self.label:
-            label = batch["label"].where(valid, torch.zeros_like(batch["label"]))
+            known = labelled_rows(batch)
+            label = batch["label"].where(known, torch.zeros_like(batch["label"]))
             scores = outputs["label"].float()
             each = nn.functional.cross_entropy(scores, label, reduction="none")
-            losses.append(self.config.weights["label"] * (each * valid).sum())
-            sums["correct"] = ((scores.argmax(1) == label) & valid).sum().float()
+            losses.append(self.config.weights["label"] * (each * known).sum())
+            sums["correct"] = ((scores.argmax(1) == label) & known).sum().float()
+            sums["labels"] = known.sum().float()
         loss_sum = torch.stack(losses).sum()
         return LossOutput(loss_sum, {"loss": loss_sum.detach(), **sums})
 
@@ -118,7 +125,7 @@ class Autoencoding(RandomTask):
             span = 1 if name == "video" and self.config.video_range == "unit" else 2
             metrics[f"psnr_{name}"] = 10 * math.log10(span**2 / max(sums[f"square/{name}"] / count, 1e-12))
         if self.label:
-            metrics["accuracy"] = sums["correct"] / count
+            metrics["accuracy"] = sums["correct"] / max(sums["labels"], 1.0)
         return metrics
 
     @torch.no_grad()

@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.config import Config, Real, Seed, UserError
-from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, valid_rows
+from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, labelled_rows
 from perceiver.tasks._clips import clip_logits, mean_softmax
 from perceiver.tasks._weights import WEIGHTS, ClassWeights, weight_tensor
 
 
 class ClassificationConfig(Config):
-    """Each sample has one class under the batch key `label`."""
+    """Each sample has one class under the batch key `label`; one with a negative label does not count."""
 
     kind: Literal["classification"] = "classification"
     label_smoothing: Real = Field(default=0.0, ge=0, lt=1, description="Probability spread evenly over all classes.")
@@ -44,15 +44,15 @@ class Classification(RandomTask):
         self.weights = weight_tensor(config.class_weights, classes)
 
     def count(self, batch: Batch) -> Tensor:
-        """Return the number of valid samples."""
-        return valid_rows(batch, len(batch["label"]), batch["label"].device).sum().float()
+        """Return the number of valid samples with a label."""
+        return labelled_rows(batch).sum().float()
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Sum cross-entropy and correct answers over the valid samples.
 
         The reported loss and accuracy of mixed training batches are against the mixed targets' larger share.
         """
-        valid = valid_rows(batch, len(batch["label"]), batch["label"].device)
+        valid = labelled_rows(batch)
         # A padding row's label may be anything: it must neither index out of range nor count.
         labels = batch["label"].where(valid, torch.zeros_like(batch["label"]))
         mixing = model.training and (self.config.mixup_alpha > 0 or self.config.cutmix)

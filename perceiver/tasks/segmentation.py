@@ -45,7 +45,7 @@ class Segmentation(RandomTask):
 
     def _valid(self, batch: Batch) -> Tensor:
         mask = batch["mask"]
-        return valid_rows(batch, len(mask), mask.device)[:, None, None] & (mask != IGNORED)
+        return valid_rows(batch, len(mask), mask.device)[:, None, None] & (mask != IGNORED) & (mask >= 0)
 
     def count(self, batch: Batch) -> Tensor:
         """Return the number of valid pixels."""

@@ -20,7 +20,7 @@ SPAN = 20.0
 
 
 class TaggingConfig(Config):
-    """Each sample has any number of classes: batch key `label` (B, K), 0 or 1."""
+    """Each sample has any number of classes: batch key `label` (B, K), 0 or 1; a negative entry does not count."""
 
     kind: Literal["tagging"] = "tagging"
     class_weights: ClassWeights = Field(
@@ -67,35 +67,39 @@ class Tagging:
         self.weights = weight_tensor(config.class_weights, classes)
 
     def count(self, batch: Batch) -> Tensor:
-        """Return the number of valid samples."""
-        return valid_rows(batch, len(batch["label"]), batch["label"].device).sum().float()
+        """Return the number of valid samples with a label."""
+        return self._known(batch).any(1).sum().float()
+
+    def _known(self, batch: Batch) -> Tensor:
+        """Return which entries of the labels count, (B, K) bool."""
+        label = batch["label"]
+        return valid_rows(batch, len(label), label.device)[:, None] & (label >= 0)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
-        """Sum over the valid samples of the classes' mean cross-entropy; in evaluation also counts by score."""
-        labels = batch["label"].float()
-        valid = valid_rows(batch, len(labels), labels.device)
+        """Sum over the valid samples of the known classes' mean cross-entropy; in evaluation also counts by score."""
+        known = self._known(batch)
+        labels = batch["label"].float().where(known, 0)
+        share = known / known.sum(1, keepdim=True).clamp(min=1)
         logits = clip_logits(model, batch, mean_sigmoid)
         weight = None if self.weights is None else self.weights.to(logits.device)
         each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none", pos_weight=weight)
-        each = each.mean(1)
-        loss_sum = (each * valid).sum()
+        loss_sum = (each * share).sum()
         sums = {"loss": loss_sum.detach()}
         with torch.no_grad():
-            right = ((logits > 0) == (labels > 0.5)).float().mean(1)
-            sums["correct"] = (right * valid).sum()
+            sums["correct"] = (((logits > 0) == (labels > 0.5)) * share).sum()
             if not model.training:
-                sums |= self._histograms(logits[valid], labels[valid])
+                sums |= self._histograms(logits, labels, known)
         return LossOutput(loss_sum, sums)
 
-    def _histograms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Count positives and negatives (K, bins) by class and score bin, best scores first."""
+    def _histograms(self, logits: Tensor, labels: Tensor, known: Tensor) -> dict[str, Tensor]:
+        """Count known positives and negatives (K, bins) by class and score bin, best scores first."""
         bins = self.config.bins
         index = ((SPAN - logits) / (2 * SPAN) * bins).nan_to_num().clamp(0, bins - 1).long()
         index = index + torch.arange(self.classes, device=logits.device) * bins
         positive = labels > 0.5
         return {
             name: torch.bincount(index[chosen], minlength=self.classes * bins).view(self.classes, bins).double()
-            for name, chosen in (("positive", positive), ("negative", ~positive))
+            for name, chosen in (("positive", known & positive), ("negative", known & ~positive))
         }
 
     def summarise(self, sums: Mapping[str, Any], count: float) -> dict[str, float]:

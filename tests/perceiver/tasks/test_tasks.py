@@ -152,6 +152,40 @@ def test_sums_add_up_over_micro_batches(kind):
         torch.testing.assert_close(parts[0][key] + parts[1][key], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["classification", "tagging", "segmentation", "multitask", "autoencoding"])
+def test_a_negative_label_is_none(kind):
+    """It once raised an IndexError, of the loss over classes."""
+    task, model, batch = setting(kind)
+    key = {"segmentation": "mask", "multitask": "label_b"}.get(kind, "label")
+    none = {**batch, key: batch[key].long().clone()}
+    none[key][0] = -1
+    found = task.loss(model, none)
+    if kind in ("classification", "tagging", "segmentation"):
+        without = {**batch, "valid": batch["valid"] & (torch.arange(6) > 0)}
+        assert float(task.count(none)) == float(task.count(without)) > 0
+        torch.testing.assert_close(found.sums, task.loss(model, without).sums)
+    elif kind == "autoencoding":
+        whole = task.loss(model, batch)
+        assert float(task.count(none)) == 4 and found.sums["labels"] == 3
+        assert 0 < whole.loss_sum - found.loss_sum < 1e-4 * 20
+        sums = {**dict.fromkeys(whole.sums, 1.0), "correct": 3.0, "labels": 3.0}
+        assert task.summarise(sums, 4)["accuracy"] == 1
+    assert found.loss_sum.isfinite()
+    task.loss(model.train(), none).loss_sum.backward()
+
+
+def test_an_unknown_entry_of_several_labels_does_not_count():
+    task, model, batch = setting("tagging")
+    one = {**batch, "label": batch["label"].clone()}
+    one["label"][0] = torch.tensor([1.0, -1.0, 0.0, -1.0])
+    logits = model(one["audio"])
+    binary = torch.nn.functional.binary_cross_entropy_with_logits
+    wanted = binary(logits[0, [0, 2]], torch.tensor([1.0, 0.0])) + 3 * binary(logits[1:4], batch["label"][1:4])
+    found = task.loss(model, one).sums
+    torch.testing.assert_close(found["loss"], wanted.detach())
+    assert (found["positive"] + found["negative"]).sum(1).tolist() == [4, 3, 4, 3]
+
+
 def test_binned_precision_over_micro_batches_is_close_to_exact():
     class Scores(torch.nn.Module):
         input_keys = ("logits",)
