@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from numpy.random import Generator
@@ -9,12 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from perceiver.config import Config, Factors, Real, Shares
+from perceiver.config import Config, Factors, Probability, Real, Shares
 from pipelines.transforms.decode import Picture, to_image, to_picture
 from pipelines.transforms.randaugment import RandAugmentConfig, rand_augment
 from pipelines.transforms.resize import Box, Pixels, resized
 
 CROP_ATTEMPTS = 10
+RELEASED_CROP = 224 / (224 + 32)
+"""Share of the shorter side that the released pipeline's centre crop keeps."""
 MEASURED_SIDE = 128
 """About how many rows and columns of an image, at least, are looked at for the statistics of a data set."""
 ROUNDING = 1e-6
@@ -22,10 +25,19 @@ ROUNDING = 1e-6
 
 
 class CropConfig(Config):
-    """Random resized crop, as in Inception and in the Perceiver's ImageNet pipeline."""
+    """Random resized crop.
 
-    area: Shares = Field(default=(0.08, 1.0), description="share of the image's area, uniform")
-    aspect: Factors = Field(default=(3 / 4, 4 / 3), description="width / height, log-uniform")
+    `draw: side` is what the Perceiver's released ImageNet pipeline does by TensorFlow's
+    `sample_distorted_bounding_box`, `draw: area` is torchvision's `RandomResizedCrop`.
+    """
+
+    draw: Literal["area", "side"] = Field(
+        default="area",
+        description="area: uniform area, log-uniform aspect; side: uniform height and aspect, as released",
+    )
+    area: Shares = Field(default=(0.08, 1.0), description="share of the image's area")
+    aspect: Factors = Field(default=(3 / 4, 4 / 3), description="width / height")
+    covered: Probability = Field(default=0.1, description="draw side: least share of the image's area that is kept")
 
 
 class AugmentConfig(Config):
@@ -110,6 +122,8 @@ def centred_box(height: int, width: int, size: tuple[int, int], crop: float) -> 
 
 def crop_box(height: int, width: int, config: CropConfig, rng: Generator) -> Box:
     """Return a random box of the wanted area and aspect; the centre square if ten attempts fail."""
+    if config.draw == "side":
+        return _side_box(height, width, config, rng)
     for _ in range(CROP_ATTEMPTS):
         area = height * width * rng.uniform(*config.area)
         aspect = math.exp(rng.uniform(math.log(config.aspect[0]), math.log(config.aspect[1])))
@@ -120,6 +134,34 @@ def crop_box(height: int, width: int, config: CropConfig, rng: Generator) -> Box
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return left, top, left + side, top + side
+
+
+def _side_box(height: int, width: int, config: CropConfig, rng: Generator) -> Box:
+    """Return a random box as TensorFlow draws it; the released evaluation crop if ten attempts fail or keep all.
+
+    The height is uniform between those of the least and the greatest area that fit. As there, the last possible offset
+    is never drawn.
+    """
+    least, most = (share * height * width for share in config.area)
+    for _ in range(CROP_ATTEMPTS):
+        aspect = rng.uniform(*config.aspect)
+        low, high = round(math.sqrt(least / aspect)), round(math.sqrt(most / aspect))
+        if round(high * aspect) > width:
+            high = int((width + 0.5 - ROUNDING) / aspect)
+        high = min(high, height)
+        tall = int(rng.integers(min(low, high), high + 1))
+        if tall * round(tall * aspect) < least:
+            tall += 1
+        if tall * round(tall * aspect) > most:
+            tall -= 1
+        wide = round(tall * aspect)
+        fits = 0 < tall <= height and 0 < wide <= width and least <= tall * wide <= most
+        if fits and tall * wide >= config.covered * height * width:
+            if (tall, wide) == (height, width):
+                break
+            top, left = int(rng.integers(max(height - tall, 1))), int(rng.integers(max(width - wide, 1)))
+            return left, top, left + wide, top + tall
+    return centred_box(height, width, (1, 1), RELEASED_CROP)
 
 
 def affine_coefficients(size: tuple[int, int], config: AugmentConfig, rng: Generator) -> tuple[float, ...]:
