@@ -18,11 +18,27 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model: values of its `model:` section, number of classes (None without labels), and its source."""
+    """A named model: values of its `model:` section, number of classes (None without labels), and its source.
+
+    `remark` gives the reason, as far as computing finds one, where the source's GFLOP are others than the model's.
+    """
 
     model: Values
     classes: int | None
     note: str
+    remark: str = ""
+
+
+_TWELVE = "the printed GFLOP are those of 12 layers, the parameters those of 16"
+_REMARKS = {
+    "perceiver_io_imagenet_fourier_b": f"269 GFLOP here: {_TWELVE}",
+    "perceiver_io_imagenet_conv_b": f"232 GFLOP here: {_TWELVE}",
+    "perceiver_io_imagenet_learned": "478 GFLOP here, as its inputs have 512 channels: printed are those of the 261 of "
+    "Fourier positions",
+    "perceiver_io_mlm_bytes": "121 GFLOP here: the printed ones are those of 24 layers, the parameters those of 26",
+    "perceiver_io_mlm_sentencepiece": "134 GFLOP here, 121 with one FLOP per multiply-add in the logits: then BERT "
+    "Base has its printed 109 too",
+}
 
 
 def _fourier(bands: int, *rates: float) -> Values:
@@ -128,7 +144,7 @@ def _imagenet() -> dict[str, Preset]:
         "perceiver_imagenet_learned": (_perceiver(_LEARNED, **one), "P Table 2: 70.9; one cross-attend"),
         "perceiver_imagenet_permuted": (_perceiver({**_IMAGE, "permute": 0}), "P Table 2: 78.0 permuted"),
         "perceiver_io_imagenet_fourier": (_io(_IMAGE), "IO Table 7, config A: 79.0, 48.4M, 407G"),
-        "perceiver_io_imagenet_learned": (_io(_IO_LEARNED, query_residual=False), "IO Table 7: 72.7, 62.3M"),
+        "perceiver_io_imagenet_learned": (_io(_IO_LEARNED, query_residual=False), "IO Table 7: 72.7, 62.3M, 407G"),
         "perceiver_io_imagenet_conv": (_io(_CONV), "IO Table 7: 82.1, 48.6M, 369G"),
         "resnet50": ({"kind": "resnet", "inputs": _PIXELS}, "P Table 1: 77.6 (Cubuk et al.)"),
         "resnet50_ff": ({"kind": "resnet", "inputs": _IMAGE}, "P Table 1: 73.5; 39.4 permuted"),
@@ -154,7 +170,7 @@ def _imagenet() -> dict[str, Preset]:
     large = {"blocks": 1, "self_attends_per_block": 16, "widening": 4}
     rows["perceiver_io_imagenet_fourier_b"] = (_io(_IMAGE, **large), "IO Table 7, config B (JFT): 84.5, 212M, 213G")
     rows["perceiver_io_imagenet_conv_b"] = (_io(_CONV, **large), "IO Table 7, config B (JFT): 86.4, 212M, 176G")
-    return {name: Preset(values, 1000, note) for name, (values, note) in rows.items()}
+    return {name: Preset(values, 1000, note, _REMARKS.get(name, "")) for name, (values, note) in rows.items()}
 
 
 def _audio() -> dict[str, Preset]:
@@ -216,10 +232,13 @@ def _others() -> dict[str, Preset]:
         "std": (0.3081,),
         "positions": _fourier(16, 28, 28),
     }
+    languages = {
+        "perceiver_io_mlm_bytes": (_language(262, 2048, 1280, 26), "IO Table 1: 81.0 GLUE, 201M, 113G"),
+        "perceiver_io_mlm_bytes_plus": (_language(262, 2048, 1536, 40), "IO Table 1: 81.8 GLUE, 425M, 241G"),
+        "perceiver_io_mlm_sentencepiece": (_language(32_000, 512, 1280, 26), "IO Table 1: 81.2, 223M, 119G"),
+    }
     return {
-        "perceiver_io_mlm_bytes": Preset(_language(262, 2048, 1280, 26), None, "IO Table 1: 81.0 GLUE, 201M"),
-        "perceiver_io_mlm_bytes_plus": Preset(_language(262, 2048, 1536, 40), None, "IO Table 1: 81.8 GLUE, 425M"),
-        "perceiver_io_mlm_sentencepiece": Preset(_language(32_000, 512, 1280, 26), None, "IO Table 1: 81.2, 223M"),
+        **{name: Preset(values, None, note, _REMARKS.get(name, "")) for name, (values, note) in languages.items()},
         "perceiver_io_flow": Preset(flow, None, "IO §4.2, App. H: Sintel 1.81 / 2.42, KITTI 4.98"),
         "perceiver_io_kinetics": Preset(_kinetics(784), None, "IO §4.3, App. I: 88x compression, 20.0M"),
         "perceiver_io_kinetics_176x": Preset(_kinetics(392), None, "IO §4.3: 176x compression"),

@@ -21,7 +21,7 @@ def command(pattern: str, flops: bool, as_json: bool, as_recipe: bool) -> int:
 
     Prints the parameters and the source of each preset whose name matches PATTERN. A recipe uses a preset with
     `model: {preset: NAME}` and may override keys. GFLOP are those of one sample by the plain path, multiplications and
-    additions counted separately, as in the papers.
+    additions counted separately, as in the papers. In parentheses: why the papers print others, where they do.
     """
     import yaml
 
@@ -46,8 +46,9 @@ def command(pattern: str, flops: bool, as_json: bool, as_recipe: bool) -> int:
         gflop = None if count is None else count / 1e9
         if as_json:
             facts = {"name": name, "parameters": parameters, "gflop": gflop, "classes": preset.classes}
-            say_json({**facts, "source": preset.note})
+            say_json({**facts, "source": preset.note, "remark": preset.remark})
         else:
+            remark = f" ({preset.remark})" if preset.remark else ""
             cost = "" if gflop is None else f"{gflop:>9.1f} GFLOP"
-            say(f"{name:<32}{parameters:>13,} parameters{cost}  {preset.note}")
+            say(f"{name:<32}{parameters:>13,} parameters{cost}  {preset.note}{remark}")
     return 0

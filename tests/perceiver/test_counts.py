@@ -1,12 +1,15 @@
 """Parameter counts of the papers' models, to the unit."""
 
+import re
+
 import pytest
 import torch
 
 import perceiver
-from perceiver.accounting import account, count_activation_bytes, count_flops, count_parameters
+from perceiver.accounting import account, count_activation_bytes, count_flops, count_parameters, preset_cost
 from perceiver.config import UserError
 from perceiver.factory import build_model, model_config, preset_config
+from perceiver.presets import PRESETS
 
 IO = {"kind": "perceiver_io"}
 LEARNED = {
@@ -143,3 +146,35 @@ def test_every_preset_is_made_on_meta_in_a_second_and_overrides_work():
     with pytest.raises(UserError, match="perceiver_imagenet_learned"):
         perceiver.create_model("perceiver_imagenet_learnt")
     assert "vit_b16_ff" in perceiver.list_models("vit_*")
+
+
+def test_printed_flops_that_are_others_have_a_remark():
+    """Within 5 % the sources' GFLOP are the model's; the remarks' own figures are."""
+    checked = 0
+    for name, preset in PRESETS.items():
+        printed = re.search(r"\b(\d+)G\b", preset.note)
+        if printed is None:
+            assert not preset.remark, name
+            continue
+        _, flops = preset_cost(name)
+        assert flops is not None
+        near = abs(flops / 1e9 / int(printed[1]) - 1) <= 0.05
+        assert near != bool(preset.remark), f"{name}: {flops / 1e9:.0f}"
+        assert near or preset.remark.startswith(f"{flops / 1e9:.0f} GFLOP here"), name
+        checked += 1
+    assert checked >= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "printed"),
+    [
+        ("perceiver_io_imagenet_fourier_b", 12, 213),
+        ("perceiver_io_imagenet_conv_b", 12, 176),
+        ("perceiver_io_mlm_bytes", 24, 113),
+    ],
+)
+def test_printed_flops_of_fewer_layers(name, layers, printed):
+    config, classes = preset_config(name, self_attends_per_block=layers, attention="plain")
+    with torch.device("meta"):
+        model = build_model(config, classes=classes)
+    assert count_flops(model) / 1e9 == pytest.approx(printed, rel=0.005)
