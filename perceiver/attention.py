@@ -6,7 +6,7 @@ the released code. `choose_path` is the one place that decides how a cross-atten
 
 import contextlib
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,21 @@ def linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     layer = dense.Linear(inputs, outputs, bias=bias)
     lecun_normal_(layer.weight)
     if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def haiku_default(layer: Layer) -> Layer:
+    """Fill a layer as Haiku does by default and return it: variance 1/fan_in before the cut at 2 sigma, zero bias.
+
+    The released code has this outside of attention and MLPs: front ends, projected positions, output layers.
+    """
+    std = layer.weight[0].numel() ** -0.5
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 

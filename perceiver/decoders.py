@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.attention import linear, zero_linear
+from perceiver.attention import haiku_default, linear, zero_linear
 from perceiver.config import Bands, Config, Scale, Size, UserError
 from perceiver.model import latent_array, need_classes
 from perceiver.positions import Inputs, fourier_features
@@ -230,10 +230,10 @@ class MultimodalDecoder(nn.Module):
         self.labels = nn.ParameterDict(
             {n: latent_array(1, s.channels, 0.02) for n, s in self.specs.items() if isinstance(s, LabelOutput)}
         )
-        self.project = linear(self.channels, config.answer_channels)
+        self.project = haiku_default(linear(self.channels, config.answer_channels))
         self.heads = nn.ModuleDict(
             {
-                n: linear(config.answer_channels, s.classes if isinstance(s, LabelOutput) else s.values)
+                n: haiku_default(linear(config.answer_channels, s.classes if isinstance(s, LabelOutput) else s.values))
                 for n, s in self.specs.items()
             }
         )

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from perceiver.attention import haiku_default
 from perceiver.config import UserError
 from perceiver.model import latent_array
 from perceiver.positions import FourierConfig, Grid, Inputs, LearnedConfig, PositionConfig, grid_tables
@@ -32,7 +33,8 @@ class Positions(nn.Module):
                 )
         elif isinstance(config, LearnedConfig):
             self.table = latent_array(math.prod(grid), config.channels, config.init_std)
-            self.projection = nn.Linear(config.channels, config.projection) if config.projection else None
+            width = config.projection
+            self.projection = haiku_default(nn.Linear(config.channels, width)) if width else None
             self.channels = config.projection or config.channels
 
     def forward(self, data: Tensor, grid: tuple[int, ...], order: Tensor | None = None) -> Inputs:

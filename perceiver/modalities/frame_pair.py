@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.attention import linear
+from perceiver.attention import haiku_default, linear
 from perceiver.config import Config, Size, UserError
 from perceiver.modalities._positions import Positions
 from perceiver.positions import FourierConfig, Inputs, PositionConfig
@@ -43,7 +43,7 @@ class FlowFrames(nn.Module):
         self.config = config
         self.grid = config.size
         self.elements = config.size[0] * config.size[1]
-        self.front_end = linear(2 * config.channels * config.window**2, config.front_end_channels)
+        self.front_end = haiku_default(linear(2 * config.channels * config.window**2, config.front_end_channels))
         self.positions = Positions(config.positions, self.grid)
         self.channels = config.front_end_channels + self.positions.channels
 

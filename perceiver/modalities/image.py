@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from perceiver.attention import haiku_default
 from perceiver.config import Config, Seed, Size, UserError
 from perceiver.modalities._positions import Positions
 from perceiver.modalities._statistics import Deviations, Means, numbers
@@ -62,7 +63,7 @@ class ConvFrontEnd(nn.Module):
     def __init__(self, channels: int, outputs: int, padding: Literal["same", "symmetric"]) -> None:
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, outputs, 7, stride=2, bias=False)
+        self.conv = haiku_default(nn.Conv2d(channels, outputs, 7, stride=2, bias=False))
         self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,10 +148,10 @@ def _front_end(config: ImageConfig, channels: int) -> tuple[nn.Module | None, in
         return ConvFrontEnd(channels, outputs, config.conv_padding), outputs
     if config.front_end == "1x1":
         outputs = config.front_end_channels or 256
-        return nn.Conv2d(channels, outputs, 1), outputs
+        return haiku_default(nn.Conv2d(channels, outputs, 1)), outputs
     data = channels * config.patch**2 if config.front_end == "patch" else channels
     if config.front_end == "patch" and config.front_end_channels:
-        return nn.Conv2d(data, config.front_end_channels, 1), config.front_end_channels
+        return haiku_default(nn.Conv2d(data, config.front_end_channels, 1)), config.front_end_channels
     return None, data
 
 
