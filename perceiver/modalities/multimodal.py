@@ -32,7 +32,11 @@ class MultimodalConfig(Config):
         default={}, description="Chance per sample that a modality's data are zeroed in training (video 0.3 in §4.2)."
     )
     mask: dict[str, Probability] = Field(
-        default={}, description="Chance per sample that a learned vector stands for a modality in training (label 0.5)."
+        default={}, description="Chance that a learned vector stands for a modality in training (label 0.5)."
+    )
+    mask_unit: Literal["sample", "token"] = Field(
+        default="sample",
+        description="What is drawn for `mask`: whole modalities of a sample, or each input, as the released code does.",
     )
     hide: tuple[str, ...] = Field(
         default=(), description="Modalities masked in evaluation always; the batch need not have them then."
@@ -127,14 +131,15 @@ class Multimodal(nn.Module):
             return Inputs(self.masks[name].to(dtype).expand(batch, module.elements, -1))
         inputs: Inputs = module(raw, dtype)
         if self.training and self.config.dropout.get(name):
-            kept = self._draw(inputs, self.config.dropout[name])
-            inputs = Inputs(inputs.data * ~kept, inputs.grid, inputs.mask, inputs.order)
+            dropped = self._draw(inputs, self.config.dropout[name])
+            inputs = Inputs(inputs.data * ~dropped, inputs.grid, inputs.mask, inputs.order)
         x = inputs.dense
         x = torch.cat([x, self.padding[name].to(x.dtype).expand(*x.shape[:2], -1)], dim=-1)
         if self.training and self.config.mask.get(name):
-            x = torch.where(self._draw(inputs, self.config.mask[name]), self.masks[name].to(x.dtype), x)
+            units = inputs.elements if self.config.mask_unit == "token" else 1
+            x = torch.where(self._draw(inputs, self.config.mask[name], units), self.masks[name].to(x.dtype), x)
         return Inputs(x, mask=inputs.mask)
 
     @staticmethod
-    def _draw(inputs: Inputs, chance: float) -> Tensor:
-        return torch.rand(len(inputs.data), 1, 1, device=inputs.data.device) < chance
+    def _draw(inputs: Inputs, chance: float, units: int = 1) -> Tensor:
+        return torch.rand(len(inputs.data), units, 1, device=inputs.data.device) < chance

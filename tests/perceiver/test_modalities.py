@@ -198,6 +198,16 @@ def test_modality_dropout_zeroes_whole_samples_in_training_only():
     torch.testing.assert_close(dropped[~gone], straight[~gone])
 
 
+@pytest.mark.parametrize("unit", ["sample", "token"])
+def test_a_learned_vector_stands_for_samples_or_for_tokens(unit):
+    model = model_of({**SMALL["multimodal"], "mask": {"video": 0.5}, "mask_unit": unit}).train()
+    batch, video = batch_of(model, 64), 2 * 2 * 2
+    masked = (model.read(batch)[1].dense[:, -video:] == model.inputs.masks["video"]).all(-1)
+    assert abs(float(masked.float().mean()) - 0.5) < 0.2
+    whole = masked.all(1) | ~masked.any(1)
+    assert whole.all() if unit == "sample" else whole.sum() < 5
+
+
 def test_what_is_outside_of_attention_starts_as_in_haiku():
     """Truncated normals of scale 1 / sqrt(fan-in), realised 0.88 of it, and zero biases; once they were torch's."""
     learned = {"kind": "learned", "channels": 100, "projection": 90}
