@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from perceiver.accounting import account
 from perceiver.config import Config, UserError
-from perceiver.export.transformers_layout import from_transformers, read_transformers, to_transformers
+from perceiver.export.transformers_folder import read_transformers
+from perceiver.export.transformers_layout import from_transformers, to_transformers
 from perceiver.export.weights import DataFacts, Saved, class_count
 from perceiver.factory import input_keys
 from perceiver.tasks import Task, TaskConfig, build_task

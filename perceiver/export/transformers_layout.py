@@ -7,24 +7,18 @@ TensorFlow's SAME; the imported configs set the former.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
-import torch
-from fsspec.implementations.local import LocalFileSystem
-from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from perceiver.attention import Activation
 from perceiver.baselines._grid import transformers_library
 from perceiver.config import UserError
-from perceiver.export.safetensors_folder import read_tensors
 from perceiver.export.transformers_names import MODALITIES, paired
 from perceiver.factory import PerceiverIOModel, build_model
 from perceiver.modalities.image import ImageConfig
 from perceiver.modalities.multimodal import MultimodalConfig
 from perceiver.model import PerceiverIO
-from perceiver.storage import existing_file, first_line, invalid_key, parse_json
 
 _HEADS = {
     ("image", "class"): "PerceiverForImageClassification",
@@ -65,8 +59,8 @@ def from_transformers(model: Any, **inputs: Any) -> PerceiverIO:
         UserError: the class is another.
     """
     head = type(model).__name__
-    if head not in _READERS:
-        raise UserError(f"model: got {head}; wanted one of {', '.join(_READERS)}")
+    if head not in READERS:
+        raise UserError(f"model: got {head}; wanted one of {', '.join(READERS)}")
     config = _settings(model, **inputs)
     ours = build_model(config, classes=model.config.num_labels)
     state = model.state_dict()
@@ -111,7 +105,7 @@ def _settings(model: Any, **inputs: Any) -> PerceiverIOModel:
         "decoder_heads": attention.num_heads,
         "decoder_qk_channels": attention.query.out_features,
         "decoder_v_channels": attention.value.out_features,
-        **_READERS[type(model).__name__](model.config),
+        **READERS[type(model).__name__](model.config),
     }
     values["inputs"] |= inputs
     return PerceiverIOModel.model_validate(values)
@@ -290,7 +284,7 @@ def _multimodal(c: Any) -> dict[str, Any]:
     return {"inputs": inputs, "decoder": decoder, "query_residual": False}
 
 
-_READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "PerceiverForImageClassificationFourier": lambda c: _image(c, positions=_fourier(224, 224)),
     "PerceiverForImageClassificationLearned": _learned,
     "PerceiverForImageClassificationConvProcessing": lambda c: _image(
@@ -349,84 +343,6 @@ def _widths(c: PerceiverIOModel, model: nn.Module) -> tuple[int, int]:
     derived = cast(Any, c.decoder).kind in ("flow", "multimodal")
     decoder = c.decoder_qk_channels if derived else None
     return c.cross_qk_channels or cast(Any, model.inputs).channels, decoder or c.latent_channels
-
-
-def read_transformers(folder: str) -> PerceiverIO:
-    """Build our model from a local folder as `save_pretrained` writes it.
-
-    It reads config.json, model.safetensors or shards with an index, and of an image classifier size and normalisation
-    from preprocessor_config.json if there is one.
-
-    Raises:
-        UserError: the folder contains another class, or its weights are not in safetensors.
-    """
-    where = Path(folder, "config.json")
-    try:
-        values = parse_json(Path(existing_file(LocalFileSystem(), folder, "config.json")).read_bytes(), str(where))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
-    heads = values.get("architectures") if isinstance(values, dict) else None
-    name = heads[0] if isinstance(heads, list) and heads else "no class"
-    if not isinstance(name, str) or name not in _READERS:
-        raise UserError(f"{where}: got {name!r:.80}; wanted one of {', '.join(_READERS)}")
-    seen = _seen(folder) if "ImageClassification" in name else {}
-    if name.endswith("Learned"):
-        seen.pop("size", None)  # the table of positions has one
-    tensors = read_tensors(folder, name)  # not from_pretrained: a config may name weights or adapters elsewhere
-    library = transformers_library()
-    try:
-        with torch.device("meta"):
-            theirs = getattr(library, name)(library.PerceiverConfig.from_dict(values))
-        for key, wanted in theirs.state_dict().items():
-            if key not in tensors or tensors[key].shape != wanted.shape:
-                has = list(tensors[key].shape) if key in tensors else "none"
-                raise UserError(f"{folder}: got {has} as tensor {key}; wanted shape {list(wanted.shape)}")
-        theirs.load_state_dict(tensors, strict=False, assign=True)
-        return from_transformers(theirs, **seen)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001  the library raises many types for a wrong config
-        raise UserError(f"{where}: not the config of a {name} ({first_line(error)})") from None
-
-
-class _Processor(BaseModel):
-    """What preprocessor_config.json says of images, with the library's defaults."""
-
-    do_resize: bool = True
-    size: int | dict[str, int] | None = None
-    do_rescale: bool = True
-    rescale_factor: float = Field(default=1 / 255, gt=0)
-    do_normalize: bool = True
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
-
-
-def _seen(folder: str) -> dict[str, Any]:
-    """Return size, mean and std of the images that a folder's preprocessor makes; empty if it has none."""
-    name = "preprocessor_config.json"
-    where = Path(folder, name)
-    if not where.exists():
-        return {}
-    try:
-        raw = Path(existing_file(LocalFileSystem(), folder, name)).read_bytes()
-        processor = _Processor.model_validate(parse_json(raw, str(where)))
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {first_line(error)}") from None
-    except ValidationError as error:
-        raise UserError(f"{where}: {invalid_key(error)}") from None
-    found: dict[str, Any] = {}
-    size = processor.size
-    if processor.do_resize and isinstance(size, dict) and {"height", "width"} <= size.keys():
-        found["size"] = (size["height"], size["width"])
-    elif processor.do_resize and isinstance(size, int):
-        found["size"] = (size, size)
-    unit = 255 * processor.rescale_factor if processor.do_rescale else 255.0
-    if processor.do_normalize and processor.image_mean and processor.image_std:
-        found["mean"] = tuple(value / unit for value in processor.image_mean)
-        found["std"] = tuple(value / unit for value in processor.image_std)
-    elif not processor.do_normalize:
-        found |= {"mean": (0.0,) * 3, "std": (1 / unit,) * 3}
-    return found
 
 
 def _their_side(inputs: ImageConfig) -> int | list[int]:

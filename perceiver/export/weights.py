@@ -232,7 +232,7 @@ def _from_checkpoint(store: CheckpointStore, manifest: CheckpointManifest) -> Sa
 
 
 def _from_transformers(place: str, fs: Any, path: str) -> Saved:
-    from perceiver.export.transformers_layout import read_transformers
+    from perceiver.export.transformers_folder import read_transformers
 
     if not is_local(fs):
         raise UserError(f"{place}: got a transformers folder at a URL; wanted a local copy")

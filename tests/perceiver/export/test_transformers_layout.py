@@ -10,11 +10,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from perceiver.config import UserError  # noqa: E402
-from perceiver.export.transformers_layout import (  # noqa: E402
-    from_transformers,
-    read_transformers,
-    to_transformers,
-)
+from perceiver.export.transformers_folder import read_transformers  # noqa: E402
+from perceiver.export.transformers_layout import from_transformers, to_transformers  # noqa: E402
 from perceiver.factory import build_model, create_model, model_config  # noqa: E402
 from perceiver.modalities.frame_pair import neighbourhoods  # noqa: E402
 
