@@ -104,7 +104,11 @@ def _changed(saved: "Saved", overrides: Sequence[str]) -> "Saved":
     from pydantic import ValidationError
 
     from cluster.recipe.file import apply_override, explain
-    from perceiver.factory import model_config
+    from perceiver.config import Config
+    from perceiver.factory import ModelConfig
+
+    class Section(Config):
+        model: ModelConfig
 
     if not overrides or saved.model is None:
         return saved
@@ -114,9 +118,9 @@ def _changed(saved: "Saved", overrides: Sequence[str]) -> "Saved":
     if other := tree.keys() - {"model"}:
         raise UserError(f"override of {min(other)}: wanted keys of the model, such as model.inputs.size=[256,256]")
     try:
-        model = model_config(tree["model"])
+        model = Section.model_validate(tree).model
     except ValidationError as error:
-        raise UserError(f"model: {explain(error, type(saved.model))}") from None
+        raise UserError(explain(error, Section)) from None
     recipe = {**saved.recipe, "model": model.model_dump(mode="json")} if saved.recipe else {}
     return replace(saved, model=model, recipe=recipe)
 

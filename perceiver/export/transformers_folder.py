@@ -47,8 +47,8 @@ def read_transformers(folder: str) -> PerceiverIO:
                 raise UserError(f"{folder}: got {has} as tensor {key}; wanted shape {list(wanted.shape)}")
         theirs.load_state_dict(tensors, strict=False, assign=True)
         return from_transformers(theirs, **seen)
-    except UserError:
-        raise
+    except UserError as error:
+        raise error if folder in str(error) else UserError(f"{where}: {error}") from None
     except Exception as error:  # noqa: BLE001  the library raises many types for a wrong config
         raise UserError(f"{where}: not the config of a {name} ({first_line(error)})") from None
 

@@ -96,6 +96,21 @@ def test_safetensors_are_loaded_alone_and_described_by_the_card(tmp_path):
     assert "secret" not in card and "TODO" not in card
 
 
+def test_keys_of_the_model_that_the_weights_fit(tmp_path):
+    source, _ = run_folder(tmp_path / "run", SMALL)
+    export(source, "safetensors", tmp_path / "out", "model.inputs.size=[12, 10]")
+    assert perceiver.load_model(str(tmp_path / "out")).config.inputs.size == (12, 10)
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["model"]["inputs"]["size"] == [12, 10]
+    for key, value, wanted in (
+        ("model.inputs.siz", 3, "did you mean model.inputs.size"),
+        ("model.inputs.size", [0, 3], r"model\.inputs\.size\.0 = 0"),
+        ("optim.lr", 1, "override of optim: wanted keys of the model"),
+        ("model.latents", 9, r"latents.*shape \[5, 8\]; wanted .*shape \[9, 8\]"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            perceiver.export(source, "safetensors", tmp_path / "other", **{key: value})
+
+
 def test_the_card_states_licence_and_limits_also_where_the_data_cannot_be_read(tmp_path):
     source, _ = run_folder(tmp_path / "run", SMALL)
     export(source, "safetensors", tmp_path / "bare")
