@@ -251,7 +251,7 @@ def test_subsampled_decoding_agrees_with_decoding_all():
     signed = Autoencoding(AutoencodingConfig(video_range="signed"))
     torch.testing.assert_close(signed.targets(batch, "video"), 2 * task.targets(batch, "video") - 1)
     # The same picture, so the same signal to noise ratio: errors are twice as large in twice the range.
-    zero = {"loss": 0.0, "square/audio": 0.01, "correct": 0.0}
+    zero = {"loss": 0.0, "square/audio": 0.01, "correct": 0.0, "labels": 0.0}
     found = [t.summarise({**zero, "square/video": s}, 1)["psnr_video"] for t, s in ((task, 0.01), (signed, 0.04))]
     assert found == pytest.approx([20, 20])
 
