@@ -17,6 +17,7 @@ from perceiver.config import UserError, expand_home
 from perceiver.storage import Folder, ReadPolicy, first_line, open_folder, open_target, safe_name
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact_text
+from pipelines.fingerprints import RawFiles, check_unchanged
 from pipelines.prepare import Note, PrepareConfig, Progress, completed, existing, fingerprint
 from pipelines.shards.listing import file_tag, listed
 from pipelines.shards.manifest import (
@@ -73,14 +74,22 @@ def index(
         )
     folder = open_target(dst, config.storage_options)
     mark = fingerprint(f"index {source_name}", src, config)
+    options = {**dict.fromkeys(CONVERTED, ""), **config.options, "held_out": "none"}
+
+    source = load_source(source_name)
+
+    def listed_source() -> Listing:
+        return source.listing(src, seed=0, shard_rows=config.shard_rows, options=options)
+
     if folder.exists(MANIFEST):
-        return completed(existing(dst, config, mark), dst, config)
+        manifest = existing(dst, config, mark)
+        check_unchanged(manifest.raw, dst, src, source, listed_source, note)
+        return completed(manifest, dst, config)
     if config.options.get("held_out", "none") != "none":
         raise UserError("--index cannot hold out rows of a file: remove the option held_out, or convert the data")
     if named := [key for key in CONVERTED if config.options.get(key)]:
         raise UserError(f"--index cannot take the option {named[0]}: convert the data without --index")
-    options = {**dict.fromkeys(CONVERTED, ""), **config.options, "held_out": "none"}
-    listing = load_source(source_name).listing(src, seed=0, shard_rows=config.shard_rows, options=options)
+    listing = listed_source()
     if note:
         for line in listing.notes:
             note(line)
@@ -101,6 +110,7 @@ def index(
         licence=listing.licence,
         source=redact_text(listing.origin),
         fingerprint=mark,
+        raw=RawFiles(listing.versions, src).digest(),
     )
     manifest = with_statistics(manifest, dst, config.storage_options, config.spectrogram)
     try:
@@ -156,7 +166,7 @@ def _file(
     url = f"{folder.url}/{name}"
     size = int(info["size"])
     try:
-        footer = read_footer(folder, name, size, ReadPolicy())
+        footer = read_footer(folder, name, size, ReadPolicy(), file_tag(info))
         empty = footer.schema.to_arrow_schema().empty_table()
         paths = {feature: _path(empty, column) for feature, column in columns.items()}
         for wanted in arrow_schema(listing.features):

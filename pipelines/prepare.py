@@ -16,6 +16,7 @@ from perceiver.storage import Folder, NotRegularError, open_folder, open_target,
 from perceiver.tracking.printable import printable, safe_line
 from perceiver.tracking.redaction import redact_text
 from pipelines.features import Feature
+from pipelines.fingerprints import RawFiles, check_unchanged, unit_fingerprint
 from pipelines.measured import Measured, Meter, class_counts, with_measured
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import (
@@ -102,8 +103,9 @@ def prepare(
 ) -> Manifest:
     """Turn raw data into a prepared folder.
 
-    Idempotent: of a complete destination of the same source and settings at most the statistics are completed, and a
-    stopped run continues with the missing shards.
+    Idempotent: of a complete destination of the same source and settings at most the statistics are completed. A
+    stopped run continues with the shards that are missing, or whose unit (raw files, labels, settings, versions of
+    the software) is another one than when they were written.
 
     Args:
         source_name: a module of `pipelines.sources`.
@@ -114,8 +116,9 @@ def prepare(
         note: called with each of the listing's notes, before anything is written.
 
     Raises:
-        UserError: unknown source or option, missing source data, a destination that contains another data set or is not
-            writable, or more unreadable raw items than the budget allows (they are listed in any case).
+        UserError: unknown source or option, missing source data, a destination that contains another data set, whose
+            raw files have changed since, or that is not writable, or more unreadable raw items than the budget allows
+            (they are listed in any case).
     """
     config = config or PrepareConfig()
     folder = open_target(dst, config.storage_options)
@@ -123,17 +126,21 @@ def prepare(
     fix = "give a writable folder"
     with refusing(dst, fix):
         finished = folder.exists(MANIFEST)
-    if finished:
-        return completed(existing(dst, config, mark), dst, config)
     source = load_source(source_name)
-    listing = source.listing(src, seed=config.seed, shard_rows=config.shard_rows, options=config.options)
+    options = {"seed": config.seed, "shard_rows": config.shard_rows, "options": config.options}
+    if finished:
+        manifest = existing(dst, config, mark)
+        check_unchanged(manifest.raw, dst, src, source, lambda: source.listing(src, **options), note)
+        return completed(manifest, dst, config)
+    listing = source.listing(src, **options)
+    raw = RawFiles(listing.versions, src)
     if note:
         for line in listing.notes:
             note(line)
     check_media(listing, config.media)
     with refusing(dst, fix):
         folder.write(f"{RECEIPTS}/fingerprint", mark)
-    jobs = _jobs(source, source_name, listing, dst, config, mark)
+    jobs = _jobs(source, source_name, listing, raw, dst, config, mark)
     runner = _run_on_ray(jobs, config.in_flight) if _use_ray(config.parallel) else map(write_shard, jobs)
     receipts = list(_reported(runner, progress))
     splits, rejected = _collect(receipts)
@@ -152,11 +159,22 @@ def prepare(
         licence=listing.licence,
         source=redact_text(utf8_name(listing.origin)),
         fingerprint=mark,
+        raw=raw.digest(),
     )
     manifest = with_statistics(manifest, dst, config.storage_options, config.spectrogram)
     save_manifest(manifest, folder)
-    folder.fs.rm(folder.file(RECEIPTS), recursive=True)
+    _tidy(folder, manifest)
     return manifest
+
+
+def _tidy(folder: Folder, manifest: Manifest) -> None:
+    """Remove the receipts, and shards of an earlier listing that had more of them."""
+    kept = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    receipts = Folder(folder.fs, folder.file(RECEIPTS), f"{folder.url}/{RECEIPTS}")
+    for name in (receipt.removesuffix(".json") for receipt in receipts.names()):
+        if name.endswith(".arrow") and name not in kept and folder.exists(name):
+            folder.fs.rm_file(folder.file(name))
+    folder.fs.rm(folder.file(RECEIPTS), recursive=True)
 
 
 def fingerprint(source_name: str, src: str | None, config: PrepareConfig) -> str:
@@ -189,7 +207,7 @@ def completed(manifest: Manifest, dst: str, config: PrepareConfig) -> Manifest:
 
 
 def _jobs(
-    source: Source, source_name: str, listing: Listing, dst: str, config: PrepareConfig, mark: str
+    source: Source, source_name: str, listing: Listing, raw: RawFiles, dst: str, config: PrepareConfig, mark: str
 ) -> Iterator[_Job]:
     """Yield one job per unit; the row group size is measured on the first samples and is the same in all shards."""
     units = iter(listing.units)
@@ -200,10 +218,12 @@ def _jobs(
     probe = [sample for sample in _smaller(some, listing.features, config.media) if not isinstance(sample, Rejected)]
     rows_per_group = group_rows(probe, config.group_rows, config.group_bytes)
     counts: dict[str, int] = {}
+    features = dict(listing.features)
+    facts = [mark, rows_per_group, {name: feature.model_dump(mode="json") for name, feature in features.items()}]
     for unit in chain([first], units):
         number = counts[unit.split] = counts.get(unit.split, -1) + 1
-        name, features = f"{unit.split}-{number:06d}.arrow", dict(listing.features)
-        yield _Job(source_name, unit, name, dst, features, rows_per_group, mark, config.storage_options, config.media)
+        name, own = f"{unit.split}-{number:06d}.arrow", unit_fingerprint(raw, unit, *facts)
+        yield _Job(source_name, unit, name, dst, features, rows_per_group, own, config.storage_options, config.media)
 
 
 def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:
@@ -214,16 +234,19 @@ def group_rows(probe: Iterable[Sample], most: int, most_bytes: int) -> int:
 
 
 def write_shard(job: _Job) -> Receipt:
-    """Write one unit as a shard with a receipt, or return an existing receipt of the same preparation.
+    """Write one unit as a shard with a receipt, or return an existing receipt of the same unit.
 
-    A shard with rejected items is written again, since they may have been repaired.
+    A shard with rejected items is written again, since they may have been repaired. The receipt of another unit is
+    removed before its shard is replaced, so that a stop between the two does not leave it with the new shard.
     """
     folder = open_folder(job.url, job.storage_options)
     name = f"{RECEIPTS}/{job.name}.json"
     finished = _read_receipt(folder, name)
-    kept = finished and finished.fingerprint == job.fingerprint and not finished.rejected
+    kept = finished and job.fingerprint and finished.fingerprint == job.fingerprint and not finished.rejected
     if finished and kept and (not finished.shard or folder.exists(job.name)):
         return finished
+    if finished:
+        folder.fs.rm_file(folder.file(name))
     rejected: list[tuple[str, str]] = []
     meter = Meter(job.features)
     with ShardWriter(folder, job.name, arrow_schema(job.features), job.rows_per_group) as writer:

@@ -76,8 +76,9 @@ def command(
     """Convert raw data to shards.
 
     Reads the raw data of source NAME at SRC, and writes shards and a manifest to DST. SRC and DST are paths or fsspec
-    URLs; a source that downloads its data needs no SRC. Samples of a complete destination are not changed; an
-    interrupted preparation continues with the missing shards. Raw items that cannot be read are skipped and listed with
+    URLs; a source that downloads its data needs no SRC. Samples of a complete destination are not changed, and
+    refused if raw files have changed since; an interrupted preparation continues with the shards that are missing or
+    whose raw files have changed. Raw items that cannot be read are skipped and listed with
     the reason in DST/quarantine.parquet.
 
     With --resize, --fps, --rate and --quality, media are stored at the size at which they are used: smaller ones stay

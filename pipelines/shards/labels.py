@@ -120,8 +120,8 @@ def _columns(
         groups, schema = np.array(shard.group_sizes(), np.int64), pa.schema([wanted])
 
         def group(number: int) -> pa.Array:
-            read = read_row_group(folder, name, shard.bytes, number, groups, schema, columns, manifest.classes, policy)
-            return read.column(0)
+            layout = number, groups, schema, columns, manifest.classes
+            return read_row_group(folder, name, shard.bytes, *layout, policy, shard.tag).column(0)
 
         return [group(number) for number in range(groups.size)]
     stream = RangeFile(folder, name, shard.bytes, policy)

@@ -23,7 +23,7 @@ def file_tag(info: Mapping[str, Any]) -> str:
     for key in ("ETag", "etag", "md5Hash", "content_md5"):
         if info.get(key):
             return str(info[key]).strip('"')
-    for key in ("mtime", "LastModified", "last_modified", "updated"):
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
         if info.get(key):
             return f"{info[key]:.6f}" if isinstance(info[key], float) else str(info[key])
     return ""

@@ -157,6 +157,7 @@ class Manifest(Config):
     licence: str = Field(description="terms of use of the data")
     source: str = Field(description="origin of the data")
     fingerprint: str = Field(default="", description="hash of source and options of `prepare`: recognises a rerun")
+    raw: str = Field(default="", description="hash of names, sizes and times of the raw files; empty: not known")
     stored: StoreConfig = Field(
         default=StoreConfig(), description="what `prepare` limited media to; all null: stored as they came"
     )
@@ -244,6 +245,16 @@ def content_digest(manifest: Manifest, splits: Collection[str]) -> str:
         },
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_versions(manifest: Manifest, splits: Collection[str]) -> str:
+    """Return a hash of the places and one of the versions of indexed files, `PLACES:VERSIONS`; empty without any.
+
+    `content_digest` does not see a changed file of the same size: indexed files have no checksum.
+    """
+    files = [shard for name in sorted(set(splits)) for shard in manifest.split(name).shards if shard.tag]
+    facts = [shard.name for shard in files], [shard.tag for shard in files]
+    return ":".join(hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16] for each in facts) if files else ""
 
 
 def _content(feature: Feature) -> dict[str, Any]:

@@ -45,8 +45,10 @@ class RangeFile(io.RawIOBase):
 
 
 @functools.lru_cache(maxsize=256)
-def read_footer(folder: Folder, name: str, size: int, policy: ReadPolicy) -> pq.FileMetaData:
+def read_footer(folder: Folder, name: str, size: int, policy: ReadPolicy, tag: str = "") -> pq.FileMetaData:
     """Return the footer of a Parquet file of `size` bytes, usually with one range request.
+
+    It is kept in the process for the same size and `tag`, the file's version in the manifest.
 
     Raises:
         OSError: the file cannot be read, see `read_range`.
@@ -65,6 +67,7 @@ def read_row_group(
     columns: Mapping[str, str],
     classes: tuple[str, ...],
     policy: ReadPolicy,
+    tag: str = "",
 ) -> pa.RecordBatch:
     """Read the features' columns of one row group.
 
@@ -78,13 +81,14 @@ def read_row_group(
             names and a column of keys.
         classes: class names, for indexed files whose labels are strings.
         policy: time-out and retries of the requests.
+        tag: version of an indexed file, from the manifest.
 
     Raises:
         OSError: the file cannot be read, see `read_range`, or it has other row groups.
         KeyError, pyarrow.ArrowException: it is damaged, or a column is missing or of another type.
     """
     paths = {field.name: columns.get(field.name, field.name) for field in schema if field.name != KEY or not columns}
-    footer = read_footer(folder, name, size, policy)
+    footer = read_footer(folder, name, size, policy, tag)
     found, wanted = (footer.num_rows, footer.num_row_groups), (int(groups.sum()), groups.size)
     if found != wanted or footer.row_group(group).num_rows != groups[group]:
         raise OSError(f"{found[0]} rows in {found[1]} row groups, wanted {wanted[0]} in {wanted[1]}, each as listed")

@@ -23,8 +23,8 @@ from pipelines.shards.parquet import read_row_group, row_key
 READ_THREADS, LOCAL_READ_THREADS = 8, 2
 """Row groups read at a time. From a local disk's cache, two threads read with a fifth less CPU time than eight."""
 
-CacheKey = tuple[str, str, int, str, int, tuple[int, ...]]
-"""Folder, file and its size, columns and their types, row group and its place and checksum.
+CacheKey = tuple[str, str, int, str, str, int, tuple[int, ...]]
+"""Folder, file, its size and version, columns and their types, row group and its place and checksum.
 
 One process serves every split, and data may be prepared again at the same place while it runs.
 """
@@ -110,6 +110,7 @@ class ShardFiles:
         url: the folder.
         names: of the files, relative to the folder; absolute for indexed files.
         sizes: their bytes.
+        tags: versions of indexed files; else empty.
         columns: see `Split`.
         first: index of each file's first row group, and the number of all.
         index: `BatchInfo` of all row groups; the length is 0 in Parquet files.
@@ -118,6 +119,7 @@ class ShardFiles:
     url: str
     names: tuple[str, ...]
     sizes: tuple[int, ...]
+    tags: tuple[str, ...]
     columns: Mapping[str, str]
     first: NDArray[np.int64]
     index: NDArray[np.int64]
@@ -130,6 +132,7 @@ class ShardFiles:
             url,
             tuple(shard.name for shard in split.shards),
             tuple(shard.bytes for shard in split.shards),
+            tuple(shard.tag for shard in split.shards),
             split.columns,
             np.cumsum([0, *map(len, index)]),
             np.array([batch for batches in index for batch in batches], np.int64).reshape(-1, 4),
@@ -241,7 +244,7 @@ class Reader:
     def _key(self, shard: int, group: int) -> CacheKey:
         files, number = self._files(shard)
         batch = tuple(files.index[files.first[number] + group].tolist())
-        return files.url, files.names[number], files.sizes[number], self._types, group, batch
+        return files.url, files.names[number], files.sizes[number], files.tags[number], self._types, group, batch
 
     @functools.cached_property
     def _types(self) -> str:
@@ -260,9 +263,8 @@ class Reader:
             else:
                 first, last = files.first[number : number + 2]
                 groups = files.index[first:last, 2]
-                rows = read_row_group(
-                    folder, name, size, group, groups, self.schema, files.columns, self.classes, self.policy
-                )
+                layout = group, groups, self.schema, files.columns, self.classes
+                rows = read_row_group(folder, name, size, *layout, self.policy, files.tags[number])
         except PermissionError as error:
             raise UserError(f"may not read {folder.url}/{name}: {first_line(error)}; check the credentials") from error
         except FileNotFoundError:

@@ -60,6 +60,9 @@ class Listing:
         units: the samples.
         notes: lines about what was taken for splits and classes, and what was left out.
         rejected: unusable items that were found while listing.
+        versions: size and time, or ETag, of what the units refer to, by its name in their content. A shard of an
+            earlier listing is only used again if those of its unit are the same; None (not known): never, unless the
+            data are a file of a package.
     """
 
     name: str
@@ -70,10 +73,15 @@ class Listing:
     units: Iterable[Unit]
     notes: tuple[str, ...] = ()
     rejected: tuple[Rejected, ...] = ()
+    versions: Mapping[str, str] | None = None
 
 
 class Source(Protocol):
-    """A data set or layout that can be prepared."""
+    """A data set or layout that can be prepared.
+
+    A source whose listing reads much of the data may also have `versions(src)`, which returns `Listing.versions`
+    without that: complete data are compared by it.
+    """
 
     title: str
     """The line of the source in the list of sources."""

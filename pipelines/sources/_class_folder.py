@@ -74,6 +74,7 @@ class ClassFolder:
             units=shuffled_units(files.splits, rng, shard_rows, **content),
             notes=(*files.notes, *found.notes()),
             rejected=tuple(found.rejected),
+            versions=found.versions,
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:

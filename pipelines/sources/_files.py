@@ -1,14 +1,17 @@
 """The files of a folder of raw data: those with the wanted endings, links followed, and what is left out."""
 
+import contextlib
+import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, raise_unanswered, refusing
+from pipelines.shards.listing import file_tag, listed
 from pipelines.sources import Rejected
 from pipelines.sources._common import MAX_FILE, path_below
 
@@ -23,14 +26,18 @@ SYSTEM_NAMES = {
 }
 IN_PARTS = (".tar", ".gz", ".tgz", ".parquet", ".txt", ".jsonl", ".h5", ".hdf5")
 """Endings of files that are read in parts and may be larger than `MAX_FILE`."""
+PREPARED = (".arrow", ".arrow.json", "manifest.json", "quarantine.parquet", "_receipts/fingerprint")
+"""Endings of files of a prepared folder, which may be below the raw data."""
+NO_MEDIA = (*PREPARED, ".parquet", ".md", ".txt", ".json")
+"""Endings of files in a folder of tables that a cell does not name."""
 SPECIAL = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 MOST_VISITS = 100
 """How often a folder may be reached over links; a few links to each other would otherwise be an endless tree."""
 VERSION = "?versionId="
 LINKS = DEAD_LINK, LOOP = "a dead link", "a link to a folder above it"
 
-Entry = tuple[str, str, int]
-"""A file relative to the source folder, what it is unless it is a regular file, and its bytes."""
+Entry = tuple[str, str, int, int | str]
+"""A file relative to the source folder, what it is unless it is a regular file, its bytes, and its time or ETag."""
 
 
 @dataclass
@@ -39,11 +46,13 @@ class Found:
 
     Attributes:
         names: files with the wanted endings, relative to the folder and sorted. Links are followed.
+        versions: size and time (or ETag) of each of them, by which a changed file is recognised.
         rejected: links that lead nowhere or to a folder above them.
         ignored: number and an example of the files that were left out, by reason.
     """
 
     names: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
     ignored: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -74,7 +83,9 @@ def look(folder: Folder, suffixes: tuple[str, ...]) -> Found:
     """
     found = Found()
     with refusing(f"source folder {folder.url}", "check the place and the access to it"):
-        for name, kind, size in _local_entries(folder.path, Counter()) if folder.local else _remote_entries(folder):
+        for name, kind, size, tag in (
+            _local_entries(folder.path, Counter()) if folder.local else _remote_entries(folder)
+        ):
             wanted = name.lower().endswith(suffixes)
             if hidden(name):
                 found.ignore("hidden or system files", name)
@@ -91,8 +102,51 @@ def look(folder: Folder, suffixes: tuple[str, ...]) -> Found:
                 raise UserError(f"{folder.file(name)} has {size:,} bytes, more than {MAX_FILE:,}: move it away")
             else:
                 found.names.append(name)
+                found.versions[name] = version(size, tag)
     found.names.sort()
     return found
+
+
+def version(size: int | None, tag: int | str) -> str:
+    """Return what recognises a changed file; empty if the store states neither a time nor an ETag."""
+    return f"{size} {tag}" if tag else ""
+
+
+def others_version(folder: Folder, known: tuple[str, ...] = NO_MEDIA) -> str:
+    """Return a hash of the names and versions of all files below a folder.
+
+    Args:
+        folder: the source folder.
+        known: endings of files that do not count; hidden files do not either.
+    """
+    found = sorted(
+        f"{name} {version(size, tag)}"
+        for name, _, size, tag in _entries(folder)
+        if not hidden(name) and not name.lower().endswith(known)
+    )
+    return hashlib.sha256("\n".join(found).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def versions_of(folder: Folder, names: Iterable[str]) -> dict[str, str]:
+    """Return size and time (or ETag) of files that a table names; those that do not exist are left out."""
+    versions: dict[str, str] = {}
+    if folder.local:
+        for name in names:
+            with contextlib.suppress(OSError, ValueError):
+                facts = Path(folder.file(name)).stat()
+                versions[name] = version(facts.st_size, facts.st_mtime_ns)
+        return versions
+    by_parent: dict[str, set[str]] = {}
+    for name in names:
+        above, _, base = name.rpartition("/")
+        by_parent.setdefault(above, set()).add(base)
+    for above, bases in by_parent.items():
+        parent = Folder(folder.fs, folder.file(above), folder.url) if above else folder
+        prefix = above and above + "/"
+        with refusing(f"source folder {folder.file(above)}", "check the place and the access to it"):
+            infos = listed(parent, sorted(bases))
+        versions |= {prefix + base: version(info["size"], file_tag(info)) for base, info in infos.items()}
+    return versions
 
 
 def read_file(folder: Folder, name: str) -> bytes:
@@ -128,11 +182,16 @@ def unreadable(key: str, error: OSError) -> Rejected:
     return Rejected(key, f"unreadable file: {type(error).__name__}")
 
 
+def _entries(folder: Folder) -> Iterator[Entry]:
+    """Yield the files below a folder."""
+    return _local_entries(folder.path, Counter()) if folder.local else _remote_entries(folder)
+
+
 def _remote_entries(folder: Folder) -> Iterator[Entry]:
     """Yield the files below a folder of a store."""
     root = folder.path.rstrip("/") + "/"
     for path, facts in folder.fs.find(folder.path, detail=True).items():
-        yield path[len(root) :], "", facts.get("size") or 0
+        yield path[len(root) :], "", facts.get("size") or 0, file_tag(facts)
 
 
 def _local_entries(
@@ -158,13 +217,13 @@ def _local_entries(
             try:
                 facts = entry.stat()
             except OSError:  # the target does not exist, or the link leads to itself
-                yield name, DEAD_LINK, 0
+                yield name, DEAD_LINK, 0, 0
                 continue
             if not stat.S_ISDIR(facts.st_mode):
-                yield name, SPECIAL.get(stat.S_IFMT(facts.st_mode), ""), facts.st_size
+                yield name, SPECIAL.get(stat.S_IFMT(facts.st_mode), ""), facts.st_size, facts.st_mtime_ns
             elif hidden(entry.name):
-                yield name + "/", "", 0
+                yield name + "/", "", 0, 0
             elif (facts.st_dev, facts.st_ino) in above:
-                yield name, LOOP, 0
+                yield name, LOOP, 0, 0
             else:
                 yield from _local_entries(entry.path, visits, name + "/", above)

@@ -87,6 +87,7 @@ class AudioSet:
             units,
             notes=(f"lists: {', '.join(lists[base] for base in wanted)}", *found.notes()),
             rejected=tuple(found.rejected),
+            versions=found.versions,
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:

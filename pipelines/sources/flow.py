@@ -60,6 +60,7 @@ class FlowPairs:
             units,
             notes=(f"scenes: {len(scenes):,}", *found.notes()),
             rejected=tuple(found.rejected),
+            versions=found.versions,
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:

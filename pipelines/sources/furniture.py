@@ -20,7 +20,7 @@ import numpy as np
 
 from perceiver.config import UserError
 from pipelines.features import Feature, LabelFeature, PointsFeature, TargetFeature
-from pipelines.packages import Package, fetch
+from pipelines.packages import Package, fetch, read_once
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, hold_out, item_seed, number, shuffled_units
 from pipelines.transforms import BadSample
@@ -48,7 +48,7 @@ class FurnitureMesh(NamedTuple):
     mesh: bytes
 
 
-@functools.lru_cache(maxsize=1)
+@read_once
 def read_archive(path: str) -> list[FurnitureMesh]:
     """Return the objects with a mesh, each mesh once, in the catalogue's order."""
     try:

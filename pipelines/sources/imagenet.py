@@ -38,8 +38,7 @@ class ImageNet:
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the images below `src`."""
         refuse_options(options)
-        folder = source_folder("imagenet", src, WANTED)
-        found = look(folder, (*IMAGES, ".tar", ".txt", ".csv"))
+        folder, found = self._found(src)
         names = found.names
         splits = {"train": list(find_train(folder, names)), "val": list(find_val(folder, names))}
         _check_places(folder, found, splits)
@@ -63,7 +62,17 @@ class ImageNet:
             units,
             notes=(*class_notes(classes), *found.notes()),
             rejected=tuple(found.rejected),
+            versions=found.versions,
         )
+
+    def versions(self, src: str | None) -> Mapping[str, str]:
+        """Return those of a listing without reading the headers of the tars."""
+        return self._found(src)[1].versions
+
+    @staticmethod
+    def _found(src: str | None) -> tuple[Folder, Found]:
+        folder = source_folder("imagenet", src, WANTED)
+        return folder, look(folder, (*IMAGES, ".tar", ".txt", ".csv"))
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's images unchanged."""

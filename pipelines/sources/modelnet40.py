@@ -74,6 +74,7 @@ class ModelNet40:
             units=shuffled_units(files.splits, rng, shard_rows, **content),
             notes=(*files.notes, *found.notes()),
             rejected=tuple(found.rejected),
+            versions=_versions(found, files),
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
@@ -130,6 +131,12 @@ def find_objects(folder: Folder, found: Found, options: Mapping[str, str]) -> Cl
     check_classes(folder, classes, splits)
     splits = {split: objects for split, objects in splits.items() if objects}
     return ClassFiles(classes, splits, (*class_notes(classes), *split_notes(_names(splits), 0, "object")))
+
+
+def _versions(found: Found, files: ClassFiles) -> dict[str, str]:
+    """Return the versions of the files by name, and of HDF5 files also by their rows."""
+    rows = [name for objects in files.splits.values() for name, _ in objects if _hdf5.is_row(name)]
+    return found.versions | {row: found.versions[row.rsplit("#", 1)[0]] for row in rows}
 
 
 def _names(splits: Mapping[str, Sequence[Labelled]]) -> dict[str, list[str]]:

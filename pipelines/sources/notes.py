@@ -5,7 +5,6 @@ once. Pitches are held out, not notes: the keys with (key // 2) % 5 == 2 form th
 soundfont (TimGM6mb, GPL-2) is downloaded; it is not part of this project.
 """
 
-import functools
 import io
 import random
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from pipelines.features import AudioFeature, Feature, LabelFeature, TargetFeature
-from pipelines.packages import Package, fetch, read_member
+from pipelines.packages import Package, fetch, read_member, read_once
 from pipelines.sources import Listing, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, units_of
 from pipelines.sources._soundfont import Note, SoundFont, play, read_font
@@ -49,7 +48,7 @@ NoteId = tuple[int, int, int, int]
 """Bank, program, key and class of a note."""
 
 
-@functools.lru_cache(maxsize=1)
+@read_once
 def soundfont(path: str) -> SoundFont:
     """Read the font in the package's file."""
     return read_font(read_member(path, MEMBER, PACKAGE))

@@ -76,6 +76,7 @@ class SegmentationFolder:
             units=shuffled_units(items, rng, shard_rows, src=src, classes=len(classes)),
             notes=(*class_notes(classes), *split_notes(splits, held_out), *found.notes()),
             rejected=tuple(rejected),
+            versions=found.versions,
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:

@@ -31,12 +31,13 @@ from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._columns import INPUTS, TARGET, check_input, check_once, find_columns, fits, is_number
 from pipelines.sources._common import base_name, number, source_folder
 from pipelines.sources._division import COLUMNS, Division, divide
-from pipelines.sources._files import look, read_below, unreadable
+from pipelines.sources._files import look, others_version, read_below, unreadable
 from pipelines.sources._labels import (
     LabelValue,
     classes_of,
     is_label,
     is_labels,
+    is_text,
     label_number,
     same_names,
     stored_names,
@@ -106,7 +107,8 @@ class TableSource:
         division, shares, notes = divide(folder, splits, columns, options, seed)
         held_out = 0.0 if division.active else held_out_share(splits, folder, options, "0.2")
         content = {"src": src, "columns": columns, "classes": classes, "own": own, "series": series}
-        content |= {"division": division, "features": number(options, "features", 0, least=0)}
+        named = others_version(folder) if _names_files(schema, columns, series) else ""
+        content |= {"named": named, "division": division, "features": number(options, "features", 0, least=0)}
         return Listing(
             name=base_name(folder.url),
             features=_features(folder, columns, groups, options)
@@ -124,6 +126,7 @@ class TableSource:
                 *found.notes(),
             ),
             rejected=tuple(found.rejected),
+            versions=found.versions | ({named: named} if named else {}),
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
@@ -246,6 +249,12 @@ def find_series(
     read = partial(read_below, folder, f"{first.rpartition('/')[0]}/".removeprefix("/"))
     some = [(cells, read) for cells in first_rows(folder, Group(first, 0, 0, 0), names)]
     return series_columns(names, some, options, folder.url)
+
+
+def _names_files(schema: pa.Schema, columns: Mapping[str, str], series: SeriesColumns | None) -> bool:
+    """Return whether cells may name files: those of structs with paths, and texts of a series."""
+    structs = any(pa.types.is_struct(schema.field(name).type) for name in columns.values())
+    return structs or any(is_text(schema.field(name).type) for name in (series.columns if series else ()))
 
 
 def class_names(

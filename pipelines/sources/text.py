@@ -87,6 +87,7 @@ class TextSource:
             units=_range_units(parts, rng, size, content, held_out=held_out),
             notes=(*split_notes(splits, held_out), *found.notes()),
             rejected=tuple(found.rejected),
+            versions=found.versions,
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:

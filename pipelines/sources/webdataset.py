@@ -36,7 +36,7 @@ from pipelines.sources._common import (
     source_folder,
     tar_members,
 )
-from pipelines.sources._files import hidden, look
+from pipelines.sources._files import Found, hidden, look
 from pipelines.sources._labels import label_number
 from pipelines.sources._layout import class_notes, held_out_share, split_notes, splits_of_files
 from pipelines.sources._probe import PROBE, image_feature
@@ -83,8 +83,7 @@ class WebDataset:
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the tars below `src`; each becomes one shard, two if a share of its samples is held out."""
         refuse_options(options, OPTIONS)
-        folder = source_folder("webdataset", src, "*.tar")
-        found = look(folder, (".tar", ".tar.gz", ".tgz"))
+        folder, found = self._found(src)
         if not found.names:
             raise UserError(f"no .tar files below {folder.url}: wanted train-000000.tar, ...")
         splits = splits_of_files(folder, found.names, options)
@@ -120,7 +119,17 @@ class WebDataset:
                 *found.notes(),
             ),
             rejected=tuple(found.rejected),
+            versions=found.versions,
         )
+
+    def versions(self, src: str | None) -> Mapping[str, str]:
+        """Return those of a listing without reading the labels."""
+        return self._found(src)[1].versions
+
+    @staticmethod
+    def _found(src: str | None) -> tuple[Folder, Found]:
+        folder = source_folder("webdataset", src, "*.tar")
+        return folder, look(folder, (".tar", ".tar.gz", ".tgz"))
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's tar."""
