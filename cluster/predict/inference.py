@@ -17,9 +17,10 @@ from cluster.predict.outputs import parquet, predicted
 from cluster.predict.scoring import Scoring
 from cluster.recipe.config import kind_of
 from perceiver.config import UserError
+from perceiver.environment import DISTRIBUTION, installed_version
 from perceiver.storage import Folder, open_folder, open_target, parse_json, refusing
 from perceiver.tasks import known_classes
-from pipelines.shards.manifest import content_digest
+from pipelines.shards.manifest import content_digest, file_versions
 from pipelines.shards.quarantine import Problem, Quarantine, write_problems
 from pipelines.shards.reader import Reader
 
@@ -232,16 +233,17 @@ def _named(scoring: Scoring, rows: pa.Table) -> pa.Table:
 
 def _fingerprint(scoring: Scoring) -> dict[str, Any]:
     """Return everything that the predictions depend on."""
-    digest = hashlib.sha256()
-    for name in sorted(scoring.saved.tensors):
-        digest.update(name.encode())
-        digest.update(scoring.saved.tensors[name].contiguous().view(torch.uint8).numpy().data)
     moved = {"storage_options", *({"url"} if scoring.origin else ())}
     view = scoring.recipe.data.model_dump(mode="json", exclude=moved)
+    models = [config and config.model_dump(mode="json") for config in (scoring.saved.model, scoring.recipe.model)]
+    versions = file_versions(scoring.manifest, [scoring.split])
     return {
-        "weights": digest.hexdigest()[:16],
+        "weights": scoring.saved.digest(),
+        "model": _short(models),
+        "task": _short(scoring.recipe.task.model_dump(mode="json")),
+        "version": installed_version(DISTRIBUTION),
         "data": scoring.origin or scoring.recipe.data.url,
-        "content": content_digest(scoring.manifest, [scoring.split])[:16],
+        "content": content_digest(scoring.manifest, [scoring.split])[:16] + (versions and f", {versions}"),
         "split": scoring.split,
         "samples": scoring.samples,
         "batch": scoring.batch,
@@ -286,6 +288,6 @@ def _claim(folder: Folder, facts: Mapping[str, Any]) -> None:
     changed = [name for name, value in facts.items() if before.get(name) != value]
     if changed:
         raise UserError(
-            f"{folder.url} was written with {changed[0]} = {before.get(changed[0])}, this call uses "
+            f"{folder.url} was written with {changed[0]} = {before.get(changed[0], 'not recorded')}, this call uses "
             f"{facts[changed[0]]}: {FIX}"
         )

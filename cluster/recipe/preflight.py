@@ -29,7 +29,7 @@ from perceiver.train.checkpoint.store import CheckpointManifest, parameter_diffe
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
 from pipelines.feed.excess import describe_excess
 from pipelines.feed.ingest import DataConfig, batch_shapes, check_files, load_data, sample_plan
-from pipelines.shards.manifest import Manifest, content_digest, load_manifest
+from pipelines.shards.manifest import Manifest, content_digest, file_versions, load_manifest
 
 DIGEST_CHARACTERS = 36
 """The longest digest of a data set that MLflow accepts."""
@@ -243,6 +243,7 @@ def data_facts(data: DataConfig, manifest: Manifest) -> DataFacts:
         samples={name: manifest.split(name).samples for name in splits},
         features={name: kind_of(feature) for name, feature in sorted(manifest.features.items())},
         digest=content_digest(manifest, splits),
+        files=file_versions(manifest, splits),
     )
 
 

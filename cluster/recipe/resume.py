@@ -175,7 +175,11 @@ def data_difference(before: DataFacts, now: DataFacts) -> str:
     for what, old, new in (("features", before.features, now.features), ("samples", before.samples, now.samples)):
         if dict(old) != dict(new):
             return f"its {what} are {_pairs(new)}, the run's {_pairs(old)}"
-    return "" if before.digest == now.digest else "the contents of its files differ (see manifest.json)"
+    if before.digest != now.digest:
+        return "the contents of its files differ (see manifest.json)"
+    (places, _, versions), (places_now, _, versions_now) = before.files.partition(":"), now.files.partition(":")
+    changed = places and places == places_now and versions != versions_now
+    return "its indexed files have changed since the run began" if changed else ""
 
 
 def _names(classes: tuple[str, ...] | list[str]) -> str:

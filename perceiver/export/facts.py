@@ -24,6 +24,7 @@ class DataFacts:
         samples: number of samples of the training and of the evaluation split, by its name.
         features: kind of each feature.
         digest: of the content, see `pipelines.shards.manifest.content_digest`; empty: not recorded.
+        files: places and versions of indexed files, see `pipelines.shards.manifest.file_versions`; else empty.
     """
 
     name: str
@@ -33,6 +34,7 @@ class DataFacts:
     samples: Mapping[str, NonNegativeCount] = field(default_factory=dict)
     features: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
+    files: str = ""
 
 
 class RunFacts(BaseModel):

@@ -1,6 +1,7 @@
 """Reads weights from a run's folder, one of its checkpoints, a safetensors file or a transformers folder."""
 
 import contextlib
+import hashlib
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +51,14 @@ class Saved:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor by name."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that identify the tensors and their names."""
+        found = hashlib.sha256()
+        for name in sorted(self.tensors):
+            found.update(name.encode())
+            found.update(self.tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()[:16]
 
     @property
     def data(self) -> DataFacts | None:

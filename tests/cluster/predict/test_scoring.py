@@ -120,6 +120,34 @@ def test_predictions_of_data_that_were_prepared_again_are_not_mixed(run: Path, t
         predict(scoring, out)
 
 
+@pytest.mark.parametrize("what", ["model", "task", "version"])
+def test_predictions_of_another_model_task_or_version_are_not_mixed(
+    what: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights and the data are the same."""
+    predict(open_scoring(str(run)), str(tmp_path / "out"))
+    overrides = ["task.label_smoothing=0.1"] if what == "task" else []
+    if what == "model":
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        recipe["model"]["heads"] = 1
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if what == "version":
+        monkeypatch.setattr(inference, "installed_version", lambda name: "another")
+    with pytest.raises(UserError, match=f"{what} = .*--to"):
+        predict(open_scoring(str(run), overrides=overrides), str(tmp_path / "out"))
+
+
+def test_unprepared_data_that_were_replaced_are_not_mixed(run: Path, tmp_path: Path) -> None:
+    """As many files under the same names."""
+    raw = write_images(tmp_path / "raw", 4)
+    call("predict", run, raw, "--to", tmp_path / "out")
+    assert " 0 samples written" in call("predict", run, raw, "--to", tmp_path / "out")
+    shutil.rmtree(raw)
+    write_images(raw, 4, seed=1)
+    done = CliRunner().invoke(cli, ["predict", str(run), str(raw), "--to", str(tmp_path / "out")])
+    assert isinstance(done.exception, UserError) and "content = " in str(done.exception)
+
+
 def test_other_files_are_not_mixed_with_predictions(run: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "part-00000.parquet").write_bytes(b"what training left")

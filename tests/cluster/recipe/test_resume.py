@@ -8,9 +8,10 @@ import pytest
 
 from cluster.recipe.config import build_recipe
 from cluster.recipe.preflight import Preflight, check, data_facts
-from cluster.recipe.resume import MAY_CHANGE, longer
+from cluster.recipe.resume import MAY_CHANGE, data_difference, longer
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
+from perceiver.export.facts import DataFacts
 from perceiver.factory import build_model
 from perceiver.train.checkpoint.store import Snapshot
 from pipelines.prepare import prepare
@@ -149,6 +150,14 @@ def test_other_data_are_refused(run: dict[str, Any], tmp_path: Path, what: str) 
     message = refused(run)
     words = {"pixels": "contents", "samples": "train 40, test 20", "classes": "light, night"}
     assert str(tmp_path / "prepared") in message and words[what] in message, message
+
+
+def test_indexed_files_that_changed_in_place_are_other_data() -> None:
+    """Files of an index have no checksum, so that their versions are compared as long as their places are the same."""
+    facts = {files: DataFacts("name", "", "", digest="same", files=files) for files in ("", "a:1", "a:2", "b:3")}
+    assert "indexed files have changed" in data_difference(facts["a:1"], facts["a:2"])
+    for then, now in (("a:1", "a:1"), ("a:1", "b:3"), ("", "a:1"), ("", "")):
+        assert data_difference(facts[then], facts[now]) == "", "a copy, or a run of an earlier version"
 
 
 def test_data_that_an_earlier_version_recorded_are_compared_by_class(run: dict[str, Any]) -> None:
