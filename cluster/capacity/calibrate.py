@@ -19,9 +19,12 @@ from cluster.recipe.statistics import with_statistics
 from cluster.runtime.hardware import Device
 from cluster.runtime.local import set_quiet_environment
 from perceiver.config import Config, Count, NonNegative, Positive, Real, UserError
+from perceiver.environment import DISTRIBUTION, ENGINES, installed_version
 from perceiver.storage import cache_folder, refusing, write_whole
 from pipelines.feed.ingest import load_data
+from pipelines.shards.manifest import content_digest, file_versions
 
+SOFTWARE = (DISTRIBUTION, *ENGINES)
 TIMEOUT_S = 300
 SECONDS = 1.5
 """Approximate seconds spent on each size."""
@@ -109,11 +112,24 @@ class Calibration(Config):
 
 
 def calibration_file(recipe: Recipe) -> Path:
-    """Return the path of a recipe's calibration, which depends on what changes its speed, not on its length or name."""
+    """Return the path of a recipe's calibration, which depends on what changes its speed, not on its length or name.
+
+    The content of the data and the versions of the software count, too.
+    """
     parts: dict[str, Any] = dict.fromkeys(("model", "task", "optim", "data", "deepspeed"), True)
     facts = recipe.model_dump(mode="json", include={**parts, "train": {"precision"}})
+    facts["content"], facts["software"] = _content(recipe), {name: installed_version(name) for name in SOFTWARE}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder("calibrations", f"{name}.json")
+
+
+def _content(recipe: Recipe) -> list[str]:
+    """Return what identifies the content of a recipe's data; empty if they are not there."""
+    try:
+        manifest, splits = load_data(recipe.data), [recipe.data.train_split]
+        return [content_digest(manifest, splits), file_versions(manifest, splits)]
+    except UserError:
+        return []
 
 
 def load_calibration(recipe: Recipe, device: str) -> Calibration | None:

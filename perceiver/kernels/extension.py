@@ -58,7 +58,7 @@ def library() -> Path | None:
         return None
     flags = (*FLAGS, f"-DLANES={_lanes()}")
     texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
-    key = hashlib.sha256("\n".join([*texts, compiler, *flags, _cpu()]).encode()).hexdigest()[:20]
+    key = hashlib.sha256("\n".join([*texts, _identity(compiler), *flags, _cpu()]).encode()).hexdigest()[:20]
     folder = cache_folder("kernels")
     path = folder / f"kernels-{key}.so"
     if path.exists():
@@ -75,6 +75,13 @@ def library() -> Path | None:
             subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
             built.rename(path)
     return path
+
+
+def _identity(compiler: str) -> str:
+    """Return a compiler's file with size and time, so that another version at the same place builds again."""
+    path = Path(compiler).resolve()
+    facts = path.stat()
+    return f"{path} {facts.st_size} {facts.st_mtime_ns}"
 
 
 def _cpu_lines() -> list[str]:

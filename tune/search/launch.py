@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from cluster.recipe.config import build_recipe
 from cluster.recipe.placement import Node, connected_nodes
 from cluster.recipe.preflight import data_facts, tracked_data
 from cluster.recipe.resources import machine_cpus
@@ -33,6 +34,7 @@ from cluster.runtime.session import (
     stop_on_signal,
 )
 from perceiver.config import UserError
+from perceiver.export.weights import open_weights
 from perceiver.tracking.record import unsent
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
@@ -50,7 +52,7 @@ from tune.search.tuner import build_tuner
 from tune.search_file import SEARCH, read_search
 from tune.search_record import SearchRecord, TrialRecord, load_record, reopen, save_record, trial_name
 from tune.space.samplers import FixedSampler, OptunaSampler, Sampler, known_trials
-from tune.space.space import Values
+from tune.space.space import Values, with_values
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,7 @@ def run_search(plan: SearchPlan, start: SearchStart, conclude: Concluder) -> int
     record = load_record(folder) if start.resume else new
     waiting, concluded = reopen(record), folder.facts().get("status") == "finished"
     _keep_search(plan, folder, start.resume)
+    _check_trials_data(plan, folder, record)
     save_record(record, folder)
     with SearchConsole(record, show=start.show) as console, ExitStack() as stack:
         stack.enter_context(raise_on_signal())
@@ -209,8 +212,31 @@ def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
     data = data_facts(search.recipe.data, load_data(search.recipe.data))
     if resume:
         check_same_data(search.recipe.data.url, data, folder)
-    folder.note(search=search.config.name, data=asdict(data))
+    weights = _first_weights(search.recipe.train.init_from, folder, resume)
+    folder.note(search=search.config.name, data=asdict(data), weights=weights)
     folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
+
+
+def _first_weights(place: str | None, folder: RunFolder, resume: bool) -> str:
+    """Return what identifies the weights that the trials start from; refuse to resume with others."""
+    found = open_weights(place).digest() if place else ""
+    before = folder.facts().get("weights") if resume else None
+    if before is not None and before != found:
+        raise UserError(
+            f"train.init_from={place} has other weights than when {folder.url} was started: restore them, or start a"
+            " new search without --resume"
+        )
+    return found
+
+
+def _check_trials_data(plan: SearchPlan, folder: RunFolder, record: SearchRecord) -> None:
+    """Refuse to resume with trials whose own data, other than the base recipe's, have changed since they started."""
+    for trial in record.trials:
+        if any(key.startswith("data.") for key in trial.values):
+            own = RunFolder(folder.location("trials"), trial_name(trial.number))
+            recipe = build_recipe(with_values(plan.search.base, trial.values), source=plan.search.source)
+            if own.facts().get("data"):
+                check_same_data(recipe.data.url, data_facts(recipe.data, load_data(recipe.data)), own)
 
 
 def check_same_rows(folder: RunFolder, before: Sequence[str], now: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,8 @@ from perceiver.cli.plan import command
 from perceiver.config import UserError
 from perceiver.factory import build_model, model_config
 from perceiver.step_trace import StepTrace, trace_step
-from tests.cluster.recipes import write_recipe
+from pipelines.prepare import PrepareConfig, prepare
+from tests.cluster.recipes import write_images, write_recipe
 from tests.faults.job import PACE
 from tests.homes import share_kernels
 
@@ -311,6 +313,22 @@ def test_another_precision_has_another_calibration(tree: dict[str, Any]) -> None
         for more in ({}, {"precision": "fp32"}, {"precision": "bf16"}, {"epochs": 9})
     }
     assert len(files) == 3, "the length of a run does not change its speed"
+
+
+def test_other_data_at_the_same_place_and_other_software_have_another_calibration(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, files = tmp_path / "place", []
+    recipe = build_recipe({**tree, "data": {**tree["data"], "url": str(place)}})
+    files.append(calibration_file(recipe))
+    for seed in (0, 1):
+        shutil.rmtree(place, ignore_errors=True)
+        raw = write_images(tmp_path / f"raw{seed}", 4, seed=seed)
+        prepare("image_folder", str(raw), str(place), PrepareConfig(parallel="off"))
+        files.append(calibration_file(recipe))
+    monkeypatch.setattr("cluster.capacity.calibrate.installed_version", lambda name: "another")
+    files.append(calibration_file(recipe))
+    assert len(set(files)) == 4
 
 
 @pytest.mark.slow
