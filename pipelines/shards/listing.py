@@ -4,8 +4,10 @@ A folder is listed once, whatever the number of its shards: 10**5 in an object s
 store that cannot list (plain HTTP), at most `ASKED` evenly spread files are requested.
 """
 
+import contextlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from perceiver.config import UserError
@@ -19,7 +21,13 @@ NO_LISTING = {"http", "https"}
 
 
 def file_tag(info: Mapping[str, Any]) -> str:
-    """Return a file's version from a store's listing: its ETag, else its modification time, else nothing."""
+    """Return a file's version from a store's listing: its ETag, else its modification time, else nothing.
+
+    A local link has the time of the file that it leads to; in earlier versions it had its own, see `file_fault`.
+    """
+    if info.get("islink"):
+        with contextlib.suppress(OSError):
+            return f"{Path(info['name']).stat().st_mtime:.6f}"
     for key in ("ETag", "etag", "md5Hash", "content_md5"):
         if info.get(key):
             return str(info[key]).strip('"')
@@ -113,6 +121,6 @@ def file_fault(shard: ShardInfo, info: Mapping[str, Any] | None, folder: Folder)
     size = info.get("size")
     if size is not None and size != shard.bytes:
         return f"{size} bytes, wanted {shard.bytes}"
-    if shard.tag and size is not None and file_tag(info) != shard.tag:
+    if shard.tag and size is not None and shard.tag not in (file_tag(info), file_tag({**info, "islink": False})):
         return "changed since it was indexed"
     return ""

@@ -16,6 +16,7 @@ from pipelines import fingerprints
 from pipelines import prepare as preparing
 from pipelines.index import index
 from pipelines.prepare import PrepareConfig, prepare
+from pipelines.shards.listing import check_listing
 from pipelines.shards.manifest import content_digest, file_versions, load_manifest, save_manifest
 from pipelines.shards.reader import Reader
 from pipelines.sources import Unit
@@ -231,17 +232,22 @@ def test_an_unfinished_preparation_of_an_earlier_version_is_made_again(tmp_path:
     assert prepare("text", str(src), str(out), CONFIG) == prepare("text", str(src), str(tmp_path / "fresh"), CONFIG)
 
 
-def test_an_index_of_files_that_were_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_index_of_files_that_were_replaced(linked: bool, tmp_path: Path) -> None:
     """Also in one process, which keeps footers and row groups; the files have the same size."""
     src, out = tmp_path / "src", tmp_path / "out"
     config = PrepareConfig(options={"classes": "a,b"})
     found = []
+    src.mkdir()
+    file = tmp_path / "a.parquet" if linked else src / "a.parquet"
+    if linked:
+        (src / "a.parquet").symlink_to(file)
     for first in (0, 1):
-        src.mkdir(exist_ok=True)
-        pq.write_table(
-            pa.table({"image": PICTURES[:8], "label": [(n + first) % 2 for n in range(8)]}), src / "a.parquet"
-        )
-        os.utime(src / "a.parquet", (first, first))
+        pq.write_table(pa.table({"image": PICTURES[:8], "label": [(n + first) % 2 for n in range(8)]}), file)
+        os.utime(file, (first, first))
+        if first:
+            with pytest.raises(UserError, match="differ from"):
+                check_listing(str(out), load_manifest(str(out)).split("train"))
         if first:
             with pytest.raises(UserError, match="has changed since"):
                 index("table", str(src), str(out), config)

@@ -84,6 +84,20 @@ def test_silent_without_a_compiler_or_with_a_broken_one(monkeypatch, tmp_path, c
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are compiled on Linux")
+def test_another_compiler_at_the_same_place_builds_again(tmp_path, monkeypatch):
+    built, compiler = [], tmp_path / "cxx"
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("PERCEIVER_CACHE", str(tmp_path / "cache"))
+    for version in ("1", "22"):
+        script = f'#!/bin/sh\n# {version}\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n'
+        compiler.write_text(script)
+        compiler.chmod(0o755)
+        built.append(extension.library())
+        assert extension.library() == built[-1]
+    assert built[0] != built[1]
+
+
 @compiler
 def test_two_processes_build_once(tmp_path):
     """Both processes load the same library, built by at most one compiler run each, and no temporary files are left."""
