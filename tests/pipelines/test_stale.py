@@ -82,13 +82,13 @@ CASES: dict[str, tuple[str, Change, Change]] = {
     "image_folder, other content": (
         "image_folder",
         folder,
-        lambda src: [swap(src, f"a/{n}.png", n + 1) for n in (4, 8)],
+        lambda src: swap(src, [f"a/{n}.png" for n in (4, 8)]),
     ),
     "csv, a row relabelled": ("csv", table, lambda src: table(src, relabelled=True)),
     "csv, other content of pictures": (
         "csv",
         table,
-        lambda src: [swap(src, f"images/{n}.png", n + 1) for n in range(20)],
+        lambda src: swap(src, [f"images/{n}.png" for n in range(20)]),
     ),
     "webdataset, other content": ("webdataset", tars, lambda src: tars(src, first=5)),
     "webdataset, a tar removed": ("webdataset", tars, lambda src: (src / "train-0.tar").unlink()),
@@ -113,6 +113,11 @@ def stop_after(shards: int) -> Callable[[int, str], None]:
     return progress
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """Return the content of a folder's files by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_changed_raw_data_are_prepared_as_if_for_the_first_time(case: str, tmp_path: Path) -> None:
     source, make, change = CASES[case]
@@ -125,7 +130,7 @@ def test_changed_raw_data_are_prepared_as_if_for_the_first_time(case: str, tmp_p
     found = prepare(source, str(src), str(out), CONFIG)
     fresh = prepare(source, str(src), str(tmp_path / "fresh"), CONFIG)
     assert found == fresh != whole
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "fresh").iterdir())
+    assert files(out) == files(tmp_path / "fresh")
     with pytest.raises(UserError, match="src has changed since"):
         prepare(source, str(src), str(tmp_path / "whole"), CONFIG)
     assert prepare(source, str(src), str(out), CONFIG) == found
@@ -185,8 +190,9 @@ def test_a_stop_between_shard_and_receipt_does_not_join_the_two(
     for path, (content, time) in before.items():
         path.write_bytes(content)
         os.utime(path, ns=(time, time))
-    found = prepare("text", str(src), str(out), CONFIG)
-    assert found == prepare("text", str(src), str(tmp_path / "fresh"), CONFIG)
+    prepare("text", str(src), str(out), CONFIG)
+    prepare("text", str(src), str(tmp_path / "fresh"), CONFIG)
+    assert files(out) == files(tmp_path / "fresh")
 
 
 def test_a_source_that_states_no_versions_is_compared_as_a_whole(tmp_path: Path) -> None:
