@@ -44,8 +44,8 @@ def tars(src: Path, first: int = 0, count: int = 4) -> None:
     """Write tars of two samples each."""
     for number in range(count):
         picture, other = PICTURES[first + 2 * number : first + 2 * number + 2]
-        members = {"0.png": picture, "0.cls": b"0", "1.png": other, "1.cls": b"1"}
-        write(src, {f"train-{number}.tar": tar(members)})
+        content = tar({"0.png": picture, "0.cls": b"0", "1.png": other, "1.cls": b"1"})
+        write(src, {f"train-{number}.tar": content})
 
 
 def parquet(src: Path, first: int = 0, paths: bool = False) -> None:
