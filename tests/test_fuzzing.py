@@ -18,11 +18,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.record.lease import LeaseFile, Owner
+from cluster.record.lease import LeaseFile
 from cluster.record.run_folder import RunFolder, find_run
 from perceiver.config import UserError
 from perceiver.export.weights import open_weights
 from perceiver.optim.config import OptimConfig
+from perceiver.train.checkpoint.fence import Owner
 from perceiver.train.checkpoint.store import HISTORY, MANIFEST, CheckpointStore, Snapshot
 from pipelines.feed.ingest import DataConfig, TrainShare, check_files, load_data, train_batches
 from pipelines.inspect.inspection import inspect
@@ -223,12 +224,12 @@ def test_run_facts_leases_and_searches(tmp_path: Path) -> None:
     lease = LeaseFile(folder.url)
 
     def owner(text: str) -> str:
-        folder.write("lease.json", text)
-        found = lease.read()
+        folder.write("lease/00000001.json", text)
+        found = lease.read(1)
         assert found is None or 0 < found.life_s <= 86_400
         return "right" if found else "quarantined"
 
-    fuzz("lease.json", Owner.here(60.0).model_dump(), owner, tmp_path, 50)
+    fuzz("lease/00000001.json", Owner.here(60.0).model_dump(), owner, tmp_path, 50)
     trials = [TrialRecord(number=number, values={"optim.lr": 0.1}) for number in range(3)]
     trials[0].add(Evaluation(step=3, epoch=1.0, metrics={"accuracy": 0.5}, at=1.0))
     save_record(SearchRecord(metrics={"accuracy": "max"}, workers=1, trials=trials), folder)

@@ -119,10 +119,8 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         recipe.tracking.store_uri(folder.local.parent)
     if checkpoint is not None:
         check_same_parameters(folder, checkpoint, model.shapes)
-    if not resume and (folder.facts() or folder.checkpoints.steps()):
-        raise UserError(
-            f"run {folder.name!r} exists below {folder.output}: add --resume to continue, or choose another --run"
-        )
+    if not resume:
+        check_new(folder)
     start = describe_start(recipe, model.manifest) if checkpoint is None else ""
     samples = model.manifest.split(recipe.data.train_split).samples
     epoch_steps, total_steps = samples / recipe.train.global_batch, recipe.train.total_steps(samples)
@@ -133,6 +131,14 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     notes = tuple(describe_excess(recipe.data, model.manifest, recipe.data.train_split))
     steps = epoch_steps, total_steps
     return Preflight(recipe, model.manifest, model.parameters, *steps, checkpoint, start, changes, notes, model.frozen)
+
+
+def check_new(folder: RunFolder) -> None:
+    """Refuse to start a run anew in a folder that has one."""
+    if folder.facts().keys() - {"name", "created", "recipe"} or folder.checkpoints.steps():
+        raise UserError(
+            f"run {folder.name!r} exists below {folder.output}: add --resume to continue, or choose another --run"
+        )
 
 
 def check_machine(recipe: Recipe) -> tuple[int, int]:

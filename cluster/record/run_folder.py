@@ -29,6 +29,7 @@ from perceiver.storage import (
     write_whole,
 )
 from perceiver.tracking.record import FILES, HISTORY, LOG, RECORD, RUN, SENT
+from perceiver.train.checkpoint.fence import Fence
 from perceiver.train.checkpoint.store import CheckpointStore
 
 RETRIES = RetryPolicy(attempts=5, backoff=1.0)
@@ -43,10 +44,14 @@ def retried(fs: Any, what: str, work: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run below ``output``: ``<output>/<name>/{run.json, recipe.yaml, checkpoints/, report/, ...}``."""
+    """A run below ``output``: ``<output>/<name>/{run.json, recipe.yaml, checkpoints/, report/, ...}``.
+
+    `fence` is the claim for which this process writes; without one it reads, or the run has no lease.
+    """
 
     output: str
     name: str
+    fence: Fence | None = None
 
     @property
     def url(self) -> str:
@@ -73,14 +78,23 @@ class RunFolder:
     @property
     def checkpoints(self) -> CheckpointStore:
         """Return the store of the run's checkpoints."""
-        return CheckpointStore(self.location("checkpoints"))
+        return CheckpointStore(self.location("checkpoints"), self.fence)
+
+    def check_owner(self) -> None:
+        """Raise `TakenOverError` if another driver has taken over the run."""
+        if (fence := self.fence) is not None:
+            taken_by = retried(fence.claims.fs, f"reading the lease of {self.url}", fence.taken_by)
+            if taken_by:
+                raise fence.error(taken_by)
 
     def write(self, part: str, data: str | bytes) -> None:
         """Write a file atomically, see `write_whole`.
 
         Raises:
             UserError: the file cannot be written.
+            TakenOverError: another driver has taken over the run.
         """
+        self.check_owner()
         fs, path = open_url(self.location(*part.split("/")))
         try:
             retried(fs, f"writing {self.location(part)}", lambda: write_whole(path, data, fs))
@@ -113,6 +127,7 @@ class RunFolder:
             part: the folder.
             workers: how many there are now; their files, and what they are writing, stay.
         """
+        self.check_owner()
         fs, path = open_url(self.location(part))
         for name in entry_names(fs, path):
             if (found := re.fullmatch(r"part-(\d+)\.\w+", name)) and int(found[1]) >= workers:

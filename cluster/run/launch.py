@@ -5,17 +5,17 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import yaml
 
 from cluster.recipe.config import Recipe, kind_of, zero_stage
-from cluster.recipe.preflight import check, data_facts, tracked_data
+from cluster.recipe.preflight import Preflight, check, check_new, data_facts, tracked_data
 from cluster.recipe.resume import longer
 from cluster.record.failures import one_line
-from cluster.record.lease import hold
-from cluster.record.run_folder import choose_run
+from cluster.record.lease import Lease, hold
+from cluster.record.run_folder import RunFolder, choose_run
 from cluster.record.sessions import begin_session
 from cluster.run.console import RunConsole, Show
 from cluster.run.context import Launch
@@ -75,6 +75,7 @@ def launch_training(
         stack.enter_context(raise_on_signal())
         lease = stack.enter_context(hold(folder.url))
         stack.enter_context(log_file(folder))
+        folder, preflight = _take_over(folder, lease, preflight, resume)
         background = stack.enter_context(ThreadPoolExecutor(2))
         launch = Launch(recipe, folder, preflight, console, resume, command, background, lease)
         if launch.trained and is_concluded(launch):
@@ -87,14 +88,15 @@ def launch_training(
         try:
             outcome = run_workers(launch)
         except UserError:
-            if not lease.lost:
-                note_end(launch, {}, "refused")
+            lease.check()
+            note_end(launch, {}, "refused")
             raise
         except KeyboardInterrupt:
             outcome = {"status": "stopped", "handle": load_handle(folder.local)}
         except Exception as error:  # noqa: BLE001  a bug, or a failure of the machine
             log.exception("the run failed")
             outcome = {"status": "failed", "error": one_line(error)}
+        lease.check()
         return conclude(launch, outcome)
 
 
@@ -129,15 +131,28 @@ def run_workers(launch: Launch) -> dict[str, Any]:
                     if (hanging := watchdog.suspect(time.monotonic())) is not None:
                         console.show({"kind": "hang", **asdict(hanging)})
                         end(hanging)
-                    if launch.lease.lost:
-                        raise UserError(
-                            f"{folder.url}: {launch.lease.lost}; this driver stops, its work since then is discarded"
-                        )
+                    if launch.lease.taken_by:
+                        launch.lease.check()
         console.close()
         if not fit.lost:
             evaluations.cancel()
             monitor.close()
         return {**fit.outcome, "handle": handle, "result": fit.result}
+
+
+def _take_over(folder: RunFolder, lease: Lease, preflight: Preflight, resume: bool) -> tuple[RunFolder, Preflight]:
+    """Record where this driver starts, before its workers do; return the folder as it may be written, and the checks.
+
+    Until it had the lease, another driver may have written further checkpoints.
+    """
+    folder = replace(folder, fence=lease.fence)
+    if not resume:
+        check_new(folder)
+    steps = folder.checkpoints.steps()
+    if steps and (preflight.checkpoint is None or steps[-1] != preflight.checkpoint.step):
+        preflight = replace(preflight, checkpoint=folder.checkpoints.newest())
+    lease.start_at(preflight.checkpoint.step if preflight.checkpoint else 0)
+    return folder, preflight
 
 
 def _note_start(launch: Launch) -> None:

@@ -164,6 +164,7 @@ def worker_config(
         "run": folder.name,
         "monitor": monitor,
         "mlflow": Unshown(handle),
+        "fence": folder.fence,
         "local": str(folder.local.resolve()),
         "runs": share.runs,
         "on_cluster": recipe.cluster.resolved_address() is not None,

@@ -101,7 +101,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             # The recipe, its data, and the checkpoint to continue from.
             recipe = build_recipe(config["recipe"].value)
             training = recipe.train
-            folder = RunFolder(recipe.output, config["run"])
+            folder = RunFolder(recipe.output, config["run"], config["fence"])
+            folder.check_owner()
             manifest = load_data(recipe.data)
             recipe = with_targets(recipe, manifest)
             samples, classes = manifest.split(recipe.data.train_split).samples, len(manifest.classes)
@@ -140,7 +141,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             def evaluation_batches() -> Iterator[Batch]:
                 return pulse.count(evaluation_share(recipe, manifest, me, quarantine))
 
-            # Recording.
+            # Recording. The process of a driver that was taken over must not replace the record of the next one.
+            folder.check_owner()
             recorded = folder.checkpoints.history(span.start_step) if resumed else ""
             handle: RunHandle | None = config["mlflow"].value
             tracker: Tracker = NullTracker()
@@ -161,7 +163,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             evaluations = build_async_evaluation(recipe, folder, history, monitor, span, me)
             sample_log = SampleLog()
             ledger = (
-                Ledger(folder.location("ledger"), me.rank, sample_log, span.start_step) if training.ledger else None
+                Ledger(folder.location("ledger"), me.rank, sample_log, span.start_step, folder.fence)
+                if training.ledger
+                else None
             )
             if ledger is not None and first:
                 ledger.rewind(span.start_step)
@@ -506,6 +510,7 @@ def send_progress(monitor: Client, info: StepInfo) -> None:
 def write_quarantine(quarantine: Quarantine, folder: RunFolder, me: WorkerRank) -> None:
     """Write this worker's bad samples, with their reasons, to ``quarantine/``."""
     if quarantine.problems:
+        folder.check_owner()
         quarantine.write(folder.location("quarantine", f"part-{me.rank:05d}"))
 
 

@@ -1,6 +1,8 @@
 """A run's ledger compared with its sample plan."""
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +10,8 @@ from io import BytesIO
 
 import fsspec
 import pyarrow.parquet as pq
+
+from perceiver.train.checkpoint.fence import Claims
 
 
 @dataclass
@@ -42,11 +46,16 @@ def audit(url: str, last_step: int, planned: Callable[[int], Sequence[int]]) -> 
     """
     fs, root = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()
+    claims = Claims(url.rpartition("/")[0])
+    owner = claims.readable(claims.newest())
     found: dict[int, Counter[int]] = {}
     for path in fs.glob(f"{root}/steps-*/*.parquet"):
+        name = re.fullmatch(r".*/rank-\d+(?:-(\d+))?\.parquet", path)
+        last = owner.last_step(int((name and name[1]) or 0)) if owner else math.inf
         rows = pq.read_table(BytesIO(fs.cat_file(path))).to_pydict()
         for step, sample in zip(rows["step"], rows["sample_id"], strict=True):
-            found.setdefault(step, Counter())[sample] += 1
+            if step <= last:  # later ones were written by a driver that had been taken over
+                found.setdefault(step, Counter())[sample] += 1
     result = Audit(steps=len(found))
     for step in range(1, last_step + 1):
         wanted, there = Counter(planned(step)), found.get(step, Counter())

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.job import Job, Outcome, fault_tree, send
+from tests.faults.job import PATIENCE_S, Job, Outcome, fault_tree, send
 from tests.faults.stages import killed_at_each_stage
 from tests.faults.table import STEPS, expect_finished, scenario
 
 GRACE_S = 30
 LONG = 200
+STOPPED = 1000
+"""Steps of a run whose workers still train when its driver's lease has expired."""
 CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -164,6 +166,33 @@ def two_drivers(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         outcome.expect(found, f"the owner is named\n{second.output}")
         expect_finished(job, outcome)
         job.judge(outcome, fault, found, LONG)
+    finally:
+        job.kill()
+        second.kill()
+
+
+@scenario("driver SIGSTOP, another takes over, then SIGCONT")
+def driver_stopped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The workers of the stopped driver go on meanwhile; neither they nor the driver change the second one's run."""
+    tree = fault_tree(tree, STOPPED, checkpoint_every=4)
+    job, second = Job(folder, tree).paced().start(), Job(folder, tree)
+    try:
+        job.wait_checkpoint()
+        assert job.process is not None
+        job.process.send_signal(signal.SIGSTOP)
+        fault = time.time()
+        until = time.monotonic() + PATIENCE_S
+        while second.start("--resume").end() == 2 and second.said("is in use by") and time.monotonic() < until:
+            time.sleep(5)
+        outcome.expect(second.process and second.process.returncode == 0, f"exit code 0\n{second.output}")
+        job.process.send_signal(signal.SIGCONT)
+        continued = time.time()
+        outcome.expect(job.end() == 2, f"exit code 2\n{job.output}")
+        errors = [line for when, line in job.lines if when > continued and line.startswith("error:")]
+        owner = f"taken over this run (process {second.process and second.process.pid} "
+        outcome.expect(len(errors) == 1 and owner in errors[0], f"one error names the second driver\n{job.output}")
+        outcome.expect(second.facts().get("status") == "finished", "the run is finished")
+        second.judge(outcome, fault, None, STOPPED)
     finally:
         job.kill()
         second.kill()

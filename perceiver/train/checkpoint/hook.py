@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from perceiver.config import UserError
 from perceiver.storage import RetryPolicy, first_line, is_refusal, retry_pause
+from perceiver.train.checkpoint.fence import TakenOverError
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore, Snapshot, Staged
 from perceiver.train.engine.protocol import Engine
 from perceiver.train.hooks import History
@@ -132,7 +133,7 @@ class BackgroundSaver:
 
     Attributes:
         failure: why this rank's last save failed; empty if it succeeded.
-        refused: why no later save can succeed (credentials); empty otherwise.
+        refused: why no later save can succeed (credentials, another driver); empty otherwise.
         done: (step, step of the best or None) of committed checkpoints that are not announced yet.
     """
 
@@ -234,13 +235,17 @@ class BackgroundSaver:
                 return
             except Exception as error:
                 # A mounted folder may be missing for a moment.
-                pause = retry_pause(error, attempt, f"checkpoint upload to {self.store.url}", self.retries, final=())
+                pause = retry_pause(
+                    error, attempt, f"checkpoint upload to {self.store.url}", self.retries, final=(TakenOverError,)
+                )
                 if self._abandoned.wait(pause):
                     raise
 
     def _fail(self, step: int, error: Exception) -> None:
         reason = first_line(error)
-        if is_refusal(error):
+        if isinstance(error, TakenOverError):
+            self.refused = str(error)
+        elif is_refusal(error):
             self.refused = refusal(self.store.url, reason)
         self.failure = f"checkpoint {self.store.location(step)} was not saved: {type(error).__name__}: {reason}"
         log.error("%s", self.failure)
@@ -376,6 +381,10 @@ class CheckpointHook:
         """Handle the outcome of the last save, once all ranks know it."""
         ended, self._in_flight = self._in_flight, None
         self._missed = self._missed + 1 if flags.save_failed else 0
+        if flags.save_refused:
+            self.saver.abandon()
+            elsewhere = refusal(self.saver.store.url, "reported by another worker, see its log")
+            raise UserError(self.saver.refused or elsewhere)
         if flags.save_failed:
             self.saver.abandon()
             self._reason = self.saver.failure or "checkpoint was not saved by another worker, see its log"
@@ -384,9 +393,6 @@ class CheckpointHook:
             self.saver.failure = ""
         elif ended is not None:
             self.listeners.committed(ended, self.saver.store.location(ended))
-        if flags.save_refused:
-            elsewhere = refusal(self.saver.store.url, "reported by another worker, see its log")
-            raise UserError(self.saver.refused or elsewhere)
         if self._missed >= self.saver.config.checkpoint_misses:
             raise UserError(f"{self._missed} consecutive checkpoints failed (train.checkpoint_misses): {self._reason}")
 

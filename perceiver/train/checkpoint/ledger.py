@@ -4,10 +4,12 @@ A ledger is a folder of Parquet files, one per rank and interval of steps, with 
 row without a usable sample)::
 
     ledger/steps-00000001-00000012/rank-00000.parquet
+    ledger/steps-00000013-00000024/rank-00000-00000002.parquet      written by the second driver of the run
     ledger/void-00000009-00000015.json      rolled-back steps: their samples had no effect on the weights
 
 A rank writes its part before its receipt for the checkpoint that ends the interval, so all steps before a checkpoint
-are recorded. When a run resumes, later entries are removed, because those steps run again.
+are recorded. When a run resumes, later entries are removed, because those steps run again. What a driver wrote of the
+steps after the start of a later one does not count (`perceiver.train.checkpoint.fence`).
 """
 
 import json
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from perceiver.storage import entry_names, open_url, write_whole
+from perceiver.train.checkpoint.fence import Fence
 from perceiver.train.loop import StepInfo
 
 PART = re.compile(r"(?:steps|void)-(\d+)-(\d+)(?:\.json)?")
@@ -58,16 +61,18 @@ class SampleLog:
 
 
 class Ledger:
-    """The ledger of a run at a URL; each rank has one."""
+    """The ledger of a run at a URL; each rank has one, with the claim for which it writes, if there is one."""
 
-    def __init__(self, url: str, rank: int, samples: SampleLog, start_step: int) -> None:
+    def __init__(self, url: str, rank: int, samples: SampleLog, start_step: int, fence: Fence | None = None) -> None:
         self.fs, self.root = open_url(url.rstrip("/"))
+        self.fence = fence
         self.rank, self.samples, self.written = rank, samples, start_step
 
     def record(self, step: int) -> None:
         """Write the steps up to `step` that are not written yet; called in the background, repeated after a failure."""
         if step > self.written:
-            name = f"steps-{self.written + 1:08d}-{step:08d}/rank-{self.rank:05d}.parquet"
+            driver = f"-{self.fence.number:08d}" if self.fence else ""
+            name = f"steps-{self.written + 1:08d}-{step:08d}/rank-{self.rank:05d}{driver}.parquet"
             self._write(name, self.samples.table(self.written, step))
             self.written = step
 
@@ -85,4 +90,6 @@ class Ledger:
                 self.fs.rm(f"{self.root}/{name}", recursive=True)
 
     def _write(self, name: str, blob: bytes) -> None:
+        if self.fence is not None:
+            self.fence.check()
         write_whole(f"{self.root}/{name}", blob, self.fs)

@@ -7,6 +7,9 @@ Layout at the store's URL (any fsspec URL)::
         history.jsonl           the metrics recorded so far (rank 0)
         receipt-00000-TOKEN.json  size and SHA-256 of the files of one rank, for one attempt to save
         manifest.json           written last; without it the folder is not a checkpoint
+
+A manifest has the number of the driver that wrote it. A step that an earlier driver has reached after a later one had
+started from a step before it does not count (`perceiver.train.checkpoint.fence`).
 """
 
 import hashlib
@@ -45,6 +48,7 @@ from perceiver.storage import (
     parse_json,
     write_whole,
 )
+from perceiver.train.checkpoint.fence import Claims, Fence, Owner
 from perceiver.train.checkpoint.shards import HEADER, parse_header, shard_name
 from perceiver.train.engine.protocol import Engine
 
@@ -79,6 +83,7 @@ class CheckpointManifest(Config):
         default={}, description="metrics of this step and of its evaluation, if any"
     )
     number: NonNegativeCount = Field(default=0, description="number of earlier checkpoints of the run")
+    lease: NonNegativeCount = Field(default=0, description="number of the driver's claim of the run, 0 without one")
     created: StrictNumber = Field(allow_inf_nan=False, description="seconds since the epoch")
     files: dict[FileName, FileEntry] = Field(description="files in the folder")
 
@@ -125,12 +130,18 @@ def _receipt(rank: int, token: int) -> str:
 
 
 class CheckpointStore:
-    """The checkpoints of one run at a URL; every rank has a store, and all call `save` together."""
+    """The checkpoints of one run at a URL; every rank has a store, and all call `save` together.
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    Args:
+        url: of the checkpoints; the claims of the run are next to them.
+        fence: the claim for which this process writes; None: it reads, or the run has no lease.
+    """
+
+    def __init__(self, url: str, fence: Fence | None = None) -> None:
+        self.url, self.fence = url.rstrip("/"), fence
         self.fs, self.root = open_url(self.url)
         self.local = is_local(self.fs)
+        self._judge: Owner | None = None
 
     def folder(self, step: int) -> str:
         """Return the path of a step's folder in the file system."""
@@ -152,7 +163,7 @@ class CheckpointStore:
         token = 0.0
         if engine.rank == 0:
             token = float(secrets.randbits(52))
-            if self.fs.exists(target):
+            if self.fs.exists(target) and not (self.fence and self.fence.taken_by()):
                 self._delete(target)
         token = engine.sum([token])[0]
         staged = Staged(target, self._staging(target, engine.rank), engine.rank, engine.world, int(token), snapshot)
@@ -164,10 +175,15 @@ class CheckpointStore:
         return staged
 
     def publish(self, staged: "Staged") -> None:
-        """Move a rank's staged files to the store, then write a receipt; may be repeated after a failure."""
+        """Move a rank's staged files to the store, then write a receipt; may be repeated after a failure.
+
+        Raises:
+            TakenOverError: another driver has taken over the run.
+        """
         for path in sorted(p for p in staged.folder.rglob("*") if p.is_file()):
             name = str(path.relative_to(staged.folder))
             if name not in staged.published:
+                self.check_owner()
                 entry = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
                 self._put(path, f"{staged.target}/{name}")
                 staged.published[name] = entry
@@ -175,7 +191,11 @@ class CheckpointStore:
         shutil.rmtree(staged.folder, ignore_errors=True)
 
     def commit(self, staged: "Staged", abandoned: Callable[[], bool] = lambda: False) -> CheckpointManifest | None:
-        """Wait for the receipts of all ranks, then write the manifest (rank 0); return None if abandoned."""
+        """Wait for the receipts of all ranks, then write the manifest (rank 0); return None if abandoned.
+
+        Raises:
+            TakenOverError: another driver has taken over the run.
+        """
         snapshot, files = staged.snapshot, {}
         for rank in range(staged.world):
             path = f"{staged.target}/{_receipt(rank, staged.token)}"
@@ -195,9 +215,11 @@ class CheckpointStore:
             versions=dict(snapshot.versions),
             metrics=dict(snapshot.metrics),
             number=snapshot.number,
+            lease=self.fence.number if self.fence else 0,
             created=time.time(),
             files=files,
         )
+        self.check_owner()
         write_whole(f"{staged.target}/{MANIFEST}", manifest.model_dump_json(indent=1), self.fs)
         return manifest
 
@@ -216,17 +238,28 @@ class CheckpointStore:
         engine.sum([0.0])
         return manifest
 
+    def check_owner(self) -> None:
+        """Raise `TakenOverError` if another driver has taken over the run."""
+        if self.fence is not None:
+            self.fence.check()
+
     def _there(self, path: str) -> bool:
         if not self.local:
             self.fs.invalidate_cache()
         return self.fs.exists(path)
 
     def _staging(self, target: str, rank: int) -> Path:
-        """Return a rank's staging folder; for a local store it is on the same disk, so that files are renamed."""
+        """Return a rank's staging folder; for a local store it is on the same disk, so that files are renamed.
+
+        Each driver has its own, as one that was taken over may still be writing.
+        """
+        name = f"{rank:05d}-{self.fence.number:08d}" if self.fence else f"{rank:05d}"
         if self.local:
-            return Path(f"{target}/.staging-{rank:05d}")
-        place = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return cache_folder("staging", place, f"{rank:05d}")
+            return Path(f"{target}/.staging-{name}")
+        place = cache_folder("staging", hashlib.sha256(self.url.encode()).hexdigest()[:16])
+        for left in place.glob(f"{rank:05d}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        return place / name
 
     def _put(self, path: Path, target: str) -> None:
         if self.local:
@@ -245,6 +278,7 @@ class CheckpointStore:
 
     def prune(self, keep: Collection[int]) -> None:
         """Delete all checkpoints but those of the steps `keep`, and incomplete ones before the newest of them."""
+        self.check_owner()
         newest = max(keep, default=-1)
         complete = set(self.steps())
         for step in self._folders():
@@ -254,8 +288,37 @@ class CheckpointStore:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, oldest first; folders without a manifest are skipped."""
-        return [step for step in self._folders() if self.fs.exists(f"{self.folder(step)}/{MANIFEST}")]
+        """Return the steps of the complete checkpoints, oldest first; folders without a manifest are skipped.
+
+        So are those that a driver wrote after a later one had started from an earlier step.
+        """
+        owner = self._last_owner()
+        return [step for step in self._folders() if self._counts(step, owner)]
+
+    def _counts(self, step: int, owner: Owner | None) -> bool:
+        """Return whether a folder is a checkpoint of the run."""
+        if owner is None or step <= owner.last_step(0):
+            return self.fs.exists(f"{self.folder(step)}/{MANIFEST}")
+        try:
+            number = int(json.loads(self.fs.cat_file(self._file(step, MANIFEST))).get("lease", 0))
+        except FileNotFoundError:
+            return False
+        except (OSError, UserError, ValueError, TypeError, AttributeError):
+            return True  # damaged, which `problems` reports
+        if step > owner.last_step(number):
+            log.info("checkpoint %s is not used: driver %d wrote it after the next one", self.location(step), number)
+            return False
+        return True
+
+    def _last_owner(self) -> Owner | None:
+        """Return the owner that knows where each driver started: our own, which no other changes, or the newest."""
+        run = self.url.rpartition("/")[0]
+        if self.fence is None:
+            claims = Claims(run) if run else None
+            return claims.readable(claims.newest()) if claims else None
+        if self._judge is None:
+            self._judge = self.fence.claims.read(self.fence.number)
+        return self._judge
 
     def _folders(self) -> list[int]:
         """Return the steps of all folders, complete or not, oldest first."""

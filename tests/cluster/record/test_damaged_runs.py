@@ -28,7 +28,7 @@ READERS = {
     f"{RUN}/run.json": ("train", "evaluate", "export", "predict"),
     f"{RUN}/recipe.yaml": ("train", "evaluate", "export"),
     f"{RUN}/model.safetensors": ("evaluate", "export"),
-    f"{RUN}/lease.json": ("train",),
+    f"{RUN}/lease/00000001.json": ("train",),
     f"{RUN}/history.jsonl": ("train",),
     f"{RUN}/logs/driver.log": ("train",),
     f"{RUN}/tracking/sent.json": ("train",),
@@ -80,7 +80,8 @@ def sound(images: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model(model_config(values["model"]), classes=2)
     (run / "recipe.yaml").write_text(yaml.safe_dump(values))
     (run / "run.json").write_text(json.dumps({"name": "small-001", "step": 5, "status": "stopped"}))
-    (run / "lease.json").write_text("{}")
+    (run / "lease").mkdir()
+    (run / "lease" / "00000001.json").write_text("{}")
     for name in ("history.jsonl", "logs/driver.log", "tracking/sent.json"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("{}\n")

@@ -99,7 +99,8 @@ def test_sigterm_to_every_process_saves_a_checkpoint(run: Callable[[], Run], tmp
     folder = tmp_path / "runs" / "small-001"
     assert code == 130 and "--resume --run small-001" in text and "Traceback" not in text
     assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
-    assert list((folder / "checkpoints").glob("step-*/manifest.json")) and not (folder / "lease.json").exists()
+    claim = json.loads((folder / "lease" / "00000001.json").read_text())
+    assert list((folder / "checkpoints").glob("step-*/manifest.json")) and claim["released"]
     assert "step 1/100000" in (folder / "logs" / "driver.log").read_text()
 
 

@@ -28,6 +28,7 @@ def work(recipe: Recipe) -> None:
         "run": RUN,
         "monitor": LocalMonitor(),
         "mlflow": Unshown(None),
+        "fence": None,
         "local": str(RunFolder(recipe.output, RUN).local),
         "runs": 1,
         "on_cluster": False,
