@@ -229,7 +229,7 @@ def test_run_facts_leases_and_searches(tmp_path: Path) -> None:
         assert found is None or 0 < found.life_s <= 86_400
         return "right" if found else "quarantined"
 
-    fuzz("lease/00000001.json", Owner.here(60.0).model_dump(), owner, tmp_path, 50)
+    fuzz("lease/00000001.json", Owner.here(60.0).model_dump(mode="json"), owner, tmp_path, 50)
     trials = [TrialRecord(number=number, values={"optim.lr": 0.1}) for number in range(3)]
     trials[0].add(Evaluation(step=3, epoch=1.0, metrics={"accuracy": 0.5}, at=1.0))
     save_record(SearchRecord(metrics={"accuracy": "max"}, workers=1, trials=trials), folder)
