@@ -60,7 +60,15 @@ class ClusterConfig(Config):
         default=60,
         ge=0.1,
         le=1e6,
-        description="seconds without a heartbeat, or without a batch that others got, until a worker is killed",
+        description="seconds without a heartbeat, without a batch that others got, or in which no worker makes "
+        "progress, until a worker is killed",
+    )
+    hang_long_s: Real = Field(
+        default=1800,
+        ge=0.1,
+        le=1e6,
+        description="the same for phases that may take long: the start with its first two steps, evaluations, "
+        "checkpoints, hooks",
     )
     mtbf_hours: Real = Field(
         default=24,

@@ -25,7 +25,7 @@ from cluster.run.metrics import RunMetrics, find_peak, ray_export
 from cluster.run.monitor import ActorMonitor
 from cluster.run.result import RunEnd, conclude, is_concluded, note_end, send_waiting
 from cluster.run.trainer import Share, build_trainer, keep_reference
-from cluster.run.watchdog import Watchdog, end
+from cluster.run.watchdog import Watchdog, end, keep_stacks
 from cluster.runtime.local import cluster_cpus
 from cluster.runtime.session import (
     Tracked,
@@ -110,7 +110,7 @@ def run_workers(launch: Launch) -> dict[str, Any]:
     with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as (session, handle):
         monitor = ActorMonitor()
         trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus(), held_cpus()))
-        watchdog = Watchdog(recipe.cluster.hang_s)
+        watchdog = Watchdog(recipe.cluster.hang_s, recipe.cluster.hang_long_s)
         evaluations = EvaluationTasks(recipe, folder, monitor, console.show)
         figures = RunMetrics(ray_export(folder.name), saved_at=launch.saved_at)
         fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor, session.ended)
@@ -127,6 +127,7 @@ def run_workers(launch: Launch) -> dict[str, Any]:
                 if event["kind"] == "polled":
                     evaluations.collect()
                     if (hanging := watchdog.suspect(time.monotonic())) is not None:
+                        hanging = keep_stacks(hanging, folder.local / "logs")
                         console.show({"kind": "hang", **asdict(hanging)})
                         end(hanging)
                     if launch.lease.lost:

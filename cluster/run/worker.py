@@ -102,6 +102,17 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             recipe = build_recipe(config["recipe"].value)
             training = recipe.train
             folder = RunFolder(recipe.output, config["run"])
+            quarantine = Quarantine(recipe.data.max_bad_fraction)
+            resources.callback(write_quarantine, quarantine, folder, me)
+            where = _where()
+            monitor.send("started", where, urgent=True)
+            pulse = Pulse(
+                make_client(config["monitor"], me.rank),
+                recipe.cluster.hang_s,
+                recipe.cluster.hang_long_s,
+                quarantined=lambda: len(quarantine.problems),
+            )
+            resources.callback(pulse.stop)
             manifest = load_data(recipe.data)
             recipe = with_targets(recipe, manifest)
             samples, classes = manifest.split(recipe.data.train_split).samples, len(manifest.classes)
@@ -129,13 +140,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             # Data.
             rest_data_scheduler()
             quiet_data_progress()
-            quarantine = Quarantine(recipe.data.max_bad_fraction)
-            resources.callback(write_quarantine, quarantine, folder, me)
             batches = training_batches(recipe, manifest, me, (span.start_step, span.total_steps), quarantine)
             resources.callback(batches.close)
-            monitor.send("ready", {"seconds": time.perf_counter() - began, "world": me.world, **_where()}, urgent=True)
-            pulse = Pulse(make_client(config["monitor"], me.rank), quarantined=lambda: len(quarantine.problems))
-            resources.callback(pulse.stop)
+            monitor.send("ready", {"seconds": time.perf_counter() - began, "world": me.world, **where}, urgent=True)
 
             def evaluation_batches() -> Iterator[Batch]:
                 return pulse.count(evaluation_share(recipe, manifest, me, quarantine))
@@ -172,6 +179,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 scores=history.evaluations,
                 in_use=evaluations.in_use if evaluations else tuple,
             )
+            pulse.saving = saver.busy_s
             every = training.checkpoint_every
             checkpoints = CheckpointHook(
                 engine,
@@ -207,16 +215,17 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 [partial(send_progress, monitor), MetricsHook(history, training.log_every)] if first else []
             )
             asynchronous: list[Hook] = [evaluations] if evaluations else []
+            offered = build_hooks(recipe.hooks, me.rank, me.world)
             hooks: list[Hook] = [
                 lambda info: stepped.set(),
+                pulse.stepped,
                 sample_log,
-                bad_loss,
+                pulse.hook("bad loss", bad_loss),
                 preemption,
                 *recording,
-                *build_hooks(recipe.hooks, me.rank, me.world),
-                *asynchronous,
-                evaluation,
-                checkpoints,
+                *(pulse.hook("hook", hook) for hook in offered),
+                *(pulse.hook("evaluation", hook) for hook in (*asynchronous, evaluation)),
+                pulse.hook("checkpoint", checkpoints),
             ]
 
             def poll() -> Flags:
@@ -225,8 +234,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 return flags._replace(stop=stop or flags.stop, ask_cluster=preemption.due())
 
             def roll_back(step: int) -> None:
-                target = newest_step(folder.checkpoints, me)
-                restore(engine, folder.checkpoints, target)
+                with pulse.during("restore"):
+                    target = newest_step(folder.checkpoints, me)
+                    restore(engine, folder.checkpoints, target)
                 if ledger is not None:
                     ledger.discard(target, step)
                 if first:
@@ -241,11 +251,13 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 if handle is not None and handle.worker_closes:
                     tracker.close("stopped")
                 return {"status": "stopped", "step": step, "total_steps": span.total_steps}
-            figures = evaluation.latest or engine.evaluate(evaluation_batches())
-            write_predictions(folder, me, task, engine, evaluation_batches())
-            write_weights(folder, recipe, engine, class_names(recipe, manifest), {"step": step, "evaluation": figures})
-            if handle is not None and handle.worker_closes:
-                tracker.close("finished")
+            with pulse.during("results"):
+                figures = evaluation.latest or engine.evaluate(evaluation_batches())
+                write_predictions(folder, me, task, engine, evaluation_batches())
+                facts = {"step": step, "evaluation": figures}
+                write_weights(folder, recipe, engine, class_names(recipe, manifest), facts)
+                if handle is not None and handle.worker_closes:
+                    tracker.close("finished")
             return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
     except Exception as error:
         reason = refusal_reason(error, me.rank, stepped.is_set())

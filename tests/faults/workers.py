@@ -1,5 +1,6 @@
 """Faults of workers and data tasks: killed, stopped, out of memory, an exception, a loss that is NaN."""
 
+import contextlib
 import json
 import os
 import signal
@@ -48,6 +49,47 @@ def worker_stopped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None
     outcome.expect((outcome.detected_s or 0) <= HUNG_WITHIN_S, "detected within 120 s")
 
 
+def _all_stand_still(job: Job, outcome: Outcome, harm: Callable[[Job], float], said: str) -> None:
+    """Like `_start_again`, for a fault in which no worker is behind; the stacks of all workers must be kept."""
+    job.tree["cluster"]["hang_s"] = float(os.environ.get("FAULT_HANG_S", "60"))
+    _start_again(job, outcome, harm, said)
+    outcome.expect((outcome.detected_s or 0) <= HUNG_WITHIN_S, "detected within 120 s")
+    stacks = sorted(path.name for path in job.run.glob("logs/hang-*/*"))
+    outcome.expect(stacks == ["rank-00000.txt", "rank-00001.txt"], f"the stacks of all workers are kept: {stacks}")
+
+
+@scenario("collective that a rank skips (hang)")
+def collective_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """Rank 0 enters a barrier that rank 1 skips: both wait for ever, and neither is behind."""
+    job = Job(folder, fault_tree(tree, STEPS)).inject("barrier", 30)
+
+    def harm(job: Job) -> float:
+        job.wait((job.folder / "inject.json.taken").exists, "barrier")
+        return _poisoned(job)
+
+    _all_stand_still(job, outcome, harm, "like all workers (rank 0 in barrier (torch/distributed/")
+
+
+@scenario("data tasks SIGSTOP everywhere (hang)")
+def data_blocked(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """All data tasks are stopped, also those that are started meanwhile, until the hang is found."""
+    tree = fault_tree(tree, STEPS)
+    tree["data"] = {**tree["data"], "run_samples": 32}
+    job = Job(folder, tree).paced()
+
+    def harm(job: Job) -> float:
+        def stop() -> float | None:
+            for task in job.data_tasks():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    task.suspend()
+            return job.said("like all workers (")
+
+        job.wait(stop, "hang")
+        return max(when for when, _ in job.recorded) + 1e-3  # the workers trained on what they had
+
+    _all_stand_still(job, outcome, harm, "like all workers (")
+
+
 @scenario("worker out of memory (rlimit)")
 def worker_out_of_memory(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """A worker cannot allocate memory: it raises an exception, or is terminated."""
@@ -67,9 +109,8 @@ def worker_raises(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     job = Job(folder, fault_tree(tree, STEPS)).inject("raise", 30, rank=1)
 
     def harm(job: Job) -> float:
-        taken = job.folder / "inject.json.taken"
-        job.wait(taken.exists, "exception")
-        return taken.stat().st_ctime
+        job.wait((job.folder / "inject.json.taken").exists, "exception")
+        return _poisoned(job)
 
     _start_again(job, outcome, harm, "worker 1 failed (RuntimeError: an exception planted by the fault tests)")
     outcome.expect((outcome.detected_s or 0) <= KILLED_WITHIN_S, "detected within 15 s")

@@ -1,8 +1,8 @@
 """Python loads this module in each process of a run that has it on its path: steps fail or are slowed down.
 
-`FAULT_INJECT` names a JSON file ``{"kind": "nan" | "raise", "step": 12, "rank": 0}``: that step of that rank is harmed,
-once; who takes it renames it. `FAULT_STEP_S` are seconds that each step of a run waits, so that it lasts for some time;
-steps that are measured by themselves do not.
+`FAULT_INJECT` names a JSON file ``{"kind": "nan" | "raise" | "barrier", "step": 12, "rank": 0}``: that step of that
+rank is harmed, once; who takes it renames it. `FAULT_STEP_S` are seconds that each step of a run waits, so that it
+lasts for some time; steps that are measured by themselves do not.
 """
 
 import dataclasses
@@ -54,6 +54,8 @@ def harm_steps(engine: Any) -> None:
         kind = taken(self.rank, number + 1)
         if kind == "raise":
             raise RuntimeError("an exception planted by the fault tests")
+        if kind == "barrier":  # the other ranks do not call it
+            sys.modules["torch"].distributed.barrier()
         if kind != "nan":
             return undisturbed(self, micro_batches, number)
         task, self._task = self._task, Poisoned(self._task)
