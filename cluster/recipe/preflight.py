@@ -111,6 +111,11 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     check_files(recipe.data, model.manifest)
     address = recipe.cluster.resolved_address()
     if address is None:
+        if recipe.cluster.avoid:
+            raise UserError(
+                f"cluster.avoid = {list(recipe.cluster.avoid)}, but this run has only this machine: no node is left "
+                "for the workers; remove the key, or set cluster.address"
+            )
         check_machine(recipe)
         check_memory(recipe, model)
     else:

@@ -70,6 +70,25 @@ class ClusterConfig(Config):
         description="the same for phases that may take long: the start with its first two steps, evaluations, "
         "checkpoints, hooks",
     )
+    straggler_factor: Real = Field(
+        default=1.5,
+        gt=1,
+        le=1e6,
+        description="a worker is slow if its forward passes take this many times the median of the workers",
+    )
+    straggler_s: Real = Field(
+        default=60, ge=0, le=1e6, description="seconds for which a worker must be slow until it is named"
+    )
+    on_straggler: Literal["warn", "restart"] = Field(
+        default="warn",
+        description="when a worker is slow: name it with its node; or also save a checkpoint and start the workers "
+        "again without that node, if the others have room",
+    )
+    avoid: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
+        default=(),
+        max_length=1000,
+        description="on a cluster: nodes without workers, each by its id, its name or its IP address",
+    )
     mtbf_hours: Real = Field(
         default=24,
         ge=0.001,

@@ -136,6 +136,7 @@ def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
         "machine": f"{machine_cpus()} CPUs ({platform.machine()}), {platform.system()}",
         "checkpoint": launch.folder.checkpoints.location(outcome["step"]),
         **_changes(launch.folder),
+        **({"slow workers": "; ".join(slow)} if (slow := launch.folder.facts().get("stragglers")) else {}),
     }
 
 
@@ -152,6 +153,8 @@ def _finish_run(launch: Launch, tracker: Tracker, status: str, report: str | Non
         tracker.log_artifact(recipe)
     if report and "://" not in report:
         tracker.log_artifact(Path(report).parent, "report")
+    if slow := launch.folder.facts().get("stragglers"):
+        tracker.set_tag("stragglers", "; ".join(slow))
     tracker.set_tag("wall_time_s", f"{work_time(launch.folder).seconds:.1f}")
     tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
 

@@ -52,6 +52,7 @@ class Pulse:
 
     Attributes:
         batches: number of batches of training and evaluation.
+        steps: number of steps.
         moves: number of signs of progress: batches, steps, phases.
         saving: return for how many seconds a checkpoint has been written in the background, 0 if none is.
     """
@@ -66,8 +67,8 @@ class Pulse:
     ) -> None:
         self.client, self.hang_s, self.long_s, self.interval_s = client, hang_s, max(hang_s, long_s), interval_s
         self.quarantined, self.saving = quarantined, lambda: 0.0
-        self.batches = self.moves = 0
-        self._phase, self._steps = START, deque[float](maxlen=20)
+        self.batches = self.moves = self.steps = 0
+        self._phase, self._steps, self._forward = START, deque[float](maxlen=20), deque[float](maxlen=20)
         self._moved, self._due = time.monotonic(), hang_s
         self._trainer, self._over = threading.current_thread(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
@@ -82,7 +83,10 @@ class Pulse:
 
     def stepped(self, info: StepInfo) -> None:
         """Take note of a step (a hook)."""
+        self.steps += 1
         self._steps.append(info.seconds)
+        if info.result.forward_s is not None:
+            self._forward.append(info.result.forward_s)
         if self._phase == START and len(self._steps) == FIRST_STEPS:
             self._steps.popleft()  # the first one includes compilation
             self._phase = ""
@@ -131,6 +135,8 @@ class Pulse:
         """Send a pulse; `last`: the worker is not watched any more."""
         facts = {"batches": self.batches, "moves": self.moves, "quarantined": self.quarantined(), "last": last}
         facts |= {"phase": self._phase, "allowed_s": self._allowed_s(), "saving_s": self.saving()}
+        facts["steps"] = self.steps
+        facts["forward_s"] = statistics.median(self._forward) if self._forward else None
         self.client.send("pulse", {**facts, **self._standing()}, urgent=True)
 
     def _standing(self) -> dict[str, str]:
@@ -236,7 +242,7 @@ class Watchdog:
         if still <= allowed or all(seen.batches == least for seen in self._seen.values()):
             return None
         rank = min(rank for rank, seen in self._seen.items() if seen.batches == least)
-        return self._named(rank, f"has received no batch for {still:.0f} s while others wait for it")
+        return self._named(rank, f"has received no batch for {still:.0f} s while others wait for it ({self._where()})")
 
     def _still(self, now: float) -> Suspect | None:
         """Return the first worker, if none has made progress for longer than any of them may take."""
@@ -245,8 +251,8 @@ class Watchdog:
         still = self._still_s(now)
         if still <= max(seen.allowed_s for seen in self._seen.values()) + 2 * PULSE_S:  # the stacks are on their way
             return None
-        where = by_operation({rank: seen.operation for rank, seen in self._seen.items()})
-        return self._named(min(self._seen), f"has made no progress for {still:.0f} s, like all workers ({where})")
+        why = f"has made no progress for {still:.0f} s, like all workers ({self._where()})"
+        return self._named(min(self._seen), why)
 
     def _saving(self) -> Suspect | None:
         """Return the first worker whose checkpoint has been written for too long."""
@@ -256,6 +262,9 @@ class Watchdog:
         rank = min(late)
         where = by_operation({rank: seen.operation for rank, seen in late.items()})
         return self._named(rank, f"has not ended a save for {late[rank].saving_s:.0f} s ({where})")
+
+    def _where(self) -> str:
+        return by_operation({rank: seen.operation for rank, seen in self._seen.items()})
 
     def _still_s(self, now: float) -> float:
         return now - max(seen.moved for seen in self._seen.values())

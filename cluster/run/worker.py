@@ -557,6 +557,8 @@ def write_weights(
 
 def _where() -> dict[str, Any]:
     """Return this process, its machine, its node in Ray and its device."""
-    node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    on_ray = ray.is_initialized()
+    node_id = ray.get_runtime_context().get_node_id() if on_ray else ""
+    ip = ray.util.get_node_ip_address() if on_ray else ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id, "device": device}
+    return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id, "ip": ip, "device": device}

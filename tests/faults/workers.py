@@ -72,7 +72,7 @@ def collective_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> 
 
 @scenario("data tasks SIGSTOP everywhere (hang)")
 def data_blocked(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
-    """All data tasks are stopped, also those that are started meanwhile, until the hang is found."""
+    """All data tasks are stopped, also those that start meanwhile; the workers train on what they have, then wait."""
     tree = fault_tree(tree, STEPS)
     tree["data"] = {**tree["data"], "run_samples": 32}
     job = Job(folder, tree).paced()
@@ -82,12 +82,14 @@ def data_blocked(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
             for task in job.data_tasks():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     task.suspend()
-            return job.said("like all workers (")
+            return job.said(": killing it")
 
+        job.poll_s = 0.2
         job.wait(stop, "hang")
-        return max(when for when, _ in job.recorded) + 1e-3  # the workers trained on what they had
+        job.poll_s = 0.02
+        return max(when for when, _ in job.recorded) + 1e-3
 
-    _all_stand_still(job, outcome, harm, "like all workers (")
+    _all_stand_still(job, outcome, harm, ": killing it")
 
 
 @scenario("worker out of memory (rlimit)")

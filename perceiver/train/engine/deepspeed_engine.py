@@ -60,6 +60,7 @@ from perceiver.train.engine.protocol import (
     untrained,
 )
 from perceiver.train.engine.ranks import Ranks, random_state, set_random_state
+from perceiver.train.engine.timing import ForwardTimer
 
 
 def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -154,6 +155,7 @@ class DeepSpeedEngine:
         self.zero_stage: int = plan["zero_optimization"]["stage"]
         set_layers(module, compile, half_residual=half_residual, zero_stage=self.zero_stage, device=self.device)
         self._task, self._optim, self._schedule = task, optim, schedule
+        self._timer = ForwardTimer(self.device)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self._params = [param for param in module.parameters() if param.requires_grad]
         names = {id(param): name for name, param in module.named_parameters()}
@@ -184,7 +186,8 @@ class DeepSpeedEngine:
         pending = self._accumulate(micro_batches)
         norm = self._update()
         loss, metrics = pending.summarise(self._task)
-        return StepResult(step, loss, metrics, norm, lr, skipped=not math.isfinite(norm))
+        forward_s = self._timer.take() if self.zero_stage < 3 else None  # stage 3 gathers weights in forward passes
+        return StepResult(step, loss, metrics, norm, lr, skipped=not math.isfinite(norm), forward_s=forward_s)
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> PendingSums:
         """Compute the gradients of the global mean loss, reduced over the ranks as the ZeRO stage requires."""
@@ -197,7 +200,8 @@ class DeepSpeedEngine:
         for index, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
             last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(last)
-            output = self._task.loss(self._engine, batch)
+            with self._timer.measure():
+                output = self._task.loss(self._engine, batch)
             sums.add(output, count)
             if index == 0:
                 counting.wait()

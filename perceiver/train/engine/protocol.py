@@ -43,6 +43,8 @@ class StepResult:
     """Learning rate of the step."""
     skipped: bool
     """Whether the gradient was not finite, so that the parameters were not changed."""
+    forward_s: float | None = None
+    """Seconds of this rank's forward passes, on GPUs of an earlier step; None if they were not measured."""
 
 
 class Engine(Protocol):
