@@ -130,7 +130,12 @@ def _fit(launch: Launch, session: RaySession, handle: RunHandle | None) -> dict[
     fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor, session.ended)
     without: Recipe | None = None
     stopping = threading.Event()
-    with stop_on_signal(lambda: (stopping.set(), monitor.request_stop()), console.say, STOPPING):
+
+    def stop() -> None:
+        stopping.set()
+        monitor.request_stop()
+
+    with stop_on_signal(stop, console.say, STOPPING):
         for event in fit.events():
             now = time.monotonic()
             watchdog.note(event, now)
