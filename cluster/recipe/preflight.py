@@ -109,6 +109,11 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         check_same_data(recipe.data.url, data_facts(recipe.data, manifest), folder)
     model = check_model(recipe, manifest)
     check_files(recipe.data, model.manifest)
+    if recipe.train.replay_every and zero_stage(recipe) == 3:
+        raise UserError(
+            f"train.replay_every = {recipe.train.replay_every} with ZeRO stage 3, which shards the weights: wanted a "
+            "stage from 0 to 2; set deepspeed.zero_stage, or remove train.replay_every"
+        )
     address = recipe.cluster.resolved_address()
     if address is None:
         if recipe.cluster.avoid:

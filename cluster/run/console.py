@@ -158,7 +158,7 @@ class RunConsole(LineConsole):
 
     def _on_rolled_back(self, event: Mapping[str, Any]) -> None:
         self.say(
-            f"the loss of step {event['step']} was NaN or infinite: rolled back to the weights of step "
+            f"the loss of step {event['step']} was {event['reason']}: rolled back to the weights of step "
             f"{event['target']}; the samples since then are skipped"
         )
 

@@ -51,6 +51,7 @@ from perceiver.train.engine.protocol import Engine
 from perceiver.train.hooks import AsyncEvalHook, EvalHook, History, MetricsHook
 from perceiver.train.loop import Flags, Hook, Span, StepInfo, train
 from perceiver.train.offered_hooks import build_hooks
+from perceiver.train.spikes import SpikeDetector
 from pipelines.feed.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.quarantine import Quarantine
@@ -101,6 +102,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             # The recipe, its data, and the checkpoint to continue from.
             recipe = build_recipe(config["recipe"].value)
             training = recipe.train
+            if training.replay_every:  # torch's deterministic algorithms on GPUs require it
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             folder = RunFolder(recipe.output, config["run"])
             quarantine = Quarantine(recipe.data.max_bad_fraction)
             resources.callback(write_quarantine, quarantine, folder, me)
@@ -180,6 +183,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 in_use=evaluations.in_use if evaluations else tuple,
             )
             pulse.saving = saver.busy_s
+            spikes = build_spikes(recipe, folder, span)
             every = training.checkpoint_every
             checkpoints = CheckpointHook(
                 engine,
@@ -188,7 +192,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 if every == "auto"
                 else EveryEpochs(every),
                 history,
-                snapshot=partial(take_snapshot, recipe, engine, history),
+                snapshot=partial(take_snapshot, recipe, engine, history, spikes),
                 figures=evaluation.figures,
                 listeners=Listeners(
                     saved=partial(announce_saved, monitor, tracker, evaluations),
@@ -207,8 +211,16 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 name = f"bad-loss/steps-{first_step + 1:08d}-{last_step:08d}/rank-{me.rank:05d}.parquet"
                 folder.write(name, sample_log.table(first_step, last_step))
 
+            if spikes is not None and training.on_spike == "skip":
+                engine.refuse = spikes.is_spike
             bad_loss = BadLossHook(
-                training.on_bad_loss, training.bad_loss_limit, history, keep_samples, last_checkpoint
+                training.on_bad_loss,
+                training.bad_loss_limit,
+                history,
+                keep_samples,
+                last_checkpoint,
+                training.on_spike,
+                spikes,
             )
             preemption = PreemptionHook(asks=first and config["on_cluster"])
             recording: list[Hook] = (
@@ -240,7 +252,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 if ledger is not None:
                     ledger.discard(target, step)
                 if first:
-                    monitor.send("rolled_back", {"step": step, "target": target}, urgent=True)
+                    facts = {"step": step, "target": target, "reason": bad_loss.reason}
+                    monitor.send("rolled_back", facts, urgent=True)
 
             # Train, then write the results.
             step = train(engine, pulse.count(batches), hooks, span, poll=poll, restore=roll_back)
@@ -333,6 +346,7 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, span: Span,
         precision=training.precision,
         compile=training.compile,
         half_residual=training.bf16_residual,
+        replay_every=training.replay_every,
     )
 
 
@@ -346,6 +360,15 @@ def restore(engine: Engine, store: CheckpointStore, step: int) -> None:
         updates = engine.load(local)
     if updates > step:
         raise UserError(f"{store.location(step)}: its shards are of step {updates}; take another checkpoint")
+
+
+def build_spikes(recipe: Recipe, folder: RunFolder, span: Span) -> SpikeDetector | None:
+    """Return the detector of `train.on_spike` with the losses of the checkpoint, None without the key."""
+    training = recipe.train
+    if training.on_spike is None:
+        return None
+    losses = folder.checkpoints.manifest(span.start_step).recent_losses if span.start_step else ()
+    return SpikeDetector(training.spike_window, training.spike_factor, losses)
 
 
 def training_batches(
@@ -459,7 +482,13 @@ def exit_preempted(step: int) -> None:
 
 
 def take_snapshot(
-    recipe: Recipe, engine: Engine, history: History, info: StepInfo, metrics: Mapping[str, float], number: int
+    recipe: Recipe,
+    engine: Engine,
+    history: History,
+    spikes: SpikeDetector | None,
+    info: StepInfo,
+    metrics: Mapping[str, float],
+    number: int,
 ) -> Snapshot:
     """Return the metadata of a checkpoint."""
     return Snapshot(
@@ -472,6 +501,7 @@ def take_snapshot(
         history=history.text(),
         metrics=metrics,
         number=number,
+        recent_losses=spikes.losses if spikes is not None else (),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import AliasChoices, Field, model_validator
 
-from perceiver.config import Config, Count, Epochs, Location, Size
+from perceiver.config import Config, Count, Epochs, Location, Real, Size
 from perceiver.hashing import FIRST, GOLDEN, SECOND, mix64
 from perceiver.tasks import Batch
 from perceiver.train.engine.protocol import Compile, Engine, Precision, StepResult
@@ -86,6 +86,23 @@ class TrainConfig(SavingConfig):
     )
     bad_loss_limit: Count = Field(
         default=10, description="number of skipped or rolled-back steps after which the run stops"
+    )
+    on_spike: Literal["stop", "skip", "rollback"] | None = Field(
+        default=None, description="the same when the loss is far above those of the last steps; default: nothing"
+    )
+    spike_window: int = Field(
+        default=100, ge=10, le=10_000, description="number of last steps with whose losses one is compared"
+    )
+    spike_factor: Real = Field(
+        default=10,
+        gt=0,
+        le=1e6,
+        description="a loss is a spike above median + factor x 1.4826 x median absolute deviation of the window",
+    )
+    replay_every: Count | None = Field(
+        default=None,
+        description="each n-th step first computes a micro-batch twice and compares loss and gradients bit by bit, to "
+        "find faulty devices; ZeRO stages 0 to 2; on GPUs by deterministic algorithms. Default: never",
     )
     ledger: bool = Field(default=False, description="record the sample ids of each step in the run's folder ledger/")
 
@@ -185,8 +202,8 @@ Hook = Callable[[StepInfo], None]
 class RollBack(Exception):
     """Raised by a hook: restore the last checkpoint and continue with the samples after this step."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss of step {step} is NaN or infinite")
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(what)
         self.step = step
 
 

@@ -163,6 +163,22 @@ def bad_loss_is_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) ->
         job.kill()
 
 
+@scenario("loss spike: skip")
+def spike_is_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The step does not change the weights, and the run continues."""
+    spikes = {"on_spike": "skip", "spike_window": 20, "spike_factor": 1000}
+    job = Job(folder, fault_tree(tree, STEPS, replay_every=7, **spikes)).inject("spike", 30).start()
+    try:
+        expect_finished(job, outcome)
+        job.judge(outcome, _poisoned(job), None, STEPS)
+        found = [row["step"] for row in job.history() if "train/loss_spike" in row]
+        outcome.expect(found == [30], f"recorded once: {found}")
+        outcome.expect(max(job.losses()[step] for step in range(31, STEPS + 1)) < 1, "the weights are as before")
+        outcome.expect(len(_kept(job, 30)) == 16, "the ids of the step's 16 samples are kept")
+    finally:
+        job.kill()
+
+
 @scenario("loss NaN: roll back")
 def bad_loss_is_rolled_back(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """The last checkpoint is restored; the samples since then are skipped and their ids saved."""

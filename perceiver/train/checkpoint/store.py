@@ -18,7 +18,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +79,7 @@ class CheckpointManifest(Config):
         default={}, description="metrics of this step and of its evaluation, if any"
     )
     number: NonNegativeCount = Field(default=0, description="number of earlier checkpoints of the run")
+    recent_losses: list[StrictNumber] = Field(default=[], description="losses that `train.on_spike` compares with")
     created: StrictNumber = Field(allow_inf_nan=False, description="seconds since the epoch")
     files: dict[FileName, FileEntry] = Field(description="files in the folder")
 
@@ -105,6 +106,7 @@ class Snapshot:
     history: str
     metrics: Mapping[str, float] = field(default_factory=dict)
     number: int = 0
+    recent_losses: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ class CheckpointStore:
             versions=dict(snapshot.versions),
             metrics=dict(snapshot.metrics),
             number=snapshot.number,
+            recent_losses=list(snapshot.recent_losses),
             created=time.time(),
             files=files,
         )

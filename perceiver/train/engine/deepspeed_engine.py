@@ -9,9 +9,10 @@ import io
 import logging
 import math
 import os
+import platform
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ from perceiver.train.engine.protocol import (
     untrained,
 )
 from perceiver.train.engine.ranks import Ranks, random_state, set_random_state
+from perceiver.train.engine.replay import ReplayError, replay
 from perceiver.train.engine.timing import ForwardTimer
 
 
@@ -124,6 +126,7 @@ class DeepSpeedEngine:
         precision: Precision = "auto",
         compile: Compile = "auto",
         half_residual: bool = False,
+        replay_every: int | None = None,
     ) -> None:
         """Build the engine on every rank.
 
@@ -138,6 +141,7 @@ class DeepSpeedEngine:
             precision: see `train.precision`.
             compile: see `train.compile`.
             half_residual: see `train.bf16_residual`.
+            replay_every: see `train.replay_every`.
 
         Raises:
             UserError: the DeepSpeed JSON contradicts the recipe.
@@ -156,6 +160,8 @@ class DeepSpeedEngine:
         set_layers(module, compile, half_residual=half_residual, zero_stage=self.zero_stage, device=self.device)
         self._task, self._optim, self._schedule = task, optim, schedule
         self._timer = ForwardTimer(self.device)
+        self._replay_every = replay_every
+        self.refuse: Callable[[float], bool] | None = None
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self._params = [param for param in module.parameters() if param.requires_grad]
         names = {id(param): name for name, param in module.named_parameters()}
@@ -183,11 +189,22 @@ class DeepSpeedEngine:
         tell_step(self._task, step)
         lr = self._optim.lr * self._schedule(step)
         set_learning_rate(self._engine.optimizer, lr)
+        if self._replay_every and (step + 1) % self._replay_every == 0:
+            self._replay(micro_batches[0], step + 1)
         pending = self._accumulate(micro_batches)
         norm = self._update()
         loss, metrics = pending.summarise(self._task)
         forward_s = self._timer.take() if self.zero_stage < 3 else None  # stage 3 gathers weights in forward passes
         return StepResult(step, loss, metrics, norm, lr, skipped=not math.isfinite(norm), forward_s=forward_s)
+
+    def _replay(self, batch: Batch, step: int) -> None:
+        """Compute a micro-batch twice and compare; raise `ReplayError` if anything differs."""
+        self._engine.train()
+        if different := replay(self.module, self._task, batch, self.device):
+            raise ReplayError(
+                f"step {step} on rank {self.rank} ({platform.node()}, {self.device}): {different} differs between two "
+                "passes from the same state (train.replay_every): the device may be faulty"
+            )
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> PendingSums:
         """Compute the gradients of the global mean loss, reduced over the ranks as the ZeRO stage requires."""
@@ -208,6 +225,8 @@ class DeepSpeedEngine:
             if last:
                 pending = sums.start()
             scale = self.world / total.clamp(min=1)
+            if pending is not None and self.refuse is not None and self.refuse(pending.summarise(self._task)[0]):
+                scale = scale * math.nan  # every ZeRO stage skips an update whose gradient is not finite
             self._engine.backward(output.loss_sum * scale.to(output.loss_sum.dtype), scale_wrt_gas=False)
         assert pending is not None, "a step needs at least one micro-batch"
         return pending

@@ -9,7 +9,7 @@ are exact.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -54,6 +54,8 @@ class Engine(Protocol):
     rank: int
     world: int
     module: nn.Module
+    refuse: Callable[[float], bool] | None
+    """If set, a step whose loss it returns True for is skipped, as if the gradient were not finite."""
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """Take optimizer step number `step`, counted from 0, on this rank's share of the global batch."""

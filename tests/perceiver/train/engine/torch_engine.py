@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class TorchEngine:
         self.ranks = Ranks(self.device)
         self.rank, self.world = self.ranks.rank, self.ranks.world
         self._task, self._optim, self._schedule = task, optim, schedule
+        self.refuse: Callable[[float], bool] | None = None
         self._params = [param for param in module.parameters() if param.requires_grad]
         self._optimizer = build_optimizer(optim, module)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -79,11 +80,13 @@ class TorchEngine:
         set_learning_rate(self._optimizer, lr)
         pending = self._accumulate(micro_batches)
         norm = self._reduce_and_clip()
+        loss, metrics = pending.summarise(self._task)
+        if self.refuse is not None and self.refuse(loss):
+            norm = math.inf
         skipped = not math.isfinite(norm)
         if not skipped:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
-        loss, metrics = pending.summarise(self._task)
         return StepResult(step, loss, metrics, norm, lr, skipped)
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> PendingSums:
