@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import yaml
+from ray.train.torch import TorchTrainer
 
 from cluster.recipe.config import Recipe, kind_of, zero_stage
 from cluster.recipe.placement import connected_nodes
@@ -29,7 +30,7 @@ from cluster.run.result import RunEnd, conclude, is_concluded, note_end, send_wa
 from cluster.run.stragglers import Stragglers
 from cluster.run.trainer import Share, build_trainer, keep_reference
 from cluster.run.watchdog import Watchdog, end, keep_stacks
-from cluster.runtime.local import RaySession, cluster_cpus
+from cluster.runtime.local import cluster_cpus
 from cluster.runtime.session import (
     Tracked,
     continue_command,
@@ -45,7 +46,7 @@ from perceiver.config import UserError
 from perceiver.tasks import output_count
 from perceiver.tracking.code import code_facts
 from perceiver.tracking.redaction import redact
-from perceiver.tracking.runs import RunHandle, load_handle
+from perceiver.tracking.runs import load_handle
 
 log = logging.getLogger(__name__)
 
@@ -111,23 +112,24 @@ def run_workers(launch: Launch) -> dict[str, Any]:
         datasets=tracked_data(recipe.data, launch.preflight.manifest),
     )
     with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as (session, handle):
-        outcome = _fit(launch, session, handle)
-        while without := outcome.pop("without", None):
+        while True:
+            monitor = ActorMonitor()
+            share = Share(cluster_cpus(), held_cpus())
+            trainer = build_trainer(launch.recipe, folder, monitor.address, handle, share)
+            fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor, session.ended)
+            without = _follow(launch, fit, trainer, monitor)
+            if without is None:
+                return {**fit.outcome, "handle": handle, "result": fit.result}
             launch = replace(launch, recipe=without)
-            outcome = _fit(launch, session, handle)
-        return outcome
 
 
-def _fit(launch: Launch, session: RaySession, handle: RunHandle | None) -> dict[str, Any]:
-    """Run the workers once; the result has ``without`` if they shall start again with that recipe."""
+def _follow(launch: Launch, fit: Fit, trainer: TorchTrainer, monitor: ActorMonitor) -> Recipe | None:
+    """Handle the workers' events until their end; return a recipe with which they shall start again, if any."""
     recipe, folder, console = launch.recipe, launch.folder, launch.console
-    monitor = ActorMonitor()
-    trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus(), held_cpus()))
     watchdog = Watchdog(recipe.cluster.hang_s, recipe.cluster.hang_long_s)
     stragglers = Stragglers(recipe.cluster.straggler_factor, recipe.cluster.straggler_s)
     evaluations = EvaluationTasks(recipe, folder, monitor, console.show)
     figures = RunMetrics(ray_export(folder.name), saved_at=launch.saved_at)
-    fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor, session.ended)
     without: Recipe | None = None
     stopping = threading.Event()
 
@@ -157,9 +159,7 @@ def _fit(launch: Launch, session: RaySession, handle: RunHandle | None) -> dict[
     if not fit.lost:
         evaluations.cancel()
         monitor.close()
-    outcome = {**fit.outcome, "handle": handle, "result": fit.result}
-    again = without is not None and outcome.get("status") == "stopped" and not stopping.is_set()
-    return {**outcome, "without": without} if again else outcome
+    return without if fit.outcome.get("status") == "stopped" and not stopping.is_set() else None
 
 
 def _check(launch: Launch, watchdog: Watchdog, now: float) -> None:

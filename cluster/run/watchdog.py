@@ -46,7 +46,7 @@ class Pulse:
     Args:
         client: sends the pulses.
         hang_s: seconds without progress after which the worker hangs.
-        long_s: the same in a phase that may take long, see `during`.
+        long_s: the same in a phase that may take long, see `mark`.
         interval_s: seconds between two pulses.
         quarantined: return the number of bad samples.
 
@@ -68,7 +68,7 @@ class Pulse:
         self.client, self.hang_s, self.long_s, self.interval_s = client, hang_s, max(hang_s, long_s), interval_s
         self.quarantined, self.saving = quarantined, lambda: 0.0
         self.batches = self.moves = self.steps = 0
-        self._phase, self._steps, self._forward = START, deque[float](maxlen=20), deque[float](maxlen=20)
+        self._phase, self._seconds, self._forward = START, deque[float](maxlen=20), deque[float](maxlen=20)
         self._moved, self._due = time.monotonic(), hang_s
         self._trainer, self._over = threading.current_thread(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
@@ -84,39 +84,37 @@ class Pulse:
     def stepped(self, info: StepInfo) -> None:
         """Take note of a step (a hook)."""
         self.steps += 1
-        self._steps.append(info.seconds)
+        if self.steps > 1:  # the first one includes compilation
+            self._seconds.append(info.seconds)
         if info.result.forward_s is not None:
             self._forward.append(info.result.forward_s)
-        if self._phase == START and len(self._steps) == FIRST_STEPS:
-            self._steps.popleft()  # the first one includes compilation
-            self._phase = ""
-        self._move()
+        self._enter(self._usual())
+
+    def mark(self, phase: str = "") -> Hook:
+        """Return a hook that begins a phase that may take long, such as an evaluation; without a name: that ends it."""
+        return lambda info: self._enter(phase or self._usual())
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Mark a phase that may take long, such as an evaluation."""
-        before, self._phase = self._phase, phase
-        self._move()
+        """Mark a phase that may take long outside of the hooks."""
+        self._enter(phase)
         try:
             yield
         finally:
-            self._phase = before
-            self._move()
-
-    def hook(self, phase: str, hook: Hook) -> Hook:
-        """Return a hook that is marked as a phase that may take long."""
-
-        def marked(info: StepInfo) -> None:
-            with self.during(phase):
-                hook(info)
-
-        return marked
+            self._enter(self._usual())
 
     def stop(self) -> None:
         """Send a last pulse, marked as such, and stop."""
         self._over.set()
         self._thread.join()
         self.send(last=True)
+
+    def _usual(self) -> str:
+        return START if self.steps < FIRST_STEPS else ""
+
+    def _enter(self, phase: str) -> None:
+        self._phase = phase
+        self._move()
 
     def _move(self) -> None:
         self.moves += 1
@@ -125,7 +123,7 @@ class Pulse:
     def _allowed_s(self) -> float:
         if self._phase:
             return self.long_s
-        return max(self.hang_s, STEP_FACTOR * statistics.median(self._steps))
+        return max(self.hang_s, STEP_FACTOR * statistics.median(self._seconds))
 
     def _beat(self) -> None:
         while not self._over.wait(self.interval_s):

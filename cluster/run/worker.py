@@ -227,17 +227,23 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 [partial(send_progress, monitor), MetricsHook(history, training.log_every)] if first else []
             )
             asynchronous: list[Hook] = [evaluations] if evaluations else []
-            offered = build_hooks(recipe.hooks, me.rank, me.world)
             hooks: list[Hook] = [
                 lambda info: stepped.set(),
                 pulse.stepped,
                 sample_log,
-                pulse.hook("bad loss", bad_loss),
+                pulse.mark("bad loss"),
+                bad_loss,
+                pulse.mark(),
                 preemption,
                 *recording,
-                *(pulse.hook("hook", hook) for hook in offered),
-                *(pulse.hook("evaluation", hook) for hook in (*asynchronous, evaluation)),
-                pulse.hook("checkpoint", checkpoints),
+                pulse.mark("hook"),
+                *build_hooks(recipe.hooks, me.rank, me.world),
+                pulse.mark("evaluation"),
+                *asynchronous,
+                evaluation,
+                pulse.mark("checkpoint"),
+                checkpoints,
+                pulse.mark(),
             ]
 
             def poll() -> Flags:
