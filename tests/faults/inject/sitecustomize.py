@@ -19,7 +19,7 @@ from typing import Any
 
 PLAN = os.environ.get("FAULT_INJECT", "")
 STEP_S = float(os.environ.get("FAULT_STEP_S", "0"))
-POISON = {"nan": float("nan"), "spike": 1e6}
+POISON = {"nan": float("nan"), "spike": 1e12}
 MODULE, RUN = "perceiver.train.engine.deepspeed_engine", "perceiver.train.loop"
 
 
