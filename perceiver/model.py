@@ -145,6 +145,11 @@ def latent_array(latents: int, channels: int, std: float) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(latents, channels), std=std, a=-2 * std, b=2 * std))
 
 
+def numbered(name: str, layers: nn.Module) -> list[str]:
+    """Return the names of the modules in a list of that name."""
+    return [f"{name}.{number}" for number in range(len(cast(nn.ModuleList, layers)))]
+
+
 class Encoder(nn.Module):
     """Base of the models: inputs, latents, and layers with or without activation checkpointing."""
 
@@ -243,6 +248,16 @@ class Perceiver(Encoder):
         self.blocks = nn.ModuleList(self.self_attends() for _ in range(blocks))
         self.head = zero_linear(config.latent_channels, classes)
 
+    def layer_names(self) -> list[str]:
+        """Return the names of the cross-attends and self-attends by their first application; each has its weights."""
+        names: list[str] = []
+        for kind, index in dict.fromkeys(self.schedule):
+            if kind == "cross":
+                names.append(f"cross_attends.{index}")
+            else:
+                names += numbered(f"blocks.{index}", self.blocks[index])
+        return names
+
     def encode(self, raw: Raw) -> Tensor:
         """Return the final latents (B, N, D)."""
         x, inputs = self.read(raw)
@@ -320,6 +335,11 @@ class PerceiverIO(Encoder):
             widening=config.decoder_widening,
             activation=config.activation,
         )
+
+    def layer_names(self) -> list[str]:
+        """Return the names of the encoder and the self-attends; what decodes is the head."""
+        blocks = enumerate(self.blocks)
+        return ["encoder", *(name for i, block in blocks for name in numbered(f"blocks.{i}", block))]
 
     def encode(self, raw: Raw) -> tuple[Tensor, Inputs]:
         """Return the final latents (B, N, D) and the inputs they were read from."""

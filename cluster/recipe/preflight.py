@@ -21,6 +21,7 @@ from cluster.runtime.local import check_reachable
 from perceiver.config import Config, UserError
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model
+from perceiver.optim.config import build_optimizer
 from perceiver.optim.freezing import freeze
 from perceiver.tasks import build_task, output_count
 from perceiver.tracking.printable import safe_line
@@ -187,6 +188,7 @@ def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
     if parameters > MOST_PARAMETERS:
         raise UserError(f"the model has {parameters:.1e} parameters, wanted at most {MOST_PARAMETERS:.0e}: {SMALLER}")
     frozen = freeze(model, recipe.train.freeze) if recipe.train.freeze else 0
+    build_optimizer(recipe.optim, model)
     check_deepspeed(recipe, parameters)
     data = sum(4 * math.prod(shape) for shape in batch_shapes(recipe.data, manifest).values())
     return CheckedModel(

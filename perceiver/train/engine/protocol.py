@@ -40,7 +40,7 @@ class StepResult:
     grad_norm: float | None
     """Global L2 norm of the gradient before clipping; None if the engine does not compute it."""
     lr: float
-    """Learning rate of the step."""
+    """Learning rate of the step; parameter groups have factors of it."""
     skipped: bool
     """Whether the gradient was not finite, so that the parameters were not changed."""
 
@@ -168,9 +168,9 @@ def tell_step(task: Task, step: int) -> None:
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group to its factor of the step's."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]
 
 
 def allow_tf32(half: bool, device: torch.device) -> None:

@@ -28,7 +28,12 @@ from tests.perceiver.train.engine.torch_engine import TorchEngine
 from tests.perceiver.train.engine.zero_models import MODELS, train_model
 
 KINDS = ("adamw", "lamb", "adam", "sgd")
-SETTINGS = {"adam": {"amsgrad": True}, "sgd": {"momentum": 0.9, "nesterov": True}}
+LEAVE = {"match": "leave.*", "lr_factor": 0.5, "weight_decay": 0.3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lamb": {"groups": [LEAVE]},
+    "adam": {"amsgrad": True},
+    "sgd": {"momentum": 0.9, "nesterov": True, "groups": [{"match": "norm.*", "lr_factor": 3.0}, LEAVE]},
+}
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 ROWS, MICRO_BATCHES, STEPS = 24, 3, 6
 SAVED = {
