@@ -242,8 +242,10 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                     tracker.close("stopped")
                 return {"status": "stopped", "step": step, "total_steps": span.total_steps}
             figures = evaluation.latest or engine.evaluate(evaluation_batches())
-            write_predictions(folder, me, task, engine, evaluation_batches())
-            write_weights(folder, recipe, engine, class_names(recipe, manifest), {"step": step, "evaluation": figures})
+            with engine.averaged():
+                write_predictions(folder, me, task, engine, evaluation_batches())
+                facts = {"step": step, "evaluation": figures}
+                write_weights(folder, recipe, engine, class_names(recipe, manifest), facts)
             if handle is not None and handle.worker_closes:
                 tracker.close("finished")
             return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
@@ -321,6 +323,7 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, span: Span,
         precision=training.precision,
         compile=training.compile,
         half_residual=training.bf16_residual,
+        ema=training.ema,
     )
 
 

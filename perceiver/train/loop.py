@@ -12,6 +12,7 @@ from pydantic import AliasChoices, Field, model_validator
 
 from perceiver.config import Config, Count, Epochs, Location, Size
 from perceiver.hashing import FIRST, GOLDEN, SECOND, mix64
+from perceiver.optim.averaging import EmaConfig
 from perceiver.tasks import Batch
 from perceiver.train.engine.protocol import Compile, Engine, Precision, StepResult
 
@@ -61,6 +62,9 @@ class TrainConfig(SavingConfig):
         default=(),
         max_length=1000,
         description="patterns of the names of parameters that are not trained, such as [cross_attends.*, latents]",
+    )
+    ema: EmaConfig | None = Field(
+        default=None, description="Moving average of the weights, which is evaluated and written; null: none."
     )
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     compile: Compile = Field(

@@ -10,6 +10,7 @@ are exact.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -57,8 +58,15 @@ class Engine(Protocol):
         """Take optimizer step number `step`, counted from 0, on this rank's share of the global batch."""
         ...
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Give the model the average of its weights in a `with` block; without `train.ema` nothing changes."""
+        ...
+
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the task's metrics over all ranks' valid samples; each rank has the same number of batches, not 0."""
+        """Return the task's metrics over all ranks' valid samples; each rank has the same number of batches, not 0.
+
+        The model is the averaged one, if there is an average.
+        """
         ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
