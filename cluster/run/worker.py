@@ -48,7 +48,7 @@ from perceiver.train.checkpoint.store import CheckpointStore, Snapshot
 from perceiver.train.engine.deepspeed_config import BatchPlan
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
 from perceiver.train.engine.protocol import Engine
-from perceiver.train.hooks import AsyncEvalHook, EvalHook, History, MetricsHook
+from perceiver.train.hooks import AsyncEvalHook, EarlyStopHook, EvalHook, History, MetricsHook
 from perceiver.train.loop import Flags, Hook, Span, StepInfo, train
 from perceiver.train.offered_hooks import build_hooks
 from pipelines.feed.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
@@ -159,6 +159,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 report=reporter.evaluated,
             )
             evaluations = build_async_evaluation(recipe, folder, history, monitor, span, me)
+            early_stop = EarlyStopHook(training.early_stop, history)
             sample_log = SampleLog()
             ledger = (
                 Ledger(folder.location("ledger"), me.rank, sample_log, span.start_step) if training.ledger else None
@@ -216,13 +217,14 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 *build_hooks(recipe.hooks, me.rank, me.world),
                 *asynchronous,
                 evaluation,
+                early_stop,
                 checkpoints,
             ]
 
             def poll() -> Flags:
                 stop = monitor.stop_requested() or preemption.announced
                 flags = checkpoints.flags()
-                return flags._replace(stop=stop or flags.stop, ask_cluster=preemption.due())
+                return flags._replace(stop=stop or flags.stop, enough=early_stop.enough(), ask_cluster=preemption.due())
 
             def roll_back(step: int) -> None:
                 target = newest_step(folder.checkpoints, me)
@@ -233,9 +235,16 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                     monitor.send("rolled_back", {"step": step, "target": target}, urgent=True)
 
             # Train, then write the results.
-            step = train(engine, pulse.count(batches), hooks, span, poll=poll, restore=roll_back)
+            ended = engine.sum([float(early_stop.over(span.start_step))])[0] > 0
+            if ended:
+                step = span.start_step
+            else:
+                step = train(engine, pulse.count(batches), hooks, span, poll=poll, restore=roll_back)
+            if first and early_stop.ended:
+                monitor.send("early_stop", {"step": step, "reason": early_stop.reason}, urgent=True)
+                tracker.set_tag("early_stop", early_stop.reason)
             monitor.flush()
-            if step < span.total_steps:
+            if step < span.total_steps and not (ended or early_stop.ended):
                 if preemption.announced and engine.sum([float(monitor.stop_requested())])[0] == 0:
                     exit_preempted(step)
                 if handle is not None and handle.worker_closes:
@@ -248,7 +257,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 write_weights(folder, recipe, engine, class_names(recipe, manifest), facts)
             if handle is not None and handle.worker_closes:
                 tracker.close("finished")
-            return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
+            found = {"step": step, "total_steps": span.total_steps, "evaluation": figures, "best_step": saver.best()}
+            early = early_stop.reason if ended or early_stop.ended else ""
+            return {"status": "finished", **found, "early_stop": early}
     except Exception as error:
         reason = refusal_reason(error, me.rank, stepped.is_set())
         if not reason:

@@ -153,6 +153,10 @@ def test_an_unknown_metric_of_the_best_checkpoint(tree: dict[str, Any]) -> None:
     tree["train"]["keep_best"] = {"metric": "eval/acuracy"}
     message = refused(tree)
     assert "train.keep_best.metric = 'eval/acuracy'" in message and "eval/accuracy, eval/loss" in message
+    tree["train"] |= {"keep_best": None, "early_stop": {"metric": "train/loss"}}
+    message = refused(tree)
+    assert "train.early_stop.metric = 'train/loss'" in message and "eval/accuracy, eval/loss" in message
+    tree["train"]["early_stop"] = None
     for number, known in enumerate(("eval/loss", "train/loss")):
         tree["train"]["keep_best"] = {"metric": known, "mode": "min"}
         check(build_recipe(tree), RunFolder(tree["output"], f"kept-{number}"), resume=False)
