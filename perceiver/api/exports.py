@@ -55,7 +55,9 @@ def export(
 
     if format not in FORMATS:
         raise UserError(f"format {format!r}: wanted one of {', '.join(FORMATS)}")
-    return write_export(os.fspath(source), format, os.fspath(to), tolerance, licence, register, words(overrides), weights)
+    return write_export(
+        os.fspath(source), format, os.fspath(to), tolerance, licence, register, words(overrides), weights
+    )
 
 
 def write_export(
