@@ -165,6 +165,9 @@ class RunConsole(LineConsole):
     def _on_missed(self, event: Mapping[str, Any]) -> None:
         self.say(f"{event['reason']}; training continues")
 
+    def _on_early_stop(self, event: Mapping[str, Any]) -> None:
+        self.say(f"the run ends at step {event['step']}: {event['reason']}")
+
     def _on_unscored(self, event: Mapping[str, Any]) -> None:
         self.say(f"the evaluation of step {event['step']} failed ({event['reason']}); training continues")
 

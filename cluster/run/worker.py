@@ -48,7 +48,7 @@ from perceiver.train.checkpoint.store import CheckpointStore, Snapshot
 from perceiver.train.engine.deepspeed_config import BatchPlan
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
 from perceiver.train.engine.protocol import Engine
-from perceiver.train.hooks import AsyncEvalHook, EvalHook, History, MetricsHook
+from perceiver.train.hooks import AsyncEvalHook, EarlyStopHook, EvalHook, History, MetricsHook
 from perceiver.train.loop import Flags, Hook, Span, StepInfo, train
 from perceiver.train.offered_hooks import build_hooks
 from perceiver.train.spikes import SpikeDetector
@@ -169,6 +169,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 report=reporter.evaluated,
             )
             evaluations = build_async_evaluation(recipe, folder, history, monitor, span, me)
+            early_stop = EarlyStopHook(training.early_stop, history)
             sample_log = SampleLog()
             ledger = (
                 Ledger(folder.location("ledger"), me.rank, sample_log, span.start_step) if training.ledger else None
@@ -242,6 +243,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 *asynchronous,
                 evaluation,
                 pulse.mark("checkpoint"),
+                early_stop,
                 checkpoints,
                 pulse.mark(),
             ]
@@ -249,7 +251,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             def poll() -> Flags:
                 stop = monitor.stop_requested() or preemption.announced
                 flags = checkpoints.flags()
-                return flags._replace(stop=stop or flags.stop, ask_cluster=preemption.due())
+                return flags._replace(stop=stop or flags.stop, enough=early_stop.enough(), ask_cluster=preemption.due())
 
             def roll_back(step: int) -> None:
                 with pulse.during("restore"):
@@ -262,9 +264,16 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                     monitor.send("rolled_back", facts, urgent=True)
 
             # Train, then write the results.
-            step = train(engine, pulse.count(batches), hooks, span, poll=poll, restore=roll_back)
+            ended = engine.sum([float(early_stop.over(span.start_step))])[0] > 0
+            if ended:
+                step = span.start_step
+            else:
+                step = train(engine, pulse.count(batches), hooks, span, poll=poll, restore=roll_back)
+            if first and early_stop.ended:
+                monitor.send("early_stop", {"step": step, "reason": early_stop.reason}, urgent=True)
+                tracker.set_tag("early_stop", early_stop.reason)
             monitor.flush()
-            if step < span.total_steps:
+            if step < span.total_steps and not (ended or early_stop.ended):
                 if preemption.announced and engine.sum([float(monitor.stop_requested())])[0] == 0:
                     exit_preempted(step)
                 if handle is not None and handle.worker_closes:
@@ -272,12 +281,15 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 return {"status": "stopped", "step": step, "total_steps": span.total_steps}
             with pulse.during("results"):
                 figures = evaluation.latest or engine.evaluate(evaluation_batches())
-                write_predictions(folder, me, task, engine, evaluation_batches())
-                facts = {"step": step, "evaluation": figures}
-                write_weights(folder, recipe, engine, class_names(recipe, manifest), facts)
+                with engine.averaged():
+                    write_predictions(folder, me, task, engine, evaluation_batches())
+                    facts = {"step": step, "evaluation": figures}
+                    write_weights(folder, recipe, engine, class_names(recipe, manifest), facts)
                 if handle is not None and handle.worker_closes:
                     tracker.close("finished")
-            return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
+            found = {"step": step, "total_steps": span.total_steps, "evaluation": figures, "best_step": saver.best()}
+            early = early_stop.reason if ended or early_stop.ended else ""
+            return {"status": "finished", **found, "early_stop": early}
     except Exception as error:
         reason = refusal_reason(error, me.rank, stepped.is_set())
         if not reason:
@@ -353,6 +365,7 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, span: Span,
         compile=training.compile,
         half_residual=training.bf16_residual,
         replay_every=training.replay_every,
+        ema=training.ema,
     )
 
 

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from perceiver.config import UserError
+from perceiver.optim.averaging import EmaConfig, expect_average, start_average, swap_average, update_average
 from perceiver.optim.config import OptimConfig, build_optimizer
 from perceiver.optim.lamb import Lamb
-from perceiver.optim.partition import moments_of, state_of
+from perceiver.optim.partition import AVERAGE, moments_of, state_of
 from perceiver.optim.schedules import Schedule
 from perceiver.tasks import Batch, Task
 from perceiver.train.checkpoint.shards import (
@@ -127,6 +128,7 @@ class DeepSpeedEngine:
         compile: Compile = "auto",
         half_residual: bool = False,
         replay_every: int | None = None,
+        ema: EmaConfig | None = None,
     ) -> None:
         """Build the engine on every rank.
 
@@ -142,6 +144,7 @@ class DeepSpeedEngine:
             compile: see `train.compile`.
             half_residual: see `train.bf16_residual`.
             replay_every: see `train.replay_every`.
+            ema: see `train.ema`.
 
         Raises:
             UserError: the DeepSpeed JSON contradicts the recipe.
@@ -158,7 +161,7 @@ class DeepSpeedEngine:
         assert self.world == batch.world, (self.world, batch.world)
         self.zero_stage: int = plan["zero_optimization"]["stage"]
         set_layers(module, compile, half_residual=half_residual, zero_stage=self.zero_stage, device=self.device)
-        self._task, self._optim, self._schedule = task, optim, schedule
+        self._task, self._optim, self._schedule, self._ema = task, optim, schedule, ema
         self._timer = ForwardTimer(self.device)
         self._replay_every = replay_every
         self.refuse: Callable[[float], bool] | None = None
@@ -181,8 +184,12 @@ class DeepSpeedEngine:
                     "not expose how ZeRO shards tensors; set deepspeed.zero_stage=0"
                 )
             self._optimizer.shard(self._layouts, self._sum_norms)
+        if ema is not None:
+            expect_average(self._optimizer)
         if self._layouts is None:
             self._create_states()
+        if ema is not None:
+            start_average(self._optimizer, list(self._layouts or self._optimizer.state))
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See `Engine`."""
@@ -193,6 +200,8 @@ class DeepSpeedEngine:
             self._replay(micro_batches[0], step + 1)
         pending = self._accumulate(micro_batches)
         norm = self._update()
+        if self._ema is not None and math.isfinite(norm):
+            update_average(self._optimizer, self._ema, step)
         loss, metrics = pending.summarise(self._task)
         forward_s = self._timer.take() if self.zero_stage < 3 else None  # stage 3 gathers weights in forward passes
         return StepResult(step, loss, metrics, norm, lr, skipped=not math.isfinite(norm), forward_s=forward_s)
@@ -244,9 +253,29 @@ class DeepSpeedEngine:
             self._engine.zero_grad()
         return norm
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """See `Engine`."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        """Exchange the weights and their average, exactly: twice changes nothing."""
+        if self._ema is None:
+            return
+        if self._layouts is None:
+            self._swap_gathered()
+        else:
+            swap_average(self._optimizer)
+            refresh_weights(self._engine.optimizer, self.zero_stage)
+
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """See `Engine`."""
-        return evaluate(self._engine, self._task, batches, self.ranks)
+        with self.averaged():
+            return evaluate(self._engine, self._task, batches, self.ranks)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """See `Engine`."""
@@ -268,6 +297,7 @@ class DeepSpeedEngine:
         if self.rank == 0:
             save_tensors(folder, "rest", rest)
             facts = {"optim": self._optim.kind, "world": self.world, "zero_stage": self.zero_stage}
+            facts["averaged"] = self._ema is not None
             save_header(folder, self._shapes, writers, **facts)
 
     def load(self, folder: Path) -> int:
@@ -360,6 +390,18 @@ class DeepSpeedEngine:
             zero.safe_set_local_fp32_param(param, mine)
         else:
             zero.safe_set_local_optimizer_state(param, mine, key)
+
+    def _swap_gathered(self) -> None:
+        """Exchange each parameter and its average by DeepSpeed's public functions."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for _, param in self._trained():
+            weights: Any = safe_get_full_fp32_param(param)
+            average: Any = safe_get_full_optimizer_state(param, AVERAGE)
+            weights, average = weights.clone(), average.clone()
+            _assign(param, average)
+            self._set_gathered(param, "param", average)
+            self._set_gathered(param, AVERAGE, weights)
 
     def _trained(self) -> list[tuple[str, Any]]:
         return [(name, param) for name, param in self.module.named_parameters() if param.requires_grad]
