@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,6 +73,10 @@ class FakeEngine:
         self.note("step", step)
         time.sleep(SLEEP_S)
         return StepResult(step, 1 / (step + 1), {"accuracy": 0.5}, 1.0, 0.1, False)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Change nothing: there is no average."""
+        return nullcontext()
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Take all batches and make figures up."""

@@ -5,7 +5,7 @@ Perceiver Table 7 counts it: the first cross-attend has its own weights, the oth
 Transformers share theirs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver.attention import Activation, AttentionKind, CrossAttend, CrossAttention, SelfAttend, zero_linear
-from perceiver.config import Config, Layers, Scale, Size, UserError, Widening
+from perceiver.config import Config, Layers, Real, Scale, Size, UserError, Widening
 from perceiver.kernels.compiled import CompiledLayers
 from perceiver.positions import Inputs
 
@@ -50,6 +50,13 @@ class EncoderConfig(Config):
     widening: Widening = Field(default=1, description="Inner width of a self-attention layer's MLP over D.")
     cross_widening: Widening = Field(default=1, description="Inner width of a cross-attention layer's MLP over D.")
     activation: Activation = Field(default="gelu_tanh", description="MLP activation; gelu_tanh is the papers'.")
+    stochastic_depth: Real = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Probability that training skips the last layer for a sample; it grows linearly from 0 at the "
+        "first layer.",
+    )
     attention: AttentionKind = Field(
         default="auto", description="Path of the cross-attentions; 'plain' is the reference."
     )
@@ -145,6 +152,11 @@ def latent_array(latents: int, channels: int, std: float) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(latents, channels), std=std, a=-2 * std, b=2 * std))
 
 
+def numbered(name: str, layers: nn.Module) -> list[str]:
+    """Return the names of the modules in a list of that name."""
+    return [f"{name}.{number}" for number in range(len(cast(nn.ModuleList, layers)))]
+
+
 class Encoder(nn.Module):
     """Base of the models: inputs, latents, and layers with or without activation checkpointing."""
 
@@ -193,6 +205,22 @@ class Encoder(nn.Module):
         if self.config.checkpoint_activations and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(apply, *args, use_reentrant=False))
         return apply(*args)
+
+    def apply_layers(self, x: Tensor, inputs: Inputs, layers: Sequence[nn.Module]) -> Tensor:
+        """Apply layers in order; cross-attends read the inputs. In training, samples skip layers at random.
+
+        Stochastic depth (arXiv 1603.09382), per sample: what a layer adds to the latents is dropped with a probability
+        that grows linearly to `stochastic_depth` at the last layer, and is otherwise divided by that of keeping it.
+        """
+        last = max(1, len(layers) - 1)
+        for number, layer in enumerate(layers):
+            y = self.run(layer, x, inputs) if isinstance(layer, CrossAttend) else self.run(layer, x)
+            rate = self.config.stochastic_depth * number / last if self.training else 0.0
+            if rate:
+                kept = torch.rand(len(y), 1, 1, device=y.device) >= rate
+                y = x + (y - x) * (kept.to(y.dtype) / (1 - rate))
+            x = y
+        return x
 
     def self_attends(self) -> nn.ModuleList:
         """Make one block of self-attention layers."""
@@ -243,16 +271,22 @@ class Perceiver(Encoder):
         self.blocks = nn.ModuleList(self.self_attends() for _ in range(blocks))
         self.head = zero_linear(config.latent_channels, classes)
 
+    def layer_names(self) -> list[str]:
+        """Return the names of the cross-attends and self-attends by their first application; each has its weights."""
+        names: list[str] = []
+        for kind, index in dict.fromkeys(self.schedule):
+            if kind == "cross":
+                names.append(f"cross_attends.{index}")
+            else:
+                names += numbered(f"blocks.{index}", self.blocks[index])
+        return names
+
     def encode(self, raw: Raw) -> Tensor:
         """Return the final latents (B, N, D)."""
-        x, inputs = self.read(raw)
+        layers: list[nn.Module] = []
         for kind, index in self.schedule:
-            if kind == "cross":
-                x = self.run(self.cross_attends[index], x, inputs)
-            else:
-                for layer in cast(nn.ModuleList, self.blocks[index]):
-                    x = self.run(layer, x)
-        return x
+            layers += [self.cross_attends[index]] if kind == "cross" else cast(nn.ModuleList, self.blocks[index])
+        return self.apply_layers(*self.read(raw), layers)
 
     def forward(self, raw: Raw) -> Tensor:
         """Return logits (B, K): the latents' mean, then one linear layer (Perceiver App. F)."""
@@ -321,14 +355,18 @@ class PerceiverIO(Encoder):
             activation=config.activation,
         )
 
+    def layer_names(self) -> list[str]:
+        """Return the names of the encoder and the self-attends; what decodes is the head."""
+        blocks = enumerate(self.blocks)
+        return ["encoder", *(name for i, block in blocks for name in numbered(f"blocks.{i}", block))]
+
     def encode(self, raw: Raw) -> tuple[Tensor, Inputs]:
         """Return the final latents (B, N, D) and the inputs they were read from."""
         x, inputs = self.read(raw)
-        x = self.run(self.encoder, x, inputs)
+        layers: list[nn.Module] = [self.encoder]
         for i in range(self.config.blocks):
-            for layer in cast(nn.ModuleList, self.blocks[i % len(self.blocks)]):
-                x = self.run(layer, x)
-        return x, inputs
+            layers += cast(nn.ModuleList, self.blocks[i % len(self.blocks)])
+        return self.apply_layers(x, inputs, layers), inputs
 
     def forward(self, raw: Raw, asked: Mapping[str, Tensor] | None = None) -> Any:
         """Return the decoder's outputs; `asked` has per-sample query indices for decoders that subsample."""

@@ -21,7 +21,7 @@ ALLOWED = re.compile(
 )
 PUBLIC_BY_USE = re.compile(r"^torch\._foreach_\w+$|^torch\.utils\._(python_dispatch|pytree)\b")
 """Names with an underscore that torch's own documentation tells users to call."""
-PUBLIC_ATTRIBUTES = {"_exit", "_getframe", "_replace", "_asdict", "_label_trainable_num_channels"}
+PUBLIC_ATTRIBUTES = {"_exit", "_getframe", "_current_frames", "_replace", "_asdict", "_label_trainable_num_channels"}
 """Attributes that are documented: of os, sys and named tuples, and a key of transformers' configuration files."""
 LARGE = {"pipelines/sources", "perceiver/cli", "perceiver/tasks", "perceiver/modalities", "perceiver/baselines"}
 MOST = 16

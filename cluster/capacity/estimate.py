@@ -292,10 +292,11 @@ def memory(workload: Workload, machines: Machines, micro: int, stage: int, calib
 def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, float, float]:
     """Return the bytes of weights, gradients, optimizer and DeepSpeed's buffer on one of `world` devices."""
     values = 4.0 * workload.account.parameters
+    moments = 3 if workload.recipe.train.ema else 2
     return (
         values / (world if stage == 3 else 1),
         values / (world if stage >= 2 else 1),
-        2 * values / (world if stage else 1) + (values / world if stage in (1, 2) else 0),
+        moments * values / (world if stage else 1) + (values / world if stage in (1, 2) else 0),
         min(values, 4.0 * BUCKET_ELEMENTS) if world > 1 or stage else 0,
     )
 
@@ -414,9 +415,10 @@ def ingest(workload: Workload, machines: Machines, step: Step, calibration: Cali
 def reliability(workload: Workload, machines: Machines, seconds: float, calibration: Calibration | None) -> Reliability:
     """Return the checkpoints at Young and Daly's interval sqrt(2 x save time x time between failures), and the goodput.
 
-    A checkpoint contains weights and both moments in float32; each device writes its part.
+    A checkpoint contains weights, both moments and the moving average, if there is one, in float32; each device writes
+    its part.
     """
-    size = 12.0 * workload.account.parameters
+    size = (16.0 if workload.recipe.train.ema else 12.0) * workload.account.parameters
     rate = calibration.save_bytes_s if calibration else STORE_BYTES_S
     save = size / (rate * (machines.devices if workload.zero_stage else 1)) + 1.0
     between = DEVICE_HOURS_PER_FAILURE * 3600 / machines.devices

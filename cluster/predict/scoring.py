@@ -23,6 +23,7 @@ from cluster.runtime.session import connected
 from perceiver.config import UserError
 from perceiver.export.weights import DataFacts, Saved, class_count, open_weights
 from perceiver.tasks import Batch, build_task
+from perceiver.train.checkpoint.shards import Weights
 from perceiver.train.engine.protocol import evaluate
 from perceiver.train.engine.ranks import Ranks
 from pipelines.feed.excess import describe_excess
@@ -123,6 +124,7 @@ def open_scoring(
     batch: int | None = None,
     overrides: Sequence[str] = (),
     model: nn.Module | None = None,
+    weights: Weights | None = None,
 ) -> Scoring:
     """Load a run's weights, and apply its recipe to a data set.
 
@@ -134,11 +136,12 @@ def open_scoring(
         batch: samples per forward pass, at most those of the split; default: as in training.
         overrides: dotted keys of the recipe, such as data.clip.eval_clips=16.
         model: the model with these weights, used where it is; default: a new one, on the GPU if there is one.
+        weights: which weights are read from a place, see `open_weights`.
 
     Raises:
         UserError: the weights or their recipe are missing, or the data do not fit the model.
     """
-    saved = open_weights(place) if isinstance(place, str) else place
+    saved = open_weights(place, weights) if isinstance(place, str) else place
     if not saved.recipe:
         raise UserError(
             f"{saved.place}: weights without a recipe; wanted a run's folder, or recipe.yaml next to the file"

@@ -30,12 +30,16 @@ class Node:
         resources: total logical resources, such as ``{"CPU": 8.0, "GPU": 1.0}``.
         labels: Ray's own (``ray.io/...``) and those that it was started with.
         head: whether the cluster's control plane runs there.
+        node_id: its id in Ray.
+        host: its host name.
     """
 
     name: str
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
     head: bool = False
+    node_id: str = ""
+    host: str = ""
 
     def has(self, labels: Mapping[str, str]) -> bool:
         """Return whether the node has all of these labels."""
@@ -98,6 +102,8 @@ def connected_nodes(*, answering: bool = False) -> list[Node]:
             node["Resources"],
             node.get("Labels") or {},
             "node:__internal_head__" in node["Resources"],
+            node["NodeID"],
+            node.get("NodeManagerHostname") or "",
         ).less(taken)
         for node, taken in nodes
     ]
@@ -114,6 +120,36 @@ def _answers(node: Mapping[str, Any]) -> bool:
 def worker_need(config: ClusterConfig, cpus: float) -> dict[str, float]:
     """Return the resources of one worker."""
     return {"CPU": cpus, "GPU": config.gpus_per_worker, **config.worker_resources}
+
+
+def avoided(config: ClusterConfig, nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes that `cluster.avoid` names.
+
+    Raises:
+        UserError: an entry matches no node, or no node is left.
+    """
+    names = {name: [node for node in nodes if name in (node.node_id, node.host, node.name)] for name in config.avoid}
+    there = ", ".join(f"{node.name} ({node.host})" for node in nodes[:8])
+    for name, found in names.items():
+        if not found:
+            raise UserError(
+                f"cluster.avoid = {name!r} matches no node; wanted the id, the host name or the IP address of one of "
+                f"{len(nodes)}: {there}"
+            )
+    named = [node for node in nodes if any(node in found for found in names.values())]
+    if named and len(named) == len(nodes):
+        raise UserError(f"cluster.avoid names every node ({there}): no node is left for the workers, remove an entry")
+    return named
+
+
+def worker_labels(config: ClusterConfig, nodes: Sequence[Node]) -> dict[str, str]:
+    """Return Ray's label selector of the workers: `cluster.worker_labels`, without the nodes of `cluster.avoid`.
+
+    Raises:
+        UserError: see `avoided`.
+    """
+    ids = ", ".join(node.node_id for node in avoided(config, nodes))
+    return {**config.worker_labels, **({"ray.io/node-id": f"!in({ids})"} if ids else {})}
 
 
 def check_task_memory(nodes: Sequence[Node], data: DataNeed) -> None:
@@ -163,7 +199,8 @@ def place(config: ClusterConfig, nodes: Sequence[Node], data: DataNeed) -> float
     """
     if config.autoscaling:
         return config.cpus_per_worker or LARGEST_DEFAULT_SHARE
-    training = _labelled(nodes, config.worker_labels, "cluster.worker_labels")
+    without = avoided(config, nodes)
+    training = _labelled([n for n in nodes if n not in without], config.worker_labels, "cluster.worker_labels")
     feeding = _labelled(nodes, data.labels, "data.task_labels")
     _check_data(feeding, data)
     if config.cpus_per_worker is not None:

@@ -21,12 +21,14 @@ from cluster.runtime.local import check_reachable
 from perceiver.config import Config, UserError
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model
+from perceiver.optim.config import build_optimizer
 from perceiver.optim.freezing import freeze
 from perceiver.tasks import build_task, output_count
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
+from perceiver.train.hooks import History
 from pipelines.feed.excess import describe_excess
 from pipelines.feed.ingest import DataConfig, batch_shapes, check_files, load_data, sample_plan
 from pipelines.shards.manifest import Manifest, content_digest, file_versions, load_manifest
@@ -50,6 +52,7 @@ class Preflight:
         changes: the keys of a resumed run that have changed.
         notes: what of the samples is not shown, a line each.
         frozen: number of parameters that `train.freeze` excludes.
+        early_stop: why the run to resume has ended before its last step (`train.early_stop`); empty if it has not.
         recipe: the recipe, with the data's statistics.
     """
 
@@ -63,6 +66,7 @@ class Preflight:
     changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     frozen: int = 0
+    early_stop: str = ""
 
     @property
     def size(self) -> str:
@@ -109,8 +113,18 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         check_same_data(recipe.data.url, data_facts(recipe.data, manifest), folder)
     model = check_model(recipe, manifest)
     check_files(recipe.data, model.manifest)
+    if recipe.train.replay_every and zero_stage(recipe) == 3:
+        raise UserError(
+            f"train.replay_every = {recipe.train.replay_every} with ZeRO stage 3, which shards the weights: wanted a "
+            "stage from 0 to 2; set deepspeed.zero_stage, or remove train.replay_every"
+        )
     address = recipe.cluster.resolved_address()
     if address is None:
+        if recipe.cluster.avoid:
+            raise UserError(
+                f"cluster.avoid = {list(recipe.cluster.avoid)}, but this run has only this machine: no node is left "
+                "for the workers; remove the key, or set cluster.address"
+            )
         check_machine(recipe)
         check_memory(recipe, model)
     else:
@@ -130,7 +144,17 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     folder.note(recipe=recipe.name)
     notes = tuple(describe_excess(recipe.data, model.manifest, recipe.data.train_split))
     steps = epoch_steps, total_steps
-    return Preflight(recipe, model.manifest, model.parameters, *steps, checkpoint, start, changes, notes, model.frozen)
+    early = early_end(recipe, folder, checkpoint)
+    facts = checkpoint, start, changes, notes, model.frozen, early
+    return Preflight(recipe, model.manifest, model.parameters, *steps, *facts)
+
+
+def early_end(recipe: Recipe, folder: RunFolder, checkpoint: CheckpointManifest | None) -> str:
+    """Return why the run of a checkpoint has ended before its last step; empty if it has not."""
+    if checkpoint is None or recipe.train.early_stop is None:
+        return ""
+    found = recipe.train.early_stop.decided(History(folder.checkpoints.history(checkpoint.step)).evaluations())
+    return found[1] if found is not None and found[0] < checkpoint.step else ""
 
 
 def check_new(folder: RunFolder) -> None:
@@ -193,6 +217,7 @@ def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
     if parameters > MOST_PARAMETERS:
         raise UserError(f"the model has {parameters:.1e} parameters, wanted at most {MOST_PARAMETERS:.0e}: {SMALLER}")
     frozen = freeze(model, recipe.train.freeze) if recipe.train.freeze else 0
+    build_optimizer(recipe.optim, model)
     check_deepspeed(recipe, parameters)
     data = sum(4 * math.prod(shape) for shape in batch_shapes(recipe.data, manifest).values())
     return CheckedModel(
@@ -349,16 +374,21 @@ def evaluation_metrics(recipe: Recipe, classes: int) -> list[str]:
 
 
 def check_best(recipe: Recipe, classes: int) -> None:
-    """Refuse `train.keep_best` by an unknown evaluation metric; training metrics are not known beforehand."""
-    best = recipe.train.keep_best
-    if best is None or best.metric.startswith("train/"):
-        return
+    """Refuse `train.early_stop` and `train.keep_best` by an unknown evaluation metric.
+
+    Training metrics, by which checkpoints can be kept, are not known beforehand.
+    """
     known = [f"eval/{name}" for name in evaluation_metrics(recipe, classes)]
-    if best.metric not in known:
-        raise UserError(
-            f"train.keep_best.metric = {best.metric!r}: evaluations of task.kind = {kind_of(recipe.task)} have the "
-            f"metrics {', '.join(known)}: set it to one of them, or to a training metric such as train/loss"
-        )
+    stop, best = recipe.train.early_stop, recipe.train.keep_best
+    for key, metric, more in (
+        ("early_stop", stop.metric if stop else known[0], ""),
+        ("keep_best", best.metric if best else known[0], ", or to a training metric such as train/loss"),
+    ):
+        if metric not in known and not (more and metric.startswith("train/")):
+            raise UserError(
+                f"train.{key}.metric = {metric!r}: evaluations of task.kind = {kind_of(recipe.task)} have the "
+                f"metrics {', '.join(known)}: set it to one of them{more}"
+            )
 
 
 def check_worker_range(recipe: Recipe) -> None:

@@ -60,7 +60,34 @@ class ClusterConfig(Config):
         default=60,
         ge=0.1,
         le=1e6,
-        description="seconds without a heartbeat, or without a batch that others got, until a worker is killed",
+        description="seconds without a heartbeat, without a batch that others got, or in which no worker makes "
+        "progress, until a worker is killed",
+    )
+    hang_long_s: Real = Field(
+        default=1800,
+        ge=0.1,
+        le=1e6,
+        description="the same for phases that may take long: the start with its first two steps, evaluations, "
+        "checkpoints, hooks",
+    )
+    straggler_factor: Real = Field(
+        default=1.5,
+        gt=1,
+        le=1e6,
+        description="a worker is slow if its forward passes take this many times the median of the workers",
+    )
+    straggler_s: Real = Field(
+        default=60, ge=0, le=1e6, description="seconds for which a worker must be slow until it is named"
+    )
+    on_straggler: Literal["warn", "restart"] = Field(
+        default="warn",
+        description="when a worker is slow: name it with its node; or also save a checkpoint and start the workers "
+        "again without that node, if the others have room",
+    )
+    avoid: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
+        default=(),
+        max_length=1000,
+        description="on a cluster: nodes without workers, each by its id, its name or its IP address",
     )
     mtbf_hours: Real = Field(
         default=24,

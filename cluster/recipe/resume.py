@@ -49,10 +49,16 @@ MAY_CHANGE = (
     "train.log_every",
     "train.eval_every",
     "train.eval_async",
+    "train.early_stop",
+    "train.early_stop.*",
     "train.checkpoint_*",
     "train.keep_*",
     "train.on_bad_loss",
     "train.bad_loss_limit",
+    "train.on_spike",
+    "train.replay_every",
+    "train.spike_window",
+    "train.spike_factor",
     "train.ledger",
     "model.attention",
     "model.checkpoint_activations",
@@ -60,6 +66,9 @@ MAY_CHANGE = (
     "optim.lr",
     "optim.weight_decay",
     "optim.clip",
+    "optim.groups",
+    "optim.groups.*",
+    "optim.layer_decay",
     "optim.schedule.*",
     "hooks",
     "hooks.*",
@@ -244,6 +253,8 @@ def gentle(recipe: Recipe, step: int) -> str:
 def longer(recipe: Recipe, step: int, samples: int) -> str:
     """Return the overrides that train a finished run as long again, without a jump of the learning rate."""
     train = recipe.train
+    if train.early_stop and step < train.total_steps(samples):
+        return "train.early_stop=null"
     length: dict[str, float] = {"steps": step * 2}
     if train.epochs:
         done = float(f"{step * train.global_batch / samples:.4g}")

@@ -153,14 +153,20 @@ class RunConsole(LineConsole):
     def _on_hang(self, event: Mapping[str, Any]) -> None:
         self.say(f"worker {event['rank']} (process {event['pid']} on {event['host']}) {event['why']}: killing it")
 
+    def _on_straggler(self, event: Mapping[str, Any]) -> None:
+        self.say(straggler_line(event))
+
     def _on_rolled_back(self, event: Mapping[str, Any]) -> None:
         self.say(
-            f"the loss of step {event['step']} was NaN or infinite: rolled back to the weights of step "
+            f"the loss of step {event['step']} was {event['reason']}: rolled back to the weights of step "
             f"{event['target']}; the samples since then are skipped"
         )
 
     def _on_missed(self, event: Mapping[str, Any]) -> None:
         self.say(f"{event['reason']}; training continues")
+
+    def _on_early_stop(self, event: Mapping[str, Any]) -> None:
+        self.say(f"the run ends at step {event['step']}: {event['reason']}")
 
     def _on_unscored(self, event: Mapping[str, Any]) -> None:
         self.say(f"the evaluation of step {event['step']} failed ({event['reason']}); training continues")
@@ -230,6 +236,15 @@ def _pairs(metrics: Mapping[str, float]) -> str:
     """Return ``name value`` pairs: accuracies in per cent, top-5 metrics omitted."""
     shown = {name: value for name, value in metrics.items() if not name.endswith("_top5")}
     return "  ".join(f"{k} {v:.1%}" if k.startswith("accuracy") else f"{k} {v:.4g}" for k, v in shown.items())
+
+
+def straggler_line(event: Mapping[str, Any]) -> str:
+    """Return one line about a slow worker."""
+    return (
+        f"worker {event['rank']} on {event['node']} ({event['ip']}) is slow: its forward passes take "
+        f"{event['forward_s']:.3g} s per step, {event['times']:.1f} times the median of the workers "
+        f"({event['median_s']:.3g} s)"
+    )
 
 
 def duration(seconds: float | None) -> str:

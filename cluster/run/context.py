@@ -42,7 +42,7 @@ class Launch:
     @property
     def trained(self) -> bool:
         """Whether all steps are done, so that only results may be missing."""
-        return self.start_step >= self.preflight.total_steps
+        return self.start_step >= self.preflight.total_steps or bool(self.preflight.early_stop)
 
     @property
     def change_tag(self) -> dict[str, str]:

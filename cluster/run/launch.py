@@ -1,6 +1,7 @@
 """The driver of a training run: check, start Ray and MLflow, train, report."""
 
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,23 +10,26 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import yaml
+from ray.train.torch import TorchTrainer
 
 from cluster.recipe.config import Recipe, kind_of, zero_stage
-from cluster.recipe.preflight import Preflight, check, check_new, data_facts, tracked_data
+from cluster.recipe.placement import connected_nodes
+from cluster.recipe.preflight import Preflight, check, check_new, data_facts, place_some, tracked_data
 from cluster.recipe.resume import longer
 from cluster.record.failures import one_line
 from cluster.record.lease import Lease, hold
 from cluster.record.run_folder import RunFolder, choose_run
 from cluster.record.sessions import begin_session
-from cluster.run.console import RunConsole, Show
+from cluster.run.console import RunConsole, Show, straggler_line
 from cluster.run.context import Launch
 from cluster.run.driver import Fit
 from cluster.run.evaluation import EvaluationTasks
 from cluster.run.metrics import RunMetrics, find_peak, ray_export
-from cluster.run.monitor import ActorMonitor
+from cluster.run.monitor import ActorMonitor, Event
 from cluster.run.result import RunEnd, conclude, is_concluded, note_end, send_waiting
+from cluster.run.stragglers import Stragglers
 from cluster.run.trainer import Share, build_trainer, keep_reference
-from cluster.run.watchdog import Watchdog, end
+from cluster.run.watchdog import Watchdog, end, keep_stacks
 from cluster.runtime.local import cluster_cpus
 from cluster.runtime.session import (
     Tracked,
@@ -110,34 +114,90 @@ def run_workers(launch: Launch) -> dict[str, Any]:
         datasets=tracked_data(recipe.data, launch.preflight.manifest),
     )
     with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as (session, handle):
-        monitor = ActorMonitor()
-        trainer = build_trainer(recipe, folder, monitor.address, handle, Share(cluster_cpus(), held_cpus()))
-        watchdog = Watchdog(recipe.cluster.hang_s)
-        evaluations = EvaluationTasks(recipe, folder, monitor, console.show)
-        figures = RunMetrics(ray_export(folder.name), saved_at=launch.saved_at)
-        fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor, session.ended)
-        with stop_on_signal(monitor.request_stop, console.say, STOPPING):
-            for event in fit.events():
-                watchdog.note(event, time.monotonic())
-                figures.note(event)
-                evaluations.note(event)
-                console.show(event)
-                if event["kind"] == "checkpoint":
-                    keep_reference(trainer, event)
-                if event["kind"] == "ready":
-                    _note_worker(launch, figures, event)
-                if event["kind"] == "polled":
-                    evaluations.collect()
-                    if (hanging := watchdog.suspect(time.monotonic())) is not None:
-                        console.show({"kind": "hang", **asdict(hanging)})
-                        end(hanging)
-                    if launch.lease.taken_by:
-                        launch.lease.check()
-        console.close()
-        if not fit.lost:
-            evaluations.cancel()
-            monitor.close()
-        return {**fit.outcome, "handle": handle, "result": fit.result}
+        while True:
+            monitor = ActorMonitor()
+            share = Share(cluster_cpus(), held_cpus())
+            trainer = build_trainer(launch.recipe, folder, monitor.address, handle, share)
+            fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor, session.ended)
+            without = _follow(launch, fit, trainer, monitor)
+            if without is None:
+                return {**fit.outcome, "handle": handle, "result": fit.result}
+            launch = replace(launch, recipe=without)
+
+
+def _follow(launch: Launch, fit: Fit, trainer: TorchTrainer, monitor: ActorMonitor) -> Recipe | None:
+    """Handle the workers' events until their end; return a recipe with which they shall start again, if any."""
+    recipe, folder, console = launch.recipe, launch.folder, launch.console
+    watchdog = Watchdog(recipe.cluster.hang_s, recipe.cluster.hang_long_s)
+    stragglers = Stragglers(recipe.cluster.straggler_factor, recipe.cluster.straggler_s)
+    evaluations = EvaluationTasks(recipe, folder, monitor, console.show)
+    figures = RunMetrics(ray_export(folder.name), saved_at=launch.saved_at)
+    without: Recipe | None = None
+    stopping = threading.Event()
+
+    def stop() -> None:
+        stopping.set()
+        monitor.request_stop()
+
+    with stop_on_signal(stop, console.say, STOPPING):
+        for event in fit.events():
+            now = time.monotonic()
+            watchdog.note(event, now)
+            figures.note(event)
+            evaluations.note(event)
+            console.show(event)
+            if event["kind"] == "checkpoint":
+                keep_reference(trainer, event)
+            if event["kind"] == "ready":
+                _note_worker(launch, figures, event)
+            if (slow := stragglers.note(event, now)) is not None:
+                without = without or _handle_straggler(launch, slow)
+                if without is not None:
+                    monitor.request_stop()
+            if event["kind"] == "polled":
+                evaluations.collect()
+                _check(launch, watchdog, now)
+    console.close()
+    if not fit.lost:
+        evaluations.cancel()
+        monitor.close()
+    return without if fit.outcome.get("status") == "stopped" and not stopping.is_set() else None
+
+
+def _check(launch: Launch, watchdog: Watchdog, now: float) -> None:
+    """Kill a worker that hangs; raise `TakenOverError` if another driver has the lease."""
+    folder = launch.folder
+    if (hanging := watchdog.suspect(now)) is not None:
+        hanging = keep_stacks(hanging, folder.local / "logs")
+        launch.console.show({"kind": "hang", **asdict(hanging)})
+        end(hanging)
+    if launch.lease.taken_by:
+        launch.lease.check()
+
+
+def _handle_straggler(launch: Launch, slow: Event) -> Recipe | None:
+    """Name a slow worker and note it in run.json; return the recipe with which the workers shall start again, if any.
+
+    That is the recipe without the worker's node, with `cluster.on_straggler: restart` on a cluster whose other nodes
+    have room.
+    """
+    recipe, folder, console = launch.recipe, launch.folder, launch.console
+    console.show(slow)
+    folder.note(stragglers=[*folder.facts().get("stragglers", []), straggler_line(slow)])
+    if recipe.cluster.resolved_address() is None:
+        return None
+    avoid = (*recipe.cluster.avoid, slow["node_id"])
+    without = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"avoid": avoid})})
+    if recipe.cluster.on_straggler == "warn":
+        console.say(f"  cluster.avoid=[{slow['ip']}] leaves its node out at the next start")
+        return None
+    try:
+        place_some(without, connected_nodes())
+    except UserError as error:
+        console.say(f"  the workers stay: {error}")
+        return None
+    console.say("  restarting the workers without its node: they save a checkpoint first")
+    return without
 
 
 def _take_over(folder: RunFolder, lease: Lease, preflight: Preflight, resume: bool) -> tuple[RunFolder, Preflight]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.recipe.config import Recipe
+from cluster.run.stragglers import slowness
 from cluster.runtime.hardware import load_hardware
 from perceiver.step_trace import trace_step
 
@@ -54,6 +55,7 @@ FIGURES = (
         "perceiver_checkpoint_timestamp_seconds", "Age of the newest checkpoint, or of the start", "s", "time() - {}"
     ),
     Figure("perceiver_worker_failures", "Worker failures since the start", "short"),
+    Figure("perceiver_slowest_worker", "Forward passes of the slowest worker as a multiple of the median", "short"),
     Figure("perceiver_model_flops_utilisation", "Model FLOPs as a share of the GPUs' peak", "percentunit"),
 )
 
@@ -77,6 +79,7 @@ class RunMetrics:
         self._failures = 0
         self._skipped = 0.0
         self._quarantined: dict[int, int] = {}
+        self._forward: dict[int, float] = {}
 
     def note(self, event: Mapping[str, Any]) -> None:
         """Process an event of a worker; kinds without a metric are ignored."""
@@ -99,6 +102,10 @@ class RunMetrics:
         self._quarantined[event["rank"]] = event["quarantined"]
         self.export("perceiver_quarantined_samples", sum(self._quarantined.values()))
         self.export("perceiver_checkpoint_timestamp_seconds", self._saved_at)
+        if event.get("forward_s"):
+            self._forward[event["rank"]] = event["forward_s"]
+            if times := slowness(self._forward):
+                self.export("perceiver_slowest_worker", max(times.values()))
 
     def _on_metrics(self, event: Mapping[str, Any]) -> None:
         self._skipped += event["metrics"].get("train/skipped_steps", 0.0)
@@ -111,6 +118,7 @@ class RunMetrics:
     def _on_failure(self, event: Mapping[str, Any]) -> None:
         self._failures += 1
         self._quarantined.clear()
+        self._forward.clear()
         self.export("perceiver_worker_failures", self._failures)
 
 

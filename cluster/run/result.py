@@ -87,7 +87,8 @@ def note_end(launch: Launch, outcome: Mapping[str, Any], status: str) -> None:
     folder = launch.folder
     try:
         sessions = ended_sessions(folder)
-        folder.note(status=status, step=outcome.get("step"), evaluation=outcome.get("evaluation"), sessions=sessions)
+        facts = {key: outcome.get(key) for key in ("step", "evaluation", "early_stop")}
+        folder.note(status=status, **facts, sessions=sessions)
     except UserError as error:
         if status == "finished":
             raise
@@ -132,11 +133,22 @@ def _facts(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
         "data": f"{recipe.data.url} ({preflight.manifest.name})",
         "workers": f"{recipe.cluster.workers}, ZeRO stage {zero_stage(recipe)}",
         "steps": f"{outcome['step']:,} of {recipe.train.global_batch} samples",
+        **({"ended early": outcome["early_stop"]} if outcome.get("early_stop") else {}),
         "wall time": str(work_time(launch.folder)),
         "machine": f"{machine_cpus()} CPUs ({platform.machine()}), {platform.system()}",
         "checkpoint": launch.folder.checkpoints.location(outcome["step"]),
+        **_best(launch, outcome),
         **_changes(launch.folder),
+        **({"slow workers": "; ".join(slow)} if (slow := launch.folder.facts().get("stragglers")) else {}),
     }
+
+
+def _best(launch: Launch, outcome: Mapping[str, Any]) -> dict[str, str]:
+    """Return the best checkpoint by its caption; empty without `train.keep_best`."""
+    config, step = launch.recipe.train.keep_best, outcome.get("best_step")
+    if config is None or step is None:
+        return {}
+    return {"best": f"{launch.folder.checkpoints.location(step)} (by {config.metric})"}
 
 
 def _changes(folder: RunFolder) -> dict[str, str]:
@@ -152,6 +164,8 @@ def _finish_run(launch: Launch, tracker: Tracker, status: str, report: str | Non
         tracker.log_artifact(recipe)
     if report and "://" not in report:
         tracker.log_artifact(Path(report).parent, "report")
+    if slow := launch.folder.facts().get("stragglers"):
+        tracker.set_tag("stragglers", "; ".join(slow))
     tracker.set_tag("wall_time_s", f"{work_time(launch.folder).seconds:.1f}")
     tracker.close("finished" if status == "finished" else "stopped" if status == "stopped" else "failed")
 
@@ -167,6 +181,8 @@ def _say_results(launch: Launch, outcome: Mapping[str, Any], report: str | None)
         say(f"{recipe.data.eval_split} {name.replace('_', ' ')} {value:.4g}")
     say(f"wall time   {work_time(folder)}")
     say(f"checkpoint  {folder.checkpoints.location(outcome['step'])}")
+    for caption, line in _best(launch, outcome).items():
+        say(f"{caption:<12}{line}")
     say(f"weights     {folder.location('model.safetensors')}")
     if report:
         say(f"report      {report}")

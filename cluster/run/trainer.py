@@ -13,7 +13,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # the base of TorchTrainer
 
 from cluster.recipe.config import Recipe, for_workers
-from cluster.recipe.placement import check_task_memory, connected_nodes, worker_need
+from cluster.recipe.placement import check_task_memory, connected_nodes, worker_labels, worker_need
 from cluster.recipe.preflight import data_cpus, data_need, place_some
 from cluster.recipe.resources import worker_cpus
 from cluster.record.failures import one_line
@@ -93,7 +93,7 @@ def build_trainer(
             elastic_resize_monitor_interval_s=RESIZE_S,
             resources_per_worker=worker_resources(recipe, share),
             use_gpu=cluster.gpus_per_worker > 0,
-            label_selector=cluster.worker_labels or None,
+            label_selector=worker_labels(cluster, connected_nodes()) or None,
             placement_strategy=cluster.placement.upper(),
         ),
         run_config=ray.train.RunConfig(

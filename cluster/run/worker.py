@@ -48,9 +48,10 @@ from perceiver.train.checkpoint.store import CheckpointStore, Snapshot
 from perceiver.train.engine.deepspeed_config import BatchPlan
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
 from perceiver.train.engine.protocol import Engine
-from perceiver.train.hooks import AsyncEvalHook, EvalHook, History, MetricsHook
+from perceiver.train.hooks import AsyncEvalHook, EarlyStopHook, EvalHook, History, MetricsHook
 from perceiver.train.loop import Flags, Hook, Span, StepInfo, train
 from perceiver.train.offered_hooks import build_hooks
+from perceiver.train.spikes import SpikeDetector
 from pipelines.feed.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.quarantine import Quarantine
@@ -101,8 +102,21 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             # The recipe, its data, and the checkpoint to continue from.
             recipe = build_recipe(config["recipe"].value)
             training = recipe.train
+            if training.replay_every:  # torch's deterministic algorithms on GPUs require it
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             folder = RunFolder(recipe.output, config["run"], config["fence"])
             folder.check_owner()
+            quarantine = Quarantine(recipe.data.max_bad_fraction)
+            resources.callback(write_quarantine, quarantine, folder, me)
+            where = _where()
+            monitor.send("started", where, urgent=True)
+            pulse = Pulse(
+                make_client(config["monitor"], me.rank),
+                recipe.cluster.hang_s,
+                recipe.cluster.hang_long_s,
+                quarantined=lambda: len(quarantine.problems),
+            )
+            resources.callback(pulse.stop)
             manifest = load_data(recipe.data)
             recipe = with_targets(recipe, manifest)
             samples, classes = manifest.split(recipe.data.train_split).samples, len(manifest.classes)
@@ -130,13 +144,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             # Data.
             rest_data_scheduler()
             quiet_data_progress()
-            quarantine = Quarantine(recipe.data.max_bad_fraction)
-            resources.callback(write_quarantine, quarantine, folder, me)
             batches = training_batches(recipe, manifest, me, (span.start_step, span.total_steps), quarantine)
             resources.callback(batches.close)
-            monitor.send("ready", {"seconds": time.perf_counter() - began, "world": me.world, **_where()}, urgent=True)
-            pulse = Pulse(make_client(config["monitor"], me.rank), quarantined=lambda: len(quarantine.problems))
-            resources.callback(pulse.stop)
+            monitor.send("ready", {"seconds": time.perf_counter() - began, "world": me.world, **where}, urgent=True)
 
             def evaluation_batches() -> Iterator[Batch]:
                 return pulse.count(evaluation_share(recipe, manifest, me, quarantine))
@@ -161,6 +171,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 report=reporter.evaluated,
             )
             evaluations = build_async_evaluation(recipe, folder, history, monitor, span, me)
+            early_stop = EarlyStopHook(training.early_stop, history)
             sample_log = SampleLog()
             ledger = (
                 Ledger(folder.location("ledger"), me.rank, sample_log, span.start_step, folder.fence)
@@ -176,6 +187,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 scores=history.evaluations,
                 in_use=evaluations.in_use if evaluations else tuple,
             )
+            pulse.saving = saver.busy_s
+            spikes = build_spikes(recipe, folder, span)
             every = training.checkpoint_every
             checkpoints = CheckpointHook(
                 engine,
@@ -184,7 +197,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 if every == "auto"
                 else EveryEpochs(every),
                 history,
-                snapshot=partial(take_snapshot, recipe, engine, history),
+                snapshot=partial(take_snapshot, recipe, engine, history, spikes),
                 figures=evaluation.figures,
                 listeners=Listeners(
                     saved=partial(announce_saved, monitor, tracker, evaluations),
@@ -203,8 +216,16 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 name = f"bad-loss/steps-{first_step + 1:08d}-{last_step:08d}/rank-{me.rank:05d}.parquet"
                 folder.write(name, sample_log.table(first_step, last_step))
 
+            if spikes is not None and training.on_spike == "skip":
+                engine.refuse = spikes.is_spike
             bad_loss = BadLossHook(
-                training.on_bad_loss, training.bad_loss_limit, history, keep_samples, last_checkpoint
+                training.on_bad_loss,
+                training.bad_loss_limit,
+                history,
+                keep_samples,
+                last_checkpoint,
+                training.on_spike,
+                spikes,
             )
             preemption = PreemptionHook(asks=first and config["on_cluster"])
             recording: list[Hook] = (
@@ -213,44 +234,66 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             asynchronous: list[Hook] = [evaluations] if evaluations else []
             hooks: list[Hook] = [
                 lambda info: stepped.set(),
+                pulse.stepped,
                 sample_log,
+                pulse.mark("bad loss"),
                 bad_loss,
+                pulse.mark(),
                 preemption,
                 *recording,
+                pulse.mark("hook"),
                 *build_hooks(recipe.hooks, me.rank, me.world),
+                pulse.mark("evaluation"),
                 *asynchronous,
                 evaluation,
+                pulse.mark("checkpoint"),
+                early_stop,
                 checkpoints,
+                pulse.mark(),
             ]
 
             def poll() -> Flags:
                 stop = monitor.stop_requested() or preemption.announced
                 flags = checkpoints.flags()
-                return flags._replace(stop=stop or flags.stop, ask_cluster=preemption.due())
+                return flags._replace(stop=stop or flags.stop, enough=early_stop.enough(), ask_cluster=preemption.due())
 
             def roll_back(step: int) -> None:
-                target = newest_step(folder.checkpoints, me)
-                restore(engine, folder.checkpoints, target)
+                with pulse.during("restore"):
+                    target = newest_step(folder.checkpoints, me)
+                    restore(engine, folder.checkpoints, target)
                 if ledger is not None:
                     ledger.discard(target, step)
                 if first:
-                    monitor.send("rolled_back", {"step": step, "target": target}, urgent=True)
+                    facts = {"step": step, "target": target, "reason": bad_loss.reason}
+                    monitor.send("rolled_back", facts, urgent=True)
 
             # Train, then write the results.
-            step = train(engine, pulse.count(batches), hooks, span, poll=poll, restore=roll_back)
+            ended = engine.sum([float(early_stop.over(span.start_step))])[0] > 0
+            if ended:
+                step = span.start_step
+            else:
+                step = train(engine, pulse.count(batches), hooks, span, poll=poll, restore=roll_back)
+            if first and early_stop.ended:
+                monitor.send("early_stop", {"step": step, "reason": early_stop.reason}, urgent=True)
+                tracker.set_tag("early_stop", early_stop.reason)
             monitor.flush()
-            if step < span.total_steps:
+            if step < span.total_steps and not (ended or early_stop.ended):
                 if preemption.announced and engine.sum([float(monitor.stop_requested())])[0] == 0:
                     exit_preempted(step)
                 if handle is not None and handle.worker_closes:
                     tracker.close("stopped")
                 return {"status": "stopped", "step": step, "total_steps": span.total_steps}
-            figures = evaluation.latest or engine.evaluate(evaluation_batches())
-            write_predictions(folder, me, task, engine, evaluation_batches())
-            write_weights(folder, recipe, engine, class_names(recipe, manifest), {"step": step, "evaluation": figures})
-            if handle is not None and handle.worker_closes:
-                tracker.close("finished")
-            return {"status": "finished", "step": step, "total_steps": span.total_steps, "evaluation": figures}
+            with pulse.during("results"):
+                figures = evaluation.latest or engine.evaluate(evaluation_batches())
+                with engine.averaged():
+                    write_predictions(folder, me, task, engine, evaluation_batches())
+                    facts = {"step": step, "evaluation": figures}
+                    write_weights(folder, recipe, engine, class_names(recipe, manifest), facts)
+                if handle is not None and handle.worker_closes:
+                    tracker.close("finished")
+            found = {"step": step, "total_steps": span.total_steps, "evaluation": figures, "best_step": saver.best()}
+            early = early_stop.reason if ended or early_stop.ended else ""
+            return {"status": "finished", **found, "early_stop": early}
     except Exception as error:
         reason = refusal_reason(error, me.rank, stepped.is_set())
         if not reason:
@@ -325,6 +368,8 @@ def build_engine(recipe: Recipe, model: torch.nn.Module, task: Task, span: Span,
         precision=training.precision,
         compile=training.compile,
         half_residual=training.bf16_residual,
+        replay_every=training.replay_every,
+        ema=training.ema,
     )
 
 
@@ -338,6 +383,15 @@ def restore(engine: Engine, store: CheckpointStore, step: int) -> None:
         updates = engine.load(local)
     if updates > step:
         raise UserError(f"{store.location(step)}: its shards are of step {updates}; take another checkpoint")
+
+
+def build_spikes(recipe: Recipe, folder: RunFolder, span: Span) -> SpikeDetector | None:
+    """Return the detector of `train.on_spike` with the losses of the checkpoint, None without the key."""
+    training = recipe.train
+    if training.on_spike is None:
+        return None
+    losses = folder.checkpoints.manifest(span.start_step).recent_losses if span.start_step else ()
+    return SpikeDetector(training.spike_window, training.spike_factor, losses)
 
 
 def training_batches(
@@ -451,7 +505,13 @@ def exit_preempted(step: int) -> None:
 
 
 def take_snapshot(
-    recipe: Recipe, engine: Engine, history: History, info: StepInfo, metrics: Mapping[str, float], number: int
+    recipe: Recipe,
+    engine: Engine,
+    history: History,
+    spikes: SpikeDetector | None,
+    info: StepInfo,
+    metrics: Mapping[str, float],
+    number: int,
 ) -> Snapshot:
     """Return the metadata of a checkpoint."""
     return Snapshot(
@@ -464,6 +524,7 @@ def take_snapshot(
         history=history.text(),
         metrics=metrics,
         number=number,
+        recent_losses=spikes.losses if spikes is not None else (),
     )
 
 
@@ -550,6 +611,8 @@ def write_weights(
 
 def _where() -> dict[str, Any]:
     """Return this process, its machine, its node in Ray and its device."""
-    node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    on_ray = ray.is_initialized()
+    node_id = ray.get_runtime_context().get_node_id() if on_ray else ""
+    ip = ray.util.get_node_ip_address() if on_ray else ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id, "device": device}
+    return {"pid": os.getpid(), "node": platform.node(), "node_id": node_id, "ip": ip, "device": device}

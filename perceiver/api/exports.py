@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from perceiver.api.recipes import Place
     from perceiver.export.weights import Saved
     from perceiver.storage import Folder
+    from perceiver.train.checkpoint.shards import Weights
 
 LIST = "export.json"
 """The files that export wrote to a folder, with their checksums; only these are overwritten."""
@@ -28,6 +29,7 @@ def export(
     tolerance: float = 1e-4,
     licence: str | None = None,
     register: str | None = None,
+    weights: "Weights | None" = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Export a trained model with a model card (README.md), as `perceiver export` does.
@@ -40,6 +42,7 @@ def export(
         tolerance: ONNX: largest difference allowed, relative to the largest output.
         licence: of the weights, for the model card.
         register: MLflow: log the model to the run's MLflow run and register it under this name.
+        weights: of a run or checkpoint with `train.ema`: `ema`, the default, or `last`.
         overrides: keys of the model that its weights fit as well, such as `**{"model.inputs.size": (256, 256)}`.
 
     Returns:
@@ -52,7 +55,9 @@ def export(
 
     if format not in FORMATS:
         raise UserError(f"format {format!r}: wanted one of {', '.join(FORMATS)}")
-    return write_export(os.fspath(source), format, os.fspath(to), tolerance, licence, register, words(overrides))
+    return write_export(
+        os.fspath(source), format, os.fspath(to), tolerance, licence, register, words(overrides), weights
+    )
 
 
 def write_export(
@@ -63,6 +68,7 @@ def write_export(
     licence: str | None,
     register: str | None,
     overrides: Sequence[str] = (),
+    weights: "Weights | None" = None,
 ) -> dict[str, Any]:
     """Export as `export`, with overrides of the form `KEY=VALUE`."""
     # The transformers library reads these at import; its progress bars would fill the terminal.
@@ -76,7 +82,7 @@ def write_export(
     if register and form != "mlflow":
         raise UserError(f"--register: got it with --format {form}; wanted --format mlflow")
     _listed(open_target(target), target)
-    saved = _changed(open_weights(source), overrides)
+    saved = _changed(open_weights(source, weights), overrides)
     data = trained_on(saved)
     facts = {"data": asdict(data)} if data else {}
     saved = replace(saved, facts={**saved.facts, **facts, **({"licence": licence} if licence else {})})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cluster.predict.scoring import Scoring
     from perceiver.api.recipes import Place
     from perceiver.export.weights import Saved
+    from perceiver.train.checkpoint.shards import Weights
 
     Several = Place | Sequence[Place]
     """One place, or several files, folders, globs and tables."""
@@ -121,6 +122,7 @@ def predict(
     workers: int | None = None,
     options: Mapping[str, str] | None = None,
     progress: bool = False,
+    weights: "Weights | None" = None,
     **overrides: Any,
 ) -> Predictions:
     """Return a trained model's predictions, as `perceiver predict` writes them.
@@ -137,6 +139,7 @@ def predict(
         workers: Ray Data actors that run the model; 0: this process.
         options: of the sources that read unprepared data, such as `{"image": "path"}` for a table's column.
         progress: print the number of samples to stdout.
+        weights: of a run or checkpoint with `train.ema`: `ema`, the default, or `last`.
         overrides: keys of the recipe by dotted key.
 
     Raises:
@@ -146,7 +149,7 @@ def predict(
     from perceiver.export.weights import open_weights
 
     request = Request(_several(places), _several(texts), split, batch, workers, options, tuple(words(overrides)))
-    return predictions(open_weights(os.fspath(run)), None, request, to, progress)
+    return predictions(open_weights(os.fspath(run), weights), None, request, to, progress)
 
 
 @dataclass(frozen=True, repr=False)
@@ -270,7 +273,13 @@ def warn(line: str, level: int = 4) -> None:
 
 
 def evaluate(
-    run: "Place", data: "Place | None" = None, *, split: str | None = None, batch: int | None = None, **overrides: Any
+    run: "Place",
+    data: "Place | None" = None,
+    *,
+    split: str | None = None,
+    batch: int | None = None,
+    weights: "Weights | None" = None,
+    **overrides: Any,
 ) -> dict[str, float]:
     """Return the metrics of a trained model on a data set, as `perceiver evaluate` does.
 
@@ -279,6 +288,7 @@ def evaluate(
         data: prepared data; default: the run's own.
         split: of the data; default: the run's evaluation split.
         batch: samples per forward pass; default: as in training's evaluations.
+        weights: of a run or checkpoint with `train.ema`: `ema`, the default, or `last`.
         overrides: keys of the recipe by dotted key, such as `**{"data.clip.eval_clips": 16}`.
 
     Raises:
@@ -288,7 +298,8 @@ def evaluate(
 
     set_up()
     url = None if data is None else os.fspath(data)
-    return measured(open_scoring(os.fspath(run), url, split=split, batch=batch, overrides=words(overrides)), warn)
+    given: dict[str, Any] = {"split": split, "batch": batch, "overrides": words(overrides), "weights": weights}
+    return measured(open_scoring(os.fspath(run), url, **given), warn)
 
 
 def measured(scoring: "Scoring", note: Callable[[str], None]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from perceiver.baselines._grid import Baseline, BaselineConfig
 from perceiver.config import Real, Size, UserError
-from perceiver.model import Raw, need_classes
+from perceiver.model import Raw, need_classes, numbered
 
 
 class CNN14Config(BaselineConfig):
@@ -47,6 +47,10 @@ class CNN14(Baseline):
         for layer in (self.hidden, self.head):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def layer_names(self) -> list[str]:
+        """Return the names of the layers, in order."""
+        return numbered("blocks", self.blocks)
 
     def forward(self, raw: Raw) -> Tensor:
         """Return logits (B, K)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from perceiver.baselines._grid import Baseline, BaselineConfig
 from perceiver.config import Config, Real, Scale, Size, UserError
 from perceiver.modalities.points import PointsConfig
-from perceiver.model import Raw, need_classes
+from perceiver.model import Raw, need_classes, numbered
 
 
 class Level(Config):
@@ -92,6 +92,10 @@ class PointNet2(Baseline):
         self.last = _mlp((3 + width, *config.last))
         self.hidden = _mlp((config.last[-1], *config.head))
         self.head = nn.Linear(config.head[-1], classes)
+
+    def layer_names(self) -> list[str]:
+        """Return the names of the layers, in order."""
+        return [*numbered("levels", self.levels), "last"]
 
     def forward(self, raw: Raw) -> Tensor:
         """Return logits (B, K) for points (B, M, 3 + features)."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from perceiver.baselines._grid import Baseline, BaselineConfig, transformers_library
 from perceiver.config import Layers, Size
-from perceiver.model import Raw, need_classes
+from perceiver.model import Raw, need_classes, numbered
 
 
 class ResNetConfig(BaselineConfig):
@@ -37,6 +37,12 @@ class ResNet(Baseline):
             num_labels=classes,
         )
         self.net = library.ResNetForImageClassification(values)
+
+    def layer_names(self) -> list[str]:
+        """Return the names of the blocks, in order."""
+        stages = numbered("resnet.encoder.stages", self.net.get_submodule("resnet.encoder.stages"))
+        lists = [f"{stage}.layers" for stage in stages]
+        return [f"net.{name}" for layers in lists for name in numbered(layers, self.net.get_submodule(layers))]
 
     def forward(self, raw: Raw) -> Tensor:
         """Return logits (B, K)."""

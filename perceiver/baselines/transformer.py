@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from perceiver.attention import Activation, SelfAttend, linear, zero_linear
 from perceiver.baselines._grid import Baseline, BaselineConfig
 from perceiver.config import Layers, Size, Widening
-from perceiver.model import Raw, need_classes
+from perceiver.model import Raw, need_classes, numbered
 
 
 class TransformerConfig(BaselineConfig):
@@ -41,6 +41,10 @@ class Transformer(Baseline):
         )
         self.norm = nn.LayerNorm(config.width)
         self.head = zero_linear(config.width, classes)
+
+    def layer_names(self) -> list[str]:
+        """Return the names of the layers, in order."""
+        return numbered("layers", self.layers)
 
     def forward(self, raw: Raw) -> Tensor:
         """Return logits (B, K); masked tokens are neither attended to nor averaged."""

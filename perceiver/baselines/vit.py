@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from perceiver.baselines._grid import Baseline, BaselineConfig, transformers_library
 from perceiver.config import Layers, Scale, Size, UserError
-from perceiver.model import Raw, need_classes
+from perceiver.model import Raw, need_classes, numbered
 
 
 class ViTConfig(BaselineConfig):
@@ -49,6 +49,10 @@ class ViT(Baseline):
             attention_probs_dropout_prob=0.0,
         )
         self.net = library.ViTForImageClassification(values)
+
+    def layer_names(self) -> list[str]:
+        """Return the names of the layers, in order."""
+        return numbered("net.vit.layers", self.net.get_submodule("vit.layers"))
 
     def forward(self, raw: Raw) -> Tensor:
         """Return logits (B, K)."""

@@ -60,3 +60,10 @@ class RunName(click.ParamType):
 
 BATCH = click.IntRange(1, 65_536)
 """Samples per forward pass."""
+
+WEIGHTS = click.option(
+    "--weights",
+    type=click.Choice(["ema", "last"]),
+    help="Of a run or checkpoint with train.ema: the moving average, or the last weights. Default: the average.",
+)
+"""The option of the commands that read a run's weights."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from perceiver.cli._types import BATCH
+from perceiver.cli._types import BATCH, WEIGHTS
 from perceiver.tracking.printable import say, say_json
 
 
@@ -21,9 +21,16 @@ Examples:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--split", help="Split of the data; default: the run's evaluation split.")
 @click.option("--batch", type=BATCH, help="Samples per forward pass; default: as in training's evaluations.")
+@WEIGHTS
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as one JSON line.")
 def command(
-    run: str, data: str | None, overrides: tuple[str, ...], split: str | None, batch: int | None, as_json: bool
+    run: str,
+    data: str | None,
+    overrides: tuple[str, ...],
+    split: str | None,
+    batch: int | None,
+    weights: Any,
+    as_json: bool,
 ) -> int:
     """Evaluate a trained model on a data set.
 
@@ -35,7 +42,7 @@ def command(
     from perceiver.api.models import measured
 
     data, overrides = own_data(data, overrides)
-    scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides)
+    scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides, weights=weights)
     figures = measured(scoring, lambda line: say(f"note: {line}", err=True))
     facts: dict[str, Any] = {
         "run": run,

@@ -1,8 +1,10 @@
 """`perceiver export`: a trained model as safetensors, transformers folder, ONNX file or MLflow model."""
 
+from typing import Any
+
 import click
 
-from perceiver.cli._types import Number
+from perceiver.cli._types import WEIGHTS, Number
 from perceiver.tracking.printable import say, say_json
 
 FORMATS = ("safetensors", "transformers", "onnx", "mlflow")
@@ -31,6 +33,7 @@ Examples:
 @click.option(
     "--register", metavar="NAME", help="MLflow: log the model to the run's MLflow run and register it as NAME."
 )
+@WEIGHTS
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON line.")
 def command(
     source: str,
@@ -40,6 +43,7 @@ def command(
     tolerance: float,
     licence: str | None,
     register: str | None,
+    weights: Any,
     as_json: bool,
 ) -> int:
     """Export a trained model with a model card (README.md).
@@ -52,7 +56,7 @@ def command(
     """
     from perceiver.api.exports import write_export
 
-    written = write_export(source, form, target, tolerance, licence, register, overrides)
+    written = write_export(source, form, target, tolerance, licence, register, overrides, weights)
     if as_json:
         say_json(written)
         return 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from perceiver.cli._types import BATCH
+from perceiver.cli._types import BATCH, WEIGHTS
 from perceiver.tracking.printable import say, say_json
 
 SHOWN = 8
@@ -39,6 +39,7 @@ Examples:
     help="Ray Data actors that run the model; 0: this process. Default: one per GPU on a cluster (RAY_ADDRESS,"
     " cluster.address) or if this machine has several, one per node on a cluster without GPUs, otherwise 0.",
 )
+@WEIGHTS
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON line.")
 def command(
     run: str,
@@ -49,6 +50,7 @@ def command(
     split: str | None,
     batch: int | None,
     workers: int | None,
+    weights: Any,
     as_json: bool,
 ) -> int:
     """Predict with a trained model.
@@ -78,7 +80,7 @@ def command(
     with tempfile.TemporaryDirectory() as scratch:
         folder = target if target is not None else scratch
         scoring, written, unread = write_predictions(
-            open_weights(run), None, request, folder, show, lambda line: say(f"note: {line}", err=True)
+            open_weights(run, weights), None, request, folder, show, lambda line: say(f"note: {line}", err=True)
         )
         found = read_predictions(folder) if target is None or scoring.origin else None
     rejected = found.rejected if found else ()

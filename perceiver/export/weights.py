@@ -18,7 +18,7 @@ from perceiver.export.facts import FACTS, DataFacts, parse_classes, parse_facts
 from perceiver.factory import build_model, model_config
 from perceiver.modalities._positions import resize_table
 from perceiver.storage import existing_file, first_line, invalid_key, is_local, open_url, parse_json, refusing
-from perceiver.train.checkpoint.shards import open_tensors, read_weights
+from perceiver.train.checkpoint.shards import Weights, open_tensors, read_weights
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore
 from perceiver.yaml_reader import parse_yaml
 
@@ -107,14 +107,20 @@ def _meta_state(config: Config, classes: int | None) -> dict[str, Tensor]:
         return build_model(config, classes=classes).state_dict()
 
 
-def open_weights(place: str) -> Saved:
+def open_weights(place: str, weights: Weights | None = None) -> Saved:
     """Read weights from a run's folder (its model.safetensors, else its newest sound checkpoint), a checkpoint's
     folder, a safetensors file, or a folder that transformers wrote; paths or fsspec URLs.
 
+    Args:
+        place: the place.
+        weights: of a run's folder or a checkpoint: the moving average of the weights, or the last ones, which a run's
+            newest checkpoint has; default: the average if the run has one (`train.ema`).
+
     Raises:
-        UserError: none of these is there, it is damaged, or a tensor has NaN or infinite values.
+        UserError: none of these is there, it is damaged, or a tensor has NaN or infinite values; or `weights` is given
+            for another place, or a run without an average.
     """
-    saved = _open(place)
+    saved = _open(place, weights)
     for name, tensor in saved.tensors.items():
         if not name.isprintable():
             raise UserError(f"{saved.place}: got tensor {name[:80]!r}; wanted names that can be printed")
@@ -123,11 +129,14 @@ def open_weights(place: str) -> Saved:
     return saved
 
 
-def _open(place: str) -> Saved:
+def _open(place: str, weights: Weights | None) -> Saved:
     fs, path = open_url(place.rstrip("/") or place)
     with refusing(place, "check the place and the access to it"):
-        there = {name: fs.exists(f"{path}/{name}") for name in ("config.json", "engine.json", "recipe.yaml", _FILE)}
+        names = ("config.json", "engine.json", "recipe.yaml", "checkpoints", _FILE)
+        there = {name: fs.exists(f"{path}/{name}") for name in names}
         is_file = fs.isfile(path)
+    if weights and not (there["engine.json"] or there["checkpoints"]):
+        raise UserError(f"{place}: weights = {weights!r} needs a run's folder or one of its checkpoints")
     if is_file:
         return _from_file(place, fs, path)
     if there["config.json"]:
@@ -139,15 +148,15 @@ def _open(place: str) -> Saved:
         store, step = CheckpointStore(folder), int(name.removeprefix("step-"))
         if problems := store.problems(step):
             raise UserError(f"{store.location(step)}: {problems[0]}; take another checkpoint")
-        return _from_checkpoint(store, store.manifest(step))
-    if there[_FILE]:
+        return _from_checkpoint(store, store.manifest(step), weights)
+    if there[_FILE] and weights is None:
         return _from_file(f"{place.rstrip('/')}/{_FILE}", fs, f"{path}/{_FILE}")
-    if there["recipe.yaml"]:
+    if there["recipe.yaml"] or weights:
         store = CheckpointStore(f"{place.rstrip('/')}/checkpoints")
         newest = store.newest()
         if newest is None:
             raise UserError(f"{place}: got a run without weights or a sound checkpoint; train it with --resume first")
-        return _from_checkpoint(store, newest)
+        return _from_checkpoint(store, newest, weights)
     raise UserError(
         f"{place}: got {'neither weights nor a run' if fs.exists(path) else 'nothing'}; wanted a run's "
         "folder, a checkpoint, a .safetensors file or a folder that transformers wrote"
@@ -226,16 +235,16 @@ def _model(values: Any, where: str) -> Config:
         raise UserError(f"{where}: model.{invalid_key(error)}") from None
 
 
-def _from_checkpoint(store: CheckpointStore, manifest: CheckpointManifest) -> Saved:
+def _from_checkpoint(store: CheckpointStore, manifest: CheckpointManifest, weights: Weights | None) -> Saved:
     step, where = manifest.step, store.location(manifest.step)
     recipe = _sections(manifest.recipe, where)
     if "model" not in recipe:
         raise UserError(f"{where}: its recipe has no model section: take another checkpoint")
     facts = _facts(store.fs, store.root.rpartition("/")[0])
     with store.fetch(step) as folder:
-        tensors = read_weights(folder)
-    if facts.get("step") != step:
-        facts.pop("evaluation", None)  # it belongs to the run's last step
+        tensors = read_weights(folder, weights)
+    if facts.get("step") != step or weights == "last":
+        facts.pop("evaluation", None)  # it belongs to the run's last step, and its average if there is one
     model = _model(recipe["model"], where)
     return Saved(where, tensors, model, recipe, {**facts, "step": step}, _recorded_classes(facts))
 

@@ -1,4 +1,4 @@
-"""Configuration and construction of the optimizers, and which parameters are decayed."""
+"""Configuration and construction of the optimizers."""
 
 from typing import Annotated, Any, Literal
 
@@ -7,22 +7,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from perceiver.config import Config, Real
+from perceiver.optim.groups import GroupConfig, param_groups
 from perceiver.optim.lamb import Lamb
 from perceiver.optim.schedules import ConstantSchedule, ScheduleConfig
 from perceiver.optim.sgd import Sgd
 
-_NORMS = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
 _DEFAULT_EPS = {"adamw": 1e-8, "adam": 1e-8, "lamb": 1e-6}
 _USED_BY = {
     "betas": ("adamw", "adam", "lamb"),
@@ -63,6 +52,16 @@ class OptimConfig(Config):
     clip: Real | None = Field(
         default=None, ge=1e-9, le=1e9, description="Global gradient norm to clip to; null switches it off."
     )
+    groups: tuple[GroupConfig, ...] = Field(
+        default=(), max_length=1000, description="Parameters with a learning rate or weight decay of their own."
+    )
+    layer_decay: Real | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate from each layer to the one before it, counted from the head, which "
+        "has 1; as in BEiT and MAE, for fine-tuning.",
+    )
     schedule: ScheduleConfig = Field(default=ConstantSchedule(), description="Multiplier of lr over the run.")
 
     @model_validator(mode="after")
@@ -82,33 +81,16 @@ class OptimConfig(Config):
         return {"lr": self.lr, "weight_decay": self.weight_decay, **values}
 
 
-def build_param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups: decayed, and not decayed (biases, and all of the norm layers).
-
-    Latents, position encodings and embeddings are decayed, as in the papers' code. Empty groups are omitted.
-    """
-    exempt = {
-        id(param)
-        for layer in module.modules()
-        for name, param in layer.named_parameters(recurse=False)
-        if isinstance(layer, _NORMS) or name.endswith("bias")
-    }
-    trainable = [param for param in module.parameters() if param.requires_grad]
-    # ZeRO places a group's tensors one after the other: those that would displace the others by less than 16 bytes are
-    # the last ones, because compiled layers need aligned weights.
-    trainable.sort(key=lambda param: param.numel() % 8 != 0)
-    decayed = [param for param in trainable if id(param) not in exempt]
-    undecayed = [param for param in trainable if id(param) in exempt]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of the module's trainable parameters, at the peak learning rate.
 
-    The engine clips the gradient before each step and sets the `lr` of each group.
+    The engine clips the gradient before each step and sets the `lr` of each group to its `lr_factor` of the step's.
+
+    Raises:
+        UserError: `optim.groups` or `optim.layer_decay` do not fit the model.
     """
-    groups = build_param_groups(module, config.weight_decay)
+    groups = param_groups(module, config.weight_decay, config.groups, config.layer_decay)
+    groups = [{**group, "lr": config.lr * group["lr_factor"]} for group in groups]
     if config.kind == "lamb":
         return Lamb(groups, **config.settings())
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": Sgd}

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from perceiver.config import UserError, shown
+from perceiver.optim.groups import parts
 
 _SHOWN = 200
 
@@ -28,7 +29,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
         if not found:
             raise UserError(
                 f"train.freeze: {pattern!r} matches no parameter of the model; its parts are "
-                f"{shown(', '.join(_parts(module)), _SHOWN)}: write a pattern such as '{_parts(module)[0]}.*'"
+                f"{shown(', '.join(parts(module)), _SHOWN)}: write a pattern such as '{parts(module)[0]}.*'"
             )
         for param in found:
             param.requires_grad_(False)
@@ -38,8 +39,3 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
             "leave at least one to train, such as its head"
         )
     return sum(param.numel() for param in module.parameters() if not param.requires_grad)
-
-
-def _parts(module: nn.Module) -> list[str]:
-    """Return the first parts of the parameters' names, in order."""
-    return list(dict.fromkeys(name.split(".")[0] for name, _ in module.named_parameters()))

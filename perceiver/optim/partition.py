@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+AVERAGE = "average"
+"""Name of the moving average of the weights among an optimizer's moments, if there is one."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -53,12 +56,13 @@ def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Return the names of the tensors that an optimizer keeps for each of its tensors, which have the same shape.
 
     They are torch's names: the momentum of SGD, if it has any; the two moments of Adam, AdamW and LAMB, and with
-    AMSGrad the maximum of the second.
+    AMSGrad the maximum of the second. `AVERAGE` is the last, see `perceiver.optim.averaging`.
     """
     defaults = optimizer.defaults
+    average = (AVERAGE,) if defaults.get(AVERAGE) else ()
     if "momentum" in defaults:
-        return ("momentum_buffer",) if defaults["momentum"] else ()
-    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if defaults.get("amsgrad") else ()))
+        return ("momentum_buffer", *average) if defaults["momentum"] else average
+    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if defaults.get("amsgrad") else ()), *average)
 
 
 def state_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:

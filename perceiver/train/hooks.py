@@ -13,7 +13,7 @@ from typing import Protocol
 
 from perceiver.tasks import Batch
 from perceiver.train.engine.protocol import Engine
-from perceiver.train.loop import StepInfo
+from perceiver.train.loop import EarlyStop, StepInfo
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class EvalHook:
         self.latest_step = -1
 
     def __call__(self, info: StepInfo) -> None:
-        if info.completes(self.epochs) or info.step == info.total_steps:
+        if info.completes(self.epochs) or info.final:
             self.latest, self.latest_step = self.engine.evaluate(self.batches()), info.step
             figures = {f"eval/{key}": value for key, value in self.latest.items()}
             self.history.record(info.step, figures)
@@ -145,6 +145,46 @@ class EvalHook:
         """Return the loss of a step, and its evaluation metrics if it had an evaluation."""
         found = self.latest if self.latest_step == info.step else {}
         return {"train/loss": info.result.loss, **{f"eval/{key}": value for key, value in found.items()}}
+
+
+@dataclass
+class EarlyStopHook:
+    """Ends the run, as finished, one step after the evaluation that decides it. Every rank has one.
+
+    The record of metrics decides, which checkpoints contain: a resumed run ends where an uninterrupted one does.
+
+    Attributes:
+        config: `train.early_stop`; None: the run ends at its last step.
+        history: the recorded metrics.
+        reason: why the run ends; empty as long as it does not.
+        ended: whether the run has ended.
+    """
+
+    config: EarlyStop | None
+    history: History
+    reason: str = field(default="", init=False)
+    ended: bool = field(default=False, init=False)
+    _step: int | None = field(default=None, init=False)
+    _seen: int = field(default=0, init=False)
+
+    def over(self, step: int) -> bool:
+        """Return whether a run of so many steps has ended."""
+        found = self._look()
+        return found is not None and found < step
+
+    def enough(self) -> bool:
+        """Return whether the next step is the last one."""
+        return self._look() is not None
+
+    def __call__(self, info: StepInfo) -> None:
+        self.ended = info.flags.enough
+
+    def _look(self) -> int | None:
+        evaluations = self.history.evaluations()
+        if self.config is not None and self._step is None and len(evaluations) > self._seen:
+            self._seen = len(evaluations)
+            self._step, self.reason = self.config.decided(evaluations) or (None, "")
+        return self._step
 
 
 @dataclass(frozen=True)
@@ -219,7 +259,7 @@ class AsyncEvalHook:
             self._due = info.step
         self._take(wait=False)
         began = time.monotonic()
-        while info.step == info.total_steps and self._running is not None and not self.stop_requested():
+        while info.final and self._running is not None and not self.stop_requested():
             self._take(wait=True)
             if time.monotonic() - began > LAST_EVALUATION_S:
                 log.warning("skipped the evaluation of step %d after %g s", self._running, LAST_EVALUATION_S)
@@ -227,7 +267,7 @@ class AsyncEvalHook:
 
     def wanted(self, info: StepInfo) -> bool:
         """Return whether a checkpoint is wanted after this step, the same on all ranks; the last step needs none."""
-        return info.completes(self.epochs) and info.step != info.total_steps
+        return info.completes(self.epochs) and not info.final
 
     def saved(self, step: int) -> None:
         """Take note of a committed checkpoint (rank 0)."""

@@ -2,16 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import AliasChoices, Field, model_validator
 
-from perceiver.config import Config, Count, Epochs, Location, Size
+from perceiver.config import Config, Count, Epochs, Location, NonNegative, Real, Size
 from perceiver.hashing import FIRST, GOLDEN, SECOND, mix64
+from perceiver.optim.averaging import EmaConfig
 from perceiver.tasks import Batch
 from perceiver.train.engine.protocol import Compile, Engine, Precision, StepResult
 
@@ -28,6 +29,41 @@ class KeepBest(Config):
         if math.isnan(one) or math.isnan(other):
             return math.isnan(other) and not math.isnan(one)
         return one > other if self.mode == "max" else one < other
+
+
+class EarlyStop(Config):
+    """When a run ends before its last step (recipe key `train.early_stop`)."""
+
+    metric: str = Field(default="eval/loss", description="metric of the evaluations that must improve")
+    mode: Literal["max", "min"] = Field(default="min", description="whether a larger or a smaller value is better")
+    patience: Count = Field(default=5, description="consecutive evaluations without an improvement that end the run")
+    min_delta: NonNegative = Field(default=0.0, description="an improvement is a change by more than this")
+
+    def decided(self, evaluations: Mapping[int, Mapping[str, float]]) -> tuple[int, str] | None:
+        """Return the step of the evaluation that ends the run, and the reason; None if none does.
+
+        NaN is no improvement.
+
+        Args:
+            evaluations: the metrics of all evaluations by step.
+        """
+        best, best_step, waited = math.nan, 0, 0
+        for step in sorted(evaluations):
+            value = evaluations[step].get(self.metric)
+            if value is None:
+                continue
+            change = best - value if self.mode == "min" else value - best
+            if change > self.min_delta or (math.isnan(best) and not math.isnan(value)):
+                best, best_step, waited = value, step, 0
+                continue
+            waited += 1
+            if waited == self.patience:
+                more = f" by more than {self.min_delta:g}" if self.min_delta else ""
+                return step, (
+                    f"{self.metric} did not improve on {best:.4g} of step {best_step}{more} in {waited} "
+                    f"evaluation{'s' * (waited > 1)}, up to step {step} (train.early_stop)"
+                )
+        return None
 
 
 class SavingConfig(Config):
@@ -62,6 +98,9 @@ class TrainConfig(SavingConfig):
         max_length=1000,
         description="patterns of the names of parameters that are not trained, such as [cross_attends.*, latents]",
     )
+    ema: EmaConfig | None = Field(
+        default=None, description="Moving average of the weights, which is evaluated and written; null: none."
+    )
     precision: Precision = Field(default="auto", description="fp32, bf16, or auto: bf16 on GPUs that have it")
     compile: Compile = Field(
         default="auto",
@@ -73,6 +112,11 @@ class TrainConfig(SavingConfig):
     )
     log_every: Count = Field(default=10, description="steps between two records of the training metrics")
     eval_every: Epochs = Field(default=1.0, description="epochs between two evaluations")
+    early_stop: EarlyStop | None = Field(
+        default=None,
+        description="end the run when its evaluations no longer improve; without keep_best, the best checkpoint by "
+        "this metric is kept",
+    )
     eval_async: bool = Field(
         default=False,
         validation_alias=AliasChoices("eval_async", "eval_beside"),
@@ -87,7 +131,35 @@ class TrainConfig(SavingConfig):
     bad_loss_limit: Count = Field(
         default=10, description="number of skipped or rolled-back steps after which the run stops"
     )
+    on_spike: Literal["stop", "skip", "rollback"] | None = Field(
+        default=None, description="the same when the loss is far above those of the last steps; default: nothing"
+    )
+    spike_window: int = Field(
+        default=100, ge=10, le=10_000, description="number of last steps with whose losses one is compared"
+    )
+    spike_factor: Real = Field(
+        default=10,
+        gt=0,
+        le=1e6,
+        description="a loss is a spike above median + factor x 1.4826 x median absolute deviation of the window",
+    )
+    replay_every: Count | None = Field(
+        default=None,
+        description="each n-th step first computes a micro-batch twice and compares loss and gradients bit by bit, to "
+        "find faulty devices; ZeRO stages 0 to 2; on GPUs by deterministic algorithms. Default: never",
+    )
     ledger: bool = Field(default=False, description="record the sample ids of each step in the run's folder ledger/")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_what_stops(cls, given: Any) -> Any:
+        stop = given.get("early_stop") if isinstance(given, Mapping) else None
+        if stop is None or given.get("keep_best") is not None:
+            return given
+        values = stop if isinstance(stop, Mapping) else stop.model_dump() if isinstance(stop, EarlyStop) else {}
+        known = EarlyStop.model_fields
+        best = {key: values.get(key, known[key].default) for key in ("metric", "mode")}
+        return {**given, "keep_best": best} if all(isinstance(value, str) for value in best.values()) else given
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -137,6 +209,8 @@ class Flags(NamedTuple):
     """The rank's part of the last checkpoint could not be written."""
     save_refused: bool = False
     """The store refuses the credentials: no later checkpoint can succeed."""
+    enough: bool = False
+    """The run ends after this step, finished: its evaluations no longer improve."""
     ask_cluster: bool = False
     """It is time for all ranks together to ask the cluster whether a node will be removed."""
 
@@ -174,9 +248,14 @@ class StepInfo:
         return math.floor(self.epoch / epochs + 1e-9) > math.floor(before / epochs + 1e-9)
 
     @property
+    def final(self) -> bool:
+        """Whether this is the last step of the run."""
+        return self.flags.enough or self.step == self.total_steps
+
+    @property
     def last(self) -> bool:
         """Whether this is the last step of this process."""
-        return self.flags.stop or self.step == self.total_steps
+        return self.flags.stop or self.final
 
 
 Hook = Callable[[StepInfo], None]
@@ -185,8 +264,8 @@ Hook = Callable[[StepInfo], None]
 class RollBack(Exception):
     """Raised by a hook: restore the last checkpoint and continue with the samples after this step."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss of step {step} is NaN or infinite")
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(what)
         self.step = step
 
 
@@ -234,7 +313,8 @@ def train(
         batches: this rank's micro-batches, in order.
         hooks: called after each step, in order.
         span: the steps to run.
-        poll: return this rank's flags after a step. `stop` on any rank ends the loop on all ranks after that step.
+        poll: return this rank's flags after a step. `stop` or `enough` on any rank ends the loop on all ranks after
+            that step.
         restore: load the weights of the last checkpoint, to roll back the given step. The batches are already past that
             step, so its samples are not used again.
     """
@@ -261,7 +341,7 @@ def train(
                 hook(info)
         except RollBack as bad:
             restore(bad.step)
-        if flags.stop:
+        if flags.stop or flags.enough:
             return step + 1
     return span.total_steps
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from tests.perceiver.tracking.mlflow_server import free_port
 
 STEPS = 150
 ELASTIC_STEPS = 900
+SLOW_STEPS = 300
 GRACE_S = 30
 LOST_WITHIN_S = 15
 
@@ -180,6 +182,30 @@ def node_drained(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 def _step_of(job: Job, resumed: float) -> int:
     """Return the step in the line of a resume."""
     return next(int(line.split()[3]) for when, line in job.lines if when == resumed)
+
+
+@scenario("worker slowed down, restart without its node")
+def node_slow(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """Worker 1 is stopped for most of the time; the workers save, and start again on the other nodes."""
+    with job_on_nodes(folder, tree, 3, outcome, SLOW_STEPS, on_straggler="restart", straggler_s=5) as (nodes, job):
+        worker = job.worker(1)
+        ip, fault = place_of(worker), time.time()
+
+        def slow() -> float | None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.suspend()
+                time.sleep(0.05)
+                worker.resume()
+            return job.said("restarting the workers without its node")
+
+        detected = job.wait(slow, "slow worker")
+        outcome.expect(job.said(f"worker 1 on {platform.node()} ({ip}) is slow"), f"it is named\n{job.output}")
+        job.wait_line("resumed at step")
+        job.wait(lambda: job.worker(1).pid != worker.pid, "new worker")
+        outcome.expect(ip not in {place_of(job.worker(rank)) for rank in (0, 1)}, "no worker is on that node")
+        outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
+        job.judge(outcome, fault, detected, SLOW_STEPS, graceful=True)
+        outcome.expect(outcome.steps_lost == 0, "no step lost")
 
 
 @scenario("head lost, cluster started again, job submitted again")

@@ -15,6 +15,8 @@ PLANTED = "planted-7c1f9ab2e04d"
 """A secret without a known form: only its key shows that it is one."""
 REFUSED_WITHIN_S = 30
 STALL_S = 20.0
+SAVE_S = 20.0
+"""Limit of a save in the row of a store that never answers, in seconds."""
 
 
 def limit_files(job: Job, most: int) -> None:
@@ -110,6 +112,28 @@ def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
             outcome.fault += f" ({done} steps in its second half)"
             outcome.expect(not job.said("restarting the workers"), "no worker was restarted")
             job.judge(outcome, fault, None, steps)
+        finally:
+            job.kill()
+
+
+@scenario("object store never answers (hang)")
+def store_hangs(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """A save in the background does not end; the store answers again once that is found."""
+    steps = 600
+    tree = fault_tree(tree, steps)
+    tree["cluster"]["hang_long_s"] = SAVE_S
+    with FaultyS3() as server:
+        job = S3Job(folder, tree, server).paced().start()
+        try:
+            job.wait_checkpoint()
+            server.answering.clear()
+            fault = time.time()
+            detected = job.wait_line("has not ended a save for")
+            server.answering.set()
+            outcome.expect(job.end() == 0, f"exit code 0\n{job.output}")
+            outcome.expect(job.said("resumed at step"), "the workers resumed from a checkpoint")
+            outcome.expect(list(job.folder.rglob("logs/hang-*/rank-*.txt")), "the stacks are kept")
+            job.judge(outcome, fault, detected, steps)
         finally:
             job.kill()
 

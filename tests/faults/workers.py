@@ -1,5 +1,6 @@
 """Faults of workers and data tasks: killed, stopped, out of memory, an exception, a loss that is NaN."""
 
+import contextlib
 import json
 import os
 import signal
@@ -48,6 +49,49 @@ def worker_stopped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None
     outcome.expect((outcome.detected_s or 0) <= HUNG_WITHIN_S, "detected within 120 s")
 
 
+def _all_stand_still(job: Job, outcome: Outcome, harm: Callable[[Job], float], said: str) -> None:
+    """Like `_start_again`, for a fault in which no worker is behind; the stacks of all workers must be kept."""
+    job.tree["cluster"]["hang_s"] = float(os.environ.get("FAULT_HANG_S", "60"))
+    _start_again(job, outcome, harm, said)
+    outcome.expect((outcome.detected_s or 0) <= HUNG_WITHIN_S, "detected within 120 s")
+    stacks = sorted(path.name for path in job.run.glob("logs/hang-*/*"))
+    outcome.expect(stacks == ["rank-00000.txt", "rank-00001.txt"], f"the stacks of all workers are kept: {stacks}")
+
+
+@scenario("collective that a rank skips (hang)")
+def collective_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """Rank 0 enters a barrier that rank 1 skips: both wait for ever, and neither is behind."""
+    job = Job(folder, fault_tree(tree, STEPS)).inject("barrier", 30)
+
+    def harm(job: Job) -> float:
+        job.wait((job.folder / "inject.json.taken").exists, "barrier")
+        return _poisoned(job)
+
+    _all_stand_still(job, outcome, harm, "like all workers (rank 0 in barrier (torch/distributed/")
+
+
+@scenario("data tasks SIGSTOP everywhere (hang)")
+def data_blocked(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """All data tasks are stopped, also those that start meanwhile; the workers train on what they have, then wait."""
+    tree = fault_tree(tree, STEPS)
+    tree["data"] = {**tree["data"], "run_samples": 32}
+    job = Job(folder, tree).paced()
+
+    def harm(job: Job) -> float:
+        def stop() -> float | None:
+            for task in job.data_tasks():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    task.suspend()
+            return job.said(": killing it")
+
+        job.poll_s = 0.2
+        job.wait(stop, "hang")
+        job.poll_s = 0.02
+        return max(when for when, _ in job.recorded) + 1e-3
+
+    _all_stand_still(job, outcome, harm, ": killing it")
+
+
 @scenario("worker out of memory (rlimit)")
 def worker_out_of_memory(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """A worker cannot allocate memory: it raises an exception, or is terminated."""
@@ -67,9 +111,8 @@ def worker_raises(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     job = Job(folder, fault_tree(tree, STEPS)).inject("raise", 30, rank=1)
 
     def harm(job: Job) -> float:
-        taken = job.folder / "inject.json.taken"
-        job.wait(taken.exists, "exception")
-        return taken.stat().st_ctime
+        job.wait((job.folder / "inject.json.taken").exists, "exception")
+        return _poisoned(job)
 
     _start_again(job, outcome, harm, "worker 1 failed (RuntimeError: an exception planted by the fault tests)")
     outcome.expect((outcome.detected_s or 0) <= KILLED_WITHIN_S, "detected within 15 s")
@@ -116,6 +159,22 @@ def bad_loss_is_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) ->
         job.judge(outcome, _poisoned(job), None, STEPS)
         outcome.expect([row["step"] for row in job.history() if "train/bad_loss" in row] == [30], "recorded once")
         outcome.expect(len(_kept(job, 30)) == 16, "the ids of the step's 16 samples are kept")
+    finally:
+        job.kill()
+
+
+@scenario("loss spike: skip")
+def spike_is_skipped(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The step does not change the weights, and the run continues. Later losses are 0, which no factor raises."""
+    spikes = {"on_spike": "skip", "spike_window": 20, "spike_factor": 1000}
+    job = Job(folder, fault_tree(tree, STEPS, replay_every=7, **spikes)).inject("spike", 8).start()
+    try:
+        expect_finished(job, outcome)
+        job.judge(outcome, _poisoned(job), None, STEPS)
+        found = [row["step"] for row in job.history() if "train/loss_spike" in row]
+        outcome.expect(found == [8], f"recorded once: {found}")
+        outcome.expect(max(job.losses()[step] for step in range(9, STEPS + 1)) < 1, "the weights are as before")
+        outcome.expect(len(_kept(job, 8)) == 16, "the ids of the step's 16 samples are kept")
     finally:
         job.kill()
 

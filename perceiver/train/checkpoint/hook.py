@@ -153,12 +153,17 @@ class BackgroundSaver:
         self.done: deque[tuple[int, int | None]] = deque()
         self._manifests: dict[int, CheckpointManifest] = {}
         self._thread: threading.Thread | None = None
+        self._began = 0.0
         self._abandoned = threading.Event()
 
     @property
     def busy(self) -> bool:
         """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
+
+    def busy_s(self) -> float:
+        """Return for how many seconds the save in progress has been published, 0 if there is none."""
+        return time.monotonic() - self._began if self.busy else 0.0
 
     def start(self, engine: Engine, snapshot: Snapshot) -> None:
         """Stage a checkpoint, then publish it in the background; every rank calls this, when no save is in progress."""
@@ -170,6 +175,7 @@ class BackgroundSaver:
         except (OSError, SafetensorError) as error:
             self._fail(snapshot.step, error)
             return
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run, args=(staged,), name="checkpoint", daemon=True)
         self._thread.start()
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perceiver.config import UserError
-from perceiver.optim.partition import Layouts, moments_of, state_of
+from perceiver.optim.partition import AVERAGE, Layouts, moments_of, state_of
 from perceiver.storage import NonNegativeCount, PositiveCount, PrintableName, first_line, invalid_key, parse_json
 
 HEADER = "engine.json"
+Weights = Literal["ema", "last"]
+"""Which weights of a training state: their moving average (`train.ema`), or those of the last step."""
 _FORMAT = 1
 
 
@@ -34,6 +36,7 @@ class Header(BaseModel):
     format: PositiveCount
     writers: Annotated[int, Field(strict=True, ge=1, le=1 << 20, description="number of shards")]
     optim: PrintableName = Field(default="", description="kind of the optimizer")
+    averaged: bool = Field(default=False, strict=True, description="whether it contains an average of the weights")
     shapes: dict[PrintableName, list[NonNegativeCount]] = Field(description="shape of each tensor of the model")
 
 
@@ -169,22 +172,31 @@ def read_parameters(
             yield name, parts, sources.step
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, weights: Weights | None = None) -> dict[str, Tensor]:
     """Return the whole state of a saved model in float32, buffers included, from any ZeRO stage.
 
+    Args:
+        folder: folder of the training state.
+        weights: the moving average or the last weights; default: the average if there is one.
+
     Raises:
-        UserError: a shard or elements are missing, or a shard is damaged.
+        UserError: a shard or elements are missing, a shard is damaged, or there is no average.
     """
     header = read_header(folder)
+    if weights == "ema" and not header.averaged:
+        raise UserError(
+            f"{folder} has no average of the weights: it was trained without train.ema; wanted weights=last"
+        )
+    part = AVERAGE if header.averaged and weights != "last" else "param"
     rest = load_tensors(folder, "rest") or {}
     tensors: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
-        sources = _Sources(stack, folder, header.writers, ())
+        sources = _Sources(stack, folder, header.writers, (part,))
         for name, shape in header.shapes.items():
             if name not in rest:
                 sources.check(name, math.prod(shape))
                 tensors[name] = torch.empty(shape, dtype=torch.float32)
-                sources.fill(tensors[name].view(-1), "param", name, 0)
+                sources.fill(tensors[name].view(-1), part, name, 0)
     return {name: rest[name] if name in rest else tensors[name] for name in header.shapes}
 
 

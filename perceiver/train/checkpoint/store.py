@@ -21,7 +21,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +84,7 @@ class CheckpointManifest(Config):
     )
     number: NonNegativeCount = Field(default=0, description="number of earlier checkpoints of the run")
     lease: NonNegativeCount = Field(default=0, description="number of the driver's claim of the run, 0 without one")
+    recent_losses: list[StrictNumber] = Field(default=[], description="losses that `train.on_spike` compares with")
     created: StrictNumber = Field(allow_inf_nan=False, description="seconds since the epoch")
     files: dict[FileName, FileEntry] = Field(description="files in the folder")
 
@@ -110,6 +111,7 @@ class Snapshot:
     history: str
     metrics: Mapping[str, float] = field(default_factory=dict)
     number: int = 0
+    recent_losses: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ class CheckpointStore:
             metrics=dict(snapshot.metrics),
             number=snapshot.number,
             lease=self.fence.number if self.fence else 0,
+            recent_losses=list(snapshot.recent_losses),
             created=time.time(),
             files=files,
         )

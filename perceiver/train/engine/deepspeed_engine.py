@@ -9,9 +9,10 @@ import io
 import logging
 import math
 import os
+import platform
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from perceiver.config import UserError
+from perceiver.optim.averaging import EmaConfig, expect_average, start_average, swap_average, update_average
 from perceiver.optim.config import OptimConfig, build_optimizer
 from perceiver.optim.lamb import Lamb
-from perceiver.optim.partition import moments_of, state_of
+from perceiver.optim.partition import AVERAGE, moments_of, state_of
 from perceiver.optim.schedules import Schedule
 from perceiver.tasks import Batch, Task
 from perceiver.train.checkpoint.shards import (
@@ -60,6 +62,8 @@ from perceiver.train.engine.protocol import (
     untrained,
 )
 from perceiver.train.engine.ranks import Ranks, random_state, set_random_state
+from perceiver.train.engine.replay import ReplayError, replay
+from perceiver.train.engine.timing import ForwardTimer
 
 
 def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -123,6 +127,8 @@ class DeepSpeedEngine:
         precision: Precision = "auto",
         compile: Compile = "auto",
         half_residual: bool = False,
+        replay_every: int | None = None,
+        ema: EmaConfig | None = None,
     ) -> None:
         """Build the engine on every rank.
 
@@ -137,6 +143,8 @@ class DeepSpeedEngine:
             precision: see `train.precision`.
             compile: see `train.compile`.
             half_residual: see `train.bf16_residual`.
+            replay_every: see `train.replay_every`.
+            ema: see `train.ema`.
 
         Raises:
             UserError: the DeepSpeed JSON contradicts the recipe.
@@ -153,7 +161,10 @@ class DeepSpeedEngine:
         assert self.world == batch.world, (self.world, batch.world)
         self.zero_stage: int = plan["zero_optimization"]["stage"]
         set_layers(module, compile, half_residual=half_residual, zero_stage=self.zero_stage, device=self.device)
-        self._task, self._optim, self._schedule = task, optim, schedule
+        self._task, self._optim, self._schedule, self._ema = task, optim, schedule, ema
+        self._timer = ForwardTimer(self.device)
+        self._replay_every = replay_every
+        self.refuse: Callable[[float], bool] | None = None
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self._params = [param for param in module.parameters() if param.requires_grad]
         names = {id(param): name for name, param in module.named_parameters()}
@@ -173,18 +184,36 @@ class DeepSpeedEngine:
                     "not expose how ZeRO shards tensors; set deepspeed.zero_stage=0"
                 )
             self._optimizer.shard(self._layouts, self._sum_norms)
+        if ema is not None:
+            expect_average(self._optimizer)
         if self._layouts is None:
             self._create_states()
+        if ema is not None:
+            start_average(self._optimizer, list(self._layouts or self._optimizer.state))
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See `Engine`."""
         tell_step(self._task, step)
         lr = self._optim.lr * self._schedule(step)
         set_learning_rate(self._engine.optimizer, lr)
+        if self._replay_every and (step + 1) % self._replay_every == 0:
+            self._replay(micro_batches[0], step + 1)
         pending = self._accumulate(micro_batches)
         norm = self._update()
+        if self._ema is not None and math.isfinite(norm):
+            update_average(self._optimizer, self._ema, step)
         loss, metrics = pending.summarise(self._task)
-        return StepResult(step, loss, metrics, norm, lr, skipped=not math.isfinite(norm))
+        forward_s = self._timer.take() if self.zero_stage < 3 else None  # stage 3 gathers weights in forward passes
+        return StepResult(step, loss, metrics, norm, lr, skipped=not math.isfinite(norm), forward_s=forward_s)
+
+    def _replay(self, batch: Batch, step: int) -> None:
+        """Compute a micro-batch twice and compare; raise `ReplayError` if anything differs."""
+        self._engine.train()
+        if different := replay(self.module, self._task, batch, self.device):
+            raise ReplayError(
+                f"step {step} on rank {self.rank} ({platform.node()}, {self.device}): {different} differs between two "
+                "passes from the same state (train.replay_every): the device may be faulty"
+            )
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> PendingSums:
         """Compute the gradients of the global mean loss, reduced over the ranks as the ZeRO stage requires."""
@@ -197,13 +226,16 @@ class DeepSpeedEngine:
         for index, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
             last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(last)
-            output = self._task.loss(self._engine, batch)
+            with self._timer.measure():
+                output = self._task.loss(self._engine, batch)
             sums.add(output, count)
             if index == 0:
                 counting.wait()
             if last:
                 pending = sums.start()
             scale = self.world / total.clamp(min=1)
+            if pending is not None and self.refuse is not None and self.refuse(pending.summarise(self._task)[0]):
+                scale = scale * math.nan  # every ZeRO stage skips an update whose gradient is not finite
             self._engine.backward(output.loss_sum * scale.to(output.loss_sum.dtype), scale_wrt_gas=False)
         assert pending is not None, "a step needs at least one micro-batch"
         return pending
@@ -221,9 +253,29 @@ class DeepSpeedEngine:
             self._engine.zero_grad()
         return norm
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """See `Engine`."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        """Exchange the weights and their average, exactly: twice changes nothing."""
+        if self._ema is None:
+            return
+        if self._layouts is None:
+            self._swap_gathered()
+        else:
+            swap_average(self._optimizer)
+            refresh_weights(self._engine.optimizer, self.zero_stage)
+
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """See `Engine`."""
-        return evaluate(self._engine, self._task, batches, self.ranks)
+        with self.averaged():
+            return evaluate(self._engine, self._task, batches, self.ranks)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """See `Engine`."""
@@ -245,6 +297,7 @@ class DeepSpeedEngine:
         if self.rank == 0:
             save_tensors(folder, "rest", rest)
             facts = {"optim": self._optim.kind, "world": self.world, "zero_stage": self.zero_stage}
+            facts["averaged"] = self._ema is not None
             save_header(folder, self._shapes, writers, **facts)
 
     def load(self, folder: Path) -> int:
@@ -337,6 +390,18 @@ class DeepSpeedEngine:
             zero.safe_set_local_fp32_param(param, mine)
         else:
             zero.safe_set_local_optimizer_state(param, mine, key)
+
+    def _swap_gathered(self) -> None:
+        """Exchange each parameter and its average by DeepSpeed's public functions."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for _, param in self._trained():
+            weights: Any = safe_get_full_fp32_param(param)
+            average: Any = safe_get_full_optimizer_state(param, AVERAGE)
+            weights, average = weights.clone(), average.clone()
+            _assign(param, average)
+            self._set_gathered(param, "param", average)
+            self._set_gathered(param, AVERAGE, weights)
 
     def _trained(self) -> list[tuple[str, Any]]:
         return [(name, param) for name, param in self.module.named_parameters() if param.requires_grad]

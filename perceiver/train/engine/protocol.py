@@ -9,7 +9,8 @@ are exact.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -40,9 +41,11 @@ class StepResult:
     grad_norm: float | None
     """Global L2 norm of the gradient before clipping; None if the engine does not compute it."""
     lr: float
-    """Learning rate of the step."""
+    """Learning rate of the step; parameter groups have factors of it."""
     skipped: bool
     """Whether the gradient was not finite, so that the parameters were not changed."""
+    forward_s: float | None = None
+    """Seconds of this rank's forward passes, on GPUs of an earlier step; None if they were not measured."""
 
 
 class Engine(Protocol):
@@ -52,13 +55,22 @@ class Engine(Protocol):
     rank: int
     world: int
     module: nn.Module
+    refuse: Callable[[float], bool] | None
+    """If set, a step whose loss it returns True for is skipped, as if the gradient were not finite."""
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """Take optimizer step number `step`, counted from 0, on this rank's share of the global batch."""
         ...
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Give the model the average of its weights in a `with` block; without `train.ema` nothing changes."""
+        ...
+
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the task's metrics over all ranks' valid samples; each rank has the same number of batches, not 0."""
+        """Return the task's metrics over all ranks' valid samples; each rank has the same number of batches, not 0.
+
+        The model is the averaged one, if there is an average.
+        """
         ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -168,9 +180,9 @@ def tell_step(task: Task, step: int) -> None:
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group to its factor of the step's."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]
 
 
 def allow_tf32(half: bool, device: torch.device) -> None:

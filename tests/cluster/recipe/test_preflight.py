@@ -61,6 +61,24 @@ def test_frozen_parameters_that_do_not_fit_the_model(
     assert message.startswith("train.freeze: ") and all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize(
+    ("optim", "parts"),
+    [
+        ({"groups": [{"match": "encoder.*"}]}, ("'encoder.*' matches no parameter", "latents", "head")),
+        ({"groups": [{"match": "latents"}]}, ("'latents' matches only parameters that train.freeze excludes",)),
+        ({"groups": [{"match": "head.*"}, {"match": "*.weight"}]}, ("'*.weight'", "'head.*' both match head.weight")),
+        ({"groups": [{"match": "*.bias", "weight_decay": 0.1}]}, ("only biases and norms",)),
+    ],
+)
+def test_groups_of_parameters_that_do_not_fit_the_model(
+    tree: dict[str, Any], optim: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    tree["train"]["freeze"] = ["latents"]
+    tree["optim"] |= optim
+    message = refused(tree)
+    assert message.startswith("optim.groups: match = ") and all(part in message for part in parts), message
+
+
 def test_frozen_parameters_are_counted(tree: dict[str, Any]) -> None:
     tree["train"]["freeze"] = ["latents"]
     recipe = build_recipe(tree)
@@ -135,6 +153,10 @@ def test_an_unknown_metric_of_the_best_checkpoint(tree: dict[str, Any]) -> None:
     tree["train"]["keep_best"] = {"metric": "eval/acuracy"}
     message = refused(tree)
     assert "train.keep_best.metric = 'eval/acuracy'" in message and "eval/accuracy, eval/loss" in message
+    tree["train"] |= {"keep_best": None, "early_stop": {"metric": "train/loss"}}
+    message = refused(tree)
+    assert "train.early_stop.metric = 'train/loss'" in message and "eval/accuracy, eval/loss" in message
+    tree["train"]["early_stop"] = None
     for number, known in enumerate(("eval/loss", "train/loss")):
         tree["train"]["keep_best"] = {"metric": known, "mode": "min"}
         check(build_recipe(tree), RunFolder(tree["output"], f"kept-{number}"), resume=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -24,7 +25,7 @@ ROOT, RUN = Path(__file__).parents[3], "small-001"
 
 @pytest.mark.slow
 def test_a_regression_keeps_the_units_of_its_data_when_resumed(tmp_path: Path) -> None:
-    """What a run takes from its data is the same when it is resumed, and its results are in these units."""
+    """What a run takes from its data is the same when it is resumed; its results are in these units, of the average."""
     rows = ["file,price"]
     (tmp_path / "raw").mkdir()
     for number in range(40):
@@ -36,6 +37,7 @@ def test_a_regression_keeps_the_units_of_its_data_when_resumed(tmp_path: Path) -
     tree = small_tree(tmp_path, str(tmp_path / "data"))
     tree["data"]["executor"] = "inline"
     tree |= {"cluster": {"workers": 1}, "tracking": {"enabled": False}}
+    tree["train"]["ema"] = {"decay": 0.5}
     tree |= {"task": {"kind": "regression", "loss": "l1"}, "optim": {"lr": 0.01, "schedule": {"kind": "constant"}}}
     recipe = str(write_recipe(tmp_path, tree))
     folder = tmp_path / "runs" / RUN
@@ -53,6 +55,11 @@ def test_a_regression_keeps_the_units_of_its_data_when_resumed(tmp_path: Path) -
         )
     history = [json.loads(line) for line in (place / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    average, written, last = (
+        open_weights(*which).tensors for which in ((str(place), "ema"), (str(folder),), (str(folder), "last"))
+    )
+    assert all(torch.equal(average[name], written[name]) for name in written)
+    assert not torch.equal(last["head.weight"], written["head.weight"])
     table = pq.read_table(folder / "predictions").to_pylist()
     errors = [abs(row["prediction_price"] - row["target_price"]) for row in table]
     figures = open_weights(str(folder)).facts["evaluation"]

@@ -1,8 +1,8 @@
 """Python loads this module in each process of a run that has it on its path: steps fail or are slowed down.
 
-`FAULT_INJECT` names a JSON file ``{"kind": "nan" | "raise", "step": 12, "rank": 0}``: that step of that rank is harmed,
-once; who takes it renames it. `FAULT_STEP_S` are seconds that each step of a run waits, so that it lasts for some time;
-steps that are measured by themselves do not.
+`FAULT_INJECT` names a JSON file ``{"kind": "nan" | "spike" | "raise" | "barrier", "step": 12, "rank": 0}``: that
+step of that rank is harmed, once; who takes it renames it. `FAULT_STEP_S` are seconds that each step of a run waits, so
+that it lasts for some time; steps that are measured by themselves do not.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from typing import Any
 
 PLAN = os.environ.get("FAULT_INJECT", "")
 STEP_S = float(os.environ.get("FAULT_STEP_S", "0"))
+POISON = {"nan": float("nan"), "spike": 1e12}
 MODULE, RUN = "perceiver.train.engine.deepspeed_engine", "perceiver.train.loop"
 
 
@@ -54,9 +55,11 @@ def harm_steps(engine: Any) -> None:
         kind = taken(self.rank, number + 1)
         if kind == "raise":
             raise RuntimeError("an exception planted by the fault tests")
-        if kind != "nan":
+        if kind == "barrier":  # the other ranks do not call it
+            sys.modules["torch"].distributed.barrier()
+        if kind not in POISON:
             return undisturbed(self, micro_batches, number)
-        task, self._task = self._task, Poisoned(self._task)
+        task, self._task = self._task, Poisoned(self._task, POISON[kind])
         try:
             return undisturbed(self, micro_batches, number)
         finally:
@@ -66,18 +69,18 @@ def harm_steps(engine: Any) -> None:
 
 
 class Poisoned:
-    """A task whose loss is NaN."""
+    """A task whose loss is multiplied by a factor."""
 
-    def __init__(self, task: Any) -> None:
-        self._task = task
+    def __init__(self, task: Any, factor: float) -> None:
+        self._task, self._factor = task, factor
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
     def loss(self, module: Any, batch: Any) -> Any:
-        """Return the task's output with a NaN loss, which makes the gradients NaN, too."""
+        """Return the task's output with another loss, and so other gradients."""
         output = self._task.loss(module, batch)
-        return dataclasses.replace(output, loss_sum=output.loss_sum * float("nan"))
+        return dataclasses.replace(output, loss_sum=output.loss_sum * self._factor)
 
 
 def taken(rank: int, step: int) -> str | None:

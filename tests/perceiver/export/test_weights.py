@@ -139,3 +139,9 @@ def test_export_overwrites_only_what_it_wrote(run: Path, tmp_path: Path) -> None
             CliRunner().invoke(cli, [*words, str(tmp_path / folder)], catch_exceptions=False, standalone_mode=False)
         assert "\n" not in str(caught.value) and (folder == "run" or file in str(caught.value))
         assert {path: path.read_bytes() for path in (tmp_path / folder).iterdir()} == before
+
+
+@pytest.mark.parametrize("weights", ["ema", "last"])
+def test_only_a_run_or_checkpoint_has_several_weights(run: Path, weights: Any) -> None:
+    with pytest.raises(UserError, match=f"'{weights}' needs a run's folder"):
+        open_weights(str(run / "model.safetensors"), weights)

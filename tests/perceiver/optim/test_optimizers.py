@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from perceiver.optim.config import OptimConfig, build_optimizer, build_param_groups
+from perceiver.optim.config import OptimConfig, build_optimizer
+from perceiver.optim.groups import param_groups
 from perceiver.optim.lamb import Lamb
 from perceiver.optim.partition import FlatLayout, Piece, moments_of, state_of
 from tests.perceiver.train.engine.engine_toys import ToyModel
@@ -194,7 +195,7 @@ def test_the_state_made_before_a_step_is_the_one_that_the_step_makes(kind: Any) 
 def test_biases_and_norms_are_not_decayed_but_latents_are() -> None:
     model = ToyModel()
     model.leave.weight.requires_grad_(False)
-    groups = build_param_groups(model, weight_decay=0.3)
+    groups = param_groups(model, weight_decay=0.3)
     names = {id(param): name for name, param in model.named_parameters()}
     found = {group["weight_decay"]: {names[id(param)] for param in group["params"]} for group in groups}
     assert found == {

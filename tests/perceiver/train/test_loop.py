@@ -40,7 +40,7 @@ def test_a_roll_back_skips_the_later_hooks_and_continues_with_the_next_batch() -
 
     def bad(info: StepInfo) -> None:
         if info.step == 2:
-            raise RollBack(info.step)
+            raise RollBack(info.step, "bad")
 
     hooks: list[Hook] = [bad, lambda info: seen.append(info.step)]
     assert train(toy_engine(), toy_batches(0, 4), hooks, span(0, 4), restore=restored.append) == 4

@@ -8,7 +8,7 @@ import pytest
 from cluster.record.lease import LeaseFile, acquire
 from cluster.record.run_folder import RunFolder
 from perceiver.export.weights import open_weights
-from perceiver.storage import RetryPolicy
+from perceiver.storage import RetryPolicy, entry_names, open_url
 from perceiver.train.checkpoint.fence import Claims, Fence, Owner, TakenOverError
 from perceiver.train.checkpoint.hook import BackgroundSaver
 from perceiver.train.checkpoint.ledger import Ledger, SampleLog

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
+from perceiver.config import UserError
+from perceiver.train.checkpoint.shards import read_weights
 from tests.perceiver.train.engine.engine_toys import ToyModel
 from tests.perceiver.train.engine.zero_models import MODELS
-from tests.perceiver.train.engine.zero_worker import ENGINES, FROZEN, KINDS, PUBLIC, SAVED, STEPS
+from tests.perceiver.train.engine.zero_worker import EMA, ENGINES, FROZEN, KINDS, PUBLIC, SAVED, STEPS
 
 REPOSITORY = Path(__file__).parents[4]
 WORLDS = (1, 2)
@@ -82,6 +85,28 @@ def test_loaded_run_repeats_the_steps_exactly(seen: Seen, world: int, engine: st
     ours = seen[world][0][f"{engine} {kind}"]
     assert ours["resumed"] == ours["second"]
     assert len(ours["resumed"]["loss"]) == STEPS - 3
+
+
+@every_run
+def test_the_average_of_the_weights_is_that_of_torch_alone_and_exact_over_resume(
+    seen: Seen, base: Path, world: int, engine: str, kind: str
+) -> None:
+    """Evaluations use it (see the next test), frozen weights are their own average, checkpoints contain it."""
+    reference, ours = seen[1][0][f"torch {kind}"], seen[world][0][f"{engine} {kind}"]
+    assert ours["resumed average"] == ours["average"]
+    assert (ours["average"] != ours["weights"]) == (kind in EMA)
+    assert ours["average"].keys() == reference["average"].keys()
+    for name, values in reference["average"].items():
+        assert ours["average"][name] == pytest.approx(values, rel=1e-4, abs=2e-6), name
+    folder = base / str(world) / f"{engine}-{kind}"
+    if kind in EMA:
+        states = [read_weights(folder, which) for which in (None, "ema", "last")]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert not torch.equal(states[1]["enter.weight"], states[2]["enter.weight"])
+        assert torch.equal(states[1]["frozen"], states[2]["frozen"])
+    else:
+        with pytest.raises(UserError, match="train.ema"):
+            read_weights(folder, "ema")
 
 
 @every_run
@@ -200,7 +225,7 @@ def test_foreign_states_are_refused_in_one_line(seen: Seen) -> None:
 @pytest.mark.parametrize("run", [f"{engine} {kind}" for engine in ENGINES[2:] for kind in PUBLIC])
 def test_without_private_names_the_run_and_its_states_are_the_same(seen: Seen, world: int, run: str) -> None:
     usual, public = seen[world][0][run], seen[world][0]["public"]
-    for part in ("first", "second", "resumed"):
+    for part in ("first", "second", "resumed", "evaluation", "average", "resumed average"):
         assert public[run][part] == usual[part]
     assert public["read"][run] == pytest.approx(usual["second"]["loss"][:2], rel=TIGHT)
 

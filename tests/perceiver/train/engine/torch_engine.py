@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from perceiver.optim.averaging import EmaConfig, expect_average
 from perceiver.optim.config import OptimConfig, build_optimizer
-from perceiver.optim.partition import whole_layouts
+from perceiver.optim.partition import AVERAGE, state_of, whole_layouts
 from perceiver.optim.schedules import Schedule
 from perceiver.tasks import Batch, Task
 from perceiver.train.checkpoint.shards import (
@@ -55,6 +56,7 @@ class TorchEngine:
         *,
         device: torch.device | None = None,
         precision: Precision = "fp32",
+        ema: EmaConfig | None = None,
     ) -> None:
         self.device = device or default_device()
         self.precision = precision
@@ -63,11 +65,17 @@ class TorchEngine:
         self.ranks = Ranks(self.device)
         self.rank, self.world = self.ranks.rank, self.ranks.world
         self._task, self._optim, self._schedule = task, optim, schedule
+        self.refuse: Callable[[float], bool] | None = None
         self._params = [param for param in module.parameters() if param.requires_grad]
         self._optimizer = build_optimizer(optim, module)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         named = ((name, param) for name, param in module.named_parameters() if param.requires_grad)
         self._layouts = whole_layouts(named)
+        self._ema = ema
+        if ema is not None:
+            expect_average(self._optimizer)
+            for param in self._params:
+                state_of(self._optimizer, param)[AVERAGE] = param.detach().clone()
         if self.world > 1:
             for tensor in (*(param.data for param in module.parameters()), *module.buffers()):
                 dist.broadcast(tensor, src=0)
@@ -79,11 +87,14 @@ class TorchEngine:
         set_learning_rate(self._optimizer, lr)
         pending = self._accumulate(micro_batches)
         norm = self._reduce_and_clip()
+        loss, metrics = pending.summarise(self._task)
+        if self.refuse is not None and self.refuse(loss):
+            norm = math.inf
         skipped = not math.isfinite(norm)
         if not skipped:
             self._optimizer.step()
+            self._average(step)
         self._optimizer.zero_grad(set_to_none=False)
-        loss, metrics = pending.summarise(self._task)
         return StepResult(step, loss, metrics, norm, lr, skipped)
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> PendingSums:
@@ -116,9 +127,31 @@ class TorchEngine:
             torch.nn.utils.clip_grads_with_norm_(self._params, self._optim.clip, norm)
         return float(norm)
 
+    def _average(self, step: int) -> None:
+        """Update the average of the weights by its definition, one tensor after the other."""
+        if self._ema is None or (step + 1) % self._ema.every:
+            return
+        update = (step + 1) // self._ema.every
+        decay = self._ema.decay
+        if self._ema.warmup:
+            decay = min(decay, (1 + update) / (10 + update))
+        for param in self._params:
+            average = self._optimizer.state[param][AVERAGE]
+            average.copy_(decay * average + (1 - decay) * param.detach())
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the model the average of its weights in a `with` block."""
+        weights = [param.detach().clone() for param in self._params]
+        for param in self._params if self._ema is not None else ():
+            param.data.copy_(self._optimizer.state[param][AVERAGE])
+        yield
+        for param, values in zip(self._params, weights, strict=True):
+            param.data.copy_(values)
+
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the task's metrics over all ranks' valid samples."""
-        with self._autocast():
+        """Return the task's metrics over all ranks' valid samples, of the averaged weights if there are any."""
+        with self._autocast(), self.averaged():
             return evaluate(self.module, self._task, batches, self.ranks)
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -132,7 +165,11 @@ class TorchEngine:
         if self.rank == 0:
             save_shard(folder, 0, self._layouts, self._optimizer)
             save_tensors(folder, "rest", untrained(self.module))
-            save_header(folder, self._shapes, writers=1, optim=self._optim.kind, world=self.world, zero_stage=None)
+            save_header(folder, self._shapes, writers=1, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        averaged = self._ema is not None
+        return {"optim": self._optim.kind, "world": self.world, "zero_stage": None, "averaged": averaged}
 
     def load(self, folder: Path) -> int:
         """Restore what an engine's `save` wrote, at any world size; the generators too if this rank saved them.

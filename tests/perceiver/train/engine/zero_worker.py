@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from perceiver.config import UserError
+from perceiver.optim.averaging import EmaConfig
 from perceiver.optim.config import OptimConfig
 from perceiver.optim.freezing import freeze
 from perceiver.optim.schedules import build_schedule
@@ -28,7 +29,12 @@ from tests.perceiver.train.engine.torch_engine import TorchEngine
 from tests.perceiver.train.engine.zero_models import MODELS, train_model
 
 KINDS = ("adamw", "lamb", "adam", "sgd")
-SETTINGS = {"adam": {"amsgrad": True}, "sgd": {"momentum": 0.9, "nesterov": True}}
+LEAVE = {"match": "leave.*", "lr_factor": 0.5, "weight_decay": 0.3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lamb": {"groups": [LEAVE]},
+    "adam": {"amsgrad": True},
+    "sgd": {"momentum": 0.9, "nesterov": True, "groups": [{"match": "norm.*", "lr_factor": 3.0}, LEAVE]},
+}
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 ROWS, MICRO_BATCHES, STEPS = 24, 3, 6
 SAVED = {
@@ -46,6 +52,11 @@ SAVED = {
     "sgd": [("2", "zero3")],
 }
 PUBLIC = ("adamw", "sgd")
+EMA = {
+    "adamw": EmaConfig(decay=0.9, warmup=False),
+    "sgd": EmaConfig(decay=0.3, every=2),
+    "lamb": EmaConfig(decay=0.5, warmup=False),
+}
 FROZEN = ("enter.*", "latents")
 GPU_DEFAULTS = {"contiguous_gradients": True, "reduce_scatter": True, "overlap_comm": True}
 
@@ -61,11 +72,11 @@ def build(
     model = ToyModel(seed)
     freeze(model, frozen)
     if engine == "torch":
-        return TorchEngine(model, ToyTask(), optim, schedule, precision=precision)
+        return TorchEngine(model, ToyTask(), optim, schedule, precision=precision, ema=EMA.get(kind))
     world = dist.get_world_size()
     batch = BatchPlan(ROWS // world // MICRO_BATCHES, MICRO_BATCHES, world)
     section = DeepSpeedConfig.model_validate({"zero_stage": int(engine[-1]), "config": config or None})
-    return DeepSpeedEngine(model, ToyTask(), optim, schedule, section, batch, precision=precision)
+    return DeepSpeedEngine(model, ToyTask(), optim, schedule, section, batch, precision=precision, ema=EMA.get(kind))
 
 
 def mine(batch: Batch) -> list[Batch]:
@@ -104,15 +115,24 @@ def train_save_resume(engine: str, kind: str, folder: Path, frozen: Sequence[str
     seen["second"] = run(first, range(3, STEPS))
     seen["evaluation"] = first.evaluate(mine(ragged(50)))
     weights = first.weights()
-    seen["weights"] = weights and {name: tensor.flatten().tolist() for name, tensor in weights.items()}
+    seen["weights"] = listed(weights)
+    with first.averaged():
+        seen["average"] = listed(first.weights())
     seen["dtypes"] = weights and sorted({str(tensor.dtype) for tensor in weights.values()})
     seen["sum"] = first.sum([1.0, first.rank])
     torch.manual_seed(first.rank)
     again = build(engine, kind, seed=1, frozen=frozen)
     again.load(folder)
+    again.evaluate(mine(ragged(50)))  # the weights and their average change places, twice
     seen["resumed"] = run(again, range(3, STEPS))
+    with again.averaged():
+        seen["resumed average"] = listed(again.weights())
     seen["ragged"] = again.step(mine(ragged(90)), STEPS).loss
     return seen
+
+
+def listed(weights: dict[str, torch.Tensor] | None) -> dict[str, list[float]] | None:
+    return weights and {name: tensor.flatten().tolist() for name, tensor in weights.items()}
 
 
 def save(engine: Engine, folder: Path) -> None:
