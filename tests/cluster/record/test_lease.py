@@ -81,7 +81,7 @@ def test_a_driver_notices_who_has_taken_over_and_changes_nothing_any_more(file: 
     with pytest.raises(TakenOverError, match=rf"another driver has taken over this run \({other}\)"):
         lease.check()
     until = time.monotonic() + 30
-    while lease._thread.is_alive():
+    while any(thread.name == "lease" for thread in threading.enumerate()):
         assert time.monotonic() < until
         time.sleep(0.02)
     lease.release()
