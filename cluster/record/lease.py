@@ -102,7 +102,8 @@ class Lease:
 
     def __init__(self, file: LeaseFile, number: int, owner: Owner) -> None:
         self.file, self.number, self.owner, self.taken_by = file, number, owner, ""
-        self.fence = Fence(file.url, number, owner.id)
+        # Workers have another current folder: the path of the file system is absolute.
+        self.fence = Fence(file.folder if file.local else file.url, number, owner.id)
         self._over, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()

@@ -179,3 +179,11 @@ def test_weights_of_a_run_are_never_those_of_a_late_checkpoint(tmp_path: Path) -
     (tmp_path / "recipe.yaml").write_text("")
     with pytest.raises(Exception, match="step-00000002"):  # which has no recipe
         open_weights(str(tmp_path))
+
+
+def test_a_worker_in_another_folder_checks_the_same_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lease = acquire(LeaseFile("runs/small-001"), 30)
+    monkeypatch.chdir("/")
+    lease.fence.check()
+    lease.release()
