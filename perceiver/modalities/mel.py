@@ -89,6 +89,8 @@ class Mel(nn.Module):
     """Turns audio into one input per frame and bin: [log-mel value | position]."""
 
     keys = ("audio",)
+    training_keys = ("mix_partner", "mix_share")
+    """MixUp of a task: the other row of each row (B,), and the share of its own log-mel values that it keeps (B,)."""
 
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
@@ -111,6 +113,8 @@ class Mel(nn.Module):
             mel = log_mel(normalise_audio(raw["audio"], dtype), self.config)
             if self.training:
                 mel = self._augment(mel)
+                if "mix_share" in raw:
+                    mel = torch.lerp(mel[raw["mix_partner"]], mel, raw["mix_share"].to(mel)[:, None, None])
             mel = (mel - self.mean) / self.std
         grid = (mel.shape[1], mel.shape[2]) if self.config.layout == "grid" else (mel.shape[1] * mel.shape[2],)
         return self.positions(mel.flatten(1)[..., None], grid)
