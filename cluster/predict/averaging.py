@@ -11,6 +11,7 @@ from perceiver.config import UserError
 from perceiver.export.weights import Saved, open_weights
 from perceiver.model import Raw
 from perceiver.tasks._clips import mean_output, mean_sigmoid, mean_softmax
+from perceiver.train.checkpoint.shards import Weights
 from perceiver.train.checkpoint.store import CheckpointStore
 
 log = logging.getLogger(__name__)
@@ -43,12 +44,13 @@ class Averaged(nn.Module):
         return self.average(torch.stack([model(raw).float() for model in self.models], 1))
 
 
-def average_checkpoints(run: str, count: int) -> tuple[Saved, Averaged, list[str]]:
+def average_checkpoints(run: str, count: int, weights: Weights | None = None) -> tuple[Saved, Averaged, list[str]]:
     """Load the last checkpoints of a run as one model; damaged ones are logged and do not count.
 
     Args:
         run: the run's folder.
         count: number of checkpoints.
+        weights: of a run with `train.ema`, see `open_weights`.
 
     Returns:
         The newest checkpoint's weights and origin, the model on the GPU if there is one, and the checkpoints' names,
@@ -62,7 +64,7 @@ def average_checkpoints(run: str, count: int) -> tuple[Saved, Averaged, list[str
         if len(found) == count:
             break
         try:
-            found.append(open_weights(store.location(step)))
+            found.append(open_weights(store.location(step), weights))
         except UserError as error:
             log.warning("checkpoint %s is not used: %s", store.location(step), error)
             continue

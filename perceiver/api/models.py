@@ -300,13 +300,10 @@ def evaluate(
     from cluster.predict.scoring import open_scoring
 
     set_up()
-    url = None if data is None else os.fspath(data)
-    given: dict[str, Any] = {"split": split, "batch": batch, "overrides": words(overrides), "weights": weights}
-    return measured(open_scoring(os.fspath(run), url, **given), warn)
     place, url = os.fspath(run), None if data is None else os.fspath(data)
-    saved, model, _ = average_checkpoints(place, average) if average else (place, None, [])
+    saved, model, _ = average_checkpoints(place, average, weights) if average else (place, None, [])
     given: dict[str, Any] = {"split": split, "batch": batch, "overrides": words(overrides), "model": model}
-    return measured(open_scoring(saved, url, **given), warn)
+    return measured(open_scoring(saved, url, **given, weights=None if average else weights), warn)
 
 
 def measured(scoring: "Scoring", note: Callable[[str], None]) -> dict[str, float]:

@@ -51,9 +51,9 @@ def command(
     from perceiver.api.models import measured
 
     data, overrides = own_data(data, overrides)
-    scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides, weights=weights)
-    saved, model, names = average_checkpoints(run, average) if average else (run, None, [])
-    scoring = open_scoring(saved, data, split=split, batch=batch, overrides=overrides, model=model)
+    saved, model, names = average_checkpoints(run, average, weights) if average else (run, None, [])
+    given: dict[str, Any] = {"split": split, "batch": batch, "overrides": overrides, "model": model}
+    scoring = open_scoring(saved, data, **given, weights=None if average else weights)
     figures = measured(scoring, lambda line: say(f"note: {line}", err=True))
     facts: dict[str, Any] = {
         "run": run,
