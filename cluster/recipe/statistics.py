@@ -5,6 +5,7 @@ from typing import Any
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.inputs import input_sections
 from perceiver.config import UserError
+from perceiver.modalities.mel import FRONT_END, MelConfig
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.statistics import Spectrogram, Statistics
 
@@ -55,6 +56,12 @@ def _statistics(key: str, inputs: Any, url: str, manifest: Manifest) -> Statisti
                 f"{key}.{field} = data, but {url} has no statistics of '{inputs.kind}': {again}, or set numbers"
             )
         return manifest.statistics[inputs.kind]
+    other = [name for name in FRONT_END if getattr(inputs, name) != getattr(MelConfig(), name)]
+    if other:
+        raise UserError(
+            f"{key}.{field} = data with {key}.{other[0]} = {getattr(inputs, other[0])}, but spectrograms are"
+            f" measured with {getattr(MelConfig(), other[0])}: set {key}.mean and {key}.std to numbers"
+        )
     wanted = Spectrogram(**{name: getattr(inputs, name) for name in Spectrogram.model_fields})
     for one in manifest.spectrograms:
         if one.spectrogram == wanted:

@@ -169,6 +169,32 @@ def check_targets(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tuple
     _check_decoder(recipe)
     if kind_of(recipe.task) == "segmentation":
         _check_queries(recipe, shapes["mask"])
+    if kind_of(recipe.task) == "tagging" and cast(Any, recipe.task).mixup_alpha > 0:
+        _check_pairs(recipe)
+
+
+def _check_pairs(recipe: Recipe) -> None:
+    """Refuse MixUp of tags without sound alone, and micro-batches that would separate a pair of the global batch."""
+    task: Any = recipe.task
+    section = getattr(recipe.model, "inputs", None)
+    kinds = ("mel",) if task.mixup_on == "spectrogram" else ("audio", "mel")
+    if kind_of(section) not in kinds:
+        raise UserError(
+            f"task.mixup_alpha = {task.mixup_alpha:g} with task.mixup_on = {task.mixup_on} mixes inputs of the kind"
+            f" {' or '.join(kinds)}, but model.inputs.kind = {kind_of(section)!r}: set task.mixup_alpha to 0"
+            + (", or task.mixup_on to waveform" if kind_of(section) == "audio" else "")
+        )
+    train = recipe.train
+    for workers in range(recipe.cluster.min_workers or recipe.cluster.workers, recipe.cluster.workers + 1):
+        micro = train.micro(workers)
+        if micro % 2 or train.global_batch % (workers * micro):
+            raise UserError(
+                f"task.mixup_alpha = {task.mixup_alpha:g} mixes pairs of samples, but train.global_batch ="
+                f" {train.global_batch} on {workers} workers in micro-batches of {micro} separates some: set"
+                f" train.global_batch to a multiple of {2 * workers} and train.micro_batch to an even divisor of a"
+                " worker's share"
+                + (", or cluster.min_workers to cluster.workers" if recipe.cluster.min_workers else "")
+            )
 
 
 def _check_queries(recipe: Recipe, mask: tuple[int, ...]) -> None:

@@ -279,6 +279,7 @@ def evaluate(
     split: str | None = None,
     batch: int | None = None,
     weights: "Weights | None" = None,
+    average: int | None = None,
     **overrides: Any,
 ) -> dict[str, float]:
     """Return the metrics of a trained model on a data set, as `perceiver evaluate` does.
@@ -289,17 +290,20 @@ def evaluate(
         split: of the data; default: the run's evaluation split.
         batch: samples per forward pass; default: as in training's evaluations.
         weights: of a run or checkpoint with `train.ema`: `ema`, the default, or `last`.
+        average: number of the run's last checkpoints whose predictions are averaged; default: one model.
         overrides: keys of the recipe by dotted key, such as `**{"data.clip.eval_clips": 16}`.
 
     Raises:
         UserError: the weights or their recipe are missing, or the data do not fit the model.
     """
+    from cluster.predict.averaging import average_checkpoints
     from cluster.predict.scoring import open_scoring
 
     set_up()
-    url = None if data is None else os.fspath(data)
-    given: dict[str, Any] = {"split": split, "batch": batch, "overrides": words(overrides), "weights": weights}
-    return measured(open_scoring(os.fspath(run), url, **given), warn)
+    place, url = os.fspath(run), None if data is None else os.fspath(data)
+    saved, model, _ = average_checkpoints(place, average, weights) if average else (place, None, [])
+    given: dict[str, Any] = {"split": split, "batch": batch, "overrides": words(overrides), "model": model}
+    return measured(open_scoring(saved, url, **given, weights=None if average else weights), warn)
 
 
 def measured(scoring: "Scoring", note: Callable[[str], None]) -> dict[str, float]:

@@ -14,6 +14,7 @@ Examples:
   perceiver evaluate runs/quickstart-001
   perceiver evaluate runs/quickstart-001 data/other-digits --split test
   perceiver evaluate exported/digits data/digits --json
+  perceiver evaluate runs/quickstart-001 --average 3
   perceiver evaluate runs/audioset-001 s3://bucket/audioset data.clip.eval_clips=16"""
 )
 @click.argument("run")
@@ -22,6 +23,12 @@ Examples:
 @click.option("--split", help="Split of the data; default: the run's evaluation split.")
 @click.option("--batch", type=BATCH, help="Samples per forward pass; default: as in training's evaluations.")
 @WEIGHTS
+@click.option(
+    "--average",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Average the predictions of the run's last N checkpoints: probabilities, or the numbers of a regression.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as one JSON line.")
 def command(
     run: str,
@@ -30,6 +37,7 @@ def command(
     split: str | None,
     batch: int | None,
     weights: Any,
+    average: int | None,
     as_json: bool,
 ) -> int:
     """Evaluate a trained model on a data set.
@@ -38,23 +46,28 @@ def command(
     file next to its recipe.yaml. DATA defaults to the run's own data. Samples are transformed as in training's
     evaluations: one centre crop; the scores of all clips of a recording are averaged. The model runs in this process.
     """
+    from cluster.predict.averaging import average_checkpoints
     from cluster.predict.scoring import open_scoring
     from perceiver.api.models import measured
 
     data, overrides = own_data(data, overrides)
-    scoring = open_scoring(run, data, split=split, batch=batch, overrides=overrides, weights=weights)
+    saved, model, names = average_checkpoints(run, average, weights) if average else (run, None, [])
+    given: dict[str, Any] = {"split": split, "batch": batch, "overrides": overrides, "model": model}
+    scoring = open_scoring(saved, data, **given, weights=None if average else weights)
     figures = measured(scoring, lambda line: say(f"note: {line}", err=True))
     facts: dict[str, Any] = {
         "run": run,
         "data": scoring.recipe.data.url,
         "split": scoring.split,
         "samples": scoring.samples,
+        **({"checkpoints": names} if names else {}),
         **figures,
     }
     if as_json:
         say_json(facts)
         return 0
-    say(f"{scoring.saved.place} on {scoring.recipe.data.url}, {scoring.samples:,} {scoring.split} samples")
+    place = f"{run}, the average of {', '.join(names)}," if names else scoring.saved.place
+    say(f"{place} on {scoring.recipe.data.url}, {scoring.samples:,} {scoring.split} samples")
     for name, value in figures.items():
         say(f"  {name:<16} {value:.6g}")
     return 0

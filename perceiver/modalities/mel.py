@@ -36,6 +36,16 @@ class MelConfig(Config):
     bins: int = Field(default=80, ge=1, le=1 << 16, description="Mel bins.")
     low: Real = Field(default=80.0, ge=0, le=1e6, description="Lowest frequency in Hz.")
     high: Real = Field(default=7600.0, gt=0, le=1e6, description="Highest frequency in Hz.")
+    centre: bool = Field(
+        default=False,
+        description="Frames are centred, the ends reflected (CNN-14); else zeros follow the end.",
+    )
+    spectrum: Literal["magnitude", "power"] = Field(default="magnitude", description="What the mel filters add up.")
+    scale: Literal["htk", "slaney"] = Field(
+        default="htk", description="Mel filters: HTK's with peak 1, or Slaney's with area 1, as librosa's default."
+    )
+    log: Literal["ln", "db"] = Field(default="ln", description="ln(x + log_offset), or 10 log10(max(x, log_offset)).")
+    log_offset: Real = Field(default=1e-6, ge=1e-30, le=1e6, description="See `log` (CNN-14: db, 1e-10).")
     layout: Literal["sequence", "grid"] = Field(
         default="sequence", description="1-D positions over all scalars (paper), or 2-D over frames and bins."
     )
@@ -54,6 +64,15 @@ class MelConfig(Config):
         return Mel(self)
 
 
+FRONT_END = ("centre", "spectrum", "scale", "log", "log_offset")
+"""Keys whose statistics `perceiver prepare` measures only at their defaults."""
+
+
+def frame_count(config: MelConfig, samples: int) -> int:
+    """Return the number of frames of a clip."""
+    return 1 + samples // config.hop if config.centre else -(-samples // config.hop)
+
+
 @lru_cache(maxsize=8)
 def mel_matrix(
     bins: int, spectrum: int, rate: int, low: float, high: float, dtype: torch.dtype, device: torch.device
@@ -64,31 +83,66 @@ def mel_matrix(
     edges = torch.linspace(
         1127.0 * math.log1p(low / 700.0), 1127.0 * math.log1p(high / 700.0), bins + 2, dtype=torch.float64
     )
-    lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
-    rising = (mel[:, None] - lower) / (centre - lower)
-    falling = (upper - mel[:, None]) / (upper - centre)
-    weights = torch.minimum(rising, falling).clamp(min=0)
+    weights = _triangles(mel, edges)
     weights[0] = 0
     return weights.to(dtype=dtype, device=device)
 
 
+@lru_cache(maxsize=8)
+def slaney_matrix(
+    bins: int, spectrum: int, rate: int, low: float, high: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return (spectrum, bins) triangular filters of area 1, linear in Hz between edges on Slaney's mel scale.
+
+    It is linear up to 1 kHz, 15 mels, and logarithmic beyond: 27 mels for a factor of 6.4.
+    """
+
+    def mels(hertz: float) -> float:
+        return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000, 6.4)
+
+    places = torch.linspace(mels(low), mels(high), bins + 2, dtype=torch.float64)
+    edges = torch.where(places < 15, places * 200 / 3, 1000 * 6.4 ** ((places - 15) / 27))
+    weights = _triangles(torch.linspace(0, rate / 2, spectrum, dtype=torch.float64), edges)
+    return (weights * 2 / (edges[2:] - edges[:-2])).to(dtype=dtype, device=device)
+
+
+def _triangles(places: Tensor, edges: Tensor) -> Tensor:
+    """Return (places, bins) triangles of peak 1 from each edge over the next to the one after it."""
+    lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
+    rising = (places[:, None] - lower) / (centre - lower)
+    falling = (upper - places[:, None]) / (upper - centre)
+    return torch.minimum(rising, falling).clamp(min=0)
+
+
 def log_mel(x: Tensor, config: MelConfig) -> Tensor:
-    """Map samples (B, T) to a log-mel spectrogram (B, ceil(T / hop), bins)."""
-    frames = -(-x.shape[1] // config.hop)
-    x = nn.functional.pad(x, (0, (frames - 1) * config.hop + config.window - x.shape[1]))
-    x = x.unfold(1, config.window, config.hop)
+    """Map samples (B, T) to a log-mel spectrogram (B, frames, bins)."""
+    frames = frame_count(config, x.shape[1])
+    if config.centre:
+        half = config.window // 2
+        x = nn.functional.pad(x[:, None], (half, config.window - half), mode="reflect")[:, 0]
+    else:
+        x = nn.functional.pad(x, (0, (frames - 1) * config.hop + config.window - x.shape[1]))
+    x = x.unfold(1, config.window, config.hop)[:, :frames]
     window = torch.hann_window(config.window, periodic=True, dtype=x.dtype, device=x.device)
-    magnitude = torch.fft.rfft(x * window).abs()
-    filters = mel_matrix(
-        config.bins, magnitude.shape[-1], config.rate, config.low, config.high, magnitude.dtype, magnitude.device
+    spectrum = torch.fft.rfft(x * window).abs()
+    if config.spectrum == "power":
+        spectrum = spectrum.square()
+    matrix = slaney_matrix if config.scale == "slaney" else mel_matrix
+    filters = matrix(
+        config.bins, spectrum.shape[-1], config.rate, config.low, config.high, spectrum.dtype, spectrum.device
     )
-    return torch.log(magnitude @ filters + 1e-6)
+    mel = spectrum @ filters
+    if config.log == "db":
+        return 10 * torch.log10(mel.clamp(min=config.log_offset))
+    return torch.log(mel + config.log_offset)
 
 
 class Mel(nn.Module):
     """Turns audio into one input per frame and bin: [log-mel value | position]."""
 
     keys = ("audio",)
+    training_keys = ("mix_partner", "mix_share")
+    """MixUp of a task: the other row of each row (B,), and the share of its own log-mel values that it keeps (B,)."""
 
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
@@ -99,7 +153,12 @@ class Mel(nn.Module):
             )
         self.config = config
         (self.mean,), (self.std,) = (numbers(key, getattr(config, key)) for key in ("mean", "std"))
-        frames = -(-config.samples // config.hop)
+        if config.centre and config.samples <= config.window - config.window // 2:
+            raise UserError(
+                f"inputs.centre: got {config.samples} samples to reflect for a window of {config.window}; wanted"
+                " more than half a window"
+            )
+        frames = frame_count(config, config.samples)
         self.elements = frames * config.bins
         self.grid = (frames, config.bins) if config.layout == "grid" else (self.elements,)
         self.positions = Positions(config.positions, self.grid)
@@ -111,6 +170,8 @@ class Mel(nn.Module):
             mel = log_mel(normalise_audio(raw["audio"], dtype), self.config)
             if self.training:
                 mel = self._augment(mel)
+                if "mix_share" in raw:
+                    mel = torch.lerp(mel[raw["mix_partner"]], mel, raw["mix_share"].to(mel)[:, None, None])
             mel = (mel - self.mean) / self.std
         grid = (mel.shape[1], mel.shape[2]) if self.config.layout == "grid" else (mel.shape[1] * mel.shape[2],)
         return self.positions(mel.flatten(1)[..., None], grid)

@@ -48,12 +48,16 @@ class Task(Protocol):
 def model_inputs(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
     """Return the argument of the model: the tensor of its one key, or a dict of those of its keys that the batch has.
 
+    Those include optional keys, and in training what a task adds for the model's inputs (`training_keys`).
+
     Raises:
         UserError: the batch lacks a key of the model.
     """
     net = network(model)
     keys: tuple[str, ...] = tuple(net.input_keys)
     optional: tuple[str, ...] = tuple(getattr(net, "optional_keys", ()))
+    if model.training:
+        optional += tuple(getattr(getattr(net, "inputs", None), "training_keys", ()))
     for key in keys:
         if key not in batch:
             raise UserError(f"batch: got keys {sorted(batch)}; wanted '{key}' for this model: check model.inputs.kind")

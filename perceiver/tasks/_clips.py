@@ -49,3 +49,8 @@ def mean_sigmoid(logits: Tensor) -> Tensor:
     # log(mean p) - log(mean (1 - p)); the number of clips cancels.
     on = nn.functional.logsigmoid(logits).logsumexp(1)
     return on - nn.functional.logsigmoid(-logits).logsumexp(1)
+
+
+def mean_output(outputs: Tensor) -> Tensor:
+    """Map outputs (B, K, C) of K clips to their mean (B, C)."""
+    return outputs.mean(1)

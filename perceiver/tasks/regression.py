@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from perceiver.config import Config, Positive
 from perceiver.tasks._base import Batch, LossOutput, Task, valid_rows
-from perceiver.tasks._clips import clip_logits
+from perceiver.tasks._clips import clip_logits, mean_output
 from perceiver.tasks._scales import Loss, Scale, Targets, elementwise, error_figures, error_sums, given
 
 
@@ -51,7 +51,7 @@ class Regression:
         valid = valid_rows(batch, len(target), target.device)
         # A padding row's target may be anything: it must not enter the sum.
         wanted = self.scale.normalised(target.where(valid[:, None], torch.zeros_like(target)))
-        found = clip_logits(model, batch, _mean)
+        found = clip_logits(model, batch, mean_output)
         each = elementwise(self.config.loss, found, wanted, self.config.huber_delta).mean(1)
         loss_sum = (each * valid).sum()
         return LossOutput(loss_sum, {"loss": loss_sum.detach(), **error_sums(self.names, found, wanted, valid)})
@@ -69,7 +69,7 @@ class Regression:
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return `prediction_NAME` (B,) of each number, in units."""
-        found = self.scale.in_units(clip_logits(model, batch, _mean))
+        found = self.scale.in_units(clip_logits(model, batch, mean_output))
         return {f"prediction_{name}": found[:, number] for number, name in enumerate(self.names)}
 
     def known(self, batch: Batch) -> dict[str, Tensor]:
@@ -82,8 +82,3 @@ class Regression:
     def finish(self, output: Any) -> dict[str, Tensor]:
         """Return the outputs of an exported model: `prediction` (B, k), in units."""
         return {"prediction": self.scale.in_units(output)}
-
-
-def _mean(outputs: Tensor) -> Tensor:
-    """Map outputs (B, K, k) of K clips to their mean (B, k)."""
-    return outputs.mean(1)

@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config
-from perceiver.tasks._base import Batch, LossOutput, Task, valid_rows
+from perceiver.config import Config, Real, Seed, UserError
+from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, valid_rows
 from perceiver.tasks._clips import clip_logits, mean_sigmoid
+from perceiver.tasks._pairs import pair_shares, partners
 from perceiver.tasks._weights import ClassWeights, weight_tensor
 
 SPAN = 20.0
@@ -33,6 +34,13 @@ class TaggingConfig(Config):
         le=1 << 20,
         description="Score bins of the mean average precision in evaluation; 16 bytes per class each.",
     )
+    mixup_alpha: Real = Field(
+        default=0.0, ge=0, le=1000, description="Beta parameter of MixUp of sound; 0 is off (CNN-14: 1)."
+    )
+    mixup_on: Literal["waveform", "spectrogram"] = Field(
+        default="waveform", description="What MixUp mixes: samples, or log-mel values after SpecAugment (CNN-14)."
+    )
+    seed: Seed = Field(default=0, description="Seed of MixUp.")
 
     def build(self, *, classes: int) -> Task:
         """Build the task."""
@@ -59,10 +67,11 @@ def precision_bounds(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor
     return least.sum(1) / total, most.sum(1) / total
 
 
-class Tagging:
+class Tagging(RandomTask):
     """See `TaggingConfig`."""
 
     def __init__(self, config: TaggingConfig, classes: int) -> None:
+        super().__init__(config.seed)
         self.config, self.classes = config, classes
         self.weights = weight_tensor(config.class_weights, classes)
 
@@ -76,9 +85,14 @@ class Tagging:
         return valid_rows(batch, len(label), label.device)[:, None] & (label >= 0)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
-        """Sum over the valid samples of the known classes' mean cross-entropy; in evaluation also counts by score."""
+        """Sum over the valid samples of the known classes' mean cross-entropy; in evaluation also counts by score.
+
+        The accuracy of mixed training batches is against the labels whose mixed target is above 0.5.
+        """
         known = self._known(batch)
         labels = batch["label"].float().where(known, 0)
+        if model.training and self.config.mixup_alpha > 0:
+            batch, labels, known = self._mix(batch, labels, known)
         share = known / known.sum(1, keepdim=True).clamp(min=1)
         logits = clip_logits(model, batch, mean_sigmoid)
         weight = None if self.weights is None else self.weights.to(logits.device)
@@ -90,6 +104,27 @@ class Tagging:
             if not model.training:
                 sums |= self._histograms(logits, labels, known)
         return LossOutput(loss_sum, sums)
+
+    def _mix(self, batch: Batch, labels: Tensor, known: Tensor) -> tuple[Batch, Tensor, Tensor]:
+        """Mix the sound and the labels of each pair; classes that only one of the two knows do not count.
+
+        A pair without a class that both know, such as one with a padding row or an unlabelled sample, is not mixed.
+        """
+        if "audio" not in batch:
+            raise UserError("task.mixup_alpha: got MixUp of tags without sound; wanted the batch key 'audio'")
+        partner = partners(len(labels), labels.device)
+        both = known & known[partner]
+        mixed = both.any(1)
+        share = pair_shares(self.config.mixup_alpha, self.seed, self.step, batch["sample_id"]).to(labels.device)
+        share = share.where(mixed, 1)
+        labels = torch.lerp(labels[partner], labels, share[:, None])
+        known = both.where(mixed[:, None], known)
+        if self.config.mixup_on == "spectrogram":
+            return {**batch, "mix_partner": partner, "mix_share": share}, labels, known
+        audio = batch["audio"]
+        sound = torch.lerp(audio[partner].float(), audio.float(), share[:, None])
+        sound = sound if audio.is_floating_point() else sound.round()
+        return {**batch, "audio": sound.to(audio.dtype)}, labels, known
 
     def _histograms(self, logits: Tensor, labels: Tensor, known: Tensor) -> dict[str, Tensor]:
         """Count known positives and negatives (K, bins) by class and score bin, best scores first."""

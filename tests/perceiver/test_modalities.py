@@ -150,6 +150,32 @@ def test_log_mel_against_numpy():
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", ["slaney", "htk"])
+@pytest.mark.parametrize(("spectrum", "power"), [("power", 2.0), ("magnitude", 1.0)])
+@pytest.mark.parametrize(("log", "offset"), [("db", 1e-10), ("db", 0.5), ("ln", 0.01)])
+def test_other_front_ends_against_transformers(scale, spectrum, power, log, offset):
+    """Slaney, power, db and 1e-10 are those of CNN-14, at its rate, window and hop: 10 s are 1,001 frames."""
+    audio = pytest.importorskip("transformers.audio_utils")
+    given = {"scale": scale, "spectrum": spectrum, "log": log, "log_offset": offset, "centre": True, "layout": "grid"}
+    mel = {"rate": 32_000, "window": 1024, "hop": 320, "bins": 64, "low": 50.0, "high": 14_000.0}
+    config = MelConfig.model_validate({"samples": 3300, **mel, **given})
+    x = np.random.default_rng(0).normal(size=3300)
+    norm = "slaney" if scale == "slaney" else None
+    hertz = {"min_frequency": 50, "max_frequency": 14_000, "sampling_rate": 32_000}
+    kaldi = {"mel_scale": "kaldi", "triangularize_in_mel_space": True} if scale == "htk" else {"mel_scale": "slaney"}
+    filters = audio.mel_filter_bank(513, 64, **hertz, norm=norm, **kaldi)
+    window = audio.window_function(1024, "hann")
+    floor = offset if log == "db" else 1e-300
+    found = audio.spectrogram(
+        x, window, 1024, 320, power=power, mel_filters=filters, mel_floor=floor, pad_mode="reflect", dtype=np.float64
+    )
+    expected = 10 * np.log10(found.T) if log == "db" else np.log(found.T + offset)
+    got = log_mel(torch.tensor(x)[None], config)[0]
+    assert got.shape == (11, 64) and config.model_copy(update={"samples": 320_000}).build().grid == (1001, 64)  # type: ignore[attr-defined]
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+    assert config.build()({"audio": torch.tensor(x)[None].float()}, torch.float32).elements == 11 * 64
+
+
 def test_papers_audio_and_video_sizes():
     """Perceiver §4.2: 480 audio inputs, 4,800 of the spectrogram, 12,544 of video, 487 channels."""
     meta = {"cross_attends": 1, "self_attends_per_block": 0}
@@ -242,6 +268,7 @@ def test_hidden_label_is_not_needed_and_not_seen_in_evaluation():
         {"kind": "video", "patch": (3, 4, 4)},
         {"kind": "image", "mean": (0.5,)},
         {"kind": "mel", "high": 30_000.0},
+        {"kind": "mel", "centre": True, "samples": 32, "window": 64},
         {"kind": "multimodal", "dropout": {"smell": 0.1}},
         {"kind": "audio", "patch": 101},
         {"kind": "image", "front_end": "patch", "patch": 5},

@@ -103,3 +103,6 @@ def test_spectrograms_and_sounds_of_a_multimodal_model(tmp_path: Path) -> None:
     mel["bins"] = 40
     with pytest.raises(UserError, match=r"--spectrogram rate=8000,window=2048,hop=1024,bins=40,low=80,high=4000"):
         with_statistics(build_recipe(tree), manifest)
+    mel["spectrum"] = "power"
+    with pytest.raises(UserError, match=r"spectrum = power, but .* measured with magnitude: set .*mel\.mean and"):
+        with_statistics(build_recipe(tree), manifest)
