@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from perceiver.attention import CrossAttention, SelfAttention
 from perceiver.config import Config
 from perceiver.factory import build_model, preset_config
 
@@ -146,6 +147,57 @@ def account(config: Config, *, classes: int | None = None) -> Account:
         activation_bytes=activations // 2,
         float32_activation_bytes=float32 // 2,
     )
+
+
+class _Found(Exception):
+    """Carries the number of positions out of a forward pass, which needs no later layer."""
+
+
+def count_input_positions(config: Config, *, classes: int | None = None) -> int | None:
+    """Return how many input positions one unit after the first mixing layer depends on (Perceiver Table 2, Input RF).
+
+    The first mixing layer is a convolution over more than one position, or the first attention. Of a convolution, the
+    positions are those whose gradient of one interior unit is not zero; an attention depends on all its inputs.
+
+    Args:
+        config: a member of the `ModelConfig` union.
+        classes: number of classes, for classifiers.
+
+    Returns:
+        The count; None for a model without such a layer, or whose raw tensors receive no gradient.
+    """
+    # Memory without values: only the convolution's weights are filled, and only they are in the gradient.
+    model = _meta(config, classes).to_empty(device="cpu").eval()
+    raw = {
+        key: value.float().requires_grad_() if value.dtype == torch.uint8 else value
+        for key, value in cast(Any, model).example(1, "cpu").items()
+    }
+
+    def fill(layer: nn.Module, args: Any) -> None:
+        nn.init.ones_(cast(Any, layer).weight)
+
+    def convolved(layer: nn.Module, args: Any, output: Tensor) -> None:
+        unit = output[0, 0][tuple(side // 2 for side in output.shape[2:])]
+        pixels = [tensor for tensor in raw.values() if tensor.requires_grad]
+        if not (pixels and unit.requires_grad):
+            raise _Found(None)
+        grads = torch.autograd.grad(unit, pixels, materialize_grads=True)
+        raise _Found(sum(int(grad.ne(0).any(-3).sum()) for grad in grads))  # (..., channels, height, width)
+
+    def attends(layer: nn.Module, args: Any) -> None:
+        raise _Found(args[1].elements if isinstance(layer, CrossAttention) else args[0].shape[1])
+
+    for layer in model.modules():
+        if isinstance(layer, (CrossAttention, SelfAttention)):
+            layer.register_forward_pre_hook(attends)
+        elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and max(layer.kernel_size) > 1:
+            layer.register_forward_pre_hook(fill)
+            layer.register_forward_hook(convolved)
+    try:
+        model(next(iter(raw.values())) if len(raw) == 1 else raw)
+    except _Found as found:
+        return found.args[0]
+    return None
 
 
 def preset_cost(name: str, *, flops: bool = True) -> tuple[int, int | None]:

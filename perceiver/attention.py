@@ -306,14 +306,17 @@ class CrossAttention(nn.Module):
         value = self.value.weight.unflatten(0, (heads, -1)).transpose(1, 2)
         return _per_head(context, value) + self.value.bias.unflatten(0, (heads, 1, -1))
 
-    def weights(self, query: Tensor, inputs: Inputs) -> Tensor:
-        """Return the attention weights (B, heads, N, M) by the plain path."""
+    def scores(self, query: Tensor, inputs: Inputs) -> Tensor:
+        """Return the scores before the softmax (B, heads, N, M) by the plain path, -1e30 where there is no input.
+
+        Permuted inputs are in the order of their grid again.
+        """
         q = _heads(self.query(query), self.heads)
         k = _heads(self.key(self.input_norm(inputs.dense.to(q.dtype))), self.heads)
         scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
         if inputs.mask is not None:
             scores = scores.masked_fill(~inputs.mask[:, None, None], -1e30)
-        return scores.softmax(-1)
+        return scores if inputs.order is None else scores[..., inputs.order.argsort()]
 
 
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:

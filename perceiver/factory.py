@@ -119,9 +119,43 @@ def input_keys(model: nn.Module) -> tuple[str, ...]:
     return tuple(cast(Any, model).input_keys)
 
 
-def attention_maps(model: nn.Module, raw: Raw) -> list[Tensor]:
-    """Return the weights (B, heads, N, M) of each cross-attend of a Perceiver in order; empty for other models."""
+def attention_maps(model: nn.Module, raw: Raw, *, scores: bool = False) -> list[Tensor]:
+    """Return the attention of each cross-attend of a Perceiver to its inputs, in order; empty for other models.
+
+    Args:
+        model: any model.
+        raw: the batch's raw tensors.
+        scores: return the scores before the softmax, which the Perceiver paper draws, instead of the weights.
+
+    Returns:
+        A tensor (B, heads, N, M) for each cross-attend; `input_maps` brings the M inputs to their grids.
+    """
     if not isinstance(model, Encoder):
         return []
-    with torch.no_grad():
-        return cast(Any, model).attention_maps(raw)
+    found = cast(Any, model).attention_scores(raw)
+    return found if scores else [each.softmax(-1) for each in found]
+
+
+def input_maps(model: nn.Module, values: Tensor) -> dict[str, Tensor]:
+    """Return values of a Perceiver's inputs on the inputs' grids, by the modality's name; without points and texts.
+
+    Args:
+        model: a Perceiver.
+        values: (..., M), such as attention maps.
+
+    Returns:
+        (..., H, W) for images, (..., F, H, W) for videos, (..., bins, frames) for spectrograms, the highest frequency
+        first, (..., M) for sound and series; a model of one modality names it by its kind.
+    """
+    inputs = cast(Any, model).inputs
+    parts = getattr(inputs, "modalities", None) or {inputs.config.kind: inputs}
+    sizes = [part.elements for part in parts.values()]
+    if sum(sizes) != values.shape[-1]:
+        return {}
+    maps: dict[str, Tensor] = {}
+    for (name, part), own in zip(parts.items(), values.split(sizes, -1), strict=True):
+        if hasattr(part, "as_map"):
+            maps[name] = part.as_map(own)
+        elif hasattr(part, "grid"):
+            maps[name] = own.unflatten(-1, part.grid)
+    return maps

@@ -293,19 +293,19 @@ class Perceiver(Encoder):
         return self.head(self.encode(raw).mean(1))
 
     @torch.no_grad()
-    def attention_maps(self, raw: Raw) -> list[Tensor]:
-        """Return the weights (B, heads, N, M) of each cross-attend in order, by the plain path."""
+    def attention_scores(self, raw: Raw) -> list[Tensor]:
+        """Return the scores before the softmax (B, heads, N, M) of each cross-attend in order, by the plain path."""
         x, inputs = self.read(raw)
-        maps = []
+        scores = []
         for kind, index in self.schedule:
             if kind == "cross":
                 layer = cast(CrossAttend, self.cross_attends[index])
-                maps.append(layer.attention.weights(layer.query_norm(x), inputs))
+                scores.append(layer.attention.scores(layer.query_norm(x), inputs))
                 x = layer(x, inputs)
             else:
                 for layer in cast(nn.ModuleList, self.blocks[index]):
                     x = layer(x)
-        return maps
+        return scores
 
 
 def perceiver_schedule(config: PerceiverConfig) -> list[tuple[Literal["cross", "block"], int]]:
@@ -376,7 +376,7 @@ class PerceiverIO(Encoder):
         return decoder.outputs(self.run(self.answer, queries, Inputs(x)), asked)
 
     @torch.no_grad()
-    def attention_maps(self, raw: Raw) -> list[Tensor]:
-        """Return the weights (B, heads, N, M) of the one cross-attend that reads, by the plain path."""
+    def attention_scores(self, raw: Raw) -> list[Tensor]:
+        """Return the scores before the softmax (B, heads, N, M) of the one cross-attend that reads."""
         x, inputs = self.read(raw)
-        return [self.encoder.attention.weights(self.encoder.query_norm(x), inputs)]
+        return [self.encoder.attention.scores(self.encoder.query_norm(x), inputs)]

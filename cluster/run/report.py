@@ -1,8 +1,8 @@
 """Collect the results of a run and write its report."""
 
 import io
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,9 @@ import torch
 
 from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import WEIGHTS, RunFolder
-from perceiver.factory import attention_maps, build_model
+from perceiver.factory import attention_maps, build_model, input_keys, input_maps
+from perceiver.model import Encoder
+from perceiver.report.attention import AttentionMaps
 from perceiver.report.figures import picture
 from perceiver.report.page import CardPart
 from perceiver.report.run import Classified, ReportData, choose_examples, run_report
@@ -31,6 +33,8 @@ from pipelines.transforms.mask import IGNORED, decode_mask, mask_colours
 ATTENTION_EXAMPLES = 4
 SEGMENTED = 12
 """Samples of a segmentation that are shown."""
+MASKED = -1e29
+"""Scores below it are those of inputs that do not exist."""
 LARGE_EXAMPLES = (12, 6)
 """Wrong and right samples that are shown where each is a text, a recording or a cloud of points."""
 
@@ -43,10 +47,10 @@ def build_report(
     steps = folder.checkpoints.steps()
     history = History(folder.checkpoints.history(steps[-1])).rows
     wanted, shown = _examples(recipe, manifest, predictions)
-    found = read_samples(recipe, manifest, wanted | set(shown))
+    found = read_samples(recipe, manifest, wanted | set(shown), shown)
     masks = _segmented(recipe, manifest, predictions)
     images = {number: sample.image for number, sample in found.items() if sample.image is not None}
-    shown = [i for i in shown if i in images]
+    views = {i: found[i].view for i in shown if i in found}
     data = ReportData(
         name=folder.name,
         history=history,
@@ -63,8 +67,7 @@ def build_report(
         parts={number: sample.parts for number, sample in found.items() if sample.parts},
         keys={number: sample.key for number, sample in found.items()},
         card_width=None if images else card_width(manifest),
-        attention_ids=shown,
-        attention=_attention(recipe, folder, manifest, [images[i] for i in shown]) if shown else None,
+        attention=_attention(recipe, folder, manifest, views),
         recipe=redact(recipe.model_dump(mode="json")),
         facts={**facts, **_rates(history)},
         commands=commands,
@@ -133,13 +136,15 @@ def _several(recipe: Recipe, predictions: Mapping[str, np.ndarray]) -> dict[str,
 
 def _examples(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.ndarray]) -> tuple[set[int], list[int]]:
     """Return the ids of the wrong and right samples to show, and of those whose attention maps are shown."""
+    if kind_of(recipe.task) == "tagging" and predictions:
+        return set(), [int(number) for number in predictions["sample_id"][:ATTENTION_EXAMPLES]]
     if kind_of(recipe.task) != "classification" or not predictions:
         return set(), []
     ids, labels, guesses = (predictions[k] for k in ("sample_id", "label", "prediction"))
     counts = () if "image" in manifest.features else LARGE_EXAMPLES
     wrong, right = choose_examples(labels, guesses, predictions["probability"].max(1), *counts)
-    # One image per class, for a variety of maps.
-    first = [int(ids[labels == k][0]) for k in np.unique(labels)[:ATTENTION_EXAMPLES]] if not counts else []
+    # One sample per class, for a variety of maps.
+    first = [int(ids[labels == k][0]) for k in np.unique(labels)[:ATTENTION_EXAMPLES]]
     return {int(ids[i]) for i in (*wrong, *right)}, first
 
 
@@ -152,16 +157,20 @@ class Sample:
         image: pixels (H, W, C), uint8, as the model reads them; None for other kinds of data.
         parts: text, spectrogram and player, frames or points of other kinds of data.
         mask: classes of the pixels (H, W), if the data have them.
+        view: what the model reads, by the batch's keys, of samples whose attention is shown.
     """
 
     key: str
     image: np.ndarray | None
     parts: list[CardPart]
     mask: np.ndarray | None = None
+    view: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_samples(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict[int, Sample]:
-    """Return evaluation samples by id; those that cannot be read are left out."""
+def read_samples(
+    recipe: Recipe, manifest: Manifest, ids: Iterable[int], views: Collection[int] = ()
+) -> dict[int, Sample]:
+    """Return evaluation samples by id, those of `views` as the model reads them, too; without unreadable ones."""
     data, found = recipe.data, dict[int, Sample]()
     split = manifest.split(data.eval_split)
     spec = sample_spec(data, manifest, split=data.eval_split, training=False)
@@ -173,12 +182,12 @@ def read_samples(recipe: Recipe, manifest: Manifest, ids: Iterable[int]) -> dict
         if group.error:
             continue
         try:
-            if "image" in manifest.features:
-                shown = make_sample(spec, group, row, np.random.default_rng)
-                key = reader.keys(place)[0]
-                found[number] = Sample(key, shown["image"].transpose(1, 2, 0), [], shown.get("mask"))
+            pictures, key = "image" in manifest.features, reader.keys(place)[0]
+            view = make_sample(spec, group, row, np.random.default_rng) if pictures or number in views else {}
+            if pictures:
+                found[number] = Sample(key, view["image"].transpose(1, 2, 0), [], view.get("mask"), view)
             else:
-                found[number] = Sample(reader.keys(place)[0], None, _parts(stored_row(group, row), manifest, data))
+                found[number] = Sample(key, None, _parts(stored_row(group, row), manifest, data), view=view)
         except BadSample:
             continue
     return found
@@ -192,19 +201,38 @@ def _parts(row: Mapping[str, Any], manifest: Manifest, data: DataConfig) -> list
     return parts
 
 
-def _attention(recipe: Recipe, folder: RunFolder, manifest: Manifest, images: list[np.ndarray]) -> np.ndarray | None:
-    """Return the attention maps of the latents, (example, cross-attend, head, latent, H, W), None for other models."""
+def _attention(
+    recipe: Recipe, folder: RunFolder, manifest: Manifest, views: Mapping[int, Mapping[str, Any]]
+) -> AttentionMaps | None:
+    """Return the attention of the first and the last cross-attend to the samples; None if there is nothing to draw."""
     import safetensors.torch
 
-    model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
+    model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes))).eval()
+    keys = input_keys(model)
+    if not isinstance(model, Encoder) or not views or any(set(keys) - set(view) for view in views.values()):
+        return None
     fs, path = open_url(folder.location(WEIGHTS))
     model.load_state_dict(safetensors.torch.load(fs.cat_file(path)))
-    model.eval()
-    grid = getattr(getattr(model, "inputs", None), "grid", None)
-    maps = attention_maps(model, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
-    if grid is None or not maps:
-        return None
-    return torch.stack(maps, 1).unflatten(-1, tuple(grid)).numpy()
+    attends = list[int]()
+    found: dict[str, dict[str, list[np.ndarray]]] = {"scores": {}, "weights": {}}
+    for view in views.values():
+        scores = attention_maps(model, _batch(model, view), scores=True)
+        attends = sorted({1, len(scores)})
+        chosen = torch.cat([scores[attend - 1] for attend in attends])
+        drawn = {"scores": chosen.masked_fill(chosen < MASKED, torch.nan), "weights": chosen.softmax(-1)}
+        for kind, values in drawn.items():
+            for name, each in input_maps(model, values.mean(1)).items():
+                found[kind].setdefault(name, []).append(each.numpy())
+    stacked = {kind: {name: np.stack(each) for name, each in parts.items()} for kind, parts in found.items()}
+    return AttentionMaps(list(views), attends, **stacked) if stacked["scores"] else None
+
+
+def _batch(model: Encoder, view: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return a batch of one sample; of several clips, as in an evaluation, the first one."""
+    axes = {key: tensor.ndim for key, tensor in model.example(1, "cpu").items()}
+    keys = (*model.input_keys, *model.optional_keys)
+    batch = {key: torch.as_tensor(np.asarray(view[key]))[None] for key in keys if key in view}
+    return {key: value[:, 0] if value.ndim > axes.get(key, value.ndim) else value for key, value in batch.items()}
 
 
 def _rates(history: list[dict[str, float]]) -> dict[str, str]:

@@ -180,6 +180,10 @@ class Mel(nn.Module):
         """Return raw zeros of the configured size for `batch` samples."""
         return {"audio": torch.zeros(batch, self.config.samples, dtype=torch.int16, device=device)}
 
+    def as_map(self, values: Tensor) -> Tensor:
+        """Return values (..., M) as a spectrogram is drawn: (..., bins, frames), the highest frequency first."""
+        return values.unflatten(-1, (-1, self.config.bins)).transpose(-1, -2).flip(-2)
+
     def _augment(self, mel: Tensor) -> Tensor:
         """Mask stretches of frames and bands of bins by the sample's mean (SpecAugment, arXiv 1904.08779)."""
         c = self.config

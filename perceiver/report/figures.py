@@ -413,5 +413,17 @@ def attention_map(weights: NDArray[np.floating], image: Image.Image | None = Non
     return Image.fromarray((share * colour + (1 - share) * 0.42 * below[:, :, None]).astype(np.uint8))
 
 
+def score_map(scores: NDArray[np.floating]) -> Image.Image:
+    """Return scores before the softmax (H, W) in colours from their smallest to their largest; black: no input."""
+    from matplotlib import colormaps
+
+    there = np.isfinite(scores)
+    low, high = (scores[there].min(), scores[there].max()) if there.any() else (0.0, 0.0)
+    share = np.where(there, (scores - low) / max(float(high - low), 1e-12), 0)
+    seen, share = (np.asarray(_reduced(Image.fromarray(each.astype(np.float32)))) for each in (there, share))
+    colour = colormaps["viridis"](share / np.maximum(seen, 1e-6))[:, :, :3] * (seen[:, :, None] > 0)
+    return Image.fromarray((colour * 255).astype(np.uint8))
+
+
 def _reduced(image: Image.Image) -> Image.Image:
     return image.reduce(math.ceil(max(image.size) / MAP))

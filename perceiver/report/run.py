@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver.report import figures
+from perceiver.report.attention import CARD, AttentionMaps, attention_sections
 from perceiver.report.page import CardPart, data_uri, percent, render, text, yaml_text
 from perceiver.tracking.printable import csv_cell
 
@@ -20,9 +21,6 @@ TABLE_CLASSES = 25
 """With more classes, the confusion matrix is a picture and only the worst classes are listed."""
 LISTED_CLASSES, LISTED_PAIRS = 20, 8
 WRONG_SHOWN, RIGHT_SHOWN = 24, 12
-LATENTS_SHOWN, ATTENDS_SHOWN, ATTENTION_EXAMPLES = 6, 8, 6
-CARD = 224
-"""Longest side of a sample's picture in pixels."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Classified:
 class ReportData:
     """The content of a report. Only name and history are required; a section without data is omitted.
 
-    Shapes: B test samples, K classes, E examples, A cross-attends, h heads, N latents, H x W positions.
+    Shapes: B test samples, K classes.
     """
 
     name: str
@@ -56,8 +54,7 @@ class ReportData:
     cards: Sequence[tuple[str, CardPart]] = ()  # key and picture of samples with their predictions, such as masks
     keys: Mapping[int, str] = field(default_factory=dict)  # sample id -> where it came from, such as a file
     card_width: int | None = None  # of an example in pixels; None: a small picture's
-    attention_ids: Sequence[int] = ()  # E sample ids
-    attention: NDArray[np.floating] | None = None  # (E, A, h, N, H, W) weights of the latents over input positions
+    attention: AttentionMaps | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as resolved; secrets are masked here
     facts: Mapping[str, Any] = field(default_factory=dict)  # caption -> value, in this order
     commands: Mapping[str, str] = field(default_factory=dict)  # caption -> command line
@@ -94,7 +91,9 @@ def run_report(data: ReportData) -> dict[str, bytes]:
         "errors": errors,
         "several": several,
         "samples": data.cards,
-        "attention": _attention(data, files),
+        "attention": attention_sections(data.attention, data.images, data.parts, data.keys, files)
+        if data.attention
+        else [],
         "columns": columns,
         "checkpoints": [[text(row.get(key)) for key in columns] for row in data.checkpoints],
         "recipe": yaml_text(data.recipe),
@@ -188,35 +187,6 @@ def _examples(
     return groups
 
 
-def _attention(data: ReportData, files: dict[str, bytes]) -> list[dict[str, Any]]:
-    """Return for each example its image, and per cross-attend the mean map and those of some latents."""
-    if data.attention is None or not len(data.attention_ids):
-        return []
-    latents = choose_latents(data.attention)
-    attends = np.unique(np.linspace(0, data.attention.shape[1] - 1, ATTENDS_SHOWN).round().astype(int))
-    sections = []
-    for sample, weights in list(zip(data.attention_ids, data.attention, strict=True))[:ATTENTION_EXAMPLES]:
-        image = figures.picture(data.images[sample]) if sample in data.images else None
-        maps = weights.mean(axis=1, dtype=np.float64)
-        rows = [[maps[attend].mean(axis=0), *maps[attend, latents]] for attend in attends]
-        drawn = [[figures.attention_map(cell, image) for cell in row] for row in rows]
-        pictures = [[*([image] if image else []), *row] for row in drawn]
-        files[f"figures/attention-{sample}.png"] = figures.png_bytes(figures.montage(pictures, figures.MAP))
-        peaks = [[f"{np.nanmax(cell) * cell.size:.1f}×" for cell in row] for row in rows]
-        uris = [[figures.image_uri(cell) for cell in row] for row in drawn]
-        cells = [list(zip(*row, strict=True)) for row in zip(uris, peaks, strict=True)]
-        shown = figures.image_uri(image, CARD) if image else None
-        sections.append(
-            {
-                "key": data.keys.get(sample, f"#{sample}"),
-                "image": shown,
-                "latents": latents,
-                "rows": list(zip(attends + 1, cells, strict=True)),
-            }
-        )
-    return sections
-
-
 def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     sink = io.StringIO()
     writer = csv.writer(sink)
@@ -304,25 +274,6 @@ def confused_pairs(matrix: NDArray[np.int64], names: Sequence[str], limit: int =
         for i, j in pairs
         if wrong[i, j]
     ]
-
-
-def choose_latents(attention: NDArray[np.floating], count: int = LATENTS_SHOWN) -> list[int]:
-    """Return the latents whose maps differ most: the most focused one, then each time the farthest from those taken.
-
-    Args:
-        attention: (E, A, h, N, H, W).
-        count: greatest number of latents.
-    """
-    maps = np.moveaxis(np.nan_to_num(attention.mean(axis=2, dtype=np.float64)), 2, 0)
-    flat = maps.reshape(maps.shape[0], -1)
-    flat = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
-    chosen = [int(np.argmax(flat.max(axis=1)))]
-    distance = 1 - flat @ flat[chosen[0]]
-    while len(chosen) < min(count, len(flat)):
-        distance[chosen] = -1.0
-        chosen.append(int(np.argmax(distance)))
-        distance = np.minimum(distance, 1 - flat @ flat[chosen[-1]])
-    return sorted(chosen)
 
 
 def class_names(names: Sequence[str], classes: int) -> list[str]:

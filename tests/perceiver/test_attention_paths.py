@@ -6,7 +6,7 @@ from torch import nn
 
 from perceiver.attention import CrossAttend, CrossAttention, choose_path
 from perceiver.config import UserError
-from perceiver.factory import attention_maps, build_model, model_config
+from perceiver.factory import attention_maps, build_model, input_maps, model_config
 from perceiver.positions import Grid, Inputs, grid_tables
 
 
@@ -210,6 +210,40 @@ def test_attention_maps_sum_to_one_in_order():
     maps = attention_maps(model, torch.randint(0, 256, (3, 1, 8, 6), dtype=torch.uint8))
     assert [tuple(m.shape) for m in maps] == [(3, 1, 5, 48)] * 3
     torch.testing.assert_close(maps[0].sum(-1), torch.ones(3, 1, 5))
+
+
+def test_scores_are_those_before_the_softmax_in_the_order_of_the_grid():
+    pixels = torch.randint(0, 256, (3, 1, 8, 6), dtype=torch.uint8)
+    found = []
+    for permute in (None, 3):
+        torch.manual_seed(0)
+        values = small(cross_heads=3, latent_init_std=1.0)
+        values["inputs"] = {**values["inputs"], "permute": permute}
+        model = build_model(model_config(values), classes=4)
+        found.append(attention_maps(model, pixels, scores=True))
+        for weights, scores in zip(attention_maps(model, pixels), found[-1], strict=True):
+            assert scores.shape == weights.shape and scores.min() < 0
+            torch.testing.assert_close(scores.softmax(-1), weights)
+    for plain, permuted in zip(*found, strict=True):
+        torch.testing.assert_close(plain, permuted)
+
+
+def test_maps_have_the_grids_of_their_modalities():
+    """Elements are numbered by row, so that a map of their numbers shows where each is."""
+    video = {"kind": "video", "frames": 4, "channels": 1, "size": (8, 6), "patch": (2, 2, 2), "mean": [0], "std": [1]}
+    mel = {"kind": "mel", "samples": 64, "rate": 100, "window": 16, "hop": 16, "bins": 3, "low": 5, "high": 50}
+    parts = {"a": mel, "b": {"kind": "text", "length": 5}, "c": video}
+    model = build_model(model_config(small(inputs={"kind": "multimodal", "modalities": parts})), classes=4)
+    maps = input_maps(model, torch.arange(12 + 5 + 24)[None])
+    assert {name: tuple(each.shape) for name, each in maps.items()} == {"a": (1, 3, 4), "c": (1, 2, 4, 3)}
+    assert maps["a"][0, :, 0].tolist() == [2, 1, 0] and maps["a"][0, 2].tolist() == [0, 3, 6, 9]
+    assert maps["c"].flatten().tolist() == list(range(17, 41))
+    learned = {**small()["inputs"], "positions": {"kind": "learned", "channels": 4, "init_std": 1.0}}
+    model = build_model(model_config(small(inputs=learned)), classes=4)
+    scores = attention_maps(model, {"image": torch.zeros(1, 1, 8, 6)}, scores=True)
+    assert input_maps(model, scores[0])["image"].shape == (1, 1, 5, 8, 6)
+    text = build_model(model_config(small(inputs={"kind": "text", "length": 5})), classes=4)
+    assert input_maps(text, torch.zeros(1, 5)) == {}
 
 
 def test_permuted_pixels_leave_the_perceiver_unchanged():

@@ -70,6 +70,9 @@ class TableConfig(Config):
     source: str = Field(description="paper and table of the results")
     figure: str = Field(description="metric of the paper's results, with the unit")
     open: list[str] = Field(default=[], description="settings that the papers do not give, with ours")
+    input_rf: bool = Field(
+        default=False, description="whether to show how many inputs a unit after the first mixing layer depends on"
+    )
     full: Scale = Field(description="with the user's own copy of the papers' data")
     small: Scale = Field(description="with data from Python packages, in minutes on two CPU cores")
     rows: list[Row] = Field(min_length=1, description="the rows, in the table's order")

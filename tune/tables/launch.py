@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.recipe.file import apply_override, read_tree
-from perceiver.accounting import account
+from perceiver.accounting import account, count_input_positions
 from perceiver.config import UserError
 from perceiver.tasks import output_count
 from perceiver.tracking.printable import say, say_json
@@ -21,7 +21,7 @@ from tune.search.state import SearchLaunch, SearchPlan, SearchStart
 from tune.search_file import RECIPE_KEYS, flat, head_key, recipe_path
 from tune.space.space import Values, with_values
 from tune.tables.config import PaperTable, Row, Scale, ScaleName, load_table
-from tune.tables.outputs import HEAD, NOT_RUN, TableReport, aligned, cells, markdown, write_json, write_page
+from tune.tables.outputs import NOT_RUN, TableReport, aligned, cells, head, markdown, write_json, write_page
 from tune.tables.results import Cost, judge, results
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,9 @@ def check_rows(checker: Checker, rows: TableRun) -> dict[str, Cost]:
     for row in rows.run:
         try:
             recipe, model = checker.recipe(rows.values(row))
-            found = account(recipe.model, classes=output_count(recipe.task, len(model.manifest.classes)) or None)
+            classes = output_count(recipe.task, len(model.manifest.classes)) or None
+            found = account(recipe.model, classes=classes)
+            field = count_input_positions(recipe.model, classes=classes) if rows.table.config.input_rf else None
         except UserError as error:
             reason = str(error).removeprefix(f"{search.source}: ")
             raise UserError(f"{rows.table.path}: row {row.name}: {reason}") from None
@@ -163,7 +165,7 @@ def check_rows(checker: Checker, rows: TableRun) -> dict[str, Cost]:
             raise UserError(
                 f"{rows.table.path}: row {row.name} changes cluster, which all rows share: set it for all rows"
             )
-        costs[row.name] = Cost(found.parameters, found.forward_flops)
+        costs[row.name] = Cost(found.parameters, found.forward_flops, field)
     return costs
 
 
@@ -187,10 +189,10 @@ def _say_plan(rows: TableRun, plan: SearchPlan, costs: Mapping[str, Cost]) -> No
     say(say_estimate(estimate(plan.search, plan.slots, samples, plan.total)))
     seeds = f"{rows.seeds} seed{'s' * (rows.seeds > 1)}"
     say(f"{plan.total} trials: {len(rows.run)} rows with {seeds} each")
-    head = ("row", "paper", "steps", "parameters", "FLOPs")
-    lines = [cells(result) for result in results(config, rows.scale, [], costs)]
-    told = [f"{steps[row.name]:,}" if row.name in steps else NOT_RUN for row in config.rows]
-    for line in aligned(head, [(c[0], c[1], told[i], c[4], c[5]) for i, c in enumerate(lines)]):
+    lines = [head(config), *(cells(result, config) for result in results(config, rows.scale, [], costs))]
+    told = ["steps", *(f"{steps[row.name]:,}" if row.name in steps else NOT_RUN for row in config.rows)]
+    planned = [(*line[:2], told[i], *line[4:-1]) for i, line in enumerate(lines)]
+    for line in aligned(planned[0], planned[1:]):
         say(line)
 
 
@@ -209,7 +211,7 @@ def _conclude(launch: SearchLaunch, outcome: dict[str, Any], rows: TableRun, cos
     finish_run(launch, status, FILES)
     if any(result.scores for result in found):
         say("")
-        for line in aligned(HEAD, [cells(result) for result in found]):
+        for line in aligned(head(config), [cells(result, config) for result in found]):
             say(line)
         for one in judged:
             say(f"{one.verdict}: {one.claim.text} ({one.reason})")

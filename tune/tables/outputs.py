@@ -76,16 +76,23 @@ def _safe(command: str) -> str:
     return shlex.join(f"{key}={MASK}" if value and is_secret_key(key) else word for word, key, value in pairs)
 
 
-def cells(result: RowResult) -> list[str]:
-    """Return a row of the table, in the order of `HEAD`."""
+def head(table: TableConfig) -> list[str]:
+    """Return the captions of the columns."""
+    return [*HEAD[:-1], *(["input RF"] if table.input_rf else []), HEAD[-1]]
+
+
+def cells(result: RowResult, table: TableConfig) -> list[str]:
+    """Return a row of the table, in the order of `head`."""
     paper = "–" if result.row.paper is None else f"{result.row.paper:.1f}"
     if result.cost is None:
-        return [result.row.label, paper, "–", "–", "–", "–", "–"]
+        return [result.row.label, paper, *["–"] * (len(head(table)) - 2)]
     ours = "–" if result.mean is None else f"{result.mean:.1f}"
     if result.deviation is not None:
         ours += f" ± {result.deviation:.1f}"
     wall = "–" if result.wall is None else duration(result.wall)
     cost = [short(result.cost.parameters), short(result.cost.flops)]
+    if table.input_rf:
+        cost.append("–" if result.cost.input_rf is None else f"{result.cost.input_rf:,}")
     return [result.row.label, paper, ours, str(len(result.scores)), *cost, wall]
 
 
@@ -118,13 +125,14 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def markdown(report: TableReport) -> str:
     """Return the table, the claims and the facts as Markdown."""
+    captions = head(report.table)
     lines = [
         f"## {markdown_text(report.table.title)} ({report.scale} scale)",
         "",
-        f"| {' | '.join(HEAD)} |",
-        "|---" + "|---:" * 6 + "|",
+        f"| {' | '.join(captions)} |",
+        "|---" + "|---:" * (len(captions) - 1) + "|",
     ]
-    lines += [f"| {' | '.join(map(markdown_text, cells(result)))} |" for result in report.found]
+    lines += [f"| {' | '.join(map(markdown_text, cells(result, report.table)))} |" for result in report.found]
     if report.judged:
         lines += ["", "| claim of the paper | here | |", "|---|---|---|"]
         lines += [f"| {markdown_text(j.claim.text)} | {j.verdict} | {markdown_text(j.reason)} |" for j in report.judged]
@@ -148,6 +156,7 @@ def write_json(report: TableReport) -> str:
             "failed": {str(seed): redact_text(reason) for seed, reason in sorted((result.failed or {}).items())},
             "parameters": result.cost.parameters if result.cost else None,
             "flops": result.cost.flops if result.cost else None,
+            "input_rf": result.cost.input_rf if result.cost else None,
             "seconds": result.wall,
             "run": result.cost is not None,
         }
@@ -178,8 +187,8 @@ def write_page(report: TableReport) -> str:
         kind=f"Our results and the paper's, {report.scale} scale",
         name=report.table.title,
         measured=report.facts,
-        columns=HEAD,
-        rows=[{"cells": cells(result), "run": result.cost is not None} for result in report.found],
+        columns=head(report.table),
+        rows=[{"cells": cells(result, report.table), "run": result.cost is not None} for result in report.found],
         judged=report.judged,
         notes=list(notes(report.found)),
         open_title=OPEN,

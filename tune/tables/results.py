@@ -17,10 +17,15 @@ Verdict = Literal["holds", "does not hold", "open"]
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a row's model: parameters, and FLOPs of one sample's forward pass as the papers count them."""
+    """The cost of a row's model: parameters, and FLOPs of one sample's forward pass as the papers count them.
+
+    Attributes:
+        input_rf: see `perceiver.accounting.count_input_positions`; None if the table does not show it.
+    """
 
     parameters: int
     flops: int
+    input_rf: int | None = None
 
 
 @dataclass(frozen=True)

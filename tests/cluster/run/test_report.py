@@ -1,5 +1,7 @@
 """The report of a run shows samples of any kind with the keys of the data."""
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,11 +9,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import safetensors.torch
+from PIL import Image
 
 from cluster.predict.outputs import parquet
 from cluster.recipe.config import Recipe, build_recipe
-from cluster.record.run_folder import RunFolder
+from cluster.record.run_folder import WEIGHTS, RunFolder
 from cluster.run.report import build_report, read_samples
+from perceiver.factory import build_model
 from perceiver.storage import open_folder
 from perceiver.train.checkpoint.store import CheckpointStore
 from pipelines.features import AudioFeature, Feature, LabelFeature, LabelsFeature, PointsFeature, TextFeature
@@ -89,6 +94,32 @@ def test_a_tagging_run_has_a_table_of_its_classes(folder: RunFolder, tree: dict[
     predict(folder, sample_id=list(range(6)), label=labels, prediction=[[True, False]] * 6, probability=labels)
     build_report(recipe, folder, manifest, {}, {})
     assert (folder.local / "report" / "per_class.csv").read_text().splitlines()[1].startswith("no,1.0,1.0,1.0,3")
+
+
+@pytest.mark.parametrize("clips", [1, 3])
+def test_attention_to_sound_is_drawn_as_a_spectrogram(
+    clips: int, folder: RunFolder, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """A tagging run, too; of several clips per sample the first one is shown."""
+    tree["task"] = {"kind": "tagging"}
+    tree["model"]["inputs"] = {"kind": "mel", "samples": 800, "rate": 8000, "window": 64, "hop": 100, "bins": 5} | {
+        "low": 100, "high": 4000, "positions": {"kind": "fourier", "bands": 2}
+    }  # fmt: skip
+    recipe, manifest = written(tmp_path, "audio", tree, LabelsFeature())
+    view = {"audio": {"rate": 8000, "samples": 800}, "clip": {"eval_clips": clips}}
+    recipe = build_recipe({**tree, "data": {**tree["data"], **view}})
+    model = build_model(recipe.model, classes=2)
+    folder.write(WEIGHTS, safetensors.torch.save(model.state_dict()))
+    labels = [[1.0, 0.0], [0.0, 1.0]] * 3
+    predict(folder, sample_id=list(range(6)), label=labels, prediction=[[True, False]] * 6, probability=labels)
+    build_report(recipe, folder, manifest, {}, {})
+    found = Page((folder.local / "report" / "index.html").read_text())
+    rows = {word for tag, word in found.texts if tag == "th" and word.startswith("cross-attend")}
+    attends = sorted({1, recipe.model.cross_attends})  # type: ignore[attr-defined]
+    assert rows == {f"cross-attend {number}: {kind}" for number in attends for kind in ("scores", "weights")}
+    drawn = next(row["src"] for row in found.all("img") if row["alt"] == "attention map")
+    with Image.open(io.BytesIO(base64.b64decode(drawn.partition(",")[2]))) as image:
+        assert image.size == (8, 5), "time to the right, frequency upwards"
 
 
 def test_images_are_shown_as_the_model_reads_them(tree: dict[str, Any]) -> None:

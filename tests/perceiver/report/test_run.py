@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from perceiver.report.figures import attention_map, learning_curves, picture, series, smooth
+from perceiver.report.attention import AttentionMaps, choose_latents, flat_map
+from perceiver.report.figures import attention_map, learning_curves, picture, score_map, series, smooth
 from perceiver.report.page import CardPart
 from perceiver.report.run import (
     ReportData,
     average_precision,
     choose_examples,
-    choose_latents,
     class_table,
     confused_pairs,
     confusion,
@@ -57,13 +57,19 @@ def full(samples: int = 200, classes: int = 10, wrong: float = 0.1, seed: int = 
         predictions=predictions,
         probabilities=logits / logits.sum(axis=1, keepdims=True),
         images={int(i): generator.integers(0, 255, (28, 28, 1)).astype(np.uint8) for i in ids},
-        attention_ids=[1000, 1001],
-        attention=generator.random((2, 3, 2, 16, 28, 28)),
+        attention=attention({"image": (28, 28)}),
         recipe={"optim": {"lr": 1e-3}, "data": {"password": "hunter2", "url": "s3://id:hunter2@bucket"}},
         facts={"steps": 1200, "machine": "2 cores"},
         commands={"Open": "mlflow ui --backend-store-uri postgresql://u:hunter2@db/x"},
         checkpoints=[{"step": 100, "path": "a/b"}, {"step": 200, "path": "a/c", "best": True}],
     )
+
+
+def attention(grids: dict[str, tuple[int, ...]]) -> AttentionMaps:
+    """Return maps of two samples, two cross-attends and 16 latents."""
+    generator = np.random.default_rng(0)
+    weights = {name: generator.random((2, 2, 16, *grid)) for name, grid in grids.items()}
+    return AttentionMaps([1000, 1001], [1, 8], {name: each - 0.5 for name, each in weights.items()}, weights)
 
 
 def page(data: ReportData) -> Page:
@@ -194,10 +200,25 @@ def test_other_tasks_degrade() -> None:
 def test_large_colour_images_and_coarse_maps() -> None:
     generator = np.random.default_rng(0)
     images = {1000 + i: generator.integers(0, 255, (500, 375, 3)).astype(np.uint8) for i in range(20)}
-    data = replace(full(20), history=[], images=images, attention=generator.random((2, 1, 1, 8, 14, 14)))
+    data = replace(full(20), history=[], images=images, attention=attention({"image": (14, 14)}))
     assert page(data).count("img") > 16
     assert attention_map(np.ones((14, 14)), picture(images[1000])).size == (75, 100)
     assert np.max(attention_map(np.full((2, 2), np.nan))) < 10
+
+
+def test_attention_to_video_and_sound_has_a_row_for_scores_and_weights_of_each() -> None:
+    maps = attention({"audio": (40, 16), "video": (8, 6, 4), "wave": (30,)})
+    maps.scores["audio"][0, 0, :, 20:] = np.nan
+    strips = dict.fromkeys(maps.samples, [CardPart("strip", "data:image/png;base64,"), CardPart("text", "words")])
+    data = replace(full(60), history=[], images={}, parts=strips, attention=maps)
+    found = page(data)
+    rows = [word for tag, word in found.texts if tag == "th" and word.startswith("cross-attend")]
+    parts = ("audio", "video", "wave")
+    assert rows == 2 * [f"cross-attend {n}, {p}: {k}" for n in (1, 8) for p in parts for k in ("scores", "weights")]
+    assert len([image for image in found.all("img") if image["alt"] == "attention map"]) == 2 * 12 * 7
+    frames = np.asarray(score_map(flat_map(np.arange(8 * 6 * 4.0).reshape(8, 6, 4))))
+    assert frames.shape == (6 * 2 + 1, 4 * 2 + 1, 3) and not frames[6].any() and not frames[:, 4].any()
+    assert frames[0, 0].tolist() != frames[-1, -1].tolist()
 
 
 def test_the_report_is_the_same_twice() -> None:
@@ -238,11 +259,11 @@ def test_examples_are_the_surest_mistakes_and_right_ones_of_all_classes(samples:
 
 
 def test_latents_that_differ_are_chosen() -> None:
-    attention = np.full((1, 1, 1, 6, 4, 4), 0.01)
-    attention[0, 0, 0, 2, 0, 0] = 1
-    attention[0, 0, 0, 5, 3, 3] = 1
-    assert set(choose_latents(attention, 3)) >= {2, 5}
-    assert choose_latents(attention, 99) == list(range(6))
+    weights = np.full((1, 1, 6, 16), 0.01)
+    weights[0, 0, 2, 0] = 1
+    weights[0, 0, 5, 15] = 1
+    assert set(choose_latents(weights, 3)) >= {2, 5}
+    assert choose_latents(weights, 99) == list(range(6))
 
 
 def test_smoothing_keeps_a_line_and_skips_gaps() -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from cluster.recipe.config import build_recipe
 from cluster.recipe.preflight import check_worker_range
-from perceiver.accounting import account
+from perceiver.accounting import account, count_input_positions
 from perceiver.config import UserError
 from perceiver.presets import PRESETS
 from tests.perceiver.report.pages import Page
@@ -23,7 +23,7 @@ from tune.search_record import TrialRecord
 from tune.space.space import with_values
 from tune.tables.config import TableConfig, load_table, tables
 from tune.tables.launch import TableRun, build_rows, check_rows, read_rows, reproduce
-from tune.tables.outputs import HEAD, TableReport, aligned, cells, markdown, short, write_json, write_page
+from tune.tables.outputs import HEAD, TableReport, aligned, cells, head, markdown, short, write_json, write_page
 from tune.tables.results import Cost, RowResult, judge, results, seed_noise
 
 NAMES = (
@@ -105,6 +105,20 @@ def test_each_row_is_a_recipe_that_builds(name: str, scale: Any) -> None:
         assert parameters["none"] == 326_241_856 and parameters["paper"] == 44_912_254, "as published"
     if scale == "small":
         assert max(parameters.values()) < 1_000_000
+
+
+@pytest.mark.parametrize(("scale", "expected"), [("small", [49, 16, 100, 196]), ("full", [49, 256, 4_096, 50_176])])
+def test_input_rf_is_that_of_the_paper(scale: Any, expected: list[int]) -> None:
+    """Perceiver, Table 2, whose values do not depend on a permutation."""
+    table = load_table("permuted-imagenet")
+    rows, _, base, _ = read_rows(table, scale, None, [])
+    fields = {}
+    for row in rows.run:
+        recipe = build_recipe(with_values(base, rows.values(row)), source=row.name)
+        fields[row.name] = count_input_positions(recipe.model, classes=10)
+    pairs = zip(("resnet", "vit", "transformer", "perceiver", "learned"), [*expected, expected[-1]], strict=True)
+    assert table.config.input_rf
+    assert fields == {name + end: field for name, field in pairs for end in ("", "-permuted")}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -206,9 +220,13 @@ def test_rows_are_means_over_the_seeds_that_finished(tmp_path: Path, paper: dict
     assert one.mean == pytest.approx(92.0) and one.deviation == pytest.approx(2 * 2**0.5)
     assert two.scores == {0: pytest.approx(80.0)} and two.deviation is None and two.failed == {1: "out of memory"}
     assert three.cost is None and three.mean is None
-    assert cells(one) == ["one | read", "76.7", "92.0 ± 2.8", "2", "1k", "2M", "1:00"]
-    assert cells(three) == ["three reads", "70.0", "–", "–", "–", "–", "–"]
+    assert cells(one, table) == ["one | read", "76.7", "92.0 ± 2.8", "2", "1k", "2M", "1:00"]
+    assert cells(three, table) == ["three reads", "70.0", "–", "–", "–", "–", "–"]
     assert seed_noise([one, two, three]) == one.deviation
+    wide = table.model_copy(update={"input_rf": True})
+    found = [RowResult(one.row, Cost(1, 1, count), {}) for count in (4096, None)] + [three]
+    assert [cells(result, wide)[-2:] for result in found] == [["4,096", "–"], ["–", "–"], ["–", "–"]]
+    assert head(wide)[-2:] == ["input RF", "wall time"] and len(cells(three, wide)) == len(head(wide))
 
 
 @pytest.mark.parametrize(
