@@ -139,6 +139,8 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     samples = model.manifest.split(recipe.data.train_split).samples
     epoch_steps, total_steps = samples / recipe.train.global_batch, recipe.train.total_steps(samples)
     check_start(recipe, total_steps)
+    if recipe.train.profile:
+        recipe.train.profile.check(total_steps, recipe.cluster.workers)
     if before is not None:
         check_schedule(recipe, before, samples)
     folder.note(recipe=recipe.name)

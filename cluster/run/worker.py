@@ -51,6 +51,7 @@ from perceiver.train.engine.protocol import Engine
 from perceiver.train.hooks import AsyncEvalHook, EarlyStopHook, EvalHook, History, MetricsHook
 from perceiver.train.loop import Flags, Hook, Span, StepInfo, train
 from perceiver.train.offered_hooks import build_hooks
+from perceiver.train.profiling import profiling
 from perceiver.train.spikes import SpikeDetector
 from pipelines.feed.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
 from pipelines.shards.manifest import Manifest
@@ -233,6 +234,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             )
             asynchronous: list[Hook] = [evaluations] if evaluations else []
             hooks: list[Hook] = [
+                *profiling(training.profile, me.rank, span.start_step, folder.write),
                 lambda info: stepped.set(),
                 pulse.stepped,
                 sample_log,

@@ -87,6 +87,11 @@ def test_frozen_parameters_are_counted(tree: dict[str, Any]) -> None:
     assert f"({found.frozen:,} frozen)" in found.size
 
 
+def test_a_profile_beyond_the_end_of_the_run(tree: dict[str, Any]) -> None:
+    tree["train"]["profile"] = {"steps": [9, 11]}
+    assert refused(tree).startswith("train.profile.steps = [9, 11]: the run has 10 steps")
+
+
 def test_a_missing_split(tree: dict[str, Any]) -> None:
     tree["data"]["eval_split"] = "validation"
     assert "'validation'" in refused(tree)
