@@ -158,7 +158,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             handle: RunHandle | None = config["mlflow"].value
             tracker: Tracker = NullTracker()
             if first:
-                tracker = open_tracker(handle, Path(config["local"]), history=recorded, system_metrics_node="")
+                board = recipe.tracking.tensorboard
+                local = Path(config["local"])
+                tracker = open_tracker(handle, local, history=recorded, system_metrics_node="", tensorboard=board)
             resources.callback(tracker.detach)
             history = History(recorded, [tracker.log_metrics, partial(send_metrics, monitor)] if first else [])
             reporter = RayReporter(history, on_ray=isinstance(monitor, ActorClient))
