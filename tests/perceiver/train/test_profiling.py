@@ -69,7 +69,7 @@ def test_a_run_that_resumes_profiles_only_steps_still_to_come(start: int, steps:
 def test_other_ranks_rolled_back_steps_and_a_disk_that_is_full() -> None:
     def roll_back(info: StepInfo) -> None:
         if info.step == 4:
-            raise RollBack(info.step)
+            raise RollBack(info.step, "bad")
 
     assert run(ProfileConfig(steps=(2, 3), ranks=(1,)))[1] == {}
     assert steps_in(run(ProfileConfig(steps=(3, 4)), after=roll_back)[1][TRACE]) == [3, 4]
