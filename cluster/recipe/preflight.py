@@ -1,5 +1,6 @@
 """The checks before a worker starts; each refuses a mistake in one line that names the fix."""
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,14 @@ from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model
 from perceiver.optim.config import build_optimizer
 from perceiver.optim.freezing import freeze
+from perceiver.storage import is_local, open_url
 from perceiver.tasks import build_task, output_count
 from perceiver.tracking.printable import safe_line
-from perceiver.tracking.redaction import redact
+from perceiver.tracking.redaction import redact, redact_text
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
 from perceiver.train.hooks import History
+from perceiver_train.extras import lacks
 from pipelines.feed.excess import describe_excess
 from pipelines.feed.ingest import DataConfig, batch_shapes, check_files, load_data, sample_plan
 from pipelines.shards.manifest import Manifest, content_digest, file_versions, load_manifest
@@ -131,6 +134,8 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         check_reachable(address)
     if recipe.tracking.enabled:
         recipe.tracking.store_uri(folder.local.parent)
+    if recipe.tracking.tensorboard:
+        check_tensorboard(folder)
     if checkpoint is not None:
         check_same_parameters(folder, checkpoint, model.shapes)
     if not resume:
@@ -139,6 +144,8 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     samples = model.manifest.split(recipe.data.train_split).samples
     epoch_steps, total_steps = samples / recipe.train.global_batch, recipe.train.total_steps(samples)
     check_start(recipe, total_steps)
+    if recipe.train.profile:
+        recipe.train.profile.check(total_steps, recipe.cluster.workers)
     if before is not None:
         check_schedule(recipe, before, samples)
     folder.note(recipe=recipe.name)
@@ -397,6 +404,17 @@ def check_worker_range(recipe: Recipe) -> None:
         raise UserError(
             f"cluster.min_workers = {recipe.cluster.min_workers} is more than cluster.workers = "
             f"{recipe.cluster.workers}: set it to at most that"
+        )
+
+
+def check_tensorboard(folder: RunFolder) -> None:
+    """Refuse `tracking.tensorboard` without its package, and for an output folder that is not a mounted one."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise UserError(lacks("tracking.tensorboard", ModuleNotFoundError(name="tensorboardX")))
+    if not is_local(open_url(folder.url)[0]):
+        raise UserError(
+            f"tracking.tensorboard: got output = {safe_line(redact_text(folder.output))}, wanted a folder on a "
+            "disk, to which event files can be appended: set output to one, or tracking.tensorboard=false"
         )
 
 

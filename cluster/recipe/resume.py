@@ -60,6 +60,7 @@ MAY_CHANGE = (
     "train.spike_window",
     "train.spike_factor",
     "train.ledger",
+    "train.profile*",
     "model.attention",
     "model.checkpoint_activations",
     # how it continues to learn

@@ -1,6 +1,7 @@
 """Collect the results of a run and write its report."""
 
 import io
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,7 @@ def build_report(
         keys={number: sample.key for number, sample in found.items()},
         card_width=None if images else card_width(manifest),
         attention=_attention(recipe, folder, manifest, views),
+        profiles=read_profiles(folder),
         recipe=redact(recipe.model_dump(mode="json")),
         facts={**facts, **_rates(history)},
         commands=commands,
@@ -91,6 +93,12 @@ def read_predictions(folder: RunFolder) -> dict[str, np.ndarray]:
     table = table.sort_by("sample_id")
     kinds = {column.name: object if pa.types.is_binary(column.type) else None for column in table.schema}
     return {name: np.array(table[name].to_pylist(), kinds[name]) for name in table.column_names}
+
+
+def read_profiles(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the summaries of the profiled ranks, see `perceiver.train.profiling`."""
+    fs, root = open_url(folder.location("profile"))
+    return [json.loads(fs.cat_file(part)) for part in sorted(fs.glob(f"{root}/rank-*.json"))]
 
 
 def _labelled(recipe: Recipe, predictions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -51,6 +51,7 @@ from perceiver.train.engine.protocol import Engine
 from perceiver.train.hooks import AsyncEvalHook, EarlyStopHook, EvalHook, History, MetricsHook
 from perceiver.train.loop import Flags, Hook, Span, StepInfo, train
 from perceiver.train.offered_hooks import build_hooks
+from perceiver.train.profiling import profiling
 from perceiver.train.spikes import SpikeDetector
 from pipelines.feed.ingest import EvalShare, TrainShare, eval_batches, load_data, train_batches
 from pipelines.shards.manifest import Manifest
@@ -157,7 +158,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             handle: RunHandle | None = config["mlflow"].value
             tracker: Tracker = NullTracker()
             if first:
-                tracker = open_tracker(handle, Path(config["local"]), history=recorded, system_metrics_node="")
+                board = recipe.tracking.tensorboard
+                local = Path(config["local"])
+                tracker = open_tracker(handle, local, history=recorded, system_metrics_node="", tensorboard=board)
             resources.callback(tracker.detach)
             history = History(recorded, [tracker.log_metrics, partial(send_metrics, monitor)] if first else [])
             reporter = RayReporter(history, on_ray=isinstance(monitor, ActorClient))
@@ -233,6 +236,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             )
             asynchronous: list[Hook] = [evaluations] if evaluations else []
             hooks: list[Hook] = [
+                *profiling(training.profile, me.rank, span.start_step, folder.write),
                 lambda info: stepped.set(),
                 pulse.stepped,
                 sample_log,

@@ -59,6 +59,7 @@ class ReportData:
     facts: Mapping[str, Any] = field(default_factory=dict)  # caption -> value, in this order
     commands: Mapping[str, str] = field(default_factory=dict)  # caption -> command line
     checkpoints: Sequence[Mapping[str, Any]] = ()  # a mapping for each: step, path, ...
+    profiles: Sequence[Mapping[str, Any]] = ()  # of the profiled ranks, see `perceiver.train.profiling`
     headline: tuple[str, str] | None = None  # a figure and what it is; None: a classification's test accuracy
 
 
@@ -96,6 +97,7 @@ def run_report(data: ReportData) -> dict[str, bytes]:
         else [],
         "columns": columns,
         "checkpoints": [[text(row.get(key)) for key in columns] for row in data.checkpoints],
+        "profiles": data.profiles,
         "recipe": yaml_text(data.recipe),
         "card_width": data.card_width,
         "points": any(part.kind == "points" for parts in data.parts.values() for part in parts),

@@ -6,6 +6,7 @@ tracking/notes.jsonl    tags, artifacts and states: {"time": 1764547203.1, "tag"
 tracking/sent.json      the MLflow run, and the bytes of each file that it has
 tracking/run.json       the MLflow run (`perceiver.tracking.runs.RunHandle`)
 tracking/mlflow.log     messages of the MLflow process
+tracking/tensorboard.log    messages of the process that writes TensorBoard's event files
 """
 
 import contextlib
@@ -28,6 +29,7 @@ RECORD = "tracking"
 """The folder of what the MLflow process needs."""
 HISTORY, SYSTEM, NOTES = FILES = ("history.jsonl", "tracking/system.jsonl", "tracking/notes.jsonl")
 SENT, RUN, LOG = "tracking/sent.json", "tracking/run.json", "tracking/mlflow.log"
+TENSORBOARD_LOG = "tracking/tensorboard.log"
 READ_BYTES = 2**20
 
 

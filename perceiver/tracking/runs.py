@@ -36,7 +36,7 @@ ASK_S = 120.0
 
 
 class TrackingConfig(Config):
-    """MLflow tracking of a run (recipe key `tracking`)."""
+    """Tracking of a run with MLflow and TensorBoard (recipe key `tracking`)."""
 
     enabled: bool = Field(default=True, description="log to MLflow; the report and the checkpoints do not need it")
     uri: str | None = Field(
@@ -55,6 +55,10 @@ class TrackingConfig(Config):
     system_metrics: bool = Field(default=True, description="log CPU, memory, network and GPU load of each node")
     system_metrics_interval: Real = Field(
         default=10.0, ge=0.1, le=86_400, description="seconds between two samples of that load"
+    )
+    tensorboard: bool = Field(
+        default=False,
+        description="also write TensorBoard's event files to tensorboard/ in the run's folder, with or without MLflow",
     )
     required: bool = Field(
         default=False,
@@ -243,13 +247,14 @@ def open_tracker(
     history: str | None = None,
     system_metrics_node: str | None = None,
     close_timeout_s: float = 30.0,
+    tensorboard: bool = False,
 ) -> Tracker:
     """Return a tracker for the run. Returns immediately; MLflow is loaded in a separate process.
 
     The process also sends what earlier trackers of the folder could not send.
 
     Args:
-        handle: from `create_run`; None gives a `NullTracker`.
+        handle: from `create_run`; None: not logged to MLflow.
         folder: the run's folder on a local disk.
         history: rows of the checkpoint from which the run resumes, as JSON lines; they replace those in
             `history.jsonl`, because the steps after the checkpoint run again. None keeps the file.
@@ -257,10 +262,12 @@ def open_tracker(
             logged.
         close_timeout_s: seconds that `close` waits until everything is sent; 5 at most if the server is known to be
             down.
+        tensorboard: whether to write TensorBoard's event files; with neither, the result is a `NullTracker`.
     """
-    if handle is None:
+    if handle is None and not tensorboard:
         return NullTracker()
-    return RecordTracker(folder, handle.to_json(), history, system_metrics_node, close_timeout_s)
+    run = handle.to_json() if handle is not None else None
+    return RecordTracker(folder, run, history, system_metrics_node, close_timeout_s, tensorboard)
 
 
 def reconcile(

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from perceiver.tracking.mlflow_process import start
-from perceiver.tracking.record import HISTORY, LOG, NOTES, LineWriter, unsent
+from perceiver.tracking.mlflow_process import MLFLOW, TENSORBOARD, start
+from perceiver.tracking.record import HISTORY, LOG, NOTES, TENSORBOARD_LOG, LineWriter, unsent
 from perceiver.tracking.redaction import redact_value
 
 log = logging.getLogger(__name__)
@@ -44,31 +44,72 @@ class NullTracker(Tracker):
     """Tracks nothing."""
 
 
+class Follower:
+    """A process that follows the record of a run (see `perceiver.tracking.mlflow_process.start`)."""
+
+    def __init__(self, module: str, request: Mapping[str, Any], log: Path) -> None:
+        self.module, self.request, self.log = module, request, log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = -math.inf
+        self.revive(0.0)
+
+    def revive(self, pause_s: float) -> None:
+        """Start the process if it is not running and was last started more than `pause_s` seconds ago."""
+        now = time.monotonic()
+        if (self._process is None or self._process.poll() is not None) and now - self._started > pause_s:
+            self._started = now
+            try:
+                self._process = start(self.request, self.log, self.module)
+            except OSError as error:
+                log.warning("%s cannot be started (%s); the record is kept", self.module, error)
+
+    def close(self, timeout_s: float) -> None:
+        """Wait until the process has sent the rest."""
+        self.revive(0.0)
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
 class RecordTracker:
-    """Writes the record of a run (`perceiver.tracking.record`), which an MLflow process follows and sends.
+    """Writes the record of a run (`perceiver.tracking.record`), which other processes follow.
 
     Args:
         folder: the run's folder on a local disk.
-        handle: the run, as JSON (`perceiver.tracking.runs.RunHandle.to_json`).
-        history, node, close_timeout_s: see `perceiver.tracking.runs.open_tracker`.
+        handle: the MLflow run, as JSON (`perceiver.tracking.runs.RunHandle.to_json`); None without MLflow.
+        history, node, close_timeout_s, tensorboard: see `perceiver.tracking.runs.open_tracker`.
     """
 
     def __init__(
-        self, folder: Path, handle: Mapping[str, Any], history: str | None, node: str | None, close_timeout_s: float
+        self,
+        folder: Path,
+        handle: Mapping[str, Any] | None,
+        history: str | None,
+        node: str | None,
+        close_timeout_s: float,
+        tensorboard: bool = False,
     ) -> None:
         self.folder, self.close_timeout_s = folder, close_timeout_s
         self._history, self._notes = LineWriter(folder / HISTORY, history), LineWriter(folder / NOTES)
-        self._request = {"folder": str(folder), "handle": handle, "node": node, "close_s": close_timeout_s}
-        self._process: subprocess.Popen[bytes] | None = None
-        self._started, self._closed = -math.inf, False
-        self._revive(0.0)
+        self._closed, self._on_mlflow = False, handle is not None
+        self._followers: list[Follower] = []
+        if handle is not None:
+            request = {"folder": str(folder), "handle": handle, "node": node, "close_s": close_timeout_s}
+            self._followers.append(Follower(MLFLOW, request, folder / LOG))
+        if tensorboard:
+            self._followers.append(Follower(TENSORBOARD, {"folder": str(folder)}, folder / TENSORBOARD_LOG))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float], time_s: float | None = None) -> None:
         """See `Tracker`."""
         if not self._closed:
             now = time.time() if time_s is None else time_s
             self._history.append({"step": int(step), "time": now, **{key: float(metrics[key]) for key in metrics}})
-            self._revive(REVIVE_S)
+            for follower in self._followers:
+                follower.revive(REVIVE_S)
 
     def set_tag(self, key: str, value: str) -> None:
         """See `Tracker`."""
@@ -90,26 +131,10 @@ class RecordTracker:
         self._closed = True
         self._history.close()
         self._notes.close()
-        self._revive(0.0)
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            try:
-                self._process.wait(self.close_timeout_s)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        if left := unsent(self.folder):
+        for follower in self._followers:
+            follower.close(self.close_timeout_s)
+        if self._on_mlflow and (left := unsent(self.folder)):
             log.warning("MLflow lacks %d lines of the record in %s, see %s there", left, self.folder, LOG)
-
-    def _revive(self, pause_s: float) -> None:
-        """Start the MLflow process if it is not running and was last started more than `pause_s` seconds ago."""
-        now = time.monotonic()
-        if (self._process is None or self._process.poll() is not None) and now - self._started > pause_s:
-            self._started = now
-            try:
-                self._process = start(self._request, self.folder / LOG)
-            except OSError as error:
-                log.warning("the MLflow process cannot be started (%s); the record is kept in %s", error, self.folder)
 
     def _note(self, **note: str) -> None:
         if not self._closed:

@@ -10,11 +10,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import AliasChoices, Field, model_validator
 
-from perceiver.config import Config, Count, Epochs, Location, NonNegative, Real, Size
+from perceiver.config import Config, Count, Epochs, Location, NonNegative, Real, Size, UserError
 from perceiver.hashing import FIRST, GOLDEN, SECOND, mix64
 from perceiver.optim.averaging import EmaConfig
 from perceiver.tasks import Batch
 from perceiver.train.engine.protocol import Compile, Engine, Precision, StepResult
+
+MOST_PROFILED = 100
 
 
 class KeepBest(Config):
@@ -64,6 +66,40 @@ class EarlyStop(Config):
                     f"evaluation{'s' * (waited > 1)}, up to step {step} (train.early_stop)"
                 )
         return None
+
+
+class ProfileConfig(Config):
+    """Steps to profile (recipe key `train.profile`)."""
+
+    steps: tuple[Count, Count] = Field(description="first and last step to profile, such as [20, 25]; 100 at most")
+    memory: bool = Field(default=False, description="also record allocations and the memory of each operator")
+    ranks: tuple[int, ...] = Field(default=(0,), min_length=1, description="ranks of the workers to profile")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ProfileConfig":
+        first, last = self.steps
+        if last < first or last - first >= MOST_PROFILED:
+            raise ValueError(
+                f"steps: got {[first, last]}, wanted [FIRST, LAST] in order, {MOST_PROFILED} steps at most"
+            )
+        return self
+
+    def check(self, total_steps: int, workers: int) -> None:
+        """Check that the steps and ranks exist.
+
+        Raises:
+            UserError: the run is shorter, or has fewer workers.
+        """
+        if self.steps[1] > total_steps:
+            raise UserError(
+                f"train.profile.steps = {list(self.steps)}: the run has {total_steps} steps; wanted a last step of at "
+                f"most {total_steps}"
+            )
+        if unknown := [rank for rank in self.ranks if not 0 <= rank < workers]:
+            raise UserError(
+                f"train.profile.ranks = {list(self.ranks)}: got rank {unknown[0]} with cluster.workers = {workers}, "
+                f"wanted ranks from 0 to {workers - 1}"
+            )
 
 
 class SavingConfig(Config):
@@ -149,6 +185,7 @@ class TrainConfig(SavingConfig):
         "find faulty devices; ZeRO stages 0 to 2; on GPUs by deterministic algorithms. Default: never",
     )
     ledger: bool = Field(default=False, description="record the sample ids of each step in the run's folder ledger/")
+    profile: ProfileConfig | None = Field(default=None, description="profile some steps with torch.profiler")
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,22 @@ def test_frozen_parameters_are_counted(tree: dict[str, Any]) -> None:
     found = check(recipe, RunFolder(recipe.output, "small-001"), resume=False)
     assert found.frozen == build_model(recipe.model, classes=2).get_parameter("latents").numel()
     assert f"({found.frozen:,} frozen)" in found.size
+
+
+def test_a_profile_beyond_the_end_of_the_run(tree: dict[str, Any]) -> None:
+    tree["train"]["profile"] = {"steps": [9, 11]}
+    assert refused(tree).startswith("train.profile.steps = [9, 11]: the run has 10 steps")
+
+
+def test_tensorboard_needs_its_package_and_a_folder_on_a_disk(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree["tracking"] = {"enabled": False, "tensorboard": True}
+    recipe = build_recipe(tree)
+    check(recipe, RunFolder(recipe.output, "small-001"), resume=False)
+    assert "got output = memory://runs, wanted a folder" in refused({**tree, "output": "memory://runs"})
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    assert refused(tree).endswith("tensorboardX, which is not installed: pip install 'perceiver-train[train]'")
 
 
 def test_a_missing_split(tree: dict[str, Any]) -> None:
