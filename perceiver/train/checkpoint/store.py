@@ -15,6 +15,7 @@ started from a step before it does not count (`perceiver.train.checkpoint.fence`
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -160,14 +161,22 @@ class CheckpointStore:
 
         Rank 0 deletes the target folder if it exists. The token, the same on all ranks, distinguishes the receipts of
         this save from those of an earlier attempt.
+
+        Raises:
+            OSError: this rank could not write, or rank 0 could not delete the folder; then on all ranks.
         """
         target = self.folder(snapshot.step)
-        token = 0.0
+        token, failure = 0.0, OSError(f"rank 0 could not prepare {target}")
         if engine.rank == 0:
-            token = float(secrets.randbits(52))
-            if self.fs.exists(target) and not (self.fence and self.fence.taken_by()):
-                self._delete(target)
+            try:
+                token = float(secrets.randbits(52))
+                if self.fs.exists(target) and not (self.fence and self.fence.taken_by()):
+                    self._delete(target)
+            except OSError as error:  # the other ranks wait in the sum
+                token, failure = math.nan, error
         token = engine.sum([token])[0]
+        if math.isnan(token):
+            raise failure
         staged = Staged(target, self._staging(target, engine.rank), engine.rank, engine.world, int(token), snapshot)
         shutil.rmtree(staged.folder, ignore_errors=True)
         staged.folder.mkdir(parents=True, mode=0o700)

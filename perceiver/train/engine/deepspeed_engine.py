@@ -286,6 +286,8 @@ class DeepSpeedEngine:
 
         At stages 1 to 3 each rank writes its own part, at stage 0 rank 0 writes all; rank 0 adds buffers and a header.
         """
+        # All exchanges come first where they can: a rank whose disk is full would leave the others waiting in them.
+        rest = {name: _gathered(tensor) for name, tensor in untrained(self.module).items()}
         folder.mkdir(parents=True, exist_ok=True)
         writers = self.world if self.zero_stage > 0 and self._layouts is not None else 1
         if self._layouts is None:
@@ -293,7 +295,6 @@ class DeepSpeedEngine:
         elif self.rank < writers:
             save_shard(folder, self.rank, self._layouts, self._optimizer)
         save_tensors(folder, f"rng-{self.rank:05d}", random_state(self.device))
-        rest = {name: _gathered(tensor) for name, tensor in untrained(self.module).items()}
         if self.rank == 0:
             save_tensors(folder, "rest", rest)
             facts = {"optim": self._optim.kind, "world": self.world, "zero_stage": self.zero_stage}

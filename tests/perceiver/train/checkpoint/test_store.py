@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -260,3 +260,23 @@ def test_a_damaged_history_is_refused_with_its_line(store: CheckpointStore, line
     with pytest.raises(UserError, match=r"history\.jsonl, line 2,") as caught:
         store.history(1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_store_that_fails_on_rank_0_fails_the_save_on_all_ranks(tmp_path: Path, rank: int, monkeypatch) -> None:
+    """Also on a rank that has no fault: it would wait for rank 0 in the sum of the tokens."""
+    store, engine, sums = CheckpointStore(str(tmp_path / "checkpoints")), toy_engine(), []
+
+    def summed(values: Sequence[float]) -> list[float]:
+        sums.append(values)
+        return [math.nan]
+
+    def fails(path: str) -> bool:
+        raise OSError("the store is down")
+
+    monkeypatch.setattr(engine, "rank", rank)
+    monkeypatch.setattr(engine, "sum", summed)
+    monkeypatch.setattr(store.fs, "exists", fails)
+    with pytest.raises(OSError, match="the store is down" if rank == 0 else "rank 0 could not"):
+        store.stage(engine, snapshot(1))
+    assert len(sums) == 1
