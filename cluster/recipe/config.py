@@ -15,8 +15,8 @@ from perceiver.factory import ModelConfig
 from perceiver.optim.config import OptimConfig
 from perceiver.tasks import TaskConfig
 from perceiver.tracking.runs import TrackingConfig
+from perceiver.train.config import TrainConfig
 from perceiver.train.engine.deepspeed_config import DeepSpeedConfig, read_config
-from perceiver.train.loop import TrainConfig
 from perceiver.train.offered_hooks import HookConfig
 from pipelines.feed.ingest import DataConfig
 

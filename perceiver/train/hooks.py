@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from perceiver.tasks import Batch
+from perceiver.train.config import EarlyStop
 from perceiver.train.engine.protocol import Engine
-from perceiver.train.loop import EarlyStop, StepInfo
+from perceiver.train.loop import StepInfo
 
 log = logging.getLogger(__name__)
 

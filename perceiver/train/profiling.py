@@ -12,7 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from perceiver.config import UserError
-from perceiver.train.loop import Hook, ProfileConfig, StepInfo
+from perceiver.train.config import ProfileConfig
+from perceiver.train.loop import Hook, StepInfo
 
 log = logging.getLogger(__name__)
 

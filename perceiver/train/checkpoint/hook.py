@@ -25,9 +25,10 @@ from perceiver.config import UserError
 from perceiver.storage import RetryPolicy, first_line, is_refusal, retry_pause
 from perceiver.train.checkpoint.fence import TakenOverError
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore, Snapshot, Staged
+from perceiver.train.config import KeepBest, SavingConfig
 from perceiver.train.engine.protocol import Engine
 from perceiver.train.hooks import History
-from perceiver.train.loop import Flags, KeepBest, SavingConfig, StepInfo
+from perceiver.train.loop import Flags, StepInfo
 
 log = logging.getLogger(__name__)
 

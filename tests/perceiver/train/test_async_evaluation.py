@@ -8,9 +8,10 @@ import pytest
 
 from perceiver.train.checkpoint.hook import BackgroundSaver, CheckpointHook, EveryEpochs, Listeners
 from perceiver.train.checkpoint.store import CheckpointStore
+from perceiver.train.config import KeepBest, SavingConfig
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.hooks import AsyncEvalHook, History, Scored, last_due
-from perceiver.train.loop import KeepBest, SavingConfig, StepInfo
+from perceiver.train.loop import StepInfo
 from tests.perceiver.train.checkpoint.test_hook import snapshot
 from tests.perceiver.train.toy import toy_engine
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from perceiver.train.config import EarlyStop, TrainConfig
 from perceiver.train.hooks import EarlyStopHook, EvalHook, History
-from perceiver.train.loop import EarlyStop, Flags, Span, StepInfo, TrainConfig, train
+from perceiver.train.loop import Flags, Span, StepInfo, train
 from tests.perceiver.train.toy import toy_batches, toy_engine
 
 NAN = math.nan

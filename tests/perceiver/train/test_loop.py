@@ -3,9 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
+from perceiver.train.config import TrainConfig
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.hooks import EvalHook, History, MetricsHook, window_metrics
-from perceiver.train.loop import Flags, Hook, RollBack, Span, StepInfo, TrainConfig, train
+from perceiver.train.loop import Flags, Hook, RollBack, Span, StepInfo, train
 from tests.perceiver.train.toy import toy_batches, toy_engine
 
 

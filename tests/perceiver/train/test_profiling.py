@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from perceiver.config import UserError
 from perceiver.report.run import ReportData, run_report
-from perceiver.train.loop import Hook, ProfileConfig, RollBack, Span, StepInfo, train
+from perceiver.train.config import ProfileConfig
+from perceiver.train.loop import Hook, RollBack, Span, StepInfo, train
 from perceiver.train.profiling import divide, profiling
 from tests.perceiver.train.toy import toy_batches, toy_engine
 

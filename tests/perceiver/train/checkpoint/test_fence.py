@@ -13,7 +13,7 @@ from perceiver.train.checkpoint.fence import Claims, Fence, Owner, TakenOverErro
 from perceiver.train.checkpoint.hook import BackgroundSaver
 from perceiver.train.checkpoint.ledger import Ledger, SampleLog
 from perceiver.train.checkpoint.store import CheckpointStore
-from perceiver.train.loop import SavingConfig
+from perceiver.train.config import SavingConfig
 from tests.faults.audit import audit
 from tests.perceiver.train.checkpoint.test_ledger import info, planned
 from tests.perceiver.train.checkpoint.test_store import snapshot

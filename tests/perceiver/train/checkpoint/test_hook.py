@@ -22,9 +22,10 @@ from perceiver.train.checkpoint.hook import (
 )
 from perceiver.train.checkpoint.shards import HEADER, save_header, shard_name
 from perceiver.train.checkpoint.store import CheckpointManifest, CheckpointStore, Snapshot
+from perceiver.train.config import KeepBest, SavingConfig
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.hooks import History
-from perceiver.train.loop import Flags, KeepBest, SavingConfig, StepInfo
+from perceiver.train.loop import Flags, StepInfo
 from tests.perceiver.train.toy import toy_engine
 
 
