@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -139,7 +139,7 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     if checkpoint is not None:
         check_same_parameters(folder, checkpoint, model.shapes)
     if not resume:
-        check_new(folder)
+        check_new(folder, known=())
     start = describe_start(recipe, model.manifest) if checkpoint is None else ""
     samples = model.manifest.split(recipe.data.train_split).samples
     epoch_steps, total_steps = samples / recipe.train.global_batch, recipe.train.total_steps(samples)
@@ -164,9 +164,9 @@ def early_end(recipe: Recipe, folder: RunFolder, checkpoint: CheckpointManifest 
     return found[1] if found is not None and found[0] < checkpoint.step else ""
 
 
-def check_new(folder: RunFolder) -> None:
-    """Refuse to start a run anew in a folder that has one."""
-    if folder.facts().keys() - {"name", "created", "recipe"} or folder.checkpoints.steps():
+def check_new(folder: RunFolder, known: Collection[str] = ("name", "created", "recipe")) -> None:
+    """Refuse to start a run anew in a folder that has one; `known` are the facts that the start itself has noted."""
+    if folder.facts().keys() - set(known) or folder.checkpoints.steps():
         raise UserError(
             f"run {folder.name!r} exists below {folder.output}: add --resume to continue, or choose another --run"
         )

@@ -111,7 +111,8 @@ class RunFolder:
         """
         fs, folder = open_url(self.url)
         try:
-            return retried(fs, f"reading {self.location(part)}", lambda: _text(fs, existing_file(fs, folder, part)))
+            content = retried(fs, f"reading {self.location(part)}", lambda: _bytes(fs, existing_file(fs, folder, part)))
+            return None if content is None else content.decode()
         except (IsADirectoryError, UnicodeDecodeError, NotRegularError) as error:
             raise UserError(f"{self.location(part)} cannot be read ({first_line(error)}): restore it") from None
 
@@ -153,8 +154,8 @@ class RunFolder:
         self.write(FACTS, json.dumps(merged, indent=1) + "\n")
 
 
-def _text(fs: Any, path: str) -> str | None:
-    return fs.cat_file(path).decode() if fs.exists(path) else None
+def _bytes(fs: Any, path: str) -> bytes | None:
+    return fs.cat_file(path) if fs.exists(path) else None
 
 
 def named_run(output: str, name: str) -> RunFolder:

@@ -25,7 +25,7 @@ Examples:
 @WEIGHTS
 @click.option(
     "--average",
-    type=click.IntRange(min=2),
+    type=click.IntRange(2, 1000),
     metavar="N",
     help="Average the predictions of the run's last N checkpoints: probabilities, or the numbers of a regression.",
 )

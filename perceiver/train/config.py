@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from perceiver.config import Config, Count, Epochs, Location, NonNegative, Real, Size, UserError
+from perceiver.config import Config, Count, CountOrZero, Epochs, Location, NonNegative, Real, Size, UserError
 from perceiver.optim.averaging import EmaConfig
 from perceiver.train.engine.protocol import Compile, Precision
 
@@ -68,7 +68,9 @@ class ProfileConfig(Config):
 
     steps: tuple[Count, Count] = Field(description="first and last step to profile, such as [20, 25]; 100 at most")
     memory: bool = Field(default=False, description="also record allocations and the memory of each operator")
-    ranks: tuple[int, ...] = Field(default=(0,), min_length=1, description="ranks of the workers to profile")
+    ranks: tuple[CountOrZero, ...] = Field(
+        default=(0,), min_length=1, max_length=1000, description="ranks of the workers to profile"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "ProfileConfig":
@@ -90,7 +92,7 @@ class ProfileConfig(Config):
                 f"train.profile.steps = {list(self.steps)}: the run has {total_steps} steps; wanted a last step of at "
                 f"most {total_steps}"
             )
-        if unknown := [rank for rank in self.ranks if not 0 <= rank < workers]:
+        if unknown := [rank for rank in self.ranks if rank >= workers]:
             raise UserError(
                 f"train.profile.ranks = {list(self.ranks)}: got rank {unknown[0]} with cluster.workers = {workers}, "
                 f"wanted ranks from 0 to {workers - 1}"

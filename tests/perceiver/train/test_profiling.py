@@ -98,7 +98,6 @@ def test_steps_out_of_order_or_too_many_are_refused(steps: tuple[int, int]) -> N
     [
         ({"steps": (9, 11)}, r"steps = \[9, 11\].*10 steps"),
         ({"steps": (9, 10), "ranks": (0, 2)}, r"ranks = \[0, 2\].*rank 2 .*workers = 2"),
-        ({"steps": (9, 10), "ranks": (-1,)}, r"rank -1 "),
     ],
 )
 def test_steps_and_ranks_that_do_not_exist_are_refused(config: dict[str, tuple[int, ...]], message: str) -> None:
