@@ -4,13 +4,12 @@ A finished shard is used again only by a preparation in which its unit has the s
 while the raw files are the same. Raw files are compared by name, size, and time or ETag, as the listing finds them.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from perceiver.config import UserError
 from perceiver.environment import DISTRIBUTION, installed_version
+from perceiver.hashing import short_hash
 from perceiver.storage import open_folder, open_url
 from pipelines.shards.listing import file_tag
 from pipelines.sources import Listing, Source, Unit
@@ -18,11 +17,6 @@ from pipelines.sources._files import PREPARED, others_version, version
 
 SOFTWARE = (DISTRIBUTION, "numpy", "pyarrow", "pillow", "av", "soundfile", "soxr", "h5py", "trimesh")
 """Distributions on whose version the content of a shard may depend."""
-
-
-def short_hash(*facts: Any) -> str:
-    """Return 16 hexadecimal digits that identify JSON-able values."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class RawFiles:
@@ -39,14 +33,14 @@ class RawFiles:
 
     def digest(self) -> str:
         """Return a hash of all of them; empty if they are not known."""
-        return self._whole and short_hash(self._whole, sorted(self._known.items()))
+        return self._whole and short_hash([self._whole, sorted(self._known.items())])
 
     def unit_digest(self, unit: Unit) -> str:
         """Return a hash of a unit and of the raw files that its content names; empty if one is not known."""
         found = {name: self._known[name] for name in _texts(unit.content) if name in self._known}
         if not self._whole or not all(found.values()):
             return ""
-        return short_hash(self._whole, unit.split, unit.content, sorted(found.items()))
+        return short_hash([self._whole, unit.split, unit.content, sorted(found.items())])
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -83,7 +77,7 @@ def unit_fingerprint(raw: RawFiles, unit: Unit, *facts: Any) -> str:
         facts: other JSON-able values: of the settings, the features and the layout.
     """
     own = raw.unit_digest(unit)
-    return own and short_hash(own, {name: installed_version(name) for name in SOFTWARE}, *facts)
+    return own and short_hash([own, {name: installed_version(name) for name in SOFTWARE}, *facts])
 
 
 def check_unchanged(

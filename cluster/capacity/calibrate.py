@@ -1,6 +1,5 @@
 """Calibration of this machine for a recipe: measured in a short run of Ray Train, stored in the user's cache."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -20,6 +19,7 @@ from cluster.runtime.hardware import Device
 from cluster.runtime.local import set_quiet_environment
 from perceiver.config import Config, Count, NonNegative, Positive, Real, UserError
 from perceiver.environment import DISTRIBUTION, ENGINES, installed_version
+from perceiver.hashing import short_hash
 from perceiver.storage import cache_folder, refusing, write_whole
 from pipelines.feed.ingest import load_data
 from pipelines.shards.manifest import content_digest, file_versions
@@ -119,8 +119,7 @@ def calibration_file(recipe: Recipe) -> Path:
     parts: dict[str, Any] = dict.fromkeys(("model", "task", "optim", "data", "deepspeed"), True)
     facts = recipe.model_dump(mode="json", include={**parts, "train": {"precision"}})
     facts["content"], facts["software"] = _content(recipe), {name: installed_version(name) for name in SOFTWARE}
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder("calibrations", f"{name}.json")
+    return cache_folder("calibrations", f"{short_hash(facts)}.json")
 
 
 def _content(recipe: Recipe) -> list[str]:

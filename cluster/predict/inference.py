@@ -1,6 +1,5 @@
 """Predictions for a data set as Parquet files; a restart does not repeat finished files."""
 
-import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -18,6 +17,7 @@ from cluster.predict.scoring import Scoring
 from cluster.recipe.config import kind_of
 from perceiver.config import UserError
 from perceiver.environment import DISTRIBUTION, installed_version
+from perceiver.hashing import short_hash
 from perceiver.storage import Folder, open_folder, open_target, parse_json, refusing
 from perceiver.tasks import known_classes
 from pipelines.shards.manifest import content_digest, file_versions
@@ -239,21 +239,17 @@ def _fingerprint(scoring: Scoring) -> dict[str, Any]:
     versions = file_versions(scoring.manifest, [scoring.split])
     return {
         "weights": scoring.saved.digest(),
-        "model": _short(models),
-        "task": _short(scoring.recipe.task.model_dump(mode="json")),
+        "model": short_hash(models),
+        "task": short_hash(scoring.recipe.task.model_dump(mode="json")),
         "version": installed_version(DISTRIBUTION),
         "data": scoring.origin or scoring.recipe.data.url,
         "content": content_digest(scoring.manifest, [scoring.split])[:16] + (versions and f", {versions}"),
         "split": scoring.split,
         "samples": scoring.samples,
         "batch": scoring.batch,
-        "view": _short(view),
-        "classes": _short(scoring.names),
+        "view": short_hash(view),
+        "classes": short_hash(scoring.names),
     }
-
-
-def _short(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_target(target: str) -> None:
