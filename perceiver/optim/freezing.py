@@ -1,12 +1,11 @@
 """Parameters that are not trained: they have no gradient and no optimizer state."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from perceiver.config import UserError, shown
-from perceiver.optim.groups import parts
+from perceiver.optim.groups import matching
 
 _SHOWN = 200
 
@@ -23,15 +22,8 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
     Raises:
         UserError: a pattern matches no parameter, or nothing would be left to train.
     """
-    named = list(module.named_parameters(remove_duplicate=False))
     for pattern in patterns:
-        found = [param for name, param in named if fnmatchcase(name, pattern)]
-        if not found:
-            raise UserError(
-                f"train.freeze: {pattern!r} matches no parameter of the model; its parts are "
-                f"{shown(', '.join(parts(module)), _SHOWN)}: write a pattern such as '{parts(module)[0]}.*'"
-            )
-        for param in found:
+        for _, param in matching(module, pattern, f"train.freeze: {pattern!r}"):
             param.requires_grad_(False)
     if patterns and not any(param.requires_grad for param in module.parameters()):
         raise UserError(

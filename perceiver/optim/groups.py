@@ -83,16 +83,10 @@ def param_groups(
 
 def _matched(module: nn.Module, groups: Sequence[GroupConfig], exempt: set[int]) -> dict[int, GroupConfig]:
     """Return the group of each parameter that has one, by the parameter's id."""
-    named = list(module.named_parameters(remove_duplicate=False))
     found: dict[int, GroupConfig] = {}
     for group in groups:
         what = f"optim.groups: match = {shown(repr(group.match), _SHOWN)}"
-        matched = [(name, param) for name, param in named if fnmatchcase(name, group.match)]
-        if not matched:
-            raise UserError(
-                f"{what} matches no parameter of the model; its parts are {shown(', '.join(parts(module)), _SHOWN)}: "
-                f"write a pattern such as '{parts(module)[0]}.*'"
-            )
+        matched = matching(module, group.match, what)
         if not any(param.requires_grad for _, param in matched):
             raise UserError(f"{what} matches only parameters that train.freeze excludes: remove it from one of the two")
         if group.weight_decay and all(id(param) in exempt for _, param in matched):
@@ -134,6 +128,17 @@ def _depths(module: nn.Module, names: Sequence[str]) -> Iterator[tuple[nn.Parame
             before = len(names) + 1
 
 
-def parts(module: nn.Module) -> list[str]:
-    """Return the first parts of the parameters' names, in order."""
-    return list(dict.fromkeys(name.split(".")[0] for name, _ in module.named_parameters()))
+def matching(module: nn.Module, pattern: str, what: str) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters whose names match a shell pattern; one of several names appears under each that matches.
+
+    Raises:
+        UserError: there is none; `what` names the key and the pattern.
+    """
+    named = module.named_parameters(remove_duplicate=False)
+    if found := [(name, param) for name, param in named if fnmatchcase(name, pattern)]:
+        return found
+    parts = list(dict.fromkeys(name.split(".")[0] for name, _ in module.named_parameters()))
+    raise UserError(
+        f"{what} matches no parameter of the model; its parts are {shown(', '.join(parts), _SHOWN)}: write a pattern "
+        f"such as '{parts[0]}.*'"
+    )
