@@ -93,7 +93,7 @@ def build_trainer(
             elastic_resize_monitor_interval_s=RESIZE_S,
             resources_per_worker=worker_resources(recipe, share),
             use_gpu=cluster.gpus_per_worker > 0,
-            label_selector=worker_labels(cluster, connected_nodes()) or None,
+            label_selector=worker_labels(cluster, connected_nodes() if cluster.avoid else ()) or None,
             placement_strategy=cluster.placement.upper(),
         ),
         run_config=ray.train.RunConfig(
