@@ -116,18 +116,9 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         check_same_data(recipe.data.url, data_facts(recipe.data, manifest), folder)
     model = check_model(recipe, manifest)
     check_files(recipe.data, model.manifest)
-    if recipe.train.replay_every and zero_stage(recipe) == 3:
-        raise UserError(
-            f"train.replay_every = {recipe.train.replay_every} with ZeRO stage 3, which shards the weights: wanted a "
-            "stage from 0 to 2; set deepspeed.zero_stage, or remove train.replay_every"
-        )
+    check_replay(recipe)
     address = recipe.cluster.resolved_address()
     if address is None:
-        if recipe.cluster.avoid:
-            raise UserError(
-                f"cluster.avoid = {list(recipe.cluster.avoid)}, but this run has only this machine: no node is left "
-                "for the workers; remove the key, or set cluster.address"
-            )
         check_machine(recipe)
         check_memory(recipe, model)
     else:
@@ -164,6 +155,15 @@ def early_end(recipe: Recipe, folder: RunFolder, checkpoint: CheckpointManifest 
     return found[1] if found is not None and found[0] < checkpoint.step else ""
 
 
+def check_replay(recipe: Recipe) -> None:
+    """Refuse `train.replay_every` where the weights are sharded."""
+    if recipe.train.replay_every and zero_stage(recipe) == 3:
+        raise UserError(
+            f"train.replay_every = {recipe.train.replay_every} with ZeRO stage 3, which shards the weights: wanted a "
+            "stage from 0 to 2; set deepspeed.zero_stage, or remove train.replay_every"
+        )
+
+
 def check_new(folder: RunFolder, known: Collection[str] = ("name", "created", "recipe")) -> None:
     """Refuse to start a run anew in a folder that has one; `known` are the facts that the start itself has noted."""
     if folder.facts().keys() - set(known) or folder.checkpoints.steps():
@@ -178,6 +178,11 @@ def check_machine(recipe: Recipe) -> tuple[int, int]:
     Raises:
         UserError: they do not fit; the message names the missing resource and its key.
     """
+    if recipe.cluster.avoid:
+        raise UserError(
+            f"cluster.avoid = {list(recipe.cluster.avoid)}, but this run has only this machine: no node is left "
+            "for the workers; remove the key, or set cluster.address"
+        )
     cpus, gpus = machine_cpus(), torch.cuda.device_count()
     share = worker_cpus(recipe.cluster, cpus, data_cpus(recipe))
     here = Node("this machine", {"CPU": cpus, "GPU": gpus})
