@@ -32,6 +32,12 @@ class MelConfig(Config):
     samples: Size = Field(default=61_440, description="Length of a clip in samples.")
     rate: int = Field(default=48_000, ge=100, le=1_000_000, description="Samples per second.")
     window: int = Field(default=2048, ge=2, le=1 << 20, description="STFT length in samples.")
+    fft: int | None = Field(
+        default=None,
+        ge=2,
+        le=1 << 20,
+        description="FFT length, zeros after the window (VGGish: 512); null: none.",
+    )
     hop: Size = Field(default=1024, description="Samples between frames.")
     bins: int = Field(default=80, ge=1, le=1 << 16, description="Mel bins.")
     low: Real = Field(default=80.0, ge=0, le=1e6, description="Lowest frequency in Hz.")
@@ -64,7 +70,7 @@ class MelConfig(Config):
         return Mel(self)
 
 
-FRONT_END = ("centre", "spectrum", "scale", "log", "log_offset")
+FRONT_END = ("fft", "centre", "spectrum", "scale", "log", "log_offset")
 """Keys whose statistics `perceiver prepare` measures only at their defaults."""
 
 
@@ -124,7 +130,7 @@ def log_mel(x: Tensor, config: MelConfig) -> Tensor:
         x = nn.functional.pad(x, (0, (frames - 1) * config.hop + config.window - x.shape[1]))
     x = x.unfold(1, config.window, config.hop)[:, :frames]
     window = torch.hann_window(config.window, periodic=True, dtype=x.dtype, device=x.device)
-    spectrum = torch.fft.rfft(x * window).abs()
+    spectrum = torch.fft.rfft(x * window, config.fft).abs()
     if config.spectrum == "power":
         spectrum = spectrum.square()
     matrix = slaney_matrix if config.scale == "slaney" else mel_matrix
@@ -151,6 +157,8 @@ class Mel(nn.Module):
                 f"inputs.high: got {config.low} to {config.high} Hz at {config.rate} samples per second; wanted "
                 "low < high <= rate/2"
             )
+        if config.fft is not None and config.fft < config.window:
+            raise UserError(f"inputs.fft: got {config.fft} for a window of {config.window}; wanted at least the window")
         self.config = config
         (self.mean,), (self.std,) = (numbers(key, getattr(config, key)) for key in ("mean", "std"))
         if config.centre and config.samples <= config.window - config.window // 2:

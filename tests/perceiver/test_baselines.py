@@ -38,8 +38,24 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "widths": (4, 8, 8),
         }
     ],
+    "segment_pool": [
+        {"inputs": {"kind": "embeddings", "segments": 4, "channels": 6}, "widths": (5, 5), "norm": True, "pool": pool}
+        for pool in ("mean", "max", "attention", "feature_attention")
+    ],
     "pointnet2": [{"inputs": POINTS, "levels": LEVELS, "last": (16,), "head": (8,)}],
 }
+
+CASES["segment_pool"].append(
+    {
+        "inputs": CASES["cnn14"][0]["inputs"],
+        "front": {"frames": 8, "widths": (4, 6), "depths": (1, 2), "hidden": (9,), "channels": 5},
+        "widths": (6, 6),
+        "pool": "multi_level",
+        "levels": (1, 2),
+        "norm": True,
+        "output_norm": True,
+    }
+)
 
 
 def build(kind: str, values: dict[str, Any]) -> Any:
