@@ -20,6 +20,7 @@ from cluster.recipe.targets import check_targets, class_names, with_targets
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
 from perceiver.config import Config, UserError
+from perceiver.export.parts import plan_parts
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model
 from perceiver.optim.config import build_optimizer
@@ -312,6 +313,9 @@ def describe_start(recipe: Recipe, manifest: Manifest) -> str:
         return ""
     with torch.device("meta"):
         model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
+    if isinstance(url, dict):
+        plans = plan_parts(model, url, class_names(recipe, manifest))
+        return "; ".join(f"{part} {plan.describe(url[part])}" for part, plan in plans.items())
     saved = open_weights(url)
     line = plan_weights(model, saved, class_names(recipe, manifest)).describe(url)
     return "; ".join([line, *other_normalisation(recipe.model, saved.model)])

@@ -33,6 +33,7 @@ from cluster.run.monitor import ActorClient, Client, make_client
 from cluster.run.watchdog import Pulse
 from cluster.runtime.ray_internals import quiet_data_progress, rest_data_scheduler
 from perceiver.config import UserError
+from perceiver.export.parts import load_parts
 from perceiver.export.weights import load_weights, open_weights
 from perceiver.factory import build_model
 from perceiver.optim.freezing import freeze
@@ -352,8 +353,11 @@ def first_model(recipe: Recipe, classes: int, names: Sequence[str] = (), restore
     """
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, classes=output_count(recipe.task, classes))
-    if recipe.train.init_from and not restored:
-        load_weights(model, open_weights(recipe.train.init_from), names)
+    start = None if restored else recipe.train.init_from
+    if isinstance(start, dict):
+        load_parts(model, start, names)
+    elif start:
+        load_weights(model, open_weights(start), names)
     freeze(model, recipe.train.freeze)
     return model
 
