@@ -18,7 +18,7 @@ from tests.faults.nodes import Nodes, job_on_nodes
 from tests.faults.table import scenario
 from tests.perceiver.tracking.mlflow_server import free_port
 
-STEPS = 200
+STEPS = 150
 JOIN_S = 120
 NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 START = """
