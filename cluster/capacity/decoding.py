@@ -17,12 +17,12 @@ NS_PER_BYTE = {
     "clip": 250.0,
     "flow": 31.0,
 }
-"""CPU nanoseconds for one stored byte, by feature. Images: a JPEG of 90 KB takes 1.3 ms with the papers' augmentation on
-an idle core of an AMD EPYC, 15 ns per byte, and twice that on an older or shared core; sound is of that order. Video as
-it came: 250 ns at 720p, 224 x 224, 32 frames (docs/data.md, media at the size at which they are used)."""
+"""CPU nanoseconds for one stored byte, by feature. Images: a JPEG of 90 KB takes 1.3 ms with the papers' augmentation
+on an idle core of an AMD EPYC, 15 ns per byte, and twice that on an older or shared core; sound is of that order. Video
+as it came: 250 ns at 720p, 224 x 224, 32 frames (docs/data.md, media at the size at which they are used)."""
 SECONDS_PER_SAMPLE = 50e-6
 
-# Of videos that `prepare` stored at a size, whose cost follows from their frames: measured on the same clip and machine.
+# Of videos that `prepare` stored at a size, whose cost follows from their frames (measured on the same clip).
 MEDIA_SECONDS = 5e-3
 """To open a container, and to decode the sound of a clip."""
 DECODED_NS = 2.3

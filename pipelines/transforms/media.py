@@ -238,7 +238,7 @@ def _seek(media: Media, stream: Any, time: float) -> None:
 
 
 def _picture(frame: Any, channels: int, reformatter: VideoReformatter) -> Picture:
-    """Return a frame's pixels, turned upright. A reformatter sets itself up at its first frame, so a clip shares one."""
+    """Return a frame's pixels, turned upright. The reformatter is set up by the first of a clip's frames."""
     plain = reformatter.reformat(frame, format="gray" if channels == 1 else "rgb24")
     found = plain.to_ndarray().reshape(frame.height, frame.width, channels)
     quarters, rest = divmod(round(getattr(frame, "rotation", 0)) % 360, 90)
