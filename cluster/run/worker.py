@@ -159,9 +159,15 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             handle: RunHandle | None = config["mlflow"].value
             tracker: Tracker = NullTracker()
             if first:
-                board = recipe.tracking.tensorboard
-                local = Path(config["local"])
-                tracker = open_tracker(handle, local, history=recorded, system_metrics_node="", tensorboard=board)
+                local, tracking = Path(config["local"]), recipe.tracking
+                tracker = open_tracker(
+                    handle,
+                    local,
+                    history=recorded,
+                    system_metrics_node="",
+                    tensorboard=tracking.tensorboard,
+                    wandb=tracking.wandb and tracking.wandb.request(local, recipe.model_dump(mode="json")),
+                )
             resources.callback(tracker.detach)
             history = History(recorded, [tracker.log_metrics, partial(send_metrics, monitor)] if first else [])
             reporter = RayReporter(history, on_ray=isinstance(monitor, ActorClient))
