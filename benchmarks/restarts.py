@@ -138,9 +138,8 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     if given.repeats < 1 or given.every < 1 or given.delay < 0:
         parser.error("wanted --repeats and --every of at least 1, --delay of at least 0")
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {psutil.cpu_count()} CPUs; load {psutil.getloadavg()[1]:.0f}"
-    )
+    machine = f"{platform.machine()}, {psutil.cpu_count()} CPUs, load {psutil.getloadavg()[1]:.0f} before"
+    print(f"{time.strftime('%Y-%m-%d')}, {machine}", flush=True)
     found: dict[str, Restarts] = {}
     for store in given.runs:
         for memory in (None, given.every):

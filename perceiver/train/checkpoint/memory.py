@@ -171,17 +171,21 @@ def lay_out(held: Held, store: CheckpointStore) -> None:
 
 
 def _read_any(holders: Sequence[Peer], save: Save, rank: int, name: str, size: int, target: Path) -> None:
-    """Read a file from the first holder that answers to the end."""
-    for holder in holders:
+    """Read a file, piece by piece, from holders that answer."""
+    left = list(holders)
+    with target.open("wb") as file:
+        for offset in range(0, size, CHUNK_BYTES):
+            file.write(_piece(left, save, rank, name, offset, min(CHUNK_BYTES, size - offset)))
+
+
+def _piece(left: list[Peer], save: Save, rank: int, name: str, offset: int, length: int) -> bytes:
+    """Return a piece of a file from the first holder that answers; remove those that do not."""
+    while left:
         try:
-            with target.open("wb") as file:
-                for offset in range(0, size, CHUNK_BYTES):
-                    file.write(holder.read(save, rank, name, offset, min(CHUNK_BYTES, size - offset)))
-            return
-        except OSError:
-            raise
-        except Exception as error:  # noqa: BLE001  of Ray: the holder's process or node is lost
+            return left[0].read(save, rank, name, offset, length)
+        except Exception as error:  # noqa: BLE001  its node is lost, or its process was killed
             log.warning("a holder of checkpoints in memory does not answer: %s", first_line(error))
+            del left[0]
     raise OSError(f"no holder has {name} of step {save[0]} any more")
 
 
