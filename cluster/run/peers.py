@@ -122,6 +122,7 @@ class Start:
         step: its step; 0 without one.
         store: where it is read.
         origin: where it was.
+        save: of a checkpoint in memory.
         stored: step of the newest checkpoint in storage that counts, up to which the ledger is written; 0 without one.
     """
 
@@ -129,6 +130,7 @@ class Start:
     store: CheckpointStore
     origin: Literal["storage", "memory"] = "storage"
     stored: int = 0
+    save: Save | None = None
 
     @property
     def place(self) -> str:
@@ -171,7 +173,7 @@ def find_start(folder: RunFolder, peers: Sequence[Peer], rank: int, leads: bool,
     if not step:
         return Start(stored, store, stored=stored)
     if _all(_laid_out(staging, peers, (step, token), lease) if leads else True, device):
-        return Start(step, staging, "memory", stored)
+        return Start(step, staging, "memory", stored, (step, token))
     if rank == 0:
         newest = store.newest()
         stored = newest.step if newest else 0

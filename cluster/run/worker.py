@@ -232,6 +232,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 staging_store(folder),
                 peers,
                 history,
+                complete=start.save,
                 snapshot=lambda info: take_snapshot(recipe, engine, history, spikes, info, {}, 0),
                 samples=lambda step: sample_log.table(0, step),
                 failed=lambda reason: monitor.send("missed", {"reason": reason}, urgent=True),
@@ -476,15 +477,15 @@ def build_memory_checkpoints(
     staging: CheckpointStore,
     peers: Sequence[Peer],
     history: History,
-    **callbacks: Any,
+    **more: Any,
 ) -> MemoryCheckpointHook | None:
-    """Return the hook of `train.checkpoint_memory_every`, None without it; `callbacks` are attributes of the hook."""
+    """Return the hook of `train.checkpoint_memory_every`, None without it; `more` are attributes of the hook."""
     every = recipe.train.checkpoint_memory_every
     if every is None or not peers:
         return None
     log_every = recipe.train.log_every
     return MemoryCheckpointHook(
-        engine, staging, every, list(peers), history=history, log_every=log_every, copies=COPIES, **callbacks
+        engine, staging, every, list(peers), history=history, log_every=log_every, copies=COPIES, **more
     )
 
 

@@ -207,6 +207,7 @@ class MemoryCheckpointHook:
         log_every: steps between two records.
         failed: called with the reason when this rank loses a holder, or the first of some sends in a row fails.
         copies: holders that get each part.
+        complete: the last complete save, which the holders keep until the next one is complete.
         skipped: number of steps that were due and skipped.
     """
 
@@ -220,13 +221,13 @@ class MemoryCheckpointHook:
     log_every: int
     failed: Callable[[str], None] = log.warning
     copies: int = 2
+    complete: Save | None = None
     skipped: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._sending: Save | None = None
-        self._complete: Save | None = None
         self._failure = self._failing = False
         self._notices: deque[str] = deque()
         self._waited = 0.0
@@ -241,7 +242,7 @@ class MemoryCheckpointHook:
             self.failed(self._notices.popleft())
         if self._sending is not None and not info.flags.copying:
             if not info.flags.copy_failed:
-                self._complete = self._sending
+                self.complete = self._sending
             self._sending, self._failure = None, False
         if info.last or info.step % self.every:
             return
@@ -272,7 +273,7 @@ class MemoryCheckpointHook:
         self._waited += time.perf_counter() - began
 
     def _send(self, staged: Staged) -> None:
-        step, keep = staged.snapshot.step, self._complete
+        step, keep = staged.snapshot.step, self.complete
         try:
             (staged.folder / f"samples-{staged.rank:05d}.parquet").write_bytes(self.samples(step))
             paths = sorted(path for path in staged.folder.iterdir() if path.is_file())
