@@ -124,7 +124,7 @@ def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
 @scenario("worker SIGKILL between checkpoints, slow store")
 def killed_between_checkpoints(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
     """The newest checkpoint in storage is many steps old: the workers start from the one in memory."""
-    steps = 200
+    steps = 100
     with FaultyS3() as server:
         tree = fault_tree(tree, steps, checkpoint_memory_every=MEMORY_EVERY)
         job = S3Job(folder, tree, server).paced().start()
