@@ -12,6 +12,7 @@ import torch
 
 from cluster.recipe.config import Recipe, kind_of, zero_stage
 from cluster.recipe.inputs import check_inputs, input_sections
+from cluster.recipe.memory import held_bytes, state_bytes
 from cluster.recipe.placement import DataNeed, Node, check_evaluation, place
 from cluster.recipe.resources import machine_cpus, worker_cpus
 from cluster.recipe.resume import check_same_data, check_same_recipe, check_schedule, check_start, recipe_before
@@ -57,6 +58,7 @@ class Preflight:
         changes: the keys of a resumed run that have changed.
         notes: what of the samples is not shown, a line each.
         frozen: number of parameters that `train.freeze` excludes.
+        state: bytes of the whole training state.
         early_stop: why the run to resume has ended before its last step (`train.early_stop`); empty if it has not.
         recipe: the recipe, with the data's statistics.
     """
@@ -72,6 +74,7 @@ class Preflight:
     notes: tuple[str, ...] = ()
     frozen: int = 0
     early_stop: str = ""
+    state: int = 0
 
     @property
     def size(self) -> str:
@@ -147,8 +150,13 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
     notes = tuple(describe_excess(recipe.data, model.manifest, recipe.data.train_split))
     steps = epoch_steps, total_steps
     early = early_end(recipe, folder, checkpoint)
-    facts = checkpoint, start, changes, notes, model.frozen, early
+    facts = checkpoint, start, changes, notes, model.frozen, early, _state(model)
     return Preflight(recipe, model.manifest, model.parameters, *steps, *facts)
+
+
+def _state(model: CheckedModel) -> int:
+    """Return the bytes of the whole training state."""
+    return state_bytes(model.recipe, model.parameters - model.frozen, model.frozen)
 
 
 def early_end(recipe: Recipe, folder: RunFolder, checkpoint: CheckpointManifest | None) -> str:
@@ -265,6 +273,7 @@ def check_memory(recipe: Recipe, model: CheckedModel) -> None:
     """
     workers, memory = recipe.cluster.workers, psutil.virtual_memory().total
     store = recipe.cluster.object_store_mb or 0
+    held = held_bytes(_state(model), 1) if recipe.train.checkpoint_memory_every else 0
     for what, size, fix in (
         (f"the weights of {model.parameters:,} parameters", workers * model.weight_bytes, SMALLER),
         (
@@ -273,6 +282,7 @@ def check_memory(recipe: Recipe, model: CheckedModel) -> None:
             "lower train.micro_batch, model.latents or the size of a sample",
         ),
         (f"cluster.object_store_mb = {store}", store * 1_000_000, "lower it"),
+        ("checkpoints in memory (train.checkpoint_memory_every)", held, "remove the key"),
     ):
         if size > memory:
             raise UserError(

@@ -26,6 +26,7 @@ from cluster.run.driver import Fit
 from cluster.run.evaluation import EvaluationTasks
 from cluster.run.metrics import RunMetrics, find_peak, ray_export
 from cluster.run.monitor import ActorMonitor, Event
+from cluster.run.peers import Holders
 from cluster.run.result import RunEnd, conclude, is_concluded, note_end, send_waiting
 from cluster.run.stragglers import Stragglers
 from cluster.run.trainer import Share, build_trainer, keep_reference
@@ -50,6 +51,8 @@ from perceiver.tracking.runs import load_handle
 
 log = logging.getLogger(__name__)
 
+MOST_STARTS = 999
+"""Earlier starts of the workers that run.json keeps."""
 STOPPING = "stopping: the workers save a checkpoint first (again to leave at once)"
 
 
@@ -114,13 +117,16 @@ def run_workers(launch: Launch) -> dict[str, Any]:
         datasets=tracked_data(recipe.data, launch.preflight.manifest),
     )
     with ray_and_mlflow(recipe.cluster, folder, tracked, launch.background, console.say) as (session, handle):
+        holders = Holders(recipe, launch.preflight.state)
         while True:
             monitor = ActorMonitor()
             share = Share(cluster_cpus(), held_cpus())
-            trainer = build_trainer(launch.recipe, folder, monitor.address, handle, share)
+            trainer = build_trainer(launch.recipe, folder, monitor.address, handle, share, holders.addresses)
             fit = Fit(ThreadPoolExecutor(1, "fit").submit(trainer.fit), monitor, session.ended)
             without = _follow(launch, fit, trainer, monitor)
             if without is None:
+                if not fit.lost:
+                    holders.close()
                 return {**fit.outcome, "handle": handle, "result": fit.result}
             launch = replace(launch, recipe=without)
 
@@ -268,10 +274,12 @@ def _say_header(launch: Launch) -> None:
 
 
 def _note_worker(launch: Launch, figures: RunMetrics, event: Mapping[str, Any]) -> None:
-    """Record a worker's process and node in run.json; rank 0's device determines the peak FLOPs."""
+    """Record a worker's process and node, and the start, in run.json; rank 0's device determines the peak FLOPs."""
     folder = launch.folder
     workers = {**folder.facts().get("workers", {}), str(event["rank"]): {"pid": event["pid"], "node": event["node"]}}
     folder.note(workers=workers)
     if event["rank"] == 0:
+        start = {name: event[name] for name in ("step", "origin", "stages")}
+        folder.note(starts=[*folder.facts().get("starts", [])[-MOST_STARTS:], {"time": time.time(), **start}])
         classes = output_count(launch.recipe.task, len(launch.preflight.manifest.classes)) or None
         find_peak(figures, launch.recipe, classes, event["device"], event["world"])

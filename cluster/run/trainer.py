@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,12 @@ class FailureReporter(UserCallback):
 
 
 def build_trainer(
-    recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share
+    recipe: Recipe,
+    folder: RunFolder,
+    monitor: Any,
+    handle: RunHandle | None,
+    share: Share,
+    holders: Sequence[tuple[str, Any]] = (),
 ) -> TorchTrainer:
     """Return the trainer whose ``fit`` starts or resumes a run on Ray Train workers.
 
@@ -78,6 +83,7 @@ def build_trainer(
         monitor: address of the monitor for the workers' events (`cluster.run.monitor.ActorMonitor`).
         handle: the MLflow run, or None.
         share: the run's share of the cluster.
+        holders: of checkpoints in memory (`cluster.run.peers.Holders.addresses`).
 
     Raises:
         UserError: the workers and data tasks do not fit into the share.
@@ -86,7 +92,7 @@ def build_trainer(
     elastic = cluster.resolved_address() is not None and cluster.min_workers not in (None, cluster.workers)
     return TorchTrainer(
         train_worker,
-        train_loop_config=worker_config(recipe, folder, monitor, handle, share),
+        train_loop_config={**worker_config(recipe, folder, monitor, handle, share), "holders": tuple(holders)},
         torch_config=torch_config(cluster),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(cluster.min_workers or 1, cluster.workers) if elastic else cluster.workers,
@@ -167,5 +173,6 @@ def worker_config(
         "fence": folder.fence,
         "local": str(folder.local.resolve()),
         "runs": share.runs,
+        "holders": (),
         "on_cluster": recipe.cluster.resolved_address() is not None,
     }

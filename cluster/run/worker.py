@@ -25,13 +25,16 @@ import torch
 
 from cluster.predict.outputs import parquet, predicted
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, zero_stage
+from cluster.recipe.memory import COPIES
 from cluster.recipe.targets import class_names, with_targets
 from cluster.record.failures import is_final, one_line
 from cluster.record.run_folder import WEIGHTS, RunFolder
 from cluster.run.evaluation import RemoteEvaluator, read_scores
 from cluster.run.monitor import ActorClient, Client, make_client
+from cluster.run.peers import Start, connect, end_start, find_start, staging_store
 from cluster.run.watchdog import Pulse
 from cluster.runtime.ray_internals import quiet_data_progress, rest_data_scheduler
+from cluster.runtime.stages import Stages
 from perceiver.config import UserError
 from perceiver.export.parts import load_parts
 from perceiver.export.weights import load_weights, open_weights
@@ -45,6 +48,7 @@ from perceiver.tracking.tracker import NullTracker, Tracker
 from perceiver.train.bad_loss import BadLossHook
 from perceiver.train.checkpoint.hook import BackgroundSaver, CheckpointHook, EveryEpochs, Listeners, Measured
 from perceiver.train.checkpoint.ledger import Ledger, SampleLog
+from perceiver.train.checkpoint.memory import MemoryCheckpointHook, Peer
 from perceiver.train.checkpoint.store import CheckpointStore, Snapshot
 from perceiver.train.engine.deepspeed_config import BatchPlan
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
@@ -74,12 +78,14 @@ class WorkerRank:
         world: number of workers.
         local_world: number of workers on this machine.
         device: device of the model.
+        leads: whether it is the first worker of its node.
     """
 
     rank: int
     world: int
     local_world: int
     device: torch.device
+    leads: bool = True
 
 
 def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +98,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         ``{"status": "finished" | "stopped" | "refused", ...}``; an error that a restart cannot avoid is returned, not
         raised, because Ray would restart the workers: a UserError, or see `is_final` before the first step.
     """
-    began = time.perf_counter()
+    began, stages = time.perf_counter(), Stages()
+    stages.end("process")
     # A converged model has gradients and moments below 1e-38, which make a CPU 10 times slower.
     torch.set_flush_denormal(True)
     me = find_rank(config["runs"])
@@ -122,10 +129,13 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             manifest = load_data(recipe.data)
             recipe = with_targets(recipe, manifest)
             samples, classes = manifest.split(recipe.data.train_split).samples, len(manifest.classes)
-            start_step = newest_step(folder.checkpoints, me)
+            stages.end("recipe and data set")
+            peers = connect(config["holders"])
+            start = find_start(folder, peers, me.rank, me.leads, me.device)
+            stages.end("choice of checkpoint")
             span = Span(
-                start_step=start_step,
-                total_steps=max(start_step, training.total_steps(samples)),
+                start_step=start.step,
+                total_steps=max(start.step, training.total_steps(samples)),
                 global_batch=training.global_batch,
                 accumulation=training.accumulation(me.world),
                 steps_per_epoch=samples / training.global_batch,
@@ -137,25 +147,32 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             task = build_task(recipe.task, classes=classes)
             model = first_model(recipe, classes, class_names(recipe, manifest), restored=resumed)
             engine = build_engine(recipe, model, task, span, me)
+            stages.end("model and engine")
+            sample_log = SampleLog()
+            recorded = start.store.history(start.step) if resumed else ""
+            spikes = build_spikes(recipe, start)
             if resumed:
-                restore(engine, folder.checkpoints, span.start_step)
+                restore(engine, start.store, start.step)
                 if first:
-                    url = folder.checkpoints.location(span.start_step)
-                    monitor.send("resumed", {"step": span.start_step, "checkpoint": url}, urgent=True)
+                    start.samples(sample_log)
+                    monitor.send("resumed", {"step": start.step, "checkpoint": start.place}, urgent=True)
+                end_start(start, engine, me.leads)
+            stages.end("restore")
 
             # Data.
             rest_data_scheduler()
             quiet_data_progress()
             batches = training_batches(recipe, manifest, me, (span.start_step, span.total_steps), quarantine)
             resources.callback(batches.close)
-            monitor.send("ready", {"seconds": time.perf_counter() - began, "world": me.world, **where}, urgent=True)
+            stages.end("data pipeline")
+            facts = {"step": start.step, "origin": start.origin, "stages": stages.seconds, "world": me.world}
+            monitor.send("ready", {"seconds": time.perf_counter() - began, **facts, **where}, urgent=True)
 
             def evaluation_batches() -> Iterator[Batch]:
                 return pulse.count(evaluation_share(recipe, manifest, me, quarantine))
 
             # Recording. The process of a driver that was taken over must not replace the record of the next one.
             folder.check_owner()
-            recorded = folder.checkpoints.history(span.start_step) if resumed else ""
             handle: RunHandle | None = config["mlflow"].value
             tracker: Tracker = NullTracker()
             if first:
@@ -182,9 +199,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             )
             evaluations = build_async_evaluation(recipe, folder, history, monitor, span, me)
             early_stop = EarlyStopHook(training.early_stop, history)
-            sample_log = SampleLog()
             ledger = (
-                Ledger(folder.location("ledger"), me.rank, sample_log, span.start_step, folder.fence)
+                Ledger(folder.location("ledger"), me.rank, sample_log, start.stored, folder.fence)
                 if training.ledger
                 else None
             )
@@ -198,7 +214,6 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 in_use=evaluations.in_use if evaluations else tuple,
             )
             pulse.saving = saver.busy_s
-            spikes = build_spikes(recipe, folder, span)
             every = training.checkpoint_every
             checkpoints = CheckpointHook(
                 engine,
@@ -216,6 +231,18 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                     committed=partial(note_committed, sample_log, reporter),
                 ),
                 wanted=evaluations.wanted if evaluations else lambda info: False,
+            )
+
+            in_memory = build_memory_checkpoints(
+                recipe,
+                engine,
+                staging_store(folder),
+                peers,
+                history,
+                complete=start.save,
+                snapshot=lambda info: take_snapshot(recipe, engine, history, spikes, info, {}, 0),
+                samples=lambda step: sample_log.table(0, step),
+                failed=lambda reason: monitor.send("missed", {"reason": reason}, urgent=True),
             )
 
             def last_checkpoint() -> int | None:
@@ -260,12 +287,16 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 pulse.mark("checkpoint"),
                 early_stop,
                 checkpoints,
+                *([in_memory] if in_memory else []),
                 pulse.mark(),
             ]
 
             def poll() -> Flags:
                 stop = monitor.stop_requested() or preemption.announced
                 flags = checkpoints.flags()
+                if in_memory:
+                    copy = in_memory.flags()
+                    flags = flags._replace(copying=copy.copying, copy_failed=copy.copy_failed)
                 return flags._replace(stop=stop or flags.stop, enough=early_stop.enough(), ask_cluster=preemption.due())
 
             def roll_back(step: int) -> None:
@@ -333,7 +364,8 @@ def find_rank(runs: int) -> WorkerRank:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_world * runs)))
-    return WorkerRank(context.get_world_rank(), context.get_world_size(), local_world, device)
+    leads = context.get_local_rank() == 0
+    return WorkerRank(context.get_world_rank(), context.get_world_size(), local_world, device, leads)
 
 
 def newest_step(store: CheckpointStore, me: WorkerRank) -> int:
@@ -399,12 +431,12 @@ def restore(engine: Engine, store: CheckpointStore, step: int) -> None:
         raise UserError(f"{store.location(step)}: its shards are of step {updates}; take another checkpoint")
 
 
-def build_spikes(recipe: Recipe, folder: RunFolder, span: Span) -> SpikeDetector | None:
+def build_spikes(recipe: Recipe, start: Start) -> SpikeDetector | None:
     """Return the detector of `train.on_spike` with the losses of the checkpoint, None without the key."""
     training = recipe.train
     if training.on_spike is None:
         return None
-    losses = folder.checkpoints.manifest(span.start_step).recent_losses if span.start_step else ()
+    losses = start.store.manifest(start.step).recent_losses if start.step else ()
     return SpikeDetector(training.spike_window, training.spike_factor, losses)
 
 
@@ -446,6 +478,24 @@ def build_async_evaluation(
         start_step=span.start_step,
         steps_per_epoch=span.steps_per_epoch,
         scored=read_scores(folder) if evaluator is not None and span.start_step else {},
+    )
+
+
+def build_memory_checkpoints(
+    recipe: Recipe,
+    engine: Engine,
+    staging: CheckpointStore,
+    peers: Sequence[Peer],
+    history: History,
+    **more: Any,
+) -> MemoryCheckpointHook | None:
+    """Return the hook of `train.checkpoint_memory_every`, None without it; `more` are attributes of the hook."""
+    every = recipe.train.checkpoint_memory_every
+    if every is None or not peers:
+        return None
+    log_every = recipe.train.log_every
+    return MemoryCheckpointHook(
+        engine, staging, every, list(peers), history=history, log_every=log_every, copies=COPIES, **more
     )
 
 

@@ -107,6 +107,11 @@ class SavingConfig(Config):
         description="epochs between two checkpoints; auto: the interval of Young and Daly, from measured "
         "times and cluster.mtbf_hours, limited so that saving takes at most 1 % of the time",
     )
+    checkpoint_memory_every: Count | None = Field(
+        default=None,
+        description="steps between two checkpoints in the memory of other nodes (on one node: another process), from "
+        "which workers restart when they are newer than those in storage; default: none",
+    )
     keep_checkpoints: Count = Field(default=2, description="number of newest checkpoints to keep")
     keep_every: Count | None = Field(default=None, description="keep each n-th checkpoint permanently")
     keep_best: KeepBest | None = Field(default=None, description="also save after evaluations that are among the best")

@@ -28,6 +28,10 @@ class Flags(NamedTuple):
     """The run ends after this step, finished: its evaluations no longer improve."""
     ask_cluster: bool = False
     """It is time for all ranks together to ask the cluster whether a node will be removed."""
+    copying: bool = False
+    """A checkpoint is being sent to the memory of other processes."""
+    copy_failed: bool = False
+    """The rank's part of the last one could not be sent."""
 
 
 @dataclass(frozen=True)

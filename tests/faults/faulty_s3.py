@@ -1,9 +1,11 @@
 """An S3 server (moto) that fails, stalls or revokes write access, and runs that use it as their store."""
 
+import hashlib
 import json
 import logging
 import random
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,14 @@ class FaultyS3:
         refusing: while set, everything but reads is denied.
         answering: while cleared, all requests wait.
         failing: share of the requests that get a server error.
+        delay_s: seconds that each request waits.
         harmed: number of requests that were refused, delayed or failed.
     """
 
     def __init__(self) -> None:
         self.refusing, self.answering = threading.Event(), threading.Event()
         self.answering.set()
-        self.failing, self.harmed = 0.0, 0
+        self.failing, self.delay_s, self.harmed = 0.0, 0.0, 0
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._random = random.Random(0)
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -59,6 +62,7 @@ class FaultyS3:
         if OBSERVER not in environ.get("HTTP_AUTHORIZATION", ""):
             self.harmed += not self.answering.is_set()
             self.answering.wait()
+            time.sleep(self.delay_s)
             if self.refusing.is_set() and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
                 return self._error(environ, start_response, "403 Forbidden", "AccessDenied")
             if self._random.random() < self.failing:
@@ -84,7 +88,8 @@ class S3Job(Job):
         self.fs.mkdir(BUCKET)
         self.remote = f"{BUCKET}/runs/{RUN}"
         self.poll_s = 0.5
-        self.record = folder / ".cache" / "perceiver" / "runs" / RUN / HISTORY
+        url = hashlib.sha256(f"s3://{self.remote}".encode()).hexdigest()[:12]
+        self.record = folder / ".cache" / "perceiver" / "runs" / f"{RUN}-{url}" / HISTORY
 
     def facts(self) -> dict[str, Any]:
         """Return the content of run.json."""

@@ -1,6 +1,7 @@
 """Faults of the store: a full disk, an object store that fails, stalls or refuses."""
 
 import resource
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,13 @@ from typing import Any
 import psutil
 
 from tests.faults.faulty_s3 import BUCKET, IDENTITY, FaultyS3, S3Job
-from tests.faults.job import Job, Outcome, fault_tree
+from tests.faults.job import Job, Outcome, fault_tree, send
 from tests.faults.table import STEPS, expect_finished, scenario
 
+MEMORY_EVERY = 5
+"""Steps between two checkpoints in memory, in the row of a slow store."""
+DELAY_S = 0.5
+"""Seconds that each request of that row takes."""
 PLANTED = "planted-7c1f9ab2e04d"
 """A secret without a known form: only its key shows that it is one."""
 REFUSED_WITHIN_S = 30
@@ -113,6 +118,43 @@ def store_stalls(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
             outcome.expect(not job.said("restarting the workers"), "no worker was restarted")
             job.judge(outcome, fault, None, steps)
         finally:
+            job.kill()
+
+
+@scenario("worker SIGKILL between checkpoints, slow store")
+def killed_between_checkpoints(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
+    """The newest checkpoint in storage is many steps old: the workers start from the one in memory."""
+    steps = 100
+    with FaultyS3() as server:
+        tree = fault_tree(tree, steps, checkpoint_memory_every=MEMORY_EVERY)
+        job = S3Job(folder, tree, server).paced().start()
+        try:
+            before = job.wait_checkpoint()
+            server.delay_s = DELAY_S
+
+            def late() -> bool:
+                last = job.recorded[-1][1] if job.recorded else 0
+                return last > before + 6 * MEMORY_EVERY and last % MEMORY_EVERY == MEMORY_EVERY - 2
+
+            job.poll_s = 0.05
+            job.wait(late, "step")
+            stored = job.steps()[-1]
+            fault = send(job.worker(1), signal.SIGKILL)
+            detected = job.wait_line("worker 1 failed")
+            resumed = job.wait(
+                lambda: next((line for _, line in job.lines if "resumed at step" in line), ""), "restart"
+            )
+            server.delay_s = 0.0
+            expect_finished(job, outcome)
+            outcome.expect(resumed.endswith("from memory"), f"started from memory: {resumed}")
+            job.judge(outcome, fault, detected, steps)
+            lost = outcome.steps_lost
+            outcome.expect(lost is not None and lost <= MEMORY_EVERY, f"at most {MEMORY_EVERY} steps lost: {lost}")
+            outcome.expect(int(resumed.split()[3]) > stored, f"the checkpoint in storage, of step {stored}, was older")
+            starts = [(start["step"], start["origin"]) for start in job.facts()["starts"]]
+            outcome.expect(starts == [(0, "storage"), (int(resumed.split()[3]), "memory")], f"run.json: {starts}")
+        finally:
+            server.delay_s = 0.0
             job.kill()
 
 

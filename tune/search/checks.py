@@ -99,6 +99,8 @@ def _check_alone(search: Search) -> None:
     """Refuse options that only a run with its own cluster supports."""
     if search.recipe.train.eval_async or "train.eval_async" in search.config.space:
         raise UserError("train.eval_async is set, but a search waits for each evaluation of a trial: remove it")
+    if search.recipe.train.checkpoint_memory_every or "train.checkpoint_memory_every" in search.config.space:
+        raise UserError("train.checkpoint_memory_every is set, but trials have no checkpoints in memory: remove it")
     if search.recipe.cluster.min_workers:
         raise UserError("cluster.min_workers is set, but trials have a fixed number of workers: remove it")
 

@@ -59,14 +59,28 @@ class SampleLog:
         pq.write_table(pa.table(columns, schema=schema), sink)
         return sink.getvalue()
 
+    def load(self, blob: bytes) -> None:
+        """Add the steps of a file that `table` returned."""
+        import pyarrow.parquet as pq
+
+        ids: dict[int, list[int]] = {}
+        table = pq.read_table(BytesIO(blob))
+        for step, sample in zip(table["step"].to_pylist(), table["sample_id"].to_pylist(), strict=True):
+            ids.setdefault(step, []).append(sample)
+        for step, samples in ids.items():
+            self.steps[step] = (*self.steps.get(step, ()), torch.tensor(samples))
+
 
 class Ledger:
-    """The ledger of a run at a URL; each rank has one, with the claim for which it writes, if there is one."""
+    """The ledger of a run at a URL; each rank has one, with the claim for which it writes, if there is one.
 
-    def __init__(self, url: str, rank: int, samples: SampleLog, start_step: int, fence: Fence | None = None) -> None:
+    `written` is the last step whose samples are written: that of the newest checkpoint in the store.
+    """
+
+    def __init__(self, url: str, rank: int, samples: SampleLog, written: int, fence: Fence | None = None) -> None:
         self.fs, self.root = open_url(url.rstrip("/"))
         self.fence = fence
-        self.rank, self.samples, self.written = rank, samples, start_step
+        self.rank, self.samples, self.written = rank, samples, written
 
     def record(self, step: int) -> None:
         """Write the steps up to `step` that are not written yet; called in the background, repeated after a failure."""
@@ -83,10 +97,10 @@ class Ledger:
             self._write(f"void-{target + 1:08d}-{step:08d}.json", json.dumps(steps).encode())
 
     def rewind(self, step: int) -> None:
-        """Remove entries after the step from which the run resumes (rank 0)."""
+        """Remove entries after the step from which the run resumes, and samples that will be written again (rank 0)."""
         for name in entry_names(self.fs, self.root):
             found = PART.fullmatch(name)
-            if found and int(found[2]) > step:
+            if found and int(found[2]) > (step if name.startswith("void") else self.written):
                 self.fs.rm(f"{self.root}/{name}", recursive=True)
 
     def _write(self, name: str, blob: bytes) -> None:

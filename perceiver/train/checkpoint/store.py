@@ -207,7 +207,7 @@ class CheckpointStore:
         Raises:
             TakenOverError: another driver has taken over the run.
         """
-        snapshot, files = staged.snapshot, {}
+        files: dict[str, FileEntry] = {}
         for rank in range(staged.world):
             path = f"{staged.target}/{_receipt(rank, staged.token)}"
             while not self._there(path):
@@ -215,7 +215,15 @@ class CheckpointStore:
                     return None
                 time.sleep(0.02 if self.local else 0.5)
             files.update({n: FileEntry(**entry) for n, entry in json.loads(self.fs.cat_file(path)).items()})
-        manifest = CheckpointManifest(
+        manifest = self.manifest_of(staged, files)
+        self.check_owner()
+        write_whole(f"{staged.target}/{MANIFEST}", manifest.model_dump_json(indent=1), self.fs)
+        return manifest
+
+    def manifest_of(self, staged: "Staged", files: Mapping[str, FileEntry]) -> CheckpointManifest:
+        """Return the manifest of a staged checkpoint with these files."""
+        snapshot = staged.snapshot
+        return CheckpointManifest(
             format=FORMAT,
             step=snapshot.step,
             samples=snapshot.samples,
@@ -229,11 +237,8 @@ class CheckpointStore:
             lease=self.fence.number if self.fence else 0,
             recent_losses=list(snapshot.recent_losses),
             created=time.time(),
-            files=files,
+            files=dict(files),
         )
-        self.check_owner()
-        write_whole(f"{staged.target}/{MANIFEST}", manifest.model_dump_json(indent=1), self.fs)
-        return manifest
 
     def save(self, engine: Engine, snapshot: Snapshot) -> CheckpointManifest | None:
         """Write one checkpoint and wait for it; every rank calls this. Return the manifest on rank 0, None elsewhere.

@@ -31,6 +31,7 @@ def work(recipe: Recipe) -> None:
         "fence": None,
         "local": str(RunFolder(recipe.output, RUN).local),
         "runs": 1,
+        "holders": (),
         "on_cluster": False,
     }
     found = worker.train_worker(config)

@@ -80,6 +80,7 @@ def test_a_bad_dimension(
         ({"metric": "acuracy"}, "metric = 'acuracy': "),
         ({"scheduler": {"kind": "asha", "grace": 0.5}}, "scheduler.grace = 0.5"),
         ({"scheduler": {"kind": "median", "grace": 2}}, "scheduler.grace = 2"),
+        ({"overrides": {"train.checkpoint_memory_every": 5}}, "train.checkpoint_memory_every is set"),
     ],
 )
 def test_a_bad_search(tmp_path: Path, tree: dict[str, Any], changes: dict[str, Any], wanted: str) -> None:
