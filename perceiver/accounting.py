@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver.attention import CrossAttention, SelfAttention
 from perceiver.config import Config
-from perceiver.factory import build_model, preset_config
+from perceiver.factory import build_model, on_meta, preset_config
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _meta(config: Config, classes: int | None) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return build_model(config, classes=classes)
 
 

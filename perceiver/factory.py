@@ -1,11 +1,13 @@
 """Builds the model of a recipe's `model:` section; the union of all model configs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from perceiver import registry
 from perceiver.config import Config
@@ -84,6 +86,31 @@ def build_model(config: Config, *, classes: int | None = None) -> nn.Module:
     return cast(Any, config).build(classes=classes)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Skips the initial values of parameters."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        filled = (*args, *(kwargs or {}).values())[0] if func in _FILLS or _initial(func) else None
+        return filled if isinstance(filled, Tensor) and filled.is_meta else func(*args, **(kwargs or {}))
+
+
+def _initial(function: Any) -> bool:
+    return getattr(function, "__module__", None) == "torch.nn.init"
+
+
+_FILLS = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build modules on the meta device: shapes without values, and without the time to draw initial ones.
+
+    To draw from a normal distribution there, torch would first import its compiler, for seconds.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
 def preset_config(name: str, **overrides: Any) -> tuple[Config, int | None]:
     """Return a preset's model config and number of classes.
 
@@ -110,7 +137,7 @@ def create_model(name: str, *, device: torch.device | str = "cpu", **overrides: 
         overrides: see `preset_config`; for example `classes=10, latents=128, inputs={"size": (64, 64)}`.
     """
     config, classes = preset_config(name, **overrides)
-    with torch.device(device):
+    with on_meta() if torch.device(device).type == "meta" else torch.device(device):
         return build_model(config, classes=classes)
 
 

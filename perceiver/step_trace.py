@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from perceiver import kernels
 from perceiver.accounting import is_fused
 from perceiver.config import Config
-from perceiver.factory import build_model
+from perceiver.factory import build_model, on_meta
 from perceiver.shared_kv import Float32Region
 
 Region = Literal["autocast", "float32", "fused"]
@@ -145,7 +145,7 @@ def trace_step(config: Config, *, classes: int | None = None, batch: int = 8) ->
     The difference between both batches is what a sample costs; the rest is traffic of the weights. Smaller batches
     could take other paths than those of training (`perceiver.attention.FUSE_TOKENS`).
     """
-    with torch.device("meta"):
+    with on_meta():
         model = build_model(config, classes=classes).train()
     small, kernel_flops = _trace(model, batch)
     large, _ = _trace(model, 2 * batch)

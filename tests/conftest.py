@@ -2,7 +2,7 @@
 
 import pytest
 
-LONG = ("test_jobs.py", "test_notebook.py", "test_runs.py", "test_tables.py")
+LONG = ("test_docs.py", "test_jobs.py", "test_notebook.py", "test_runs.py", "test_tables.py")
 """Files whose only slow test takes a minute or more; xdist starts those with several tests first by itself."""
 
 

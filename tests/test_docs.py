@@ -119,7 +119,7 @@ def test_commands_of_trained_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     documented_data.write_all(tmp_path)
     documented_data.write_digits(tmp_path)
     monkeypatch.chdir(tmp_path)
-    words = ["train", "recipes/train/quickstart.yaml", "train.epochs=1"]
+    words = ["train", "recipes/train/quickstart.yaml", "train.epochs=1", "tracking.enabled=false"]
     done = CliRunner().invoke(cli, words, catch_exceptions=False, standalone_mode=False)
     assert not done.return_value, done.output[-2000:]
     assert run_blocks("models.md", "run slow") == 6

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.capacity.decoding import by_bytes, of_prepared
 from cluster.recipe.config import Recipe, zero_stage
 from cluster.recipe.statistics import with_statistics
 from cluster.recipe.targets import with_targets
@@ -14,21 +15,6 @@ from perceiver.tasks import output_count
 from pipelines.feed.ingest import load_data
 from pipelines.shards.manifest import MANIFEST, Manifest
 
-CPU_NS_PER_BYTE = {
-    "image": 31.0,
-    "segmentation": 31.0,
-    "audio": 10.0,
-    "mel": 10.0,
-    "video": 250.0,
-    "media": 250.0,
-    "clip": 250.0,
-    "flow": 31.0,
-}
-"""CPU nanoseconds to decode and augment one stored byte, by feature, assumed without a calibration. Images: a JPEG of
-90 KB takes 1.3 ms with the papers' augmentation on an idle core of an AMD EPYC, 15 ns per byte, and twice that on an
-older or shared core; sound is of that order. Video at 224 x 224, 32 frames: 250 ns, at 720p and at 256 pixels alike
-(docs/data.md, media at the size at which they are used)."""
-CPU_SECONDS_PER_SAMPLE = 50e-6
 GROUP_BYTES = 8 << 20
 """Assumed bytes of a record batch, which a reader fetches with one request, without a manifest."""
 
@@ -98,7 +84,7 @@ def _data_volume(recipe: Recipe, samples: int | None, sample_bytes: float | None
     manifest = _manifest(recipe) if samples is None or sample_bytes is None else None
     if manifest is None:
         assert samples is not None and sample_bytes is not None
-        seconds = decode_seconds(_kinds(recipe, None), sample_bytes)
+        seconds = by_bytes(_kinds(recipe), sample_bytes)
         return DataVolume(samples, sample_bytes, classes, GROUP_BYTES, seconds)
     split = manifest.split(recipe.data.train_split)
     each = sample_bytes or split.bytes / split.samples
@@ -107,7 +93,7 @@ def _data_volume(recipe: Recipe, samples: int | None, sample_bytes: float | None
         each,
         classes or output_count(with_targets(recipe, manifest).task, len(manifest.classes)) or None,
         split.shards[0].rows_per_group * each,
-        decode_seconds(_kinds(recipe, manifest), each),
+        of_prepared(manifest, recipe.data, each),
     )
 
 
@@ -128,14 +114,7 @@ def _manifest(recipe: Recipe) -> Manifest:
     return load_data(recipe.data)
 
 
-def _kinds(recipe: Recipe, manifest: Manifest | None) -> list[str]:
-    """Return the kinds of the features, or of the model's inputs without a manifest."""
-    if manifest is not None:
-        return [str(getattr(feature, "kind", "")) for feature in manifest.features.values()]
+def _kinds(recipe: Recipe) -> list[str]:
+    """Return the kinds of the model's inputs."""
     inputs: Any = recipe.model.inputs  # pyright: ignore[reportAttributeAccessIssue] every model has inputs
     return list(inputs.modalities) if inputs.kind == "multimodal" else [inputs.kind]
-
-
-def decode_seconds(kinds: list[str], sample_bytes: float) -> float:
-    """Return the assumed CPU seconds to decode a sample of `sample_bytes` with features of these kinds."""
-    return CPU_SECONDS_PER_SAMPLE + 1e-9 * sample_bytes * max(CPU_NS_PER_BYTE.get(kind, 1.0) for kind in kinds)

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from perceiver.config import UserError
+from perceiver.factory import on_meta
 from pipelines.feed.ingest import DataConfig
 from pipelines.shards.manifest import Manifest
 
@@ -27,7 +26,7 @@ def check_inputs(model: Any, shapes: Shapes, data: DataConfig, manifest: Manifes
         UserError: the message names both keys of the recipe that must agree.
     """
     for key, inputs in input_sections(model):
-        with torch.device("meta"):
+        with on_meta():
             wanted = inputs.build().example(1, "meta")
         for name, tensor in wanted.items():
             if name not in shapes:

@@ -21,8 +21,8 @@ from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
 from perceiver.config import Config, UserError
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
-from perceiver.factory import build_model
-from perceiver.optim.config import build_optimizer
+from perceiver.factory import build_model, on_meta
+from perceiver.optim.config import optimizer_groups
 from perceiver.optim.freezing import freeze
 from perceiver.storage import is_local, open_url
 from perceiver.tasks import build_task, output_count
@@ -222,14 +222,14 @@ def check_model(recipe: Recipe, manifest: Manifest) -> CheckedModel:
             " least two: any model would be right; prepare the data with one folder or label per class"
         )
     check_best(recipe, len(manifest.classes))
-    with torch.device("meta"):
+    with on_meta():
         model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
         example: dict[str, torch.Tensor] = cast(Any, model).example(1, "meta")
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > MOST_PARAMETERS:
         raise UserError(f"the model has {parameters:.1e} parameters, wanted at most {MOST_PARAMETERS:.0e}: {SMALLER}")
     frozen = freeze(model, recipe.train.freeze) if recipe.train.freeze else 0
-    build_optimizer(recipe.optim, model)
+    optimizer_groups(recipe.optim, model)
     check_deepspeed(recipe, parameters)
     data = sum(4 * math.prod(shape) for shape in batch_shapes(recipe.data, manifest).values())
     return CheckedModel(
@@ -310,7 +310,7 @@ def describe_start(recipe: Recipe, manifest: Manifest) -> str:
     url = recipe.train.init_from
     if not url:
         return ""
-    with torch.device("meta"):
+    with on_meta():
         model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
     saved = open_weights(url)
     line = plan_weights(model, saved, class_names(recipe, manifest)).describe(url)

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
-
 from cluster.recipe.config import Recipe, kind_of
 from perceiver.config import UserError
+from perceiver.factory import on_meta
 from perceiver.tasks import Targets, TaskTarget, balanced, balanced_positives, label_key
 from pipelines.shards.manifest import Manifest
 
@@ -202,7 +201,7 @@ def _check_queries(recipe: Recipe, mask: tuple[int, ...]) -> None:
     model, queries = recipe.model, getattr(recipe.task, "queries", None)
     if queries is None:
         return
-    with torch.device("meta"):
+    with on_meta():
         grid: tuple[int, ...] = tuple(cast(Any, model).inputs.build().grid)
     if grid != mask:
         raise UserError(

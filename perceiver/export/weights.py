@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perceiver.config import Config, UserError, shown
 from perceiver.export.facts import FACTS, DataFacts, parse_classes, parse_facts
-from perceiver.factory import build_model, model_config
+from perceiver.factory import build_model, model_config, on_meta
 from perceiver.modalities._positions import resize_table
 from perceiver.storage import existing_file, first_line, invalid_key, is_local, open_url, parse_json, refusing
 from perceiver.train.checkpoint.shards import Weights, open_tensors, read_weights
@@ -103,7 +103,7 @@ def class_tensors(config: Config) -> tuple[str, ...]:
 
 
 def _meta_state(config: Config, classes: int | None) -> dict[str, Tensor]:
-    with torch.device("meta"):
+    with on_meta():
         return build_model(config, classes=classes).state_dict()
 
 
@@ -349,7 +349,7 @@ def _resizable(model: nn.Module, name: str, saved: Saved) -> bool:
 
 
 def _meta_model(config: Config) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return build_model(config, classes=1)
 
 

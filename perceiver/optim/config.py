@@ -81,6 +81,15 @@ class OptimConfig(Config):
         return {"lr": self.lr, "weight_decay": self.weight_decay, **values}
 
 
+def optimizer_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameter groups of the module's trainable parameters, with `lr_factor` and `weight_decay`.
+
+    Raises:
+        UserError: `optim.groups` or `optim.layer_decay` do not fit the model.
+    """
+    return param_groups(module, config.weight_decay, config.groups, config.layer_decay)
+
+
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of the module's trainable parameters, at the peak learning rate.
 
@@ -89,8 +98,7 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
     Raises:
         UserError: `optim.groups` or `optim.layer_decay` do not fit the model.
     """
-    groups = param_groups(module, config.weight_decay, config.groups, config.layer_decay)
-    groups = [{**group, "lr": config.lr * group["lr_factor"]} for group in groups]
+    groups = [{**group, "lr": config.lr * group["lr_factor"]} for group in optimizer_groups(config, module)]
     if config.kind == "lamb":
         return Lamb(groups, **config.settings())
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": Sgd}

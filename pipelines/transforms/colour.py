@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import Field
 
 from perceiver.config import Config, Probability, Range, Real
@@ -44,7 +45,7 @@ def recoloured(frame: Pixels, brightness: float, saturation: float, contrast: fl
         x = torch.lerp(x.mean((1, 2), keepdim=True), x, contrast)
     if hue:
         x = _turned(x, hue)
-    return x.round_().clamp_(0, 255).to(torch.uint8).numpy()
+    return x.round_().clamp_(0, 255).numpy().astype(np.uint8)  # six times as fast as torch's conversion
 
 
 def _value_and_chroma(x: "Tensor") -> tuple["Tensor", "Tensor"]:
@@ -55,26 +56,29 @@ def _value_and_chroma(x: "Tensor") -> tuple["Tensor", "Tensor"]:
 
 
 def _saturated(x: "Tensor", factor: float) -> "Tensor":
-    """Multiply HSV's saturation, chroma / value, by a factor, up to 1."""
+    """Multiply HSV's saturation, chroma / value, by a factor, up to 1. Changes x."""
     value, chroma = _value_and_chroma(x)
-    wanted = (chroma * factor).minimum(value).clamp_(min=0)
-    return value - (value - x) * (wanted / chroma.clamp_(min=TINY))
+    ratio = (chroma * factor).minimum(value).clamp_(min=0).div_(chroma.clamp_(min=TINY))
+    return x.sub_(value).mul_(ratio).add_(value)
 
 
 def _turned(x: "Tensor", turn: float) -> "Tensor":
     """Turn HSV's hue.
 
     A channel is below the value by the chroma times a trapezoid of the hue in sixths of the circle: 0 over two of them,
-    1 over two, and one for each slope.
+    1 over two, and one for each slope. All is multiplied by the chroma here, which spares the divisions.
     """
+    import torch
+
     red, green, blue = x
     value, chroma = _value_and_chroma(x)
-    scale = chroma.clamp(min=TINY).reciprocal_()
-    hue = ((blue - red) * scale + 2).where(value == green, (red - green) * scale + 4)
-    hue = ((green - blue) * scale).where(value == red, hue)
-    out = x.new_empty(x.shape)
-    for channel, start in enumerate((5, 3, 1)):
-        place = hue + (start + 6 * turn)
-        place -= 6 * (place / 6).floor_()
-        out[channel] = value - chroma * place.minimum(4 - place).clamp_(0, 1)
+    out, half, mask = torch.empty_like(x), 3 * chroma, torch.empty_like(value)
+    # The hue times the chroma, from -1 to 5. lerp by a mask of 0 and 1 takes a fifth of the time of where by booleans.
+    hue = (red - green).add_(chroma, alpha=4)
+    hue.lerp_((blue - red).add_(chroma, alpha=2), torch.eq(value, green, out=mask))
+    hue.lerp_(green - blue, torch.eq(value, red, out=mask))
+    for channel, middle in zip(out, (3, 5, 1), strict=True):  # the middle of the trapezoid's 1
+        moved = (6 * turn - middle + 5) % 6 - 5  # so that the distance from the middle is at most 6
+        channel.copy_(hue).add_(chroma, alpha=moved).abs_().sub_(half).abs_().sub_(chroma).clamp_(min=0)
+        channel.copy_(value - channel.minimum(chroma))
     return out

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from perceiver.storage import first_line
@@ -171,11 +172,12 @@ def frames_at(
     index = np.zeros(len(times), np.int64)
     images: list[T] = []
     served = 0
+    reformatter = VideoReformatter()
     with _damage():
         for frame, until in _shown(_decoded(media, ascending[0]), media, ascending[-1]):
             upto = int(np.searchsorted(ascending, until - 1e-3))
             if upto > served:
-                images.append(take(_picture(frame, channels)))
+                images.append(take(_picture(frame, channels, reformatter)))
                 index[order[served:upto]] = len(images) - 1
                 served = upto
             if served == len(times):
@@ -190,11 +192,12 @@ def pictures_at_rate(media: Media, fps: float) -> Iterator[Picture]:
         BadSample: damaged or truncated.
     """
     count, done = max(1, math.ceil(media.seconds * fps - 1e-6)), 0
+    reformatter = VideoReformatter()
     with _damage():
         for frame, until in _shown(_decoded(media, 0.0), media, media.seconds):
             picture: Picture | None = None
             while done < count and done / fps < until - 1e-3:
-                picture = _picture(frame, 3) if picture is None else picture
+                picture = _picture(frame, 3, reformatter) if picture is None else picture
                 yield picture
                 done += 1
 
@@ -224,9 +227,9 @@ def _decoded(media: Media, first: float) -> Iterator[tuple[Any, float, float]]:
     _seek(media, stream, first)
     step = 1 / media.fps if media.fps else 0.0
     for frame in media.container.decode(stream):
-        if frame.pts is not None:
-            time = float(frame.pts * frame.time_base) - media.origin
-            yield frame, time, time + (float(frame.duration * frame.time_base) if frame.duration else step)
+        if frame.time is not None:
+            time = frame.time - media.origin
+            yield frame, time, time + (frame.duration * float(frame.time_base) if frame.duration else step)
 
 
 def _seek(media: Media, stream: Any, time: float) -> None:
@@ -234,9 +237,10 @@ def _seek(media: Media, stream: Any, time: float) -> None:
     media.container.seek(int((max(time, 0.0) + media.origin) / stream.time_base), stream=stream)
 
 
-def _picture(frame: Any, channels: int) -> Picture:
-    """Return a frame's pixels, turned upright."""
-    found = frame.to_ndarray(format="gray" if channels == 1 else "rgb24").reshape(frame.height, frame.width, channels)
+def _picture(frame: Any, channels: int, reformatter: VideoReformatter) -> Picture:
+    """Return a frame's pixels, turned upright. The reformatter is set up by the first of a clip's frames."""
+    plain = reformatter.reformat(frame, format="gray" if channels == 1 else "rgb24")
+    found = plain.to_ndarray().reshape(frame.height, frame.width, channels)
     quarters, rest = divmod(round(getattr(frame, "rotation", 0)) % 360, 90)
     return np.ascontiguousarray(np.rot90(found, quarters)) if quarters and not rest else found
 
@@ -290,8 +294,8 @@ def _sound(media: Media, first: float) -> Iterator[tuple[float, NDArray[np.float
     for frame in media.container.decode(stream):
         if (frame.sample_rate, frame.layout.nb_channels) != (media.rate, media.channels):
             raise BadSample("the sound's rate or channels change")
-        if frame.pts is not None:
-            yield float(frame.pts * frame.time_base) - media.origin, _floats(frame)
+        if frame.time is not None:
+            yield frame.time - media.origin, _floats(frame)
 
 
 def _floats(frame: Any) -> NDArray[np.float32]:

@@ -180,6 +180,8 @@ def test_the_traced_flops_are_three_forward_passes() -> None:
             "latents": 8,
             "latent_channels": 32,
             "heads": 2,
+            "cross_attends": 2,
+            "self_attends_per_block": 2,
             "attention": "plain",
             "inputs": {"kind": "image", "channels": 1, "size": [8, 8], "mean": [0.5], "std": [0.5]},
         }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver.tracking.runs import TrackingConfig, create_run, open_tracker
+from perceiver.tracking.runs import TrackingConfig, open_tracker, promise_run
 from tests.perceiver.tracking.mlflow_server import Server, free_port
 from tests.perceiver.tracking.postgres import FITS, Postgres
 
@@ -29,7 +29,7 @@ def train(server: Server, folder: Path, number: int) -> None:
     """Do to MLflow what a run does."""
     folder.mkdir()
     config = TrackingConfig(uri=server.uri, experiment="many", system_metrics=False)
-    handle = create_run(config, f"run-{number}", output=folder, params={"optim": {"lr": 0.1 * number}})
+    handle = promise_run(config, f"run-{number}", output=folder, params={"optim": {"lr": 0.1 * number}})
     assert handle is not None
     tracker = open_tracker(handle, folder, close_timeout_s=120)
     for step in range(STEPS):
