@@ -38,8 +38,8 @@ test: check  ## check, then the whole test suite: the fast tests on two cores at
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations 15
 
-faults: $(READY)  ## inject faults into real runs and print the table (about an hour)
-	@$(BIN)/python -m tests.faults
+faults: $(READY)  ## inject faults into real runs and print the table (about an hour); ARGS="--repeat 3 --record FILE"
+	@$(BIN)/python -m tests.faults $(ARGS)
 
 soak: $(READY)  ## train for an hour with a fault injected per minute and print the goodput
 	@$(BIN)/python -m tests.faults.soak

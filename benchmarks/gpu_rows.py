@@ -124,7 +124,7 @@ ROWS = {
     "image learned": Row(
         "perceiver_io_imagenet_learned", 32, "class", {**_TINY_IO, **_PIXELS}, True, theirs={"query_residual": True}
     ),
-    "cnn14": Row("cnn14_audioset", 512, "tags", {"widths": (8, 8), "inputs": {"samples": 8192}}),
+    "cnn14": Row("cnn14_audioset", 32, "tags", {"widths": (8, 8), "inputs": {"samples": 8192}}),
     "resnet50": Row("resnet50", 256, "class", {"depths": (1, 1), "widths": (16, 32), "stem": 8, **_PIXELS}),
     "image perceiver": Row("perceiver_imagenet", 32, "class", {**_TINY, **_PIXELS, "cross_attends": 2}),
     "video": Row("perceiver_audioset_video", 128, "tags", {**_TINY, "inputs": _CLIP}),

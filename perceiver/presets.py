@@ -58,6 +58,28 @@ _IO_LEARNED: Values = {
 _CONV: Values = {"kind": "image", "front_end": "conv", "positions": _fourier(64, 56, 56)}
 _RAW: Values = {"kind": "audio", "samples": 61_440, "patch": 128, "positions": _fourier(64, 480)}
 _MEL: Values = {"kind": "mel", "samples": 61_440, "positions": _fourier(64, 4800)}
+_PANNS: Values = {
+    "kind": "mel",
+    "samples": 320_000,
+    "rate": 32_000,
+    "window": 1024,
+    "hop": 320,
+    "bins": 64,
+    "low": 50.0,
+    "high": 14_000.0,
+    "centre": True,
+    "spectrum": "power",
+    "scale": "slaney",
+    "log": "db",
+    "log_offset": 1e-10,
+    "layout": "grid",
+    "time_masks": 2,
+    "time_width": 64,
+    "frequency_masks": 2,
+    "frequency_width": 8,
+    "positions": _NONE,
+}
+"""Log-mel spectrograms of PANNs: 1,001 frames of 64 bins for 10 s, with their SpecAugment."""
 _VIDEO: Values = {"kind": "video", "frames": 32, "patch": (2, 8, 8), "positions": _fourier(16, 16, 28, 28)}
 _POINTS: Values = {"kind": "points", "points": 2048, "bands": 64, "max_resolution": 2240.0}
 
@@ -178,7 +200,6 @@ def _audio() -> dict[str, Preset]:
     twelve = {"latent_channels": 512, "cross_attends": 1, "self_attends_per_block": 12}
     io_twelve: Values = {"latent_channels": 512, "blocks": 1, "self_attends_per_block": 12, "query_residual": False}
     io_twelve["decoder"] = {"kind": "class", "channels": 1024}
-    bins = {**_MEL, "bins": 64, "layout": "grid", "positions": _NONE}
     open_size = "OPEN: N, D and audio bands"
     rows = {
         "perceiver_audioset_raw": (_audioset(_RAW), f"P Table 3: 38.3 mAP; {open_size}"),
@@ -194,9 +215,28 @@ def _audio() -> dict[str, Preset]:
             _io(_audio_video(_MEL), **{**io_twelve, "latent_channels": 1024}),
             "IO Table 10: 44.9, 88.2M",
         ),
-        "cnn14_audioset": ({"kind": "cnn14", "inputs": bins}, "P Table 3: 43.1 (Kong et al.)"),
     }
-    return {name: Preset(values, 527, note) for name, (values, note) in rows.items()}
+    return {name: Preset(values, 527, note) for name, (values, note) in {**rows, **_other_audio()}.items()}
+
+
+def _other_audio() -> dict[str, tuple[Values, str]]:
+    """Return the other papers' models of sound in P Table 3."""
+    pool: Values = {"kind": "segment_pool", "inputs": {"kind": "embeddings"}}
+    levels: Values = {"widths": (600, 600, 600), "dropout": 0.4, "norm": True, "pool": "multi_level", "levels": (2, 3)}
+    mel = {**_PANNS, "hop": 640, "bins": 128, "high": 16_000.0}
+    return {
+        "cnn14_audioset": ({"kind": "cnn14", "inputs": _PANNS}, "P Table 3: 43.1 (Kong et al.)"),
+        "segment_mean_audioset": ({**pool, "pool": "mean"}, "P Table 3: 31.4 (Gemmeke et al.); OPEN: layers"),
+        "segment_attention_audioset": (pool, "P Table 3: 32.7 (Kong et al. 2018)"),
+        "segment_levels_audioset": (
+            {**pool, **levels, "output_norm": True},
+            "P Table 3: 36.0 (Yu et al.); OPEN: which levels",
+        ),
+        "resnet50_audioset": (
+            {"kind": "resnet", "inputs": mel},
+            "P Table 3: 38.0 (Ford et al.); OPEN: spectrogram, clip",
+        ),
+    }
 
 
 def _modelnet() -> dict[str, Preset]:

@@ -11,6 +11,7 @@ OTHERS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "wandb": "wandb",
 }
 OURS = {"perceiver", "perceiver_train", "pipelines", "cluster", "tune"}
 

@@ -1,8 +1,9 @@
 """A plan as lines for a terminal and as a dictionary for scripts."""
 
+from dataclasses import asdict
 from typing import Any
 
-from cluster.capacity.estimate import DEVICE_HOURS_PER_FAILURE, RECOVERY_SECONDS, Estimate
+from cluster.capacity.estimate import RECOVERY_SECONDS, Estimate
 from cluster.capacity.workload import Workload
 
 
@@ -76,8 +77,10 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         + ("" if plan.calibrated else f" (assumed: {data.cpu_seconds * 1e3:.3g} ms per sample)"),
         f"checkpoint    {size(relied.checkpoint_bytes)}, {with_unit(relied.save_seconds)} to write, every "
         f"{with_unit(relied.interval_seconds)} (Young-Daly)",
-        f"failures      {relied.failures:.2g} expected (one per {DEVICE_HOURS_PER_FAILURE:,} device hours), "
-        f"{RECOVERY_SECONDS:.0f} s to recover; goodput {relied.goodput:.1%}",
+        f"failures      {relied.failures:.2g} expected (one per {relied.rate.device_hours:,.0f} device hours, "
+        f"{with_unit(relied.rate.device_hours * 3600 / machines.devices)} of this run), {RECOVERY_SECONDS:.0f} s to "
+        f"recover; goodput {relied.goodput:.1%}",
+        f"  rate        {relied.rate.name}: {relied.rate.basis}",
         f"run           {plan.steps:,} steps, {with_unit(plan.hours * 3600)}, {plan.device_hours:,.1f} device hours",
         f"cost          {demand:,.2f} on demand, {spot:,.2f} preemptible (prices of the table)",
         f"breaks first  {bottleneck(plan)}",
@@ -150,7 +153,7 @@ def tree(plan: Estimate, workload: Workload) -> dict[str, Any]:
         "step_seconds": {**vars(plan.step), "total": plan.step.total},
         "utilisation": plan.utilisation,
         "ingest": vars(plan.ingest),
-        "reliability": vars(plan.reliability),
+        "reliability": asdict(plan.reliability),
         "steps": plan.steps,
         "hours": plan.hours,
         "evaluators": plan.evaluators,

@@ -8,14 +8,12 @@ import math
 from dataclasses import dataclass, replace
 
 from cluster.capacity.calibrate import Calibration
+from cluster.capacity.failures import DEFAULT, SOURCES, FailureRate
 from cluster.capacity.workload import Workload
 from cluster.runtime.hardware import Device
 from perceiver.config import UserError
 from perceiver.shared_kv import GPU_SCORES
 
-DEVICE_HOURS_PER_FAILURE = 50_700
-"""Device hours between two failures that end a job: 419 unexpected interruptions in 54 days on 16,384 H100 (The Llama 3
-Herd of Models, arXiv 2407.21783, section 3.3.4)."""
 RECOVERY_SECONDS = 120.0
 """Seconds from a failure to the next new step, without the lost work: an assumption; see docs/reliability.md."""
 STORE_BYTES_S = 0.5e9
@@ -116,6 +114,7 @@ class Ingest:
 class Reliability:
     """Checkpoints and failures of a run; `goodput` is the share of time spent on new steps."""
 
+    rate: FailureRate
     checkpoint_bytes: float
     save_seconds: float
     interval_seconds: float
@@ -155,7 +154,12 @@ class Estimate:
         return self.device_hours * device.price_hour, self.device_hours * device.price_hour_spot
 
 
-def estimate(workload: Workload, machines: Machines, calibration: Calibration | None = None) -> Estimate:
+def estimate(
+    workload: Workload,
+    machines: Machines,
+    calibration: Calibration | None = None,
+    failures: FailureRate = SOURCES[DEFAULT],
+) -> Estimate:
     """Return the estimate of a run.
 
     Raises:
@@ -178,7 +182,7 @@ def estimate(workload: Workload, machines: Machines, calibration: Calibration | 
     times = step_time(workload, machines, micro, accumulation, calibration)
     reading = ingest(workload, machines, times, calibration)
     steps = workload.total_steps
-    relied = reliability(workload, machines, steps * times.total, calibration)
+    relied = reliability(workload, machines, steps * times.total, calibration, failures)
     hours = steps * times.total / relied.goodput / 3600
     peak = _peak(workload, machines.device) * machines.devices
     return Estimate(
@@ -412,7 +416,13 @@ def ingest(workload: Workload, machines: Machines, step: Step, calibration: Cali
     )
 
 
-def reliability(workload: Workload, machines: Machines, seconds: float, calibration: Calibration | None) -> Reliability:
+def reliability(
+    workload: Workload,
+    machines: Machines,
+    seconds: float,
+    calibration: Calibration | None,
+    failures: FailureRate = SOURCES[DEFAULT],
+) -> Reliability:
     """Return the checkpoints at Young and Daly's interval sqrt(2 x save time x time between failures), and the goodput.
 
     A checkpoint contains weights, both moments and the moving average, if there is one, in float32; each device writes
@@ -421,7 +431,7 @@ def reliability(workload: Workload, machines: Machines, seconds: float, calibrat
     size = (16.0 if workload.recipe.train.ema else 12.0) * workload.account.parameters
     rate = calibration.save_bytes_s if calibration else STORE_BYTES_S
     save = size / (rate * (machines.devices if workload.zero_stage else 1)) + 1.0
-    between = DEVICE_HOURS_PER_FAILURE * 3600 / machines.devices
+    between = failures.device_hours * 3600 / machines.devices
     interval = math.sqrt(2 * save * between)
     lost = save / interval + interval / (2 * between) + RECOVERY_SECONDS / between
-    return Reliability(size, save, interval, seconds / between, max(0.05, 1 - lost))
+    return Reliability(failures, size, save, interval, seconds / between, max(0.05, 1 - lost))

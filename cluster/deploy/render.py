@@ -40,6 +40,9 @@ KINDS = {
 ELSEWHERE = ("kuberay", "autoscaler-aws", "autoscaler-gcp")
 """Kinds whose nodes do not see files of this machine."""
 
+DRIVER = {"driver": 1}
+"""Custom resource of the pod of the driver, which does not end with the head's (`gcs_fault_tolerance`)."""
+
 RECIPE_FOLDER = "/etc/perceiver"
 """Folder of the recipe in the pods of a RayJob."""
 
@@ -85,9 +88,9 @@ def job_command(source: RecipeFile, file: str, overrides: Sequence[str]) -> str:
     return shlex.join([*words, "train", file, *overrides])
 
 
-def submit_command(source: RecipeFile, overrides: Sequence[str]) -> str:
+def submit_command(source: RecipeFile, overrides: Sequence[str], *options: str) -> str:
     """Return the shell command that submits the recipe to a cluster whose dashboard is forwarded to this machine."""
-    return shlex.join(["perceiver", "submit", source.file, *overrides, "--address", "http://127.0.0.1:8265"])
+    return shlex.join(["perceiver", "submit", source.file, *overrides, *options, "--address", "http://127.0.0.1:8265"])
 
 
 def autoscaling_overrides(source: RecipeFile, settings: Settings, *, contents: bool = False) -> list[str]:
@@ -164,11 +167,23 @@ def _values(kind: str, source: RecipeFile, settings: Settings, folder: str) -> d
     }
     if kind == "kuberay":
         check_secret_files([source.file])
+        values |= _tolerance(settings)
+        if settings.gcs_fault_tolerance:
+            values["submit"] = submit_command(source, ours, "--entrypoint-resources", values["driver_need"])
         file = f"{RECIPE_FOLDER}/{Path(source.file).name}"
         values["job"] = job_command(source, file, autoscaling_overrides(source, settings, contents=True))
         values |= {"recipe_folder": RECIPE_FOLDER, "recipe_name": Path(source.file).name}
         values["recipe_text"] = Path(source.file).read_text(encoding="utf-8")
     return values
+
+
+def _tolerance(settings: Settings) -> dict[str, Any]:
+    """Return the variables of the templates for GCS fault tolerance.
+
+    Ray places the driver of a job on the head, unless the job reserves a resource of another node.
+    """
+    (name,) = DRIVER
+    return {"tolerance": settings.gcs_fault_tolerance, "driver_resource": name, "driver_need": json.dumps(DRIVER)}
 
 
 def write(files: Mapping[str, str], folder: str) -> list[Path]:

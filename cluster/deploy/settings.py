@@ -1,19 +1,40 @@
 """The machines of a cluster, as files in recipes/cluster/ describe them."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from cluster.recipe.config import Recipe
 from cluster.recipe.file import read_yaml_config
 from perceiver.config import Config, Count, CountOrZero, Positive, UserError
-from perceiver.tracking.redaction import contains_secret, leaves
+from perceiver.tracking.redaction import contains_secret, leaves, redact_text
 
 LABELS = {"train": {"role": "train"}, "data": {"role": "data"}}
 """Labels of training and data nodes, unless the recipe sets others."""
+
+
+def _redis_address(value: str) -> str:
+    if not re.fullmatch(r"(rediss?://)?([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:]+\]):\d{1,5}", value) or not (
+        0 < int(value.rpartition(":")[2]) < 65536
+    ):
+        raise ValueError(
+            f"got {redact_text(value)!r}, wanted HOST:PORT or redis://HOST:PORT (rediss:// with TLS) without a login: "
+            "the password is a Kubernetes secret, redis_password_secret"
+        )
+    return value
+
+
+def _object_name(value: str) -> str:
+    if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
+        raise ValueError(f"got {redact_text(value)!r}, wanted a Kubernetes name: lower-case letters, digits, - and .")
+    return value
+
+
+ObjectName = Annotated[str, Field(max_length=253), AfterValidator(_object_name)]
 
 
 class Machine(Config):
@@ -77,6 +98,26 @@ class Services(Config):
     bucket: str = Field(default="perceiver", description="bucket for data, runs and artifacts")
 
 
+class GcsFaultTolerance(Config):
+    """The Redis that keeps the state of a KubeRay cluster's control plane (GCS), so that a new head continues it."""
+
+    redis_address: Annotated[str, AfterValidator(_redis_address)] = Field(
+        max_length=300, description="HOST:PORT or redis://HOST:PORT (rediss:// with TLS), without a login"
+    )
+    redis_username: str = Field(default="", max_length=100, description="user of the Redis; empty: the default one")
+    redis_password_secret: ObjectName = Field(
+        default="", description="Kubernetes secret with the password; empty: Redis wants none"
+    )
+    redis_password_key: str = Field(default="password", min_length=1, max_length=253, description="key of that secret")
+    external_storage_namespace: ObjectName = Field(
+        default="",
+        description="prefix of the keys of raycluster.yaml in Redis, unique to the cluster; empty: the cluster's UID",
+    )
+    driver: Machine = Field(
+        default=Machine(cpus=2, memory_gb=8, shm_gb=1), description="pod of the driver, which must not be the head's"
+    )
+
+
 class Settings(Config):
     """The machines and their configuration, as far as a recipe does not determine them."""
 
@@ -99,6 +140,9 @@ class Settings(Config):
     env_secrets: tuple[str, ...] = Field(
         default=("perceiver-storage", "perceiver-mlflow"),
         description="Kubernetes secrets whose keys become environment variables, for storage and tracking",
+    )
+    gcs_fault_tolerance: GcsFaultTolerance | None = Field(
+        default=None, description="for kuberay: a run survives the loss of the head; null: the job starts again then"
     )
     node_selector: dict[str, str] = Field(default={}, description="Kubernetes labels of the training machines")
     aws: Aws = Field(default=Aws(), description="for autoscaler-aws")

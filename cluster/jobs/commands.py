@@ -22,6 +22,9 @@ POLL_S = 0.5
 POLL_LOG_S = 2.0
 """Seconds between two requests for a job's whole log, once its websocket has closed."""
 
+ANSWER_WAIT_S = 120.0
+"""How long a job server may not answer before its follower gives up."""
+
 log = logging.getLogger(__name__)
 
 
@@ -89,21 +92,31 @@ def follow(server: JobServer, job: Job, write: Callable[[str], None]) -> Job:
     """Write the output of a job until it ends; return the ended job. The job does not depend on its follower.
 
     Some proxies close an idle websocket, or do not support websockets; then the whole log is polled and only its new
-    part is written.
+    part is written. A server that does not answer may be that of a head which starts again; it gets `ANSWER_WAIT_S`.
+
+    Raises:
+        UserError: the server did not answer for that long.
     """
     if not job.live:
         write(logs(server, job))
         return job
-    length = _tail(server, job, write)
+    length, silent_since = _tail(server, job, write), None
     while True:
-        # The state is read before the log, so that no output before the end is missed.
-        job = find_job(server, job.name)
         try:
+            # The state is read before the log, so that no output before the end is missed.
+            job = find_job(server, job.name)
             text = logs(server, job)
-        except UserError:
-            if job.live:
+        except UserError as error:
+            if not job.live:
+                return job  # the log is lost with its node
+            if silent_since is None:
+                silent_since = time.monotonic()
+                write(f"note: {error}; waiting up to {ANSWER_WAIT_S:.0f} s for an answer, the job may still run\n")
+            if time.monotonic() - silent_since > ANSWER_WAIT_S:
                 raise
-            return job  # the log is lost with its node
+            time.sleep(POLL_LOG_S)
+            continue
+        silent_since = None
         if len(text) > length:
             write(text[length:])
             length = len(text)

@@ -75,8 +75,7 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for number, part in enumerate(recipe.data.mixture):
         yield f"data.mixture.{number}.url", part.url
     yield "output", recipe.output
-    if recipe.train.init_from:
-        yield "train.init_from", recipe.train.init_from
+    yield from recipe.train.initial_places().items()
     if recipe.tracking.artifact_root:
         yield "tracking.artifact_root", recipe.tracking.artifact_root
     settings = recipe.deepspeed.config

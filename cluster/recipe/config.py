@@ -67,8 +67,11 @@ def for_workers(recipe: Recipe) -> dict[str, Any]:
     tree["output"] = absolute(recipe.output)
     for place in (tree["data"], *tree["data"]["mixture"]):
         place["url"] = absolute(place["url"])
-    if recipe.train.init_from:
-        tree["train"]["init_from"] = absolute(recipe.train.init_from)
+    start = recipe.train.init_from
+    if isinstance(start, dict):
+        tree["train"]["init_from"] = {part: absolute(place) for part, place in start.items()}
+    elif start:
+        tree["train"]["init_from"] = absolute(start)
     tree["deepspeed"]["config"] = read_config(recipe.deepspeed) or None
     return tree
 

@@ -138,6 +138,15 @@ def _check_series(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfi
     )
 
 
+def _check_embeddings(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig, trained: bool) -> None:
+    segments, channels = shape
+    fix = "use data of the same size" if trained else f"set {key} to those of the data"
+    raise UserError(
+        f"{key} has segments = {inputs.segments} and channels = {inputs.channels}, but the embeddings of {data.url} "
+        f"have {segments} segments of {channels} values: {fix}"
+    )
+
+
 CHECKS = {
     "image": _check_image,
     "audio": _check_audio,
@@ -145,5 +154,6 @@ CHECKS = {
     "text": _check_text,
     "points": _check_points,
     "series": _check_series,
+    "embeddings": _check_embeddings,
 }
 """Checks of a batch key whose shape is not the model's; other inputs accept any size."""

@@ -20,6 +20,7 @@ from cluster.recipe.targets import check_targets, class_names, with_targets
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.local import check_reachable
 from perceiver.config import Config, UserError
+from perceiver.export.parts import plan_parts
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model, on_meta
 from perceiver.optim.config import optimizer_groups
@@ -28,6 +29,7 @@ from perceiver.storage import is_local, open_url
 from perceiver.tasks import build_task, output_count
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact, redact_text
+from perceiver.tracking.wandb_config import WandbConfig
 from perceiver.train.checkpoint.store import CheckpointManifest, parameter_difference
 from perceiver.train.engine.deepspeed_config import BatchPlan, plan_config
 from perceiver.train.hooks import History
@@ -127,6 +129,8 @@ def check(recipe: Recipe, folder: RunFolder, resume: bool) -> Preflight:
         recipe.tracking.store_uri(folder.local.parent)
     if recipe.tracking.tensorboard:
         check_tensorboard(folder)
+    if recipe.tracking.wandb is not None:
+        check_wandb(recipe.tracking.wandb)
     if checkpoint is not None:
         check_same_parameters(folder, checkpoint, model.shapes)
     if not resume:
@@ -312,6 +316,9 @@ def describe_start(recipe: Recipe, manifest: Manifest) -> str:
         return ""
     with on_meta():
         model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
+    if isinstance(url, dict):
+        plans = plan_parts(model, url, class_names(recipe, manifest))
+        return "; ".join(f"{part} {plan.describe(url[part])}" for part, plan in plans.items())
     saved = open_weights(url)
     line = plan_weights(model, saved, class_names(recipe, manifest)).describe(url)
     return "; ".join([line, *other_normalisation(recipe.model, saved.model)])
@@ -421,6 +428,13 @@ def check_tensorboard(folder: RunFolder) -> None:
             f"tracking.tensorboard: got output = {safe_line(redact_text(folder.output))}, wanted a folder on a "
             "disk, to which event files can be appended: set output to one, or tracking.tensorboard=false"
         )
+
+
+def check_wandb(config: WandbConfig) -> None:
+    """Refuse `tracking.wandb` without its package or, online, without a key."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError(lacks("tracking.wandb", ModuleNotFoundError(name="wandb")))
+    config.check()
 
 
 def check_deepspeed(recipe: Recipe, parameters: int) -> None:

@@ -76,8 +76,8 @@ def conclude(launch: Launch, outcome: Mapping[str, Any]) -> RunEnd:
         say(f"stopped after step {outcome['step']} of {outcome['total_steps']}, checkpoint saved; {continue_with}")
     else:
         error = str(outcome.get("error", "the workers exited without an error message"))
-        launch.console.error(error)
-        say(f"logs {folder.local / 'logs'}" + ("" if status == "refused" else f"; {continue_with}"))
+        launch.console.error(error if status == "refused" else f"{error}; {continue_with}")
+        say(f"logs {folder.local / 'logs'}")
     facts = {name: value for name, value in outcome.items() if name not in ("handle", "status", "result")}
     return RunEnd(folder, status, error, code, facts, outcome.get("result"))
 

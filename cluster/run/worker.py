@@ -33,6 +33,7 @@ from cluster.run.monitor import ActorClient, Client, make_client
 from cluster.run.watchdog import Pulse
 from cluster.runtime.ray_internals import quiet_data_progress, rest_data_scheduler
 from perceiver.config import UserError
+from perceiver.export.parts import load_parts
 from perceiver.export.weights import load_weights, open_weights
 from perceiver.factory import build_model
 from perceiver.optim.freezing import freeze
@@ -158,9 +159,15 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             handle: RunHandle | None = config["mlflow"].value
             tracker: Tracker = NullTracker()
             if first:
-                board = recipe.tracking.tensorboard
-                local = Path(config["local"])
-                tracker = open_tracker(handle, local, history=recorded, system_metrics_node="", tensorboard=board)
+                local, tracking = Path(config["local"]), recipe.tracking
+                tracker = open_tracker(
+                    handle,
+                    local,
+                    history=recorded,
+                    system_metrics_node="",
+                    tensorboard=tracking.tensorboard,
+                    wandb=tracking.wandb and tracking.wandb.request(local, recipe.model_dump(mode="json")),
+                )
             resources.callback(tracker.detach)
             history = History(recorded, [tracker.log_metrics, partial(send_metrics, monitor)] if first else [])
             reporter = RayReporter(history, on_ray=isinstance(monitor, ActorClient))
@@ -352,8 +359,11 @@ def first_model(recipe: Recipe, classes: int, names: Sequence[str] = (), restore
     """
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, classes=output_count(recipe.task, classes))
-    if recipe.train.init_from and not restored:
-        load_weights(model, open_weights(recipe.train.init_from), names)
+    start = None if restored else recipe.train.init_from
+    if isinstance(start, dict):
+        load_parts(model, start, names)
+    elif start:
+        load_weights(model, open_weights(start), names)
     freeze(model, recipe.train.freeze)
     return model
 

@@ -11,7 +11,10 @@ from perceiver.model import Raw, need_classes, numbered
 
 
 class CNN14Config(BaselineConfig):
-    """Six blocks of two 3x3 convolutions; inputs of kind mel, layout grid, positions none (64 bins in the source)."""
+    """Six blocks of two 3x3 convolutions; inputs of kind mel, layout grid, positions none (64 bins in the source).
+
+    Frames and bins are halved after each block but the last, a rest left out: there must be enough of them.
+    """
 
     kind: Literal["cnn14"] = "cnn14"
     widths: tuple[Size, ...] = Field(default=(64, 128, 256, 512, 1024, 2048), description="Channels of each block.")
@@ -38,6 +41,12 @@ class CNN14(Baseline):
         super().__init__(config)
         if len(self.grid) != 2:
             raise UserError("model.inputs: got inputs without frames and bins; wanted kind mel with layout grid")
+        least = 2 ** (len(config.widths) - 1)
+        if min(self.grid) < least:
+            raise UserError(
+                f"model.inputs: got {self.grid[0]} frames of {self.grid[1]} bins for {len(config.widths)} blocks; "
+                f"wanted at least {least} of each, or fewer model.widths"
+            )
         self.config = config
         self.norm = nn.BatchNorm2d(self.grid[1])
         widths = (self.channels, *config.widths)
@@ -61,7 +70,7 @@ class CNN14(Baseline):
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i < len(self.blocks) - 1:
-                x = nn.functional.avg_pool2d(x, 2, ceil_mode=True)
+                x = nn.functional.avg_pool2d(x, 2)
             x = nn.functional.dropout(x, c.dropout, self.training)
         x = x.mean(3)
         x = x.amax(2) + x.mean(2)

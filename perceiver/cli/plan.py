@@ -44,6 +44,13 @@ Examples:
 )
 @click.option("--sample-bytes", type=Number(1, 1e12), help="Stored bytes per sample.")
 @click.option("--classes", type=click.IntRange(1, 1_000_000), help="Number of classes.")
+@click.option(
+    "--failures",
+    metavar="SOURCE",
+    default="llama3",
+    show_default=True,
+    help="Rate of failures: llama3, rsc1, rsc2 or rsc1024 as published, or device hours per failure.",
+)
 @click.option("--hardware", metavar="FILE", help="A hardware table with other devices and prices.")
 @click.option("--calibrate", is_flag=True, help="First measure this machine with the recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON line.")
@@ -52,6 +59,7 @@ def command(
     overrides: tuple[str, ...],
     gpu: str,
     hardware: str | None,
+    failures: str,
     calibrate: bool,
     as_json: bool,
     **sizes: Any,
@@ -65,10 +73,12 @@ def command(
     from cluster.capacity.calibrate import check_device, load_calibration
     from cluster.capacity.describe import describe, tree
     from cluster.capacity.estimate import check_starving, estimate
+    from cluster.capacity.failures import failure_rate
     from cluster.capacity.workload import build_workload
     from cluster.recipe.config import load_recipe
     from cluster.runtime.hardware import load_hardware
 
+    rate = failure_rate(failures)
     plan_of = load_recipe(recipe, overrides)
     place = _place(
         gpu,
@@ -85,7 +95,7 @@ def command(
         say(f"measured in {time.monotonic() - began:.0f} s", err=True)
     calibration = load_calibration(plan_of, place.device.match)
     work = build_workload(plan_of, **sizes)
-    found = estimate(work, place, calibration)
+    found = estimate(work, place, calibration, rate)
     check_starving(found, work)
     if as_json:
         say_json(tree(found, work))

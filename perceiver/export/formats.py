@@ -339,6 +339,7 @@ VALUES = {
     "text": "bytes + 6 between 4 (start) and 5 (end), then 0; or the ids of the model's own vocabulary",
     "series": "numbers as in the data, not normalised",
     "points": "centred coordinates in -1 to 1",
+    "embeddings": "bytes, quantised as in the data",
 }
 """What the numbers of a raw input mean, by its key."""
 

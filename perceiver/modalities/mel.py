@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from perceiver.attention import no_autocast
 from perceiver.config import Config, Real, Size, UserError
+from perceiver.hashing import FIRST, GOLDEN, SECOND
 from perceiver.modalities._positions import Positions
 from perceiver.modalities._statistics import Deviation, Mean, numbers
 from perceiver.modalities.audio import normalise_audio
@@ -25,13 +26,19 @@ class MelConfig(Config):
     """Mono audio under the batch key `audio`, turned into a log-mel spectrogram on the device.
 
     SpecAugment's sizes in the Perceiver paper are not known: it is off by default; 2 masks of each kind, as in its own
-    paper, are a start. Its draws follow the step's random state, a function of seed, step and rank.
+    paper, are a start. Its draws in a run are a function of seed, step and sample.
     """
 
     kind: Literal["mel"] = "mel"
     samples: Size = Field(default=61_440, description="Length of a clip in samples.")
     rate: int = Field(default=48_000, ge=100, le=1_000_000, description="Samples per second.")
     window: int = Field(default=2048, ge=2, le=1 << 20, description="STFT length in samples.")
+    fft: int | None = Field(
+        default=None,
+        ge=2,
+        le=1 << 20,
+        description="FFT length, zeros after the window (VGGish: 512); null: none.",
+    )
     hop: Size = Field(default=1024, description="Samples between frames.")
     bins: int = Field(default=80, ge=1, le=1 << 16, description="Mel bins.")
     low: Real = Field(default=80.0, ge=0, le=1e6, description="Lowest frequency in Hz.")
@@ -64,7 +71,7 @@ class MelConfig(Config):
         return Mel(self)
 
 
-FRONT_END = ("centre", "spectrum", "scale", "log", "log_offset")
+FRONT_END = ("fft", "centre", "spectrum", "scale", "log", "log_offset")
 """Keys whose statistics `perceiver prepare` measures only at their defaults."""
 
 
@@ -124,7 +131,7 @@ def log_mel(x: Tensor, config: MelConfig) -> Tensor:
         x = nn.functional.pad(x, (0, (frames - 1) * config.hop + config.window - x.shape[1]))
     x = x.unfold(1, config.window, config.hop)[:, :frames]
     window = torch.hann_window(config.window, periodic=True, dtype=x.dtype, device=x.device)
-    spectrum = torch.fft.rfft(x * window).abs()
+    spectrum = torch.fft.rfft(x * window, config.fft).abs()
     if config.spectrum == "power":
         spectrum = spectrum.square()
     matrix = slaney_matrix if config.scale == "slaney" else mel_matrix
@@ -137,12 +144,31 @@ def log_mel(x: Tensor, config: MelConfig) -> Tensor:
     return torch.log(mel + config.log_offset)
 
 
+def uniform_draws(seeds: Tensor, count: int) -> Tensor:
+    """Return `count` numbers in [0, 1) for each seed (B,) int64: float32 (B, count), those of SplitMix64."""
+    z = seeds[:, None] + torch.arange(1, count + 1, device=seeds.device) * _signed(GOLDEN)
+    z = (z ^ _shifted(z, 30)) * _signed(FIRST)
+    z = (z ^ _shifted(z, 27)) * _signed(SECOND)
+    return _shifted(z ^ _shifted(z, 31), 40).float() / (1 << 24)
+
+
+def _signed(value: int) -> int:
+    """Return the int64 of the same bits as an uint64; products of int64 wrap as those of uint64 do."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift the bits of int64 to the right, with zeros from the left."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
 class Mel(nn.Module):
     """Turns audio into one input per frame and bin: [log-mel value | position]."""
 
     keys = ("audio",)
-    training_keys = ("mix_partner", "mix_share")
-    """MixUp of a task: the other row of each row (B,), and the share of its own log-mel values that it keeps (B,)."""
+    training_keys = ("mix_partner", "mix_share", "draw_seed")
+    """MixUp of a task: the other row of each row (B,), and the share of its own log-mel values that it keeps (B,).
+    SpecAugment: a number for each sample and step (B,) int64; torch's generator draws without it."""
 
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
@@ -151,6 +177,8 @@ class Mel(nn.Module):
                 f"inputs.high: got {config.low} to {config.high} Hz at {config.rate} samples per second; wanted "
                 "low < high <= rate/2"
             )
+        if config.fft is not None and config.fft < config.window:
+            raise UserError(f"inputs.fft: got {config.fft} for a window of {config.window}; wanted at least the window")
         self.config = config
         (self.mean,), (self.std,) = (numbers(key, getattr(config, key)) for key in ("mean", "std"))
         if config.centre and config.samples <= config.window - config.window // 2:
@@ -169,7 +197,7 @@ class Mel(nn.Module):
         with torch.no_grad(), no_autocast(raw["audio"].device.type):
             mel = log_mel(normalise_audio(raw["audio"], dtype), self.config)
             if self.training:
-                mel = self._augment(mel)
+                mel = self._augment(mel, raw.get("draw_seed"))
                 if "mix_share" in raw:
                     mel = torch.lerp(mel[raw["mix_partner"]], mel, raw["mix_share"].to(mel)[:, None, None])
             mel = (mel - self.mean) / self.std
@@ -184,15 +212,23 @@ class Mel(nn.Module):
         """Return values (..., M) as a spectrogram is drawn: (..., bins, frames), the highest frequency first."""
         return values.unflatten(-1, (-1, self.config.bins)).transpose(-1, -2).flip(-2)
 
-    def _augment(self, mel: Tensor) -> Tensor:
+    def _augment(self, mel: Tensor, seeds: Tensor | None) -> Tensor:
         """Mask stretches of frames and bands of bins by the sample's mean (SpecAugment, arXiv 1904.08779)."""
         c = self.config
+        count = 2 * (c.time_masks + c.frequency_masks)
+        if not count:
+            return mel
+        if seeds is None:
+            draws = torch.rand(len(mel), count, device=mel.device)
+        else:
+            draws = uniform_draws(seeds, count)
+        drawn = iter(draws.split(1, 1))
         mean = mel.mean((1, 2), keepdim=True)
         for axis, masks, width in ((1, c.time_masks, c.time_width), (2, c.frequency_masks, c.frequency_width)):
             size = mel.shape[axis]
             for _ in range(masks):
-                length = (torch.rand(len(mel), 1, device=mel.device) * (width + 1)).floor()
-                start = (torch.rand(len(mel), 1, device=mel.device) * (size - length + 1).clamp(min=1)).floor()
+                length = (next(drawn) * (width + 1)).floor()
+                start = (next(drawn) * (size - length + 1).clamp(min=1)).floor()
                 index = torch.arange(size, device=mel.device)
                 hidden = (index >= start) & (index < start + length)
                 mel = torch.where(hidden.unsqueeze(3 - axis), mean, mel)

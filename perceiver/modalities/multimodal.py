@@ -79,6 +79,9 @@ def _below(name: str, line: Any) -> InitErrorDetails:
 class Multimodal(nn.Module):
     """Turns several raw tensors into one set of inputs, in alphabetical order of the modalities' names."""
 
+    training_keys = ("draw_seed",)
+    """See `perceiver.modalities.mel`."""
+
     def __init__(self, config: MultimodalConfig) -> None:
         super().__init__()
         self.config = config

@@ -2,7 +2,8 @@
 
 Importing MLflow takes seconds and 230 MB, its retries block, and it prints to the terminal. So it runs in a separate
 process (`perceiver.tracking.mlflow_writer`), which sends the rest and exits after its parent. TensorBoard's event files
-are written by another (`perceiver.tracking.tensorboard_writer`), so that a full or slow disk cannot block training.
+are written by another (`perceiver.tracking.tensorboard_writer`), so that a full or slow disk cannot block training, and
+W&B gets its copy from a third (`perceiver.tracking.wandb_writer`).
 """
 
 import json
@@ -27,6 +28,7 @@ Request = Mapping[str, Any]
 
 
 MLFLOW, TENSORBOARD = "perceiver.tracking.mlflow_writer", "perceiver.tracking.tensorboard_writer"
+WANDB_WRITER = "perceiver.tracking.wandb_writer"
 """The modules that follow a record."""
 
 

@@ -7,6 +7,8 @@ tracking/sent.json      the MLflow run, and the bytes of each file that it has
 tracking/run.json       the MLflow run (`perceiver.tracking.runs.RunHandle`)
 tracking/mlflow.log     messages of the MLflow process
 tracking/tensorboard.log    messages of the process that writes TensorBoard's event files
+tracking/wandb.json     the W&B run, and the last step that it has of each metric
+tracking/wandb.log      messages of the process that sends to W&B
 """
 
 import contextlib
@@ -30,6 +32,7 @@ RECORD = "tracking"
 HISTORY, SYSTEM, NOTES = FILES = ("history.jsonl", "tracking/system.jsonl", "tracking/notes.jsonl")
 SENT, RUN, LOG = "tracking/sent.json", "tracking/run.json", "tracking/mlflow.log"
 TENSORBOARD_LOG = "tracking/tensorboard.log"
+WANDB, WANDB_LOG = "tracking/wandb.json", "tracking/wandb.log"
 READ_BYTES = 2**20
 
 

@@ -23,6 +23,7 @@ from perceiver.tracking.mlflow_process import ask
 from perceiver.tracking.record import HISTORY, LOG, NOTES, RUN, LineWriter, unsent
 from perceiver.tracking.redaction import flatten, redact, redact_text, resolve, server_address
 from perceiver.tracking.tracker import NullTracker, RecordTracker, Status, Tracker
+from perceiver.tracking.wandb_config import WandbConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ ASK_S = 120.0
 
 
 class TrackingConfig(Config):
-    """Tracking of a run with MLflow and TensorBoard (recipe key `tracking`)."""
+    """Tracking of a run with MLflow, TensorBoard and Weights & Biases (recipe key `tracking`)."""
 
     enabled: bool = Field(default=True, description="log to MLflow; the report and the checkpoints do not need it")
     uri: str | None = Field(
@@ -59,6 +60,9 @@ class TrackingConfig(Config):
     tensorboard: bool = Field(
         default=False,
         description="also write TensorBoard's event files to tensorboard/ in the run's folder, with or without MLflow",
+    )
+    wandb: WandbConfig | None = Field(
+        default=None, description="also log to Weights & Biases, with or without MLflow; {} for the defaults"
     )
     required: bool = Field(
         default=False,
@@ -248,6 +252,7 @@ def open_tracker(
     system_metrics_node: str | None = None,
     close_timeout_s: float = 30.0,
     tensorboard: bool = False,
+    wandb: Mapping[str, Any] | None = None,
 ) -> Tracker:
     """Return a tracker for the run. Returns immediately; MLflow is loaded in a separate process.
 
@@ -262,12 +267,13 @@ def open_tracker(
             logged.
         close_timeout_s: seconds that `close` waits until everything is sent; 5 at most if the server is known to be
             down.
-        tensorboard: whether to write TensorBoard's event files; with neither, the result is a `NullTracker`.
+        tensorboard: whether to write TensorBoard's event files.
+        wandb: the W&B run (`WandbConfig.request`); with none of the three, the result is a `NullTracker`.
     """
-    if handle is None and not tensorboard:
+    if handle is None and not tensorboard and wandb is None:
         return NullTracker()
     run = handle.to_json() if handle is not None else None
-    return RecordTracker(folder, run, history, system_metrics_node, close_timeout_s, tensorboard)
+    return RecordTracker(folder, run, history, system_metrics_node, close_timeout_s, tensorboard, wandb)
 
 
 def reconcile(

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from perceiver.tracking.mlflow_process import MLFLOW, TENSORBOARD, start
-from perceiver.tracking.record import HISTORY, LOG, NOTES, TENSORBOARD_LOG, LineWriter, unsent
+from perceiver.tracking.mlflow_process import MLFLOW, TENSORBOARD, WANDB_WRITER, start
+from perceiver.tracking.record import HISTORY, LOG, NOTES, TENSORBOARD_LOG, WANDB_LOG, LineWriter, unsent
 from perceiver.tracking.redaction import redact_value
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class RecordTracker:
     Args:
         folder: the run's folder on a local disk.
         handle: the MLflow run, as JSON (`perceiver.tracking.runs.RunHandle.to_json`); None without MLflow.
-        history, node, close_timeout_s, tensorboard: see `perceiver.tracking.runs.open_tracker`.
+        history, node, close_timeout_s, tensorboard, wandb: see `perceiver.tracking.runs.open_tracker`.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class RecordTracker:
         node: str | None,
         close_timeout_s: float,
         tensorboard: bool = False,
+        wandb: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.close_timeout_s = folder, close_timeout_s
         self._history, self._notes = LineWriter(folder / HISTORY, history), LineWriter(folder / NOTES)
@@ -102,6 +103,8 @@ class RecordTracker:
             self._followers.append(Follower(MLFLOW, request, folder / LOG))
         if tensorboard:
             self._followers.append(Follower(TENSORBOARD, {"folder": str(folder)}, folder / TENSORBOARD_LOG))
+        if wandb is not None:
+            self._followers.append(Follower(WANDB_WRITER, wandb, folder / WANDB_LOG))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float], time_s: float | None = None) -> None:
         """See `Tracker`."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
@@ -113,6 +113,10 @@ class SavingConfig(Config):
     checkpoint_misses: Count = Field(default=3, description="consecutive failed checkpoints after which the run stops")
 
 
+PartName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=200)]
+"""The dotted name of a module of a model."""
+
+
 class TrainConfig(SavingConfig):
     """How long to train, batch sizes, evaluation and checkpoints (recipe key `train`)."""
 
@@ -122,9 +126,10 @@ class TrainConfig(SavingConfig):
     micro_batch: Count | None = Field(
         default=None, description="samples per forward pass on one worker; default: a worker's whole share"
     )
-    init_from: Location | None = Field(
+    init_from: Location | dict[PartName, Location] | None = Field(
         default=None,
-        description="initial weights: a run's folder, a checkpoint, a .safetensors file or a transformers folder",
+        description="initial weights: a run's folder, a checkpoint, a .safetensors file or a transformers folder; or "
+        "one for each of some parts of the model, such as {front: runs/vgg-001}",
     )
     freeze: tuple[str, ...] = Field(
         default=(),
@@ -200,6 +205,12 @@ class TrainConfig(SavingConfig):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
         return self
+
+    def initial_places(self) -> dict[str, str]:
+        """Return the places of `init_from` by key: the key itself, or one for each part."""
+        if isinstance(self.init_from, dict):
+            return {f"train.init_from.{part}": place for part, place in self.init_from.items()}
+        return {"train.init_from": self.init_from} if self.init_from else {}
 
     def total_steps(self, samples: int) -> int:
         """Return the number of optimizer steps of the whole run.

@@ -135,7 +135,7 @@ def train(
     """
     for step in range(span.start_step, span.total_steps):
         began = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(span.accumulation)]
+        micro_batches = [with_draw_seeds(next(batches), span.seed, step) for _ in range(span.accumulation)]
         waited = time.perf_counter() - began
         torch.manual_seed(_step_seed(span.seed, step, engine.rank))
         result = engine.step(micro_batches, step)
@@ -165,6 +165,17 @@ def sample_ids(batch: Batch) -> torch.Tensor:
     """Return the sample ids of a micro-batch (B,); -1 where a row is padding."""
     ids = batch["sample_id"]
     return torch.where(batch["valid"], ids, -1) if "valid" in batch else ids
+
+
+def with_draw_seeds(batch: Batch, seed: int, step: int) -> Batch:
+    """Return a batch with `draw_seed` (B,) int64, a number for each sample: the same on any number of workers.
+
+    Inputs that augment on the device take it (`training_keys`); batches without sample ids stay as they are.
+    """
+    if "sample_id" not in batch:
+        return batch
+    start = _step_seed(seed, step, 0) - (1 << 62)  # so that no sum overflows int64
+    return {**batch, "draw_seed": batch["sample_id"] + start}
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

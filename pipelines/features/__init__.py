@@ -6,6 +6,7 @@ from pydantic import Field
 
 from perceiver import registry
 from pipelines.features.audio import AudioFeature
+from pipelines.features.embeddings import EmbeddingsFeature
 from pipelines.features.flow import FlowFeature
 from pipelines.features.image import ImageFeature
 from pipelines.features.label import LabelFeature, LabelsFeature
@@ -25,6 +26,7 @@ Feature = Annotated[
     | TextFeature
     | PointsFeature
     | SeriesFeature
+    | EmbeddingsFeature
     | AudioFeature
     | VideoFeature
     | MediaFeature
@@ -46,6 +48,7 @@ if not TYPE_CHECKING:
 
 __all__ = [
     "AudioFeature",
+    "EmbeddingsFeature",
     "Feature",
     "FlowFeature",
     "ImageFeature",

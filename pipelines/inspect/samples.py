@@ -47,6 +47,9 @@ def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
             return [CardPart("points", base64.b64encode(coarse.tobytes()).decode(), f"{len(decoded):,} points")]
         case "series":
             return [CardPart("strip", image_uri(_plot(decoded), STRIP_WIDTH), _numbers(decoded))]
+        case "embeddings":
+            picture = Image.fromarray(np.ascontiguousarray(decoded.T)).resize((SPECTROGRAM_WIDTH, decoded.shape[1]))
+            return [CardPart("strip", image_uri(picture), f"{len(decoded)} segments × {decoded.shape[1]} values")]
         case "audio":
             return _show_audio(decoded)
         case "video":
@@ -76,6 +79,8 @@ def measure(kind: str, decoded: Any) -> dict[str, float]:
             return {"points": len(decoded), "longest side": float(extent.max())}
         case "series":
             return {"steps": len(decoded), "smallest": float(decoded.min()), "largest": float(decoded.max())}
+        case "embeddings":
+            return {"segments": len(decoded)}
         case "audio":
             return {"seconds": decoded.seconds, "rate": decoded.rate}
         case "video" | "media":

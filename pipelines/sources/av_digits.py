@@ -72,11 +72,11 @@ def noisy_note(note: NDArray[np.int16], rng: np.random.Generator) -> NDArray[np.
     return np.rint(sound.clip(-1, 1) * 32767).astype(np.int16)
 
 
-def matroska(frames: NDArray[np.uint8], sound: NDArray[np.int16]) -> bytes:
-    """Return frames (F, H, W) at 8 per second and mono sound at 16 kHz as a lossless, reproducible Matroska file."""
+def matroska(frames: NDArray[np.uint8], sound: NDArray[np.int16], fps: int) -> bytes:
+    """Return frames (F, H, W) and mono sound at 16 kHz as a lossless, reproducible Matroska file."""
     sink = io.BytesIO()
     with av.open(sink, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
-        video: Any = container.add_stream("ffv1", rate=FPS)
+        video: Any = container.add_stream("ffv1", rate=fps)
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "gray"
         audio: Any = container.add_stream("flac", rate=notes.RATE, layout="mono")
         for stream in (video, audio):
@@ -84,7 +84,7 @@ def matroska(frames: NDArray[np.uint8], sound: NDArray[np.int16]) -> bytes:
             stream.codec_context.thread_count = 1
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="gray")
-            frame.pts, frame.time_base = number, Fraction(1, FPS)
+            frame.pts, frame.time_base = number, Fraction(1, fps)
             container.mux(video.encode(frame))
         block = av.AudioFrame.from_ndarray(sound[None], format="s16", layout="mono")
         block.sample_rate, block.pts, block.time_base = notes.RATE, 0, Fraction(1, notes.RATE)
@@ -122,7 +122,7 @@ class AVDigits:
             rng = np.random.default_rng(item_seed(unit.content["seed"], f"av_digits/{row}"))
             label = int(labels[row])
             place = families[label][int(rng.integers(len(families[label])))]
-            media = matroska(moving_digit(images[row], rng), noisy_note(notes.render(font, place), rng))
+            media = matroska(moving_digit(images[row], rng), noisy_note(notes.render(font, place), rng), FPS)
             yield {"key": f"mnist_5k/{row}+TimGM6mb/{'/'.join(map(str, place[:3]))}", "media": media, "label": label}
 
 

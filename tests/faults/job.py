@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -305,22 +305,3 @@ def send(process: psutil.Process, number: signal.Signals) -> float:
     now = time.time()
     process.send_signal(number)
     return now
-
-
-def row(outcome: Outcome) -> Iterable[str]:
-    """Return the cells of a row."""
-
-    def seconds(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1f}"
-
-    def count(value: int | None) -> str:
-        return "-" if value is None else str(value)
-
-    return (
-        outcome.fault,
-        seconds(outcome.detected_s),
-        seconds(outcome.first_step_s),
-        count(outcome.steps_lost),
-        count(outcome.samples_wrong),
-        "yes" if outcome.passed else "NO: " + "; ".join(outcome.failures),
-    )

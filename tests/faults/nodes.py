@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,18 @@ LOST_WITHIN_S = 15
 
 
 class Nodes:
-    """A local cluster below a folder: a head that no worker fits on, and nodes that take one worker each."""
+    """A local cluster below a folder: a head that no worker fits on, and nodes that take one worker each.
 
-    def __init__(self, folder: Path, count: int) -> None:
+    Args:
+        folder: also the home of its commands.
+        count: number of those nodes.
+        environment: variables of all nodes.
+    """
+
+    def __init__(self, folder: Path, count: int, environment: Mapping[str, str] | None = None) -> None:
         self.folder, self.file = folder, folder / "nodes.yaml"
-        nodes = [{"cpus": 1}, {"count": count, "cpus": 1, "resources": {"slot": 1}}]
+        self.environment = {**home(folder), **PACE, **(environment or {})}
+        nodes = [{"cpus": 1}, *[{"count": count, "cpus": 1, "resources": {"slot": 1}}][:count]]
         # Separate ports: another cluster that starts at the same time may use the default ones.
         ports = {"port": free_port(), "dashboard_port": free_port()}
         self.file.write_text(yaml.safe_dump({"nodes": nodes, "object_store_mb": 100, **ports}))
@@ -41,7 +48,7 @@ class Nodes:
         done = subprocess.run(
             [PERCEIVER, *words],
             cwd=self.folder,
-            env=home(self.folder) | PACE,
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -89,12 +96,19 @@ class Nodes:
 
 @contextmanager
 def job_on_nodes(
-    folder: Path, tree: dict[str, Any], count: int, outcome: Outcome, steps: int = STEPS, **cluster: Any
+    folder: Path,
+    tree: dict[str, Any],
+    nodes: int | Nodes,
+    outcome: Outcome,
+    steps: int = STEPS,
+    options: Sequence[str] = (),
+    **cluster: Any,
 ) -> Iterator[tuple[Nodes, Job]]:
     """Start a cluster, submit the run to it and wait for a checkpoint; check that nothing of it is left at the end."""
-    nodes, job = Nodes(folder, count), Job(folder, fault_tree(tree, steps, keep_checkpoints=steps))
+    nodes = Nodes(folder, nodes) if isinstance(nodes, int) else nodes
+    job = Job(folder, fault_tree(tree, steps, keep_checkpoints=steps))
     job.tree["cluster"] |= {"worker_resources": {"slot": 1}, "max_failures": 3, **cluster}
-    job.words = ["submit", "--run", RUN]
+    job.words = ["submit", "--run", RUN, *options]
     nodes.up()
     try:
         job.start().wait_checkpoint()
@@ -216,7 +230,7 @@ def head_lost(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None:
         for process in nodes.cluster.processes():
             with contextlib.suppress(psutil.NoSuchProcess):  # it exited with its parent
                 process.kill()
-        job.end()
+        job.kill()  # the follower of the job, which would wait for the head
         nodes.command("cluster", "down")
         nodes.up()
         again = time.time()

@@ -8,7 +8,7 @@ import torch
 from perceiver import registry
 from perceiver.baselines.pointnet2 import farthest_points
 from perceiver.config import UserError
-from perceiver.factory import attention_maps, build_model, input_keys, model_config
+from perceiver.factory import attention_maps, build_model, create_model, input_keys, model_config
 
 FEW = {"kind": "fourier", "bands": 3}
 IMAGE: dict[str, Any] = {"kind": "image", "size": (32, 32), "positions": FEW}
@@ -38,8 +38,24 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "widths": (4, 8, 8),
         }
     ],
+    "segment_pool": [
+        {"inputs": {"kind": "embeddings", "segments": 4, "channels": 6}, "widths": (5, 5), "norm": True, "pool": pool}
+        for pool in ("mean", "max", "attention", "feature_attention")
+    ],
     "pointnet2": [{"inputs": POINTS, "levels": LEVELS, "last": (16,), "head": (8,)}],
 }
+
+CASES["segment_pool"].append(
+    {
+        "inputs": CASES["cnn14"][0]["inputs"],
+        "front": {"frames": 8, "widths": (4, 6), "depths": (1, 2), "hidden": (9,), "channels": 5},
+        "widths": (6, 6),
+        "pool": "multi_level",
+        "levels": (1, 2),
+        "norm": True,
+        "output_norm": True,
+    }
+)
 
 
 def build(kind: str, values: dict[str, Any]) -> Any:
@@ -100,3 +116,19 @@ def test_images_only_where_there_is_one():
         build("vit", {"inputs": POINTS, **VIT})
     with pytest.raises(UserError, match="kind points"):
         build("pointnet2", {"inputs": IMAGE})
+
+
+def test_cnn14_halves_frames_and_bins_as_published():
+    """Kong et al.: 1,001 frames of 64 bins for 10 s, a rest left out at each pooling."""
+    sizes = []
+    with torch.device("meta"):
+        model: Any = create_model("cnn14_audioset", device="meta").eval()
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+        assert model(model.example(2, "meta")).shape == (2, 527)
+    assert sizes == [(1001, 64), (500, 32), (250, 16), (125, 8), (62, 4), (31, 2)]
+
+
+def test_cnn14_needs_a_frame_and_a_bin_after_each_halving():
+    with pytest.raises(UserError, match=r"32 frames of 16 bins for 6 blocks.*model\.widths"):
+        build("cnn14", {**CASES["cnn14"][0], "widths": (4,) * 6})

@@ -36,6 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "video": {"kind": "video", "frames": 4, "size": (8, 8), "patch": (2, 4, 4), "positions": FEW},
     "points": {"kind": "points", "points": 11, "bands": 3},
     "series": {"kind": "series", "length": 10, "channels": 2, "patch": 3, "embedding": 5, "positions": FEW},
+    "embeddings": {"kind": "embeddings", "segments": 5, "channels": 7, "positions": FEW},
     "text": {"kind": "text", "length": 20, "channels": 12},
     "label": {"kind": "label", "classes": 5},
     "flow_frames": {"kind": "flow_frames", "size": (6, 8), "positions": FEW},

@@ -31,7 +31,7 @@ from tune.space.space import Values
 log = logging.getLogger(__name__)
 
 PATHS = ("data.url", "train.init_from", "deepspeed.config")
-"""Keys with values that may be paths."""
+"""Keys with values that may be paths, and the beginnings of such keys."""
 
 Listener = Callable[[str, TrialRecord], None]
 """Called with an event of a trial (a word) and the trial."""
@@ -248,7 +248,7 @@ def configuration(trial: TrialRecord) -> dict[str, Any]:
 
 def placed(values: Values) -> Values:
     """Return values with absolute local paths: a trial's process may run in another folder."""
-    found = {key: absolute(v) if key in PATHS and isinstance(v, str) else v for key, v in values.items()}
+    found = {key: absolute(v) if key.startswith(PATHS) and isinstance(v, str) else v for key, v in values.items()}
     if parts := values.get("data.mixture"):
         found["data.mixture"] = [{**part, "url": absolute(part["url"])} for part in parts]
     return found

@@ -212,19 +212,19 @@ def _keep_search(plan: SearchPlan, folder: RunFolder, resume: bool) -> None:
     data = data_facts(search.recipe.data, load_data(search.recipe.data))
     if resume:
         check_same_data(search.recipe.data.url, data, folder)
-    weights = _first_weights(search.recipe.train.init_from, folder, resume)
+    weights = _first_weights(search.recipe.train.initial_places(), folder, resume)
     folder.note(search=search.config.name, data=asdict(data), weights=weights)
     folder.write("search.yaml", yaml.safe_dump(wanted, sort_keys=False))
 
 
-def _first_weights(place: str | None, folder: RunFolder, resume: bool) -> str:
+def _first_weights(places: Mapping[str, str], folder: RunFolder, resume: bool) -> str:
     """Return what identifies the weights that the trials start from; refuse to resume with others."""
-    found = open_weights(place).digest() if place else ""
+    found = "".join(open_weights(place).digest() for place in places.values())
     before = folder.facts().get("weights") if resume else None
     if before is not None and before != found:
         raise UserError(
-            f"train.init_from={place} has other weights than when {folder.url} was started: restore them, or start a"
-            " new search without --resume"
+            f"train.init_from={', '.join(places.values())} has other weights than when {folder.url} was started: "
+            "restore them, or start a new search without --resume"
         )
     return found
 

@@ -25,6 +25,7 @@ from cluster.capacity.estimate import (
     reliability,
     step_time,
 )
+from cluster.capacity.failures import failure_rate
 from cluster.capacity.workload import DataVolume, Workload, build_workload
 from cluster.recipe.config import build_recipe
 from cluster.runtime.hardware import BUILT_IN, Device, load_hardware
@@ -123,11 +124,33 @@ def test_a_ring_sends_twice_the_gradients_less_a_share(workload: Workload) -> No
 
 
 def test_the_checkpoint_interval_is_young_and_dalys(workload: Workload) -> None:
-    found = reliability(workload, place(8), 3600.0, None)
+    found = reliability(workload, place(8), 3600.0, None, failure_rate("50,700"))
     between = 50_700 * 3600 / 8
     assert found.checkpoint_bytes == pytest.approx(12e9)
     assert found.interval_seconds == pytest.approx(math.sqrt(2 * found.save_seconds * between))
     assert reliability(workload, place(1024), 3600.0, None).goodput < found.goodput
+
+
+@pytest.mark.parametrize(
+    ("source", "devices", "hours"),
+    [
+        ("llama3", 16_384, 54 * 24 / 419),
+        ("rsc1", 16_384, 1.8),
+        ("rsc1024", 1024, 7.9),
+        ("rsc2", 8, 10_256),
+        ("8e3", 8, 1000),
+    ],
+)
+def test_the_published_rates_of_failures(source: str, devices: int, hours: float, workload: Workload) -> None:
+    """The hours between failures that the papers give: 419 in 54 days, 1.8 h projected for RSC-1, 7.9 h measured."""
+    found = reliability(workload, place(devices), 3600.0, None, failure_rate(source))
+    assert 1 / found.failures == pytest.approx(hours, rel=0.005)
+
+
+@pytest.mark.parametrize("wanted", ["rsc3", "", "nan", "0", "1e99", "-5"])
+def test_other_rates_of_failures_are_refused(wanted: str) -> None:
+    with pytest.raises(UserError, match=r"--failures .*llama3, rsc1, rsc2, rsc1024"):
+        failure_rate(wanted)
 
 
 def test_too_little_memory_names_the_key(workload: Workload) -> None:
@@ -269,10 +292,15 @@ def test_the_command(tree: dict[str, Any], tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, tree))
     runner = CliRunner()
     lines = runner.invoke(command, [recipe, "--gpu", "a100", "--gpus", "4"], catch_exceptions=False).output
-    assert "4 x NVIDIA A100" in lines and "breaks first" in lines
+    assert "4 x NVIDIA A100" in lines and "breaks first" in lines and "llama3: 419 unexpected" in lines, (
+        "the default rate"
+    )
     assert "forward and backward" in lines.split("FLOPs")[1] and lines.count("ZeRO") == 4
-    found = json.loads(runner.invoke(command, [recipe, "--gpus", "4", "--json"], catch_exceptions=False).output)
+    found = json.loads(
+        runner.invoke(command, [recipe, "--gpus", "4", "--failures", "rsc2", "--json"], catch_exceptions=False).output
+    )
     assert found["devices"] == 4 and found["memory"]["total"] < 80e9
+    assert found["reliability"]["rate"]["name"] == "rsc2"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,18 @@ class AutoscalerOptions(Api):
     volumeMounts: list[kubernetes.V1VolumeMount] | None = None
 
 
+class RedisCredential(Api):
+    valueFrom: kubernetes.V1EnvVarSource | None = None
+    value: str | None = None
+
+
+class GcsFaultToleranceOptions(Api):
+    redisAddress: str
+    redisUsername: RedisCredential | None = None
+    redisPassword: RedisCredential | None = None
+    externalStorageNamespace: str | None = None
+
+
 class HeadGroupSpec(Api):
     template: kubernetes.V1PodTemplateSpec
     rayStartParams: Texts
@@ -68,7 +80,7 @@ class RayClusterSpec(Api):
     autoscalerOptions: AutoscalerOptions | None = None
     headServiceAnnotations: Texts | None = None
     enableInTreeAutoscaling: bool | None = None
-    gcsFaultToleranceOptions: dict[str, Any] | None = None
+    gcsFaultToleranceOptions: GcsFaultToleranceOptions | None = None
     rayVersion: str | None = None
     workerGroupSpecs: list[WorkerGroupSpec] | None = None
 

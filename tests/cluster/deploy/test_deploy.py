@@ -29,7 +29,7 @@ from cluster.deploy.render import (
     write,
     yaml_text,
 )
-from cluster.deploy.settings import Machine, Settings, read_settings
+from cluster.deploy.settings import GcsFaultTolerance, Machine, Settings, read_settings
 from cluster.jobs import entrypoint as job
 from cluster.recipe.config import load_recipe
 from cluster.run.metrics import FIGURES
@@ -112,6 +112,58 @@ def test_the_kuberay_files_follow_the_apis_of_kuberay_and_kubernetes(source: Rec
         if "configMap" in v
     }
     assert mounted == {recipe_map["metadata"]["name"]}
+
+
+TOLERANCE = {
+    "redis_address": "rediss://redis.db:6379",
+    "redis_password_secret": "redis-login",
+    "redis_password_key": "word",
+    "external_storage_namespace": "team-a",
+}
+
+
+def test_a_lost_head_reads_the_state_of_its_cluster_from_redis(source: RecipeFile, settings: Settings) -> None:
+    """The driver has a pod of its own; a retry of a RayJob is a new cluster, without the old one's state."""
+    tolerant = settings.model_copy(update={"gcs_fault_tolerance": GcsFaultTolerance.model_validate(TOLERANCE)})
+    rendered = files("kuberay", source, tolerant)
+    cluster, job_ = (list(yaml.safe_load_all(rendered[name]))[-1] for name in ("raycluster.yaml", "rayjob.yaml"))
+    for document in (cluster, job_):
+        check_kubernetes(document)
+    secret = {"valueFrom": {"secretKeyRef": {"name": "redis-login", "key": "word"}}}
+    options = {"redisAddress": "rediss://redis.db:6379", "redisPassword": secret}
+    assert cluster["spec"]["gcsFaultToleranceOptions"] == {**options, "externalStorageNamespace": "team-a"}
+    assert job_["spec"]["rayClusterSpec"]["gcsFaultToleranceOptions"] == options
+    wanted = json.loads(job_["spec"]["entrypointResources"])
+    for spec in (cluster["spec"], job_["spec"]["rayClusterSpec"]):
+        check_cluster_spec(spec)
+        (driver,) = (group for group in spec["workerGroupSpecs"] if "resources" in group)
+        offered = {name: float(amount) for name, amount in driver["resources"].items()}
+        assert offered.pop("CPU") == 0 and offered == wanted, "no worker or data task fits there"
+    (words,) = (words for words in commands(rendered) if "perceiver" in words)
+    assert json.loads(words[words.index("--entrypoint-resources") + 1]) == wanted
+    assert "secret generic redis-login --from-literal=word=..." in rendered["raycluster.yaml"]
+    assert "Redis" not in "".join(files("kuberay", source, settings).values()), "only if it is asked for"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("redis_address", "redis", "HOST:PORT"),
+        ("redis_address", "redis:70000", "HOST:PORT"),
+        ("redis_address", "redis://me:hunter2hunter2@redis:6379", r"\*\*\*@redis:6379.*redis_password_secret"),
+        ("redis_password_secret", "Hunter2!", "a Kubernetes name"),
+        ("redis_password", "hunter2hunter2", "unknown key"),
+        ("redis_password_key", "", "redis_password_key"),
+        ("external_storage_namespace", "a/b", "a/b"),
+    ],
+)
+def test_bad_settings_of_that_redis_are_refused(key: str, value: str, shown: str, tmp_path: Path) -> None:
+    machines = tmp_path / "machines.yaml"
+    tree = {"train": {"cpus": 4, "memory_gb": 8}, "gcs_fault_tolerance": {**TOLERANCE, key: value}}
+    machines.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=rf"gcs_fault_tolerance\.{key}|unknown key") as refused:
+        read_settings(machines)
+    assert re.search(shown, str(refused.value)) and "hunter2" not in str(refused.value).lower()
 
 
 @pytest.mark.parametrize(

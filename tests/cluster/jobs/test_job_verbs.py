@@ -94,7 +94,26 @@ def test_a_log_is_shown_completely_and_once(pushed: list[str | Exception], state
     assert verb(Client(*states, pushed=pushed), "logs", "-f", "a-1") == (0, "one\ntwo\n")
 
 
-def test_a_job_server_that_stops_answering_while_a_log_is_followed_is_one_line(verb: Verb) -> None:
+def test_the_head_of_a_followed_job_may_start_again(verb: Verb) -> None:
+    """The server does not answer for a while; the log goes on where it was."""
+    client = Client("RUNNING", "RUNNING", "RUNNING", "SUCCEEDED", pushed=["one\n"])
+    answers = iter([requests.ConnectionError("gone"), RuntimeError("500 starting"), *[client.log] * 2])
+
+    def answer(name: str) -> str:
+        if isinstance(found := next(answers), Exception):
+            raise found
+        return found
+
+    client.get_job_logs = answer  # type: ignore[method-assign]
+    code, said = verb(client, "logs", "-f", "a-1")
+    first, note, last = said.splitlines()
+    assert (code, first, last) == (0, "one", "two") and "(gone); waiting up to 120 s" in note
+
+
+def test_a_job_server_that_stops_answering_while_a_log_is_followed_is_one_line(
+    verb: Verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "ANSWER_WAIT_S", 0)
     client = Client("RUNNING")
     client.get_job_logs = lambda name: (_ for _ in ()).throw(requests.ConnectionError("gone"))  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"http://\*\*\*@head .*\(gone\)"):

@@ -104,6 +104,15 @@ def test_tensorboard_needs_its_package_and_a_folder_on_a_disk(
     assert refused(tree).endswith("tensorboardX, which is not installed: pip install 'perceiver-train[train]'")
 
 
+def test_wandb_needs_its_package_and_online_a_key(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr("cluster.recipe.preflight.importlib.util.find_spec", lambda name: object())
+    tree["tracking"] = {"enabled": False, "wandb": {}}
+    assert "WANDB_API_KEY is not set" in refused(tree)
+    monkeypatch.setattr("cluster.recipe.preflight.importlib.util.find_spec", lambda name: None)
+    assert refused(tree).endswith("wandb, which is not installed: pip install 'perceiver-train[wandb]'")
+
+
 def test_a_missing_split(tree: dict[str, Any]) -> None:
     tree["data"]["eval_split"] = "validation"
     assert "'validation'" in refused(tree)

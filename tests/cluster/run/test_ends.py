@@ -111,7 +111,7 @@ def test_a_lost_process_of_ray_is_named(run: Callable[[], Run], tmp_path: Path) 
     started.named("raylet").kill()
     code, text = started.end()
     (error,) = [line for line in text.splitlines() if line.startswith("error:")]
-    assert code == 1 and "raylet" in error and "--resume --run small-001" in text
+    assert code == 1 and "raylet" in error and error.endswith("--resume --run small-001")
     assert "[20" not in text and "Raylet" not in text, "no log of Ray"
     assert json.loads((tmp_path / "runs" / "small-001" / "run.json").read_text())["status"] == "failed"
 

@@ -98,6 +98,6 @@ def test_moving_digits_are_lossless_recordings_and_the_same_each_time() -> None:
         assert shown["video"].std() > 20 and (shown["video"][0] != shown["video"][1]).any()
     frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32), dtype=np.uint8)
     sound = np.random.default_rng(0).integers(-9000, 9000, 8000).astype(np.int16)
-    decoded = feature.decode(av_digits.matroska(frames, sound), view, 10)
+    decoded = feature.decode(av_digits.matroska(frames, sound, 8), view, 10)
     back = feature.show("media", decoded, view, False, None)
     assert (back["video"][:, 0] == frames).all() and (back["audio"] == sound).all()

@@ -1,0 +1,71 @@
+"""The outcomes of the rows in a file of JSON lines, so that an interrupted table goes on, and their summary."""
+
+import json
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.faults.job import Outcome
+
+ROOT = Path(__file__).parents[2]
+
+
+def commit() -> str:
+    """Return the commit of the working tree; empty without git."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+class Record:
+    """The file: a line per outcome, with the row and the commit. Lines of another commit do not count.
+
+    Args:
+        path: the file; None: nothing is kept.
+        at: the commit.
+    """
+
+    def __init__(self, path: Path | None, at: str) -> None:
+        self.path, self.at = path, at
+        self.found: dict[str, list[Outcome]] = {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                if entry.pop("commit") == at:
+                    self.found.setdefault(entry.pop("row"), []).append(Outcome(**entry))
+
+    def outcomes(self, row: str) -> list[Outcome]:
+        """Return the outcomes of a row so far."""
+        return self.found.setdefault(row, [])
+
+    def add(self, row: str, outcome: Outcome) -> None:
+        """Add an outcome."""
+        self.outcomes(row).append(outcome)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"row": row, "commit": self.at, **asdict(outcome)}) + "\n")
+
+
+def summary(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """Return the cells of a row: of each figure the median, and of several outcomes the least and the most."""
+
+    def cell(figures: Sequence[float | None], digits: int) -> str:
+        known = [figure for figure in figures if figure is not None]
+        if not known:
+            return "-"
+        middle = f"{statistics.median(known):.{digits}f}"
+        return middle if len(outcomes) == 1 else f"{middle} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+
+    failures = [failure for outcome in outcomes for failure in outcome.failures]
+    passed = sum(outcome.passed for outcome in outcomes)
+    share = "" if len(outcomes) == 1 else f"{passed} of {len(outcomes)}"
+    return (
+        outcomes[-1].fault,
+        cell([outcome.detected_s for outcome in outcomes], 1),
+        cell([outcome.first_step_s for outcome in outcomes], 1),
+        cell([outcome.steps_lost for outcome in outcomes], 0),
+        cell([outcome.samples_wrong for outcome in outcomes], 0),
+        (share or "yes") if not failures else f"NO{share and f', {share}'}: {'; '.join(failures)}",
+    )
