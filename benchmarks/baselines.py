@@ -130,9 +130,11 @@ def machines(of_text: bool) -> dict[str, Callable[[float], Any]]:
     return linear | {"SVM (Gaussian kernel)": lambda c: SVC(C=c)}
 
 
-def divided(labels: NDArray[Any]) -> list[NDArray[Any]]:
+def divided(labels: NDArray[Any]) -> tuple[Any, Any]:
     """Return the rows to train on and those of the validation part."""
-    return train_test_split(np.arange(len(labels)), test_size=VALIDATION, stratify=labels, random_state=SEED)
+    rows = np.arange(len(labels))
+    kept, held = train_test_split(rows, test_size=VALIDATION, stratify=labels, random_state=SEED)
+    return kept, held
 
 
 def part(found: Arrays, rows: NDArray[Any]) -> Arrays:
