@@ -97,6 +97,8 @@ def draft_recipe(url: str, manifest: Manifest, sizes: Sizes, machine: Machine, w
     goal = draft_goal(manifest)
     part = draft_inputs(manifest, sizes, limits)
     task, kind = goal.task["kind"], part.inputs["kind"]
+    if (task, kind) == ("classification", "text"):
+        part = replace(part, inputs=part.inputs | {"front_end": "conv"})
     nearest = OF_TASK.get(task, NEAREST[kind])
     base = read_tree(packaged_file(f"train/{nearest}.yaml"))
     splits, split_notes = _splits(manifest)

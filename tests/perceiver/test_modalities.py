@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from perceiver import registry
 from perceiver.config import UserError
@@ -203,13 +204,33 @@ def test_flow_neighbourhoods():
     torch.testing.assert_close(got, x[0, :, :, 1:4, 2:5].permute(0, 2, 3, 1))
 
 
-def test_masked_text_does_not_see_padding():
-    model = model_of(SMALL["text"], latent_init_std=1.0).double().eval()
+@pytest.mark.parametrize("front_end", ["none", "conv"])
+def test_masked_text_does_not_see_padding(front_end):
+    model = model_of({**SMALL["text"], "front_end": front_end}, latent_init_std=1.0).double().eval()
     torch.nn.init.normal_(model.head.weight)
     ids = torch.randint(0, 250, (2, 9))
     padded = torch.cat([ids, torch.randint(0, 250, (2, 5))], dim=1)
     mask = torch.arange(14).expand(2, -1) < 9
     torch.testing.assert_close(model({"text": padded, "text_mask": mask}), model(ids), rtol=1e-9, atol=1e-9)
+
+
+def test_the_convolution_of_text_adds_what_it_makes_of_the_tokens_around():
+    inputs = (
+        model_of({"kind": "text", "length": 6, "channels": 4, "front_end": "conv", "conv_width": 3}).double().inputs
+    )
+    ids = torch.randint(0, 262, (1, 6))
+    embedded = torch.nn.functional.embedding(ids, inputs.tokens.weight)[0]
+    around = torch.cat([torch.zeros(1, 4), embedded, torch.zeros(1, 4)]).double()
+    wanted = torch.stack(
+        [sum(inputs.conv.weight[:, :, k] @ around[m + k] for k in range(3)) + inputs.conv.bias for m in range(6)]
+    )
+    wanted = embedded + torch.nn.functional.gelu(wanted, approximate="tanh") + inputs.positions
+    torch.testing.assert_close(inputs({"text": ids}, torch.float64).data[0], wanted)
+
+
+def test_an_even_width_of_the_convolution_of_text_is_refused():
+    with pytest.raises(ValidationError, match="conv_width = 4 is even"):
+        model_of({**SMALL["text"], "front_end": "conv", "conv_width": 4})
 
 
 def test_modality_dropout_zeroes_whole_samples_in_training_only():

@@ -160,6 +160,7 @@ def test_sizes_come_from_the_data() -> None:
     inputs = draft(data, sizes).tree["model"]["inputs"]
     assert (inputs["rate"], inputs["samples"], inputs["window"]) == (16_000, 15 * 1024, 2048)
     assert draft(*KINDS["text"][:2]).tree["data"]["text_length"] == 128
+    assert draft(KINDS["labelled text"][0]).tree["model"]["inputs"]["front_end"] == "conv"
     assert draft(*KINDS["series"][:2]).tree["data"]["series"] == {"length": 490}
     assert draft(*KINDS["media"][:2]).tree["data"]["video"] == {"frames": 8, "fps": 16.0, "size": [28, 28]}
 
