@@ -23,13 +23,13 @@ as it came: 250 ns at 720p, 224 x 224, 32 frames (docs/data.md, media at the siz
 SECONDS_PER_SAMPLE = 50e-6
 
 # Of videos that `prepare` stored at a size, whose cost follows from their frames (measured on the same clip).
-MEDIA_SECONDS = 5e-3
+MEDIA_SECONDS = 7e-3
 """To open a container, and to decode the sound of a clip."""
-DECODED_NS = 2.3
-"""For each pixel of a frame that is decoded: those of the clip, and half of those between two key frames."""
-CONVERTED_NS = 1.6
+SECOND_NS, DECODED_NS = 31.0, 1.05
+"""For each pixel of a second, and of a frame, that is decoded: the clip, and half of the time to the next key frame."""
+CONVERTED_NS = 1.8
 """For each stored pixel of a frame that is shown: to RGB."""
-RESIZED_NS, COLOURED_NS = 5.0, 24.0
+RESIZED_NS, COLOURED_NS = 8.0, 18.0
 """For each pixel of a batch: crop, resize, copy; change of colours."""
 KEY_FRAME_S = 1.0
 USUAL_FPS, USUAL_SHAPE = 30.0, 16 / 9
@@ -52,10 +52,11 @@ def _video(size: tuple[int, int] | None, stored: StoreConfig, view: ViewConfig) 
     """Return the CPU seconds for a clip of a video that `prepare` stored with key frames each second."""
     assert stored.resize is not None
     fps, clip = stored.fps or USUAL_FPS, view.video.seconds
-    decoded = (clip + KEY_FRAME_S / 2) * fps
+    seconds = clip + KEY_FRAME_S / 2
     different = min(view.video.frames, math.ceil(clip * fps) + 1)
     pixels = math.prod(size) if size else stored.resize**2 * USUAL_SHAPE
+    decoded = seconds * (SECOND_NS + fps * DECODED_NS) * pixels
     colour = view.video.augment.colour
     each = RESIZED_NS + (COLOURED_NS * colour.probability if colour else 0.0)
     shown = CONVERTED_NS * pixels + each * (math.prod(view.video.size) if view.video.size else pixels)
-    return MEDIA_SECONDS + 1e-9 * (decoded * DECODED_NS * pixels + different * shown)
+    return MEDIA_SECONDS + 1e-9 * (decoded + different * shown)

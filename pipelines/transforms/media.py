@@ -240,7 +240,7 @@ def _seek(media: Media, stream: Any, time: float) -> None:
 def _picture(frame: Any, channels: int, reformatter: VideoReformatter) -> Picture:
     """Return a frame's pixels, turned upright. The reformatter is set up by the first of a clip's frames."""
     plain = reformatter.reformat(frame, format="gray" if channels == 1 else "rgb24")
-    found = plain.to_ndarray().reshape(frame.height, frame.width, channels)
+    found: Picture = plain.to_ndarray().astype(np.uint8, copy=False).reshape(frame.height, frame.width, channels)
     quarters, rest = divmod(round(getattr(frame, "rotation", 0)) % 360, 90)
     return np.ascontiguousarray(np.rot90(found, quarters)) if quarters and not rest else found
 

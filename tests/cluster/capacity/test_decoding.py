@@ -35,8 +35,8 @@ def test_videos_as_they_came_take_time_by_their_bytes() -> None:
 def test_the_time_of_stored_videos_follows_from_their_frames() -> None:
     stored, shown = 256 * 456, 224 * 224
     found = of_prepared(prepared({"resize": 256, "fps": 10}), view(), 4e5)
-    decoded = (1.28 + 0.5) * 10 * stored * 2.3
-    assert found == pytest.approx(5e-3 + 1e-9 * (decoded + 14 * (1.6 * stored + (5 + 0.5 * 24) * shown)))
+    decoded = (1.28 + 0.5) * (31 + 10 * 1.05) * stored
+    assert found == pytest.approx(7e-3 + 1e-9 * (decoded + 14 * (1.8 * stored + (8 + 0.5 * 18) * shown)))
     assert of_prepared(prepared({"resize": 256, "fps": 10}), view(), 1e3) == found, "whatever their bytes"
 
 
