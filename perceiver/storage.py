@@ -231,6 +231,13 @@ def protocols(fs: Any) -> set[str]:
     return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
+def absolute(url: str) -> str:
+    """Return a local path or `file://` URL as an absolute path, another URL unchanged."""
+    if re.match(r"(file|local)://", url):
+        return str(fsspec.core.url_to_fs(url)[1])
+    return url if "://" in url else str(Path(url).resolve())
+
+
 def is_local(fs: Any) -> bool:
     """Return whether an fsspec file system is the local one, where half-written files are visible."""
     return "file" in protocols(fs)

@@ -1,11 +1,9 @@
 """A recipe: the typed configuration of a run, read from a YAML file with dotted overrides."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from pydantic import Field, ValidationError
 
 from cluster.recipe.file import explain, read_tree
@@ -13,6 +11,7 @@ from cluster.recipe.resources import ClusterConfig
 from perceiver.config import Config, Location, Name, Seed, UserError
 from perceiver.factory import ModelConfig
 from perceiver.optim.config import OptimConfig
+from perceiver.storage import absolute
 from perceiver.tasks import TaskConfig
 from perceiver.tracking.runs import TrackingConfig
 from perceiver.train.config import TrainConfig
@@ -74,13 +73,6 @@ def for_workers(recipe: Recipe) -> dict[str, Any]:
         tree["train"]["init_from"] = absolute(start)
     tree["deepspeed"]["config"] = read_config(recipe.deepspeed) or None
     return tree
-
-
-def absolute(url: str) -> str:
-    """Return a local path or `file://` URL as an absolute path, another URL unchanged."""
-    if re.match(r"(file|local)://", url):
-        return str(fsspec.core.url_to_fs(url)[1])
-    return url if "://" in url else str(Path(url).resolve())
 
 
 def kind_of(section: Config | None) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from perceiver.config import UserError
-from perceiver.storage import Folder, ReadError, ReadPolicy, first_line, open_folder
+from perceiver.storage import Folder, ReadError, ReadPolicy, absolute, first_line, open_folder
 from pipelines.order.mixture import folders_of
 from pipelines.order.plan import RowGroups
 from pipelines.shards.arrow import read_batch
@@ -126,10 +126,10 @@ class ShardFiles:
 
     @classmethod
     def of(cls, url: str, split: Split) -> "ShardFiles":
-        """Return the files of a split of the folder at `url`."""
+        """Return the files of a split of the folder at `url`, which data tasks with other working folders read, too."""
         index = [shard.batches or [(0, 0, rows, 0) for rows in shard.group_sizes()] for shard in split.shards]
         return cls(
-            url,
+            absolute(url),
             tuple(shard.name for shard in split.shards),
             tuple(shard.bytes for shard in split.shards),
             tuple(shard.tag for shard in split.shards),

@@ -10,10 +10,10 @@ from typing import Any
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search import Searcher
 
-from cluster.recipe.config import absolute
 from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder
 from perceiver.config import UserError
+from perceiver.storage import absolute
 from tune.search_record import (
     DONE,
     Evaluation,

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.recipe.config import absolute
 from cluster.record.run_folder import RunFolder
 from cluster.run.console import Show
 from cluster.runtime.session import continue_command, tracking_of
+from perceiver.storage import absolute
 from perceiver.tracking.runs import TrackingConfig
 from perceiver.tracking.tracker import NullTracker, Tracker
 from tune.config import Search

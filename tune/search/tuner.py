@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import ray.tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from cluster.recipe.config import absolute, for_workers
+from cluster.recipe.config import for_workers
+from perceiver.storage import absolute
 from perceiver.tracking.runs import TrackingConfig
 from tune.search.coordinator import PATHS, Coordinator, CoordinatorCallback, CoordinatorSearcher, placed
 from tune.search.schedulers import build_scheduler, replay, takes_turns

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,26 @@ def test_the_order_of_the_features_does_not_matter(tmp_path: Path) -> None:
     """Folders of a mixture may have the same features in different orders."""
     backwards = arrow_schema(dict(reversed(FEATURES.items())))
     assert backwards == arrow_schema(FEATURES)
+
+
+def test_a_reader_of_a_relative_folder_reads_in_other_working_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data tasks work in the folder in which Ray was started."""
+    shard = write(tmp_path / "data", ROWS, 8)
+    split = Split(shards=(shard,))
+    manifest = Manifest(
+        name="x",
+        features={"image": FEATURES["image"], "label": FEATURES["label"]},
+        splits={"train": split},
+        licence="",
+        source="",
+    )
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(Reader.of("data", manifest, split))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pickle.loads(sent).row_groups({(0, 0)})[0, 0].value("label", 3) == 3
 
 
 def test_encoded_media_are_views_and_texts_are_compressed(tmp_path: Path) -> None:
