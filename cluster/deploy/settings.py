@@ -23,14 +23,17 @@ def _redis_address(value: str) -> str:
     ):
         raise ValueError(
             f"got {redact_text(value)!r}, wanted HOST:PORT or redis://HOST:PORT (rediss:// with TLS) without a login: "
-            "the password is a Kubernetes secret, redis_password_secret"
+            "the password is a Kubernetes secret, secret_name"
         )
     return value
 
 
 def _object_name(value: str) -> str:
     if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
-        raise ValueError(f"got {redact_text(value)!r}, wanted a Kubernetes name: lower-case letters, digits, - and .")
+        raise ValueError(
+            "got other characters (not shown: it may be a password), wanted a Kubernetes name: lower-case letters, "
+            "digits, - and ."
+        )
     return value
 
 
@@ -105,10 +108,10 @@ class GcsFaultTolerance(Config):
         max_length=300, description="HOST:PORT or redis://HOST:PORT (rediss:// with TLS), without a login"
     )
     redis_username: str = Field(default="", max_length=100, description="user of the Redis; empty: the default one")
-    redis_password_secret: ObjectName = Field(
+    secret_name: ObjectName = Field(
         default="", description="Kubernetes secret with the password; empty: Redis wants none"
     )
-    redis_password_key: str = Field(default="password", min_length=1, max_length=253, description="key of that secret")
+    login_entry: str = Field(default="password", min_length=1, max_length=253, description="key of the password in it")
     external_storage_namespace: ObjectName = Field(
         default="",
         description="prefix of the keys of raycluster.yaml in Redis, unique to the cluster; empty: the cluster's UID",

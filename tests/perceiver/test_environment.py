@@ -102,6 +102,7 @@ def test_the_oldest_set_is_the_lower_bounds() -> None:
         *optional["s3"],
         *optional["models"],
         *optional["onnx"],
+        *optional["wandb"],
         *optional["notebook"],
     ]
     bounds = sorted(

@@ -116,8 +116,8 @@ def test_the_kuberay_files_follow_the_apis_of_kuberay_and_kubernetes(source: Rec
 
 TOLERANCE = {
     "redis_address": "rediss://redis.db:6379",
-    "redis_password_secret": "redis-login",
-    "redis_password_key": "word",
+    "secret_name": "redis-login",
+    "login_entry": "word",
     "external_storage_namespace": "team-a",
 }
 
@@ -150,10 +150,10 @@ def test_a_lost_head_reads_the_state_of_its_cluster_from_redis(source: RecipeFil
     [
         ("redis_address", "redis", "HOST:PORT"),
         ("redis_address", "redis:70000", "HOST:PORT"),
-        ("redis_address", "redis://me:hunter2hunter2@redis:6379", r"\*\*\*@redis:6379.*redis_password_secret"),
-        ("redis_password_secret", "Hunter2!", "a Kubernetes name"),
+        ("redis_address", "redis://me:hunter2hunter2@redis:6379", r"\*\*\*@redis:6379.*secret_name"),
+        ("secret_name", "Hunter2!", "a Kubernetes name"),
         ("redis_password", "hunter2hunter2", "unknown key"),
-        ("redis_password_key", "", "redis_password_key"),
+        ("login_entry", "", "login_entry"),
         ("external_storage_namespace", "a/b", "a/b"),
     ],
 )
