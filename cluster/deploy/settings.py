@@ -28,16 +28,27 @@ def _redis_address(value: str) -> str:
     return value
 
 
+NAME_WANTED = "wanted a Kubernetes name: lower-case letters, digits, - and ."
+
+
+def _is_name(value: str) -> bool:
+    return not value or re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value) is not None
+
+
 def _object_name(value: str) -> str:
-    if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
-        raise ValueError(
-            "got other characters (not shown: it may be a password), wanted a Kubernetes name: lower-case letters, "
-            "digits, - and ."
-        )
+    if not _is_name(value):
+        raise ValueError(f"got {redact_text(value)!r}, {NAME_WANTED}")
+    return value
+
+
+def _secret_name(value: str) -> str:
+    if not _is_name(value):
+        raise ValueError(f"got other characters (not shown: it may be the password itself), {NAME_WANTED}")
     return value
 
 
 ObjectName = Annotated[str, Field(max_length=253), AfterValidator(_object_name)]
+SecretName = Annotated[str, Field(max_length=253), AfterValidator(_secret_name)]
 
 
 class Machine(Config):
@@ -108,7 +119,7 @@ class GcsFaultTolerance(Config):
         max_length=300, description="HOST:PORT or redis://HOST:PORT (rediss:// with TLS), without a login"
     )
     redis_username: str = Field(default="", max_length=100, description="user of the Redis; empty: the default one")
-    secret_name: ObjectName = Field(
+    secret_name: SecretName = Field(
         default="", description="Kubernetes secret with the password; empty: Redis wants none"
     )
     login_entry: str = Field(default="password", min_length=1, max_length=253, description="key of the password in it")
