@@ -9,6 +9,7 @@ At the start and after each failure the writer reads what MLflow has, and sends 
 - Tags, artifacts and states are sent again if it is not certain that they arrived, which is harmless, too.
 """
 
+import fcntl
 import functools
 import json
 import logging
@@ -38,7 +39,7 @@ from perceiver.tracking.mlflow_links import (
     log_datasets,
     unless,
 )
-from perceiver.tracking.record import FILES, NOTES, SENT, SYSTEM, LineWriter, Row, read_rows, read_sent
+from perceiver.tracking.record import FILES, LOG, NOTES, SENT, SYSTEM, LineWriter, Row, read_rows, read_sent
 from perceiver.tracking.redaction import redact_text, resolve, server_address
 from perceiver.tracking.runs import KEY_TAG, SERVER_S, RunHandle, save_handle
 from perceiver.tracking.system_metrics import record_load
@@ -298,6 +299,17 @@ def _deadline(seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
+@contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """Wait until no other process sends this record, so that two do not create the run at once."""
+    lock = os.open(Path(folder, LOG), os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def follow(folder: str, handle: dict[str, Any], node: str | None, close_s: float) -> None:
     """Send a record until the parent closes standard input or exits, then send the rest.
 
@@ -324,7 +336,8 @@ def follow(folder: str, handle: dict[str, Any], node: str | None, close_s: float
             if load is not None:
                 load.join()
         try:
-            writer.send()
+            with _alone(folder):
+                writer.send()
             if failures:
                 log.warning("MLflow answers again after %d failed attempts", failures)
             failures, down = 0, False

@@ -38,6 +38,7 @@ from perceiver.export.weights import open_weights
 from perceiver.tracking.record import unsent
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, TrackingConfig, load_handle, open_tracker, reconcile
+from perceiver.tracking.tracker import Status
 from perceiver.yaml_reader import parse_yaml
 from pipelines.feed.ingest import load_data
 from tune.config import OptunaSearch, Search, build_search
@@ -294,7 +295,7 @@ def _tune(launch: SearchLaunch, session: RaySession, handle: RunHandle | None) -
         launch.record, launch.folder, _sampler(launch), partial(_prepare, launch), launch.waiting, launch.total
     )
     tracking = _Tracking(launch)
-    tracking.resumed()
+    tracking.send_rest()
     coordinator.listeners += [launch.console.news, tracking.news]
     _add_baseline(launch, coordinator)
     tuner = build_tuner(launch, coordinator, control.address, _trial_tracking(launch, handle))
@@ -315,6 +316,7 @@ def _tune(launch: SearchLaunch, session: RaySession, handle: RunHandle | None) -
                 launch.console.refresh()
     launch.console.close()
     coordinator.close()
+    tracking.send_rest()
     if not fit.lost:
         control.close()
     return {"status": "stopped" if coordinator.stopping else "finished", **fit.outcome}
@@ -352,6 +354,10 @@ def _source_tag(launch: SearchLaunch) -> dict[str, str]:
     return {"mlflow.source.name": " ".join(launch.start.command.split()[:2])}
 
 
+ENDS: Mapping[str, Status] = {"finished": "finished", "stopped": "stopped", "failed": "failed"}
+"""State of the MLflow run of a trial that has ended."""
+
+
 class _Tracking:
     """Logs results of trials into the search's MLflow run, and closes the runs of failed trials."""
 
@@ -371,8 +377,8 @@ class _Tracking:
             trials = {f"trial/{name}": value for name, value in trial.scores(list(record.metrics)).items()}
             self.launch.tracker.log_metrics(ended, {**figures, **trials, "trials_ended": float(ended)})
 
-    def resumed(self) -> None:
-        """Send what MLflow lacks of trials that had ended when the search was killed."""
+    def send_rest(self) -> None:
+        """Send what MLflow lacks of ended trials: their processes may end, or be killed, before all is sent."""
         for trial in self.launch.record.ended():
             if unsent(self._folder(trial.number)):
                 self.launch.background.submit(self._send, trial.number, trial.status)
@@ -383,4 +389,4 @@ class _Tracking:
     def _send(self, number: int, status: str) -> None:
         folder = self._folder(number)
         if load_handle(folder):
-            reconcile(self.launch.tracking, folder, status="failed" if status == "failed" else None)
+            reconcile(self.launch.tracking, folder, status=ENDS.get(status))

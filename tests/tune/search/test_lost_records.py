@@ -22,5 +22,5 @@ def test_what_mlflow_lacks_of_ended_trials_is_sent(monkeypatch: pytest.MonkeyPat
         tracking=None,
         background=SimpleNamespace(submit=lambda function, *args: function(*args)),
     )
-    _Tracking(cast(Any, launch)).resumed()
-    assert sent == [("trial-000", "failed"), ("trial-002", None)]
+    _Tracking(cast(Any, launch)).send_rest()
+    assert sent == [("trial-000", "failed"), ("trial-002", "stopped")]
