@@ -4,17 +4,14 @@ Each start writes all rows of `history.jsonl` to a new file, and deletes those o
 steps, and a point in an event file cannot be replaced. So there is one curve, with each recorded point once.
 """
 
-import json
-import sys
-import threading
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from perceiver.tracking.following import INTERVAL_S, follow
 from perceiver.tracking.record import HISTORY, read_rows
 
 FOLDER = "tensorboard"
-INTERVAL_S = 2.0
 
 
 class EventWriter:
@@ -43,18 +40,5 @@ class EventWriter:
         self._events.close()
 
 
-def main() -> None:
-    """Follow the record of the request on standard input until it is closed, then write the rest."""
-    folder = json.loads(sys.stdin.buffer.readline())["folder"]
-    ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), ended.set()), daemon=True).start()
-    writer = EventWriter(Path(folder))
-    while not ended.is_set():
-        writer.send()
-        ended.wait(INTERVAL_S)
-    writer.send()
-    writer.close()
-
-
 if __name__ == "__main__":
-    main()
+    follow(lambda request: EventWriter(Path(request["folder"])))

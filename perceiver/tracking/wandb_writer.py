@@ -9,14 +9,13 @@ run with one point per step. Offline, each start writes all rows again, as for T
 import json
 import os
 import shutil
-import sys
-import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from perceiver.storage import write_whole
+from perceiver.tracking.following import follow
 from perceiver.tracking.record import HISTORY, WANDB, read_rows
 
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read by the import: errors go to our log, not to W&B
@@ -24,7 +23,6 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read by the import: e
 import wandb  # noqa: E402
 
 FOLDER = "wandb"
-INTERVAL_S = 2.0
 
 
 class RunWriter:
@@ -94,18 +92,5 @@ class RunWriter:
         self._run.finish()
 
 
-def main() -> None:
-    """Follow the record of the request on standard input until it is closed, then send the rest."""
-    request = json.loads(sys.stdin.buffer.readline())
-    ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), ended.set()), daemon=True).start()
-    writer = RunWriter(request)
-    while not ended.is_set():
-        writer.send()
-        ended.wait(INTERVAL_S)
-    writer.send()
-    writer.close()
-
-
 if __name__ == "__main__":
-    main()
+    follow(RunWriter)
