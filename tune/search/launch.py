@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -354,10 +354,6 @@ def _source_tag(launch: SearchLaunch) -> dict[str, str]:
     return {"mlflow.source.name": " ".join(launch.start.command.split()[:2])}
 
 
-ENDS: Mapping[str, Status] = {"finished": "finished", "stopped": "stopped", "failed": "failed"}
-"""State of the MLflow run of a trial that has ended."""
-
-
 class _Tracking:
     """Logs results of trials into the search's MLflow run, and closes the runs of failed trials."""
 
@@ -370,7 +366,7 @@ class _Tracking:
             return
         record = self.launch.record
         if what == "failed":
-            self.launch.background.submit(self._send, trial.number, what)
+            self.launch.background.submit(self._send, trial.number, "failed")
         if best := record.best():
             ended = len(record.ended())
             figures = {f"best/{name}": value for name, value in best.scores(list(record.metrics)).items()}
@@ -381,12 +377,12 @@ class _Tracking:
         """Send what MLflow lacks of ended trials: their processes may end, or be killed, before all is sent."""
         for trial in self.launch.record.ended():
             if unsent(self._folder(trial.number)):
-                self.launch.background.submit(self._send, trial.number, trial.status)
+                self.launch.background.submit(self._send, trial.number, cast(Status, trial.status))
 
     def _folder(self, number: int) -> Path:
         return RunFolder(self.launch.trials_url, trial_name(number)).local
 
-    def _send(self, number: int, status: str) -> None:
+    def _send(self, number: int, status: Status) -> None:
         folder = self._folder(number)
         if load_handle(folder):
-            reconcile(self.launch.tracking, folder, status=ENDS.get(status))
+            reconcile(self.launch.tracking, folder, status=status)
