@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from cluster.capacity.calibrate import Calibration
 from cluster.capacity.failures import DEFAULT, SOURCES, FailureRate
 from cluster.capacity.workload import Workload
+from cluster.recipe.memory import state_bytes
 from cluster.runtime.hardware import Device
 from perceiver.config import UserError
 from perceiver.shared_kv import GPU_SCORES
@@ -428,7 +429,7 @@ def reliability(
     A checkpoint contains weights, both moments and the moving average, if there is one, in float32; each device writes
     its part.
     """
-    size = (16.0 if workload.recipe.train.ema else 12.0) * workload.account.parameters
+    size = float(state_bytes(workload.recipe, workload.account.parameters, 0))
     rate = calibration.save_bytes_s if calibration else STORE_BYTES_S
     save = size / (rate * (machines.devices if workload.zero_stage else 1)) + 1.0
     between = failures.device_hours * 3600 / machines.devices

@@ -160,12 +160,11 @@ def find_start(folder: RunFolder, peers: Sequence[Peer], rank: int, leads: bool,
         shutil.rmtree(staging.root, ignore_errors=True)  # what killed workers have left
     lease = folder.fence.number if folder.fence else 0
     held = find_held(peers, lease) if rank == 0 else None
-    stored, token = 0, 0
+    stored = 0
     if rank == 0:
         stored = max(store.steps(), default=0) if held else 0
         if held is None or held.save[0] < stored:
-            newest = store.newest()
-            stored = newest.step if newest else 0
+            stored = _newest(store)
         if held is not None and held.save[0] <= stored:
             held = None
     step, token = held.save if held else (0, 0)
@@ -175,10 +174,15 @@ def find_start(folder: RunFolder, peers: Sequence[Peer], rank: int, leads: bool,
     if _all(_laid_out(staging, peers, (step, token), lease) if leads else True, device):
         return Start(step, staging, "memory", stored, (step, token))
     if rank == 0:
-        newest = store.newest()
-        stored = newest.step if newest else 0
+        stored = _newest(store)
     (stored,) = _decide([stored], device)
     return Start(stored, store, stored=stored)
+
+
+def _newest(store: CheckpointStore) -> int:
+    """Return the step of the newest checkpoint that counts, 0 without one."""
+    found = store.newest()
+    return found.step if found else 0
 
 
 def _laid_out(staging: CheckpointStore, peers: Sequence[Peer], save: Save, lease: int) -> bool:
