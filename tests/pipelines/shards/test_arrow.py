@@ -145,19 +145,19 @@ def test_the_order_of_the_features_does_not_matter(tmp_path: Path) -> None:
     assert backwards == arrow_schema(FEATURES)
 
 
+def labelled_images(split: Split) -> Manifest:
+    """Return the manifest of images with a label."""
+    features = {name: FEATURES[name] for name in ("image", "label")}
+    return Manifest(name="x", features=features, splits={"train": split}, licence="", source="")
+
+
 def test_a_reader_of_a_relative_folder_reads_in_other_working_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data tasks work in the folder in which Ray was started."""
     shard = write(tmp_path / "data", ROWS, 8)
     split = Split(shards=(shard,))
-    manifest = Manifest(
-        name="x",
-        features={"image": FEATURES["image"], "label": FEATURES["label"]},
-        splits={"train": split},
-        licence="",
-        source="",
-    )
+    manifest = labelled_images(split)
     monkeypatch.chdir(tmp_path)
     sent = pickle.dumps(Reader.of("data", manifest, split))
     (tmp_path / "elsewhere").mkdir()
@@ -169,13 +169,7 @@ def test_encoded_media_are_views_and_texts_are_compressed(tmp_path: Path) -> Non
     image = os.urandom(MAPPED_BYTES)
     shard = write(tmp_path, [{"key": "k", "image": image, "label": 0}] * 2, 2)
     split = Split(shards=(shard,))
-    manifest = Manifest(
-        name="x",
-        features={"image": FEATURES["image"], "label": FEATURES["label"]},
-        splits={"train": split},
-        licence="",
-        source="",
-    )
+    manifest = labelled_images(split)
     group = Reader.of(str(tmp_path), manifest, split).row_groups({(0, 0)})[0, 0]
     value = group.value("image", 1)
     assert isinstance(value, memoryview) and value.readonly and value == image
