@@ -17,15 +17,15 @@ import torch
 
 from cluster.recipe.config import Recipe
 from cluster.record.failures import is_final, one_line
-from cluster.run.monitor import make_client
-from cluster.run.peers import end_start
-from cluster.run.ray_train import exit_preempted
-from cluster.run.restore import restore
-from cluster.run.results import write_predictions, write_weights
-from cluster.run.setup import Setup, WorkerRank, open_setup, where
-from cluster.run.worker_hooks import Recording, WorkerHooks, open_recording
 from cluster.runtime.ray_internals import quiet_data_progress, rest_data_scheduler
 from cluster.runtime.stages import Stages
+from cluster.worker.hooks import Recording, WorkerHooks, open_recording
+from cluster.worker.monitor import make_client
+from cluster.worker.peers import end_start
+from cluster.worker.ray_train import exit_preempted
+from cluster.worker.restore import restore
+from cluster.worker.results import write_predictions, write_weights
+from cluster.worker.setup import Setup, WorkerRank, open_setup, where
 from perceiver.config import UserError
 from perceiver.export.parts import load_parts
 from perceiver.export.weights import load_weights, open_weights

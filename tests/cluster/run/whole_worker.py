@@ -12,8 +12,8 @@ import torch
 from cluster.recipe.config import Recipe, load_recipe
 from cluster.record.run_folder import RunFolder
 from cluster.run import worker
-from cluster.run.monitor import LocalMonitor
-from cluster.run.setup import WorkerRank
+from cluster.worker.monitor import LocalMonitor
+from cluster.worker.setup import WorkerRank
 from perceiver.tracking.redaction import Unshown
 from tests.forks import failed, import_what_a_step_imports, start_ranks
 

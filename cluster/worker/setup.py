@@ -13,11 +13,11 @@ import torch
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.targets import class_names, with_targets
 from cluster.record.run_folder import RunFolder
-from cluster.run.monitor import Client, make_client
-from cluster.run.peers import Start, connect, find_start
-from cluster.run.results import write_quarantine
-from cluster.run.watchdog import Pulse
 from cluster.runtime.stages import Stages
+from cluster.worker.monitor import Client, make_client
+from cluster.worker.peers import Start, connect, find_start
+from cluster.worker.results import write_quarantine
+from cluster.worker.watchdog import Pulse
 from perceiver.train.checkpoint.memory import Peer
 from perceiver.train.loop import Span
 from perceiver.train.spikes import SpikeDetector

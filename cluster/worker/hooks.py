@@ -15,12 +15,12 @@ import torch
 
 from cluster.recipe.config import Recipe, eval_rows, zero_stage
 from cluster.recipe.memory import COPIES
-from cluster.run.evaluation import RemoteEvaluator, read_scores
-from cluster.run.monitor import ActorClient, Client
-from cluster.run.peers import newest_step, staging_store
-from cluster.run.ray_train import PreemptionHook, RayReporter
-from cluster.run.restore import restore
-from cluster.run.setup import Setup
+from cluster.worker.evaluation import RemoteEvaluator, read_scores
+from cluster.worker.monitor import ActorClient, Client
+from cluster.worker.peers import newest_step, staging_store
+from cluster.worker.ray_train import PreemptionHook, RayReporter
+from cluster.worker.restore import restore
+from cluster.worker.setup import Setup
 from perceiver.tasks import Batch
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, open_tracker

@@ -7,8 +7,8 @@ import pytest
 import ray.train
 from ray.exceptions import RayActorError
 
-from cluster.run.ray_train import PreemptionHook, exit_preempted
 from cluster.run.trainer import FailureReporter
+from cluster.worker.ray_train import PreemptionHook, exit_preempted
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.loop import Flags, StepInfo
 
