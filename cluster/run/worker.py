@@ -29,6 +29,7 @@ from cluster.recipe.memory import COPIES
 from cluster.recipe.targets import class_names, with_targets
 from cluster.record.failures import is_final, one_line
 from cluster.record.run_folder import WEIGHTS, RunFolder
+from cluster.run.blending import build_blend, training_part
 from cluster.run.evaluation import RemoteEvaluator, read_scores
 from cluster.run.monitor import ActorClient, Client, make_client
 from cluster.run.peers import Start, connect, end_start, find_start, staging_store
@@ -171,6 +172,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             def evaluation_batches() -> Iterator[Batch]:
                 return pulse.count(evaluation_share(recipe, manifest, me, quarantine))
 
+            def first_batches() -> Iterator[Batch]:
+                return pulse.count(training_part(recipe, manifest, me.rank, me.world, me.device, quarantine))
+
             # Recording. The process of a driver that was taken over must not replace the record of the next one.
             folder.check_owner()
             handle: RunHandle | None = config["mlflow"].value
@@ -199,6 +203,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             )
             evaluations = build_async_evaluation(recipe, folder, history, monitor, span, me)
             early_stop = EarlyStopHook(training.early_stop, history)
+            blend = build_blend(recipe.task, history, engine, task, (first_batches, evaluation_batches))
             ledger = (
                 Ledger(folder.location("ledger"), me.rank, sample_log, start.stored, folder.fence)
                 if training.ledger
@@ -284,6 +289,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
                 pulse.mark("evaluation"),
                 *asynchronous,
                 evaluation,
+                *blend,
                 pulse.mark("checkpoint"),
                 early_stop,
                 checkpoints,
@@ -314,6 +320,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             if ended:
                 step = span.start_step
             else:
+                for measures in blend:
+                    measures.begin()
                 step = train(engine, pulse.count(batches), hooks, span, poll=poll, restore=roll_back)
             if first and early_stop.ended:
                 monitor.send("early_stop", {"step": step, "reason": early_stop.reason}, urgent=True)
