@@ -169,15 +169,18 @@ def check_targets(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tuple
     _check_decoder(recipe)
     if kind_of(recipe.task) == "segmentation":
         _check_queries(recipe, shapes["mask"])
-    _check_heads(recipe)
+    _check_heads(recipe, manifest)
     if kind_of(recipe.task) == "tagging" and cast(Any, recipe.task).mixup_alpha > 0:
         _check_pairs(recipe)
 
 
-def _check_heads(recipe: Recipe) -> None:
+def _check_heads(recipe: Recipe, manifest: Manifest) -> None:
     """Refuse a model of several classifiers without weights of their losses, and weights of other classifiers."""
+    if split := getattr(recipe.task, "blend_split", None):
+        manifest.split(split)
     blend, model = getattr(recipe.task, "blend", None), cast(Any, recipe.model)
-    heads = [*model.branches, "joint"] if getattr(model, "heads", False) else []
+    several = kind_of(model) == "late_fusion" and model.heads
+    heads = [*model.branches, "joint"] if several else []
     if blend is None and not heads:
         return
     if blend is None:

@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 
@@ -21,19 +22,26 @@ Batches = Callable[[], Iterable[Batch]]
 
 
 def build_blend(
-    config: Config, history: History, engine: Engine, task: Task, batches: tuple[Batches, Batches]
+    recipe: Recipe, history: History, engine: Engine, task: Task, batches: Callable[[str], Iterable[Batch]]
 ) -> list[BlendHook]:
-    """Return the hook of `task.blend_every`, nothing without it."""
-    every = getattr(config, "blend_every", None)
-    return [] if every is None else [BlendHook(history, engine, cast(BlendedTask, task), batches, every)]
+    """Return the hook of `task.blend_every`, nothing without it; `batches` gives the batches of a split by its name."""
+    config: Any = recipe.task
+    every: float | None = getattr(config, "blend_every", None)
+    if every is None:
+        return []
+    splits = recipe.data.train_split, config.blend_split or recipe.data.eval_split
+    first, second = (partial(batches, split) for split in splits)
+    return [BlendHook(history, engine, cast(BlendedTask, task), (first, second), every)]
 
 
-def training_part(
-    recipe: Recipe, manifest: Manifest, rank: int, world: int, device: torch.device, quarantine: Quarantine
+def first_batches(
+    recipe: Recipe, manifest: Manifest, rank: int, world: int, device: torch.device, quarantine: Quarantine, split: str
 ) -> Iterator[Batch]:
-    """Yield a worker's first batches of the training split, as many as the evaluation split has, not augmented."""
-    data, rows = recipe.data, eval_rows(recipe, world)
-    share = EvalShare(data.train_split, rows, rank, world)
-    count = -(-manifest.split(data.eval_split).samples // (rows * world))
-    with contextlib.closing(eval_batches(data, manifest, share, device, quarantine)) as batches:
+    """Yield a worker's first batches of a split, not augmented: at most as many as that for the estimates has."""
+    config: Any = recipe.task
+    rows = eval_rows(recipe, world)
+    most = manifest.split(config.blend_split or recipe.data.eval_split).samples
+    count = -(-most // (rows * world))
+    share = EvalShare(split, rows, rank, world)
+    with contextlib.closing(eval_batches(recipe.data, manifest, share, device, quarantine)) as batches:
         yield from itertools.islice(batches, count)

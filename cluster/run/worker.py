@@ -29,7 +29,7 @@ from cluster.recipe.memory import COPIES
 from cluster.recipe.targets import class_names, with_targets
 from cluster.record.failures import is_final, one_line
 from cluster.record.run_folder import WEIGHTS, RunFolder
-from cluster.run.blending import build_blend, training_part
+from cluster.run.blending import build_blend, first_batches
 from cluster.run.evaluation import RemoteEvaluator, read_scores
 from cluster.run.monitor import ActorClient, Client, make_client
 from cluster.run.peers import Start, connect, end_start, find_start, staging_store
@@ -172,8 +172,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             def evaluation_batches() -> Iterator[Batch]:
                 return pulse.count(evaluation_share(recipe, manifest, me, quarantine))
 
-            def first_batches() -> Iterator[Batch]:
-                return pulse.count(training_part(recipe, manifest, me.rank, me.world, me.device, quarantine))
+            def batches_of(split: str) -> Iterator[Batch]:
+                place = (me.rank, me.world, me.device)
+                return pulse.count(first_batches(recipe, manifest, *place, quarantine, split))
 
             # Recording. The process of a driver that was taken over must not replace the record of the next one.
             folder.check_owner()
@@ -203,7 +204,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
             )
             evaluations = build_async_evaluation(recipe, folder, history, monitor, span, me)
             early_stop = EarlyStopHook(training.early_stop, history)
-            blend = build_blend(recipe.task, history, engine, task, (first_batches, evaluation_batches))
+            blend = build_blend(recipe, history, engine, task, batches_of)
             ledger = (
                 Ledger(folder.location("ledger"), me.rank, sample_log, start.stored, folder.fence)
                 if training.ledger

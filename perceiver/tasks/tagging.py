@@ -54,6 +54,11 @@ class TaggingConfig(Config):
     blend_every: Positive | None = Field(
         default=None, description="Epochs between two new estimates of the weights of `blend`; null: they stay."
     )
+    blend_split: str | None = Field(
+        default=None,
+        description="Split of held-out training samples for these estimates, of which no result is reported; null: "
+        "data.eval_split.",
+    )
 
     @model_validator(mode="after")
     def _some_weight(self) -> "TaggingConfig":
