@@ -163,6 +163,9 @@ def check_rows(checker: Checker, rows: TableRun) -> dict[str, Cost]:
     """Check each row's recipe on its data; return what the models cost, by the rows' names."""
     search, costs = checker.search, {}
     models: dict[str, Any] = {}
+    if row := next((row for row in rows.run if row.start and "train.init_from" in rows.theirs), None):
+        origins = ", ".join(row.start.values())
+        raise UserError(f"override train.init_from: row {row.name} starts from the rows {origins}: remove it")
     _check_data(checker, rows)
     for row in rows.run:
         try:
@@ -185,8 +188,6 @@ def check_rows(checker: Checker, rows: TableRun) -> dict[str, Cost]:
 
 def _check_start(rows: TableRun, row: Row, models: Mapping[str, Any]) -> None:
     """Refuse a row that starts from one that is not run, or whose model has other inputs than the branch."""
-    if row.start and any(key.startswith("train.init_from") for key in rows.theirs):
-        raise UserError(f"it starts from the rows {', '.join(row.start.values())}: remove train.init_from")
     for part, origin in row.start.items():
         if origin not in models:
             raise UserError(f"start.{part} is row {origin}, which is not run at this scale: wanted one that is")
