@@ -30,8 +30,8 @@ def check_branches(model: Any, places: Mapping[str, str]) -> None:
         if found := other_inputs(branch, trained):
             key, ours, theirs = found
             raise UserError(
-                f"train.init_from.{part}: {place} was trained with {key} = {theirs}, model.{part} has {ours}: use a run "
-                f"with the inputs of the branch, or set model.{part}.inputs to those of the run"
+                f"train.init_from.{part}: {place} was trained with {key} = {theirs}, model.{part} has {ours}: use a "
+                f"run with the inputs of the branch, or set model.{part}.inputs to those of the run"
             )
 
 

@@ -185,8 +185,8 @@ def _check_heads(recipe: Recipe, manifest: Manifest) -> None:
         return
     if blend is None:
         raise UserError(
-            f"model.heads = true gives the logits of {', '.join(heads)}, which task.kind = tagging reads with the weight "
-            "of each loss: set task.blend, such as {joint: 1}, or model.heads to false"
+            f"model.heads = true gives the logits of {', '.join(heads)}, which tagging reads with the weight of each "
+            "loss: set task.blend, such as {joint: 1}, or model.heads to false"
         )
     if strange := sorted(blend.keys() - set(heads)):
         has = f"the classifiers {', '.join(heads)}" if heads else "one classifier"
@@ -212,8 +212,8 @@ def _check_pairs(recipe: Recipe) -> None:
         )
     if getattr(recipe.model, "combine", "joint") != "joint":
         raise UserError(
-            f"task.mixup_alpha = {task.mixup_alpha:g} mixes the inputs of a late_fusion of scores, whose frozen branches "
-            "would not take part: set task.mixup_alpha to 0, and mix in the branches' own runs"
+            f"task.mixup_alpha = {task.mixup_alpha:g} mixes the inputs of a late_fusion of scores, whose frozen "
+            "branches would not take part: set task.mixup_alpha to 0, and mix in the branches' own runs"
         )
     train = recipe.train
     for workers in range(recipe.cluster.min_workers or recipe.cluster.workers, recipe.cluster.workers + 1):

@@ -29,8 +29,7 @@ from cluster.recipe.memory import COPIES
 from cluster.recipe.targets import class_names, with_targets
 from cluster.record.failures import is_final, one_line
 from cluster.record.run_folder import WEIGHTS, RunFolder
-from cluster.run.blending import build_blend, first_batches
-from cluster.run.evaluation import RemoteEvaluator, read_scores
+from cluster.run.evaluation import RemoteEvaluator, build_blend, first_batches, read_scores
 from cluster.run.monitor import ActorClient, Client, make_client
 from cluster.run.peers import Start, connect, end_start, find_start, staging_store
 from cluster.run.watchdog import Pulse

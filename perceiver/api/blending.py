@@ -23,8 +23,8 @@ def estimate(runs: Mapping[str, str], first: float | None = None, last: float | 
     common = sorted(set.intersection(*(set(losses) for losses in found.values())))
     if len(common) < 2:
         raise UserError(
-            f"{', '.join(runs.values())} have {len(common)} evaluations at the same epochs; wanted two: train them with "
-            "the same train.eval_every"
+            f"{', '.join(runs.values())} have {len(common)} evaluations at the same epochs; wanted two: train them "
+            "with the same train.eval_every"
         )
     begin, end = _epoch("--from", first, common, common[0]), _epoch("--to", last, common, common[-1])
     if begin >= end:

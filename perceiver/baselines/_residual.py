@@ -25,7 +25,7 @@ class Residual(nn.Module):
 
 
 def bottleneck(inputs: int, outputs: int, stride: int, conv: Convolution, norm: Norm) -> Residual:
-    """Return a block of convolutions of size 1, 3 and 1; the middle one has a quarter of the channels and the stride."""
+    """Return a block of convolutions of size 1, 3, 1; the middle one has the stride and a quarter of the channels."""
     inner = max(1, outputs // RATIO)
     body = nn.Sequential(
         conv(inputs, inner, 1, 1), norm(inner), nn.ReLU(),

@@ -87,7 +87,9 @@ def _branch(name: str, value: Any) -> Config:
     except ValidationError as error:
         # The first part of a location is the kind of the model, which is no key.
         lines = [
-            InitErrorDetails(type=cast(Any, e["type"]), loc=(name, *e["loc"][1:]), input=e["input"], ctx=e.get("ctx", {}))
+            InitErrorDetails(
+                type=cast(Any, e["type"]), loc=(name, *e["loc"][1:]), input=e["input"], ctx=e.get("ctx", {})
+            )
             for e in error.errors()
         ]
         raise ValidationError.from_exception_data(error.title, lines) from None

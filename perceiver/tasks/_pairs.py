@@ -41,7 +41,7 @@ def pair_shares(alpha: float, seed: int, step: int, sample_id: Tensor) -> Tensor
 
 
 def mixed_pairs(x: Tensor, partner: Tensor, share: Tensor) -> Tensor:
-    """Return samples or pixels (B, ...) of which each row keeps its share (B,), the rest is its partner's; same type."""
+    """Return samples or pixels (B, ...) of which each row keeps its share (B,) and takes the rest of its partner."""
     weight = share.view(-1, *(1,) * (x.ndim - 1))
     mixed = torch.lerp(x[partner].float(), x.float(), weight)
     return (mixed if x.is_floating_point() else mixed.round()).to(x.dtype)

@@ -143,7 +143,7 @@ class Tagging(RandomTask):
     def _blended(
         self, names: Sequence[str], logits: Tensor, labels: Tensor, share: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return the weighted loss of logits (B, H, K), the loss of each of the H classifiers, and the last's logits."""
+        """Return the weighted loss of logits (B, H, K), the losses of the H classifiers, and the last one's logits."""
         losses = [self._cross_entropy(one, labels, share) for one in logits.unbind(1)]
         weighted = [self.blend.get(name, 0.0) * loss for name, loss in zip(names, losses, strict=True)]
         sums = {f"{HEAD_LOSS}{name}": loss.detach() for name, loss in zip(names, losses, strict=True)}

@@ -1,8 +1,8 @@
 """Weights of the losses of several classifiers by their overfitting-to-generalisation ratio (G-blend).
 
 Source: Wang, Tran, Feiszli, arXiv 1905.12681. From one measurement to a later one, a classifier gains generalisation
-dG = V - V' and overfits by dO = (V' - T') - (V - T), where T is its loss in training and V that on held-out samples. The
-blend that makes the squared ratio of dO to dG least gives each classifier a weight proportional to dG / dO^2.
+dG = V - V' and overfits by dO = (V' - T') - (V - T), where T is its loss in training and V that on held-out samples.
+The blend that makes the squared ratio of dO to dG least gives each classifier a weight proportional to dG / dO^2.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -93,9 +93,7 @@ class TableConfig(Config):
         for place, row in enumerate(self.rows):
             for part, origin in row.start.items():
                 if origin not in names[:place]:
-                    raise ValueError(
-                        f"row {row.name}: start.{part} is {origin!r}; wanted a row above it{_near(origin, names[:place])}"
-                    )
+                    raise ValueError(f"row {row.name}: start.{part} is {origin!r}; wanted a row above it")
         return self
 
     def scale(self, name: ScaleName) -> Scale:

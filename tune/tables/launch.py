@@ -194,7 +194,9 @@ def _check_start(rows: TableRun, row: Row, models: Mapping[str, Any]) -> None:
         branch = branch_of(models[row.name], part)
         if branch is not None and (found := other_inputs(branch, models[origin])):
             key, ours, theirs = found
-            raise UserError(f"start.{part} is row {origin} with {key} = {theirs}, model.{part} has {ours}: set the same")
+            raise UserError(
+                f"start.{part} is row {origin} with {key} = {theirs}, model.{part} has {ours}: set the same"
+            )
 
 
 def _check_data(checker: Checker, rows: TableRun) -> None:

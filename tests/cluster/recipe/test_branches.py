@@ -101,7 +101,11 @@ def fusion(tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("section", "changes", "wanted"),
     [
-        ("task", {"blend": {"three": 1, "joint": 1}}, "task.blend has three, but the model has the classifiers one, two"),
+        (
+            "task",
+            {"blend": {"three": 1, "joint": 1}},
+            "task.blend has three, but the model has the classifiers one, two",
+        ),
         ("task", {"blend": None}, "set task.blend"),
         ("model", {"heads": False}, "the model has one classifier: set model.kind to late_fusion"),
         ("task", {"blend_split": "val"}, "val"),

@@ -96,7 +96,15 @@ class Viewer(Tagger):
 
     def __init__(self) -> None:
         super().__init__(mel=True)
-        video = {"kind": "video", "frames": 1, "channels": 1, "size": (2, 2), "patch": (1, 2, 2), "mean": [0], "std": [1]}
+        video = {
+            "kind": "video",
+            "frames": 1,
+            "channels": 1,
+            "size": (2, 2),
+            "patch": (1, 2, 2),
+            "mean": [0],
+            "std": [1],
+        }
         none = {"kind": "none"}
         sound = {**MEL.model_dump(), "positions": none}
         self.inputs = MultimodalConfig(modalities={"a": sound, "v": {**video, "positions": none}}).build()
