@@ -51,7 +51,7 @@ def input_sections(model: Any) -> list[tuple[str, Any]]:
 def _sections(model: Any, key: str) -> Iterator[tuple[str, Any]]:
     for name, branch in getattr(model, "branches", {}).items():
         yield from _sections(branch, f"{key}.branches.{name}")
-    inputs = getattr(model, "inputs", None)
+    inputs: Any = getattr(model, "inputs", None)
     if hasattr(model, "branches") or not hasattr(inputs, "kind"):
         return
     if inputs.kind != "multimodal":
