@@ -80,6 +80,17 @@ _PANNS: Values = {
     "positions": _NONE,
 }
 """Log-mel spectrograms of PANNs: 1,001 frames of 64 bins for 10 s, with their SpecAugment."""
+_FORTY: Values = {
+    **{key: _PANNS[key] for key in ("kind", "spectrum", "layout", "positions")},
+    "samples": 16_000,
+    "rate": 16_000,
+    "window": 256,
+    "hop": 160,
+    "bins": 40,
+}
+"""Log-mel spectrograms of G-blend: 100 frames of 40 bins for a second, as long as its 16 video frames."""
+_SIXTY_FOUR: Values = {**_PANNS, "samples": 160_000, "rate": 16_000, "window": 512, "hop": 160, "high": 8000.0}
+_FRAMES: Values = {"kind": "video", "frames": 16, "patch": (1, 1, 1), "positions": _NONE}
 _VIDEO: Values = {"kind": "video", "frames": 32, "patch": (2, 8, 8), "positions": _fourier(16, 16, 28, 28)}
 _POINTS: Values = {"kind": "points", "points": 2048, "bands": 64, "max_resolution": 2240.0}
 
@@ -224,7 +235,24 @@ def _other_audio() -> dict[str, tuple[Values, str]]:
     pool: Values = {"kind": "segment_pool", "inputs": {"kind": "embeddings"}}
     levels: Values = {"widths": (600, 600, 600), "dropout": 0.4, "norm": True, "pool": "multi_level", "levels": (2, 3)}
     mel = {**_PANNS, "hop": 640, "bins": 128, "high": 16_000.0}
+    sound: Values = {"kind": "audio_resnet", "inputs": _FORTY}
+    sight: Values = {"kind": "r2plus1d", "inputs": _FRAMES}
+    vgg: Values = {"kind": "cnn14", "inputs": _SIXTY_FOUR, "widths": (16, 32, 64, 128, 256, 512, 1024)}
+    deep: Values = {**sight, "depths": (3, 8, 36, 3)}
+    joint: Values = {"combine": "joint", "hidden": (2048, 2048), "heads": True}
     return {
+        "gblend_audio_audioset": (sound, "P Table 3: 32.4 (Wang et al.); OPEN: length of a clip"),
+        "gblend_video_audioset": (sight, "P Table 3: 18.8 (Wang et al.); OPEN: length of a clip"),
+        "gblend_audioset": (
+            {"kind": "late_fusion", "branches": {"audio": sound, "video": sight}, **joint},
+            "P Table 3: 41.8 (Wang et al.); OPEN: length of a clip",
+        ),
+        "fayek_audio_audioset": (vgg, "P Table 3: 38.4 (Fayek and Kumar); OPEN: all but VGG-like"),
+        "fayek_video_audioset": (deep, "P Table 3: 25.7 (Fayek and Kumar); OPEN: all but R(2+1)D-152"),
+        "fayek_audioset": (
+            {"kind": "late_fusion", "branches": {"audio": vgg, "video": deep}},
+            "P Table 3: 46.2 (Fayek and Kumar); OPEN: form of the attention",
+        ),
         "cnn14_audioset": ({"kind": "cnn14", "inputs": _PANNS}, "P Table 3: 43.1 (Kong et al.)"),
         "segment_mean_audioset": ({**pool, "pool": "mean"}, "P Table 3: 31.4 (Gemmeke et al.); OPEN: layers"),
         "segment_attention_audioset": (pool, "P Table 3: 32.7 (Kong et al. 2018)"),

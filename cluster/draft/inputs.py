@@ -80,7 +80,7 @@ def draft_inputs(manifest: Manifest, sizes: Sizes, limits: Limits) -> Part:
         hint = "; for optical flow start from recipes/train/flow.yaml" if "flow" in manifest.features else ""
         raise UserError(
             f"init: no feature of {manifest.name} is an input that a recipe can be drafted for: it has {has}; wanted"
-            f" image, video, audio, text, points or series{hint}"
+            f" image, video, audio, text, points, series or embeddings{hint}"
         )
     if {"audio", "video"} <= found.keys():
         both = {name: found.pop(name) for name in ("audio", "video")}
@@ -136,6 +136,8 @@ class _Drafts:
                 return {name: self._points(name, feature)}
             case "series":
                 return {name: self._series(name, feature)}
+            case "embeddings":
+                return {name: _embeddings(feature)}
             case _:
                 return {}
 
@@ -260,6 +262,12 @@ class _Drafts:
             inputs["positions"] = _fourier(8, (-(-length // patch),))
         shown = {} if feature.length == length else {"series": {"length": length}}
         return Part(f"{length} x {feature.channels} numbers", inputs, shown)
+
+
+def _embeddings(feature: Any) -> Part:
+    size = {"segments": feature.segments, "channels": feature.channels}
+    inputs = {"kind": "embeddings", **size, "positions": _fourier(4, (feature.segments,))}
+    return Part(f"of {feature.segments} segments with {feature.channels} values", inputs)
 
 
 def _fourier(bands: int, grid: Sequence[int]) -> dict[str, Any]:

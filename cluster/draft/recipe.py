@@ -22,6 +22,7 @@ NEAREST = {
     "video": "av_digits",
     "multimodal": "av_digits",
     "text": "languages",
+    "embeddings": "weak_av",
 }
 """The recipe whose model, optimizer and batch are taken, by kind of input."""
 OF_TASK = {"segmentation": "digit_masks", "multitask": "notes_both"}

@@ -1,6 +1,6 @@
 """The checks that the data have the inputs of the model, in its shape."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from perceiver.config import UserError
@@ -44,13 +44,21 @@ def check_inputs(model: Any, shapes: Shapes, data: DataConfig, manifest: Manifes
 
 
 def input_sections(model: Any) -> list[tuple[str, Any]]:
-    """Return the model's input sections with their dotted keys, one per modality."""
-    inputs = getattr(model, "inputs", None)
-    if inputs is None or not hasattr(inputs, "kind"):
-        return []
+    """Return the model's input sections with their dotted keys, one per modality, of several branches those of each."""
+    return list(_sections(model, "model"))
+
+
+def _sections(model: Any, key: str) -> Iterator[tuple[str, Any]]:
+    for name, branch in getattr(model, "branches", {}).items():
+        yield from _sections(branch, f"{key}.branches.{name}")
+    inputs: Any = getattr(model, "inputs", None)
+    if hasattr(model, "branches") or not hasattr(inputs, "kind"):
+        return
     if inputs.kind != "multimodal":
-        return [("model.inputs", inputs)]
-    return [(f"model.inputs.modalities.{name}", one) for name, one in inputs.modalities.items()]
+        yield f"{key}.inputs", inputs
+        return
+    for name, one in inputs.modalities.items():
+        yield f"{key}.inputs.modalities.{name}", one
 
 
 def _check_image(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfig, trained: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import psutil
 import torch
 
+from cluster.recipe.branches import check_branches
 from cluster.recipe.config import Recipe, kind_of, zero_stage
 from cluster.recipe.inputs import check_inputs, input_sections
 from cluster.recipe.memory import held_bytes, state_bytes
@@ -327,6 +328,7 @@ def describe_start(recipe: Recipe, manifest: Manifest) -> str:
     with on_meta():
         model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes)))
     if isinstance(url, dict):
+        check_branches(recipe.model, url)
         plans = plan_parts(model, url, class_names(recipe, manifest))
         return "; ".join(f"{part} {plan.describe(url[part])}" for part, plan in plans.items())
     saved = open_weights(url)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from cluster.recipe.config import Recipe, kind_of
+from cluster.recipe.inputs import input_sections
 from perceiver.config import UserError
 from perceiver.factory import on_meta
 from perceiver.tasks import Targets, TaskTarget, balanced, balanced_positives, label_key
@@ -168,20 +169,51 @@ def check_targets(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tuple
     _check_decoder(recipe)
     if kind_of(recipe.task) == "segmentation":
         _check_queries(recipe, shapes["mask"])
+    _check_heads(recipe, manifest)
     if kind_of(recipe.task) == "tagging" and cast(Any, recipe.task).mixup_alpha > 0:
         _check_pairs(recipe)
 
 
+def _check_heads(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuse a model of several classifiers without weights of their losses, and weights of other classifiers."""
+    if split := getattr(recipe.task, "blend_split", None):
+        manifest.split(split)
+    blend, model = getattr(recipe.task, "blend", None), cast(Any, recipe.model)
+    several = kind_of(model) == "late_fusion" and model.heads
+    heads = [*model.branches, "joint"] if several else []
+    if blend is None and not heads:
+        return
+    if blend is None:
+        raise UserError(
+            f"model.heads = true gives the logits of {', '.join(heads)}, which tagging reads with the weight of each "
+            "loss: set task.blend, such as {joint: 1}, or model.heads to false"
+        )
+    if strange := sorted(blend.keys() - set(heads)):
+        has = f"the classifiers {', '.join(heads)}" if heads else "one classifier"
+        raise UserError(
+            f"task.blend has {', '.join(strange)}, but the model has {has}: "
+            + ("name those" if heads else "set model.kind to late_fusion with combine joint and heads true")
+        )
+
+
 def _check_pairs(recipe: Recipe) -> None:
-    """Refuse MixUp of tags without sound alone, and micro-batches that would separate a pair of the global batch."""
+    """Refuse MixUp of tags of other inputs than sound and video, and micro-batches that would separate a pair."""
     task: Any = recipe.task
-    section = getattr(recipe.model, "inputs", None)
-    kinds = ("mel",) if task.mixup_on == "spectrogram" else ("audio", "mel")
-    if kind_of(section) not in kinds:
+    sections = input_sections(recipe.model)
+    sound = ("mel",) if task.mixup_on == "spectrogram" else ("audio", "mel")
+    wrong = next(((key, one.kind) for key, one in sections if one.kind not in (*sound, "video")), None)
+    if wrong is None and not any(one.kind in sound for _, one in sections):
+        wrong = sections[0][0], sections[0][1].kind
+    if wrong:
         raise UserError(
             f"task.mixup_alpha = {task.mixup_alpha:g} with task.mixup_on = {task.mixup_on} mixes inputs of the kind"
-            f" {' or '.join(kinds)}, but model.inputs.kind = {kind_of(section)!r}: set task.mixup_alpha to 0"
-            + (", or task.mixup_on to waveform" if kind_of(section) == "audio" else "")
+            f" {' or '.join(sound)}, and video with them, but {wrong[0]}.kind = {wrong[1]!r}: set task.mixup_alpha to 0"
+            + (", or task.mixup_on to waveform" if wrong[1] == "audio" else "")
+        )
+    if getattr(recipe.model, "combine", "joint") != "joint":
+        raise UserError(
+            f"task.mixup_alpha = {task.mixup_alpha:g} mixes the inputs of a late_fusion of scores, whose frozen "
+            "branches would not take part: set task.mixup_alpha to 0, and mix in the branches' own runs"
         )
     train = recipe.train
     for workers in range(recipe.cluster.min_workers or recipe.cluster.workers, recipe.cluster.workers + 1):

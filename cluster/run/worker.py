@@ -89,12 +89,13 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 
             # Recording and hooks.
             recording = open_recording(setup, config, resources)
-            hooks = WorkerHooks(setup, engine, recording, sample_log, asks=setup.first and config["on_cluster"])
+            hooks = WorkerHooks(setup, engine, task, recording, sample_log, setup.first and config["on_cluster"])
 
             # Train, then write the results.
             step, early_stop = span.start_step, hooks.early_stop
             ended = engine.sum([float(early_stop.over(step))])[0] > 0
             if not ended:
+                hooks.begin()
                 counted = setup.pulse.count(batches)
                 step = train(engine, counted, hooks.ordered(stepped), span, poll=hooks.flags, restore=hooks.roll_back)
             if setup.first and early_stop.ended:

@@ -15,13 +15,13 @@ import torch
 
 from cluster.recipe.config import Recipe, eval_rows, zero_stage
 from cluster.recipe.memory import COPIES
-from cluster.worker.evaluation import RemoteEvaluator, read_scores
+from cluster.worker.evaluation import RemoteEvaluator, build_blend, first_batches, read_scores
 from cluster.worker.monitor import ActorClient, Client
 from cluster.worker.peers import newest_step, staging_store
 from cluster.worker.ray_train import PreemptionHook, RayReporter
 from cluster.worker.restore import restore
 from cluster.worker.setup import Setup
-from perceiver.tasks import Batch
+from perceiver.tasks import Batch, Task
 from perceiver.tracking.redaction import redact
 from perceiver.tracking.runs import RunHandle, open_tracker
 from perceiver.tracking.tracker import NullTracker, Status, Tracker
@@ -100,6 +100,7 @@ class WorkerHooks:
     Args:
         setup: of the worker.
         engine: restored, if the run resumes.
+        task: whose weights of several classifiers are estimated again (`task.blend_every`).
         recording: of the metrics.
         sample_log: of the samples of each step.
         asks: whether Ray Train is asked for notices of preemption.
@@ -112,7 +113,9 @@ class WorkerHooks:
         preemption: the notices of preemption.
     """
 
-    def __init__(self, setup: Setup, engine: Engine, recording: Recording, sample_log: SampleLog, asks: bool) -> None:
+    def __init__(
+        self, setup: Setup, engine: Engine, task: Task, recording: Recording, sample_log: SampleLog, asks: bool
+    ) -> None:
         training = setup.recipe.train
         self._setup, self._engine, self._recording, self._sample_log = setup, engine, recording, sample_log
         self.evaluation = EvalHook(
@@ -124,6 +127,7 @@ class WorkerHooks:
         )
         self.evaluations = build_async_evaluation(setup, recording.history)
         self.early_stop = EarlyStopHook(training.early_stop, recording.history)
+        self._blend = build_blend(setup.recipe, recording.history, engine, task, self._first_batches)
         self.preemption = PreemptionHook(asks)
         self._ledger = self._build_ledger()
         self.saver = BackgroundSaver(
@@ -162,12 +166,18 @@ class WorkerHooks:
             pulse.mark("evaluation"),
             *([self.evaluations] if self.evaluations else []),
             self.evaluation,
+            *self._blend,
             pulse.mark("checkpoint"),
             self.early_stop,
             self._checkpoints,
             *([self._in_memory] if self._in_memory else []),
             pulse.mark(),
         ]
+
+    def begin(self) -> None:
+        """Measure what hooks need before the first step; every rank calls this."""
+        for hook in self._blend:
+            hook.begin()
 
     def flags(self) -> Flags:
         """Return the flags of this rank."""
@@ -196,6 +206,12 @@ class WorkerHooks:
         share = EvalShare(recipe.data.eval_split, eval_rows(recipe, me.world), me.rank, me.world)
         batches = eval_batches(recipe.data, self._setup.manifest, share, me.device, self._setup.quarantine)
         return self._setup.pulse.count(batches)
+
+    def _first_batches(self, split: str) -> Iterator[Batch]:
+        """Return this worker's first batches of a split."""
+        setup = self._setup
+        place = (setup.me.rank, setup.me.world, setup.me.device)
+        return setup.pulse.count(first_batches(setup.recipe, setup.manifest, *place, setup.quarantine, split))
 
     def _build_ledger(self) -> Ledger | None:
         setup = self._setup

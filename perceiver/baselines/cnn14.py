@@ -63,6 +63,10 @@ class CNN14(Baseline):
 
     def forward(self, raw: Raw) -> Tensor:
         """Return logits (B, K)."""
+        return self.head(nn.functional.dropout(self.features(raw), self.config.head_dropout, self.training))
+
+    def features(self, raw: Raw) -> Tensor:
+        """Return the output of the last hidden layer (B, C)."""
         c = self.config
         x = self.image(raw)
         # Each mel bin has its own normalisation: bins are moved to the channels and back.
@@ -75,5 +79,4 @@ class CNN14(Baseline):
         x = x.mean(3)
         x = x.amax(2) + x.mean(2)
         x = nn.functional.dropout(x, c.head_dropout, self.training)
-        x = self.hidden(x).relu()
-        return self.head(nn.functional.dropout(x, c.head_dropout, self.training))
+        return self.hidden(x).relu()

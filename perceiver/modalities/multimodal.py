@@ -79,7 +79,7 @@ def _below(name: str, line: Any) -> InitErrorDetails:
 class Multimodal(nn.Module):
     """Turns several raw tensors into one set of inputs, in alphabetical order of the modalities' names."""
 
-    training_keys = ("draw_seed",)
+    training_keys = ("mix_partner", "mix_share", "draw_seed")
     """See `perceiver.modalities.mel`."""
 
     def __init__(self, config: MultimodalConfig) -> None:

@@ -57,7 +57,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
     keys: tuple[str, ...] = tuple(net.input_keys)
     optional: tuple[str, ...] = tuple(getattr(net, "optional_keys", ()))
     if model.training:
-        optional += tuple(getattr(getattr(net, "inputs", None), "training_keys", ()))
+        reads = net if hasattr(net, "training_keys") else getattr(net, "inputs", None)
+        optional += tuple(getattr(reads, "training_keys", ()))
     for key in keys:
         if key not in batch:
             raise UserError(f"batch: got keys {sorted(batch)}; wanted '{key}' for this model: check model.inputs.kind")

@@ -38,3 +38,10 @@ def pair_shares(alpha: float, seed: int, step: int, sample_id: Tensor) -> Tensor
         drawn = generator.beta(alpha, alpha)
         shares[row], shares[row + 1] = drawn, 1 - drawn
     return shares
+
+
+def mixed_pairs(x: Tensor, partner: Tensor, share: Tensor) -> Tensor:
+    """Return samples or pixels (B, ...) of which each row keeps its share (B,) and takes the rest of its partner."""
+    weight = share.view(-1, *(1,) * (x.ndim - 1))
+    mixed = torch.lerp(x[partner].float(), x.float(), weight)
+    return (mixed if x.is_floating_point() else mixed.round()).to(x.dtype)

@@ -3,21 +3,23 @@
 Source: Perceiver §4.2 and App. F (AudioSet: average precision as scikit-learn computes it, unweighted mean).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from perceiver.config import Config, Real, Seed, UserError
-from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, valid_rows
+from perceiver.config import Config, NonNegative, Positive, Real, Seed, UserError
+from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, network, valid_rows
 from perceiver.tasks._clips import clip_logits, mean_sigmoid
-from perceiver.tasks._pairs import pair_shares, partners
+from perceiver.tasks._pairs import mixed_pairs, pair_shares, partners
 from perceiver.tasks._weights import ClassWeights, weight_tensor
 
 SPAN = 20.0
 """Logits are counted in even bins from -SPAN to SPAN; float32 scores beyond are all but certain."""
+HEAD_LOSS = "loss_"
+"""Beginning of the names of the losses of several classifiers."""
 
 
 class TaggingConfig(Config):
@@ -35,12 +37,36 @@ class TaggingConfig(Config):
         description="Score bins of the mean average precision in evaluation; 16 bytes per class each.",
     )
     mixup_alpha: Real = Field(
-        default=0.0, ge=0, le=1000, description="Beta parameter of MixUp of sound; 0 is off (CNN-14: 1)."
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Beta parameter of MixUp of sound, and of video with it; 0 is off (CNN-14: 1).",
     )
     mixup_on: Literal["waveform", "spectrogram"] = Field(
         default="waveform", description="What MixUp mixes: samples, or log-mel values after SpecAugment (CNN-14)."
     )
     seed: Seed = Field(default=0, description="Seed of MixUp.")
+    blend: dict[str, NonNegative] | None = Field(
+        default=None,
+        description="Weights of the losses of a late_fusion's classifiers by the names of its branches, and joint "
+        "(G-blend); a missing one is 0. `perceiver blend` estimates them.",
+    )
+    blend_every: Positive | None = Field(
+        default=None, description="Epochs between two new estimates of the weights of `blend`; null: they stay."
+    )
+    blend_split: str | None = Field(
+        default=None,
+        description="Split of held-out training samples for these estimates, of which no result is reported; null: "
+        "data.eval_split.",
+    )
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "TaggingConfig":
+        if self.blend is not None and not sum(self.blend.values()):
+            raise ValueError("blend has no weight above 0")
+        if self.blend_every and self.blend is None:
+            raise ValueError("blend_every needs blend, the weights until the first estimate")
+        return self
 
     def build(self, *, classes: int) -> Task:
         """Build the task."""
@@ -74,6 +100,7 @@ class Tagging(RandomTask):
         super().__init__(config.seed)
         self.config, self.classes = config, classes
         self.weights = weight_tensor(config.class_weights, classes)
+        self.blend = dict(config.blend or {})
 
     def count(self, batch: Batch) -> Tensor:
         """Return the number of valid samples with a label."""
@@ -95,18 +122,35 @@ class Tagging(RandomTask):
             batch, labels, known = self._mix(batch, labels, known)
         share = known / known.sum(1, keepdim=True).clamp(min=1)
         logits = clip_logits(model, batch, mean_sigmoid)
-        weight = None if self.weights is None else self.weights.to(logits.device)
-        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none", pos_weight=weight)
-        loss_sum = (each * share).sum()
-        sums = {"loss": loss_sum.detach()}
+        sums: dict[str, Tensor] = {}
+        if self.blend:
+            loss_sum, sums, logits = self._blended(network(model).head_names, logits, labels, share)
+        else:
+            loss_sum = self._cross_entropy(logits, labels, share)
+        sums["loss"] = loss_sum.detach()
         with torch.no_grad():
             sums["correct"] = (((logits > 0) == (labels > 0.5)) * share).sum()
             if not model.training:
                 sums |= self._histograms(logits, labels, known)
         return LossOutput(loss_sum, sums)
 
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        """Return the sum over the samples of the mean over the classes; `share` (B, K) has what each of them counts."""
+        weight = None if self.weights is None else self.weights.to(logits.device)
+        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none", pos_weight=weight)
+        return (each * share).sum()
+
+    def _blended(
+        self, names: Sequence[str], logits: Tensor, labels: Tensor, share: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return the weighted loss of logits (B, H, K), the losses of the H classifiers, and the last one's logits."""
+        losses = [self._cross_entropy(one, labels, share) for one in logits.unbind(1)]
+        weighted = [self.blend.get(name, 0.0) * loss for name, loss in zip(names, losses, strict=True)]
+        sums = {f"{HEAD_LOSS}{name}": loss.detach() for name, loss in zip(names, losses, strict=True)}
+        return torch.stack(weighted).sum(), sums, logits[:, -1]
+
     def _mix(self, batch: Batch, labels: Tensor, known: Tensor) -> tuple[Batch, Tensor, Tensor]:
-        """Mix the sound and the labels of each pair; classes that only one of the two knows do not count.
+        """Mix sound, video and labels of each pair; classes that only one of the two knows do not count.
 
         A pair without a class that both know, such as one with a padding row or an unlabelled sample, is not mixed.
         """
@@ -119,12 +163,13 @@ class Tagging(RandomTask):
         share = share.where(mixed, 1)
         labels = torch.lerp(labels[partner], labels, share[:, None])
         known = both.where(mixed[:, None], known)
+        batch = dict(batch)
         if self.config.mixup_on == "spectrogram":
-            return {**batch, "mix_partner": partner, "mix_share": share}, labels, known
-        audio = batch["audio"]
-        sound = torch.lerp(audio[partner].float(), audio.float(), share[:, None])
-        sound = sound if audio.is_floating_point() else sound.round()
-        return {**batch, "audio": sound.to(audio.dtype)}, labels, known
+            batch |= {"mix_partner": partner, "mix_share": share}
+        for key in ("audio", "video") if self.config.mixup_on == "waveform" else ("video",):
+            if key in batch:
+                batch[key] = mixed_pairs(batch[key], partner, share)
+        return batch, labels, known
 
     def _histograms(self, logits: Tensor, labels: Tensor, known: Tensor) -> dict[str, Tensor]:
         """Count known positives and negatives (K, bins) by class and score bin, best scores first."""
@@ -138,13 +183,15 @@ class Tagging(RandomTask):
         }
 
     def summarise(self, sums: Mapping[str, Any], count: float) -> dict[str, float]:
-        """Return loss, accuracy of single labels, and in evaluation mean_average_precision.
+        """Return loss, accuracy of single labels, `loss_NAME` of several classifiers, and in evaluation
+        mean_average_precision.
 
         The latter is the mean of the bounds from the score bins, over the classes that have a positive; scikit-learn's
         value is within mean_average_precision_error of it.
         """
         count = max(count, 1.0)
         metrics = {"loss": sums["loss"] / count, "label_accuracy": sums["correct"] / count}
+        metrics |= {name: value / count for name, value in sums.items() if name.startswith(HEAD_LOSS)}
         if "positive" in sums:
             least, most = precision_bounds(sums["positive"], sums["negative"])
             low, high = float(least.nanmean().nan_to_num()), float(most.nanmean().nan_to_num())
@@ -155,5 +202,9 @@ class Tagging(RandomTask):
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return `probability` (B, K), and `prediction` (B, K) bool at 0.5."""
-        probability = clip_logits(model, batch, mean_sigmoid).sigmoid()
+        probability = self.finish(clip_logits(model, batch, mean_sigmoid)).sigmoid()
         return {"prediction": probability > 0.5, "probability": probability}
+
+    def finish(self, output: Tensor) -> Tensor:
+        """Return the logits (B, K) of an exported model: of several classifiers those of the last, the joint one."""
+        return output[:, -1] if output.ndim == 3 else output

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Execute = Callable[[RankWork, list[Run], RayOptions], Iterator[tuple[Any, int, list[str]]]]
     Checkable = Generator[tuple[Batch, list[str]], None, None]
 
-KEEP_DECODED_BYTES = 64 << 10
+KEEP_DECODED_BYTES = 128 << 10
 """Decoded samples up to this size stay in the cache of the data task's process."""
 BLOCK_BYTES, LEAST_BLOCK_BYTES = 24 << 20, 8 << 20
 """Size of the blocks that data tasks return; each costs Ray milliseconds. Smaller where few bytes may wait."""

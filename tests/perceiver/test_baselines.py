@@ -56,6 +56,20 @@ CASES["segment_pool"].append(
         "output_norm": True,
     }
 )
+MEL = CASES["cnn14"][0]["inputs"]
+VIDEO = {"kind": "video", "frames": 4, "size": (16, 16), "channels": 1, "patch": (1, 1, 1), "mean": [0], "std": [1]}
+CASES["audio_resnet"] = [{"inputs": MEL, "stem": 4, "simple": 6, "depths": (1, 2), "widths": (8, 12)}]
+CASES["r2plus1d"] = [
+    {"inputs": {**VIDEO, "positions": {"kind": "none"}}, "stem": (4, 6), "depths": (1, 2), "widths": (8, 12)}
+]
+BRANCHES = {
+    "audio": {"kind": "audio_resnet", **CASES["audio_resnet"][0]},
+    "video": {"kind": "r2plus1d", **CASES["r2plus1d"][0]},
+}
+CASES["late_fusion"] = [
+    {"branches": BRANCHES, "combine": combine, "hidden": hidden}
+    for combine, hidden in (("average", ()), ("regression", ()), ("attention", (7,)), ("joint", (7, 7)))
+]
 
 
 def build(kind: str, values: dict[str, Any]) -> Any:
@@ -75,7 +89,7 @@ def test_contract(kind, values):
         for key, x in model.example(4, "cpu").items()
     }
     assert input_keys(model) == tuple(raw)
-    logits = model(next(iter(raw.values())))
+    logits = model(raw if len(raw) > 1 else next(iter(raw.values())))
     assert logits.shape == (4, 3)
     logits.square().sum().backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None]

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -60,11 +61,41 @@ def test_parameter_counts(changes, expected):
         ("resnet50", 25_557_032),
         ("vit_b16", 86_567_656),
         ("cnn14_audioset", 80_753_615),
+        ("gblend_audio_audioset", 42_532_208 + 2049 * 527),
+        ("gblend_audioset", 143_589_870),
     ],
 )
 def test_preset_counts(name, expected):
     """The baselines' published counts are torchvision's, timm's and PANNs'."""
     assert count_parameters(perceiver.create_model(name, device="meta")) == expected
+
+
+def test_the_parts_of_g_blend_have_the_published_sizes():
+    """Wang et al.: 23.5 and 42.5 million without the classifier for 50 and 101 layers; 13.7 million of the fusion."""
+    whole: Any = perceiver.create_model("gblend_audioset", device="meta")
+    fifty: Any = perceiver.create_model("gblend_audio_audioset", device="meta", depths=(3, 4, 6, 3))
+    audio = whole.branches["audio"]
+    sizes = [count_parameters(one) - count_parameters(one.head) for one in (fifty, audio)]
+    assert [round(size / 1e6, 1) for size in sizes] == [23.5, 42.5]
+    assert round(count_parameters(whole.head) / 1e6, 1) == 13.7 and audio.inputs.grid == (100, 40)
+    stages = [layer.shape for layer in (block_output(audio), block_output(whole.branches["video"]))]
+    assert stages == [(2, 2048, 4, 2), (2, 2048, 2, 14, 14)], "the pooled places of the source"
+
+
+def block_output(model: Any) -> torch.Tensor:
+    """Return what the last block gives for two samples."""
+    found: list[torch.Tensor] = []
+    model.blocks[-1].register_forward_hook(lambda layer, given, output: found.append(output))
+    model(model.example(2, "meta"))
+    return found[0]
+
+
+def test_attention_over_two_models_has_4_k_squared_and_2_k_values():
+    """1,111,970 for 527 classes; regression has half."""
+    heads: list[Any] = []
+    for combine in ("attention", "regression"):
+        heads.append(perceiver.create_model("fayek_audioset", device="meta", combine=combine))
+    assert [count_parameters(one.head) for one in heads] == [1_111_970, 555_985]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,10 @@ class Coordinator:
         prepare: checks a new trial's recipe and returns its parameters and optimizer steps.
         waiting: numbers of the trials to run before new ones are drawn.
         total: number of trials of the search.
+
+    Attributes:
+        origins: the trials whose weights parts of a trial's model start from, by the part, by the trial's number; a
+            trial is drawn when they have ended.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Coordinator:
     ) -> None:
         self.record, self.folder, self.sampler, self.prepare = record, folder, sampler, prepare
         self.waiting, self.total = list(waiting), total
+        self.origins: Mapping[int, Mapping[str, int]] = {}
         self.listeners: list[Listener] = []
         self.stopping = False
         self._lock = threading.RLock()
@@ -85,24 +90,44 @@ class Coordinator:
                 return None
             if self.waiting:
                 return self.record.trial(self.waiting.pop(0))
-            while len(self.record.trials) < self.total:
+            while len(self.record.trials) < self.total and not self.is_early():
                 trial = self.draw()
                 if trial.status == "waiting":
                     return trial
             return None
 
+    def is_early(self) -> bool:
+        """Return whether the next new trial starts from one that has not ended."""
+        with self._lock:
+            number = len(self.record.trials)
+            origins = self.origins.get(number, {}).values() if number < self.total and not self.waiting else ()
+            return not self.stopping and any(self.record.trial(origin).status not in DONE for origin in origins)
+
     def draw(self) -> TrialRecord:
         """Add the next new trial to the record."""
         with self._lock:
             number = len(self.record.trials)
-            trial = TrialRecord(number=number, values=self.sampler.ask(number), label=self.sampler.label(number))
+            values = dict(self.sampler.ask(number))
+            trial = TrialRecord(number=number, values=values, label=self.sampler.label(number))
             self.record.trials.append(trial)
             try:
+                values |= self._start(number)
+                trial.values = values
                 trial.parameters, trial.total_steps = self.prepare(trial.values)
             except UserError as error:
                 self._end(trial, "failed", str(error))
             self._save()
             return trial
+
+    def _start(self, number: int) -> Values:
+        """Return the key of the weights that parts of a trial's model start from; refuse to start from a failed one."""
+        origins = self.origins.get(number, {})
+        for origin in origins.values():
+            if (found := self.record.trial(origin)).status != "finished":
+                raise UserError(f"it starts from trial {origin} ({found.label}), which has {found.status}")
+        trials = self.folder.location("trials")
+        places = {part: absolute(f"{trials}/{trial_name(origin)}") for part, origin in origins.items()}
+        return {"train.init_from": places} if places else {}
 
     def started(self, number: int) -> None:
         """Record that a trial has a process."""
@@ -200,7 +225,9 @@ class CoordinatorSearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's configuration, or `FINISHED`."""
         trial = self.coordinator.next_trial()
-        return Searcher.FINISHED if trial is None else configuration(trial)
+        if trial is None:  # None: Tune asks again later
+            return None if self.coordinator.is_early() else Searcher.FINISHED
+        return configuration(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: `CoordinatorCallback` calls the coordinator."""

@@ -294,6 +294,7 @@ def _tune(launch: SearchLaunch, session: RaySession, handle: RunHandle | None) -
     coordinator = Coordinator(
         launch.record, launch.folder, _sampler(launch), partial(_prepare, launch), launch.waiting, launch.total
     )
+    coordinator.origins = launch.plan.origins
     tracking = _Tracking(launch)
     tracking.send_rest()
     coordinator.listeners += [launch.console.news, tracking.news]

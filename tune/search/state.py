@@ -49,6 +49,7 @@ class SearchPlan:
         known: the trials if they do not depend on results.
         labels: labels of the known trials: rows of a table; else empty.
         rows: the changes of each row, stored with the search and compared when it is resumed.
+        origins: the trials whose weights parts of a trial's model start from, by the part, by the trial's number.
     """
 
     search: Search
@@ -57,6 +58,7 @@ class SearchPlan:
     known: list[Values] | None
     labels: tuple[str, ...] = ()
     rows: dict[str, Values] = field(default_factory=dict)
+    origins: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:

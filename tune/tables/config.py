@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cluster.recipe.file import explain, packaged, read_tree
 from perceiver.config import Config, Name, NonNegative, Shift, UserError
+from perceiver.train.config import PartName
 from tune.config import Mode
 from tune.search_file import flat
 from tune.space.space import Values
@@ -38,6 +39,9 @@ class Row(Config):
     source: str = Field(default="", description="origin of the result, if not that of the table")
     full: dict[str, Any] | None = Field(default=None, description="keys to change with the papers' data; null: not run")
     small: dict[str, Any] | None = Field(default=None, description="keys to change on small data; null: not run")
+    start: dict[PartName, str] = Field(
+        default={}, description="rows whose runs with the same seed parts of the model start from, by the part's name"
+    )
     note: str = Field(default="", description="a remark, or why it is not run")
 
 
@@ -86,6 +90,10 @@ class TableConfig(Config):
         for claim in self.claims:
             if unknown := [name for name in claim.rows if name not in names]:
                 raise ValueError(f"claim {claim.text!r}: no row {unknown[0]!r}{_near(unknown[0], names)}")
+        for place, row in enumerate(self.rows):
+            for part, origin in row.start.items():
+                if origin not in names[:place]:
+                    raise ValueError(f"row {row.name}: start.{part} is {origin!r}; wanted a row above it")
         return self
 
     def scale(self, name: ScaleName) -> Scale:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.recipe.branches import branch_of, other_inputs
 from cluster.recipe.file import apply_override, read_tree
 from perceiver.accounting import account, count_input_positions
 from perceiver.config import UserError
@@ -65,6 +66,15 @@ class TableRun:
         """Return row and seed of each trial: all rows with one seed, then all with the next."""
         return [(row, seed) for seed in range(self.seeds) for row in self.run]
 
+    def origins(self) -> dict[int, dict[str, int]]:
+        """Return the numbers of the trials that parts of a trial's model start from, by the trial's number."""
+        numbers = {(row.name, seed): number for number, (row, seed) in enumerate(self.trials())}
+        return {
+            numbers[row.name, seed]: {part: numbers[origin, seed] for part, origin in row.start.items()}
+            for row, seed in self.trials()
+            if row.start
+        }
+
 
 def reproduce(
     name: str,
@@ -104,7 +114,8 @@ def reproduce(
         _say_plan(rows, SearchPlan(search, checker, slots, known), costs)
         return 0
     labels = tuple(f"{row.name}, seed {seed}" for row, seed in trials)
-    plan = SearchPlan(search, checker, slots, known, labels, {row.name: rows.values(row) for row in rows.run})
+    resolved = {row.name: rows.values(row) | ({"start": row.start} if row.start else {}) for row in rows.run}
+    plan = SearchPlan(search, checker, slots, known, labels, resolved, rows.origins())
     options = ["--scale", scale, *(["--seeds", str(seeds)] if seeds else [])]
     command = shlex.join(["perceiver", "reproduce", name, *options, *overrides])
     start = SearchStart(command, resume, run, as_json, "raise --seeds to continue")
@@ -151,10 +162,16 @@ def build_rows(rows: TableRun, search_keys: Mapping[str, Any], base: Mapping[str
 def check_rows(checker: Checker, rows: TableRun) -> dict[str, Cost]:
     """Check each row's recipe on its data; return what the models cost, by the rows' names."""
     search, costs = checker.search, {}
+    models: dict[str, Any] = {}
+    if row := next((row for row in rows.run if row.start and "train.init_from" in rows.theirs), None):
+        origins = ", ".join(row.start.values())
+        raise UserError(f"override train.init_from: row {row.name} starts from the rows {origins}: remove it")
     _check_data(checker, rows)
     for row in rows.run:
         try:
             recipe, model = checker.recipe(rows.values(row))
+            models[row.name] = recipe.model
+            _check_start(rows, row, models)
             classes = output_count(recipe.task, len(model.manifest.classes)) or None
             found = account(recipe.model, classes=classes)
             field = count_input_positions(recipe.model, classes=classes) if rows.table.config.input_rf else None
@@ -167,6 +184,19 @@ def check_rows(checker: Checker, rows: TableRun) -> dict[str, Cost]:
             )
         costs[row.name] = Cost(found.parameters, found.forward_flops, field)
     return costs
+
+
+def _check_start(rows: TableRun, row: Row, models: Mapping[str, Any]) -> None:
+    """Refuse a row that starts from one that is not run, or whose model has other inputs than the branch."""
+    for part, origin in row.start.items():
+        if origin not in models:
+            raise UserError(f"start.{part} is row {origin}, which is not run at this scale: wanted one that is")
+        branch = branch_of(models[row.name], part)
+        if branch is not None and (found := other_inputs(branch, models[origin])):
+            key, ours, theirs = found
+            raise UserError(
+                f"start.{part} is row {origin} with {key} = {theirs}, model.{part} has {ours}: set the same"
+            )
 
 
 def _check_data(checker: Checker, rows: TableRun) -> None:

@@ -44,6 +44,10 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> Any:
         {"train": {"micro_batch": 2}, "cluster": {"workers": 2}},
         {"cluster": {"workers": 2, "min_workers": 1}},
         {"model": {"inputs": MEL}, "task": {"mixup_on": "spectrogram"}},
+        {
+            "model": {"inputs": {"kind": "multimodal", "modalities": {"sound": MEL}}},
+            "task": {"mixup_on": "spectrogram"},
+        },
         {"train": {"global_batch": 9}, "task": {"mixup_alpha": 0.0}},
     ],
 )
@@ -56,8 +60,11 @@ def test_recipes_that_mix(changes: dict[str, Any], sounds: dict[str, Any]) -> No
     [
         ({"task": {"mixup_on": "spectrogram"}}, ("'audio'", "task.mixup_on to waveform")),
         (
-            {"model": {"inputs": {"kind": "multimodal", "modalities": {"sound": AUDIO}}}},
-            ("'multimodal'", "task.mixup_alpha to 0"),
+            {
+                "model": {"inputs": {"kind": "multimodal", "modalities": {"sound": AUDIO}}},
+                "task": {"mixup_on": "spectrogram"},
+            },
+            ("model.inputs.modalities.sound.kind = 'audio'", "task.mixup_alpha to 0"),
         ),
         ({"train": {"global_batch": 9}}, ("train.global_batch = 9 on 2 workers", "multiple of 4")),
         ({"train": {"micro_batch": 1}}, ("micro-batches of 1",)),

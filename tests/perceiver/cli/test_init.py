@@ -19,6 +19,7 @@ from perceiver.factory import build_model
 from perceiver.tasks import build_task, output_count
 from pipelines.features import (
     AudioFeature,
+    EmbeddingsFeature,
     FlowFeature,
     ImageFeature,
     LabelFeature,
@@ -88,6 +89,12 @@ KINDS: dict[str, tuple[Manifest, dict[str, Any], str, str]] = {
         {"series": {"steps": [300.0, 500.0]}},
         "series",
         "classification",
+    ),
+    "embeddings": (
+        manifest({"embeddings": EmbeddingsFeature(segments=5, channels=12), "label": LabelsFeature()}),
+        {},
+        "embeddings",
+        "tagging",
     ),
     "points": (manifest({"points": PointsFeature(features=3), **LABEL}), {}, "points", "classification"),
     "audio": (

@@ -7,6 +7,7 @@ from torch import nn
 
 from perceiver.config import UserError
 from perceiver.modalities.mel import MelConfig, log_mel
+from perceiver.modalities.multimodal import MultimodalConfig
 from perceiver.tasks import build_task
 from perceiver.tasks._pairs import pair_shares
 from perceiver.tasks.tagging import TaggingConfig
@@ -86,6 +87,45 @@ def test_sound_and_labels_are_mixed_alike(on, mel):
     assert float(out.loss_sum.detach()) == pytest.approx(expected, rel=1e-5)
     assert float(task_of(on).count(batch)) == 8 == known.any(1).sum()
     out.loss_sum.backward()
+
+
+class Viewer(Tagger):
+    """The same for a spectrogram and a video as one set of inputs."""
+
+    input_keys = ("audio", "video")
+
+    def __init__(self) -> None:
+        super().__init__(mel=True)
+        video = {
+            "kind": "video",
+            "frames": 1,
+            "channels": 1,
+            "size": (2, 2),
+            "patch": (1, 2, 2),
+            "mean": [0],
+            "std": [1],
+        }
+        none = {"kind": "none"}
+        sound = {**MEL.model_dump(), "positions": none}
+        self.inputs = MultimodalConfig(modalities={"a": sound, "v": {**video, "positions": none}}).build()
+
+    def forward(self, raw):
+        self.seen = self.inputs(raw, torch.float32).data
+        return self.layer(self.seen[:, :40, 0] / 1000)
+
+
+@pytest.mark.parametrize("on", ["waveform", "spectrogram"])
+def test_video_is_mixed_by_the_shares_of_the_sound(on):
+    model, batch = Viewer().train(), batch_of(8)
+    batch["video"] = torch.randint(0, 256, (8, 1, 1, 2, 2), dtype=torch.uint8)
+    task_of(on).loss(model, batch).loss_sum.backward()
+    share = pair_shares(1.0, 0, 3, batch["sample_id"])[:, None]
+    pixels, order = batch["video"].flatten(1).float(), [1, 0, 3, 2, 5, 4, 7, 6]
+    wanted = (share * pixels + (1 - share) * pixels[order]).round() / 255
+    torch.testing.assert_close(model.seen[:, -1, :4], wanted)
+    sound = Tagger(True).train()
+    task_of(on).loss(sound, {key: value for key, value in batch.items() if key != "video"})
+    torch.testing.assert_close(model.seen[:, :40, 0], sound.seen)
 
 
 @pytest.mark.parametrize("on", ["waveform", "spectrogram"])

@@ -33,9 +33,11 @@ def test_train_has_a_long_tail_and_test_has_none() -> None:
 
 
 def test_clips_are_the_same_each_time_and_made_of_parts_of_their_split() -> None:
-    listing = weak_av.source.listing(None, seed=3, shard_rows=6, options={"clips": "12", "held_out": "6"})
+    listing = weak_av.source.listing(
+        None, seed=3, shard_rows=6, options={"clips": "12", "held_out": "6", "validation": "6"}
+    )
     units = list(listing.units)
-    assert [unit.split for unit in units] == ["train", "train", "test"] and len(listing.classes) == 10
+    assert [unit.split for unit in units] == ["train", "train", "test", "val"] and len(listing.classes) == 10
     rows = digits.stratified_split(digits.read_archive(packages(None)[0])[1], 3)
     feature: Any = listing.features["media"]
     for unit in units[1:]:

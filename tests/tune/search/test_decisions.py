@@ -9,6 +9,7 @@ import pytest
 from ray.train import Checkpoint
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining
+from ray.tune.search import Searcher
 
 from cluster.record.run_folder import RunFolder
 from cluster.runtime.ray_internals import can_take_turns
@@ -347,6 +348,23 @@ def test_a_stop_starts_no_trial_and_open_ones_resume(tmp_path: Path) -> None:
     again = Coordinator(kept, coordinator.folder, coordinator.sampler, coordinator.prepare, [0], 3)
     trials = [again.next_trial(), again.next_trial(), again.next_trial()]
     assert [t.number if t else None for t in trials] == [0, 2, None]
+
+
+def test_a_trial_waits_for_those_it_starts_from_and_gets_their_places(tmp_path: Path) -> None:
+    coordinator = make_coordinator(tmp_path, total=5)
+    coordinator.origins = {3: {"branches.audio": 0, "branches.video": 2}, 4: {"branches.audio": 1}}
+    searcher = CoordinatorSearcher(coordinator)
+    assert [searcher.suggest(name)["number"] for name in ("a", "b")] == [0, 2]
+    coordinator.result(0, {"ending": "finished", "seconds": 1.0})
+    assert searcher.suggest("c") is None and len(coordinator.record.trials) == 3, "trial 2 has not ended: ask again"
+    coordinator.result(2, {"ending": "finished", "seconds": 1.0})
+    found = searcher.suggest("c")
+    trials = f"{tmp_path}/hunt-001/trials"
+    places = {"branches.audio": f"{trials}/trial-000", "branches.video": f"{trials}/trial-002"}
+    assert found["number"] == 3 and found["values"] == {"optim.lr": 4, "train.init_from": places}
+    assert searcher.suggest("d") == Searcher.FINISHED
+    failed = coordinator.record.trial(4)
+    assert failed.status == "failed" and "starts from trial 1" in failed.reason and "has failed" in failed.reason
 
 
 def test_a_record_of_a_newer_program_is_refused(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def test_the_papers_figures_are_those_of_the_presets(name: str) -> None:
         ({"claims": [{"text": "x", "better": "one"}]}, "wanted either better and than, or same"),
         ({"claims": [{"text": "x", "same": ["one", "tow"]}]}, "no row 'tow'; did you mean two?"),
         ({"rows": [{"name": "one", "label": "a"}, {"name": "one", "label": "b"}]}, "'one'"),
+        ({"claims": [], "rows": [{"name": "one", "label": "a", "start": {"x": "one"}}]}, "wanted a row above it"),
     ],
 )
 def test_a_mistake_in_a_table_is_one_line(
@@ -175,6 +176,17 @@ def test_a_wrong_row_is_named(tmp_path: Path, paper: dict[str, Any]) -> None:
         rows_of(write(tmp_path, paper))
     paper["rows"][1]["small"] = {"cluster.workers": 2}
     with pytest.raises(UserError, match="row two .*cluster"):
+        rows_of(write(tmp_path, paper))
+
+
+def test_a_row_starts_from_rows_of_the_same_seed(tmp_path: Path, paper: dict[str, Any]) -> None:
+    paper["rows"][1]["start"] = {"latents": "one"}
+    rows, _ = rows_of(write(tmp_path, paper))
+    assert rows.origins() == {1: {"latents": 0}, 3: {"latents": 2}}
+    with pytest.raises(UserError, match="override train.init_from: row two starts from the rows one: remove it"):
+        rows_of(write(tmp_path, paper), f"train.init_from={tmp_path}")
+    paper["rows"][0]["small"] = None
+    with pytest.raises(UserError, match="row two: start.latents is row one, which is not run at this scale"):
         rows_of(write(tmp_path, paper))
 
 
