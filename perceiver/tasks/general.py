@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from perceiver.config import Config, NonNegative
-from perceiver.tasks._answers import Answers, answer_targets, predicted_answers
+from perceiver.tasks._answers import Answers, answer_targets, check_length, predicted_answers
 from perceiver.tasks._base import Batch, LossOutput, Task, model_inputs, network, valid_rows
 from perceiver.tasks._boxes import average_precision, generalized_iou, match
 from perceiver.tasks._skills import PARTS, skill_figures
@@ -118,6 +118,7 @@ class General:
     def text_loss(self, logits: Tensor, target: Answers) -> Tensor:
         """Return the cross-entropy (B,) of the tokens of each answer, its end included; 0 without one."""
         size = target.ids.shape[1]
+        check_length(target.ids, logits.shape[1])
         each = nn.functional.cross_entropy(logits[:, :size].transpose(1, 2), target.ids, reduction="none")
         total = (each * target.mask).sum(1)
         if self.config.reduction == "mean":
