@@ -23,7 +23,7 @@ class Requests:
 
     Args:
         model: the model.
-        view: `eval_crop` and `max_pixels` of the recipe's `data` section.
+        view: `eval_crop`, `stretch` and `max_pixels` of the recipe's `data` section.
     """
 
     def __init__(self, model: nn.Module, view: Mapping[str, Any]) -> None:
@@ -105,7 +105,8 @@ class Requests:
             picture = decode_image(encoded, channels, self.view.get("max_pixels", MAX_PIXELS))
         except (BadSample, binascii.Error, ValueError) as error:
             raise ValueError(f"image {number} cannot be decoded ({error}); wanted a JPEG or PNG in base64") from None
-        return evaluation_view(picture, (height, width), self.view.get("eval_crop", 1.0))
+        crop, stretch = self.view.get("eval_crop", 1.0), self.view.get("stretch", False)
+        return evaluation_view(picture, (height, width), crop, stretch=stretch)
 
     def _array(self, name: str, values: Any) -> NDArray[Any]:
         try:

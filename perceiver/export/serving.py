@@ -23,7 +23,7 @@ class Answers:
         saved: weights with their model's config.
         task: the recipe's `task` section.
         classes: names of the classes; empty if they have none.
-        view: `eval_crop` and `max_pixels` of the recipe's `data` section.
+        view: `eval_crop`, `stretch` and `max_pixels` of the recipe's `data` section.
     """
 
     def __init__(
@@ -78,4 +78,4 @@ class Answers:
 def view_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a recipe's `data` section decides how a sample is shown."""
     data = recipe.get("data") or {}
-    return {name: data[name] for name in ("eval_crop", "max_pixels") if name in data}
+    return {name: data[name] for name in ("eval_crop", "stretch", "max_pixels") if name in data}

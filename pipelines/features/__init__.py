@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 from pydantic import Field
 
 from perceiver import registry
+from pipelines.features.answer import AnswerFeature
 from pipelines.features.audio import AudioFeature
+from pipelines.features.boxes import BoxesFeature
 from pipelines.features.embeddings import EmbeddingsFeature
+from pipelines.features.flag import FlagFeature
 from pipelines.features.flow import FlowFeature
 from pipelines.features.image import ImageFeature
 from pipelines.features.label import LabelFeature, LabelsFeature
@@ -30,7 +33,10 @@ Feature = Annotated[
     | AudioFeature
     | VideoFeature
     | MediaFeature
-    | FlowFeature,
+    | FlowFeature
+    | BoxesFeature
+    | AnswerFeature
+    | FlagFeature,
     Field(discriminator="kind"),
 ]
 
@@ -47,9 +53,12 @@ if not TYPE_CHECKING:
 
 
 __all__ = [
+    "AnswerFeature",
     "AudioFeature",
+    "BoxesFeature",
     "EmbeddingsFeature",
     "Feature",
+    "FlagFeature",
     "FlowFeature",
     "ImageFeature",
     "LabelFeature",

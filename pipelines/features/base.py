@@ -13,7 +13,7 @@ from perceiver.config import Config, Count, Real, Size
 from pipelines.transforms.audio import AudioViewConfig
 from pipelines.transforms.clip import ClipConfig
 from pipelines.transforms.decode import MAX_PIXELS
-from pipelines.transforms.image import AugmentConfig
+from pipelines.transforms.image import AugmentConfig, Placement
 from pipelines.transforms.optical_flow import FlowViewConfig
 from pipelines.transforms.points import PointsViewConfig
 from pipelines.transforms.series import SeriesViewConfig
@@ -50,8 +50,15 @@ class ViewConfig(Config):
         default=None, description="(height, width) in a batch; null: as stored"
     )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes to training images")
+    stretch: bool = Field(
+        default=False, description="distort images of another shape than image_size instead of showing a centred part"
+    )
     max_pixels: Count = Field(default=MAX_PIXELS, description="larger images are bad samples")
     text_length: int = Field(default=2048, ge=2, le=1 << 24, description="tokens of a text, which is cut or padded")
+    answer_length: int = Field(
+        default=32, ge=2, le=1 << 20, description="tokens of an answer, padded; a longer answer is a bad sample"
+    )
+    boxes: int = Field(default=16, ge=1, le=10_000, description="boxes of an image, padded; more are a bad sample")
     points: PointsViewConfig = Field(
         default=PointsViewConfig(), description="number of points and their random changes"
     )
@@ -80,6 +87,11 @@ class BaseFeature(Config):
     """Settings of `StoreConfig` that apply to it."""
     bounded: ClassVar[bool] = False
     """Whether a view has a greatest length, so that a part of a longer sample may not be shown."""
+
+    @property
+    def follows(self) -> str:
+        """The name of the image whose view it shares; empty: none. `show_with` then takes the place of `show`."""
+        return ""
 
     def plain(self) -> Self:
         """Return the feature without what `prepare` measures on the data: what parts of a mixture must agree in."""
@@ -143,4 +155,21 @@ class BaseFeature(Config):
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Return a value for each key of `shapes`: a random view in training, a fixed one in evaluation."""
+        raise NotImplementedError
+
+    def show_with(
+        self, name: str, decoded: Any, view: ViewConfig, place: Placement, sample: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Return a value for each key of `shapes` of a feature that follows an image.
+
+        Args:
+            name: of the feature.
+            decoded: its value.
+            view: how it is shown.
+            place: where the image's view is in the image.
+            sample: the decoded values of all features, by name.
+
+        Raises:
+            BadSample: it does not fit the image or another feature.
+        """
         raise NotImplementedError

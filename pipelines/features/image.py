@@ -12,7 +12,7 @@ from pydantic import Field
 from perceiver.config import UserError
 from pipelines.features.base import BaseFeature, Channels, PixelSize, RngFactory, Shapes, ViewConfig
 from pipelines.transforms.decode import decode_image
-from pipelines.transforms.image import evaluation_view, some_pixels, training_view
+from pipelines.transforms.image import Placement, placed_evaluation_view, placed_training_view, some_pixels
 from pipelines.transforms.store import StoreConfig, fitted_size, stored_image
 
 
@@ -64,8 +64,16 @@ class ImageFeature(BaseFeature):
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Return the pixels of a view, (C, height, width)."""
+        return self.show_placed(name, decoded, view, training, rng)[0]
+
+    def show_placed(
+        self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory
+    ) -> tuple[Mapping[str, Any], Placement]:
+        """Return what `show` does, and where the view is in the image."""
         size = view.image_size or self.size
         assert size is not None, "shapes() is called first"
         if training:
-            return {name: training_view(decoded, size, view.augment, rng)}
-        return {name: evaluation_view(decoded, size, view.eval_crop)}
+            found, place = placed_training_view(decoded, size, view.augment, rng, stretch=view.stretch)
+        else:
+            found, place = placed_evaluation_view(decoded, size, view.eval_crop, stretch=view.stretch)
+        return {name: found}, place

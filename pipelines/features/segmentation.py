@@ -64,7 +64,7 @@ class SegmentationFeature(BaseFeature):
         size = view.image_size or self.size
         assert size is not None, "shapes() is called first"
         if training:
-            found = training_view(decoded, size, view.augment, rng)
+            found = training_view(decoded, size, view.augment, rng, stretch=view.stretch)
         else:
-            found = evaluation_view(decoded, size, view.eval_crop)
+            found = evaluation_view(decoded, size, view.eval_crop, stretch=view.stretch)
         return dict(zip(("image", "mask"), found, strict=True))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import PCG64DXSM, Generator
 from numpy.typing import NDArray
 
-from pipelines.features import Feature
+from pipelines.features import Feature, ImageFeature
 from pipelines.features.base import RngFactory, Shapes, ViewConfig
 from pipelines.order.balanced import BalancedPlan
 from pipelines.order.mixture import MixturePlan
@@ -22,6 +22,7 @@ from pipelines.order.permutation import keys
 from pipelines.order.plan import EvalPlan, SamplePlan
 from pipelines.shards.reader import Reader, RowAddress, RowGroup
 from pipelines.transforms import BadSample
+from pipelines.transforms.image import Placement
 
 Arrays = dict[str, NDArray[Any]]
 Groups = dict[tuple[int, int], RowGroup]
@@ -58,6 +59,16 @@ class SampleSpec:
     def decoding(self) -> dict[str, str]:
         """Return what a decoded value depends on, by name: the process's cache may contain those of another run."""
         return {name: f"{name} {feature!r} {self.view!r} {self.classes}" for name, feature in self.features.items()}
+
+    @functools.cached_property
+    def followers(self) -> tuple[str, ...]:
+        """Return the features that share the view of an image."""
+        return tuple(name for name, feature in self.features.items() if feature.follows)
+
+    @functools.cached_property
+    def followed(self) -> frozenset[str]:
+        """Return the images whose view others share."""
+        return frozenset(self.features[name].follows for name in self.followers)
 
     def shapes(self) -> Shapes:
         """Return the shape (without the batch axis) and type of each key of a batch.
@@ -332,13 +343,27 @@ def _stored(group: RowGroup, name: str, row: int) -> Any:
 
 def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: RngFactory) -> dict[str, Any]:
     """Decode one row of a group and return its view by key; raise `BadSample` if it is damaged."""
+    sample = {name: _decoded(spec, name, feature, group, row) for name, feature in spec.features.items()}
     values: dict[str, Any] = {}
+    places: dict[str, Placement] = {}
     for name, feature in spec.features.items():
-        key = spec.decoding[name], row
-        decoded = group.decoded.get(key)
-        if decoded is None:
-            decoded = feature.decode(_stored(group, name, row), spec.view, spec.classes)
-            if spec.keep_decoded and feature.decoded_bytes():
-                group.decoded[key] = decoded
-        values.update(feature.show(name, decoded, spec.view, spec.training, rng))
+        if isinstance(feature, ImageFeature) and name in spec.followed:
+            shown, places[name] = feature.show_placed(name, sample[name], spec.view, spec.training, rng)
+            values.update(shown)
+        elif not feature.follows:
+            values.update(feature.show(name, sample[name], spec.view, spec.training, rng))
+    for name in spec.followers:
+        feature = spec.features[name]
+        values.update(feature.show_with(name, sample[name], spec.view, places[feature.follows], sample))
     return values
+
+
+def _decoded(spec: SampleSpec, name: str, feature: Feature, group: RowGroup, row: int) -> Any:
+    """Return the decoded value of one feature, from the cache if it is there."""
+    key = spec.decoding[name], row
+    decoded = group.decoded.get(key)
+    if decoded is None:
+        decoded = feature.decode(_stored(group, name, row), spec.view, spec.classes)
+        if spec.keep_decoded and feature.decoded_bytes():
+            group.decoded[key] = decoded
+    return decoded

@@ -25,7 +25,7 @@ from perceiver.storage import (
     parse_json,
     safe_name,
 )
-from pipelines.features import Feature
+from pipelines.features import BoxesFeature, Feature, ImageFeature
 from pipelines.shards.statistics import SpectrogramStatistics, Statistics
 from pipelines.transforms.store import StoreConfig
 
@@ -204,6 +204,18 @@ class Manifest(Config):
         for where, key, each in found:
             if channels.get(key) != len(each.mean):
                 raise ValueError(f"{where} has {len(each.mean)} channels, wanted {channels.get(key, 'no such entry')}")
+        return self
+
+    @model_validator(mode="after")
+    def _followed_images_exist(self) -> "Manifest":
+        """Refuse boxes without the image that they are in, and classes that must have boxes but do not exist."""
+        for name, feature in self.features.items():
+            if feature.follows and not isinstance(self.features.get(feature.follows), ImageFeature):
+                raise ValueError(f"features.{name}.image: got {feature.follows!r}, wanted a feature of kind image")
+            if isinstance(feature, BoxesFeature) and max(feature.located, default=-1) >= len(self.classes):
+                raise ValueError(
+                    f"features.{name}.located: got {feature.located}, wanted less than {len(self.classes)}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -62,34 +62,73 @@ class AugmentConfig(Config):
 UNCHANGED = AugmentConfig()
 
 
+class Placement(NamedTuple):
+    """Where a view takes its pixels from: what else belongs to the image, such as boxes, moves with it.
+
+    Attributes:
+        picture: (height, width) of the image.
+        size: (height, width) of the view.
+        box: the part of the image that is resized to the view.
+        flip: whether it is then mirrored left and right.
+        affine: what then moves the view's pixels, see `affine_coefficients`; None: nothing.
+    """
+
+    picture: tuple[int, int]
+    size: tuple[int, int]
+    box: Box
+    flip: bool = False
+    affine: tuple[float, ...] | None = None
+
+
 def training_view(
-    picture: Picture, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
+    picture: Picture,
+    size: tuple[int, int],
+    config: AugmentConfig,
+    random: Callable[[], Generator],
+    *,
+    stretch: bool = False,
 ) -> Pixels:
-    """Return a random view of a training image, (C, height, width) uint8.
+    """Return a random view of a training image, (C, height, width) uint8; see `placed_training_view`."""
+    return placed_training_view(picture, size, config, random, stretch=stretch)[0]
+
+
+def placed_training_view(
+    picture: Picture,
+    size: tuple[int, int],
+    config: AugmentConfig,
+    random: Callable[[], Generator],
+    *,
+    stretch: bool = False,
+) -> tuple[Pixels, Placement]:
+    """Return a random view of a training image, (C, height, width) uint8, and where it is in the image.
 
     Args:
         picture: decoded image, grey or RGB.
         size: (height, width). Without a crop, an image of another size is fitted as in evaluation.
-        config: the augmentation.
+        config: the augmentation. The operations of `rand_augment` that move pixels are not in the placement.
         random: returns the generator; called only if the configuration changes anything.
+        stretch: see `evaluation_box`.
     """
     if config == UNCHANGED:
-        return evaluation_view(picture, size, 1.0)
+        return placed_evaluation_view(picture, size, 1.0, stretch=stretch)
     rng = random()
     flip = config.flip and rng.random() < 0.5
     height, width = picture.shape[:2]
-    box = crop_box(height, width, config.crop, rng) if config.crop else centred_box(height, width, size, 1.0)
+    shape = (height, width) if stretch else size
+    box = crop_box(height, width, config.crop, rng) if config.crop else centred_box(height, width, shape, 1.0)
+    place = Placement((height, width), size, box, flip)
     if config.rand_augment:
         left, top, right, bottom = box
         image = rand_augment(to_image(picture[top:bottom, left:right]), config.rand_augment, rng)
         picture, box = to_picture(image), (0, 0, *image.size)
     pixels = resized(picture, size, box, flip=flip)
     if config.affine:
-        return transformed(pixels, affine_coefficients(size, config, rng))
+        coefficients = affine_coefficients(size, config, rng)
+        return transformed(pixels, coefficients), place._replace(affine=coefficients)
     if config.shift:
-        down, right = rng.integers(-config.shift, config.shift + 1, 2)
-        return shifted(pixels, int(down), int(right))
-    return pixels
+        down, right = (int(step) for step in rng.integers(-config.shift, config.shift + 1, 2))
+        return shifted(pixels, down, right), place._replace(affine=(1, 0, -right, 0, 1, -down))
+    return pixels, place
 
 
 def some_pixels(picture: Picture) -> NDArray[np.float32]:
@@ -98,15 +137,27 @@ def some_pixels(picture: Picture) -> NDArray[np.float32]:
     return picture[::step, ::step].reshape(-1, picture.shape[2]).astype(np.float32) / np.float32(255)
 
 
-def evaluation_view(picture: Picture, size: tuple[int, int], crop: float) -> Pixels:
+def evaluation_view(picture: Picture, size: tuple[int, int], crop: float, *, stretch: bool = False) -> Pixels:
     """Return the fixed view of an evaluation image: unchanged if it has the wanted size, else fitted."""
+    return placed_evaluation_view(picture, size, crop, stretch=stretch)[0]
+
+
+def placed_evaluation_view(
+    picture: Picture, size: tuple[int, int], crop: float, *, stretch: bool = False
+) -> tuple[Pixels, Placement]:
+    """Return the fixed view of an evaluation image, and where it is in the image."""
     height, width = picture.shape[:2]
-    return resized(picture, size, evaluation_box(height, width, size, crop))
+    box = evaluation_box(height, width, size, crop, stretch=stretch)
+    return resized(picture, size, box), Placement((height, width), size, box)
 
 
-def evaluation_box(height: int, width: int, size: tuple[int, int], crop: float) -> Box:
-    """Return the box that evaluation shows: all of an image of the wanted size, else a centred box."""
-    return (0, 0, width, height) if (height, width) == size else centred_box(height, width, size, crop)
+def evaluation_box(height: int, width: int, size: tuple[int, int], crop: float, *, stretch: bool = False) -> Box:
+    """Return the box that evaluation shows: all of an image of the wanted size, else a centred box.
+
+    The centred box has the shape of `size`, or with `stretch` that of the image.
+    """
+    whole = height, width
+    return (0, 0, width, height) if whole == size else centred_box(height, width, whole if stretch else size, crop)
 
 
 def centred_box(height: int, width: int, size: tuple[int, int], crop: float) -> Box:

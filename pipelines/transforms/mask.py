@@ -108,15 +108,21 @@ def _check_sizes(size: tuple[int, ...], mask: Mask) -> None:
 
 
 def training_view(
-    found: Masked, size: tuple[int, int], config: AugmentConfig, random: Callable[[], Generator]
+    found: Masked,
+    size: tuple[int, int],
+    config: AugmentConfig,
+    random: Callable[[], Generator],
+    *,
+    stretch: bool = False,
 ) -> tuple[Pixels, Mask]:
     """Return a random view: pixels (C, height, width), and the mask under the same changes, to the nearest pixel."""
     if config == UNCHANGED:
-        return evaluation_view(found, size, 1.0)
+        return evaluation_view(found, size, 1.0, stretch=stretch)
     rng = random()
     flip = config.flip and rng.random() < 0.5
     height, width = found.mask.shape
-    box = crop_box(height, width, config.crop, rng) if config.crop else centred_box(height, width, size, 1.0)
+    shape = (height, width) if stretch else size
+    box = crop_box(height, width, config.crop, rng) if config.crop else centred_box(height, width, shape, 1.0)
     pixels, mask = resized(found.picture, size, box, flip=flip), nearest(found.mask, size, box, flip=flip)
     if config.affine:
         coefficients = affine_coefficients(size, config, rng)
@@ -130,10 +136,10 @@ def training_view(
     return pixels, mask
 
 
-def evaluation_view(found: Masked, size: tuple[int, int], crop: float) -> tuple[Pixels, Mask]:
+def evaluation_view(found: Masked, size: tuple[int, int], crop: float, *, stretch: bool = False) -> tuple[Pixels, Mask]:
     """Return the fixed view of an evaluation sample."""
     height, width = found.mask.shape
-    box = evaluation_box(height, width, size, crop)
+    box = evaluation_box(height, width, size, crop, stretch=stretch)
     return resized(found.picture, size, box), nearest(found.mask, size, box)
 
 
