@@ -245,7 +245,7 @@ def _check_general(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tupl
         )
     if decoder and tokens > decoder.length:
         raise UserError(
-            f"data.answer_length = {tokens} is more than model.decoder.length = {decoder.length}, the text queries: set "
+            f"data.answer_length = {tokens} is more than model.decoder.length = {decoder.length}, text queries: set "
             f"model.decoder.length to at least {tokens}, or data.answer_length to {decoder.length}"
         )
 

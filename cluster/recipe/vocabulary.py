@@ -23,8 +23,8 @@ def with_words(recipe: Recipe, manifest: Manifest) -> Recipe:
         return recipe
     if kind_of(manifest.features.get("answer")) != "answer":
         raise UserError(
-            f"model.words is empty and {recipe.data.url} has no feature 'answer' to take words from: set data.url to data"
-            " with answers, or model.words"
+            f"model.words is empty and {recipe.data.url} has no feature 'answer' to take words from: set data.url to"
+            " data with answers, or model.words"
         )
     words = count_words(training_answers(recipe, manifest), model.least_count)
     if not 0 < len(words) <= MOST_WORDS:

@@ -51,7 +51,8 @@ class GpvConfig(Config):
     decoder_hidden: Size = Field(default=2048, description="Inner width of their feed-forward parts.")
     dropout: Real = Field(default=0.1, ge=0, lt=1, description="In co-attention and decoder.")
     words: tuple[str, ...] = Field(
-        default=(), description="Vocabulary of the answers; default: the words of the training answers, which a run keeps."
+        default=(),
+        description="Vocabulary of the answers; default: the words of the training answers, which a run keeps.",
     )
     least_count: Size = Field(default=1, description="How often a word must occur in the training answers.")
     length: Size = Field(default=20, description="Most words of an answer, its end included.")

@@ -27,7 +27,8 @@ class GeneralConfig(Config):
 
     kind: Literal["general"] = "general"
     weights: dict[str, NonNegative] = Field(
-        default={}, description="Weight of the loss by skill, 1 by default; samples of a skill of weight 0 do not count."
+        default={},
+        description="Weight of the loss by skill, 1 by default; samples of a skill of weight 0 do not count.",
     )
     captions: tuple[str, ...] = Field(
         default=("describe",), description="Skills whose texts are also compared by CIDEr-D, if the data have them."

@@ -173,9 +173,7 @@ def test_sums_add_up_over_micro_batches(kind):
         torch.testing.assert_close(parts[0][key] + parts[1][key], value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "kind", ["classification", "tagging", "segmentation", "multitask", "autoencoding", "general"]
-)
+@pytest.mark.parametrize("kind", ["classification", "tagging", "segmentation", "multitask", "autoencoding", "general"])
 def test_a_negative_label_is_none(kind):
     """It once raised an IndexError, of the loss over classes."""
     task, model, batch = setting(kind)
