@@ -1,7 +1,7 @@
 """Decoders of Perceiver IO: output queries, and the mapping of their answers to outputs.
 
-Sources: Perceiver IO §3.2, App. E (query construction), F (language), H (flow), I (Kinetics); for `general` the interface
-of GPV-1 (Gupta et al., CVPR 2022, arXiv 2104.00743): boxes with their relevance and a text, all answered at once.
+Sources: Perceiver IO §3.2, App. E (query construction), F (language), H (flow), I (Kinetics); for `general` the
+interface of GPV-1 (Gupta et al., CVPR 2022, arXiv 2104.00743): boxes with their relevance and a text, all at once.
 """
 
 import math

@@ -138,8 +138,8 @@ class DetrDetector(Detector):
 
     def see(self, image: Tensor) -> Seen:
         """See the base class."""
-        # Not by the library's own forward pass, which keeps no features, and whose encoder reads values of the states in
-        # training, which the meta device has not and for which a GPU would wait.
+        # Not by the library's own forward pass, which keeps no features, and whose encoder reads values of the states
+        # in training, which the meta device has not and for which a GPU would wait.
         model = self.model
         features, _ = model.backbone(image, torch.ones_like(image[:, 0]))[-1]
         x = model.input_projection(features).flatten(2).transpose(1, 2)

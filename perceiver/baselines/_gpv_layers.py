@@ -73,7 +73,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, attention to a memory, and a feed-forward part; 7,877,888 parameters of 768 channels and 2,048."""
+    """Self-attention, attention to a memory and a feed-forward part; of 768 and 2,048 channels 7,877,888 parameters."""
 
     def __init__(self, channels: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class DecoderLayer(nn.Module):
 
 
 class Stream(nn.Module):
-    """What one stream of a co-attention does with what it has read of the other: BERT's output and feed-forward part."""
+    """What a stream of a co-attention does with what it has read of the other: BERT's output and feed-forward part."""
 
     def __init__(self, channels: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -123,8 +123,8 @@ def _bert(layer: nn.Linear) -> nn.Linear:
 class CoAttention(nn.Module):
     """A connection layer of ViLBERT (arXiv 1908.02265): the queries of each stream attend the other's keys and values.
 
-    The published layer has 15,356,928 parameters of 768 channels and 3,072, among them two linear layers of 590,592 whose
-    results are never used; they are left out here.
+    The published layer has 15,356,928 parameters of 768 channels and 3,072, among them two linear layers of 590,592
+    whose results are never used; they are left out here.
     """
 
     def __init__(self, channels: int, heads: int, hidden: int, dropout: float) -> None:

@@ -1,8 +1,8 @@
 """GPV-1: an image and a task in words go in, boxes with their relevance and words come out.
 
 Source: Gupta, Kamath, Kembhavi, Hoiem, CVPR 2022 (arXiv 2104.00743), section 3, and its code: DETR, RoIAlign of the
-predicted boxes, BERT, co-attention of ViLBERT, a Transformer that decodes words. Differs: the text's padding does not take
-part; the text encoder reads bytes and is trained; the embeddings of the words are learned.
+predicted boxes, BERT, co-attention of ViLBERT, a Transformer that decodes words. Differs: the text's padding does not
+take part; the text encoder reads bytes and is trained; the embeddings of the words are learned.
 """
 
 from collections.abc import Mapping
@@ -188,8 +188,8 @@ def _parts(config: GpvConfig) -> tuple[nn.Module, nn.Module]:
     image, text = kinds["image"], kinds["text"]
     if image.positions.kind != "none" or image.front_end != "none" or image.resize or image.permute is not None:
         raise UserError(
-            "model.inputs: got an image with positions, a front end, a permutation or resizing for model.kind gpv; wanted "
-            "plain pixels: positions {kind: none}, front_end none, resize false"
+            "model.inputs: got an image with positions, a front end, a permutation or resizing for model.kind gpv; "
+            "wanted plain pixels: positions {kind: none}, front_end none, resize false"
         )
     return image.build(), text.build()
 

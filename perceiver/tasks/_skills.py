@@ -22,8 +22,8 @@ def skill_figures(skills: Sequence[str], captions: Sequence[str], sums: Mapping[
         sums: of the task `general`, with texts of evaluations under `texts/SKILL/PART`.
 
     Returns:
-        `accuracy_SKILL` of texts (`exact_SKILL` of captions), `ap50_SKILL` of samples with true boxes, `none_SKILL`: the
-        share of samples without true boxes in which no query is relevant; `cider_SKILL` of captions; each also as
+        `accuracy_SKILL` of texts (`exact_SKILL` of captions), `ap50_SKILL` of samples with true boxes, `none_SKILL`:
+        the share of samples without true boxes in which no query is relevant; `cider_SKILL` of captions; each also as
         NAME_seen and NAME_held_out if there are held-out samples. `general` is the mean over the skills of accuracy,
         exact match or AP; `general_seen` and `general_held_out` alike. A figure of no sample is left out.
     """

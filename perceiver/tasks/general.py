@@ -1,8 +1,8 @@
 """General-purpose vision and language: boxes and a text for an image and a task in words.
 
-Source: GPV-1 (Gupta et al., CVPR 2022, arXiv 2104.00743), section 3 and its code: boxes are matched as in DETR with costs
-of 1 for relevance, 5 for L1 and 2 for the generalized IoU; cross-entropy of relevance with a weight of 0.1 for "none", 5
-x L1 and 2 x (1 - GIoU) of the matched boxes; cross-entropy of the text's tokens up to the end.
+Source: GPV-1 (Gupta et al., CVPR 2022, arXiv 2104.00743), section 3 and its code: boxes are matched as in DETR with
+costs of 1 for relevance, 5 for L1 and 2 for the generalized IoU; cross-entropy of relevance with a weight of 0.1 for
+"none", 5 x L1 and 2 x (1 - GIoU) of the matched boxes; cross-entropy of the text's tokens up to the end.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ RELEVANT = 0
 
 
 class GeneralConfig(Config):
-    """Boxes under `boxes` (B, R, 4), a text under `answer` (B, T), the skill that a sample trains under `label` (B,)."""
+    """Boxes under `boxes` (B, R, 4), a text under `answer` (B, T), the skill of a sample under `label` (B,)."""
 
     kind: Literal["general"] = "general"
     weights: dict[str, NonNegative] = Field(
@@ -61,8 +61,8 @@ class General:
     The model gives `boxes` (B, Q, 4), `relevance` (B, Q, 2) and `text` (B, W, tokens). A model that has `words` decodes
     its own words one after the other; in training it reads the true ones before each.
 
-    Losses are means over a sample's tokens, queries and true boxes, so that they do not depend on the micro-batch; GPV-1
-    divides by the boxes of a batch.
+    Losses are means over a sample's tokens, queries and true boxes, so that they do not depend on the micro-batch;
+    GPV-1 divides by the boxes of a batch.
     """
 
     def __init__(self, config: GeneralConfig, classes: int) -> None:
