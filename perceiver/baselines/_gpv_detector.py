@@ -75,6 +75,11 @@ class Detector(nn.Module):
         """Return the features of normalised images (B, C, H, W) and the states of the queries."""
         raise NotImplementedError
 
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `see` does, as the module's own pass, at which ZeRO stage 3 gathers its parameters."""
+        features, states = self.see(image)
+        return features, states
+
 
 class ConvDetector(Detector):
     """See `ConvDetectorConfig`."""

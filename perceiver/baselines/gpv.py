@@ -151,7 +151,7 @@ class Gpv(nn.Module):
         """Return the regions (B, R, width), their boxes (B, R, 4) and the logits of objectness (B, R, 2)."""
         inputs = cast(Any, self.image)(raw, torch.float32)
         pixels = inputs.dense.transpose(1, 2).unflatten(2, raw["image"].shape[2:])
-        features, states = self.detector.see(pixels)
+        features, states = self.detector(pixels)
         boxes = self.detector.bbox_predictor(states)
         read = region_features(features, boxes, self.config.points)
         regions = self.join_regions(torch.cat([read, states], dim=-1))
