@@ -101,7 +101,8 @@ def plain_arm(tree: dict[str, Any], in_memory: bool) -> None:
     import torch.distributed as dist
 
     from cluster.recipe.config import build_recipe
-    from cluster.run.worker import WorkerRank, build_engine
+    from cluster.run.worker import build_engine
+    from cluster.worker.setup import WorkerRank
     from perceiver.factory import build_model
     from perceiver.tasks import build_task
     from perceiver.train.engine.deepspeed_engine import init_distributed

@@ -15,6 +15,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from cluster.recipe.resources import ClusterConfig
+from cluster.runtime.local import start_ray
 from perceiver.cli import cli
 from tests import documented_data
 
@@ -112,14 +114,22 @@ def test_commands_prepare_the_data_that_they_name(tmp_path: Path, monkeypatch: p
     assert run_blocks("data.md", "run") >= 20
 
 
+@pytest.fixture
+def ray_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start Ray in the folder of the commands, which all use it: each would otherwise start a local instance."""
+    monkeypatch.chdir(tmp_path)
+    session = start_ray(ClusterConfig())
+    yield
+    session.stop(tmp_path / "ray")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_commands_of_trained_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_trained_runs(tmp_path: Path, ray_here: None) -> None:
     """With a few digits, so that a run takes seconds."""
     documented_data.write_all(tmp_path)
     documented_data.write_digits(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    words = ["train", "recipes/train/quickstart.yaml", "train.epochs=1", "tracking.enabled=false"]
+    words = ["train", "recipes/train/quickstart.yaml", "train.epochs=1", "cluster.workers=1", "tracking.enabled=false"]
     done = CliRunner().invoke(cli, words, catch_exceptions=False, standalone_mode=False)
     assert not done.return_value, done.output[-2000:]
     assert run_blocks("models.md", "run slow") == 6

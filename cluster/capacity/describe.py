@@ -76,7 +76,8 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
         f"of {reading.cores_there:,.1f} CPU cores to decode"
         + ("" if plan.calibrated else f" (assumed: {data.cpu_seconds * 1e3:.3g} ms per sample)"),
         f"checkpoint    {size(relied.checkpoint_bytes)}, {with_unit(relied.save_seconds)} to write, every "
-        f"{with_unit(relied.interval_seconds)} (Young-Daly)",
+        f"{with_unit(relied.interval_seconds)} (Young-Daly)"
+        + (f"; in memory {size(relied.held_bytes)} of each node" if relied.held_bytes else ""),
         f"failures      {relied.failures:.2g} expected (one per {relied.rate.device_hours:,.0f} device hours, "
         f"{with_unit(relied.rate.device_hours * 3600 / machines.devices)} of this run), {RECOVERY_SECONDS:.0f} s to "
         f"recover; goodput {relied.goodput:.1%}",

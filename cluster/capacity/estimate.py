@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from cluster.capacity.calibrate import Calibration
 from cluster.capacity.failures import DEFAULT, SOURCES, FailureRate
 from cluster.capacity.workload import Workload
-from cluster.recipe.memory import state_bytes
+from cluster.recipe.memory import held_bytes, state_bytes
 from cluster.runtime.hardware import Device
 from perceiver.config import UserError
 from perceiver.shared_kv import GPU_SCORES
@@ -113,10 +113,14 @@ class Ingest:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Checkpoints and failures of a run; `goodput` is the share of time spent on new steps."""
+    """Checkpoints and failures of a run; `goodput` is the share of time spent on new steps.
+
+    `held_bytes` is the host memory of each node for checkpoints in memory, 0 without them.
+    """
 
     rate: FailureRate
     checkpoint_bytes: float
+    held_bytes: float
     save_seconds: float
     interval_seconds: float
     failures: float
@@ -435,4 +439,6 @@ def reliability(
     between = failures.device_hours * 3600 / machines.devices
     interval = math.sqrt(2 * save * between)
     lost = save / interval + interval / (2 * between) + RECOVERY_SECONDS / between
-    return Reliability(failures, size, save, interval, seconds / between, max(0.05, 1 - lost))
+    in_memory = workload.recipe.train.checkpoint_memory_every is not None
+    held = held_bytes(int(size), machines.nodes) if in_memory else 0
+    return Reliability(failures, size, held, save, interval, seconds / between, max(0.05, 1 - lost))

@@ -24,10 +24,11 @@ from cluster.recipe.config import Recipe, build_recipe
 from cluster.recipe.targets import with_targets
 from cluster.record.failures import failure_reason
 from cluster.run.trainer import Share, worker_resources
-from cluster.run.worker import WorkerRank, build_engine, find_rank, first_model, training_batches
+from cluster.run.worker import build_engine, find_rank, first_model, training_batches
 from cluster.runtime.local import cluster_cpus, start_ray
 from cluster.runtime.process_group import torch_config
 from cluster.runtime.ray_internals import rest_data_scheduler
+from cluster.worker.setup import WorkerRank
 from perceiver.optim.schedules import build_schedule
 from perceiver.tasks import Batch, build_task
 from perceiver.tracking.redaction import Unshown

@@ -1,1 +1,1 @@
-"""A training run: the driver, the workers and the channel between them. Read `launch.py`, then `worker.py`."""
+"""A training run: its driver and the function of its workers. Read `launch.py`, then `worker.py`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.record.failures import TRANSIENT, failure_reason
-from cluster.run.monitor import Event, Monitor
+from cluster.worker.monitor import Event, Monitor
 
 log = logging.getLogger(__name__)
 

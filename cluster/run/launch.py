@@ -23,14 +23,10 @@ from cluster.record.sessions import begin_session
 from cluster.run.console import RunConsole, Show, straggler_line
 from cluster.run.context import Launch
 from cluster.run.driver import Fit
-from cluster.run.evaluation import EvaluationTasks
 from cluster.run.metrics import RunMetrics, find_peak, ray_export
-from cluster.run.monitor import ActorMonitor, Event
-from cluster.run.peers import Holders
 from cluster.run.result import RunEnd, conclude, is_concluded, note_end, send_waiting
 from cluster.run.stragglers import Stragglers
 from cluster.run.trainer import Share, build_trainer, keep_reference
-from cluster.run.watchdog import Watchdog, end, keep_stacks
 from cluster.runtime.local import cluster_cpus
 from cluster.runtime.session import (
     Tracked,
@@ -43,6 +39,10 @@ from cluster.runtime.session import (
     stop_on_signal,
     tracking_of,
 )
+from cluster.worker.evaluation import EvaluationTasks
+from cluster.worker.monitor import ActorMonitor, Event
+from cluster.worker.peers import Holders
+from cluster.worker.watchdog import Watchdog, end, keep_stacks
 from perceiver.config import UserError
 from perceiver.tasks import output_count
 from perceiver.tracking.code import code_facts

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.run.monitor import Event
+from cluster.worker.monitor import Event
 
 LEAST = 2
 """Workers that are needed for a comparison."""

@@ -80,10 +80,10 @@ def build_trainer(
     Args:
         recipe: the recipe.
         folder: of the run; the workers resume from its newest checkpoint.
-        monitor: address of the monitor for the workers' events (`cluster.run.monitor.ActorMonitor`).
+        monitor: address of the monitor for the workers' events (`cluster.worker.monitor.ActorMonitor`).
         handle: the MLflow run, or None.
         share: the run's share of the cluster.
-        holders: of checkpoints in memory (`cluster.run.peers.Holders.addresses`).
+        holders: of checkpoints in memory (`cluster.worker.peers.Holders.addresses`).
 
     Raises:
         UserError: the workers and data tasks do not fit into the share.
@@ -150,7 +150,7 @@ def build_local_trainer(
     """Return a trainer whose ``fit`` runs the worker function in this process, as the only worker.
 
     This is for many short runs in one process: only data tasks are started. ``monitor`` is a
-    `cluster.run.monitor.LocalMonitor`. An exception of the worker is raised, and the worker is not restarted.
+    `cluster.worker.monitor.LocalMonitor`. An exception of the worker is raised, and the worker is not restarted.
     """
     # `TorchTrainer` would destroy the process group after each run, and DeepSpeed keeps using the first one.
     return DataParallelTrainer(

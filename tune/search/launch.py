@@ -22,7 +22,6 @@ from cluster.record.failures import one_line
 from cluster.record.run_folder import RunFolder, choose_run
 from cluster.run.console import Show
 from cluster.run.driver import Fit
-from cluster.run.monitor import ActorMonitor
 from cluster.runtime.local import RaySession
 from cluster.runtime.session import (
     Tracked,
@@ -33,6 +32,7 @@ from cluster.runtime.session import (
     ray_and_mlflow,
     stop_on_signal,
 )
+from cluster.worker.monitor import ActorMonitor
 from perceiver.config import UserError
 from perceiver.export.weights import open_weights
 from perceiver.tracking.record import unsent

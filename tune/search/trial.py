@@ -27,8 +27,8 @@ from cluster.recipe.targets import with_targets
 from cluster.record.run_folder import RunFolder
 from cluster.run.driver import POLLED, Fit
 from cluster.run.metrics import RunMetrics, ray_export
-from cluster.run.monitor import ActorClient, ActorMonitor, Event, LocalMonitor, Monitor
 from cluster.run.trainer import Share, build_local_trainer, build_trainer
+from cluster.worker.monitor import ActorClient, ActorMonitor, Event, LocalMonitor, Monitor
 from perceiver.config import UserError
 from perceiver.tracking.code import code_facts
 from perceiver.tracking.redaction import redact

@@ -3,7 +3,7 @@
 Each rank's files, as the store would have them, go to a `PartHolder` on its own node and to one on another, so that any
 one node may be lost. A holder keeps the last complete checkpoint and the one that arrives. A checkpoint is complete
 when all ranks' parts of one save are there; it is then laid out in a local folder and read like any other.
-`cluster.run.peers` runs the holders as Ray actors.
+`cluster.worker.peers` runs the holders as Ray actors.
 """
 
 import contextlib

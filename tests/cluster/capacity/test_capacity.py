@@ -131,6 +131,15 @@ def test_the_checkpoint_interval_is_young_and_dalys(workload: Workload) -> None:
     assert reliability(workload, place(1024), 3600.0, None).goodput < found.goodput
 
 
+def test_checkpoints_in_memory_take_four_states_of_all_nodes_and_of_one_node_two(workload: Workload) -> None:
+    assert reliability(workload, place(8), 60.0, None).held_bytes == 0
+    training = workload.recipe.train.model_copy(update={"checkpoint_memory_every": 5})
+    held = replace(workload, recipe=workload.recipe.model_copy(update={"train": training}))
+    for nodes, states in ((1, 2), (2, 2), (4, 1)):
+        found = reliability(held, place(8 * nodes, nodes=nodes), 60.0, None)
+        assert found.held_bytes == pytest.approx(states * found.checkpoint_bytes)
+
+
 @pytest.mark.parametrize(
     ("source", "devices", "hours"),
     [

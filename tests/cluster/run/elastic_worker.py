@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.recipe.config import load_recipe
-from cluster.run.worker import WorkerRank, build_engine, first_model, training_batches
+from cluster.run.worker import build_engine, first_model, training_batches
+from cluster.worker.setup import WorkerRank
 from perceiver.tasks import build_task
 from perceiver.train.engine.deepspeed_engine import init_distributed
 from perceiver.train.loop import Span, StepInfo, train

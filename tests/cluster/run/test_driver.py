@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cluster.run.driver import Fit
-from cluster.run.monitor import LocalMonitor
+from cluster.worker.monitor import LocalMonitor
 
 PROGRESS = {"kind": "progress", "rank": 0}
 

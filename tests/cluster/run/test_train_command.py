@@ -20,6 +20,7 @@ from tests.homes import share_kernels
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PERCEIVER = [str(Path(sys.executable).with_name("perceiver")), "train"]
+MOST_FRAMES, MOST_FILES = 8, 3
 
 
 def start(tmp_path: Path, tree: dict[str, Any], *arguments: str, **variables: str) -> subprocess.Popen[str]:
@@ -68,14 +69,21 @@ LONGER = {"epochs": 8, "checkpoint_every": 0.4, "keep_checkpoints": 3}
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, images: str) -> tuple[Path, dict[str, Any], str]:
-    """Return the folder, recipe and output of an undisturbed run with asynchronous evaluation."""
+    """Return the folder, recipe and output of an undisturbed run with asynchronous evaluation.
+
+    It uses no private names of Ray and DeepSpeed, and records call stacks, see tests/faults/inject/stacks.py. DeepSpeed
+    would compile its shared-memory all-reduce for a minute, which a private name prevents otherwise.
+    """
     home = tmp_path_factory.mktemp("unbroken")
+    (home / "stacks").mkdir()
+    recorder = {"SPINE_FOLDER": str(home / "stacks"), "SPINE_UNBUILT": "deepspeed_shm_comm"}
     tree = small_tree(home, images)
     best = {"metric": "eval/loss", "mode": "min", "count": 9}
     # A checkpoint that is due while the previous one is still being written would be postponed.
     tree["train"] |= LONGER | {"checkpoint_every": 4, "eval_every": 4, "eval_async": True, "keep_best": best}
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in PACE.items():  # the run could end before its first checkpoint is evaluated
+        # Otherwise the run could end before its first checkpoint is evaluated.
+        for name, value in (PACE | recorder | {"PERCEIVER_PUBLIC_API": "1"}).items():
             environment.setenv(name, value)
         code, output = run(home, tree, "--json")
     assert code == 0, output
@@ -106,6 +114,19 @@ def test_a_job_from_start_to_end(unbroken: tuple[Path, dict[str, Any], str]) -> 
 
     code, output = run(tmp_path, tree, "--resume")
     assert code == 0 and "small-001 is finished (step 40)" in output and "train.epochs" in output
+
+
+def test_the_stack_of_a_step_and_of_a_checkpoint_is_short(unbroken: tuple[Path, dict[str, Any], str]) -> None:
+    def stack(name: str) -> list[str]:
+        found = (unbroken[0] / "stacks").glob(f"{name}-*.json")
+        return max((json.loads(file.read_text()) for file in found), key=len)
+
+    frames = [frame for frame in stack("fit") + stack("step") if not frame.endswith(":<module>")]
+    assert frames[0] == "perceiver/__main__.py:main" and "cluster/run/worker.py:train_worker" in frames
+    assert len(frames) <= MOST_FRAMES, "\n".join(frames)
+    commit = [*stack("commit"), "perceiver/train/checkpoint/store.py:commit"]
+    files = {frame.partition(":")[0] for frame in commit[commit.index("perceiver/train/loop.py:train") :]}
+    assert len(files) <= MOST_FILES, files
 
 
 def test_asynchronous_evaluation(unbroken: tuple[Path, dict[str, Any], str]) -> None:
@@ -153,7 +174,10 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_a_killed_worker_and_a_killed_driver_do_not_change_the_losses(
     tmp_path: Path, tree: dict[str, Any], store: Any, unbroken: tuple[Path, dict[str, Any], str]
 ) -> None:
-    """Shards and the run are on S3; the run continues from there twice, at last with another world size."""
+    """Shards and the run are on S3; the run continues from there twice, at last with another world size.
+
+    This run uses private names of Ray and DeepSpeed, the one whose losses it must have does not.
+    """
     store.put(f"{tree['data']['url']}/", "bucket/shards/", recursive=True)
     tree["data"]["url"], tree["output"] = "s3://bucket/shards", "s3://bucket/runs"
     tree["train"] |= LONGER

@@ -12,7 +12,8 @@ import torch
 from cluster.recipe.config import Recipe, load_recipe
 from cluster.record.run_folder import RunFolder
 from cluster.run import worker
-from cluster.run.monitor import LocalMonitor
+from cluster.worker.monitor import LocalMonitor
+from cluster.worker.setup import WorkerRank
 from perceiver.tracking.redaction import Unshown
 from tests.forks import failed, import_what_a_step_imports, start_ranks
 
@@ -22,7 +23,7 @@ RUN = "small-001"
 def work(recipe: Recipe) -> None:
     """Train as the only worker of a run; it must finish."""
     torch.set_num_threads(1)
-    worker.find_rank = lambda runs: worker.WorkerRank(0, 1, 1, torch.device("cpu"))
+    worker.find_rank = lambda runs: WorkerRank(0, 1, 1, torch.device("cpu"))
     config: dict[str, Any] = {
         "recipe": Unshown(recipe.model_dump(mode="json")),
         "run": RUN,

@@ -98,3 +98,5 @@ def taken(rank: int, step: int) -> str | None:
 
 if PLAN or STEP_S:
     sys.meta_path.insert(0, Patch())
+if "SPINE_FOLDER" in os.environ:
+    import stacks  # noqa: F401

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.run.monitor import LocalClient, LocalMonitor
-from cluster.run.watchdog import BLIND_S, PULSE_S, Pulse, Suspect, Watchdog, end, keep_stacks
+from cluster.worker.monitor import LocalClient, LocalMonitor
+from cluster.worker.watchdog import BLIND_S, PULSE_S, Pulse, Suspect, Watchdog, end, keep_stacks
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.loop import StepInfo
 
@@ -150,7 +150,7 @@ def test_a_worker_that_stands_still_sends_its_stacks_and_names_the_operation() -
         events += monitor.events()
     found.set()
     thread.join()
-    assert sent[0]["operation"].startswith("count (cluster/run/watchdog.py:") and sent[0]["allowed_s"] == 600
+    assert sent[0]["operation"].startswith("count (cluster/worker/watchdog.py:") and sent[0]["allowed_s"] == 600
     assert "thread trainer:" in sent[0]["stacks"] and "thread pulse:" in sent[0]["stacks"]
 
 

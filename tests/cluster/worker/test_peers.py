@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.record.run_folder import RunFolder
-from cluster.run.peers import Start, end_start, find_start
+from cluster.worker.peers import Start, end_start, find_start
 from perceiver.train.checkpoint.ledger import SampleLog
 from perceiver.train.checkpoint.memory import MemoryCheckpointHook, PartHolder, Peer
 from perceiver.train.checkpoint.store import CheckpointStore, Snapshot

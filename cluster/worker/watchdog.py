@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.run.monitor import Client
-from cluster.run.stacks import all_stacks, by_operation, operation
+from cluster.worker.monitor import Client
+from cluster.worker.stacks import all_stacks, by_operation, operation
 from perceiver.train.loop import Hook, StepInfo
 
 log = logging.getLogger(__name__)

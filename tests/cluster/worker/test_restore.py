@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.run.worker import restore
+from cluster.worker.restore import restore
 from perceiver.config import UserError
 from perceiver.train.checkpoint.store import CheckpointStore
 

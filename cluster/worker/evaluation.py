@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, for_workers
 from cluster.record.run_folder import RunFolder, retried
-from cluster.run.monitor import ActorClient, ActorMonitor
+from cluster.worker.monitor import ActorClient, ActorMonitor
 from perceiver.config import UserError
 from perceiver.storage import first_line, open_url
 from perceiver.train.hooks import Scored

@@ -173,10 +173,14 @@ def find_start(folder: RunFolder, peers: Sequence[Peer], rank: int, leads: bool,
         return Start(stored, store, stored=stored)
     if _all(_laid_out(staging, peers, (step, token), lease) if leads else True, device):
         return Start(step, staging, "memory", stored, (step, token))
-    if rank == 0:
-        stored = _newest(store)
-    (stored,) = _decide([stored], device)
+    stored = newest_step(store, rank, device)
     return Start(stored, store, stored=stored)
+
+
+def newest_step(store: CheckpointStore, rank: int, device: torch.device) -> int:
+    """Return the step of the newest checkpoint that verifies, 0 for none; rank 0 decides for all ranks."""
+    (step,) = _decide([_newest(store) if rank == 0 else 0], device)
+    return step
 
 
 def _newest(store: CheckpointStore) -> int:

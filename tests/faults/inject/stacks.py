@@ -1,4 +1,4 @@
-"""Record the call stacks of a run; Python loads this module in each process that has it on its path.
+"""Record the call stacks of a run; `sitecustomize` imports this module in each process of it.
 
 `SPINE_FOLDER` receives our own frames of the first call of each of `POINTS` in each process. `SPINE_UNBUILT` names
 operators of DeepSpeed that it shall not compile.
@@ -23,7 +23,7 @@ POINTS = {
     "deepspeed.runtime.engine": ("DeepSpeedEngine", "step"),
     "perceiver.train.checkpoint.store": ("CheckpointStore", "commit"),
 }
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[3]
 
 
 def own_frames() -> list[str]:
@@ -101,8 +101,6 @@ class Patch(MetaPathFinder):
         return spec
 
 
-if "SPINE_UNBUILT" in os.environ:
-    sys.meta_path.insert(0, Patch({"deepspeed.ops": unbuilt}))
-if "SPINE_FOLDER" in os.environ:
-    sys.meta_path.insert(0, Patch(dict.fromkeys(POINTS, recorded_points)))
-    remember_starters()
+sys.meta_path.insert(0, Patch({"deepspeed.ops": unbuilt}))
+sys.meta_path.insert(0, Patch(dict.fromkeys(POINTS, recorded_points)))
+remember_starters()

@@ -12,7 +12,7 @@ from cluster.recipe.placement import Node, check_evaluation
 from cluster.recipe.resources import ClusterConfig
 from cluster.record.run_folder import RunFolder
 from cluster.run.console import RunConsole
-from cluster.run.evaluation import EvaluationTasks, read_scores
+from cluster.worker.evaluation import EvaluationTasks, read_scores
 from perceiver.config import UserError
 
 

@@ -8,7 +8,7 @@ import ray.train
 from ray.exceptions import RayActorError
 
 from cluster.run.trainer import FailureReporter
-from cluster.run.worker import PreemptionHook, exit_preempted
+from cluster.worker.ray_train import PreemptionHook, exit_preempted
 from perceiver.train.engine.protocol import StepResult
 from perceiver.train.loop import Flags, StepInfo
 
