@@ -281,7 +281,7 @@ def _io_general() -> Values:
         {"size": (224, 224), "positions": _fourier(64, 224, 224)},
         {"length": 2048, "channels": 256},
     )
-    return _io(inputs, decoder={"kind": "general", "boxes": 100, "length": 128}, query_residual=False)
+    return _io(inputs, decoder={"kind": "general", "boxes": 100, "length": 129}, query_residual=False)
 
 
 def _io_general_small() -> Values:

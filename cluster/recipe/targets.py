@@ -237,7 +237,8 @@ def _check_general(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tupl
         raise UserError(f"{url} has the skills {', '.join(manifest.classes)}, task.skills are {', '.join(task.skills)}")
     boxes, tokens = shapes["boxes"][0], shapes["answer"][0]
     decoder, detector = getattr(model, "decoder", None), getattr(model, "detector", None)
-    key, queries = ("decoder.boxes", decoder.boxes) if decoder else ("detector.queries", getattr(detector, "queries", 0))
+    key = "decoder.boxes" if decoder else "detector.queries"
+    queries = decoder.boxes if decoder else getattr(detector, "queries", 0)
     if queries and boxes > queries:
         raise UserError(
             f"data.boxes = {boxes} is more than model.{key} = {queries}, of which each finds a box at most: set "

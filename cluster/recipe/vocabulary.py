@@ -16,7 +16,7 @@ def with_words(recipe: Recipe, manifest: Manifest) -> Recipe:
     """Return the recipe with `model.words`, of a model that has an empty vocabulary.
 
     Raises:
-        UserError: the data have no answers, or too many different words.
+        UserError: the data have no answers, too many different words, or longer answers than the model.
     """
     model: Any = recipe.model
     if getattr(model, "words", None) != ():
@@ -26,7 +26,12 @@ def with_words(recipe: Recipe, manifest: Manifest) -> Recipe:
             f"model.words is empty and {recipe.data.url} has no feature 'answer' to take words from: set data.url to"
             " data with answers, or model.words"
         )
-    words = count_words(training_answers(recipe, manifest), model.least_count)
+    words, longest = count_words(training_answers(recipe, manifest), model.least_count)
+    if longest >= model.length:
+        raise UserError(
+            f"model.length = {model.length}, but {recipe.data.url} has training answers of {longest} words and an end:"
+            f" set model.length to at least {longest + 1}"
+        )
     if not 0 < len(words) <= MOST_WORDS:
         raise UserError(
             f"{recipe.data.url} has {len(words):,} different words in its training answers that occur at least "

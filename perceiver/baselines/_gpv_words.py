@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from perceiver.config import UserError
 from perceiver.modalities.text import SEP, SPECIALS, byte_text
 
 PAD, START, END, UNKNOWN = range(4)
@@ -24,10 +23,14 @@ def split_words(text: str) -> list[str]:
     return _PIECES.findall(text)
 
 
-def count_words(texts: Iterable[str], least: int = 1) -> tuple[str, ...]:
-    """Return the words that occur at least `least` times in texts, in alphabetical order."""
-    counts = Counter(word for text in texts for word in split_words(text))
-    return tuple(sorted(word for word, count in counts.items() if count >= least))
+def count_words(texts: Iterable[str], least: int = 1) -> tuple[tuple[str, ...], int]:
+    """Return the words that occur at least `least` times in texts, in alphabetical order, and the most of a text."""
+    counts, longest = Counter[str](), 0
+    for text in texts:
+        found = split_words(text)
+        counts.update(found)
+        longest = max(longest, len(found))
+    return tuple(sorted(word for word, count in counts.items() if count >= least)), longest
 
 
 class Words:
@@ -49,21 +52,15 @@ class Words:
     def encode(self, answer: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids (B, length) of answers of byte ids (B, T), up to their end, and where there is one (B, length).
 
-        A row without an answer has none.
-
-        Raises:
-            UserError: an answer has more words.
+        A row without an answer has none. A longer answer is cut before its end, so that a decoded one is never the
+        same; those of training are refused before it starts.
         """
         ids = torch.zeros(len(answer), self.length, dtype=torch.int64)
         counts = torch.zeros(len(answer), 1, dtype=torch.int64)
         for row, (numbers, there) in enumerate(zip(answer.tolist(), mask.any(1).tolist(), strict=True)):
             if there:
                 found = [*(self.ids.get(word, UNKNOWN) for word in split_words(byte_text(numbers))), END]
-                if len(found) > self.length:
-                    raise UserError(
-                        f"model.length = {self.length}, but the answer {byte_text(numbers)!r} has {len(found)} words "
-                        "with its end: raise it"
-                    )
+                found = found[: self.length]
                 ids[row, : len(found)], counts[row] = torch.tensor(found), len(found)
         return ids.to(answer.device), (torch.arange(self.length) < counts).to(answer.device)
 

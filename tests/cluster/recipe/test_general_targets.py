@@ -65,6 +65,7 @@ def test_skills_and_words_are_those_of_the_data(data):
     [
         ("general", "task.weights={count: 1}", "task.weights has count.*classify, locate, ask, describe"),
         ("general", "task.weights={classify: 0, locate: 0, ask: 0, describe: 0}", "task.weights is 0 for all"),
+        ("gpv1", "model.length=7", "model.length = 7.*answers of 7 words.*at least 8"),
         ("gpv1", "model.least_count=9", "0 different words.*model.least_count"),
         ("general", "model.decoder.boxes=9", r"data\.boxes = 16.*model\.decoder\.boxes = 9"),
         ("general", "model.decoder.length=20", r"data\.answer_length = 32.*model\.decoder\.length = 20"),

@@ -1,4 +1,4 @@
-"""A general model is asked about a photograph: `perceiver predict --ask`, `perceiver.ask`, exports and served answers."""
+"""A general model is asked about a photograph: `perceiver predict --ask`, `perceiver.ask`, exports, served answers."""
 
 import base64
 import io
