@@ -154,10 +154,10 @@ def _answered(
             task=byte_text(sample.view["text"].tolist()),
             boxes=np.asarray(row["boxes"]),
             relevance=np.asarray(row["relevance"]),
-            answer=byte_text(row["answer"]),
+            answer=byte_text(list(row["answer"])),
             ended=bool(row["ended"]),
             true_boxes=np.asarray(row["true_boxes"])[:count] if count >= 0 else None,
-            true_answer=byte_text(row.get("true_answer", ())),
+            true_answer=byte_text(list(row.get("true_answer", ()))),
         )
         answers[sample.key] = replace(one, maps=_answer_map(model, sample.view, one))
     return answers

@@ -178,11 +178,12 @@ class Gpv(nn.Module):
 
 def _parts(config: GpvConfig) -> tuple[nn.Module, nn.Module]:
     """Return the modules of image and text."""
-    found = dict(getattr(config.inputs, "modalities", {}))
-    kinds = {getattr(one, "kind", ""): one for one in found.values()}
+    given: Any = config.inputs
+    found = dict(getattr(given, "modalities", {}))
+    kinds: dict[str, Any] = {getattr(one, "kind", ""): one for one in found.values()}
     if len(found) != 2 or set(kinds) != {"image", "text"}:
         raise UserError(
-            f"model.inputs: got {', '.join(sorted(kinds)) or config.inputs.kind} for model.kind gpv; wanted kind "
+            f"model.inputs: got {', '.join(sorted(kinds)) or given.kind} for model.kind gpv; wanted kind "
             "multimodal with one image and one text"
         )
     image, text = kinds["image"], kinds["text"]
