@@ -76,6 +76,10 @@ class ViewConfig(Config):
     )
 
 
+UNLIMITED: dict[str, Any] = {"answer_length": 1 << 20, "boxes": 10_000}
+"""The view in which no sample is bad for being too long for the model: for `inspect`."""
+
+
 class BaseFeature(Config):
     """One kind of feature. `name` is its column in a shard and, for most kinds, its key in a batch."""
 

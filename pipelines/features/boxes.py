@@ -126,24 +126,27 @@ def inside(boxes: Corners, picture: tuple[int, int]) -> Corners:
 def placed_boxes(boxes: Corners, place: Placement) -> NDArray[np.float32]:
     """Return boxes as a view shows them: (n, 4) cx, cy, w, h as shares of its width and height.
 
-    Boxes whose centre the view does not show are left out; the others are cut at its border. A box that is turned or
-    sheared becomes the smallest upright box around it.
+    Boxes whose centre the view does not show are left out; the others are cut at its border, first after the crop and
+    then after `Placement.affine`. A box that is turned or sheared becomes the smallest upright box around it.
     """
     left, top, right, bottom = place.box
     height, width = place.size
-    scale = np.array([width / (right - left), height / (bottom - top)])
-    low, high = (boxes[:, :2] - (left, top)) * scale, (boxes[:, 2:] - (left, top)) * scale
+    scale = np.tile((width / (right - left), height / (bottom - top)), 2)
+    found = (boxes - (left, top, left, top)) * scale
     if place.flip:
-        low[:, 0], high[:, 0] = width - high[:, 0], width - low[:, 0]
-    centre = (low + high) / 2
+        found = np.stack([width - found[:, 2], found[:, 1], width - found[:, 0], found[:, 3]], axis=1)
+    found = _shown(found, width, height)
     if place.affine:
         a, b, c, d, e, f = place.affine
         forward = np.linalg.inv(np.array([[a, b], [d, e]])).T
-        centre = (centre - (c, f)) @ forward
-        points = np.stack([low, high, np.stack([low[:, 0], high[:, 1]], 1), np.stack([high[:, 0], low[:, 1]], 1)])
-        points = (points - (c, f)) @ forward
-        low, high = points.min(0), points.max(0)
-    size = np.array([width, height])
-    shown = ((centre >= 0) & (centre < size)).all(1)
-    low, high = low[shown].clip(0, size), high[shown].clip(0, size)
-    return (np.concatenate([(low + high) / 2, high - low], axis=1) / np.tile(size, 2)).astype(np.float32)
+        points = found[:, [[0, 1], [0, 3], [2, 1], [2, 3]]]
+        moved = (points - (c, f)) @ forward
+        found = _shown(np.concatenate([moved.min(1), moved.max(1)], axis=1), width, height)
+    low, high, size = found[:, :2], found[:, 2:], np.tile((width, height), 2)
+    return (np.concatenate([(low + high) / 2, high - low], axis=1) / size).astype(np.float32)
+
+
+def _shown(boxes: Corners, width: int, height: int) -> Corners:
+    """Return the boxes whose centre is in a view, cut at its border."""
+    centre, ends = (boxes[:, :2] + boxes[:, 2:]) / 2, (width, height)
+    return boxes[((centre >= 0) & (centre < ends)).all(1)].clip(0, ends * 2)

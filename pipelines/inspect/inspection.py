@@ -15,7 +15,7 @@ from perceiver.config import Config
 from perceiver.report.page import text
 from perceiver.storage import Folder, file_sha256, first_line, open_folder
 from pipelines.features import Feature, LabelFeature, LabelsFeature, TargetFeature
-from pipelines.features.base import ViewConfig
+from pipelines.features.base import UNLIMITED, ViewConfig
 from pipelines.inspect.samples import measure
 from pipelines.shards.listing import file_fault
 from pipelines.shards.manifest import Manifest, ShardInfo, Split, arrow_schema, check_places, load_manifest, split_url
@@ -23,9 +23,10 @@ from pipelines.shards.parquet import column_at, fit
 from pipelines.shards.quarantine import QUARANTINE, SCHEMA
 from pipelines.shards.reader import Reader, RowGroup
 from pipelines.transforms import BadSample
+from pipelines.transforms.image import Placement
 
 LOOK = ViewConfig.model_validate(
-    {"audio": {"rate": 8000, "samples": 8000}, "video": {"size": [64, 64]}, "clip": {"eval_clips": 4}}
+    {**UNLIMITED, "audio": {"rate": 8000, "samples": 8000}, "video": {"size": [64, 64]}, "clip": {"eval_clips": 4}}
 )
 """Recordings are decoded at four places, one second of sound each."""
 LISTED = 20
@@ -216,6 +217,15 @@ def stored_row(group: RowGroup, row: int) -> dict[str, Any]:
     return found
 
 
+def check_followers(manifest: Manifest, sample: Mapping[str, Any]) -> None:
+    """Raise `BadSample` if boxes do not fit their image or the class of a sample of decoded values."""
+    for name, feature in manifest.features.items():
+        if feature.follows:
+            height, width = sample[feature.follows].shape[:2]
+            whole = Placement((height, width), (height, width), (0, 0, width, height))
+            feature.show_with(name, sample[name], LOOK, whole, sample)
+
+
 @dataclass
 class _Tally:
     """Running counts of one split."""
@@ -239,11 +249,13 @@ class _Tally:
         if before != here:
             self.doubles.append(f"{here} = {before}")
         try:
+            sample: dict[str, Any] = {}
             for name, feature in manifest.features.items():
-                decoded = feature.decode(row[name], LOOK, len(manifest.classes))
+                decoded = sample[name] = feature.decode(row[name], LOOK, len(manifest.classes))
                 if feature.clips:  # decode() reads only the header of a recording.
                     feature.show(name, decoded, LOOK, False, np.random.default_rng)
                 self._look(name, feature, decoded, row[name])
+            check_followers(manifest, sample)
         except BadSample as error:
             self.reject(here, str(error))
 

@@ -9,10 +9,10 @@ import numpy as np
 from perceiver.report.figures import SMALL
 from perceiver.report.page import CardPart, render, size, text
 from perceiver.storage import refusing, write_whole
-from pipelines.features import TargetFeature
-from pipelines.features.base import ViewConfig
-from pipelines.inspect.inspection import Inspection, stored_row
-from pipelines.inspect.samples import show
+from pipelines.features import Feature, TargetFeature
+from pipelines.features.base import UNLIMITED, ViewConfig
+from pipelines.inspect.inspection import Inspection, check_followers, stored_row
+from pipelines.inspect.samples import show, show_boxes
 from pipelines.shards.manifest import Manifest, Split, load_manifest
 from pipelines.shards.reader import Reader
 from pipelines.transforms import BadSample
@@ -84,21 +84,35 @@ def _card(place: int, row: Mapping[str, Any], manifest: Manifest) -> dict[str, A
     """Return the page's facts about one stored row: place in the split, key, labels, parts, and problem."""
     labels: list[str] = []
     parts: list[CardPart] = []
-    problems = []
+    problems, sample = [], dict[str, Any]()
     for name, feature in manifest.features.items():
         try:
-            decoded = feature.decode(row[name], ViewConfig(), len(manifest.classes))
+            sample[name] = feature.decode(row[name], ViewConfig(**UNLIMITED), len(manifest.classes))
         except BadSample as error:
             problems.append(f"{name}: {error}")
-            continue
-        if feature.kind in ("label", "labels"):
-            numbers = [decoded] if feature.kind == "label" else row[name]
-            classes = getattr(feature, "classes", ()) or manifest.classes
-            labels += [classes[number] for number in numbers if number >= 0]
-        if isinstance(feature, TargetFeature):
-            labels += [f"{target} {text(value)}" for target, value in zip(feature.names, decoded.tolist(), strict=True)]
-        parts += show(feature.kind, row[name], decoded)
+    if not problems:
+        try:
+            check_followers(manifest, sample)
+        except BadSample as error:
+            problems.append(str(error))
+    boxes = {feature.follows: sample.get(name) for name, feature in manifest.features.items() if feature.follows}
+    for name, decoded in sample.items():
+        feature = manifest.features[name]
+        labels += _labels(name, feature, decoded, row[name], manifest)
+        around = boxes.get(name)
+        parts += show(feature.kind, row[name], decoded) if around is None else show_boxes(decoded, around)
     return {"place": place, "key": row["key"], "labels": labels, "parts": parts, "problem": "; ".join(problems)}
+
+
+def _labels(name: str, feature: Feature, decoded: Any, stored: Any, manifest: Manifest) -> list[str]:
+    """Return the words for a label, a number or a mark; none for other features."""
+    if feature.kind in ("label", "labels"):
+        numbers = [decoded] if feature.kind == "label" else stored
+        classes = getattr(feature, "classes", ()) or manifest.classes
+        return [classes[number] for number in numbers if number >= 0]
+    if isinstance(feature, TargetFeature):
+        return [f"{target} {text(value)}" for target, value in zip(feature.names, decoded.tolist(), strict=True)]
+    return [name] if feature.kind == "flag" and decoded else []
 
 
 def card_width(manifest: Manifest) -> int:

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from perceiver.report.figures import image_uri, montage
 from perceiver.report.page import CardPart, data_uri
 from pipelines.features.audio import clip
+from pipelines.features.boxes import Corners
 from pipelines.transforms.audio import AudioViewConfig, Sound
-from pipelines.transforms.decode import to_image
+from pipelines.transforms.decode import Picture, to_image
 from pipelines.transforms.mask import mask_colours
 from pipelines.transforms.media import Media, frames_at
 from pipelines.transforms.optical_flow import Pair
@@ -23,6 +24,8 @@ POINTS, CHARACTERS = 2048, 600
 """Most points of a cloud and characters of a text on the page."""
 HEARD_S, HEARD_RATE = 5.0, 24_000
 """Limits of the sound on the page; longer recordings are cut, higher rates resampled."""
+LINES, BOX_COLOUR = 250, (255, 0, 255)
+"""A box's line has this fraction of the longer side of the picture, at least a pixel."""
 SPECTROGRAM_WIDTH, FLOOR_DB = 320, 80.0
 """Pixels, and decibels below the loudest that are black."""
 NUMBERS, PLOTTED, PLOT_HEIGHT = 8, 8, 80
@@ -40,6 +43,8 @@ def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
         case "text":
             cut = decoded if len(decoded) <= CHARACTERS else decoded[:CHARACTERS] + "…"
             return [CardPart("text", cut, f"{len(decoded):,} characters")]
+        case "answer":
+            return [CardPart("text", decoded, "the answer")] if decoded else []
         case "points":
             # Spread over the stored order, in a cube of -127 to 127.
             chosen = decoded[np.linspace(0, len(decoded) - 1, min(len(decoded), POINTS)).astype(int), :3]
@@ -67,13 +72,26 @@ def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
     return []
 
 
+def show_boxes(picture: Picture, boxes: Corners) -> list[CardPart]:
+    """Return the part that shows an image with its boxes, drawn around what they contain."""
+    image = to_image(picture).convert("RGB")
+    line = max(1, max(image.size) // LINES)
+    pen = ImageDraw.Draw(image)
+    for left, top, right, bottom in boxes.round().astype(int).tolist():
+        pen.rectangle((left - line, top - line, right + line - 1, bottom + line - 1), outline=BOX_COLOUR, width=line)
+    note = f"{image.width} × {image.height}, {len(boxes)} box" + "es" * (len(boxes) != 1)
+    return [CardPart("picture", image_uri(image), note)]
+
+
 def measure(kind: str, decoded: Any) -> dict[str, float]:
     """Return the quantities of a decoded value by name; none for labels, which are counted."""
     match kind:
         case "image":
             return {"height": decoded.shape[0], "width": decoded.shape[1]}
-        case "text":
+        case "text" | "answer":
             return {"characters": len(decoded), "bytes": len(decoded.encode())}
+        case "boxes":
+            return {} if decoded is None else {"boxes": len(decoded)}
         case "points":
             extent = decoded[:, :3].max(axis=0) - decoded[:, :3].min(axis=0)
             return {"points": len(decoded), "longest side": float(extent.max())}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipelines.features.base import ViewConfig
+from pipelines.features.base import UNLIMITED, ViewConfig
 from pipelines.inspect.samples import measure
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.reader import Reader
@@ -37,7 +37,7 @@ def sample_sizes(url: str, manifest: Manifest, split: str, options: Mapping[str,
             if rows.error or row >= rows.rows:
                 continue
             try:
-                decoded = feature.decode(rows.value(name, row), ViewConfig(), len(manifest.classes))
+                decoded = feature.decode(rows.value(name, row), ViewConfig(**UNLIMITED), len(manifest.classes))
                 quantities = measure(str(getattr(feature, "kind", "")), decoded)
             except (BadSample, UnicodeDecodeError):
                 continue
