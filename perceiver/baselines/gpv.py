@@ -99,6 +99,7 @@ class Gpv(nn.Module):
         self.relevance = linear(width, 2)
         self.condition = latent_array(2, width, 0.02)
         self.vocabulary = nn.Embedding(self.words.size, width)
+        nn.init.normal_(self.vocabulary.weight, std=width**-0.5)  # so that the first logits are about 1
         self.say, self.judge = linear(width, width), linear(width, width)
         self.decoder = nn.ModuleList(
             DecoderLayer(width, config.decoder_heads, config.decoder_hidden, drop) for _ in range(config.decoder_layers)
