@@ -1,7 +1,7 @@
 """Perceiver and Perceiver IO: models, and their training on Ray.
 
 Models: `list_models`, `create_model`, `load_model`. Training: `prepare`, `train`, `resume`, `tune`, `evaluate`,
-`predict`, `export`, `submit`, `build_trainer`. docs/python.md describes them.
+`predict`, `ask`, `export`, `submit`, `build_trainer`. docs/python.md describes them.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.recipe.config import Recipe
+    from perceiver.api.asking import Reply, ask
     from perceiver.api.background import BackgroundRun
     from perceiver.api.data import Data, prepare
     from perceiver.api.exports import export
@@ -28,12 +29,14 @@ __all__ = [
     "Data",
     "Predictions",
     "Recipe",
+    "Reply",
     "Run",
     "RunError",
     "SearchError",
     "SearchRun",
     "SubmittedJob",
     "UserError",
+    "ask",
     "build_trainer",
     "create_model",
     "evaluate",
@@ -54,12 +57,14 @@ HOMES = {
     "Data": "perceiver.api.data",
     "Predictions": "perceiver.api.models",
     "Recipe": "cluster.recipe.config",
+    "Reply": "perceiver.api.asking",
     "Run": "perceiver.api.run_record",
     "RunError": "perceiver.api.run_record",
     "SearchError": "perceiver.api.searches",
     "SearchRun": "perceiver.api.searches",
     "SubmittedJob": "perceiver.api.jobs",
     "UserError": "perceiver.config",
+    "ask": "perceiver.api.asking",
     "build_trainer": "perceiver.api.runs",
     "create_model": "perceiver.factory",
     "evaluate": "perceiver.api.models",

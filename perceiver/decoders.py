@@ -1,10 +1,11 @@
 """Decoders of Perceiver IO: output queries, and the mapping of their answers to outputs.
 
-Sources: Perceiver IO §3.2, App. E (query construction), F (language), H (flow), I (Kinetics).
+Sources: Perceiver IO §3.2, App. E (query construction), F (language), H (flow), I (Kinetics); for `general` the
+interface of GPV-1 (Gupta et al., CVPR 2022, arXiv 2104.00743): boxes with their relevance and a text, all at once.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Protocol, cast
 
 import torch
@@ -267,6 +268,77 @@ class MultimodalDecoder(nn.Module):
         return result
 
 
+class GeneralDecoderConfig(Config):
+    """Learned queries for boxes, as in DETR, and for the bytes of a text, tied to the inputs' embedding."""
+
+    kind: Literal["general"] = "general"
+    boxes: Size = Field(default=16, description="Box queries: the most boxes that are found in an image.")
+    length: Size = Field(default=32, description="Text queries: the most bytes of an answer, its end included.")
+    init_std: Scale = Field(default=0.02, description="Scale of the queries' truncated normal.")
+
+    def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
+        """Build the decoder for inputs of which one is text."""
+        found = list(_tables(inputs))
+        if len(found) != 1:
+            raise UserError(
+                f"decoder.kind: got 'general' for inputs with {len(found)} texts; wanted model.inputs.kind multimodal "
+                "with an image and one text"
+            )
+        return GeneralDecoder(self, found[0])
+
+
+def _tables(inputs: nn.Module) -> Iterator[nn.Embedding]:
+    """Yield the embeddings of the inputs that are text."""
+    for module in (inputs, *getattr(inputs, "modalities", nn.ModuleDict()).values()):
+        if isinstance(tokens := getattr(module, "tokens", None), nn.Embedding):
+            yield tokens
+
+
+class BoxHead(nn.Module):
+    """States (B, R, C) -> boxes (B, R, 4): three linear layers and a sigmoid, as in DETR.
+
+    A box is cx, cy, w, h in shares of the image's width and height.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([linear(channels, channels), linear(channels, channels), linear(channels, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the boxes."""
+        for layer in list(self.layers)[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x).sigmoid()
+
+
+class GeneralDecoder(nn.Module):
+    """Learned queries -> `boxes` (B, R, 4), `relevance` (B, R, 2) and `text` (B, T, vocabulary).
+
+    Relevance are logits, of a relevant box first. The text's logits are the answers' products with the embedding of the
+    inputs, divided by the root of its width, since its values start with a deviation of 1.
+    """
+
+    def __init__(self, config: GeneralDecoderConfig, tokens: nn.Embedding) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = self.output_channels = tokens.embedding_dim
+        self.query = latent_array(config.boxes + config.length, self.channels, config.init_std)
+        self.box = BoxHead(self.channels)
+        self.relevance = linear(self.channels, 2)
+        self.bias = nn.Parameter(torch.zeros(tokens.num_embeddings))
+        self._tied = (tokens,)  # in a tuple, so that the inputs' module is not registered twice
+
+    def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
+        """Return the queries for each sample, (B, R + T, channels): those of the boxes first."""
+        return Inputs(self.query.expand(inputs.data.shape[0], -1, -1))
+
+    def outputs(self, answers: Tensor, asked: Mapping[str, Tensor] | None) -> Any:
+        """Map answers (B, R + T, channels) to boxes, relevance and text."""
+        regions, words = answers.split([self.config.boxes, self.config.length], dim=1)
+        text = words @ self._tied[0].weight.t() * self.channels**-0.5 + self.bias
+        return {"boxes": self.box(regions), "relevance": self.relevance(regions), "text": text}
+
+
 def grid_queries(spec: GridOutput, points: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return Fourier positions of a grid's elements: (B or 1, q, P).
 
@@ -288,6 +360,7 @@ DecoderConfig = Annotated[
     | TokenDecoderConfig
     | FlowDecoderConfig
     | PixelDecoderConfig
-    | MultimodalDecoderConfig,
+    | MultimodalDecoderConfig
+    | GeneralDecoderConfig,
     Field(discriminator="kind"),
 ]

@@ -380,3 +380,15 @@ class PerceiverIO(Encoder):
         """Return the scores before the softmax (B, heads, N, M) of the one cross-attend that reads."""
         x, inputs = self.read(raw)
         return [self.encoder.attention.scores(self.encoder.query_norm(x), inputs)]
+
+    @torch.no_grad()
+    def output_attention(self, raw: Raw) -> Tensor:
+        """Return what the outputs attend to (B, O, M): the decoder's weights of the latents times theirs of the inputs.
+
+        Both are means over heads. What the latents exchange between each other is left out.
+        """
+        x, inputs = self.encode(raw)
+        queries = cast(Decoder, self.decoder).queries(inputs, None).dense.to(x.dtype)
+        latents = self.answer.attention.scores(self.answer.query_norm(queries), Inputs(x)).softmax(-1).mean(1)
+        read = self.encoder.attention.scores(self.encoder.query_norm(self.latents[None]), inputs).softmax(-1).mean(1)
+        return latents @ read

@@ -281,6 +281,46 @@ def _modelnet() -> dict[str, Preset]:
     return {name: Preset(values, 40, note) for name, (values, note) in rows.items()}
 
 
+def _image_and_text(image: Values, text: Values) -> Values:
+    return {"kind": "multimodal", "modalities": {"image": {"kind": "image", **image}, "text": {"kind": "text", **text}}}
+
+
+def _gpv(*size: int) -> Values:
+    inputs = _image_and_text({"size": size, "positions": _NONE}, {"length": 128, "channels": 768})
+    return {"kind": "gpv", "inputs": inputs}
+
+
+def _gpv_small() -> Values:
+    layers = {"layers": 2, "heads": 4, "hidden": 192, "dropout": 0.0}
+    return {
+        "kind": "gpv",
+        "inputs": _image_and_text({"size": (64, 64), "positions": _NONE}, {"length": 64, "channels": 64}),
+        "detector": {"kind": "conv", **layers},
+        "reader": layers,
+        "points": 3,
+        "width": 64,
+        **{f"{part}_{key}": value for part in ("co", "decoder") for key, value in layers.items() if key != "dropout"},
+        "dropout": 0.0,
+    }
+
+
+def _io_general() -> Values:
+    inputs = _image_and_text(
+        {"size": (224, 224), "positions": _fourier(64, 224, 224)},
+        {"length": 2048, "channels": 256},
+    )
+    return _io(inputs, decoder={"kind": "general", "boxes": 100, "length": 129}, query_residual=False)
+
+
+def _io_general_small() -> Values:
+    inputs = _image_and_text(
+        {"size": (64, 64), "front_end": "patch", "patch": 4, "positions": _fourier(16, 16, 16)},
+        {"length": 64, "channels": 96},
+    )
+    small = {"latents": 64, "latent_channels": 128, "blocks": 2, "self_attends_per_block": 3, "heads": 4}
+    return _io(inputs, **small, decoder={"kind": "general"}, query_residual=False)
+
+
 def _others() -> dict[str, Preset]:
     flow = _io(
         {"kind": "flow_frames", "positions": _fourier(64, 368, 496)},
@@ -300,13 +340,22 @@ def _others() -> dict[str, Preset]:
         "std": (0.3081,),
         "positions": _fourier(16, 28, 28),
     }
+    general = {
+        "gpv1": (_gpv(480, 640), "Gupta et al. 2022: 114M and BERT; here 85M that read bytes"),
+        "gpv_small": (_gpv_small(), "GPV-1 at the size of a CPU"),
+        "perceiver_io_general": (_io_general(), "Perceiver IO with the interface of GPV-1; not published"),
+        "perceiver_io_general_small": (_io_general_small(), "the same at the size of a CPU"),
+    }
     languages = {
         "perceiver_io_mlm_bytes": (_language(262, 2048, 1280, 26), "IO Table 1: 81.0 GLUE, 201M, 113G"),
         "perceiver_io_mlm_bytes_plus": (_language(262, 2048, 1536, 40), "IO Table 1: 81.8 GLUE, 425M, 241G"),
         "perceiver_io_mlm_sentencepiece": (_language(32_000, 512, 1280, 26), "IO Table 1: 81.2, 223M, 119G"),
     }
     return {
-        **{name: Preset(values, None, note, _REMARKS.get(name, "")) for name, (values, note) in languages.items()},
+        **{
+            name: Preset(values, None, note, _REMARKS.get(name, ""))
+            for name, (values, note) in {**languages, **general}.items()
+        },
         "perceiver_io_flow": Preset(flow, None, "IO §4.2, App. H: Sintel 1.81 / 2.42, KITTI 4.98"),
         "perceiver_io_kinetics": Preset(_kinetics(784), None, "IO §4.3, App. I: 88x compression, 20.0M"),
         "perceiver_io_kinetics_176x": Preset(_kinetics(392), None, "IO §4.3: 176x compression"),

@@ -18,8 +18,9 @@ from cluster.recipe.config import kind_of
 from perceiver.config import UserError
 from perceiver.environment import DISTRIBUTION, installed_version
 from perceiver.hashing import short_hash
+from perceiver.modalities.text import byte_text
 from perceiver.storage import Folder, open_folder, open_target, parse_json, refusing
-from perceiver.tasks import known_classes
+from perceiver.tasks import build_task, known_classes
 from pipelines.shards.manifest import content_digest, file_versions
 from pipelines.shards.quarantine import Problem, Quarantine, write_problems
 from pipelines.shards.reader import Reader
@@ -219,6 +220,10 @@ def _in_process(scoring: Scoring, first: int, quarantine: Quarantine) -> Generat
 def _named(scoring: Scoring, rows: pa.Table) -> pa.Table:
     """Add the names of the predicted classes, if the prediction is a class or several, and the names are known."""
     names = scoring.names
+    for name in getattr(build_task(scoring.recipe.task, classes=scoring.classes), "texts", ()):
+        if name in rows.column_names:
+            found = pa.array([byte_text(ids) for ids in rows[name].to_pylist()], pa.string())
+            rows = rows.set_column(rows.column_names.index(name), name, found)
     for task, classes in known_classes(scoring.recipe.task).items():
         found = [classes[number] for number in rows[f"prediction_{task}"].to_pylist()]
         rows = rows.append_column(f"class_{task}", pa.array(found, pa.string()))

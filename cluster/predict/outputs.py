@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perceiver.tasks import Batch, known_targets
 
-FIRST = ("sample_id", "key", "label", "prediction", "class", "classes")
+FIRST = ("sample_id", "key", "label", "prediction", "class", "classes", "answer", "ended")
 """The first columns, if present."""
 
 

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from cluster.recipe.config import Recipe, kind_of
 from cluster.recipe.inputs import input_sections
+from cluster.recipe.vocabulary import with_words
 from perceiver.config import UserError
 from perceiver.factory import on_meta
 from perceiver.tasks import Targets, TaskTarget, balanced, balanced_positives, label_key
@@ -28,6 +29,7 @@ DECODERS = {
     "flow": "flow",
     "multitask": "multitask",
     "segmentation": "pixels",
+    "general": "general",
 }
 """The decoder whose outputs a task reads; the other tasks read those of a classifier."""
 CLASSIFIER = "class"
@@ -43,6 +45,8 @@ def with_targets(recipe: Recipe, manifest: Manifest) -> Recipe:
         UserError: the data do not have what the task needs.
     """
     section: Any = recipe.task
+    if kind_of(section) == "general":
+        return with_words(_with_skills(recipe, manifest), manifest)
     if kind_of(section) == "regression" and section.targets is None:
         check_feature(recipe, manifest)
         return _with_task(recipe, targets=_scale(recipe, manifest, "target"))
@@ -52,6 +56,19 @@ def with_targets(recipe: Recipe, manifest: Manifest) -> Recipe:
         check_feature(recipe, manifest)
         return _with_task(recipe, class_weights=_balanced(recipe, manifest, "label"))
     return recipe
+
+
+def _with_skills(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """Return the recipe with the names of the skills, which are the classes of the data."""
+    section: Any = recipe.task
+    skills = manifest.classes if section.skills is None else section.skills
+    if strange := section.weights.keys() - set(skills):
+        raise UserError(
+            f"task.weights has {min(strange)}, which is no skill of {recipe.data.url}: wanted {', '.join(skills)}"
+        )
+    if skills and not any(section.weights.get(skill, 1.0) for skill in skills):
+        raise UserError("task.weights is 0 for all skills of the data: leave at least one to train")
+    return recipe if section.skills is not None else _with_task(recipe, skills=skills)
 
 
 def takes_from_data(recipe: Recipe) -> bool:
@@ -172,6 +189,8 @@ def check_targets(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tuple
     _check_heads(recipe, manifest)
     if kind_of(recipe.task) == "tagging" and cast(Any, recipe.task).mixup_alpha > 0:
         _check_pairs(recipe)
+    if kind_of(recipe.task) == "general":
+        _check_general(recipe, manifest, shapes)
 
 
 def _check_heads(recipe: Recipe, manifest: Manifest) -> None:
@@ -243,6 +262,27 @@ def _check_queries(recipe: Recipe, mask: tuple[int, ...]) -> None:
         )
 
 
+def _check_general(recipe: Recipe, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse data of other skills, and boxes or answers that are more than the model's queries."""
+    model, task, url = cast(Any, recipe.model), cast(Any, recipe.task), recipe.data.url
+    if task.skills != manifest.classes:
+        raise UserError(f"{url} has the skills {', '.join(manifest.classes)}, task.skills are {', '.join(task.skills)}")
+    boxes, tokens = shapes["boxes"][0], shapes["answer"][0]
+    decoder, detector = getattr(model, "decoder", None), getattr(model, "detector", None)
+    key = "decoder.boxes" if decoder else "detector.queries"
+    queries = decoder.boxes if decoder else getattr(detector, "queries", 0)
+    if queries and boxes > queries:
+        raise UserError(
+            f"data.boxes = {boxes} is more than model.{key} = {queries}, of which each finds a box at most: set "
+            f"model.{key} to at least {boxes}, or data.boxes to {queries} if the data have no more"
+        )
+    if decoder and tokens > decoder.length:
+        raise UserError(
+            f"data.answer_length = {tokens} is more than model.decoder.length = {decoder.length}, text queries: set "
+            f"model.decoder.length to at least {tokens}, or data.answer_length to {decoder.length}"
+        )
+
+
 def _needed_keys(task: Any) -> dict[str, tuple[int, ...] | None]:
     """Return the batch keys of a task's targets with the shape of one sample's; None: any shape."""
     match kind_of(task):
@@ -250,6 +290,8 @@ def _needed_keys(task: Any) -> dict[str, tuple[int, ...] | None]:
             return {"flow": None}
         case "masked_language":
             return {"text": None}
+        case "general":
+            return {"boxes": None, "answer": None, "label": ()}
         case "autoencoding":
             return {name: () if name == "label" else None for name, weight in task.weights.items() if weight}
         case _:
@@ -260,11 +302,11 @@ def _check_decoder(recipe: Recipe) -> None:
     """Refuse a model whose outputs are not those that the task reads."""
     section: Any = recipe.task
     task, decoder = kind_of(section), getattr(recipe.model, "decoder", None)
-    wanted, found = DECODERS.get(task, CLASSIFIER), kind_of(decoder) or CLASSIFIER
+    wanted = DECODERS.get(task, CLASSIFIER)
+    found = kind_of(decoder) or getattr(recipe.model, "decodes", CLASSIFIER)
     if found != wanted:
-        has = (
-            f"model.decoder.kind = {found!r}" if decoder else f"model.kind = {kind_of(recipe.model)!r} is a classifier"
-        )
+        gives = "is a classifier" if found == CLASSIFIER else f"has those of kind {found!r}"
+        has = f"model.decoder.kind = {found!r}" if decoder else f"model.kind = {kind_of(recipe.model)!r} {gives}"
         fits = next((name for name, kind in DECODERS.items() if kind == found), "classification")
         fix = f"set model.kind to perceiver_io and model.decoder.kind to {wanted}" if wanted != CLASSIFIER else ""
         raise UserError(

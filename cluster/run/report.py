@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ import torch
 from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import WEIGHTS, RunFolder
 from perceiver.factory import attention_maps, build_model, input_keys, input_maps
-from perceiver.model import Encoder
+from perceiver.modalities.text import byte_text
+from perceiver.model import Encoder, PerceiverIO
 from perceiver.report.attention import AttentionMaps
+from perceiver.report.boxes import RELEVANT, Answered
 from perceiver.report.figures import picture
 from perceiver.report.page import CardPart
 from perceiver.report.run import Classified, ReportData, choose_examples, run_report
@@ -32,6 +34,8 @@ from pipelines.transforms import BadSample
 from pipelines.transforms.mask import IGNORED, decode_mask, mask_colours
 
 ATTENTION_EXAMPLES = 4
+ANSWERS_SHOWN = 6
+"""Samples of each skill of a general task that are shown, as many of pairs that training did not show."""
 SEGMENTED = 12
 """Samples of a segmentation that are shown."""
 MASKED = -1e29
@@ -64,6 +68,7 @@ def build_report(
         numbers=_numbers(predictions),
         several=_several(recipe, predictions),
         cards=masks,
+        answered=_answered(recipe, folder, manifest, predictions),
         images=images,
         parts={number: sample.parts for number, sample in found.items() if sample.parts},
         keys={number: sample.key for number, sample in found.items()},
@@ -126,6 +131,51 @@ def _segmented(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.
     return cards
 
 
+def _answered(
+    recipe: Recipe, folder: RunFolder, manifest: Manifest, predictions: Mapping[str, np.ndarray]
+) -> dict[str, Answered]:
+    """Return image, task and answer of some evaluation samples of each skill of a general task, by key."""
+    if kind_of(recipe.task) != "general" or not predictions:
+        return {}
+    skills, hidden = predictions["label"], predictions.get("held_out", np.zeros(len(predictions["label"]), bool))
+    groups = [np.flatnonzero((skills == skill) & (hidden == part)) for skill in np.unique(skills) for part in (0, 1)]
+    chosen = np.concatenate([group[:ANSWERS_SHOWN] for group in groups])
+    ids = predictions["sample_id"][chosen].astype(int)
+    found = read_samples(recipe, manifest, ids.tolist(), ids.tolist())
+    model = _trained(recipe, folder, manifest)
+    answers = {}
+    for place, number in zip(chosen, ids.tolist(), strict=True):
+        if (sample := found.get(number)) is None or sample.image is None:
+            continue
+        row = {name: column[place] for name, column in predictions.items()}
+        count = int(row.get("true_count", -1))
+        one = Answered(
+            image=sample.image,
+            task=byte_text(sample.view["text"].tolist()),
+            boxes=np.asarray(row["boxes"]),
+            relevance=np.asarray(row["relevance"]),
+            answer=byte_text(list(row["answer"])),
+            ended=bool(row["ended"]),
+            true_boxes=np.asarray(row["true_boxes"])[:count] if count >= 0 else None,
+            true_answer=byte_text(list(row.get("true_answer", ()))),
+        )
+        answers[sample.key] = replace(one, maps=_answer_map(model, sample.view, one))
+    return answers
+
+
+def _answer_map(model: torch.nn.Module, view: Mapping[str, Any], answered: Answered) -> np.ndarray | None:
+    """Return what the relevant boxes, or the text up to its end, attend to in the image; None if it is not known."""
+    if not isinstance(model, PerceiverIO) or not hasattr(model.decoder, "box"):
+        return None
+    weights = model.output_attention(_batch(model, view))[0]
+    boxes = len(answered.relevance)
+    chosen = torch.as_tensor(answered.relevance >= RELEVANT).nonzero()[:, 0]
+    if answered.true_boxes is None:
+        chosen = boxes + torch.arange(min(len(answered.answer.encode()) + 1, len(weights) - boxes))
+    maps = input_maps(model, weights[chosen].mean(0)) if len(chosen) else {}
+    return next((each.numpy() for each in maps.values() if each.dim() == 2), None)
+
+
 def _numbers(predictions: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return true and predicted values of each number that was predicted."""
     names = [name.removeprefix("target_") for name in predictions if name.startswith("target_")]
@@ -144,7 +194,7 @@ def _several(recipe: Recipe, predictions: Mapping[str, np.ndarray]) -> dict[str,
 
 def _examples(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.ndarray]) -> tuple[set[int], list[int]]:
     """Return the ids of the wrong and right samples to show, and of those whose attention maps are shown."""
-    if kind_of(recipe.task) == "tagging" and predictions:
+    if kind_of(recipe.task) in ("tagging", "general") and predictions:
         return set(), [int(number) for number in predictions["sample_id"][:ATTENTION_EXAMPLES]]
     if kind_of(recipe.task) != "classification" or not predictions:
         return set(), []
@@ -209,18 +259,26 @@ def _parts(row: Mapping[str, Any], manifest: Manifest, data: DataConfig) -> list
     return parts
 
 
+def _trained(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> torch.nn.Module:
+    """Return the run's model with its final weights."""
+    import safetensors.torch
+
+    model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes))).eval()
+    fs, path = open_url(folder.location(WEIGHTS))
+    model.load_state_dict(safetensors.torch.load(fs.cat_file(path)))
+    return model
+
+
 def _attention(
     recipe: Recipe, folder: RunFolder, manifest: Manifest, views: Mapping[int, Mapping[str, Any]]
 ) -> AttentionMaps | None:
     """Return the attention of the first and the last cross-attend to the samples; None if there is nothing to draw."""
-    import safetensors.torch
-
-    model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes))).eval()
-    keys = input_keys(model)
-    if not isinstance(model, Encoder) or not views or any(set(keys) - set(view) for view in views.values()):
+    if not views:
         return None
-    fs, path = open_url(folder.location(WEIGHTS))
-    model.load_state_dict(safetensors.torch.load(fs.cat_file(path)))
+    model = _trained(recipe, folder, manifest)
+    keys = input_keys(model)
+    if not isinstance(model, Encoder) or any(set(keys) - set(view) for view in views.values()):
+        return None
     attends = list[int]()
     found: dict[str, dict[str, list[np.ndarray]]] = {"scores": {}, "weights": {}}
     for view in views.values():

@@ -23,6 +23,7 @@ Examples:
   perceiver predict runs/photos-001 photos.csv --option image=path --to predictions-table
   perceiver predict runs/languages-001 --text "Guten Morgen" --text "Bonjour"
   perceiver predict runs/mlm_bytes-001 --text "The cat [MASK] on the mat."
+  perceiver predict runs/general-001 photo.png --ask "find every red digit"
   perceiver predict exported/digits data/digits --split train --to predictions-train --workers 2
   perceiver predict runs/photos-001 s3://bucket/new-photos --split all --to s3://bucket/predictions"""
 )
@@ -30,6 +31,13 @@ Examples:
 @click.argument("given", nargs=-1, metavar="[PLACE]... [KEY=VALUE]...")
 @click.option("--to", "target", metavar="FOLDER", help="Folder to write to; a path or an fsspec URL. Default: print.")
 @click.option("--text", "texts", multiple=True, help="A text to predict.")
+@click.option(
+    "--ask",
+    "asked",
+    metavar="TASK",
+    help="A task in words for the images PLACE, of a model of task.kind general; draws NAME-answer.png in FOLDER, or in"
+    " the current folder.",
+)
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the source, as in prepare.")
 @click.option("--split", help="Split of the data; default: the run's evaluation split, or the only one.")
 @click.option("--batch", type=BATCH, help="Samples per forward pass; default: as in training's evaluations.")
@@ -46,6 +54,7 @@ def command(
     given: tuple[str, ...],
     target: str | None,
     texts: tuple[str, ...],
+    asked: str | None,
     options: tuple[str, ...],
     split: str | None,
     batch: int | None,
@@ -61,14 +70,23 @@ def command(
     the task (prediction, class, probability, ...). A masked language model fills `[MASK]` in texts. What cannot be read
     or decoded is listed with its reason in FOLDER/_quarantine and counted. The same command resumes an interrupted
     prediction. The files do not depend on --workers.
+
+    With --ask a general model answers about images: it prints the text and the relevant boxes (left, top, right, bottom
+    in pixels) and draws them.
     """
     from cluster.predict.inference import check_target
     from perceiver.api.data import pairs
     from perceiver.api.models import Request, read_predictions, write_predictions
+    from perceiver.config import UserError
     from perceiver.export.weights import open_weights
 
     overrides = tuple(word for word in given if _is_override(word))
     places = tuple(word for word in given if word not in overrides)
+    if asked is not None:
+        others = {"--text": texts, "--option": options, "--split": split, "--batch": batch, "--workers": workers}
+        if unused := [name for name, value in {**others, "KEY=VALUE": overrides}.items() if value not in (None, ())]:
+            raise UserError(f"--ask: got {unused[0]}, which it does not take: leave it out")
+        return _ask(open_weights(run, weights), places, asked, target, as_json)
     if target is not None:
         check_target(target)
     request = Request(places, texts, split, batch, workers, pairs("--option", options), overrides)
@@ -101,6 +119,29 @@ def command(
     say(f"{target}: {written:,} samples written, {counted['samples']:,} in {where}")
     if rejected:
         say(f"{len(rejected):,} could not be used: see {str(target).rstrip('/')}/_quarantine")
+    return 0
+
+
+def _ask(saved: Any, photos: tuple[str, ...], task: str, target: str | None, as_json: bool) -> int:
+    """Print and draw what a general model answers about images."""
+    from perceiver.api.asking import replies
+
+    folder = Path(target or ".")
+    found = replies(saved, photos, task)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, reply in enumerate(found):
+        stem = Path(reply.key).stem
+        repeated = sum(Path(other.key).stem == stem for other in found[:number])
+        place = folder / f"{stem}-answer{f'-{repeated + 1}' if repeated else ''}.png"
+        reply.picture.save(place)
+        row = {**reply.row(), "picture": str(place)}
+        if as_json:
+            say_json(row)
+            continue
+        say(f"{reply.key}  {reply.answer}{'' if reply.ended else '…'}")
+        for box, share in zip(row["boxes"], row["relevance"], strict=True):
+            say(f"  box {', '.join(f'{side:.0f}' for side in box)}  {share:.1%}")
+        say(f"  {place}")
     return 0
 
 

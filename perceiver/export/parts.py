@@ -45,9 +45,17 @@ def _parts(model: nn.Module, places: Mapping[str, str]) -> dict[str, tuple[nn.Mo
 
 
 def _of_part(saved: Saved, part: str) -> Saved:
-    """Return the weights of a part of the saved model, if it has a part of that name; else all."""
-    tensors = {name.removeprefix(f"{part}."): t for name, t in saved.tensors.items() if name.startswith(f"{part}.")}
-    return replace(saved, tensors=tensors, model=None) if tensors else saved
+    """Return the weights of a part of the saved model, if it has a part of that name, or of the end of it; else all.
+
+    A part `detector.model` is `model` in the weights of a detector alone.
+    """
+    names = part.split(".")
+    for start in range(len(names)):
+        prefix = ".".join(names[start:]) + "."
+        tensors = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
+        if tensors:
+            return replace(saved, tensors=tensors, model=None)
+    return saved
 
 
 def _plan(module: nn.Module, saved: Saved, part: str, classes: Sequence[str]) -> WeightPlan:

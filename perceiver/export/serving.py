@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from perceiver.export.requests import Requests, as_text
 from perceiver.export.weights import Saved, class_count
+from perceiver.modalities.text import byte_text
 from perceiver.tasks import TaskConfig, build_task, known_classes
 
 BATCH = 64
@@ -45,7 +46,7 @@ class Answers:
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the task's outputs (`prediction`, `probability`, ...), and `class` where classes have names.
 
-        A masked language model returns texts with their `[MASK]` filled as `text`.
+        A masked language model returns texts with their `[MASK]` filled as `text`; a general task's `answer` is a text.
 
         Raises:
             ValueError: see `Requests`. The whole request is checked before its first batch is computed, except for
@@ -66,6 +67,9 @@ class Answers:
         found = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
         for name, classes in self.several.items():
             found[f"class_{name}"] = np.array(classes)[found[f"prediction_{name}"]]
+        for name in getattr(self.task, "texts", ()):
+            if name in found:
+                found[name] = np.array([byte_text(ids) for ids in found[name].tolist()], dtype=object)
         best = found.get("prediction")
         if self.classes.size and best is not None and best.ndim == 1:
             found["class"] = self.classes[best]

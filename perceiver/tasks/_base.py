@@ -1,7 +1,7 @@
 """The interface of a task to the training loop."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,10 +19,13 @@ class LossOutput:
     Args:
         loss_sum: 0-d, with gradient.
         sums: without gradient; includes `loss`. `summarise` gets 0-d sums as floats, others as tensors.
+        rows: in evaluation, values of single samples (n, width) int64 that a metric needs all of, such as texts.
+            `summarise` gets those of all ranks, in any order.
     """
 
     loss_sum: Tensor
     sums: dict[str, Tensor]
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Task(Protocol):

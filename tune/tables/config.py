@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.recipe.file import explain, packaged, read_tree
-from perceiver.config import Config, Name, NonNegative, Shift, UserError
+from perceiver.config import Config, Name, NonNegative, Real, Shift, UserError
 from perceiver.train.config import PartName
 from tune.config import Mode
 from tune.search_file import flat
@@ -51,19 +51,22 @@ class Claim(Config):
     text: str = Field(description="the claim in words")
     better: str | None = Field(default=None, description="name of a row ...")
     than: str | None = Field(default=None, description="... that is better than this one")
-    by: NonNegative = Field(default=0, description="at least by this many points")
+    above: Real | None = Field(default=None, description="... or than this number")
+    by: Shift = Field(default=0, description="at least by this many points; negative: at most so many behind")
     same: tuple[str, str] | None = Field(default=None, description="names of two rows that differ only by chance")
+    metric: str | None = Field(default=None, description="metric that is compared, if not that of the table")
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Claim":
-        if (self.better is None) != (self.than is None) or (self.same is None) == (self.better is None):
-            raise ValueError("wanted either better and than, or same with two rows")
+        against = (self.than is not None) + (self.above is not None)
+        if against != (self.better is not None) or (self.same is None) == (self.better is None):
+            raise ValueError("wanted either better with than or above, or same with two rows")
         return self
 
     @property
-    def rows(self) -> tuple[str, str]:
-        """Return the names of the two rows."""
-        return self.same or (str(self.better), str(self.than))
+    def rows(self) -> tuple[str, ...]:
+        """Return the names of the rows."""
+        return self.same or tuple(name for name in (self.better, self.than) if name is not None)
 
 
 class TableConfig(Config):
@@ -77,6 +80,7 @@ class TableConfig(Config):
     input_rf: bool = Field(
         default=False, description="whether to show how many inputs a unit after the first mixing layer depends on"
     )
+    also: tuple[str, ...] = Field(default=(), description="more metrics of the evaluations that are shown")
     full: Scale = Field(description="with the user's own copy of the papers' data")
     small: Scale = Field(description="with data from Python packages, in minutes on two CPU cores")
     rows: list[Row] = Field(min_length=1, description="the rows, in the table's order")
@@ -108,6 +112,11 @@ class TableConfig(Config):
         """Return the recipe keys that a row changes, dotted; None if it is not run."""
         keys = row.small if scale == "small" else row.full
         return None if keys is None else flat(keys)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Return the metrics that are shown or compared besides that of the table."""
+        return tuple(dict.fromkeys([*self.also, *(claim.metric for claim in self.claims if claim.metric)]))
 
 
 @dataclass(frozen=True)

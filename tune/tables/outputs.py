@@ -78,7 +78,8 @@ def _safe(command: str) -> str:
 
 def head(table: TableConfig) -> list[str]:
     """Return the captions of the columns."""
-    return [*HEAD[:-1], *(["input RF"] if table.input_rf else []), HEAD[-1]]
+    also = [metric.replace("_", " ") for metric in table.also]
+    return [*HEAD[:3], *also, *HEAD[3:-1], *(["input RF"] if table.input_rf else []), HEAD[-1]]
 
 
 def cells(result: RowResult, table: TableConfig) -> list[str]:
@@ -86,14 +87,19 @@ def cells(result: RowResult, table: TableConfig) -> list[str]:
     paper = "–" if result.row.paper is None else f"{result.row.paper:.1f}"
     if result.cost is None:
         return [result.row.label, paper, *["–"] * (len(head(table)) - 2)]
-    ours = "–" if result.mean is None else f"{result.mean:.1f}"
-    if result.deviation is not None:
-        ours += f" ± {result.deviation:.1f}"
+    also = [_measured(result.of(metric)) for metric in table.also]
     wall = "–" if result.wall is None else duration(result.wall)
     cost = [short(result.cost.parameters), short(result.cost.flops)]
     if table.input_rf:
         cost.append("–" if result.cost.input_rf is None else f"{result.cost.input_rf:,}")
-    return [result.row.label, paper, ours, str(len(result.scores)), *cost, wall]
+    return [result.row.label, paper, _measured(result), *also, str(len(result.scores)), *cost, wall]
+
+
+def _measured(result: RowResult) -> str:
+    """Return the mean over seeds with its deviation."""
+    if result.mean is None:
+        return "–"
+    return f"{result.mean:.1f}" + ("" if result.deviation is None else f" ± {result.deviation:.1f}")
 
 
 def short(count: float) -> str:

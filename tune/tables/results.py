@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Literal
 
 from tune.search_record import TrialRecord
 from tune.tables.config import Claim, Row, ScaleName, TableConfig
 
-SHARES = ("accuracy", "mean_average_precision")
+SHARES = ("accuracy", "mean_average_precision", "general", "ap50", "exact")
 """Metrics in per cent, as in the papers."""
 
 Verdict = Literal["holds", "does not hold", "open"]
@@ -38,6 +38,7 @@ class RowResult:
         scores: the metric of each finished seed, shares in per cent, by seed.
         seconds: wall time of each of these trials' training.
         failed: the reason why a seed has no score, by seed.
+        others: scores of the table's other metrics, by metric and seed.
     """
 
     row: Row
@@ -45,6 +46,11 @@ class RowResult:
     scores: Mapping[int, float]
     seconds: Sequence[float] = ()
     failed: Mapping[int, str] | None = None
+    others: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    def of(self, metric: str | None) -> "RowResult":
+        """Return the row with the scores of another metric; None: of the table's."""
+        return self if metric is None else replace(self, scores=self.others.get(metric, {}))
 
     @property
     def mean(self) -> float | None:
@@ -88,15 +94,22 @@ def results(
         costs: of each row's model, by the row's name.
     """
     rows, metric = table.run_rows(scale), table.scale(scale).metric
-    factor = 100 if is_share(metric) else 1
     found = []
     for row in table.rows:
         own = [trial for trial in trials if row in rows and trial_row(rows, trial) == row]
         done = [trial for trial in own if trial.status == "finished" and trial.scores([metric])]
-        scores = {int(trial.values["seed"]): factor * trial.scores([metric])[metric] for trial in done}
+        scores = _scores(done, metric)
+        others = {name: _scores(done, name) for name in table.others}
         failed = {int(trial.values["seed"]): trial.reason or trial.status for trial in own if trial not in done}
-        found.append(RowResult(row, costs.get(row.name), scores, [trial.seconds for trial in done], failed))
+        found.append(RowResult(row, costs.get(row.name), scores, [trial.seconds for trial in done], failed, others))
     return found
+
+
+def _scores(trials: Sequence[TrialRecord], metric: str) -> dict[int, float]:
+    """Return a metric by seed, shares in per cent, of the trials that have it."""
+    factor = 100 if is_share(metric) else 1
+    found = {int(trial.values["seed"]): trial.scores([metric]) for trial in trials}
+    return {seed: factor * scores[metric] for seed, scores in found.items() if metric in scores}
 
 
 def trial_row(rows: Sequence[Row], trial: TrialRecord) -> Row:
@@ -119,27 +132,30 @@ def judge(table: TableConfig, found: Sequence[RowResult], mode: str = "max") -> 
     Two means differ by more than chance if their difference exceeds twice its standard error, by the standard deviation
     over seeds, pooled over the rows.
     """
-    by_name = {result.row.name: result for result in found}
-    noise = seed_noise(found)
-    return [_judge(claim, by_name, noise, mode) for claim in table.claims]
+    judged = []
+    for claim in table.claims:
+        measured = [result.of(claim.metric) for result in found]
+        by_name = {result.row.name: result for result in measured}
+        judged.append(_judge(claim, [by_name[name] for name in claim.rows], seed_noise(measured), mode))
+    return judged
 
 
-def _judge(claim: Claim, by_name: Mapping[str, RowResult], noise: float | None, mode: str) -> JudgedClaim:
-    first, second = (by_name[name] for name in claim.rows)
-    lacking = [result.row.label for result in (first, second) if result.mean is None]
-    if first.mean is None or second.mean is None:
+def _judge(claim: Claim, rows: Sequence[RowResult], noise: float | None, mode: str) -> JudgedClaim:
+    lacking = [result.row.label for result in rows if result.mean is None]
+    if lacking:
         return JudgedClaim(claim, "open", f"not run: {', '.join(lacking)}")
-    gain = (first.mean - second.mean) * (1 if mode == "max" else -1)
+    means = [result.mean or 0.0 for result in rows] + ([] if claim.above is None else [claim.above])
+    gain = (means[0] - means[1]) * (1 if mode == "max" else -1)
     wanted = f", at least {claim.by:g} apart wanted" if claim.by else ""
-    words = f"{first.mean:.1f} against {second.mean:.1f}{wanted}"
+    words = f"{means[0]:.1f} against {means[1]:.1f}{wanted}"
     if noise is None:
         if gain < claim.by and claim.same is None:
             return JudgedClaim(claim, "does not hold", f"{words}; one seed")
         return JudgedClaim(claim, "open", f"{words}; unknown noise with one seed")
-    margin = 2 * noise * math.sqrt(1 / len(first.scores) + 1 / len(second.scores))
+    margin = 2 * noise * math.sqrt(sum(1 / len(result.scores) for result in rows))
     reason = f"{words}; by chance they differ by up to {margin:.1f}"
     if claim.same is not None:
         return JudgedClaim(claim, "holds" if abs(gain) <= margin else "does not hold", reason)
-    if gain >= claim.by and gain > margin:
+    if gain >= claim.by and (gain > margin or claim.by < 0):
         return JudgedClaim(claim, "holds", reason)
     return JudgedClaim(claim, "open" if gain + margin >= claim.by else "does not hold", reason)

@@ -96,10 +96,14 @@ class Engine(Protocol):
 
 @dataclass
 class MetricSums:
-    """Sums over micro-batches, then over ranks: the loss, the task's own, and the count of valid targets."""
+    """Sums over micro-batches, then over ranks: the loss, the task's own, and the count of valid targets.
+
+    The rows of single samples that some metrics need are kept, and sent to all ranks by `gather`.
+    """
 
     ranks: Ranks
     totals: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, output: LossOutput, count: Tensor) -> None:
         """Add the sums of one micro-batch."""
@@ -107,6 +111,12 @@ class MetricSums:
         for name, value in news.items():
             value = value.double()
             self.totals[name] = self.totals[name] + value if name in self.totals else value
+        for name, values in output.rows.items():
+            self.rows.setdefault(name, []).append(values)
+
+    def gather(self) -> dict[str, Tensor]:
+        """Return the rows of all ranks on the CPU; each rank must have the same names."""
+        return {name: self.ranks.gather(torch.cat(self.rows[name])).cpu() for name in sorted(self.rows)}
 
     def start(self) -> "PendingSums":
         """Start the all-reduce and return the pending result."""
@@ -123,8 +133,8 @@ class PendingSums:
     vector: Tensor
     work: Pending
 
-    def summarise(self, task: Task) -> tuple[float, dict[str, float]]:
-        """Return the mean loss and the metrics; (NaN, {}) if no target was valid."""
+    def summarise(self, task: Task, rows: Mapping[str, Tensor] | None = None) -> tuple[float, dict[str, float]]:
+        """Return the mean loss and the metrics; (NaN, {}) if no target was valid. `rows` are those of all ranks."""
         self.work.wait()
         parts = self.vector.cpu().split([shape.numel() for shape in self.shapes.values()])
         named = zip(self.shapes.items(), parts, strict=True)
@@ -132,7 +142,7 @@ class PendingSums:
         count = sums.pop("")
         if not count:
             return math.nan, {}
-        return sums["loss"] / count, task.summarise(sums, count)
+        return sums["loss"] / count, task.summarise({**sums, **(rows or {})}, count)
 
 
 def count_targets(task: Task, micro_batches: Sequence[Batch]) -> tuple[list[Tensor], Tensor]:
@@ -161,7 +171,7 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Rank
         _set_training(model, training)
     if not sums.totals:
         raise UserError("the evaluation set is empty; wanted at least one batch per worker: check the data's split")
-    loss, metrics = sums.start().summarise(task)
+    loss, metrics = sums.start().summarise(task, sums.gather())
     if math.isnan(loss) and not metrics:
         raise UserError("the evaluation set has no valid target: check the data's split and labels")
     return metrics

@@ -38,6 +38,17 @@ class Ranks:
         self.start_sum(total).wait()
         return total.tolist()
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows (n, width) of all ranks, one rank's after the other's; n may differ."""
+        if self.world == 1:
+            return rows
+        counts = [int(n) for n in self.sum([float(len(rows)) * (rank == self.rank) for rank in range(self.world)])]
+        whole = rows.new_zeros(sum(counts), rows.shape[1])
+        start = sum(counts[: self.rank])
+        whole[start : start + len(rows)] = rows
+        self.start_sum(whole).wait()
+        return whole
+
 
 class _Done:
     """A sum that needs no communication."""

@@ -41,6 +41,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "flow": (FRAMES, {"kind": "flow"}, ["output"]),
     "pixels": (IMAGE, {"kind": "pixels"}, ["output"]),
     "multimodal": (SIGNALS, ANSWERS, ["audio_output", "label_output", "video_output"]),
+    "general": (
+        {"kind": "multimodal", "modalities": {"image": IMAGE, "text": TEXT}},
+        {"kind": "general", "boxes": 2, "length": 3},
+        ["boxes", "relevance", "text_output"],
+    ),
     "autoencoding": ({**SIGNALS, "hide": ["label"]}, ANSWERS, ["audio_output", "label", "video_output"]),
 }
 """Inputs, decoder and names of the outputs."""

@@ -74,6 +74,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "autoencoding": ({"queries": {"video": 5, "audio": 2}}, AUTOENCODER),
+    "general": (
+        {"captions": ["1"]},
+        {
+            "inputs": {
+                "kind": "multimodal",
+                "modalities": {
+                    "image": {"kind": "image", "size": (8, 8), "positions": FEW},
+                    "text": {"kind": "text", "length": 20, "channels": 8},
+                },
+            },
+            "decoder": {"kind": "general", "boxes": 5, "length": 6},
+            "query_residual": False,
+        },
+    ),
 }
 
 
@@ -95,11 +109,16 @@ def setting(kind: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
         "mask": torch.randint(0, 4, (6, 8, 8), dtype=torch.uint8),
         "label": (torch.rand(6, 4) > 0.5).float() if kind == "tagging" else torch.randint(0, 4, (6,)),
         "target": torch.randn(6, 4),
+        "answer": torch.tensor([[9, 8, 5, 0], [0, 0, 0, 0], [7, 5, 0, 0], [9, 9, 9, 5], [0] * 4, [9, 5, 0, 0]]),
+        "boxes": torch.rand(6, 3, 4) / 2 + 0.25,
+        "boxes_count": torch.tensor([-1, 2, 3, 0, 1, -1]),
+        "held_out": torch.tensor([0, 0, 1, 0, 0, 1]).bool(),
         "label_a": torch.tensor([0, 1, -1, 3, 0, 0]),
         "label_b": torch.tensor([2, 1, 1, 0, 0, 0]),
         "sample_id": torch.arange(6),
         "valid": torch.tensor([1, 1, 1, 1, 0, 0]).bool(),
     }
+    batch["answer_mask"] = batch["answer"] > 0
     return task, model, batch
 
 
@@ -118,7 +137,7 @@ def test_padding_rows_do_not_count(kind):
     if kind not in ("masked_language", "autoencoding"):  # these draw per batch, so the same rows may get other draws
         torch.testing.assert_close(padded.sums, whole.sums, rtol=1e-4, atol=1e-4)
     spoiled = {**batch}
-    for key in ("audio", "video", "flow", "label", "target", "mask", "label_a"):
+    for key in ("audio", "video", "flow", "label", "target", "mask", "label_a", "boxes"):
         spoiled[key] = batch[key].clone()
         spoiled[key][4:] = 3 if key.startswith("label") else 100
     torch.testing.assert_close(task.loss(model, spoiled).sums, padded.sums, rtol=1e-4, atol=1e-4)
@@ -143,7 +162,9 @@ def test_loss_trains_and_summary_is_finite(kind):
     assert all(len(value) == 6 for value in task.predict(model, batch).values())
 
 
-@pytest.mark.parametrize("kind", ["classification", "tagging", "regression", "multitask", "flow", "segmentation"])
+@pytest.mark.parametrize(
+    "kind", ["classification", "tagging", "regression", "multitask", "flow", "segmentation", "general"]
+)
 def test_sums_add_up_over_micro_batches(kind):
     task, model, batch = setting(kind)
     whole = task.loss(model, batch).sums
@@ -152,7 +173,7 @@ def test_sums_add_up_over_micro_batches(kind):
         torch.testing.assert_close(parts[0][key] + parts[1][key], value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["classification", "tagging", "segmentation", "multitask", "autoencoding"])
+@pytest.mark.parametrize("kind", ["classification", "tagging", "segmentation", "multitask", "autoencoding", "general"])
 def test_a_negative_label_is_none(kind):
     """It once raised an IndexError, of the loss over classes."""
     task, model, batch = setting(kind)
@@ -160,7 +181,7 @@ def test_a_negative_label_is_none(kind):
     none = {**batch, key: batch[key].long().clone()}
     none[key][0] = -1
     found = task.loss(model, none)
-    if kind in ("classification", "tagging", "segmentation"):
+    if kind in ("classification", "tagging", "segmentation", "general"):
         without = {**batch, "valid": batch["valid"] & (torch.arange(6) > 0)}
         assert float(task.count(none)) == float(task.count(without)) > 0
         torch.testing.assert_close(found.sums, task.loss(model, without).sums)

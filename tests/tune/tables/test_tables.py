@@ -137,7 +137,7 @@ def test_the_papers_figures_are_those_of_the_presets(name: str) -> None:
     [
         ({"rowz": []}, "unknown key rowz; did you mean rows?"),
         ({"rows": []}, "rows"),
-        ({"claims": [{"text": "x", "better": "one"}]}, "wanted either better and than, or same"),
+        ({"claims": [{"text": "x", "better": "one"}]}, "wanted either better with than or above, or same"),
         ({"claims": [{"text": "x", "same": ["one", "tow"]}]}, "no row 'tow'; did you mean two?"),
         ({"rows": [{"name": "one", "label": "a"}, {"name": "one", "label": "b"}]}, "'one'"),
         ({"claims": [], "rows": [{"name": "one", "label": "a", "start": {"x": "one"}}]}, "wanted a row above it"),
