@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.recipe.file import explain, packaged, read_tree
-from perceiver.config import Config, Name, NonNegative, Real, Shift, UserError
+from perceiver.config import Config, Name, Real, Shift, UserError
 from perceiver.train.config import PartName
 from tune.config import Mode
 from tune.search_file import flat
