@@ -90,7 +90,10 @@ def window_metrics(window: list[StepInfo]) -> dict[str, float]:
     """Return the metrics of consecutive steps: means of the task's, throughput, share of time waiting for data."""
     seconds = sum(info.seconds for info in window)
     last = window[-1].result
-    metrics = {f"train/{key}": _mean([i.result.metrics[key] for i in window]) for key in last.metrics}
+    # A batch may have no sample of which a figure is: each is the mean over the steps that have it.
+    steps = [info.result.metrics for info in window]
+    names = dict.fromkeys(name for metrics in steps for name in metrics)
+    metrics = {f"train/{name}": _mean([each[name] for each in steps if name in each]) for name in names}
     metrics["train/loss"] = _mean([info.result.loss for info in window])
     metrics["train/lr"] = last.lr
     if last.grad_norm is not None:

@@ -111,7 +111,7 @@ class MetricSums:
         for name, value in news.items():
             value = value.double()
             self.totals[name] = self.totals[name] + value if name in self.totals else value
-        for name, values in output.rows.items():
+        for name, values in getattr(output, "rows", {}).items():
             self.rows.setdefault(name, []).append(values)
 
     def gather(self) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """The loop and its hooks with the plain engine: no Ray, no DeepSpeed."""
 
+from dataclasses import replace
+
 import pytest
 from pydantic import ValidationError
 
@@ -64,6 +66,17 @@ def test_metrics_are_means_over_a_window() -> None:
     assert metrics["train/loss"] == 2.0
     assert metrics["train/samples_per_s"] == pytest.approx(16 / 2.0)
     assert metrics["train/data_wait"] == pytest.approx(0.1)
+
+
+def test_a_figure_that_some_steps_lack_is_the_mean_of_the_others() -> None:
+    """A batch of a general task may have no sample of a skill."""
+    steps = [info(number, loss=1.0, seconds=1.0, wait=0.0) for number in (1, 2, 3)]
+    figures = [{"loss": 1.0, "accuracy": 0.5}, {"loss": 1.0}, {"loss": 1.0, "accuracy": 1.0, "none": 0.0}]
+    window = [
+        replace(one, result=replace(one.result, metrics=found)) for one, found in zip(steps, figures, strict=True)
+    ]
+    metrics = window_metrics(window)
+    assert metrics["train/accuracy"] == 0.75 and metrics["train/none"] == 0
 
 
 def test_history_rows_come_each_window_and_survive_as_text() -> None:
