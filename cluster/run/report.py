@@ -142,7 +142,8 @@ def _answered(
     chosen = np.concatenate([group[:ANSWERS_SHOWN] for group in groups])
     ids = predictions["sample_id"][chosen].astype(int)
     found = read_samples(recipe, manifest, ids.tolist(), ids.tolist())
-    model = _trained(recipe, folder, manifest)
+    model = _built(recipe, manifest)
+    _load_final(model, folder)
     answers = {}
     for place, number in zip(chosen, ids.tolist(), strict=True):
         if (sample := found.get(number)) is None or sample.image is None:
@@ -259,26 +260,28 @@ def _parts(row: Mapping[str, Any], manifest: Manifest, data: DataConfig) -> list
     return parts
 
 
-def _trained(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> torch.nn.Module:
-    """Return the run's model with its final weights."""
+def _built(recipe: Recipe, manifest: Manifest) -> torch.nn.Module:
+    """Return the run's model with random weights."""
+    return build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes))).eval()
+
+
+def _load_final(model: torch.nn.Module, folder: RunFolder) -> None:
+    """Load the final weights of a run."""
     import safetensors.torch
 
-    model = build_model(recipe.model, classes=output_count(recipe.task, len(manifest.classes))).eval()
     fs, path = open_url(folder.location(WEIGHTS))
     model.load_state_dict(safetensors.torch.load(fs.cat_file(path)))
-    return model
 
 
 def _attention(
     recipe: Recipe, folder: RunFolder, manifest: Manifest, views: Mapping[int, Mapping[str, Any]]
 ) -> AttentionMaps | None:
     """Return the attention of the first and the last cross-attend to the samples; None if there is nothing to draw."""
-    if not views:
-        return None
-    model = _trained(recipe, folder, manifest)
+    model = _built(recipe, manifest)
     keys = input_keys(model)
-    if not isinstance(model, Encoder) or any(set(keys) - set(view) for view in views.values()):
+    if not isinstance(model, Encoder) or not views or any(set(keys) - set(view) for view in views.values()):
         return None
+    _load_final(model, folder)
     attends = list[int]()
     found: dict[str, dict[str, list[np.ndarray]]] = {"scores": {}, "weights": {}}
     for view in views.values():

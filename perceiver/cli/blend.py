@@ -2,7 +2,10 @@
 
 import click
 
+from perceiver.cli._types import Number
 from perceiver.tracking.printable import say, say_json
+
+EPOCH = Number(0, 1e9)
 
 
 @click.command(
@@ -12,8 +15,8 @@ Examples:
   perceiver blend audio=runs/audio-001 video=runs/video-001 joint=runs/naive-001 --from 1 --to 20 --json"""
 )
 @click.argument("runs", nargs=-1, required=True, metavar="NAME=RUN...")
-@click.option("--from", "first", type=float, metavar="EPOCH", help="An evaluation of all runs; default: the first.")
-@click.option("--to", "last", type=float, metavar="EPOCH", help="A later one; default: the last that all have.")
+@click.option("--from", "first", type=EPOCH, metavar="EPOCH", help="An evaluation of all runs; default: the first.")
+@click.option("--to", "last", type=EPOCH, metavar="EPOCH", help="A later one; default: the last that all have.")
 @click.option("--json", "as_json", is_flag=True, help="Print the losses and the weights as one JSON line.")
 def command(runs: tuple[str, ...], first: float | None, last: float | None, as_json: bool) -> int:
     """Print the weights of the losses of several classifiers (task.blend), by how they generalise and overfit.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.recipe.file import explain, packaged, read_tree
-from perceiver.config import Config, Name, Real, Shift, UserError
+from perceiver.config import Config, Name, Shift, UserError
 from perceiver.train.config import PartName
 from tune.config import Mode
 from tune.search_file import flat
@@ -51,7 +51,7 @@ class Claim(Config):
     text: str = Field(description="the claim in words")
     better: str | None = Field(default=None, description="name of a row ...")
     than: str | None = Field(default=None, description="... that is better than this one")
-    above: Real | None = Field(default=None, description="... or than this number")
+    above: Shift | None = Field(default=None, description="... or than this number")
     by: Shift = Field(default=0, description="at least by this many points; negative: at most so many behind")
     same: tuple[str, str] | None = Field(default=None, description="names of two rows that differ only by chance")
     metric: str | None = Field(default=None, description="metric that is compared, if not that of the table")

@@ -192,7 +192,8 @@ def test_hub_folders_are_read_through_fsspec(tmp_path: Path) -> None:
     fsspec.register_implementation("hf", Hub, clobber=True)
     try:
         Hub().pipe("/datasets/me/pets/data/train-00000.parquet", sink.getvalue())
-        manifest = prepare("table", "hf://datasets/me/pets", str(tmp_path / "out"))
+        here = PrepareConfig(parallel="off")  # processes of a Ray that another test has started do not know the files
+        manifest = prepare("table", "hf://datasets/me/pets", str(tmp_path / "out"), here)
     finally:
         fsspec.register_implementation("hf", "huggingface_hub.HfFileSystem", clobber=True)
     assert manifest.splits["train"].samples == 3 and manifest.source == "hf://datasets/me/pets"
