@@ -106,7 +106,7 @@ class ConvDetector(Detector):
         for layer in self.encoder:
             memory = layer(memory, positions=places)
         # The states start at zero and the queries are their positions, as in DETR.
-        states = torch.zeros_like(self.query).expand(len(image), -1, -1)
+        states = torch.zeros_like(self.query).expand(image.shape[0], -1, -1)
         for layer in self.decoder:
             states = layer(states, memory, positions=self.query, memory_positions=places)
         return Seen(features, states)
@@ -155,7 +155,7 @@ class DetrDetector(Detector):
             found, _ = layer.self_attn(hidden_states=memory, attention_mask=None, position_embeddings=places)
             memory = layer.self_attn_layer_norm(memory + F.dropout(found, self.dropout, self.training))
             memory = layer.final_layer_norm(memory + layer.mlp(memory))
-        queries = model.query_position_embeddings.weight.expand(len(image), -1, -1)
+        queries = model.query_position_embeddings.weight.expand(image.shape[0], -1, -1)
         states = model.decoder(
             inputs_embeds=torch.zeros_like(queries),
             object_queries_position_embeddings=queries,

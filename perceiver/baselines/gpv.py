@@ -169,7 +169,7 @@ class Gpv(nn.Module):
     def greedy(self, memory: Memory) -> Tensor:
         """Return the logits (B, length, words) of the most likely words, one after the other; what follows an end is
         arbitrary."""
-        before = torch.full((len(memory.states), 1), START, device=memory.states.device)
+        before = torch.full((memory.states.shape[0], 1), START, device=memory.states.device)
         found: list[Tensor] = []
         for _ in range(self.config.length):
             found.append(self.decode(before, memory)[:, -1])
