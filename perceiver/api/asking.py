@@ -89,7 +89,7 @@ def replies(saved: "Saved", photos: Sequence[str], task: str) -> list[Reply]:
     answers = Answers(saved, section, (), view)
     length, needs = answers.requests.like["text"].shape[1], len(task.encode()) + 2
     if not task.strip() or needs > length:
-        raise UserError(f"--ask: got {needs} tokens (bytes and 2); wanted 3 to {length}, the model's text: shorten it")
+        raise UserError(f"--ask: got {needs} tokens (bytes and 2); wanted 3 to {length}, the text of the model")
     found = []
     for name in photos:
         encoded = _read(name)
