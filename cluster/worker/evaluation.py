@@ -1,36 +1,22 @@
 """Asynchronous evaluation (`train.eval_async`): rank 0 requests it, a Ray task of the driver evaluates.
 
-Also the evaluations by which a run estimates the weights of its classifiers again (`task.blend_every`).
-
 The metrics of a step are also written to the run's folder, as ``evaluations/step-00000120.json``, so that a resumed run
 does not request them again.
 """
 
-import contextlib
-import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from cluster.recipe.config import Recipe, build_recipe, eval_rows, for_workers
 from cluster.record.run_folder import RunFolder, retried
 from cluster.worker.monitor import ActorClient, ActorMonitor
 from perceiver.config import UserError
 from perceiver.storage import first_line, open_url
-from perceiver.tasks import Batch, Task
-from perceiver.train.blending import BlendedTask, BlendHook
-from perceiver.train.engine.protocol import Engine
-from perceiver.train.hooks import History, Scored
-from pipelines.feed.ingest import EvalShare, eval_batches
-from pipelines.shards.manifest import Manifest
-from pipelines.shards.quarantine import Quarantine
-
-if TYPE_CHECKING:
-    import torch
+from perceiver.train.hooks import Scored
 
 log = logging.getLogger(__name__)
 
@@ -175,35 +161,3 @@ def read_scores(folder: RunFolder) -> dict[int, Mapping[str, float]]:
         return [json.loads(fs.cat_file(path)) for path in fs.glob(f"{root}/step-*.json")]
 
     return {scored["step"]: scored["metrics"] for scored in retried(fs, f"reading {folder.location(FOLDER)}", read)}
-
-
-def build_blend(
-    recipe: Recipe, history: History, engine: Engine, task: Task, batches: Callable[[str], Iterable[Batch]]
-) -> list[BlendHook]:
-    """Return the hook of `task.blend_every`, nothing without it; `batches` gives the batches of a split by its name."""
-    config: Any = recipe.task
-    every: float | None = getattr(config, "blend_every", None)
-    if every is None:
-        return []
-    splits = recipe.data.train_split, config.blend_split or recipe.data.eval_split
-    first, second = (partial(batches, split) for split in splits)
-    return [BlendHook(history, engine, cast(BlendedTask, task), (first, second), every)]
-
-
-def first_batches(
-    recipe: Recipe,
-    manifest: Manifest,
-    rank: int,
-    world: int,
-    device: "torch.device",
-    quarantine: Quarantine,
-    split: str,
-) -> Iterator[Batch]:
-    """Yield a worker's first batches of a split, not augmented: at most as many as that for the estimates has."""
-    config: Any = recipe.task
-    rows = eval_rows(recipe, world)
-    most = manifest.split(config.blend_split or recipe.data.eval_split).samples
-    count = -(-most // (rows * world))
-    share = EvalShare(split, rows, rank, world)
-    with contextlib.closing(eval_batches(recipe.data, manifest, share, device, quarantine)) as batches:
-        yield from itertools.islice(batches, count)

@@ -15,7 +15,8 @@ import torch
 
 from cluster.recipe.config import Recipe, eval_rows, zero_stage
 from cluster.recipe.memory import COPIES
-from cluster.worker.evaluation import RemoteEvaluator, build_blend, first_batches, read_scores
+from cluster.worker.blending import build_blend
+from cluster.worker.evaluation import RemoteEvaluator, read_scores
 from cluster.worker.monitor import ActorClient, Client
 from cluster.worker.peers import newest_step, staging_store
 from cluster.worker.ray_train import PreemptionHook, RayReporter
@@ -127,7 +128,7 @@ class WorkerHooks:
         )
         self.evaluations = build_async_evaluation(setup, recording.history)
         self.early_stop = EarlyStopHook(training.early_stop, recording.history)
-        self._blend = build_blend(setup.recipe, recording.history, engine, task, self._first_batches)
+        self._blend = build_blend(setup, recording.history, engine, task)
         self.preemption = PreemptionHook(asks)
         self._ledger = self._build_ledger()
         self.saver = BackgroundSaver(
@@ -206,12 +207,6 @@ class WorkerHooks:
         share = EvalShare(recipe.data.eval_split, eval_rows(recipe, me.world), me.rank, me.world)
         batches = eval_batches(recipe.data, self._setup.manifest, share, me.device, self._setup.quarantine)
         return self._setup.pulse.count(batches)
-
-    def _first_batches(self, split: str) -> Iterator[Batch]:
-        """Return this worker's first batches of a split."""
-        setup = self._setup
-        place = (setup.me.rank, setup.me.world, setup.me.device)
-        return setup.pulse.count(first_batches(setup.recipe, setup.manifest, *place, setup.quarantine, split))
 
     def _build_ledger(self) -> Ledger | None:
         setup = self._setup
