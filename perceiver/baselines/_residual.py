@@ -1,9 +1,12 @@
-"""Residual blocks of the networks of G-blend, on images or on videos: which convolutions is up to the caller."""
+"""What the networks of G-blend share, on images or on videos: which convolutions is up to the caller."""
 
 from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor, nn
+
+from perceiver.baselines._grid import Baseline
+from perceiver.model import Raw, numbered
 
 Convolution = Callable[[int, int, int, int], nn.Module]
 """Makes a convolution without a bias from inputs, outputs, kernel size and stride, padded to keep the size."""
@@ -57,3 +60,22 @@ def initialise(module: nn.Module) -> None:
         elif isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
             norm = cast(nn.BatchNorm3d, layer)
             norm.eps, norm.momentum = 1e-3, 0.1
+
+
+class ResidualNetwork(Baseline):
+    """A network of residual `blocks` with a linear `head`; a subclass makes them, and has `features`."""
+
+    blocks: nn.ModuleList
+    head: nn.Linear
+
+    def layer_names(self) -> list[str]:
+        """Return the names of the blocks, in order."""
+        return numbered("blocks", self.blocks)
+
+    def features(self, raw: Raw) -> Tensor:
+        """Return what is classified (B, C)."""
+        raise NotImplementedError
+
+    def forward(self, raw: Raw) -> Tensor:
+        """Return logits (B, K)."""
+        return self.head(self.features(raw))

@@ -9,10 +9,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.baselines._grid import Baseline, BaselineConfig
-from perceiver.baselines._residual import Residual, bottleneck, initialise, simple
+from perceiver.baselines._grid import BaselineConfig
+from perceiver.baselines._residual import Residual, ResidualNetwork, bottleneck, initialise, simple
 from perceiver.config import Layers, Size, UserError
-from perceiver.model import Raw, need_classes, numbered
+from perceiver.model import Raw, need_classes
 
 
 class AudioResNetConfig(BaselineConfig):
@@ -36,7 +36,7 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Module
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
-class AudioResNet(Baseline):
+class AudioResNet(ResidualNetwork):
     """See `AudioResNetConfig`."""
 
     def __init__(self, config: AudioResNetConfig, classes: int) -> None:
@@ -63,17 +63,9 @@ class AudioResNet(Baseline):
         initialise(self)
         self.head = nn.Linear(width, classes)
 
-    def layer_names(self) -> list[str]:
-        """Return the names of the blocks, in order."""
-        return numbered("blocks", self.blocks)
-
     def features(self, raw: Raw) -> Tensor:
         """Return what is classified (B, C)."""
         x = self.stem(self.image(raw))
         for block in self.blocks:
             x = block(x)
         return x.amax((2, 3))
-
-    def forward(self, raw: Raw) -> Tensor:
-        """Return logits (B, K)."""
-        return self.head(self.features(raw))

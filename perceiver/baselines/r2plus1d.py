@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.baselines._grid import Baseline, BaselineConfig
-from perceiver.baselines._residual import Residual, bottleneck, initialise
+from perceiver.baselines._grid import BaselineConfig
+from perceiver.baselines._residual import Residual, ResidualNetwork, bottleneck, initialise
 from perceiver.config import Layers, Size, UserError
-from perceiver.model import Raw, need_classes, numbered
+from perceiver.model import Raw, need_classes
 
 
 class R2Plus1DConfig(BaselineConfig):
@@ -48,7 +48,7 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Module
     return nn.Sequential(space, nn.BatchNorm3d(between), nn.ReLU(), time)
 
 
-class R2Plus1D(Baseline):
+class R2Plus1D(ResidualNetwork):
     """See `R2Plus1DConfig`."""
 
     def __init__(self, config: R2Plus1DConfig, classes: int) -> None:
@@ -77,10 +77,6 @@ class R2Plus1D(Baseline):
         initialise(self)
         self.head = nn.Linear(width, classes)
 
-    def layer_names(self) -> list[str]:
-        """Return the names of the blocks, in order."""
-        return numbered("blocks", self.blocks)
-
     def features(self, raw: Raw) -> Tensor:
         """Return what is classified (B, C)."""
         x, _ = self.tokens(raw)
@@ -88,7 +84,3 @@ class R2Plus1D(Baseline):
         for block in self.blocks:
             x = block(x)
         return x.mean((2, 3, 4))
-
-    def forward(self, raw: Raw) -> Tensor:
-        """Return logits (B, K)."""
-        return self.head(self.features(raw))
