@@ -5,6 +5,7 @@ from typing import Any
 
 from perceiver.config import Config, UserError
 from perceiver.export.weights import open_weights
+from perceiver.tracking.redaction import flatten
 
 PART = "branches."
 
@@ -43,15 +44,8 @@ def branch_of(model: Any, part: str) -> Config | None:
 
 def other_inputs(ours: Config, theirs: Config) -> tuple[str, Any, Any] | None:
     """Return the first key of the inputs of two models that differs, with both values; None if none does."""
-    first, second = (_flat(one.model_dump(mode="json").get("inputs", {}), "inputs") for one in (ours, theirs))
+    first, second = (flatten({"inputs": one.model_dump(mode="json").get("inputs", {})}) for one in (ours, theirs))
     for key in sorted(first.keys() | second.keys()):
         if first.get(key) != second.get(key):
             return key, first.get(key), second.get(key)
     return None
-
-
-def _flat(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{key}.{name}") if isinstance(value, Mapping) else {f"{key}.{name}": value}
-    return found
