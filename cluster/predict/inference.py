@@ -20,7 +20,7 @@ from perceiver.environment import DISTRIBUTION, installed_version
 from perceiver.hashing import short_hash
 from perceiver.modalities.text import byte_text
 from perceiver.storage import Folder, open_folder, open_target, parse_json, refusing
-from perceiver.tasks import build_task, known_classes
+from perceiver.tasks import known_classes
 from pipelines.shards.manifest import content_digest, file_versions
 from pipelines.shards.quarantine import Problem, Quarantine, write_problems
 from pipelines.shards.reader import Reader
@@ -220,7 +220,7 @@ def _in_process(scoring: Scoring, first: int, quarantine: Quarantine) -> Generat
 def _named(scoring: Scoring, rows: pa.Table) -> pa.Table:
     """Add the names of the predicted classes, if the prediction is a class or several, and the names are known."""
     names = scoring.names
-    for name in getattr(build_task(scoring.recipe.task, classes=scoring.classes), "texts", ()):
+    for name in getattr(scoring.task(), "texts", ()):
         if name in rows.column_names:
             found = pa.array([byte_text(ids) for ids in rows[name].to_pylist()], pa.string())
             rows = rows.set_column(rows.column_names.index(name), name, found)
