@@ -20,7 +20,7 @@ import psutil
 
 from cluster.recipe import preflight
 from cluster.recipe.config import Recipe
-from cluster.recipe.resources import SHARED_MEMORY, ClusterConfig, machine_cpus
+from cluster.recipe.resources import CGROUP, SHARED_MEMORY, ClusterConfig, cpu_quota, visible_cpus
 from cluster.runtime.local import check_reachable, socket_folder, token_file
 from perceiver.config import UserError
 from perceiver.environment import ENGINES, proxies, unsupported_libraries, unsupported_python
@@ -86,7 +86,7 @@ class Setup:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     recipe: Recipe | None = None
     nodes: Callable[[], str] | None = None
-    proc: Path = field(default=Path("/sys/fs/cgroup"))
+    proc: Path = field(default=CGROUP)
     shm: Path = field(default=SHARED_MEMORY)
 
     @property
@@ -135,17 +135,10 @@ def check_libraries(setup: Setup) -> Result:
 
 def check_cpus(setup: Setup) -> Result:
     """Compare the CPUs visible to this process with its container's quota."""
-    seen, quota = machine_cpus(), None
-    with contextlib.suppress(OSError, ValueError):
-        limit, period = (setup.proc / "cpu.max").read_text().split()
-        quota = None if limit == "max" else int(limit) / int(period)
-    if quota is not None and quota < seen:
-        return (
-            WARN,
-            f"{seen} visible, but the container may use {quota:g}",
-            f"set cluster.workers and data.tasks for {quota:g} CPUs, or raise the limit",
-        )
-    return (OK, f"{seen}", "") if seen > 1 else (WARN, f"{seen}", "training and decoding share one CPU: expect waiting")
+    seen, quota = visible_cpus(), cpu_quota(setup.proc)
+    usable = seen if quota is None else min(seen, quota)
+    found = f"{seen}" if usable == seen else f"{usable:g}, the container's quota; {seen} visible"
+    return (OK, found, "") if usable >= 2 else (WARN, found, "training and decoding share one CPU: expect waiting")
 
 
 def check_memory(setup: Setup) -> Result:

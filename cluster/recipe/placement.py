@@ -82,6 +82,16 @@ def reserved() -> dict[str, float]:
     return json.loads(os.environ.get(RESERVED) or "{}")
 
 
+def this_node_cpus() -> float:
+    """Return the CPUs of the Ray node of this process; 0 without Ray."""
+    import ray
+
+    if not ray.is_initialized():
+        return 0.0
+    own = ray.get_runtime_context().get_node_id()
+    return next((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == own), 0.0)
+
+
 def connected_nodes(*, answering: bool = False) -> list[Node]:
     """Return the live nodes of the connected cluster, without the resources that this process reserves as a job.
 

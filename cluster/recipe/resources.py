@@ -12,6 +12,8 @@ from perceiver.config import Config, Real, Resource, UserError
 from perceiver.tracking.redaction import redact_text
 
 SHARED_MEMORY = Path("/dev/shm")
+CGROUP = Path("/sys/fs/cgroup")
+"""The container's control group (version 2)."""
 LEAST_STORE_MB, STORE_MB = 80, 400
 """Ray needs an object store of at least 75 MiB. By default up to 360 MB of large samples wait for a worker."""
 SMALLEST_SHARE = 0.05
@@ -130,9 +132,36 @@ class ClusterConfig(Config):
         return address
 
 
-def machine_cpus() -> int:
-    """Return the number of CPUs that this process may use."""
+def visible_cpus() -> int:
+    """Return the number of CPUs on which this process may run."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def cpu_quota(cgroup: Path = CGROUP) -> float | None:
+    """Return the CPUs whose time the container may use (`docker run --cpus`, a Kubernetes limit), or None."""
+    try:
+        limit, period = (cgroup / "cpu.max").read_text().split()
+        return int(limit) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # no such file outside containers, and "max"
+        return None
+
+
+def machine_cpus() -> int:
+    """Return the number of CPUs that this process may use: those that it sees, at most its container's quota."""
+    quota = cpu_quota()
+    return visible_cpus() if quota is None else max(1, min(visible_cpus(), int(quota)))
+
+
+def worker_threads(workers: int, node_cpus: float, wanted: int | None = None) -> int:
+    """Return the threads of each worker on this machine.
+
+    Args:
+        workers: on this machine, of all concurrent runs.
+        node_cpus: CPUs of the Ray node, which may be less than the machine's, or 0.
+        wanted: by the user; replaces the default.
+    """
+    cores = min(machine_cpus(), int(node_cpus) or machine_cpus())
+    return wanted or max(1, cores // workers)
 
 
 def worker_cpus(config: ClusterConfig, cpus: float, data_cpus: float) -> float:
@@ -140,7 +169,7 @@ def worker_cpus(config: ClusterConfig, cpus: float, data_cpus: float) -> float:
 
     Ray places a worker only where its share is free, and data tasks get only what the workers leave: if the workers
     reserved everything, training would wait for data for ever. The shares only control placement; the number of threads
-    of a worker is the machine's cores divided by its workers.
+    of a worker is decided by `worker_threads`.
 
     Raises:
         UserError: there are more workers than CPUs, or too little is left for the data tasks.

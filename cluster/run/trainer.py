@@ -1,6 +1,7 @@
 """The Ray Train trainer of a recipe, for `perceiver train` and for the trials of a search."""
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,6 +166,7 @@ def worker_config(
     recipe: Recipe, folder: RunFolder, monitor: Any, handle: RunHandle | None, share: Share
 ) -> dict[str, Any]:
     """Return the argument of `cluster.run.worker.train_worker`."""
+    on_cluster = recipe.cluster.resolved_address() is not None
     return {
         "recipe": Unshown(for_workers(recipe)),
         "run": folder.name,
@@ -172,7 +174,17 @@ def worker_config(
         "mlflow": Unshown(handle),
         "fence": folder.fence,
         "local": str(folder.local.resolve()),
+        "threads": None if on_cluster else wanted_threads(),
         "runs": share.runs,
         "holders": (),
-        "on_cluster": recipe.cluster.resolved_address() is not None,
+        "on_cluster": on_cluster,
     }
+
+
+def wanted_threads() -> int | None:
+    """Return the threads per process that the user has set by ``OMP_NUM_THREADS``, if any.
+
+    Read in the driver: Ray sets the variable in its workers when it is not set.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdecimal() and int(threads) else None

@@ -6,7 +6,6 @@ checkpoint that verifies.
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ import ray.train
 import torch
 
 from cluster.recipe.config import Recipe
+from cluster.recipe.placement import this_node_cpus
+from cluster.recipe.resources import worker_threads
 from cluster.record.failures import is_final, one_line
 from cluster.runtime.ray_internals import quiet_data_progress, rest_data_scheduler
 from cluster.runtime.stages import Stages
@@ -59,7 +60,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
     stages.end("process")
     # A converged model has gradients and moments below 1e-38, which make a CPU 10 times slower.
     torch.set_flush_denormal(True)
-    me = find_rank(config["runs"])
+    me = find_rank(config["runs"], config["threads"])
     monitor = make_client(config["monitor"], me.rank)
     stepped = threading.Event()
     try:
@@ -154,15 +155,18 @@ def refusal_reason(error: Exception, rank: int, stepped: bool) -> str:
     return f"worker {rank} failed before the first step, and would fail again: {one_line(error)}"
 
 
-def find_rank(runs: int) -> WorkerRank:
-    """Return this worker's rank and device, and set its number of threads; ``runs`` concurrent runs share the cores."""
+def find_rank(runs: int, threads: int | None = None) -> WorkerRank:
+    """Return this worker's rank and device, and set its number of threads.
+
+    By default the workers of ``runs`` concurrent runs share the CPUs of their node.
+    """
     context = ray.train.get_context()
     device = torch.device("cuda", context.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     local_world = context.get_local_world_size()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (local_world * runs)))
+        torch.set_num_threads(worker_threads(local_world * runs, this_node_cpus(), threads))
     leads = context.get_local_rank() == 0
     return WorkerRank(context.get_world_rank(), context.get_world_size(), local_world, device, leads)
 

@@ -167,7 +167,7 @@ def test_the_limits_of_a_container_are_checked(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text("0")
     setup = Setup(proc=tmp_path, shm=tmp_path / "none")
     state, found, _ = doctor.check_cpus(setup)
-    assert state == WARN and "may use 0.5" in found
+    assert state == WARN and found.startswith("0.5, the container's quota; ")
     assert doctor.check_memory(setup)[:2] == (FAIL, "1.0 GiB free")
     assert doctor.check_shared_memory(setup)[0] == WARN
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from cluster.recipe import resources
 from cluster.recipe.config import build_recipe
 from cluster.recipe.preflight import check, tracked_data
-from cluster.recipe.resources import ClusterConfig, machine_cpus, worker_cpus
+from cluster.recipe.resources import ClusterConfig, cpu_quota, machine_cpus, worker_cpus
 from cluster.record.run_folder import RunFolder, find_run, named_run, new_run
 from perceiver.config import UserError
 from perceiver.factory import build_model
@@ -204,6 +205,16 @@ def test_more_workers_than_cpus(tree: dict[str, Any]) -> None:
     tree["train"]["global_batch"] = 64
     message = refused(tree)
     assert "cluster.workers = 64" in message and f"{machine_cpus()} CPUs" in message
+
+
+def test_the_quota_of_a_container_limits_cpus_and_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A Kubernetes limit does not hide the node's other CPUs: threads for all of them would wait for each other."""
+    monkeypatch.setattr(resources, "visible_cpus", lambda: 64)
+    monkeypatch.setattr(resources, "cpu_quota", lambda: cpu_quota(tmp_path))
+    for text, cpus, threads in (("850000 100000", 8, 4), ("max 100000", 64, 32), ("50000 100000", 1, 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert machine_cpus() == cpus and resources.worker_threads(2, 0) == threads
+        assert resources.worker_threads(2, 4) == min(threads, 2) and resources.worker_threads(2, 4, wanted=3) == 3
 
 
 def test_workers_that_leave_too_little_for_the_data_tasks() -> None:
