@@ -4,6 +4,7 @@ Everything is measured on the meta device, where a forward pass costs nothing: F
 convolution, multiply and add apart (as Perceiver App. B does), activations by adding up what autograd keeps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from perceiver.attention import CrossAttention, SelfAttention
 from perceiver.config import Config
 from perceiver.factory import build_model, on_meta, preset_config
+from perceiver.optim.freezing import freeze
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Account:
     """The cost of a model.
 
     Args:
-        parameters: number of trained values, shared ones once.
+        parameters: number of values, shared ones once.
         forward_flops: FLOPs of a forward pass of one sample as the papers count them, by the plain path.
         executed_flops: FLOPs of the matrix products that remain by the chosen path, one sample, forward.
         activation_bytes: memory that a forward pass of one sample keeps for the backward pass, float32, chosen path.
@@ -34,10 +36,17 @@ class Account:
     activation_bytes: int
     float32_activation_bytes: int = 0
     """Those of them that autocast does not halve: attention by products over float32 copies, see `is_fused`."""
+    frozen: int = 0
+    """Those of the parameters that are not trained."""
+
+    @property
+    def trained(self) -> int:
+        """Number of trained values."""
+        return self.parameters - self.frozen
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of trained values, shared ones once."""
+    """Return the number of values of a model, shared ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -127,14 +136,16 @@ def _activation_bytes(model: nn.Module, batch: int) -> tuple[int, int]:
     return sum(storage.nbytes() for storage in kept.values()), attention.float32_bytes
 
 
-def account(config: Config, *, classes: int | None = None) -> Account:
+def account(config: Config, *, classes: int | None = None, frozen: Sequence[str] = ()) -> Account:
     """Return the cost of a config's model; takes a second or two and no memory for weights.
 
     Args:
         config: a member of the `ModelConfig` union.
         classes: number of classes, for classifiers.
+        frozen: patterns of the parameters that are not trained (`train.freeze`).
     """
     chosen = _meta(config, classes)
+    not_trained = freeze(chosen, frozen)
     plain = chosen
     if "attention" in type(config).model_fields:
         plain = _meta(config.model_copy(update={"attention": "plain"}), classes)
@@ -146,6 +157,7 @@ def account(config: Config, *, classes: int | None = None) -> Account:
         executed_flops=count_flops(chosen),
         activation_bytes=activations // 2,
         float32_activation_bytes=float32 // 2,
+        frozen=not_trained,
     )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -18,6 +18,7 @@ from perceiver import kernels
 from perceiver.accounting import is_fused
 from perceiver.config import Config
 from perceiver.factory import build_model, on_meta
+from perceiver.optim.freezing import freeze
 from perceiver.shared_kv import Float32Region
 
 Region = Literal["autocast", "float32", "fused"]
@@ -41,6 +42,7 @@ class StepTrace:
         float32_other_bytes: bytes that the other operations on these scores read and write.
         pass_bytes: bytes per pass whatever the batch: weights and their gradients.
         scores: largest number of scores of a `shared_kv`.
+        working_bytes: most bytes that one operation reads and writes, the weights' share included.
     """
 
     flops: int
@@ -53,6 +55,7 @@ class StepTrace:
     float32_other_bytes: int = 0
     pass_bytes: int = 0
     scores: int = 0
+    working_bytes: int = 0
 
 
 class _Traffic(TorchDispatchMode):
@@ -65,7 +68,7 @@ class _Traffic(TorchDispatchMode):
         self.flops: Counter[Region] = Counter()
         self.product_bytes: Counter[Region] = Counter()
         self.other_bytes: Counter[Region] = Counter()
-        self.operations = self.scores = 0
+        self.operations = self.largest = self.scores = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.counter.get_total_flops()
@@ -77,6 +80,7 @@ class _Traffic(TorchDispatchMode):
         self.flops[region] += self.counter.get_total_flops() - before
         size = tensor_bytes(args, kwargs, out)
         self.operations += 1
+        self.largest = max(self.largest, size)
         if any(part in str(func) for part in ("mm", "conv", "attention")):
             self.product_bytes[region] += size
         else:
@@ -139,14 +143,16 @@ class _GpuAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace_step(config: Config, *, classes: int | None = None, batch: int = 8) -> StepTrace:
+def trace_step(config: Config, *, classes: int | None = None, batch: int = 8, frozen: Sequence[str] = ()) -> StepTrace:
     """Return the cost of a training pass of a config's model, from passes over two batches on the meta device.
 
     The difference between both batches is what a sample costs; the rest is traffic of the weights. Smaller batches
-    could take other paths than those of training (`perceiver.attention.FUSE_TOKENS`).
+    could take other paths than those of training (`perceiver.attention.FUSE_TOKENS`). Nothing is computed for the
+    gradients of ``frozen`` parameters (patterns, see `train.freeze`).
     """
     with on_meta():
         model = build_model(config, classes=classes).train()
+    freeze(model, frozen)
     small, kernel_flops = _trace(model, batch)
     large, _ = _trace(model, 2 * batch)
 
@@ -166,6 +172,7 @@ def trace_step(config: Config, *, classes: int | None = None, batch: int = 8) ->
         float32_other_bytes=each("other_bytes", "float32"),
         pass_bytes=bytes_of_all - batch * (product_bytes + other_bytes),
         scores=small.scores,
+        working_bytes=large.largest // (2 * batch),
     )
 
 

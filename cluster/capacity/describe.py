@@ -53,12 +53,13 @@ def describe(plan: Estimate, workload: Workload) -> list[str]:
             f"{with_unit(step.optimizer)}"
         )
     )
+    frozen = f" ({account.frozen:,} frozen)" if account.frozen else ""
     batch, rows = workload.recipe.train.global_batch, machines.devices * plan.micro_batch * plan.accumulation
     padding = f"; {rows - batch} of {rows} rows are padding" if rows > batch else ""
     return [
         f"on            {machines.devices} x {machines.device.title}, {machines.nodes} node"
         f"{'s' * (machines.nodes > 1)}, {machines.data_cpus:,.0f} CPUs for data",
-        f"model         {account.parameters:,} parameters, {flops(account.forward_flops)} per sample forward "
+        f"model         {account.parameters:,} parameters{frozen}, {flops(account.forward_flops)} per sample forward "
         f"({flops(account.executed_flops)} executed), {flops(workload.trace.flops)} forward and backward",
         f"batch         {batch} on {machines.devices} devices x {plan.micro_batch} samples x "
         f"{plan.accumulation} accumulated{padding}; largest micro-batch that fits {plan.largest_micro_batch}",
@@ -140,6 +141,7 @@ def tree(plan: Estimate, workload: Workload) -> dict[str, Any]:
         "data_cpus": plan.machines.data_cpus,
         "calibrated": plan.calibrated,
         "parameters": workload.account.parameters,
+        "frozen": workload.account.frozen,
         "flops_forward": workload.account.forward_flops,
         "flops_executed": workload.account.executed_flops,
         "flops_step": flops_step(workload),

@@ -284,7 +284,9 @@ def memory(workload: Workload, machines: Machines, micro: int, stage: int, calib
     account, device = workload.account, machines.device
     share = AUTOCAST_ACTIVATIONS * _residual(workload) if _half(workload, device) else 1.0
     float32 = account.float32_activation_bytes
-    activations = micro * ((account.activation_bytes - float32) * share + float32)
+    kept = (account.activation_bytes - float32) * share + float32
+    # Where nearly all is frozen, hardly anything is kept for the backward pass.
+    activations = micro * max(kept, share * workload.trace.working_bytes)
     if _on_gpu(device):
         activations += SCORE_COPIES * 4 * min(micro * workload.trace.scores, GPU_SCORES)
     context = machines.device.context_gb * 1e9
@@ -300,13 +302,13 @@ def memory(workload: Workload, machines: Machines, micro: int, stage: int, calib
 
 def _states(workload: Workload, world: int, stage: int) -> tuple[float, float, float, float]:
     """Return the bytes of weights, gradients, optimizer and DeepSpeed's buffer on one of `world` devices."""
-    values = 4.0 * workload.account.parameters
+    values, trained = 4.0 * workload.account.parameters, 4.0 * workload.account.trained
     moments = 3 if workload.recipe.train.ema else 2
     return (
         values / (world if stage == 3 else 1),
-        values / (world if stage >= 2 else 1),
-        moments * values / (world if stage else 1) + (values / world if stage in (1, 2) else 0),
-        min(values, 4.0 * BUCKET_ELEMENTS) if world > 1 or stage else 0,
+        trained / (world if stage >= 2 else 1),
+        moments * trained / (world if stage else 1) + (trained / world if stage in (1, 2) else 0),
+        min(trained, 4.0 * BUCKET_ELEMENTS) if world > 1 or stage else 0,
     )
 
 
@@ -334,7 +336,7 @@ def step_time(
     speed = machines.device.memory_gbytes_s * 1e9 * machines.device.memory_efficiency
     parts = pass_seconds(workload, machines.device, micro)
     traffic = accumulation * (parts["kernel"] + parts["other"])
-    moved = 7 * 4 * workload.account.parameters / (machines.devices if workload.zero_stage else 1)
+    moved = 7 * 4 * workload.account.trained / (machines.devices if workload.zero_stage else 1)
     optimizer = moved / speed
     reading = workload.recipe.train.global_batch * decode_cpu(workload, None) / max(machines.data_cpus, 1e-9)
     return Step(compute, traffic, optimizer, wire_seconds, wire_bytes, reading)
@@ -394,12 +396,14 @@ def communication(workload: Workload, machines: Machines, calibration: Calibrati
     """Return the bytes that a device sends per step, and the seconds, not overlapped with computation.
 
     A ring moves 2 (W - 1) / W of the gradients for an all-reduce (or reduce-scatter and gather); ZeRO 3 gathers the
-    weights twice and scatters the gradients: 3 (W - 1) / W. The slowest link of the ring counts.
+    weights twice and scatters the gradients. Frozen weights have no gradients. The slowest link of the ring counts.
     """
     world = machines.devices
     if world == 1:
         return 0.0, 0.0
-    sent = (3 if workload.zero_stage == 3 else 2) * (world - 1) / world * 4.0 * workload.account.parameters
+    trained, gathered = workload.account.trained, workload.account.parameters
+    values = trained + 2 * gathered if workload.zero_stage == 3 else 2 * trained
+    sent = (world - 1) / world * 4.0 * values
     if calibration and machines.nodes == 1:
         return sent, calibration.exchange_latency + sent / calibration.exchange_bytes_s
     gbytes = machines.device.link_gbytes_s if machines.nodes == 1 else machines.device.network_gbytes_s
@@ -433,7 +437,7 @@ def reliability(
     A checkpoint contains weights, both moments and the moving average, if there is one, in float32; each device writes
     its part.
     """
-    size = float(state_bytes(workload.recipe, workload.account.parameters, 0))
+    size = float(state_bytes(workload.recipe, workload.account.trained, workload.account.frozen))
     rate = calibration.save_bytes_s if calibration else STORE_BYTES_S
     save = size / (rate * (machines.devices if workload.zero_stage else 1)) + 1.0
     between = failures.device_hours * 3600 / machines.devices

@@ -75,9 +75,8 @@ def build_workload(
     """
     recipe = with_statistics(recipe, None)
     data = _data_volume(recipe, samples, sample_bytes, classes)
-    return Workload(
-        recipe, account(recipe.model, classes=data.classes), trace_step(recipe.model, classes=data.classes), data
-    )
+    what: dict[str, Any] = {"classes": data.classes, "frozen": recipe.train.freeze}
+    return Workload(recipe, account(recipe.model, **what), trace_step(recipe.model, **what), data)
 
 
 def _data_volume(recipe: Recipe, samples: int | None, sample_bytes: float | None, classes: int | None) -> DataVolume:

@@ -144,7 +144,7 @@ def find_peak(metrics: RunMetrics, recipe: Recipe, classes: int | None, device: 
     peak = 1e12 * (known[0].fp32_tflops if recipe.train.precision == "fp32" else known[0].bf16_tflops)
 
     def work() -> None:
-        flops = trace_step(recipe.model, classes=classes).flops
+        flops = trace_step(recipe.model, classes=classes, frozen=recipe.train.freeze).flops
         metrics.peak_samples_s = peak * workers / flops
 
     threading.Thread(target=work, name="model-flops", daemon=True).start()

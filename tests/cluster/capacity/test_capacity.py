@@ -29,7 +29,7 @@ from cluster.capacity.failures import failure_rate
 from cluster.capacity.workload import DataVolume, Workload, build_workload
 from cluster.recipe.config import build_recipe
 from cluster.runtime.hardware import BUILT_IN, Device, load_hardware
-from perceiver.accounting import Account
+from perceiver.accounting import Account, account
 from perceiver.cli.plan import command
 from perceiver.config import UserError
 from perceiver.factory import build_model, model_config
@@ -71,6 +71,28 @@ def test_memory_of_each_zero_stage_by_hand(workload: Workload) -> None:
     assert gigabytes[1] == pytest.approx(4 + 4 + 8 / 8 + 4 / 8)
     assert gigabytes[2] == pytest.approx(4 + 4 / 8 + 8 / 8 + 4 / 8)
     assert gigabytes[3] == pytest.approx(16 / 8)
+
+
+def test_frozen_parameters_take_only_their_weights(workload: Workload) -> None:
+    """Nine of ten frozen: 4 bytes of each, 12 more of the trained ones, whose gradients alone are sent."""
+    mostly = replace(workload, account=replace(workload.account, frozen=9 * 10**8))
+    used = memory(staged(mostly, 0), place(), 0, 0, None)
+    assert (used.weights + used.gradients + used.optimizer) / 1e9 == pytest.approx(4 + 12 / 10)
+    assert communication(mostly, place(), None)[0] == pytest.approx(communication(workload, place(), None)[0] / 10)
+    gathered = communication(staged(mostly, 3), place(), None)[0]
+    assert gathered == pytest.approx(7 / 8 * 4e9 * (2 + 1 / 10))
+    assert reliability(mostly, place(), 60.0, None).checkpoint_bytes == pytest.approx(4e9 + 8e8)
+    assert "1,000,000,000 parameters (900,000,000 frozen)" in "\n".join(describe(estimate(mostly, place()), mostly))
+
+
+def test_a_plan_counts_no_gradients_of_frozen_layers(tree: dict[str, Any]) -> None:
+    """Only the head is trained: no backward pass through what is frozen, which keeps nothing for it."""
+    config, frozen = model_config(tree["model"]), ("latents", "cross_attends.*", "blocks.*")
+    whole, head = trace_step(config, classes=2), trace_step(config, classes=2, frozen=frozen)
+    full, part = account(config, classes=2), account(config, classes=2, frozen=frozen)
+    assert 0 < head.flops < whole.flops / 2  # forward is a third, and by the kernel less
+    assert 0 < part.trained < full.trained == full.parameters == part.parameters
+    assert part.activation_bytes < full.activation_bytes / 2
 
 
 def test_the_largest_micro_batch_of_each_stage(workload: Workload) -> None:
