@@ -314,11 +314,23 @@ def _io_general() -> Values:
 
 def _io_general_small() -> Values:
     inputs = _image_and_text(
-        {"size": (64, 64), "front_end": "patch", "patch": 4, "positions": _fourier(16, 16, 16)},
-        {"length": 64, "channels": 96},
+        {"size": (64, 64), "front_end": "conv", "positions": _fourier(16, 16, 16)},
+        {"length": 64, "channels": 96, "front_end": "conv"},
     )
-    small = {"latents": 64, "latent_channels": 128, "blocks": 2, "self_attends_per_block": 3, "heads": 4}
-    return _io(inputs, **small, decoder={"kind": "general"}, query_residual=False)
+    return _io(
+        inputs,
+        latents=32,
+        latent_channels=128,
+        latent_init_std=0.5,
+        blocks=1,
+        self_attends_per_block=3,
+        heads=4,
+        cross_heads=4,
+        cross_qk_channels=128,
+        cross_v_channels=128,
+        decoder={"kind": "general", "init_std": 0.5},
+        decoder_heads=4,
+    )
 
 
 def _others() -> dict[str, Preset]:
