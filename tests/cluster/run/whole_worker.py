@@ -23,7 +23,7 @@ RUN = "small-001"
 def work(recipe: Recipe) -> None:
     """Train as the only worker of a run; it must finish."""
     torch.set_num_threads(1)
-    worker.find_rank = lambda runs: WorkerRank(0, 1, 1, torch.device("cpu"))
+    worker.find_rank = lambda runs, threads: WorkerRank(0, 1, 1, torch.device("cpu"))
     config: dict[str, Any] = {
         "recipe": Unshown(recipe.model_dump(mode="json")),
         "run": RUN,
@@ -31,6 +31,7 @@ def work(recipe: Recipe) -> None:
         "mlflow": Unshown(None),
         "fence": None,
         "local": str(RunFolder(recipe.output, RUN).local),
+        "threads": None,
         "runs": 1,
         "holders": (),
         "on_cluster": False,
