@@ -1,9 +1,9 @@
-"""What questions alone give: a lower bound for models that answer tasks in words about images.
+"""What the words of tasks alone give, without their images: what a model has to exceed.
 
     perceiver prepare scenes data/scenes
     python benchmarks/blind.py recipes/train/general.yaml
 
-No image is looked at. The answer is the most frequent one of the training split to the same words; to words that were
+The answer is the most frequent one of the training split to the same words; to words that were
 never seen, such as those of a hidden pair, the most frequent one to the same words with another concept. The boxes are
 the mean of the training split. Figures are those of the task `general`.
 """
@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.baselines import Arrays, arrays, texts  # noqa: E402
 from cluster.recipe.config import load_recipe  # noqa: E402
 from perceiver.tasks._boxes import average_precision  # noqa: E402
+from perceiver.tasks._skills import PARTS  # noqa: E402
 from pipelines.feed.ingest import load_data  # noqa: E402
 from pipelines.sources._scenes import NAMES  # noqa: E402
 
-PARTS = ("seen", "held_out")
 CONCEPTS = re.compile("|".join(NAMES))
 
 
