@@ -70,7 +70,11 @@ class Pods(Nodes):
         subprocess.run(command, env=self.environment, check=True, stdout=subprocess.DEVNULL)
 
     def kill_head(self) -> None:
-        """Kill all processes of the head, which are those that the other node does not see."""
+        """Kill all processes of the head, which are those that the other node does not see.
+
+        A head in a pod of its own does not see the other node's processes either, by whose addresses `ray start --head`
+        decides that the cluster of this file is running.
+        """
         (other,) = (pid for ip, pid in self.cluster.raylets().items() if ip != self.cluster.nodes[0]["ip"])
         kept = Path(f"/proc/{other}/ns/pid").readlink()
         lost = []
@@ -82,6 +86,7 @@ class Pods(Nodes):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(lost, 30)
+        Path(self.cluster.folder, "ray_current_cluster").unlink()
 
 
 @scenario("head lost, its state in Redis")
