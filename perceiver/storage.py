@@ -238,6 +238,14 @@ def absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).resolve())
 
 
+def shortened(path: str) -> str:
+    """Return a path relative to the current folder if it is inside; the folder may have been deleted meanwhile."""
+    try:
+        return path.removeprefix(f"{Path.cwd()}/")
+    except FileNotFoundError:
+        return path
+
+
 def is_local(fs: Any) -> bool:
     """Return whether an fsspec file system is the local one, where half-written files are visible."""
     return "file" in protocols(fs)

@@ -5,7 +5,6 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from perceiver.storage import shortened
 from perceiver.tracking.printable import safe_line
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class RunConsole(LineConsole):
     def _on_resumed(self, event: Mapping[str, Any]) -> None:
         if event["rank"] == 0:
             self._began = None
-            self.say(f"resumed at step {event['step']} from {_short(event['checkpoint'])}")
+            self.say(f"resumed at step {event['step']} from {shortened(event['checkpoint'])}")
 
     def _on_ready(self, event: Mapping[str, Any]) -> None:
         before, world = self._world, event["world"]
@@ -214,11 +214,6 @@ class _Elapsed(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return the elapsed time."""
         return Text(f"({duration(task.elapsed)})")
-
-
-def _short(url: str) -> str:
-    """Return a local path relative to the current folder, if it is inside."""
-    return url.removeprefix(f"{Path.cwd()}/")
 
 
 def _status(event: Mapping[str, Any]) -> str:

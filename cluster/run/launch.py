@@ -29,6 +29,7 @@ from cluster.run.stragglers import Stragglers
 from cluster.run.trainer import Share, build_trainer, keep_reference
 from cluster.runtime.local import cluster_cpus
 from cluster.runtime.session import (
+    Head,
     Tracked,
     continue_command,
     held_cpus,
@@ -134,7 +135,7 @@ def run_workers(launch: Launch) -> dict[str, Any]:
 def _follow(launch: Launch, fit: Fit, trainer: TorchTrainer, monitor: ActorMonitor) -> Recipe | None:
     """Handle the workers' events until their end; return a recipe with which they shall start again, if any."""
     recipe, folder, console = launch.recipe, launch.folder, launch.console
-    watchdog = Watchdog(recipe.cluster.hang_s, recipe.cluster.hang_long_s)
+    watchdog = Watchdog(recipe.cluster.hang_s, recipe.cluster.hang_long_s, Head(console.say).away)
     stragglers = Stragglers(recipe.cluster.straggler_factor, recipe.cluster.straggler_s)
     evaluations = EvaluationTasks(recipe, folder, monitor, console.show)
     figures = RunMetrics(ray_export(folder.name), saved_at=launch.saved_at)

@@ -19,8 +19,9 @@ from cluster.recipe.config import Recipe
 from cluster.recipe.resources import ClusterConfig
 from cluster.record.failures import one_line
 from cluster.record.run_folder import DRIVER_LOG, RunFolder
-from cluster.runtime.local import ENDS, RaySession, start_ray
+from cluster.runtime.local import ENDS, RaySession, check_reachable, start_ray
 from perceiver.config import UserError
+from perceiver.storage import shortened
 from perceiver.tracking.printable import SafeFormatter
 from perceiver.tracking.record import HISTORY
 from perceiver.tracking.redaction import redact_text
@@ -39,7 +40,8 @@ def continue_command(command: str, folder: RunFolder) -> str:
 
 def mlflow_place(uri: str) -> str:
     """Return the address of an MLflow server or the reference to it, or the command that opens another store."""
-    store = redact_text(uri).replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
+    scheme, found, place = redact_text(uri).rpartition("sqlite:///")
+    store = scheme + found + (shortened(place) if found else place)
     return (
         store
         if uri.startswith(("http", "databricks", "env:", "file:"))
@@ -143,6 +145,31 @@ def held_cpus() -> float:
         return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0))
     except AssertionError:  # this is a driver; asking for the task would print a warning there
         return 0.0
+
+
+class Head:
+    """Whether the head of the connected cluster answers, without which no process starts.
+
+    Args:
+        say: gets a line when it no longer does.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self._away = say, False
+
+    def away(self) -> bool:
+        """Return whether it does not answer now."""
+        import ray
+
+        try:
+            check_reachable(ray.get_runtime_context().gcs_address)
+        except UserError:
+            if not self._away:
+                self.say("the head of the Ray cluster does not answer: workers that wait are not taken for hanging")
+            self._away = True
+        else:
+            self._away = False
+        return self._away
 
 
 @contextmanager

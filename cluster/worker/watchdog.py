@@ -183,10 +183,13 @@ class Watchdog:
     Args:
         hang_s: seconds without a pulse, or without a batch while others have more, after which a worker hangs.
         long_s: seconds after which the save of a checkpoint hangs.
+        excused: whether workers wait for something else, such as the head of the cluster; asked while none has made
+            progress for half of `hang_s`. When it is over, all timers restart.
     """
 
-    def __init__(self, hang_s: float, long_s: float) -> None:
-        self.hang_s, self.long_s = hang_s, max(hang_s, long_s)
+    def __init__(self, hang_s: float, long_s: float, excused: Callable[[], bool] = lambda: False) -> None:
+        self.hang_s, self.long_s, self.excused = hang_s, max(hang_s, long_s), excused
+        self._waited = False
         self._seen: dict[int, _Seen] = {}
         self._checked: float | None = None
 
@@ -213,8 +216,13 @@ class Watchdog:
         """Return a hanging worker, once; None if there is none."""
         checked, self._checked = self._checked, now
         if checked is not None and now - checked > BLIND_S:
-            for seen in self._seen.values():
-                seen.pulse = seen.moved = now
+            self._restart(now)
+        if self._seen and self._still_s(now) > self.hang_s / 2 and self.excused():
+            self._waited = True
+            return None
+        if self._waited:
+            self._waited = False
+            self._restart(now)
         found = self._silent(now) or self._stuck(now)
         if found is not None:
             del self._seen[found.rank]
@@ -223,6 +231,10 @@ class Watchdog:
         if found is not None:
             self._seen.clear()  # the death of one worker restarts all
         return found
+
+    def _restart(self, now: float) -> None:
+        for seen in self._seen.values():
+            seen.pulse = seen.moved = now
 
     def _silent(self, now: float) -> Suspect | None:
         for rank, seen in sorted(self._seen.items()):

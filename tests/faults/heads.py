@@ -26,10 +26,11 @@ import pydantic, subprocess, sys
 from cluster.runtime import local_cluster as local
 cluster = pydantic.TypeAdapter(local.LocalCluster).validate_json(local.state_file().read_bytes())
 if sys.argv[1] == "head":
-    sys.exit(local.start_node(cluster, cluster.nodes[0], print))
-words = local.start_command(cluster, {"ip": "127.0.0.3", "options": sys.argv[3:]})
+    sys.exit(local.start_node(cluster, cluster.nodes[0], print) or 0)
+words = local.start_command(cluster, {"ip": "127.0.0.3", "options": sys.argv[4:]})
+own = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', sys.argv[3], cluster.folder]
 with open(cluster.folder + "/start-127.0.0.3.log", "w") as log:
-    subprocess.Popen([*sys.argv[2].split(), *words, "--block"], env=local.node_environment(cluster),
+    subprocess.Popen([*sys.argv[2].split(), *own, *words, "--block"], env=local.node_environment(cluster),
                      stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 """
 NODE = ["--num-cpus=2", "--object-store-memory=100000000", '--resources={"slot": 2, "driver": 1}']
@@ -48,18 +49,21 @@ def redis_server(folder: Path) -> Iterator[int]:
 
 
 class Pods(Nodes):
-    """A head, and one node for the driver and two workers that sees only its own processes, as a pod does.
+    """A head, and one node for the driver and two workers that sees only its own processes and files, as a pod does.
 
-    Ray connects a driver to a head that runs on the same host, which it finds in the list of processes.
+    Ray connects a driver to a head that runs on the same host, which it finds in the list of processes, and nodes with
+    one session folder delete each other's runtime environments there.
     """
 
     def __init__(self, folder: Path, redis: int) -> None:
         super().__init__(folder, 0, environment={"RAY_REDIS_ADDRESS": f"127.0.0.1:{redis}"})
+        self.files = folder / "node"
+        self.files.mkdir()
 
     def up(self) -> None:
         """Start the head, then the other node; wait until it has joined."""
         super().up()
-        self.start("node", " ".join(NAMESPACE), *NODE)
+        self.start("node", " ".join(NAMESPACE), str(self.files), *NODE)
         until = time.monotonic() + JOIN_S
         while len(self.cluster.raylets()) < 2 and time.monotonic() < until:
             time.sleep(0.2)
@@ -94,14 +98,15 @@ def head_restarted(folder: Path, tree: dict[str, Any], outcome: Outcome) -> None
     """All processes of the head are killed, and `ray start --head` runs again, as when Kubernetes restarts its pod.
 
     The driver is on another node, as in what `perceiver cluster render kuberay` writes with `gcs_fault_tolerance`. The
-    workers save a checkpoint without a head, and are not restarted.
+    workers save a checkpoint without a head, and are not restarted: they wait for data, whose tasks need new processes,
+    for less than the default of `hang_s`.
     """
     if shutil.which("redis-server") is None or os.geteuid() != 0:
         outcome.expect(False, "redis-server (apt-get install redis-server), and root for a PID namespace")
         return
     with redis_server(folder) as port:
         options = ("--entrypoint-resources", '{"driver": 1}')
-        with job_on_nodes(folder, tree, Pods(folder, port), outcome, STEPS, options) as (nodes, job):
+        with job_on_nodes(folder, tree, Pods(folder, port), outcome, STEPS, options, hang_s=60) as (nodes, job):
             assert isinstance(nodes, Pods)
             fault, before = time.time(), job.steps()[-1]
             nodes.kill_head()

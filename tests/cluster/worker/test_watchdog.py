@@ -108,6 +108,19 @@ def test_a_suspended_driver_suspects_nobody() -> None:
     assert dog.suspect(1.0 + HANG + BLIND_S + 5) is None
 
 
+def test_workers_that_wait_for_the_head_of_the_cluster_do_not_hang() -> None:
+    """And have the whole time again when it answers."""
+    away = True
+    dog = Watchdog(HANG, LONG, lambda: away)
+    dog.note(ready(0), 0.0)
+    dog.note(pulse(0, 1), 1.0)
+    assert all(dog.suspect(float(now)) is None for now in range(1, int(9 * HANG), 5))
+    away = False
+    back = int(9 * HANG)
+    found = next(now for now in range(back, back + 1000, 5) if dog.suspect(float(now)) is not None)
+    assert HANG < found - back <= HANG + 10
+
+
 def test_workers_that_ended_or_failed_are_not_watched() -> None:
     dog = Watchdog(HANG, LONG)
     for rank in (0, 1):
