@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from cluster.recipe.config import Recipe, kind_of
 from cluster.recipe.inputs import input_sections
-from cluster.recipe.vocabulary import with_words
+from cluster.recipe.vocabulary import with_pieces, with_words
 from perceiver.config import UserError
 from perceiver.factory import on_meta
 from perceiver.tasks import Targets, TaskTarget, balanced, balanced_positives, label_key
@@ -46,7 +46,7 @@ def with_targets(recipe: Recipe, manifest: Manifest) -> Recipe:
     """
     section: Any = recipe.task
     if kind_of(section) == "general":
-        return with_words(_with_skills(recipe, manifest), manifest)
+        return with_words(with_pieces(_with_skills(recipe, manifest)), manifest)
     if kind_of(section) == "regression" and section.targets is None:
         check_feature(recipe, manifest)
         return _with_task(recipe, targets=_scale(recipe, manifest, "target"))

@@ -1,15 +1,52 @@
-"""The vocabulary of a model that answers in words: the words of the training answers."""
+"""The vocabularies of a model that reads word pieces and answers in words: a file's, and those of the answers."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
+
+from pydantic import ValidationError
 
 from cluster.recipe.config import Recipe, kind_of
 from perceiver.baselines.gpv import count_words
 from perceiver.config import UserError
+from perceiver.storage import first_line, invalid_key, open_url
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.reader import Reader
 
 MOST_WORDS = 100_000
+MOST_BYTES = 10_000_000
+"""Of a file of word pieces; BERT's have less than one million."""
+
+
+def with_pieces(recipe: Recipe) -> Recipe:
+    """Return the recipe with the word pieces of `model.reader.pieces_file` in place of the file.
+
+    Raises:
+        UserError: the file cannot be read, or its word pieces are not those of the model.
+    """
+    reader: Any = getattr(recipe.model, "reader", None)
+    if reader is None or not reader.pieces_file:
+        return recipe
+    pieces = _read_pieces(reader.pieces_file)
+    try:
+        reader = type(reader).model_validate({**reader.model_dump(), "pieces": pieces, "pieces_file": None})
+    except ValidationError as error:
+        raise UserError(f"model.reader.pieces_file = {reader.pieces_file}: {invalid_key(error)}") from None
+    return recipe.model_copy(update={"model": cast(Any, recipe.model).model_copy(update={"reader": reader})})
+
+
+def _read_pieces(url: str) -> tuple[str, ...]:
+    """Return the lines of a file, of which the last may be empty."""
+    try:
+        fs, path = open_url(url)
+        if (size := fs.size(path)) > MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, wanted at most {MOST_BYTES:,}")
+        lines = fs.cat_file(path).decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.reader.pieces_file = {url} cannot be read ({first_line(error)}): wanted a text file with a word "
+            "piece per line, such as BERT's vocab.txt"
+        ) from None
+    return tuple(lines)
 
 
 def with_words(recipe: Recipe, manifest: Manifest) -> Recipe:

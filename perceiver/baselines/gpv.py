@@ -2,7 +2,7 @@
 
 Source: Gupta, Kamath, Kembhavi, Hoiem, CVPR 2022 (arXiv 2104.00743), section 3, and its code: DETR, RoIAlign of the
 predicted boxes, BERT, co-attention of ViLBERT, a Transformer that decodes words. Differs: the text's padding does not
-take part; the text encoder reads bytes and is trained; the embeddings of the words are learned.
+take part; the embeddings of the words are learned, by default also the encoder of the text, which reads bytes.
 """
 
 from collections.abc import Mapping
@@ -14,20 +14,12 @@ from torch import Tensor, nn
 
 from perceiver.attention import linear
 from perceiver.baselines._gpv_detector import ConvDetectorConfig, Detector, DetrDetectorConfig, region_features
-from perceiver.baselines._gpv_layers import CoAttention, DecoderLayer, EncoderLayer, causal_mask, key_mask
+from perceiver.baselines._gpv_layers import CoAttention, DecoderLayer, causal_mask, key_mask
+from perceiver.baselines._gpv_reader import BertReader, ReaderConfig
 from perceiver.baselines._gpv_words import START, Words, count_words
 from perceiver.config import Config, Layers, Real, Size, UserError
 from perceiver.modalities import InputsConfig
 from perceiver.model import Raw, latent_array, numbered
-
-
-class ReaderConfig(Config):
-    """Transformer layers over the bytes of the task, as wide as the text's inputs."""
-
-    layers: Layers = Field(default=12, description="Layers.")
-    heads: Size = Field(default=12, description="Heads of each.")
-    hidden: Size = Field(default=3072, description="Inner width of the feed-forward parts.")
-    dropout: Real = Field(default=0.1, ge=0, lt=1, description="In the layers.")
 
 
 class GpvConfig(Config):
@@ -84,13 +76,12 @@ class Gpv(nn.Module):
         super().__init__()
         self.config = config
         self.words = Words(config.words, config.length)
-        self.image, self.text = _parts(config)
+        image, text = _parts(config)
+        self.image, self.text_length = image.build(), text.length
         self.detector: Detector = config.detector.build(cast(Any, self.image).channels)
-        read, width, drop = cast(Any, self.text).channels, config.width, config.dropout
-        reader = config.reader
-        self.reader = nn.ModuleList(
-            EncoderLayer(read, reader.heads, reader.hidden, reader.dropout) for _ in range(reader.layers)
-        )
+        read, width, drop = text.channels, config.width, config.dropout
+        self.reader = config.reader.build(text)
+        self.text = None if isinstance(self.reader, BertReader) else text.build()
         self.join_regions = linear(self.detector.width + self.detector.channels, width)
         self.join_text = linear(read, width)
         self.connect = nn.ModuleList(
@@ -107,11 +98,14 @@ class Gpv(nn.Module):
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
         """Return raw zeros of the configured size for each input key."""
-        return {**cast(Any, self.image).example(batch, device), **cast(Any, self.text).example(batch, device)}
+        text = {"text": torch.zeros(batch, self.text_length, dtype=torch.int64, device=device)}
+        return {**cast(Any, self.image).example(batch, device), **text}
 
     def layer_names(self) -> list[str]:
         """Return the names of the layers that follow each other, in order; the decoder of words is the head."""
-        return [*numbered("reader", self.reader), *numbered("connect", self.connect)]
+        reader = self.reader
+        first = reader.layer_names("reader") if isinstance(reader, BertReader) else numbered("reader", reader)
+        return [*first, *numbered("connect", self.connect)]
 
     def forward(self, raw: Raw, asked: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return `boxes` (B, R, 4), `relevance` (B, R, 2) and the logits `text` (B, W, words) of an answer.
@@ -132,12 +126,7 @@ class Gpv(nn.Module):
 
     def understand(self, raw: Mapping[str, Tensor]) -> Memory:
         """Return what the decoder of words reads: the regions, conditioned on their relevance, and the text."""
-        text = cast(Any, self.text)(raw, torch.float32)
-        x, mask = text.dense, text.mask
-        if mask is not None:
-            mask = mask | ~mask.any(1, keepdim=True)  # a padding row of a batch has no text: all of it counts
-        for layer in self.reader:
-            x = layer(x, key_mask(mask))
+        x, mask = self.read(raw)
         x = self.join_text(x)
         regions, boxes, objectness = self.look(raw)
         for layer in self.connect:
@@ -147,6 +136,18 @@ class Gpv(nn.Module):
         if mask is not None:
             mask = torch.cat([torch.ones(regions.shape[:2], dtype=torch.bool, device=x.device), mask], dim=1)
         return Memory(torch.cat([regions, x], dim=1), mask, boxes, relevance)
+
+    def read(self, raw: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return the states (B, T, C) of the task's bytes or word pieces, and where there is one (B, T)."""
+        if isinstance(self.reader, BertReader):
+            return self.reader(raw["text"])
+        text = cast(Any, self.text)(raw, torch.float32)
+        x, mask = text.dense, text.mask
+        if mask is not None:
+            mask = mask | ~mask.any(1, keepdim=True)  # a padding row of a batch has no text: all of it counts
+        for layer in self.reader:
+            x = layer(x, key_mask(mask))
+        return x, mask
 
     def look(self, raw: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the regions (B, R, width), their boxes (B, R, 4) and the logits of objectness (B, R, 2)."""
@@ -177,8 +178,8 @@ class Gpv(nn.Module):
         return torch.stack(found, dim=1)
 
 
-def _parts(config: GpvConfig) -> tuple[nn.Module, nn.Module]:
-    """Return the modules of image and text."""
+def _parts(config: GpvConfig) -> tuple[Any, Any]:
+    """Return the configs of image and text."""
     given: Any = config.inputs
     found = dict(getattr(given, "modalities", {}))
     kinds: dict[str, Any] = {getattr(one, "kind", ""): one for one in found.values()}
@@ -193,7 +194,7 @@ def _parts(config: GpvConfig) -> tuple[nn.Module, nn.Module]:
             "model.inputs: got an image with positions, a front end, a permutation or resizing for model.kind gpv; "
             "wanted plain pixels: positions {kind: none}, front_end none, resize false"
         )
-    return image.build(), text.build()
+    return image, text
 
 
-__all__ = ["Gpv", "GpvConfig", "Words", "count_words"]
+__all__ = ["BertReader", "Gpv", "GpvConfig", "Words", "count_words"]

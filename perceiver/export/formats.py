@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perceiver.accounting import account
+from perceiver.baselines.gpv import BertReader
 from perceiver.config import Config, UserError
 from perceiver.export.transformers_folder import read_transformers
 from perceiver.export.transformers_layout import from_transformers, to_transformers
@@ -96,6 +97,11 @@ def export_onnx(saved: Saved, folder: Path, tolerance: float = 1e-4) -> dict[str
     onnxruntime = _onnx()
     plain = {"attention": "plain"} if hasattr(saved.model, "attention") else {}
     model = saved.build(**plain)
+    if any(isinstance(module, BertReader) for module in model.modules()):
+        raise UserError(
+            "onnx: got a model with model.reader.kind bert, which splits texts into word pieces outside of the graph; "
+            "wanted kind bytes: export safetensors"
+        )
     raw = example(model, 2)
     task = trained_task(saved)
     finish = getattr(task, "finish", _unchanged)

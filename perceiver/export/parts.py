@@ -41,7 +41,16 @@ def _parts(model: nn.Module, places: Mapping[str, str]) -> dict[str, tuple[nn.Mo
             raise UserError(f"train.init_from.{part}: the model has no part {part!r}; wanted one as {', '.join(first)}")
         if inner := next((other for other in places if other.startswith(f"{part}.")), None):
             raise UserError(f"train.init_from: got {part} and {inner}, which is a part of it; wanted one of them")
-    return {part: (modules[part], _of_part(open_weights(place), part)) for part, place in places.items()}
+    return {
+        part: (modules[part], _of_module(modules[part], open_weights(place), part)) for part, place in places.items()
+    }
+
+
+def _of_module(module: nn.Module, saved: Saved, part: str) -> Saved:
+    """Return the weights of a part; its method `published`, if it has one, maps the names of published weights."""
+    saved = _of_part(saved, part)
+    rename = getattr(module, "published", None)
+    return replace(saved, tensors=rename(saved.tensors), model=None) if rename else saved
 
 
 def _of_part(saved: Saved, part: str) -> Saved:

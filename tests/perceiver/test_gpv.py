@@ -4,12 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from perceiver.baselines._gpv_detector import DetrDetectorConfig, region_features
 from perceiver.baselines._gpv_layers import CoAttention, DecoderLayer
 from perceiver.baselines._gpv_words import END, UNKNOWN, Words, count_words
 from perceiver.config import UserError
+from perceiver.export.formats import export_onnx
+from perceiver.export.parts import load_parts
+from perceiver.export.weights import Saved
 from perceiver.factory import build_model, create_model, input_keys, model_config
 from perceiver.modalities.text import byte_ids, byte_text
 
@@ -33,6 +37,8 @@ SMALL: dict[str, Any] = {
     "words": ("a", "red", "seven", ","),
     "length": 6,
 }
+
+PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "find", "red", "##s")
 
 
 def build(**changes: Any) -> Any:
@@ -109,6 +115,84 @@ def test_detr_is_that_of_the_transformers_library():
     seen = detector.see(image)
     assert seen.features.shape == (2, 16, 8, 12)
     torch.testing.assert_close(seen.states, detector.model(image).last_hidden_state)
+
+
+def bert(**changes: Any) -> Any:
+    reader = {"kind": "bert", "layers": 2, "heads": 2, "hidden": 8, "vocabulary": len(PIECES), "pieces": PIECES}
+    return build(reader={**reader, "dropout": 0, **changes})
+
+
+def texts(*given: str) -> dict[str, torch.Tensor]:
+    ids = torch.zeros(len(given), 30, dtype=torch.int64)
+    for row, text in zip(ids, given, strict=True):
+        found = byte_ids(text, 30)
+        row[: len(found)] = torch.tensor(found)
+    return {**raw(len(given)), "text": ids, "text_mask": ids > 0}
+
+
+def test_bert_reads_word_pieces():
+    """Also an empty text, as in a padding row of a batch, has a start and an end."""
+    model, batch = bert(), texts("find Reds", "")
+    states, mask = model.read(batch)
+    assert mask.tolist() == [[True] * 5, [True, True, False, False, False]]
+    wanted = model.reader.bert(input_ids=torch.tensor([[2, 4, 5, 6, 3]])).last_hidden_state
+    torch.testing.assert_close(states[:1], wanted)
+    torch.testing.assert_close(states[1:, :2], model.reader.bert(input_ids=torch.tensor([[2, 3]])).last_hidden_state)
+    output = model(batch, {"answer": torch.tensor([[4, 5, 2, 0, 0, 0], [6, 2, 0, 0, 0, 0]])})
+    sum(value.square().sum() for value in output.values()).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert model.layer_names()[:3] == [
+        "reader.bert.encoder.layer.0",
+        "reader.bert.encoder.layer.1",
+        "connect.0",
+    ]
+
+
+def test_bert_of_published_names_is_loaded(tmp_path):
+    """A published file has the heads of its training, a pooler and the names of older versions of the library."""
+    from safetensors.torch import save_file
+    from transformers import BertForPreTraining
+
+    model = bert()
+    theirs = BertForPreTraining(model.reader.bert.config).state_dict()
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor.clone() for name, tensor in theirs.items()}
+    old = {name.replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in old.items()}
+    save_file(old, tmp_path / "model.safetensors")
+    load_parts(model, {"reader": str(tmp_path / "model.safetensors")})
+    for name, tensor in model.reader.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], msg=name)
+    del old["bert.encoder.layer.1.output.dense.bias"]
+    save_file(old, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"train\.init_from\.reader: .*lacks bert\.encoder\.layer\.1\.output\.dense\.bias"
+    ):
+        load_parts(model, {"reader": str(tmp_path / "model.safetensors")})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pieces": PIECES[:-1]}, "got 6 word pieces; wanted vocabulary = 7"),
+        ({"pieces": (*PIECES[:-1], "red")}, "'red' appears twice"),
+        ({"pieces": (*PIECES[:3], *"abcd")}, r"lack \[SEP\]"),
+        ({"pieces_file": "vocab.txt"}, "got pieces and pieces_file"),
+        ({"kind": "bytes"}, "belong to kind bert"),
+    ],
+)
+def test_word_pieces_of_another_model_are_refused(changes, message):
+    with pytest.raises((UserError, ValidationError), match=message):
+        bert(**changes)
+
+
+def test_bert_without_word_pieces_has_a_size_and_reads_nothing(tmp_path):
+    with torch.device("meta"):
+        whole = bert(pieces=(), vocabulary=30_522)
+    assert whole(whole.example(2, "meta"))["boxes"].shape == (2, 5, 4)
+    with pytest.raises(UserError, match=r"model\.reader\.pieces is empty: set model\.reader\.pieces_file"):
+        bert(pieces=())(texts("find"))
+    saved = Saved("run", bert().state_dict(), bert().config, {})
+    with pytest.raises(UserError, match=r"onnx: .*model\.reader\.kind bert"):
+        export_onnx(saved, tmp_path)
 
 
 def test_words_and_bytes():

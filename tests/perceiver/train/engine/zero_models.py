@@ -1,4 +1,4 @@
-"""Perceivers for the ZeRO tests: weights that are read outside their layer's forward pass."""
+"""Models for the ZeRO tests: weights that are read outside their layer's forward pass."""
 
 from typing import Any
 
@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 
 from perceiver.factory import build_model, model_config
+from perceiver.modalities.text import SEP
 from perceiver.optim.config import OptimConfig
-from perceiver.tasks import build_task
+from perceiver.tasks import TaskConfig, build_task
 from perceiver.tasks.classification import ClassificationConfig
+from perceiver.tasks.general import GeneralConfig
 from perceiver.tasks.masked_language import MaskedLanguageConfig
 from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
@@ -35,6 +37,8 @@ TABLE = {
     "front_end_channels": 4,
     "positions": {"kind": "learned", "channels": 8, "projection": 6},
 }
+PLAIN = {**IMAGE, "positions": {"kind": "none"}}
+LAYER = {"layers": 1, "heads": 2, "hidden": 8, "dropout": 0}
 SHARED = {"kind": "perceiver", "cross_attends": 3, **WIDTHS}
 MODELS: dict[str, dict[str, Any]] = {
     "absorbed, tied embedding": {
@@ -53,7 +57,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "inputs": {"kind": "multimodal", "modalities": {"a": IMAGE, "b": TEXT}},
         "checkpoint_activations": True,
     },
+    "boxes and text, tied embedding": {
+        "kind": "perceiver_io",
+        "inputs": {"kind": "multimodal", "modalities": {"image": IMAGE, "text": TEXT}},
+        "blocks": 1,
+        "decoder": {"kind": "general", "boxes": 4, "length": 4, "init_std": 0.5},
+        **WIDTHS,
+    },
+    "GPV-1, tied vocabulary": {
+        "kind": "gpv",
+        "inputs": {"kind": "multimodal", "modalities": {"image": PLAIN, "text": TEXT}},
+        "detector": {"kind": "conv", "widths": (4, 8), "queries": 4, "channels": 8, **LAYER},
+        "reader": LAYER,
+        "points": 2,
+        "width": 8,
+        **{f"{part}_{name}": size for part in ("co", "decoder") for name, size in LAYER.items() if name != "dropout"},
+        "dropout": 0,
+        "words": ("!",),
+        "length": 5,
+    },
 }
+GENERAL = ("boxes and text, tied embedding", "GPV-1, tied vocabulary")
 
 
 def rows(step: int) -> Batch:
@@ -63,9 +87,20 @@ def rows(step: int) -> Batch:
         "text": torch.randint(6, 40, (ROWS, 12), generator=generator),
         "image": torch.rand(ROWS, 1, 6, 6, generator=generator),
         "label": torch.randint(0, CLASSES, (ROWS,), generator=generator),
+        "answer": torch.cat([torch.randint(6, 40, (ROWS, 3), generator=generator), torch.full((ROWS, 1), SEP)], dim=1),
+        "answer_mask": torch.ones(ROWS, 4, dtype=torch.bool),
+        "boxes": 0.1 + 0.4 * torch.rand(ROWS, 2, 4, generator=generator),
+        "boxes_count": torch.randint(-1, 3, (ROWS,), generator=generator),
         "valid": torch.ones(ROWS, dtype=torch.bool),
         "sample_id": torch.arange(ROWS),
     }
+
+
+def task_of(name: str) -> TaskConfig:
+    """Return the task of a model."""
+    if name in GENERAL:
+        return GeneralConfig()
+    return MaskedLanguageConfig(probability=0.3) if MODELS[name]["inputs"] is TEXT else ClassificationConfig()
 
 
 def train_model(name: str, engine: str) -> dict[str, Any]:
@@ -79,8 +114,7 @@ def train_model(name: str, engine: str) -> dict[str, Any]:
         for param in model.parameters():
             if not param.any():
                 param.normal_(std=0.1)
-    masked = MODELS[name]["inputs"] is TEXT
-    task = build_task(MaskedLanguageConfig(probability=0.3) if masked else ClassificationConfig(), classes=CLASSES)
+    task = build_task(task_of(name), classes=CLASSES)
     optim = OptimConfig.model_validate({"kind": "lamb", "lr": 2e-2, "clip": 0.5})
     ours: Engine
     if engine == "torch":
