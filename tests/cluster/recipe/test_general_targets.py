@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from cluster.recipe.config import Recipe, build_recipe
+from cluster.recipe.config import Recipe, build_recipe, for_workers
 from cluster.recipe.file import read_tree
+from cluster.recipe.preflight import evaluation_metrics
 from cluster.recipe.targets import check_targets, with_targets
 from perceiver.config import UserError
 from perceiver.storage import open_folder
@@ -58,6 +59,33 @@ def test_skills_and_words_are_those_of_the_data(data):
     often: Any = with_targets(recipe("gpv1", url, "model.least_count=2"), manifest)
     assert often.model.words == ("a", "red")
     check_targets(found, manifest, SHAPES)
+
+
+def test_a_run_can_keep_the_best_by_cider(data):
+    url, manifest = data
+    known = evaluation_metrics(with_targets(recipe("general", url), manifest), len(SKILLS))
+    assert {"cider_describe", "cider_describe_held_out", "accuracy_ask", "ap50_locate_seen", "general"} <= set(known)
+
+
+def test_word_pieces_are_those_of_the_file(data, tmp_path):
+    url, manifest = data
+    file = tmp_path / "vocab.txt"
+    file.write_bytes("[PAD]\n[UNK]\n[CLS]\n[SEP]\nfind\n\u2028\n".encode())
+    bert = "model.reader.kind=bert", f"model.reader.pieces_file={file}"
+    found: Any = with_targets(recipe("gpv1", url, *bert, "model.reader.vocabulary=6"), manifest)
+    assert found.model.reader.pieces == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "find", "\u2028")
+    assert found.model.reader.pieces_file is None and with_targets(found, manifest) == found
+    with pytest.raises(UserError, match=r"vocab.txt.* got 6 word pieces; wanted vocabulary = 30,522"):
+        with_targets(recipe("gpv1", url, *bert), manifest)
+    file.write_bytes(b"\xff")
+    for name in (str(file), str(tmp_path), str(tmp_path / "none.txt")):
+        with pytest.raises(UserError, match="model.reader.pieces_file.*cannot be read.*wanted a text file"):
+            with_targets(recipe("gpv1", url, bert[0], f"model.reader.pieces_file={name}"), manifest)
+
+
+def test_workers_get_the_absolute_path_of_the_file(data):
+    found = recipe("gpv1", data[0], "model.reader.kind=bert", "model.reader.pieces_file=bert/vocab.txt")
+    assert for_workers(found)["model"]["reader"]["pieces_file"] == str(Path("bert/vocab.txt").resolve())
 
 
 @pytest.mark.parametrize(

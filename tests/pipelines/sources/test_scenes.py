@@ -53,6 +53,16 @@ def test_samples_are_the_same_each_time_and_of_each_skill_alike() -> None:
         assert used <= rows
 
 
+def test_some_skills_have_the_same_samples_as_among_all() -> None:
+    listing = scenes.source.listing(None, seed=0, shard_rows=400, options={**SMALL, "skills": "ask,locate"})
+    for unit in listing.units:
+        found = {one["key"] for one in scenes.source.samples(unit)}
+        whole = samples()[unit.split]
+        assert found == {one["key"] for skill in ("locate", "ask") for one in of_skill(whole, skill)}
+    with pytest.raises(UserError, match=r"option skills=ask,find: got 'find'; wanted some of classify,"):
+        scenes.source.listing(None, seed=0, shard_rows=400, options={"skills": "ask,find"})
+
+
 def test_answers_and_boxes_are_right() -> None:
     """By the classes of the digits in the key, and by the colours of the pixels in the boxes."""
     found = [one for split in samples().values() for one in split]
