@@ -135,16 +135,15 @@ def batch_shapes(data: DataConfig, manifest: Manifest) -> dict[str, tuple[int, .
 
 
 def sample_spec(data: DataConfig, manifest: Manifest, *, split: str, training: bool) -> SampleSpec:
-    """Return how samples become rows. Small samples of a split that fits into the cache are kept decoded.
+    """Return how samples become rows. Small samples and clips of a split that fits into the cache are kept decoded.
 
     Raises:
         UserError: the view does not set the size of images that differ in size.
     """
     size = sum(feature.decoded_bytes() for feature in manifest.features.values())
-    small = 0 < size <= KEEP_DECODED_BYTES and manifest.split(split).samples * size <= data.cache_bytes
-    spec = SampleSpec(manifest.features, data, len(manifest.classes), training, small)
-    spec.shapes()
-    return spec
+    room = min(KEEP_DECODED_BYTES, data.cache_bytes // max(1, manifest.split(split).samples))
+    spec = SampleSpec(manifest.features, data, len(manifest.classes), training, 0 < size <= room)
+    return dataclasses.replace(spec, keep_shown=spec.row_bytes <= room)
 
 
 def sample_plan(data: DataConfig, manifest: Manifest, *, seed: int, global_batch: int) -> TrainPlan:
@@ -398,7 +397,7 @@ def rank_work(
     name = split or data.train_split
     found = manifest.split(name)
     spec = sample_spec(data, manifest, split=name, training=split is None)
-    kept = spec.row_bytes if spec.keep_decoded else 0
+    kept = spec.row_bytes if spec.keep_decoded or spec.showing else 0
     limits = {"policy": data.read, "cache_bytes": data.cache_bytes, "decoded_bytes": kept}
     reader = Reader.of(data.url, manifest, found, data.storage_options, **limits)
     chunk = _chunk(spec, batch, _waiting_rows(data, spec) * spec.row_bytes)

@@ -47,6 +47,7 @@ class SampleSpec:
         classes: number of classes.
         training: whether views are random and bad samples are replaced.
         keep_decoded: whether decoded samples stay in the process's cache.
+        keep_shown: whether clips of recordings do, of which nothing is random: those that show a whole recording.
     """
 
     features: Mapping[str, Feature]
@@ -54,11 +55,18 @@ class SampleSpec:
     classes: int
     training: bool
     keep_decoded: bool
+    keep_shown: bool = False
 
     @functools.cached_property
     def decoding(self) -> dict[str, str]:
         """Return what a decoded value depends on, by name: the process's cache may contain those of another run."""
         return {name: f"{name} {feature!r} {self.view!r} {self.classes}" for name, feature in self.features.items()}
+
+    @functools.cached_property
+    def showing(self) -> dict[str, str]:
+        """Return what a clip that is kept depends on, by the name of its feature."""
+        names = [name for name, feature in self.features.items() if feature.clips and self.keep_shown]
+        return {name: f"shown {self.training} {self.decoding[name]}" for name in names}
 
     @functools.cached_property
     def followers(self) -> tuple[str, ...]:
@@ -343,19 +351,35 @@ def _stored(group: RowGroup, name: str, row: int) -> Any:
 
 def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: RngFactory) -> dict[str, Any]:
     """Decode one row of a group and return its view by key; raise `BadSample` if it is damaged."""
-    sample = {name: _decoded(spec, name, feature, group, row) for name, feature in spec.features.items()}
-    values: dict[str, Any] = {}
+    kept = {name: found for name, key in spec.showing.items() if (found := group.decoded.get((key, row))) is not None}
+    sample = {name: _decoded(spec, name, one, group, row) for name, one in spec.features.items() if name not in kept}
+    values: dict[str, Any] = {key: value for found in kept.values() for key, value in found.items()}
     places: dict[str, Placement] = {}
     for name, feature in spec.features.items():
         if isinstance(feature, ImageFeature) and name in spec.followed:
             shown, places[name] = feature.show_placed(name, sample[name], spec.view, spec.training, rng)
             values.update(shown)
-        elif not feature.follows:
-            values.update(feature.show(name, sample[name], spec.view, spec.training, rng))
+        elif not feature.follows and name not in kept:
+            values.update(_shown(spec, name, sample[name], group, row, rng))
     for name in spec.followers:
         feature = spec.features[name]
         values.update(feature.show_with(name, sample[name], spec.view, places[feature.follows], sample))
     return values
+
+
+def _shown(spec: SampleSpec, name: str, decoded: Any, group: RowGroup, row: int, rng: RngFactory) -> Mapping[str, Any]:
+    """Return the view of one feature; it stays in the cache if the spec wants that and nothing of it is random."""
+    drawn = False
+
+    def noted() -> np.random.Generator:
+        nonlocal drawn
+        drawn = True
+        return rng()
+
+    shown = spec.features[name].show(name, decoded, spec.view, spec.training, noted)
+    if name in spec.showing and not drawn:
+        group.decoded[spec.showing[name], row] = shown
+    return shown
 
 
 def _decoded(spec: SampleSpec, name: str, feature: Feature, group: RowGroup, row: int) -> Any:
