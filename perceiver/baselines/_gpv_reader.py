@@ -75,8 +75,11 @@ class BertReader(nn.Module):
 
     def __init__(self, config: ReaderConfig, text: TextConfig) -> None:
         super().__init__()
+        if text.channels % config.heads:
+            raise UserError(
+                f"model.reader.heads: got {config.heads} heads of the text's {text.channels} channels; wanted a divisor"
+            )
         library = transformers_library()
-        self.elements = text.length
         self.bert = library.BertModel(
             library.BertConfig(
                 vocab_size=config.vocabulary,

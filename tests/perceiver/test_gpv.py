@@ -177,6 +177,7 @@ def test_bert_of_published_names_is_loaded(tmp_path):
         ({"pieces": (*PIECES[:3], *"abcd")}, r"lack \[SEP\]"),
         ({"pieces_file": "vocab.txt"}, "got pieces and pieces_file"),
         ({"kind": "bytes"}, "belong to kind bert"),
+        ({"heads": 3}, r"model\.reader\.heads: got 3 heads of the text's 8 channels"),
     ],
 )
 def test_word_pieces_of_another_model_are_refused(changes, message):
