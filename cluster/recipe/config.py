@@ -71,9 +71,9 @@ def for_workers(recipe: Recipe) -> dict[str, Any]:
         tree["train"]["init_from"] = {part: absolute(place) for part, place in start.items()}
     elif start:
         tree["train"]["init_from"] = absolute(start)
-    reader = tree["model"].get("reader") or {}
-    if reader.get("pieces_file"):
-        reader["pieces_file"] = absolute(reader["pieces_file"])
+    reader: Any = getattr(recipe.model, "reader", None)
+    if getattr(reader, "pieces_file", None):
+        tree["model"]["reader"]["pieces_file"] = absolute(reader.pieces_file)
     tree["deepspeed"]["config"] = read_config(recipe.deepspeed) or None
     return tree
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from cluster.recipe.config import Recipe, kind_of
-from perceiver.baselines.gpv import count_words
+from perceiver.baselines.gpv import ReaderConfig, count_words
 from perceiver.config import UserError
 from perceiver.storage import first_line, invalid_key, open_url
 from pipelines.shards.manifest import Manifest
@@ -21,11 +21,16 @@ def with_pieces(recipe: Recipe) -> Recipe:
     """Return the recipe with the word pieces of `model.reader.pieces_file` in place of the file.
 
     Raises:
-        UserError: the file cannot be read, or its word pieces are not those of the model.
+        UserError: the file cannot be read, its word pieces are not those of the model, or a model that needs some has
+            none.
     """
     reader: Any = getattr(recipe.model, "reader", None)
-    if reader is None or not reader.pieces_file:
+    if not isinstance(reader, ReaderConfig) or reader.kind != "bert" or reader.pieces:
         return recipe
+    if reader.pieces_file is None:
+        raise UserError(
+            "model.reader.kind = bert without word pieces: set model.reader.pieces_file to the vocab.txt of the weights"
+        )
     pieces = _read_pieces(reader.pieces_file)
     try:
         reader = type(reader).model_validate({**reader.model_dump(), "pieces": pieces, "pieces_file": None})

@@ -78,10 +78,10 @@ class Gpv(nn.Module):
         self.words = Words(config.words, config.length)
         image, text = _parts(config)
         self.image, self.text_length = image.build(), text.length
+        self.text = None if config.reader.kind == "bert" else text.build()
         self.detector: Detector = config.detector.build(cast(Any, self.image).channels)
         read, width, drop = text.channels, config.width, config.dropout
         self.reader = config.reader.build(text)
-        self.text = None if isinstance(self.reader, BertReader) else text.build()
         self.join_regions = linear(self.detector.width + self.detector.channels, width)
         self.join_text = linear(read, width)
         self.connect = nn.ModuleList(
@@ -197,4 +197,4 @@ def _parts(config: GpvConfig) -> tuple[Any, Any]:
     return image, text
 
 
-__all__ = ["BertReader", "Gpv", "GpvConfig", "Words", "count_words"]
+__all__ = ["BertReader", "Gpv", "GpvConfig", "ReaderConfig", "Words", "count_words"]

@@ -77,6 +77,8 @@ def test_word_pieces_are_those_of_the_file(data, tmp_path):
     assert found.model.reader.pieces_file is None and with_targets(found, manifest) == found
     with pytest.raises(UserError, match=r"vocab.txt.* got 6 word pieces; wanted vocabulary = 30,522"):
         with_targets(recipe("gpv1", url, *bert), manifest)
+    with pytest.raises(UserError, match="model.reader.kind = bert without word pieces: set model.reader.pieces_file"):
+        with_targets(recipe("gpv1", url, bert[0]), manifest)
     file.write_bytes(b"\xff")
     for name in (str(file), str(tmp_path), str(tmp_path / "none.txt")):
         with pytest.raises(UserError, match="model.reader.pieces_file.*cannot be read.*wanted a text file"):
