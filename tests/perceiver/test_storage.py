@@ -164,3 +164,12 @@ def test_errors_of_a_store_are_one_line_but_a_full_disk_is_no_mistake() -> None:
         raise full
     assert caught.value is full and "no space left" in (unusable_file(full) or "")
     assert unusable_file(OSError(errno.EIO, "I/O error")) is None
+
+
+def test_a_path_is_shown_whole_after_the_current_folder_was_deleted(tmp_path: Path, monkeypatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert storage.shortened(f"{here}/runs/a") == "runs/a" and storage.shortened("/x/y") == "/x/y"
+    here.rmdir()
+    assert storage.shortened(f"{here}/runs/a") == f"{here}/runs/a"
