@@ -33,7 +33,7 @@ def with_pieces(recipe: Recipe) -> Recipe:
         )
     pieces = _read_pieces(reader.pieces_file)
     try:
-        reader = type(reader).model_validate({**reader.model_dump(), "pieces": pieces, "pieces_file": None})
+        reader = ReaderConfig.model_validate({**reader.model_dump(), "pieces": pieces, "pieces_file": None})
     except ValidationError as error:
         raise UserError(f"model.reader.pieces_file = {reader.pieces_file}: {invalid_key(error)}") from None
     return recipe.model_copy(update={"model": cast(Any, recipe.model).model_copy(update={"reader": reader})})

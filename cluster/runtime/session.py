@@ -1,6 +1,7 @@
 """What the drivers of a run and of a search share: Ray and MLflow, the log file, and signals."""
 
 import logging
+import math
 import os
 import shlex
 import signal
@@ -29,6 +30,7 @@ from perceiver.tracking.runs import Datasets, RunHandle, TrackingConfig, create_
 
 log = logging.getLogger(__name__)
 
+ASK_S = 2.0
 CONTINUE_COMMAND = "PERCEIVER_CONTINUE_COMMAND"
 """Environment variable of a job: the command that continues its run."""
 
@@ -155,20 +157,23 @@ class Head:
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self._away = say, False
+        self.say, self._away, self._asked = say, False, -math.inf
 
     def away(self) -> bool:
-        """Return whether it does not answer now."""
+        """Return whether it does not answer; it is asked every `ASK_S` seconds at most."""
         import ray
 
+        now = time.monotonic()
+        if now - self._asked < ASK_S:
+            return self._away
+        before, self._asked = self._away, now
         try:
             check_reachable(ray.get_runtime_context().gcs_address)
-        except UserError:
-            if not self._away:
-                self.say("the head of the Ray cluster does not answer: workers that wait are not taken for hanging")
-            self._away = True
-        else:
             self._away = False
+        except UserError:
+            self._away = True
+        if self._away and not before:
+            self.say("the head of the Ray cluster does not answer: workers that wait are not taken for hanging")
         return self._away
 
 

@@ -62,7 +62,15 @@ class ReaderConfig(Config):
         return self
 
     def build(self, text: TextConfig) -> "nn.ModuleList | BertReader":
-        """Build the layers of kind bytes, or BERT."""
+        """Build the layers of kind bytes, or BERT.
+
+        Raises:
+            UserError: the heads do not divide the text's channels.
+        """
+        if text.channels % self.heads:
+            raise UserError(
+                f"model.reader.heads: got {self.heads} heads of the text's {text.channels} channels; wanted a divisor"
+            )
         if self.kind == "bert":
             return BertReader(self, text)
         return nn.ModuleList(
@@ -75,10 +83,6 @@ class BertReader(nn.Module):
 
     def __init__(self, config: ReaderConfig, text: TextConfig) -> None:
         super().__init__()
-        if text.channels % config.heads:
-            raise UserError(
-                f"model.reader.heads: got {config.heads} heads of the text's {text.channels} channels; wanted a divisor"
-            )
         library = transformers_library()
         self.bert = library.BertModel(
             library.BertConfig(

@@ -351,24 +351,32 @@ def _stored(group: RowGroup, name: str, row: int) -> Any:
 
 def make_sample(spec: SampleSpec, group: RowGroup, row: int, rng: RngFactory) -> dict[str, Any]:
     """Decode one row of a group and return its view by key; raise `BadSample` if it is damaged."""
-    kept = {name: found for name, key in spec.showing.items() if (found := group.decoded.get((key, row))) is not None}
-    sample = {name: _decoded(spec, name, one, group, row) for name, one in spec.features.items() if name not in kept}
-    values: dict[str, Any] = {key: value for found in kept.values() for key, value in found.items()}
+    sample = {
+        name: _decoded(spec, name, one, group, row) for name, one in spec.features.items() if name not in spec.showing
+    }
+    values: dict[str, Any] = {}
     places: dict[str, Placement] = {}
     for name, feature in spec.features.items():
         if isinstance(feature, ImageFeature) and name in spec.followed:
             shown, places[name] = feature.show_placed(name, sample[name], spec.view, spec.training, rng)
             values.update(shown)
-        elif not feature.follows and name not in kept:
-            values.update(_shown(spec, name, sample[name], group, row, rng))
+        elif name in spec.showing:
+            values.update(_kept_clip(spec, name, feature, group, row, rng))
+        elif not feature.follows:
+            values.update(feature.show(name, sample[name], spec.view, spec.training, rng))
     for name in spec.followers:
         feature = spec.features[name]
         values.update(feature.show_with(name, sample[name], spec.view, places[feature.follows], sample))
     return values
 
 
-def _shown(spec: SampleSpec, name: str, decoded: Any, group: RowGroup, row: int, rng: RngFactory) -> Mapping[str, Any]:
-    """Return the view of one feature; it stays in the cache if the spec wants that and nothing of it is random."""
+def _kept_clip(
+    spec: SampleSpec, name: str, feature: Feature, group: RowGroup, row: int, rng: RngFactory
+) -> Mapping[str, Any]:
+    """Return the view of a recording, from the cache if it is there; it stays there if nothing of it is random."""
+    key = spec.showing[name], row
+    if key in group.decoded:
+        return group.decoded[key]
     drawn = False
 
     def noted() -> np.random.Generator:
@@ -376,9 +384,9 @@ def _shown(spec: SampleSpec, name: str, decoded: Any, group: RowGroup, row: int,
         drawn = True
         return rng()
 
-    shown = spec.features[name].show(name, decoded, spec.view, spec.training, noted)
-    if name in spec.showing and not drawn:
-        group.decoded[spec.showing[name], row] = shown
+    shown = feature.show(name, _decoded(spec, name, feature, group, row), spec.view, spec.training, noted)
+    if not drawn:
+        group.decoded[key] = shown
     return shown
 
 

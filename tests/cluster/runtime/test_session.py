@@ -40,6 +40,7 @@ def test_the_head_of_a_cluster_that_does_not_answer_is_said_once(monkeypatch: py
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+    monkeypatch.setattr(session, "ASK_S", 0.0)
     said: list[str] = []
     head = Head(said.append)
     assert head.away() and head.away() and len(said) == 1
