@@ -182,7 +182,7 @@ def test_perceivers_under_zero_3_train_as_on_torch_alone(seen: Seen, world: int,
     reference, ours = (seen[world][0]["models"][model][engine] for engine in ("torch", "zero3"))
     assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-5)
     assert ours["norm"] == pytest.approx(reference["norm"], rel=1e-4)
-    assert ours["weights"] == pytest.approx(reference["weights"], rel=1e-4)
+    assert ours["moves"] == pytest.approx(reference["moves"], rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("world", WORLDS)
