@@ -1,7 +1,7 @@
 """`python -m tests.faults [NAME ...]`: inject faults into real runs and print a table; exit code 1 if a row failed.
 
 `--repeat 3` runs each row three times and prints medians with the least and the most. `--record FILE` keeps each
-outcome: the same command again, on the same commit, runs what is missing.
+outcome: the same command again, on the same code, runs what is missing.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.cluster.recipes import prepare_images, small_tree
 from tests.faults.job import Outcome
-from tests.faults.record import Record, commit, summary
+from tests.faults.record import Record, summary, version
 from tests.faults.scenarios import chosen
 from tests.faults.table import Scenario
 
@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_args(words)
     if given.repeat < 1:
         parser.error(f"--repeat {given.repeat}: wanted at least 1")
-    record, rows = Record(given.record, commit()), chosen(given.names)
+    record, rows = Record(given.record, version()), chosen(given.names)
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, Python {platform.python_version()}\n")
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as scratch:

@@ -1,5 +1,6 @@
 """The outcomes of the rows in a file of JSON lines, so that an interrupted table goes on, and their summary."""
 
+import hashlib
 import json
 import statistics
 import subprocess
@@ -12,27 +13,31 @@ from tests.faults.job import Outcome
 ROOT = Path(__file__).parents[2]
 
 
-def commit() -> str:
-    """Return the commit of the working tree; empty without git."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+CODE = ("perceiver", "pipelines", "cluster", "tune", "tests/faults", "constraints.txt")
+
+
+def version() -> str:
+    """Return an id of the committed code, the same after commits of other files; empty without git."""
+    command = ["git", "rev-parse", *(f"HEAD:{path}" for path in CODE)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return hashlib.sha256(done.stdout.encode()).hexdigest()[:12] if done.returncode == 0 else ""
 
 
 class Record:
-    """The file: a line per outcome, with the row and the commit. Lines of another commit do not count.
+    """The file: a line per outcome, with the row and the version of the code. Lines of another version do not count.
 
     Args:
         path: the file; None: nothing is kept.
-        at: the commit.
+        version: see `version`.
     """
 
-    def __init__(self, path: Path | None, at: str) -> None:
-        self.path, self.at = path, at
+    def __init__(self, path: Path | None, version: str) -> None:
+        self.path, self.version = path, version
         self.found: dict[str, list[Outcome]] = {}
         if path is not None and path.exists():
             for line in path.read_text().splitlines():
                 entry = json.loads(line)
-                if entry.pop("commit") == at:
+                if entry.pop("version") == version:
                     self.found.setdefault(entry.pop("row"), []).append(Outcome(**entry))
 
     def outcomes(self, row: str) -> list[Outcome]:
@@ -45,7 +50,7 @@ class Record:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write(json.dumps({"row": row, "commit": self.at, **asdict(outcome)}) + "\n")
+                file.write(json.dumps({"row": row, "version": self.version, **asdict(outcome)}) + "\n")
 
 
 def summary(outcomes: Sequence[Outcome]) -> tuple[str, ...]:

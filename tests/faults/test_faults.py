@@ -32,9 +32,9 @@ def test_an_interrupted_table_goes_on(
 
     monkeypatch.setattr(program, "chosen", lambda names: {"a fault": row})
     monkeypatch.setattr(program, "prepare_images", str)
-    monkeypatch.setattr(program, "commit", lambda: "new")
+    monkeypatch.setattr(program, "version", lambda: "new")
     record = tmp_path / "outcomes.jsonl"
-    record.write_text(json.dumps({"row": "a fault", "commit": "old", "fault": "a fault", "detected_s": 99.0}) + "\n")
+    record.write_text(json.dumps({"row": "a fault", "version": "old", "fault": "a fault", "detected_s": 99.0}) + "\n")
     words = ["a fault", "--repeat", "3", "--record", str(record)]
     with pytest.raises(KeyboardInterrupt):
         program.main(words)
