@@ -68,11 +68,14 @@ class ConvFrontEnd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, outputs, H/4, W/4)."""
-        if self.padding == "symmetric":
-            x = self.norm(self.conv(nn.functional.pad(x, (3, 3, 3, 3)))).relu()
-            return nn.functional.max_pool2d(x, 3, stride=2)
-        x = self.norm(self.conv(_pad_same(x, 7, 2))).relu()
-        return nn.functional.max_pool2d(_pad_same(x, 3, 2), 3, stride=2)
+        same = self.padding == "same"
+        x = _pad_same(x, 7, 2) if same else nn.functional.pad(x, (3, 3, 3, 3))
+        # Channels last: on CPUs half the time, most of it of the pool.
+        x = self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
+        if not same:
+            return nn.functional.max_pool2d(x, 3, stride=2).relu()
+        odd = x.shape[2] % 2, x.shape[3] % 2  # SAME: an odd side is padded at both ends, an even one only after the last
+        return nn.functional.max_pool2d(x, 3, stride=2, padding=odd, ceil_mode=True).relu()
 
 
 def _pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
