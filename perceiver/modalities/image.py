@@ -74,7 +74,10 @@ class ConvFrontEnd(nn.Module):
         x = self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
         if not same:
             return nn.functional.max_pool2d(x, 3, stride=2).relu()
-        odd = x.shape[2] % 2, x.shape[3] % 2  # SAME: an odd side is padded at both ends, an even one only after the last
+        odd = (
+            x.shape[2] % 2,
+            x.shape[3] % 2,
+        )  # SAME: an odd side is padded at both ends, an even one at the last
         return nn.functional.max_pool2d(x, 3, stride=2, padding=odd, ceil_mode=True).relu()
 
 

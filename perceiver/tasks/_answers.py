@@ -29,21 +29,30 @@ class Answers:
         """Which texts have an end (B,), of texts in bytes."""
         return (self.ids == SEP).any(1)
 
-    def equal(self, other: Tensor) -> Tensor:
-        """Return which texts (B,) are the same as other byte ids (B, U), their end included."""
-        width = max(self.ids.shape[1], other.shape[1])
-        a, b = (F.pad(ids, (0, width - ids.shape[1])) for ids in (self.ids, other))
-        return (a == b).all(1) & self.ended
+    def equal(self, others: Tensor) -> Tensor:
+        """Return to which of other byte ids (B, R, U) each text is the same (B, R), its end included."""
+        width = max(self.ids.shape[1], others.shape[2])
+        a, b = (F.pad(ids, (0, width - ids.shape[-1])) for ids in (self.ids[:, None], others))
+        return (a == b).all(2) & self.ended[:, None]
 
-    def beside(self, other: Tensor) -> Tensor:
-        """Return the ids (B, 1 + T + U) with other ids (B, U) after them, and first of all T."""
-        return torch.cat([torch.full_like(self.ids[:, :1], self.ids.shape[1]), self.ids, other], dim=1)
+    def beside(self, others: Tensor) -> Tensor:
+        """Return the ids (B, 2 + T + R * U) with other ids (B, R, U) after them, and first of all T and U."""
+        sizes = self.ids.new_tensor([self.ids.shape[1], others.shape[2]]).expand(len(others), -1)
+        return torch.cat([sizes, self.ids, others.flatten(1)], dim=1)
 
 
 def answer_targets(batch: Batch, words: Any = None) -> Answers:
     """Return the ids that a model should decode: bytes, or those of its `words`."""
     ids, mask = batch["answer"], batch["answer_mask"]
     return Answers(ids, mask) if words is None else Answers(*words.encode(ids, mask))
+
+
+def right_answers(batch: Batch) -> Tensor:
+    """Return the byte ids (B, R, T) of each sample's right texts: those of `answers`, or that of `answer`."""
+    single, several = batch["answer"][:, None], batch.get("answers")
+    if several is None:
+        return single
+    return several.where(several.flatten(1).any(1)[:, None, None], F.pad(single, (0, 0, 0, several.shape[1] - 1)))
 
 
 def predicted_answers(logits: Tensor, words: Any = None) -> Answers:

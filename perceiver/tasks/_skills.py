@@ -22,10 +22,11 @@ def skill_figures(skills: Sequence[str], captions: Sequence[str], sums: Mapping[
         sums: of the task `general`, with texts of evaluations under `texts/SKILL/PART`.
 
     Returns:
-        `accuracy_SKILL` of texts (`exact_SKILL` of captions), `ap50_SKILL` of samples with true boxes, `none_SKILL`:
-        the share of samples without true boxes in which no query is relevant; `cider_SKILL` of captions; each also as
-        NAME_seen and NAME_held_out if there are held-out samples. `general` is the mean over the skills of accuracy,
-        exact match or AP; `general_seen` and `general_held_out` alike. A figure of no sample is left out.
+        `accuracy_SKILL` of texts (`exact_SKILL` of captions; VQA's accuracy of questions with several answers),
+        `ap50_SKILL` of samples with true boxes, `none_SKILL`: the share of samples without true boxes in which no query
+        is relevant; `cider_SKILL` of captions; each also as NAME_seen and NAME_held_out if there are held-out samples.
+        `general` is the mean over the skills of accuracy, exact match or AP; `general_seen` and `general_held_out`
+        alike. A figure of no sample is left out.
     """
     found: dict[str, float] = {}
     main: dict[str, dict[str, float]] = {"": {}, **{f"_{part}": {} for part in PARTS}}
@@ -63,7 +64,7 @@ def _cider(skill: str, sums: Mapping[str, Any]) -> dict[str, float]:
     whole = [pair for part in pairs.values() for pair in part]
     if not whole:
         return {}
-    scores = cider_d([text for text, _ in whole], [[wanted] for _, wanted in whole])
+    scores = cider_d([text for text, _ in whole], [wanted for _, wanted in whole])
     found, start = {f"cider_{skill}": float(np.sort(scores).mean())}, 0
     for part, own in pairs.items():
         if own:
@@ -72,9 +73,10 @@ def _cider(skill: str, sums: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _texts(rows: Tensor) -> list[tuple[str, str]]:
-    """Return each text and its reference, of rows as `Answers.beside` makes them."""
+def _texts(rows: Tensor) -> list[tuple[str, list[str]]]:
+    """Return each text and its references, of rows as `Answers.beside` makes them."""
     found = []
-    for size, *ids in rows.tolist():
-        found.append((byte_text(ids[:size]), byte_text(ids[size:])))
+    for size, width, *ids in rows.tolist():
+        others = [ids[start : start + width] for start in range(size, len(ids), width)]
+        found.append((byte_text(ids[:size]), [byte_text(other) for other in others if any(other)]))
     return found

@@ -13,17 +13,22 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from perceiver.config import Config, NonNegative
-from perceiver.tasks._answers import Answers, answer_targets, check_length, predicted_answers
+from perceiver.tasks._answers import Answers, answer_targets, check_length, predicted_answers, right_answers
 from perceiver.tasks._base import Batch, LossOutput, Task, model_inputs, network, valid_rows
 from perceiver.tasks._boxes import average_precision, generalized_iou, match
 from perceiver.tasks._skills import PARTS, skill_figures
 
 RELEVANT = 0
 """Index of the relevant class in the logits of relevance; the other is "none"."""
+VOTES = 3
+"""People who gave an answer that counts fully (VQA; Antol et al. 2015)."""
 
 
 class GeneralConfig(Config):
-    """Boxes under `boxes` (B, R, 4), a text under `answer` (B, T), the skill of a sample under `label` (B,)."""
+    """Boxes under `boxes` (B, R, 4), a text under `answer` (B, T), the skill of a sample under `label` (B,).
+
+    Optional: `answers` (B, R, T), all right texts of a sample of an evaluation.
+    """
 
     kind: Literal["general"] = "general"
     weights: dict[str, NonNegative] = Field(
@@ -113,7 +118,7 @@ class General:
                     sums[f"{name}_count/{skill}/{part}"] = there.sum().float()
                 if skill in self.config.captions and not model.training:
                     chosen = chosen & batch["answer_mask"].any(1)
-                    rows[f"texts/{skill}/{part}"] = shown.beside(batch["answer"])[chosen]
+                    rows[f"texts/{skill}/{part}"] = shown.beside(right_answers(batch))[chosen]
         return LossOutput(loss_sum, sums, rows)
 
     def text_loss(self, logits: Tensor, target: Answers) -> Tensor:
@@ -155,10 +160,17 @@ class General:
             for part in PARTS
         ]
 
-    @staticmethod
-    def _figures(batch: Batch, shown: Answers, boxes: Tensor, relevance: Tensor) -> dict[str, Tensor]:
-        """Return the figures (B,) of each sample, NaN for those that a sample does not have."""
-        exact = shown.equal(batch["answer"]).float()
+    def _figures(self, batch: Batch, shown: Answers, boxes: Tensor, relevance: Tensor) -> dict[str, Tensor]:
+        """Return the figures (B,) of each sample, NaN for those that a sample does not have.
+
+        Of samples with `answers`, a caption is right if it is one of them; another text as in VQA, min(votes / 3, 1).
+        """
+        votes = shown.equal(right_answers(batch)).sum(1)
+        exact = (votes > 0).float()
+        if "answers" in batch:
+            caption = [skill in self.config.captions for skill in self.skills]
+            caption = torch.tensor(caption, device=votes.device)[batch["label"].clamp(0, len(caption) - 1)]
+            exact = exact.where(caption | ~batch["answers"].flatten(1).any(1), (votes / VOTES).clamp(max=1))
         exact = exact.where(batch["answer_mask"].any(1), torch.nan)
         scores, counts = relevance.softmax(-1)[..., RELEVANT], batch["boxes_count"]
         ap = [

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 from pydantic import Field
 
 from perceiver import registry
-from pipelines.features.answer import AnswerFeature
+from pipelines.features.answer import AnswerFeature, AnswersFeature
 from pipelines.features.audio import AudioFeature
 from pipelines.features.boxes import BoxesFeature
 from pipelines.features.embeddings import EmbeddingsFeature
@@ -36,6 +36,7 @@ Feature = Annotated[
     | FlowFeature
     | BoxesFeature
     | AnswerFeature
+    | AnswersFeature
     | FlagFeature,
     Field(discriminator="kind"),
 ]
@@ -54,6 +55,7 @@ if not TYPE_CHECKING:
 
 __all__ = [
     "AnswerFeature",
+    "AnswersFeature",
     "AudioFeature",
     "BoxesFeature",
     "EmbeddingsFeature",

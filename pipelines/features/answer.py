@@ -1,13 +1,14 @@
-"""Texts that a model is to write."""
+"""Texts that a model is to write, and those that are right for a sample."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field
 
-from perceiver.config import UserError
+from perceiver.config import Count, UserError
 from perceiver.storage import NonNegativeCount
 from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.features.text import SEP, SPECIALS
@@ -44,13 +45,58 @@ class AnswerFeature(BaseFeature):
             raise BadSample("invalid UTF-8")
         size = len((stored or "").encode())
         if size >= view.answer_length:
-            raise BadSample(f"an answer of {size} bytes, wanted fewer than data.answer_length = {view.answer_length}")
+            raise BadSample(_too_long(size, view))
         return stored or ""
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
         """Return ids and mask."""
-        ids, raw = np.zeros(view.answer_length, np.int64), np.frombuffer(decoded.encode(), np.uint8)
-        if raw.size:
-            ids[: raw.size] = raw.astype(np.int64) + SPECIALS
-            ids[raw.size] = SEP
+        ids = _ids(decoded, view.answer_length)
         return {name: ids, f"{name}_mask": ids > 0}
+
+
+class AnswersFeature(BaseFeature):
+    """Several right texts of a sample for its evaluation, such as captions, or the answers of ten people.
+
+    Empty or null where there are none. In a batch int64 (R, T), R = `most`: the ids of `AnswerFeature` for each text;
+    then rows of zeros.
+    """
+
+    arrow: ClassVar[pa.DataType] = pa.list_(pa.string())
+    kind: Literal["answers"] = "answers"
+    most: Count = Field(default=10, description="most texts of a sample; more are a bad sample")
+
+    def shapes(self, name: str, view: ViewConfig, classes: int) -> Shapes:
+        """Return (R, T) int64, T = data.answer_length."""
+        return {name: ((self.most, view.answer_length), np.int64)}
+
+    def decode(self, stored: Any, view: ViewConfig, classes: int) -> Any:
+        """Return the texts."""
+        texts = list(stored) if stored is not None else []
+        if len(texts) > self.most:
+            raise BadSample(f"{len(texts)} answers, wanted up to {self.most}")
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise BadSample("an answer that is empty, null or invalid UTF-8")
+            if (size := len(text.encode())) >= view.answer_length:
+                raise BadSample(_too_long(size, view))
+        return texts
+
+    def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
+        """Return the ids."""
+        ids = np.zeros((self.most, view.answer_length), np.int64)
+        for row, text in zip(ids, decoded, strict=False):
+            row[:] = _ids(text, view.answer_length)
+        return {name: ids}
+
+
+def _too_long(size: int, view: ViewConfig) -> str:
+    return f"an answer of {size} bytes, wanted fewer than data.answer_length = {view.answer_length}"
+
+
+def _ids(text: str, length: int) -> NDArray[np.int64]:
+    """Return bytes + 6, SEP and padding; zeros for an empty text."""
+    ids, raw = np.zeros(length, np.int64), np.frombuffer(text.encode(), np.uint8)
+    if raw.size:
+        ids[: raw.size] = raw.astype(np.int64) + SPECIALS
+        ids[raw.size] = SEP
+    return ids

@@ -45,6 +45,8 @@ def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
             return [CardPart("text", cut, f"{len(decoded):,} characters")]
         case "answer":
             return [CardPart("text", decoded, "the answer")] if decoded else []
+        case "answers":
+            return [CardPart("text", " | ".join(decoded), f"{len(decoded)} right answers")] if decoded else []
         case "points":
             # Spread over the stored order, in a cube of -127 to 127.
             chosen = decoded[np.linspace(0, len(decoded) - 1, min(len(decoded), POINTS)).astype(int), :3]
@@ -90,6 +92,8 @@ def measure(kind: str, decoded: Any) -> dict[str, float]:
             return {"height": decoded.shape[0], "width": decoded.shape[1]}
         case "text" | "answer":
             return {"characters": len(decoded), "bytes": len(decoded.encode())}
+        case "answers":
+            return {"answers": len(decoded)}
         case "boxes":
             return {} if decoded is None else {"boxes": len(decoded)}
         case "points":

@@ -4,7 +4,7 @@ import csv
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class Task(NamedTuple):
         boxes: [x, y, width, height] to find; None: nothing to find.
         crop: the box that the image is cropped to; None: all of it.
         categories: numbers of the categories that it is about; None: those whose names it contains.
+        given: all answers that people gave, equal ones several times; empty: not known.
     """
 
     key: str
@@ -67,6 +68,7 @@ class Task(NamedTuple):
     boxes: tuple[tuple[float, ...], ...] | None = None
     crop: tuple[float, ...] | None = None
     categories: tuple[int, ...] | None = None
+    given: tuple[str, ...] = ()
 
 
 @dataclass
@@ -174,22 +176,40 @@ def read_questions(
             question, image, text = _whole(entry["question_id"]), _whole(entry["image_id"]), str(entry["question"])
             if question not in given:
                 raise ValueError("a question without answers")
-            right = _right(given.pop(question))
+            people = _people(given.pop(question))
             if not text.strip():
                 raise ValueError("an empty question")
-            found.add(split, Task(f"ask/{question}", image, "ask", text.strip(), right))
+            found.add(split, Task(f"ask/{question}", image, "ask", text.strip(), _right(people), given=people))
         except (KeyError, TypeError, ValueError) as error:
             reason = _reason(error, "question_id, image_id, question, and its answers")
             found.rejected.append(Rejected(f"{where}#questions/{number}", reason))
     found.rejected += [Rejected(f"{where}#{question}", "answers without a question") for question in given]
 
 
-def _right(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the answers that at least three people gave, the most frequent first; if none, the most frequent one."""
-    counts = Counter(str(one["answer"]).strip() for one in entry["answers"])
-    counts.pop("", None)
-    if not counts:
+def together(tasks: Iterable[Task]) -> Iterator[Task]:
+    """Yield the tasks, of the captions of an image only the first, with all of them as `given`."""
+    captions: dict[int, list[Task]] = {}
+    for task in tasks:
+        if task.skill == "describe":
+            captions.setdefault(task.image, []).append(task)
+        else:
+            yield task
+    for image, ours in captions.items():
+        texts = tuple(task.answers[0] for task in ours)
+        yield Task(f"describe/{image}", image, "describe", "", texts, given=texts)
+
+
+def _people(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the answers of all people but empty ones."""
+    found = tuple(answer for one in entry["answers"] if (answer := str(one["answer"]).strip()))
+    if not found:
         raise ValueError("only empty answers")
+    return found
+
+
+def _right(given: Sequence[str]) -> tuple[str, ...]:
+    """Return the answers that at least three people gave, the most frequent first; if none, the most frequent one."""
+    counts = Counter(given)
     ranked = [answer for answer, _ in counts.most_common()]
     return tuple(answer for answer in ranked if counts[answer] >= AGREED) or (ranked[0],)
 

@@ -5,8 +5,9 @@ Layout, anywhere below SRC: `instances_SPLIT.json`, `captions_SPLIT.json` (2014 
 that are missing leave their skills out. An image is in the split of the instances or captions that list it, and
 questions follow their image, since the validation images of 2014 are training images of 2017.
 
-- describe: each caption; one of 14 phrasings of the task;
-- ask: each question; an answer that at least three of ten people gave, in training drawn among them, else the first;
+- describe: each caption; in `val` each image, all its captions as `answers`; one of 14 phrasings of the task;
+- ask: each question; an answer that at least three of ten people gave, in training drawn among them, else the first; in
+  `val` all people's answers as `answers`;
 - locate: all boxes of a category in an image; 18 phrasings. Images with a region of many are left out;
 - classify: each box that is not one of many: the image cropped to the box and 20 % around it, as a JPEG; 4 phrasings.
 """
@@ -21,6 +22,7 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
 from pipelines.features import (
     AnswerFeature,
+    AnswersFeature,
     BoxesFeature,
     Feature,
     FlagFeature,
@@ -41,6 +43,7 @@ from pipelines.sources._coco import (
     read_instances,
     read_pairs,
     read_questions,
+    together,
     worded,
 )
 from pipelines.sources._common import base_name, item_seed, number, shuffled_units, source_folder
@@ -55,6 +58,8 @@ OPTIONS = ("answer_bytes", "boxes", "held_out")
 MARGIN = 0.2
 """Share of a box's size that a crop shows on each side of it."""
 QUALITY = 95
+PEOPLE = 10
+"""Answers to a question of VQA."""
 LICENCE = "annotations CC BY 4.0 (COCO, VQA v2); the images under their own terms on Flickr"
 
 
@@ -86,10 +91,12 @@ class Coco:
             raise UserError(f"{folder.url}: no training sample can be used ({reasons or 'no train file'})")
         notes = [f"left out of train, as held out: {chooser.hidden:,}"] * bool(pairs)
         notes += [f"left out: regions of many objects: {annotations.crowds:,}"] * bool(annotations.crowds)
+        long = f"left out of answers: texts of more than answer_bytes={limits[0]} bytes: {chooser.long:,}"
+        notes += [long] * bool(chooser.long)
         every = [row for rows in items.values() for row in rows]
         return Listing(
             base_name(str(src)),
-            features(max(len(row["answer"].encode()) for row in every), max(len(row["boxes"] or ()) for row in every)),
+            features(every),
             SKILLS,
             LICENCE,
             str(src),
@@ -113,13 +120,16 @@ class Coco:
                 yield unreadable(item["key"], error)
 
 
-def features(longest: int, most: int) -> dict[str, Feature]:
-    """Return the features of samples with answers of up to so many bytes and so many boxes."""
+def features(rows: Sequence[Mapping[str, Any]]) -> dict[str, Feature]:
+    """Return the features of such samples."""
+    longest = max(len(text.encode()) for row in rows for text in (row["answer"], *row["answers"]))
+    most = max(len(row["answers"]) for row in rows)
     return {
         "image": ImageFeature(channels=3),
         "text": TextFeature(),
         "answer": AnswerFeature(longest=longest),
-        "boxes": BoxesFeature(most=most, located=(SKILLS.index("locate"),)),
+        "answers": AnswersFeature(most=max(PEOPLE, most)),
+        "boxes": BoxesFeature(most=max(len(row["boxes"] or ()) for row in rows), located=(SKILLS.index("locate"),)),
         "label": LabelFeature(),
         "held_out": FlagFeature(),
     }
@@ -152,6 +162,7 @@ class _Chooser:
     Attributes:
         rejected: tasks that cannot be used.
         hidden: training samples that are left out as held out.
+        long: right texts of evaluations that are left out as too long.
     """
 
     def __init__(
@@ -165,20 +176,24 @@ class _Chooser:
         self.annotations, self.paths, self.pairs, self.limits, self.seed = annotations, paths, pairs, limits, seed
         self.numbered = {int(match[1]): path for base, path in paths.items() if (match := NUMBERED.search(base))}
         self.rejected: list[Rejected] = []
-        self.hidden = 0
+        self.hidden = self.long = 0
 
     def items(self, split: str) -> Iterator[dict[str, Any]]:
         """Yield the items of a split."""
-        for listed, tasks in self.annotations.tasks.items():
-            for task in tasks:
-                if self.annotations.splits.get(task.image, listed) == split:
-                    item = self._item(task, split)
-                    if isinstance(item, Rejected):
-                        self.rejected.append(item)
-                    elif item["held_out"] and split == "train":
-                        self.hidden += 1
-                    else:
-                        yield item
+        tasks = (
+            task
+            for listed, tasks in self.annotations.tasks.items()
+            for task in tasks
+            if self.annotations.splits.get(task.image, listed) == split
+        )
+        for task in tasks if split == "train" else together(tasks):
+            item = self._item(task, split)
+            if isinstance(item, Rejected):
+                self.rejected.append(item)
+            elif item["held_out"] and split == "train":
+                self.hidden += 1
+            else:
+                yield item
 
     def _item(self, task: Task, split: str) -> dict[str, Any] | Rejected:
         key, rng = f"{split}/{task.key}", random.Random(item_seed(self.seed, task.key))
@@ -188,18 +203,24 @@ class _Chooser:
         if len(task.boxes or ()) > self.limits[1]:
             return Rejected(key, f"more than boxes={self.limits[1]} boxes")
         answer = (rng.choice(task.answers) if split == "train" else task.answers[0]) if task.answers else ""
+        given = [] if split == "train" else [text for text in task.given if len(text.encode()) <= self.limits[0]]
+        if task.skill == "describe" and given:
+            answer = given[0]
         if len(answer.encode()) > self.limits[0]:
             return Rejected(key, f"an answer of more than answer_bytes={self.limits[0]} bytes")
+        self.long += len(task.given) - len(given) if split != "train" else 0
         text = worded(task, self.annotations.categories, rng)
+        said = " ".join(task.given) if task.skill == "describe" and given else answer
         return {
             "key": key,
             "path": path,
             "crop": task.crop,
             "text": text,
             "answer": answer,
+            "answers": given,
             "boxes": None if task.boxes is None else [list(box) for box in task.boxes],
             "label": SKILLS.index(task.skill),
-            "held_out": self._held_out(task, f"{text} {answer}"),
+            "held_out": self._held_out(task, f"{text} {said}"),
         }
 
     def _path(self, image: int) -> str | None:

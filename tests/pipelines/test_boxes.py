@@ -20,6 +20,7 @@ from perceiver.config import UserError
 from perceiver.storage import open_folder
 from pipelines.features import (
     AnswerFeature,
+    AnswersFeature,
     BoxesFeature,
     Feature,
     FlagFeature,
@@ -205,6 +206,22 @@ def test_batches_have_padded_boxes_answers_and_marks(tmp_path: Path) -> None:
     ids = [byte + 6 for byte in "ünf".encode()]
     assert batch["answer"][0].tolist() == [*ids, 5, 0, 0, 0] and batch["answer_mask"].sum(1).tolist() == [5, 0, 0, 8]
     assert batch["answer"][3].tolist() == [ord("x") + 6] * 7 + [5] and not batch["answer"][1:3].any()
+
+
+def test_several_right_answers(tmp_path: Path) -> None:
+    features = {**FEATURES, "answers": AnswersFeature(most=2)}
+    texts: list[Any] = [["ünf", "x"], [], None, ["a"] * 3, [""], [None], ["x" * 8], ["a"]]
+    manifest = write(tmp_path, [sample(str(n), answers=some) for n, some in enumerate(texts)], features)
+    data = DataConfig(url=str(tmp_path), executor="inline", text_length=16, answer_length=8)
+    assert batch_shapes(data, manifest)["answers"] == (2, 8)
+    quarantine = Quarantine(1.0)
+    (batch,) = eval_batches(data, manifest, EvalShare("train", 8), "cpu", quarantine)
+    assert batch["valid"].tolist() == [True] * 3 + [False] * 4 + [True] and batch["answers"].dtype == torch.int64
+    ids = [*(byte + 6 for byte in "ünf".encode()), 5, 0, 0, 0]
+    assert batch["answers"][0].tolist() == [ids, [ord("x") + 6, 5, *[0] * 6]] and not batch["answers"][1:3].any()
+    reasons = {problem.key: problem.reason for problem in quarantine.problems.values()}
+    assert "3 answers, wanted up to 2" in reasons["3"] and "8 bytes" in reasons["6"]
+    assert "empty, null" in reasons["4"] and "empty, null" in reasons["5"]
 
 
 def test_what_the_manifest_knows_is_refused_before_training(tmp_path: Path) -> None:

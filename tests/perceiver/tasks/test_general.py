@@ -13,6 +13,7 @@ from perceiver.modalities.text import byte_ids, byte_text
 from perceiver.tasks import build_task
 from perceiver.tasks._answers import predicted_answers
 from perceiver.tasks._boxes import generalized_iou
+from perceiver.tasks._captions import cider_d
 from perceiver.tasks.general import GeneralConfig
 from perceiver.train.engine.protocol import evaluate
 from perceiver.train.engine.ranks import Ranks
@@ -114,6 +115,28 @@ def test_figures_by_skill_do_not_depend_on_the_batches():
     assert whole["cider_describe_seen"] > 8
     assert whole["general"] == pytest.approx(2 / 3) and whole["general_held_out"] == pytest.approx(0.25)
     assert not any("locate" in name for name in whole), "no sample has one"
+
+
+def test_several_right_answers_are_votes_and_references():
+    skills = ["ask"] * 4 + ["describe"] * 3
+    answers = [
+        ["two"] * 6 + ["three"] * 2 + ["no"],
+        ["two"] * 6 + ["three"] * 2 + ["no"],
+        ["two"] * 6 + ["three"] * 2 + ["no"],
+        [],
+        ["a red seven", "one seven in red", "seven"],
+        ["a green one", "one on grass"],
+        [],
+    ]
+    firsts = ["two", "two", "two", "red", "a red seven", "a green one", "a blue two"]
+    said = ["two", "three", "four", "red", "one seven in red", "a green two", "a blue two"]
+    ids = torch.tensor([[answer(text) for text in (texts + [""] * 9)[:9]] for texts in answers])
+    found = metrics([batch_of(skills, firsts, said, answers=ids)])
+    assert found["accuracy_ask"] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
+    assert found["exact_describe"] == pytest.approx(2 / 3)
+    wanted = cider_d(said[4:], [answers[4], answers[5], ["a blue two"]])
+    assert found["cider_describe"] == pytest.approx(wanted.mean())
+    assert wanted.mean() != pytest.approx(cider_d(said[4:], [[text] for text in firsts[4:]]).mean())
 
 
 def test_boxes_are_ranked_by_relevance_and_none_is_an_answer():

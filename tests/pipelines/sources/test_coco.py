@@ -114,6 +114,27 @@ def test_all_four_tasks_with_their_answers_boxes_and_splits(src: Path) -> None:
     assert (len(set(DESCRIBING)), len(set(LOCATING)), len(set(CLASSIFYING))) == (14, 18, 4)
 
 
+def test_evaluations_have_all_captions_of_an_image_and_all_answers_to_a_question(src: Path) -> None:
+    texts = ["A cat.", "x" * 129, "One cat sits.", " A cat. ", "A dog."]
+    captions = [{"id": 40 + number, "image_id": 4, "caption": text} for number, text in enumerate(texts)]
+    document("captions_val2017", src, images=[image(4)], annotations=captions)
+    given = ["yes"] * 2 + ["no"] * 7 + [""]
+    question = {"question_id": 4000, "image_id": 4, "question": "Is it a cat?"}
+    entry = {"question_id": 4000, "image_id": 4, "answers": answers(*given)}
+    (src / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": [question]}))
+    (src / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": [entry]}))
+    (src / "pairs.csv").write_text("describe,dog\n")
+    manifest, found = run(src, held_out="pairs.csv")
+    described = found["val"]["val/describe/4"]
+    assert described["answers"] == ["A cat.", "One cat sits.", "A cat.", "A dog."] and described["answer"] == "A cat."
+    assert described["held_out"], "one of its captions is about a dog"
+    asked = found["val"]["val/ask/4000"]
+    assert asked["answers"] == ["yes"] * 2 + ["no"] * 7 and asked["answer"] == "no"
+    assert found["val"]["val/locate/4/1"]["answers"] == [] == found["train"]["train/describe/20"]["answers"]
+    notes = " ".join(coco.source.listing(str(src), seed=0, shard_rows=9, options={}).notes)
+    assert "texts of more than answer_bytes=128 bytes: 1" in notes and manifest.rejected == 0
+
+
 def test_batches_show_the_whole_image_with_stretch(src: Path) -> None:
     manifest, _ = run(src)
     data = DataConfig.model_validate(
