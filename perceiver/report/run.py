@@ -256,12 +256,14 @@ def multilabel_table(
 
 
 def average_precision(truth: NDArray[np.bool_], score: NDArray[np.floating]) -> float | None:
-    """Return the mean of the precision at each positive, in order of falling score; None without positives."""
+    """Return the mean of the precision at each positive's score, equal scores together; None without positives."""
     if not truth.any():
         return None
-    ranked = truth[np.argsort(-score, kind="stable")]
-    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
-    return float(precision[ranked].mean())
+    order = np.argsort(-score, kind="stable")
+    ranked, falling = truth[order], score[order]
+    ends = np.flatnonzero(np.append(falling[1:] != falling[:-1], True))
+    precision = np.cumsum(ranked)[ends] / (ends + 1)
+    return float(precision[np.searchsorted(ends, np.flatnonzero(ranked))].mean())
 
 
 def worst(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -73,12 +73,15 @@ class TaggingConfig(Config):
         return Tagging(self, classes)
 
 
-def precision_bounds(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least and greatest average precision of each class (K,) that counts by score bin allow.
+def binned_precision(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the average precision of each class (K,) from counts by score bin, and the least and greatest it can be.
+
+    The first takes the positives of a bin as spread evenly among its negatives: the i-th of p comes after i n / (p + 1)
+    of n. A model that gives all samples one score has the share of positives, as in scikit-learn.
 
     Whatever the order and the ties within a bin, the precision at the bin's i-th best positive is at least
     (T + i) / (T + i + F + n) and at most (T + p) / (T + p + F), where T and F are the positives and negatives of the
-    better bins, p and n those of this one. The sum of the former over i is a difference of digamma functions.
+    better bins, p and n those of this one. Sums over i of such fractions are differences of digamma functions.
 
     Args:
         positive: (K, bins) samples of the class, best scores first.
@@ -86,11 +89,19 @@ def precision_bounds(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor
     """
     positive, negative = positive.double(), negative.double()
     true, false = positive.cumsum(1) - positive, negative.cumsum(1)
-    start = true + false
-    least = positive - false * (torch.digamma(start + positive + 1) - torch.digamma(start + 1))
-    most = positive * (true + positive) / (true + positive + false - negative).clamp(min=1)
+    better = false - negative
     total = positive.sum(1)
-    return least.sum(1) / total, most.sum(1) / total
+
+    def summed(before: Tensor, each: Tensor) -> Tensor:
+        """Return the sum over i of (T + i) / (`before` + `each` * i)."""
+        start = before / each
+        harmonic = torch.digamma(start + positive + 1) - torch.digamma(start + 1)
+        return ((positive + (true - start) * harmonic) / each).sum(1) / total
+
+    even = summed(true + better, 1 + negative / (positive + 1))
+    least = summed(true + false, torch.ones_like(true))
+    most = positive * (true + positive) / (true + positive + better).clamp(min=1)
+    return even, least, most.sum(1) / total
 
 
 class Tagging(RandomTask):
@@ -186,17 +197,17 @@ class Tagging(RandomTask):
         """Return loss, accuracy of single labels, `loss_NAME` of several classifiers, and in evaluation
         mean_average_precision.
 
-        The latter is the mean of the bounds from the score bins, over the classes that have a positive; scikit-learn's
-        value is within mean_average_precision_error of it.
+        The latter is of the classes that have a positive, from score bins; scikit-learn's value of the exact scores is
+        within mean_average_precision_error of it.
         """
         count = max(count, 1.0)
         metrics = {"loss": sums["loss"] / count, "label_accuracy": sums["correct"] / count}
         metrics |= {name: value / count for name, value in sums.items() if name.startswith(HEAD_LOSS)}
         if "positive" in sums:
-            least, most = precision_bounds(sums["positive"], sums["negative"])
-            low, high = float(least.nanmean().nan_to_num()), float(most.nanmean().nan_to_num())
-            metrics["mean_average_precision"] = (low + high) / 2
-            metrics["mean_average_precision_error"] = (high - low) / 2
+            found = binned_precision(sums["positive"], sums["negative"])
+            value, low, high = (float(each.nanmean().nan_to_num()) for each in found)
+            metrics["mean_average_precision"] = value
+            metrics["mean_average_precision_error"] = max(high - value, value - low)
         return metrics
 
     @torch.no_grad()

@@ -240,6 +240,7 @@ def test_average_precision_by_hand() -> None:
     truth, score = np.array([True, False, True, False]), np.array([0.9, 0.8, 0.7, 0.1])
     assert average_precision(truth, score) == pytest.approx((1 + 2 / 3) / 2)
     assert average_precision(np.array([False]), np.array([0.5])) is None
+    assert average_precision(np.array([True, False, True, False]), np.full(4, 0.5)) == pytest.approx(0.5), "ties"
     row = multilabel_table(truth[:, None].astype(np.float32), score[:, None], ["x"])[0]
     assert (row["precision"], row["recall"], row["count"]) == (pytest.approx(2 / 3), 1.0, 2)
 

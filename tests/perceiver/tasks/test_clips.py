@@ -10,7 +10,7 @@ from perceiver.modalities.mel import MelConfig
 from perceiver.tasks import build_task
 from perceiver.tasks._clips import clip_logits, mean_sigmoid, mean_softmax
 from perceiver.tasks.classification import ClassificationConfig
-from perceiver.tasks.tagging import TaggingConfig, precision_bounds
+from perceiver.tasks.tagging import TaggingConfig, binned_precision
 from perceiver.train.engine.protocol import evaluate
 from perceiver.train.engine.ranks import Ranks
 
@@ -147,8 +147,25 @@ def test_bounds_are_valid_for_any_content_of_a_bin():
         counts = [
             torch.tensor(np.bincount(bins[chosen], minlength=14)[None, ::-1].copy()) for chosen in (targets, ~targets)
         ]
-        least, most = precision_bounds(*counts)
+        even, least, most = binned_precision(*counts)
         assert float(least) - 1e-9 <= average_precision_score(targets, scores) <= float(most) + 1e-9
+        assert float(least) - 1e-9 <= float(even) <= float(most) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("before", "inside"), [((0, 0), (1, 9)), ((0, 3), (5, 20)), ((10, 10), (20, 40)), ((4, 0), (3, 99))]
+)
+def test_the_value_of_a_bin_is_near_the_mean_over_the_orders_in_it(
+    before: tuple[int, int], inside: tuple[int, int]
+) -> None:
+    """Positives and negatives of better bins, and of this one."""
+    rng = np.random.default_rng(2)
+    first, targets = np.repeat([True, False], before), np.repeat([True, False], inside)
+    falling = -np.arange(sum(before) + sum(inside))
+    drawn = [average_precision_score(np.concatenate([first, rng.permutation(targets)]), falling) for _ in range(1000)]
+    counts = [[before[0], 0, inside[0]]], [[0, before[1], inside[1]]]
+    even, least, most = (float(each) for each in binned_precision(*map(torch.tensor, counts)))
+    assert even == pytest.approx(np.mean(drawn), abs=0.2 * (most - least))
 
 
 def test_confident_and_broken_scores_are_counted():
