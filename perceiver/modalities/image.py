@@ -70,15 +70,11 @@ class ConvFrontEnd(nn.Module):
         """Map (B, C, H, W) to (B, outputs, H/4, W/4)."""
         same = self.padding == "same"
         x = _pad_same(x, 7, 2) if same else nn.functional.pad(x, (3, 3, 3, 3))
-        # Channels last: on CPUs half the time, most of it of the pool.
+        # Channels last: on CPUs half the time, most of it in the pool.
         x = self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
-        if not same:
-            return nn.functional.max_pool2d(x, 3, stride=2).relu()
-        odd = (
-            x.shape[2] % 2,
-            x.shape[3] % 2,
-        )  # SAME: an odd side is padded at both ends, an even one at the last
-        return nn.functional.max_pool2d(x, 3, stride=2, padding=odd, ceil_mode=True).relu()
+        # SAME: an odd side is padded at both ends, an even one at the last, where the ceiling mode does it.
+        odd = [side % 2 for side in x.shape[2:]] if same else 0
+        return nn.functional.max_pool2d(x, 3, stride=2, padding=odd, ceil_mode=same).relu()
 
 
 def _pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:

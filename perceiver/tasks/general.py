@@ -74,6 +74,7 @@ class General:
         self.config = config
         self.skills = config.skills if config.skills is not None else tuple(map(str, range(classes)))
         self.weights = torch.tensor([config.weights.get(skill, 1.0) for skill in self.skills])
+        self.captions = torch.tensor([skill in config.captions for skill in self.skills])
         self.described = {"skills": list(self.skills)}
 
     def _valid(self, batch: Batch) -> Tensor:
@@ -85,8 +86,12 @@ class General:
         return valid_rows(batch, len(label), label.device) & known & weighed & has
 
     def _weights(self, batch: Batch) -> Tensor:
+        return self._of_skill(self.weights, batch)
+
+    def _of_skill(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return each sample's (B,) of the skills' values; those of samples without a known skill do not count."""
         label = batch["label"]
-        return self.weights.to(label.device)[label.clamp(0, len(self.skills) - 1)]
+        return values.to(label.device)[label.clamp(0, len(self.skills) - 1)]
 
     def count(self, batch: Batch) -> Tensor:
         """Return the number of samples that have a target of a skill that is trained."""
@@ -110,7 +115,8 @@ class General:
         rows: dict[str, Tensor] = {}
         with torch.no_grad():
             shown = predicted_answers(output.get("greedy", output["text"]), words)
-            figures = self._figures(batch, shown, boxes, relevance)
+            right = right_answers(batch)
+            figures = self._figures(batch, shown.equal(right).sum(1), boxes, relevance)
             for skill, part, chosen in self._groups(batch, valid):
                 for name, values in figures.items():
                     there = chosen & values.isfinite()
@@ -118,7 +124,7 @@ class General:
                     sums[f"{name}_count/{skill}/{part}"] = there.sum().float()
                 if skill in self.config.captions and not model.training:
                     chosen = chosen & batch["answer_mask"].any(1)
-                    rows[f"texts/{skill}/{part}"] = shown.beside(right_answers(batch))[chosen]
+                    rows[f"texts/{skill}/{part}"] = shown.beside(right)[chosen]
         return LossOutput(loss_sum, sums, rows)
 
     def text_loss(self, logits: Tensor, target: Answers) -> Tensor:
@@ -160,16 +166,15 @@ class General:
             for part in PARTS
         ]
 
-    def _figures(self, batch: Batch, shown: Answers, boxes: Tensor, relevance: Tensor) -> dict[str, Tensor]:
+    def _figures(self, batch: Batch, votes: Tensor, boxes: Tensor, relevance: Tensor) -> dict[str, Tensor]:
         """Return the figures (B,) of each sample, NaN for those that a sample does not have.
 
-        Of samples with `answers`, a caption is right if it is one of them; another text as in VQA, min(votes / 3, 1).
+        `votes` (B,) are the right texts that are the model's. Of samples with `answers`, a caption is right if there is
+        one; another text as in VQA, min(votes / 3, 1).
         """
-        votes = shown.equal(right_answers(batch)).sum(1)
         exact = (votes > 0).float()
         if "answers" in batch:
-            caption = [skill in self.config.captions for skill in self.skills]
-            caption = torch.tensor(caption, device=votes.device)[batch["label"].clamp(0, len(caption) - 1)]
+            caption = self._of_skill(self.captions, batch)
             exact = exact.where(caption | ~batch["answers"].flatten(1).any(1), (votes / VOTES).clamp(max=1))
         exact = exact.where(batch["answer_mask"].any(1), torch.nan)
         scores, counts = relevance.softmax(-1)[..., RELEVANT], batch["boxes_count"]

@@ -13,7 +13,7 @@ from tests.faults.job import Outcome
 ROOT = Path(__file__).parents[2]
 
 
-CODE = ("perceiver", "pipelines", "cluster", "tune", "tests/faults", "constraints.txt")
+CODE = ("perceiver", "pipelines", "cluster", "tune", "tests/faults", "tests/cluster/recipes.py", "constraints.txt")
 
 
 def version() -> str:
