@@ -36,7 +36,10 @@ PLAYABLE, PLAYED_BYTES = {"h264", "vp8", "vp9", "av1"}, 1_000_000
 
 
 def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
-    """Return the parts that show a feature's value, stored and decoded; none for labels, which are written."""
+    """Return the parts that show a feature's value, stored and decoded; none for labels, which are written.
+
+    Of a recording, those streams that were opened.
+    """
     match kind:
         case "image":
             return [CardPart("picture", image_uri(to_image(decoded)), f"{decoded.shape[1]} × {decoded.shape[0]}")]
@@ -62,7 +65,8 @@ def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
         case "video":
             return _show_video(stored, decoded)
         case "media":
-            return [*_show_video(stored, decoded), *_show_audio(decoded)]
+            pictures = _show_video(stored, decoded) if decoded.height else []
+            return pictures + (_show_audio(decoded) if decoded.rate else [])
         case "segmentation":
             image = to_image(decoded.picture).convert("RGB")
             return [strip([image, mask_colours(decoded.mask)], f"{image.width} × {image.height}, image and mask")]

@@ -19,11 +19,19 @@ from cluster.run.report import build_report, read_samples
 from perceiver.factory import build_model
 from perceiver.storage import open_folder
 from perceiver.train.checkpoint.store import CheckpointStore
-from pipelines.features import AudioFeature, Feature, LabelFeature, LabelsFeature, PointsFeature, TextFeature
+from pipelines.features import (
+    AudioFeature,
+    Feature,
+    LabelFeature,
+    LabelsFeature,
+    MediaFeature,
+    PointsFeature,
+    TextFeature,
+)
 from pipelines.shards.arrow import ShardWriter
 from pipelines.shards.manifest import Manifest, Split, arrow_schema, load_manifest, save_manifest
 from tests.perceiver.report.pages import Page
-from tests.pipelines.recordings import sound_file
+from tests.pipelines.recordings import media_file, ramp, sound_file
 
 KINDS: dict[str, tuple[Feature, Any]] = {
     "text": (TextFeature(), lambda n: f"the words of {n}"),
@@ -120,6 +128,22 @@ def test_attention_to_sound_is_drawn_as_a_spectrogram(
     drawn = next(row["src"] for row in found.all("img") if row["alt"] == "attention map")
     with Image.open(io.BytesIO(base64.b64decode(drawn.partition(",")[2]))) as image:
         assert image.size == (8, 5), "time to the right, frequency upwards"
+
+
+@pytest.mark.parametrize(
+    ("streams", "kinds"),
+    [("both", ["strip", "strip", "audio"]), ("audio", ["strip", "audio"]), ("video", ["strip"])],
+)
+def test_of_a_recording_those_streams_are_shown_that_the_model_reads(
+    streams: str, kinds: list[str], tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = media_file([0, 100, 200, 300], [10, 20, 30, 40], sound=ramp(0.4, 16_000))
+    monkeypatch.setitem(KINDS, "media", (MediaFeature(channels=1, size=(32, 32)), lambda _: film))
+    recipe, manifest = written(tmp_path, "media", tree, LabelFeature())
+    shown = {"clip": {"show": streams}, "audio": {"rate": 16_000, "samples": 4800}, "video": {"frames": 3, "fps": 10}}
+    recipe = build_recipe(tree | {"data": tree["data"] | shown})
+    samples = read_samples(recipe, manifest, [0, 3])
+    assert [[part.kind for part in samples[number].parts] for number in (0, 3)] == [kinds, kinds]
 
 
 def test_images_are_shown_as_the_model_reads_them(tree: dict[str, Any]) -> None:
