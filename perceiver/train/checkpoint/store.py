@@ -22,11 +22,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,6 +59,11 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 HISTORY = "history.jsonl"
+T = TypeVar("T")
+R = TypeVar("R")
+
+READERS = 16
+"""Requests at a time: at a store with slow answers, those for each file and each incomplete folder would add up."""
 
 
 class FileEntry(Config):
@@ -310,7 +316,9 @@ class CheckpointStore:
         So are those that a driver wrote after a later one had started from an earlier step.
         """
         owner = self._last_owner()
-        return [step for step in self._folders() if self._counts(step, owner)]
+        folders = self._folders()
+        counted = at_once(lambda step: self._counts(step, owner), folders)
+        return [step for step, counts in zip(folders, counted, strict=True) if counts]
 
     def _counts(self, step: int, owner: Owner | None) -> bool:
         """Return whether a folder is a checkpoint of the run."""
@@ -380,8 +388,8 @@ class CheckpointStore:
         """Return the problems of a checkpoint: missing files, wrong sizes, wrong checksums; empty if it is intact."""
         try:
             manifest = self.manifest(step)
-            found = [problem for name, entry in manifest.files.items() if (problem := self._problem(step, name, entry))]
-            return found or self._unnamed(step, manifest.files)
+            looked = at_once(lambda named: self._problem(step, *named), manifest.files.items())
+            return [problem for problem in looked if problem] or self._unnamed(step, manifest.files)
         except UserError as error:
             return [str(error)]
 
@@ -436,11 +444,20 @@ class CheckpointStore:
             yield Path(self.folder(step))
             return
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-            for name in self.manifest(step).files:
+
+            def get(name: str) -> None:
                 target = Path(folder, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.fs.get_file(self._file(step, name), str(target))
+
+            at_once(get, self.manifest(step).files)
             yield Path(folder)
+
+
+def at_once(ask: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return the answer for each item, in order, asked for in threads; raise the first error."""
+    with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint") as readers:
+        return list(readers.map(ask, items))
 
 
 def parameter_difference(saved: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str | None:

@@ -238,6 +238,7 @@ class DeepSpeedEngine:
                 scale = scale * math.nan  # every ZeRO stage skips an update whose gradient is not finite
             self._engine.backward(output.loss_sum * scale.to(output.loss_sum.dtype), scale_wrt_gas=False)
         assert pending is not None, "a step needs at least one micro-batch"
+        pending.fetch()
         return pending
 
     def _update(self) -> float:

@@ -125,18 +125,35 @@ class MetricSums:
         return PendingSums(shapes, vector, self.ranks.start_sum(vector))
 
 
-@dataclass(frozen=True)
+@dataclass
 class PendingSums:
     """The result of an all-reduce that may still be in progress."""
 
     shapes: dict[str, torch.Size]
     vector: Tensor
     work: Pending
+    _fetched: tuple[Tensor, Any] | None = None
+
+    def fetch(self) -> None:
+        """On a GPU, start to copy the result, so that `summarise` does not wait for work that is queued after this."""
+        if self.vector.is_cuda:
+            self.work.wait()
+            copy = self.vector.to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self._fetched = copy, copied
+
+    def _read(self) -> Tensor:
+        if self._fetched is None:
+            self.work.wait()
+            return self.vector.cpu()
+        copy, copied = self._fetched
+        copied.synchronize()
+        return copy
 
     def summarise(self, task: Task, rows: Mapping[str, Tensor] | None = None) -> tuple[float, dict[str, float]]:
         """Return the mean loss and the metrics; (NaN, {}) if no target was valid. `rows` are those of all ranks."""
-        self.work.wait()
-        parts = self.vector.cpu().split([shape.numel() for shape in self.shapes.values()])
+        parts = self._read().split([shape.numel() for shape in self.shapes.values()])
         named = zip(self.shapes.items(), parts, strict=True)
         sums: dict[str, Any] = {name: part.view(shape) if shape else float(part) for (name, shape), part in named}
         count = sums.pop("")

@@ -33,7 +33,9 @@ class Ranks:
         return cast(Pending, dist.all_reduce(tensor, async_op=True)) if self.world > 1 else _Done()
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Return numbers summed over the ranks, in float64."""
+        """Return numbers summed over the ranks, in float64; of one rank, without waiting for the device."""
+        if self.world == 1:
+            return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         self.start_sum(total).wait()
         return total.tolist()

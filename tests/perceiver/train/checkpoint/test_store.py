@@ -3,6 +3,7 @@
 import json
 import math
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_a_folder_without_manifest_is_no_checkpoint(store: CheckpointStore) -> N
     store.save(engine, snapshot(2))
     store.fs.rm_file(f"{store.folder(2)}/{MANIFEST}")
     assert store.steps() == [1]
+
+
+def test_folders_are_looked_at_at_once(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a crashing run leaves would add up at a store with slow answers."""
+    for step in range(1, 5):
+        store.fs.makedirs(store.folder(step))
+    store.fs.touch(f"{store.folder(3)}/{MANIFEST}")
+    together, exists = threading.Barrier(4), store.fs.exists
+
+    def slow(path: str) -> bool:
+        if path.endswith(MANIFEST):
+            together.wait(timeout=30)
+        return exists(path)
+
+    monkeypatch.setattr(store.fs, "exists", slow)
+    assert store.steps() == [3]
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "manifest"])
