@@ -24,7 +24,7 @@ from torch import Tensor
 
 from perceiver.kernels import separable_triton
 from perceiver.kernels.separable_triton import BACKWARD, FORWARD, Plan
-from perceiver.shared_kv import moments_backward, moments_forward
+from perceiver.kernels.shared_kv import moments_backward, moments_forward
 
 TINY, SMALLER, FULL = (1, 16, 3, 8), (2, 512, 64, 48), (32, 512, 224, 224)
 REPEATS = 15

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from perceiver import kernels
 from perceiver.config import UserError
 from perceiver.kernels import attend, dense
+from perceiver.kernels.shared_kv import separable_moments, shared_kv
 from perceiver.positions import LAYER_NORM_EPS, Inputs, spread
-from perceiver.shared_kv import separable_moments, shared_kv
 
 Path = Literal["plain", "absorbed", "separable"]
 AttentionKind = Literal["auto", "plain", "absorbed", "separable"]

@@ -18,8 +18,8 @@ from perceiver import kernels
 from perceiver.accounting import is_fused
 from perceiver.config import Config
 from perceiver.factory import build_model, on_meta
+from perceiver.kernels.shared_kv import Float32Region
 from perceiver.optim.freezing import freeze
-from perceiver.shared_kv import Float32Region
 
 Region = Literal["autocast", "float32", "fused"]
 

@@ -13,7 +13,7 @@ from cluster.capacity.workload import Workload
 from cluster.recipe.memory import held_bytes, state_bytes
 from cluster.runtime.hardware import Device
 from perceiver.config import UserError
-from perceiver.shared_kv import GPU_SCORES
+from perceiver.kernels.shared_kv import GPU_SCORES
 
 RECOVERY_SECONDS = 120.0
 """Seconds from a failure to the next new step, without the lost work: an assumption; see docs/reliability.md."""

@@ -1,6 +1,6 @@
 """The compiled kernels: C++ for CPUs, Triton for GPUs; not used where they cannot be built.
 
-The pure torch form in `perceiver.shared_kv` gives the same results. `PERCEIVER_KERNELS=0` turns them off.
+The pure torch form in `perceiver.kernels.shared_kv` gives the same results. `PERCEIVER_KERNELS=0` turns them off.
 """
 
 import ctypes
@@ -94,7 +94,7 @@ def _gradients(q: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor
 def forward(
     q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the three moments of `perceiver.shared_kv.separable_moments` and the log-sum-exp (B, N)."""
+    """Return the three moments of `perceiver.kernels.shared_kv.separable_moments` and the log-sum-exp (B, N)."""
     if q.is_cuda:
         return triton_forward(q, rows, columns, features, scale)
     out = _moments(q, rows, columns)

@@ -1,6 +1,6 @@
 // Attention over a grid whose score is q . feature + scale * (row + column), in one pass over the grid.
 //
-// Forward: the softmax's moments (see perceiver/shared_kv.py: separable_moments) and its log-sum-exp.
+// Forward: the softmax's moments (see perceiver/kernels/shared_kv.py: separable_moments) and its log-sum-exp.
 // Backward: the gradients of q, rows and columns, with the scores computed again.
 // Arrays are float32, contiguous: q (B,N,F), rows (B,N,H), columns (B,N,W), features (B,F,H*W), scale (B,H*W).
 // A block of QUERIES queries shares each load of the grid; a row of the grid is padded to whole vectors.

@@ -363,7 +363,7 @@ def _across(x: Tensor, factor: float = 1.0) -> Tensor:
 def forward(
     q: Tensor, rows: Tensor, columns: Tensor, features: Tensor, scale: Tensor, plan: Plan | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the three moments of `perceiver.shared_kv.separable_moments` and the log-sum-exp (B, N)."""
+    """Return the three moments of `perceiver.kernels.shared_kv.separable_moments` and the log-sum-exp (B, N)."""
     launch = _Launch(q, rows, columns, plan or FORWARD)
     parts = (launch.bands, launch.batch)
     moments = q.new_empty(*parts, launch.count, launch.latents)

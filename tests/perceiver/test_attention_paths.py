@@ -90,7 +90,7 @@ def test_tiles_do_not_change_the_result(monkeypatch):
     query = torch.randn(2, 6, 10, dtype=torch.float64)
     for kind in ("absorbed", "separable"):
         expected, gradients = outputs_and_gradients(layer, query, inputs, kind)
-        monkeypatch.setattr("perceiver.shared_kv.CPU_SCORES", 35 * 4)
+        monkeypatch.setattr("perceiver.kernels.shared_kv.CPU_SCORES", 35 * 4)
         got, fast = outputs_and_gradients(layer, query, inputs, kind)
         monkeypatch.undo()
         torch.testing.assert_close(got, expected)

@@ -11,7 +11,7 @@ import torch
 
 from perceiver import kernels
 from perceiver.kernels import attend, dense, extension
-from perceiver.shared_kv import moments_backward, moments_forward, separable_moments, shared_kv
+from perceiver.kernels.shared_kv import moments_backward, moments_forward, separable_moments, shared_kv
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 

@@ -11,7 +11,7 @@ import torch
 
 from perceiver.kernels import separable_triton
 from perceiver.kernels.separable_triton import Plan
-from perceiver.shared_kv import moments_backward, moments_forward
+from perceiver.kernels.shared_kv import moments_backward, moments_forward
 from tests.perceiver.kernels.test_kernels import problem
 
 SMALL = [(2, 40, 4, 12, 20), (1, 130, 2, 16, 8), (2, 33, 5, 5, 7), (1, 3, 1, 1, 1)]
