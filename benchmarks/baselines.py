@@ -38,7 +38,7 @@ from sklearn.svm import SVC, LinearSVC
 from cluster.recipe.config import load_recipe
 from perceiver.config import UserError
 from perceiver.modalities.mel import MelConfig, log_mel
-from perceiver.modalities.text import SPECIALS
+from perceiver.text_ids import SPECIALS
 from pipelines.feed.ingest import EvalShare, eval_batches, load_data
 
 Arrays = dict[str, NDArray[Any]]

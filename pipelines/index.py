@@ -89,6 +89,8 @@ def index(
         raise UserError("--index cannot hold out rows of a file: remove the option held_out, or convert the data")
     if named := [key for key in CONVERTED if config.options.get(key)]:
         raise UserError(f"--index cannot take the option {named[0]}: convert the data without --index")
+    if "," in config.options.get("text", ""):
+        raise UserError("--index cannot take the option text with several columns: convert the data without --index")
     listing = listed_source()
     if note:
         for line in listing.notes:

@@ -124,9 +124,14 @@ def clouds(root: Path) -> None:
 
 
 def texts(root: Path) -> None:
-    """Write documents that blank lines separate."""
+    """Write documents that blank lines separate, a table of pairs, and a task of GLUE."""
     pages = "\n\n".join(f"Document {i} of the corpus has a few words. " * (1 + i % 5) for i in range(60))
     write(root / "corpus", {"a.txt": pages.encode()})
+    pairs = [[f"What is {i} + {i}?", f"It is {2 * i + i % 2}.", ("right", "wrong")[i % 2]] for i in range(30)]
+    rows = "".join(f"{i}\tAnn ran {i} miles.\tAnn moved.\tentailment\n" for i in range(20))
+    glue = {f"RTE/{name}.tsv": f"index\tsentence1\tsentence2\tlabel\n{rows}".encode() for name in ("train", "dev")}
+    write(root, {"answers.csv": text_of("question,answer,verdict", [*pairs])})
+    write(root / "GLUE", glue)
 
 
 def flows(root: Path) -> None:

@@ -18,9 +18,9 @@ from cluster.recipe.config import kind_of
 from perceiver.config import UserError
 from perceiver.environment import DISTRIBUTION, installed_version
 from perceiver.hashing import short_hash
-from perceiver.modalities.text import byte_text
 from perceiver.storage import Folder, open_folder, open_target, parse_json, refusing
 from perceiver.tasks import known_classes
+from perceiver.text_ids import byte_text
 from pipelines.shards.manifest import content_digest, file_versions
 from pipelines.shards.quarantine import Problem, Quarantine, write_problems
 from pipelines.shards.reader import Reader

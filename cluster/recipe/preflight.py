@@ -25,11 +25,11 @@ from perceiver.config import Config, UserError
 from perceiver.export.parts import plan_parts
 from perceiver.export.weights import DataFacts, open_weights, plan_weights
 from perceiver.factory import build_model, on_meta
-from perceiver.modalities.text import SPECIALS
 from perceiver.optim.config import optimizer_groups
 from perceiver.optim.freezing import freeze
 from perceiver.storage import is_local, open_url
 from perceiver.tasks import build_task, output_count
+from perceiver.text_ids import SPECIALS
 from perceiver.tracking.printable import safe_line
 from perceiver.tracking.redaction import redact, redact_text
 from perceiver.tracking.wandb_config import WandbConfig
@@ -391,13 +391,15 @@ def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
 
 
 class _Sums(dict[str, Any]):
-    """Sums of an evaluation in which every key is present: 1, and of texts one row with its reference."""
+    """Sums of an evaluation in which every key is present: 1, and one row of each kind of rows."""
 
     def __contains__(self, key: object) -> bool:
         return True
 
     def __missing__(self, key: str) -> Any:
-        return torch.tensor([[1, SPECIALS, SPECIALS]]) if key.startswith("texts/") else 1.0
+        of_each = {"texts": torch.tensor([[1, SPECIALS, SPECIALS]]), "numbers": torch.ones(1, 2, dtype=torch.int64)}
+        of_each["counts"] = torch.ones(3, 2)  # of the classes
+        return of_each.get(key.partition("/")[0], 1.0)
 
 
 def evaluation_metrics(recipe: Recipe, classes: int) -> list[str]:

@@ -12,7 +12,6 @@ import torch
 from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import WEIGHTS, RunFolder
 from perceiver.factory import attention_maps, build_model, input_keys, input_maps
-from perceiver.modalities.text import byte_text
 from perceiver.model import Encoder, PerceiverIO
 from perceiver.report.attention import AttentionMaps
 from perceiver.report.boxes import RELEVANT, Answered
@@ -21,6 +20,7 @@ from perceiver.report.page import CardPart
 from perceiver.report.run import Classified, ReportData, choose_examples, run_report
 from perceiver.storage import open_url
 from perceiver.tasks import known_classes, label_key, output_count
+from perceiver.text_ids import byte_text
 from perceiver.tracking.redaction import redact
 from perceiver.train.hooks import History
 from pipelines.feed.ingest import DataConfig, sample_spec

@@ -45,8 +45,8 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Training workers run at the priority of Ray's own processes; data tasks lower theirs (`pipelines.feed.samples`).
     "RAY_worker_niceness": "0",
-    # Otherwise OpenMP's threads wait for each other in a loop, on the cores that data tasks need. With two threads on two
-    # cores a training of two frozen models waits 20 % of its time for data, and 4 % with this, and is 10 % faster.
+    # Otherwise OpenMP's threads wait for each other in a loop, on the cores that data tasks need. With two threads on
+    # two cores a training of two frozen models waits 20 % of its time for data, and 4 % with this, and is 10 % faster.
     "OMP_WAIT_POLICY": "PASSIVE",
     # The workers import ours before Ray puts the driver's folder, which may have a `cluster.py`, first on their path.
     "RAY_preload_python_modules": "perceiver_train.pinned",

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from perceiver.baselines._gpv_layers import EncoderLayer
 from perceiver.baselines._grid import transformers_library
 from perceiver.config import Config, Layers, Location, Real, Size, UserError
-from perceiver.modalities.text import TextConfig, byte_text
+from perceiver.modalities.text import TextConfig
 from perceiver.model import numbered
+from perceiver.text_ids import byte_text
 
 PAD, START, END, UNKNOWN = "[PAD]", "[CLS]", "[SEP]", "[UNK]"
 POSITIONS = 512

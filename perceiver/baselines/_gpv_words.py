@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from perceiver.modalities.text import SEP, SPECIALS, byte_text
+from perceiver.text_ids import SEP, SPECIALS, byte_text
 
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL_WORDS = 4

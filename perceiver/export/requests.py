@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from perceiver.modalities.text import BYTE_VOCABULARY, byte_ids
+from perceiver.modalities.text import BYTE_VOCABULARY
+from perceiver.text_ids import byte_ids
 
 Arrays = dict[str, NDArray[Any]]
 

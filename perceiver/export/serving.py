@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 
 from perceiver.export.requests import Requests, as_text
 from perceiver.export.weights import Saved, class_count
-from perceiver.modalities.text import byte_text
 from perceiver.tasks import TaskConfig, build_task, known_classes
+from perceiver.text_ids import byte_text
 
 BATCH = 64
 """Largest number of samples per forward pass, to limit the memory of a large request."""

@@ -4,7 +4,7 @@ Source: Perceiver IO §4.1 and App. F: UTF-8 bytes shifted by six special ids, o
 convolution over the embeddings is ours, after the image's front end: an input then is an n-gram instead of a byte.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -18,21 +18,6 @@ from perceiver.positions import Inputs
 
 BYTE_VOCABULARY = 256 + 6
 """The bytes, after the ids PAD, BOS, EOS, MASK, CLS and SEP."""
-
-
-CLS, SEP, SPECIALS = 4, 5, 6
-
-
-def byte_ids(text: str, length: int) -> list[int]:
-    """Return the ids of a text: CLS, its UTF-8 bytes + 6, SEP; a longer text is cut before SEP to `length` ids."""
-    return [CLS, *(byte + SPECIALS for byte in text.encode()[: length - 2]), SEP]
-
-
-def byte_text(ids: Sequence[int]) -> str:
-    """Return the text of ids up to SEP; other special ids are left out, and what is not UTF-8 becomes U+FFFD."""
-    whole = list(ids)
-    end = whole.index(SEP) if SEP in whole else len(whole)
-    return bytes(number - SPECIALS for number in whole[:end] if number >= SPECIALS).decode("utf-8", "replace")
 
 
 class TextConfig(Config):

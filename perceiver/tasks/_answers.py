@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver.config import UserError
-from perceiver.modalities.text import SEP
 from perceiver.tasks._base import Batch
+from perceiver.text_ids import SEP
 
 
 @dataclass(frozen=True)

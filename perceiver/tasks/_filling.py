@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from perceiver.modalities.text import CLS, SEP, SPECIALS
 from perceiver.tasks._base import network
+from perceiver.text_ids import CLS, SEP, SPECIALS
 
 MASK = "[MASK]"
 LONGEST, GUESS = 12, 5

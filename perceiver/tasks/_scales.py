@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from perceiver.config import Config, Real, UserError
+from perceiver.tasks._agreement import pearson, rank_rows
 
 Loss = Literal["mse", "l1", "huber"]
 _Mean = Annotated[Real, Field(ge=-1e15, le=1e15)]
@@ -102,12 +103,16 @@ def error_sums(names: Sequence[str], outputs: Tensor, wanted: Tensor, valid: Ten
     zero = torch.zeros((), dtype=torch.float64, device=valid.device)
     error = (outputs.detach().double() - wanted.double()).where(keep, zero)
     true = wanted.double().where(keep, zero)
+    given = outputs.detach().double().where(keep, zero)
     sums = {"absolute": error.abs(), "square": error.square(), "true": true, "true_square": true.square()}
+    sums |= {"given": given, "given_square": given.square(), "product": given * true}
     return {f"{what}/{name}": column for what, each in sums.items() for name, column in zip(names, each.sum(0))}
 
 
 def error_figures(names: Sequence[str], std: Sequence[float], sums: Mapping[str, Any], n: float) -> dict[str, float]:
-    """Return mae and rmse in units and r2 of each number, as `mae/NAME`.
+    """Return mae and rmse in units, r2, and Pearson's and Spearman's correlation of each number, as `mae/NAME`.
+
+    Spearman's needs the rows of an evaluation (`number_rows`).
 
     R2 is 1 - the squared errors over the squared deviations from the mean of the evaluated samples, both from sums, so
     that it is the same on any number of workers. It is 0 if all true values are the same.
@@ -118,4 +123,9 @@ def error_figures(names: Sequence[str], std: Sequence[float], sums: Mapping[str,
         figures[f"mae/{name}"] = scale * sums[f"absolute/{name}"] / n
         figures[f"rmse/{name}"] = scale * math.sqrt(max(sums[f"square/{name}"], 0.0) / n)
         figures[f"r2/{name}"] = 1 - sums[f"square/{name}"] / spread if spread > 1e-12 * n else 0.0
+        squares = sums[f"given_square/{name}"], sums[f"true_square/{name}"]
+        figures[f"pearson/{name}"] = pearson(
+            sums[f"product/{name}"], sums[f"given/{name}"], sums[f"true/{name}"], squares, n
+        )
+        figures |= rank_rows(sums, name)
     return figures

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from perceiver.modalities.text import byte_text
 from perceiver.tasks._captions import cider_d
+from perceiver.text_ids import byte_text
 
 PARTS = ("seen", "held_out")
 NAMES = {"exact": "accuracy", "ap50": "ap50", "none": "none"}

@@ -1,10 +1,10 @@
-"""Single-label classification: softmax cross-entropy with label smoothing, top-1 and top-5 accuracy.
+"""Single-label classification: softmax cross-entropy with label smoothing; accuracy, F1 and Matthews' correlation.
 
 Source: Perceiver §4.1, Perceiver IO App. A.1 (label smoothing 0.1, MixUp and CutMix on half of a batch each).
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.config import Config, Real, Seed, UserError
+from perceiver.tasks._agreement import class_counts, class_figures
 from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, labelled_rows
 from perceiver.tasks._clips import clip_logits, mean_softmax
 from perceiver.tasks._weights import WEIGHTS, ClassWeights, weight_tensor
@@ -77,6 +78,8 @@ class Classification(RandomTask):
                 "correct": (top[:, 0] & valid).sum().float(),
                 "correct_top5": (top.any(1) & valid).sum().float(),
             }
+            if not model.training:
+                sums["counts"] = class_counts(logits.argmax(1), labels, valid, logits.shape[1])
         return LossOutput(loss_sum, sums)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,13 +87,13 @@ class Classification(RandomTask):
         weight = None if self.weights is None else self.weights.to(logits.device)
         return nn.functional.cross_entropy(logits, labels, weight, reduction="none", label_smoothing=smoothing)
 
-    def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
-        """Return loss, accuracy and (for more than five classes) accuracy_top5."""
+    def summarise(self, sums: Mapping[str, Any], count: float) -> dict[str, float]:
+        """Return loss, accuracy and (for more than five classes) accuracy_top5; of evaluations also f1 and matthews."""
         count = max(count, 1.0)
         metrics = {"loss": sums["loss"] / count, "accuracy": sums["correct"] / count}
         if self.classes > 5:
             metrics["accuracy_top5"] = sums["correct_top5"] / count
-        return metrics
+        return metrics | (class_figures(sums["counts"]) if "counts" in sums else {})
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from perceiver.config import Config, NonNegative, Positive, Real, UserError
+from perceiver.tasks._agreement import class_counts, class_figures, number_rows
 from perceiver.tasks._base import Batch, LossOutput, Task, model_inputs, valid_rows
 from perceiver.tasks._scales import Loss, Scale, TaskTarget, elementwise, error_figures, error_sums, label_key
 from perceiver.tasks._weights import ClassWeights, weight_tensor
@@ -85,13 +86,15 @@ class Multitask:
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Sum the weighted losses over the valid targets of all tasks."""
         outputs: dict[str, Tensor] = model(model_inputs(model, batch))
-        losses, sums = [], {}
+        losses, sums, rows = [], {}, {}
         for name, share in self.config.tasks.items():
             wanted, valid = self._target(batch, name)
             found = outputs[name].float()
             if name in self.columns:
                 each = elementwise(self.config.loss, found, wanted, self.config.huber_delta)[:, 0]
                 sums |= error_sums([name], found, wanted, valid)
+                if not model.training:
+                    rows[f"numbers/{name}"] = number_rows(found[:, 0], wanted[:, 0], valid)
             else:
                 weight = self.weights.get(name)
                 each = nn.functional.cross_entropy(
@@ -102,15 +105,17 @@ class Multitask:
                     label_smoothing=self.config.label_smoothing,
                 )
                 sums[f"correct/{name}"] = ((found.argmax(1) == wanted) & valid).sum().float()
+                if not model.training:
+                    sums[f"counts/{name}"] = class_counts(found.argmax(1), wanted, valid, found.shape[1])
             losses.append(share * (each * valid).sum())
             sums[f"loss/{name}"] = (each.detach() * valid).sum()
             sums[f"count/{name}"] = valid.sum().float()
         loss_sum = torch.stack(losses).sum()
-        return LossOutput(loss_sum, {"loss": loss_sum.detach(), **sums})
+        return LossOutput(loss_sum, {"loss": loss_sum.detach(), **sums}, rows)
 
     def summarise(self, sums: Mapping[str, Any], count: float) -> dict[str, float]:
-        """Return loss, `loss_NAME` of each task, `accuracy_NAME` of classes, `mae_NAME`, `rmse_NAME` and `r2_NAME` of
-        numbers, and the means `accuracy` and `r2`."""
+        """Return loss, `loss_NAME` of each task, `accuracy_NAME` of classes, `mae_NAME`, `rmse_NAME`, `r2_NAME` and
+        `pearson_NAME` of numbers, the means `accuracy` and `r2`; of evaluations also f1 and matthews, spearman."""
         metrics = {"loss": sums["loss"] / max(count, 1.0)}
         for name in self.config.tasks:
             n = max(sums[f"count/{name}"], 1.0)
@@ -120,6 +125,9 @@ class Multitask:
                 metrics |= {key.replace("/", "_"): value for key, value in error_figures([name], std, sums, n).items()}
             else:
                 metrics[f"accuracy_{name}"] = sums[f"correct/{name}"] / n
+                if f"counts/{name}" in sums:
+                    figures = class_figures(sums[f"counts/{name}"])
+                    metrics |= {f"{what}_{name}": figure for what, figure in figures.items()}
         for what, names in (("accuracy", self.config.tasks.keys() - self.columns.keys()), ("r2", self.columns.keys())):
             if names:
                 metrics[what] = sum(metrics[f"{what}_{name}"] for name in sorted(names)) / len(names)

@@ -1,4 +1,4 @@
-"""Regression: one or several numbers per sample, normalised by the training split; MAE, RMSE and R2 in their units."""
+"""Regression: numbers per sample, normalised by the training split; MAE and RMSE in their units, R2, correlations."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perceiver.config import Config, Positive
+from perceiver.tasks._agreement import number_rows
 from perceiver.tasks._base import Batch, LossOutput, Task, valid_rows
 from perceiver.tasks._clips import clip_logits, mean_output
 from perceiver.tasks._scales import Loss, Scale, Targets, elementwise, error_figures, error_sums, given
@@ -54,13 +55,16 @@ class Regression:
         found = clip_logits(model, batch, mean_output)
         each = elementwise(self.config.loss, found, wanted, self.config.huber_delta).mean(1)
         loss_sum = (each * valid).sum()
-        return LossOutput(loss_sum, {"loss": loss_sum.detach(), **error_sums(self.names, found, wanted, valid)})
+        columns = () if model.training else zip(self.names, found.T, wanted.T, strict=True)
+        rows = {f"numbers/{name}": number_rows(given, true, valid) for name, given, true in columns}
+        return LossOutput(loss_sum, {"loss": loss_sum.detach(), **error_sums(self.names, found, wanted, valid)}, rows)
 
     def summarise(self, sums: Mapping[str, Any], count: float) -> dict[str, float]:
-        """Return loss, and mae, rmse, r2: means over the numbers, and `mae_NAME` of each if there are several."""
+        """Return loss, and mae, rmse, r2, pearson, in evaluations also spearman: means over the numbers, and of each
+        `mae_NAME` and so on if there are several."""
         each = error_figures(self.names, self.std, sums, count)
         figures = {"loss": sums["loss"] / max(count, 1.0)}
-        for what in ("mae", "rmse", "r2"):
+        for what in dict.fromkeys(key.partition("/")[0] for key in each):
             figures[what] = sum(each[f"{what}/{name}"] for name in self.names) / len(self.names)
         if len(self.names) > 1:
             figures |= {key.replace("/", "_"): value for key, value in each.items()}

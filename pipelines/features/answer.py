@@ -10,8 +10,8 @@ from pydantic import Field
 
 from perceiver.config import Count, UserError
 from perceiver.storage import NonNegativeCount
+from perceiver.text_ids import SEP, SPECIALS
 from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
-from pipelines.features.text import SEP, SPECIALS
 from pipelines.transforms import BadSample
 
 

@@ -7,16 +7,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from perceiver.text_ids import CLS, SEP, SPECIALS, cut_parts
 from pipelines.features.base import BaseFeature, RngFactory, Shapes, ViewConfig
 from pipelines.transforms import BadSample
 
-PAD, BOS, EOS, MASK, CLS, SEP = range(6)
-SPECIALS = 6
-"""The special ids of Perceiver IO's byte models (appendix F); ids of the 256 bytes follow."""
-
 
 class TextFeature(BaseFeature):
-    """One text per sample; in a batch int64 (M,) ids and, as `<name>_mask`, bool (M,), True where there is a token."""
+    """One text per sample; in a batch int64 (M,) ids and, as `<name>_mask`, bool (M,), True where there is a token.
+
+    Several texts, such as a pair of sentences, are stored as one (`perceiver.text_ids.joined`).
+    """
 
     arrow: ClassVar[pa.DataType] = pa.string()
     bounded: ClassVar[bool] = True
@@ -36,7 +36,7 @@ class TextFeature(BaseFeature):
 
     def exceeds(self, decoded: Any, view: ViewConfig) -> bool:
         """Return whether the text is cut."""
-        return len(decoded.encode()) > view.text_length - 2
+        return len(decoded.encode()) > view.text_length - 2  # BETWEEN takes a byte here and an id there
 
     def excess(self, view: ViewConfig) -> str:
         """See `BaseFeature`."""
@@ -52,12 +52,14 @@ class TextFeature(BaseFeature):
 
 
 def byte_tokens(text: str, length: int) -> tuple[NDArray[np.int64], int]:
-    """Return the ids (length,) of a text: CLS, its UTF-8 bytes + 6, SEP, padding; a longer text is cut before SEP.
+    """Return the ids (length,) of a text, see `perceiver.text_ids.byte_ids`, with padding.
 
     The second value is the number of ids that are not padding.
     """
-    raw = np.frombuffer(text.encode("utf-8")[: length - 2], np.uint8)
-    ids = np.zeros(length, np.int64)
-    ids[0], ids[raw.size + 1] = CLS, SEP
-    ids[1 : raw.size + 1] = raw.astype(np.int64) + SPECIALS
-    return ids, raw.size + 2
+    ids, end = np.zeros(length, np.int64), 1
+    ids[0] = CLS
+    for part in cut_parts(text, length):
+        ids[end : end + len(part)] = np.frombuffer(part, np.uint8).astype(np.int64) + SPECIALS
+        ids[end + len(part)] = SEP
+        end += len(part) + 1
+    return ids, end

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from perceiver.report.figures import image_uri, montage
 from perceiver.report.page import CardPart, data_uri
+from perceiver.text_ids import BETWEEN
 from pipelines.features.audio import clip
 from pipelines.features.boxes import Corners
 from pipelines.transforms.audio import AudioViewConfig, Sound
@@ -44,7 +45,8 @@ def show(kind: str, stored: Any, decoded: Any) -> list[CardPart]:
         case "image":
             return [CardPart("picture", image_uri(to_image(decoded)), f"{decoded.shape[1]} × {decoded.shape[0]}")]
         case "text":
-            cut = decoded if len(decoded) <= CHARACTERS else decoded[:CHARACTERS] + "…"
+            shown = decoded.replace(BETWEEN, " | ")
+            cut = shown if len(shown) <= CHARACTERS else shown[:CHARACTERS] + "…"
             return [CardPart("text", cut, f"{len(decoded):,} characters")]
         case "answer":
             return [CardPart("text", decoded, "the answer")] if decoded else []

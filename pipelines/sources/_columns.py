@@ -8,11 +8,13 @@ import pyarrow as pa
 from perceiver.config import UserError
 from pipelines.sources._division import COLUMNS
 from pipelines.sources._labels import is_label, is_labels, is_list, is_text, unsuitable
-from pipelines.sources._targets import label_columns, target_columns
+from pipelines.sources._targets import label_columns, target_columns, text_columns
 
 INPUTS = ("image", "audio", "video", "points", "text")
 TARGET = "target:"
 """Begins the key of a target's column among the columns of features."""
+MORE_TEXT = "text:"
+"""Begins the key of a text's column after the first one."""
 
 Suitable = Callable[[pa.DataType], bool]
 """Returns whether values of a type can be a feature."""
@@ -62,7 +64,7 @@ def fits(feature: str, schema: pa.Schema, column: str) -> bool:
 def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str]:
     """Return the table's column for each feature, and of `split` and `group`.
 
-    Several labels have the keys `label_NAME`, targets `target:COLUMN`.
+    Several labels have the keys `label_NAME`, targets `target:COLUMN`, texts after the first one `text:COLUMN`.
 
     Raises:
         UserError: a column does not exist, exists twice, or has a type that cannot be the feature; or `label` and
@@ -81,6 +83,10 @@ def find_columns(schema: pa.Schema, options: Mapping[str, str]) -> dict[str, str
         elif feature == "label" and "," in name:
             several = label_columns(options, schema.names, "the table")
             columns |= {key: _checked(schema, "label", column) for key, column in several.items()}
+        elif feature == "text" and "," in name:
+            first, *others = text_columns(options, schema.names, "the table")
+            columns["text"] = _checked(schema, "text", first)
+            columns |= {f"{MORE_TEXT}{column}": _checked(schema, "text", column) for column in others}
         elif name and feature in options:
             raise UserError(
                 f"option {feature}={name}: no such column; the table has "

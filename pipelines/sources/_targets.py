@@ -1,11 +1,12 @@
-"""Targets in columns of tables: the options `target` (numbers) and `label` (classes) name columns, with commas."""
+"""Several columns of tables: the options `target` (numbers), `label` (classes) and `text` name them, with commas."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from perceiver.config import UserError
+from perceiver.text_ids import joined
 from pipelines.features import TargetFeature
 
 LABEL = "label_"
@@ -34,6 +35,23 @@ def target_columns(options: Mapping[str, str], there: Sequence[str], where: str)
         UserError: a column does not exist or is named twice.
     """
     return _columns("target", options, there, where)
+
+
+def text_columns(options: Mapping[str, str], there: Sequence[str], where: str) -> list[str]:
+    """Return the columns that the option `text` names with commas, such as those of pairs of sentences.
+
+    Raises:
+        UserError: a column does not exist or is named twice.
+    """
+    return _columns("text", options, there, where)
+
+
+def texts_of(values: Iterable[Any]) -> str:
+    """Return the texts of a row as one; raise `ValueError` with a reason for the quarantine if one is missing."""
+    texts = [value.strip() if isinstance(value, str) else "" for value in values]
+    if not all(texts):
+        raise ValueError("no text")
+    return joined(*texts)
 
 
 def _columns(option: str, options: Mapping[str, str], there: Sequence[str], where: str) -> list[str]:

@@ -2,9 +2,9 @@
 
 A sample is half a second of video and sound: a handwritten digit of `digits` that drifts over four noisy frames of
 32x32 behind an upright bar, and the beginning of a note of `notes` in as much noise. Digit c has a note of family c;
-the class is c. Samples are Matroska files, so they are read like real recordings. Pixels and samples are not compressed:
-coding saved a tenth of the bytes, since they are noisy, and took two thirds of the time to read a sample.
-Digits and pitches are held out as in the two sources.
+the class is c. Samples are Matroska files, so they are read like real recordings, without compression: it saved a tenth
+of the bytes, since they are noisy, and took two thirds of the time to read a sample. Digits and pitches are held out as
+in the two sources.
 """
 
 import functools

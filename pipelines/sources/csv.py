@@ -40,7 +40,15 @@ from pipelines.sources._series import (
     series_columns,
     series_names,
 )
-from pipelines.sources._targets import LABEL, label_columns, target_columns, target_feature, target_values
+from pipelines.sources._targets import (
+    LABEL,
+    label_columns,
+    target_columns,
+    target_feature,
+    target_values,
+    text_columns,
+    texts_of,
+)
 from pipelines.transforms import BadSample
 from pipelines.transforms.cloud import read_points
 from pipelines.transforms.mask import pack
@@ -79,7 +87,8 @@ class CsvSource:
     `mask` (a PNG with a class for each pixel, whose names `classes` gives), `labels` (several classes of one kind:
     a list in JSON, else separated by `separator`, `;`), `split` (a split's name), `group` (rows with the same value
     stay in one split); each is taken by its name where the table has it, and left out with an empty value. `label`
-    may name several columns with commas, which are labels with classes of their own. `target` names columns of
+    may name several columns with commas, which are labels with classes of their own, and `text` several, which the
+    model reads one after the other, with SEP between them. `target` names columns of
     numbers, with commas. `series` (columns of numbers with commas, or `all`, see `_series`), `length` (its steps, or
     `any`), `classes` (names with commas), `channels`, `features` (columns of a point after x, y, z),
     `held_out` (share of the rows, 0.2), `splits` (`names`: by names of the tables; `none`).
@@ -183,6 +192,8 @@ class RowReader:
         if feature == "label" and "labels" in columns:
             names = several(row.cells.get(columns["labels"]), options)
             return [label_number(name, self.index, len(self.content["classes"])) for name in names]
+        if feature == "text" and columns[feature] not in row.cells:
+            return texts_of(row.cells.get(column) for column in columns[feature].split(","))
         value = row.cells.get(columns[feature])
         if feature in self.own:
             name = one_label(value)
@@ -263,8 +274,9 @@ def _place(row: Row, cell: str) -> str:
 
 
 def _used(columns: Mapping[str, str]) -> list[str]:
-    """Return the table's columns of the features; `target` has several."""
-    return [one for feature, name in columns.items() for one in (name.split(",") if feature == "target" else [name])]
+    """Return the table's columns of the features; `target` and `text` may have several."""
+    several = ("target", "text")
+    return [one for feature, name in columns.items() for one in (name.split(",") if feature in several else [name])]
 
 
 def _rows(folder: Folder, name: str) -> Iterator[Row]:
@@ -279,7 +291,7 @@ def _column_names(rows: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def find_columns(folder: Folder, there: Sequence[str], options: Mapping[str, str]) -> dict[str, str]:
-    """Return the column of each feature, those of `target` with commas, and of `split` and `group`.
+    """Return the column of each feature, those of `target` and several of `text` with commas, `split` and `group`.
 
     Raises:
         UserError: a column does not exist, or both `label` and `labels`.
@@ -291,6 +303,8 @@ def find_columns(folder: Folder, there: Sequence[str], options: Mapping[str, str
             columns[feature] = name
         elif feature == "label" and "," in name:
             columns |= label_columns(options, there, folder.url)
+        elif feature == "text" and "," in name:
+            columns["text"] = ",".join(text_columns(options, there, folder.url))
         elif name and feature in options:
             raise UserError(f"option {feature}={name}: {folder.url} has no such column; it has {', '.join(there)}")
     if targets := target_columns(options, there, folder.url):

@@ -28,7 +28,7 @@ from pipelines.features import (
 )
 from pipelines.shards.parquet import row_key
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
-from pipelines.sources._columns import INPUTS, TARGET, check_input, check_once, find_columns, fits, is_number
+from pipelines.sources._columns import INPUTS, MORE_TEXT, TARGET, check_input, check_once, find_columns, fits, is_number
 from pipelines.sources._common import base_name, number, source_folder
 from pipelines.sources._division import COLUMNS, Division, divide
 from pipelines.sources._files import look, others_version, read_below, unreadable
@@ -56,7 +56,7 @@ from pipelines.sources._row_groups import (
     units_of,
 )
 from pipelines.sources._series import ReadFile, SeriesColumns, counted_columns, series_columns, series_names
-from pipelines.sources._targets import LABEL, target_feature, target_values
+from pipelines.sources._targets import LABEL, target_feature, target_values, texts_of
 from pipelines.transforms import BadSample
 from pipelines.transforms.points import points_of_rows
 
@@ -70,7 +70,8 @@ class TableSource:
     """The source: Parquet files. Row groups are shuffled over the shards; rows keep their order within them.
 
     Options: `image`, `audio`, `video`, `points`, `text`, `label`, `labels` (columns, `labels` of lists; `label` of
-    several columns: labels with classes of their own; empty: without), `series` (columns of numbers with commas, or
+    several columns: labels with classes of their own; `text` of several: read one after the other, with SEP between
+    them; empty: without), `series` (columns of numbers with commas, or
     `all`, see `_series`), `length` (its steps, or `any`), `target` (columns of numbers, with commas), `split` (the
     column of each row's split), `group` (rows with the same value stay in one split), `classes` (names with commas),
     `features` (columns of a point after x, y, z), `channels` (1 or 3; default: as found), `held_out` (share of the
@@ -176,8 +177,10 @@ class RowReader:
         self.numbered = _numbering(content["classes"])
         self.own = {feature: _numbering(names) for feature, names in content["own"].items()}
         self.targets = [column for feature, column in self.columns.items() if feature.startswith(TARGET)]
+        self.texts = [feature for feature in self.columns if feature.startswith(MORE_TEXT)]
+        others = {*COLUMNS, *self.texts}
         self.features = [
-            feature for feature in self.columns if feature not in COLUMNS and not feature.startswith(TARGET)
+            feature for feature in self.columns if feature not in others and not feature.startswith(TARGET)
         ]
 
     def __call__(self, table: pa.Table, numbers: pa.Table, row: int, read: ReadFile) -> dict[str, Any]:
@@ -193,6 +196,8 @@ class RowReader:
             raise ValueError(f"no {missing[0]}")
         if self.own and all(sample[name] is None for name in self.own):
             raise ValueError("no label")
+        if self.texts:
+            sample["text"] = texts_of(table.column(name)[row].as_py() for name in ("text", *self.texts))
         for name, numbered in self.own.items():
             if sample[name] is not None:
                 sample[name] = numbered(sample[name])

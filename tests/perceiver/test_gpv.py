@@ -15,7 +15,7 @@ from perceiver.export.formats import export_onnx
 from perceiver.export.parts import load_parts
 from perceiver.export.weights import Saved
 from perceiver.factory import build_model, create_model, input_keys, model_config
-from perceiver.modalities.text import byte_ids, byte_text
+from perceiver.text_ids import byte_ids, byte_text
 
 IMAGE = {"kind": "image", "size": (16, 16), "positions": {"kind": "none"}}
 TEXT = {"kind": "text", "length": 12, "channels": 8}

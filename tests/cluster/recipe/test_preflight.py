@@ -179,10 +179,10 @@ def test_a_task_without_its_targets_or_its_decoder(
 def test_an_unknown_metric_of_the_best_checkpoint(tree: dict[str, Any]) -> None:
     tree["train"]["keep_best"] = {"metric": "eval/acuracy"}
     message = refused(tree)
-    assert "train.keep_best.metric = 'eval/acuracy'" in message and "eval/accuracy, eval/loss" in message
+    assert "train.keep_best.metric = 'eval/acuracy'" in message and "eval/accuracy, eval/f1, eval/loss" in message
     tree["train"] |= {"keep_best": None, "early_stop": {"metric": "train/loss"}}
     message = refused(tree)
-    assert "train.early_stop.metric = 'train/loss'" in message and "eval/accuracy, eval/loss" in message
+    assert "train.early_stop.metric = 'train/loss'" in message and "eval/accuracy, eval/f1, eval/loss" in message
     tree["train"]["early_stop"] = None
     for number, known in enumerate(("eval/loss", "train/loss")):
         tree["train"]["keep_best"] = {"metric": known, "mode": "min"}

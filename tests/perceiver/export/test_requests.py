@@ -12,7 +12,7 @@ from PIL import Image
 
 from perceiver.export.requests import Requests
 from perceiver.export.serving import Answers
-from perceiver.modalities.text import byte_ids
+from perceiver.text_ids import byte_ids
 from pipelines.features.text import byte_tokens
 from pipelines.transforms.decode import decode_image
 from pipelines.transforms.image import evaluation_view

@@ -9,12 +9,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from perceiver.config import UserError
-from perceiver.modalities.text import byte_ids, byte_text
 from perceiver.tasks import build_task
 from perceiver.tasks._answers import predicted_answers
 from perceiver.tasks._boxes import generalized_iou
 from perceiver.tasks._captions import cider_d
 from perceiver.tasks.general import GeneralConfig
+from perceiver.text_ids import byte_ids, byte_text
 from perceiver.train.engine.protocol import evaluate
 from perceiver.train.engine.ranks import Ranks
 

@@ -125,6 +125,34 @@ def test_an_index_refuses_them_by_name(tmp_path: Path, option: str) -> None:
         index("table", str(tmp_path / "src"), str(tmp_path / "out"), PrepareConfig(options={option: "column"}))
 
 
+def test_an_index_refuses_several_texts(tmp_path: Path) -> None:
+    table(tmp_path / "src" / "train.parquet", a=["a", "b"], b=["c", "d"])
+    with pytest.raises(UserError, match="--index cannot take the option text with several columns"):
+        index("table", str(tmp_path / "src"), str(tmp_path / "out"), PrepareConfig(options={"text": "a,b"}))
+
+
+@pytest.mark.parametrize("source", ["table", "csv"])
+def test_several_texts_of_a_row_are_read_one_after_the_other(tmp_path: Path, source: str) -> None:
+    """A row in which one is missing is quarantined; the separator in a text does not divide it."""
+    columns = {"a": ["one", "two", "x\x1fy", "five"], "b": ["1", "", "3", "5"], "c": ["p", "q", "p", "q"]}
+    if source == "table":
+        table(tmp_path / "src" / "t.parquet", **columns)
+    else:
+        rows = [",".join(row) for row in zip(*columns.values(), strict=True)]
+        write(tmp_path / "src", {"t.csv": "\n".join([",".join(columns), *rows, ""]).encode()})
+    found = prepared(tmp_path, source, text="b,a", label="c", held_out="none")
+    texts = [row["text"] for row in found.rows["train"].values()]
+    assert sorted(texts) == ["1\x1fone", "3\x1fx y", "5\x1ffive"]
+    assert list(found.rejected.values()) == ["no text"]
+
+
+@pytest.mark.parametrize(("text", "message"), [("a,z", "no column z"), ("a,a", "column a is named twice")])
+def test_texts_that_are_not_there_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    table(tmp_path / "src" / "t.parquet", a=["a", "b"], b=["c", "d"])
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path, "table", text=text)
+
+
 COLUMNS = {
     "a": list(range(12)),
     "b": [i / 2 for i in range(12)],

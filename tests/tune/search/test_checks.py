@@ -91,7 +91,8 @@ def test_a_bad_search(tmp_path: Path, tree: dict[str, Any], changes: dict[str, A
     ("task", "wanted"),
     [
         ({"kind": "tagging"}, {"loss", "mean_average_precision"}),
-        ({"kind": "multitask", "tasks": {"hue": 1.0}}, {"accuracy_hue"}),
+        ({"kind": "classification"}, {"f1", "matthews"}),
+        ({"kind": "multitask", "tasks": {"hue": 1.0}}, {"accuracy_hue", "f1_hue"}),
         ({"kind": "autoencoding"}, {"psnr_audio"}),
         ({"kind": "flow"}, {"loss"}),
         ({"kind": "masked_language"}, {"perplexity"}),

@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 
 from perceiver.factory import build_model, model_config
-from perceiver.modalities.text import SEP
 from perceiver.optim.config import OptimConfig
 from perceiver.tasks import TaskConfig, build_task
 from perceiver.tasks.classification import ClassificationConfig
 from perceiver.tasks.general import GeneralConfig
 from perceiver.tasks.masked_language import MaskedLanguageConfig
+from perceiver.text_ids import SEP
 from perceiver.train.engine.deepspeed_config import BatchPlan, DeepSpeedConfig
 from perceiver.train.engine.deepspeed_engine import DeepSpeedEngine
 from perceiver.train.engine.protocol import Engine
