@@ -96,7 +96,7 @@ def image_sets(root: Path) -> None:
 
 
 def media(root: Path) -> None:
-    """Write sounds, videos, and AudioSet's lists with clips of two thirds of their segments."""
+    """Write sounds, videos, and the lists of AudioSet and Kinetics, with clips of two thirds of AudioSet's segments."""
     clip = media_file(list(range(0, 400, 40)), list(range(0, 250, 25)), sound=ramp(0.4, 16_000))
     for index in range(6):
         kind = ("cat", "dog")[index % 2]
@@ -111,6 +111,10 @@ def media(root: Path) -> None:
     )
     write(root / "AudioSet", {"class_labels_indices.csv": classes})
     write(root / "AudioSet/clips", {f"{name}.mkv": clip for i, name in enumerate(names) if i % 6})
+    for split, part in (("train", names[:8]), ("validate", names[8:12])):
+        rows = [[("zumba", "yoga")[i % 2], name, 0, 10, split] for i, name in enumerate(part)]
+        write(root / "Kinetics", {f"{split}.csv": text_of("label,youtube_id,time_start,time_end,split", rows)})
+        write(root / "Kinetics", {f"{split}/{name}_000000_000010.mkv": clip for name in part})
 
 
 def clouds(root: Path) -> None:

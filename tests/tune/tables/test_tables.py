@@ -30,13 +30,15 @@ NAMES = (
     "imagenet",
     "permuted-imagenet",
     "audioset",
+    "audioset-io",
     "modelnet40",
     "ablation-latents",
     "ablation-cross-attends",
     "ablation-sharing",
     "positions",
 )
-CLASSES = {"audioset": {"small": 10, "full": 527}, "modelnet40": {"small": 10, "full": 40}}
+AUDIOSET = {"small": 10, "full": 527}
+CLASSES = {"audioset": AUDIOSET, "audioset-io": AUDIOSET, "modelnet40": {"small": 10, "full": 40}}
 
 
 @pytest.fixture
