@@ -22,7 +22,7 @@ def cut_parts(text: str, length: int) -> list[bytes]:
 
     The longest parts are cut, to the same size; bytes that do not divide evenly go to the first of them.
     """
-    parts = [part.encode() for part in text.split(BETWEEN, max(0, length - 2))]
+    parts = [part[:length].encode() for part in text.split(BETWEEN, max(0, length - 2))]
     left = max(0, length - 1 - len(parts))
     for done, index in enumerate(sorted(range(len(parts)), key=lambda i: (len(parts[i]), -i))):
         parts[index] = parts[index][: left // (len(parts) - done)]

@@ -3,9 +3,9 @@
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import psutil
 import torch
@@ -393,13 +393,17 @@ def place_some(recipe: Recipe, nodes: Sequence[Node]) -> float:
 class _Sums(dict[str, Any]):
     """Sums of an evaluation in which every key is present: 1, and one row of each kind of rows."""
 
+    ROWS: ClassVar[Mapping[str, torch.Tensor]] = {
+        "texts": torch.tensor([[1, SPECIALS, SPECIALS]]),
+        "numbers": torch.ones(1, 2, dtype=torch.int64),
+        "counts": torch.ones(3, 2),
+    }
+
     def __contains__(self, key: object) -> bool:
         return True
 
     def __missing__(self, key: str) -> Any:
-        of_each = {"texts": torch.tensor([[1, SPECIALS, SPECIALS]]), "numbers": torch.ones(1, 2, dtype=torch.int64)}
-        of_each["counts"] = torch.ones(3, 2)  # of the classes
-        return of_each.get(key.partition("/")[0], 1.0)
+        return self.ROWS.get(key.partition("/")[0], 1.0)
 
 
 def evaluation_metrics(recipe: Recipe, classes: int) -> list[str]:

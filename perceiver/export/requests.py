@@ -87,7 +87,7 @@ class Requests:
 
     def _ids(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
         length = self.like["text"].shape[1]
-        pairs = [byte_ids(text[:length], length) for text in texts]
+        pairs = [byte_ids(text, length) for text in texts]
         ids = np.zeros((len(pairs), length), np.int64)
         for row, found in zip(ids, pairs, strict=True):
             row[: len(found)] = found

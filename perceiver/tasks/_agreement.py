@@ -4,8 +4,6 @@ Counts add up over workers. Spearman's correlation needs all samples: their numb
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +74,3 @@ def _ranks(values: Tensor) -> Tensor:
     _, which, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[which]
-
-
-def rank_rows(rows: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Return `spearman/NAME` if the rows of all samples are there, as in evaluations."""
-    key = f"numbers/{name}"
-    return {f"spearman/{name}": spearman(rows[key])} if key in rows else {}

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from perceiver.config import Config, Real, UserError
-from perceiver.tasks._agreement import pearson, rank_rows
+from perceiver.tasks._agreement import pearson, spearman
 
 Loss = Literal["mse", "l1", "huber"]
 _Mean = Annotated[Real, Field(ge=-1e15, le=1e15)]
@@ -127,5 +127,6 @@ def error_figures(names: Sequence[str], std: Sequence[float], sums: Mapping[str,
         figures[f"pearson/{name}"] = pearson(
             sums[f"product/{name}"], sums[f"given/{name}"], sums[f"true/{name}"], squares, n
         )
-        figures |= rank_rows(sums, name)
+        if (rows := f"numbers/{name}") in sums:
+            figures[f"spearman/{name}"] = spearman(sums[rows])
     return figures

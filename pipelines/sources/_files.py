@@ -12,7 +12,7 @@ from pathlib import Path
 from perceiver.config import UserError
 from perceiver.storage import Folder, raise_unanswered, refusing
 from pipelines.shards.listing import file_tag, listed
-from pipelines.sources import Rejected
+from pipelines.sources import Rejected, Sample
 from pipelines.sources._common import MAX_FILE, path_below
 
 SYSTEM_NAMES = {
@@ -174,6 +174,16 @@ def read_below(folder: Folder, above: str, name: str) -> bytes:
         name: the path, relative to the table's folder.
     """
     return read_file(folder, above + path_below(name))
+
+
+def whole_file(folder: Folder, key: str, path: str, feature: str, label: int | list[int]) -> Sample | Rejected:
+    """Return a sample whose feature is a file as it is, or why there is none; an empty path is a missing file."""
+    if not path:
+        return Rejected(key, "no media file")
+    try:
+        return {"key": key, feature: folder.fs.cat_file(folder.file(path)), "label": label}
+    except OSError as error:
+        return unreadable(key, error)
 
 
 def unreadable(key: str, error: OSError) -> Rejected:

@@ -19,7 +19,7 @@ from perceiver.storage import Folder, open_folder
 from pipelines.features import AudioFeature, Feature, LabelsFeature, MediaFeature, VideoFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, read_list, shuffled_units, source_folder
-from pipelines.sources._files import Found, look, unreadable
+from pipelines.sources._files import Found, look, whole_file
 
 SOUND = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aac")
 VIDEO = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -94,15 +94,10 @@ class AudioSet:
         """Read the unit's files unchanged."""
         folder = open_folder(unit.content["src"])
         for key, path, labels in unit.content["items"]:
-            if not path:
-                yield Rejected(key, "no media file")
-            elif not labels:
+            if path and not labels:
                 yield Rejected(key, "no known label")
             else:
-                try:
-                    yield {"key": key, unit.content["feature"]: folder.fs.cat_file(folder.file(path)), "label": labels}
-                except OSError as error:
-                    yield unreadable(key, error)
+                yield whole_file(folder, key, path, unit.content["feature"], labels)
 
 
 def read_classes(folder: Folder, lists: Mapping[str, str]) -> dict[str, str]:

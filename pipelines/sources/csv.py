@@ -121,8 +121,9 @@ class CsvSource:
         held_out = held_out if "test" in parts else 0.0
         content = {"src": folder.url, "columns": columns, "classes": classes, "own": own, "seed": seed}
         content |= {"series": series, "options": dict(options)}
-        used = [*_used(columns), *(series.columns if series else ())]
-        others = [name for name in _column_names(rows) if name not in used]
+        there = _column_names(rows)
+        used = [*_used(columns, there), *(series.columns if series else ())]
+        others = [name for name in there if name not in used]
         taken = ", ".join(f"{feature} from {column}" for feature, column in columns.items())
         taken += f"{', ' * bool(taken)}series from {counted_columns(series.columns)}" if series else ""
         return Listing(
@@ -273,10 +274,9 @@ def _place(row: Row, cell: str) -> str:
         return ""
 
 
-def _used(columns: Mapping[str, str]) -> list[str]:
+def _used(columns: Mapping[str, str], there: Sequence[str]) -> list[str]:
     """Return the table's columns of the features; `target` and `text` may have several."""
-    several = ("target", "text")
-    return [one for feature, name in columns.items() for one in (name.split(",") if feature in several else [name])]
+    return [one for name in columns.values() for one in ([name] if name in there else name.split(","))]
 
 
 def _rows(folder: Folder, name: str) -> Iterator[Row]:
@@ -338,7 +338,8 @@ def find_series(
     def numeric(name: str) -> bool:
         return are_numbers(row.cells.get(name) for row in found[:LOOKED_AT])
 
-    names = series_names(_column_names(rows), _used(columns), numeric, options)
+    there = _column_names(rows)
+    names = series_names(there, _used(columns, there), numeric, options)
     if not names:
         return None
     some = [(row.cells, partial(read_below, folder, row.above)) for row in found[:PROBE]]

@@ -15,12 +15,12 @@ from perceiver.config import UserError
 from perceiver.storage import Folder, refusing
 from perceiver.text_ids import joined
 from pipelines.features import Feature, LabelFeature, TargetFeature, TextFeature
-from pipelines.shards.listing import file_tag
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, decode_utf8, shuffled_units, source_folder
-from pipelines.sources._files import version
+from pipelines.sources._files import versions_of
+from pipelines.sources._labels import label_number
 from pipelines.sources._targets import target_values
-from pipelines.sources.text import unit_documents
+from pipelines.sources.text import file_ranges, unit_documents
 
 ROW_BYTES = 200
 """Bytes of a row, about, for the size of shards."""
@@ -90,14 +90,10 @@ class GlueSource:
         name = choice(options, "task", TASKS, "")
         task = TASKS[name]
         folder = source_folder("glue", src, f"{task.folder}/{task.files['train']}")
-        parts: dict[str, list[tuple[str, int, int]]] = {}
-        columns: dict[str, tuple[str, ...]] = {}
-        versions: dict[str, str] = {}
-        for split, file in task.files.items():
-            path = f"{task.folder}/{file}"
-            size, versions[path], columns[path] = _look(folder, path, task)
-            step = shard_rows * ROW_BYTES
-            parts[split] = [(path, start, min(start + step, size)) for start in range(0, size, step)]
+        paths = {split: f"{task.folder}/{file}" for split, file in task.files.items()}
+        columns = {path: _columns(folder, path, task) for path in paths.values()}
+        size = shard_rows * ROW_BYTES
+        parts = {split: list(file_ranges(folder, [path], size, whole=False)) for split, path in paths.items()}
         features: dict[str, Feature] = {"text": TextFeature()}
         features |= {"label": LabelFeature()} if task.names else {"target": TargetFeature(names=(task.label,))}
         return Listing(
@@ -108,28 +104,29 @@ class GlueSource:
             origin=folder.url,
             units=shuffled_units(parts, random.Random(seed), 1, src=folder.url, task=name, columns=columns),
             notes=(f"test is {task.files['test']}, since the labels of the test file are not public",),
-            versions=versions,
+            versions=versions_of(folder, columns),
         )
 
     def samples(self, unit: Unit) -> Iterator[Sample | Rejected]:
         """Read the unit's rows."""
         task = TASKS[unit.content["task"]]
+        numbers = {name: number for number, name in enumerate(task.names)}
+        numbers |= {str(number): number for number in numbers.values()}
         for key, raw in unit_documents({**unit.content, "document": "line"}):
             columns = unit.content["columns"][key.rsplit("@", 1)[0]]
             try:
                 if not task.header and key.endswith("@0"):
                     continue
-                yield {"key": key, **_row(task, columns, raw)}
+                yield {"key": key, **_row(task, columns, numbers, raw)}
             except ValueError as error:
                 yield Rejected(key, str(error))
 
 
-def _look(folder: Folder, path: str, task: GlueTask) -> tuple[int, str, tuple[str, ...]]:
-    """Return size, version and columns of a file of a task."""
+def _columns(folder: Folder, path: str, task: GlueTask) -> tuple[str, ...]:
+    """Return the columns of a file of a task, or raise `UserError` if it is another one."""
     with refusing(f"source folder {folder.url}", "check the place and the access to it"):
         if not folder.fs.isfile(folder.file(path)):
             raise UserError(f"{folder.file(path)} does not exist: wanted GLUE's files, as of gluebenchmark.com")
-        facts = folder.fs.info(folder.file(path))
         head = folder.fs.cat_file(folder.file(path), start=0, end=HEADER_BYTES)
     try:
         line = decode_utf8(head.split(b"\n", 1)[0]).rstrip("\r")
@@ -140,10 +137,10 @@ def _look(folder: Folder, path: str, task: GlueTask) -> tuple[int, str, tuple[st
         raise UserError(
             f"{folder.file(path)} has no column {', '.join(missing)}; it has {line[:200]!r}: wanted GLUE's own file"
         )
-    return int(facts["size"]), version(int(facts["size"]), file_tag(facts)), columns
+    return columns
 
 
-def _row(task: GlueTask, columns: Sequence[str], raw: bytes) -> dict[str, Any]:
+def _row(task: GlueTask, columns: Sequence[str], numbers: Mapping[str, int], raw: bytes) -> dict[str, Any]:
     """Return the features of a row; raise `ValueError` with the reason if it cannot be used."""
     cells = decode_utf8(raw).rstrip("\r\n").split("\t")
     if len(cells) != len(columns):
@@ -155,12 +152,7 @@ def _row(task: GlueTask, columns: Sequence[str], raw: bytes) -> dict[str, Any]:
     text = joined(*texts)
     if not task.names:
         return {"text": text, "target": target_values(row, [task.label])}
-    label = row[task.label].strip()
-    known = {name: number for number, name in enumerate(task.names)}
-    known |= {str(number): number for number in known.values()}
-    if label not in known:
-        raise ValueError("an unknown label")
-    return {"text": text, "label": known[label]}
+    return {"text": text, "label": label_number(row[task.label].strip(), numbers, len(task.names))}
 
 
 source = GlueSource()

@@ -14,18 +14,13 @@ from collections.abc import Iterator, Mapping
 
 from perceiver.config import UserError
 from perceiver.storage import Folder, open_folder
-from pipelines.features import AudioFeature, Feature, LabelFeature, MediaFeature, VideoFeature
+from pipelines.features import LabelFeature
 from pipelines.sources import Listing, Rejected, Sample, Unit, refuse_options
 from pipelines.sources._common import choice, read_list, shuffled_units, source_folder
-from pipelines.sources._files import Found, look, unreadable
+from pipelines.sources._files import Found, look, whole_file
+from pipelines.sources.video_folder import KINDS
 
 VIDEO = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-KINDS: Mapping[str, tuple[str, Feature]] = {
-    "both": ("media", MediaFeature()),
-    "video": ("video", VideoFeature()),
-    "audio": ("audio", AudioFeature()),
-}
-"""By the option `media`: the feature's name, and the feature."""
 SPLITS = {"train": "train", "validate": "val", "val": "val", "validation": "val", "test": "test"}
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 FILE_NAME = re.compile(r"(.{11})_(\d{1,6})_(\d{1,6})\.\w+$")
@@ -74,13 +69,7 @@ class Kinetics:
         """Read the unit's files unchanged."""
         folder = open_folder(unit.content["src"])
         for key, path, label in unit.content["items"]:
-            if not path:
-                yield Rejected(key, "no media file")
-                continue
-            try:
-                yield {"key": key, unit.content["feature"]: folder.fs.cat_file(folder.file(path)), "label": label}
-            except OSError as error:
-                yield unreadable(key, error)
+            yield whole_file(folder, key, path, unit.content["feature"], label)
 
 
 def find_lists(folder: Folder, found: Found) -> dict[str, str]:

@@ -73,7 +73,7 @@ class TextSource:
         splits = splits_of_files(folder, found.names, options)
         rng, whole = random.Random(seed), content["document"] == "file"
         size = shard_rows * content["length"]
-        parts = {split or "train": list(_ranges(folder, names, size, whole)) for split, names in splits.items()}
+        parts = {split or "train": list(file_ranges(folder, names, size, whole)) for split, names in splits.items()}
         default = "0.05" if splits.keys() == {"train"} else None
         held_out = held_out_share(splits, folder, {"held_out": default, **options} if default else options, "0.05")
         if held_out:
@@ -124,7 +124,7 @@ def _check_encoding(folder: Folder, names: list[str]) -> None:
                 )
 
 
-def _ranges(folder: Folder, names: Iterable[str], size: int, whole: bool) -> Iterator[Range]:
+def file_ranges(folder: Folder, names: Iterable[str], size: int, whole: bool) -> Iterator[Range]:
     for name in names:
         total = folder.fs.size(folder.file(name))
         step = total if whole else size

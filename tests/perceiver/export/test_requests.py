@@ -49,7 +49,9 @@ def arrays(requests: Requests, sent: Any) -> dict[str, Any]:
     return requests(requests.samples(sent))
 
 
-@pytest.mark.parametrize("text", ["", "abc", "Grüße, Ἀθήνα und mehr"])
+@pytest.mark.parametrize(
+    "text", ["", "abc", "Grüße, Ἀθήνα und mehr", "a question that is long\x1fyes", "no\x1fἈθήνα, Ἀθήνα"]
+)
 def test_texts_have_the_ids_of_training(text: str) -> None:
     ids, count = byte_tokens(text, 12)
     found = arrays(TEXTS, {"text": [text, "x"]})

@@ -146,6 +146,13 @@ def test_several_texts_of_a_row_are_read_one_after_the_other(tmp_path: Path, sou
     assert list(found.rejected.values()) == ["no text"]
 
 
+def test_a_column_whose_name_has_a_comma_is_one_text(tmp_path: Path) -> None:
+    write(tmp_path / "src", {"t.csv": b'"a,b",a,b\none,1,2\n'})
+    found = prepared(tmp_path, "csv", text="a,b", held_out="none")
+    assert [row["text"] for row in found.rows["train"].values()] == ["one"]
+    assert "columns: text from a,b; not used: a, b" in found.notes
+
+
 @pytest.mark.parametrize(("text", "message"), [("a,z", "no column z"), ("a,a", "column a is named twice")])
 def test_texts_that_are_not_there_are_refused(tmp_path: Path, text: str, message: str) -> None:
     table(tmp_path / "src" / "t.parquet", a=["a", "b"], b=["c", "d"])
