@@ -15,7 +15,8 @@ from PIL import Image
 from cluster.predict.outputs import parquet
 from cluster.recipe.config import Recipe, build_recipe
 from cluster.record.run_folder import WEIGHTS, RunFolder
-from cluster.run.report import build_report, read_samples
+from cluster.run.report import build_report
+from cluster.run.samples import read_samples
 from perceiver.factory import build_model
 from perceiver.storage import open_folder
 from perceiver.train.checkpoint.store import CheckpointStore
