@@ -14,7 +14,7 @@ from perceiver.factory import input_maps
 from perceiver.model import PerceiverIO
 from perceiver.report.boxes import RELEVANT, Answered
 from perceiver.report.figures import picture
-from perceiver.report.page import CardPart
+from perceiver.report.page import Card
 from perceiver.text_ids import byte_text
 from pipelines.inspect.samples import strip
 from pipelines.shards.manifest import Manifest
@@ -23,11 +23,12 @@ from pipelines.transforms.mask import IGNORED, decode_mask, mask_colours
 ANSWERS_SHOWN = 6
 """Samples of each skill of a general task that are shown, as many of pairs that training did not show."""
 SEGMENTED = 12
-"""Samples of a segmentation that are shown."""
+SEGMENTED_NOTE = "the image, its mask, the prediction. Grey does not count."
+"""Samples of a segmentation that are shown, and what their cards show."""
 
 
-def segmented(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.ndarray]) -> list[tuple[str, CardPart]]:
-    """Return key and picture (image, mask, predicted mask) of some evaluation samples of a segmentation."""
+def segmented(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.ndarray]) -> list[Card]:
+    """Return pictures (image, mask, predicted mask) of some evaluation samples of a segmentation."""
     if kind_of(recipe.task) != "segmentation" or not predictions:
         return []
     ids = predictions["sample_id"]
@@ -39,7 +40,7 @@ def segmented(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.n
         if sample.image is not None and sample.mask is not None:
             guess = decode_mask(bytes(guesses[number]), sample.mask.size, IGNORED)
             colours = [mask_colours(mask) for mask in (sample.mask, guess)]
-            cards.append((sample.key, strip([picture(sample.image).convert("RGB"), *colours], sample.key)))
+            cards.append(Card(sample.key, [strip([picture(sample.image).convert("RGB"), *colours], sample.key)]))
     return cards
 
 

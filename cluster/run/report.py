@@ -10,7 +10,8 @@ import torch
 
 from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import RunFolder
-from cluster.run.answers import answered, segmented
+from cluster.run.answer_cards import drawn_cards
+from cluster.run.answers import SEGMENTED_NOTE, answered, segmented
 from cluster.run.samples import built_model, load_final, one_batch, read_samples
 from perceiver.factory import attention_maps, input_keys, input_maps
 from perceiver.model import Encoder
@@ -39,7 +40,9 @@ def build_report(
     history = History(folder.checkpoints.history(steps[-1])).rows
     wanted, shown = _examples(recipe, manifest, predictions)
     found = read_samples(recipe, manifest, wanted | set(shown), shown)
-    masks = segmented(recipe, manifest, predictions)
+    cards, cards_note = segmented(recipe, manifest, predictions), SEGMENTED_NOTE
+    if not cards:
+        cards, cards_note = drawn_cards(recipe, folder, manifest)
     images = {number: sample.image for number, sample in found.items() if sample.image is not None}
     views = {i: found[i].view for i in shown if i in found}
     data = ReportData(
@@ -53,7 +56,8 @@ def build_report(
         probabilities=predictions.get("probability"),
         numbers=_numbers(predictions),
         several=_several(recipe, predictions),
-        cards=masks,
+        cards=cards,
+        cards_note=cards_note,
         answered=answered(recipe, folder, manifest, predictions),
         images=images,
         parts={number: sample.parts for number, sample in found.items() if sample.parts},

@@ -32,7 +32,7 @@ class Sample:
         image: pixels (H, W, C), uint8, as the model reads them; None for other kinds of data.
         parts: text, spectrogram and player, frames or points of other kinds of data.
         mask: classes of the pixels (H, W), if the data have them.
-        view: what the model reads, by the batch's keys, of samples whose attention is shown.
+        view: what model and task read, by the batch's keys, of the samples for which it was asked.
     """
 
     key: str

@@ -1,6 +1,7 @@
 """Two frames for optical flow: 3x3 neighbourhoods of both, stacked, through a linear layer, with 2-D positions.
 
-Source: Perceiver IO §4.2 and App. H: images in [-1, 1], 54 values per pixel -> 64, Fourier 64 bands at (368, 496).
+Source: Perceiver IO §4.2 and App. H: images in [-1, 1], 54 values per pixel -> 64, Fourier 64 bands at (368, 496). The
+normalisation of each pair is ours, for small data.
 """
 
 from collections.abc import Mapping
@@ -17,11 +18,14 @@ from perceiver.positions import FourierConfig, Inputs, PositionConfig
 
 
 class FlowFramesConfig(Config):
-    """Two frames under the batch key `video` (B, 2, C, H, W): uint8 is mapped to [-1, 1], floats are taken as such."""
+    """Two frames under the batch key `video` (B, 2, C, H, W): uint8 is normalised, floats are taken as normalised."""
 
     kind: Literal["flow_frames"] = "flow_frames"
     channels: Size = Field(default=3, description="Channels of a frame.")
     size: tuple[Size, Size] = Field(default=(368, 496), description="Height and width.")
+    normalise: Literal["range", "pair"] = Field(
+        default="range", description="Pixels are mapped to [-1, 1], or to mean 0 and deviation 1 of their own pair."
+    )
     window: int = Field(default=3, ge=1, le=99, description="Side of the neighbourhood of a pixel; odd.")
     front_end_channels: Size = Field(default=64, description="Width after the linear layer.")
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
@@ -55,10 +59,19 @@ class FlowFrames(nn.Module):
     def forward(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
         """Map frames (B, 2, C, H, W) to inputs."""
         frames = raw["video"]
-        x = frames.to(dtype) if frames.is_floating_point() else frames.to(dtype) / 127.5 - 1
+        x = frames.to(dtype) if frames.is_floating_point() else self._normalised(frames).to(dtype)
         patches = neighbourhoods(x, self.config.window)
         data = self.front_end(patches.to(self.front_end.weight.dtype)).to(dtype)
         return self.positions(data, (x.shape[3], x.shape[4]))
+
+    def _normalised(self, frames: Tensor) -> Tensor:
+        """Map frames (B, 2, C, H, W) uint8 to float32 as configured; a pair of one grey value becomes zeros."""
+        x = frames.float() / 127.5 - 1
+        if self.config.normalise == "range":
+            return x
+        axes = (1, 2, 3, 4)
+        mean, std = x.mean(axes, keepdim=True), x.std(axes, keepdim=True, correction=0)
+        return (x - mean) / (std + 1 / 127.5)
 
 
 def neighbourhoods(frames: Tensor, window: int) -> Tensor:

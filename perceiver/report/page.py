@@ -2,7 +2,7 @@
 
 import base64
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,38 @@ class CardPart:
 
     kind: str
     content: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A part of a text on the page.
+
+    Attributes:
+        words: the part.
+        state: "given", or "right" or "wrong" of what a model filled in.
+        truth: what stood there, of a part that was filled in.
+    """
+
+    words: str
+    state: str = "given"
+    truth: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A sample with what a model answers.
+
+    Attributes:
+        key: where the sample came from.
+        parts: pictures and sound.
+        text: a text with what was filled in.
+        note: figures of the sample.
+    """
+
+    key: str
+    parts: Sequence[CardPart] = ()
+    text: Sequence[Words] = ()
     note: str = ""
 
 

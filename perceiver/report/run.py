@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from perceiver.report import figures
 from perceiver.report.attention import CARD, AttentionMaps, attention_sections
 from perceiver.report.boxes import Answered, answer_cards
-from perceiver.report.page import CardPart, data_uri, percent, render, text, yaml_text
+from perceiver.report.page import Card, CardPart, data_uri, percent, render, text, yaml_text
 from perceiver.tracking.printable import csv_cell
 
 TABLE_CLASSES = 25
@@ -52,7 +52,8 @@ class ReportData:
     several: Mapping[str, "Classified"] = field(default_factory=dict)  # of a multitask, by the tasks' names
     images: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)  # sample id -> (H, W, C), those to be shown
     parts: Mapping[int, Sequence[CardPart]] = field(default_factory=dict)  # of other samples: sound, texts, ...
-    cards: Sequence[tuple[str, CardPart]] = ()  # key and picture of samples with their predictions, such as masks
+    cards: Sequence[Card] = ()  # samples with what the model answers, such as masks, flow or filled-in words
+    cards_note: str = ""  # what they show
     answered: Mapping[str, Answered] = field(default_factory=dict)  # of a general task, by the samples' keys
     keys: Mapping[int, str] = field(default_factory=dict)  # sample id -> where it came from, such as a file
     card_width: int | None = None  # of an example in pixels; None: a small picture's
@@ -94,6 +95,7 @@ def run_report(data: ReportData) -> dict[str, bytes]:
         "errors": errors,
         "several": several,
         "samples": data.cards,
+        "samples_note": data.cards_note,
         "answered": answer_cards(data.answered),
         "attention": attention_sections(data.attention, data.images, data.parts, data.keys, files)
         if data.attention

@@ -32,6 +32,9 @@ SPECTROGRAM_WIDTH, FLOOR_DB = 320, 80.0
 NUMBERS, PLOTTED, PLOT_HEIGHT = 8, 8, 80
 """Of a series: numbers that are written, channels that are drawn, and pixels."""
 FRAMES, FRAME_HEIGHT, STRIP_WIDTH = 6, 120, 960
+WHEEL = (0, 15, 21, 25, 36, 49, 55)
+HUES = ((1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1), (1, 0, 0))
+"""Places of red, yellow, green, cyan, blue and magenta on the wheel of flow's colours, which starts to the right."""
 PLAYABLE, PLAYED_BYTES = {"h264", "vp8", "vp9", "av1"}, 1_000_000
 """Codecs that browsers play; larger videos are shown as frames only."""
 
@@ -149,10 +152,15 @@ def _show_audio(decoded: Sound | Media) -> list[CardPart]:
     """Return spectrogram and player of the beginning."""
     seconds, rate = min(decoded.seconds, HEARD_S), min(decoded.rate, HEARD_RATE)
     samples = clip(decoded, 0.0, AudioViewConfig(rate=rate, samples=max(1, round(seconds * rate))))
-    sink = io.BytesIO()
-    soundfile.write(sink, samples, rate, format="FLAC")
     note = f"{decoded.seconds:.3g} s at {decoded.rate / 1000:g} kHz, {decoded.channels} channel"
     note += "s" * (decoded.channels > 1) + f", the first {HEARD_S:g} s here" * (decoded.seconds > HEARD_S)
+    return heard(samples, rate, note)
+
+
+def heard(samples: NDArray[np.int16], rate: int, note: str) -> list[CardPart]:
+    """Return spectrogram and player of samples (T,)."""
+    sink = io.BytesIO()
+    soundfile.write(sink, samples, rate, format="FLAC")
     image = image_uri(spectrogram(samples), SPECTROGRAM_WIDTH)
     return [CardPart("strip", image, note), CardPart("audio", data_uri(sink.getvalue(), "audio/flac"))]
 
@@ -183,15 +191,26 @@ def _show_video(stored: Any, decoded: Media) -> list[CardPart]:
     return parts
 
 
-def flow_colours(flow: NDArray[np.float32], valid: NDArray[np.bool_]) -> Image.Image:
-    """Return flow (2, H, W) as colours: hue is the direction, saturation the length, grey is unknown."""
-    from matplotlib.colors import hsv_to_rgb
+def flow_colours(
+    flow: NDArray[np.float32], valid: NDArray[np.bool_] | None = None, longest: float | None = None
+) -> Image.Image:
+    """Return flow in the colours of Baker et al. (IJCV 2011): hue is the direction, saturation the length.
 
-    across, down = np.where(valid, flow, 0)
+    Args:
+        flow: (2, H, W), horizontal first.
+        valid: (H, W); grey where it is False.
+        longest: the length of full saturation in pixels, as of another flow; None: that of the flow's longest.
+    """
+    known: NDArray[np.bool_] = np.isfinite(flow[0]) & np.isfinite(flow[1])
+    known = known if valid is None else known & valid
+    across, down = np.where(known, flow, 0)
     length = np.hypot(across, down)
-    hue = (np.arctan2(-down, across) / (2 * np.pi)) % 1
-    colours = hsv_to_rgb(np.stack([hue, length / max(float(length.max()), 1e-6), np.ones_like(hue)], axis=-1))
-    return Image.fromarray((np.where(valid[..., None], colours, 0.5) * 255).astype(np.uint8))
+    longest = float(length.max(initial=0)) if longest is None else longest
+    saturation = np.minimum(length / max(longest, 1e-6), 1)[..., None]
+    direction = (np.arctan2(-down, -across) / (2 * np.pi) + 0.5) % 1 * WHEEL[-1]
+    hue = np.stack([np.interp(direction, WHEEL, channel) for channel in zip(*HUES, strict=True)], axis=-1)
+    colours = 1 - saturation * (1 - hue)
+    return Image.fromarray((np.where(known[..., None], colours, 0.5) * 255).astype(np.uint8))
 
 
 def strip(images: list[Image.Image], note: str) -> CardPart:

@@ -229,12 +229,18 @@ def test_a_small_video_that_browsers_know_can_be_played(tmp_path: Path) -> None:
     assert len(page.all("img")) == 1
 
 
-def test_flow_is_coloured_by_its_direction() -> None:
+def test_flow_has_the_usual_colours() -> None:
     flow = np.zeros((2, 2, 3), np.float32)
-    flow[:, 0, 0], flow[:, 0, 1], flow[:, 1, 0] = (4, 0), (-4, 0), (0, -4)
+    flow[:, 0, 0], flow[:, 0, 1], flow[:, 1, 0], flow[:, 1, 1] = (4, 0), (-4, 0), (0, -4), (0, 4)
+    flow[:, 1, 2] = np.inf
     valid = np.ones((2, 3), bool)
-    valid[1, 2] = False
-    colours = np.asarray(flow_colours(flow, valid))
-    assert colours[0, 0].tolist() == [255, 0, 0] and colours[0, 1].tolist() == [0, 255, 255]
-    assert colours[0, 2].tolist() == [255, 255, 255] and colours[1, 2].tolist() == [127, 127, 127]
-    assert colours[1, 0].argmax() == 1  # upwards: a quarter of the circle of hues, green above all
+    colours = np.asarray(flow_colours(flow, valid)).astype(int)
+    assert colours[0, 0].tolist() == [255, 0, 0] and colours[0, 2].tolist() == [255, 255, 255]  # right: red
+    assert colours[0, 1, 0] == 0 and colours[0, 1, 2] == 255 and colours[0, 1, 1] > 150  # left: between cyan and blue
+    assert colours[1, 0, 2] == 255 and colours[1, 0, 1] == 0  # up: between blue and magenta
+    assert colours[1, 1, 0] == 255 and colours[1, 1, 1] > 200 and colours[1, 1, 2] == 0  # down: yellow
+    assert colours[1, 2].tolist() == [127, 127, 127]  # unknown
+    valid[0, 0] = False
+    assert np.asarray(flow_colours(flow, valid))[0, 0].tolist() == [127, 127, 127]
+    half = np.asarray(flow_colours(flow, longest=8)).astype(int)
+    assert half[0, 0].tolist() == [255, 127, 127]
