@@ -73,31 +73,37 @@ class MultitaskDecoder(nn.Module):
 
 
 class TokenDecoderConfig(Config):
-    """A learned query for each position; logits over the vocabulary by the inputs' embedding (Perceiver IO App. F)."""
+    """A query for each position; logits over the vocabulary by the inputs' embedding (Perceiver IO App. F)."""
 
     kind: Literal["tokens"] = "tokens"
-    init_std: Scale = Field(default=0.02, description="Scale of the queries' truncated normal.")
+    queries: Literal["learned", "inputs"] = Field(
+        default="learned", description="Learned vectors, or the encoder's inputs, as for flow (App. H)."
+    )
+    init_std: Scale = Field(default=0.02, description="Scale of the learned queries' truncated normal.")
 
     def build(self, *, latent_channels: int, inputs: nn.Module, classes: int | None) -> nn.Module:
         """Make the decoder for text inputs."""
         tokens = getattr(inputs, "tokens", None)
         if not isinstance(tokens, nn.Embedding):
             raise UserError("decoder.kind: got 'tokens' for inputs without tokens; wanted model.inputs.kind text")
-        return TokenDecoder(tokens, cast(_Sized, inputs).elements, self.init_std)
+        length = cast(_Sized, inputs).elements if self.queries == "learned" else 0
+        return TokenDecoder(tokens, length, self.init_std)
 
 
 class TokenDecoder(nn.Module):
-    """Learned queries (M, channels) -> logits (B, M, vocabulary), tied to the embedding."""
+    """Queries (M, channels), learned or the inputs -> logits (B, M, vocabulary), tied to the embedding."""
 
     def __init__(self, tokens: nn.Embedding, length: int, init_std: float) -> None:
         super().__init__()
         self.channels = self.output_channels = tokens.embedding_dim
-        self.query = latent_array(length, self.channels, init_std)
+        self.query = latent_array(length, self.channels, init_std) if length else None
         self.bias = nn.Parameter(torch.zeros(tokens.num_embeddings))
         self._tied = (tokens,)  # in a tuple, so that the inputs' module is not registered twice
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
         """Return a query for each input position, (B, M, channels)."""
+        if self.query is None:
+            return Inputs(inputs.data)
         return Inputs(self.query[: inputs.elements].expand(inputs.data.shape[0], -1, -1))
 
     def outputs(self, answers: Tensor, asked: Mapping[str, Tensor] | None) -> Any:

@@ -155,7 +155,7 @@ def _compared(config: PerceiverIOModel, inputs: Any) -> dict[str, Any]:
     values["decoder"]["channels"] = values["decoder"].get("channels") or width
     several = values["inputs"].get("modalities", {})
     for part, module in ((values["inputs"], inputs), *((several[name], inputs.modalities[name]) for name in several)):
-        for key in ("mean", "std", "dropout", "mask", "mask_unit"):
+        for key in ("mean", "std", "dropout", "mask", "mask_unit", "init_std", "position_init_std"):
             part.pop(key, None)
         if "front_end_channels" in part:
             part["front_end_channels"] = part["front_end_channels"] or {"conv": 64, "1x1": 256}.get(part["front_end"])

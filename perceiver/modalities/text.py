@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from perceiver.attention import activate, haiku_default
-from perceiver.config import Config, Size, UserError
+from perceiver.config import Config, Scale, Size, UserError
 from perceiver.model import latent_array
 from perceiver.positions import Inputs
 
@@ -33,6 +33,9 @@ class TextConfig(Config):
     conv_width: int = Field(
         default=5, ge=1, le=255, description="Tokens that the convolution sees, an odd number (front_end: conv)."
     )
+
+    init_std: Scale = Field(default=1.0, description="Scale of the embeddings' truncated normal.")
+    position_init_std: Scale = Field(default=0.02, description="Scale of the positions' truncated normal.")
 
     @model_validator(mode="after")
     def _odd_width(self) -> "TextConfig":
@@ -56,8 +59,8 @@ class TextInputs(nn.Module):
         self.config = config
         self.elements, self.channels = config.length, config.channels
         self.tokens = nn.Embedding(config.vocabulary, config.channels)
-        nn.init.trunc_normal_(self.tokens.weight, std=1.0, a=-2.0, b=2.0)
-        self.positions = latent_array(config.length, config.channels, 0.02)
+        nn.init.trunc_normal_(self.tokens.weight, std=config.init_std, a=-2.0 * config.init_std, b=2.0 * config.init_std)
+        self.positions = latent_array(config.length, config.channels, config.position_init_std)
         self.conv: nn.Conv1d | None = None
         if config.front_end == "conv":
             self.conv = haiku_default(

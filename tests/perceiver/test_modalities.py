@@ -204,6 +204,31 @@ def test_flow_neighbourhoods():
     torch.testing.assert_close(got, x[0, :, :, 1:4, 2:5].permute(0, 2, 3, 1))
 
 
+def test_pairs_of_frames_are_normalised_by_their_own_mean_and_deviation():
+    model = model_of({**SMALL["flow_frames"], "normalise": "pair"}).inputs
+    frames = torch.randint(0, 120, (3, 2, 3, 6, 8), dtype=torch.uint8)
+    frames[2] = 77
+    x = frames[:2].double().flatten(1) / 127.5 - 1
+    wanted = (x - x.mean(1, keepdim=True)) / (x.std(1, correction=0, keepdim=True) + 1 / 127.5)
+    wanted = wanted.view(2, 2, 3, 6, 8)
+    torch.testing.assert_close(model._normalised(frames)[:2].double(), wanted, rtol=1e-5, atol=1e-6)
+    assert model._normalised(frames)[2].abs().max() < 1e-4, "one grey value"
+    darker = model({"video": frames[:2] // 2 * 2}, torch.float32).data
+    torch.testing.assert_close(model({"video": frames[:2] // 2 * 2 + 100}, torch.float32).data, darker)
+    floats = torch.randn(1, 2, 3, 6, 8)
+    plain = model_of(SMALL["flow_frames"]).inputs
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(
+        model({"video": floats}, torch.float32).data, plain({"video": floats}, torch.float32).data
+    )
+
+
+def test_embeddings_and_positions_of_texts_start_at_their_scales():
+    inputs = model_of({"kind": "text", "length": 400, "channels": 64, "init_std": 0.3, "position_init_std": 2.0}).inputs
+    for values, scale in ((inputs.tokens.weight, 0.3), (inputs.positions, 2.0)):
+        assert float(values.detach().std()) == pytest.approx(0.88 * scale, rel=0.02) and values.abs().max() <= 2 * scale
+
+
 @pytest.mark.parametrize("front_end", ["none", "conv"])
 def test_masked_text_does_not_see_padding(front_end):
     model = model_of({**SMALL["text"], "front_end": front_end}, latent_init_std=1.0).double().eval()

@@ -38,7 +38,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "class": (IMAGE, {"kind": "class"}, ["output"]),
     "multitask": (IMAGE, {"kind": "multitask", "tasks": {"image": 3, "kind": 2}}, ["image_output", "kind"]),
     "tokens": (TEXT, {"kind": "tokens"}, ["output"]),
+    "tokens by inputs": (TEXT, {"kind": "tokens", "queries": "inputs"}, ["output"]),
     "flow": (FRAMES, {"kind": "flow"}, ["output"]),
+    "flow of normalised pairs": ({**FRAMES, "normalise": "pair"}, {"kind": "flow"}, ["output"]),
     "pixels": (IMAGE, {"kind": "pixels"}, ["output"]),
     "multimodal": (SIGNALS, ANSWERS, ["audio_output", "label_output", "video_output"]),
     "general": (
@@ -49,7 +51,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "autoencoding": ({**SIGNALS, "hide": ["label"]}, ANSWERS, ["audio_output", "label", "video_output"]),
 }
 """Inputs, decoder and names of the outputs."""
-EXPORTED = ("multitask", "flow", "pixels", "autoencoding")
+EXPORTED = ("multitask", "tokens by inputs", "flow of normalised pairs", "pixels", "autoencoding")
 """The others: test_formats.py exports a classifier and a language model; `autoencoding` has the multimodal decoder."""
 
 

@@ -247,6 +247,8 @@ def test_what_the_library_cannot_express_is_refused():
     refused(r"model\.inputs: .*bands", "perceiver_io_imagenet_fourier", inputs={"positions": {"bands": 3}})
     refused(r"model\.inputs: .*'same'", "perceiver_io_imagenet_conv")
     refused(r"model\.inputs\.size: .*square", "perceiver_io_imagenet_learned", inputs={"size": (4, 6)})
+    refused(r"model\.decoder: .*'queries': 'inputs'", "perceiver_io_mlm_bytes", decoder={"queries": "inputs"})
+    refused(r"model\.inputs: .*'normalise': 'pair'", "perceiver_io_flow", inputs={"size": (4, 6), "normalise": "pair"})
     refused(r"model\.share_blocks", "perceiver_io_imagenet_fourier", blocks=2, share_blocks=False)
     modalities = {"video": {"positions": {"bands": 3}}}
     refused(r"model\.inputs: ", "perceiver_io_kinetics", inputs={"modalities": modalities})

@@ -126,6 +126,18 @@ def rows(batch: dict[str, torch.Tensor], part: slice) -> dict[str, torch.Tensor]
     return {key: value[part] for key, value in batch.items()}
 
 
+def test_tokens_may_be_asked_by_the_inputs():
+    """The queries are the embedded inputs at each position, of a shorter text, too."""
+    inputs = {"kind": "text", "length": 20, "channels": 8}
+    values = {"inputs": inputs, "decoder": {"kind": "tokens", "queries": "inputs"}, "query_residual": True}
+    model = build_model(model_config({"kind": "perceiver_io", **MODEL, **values})).eval()
+    assert not [name for name, _ in model.named_parameters() if name.startswith("decoder.query")]
+    raw = {"text": torch.randint(6, 60, (2, 9))}
+    read = model.inputs(raw, torch.float32)
+    torch.testing.assert_close(model.decoder.queries(read, None).data, read.data)
+    assert model(raw).shape == (2, 9, 262)
+
+
 def test_every_task_has_a_case():
     assert set(CASES) == set(registry.members("perceiver.tasks"))
 
